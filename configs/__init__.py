@@ -1,0 +1,1 @@
+"""Typed configuration: one schema, YAML presets, and data sets described as YAML."""

@@ -1,0 +1,284 @@
+"""The schema of every setting. Unknown keys are refused; units are in the names.
+
+`Config` is the whole of a run; `DataSetSpec` describes a data set (class names and order, file name patterns, rate,
+usual splits). Both are read from YAML by `configs.load`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+class Strict(BaseModel):
+    """Base of every block: unknown keys are errors, values cannot be changed after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+# ---------------------------------------------------------------------------------------------- data sets
+
+
+class FilePatterns(Strict):
+    """Regular expressions for file names (never whole paths), matched in full and without regard to case.
+
+    Folder names differ between mirrors, so files are found by name anywhere below the root. `video`, `frames`, `phase`
+    and `tool` must hold a group `id`; `frame` (an image inside a frame folder) must hold a group `frame`.
+    """
+
+    video: str
+    frames: str
+    frame: str
+    phase: str
+    tool: str
+
+    @field_validator("video", "frames", "frame", "phase", "tool")
+    @classmethod
+    def _compiles(cls, pattern: str, info) -> str:
+        group = "frame" if info.field_name == "frame" else "id"
+        try:
+            names = re.compile(pattern).groupindex
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        if group not in names:
+            raise ValueError(f"needs a named group (?P<{group}>...)")
+        return pattern
+
+
+class DataSetSpec(Strict):
+    """A data set: everything that distinguishes one from another, so that a new one is a file and no code."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    title: str = ""
+    source: str = ""
+    annotation_fps: float = Field(gt=0, description="rate at which annotation files number frames")
+    phases: tuple[str, ...] = Field(min_length=2)
+    tools: tuple[str, ...] = ()
+    phase_aliases: dict[str, str] = {}
+    tool_aliases: dict[str, str] = {}
+    id_format: str = Field("video{number:02d}", description="video id from the number that the patterns' group id holds")
+    patterns: FilePatterns
+    default_split: str = "60/20/20"
+
+    @model_validator(mode="after")
+    def _names_are_consistent(self) -> DataSetSpec:
+        for kind, names, aliases in (
+            ("phases", self.phases, self.phase_aliases),
+            ("tools", self.tools, self.tool_aliases),
+        ):
+            if len(set(names)) != len(names):
+                raise ValueError(f"{kind} names repeat")
+            for alias, target in aliases.items():
+                if target not in names:
+                    raise ValueError(f"alias {alias!r} points to {target!r}, which is not one of the {kind}")
+        return self
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+class SplitConfig(Strict):
+    """Which videos train, validate and test.
+
+    `rule`: `A/B/C` (train/val/test) or `A/B` (train/test) counts in the order of video numbers; `lists` takes the
+    three lists below; `kfold` and `leave_one_out` take `fold` of the videos as test, `val_videos` of the rest as val.
+    `null` takes the data set's default.
+    """
+
+    rule: str | None = None
+    train: tuple[str, ...] = ()
+    val: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    folds: int = Field(5, ge=2)
+    fold: int = Field(0, ge=0)
+    val_videos: int = Field(1, ge=0)
+    seed: int | None = Field(None, description="shuffle videos before k-fold splitting; null keeps their order")
+
+
+class DataConfig(Strict):
+    dataset: str = Field("cholec80", description="name in configs/datasets, or the path of a YAML file")
+    root: Path | None = Field(None, description="folder of videos and annotations; also the variable SURGSTAGE_DATA")
+    index: Path = Path("artifacts/index.json")
+    fps: float = Field(1.0, gt=0, description="sampling rate; must divide the source rate")
+    split: SplitConfig = SplitConfig()
+    tools_between_rows: Literal["mask", "hold"] = Field(
+        "mask", description="sampling faster than tool rows: mask frames between them, or hold the last row"
+    )
+    reader: Literal["auto", "decord", "pyav"] = "auto"
+    frame_numbering: Literal["auto", "source", "sample"] = Field(
+        "auto", description="frame folders: do file names count source frames or samples"
+    )
+    frame_base: Literal["auto", 0, 1] = Field("auto", description="frame folders: number of the first frame")
+    folder_fps: float | None = Field(None, gt=0, description="frame folders numbered by sample: samples a second")
+    full_hash: bool = Field(False, description="hash whole source files, not only their first and last MiB")
+
+
+class PreprocessConfig(Strict):
+    """Geometry and colour of every frame the backbone sees; one piece of code in all modes."""
+
+    cut_margin: bool = Field(False, description="cut the endoscope's black margin before resizing")
+    resize_px: int = Field(250, ge=16, le=2048)
+    crop_px: int = Field(224, ge=16, le=2048)
+    mean: tuple[float, float, float] = (0.3456, 0.2281, 0.2233)
+    std: tuple[float, float, float] = (0.2528, 0.2135, 0.2104)
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> PreprocessConfig:
+        if self.crop_px > self.resize_px:
+            raise ValueError(f"crop_px {self.crop_px} is larger than resize_px {self.resize_px}")
+        if min(self.std) <= 0:
+            raise ValueError("std must be positive")
+        return self
+
+
+class CacheConfig(Strict):
+    """Frames decoded once, after the resize and before the crop."""
+
+    dir: Path = Path("artifacts/frames")
+    codec: Literal["png", "jpeg"] = Field("png", description="png is lossless; jpeg changes the numbers (and digest)")
+    jpeg_quality: int = Field(95, ge=1, le=100)
+    use_for_extract: bool = Field(True, description="read frames from the cache where it already holds them")
+
+
+class OptimConfig(Strict):
+    name: Literal["sgd", "adam", "adamw"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    dampening: float = Field(0.0, ge=0, lt=1)
+    nesterov: bool = False
+
+
+class ScheduleConfig(Strict):
+    name: Literal["constant", "step", "plateau", "cosine"] = "constant"
+    step_epochs: int = Field(5, ge=1)
+    gamma: float = Field(0.1, gt=0, le=1)
+    patience_epochs: int = Field(2, ge=0)
+    min_lr: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+
+
+class LoopConfig(Strict):
+    """What both training loops have."""
+
+    epochs: int = Field(25, ge=1)
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    early_stop_epochs: int | None = Field(None, ge=1, description="stop after so many epochs without a better score")
+    grad_clip_norm: float | None = Field(None, gt=0)
+    precision: Precision = "auto"
+    checkpoint_minutes: float = Field(10.0, gt=0, description="also write last.pt inside an epoch this often")
+
+
+class AugmentConfig(Strict):
+    crop: Literal["random", "centre"] = "random"
+    flip: bool = True
+    brightness: float = Field(0.0, ge=0, lt=1)
+    contrast: float = Field(0.0, ge=0, lt=1)
+    saturation: float = Field(0.0, ge=0, lt=1)
+
+
+class CnnConfig(LoopConfig):
+    """Stage one."""
+
+    backbone: str = Field("resnet50", description="a torchvision classification net, or efficientnet_lite0")
+    weights: str = Field(
+        "imagenet", description="imagenet | random | a state-dict file | run:NAME (an earlier run's backbone)"
+    )
+    phase_head: bool = Field(False, description="train a second per-frame head on phases")
+    phase_loss_weight: float = Field(1.0, gt=0)
+    class_weighting: Literal["none", "inverse_frequency"] = "none"
+    backbone_lr_factor: float = Field(0.1, ge=0, le=1)
+    freeze_batch_norm: bool = Field(False, description="keep running statistics and affine parameters as loaded")
+    batch_frames: int = Field(64, ge=1)
+    accumulate_steps: int = Field(1, ge=1)
+    workers: int = Field(-1, ge=-1, description="loader processes; -1 picks by cores")
+    frames_per_epoch: int | None = Field(None, ge=1, description="random subset of frames an epoch; null takes all")
+    augment: AugmentConfig = AugmentConfig()
+
+
+class ExtractConfig(Strict):
+    store: Path = Path("artifacts/features")
+    encoder: Literal["finetuned", "initial"] = Field(
+        "finetuned", description="backbone of the run's train-cnn, or the one cnn.weights names, untrained further"
+    )
+    precision: Precision = Field("auto", description="arithmetic of the forward pass")
+    storage: Literal["float16", "float32"] = "float16"
+    batch_frames: int = Field(32, ge=1)
+    workers: int = Field(-1, ge=-1, description="videos in work at once; -1 picks by cores and device")
+
+
+class LstmHead(Strict):
+    name: Literal["lstm"] = "lstm"
+    hidden: int = Field(512, ge=1)
+    layers: int = Field(1, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    bidirectional: bool = Field(False, description="offline only: looks into the future")
+
+
+class GruHead(Strict):
+    name: Literal["gru"]
+    hidden: int = Field(512, ge=1)
+    layers: int = Field(1, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class TcnHead(Strict):
+    """Causal multi-stage TCN (TeCNO, Czempiel et al., MICCAI 2020)."""
+
+    name: Literal["tcn"]
+    stages: int = Field(2, ge=1)
+    layers: int = Field(8, ge=1, le=14)
+    maps: int = Field(32, ge=1)
+    dropout: float = Field(0.5, ge=0, lt=1)
+
+
+class LinearHead(Strict):
+    """One linear layer a frame: the baseline without time."""
+
+    name: Literal["linear"]
+
+
+HeadConfig = Annotated[LstmHead | GruHead | TcnHead | LinearHead, Field(discriminator="name")]
+
+
+class SequenceConfig(Strict):
+    """How training sequences are cut. Order inside a video is always kept; no sequence spans two videos."""
+
+    mode: Literal["full", "chunked", "clips"] = "full"
+    frames: int = Field(256, ge=1, description="length of a chunk or clip")
+    stride: int = Field(1, ge=1, description="distance between clip starts")
+    batch: int = Field(8, ge=1, description="videos (full, chunked) or clips a step")
+    inference: Literal["carried", "clip"] = Field(
+        "carried", description="evaluation: state carried through the video, or a zero state at each clip as in training"
+    )
+
+
+class TemporalConfig(LoopConfig):
+    """Stage two."""
+
+    head: HeadConfig = LstmHead()
+    sequence: SequenceConfig = SequenceConfig()
+    class_weighting: Literal["none", "inverse_frequency"] = "none"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    standardise: bool = Field(True, description="scale features by mean and deviation of the training videos")
+    baseline: bool = Field(True, description="also train the per-frame linear head, same features, epochs and choice")
+
+
+class Config(Strict):
+    """Everything a run depends on."""
+
+    seed: int = Field(0, ge=0)
+    device: str = Field("auto", description="auto | cpu | cuda | mps")
+    runs: Path = Path("runs")
+    data: DataConfig = DataConfig()
+    preprocess: PreprocessConfig = PreprocessConfig()
+    cache: CacheConfig = CacheConfig()
+    cnn: CnnConfig = CnnConfig()
+    extract: ExtractConfig = ExtractConfig()
+    temporal: TemporalConfig = TemporalConfig()

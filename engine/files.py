@@ -1,0 +1,197 @@
+"""Writing files so that a name without `.tmp` is always whole, and knowing files by their content.
+
+Every file the project writes goes through `atomic_path`: temporary file in the same folder (unique per process, so two
+writers of one file are harmless and no lock is needed), close, fsync, `os.replace`, fsync of the folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+
+HASH_SPAN_BYTES = 1 << 20
+_READ_BYTES = 1 << 20
+# What a system answers when there is no room: a full disk, a quota, a file-size limit.
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable. Systems that cannot open a folder are left alone."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass  # some network file systems refuse fsync on folders; the rename itself stays atomic
+    finally:
+        os.close(handle)
+
+
+def fsync_file(path: Path) -> None:
+    """Force the content of a closed file to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_folder(folder: Path) -> Path:
+    """Create `folder` and its parents. Raises UserError where that is not allowed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot create this folder ({error.strerror}); choose another one") from error
+    return folder
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on a clean exit it becomes `path`, otherwise it is removed.
+
+    The body writes and closes the file (and may reopen it to check it). Any exception, Ctrl-C included, leaves `path`
+    as it was. Raises UserError when the disk is full or the folder cannot be written.
+    """
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        fsync_file(temporary)
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise as_user_error(error, path) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def as_user_error(error: OSError, path: Path) -> Exception:
+    """What a failed write means to the user; errors that are not the user's to mend come back unchanged."""
+    if is_no_room(error):
+        return UserError(f"{path}: no room left on the disk; free some or choose another folder")
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        return UserError(f"{path}: not allowed to write here; choose another folder")
+    return error
+
+
+def is_no_room(error: BaseException) -> bool:
+    """Whether an OSError (h5py's included, which only carry the number in their text) says the disk is full."""
+    if not isinstance(error, OSError):
+        return False
+    if error.errno in _NO_ROOM:
+        return True
+    return error.errno is None and any(f"errno = {number}," in str(error) for number in _NO_ROOM)
+
+
+def remove_stale_temporaries(folder: Path, older_than_s: float = 3600.0) -> int:
+    """Delete what killed writers left in `folder`: temporary files that nobody has touched for `older_than_s`.
+
+    A temporary file whose writer still runs is younger than that, since writers write all the time. Files of this
+    host's dead processes would be safe to delete at once, but a process number says nothing on a shared file system.
+    """
+    import time
+
+    removed = 0
+    for path in folder.glob(".*.tmp"):
+        try:
+            if time.time() - path.stat().st_mtime > older_than_s:
+                path.unlink()
+                removed += 1
+        except OSError:
+            continue
+    return removed
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically: sorted nowhere (order is meaning), indented, NaN refused (JSON has none)."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # NumPy and torch scalars
+        return value.item()
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} does not go into JSON")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises UserError when it is missing, unreadable or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from error
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a whole file, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_ends(path: Path) -> str:
+    """SHA-256 over size, first and last MiB of a file: cheap on a 2 GB video, and enough to notice a replacement."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as stream:
+        digest.update(stream.read(HASH_SPAN_BYTES))
+        if size > HASH_SPAN_BYTES:
+            stream.seek(max(HASH_SPAN_BYTES, size - HASH_SPAN_BYTES))
+            digest.update(stream.read(HASH_SPAN_BYTES))
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a JSON-able value in one canonical spelling."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def require_free_bytes(folder: Path, needed: int, purpose: str) -> None:
+    """Raise UserError before the work starts when `folder` has not `needed` bytes free."""
+    probe = folder
+    while not probe.exists():
+        probe = probe.parent
+    free = shutil.disk_usage(probe).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: {purpose} needs about {needed / 1e6:,.0f} MB and only {free / 1e6:,.0f} MB are free; "
+            "free some or choose another folder"
+        )
+
+
+def inside(root: Path, relative: str) -> Path:
+    """The path `relative` below `root`; UserError when it is absolute, climbs out or is a link that leads out."""
+    if Path(relative).is_absolute() or "\x00" in relative:
+        raise UserError(f"{relative!r}: paths in an index are relative to the data root")
+    path = root / relative
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{relative!r}: leads out of the data root {root}")
+    return path
