@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -39,7 +39,7 @@ class FilePatterns(Strict):
 
     @field_validator("video", "frames", "frame", "phase", "tool")
     @classmethod
-    def _compiles(cls, pattern: str, info) -> str:
+    def _compiles(cls, pattern: str, info: ValidationInfo) -> str:
         group = "frame" if info.field_name == "frame" else "id"
         try:
             names = re.compile(pattern).groupindex
@@ -61,7 +61,9 @@ class DataSetSpec(Strict):
     tools: tuple[str, ...] = ()
     phase_aliases: dict[str, str] = {}
     tool_aliases: dict[str, str] = {}
-    id_format: str = Field("video{number:02d}", description="video id from the number that the patterns' group id holds")
+    id_format: str = Field(
+        "video{number:02d}", description="video id from the number that the patterns' group id holds"
+    )
     patterns: FilePatterns
     default_split: str = "60/20/20"
 
@@ -255,7 +257,8 @@ class SequenceConfig(Strict):
     stride: int = Field(1, ge=1, description="distance between clip starts")
     batch: int = Field(8, ge=1, description="videos (full, chunked) or clips a step")
     inference: Literal["carried", "clip"] = Field(
-        "carried", description="evaluation: state carried through the video, or a zero state at each clip as in training"
+        "carried",
+        description="evaluation: state carried through the video, or a zero state at each clip as in training",
     )
 
 

@@ -1,0 +1,163 @@
+"""Reading settings: a preset or a file, then `--set a.b=c`, checked against the schema; errors name the key."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from configs.errors import UserError
+from configs.schema import Config, DataSetSpec
+
+PRESETS = Path(__file__).resolve().parent
+DEFAULT_PRESET = "cholec80"
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_config(source: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Settings from a YAML file or the name of a preset, with `a.b=c` overrides laid over it.
+
+    Values of overrides are YAML: numbers, booleans, `null`, `[lists]`. Raises UserError for a missing or broken file
+    and for every unknown key or wrong value, naming the key and, for unknown ones, the nearest right key.
+    """
+    path = preset_path(source or DEFAULT_PRESET, PRESETS, "preset")
+    tree = read_yaml(path)
+    for override in overrides:
+        _lay_over(tree, override)
+    return _validate(Config, tree, str(path))
+
+
+def load_dataset(name: str) -> DataSetSpec:
+    """A data set's description, from the name of one shipped or from a YAML file."""
+    path = preset_path(name, PRESETS / "datasets", "data set")
+    return _validate(DataSetSpec, read_yaml(path), str(path))
+
+
+def preset_path(source: str | Path, folder: Path, what: str) -> Path:
+    """The file that `source` means: an existing file as it is, otherwise a name below `folder`."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    named = folder / f"{source}.yaml"
+    if named.is_file() and path.name == str(source):
+        return named
+    known = sorted(entry.stem for entry in folder.glob("*.yaml"))
+    hint = _nearest(str(source), known)
+    raise UserError(f"{source}: no such {what} file, and no {what} of that name{hint} (shipped: {', '.join(known)})")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping. Raises UserError naming the line of a syntax error."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(tree).__name__}")
+    return tree
+
+
+def to_yaml(model: BaseModel) -> str:
+    """Every setting, defaults included, as YAML in the schema's order."""
+    return yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as `{"a.b": value}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`key: old there, new now` for every setting in which two trees of settings differ."""
+    old, new = flatten(there), flatten(now)
+    return [
+        f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _lay_over(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    keys = key.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError(f"--set {override}: expected key=value, for example --set temporal.head.hidden=256")
+    try:
+        value = yaml.safe_load(text) if text.strip() else None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from error
+    node = tree
+    for name in keys[:-1]:
+        child = node.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise UserError(f"--set {override}: {name} holds a value, not keys")
+        node = child
+    # Another kind of head has other settings: those of the preset's head do not carry over.
+    if keys[-1] == "name" and node.get("name", "lstm") != value and keys[:-1] == ["temporal", "head"]:
+        node.clear()
+    node[keys[-1]] = value
+
+
+def _validate(model: type[Model], tree: dict[str, Any], where: str) -> Model:
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(model, problem) for problem in error.errors()]
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise UserError(f"{where}: {'; '.join(problems[:3])}{more}") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: nested too deeply") from error
+
+
+def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] != "extra_forbidden":
+        given = problem.get("input")
+        shown = f", got {given!r}" if isinstance(given, str | int | float | bool) else ""
+        return f"{key or 'settings'}: {problem['msg'].removeprefix('Value error, ')}{shown}"
+    known = _key_names(model)
+    leaf = str(problem["loc"][-1])
+    full = ".".join(str(part) for part in problem["loc"] if part not in _HEAD_TAGS)
+    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
+    return f"unknown key {full}{_nearest(full, same_leaf or known)}"
+
+
+_HEAD_TAGS = frozenset({"lstm", "gru", "tcn", "linear"})
+
+
+@functools.cache
+def _key_names(model: type[BaseModel]) -> Sequence[str]:
+    """Every settable key of a schema, dotted."""
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        names.append(name)
+        for child in _models_in(field.annotation):
+            names.extend(f"{name}.{key}" for key in _key_names(child))
+    return list(dict.fromkeys(names))
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,134 @@
+"""Checkpoints: written atomically, the previous kept until the next is whole, read without running their content."""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from configs.errors import UserError
+from engine.files import atomic_path
+
+FORMAT = 1
+# `weights_only=True` could be bypassed before this release (CVE-2025-32434, CVE-2026-24747): files that somebody else
+# made are loaded with an older torch only when the user vouches for them.
+SAFE_TORCH = (2, 10)
+
+
+def save_checkpoint(path: Path, content: dict[str, Any], keep_previous: bool = False) -> None:
+    """Write `content` (tensors and plain containers) to `path`.
+
+    With `keep_previous` the file that stood there stays beside it as `<name>.previous`, so that there is a whole one at
+    every moment. Raises UserError when the disk is full or the folder cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        try:
+            torch.save({"format": FORMAT, **content}, temporary)
+        except RuntimeError as error:  # torch's zip writer hides the system's error number
+            raise UserError(f"{path}: cannot be written (is the disk full?): {_first_line(error)}") from error
+        if keep_previous and path.exists():
+            os.replace(path, previous_of(path))
+
+
+def previous_of(path: Path) -> Path:
+    """Where the checkpoint before `path` is kept."""
+    return path.with_name(path.name + ".previous")
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read one of the project's checkpoints onto the CPU.
+
+    Raises UserError when it is missing, damaged (every entry's CRC is checked) or not a checkpoint of this project.
+    """
+    content = _load(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of this project (format {FORMAT})")
+    return content
+
+
+def load_latest(path: Path) -> dict[str, Any] | None:
+    """`path` or, where it is damaged or missing, the one before it (with a warning); None where neither exists."""
+    candidates = [candidate for candidate in (path, previous_of(path)) if candidate.exists()]
+    for candidate in candidates:
+        try:
+            return load_checkpoint(candidate)
+        except UserError as error:
+            if candidate == candidates[-1]:
+                raise
+            warnings.warn(f"{error}; going on from {previous_of(path).name}", stacklevel=2)
+    return None
+
+
+def load_foreign_weights(path: Path, trusted: bool = False) -> dict[str, torch.Tensor]:
+    """A state dict that somebody else made: `{name: tensor}`, `module.` prefixes cut, `state_dict`/`model` unwrapped.
+
+    Raises UserError when the file is not a plain state dict, or when this torch cannot load foreign files safely and
+    the user has not vouched for the file.
+    """
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < SAFE_TORCH and not trusted:
+        raise UserError(
+            f"{path}: torch {torch.__version__} cannot load foreign files safely (CVE-2026-24747); "
+            "upgrade to 2.10 or newer, or pass --trusted if you know where the file comes from"
+        )
+    content = _load(path)
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise UserError(f"{path}: not a state dict (a mapping from names to tensors)")
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            if broken:
+                raise UserError(f"{path}: damaged (checksum of {broken} is wrong)")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except MemoryError as error:
+        raise UserError(f"{path}: too large to load") from error
+    except Exception as error:  # whatever a damaged or hostile file makes the reader say
+        raise UserError(f"{path}: damaged or not a checkpoint ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+
+
+def random_states() -> dict[str, Any]:
+    """States of every generator a training step may draw from, as plain containers and tensors."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    version, internal, gauss_next = random.getstate()
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [str(name), [int(key) for key in np.asarray(keys)], int(position), int(has_gauss), float(gauss)],
+        "python": [version, list(internal), gauss_next],
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Put every generator back to where `random_states` found it."""
+    torch.set_rng_state(states["torch"])
+    name, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((name, np.asarray(keys, dtype=np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = states["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])

@@ -1,0 +1,103 @@
+"""Optimisers and learning-rate schedules by the names the settings give them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from configs.schema import OptimConfig, ScheduleConfig
+
+
+def build_optimizer(groups: Iterable[dict[str, Any]], config: OptimConfig) -> Optimizer:
+    """SGD, Adam or AdamW over parameter groups; a group's `lr_factor` scales its learning rate (0 leaves it out).
+
+    Batch norm's and biases' parameters decay as all others do, as in the reference.
+    """
+    scaled = []
+    for group in groups:
+        factor = group.get("lr_factor", 1.0)
+        parameters = [parameter for parameter in group["params"] if parameter.requires_grad]
+        if factor > 0 and parameters:
+            scaled.append({"params": parameters, "lr": config.lr * factor, "name": group.get("name", "")})
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            scaled,
+            lr=config.lr,
+            momentum=config.momentum,
+            dampening=config.dampening,
+            weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+        )
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return kind(scaled, lr=config.lr, weight_decay=config.weight_decay)
+
+
+class Schedule:
+    """Learning rate of every group as a factor on its first value.
+
+    `warmup_steps` rise linearly, step by step; the rest moves once an epoch: `step` (gamma every `step_epochs`),
+    `cosine` (to zero at the last epoch), `plateau` (gamma after `patience_epochs` without a better score), `constant`.
+    Never below `min_lr`.
+    """
+
+    def __init__(self, optimizer: Optimizer, config: ScheduleConfig, epochs: int) -> None:
+        self.optimizer, self.config, self.epochs = optimizer, config, epochs
+        self.base = [float(group["lr"]) for group in optimizer.param_groups]
+        self.steps = 0
+        self.epoch_factor = 1.0
+        self.best: float | None = None
+        self.waited = 0
+        self._apply()
+
+    def step(self) -> None:
+        """After every optimiser step."""
+        self.steps += 1
+        if self.steps <= self.config.warmup_steps:
+            self._apply()
+
+    def end_epoch(self, epoch: int, score: float | None) -> None:
+        """After epoch `epoch` (from 0) with validation score `score` (more is better; None where there is none)."""
+        config = self.config
+        if config.name == "step":
+            self.epoch_factor = config.gamma ** ((epoch + 1) // config.step_epochs)
+        elif config.name == "cosine":
+            self.epoch_factor = 0.5 * (1 + math.cos(math.pi * min(1.0, (epoch + 1) / self.epochs)))
+        elif config.name == "plateau" and score is not None:
+            self._wait_for_better(score)
+        self._apply()
+
+    def _wait_for_better(self, score: float) -> None:
+        if self.best is None or score > self.best:
+            self.best, self.waited = score, 0
+            return
+        self.waited += 1
+        if self.waited > self.config.patience_epochs:
+            self.epoch_factor *= self.config.gamma
+            self.waited = 0
+
+    def _apply(self) -> None:
+        warmup = self.config.warmup_steps
+        factor = self.epoch_factor * (min(1.0, (self.steps + 1) / warmup) if warmup else 1.0)
+        for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
+            group["lr"] = max(self.config.min_lr, base * factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `load_state_dict` needs to go on, as plain values."""
+        return {
+            "base": self.base,
+            "steps": self.steps,
+            "epoch_factor": self.epoch_factor,
+            "best": self.best,
+            "waited": self.waited,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self.base = list(state["base"])
+        self.steps, self.epoch_factor = state["steps"], state["epoch_factor"]
+        self.best, self.waited = state["best"], state["waited"]
+        self._apply()

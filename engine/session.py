@@ -1,0 +1,259 @@
+"""What every training loop shares: steps, accumulation, checkpoints, exact resume, early stopping, stopping on signals.
+
+A loop stays in its stage and reads from top to bottom:
+
+    for epoch in session.epochs():
+        for batch in session.batches(loader(epoch, start=session.position.step), steps):
+            with session.autocast():
+                loss = ...
+            session.update(loss)
+        session.finish_epoch(scores, score=scores["map"])
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from configs.errors import UserError
+from configs.schema import LoopConfig
+from engine.checkpoints import (
+    load_checkpoint,
+    load_latest,
+    random_states,
+    restore_random_states,
+    save_checkpoint,
+)
+from engine.files import sha256_json
+from engine.logs import MetricLog
+from engine.optim import Schedule, build_optimizer
+from engine.progress import progress_bar
+from engine.stopping import StopRequest
+
+Batch = TypeVar("Batch")
+LOG_EVERY_STEPS = 20
+
+
+@dataclass
+class Position:
+    """Where training stands; saved in every checkpoint. `step` counts batches done in the epoch in hand."""
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+    loss_sum: float = 0.0
+    best_score: float | None = None
+    best_epoch: int = -1
+    epochs_without_better: int = 0
+    finished: bool = False
+
+
+class TrainingSession:
+    """Drives one model's training inside one folder (`last.pt`, `best.pt`, `metrics.jsonl`, events).
+
+    `describe` is written into both checkpoints (plain values): what is needed to build the model again. Everything a
+    step depends on besides the batch is in `last.pt`, and batches depend on (seed, epoch, step) alone, so a run that is
+    stopped anywhere and started again computes what the uninterrupted one does, bit for bit on a CPU.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        model: nn.Module,
+        groups: Iterable[dict[str, Any]],
+        config: LoopConfig,
+        describe: dict[str, Any],
+        stop: StopRequest,
+        accumulate_steps: int = 1,
+        bar: bool = True,
+    ) -> None:
+        self.folder, self.accelerator, self.config, self.describe = folder, accelerator, config, describe
+        optimizer = build_optimizer(groups, config.optim)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.schedule = Schedule(self.optimizer, config.schedule, config.epochs)
+        self.log = MetricLog(folder, enabled=accelerator.is_main_process)
+        self.position = Position()
+        self._stop, self._accumulate, self._bar_wanted = stop, accumulate_steps, bar
+        self._identity = sha256_json(describe)
+        self._steps_in_epoch = 0
+        self._saved_at = self._epoch_started_at = time.monotonic()
+
+    # ------------------------------------------------------------------------------------------ resume
+
+    @property
+    def raw_model(self) -> nn.Module:
+        """The model without distribution wrappers."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def resume(self) -> bool:
+        """Go on from `last.pt` (or the one before it) where there is one; whether there was."""
+        content = load_latest(self.folder / "last.pt")
+        if content is None:
+            return False
+        if content["identity"] != self._identity:
+            raise UserError(f"{self.folder / 'last.pt'}: belongs to another configuration; delete the folder")
+        self.raw_model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.schedule.load_state_dict(content["schedule"])
+        if self.accelerator.scaler is not None and content["scaler"]:
+            self.accelerator.scaler.load_state_dict(content["scaler"])
+        self.position = Position(**content["position"])
+        restore_random_states(content["random"])
+        self.log.rewind(self.position.global_step)
+        return True
+
+    # ------------------------------------------------------------------------------------------ the loop
+
+    def epochs(self) -> Iterator[int]:
+        """Numbers of the epochs still to run; ends early when the score has stopped rising."""
+        try:
+            while self.position.epoch < self.config.epochs and not self.position.finished:
+                yield self.position.epoch
+            self.position.finished = True
+        finally:
+            self.log.close()
+
+    def batches(self, source: Iterable[Batch], steps_in_epoch: int) -> Iterator[Batch]:
+        """The epoch's remaining batches with progress; `source` starts at `position.step`."""
+        self.model.train()
+        self._steps_in_epoch = steps_in_epoch
+        self._epoch_started_at = time.monotonic()
+        title = f"epoch {self.position.epoch + 1}/{self.config.epochs}"
+        with progress_bar(
+            steps_in_epoch, title, "step", initial=self.position.step, disable=not self._bar_wanted
+        ) as bar:
+            for batch in source:
+                self._stop_if_asked()
+                yield batch
+                bar.update(1)
+                bar.set_postfix(loss=f"{self.mean_loss:.4f}", refresh=False)
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss over the epoch's steps so far."""
+        return self.position.loss_sum / max(1, self.position.step)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The forward pass in the run's precision."""
+        return self.accelerator.autocast()
+
+    def gradient_sync(self) -> AbstractContextManager[Any]:
+        """Skip the exchange of gradients on all but a group's last batch (multi-process accumulation)."""
+        return nullcontext() if self._group_ends() else self.accelerator.no_sync(self.model)
+
+    def update(self, loss: Tensor, name_batch: Callable[[], str] = lambda: "") -> None:
+        """Backward and, at the end of an accumulation group, an optimiser step.
+
+        `loss` is the batch's mean loss. Raises UserError naming the batch when it is not finite; `last.pt` then still
+        holds the last good state.
+        """
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            where = name_batch()
+            raise UserError(
+                f"{self.folder}: the loss is {value} in epoch {self.position.epoch + 1}, step {self.position.step + 1}"
+                f"{f' ({where})' if where else ''}; lower the learning rate or look at that input; "
+                "the last good checkpoint is kept"
+            )
+        self.accelerator.backward(loss / self._group_size())
+        ends = self._group_ends()
+        if ends:
+            if self.config.grad_clip_norm is not None:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.grad_clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.schedule.step()
+        self.position.step += 1
+        self.position.global_step += 1
+        self.position.loss_sum += value
+        if self.position.global_step % LOG_EVERY_STEPS == 0:
+            self.log.log("step", self.position.global_step, {"epoch": self.position.epoch, "loss": value, **self._lr()})
+        if ends and time.monotonic() - self._saved_at > 60 * self.config.checkpoint_minutes:
+            self._save_last()
+
+    def finish_epoch(self, scores: dict[str, float | None], score: float | None) -> bool:
+        """Log the epoch, keep the best (more is better), write `last.pt`; whether this epoch was the best.
+
+        Without a score (no validation videos) the last epoch counts as the best.
+        """
+        position = self.position
+        values: dict[str, Any] = {"epoch": position.epoch, "loss": self.mean_loss, **self._lr(), **scores}
+        values["seconds"] = round(time.monotonic() - self._epoch_started_at, 3)
+        self.schedule.end_epoch(position.epoch, score)
+        better = score is None or position.best_score is None or score > position.best_score
+        if better:
+            position.best_score, position.best_epoch, position.epochs_without_better = score, position.epoch, 0
+        else:
+            position.epochs_without_better += 1
+        patience = self.config.early_stop_epochs
+        position.finished = patience is not None and position.epochs_without_better >= patience
+        self.log.log("epoch", position.global_step, values)
+        position.epoch, position.step, position.loss_sum = position.epoch + 1, 0, 0.0
+        if better and self.accelerator.is_main_process:
+            save_checkpoint(self.folder / "best.pt", self._content(values))
+        self._save_last()
+        self._stop_if_asked()
+        return better
+
+    def load_best(self) -> dict[str, Any]:
+        """Put the best epoch's weights into the model; returns the checkpoint."""
+        content = load_checkpoint(self.folder / "best.pt")
+        self.raw_model.load_state_dict(content["model"])
+        return content
+
+    # ------------------------------------------------------------------------------------------ inside
+
+    def _group_size(self) -> int:
+        """Batches in the accumulation group in hand; the epoch's last group may be smaller."""
+        first = self.position.step - self.position.step % self._accumulate
+        return min(self._accumulate, max(1, self._steps_in_epoch - first))
+
+    def _group_ends(self) -> bool:
+        done = self.position.step + 1
+        return done % self._accumulate == 0 or done == self._steps_in_epoch
+
+    def _lr(self) -> dict[str, float]:
+        return {
+            f"lr_{group.get('name') or index}": float(group["lr"])
+            for index, group in enumerate(self.optimizer.param_groups)
+        }
+
+    def _stop_if_asked(self) -> None:
+        """Between optimiser steps only: gradients of half a group are not part of a checkpoint."""
+        if self._stop and self.position.step % self._accumulate == 0:
+            self._save_last()
+            self._stop.raise_if_set()
+
+    def _content(self, values: dict[str, Any]) -> dict[str, Any]:
+        return {"identity": self._identity, "model": self.raw_model.state_dict(), "scores": values, **self.describe}
+
+    def _save_last(self) -> None:
+        self._saved_at = time.monotonic()
+        if not self.accelerator.is_main_process:
+            return
+        scaler = self.accelerator.scaler
+        content = self._content({}) | {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "position": asdict(self.position),
+            "random": random_states(),
+        }
+        save_checkpoint(self.folder / "last.pt", content, keep_previous=True)
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """The generator that orders an epoch: a function of seed and epoch alone, so that resume needs no history."""
+    generator = torch.Generator()
+    generator.manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return generator

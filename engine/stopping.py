@@ -1,0 +1,66 @@
+"""Signals that ask for the machine back: finish the step in hand, write `last.pt`, leave with a code that says why."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, start again and it goes on. Ctrl-C keeps the shell's 130.
+EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 130
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))
+
+
+class Stopped(Exception):
+    """The work was asked to stop and has saved what it had; start the same command again to go on."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
+
+
+class StopRequest:
+    """Remembers the first signal that came; loops look at it between steps."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.number is not None
+
+    def raise_if_set(self) -> None:
+        """Raise Stopped when a signal has come."""
+        if self.number is not None:
+            raise Stopped(self.number)
+
+
+@contextmanager
+def watch_signals(immediate: bool = False) -> Iterator[StopRequest]:
+    """Catch SIGTERM, SIGUSR1 and SIGINT while the body runs.
+
+    They set the yielded request; with `immediate`, they raise Stopped where the program stands (for work whose files
+    are atomic anyway). A second SIGINT always raises KeyboardInterrupt, for those who cannot wait. Outside the main
+    thread, where Python allows no handlers, nothing is caught.
+    """
+    request = StopRequest()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        again = request.number is not None
+        request.number = request.number or number
+        if again and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if immediate and not again:
+            raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

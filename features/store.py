@@ -1,0 +1,432 @@
+"""The feature store: one HDF5 file a video, and a folder name that says exactly which encoder made it.
+
+A folder `<store>/<encoder>-<digest12>/` holds `videoNN.h5` files and the `index.json` they were made from; it is all
+that stage two needs. Nothing here imports torch, an image library or a decoder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+from engine.files import (
+    as_user_error,
+    atomic_path,
+    is_no_room,
+    remove_stale_temporaries,
+    require_free_bytes,
+    sha256_json,
+)
+from engine.runs import package_version
+
+SCHEMA_VERSION = 1
+CHUNK_FRAMES = 256
+INDEX_FILE = "index.json"
+ENCODER_FILE = "encoder.json"
+# A damaged file may claim any shape; nothing larger than this is allocated for one data set.
+MAX_DATASET_BYTES = 16 << 30
+
+
+class FeatureFileError(UserError):
+    """A feature file that is missing, cut short, damaged, of another schema or of another encoder."""
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """Everything that changes a video's features besides its pixels.
+
+    `weights_sha256` is over the encoder's tensors, head included. `preprocess` is the whole preprocessing as JSON, crop
+    included. The reader is not part of it: readers are bit-identical.
+    """
+
+    backbone: str
+    weights_sha256: str
+    preprocess: Mapping[str, Any]
+    fps: float
+    precision: str
+    storage: str
+    embedding_dim: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The spec as plain values, with the schema version that reads it."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "backbone": self.backbone,
+            "weights_sha256": self.weights_sha256,
+            "preprocess": dict(self.preprocess),
+            "fps": self.fps,
+            "precision": self.precision,
+            "storage": self.storage,
+            "embedding_dim": self.embedding_dim,
+        }
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the whole spec."""
+        return sha256_json(self.to_json())
+
+    @property
+    def folder_name(self) -> str:
+        """`<backbone>-<first 12 digits of the digest>`."""
+        return f"{self.backbone}-{self.digest[:12]}"
+
+
+@dataclass(frozen=True)
+class SourceIdentity:
+    """The video a feature file was made from; decides whether a file is still the right one."""
+
+    video_id: str
+    sha256_ends: str
+    size_bytes: int
+    fps: float
+
+
+@dataclass
+class VideoFeatures:
+    """One video's features and labels. -1 in `phase` and `tools` means no label; NaN in `tool_logits`, no tool head."""
+
+    features: NDArray[Any]  # (T, D) float16 or float32
+    frame_index: NDArray[np.int64]  # (T,) frame of the source video
+    time_s: NDArray[np.float64]  # (T,)
+    phase: NDArray[np.int8]  # (T,)
+    tools: NDArray[np.int8]  # (T, K)
+    tool_logits: NDArray[np.float32]  # (T, K)
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.frame_index)
+
+
+class FeatureWriter:
+    """Writes one feature file block by block, so that memory does not grow with the video's length.
+
+    Use as a context manager; the file appears under its name only when the body ended without an exception, all T rows
+    were appended and the reopened file verifies.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        encoder: EncoderSpec,
+        source: SourceIdentity,
+        frame_index: NDArray[np.int64],
+        phase: NDArray[np.int8],
+        tools: NDArray[np.int8],
+        attributes: Mapping[str, Any],
+    ) -> None:
+        self.path, self.encoder, self.source = path, encoder, source
+        self.frame_index, self.phase, self.tools = frame_index, phase, tools
+        self.attributes = dict(attributes)
+        self.rows = 0
+
+    def __enter__(self) -> FeatureWriter:
+        self._atomic = atomic_path(self.path)
+        self._temporary = self._atomic.__enter__()
+        try:
+            self._create()
+        except BaseException as error:
+            self._leave(error)
+            raise
+        return self
+
+    def append(self, features: NDArray[Any], tool_logits: NDArray[np.float32]) -> None:
+        """The next rows: features (N, D) in any float type, tool logits (N, K)."""
+        stop = self.rows + len(features)
+        stored = features.astype(self.encoder.storage)
+        if not np.isfinite(stored).all():
+            row = self.rows + int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])
+            raise UserError(
+                f"{self.source.video_id}: features of sample {row} (frame {self.frame_index[row]}) do not fit "
+                f"{self.encoder.storage}; use extract.storage=float32 or look at the weights"
+            )
+        self._file["features"][self.rows : stop] = stored
+        self._file["tool_logits"][self.rows : stop] = tool_logits
+        self.rows = stop
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            self._leave(error)
+            return
+        try:
+            self._complete()
+        except BaseException as failure:
+            self._leave(failure)
+            raise
+        self._atomic.__exit__(None, None, None)
+
+    def _create(self) -> None:
+        count, dim, tools = len(self.frame_index), self.encoder.embedding_dim, self.tools.shape[1]
+        self._file = h5py.File(self._temporary, "w", libver=("earliest", "v110"))
+        chunk = min(CHUNK_FRAMES, count)
+        _create(self._file, "features", (count, dim), self.encoder.storage, (chunk, dim))
+        _create(self._file, "tool_logits", (count, tools), "float32", (chunk, tools))
+        _create(self._file, "frame_index", (count,), "int64", (chunk,))[...] = self.frame_index
+        _create(self._file, "time_s", (count,), "float64", (chunk,))[...] = self.frame_index / self.source.fps
+        write_labels(self._file, self.phase, self.tools)
+        self._file.attrs.update(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "video_id": self.source.video_id,
+                "source_sha256_ends": self.source.sha256_ends,
+                "source_size_bytes": self.source.size_bytes,
+                "source_fps": self.source.fps,
+                "fps": self.encoder.fps,
+                "backbone": self.encoder.backbone,
+                "weights_sha256": self.encoder.weights_sha256,
+                "preprocess": json.dumps(dict(self.encoder.preprocess), sort_keys=True),
+                "precision": self.encoder.precision,
+                "storage": self.encoder.storage,
+                "encoder_digest": self.encoder.digest,
+                "package_version": package_version("surgstage") or "",
+                **self.attributes,
+            }
+        )
+
+    def _complete(self) -> None:
+        if self.rows != len(self.frame_index):
+            raise UserError(f"{self.source.video_id}: {self.rows} of {len(self.frame_index)} frames were computed")
+        self._file.attrs["complete"] = True
+        self._file.close()
+        problem = verify_file(self._temporary, self.encoder, self.source)
+        if problem:
+            raise UserError(f"{self.path}: what was written does not read back ({problem}); is the disk sound?")
+
+    def _leave(self, error: BaseException) -> None:
+        """Close what is open and let the temporary file go; HDF5 itself may fail again on a full disk."""
+        file = getattr(self, "_file", None)
+        try:
+            if file is not None and file.id.valid:
+                file.close()
+        except (OSError, RuntimeError):
+            pass
+        if isinstance(error, OSError | RuntimeError) and not isinstance(error, UserError) and _no_room(error):
+            error = OSError(28, "No space left on device")
+        try:
+            self._atomic.__exit__(type(error), error, None)
+        except UserError as shown:
+            raise shown from error
+        except BaseException as same:
+            if same is not error:
+                raise
+
+
+def _no_room(error: BaseException) -> bool:
+    return is_no_room(error) or "errno = 28" in str(error) or "errno = 27" in str(error)
+
+
+def _create(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...]) -> h5py.Dataset:
+    """A data set with a checksum a chunk. An empty one (no tools) has no chunks, and so nothing to check."""
+    filled = all(shape)
+    return file.create_dataset(name, shape, dtype, chunks=chunk if filled else None, fletcher32=filled)
+
+
+def write_labels(file: h5py.File, phase: NDArray[np.int8], tools: NDArray[np.int8]) -> None:
+    """Write the label data sets of an open feature file: phase (T,), tools (T, K), -1 = no label."""
+    for name, values in (("phase", phase), ("tools", tools)):
+        if name in file:
+            del file[name]
+        chunk = (min(CHUNK_FRAMES, len(values)), *values.shape[1:])
+        _create(file, name, values.shape, "int8", chunk)[...] = values
+
+
+def read_features(path: Path, with_features: bool = True) -> VideoFeatures:
+    """Read one feature file whole; every chunk's checksum is checked on the way.
+
+    Raises FeatureFileError naming the file and what is wrong with it.
+    """
+    try:
+        with _open(path) as file:
+            attributes = {name: _plain(value) for name, value in file.attrs.items()}
+            if attributes.get("schema_version") != SCHEMA_VERSION:
+                raise FeatureFileError(
+                    f"{path}: schema version {attributes.get('schema_version')}, this program reads {SCHEMA_VERSION}"
+                )
+            if not attributes.get("complete"):
+                raise FeatureFileError(f"{path}: not complete; run extract again")
+            values = {name: _read(file, name, path) for name in _DATASETS if with_features or name != "features"}
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise FeatureFileError(f"{path}: damaged or cut short ({_short(error)}); run extract again") from error
+    features = values.pop("features", np.zeros((len(values["frame_index"]), 0), np.float16))
+    lengths = {name: len(value) for name, value in {"features": features, **values}.items()}
+    if len(set(lengths.values())) != 1:
+        raise FeatureFileError(f"{path}: damaged (lengths differ: {lengths}); run extract again")
+    return VideoFeatures(features=features, **values, attributes=attributes)
+
+
+_DATASETS: dict[str, tuple[int, str]] = {
+    "features": (2, "f"),
+    "frame_index": (1, "i"),
+    "time_s": (1, "f"),
+    "phase": (1, "i"),
+    "tools": (2, "i"),
+    "tool_logits": (2, "f"),
+}
+
+
+def _open(path: Path) -> h5py.File:
+    if not path.is_file():
+        raise FeatureFileError(f"{path}: no such feature file; run extract")
+    return h5py.File(path, "r", locking=False)
+
+
+def _read(file: h5py.File, name: str, path: Path) -> NDArray[Any]:
+    node = file[name]
+    dimensions, kind = _DATASETS[name]
+    if not isinstance(node, h5py.Dataset) or node.ndim != dimensions or node.dtype.kind != kind:
+        raise FeatureFileError(f"{path}: {name} is not a data set of {dimensions} dimension(s); run extract again")
+    if node.nbytes > MAX_DATASET_BYTES or (node.nbytes > 64 << 20 and node.id.get_storage_size() < node.nbytes // 16):
+        raise FeatureFileError(f"{path}: {name} claims {node.nbytes:,} bytes; not a feature file of this project")
+    value: NDArray[Any] = node[...]
+    return value
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value.decode() if isinstance(value, bytes) else value
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def verify_file(
+    path: Path, encoder: EncoderSpec | None = None, source: SourceIdentity | None = None, deep: bool = True
+) -> str | None:
+    """What is wrong with a feature file, or None. `deep` reads every chunk (checksums); otherwise only the header.
+
+    With `encoder` and `source` the file must also be of that encoder and of that very video.
+    """
+    try:
+        attributes = read_features(path, with_features=deep).attributes if deep else read_attributes(path)
+    except FeatureFileError as error:
+        return str(error).removeprefix(f"{path}: ")
+    if encoder is not None and attributes.get("encoder_digest") != encoder.digest:
+        return "made by another encoder"
+    if source is not None:
+        if attributes.get("video_id") != source.video_id:
+            return f"holds video {attributes.get('video_id')}"
+        if attributes.get("source_sha256_ends") != source.sha256_ends:
+            return "the source has changed since"
+    return None
+
+
+def read_attributes(path: Path) -> dict[str, Any]:
+    """A feature file's root attributes. Raises FeatureFileError when it is not complete or not readable."""
+    try:
+        with _open(path) as file:
+            attributes = {name: _plain(value) for name, value in file.attrs.items()}
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise FeatureFileError(f"{path}: damaged or cut short ({_short(error)}); run extract again") from error
+    if not attributes.get("complete"):
+        raise FeatureFileError(f"{path}: not complete; run extract again")
+    return attributes
+
+
+def rewrite_labels(path: Path, phase: NDArray[np.int8], tools: NDArray[np.int8], attributes: Mapping[str, Any]) -> None:
+    """Replace the labels of a feature file and keep its features: phase (T,), tools (T, K).
+
+    The file is copied, changed and renamed, so a reader sees the old labels or the new ones, never half of each.
+    """
+    import shutil
+
+    if len(phase) != len(read_features(path, with_features=False)):
+        raise FeatureFileError(f"{path}: new labels have another length; run extract again")
+    with atomic_path(path) as temporary:
+        shutil.copyfile(path, temporary)
+        with h5py.File(temporary, "r+", locking=False) as file:
+            write_labels(file, phase, tools)
+            file.attrs.update(dict(attributes))
+        problem = verify_file(temporary)
+        if problem:
+            raise FeatureFileError(f"{path}: {problem}")
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+def feature_path(folder: Path, video_id: str) -> Path:
+    """Where a video's features are."""
+    return folder / f"{video_id}.h5"
+
+
+def feature_files(folder: Path) -> list[Path]:
+    """The feature files of a folder, by name. Raises UserError when there is none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such feature folder; run extract, or name another with --features")
+    files = sorted(path for path in folder.glob("*.h5") if not path.name.startswith("."))
+    if not files:
+        raise UserError(f"{folder}: holds no feature files; run extract first")
+    return files
+
+
+def load_feature_set(folder: Path, video_ids: Sequence[str]) -> dict[str, VideoFeatures]:
+    """The named videos' features in memory, checksums checked; all of one encoder.
+
+    Raises UserError naming the videos that are missing, and FeatureFileError for a damaged file or a second encoder.
+    """
+    missing = [video_id for video_id in video_ids if not feature_path(folder, video_id).is_file()]
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise UserError(f"{folder}: no features of {shown}; run extract to make them")
+    loaded = {video_id: read_features(feature_path(folder, video_id)) for video_id in video_ids}
+    require_one_encoder({feature_path(folder, name): video.attributes for name, video in loaded.items()})
+    return loaded
+
+
+def require_one_encoder(attributes: Mapping[Path, Mapping[str, Any]]) -> str | None:
+    """The common encoder digest of feature files. Raises FeatureFileError naming two that differ."""
+    first: tuple[Path, str] | None = None
+    for path, found in attributes.items():
+        digest = str(found.get("encoder_digest"))
+        if first is None:
+            first = (path, digest)
+        elif digest != first[1]:
+            raise FeatureFileError(
+                f"{path}: made by encoder {digest[:12]}, but {first[0].name} by {first[1][:12]}; "
+                "features of two encoders do not mix: delete one kind or extract again"
+            )
+    return first[1] if first else None
+
+
+def verify_folder(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """Every feature file with what is wrong with it (None: nothing); one encoder's digest must be in all of them."""
+    expected: str | None = None
+    for path in feature_files(folder):
+        problem = verify_file(path)
+        if problem is None:
+            digest = str(read_attributes(path)["encoder_digest"])
+            expected = expected or digest
+            if digest != expected:
+                problem = f"made by another encoder ({digest[:12]}, the first file's is {expected[:12]})"
+        yield path, problem
+
+
+def estimate_bytes(lengths: Iterable[int], encoder: EncoderSpec) -> int:
+    """Disk space that features of videos with `lengths` sampled frames take, rounded up."""
+    item = np.dtype(encoder.storage).itemsize
+    return sum(length * (encoder.embedding_dim * item + 64) + 64_000 for length in lengths)
+
+
+def prepare_folder(folder: Path, missing_lengths: Sequence[int], encoder: EncoderSpec) -> None:
+    """Make the folder, sweep what killed writers left, and see that the disk has room for what is missing."""
+    folder.mkdir(parents=True, exist_ok=True) if os.access(_nearest_existing(folder), os.W_OK) else _refuse(folder)
+    remove_stale_temporaries(folder)
+    require_free_bytes(folder, estimate_bytes(missing_lengths, encoder), "the features")
+
+
+def _nearest_existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _refuse(folder: Path) -> None:
+    raise as_user_error(PermissionError(13, "Permission denied"), folder)
