@@ -50,6 +50,14 @@ class FilePatterns(Strict):
         return pattern
 
 
+class NamedSplit(Strict):
+    """A published split: video ids or shell patterns (`workflow_video_*`), matched in full."""
+
+    train: tuple[str, ...] = ()
+    val: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+
+
 class DataSetSpec(Strict):
     """A data set: everything that distinguishes one from another, so that a new one is a file and no code."""
 
@@ -65,6 +73,7 @@ class DataSetSpec(Strict):
         "video{number:02d}", description="video id from the number that the patterns' group id holds"
     )
     patterns: FilePatterns
+    splits: dict[str, NamedSplit] = Field({}, description="published splits that `data.split.rule` can name")
     default_split: str = "60/20/20"
 
     @model_validator(mode="after")
