@@ -1,0 +1,309 @@
+"""The command line: parse, call one function, print. `python pipeline.py --help` lists the commands.
+
+Nothing heavy is imported before a command runs, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from configs.errors import UserError
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+
+EXIT_PARTLY = 1
+EXIT_BAD_INPUT = 2
+
+
+class Group(click.Group):
+    """Turns the errors a user can mend into one line and exit code 2, and stop signals into their codes."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except UserError as error:
+            click.echo(f"error: {error}", err=True)
+            context.exit(EXIT_BAD_INPUT)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            context.exit(130)
+        except Exception as error:
+            code = getattr(error, "exit_code", None)
+            if type(error).__name__ != "Stopped" or code is None:
+                raise
+            click.echo(f"{error}; what was done is saved: the same command goes on from there", err=True)
+            context.exit(code)
+
+
+def settings(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--config`, `--set` and `--name`, the same for every command that works on a run."""
+    for option in (
+        click.option("--name", help="Name of the run, a folder below `runs/`. Default: the name of the preset."),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Change one setting, for example --set temporal.head.hidden=256. Repeatable.",
+        ),
+        click.option(
+            "--config",
+            "source",
+            default="cholec80",
+            show_default=True,
+            metavar="FILE",
+            help="Settings: a YAML file or the name of a preset in configs/.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _config(source: str, overrides: tuple[str, ...]) -> Config:
+    from configs.load import load_config
+
+    return load_config(source, overrides)
+
+
+def _run(config: Config, source: str, name: str | None) -> Path:
+    from engine.runs import run_folder
+
+    return run_folder(config, name or Path(source).stem)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="surgstage", message="%(version)s")
+def cli() -> None:
+    """Surgical workflow recognition in two stages.
+
+    \b
+    index           find videos and annotations below a folder, split them
+    train-cnn       stage one: fine-tune a CNN on the tools seen in frames
+    extract         one embedding a frame into one HDF5 file a video
+    train-temporal  stage two: an LSTM over whole videos, seconds an epoch
+    evaluate        phases and tools on the test videos: tables, JSON, ribbons
+    run             all of these from one file of settings
+
+    Every command takes --config FILE and --set key=value; `config show` prints what they come to. The folder of the
+    videos is data.root: `--set data.root=DIR`, a line in the file, or the variable SURGSTAGE_DATA.
+    """
+
+
+@cli.group()
+def config() -> None:
+    """Look at settings."""
+
+
+@config.command("show")
+@settings
+def config_show(source: str, overrides: tuple[str, ...], name: str | None) -> None:
+    """Print every setting as the commands will see it: preset, file and --set together."""
+    from configs.load import to_yaml
+
+    click.echo(to_yaml(_config(source, overrides)), nl=False)
+
+
+@cli.command()
+@settings
+@click.option("--root", type=click.Path(path_type=Path), help="Folder of the videos; the same as --set data.root=DIR.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where the index goes; the same as --set data.index=FILE.")
+@click.option("--force", is_flag=True, help="Replace an index that differs from what is found now.")
+@click.option("--check", is_flag=True, help="Check the existing index against the files: everything short of decoding.")
+def index(
+    source: str,
+    overrides: tuple[str, ...],
+    name: str | None,
+    root: Path | None,
+    out: Path | None,
+    force: bool,
+    check: bool,
+) -> None:
+    """Find videos (or folders of frames) and their annotations, split them, and write what was found.
+
+    Folder names do not matter, file names do (configs/datasets). Nothing is decoded.
+    """
+    from features.catalogue import check_dataset, index_dataset
+
+    extra = [f"data.root={root}"] * (root is not None) + [f"data.index={out}"] * (out is not None)
+    resolved = _config(source, (*overrides, *extra))
+    if not check:
+        index_dataset(resolved, replace=force)
+        return
+    problems = check_dataset(resolved)
+    for problem in problems:
+        click.echo(problem, err=True)
+    click.echo(f"{len(problems)} problem(s) found" if problems else "index and files agree")
+    if problems:
+        sys.exit(EXIT_PARTLY)
+
+
+@cli.command("train-cnn")
+@settings
+def train_cnn_command(source: str, overrides: tuple[str, ...], name: str | None) -> None:
+    """Stage one: fine-tune the backbone on tool presence, frame by frame.
+
+    Frames are decoded once into a cache (cache.dir). Stopped and started again, training goes on where it was.
+    """
+    from stage1_cnn.train import train_cnn
+
+    resolved = _config(source, overrides)
+    with _stop_between_steps() as stop:
+        index, root = _dataset(resolved)
+        result = train_cnn(resolved, _run(resolved, source, name), index, root, stop)
+    click.echo(f"stage one: {_sentence(result)}")
+
+
+@cli.command()
+@settings
+@click.option("--shard", default="0/1", show_default=True, metavar="I/N", help="Do every N-th video, from number I.")
+@click.option("--index", "index_file", type=click.Path(path_type=Path), help="Another index than data.index.")
+def extract(source: str, overrides: tuple[str, ...], name: str | None, shard: str, index_file: Path | None) -> None:
+    """Turn every sampled frame into an embedding (and tool logits): one HDF5 file a video.
+
+    Files that verify are skipped, so a second start only does what is missing. A damaged video is reported and the
+    others go on; the exit code is then 1.
+    """
+    from stage1_cnn.extract import extract as extract_features
+
+    more = (f"data.index={index_file}",) if index_file else ()
+    resolved = _config(source, (*overrides, *more))
+    with _stop_at_once() as stop:
+        index, root = _dataset(resolved)
+        report = extract_features(
+            resolved, _run(resolved, source, name), index, root, shard=_shard(shard), folder=None, stop=stop
+        )
+    click.echo(report.sentence())
+    for video_id, reason in report.failed:
+        click.echo(f"failed: {video_id}: {reason}", err=True)
+    if report.failed:
+        sys.exit(EXIT_PARTLY)
+
+
+@cli.command("train-temporal")
+@settings
+@click.option("--features", type=click.Path(path_type=Path), help="Feature folder. Default: the one `extract` made.")
+def train_temporal_command(source: str, overrides: tuple[str, ...], name: str | None, features: Path | None) -> None:
+    """Stage two: train a phase model over whole videos of features; no image is touched.
+
+    A per-frame linear head is trained beside it on the same features, for as long, as the baseline. Another experiment
+    is another --name; the same name with other settings is refused.
+    """
+    from features.store import find_feature_folder
+    from stage2_temporal.train import train_temporal
+
+    resolved = _config(source, overrides)
+    run = _run(resolved, source, name)
+    folder = find_feature_folder(features, run, resolved.extract.store)
+    with _stop_between_steps() as stop:
+        result = train_temporal(resolved, run, folder, stop)
+    click.echo(f"stage two: {_sentence(result)}")
+
+
+@cli.command()
+@settings
+@click.option("--features", type=click.Path(path_type=Path), help="Feature folder. Default: the one of the run.")
+@click.option("--split", default="test", show_default=True, type=click.Choice(["train", "val", "test", "all"]))
+@click.option(
+    "--index",
+    "index_file",
+    type=click.Path(path_type=Path),
+    help="Evaluate on another data set with the same classes; features are extracted where missing.",
+)
+def evaluate(
+    source: str,
+    overrides: tuple[str, ...],
+    name: str | None,
+    features: Path | None,
+    split: str,
+    index_file: Path | None,
+) -> None:
+    """Phases and tools of a trained run: tables, metrics.json, a prediction file a video, and ribbons as PNG."""
+    from stage2_temporal.evaluate import evaluate_run
+
+    resolved = _config(source, overrides)
+    run = _run(resolved, source, name)
+    with _stop_at_once() as stop:
+        evaluate_run(resolved, run, split=split, features=features, index_file=index_file, stop=stop)
+
+
+@cli.command("run")
+@settings
+def run_command(source: str, overrides: tuple[str, ...], name: str | None) -> None:
+    """Everything from one file of settings: index, train-cnn, extract, train-temporal, evaluate.
+
+    A stage whose inputs have not changed is not done again. The outcome stands in RUN/summary.json.
+    """
+    from stage2_temporal.run import run_all
+
+    resolved = _config(source, overrides)
+    with _stop_between_steps() as stop:
+        run_all(resolved, _run(resolved, source, name), stop)
+
+
+@cli.group()
+def features() -> None:
+    """Look after feature folders."""
+
+
+@features.command("verify")
+@click.argument("folder", type=click.Path(path_type=Path))
+def features_verify(folder: Path) -> None:
+    """Read every feature file in FOLDER whole and check it; exit code 1 when one is not sound."""
+    from features.store import verify_folder
+
+    bad = 0
+    for path, problem in verify_folder(folder):
+        bad += problem is not None
+        click.echo(f"{path.name}: {problem or 'ok'}", err=problem is not None)
+    click.echo(f"{bad} file(s) are not sound: run extract again" if bad else "all files are sound")
+    if bad:
+        sys.exit(EXIT_PARTLY)
+
+
+@features.command("info")
+@click.argument("folder", type=click.Path(path_type=Path))
+def features_info(folder: Path) -> None:
+    """What made the features in FOLDER, and what they hold."""
+    from features.store import describe_folder
+
+    for line in describe_folder(folder):
+        click.echo(line)
+
+
+def _dataset(config: Config) -> tuple[Any, Path]:
+    from features.catalogue import open_dataset
+
+    return open_dataset(config)
+
+
+def _stop_between_steps() -> Any:
+    from engine.stopping import watch_signals
+
+    return watch_signals()
+
+
+def _stop_at_once() -> Any:
+    from engine.stopping import watch_signals
+
+    return watch_signals(immediate=True)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    first, slash, second = text.partition("/")
+    if not (slash and first.isdigit() and second.isdigit() and int(first) < int(second)):
+        raise UserError(f"--shard {text}: expected I/N with I from 0 to N-1, for example 0/4")
+    return int(first), int(second)
+
+
+def _sentence(result: dict[str, Any]) -> str:
+    return str(result.get("sentence", "done"))
+
+
+if __name__ == "__main__":
+    cli()

@@ -27,9 +27,13 @@ def load_config(source: str | Path | None = None, overrides: Iterable[str] = ())
     """
     path = preset_path(source or DEFAULT_PRESET, PRESETS, "preset")
     tree = read_yaml(path)
-    for override in overrides:
+    config = _validate(Config, tree, str(path))  # before the overrides, so that an error is blamed on the right place
+    wanted = list(overrides)
+    if not wanted:
+        return config
+    for override in wanted:
         _lay_over(tree, override)
-    return _validate(Config, tree, str(path))
+    return _validate(Config, tree, "--set")
 
 
 def load_dataset(name: str) -> DataSetSpec:

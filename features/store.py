@@ -22,9 +22,11 @@ from engine.files import (
     as_user_error,
     atomic_path,
     is_no_room,
+    read_json,
     remove_stale_temporaries,
     require_free_bytes,
     sha256_json,
+    write_json,
 )
 from engine.runs import package_version
 
@@ -141,7 +143,8 @@ class FeatureWriter:
     def append(self, features: NDArray[Any], tool_logits: NDArray[np.float32]) -> None:
         """The next rows: features (N, D) in any float type, tool logits (N, K)."""
         stop = self.rows + len(features)
-        stored = features.astype(self.encoder.storage)
+        with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused by name below
+            stored = features.astype(self.encoder.storage)
         if not np.isfinite(stored).all():
             row = self.rows + int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])
             raise UserError(
@@ -430,3 +433,54 @@ def _nearest_existing(folder: Path) -> Path:
 
 def _refuse(folder: Path) -> None:
     raise as_user_error(PermissionError(13, "Permission denied"), folder)
+
+
+def write_encoder(folder: Path, encoder: EncoderSpec) -> None:
+    """Say in `encoder.json` what made the folder's features."""
+    write_json(folder / ENCODER_FILE, encoder.to_json())
+
+
+def find_feature_folder(named: Path | None, run: Path, store: Path) -> Path:
+    """The feature folder to use: the one named, the one the run's `extract` made, or the store's only one.
+
+    Raises UserError naming the choices where that leaves none or several.
+    """
+    if named is not None:
+        feature_files(named)
+        return named
+    pointer = run / "extract" / "result.json"
+    if pointer.exists():
+        folder = Path(str(read_json(pointer).get("folder")))
+        feature_files(folder)
+        return folder
+    found = sorted(path.parent for path in store.glob(f"*/{INDEX_FILE}")) if store.is_dir() else []
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise UserError(f"{store}: holds no features; run extract first, or name a folder with --features DIR")
+    shown = ", ".join(str(path) for path in found[:4])
+    raise UserError(f"{store}: holds features of several encoders ({shown}); choose one with --features DIR")
+
+
+def describe_folder(folder: Path) -> list[str]:
+    """Lines for `features info`: the encoder, then a line a video. Damaged files are named, not hidden."""
+    lines: list[str] = []
+    total = 0
+    for path in feature_files(folder):
+        try:
+            video = read_features(path, with_features=False)
+        except FeatureFileError as error:
+            lines.append(str(error))
+            continue
+        if not total:
+            lines[:0] = _encoder_lines(folder, video.attributes)
+        total += len(video)
+        labelled = int((video.phase >= 0).sum())
+        with_tools = int((video.tools >= 0).any(axis=1).sum()) if video.tools.size else 0
+        lines.append(f"{path.stem}: {len(video)} frames, {labelled} with a phase, {with_tools} with tools")
+    return [*lines, f"{total} frames in all"]
+
+
+def _encoder_lines(folder: Path, attributes: Mapping[str, Any]) -> list[str]:
+    names = ("backbone", "weights_sha256", "fps", "precision", "storage", "preprocess", "encoder_digest")
+    return [str(folder), *(f"  {name}: {attributes.get(name)}" for name in names)]

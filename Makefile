@@ -1,0 +1,40 @@
+# Exactly two commands set everything up: `make demo` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install test fast lint types bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## create .venv and install everything into it
+
+$(STAMP): setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $(STAMP)
+
+test: $(STAMP) lint types ## install, lint, type-check, run every test
+	$(BIN)/python -m pytest
+
+fast: $(STAMP) ## only the quick tests
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: $(STAMP) ## ruff and the import table
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(STAMP) ## mypy on the packages
+	$(BIN)/mypy
+
+bench: $(STAMP) ## time what docs/performance.md quotes; results in artifacts/bench
+	mkdir -p artifacts/bench
+	$(BIN)/python benchmarks/start_up.py --json artifacts/bench/start_up.json
+
+clean: ## remove caches (never .venv, runs or artifacts)
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

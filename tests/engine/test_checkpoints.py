@@ -1,0 +1,133 @@
+"""Checkpoints survive damage and never run what they contain."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from configs.errors import UserError
+from engine.checkpoints import (
+    load_checkpoint,
+    load_foreign_weights,
+    load_latest,
+    previous_of,
+    random_states,
+    restore_random_states,
+    save_checkpoint,
+)
+
+
+def test_round_trip_and_the_previous_one_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    for step in (1, 2):
+        save_checkpoint(path, {"model": {"w": torch.full((2,), float(step))}, "step": step}, keep_previous=True)
+    assert load_checkpoint(path)["step"] == 2
+    assert load_checkpoint(previous_of(path))["step"] == 1
+    assert sorted(os.listdir(tmp_path)) == ["last.pt", "last.pt.previous"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "zero", "missing"])
+def test_a_damaged_last_checkpoint_falls_back_with_a_warning(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "last.pt"
+    for step in (1, 2):
+        save_checkpoint(path, {"w": torch.arange(5000.0), "step": step}, keep_previous=True)
+    content = bytearray(path.read_bytes())
+    if damage == "truncate":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "flip":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif damage == "zero":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+    if damage == "missing":
+        latest = load_latest(path)
+    else:
+        with pytest.warns(UserWarning, match=r"last\.pt: damaged.*previous"):
+            latest = load_latest(path)
+    assert latest is not None
+    assert latest["step"] == 1
+
+
+def test_both_damaged_is_an_error_and_none_is_none(tmp_path: Path) -> None:
+    assert load_latest(tmp_path / "last.pt") is None
+    (tmp_path / "last.pt").write_bytes(b"junk")
+    with pytest.raises(UserError, match="damaged or not a checkpoint"):
+        load_latest(tmp_path / "last.pt")
+
+
+class Payload:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return (os.mkdir, (str(self.target),))
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_a_harmful_pickle_is_refused_and_not_run(tmp_path: Path, writer: str) -> None:
+    path, target = tmp_path / "evil.pth", tmp_path / "pwned"
+    if writer == "torch":
+        torch.save({"w": Payload(target)}, path)
+    else:
+        path.write_bytes(pickle.dumps({"w": Payload(target)}))
+    for load in (load_checkpoint, lambda file: load_foreign_weights(file, trusted=True)):
+        with pytest.raises(UserError) as caught:
+            load(path)
+        assert "evil.pth" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not target.exists()
+
+
+def test_foreign_weights_lose_their_wrappers(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"module.conv1.weight": torch.ones(2)}}, tmp_path / "a.pth")
+    assert list(load_foreign_weights(tmp_path / "a.pth", trusted=True)) == ["conv1.weight"]
+    torch.save([1, 2], tmp_path / "b.pth")
+    (tmp_path / "page.pth").write_text("<html>not found</html>")
+    for name in ("b.pth", "page.pth", "missing.pth"):
+        with pytest.raises(UserError, match=name):
+            load_foreign_weights(tmp_path / name, trusted=True)
+
+
+def test_old_torch_needs_the_users_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"w": torch.ones(1)}, tmp_path / "a.pth")
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cu118")
+    with pytest.raises(UserError, match="--trusted"):
+        load_foreign_weights(tmp_path / "a.pth")
+    assert load_foreign_weights(tmp_path / "a.pth", trusted=True)["w"].item() == 1
+
+
+def test_random_states_survive_a_checkpoint(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "r.pt", {"random": random_states()})
+    first = (torch.rand(3), np.random.rand(3), random.random())
+    restore_random_states(load_checkpoint(tmp_path / "r.pt")["random"])
+    again = (torch.rand(3), np.random.rand(3), random.random())
+    assert torch.equal(first[0], again[0])
+    assert np.array_equal(first[1], again[1])
+    assert first[2] == again[2]
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    save_checkpoint(tmp_path / "last.pt", {"step": 1})
+    program = (
+        "import resource, signal, sys, torch\nfrom pathlib import Path\n"
+        "from engine.checkpoints import save_checkpoint\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
+        "save_checkpoint(Path(sys.argv[1]), {'step': 2, 'w': torch.zeros(1_000_000)}, keep_previous=True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "last.pt")], capture_output=True, text=True, check=False
+    )
+    assert "UserError" in done.stderr.strip().splitlines()[-1]
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 1
+    assert os.listdir(tmp_path) == ["last.pt"]

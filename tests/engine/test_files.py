@@ -1,0 +1,115 @@
+"""Atomic writes: whole or not at all, whatever happens in the middle."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from configs.errors import UserError
+from engine.files import (
+    atomic_path,
+    inside,
+    read_json,
+    remove_stale_temporaries,
+    require_free_bytes,
+    sha256_ends,
+    write_json,
+)
+
+
+def test_a_file_appears_whole_and_no_temporary_stays(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "new" / "a.txt") as temporary:
+        temporary.write_text("whole")
+        assert not (tmp_path / "new" / "a.txt").exists()
+    assert (tmp_path / "new" / "a.txt").read_text() == "whole"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_failure_in_the_middle_keeps_the_old_file(tmp_path: Path, failure: type[BaseException]) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def write_half() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise failure
+
+    with pytest.raises(failure):
+        write_half()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    """A file-size limit answers EFBIG where a full disk answers ENOSPC; both mean no room."""
+    program = (
+        "import resource, signal, sys; from pathlib import Path; from engine.files import write_text\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "write_text(Path(sys.argv[1]), 'x' * 100_000)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "big.txt")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1].endswith("no room left on the disk; free some or choose another folder")
+    assert os.listdir(tmp_path) == []
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 4096
+
+
+def test_free_space_is_checked_before_the_work(tmp_path: Path) -> None:
+    require_free_bytes(tmp_path / "not" / "yet" / "there", 1, "a byte")
+    with pytest.raises(UserError, match=r"the features needs about .* MB and only"):
+        require_free_bytes(tmp_path, 1 << 60, "the features")
+
+
+def test_old_temporaries_go_and_young_ones_stay(tmp_path: Path) -> None:
+    old, young = tmp_path / ".a.h5.1-x.tmp", tmp_path / ".b.h5.2-y.tmp"
+    old.touch()
+    young.touch()
+    os.utime(old, (time.time() - 7200, time.time() - 7200))
+    assert remove_stale_temporaries(tmp_path) == 1
+    assert os.listdir(tmp_path) == [young.name]
+
+
+def test_json_round_trip_and_errors(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": [1, None, "é"]})
+    assert read_json(tmp_path / "a.json") == {"a": [1, None, "é"]}
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "b.json", float("nan"))
+    (tmp_path / "c.json").write_text("{")
+    for name in ("c.json", "missing.json"):
+        with pytest.raises(UserError, match=name):
+            read_json(tmp_path / name)
+    assert not (tmp_path / "b.json").exists()
+
+
+def test_ends_hash_notices_size_first_and_last_mebibyte(tmp_path: Path) -> None:
+    path = tmp_path / "v.mp4"
+    content = bytearray(3 << 20)
+    seen = set()
+    for position in (None, 0, len(content) - 1):
+        changed = bytearray(content)
+        if position is not None:
+            changed[position] = 1
+        path.write_bytes(changed)
+        seen.add(sha256_ends(path))
+    path.write_bytes(bytes((3 << 20) + 1))
+    seen.add(sha256_ends(path))
+    assert len(seen) == 4
+
+
+def test_paths_of_an_index_stay_below_the_root(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "outside")
+    assert inside(tmp_path / "root", "videos/a.mp4") == tmp_path / "root" / "videos/a.mp4"
+    for path in ("../outside", "/etc/passwd", "link/a.mp4", "a\x00b"):
+        with pytest.raises(UserError):
+            inside(tmp_path / "root", path)

@@ -1,0 +1,54 @@
+"""Run folders: resume, skip, refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.errors import UserError
+from configs.schema import Config
+from engine.runs import SUMMARY_KEYS, StageFolder, environment, run_folder, update_summary
+
+
+def test_the_same_name_with_other_settings_is_refused_by_name_of_the_difference(tmp_path: Path) -> None:
+    StageFolder(tmp_path, "temporal", Config(), {"head": {"hidden": 512}, "seed": (1, 2)}).open()
+    StageFolder(tmp_path, "temporal", Config(), {"head": {"hidden": 512}, "seed": [1, 2]}).open()
+    with pytest.raises(UserError, match=r"head\.hidden: 512 there, 256 now.*--name"):
+        StageFolder(tmp_path, "temporal", Config(), {"head": {"hidden": 256}, "seed": [1, 2]}).open()
+    assert json.loads((tmp_path / "temporal" / "identity.json").read_text())["head"]["hidden"] == 512
+
+
+def test_a_result_counts_only_for_the_identity_it_was_made_with(tmp_path: Path) -> None:
+    stage = StageFolder(tmp_path, "cnn", Config(), {"seed": 1})
+    stage.open()
+    assert stage.result is None
+    stage.finish({"map": 0.5})
+    assert stage.result is not None
+    assert stage.result["map"] == 0.5
+    assert StageFolder(tmp_path, "cnn", Config(), {"seed": 2}).result is None
+
+
+def test_a_stage_folder_holds_settings_and_environment(tmp_path: Path) -> None:
+    StageFolder(tmp_path, "cnn", Config(), {}).open()
+    assert sorted(path.name for path in (tmp_path / "cnn").iterdir()) == [
+        "config.yaml",
+        "environment.json",
+        "identity.json",
+    ]
+    assert environment()["packages"]["torch"]
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "a\nb"])
+def test_run_names_are_plain(name: str) -> None:
+    with pytest.raises(UserError, match="run name"):
+        run_folder(Config(), name)
+
+
+def test_summaries_have_the_same_keys_whatever_ran(tmp_path: Path) -> None:
+    update_summary(tmp_path, {"name": "a"}, {"index": 1.234})
+    summary = update_summary(tmp_path, {"tool_map": 0.5}, {"extract": 2.0})
+    assert list(summary) == [*SUMMARY_KEYS, "seconds"]
+    assert summary["seconds"] == {"index": 1.23, "extract": 2.0}
+    assert summary["name"] == "a"

@@ -1,0 +1,181 @@
+"""The training session: resumed equals uninterrupted, accumulation equals a larger batch, faults stop with a name."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from configs.errors import UserError
+from configs.schema import LoopConfig
+from engine.checkpoints import load_checkpoint
+from engine.device import make_accelerator, seed_everything
+from engine.logs import read_metrics
+from engine.session import TrainingSession, epoch_generator
+from engine.stopping import Stopped, StopRequest
+
+STEPS, BATCH = 5, 4
+INPUTS = torch.randn(STEPS * BATCH, 6, generator=torch.Generator().manual_seed(1))
+TARGETS = INPUTS.sum(dim=1, keepdim=True)
+
+
+def train(
+    folder: Path,
+    config: LoopConfig,
+    stop_after: int | None = None,
+    accumulate: int = 1,
+    batch: int = BATCH,
+    poison: int | None = None,
+) -> nn.Module:
+    """A small regression with dropout (so that random states matter), stopped by a signal after `stop_after` steps."""
+    seed_everything(3)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+    accelerator, _ = make_accelerator("cpu", config.precision)
+    stop = StopRequest()
+    folder.mkdir(exist_ok=True)
+    session = TrainingSession(
+        folder,
+        accelerator,
+        model,
+        [{"params": model.parameters()}],
+        config,
+        {"kind": "test"},
+        stop,
+        accumulate,
+        bar=False,
+    )
+    session.resume()
+    steps = len(INPUTS) // batch
+    for epoch in session.epochs():
+        order = torch.randperm(len(INPUTS), generator=epoch_generator(0, epoch)).split(batch)
+        for rows in session.batches(order[session.position.step :], steps):
+            with session.autocast():
+                loss = (session.model(INPUTS[rows]) - TARGETS[rows]).square().mean()
+            if session.position.global_step == poison:
+                loss = loss * float("nan")
+            session.update(loss, lambda rows=rows: f"rows {rows.tolist()}")
+            if stop_after is not None and session.position.global_step >= stop_after:
+                stop.number = signal.SIGTERM
+        score = -(session.model.eval()(INPUTS) - TARGETS).square().mean().item()
+        session.finish_epoch({"val": score}, score)
+    return session.raw_model
+
+
+def log_without_times(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in row.items() if key != "seconds"} for row in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+CONFIG = LoopConfig(epochs=3, precision="fp32")
+
+
+@given(stops=st.lists(st.integers(1, 3 * STEPS), min_size=1, max_size=3), accumulate=st.sampled_from([1, 2, 3]))
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_resumed_equals_uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, stops: list[int], accumulate: int
+) -> None:
+    whole, parts = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("parts")
+    expected = train(whole, CONFIG, accumulate=accumulate).state_dict()
+    for stop_after in sorted(stops):
+        try:
+            train(parts, CONFIG, stop_after, accumulate)
+        except Stopped as stopped:
+            assert stopped.exit_code == 75  # noqa: PT017 - stops that fall together end the run instead
+    found = train(parts, CONFIG, accumulate=accumulate).state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert log_without_times(whole) == log_without_times(parts)
+    best = [load_checkpoint(folder / "best.pt")["model"] for folder in (whole, parts)]
+    assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
+
+
+def test_a_crash_without_warning_resumes_from_the_last_checkpoint(tmp_path: Path) -> None:
+    whole, crashed = tmp_path / "whole", tmp_path / "crashed"
+    expected = train(whole, CONFIG).state_dict()
+    with pytest.raises(UserError):
+        train(crashed, CONFIG, poison=STEPS + 2)  # the log already holds lines after last.pt
+    found = train(crashed, CONFIG).state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert log_without_times(whole) == log_without_times(crashed)
+
+
+def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
+    train(tmp_path, CONFIG)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    train(tmp_path, CONFIG)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_accumulated_batches_step_like_one_large_batch(tmp_path: Path) -> None:
+    config = LoopConfig(epochs=1, precision="fp32", optim={"name": "sgd", "lr": 0.1})
+    seed_everything(0)
+    rows = torch.arange(8)
+    weights = []
+    for accumulate, batch in ((1, 8), (4, 2)):
+        torch.manual_seed(0)
+        model = nn.Linear(6, 1)
+        accelerator, _ = make_accelerator("cpu", "fp32")
+        session = TrainingSession(
+            tmp_path / str(batch), accelerator, model, [{"params": model.parameters()}], config, {}, StopRequest(),
+            accumulate, bar=False,
+        )  # fmt: skip
+        (tmp_path / str(batch)).mkdir()
+        for _ in session.epochs():
+            for part in session.batches(rows.split(batch), 8 // batch):
+                session.update((session.model(INPUTS[part]) - TARGETS[part]).square().mean())
+            session.finish_epoch({}, None)
+        weights.append(session.raw_model.weight.detach())
+    assert torch.allclose(weights[0], weights[1], atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"loss is nan in epoch 2, step 2 \(rows \[.*lower the learning rate"):
+        train(tmp_path, CONFIG, poison=STEPS + 1)
+    assert load_checkpoint(tmp_path / "last.pt")["position"]["epoch"] == 1
+
+
+def test_early_stopping_keeps_the_best_epoch(tmp_path: Path) -> None:
+    config = LoopConfig(epochs=30, precision="fp32", early_stop_epochs=2, optim={"name": "sgd", "lr": 1e-12})
+    train(tmp_path, config)
+    rows = read_metrics(tmp_path / "metrics.jsonl", "epoch")
+    assert len(rows) < 30
+    last = load_checkpoint(tmp_path / "last.pt")["position"]
+    assert last["epochs_without_better"] == 2
+    assert load_checkpoint(tmp_path / "best.pt")["scores"]["epoch"] == last["best_epoch"]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({"name": "constant"}, [1.0, 1.0, 1.0, 1.0]),
+        ({"name": "step", "step_epochs": 2, "gamma": 0.1}, [1.0, 1.0, 0.1, 0.1]),
+        ({"name": "cosine"}, [1.0, 0.853553, 0.5, 0.146447]),
+        ({"name": "plateau", "patience_epochs": 0, "gamma": 0.5}, [1.0, 1.0, 0.5, 0.25]),
+    ],
+)
+def test_schedules(schedule: dict[str, Any], expected: list[float]) -> None:
+    from configs.schema import OptimConfig, ScheduleConfig
+    from engine.optim import Schedule, build_optimizer
+
+    groups = [{"params": [nn.Parameter(torch.ones(1))], "lr_factor": factor} for factor in (1.0, 0.1)]
+    optimizer = build_optimizer(groups, OptimConfig(name="sgd", lr=1.0))
+    plan = Schedule(optimizer, ScheduleConfig(**schedule), epochs=4)
+    seen = []
+    for epoch in range(4):
+        seen.append(optimizer.param_groups[0]["lr"])
+        assert optimizer.param_groups[1]["lr"] == pytest.approx(seen[-1] * 0.1)
+        plan.end_epoch(epoch, score=0.0)
+    assert seen == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_log_cut_short_by_a_crash_is_readable(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"kind": "epoch", "global_step": 1}) + '\n{"kind": "ep')
+    assert len(read_metrics(path)) == 1

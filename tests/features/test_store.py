@@ -1,0 +1,261 @@
+"""The feature store: what is written comes back, what is damaged is noticed, encoders never mix."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.errors import UserError
+from features.store import (
+    EncoderSpec,
+    FeatureFileError,
+    FeatureWriter,
+    SourceIdentity,
+    load_feature_set,
+    prepare_folder,
+    read_features,
+    rewrite_labels,
+    verify_file,
+    verify_folder,
+)
+
+ENCODER = EncoderSpec("tiny", "ab" * 32, {"resize_px": 250, "crop_px": 224}, 1.0, "fp32", "float32", 16)
+
+
+def source(video_id: str = "video01") -> SourceIdentity:
+    return SourceIdentity(video_id, "cd" * 32, 1000, 25.0)
+
+
+def write(
+    path: Path, frames: int = 30, tools: int = 7, encoder: EncoderSpec = ENCODER, blocks: int = 2, **attributes: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(frames)
+    values = random.normal(size=(frames, encoder.embedding_dim)).astype(np.float32)
+    logits = random.normal(size=(frames, tools)).astype(np.float32)
+    phase, present = random.integers(-1, 7, frames), random.integers(-1, 2, (frames, tools))
+    with FeatureWriter(path, encoder, source(path.stem), np.arange(frames) * 25, phase, present, attributes) as writer:
+        for part, part_logits in zip(np.array_split(values, blocks), np.array_split(logits, blocks), strict=True):
+            writer.append(part, part_logits)
+    return values, logits
+
+
+@given(
+    frames=st.integers(1, 600),
+    tools=st.sampled_from([0, 1, 7]),
+    storage=st.sampled_from(["float16", "float32"]),
+    blocks=st.integers(1, 4),
+)
+@settings(deadline=None, max_examples=25)
+def test_what_is_written_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, frames: int, tools: int, storage: str, blocks: int
+) -> None:
+    path = tmp_path_factory.mktemp("store") / "video01.h5"
+    values, logits = write(path, frames, tools, replace(ENCODER, storage=storage), blocks)
+    found = read_features(path)
+    assert np.array_equal(found.features, values.astype(storage))
+    assert np.array_equal(found.tool_logits, logits)
+    assert np.array_equal(found.time_s, np.arange(frames))
+    assert (found.phase.dtype, found.tools.shape) == (np.int8, (frames, tools))
+    assert os.listdir(path.parent) == ["video01.h5"]
+
+
+def test_layout_is_the_contracts(tmp_path: Path) -> None:
+    write(tmp_path / "video01.h5", 600, phase_sha256="x")
+    with h5py.File(tmp_path / "video01.h5") as file:
+        features = file["features"]
+        assert (features.chunks, features.fletcher32, features.compression) == ((256, 16), True, None)
+        assert file["phase"].fletcher32
+        assert {"schema_version", "video_id", "source_sha256_ends", "source_fps", "fps", "backbone", "weights_sha256",
+                "preprocess", "precision", "encoder_digest", "package_version", "complete", "phase_sha256"} <= set(
+            file.attrs
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"backbone": "other"},
+        {"weights_sha256": "00" * 32},
+        {"preprocess": {"resize_px": 250, "crop_px": 200}},
+        {"fps": 5.0},
+        {"precision": "bf16"},
+        {"storage": "float16"},
+    ],
+)
+def test_whatever_changes_the_numbers_changes_the_folder(change: dict[str, Any]) -> None:
+    other = replace(ENCODER, **change)
+    assert other.folder_name != ENCODER.folder_name
+    assert replace(other) == other
+    assert replace(other).folder_name == other.folder_name
+
+
+@given(position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@settings(deadline=None, max_examples=60)
+def test_no_flipped_bit_changes_features_or_labels_unnoticed(
+    tmp_path_factory: pytest.TempPathFactory, position: float, bit: int
+) -> None:
+    path = tmp_path_factory.mktemp("flip") / "video01.h5"
+    values, logits = write(path)
+    labels = read_features(path)
+    content = bytearray(path.read_bytes())
+    content[int(position * len(content))] ^= 1 << bit
+    path.write_bytes(content)
+    problem = verify_file(path, ENCODER, source())
+    if problem is None:  # padding and unused heap space of HDF5 carry no data
+        found = read_features(path)
+        assert np.array_equal(found.features, values)
+        assert np.array_equal(found.tool_logits, logits)
+        assert np.array_equal(found.phase, labels.phase)
+        assert np.array_equal(found.tools, labels.tools)
+
+
+def test_every_flipped_byte_inside_the_features_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "video01.h5"
+    write(path, 300)
+    with h5py.File(path) as file:
+        chunk = file["features"].id.get_chunk_info(0)
+    content = path.read_bytes()
+    for offset in range(chunk.byte_offset, chunk.byte_offset + chunk.size, 997):
+        path.write_bytes(content[:offset] + bytes([content[offset] ^ 0x10]) + content[offset + 1 :])
+        assert "damaged" in (verify_file(path) or ""), offset
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.3, 0.7, 0.999])
+def test_a_file_cut_short_is_one_line(tmp_path: Path, keep: float) -> None:
+    path = tmp_path / "video01.h5"
+    write(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(FeatureFileError, match=r"video01\.h5: .*extract again") as caught:
+        read_features(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_not_feature_files(tmp_path: Path) -> None:
+    (tmp_path / "page.h5").write_text("<html>")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["features"] = np.zeros((3, 4))
+    with h5py.File(tmp_path / "bomb.h5", "w") as file:
+        file.attrs.update({"schema_version": 1, "complete": True})
+        file.create_dataset("features", (1 << 40, 2048), "float32", chunks=(256, 2048), compression="gzip")
+    with h5py.File(tmp_path / "group.h5", "w") as file:
+        file.attrs.update({"schema_version": 1, "complete": True})
+        file.create_group("features")
+    for name in ("page.h5", "other.h5", "bomb.h5", "group.h5", "missing.h5"):
+        with pytest.raises(FeatureFileError, match=name):
+            read_features(tmp_path / name)
+
+
+def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with FeatureWriter(
+            tmp_path / "video01.h5", ENCODER, source(), np.arange(4), np.zeros(4), np.zeros((4, 7)), {}
+        ) as writer:
+            writer.append(np.zeros((2, 16)), np.zeros((2, 7)))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert os.listdir(tmp_path) == []
+
+
+def test_missing_rows_and_numbers_too_large_are_refused(tmp_path: Path) -> None:
+    def half(encoder: EncoderSpec, value: float, rows: int) -> None:
+        with FeatureWriter(
+            tmp_path / "video01.h5", encoder, source(), np.arange(4), np.zeros(4), np.zeros((4, 7)), {}
+        ) as writer:
+            writer.append(np.full((rows, 16), value), np.zeros((rows, 7)))
+
+    with pytest.raises(UserError, match="2 of 4 frames"):
+        half(ENCODER, 0.0, 2)
+    with pytest.raises(UserError, match=r"storage=float32"):
+        half(replace(ENCODER, storage="float16"), 1e6, 4)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    program = f"""
+import resource, signal, sys
+import numpy as np
+from pathlib import Path
+from features.store import EncoderSpec, FeatureWriter, SourceIdentity
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+encoder = EncoderSpec("tiny", "ab", {{}}, 1.0, "fp32", "float32", 2048)
+n = 1000
+with FeatureWriter(Path({str(tmp_path)!r}) / "video01.h5", encoder, SourceIdentity("video01", "x", 1, 25.0),
+                   np.arange(n), np.zeros(n), np.zeros((n, 7)), {{}}) as writer:
+    for _ in range(10):
+        writer.append(np.random.rand(100, 2048), np.zeros((100, 7)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "no room left on the disk" in done.stderr.strip().splitlines()[-1]
+    assert os.listdir(tmp_path) == []
+
+
+def test_new_labels_keep_the_features(tmp_path: Path) -> None:
+    path = tmp_path / "video01.h5"
+    values, _ = write(path, 30, phase_sha256="old")
+    rewrite_labels(path, np.full(30, 3), np.ones((30, 7)), {"phase_sha256": "new"})
+    found = read_features(path)
+    assert np.array_equal(found.features, values)
+    assert (found.phase == 3).all()
+    assert (found.tools == 1).all()
+    assert found.attributes["phase_sha256"] == "new"
+    with pytest.raises(FeatureFileError, match="another length"):
+        rewrite_labels(path, np.zeros(29), np.ones((29, 7)), {})
+
+
+def test_a_file_of_another_source_or_encoder_does_not_verify(tmp_path: Path) -> None:
+    path = tmp_path / "video01.h5"
+    write(path)
+    assert verify_file(path, ENCODER, source()) is None
+    assert verify_file(path, ENCODER, replace(source(), sha256_ends="other")) == "the source has changed since"
+    assert verify_file(path, replace(ENCODER, fps=5.0), source()) == "made by another encoder"
+    assert verify_file(path, ENCODER, source("video02")) == "holds video video01"
+
+
+def test_mixed_encoders_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "video01.h5")
+    write(tmp_path / "video02.h5", encoder=replace(ENCODER, weights_sha256="00" * 32))
+    with pytest.raises(FeatureFileError, match=r"video02\.h5: made by encoder .* do not mix"):
+        load_feature_set(tmp_path, ["video01", "video02"])
+    problems = dict(verify_folder(tmp_path))
+    assert problems[tmp_path / "video01.h5"] is None
+    assert "another encoder" in (problems[tmp_path / "video02.h5"] or "")
+
+
+def test_missing_videos_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "video01.h5")
+    with pytest.raises(UserError, match="no features of video02, video03; run extract"):
+        load_feature_set(tmp_path, ["video01", "video02", "video03"])
+    with pytest.raises(UserError, match="no such feature folder"):
+        list(verify_folder(tmp_path / "none"))
+
+
+def test_room_is_checked_before_the_work(tmp_path: Path) -> None:
+    prepare_folder(tmp_path / "new", [100, 200], ENCODER)
+    with pytest.raises(UserError, match="the features needs about"):
+        prepare_folder(tmp_path / "new", [1 << 45], ENCODER)
+
+
+def test_reading_features_imports_no_torch_and_no_image_library(tmp_path: Path) -> None:
+    write(tmp_path / "video01.h5")
+    program = (
+        "import sys; from pathlib import Path; from features.store import load_feature_set\n"
+        f"load_feature_set(Path({str(tmp_path)!r}), ['video01'])\n"
+        "print(sorted({'torch', 'torchvision', 'PIL', 'av', 'decord'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
