@@ -1,0 +1,155 @@
+"""Prediction files: one CSV a video, `frame,time_s,phase,phase_name,p_<Phase>...,p_<Tool>...`.
+
+`frame` is the frame's number in the source video from 0, `phase` the predicted id from 0, the rest probabilities.
+Probabilities are written with the fewest digits that read back as the same float32, so that a file evaluates to the
+numbers of the run that wrote it; equal predictions give equal bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+from configs.schema import DataSetSpec
+from engine.files import write_text
+
+_FRAME_LIMIT = 2**53  # beyond it a frame number would not survive the float columns
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One video's prediction: `frame_index`, `time_s`, `phase` (T,); `probabilities` (T, C); `tool_probabilities`
+    (T, K), None where the model has no tool branch."""
+
+    frame_index: NDArray[np.int64]
+    time_s: NDArray[np.float64]
+    phase: NDArray[np.int8]
+    probabilities: NDArray[np.float32]
+    tool_probabilities: NDArray[np.float32] | None
+
+
+def prediction_columns(spec: DataSetSpec, tools: bool) -> list[str]:
+    """The header of a prediction file."""
+    names = [*spec.phases, *(spec.tools if tools else ())]
+    return ["frame", "time_s", "phase", "phase_name", *(f"p_{name}" for name in names)]
+
+
+def write_prediction_csv(
+    path: Path,
+    frame_index: NDArray[Any],
+    time_s: NDArray[Any],
+    phase: NDArray[Any],
+    probabilities: NDArray[Any],
+    tool_probabilities: NDArray[Any] | None,
+    spec: DataSetSpec,
+) -> None:
+    """Write one video's prediction atomically: (T,), (T,), (T,), (T, C), and (T, K) or None.
+
+    `time_s` goes to the millisecond. Raises UserError when the disk is full or the folder cannot be written.
+    """
+    columns = np.asarray(probabilities, dtype=np.float32)
+    if tool_probabilities is not None:
+        columns = np.concatenate([columns, np.asarray(tool_probabilities, dtype=np.float32)], axis=1)
+    header = prediction_columns(spec, tool_probabilities is not None)
+    frames = len(frame_index)
+    if not (len(time_s) == len(phase) == frames and columns.shape == (frames, len(header) - 4)):
+        raise ValueError(f"shapes do not agree: {frames} frames, probabilities {columns.shape}")
+    buffer = io.StringIO(newline="")
+    rows = csv.writer(buffer, lineterminator="\n")
+    rows.writerow(header)
+    texts = columns.astype(str)  # shortest text that reads back as the same float32
+    for frame, seconds, label, cells in zip(frame_index, time_s, phase, texts, strict=True):
+        rows.writerow([int(frame), f"{seconds:.3f}", int(label), spec.phases[int(label)], *cells])
+    write_text(path, buffer.getvalue())
+
+
+def read_prediction_csv(path: Path, spec: DataSetSpec) -> Prediction:
+    """Read a prediction file of this data set. Raises UserError naming file and row for anything not as written."""
+    rows = _rows(path)
+    tools = _has_tools(path, rows, spec)
+    width = len(prediction_columns(spec, tools))
+    numbers = np.empty((len(rows) - 1, width - 1))
+    for number, row in enumerate(rows[1:], start=2):
+        numbers[number - 2] = _numbers(f"{path}: row {number}", row, width, spec)
+    frame_index = numbers[:, 0].astype(np.int64)
+    if (late := np.flatnonzero(np.diff(frame_index) <= 0)).size:
+        raise UserError(f"{path}: row {int(late[0]) + 3}: frame numbers must rise; sort the rows and drop repeats")
+    values, classes = numbers[:, 3:].astype(np.float32), len(spec.phases)
+    return Prediction(
+        frame_index=frame_index,
+        time_s=numbers[:, 1].copy(),
+        phase=numbers[:, 2].astype(np.int8),
+        probabilities=values[:, :classes].copy(),
+        tool_probabilities=values[:, classes:].copy() if tools else None,
+    )
+
+
+def _rows(path: Path) -> list[list[str]]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such prediction file") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8; write it again with this program") from error
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}: not a CSV file ({error}); write it again with this program") from error
+    if len(rows) < 2:
+        raise UserError(f"{path}: holds no predictions, only {len(rows)} row(s); write it again")
+    if not text.endswith("\n"):
+        raise UserError(f"{path}: row {len(rows)} is cut off; write the file again")
+    return rows
+
+
+def _has_tools(path: Path, rows: Sequence[list[str]], spec: DataSetSpec) -> bool:
+    """Whether the header has the tool columns; UserError when it is neither of the two possible headers."""
+    header = rows[0]
+    for tools in (True, False):
+        if header == prediction_columns(spec, tools):
+            return tools and bool(spec.tools)
+    expected = prediction_columns(spec, tools=len(header) != 4 + len(spec.phases))
+    for column, (found, wanted) in enumerate(zip(header, expected, strict=False), start=1):
+        if found != wanted:
+            raise UserError(
+                f"{path}: row 1: column {column} is {found!r} where data set {spec.name} has {wanted!r}; "
+                "evaluate it with the data set it was made for"
+            )
+    raise UserError(
+        f"{path}: row 1: {len(header)} columns where data set {spec.name} has {len(expected)}; "
+        "evaluate it with the data set it was made for"
+    )
+
+
+def _numbers(where: str, row: Sequence[str], width: int, spec: DataSetSpec) -> list[float]:
+    """The row without its phase name, checked."""
+    if len(row) != width:
+        raise UserError(f"{where}: {len(row)} columns instead of {width}; the file is damaged, write it again")
+    try:
+        frame, phase = int(row[0]), int(row[2])
+        time_s, *probabilities = (float(cell) for cell in (row[1], *row[4:]))
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; every column but phase_name is a number") from error
+    if not (0 <= frame < _FRAME_LIMIT and math.isfinite(time_s) and time_s >= 0):
+        raise UserError(f"{where}: frame {row[0]} at {row[1]} s is not a place in a video; write the file again")
+    if not 0 <= phase < len(spec.phases):
+        raise UserError(f"{where}: phase {phase}; data set {spec.name} has ids 0 to {len(spec.phases) - 1}")
+    if row[3] != spec.phases[phase]:
+        raise UserError(
+            f"{where}: phase {phase} is called {row[3]!r} where data set {spec.name} has {spec.phases[phase]!r}; "
+            "the file was written with another order of phases"
+        )
+    if not all(0.0 <= probability <= 1.0 for probability in probabilities):  # NaN fails it too
+        raise UserError(f"{where}: a probability lies outside 0 to 1")
+    return [frame, time_s, phase, *probabilities]

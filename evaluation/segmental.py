@@ -1,0 +1,87 @@
+"""Segments instead of frames: edit score and F1 at an overlap, as defined by ms-tcn's evaluation.
+
+Sources: Lea et al., "Temporal Convolutional Networks for Action Segmentation and Detection" (CVPR 2017); Farha and
+Gall, "MS-TCN" (CVPR 2019), whose program pools F1 over the corpus and averages the edit score over videos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evaluation.counts import FloatArray, IntArray, LabelledVideo
+
+OVERLAPS_PERCENT = (10, 25, 50)
+
+Counts = IntArray | FloatArray
+
+
+@dataclass(frozen=True)
+class SegmentTable:
+    """Of V videos: `edit` (V,) in percent, `hits` (V, 3) at each overlap, and how many segments either side has, (V,).
+
+    False positives are predicted - hits, misses truth - hits. `right` and `frames` (V,) count frames, for accuracy.
+    """
+
+    edit: FloatArray
+    hits: IntArray
+    predicted: IntArray
+    truth: IntArray
+    right: IntArray
+    frames: IntArray
+
+
+def segments(labels: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    """Runs of equal labels: (S,) label, start and stop of each."""
+    start = np.flatnonzero(np.r_[True, labels[1:] != labels[:-1]])
+    return labels[start], start, np.r_[start[1:], len(labels)]
+
+
+def edit_distance(first: IntArray, second: IntArray) -> int:
+    """Levenshtein distance of two label sequences, a row at a time."""
+    column = np.arange(len(second) + 1)
+    row = column.copy()
+    for i, label in enumerate(first, start=1):
+        best = np.r_[i, np.minimum(row[1:] + 1, row[:-1] + (second != label))]
+        # Insertions chain along the row: row[j] = min over k <= j of best[k] + (j - k).
+        row = np.minimum.accumulate(best - column) + column
+    return int(row[-1])
+
+
+def edit_score(predicted: IntArray, truth: IntArray) -> float:
+    """Percent: 100 (1 - distance of the two segment sequences / length of the longer)."""
+    first, second = segments(predicted)[0], segments(truth)[0]
+    return 100.0 * (1.0 - edit_distance(first, second) / max(len(first), len(second)))
+
+
+def overlap_hits(predicted: IntArray, truth: IntArray) -> tuple[list[int], int, int]:
+    """True positives at each overlap, and how many segments either side has.
+
+    A predicted segment goes to the true one of its label with the greatest intersection over union; it is a hit when
+    that reaches the overlap and no earlier segment has hit the same one.
+    """
+    label_p, start_p, stop_p = segments(predicted)
+    label_t, start_t, stop_t = segments(truth)
+    shared = np.minimum.outer(stop_p, stop_t) - np.maximum.outer(start_p, start_t)  # (P, S)
+    spanned = np.maximum.outer(stop_p, stop_t) - np.minimum.outer(start_p, start_t)
+    overlap = np.where(np.equal.outer(label_p, label_t), shared / spanned, 0.0)
+    target, reached = overlap.argmax(axis=1), overlap.max(axis=1)
+    hits = [len(np.unique(target[reached >= percent / 100.0])) for percent in OVERLAPS_PERCENT]
+    return hits, len(label_p), len(label_t)
+
+
+def count_segments(videos: Sequence[LabelledVideo]) -> SegmentTable:
+    """The table over `videos`; unlabelled frames are taken out and the gap is closed before segments are cut."""
+    rows = []
+    for video in videos:
+        truth, predicted = video.truth[video.labelled], video.predicted[video.labelled]
+        score = edit_score(predicted, truth)
+        rows.append((score, *overlap_hits(predicted, truth), int((truth == predicted).sum()), len(truth)))
+    return SegmentTable(*(np.array(column) for column in zip(*rows, strict=True)))
+
+
+def segment_f1(hits: Counts, predicted: Counts, truth: Counts) -> FloatArray:
+    """F1 in percent from counts: `hits` (..., 3), segments predicted and true (...)."""
+    return np.asarray(200.0 * hits / (predicted + truth)[..., None])
