@@ -1,0 +1,242 @@
+"""Phase and tool annotations in Cholec80's text format: read strictly, written exactly.
+
+A file is UTF-8 text, columns separated by tabs, with a header: `Frame<TAB>Phase` and a phase name a row, or
+`Frame<TAB>Grasper<TAB>...` and a 0 or 1 a tool. Rows are a fixed number of frames apart (the stride), which is read
+from the Frame column and never assumed. What editors and programs add without changing the meaning is tolerated: a
+byte-order mark, CRLF, blank lines at the end, tabs and blanks at the end of a line. Everything else is an error that
+names file, row (the first row below the header is 1) and line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from configs.errors import UserError
+from configs.schema import DataSetSpec
+from engine.files import write_text
+
+_WHOLE_NUMBER = re.compile(r"[0-9]+")
+_MAX_DIGITS = 15  # far beyond any video, and safely inside int64
+
+
+@dataclass(frozen=True, eq=False)
+class PhaseTrack:
+    """Phases of one video: `frame_index` (R,) int64, `phase` (R,) int8; a row holds until the next one.
+
+    `stride` is the distance between rows in frames. A single row has none to read; it counts as 1.
+    """
+
+    frame_index: np.ndarray
+    phase: np.ndarray
+    stride: int
+
+    def head(self, rows: int) -> PhaseTrack:
+        """The first `rows` rows."""
+        return PhaseTrack(self.frame_index[:rows], self.phase[:rows], self.stride)
+
+
+@dataclass(frozen=True, eq=False)
+class ToolTrack:
+    """Tools of one video: `frame_index` (R,) int64, `tools` (R, K) int8 of 0 and 1, in the data set's order."""
+
+    frame_index: np.ndarray
+    tools: np.ndarray
+    stride: int
+
+    def head(self, rows: int) -> ToolTrack:
+        """The first `rows` rows."""
+        return ToolTrack(self.frame_index[:rows], self.tools[:rows], self.stride)
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def read_phase_file(path: Path, spec: DataSetSpec) -> PhaseTrack:
+    """Read a phase annotation file. Raises UserError naming file and row for anything that is not in order."""
+    return parse_phases(read_content(path), path, spec)
+
+
+def read_tool_file(path: Path, spec: DataSetSpec) -> ToolTrack:
+    """Read a tool annotation file; columns are found by name, in any order. Raises UserError naming file and row."""
+    return parse_tools(read_content(path), path, spec)
+
+
+def read_content(path: Path) -> bytes:
+    """A file's bytes. Raises UserError when it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def parse_phases(content: bytes, path: Path, spec: DataSetSpec) -> PhaseTrack:
+    """A phase file's bytes as a track; `path` is only for messages. Raises UserError."""
+    header, lines = _lines(content, path)
+    if [name.casefold() for name in header] != ["frame", "phase"]:
+        raise _header_error(path, header, "Frame<TAB>Phase")
+    cells = _cells(lines, 2, path)
+    frame_index, stride = _frame_column(cells[::2], path)
+    class_ids = _class_ids(spec.phases, spec.phase_aliases)
+    names = cells[1::2]
+    phase = np.array([class_ids.get(name, -1) for name in names], dtype=np.int8)
+    if (phase < 0).any():
+        row = int(np.argmax(phase < 0))
+        raise row_error(path, row, f"unknown phase {_shown(names[row])}{_nearest(names[row], class_ids, spec.phases)}")
+    return PhaseTrack(frame_index, phase, stride)
+
+
+def parse_tools(content: bytes, path: Path, spec: DataSetSpec) -> ToolTrack:
+    """A tool file's bytes as a track; `path` is only for messages. Raises UserError."""
+    if not spec.tools:
+        raise UserError(f"{path}: data set {spec.name} has no tools; remove the file or add them to its description")
+    header, lines = _lines(content, path)
+    if header[0].casefold() != "frame":
+        raise _header_error(path, header, "<TAB>".join(("Frame", *spec.tools)))
+    columns = _tool_columns(header, path, spec)
+    cells = _cells(lines, len(header), path)
+    frame_index, stride = _frame_column(cells[:: len(header)], path)
+    tools = np.empty((len(frame_index), len(columns)), dtype=np.int8)
+    for position, column in enumerate(columns, start=1):
+        tools[:, column] = _zeros_and_ones(cells[position :: len(header)], header[position], path)
+    return ToolTrack(frame_index, tools, stride)
+
+
+def _lines(content: bytes, path: Path) -> tuple[list[str], list[str]]:
+    """Header cells and the lines below it, blanks and tabs at their ends removed."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as plain UTF-8 text") from error
+    text = text.replace("\r\n", "\n").replace("\r", "\n").rstrip()
+    if not text:
+        raise UserError(f"{path}: is empty")
+    lines = [line.rstrip() for line in text.split("\n")]
+    header = [cell.strip() for cell in lines[0].split("\t")]
+    if len(lines) == 1 and not _WHOLE_NUMBER.fullmatch(header[0]):
+        raise UserError(f"{path}: has no row below the header")
+    return header, lines[1:]
+
+
+def _cells(lines: Sequence[str], width: int, path: Path) -> list[str]:
+    """All cells one after the other, `width` a row: one flat list, since a list a row costs more than the parsing."""
+    if set(map(_count_tabs, lines)) != {width - 1}:
+        row = next(row for row, line in enumerate(lines) if _count_tabs(line) != width - 1)
+        found = _count_tabs(lines[row]) + 1
+        what = f"has {found} column{'s' * (found > 1)}" if lines[row] else "is blank"
+        raise row_error(path, row, f"{what}, not {width} separated by tabs")
+    return list(map(str.strip, "\t".join(lines).split("\t")))
+
+
+def _count_tabs(line: str) -> int:
+    return line.count("\t")
+
+
+def _zeros_and_ones(cells: Sequence[str], name: str, path: Path) -> np.ndarray:
+    if not {"0", "1"}.issuperset(cells):
+        row = next(row for row, cell in enumerate(cells) if cell not in ("0", "1"))
+        raise row_error(path, row, f"{name} is {_shown(cells[row])}, not 0 or 1")
+    return np.array(cells) == "1"
+
+
+def _header_error(path: Path, header: Sequence[str], wanted: str) -> UserError:
+    found = "has no header" if _WHOLE_NUMBER.fullmatch(header[0]) else f"has the header {_shown(' '.join(header))}"
+    return UserError(f"{path}: line 1 {found}; expected {wanted}, separated by tabs")
+
+
+def _tool_columns(header: Sequence[str], path: Path, spec: DataSetSpec) -> list[int]:
+    """For each tool column of the file, which tool of the data set it is."""
+    class_ids = _class_ids(spec.tools, spec.tool_aliases)
+    columns: list[int] = []
+    for name in header[1:]:
+        if name not in class_ids:
+            raise UserError(
+                f"{path}: line 1 has the unknown tool {_shown(name)}{_nearest(name, class_ids, spec.tools)}"
+            )
+        if class_ids[name] in columns:
+            raise UserError(f"{path}: line 1 has the tool {spec.tools[class_ids[name]]} twice")
+        columns.append(class_ids[name])
+    missing = [tool for i, tool in enumerate(spec.tools) if i not in columns]
+    if missing:
+        raise UserError(f"{path}: line 1 lacks the tool{'s' * (len(missing) > 1)} {', '.join(missing)}")
+    return columns
+
+
+def _frame_column(cells: Sequence[str], path: Path) -> tuple[np.ndarray, int]:
+    """The Frame column (R,) int64 and its stride: whole numbers from 0, evenly spaced."""
+    digits = "".join(cells)
+    if not (digits.isascii() and digits.isdigit() and all(cells) and max(map(len, cells)) <= _MAX_DIGITS):
+        for row, cell in enumerate(cells):
+            if not _WHOLE_NUMBER.fullmatch(cell) or len(cell) > _MAX_DIGITS:
+                raise row_error(path, row, f"frame {_shown(cell)} is not a whole number of 0 or more")
+    frame_index = np.array(list(map(int, cells)), dtype=np.int64)
+    return frame_index, _stride(frame_index, path)
+
+
+def _stride(frame_index: np.ndarray, path: Path) -> int:
+    """The distance between rows in frames. Raises UserError at the first row that is not where it should be."""
+    steps = np.diff(frame_index)
+    distances, counts = np.unique(steps[steps > 0], return_counts=True)
+    stride = int(distances[np.argmax(counts)]) if len(distances) else 1
+    wrong = np.flatnonzero(steps != stride)
+    if len(wrong):
+        row = int(wrong[0]) + 1
+        before, here = int(frame_index[row - 1]), int(frame_index[row])
+        if here == before:
+            problem = "comes twice"
+        elif here < before:
+            problem = f"comes after {before}: frame numbers must increase"
+        else:
+            problem = f"follows {before}, where {before + stride} was due (rows are {stride} apart)"
+        raise row_error(path, row, f"frame {here} {problem}")
+    first = int(frame_index[0])
+    if 0 < first <= stride:
+        raise row_error(path, 0, f"starts at frame {first}; frames are numbered from 0, so renumber the file")
+    return stride
+
+
+def row_error(path: Path, row: int, problem: str) -> UserError:
+    """The error for the row with index `row` (0 is the first below the header)."""
+    return UserError(f"{path}: row {row + 1} (line {row + 2}) {problem}")
+
+
+def _class_ids(names: Sequence[str], aliases: Mapping[str, str]) -> dict[str, int]:
+    class_ids = {name: i for i, name in enumerate(names)}
+    return class_ids | {alias: class_ids[name] for alias, name in aliases.items()}
+
+
+def _nearest(name: str, known: Iterable[str], listed: Iterable[str]) -> str:
+    """A hint for an unknown name: the nearest right one, or all of them."""
+    folded = {candidate.casefold(): candidate for candidate in known}
+    close = difflib.get_close_matches(name[:80].casefold(), folded, n=1)
+    return f"; did you mean {folded[close[0]]}?" if close else f" (known: {', '.join(listed)})"
+
+
+def _shown(cell: str) -> str:
+    """A cell for a one-line message: quoted, control characters escaped, cut when long."""
+    return repr(cell if len(cell) <= 60 else cell[:57] + "...")
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def write_phase_file(path: Path, track: PhaseTrack, spec: DataSetSpec) -> None:
+    """Write phases as Cholec80 does: tabs, a header, LF, a newline at the end."""
+    names = (spec.phases[phase] for phase in track.phase.tolist())
+    _write_rows(path, ("Frame", "Phase"), track.frame_index, ([name] for name in names))
+
+
+def write_tool_file(path: Path, track: ToolTrack, spec: DataSetSpec) -> None:
+    """Write tools as Cholec80 does: tabs, a header, LF, a newline at the end."""
+    _write_rows(path, ("Frame", *spec.tools), track.frame_index, (map(str, row) for row in track.tools.tolist()))
+
+
+def _write_rows(path: Path, header: Iterable[str], frames: np.ndarray, rows: Iterable[Iterable[str]]) -> None:
+    lines = ["\t".join(header)]
+    lines += ["\t".join((str(frame), *cells)) for frame, cells in zip(frames.tolist(), rows, strict=True)]
+    write_text(path, "\n".join(lines) + "\n")

@@ -1,0 +1,466 @@
+"""Finding a data set below a root: videos, frame folders and annotations, by their names, wherever they lie.
+
+Mirrors name their folders differently, so only file names (and the names of folders that hold images) are matched, by
+the regular expressions of the data set's description. Anything that could be taken for two things is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from configs.errors import UserError
+from configs.schema import DataConfig, DataSetSpec, Strict
+from engine.files import inside, sha256_file
+from features.readers import FrameFolder
+
+Kind = Literal["video", "frames"]
+Numbering = Literal["source", "sample"]
+# What archives, file servers and disks put beside the data; some of it is unreadable, some repeats every file name.
+_FOREIGN_FOLDERS = {"__macosx", "lost+found", "$recycle.bin", "system volume information", "@eadir"}
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+@dataclass(frozen=True)
+class FoundVideo:
+    """One video: its id, and the paths relative to the root of its source and annotations."""
+
+    id: str
+    kind: Kind
+    source: str
+    phase: str | None
+    tool: str | None
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What a root holds, in the order of video numbers, and notes on what was left over."""
+
+    videos: tuple[FoundVideo, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass
+class _Files:
+    """Paths found, by role and by folded id (ids differ in more than case, or they are the same video)."""
+
+    ids: dict[str, str] = field(default_factory=dict)
+    by_role: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    endings: Counter[str] = field(default_factory=Counter)
+
+    def add(self, role: str, video_id: str, relative: str) -> None:
+        key = video_id.casefold()
+        self.ids.setdefault(key, video_id)
+        self.by_role.setdefault(role, {}).setdefault(key, []).append(relative)
+
+    def of(self, role: str) -> dict[str, list[str]]:
+        return self.by_role.get(role, {})
+
+
+def find_videos(root: Path, spec: DataSetSpec) -> Discovery:
+    """All videos and frame folders below `root` with their annotations, sorted by number (10 after 9).
+
+    Hidden files and folders and what archives leave behind are passed over; links inside the root are no second copy.
+    Raises UserError for a missing or unreadable folder, a link that leads out of the root, two files for one video or
+    task, and when there is no video at all.
+    """
+    if not root.is_dir():
+        what = "is not a folder" if root.exists() else "no such folder"
+        raise UserError(f"{root}: {what}; set data.root (or SURGSTAGE_DATA) to the folder that holds {spec.name}")
+    files = _collect(root, spec)
+    sources = _sources(root, files)
+    if not sources:
+        raise UserError(_nothing_found(root, spec, files))
+    annotations = {role: _only_ones(root, files.of(role), role) for role in ("phase", "tool")}
+    videos = tuple(
+        FoundVideo(files.ids[key], kind, path, annotations["phase"].get(key), annotations["tool"].get(key))
+        for key, (kind, path) in sorted(sources.items(), key=lambda item: natural_key(files.ids[item[0]]))
+    )
+    return Discovery(videos, tuple(_left_over(spec, videos, sources, annotations)))
+
+
+def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key in which numbers count as numbers: video9 before video10."""
+    parts = re.split(r"([0-9]+)", text.casefold())
+    return tuple((0, int(part), part) if part.isdigit() else (1, 0, part) for part in parts if part)
+
+
+def _collect(root: Path, spec: DataSetSpec) -> _Files:
+    patterns = {
+        role: re.compile(pattern, re.IGNORECASE) for role, pattern in spec.patterns.model_dump().items() if pattern
+    }
+    roles = ["video", "phase", "tool"] if spec.tools else ["video", "phase"]
+    files = _Files()
+    for folder, entries in _walk(root):
+        as_frames = None if folder == root else patterns["frames"].fullmatch(folder.name)
+        images = 0
+        for entry in entries:
+            files.endings[Path(entry.name).suffix.lower() or entry.name] += 1
+            if as_frames and patterns["frame"].fullmatch(entry.name):
+                images += 1
+                continue
+            for role in roles:
+                if match := patterns[role].fullmatch(entry.name):
+                    relative = _checked(root, Path(entry.path))
+                    files.add(role, _video_id(match, spec, root / relative), relative)
+        if as_frames and images:
+            relative = _checked(root, folder)
+            files.add("frames", _video_id(as_frames, spec, root / relative), relative)
+    return files
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
+    """Every folder from `root` down with its visible entries that are not folders, in a fixed order."""
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
+        files, folders = [], []
+        for entry in _entries(folder):
+            if entry.name.startswith(".") or entry.name.casefold() in _FOREIGN_FOLDERS:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(Path(entry.path))
+            elif entry.is_symlink() and os.path.isdir(entry.path):
+                _inside(root, Path(entry.path))  # a link inside the root: its folder is found where it really is
+            else:
+                files.append(entry)
+        yield folder, files
+        waiting += reversed(folders)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder}: this folder cannot be read ({error.strerror})") from error
+
+
+def _inside(root: Path, path: Path) -> str:
+    """`path` relative to the root. Raises UserError when it is a link that leads out."""
+    relative = path.relative_to(root).as_posix()
+    try:
+        inside(root, relative)
+    except UserError as error:
+        raise UserError(
+            f"{path}: is a link that leads out of the data root; set data.root to a folder that holds everything"
+        ) from error
+    except (OSError, RuntimeError) as error:  # Path.resolve on a link that leads to itself
+        raise UserError(f"{path}: is a link that leads nowhere") from error
+    return relative
+
+
+def _checked(root: Path, path: Path) -> str:
+    """`path` relative to the root, once it is known to be an ordinary file or folder with a usable name."""
+    relative = _inside(root, path)
+    if not relative.isprintable():
+        raise UserError(f"{relative!a}: this name holds characters that cannot be printed; rename it")
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{path}: is not an ordinary file")
+    return relative
+
+
+def _video_id(match: re.Match[str], spec: DataSetSpec, path: Path) -> str:
+    """The video's id: the group `id`, put through the data set's format when it is a number."""
+    text = match.group("id") or ""
+    try:
+        video_id = spec.id_format.format(number=int(text)) if text.isdecimal() else text
+    except (LookupError, ValueError, AttributeError) as error:
+        raise UserError(f"data set {spec.name}: id_format {spec.id_format!r} does not take a number") from error
+    if not video_id or video_id.startswith((".", "-")) or set(video_id) & set("/\\\0"):
+        raise UserError(f"{path}: {video_id!r} cannot serve as a video id; see the patterns of data set {spec.name}")
+    return video_id
+
+
+def _sources(root: Path, files: _Files) -> dict[str, tuple[Kind, str]]:
+    """The one source of each video, by folded id. Raises UserError where a video has two."""
+    videos = _only_ones(root, files.of("video"), "video")
+    folders = _only_ones(root, files.of("frames"), "frames")
+    for key in sorted(videos.keys() & folders.keys()):
+        raise UserError(
+            f"{root / videos[key]} and {root / folders[key]}: a video and a folder of its frames; pixels may differ, "
+            "so keep only one of them below the data root"
+        )
+    return {key: ("video", path) for key, path in videos.items()} | {
+        key: ("frames", path) for key, path in folders.items()
+    }
+
+
+def _only_ones(root: Path, found: dict[str, list[str]], role: str) -> dict[str, str]:
+    """The one path of each id. A link beside what it points to is not a second file; anything else is an error."""
+    what = {"video": "videos", "frames": "frame folders"}.get(role, f"{role} annotation files")
+    chosen = {}
+    for key, paths in found.items():
+        real = {(root / path).resolve(): path for path in sorted(paths, key=lambda path: (root / path).is_symlink())}
+        if len(real) > 1:
+            first, second = sorted(paths)[:2]
+            raise UserError(f"{root / first} and {root / second}: two {what} for one video; remove one of them")
+        chosen[key] = min(paths, key=lambda path: ((root / path).is_symlink(), path))
+    return chosen
+
+
+def _nothing_found(root: Path, spec: DataSetSpec, files: _Files) -> str:
+    seen = ", ".join(f"{count} {ending}" for ending, count in files.endings.most_common(5)) or "no file at all"
+    return (
+        f"{root}: no videos of {spec.name} found: looked for files named {spec.patterns.video} and folders of images "
+        f"named {spec.patterns.frames}; there are {seen}"
+    )
+
+
+def _left_over(
+    spec: DataSetSpec,
+    videos: Sequence[FoundVideo],
+    sources: dict[str, tuple[Kind, str]],
+    annotations: dict[str, dict[str, str]],
+) -> Iterator[str]:
+    """Notes on annotations without a video and videos without annotations."""
+    for role, paths in annotations.items():
+        orphans = [path for key, path in sorted(paths.items()) if key not in sources]
+        if orphans:
+            yield f"{len(orphans)} {role} annotation file(s) belong to no video here: {_listed(orphans)}"
+    for role, wanted in (("phase", True), ("tool", bool(spec.tools))):
+        bare = [video.id for video in videos if getattr(video, role) is None]
+        if wanted and bare:
+            yield f"{len(bare)} video(s) without {role} annotations: {_listed(bare)}"
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+# ---------------------------------------------------------------------------------------------- frame folders
+
+
+class FolderLayout(Strict):
+    """How the images of a folder lie on the source's timeline.
+
+    Image i (of `count`) shows source frame `first` + i * `stride`. `numbering` and `base` say what the numbers in the
+    names mean: source frames or samples, counted from 0 or from 1.
+    """
+
+    numbering: Numbering
+    base: Literal[0, 1]
+    stride: int = Field(ge=1)
+    first: int = Field(ge=0)
+    count: int = Field(ge=1)
+
+    @property
+    def frame_count(self) -> int:
+        """Source frames that the images stand for, each for a stride."""
+        return self.first + self.count * self.stride
+
+
+@dataclass(frozen=True, eq=False)
+class FolderScan:
+    """The images of a folder in the order of their numbers: `numbers` (N,) int64, names, sizes, newest change."""
+
+    path: Path
+    numbers: np.ndarray
+    names: tuple[str, ...]
+    sizes_bytes: tuple[int, ...]
+    modified_ns: int
+
+    def identity(self) -> str:
+        """SHA-256 over all names and sizes and the content of the first and the last image."""
+        ends = [sha256_file(self.path / name) for name in (self.names[0], self.names[-1])]
+        return sha256(json.dumps([self.names, self.sizes_bytes, ends]).encode()).hexdigest()
+
+    def content(self) -> str:
+        """SHA-256 over the names and the whole content of all images."""
+        return sha256(json.dumps([(name, sha256_file(self.path / name)) for name in self.names]).encode()).hexdigest()
+
+
+def scan_folder(root: Path, relative: str, spec: DataSetSpec) -> FolderScan:
+    """The images of the frame folder `relative`. Raises UserError for empty images and for two with one number."""
+    folder = inside(root, relative)
+    pattern = re.compile(spec.patterns.frame, re.IGNORECASE)
+    images: dict[int, tuple[str, int]] = {}
+    modified_ns = 0
+    for entry in _entries(folder):
+        match = pattern.fullmatch(entry.name)
+        if match is None or entry.name.startswith(".") or entry.is_dir():
+            continue
+        number = _image_number(match, spec)
+        if number in images:
+            raise UserError(f"{entry.path} and {folder / images[number][0]}: two images with number {number}")
+        images[number] = (entry.name, _image_size(root, entry))
+        modified_ns = max(modified_ns, entry.stat().st_mtime_ns)
+    if not images:
+        raise UserError(f"{folder}: holds no image named {spec.patterns.frame}")
+    numbers = sorted(images)
+    names, sizes = zip(*(images[number] for number in numbers), strict=True)
+    return FolderScan(folder, np.array(numbers, dtype=np.int64), names, sizes, modified_ns)
+
+
+def _image_number(match: re.Match[str], spec: DataSetSpec) -> int:
+    text = match.group("frame") or ""
+    if not (text.isdecimal() and len(text) <= 15):
+        raise UserError(f"{match.string}: {text!r} is no frame number; see patterns.frame of data set {spec.name}")
+    return int(text)
+
+
+def _image_size(root: Path, entry: os.DirEntry[str]) -> int:
+    if entry.is_symlink():
+        _checked(root, Path(entry.path))
+    size = entry.stat().st_size
+    if size == 0:
+        raise UserError(f"{entry.path}: this image is empty (0 bytes)")
+    return size
+
+
+@dataclass(frozen=True)
+class LabelEnd:
+    """How far labels run: `frame`, the first source frame after them, and the coarsest stride among their rows."""
+
+    frame: int
+    stride: int
+
+
+def infer_layout(scan: FolderScan, spec: DataSetSpec, data: DataConfig, labels: LabelEnd | None) -> FolderLayout:
+    """What the numbers in a folder's image names mean.
+
+    Settings decide where they are given. Otherwise: the first number is the base; numbers more than one apart count
+    source frames; consecutive numbers count source frames or samples, whichever of the usual rates (those that divide
+    the source's, and whole seconds) makes the images last as long as the labels. Raises UserError that asks for the
+    setting when that is not unambiguous, and that names the first missing image when there is a gap.
+    """
+    spacing = _spacing(scan)
+    base = _base(scan, data)
+    offset = int(scan.numbers[0]) - base
+    by_sample = data.frame_numbering == "sample" or (data.frame_numbering == "auto" and data.folder_fps is not None)
+    if data.frame_numbering == "source" and data.folder_fps is not None:
+        raise UserError("data.folder_fps says how images numbered by sample were taken; it contradicts frame_numbering")
+    if by_sample and spacing > 1:
+        raise UserError(
+            f"{scan.path}: numbers are {spacing} apart ({scan.names[0]}, {scan.names[1]}), so they do not count "
+            "samples; set data.frame_numbering=source"
+        )
+    if by_sample:
+        step = _step_of_rate(data.folder_fps, spec) if data.folder_fps else _step_of_length(scan, offset, spec, labels)
+        return _layout("sample", base, step, offset * step, scan)
+    if data.frame_numbering == "auto" and spacing == 1:
+        step = _step_of_length(scan, offset, spec, labels)
+        return _layout("source" if step == 1 else "sample", base, step, offset * step, scan)
+    layout = _layout("source", base, spacing, offset, scan)
+    if (
+        data.frame_numbering == "auto"
+        and labels
+        and abs(layout.frame_count - labels.frame) > 2 * max(spacing, labels.stride)
+    ):
+        raise UserError(
+            f"{scan.path}: images numbered up to {int(scan.numbers[-1])} in steps of {spacing} do not last as long as "
+            f"labels up to frame {labels.frame - 1} at {spec.annotation_fps:g} fps; set data.frame_numbering=source if "
+            "they do count source frames"
+        )
+    return layout
+
+
+def _layout(numbering: Numbering, base: int, stride: int, first: int, scan: FolderScan) -> FolderLayout:
+    return FolderLayout(numbering=numbering, base=1 if base else 0, stride=stride, first=first, count=len(scan.names))
+
+
+def _spacing(scan: FolderScan) -> int:
+    """The distance between numbers. Raises UserError naming the first missing one."""
+    steps = np.diff(scan.numbers)
+    if len(steps) == 0:
+        return 1
+    distances, counts = np.unique(steps, return_counts=True)
+    spacing = int(distances[np.argmax(counts)])
+    wrong = np.flatnonzero(steps != spacing)
+    if len(wrong):
+        at = int(wrong[0])
+        due = int(scan.numbers[at]) + spacing
+        problem = f"image number {due} is missing" if steps[at] > spacing else f"{scan.names[at + 1]} is out of step"
+        raise UserError(
+            f"{scan.path}: {problem}: {scan.names[at + 1]} follows {scan.names[at]}, and numbers are {spacing} apart"
+        )
+    return spacing
+
+
+def _base(scan: FolderScan, data: DataConfig) -> int:
+    first = int(scan.numbers[0])
+    if data.frame_base == "auto":
+        if first not in (0, 1):
+            raise UserError(
+                f"{scan.path}: numbers start at {first} ({scan.names[0]}), neither 0 nor 1: set data.frame_base to the "
+                "number that the video's first frame would have, or restore the missing images"
+            )
+        return first
+    if first < data.frame_base:
+        raise UserError(f"{scan.path}: {scan.names[0]} is numbered below data.frame_base={data.frame_base}")
+    return data.frame_base
+
+
+def _step_of_rate(folder_fps: float, spec: DataSetSpec) -> int:
+    """Source frames between samples taken at `folder_fps`."""
+    ratio = spec.annotation_fps / folder_fps
+    if ratio < 0.995 or abs(ratio - round(ratio)) > 0.005 * ratio:
+        raise UserError(f"data.folder_fps={folder_fps:g} does not divide the source's {spec.annotation_fps:g} fps")
+    return round(ratio)
+
+
+def _step_of_length(scan: FolderScan, offset: int, spec: DataSetSpec, labels: LabelEnd | None) -> int:
+    """Source frames between consecutively numbered images, from the labels' length. Raises UserError if unclear."""
+    ask = (
+        f"{scan.path}: names are numbered {int(scan.numbers[0])} to {int(scan.numbers[-1])}; source frames or samples? "
+        "Set data.frame_numbering=source, or data.folder_fps to the images a second"
+    )
+    if labels is None:
+        raise UserError(f"{ask} (there are no labels to tell)")
+    positions = len(scan.names) + offset
+    nominal = max(round(spec.annotation_fps), 1)
+    steps = [step for step in range(1, nominal) if nominal % step == 0]
+    steps += range(nominal, max(labels.frame, nominal) + 1, nominal)
+    exact = [step for step in steps if -(-labels.frame // step) == positions]
+    near = [step for step in steps if abs(positions * step - labels.frame) <= 2 * max(step, labels.stride)]
+    for fitting in (exact, near):
+        if len(fitting) == 1:
+            return fitting[0]
+    fits = "several rates fit" if exact or near else "no usual rate fits"
+    raise UserError(f"{ask} ({fits} labels of {labels.frame} frames)")
+
+
+def frame_folder(root: Path, relative: str, spec: DataSetSpec, layout: FolderLayout) -> FrameFolder:
+    """The images of an indexed folder as source frames. Raises UserError when they are not what was indexed."""
+    scan = scan_folder(root, relative, spec)
+    indices = source_frames(scan, layout)
+    return FrameFolder(files=tuple(zip(indices.tolist(), scan.names, strict=True)), fps=spec.annotation_fps)
+
+
+def source_frames(scan: FolderScan, layout: FolderLayout) -> np.ndarray:
+    """Source frame (N,) int64 of each image. Raises UserError when numbers and layout do not agree."""
+    unit = layout.stride if layout.numbering == "sample" else 1
+    indices = (scan.numbers - layout.base) * unit
+    expected = layout.first + np.arange(layout.count, dtype=np.int64) * layout.stride
+    if not np.array_equal(indices, expected):
+        raise UserError(f"{scan.path}: its images are not those in the index; run index again")
+    return indices
+
+
+def require_one_base(layouts: Sequence[tuple[str, FolderLayout]], data: DataConfig) -> None:
+    """Raise UserError when folders start at different numbers: more likely a lost first image than two habits."""
+    first: dict[int, str] = {}
+    for path, layout in layouts:
+        first.setdefault(layout.base, path)
+    if len(first) > 1 and data.frame_base == "auto":
+        raise UserError(
+            f"{first[1]}: images are numbered from 1, those of {first[0]} from 0; restore image 0, or set "
+            "data.frame_base if both are right"
+        )

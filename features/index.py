@@ -1,0 +1,458 @@
+"""The index of a data set: which videos there are, what they are made of, how long, which split, which labels.
+
+`index.json` holds paths relative to the data root and never the root itself, so a data set can move. It is written from
+what names, containers and annotation files say; nothing is decoded. The same files give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from configs.errors import UserError
+from configs.schema import DataConfig, DataSetSpec, Strict
+from engine.files import inside, read_json, sha256_ends, sha256_file, sha256_json, write_json
+from features.annotations import PhaseTrack, ToolTrack, parse_phases, parse_tools, read_content
+from features.discover import (
+    FolderLayout,
+    FolderScan,
+    FoundVideo,
+    LabelEnd,
+    find_videos,
+    frame_folder,
+    infer_layout,
+    require_one_base,
+    scan_folder,
+    source_frames,
+)
+from features.labels import BetweenRows, Extent, fit_tracks, sample_labels, sampled_frame_index, track_end
+from features.readers import FrameFolder, count_packets, probe_video
+from features.splits import Split, assign_splits, usual_split_problem
+
+FORMAT_VERSION = 1
+SPLITS: tuple[Split, ...] = ("train", "val", "test", "none")
+Progress = Callable[[int, int, str], None]  # videos done, videos in all, the one at work
+
+
+def _relative(path: str) -> str:
+    """Lexical part of the check; `engine.files.inside` makes the rest, links included, at every use."""
+    if not path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\x00" in path:
+        raise ValueError("must be a path below the data root")
+    return path
+
+
+def _usable_id(video_id: str) -> str:
+    if video_id.startswith((".", "-")) or not video_id.isprintable() or set(video_id) & set("/\\"):
+        raise ValueError("cannot serve as a file name")
+    return video_id
+
+
+RelativePath = Annotated[str, AfterValidator(_relative)]
+VideoId = Annotated[str, Field(min_length=1), AfterValidator(_usable_id)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class AnnotationFile(Strict):
+    """An annotation file as it was indexed."""
+
+    path: RelativePath
+    sha256: Sha256
+    rows: int = Field(ge=1)
+
+
+class VideoEntry(Strict):
+    """One video. For a folder of frames (`frames` says how its images lie on the source's timeline), `fps` and
+    `frame_count` are those of the source, `size_bytes` is the sum of its images, `modified_ns` the newest of them and
+    `sha256_ends` covers their names, their sizes and the content of the first and last.
+    """
+
+    id: VideoId
+    kind: Literal["video", "frames"]
+    source: RelativePath
+    size_bytes: int = Field(ge=1)
+    modified_ns: int
+    sha256_ends: Sha256
+    sha256: Sha256 | None = None
+    fps: float = Field(gt=0, allow_inf_nan=False)
+    frame_count: int = Field(ge=1)
+    split: Split
+    phase_file: AnnotationFile | None = None
+    tool_file: AnnotationFile | None = None
+    frames: FolderLayout | None = None
+
+    @model_validator(mode="after")
+    def _layout_for_folders(self) -> VideoEntry:
+        if (self.kind == "frames") != (self.frames is not None):
+            raise ValueError("frames must be given for folders of frames and for nothing else")
+        return self
+
+    @property
+    def image_stride(self) -> int:
+        """Source frames from one image to the next."""
+        return self.frames.stride if self.frames else 1
+
+    @property
+    def most_fps(self) -> float:
+        """The highest rate that this video can be sampled at."""
+        return self.fps / self.image_stride
+
+
+class Index(Strict):
+    """A data set as found below a root."""
+
+    format_version: Literal[1] = 1
+    dataset: DataSetSpec
+    videos: tuple[VideoEntry, ...] = Field(min_length=1)
+    notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _ids_differ(self) -> Index:
+        ids = [entry.id.casefold() for entry in self.videos]
+        if len(set(ids)) != len(ids):
+            raise ValueError("two videos have the same id")
+        return self
+
+    def by_split(self, split: str) -> tuple[VideoEntry, ...]:
+        """The videos of one split, in order."""
+        return tuple(entry for entry in self.videos if entry.split == split)
+
+    def entry(self, video_id: str) -> VideoEntry:
+        """The video with this id. Raises UserError when there is none."""
+        for entry in self.videos:
+            if entry.id == video_id:
+                return entry
+        raise UserError(f"{video_id}: no such video in the index ({self.videos[0].id} to {self.videos[-1].id})")
+
+    def digest(self) -> str:
+        """SHA-256 over what frames, labels and splits depend on; paths, times and notes are left out."""
+        moving: Any = {"source": True, "modified_ns": True, "phase_file": {"path"}, "tool_file": {"path"}}
+        described: Any = {"name", "annotation_fps", "phases", "tools", "phase_aliases", "tool_aliases"}
+        return sha256_json(
+            {
+                "format_version": self.format_version,
+                "dataset": self.dataset.model_dump(mode="json", include=described),
+                "videos": [entry.model_dump(mode="json", exclude=moving) for entry in self.videos],
+            }
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_json(cls, value: Any, name: str = "index") -> Index:
+        """The index that `to_json` gave. Raises UserError for anything else; `name` is for its message."""
+        version = value.get("format_version") if isinstance(value, dict) else None
+        if not isinstance(version, int) or "videos" not in value:
+            raise UserError(f"{name}: not an index; make one with the command index")
+        if version != FORMAT_VERSION:
+            raise UserError(f"{name}: index format {version}, this program reads {FORMAT_VERSION}; run index again")
+        try:
+            return cls.model_validate(value)
+        except (ValidationError, RecursionError) as error:
+            raise UserError(f"{name}: damaged index: {_first_fault(error)}; run index again") from error
+
+    def save(self, path: Path) -> None:
+        """Write the index as JSON, atomically. Equal indices give equal bytes."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> Index:
+        """Read an index. Raises UserError when the file is missing, damaged or something else."""
+        return cls.from_json(read_json(path), str(path))
+
+
+def _first_fault(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return "nested too deeply"
+    fault = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, fault['loc'])) or 'whole file'}: {fault['msg']}"
+
+
+# ---------------------------------------------------------------------------------------------- building
+
+
+def build_index(root: Path, spec: DataSetSpec, data: DataConfig, progress: Progress | None = None) -> Index:
+    """The index of the data set below `root`, with splits. Nothing is written, nothing decoded.
+
+    Where `data.split` asks for nothing and the data set's usual split does not fit the videos that are here, no split
+    is assigned ("none") and a note says so. Raises UserError naming the file and row at fault; when several videos
+    are, the message is that of the first and names the others.
+    """
+    found = find_videos(root, spec)
+    entries: list[VideoEntry] = []
+    notes = list(found.notes)
+    faults: list[tuple[str, UserError]] = []
+    for done, video in enumerate(found.videos):
+        if progress:
+            progress(done, len(found.videos), video.id)
+        try:
+            entry, entry_notes = _build_entry(root, video, spec, data)
+        except UserError as error:
+            faults.append((video.id, error))
+            continue
+        entries.append(entry)
+        notes += entry_notes
+    if faults:
+        others = f" (also at fault: {', '.join(video_id for video_id, _ in faults[1:])})" if faults[1:] else ""
+        raise UserError(f"{faults[0][1]}{others}") from faults[0][1]
+    require_one_base([(str(root / entry.source), entry.frames) for entry in entries if entry.frames], data)
+    ids = [entry.id for entry in entries]
+    splits = assign_splits(ids, spec, data.split)
+    if problem := usual_split_problem(ids, spec, data.split):
+        notes.append(f"no splits assigned, since the usual one of {spec.name} does not fit: {problem}")
+    return Index(
+        dataset=spec,
+        videos=tuple(entry.model_copy(update={"split": splits[entry.id]}) for entry in entries),
+        notes=tuple(notes),
+    )
+
+
+def _build_entry(
+    root: Path, video: FoundVideo, spec: DataSetSpec, data: DataConfig
+) -> tuple[VideoEntry, tuple[str, ...]]:
+    phase = _read_annotation(root, video.phase, parse_phases, spec)
+    tools = _read_annotation(root, video.tool, parse_tools, spec)
+    tracks: list[PhaseTrack | ToolTrack] = [read.track for read in (phase, tools) if read is not None]
+    if video.kind == "video":
+        source = _probe(root, video.source, data.full_hash)
+    else:
+        end = max(map(track_end, tracks), default=0)
+        labels = LabelEnd(end, max(track.stride for track in tracks)) if tracks else None
+        source = _measure(root, video.source, spec, data, labels)
+    entry = VideoEntry(
+        id=video.id,
+        kind=video.kind,
+        source=video.source,
+        split="none",
+        phase_file=phase.file if phase else None,
+        tool_file=tools.file if tools else None,
+        **source,
+    )
+    _, _, notes = _fitted(entry, root, spec, phase, tools)
+    return entry, notes
+
+
+@dataclass(frozen=True)
+class _Annotation:
+    """An annotation file just read: what goes into the index, and its rows."""
+
+    file: AnnotationFile
+    track: Any  # PhaseTrack or ToolTrack, as the parser given gives
+
+
+def _read_annotation(root: Path, relative: str | None, parse: Callable, spec: DataSetSpec) -> _Annotation | None:
+    if relative is None:
+        return None
+    path = inside(root, relative)
+    content = read_content(path)
+    track = parse(content, path, spec)
+    file = AnnotationFile(path=relative, sha256=sha256(content).hexdigest(), rows=len(track.frame_index))
+    return _Annotation(file, track)
+
+
+def _probe(root: Path, relative: str, full_hash: bool) -> dict[str, Any]:
+    """What the index says about a video file."""
+    path = inside(root, relative)
+    info = probe_video(path)
+    try:
+        state = path.stat()
+        return {
+            "size_bytes": state.st_size,
+            "modified_ns": state.st_mtime_ns,
+            "sha256_ends": sha256_ends(path),
+            "sha256": sha256_file(path) if full_hash else None,
+            "fps": info.fps,
+            "frame_count": info.frame_count,
+        }
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _measure(root: Path, relative: str, spec: DataSetSpec, data: DataConfig, labels: LabelEnd | None) -> dict[str, Any]:
+    """What the index says about a folder of frames."""
+    scan = scan_folder(root, relative, spec)
+    layout = infer_layout(scan, spec, data, labels)
+    return {
+        **_folder_state(scan, data.full_hash),
+        "fps": spec.annotation_fps,
+        "frame_count": layout.frame_count,
+        "frames": layout,
+    }
+
+
+def _folder_state(scan: FolderScan, full_hash: bool) -> dict[str, Any]:
+    return {
+        "size_bytes": sum(scan.sizes_bytes),
+        "modified_ns": scan.modified_ns,
+        "sha256_ends": scan.identity(),
+        "sha256": scan.content() if full_hash else None,
+    }
+
+
+# ---------------------------------------------------------------------------------------------- using
+
+
+def sampled_frames(entry: VideoEntry, fps: float) -> np.ndarray:
+    """Source frames (T,) int64 of this video that sampling at `fps` keeps. Raises UserError naming the usable rates."""
+    first = entry.frames.first if entry.frames else 0
+    try:
+        return sampled_frame_index(entry.frame_count, entry.fps, fps, stride=entry.image_stride, first=first)
+    except UserError as error:
+        raise UserError(f"{entry.id}: {error}") from error
+
+
+def most_fps(index: Index) -> float:
+    """The highest rate that every video of the index can be sampled at, as far as their images go."""
+    return min(entry.most_fps for entry in index.videos)
+
+
+def open_folder(entry: VideoEntry, root: Path, index: Index) -> FrameFolder:
+    """The images of a folder of frames, for `features.readers.open_reader`. Raises UserError when they have changed."""
+    if entry.frames is None:
+        raise ValueError(f"{entry.id} is a video file")
+    return frame_folder(root, entry.source, index.dataset, entry.frames)
+
+
+def load_labels(
+    entry: VideoEntry,
+    root: Path,
+    index: Index,
+    frame_index: np.ndarray | Sequence[int],
+    between_rows: BetweenRows = "mask",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of source frames `frame_index` (T,): phase (T,) int8 and tools (T, K) int8, -1 where there is none.
+
+    Raises UserError when an annotation file is missing or is not the one that was indexed.
+    """
+    phase, tools, _ = _load_tracks(entry, root, index.dataset)
+    return sample_labels(frame_index, phase, tools, between_rows, len(index.dataset.tools))
+
+
+def _load_tracks(
+    entry: VideoEntry, root: Path, spec: DataSetSpec
+) -> tuple[PhaseTrack | None, ToolTrack | None, tuple[str, ...]]:
+    """The video's tracks, fitted to it, from the files that were indexed and no others."""
+    phase = _reread_annotation(root, entry.phase_file, parse_phases, spec)
+    tools = _reread_annotation(root, entry.tool_file, parse_tools, spec)
+    return _fitted(entry, root, spec, phase, tools)
+
+
+def _reread_annotation(
+    root: Path, file: AnnotationFile | None, parse: Callable, spec: DataSetSpec
+) -> _Annotation | None:
+    read = _read_annotation(root, file.path, parse, spec) if file else None
+    if read is not None and file is not None and read.file.sha256 != file.sha256:
+        raise UserError(f"{root / file.path}: has changed since it was indexed; run index again")
+    return read
+
+
+def _fitted(
+    entry: VideoEntry, root: Path, spec: DataSetSpec, phase: _Annotation | None, tools: _Annotation | None
+) -> tuple[PhaseTrack | None, ToolTrack | None, tuple[str, ...]]:
+    extent = Extent(entry.source, entry.frame_count, entry.fps, spec.annotation_fps, entry.image_stride)
+    return fit_tracks(
+        (root / phase.file.path, phase.track) if phase else None,
+        (root / tools.file.path, tools.track) if tools else None,
+        extent,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- checking
+
+
+def check_index(index: Index, root: Path, progress: Progress | None = None) -> list[str]:
+    """What is no longer as indexed, a line a problem; empty when all is well. Decodes nothing.
+
+    Sources: present, same size, time and hash of the ends (and of the whole, where recorded), same rate, as many
+    packets as frames. Annotations: present, same hash, readable, fitting their video. Raises UserError when the root
+    is missing.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; set data.root (or SURGSTAGE_DATA) to where the indexed videos lie")
+    problems: list[str] = []
+    for done, entry in enumerate(index.videos):
+        if progress:
+            progress(done, len(index.videos), entry.id)
+        for check in (_check_source, _check_annotations):
+            try:
+                problems += [f"{entry.id}: {problem}" for problem in check(entry, root, index.dataset)]
+            except UserError as error:
+                problems.append(f"{entry.id}: {error}")
+    return problems
+
+
+def _check_source(entry: VideoEntry, root: Path, spec: DataSetSpec) -> Iterator[str]:
+    path = inside(root, entry.source)
+    if entry.frames is None:
+        yield from _differences(entry, _probe(root, entry.source, entry.sha256 is not None), path)
+        packets = count_packets(path)
+        if packets != entry.frame_count:
+            yield f"{path}: holds {packets} frames where the index says {entry.frame_count}"
+        return
+    scan = scan_folder(root, entry.source, spec)
+    source_frames(scan, entry.frames)
+    yield from _differences(entry, _folder_state(scan, entry.sha256 is not None), path)
+
+
+def _differences(entry: VideoEntry, now: dict[str, Any], path: Path) -> Iterator[str]:
+    """The telling difference between a source and its entry; a time alone counts where nothing better is recorded."""
+    for name, value in now.items():
+        was = getattr(entry, name)
+        if name == "modified_ns" or value == was:
+            continue
+        yield f"{path}: {name} is {value}, indexed as {was}; run index again"
+        return
+    if now["modified_ns"] != entry.modified_ns and entry.sha256 is None:
+        yield (
+            f"{path}: was written anew since it was indexed, with the same size and ends; run index again "
+            "(data.full_hash=true tells a copy from a change)"
+        )
+
+
+def _check_annotations(entry: VideoEntry, root: Path, spec: DataSetSpec) -> Iterator[str]:
+    _load_tracks(entry, root, spec)
+    yield from ()
+
+
+# ---------------------------------------------------------------------------------------------- summary
+
+
+def index_summary(
+    index: Index, root: Path, fps: float, between_rows: BetweenRows = "mask"
+) -> list[list[str | int | float]]:
+    """A table: the header, then a row each for videos, hours, frames sampled at `fps`, and frames a phase and a tool.
+
+    Columns are the splits that have videos, and all videos together. Frames without labels have rows of their own; a
+    frame may show several tools. Raises UserError when a video cannot be sampled at `fps` (see `most_fps`) or its
+    annotations have changed.
+    """
+    spec = index.dataset
+    groups: list[tuple[str, tuple[VideoEntry, ...]]] = [(split, index.by_split(split)) for split in SPLITS]
+    groups = [(name, videos) for name, videos in groups if videos]
+    if len(groups) > 1 or groups[0][0] != "none":
+        groups.append(("all", index.videos))
+    counts = {entry.id: _count_frames(entry, root, index, fps, between_rows) for entry in index.videos}
+    names = ["frames", *spec.phases, "no phase label", *spec.tools, *(["no tool labels"] if spec.tools else [])]
+    columns = [np.sum([counts[entry.id] for entry in videos], axis=0).tolist() for _, videos in groups]
+    hours = [sum(entry.frame_count / entry.fps for entry in videos) / 3600 for _, videos in groups]
+    return [
+        ["", *(name for name, _ in groups)],
+        ["videos", *(len(videos) for _, videos in groups)],
+        ["hours", *(round(value, 2) for value in hours)],
+        *([name, *cells] for name, cells in zip(names, zip(*columns, strict=True), strict=True)),
+    ]
+
+
+def _count_frames(entry: VideoEntry, root: Path, index: Index, fps: float, between_rows: BetweenRows) -> list[int]:
+    """Sampled frames of one video in the order of the summary's rows: all, a phase each, none, a tool each, none."""
+    phase, tools = load_labels(entry, root, index, sampled_frames(entry, fps), between_rows)
+    counts = [len(phase), *np.bincount(phase[phase >= 0], minlength=len(index.dataset.phases)), (phase < 0).sum()]
+    if index.dataset.tools:
+        counts += [*(tools > 0).sum(axis=0), (tools < 0).all(axis=1).sum()]
+    return [int(count) for count in counts]
