@@ -1,0 +1,195 @@
+"""The seven tools, told apart by their outlines: each a few strokes, drawn once a video in several openings.
+
+A tool lies along x with its working point at the origin and its shaft towards negative x. Lengths are in units of the
+shorter side of the picture. Outlines, not colours, carry the class: shafts and metals change from video to video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from features.simulation.anatomy import noise, premultiplied, smoothstep, to_rgbx
+
+OPENINGS = 3
+SPRITE_UNITS = (1.7, 0.62)
+# Where the working point lies in a sprite, as a share of its width; it is half-way down.
+WORKING_POINT = 1.36 / 1.7
+BAG_UNITS = (0.95, 0.95)
+
+
+@dataclass(frozen=True)
+class Stroke:
+    """A straight piece from `start` to `end` whose half-width changes evenly; round ends, or flat ones if `blunt`."""
+
+    start: tuple[float, float]
+    end: tuple[float, float]
+    half_width: tuple[float, float]
+    colour: np.ndarray
+    blunt: bool = False
+
+
+@dataclass(frozen=True)
+class Materials:
+    """One video's metals and plastics, (3,) RGB each."""
+
+    metal: np.ndarray
+    shaft: np.ndarray
+    dark: np.ndarray
+    white: np.ndarray
+
+
+def draw_materials(rng: np.random.Generator) -> Materials:
+    """Draw one video's materials."""
+    return Materials(
+        metal=np.array([176, 176, 182]) * rng.uniform(0.8, 1.15) + rng.uniform(-8, 8, 3),
+        shaft=np.array([120, 122, 128]) * rng.uniform(0.5, 1.4) + rng.uniform(-8, 8, 3),
+        dark=np.array([38, 38, 42]) * rng.uniform(0.6, 1.5),
+        white=np.array([236, 234, 226]) * rng.uniform(0.88, 1.05),
+    )
+
+
+def _mirrored(strokes: list[Stroke]) -> list[Stroke]:
+    """The strokes and their mirror images across the tool's axis."""
+    return strokes + [
+        Stroke((s.start[0], -s.start[1]), (s.end[0], -s.end[1]), s.half_width, s.colour, s.blunt) for s in strokes
+    ]
+
+
+def _shaft(material: np.ndarray, half_width: float, until: float) -> Stroke:
+    return Stroke((-2.0, 0.0), (until, 0.0), (half_width, half_width), material, blunt=True)
+
+
+def _grasper(m: Materials, opening: float) -> list[Stroke]:
+    """A thin shaft and two long slim jaws with a slot in each."""
+    gap = 0.025 + 0.085 * opening
+    jaws = [Stroke((-0.2, 0.012), (0.06, gap), (0.034, 0.02), m.metal)]
+    slots = [Stroke((-0.13, 0.012 + gap * 0.27), (0.02, gap * 0.85), (0.008, 0.007), m.dark)]
+    return [_shaft(m.shaft, 0.045, -0.2), *_mirrored(jaws), *_mirrored(slots)]
+
+
+def _bipolar(m: Materials, opening: float) -> list[Stroke]:
+    """Two thin bowed arms that part and meet again: a loop like the eye of a needle."""
+    bow = 0.075 + 0.045 * opening
+    arms = [
+        Stroke((-0.28, 0.02), (-0.16, bow), (0.016, 0.014), m.metal),
+        Stroke((-0.16, bow), (-0.04, bow), (0.014, 0.014), m.metal),
+        Stroke((-0.04, bow), (0.06, 0.012 + 0.02 * opening), (0.014, 0.02), m.metal),
+    ]
+    return [_shaft(m.dark * 1.6, 0.042, -0.27), *_mirrored(arms)]
+
+
+def _hook(m: Materials, opening: float) -> list[Stroke]:
+    """A thick dark shaft that ends in a white cone and a bent wire."""
+    return [
+        _shaft(m.dark * 1.5, 0.075, -0.2),
+        Stroke((-0.22, 0.0), (-0.03, 0.0), (0.075, 0.022), m.white),
+        Stroke((-0.04, 0.0), (0.04, 0.0), (0.011, 0.011), m.metal * 0.8),
+        Stroke((0.04, 0.0), (0.045, 0.065 + 0.015 * opening), (0.011, 0.009), m.metal * 0.8),
+    ]
+
+
+def _scissors(m: Materials, opening: float) -> list[Stroke]:
+    """Two broad blades, wide at the joint, sharp at the ends, spread wide."""
+    spread = 0.1 + 0.08 * opening
+    blades = [
+        Stroke((-0.19, 0.0), (-0.06, spread * 0.8), (0.052, 0.045), m.metal),
+        Stroke((-0.06, spread * 0.8), (0.07, spread), (0.045, 0.003), m.metal),
+    ]
+    return [_shaft(m.shaft, 0.055, -0.18), *_mirrored(blades), Stroke((-0.19, 0), (-0.19, 0), (0.03, 0.03), m.dark)]
+
+
+def _clipper(m: Materials, opening: float) -> list[Stroke]:
+    """A thick shaft, a block for a head and two blunt parallel prongs: a wide fork."""
+    gap = 0.062 + 0.018 * opening
+    prongs = [Stroke((-0.16, gap), (0.05, gap * 0.92), (0.032, 0.03), m.metal, blunt=True)]
+    return [
+        _shaft(m.metal * 0.9, 0.075, -0.26),
+        Stroke((-0.4, 0.0), (-0.37, 0.0), (0.088, 0.088), m.dark, blunt=True),
+        Stroke((-0.27, 0.0), (-0.13, 0.0), (0.105, 0.105), m.shaft, blunt=True),
+        *_mirrored(prongs),
+    ]
+
+
+def _irrigator(m: Materials, opening: float) -> list[Stroke]:
+    """A straight tube of one width with a row of holes and an open, cut end."""
+    holes = [Stroke((x, 0.0), (x, 0.0), (0.02, 0.02), m.dark * 0.6) for x in (-0.27, -0.2, -0.13, -0.06)]
+    mouth = Stroke((0.045, 0.0), (0.075, 0.0), (0.05, 0.05), m.dark * 0.5, blunt=True)
+    return [_shaft(m.metal, 0.06, 0.07), *holes, mouth]
+
+
+_STROKES: dict[str, Callable[[Materials, float], list[Stroke]]] = {
+    "Grasper": _grasper,
+    "Bipolar": _bipolar,
+    "Hook": _hook,
+    "Scissors": _scissors,
+    "Clipper": _clipper,
+    "Irrigator": _irrigator,
+}
+
+
+def draw_tool(name: str, materials: Materials, unit_px: float) -> list[Image.Image]:
+    """One tool in `OPENINGS` openings, premultiplied RGBX sprites of `SPRITE_UNITS`."""
+    return [_draw_strokes(_STROKES[name](materials, k / (OPENINGS - 1)), unit_px) for k in range(OPENINGS)]
+
+
+def _draw_strokes(strokes: list[Stroke], unit_px: float) -> Image.Image:
+    width, height = (round(side * unit_px) for side in SPRITE_UNITS)
+    x = ((np.arange(width, dtype=np.float32) + 0.5) / width - WORKING_POINT) * SPRITE_UNITS[0]
+    y = ((np.arange(height, dtype=np.float32) + 0.5) / height - 0.5) * SPRITE_UNITS[1]
+    grid_x, grid_y = np.meshgrid(x, y)
+    colour = np.zeros((height, width, 3), dtype=np.float32)
+    opacity = np.zeros((height, width), dtype=np.float32)
+    shadow = np.zeros((height, width), dtype=np.float32)
+    for stroke in strokes:
+        distance, across = _distance(stroke, grid_x, grid_y)
+        cover = np.clip(0.5 - distance * unit_px, 0, 1)
+        # Lit like a cylinder from one side, with a bright line where it mirrors the lamp.
+        shade = 0.3 + 0.7 * np.sqrt(np.clip(1 - (across + 0.25) ** 2, 0, 1)) + 0.5 * smoothstep(
+            np.abs(across + 0.35), 0.3, 0.0
+        )
+        colour = colour * (1 - cover)[..., None] + stroke.colour * (shade * cover)[..., None]
+        opacity = np.maximum(opacity, cover)
+        shadow = np.maximum(shadow, 0.4 * smoothstep(distance, 0.045, 0.0))
+    return to_rgbx(colour, 255 * np.maximum(opacity, shadow))
+
+
+def _distance(stroke: Stroke, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distance to a stroke's outline (negative inside) and place across it (-1 to 1), both (H, W)."""
+    start, end = np.array(stroke.start), np.array(stroke.end)
+    length = float(np.hypot(*(end - start)))
+    direction = (end - start) / length if length > 0 else np.array([1.0, 0.0])
+    along = (x - start[0]) * direction[0] + (y - start[1]) * direction[1]
+    beside = (y - start[1]) * direction[0] - (x - start[0]) * direction[1]
+    t = np.clip(along / length, 0, 1) if length > 0 else np.zeros_like(along)
+    half_width = stroke.half_width[0] + (stroke.half_width[1] - stroke.half_width[0]) * t
+    if stroke.blunt:
+        distance = np.maximum(np.abs(beside) - half_width, np.maximum(-along, along - length))
+    else:
+        distance = np.hypot(beside, along - t * length) - half_width
+    return distance, beside / half_width
+
+
+def draw_bag(rng: np.random.Generator, materials: Materials, unit_px: float) -> list[Image.Image]:
+    """The specimen bag, a translucent pouch with a bright rim and folds, in `OPENINGS` openings of its mouth."""
+    side = round(BAG_UNITS[0] * unit_px)
+    axis = ((np.arange(side, dtype=np.float32) + 0.5) / side - 0.5) * BAG_UNITS[0]
+    x, y = np.meshgrid(axis, axis)
+    warp = noise(rng, side, side, 5)
+    folds = noise(rng, side, side, 14, octaves=2)
+    sprites = []
+    for opening in np.linspace(0.35, 1.0, OPENINGS):
+        pouch = (x / 0.3) ** 2 + ((y - 0.08) / 0.34) ** 2 + 0.14 * warp
+        mouth = (x / 0.27) ** 2 + ((y + 0.16) / (0.16 * opening)) ** 2 + 0.06 * warp
+        body = smoothstep(pouch, 1.05, 0.95)
+        rim = smoothstep(np.abs(np.sqrt(np.maximum(mouth, 0)) - 1), 0.22, 0.1)
+        inside = smoothstep(mouth, 1.0, 0.85)
+        crease = smoothstep(np.abs(folds), 0.2, 0.0)
+        light = (0.72 + 0.2 * warp + 0.13 * folds + 0.1 * crease)[..., None] * materials.white
+        colour = light * (1 - inside)[..., None] + np.array([120, 84, 76]) * (1 + 0.3 * warp)[..., None] * inside[..., None]
+        colour = colour * (1 - rim)[..., None] + materials.white * rim[..., None] * 1.05
+        sprites.append(premultiplied(colour, np.maximum(body * (0.74 + 0.08 * crease), rim)))
+    return sprites

@@ -1,0 +1,372 @@
+"""Pictures of a simulated operation, frame by frame, from its labels.
+
+`Scene` draws everything once (anatomy, tools) and plans every movement of the video, then mixes one frame at a time.
+What a frame shows of the phase is weak on purpose: the gallbladder's state starts, grows and wavers differently in
+every video, so that the dissection of Calot's triangle and that of the gallbladder look alike, and only what came
+before tells them apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from configs.schema import DataSetSpec
+from features.simulation import anatomy, instruments
+from features.simulation.anatomy import smoothstep
+
+_BAG = "SpecimenBag"
+_ENERGY_TOOLS = ("Hook", "Bipolar")
+# Direction from which a tool enters, degrees, y down; a video shifts it by some 15 degrees, a presence by some 8.
+_ENTRY_DEG = {"Grasper": 188, "Bipolar": 15, "Hook": -8, "Scissors": 20, "Clipper": 0, "Irrigator": 55}
+_TROCAR_UNITS = 1.05
+_SLIDE_IN_S = 0.4
+# Share of the stretches without any tool that show no operating field, and which picture they then show.
+_OUTSIDE_P = {"Preparation": 0.3, "GallbladderRetraction": 0.4, "GallbladderPackaging": 0.15}
+_OUTSIDE_P_ELSEWHERE = 0.12
+_OUTSIDE_KINDS = (0.45, 0.3, 0.15, 0.1)  # trocar tube, lens on tissue, drapes, black
+GRAIN_SHIFTS = 64
+_BILINEAR = Image.Resampling.BILINEAR
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every movement of a video, one row a frame. Lengths in units, angles in radians."""
+
+    pan: np.ndarray  # (T, 2)
+    zoom: np.ndarray  # (T,)
+    roll: np.ndarray  # (T,)
+    exposure: np.ndarray  # (T,)
+    glare: np.ndarray  # (T,) threshold of the highlights, 0 to 255
+    blur: np.ndarray  # (T,) radius
+    smoke: np.ndarray  # (T,) 0 to 1
+    blood: np.ndarray  # (T,) 0 to 255
+    bladder_state: np.ndarray  # (T,) 0 to 1
+    bladder_shown: np.ndarray  # (T,) bool
+    bladder_swing: np.ndarray  # (T, 3) shift x, y and turn
+    tool_shown: np.ndarray  # (T, K) bool
+    tool_tip: np.ndarray  # (T, K, 2)
+    tool_angle: np.ndarray  # (T, K)
+    tool_scale: np.ndarray  # (T, K)
+    tool_opening: np.ndarray  # (T, K) index of the sprite
+    outside: np.ndarray  # (T,) index of a picture outside the body, -1 inside it
+    grain_shift: np.ndarray  # (T, 2) pixels
+
+
+class Scene:
+    """One video's pictures: `for frame in Scene(...)` gives (H, W, 3) uint8 RGB, a frame a row of the labels.
+
+    `phase` (T,) and `tools` (T, K) are the labels of each frame, classes in the order of `spec`.
+    """
+
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        phase: np.ndarray,
+        tools: np.ndarray,
+        spec: DataSetSpec,
+        fps: float,
+        width_px: int,
+        height_px: int,
+    ) -> None:
+        look_rng, plan_rng = rng.spawn(2)
+        self._look = anatomy.draw_appearance(look_rng)
+        self._tool_names = spec.tools
+        self._unit_px = min(width_px, height_px)
+        self._size_px = (width_px, height_px)
+        self._draw_all(look_rng)
+        self.plan = draw_plan(plan_rng, phase, tools.astype(bool), spec, fps)
+
+    def __len__(self) -> int:
+        return len(self.plan.zoom)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for index in range(len(self)):
+            yield self.frame(index)
+
+    def _draw_all(self, rng: np.random.Generator) -> None:
+        unit_px, look = self._unit_px, self._look
+        self._organs = anatomy.draw_organs(rng, look, unit_px)
+        self._bladder = anatomy.draw_gallbladder(rng, look, unit_px)
+        self._blood = anatomy.draw_blood(rng, unit_px)
+        self._smoke = anatomy.draw_smoke(rng, unit_px)
+        self._outside = anatomy.draw_outside(rng, unit_px)
+        materials = instruments.draw_materials(rng)
+        self._sprites = [
+            instruments.draw_bag(rng, materials, unit_px)
+            if name == _BAG
+            else instruments.draw_tool(name, materials, unit_px)
+            for name in self._tool_names
+        ]
+        self._lamp = self._draw_lamp(rng)
+        # One tile larger than the picture, shifted from frame to frame: fresh noise would cost more than all the rest.
+        tile = (self._size_px[1] + GRAIN_SHIFTS, self._size_px[0] + GRAIN_SHIFTS, 1)
+        self._grain = rng.normal(0, 2.2, tile).astype(np.float32)
+
+    def _draw_lamp(self, rng: np.random.Generator) -> np.ndarray:
+        """White balance, fall-off of the light and the round field of view as one factor, (H, W, 3) float32."""
+        width, height = self._size_px
+        x = (np.arange(width, dtype=np.float32) + 0.5 - width / 2) / self._unit_px
+        y = (np.arange(height, dtype=np.float32) + 0.5 - height / 2) / self._unit_px
+        centre = rng.normal(0, 0.1, 2)
+        distance = np.hypot(x[None, :] - centre[0], y[:, None] - centre[1])
+        light = 1.12 - rng.uniform(0.5, 1.1) * distance**2
+        view = np.clip((self._look.view_radius - np.hypot(x[None, :], y[:, None])) * self._unit_px + 0.5, 0, 1)
+        return (np.clip(light, 0.25, None) * view)[..., None].astype(np.float32) * self._look.white_balance.astype(
+            np.float32
+        )
+
+    def frame(self, index: int) -> np.ndarray:
+        """Frame `index`, (H, W, 3) uint8 RGB."""
+        plan = self.plan
+        if plan.outside[index] >= 0:
+            picture = self._seen(self._outside[plan.outside[index]], index)[..., :3].astype(np.float32)
+        else:
+            picture = self._field(index)
+        picture *= self._lamp * np.float32(plan.exposure[index])
+        if plan.smoke[index] > 0.02:
+            self._add_smoke(picture, index)
+        shift_y, shift_x = plan.grain_shift[index]
+        width, height = self._size_px
+        picture += self._grain[shift_y : shift_y + height, shift_x : shift_x + width]
+        pixels = np.clip(picture, 0, 255).astype(np.uint8)
+        radius_px = float(plan.blur[index]) * self._unit_px
+        if radius_px > 0.4:
+            return np.asarray(Image.fromarray(pixels).filter(ImageFilter.BoxBlur(radius_px)))
+        return pixels
+
+    def _field(self, index: int) -> np.ndarray:
+        """Organs, blood, gallbladder, highlights and tools, before lamp and smoke: (H, W, 3) float32."""
+        plan = self.plan
+        seen = self._seen(self._organs, index)
+        picture, glisten = seen[..., :3].astype(np.float32), seen[..., 3]
+        if plan.blood[index] > 8:
+            cover = self._seen(self._blood, index).astype(np.float32) + np.float32(plan.blood[index] - 255.0)
+            cover = np.clip(cover * np.float32(1 / 60), 0, 0.82)[..., None]
+            picture += (np.array([104, 10, 10], dtype=np.float32) - picture) * cover
+        highlight = np.clip((glisten.astype(np.float32) - np.float32(plan.glare[index])) * np.float32(4.0), 0, 190)
+        picture += highlight[..., None]
+        if plan.bladder_shown[index]:
+            state = min(int(plan.bladder_state[index] * len(self._bladder)), len(self._bladder) - 1)
+            shift_x, shift_y, turn = plan.bladder_swing[index]
+            angle = self._look.bladder_angle + turn + plan.roll[index]
+            x, y = self._to_view(np.array([shift_x, shift_y - 0.05]), index)
+            self._paste(picture, self._bladder[state], (x, y), (0.32, 0.5), angle, plan.zoom[index])
+        for k in np.flatnonzero(plan.tool_shown[index]):
+            anchor = (0.5, 0.5) if self._tool_names[k] == _BAG else (instruments.WORKING_POINT, 0.5)
+            sprite = self._sprites[k][plan.tool_opening[index, k]]
+            tip = plan.tool_tip[index, k]
+            self._paste(picture, sprite, (tip[0], tip[1]), anchor, plan.tool_angle[index, k], plan.tool_scale[index, k])
+        return picture
+
+    def _to_view(self, point: np.ndarray, index: int) -> tuple[float, float]:
+        """Where a point of the canvas (units from its centre) lies in the picture (units from its centre)."""
+        plan = self.plan
+        cos, sin = math.cos(plan.roll[index]), math.sin(plan.roll[index])
+        x, y = (point - plan.pan[index]) * plan.zoom[index]
+        return cos * x - sin * y, sin * x + cos * y
+
+    def _seen(self, canvas: Image.Image, index: int) -> np.ndarray:
+        """What the camera sees of a canvas, (H, W) or (H, W, 4) uint8."""
+        plan = self.plan
+        width, height = self._size_px
+        cos, sin = math.cos(plan.roll[index]) / plan.zoom[index], math.sin(plan.roll[index]) / plan.zoom[index]
+        centre_x = canvas.width / 2 + plan.pan[index, 0] * self._unit_px
+        centre_y = canvas.height / 2 + plan.pan[index, 1] * self._unit_px
+        affine = (
+            cos,
+            sin,
+            centre_x - cos * width / 2 - sin * height / 2,
+            -sin,
+            cos,
+            centre_y + sin * width / 2 - cos * height / 2,
+        )
+        return np.asarray(canvas.transform((width, height), Image.Transform.AFFINE, affine, _BILINEAR))
+
+    def _paste(
+        self,
+        picture: np.ndarray,
+        sprite: Image.Image,
+        point: tuple[float, float],
+        anchor: tuple[float, float],
+        angle: float,
+        scale: float,
+    ) -> None:
+        """Lay a premultiplied sprite over the picture: its `anchor` (shares of its sides) at `point`, turned, scaled."""
+        width, height = self._size_px
+        at_x, at_y = width / 2 + point[0] * self._unit_px, height / 2 + point[1] * self._unit_px
+        cos, sin = math.cos(angle), math.sin(angle)
+        anchor_x, anchor_y = anchor[0] * sprite.width, anchor[1] * sprite.height
+        corner_x = (np.array([0, sprite.width, 0, sprite.width]) - anchor_x) * scale
+        corner_y = (np.array([0, 0, sprite.height, sprite.height]) - anchor_y) * scale
+        xs, ys = at_x + cos * corner_x - sin * corner_y, at_y + sin * corner_x + cos * corner_y
+        left, right = max(0, math.floor(xs.min())), min(width, math.ceil(xs.max()))
+        top, bottom = max(0, math.floor(ys.min())), min(height, math.ceil(ys.max()))
+        if right <= left or bottom <= top:
+            return
+        cos, sin = cos / scale, sin / scale
+        offset_x, offset_y = left - at_x, top - at_y
+        affine = (
+            cos,
+            sin,
+            anchor_x + cos * offset_x + sin * offset_y,
+            -sin,
+            cos,
+            anchor_y - sin * offset_x + cos * offset_y,
+        )
+        laid = np.asarray(sprite.transform((right - left, bottom - top), Image.Transform.AFFINE, affine, _BILINEAR))
+        below = picture[top:bottom, left:right]
+        below *= (255.0 - laid[..., 3:]) * np.float32(1 / 255)
+        below += laid[..., :3]
+
+    def _add_smoke(self, picture: np.ndarray, index: int) -> None:
+        density = self._seen(self._smoke, (index * 7) % len(self)).astype(np.float32)
+        density *= np.float32(self.plan.smoke[index] / 255)
+        picture += (np.float32(178.0) * np.minimum(self._lamp, 1) - picture) * density[..., None]
+
+
+# ---------------------------------------------------------------------------------------------- movements
+
+
+def draw_plan(
+    rng: np.random.Generator, phase: np.ndarray, tools: np.ndarray, spec: DataSetSpec, fps: float
+) -> Plan:
+    """Plan a video's movements from the labels of its frames: `phase` (T,), `tools` (T, K) bool."""
+    frames = len(phase)
+    outside = _draw_outside(rng, phase, tools, spec)
+    energy = tools[:, [k for k, name in enumerate(spec.tools) if name in _ENERGY_TOOLS]].any(axis=1)
+    rinse = tools[:, [k for k, name in enumerate(spec.tools) if name == "Irrigator"]].any(axis=1)
+    burning = energy & (_wander(rng, frames, fps, 1.0)[:, 0] > -0.1)
+    haze = np.maximum(0, 0.16 * _wander(rng, frames, fps, 8.0)[:, 0] - 0.12)
+    camera = _wander(rng, frames, fps, 6.0, 6)
+    state, shown = _bladder(rng, phase, spec, fps)
+    swing = _wander(rng, frames, fps, 4.0, 3) * (0.05, 0.05, 0.16) + rng.normal(0, 1, 3) * (0.05, 0.05, 0.2)
+    freed = smoothstep(state, 0.85, 1.0)[:, None] * (0.18, 0.22, 0.9)
+    tip, angle, scale, opening = _tools(rng, tools, spec, fps)
+    return Plan(
+        pan=camera[:, :2] * 0.1 + rng.normal(0, 0.06, 2),
+        zoom=np.clip(rng.uniform(0.9, 1.3) * np.exp(0.13 * camera[:, 2]), 0.72, 1.7),
+        roll=camera[:, 3] * 0.1 + rng.normal(0, 0.2),
+        exposure=np.exp(0.1 * camera[:, 4]),
+        glare=np.clip(205 + 18 * camera[:, 5] + rng.normal(0, 10), 150, 250),
+        blur=np.clip(0.006 * (_wander(rng, frames, fps, 1.0)[:, 0] - 1.2), 0, 0.012),
+        smoke=np.clip(_leak(burning * 0.5, fps, rise_s=0.6, fall_s=1.5) + haze, 0, 0.62),
+        blood=_blood(rng, energy, rinse, fps),
+        bladder_state=state,
+        bladder_shown=shown,
+        bladder_swing=swing + freed,
+        tool_shown=tools,
+        tool_tip=tip,
+        tool_angle=angle,
+        tool_scale=scale,
+        tool_opening=opening,
+        outside=outside,
+        grain_shift=rng.integers(0, GRAIN_SHIFTS, (frames, 2)),
+    )
+
+
+def _wander(rng: np.random.Generator, frames: int, fps: float, memory_s: float, columns: int = 1) -> np.ndarray:
+    """Smooth random courses of unit variance that forget within `memory_s` (Ornstein-Uhlenbeck), (T, columns)."""
+    keep = math.exp(-1 / (fps * memory_s))
+    kicks = rng.normal(0, math.sqrt(1 - keep * keep), (frames, columns))
+    course = np.empty((frames, columns))
+    value = rng.normal(0, 1, columns)
+    for index in range(frames):
+        value = keep * value + kicks[index]
+        course[index] = value
+    return course
+
+
+def _leak(source: np.ndarray, fps: float, rise_s: float, fall_s: float) -> np.ndarray:
+    """Follows `source` (T,) with one time to rise and another to fall."""
+    rise, fall = 1 - math.exp(-1 / (fps * rise_s)), 1 - math.exp(-1 / (fps * fall_s))
+    course = np.empty(len(source))
+    value = 0.0
+    for index, wanted in enumerate(source):
+        value += (wanted - value) * (rise if wanted > value else fall)
+        course[index] = value
+    return course
+
+
+def stretches(mask: np.ndarray) -> Iterator[tuple[int, int]]:
+    """First and one past the last index of each run of True in `mask` (T,)."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
+    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+
+
+def _draw_outside(rng: np.random.Generator, phase: np.ndarray, tools: np.ndarray, spec: DataSetSpec) -> np.ndarray:
+    """Which frames show no operating field, (T,): only stretches without a tool, since labels say what is seen."""
+    outside = np.full(len(phase), -1)
+    for start, end in stretches(~tools.any(axis=1)):
+        chance = _OUTSIDE_P.get(spec.phases[phase[start]], _OUTSIDE_P_ELSEWHERE)
+        if rng.random() < chance:
+            outside[start:end] = rng.choice(len(_OUTSIDE_KINDS), p=_OUTSIDE_KINDS)
+    return outside
+
+
+def _bladder(rng: np.random.Generator, phase: np.ndarray, spec: DataSetSpec, fps: float) -> tuple[np.ndarray, np.ndarray]:
+    """State of the gallbladder, (T,) 0 untouched to 1 freed, and whether it is to be seen, (T,) bool."""
+    progress = np.zeros(len(phase))
+    reached = 0.0
+    for name, gain in (("CalotTriangleDissection", 0.45), ("ClippingCutting", 0.05), ("GallbladderDissection", 0.5)):
+        during = phase == spec.phases.index(name)
+        if during.any():
+            first = int(np.argmax(during))
+            last = len(phase) - int(np.argmax(during[::-1]))
+            progress[first:last] = reached + gain * np.linspace(0, 1, last - first)
+            progress[last:] = reached + gain
+        reached += gain
+    wavering = 0.13 * _wander(rng, len(phase), fps, 10.0)[:, 0]
+    state = np.clip(rng.uniform(0, 0.35) + rng.uniform(0.2, 0.6) * progress + wavering, 0, 1)
+    state[progress == 0] *= 0.6
+    packed = np.flatnonzero(phase == spec.phases.index("GallbladderPackaging"))
+    shown = np.ones(len(phase), dtype=bool)
+    if len(packed):
+        shown[packed[int(rng.uniform(0.1, 0.7) * len(packed))] :] = False
+    return state, shown
+
+
+def _blood(rng: np.random.Generator, energy: np.ndarray, rinse: np.ndarray, fps: float) -> np.ndarray:
+    """How far blood has spread, (T,) 0 to 255: it comes in bursts, runs off slowly and is rinsed away."""
+    level = np.empty(len(energy))
+    value = rng.uniform(0, 120)
+    bursts = rng.random(len(energy)) < np.where(energy, 0.06, 0.015) / fps
+    heights = rng.uniform(40, 130, len(energy))
+    for index in range(len(energy)):
+        value = min(230.0, value + heights[index]) if bursts[index] else value
+        value *= math.exp(-(0.12 if rinse[index] else 0.012) / fps)
+        level[index] = value
+    return level
+
+
+def _tools(
+    rng: np.random.Generator, tools: np.ndarray, spec: DataSetSpec, fps: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Place of each tool's working point (T, K, 2), angle (T, K), scale (T, K) and opening (T, K)."""
+    frames, kinds = tools.shape
+    tip, angle = np.zeros((frames, kinds, 2)), np.zeros((frames, kinds))
+    scale, opening = np.ones((frames, kinds)), np.zeros((frames, kinds), dtype=np.int64)
+    for k, name in enumerate(spec.tools):
+        course = _wander(rng, frames, fps, 1.5, 4)
+        scale[:, k] = rng.uniform(0.9, 1.2) * np.exp(0.08 * course[:, 2])
+        opening[:, k] = np.clip(np.floor((course[:, 3] + 1.2) / 0.8), 0, instruments.OPENINGS - 1)
+        home = rng.normal(0, 0.06, 2)
+        if name == _BAG:
+            tip[:, k] = home + (0.0, 0.16) + 0.1 * course[:, :2]
+            angle[:, k] = 0.35 * course[:, 2] + rng.normal(0, 0.3)
+            continue
+        entry = math.radians(_ENTRY_DEG[name] + rng.normal(0, 15))
+        work = home + (0.06 * math.cos(entry), 0.06 * math.sin(entry)) + 0.11 * course[:, :2]
+        for start, end in stretches(tools[:, k]):
+            turned = entry + math.radians(rng.normal(0, 8))
+            trocar = _TROCAR_UNITS * np.array([math.cos(turned), math.sin(turned)])
+            age_s = np.minimum(np.arange(end - start), np.arange(end - start)[::-1]) / fps
+            inside = 0.84 + 0.16 * np.minimum(1, age_s / _SLIDE_IN_S)[:, None]
+            tip[start:end, k] = trocar + (work[start:end] - trocar) * inside
+            towards = tip[start:end, k] - trocar
+            angle[start:end, k] = np.arctan2(towards[:, 1], towards[:, 0])
+    return tip, angle, scale, opening
