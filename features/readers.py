@@ -1,0 +1,813 @@
+"""Frames out of videos and image folders: frame k is the k-th frame in presentation order, whatever reads it.
+
+**Definition.** Frame k of a video is the k-th picture that a player shows (by presentation time, pictures that an edit
+list hides left out); its pixels are FFmpeg's conversion to 8-bit RGB with the stream's own colour matrix and range.
+A rotation noted in the container (a multiple of 90 degrees) is applied, by both readers, because annotators worked on
+what their player showed. In a frame folder, frame k is the image of source frame k; an EXIF rotation is applied.
+
+**Readers.** PyAV is the reference. decord 0.6.0 is preferred where it provably gives the same bytes, and refused
+elsewhere: `reader="auto"` then takes PyAV and `reader="decord"` raises `ReaderError`. Where it differs (each measured
+with decord 0.6.0 and PyAV 18.1; `tests/features/test_readers.py` holds every case):
+
+- AVI, MPEG-TS: no usable presentation times or a seek that lands elsewhere; wrong frames throughout.
+- open GOP and intra refresh (key frames that are no IDR pictures): decord numbers key frames by decoding order; wrong
+  frames after each seek. MPEG-4 part 2 with B-frames in MP4 fails the same way.
+- edit lists that hide frames: hidden frames are counted and the last frame repeated silently.
+- files cut short: the last frame is repeated silently.
+- odd width or height with 4:2:0 colour, interlaced video, more than 8 bits: other RGB values (other scaler paths).
+- missing or repeated time stamps, several video streams, first packet no key frame: never tried, never trusted.
+
+Constant or variable rate, B-frames and pyramids, a start time that is not zero, rotation, fragmented MP4, full range
+and BT.709 are equal. All of it is decided from the container's packets without decoding, plus the first picture, which
+both must decode to the same bytes once for each kind of picture (size, pixel format, colour, rotation) in a process.
+
+**Damage.** A damaged video never yields a wrong frame: PyAV's error flags are checked on every picture that a wanted
+one depends on, and decord's log is watched; at the first complaint PyAV reads the batch again and decides. Containers
+that say they are longer than the file are refused when opened.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import itertools
+import os
+import struct
+import warnings
+import weakref
+from array import array
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO, Literal, Protocol
+
+import numpy as np
+
+from configs.errors import UserError
+
+# A picture larger than this is refused before anything is decoded: 8K video has 33 million pixels.
+MAX_PIXELS = 50_000_000
+# What the top level of an MP4 or QuickTime file is made of.
+_MP4_BOXES = frozenset(
+    {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"sidx", b"styp", b"uuid", b"mfra"}
+)
+_WAY_OUT = "re-encode the video or leave it out"
+
+
+class ReaderError(UserError):
+    """A frame source that cannot be read exactly: names the file, the frame, and what to do."""
+
+
+class FrameReader(Protocol):
+    """What every source of frames offers. A context manager; `close` may be called twice."""
+
+    name: str
+    version: str
+    fps: float
+    frame_count: int
+
+    def read(self, frame_index: Sequence[int]) -> Iterator[np.ndarray]:
+        """Yield (H, W, 3) uint8 RGB, one a requested source frame number, lazily and with bounded memory.
+
+        `frame_index` is strictly increasing. Raises ReaderError naming file and frame where one cannot be had.
+        """
+
+    def spread(self, count: int) -> list[int]:
+        """At most `count` frame numbers spread evenly over the frames that exist, first and last included."""
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> FrameReader: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What the container says. Sizes are as stored, before any rotation; no picture has been decoded."""
+
+    fps: float
+    frame_count: int
+    width_px: int
+    height_px: int
+    codec: str
+
+
+@dataclass(frozen=True)
+class FrameFolder:
+    """The images of a frame folder: `files` holds (source frame number, file name), sorted by number."""
+
+    files: tuple[tuple[int, str], ...]
+    fps: float
+
+
+def probe_video(path: Path) -> VideoInfo:
+    """Rate, frame count, size and codec from the container, without decoding.
+
+    The header's frame count is taken where it agrees with duration and rate (MP4 as recorders write it); otherwise
+    (MKV has none, edit lists hide frames) the packets are counted. Raises ReaderError for anything that is no video,
+    and for one whose container says it is longer than the file.
+    """
+    with _open_container(path) as container:
+        stream = _video_stream(container, path)
+        rate = stream.average_rate or stream.guessed_rate
+        context = stream.codec_context
+        info = VideoInfo(float(rate or 0), stream.frames, context.width, context.height, context.name)
+        span = stream.duration * stream.time_base * rate if stream.duration and rate else 0
+    if not info.fps > 0:
+        raise ReaderError(f"{path}: has no frame rate; {_WAY_OUT}")
+    if info.frame_count > 0 and round(span) == info.frame_count and not _ends_early(path):
+        return info
+    scan = scan_video(path)
+    return VideoInfo(info.fps, scan.frame_count, info.width_px, info.height_px, info.codec)
+
+
+def count_packets(path: Path) -> int:
+    """How many whole pictures the file holds (packets that are shown), found without decoding.
+
+    Equal to the frame count of a sound video and smaller for one cut short.
+    """
+    return _scan(path).frame_count
+
+
+def open_reader(
+    source_path: Path,
+    kind: Literal["video", "frames"],
+    reader: Literal["auto", "decord", "pyav"],
+    *,
+    frames: FrameFolder | None,
+    fps: float,
+    threads: int = 1,
+) -> FrameReader:
+    """Open a source of frames; `fps` is the source's rate and is only passed on.
+
+    `threads` is for PyAV alone: several videos at once beat several threads on one. Open a reader in the process that
+    uses it. Raises ReaderError when the source cannot be read, or when `reader` is decord and would give other frames.
+    """
+    if kind == "frames":
+        if frames is None:
+            raise ValueError("a frame folder needs its list of files")
+        return FolderReader(source_path, frames)
+    scan = scan_video(source_path)
+    pyav = PyavReader(scan, fps, threads)
+    if reader == "pyav":
+        return pyav
+    reason = why_not_decord(scan)
+    if reason is None:
+        return DecordReader(scan, fps, pyav)
+    if reader == "decord":
+        raise ReaderError(f"{source_path}: decord does not give the right frames here ({reason}); use auto or pyav")
+    return pyav
+
+
+def _checked(frame_index: Sequence[int], frame_count: int, path: Path) -> list[int]:
+    """The requested numbers as ints; ValueError unless strictly increasing, ReaderError unless the source has them."""
+    wanted = [int(k) for k in frame_index]
+    if any(b <= a for a, b in itertools.pairwise(wanted)) or (wanted and wanted[0] < 0):
+        raise ValueError("frame numbers must be strictly increasing and not negative")
+    if wanted and wanted[-1] >= frame_count:
+        missing = next(k for k in wanted if k >= frame_count)
+        raise ReaderError(f"{path}: has {frame_count} frames, so frame {missing} cannot be had; rebuild the index")
+    return wanted
+
+
+class _Closing:
+    """The context manager half of every reader."""
+
+    def close(self) -> None:
+        """Nothing is held between reads unless a reader says so."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+# ---------------------------------------------------------------------------------------------- containers
+
+
+def _import_av() -> ModuleType:
+    """PyAV with FFmpeg's own chatter on stderr silenced: what matters comes back as errors and flags."""
+    import av
+    import av.logging
+
+    av.logging.set_level(av.logging.PANIC)
+    return av
+
+
+def _open_container(path: Path) -> Any:
+    """An open PyAV container. Raises ReaderError, in one line, for everything that is not a readable video."""
+    av = _import_av()
+    try:
+        if path.stat().st_size == 0:
+            raise ReaderError(f"{path}: an empty file (0 bytes); copy it again or leave it out")
+        # `file:` and the white list keep odd names and playlists in disguise from reaching other files or the network.
+        return av.open(f"file:{path}", options={"protocol_whitelist": "file"})
+    except FileNotFoundError as error:
+        raise ReaderError(f"{path}: no such file") from error
+    except (av.error.FFmpegError, OSError) as error:
+        if _ends_early(path):
+            raise ReaderError(
+                f"{path}: cut short, not even frame 0 can be had; copy it again or leave it out"
+            ) from error
+        what = error.strerror or type(error).__name__
+        raise ReaderError(f"{path}: not a video that can be read ({what}); {_WAY_OUT}") from error
+
+
+def _video_stream(container: Any, path: Path) -> Any:
+    """The stream a player would show (cover pictures are none). Raises ReaderError where there is none."""
+    find_best = getattr(container.streams, "best", None)  # since PyAV 13
+    stream = find_best("video") if find_best else next(iter(container.streams.video), None)
+    if stream is None or stream.codec_context is None:
+        raise ReaderError(f"{path}: holds no video stream that can be decoded; leave it out")
+    width_px, height_px = stream.codec_context.width, stream.codec_context.height
+    if width_px < 1 or height_px < 1:
+        raise ReaderError(f"{path}: holds a video stream without a picture size; {_WAY_OUT}")
+    if width_px * height_px > MAX_PIXELS:
+        raise ReaderError(f"{path}: refuses to decode pictures of {width_px} x {height_px} pixels; leave it out")
+    return stream
+
+
+@dataclass(frozen=True)
+class VideoScan:
+    """What one pass over a video's packets tells, nothing decoded. Arrays run over packets in decoding order.
+
+    `pts` (N,) int64 presentation times, `shown` (N,) bool (an edit list hides the others), `idr` (N,) bool packets
+    that start over: nothing after one refers to anything before it (H.264 IDR pictures).
+    """
+
+    path: Path
+    container: str
+    codec: str
+    pix_fmt: str
+    width_px: int
+    height_px: int
+    colour: tuple[int, int]
+    video_streams: int
+    pts: np.ndarray
+    shown: np.ndarray
+    idr: np.ndarray
+    key_count: int
+    times_known: bool
+    damage: str | None
+    certain_count: int
+
+    @property
+    def frame_count(self) -> int:
+        return int(self.shown.sum())
+
+    @functools.cached_property
+    def shown_pts(self) -> np.ndarray:
+        """(F,) presentation times of the shown frames, in presentation order."""
+        return np.sort(self.pts[self.shown])
+
+    @functools.cached_property
+    def position(self) -> np.ndarray:
+        """(F,) packet number of frame k."""
+        packets = np.flatnonzero(self.shown)
+        return packets[np.argsort(self.pts[packets], kind="stable")]
+
+    @functools.cached_property
+    def numbered(self) -> bool:
+        """Whether a picture's time stamp alone tells its number, so that pictures may be left undecoded.
+
+        Holds for H.264 in containers that carry every presentation time; anything else is decoded whole and counted.
+        """
+        trusted = self.codec == "h264" and self.container in {"mp4", "matroska", "mpegts"}
+        return trusted and self.times_known and bool((np.diff(self.shown_pts) > 0).all())
+
+
+def scan_video(path: Path) -> VideoScan:
+    """Read a video's packets once, decoding nothing; memory is 10 bytes a frame.
+
+    Raises ReaderError for a file that is no video, holds no picture, or ends before its container says.
+    """
+    scan = _scan(path)
+    if scan.frame_count == 0:
+        raise ReaderError(f"{path}: holds no picture, frame 0 cannot be had; leave it out")
+    if scan.damage is not None:
+        raise ReaderError(
+            f"{path}: {scan.damage}, frame {scan.certain_count} is the first that cannot be had; {_WAY_OUT}"
+        )
+    return scan
+
+
+def _scan(path: Path) -> VideoScan:
+    av = _import_av()
+    pts, flags, last_dts, damage = array("q"), bytearray(), None, None
+    times_known = True
+    with _open_container(path) as container:
+        stream = _video_stream(container, path)
+        context = stream.codec_context
+        length_bytes = _nal_length_bytes(context.extradata)
+        is_h264 = context.name == "h264"
+        try:
+            for packet in container.demux(stream):
+                if packet.size == 0:
+                    continue
+                if packet.is_corrupt:
+                    damage = "cut short or damaged"
+                    break
+                idr = is_h264 and packet.is_keyframe and _has_idr(bytes(packet), length_bytes)
+                times_known &= packet.pts is not None
+                pts.append(packet.pts if packet.pts is not None else len(pts))
+                flags.append(packet.is_discard | packet.is_keyframe << 1 | idr << 2)
+                last_dts = packet.dts if packet.dts is not None else last_dts
+        except av.error.FFmpegError:
+            damage = "damaged"
+        if _ends_early(path):
+            damage = "cut short"
+        flag = np.frombuffer(bytes(flags), dtype=np.uint8)
+        times = np.frombuffer(pts.tobytes(), dtype=np.int64)
+        shown = (flag & 1) == 0
+        # A lost packet is decoded later than the last one and is shown no earlier than it is decoded.
+        bounded = damage is not None and last_dts is not None and times_known
+        certain = (times[shown] <= last_dts).sum() if bounded else shown.sum()
+        return VideoScan(
+            path=path,
+            container=_container_family(container.format.name),
+            codec=context.name,
+            pix_fmt=context.pix_fmt or "unknown",
+            width_px=context.width,
+            height_px=context.height,
+            colour=(int(context.colorspace or 0), int(context.color_range or 0)),
+            video_streams=len(container.streams.video),
+            pts=times,
+            shown=shown,
+            idr=(flag & 4) > 0,
+            key_count=int(((flag & 2) > 0).sum()),
+            times_known=times_known,
+            damage=damage,
+            certain_count=int(certain),
+        )
+
+
+def _container_family(format_name: str) -> str:
+    """One name for FFmpeg's lists of aliases ("mov,mp4,m4a,3gp,3g2,mj2" is mp4)."""
+    aliases = format_name.split(",")
+    return next((name for name in ("mp4", "matroska") if name in aliases), aliases[0])
+
+
+def _nal_length_bytes(extradata: bytes | None) -> int | None:
+    """Size of the length field before each H.264 unit (ISO/IEC 14496-15 `avcC`), or None for start codes (Annex B)."""
+    if extradata and len(extradata) > 4 and extradata[0] == 1:
+        return (extradata[4] & 3) + 1
+    return None
+
+
+def _has_idr(packet: bytes, length_bytes: int | None) -> bool:
+    """Whether an H.264 packet holds an IDR slice (NAL unit type 5), the only picture no later one looks past."""
+    if length_bytes is None:
+        starts = (i + 3 for i in _find_all(packet, b"\x00\x00\x01"))
+        return any(packet[i] & 31 == 5 for i in starts if i < len(packet))
+    offset = 0
+    while offset + length_bytes < len(packet):
+        size = int.from_bytes(packet[offset : offset + length_bytes], "big")
+        if packet[offset + length_bytes] & 31 == 5:
+            return True
+        offset += length_bytes + size
+    return False
+
+
+def _find_all(content: bytes, pattern: bytes) -> Iterator[int]:
+    at = content.find(pattern)
+    while at >= 0:
+        yield at
+        at = content.find(pattern, at + 1)
+
+
+def _ends_early(path: Path) -> bool:
+    """Whether the container's own size fields reach beyond the end of the file (MP4, Matroska, AVI)."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        head = stream.read(12)
+        if head[:4] == b"RIFF":
+            promised = struct.unpack("<I", head[4:8])[0]
+            return promised < 0xFFFFFFFF and 8 + promised > size
+        if head[:4] == b"\x1a\x45\xdf\xa3":
+            return _matroska_end(stream) > size
+        if head[4:8] in _MP4_BOXES:
+            return _mp4_end(stream, size) > size
+    return False
+
+
+def _mp4_end(stream: BinaryIO, size: int) -> int:
+    """Where the boxes of an ISO base media file end, as their headers say (ISO/IEC 14496-12)."""
+    offset = 0
+    while offset + 8 <= size:
+        stream.seek(offset)
+        length, kind = struct.unpack(">I4s", stream.read(8))
+        if kind not in _MP4_BOXES or length == 0:  # trailing bytes that are no box, or a box that runs to the end
+            return offset
+        if length == 1:
+            length = int.from_bytes(stream.read(8), "big")
+        offset += max(length, 8)
+    return offset
+
+
+def _matroska_end(stream: BinaryIO) -> int:
+    """Where a Matroska file's segment ends, as its header says; 0 when unknown (live recordings)."""
+    stream.seek(4)
+    header_size, header_start = _ebml_number(stream, 4)
+    stream.seek(header_start + (header_size or 0))
+    if stream.read(4) != b"\x18\x53\x80\x67":
+        return 0
+    segment_size, segment_start = _ebml_number(stream, stream.tell())
+    return segment_start + segment_size if segment_size is not None else 0
+
+
+def _ebml_number(stream: BinaryIO, offset: int) -> tuple[int | None, int]:
+    """An EBML size (RFC 8794, section 4) and where it ends; None is the value reserved for unknown."""
+    stream.seek(offset)
+    first = int.from_bytes(stream.read(1), "big")
+    length = 9 - first.bit_length()
+    if length > 8:
+        return None, offset + 1
+    bits = 7 * length
+    value = int.from_bytes(bytes([first]) + stream.read(length - 1), "big") & ((1 << bits) - 1)
+    return (None if value == (1 << bits) - 1 else value), offset + length
+
+
+# ---------------------------------------------------------------------------------------------- PyAV
+
+
+class PyavReader(_Closing):
+    """Reads with PyAV, decoding only what the wanted frames need.
+
+    In H.264 with known times, groups of pictures without a wanted frame are not decoded at all, nor is what follows
+    the last wanted frame of a group, nor are pictures that nothing refers to (FFmpeg's `skip_frame=NONREF`, set before
+    each packet). All three leave the wanted pixels bit-identical to decoding everything. Elsewhere everything up to
+    the last wanted frame is decoded and counted.
+    """
+
+    name = "pyav"
+    # No codec FFmpeg decodes reorders over more pictures than this (H.264 and HEVC: 16).
+    _MAX_REORDER = 16
+
+    def __init__(self, scan: VideoScan, fps: float, threads: int = 1) -> None:
+        av = _import_av()
+        ffmpeg = getattr(av, "ffmpeg_version_info", None)
+        self.version = f"{av.__version__} (FFmpeg {ffmpeg})" if ffmpeg else av.__version__
+        self.fps = fps
+        self.frame_count = scan.frame_count
+        self._scan = scan
+        self._threads = threads
+        self._readings: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def read(self, frame_index: Sequence[int]) -> Iterator[np.ndarray]:
+        """See FrameReader. Each call opens the file anew, so readings do not disturb each other."""
+        wanted = _checked(frame_index, self.frame_count, self._scan.path)
+        reading = self._frames(wanted)
+        self._readings.add(reading)
+        return reading
+
+    def spread(self, count: int) -> list[int]:
+        return _spread(range(self.frame_count), count)
+
+    def close(self) -> None:
+        for reading in list(self._readings):
+            reading.close()
+
+    def _frames(self, wanted: list[int]) -> Iterator[np.ndarray]:
+        """Hold each wanted picture back until everything decoded before it has come out undamaged, then yield it."""
+        if not wanted:
+            return
+        settled_at = self._settled_at(wanted)
+        targets = deque(wanted)
+        pending: deque[tuple[int, Any, int]] = deque()  # number, picture, number whose arrival settles it
+        with _open_container(self._scan.path) as container:
+            stream = _video_stream(container, self._scan.path)
+            try:
+                for number, picture in self._decoded(container, stream, wanted):
+                    if picture.is_corrupt:
+                        raise self._lost(pending[0][0] if pending else targets[0], number)
+                    if targets and number > targets[0]:
+                        raise self._lost(targets[0], targets[0])
+                    if targets and number == targets[0]:
+                        pending.append((targets.popleft(), picture, settled_at[number]))
+                    while pending and pending[0][2] <= number:
+                        yield _upright(pending.popleft()[1], stream)
+                    if not targets and not pending:
+                        return
+            except _import_av().error.FFmpegError as error:
+                first = pending[0][0] if pending else targets[0]
+                raise self._lost(first, first) from error
+            if targets:
+                raise self._lost(targets[0], targets[0])
+            for _, picture, _ in pending:
+                yield _upright(picture, stream)
+
+    def _decoded(self, container: Any, stream: Any, wanted: list[int]) -> Iterator[tuple[int, Any]]:
+        """Every picture that the decoder gives, with its number, fed with what the wanted ones need."""
+        context = stream.codec_context
+        context.thread_type = "FRAME" if self._threads > 1 else "NONE"  # slice threads switch damage flags off
+        context.thread_count = self._threads
+        if not self._scan.numbered:
+            yield from enumerate(container.decode(stream))
+            return
+        fed, whole = self._plan(wanted)
+        last = int(self._scan.position[wanted].max())
+        for at, packet in enumerate(p for p in container.demux(stream) if p.size):
+            if fed[at]:
+                context.skip_frame = "DEFAULT" if whole[at] else "NONREF"
+                yield from self._numbered(packet.decode())
+            if at == last:
+                break
+        yield from self._numbered(context.decode(None))
+
+    def _plan(self, wanted: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Which packets to decode, (N,) bool, and which of them even if nothing refers to them, (N,) bool."""
+        scan = self._scan
+        count = len(scan.pts)
+        position = scan.position[wanted]
+        group = np.cumsum(scan.idr)
+        last_in_group = np.full(int(group[-1]) + 1, -1)
+        np.maximum.at(last_in_group, group[position], position)
+        whole = np.zeros(count, dtype=bool)
+        whole[position] = True
+        return np.arange(count) <= last_in_group[group], whole
+
+    def _settled_at(self, wanted: list[int]) -> dict[int, int]:
+        """For each wanted number, the number by which everything decoded before it has come out."""
+        if not self._scan.numbered:
+            return {k: k + self._MAX_REORDER for k in wanted}
+        number = np.full(len(self._scan.pts), -1)
+        number[self._scan.position] = np.arange(self.frame_count)
+        furthest = np.maximum.accumulate(number)[self._scan.position[wanted]]
+        return dict(zip(wanted, furthest.tolist(), strict=True))
+
+    def _numbered(self, pictures: list[Any]) -> Iterator[tuple[int, Any]]:
+        shown_pts = self._scan.shown_pts
+        for picture in pictures:
+            number = -1 if picture.pts is None else int(np.searchsorted(shown_pts, picture.pts))
+            if not 0 <= number < len(shown_pts) or shown_pts[number] != picture.pts:
+                raise ReaderError(f"{self._scan.path}: a picture's time stamp is not its packet's; {_WAY_OUT}")
+            yield number, picture
+
+    def _lost(self, wanted: int, damaged: int) -> ReaderError:
+        cause = f" (damage at frame {damaged})" if damaged != wanted else ""
+        return ReaderError(f"{self._scan.path}: damaged, frame {wanted} cannot be had{cause}; {_WAY_OUT}")
+
+
+def _turns(picture: Any, stream: Any) -> int:
+    """Anticlockwise quarter turns that bring a picture upright, by the container's display matrix.
+
+    PyAV tells the angle with each picture since version 14, with the stream before. Angles between quarter turns are
+    left alone, as decord does.
+    """
+    side_data = getattr(stream, "side_data", None) or {}
+    turns = getattr(picture, "rotation", side_data.get("DISPLAYMATRIX", 0)) / 90
+    return round(turns) % 4 if turns == round(turns) else 0
+
+
+def _upright(picture: Any, stream: Any) -> np.ndarray:
+    """The picture as a player shows it, (H, W, 3) uint8 RGB."""
+    rgb: np.ndarray = picture.to_ndarray(format="rgb24")
+    turns = _turns(picture, stream)
+    return np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb
+
+
+# ---------------------------------------------------------------------------------------------- decord
+
+
+def why_not_decord(scan: VideoScan) -> str | None:
+    """Why decord would give other frames than PyAV on this video, or None where it gives the same.
+
+    From the packets alone, then by comparing the first picture, once for each kind of picture in a process.
+    """
+    reasons = {
+        "presentation times unknown, repeated or not kept by this container or codec": not scan.numbered,
+        "MPEG-TS is not sought exactly": scan.container == "mpegts",
+        "an edit list hides frames": not scan.shown.all(),
+        "key frames that later ones look past, as in an open GOP": not _starts_over(scan),
+        "odd width or height": bool(scan.width_px % 2 or scan.height_px % 2),
+        f"pixel format {scan.pix_fmt}": scan.pix_fmt not in {"yuv420p", "yuvj420p"},
+        "several video streams": scan.video_streams != 1,
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if reason is not None:
+        return reason
+    try:
+        _import_decord()
+    except ImportError:
+        return "decord is not installed"
+    if _watched_log() is None:
+        return "this build of decord does not tell of damage"
+    return _why_first_picture_differs(scan)
+
+
+def _starts_over(scan: VideoScan) -> bool:
+    """Whether the first packet and every key frame are IDR pictures."""
+    return bool(scan.idr[0]) and scan.key_count == int(scan.idr.sum())
+
+
+_PICTURE_KINDS: dict[tuple[Any, ...], str | None] = {}
+
+
+def _why_first_picture_differs(scan: VideoScan) -> str | None:
+    """Compare frame 0 of both readers: catches interlacing and what this machine's scalers do differently."""
+    try:
+        with _open_container(scan.path) as container:
+            stream = _video_stream(container, scan.path)
+            picture = next(container.decode(stream))
+            turns = _turns(picture, stream)
+            rgb = _upright(picture, stream)
+    except (StopIteration, _import_av().error.FFmpegError):
+        return "its first picture cannot be decoded"
+    if picture.interlaced_frame:
+        return "interlaced video"
+    kind = (scan.codec, scan.pix_fmt, scan.width_px, scan.height_px, scan.colour, turns)
+    if kind not in _PICTURE_KINDS:
+        with DecordReader(scan, 0.0, PyavReader(scan, 0.0)) as decord:
+            other = decord._decoded([0])
+        same = other is not None and np.array_equal(other[0], rgb)
+        _PICTURE_KINDS[kind] = None if same else "its first picture differs from PyAV's"
+    return _PICTURE_KINDS[kind]
+
+
+def _import_decord() -> ModuleType:
+    import decord
+
+    return decord
+
+
+class _WatchedLog:
+    """Counts what decord's own FFmpeg complains about: decord passes damaged pictures on without a word.
+
+    FFmpeg hands every message to one callback; errors (level 16 and below) and notes of concealed damage count.
+    """
+
+    _ERROR_LEVEL = 16
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.complaints = 0
+        prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+        self._callback = prototype(self._heard)  # kept: FFmpeg holds the bare pointer
+        library.av_log_set_callback(self._callback)
+
+    def _heard(self, context: int, level: int, message: bytes | None, arguments: int) -> None:
+        if level <= self._ERROR_LEVEL or (message or b"").startswith(b"concealing"):
+            self.complaints += 1
+
+
+@functools.cache
+def _watched_log() -> _WatchedLog | None:
+    """The watch on decord's log; None where decord does not bring its own libavutil beside it."""
+    folder = Path(_import_decord().__file__ or "").parent.parent / "decord.libs"
+    for path in sorted(folder.glob("libavutil*")):
+        try:
+            return _WatchedLog(ctypes.CDLL(str(path)))
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+_OPEN_DECORD_READERS: weakref.WeakSet[DecordReader] = weakref.WeakSet()
+
+
+class DecordReader(_Closing):
+    """Reads with decord 0.6.0, in batches small enough to keep memory flat; PyAV decides where decord stumbles.
+
+    decord's hazards and what is done: its thread goes on decoding after a batch (`seek(0)` after each, also measured
+    to cost little); a video open at interpreter exit aborts the process (closed by `close` and by an exit hook); it
+    does not survive a fork (opened at the first read, and again in a forked child); it repeats the last frame silently
+    (its fault tolerance is set to none).
+    """
+
+    name = "decord"
+    _BATCH_BYTES = 48 << 20
+    _BATCH_FRAMES = 32
+    _NO_FAULTS = 1e-9
+
+    def __init__(self, scan: VideoScan, fps: float, arbiter: PyavReader) -> None:
+        self.version = _import_decord().__version__
+        self.fps = fps
+        self.frame_count = scan.frame_count
+        self._scan = scan
+        self._arbiter = arbiter
+        self._video: Any = None
+        self._process = os.getpid()
+        _OPEN_DECORD_READERS.add(self)
+
+    def read(self, frame_index: Sequence[int]) -> Iterator[np.ndarray]:
+        """See FrameReader."""
+        return self._frames(_checked(frame_index, self.frame_count, self._scan.path))
+
+    def spread(self, count: int) -> list[int]:
+        return self._arbiter.spread(count)
+
+    def close(self) -> None:
+        if self._video is not None and self._process != os.getpid():
+            self._video._handle = None  # inherited through a fork: its threads are gone, freeing it would hang
+        self._video = None
+        self._arbiter.close()
+
+    def _frames(self, wanted: list[int]) -> Iterator[np.ndarray]:
+        frame_bytes = 3 * self._scan.width_px * self._scan.height_px
+        size = max(1, min(self._BATCH_FRAMES, self._BATCH_BYTES // frame_bytes))
+        for start in range(0, len(wanted), size):
+            batch = wanted[start : start + size]
+            frames = self._decoded(batch)
+            if frames is None:
+                yield from self._arbiter.read(batch)
+            else:
+                yield from frames
+
+    def _decoded(self, batch: list[int]) -> np.ndarray | None:
+        """(N, H, W, 3) uint8 RGB; None where decord failed or its FFmpeg complained of damage."""
+        log = _watched_log()
+        assert log is not None  # why_not_decord has seen to it
+        before = log.complaints
+        try:
+            video = self._opened()
+            frames = video.get_batch(batch)
+            rgb = frames.asnumpy() if hasattr(frames, "asnumpy") else np.asarray(frames)
+            video.seek(0)
+            sound = len(video) == self.frame_count
+        except Exception as error:
+            if not type(error).__module__.startswith("decord") and not isinstance(error, RuntimeError | AssertionError):
+                raise
+            self.close()
+            return None
+        return rgb if sound and log.complaints == before else None
+
+    def _opened(self) -> Any:
+        if self._process != os.getpid():
+            self.close()
+            self._process = os.getpid()
+        if self._video is None:
+            decord = _import_decord()
+            path = str(self._scan.path.resolve())
+            self._video = decord.VideoReader(path, num_threads=1, fault_tol=self._NO_FAULTS)
+        return self._video
+
+
+@atexit.register
+def _close_decord_readers() -> None:
+    for reader in list(_OPEN_DECORD_READERS):
+        reader.close()
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+class FolderReader(_Closing):
+    """Reads the images of a frame folder (PNG, JPEG; any size, also changing) with Pillow."""
+
+    name = "pillow"
+    _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
+
+    def __init__(self, folder: Path, frames: FrameFolder) -> None:
+        import PIL
+
+        if not frames.files:
+            raise ReaderError(f"{folder}: holds no images; leave it out")
+        self.version = PIL.__version__
+        self.fps = frames.fps
+        self.frame_count = frames.files[-1][0] + 1
+        self._folder = folder
+        self._names = dict(frames.files)
+
+    def read(self, frame_index: Sequence[int]) -> Iterator[np.ndarray]:
+        """See FrameReader; only source frames that have an image can be had."""
+        wanted = _checked(frame_index, self.frame_count, self._folder)
+        missing = next((k for k in wanted if k not in self._names), None)
+        if missing is not None:
+            raise ReaderError(f"{self._folder}: has no image of frame {missing}; rebuild the index")
+        return (self._image(self._names[k], k) for k in wanted)
+
+    def spread(self, count: int) -> list[int]:
+        return _spread(list(self._names), count)
+
+    def _image(self, name: str, number: int) -> np.ndarray:
+        from PIL import Image, ImageOps
+
+        path = self._folder / name
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image: Image.Image = Image.open(path)
+            with image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError
+                if image.mode not in self._MODES:
+                    raise ReaderError(f"{path}: holds pixels of kind {image.mode}, not 8-bit colour; save it as RGB")
+                return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        except FileNotFoundError as error:
+            raise ReaderError(f"{path}: no such image (frame {number}); rebuild the index") from error
+        except Image.DecompressionBombError as error:
+            raise ReaderError(f"{path}: refuses to decode an image of more than {MAX_PIXELS} pixels") from error
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on damaged files
+            raise ReaderError(
+                f"{path}: damaged or not an image, frame {number} cannot be had; replace it or leave the video out"
+            ) from error
+
+
+def _spread(numbers: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the numbers, evenly spread, first and last included."""
+    chosen = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int)
+    return [numbers[i] for i in chosen.tolist()]

@@ -1,0 +1,179 @@
+"""Writes small test videos whose frames carry their own number, so that 'frame k is frame k' can be proved.
+
+Each picture is a grid of bright and dark cells: sixteen bits of the frame number and, below, the same bits inverted.
+`frame_number` reads them back and fails on anything that is not exactly one number, such as a blend of two frames.
+The cells are tinted and a texture moves behind them, so that a wrong colour conversion or a wrong neighbour shows too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+BITS = 16
+_COLUMNS = 8
+_ROWS = 2 * BITS // _COLUMNS
+TIME_BASE = Fraction(1, 12800)
+
+
+def painted_frame(number: int, width_px: int = 96, height_px: int = 64) -> np.ndarray:
+    """The picture of frame `number`: (H, W, 3) uint8 RGB."""
+    y, x = np.mgrid[:height_px, :width_px]
+    bits = np.array([number >> bit & 1 for bit in range(BITS)])
+    cells = np.concatenate([bits, 1 - bits]).reshape(_ROWS, _COLUMNS)
+    bright = cells[y * _ROWS // height_px, x * _COLUMNS // width_px]
+    texture = (5 * x + 3 * y + 7 * number) % 32
+    base = np.where(bright, 200, 30) + texture
+    tint = np.stack([base, base - 12 + 4 * (x % 3), base - 24 + (number % 5) * 4], axis=-1)
+    return np.clip(tint, 0, 255).astype(np.uint8)
+
+
+def frame_number(rgb: np.ndarray) -> int:
+    """The number painted on an upright frame (H, W, 3); AssertionError where the picture holds no single number."""
+    height_px, width_px, _ = rgb.shape
+    luma = rgb.astype(np.float64).mean(axis=-1)
+    rows = np.linspace(0, height_px, _ROWS + 1)
+    columns = np.linspace(0, width_px, _COLUMNS + 1)
+    cells = []
+    for top, bottom in itertools.pairwise(rows):
+        for left, right in itertools.pairwise(columns):
+            inset_y, inset_x = (bottom - top) / 4, (right - left) / 4
+            cell = luma[round(top + inset_y) : round(bottom - inset_y), round(left + inset_x) : round(right - inset_x)]
+            cells.append(cell.mean())
+    bits = np.array(cells) > 128
+    assert (np.abs(np.array(cells) - 128) > 30).all(), "the picture is a blend of frames"
+    assert (bits[:BITS] != bits[BITS:]).all(), "the picture holds no frame number"
+    return int(sum(1 << i for i, bit in enumerate(bits[:BITS]) if bit))
+
+
+@dataclass(frozen=True)
+class VideoSpec:
+    """How a test video is made. `times_s` gives each frame's presentation time; None is a constant rate."""
+
+    count: int = 60
+    width_px: int = 96
+    height_px: int = 64
+    fps: Fraction = Fraction(25)
+    codec: str = "libx264"
+    pix_fmt: str = "yuv420p"
+    gop: int = 12
+    b_frames: int = 3
+    times_s: Sequence[float] | None = None
+    start_s: float = 0.0
+    colorspace: int | None = None
+    color_range: int | None = None
+    with_audio: bool = False
+    codec_options: dict[str, str] = field(default_factory=dict)
+    container_options: dict[str, str] = field(default_factory=dict)
+    paint: Callable[[int, int, int], np.ndarray] = painted_frame
+
+
+def write_video(path: Path, spec: VideoSpec | None = None) -> Path:
+    """Write a video as `spec` says; the container follows the suffix (.mp4, .mkv, .avi, .ts, .mov)."""
+    import av
+
+    spec = spec or VideoSpec()
+    with av.open(str(path), "w", options=spec.container_options) as output:
+        stream = output.add_stream(spec.codec, rate=spec.fps)
+        stream.width, stream.height, stream.pix_fmt = spec.width_px, spec.height_px, spec.pix_fmt
+        options = {"g": str(spec.gop), "bf": str(spec.b_frames), **spec.codec_options}
+        stream.options = options
+        if spec.codec == "libx264":
+            stream.options = {"preset": "veryfast", "crf": "20", "sc_threshold": "0", **options}
+        context = stream.codec_context
+        variable = spec.times_s is not None or spec.start_s != 0.0
+        context.time_base = TIME_BASE if variable else 1 / spec.fps
+        if spec.colorspace is not None:
+            context.colorspace = spec.colorspace
+        if spec.color_range is not None:
+            context.color_range = spec.color_range
+        sound = _add_silence(output) if spec.with_audio else None
+        for frame in _frames(spec, variable):
+            output.mux(stream.encode(frame))
+            if sound is not None:
+                output.mux(sound.encode(_silence()))
+        output.mux(stream.encode(None))
+    return path
+
+
+def _frames(spec: VideoSpec, variable: bool) -> Iterator:
+    import av
+
+    for number in range(spec.count):
+        picture = spec.paint(number, spec.width_px, spec.height_px)
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        if spec.colorspace is not None or spec.color_range is not None:
+            frame = frame.reformat(
+                format=spec.pix_fmt, dst_colorspace=spec.colorspace, dst_color_range=spec.color_range
+            )
+        time_s = spec.times_s[number] if spec.times_s is not None else number / float(spec.fps)
+        frame.pts = round((time_s + spec.start_s) / float(TIME_BASE)) if variable else number
+        frame.time_base = TIME_BASE if variable else 1 / spec.fps
+        yield frame
+
+
+def _add_silence(output):
+    return output.add_stream("aac", rate=8000, layout="mono")
+
+
+def _silence():
+    import av
+
+    frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+    frame.sample_rate = 8000
+    return frame
+
+
+def open_gop(count: int = 60, gop: int = 12) -> VideoSpec:
+    """Key frames preceded, in presentation order, by frames that need the group before (H.264 open GOP)."""
+    return VideoSpec(count=count, gop=gop, codec_options={"x264-params": "open-gop=1:bframes=3:b-adapt=0"})
+
+
+def variable_rate(count: int = 60) -> VideoSpec:
+    """Frames 20 to 220 ms apart: time and frame number part company."""
+    gaps = np.random.default_rng(1).integers(1, 12, size=count) * 0.02
+    return VideoSpec(count=count, times_s=tuple(np.concatenate([[0.0], np.cumsum(gaps)[:-1]])))
+
+
+def set_rotation(path: Path, degrees: int) -> Path:
+    """Write a quarter-turn display matrix into an MP4's track header (what a phone does), pixels untouched."""
+    turns = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
+    a, b, c, d = (value << 16 for value in turns[degrees])
+    matrix = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    content = bytearray(path.read_bytes())
+    start = content.index(b"tkhd") + 4  # version and flags follow; version 0 holds the matrix 40 bytes on
+    assert content[start] == 0
+    content[start + 40 : start + 76] = matrix
+    path.write_bytes(bytes(content))
+    return path
+
+
+def truncate(path: Path, share: float) -> Path:
+    """Keep the first `share` of the file's bytes."""
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    return path
+
+
+def flip_bytes(path: Path, at_share: float, count: int = 64) -> Path:
+    """Damage `count` bytes in the middle of the coded pictures."""
+    content = bytearray(path.read_bytes())
+    start = int(len(content) * at_share)
+    for offset in range(start, min(start + count, len(content))):
+        content[offset] ^= 0x5A
+    path.write_bytes(bytes(content))
+    return path
+
+
+def decode_everything(path: Path) -> list[np.ndarray]:
+    """The plainest possible decoding, the tests' truth: each frame in the order the decoder gives it, RGB uint8."""
+    import av
+
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
