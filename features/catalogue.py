@@ -1,0 +1,99 @@
+"""The data set behind a configuration: where it lies, its index on disk, and whether the two still agree."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from configs.errors import UserError
+from configs.load import load_dataset
+from configs.schema import Config
+from engine.progress import say
+from features.index import Index, build_index, check_index, index_summary
+from features.splits import assign_splits
+
+ROOT_VARIABLE = "SURGSTAGE_DATA"
+
+
+def data_root(config: Config) -> Path:
+    """The folder of the videos: `data.root`, else the variable SURGSTAGE_DATA. Raises UserError where neither is set."""
+    named = config.data.root or os.environ.get(ROOT_VARIABLE)
+    if not named:
+        raise UserError(
+            f"no data root is set: add --set data.root=DIR, or set the variable {ROOT_VARIABLE}, DIR being the folder "
+            "that holds the videos and their annotations"
+        )
+    root = Path(named)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; data.root must be the folder that holds the videos")
+    return root
+
+
+def index_dataset(config: Config, replace: bool = False) -> Index:
+    """Find the data set, write `data.index` and print a summary.
+
+    An existing index that says something else is only replaced when asked to. Raises UserError otherwise.
+    """
+    root, path = data_root(config), config.data.index
+    found = build_index(root, load_dataset(config.data.dataset), config.data)
+    if path.exists() and not replace:
+        if Index.load(path).to_json() != found.to_json():
+            raise UserError(
+                f"{path}: exists and differs from what is found now; --force replaces it, "
+                "--set data.index=FILE writes another"
+            )
+        say(f"{path}: unchanged")
+    else:
+        found.save(path)
+        say(f"{path}: written")
+    for note in found.notes:
+        say(f"note: {note}")
+    print_summary(found, root, config.data.fps)
+    return found
+
+
+def open_dataset(config: Config) -> tuple[Index, Path]:
+    """The index (made first where there is none) and the data root.
+
+    Raises UserError when the index belongs to another data set, or holds another split than the settings ask for.
+    """
+    root, path = data_root(config), config.data.index
+    if not path.exists():
+        say(f"{path}: not there yet, indexing {root}")
+        return index_dataset(config), root
+    index = Index.load(path)
+    spec = load_dataset(config.data.dataset)
+    if index.dataset != spec:
+        raise UserError(
+            f"{path}: made for data set {index.dataset.name}, the settings say {spec.name} (or its description has "
+            "changed); run `index --force`, or choose another data.index"
+        )
+    wanted = assign_splits([video.id for video in index.videos], spec, config.data.split)
+    moved = [video.id for video in index.videos if wanted[video.id] != video.split]
+    if moved:
+        raise UserError(
+            f"{path}: {moved[0]} is in another split than data.split says; run `index --force`, "
+            "or choose another data.index"
+        )
+    return index, root
+
+
+def check_dataset(config: Config) -> list[str]:
+    """Everything about the existing index that no decoding is needed for; a line a problem."""
+    if not config.data.index.exists():
+        raise UserError(f"{config.data.index}: no such index; run `index` first")
+    return check_index(Index.load(config.data.index), data_root(config))
+
+
+def print_summary(index: Index, root: Path, fps: float) -> None:
+    """Videos, hours and sampled frames a split and a class, as a table."""
+    rows = index_summary(index, root, fps)
+    table = Table(title=f"{index.dataset.title or index.dataset.name}, sampled at {fps:g} fps", title_justify="left")
+    for number, name in enumerate(rows[0]):
+        table.add_column(str(name), justify="right" if number else "left")
+    for row in rows[1:]:
+        table.add_row(*(str(cell) for cell in row))
+    Console().print(table)

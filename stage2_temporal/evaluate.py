@@ -1,0 +1,296 @@
+"""Evaluate a trained run: the temporal head, the per-frame head and the majority class on the same videos."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from configs.errors import UserError
+from configs.schema import Config
+from engine.files import make_folder, read_json, sha256_file, sha256_json, write_json
+from engine.progress import say
+from engine.runs import update_summary
+from engine.stopping import StopRequest
+from evaluation.figures import phase_ribbons
+from evaluation.phases import evaluate_phases
+from evaluation.predictions import write_prediction_csv
+from evaluation.summary import summarise
+from evaluation.tables import comparison_table, phase_table, tool_table
+from evaluation.tools import choose_thresholds, evaluate_tools
+from features.index import Index
+from features.store import INDEX_FILE, VideoFeatures, find_feature_folder, load_feature_set, require_one_encoder
+from stage2_temporal.predict import load_temporal, predict_phases
+
+METRICS_FILE = "metrics.json"
+CONVENTION = "phase_mean"
+Phases = dict[str, NDArray[np.int8]]
+
+
+@dataclass
+class Material:
+    """What is evaluated: one split's features and labels, in the order of the index."""
+
+    folder: Path
+    index: Index
+    videos: dict[str, VideoFeatures]
+    split: str
+
+    @property
+    def truth(self) -> Phases:
+        """Phase labels of the videos that have any."""
+        return {name: video.phase for name, video in self.videos.items() if (video.phase >= 0).any()}
+
+    @property
+    def fps(self) -> float:
+        """Sampling rate of the features."""
+        return float(next(iter(self.videos.values())).attributes["fps"])
+
+
+def evaluate_run(
+    config: Config,
+    run: Path,
+    *,
+    split: str = "test",
+    features: Path | None = None,
+    index_file: Path | None = None,
+    stop: StopRequest,
+    redo: bool = True,
+) -> dict[str, Any]:
+    """Score a run's heads and tools on one split and write what a reader needs below `RUN/evaluate/<name>/`.
+
+    Writes `metrics.json`, `predictions/<video>.csv`, `ribbons.png`, and for the run's own test videos the outcome into
+    `RUN/summary.json`; prints tables. With `index_file`, another data set with the same classes is evaluated; its
+    features are extracted into the run's folder where missing. Without `redo`, an evaluation of the same model and
+    features is printed again, not computed. Raises UserError when the run is not trained, its classes differ from the
+    data's, or the features come from another encoder.
+    """
+    temporal = run / "temporal"
+    _, about = load_temporal(temporal)
+    name = split if index_file is None else f"{index_file.stem}-{split}"
+    out = run / "evaluate" / name
+    if index_file is None:
+        folder = find_feature_folder(features, run, config.extract.store)
+        index = Index.load(folder / INDEX_FILE)
+    else:
+        folder, index = _other_features(config, run, index_file, out / "features", features, stop)
+    material = _load(folder, index, split)
+    _require_same_world(about, material, temporal)
+
+    identity = _identity(temporal, material)
+    if not redo and _already(out, identity):
+        metrics = read_json(out / METRICS_FILE)
+        say(f"{out}: unchanged")
+    else:
+        metrics = _score(config, temporal, material) | {"identity_sha256": identity}
+        _write(out, material, metrics)
+        metrics = {key: value for key, value in metrics.items() if key != "predictions"}
+        write_json(out / METRICS_FILE, metrics)
+    _print(metrics)
+    if index_file is None and split == "test":
+        update_summary(run, _summary(run, material, metrics))
+    say(f"written: {out / METRICS_FILE}, predictions/, ribbons.png")
+    return metrics
+
+
+def _load(folder: Path, index: Index, split: str) -> Material:
+    entries = index.videos if split == "all" else index.by_split(split)
+    if not entries:
+        raise UserError(f"{folder / INDEX_FILE}: no video in split {split}; choose another --split or data.split.rule")
+    return Material(folder, index, load_feature_set(folder, [entry.id for entry in entries]), split)
+
+
+def _other_features(
+    config: Config, run: Path, index_file: Path, out: Path, features: Path | None, stop: StopRequest
+) -> tuple[Path, Index]:
+    """The feature folder of another index, extracted with the run's own encoder where files are missing."""
+    from features.catalogue import open_dataset
+    from stage1_cnn.extract import extract
+
+    if features is not None:
+        return features, Index.load(index_file)
+    data = config.data.model_copy(update={"index": index_file})
+    other = config.model_copy(update={"data": data})
+    index, root = open_dataset(other)
+    report = extract(other, run, index, root, folder=out, stop=stop)
+    if report.failed:
+        video_id, reason = report.failed[0]
+        raise UserError(f"{index_file}: {len(report.failed)} video(s) could not be read, first {video_id}: {reason}")
+    return report.folder, index
+
+
+def _require_same_world(about: Mapping[str, Any], material: Material, temporal: Path) -> None:
+    """Classes, their order and the encoder of the data are those the model was trained with."""
+    spec = material.index.dataset
+    if tuple(about["phases"]) != spec.phases:
+        raise UserError(
+            f"{temporal}: trained on phases {', '.join(about['phases'])}; "
+            f"{material.folder / INDEX_FILE} has {', '.join(spec.phases)}"
+        )
+    found = require_one_encoder({material.folder / f"{n}.h5": v.attributes for n, v in material.videos.items()})
+    if found != about["encoder_digest"]:
+        raise UserError(
+            f"{material.folder}: features of encoder {str(found)[:12]}, but {temporal} was trained on those of "
+            f"{about['encoder_digest'][:12]}; name the right folder with --features"
+        )
+
+
+def _identity(temporal: Path, material: Material) -> str:
+    """What the evaluation's numbers depend on: both heads' weights, the features' encoder, videos and labels."""
+    weights = [sha256_file(path) for path in (temporal / "best.pt", temporal / "frame" / "best.pt") if path.exists()]
+    videos = {
+        name: [video.attributes["encoder_digest"], sha256_json([video.phase.tolist(), video.tools.tolist()])]
+        for name, video in material.videos.items()
+    }
+    return sha256_json({"weights": weights, "videos": videos, "split": material.split})
+
+
+def _already(out: Path, identity: str) -> bool:
+    path = out / METRICS_FILE
+    return path.exists() and read_json(path).get("identity_sha256") == identity and (out / "ribbons.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+def _score(config: Config, temporal: Path, material: Material) -> dict[str, Any]:
+    """Metrics of every head and of the tools; `predictions` holds what the files are written from."""
+    spec = material.index.dataset
+    probabilities = _probabilities(config, temporal, material)
+    truth = material.truth
+    predicted = {
+        head: {name: values.argmax(axis=1).astype(np.int8) for name, values in videos.items()}
+        for head, videos in probabilities.items()
+    }
+    predicted["majority"] = _majority(temporal, material)
+    phases = {
+        head: evaluate_phases(
+            truth, {name: videos[name] for name in truth}, spec.phases, material.fps, split=material.split
+        )
+        for head, videos in predicted.items()
+        if truth
+    }
+    return {
+        "split": material.split,
+        "fps": material.fps,
+        "videos": list(material.videos),
+        "convention": CONVENTION,
+        "phases": phases,
+        "tools": _tools(material),
+        "predictions": {"probabilities": probabilities["temporal"], "phases": predicted},
+    }
+
+
+def _probabilities(config: Config, temporal: Path, material: Material) -> dict[str, dict[str, NDArray[np.float32]]]:
+    heads = {"temporal": temporal, "frame": temporal / "frame"}
+    found = {}
+    for head, folder in heads.items():
+        if (folder / "best.pt").exists():
+            model, about = load_temporal(folder)
+            found[head] = predict_phases(
+                model, material.videos, about["inference"], about["frames"], device=config.device
+            )
+    return found
+
+
+def _majority(temporal: Path, material: Material) -> Phases:
+    """The most frequent phase of the training videos, everywhere."""
+    phase = int(read_json(temporal / "result.json")["majority_phase"])
+    return {name: np.full(len(video), phase, np.int8) for name, video in material.videos.items()}
+
+
+def _tools(material: Material) -> dict[str, Any] | None:
+    """Stage one's tool scores, with thresholds chosen on validation; None where it had no tool head or no labels."""
+    names = material.index.dataset.tools
+    usable = {name: video for name, video in material.videos.items() if _has_tools(video)}
+    if not names or not usable:
+        return None
+    truth = {name: video.tools for name, video in usable.items()}
+    scores = {name: sigmoid(video.tool_logits) for name, video in usable.items()}
+    return evaluate_tools(
+        truth, scores, names, threshold=_thresholds(material, names), split=material.split, fps=material.fps
+    )
+
+
+def _thresholds(material: Material, names: Sequence[str]) -> Mapping[str, float] | None:
+    """Chosen on the validation videos; None where there are none with features and tool labels."""
+    ids = [entry.id for entry in material.index.by_split("val")]
+    if not ids or not all((material.folder / f"{video_id}.h5").exists() for video_id in ids):
+        return None
+    videos = {name: video for name, video in load_feature_set(material.folder, ids).items() if _has_tools(video)}
+    if not videos:
+        return None
+    return choose_thresholds(
+        {name: video.tools for name, video in videos.items()},
+        {name: sigmoid(video.tool_logits) for name, video in videos.items()},
+        names,
+    )
+
+
+def _has_tools(video: VideoFeatures) -> bool:
+    return video.tools.size > 0 and bool((video.tools >= 0).any()) and bool(np.isfinite(video.tool_logits).all())
+
+
+def sigmoid(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Logistic function, safe for large logits of either sign."""
+    value: NDArray[np.float64] = 0.5 * (1.0 + np.tanh(0.5 * logits.astype(np.float64)))
+    return value
+
+
+# ---------------------------------------------------------------------------------------------- what is written
+
+
+def _write(out: Path, material: Material, metrics: Mapping[str, Any]) -> None:
+    spec = material.index.dataset
+    probabilities, phases = metrics["predictions"]["probabilities"], metrics["predictions"]["phases"]
+    make_folder(out / "predictions")
+    for name, video in material.videos.items():
+        tools = sigmoid(video.tool_logits) if video.tools.size and np.isfinite(video.tool_logits).all() else None
+        write_prediction_csv(
+            out / "predictions" / f"{name}.csv",
+            video.frame_index,
+            video.time_s,
+            phases["temporal"][name],
+            probabilities[name],
+            tools,
+            spec,
+        )
+    drawn = [
+        (name, video.phase, {head: phases[head][name] for head in ("temporal", "frame") if head in phases})
+        for name, video in material.videos.items()
+    ]
+    title = f"{spec.title or spec.name}, split {material.split}: truth and predictions"
+    phase_ribbons(out / "ribbons.png", drawn, material.fps, spec.phases, title)
+
+
+def _print(metrics: Mapping[str, Any]) -> None:
+    console = Console()
+    if metrics["phases"]:
+        console.print(comparison_table(metrics["phases"], CONVENTION))
+        console.print(phase_table(metrics["phases"]["temporal"], CONVENTION))
+    else:
+        say("note: no phase labels in these videos, so no phase metrics")
+    if metrics["tools"]:
+        console.print(tool_table(metrics["tools"]))
+    else:
+        say("note: no tool labels or no trained tool head, so no tool metrics")
+
+
+def _summary(run: Path, material: Material, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    scores = {head: summarise(results, None) for head, results in metrics["phases"].items()}
+    return {
+        "name": run.name,
+        "dataset": material.index.dataset.name,
+        "split": "/".join(str(len(material.index.by_split(part))) for part in ("train", "val", "test")),
+        "fps": material.fps,
+        "test_videos": len(material.videos),
+        "convention": CONVENTION,
+        "tool_map": summarise(None, metrics["tools"])["tool_map"],
+        **{f"phase_accuracy_{head}": value["phase_accuracy"] for head, value in scores.items()},
+        **{f"phase_f1_{head}": scores[head]["phase_f1"] for head in ("frame", "temporal") if head in scores},
+    }

@@ -1,0 +1,68 @@
+"""All stages from one file of settings, in order, each skipped where its inputs have not changed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from configs.errors import UserError
+from configs.schema import Config
+from engine.files import read_json
+from engine.progress import say
+from engine.runs import update_summary
+from engine.stopping import StopRequest
+from features.catalogue import index_dataset, open_dataset
+from stage1_cnn.extract import extract
+from stage1_cnn.train import train_cnn
+from stage2_temporal.evaluate import evaluate_run
+from stage2_temporal.train import train_temporal
+
+Value = TypeVar("Value")
+
+
+def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
+    """index, train-cnn (unless features come from the initial backbone), extract, train-temporal, evaluate.
+
+    Returns the summary that stands in `RUN/summary.json`: fractions on the test videos and seconds a stage. Seconds of
+    a stage that had nothing to do stay those of the start that did the work. Raises UserError at the first stage that
+    cannot go on; what came before it is kept.
+    """
+    started = time.monotonic()
+
+    def stage(name: str, work: Callable[[], Value], done_before: bool = False) -> Value:
+        stop.raise_if_set()
+        say(f"== {name}")
+        begun = time.monotonic()
+        value = work()
+        if not done_before:
+            update_summary(run, {"name": run.name}, {name: time.monotonic() - begun})
+        return value
+
+    stage("index", lambda: index_dataset(config))
+    index, root = open_dataset(config)
+    if config.extract.encoder == "finetuned":
+        stage("train-cnn", lambda: train_cnn(config, run, index, root, stop), _finished(run / "cnn"))
+    report = stage("extract", lambda: extract(config, run, index, root, stop=stop), _all_extracted(run))
+    if report.failed:
+        video_id, reason = report.failed[0]
+        raise UserError(
+            f"extract: {len(report.failed)} video(s) failed, first {video_id}: {reason}; mend or remove them and start "
+            "again, what is done is kept"
+        )
+    say(report.sentence())
+    stage("train-temporal", lambda: train_temporal(config, run, report.folder, stop), _finished(run / "temporal"))
+    stage("evaluate", lambda: evaluate_run(config, run, stop=stop, redo=False), (run / "evaluate" / "test").exists())
+    summary = update_summary(run, {})
+    say(f"{run / 'summary.json'}: written; {time.monotonic() - started:.0f} s this time")
+    return summary
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / "result.json").exists()
+
+
+def _all_extracted(run: Path) -> bool:
+    pointer = run / "extract" / "result.json"
+    return pointer.exists() and not read_json(pointer).get("failed")
