@@ -128,7 +128,7 @@ def evaluate_phases(
     """
     if not (math.isfinite(fps) and fps > 0):
         raise UserError(f"fps {fps}: the rate of the labels must be a positive number of frames a second")
-    names = _chosen(conventions, phases)
+    names = chosen_conventions(conventions, phases)
     videos, without = label_pairs(truth, predicted, len(phases))
     results = {}
     for name in names:
@@ -155,7 +155,8 @@ def majority_phase(train_truths: Sequence[NDArray[Any]]) -> int:
     return int(np.bincount(labels.astype(np.int64)).argmax())
 
 
-def _chosen(conventions: Sequence[str] | None, phases: Sequence[str]) -> list[str]:
+def chosen_conventions(conventions: Sequence[str] | None, phases: Sequence[str]) -> list[str]:
+    """The conventions asked for, checked; all that are defined for `phases` where None is asked for."""
     unavailable = unavailable_conventions(phases)
     if conventions is None:
         return [name for name in CONVENTIONS if name not in unavailable]
