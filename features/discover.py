@@ -217,10 +217,11 @@ def _only_ones(root: Path, found: dict[str, list[str]], role: str) -> dict[str, 
 
 
 def _nothing_found(root: Path, spec: DataSetSpec, files: _Files) -> str:
-    seen = ", ".join(f"{count} {ending}" for ending, count in files.endings.most_common(5)) or "no file at all"
+    endings = sorted(files.endings.items(), key=lambda item: (-item[1], item[0]))[:5]
+    seen = ", ".join(f"{count} {ending}" for ending, count in endings) or "no files"
     return (
         f"{root}: no videos of {spec.name} found: looked for files named {spec.patterns.video} and folders of images "
-        f"named {spec.patterns.frames}; there are {seen}"
+        f"named {spec.patterns.frames}; what is there: {seen}"
     )
 
 
@@ -427,7 +428,7 @@ def _step_of_length(scan: FolderScan, offset: int, spec: DataSetSpec, labels: La
     positions = len(scan.names) + offset
     nominal = max(round(spec.annotation_fps), 1)
     steps = [step for step in range(1, nominal) if nominal % step == 0]
-    steps += range(nominal, max(labels.frame, nominal) + 1, nominal)
+    steps += range(nominal, labels.frame + 2 * nominal, nominal)
     exact = [step for step in steps if -(-labels.frame // step) == positions]
     near = [step for step in steps if abs(positions * step - labels.frame) <= 2 * max(step, labels.stride)]
     for fitting in (exact, near):

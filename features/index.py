@@ -130,8 +130,8 @@ class Index(Strict):
         raise UserError(f"{video_id}: no such video in the index ({self.videos[0].id} to {self.videos[-1].id})")
 
     def digest(self) -> str:
-        """SHA-256 over what frames, labels and splits depend on; paths, times and notes are left out."""
-        moving: Any = {"source": True, "modified_ns": True, "phase_file": {"path"}, "tool_file": {"path"}}
+        """SHA-256 over what frames, labels and splits depend on; paths, times, whole-file hashes and notes are not."""
+        moving: Any = {"source": True, "modified_ns": True, "sha256": True, "phase_file": {"path"}, "tool_file": {"path"}}
         described: Any = {"name", "annotation_fps", "phases", "tools", "phase_aliases", "tool_aliases"}
         return sha256_json(
             {
@@ -260,6 +260,8 @@ def _probe(root: Path, relative: str, full_hash: bool) -> dict[str, Any]:
     """What the index says about a video file."""
     path = inside(root, relative)
     info = probe_video(path)
+    if info.frame_count < 1:
+        raise UserError(f"{path}: holds no frames")
     try:
         state = path.stat()
         return {
