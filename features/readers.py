@@ -222,6 +222,9 @@ def _video_stream(container: Any, path: Path) -> Any:
     """The stream a player would show (cover pictures are none). Raises ReaderError where there is none."""
     find_best = getattr(container.streams, "best", None)  # since PyAV 13
     stream = find_best("video") if find_best else next(iter(container.streams.video), None)
+    format_name = container.format.name
+    if format_name.endswith("_pipe") or format_name in {"image2", "gif", "tty"}:
+        raise ReaderError(f"{path}: an image or a text, not a video; leave it out")
     if stream is None or stream.codec_context is None:
         raise ReaderError(f"{path}: holds no video stream that can be decoded; leave it out")
     width_px, height_px = stream.codec_context.width, stream.codec_context.height
@@ -382,6 +385,8 @@ def _find_all(content: bytes, pattern: bytes) -> Iterator[int]:
 
 def _ends_early(path: Path) -> bool:
     """Whether the container's own size fields reach beyond the end of the file (MP4, Matroska, AVI)."""
+    if not path.is_file():
+        return False
     size = path.stat().st_size
     with path.open("rb") as stream:
         head = stream.read(12)
@@ -568,7 +573,7 @@ def _upright(picture: Any, stream: Any) -> np.ndarray:
     """The picture as a player shows it, (H, W, 3) uint8 RGB."""
     rgb: np.ndarray = picture.to_ndarray(format="rgb24")
     turns = _turns(picture, stream)
-    return np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb
+    return np.ascontiguousarray(np.rot90(rgb, turns))
 
 
 # ---------------------------------------------------------------------------------------------- decord
@@ -624,8 +629,9 @@ def _why_first_picture_differs(scan: VideoScan) -> str | None:
     if kind not in _PICTURE_KINDS:
         with DecordReader(scan, 0.0, PyavReader(scan, 0.0)) as decord:
             other = decord._decoded([0])
-        same = other is not None and np.array_equal(other[0], rgb)
-        _PICTURE_KINDS[kind] = None if same else "its first picture differs from PyAV's"
+        if other is None:  # it stumbled over damage, which says nothing about this kind of picture
+            return None
+        _PICTURE_KINDS[kind] = None if np.array_equal(other[0], rgb) else "its first picture differs from PyAV's"
     return _PICTURE_KINDS[kind]
 
 

@@ -154,20 +154,65 @@ def set_rotation(path: Path, degrees: int) -> Path:
     return path
 
 
+def hide_frames(path: Path, first: int, duration_s: float) -> Path:
+    """Rewrite an MP4's edit list (25 fps, as `write_video` makes it) to show `duration_s` from frame `first` on."""
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"elst") + 12  # type, version and flags, number of entries
+    _, media_time = struct.unpack_from(">Ii", content, entry)
+    ticks_a_frame = _media_timescale(content) // 25
+    struct.pack_into(">Ii", content, entry, round(duration_s * 1000), media_time + first * ticks_a_frame)
+    path.write_bytes(bytes(content))
+    return path
+
+
+def _media_timescale(content: bytearray) -> int:
+    start = content.index(b"mdhd") + 4
+    return struct.unpack_from(">I", content, start + 12)[0]
+
+
+def packet_spans(path: Path) -> list[tuple[int, int]]:
+    """(offset, size) in the file of each coded picture, in decoding order."""
+    import av
+
+    with av.open(str(path)) as container:
+        return [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+
+
+def damage_packet(path: Path, number: int) -> Path:
+    """Overwrite the inside of one coded picture, so that it cannot be decoded to what it was."""
+    offset, size = packet_spans(path)[number]
+    content = bytearray(path.read_bytes())
+    start = offset + size // 3
+    content[start : offset + size - 2] = b"\xa5" * (offset + size - 2 - start)
+    path.write_bytes(bytes(content))
+    return path
+
+
+def repeat_video(source: Path, target: Path, times: int) -> Path:
+    """Chain a video `times` times by copying its packets: hours of video in seconds."""
+    import av
+
+    with av.open(str(source)) as container:
+        stream = container.streams.video[0]
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        span = round(len(packets) / stream.average_rate / stream.time_base)
+        with av.open(str(target), "w") as output:
+            add = getattr(output, "add_stream_from_template", None)  # since PyAV 14
+            copy = add(stream) if add else output.add_stream(template=stream)
+            for turn in range(times):
+                for packet in packets:
+                    packet.pts += span if turn else 0
+                    packet.dts += span if turn else 0
+                    packet.stream = copy
+                    packet.time_base = stream.time_base
+                    output.mux(packet)
+    return target
+
+
 def truncate(path: Path, share: float) -> Path:
     """Keep the first `share` of the file's bytes."""
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    return path
-
-
-def flip_bytes(path: Path, at_share: float, count: int = 64) -> Path:
-    """Damage `count` bytes in the middle of the coded pictures."""
-    content = bytearray(path.read_bytes())
-    start = int(len(content) * at_share)
-    for offset in range(start, min(start + count, len(content))):
-        content[offset] ^= 0x5A
-    path.write_bytes(bytes(content))
     return path
 
 
