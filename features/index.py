@@ -6,7 +6,7 @@ what names, containers and annotation files say; nothing is decoded. The same fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -131,7 +131,13 @@ class Index(Strict):
 
     def digest(self) -> str:
         """SHA-256 over what frames, labels and splits depend on; paths, times, whole-file hashes and notes are not."""
-        moving: Any = {"source": True, "modified_ns": True, "sha256": True, "phase_file": {"path"}, "tool_file": {"path"}}
+        moving: Any = {
+            "source": True,
+            "modified_ns": True,
+            "sha256": True,
+            "phase_file": {"path"},
+            "tool_file": {"path"},
+        }
         described: Any = {"name", "annotation_fps", "phases", "tools", "phase_aliases", "tool_aliases"}
         return sha256_json(
             {
@@ -171,7 +177,8 @@ def _first_fault(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return "nested too deeply"
     fault = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, fault['loc'])) or 'whole file'}: {fault['msg']}"
+    place = ".".join(map(str, fault["loc"])) or "whole file"
+    return f"{place if place.isprintable() else ascii(place)}: {fault['msg']}"
 
 
 # ---------------------------------------------------------------------------------------------- building
@@ -382,44 +389,45 @@ def check_index(index: Index, root: Path, progress: Progress | None = None) -> l
         if progress:
             progress(done, len(index.videos), entry.id)
         for check in (_check_source, _check_annotations):
+            problem: object
             try:
-                problems += [f"{entry.id}: {problem}" for problem in check(entry, root, index.dataset)]
+                problem = check(entry, root, index.dataset)
             except UserError as error:
-                problems.append(f"{entry.id}: {error}")
+                problem = error
+            if problem is not None:
+                problems.append(f"{entry.id}: {problem}")
     return problems
 
 
-def _check_source(entry: VideoEntry, root: Path, spec: DataSetSpec) -> Iterator[str]:
+def _check_source(entry: VideoEntry, root: Path, spec: DataSetSpec) -> str | None:
     path = inside(root, entry.source)
-    if entry.frames is None:
-        yield from _differences(entry, _probe(root, entry.source, entry.sha256 is not None), path)
-        packets = count_packets(path)
-        if packets != entry.frame_count:
-            yield f"{path}: holds {packets} frames where the index says {entry.frame_count}"
-        return
-    scan = scan_folder(root, entry.source, spec)
-    source_frames(scan, entry.frames)
-    yield from _differences(entry, _folder_state(scan, entry.sha256 is not None), path)
+    if entry.frames is not None:
+        scan = scan_folder(root, entry.source, spec)
+        source_frames(scan, entry.frames)
+        return _difference(entry, _folder_state(scan, entry.sha256 is not None), path)
+    difference = _difference(entry, _probe(root, entry.source, entry.sha256 is not None), path)
+    packets = entry.frame_count if difference else count_packets(path)
+    if packets != entry.frame_count:
+        return f"{path}: holds {packets} frames where its header says {entry.frame_count}; re-encode it"
+    return difference
 
 
-def _differences(entry: VideoEntry, now: dict[str, Any], path: Path) -> Iterator[str]:
-    """The telling difference between a source and its entry; a time alone counts where nothing better is recorded."""
+def _difference(entry: VideoEntry, now: dict[str, Any], path: Path) -> str | None:
+    """What tells a source from its entry first; a time alone counts where nothing better is recorded."""
     for name, value in now.items():
         was = getattr(entry, name)
-        if name == "modified_ns" or value == was:
-            continue
-        yield f"{path}: {name} is {value}, indexed as {was}; run index again"
-        return
-    if now["modified_ns"] != entry.modified_ns and entry.sha256 is None:
-        yield (
-            f"{path}: was written anew since it was indexed, with the same size and ends; run index again "
-            "(data.full_hash=true tells a copy from a change)"
-        )
+        if name != "modified_ns" and value != was:
+            return f"{path}: {name} is {value}, indexed as {was}; run index again"
+    if now["modified_ns"] == entry.modified_ns or entry.sha256 is not None:
+        return None
+    return (
+        f"{path}: was written anew since it was indexed, with the same size and ends; run index again "
+        "(data.full_hash=true tells a copy from a change)"
+    )
 
 
-def _check_annotations(entry: VideoEntry, root: Path, spec: DataSetSpec) -> Iterator[str]:
+def _check_annotations(entry: VideoEntry, root: Path, spec: DataSetSpec) -> None:
     _load_tracks(entry, root, spec)
-    yield from ()
 
 
 # ---------------------------------------------------------------------------------------------- summary
