@@ -23,6 +23,7 @@ from configs.schema import DataSetSpec
 from engine.files import write_text
 
 _FRAME_LIMIT = 2**53  # beyond it a frame number would not survive the float columns
+_ROUNDING = 1e-5  # by how much a computed probability may pass 0 or 1
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def write_prediction_csv(
 ) -> None:
     """Write one video's prediction atomically: (T,), (T,), (T,), (T, C), and (T, K) or None.
 
-    `time_s` goes to the millisecond. Raises UserError when the disk is full or the folder cannot be written.
+    `time_s` goes to the millisecond. Raises UserError when the disk is full, the folder cannot be written or a
+    probability is none (NaN included).
     """
     columns = np.asarray(probabilities, dtype=np.float32)
     if tool_probabilities is not None:
@@ -63,6 +65,8 @@ def write_prediction_csv(
     frames = len(frame_index)
     if not (len(time_s) == len(phase) == frames and columns.shape == (frames, len(header) - 4)):
         raise ValueError(f"shapes do not agree: {frames} frames, probabilities {columns.shape}")
+    if not ((columns >= -_ROUNDING) & (columns <= 1 + _ROUNDING)).all():  # NaN fails it too
+        raise UserError(f"{path}: not written, for the model gave a probability outside 0 to 1; it has diverged")
     buffer = io.StringIO(newline="")
     rows = csv.writer(buffer, lineterminator="\n")
     rows.writerow(header)
@@ -150,6 +154,6 @@ def _numbers(where: str, row: Sequence[str], width: int, spec: DataSetSpec) -> l
             f"{where}: phase {phase} is called {row[3]!r} where data set {spec.name} has {spec.phases[phase]!r}; "
             "the file was written with another order of phases"
         )
-    if not all(0.0 <= probability <= 1.0 for probability in probabilities):  # NaN fails it too
+    if not all(-_ROUNDING <= probability <= 1.0 + _ROUNDING for probability in probabilities):  # NaN fails it too
         raise UserError(f"{where}: a probability lies outside 0 to 1")
     return [frame, time_s, phase, *probabilities]

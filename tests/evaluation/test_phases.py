@@ -255,6 +255,9 @@ def relaxed(truth: str, predicted: str, window: int, mask_fault: bool) -> str:
         ("4444666", "4444466", "1111111", "1111111"),
         ("2222444", "2224444", "1110111", "1110111"),
         ("3333444", "3333244", "1111011", "1111011"),
+        # An unlabelled frame in the last window marks none of the first, and none in the first is marked.
+        ("1111-1222", "711111222", "011101111", "011101111"),
+        ("1-1112222", "111122222", "101101111", "101111111"),
     ],
 )
 def test_relaxed_sample_by_sample(truth, predicted, matlab, fixed):
@@ -287,7 +290,8 @@ def test_relaxed_window_is_in_seconds():
     assert relaxed_window_frames(1) == 10
     assert relaxed_window_frames(25) == 250
     assert relaxed_window_frames(0.1) == 1
-    assert relaxed_window_frames(0.05) == 0
+    assert relaxed_window_frames(0.19) == 1
+    assert relaxed_window_frames(0.09) == 0
     truth, predicted = np.repeat([0, 1], 100).astype(np.int8), np.repeat([0, 1], [115, 85]).astype(np.int8)
     slow = evaluate_phases({"v": truth}, {"v": predicted}, CHOLEC80_PHASES, 1.0)["relaxed_fixed"]
     fast = evaluate_phases({"v": np.repeat(truth, 25)}, {"v": np.repeat(predicted, 25)}, CHOLEC80_PHASES, 25.0)[

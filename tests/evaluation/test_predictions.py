@@ -147,6 +147,21 @@ def test_missing_binary_and_unreadable_files(tmp_path):
         read_prediction_csv(tmp_path, SPEC)
 
 
+def test_model_that_has_diverged_writes_nothing_and_rounding_is_forgiven(tmp_path):
+    def attempt(value: float) -> None:
+        probabilities = np.array([[value, 0.0]], dtype=np.float32)
+        write_prediction_csv(
+            tmp_path / "v.csv", np.array([0]), np.array([0.0]), np.array([0]), probabilities, None, SPEC
+        )
+
+    for value in (np.nan, np.inf, 1.01, -0.5):
+        with pytest.raises(UserError, match=r"v\.csv: not written.*diverged"):
+            attempt(value)
+    assert list(tmp_path.iterdir()) == []
+    attempt(np.nextafter(np.float32(1), np.float32(2)))
+    assert read_prediction_csv(tmp_path / "v.csv", SPEC).probabilities[0, 0] > 1
+
+
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "v.csv"
     path.write_text("old")

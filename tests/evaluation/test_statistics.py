@@ -97,6 +97,11 @@ def test_permutation_equals_scipy():
         assert found["p_value"] == pytest.approx(wanted, abs=1e-9 if count == 6 else 0.015)
 
 
+def test_random_permutations_never_give_zero():
+    result = paired_permutation(named(range(100, 130)), named(range(30)), resamples=99)
+    assert (result["p_value"], result["exact"]) == (0.01, False)
+
+
 def test_permutation_leaves_out_videos_without_a_number_and_refuses_different_videos():
     assert paired_permutation({"a": 1.0, "b": None}, {"a": 0.0, "b": 2.0})["videos"] == 1
     with pytest.raises(UserError, match="c: only one of the two has this video"):
