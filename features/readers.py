@@ -385,19 +385,18 @@ def _find_all(content: bytes, pattern: bytes) -> Iterator[int]:
 
 def _ends_early(path: Path) -> bool:
     """Whether the container's own size fields reach beyond the end of the file (MP4, Matroska, AVI)."""
-    if not path.is_file():
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            head = stream.read(12)
+            if head[:4] == b"RIFF":
+                promised = struct.unpack("<I", head[4:8])[0]
+                return promised < 0xFFFFFFFF and 8 + promised > size
+            if head[:4] == b"\x1a\x45\xdf\xa3":
+                return _matroska_end(stream) > size
+            return head[4:8] in _MP4_BOXES and _mp4_end(stream, size) > size
+    except OSError:  # a folder, or not ours to read: opening it as a video says so
         return False
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        head = stream.read(12)
-        if head[:4] == b"RIFF":
-            promised = struct.unpack("<I", head[4:8])[0]
-            return promised < 0xFFFFFFFF and 8 + promised > size
-        if head[:4] == b"\x1a\x45\xdf\xa3":
-            return _matroska_end(stream) > size
-        if head[4:8] in _MP4_BOXES:
-            return _mp4_end(stream, size) > size
-    return False
 
 
 def _mp4_end(stream: BinaryIO, size: int) -> int:
@@ -802,7 +801,7 @@ class FolderReader(_Closing):
                     raise Image.DecompressionBombError
                 if image.mode not in self._MODES:
                     raise ReaderError(f"{path}: holds pixels of kind {image.mode}, not 8-bit colour; save it as RGB")
-                return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+                return np.array(ImageOps.exif_transpose(image).convert("RGB"))
         except FileNotFoundError as error:
             raise ReaderError(f"{path}: no such image (frame {number}); rebuild the index") from error
         except Image.DecompressionBombError as error:
