@@ -65,8 +65,8 @@ class DataSetSpec(Strict):
     title: str = ""
     source: str = ""
     annotation_fps: float = Field(gt=0, description="rate at which annotation files number frames")
-    phases: tuple[str, ...] = Field(min_length=2)
-    tools: tuple[str, ...] = ()
+    phases: tuple[str, ...] = Field(min_length=2, max_length=127)  # ids are int8
+    tools: tuple[str, ...] = Field((), max_length=127)
     phase_aliases: dict[str, str] = {}
     tool_aliases: dict[str, str] = {}
     id_format: str = Field(
@@ -74,7 +74,7 @@ class DataSetSpec(Strict):
     )
     patterns: FilePatterns
     splits: dict[str, NamedSplit] = Field({}, description="published splits that `data.split.rule` can name")
-    default_split: str = "60/20/20"
+    default_split: str = "60%/20%/20%"
 
     @model_validator(mode="after")
     def _names_are_consistent(self) -> DataSetSpec:

@@ -192,6 +192,10 @@ def inside(root: Path, relative: str) -> Path:
     if Path(relative).is_absolute() or "\x00" in relative:
         raise UserError(f"{relative!r}: paths in an index are relative to the data root")
     path = root / relative
-    if not path.resolve().is_relative_to(root.resolve()):
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:  # a link that points to itself
+        raise UserError(f"{relative!r}: cannot be followed below {root} ({error})") from error
+    if not target.is_relative_to(root.resolve()):
         raise UserError(f"{relative!r}: leads out of the data root {root}")
     return path

@@ -12,7 +12,7 @@ from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import Config
 from engine.progress import say
-from features.index import Index, build_index, check_index, index_summary
+from features.index import Index, build_index, check_index, index_summary, most_fps
 from features.splits import assign_splits
 
 ROOT_VARIABLE = "SURGSTAGE_DATA"
@@ -90,6 +90,10 @@ def check_dataset(config: Config) -> list[str]:
 
 def print_summary(index: Index, root: Path, fps: float) -> None:
     """Videos, hours and sampled frames a split and a class, as a table."""
+    held = most_fps(index)
+    if fps > held:
+        say(f"note: sampled at {held:g} fps below, the most these videos hold; set data.fps={held:g} before training")
+    fps = min(fps, held)
     rows = index_summary(index, root, fps)
     table = Table(title=f"{index.dataset.title or index.dataset.name}, sampled at {fps:g} fps", title_justify="left")
     for number, name in enumerate(rows[0]):

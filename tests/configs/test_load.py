@@ -36,7 +36,8 @@ def test_cholec80_has_the_published_settings() -> None:
     assert (config.preprocess.resize_px, config.preprocess.crop_px) == (250, 224)
     assert (config.cnn.backbone, config.cnn.optim.name, config.cnn.optim.lr) == ("resnet50", "sgd", 1e-3)
     assert config.cnn.backbone_lr_factor == 0.1
-    assert config.data.split.rule == "32/8/40"
+    assert config.data.split.rule is None
+    assert load_dataset(config.data.dataset).default_split == "32/8/40"
 
 
 def test_overrides_are_yaml_and_the_last_one_wins() -> None:
