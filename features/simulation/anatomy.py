@@ -161,7 +161,8 @@ def draw_gallbladder(rng: np.random.Generator, look: Appearance, unit_px: int) -
     sprites = []
     for state in np.linspace(0, 1, GALLBLADDER_STATES):
         belly = (0.30 - 0.09 * state) * (u**0.75) * np.sqrt(np.clip(1 - u**4, 0, 1)) + 0.035
-        level = (np.abs(y + 0.03 * np.sin(4 * u)) / belly) ** 2 + 0.12 * warp + 40 * np.clip(np.abs(along - 0.5) - 0.5, 0, 1)
+        beyond = np.clip(np.abs(along - 0.5) - 0.5, 0, 1)
+        level = ((y + 0.03 * np.sin(4 * u)) / belly) ** 2 + 0.12 * warp + 40 * beyond
         inside = smoothstep(level, 1.06, 0.94)
         opened = smoothstep(u + 0.22 * warp, state * 1.05 - 0.05, state * 1.05 - 0.16) * (state > 0)
         skin = (look.bladder * (1 - 0.1 * state)) * (1 + 0.1 * warp + 0.05 * fine)[..., None]

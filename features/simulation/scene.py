@@ -9,7 +9,7 @@ before tells them apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -196,7 +196,7 @@ class Scene:
         angle: float,
         scale: float,
     ) -> None:
-        """Lay a premultiplied sprite over the picture: its `anchor` (shares of its sides) at `point`, turned, scaled."""
+        """Lay a premultiplied sprite on the picture: its `anchor` (shares of its sides) at `point`, turned, scaled."""
         width, height = self._size_px
         at_x, at_y = width / 2 + point[0] * self._unit_px, height / 2 + point[1] * self._unit_px
         cos, sin = math.cos(angle), math.sin(angle)
@@ -232,14 +232,12 @@ class Scene:
 # ---------------------------------------------------------------------------------------------- movements
 
 
-def draw_plan(
-    rng: np.random.Generator, phase: np.ndarray, tools: np.ndarray, spec: DataSetSpec, fps: float
-) -> Plan:
+def draw_plan(rng: np.random.Generator, phase: np.ndarray, tools: np.ndarray, spec: DataSetSpec, fps: float) -> Plan:
     """Plan a video's movements from the labels of its frames: `phase` (T,), `tools` (T, K) bool."""
     frames = len(phase)
     outside = _draw_outside(rng, phase, tools, spec)
-    energy = tools[:, [k for k, name in enumerate(spec.tools) if name in _ENERGY_TOOLS]].any(axis=1)
-    rinse = tools[:, [k for k, name in enumerate(spec.tools) if name == "Irrigator"]].any(axis=1)
+    energy = _any_tool(tools, [k for k, name in enumerate(spec.tools) if name in _ENERGY_TOOLS])
+    rinse = _any_tool(tools, [spec.tools.index("Irrigator")])
     burning = energy & (_wander(rng, frames, fps, 1.0)[:, 0] > -0.1)
     haze = np.maximum(0, 0.16 * _wander(rng, frames, fps, 8.0)[:, 0] - 0.12)
     camera = _wander(rng, frames, fps, 6.0, 6)
@@ -267,6 +265,11 @@ def draw_plan(
         outside=outside,
         grain_shift=rng.integers(0, GRAIN_SHIFTS, (frames, 2)),
     )
+
+
+def _any_tool(tools: np.ndarray, columns: Iterable[int]) -> np.ndarray:
+    """Whether one of the tools in `columns` is there, (T,) bool."""
+    return np.asarray(tools[:, list(columns)].any(axis=1))
 
 
 def _wander(rng: np.random.Generator, frames: int, fps: float, memory_s: float, columns: int = 1) -> np.ndarray:
@@ -301,14 +304,16 @@ def stretches(mask: np.ndarray) -> Iterator[tuple[int, int]]:
 def _draw_outside(rng: np.random.Generator, phase: np.ndarray, tools: np.ndarray, spec: DataSetSpec) -> np.ndarray:
     """Which frames show no operating field, (T,): only stretches without a tool, since labels say what is seen."""
     outside = np.full(len(phase), -1)
-    for start, end in stretches(~tools.any(axis=1)):
+    for start, end in stretches(~_any_tool(tools, range(len(spec.tools)))):
         chance = _OUTSIDE_P.get(spec.phases[phase[start]], _OUTSIDE_P_ELSEWHERE)
         if rng.random() < chance:
             outside[start:end] = rng.choice(len(_OUTSIDE_KINDS), p=_OUTSIDE_KINDS)
     return outside
 
 
-def _bladder(rng: np.random.Generator, phase: np.ndarray, spec: DataSetSpec, fps: float) -> tuple[np.ndarray, np.ndarray]:
+def _bladder(
+    rng: np.random.Generator, phase: np.ndarray, spec: DataSetSpec, fps: float
+) -> tuple[np.ndarray, np.ndarray]:
     """State of the gallbladder, (T,) 0 untouched to 1 freed, and whether it is to be seen, (T,) bool."""
     progress = np.zeros(len(phase))
     reached = 0.0

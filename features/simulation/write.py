@@ -14,15 +14,25 @@ import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from configs.errors import UserError
 from configs.schema import DataSetSpec
 from engine.files import atomic_path, make_folder, read_json, require_free_bytes, write_json, write_text
+from features.annotations import (
+    PhaseTrack,
+    ToolTrack,
+    read_phase_file,
+    read_tool_file,
+    write_phase_file,
+    write_tool_file,
+)
+from features.readers import count_packets
 from features.simulation.procedure import check_spec, draw_operation, frame_seconds, load_table
 from features.simulation.scene import Scene
 
@@ -40,6 +50,7 @@ _ENCODER = {
 }
 _BYTES_A_PIXEL = 0.08
 _SMALLEST_PX, _LARGEST_PX = 48, 4096
+_Track = TypeVar("_Track", PhaseTrack, ToolTrack)
 
 
 @dataclass(frozen=True)
@@ -116,11 +127,12 @@ def simulate(
     numbers = range(first_number, first_number + videos)
     _claim_folder(out, settings)
     require_free_bytes(out, _expected_bytes(settings, videos), f"simulating {videos} videos")
-    made, skipped, video_s, done = [], [], 0.0, 0
-    for number, seconds in _each_video(out, settings, numbers, workers):
+    made: list[str] = []
+    skipped: list[str] = []
+    video_s = 0.0
+    for done, (number, seconds) in enumerate(_each_video(out, settings, numbers, workers), start=1):
         (made if seconds else skipped).append(spec.id_format.format(number=number))
         video_s += seconds
-        done += 1
         if on_progress is not None:
             on_progress(done, videos)
     return SimulatedData(tuple(sorted(made)), tuple(sorted(skipped)), video_s)
@@ -147,7 +159,8 @@ def _claim_folder(out: Path, settings: Settings) -> None:
             key = differing[0]
             was = found.get(key) if isinstance(found, dict) else None
             raise UserError(
-                f"{path}: this folder was simulated with {key} {was!r}, not {wanted[key]!r}; choose another folder or delete this one"
+                f"{path}: this folder was simulated with {key} {was!r}, not {wanted[key]!r}; choose another folder or "
+                "delete this one"
             )
         return
     others = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith("."))
@@ -161,9 +174,11 @@ def _readme(settings: Settings) -> str:
     return f"""SIMULATED data: not one picture or label in this folder comes from a patient.
 
 Made by `{_PROGRAM}` (simulator version {SIMULATOR_VERSION}, seed {settings.seed}, {settings.fps} frames a second,
-{settings.width_px}x{settings.height_px} pixels, operations sped up {settings.speed_up:g} times). The layout is that of Cholec80.
-Pictures are procedural drawings. Label sequences are random, drawn from aggregate statistics:
+{settings.width_px}x{settings.height_px} pixels, operations sped up {settings.speed_up:g} times).
+The layout is that of Cholec80. Pictures are procedural drawings. Label sequences are random, drawn from
+
 {load_table().attribution}
+
 Results on this data show that software works. They say nothing about real operations.
 """
 
@@ -207,8 +222,11 @@ def _write_video(out: Path, settings: Settings, number: int) -> float:
     second = frame_seconds(operation, settings.fps, settings.speed_up)
     phase, tools = operation.phase[second], operation.tools[second]
     name = spec.id_format.format(number=number)
-    whole = _keep_text(out / "phase_annotations" / f"{name}-phase.txt", _phase_text(phase, spec))
-    whole &= _keep_text(out / "tool_annotations" / f"{name}-tool.txt", _tool_text(tools[:: settings.fps], settings))
+    frame_index = np.arange(len(phase))
+    phases = PhaseTrack(frame_index, phase, stride=1)
+    rows = ToolTrack(frame_index[:: settings.fps], tools[:: settings.fps], stride=settings.fps)
+    whole = _keep(out / "phase_annotations" / f"{name}-phase.txt", phases, spec, read_phase_file, write_phase_file)
+    whole &= _keep(out / "tool_annotations" / f"{name}-tool.txt", rows, spec, read_tool_file, write_tool_file)
     path = out / "videos" / f"{name}.mp4"
     if whole and _frames_in(path) == len(phase):
         return 0.0
@@ -220,23 +238,21 @@ def _write_video(out: Path, settings: Settings, number: int) -> float:
     return len(phase) / settings.fps
 
 
-def _keep_text(path: Path, text: str) -> bool:
-    """Make sure that `path` holds `text`; whether it did already."""
-    data = text.encode()
-    if path.is_file() and path.read_bytes() == data:
-        return True
-    write_text(path, text)
+def _keep(
+    path: Path,
+    track: _Track,
+    spec: DataSetSpec,
+    read: Callable[[Path, DataSetSpec], _Track],
+    write: Callable[[Path, _Track, DataSetSpec], None],
+) -> bool:
+    """Make sure that an annotation file holds `track`; whether it did already."""
+    with suppress(UserError):
+        found = vars(read(path, spec))
+        # Not the stride: a file of one row has none to read.
+        if all(np.array_equal(found[name], value) for name, value in vars(track).items() if name != "stride"):
+            return True
+    write(path, track, spec)
     return False
-
-
-def _phase_text(phase: np.ndarray, spec: DataSetSpec) -> str:
-    rows = [f"{frame}\t{spec.phases[label]}" for frame, label in enumerate(phase)]
-    return "\n".join(["Frame\tPhase", *rows]) + "\n"
-
-
-def _tool_text(tools: np.ndarray, settings: Settings) -> str:
-    rows = ["\t".join(map(str, [second * settings.fps, *row])) for second, row in enumerate(tools.tolist())]
-    return "\n".join(["\t".join(["Frame", *settings.spec.tools]), *rows]) + "\n"
 
 
 def _encode(path: Path, scene: Scene, settings: Settings) -> None:
@@ -251,11 +267,8 @@ def _encode(path: Path, scene: Scene, settings: Settings) -> None:
 
 
 def _frames_in(path: Path) -> int:
-    """How many frames an MP4 file holds, read without decoding; -1 for a file that is missing or damaged."""
-    import av
-
+    """How many frames a video holds, counted without decoding; -1 for one that is missing or damaged."""
     try:
-        with av.open(str(path)) as container:
-            return sum(1 for packet in container.demux(video=0) if packet.size)
-    except (OSError, av.FFmpegError, IndexError):
+        return count_packets(path)
+    except UserError:
         return -1
