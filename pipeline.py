@@ -89,6 +89,7 @@ def cli() -> None:
     train-temporal  stage two: an LSTM over whole videos, seconds an epoch
     evaluate        phases and tools on the test videos: tables, JSON, ribbons
     run             all of these from one file of settings
+    simulate        simulated operations to try it on
 
     Every command takes --config FILE and --set key=value; `config show` prints what they come to. The folder of the
     videos is data.root: `--set data.root=DIR`, a line in the file, or the variable SURGSTAGE_DATA.
@@ -244,6 +245,53 @@ def run_command(source: str, overrides: tuple[str, ...], name: str | None) -> No
     resolved = _config(source, overrides)
     with _stop_between_steps() as stop:
         run_all(resolved, _run(resolved, source, name), stop)
+
+
+@cli.command("simulate")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--videos", default=10, show_default=True, help="Number of operations.")
+@click.option("--seed", default=0, show_default=True, help="The same seed and options give the same labels and pixels.")
+@click.option("--fps", default=25, show_default=True, help="Frames a second of the videos.")
+@click.option("--width", "width_px", default=224, show_default=True, help="Width of a frame in pixels.")
+@click.option("--height", "height_px", default=224, show_default=True, help="Height of a frame in pixels.")
+@click.option("--speed-up", default=1.0, show_default=True, help="Divide the length of everything by this.")
+@click.option("--first", "first_number", default=1, show_default=True, help="Number of the first video.")
+@click.option("--workers", default=1, show_default=True, help="Processes; the files do not depend on it.")
+def simulate_command(
+    out: Path,
+    videos: int,
+    seed: int,
+    fps: int,
+    width_px: int,
+    height_px: int,
+    speed_up: float,
+    first_number: int,
+    workers: int,
+) -> None:
+    """Write SIMULATED operations below OUT, in Cholec80's layout.
+
+    Label sequences follow aggregate statistics of Cholec80's training videos; pictures are drawn by a program. Good for
+    trying the pipeline and for tests; what is measured on them says nothing about real operations.
+    """
+    from configs.load import load_dataset
+    from engine.progress import progress_bar
+    from features.simulation import simulate
+
+    with _stop_at_once(), progress_bar(videos, "simulating", "video") as bar:
+        made = simulate(
+            out,
+            videos=videos,
+            seed=seed,
+            spec=load_dataset("cholec80"),
+            fps=fps,
+            width_px=width_px,
+            height_px=height_px,
+            speed_up=speed_up,
+            first_number=first_number,
+            workers=workers,
+            on_progress=lambda done, total: bar.update(done - bar.n),
+        )
+    click.echo(f"{out}: {len(made.made)} simulated videos made ({made.video_s:.0f} s), {len(made.skipped)} were there")
 
 
 @cli.group()
