@@ -170,6 +170,7 @@ def extract(source: str, overrides: tuple[str, ...], name: str | None, shard: st
     Files that verify are skipped, so a second start only does what is missing. A damaged video is reported and the
     others go on; the exit code is then 1.
     """
+    part = _shard(shard)
     from stage1_cnn.extract import extract as extract_features
 
     more = (f"data.index={index_file}",) if index_file else ()
@@ -177,7 +178,7 @@ def extract(source: str, overrides: tuple[str, ...], name: str | None, shard: st
     with _stop_at_once() as stop:
         index, root = _dataset(resolved)
         report = extract_features(
-            resolved, _run(resolved, source, name), index, root, shard=_shard(shard), folder=None, stop=stop
+            resolved, _run(resolved, source, name), index, root, shard=part, folder=None, stop=stop
         )
     click.echo(report.sentence())
     for video_id, reason in report.failed:

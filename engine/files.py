@@ -7,10 +7,13 @@ writers of one file are harmless and no lock is needed), close, fsync, `os.repla
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
 import shutil
+import socket
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,7 +68,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     as it was. Raises UserError when the disk is full or the folder cannot be written.
     """
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(f".{path.name}.{_place()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
         fsync_file(temporary)
@@ -96,22 +99,47 @@ def is_no_room(error: BaseException) -> bool:
 
 
 def remove_stale_temporaries(folder: Path, older_than_s: float = 3600.0) -> int:
-    """Delete what killed writers left in `folder`: temporary files that nobody has touched for `older_than_s`.
+    """Delete the temporary files that killed writers left in `folder`; returns how many.
 
-    A temporary file whose writer still runs is younger than that, since writers write all the time. Files of this
-    host's dead processes would be safe to delete at once, but a process number says nothing on a shared file system.
+    A file goes at once when its writer ran here (same boot, same process namespace) and is dead, and otherwise when
+    nobody has touched it for `older_than_s`: on a shared file system a process number of another machine says nothing,
+    but a writer that still runs writes all the time.
     """
-    import time
-
     removed = 0
     for path in folder.glob(".*.tmp"):
         try:
-            if time.time() - path.stat().st_mtime > older_than_s:
+            if _writer_is_dead(path.name) or time.time() - path.stat().st_mtime > older_than_s:
                 path.unlink()
                 removed += 1
         except OSError:
             continue
     return removed
+
+
+@functools.cache
+def _place() -> str:
+    """Short name of what process numbers here belong to: machine, boot and process namespace."""
+    parts = [socket.gethostname()]
+    try:
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
+        parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
+    except OSError:
+        parts.append(uuid.uuid4().hex)  # not known here: never take another process for one of ours
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:8]
+
+
+def _writer_is_dead(name: str) -> bool:
+    place, _, rest = name.rsplit(".", 2)[-2].partition("-")
+    number = rest.partition("-")[0]
+    if place != _place() or not number.isdigit():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -49,10 +50,25 @@ def index_dataset(config: Config, replace: bool = False) -> Index:
     else:
         found.save(path)
         say(f"{path}: written")
-    for note in found.notes:
+    for note in _grouped(found.notes):
         say(f"note: {note}")
     print_summary(found, root, config.data.fps)
     return found
+
+
+def _grouped(notes: Sequence[str]) -> list[str]:
+    """Notes that say the same of many files, as one line each; all of them stand in the index."""
+    files: dict[str, list[str]] = {}
+    for note in notes:
+        name, _, text = note.rpartition(": ") if note.count(": ") == 1 else ("", "", note)
+        files.setdefault(text, []).append(name)
+    return [_of_files(names, text) for text, names in files.items()]
+
+
+def _of_files(names: Sequence[str], text: str) -> str:
+    if names == [""]:
+        return text
+    return f"{names[0]}{f' and {len(names) - 1} more files' if len(names) > 1 else ''}: {text}"
 
 
 def open_dataset(config: Config) -> tuple[Index, Path]:

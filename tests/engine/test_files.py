@@ -78,6 +78,20 @@ def test_old_temporaries_go_and_young_ones_stay(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == [young.name]
 
 
+def test_a_dead_writers_temporary_goes_at_once_and_a_living_ones_stays(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys; from pathlib import Path; from engine.files import atomic_path\n"
+        "with atomic_path(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "dead.h5")], check=False)
+    with atomic_path(tmp_path / "alive.h5") as temporary:
+        temporary.write_text("half")
+        assert len(os.listdir(tmp_path)) == 2
+        assert remove_stale_temporaries(tmp_path) == 1
+        assert os.listdir(tmp_path) == [temporary.name]
+
+
 def test_json_round_trip_and_errors(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"a": [1, None, "é"]})
     assert read_json(tmp_path / "a.json") == {"a": [1, None, "é"]}

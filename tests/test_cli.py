@@ -1,0 +1,395 @@
+"""End to end through the real command line, on simulated operations: what a user types, sees and finds on the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from engine.logs import read_metrics
+from features.store import read_features
+
+PROJECT = Path(__file__).resolve().parent.parent
+SETTINGS = {
+    "data": {"fps": 1.0, "index": "artifacts/index.json", "split": {"rule": "3/1/1"}},
+    "preprocess": {"resize_px": 72, "crop_px": 64},
+    "cnn": {
+        "backbone": "mobilenet_v3_small",
+        "weights": "random",
+        "epochs": 2,
+        "batch_frames": 16,
+        "workers": 0,
+        "optim": {"name": "adamw", "lr": 0.002},
+        "backbone_lr_factor": 1.0,
+    },
+    "extract": {"precision": "fp32", "workers": 1},
+    "temporal": {
+        "head": {"name": "lstm", "hidden": 16},
+        "sequence": {"mode": "chunked", "frames": 16, "batch": 2},
+        "epochs": 4,
+        "optim": {"lr": 0.01},
+    },
+}
+
+
+def command(arguments: Sequence[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`python pipeline.py ...` in `folder`, one thread, real files."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", **variables}
+    environment.pop("SURGSTAGE_DATA", None)
+    return subprocess.run(
+        [sys.executable, str(PROJECT / "pipeline.py"), *arguments],
+        cwd=folder,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def succeed(arguments: Sequence[str], folder: Path) -> str:
+    done = command(arguments, folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def refuse(arguments: Sequence[str], folder: Path) -> str:
+    """The one line that bad input ends in."""
+    done = command(arguments, folder)
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert "Traceback" not in done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+def no_temporaries(folder: Path) -> bool:
+    return not list(folder.rglob("*.tmp*"))
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five simulated operations of about a minute each."""
+    folder = tmp_path_factory.mktemp("simulated")
+    options = ["--videos", "5", "--seed", "1", "--fps", "5", "--width", "96", "--height", "96", "--speed-up", "40"]
+    succeed(["simulate", str(folder / "data"), *options], folder)
+    return folder / "data"
+
+
+def settings_file(folder: Path, videos: Path) -> None:
+    tree = json.loads(json.dumps(SETTINGS))
+    tree["data"]["root"] = str(videos)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, videos: Path) -> Path:
+    """A folder in which `run` has gone through once; tests copy it before they change anything."""
+    folder = tmp_path_factory.mktemp("finished")
+    settings_file(folder, videos)
+    succeed(["run", "--config", "tiny.yaml"], folder)
+    return folder
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, finished: Path) -> Path:
+    """A copy of the finished folder to change."""
+    shutil.copytree(finished, tmp_path / "work")
+    return tmp_path / "work"
+
+
+def feature_folder(folder: Path) -> Path:
+    (found,) = (folder / "artifacts" / "features").iterdir()
+    return found
+
+
+@pytest.mark.slow
+def test_run_leaves_everything_that_the_contracts_name(finished: Path) -> None:
+    summary = json.loads((finished / "runs/tiny/summary.json").read_text())
+    for key in (
+        "tool_map",
+        "phase_accuracy_frame",
+        "phase_accuracy_majority",
+        "phase_accuracy_temporal",
+        "phase_f1_temporal",
+    ):
+        assert 0.0 <= summary[key] <= 1.0, key
+    assert set(summary["seconds"]) == {"index", "train-cnn", "extract", "train-temporal", "evaluate"}
+    assert (summary["split"], summary["test_videos"], summary["dataset"]) == ("3/1/1", 1, "cholec80")
+    run = finished / "runs/tiny"
+    for stage in ("cnn", "temporal", "temporal/frame"):
+        assert {"best.pt", "last.pt", "metrics.jsonl", "events"} <= {path.name for path in (run / stage).iterdir()}
+    for stage in ("cnn", "temporal"):
+        assert {"config.yaml", "environment.json", "identity.json", "result.json"} <= {
+            path.name for path in (run / stage).iterdir()
+        }
+    test = run / "evaluate/test"
+    assert (test / "ribbons.png").read_bytes().startswith(b"\x89PNG")
+    metrics = json.loads((test / "metrics.json").read_text())
+    assert set(metrics["phases"]) == {"temporal", "frame", "majority"}
+    assert {"phase_mean", "pooled", "video_macro", "segmental", "relaxed_matlab", "relaxed_fixed"} == set(
+        metrics["phases"]["temporal"]
+    )
+    (video,) = metrics["videos"]
+    rows = (test / "predictions" / f"{video}.csv").read_text().splitlines()
+    assert rows[0].startswith("frame,time_s,phase,phase_name,p_Preparation")
+    assert rows[0].endswith("p_SpecimenBag")
+    features = read_features(feature_folder(finished) / f"{video}.h5")
+    assert len(rows) == 1 + len(features)
+    assert (feature_folder(finished) / "index.json").exists()
+    assert no_temporaries(finished)
+
+
+@pytest.mark.slow
+def test_run_again_does_nothing_again(workplace: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in workplace.rglob("*") if path.suffix in (".pt", ".h5", ".png")}
+    output = succeed(["run", "--config", "tiny.yaml"], workplace)
+    assert "unchanged" in output
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert before.keys() == {path for path in workplace.rglob("*") if path.suffix in (".pt", ".h5", ".png")}
+
+
+@pytest.mark.slow
+def test_the_same_name_with_other_settings_is_refused_and_another_name_is_another_folder(workplace: Path) -> None:
+    other = ["train-temporal", "--config", "tiny.yaml", "--set", "temporal.head.hidden=8"]
+    first = {path: path.read_bytes() for path in (workplace / "runs/tiny").rglob("*") if path.is_file()}
+    assert "temporal.head.hidden: 16 there, 8 now" in refuse(other, workplace)
+    succeed([*other, "--name", "hidden8"], workplace)
+    assert (workplace / "runs/hidden8/temporal/best.pt").exists()
+    assert first == {path: path.read_bytes() for path in first}
+
+
+@pytest.mark.slow
+def test_stage_two_needs_the_feature_folder_alone(workplace: Path, videos: Path, tmp_path: Path) -> None:
+    """No video, no frame cache, no decoder, no torchvision: only the folder, on another machine."""
+    elsewhere = tmp_path / "laptop"
+    shutil.copytree(feature_folder(workplace), elsewhere / "features")
+    settings_file(elsewhere, Path("nowhere"))
+    blocked = elsewhere / "blocked"
+    for module in ("torchvision", "decord", "av"):
+        (blocked / module).mkdir(parents=True)
+        (blocked / module / "__init__.py").write_text("raise ImportError('stage two must not need this')\n")
+    arguments = ["--config", "tiny.yaml", "--features", "features"]
+    for step in ("train-temporal", "evaluate"):
+        done = command([step, *arguments], elsewhere, PYTHONPATH=str(blocked))
+        assert done.returncode == 0, done.stderr
+    here = json.loads((elsewhere / "runs/tiny/temporal/result.json").read_text())
+    there = json.loads((workplace / "runs/tiny/temporal/result.json").read_text())
+    assert here["val_accuracy"] == there["val_accuracy"]
+
+
+@pytest.mark.slow
+def test_a_flipped_byte_is_found_named_and_redone_alone(workplace: Path) -> None:
+    folder = feature_folder(workplace)
+    path = folder / "video03.h5"
+    whole, others = read_features(path), {p: p.stat().st_mtime_ns for p in folder.glob("*.h5") if p != path}
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    path.write_bytes(content)
+    checked = command(["features", "verify", str(folder)], workplace)
+    assert checked.returncode == 1
+    assert "video03.h5: damaged" in checked.stderr
+    assert "video02.h5: ok" in checked.stdout
+    assert "video03.h5: damaged" in refuse(["train-temporal", "--config", "tiny.yaml", "--name", "x"], workplace)
+    succeed(["extract", "--config", "tiny.yaml"], workplace)
+    assert np.array_equal(read_features(path).features, whole.features)
+    assert others == {p: p.stat().st_mtime_ns for p in others}
+    assert command(["features", "verify", str(folder)], workplace).returncode == 0
+    assert "mobilenet_v3_small" in succeed(["features", "info", str(folder)], workplace)
+
+
+@pytest.mark.slow
+def test_one_damaged_video_is_reported_and_the_others_are_extracted(workplace: Path, videos: Path) -> None:
+    data = workplace / "data"
+    shutil.copytree(videos, data)
+    options = ["--config", "tiny.yaml", "--set", f"data.root={data}", "--set", "cache.use_for_extract=false"]
+    shutil.rmtree(workplace / "artifacts/features")
+    video = data / "videos/video02.mp4"
+    content = bytearray(video.read_bytes())
+    middle = content.index(b"mdat") + len(content) // 3
+    content[middle : middle + 4000] = bytes(4000)
+    video.write_bytes(content)
+    done = command(["extract", *options], workplace)
+    assert done.returncode == 1, done.stderr
+    assert "failed: video02:" in done.stderr
+    assert sorted(path.name for path in feature_folder(workplace).glob("*.h5")) == [
+        f"video0{number}.h5" for number in (1, 3, 4, 5)
+    ]
+    assert no_temporaries(workplace)
+    shutil.copy(videos / "videos/video02.mp4", video)
+    succeed(["extract", *options], workplace)
+    assert (feature_folder(workplace) / "video02.h5").exists()
+
+
+@pytest.mark.slow
+def test_edited_labels_are_rewritten_and_features_kept(workplace: Path, videos: Path) -> None:
+    data = workplace / "data"
+    shutil.copytree(videos, data)
+    path = feature_folder(workplace) / "video01.h5"
+    before = read_features(path)
+    labels = data / "phase_annotations/video01-phase.txt"
+    labels.write_text(labels.read_text().replace("ClippingCutting", "CalotTriangleDissection"))
+    options = ["--config", "tiny.yaml", "--set", f"data.root={data}"]
+    assert "changed" in refuse(["extract", *options], workplace)
+    succeed(["index", *options, "--force"], workplace)
+    succeed(["extract", *options], workplace)
+    after = read_features(path)
+    assert np.array_equal(before.features, after.features)
+    assert (before.phase == 2).any()
+    assert not (after.phase == 2).any()
+
+
+@pytest.mark.slow
+def test_evaluate_on_another_index_extracts_what_is_missing(workplace: Path, videos: Path) -> None:
+    options = ["--seed", "2", "--fps", "5", "--width", "96", "--height", "96", "--speed-up", "60", "--first", "11"]
+    succeed(["simulate", "other", "--videos", "2", *options], workplace)
+    data = ["--set", "data.root=other", "--set", "data.split.rule=0/0/2"]
+    succeed(["index", "--config", "tiny.yaml", *data, "--out", "other.json"], workplace)
+    output = succeed(["evaluate", "--config", "tiny.yaml", *data, "--index", "other.json"], workplace)
+    metrics = json.loads((workplace / "runs/tiny/evaluate/other-test/metrics.json").read_text())
+    assert metrics["videos"] == ["video11", "video12"]
+    assert "metrics.json" in output
+    summary = json.loads((workplace / "runs/tiny/summary.json").read_text())
+    assert summary["test_videos"] == 1
+
+
+def kill_during(arguments: Sequence[str], folder: Path, ready: Path, number: int) -> int:
+    """Start a command, wait for `ready` to appear, then send a signal; returns the exit code."""
+    process = subprocess.Popen(
+        [sys.executable, str(PROJECT / "pipeline.py"), *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    limit = time.monotonic() + 120
+    while not list(ready.parent.glob(ready.name)) and process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert "Traceback" not in errors or number == signal.SIGKILL, errors
+    return process.returncode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_training_killed_and_started_again_ends_like_one_left_alone(workplace: Path, number: int, code: int) -> None:
+    arguments = ["train-temporal", "--config", "tiny.yaml", "--set", "temporal.epochs=60", "--name"]
+    succeed([*arguments, "alone"], workplace)
+    ready = workplace / "runs/killed/temporal/last.pt"
+    assert kill_during([*arguments, "killed"], workplace, ready, number) == code
+    assert not (workplace / "runs/killed/temporal/result.json").exists()
+    succeed([*arguments, "killed"], workplace)
+    alone, killed = (
+        [
+            {key: value for key, value in row.items() if key not in ("seconds", "frames_per_s")}
+            for row in read_metrics(workplace / f"runs/{name}/temporal/metrics.jsonl")
+        ]
+        for name in ("alone", "killed")
+    )
+    assert alone == killed
+    import torch
+
+    weights = [
+        torch.load(workplace / f"runs/{name}/temporal/last.pt", weights_only=True)["model"]
+        for name in ("alone", "killed")
+    ]
+    tensors = [name for name, value in weights[0].items() if isinstance(value, torch.Tensor)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in tensors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_extract_killed_and_started_again_leaves_the_same_files(workplace: Path, number: int) -> None:
+    folder = feature_folder(workplace)
+    expected = {path.name: read_features(path) for path in folder.glob("*.h5")}
+    shutil.rmtree(folder)
+    kill_during(["extract", "--config", "tiny.yaml"], workplace, folder / ".*.tmp", number)
+    left = {path.name for path in folder.glob("*.h5")}
+    assert len(left) < len(expected)
+    if number != signal.SIGKILL:
+        assert no_temporaries(workplace)
+    succeed(["extract", "--config", "tiny.yaml"], workplace)
+    assert no_temporaries(workplace)  # a dead writer's file goes as soon as the folder is used again
+    for name, video in expected.items():
+        found = read_features(folder / name)
+        assert np.array_equal(found.features, video.features)
+        assert np.array_equal(found.tool_logits, video.tool_logits)
+
+
+def test_help_teaches_and_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; from click.testing import CliRunner; import pipeline\n"
+        "result = CliRunner().invoke(pipeline.cli, ['--help'])\n"
+        "assert result.exit_code == 0 and 'train-temporal' in result.output, result.output\n"
+        "print(sorted({'torch', 'torchvision', 'decord', 'av', 'numpy', 'h5py', 'pydantic'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=PROJECT)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["index", "train-cnn", "extract", "train-temporal", "evaluate", "run", "simulate"])
+def test_every_command_has_help(name: str, tmp_path: Path) -> None:
+    assert "Usage:" in succeed([name, "--help"], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["index", "train-cnn", "extract", "run"])
+def test_without_a_data_root_one_line_says_how_to_set_it(name: str, tmp_path: Path) -> None:
+    line = refuse([name], tmp_path)
+    assert "--set data.root=DIR" in line
+    assert "SURGSTAGE_DATA" in line
+    assert os.listdir(tmp_path) == []
+
+
+def test_without_features_one_line_says_what_to_do(tmp_path: Path) -> None:
+    assert "run extract first" in refuse(["train-temporal"], tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["index", "--root", "nowhere"], "nowhere: no such folder"),
+        (["index", "--root", "empty"], "empty"),
+        (["config", "show", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["config", "show", "--set", "temporal.head.hiden=3"], "did you mean temporal.head.hidden?"),
+        (["features", "verify", "nowhere"], "nowhere: no such feature folder"),
+        (["features", "info", "empty"], "no feature files"),
+        (["extract", "--shard", "4/4", "--set", "data.root=empty"], "--shard 4/4"),
+        (["train-temporal", "--features", "nowhere"], "nowhere"),
+        (["evaluate", "--name", "nowhere"], "nowhere"),
+        (["train-temporal", "--name", "../x", "--features", "empty"], "run name"),
+        (["simulate", "out", "--videos", "0"], "videos"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], expected: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert expected in refuse(arguments, tmp_path)
+    assert os.listdir(tmp_path) == ["empty"]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a video", b"\x00" * 100_000])
+def test_files_that_are_no_videos(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/video01.mp4").write_bytes(content)
+    assert "video01.mp4" in refuse(["index", "--root", "data"], tmp_path)
+    assert os.listdir(tmp_path) == ["data"]
+
+
+def test_config_show_prints_what_the_commands_see(tmp_path: Path) -> None:
+    shown = yaml.safe_load(succeed(["config", "show", "--config", "mini", "--set", "seed=7"], tmp_path))
+    assert shown["seed"] == 7
+    assert shown["cnn"]["backbone"] == "efficientnet_lite0"
