@@ -1,0 +1,289 @@
+"""Features in memory, and how an epoch cuts them into sequences.
+
+Every training video's features stand one after the other in one table of rows (`FeatureBank`); a batch is a set of runs
+of rows (`Batch`), none longer than its video, so order is kept and two videos never meet in a sequence. What an epoch
+consists of is a function of (seed, epoch) alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.schema import SequenceConfig
+from engine.files import sha256_json
+from engine.progress import say
+from engine.session import epoch_generator
+from features.index import Index
+from features.store import INDEX_FILE, FeatureFileError, VideoFeatures, feature_path, load_feature_set
+
+NO_LABEL = -1
+# Videos of one batch have lengths within about this factor: little padding, and yet other company every epoch.
+LENGTH_JITTER = 1.5
+_STATISTICS_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Span:
+    """One video's rows in the bank."""
+
+    first: int
+    frames: int
+
+
+@dataclass(frozen=True)
+class FeatureBank:
+    """Features and phases of several videos, one after the other.
+
+    Features stay as stored (fp16 by default): half the memory, and widening a batch costs less than 2 % of its step.
+    """
+
+    features: Tensor  # (N, D) as stored
+    phase: Tensor  # (N,) int64, -1 = no label
+    spans: tuple[Span, ...]
+    ids: tuple[str, ...]
+
+    @classmethod
+    def of(cls, videos: Mapping[str, VideoFeatures]) -> FeatureBank:
+        """Copy the videos' arrays into one table on the CPU."""
+        spans, first = [], 0
+        for video in videos.values():
+            spans.append(Span(first, len(video)))
+            first += len(video)
+        arrays = [torch.from_numpy(video.features) for video in videos.values()]
+        return cls(
+            features=torch.cat(arrays) if len(arrays) > 1 else arrays[0],
+            phase=torch.cat([torch.from_numpy(video.phase).long() for video in videos.values()]),
+            spans=tuple(spans),
+            ids=tuple(videos),
+        )
+
+    def to(self, device: torch.device) -> FeatureBank:
+        """The same bank on another device."""
+        return replace(self, features=self.features.to(device), phase=self.phase.to(device))
+
+    @property
+    def embedding_dim(self) -> int:
+        """D."""
+        return self.features.shape[1]
+
+    def spans_of(self, ids: Sequence[str]) -> list[Span]:
+        """Where the named videos are."""
+        place = dict(zip(self.ids, self.spans, strict=True))
+        return [place[video_id] for video_id in ids]
+
+    def phase_of(self, span: Span) -> Tensor:
+        """Phases (T,) of one video."""
+        return self.phase[span.first : span.first + span.frames]
+
+    def gather(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """A batch's features (B, T, D) as stored and phases (B, T); padding has phase -1 and arbitrary features."""
+        rows = batch.rows.to(self.features.device)  # (B, T)
+        flat = rows.clamp(min=0).flatten()
+        x = self.features.index_select(0, flat).view(*rows.shape, -1)
+        phase = self.phase.index_select(0, flat).view(rows.shape)
+        return x, phase.masked_fill(rows < 0, NO_LABEL)
+
+    def names(self, batch: Batch) -> str:
+        """The videos that a batch's sequences come from, for messages."""
+        first = [span.first for span in self.spans]
+        found = {self.ids[sum(row >= start for start in first) - 1] for row in batch.first.tolist()}
+        return ", ".join(sorted(found))
+
+    def statistics(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (D,) over the spans' frames, in float64."""
+        total = torch.zeros(self.embedding_dim, dtype=torch.float64)
+        squares = torch.zeros_like(total)
+        for span in spans:
+            for block in self.features[span.first : span.first + span.frames].split(_STATISTICS_ROWS):
+                wide = block.double()
+                total += wide.sum(0)
+                squares += wide.square_().sum(0)
+        frames = sum(span.frames for span in spans)
+        mean = total / frames
+        return mean, (squares / frames - mean.square()).clamp(min=0).sqrt()
+
+
+# ---------------------------------------------------------------------------------------------- sequences
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences that are computed together. `fresh`: they start with zero state; otherwise they go on from the batch
+    before, sequence i from sequence i (there may be fewer of them: videos end)."""
+
+    first: Tensor  # (B,) int64, row of each sequence's first frame
+    lengths: Tensor  # (B,) int64
+    fresh: bool = True
+
+    @property
+    def rows(self) -> Tensor:
+        """Rows of the bank (B, T), -1 = padding (at the end only)."""
+        offsets = torch.arange(int(self.lengths.max()))
+        return torch.where(offsets < self.lengths[:, None], self.first[:, None] + offsets, -1)
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+def epoch_batches(spans: Sequence[Span], config: SequenceConfig, seed: int, epoch: int) -> list[Batch]:
+    """The batches of one epoch, in order: a function of (seed, epoch) and of what is given.
+
+    `full`: whole videos. `chunked`: `batch` videos advance together, `frames` at a time, and are dropped as they end.
+    `clips`: runs of `frames` frames at every `stride`-th start 0, stride, ... <= T - frames of every video, shuffled
+    (the reference has stride 1); a video shorter than that is one shorter clip. In `full` and `chunked` every frame is
+    used exactly once.
+    """
+    generator = epoch_generator(seed, epoch)
+    if config.mode == "clips":
+        return clip_batches(spans, config.frames, config.stride, config.batch, generator)
+    groups = group_by_length(spans, config.batch, generator)
+    if config.mode == "full":
+        return [_batch(group) for group in groups]
+    return [batch for group in groups for batch in chunk_batches(group, config.frames)]
+
+
+def group_by_length(spans: Sequence[Span], size: int, generator: torch.Generator | None) -> list[list[Span]]:
+    """Groups of at most `size` videos of similar length, longest first inside.
+
+    With a generator, lengths are taken for up to `LENGTH_JITTER` times what they are, and the groups shuffled.
+    """
+    length = torch.tensor([float(span.frames) for span in spans])
+    if generator is not None:
+        length = length * LENGTH_JITTER ** torch.rand(len(spans), generator=generator)
+    order = [spans[i] for i in torch.argsort(length, descending=True, stable=True).tolist()]
+    groups = [
+        sorted(order[i : i + size], key=lambda span: span.frames, reverse=True) for i in range(0, len(order), size)
+    ]
+    if generator is None:
+        return groups
+    return [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
+
+
+def chunk_batches(group: Sequence[Span], frames: int) -> Iterator[Batch]:
+    """Videos (longest first) that advance together, `frames` at a time; those that have ended are left out."""
+    for start in range(0, group[0].frames, frames):
+        active = [Span(span.first + start, min(frames, span.frames - start)) for span in group if span.frames > start]
+        yield _batch(active, fresh=start == 0)
+
+
+def clip_batches(
+    spans: Sequence[Span], frames: int, stride: int, size: int, generator: torch.Generator | None
+) -> list[Batch]:
+    """All clips of the videos in batches of `size` clips, shuffled where there is a generator."""
+    starts = [torch.arange(span.first, span.first + max(1, span.frames - frames + 1), stride) for span in spans]
+    first = torch.cat(starts)
+    lengths = torch.cat([torch.full_like(s, min(frames, span.frames)) for s, span in zip(starts, spans, strict=True)])
+    if generator is not None:
+        order = torch.randperm(len(first), generator=generator)
+        first, lengths = first[order], lengths[order]
+    return [Batch(f, n) for f, n in zip(first.split(size), lengths.split(size), strict=True)]
+
+
+def _batch(spans: Sequence[Span], fresh: bool = True) -> Batch:
+    return Batch(torch.tensor([span.first for span in spans]), torch.tensor([span.frames for span in spans]), fresh)
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What stage two learns from: the videos of a feature folder that have phases, in memory."""
+
+    bank: FeatureBank
+    train: list[Span]
+    val: list[Span]
+    split: dict[str, list[str]]  # ids
+    phases: tuple[str, ...]
+    dataset: str
+    encoder_digest: str
+    backbone: str
+    fps: float
+    labels_sha256: str
+
+    def to(self, device: torch.device) -> TrainingData:
+        """The same data with features and phases on another device."""
+        return replace(self, bank=self.bank.to(device))
+
+
+def read_training_data(folder: Path) -> TrainingData:
+    """Read the training and validation videos of a feature folder, as its index splits them.
+
+    Raises UserError where there is nothing to train on, where a file is missing, damaged or of another encoder, and
+    where labels or shapes do not fit the index.
+    """
+    where = folder / INDEX_FILE
+    if not where.is_file():
+        raise UserError(f"{folder}: holds no {INDEX_FILE}; name the folder that extract wrote with --features DIR")
+    index = Index.load(where)
+    split = {name: [entry.id for entry in index.by_split(name)] for name in ("train", "val")}
+    if not split["train"]:
+        raise UserError(f"{where}: no video is in the split train; run index with another data.split, then extract")
+    videos = load_feature_set(folder, [*split["train"], *split["val"]])
+    phases = tuple(index.dataset.phases)
+    _check(folder, videos, phases)
+    split = {name: _labelled(ids, videos, name, where) for name, ids in split.items()}
+    if not split["train"]:
+        raise UserError(f"{where}: no training video has phase labels; add phase annotations, then index and extract")
+    videos = {video_id: videos[video_id] for ids in split.values() for video_id in ids}
+    attributes = next(iter(videos.values())).attributes
+    bank = FeatureBank.of(videos)
+    return TrainingData(
+        bank=bank,
+        train=bank.spans_of(split["train"]),
+        val=bank.spans_of(split["val"]),
+        split=split,
+        phases=phases,
+        dataset=index.dataset.name,
+        encoder_digest=str(attributes.get("encoder_digest")),
+        backbone=str(attributes.get("backbone")),
+        fps=float(attributes.get("fps", 0.0)),
+        labels_sha256=sha256_json({name: video.phase.tolist() for name, video in videos.items()}),
+    )
+
+
+def _labelled(ids: Sequence[str], videos: Mapping[str, VideoFeatures], split: str, where: Path) -> list[str]:
+    """The videos with at least one labelled frame; the others are named and left out."""
+    without = [video_id for video_id in ids if not (videos[video_id].phase >= 0).any()]
+    if without:
+        say(f"{where}: no phase labels in {', '.join(without)}: left out of {split}")
+    return [video_id for video_id in ids if video_id not in without]
+
+
+def _check(folder: Path, videos: Mapping[str, VideoFeatures], phases: Sequence[str]) -> None:
+    """Labels must be ones the index names; widths and types must be one encoder's."""
+    width: tuple[int, Any] | None = None
+    for video_id, video in videos.items():
+        path = feature_path(folder, video_id)
+        require_same_phases(video.attributes.get("phases"), phases, str(path), str(folder / INDEX_FILE))
+        if len(video) and int(video.phase.max()) >= len(phases):
+            raise FeatureFileError(
+                f"{path}: phase {int(video.phase.max())} at sample {int(video.phase.argmax())}, but "
+                f"{folder / INDEX_FILE} names {len(phases)} phases; run extract again"
+            )
+        found = (video.features.shape[1], video.features.dtype)
+        width = width or found
+        if found != width:
+            raise FeatureFileError(
+                f"{path}: features {found[0]} wide, {found[1]}; the others are {width[0]}, {width[1]}"
+            )
+
+
+def require_same_phases(found: Any, expected: Sequence[str], where: str, other: str) -> None:
+    """Raise UserError unless two lists of phases are the same, in the same order. None (not recorded) passes."""
+    if found is None:
+        return
+    names = json.loads(found) if isinstance(found, str) else [str(name) for name in found]
+    if list(names) != list(expected):
+        raise UserError(
+            f"{where}: phases are {', '.join(names)}; {other} has {', '.join(expected)}: "
+            "names and order must be the same"
+        )

@@ -1,0 +1,153 @@
+"""Phase probabilities from a trained model: whole videos, clips as in training, or frame by frame as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.schema import HeadConfig
+from engine.checkpoints import load_checkpoint
+from engine.device import choose_device
+from features.store import VideoFeatures
+from stage2_temporal.data import Batch, FeatureBank, Span, chunk_batches, clip_batches, group_by_length
+from stage2_temporal.model import PhaseModel, Standardise, State, build_head, first_rows, require_causal
+
+Inference = Literal["carried", "clip"]
+KIND = "temporal"
+# Videos that advance together, and by how many frames: what bounds memory, whatever the videos' lengths.
+_VIDEOS, _CHUNK_FRAMES, _CLIP_BATCH_FRAMES = 8, 1024, 8192
+
+
+def load_temporal(folder: Path) -> tuple[PhaseModel, dict[str, Any]]:
+    """The chosen model (`best.pt`) of a stage folder, on the CPU in evaluation mode, and what is known about it.
+
+    That is `head`, `embedding_dim`, `phases`, `encoder_digest`, `backbone`, `fps`, `dataset`, `inference`, `frames`,
+    `seed` and the validation `scores`. Raises UserError when there is no such checkpoint or it is of another stage.
+    """
+    path = folder / "best.pt"
+    content = load_checkpoint(path)
+    if content.get("kind") != KIND:
+        raise UserError(f"{path}: not a checkpoint of train-temporal")
+    weights = content.pop("model")
+    try:
+        head = TypeAdapter(HeadConfig).validate_python(content["head"])
+        width = int(content["embedding_dim"])
+        model = PhaseModel(Standardise.identity(width), build_head(head, width, len(content["phases"])))
+        model.load_state_dict(weights)
+    except (ValidationError, KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"{path}: damaged, or of another version ({str(error).splitlines()[0]})") from error
+    return model.eval(), content
+
+
+def predict_phases(
+    model: PhaseModel,
+    videos: Mapping[str, VideoFeatures],
+    inference: Inference,
+    frames: int,
+    device: str = "auto",
+) -> dict[str, NDArray[np.float32]]:
+    """Probabilities (T, C) fp32 of every video; see `predict_spans`. Raises UserError for features of another width."""
+    width = len(model.standardise.mean)
+    for video_id, video in videos.items():
+        if video.features.shape[1] != width:
+            raise UserError(
+                f"{video_id}: features are {video.features.shape[1]} wide, the model was trained on {width}; "
+                "use the features of the encoder that it was trained with"
+            )
+    place = choose_device(device)
+    model = model.to(place)
+    predicted: dict[str, NDArray[np.float32]] = {}
+    filled = sorted((name for name, video in videos.items() if len(video)), key=lambda name: -len(videos[name]))
+    for start in range(0, len(filled), _VIDEOS):  # a table of all videos would double what they take
+        ids = filled[start : start + _VIDEOS]
+        bank = FeatureBank.of({video_id: videos[video_id] for video_id in ids}).to(place)
+        found = predict_spans(model, bank, bank.spans, inference, frames)
+        predicted |= {video_id: values.numpy() for video_id, values in zip(ids, found, strict=True)}
+    none = np.zeros((0, model.phases), np.float32)
+    return {video_id: predicted.get(video_id, none) for video_id in videos}
+
+
+@torch.no_grad()
+def predict_spans(
+    model: PhaseModel, bank: FeatureBank, spans: Sequence[Span], inference: Inference, frames: int
+) -> list[Tensor]:
+    """Probabilities (T, C) of each video, fp32, on the CPU.
+
+    `carried`: the state runs through the video from its first frame. `clip`: each frame is the last of the clip of
+    `frames` frames that ends there, computed from zero state; the first `frames` - 1 have shorter pasts, taken from the
+    positions inside the first clip. With a causal head neither looks ahead. A head that is not causal sees the whole
+    video (`carried`) or the clip.
+    """
+    training = model.training
+    model.eval()
+    device = bank.features.device
+    probabilities = torch.empty(len(bank.features), model.phases, device=device)
+    state: State = ()
+    for batch, wanted in _batches(model, spans, inference, frames):
+        x, _ = bank.gather(batch)
+        logits, state = model.logits(x, None if batch.fresh else first_rows(state, len(batch)), batch.lengths)
+        rows = batch.rows[wanted].to(device)
+        probabilities[rows] = logits[wanted.to(device)].float().softmax(dim=1)
+    model.train(training)
+    return [probabilities[span.first : span.first + span.frames].cpu() for span in spans]
+
+
+def _batches(
+    model: PhaseModel, spans: Sequence[Span], inference: Inference, frames: int
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Batches with a mask (B, T) of the outputs to keep: every frame of every video exactly once."""
+    if inference == "clip":
+        starts = torch.tensor([span.first for span in spans])
+        for batch in clip_batches(spans, frames, 1, max(1, _CLIP_BATCH_FRAMES // frames), None):
+            position = torch.arange(int(batch.lengths.max()))
+            last = position == batch.lengths[:, None] - 1
+            yield batch, (batch.rows >= 0) & (last | torch.isin(batch.first, starts)[:, None])
+        return
+    at_once, length = (_VIDEOS, _CHUNK_FRAMES) if model.causal else (1, max(span.frames for span in spans))
+    for group in group_by_length(spans, at_once, None):
+        for batch in chunk_batches(group, length):
+            yield batch, batch.rows >= 0
+
+
+class OnlinePredictor:
+    """Phases while the operation goes on: one frame's embedding in, its phase probabilities out.
+
+    What it says after frame t is what `predict_phases` says about frame t of the whole video, to rounding. Raises
+    UserError for a head that looks into the future.
+    """
+
+    def __init__(
+        self, model: PhaseModel, inference: Inference = "carried", frames: int = 1, device: str = "auto"
+    ) -> None:
+        require_causal(model.head)
+        self._device = choose_device(device)
+        self._model = model.to(self._device).eval()
+        self._clip_frames = frames if inference == "clip" else None
+        self.reset()
+
+    def reset(self) -> None:
+        """Start another video."""
+        self._state: State | None = None
+        self._clip: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, x: Tensor | ArrayLike) -> NDArray[np.float32]:
+        """The next frame: embedding (D,), or (B, D) of B videos side by side -> probabilities (C,) or (B, C)."""
+        given = torch.as_tensor(x).to(self._device)
+        frame = given.reshape(-1, given.shape[-1])  # (B, D)
+        if self._clip_frames is None:
+            logits, self._state = self._model.step(frame, self._state)
+        else:
+            past = [] if self._clip is None else [self._clip]
+            self._clip = torch.cat([*past, frame.unsqueeze(1)], dim=1)[:, -self._clip_frames :]  # (B, <= S, D)
+            logits = self._model.logits(self._clip)[0][:, -1]
+        probabilities: NDArray[np.float32] = logits.float().softmax(dim=1).cpu().numpy()
+        return probabilities[0] if given.ndim == 1 else probabilities

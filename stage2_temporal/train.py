@@ -1,0 +1,270 @@
+"""Stage two: train a head on features in memory, the per-frame baseline beside it, and say what both come to.
+
+`train_head` is the loop; it runs once for the head of the settings and once for the linear one, on the same features,
+for as many epochs, with the same optimiser and the same choice on validation.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+
+from configs import schema
+from configs.errors import UserError
+from configs.schema import Config
+from engine.device import make_accelerator, seed_everything
+from engine.files import make_folder
+from engine.logs import METRICS_FILE, read_metrics
+from engine.progress import progress_bar, say
+from engine.runs import StageFolder
+from engine.session import TrainingSession
+from engine.stopping import StopRequest
+from stage2_temporal.data import NO_LABEL, FeatureBank, Span, TrainingData, epoch_batches, read_training_data
+from stage2_temporal.model import PhaseModel, Standardise, build_head, detach_state, first_rows
+from stage2_temporal.predict import KIND, predict_spans
+
+FRAME_FOLDER = "frame"
+SCORE = "frame accuracy, mean over the validation videos"
+
+
+def train_temporal(config: Config, run: Path, folder: Path, stop: StopRequest) -> dict[str, Any]:
+    """Train on the feature folder `folder` into `RUN/temporal` and return its result.
+
+    The chosen epoch is the one with the highest `SCORE`. A finished run of the same settings, features and labels is
+    returned as it stands; an unfinished one goes on where it was stopped. Raises UserError when there is nothing to
+    train on, when settings do not fit together, or when the run's name is taken by another configuration; `Stopped`
+    when `stop` was set, with everything saved.
+    """
+    _require_sensible(config.temporal)
+    data = read_training_data(folder)
+    stage = StageFolder(run, "temporal", config, _identity(config, data))
+    if stage.result is not None:
+        return stage.result
+    stage.open()
+    if not data.val:
+        say(f"{folder}: no validation videos with phases, so the last epoch is kept and none is chosen")
+    accelerator, precision = make_accelerator(config.device, config.temporal.precision)
+    constants = _constants(config, data)
+    data = data.to(accelerator.device)
+    outcome = train_head(stage.path, config.temporal.head, config, data, constants, accelerator, stop)
+    frame = None
+    if config.temporal.baseline:
+        linear = schema.LinearHead(name="linear")
+        frame = train_head(stage.path / FRAME_FOLDER, linear, config, data, constants, accelerator, stop)
+    majority, majority_accuracy = _majority(data)
+    result = {
+        "score": SCORE,
+        **outcome,
+        "frame": frame,
+        "majority_phase": majority,
+        "majority_name": data.phases[majority],
+        "majority_val_accuracy": majority_accuracy,
+        "train_videos": len(data.train),
+        "train_frames": _labelled_frames(data.bank, data.train),
+        "val_videos": len(data.val),
+        "device": str(accelerator.device),
+        "precision": precision,
+        "features": str(folder),
+    }
+    result["seconds"] = round(outcome["seconds"] + (frame["seconds"] if frame else 0.0), 2)
+    return stage.finish(result | {"sentence": _sentence(result)})
+
+
+def train_head(
+    folder: Path,
+    head: schema.HeadConfig,
+    config: Config,
+    data: TrainingData,
+    constants: tuple[Tensor, Tensor],
+    accelerator: Accelerator,
+    stop: StopRequest,
+) -> dict[str, Any]:
+    """Train one head into `folder` (`best.pt`, `last.pt`, `metrics.jsonl`): the loop of stage two."""
+    settings, bank = config.temporal, data.bank
+    seed_everything(config.seed)
+    model = PhaseModel(Standardise(*constants), build_head(head, bank.embedding_dim, len(data.phases)))
+    criterion = PhaseLoss(settings, bank, data.train, len(data.phases))
+    groups = [{"params": model.head.parameters(), "name": "head"}]
+    make_folder(folder)
+    steps_take_long = settings.sequence.mode == "clips"
+    session = TrainingSession(
+        folder, accelerator, model, groups, settings, _describe(head, config, data), stop, bar=steps_take_long
+    )
+    session.resume()
+    frames_in_epoch = _labelled_frames(bank, data.train)
+
+    with progress_bar(settings.epochs, head.name, "epoch", initial=session.position.epoch) as bar:
+        for epoch in session.epochs():
+            batches = epoch_batches(data.train, settings.sequence, config.seed, epoch)
+            remaining = batches[session.position.step :]
+            started = time.monotonic()
+            for batch in session.batches(remaining, len(batches)):
+                x, phase = bank.gather(batch)  # (B, T, D), (B, T)
+                state = None if batch.fresh else first_rows(model.carried, len(batch))
+                with session.autocast():
+                    stages, state = session.model(x, state, batch.lengths)  # [(B, T, C), ...]
+                model.carried = detach_state(state) if settings.sequence.mode == "chunked" else ()
+                session.update(criterion(stages, phase), partial(bank.names, batch))
+            model.carried = ()
+            seconds = max(time.monotonic() - started, 1e-9)
+            speed = frames_in_epoch * len(remaining) / len(batches) / seconds
+            accuracy = validate(model, data, settings.sequence)
+            bar.set_postfix(loss=f"{session.mean_loss:.4f}", val_accuracy=accuracy, refresh=False)
+            bar.update(1)
+            session.finish_epoch({"val_accuracy": accuracy, "frames_per_s": round(speed, 1)}, accuracy)
+
+    return _outcome(folder, session, model)
+
+
+class PhaseLoss:
+    """Cross-entropy over labelled frames, summed over a head's stages; 0 where no frame has a label.
+
+    A mean over the batch's labelled frames, weighted where classes are: `inverse_frequency` gives phase c the weight
+    N / (P n_c), with n_c of the N labelled training frames and P phases that occur; those that do not weigh 0.
+    """
+
+    def __init__(self, settings: schema.TemporalConfig, bank: FeatureBank, train: Sequence[Span], phases: int) -> None:
+        self.smoothing = settings.label_smoothing
+        self.weight = torch.ones(phases, device=bank.phase.device)
+        if settings.class_weighting == "inverse_frequency":
+            counts = count_phases(bank, train, phases).to(self.weight)
+            self.weight = counts.sum() / (counts > 0).sum() / counts
+            self.weight[counts == 0] = 0.0
+
+    def __call__(self, stages: Sequence[Tensor], phase: Tensor) -> Tensor:
+        """Logits [(B, T, C), ...] and phases (B, T), -1 = no label -> the loss."""
+        target = phase.flatten()
+        labelled = target != NO_LABEL
+        total = (self.weight[target.clamp(min=0)] * labelled).sum().clamp(min=torch.finfo(self.weight.dtype).tiny)
+        summed = [
+            F.cross_entropy(
+                logits.flatten(0, 1).float(),
+                target,
+                weight=self.weight,
+                ignore_index=NO_LABEL,
+                reduction="sum",
+                label_smoothing=self.smoothing,
+            )
+            for logits in stages
+        ]
+        return torch.stack(summed).sum() / total
+
+
+def validate(model: PhaseModel, data: TrainingData, sequence: schema.SequenceConfig) -> float | None:
+    """`SCORE` of the model as it stands; None without validation videos."""
+    if not data.val:
+        return None
+    predicted = predict_spans(model, data.bank, data.val, sequence.inference, sequence.frames)
+    return _mean_accuracy(data, [probabilities.argmax(dim=1) for probabilities in predicted])
+
+
+def _mean_accuracy(data: TrainingData, predicted: Sequence[Tensor]) -> float:
+    """Share of right frames among the labelled ones of each validation video, then the mean."""
+    shares = []
+    for span, guess in zip(data.val, predicted, strict=True):
+        truth = data.bank.phase_of(span).cpu()
+        shares.append(float((guess == truth)[truth != NO_LABEL].double().mean()))
+    return statistics.fmean(shares)
+
+
+def count_phases(bank: FeatureBank, spans: Sequence[Span], phases: int) -> Tensor:
+    """Labelled frames of each phase (C,)."""
+    labels = torch.cat([bank.phase_of(span) for span in spans])
+    return torch.bincount(labels[labels != NO_LABEL], minlength=phases)
+
+
+def _labelled_frames(bank: FeatureBank, spans: Sequence[Span]) -> int:
+    return sum(int((bank.phase_of(span) != NO_LABEL).sum()) for span in spans)
+
+
+def _majority(data: TrainingData) -> tuple[int, float | None]:
+    """The most frequent phase of the training videos, and the `SCORE` of always saying it."""
+    phase = int(count_phases(data.bank, data.train, len(data.phases)).argmax())
+    if not data.val:
+        return phase, None
+    return phase, _mean_accuracy(data, [torch.full((span.frames,), phase) for span in data.val])
+
+
+def _constants(config: Config, data: TrainingData) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (D,) of the training frames, or 0 and 1 where features go in as they are."""
+    if config.temporal.standardise:
+        return data.bank.statistics(data.train)
+    width = data.bank.embedding_dim
+    return torch.zeros(width), torch.ones(width)
+
+
+def _require_sensible(settings: schema.TemporalConfig) -> None:
+    if (
+        isinstance(settings.head, schema.LstmHead)
+        and settings.head.bidirectional
+        and settings.sequence.mode == "chunked"
+    ):
+        raise UserError(
+            "temporal.head.bidirectional=true is offline only and has no state to carry from chunk to chunk; "
+            "use temporal.sequence.mode=full or clips"
+        )
+
+
+def _identity(config: Config, data: TrainingData) -> dict[str, Any]:
+    """Everything that the numbers of this stage depend on."""
+    return {
+        "seed": config.seed,
+        "temporal": config.temporal.model_dump(mode="json"),
+        "encoder_digest": data.encoder_digest,
+        "dataset": data.dataset,
+        "phases": list(data.phases),
+        "split": data.split,
+        "labels_sha256": data.labels_sha256,
+    }
+
+
+def _describe(head: schema.HeadConfig, config: Config, data: TrainingData) -> dict[str, Any]:
+    """What a checkpoint says about its model; see `load_temporal`."""
+    return {
+        "kind": KIND,
+        "head": head.model_dump(mode="json"),
+        "embedding_dim": data.bank.embedding_dim,
+        "phases": list(data.phases),
+        "dataset": data.dataset,
+        "encoder_digest": data.encoder_digest,
+        "backbone": data.backbone,
+        "fps": data.fps,
+        "inference": config.temporal.sequence.inference,
+        "frames": config.temporal.sequence.frames,
+        "seed": config.seed,
+    }
+
+
+def _outcome(folder: Path, session: TrainingSession, model: PhaseModel) -> dict[str, Any]:
+    """What one head came to, read from its log, so that it is the same however often training was stopped."""
+    rows = read_metrics(folder / METRICS_FILE, "epoch")
+    return {
+        "val_accuracy": session.position.best_score,
+        "best_epoch": session.position.best_epoch,
+        "epochs": session.position.epoch,
+        "steps": session.position.global_step,
+        "parameters": sum(parameter.numel() for parameter in model.head.parameters()),
+        "frames_per_s": statistics.median(row["frames_per_s"] for row in rows),
+        "seconds": round(sum(row["seconds"] for row in rows), 2),
+    }
+
+
+def _sentence(result: dict[str, Any]) -> str:
+    """The result in one line, epochs counted from 1."""
+    speed = f"{result['frames_per_s']:,.0f} frames/s"
+    if result["val_accuracy"] is None:
+        return f"{result['epochs']} epochs, no validation videos, {speed}"
+    frame = f"per-frame head {result['frame']['val_accuracy']:.3f}, " if result["frame"] else ""
+    return (
+        f"validation accuracy {result['val_accuracy']:.3f} ({frame}majority {result['majority_val_accuracy']:.3f}), "
+        f"epoch {result['best_epoch'] + 1} of {result['epochs']}, {speed}"
+    )

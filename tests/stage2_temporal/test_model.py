@@ -1,0 +1,220 @@
+"""Heads: one model, three ways of running it; the past alone decides; padding is nothing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from configs import schema
+from configs.errors import UserError
+from stage2_temporal.model import HEADS, Head, LstmHead, PhaseModel, Standardise, TcnHead, build_head
+
+D, C = 5, 4
+CAUSAL: dict[str, Any] = {
+    "lstm": schema.LstmHead(hidden=7),
+    "lstm of two layers": schema.LstmHead(hidden=6, layers=2, dropout=0.5),
+    "gru": schema.GruHead(name="gru", hidden=7, layers=2),
+    "tcn": schema.TcnHead(name="tcn", stages=1, layers=3, maps=6),
+    "tcn of three stages": schema.TcnHead(name="tcn", stages=3, layers=4, maps=5),
+    "linear": schema.LinearHead(name="linear"),
+}
+BIDIRECTIONAL = schema.LstmHead(hidden=7, layers=2, bidirectional=True)
+EVERY = CAUSAL | {"bidirectional": BIDIRECTIONAL}
+
+
+def head_of(config: Any, seed: int = 0) -> Head:
+    torch.manual_seed(seed)
+    return build_head(config, D, C).eval()
+
+
+def frames(batch: int, count: int, seed: int = 1) -> Tensor:
+    return torch.randn(batch, count, D, generator=torch.Generator().manual_seed(seed))
+
+
+def test_every_head_of_the_schema_is_in_the_registry() -> None:
+    union = get_args(get_args(schema.HeadConfig)[0])
+    assert {kind.model_fields["name"].annotation.__args__[0] for kind in union} == set(HEADS)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@given(cuts=st.lists(st.integers(1, 49), unique=True, max_size=8), seed=st.integers(0, 3))
+@settings(max_examples=12, deadline=None)
+def test_whole_chunked_and_single_frames_agree(name: str, cuts: list[int], seed: int) -> None:
+    head, x = head_of(CAUSAL[name], seed), frames(2, 50, seed)
+    with torch.no_grad():
+        whole, whole_state = head(x)
+        parts, state = [], None
+        for chunk in torch.tensor_split(x, sorted(cuts), dim=1):
+            logits, state = head(chunk, state)
+            parts.append(logits)
+        steps, step_state = [], None
+        for t in range(50):
+            logits, step_state = head.step(x[:, t], step_state)
+            steps.append(logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.stack(steps, dim=1), whole, atol=1e-5, rtol=0)
+    for left, right in ((state, whole_state), (step_state, whole_state)):
+        assert left is not None
+        for one, other in zip(left, right, strict=True):
+            assert len(one) == 2  # batch first
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+DEFAULTS: list[Any] = [schema.LstmHead(), schema.GruHead(name="gru"), schema.TcnHead(name="tcn")]
+
+
+@pytest.mark.parametrize("config", DEFAULTS, ids=[config.name for config in DEFAULTS])
+def test_agreement_at_the_default_sizes(config: Any) -> None:
+    torch.manual_seed(0)
+    model = PhaseModel(Standardise(torch.full((256,), 2.0), torch.full((256,), 3.0)), build_head(config, 256, 7)).eval()
+    x = torch.randn(1, 300, 256) * 5
+    with torch.no_grad():
+        whole, _ = model.logits(x)
+        parts, state = [], None
+        for chunk in x.split([1, 100, 7, 150, 42], dim=1):
+            logits, state = model.logits(chunk, state)
+            parts.append(logits)
+        steps, state = [], None
+        for t in range(300):
+            logits, state = model.step(x[:, t], state)
+            steps.append(logits)
+    assert float((torch.cat(parts, 1) - whole).abs().max()) <= 1e-5
+    assert float((torch.stack(steps, 1) - whole).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_future_changes_nothing(name: str) -> None:
+    head, x = head_of(CAUSAL[name]), frames(1, 40)
+    changed = x.clone()
+    changed[:, 25:] += 10
+    with torch.no_grad():
+        before, after = head(x)[0], head(changed)[0]
+    torch.testing.assert_close(before[:, :25], after[:, :25], atol=1e-6, rtol=0)
+    assert not torch.allclose(before[:, 25:], after[:, 25:])
+
+
+@pytest.mark.parametrize("name", [name for name in CAUSAL if name != "linear"])
+def test_the_past_does(name: str) -> None:
+    head, x = head_of(CAUSAL[name]), frames(1, 12)
+    changed = x.clone()
+    changed[:, 5] += 10
+    with torch.no_grad():
+        assert not torch.allclose(head(x)[0][:, 8], head(changed)[0][:, 8])
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("lengths", [[30, 21, 4], [4, 30, 21], [30, 30, 30]])
+def test_padding_never_leaks(name: str, lengths: list[int]) -> None:
+    head = head_of(EVERY[name])
+    x = frames(3, 30)
+    real = torch.arange(30)[None, :, None] < torch.tensor(lengths)[:, None, None]
+    padded = torch.where(real, x, torch.full_like(x, 1e3))
+    with torch.no_grad():
+        together, state = head(padded, None, torch.tensor(lengths))
+        for i, length in enumerate(lengths):
+            alone, alone_state = head(x[i : i + 1, :length])
+            torch.testing.assert_close(together[i, :length], alone[0], atol=1e-5, rtol=0)
+            if "tcn" not in name:  # a recurrent state is that after the last real frame
+                for one, other in zip(state, alone_state, strict=True):
+                    torch.testing.assert_close(one[i], other[0], atol=1e-5, rtol=0)
+
+
+def test_bidirectional_sees_the_future_and_refuses_to_do_without() -> None:
+    head, x = head_of(BIDIRECTIONAL), frames(1, 10)
+    assert not head.causal
+    changed = x.clone()
+    changed[:, 9] += 10
+    with torch.no_grad():
+        logits, state = head(x)
+        assert not torch.allclose(logits[:, 0], head(changed)[0][:, 0])
+    with pytest.raises(UserError, match="offline only"):
+        head.step(x[:, 0], None)
+    with pytest.raises(UserError, match="offline only"):
+        head(x, state)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "lstm of two layers"])
+def test_recurrent_heads_start_from_zero(name: str) -> None:
+    head, x = head_of(CAUSAL[name]), frames(2, 6)
+    zero = tuple(torch.zeros_like(part) for part in head(x)[1])
+    assert torch.equal(head(x)[0], head(x, zero)[0])
+
+
+def test_lstm_starts_as_the_reference() -> None:
+    torch.manual_seed(0)
+    head = LstmHead(schema.LstmHead(hidden=64), 512, 7)
+    for weight in (head.rnn.weight_ih_l0, head.rnn.weight_hh_l0):
+        assert float(weight.detach().std()) == pytest.approx(math.sqrt(2 / sum(weight.shape)), rel=0.05)
+        assert float(weight.detach().abs().max()) > 3 * float(weight.detach().std())  # normal, not uniform
+    assert float(head.fc.weight.detach().abs().max()) <= math.sqrt(6 / (64 + 7))
+    assert float(head.fc.weight.detach().abs().max()) > 0.9 * math.sqrt(6 / (64 + 7))
+
+
+def test_tcn_is_the_published_one_written_out() -> None:
+    """Zero-padded dilated convolutions, a sum at a time, as TeCNO's causal layers define them."""
+    config = schema.TcnHead(name="tcn", stages=2, layers=3, maps=3)
+    head, x = head_of(config), frames(1, 9)
+    assert isinstance(head, TcnHead)
+    weights = {name: value.detach() for name, value in head.named_parameters()}
+
+    def dense(kind: str, value: Tensor) -> Tensor:  # (T, I) -> (T, O)
+        return value @ weights[f"{kind}.weight"][:, :, 0].T + weights[f"{kind}.bias"]
+
+    y, expected = x[0], []
+    for stage in range(2):
+        y = dense(f"enter.{stage}", y)
+        for level in range(3):
+            kind, dilation = f"layers.{stage}.{level}", 2**level
+            kernel, bias = weights[f"{kind}.dilated.weight"], weights[f"{kind}.dilated.bias"]
+            out = torch.stack(
+                [
+                    bias + sum(kernel[:, :, k] @ y[t - (2 - k) * dilation] for k in range(3) if t >= (2 - k) * dilation)
+                    for t in range(9)
+                ]
+            )
+            y = y + dense(f"{kind}.mix", F.relu(out))
+        y = dense(f"leave.{stage}", y)
+        expected.append(y)
+        y = F.softmax(y, dim=1)
+    stages, _ = head.training_logits(x)
+    assert len(stages) == 2
+    for found, wanted in zip(stages, expected, strict=True):
+        torch.testing.assert_close(found[0], wanted, atol=1e-5, rtol=0)
+    assert torch.equal(head(x)[0], stages[-1])
+
+
+def test_standardise_scales_and_does_not_explode() -> None:
+    deviation = torch.tensor([2.0, 1.0, 0.0, 1e-9, 4.0])
+    layer = Standardise(torch.tensor([1.0, 0.0, 3.0, 3.0, 0.0]), deviation)
+    x = torch.tensor([[3.0, 2.0, 3.0, 4.0, 8.0]]).half()
+    out = layer(x)
+    assert out.dtype == torch.float32
+    # constant channels count as moving by a hundredth of the median deviation (1.0)
+    assert out.tolist() == [[1.0, 2.0, 0.0, pytest.approx(100.0), 2.0]]
+    assert torch.equal(x, torch.tensor([[3.0, 2.0, 3.0, 4.0, 8.0]]).half())
+    alone = torch.tensor([[3.0, 2.0, 3.0, 4.0, 8.0]])
+    layer(alone)
+    assert torch.equal(alone, x.float())  # the input stays as it was
+
+
+def test_all_constant_features_pass_through() -> None:
+    layer = Standardise(torch.tensor([5.0, 5.0]), torch.zeros(2))
+    assert layer(torch.tensor([[5.0, 6.0]])).tolist() == [[0.0, 1.0]]
+
+
+def test_a_checkpoint_holds_constants_and_carried_state() -> None:
+    head = head_of(CAUSAL["lstm"])
+    model = PhaseModel(Standardise(torch.arange(5.0), torch.ones(5) * 2), head)
+    model.carried = model(frames(2, 6))[1]
+    other = PhaseModel(Standardise.identity(D), head_of(CAUSAL["lstm"], seed=9))
+    other.load_state_dict(model.state_dict())
+    assert all(torch.equal(one, two) for one, two in zip(other.carried, model.carried, strict=True))
+    x = frames(1, 8)
+    assert torch.equal(other.logits(x)[0], model.logits(x)[0])

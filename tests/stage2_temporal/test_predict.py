@@ -1,0 +1,153 @@
+"""Prediction: whole videos, clips and single frames say the same as the definition written out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from configs import schema
+from configs.errors import UserError
+from engine.checkpoints import save_checkpoint
+from features.store import VideoFeatures
+from stage2_temporal import predict
+from stage2_temporal.model import PhaseModel, Standardise, build_head
+from stage2_temporal.predict import OnlinePredictor, load_temporal, predict_phases
+
+D, C = 5, 4
+HEADS: dict[str, Any] = {
+    "lstm": schema.LstmHead(hidden=7),
+    "gru": schema.GruHead(name="gru", hidden=6),
+    "tcn": schema.TcnHead(name="tcn", stages=2, layers=3, maps=6),
+    "linear": schema.LinearHead(name="linear"),
+    "bidirectional": schema.LstmHead(hidden=7, bidirectional=True),
+}
+LENGTHS = {"b": 23, "a": 60, "c": 1, "e": 4, "d": 60}
+
+
+def model_of(name: str) -> PhaseModel:
+    torch.manual_seed(0)
+    return PhaseModel(Standardise(torch.ones(D), torch.ones(D) * 2), build_head(HEADS[name], D, C)).eval()
+
+
+def videos() -> dict[str, VideoFeatures]:
+    rng = np.random.default_rng(0)
+    return {name: video(rng.normal(0, 2, (frames, D)).astype(np.float16)) for name, frames in LENGTHS.items()}
+
+
+def video(features: NDArray[Any]) -> VideoFeatures:
+    count = len(features)
+    empty: Any = np.zeros((count, 0))
+    return VideoFeatures(features, np.arange(count), np.arange(count) / 1.0, np.zeros(count, np.int8), empty, empty)
+
+
+@torch.no_grad()
+def alone(model: PhaseModel, features: NDArray[Any]) -> NDArray[np.float32]:
+    return model.logits(torch.from_numpy(features)[None])[0][0].softmax(1).numpy()
+
+
+@pytest.fixture
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits so small that every video is cut."""
+    monkeypatch.setattr(predict, "_VIDEOS", 2)
+    monkeypatch.setattr(predict, "_CHUNK_FRAMES", 9)
+    monkeypatch.setattr(predict, "_CLIP_BATCH_FRAMES", 20)
+
+
+@pytest.mark.usefixtures("short_chunks")
+@pytest.mark.parametrize("name", HEADS)
+def test_carried_is_the_whole_video_at_once(name: str) -> None:
+    model, given = model_of(name), videos()
+    predicted = predict_phases(model, given, "carried", 16, "cpu")
+    assert list(predicted) == list(given)
+    for video_id, probabilities in predicted.items():
+        assert probabilities.dtype == np.float32
+        assert probabilities.shape == (LENGTHS[video_id], C)
+        np.testing.assert_allclose(probabilities, alone(model, given[video_id].features), atol=1e-6)
+        np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-6)
+
+
+@pytest.mark.usefixtures("short_chunks")
+@pytest.mark.parametrize("frames", [1, 4, 30])
+@pytest.mark.parametrize("name", HEADS)
+def test_clip_is_zero_state_before_each_frame(name: str, frames: int) -> None:
+    model, given = model_of(name), videos()
+    predicted = predict_phases(model, given, "clip", frames, "cpu")
+    for video_id, item in given.items():
+        for t in range(len(item)):
+            if t >= frames - 1:
+                expected = alone(model, item.features[t - frames + 1 : t + 1])[-1]
+            else:  # a position inside the first clip
+                expected = alone(model, item.features[:frames])[t]
+                if model.causal:
+                    np.testing.assert_allclose(expected, alone(model, item.features[: t + 1])[-1], atol=1e-6)
+            np.testing.assert_allclose(predicted[video_id][t], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("inference", "frames"), [("carried", 7), ("clip", 7), ("clip", 1)])
+@pytest.mark.parametrize("name", [name for name in HEADS if name != "bidirectional"])
+def test_online_says_what_offline_says(name: str, inference: Any, frames: int) -> None:
+    model, given = model_of(name), videos()
+    predicted = predict_phases(model, given, inference, frames, "cpu")
+    online = OnlinePredictor(model, inference, frames, "cpu")
+    for video_id in ("a", "b"):
+        online.reset()
+        steps = [online.step(row) for row in given[video_id].features]
+        assert steps[0].shape == (C,)
+        np.testing.assert_allclose(np.stack(steps), predicted[video_id], atol=1e-6)
+    online.reset()
+    beside = [online.step(np.stack([given[v].features[t] for v in ("a", "d")])) for t in range(60)]
+    np.testing.assert_allclose(np.stack(beside)[:, 1], predicted["d"], atol=1e-6)
+
+
+def test_online_refuses_a_head_that_looks_ahead() -> None:
+    with pytest.raises(UserError, match="offline only"):
+        OnlinePredictor(model_of("bidirectional"))
+
+
+def test_prediction_leaves_the_model_in_its_mode() -> None:
+    model = model_of("lstm").train()
+    predict_phases(model, videos(), "carried", 1, "cpu")
+    assert model.training
+
+
+def test_an_empty_video_has_no_probabilities() -> None:
+    predicted = predict_phases(model_of("lstm"), {"x": video(np.zeros((0, D), np.float16))}, "carried", 1, "cpu")
+    assert predicted["x"].shape == (0, C)
+
+
+def test_features_of_another_width() -> None:
+    with pytest.raises(UserError, match="v: features are 9 wide, the model was trained on 5"):
+        predict_phases(model_of("lstm"), {"v": video(np.zeros((3, 9), np.float16))}, "carried", 1, "cpu")
+
+
+def test_what_is_not_a_checkpoint_of_this_stage(train: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"best\.pt: no such checkpoint"):
+        load_temporal(tmp_path)
+    save_checkpoint(tmp_path / "best.pt", {"kind": "cnn", "model": {}})
+    with pytest.raises(UserError, match=r"best\.pt: not a checkpoint of train-temporal"):
+        load_temporal(tmp_path)
+    train(temporal={"epochs": 1})
+    from engine.checkpoints import load_checkpoint
+
+    content = load_checkpoint(tmp_path / "run/temporal/best.pt")
+    save_checkpoint(tmp_path / "best.pt", content | {"head": {"name": "lstm", "hidden": 99}})
+    with pytest.raises(UserError, match=r"best\.pt: damaged, or of another version") as error:
+        load_temporal(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_checkpoint_says(train: Any, tmp_path: Path) -> None:
+    result = train(temporal={"sequence": {"mode": "clips", "frames": 6, "inference": "clip"}, "epochs": 1})
+    model, about = load_temporal(tmp_path / "run/temporal")
+    assert not model.training
+    assert about["head"] == {"name": "lstm", "hidden": 12, "layers": 1, "dropout": 0.0, "bidirectional": False}
+    assert (about["inference"], about["frames"], about["embedding_dim"], about["fps"]) == ("clip", 6, 6, 1.0)
+    assert about["phases"] == ["Early", "Middle", "Late"]
+    assert (about["dataset"], about["backbone"]) == ("toy", "toy")
+    assert about["scores"]["val_accuracy"] == result["val_accuracy"]
+    assert load_temporal(tmp_path / "run/temporal/frame")[1]["head"] == {"name": "linear"}

@@ -1,0 +1,330 @@
+"""Training: learns what only the past tells, the same every time, and resumed equals uninterrupted, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from configs.errors import UserError
+from configs.schema import TemporalConfig
+from engine.checkpoints import load_checkpoint
+from engine.logs import read_metrics
+from engine.stopping import Stopped, StopRequest
+from stage2_temporal.data import FeatureBank, read_training_data
+from stage2_temporal.predict import load_temporal, predict_phases
+from stage2_temporal.train import PhaseLoss, count_phases
+from tests.stage2_temporal.toy import cue_video, write_folder
+
+PROJECT = Path(__file__).resolve().parents[2]
+LEARN = {
+    "head": {"name": "lstm", "hidden": 16},
+    "epochs": 25,
+    "optim": {"name": "adamw", "lr": 0.02},
+    "sequence": {"mode": "full", "batch": 2},
+}
+MODES: dict[str, dict[str, Any]] = {
+    "full": {"sequence": {"mode": "full", "batch": 2}},
+    "chunked": {
+        "sequence": {"mode": "chunked", "frames": 16, "batch": 3},
+        "head": {"name": "tcn", "layers": 3, "maps": 6},
+    },
+    "clips": {"sequence": {"mode": "clips", "frames": 6, "stride": 4, "batch": 9, "inference": "clip"}},
+}
+DROPOUT = {"head": {"name": "lstm", "hidden": 12, "layers": 2, "dropout": 0.4}}
+
+
+class StopAfter(StopRequest):
+    """As if SIGTERM came after the session has looked `times` times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.left = times
+
+    def __bool__(self) -> bool:
+        self.left -= 1
+        if self.left < 0:
+            self.number = int(signal.SIGTERM)
+        return super().__bool__()
+
+
+def weights(folder: Path, which: str = "best.pt") -> dict[str, torch.Tensor]:
+    content = load_checkpoint(folder / which)["model"]
+    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+def require_same(one: Path, two: Path) -> None:
+    """Both heads' chosen and last weights, optimiser and log are equal to the bit."""
+    for head in ("temporal", "temporal/frame"):
+        for which in ("best.pt", "last.pt"):
+            left, right = weights(one / head, which), weights(two / head, which)
+            assert left.keys() == right.keys()
+            assert all(torch.equal(left[name], right[name]) for name in left), (head, which)
+        left_rows, right_rows = (
+            [
+                {key: value for key, value in row.items() if key not in ("seconds", "frames_per_s")}
+                for row in read_metrics(run / head / "metrics.jsonl")
+            ]
+            for run in (one, two)
+        )
+        assert left_rows == right_rows
+
+
+def test_the_lstm_learns_what_a_frame_does_not_tell(train: Any, tmp_path: Path) -> None:
+    result = train(temporal=LEARN)
+    assert result["val_accuracy"] > 0.9
+    assert result["frame"]["val_accuracy"] < 0.7
+    assert result["majority_val_accuracy"] < 0.6
+    assert result["frame"]["epochs"] == result["epochs"] == 25
+    assert result["sentence"].startswith(f"validation accuracy {result['val_accuracy']:.3f} (per-frame head 0.")
+    assert json.loads((tmp_path / "run/temporal/result.json").read_text()) == result
+
+
+@pytest.mark.parametrize(
+    "head", [{"name": "gru", "hidden": 16}, {"name": "tcn", "layers": 5, "maps": 16, "dropout": 0.0}]
+)
+def test_the_other_heads_learn_it_too(train: Any, head: dict[str, Any]) -> None:
+    result = train(temporal=LEARN | {"head": head, "baseline": False, "epochs": 30})
+    assert result["val_accuracy"] > 0.75  # a frame alone: about 0.4
+    assert result["frame"] is None
+
+
+@pytest.mark.parametrize("mode", ["chunked", "clips"])
+def test_chunks_and_clips_learn_it_too(train: Any, mode: str) -> None:
+    result = train(temporal=LEARN | {"sequence": MODES[mode]["sequence"] | {"frames": 16}, "baseline": False})
+    assert result["val_accuracy"] > 0.8
+
+
+def test_the_result_says_what_was_done(train: Any, tmp_path: Path, cue_folder: Path) -> None:
+    result = train(temporal={"head": {"name": "lstm", "hidden": 12}})
+    data = read_training_data(cue_folder)
+    labels = np.concatenate([data.bank.phase_of(span).numpy() for span in data.train])
+    counts = np.bincount(labels[labels >= 0], minlength=3)
+    assert result["majority_phase"] == counts.argmax()
+    assert result["majority_name"] == data.phases[counts.argmax()]
+    shares = [(t[t >= 0] == counts.argmax()).mean() for t in (data.bank.phase_of(s).numpy() for s in data.val)]
+    assert result["majority_val_accuracy"] == pytest.approx(np.mean(shares), abs=1e-12)
+    assert result["parameters"] == 4 * 12 * (6 + 12 + 2) + 3 * 13
+    assert result["frame"]["parameters"] == 3 * 7
+    assert (result["train_videos"], result["val_videos"], result["train_frames"]) == (6, 2, counts.sum())
+    assert (result["epochs"], result["steps"]) == (3, 9)
+    assert result["best_epoch"] in (0, 1, 2)
+    assert result["frames_per_s"] > 0
+    rows = read_metrics(tmp_path / "run/temporal/metrics.jsonl", "epoch")
+    assert [row["val_accuracy"] for row in rows][result["best_epoch"]] == result["val_accuracy"]
+    assert result["val_accuracy"] == max(row["val_accuracy"] for row in rows)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_score_is_that_of_the_chosen_model(
+    train: Any, tmp_path: Path, cue_folder: Path, videos_of: Any, mode: str
+) -> None:
+    result = train(temporal=MODES[mode])
+    for folder, score in (("temporal", result["val_accuracy"]), ("temporal/frame", result["frame"]["val_accuracy"])):
+        model, about = load_temporal(tmp_path / "run" / folder)
+        videos = videos_of(cue_folder, "val")
+        predicted = predict_phases(model, videos, about["inference"], about["frames"], "cpu")
+        shares = [(predicted[name].argmax(1) == video.phase)[video.phase >= 0].mean() for name, video in videos.items()]
+        assert score == pytest.approx(np.mean(shares), abs=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------- resume, runs
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_twice_is_the_same(train: Any, tmp_path: Path, mode: str) -> None:
+    train("one", MODES[mode] | DROPOUT)
+    train("two", MODES[mode] | DROPOUT)
+    require_same(tmp_path / "one", tmp_path / "two")
+    train("three", MODES[mode] | DROPOUT, seed=1)
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(
+            weights(tmp_path / "one/temporal").values(), weights(tmp_path / "three/temporal").values(), strict=True
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "every"),
+    [("full", 1), ("full", 5), ("chunked", 3), ("chunked", 7), ("chunked", 11), ("clips", 8), ("clips", 13)],
+)
+def test_resumed_equals_uninterrupted(train: Any, tmp_path: Path, mode: str, every: int) -> None:
+    settings = MODES[mode] | (DROPOUT if mode != "chunked" or every != 3 else {})
+    whole = train("whole", settings)
+    starts = 0
+    while True:
+        starts += 1
+        try:
+            resumed = train("resumed", settings, stop=StopAfter(every))
+            break
+        except Stopped:
+            assert not (tmp_path / "resumed/temporal/result.json").exists()
+        assert starts < 100
+    assert starts > 2
+    require_same(tmp_path / "whole", tmp_path / "resumed")
+    for key in ("val_accuracy", "best_epoch", "epochs", "steps"):
+        assert whole[key] == resumed[key]
+        assert whole["frame"][key] == resumed["frame"][key]
+
+
+def test_carried_state_matters_for_resume(train: Any, tmp_path: Path) -> None:
+    """The test above would not see a lost state if state did nothing: a chunk's first checkpoint holds one."""
+    with pytest.raises(Stopped):
+        train("stopped", MODES["chunked"] | DROPOUT, stop=StopAfter(2))
+    carried = load_checkpoint(tmp_path / "stopped/temporal/last.pt")["model"]["_extra_state"]["carried"]
+    assert len(carried) == 2
+    assert all(bool((part != 0).any()) for part in carried)
+
+
+def test_a_finished_run_is_not_trained_again(train: Any, tmp_path: Path) -> None:
+    first = train()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert train() == first
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_another_name_leaves_the_first_alone_and_the_same_name_is_refused(train: Any, tmp_path: Path) -> None:
+    train("first")
+    before = {path: path.read_bytes() for path in (tmp_path / "first").rglob("*") if path.is_file()}
+    train("second", {"head": {"name": "lstm", "hidden": 20}})
+    assert load_temporal(tmp_path / "second/temporal")[1]["head"]["hidden"] == 20
+    with pytest.raises(
+        UserError, match=r"first/temporal: this run exists with other settings .*hidden: 12 there, 20 now"
+    ):
+        train("first", {"head": {"name": "lstm", "hidden": 20}})
+    with pytest.raises(UserError, match=r"seed: 0 there, 5 now"):
+        train("first", seed=5)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "first").rglob("*") if path.is_file()}
+
+
+def test_edited_labels_are_another_run(train: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    videos = {f"v{i}": cue_video(rng, split, 20) for i, split in enumerate(("train", "val"))}
+    train(folder=write_folder(tmp_path / "before", videos))
+    videos["v0"][2][3] = (videos["v0"][2][3] + 1) % 3
+    with pytest.raises(UserError, match="labels_sha256"):
+        train(folder=write_folder(tmp_path / "after", videos))
+
+
+def test_early_stopping_ends_both_heads_on_their_own(train: Any) -> None:
+    result = train(temporal=LEARN | {"epochs": 40, "early_stop_epochs": 2})
+    for outcome in (result, result["frame"]):
+        assert outcome["epochs"] == min(40, outcome["best_epoch"] + 3)
+    assert result["epochs"] < 40
+
+
+def test_without_validation_the_last_epoch_is_kept(
+    train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    folder = write_folder(tmp_path / "set", {"v0": cue_video(rng, "train", 30), "v1": cue_video(rng, "test", 20)})
+    result = train(folder=folder)
+    assert "no validation videos" in capsys.readouterr().err
+    assert (result["val_accuracy"], result["best_epoch"], result["majority_val_accuracy"]) == (None, 2, None)
+    best, last = weights(tmp_path / "run/temporal"), weights(tmp_path / "run/temporal", "last.pt")
+    assert all(torch.equal(best[name], last[name]) for name in best)
+
+
+# ---------------------------------------------------------------------------------------------- the loss
+
+
+def bank_of(phase: list[int]) -> FeatureBank:
+    from stage2_temporal.data import Span
+
+    return FeatureBank(torch.zeros(len(phase), 2), torch.tensor(phase), (Span(0, len(phase)),), ("v",))
+
+
+def test_loss_is_the_mean_over_labelled_frames() -> None:
+    bank = bank_of([0, 0, 0, 1, -1])
+    loss = PhaseLoss(TemporalConfig(), bank, bank.spans, 3)
+    logits, phase = torch.randn(2, 4, 3), torch.tensor([[0, 1, -1, -1], [2, -1, 1, 0]])
+    chosen = [F.cross_entropy(logits[i, t], phase[i, t]) for i in range(2) for t in range(4) if phase[i, t] >= 0]
+    torch.testing.assert_close(loss([logits], phase), torch.stack(chosen).mean())
+    other = torch.randn(2, 4, 3)
+    torch.testing.assert_close(loss([logits, other], phase), loss([logits], phase) + loss([other], phase))
+
+
+def test_no_label_no_loss_and_no_nan() -> None:
+    bank = bank_of([0, 1, 2])
+    logits = torch.randn(1, 2, 3, requires_grad=True)
+    value = PhaseLoss(TemporalConfig(), bank, bank.spans, 3)([logits], torch.full((1, 2), -1))
+    value.backward()
+    assert float(value.detach()) == 0.0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_inverse_frequency(smoothing: float) -> None:
+    bank = bank_of([0, 0, 0, 2, -1, 0])
+    settings = TemporalConfig(class_weighting="inverse_frequency", label_smoothing=smoothing)
+    loss = PhaseLoss(settings, bank, bank.spans, 4)
+    assert loss.weight.tolist() == pytest.approx([5 / (2 * 4), 0, 5 / (2 * 1), 0])
+    assert count_phases(bank, bank.spans, 4).tolist() == [4, 0, 1, 0]
+    logits, phase = torch.randn(1, 3, 4), torch.tensor([[0, 2, -1]])
+    reference = torch.nn.CrossEntropyLoss(weight=loss.weight, ignore_index=-1, label_smoothing=smoothing)
+    torch.testing.assert_close(loss([logits], phase), reference(logits[0], phase[0]))
+
+
+def test_a_loss_that_is_not_finite_names_the_videos(train: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) in epoch \d+, step \d+ \(video0\d"):
+        train(temporal={"optim": {"name": "sgd", "lr": 1e38}, "epochs": 20})
+    assert not (tmp_path / "run/temporal/result.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+def test_bidirectional_trains_offline_but_not_in_chunks(train: Any, tmp_path: Path) -> None:
+    head = {"name": "lstm", "hidden": 12, "bidirectional": True}
+    with pytest.raises(UserError, match=r"offline only .* use temporal\.sequence\.mode=full or clips"):
+        train(temporal={"head": head, "sequence": {"mode": "chunked", "frames": 8}})
+    assert not (tmp_path / "run").exists()
+    assert train(temporal=LEARN | {"head": head, "baseline": False, "epochs": 12})["val_accuracy"] > 0.8
+
+
+def test_bad_features_leave_no_run_behind(train: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no index"):
+        train(folder=tmp_path / "nowhere")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["lstm", "gru", "tcn", "linear"])
+def test_every_head_in_every_mode_in_bf16(train: Any, mode: str, name: str) -> None:
+    temporal = {"sequence": MODES[mode]["sequence"], "head": {"name": name}, "precision": "bf16", "epochs": 1}
+    result = train(temporal=temporal | {"baseline": False})
+    assert result["precision"] == "bf16"
+    assert 0.0 <= result["val_accuracy"] <= 1.0
+
+
+def test_features_can_go_in_as_they_are(train: Any, tmp_path: Path) -> None:
+    train(temporal={"standardise": False})
+    model, _ = load_temporal(tmp_path / "run/temporal")
+    assert torch.equal(model.standardise.mean, torch.zeros(6))
+    assert torch.equal(model.standardise.scale, torch.ones(6))
+
+
+def test_no_image_library_and_no_decoder_is_imported(tmp_path: Path, cue_folder: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from configs.schema import Config; from engine.stopping import StopRequest\n"
+        "from stage2_temporal.train import train_temporal\n"
+        "head = {'name': 'gru', 'hidden': 4}\n"
+        "config = Config.model_validate({'device': 'cpu', 'temporal': {'epochs': 1, 'head': head}})\n"
+        f"train_temporal(config, Path({str(tmp_path / 'run')!r}), Path({str(cue_folder)!r}), StopRequest())\n"
+        "loaded = {'torchvision', 'av', 'decord', 'PIL', 'stage1_cnn', 'cv2'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/temporal/best.pt").is_file()
