@@ -40,6 +40,7 @@ class Materials:
     shaft: np.ndarray
     dark: np.ndarray
     white: np.ndarray
+    insulation: np.ndarray
 
 
 def draw_materials(rng: np.random.Generator) -> Materials:
@@ -49,6 +50,7 @@ def draw_materials(rng: np.random.Generator) -> Materials:
         shaft=np.array([120, 122, 128]) * rng.uniform(0.5, 1.4) + rng.uniform(-8, 8, 3),
         dark=np.array([38, 38, 42]) * rng.uniform(0.6, 1.5),
         white=np.array([236, 234, 226]) * rng.uniform(0.88, 1.05),
+        insulation=np.array([80, 112, 164]) * rng.uniform(0.7, 1.3) + rng.uniform(-25, 25, 3),
     )
 
 
@@ -66,20 +68,20 @@ def _shaft(material: np.ndarray, half_width: float, until: float) -> Stroke:
 def _grasper(m: Materials, opening: float) -> list[Stroke]:
     """A thin shaft and two long slim jaws with a slot in each."""
     gap = 0.025 + 0.085 * opening
-    jaws = [Stroke((-0.2, 0.012), (0.06, gap), (0.034, 0.02), m.metal)]
-    slots = [Stroke((-0.13, 0.012 + gap * 0.27), (0.02, gap * 0.85), (0.008, 0.007), m.dark)]
-    return [_shaft(m.shaft, 0.045, -0.2), *_mirrored(jaws), *_mirrored(slots)]
+    jaws = [Stroke((-0.22, 0.012), (0.07, gap), (0.034, 0.02), m.metal)]
+    slots = [Stroke((-0.14, 0.012 + gap * 0.27), (0.03, gap * 0.86), (0.009, 0.007), m.dark)]
+    return [_shaft(m.shaft, 0.045, -0.22), *_mirrored(jaws), *_mirrored(slots)]
 
 
 def _bipolar(m: Materials, opening: float) -> list[Stroke]:
     """Two thin bowed arms that part and meet again: a loop like the eye of a needle."""
-    bow = 0.075 + 0.045 * opening
+    bow = 0.1 + 0.045 * opening
     arms = [
-        Stroke((-0.28, 0.02), (-0.16, bow), (0.016, 0.014), m.metal),
-        Stroke((-0.16, bow), (-0.04, bow), (0.014, 0.014), m.metal),
-        Stroke((-0.04, bow), (0.06, 0.012 + 0.02 * opening), (0.014, 0.02), m.metal),
+        Stroke((-0.32, 0.02), (-0.2, bow), (0.026, 0.024), m.insulation),
+        Stroke((-0.2, bow), (-0.05, bow), (0.024, 0.024), m.insulation),
+        Stroke((-0.05, bow), (0.07, 0.012 + 0.02 * opening), (0.022, 0.024), m.metal),
     ]
-    return [_shaft(m.dark * 1.6, 0.042, -0.27), *_mirrored(arms)]
+    return [_shaft(m.insulation * 0.8, 0.048, -0.31), *_mirrored(arms)]
 
 
 def _hook(m: Materials, opening: float) -> list[Stroke]:
@@ -94,31 +96,32 @@ def _hook(m: Materials, opening: float) -> list[Stroke]:
 
 def _scissors(m: Materials, opening: float) -> list[Stroke]:
     """Two broad blades, wide at the joint, sharp at the ends, spread wide."""
-    spread = 0.1 + 0.08 * opening
+    spread = 0.13 + 0.08 * opening
     blades = [
-        Stroke((-0.19, 0.0), (-0.06, spread * 0.8), (0.052, 0.045), m.metal),
-        Stroke((-0.06, spread * 0.8), (0.07, spread), (0.045, 0.003), m.metal),
+        Stroke((-0.2, 0.0), (-0.07, spread * 0.85), (0.06, 0.062), m.metal),
+        Stroke((-0.07, spread * 0.85), (0.11, spread), (0.062, 0.003), m.metal),
     ]
-    return [_shaft(m.shaft, 0.055, -0.18), *_mirrored(blades), Stroke((-0.19, 0), (-0.19, 0), (0.03, 0.03), m.dark)]
+    joint = Stroke((-0.21, 0.0), (-0.21, 0.0), (0.04, 0.04), m.dark)
+    return [_shaft(m.dark * 1.3, 0.05, -0.2), *_mirrored(blades), joint]
 
 
 def _clipper(m: Materials, opening: float) -> list[Stroke]:
     """A thick shaft, a block for a head and two blunt parallel prongs: a wide fork."""
-    gap = 0.062 + 0.018 * opening
-    prongs = [Stroke((-0.16, gap), (0.05, gap * 0.92), (0.032, 0.03), m.metal, blunt=True)]
+    gap = 0.075 + 0.02 * opening
+    prongs = [Stroke((-0.16, gap), (0.07, gap * 0.92), (0.04, 0.036), m.metal, blunt=True)]
     return [
-        _shaft(m.metal * 0.9, 0.075, -0.26),
-        Stroke((-0.4, 0.0), (-0.37, 0.0), (0.088, 0.088), m.dark, blunt=True),
-        Stroke((-0.27, 0.0), (-0.13, 0.0), (0.105, 0.105), m.shaft, blunt=True),
+        _shaft(m.metal * 0.9, 0.085, -0.26),
+        Stroke((-0.42, 0.0), (-0.38, 0.0), (0.1, 0.1), m.dark, blunt=True),
+        Stroke((-0.28, 0.0), (-0.12, 0.0), (0.13, 0.13), m.metal * 0.8, blunt=True),
         *_mirrored(prongs),
     ]
 
 
 def _irrigator(m: Materials, opening: float) -> list[Stroke]:
     """A straight tube of one width with a row of holes and an open, cut end."""
-    holes = [Stroke((x, 0.0), (x, 0.0), (0.02, 0.02), m.dark * 0.6) for x in (-0.27, -0.2, -0.13, -0.06)]
-    mouth = Stroke((0.045, 0.0), (0.075, 0.0), (0.05, 0.05), m.dark * 0.5, blunt=True)
-    return [_shaft(m.metal, 0.06, 0.07), *holes, mouth]
+    holes = [Stroke((x, 0.0), (x, 0.0), (0.026, 0.026), m.dark * 0.6) for x in (-0.38, -0.29, -0.2, -0.11, -0.02)]
+    mouth = Stroke((0.055, 0.0), (0.085, 0.0), (0.058, 0.058), m.dark * 0.5, blunt=True)
+    return [_shaft(m.metal, 0.068, 0.08), *holes, mouth]
 
 
 _STROKES: dict[str, Callable[[Materials, float], list[Stroke]]] = {

@@ -357,7 +357,7 @@ def _tools(
     scale, opening = np.ones((frames, kinds)), np.zeros((frames, kinds), dtype=np.int64)
     for k, name in enumerate(spec.tools):
         course = _wander(rng, frames, fps, 1.5, 4)
-        scale[:, k] = rng.uniform(0.9, 1.2) * np.exp(0.08 * course[:, 2])
+        scale[:, k] = rng.uniform(0.95, 1.25) * np.exp(0.08 * course[:, 2])
         opening[:, k] = np.clip(np.floor((course[:, 3] + 1.2) / 0.8), 0, instruments.OPENINGS - 1)
         home = rng.normal(0, 0.06, 2)
         if name == _BAG:

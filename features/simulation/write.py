@@ -11,11 +11,15 @@ Each video depends on the seed, its number and the settings alone: not on how ma
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +27,15 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.schema import DataSetSpec
-from engine.files import atomic_path, make_folder, read_json, require_free_bytes, write_json, write_text
+from engine.files import (
+    atomic_path,
+    make_folder,
+    read_json,
+    remove_stale_temporaries,
+    require_free_bytes,
+    write_json,
+    write_text,
+)
 from features.annotations import (
     PhaseTrack,
     ToolTrack,
@@ -39,6 +51,7 @@ from features.simulation.scene import Scene
 # Raised with every change that alters labels or pixels, so that a folder never mixes two simulators.
 SIMULATOR_VERSION = 1
 SETTINGS_FILE = "simulation.json"
+_VIDEOS, _PHASES, _TOOLS = "videos", "phase_annotations", "tool_annotations"
 _PROGRAM = "surgstage simulate"
 # Fixed, and one thread: the same pictures give the same stream. B-frames because real recordings have them.
 _ENCODER = {
@@ -126,6 +139,8 @@ def simulate(
     settings = Settings(seed, fps, width_px, height_px, float(speed_up), spec)
     numbers = range(first_number, first_number + videos)
     _claim_folder(out, settings)
+    for folder in (out, out / _VIDEOS, out / _PHASES, out / _TOOLS):
+        remove_stale_temporaries(folder)
     require_free_bytes(out, _expected_bytes(settings, videos), f"simulating {videos} videos")
     made: list[str] = []
     skipped: list[str] = []
@@ -200,7 +215,9 @@ def _each_video(out: Path, settings: Settings, numbers: Iterable[int], workers: 
             yield number, _write_video(out, settings, number)
         return
     # Spawned, not forked: the parent may hold threads of other libraries.
-    pool: Executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    stopped = context.Value("b", 0, lock=False)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_process, initargs=(stopped,))
     futures: dict[Future[float], int] = {pool.submit(_write_video, out, settings, number): number for number in numbers}
     try:
         for future in as_completed(futures):
@@ -211,7 +228,33 @@ def _each_video(out: Path, settings: Settings, numbers: Iterable[int], workers: 
             "where it stopped"
         ) from error
     finally:
+        stopped.value = 1
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _StoppedByParent(Exception):
+    """Unwinds a video in a process whose parent has ended the work."""
+
+
+_stopped: Any = None
+
+
+def _begin_process(stopped: Any) -> None:
+    """First thing in a process: signals reach the whole group, and it is the parent that decides what they mean."""
+    global _stopped
+    _stopped = stopped
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot call its processes back."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _write_video(out: Path, settings: Settings, number: int) -> float:
@@ -225,9 +268,9 @@ def _write_video(out: Path, settings: Settings, number: int) -> float:
     frame_index = np.arange(len(phase))
     phases = PhaseTrack(frame_index, phase, stride=1)
     rows = ToolTrack(frame_index[:: settings.fps], tools[:: settings.fps], stride=settings.fps)
-    whole = _keep(out / "phase_annotations" / f"{name}-phase.txt", phases, spec, read_phase_file, write_phase_file)
-    whole &= _keep(out / "tool_annotations" / f"{name}-tool.txt", rows, spec, read_tool_file, write_tool_file)
-    path = out / "videos" / f"{name}.mp4"
+    whole = _keep(out / _PHASES / f"{name}-phase.txt", phases, spec, read_phase_file, write_phase_file)
+    whole &= _keep(out / _TOOLS / f"{name}-tool.txt", rows, spec, read_tool_file, write_tool_file)
+    path = out / _VIDEOS / f"{name}.mp4"
     if whole and _frames_in(path) == len(phase):
         return 0.0
     scene = Scene(picture_rng, phase, tools, spec, settings.fps, settings.width_px, settings.height_px)
@@ -262,6 +305,8 @@ def _encode(path: Path, scene: Scene, settings: Settings) -> None:
         stream = container.add_stream("libx264", rate=settings.fps, options=dict(_ENCODER))
         stream.width, stream.height, stream.pix_fmt = settings.width_px, settings.height_px, "yuv420p"
         for pixels in scene:
+            if _stopped is not None and _stopped.value:
+                raise _StoppedByParent
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
 
