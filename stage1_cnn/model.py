@@ -121,20 +121,20 @@ def freeze_batch_norm(backbone: Backbone) -> None:
     backbone.train(backbone.training)
 
 
-def require_image_size(net: ToolNet, size_px: int) -> None:
+def require_image_size(backbone: Backbone, size_px: int) -> None:
     """Raise UserError when the net cannot take images of `size_px` (too small, or transformers of a fixed size)."""
-    training = net.training
-    parameter = next(net.parameters())
+    training = backbone.training
+    device = next(backbone.parameters()).device
     try:
         with torch.inference_mode():
-            net.eval()(torch.zeros(1, 3, size_px, size_px, device=parameter.device, dtype=parameter.dtype))
+            backbone.eval()(torch.zeros(1, 3, size_px, size_px, device=device))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(
-            f"cnn.backbone={net.backbone.name} cannot take images of preprocess.crop_px={size_px} "
+            f"cnn.backbone={backbone.name} cannot take images of preprocess.crop_px={size_px} "
             f"({_one_line(error)}); most nets take 224"
         ) from error
     finally:
-        net.train(training)
+        backbone.train(training)
 
 
 # ---------------------------------------------------------------------------------------------- building

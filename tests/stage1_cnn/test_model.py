@@ -105,9 +105,9 @@ def test_nets_that_do_not_fit_are_refused(name: str, message: str) -> None:
 
 
 def test_image_size_that_the_net_cannot_take() -> None:
-    require_image_size(ToolNet(build_backbone(SMALL, "random", 0), 1), 32)
+    require_image_size(build_backbone(SMALL, "random", 0), 32)
     with pytest.raises(UserError, match=r"vit_b_32 cannot take images of preprocess.crop_px=64 .*224"):
-        require_image_size(ToolNet(build_backbone("vit_b_32", "random", 0), 1), 64)
+        require_image_size(build_backbone("vit_b_32", "random", 0), 64)
 
 
 # ---------------------------------------------------------------------------------------------- weights

@@ -1,0 +1,205 @@
+"""Frames for stage one: labelled samples from the frame cache, their order in an epoch, augmentation, loading.
+
+What a step sees is a function of (seed, epoch, step) alone: resume needs no history, and the number of loader
+processes changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from configs.errors import UserError
+from configs.schema import AugmentConfig, Config
+from engine.session import epoch_generator
+from features.cache import CachedFrames
+from features.index import Index, VideoEntry, load_labels, sampled_frames
+from features.preprocess import augment, augment_generator, crop_frames
+from stage1_cnn.frames import frame_cache
+from stage1_cnn.pool import available_cores, leave_signals_to_parent
+
+PREFETCH_BATCHES = 2
+MOST_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class LabelledFrames:
+    """Samples of some videos that have a label, R of them; row r is sample `sample[r]` of video `videos[video[r]]`."""
+
+    videos: tuple[str, ...]
+    caches: tuple[CachedFrames, ...]
+    video: NDArray[np.int64]  # (R,)
+    sample: NDArray[np.int64]  # (R,)
+    phase: NDArray[np.int8]  # (R,) -1 = no label
+    tools: NDArray[np.int8]  # (R, K) -1 = no label
+
+    def __len__(self) -> int:
+        return len(self.video)
+
+    def name(self, row: int) -> str:
+        """A row in words, for messages."""
+        video = int(self.video[row])
+        return f"{self.videos[video]}, frame {int(self.caches[video].frame_index[self.sample[row]])}"
+
+
+class Request(NamedTuple):
+    """One batch to make: rows of a split; `epoch` seeds the augmentation, None means none."""
+
+    split: str
+    epoch: int | None
+    rows: tuple[int, ...]
+
+
+class FrameBatch(NamedTuple):
+    """N frames and their labels."""
+
+    images: Tensor  # (N, S, S, 3) uint8
+    phase: Tensor  # (N,) int64, -1 = no label
+    tools: Tensor  # (N, K) float32, -1 = no label
+    rows: Tensor  # (N,) int64
+
+
+def labelled_frames(
+    config: Config, index: Index, root: Path, entries: Sequence[VideoEntry], with_phases: bool
+) -> LabelledFrames:
+    """All samples of `entries` with a tool label or, `with_phases`, a phase label; their frames need not be cached yet.
+
+    Raises UserError naming the video whose labels are not to be had.
+    """
+    tools = np.zeros((0, len(index.dataset.tools)), dtype=np.int8)
+    parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int8), tools)]
+    for number, entry in enumerate(entries):
+        frame_index = sampled_frames(entry, config.data.fps)
+        phase, tools = load_labels(entry, root, index, frame_index, config.data.tools_between_rows)
+        usable = np.flatnonzero((tools >= 0).any(axis=1) | ((phase >= 0) & with_phases))
+        parts.append((np.full(len(usable), number), usable, phase[usable], tools[usable]))
+    video, sample, phase, tools = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    cache = frame_cache(config)
+    caches = tuple(CachedFrames(cache.path(entry.id)) for entry in entries)
+    return LabelledFrames(tuple(entry.id for entry in entries), caches, video, sample, phase, tools)
+
+
+# ---------------------------------------------------------------------------------------------- order
+
+
+def training_requests(seed: int, epoch: int, frames: int, batch_frames: int, subset: int | None) -> list[Request]:
+    """The epoch's batches: a permutation of all rows (or a random `subset`), cut every `batch_frames`.
+
+    A single frame left over at the end is left out, since batch norm cannot learn from one.
+    """
+    order = torch.randperm(frames, generator=epoch_generator(seed, epoch))[: subset or frames].tolist()
+    requests = [Request("train", epoch, rows) for rows in _cut(order, batch_frames)]
+    lonely = batch_frames > 1 and len(requests) > 1 and len(requests[-1].rows) == 1
+    return requests[:-1] if lonely else requests
+
+
+def validation_requests(frames: int, batch_frames: int) -> list[Request]:
+    """All rows of the validation videos, in order."""
+    return [Request("val", None, rows) for rows in _cut(range(frames), batch_frames)]
+
+
+def _cut(order: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
+    return (tuple(order[start : start + size]) for start in range(0, len(order), size))
+
+
+# ---------------------------------------------------------------------------------------------- frames
+
+
+class FrameDataset(Dataset):
+    """Makes whole batches: `dataset[request]` is a FrameBatch, or the UserError that stood in its way.
+
+    Errors come back as values because a loader process would wrap them into a traceback.
+    """
+
+    def __init__(self, splits: dict[str, LabelledFrames], crop_px: int, augment: AugmentConfig, seed: int) -> None:
+        self.splits, self.crop_px, self.augment, self.seed = splits, crop_px, augment, seed
+
+    def __getitem__(self, request: Request) -> FrameBatch | UserError:
+        frames = self.splits[request.split]
+        try:
+            images = np.stack([self._image(frames, row, request.epoch) for row in request.rows])
+        except UserError as error:
+            return error
+        rows = np.array(request.rows, dtype=np.int64)
+        return FrameBatch(
+            images=torch.from_numpy(images),
+            phase=torch.from_numpy(frames.phase[rows].astype(np.int64)),
+            tools=torch.from_numpy(frames.tools[rows].astype(np.float32)),
+            rows=torch.from_numpy(rows),
+        )
+
+    def _image(self, frames: LabelledFrames, row: int, epoch: int | None) -> NDArray[np.uint8]:
+        pictures = frames.caches[frames.video[row]][int(frames.sample[row])][None]  # (1, R, R, 3)
+        if epoch is None:
+            return crop_frames(pictures, self.crop_px)[0, 0]
+        return augment(pictures, augment_generator(self.seed, epoch, row), self.augment, self.crop_px)[0]
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+class FrameLoader:
+    """Loads requests in order, ahead of time in `workers` processes, which live as long as the loader."""
+
+    def __init__(self, dataset: FrameDataset, workers: int, device: torch.device) -> None:
+        self._requests: list[Request] = []
+        options: dict[str, Any] = {}
+        if workers:
+            options = {
+                # a fork would copy open decoders and files
+                "multiprocessing_context": "spawn",
+                "persistent_workers": True,
+                "prefetch_factor": PREFETCH_BATCHES,
+                "worker_init_fn": leave_signals_to_parent,
+            }
+        self._loader = DataLoader(
+            dataset,
+            sampler=_Listed(self._requests),
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            # without its own, a loader draws from the generator that dropout draws from
+            generator=torch.Generator(),
+            collate_fn=_as_it_is,
+            **options,
+        )
+
+    def batches(self, requests: Iterable[Request]) -> Iterator[FrameBatch]:
+        """The batches of `requests`, one each. Raises UserError naming the frame that cannot be had."""
+        self._requests[:] = requests
+        for batch in self._loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+class _Listed:
+    """A sampler that is a list somebody else fills."""
+
+    def __init__(self, requests: list[Request]) -> None:
+        self._requests = requests
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(list(self._requests))
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def choose_workers(wanted: int, device: torch.device) -> int:
+    """Loader processes for `cnn.workers`: -1 takes none where the CPU itself computes, otherwise one a spare core."""
+    if wanted >= 0:
+        return wanted
+    return 0 if device.type == "cpu" else min(MOST_WORKERS, max(1, available_cores() - 1))

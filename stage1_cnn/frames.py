@@ -1,0 +1,147 @@
+"""Where stage one's frames come from: the indexed source, or the cache made from it; both give the same pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+from configs.schema import Config
+from engine.files import inside, require_free_bytes, sha256_ends
+from engine.stopping import StopRequest
+from features.cache import CacheRequest, FrameCache
+from features.discover import scan_folder
+from features.index import Index, VideoEntry, open_folder, sampled_frames
+from features.preprocess import Geometry
+from features.readers import FrameReader, open_reader
+from features.store import SourceIdentity
+from stage1_cnn.pool import Advance, choose_processes, work_through
+
+
+def source_identity(entry: VideoEntry) -> SourceIdentity:
+    """What files made from a video remember of it."""
+    return SourceIdentity(entry.id, entry.sha256_ends, entry.size_bytes, entry.fps)
+
+
+def require_indexed_source(entry: VideoEntry, root: Path, index: Index) -> None:
+    """Raise UserError when a source is not the one that was indexed: by size and time, then by the hash of its ends.
+
+    A source that is missing passes: what was made from it outlives it, and whoever reads it will miss it.
+    """
+    path = inside(root, entry.source)
+    try:
+        if not path.exists():
+            return
+        if entry.kind == "frames":
+            same = scan_folder(root, entry.source, index.dataset).identity() == entry.sha256_ends
+        else:
+            state = path.stat()
+            same = (state.st_size, state.st_mtime_ns) == (entry.size_bytes, entry.modified_ns)
+            same = same or sha256_ends(path) == entry.sha256_ends
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if not same:
+        raise UserError(f"{path}: has changed since it was indexed; run index again")
+
+
+def open_source(config: Config, entry: VideoEntry, root: Path, index: Index) -> FrameReader:
+    """A reader of an indexed video or folder, for the process that calls this. Raises UserError where there is none."""
+    require_indexed_source(entry, root, index)
+    folder = open_folder(entry, root, index) if entry.kind == "frames" else None
+    return open_reader(inside(root, entry.source), entry.kind, config.data.reader, frames=folder, fps=entry.fps)
+
+
+def frame_cache(config: Config) -> FrameCache:
+    """The cache that these settings mean."""
+    return FrameCache(config.cache, config.preprocess, config.data.fps)
+
+
+def cache_request(config: Config, entry: VideoEntry, root: Path, index: Index) -> CacheRequest:
+    """A video's sampled frames, as the cache is asked for them."""
+    frame_index = sampled_frames(entry, config.data.fps)
+    return CacheRequest(source_identity(entry), frame_index, partial(open_source, config, entry, root, index))
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A video's sampled frames in order, resized and not cropped, and where they come from."""
+
+    frames: Iterator[NDArray[np.uint8]]  # (R, R, 3) each
+    provenance: dict[str, str]
+
+
+@contextmanager
+def open_pictures(config: Config, entry: VideoEntry, root: Path, index: Index) -> Iterator[Pictures]:
+    """Sampled frames for extraction: from the cache where it holds them without loss, otherwise from the source.
+
+    Both give the same pixels. A JPEG cache is for training alone, so that features never depend on it.
+    """
+    request = cache_request(config, entry, root, index)
+    lossless = config.cache.use_for_extract and config.cache.codec != "jpeg"
+    cached = frame_cache(config).find(request, deep=True) if lossless else None
+    if cached is not None:
+        try:
+            yield Pictures((cached[number] for number in range(len(cached))), _provenance_of_cache(cached.path))
+        finally:
+            cached.close()
+        return
+    with request.open_reader() as reader:
+        geometry = Geometry.of_video(config.preprocess, reader)
+        frames = (geometry.resize_frame(rgb) for rgb in reader.read(request.frame_index.tolist()))
+        yield Pictures(frames, {"reader": reader.name, "reader_version": reader.version, "frames_from": "source"})
+
+
+def _provenance_of_cache(path: Path) -> dict[str, str]:
+    with h5py.File(path, "r", locking=False) as file:
+        made_by = {name: str(file.attrs[name]) for name in ("reader", "reader_version")}
+    return {**made_by, "frames_from": "cache"}
+
+
+@dataclass(frozen=True)
+class CacheJob:
+    """One video to decode into the cache."""
+
+    entry: VideoEntry
+    frames: int
+
+
+@dataclass(frozen=True)
+class CacheTask:
+    """Decodes one video into the frame cache."""
+
+    config: Config
+    root: Path
+    index: Index
+
+    def __call__(self, job: CacheJob, advance: Advance) -> None:
+        request = cache_request(self.config, job.entry, self.root, self.index)
+        frame_cache(self.config).ensure(request, lambda done: advance(1))
+
+
+def fill_cache(config: Config, index: Index, root: Path, entries: Sequence[VideoEntry], stop: StopRequest) -> None:
+    """Decode into the cache what it does not hold of `entries`, several videos at once, with progress.
+
+    Raises UserError naming the first video that cannot be read (the others' frames are kept), or before the work when
+    the disk has no room; Stopped when asked to stop.
+    """
+    cache = frame_cache(config)
+    jobs = []
+    for entry in entries:
+        request = cache_request(config, entry, root, index)
+        if cache.problem(request) is not None:
+            jobs.append(CacheJob(entry, len(request.frame_index)))
+    if not jobs:
+        return
+    needed = sum(cache.estimate_bytes(job.frames) for job in jobs)
+    require_free_bytes(cache.folder, needed, f"caching frames of {len(jobs)} video(s)")
+    work = work_through(CacheTask(config, root, index), jobs, choose_processes(-1, jobs), "decode frames", stop)
+    failed = [reason for _, reason in work if reason is not None]
+    if failed:
+        raise UserError(failed[0] + (f" (and {len(failed) - 1} more videos)" if len(failed) > 1 else ""))

@@ -1,0 +1,216 @@
+"""Work on many videos: one after the other, or several at once in processes that can be stopped and may die.
+
+One process a core, each with a video of its own and one thread, beats several threads on one video (measured, see
+docs/hardware.md).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import connection, get_context, parent_process
+from typing import Any, Generic, Protocol, TypeVar
+
+from configs.errors import UserError
+from engine.progress import progress_bar
+from engine.stopping import StopRequest
+
+POLL_S = 0.3
+# Fewer frames than this are done before a second process has imported torch.
+WORTH_A_PROCESS_FRAMES = 300
+# What a video can do to the programs that read it, besides the errors they foresee.
+_VIDEO_ERRORS = (UserError, OSError, RuntimeError, MemoryError)
+_NOT_BEGUN = -1
+
+
+class Job(Protocol):
+    """A video to work on; `frames` is how many there are, for progress."""
+
+    @property
+    def frames(self) -> int: ...
+
+
+AnyJob = TypeVar("AnyJob", bound=Job)
+Advance = Callable[[int], None]  # told how many more frames are done; raises to stop the work
+Task = Callable[[AnyJob, Advance], None]
+
+
+def choose_processes(wanted: int, jobs: Sequence[Job]) -> int:
+    """Videos in work at once: `wanted`, or for -1 one a core where there is enough to do."""
+    if wanted == -1:
+        wanted = available_cores() if sum(job.frames for job in jobs) > WORTH_A_PROCESS_FRAMES else 1
+    return max(1, min(wanted, len(jobs)))
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def work_through(
+    task: Task[AnyJob], jobs: Sequence[AnyJob], processes: int, title: str, stop: StopRequest
+) -> Iterator[tuple[AnyJob, str | None]]:
+    """Do `task(job, advance)` for every job, with progress; yields each job as it ends, and why where it failed.
+
+    A failure that a video can cause does not end the others' work. With `processes` > 1 the task goes to each process
+    once, pickled, and keeps what it loads there; a process that dies takes only its own video with it. Raises Stopped
+    when asked to stop, after the task's clean-up.
+    """
+    with progress_bar(sum(job.frames for job in jobs), title, "frame") as bar:
+        if processes > 1:
+            yield from _in_processes(task, jobs, processes, stop, bar)
+        else:
+            yield from _one_by_one(task, jobs, stop, bar)
+
+
+def _one_by_one(
+    task: Task[AnyJob], jobs: Sequence[AnyJob], stop: StopRequest, bar: Any
+) -> Iterator[tuple[AnyJob, str | None]]:
+    def advance(frames: int) -> None:
+        bar.update(frames)
+        stop.raise_if_set()
+
+    for job in jobs:
+        stop.raise_if_set()
+        before = bar.n
+        reason = _attempt(task, job, advance)
+        bar.total -= job.frames - (bar.n - before)  # a failed video's rest does not count for the time left
+        yield job, reason
+
+
+def _attempt(task: Task[AnyJob], job: AnyJob, advance: Advance) -> str | None:
+    """Do one job; the reason in one line where that fails."""
+    try:
+        task(job, advance)
+    except _VIDEO_ERRORS as error:
+        text = " ".join(str(error).split())
+        return text if isinstance(error, UserError) else f"{type(error).__name__}: {text[:300]}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def _in_processes(
+    task: Task[AnyJob], jobs: Sequence[AnyJob], processes: int, stop: StopRequest, bar: Any
+) -> Iterator[tuple[AnyJob, str | None]]:
+    """A broken pool does not say whose process died: videos that were in work are tried again, each alone."""
+    waiting = list(jobs)
+    while waiting:
+        pool = _Pool(task, waiting, processes)
+        for job, reason in pool.outcomes(stop, bar):
+            waiting.remove(job)
+            yield job, reason
+        if not pool.broken:
+            return
+        for job in pool.in_work() or waiting[:1]:
+            alone = list(_Pool(task, [job], 1).outcomes(stop, bar))
+            waiting.remove(job)
+            yield alone[0] if alone else (job, "the process that worked on it died (out of memory, or killed)")
+
+
+class _Pool(Generic[AnyJob]):
+    """Processes that do jobs, told to stop through shared memory, and watched through a counter a job."""
+
+    def __init__(self, task: Task[AnyJob], jobs: Sequence[AnyJob], processes: int) -> None:
+        context = get_context("spawn")  # a fork would copy threads and open decoders
+        self.jobs = list(jobs)
+        self.broken = False
+        self._left: dict[Future[str | None], int] = {}
+        self._frames = context.Array("q", [_NOT_BEGUN] * len(jobs), lock=False)
+        self._stopped = context.Value("b", 0, lock=False)
+        self._executor = ProcessPoolExecutor(
+            processes, mp_context=context, initializer=_begin, initargs=(task, self._frames, self._stopped)
+        )
+
+    def outcomes(self, stop: StopRequest, bar: Any) -> Iterator[tuple[AnyJob, str | None]]:
+        """Jobs as they end. Ends early, `broken`, when a process died."""
+        before = bar.n
+        try:
+            for slot, job in enumerate(self.jobs):
+                self._left[self._executor.submit(_work_on, slot, job)] = slot
+            while self._left:
+                finished, _ = wait(self._left, timeout=POLL_S, return_when=FIRST_COMPLETED)
+                stop.raise_if_set()
+                bar.update(before + self._frames_done(range(len(self.jobs))) - bar.n)
+                for future in finished:
+                    reason = future.result()
+                    slot = self._left.pop(future)
+                    job = self.jobs[slot]
+                    bar.total -= job.frames - self._frames_done([slot])
+                    yield job, reason
+        except BrokenProcessPool:
+            self.broken = True
+            ended = set(range(len(self.jobs))) - set(self._left.values())
+            bar.update(before + self._frames_done(ended) - bar.n)
+        finally:
+            self._stopped.value = 1
+            self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def in_work(self) -> list[AnyJob]:
+        """Jobs that were begun and have not ended."""
+        return [self.jobs[slot] for slot in self._left.values() if self._frames[slot] != _NOT_BEGUN]
+
+    def _frames_done(self, slots: Any) -> int:
+        return sum(max(0, self._frames[slot]) for slot in slots)
+
+
+class _StoppedByParent(Exception):
+    """Unwinds a job in a process that was told to stop."""
+
+
+@dataclass
+class _State:
+    """What a process of the pool knows."""
+
+    task: Task[Any]
+    frames: Any
+    stopped: Any
+
+
+_state: _State | None = None
+
+
+def _begin(task: Task[Any], frames: Any, stopped: Any) -> None:
+    """First thing in a new process."""
+    global _state
+    leave_signals_to_parent()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _state = _State(task, frames, stopped)
+
+
+def leave_signals_to_parent(worker: int = 0) -> None:
+    """Ctrl-C and a scheduler's signals reach the whole process group; the parent decides what becomes of the work."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot call its processes back."""
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _work_on(slot: int, job: Any) -> str | None:
+    """Do one job in a process of the pool; the reason where that fails."""
+    state = _state
+    assert state is not None
+    state.frames[slot] = 0
+
+    def advance(frames: int) -> None:
+        state.frames[slot] += frames
+        if state.stopped.value:
+            raise _StoppedByParent
+
+    try:
+        return _attempt(state.task, job, advance)
+    except _StoppedByParent:
+        return "stopped"

@@ -1,0 +1,321 @@
+"""Training of stage one: tool presence (and, on demand, phases) a frame at a time.
+
+Loss: binary cross-entropy over labelled tool entries + `phase_loss_weight` x cross-entropy over labelled phases. The
+best epoch is the one with the highest validation mAP (pooled over frames; see evaluation.tools).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from configs.errors import UserError
+from configs.schema import CnnConfig, Config
+from engine.device import make_accelerator, seed_everything
+from engine.logs import METRICS_FILE, read_metrics
+from engine.progress import progress_bar, say
+from engine.runs import StageFolder
+from engine.session import TrainingSession
+from engine.stopping import StopRequest
+from evaluation.tools import evaluate_tools
+from features.index import Index
+from features.preprocess import normalise
+from stage1_cnn.data import (
+    FrameBatch,
+    FrameDataset,
+    FrameLoader,
+    LabelledFrames,
+    choose_workers,
+    labelled_frames,
+    training_requests,
+    validation_requests,
+)
+from stage1_cnn.frames import fill_cache
+from stage1_cnn.model import (
+    CHECKPOINT_STAGE,
+    NetOutput,
+    ToolNet,
+    build_net,
+    describe,
+    rebuild_from_checkpoint,
+    require_image_size,
+    weights_identity,
+    weights_sha256,
+)
+
+
+def train_cnn(
+    config: Config, run: Path, index: Index, root: Path, stop: StopRequest, *, trusted: bool = False
+) -> dict[str, Any]:
+    """Train stage one into `RUN/cnn/` (`best.pt`, `last.pt`, `metrics.jsonl`, `result.json`); returns the result.
+
+    A finished run with the same settings returns its result and does no work; an unfinished one goes on where it
+    stopped and ends with the same numbers. Raises UserError for settings, labels or frames that do not allow training,
+    and Stopped, with everything saved, when asked to stop.
+    """
+    cnn = config.cnn
+    stage = StageFolder(run, CHECKPOINT_STAGE, config, identity(config, index))
+    if stage.result is not None:
+        say(f"{stage.path}: finished before with these settings, nothing to do")
+        return stage.result
+    stage.open()
+
+    seed_everything(config.seed)
+    accelerator, precision = make_accelerator(config.device, cnn.precision)
+    if accelerator.num_processes > 1:
+        raise UserError("train-cnn runs in one process; start it without a launcher")
+    device = accelerator.device
+    net = build_net(config, index.dataset, trusted=trusted)
+    require_image_size(net.backbone, config.preprocess.crop_px)
+    train, val = load_frames(config, index, root, stop)
+    loss = Loss(cnn, train, len(index.dataset.phases)).to(device)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    session = TrainingSession(
+        stage.path,
+        accelerator,
+        net,
+        parameter_groups(net, cnn),
+        cnn,
+        describe(net, index.dataset),
+        stop,
+        cnn.accumulate_steps,
+    )
+    session.resume()
+    dataset = FrameDataset({"train": train, "val": val}, config.preprocess.crop_px, cnn.augment, config.seed)
+    loader = FrameLoader(dataset, choose_workers(cnn.workers, device), device)
+
+    for epoch in session.epochs():
+        requests = training_requests(config.seed, epoch, len(train), cnn.batch_frames, cnn.frames_per_epoch)
+        for batch in session.batches(loader.batches(requests[session.position.step :]), len(requests)):
+            with session.gradient_sync():
+                with session.autocast():
+                    output = session.model(to_input(batch, config, device))
+                    value = loss(output, batch)
+                session.update(value, partial(_name_batch, train, batch))
+        scores = validate(session, loader, val, config, index)
+        session.finish_epoch(scores, score=deciding_score(scores)[1])
+
+    return stage.finish(summarise(stage.path, config, index, precision, train, val))
+
+
+def identity(config: Config, index: Index) -> dict[str, Any]:
+    """Everything the numbers depend on: settings, labels, sources and splits of the videos used, initial weights.
+
+    Paths, loader processes, the reader (readers are bit-identical) and how often checkpoints are written are not part.
+    """
+    used = index.model_copy(update={"videos": (*index.by_split("train"), *index.by_split("val"))})
+    return {
+        "seed": config.seed,
+        "videos_sha256": used.digest(),
+        "fps": config.data.fps,
+        "tools_between_rows": config.data.tools_between_rows,
+        "preprocess": config.preprocess.model_dump(mode="json"),
+        "cache": config.cache.model_dump(mode="json", include=_cache_keys(config)),
+        "cnn": config.cnn.model_dump(mode="json", exclude={"weights", "workers", "checkpoint_minutes"}),
+        "weights": weights_identity(config.cnn, config.runs),
+    }
+
+
+def _cache_keys(config: Config) -> set[str]:
+    return {"codec"} if config.cache.codec == "png" else {"codec", "jpeg_quality"}
+
+
+def load_frames(config: Config, index: Index, root: Path, stop: StopRequest) -> tuple[LabelledFrames, LabelledFrames]:
+    """Labelled training and validation frames, decoded into the cache where they are not there yet.
+
+    Raises UserError when there are no training videos or no frame of theirs has a label that a head could learn.
+    """
+    cnn = config.cnn
+    if not index.by_split("train"):
+        raise UserError(f"{config.data.index}: no training videos; set data.split.rule and run index again")
+    if not index.dataset.tools and not cnn.phase_head:
+        raise UserError(f"data set {index.dataset.name} has no tools; set cnn.phase_head=true to train on phases")
+    entries = {split: index.by_split(split) for split in ("train", "val")}
+    train, val = (labelled_frames(config, index, root, videos, cnn.phase_head) for videos in entries.values())
+    if not len(train):
+        wanted = "tool or phase" if cnn.phase_head else "tool"
+        hint = "" if cnn.phase_head else ", or set cnn.phase_head=true to train on phases"
+        raise UserError(f"{config.data.index}: no training frame has a {wanted} label; add annotations{hint}")
+    if not len(val):
+        say("no labelled validation frames: every epoch is trained, and the last one counts as the best")
+    fill_cache(config, index, root, (*entries["train"], *entries["val"]), stop)
+    return train, val
+
+
+def parameter_groups(net: ToolNet, cnn: CnnConfig) -> list[dict[str, Any]]:
+    """Backbone and heads with their learning-rate factors; a backbone with factor 0 needs no gradients either."""
+    if cnn.backbone_lr_factor == 0:
+        net.backbone.requires_grad_(False)
+    heads = [parameter for head in net.heads() for parameter in head.parameters()]
+    return [
+        {"name": "backbone", "params": list(net.backbone.parameters()), "lr_factor": cnn.backbone_lr_factor},
+        {"name": "head", "params": heads},
+    ]
+
+
+def _name_batch(train: LabelledFrames, batch: FrameBatch) -> str:
+    return f"first frame: {train.name(int(batch.rows[0]))}"
+
+
+def to_input(batch: FrameBatch, config: Config, device: torch.device) -> Tensor:
+    """A batch's images on the device, normalised: (N, 3, S, S) float32, channels last."""
+    return normalise(batch.images, config.preprocess, device)
+
+
+# ---------------------------------------------------------------------------------------------- loss
+
+
+class Loss(nn.Module):
+    """Binary cross-entropy on tools plus weighted cross-entropy on phases, over the labelled entries of a batch.
+
+    With `class_weighting=inverse_frequency`, a tool's positive entries weigh (frames without it) / (frames with it) in
+    the training videos, so that presence and absence add up to the same weight; and a phase weighs
+    frames / (phases x frames of it), the "balanced" weights of scikit-learn. What never appears weighs 1.
+    """
+
+    positive_weight: Tensor | None  # (K,)
+    class_weight: Tensor | None  # (C,)
+
+    def __init__(self, cnn: CnnConfig, train: LabelledFrames, phases: int = 0) -> None:
+        super().__init__()
+        self.phase_weight = cnn.phase_loss_weight
+        weighted = cnn.class_weighting == "inverse_frequency"
+        self.register_buffer("positive_weight", positive_weights(train.tools) if weighted else None)
+        self.register_buffer("class_weight", phase_weights(train.phase, phases) if weighted else None)
+
+    def forward(self, output: NetOutput, batch: FrameBatch) -> Tensor:
+        """Mean loss of a batch, a scalar in float32."""
+        logits = output.tool_logits.float()  # (N, K)
+        tools = batch.tools.to(logits.device)
+        labelled = tools >= 0  # (N, K)
+        entries = F.binary_cross_entropy_with_logits(
+            logits, tools.clamp(min=0), pos_weight=self.positive_weight, reduction="none"
+        )
+        loss = (entries * labelled).sum() / labelled.sum().clamp(min=1)
+        if output.phase_logits is not None and (batch.phase >= 0).any():
+            phase = batch.phase.to(logits.device)
+            loss = loss + self.phase_weight * F.cross_entropy(
+                output.phase_logits.float(), phase, weight=self.class_weight, ignore_index=-1
+            )
+        return loss
+
+
+def positive_weights(tools: NDArray[np.int8]) -> Tensor:
+    """Weights (K,) of positive tool entries from labels (R, K), -1 = no label."""
+    present, absent = (tools == 1).sum(axis=0), (tools == 0).sum(axis=0)
+    usable = (present > 0) & (absent > 0)
+    return torch.from_numpy(np.where(usable, absent / np.maximum(present, 1), 1.0).astype(np.float32))
+
+
+def phase_weights(phase: NDArray[np.int8], phases: int) -> Tensor:
+    """Weights (C,) of phases from labels (R,), -1 = no label."""
+    counts = np.bincount(phase[phase >= 0], minlength=phases)
+    balanced = counts.sum() / (max(1, (counts > 0).sum()) * np.maximum(counts, 1))
+    return torch.from_numpy(np.where(counts > 0, balanced, 1.0).astype(np.float32))
+
+
+# ---------------------------------------------------------------------------------------------- validation
+
+
+def validate(
+    session: TrainingSession, loader: FrameLoader, val: LabelledFrames, config: Config, index: Index
+) -> dict[str, float | None]:
+    """Scores on the validation videos, centre crop: tool mAP (fraction) and, with a phase head, phase accuracy.
+
+    None for what cannot be said: no videos, no labels, or no tool that ever appears.
+    """
+    scores: dict[str, float | None] = {"val_map": None}
+    if session.raw_model.phase_head is not None:
+        scores["val_phase_accuracy"] = None
+    if not len(val):
+        return scores
+    tool_logits, phase_logits = predict(session, loader, val, config)
+    if (val.tools >= 0).any():
+        percent = evaluate_tools(_by_video(val, val.tools), _by_video(val, tool_logits), index.dataset.tools)
+        scores["val_map"] = None if percent["map_pooled"] is None else percent["map_pooled"] / 100
+    labelled = val.phase >= 0
+    if phase_logits is not None and labelled.any():
+        scores["val_phase_accuracy"] = float((phase_logits.argmax(axis=1) == val.phase)[labelled].mean())
+    return scores
+
+
+def predict(
+    session: TrainingSession, loader: FrameLoader, val: LabelledFrames, config: Config
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    """Tool logits (R, K) and phase logits (R, C) or None of all validation frames."""
+    requests = validation_requests(len(val), config.cnn.batch_frames)
+    tools, phases = [], []
+    session.model.eval()
+    with progress_bar(len(requests), "validation", "step") as bar, torch.inference_mode():
+        for batch in loader.batches(requests):
+            with session.autocast():
+                output = session.model(to_input(batch, config, session.accelerator.device))
+            tools.append(output.tool_logits.float().cpu().numpy())
+            if output.phase_logits is not None:
+                phases.append(output.phase_logits.float().cpu().numpy())
+            bar.update(1)
+    return np.concatenate(tools), np.concatenate(phases) if phases else None
+
+
+def _by_video(frames: LabelledFrames, values: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    return {name: values[frames.video == number] for number, name in enumerate(frames.videos)}
+
+
+# ---------------------------------------------------------------------------------------------- result
+
+
+def summarise(
+    folder: Path, config: Config, index: Index, precision: str, train: LabelledFrames, val: LabelledFrames
+) -> dict[str, Any]:
+    """What a finished training says of itself, from its best checkpoint and its log."""
+    net, meta = rebuild_from_checkpoint(folder / "best.pt")
+    best = meta["scores"]
+    epochs = read_metrics(folder / METRICS_FILE, "epoch")
+    seconds = sum(row["seconds"] for row in epochs)
+    result: dict[str, Any] = {
+        "val_map": best["val_map"],
+        "val_phase_accuracy": best.get("val_phase_accuracy"),
+        "best_epoch": best["epoch"] + 1,
+        "epochs": len(epochs),
+        "chosen_by": deciding_score(best)[0],
+        "seconds": round(seconds, 2),
+        "train_frames": len(train),
+        "val_frames": len(val),
+        "train_videos": len(train.videos),
+        "val_videos": len(val.videos),
+        "backbone": config.cnn.backbone,
+        "embedding_dim": net.backbone.embedding_dim,
+        "weights_sha256": weights_sha256(net),
+        "precision": precision,
+        "dataset": index.dataset.name,
+        "checkpoint": str(folder / "best.pt"),
+    }
+    result["sentence"] = _sentence(result)
+    return result
+
+
+def deciding_score(scores: Mapping[str, Any]) -> tuple[str, float | None]:
+    """What the best epoch is chosen by, in words, and its value: mAP, else phase accuracy, else nothing."""
+    for key, words in _SCORE_NAMES.items():
+        if scores.get(key) is not None:
+            return words, scores[key]
+    return "no validation score, so the last epoch", None
+
+
+_SCORE_NAMES = {"val_map": "validation mAP", "val_phase_accuracy": "validation phase accuracy"}
+
+
+def _sentence(result: Mapping[str, Any]) -> str:
+    scores = [f"{words} {result[key]:.3f}" for key, words in _SCORE_NAMES.items() if result[key] is not None]
+    return (
+        f"{', '.join(scores) or 'no validation score'} at epoch {result['best_epoch']} of {result['epochs']}; "
+        f"{result['train_frames']:,} training frames, {result['seconds']:.0f} s; {result['checkpoint']}"
+    )

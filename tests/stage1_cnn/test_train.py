@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from configs.errors import UserError
+from configs.schema import CnnConfig, Config
+from engine.checkpoints import load_checkpoint
+from engine.logs import read_metrics
+from engine.stopping import Stopped, StopRequest
+from stage1_cnn.data import LabelledFrames
+from stage1_cnn.model import NetOutput, build_backbone, rebuild_from_checkpoint, weights_sha256
+from stage1_cnn.train import (
+    FrameBatch,
+    Loss,
+    deciding_score,
+    identity,
+    parameter_groups,
+    phase_weights,
+    positive_weights,
+    train_cnn,
+)
+from tests.stage1_cnn.material import StopAfter, World, write_labels
+
+
+def train(world: World, config: Config | None = None, name: str = "first", stop: StopRequest | None = None) -> dict:
+    config = config or world.config
+    stop = StopRequest() if stop is None else stop
+    return train_cnn(config, config.runs / name, world.index(), world.root, stop)
+
+
+def epochs_of(run: Path) -> list[dict]:
+    """The log's epoch rows without what differs from one start to the next."""
+    return [
+        {k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(run / "cnn/metrics.jsonl", "epoch")
+    ]
+
+
+def tensors_of(path: Path) -> str:
+    return weights_sha256(rebuild_from_checkpoint(path)[0])
+
+
+def test_training_learns_and_says_what_it_did(world: World) -> None:
+    config = world.set(cnn={"epochs": 6, "phase_head": True, "optim": {"lr": 0.01}})
+    result = train(world, config)
+    folder = world.run / "cnn"
+    assert result["val_map"] > 0.8  # colour tells the tools; by chance it would be about 0.5
+    assert (result["train_videos"], result["val_videos"]) == (2, 1)
+    assert (result["train_frames"], result["val_frames"]) == (26, 13)
+    assert result["weights_sha256"] == tensors_of(folder / "best.pt")
+    assert result["chosen_by"] == "validation mAP"
+    assert result["sentence"].endswith(str(folder / "best.pt"))
+    scores = [row["val_map"] for row in epochs_of(world.run)]
+    assert len(scores) == 6
+    assert result["best_epoch"] == 1 + int(np.argmax(scores))
+    assert {"val_phase_accuracy", "lr_backbone", "lr_head", "loss"} <= set(epochs_of(world.run)[0])
+    assert json.loads((folder / "result.json").read_text())["val_map"] == result["val_map"]
+
+
+def test_a_finished_run_is_not_done_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = train(world)
+    monkeypatch.setattr("stage1_cnn.train.build_net", None)  # whoever works calls it
+    assert train(world) == first
+
+
+def test_the_same_name_with_other_settings_is_refused(world: World) -> None:
+    train(world, world.set(cnn={"epochs": 1}))
+    before = tensors_of(world.run / "cnn/best.pt")
+    for changes, named in (
+        ({"cnn": {"epochs": 1, "batch_frames": 5}}, "cnn.batch_frames: 4 there, 5 now"),
+        ({"cnn": {"epochs": 1}, "preprocess": {"crop_px": 36}}, "preprocess.crop_px: 32 there, 36 now"),
+        ({"cnn": {"epochs": 1}, "top": {"seed": 3}}, "seed: 0 there, 3 now"),
+    ):
+        with pytest.raises(UserError) as error:
+            train(world, world.set(**changes))
+        assert named in str(error.value)
+    assert tensors_of(world.run / "cnn/best.pt") == before
+
+
+def test_what_changes_no_number_is_no_part_of_the_identity(world: World) -> None:
+    same = world.set(cnn={"workers": 3, "checkpoint_minutes": 1}, cache={"dir": "elsewhere"}, data={"reader": "pyav"})
+    assert identity(same, world.index()) == identity(world.config, world.index())
+    other = world.set(cache={"codec": "jpeg"})
+    assert identity(other, world.index()) != identity(world.config, world.index())
+
+
+@pytest.mark.parametrize(("steps", "accumulate"), [(2, 1), (7, 1), (3, 2)])
+def test_resumed_equals_uninterrupted(world: World, steps: int, accumulate: int) -> None:
+    # dropout and random subsets take part: every source of randomness must come back
+    config = world.set(
+        cnn={"accumulate_steps": accumulate, "frames_per_epoch": 23, "backbone": "mobilenet_v3_small"},
+    )
+    whole = train(world, config, "whole")
+    with pytest.raises(Stopped):
+        train(world, config, "cut", StopAfter(steps))
+    assert not (config.runs / "cut/cnn/result.json").exists()
+    resumed = train(world, config, "cut")
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+    assert tensors_of(config.runs / "cut/cnn/last.pt") == tensors_of(config.runs / "whole/cnn/last.pt")
+    assert epochs_of(config.runs / "cut") == epochs_of(config.runs / "whole")
+    assert not list(config.runs.rglob("*.tmp"))
+
+
+def test_early_stopping_keeps_the_best_epoch(world: World) -> None:
+    config = world.set(cnn={"epochs": 12, "early_stop_epochs": 1})
+    result = train(world, config)
+    assert result["epochs"] < 12
+    assert result["epochs"] == result["best_epoch"] + 1
+    assert load_checkpoint(world.run / "cnn/best.pt")["scores"]["epoch"] == result["best_epoch"] - 1
+
+
+def test_without_validation_videos_the_last_epoch_counts(world: World) -> None:
+    config = world.set(data={"split": {"rule": "4/0/0"}})
+    index = world.index().model_copy(
+        update={"videos": tuple(v.model_copy(update={"split": "train"}) for v in world.index().videos)}
+    )
+    result = train_cnn(config, world.run, index, world.root, StopRequest())
+    assert result["val_map"] is None
+    assert result["best_epoch"] == result["epochs"] == 2
+    assert "last epoch" in result["chosen_by"]
+    assert tensors_of(world.run / "cnn/best.pt") == tensors_of(world.run / "cnn/last.pt")
+
+
+def test_frames_without_tool_rows_are_left_out(own_world: World) -> None:
+    (own_world.root / "video01-tool.txt").unlink()
+    assert train(own_world, own_world.set(cnn={"epochs": 1}))["train_frames"] == 13
+    with_phases = own_world.set(cnn={"epochs": 1, "phase_head": True})
+    assert train(own_world, with_phases, "phases")["train_frames"] == 26
+
+
+def test_a_data_set_without_tools_trains_on_phases(own_world: World) -> None:
+    for file in own_world.root.glob("*-tool.txt"):
+        file.unlink()
+    index = own_world.index()
+    index = index.model_copy(update={"dataset": index.dataset.model_copy(update={"tools": ()})})
+    with pytest.raises(UserError, match=r"tiny has no tools; set cnn.phase_head=true"):
+        train_cnn(own_world.config, own_world.run, index, own_world.root, StopRequest())
+    config = own_world.set(cnn={"phase_head": True})
+    result = train_cnn(config, config.runs / "phases", index, own_world.root, StopRequest())
+    assert result["val_map"] is None
+    assert result["chosen_by"] == "validation phase accuracy"
+    assert result["val_phase_accuracy"] > 0.3
+
+
+def test_nothing_to_train_on(own_world: World) -> None:
+    for file in own_world.root.glob("*-tool.txt"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"index.json: no training frame has a tool label; .*cnn.phase_head=true"):
+        train(own_world)
+    alone = own_world.index().model_copy(update={"videos": own_world.index().by_split("test")})
+    with pytest.raises(UserError, match=r"index.json: no training videos; set data.split.rule"):
+        train_cnn(own_world.config, own_world.config.runs / "b", alone, own_world.root, StopRequest())
+
+
+def test_edited_labels_make_another_run(own_world: World) -> None:
+    train(own_world, own_world.set(cnn={"epochs": 1}))
+    path = own_world.root / "video01-tool.txt"
+    path.write_text(path.read_text().replace("\t1\t0", "\t0\t0"))
+    with pytest.raises(UserError, match="videos_sha256"):
+        train(own_world, own_world.set(cnn={"epochs": 1}))
+
+
+def test_labels_of_test_videos_do_not_matter(own_world: World) -> None:
+    first = train(own_world, own_world.set(cnn={"epochs": 1}))
+    (own_world.root / "video04-tool.txt").unlink()
+    assert train(own_world, own_world.set(cnn={"epochs": 1})) == first
+    write_labels(own_world.root, 4)
+
+
+def test_a_loss_that_is_not_finite_names_the_frames(world: World, tmp_path: Path) -> None:
+    state = build_backbone("shufflenet_v2_x0_5", "random", 0).net.state_dict()
+    state["conv5.1.weight"] = torch.full_like(state["conv5.1.weight"], 3e38)
+    torch.save(state, tmp_path / "huge.pth")
+    config = world.set(cnn={"weights": str(tmp_path / "huge.pth")})
+    with pytest.raises(UserError, match=r"epoch 1, step 1 \(first frame: video0[12], frame \d+\)"):
+        train(world, config)
+
+
+def test_weights_of_a_run_serve_the_next(world: World) -> None:
+    train(world)
+    config = world.set(cnn={"weights": "run:first", "epochs": 1, "backbone_lr_factor": 0.0, "freeze_batch_norm": True})
+    train(world, config, "second")
+    first, _ = rebuild_from_checkpoint(world.run / "cnn/best.pt")
+    second, _ = rebuild_from_checkpoint(config.runs / "second/cnn/best.pt")
+    assert weights_sha256(second.backbone) == weights_sha256(first.backbone)
+    assert weights_sha256(second.tool_head) != weights_sha256(first.tool_head)
+
+
+def test_bf16_trains_too(world: World) -> None:
+    assert train(world, world.set(cnn={"precision": "bf16", "epochs": 1}))["precision"] == "bf16"
+
+
+# ---------------------------------------------------------------------------------------------- pieces
+
+
+def some_frames(phase: list[int], tools: list[list[int]]) -> LabelledFrames:
+    rows = np.arange(len(tools))
+    return LabelledFrames(("a",), (), 0 * rows, rows, np.array(phase, np.int8), np.array(tools, np.int8))
+
+
+def a_batch(phase: list[int], tools: list[list[float]]) -> FrameBatch:
+    rows = torch.arange(len(tools))
+    return FrameBatch(
+        torch.zeros(len(tools), 2, 2, 3, dtype=torch.uint8), torch.tensor(phase), torch.tensor(tools), rows
+    )
+
+
+def test_loss_counts_labelled_entries_alone() -> None:
+    loss = Loss(CnnConfig(), some_frames([0], [[1]]))
+    logits = torch.tensor([[2.0, -1.0], [0.5, 9.0]], requires_grad=True)
+    value = loss(NetOutput(torch.zeros(2, 1), logits, None), a_batch([-1, -1], [[1.0, 0.0], [0.0, -1.0]]))
+    expected = (math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)) + math.log1p(math.exp(0.5))) / 3
+    assert value.item() == pytest.approx(expected, rel=1e-6)
+    value.backward()
+    assert logits.grad[1, 1] == 0
+
+
+def test_phase_loss_is_added_with_its_weight() -> None:
+    loss = Loss(CnnConfig(phase_head=True, phase_loss_weight=0.5), some_frames([0], [[1]]))
+    phases = torch.tensor([[1.0, 0.0], [3.0, 3.0]])
+    output = NetOutput(torch.zeros(2, 1), torch.zeros(2, 1), phases)
+    both = loss(output, a_batch([0, -1], [[1.0], [0.0]]))
+    assert both.item() == pytest.approx(math.log(2) + 0.5 * math.log1p(math.exp(-1)), rel=1e-6)
+    none = loss(output, a_batch([-1, -1], [[1.0], [0.0]]))
+    assert none.item() == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_inverse_frequency_weights() -> None:
+    tools = np.array([[1, 0, 1], [0, 0, 1], [0, 0, 1], [0, -1, 1]], np.int8)
+    assert positive_weights(tools).tolist() == [3.0, 1.0, 1.0]
+    phase = np.array([0, 0, 0, 2, -1], np.int8)
+    assert phase_weights(phase, 4).tolist() == pytest.approx([4 / 6, 1.0, 2.0, 1.0])
+    loss = Loss(CnnConfig(class_weighting="inverse_frequency"), some_frames([0] * 4, tools.tolist()))
+    output = NetOutput(torch.zeros(1, 1), torch.zeros(1, 3), None)
+    assert loss(output, a_batch([0], [[1.0, -1.0, -1.0]])).item() == pytest.approx(3 * math.log(2), rel=1e-6)
+
+
+def test_learning_rates(world: World) -> None:
+    from stage1_cnn.model import build_net
+
+    net = build_net(world.set(cnn={"phase_head": True}), world.index().dataset)
+    groups = parameter_groups(net, CnnConfig(backbone_lr_factor=0.1))
+    assert [(group["name"], group.get("lr_factor", 1.0)) for group in groups] == [("backbone", 0.1), ("head", 1.0)]
+    assert sum(len(group["params"]) for group in groups) == len(list(net.parameters()))
+    parameter_groups(net, CnnConfig(backbone_lr_factor=0))
+    assert not any(parameter.requires_grad for parameter in net.backbone.parameters())
+    assert all(parameter.requires_grad for head in net.heads() for parameter in head.parameters())
+
+
+def test_deciding_score() -> None:
+    assert deciding_score({"val_map": 0.5, "val_phase_accuracy": 0.9}) == ("validation mAP", 0.5)
+    assert deciding_score({"val_map": None, "val_phase_accuracy": 0.9}) == ("validation phase accuracy", 0.9)
+    assert deciding_score({"val_map": None})[1] is None
