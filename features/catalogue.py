@@ -20,7 +20,7 @@ ROOT_VARIABLE = "SURGSTAGE_DATA"
 
 
 def data_root(config: Config) -> Path:
-    """The folder of the videos: `data.root`, else the variable SURGSTAGE_DATA. Raises UserError where neither is set."""
+    """The folder of the videos: `data.root`, else the variable SURGSTAGE_DATA. UserError where neither is set."""
     named = config.data.root or os.environ.get(ROOT_VARIABLE)
     if not named:
         raise UserError(
