@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from configs.errors import UserError
-from configs.schema import TemporalConfig
+from configs.schema import SequenceConfig, TemporalConfig
 from engine.checkpoints import load_checkpoint
 from engine.logs import read_metrics
 from engine.stopping import Stopped, StopRequest
-from stage2_temporal.data import FeatureBank, read_training_data
+from stage2_temporal.data import FeatureBank, Span, epoch_batches, read_training_data
 from stage2_temporal.predict import load_temporal, predict_phases
 from stage2_temporal.train import PhaseLoss, count_phases
 from tests.stage2_temporal.toy import cue_video, write_folder
@@ -104,7 +104,7 @@ def test_chunks_and_clips_learn_it_too(train: Any, mode: str) -> None:
 
 
 def test_the_result_says_what_was_done(train: Any, tmp_path: Path, cue_folder: Path) -> None:
-    result = train(temporal={"head": {"name": "lstm", "hidden": 12}})
+    result = train(temporal={"epochs": 3})
     data = read_training_data(cue_folder)
     labels = np.concatenate([data.bank.phase_of(span).numpy() for span in data.train])
     counts = np.bincount(labels[labels >= 0], minlength=3)
@@ -136,15 +136,35 @@ def test_the_score_is_that_of_the_chosen_model(
         assert score == pytest.approx(np.mean(shares), abs=1e-12)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_loss_is_that_of_the_sequences_promised(train: Any, tmp_path: Path, cue_folder: Path, mode: str) -> None:
+    """Whole videos give the logits of full and chunked training (state carried), single clips those of clips."""
+    sequence = MODES[mode]["sequence"] | {"frames": 16, "batch": 4}
+    train(temporal={"sequence": sequence, "optim": {"name": "sgd", "lr": 1e-30}, "epochs": 1, "baseline": False})
+    model, _ = load_temporal(tmp_path / "run/temporal")
+    data = read_training_data(cue_folder)
+    losses = []
+    for batch in epoch_batches(data.train, SequenceConfig.model_validate(sequence), 0, 0):
+        logits, phase = [], []
+        for first, length in zip(batch.first.tolist(), batch.lengths.tolist(), strict=True):
+            start = first
+            if mode != "clips":
+                start = next(span.first for span in data.train if span.first <= first < span.first + span.frames)
+            logits.append(model.logits(data.bank.features[start : first + length][None])[0][0, first - start :])
+            phase.append(data.bank.phase[first : first + length])
+        losses.append(F.cross_entropy(torch.cat(logits), torch.cat(phase), ignore_index=-1).item())
+    row = read_metrics(tmp_path / "run/temporal/metrics.jsonl", "epoch")[0]
+    assert row["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------- resume, runs
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_twice_is_the_same(train: Any, tmp_path: Path, mode: str) -> None:
-    train("one", MODES[mode] | DROPOUT)
-    train("two", MODES[mode] | DROPOUT)
+def test_twice_is_the_same(train: Any, tmp_path: Path) -> None:
+    train("one", DROPOUT)
+    train("two", DROPOUT)
     require_same(tmp_path / "one", tmp_path / "two")
-    train("three", MODES[mode] | DROPOUT, seed=1)
+    train("three", DROPOUT, seed=1)
     assert any(
         not torch.equal(a, b)
         for a, b in zip(
@@ -155,7 +175,7 @@ def test_twice_is_the_same(train: Any, tmp_path: Path, mode: str) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "every"),
-    [("full", 1), ("full", 5), ("chunked", 3), ("chunked", 7), ("chunked", 11), ("clips", 8), ("clips", 13)],
+    [("full", 1), ("full", 5), ("chunked", 3), ("chunked", 7), ("clips", 13)],
 )
 def test_resumed_equals_uninterrupted(train: Any, tmp_path: Path, mode: str, every: int) -> None:
     settings = MODES[mode] | (DROPOUT if mode != "chunked" or every != 3 else {})
@@ -229,7 +249,7 @@ def test_without_validation_the_last_epoch_is_kept(
     folder = write_folder(tmp_path / "set", {"v0": cue_video(rng, "train", 30), "v1": cue_video(rng, "test", 20)})
     result = train(folder=folder)
     assert "no validation videos" in capsys.readouterr().err
-    assert (result["val_accuracy"], result["best_epoch"], result["majority_val_accuracy"]) == (None, 2, None)
+    assert (result["val_accuracy"], result["best_epoch"], result["majority_val_accuracy"]) == (None, 1, None)
     best, last = weights(tmp_path / "run/temporal"), weights(tmp_path / "run/temporal", "last.pt")
     assert all(torch.equal(best[name], last[name]) for name in best)
 
@@ -238,8 +258,6 @@ def test_without_validation_the_last_epoch_is_kept(
 
 
 def bank_of(phase: list[int]) -> FeatureBank:
-    from stage2_temporal.data import Span
-
     return FeatureBank(torch.zeros(len(phase), 2), torch.tensor(phase), (Span(0, len(phase)),), ("v",))
 
 
@@ -298,9 +316,9 @@ def test_bad_features_leave_no_run_behind(train: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["full", "chunked"])
 @pytest.mark.parametrize("name", ["lstm", "gru", "tcn", "linear"])
-def test_every_head_in_every_mode_in_bf16(train: Any, mode: str, name: str) -> None:
+def test_every_head_runs_in_bf16(train: Any, mode: str, name: str) -> None:
     temporal = {"sequence": MODES[mode]["sequence"], "head": {"name": name}, "precision": "bf16", "epochs": 1}
     result = train(temporal=temporal | {"baseline": False})
     assert result["precision"] == "bf16"

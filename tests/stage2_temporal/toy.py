@@ -77,7 +77,7 @@ def small(**changes: object) -> dict:
     """Settings that train in a moment."""
     return {
         "head": {"name": "lstm", "hidden": 12},
-        "epochs": 3,
+        "epochs": 2,
         "optim": {"name": "adamw", "lr": 0.02},
         "sequence": {"mode": "full", "batch": 2},
         "precision": "fp32",
