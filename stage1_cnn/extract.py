@@ -258,9 +258,7 @@ def load_encoder(config: Config, run: Path | None, index: Index, trusted: bool =
 def _load_finetuned(config: Config, run: Path | None, tools: Sequence[str]) -> ToolNet:
     """The net of the run's best epoch so far, checked against settings and data set."""
     if run is None:
-        raise UserError(
-            "extract.encoder=finetuned takes a run's train-cnn: give --name, or set extract.encoder=initial"
-        )
+        raise UserError("extract.encoder=finetuned takes the CNN of a run: give --name, or set extract.encoder=initial")
     try:
         path = best_checkpoint(run)
     except UserError as error:

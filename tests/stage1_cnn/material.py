@@ -144,3 +144,17 @@ class StopAfter(StopRequest):
     def raise_if_set(self) -> None:
         self._ask()
         super().raise_if_set()
+
+
+def truncate(path: Path, share: float) -> None:
+    """Keep the first `share` of the file's bytes."""
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+def flip_bytes(path: Path, at_share: float, count: int = 64) -> None:
+    """Damage `count` bytes somewhere inside."""
+    content = bytearray(path.read_bytes())
+    start = int(len(content) * at_share)
+    content[start : start + count] = bytes(byte ^ 0x5A for byte in content[start : start + count])
+    path.write_bytes(bytes(content))

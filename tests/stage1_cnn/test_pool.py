@@ -1,0 +1,100 @@
+"""Work on many videos: failures, processes that die, and being told to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from configs.errors import UserError
+from engine.stopping import Stopped, StopRequest
+from stage1_cnn.pool import WORTH_A_PROCESS_FRAMES, Advance, available_cores, choose_processes, work_through
+
+
+@dataclass(frozen=True)
+class Step:
+    """A job that does what its name says."""
+
+    name: str
+    frames: int = 3
+
+
+@dataclass
+class Task:
+    """Counts frames into a file; may fail, or take its process down."""
+
+    folder: Path
+
+    def __call__(self, job: Step, advance: Advance) -> None:
+        for _ in range(job.frames):
+            if job.name == "bad":
+                raise UserError("bad.mp4: cannot be read")
+            if job.name == "broken":
+                raise RuntimeError("first line\nsecond line")
+            if job.name == "deadly":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if job.name == "slow":
+                time.sleep(0.05)
+            advance(1)
+        (self.folder / job.name).write_text(str(os.getpid()))
+
+
+def outcomes(task: Task, jobs: list[Step], processes: int, stop: StopRequest | None = None) -> dict[str, str | None]:
+    stop = StopRequest() if stop is None else stop
+    return {job.name: reason for job, reason in work_through(task, jobs, processes, "test", stop)}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_failures_are_reported_and_the_rest_goes_on(tmp_path: Path, processes: int) -> None:
+    jobs = [Step("a"), Step("bad"), Step("broken"), Step("b")]
+    assert outcomes(Task(tmp_path), jobs, processes) == {
+        "a": None,
+        "bad": "bad.mp4: cannot be read",
+        "broken": "RuntimeError: first line second line",
+        "b": None,
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert ({path.read_text() for path in tmp_path.iterdir()} == {str(os.getpid())}) == (processes == 1)
+
+
+def test_a_bug_is_not_hidden(tmp_path: Path) -> None:
+    with pytest.raises(AttributeError):
+        outcomes(Task(tmp_path), [None], 1)  # type: ignore[list-item]
+
+
+def test_a_process_that_dies_takes_only_its_own_video_with_it(tmp_path: Path) -> None:
+    jobs = [Step("a"), Step("deadly"), Step("slow", 20), Step("b"), Step("c")]
+    found = outcomes(Task(tmp_path), jobs, 2)
+    assert found.pop("deadly") == "the process that worked on it died (out of memory, or killed)"
+    assert found == {"a": None, "slow": None, "b": None, "c": None}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "slow"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_told_to_stop(tmp_path: Path, processes: int) -> None:
+    class Soon(StopRequest):
+        born = time.monotonic()
+
+        def raise_if_set(self) -> None:
+            if list(tmp_path.iterdir()):
+                self.number = signal.SIGTERM
+            super().raise_if_set()
+
+    started = time.monotonic()
+    with pytest.raises(Stopped):
+        outcomes(Task(tmp_path), [Step("a"), *(Step("slow", 1000) for _ in range(3))], processes, Soon())
+    assert time.monotonic() - started < 40  # a slow job alone would take fifty seconds
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_number_of_processes() -> None:
+    many = [Step("a", WORTH_A_PROCESS_FRAMES)] * 100
+    assert choose_processes(-1, many) == available_cores()
+    assert choose_processes(-1, [Step("a", 10)] * 5) == 1
+    assert choose_processes(4, [Step("a", 10)] * 3) == 3
+    assert choose_processes(0, many) == 1
+    assert choose_processes(-1, []) == 1
