@@ -6,7 +6,7 @@ processes changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,10 +147,11 @@ class FrameDataset(Dataset):
 
 
 class FrameLoader:
-    """Loads requests in order, ahead of time in `workers` processes, which live as long as the loader."""
+    """Loads requests in order, ahead of time in `workers` processes, which live until the loader is closed."""
 
     def __init__(self, dataset: FrameDataset, workers: int, device: torch.device) -> None:
         self._requests: list[Request] = []
+        self._running: Generator[FrameBatch, None, None] | None = None
         options: dict[str, Any] = {}
         if workers:
             options = {
@@ -160,7 +161,7 @@ class FrameLoader:
                 "prefetch_factor": PREFETCH_BATCHES,
                 "worker_init_fn": leave_signals_to_parent,
             }
-        self._loader = DataLoader(
+        self._loader: DataLoader | None = DataLoader(
             dataset,
             sampler=_Listed(self._requests),
             batch_size=None,
@@ -175,10 +176,27 @@ class FrameLoader:
     def batches(self, requests: Iterable[Request]) -> Iterator[FrameBatch]:
         """The batches of `requests`, one each. Raises UserError naming the frame that cannot be had."""
         self._requests[:] = requests
+        self._running = self._batches()
+        return self._running
+
+    def _batches(self) -> Generator[FrameBatch, None, None]:
+        assert self._loader is not None
         for batch in self._loader:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+    def close(self) -> None:
+        """End the loader's processes, also where somebody still holds on to batches half read."""
+        if self._running is not None:
+            self._running.close()
+        self._running = self._loader = None
+
+    def __enter__(self) -> FrameLoader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 class _Listed:

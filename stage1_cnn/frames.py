@@ -144,4 +144,5 @@ def fill_cache(config: Config, index: Index, root: Path, entries: Sequence[Video
     work = work_through(CacheTask(config, root, index), jobs, choose_processes(-1, jobs), "decode frames", stop)
     failed = [reason for _, reason in work if reason is not None]
     if failed:
-        raise UserError(failed[0] + (f" (and {len(failed) - 1} more videos)" if len(failed) > 1 else ""))
+        others = f" (and {len(failed) - 1} more video{'s' * (len(failed) > 2)})" if len(failed) > 1 else ""
+        raise UserError(f"{failed[0]}{others}")

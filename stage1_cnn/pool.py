@@ -21,6 +21,7 @@ from engine.progress import progress_bar
 from engine.stopping import StopRequest
 
 POLL_S = 0.3
+GRACE_S = 20
 # Fewer frames than this are done before a second process has imported torch.
 WORTH_A_PROCESS_FRAMES = 300
 # What a video can do to the programs that read it, besides the errors they foresee.
@@ -185,10 +186,16 @@ def _begin(task: Task[Any], frames: Any, stopped: Any) -> None:
 
 
 def leave_signals_to_parent(worker: int = 0) -> None:
-    """Ctrl-C and a scheduler's signals reach the whole process group; the parent decides what becomes of the work."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    """Ctrl-C and a scheduler's signals reach the whole process group; the parent decides what becomes of the work.
+
+    SIGTERM ends this process only after a while, in which the parent saves what it has: it is also how Python itself
+    ends processes that are left over.
+    """
+    for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_S))
 
 
 def _end_with_parent() -> None:

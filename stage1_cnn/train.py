@@ -90,19 +90,17 @@ def train_cnn(
     )
     session.resume()
     dataset = FrameDataset({"train": train, "val": val}, config.preprocess.crop_px, cnn.augment, config.seed)
-    loader = FrameLoader(dataset, choose_workers(cnn.workers, device), device)
-
-    for epoch in session.epochs():
-        requests = training_requests(config.seed, epoch, len(train), cnn.batch_frames, cnn.frames_per_epoch)
-        for batch in session.batches(loader.batches(requests[session.position.step :]), len(requests)):
-            with session.gradient_sync():
-                with session.autocast():
-                    output = session.model(to_input(batch, config, device))
-                    value = loss(output, batch)
-                session.update(value, partial(_name_batch, train, batch))
-        scores = validate(session, loader, val, config, index)
-        session.finish_epoch(scores, score=deciding_score(scores)[1])
-
+    with FrameLoader(dataset, choose_workers(cnn.workers, device), device) as loader:
+        for epoch in session.epochs():
+            requests = training_requests(config.seed, epoch, len(train), cnn.batch_frames, cnn.frames_per_epoch)
+            for batch in session.batches(loader.batches(requests[session.position.step :]), len(requests)):
+                with session.gradient_sync():
+                    with session.autocast():
+                        output = session.model(to_input(batch, config, device))
+                        value = loss(output, batch)
+                    session.update(value, partial(_name_batch, train, batch))
+            scores = validate(session, loader, val, config, index)
+            session.finish_epoch(scores, score=deciding_score(scores)[1])
     return stage.finish(summarise(stage.path, config, index, precision, train, val))
 
 
@@ -256,6 +254,7 @@ def predict(
     session.model.eval()
     with progress_bar(len(requests), "validation", "step") as bar, torch.inference_mode():
         for batch in loader.batches(requests):
+            session._stop_if_asked()  # the epoch's steps are saved then, and resuming begins with validation
             with session.autocast():
                 output = session.model(to_input(batch, config, session.accelerator.device))
             tools.append(output.tool_logits.float().cpu().numpy())

@@ -1,0 +1,221 @@
+"""What a training step sees: rows, order, augmentation, and that loader processes change nothing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.errors import UserError
+from configs.schema import AugmentConfig, Config
+from engine.stopping import StopRequest
+from features.index import sampled_frames
+from features.preprocess import Geometry, crop_frames
+from stage1_cnn.data import (
+    FrameDataset,
+    FrameLoader,
+    LabelledFrames,
+    Request,
+    choose_workers,
+    labelled_frames,
+    training_requests,
+    validation_requests,
+)
+from stage1_cnn.frames import cache_request, fill_cache, frame_cache, open_pictures
+from tests.stage1_cnn.material import FRAMES, World, flip_bytes, phase_at, tools_at
+from tests.videos import decode_everything
+
+CPU = torch.device("cpu")
+
+
+def frames_of(world: World, config: Config | None = None, with_phases: bool = False) -> LabelledFrames:
+    config = config or world.config
+    entries = world.index().by_split("train")
+    fill_cache(config, world.index(), world.root, entries, StopRequest())
+    return labelled_frames(config, world.index(), world.root, entries, with_phases)
+
+
+def dataset_of(world: World, augment: AugmentConfig | None = None) -> FrameDataset:
+    frames = frames_of(world)
+    return FrameDataset({"train": frames, "val": frames}, 32, augment or AugmentConfig(), seed=0)
+
+
+# ---------------------------------------------------------------------------------------------- rows and order
+
+
+def test_rows_are_the_labelled_samples_with_their_pixels(world: World) -> None:
+    frames = frames_of(world)
+    assert (len(frames), frames.videos) == (26, ("video01", "video02"))
+    pictures = decode_everything(world.root / "video02.mp4")
+    for row in (13, 20, 25):
+        number = int(sampled_frames(world.index().entry("video02"), 5)[frames.sample[row]])
+        assert frames.name(row) == f"video02, frame {number}"
+        assert tuple(frames.tools[row]) == tools_at(number)
+        assert frames.phase[row] == phase_at(number)
+        cached = frames.caches[frames.video[row]][int(frames.sample[row])]
+        np.testing.assert_array_equal(cached, Geometry(40).resize_frame(pictures[number]))
+
+
+def test_frames_between_tool_rows(own_world: World) -> None:
+    config = own_world.set(data={"fps": 25})
+    path = own_world.root / "video02-phase.txt"
+    path.unlink()
+    masked = frames_of(own_world, config)
+    assert len(masked) == 26
+    with_phases = frames_of(own_world, config, with_phases=True)
+    assert len(with_phases) == FRAMES + 13  # every frame of the first video has a phase
+    assert (with_phases.tools[:FRAMES] < 0).all(axis=1).sum() == FRAMES - 13
+    held = frames_of(own_world, own_world.set(data={"fps": 25, "tools_between_rows": "hold"}))
+    assert len(held) == 2 * FRAMES
+
+
+@given(
+    frames=st.integers(1, 200), size=st.integers(1, 17), subset=st.none() | st.integers(1, 250), seed=st.integers(0, 9)
+)
+@settings(deadline=None, max_examples=60)
+def test_an_epoch_is_a_permutation_cut_into_batches(frames: int, size: int, subset: int | None, seed: int) -> None:
+    requests = training_requests(seed, 3, frames, size, subset)
+    rows = [row for request in requests for row in request.rows]
+    wanted = min(subset or frames, frames)
+    alone = size > 1 and wanted > size and wanted % size == 1
+    assert len(rows) == len(set(rows)) == wanted - alone
+    assert set(rows) <= set(range(frames))
+    assert all(len(request.rows) == size for request in requests[:-1])
+    assert {(request.split, request.epoch) for request in requests} == {("train", 3)}
+    assert requests == training_requests(seed, 3, frames, size, subset)
+
+
+def test_epochs_differ_in_order_and_seeds_too() -> None:
+    orders = {training_requests(seed, epoch, 50, 50, None)[0].rows for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+def test_validation_takes_every_row_in_order() -> None:
+    requests = validation_requests(10, 4)
+    assert [request.rows for request in requests] == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
+    assert {request.epoch for request in requests} == {None}
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+
+def test_batches_hold_what_they_say(world: World) -> None:
+    dataset = dataset_of(world)
+    batch = dataset[Request("val", None, (3, 20))]
+    assert batch.images.shape == (2, 32, 32, 3)
+    assert batch.images.dtype == torch.uint8
+    frames = dataset.splits["val"]
+    for place, row in enumerate((3, 20)):
+        picture = frames.caches[frames.video[row]][int(frames.sample[row])]
+        np.testing.assert_array_equal(batch.images[place], crop_frames(picture[None], 32)[0, 0])
+    assert batch.tools.tolist() == frames.tools[[3, 20]].tolist()
+    assert batch.phase.tolist() == frames.phase[[3, 20]].tolist()
+    assert batch.rows.tolist() == [3, 20]
+
+
+def test_augmentation_is_a_frames_own(world: World) -> None:
+    """A frame looks the same whichever batch it is in, and different in another epoch."""
+    dataset = dataset_of(world, AugmentConfig(brightness=0.2, contrast=0.2, saturation=0.2))
+    together = dataset[Request("train", 1, tuple(range(10)))].images
+    alone = torch.cat([dataset[Request("train", 1, (row,))].images for row in range(10)])
+    assert torch.equal(together, alone)
+    assert not torch.equal(together, dataset[Request("train", 2, tuple(range(10)))].images)
+    assert torch.equal(dataset[Request("val", None, (4,))].images, dataset[Request("val", None, (4,))].images)
+
+
+@pytest.mark.slow
+def test_loader_processes_change_nothing(world: World) -> None:
+    dataset = dataset_of(world)
+    expected = {}
+    for workers in (0, 2):
+        before = torch.get_rng_state()
+        with FrameLoader(dataset, workers, CPU) as loader:
+            for epoch in range(2):
+                requests = training_requests(0, epoch, 26, 4, None)
+                batches = list(loader.batches(requests[epoch:]))
+                if workers == 0:
+                    expected[epoch] = batches
+                    continue
+                assert len(batches) == len(expected[epoch])
+                for batch, other in zip(batches, expected[epoch], strict=True):
+                    assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.slow
+def test_a_damaged_frame_is_named_from_a_loader_process(world: World) -> None:
+    dataset = dataset_of(world)
+    path = dataset.splits["train"].caches[0].path
+    flip_bytes(path, 0.5, path.stat().st_size // 4)
+    for workers in (0, 1):
+        with FrameLoader(dataset, workers, CPU) as loader:
+            with pytest.raises(UserError, match=r"video01.h5: damaged or missing") as error:
+                list(loader.batches(training_requests(0, 0, 26, 4, None)))
+            assert "\n" not in str(error.value)
+        assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_closing_ends_processes_while_batches_are_half_read(world: World) -> None:
+    with FrameLoader(dataset_of(world), 1, CPU) as loader:
+        batches = loader.batches(training_requests(0, 0, 26, 4, None))
+        next(batches)
+        assert multiprocessing.active_children()
+        started = time.monotonic()
+    assert not multiprocessing.active_children()
+    assert time.monotonic() - started < 10
+    assert list(batches) == []
+
+
+def test_dataset_travels_to_a_process_without_open_files(world: World) -> None:
+    dataset = dataset_of(world)
+    expected = dataset[Request("val", None, (0,))]
+    twin = pickle.loads(pickle.dumps(dataset))  # noqa: S301 - made a line above
+    assert torch.equal(twin[Request("val", None, (0,))].images, expected.images)
+
+
+def test_number_of_loader_processes() -> None:
+    assert choose_workers(3, CPU) == 3
+    assert choose_workers(-1, CPU) == 0
+    assert choose_workers(-1, torch.device("cuda")) >= 1
+
+
+# ---------------------------------------------------------------------------------------------- cache
+
+
+def test_the_cache_is_filled_once_and_whole(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = world.index()
+    fill_cache(world.config, index, world.root, index.videos, StopRequest())
+    monkeypatch.setattr("stage1_cnn.frames.open_reader", None)  # whoever decodes calls it
+    fill_cache(world.config, index, world.root, index.videos, StopRequest())
+    for entry in index.videos:
+        request = cache_request(world.config, entry, world.root, index)
+        assert frame_cache(world.config).problem(request, deep=True) is None
+        with open_pictures(world.config, entry, world.root, index) as pictures:
+            assert len(list(pictures.frames)) == 13
+            assert pictures.provenance["frames_from"] == "cache"
+
+
+def test_videos_that_cannot_be_cached_are_named_and_the_others_kept(own_world: World) -> None:
+    index = own_world.index()
+    for name in ("video01", "video03"):
+        (own_world.root / f"{name}.mp4").unlink()
+    with pytest.raises(UserError, match=r"video01.mp4: .* \(and 1 more video\)"):
+        fill_cache(own_world.config, index, own_world.root, index.videos, StopRequest())
+    kept = sorted(path.name for path in own_world.config.cache.dir.rglob("*") if path.is_file())
+    assert kept == ["video02.h5", "video04.h5"]
+
+
+def test_a_changed_source_is_not_cached_under_the_old_name(own_world: World) -> None:
+    index = own_world.index()
+    path = Path(own_world.root / "video01.mp4")
+    path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(UserError, match=r"video01.mp4: has changed since it was indexed; run index again"):
+        fill_cache(own_world.config, index, own_world.root, index.videos[:1], StopRequest())
