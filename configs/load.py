@@ -157,9 +157,10 @@ def _key_names(model: type[BaseModel]) -> Sequence[str]:
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    parts = get_args(annotation)  # first: on Python 3.10 `tuple[str, ...]` counts as a type, but not for issubclass
+    if not parts and isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for part in get_args(annotation) for model in _models_in(part)]
+    return [model for part in parts for model in _models_in(part)]
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
