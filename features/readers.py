@@ -30,9 +30,9 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import dataclasses
 import functools
 import itertools
-import os
 import struct
 import warnings
 import weakref
@@ -40,6 +40,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, Literal, Protocol
@@ -113,16 +114,13 @@ def probe_video(path: Path) -> VideoInfo:
     """
     with _open_container(path) as container:
         stream = _video_stream(container, path)
-        rate = stream.average_rate or stream.guessed_rate
-        context = stream.codec_context
-        info = VideoInfo(float(rate or 0), stream.frames, context.width, context.height, context.name)
-        span = stream.duration * stream.time_base * rate if stream.duration and rate else 0
+        rate, context = _rate(stream), stream.codec_context
+        info = VideoInfo(float(rate), _promised_frames(stream), context.width, context.height, context.name)
     if not info.fps > 0:
         raise ReaderError(f"{path}: has no frame rate; {_WAY_OUT}")
-    if info.frame_count > 0 and round(span) == info.frame_count and not _ends_early(path):
+    if info.frame_count > 0 and not _ends_early(path):
         return info
-    scan = scan_video(path)
-    return VideoInfo(info.fps, scan.frame_count, info.width_px, info.height_px, info.codec)
+    return dataclasses.replace(info, frame_count=scan_video(path).frame_count)
 
 
 def count_packets(path: Path) -> int:
@@ -232,7 +230,17 @@ def _video_stream(container: Any, path: Path) -> Any:
         raise ReaderError(f"{path}: holds a video stream without a picture size; {_WAY_OUT}")
     if width_px * height_px > MAX_PIXELS:
         raise ReaderError(f"{path}: refuses to decode pictures of {width_px} x {height_px} pixels; leave it out")
+    _use_threads(stream.codec_context, 1)
     return stream
+
+
+def _use_threads(context: Any, threads: int) -> None:
+    """Decode in this thread alone, or in several: never by slices, which switches FFmpeg's damage flags off.
+
+    PyAV frees contexts late; one with threads that is freed in a forked child hangs it.
+    """
+    context.thread_type = "FRAME" if threads > 1 else "NONE"
+    context.thread_count = threads
 
 
 @dataclass(frozen=True)
@@ -300,36 +308,18 @@ def scan_video(path: Path) -> VideoScan:
 
 
 def _scan(path: Path) -> VideoScan:
-    av = _import_av()
-    pts, flags, last_dts, damage = array("q"), bytearray(), None, None
-    times_known = True
     with _open_container(path) as container:
         stream = _video_stream(container, path)
         context = stream.codec_context
-        length_bytes = _nal_length_bytes(context.extradata)
-        is_h264 = context.name == "h264"
-        try:
-            for packet in container.demux(stream):
-                if packet.size == 0:
-                    continue
-                if packet.is_corrupt:
-                    damage = "cut short or damaged"
-                    break
-                idr = is_h264 and packet.is_keyframe and _has_idr(bytes(packet), length_bytes)
-                times_known &= packet.pts is not None
-                pts.append(packet.pts if packet.pts is not None else len(pts))
-                flags.append(packet.is_discard | packet.is_keyframe << 1 | idr << 2)
-                last_dts = packet.dts if packet.dts is not None else last_dts
-        except av.error.FFmpegError:
-            damage = "damaged"
-        if _ends_early(path):
-            damage = "cut short"
-        flag = np.frombuffer(bytes(flags), dtype=np.uint8)
-        times = np.frombuffer(pts.tobytes(), dtype=np.int64)
-        shown = (flag & 1) == 0
+        packets = _read_packets(container, stream)
+        shown = (packets.flags & _HIDDEN) == 0
+        promised = _promised_frames(stream)
+        damage = "cut short" if _ends_early(path) else packets.damage
+        if damage is None and shown.sum() < promised:
+            damage = f"holds {shown.sum()} of the {promised} frames that its header promises"
         # A lost packet is decoded later than the last one and is shown no earlier than it is decoded.
-        bounded = damage is not None and last_dts is not None and times_known
-        certain = (times[shown] <= last_dts).sum() if bounded else shown.sum()
+        bounded = damage is not None and packets.last_dts is not None and packets.times_known
+        certain = (packets.pts[shown] <= packets.last_dts).sum() if bounded else shown.sum()
         return VideoScan(
             path=path,
             container=_container_family(container.format.name),
@@ -339,14 +329,63 @@ def _scan(path: Path) -> VideoScan:
             height_px=context.height,
             colour=(int(context.colorspace or 0), int(context.color_range or 0)),
             video_streams=len(container.streams.video),
-            pts=times,
+            pts=packets.pts,
             shown=shown,
-            idr=(flag & 4) > 0,
-            key_count=int(((flag & 2) > 0).sum()),
-            times_known=times_known,
+            idr=(packets.flags & _IDR) > 0,
+            key_count=int(((packets.flags & _KEY) > 0).sum()),
+            times_known=packets.times_known,
             damage=damage,
             certain_count=int(certain),
         )
+
+
+_HIDDEN, _KEY, _IDR = 1, 2, 4
+
+
+@dataclass(frozen=True)
+class _Packets:
+    """A stream's packets in decoding order: `pts` (N,) int64, `flags` (N,) uint8, and what went wrong on the way."""
+
+    pts: np.ndarray
+    flags: np.ndarray
+    times_known: bool
+    last_dts: int | None
+    damage: str | None
+
+
+def _read_packets(container: Any, stream: Any) -> _Packets:
+    """All packets up to the first that is not whole. Times that the container does not tell are their numbers."""
+    pts, flags = array("q"), bytearray()
+    times_known, last_dts, damage = True, None, None
+    length_bytes = _nal_length_bytes(stream.codec_context.extradata)
+    is_h264 = stream.codec_context.name == "h264"
+    try:
+        for packet in container.demux(stream):
+            if packet.size == 0:
+                continue
+            if packet.is_corrupt:
+                damage = "cut short or damaged"
+                break
+            idr = is_h264 and packet.is_keyframe and _has_idr(bytes(packet), length_bytes)
+            flags.append(_HIDDEN * packet.is_discard | _KEY * packet.is_keyframe | _IDR * idr)
+            times_known &= packet.pts is not None
+            pts.append(len(pts) if packet.pts is None else packet.pts)
+            last_dts = last_dts if packet.dts is None else packet.dts
+    except _import_av().error.FFmpegError:
+        damage = "damaged"
+    times = np.frombuffer(pts.tobytes(), dtype=np.int64)
+    return _Packets(times, np.frombuffer(bytes(flags), dtype=np.uint8), times_known, last_dts, damage)
+
+
+def _rate(stream: Any) -> Fraction:
+    """Frames a second as the container says; 0 where it does not."""
+    return stream.average_rate or stream.guessed_rate or Fraction(0)
+
+
+def _promised_frames(stream: Any) -> int:
+    """The header's frame count where it agrees with duration and rate, otherwise 0: edit lists hide frames from it."""
+    span = stream.duration * stream.time_base * _rate(stream) if stream.duration else 0
+    return stream.frames if round(span) == stream.frames else 0
 
 
 def _container_family(format_name: str) -> str:
@@ -508,8 +547,7 @@ class PyavReader(_Closing):
     def _decoded(self, container: Any, stream: Any, wanted: list[int]) -> Iterator[tuple[int, Any]]:
         """Every picture that the decoder gives, with its number, fed with what the wanted ones need."""
         context = stream.codec_context
-        context.thread_type = "FRAME" if self._threads > 1 else "NONE"  # slice threads switch damage flags off
-        context.thread_count = self._threads
+        _use_threads(context, self._threads)
         if not self._scan.numbered:
             yield from enumerate(container.decode(stream))
             return
@@ -677,10 +715,10 @@ _OPEN_DECORD_READERS: weakref.WeakSet[DecordReader] = weakref.WeakSet()
 class DecordReader(_Closing):
     """Reads with decord 0.6.0, in batches small enough to keep memory flat; PyAV decides where decord stumbles.
 
-    decord's hazards and what is done: its thread goes on decoding after a batch (`seek(0)` after each, also measured
-    to cost little); a video open at interpreter exit aborts the process (closed by `close` and by an exit hook); it
-    does not survive a fork (opened at the first read, and again in a forked child); it repeats the last frame silently
-    (its fault tolerance is set to none).
+    decord's hazards and what is done: its thread goes on decoding after a batch and memory with it (`seek(0)` after
+    each); a video open at interpreter exit aborts the process, and one open across a fork can hang the child (open
+    only while frames are read, and closed by an exit hook: fork between readings, not within one); it repeats the last
+    frame silently (its fault tolerance is set to none).
     """
 
     name = "decord"
@@ -695,7 +733,6 @@ class DecordReader(_Closing):
         self._scan = scan
         self._arbiter = arbiter
         self._video: Any = None
-        self._process = os.getpid()
         _OPEN_DECORD_READERS.add(self)
 
     def read(self, frame_index: Sequence[int]) -> Iterator[np.ndarray]:
@@ -706,21 +743,22 @@ class DecordReader(_Closing):
         return self._arbiter.spread(count)
 
     def close(self) -> None:
-        if self._video is not None and self._process != os.getpid():
-            self._video._handle = None  # inherited through a fork: its threads are gone, freeing it would hang
         self._video = None
         self._arbiter.close()
 
     def _frames(self, wanted: list[int]) -> Iterator[np.ndarray]:
         frame_bytes = 3 * self._scan.width_px * self._scan.height_px
         size = max(1, min(self._BATCH_FRAMES, self._BATCH_BYTES // frame_bytes))
-        for start in range(0, len(wanted), size):
-            batch = wanted[start : start + size]
-            frames = self._decoded(batch)
-            if frames is None:
-                yield from self._arbiter.read(batch)
-            else:
-                yield from frames
+        try:
+            for start in range(0, len(wanted), size):
+                batch = wanted[start : start + size]
+                frames = self._decoded(batch)
+                if frames is None:
+                    yield from self._arbiter.read(batch)
+                else:
+                    yield from frames
+        finally:
+            self._video = None
 
     def _decoded(self, batch: list[int]) -> np.ndarray | None:
         """(N, H, W, 3) uint8 RGB; None where decord failed or its FFmpeg complained of damage."""
@@ -728,27 +766,19 @@ class DecordReader(_Closing):
         assert log is not None  # why_not_decord has seen to it
         before = log.complaints
         try:
-            video = self._opened()
-            frames = video.get_batch(batch)
+            if self._video is None:
+                path = str(self._scan.path.resolve())
+                self._video = _import_decord().VideoReader(path, num_threads=1, fault_tol=self._NO_FAULTS)
+            frames = self._video.get_batch(batch)
             rgb = frames.asnumpy() if hasattr(frames, "asnumpy") else np.asarray(frames)
-            video.seek(0)
-            sound = len(video) == self.frame_count
+            self._video.seek(0)
+            sound = len(self._video) == self.frame_count
         except Exception as error:
             if not type(error).__module__.startswith("decord") and not isinstance(error, RuntimeError | AssertionError):
                 raise
-            self.close()
+            self._video = None
             return None
         return rgb if sound and log.complaints == before else None
-
-    def _opened(self) -> Any:
-        if self._process != os.getpid():
-            self.close()
-            self._process = os.getpid()
-        if self._video is None:
-            decord = _import_decord()
-            path = str(self._scan.path.resolve())
-            self._video = decord.VideoReader(path, num_threads=1, fault_tol=self._NO_FAULTS)
-        return self._video
 
 
 @atexit.register

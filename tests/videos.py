@@ -192,20 +192,18 @@ def repeat_video(source: Path, target: Path, times: int) -> Path:
     """Chain a video `times` times by copying its packets: hours of video in seconds."""
     import av
 
-    with av.open(str(source)) as container:
+    with av.open(str(source)) as container, av.open(str(target), "w") as output:
         stream = container.streams.video[0]
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        span = round(len(packets) / stream.average_rate / stream.time_base)
-        with av.open(str(target), "w") as output:
-            add = getattr(output, "add_stream_from_template", None)  # since PyAV 14
-            copy = add(stream) if add else output.add_stream(template=stream)
-            for turn in range(times):
-                for packet in packets:
-                    packet.pts += span if turn else 0
-                    packet.dts += span if turn else 0
-                    packet.stream = copy
-                    packet.time_base = stream.time_base
-                    output.mux(packet)
+        span = round(stream.frames / stream.average_rate / stream.time_base)
+        add = getattr(output, "add_stream_from_template", None)  # since PyAV 14
+        copy = add(stream) if add else output.add_stream(template=stream)
+        for turn in range(times):
+            with av.open(str(source)) as again:  # muxing rescales packets in place, so each turn reads new ones
+                for packet in again.demux(video=0):
+                    if packet.size:
+                        packet.pts, packet.dts = packet.pts + turn * span, packet.dts + turn * span
+                        packet.stream = copy
+                        output.mux(packet)
     return target
 
 
