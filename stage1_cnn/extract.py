@@ -1,7 +1,7 @@
 """The embedding dump: sampled frames of every video through the encoder, one feature file a video.
 
 Results do not depend on how many videos are in work at once: a video is one process's, batches start at sample 0, and
-on a CPU each process computes with one thread (which is also the fastest way, see docs/hardware.md).
+on a CPU each process computes with one thread.
 """
 
 from __future__ import annotations
@@ -101,11 +101,11 @@ def extract(
     """
     started = time.monotonic()
     stage = StageFolder(run, STAGE, config, _identity(config, index)) if run and folder is None else None
-    if stage:
-        stage.open()
     encoder = load_encoder(config, run, index, trusted)
     target = folder or config.extract.store / encoder.spec.folder_name
     _require_same_world(target, index, encoder.spec)
+    if stage:
+        stage.open()
     report = ExtractReport(target)
     jobs = _sort_out(config, index, root, target, encoder.spec, shard, report)
     prepare_folder(target, [job.frames for job in jobs if not job.labels_only], encoder.spec)
@@ -170,6 +170,8 @@ def _require_same_world(folder: Path, index: Index, spec: EncoderSpec) -> None:
                 f"{folder}: holds features of data set {there.dataset.name}, not {index.dataset.name}; "
                 "choose another extract.store"
             )
+        if there.digest() != index.digest():
+            say(f"{folder / INDEX_FILE}: replaced, the index has changed since")
     if (folder / ENCODER_FILE).exists():
         digest = str(read_json(folder / ENCODER_FILE).get("digest"))
         if digest != spec.digest:

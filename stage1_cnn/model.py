@@ -157,8 +157,9 @@ def build_backbone(name: str, weights: str, seed: int, *, trusted: bool = False,
     path = weights_file(name, weights, runs)
     if weights == "imagenet" and name != LITE0:
         _fetch_imagenet(name, path)
-    # What torchvision publishes or a package carries is not somebody's file.
-    state = load_foreign_weights(path, trusted or weights == "imagenet")
+    # What torchvision publishes, a package carries or an earlier run wrote is not somebody's file.
+    known = weights == "imagenet" or weights.startswith("run:")
+    state = load_foreign_weights(path, trusted or known)
     _load_backbone(backbone, state, path)
     return backbone
 

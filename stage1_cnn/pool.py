@@ -1,7 +1,7 @@
 """Work on many videos: one after the other, or several at once in processes that can be stopped and may die.
 
-One process a core, each with a video of its own and one thread, beats several threads on one video (measured, see
-docs/hardware.md).
+One process a core, each with a video of its own and one thread, beats several threads on one video and one process
+that decodes for the others.
 """
 
 from __future__ import annotations

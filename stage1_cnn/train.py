@@ -66,7 +66,6 @@ def train_cnn(
     if stage.result is not None:
         say(f"{stage.path}: finished before with these settings, nothing to do")
         return stage.result
-    stage.open()
 
     seed_everything(config.seed)
     accelerator, precision = make_accelerator(config.device, cnn.precision)
@@ -75,7 +74,9 @@ def train_cnn(
     device = accelerator.device
     net = build_net(config, index.dataset, trusted=trusted)
     require_image_size(net.backbone, config.preprocess.crop_px)
-    train, val = load_frames(config, index, root, stop)
+    train, val = load_frames(config, index, root)
+    stage.open()  # only now: settings that cannot be trained with leave no folder that binds the name to them
+    fill_cache(config, index, root, (*index.by_split("train"), *index.by_split("val")), stop)
     loss = Loss(cnn, train, len(index.dataset.phases)).to(device)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     session = TrainingSession(
@@ -126,8 +127,8 @@ def _cache_keys(config: Config) -> set[str]:
     return {"codec"} if config.cache.codec == "png" else {"codec", "jpeg_quality"}
 
 
-def load_frames(config: Config, index: Index, root: Path, stop: StopRequest) -> tuple[LabelledFrames, LabelledFrames]:
-    """Labelled training and validation frames, decoded into the cache where they are not there yet.
+def load_frames(config: Config, index: Index, root: Path) -> tuple[LabelledFrames, LabelledFrames]:
+    """Labelled training and validation frames; nothing is decoded yet.
 
     Raises UserError when there are no training videos or no frame of theirs has a label that a head could learn.
     """
@@ -136,15 +137,15 @@ def load_frames(config: Config, index: Index, root: Path, stop: StopRequest) -> 
         raise UserError(f"{config.data.index}: no training videos; set data.split.rule and run index again")
     if not index.dataset.tools and not cnn.phase_head:
         raise UserError(f"data set {index.dataset.name} has no tools; set cnn.phase_head=true to train on phases")
-    entries = {split: index.by_split(split) for split in ("train", "val")}
-    train, val = (labelled_frames(config, index, root, videos, cnn.phase_head) for videos in entries.values())
+    train, val = (
+        labelled_frames(config, index, root, index.by_split(split), cnn.phase_head) for split in ("train", "val")
+    )
     if not len(train):
         wanted = "tool or phase" if cnn.phase_head else "tool"
         hint = "" if cnn.phase_head else ", or set cnn.phase_head=true to train on phases"
         raise UserError(f"{config.data.index}: no training frame has a {wanted} label; add annotations{hint}")
     if not len(val):
         say("no labelled validation frames: every epoch is trained, and the last one counts as the best")
-    fill_cache(config, index, root, (*entries["train"], *entries["val"]), stop)
     return train, val
 
 

@@ -209,11 +209,14 @@ def test_edited_labels_rewrite_labels_alone(own_world: World) -> None:
     expected = features(folder)
     path = own_world.root / "video02-tool.txt"
     path.write_text(path.read_text().replace("\t1\t0", "\t0\t1"))
-    (own_world.root / "video03-phase.txt").unlink()
+    for kind in ("phase", "tool"):
+        (own_world.root / f"video03-{kind}.txt").unlink()
     report = dump(own_world)
     assert (report.relabelled, report.skipped, report.done) == (IDS[1:3], ["video01", "video04"], [])
     assert_same(features(folder), expected)
-    assert (read_features(folder / "video03.h5").phase == -1).all()
+    unlabelled = read_features(folder / "video03.h5")
+    assert (unlabelled.phase == -1).all()
+    assert (unlabelled.tools == -1).all()
     assert read_features(folder / "video02.h5").tools[2].tolist() == [0, 1]
     assert dump(own_world).skipped == IDS
     held = dump(own_world, own_world.set(extract={"encoder": "initial"}, data={"tools_between_rows": "hold"}))
@@ -372,6 +375,7 @@ def test_settings_that_allow_nothing(world: World, changes: dict, message: str |
     with pytest.raises(UserError, match=message):
         dump(world, world.set(**changes))
     assert not world.config.extract.store.exists()
+    assert not world.run.exists()
 
 
 def test_checkpoints_of_something_else(world: World) -> None:
@@ -380,7 +384,6 @@ def test_checkpoints_of_something_else(world: World) -> None:
     train_cnn(world.set(cnn={"epochs": 1}), world.run, world.index(), world.root, StopRequest())
     with pytest.raises(UserError, match=r"best.pt: holds shufflenet_v2_x0_5, but cnn.backbone=resnet18"):
         dump(world, world.set(cnn={"backbone": "resnet18"}))
-    shutil.rmtree(world.run / "extract")
     index = world.index()
     swapped = index.model_copy(update={"dataset": index.dataset.model_copy(update={"tools": ("Hook", "Grasper")})})
     with pytest.raises(UserError, match=r"trained on the tools Grasper, Hook; the index has Hook, Grasper"):

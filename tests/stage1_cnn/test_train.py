@@ -89,9 +89,9 @@ def test_what_changes_no_number_is_no_part_of_the_identity(world: World) -> None
     assert identity(other, world.index()) != identity(world.config, world.index())
 
 
-@pytest.mark.parametrize(("steps", "accumulate"), [(2, 1), (8, 1), (12, 1), (3, 2)])
+@pytest.mark.parametrize(("steps", "accumulate"), [(2, 1), (8, 1), (3, 2)])
 def test_resumed_equals_uninterrupted(world: World, steps: int, accumulate: int) -> None:
-    # in an epoch, in validation, in the second epoch; dropout and random subsets take part
+    # inside an epoch, in validation, between two halves of a step; dropout and random subsets take part
     config = world.set(
         cnn={"accumulate_steps": accumulate, "frames_per_epoch": 23, "backbone": "mobilenet_v3_small"},
     )
@@ -152,6 +152,7 @@ def test_nothing_to_train_on(own_world: World) -> None:
         file.unlink()
     with pytest.raises(UserError, match=r"index.json: no training frame has a tool label; .*cnn.phase_head=true"):
         train(own_world)
+    assert not own_world.run.exists()
     alone = own_world.index().model_copy(update={"videos": own_world.index().by_split("test")})
     with pytest.raises(UserError, match=r"index.json: no training videos; set data.split.rule"):
         train_cnn(own_world.config, own_world.config.runs / "b", alone, own_world.root, StopRequest())
