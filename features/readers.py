@@ -21,9 +21,10 @@ Constant or variable rate, B-frames and pyramids, a start time that is not zero,
 and BT.709 are equal. All of it is decided from the container's packets without decoding, plus the first picture, which
 both must decode to the same bytes once for each kind of picture (size, pixel format, colour, rotation) in a process.
 
-**Damage.** A damaged video never yields a wrong frame: PyAV's error flags are checked on every picture that a wanted
-one depends on, and decord's log is watched; at the first complaint PyAV reads the batch again and decides. Containers
-that say they are longer than the file are refused when opened.
+**Damage.** Where FFmpeg notices damage, the frames that need the damaged picture are an error, never other pixels:
+PyAV's error flags are checked on every picture that a wanted one depends on, and decord's log is watched; at its first
+complaint PyAV reads the batch again and decides. Bytes that were changed into other valid pictures nobody can notice.
+Containers that say they are longer than the file, or hold more frames than they do, are refused when opened.
 """
 
 from __future__ import annotations
@@ -204,7 +205,7 @@ def _open_container(path: Path) -> Any:
         if path.stat().st_size == 0:
             raise ReaderError(f"{path}: an empty file (0 bytes); copy it again or leave it out")
         # `file:` and the white list keep odd names and playlists in disguise from reaching other files or the network.
-        return av.open(f"file:{path}", options={"protocol_whitelist": "file"})
+        return av.open(f"file:{path}", metadata_errors="replace", options={"protocol_whitelist": "file"})
     except FileNotFoundError as error:
         raise ReaderError(f"{path}: no such file") from error
     except (av.error.FFmpegError, OSError) as error:
@@ -769,16 +770,17 @@ class DecordReader(_Closing):
             if self._video is None:
                 path = str(self._scan.path.resolve())
                 self._video = _import_decord().VideoReader(path, num_threads=1, fault_tol=self._NO_FAULTS)
+            if len(self._video) != self.frame_count:
+                return None
             frames = self._video.get_batch(batch)
             rgb = frames.asnumpy() if hasattr(frames, "asnumpy") else np.asarray(frames)
             self._video.seek(0)
-            sound = len(self._video) == self.frame_count
         except Exception as error:
             if not type(error).__module__.startswith("decord") and not isinstance(error, RuntimeError | AssertionError):
                 raise
             self._video = None
             return None
-        return rgb if sound and log.complaints == before else None
+        return rgb if log.complaints == before else None
 
 
 @atexit.register
@@ -824,22 +826,24 @@ class FolderReader(_Closing):
         path = self._folder / name
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image: Image.Image = Image.open(path)
-            with image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise Image.DecompressionBombError
-                if image.mode not in self._MODES:
-                    raise ReaderError(f"{path}: holds pixels of kind {image.mode}, not 8-bit colour; save it as RGB")
-                return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+                warnings.simplefilter("ignore")  # Pillow's, of large images (judged here) and of odd camera notes
+                with Image.open(path) as image:
+                    self._refuse_odd(image, path)
+                    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
         except FileNotFoundError as error:
             raise ReaderError(f"{path}: no such image (frame {number}); rebuild the index") from error
         except Image.DecompressionBombError as error:
-            raise ReaderError(f"{path}: refuses to decode an image of more than {MAX_PIXELS} pixels") from error
+            raise ReaderError(f"{path}: refuses to decode an image of so many pixels; replace it") from error
         except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on damaged files
             raise ReaderError(
                 f"{path}: damaged or not an image, frame {number} cannot be had; replace it or leave the video out"
             ) from error
+
+    def _refuse_odd(self, image: Any, path: Path) -> None:
+        if image.width * image.height > MAX_PIXELS:
+            raise ReaderError(f"{path}: refuses to decode an image of {image.width} x {image.height} pixels")
+        if image.mode not in self._MODES:
+            raise ReaderError(f"{path}: holds pixels of kind {image.mode}, not 8-bit colour; save it as RGB")
 
 
 def _spread(numbers: Sequence[int], count: int) -> list[int]:

@@ -111,7 +111,7 @@ def test_frame_k_is_frame_k(make, name):
         name_used, got = read(path, frame_index, "pyav")
         assert name_used == "pyav"
         assert_same(got, truth, frame_index)
-        assert_same(read(path, frame_index, "auto")[1], truth, frame_index)
+    assert_same(read(path, range(0, 60, 9), "auto")[1], truth, range(0, 60, 9))
 
 
 @needs_decord
@@ -339,6 +339,16 @@ def test_image_sound_missing_file_and_folder_are_no_videos(tmp_path):
         assert str(caught.value).startswith(f"{path}: ")
 
 
+def test_odd_names_and_titles_are_no_obstacle(make, tmp_path):
+    source, truth = make("b_frames.mkv")
+    path = tmp_path / "concat:a%d é.mkv"
+    content = source.read_bytes().replace(b"Lavf", b"L\xe9vf")  # the writing program's name, not in UTF-8
+    assert content != source.read_bytes()
+    path.write_bytes(content)
+    for reader in ("pyav", "auto"):
+        assert_same(read(path, [0, 30], reader)[1], truth, [0, 30])
+
+
 def write_sound(path: Path) -> None:
     import av
 
@@ -425,22 +435,26 @@ def run_script(script: str, *arguments: object) -> str:
     return done.stdout.strip()
 
 
+@pytest.fixture(scope="module")
+def two_hours(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("long")
+    return videos.repeat_video(write_video(folder / "short.mp4", VideoSpec(count=600)), folder / "long.mp4", times=300)
+
+
 @pytest.mark.parametrize("reader", ["pyav", pytest.param("decord", marks=needs_decord)])
-def test_memory_is_flat_over_two_hours(tmp_path, reader):
-    source = write_video(tmp_path / "short.mp4", VideoSpec(count=600))
-    path = videos.repeat_video(source, tmp_path / "long.mp4", times=300)
+def test_memory_is_flat_over_two_hours(two_hours, reader):
     script = """
         import resource, sys
         from pathlib import Path
         from features.readers import open_reader
         with open_reader(Path(sys.argv[1]), "video", sys.argv[2], frames=None, fps=25.0) as source:
             assert source.frame_count == 180_000
-            for n, frame in enumerate(source.read(range(0, 180_000, 1500))):
-                if n == 40:
+            for n, frame in enumerate(source.read(range(0, 180_000, 3000))):
+                if n == 20:
                     early = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - early)
     """
-    assert int(run_script(script, path, reader)) < 8 * 1024  # KiB, over two thirds of the video
+    assert int(run_script(script, two_hours, reader)) < 8 * 1024  # KiB, over two thirds of the video
 
 
 @needs_decord
@@ -564,10 +578,11 @@ def test_half_an_image_is_one_line_naming_it(tmp_path, suffix, keep):
     assert "\n" not in str(caught.value)
 
 
-def test_images_that_are_refused(tmp_path):
+def test_images_that_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_PIXELS", 100_000)
     (tmp_path / "bomb.png").write_bytes(bomb_png())
     Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "deep.png")
-    Image.new("RGB", (8000, 7000)).save(tmp_path / "large.png")
+    Image.new("RGB", (400, 251)).save(tmp_path / "large.png")
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "folder.png").mkdir()
     for name, what in (
