@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import warnings
 import zipfile
@@ -100,6 +101,11 @@ def _load(path: Path) -> Any:
         raise
     except MemoryError as error:
         raise UserError(f"{path}: too large to load") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: damaged or not a checkpoint, or it holds more than tensors and plain containers; "
+            "nothing in it was run"
+        ) from error
     except Exception as error:  # whatever a damaged or hostile file makes the reader say
         raise UserError(f"{path}: damaged or not a checkpoint ({_first_line(error)})") from error
 
