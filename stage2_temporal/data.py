@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import SequenceConfig
-from engine.files import sha256_json
 from engine.progress import say
 from engine.session import epoch_generator
 from features.index import Index
@@ -246,8 +246,16 @@ def read_training_data(folder: Path) -> TrainingData:
         encoder_digest=str(attributes.get("encoder_digest")),
         backbone=str(attributes.get("backbone")),
         fps=float(attributes.get("fps", 0.0)),
-        labels_sha256=sha256_json({name: video.phase.tolist() for name, video in videos.items()}),
+        labels_sha256=_digest(videos),
     )
+
+
+def _digest(videos: Mapping[str, VideoFeatures]) -> str:
+    """SHA-256 over every video's name and phases."""
+    digest = sha256()
+    for video_id, video in videos.items():
+        digest.update(f"{video_id} {len(video)} ".encode() + video.phase.tobytes())
+    return digest.hexdigest()
 
 
 def _labelled(ids: Sequence[str], videos: Mapping[str, VideoFeatures], split: str, where: Path) -> list[str]:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from configs import schema
 from configs.errors import UserError
@@ -95,18 +94,50 @@ class RecurrentHead(Head):
         """See `Head`. With `lengths`, padding is never computed: neither result nor state depends on it."""
         if state is not None:
             require_causal(self)
-        hidden = None if state is None else tuple(part.transpose(0, 1).contiguous() for part in state)
-        given = hidden[0] if hidden is not None and len(hidden) == 1 else hidden  # an LSTM takes a pair, a GRU one
-        frames = x.shape[1]
-        if lengths is None or int(lengths.min()) == frames:
-            out, last = self.rnn(x, given)  # (B, T, H)
+        hidden = None if state is None else tuple(part.transpose(0, 1) for part in state)
+        if lengths is None or int(lengths.min()) == x.shape[1]:
+            out, last = self._run(x, hidden)
         else:
-            falling = bool((lengths[:-1] >= lengths[1:]).all())
-            packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=falling)
-            packed_out, last = self.rnn(packed, given)
-            out, _ = pad_packed_sequence(packed_out, batch_first=True, total_length=frames)
-        parts = last if isinstance(last, tuple) else (last,)
-        return [self.fc(self.dropout(out))], tuple(part.transpose(0, 1) for part in parts)
+            run = self._run_until_each_ends if self.causal else self._run_each_alone
+            out, last = run(x, hidden, lengths.tolist())
+        return [self.fc(self.dropout(out))], tuple(part.transpose(0, 1) for part in last)
+
+    def _run(self, x: Tensor, hidden: State | None) -> tuple[Tensor, State]:
+        """x (B, T, D), hidden (layers, B, H) each -> (B, T, H), hidden."""
+        given = None if hidden is None else tuple(part.contiguous() for part in hidden)
+        out, last = self.rnn(x, given[0] if given and len(given) == 1 else given)  # an LSTM takes a pair, a GRU one
+        return out, last if isinstance(last, tuple) else (last,)
+
+    def _run_until_each_ends(self, x: Tensor, hidden: State | None, lengths: list[int]) -> tuple[Tensor, State]:
+        """As `_run`, for sequences of unequal lengths: all together up to the end of the shortest, and so on.
+
+        `PackedSequence` would do the same, but its backward pass on a CPU fills a gradient as large as the whole input
+        for every single frame: two videos of 2,000 and 3,600 frames took 97 s where this takes 1.5 s.
+        """
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        if order != list(range(len(lengths))):
+            back = sorted(order, key=order.__getitem__)
+            mine = None if hidden is None else tuple(part[:, order] for part in hidden)
+            out, last = self._run_until_each_ends(x[order], mine, [lengths[i] for i in order])
+            return out[back], tuple(part[:, back] for part in last)
+        pieces, ended, start = [], [], 0
+        for active in range(len(lengths), 0, -1):  # sequences still running; the last of them is the shortest
+            stop = lengths[active - 1]
+            if stop > start:
+                out, hidden = self._run(x[:active, start:stop], hidden)
+                pieces.append(F.pad(out, (0, 0, 0, 0, 0, len(lengths) - active)))  # (B, stop - start, H)
+                start = stop
+            assert hidden is not None
+            ended.append(tuple(part[:, active - 1 :] for part in hidden))
+            hidden = tuple(part[:, : active - 1] for part in hidden)
+        pieces.append(pieces[0].new_zeros(len(lengths), x.shape[1] - start, pieces[0].shape[2]))
+        return torch.cat(pieces, dim=1), tuple(torch.cat(parts, dim=1) for parts in zip(*ended[::-1], strict=True))
+
+    def _run_each_alone(self, x: Tensor, hidden: State | None, lengths: list[int]) -> tuple[Tensor, State]:
+        """As `_run`, one sequence after the other: one that is also read backwards must start at its own end."""
+        runs = [self._run(x[row : row + 1, :length], hidden) for row, length in enumerate(lengths)]
+        out = torch.cat([F.pad(out, (0, 0, 0, x.shape[1] - out.shape[1])) for out, _ in runs])
+        return out, tuple(torch.cat(parts, dim=1) for parts in zip(*(last for _, last in runs), strict=True))
 
 
 class LstmHead(RecurrentHead):

@@ -1,0 +1,163 @@
+"""How long until something happens: `--help`, and `train-temporal` up to its first optimiser step.
+
+Every figure is the median over fresh processes, taken in turn so that a busy machine is busy for all of them. The
+features are random, 2048 wide, fp16, of the lengths of Cholec80's forty training videos where they are known.
+
+    python benchmarks/start_up.py --json FILE
+
+Keys, in seconds: `import_torch_s` is `python -c "import torch"` from start to exit; `read_s`, plain h5py reading every
+feature file in a process of its own, disk cache warm; `begin_s` and `first_step_s`, from the start of `train-temporal`
+to its first batch and to the end of its first optimiser step; `over_torch_s` is `first_step_s` less the first two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+WIDTH = 2048
+
+IMPORT_TORCH = "import torch"
+READ = """
+import sys, time
+from pathlib import Path
+import h5py
+started = time.perf_counter()
+for path in sorted(Path(sys.argv[1]).glob("*.h5")):
+    with h5py.File(path, "r") as file:
+        file["features"][...]
+print(time.perf_counter() - started)
+"""
+# Runs the real command line, notes when the first batch reaches the model and when its step is done, and leaves.
+FIRST_STEP = """
+import os, runpy, sys, time
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
+begun = []
+def begin(module, inputs):
+    if module.training and not begun:
+        begun.append(time.time())
+def end(optimizer, arguments, keywords):
+    print(begun[0], time.time(), flush=True)
+    os._exit(0)
+register_module_forward_pre_hook(begin)
+register_optimizer_step_post_hook(end)
+sys.argv = ["pipeline.py", *sys.argv[1:]]
+sys.path.insert(0, "")
+runpy.run_path("pipeline.py", run_name="__main__")
+"""
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument(
+        "--lengths", type=Path, metavar="NPZ", help="videoNN_phase arrays; default: ../shared, if there"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to train-temporal")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(Path(folder), phases_of(options.lengths), options.repeat, options.set)
+    print(json.dumps(figures, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def phases_of(file: Path | None) -> list[np.ndarray]:
+    """Phases (T,) a video: the real ones, or forty videos of one length."""
+    shared = Path(os.environ.get("SURGSTAGE_SHARED", PROJECT.parent / "shared"))
+    file = file or shared / "data" / "labels" / "train40_1fps.npz"
+    if not file.is_file():
+        return [np.repeat(np.arange(7, dtype=np.int8), 309)[:2158] for _ in range(40)]
+    with np.load(file) as arrays:
+        return [arrays[name].astype(np.int8) for name in sorted(arrays.files) if name.endswith("_phase")]
+
+
+def measure(folder: Path, phases: Sequence[np.ndarray], repeat: int, settings: Sequence[str]) -> dict[str, object]:
+    """All figures; the first round warms the disk cache and does not count."""
+    features = folder / "features"
+    write_features(features, phases)
+    rounds = []
+    for number in range(repeat + 1):
+        options = [f"runs={folder / f'runs{number}'}", *settings]
+        command = ["train-temporal", "--features", str(features), *(word for o in options for word in ("--set", o))]
+        found = {
+            "import_torch_s": wall(["-c", IMPORT_TORCH]),
+            "help_s": wall(["pipeline.py", "--help"]),
+            "read_s": float(output(["-c", READ, str(features)])),
+        }
+        started = time.time()
+        begun, done = (float(word) for word in output(["-c", FIRST_STEP, *command]).split())
+        found |= {"begin_s": begun - started, "first_step_s": done - started}
+        found["over_torch_s"] = found["first_step_s"] - found["import_torch_s"] - found["read_s"]
+        rounds.append(found)
+    figures: dict[str, object] = {
+        key: round(statistics.median(found[key] for found in rounds[1:]), 3) for key in rounds[0]
+    }
+    return figures | {"frames": sum(map(len, phases)), "videos": len(phases), "settings": list(settings)}
+
+
+def write_features(folder: Path, phases: Sequence[np.ndarray]) -> None:
+    """Random features as `extract` leaves them: four fifths of the videos to train, the rest to choose."""
+    from configs.load import load_dataset
+    from features.index import Index, VideoEntry
+    from features.store import EncoderSpec, FeatureWriter, SourceIdentity, feature_path
+
+    encoder = EncoderSpec("resnet50", "0" * 64, {}, 1.0, "fp32", "float16", WIDTH)
+    rng = np.random.default_rng(0)
+    entries = []
+    for number, phase in enumerate(phases):
+        name, count = f"video{number + 1:02d}", len(phase)
+        source = SourceIdentity(name, "0" * 64, 1, 25.0)
+        no_tools = np.full((count, 7), -1, np.int8)
+        with FeatureWriter(
+            feature_path(folder, name), encoder, source, np.arange(count) * 25, phase, no_tools, {}
+        ) as writer:
+            writer.append(rng.standard_normal((count, WIDTH), np.float32), no_tools.astype(np.float32))
+        entries.append(
+            VideoEntry(
+                id=name,
+                kind="video",
+                source=f"{name}.mp4",
+                size_bytes=1,
+                modified_ns=0,
+                sha256_ends="0" * 64,
+                fps=25.0,
+                frame_count=count * 25,
+                split="train" if number < 0.8 * len(phases) else "val",
+            )
+        )
+    Index(dataset=load_dataset("cholec80"), videos=tuple(entries)).save(folder / "index.json")
+
+
+def wall(words: Sequence[str]) -> float:
+    """Seconds that a fresh interpreter takes from start to exit."""
+    started = time.perf_counter()
+    output(words)
+    return time.perf_counter() - started
+
+
+def output(words: Sequence[str]) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, *words], cwd=PROJECT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(words[:2])[:60]}: failed\n{done.stderr}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()
