@@ -151,7 +151,9 @@ class CacheConfig(Strict):
     """Frames decoded once, after the resize and before the crop."""
 
     dir: Path = Path("artifacts/frames")
-    codec: Literal["png", "jpeg"] = Field("png", description="png is lossless; jpeg changes the numbers (and digest)")
+    codec: Literal["webp", "png", "jpeg"] = Field(
+        "webp", description="webp and png are lossless; jpeg, for small disks, changes the numbers (and the digest)"
+    )
     jpeg_quality: int = Field(95, ge=1, le=100)
     use_for_extract: bool = Field(True, description="read frames from the cache where it already holds them")
 

@@ -32,6 +32,7 @@ from engine.files import (
     require_free_bytes,
     sha256_json,
 )
+from features.hdf5 import Hdf5Sink
 from features.preprocess import Geometry, geometry_json
 from features.readers import FrameReader
 from features.store import SourceIdentity
@@ -127,7 +128,7 @@ class FrameCache:
     def _write(self, temporary: Path, request: CacheRequest, on_frame: Callable[[int], None] | None) -> None:
         count = len(request.frame_index)
         checksums = np.zeros(count, dtype=np.uint32)
-        with _Sink(temporary) as sink, h5py.File(sink, "w", libver=("earliest", "v110")) as file:
+        with Hdf5Sink(temporary) as sink, h5py.File(sink, "w", libver=("earliest", "v110")) as file:
             file.attrs.update(self._attributes(request))
             blobs = file.create_dataset("blobs", (count,), dtype=h5py.vlen_dtype(np.uint8))
             with request.open_reader() as reader:
@@ -161,54 +162,6 @@ class FrameCache:
         stream = io.BytesIO()
         Image.fromarray(rgb).save(stream, **options)
         return stream.getvalue()
-
-
-class _Sink(io.RawIOBase):
-    """A file that HDF5 writes to and never sees fail: HDF5 crashes the process now and then when a disk fills up.
-
-    The first error is kept, what comes after it is dropped, and `check` (or leaving the block) raises it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w+b", buffering=0)
-        self._error: OSError | None = None
-
-    def check(self) -> None:
-        """Raise the error that a write met, if one did."""
-        if self._error is not None:
-            raise self._error
-
-    def write(self, data: Any) -> int:
-        rest = memoryview(data).cast("B")
-        size = len(rest)
-        try:
-            while len(rest) and self._error is None:  # a disk that is nearly full takes a part, then nothing
-                rest = rest[self._file.write(rest) or 0 :]
-        except OSError as error:
-            self._error = error
-        return size
-
-    def truncate(self, size: int | None = None) -> int:
-        try:
-            if self._error is None:
-                self._file.truncate(size)
-        except OSError as error:
-            self._error = error
-        return size or 0
-
-    def readinto(self, buffer: Any) -> int:
-        return self._file.readinto(buffer) or 0
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._file.close()
-        if error is None or isinstance(error, Exception):  # whatever HDF5 made of it, this is the cause
-            self.check()
 
 
 def _problem(path: Path, attributes: dict[str, Any], frame_index: NDArray[np.int64], deep: bool) -> str | None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,6 @@ from configs.errors import UserError
 from engine.files import (
     as_user_error,
     atomic_path,
-    is_no_room,
     read_json,
     remove_stale_temporaries,
     require_free_bytes,
@@ -29,6 +30,7 @@ from engine.files import (
     write_json,
 )
 from engine.runs import package_version
+from features.hdf5 import Hdf5Sink
 
 SCHEMA_VERSION = 1
 CHUNK_FRAMES = 256
@@ -108,122 +110,91 @@ class VideoFeatures:
         return len(self.frame_index)
 
 
-class FeatureWriter:
-    """Writes one feature file block by block, so that memory does not grow with the video's length.
+@contextmanager
+def write_features(
+    path: Path,
+    encoder: EncoderSpec,
+    source: SourceIdentity,
+    frame_index: NDArray[np.int64],
+    phase: NDArray[np.int8],
+    tools: NDArray[np.int8],
+    attributes: Mapping[str, Any],
+) -> Iterator[FeatureWriter]:
+    """Write one feature file block by block, so that memory does not grow with the video's length.
 
-    Use as a context manager; the file appears under its name only when the body ended without an exception, all T rows
-    were appended and the reopened file verifies.
+    The file appears under its name only when the body ended without an exception, all T rows were appended and the
+    reopened file verifies; otherwise nothing is left. Raises UserError when the disk is full.
     """
+    with atomic_path(path) as temporary:
+        with Hdf5Sink(temporary) as sink, h5py.File(sink, "w", libver=("earliest", "v110")) as file:
+            writer = FeatureWriter(file, sink, encoder, source, frame_index, tools.shape[1])
+            write_labels(file, phase, tools)
+            file.attrs.update({**_provenance(encoder, source), **attributes})
+            yield writer
+            if writer.rows != len(frame_index):
+                raise UserError(f"{source.video_id}: {writer.rows} of {len(frame_index)} frames were computed")
+            file.attrs["complete"] = True
+        problem = verify_file(temporary, encoder, source)
+        if problem:
+            raise UserError(f"{path}: what was written does not read back ({problem}); is the disk sound?")
+
+
+class FeatureWriter:
+    """The data sets of an open feature file, filled from the first row on; `rows` counts those that are there."""
 
     def __init__(
         self,
-        path: Path,
+        file: h5py.File,
+        sink: Hdf5Sink,
         encoder: EncoderSpec,
         source: SourceIdentity,
         frame_index: NDArray[np.int64],
-        phase: NDArray[np.int8],
-        tools: NDArray[np.int8],
-        attributes: Mapping[str, Any],
+        tools: int,
     ) -> None:
-        self.path, self.encoder, self.source = path, encoder, source
-        self.frame_index, self.phase, self.tools = frame_index, phase, tools
-        self.attributes = dict(attributes)
         self.rows = 0
-
-    def __enter__(self) -> FeatureWriter:
-        self._atomic = atomic_path(self.path)
-        self._temporary = self._atomic.__enter__()
-        try:
-            self._create()
-        except BaseException as error:
-            self._leave(error)
-            raise
-        return self
+        self._file, self._sink = file, sink
+        self._encoder, self._source, self._frame_index = encoder, source, frame_index
+        count, dim = len(frame_index), encoder.embedding_dim
+        chunk = min(CHUNK_FRAMES, count)
+        _create(file, "features", (count, dim), encoder.storage, (chunk, dim))
+        _create(file, "tool_logits", (count, tools), "float32", (chunk, tools))
+        _create(file, "frame_index", (count,), "int64", (chunk,))[...] = frame_index
+        _create(file, "time_s", (count,), "float64", (chunk,))[...] = frame_index / source.fps
 
     def append(self, features: NDArray[Any], tool_logits: NDArray[np.float32]) -> None:
-        """The next rows: features (N, D) in any float type, tool logits (N, K)."""
+        """The next rows: features (N, D) in any float type, tool logits (N, K). UserError for what does not fit."""
         stop = self.rows + len(features)
         with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused by name below
-            stored = features.astype(self.encoder.storage)
-        if not np.isfinite(stored).all():
-            row = self.rows + int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])
+            stored = features.astype(self._encoder.storage)
+        unfit = np.flatnonzero(~np.isfinite(stored).all(axis=1))
+        if len(unfit):
+            row = self.rows + int(unfit[0])
             raise UserError(
-                f"{self.source.video_id}: features of sample {row} (frame {self.frame_index[row]}) do not fit "
-                f"{self.encoder.storage}; use extract.storage=float32 or look at the weights"
+                f"{self._source.video_id}: features of sample {row} (frame {self._frame_index[row]}) do not fit "
+                f"{self._encoder.storage}; use extract.storage=float32 or look at the weights"
             )
         self._file["features"][self.rows : stop] = stored
         self._file["tool_logits"][self.rows : stop] = tool_logits
+        self._sink.check()  # a full disk stops the work here and not at the end
         self.rows = stop
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if error is not None:
-            self._leave(error)
-            return
-        try:
-            self._complete()
-        except BaseException as failure:
-            self._leave(failure)
-            raise
-        self._atomic.__exit__(None, None, None)
 
-    def _create(self) -> None:
-        count, dim, tools = len(self.frame_index), self.encoder.embedding_dim, self.tools.shape[1]
-        self._file = h5py.File(self._temporary, "w", libver=("earliest", "v110"))
-        chunk = min(CHUNK_FRAMES, count)
-        _create(self._file, "features", (count, dim), self.encoder.storage, (chunk, dim))
-        _create(self._file, "tool_logits", (count, tools), "float32", (chunk, tools))
-        _create(self._file, "frame_index", (count,), "int64", (chunk,))[...] = self.frame_index
-        _create(self._file, "time_s", (count,), "float64", (chunk,))[...] = self.frame_index / self.source.fps
-        write_labels(self._file, self.phase, self.tools)
-        self._file.attrs.update(
-            {
-                "schema_version": SCHEMA_VERSION,
-                "video_id": self.source.video_id,
-                "source_sha256_ends": self.source.sha256_ends,
-                "source_size_bytes": self.source.size_bytes,
-                "source_fps": self.source.fps,
-                "fps": self.encoder.fps,
-                "backbone": self.encoder.backbone,
-                "weights_sha256": self.encoder.weights_sha256,
-                "preprocess": json.dumps(dict(self.encoder.preprocess), sort_keys=True),
-                "precision": self.encoder.precision,
-                "storage": self.encoder.storage,
-                "encoder_digest": self.encoder.digest,
-                "package_version": package_version("surgstage") or "",
-                **self.attributes,
-            }
-        )
-
-    def _complete(self) -> None:
-        if self.rows != len(self.frame_index):
-            raise UserError(f"{self.source.video_id}: {self.rows} of {len(self.frame_index)} frames were computed")
-        self._file.attrs["complete"] = True
-        self._file.close()
-        problem = verify_file(self._temporary, self.encoder, self.source)
-        if problem:
-            raise UserError(f"{self.path}: what was written does not read back ({problem}); is the disk sound?")
-
-    def _leave(self, error: BaseException) -> None:
-        """Close what is open and let the temporary file go; HDF5 itself may fail again on a full disk."""
-        file = getattr(self, "_file", None)
-        try:
-            if file is not None and file.id.valid:
-                file.close()
-        except (OSError, RuntimeError):
-            pass
-        if isinstance(error, OSError | RuntimeError) and not isinstance(error, UserError) and _no_room(error):
-            error = OSError(28, "No space left on device")
-        try:
-            self._atomic.__exit__(type(error), error, None)
-        except UserError as shown:
-            raise shown from error
-        except BaseException as same:
-            if same is not error:
-                raise
-
-
-def _no_room(error: BaseException) -> bool:
-    return is_no_room(error) or "errno = 28" in str(error) or "errno = 27" in str(error)
+def _provenance(encoder: EncoderSpec, source: SourceIdentity) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "video_id": source.video_id,
+        "source_sha256_ends": source.sha256_ends,
+        "source_size_bytes": source.size_bytes,
+        "source_fps": source.fps,
+        "fps": encoder.fps,
+        "backbone": encoder.backbone,
+        "weights_sha256": encoder.weights_sha256,
+        "preprocess": json.dumps(dict(encoder.preprocess), sort_keys=True),
+        "precision": encoder.precision,
+        "storage": encoder.storage,
+        "encoder_digest": encoder.digest,
+        "package_version": package_version("surgstage") or "",
+    }
 
 
 def _create(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...]) -> h5py.Dataset:
@@ -338,13 +309,11 @@ def rewrite_labels(path: Path, phase: NDArray[np.int8], tools: NDArray[np.int8],
 
     The file is copied, changed and renamed, so a reader sees the old labels or the new ones, never half of each.
     """
-    import shutil
-
     if len(phase) != len(read_features(path, with_features=False)):
         raise FeatureFileError(f"{path}: new labels have another length; run extract again")
     with atomic_path(path) as temporary:
         shutil.copyfile(path, temporary)
-        with h5py.File(temporary, "r+", locking=False) as file:
+        with Hdf5Sink(temporary, "r+b") as sink, h5py.File(sink, "r+") as file:
             write_labels(file, phase, tools)
             file.attrs.update(dict(attributes))
         problem = verify_file(temporary)

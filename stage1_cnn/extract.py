@@ -32,13 +32,13 @@ from features.store import (
     ENCODER_FILE,
     INDEX_FILE,
     EncoderSpec,
-    FeatureWriter,
     estimate_bytes,
     feature_path,
     prepare_folder,
     read_attributes,
     rewrite_labels,
     verify_file,
+    write_features,
 )
 from stage1_cnn.frames import open_pictures, require_indexed_source, source_identity
 from stage1_cnn.model import (
@@ -385,7 +385,7 @@ class ExtractTask:
         with _one_thread(encoder.device), open_pictures(config, entry, self.root, index) as pictures:
             attributes = {**labels, **pictures.provenance, "device": encoder.device_name}
             source = source_identity(entry)
-            with FeatureWriter(path, encoder.spec, source, frame_index, phase, tools, attributes) as writer:
+            with write_features(path, encoder.spec, source, frame_index, phase, tools, attributes) as writer:
                 crops = crop_batches(pictures.frames, config.extract.batch_frames, config.preprocess.crop_px)
                 for batch in crops:
                     with np.errstate(over="ignore"):  # the writer says in words what does not fit

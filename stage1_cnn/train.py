@@ -117,14 +117,10 @@ def identity(config: Config, index: Index) -> dict[str, Any]:
         "fps": config.data.fps,
         "tools_between_rows": config.data.tools_between_rows,
         "preprocess": config.preprocess.model_dump(mode="json"),
-        "cache": config.cache.model_dump(mode="json", include=_cache_keys(config)),
+        "frames": f"jpeg {config.cache.jpeg_quality}" if config.cache.codec == "jpeg" else "lossless",
         "cnn": config.cnn.model_dump(mode="json", exclude={"weights", "workers", "checkpoint_minutes"}),
         "weights": weights_identity(config.cnn, config.runs),
     }
-
-
-def _cache_keys(config: Config) -> set[str]:
-    return {"codec"} if config.cache.codec == "png" else {"codec", "jpeg_quality"}
 
 
 def load_frames(config: Config, index: Index, root: Path) -> tuple[LabelledFrames, LabelledFrames]:

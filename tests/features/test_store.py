@@ -19,7 +19,6 @@ from configs.errors import UserError
 from features.store import (
     EncoderSpec,
     FeatureFileError,
-    FeatureWriter,
     SourceIdentity,
     load_feature_set,
     prepare_folder,
@@ -27,6 +26,7 @@ from features.store import (
     rewrite_labels,
     verify_file,
     verify_folder,
+    write_features,
 )
 
 ENCODER = EncoderSpec("tiny", "ab" * 32, {"resize_px": 250, "crop_px": 224}, 1.0, "fp32", "float32", 16)
@@ -43,7 +43,7 @@ def write(
     values = random.normal(size=(frames, encoder.embedding_dim)).astype(np.float32)
     logits = random.normal(size=(frames, tools)).astype(np.float32)
     phase, present = random.integers(-1, 7, frames), random.integers(-1, 2, (frames, tools))
-    with FeatureWriter(path, encoder, source(path.stem), np.arange(frames) * 25, phase, present, attributes) as writer:
+    with write_features(path, encoder, source(path.stem), np.arange(frames) * 25, phase, present, attributes) as writer:
         for part, part_logits in zip(np.array_split(values, blocks), np.array_split(logits, blocks), strict=True):
             writer.append(part, part_logits)
     return values, logits
@@ -158,7 +158,7 @@ def test_files_that_are_not_feature_files(tmp_path: Path) -> None:
 
 def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
     def interrupted() -> None:
-        with FeatureWriter(
+        with write_features(
             tmp_path / "video01.h5", ENCODER, source(), np.arange(4), np.zeros(4), np.zeros((4, 7)), {}
         ) as writer:
             writer.append(np.zeros((2, 16)), np.zeros((2, 7)))
@@ -171,7 +171,7 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
 
 def test_missing_rows_and_numbers_too_large_are_refused(tmp_path: Path) -> None:
     def half(encoder: EncoderSpec, value: float, rows: int) -> None:
-        with FeatureWriter(
+        with write_features(
             tmp_path / "video01.h5", encoder, source(), np.arange(4), np.zeros(4), np.zeros((4, 7)), {}
         ) as writer:
             writer.append(np.full((rows, 16), value), np.zeros((rows, 7)))
@@ -188,12 +188,12 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
 import resource, signal, sys
 import numpy as np
 from pathlib import Path
-from features.store import EncoderSpec, FeatureWriter, SourceIdentity
+from features.store import EncoderSpec, write_features, SourceIdentity
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
 encoder = EncoderSpec("tiny", "ab", {{}}, 1.0, "fp32", "float32", 2048)
 n = 1000
-with FeatureWriter(Path({str(tmp_path)!r}) / "video01.h5", encoder, SourceIdentity("video01", "x", 1, 25.0),
+with write_features(Path({str(tmp_path)!r}) / "video01.h5", encoder, SourceIdentity("video01", "x", 1, 25.0),
                    np.arange(n), np.zeros(n), np.zeros((n, 7)), {{}}) as writer:
     for _ in range(10):
         writer.append(np.random.rand(100, 2048), np.zeros((100, 7)))

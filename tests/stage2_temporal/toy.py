@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from configs.load import load_dataset
 from configs.schema import DataSetSpec
 from features.index import Index, VideoEntry
-from features.store import EncoderSpec, FeatureWriter, SourceIdentity, feature_path
+from features.store import EncoderSpec, SourceIdentity, feature_path, write_features
 
 Video = tuple[str, NDArray[np.float32], NDArray[np.int8]]  # split, features (T, D), phases (T,)
 PHASES = ("Early", "Middle", "Late")
@@ -39,7 +39,7 @@ def write_folder(
         source = SourceIdentity(name, "0" * 64, 1, 25.0)
         index = np.arange(len(features), dtype=np.int64) * 25
         no_tools = np.zeros((len(features), 0), np.int8)
-        with FeatureWriter(
+        with write_features(
             feature_path(folder, name), encoder, source, index, phase, no_tools, {"phases": json.dumps(phases)}
         ) as writer:
             writer.append(features, no_tools.astype(np.float32))
