@@ -41,6 +41,8 @@ class Materials:
     dark: np.ndarray
     white: np.ndarray
     insulation: np.ndarray
+    amber: np.ndarray
+    clip: np.ndarray
 
 
 def draw_materials(rng: np.random.Generator) -> Materials:
@@ -51,6 +53,8 @@ def draw_materials(rng: np.random.Generator) -> Materials:
         dark=np.array([38, 38, 42]) * rng.uniform(0.6, 1.5),
         white=np.array([236, 234, 226]) * rng.uniform(0.88, 1.05),
         insulation=np.array([80, 112, 164]) * rng.uniform(0.7, 1.3) + rng.uniform(-25, 25, 3),
+        amber=np.array([200, 128, 40]) * rng.uniform(0.7, 1.2) + rng.uniform(-25, 25, 3),
+        clip=np.array([132, 72, 168]) * rng.uniform(0.7, 1.3) + rng.uniform(-30, 30, 3),
     )
 
 
@@ -95,18 +99,19 @@ def _hook(m: Materials, opening: float) -> list[Stroke]:
 
 
 def _scissors(m: Materials, opening: float) -> list[Stroke]:
-    """Two broad blades, wide at the joint, sharp at the ends, spread wide."""
+    """Two broad blades, wide at the joint, sharp at the ends, spread wide, behind them a sleeve of insulation."""
     spread = 0.13 + 0.08 * opening
     blades = [
         Stroke((-0.2, 0.0), (-0.07, spread * 0.85), (0.06, 0.062), m.metal),
         Stroke((-0.07, spread * 0.85), (0.11, spread), (0.062, 0.003), m.metal),
     ]
+    collar = Stroke((-0.6, 0.0), (-0.24, 0.0), (0.07, 0.07), m.amber, blunt=True)
     joint = Stroke((-0.21, 0.0), (-0.21, 0.0), (0.04, 0.04), m.dark)
-    return [_shaft(m.dark * 1.3, 0.05, -0.2), *_mirrored(blades), joint]
+    return [_shaft(m.dark * 1.3, 0.05, -0.2), collar, *_mirrored(blades), joint]
 
 
 def _clipper(m: Materials, opening: float) -> list[Stroke]:
-    """A thick shaft, a block for a head and two blunt parallel prongs: a wide fork."""
+    """A thick shaft, a block for a head and two blunt parallel prongs: a wide fork with a clip in it."""
     gap = 0.075 + 0.02 * opening
     prongs = [Stroke((-0.16, gap), (0.07, gap * 0.92), (0.04, 0.036), m.metal, blunt=True)]
     return [
@@ -114,14 +119,16 @@ def _clipper(m: Materials, opening: float) -> list[Stroke]:
         Stroke((-0.42, 0.0), (-0.38, 0.0), (0.1, 0.1), m.dark, blunt=True),
         Stroke((-0.28, 0.0), (-0.12, 0.0), (0.13, 0.13), m.metal * 0.8, blunt=True),
         *_mirrored(prongs),
+        Stroke((-0.08, 0.0), (0.05, 0.0), (gap * 0.5, gap * 0.42), m.clip),
     ]
 
 
 def _irrigator(m: Materials, opening: float) -> list[Stroke]:
-    """A straight tube of one width with a row of holes and an open, cut end."""
-    holes = [Stroke((x, 0.0), (x, 0.0), (0.026, 0.026), m.dark * 0.6) for x in (-0.38, -0.29, -0.2, -0.11, -0.02)]
+    """A straight tube of one width with depth marks around it, a row of holes and an open, cut end."""
+    holes = [Stroke((x, 0.0), (x, 0.0), (0.026, 0.026), m.dark * 0.6) for x in (-0.17, -0.09, -0.01)]
+    marks = [Stroke((x, 0.0), (x + 0.035, 0.0), (0.07, 0.07), m.dark, blunt=True) for x in (-0.5, -0.4, -0.3)]
     mouth = Stroke((0.055, 0.0), (0.085, 0.0), (0.058, 0.058), m.dark * 0.5, blunt=True)
-    return [_shaft(m.metal, 0.068, 0.08), *holes, mouth]
+    return [_shaft(m.metal, 0.068, 0.08), *marks, *holes, mouth]
 
 
 _STROKES: dict[str, Callable[[Materials, float], list[Stroke]]] = {

@@ -156,7 +156,9 @@ class Scene:
             angle = self._look.bladder_angle + turn + plan.roll[index]
             x, y = self._to_view(np.array([shift_x, shift_y - 0.05]), index)
             self._paste(picture, self._bladder[state], (x, y), (0.32, 0.5), angle, plan.zoom[index])
-        for k in np.flatnonzero(plan.tool_shown[index]):
+        # The bag lies behind the tools that hold and clean it.
+        shown = sorted(np.flatnonzero(plan.tool_shown[index]), key=lambda k: self._tool_names[k] != _BAG)
+        for k in shown:
             anchor = (0.5, 0.5) if self._tool_names[k] == _BAG else (instruments.WORKING_POINT, 0.5)
             sprite = self._sprites[k][plan.tool_opening[index, k]]
             tip = plan.tool_tip[index, k]
@@ -369,7 +371,7 @@ def _tools(
         for start, end in stretches(tools[:, k]):
             turned = entry + math.radians(rng.normal(0, 8))
             trocar = _TROCAR_UNITS * np.array([math.cos(turned), math.sin(turned)])
-            age_s = np.minimum(np.arange(end - start), np.arange(end - start)[::-1]) / fps
+            age_s = (np.minimum(np.arange(end - start), np.arange(end - start)[::-1]) + 0.5) / fps
             inside = 0.84 + 0.16 * np.minimum(1, age_s / _SLIDE_IN_S)[:, None]
             tip[start:end, k] = trocar + (work[start:end] - trocar) * inside
             towards = tip[start:end, k] - trocar
