@@ -144,9 +144,15 @@ def index(
         sys.exit(EXIT_PARTLY)
 
 
+TRUSTED = click.option(
+    "--trusted", is_flag=True, help="Load weights that somebody else made with a torch older than 2.10."
+)
+
+
 @cli.command("train-cnn")
 @settings
-def train_cnn_command(source: str, overrides: tuple[str, ...], name: str | None) -> None:
+@TRUSTED
+def train_cnn_command(source: str, overrides: tuple[str, ...], name: str | None, trusted: bool) -> None:
     """Stage one: fine-tune the backbone on tool presence, frame by frame.
 
     Frames are decoded once into a cache (cache.dir). Stopped and started again, training goes on where it was.
@@ -156,7 +162,7 @@ def train_cnn_command(source: str, overrides: tuple[str, ...], name: str | None)
     resolved = _config(source, overrides)
     with _stop_between_steps() as stop:
         index, root = _dataset(resolved)
-        result = train_cnn(resolved, _run(resolved, source, name), index, root, stop)
+        result = train_cnn(resolved, _run(resolved, source, name), index, root, stop, trusted=trusted)
     click.echo(f"stage one: {_sentence(result)}")
 
 
@@ -164,7 +170,10 @@ def train_cnn_command(source: str, overrides: tuple[str, ...], name: str | None)
 @settings
 @click.option("--shard", default="0/1", show_default=True, metavar="I/N", help="Do every N-th video, from number I.")
 @click.option("--index", "index_file", type=click.Path(path_type=Path), help="Another index than data.index.")
-def extract(source: str, overrides: tuple[str, ...], name: str | None, shard: str, index_file: Path | None) -> None:
+@TRUSTED
+def extract(
+    source: str, overrides: tuple[str, ...], name: str | None, shard: str, index_file: Path | None, trusted: bool
+) -> None:
     """Turn every sampled frame into an embedding (and tool logits): one HDF5 file a video.
 
     Files that verify are skipped, so a second start only does what is missing. A damaged video is reported and the
@@ -178,7 +187,7 @@ def extract(source: str, overrides: tuple[str, ...], name: str | None, shard: st
     with _stop_at_once() as stop:
         index, root = _dataset(resolved)
         report = extract_features(
-            resolved, _run(resolved, source, name), index, root, shard=part, folder=None, stop=stop
+            resolved, _run(resolved, source, name), index, root, shard=part, stop=stop, trusted=trusted
         )
     click.echo(report.sentence())
     for video_id, reason in report.failed:

@@ -357,7 +357,7 @@ def _reread_annotation(
 ) -> _Annotation | None:
     read = _read_annotation(root, file.path, parse, spec) if file else None
     if read is not None and file is not None and read.file.sha256 != file.sha256:
-        raise UserError(f"{root / file.path}: has changed since it was indexed; run index again")
+        raise UserError(f"{root / file.path}: has changed since it was indexed; run `index --force`, then this again")
     return read
 
 

@@ -40,7 +40,7 @@ from features.store import (
     verify_file,
     write_features,
 )
-from stage1_cnn.frames import open_pictures, require_indexed_source, source_identity
+from stage1_cnn.frames import open_pictures, require_indexed_annotations, require_indexed_source, source_identity
 from stage1_cnn.model import (
     Backbone,
     ToolNet,
@@ -97,17 +97,20 @@ def extract(
     description. Files that verify and were made from the same source are left alone; where only annotations changed,
     labels alone are rewritten. A video that cannot be read is reported and the others go on. With a run and no
     `folder`, `RUN/extract/result.json` points to the features. Raises UserError when nothing can be done at all: no
-    weights, no room, a folder of another data set or encoder.
+    weights, no room, a folder of another data set or encoder, not one usable video.
     """
     started = time.monotonic()
     stage = StageFolder(run, STAGE, config, _identity(config, index)) if run and folder is None else None
     encoder = load_encoder(config, run, index, trusted)
     target = folder or config.extract.store / encoder.spec.folder_name
     _require_same_world(target, index, encoder.spec)
-    if stage:
-        stage.open()
     report = ExtractReport(target)
     jobs = _sort_out(config, index, root, target, encoder.spec, shard, report)
+    if report.failed and not jobs and not report.skipped:
+        others = f" (and {len(report.failed) - 1} more videos)" if len(report.failed) > 1 else ""
+        raise UserError(f"{report.failed[0][1]}{others}")
+    if stage:
+        stage.open()
     prepare_folder(target, [job.frames for job in jobs if not job.labels_only], encoder.spec)
     index.save(target / INDEX_FILE)
     write_json(target / ENCODER_FILE, {**encoder.spec.to_json(), "digest": encoder.spec.digest})
@@ -308,6 +311,7 @@ def _sort_out(
         try:
             frames = len(sampled_frames(entry, config.data.fps))
             require_indexed_source(entry, root, index)
+            require_indexed_annotations(entry, root)
             state = _state(feature_path(folder, entry.id), entry, spec, label_attributes(config, index, entry))
         except UserError as error:
             report.failed.append((entry.id, str(error)))

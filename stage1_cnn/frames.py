@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import Config
-from engine.files import inside, require_free_bytes, sha256_ends
+from engine.files import inside, require_free_bytes, sha256_ends, sha256_file
 from engine.stopping import StopRequest
 from features.cache import CacheRequest, FrameCache
 from features.discover import scan_folder
@@ -48,7 +48,15 @@ def require_indexed_source(entry: VideoEntry, root: Path, index: Index) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if not same:
-        raise UserError(f"{path}: has changed since it was indexed; run index again")
+        raise UserError(f"{path}: has changed since it was indexed; run `index --force`, then this again")
+
+
+def require_indexed_annotations(entry: VideoEntry, root: Path) -> None:
+    """Raise UserError when an annotation file is not the one that was indexed; one that is missing passes."""
+    for file in (entry.phase_file, entry.tool_file):
+        path = inside(root, file.path) if file else None
+        if file is not None and path is not None and path.is_file() and sha256_file(path) != file.sha256:
+            raise UserError(f"{path}: has changed since it was indexed; run `index --force`, then this again")
 
 
 def open_source(config: Config, entry: VideoEntry, root: Path, index: Index) -> FrameReader:

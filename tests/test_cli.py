@@ -240,7 +240,9 @@ def test_edited_labels_are_rewritten_and_features_kept(workplace: Path, videos: 
     labels = data / "phase_annotations/video01-phase.txt"
     labels.write_text(labels.read_text().replace("ClippingCutting", "CalotTriangleDissection"))
     options = ["--config", "tiny.yaml", "--set", f"data.root={data}"]
-    assert "changed" in refuse(["extract", *options], workplace)
+    stale = command(["extract", *options], workplace)
+    assert stale.returncode == 1
+    assert "video01-phase.txt: has changed since it was indexed; run `index --force`" in stale.stderr
     succeed(["index", *options, "--force"], workplace)
     succeed(["extract", *options], workplace)
     after = read_features(path)

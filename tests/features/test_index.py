@@ -435,7 +435,11 @@ def tamper_touch(root: Path) -> None:
         (tamper_replace, "videos/video02.mp4", "size_bytes is"),
         (tamper_flip, "videos/video02.mp4", "sha256_ends is"),
         (tamper_cut, "videos/video02.mp4", ""),
-        (tamper_labels, "tool_annotations/video02-tool.txt", "has changed since it was indexed; run index again"),
+        (
+            tamper_labels,
+            "tool_annotations/video02-tool.txt",
+            "has changed since it was indexed; run `index --force`, then this again",
+        ),
         (tamper_remove_labels, "phase_annotations/video02-phase.txt", "cannot be read"),
         (tamper_touch, "videos/video02.mp4", "was written anew since it was indexed"),
     ],
