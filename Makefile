@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install test fast lint types bench clean
+.PHONY: help install demo test fast lint types bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -17,6 +17,15 @@ $(STAMP): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $(STAMP)
+
+SEED ?= 0
+DEMO_NAME ?= $(if $(filter 0,$(SEED)),demo,demo-seed$(SEED))
+
+demo: $(STAMP) ## simulate operations, run the whole pipeline on them, say where to look (SEED=1 for others)
+	$(BIN)/python pipeline.py simulate artifacts/demo/videos-$(SEED) --videos 28 --seed $(SEED) --fps 5 \
+		--width 128 --height 128 --speed-up 10 --workers 2
+	$(BIN)/python pipeline.py run --config configs/demo.yaml --name $(DEMO_NAME) --set seed=$(SEED) \
+		--set data.root=artifacts/demo/videos-$(SEED) --set data.index=artifacts/demo/index-$(SEED).json
 
 test: $(STAMP) lint types ## install, lint, type-check, run every test
 	$(BIN)/python -m pytest

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["auto", "native", "fp32", "bf16", "fp16"]
 
 
 class Strict(BaseModel):
@@ -201,7 +201,12 @@ class CnnConfig(LoopConfig):
 
     backbone: str = Field("resnet50", description="a torchvision classification net, or efficientnet_lite0")
     weights: str = Field(
-        "imagenet", description="imagenet | random | a state-dict file | run:NAME (an earlier run's backbone)"
+        "imagenet",
+        description="imagenet | random | cached (imagenet where it is on this machine, otherwise random) | "
+        "a state-dict file | run:NAME (an earlier run's backbone)",
+    )
+    zero_init_residual: bool = Field(
+        False, description="random weights of ResNets: every residual branch starts at zero (Goyal et al. 2017)"
     )
     phase_head: bool = Field(False, description="train a second per-frame head on phases")
     phase_loss_weight: float = Field(1.0, gt=0)

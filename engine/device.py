@@ -33,8 +33,12 @@ def choose_device(name: str) -> torch.device:
 def choose_precision(name: str, device: torch.device, training: bool) -> str:
     """`auto`: bf16 on GPUs that compute it, and for inference on CPUs that do so natively; otherwise fp32.
 
-    fp16 needs CUDA. Raises UserError for a combination that does not work.
+    `native`: bf16 wherever the hardware computes it, in training on a CPU too, otherwise fp32. fp16 needs CUDA. Raises
+    UserError for a combination that does not work.
     """
+    if name == "native":
+        fits = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and cpu_has_bf16()
+        return "bf16" if fits else "fp32"
     if name == "auto":
         if device.type == "cuda":
             return "bf16" if torch.cuda.is_bf16_supported() else "fp16"

@@ -45,7 +45,7 @@ from stage1_cnn.model import (
     Backbone,
     ToolNet,
     best_checkpoint,
-    build_backbone,
+    initial_backbone,
     rebuild_from_checkpoint,
     require_image_size,
     weights_identity,
@@ -136,7 +136,11 @@ def extract(
 def _identity(config: Config, index: Index) -> dict[str, Any]:
     """Settings that a run's features depend on; the weights of a finetuned encoder are the run's own."""
     chosen = config.extract
-    initial = {"weights": weights_identity(config.cnn, config.runs), "seed": config.seed}
+    initial = {
+        "weights": weights_identity(config.cnn, config.runs),
+        "zero_init_residual": config.cnn.zero_init_residual,
+        "seed": config.seed,
+    }
     return {
         "dataset": index.dataset.name,
         "fps": config.data.fps,
@@ -250,8 +254,7 @@ def load_encoder(config: Config, run: Path | None, index: Index, trusted: bool =
     seed_everything(config.seed)
     tools = index.dataset.tools
     if config.extract.encoder == "initial":
-        cnn = config.cnn
-        backbone = build_backbone(cnn.backbone, cnn.weights, config.seed, trusted=trusted, runs=config.runs)
+        backbone = initial_backbone(config, trusted=trusted)
         encoder = Encoder(config, backbone, None, weights_sha256(backbone), len(tools))
     else:
         net = _load_finetuned(config, run, tools)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from configs.errors import UserError
 from configs.schema import CnnConfig, Config, DataSetSpec
@@ -164,6 +165,32 @@ def build_backbone(name: str, weights: str, seed: int, *, trusted: bool = False,
     return backbone
 
 
+def initial_backbone(config: Config, *, trusted: bool = False) -> Backbone:
+    """The backbone that `config.cnn` names, as it is before any training."""
+    cnn = config.cnn
+    weights = settled_weights(cnn)
+    backbone = build_backbone(cnn.backbone, weights, config.seed, trusted=trusted, runs=config.runs)
+    if cnn.zero_init_residual and weights == "random":
+        _zero_residuals(backbone)
+    return backbone
+
+
+def settled_weights(cnn: CnnConfig) -> str:
+    """`cnn.weights`, where `cached` has become imagenet or random: whichever this machine has without a network."""
+    if cnn.weights != "cached":
+        return cnn.weights
+    return "imagenet" if cnn.backbone == LITE0 or _hub_file(cnn.backbone).is_file() else "random"
+
+
+def _zero_residuals(backbone: Backbone) -> None:
+    """Every residual block starts as the identity (Goyal et al., arXiv 1706.02677, section 5.1)."""
+    for block in backbone.modules():
+        last = getattr(block, "bn3", None) if isinstance(block, Bottleneck) else None
+        last = getattr(block, "bn2", None) if isinstance(block, BasicBlock) else last
+        if last is not None:
+            nn.init.zeros_(last.weight)
+
+
 def weights_file(name: str, weights: str, runs: Path) -> Path:
     """The file that `weights` means for the backbone `name` (not `random`, which means none)."""
     if weights == "imagenet":
@@ -178,8 +205,9 @@ def weights_file(name: str, weights: str, runs: Path) -> Path:
 
 def weights_identity(cnn: CnnConfig, runs: Path) -> str:
     """The initial weights as part of a run's identity: their name, or the content of the file they come from."""
-    if cnn.weights in ("imagenet", "random"):
-        return cnn.weights
+    weights = settled_weights(cnn)
+    if weights in ("imagenet", "random"):
+        return weights
     return f"sha256:{sha256_file(weights_file(cnn.backbone, cnn.weights, runs))}"
 
 
@@ -321,7 +349,7 @@ def _one_line(error: BaseException) -> str:
 def build_net(config: Config, spec: DataSetSpec, *, trusted: bool = False) -> ToolNet:
     """The net that `config` names for a data set's classes, with its initial weights, in training mode."""
     cnn = config.cnn
-    backbone = build_backbone(cnn.backbone, cnn.weights, config.seed, trusted=trusted, runs=config.runs)
+    backbone = initial_backbone(config, trusted=trusted)
     if cnn.freeze_batch_norm:
         freeze_batch_norm(backbone)
     return ToolNet(backbone, len(spec.tools), len(spec.phases) if cnn.phase_head else None)

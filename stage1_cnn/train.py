@@ -47,6 +47,7 @@ from stage1_cnn.model import (
     describe,
     rebuild_from_checkpoint,
     require_image_size,
+    settled_weights,
     weights_identity,
     weights_sha256,
 )
@@ -89,6 +90,10 @@ def train_cnn(
         stop,
         cnn.accumulate_steps,
     )
+    if cnn.weights == "cached":
+        say(
+            f"initial weights: {settled_weights(cnn)} (cnn.weights=cached takes ImageNet's where this machine has them)"
+        )
     session.resume()
     dataset = FrameDataset({"train": train, "val": val}, config.preprocess.crop_px, cnn.augment, config.seed)
     with FrameLoader(dataset, choose_workers(cnn.workers, device), device) as loader:

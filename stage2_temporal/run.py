@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,8 +55,28 @@ def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
     stage("train-temporal", lambda: train_temporal(config, run, report.folder, stop), _finished(run / "temporal"))
     stage("evaluate", lambda: evaluate_run(config, run, stop=stop, redo=False), (run / "evaluate" / "test").exists())
     summary = update_summary(run, {})
-    say(f"{run / 'summary.json'}: written; {time.monotonic() - started:.0f} s this time")
+    for line in closing_lines(run, summary, time.monotonic() - started):
+        say(line)
     return summary
+
+
+def closing_lines(run: Path, summary: Mapping[str, Any], now_s: float) -> list[str]:
+    """What was done, what it cost, where to look."""
+
+    def percent(key: str) -> str:
+        return "none" if summary[key] is None else f"{100 * summary[key]:.1f} %"
+
+    costs = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in summary["seconds"].items())
+    return [
+        f"== {run.name}: {summary['test_videos']} test videos of {summary['dataset']}, split {summary['split']}",
+        f"tools: mAP {percent('tool_map')}",
+        f"phases: accuracy {percent('phase_accuracy_temporal')} with time, {percent('phase_accuracy_frame')} frame by "
+        f"frame on the same features, {percent('phase_accuracy_majority')} always saying the longest phase; "
+        f"F1 {percent('phase_f1_temporal')} ({summary['convention']})",
+        f"cost: {costs}; {now_s:.0f} s this time",
+        f"look at: {run / 'evaluate/test/ribbons.png'} (truth and predictions), {run / 'evaluate/test/metrics.json'} "
+        f"(every convention), {run / 'summary.json'}",
+    ]
 
 
 def _finished(folder: Path) -> bool:

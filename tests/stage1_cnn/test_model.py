@@ -20,8 +20,10 @@ from stage1_cnn.model import (
     build_net,
     describe,
     freeze_batch_norm,
+    initial_backbone,
     rebuild_from_checkpoint,
     require_image_size,
+    settled_weights,
     weights_identity,
     weights_sha256,
 )
@@ -301,3 +303,22 @@ def test_backbone_copies_with_its_settings() -> None:
     twin = copy.deepcopy(backbone).train()
     assert isinstance(twin, Backbone)
     assert not twin.net.bn1.training
+
+
+def test_cached_weights_are_imagenets_only_where_they_are_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    cnn = CnnConfig(backbone="resnet18", weights="cached")
+    assert settled_weights(cnn) == "random"
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "resnet18-f37072fd.pth").touch()
+    assert settled_weights(cnn) == "imagenet"
+    assert settled_weights(CnnConfig(weights="random")) == "random"
+
+
+def test_zeroed_residual_blocks_start_as_the_identity() -> None:
+    cnn = CnnConfig(backbone="resnet18", weights="random", zero_init_residual=True)
+    backbone = initial_backbone(Config(cnn=cnn)).eval()
+    x = torch.rand(1, 64, 8, 8)
+    assert torch.equal(backbone.net.layer1[1](x), x)
+    plain = initial_backbone(Config(cnn=cnn.model_copy(update={"zero_init_residual": False}))).eval()
+    assert not torch.equal(plain.net.layer1[1](x), x)
