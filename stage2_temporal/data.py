@@ -14,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,17 +99,22 @@ class FeatureBank:
         return ", ".join(sorted(found))
 
     def statistics(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (D,) over the spans' frames, in float64."""
-        total = torch.zeros(self.embedding_dim, dtype=torch.float64)
-        squares = torch.zeros_like(total)
+        """Mean and standard deviation (D,) over the spans' frames, in float64.
+
+        NumPy on one thread: a fifth of a second on a whole data set, also where other programs hold the other cores
+        (small parallel blocks wait for each other there, for seconds).
+        """
+        total, squares = np.zeros(self.embedding_dim), np.zeros(self.embedding_dim)
         for span in spans:
-            for block in self.features[span.first : span.first + span.frames].split(_STATISTICS_ROWS):
-                wide = block.double()
-                total += wide.sum(0)
-                squares += wide.square_().sum(0)
+            values = self.features[span.first : span.first + span.frames].cpu().numpy()
+            for start in range(0, span.frames, _STATISTICS_ROWS):
+                wide = values[start : start + _STATISTICS_ROWS].astype(np.float64)
+                total += wide.sum(axis=0)
+                squares += np.einsum("td,td->d", wide, wide)
         frames = sum(span.frames for span in spans)
         mean = total / frames
-        return mean, (squares / frames - mean.square()).clamp(min=0).sqrt()
+        deviation = np.sqrt(np.maximum(squares / frames - mean**2, 0))
+        return torch.from_numpy(mean), torch.from_numpy(deviation)
 
 
 # ---------------------------------------------------------------------------------------------- sequences
