@@ -10,7 +10,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,12 +232,16 @@ class Encoder:
         """For the record: the kind of device, and which GPU."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
+    def _lower_precision(self) -> AbstractContextManager[Any]:
+        if self.spec.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.spec.precision])
+
     def __call__(self, crops: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Frames (N, S, S, 3) uint8 to embeddings (N, D) and tool logits (N, K), both float32."""
-        lower = self.spec.precision != "fp32"
         with torch.inference_mode():
             images = normalise(crops, self.preprocess, self.device)  # (N, 3, S, S)
-            with torch.autocast(self.device.type, DTYPES[self.spec.precision], enabled=lower):
+            with self._lower_precision():
                 embedding = self.backbone(images).float()  # (N, D)
             if self.tool_head is None:
                 logits = torch.full((len(crops), self.tools), torch.nan)  # (N, K)

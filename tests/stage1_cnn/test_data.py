@@ -217,5 +217,5 @@ def test_a_changed_source_is_not_cached_under_the_old_name(own_world: World) -> 
     index = own_world.index()
     path = Path(own_world.root / "video01.mp4")
     path.write_bytes(path.read_bytes() + b"more")
-    with pytest.raises(UserError, match=r"video01.mp4: has changed since it was indexed; run index again"):
+    with pytest.raises(UserError, match=r"video01.mp4: has changed since it was indexed; run `index --force`"):
         fill_cache(own_world.config, index, own_world.root, index.videos[:1], StopRequest())

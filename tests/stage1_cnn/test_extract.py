@@ -228,9 +228,9 @@ def test_a_replaced_video_is_done_again(own_world: World) -> None:
     before = features(folder)
     write_video(own_world.root / "video02.mp4", VideoSpec(count=FRAMES, width_px=64, height_px=48))
     stale = dump(own_world, index=Index.load(folder / "index.json"))
-    assert stale.failed == [
-        ("video02", f"{own_world.root}/video02.mp4: has changed since it was indexed; run index again")
-    ]
+    ((name, reason),) = stale.failed
+    assert name == "video02"
+    assert reason.startswith(f"{own_world.root}/video02.mp4: has changed since it was indexed; run `index --force`")
     report = dump(own_world)
     assert (report.done, report.skipped) == (["video02"], ["video01", "video03", "video04"])
     assert not np.array_equal(features(folder)["video02"], before["video02"])
@@ -363,19 +363,29 @@ def test_a_disk_without_room_is_noticed_before(world: World, monkeypatch: pytest
     [
         ({}, r"runs/first/cnn/best.pt: no such checkpoint; run train-cnn .*extract.encoder=initial"),
         ({"extract": {"encoder": "initial"}, "cnn": {"backbone": "vit_b_32"}}, "vit_b_32 cannot take images"),
-        ({"extract": {"encoder": "initial"}, "data": {"fps": 7}}, None),
+        (
+            {"extract": {"encoder": "initial"}, "data": {"fps": 7}},
+            r"data.fps=7 does not divide .*3 more videos\)",
+        ),
     ],
 )
-def test_settings_that_allow_nothing(world: World, changes: dict, message: str | None) -> None:
-    if message is None:
-        report = dump(world, world.set(**changes))
-        assert [video_id for video_id, _ in report.failed] == IDS
-        assert "data.fps=7 does not divide" in report.failed[0][1]
-        return
+def test_settings_that_allow_nothing(world: World, changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         dump(world, world.set(**changes))
     assert not world.config.extract.store.exists()
     assert not world.run.exists()
+
+
+def test_labels_edited_after_indexing_are_noticed(own_world: World) -> None:
+    index = own_world.index()
+    folder = dump(own_world, index=index).folder
+    before = content(folder)
+    path = own_world.root / "video02-tool.txt"
+    path.write_text(path.read_text().replace("\t1\t0", "\t0\t1"))
+    ((name, reason),) = dump(own_world, index=index).failed
+    assert name == "video02"
+    assert reason.startswith(f"{path}: has changed since it was indexed; run `index --force`")
+    assert content(folder) == before
 
 
 def test_checkpoints_of_something_else(world: World) -> None:
