@@ -90,7 +90,7 @@ def phases_of(file: Path | None) -> list[np.ndarray]:
 def measure(folder: Path, phases: Sequence[np.ndarray], repeat: int, settings: Sequence[str]) -> dict[str, object]:
     """All figures; the first round warms the disk cache and does not count."""
     features = folder / "features"
-    write_features(features, phases)
+    write_feature_set(features, phases)
     rounds = []
     for number in range(repeat + 1):
         options = [f"runs={folder / f'runs{number}'}", *settings]
@@ -111,11 +111,11 @@ def measure(folder: Path, phases: Sequence[np.ndarray], repeat: int, settings: S
     return figures | {"frames": sum(map(len, phases)), "videos": len(phases), "settings": list(settings)}
 
 
-def write_features(folder: Path, phases: Sequence[np.ndarray]) -> None:
+def write_feature_set(folder: Path, phases: Sequence[np.ndarray]) -> None:
     """Random features as `extract` leaves them: four fifths of the videos to train, the rest to choose."""
     from configs.load import load_dataset
     from features.index import Index, VideoEntry
-    from features.store import EncoderSpec, FeatureWriter, SourceIdentity, feature_path
+    from features.store import EncoderSpec, SourceIdentity, feature_path, write_features
 
     encoder = EncoderSpec("resnet50", "0" * 64, {}, 1.0, "fp32", "float16", WIDTH)
     rng = np.random.default_rng(0)
@@ -124,7 +124,7 @@ def write_features(folder: Path, phases: Sequence[np.ndarray]) -> None:
         name, count = f"video{number + 1:02d}", len(phase)
         source = SourceIdentity(name, "0" * 64, 1, 25.0)
         no_tools = np.full((count, 7), -1, np.int8)
-        with FeatureWriter(
+        with write_features(
             feature_path(folder, name), encoder, source, np.arange(count) * 25, phase, no_tools, {}
         ) as writer:
             writer.append(rng.standard_normal((count, WIDTH), np.float32), no_tools.astype(np.float32))

@@ -133,7 +133,7 @@ class TrainingSession:
             steps_in_epoch, title, "step", initial=self.position.step, disable=not self._bar_wanted
         ) as bar:
             for batch in source:
-                self._stop_if_asked()
+                self.stop_if_asked()
                 yield batch
                 bar.update(1)
                 bar.set_postfix(loss=f"{self.mean_loss:.4f}", refresh=False)
@@ -202,7 +202,7 @@ class TrainingSession:
         if better and self.accelerator.is_main_process:
             save_checkpoint(self.folder / "best.pt", self._content(values))
         self._save_last()
-        self._stop_if_asked()
+        self.stop_if_asked()
         return better
 
     def load_best(self) -> dict[str, Any]:
@@ -210,6 +210,12 @@ class TrainingSession:
         content = load_checkpoint(self.folder / "best.pt")
         self.raw_model.load_state_dict(content["model"])
         return content
+
+    def stop_if_asked(self) -> None:
+        """Save and raise Stopped where a signal came; between optimiser steps only, since half a group is not saved."""
+        if self._stop and self.position.step % self._accumulate == 0:
+            self._save_last()
+            self._stop.raise_if_set()
 
     # ------------------------------------------------------------------------------------------ inside
 
@@ -227,12 +233,6 @@ class TrainingSession:
             f"lr_{group.get('name') or index}": float(group["lr"])
             for index, group in enumerate(self.optimizer.param_groups)
         }
-
-    def _stop_if_asked(self) -> None:
-        """Between optimiser steps only: gradients of half a group are not part of a checkpoint."""
-        if self._stop and self.position.step % self._accumulate == 0:
-            self._save_last()
-            self._stop.raise_if_set()
 
     def _content(self, values: dict[str, Any]) -> dict[str, Any]:
         return {"identity": self._identity, "model": self.raw_model.state_dict(), "scores": values, **self.describe}

@@ -256,7 +256,7 @@ def predict(
     session.model.eval()
     with progress_bar(len(requests), "validation", "step") as bar, torch.inference_mode():
         for batch in loader.batches(requests):
-            session._stop_if_asked()  # the epoch's steps are saved then, and resuming begins with validation
+            session.stop_if_asked()  # the epoch's steps are saved then, and resuming begins with validation
             with session.autocast():
                 output = session.model(to_input(batch, config, session.accelerator.device))
             tools.append(output.tool_logits.float().cpu().numpy())
