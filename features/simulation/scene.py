@@ -22,9 +22,10 @@ from features.simulation.anatomy import smoothstep
 _BAG = "SpecimenBag"
 _ENERGY_TOOLS = ("Hook", "Bipolar")
 # Direction from which a tool enters, degrees, y down; a video shifts it by some 15 degrees, a presence by some 8.
-_ENTRY_DEG = {"Grasper": 188, "Bipolar": 15, "Hook": -8, "Scissors": 20, "Clipper": 0, "Irrigator": 55}
+_ENTRY_DEG = {"Grasper": 188, "Bipolar": 15, "Hook": -8, "Scissors": -50, "Clipper": 8, "Irrigator": 55}
 _TROCAR_UNITS = 1.05
 _SLIDE_IN_S = 0.4
+_INERTIA_S = 0.3
 # Share of the stretches without any tool that show no operating field, and which picture they then show.
 _OUTSIDE_P = {"Preparation": 0.3, "GallbladderRetraction": 0.4, "GallbladderPackaging": 0.15}
 _OUTSIDE_P_ELSEWHERE = 0.12
@@ -275,15 +276,20 @@ def _any_tool(tools: np.ndarray, columns: Iterable[int]) -> np.ndarray:
 
 
 def _wander(rng: np.random.Generator, frames: int, fps: float, memory_s: float, columns: int = 1) -> np.ndarray:
-    """Smooth random courses of unit variance that forget within `memory_s` (Ornstein-Uhlenbeck), (T, columns)."""
-    keep = math.exp(-1 / (fps * memory_s))
+    """Random courses of unit variance that forget within `memory_s` and do not tremble, (T, columns).
+
+    An Ornstein-Uhlenbeck process, smoothed by hands and masses (`_INERTIA_S`).
+    """
+    keep, slow = (math.exp(-1 / (fps * time_s)) for time_s in (memory_s, _INERTIA_S))
     kicks = rng.normal(0, math.sqrt(1 - keep * keep), (frames, columns))
     course = np.empty((frames, columns))
-    value = rng.normal(0, 1, columns)
+    pushed = smooth = rng.normal(0, 1, columns)
     for index in range(frames):
-        value = keep * value + kicks[index]
-        course[index] = value
-    return course
+        pushed = keep * pushed + kicks[index]
+        smooth = slow * smooth + (1 - slow) * pushed
+        course[index] = smooth
+    # Variance of a first-order process behind a first-order low-pass.
+    return course / math.sqrt((1 - slow) * (1 + keep * slow) / ((1 + slow) * (1 - keep * slow)))
 
 
 def _leak(source: np.ndarray, fps: float, rise_s: float, fall_s: float) -> np.ndarray:

@@ -239,6 +239,17 @@ def test_pictures_outside_the_body_hide_no_labelled_tool() -> None:
     assert shown > 0
 
 
+def test_camera_and_tools_move_without_jumps_at_video_rate() -> None:
+    frames = 500
+    tools = np.ones((frames, len(SPEC.tools)), dtype=bool)
+    phase = np.full(frames, SPEC.phases.index("GallbladderDissection"))
+    plan = draw_plan(np.random.default_rng(6), phase, tools, SPEC, 25)
+    for course in (plan.pan, plan.tool_tip, np.unwrap(plan.tool_angle, axis=0), plan.roll):
+        steps = np.abs(np.diff(course, axis=0))
+        assert 0 < steps.mean() < 0.01
+        assert steps.max() < 0.05
+
+
 @pytest.mark.parametrize(("width_px", "height_px"), [(128, 72), (72, 128)])
 def test_the_field_of_view_is_round_and_its_margin_black(width_px: int, height_px: int) -> None:
     tools = np.zeros((3, len(SPEC.tools)), dtype=np.int8)
