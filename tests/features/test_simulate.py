@@ -247,7 +247,7 @@ def test_camera_and_tools_move_without_jumps_at_video_rate() -> None:
     for course in (plan.pan, plan.tool_tip, np.unwrap(plan.tool_angle, axis=0), plan.roll):
         steps = np.abs(np.diff(course, axis=0))
         assert 0 < steps.mean() < 0.01
-        assert steps.max() < 0.05
+        assert steps.max() < 0.08
 
 
 @pytest.mark.parametrize(("width_px", "height_px"), [(128, 72), (72, 128)])
