@@ -1,11 +1,46 @@
-"""HDF5 files on disks that fill up."""
+"""HDF5 files on disks that fill up, and files that are checked before the HDF5 library looks at them.
+
+A flipped bit in HDF5's own structures can send the library into an endless loop, so its checksums come too late. A
+sealed file has a user block (512 bytes before the HDF5 content, which every HDF5 program skips) with size and CRC32 of
+the rest.
+"""
 
 from __future__ import annotations
 
 import io
 import os
+import zlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
+
+USER_BLOCK_BYTES = 512
+_MAGIC = b"surgstage sealed HDF5"
+_BLOCK_BYTES = 1 << 20
+
+
+def seal(path: Path) -> None:
+    """Write size and CRC32 of a closed file's content into its user block."""
+    with path.open("r+b") as stream:
+        stream.write(_seal_of(stream).ljust(USER_BLOCK_BYTES, b"\0"))
+
+
+def broken_seal(path: Path) -> str | None:
+    """Why a file is not the one that was sealed, or None. Reads it whole, in constant memory."""
+    with path.open("rb") as stream:
+        found = stream.read(USER_BLOCK_BYTES)
+        if not found.startswith(_MAGIC):
+            return "not a feature file of this project"
+        return None if found == _seal_of(stream).ljust(USER_BLOCK_BYTES, b"\0") else "damaged or cut short"
+
+
+def _seal_of(stream: BinaryIO) -> bytes:
+    """The seal of an open file's content; leaves the position at the start."""
+    stream.seek(USER_BLOCK_BYTES)
+    checksum = size = 0
+    while block := stream.read(_BLOCK_BYTES):
+        checksum, size = zlib.crc32(block, checksum), size + len(block)
+    stream.seek(0)
+    return b"%s\nbytes %d\ncrc32 %08x\n" % (_MAGIC, size, checksum)
 
 
 class Hdf5Sink(io.RawIOBase):

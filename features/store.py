@@ -30,7 +30,7 @@ from engine.files import (
     write_json,
 )
 from engine.runs import package_version
-from features.hdf5 import Hdf5Sink
+from features.hdf5 import USER_BLOCK_BYTES, Hdf5Sink, broken_seal, seal
 
 SCHEMA_VERSION = 1
 CHUNK_FRAMES = 256
@@ -126,7 +126,8 @@ def write_features(
     reopened file verifies; otherwise nothing is left. Raises UserError when the disk is full.
     """
     with atomic_path(path) as temporary:
-        with Hdf5Sink(temporary) as sink, h5py.File(sink, "w", libver=("earliest", "v110")) as file:
+        options = {"libver": ("v110", "v110"), "userblock_size": USER_BLOCK_BYTES}
+        with Hdf5Sink(temporary) as sink, h5py.File(sink, "w", **options) as file:
             writer = FeatureWriter(file, sink, encoder, source, frame_index, tools.shape[1])
             write_labels(file, phase, tools)
             file.attrs.update({**_provenance(encoder, source), **attributes})
@@ -134,6 +135,7 @@ def write_features(
             if writer.rows != len(frame_index):
                 raise UserError(f"{source.video_id}: {writer.rows} of {len(frame_index)} frames were computed")
             file.attrs["complete"] = True
+        seal(temporary)
         problem = verify_file(temporary, encoder, source)
         if problem:
             raise UserError(f"{path}: what was written does not read back ({problem}); is the disk sound?")
@@ -213,7 +215,7 @@ def write_labels(file: h5py.File, phase: NDArray[np.int8], tools: NDArray[np.int
 
 
 def read_features(path: Path, with_features: bool = True) -> VideoFeatures:
-    """Read one feature file whole; every chunk's checksum is checked on the way.
+    """Read one feature file whole; its seal and every chunk's checksum are checked on the way.
 
     Raises FeatureFileError naming the file and what is wrong with it.
     """
@@ -249,6 +251,9 @@ _DATASETS: dict[str, tuple[int, str]] = {
 def _open(path: Path) -> h5py.File:
     if not path.is_file():
         raise FeatureFileError(f"{path}: no such feature file; run extract")
+    problem = broken_seal(path)
+    if problem is not None:
+        raise FeatureFileError(f"{path}: {problem}; run extract again")
     return h5py.File(path, "r", locking=False)
 
 
@@ -316,6 +321,7 @@ def rewrite_labels(path: Path, phase: NDArray[np.int8], tools: NDArray[np.int8],
         with Hdf5Sink(temporary, "r+b") as sink, h5py.File(sink, "r+") as file:
             write_labels(file, phase, tools)
             file.attrs.update(dict(attributes))
+        seal(temporary)
         problem = verify_file(temporary)
         if problem:
             raise FeatureFileError(f"{path}: {problem}")

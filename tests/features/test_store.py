@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
+from features.hdf5 import USER_BLOCK_BYTES, seal
 from features.store import (
     EncoderSpec,
     FeatureFileError,
@@ -100,23 +101,23 @@ def test_whatever_changes_the_numbers_changes_the_folder(change: dict[str, Any])
 
 
 @given(position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-@settings(deadline=None, max_examples=60)
-def test_no_flipped_bit_changes_features_or_labels_unnoticed(
+@settings(deadline=None, max_examples=200)
+def test_every_flipped_bit_is_found_before_hdf5_looks(
     tmp_path_factory: pytest.TempPathFactory, position: float, bit: int
 ) -> None:
+    """Some flips inside HDF5's structures send the library into an endless loop, so it must never see them."""
     path = tmp_path_factory.mktemp("flip") / "video01.h5"
-    values, logits = write(path)
-    labels = read_features(path)
+    write(path)
     content = bytearray(path.read_bytes())
     content[int(position * len(content))] ^= 1 << bit
     path.write_bytes(content)
-    problem = verify_file(path, ENCODER, source())
-    if problem is None:  # padding and unused heap space of HDF5 carry no data
-        found = read_features(path)
-        assert np.array_equal(found.features, values)
-        assert np.array_equal(found.tool_logits, logits)
-        assert np.array_equal(found.phase, labels.phase)
-        assert np.array_equal(found.tools, labels.tools)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(h5py, "File", lambda *_, **__: pytest.fail("HDF5 was asked to open a damaged file"))
+        problem = verify_file(path)
+    assert problem in (
+        "damaged or cut short; run extract again",
+        "not a feature file of this project; run extract again",
+    )
 
 
 def test_every_flipped_byte_inside_the_features_is_found(tmp_path: Path) -> None:
@@ -145,12 +146,14 @@ def test_files_that_are_not_feature_files(tmp_path: Path) -> None:
     (tmp_path / "page.h5").write_text("<html>")
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["features"] = np.zeros((3, 4))
-    with h5py.File(tmp_path / "bomb.h5", "w") as file:
+    with h5py.File(tmp_path / "bomb.h5", "w", userblock_size=USER_BLOCK_BYTES) as file:
         file.attrs.update({"schema_version": 1, "complete": True})
         file.create_dataset("features", (1 << 40, 2048), "float32", chunks=(256, 2048), compression="gzip")
-    with h5py.File(tmp_path / "group.h5", "w") as file:
+    with h5py.File(tmp_path / "group.h5", "w", userblock_size=USER_BLOCK_BYTES) as file:
         file.attrs.update({"schema_version": 1, "complete": True})
         file.create_group("features")
+    for name in ("bomb.h5", "group.h5"):  # a forger can seal; what is inside is still looked at with suspicion
+        seal(tmp_path / name)
     for name in ("page.h5", "other.h5", "bomb.h5", "group.h5", "missing.h5"):
         with pytest.raises(FeatureFileError, match=name):
             read_features(tmp_path / name)
