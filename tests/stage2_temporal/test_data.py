@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from configs.errors import UserError
 from configs.schema import SequenceConfig
+from features.hdf5 import seal
 from features.store import VideoFeatures, feature_path
 from stage2_temporal.data import Batch, FeatureBank, Span, epoch_batches, group_by_length, read_training_data
 from tests.stage2_temporal.toy import PHASES, Video, cue_video, write_folder
@@ -252,5 +253,6 @@ def test_a_file_that_lies_about_its_width(tmp_path: Path) -> None:
     with h5py.File(feature_path(folder, "v1"), "r+") as file:
         del file["features"]
         file["features"] = np.zeros((13, 4), np.float16)
+    seal(feature_path(folder, "v1"))
     with pytest.raises(UserError, match=r"v1\.h5: features 4 wide, float16; the others are 6, float16"):
         read_training_data(folder)
