@@ -164,14 +164,16 @@ def test_state_dict_files(tmp_path: Path, prefix: str, with_classifier: bool) ->
     if "share" in prefix:
         state[prefix.replace("share.", "fc2.weight")] = torch.zeros(7, 512)
     torch.save(state, tmp_path / "weights.pth")
-    backbone = build_backbone("resnet18", str(tmp_path / "weights.pth"), 0)
+    backbone = build_backbone("resnet18", str(tmp_path / "weights.pth"), 0, trusted=True)
     assert torch.equal(backbone.net.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
 
 
 def test_files_older_than_batch_norms_counter(tmp_path: Path) -> None:
     state = torchvision.models.resnet18().state_dict()
     torch.save({n: t for n, t in state.items() if "num_batches" not in n}, tmp_path / "old.pth")
-    assert torch.equal(build_backbone("resnet18", str(tmp_path / "old.pth"), 0).net.conv1.weight, state["conv1.weight"])
+    assert torch.equal(
+        build_backbone("resnet18", str(tmp_path / "old.pth"), 0, trusted=True).net.conv1.weight, state["conv1.weight"]
+    )
 
 
 def test_published_densenet_spelling(tmp_path: Path) -> None:
@@ -184,7 +186,7 @@ def test_published_densenet_spelling(tmp_path: Path) -> None:
     torch.save(old, tmp_path / "densenet.pth")
     key = "features.denseblock1.denselayer1.conv1.weight"
     assert torch.equal(
-        build_backbone("densenet121", str(tmp_path / "densenet.pth"), 0).net.state_dict()[key], state[key]
+        build_backbone("densenet121", str(tmp_path / "densenet.pth"), 0, trusted=True).net.state_dict()[key], state[key]
     )
 
 
@@ -205,7 +207,7 @@ def test_weights_of_another_architecture(tmp_path: Path, change, message: str) -
     path = tmp_path / "weights.pth"
     torch.save(change(torchvision.models.resnet18().state_dict()), path)
     with pytest.raises(UserError) as error:
-        build_backbone("resnet18", str(path), 0)
+        build_backbone("resnet18", str(path), 0, trusted=True)
     assert str(error.value).startswith(f"{path}: does not hold weights of resnet18 (")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -215,7 +217,7 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match=str(path)):
-        build_backbone(SMALL, str(path), 0)
+        build_backbone(SMALL, str(path), 0, trusted=True)
     with pytest.raises(UserError, match=r"nowhere.pth: no such file; choose imagenet"):
         build_backbone(SMALL, "nowhere.pth", 0)
     with pytest.raises(UserError, match=r"earlier.cnn.best.pt: no such checkpoint"):
