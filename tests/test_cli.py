@@ -383,7 +383,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], expected: s
     assert os.listdir(tmp_path) == ["empty"]
 
 
-@pytest.mark.parametrize("content", [b"", b"not a video", b"\x00" * 100_000])
+@pytest.mark.parametrize("content", [b"", b"not a video", b"\x00" * 100_000], ids=["empty", "text", "zeros"])
 def test_files_that_are_no_videos(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/video01.mp4").write_bytes(content)
