@@ -22,8 +22,8 @@ SEED ?= 0
 DEMO_NAME ?= $(if $(filter 0,$(SEED)),demo,demo-seed$(SEED))
 
 demo: $(STAMP) ## simulate operations, run the whole pipeline on them, say where to look (SEED=1 for others)
-	$(BIN)/python pipeline.py simulate artifacts/demo/videos-$(SEED) --videos 36 --seed $(SEED) --fps 2 \
-		--width 128 --height 128 --speed-up 10 --workers 2
+	$(BIN)/python pipeline.py simulate artifacts/demo/videos-$(SEED) --videos 44 --seed $(SEED) --fps 2 \
+		--width 112 --height 112 --speed-up 16 --workers 2
 	$(BIN)/python pipeline.py run --config configs/demo.yaml --name $(DEMO_NAME) --set seed=$(SEED) \
 		--set data.root=artifacts/demo/videos-$(SEED) --set data.index=artifacts/demo/index-$(SEED).json
 
