@@ -160,7 +160,7 @@ def train_cnn_command(source: str, overrides: tuple[str, ...], name: str | None,
     from stage1_cnn.train import train_cnn
 
     resolved = _config(source, overrides)
-    with _stop_between_steps() as stop:
+    with _stop_when_asked() as stop:
         index, root = _dataset(resolved)
         result = train_cnn(resolved, _run(resolved, source, name), index, root, stop, trusted=trusted)
     click.echo(f"stage one: {_sentence(result)}")
@@ -184,7 +184,7 @@ def extract(
 
     more = (f"data.index={index_file}",) if index_file else ()
     resolved = _config(source, (*overrides, *more))
-    with _stop_at_once() as stop:
+    with _stop_when_asked() as stop:
         index, root = _dataset(resolved)
         report = extract_features(
             resolved, _run(resolved, source, name), index, root, shard=part, stop=stop, trusted=trusted
@@ -211,7 +211,7 @@ def train_temporal_command(source: str, overrides: tuple[str, ...], name: str | 
     resolved = _config(source, overrides)
     run = _run(resolved, source, name)
     folder = find_feature_folder(features, run, resolved.extract.store)
-    with _stop_between_steps() as stop:
+    with _stop_when_asked() as stop:
         result = train_temporal(resolved, run, folder, stop)
     click.echo(f"stage two: {_sentence(result)}")
 
@@ -239,7 +239,7 @@ def evaluate(
 
     resolved = _config(source, overrides)
     run = _run(resolved, source, name)
-    with _stop_at_once() as stop:
+    with _stop_when_asked() as stop:
         evaluate_run(resolved, run, split=split, features=features, index_file=index_file, stop=stop)
 
 
@@ -253,7 +253,7 @@ def run_command(source: str, overrides: tuple[str, ...], name: str | None) -> No
     from stage2_temporal.run import run_all
 
     resolved = _config(source, overrides)
-    with _stop_between_steps() as stop:
+    with _stop_when_asked() as stop:
         run_all(resolved, _run(resolved, source, name), stop)
 
 
@@ -287,7 +287,7 @@ def simulate_command(
     from engine.progress import progress_bar
     from features.simulation import simulate
 
-    with _stop_at_once(), progress_bar(videos, "simulating", "video") as bar:
+    with _stop_when_asked() as stop, progress_bar(videos, "simulating", "video") as bar:
         made = simulate(
             out,
             videos=videos,
@@ -299,6 +299,7 @@ def simulate_command(
             speed_up=speed_up,
             first_number=first_number,
             workers=workers,
+            stop=stop,
             on_progress=lambda done, total: bar.update(done - bar.n),
         )
     click.echo(f"{out}: {len(made.made)} simulated videos made ({made.video_s:.0f} s), {len(made.skipped)} were there")
@@ -340,16 +341,10 @@ def _dataset(config: Config) -> tuple[Any, Path]:
     return open_dataset(config)
 
 
-def _stop_between_steps() -> Any:
+def _stop_when_asked() -> Any:
     from engine.stopping import watch_signals
 
     return watch_signals()
-
-
-def _stop_at_once() -> Any:
-    from engine.stopping import watch_signals
-
-    return watch_signals(immediate=True)
 
 
 def _shard(text: str) -> tuple[int, int]:

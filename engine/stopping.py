@@ -38,12 +38,12 @@ class StopRequest:
 
 
 @contextmanager
-def watch_signals(immediate: bool = False) -> Iterator[StopRequest]:
+def watch_signals() -> Iterator[StopRequest]:
     """Catch SIGTERM, SIGUSR1 and SIGINT while the body runs.
 
-    They set the yielded request; with `immediate`, they raise Stopped where the program stands (for work whose files
-    are atomic anyway). A second SIGINT always raises KeyboardInterrupt, for those who cannot wait. Outside the main
-    thread, where Python allows no handlers, nothing is caught.
+    They only set the yielded request: an exception raised by a handler can land in a library's destructor or weak
+    reference callback, where Python prints it and goes on. A second SIGINT raises KeyboardInterrupt all the same, for
+    those who cannot wait. Outside the main thread, where Python allows no handlers, nothing is caught.
     """
     request = StopRequest()
 
@@ -52,8 +52,6 @@ def watch_signals(immediate: bool = False) -> Iterator[StopRequest]:
         request.number = request.number or number
         if again and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if immediate and not again:
-            raise Stopped(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield request

@@ -87,7 +87,7 @@ def evaluate_run(
         metrics = read_json(out / METRICS_FILE)
         say(f"{out}: unchanged")
     else:
-        metrics = _score(config, temporal, material) | {"identity_sha256": identity}
+        metrics = _score(config, temporal, material, stop) | {"identity_sha256": identity}
         _write(out, material, metrics)
         metrics = {key: value for key, value in metrics.items() if key != "predictions"}
         write_json(out / METRICS_FILE, metrics)
@@ -158,10 +158,10 @@ def _already(out: Path, identity: str) -> bool:
 # ---------------------------------------------------------------------------------------------- numbers
 
 
-def _score(config: Config, temporal: Path, material: Material) -> dict[str, Any]:
+def _score(config: Config, temporal: Path, material: Material, stop: StopRequest) -> dict[str, Any]:
     """Metrics of every head and of the tools; `predictions` holds what the files are written from."""
     spec = material.index.dataset
-    probabilities = _probabilities(config, temporal, material)
+    probabilities = _probabilities(config, temporal, material, stop)
     truth = material.truth
     predicted = {
         head: {name: values.argmax(axis=1).astype(np.int8) for name, values in videos.items()}
@@ -186,14 +186,16 @@ def _score(config: Config, temporal: Path, material: Material) -> dict[str, Any]
     }
 
 
-def _probabilities(config: Config, temporal: Path, material: Material) -> dict[str, dict[str, NDArray[np.float32]]]:
+def _probabilities(
+    config: Config, temporal: Path, material: Material, stop: StopRequest
+) -> dict[str, dict[str, NDArray[np.float32]]]:
     heads = {"temporal": temporal, "frame": temporal / "frame"}
     found = {}
     for head, folder in heads.items():
         if (folder / "best.pt").exists():
             model, about = load_temporal(folder)
             found[head] = predict_phases(
-                model, material.videos, about["inference"], about["frames"], device=config.device
+                model, material.videos, about["inference"], about["frames"], device=config.device, stop=stop
             )
     return found
 

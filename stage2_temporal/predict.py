@@ -16,6 +16,7 @@ from configs.errors import UserError
 from configs.schema import HeadConfig
 from engine.checkpoints import load_checkpoint
 from engine.device import choose_device
+from engine.stopping import StopRequest
 from features.store import VideoFeatures
 from stage2_temporal.data import Batch, FeatureBank, Span, chunk_batches, clip_batches, group_by_length
 from stage2_temporal.model import PhaseModel, Standardise, State, build_head, first_rows, require_causal
@@ -53,8 +54,10 @@ def predict_phases(
     inference: Inference,
     frames: int,
     device: str = "auto",
+    stop: StopRequest | None = None,
 ) -> dict[str, NDArray[np.float32]]:
-    """Probabilities (T, C) fp32 of every video; see `predict_spans`. Raises UserError for features of another width."""
+    """Probabilities (T, C) fp32 of every video; see `predict_spans`. Raises UserError for features of another width,
+    Stopped when asked to stop."""
     width = len(model.standardise.mean)
     for video_id, video in videos.items():
         if video.features.shape[1] != width:
@@ -67,6 +70,8 @@ def predict_phases(
     predicted: dict[str, NDArray[np.float32]] = {}
     filled = sorted((name for name, video in videos.items() if len(video)), key=lambda name: -len(videos[name]))
     for start in range(0, len(filled), _VIDEOS):  # a table of all videos would double what they take
+        if stop is not None:
+            stop.raise_if_set()
         ids = filled[start : start + _VIDEOS]
         bank = FeatureBank.of({video_id: videos[video_id] for video_id in ids}).to(place)
         found = predict_spans(model, bank, bank.spans, inference, frames)

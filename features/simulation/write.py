@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,6 +36,7 @@ from engine.files import (
     write_json,
     write_text,
 )
+from engine.stopping import StopRequest
 from features.annotations import (
     PhaseTrack,
     ToolTrack,
@@ -51,6 +52,7 @@ from features.simulation.scene import Scene
 # Raised with every change that alters labels or pixels, so that a folder never mixes two simulators.
 SIMULATOR_VERSION = 1
 SETTINGS_FILE = "simulation.json"
+_POLL_S = 0.3
 _VIDEOS, _PHASES, _TOOLS = "videos", "phase_annotations", "tool_annotations"
 _PROGRAM = "surgstage simulate"
 # Fixed, and one thread: the same pictures give the same stream. B-frames because real recordings have them.
@@ -114,13 +116,15 @@ def simulate(
     speed_up: float = 1.0,
     first_number: int = 1,
     workers: int = 1,
+    stop: StopRequest | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> SimulatedData:
     """Write `videos` simulated operations, numbered from `first_number`, below `out`.
 
     `speed_up` divides the length of everything: at 10, an operation of 35 minutes becomes a video of 3.5. Videos that
     are whole already are left alone; `on_progress(done, videos)` counts them too. Raises UserError for settings that
-    make no video, for a folder that holds other data or was made with other settings, and where nothing can be written.
+    make no video, for a folder that holds other data or was made with other settings, and where nothing can be written;
+    Stopped, with the video in hand removed, when asked to stop.
     """
     _check_numbers(
         videos=(videos, 1, 100_000),
@@ -145,7 +149,9 @@ def simulate(
     made: list[str] = []
     skipped: list[str] = []
     video_s = 0.0
-    for done, (number, seconds) in enumerate(_each_video(out, settings, numbers, workers), start=1):
+    for done, (number, seconds) in enumerate(
+        _each_video(out, settings, numbers, workers, StopRequest() if stop is None else stop), start=1
+    ):
         (made if seconds else skipped).append(spec.id_format.format(number=number))
         video_s += seconds
         if on_progress is not None:
@@ -208,20 +214,27 @@ def _expected_bytes(settings: Settings, videos: int) -> int:
 # ---------------------------------------------------------------------------------------------- videos
 
 
-def _each_video(out: Path, settings: Settings, numbers: Iterable[int], workers: int) -> Iterator[tuple[int, float]]:
+def _each_video(
+    out: Path, settings: Settings, numbers: Iterable[int], workers: int, stop: StopRequest
+) -> Iterator[tuple[int, float]]:
     """Number and seconds of video made (0 if it was whole already) of each video, as they get ready."""
     if workers == 1:
         for number in numbers:
-            yield number, _write_video(out, settings, number)
+            yield number, _write_video(out, settings, number, stop.raise_if_set)
         return
     # Spawned, not forked: the parent may hold threads of other libraries.
     context = multiprocessing.get_context("spawn")
     stopped = context.Value("b", 0, lock=False)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_process, initargs=(stopped,))
-    futures: dict[Future[float], int] = {pool.submit(_write_video, out, settings, number): number for number in numbers}
+    futures: dict[Future[float], int] = {
+        pool.submit(_write_in_process, out, settings, number): number for number in numbers
+    }
     try:
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        while futures:
+            finished, _ = wait(futures, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+            stop.raise_if_set()
+            for future in finished:
+                yield futures.pop(future), future.result()
     except BrokenProcessPool as error:
         raise UserError(
             f"{out}: a simulating process was killed (out of memory?); run it again with fewer workers, it goes on "
@@ -257,8 +270,16 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _write_video(out: Path, settings: Settings, number: int) -> float:
-    """Write what is missing of one video; seconds of video made, 0 if all was there."""
+def _write_in_process(out: Path, settings: Settings, number: int) -> float:
+    def check_stop() -> None:
+        if _stopped.value:
+            raise _StoppedByParent
+
+    return _write_video(out, settings, number, check_stop)
+
+
+def _write_video(out: Path, settings: Settings, number: int, check_stop: Callable[[], None]) -> float:
+    """Write what is missing of one video; seconds of video made, 0 if all was there. `check_stop` raises to stop."""
     spec = settings.spec
     label_rng, picture_rng = np.random.default_rng([settings.seed, number]).spawn(2)
     operation = draw_operation(label_rng, spec)
@@ -275,7 +296,7 @@ def _write_video(out: Path, settings: Settings, number: int) -> float:
         return 0.0
     scene = Scene(picture_rng, phase, tools, spec, settings.fps, settings.width_px, settings.height_px)
     with atomic_path(path) as temporary:
-        _encode(temporary, scene, settings)
+        _encode(temporary, scene, settings, check_stop)
         if _frames_in(temporary) != len(phase):
             raise UserError(f"{path}: the encoder lost frames; check the installation of PyAV (pip install -U av)")
     return len(phase) / settings.fps
@@ -298,15 +319,14 @@ def _keep(
     return False
 
 
-def _encode(path: Path, scene: Scene, settings: Settings) -> None:
+def _encode(path: Path, scene: Scene, settings: Settings, check_stop: Callable[[], None]) -> None:
     import av
 
     with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libx264", rate=settings.fps, options=dict(_ENCODER))
         stream.width, stream.height, stream.pix_fmt = settings.width_px, settings.height_px, "yuv420p"
         for pixels in scene:
-            if _stopped is not None and _stopped.value:
-                raise _StoppedByParent
+            check_stop()
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
 

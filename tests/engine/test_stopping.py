@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 import pytest
 
@@ -21,9 +22,18 @@ def test_a_signal_is_remembered_until_the_loop_looks(number: int, code: int) -> 
     assert caught.value.exit_code == code
 
 
-def test_immediate_raises_where_the_program_stands() -> None:
-    with pytest.raises(Stopped, match="SIGTERM"), watch_signals(immediate=True):
-        os.kill(os.getpid(), signal.SIGTERM)
+def test_a_signal_inside_a_destructor_is_neither_lost_nor_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closing:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    ignored: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    with pytest.raises(Stopped, match="SIGTERM"), watch_signals() as stop:
+        opened = Closing()
+        del opened
+        stop.raise_if_set()
+    assert ignored == []
 
 
 def test_a_second_ctrl_c_does_not_wait() -> None:

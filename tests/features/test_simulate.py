@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from sklearn.metrics import roc_auc_score
 from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import DataConfig, SplitConfig
+from engine.stopping import Stopped, watch_signals
 from features.annotations import read_phase_file, read_tool_file
 from features.index import build_index
 from features.simulation import Operation, Scene, draw_operation, frame_seconds, load_table, simulate
@@ -420,6 +423,17 @@ def test_an_interrupted_video_leaves_nothing_behind_and_the_next_run_makes_it(
             simulate(tmp_path, videos=1, **SMALL)
     assert not [name for name in files(tmp_path) if name.startswith("videos/") or name.endswith(".tmp")]
     assert simulate(tmp_path, videos=1, **SMALL).made == ("video01",)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_signal_stops_it_between_frames(tmp_path: Path, workers: int) -> None:
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    with watch_signals() as stop:
+        timer.start()
+        with pytest.raises(Stopped):
+            simulate(tmp_path, videos=200, workers=workers, stop=stop, **SMALL)
+    timer.join()
+    assert not [name for name in files(tmp_path) if name.endswith(".tmp")]
 
 
 # ---------------------------------------------------------------------------------------------- wrong settings
