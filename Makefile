@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast lint types bench clean
+.PHONY: help install demo demo-joint test fast lint types bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -25,6 +25,13 @@ demo: $(STAMP) ## simulate operations, run the whole pipeline on them, say where
 	$(BIN)/python pipeline.py simulate artifacts/demo/videos-$(SEED) --videos 44 --seed $(SEED) --fps 2 \
 		--width 112 --height 112 --speed-up 16 --workers 2
 	$(BIN)/python pipeline.py run --config configs/demo.yaml --name $(DEMO_NAME) --set seed=$(SEED) \
+		--set data.root=artifacts/demo/videos-$(SEED) --set data.index=artifacts/demo/index-$(SEED).json
+
+demo-joint: demo ## then both stages in one net: fine-tuned end to end with the correlation loss
+	$(BIN)/python pipeline.py train-joint --config configs/demo_joint.yaml --name $(DEMO_NAME)-joint --set seed=$(SEED) \
+		--from-cnn $(DEMO_NAME) --from-temporal $(DEMO_NAME) \
+		--set data.root=artifacts/demo/videos-$(SEED) --set data.index=artifacts/demo/index-$(SEED).json
+	$(BIN)/python pipeline.py evaluate --config configs/demo_joint.yaml --name $(DEMO_NAME)-joint --set seed=$(SEED) \
 		--set data.root=artifacts/demo/videos-$(SEED) --set data.index=artifacts/demo/index-$(SEED).json
 
 test: $(STAMP) lint types ## install, lint, type-check, run every test

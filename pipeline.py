@@ -87,6 +87,7 @@ def cli() -> None:
     train-cnn       stage one: fine-tune a CNN on the tools seen in frames
     extract         one embedding a frame into one HDF5 file a video
     train-temporal  stage two: an LSTM over whole videos, seconds an epoch
+    train-joint     both stages in one net, end to end (MTRCNet, MTRCNet-CL)
     evaluate        phases and tools on the test videos: tables, JSON, ribbons
     run             all of these from one file of settings
     simulate        simulated operations to try it on
@@ -170,9 +171,16 @@ def train_cnn_command(source: str, overrides: tuple[str, ...], name: str | None,
 @settings
 @click.option("--shard", default="0/1", show_default=True, metavar="I/N", help="Do every N-th video, from number I.")
 @click.option("--index", "index_file", type=click.Path(path_type=Path), help="Another index than data.index.")
+@click.option("--from-joint", "joint_run", metavar="RUN", help="Encode with the backbone of a run's joint net.")
 @TRUSTED
 def extract(
-    source: str, overrides: tuple[str, ...], name: str | None, shard: str, index_file: Path | None, trusted: bool
+    source: str,
+    overrides: tuple[str, ...],
+    name: str | None,
+    shard: str,
+    index_file: Path | None,
+    joint_run: str | None,
+    trusted: bool,
 ) -> None:
     """Turn every sampled frame into an embedding (and tool logits): one HDF5 file a video.
 
@@ -183,7 +191,7 @@ def extract(
     from stage1_cnn.extract import extract as extract_features
 
     more = (f"data.index={index_file}",) if index_file else ()
-    resolved = _config(source, (*overrides, *more))
+    resolved = _config(source, (*overrides, *more, *_joint_setting(source, overrides, "extract.checkpoint", joint_run)))
     with _stop_when_asked() as stop:
         index, root = _dataset(resolved)
         report = extract_features(
@@ -199,7 +207,10 @@ def extract(
 @cli.command("train-temporal")
 @settings
 @click.option("--features", type=click.Path(path_type=Path), help="Feature folder. Default: the one `extract` made.")
-def train_temporal_command(source: str, overrides: tuple[str, ...], name: str | None, features: Path | None) -> None:
+@click.option("--from-joint", "joint_run", metavar="RUN", help="Start from the LSTM of a run's joint net.")
+def train_temporal_command(
+    source: str, overrides: tuple[str, ...], name: str | None, features: Path | None, joint_run: str | None
+) -> None:
     """Stage two: train a phase model over whole videos of features; no image is touched.
 
     A per-frame linear head is trained beside it on the same features, for as long, as the baseline. Another experiment
@@ -208,7 +219,7 @@ def train_temporal_command(source: str, overrides: tuple[str, ...], name: str | 
     from features.store import find_feature_folder
     from stage2_temporal.train import train_temporal
 
-    resolved = _config(source, overrides)
+    resolved = _config(source, (*overrides, *_joint_setting(source, overrides, "temporal.start_from", joint_run)))
     run = _run(resolved, source, name)
     folder = find_feature_folder(features, run, resolved.extract.store)
     with _stop_when_asked() as stop:
@@ -216,9 +227,51 @@ def train_temporal_command(source: str, overrides: tuple[str, ...], name: str | 
     click.echo(f"stage two: {_sentence(result)}")
 
 
+@cli.command("train-joint")
+@settings
+@click.option("--from-cnn", "cnn_run", metavar="RUN", help="Backbone and tool head of a run's train-cnn.")
+@click.option("--from-temporal", "temporal_run", metavar="RUN", help="LSTM of a run's train-temporal.")
+@click.option("--from-joint", "joint_run", metavar="RUN", help="Every branch of another run's joint net (or import).")
+@TRUSTED
+def train_joint_command(
+    source: str,
+    overrides: tuple[str, ...],
+    name: str | None,
+    cnn_run: str | None,
+    temporal_run: str | None,
+    joint_run: str | None,
+    trusted: bool,
+) -> None:
+    """Both stages in one net, trained end to end on clips of frames: MTRCNet, and with joint.mapping MTRCNet-CL.
+
+    Without --from options the backbone starts from cnn.weights and all else fresh. Steps (multitask, mapping,
+    correlation) follow one another; stopped and started again, training goes on where it was.
+    """
+    from stage2_temporal.joint_train import Start, train_joint
+
+    resolved = _config(source, overrides)
+    runs = [_run(resolved, source, other) if other else None for other in (cnn_run, temporal_run, joint_run)]
+    with _stop_when_asked() as stop:
+        index, root = _dataset(resolved)
+        result = train_joint(resolved, _run(resolved, source, name), index, root, stop, Start(*runs), trusted=trusted)
+    click.echo(f"joint net: {_sentence(result)}")
+
+
 @cli.command()
 @settings
 @click.option("--features", type=click.Path(path_type=Path), help="Feature folder. Default: the one of the run.")
+@click.option(
+    "--model",
+    type=click.Choice(["auto", "temporal", "joint"]),
+    default="auto",
+    show_default=True,
+    help="Which of the run's nets; auto takes the joint one where there is no other.",
+)
+@click.option(
+    "--inference",
+    type=click.Choice(["clip", "carried"]),
+    help="State from zero at each clip, or carried through the video. Default: as it was trained to be used.",
+)
 @click.option("--split", default="test", show_default=True, type=click.Choice(["train", "val", "test", "all"]))
 @click.option(
     "--index",
@@ -231,16 +284,31 @@ def evaluate(
     overrides: tuple[str, ...],
     name: str | None,
     features: Path | None,
+    model: str,
+    inference: Any,
     split: str,
     index_file: Path | None,
 ) -> None:
-    """Phases and tools of a trained run: tables, metrics.json, a prediction file a video, and ribbons as PNG."""
+    """Phases and tools of a trained run: tables, metrics.json, a prediction file a video, and ribbons as PNG.
+
+    A joint net reads pictures, so it needs data.root; joint.crops=five or ten averages over crops.
+    """
     from stage2_temporal.evaluate import evaluate_run
+    from stage2_temporal.joint_evaluate import evaluate_joint
 
     resolved = _config(source, overrides)
     run = _run(resolved, source, name)
+    joint = model == "joint" or (model == "auto" and (run / "joint").exists() and not (run / "temporal").exists())
     with _stop_when_asked() as stop:
-        evaluate_run(resolved, run, split=split, features=features, index_file=index_file, stop=stop)
+        if joint:
+            other = (f"data.index={index_file}",) if index_file else ()
+            resolved = _config(source, (*overrides, *other))
+            index, root = _dataset(resolved)
+            evaluate_joint(resolved, run, index, root, split=split, inference=inference, stop=stop)
+            return
+        evaluate_run(
+            resolved, run, split=split, features=features, index_file=index_file, stop=stop, inference=inference
+        )
 
 
 @cli.command("run")
@@ -333,6 +401,15 @@ def features_info(folder: Path) -> None:
 
     for line in describe_folder(folder):
         click.echo(line)
+
+
+def _joint_setting(source: str, overrides: tuple[str, ...], key: str, joint_run: str | None) -> tuple[str, ...]:
+    """The setting that names the checkpoint of a run's joint net."""
+    if joint_run is None:
+        return ()
+    from stage2_temporal.joint import joint_checkpoint
+
+    return (f"{key}={joint_checkpoint(_run(_config(source, overrides), source, joint_run))}",)
 
 
 def _dataset(config: Config) -> tuple[Any, Path]:

@@ -225,6 +225,9 @@ class ExtractConfig(Strict):
     encoder: Literal["finetuned", "initial"] = Field(
         "finetuned", description="backbone of the run's train-cnn, or the one cnn.weights names, untrained further"
     )
+    checkpoint: Path | None = Field(
+        None, description="a joint net's checkpoint that encodes instead (`extract --from-joint RUN` sets it)"
+    )
     precision: Precision = Field("auto", description="arithmetic of the forward pass")
     storage: Literal["float16", "float32"] = "float16"
     batch_frames: int = Field(32, ge=1)
@@ -237,6 +240,8 @@ class LstmHead(Strict):
     layers: int = Field(1, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     bidirectional: bool = Field(False, description="offline only: looks into the future")
+    relu: bool = Field(False, description="ReLU on the LSTM's output (MTRCNet-CL)")
+    fc_hidden: int | None = Field(None, ge=1, description="one more linear layer and ReLU before the last one")
 
 
 class GruHead(Strict):
@@ -286,7 +291,79 @@ class TemporalConfig(LoopConfig):
     class_weighting: Literal["none", "inverse_frequency"] = "none"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     standardise: bool = Field(True, description="scale features by mean and deviation of the training videos")
+    start_from: Path | None = Field(
+        None,
+        description="a joint net's checkpoint whose phase branch the head starts from (`--from-joint RUN` sets it)",
+    )
     baseline: bool = Field(True, description="also train the per-frame linear head, same features, epochs and choice")
+
+
+class JointNetConfig(Strict):
+    """The joint net's branches; its backbone is `cnn.backbone`, its phase branch `temporal.head`."""
+
+    tasks: Literal["both", "tool", "phase"] = "both"
+    tool_hidden: int | None = Field(
+        None, ge=1, description="width of the tool branch's hidden layer (MTRCNet-CL: 512); null: one linear layer"
+    )
+    mapping: bool = Field(False, description="predict tools from the phase branch too (MTRCNet-CL)")
+
+    @model_validator(mode="after")
+    def _mapping_needs_both(self) -> JointNetConfig:
+        if self.mapping and self.tasks != "both":
+            raise ValueError(f"mapping=true needs tasks=both, not {self.tasks}")
+        return self
+
+
+class JointLossConfig(Strict):
+    """Cross-entropy on phases + tool_weight x binary cross-entropy on tools + alpha x correlation; docs/method.md."""
+
+    tool_weight: float = Field(1.0, ge=0)
+    phase_frames: Literal["all", "last"] = Field("all", description="phase loss on every frame of a clip, or its last")
+    alpha: float = Field(1.0, ge=0, description="weight of the correlation term in step `correlation`")
+    direction: Literal["mapped_branch", "branch_mapped"] = Field(
+        "mapped_branch",
+        description="KL(mapped || branch): the mapped prediction is the target; or KL(branch || mapped)",
+    )
+    detach: Literal["none", "mapped", "branch"] = Field(
+        "mapped", description="which of the two predictions the correlation term sends no gradient into"
+    )
+
+
+class JointStepConfig(LoopConfig):
+    """One step of the joint schedule."""
+
+    epochs: int = Field(25, ge=1)
+    optim: OptimConfig = OptimConfig(name="sgd", lr=1e-3)
+    backbone_lr_factor: float = Field(0.1, ge=0, le=1)
+    freeze_mapping: bool = Field(False, description="step `correlation`: keep the mapping as step `mapping` left it")
+
+
+class JointConfig(Strict):
+    """The joint mode: both stages in one net, end to end (MTRCNet and MTRCNet-CL)."""
+
+    net: JointNetConfig = JointNetConfig()
+    sequence: SequenceConfig = SequenceConfig(mode="clips", frames=10, batch=10, inference="clip")
+    loss: JointLossConfig = JointLossConfig()
+    multitask: JointStepConfig = JointStepConfig()
+    mapping: JointStepConfig | None = Field(None, description="second step: the mapping alone, all else frozen")
+    correlation: JointStepConfig | None = Field(None, description="third step: all together, with the correlation")
+    accumulate_steps: int = Field(1, ge=1)
+    freeze_batch_norm: bool = False
+    gradient_checkpointing: bool = Field(False, description="compute the backbone twice and keep less in memory")
+    clips_per_epoch: int | None = Field(None, ge=1, description="random subset of clips an epoch; null takes all")
+    workers: int = Field(-1, ge=-1, description="loader processes; -1 picks by cores")
+    augment: AugmentConfig = AugmentConfig()
+    crops: Literal["centre", "random", "five", "ten"] = Field("centre", description="evaluation; several are averaged")
+
+    @model_validator(mode="after")
+    def _fits(self) -> JointConfig:
+        if self.sequence.mode == "full":
+            raise ValueError("sequence.mode=full would hold the images of whole videos; use clips or chunked")
+        if (self.mapping or self.correlation) and not self.net.mapping:
+            raise ValueError("steps mapping and correlation need net.mapping=true")
+        if self.correlation and not self.mapping:
+            raise ValueError("step correlation comes after step mapping; give joint.mapping too")
+        return self
 
 
 class Config(Strict):
@@ -301,3 +378,4 @@ class Config(Strict):
     cnn: CnnConfig = CnnConfig()
     extract: ExtractConfig = ExtractConfig()
     temporal: TemporalConfig = TemporalConfig()
+    joint: JointConfig = JointConfig()

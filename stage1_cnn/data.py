@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from stage1_cnn.pool import available_cores, leave_signals_to_parent
 
 PREFETCH_BATCHES = 2
 MOST_WORKERS = 8
+AnyBatch = TypeVar("AnyBatch")
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,24 @@ class FrameBatch(NamedTuple):
 
 
 def labelled_frames(
-    config: Config, index: Index, root: Path, entries: Sequence[VideoEntry], with_phases: bool
+    config: Config,
+    index: Index,
+    root: Path,
+    entries: Sequence[VideoEntry],
+    with_phases: bool,
+    every_frame: bool = False,
 ) -> LabelledFrames:
     """All samples of `entries` with a tool label or, `with_phases`, a phase label; their frames need not be cached yet.
 
-    Raises UserError naming the video whose labels are not to be had.
+    `every_frame` keeps the others too, for clips that must not have holes. Raises UserError naming the video whose
+    labels are not to be had.
     """
     tools = np.zeros((0, len(index.dataset.tools)), dtype=np.int8)
     parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int8), tools)]
     for number, entry in enumerate(entries):
         frame_index = sampled_frames(entry, config.data.fps)
         phase, tools = load_labels(entry, root, index, frame_index, config.data.tools_between_rows)
-        usable = np.flatnonzero((tools >= 0).any(axis=1) | ((phase >= 0) & with_phases))
+        usable = np.flatnonzero((tools >= 0).any(axis=1) | ((phase >= 0) & with_phases) | every_frame)
         parts.append((np.full(len(usable), number), usable, phase[usable], tools[usable]))
     video, sample, phase, tools = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     cache = frame_cache(config)
@@ -146,12 +153,15 @@ class FrameDataset(Dataset):
 # ---------------------------------------------------------------------------------------------- loading
 
 
-class FrameLoader:
-    """Loads requests in order, ahead of time in `workers` processes, which live until the loader is closed."""
+class FrameLoader(Generic[AnyBatch]):
+    """Loads requests in order, ahead of time in `workers` processes, which live until the loader is closed.
 
-    def __init__(self, dataset: FrameDataset, workers: int, device: torch.device) -> None:
-        self._requests: list[Request] = []
-        self._running: Generator[FrameBatch, None, None] | None = None
+    `dataset[request]` is a batch or the UserError that stood in its way.
+    """
+
+    def __init__(self, dataset: Dataset, workers: int, device: torch.device) -> None:
+        self._requests: list[Any] = []
+        self._running: Generator[AnyBatch, None, None] | None = None
         options: dict[str, Any] = {}
         if workers:
             options = {
@@ -173,13 +183,13 @@ class FrameLoader:
             **options,
         )
 
-    def batches(self, requests: Iterable[Request]) -> Iterator[FrameBatch]:
+    def batches(self, requests: Iterable[Any]) -> Iterator[AnyBatch]:
         """The batches of `requests`, one each. Raises UserError naming the frame that cannot be had."""
         self._requests[:] = requests
         self._running = self._batches()
         return self._running
 
-    def _batches(self) -> Generator[FrameBatch, None, None]:
+    def _batches(self) -> Generator[AnyBatch, None, None]:
         assert self._loader is not None
         for batch in self._loader:
             if isinstance(batch, UserError):
@@ -192,7 +202,7 @@ class FrameLoader:
             self._running.close()
         self._running = self._loader = None
 
-    def __enter__(self) -> FrameLoader:
+    def __enter__(self) -> FrameLoader[AnyBatch]:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -202,10 +212,10 @@ class FrameLoader:
 class _Listed:
     """A sampler that is a list somebody else fills."""
 
-    def __init__(self, requests: list[Request]) -> None:
+    def __init__(self, requests: list[Any]) -> None:
         self._requests = requests
 
-    def __iter__(self) -> Iterator[Request]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(list(self._requests))
 
     def __len__(self) -> int:

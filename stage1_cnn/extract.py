@@ -20,9 +20,10 @@ import torch
 from numpy.typing import NDArray
 
 from configs.errors import UserError
+from configs.load import differences
 from configs.schema import Config, PreprocessConfig
 from engine.device import DTYPES, choose_device, choose_precision, seed_everything
-from engine.files import read_json, require_free_bytes, sha256_json, write_json
+from engine.files import read_json, require_free_bytes, sha256_file, sha256_json, write_json
 from engine.progress import say
 from engine.runs import RESULT_FILE, StageFolder
 from engine.stopping import StopRequest
@@ -46,6 +47,7 @@ from stage1_cnn.model import (
     ToolNet,
     best_checkpoint,
     initial_backbone,
+    rebuild_encoder,
     rebuild_from_checkpoint,
     require_image_size,
     weights_identity,
@@ -148,6 +150,7 @@ def _identity(config: Config, index: Index) -> dict[str, Any]:
         "backbone": config.cnn.backbone,
         "extract": chosen.model_dump(mode="json", include={"encoder", "precision", "storage"}),
         "initial": initial if chosen.encoder == "initial" else None,
+        "checkpoint_sha256": sha256_file(chosen.checkpoint) if chosen.checkpoint else None,
     }
 
 
@@ -257,7 +260,9 @@ def load_encoder(config: Config, run: Path | None, index: Index, trusted: bool =
     """
     seed_everything(config.seed)
     tools = index.dataset.tools
-    if config.extract.encoder == "initial":
+    if config.extract.checkpoint is not None:
+        encoder = _load_checkpoint(config, config.extract.checkpoint, tools)
+    elif config.extract.encoder == "initial":
         backbone = initial_backbone(config, trusted=trusted)
         encoder = Encoder(config, backbone, None, weights_sha256(backbone), len(tools))
     else:
@@ -265,6 +270,28 @@ def load_encoder(config: Config, run: Path | None, index: Index, trusted: bool =
         encoder = Encoder(config, net.backbone, net.tool_head, weights_sha256(net), len(tools))
     require_image_size(encoder.backbone, config.preprocess.crop_px)
     return encoder
+
+
+def _load_checkpoint(config: Config, path: Path, tools: Sequence[str]) -> Encoder:
+    """Backbone and tool branch of a joint net, fed as it was trained."""
+    backbone, tool_head, meta = rebuild_encoder(path)
+    _require_fitting(path, meta, config, tools if tool_head is not None else meta["tools"])
+    trained_on = PreprocessConfig(**meta["preprocess"])
+    if trained_on != config.preprocess:
+        changed = "; ".join(differences(trained_on.model_dump(), config.preprocess.model_dump()))
+        raise UserError(f"{path}: trained with another preprocess ({changed}); set these to the former")
+    parts = torch.nn.ModuleDict({"backbone": backbone} | ({"tool_head": tool_head} if tool_head is not None else {}))
+    return Encoder(config, backbone, tool_head, weights_sha256(parts), len(tools))
+
+
+def _require_fitting(path: Path, meta: Mapping[str, Any], config: Config, tools: Sequence[str]) -> None:
+    if meta["backbone"] != config.cnn.backbone:
+        raise UserError(f"{path}: holds {meta['backbone']}, but cnn.backbone={config.cnn.backbone}")
+    if tuple(meta["tools"]) != tuple(tools):
+        raise UserError(
+            f"{path}: trained on the tools {', '.join(meta['tools']) or 'none'}; the index has "
+            f"{', '.join(tools) or 'none'}"
+        )
 
 
 def _load_finetuned(config: Config, run: Path | None, tools: Sequence[str]) -> ToolNet:
@@ -276,13 +303,7 @@ def _load_finetuned(config: Config, run: Path | None, tools: Sequence[str]) -> T
     except UserError as error:
         raise UserError(f"{error} (or set extract.encoder=initial for the backbone as it comes)") from error
     net, meta = rebuild_from_checkpoint(path)
-    if meta["backbone"] != config.cnn.backbone:
-        raise UserError(f"{path}: holds {meta['backbone']}, but cnn.backbone={config.cnn.backbone}")
-    if tuple(meta["tools"]) != tuple(tools):
-        raise UserError(
-            f"{path}: trained on the tools {', '.join(meta['tools']) or 'none'}; the index has "
-            f"{', '.join(tools) or 'none'}"
-        )
+    _require_fitting(path, meta, config, tools)
     if not (path.parent / RESULT_FILE).exists():
         say(f"{path.parent}: training is not finished; taking its best epoch so far")
     return net

@@ -85,8 +85,8 @@ class ToolNet(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.tools, self.phases = tools, phases
-        self.tool_head = _head(backbone.embedding_dim, tools) if tools else None
-        self.phase_head = _head(backbone.embedding_dim, phases) if phases else None
+        self.tool_head = tool_branch(backbone.embedding_dim, None, tools)
+        self.phase_head = linear(backbone.embedding_dim, phases) if phases else None
 
     def forward(self, images: Tensor) -> NetOutput:
         """Images (N, 3, S, S), normalised, to embedding (N, D), tool logits (N, K), phase logits (N, C) or None."""
@@ -100,11 +100,21 @@ class ToolNet(nn.Module):
         yield from (head for head in (self.tool_head, self.phase_head) if head is not None)
 
 
-def _head(embedding_dim: int, classes: int) -> nn.Linear:
-    layer = nn.Linear(embedding_dim, classes)
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer that starts as in the reference: Xavier uniform, zero bias."""
+    layer = nn.Linear(inputs, outputs)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def tool_branch(embedding_dim: int, hidden: int | None, tools: int) -> nn.Module | None:
+    """One linear layer, or with `hidden` two and a ReLU between (MTRCNet-CL); None where there are no tools."""
+    if not tools:
+        return None
+    if hidden is None:
+        return linear(embedding_dim, tools)
+    return nn.Sequential(linear(embedding_dim, hidden), nn.ReLU(), linear(hidden, tools))
 
 
 def _batch_norms(module: nn.Module) -> Iterator[nn.Module]:
@@ -385,10 +395,38 @@ def rebuild_from_checkpoint(path: Path) -> tuple[ToolNet, dict[str, Any]]:
     return net.eval(), meta
 
 
+def rebuild_encoder(path: Path) -> tuple[Backbone, nn.Module | None, dict[str, Any]]:
+    """Backbone and tool branch of any checkpoint that has them (of stage one, or of a joint net), and what it says.
+
+    On the CPU in evaluation mode; no tool branch for a net without one. Raises UserError when the file is missing,
+    damaged, or has no backbone.
+    """
+    meta = load_checkpoint(path)
+    try:
+        tensors = meta.pop("model")
+        backbone = build_backbone(meta["backbone"], "random", 0)
+        hidden = (meta.get("net") or {}).get("tool_hidden")
+        head = tool_branch(backbone.embedding_dim, hidden, len(meta["tools"]))
+        backbone.load_state_dict(_below("backbone.", tensors))
+        weights = _below("tool_head.", tensors)
+        if head is None or not weights:
+            return backbone.eval(), None, meta
+        head.load_state_dict(weights)
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{path}: does not hold a backbone and its tools ({_one_line(error)})") from error
+    return backbone.eval(), head.eval(), meta
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def weights_sha256(module: nn.Module) -> str:
     """SHA-256 over name, type, shape and bytes of every parameter and buffer, in the order of names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        if not isinstance(tensor, Tensor):
+            continue  # what a module keeps beside its weights
         flat = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {flat.dtype} {tuple(flat.shape)}\n".encode())
         digest.update(flat.reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -96,7 +96,7 @@ def train_cnn(
         )
     session.resume()
     dataset = FrameDataset({"train": train, "val": val}, config.preprocess.crop_px, cnn.augment, config.seed)
-    with FrameLoader(dataset, choose_workers(cnn.workers, device), device) as loader:
+    with FrameLoader[FrameBatch](dataset, choose_workers(cnn.workers, device), device) as loader:
         for epoch in session.epochs():
             requests = training_requests(config.seed, epoch, len(train), cnn.batch_frames, cnn.frames_per_epoch)
             for batch in session.batches(loader.batches(requests[session.position.step :]), len(requests)):
@@ -226,7 +226,7 @@ def phase_weights(phase: NDArray[np.int8], phases: int) -> Tensor:
 
 
 def validate(
-    session: TrainingSession, loader: FrameLoader, val: LabelledFrames, config: Config, index: Index
+    session: TrainingSession, loader: FrameLoader[FrameBatch], val: LabelledFrames, config: Config, index: Index
 ) -> dict[str, float | None]:
     """Scores on the validation videos, centre crop: tool mAP (fraction) and, with a phase head, phase accuracy.
 
@@ -248,7 +248,7 @@ def validate(
 
 
 def predict(
-    session: TrainingSession, loader: FrameLoader, val: LabelledFrames, config: Config
+    session: TrainingSession, loader: FrameLoader[FrameBatch], val: LabelledFrames, config: Config
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
     """Tool logits (R, K) and phase logits (R, C) or None of all validation frames."""
     requests = validation_requests(len(val), config.cnn.batch_frames)

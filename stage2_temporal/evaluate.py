@@ -25,7 +25,7 @@ from evaluation.tables import comparison_table, phase_table, tool_table
 from evaluation.tools import choose_thresholds, evaluate_tools
 from features.index import Index
 from features.store import INDEX_FILE, VideoFeatures, find_feature_folder, load_feature_set, require_one_encoder
-from stage2_temporal.predict import load_temporal, predict_phases
+from stage2_temporal.predict import Inference, load_temporal, predict_phases
 
 METRICS_FILE = "metrics.json"
 CONVENTION = "phase_mean"
@@ -61,18 +61,21 @@ def evaluate_run(
     index_file: Path | None = None,
     stop: StopRequest,
     redo: bool = True,
+    inference: Inference | None = None,
 ) -> dict[str, Any]:
     """Score a run's heads and tools on one split and write what a reader needs below `RUN/evaluate/<name>/`.
 
     Writes `metrics.json`, `predictions/<video>.csv`, `ribbons.png`, and for the run's own test videos the outcome into
     `RUN/summary.json`; prints tables. With `index_file`, another data set with the same classes is evaluated; its
-    features are extracted into the run's folder where missing. Without `redo`, an evaluation of the same model and
+    features are extracted into the run's folder where missing. `inference` overrides the way of running through time
+    that the run was trained with. Without `redo`, an evaluation of the same model and
     features is printed again, not computed. Raises UserError when the run is not trained, its classes differ from the
     data's, or the features come from another encoder.
     """
     temporal = run / "temporal"
     _, about = load_temporal(temporal)
     name = split if index_file is None else f"{index_file.stem}-{split}"
+    name += f"-{inference}" if inference else ""
     out = run / "evaluate" / name
     if index_file is None:
         folder = find_feature_folder(features, run, config.extract.store)
@@ -82,18 +85,18 @@ def evaluate_run(
     material = _load(folder, index, split)
     _require_same_world(about, material, temporal)
 
-    identity = _identity(temporal, material)
+    identity = _identity(temporal, material, inference)
     if not redo and _already(out, identity):
         metrics = read_json(out / METRICS_FILE)
         say(f"{out}: unchanged")
     else:
-        metrics = _score(config, temporal, material, stop) | {"identity_sha256": identity}
-        _write(out, material, metrics)
-        metrics = {key: value for key, value in metrics.items() if key != "predictions"}
-        write_json(out / METRICS_FILE, metrics)
-    _print(metrics)
-    if index_file is None and split == "test":
-        update_summary(run, _summary(run, material, metrics))
+        probabilities = _probabilities(config, temporal, material, inference, stop)
+        majority = int(read_json(temporal / "result.json")["majority_phase"])
+        thresholds = _thresholds(material, index.dataset.tools)
+        metrics = score_and_write(out, material, probabilities, majority, thresholds, {"identity_sha256": identity})
+    print_metrics(metrics)
+    if index_file is None and split == "test" and inference is None:
+        update_summary(run, summary_of(run, material, metrics))
     say(f"written: {out / METRICS_FILE}, predictions/, ribbons.png")
     return metrics
 
@@ -140,14 +143,14 @@ def _require_same_world(about: Mapping[str, Any], material: Material, temporal: 
         )
 
 
-def _identity(temporal: Path, material: Material) -> str:
+def _identity(temporal: Path, material: Material, inference: Inference | None) -> str:
     """What the evaluation's numbers depend on: both heads' weights, the features' encoder, videos and labels."""
     weights = [sha256_file(path) for path in (temporal / "best.pt", temporal / "frame" / "best.pt") if path.exists()]
     videos = {
         name: [video.attributes["encoder_digest"], sha256_json([video.phase.tolist(), video.tools.tolist()])]
         for name, video in material.videos.items()
     }
-    return sha256_json({"weights": weights, "videos": videos, "split": material.split})
+    return sha256_json({"weights": weights, "videos": videos, "split": material.split, "inference": inference})
 
 
 def _already(out: Path, identity: str) -> bool:
@@ -158,16 +161,39 @@ def _already(out: Path, identity: str) -> bool:
 # ---------------------------------------------------------------------------------------------- numbers
 
 
-def _score(config: Config, temporal: Path, material: Material, stop: StopRequest) -> dict[str, Any]:
+def score_and_write(
+    out: Path,
+    material: Material,
+    probabilities: Mapping[str, dict[str, NDArray[np.float32]]],
+    majority_phase: int | None,
+    thresholds: Mapping[str, float] | None,
+    more: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Metrics of every head (predictions of `temporal` are written too) and of the tools, written to `out`."""
+    metrics = _score(material, probabilities, majority_phase, thresholds) | dict(more)
+    _write(out, material, metrics)
+    metrics = {key: value for key, value in metrics.items() if key != "predictions"}
+    write_json(out / METRICS_FILE, metrics)
+    return metrics
+
+
+def _score(
+    material: Material,
+    probabilities: Mapping[str, dict[str, NDArray[np.float32]]],
+    majority_phase: int | None,
+    thresholds: Mapping[str, float] | None,
+) -> dict[str, Any]:
     """Metrics of every head and of the tools; `predictions` holds what the files are written from."""
     spec = material.index.dataset
-    probabilities = _probabilities(config, temporal, material, stop)
     truth = material.truth
     predicted = {
         head: {name: values.argmax(axis=1).astype(np.int8) for name, values in videos.items()}
         for head, videos in probabilities.items()
     }
-    predicted["majority"] = _majority(temporal, material)
+    if majority_phase is not None:  # the most frequent phase of the training videos, everywhere
+        predicted["majority"] = {
+            name: np.full(len(video), majority_phase, np.int8) for name, video in material.videos.items()
+        }
     phases = {
         head: evaluate_phases(
             truth, {name: videos[name] for name in truth}, spec.phases, material.fps, split=material.split
@@ -181,13 +207,13 @@ def _score(config: Config, temporal: Path, material: Material, stop: StopRequest
         "videos": list(material.videos),
         "convention": CONVENTION,
         "phases": phases,
-        "tools": _tools(material),
-        "predictions": {"probabilities": probabilities["temporal"], "phases": predicted},
+        "tools": _tools(material, thresholds),
+        "predictions": {"probabilities": probabilities.get("temporal"), "phases": predicted},
     }
 
 
 def _probabilities(
-    config: Config, temporal: Path, material: Material, stop: StopRequest
+    config: Config, temporal: Path, material: Material, inference: Inference | None, stop: StopRequest
 ) -> dict[str, dict[str, NDArray[np.float32]]]:
     heads = {"temporal": temporal, "frame": temporal / "frame"}
     found = {}
@@ -195,28 +221,25 @@ def _probabilities(
         if (folder / "best.pt").exists():
             model, about = load_temporal(folder)
             found[head] = predict_phases(
-                model, material.videos, about["inference"], about["frames"], device=config.device, stop=stop
+                model,
+                material.videos,
+                inference or about["inference"],
+                about["frames"],
+                device=config.device,
+                stop=stop,
             )
     return found
 
 
-def _majority(temporal: Path, material: Material) -> Phases:
-    """The most frequent phase of the training videos, everywhere."""
-    phase = int(read_json(temporal / "result.json")["majority_phase"])
-    return {name: np.full(len(video), phase, np.int8) for name, video in material.videos.items()}
-
-
-def _tools(material: Material) -> dict[str, Any] | None:
-    """Stage one's tool scores, with thresholds chosen on validation; None where it had no tool head or no labels."""
+def _tools(material: Material, thresholds: Mapping[str, float] | None) -> dict[str, Any] | None:
+    """Tool scores at `thresholds`; None where there was no tool head or no labels."""
     names = material.index.dataset.tools
     usable = {name: video for name, video in material.videos.items() if _has_tools(video)}
     if not names or not usable:
         return None
     truth = {name: video.tools for name, video in usable.items()}
     scores = {name: sigmoid(video.tool_logits) for name, video in usable.items()}
-    return evaluate_tools(
-        truth, scores, names, threshold=_thresholds(material, names), split=material.split, fps=material.fps
-    )
+    return evaluate_tools(truth, scores, names, threshold=thresholds, split=material.split, fps=material.fps)
 
 
 def _thresholds(material: Material, names: Sequence[str]) -> Mapping[str, float] | None:
@@ -250,6 +273,9 @@ def sigmoid(logits: NDArray[Any]) -> NDArray[np.float64]:
 def _write(out: Path, material: Material, metrics: Mapping[str, Any]) -> None:
     spec = material.index.dataset
     probabilities, phases = metrics["predictions"]["probabilities"], metrics["predictions"]["phases"]
+    make_folder(out)
+    if probabilities is None:  # a net for tools alone: prediction files are about phases
+        return
     make_folder(out / "predictions")
     for name, video in material.videos.items():
         tools = sigmoid(video.tool_logits) if video.tools.size and np.isfinite(video.tool_logits).all() else None
@@ -270,11 +296,13 @@ def _write(out: Path, material: Material, metrics: Mapping[str, Any]) -> None:
     phase_ribbons(out / "ribbons.png", drawn, material.fps, spec.phases, title)
 
 
-def _print(metrics: Mapping[str, Any]) -> None:
+def print_metrics(metrics: Mapping[str, Any]) -> None:
+    """Tables of phases and tools."""
     console = Console()
     if metrics["phases"]:
         console.print(comparison_table(metrics["phases"], CONVENTION))
-        console.print(phase_table(metrics["phases"]["temporal"], CONVENTION))
+        if "temporal" in metrics["phases"]:
+            console.print(phase_table(metrics["phases"]["temporal"], CONVENTION))
     else:
         say("note: no phase labels in these videos, so no phase metrics")
     if metrics["tools"]:
@@ -283,7 +311,8 @@ def _print(metrics: Mapping[str, Any]) -> None:
         say("note: no tool labels or no trained tool head, so no tool metrics")
 
 
-def _summary(run: Path, material: Material, metrics: Mapping[str, Any]) -> dict[str, Any]:
+def summary_of(run: Path, material: Material, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What `RUN/summary.json` says of an evaluation on the test videos."""
     scores = {head: summarise(results, None) for head, results in metrics["phases"].items()}
     return {
         "name": run.name,

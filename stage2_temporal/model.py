@@ -40,21 +40,29 @@ class Head(nn.Module, ABC):
     """The interface. `causal` says whether outputs depend on the past alone, so that state can be carried."""
 
     causal = True
+    hidden_dim: int
 
     def __init__(self, phases: int) -> None:
         super().__init__()
         self.phases = phases
 
     @abstractmethod
+    def outputs(
+        self, x: Tensor, state: State | None = None, lengths: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor, State]:
+        """Logits of every stage, what the last layer reads of the past, and the state.
+
+        x (B, T, D) -> [(B, T, C), ...], (B, T, `hidden_dim`), state. `state` None starts from zero. `lengths` (B,) on
+        the CPU counts the frames of each sequence that are not padding; outputs on padding mean nothing, and neither
+        does the state after it in causal heads other than the recurrent ones.
+        """
+
     def training_logits(
         self, x: Tensor, state: State | None = None, lengths: Tensor | None = None
     ) -> tuple[list[Tensor], State]:
-        """Logits of every stage that the loss is summed over, the last one being the prediction, and the state.
-
-        x (B, T, D) -> [(B, T, C), ...]. `state` None starts from zero. `lengths` (B,) on the CPU counts the frames of
-        each sequence that are not padding; outputs on padding mean nothing, and neither does the state after it in
-        causal heads other than the recurrent ones.
-        """
+        """Logits of every stage that the loss is summed over, the last one being the prediction, and the state."""
+        stages, _, state = self.outputs(x, state, lengths)
+        return stages, state
 
     def forward(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         """x (B, T, D) -> logits (B, T, C) and the state after the last frame."""
@@ -78,19 +86,29 @@ def require_causal(head: Head) -> None:
 
 
 class RecurrentHead(Head):
-    """LSTM or GRU, dropout, one linear layer. State: (B, layers, H) for each of the network's state tensors."""
+    """LSTM or GRU, dropout, one linear layer. State: (B, layers, H) for each of the network's state tensors.
+
+    With `relu`, `hidden` is rectified (MTRCNet-CL); with `fc_hidden`, another linear layer and ReLU stand before the
+    last one (the net of the reference's pytorch1.2.0 release).
+    """
 
     rnn: nn.LSTM | nn.GRU
 
     def __init__(self, config: schema.LstmHead | schema.GruHead, width: int, phases: int) -> None:
         super().__init__(phases)
+        self.hidden_dim = width
+        self.relu = getattr(config, "relu", False)
+        between = getattr(config, "fc_hidden", None)
+        self.fc_hidden = nn.Linear(width, between) if between else None
         self.dropout = nn.Dropout(config.dropout)
-        self.fc = nn.Linear(width, phases)
-        nn.init.xavier_uniform_(self.fc.weight)
+        self.fc = nn.Linear(between or width, phases)
+        for layer in (self.fc, self.fc_hidden):
+            if layer is not None:
+                nn.init.xavier_uniform_(layer.weight)
 
-    def training_logits(
+    def outputs(
         self, x: Tensor, state: State | None = None, lengths: Tensor | None = None
-    ) -> tuple[list[Tensor], State]:
+    ) -> tuple[list[Tensor], Tensor, State]:
         """See `Head`. With `lengths`, padding is never computed: neither result nor state depends on it."""
         if state is not None:
             require_causal(self)
@@ -100,7 +118,9 @@ class RecurrentHead(Head):
         else:
             run = self._run_until_each_ends if self.causal else self._run_each_alone
             out, last = run(x, hidden, lengths.tolist())
-        return [self.fc(self.dropout(out))], tuple(part.transpose(0, 1) for part in last)
+        out = F.relu(out) if self.relu else out  # (B, T, H)
+        before_last = out if self.fc_hidden is None else F.relu(self.fc_hidden(out))
+        return [self.fc(self.dropout(before_last))], out, tuple(part.transpose(0, 1) for part in last)
 
     def _run(self, x: Tensor, hidden: State | None) -> tuple[Tensor, State]:
         """x (B, T, D), hidden (layers, B, H) each -> (B, T, H), hidden."""
@@ -216,11 +236,11 @@ class TcnHead(Head):
             for _ in widths
         )
         self.leave = nn.ModuleList(nn.Conv1d(config.maps, phases, 1) for _ in widths)
-        self.maps = config.maps
+        self.maps = self.hidden_dim = config.maps
 
-    def training_logits(
+    def outputs(
         self, x: Tensor, state: State | None = None, lengths: Tensor | None = None
-    ) -> tuple[list[Tensor], State]:
+    ) -> tuple[list[Tensor], Tensor, State]:
         """See `Head`. Padding stands at the end, where a causal convolution cannot carry it back."""
         y = x.transpose(1, 2)  # (B, D, T)
         past = iter(state or self._zero_state(x))
@@ -231,9 +251,10 @@ class TcnHead(Head):
             for layer in layers:  # type: ignore[attr-defined]
                 y, kept = layer(y, next(past).to(y.dtype))
                 after.append(kept)
+            hidden = y  # (B, M, T)
             y = leave(y)  # (B, C, T)
             stages.append(y.transpose(1, 2))
-        return stages, tuple(after)
+        return stages, hidden.transpose(1, 2), tuple(after)
 
     def _zero_state(self, x: Tensor) -> State:
         flat = [layer for layers in self.layers for layer in layers]  # type: ignore[attr-defined]
@@ -245,14 +266,15 @@ class LinearHead(Head):
 
     def __init__(self, config: schema.LinearHead, embedding_dim: int, phases: int) -> None:
         super().__init__(phases)
+        self.hidden_dim = embedding_dim
         self.fc = nn.Linear(embedding_dim, phases)
         nn.init.xavier_uniform_(self.fc.weight)
 
-    def training_logits(
+    def outputs(
         self, x: Tensor, state: State | None = None, lengths: Tensor | None = None
-    ) -> tuple[list[Tensor], State]:
+    ) -> tuple[list[Tensor], Tensor, State]:
         """See `Head`."""
-        return [self.fc(x)], ()
+        return [self.fc(x)], x, ()
 
 
 HEADS: dict[str, Callable[..., Head]] = {"lstm": LstmHead, "gru": GruHead, "tcn": TcnHead, "linear": LinearHead}
@@ -314,6 +336,12 @@ class PhaseModel(nn.Module):
     ) -> tuple[list[Tensor], State]:
         """x (B, T, D) -> logits of every stage [(B, T, C), ...] and the state, as `Head.training_logits`."""
         return self.head.training_logits(self.standardise(x), state, lengths)
+
+    def outputs(
+        self, x: Tensor, state: State | None = None, lengths: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor, State]:
+        """x (B, T, D) -> logits of every stage, what the last layer reads (B, T, H), and the state."""
+        return self.head.outputs(self.standardise(x), state, lengths)
 
     def logits(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         """x (B, T, D) -> the last stage's logits (B, T, C) and the state, as `Head.forward`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,7 +84,22 @@ def predict_phases(
 def predict_spans(
     model: PhaseModel, bank: FeatureBank, spans: Sequence[Span], inference: Inference, frames: int
 ) -> list[Tensor]:
-    """Probabilities (T, C) of each video, fp32, on the CPU.
+    """Probabilities (T, C) of each video, fp32, on the CPU; see `run_spans`."""
+    logits = run_spans(model, model.logits, model.phases, bank, spans, inference, frames)
+    return [values.softmax(dim=1) for values in logits]
+
+
+@torch.no_grad()
+def run_spans(
+    model: PhaseModel,
+    forward: Callable[[Tensor, State | None, Tensor], tuple[Tensor, State]],
+    width: int,
+    bank: FeatureBank,
+    spans: Sequence[Span],
+    inference: Inference,
+    frames: int,
+) -> list[Tensor]:
+    """What `forward` (embeddings, state, lengths -> (B, T, width), state) says of each video: (T, width), on the CPU.
 
     `carried`: the state runs through the video from its first frame. `clip`: each frame is the last of the clip of
     `frames` frames that ends there, computed from zero state; the first `frames` - 1 have shorter pasts, taken from the
@@ -94,15 +109,15 @@ def predict_spans(
     training = model.training
     model.eval()
     device = bank.features.device
-    probabilities = torch.empty(len(bank.features), model.phases, device=device)
+    found = torch.empty(len(bank.features), width, device=device)
     state: State = ()
     for batch, wanted in _batches(model, spans, inference, frames):
         x, _ = bank.gather(batch)
-        logits, state = model.logits(x, None if batch.fresh else first_rows(state, len(batch)), batch.lengths)
+        values, state = forward(x, None if batch.fresh else first_rows(state, len(batch)), batch.lengths)
         rows = batch.rows[wanted].to(device)
-        probabilities[rows] = logits[wanted.to(device)].float().softmax(dim=1)
+        found[rows] = values[wanted.to(device)].float()
     model.train(training)
-    return [probabilities[span.first : span.first + span.frames].cpu() for span in spans]
+    return [found[span.first : span.first + span.frames].cpu() for span in spans]
 
 
 def _batches(

@@ -20,15 +20,24 @@ from torch import Tensor
 
 from configs import schema
 from configs.errors import UserError
+from configs.load import differences
 from configs.schema import Config
 from engine.device import make_accelerator, seed_everything
-from engine.files import make_folder
+from engine.files import make_folder, sha256_file
 from engine.logs import METRICS_FILE, read_metrics
 from engine.progress import progress_bar, say
 from engine.runs import StageFolder
 from engine.session import TrainingSession
 from engine.stopping import StopRequest
-from stage2_temporal.data import NO_LABEL, FeatureBank, Span, TrainingData, epoch_batches, read_training_data
+from stage2_temporal.data import (
+    NO_LABEL,
+    FeatureBank,
+    Span,
+    TrainingData,
+    epoch_batches,
+    read_training_data,
+    require_same_phases,
+)
 from stage2_temporal.model import PhaseModel, Standardise, build_head, detach_state, first_rows
 from stage2_temporal.predict import KIND, predict_spans
 
@@ -92,6 +101,8 @@ def train_head(
     settings, bank = config.temporal, data.bank
     seed_everything(config.seed)
     model = PhaseModel(Standardise(*constants), build_head(head, bank.embedding_dim, len(data.phases)))
+    if settings.start_from is not None and head == settings.head:
+        model.load_state_dict(_start_weights(settings.start_from, head, data))
     criterion = PhaseLoss(settings, bank, data.train, len(data.phases))
     groups = [{"params": model.head.parameters(), "name": "head"}]
     make_folder(folder)
@@ -214,11 +225,32 @@ def _require_sensible(settings: schema.TemporalConfig) -> None:
         )
 
 
+def _start_weights(path: Path, head: schema.HeadConfig, data: TrainingData) -> dict[str, Any]:
+    """The phase branch of a joint net, constants of its standardisation included.
+
+    Raises UserError when it has another head, other phases or another width than these features.
+    """
+    from stage2_temporal.joint import phase_model_of
+
+    model, about = phase_model_of(path)
+    require_same_phases(about["phases"], data.phases, str(path), "the features' index")
+    changed = differences(about["head"], head.model_dump(mode="json"))
+    if changed:
+        raise UserError(f"{path}: another head than temporal.head ({'; '.join(changed)}); set temporal.head to it")
+    if len(model.standardise.mean) != data.bank.embedding_dim:
+        raise UserError(
+            f"{path}: takes embeddings {len(model.standardise.mean)} wide, these are {data.bank.embedding_dim}"
+        )
+    return model.state_dict()
+
+
 def _identity(config: Config, data: TrainingData) -> dict[str, Any]:
     """Everything that the numbers of this stage depend on."""
+    start = config.temporal.start_from
     return {
         "seed": config.seed,
-        "temporal": config.temporal.model_dump(mode="json"),
+        "temporal": config.temporal.model_dump(mode="json", exclude={"start_from"}),
+        "start_sha256": sha256_file(start) if start is not None and start.is_file() else None,
         "encoder_digest": data.encoder_digest,
         "dataset": data.dataset,
         "phases": list(data.phases),

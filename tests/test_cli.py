@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -343,7 +344,74 @@ def test_help_teaches_and_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", ["index", "train-cnn", "extract", "train-temporal", "evaluate", "run", "simulate"])
+JOINT_STEP = {"epochs": 1, "optim": {"name": "adamw", "lr": 0.002}, "precision": "fp32"}
+JOINT = {
+    "net": {"tool_hidden": 8, "mapping": True},
+    "sequence": {"mode": "clips", "frames": 4, "stride": 4, "batch": 4, "inference": "clip"},
+    "multitask": JOINT_STEP,
+    "mapping": JOINT_STEP,
+    "correlation": JOINT_STEP,
+    "workers": 0,
+}
+
+
+def joint_file(folder: Path, **changes: Any) -> None:
+    tree = yaml.safe_load((folder / "tiny.yaml").read_text())
+    (folder / "joint.yaml").write_text(yaml.safe_dump({**tree, "joint": {**JOINT, **changes}}))
+
+
+@pytest.mark.slow
+def test_the_joint_mode_from_two_stages_and_back(workplace: Path) -> None:
+    joint_file(workplace)
+    settings = ["--config", "joint.yaml"]
+    start = ["--from-cnn", "tiny", "--from-temporal", "tiny"]
+    output = succeed(["train-joint", *settings, "--name", "both", *start], workplace)
+    assert "joint net: correlation: validation accuracy" in output
+    assert "nothing to do" in succeed(["train-joint", *settings, "--name", "both", *start], workplace)
+    output = succeed(["evaluate", *settings, "--name", "both"], workplace)
+    assert "tools mapped from the phase branch" in output
+    assert (workplace / "runs/both/evaluate/test/ribbons.png").stat().st_size > 1000
+    summary = json.loads((workplace / "runs/both/summary.json").read_text())
+    assert 0 < summary["tool_map"] <= 1
+    assert 0 < summary["phase_accuracy_temporal"] <= 1
+    succeed(["evaluate", *settings, "--name", "both", "--inference", "carried"], workplace)
+    succeed(["evaluate", "--config", "tiny.yaml", "--name", "tiny", "--inference", "clip"], workplace)
+    succeed(["extract", *settings, "--name", "again", "--from-joint", "both"], workplace)
+    succeed(["train-temporal", *settings, "--name", "again", "--from-joint", "both"], workplace)
+    succeed(["evaluate", *settings, "--name", "again"], workplace)
+    assert no_temporaries(workplace)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tasks", ["tool", "phase", "both"])
+def test_every_task_from_scratch(workplace: Path, tasks: str) -> None:
+    joint_file(workplace, net={"tasks": tasks}, mapping=None, correlation=None)
+    succeed(["train-joint", "--config", "joint.yaml", "--name", tasks], workplace)
+    succeed(["evaluate", "--config", "joint.yaml", "--name", tasks, "--set", "joint.crops=ten"], workplace)
+    metrics = json.loads((workplace / f"runs/{tasks}/evaluate/test-ten/metrics.json").read_text())
+    assert bool(metrics["phases"].get("temporal")) == (tasks != "tool")
+    assert (metrics["tools"] is not None) == (tasks != "phase")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train-joint", "--config", "joint.yaml", "--name", "x", "--from-cnn", "nowhere"], "nowhere"),
+        (["train-joint", "--config", "joint.yaml", "--name", "x", "--from-joint", "tiny"], "run train-joint"),
+        (["evaluate", "--config", "joint.yaml", "--name", "nowhere", "--model", "joint"], "run train-joint"),
+        (["extract", "--config", "joint.yaml", "--name", "x", "--from-joint", "tiny"], "run train-joint"),
+        (["train-joint", "--config", "joint.yaml", "--name", "x", "--set", "joint.sequence.mode=full"], "mode=full"),
+    ],
+)
+def test_joint_runs_that_are_not_there(workplace: Path, arguments: list[str], expected: str) -> None:
+    joint_file(workplace)
+    assert expected in refuse(arguments, workplace)
+    assert not (workplace / "runs/x/joint").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["index", "train-cnn", "extract", "train-temporal", "train-joint", "evaluate", "run", "simulate"]
+)
 def test_every_command_has_help(name: str, tmp_path: Path) -> None:
     assert "Usage:" in succeed([name, "--help"], tmp_path)
 

@@ -1,0 +1,360 @@
+"""The joint net: both stages in one, end to end (MTRCNet and MTRCNet-CL, Jin et al., Medical Image Analysis 2020).
+
+    images -> backbone -> embedding -+-> tool branch ------------------------> tools
+                                     +-> standardise -> LSTM -+-> last layer -> phases
+                                                              +-> mapping ---> tools, as the phase branch sees them
+
+The backbone is stage one's, the phase branch is stage two's whole model: built from a checkpoint of each, the net gives
+what the two give one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from configs.errors import UserError
+from configs.load import differences
+from configs.schema import Config, HeadConfig, JointLossConfig, JointNetConfig
+from engine.checkpoints import load_checkpoint
+from features.index import Index
+from stage1_cnn.model import (
+    Backbone,
+    ToolNet,
+    best_checkpoint,
+    build_backbone,
+    freeze_batch_norm,
+    linear,
+    rebuild_from_checkpoint,
+    tool_branch,
+)
+from stage2_temporal.model import PhaseModel, Standardise, State, build_head, require_causal
+from stage2_temporal.predict import load_temporal
+
+KIND = "joint"
+FOLDER = "joint"
+STEPS = ("multitask", "mapping", "correlation")
+IMPORTED = "imported"
+NO_LABEL = -1
+
+
+class JointOutput(NamedTuple):
+    """What the net says about B clips of T frames; None for what it has no branch for."""
+
+    tool_logits: Tensor | None  # (B, T, K)
+    phase_stages: list[Tensor] | None  # [(B, T, C), ...]
+    mapped_logits: Tensor | None  # (B, T, K)
+    state: State
+
+
+class JointNet(nn.Module):
+    """Shared backbone, a tool branch a frame, a phase branch over time, and the mapping from phases to tools.
+
+    New layers start as in the reference: Xavier uniform with zero bias, drawn from torch's global generator.
+    """
+
+    def __init__(self, backbone: Backbone, config: JointNetConfig, tools: int, phase: PhaseModel | None) -> None:
+        super().__init__()
+        self.backbone, self.net_config, self.tools = backbone, config, tools
+        self.tool_head = tool_branch(backbone.embedding_dim, config.tool_hidden, tools)
+        self.phase = phase
+        self.mapping = linear(phase.head.hidden_dim, tools) if phase is not None and config.mapping else None
+        if config.tasks == "phase":
+            self.tool_head = None
+        self.gradient_checkpointing = False
+        self._part = "all"
+
+    def forward(self, images: Tensor, state: State | None = None, lengths: Tensor | None = None) -> JointOutput:
+        """Normalised clips (B, T, 3, S, S) -> logits a frame; `state` and `lengths` as for the heads of stage two."""
+        embedding = self.embed(images.flatten(0, 1))  # (B T, D)
+        return self.branches(embedding.unflatten(0, images.shape[:2]), state, lengths)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Frames (N, 3, S, S) -> embeddings (N, D)."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            contexts = partial(_recomputing, self.backbone)
+            embedding: Tensor = checkpoint(self.backbone, images, use_reentrant=False, context_fn=contexts)
+            return embedding
+        return self.backbone(images)  # type: ignore[no-any-return]
+
+    def branches(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> JointOutput:
+        """Embeddings (B, T, D) -> what `forward` gives."""
+        tool_logits = self.tool_head(x) if self.tool_head is not None else None  # (B, T, K)
+        if self.phase is None:
+            return JointOutput(tool_logits, None, None, ())
+        stages, hidden, state = self.phase.outputs(x.float(), state, lengths)
+        mapped = self.mapping(hidden) if self.mapping is not None else None  # (B, T, K)
+        return JointOutput(tool_logits, stages, mapped, state)
+
+    def train_only(self, part: Literal["all", "mapping"], freeze_mapping: bool = False) -> None:
+        """Choose what learns. With `mapping`, all else stays bit by bit as it is, running statistics too."""
+        self._part = part
+        for name, parameter in self.named_parameters():
+            if name.startswith("mapping."):
+                parameter.requires_grad_(not freeze_mapping)
+            else:
+                parameter.requires_grad_(part == "all")
+        if self.backbone.batch_norm_frozen:
+            freeze_batch_norm(self.backbone)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> JointNet:
+        """Training or evaluation mode, as far as `train_only` lets."""
+        super().train(mode)
+        if mode and self._part == "mapping":
+            for name, module in self.named_children():
+                module.train(name == "mapping")
+        return self
+
+    @property
+    def phases(self) -> int:
+        """C; 0 without a phase branch."""
+        return self.phase.phases if self.phase is not None else 0
+
+
+def _recomputing(backbone: Backbone) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of the first pass, and of the second one for the gradient, which must not move running statistics."""
+    return nullcontext(), _still_statistics(backbone)
+
+
+@contextmanager
+def _still_statistics(backbone: Backbone) -> Iterator[None]:
+    layers = [layer for layer in backbone.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    before = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+        layer.num_batches_tracked = layer.num_batches_tracked.clone() if layer.num_batches_tracked is not None else None
+    try:
+        yield
+    finally:
+        for layer, (momentum, counted) in zip(layers, before, strict=True):
+            layer.momentum, layer.num_batches_tracked = momentum, counted
+
+
+def build_joint(
+    backbone: Backbone, config: JointNetConfig, head: HeadConfig | None, tools: int, phases: int
+) -> JointNet:
+    """A net with fresh branches on a backbone; embeddings go into the phase branch as they are."""
+    phase = None
+    if config.tasks != "tool":
+        assert head is not None
+        width = backbone.embedding_dim
+        phase = PhaseModel(Standardise.identity(width), build_head(head, width, phases))
+        require_causal(phase.head)
+    return JointNet(backbone, config, tools if config.tasks != "phase" else 0, phase)
+
+
+# ---------------------------------------------------------------------------------------------- from the two stages
+
+
+def attach_cnn(net: JointNet, run: Path, tools: Sequence[str]) -> None:
+    """Take backbone and, where it has the same shape, tool head of stage one's best epoch.
+
+    Raises UserError for another backbone or other tools.
+    """
+    path = best_checkpoint(run)
+    stage_one, about = rebuild_from_checkpoint(path)
+    if stage_one.backbone.name != net.backbone.name:
+        raise UserError(
+            f"{path}: holds {stage_one.backbone.name}, but cnn.backbone={net.backbone.name}; "
+            f"add --set cnn.backbone={stage_one.backbone.name}"
+        )
+    if net.tool_head is not None:
+        _require_same(path, "tools", about["tools"], tools)
+    net.backbone.load_state_dict(stage_one.backbone.state_dict())
+    if isinstance(net.tool_head, nn.Linear) and isinstance(stage_one, ToolNet) and stage_one.tool_head is not None:
+        net.tool_head.load_state_dict(stage_one.tool_head.state_dict())
+
+
+def attach_temporal(net: JointNet, run: Path, phases: Sequence[str], head: HeadConfig) -> None:
+    """Take the whole phase branch, constants of standardisation included, of stage two's best epoch.
+
+    Raises UserError for other phases, another width of embeddings, or another head than the settings'.
+    """
+    folder = run / "temporal"
+    model, about = load_temporal(folder)
+    _require_same(folder / "best.pt", "phases", about["phases"], phases)
+    if net.phase is None:
+        raise UserError("--from-temporal gives a phase branch, but joint.net.tasks=tool has none")
+    if len(model.standardise.mean) != net.backbone.embedding_dim:
+        raise UserError(
+            f"{folder / 'best.pt'}: takes embeddings {len(model.standardise.mean)} wide, "
+            f"{net.backbone.name} gives {net.backbone.embedding_dim}"
+        )
+    found = TypeAdapter(HeadConfig).validate_python(about["head"])
+    if found != head:
+        differing = ", ".join(differences(found.model_dump(), head.model_dump()))
+        raise UserError(f"{folder / 'best.pt'}: another head than temporal.head ({differing}); set temporal.head to it")
+    net.phase.load_state_dict(model.state_dict())
+
+
+def attach_joint(net: JointNet, path: Path, tools: Sequence[str], phases: Sequence[str]) -> None:
+    """Take every branch of another joint checkpoint that this net has too (an imported one, for example).
+
+    Raises UserError where classes, backbone or a branch's shape differ.
+    """
+    other, about = load_joint(path)
+    _require_same(path, "phases", about["phases"], phases if other.phase is not None else about["phases"])
+    _require_same(path, "tools", about["tools"], tools if other.tool_head is not None else about["tools"])
+    if about["backbone"] != net.backbone.name:
+        raise UserError(f"{path}: holds {about['backbone']}, but cnn.backbone={net.backbone.name}")
+    net.backbone.load_state_dict(other.backbone.state_dict())
+    for name in ("tool_head", "phase", "mapping"):
+        mine, theirs = getattr(net, name), getattr(other, name)
+        if mine is None or theirs is None:
+            continue
+        try:
+            mine.load_state_dict(theirs.state_dict())
+        except RuntimeError as error:
+            raise UserError(
+                f"{path}: its {name} does not fit the settings ({str(error).splitlines()[-1].strip()})"
+            ) from error
+
+
+def _require_same(path: Path, what: str, found: Sequence[str] | None, expected: Sequence[str]) -> None:
+    if list(found or ()) != list(expected):
+        raise UserError(
+            f"{path}: trained on the {what} {', '.join(found or ()) or 'none'}; the index has "
+            f"{', '.join(expected) or 'none'}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------- loss
+
+
+class JointLoss(nn.Module):
+    """Cross-entropy on phases + tool_weight x binary cross-entropy on tools [+ alpha x correlation].
+
+    Means over the labelled frames or entries of a batch; the correlation is over every frame, labelled or not.
+    """
+
+    def __init__(self, config: JointLossConfig, step: str) -> None:
+        super().__init__()
+        self.config, self.step = config, step
+
+    def forward(self, output: JointOutput, phase: Tensor, tools: Tensor, lengths: Tensor) -> Tensor:
+        """Logits of B clips, phases (B, T), tools (B, T, K), lengths (B,) -> scalar. -1: no label, or padding."""
+        if self.step == "mapping":
+            assert output.mapped_logits is not None
+            return tool_loss(output.mapped_logits, tools)
+        terms = []
+        if output.phase_stages is not None:
+            wanted = phase if self.config.phase_frames == "all" else _last_only(phase, lengths)
+            terms += [phase_loss(logits, wanted) for logits in output.phase_stages]
+        if output.tool_logits is not None:
+            terms.append(self.config.tool_weight * tool_loss(output.tool_logits, tools))
+        if self.step == "correlation" and self.config.alpha > 0:
+            assert output.tool_logits is not None
+            assert output.mapped_logits is not None
+            inside = torch.arange(phase.shape[1], device=phase.device) < lengths.to(phase.device)[:, None]  # (B, T)
+            terms.append(self.config.alpha * self.correlation(output.tool_logits, output.mapped_logits)[inside].mean())
+        return torch.stack(terms).sum()
+
+    def correlation(self, branch: Tensor, mapped: Tensor) -> Tensor:
+        """KL divergence (...) between the Bernoulli distributions of two sets of logits (..., K), mean over tools."""
+        branch = branch.detach() if self.config.detach == "branch" else branch
+        mapped = mapped.detach() if self.config.detach == "mapped" else mapped
+        pair = (mapped, branch) if self.config.direction == "mapped_branch" else (branch, mapped)
+        return bernoulli_kl(*pair).mean(dim=-1)
+
+
+def bernoulli_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(p || q) in nats of Bernoulli distributions given by logits, element by element; never negative, never NaN.
+
+    With a = logit p and b = logit q it is sigma(a) (a - b) + softplus(b) - softplus(a): no logarithm of a probability
+    that may have been rounded to 0.
+    """
+    a, b = p_logits.float(), q_logits.float()
+    return (torch.sigmoid(a) * (a - b) + F.softplus(b) - F.softplus(a)).clamp(min=0)
+
+
+def phase_loss(logits: Tensor, phase: Tensor) -> Tensor:
+    """Cross-entropy (mean over labelled frames) of logits (B, T, C); 0 where no frame has a label."""
+    labelled = (phase != NO_LABEL).sum().clamp(min=1)
+    summed = F.cross_entropy(logits.flatten(0, 1).float(), phase.flatten(), ignore_index=NO_LABEL, reduction="sum")
+    return summed / labelled
+
+
+def tool_loss(logits: Tensor, tools: Tensor) -> Tensor:
+    """Binary cross-entropy (mean over labelled entries) of logits (B, T, K); 0 where there is none."""
+    labelled = tools != NO_LABEL
+    entries = F.binary_cross_entropy_with_logits(logits.float(), tools.clamp(min=0).float(), reduction="none")
+    return (entries * labelled).sum() / labelled.sum().clamp(min=1)
+
+
+def _last_only(phase: Tensor, lengths: Tensor) -> Tensor:
+    position = torch.arange(phase.shape[1], device=phase.device)
+    return phase.masked_fill(position != lengths.to(phase.device)[:, None] - 1, NO_LABEL)
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def describe_joint(net: JointNet, head: HeadConfig | None, config: Config, index: Index, step: str) -> dict[str, Any]:
+    """What a checkpoint says besides tensors, so that the net can be built again and fed rightly (plain values)."""
+    spec = index.dataset
+    return {
+        "kind": KIND,
+        "step": step,
+        "backbone": net.backbone.name,
+        "embedding_dim": net.backbone.embedding_dim,
+        "net": net.net_config.model_dump(mode="json"),
+        "head": head.model_dump(mode="json") if net.phase is not None and head is not None else None,
+        "tools": list(spec.tools),
+        "phases": list(spec.phases),
+        "dataset": spec.name,
+        "preprocess": config.preprocess.model_dump(mode="json"),
+        "fps": config.data.fps,
+        "inference": config.joint.sequence.inference,
+        "frames": config.joint.sequence.frames,
+        "seed": config.seed,
+    }
+
+
+def load_joint(path: Path) -> tuple[JointNet, dict[str, Any]]:
+    """The net of a joint checkpoint, on the CPU in evaluation mode, and what the file says of it.
+
+    Raises UserError when the file is missing, damaged, or of another stage.
+    """
+    content = load_checkpoint(path)
+    if content.get("kind") != KIND:
+        raise UserError(f"{path}: not a checkpoint of train-joint")
+    weights = content.pop("model")
+    try:
+        head = TypeAdapter(HeadConfig).validate_python(content["head"]) if content["head"] else None
+        settings = JointNetConfig(**content["net"])
+        backbone = build_backbone(content["backbone"], "random", 0)
+        net = build_joint(backbone, settings, head, len(content["tools"]), len(content["phases"]))
+        net.load_state_dict(weights)
+    except (ValidationError, KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"{path}: damaged, or of another version ({str(error).splitlines()[0]})") from error
+    return net.eval(), content
+
+
+def joint_checkpoint(run: Path) -> Path:
+    """The best epoch of the last step that a run's joint net has been trained in, or what was imported.
+
+    Raises UserError when there is none.
+    """
+    for step in (*reversed(STEPS), IMPORTED):
+        path = run / FOLDER / step / "best.pt"
+        if path.is_file():
+            return path
+    raise UserError(f"{run / FOLDER}: no joint net; run train-joint under that name first")
+
+
+def phase_model_of(path: Path) -> tuple[PhaseModel, Mapping[str, Any]]:
+    """The phase branch of a joint checkpoint, as stage two takes it. Raises UserError where there is none."""
+    net, about = load_joint(path)
+    if net.phase is None:
+        raise UserError(f"{path}: a net for tools alone has no phase branch")
+    return net.phase, about

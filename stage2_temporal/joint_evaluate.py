@@ -1,0 +1,185 @@
+"""Evaluate a joint net from pictures: the same tables and files as the two stages have, and the mapped tools beside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+from configs.schema import Config, PreprocessConfig
+from engine.device import DTYPES, choose_device, choose_precision
+from engine.files import read_json
+from engine.progress import say
+from engine.runs import RESULT_FILE, update_summary
+from engine.stopping import StopRequest
+from evaluation.tools import choose_thresholds, evaluate_tools
+from features.index import Index
+from features.store import VideoFeatures
+from stage2_temporal.evaluate import METRICS_FILE, Material, print_metrics, score_and_write, sigmoid, summary_of
+from stage2_temporal.joint import JointNet, joint_checkpoint, load_joint
+from stage2_temporal.joint_predict import LabelledVideo, Prediction, labelled_videos, predict_videos
+from stage2_temporal.joint_train import gap_nats
+from stage2_temporal.predict import Inference
+
+
+def evaluate_joint(
+    config: Config,
+    run: Path,
+    index: Index,
+    root: Path,
+    *,
+    split: str = "test",
+    inference: Inference | None = None,
+    stop: StopRequest,
+) -> dict[str, Any]:
+    """Score a run's joint net on one split of the index; writes into `RUN/evaluate/`, and the test split's outcome into
+    `RUN/summary.json`.
+
+    Pictures are prepared as in training, whatever the settings say; crops are `joint.crops`. Raises UserError when the
+    net's classes or sampling rate are not the data's.
+    """
+    path = joint_checkpoint(run)
+    net, about = load_joint(path)
+    _require_same_world(path, about, index, config.data.fps)
+    config = config.model_copy(update={"preprocess": PreprocessConfig(**about["preprocess"])})
+    entries = list(index.videos) if split == "all" else index.by_split(split)
+    if not entries:
+        raise UserError(f"{config.data.index}: no video in split {split}; choose another --split or data.split.rule")
+    predictor = _Predictor(config, net, root, index, inference or about["inference"], about["frames"], stop)
+    videos = labelled_videos(config, index, root, entries)
+    found = predictor(videos)
+    material = Material(path, index, {video.entry.id: _as_features(video, found, config) for video in videos}, split)
+    probabilities = {name: one.phase for name, one in found.items() if one.phase is not None}
+    chosen = {
+        "checkpoint": str(path),
+        "inference": predictor.inference,
+        "crops": config.joint.crops,
+        "precision": predictor.precision,
+        "mapped_tools": _mapped_tools(videos, found, index, config, split),
+        "gap_nats": gap_nats(found.values()),
+    }
+    out = run / "evaluate" / _folder_name(split, inference, config)
+    metrics = score_and_write(
+        out,
+        material,
+        {"temporal": probabilities} if probabilities else {},
+        _majority(path),
+        _thresholds(predictor, labelled_videos(config, index, root, index.by_split("val")), index),
+        chosen,
+    )
+    print_metrics(metrics)
+    if metrics["mapped_tools"] is not None:
+        say(
+            f"tools mapped from the phase branch: mAP {metrics['mapped_tools']['map_pooled']:.1f} %; "
+            f"gap to the tool branch {metrics['gap_nats']:.4f} nats a tool and frame"
+        )
+    if split == "test" and out.name == "test":
+        update_summary(run, summary_of(run, material, metrics))
+    say(f"written: {out / METRICS_FILE}" + (", predictions/, ribbons.png" if probabilities else ""))
+    return metrics
+
+
+def _folder_name(split: str, inference: str | None, config: Config) -> str:
+    parts = [split, inference, config.joint.crops if config.joint.crops != "centre" else None]
+    return "-".join(part for part in parts if part)
+
+
+class _Predictor:
+    """Predicts lists of videos with one net, in one way."""
+
+    def __init__(
+        self,
+        config: Config,
+        net: JointNet,
+        root: Path,
+        index: Index,
+        inference: Inference,
+        frames: int,
+        stop: StopRequest,
+    ) -> None:
+        device = choose_device(config.device)
+        self.precision = choose_precision(config.extract.precision, device, training=False)
+        self.inference, self.frames = inference, frames
+        self._config, self._root, self._index, self._stop = config, root, index, stop
+        self._net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._device = device
+
+    def _autocast(self) -> Any:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self._device.type, DTYPES[self.precision])
+
+    def __call__(self, videos: list[LabelledVideo]) -> dict[str, Prediction]:
+        return predict_videos(
+            self._net,
+            self._config,
+            videos,
+            self._root,
+            self._index,
+            inference=self.inference,
+            frames=self.frames,
+            check_stop=self._stop.raise_if_set,
+            autocast=self._autocast,
+        )
+
+
+def _require_same_world(path: Path, about: Mapping[str, Any], index: Index, fps: float) -> None:
+    spec = index.dataset
+    for what, theirs, ours in (("phases", about["phases"], spec.phases), ("tools", about["tools"], spec.tools)):
+        if tuple(theirs) != tuple(ours):
+            raise UserError(f"{path}: trained on {what} {', '.join(theirs)}; the index has {', '.join(ours)}")
+    if float(about["fps"]) != fps:
+        raise UserError(f"{path}: trained at {about['fps']:g} frames a second; set data.fps={about['fps']:g}")
+
+
+def _as_features(video: LabelledVideo, found: Mapping[str, Prediction], config: Config) -> VideoFeatures:
+    """Labels and tool logits in the form that evaluation takes them; no embeddings."""
+    frames, tools = len(video.frame_index), found[video.entry.id].tools
+    return VideoFeatures(
+        features=np.zeros((frames, 0), np.float32),
+        frame_index=video.frame_index,
+        time_s=video.frame_index / video.entry.fps,
+        phase=video.phase,
+        tools=video.tools,
+        tool_logits=tools if tools is not None else np.full(video.tools.shape, np.nan, np.float32),
+        attributes={"fps": config.data.fps},
+    )
+
+
+def _probabilities_by_video(
+    videos: list[LabelledVideo], logits: Mapping[str, NDArray[np.float32] | None]
+) -> tuple[dict[str, NDArray[np.int8]], dict[str, NDArray[np.float64]]] | None:
+    """Truth and probabilities of the videos with tool labels; None where there are none."""
+    truth = {video.entry.id: video.tools for video in videos if (video.tools >= 0).any()}
+    scores = {name: sigmoid(value) for name, value in logits.items() if name in truth and value is not None}
+    return (truth, scores) if truth and scores else None
+
+
+def _mapped_tools(
+    videos: list[LabelledVideo], found: Mapping[str, Prediction], index: Index, config: Config, split: str
+) -> dict[str, Any] | None:
+    pair = _probabilities_by_video(videos, {name: one.mapped for name, one in found.items()})
+    if pair is None:
+        return None
+    return evaluate_tools(*pair, index.dataset.tools, split=split, fps=config.data.fps)
+
+
+def _thresholds(predictor: _Predictor, val: list[LabelledVideo], index: Index) -> Mapping[str, float] | None:
+    """Chosen on the validation videos; None where there are none with tool labels, or no tool branch."""
+    labelled = [video for video in val if (video.tools >= 0).any()]
+    if not labelled:
+        return None
+    pair = _probabilities_by_video(labelled, {name: one.tools for name, one in predictor(labelled).items()})
+    return choose_thresholds(*pair, index.dataset.tools) if pair else None
+
+
+def _majority(checkpoint: Path) -> int | None:
+    result = checkpoint.parent / RESULT_FILE
+    found = read_json(result).get("majority_phase") if result.exists() else None
+    return None if found is None else int(found)

@@ -1,0 +1,390 @@
+"""Training of the joint net: `multitask`, then with a mapping `mapping` and `correlation`, each a resumable step.
+
+`train_step` is the loop; it runs once a step of the schedule (Jin et al. 2020, section 3.3): both tasks; the mapping
+alone, all else frozen; all together with the correlation term. Each step starts from the best epoch of the one before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+from configs.schema import Config, JointStepConfig
+from engine.checkpoints import load_checkpoint
+from engine.device import make_accelerator, seed_everything
+from engine.files import sha256_file
+from engine.logs import METRICS_FILE, read_metrics
+from engine.progress import say
+from engine.runs import StageFolder
+from engine.session import TrainingSession
+from engine.stopping import StopRequest
+from evaluation.tools import evaluate_tools
+from features.index import Index
+from features.preprocess import normalise
+from stage1_cnn.data import FrameLoader, LabelledFrames, choose_workers, labelled_frames
+from stage1_cnn.frames import fill_cache
+from stage1_cnn.model import (
+    best_checkpoint,
+    freeze_batch_norm,
+    initial_backbone,
+    require_image_size,
+    weights_identity,
+    weights_sha256,
+)
+from stage2_temporal.joint import (
+    FOLDER,
+    STEPS,
+    JointLoss,
+    JointNet,
+    attach_cnn,
+    attach_joint,
+    attach_temporal,
+    bernoulli_kl,
+    build_joint,
+    describe_joint,
+    joint_checkpoint,
+)
+from stage2_temporal.joint_data import ClipBatch, ClipDataset, clip_requests, spans_of
+from stage2_temporal.joint_predict import LabelledVideo, Prediction, labelled_videos, phase_accuracy, predict_videos
+from stage2_temporal.model import detach_state, first_rows
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the net's weights come from, besides `cnn.weights`: runs of the two stages, or another joint net."""
+
+    cnn: Path | None = None
+    temporal: Path | None = None
+    joint: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.joint and (self.cnn or self.temporal):
+            raise UserError("--from-joint gives every branch; leave --from-cnn and --from-temporal out")
+
+    def files(self) -> dict[str, Path]:
+        """The checkpoint behind each."""
+        found = {}
+        if self.cnn:
+            found["cnn"] = best_checkpoint(self.cnn)
+        if self.temporal:
+            found["temporal"] = self.temporal / "temporal" / "best.pt"
+        if self.joint:
+            found["joint"] = joint_checkpoint(self.joint)
+        for path in found.values():
+            if not path.is_file():
+                raise UserError(f"{path}: no such checkpoint; name a finished run")
+        return found
+
+
+@dataclass(frozen=True)
+class JointData:
+    """What a joint net learns from and is chosen on."""
+
+    train: LabelledFrames
+    val: list[LabelledVideo]
+    index: Index
+    root: Path
+
+
+def train_joint(
+    config: Config, run: Path, index: Index, root: Path, stop: StopRequest, start: Start, *, trusted: bool = False
+) -> dict[str, Any]:
+    """Train every step of the schedule into `RUN/joint/<step>/`; returns the last step's result.
+
+    Finished steps are not done again, an unfinished one goes on where it was stopped. Raises UserError for settings,
+    labels or checkpoints that do not fit, and Stopped, with everything saved, when asked to stop.
+    """
+    files = start.files()
+    common = _identity(config, index, files)
+    seed_everything(config.seed)
+    net = initial_net(config, index, start, trusted=trusted)
+    require_image_size(net.backbone, config.preprocess.crop_px)
+    data = _load(config, index, root)
+    result: dict[str, Any] = {}
+    for step, settings in schedule(config).items():
+        stage = StageFolder(run, f"{FOLDER}/{step}", config, _step_identity(common, config, step))
+        if stage.result is None:
+            stage.open()
+            fill_cache(config, index, root, (*index.by_split("train"), *index.by_split("val")), stop)
+            say(f"== {step}: {settings.epochs} epochs")
+            train_step(stage.path, step, settings, net, config, data, stop)
+            result = stage.finish(_result(stage.path, step, config, data, net))
+        else:
+            say(f"{stage.path}: finished before with these settings, nothing to do")
+            result = stage.result
+        net.load_state_dict(load_checkpoint(stage.path / "best.pt")["model"])
+    return result
+
+
+def schedule(config: Config) -> dict[str, JointStepConfig]:
+    """The steps that the settings ask for, in order."""
+    joint = config.joint
+    steps = zip(STEPS, (joint.multitask, joint.mapping, joint.correlation), strict=True)
+    return {name: settings for name, settings in steps if settings is not None}
+
+
+def initial_net(config: Config, index: Index, start: Start, *, trusted: bool = False) -> JointNet:
+    """The net before the first update: `cnn.weights` and fresh branches, then whatever `start` names."""
+    spec = index.dataset
+    _require_classes(config, len(spec.tools))
+    net = build_joint(
+        initial_backbone(config, trusted=trusted),
+        config.joint.net,
+        config.temporal.head,
+        len(spec.tools),
+        len(spec.phases),
+    )
+    if start.joint:
+        attach_joint(net, joint_checkpoint(start.joint), spec.tools, spec.phases)
+    if start.cnn:
+        attach_cnn(net, start.cnn, spec.tools)
+    if start.temporal:
+        attach_temporal(net, start.temporal, spec.phases, config.temporal.head)
+    net.gradient_checkpointing = config.joint.gradient_checkpointing
+    if config.joint.freeze_batch_norm:
+        freeze_batch_norm(net.backbone)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net
+
+
+def _require_classes(config: Config, tools: int) -> None:
+    if config.joint.net.tasks != "phase" and not tools:
+        raise UserError(f"joint.net.tasks={config.joint.net.tasks}: the data set has no tools; set tasks to phase")
+
+
+def _load(config: Config, index: Index, root: Path) -> JointData:
+    if not index.by_split("train"):
+        raise UserError(f"{config.data.index}: no training videos; set data.split.rule and run index again")
+    train = labelled_frames(config, index, root, index.by_split("train"), with_phases=True, every_frame=True)
+    tasks = config.joint.net.tasks
+    for task, labels in (("tool", train.tools), ("phase", train.phase)):
+        if tasks in (task, "both") and not (labels >= 0).any():
+            raise UserError(f"{config.data.index}: no training frame has a {task} label; set joint.net.tasks")
+    val = labelled_videos(config, index, root, index.by_split("val"))
+    if not val:
+        say("no validation videos: every epoch is trained, and the last one counts as the best")
+    return JointData(train, val, index, root)
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+
+
+def train_step(
+    folder: Path,
+    step: str,
+    settings: JointStepConfig,
+    net: JointNet,
+    config: Config,
+    data: JointData,
+    stop: StopRequest,
+) -> None:
+    """Train one step into `folder` (`best.pt`, `last.pt`, `metrics.jsonl`)."""
+    joint, spans = config.joint, spans_of(data.train)
+    seed_everything(config.seed)
+    accelerator, _ = make_accelerator(config.device, settings.precision)
+    if accelerator.num_processes > 1:
+        raise UserError("train-joint runs in one process; start it without a launcher")
+    net.train_only("mapping" if step == "mapping" else "all", freeze_mapping=settings.freeze_mapping)
+    describe = describe_joint(net, config.temporal.head, config, data.index, step)
+    session = TrainingSession(
+        folder, accelerator, net, parameter_groups(net, settings), settings, describe, stop, joint.accumulate_steps
+    )
+    session.resume()
+    criterion, phase = JointLoss(joint.loss, step), net.phase
+    dataset = ClipDataset(data.train, config.preprocess.crop_px, joint.augment, config.seed)
+    workers = choose_workers(joint.workers, accelerator.device)
+    with FrameLoader[ClipBatch](dataset, workers, accelerator.device) as loader:
+        for epoch in session.epochs():
+            requests = clip_requests(spans, joint.sequence, config.seed, epoch, joint.clips_per_epoch)
+            for batch in session.batches(loader.batches(requests[session.position.step :]), len(requests)):
+                carried = None if batch.fresh or phase is None else first_rows(phase.carried, len(batch.first))
+                with session.gradient_sync():
+                    with session.autocast():
+                        output = session.model(to_clips(batch, config, accelerator.device), carried, batch.lengths)
+                        labels = (part.to(accelerator.device) for part in (batch.phase, batch.tools))
+                        loss = criterion(output, *labels, batch.lengths)
+                    if phase is not None:
+                        phase.carried = detach_state(output.state) if joint.sequence.mode == "chunked" else ()
+                    session.update(loss, partial(_name_batch, data.train, batch))
+            if phase is not None:
+                phase.carried = ()
+            scores = validate(net, config, data, step, session)
+            session.finish_epoch(scores, score=deciding_score(scores, step)[1])
+
+
+def to_clips(batch: ClipBatch, config: Config, device: torch.device) -> torch.Tensor:
+    """A batch's pictures on the device, normalised: (B, T, 3, S, S) float32."""
+    images = normalise(batch.images.flatten(0, 1), config.preprocess, device)  # (B T, 3, S, S)
+    return images.unflatten(0, batch.images.shape[:2])
+
+
+def parameter_groups(net: JointNet, settings: JointStepConfig) -> list[dict[str, Any]]:
+    """Backbone and branches with their learning-rate factors; a backbone with factor 0 needs no gradients either."""
+    if settings.backbone_lr_factor == 0:
+        net.backbone.requires_grad_(False)
+    backbone = list(net.backbone.parameters())
+    inside = {id(parameter) for parameter in backbone}
+    return [
+        {"name": "backbone", "params": backbone, "lr_factor": settings.backbone_lr_factor},
+        {"name": "branches", "params": [p for p in net.parameters() if id(p) not in inside]},
+    ]
+
+
+def _name_batch(train: LabelledFrames, batch: ClipBatch) -> str:
+    return f"first clip: {train.name(int(batch.first[0]))}"
+
+
+# ---------------------------------------------------------------------------------------------- validation
+
+
+def validate(
+    net: JointNet, config: Config, data: JointData, step: str, session: TrainingSession
+) -> dict[str, float | None]:
+    """Scores on whole validation videos, in the way of running that `joint.sequence.inference` names."""
+    if not data.val:
+        return {}
+    sequence = config.joint.sequence
+    found = predict_videos(
+        net,
+        config,
+        data.val,
+        data.root,
+        data.index,
+        inference=sequence.inference,
+        frames=sequence.frames,
+        check_stop=session.stop_if_asked,
+        autocast=session.autocast,
+    )
+    return score_videos(net, data.val, found, data.index.dataset.tools)
+
+
+def score_videos(
+    net: JointNet, videos: Sequence[LabelledVideo], found: Mapping[str, Prediction], tools: Sequence[str]
+) -> dict[str, float | None]:
+    """Phase accuracy, tool mAP (pooled), that of the mapped prediction, as fractions, and the gap between the two."""
+    scores: dict[str, float | None] = {}
+    if net.phase is not None:
+        scores["val_accuracy"] = phase_accuracy(videos, found)
+    if net.tool_head is not None:
+        scores["val_map"] = _mean_average_precision(videos, {name: one.tools for name, one in found.items()}, tools)
+    if net.mapping is not None:
+        scores["val_map_mapped"] = _mean_average_precision(
+            videos, {name: one.mapped for name, one in found.items()}, tools
+        )
+        scores["val_gap_nats"] = gap_nats(found.values())
+    return scores
+
+
+def gap_nats(found: Iterable[Prediction]) -> float | None:
+    """Mean KL divergence (nats a tool and frame) of the tool branch from the mapped prediction."""
+    gaps = [
+        bernoulli_kl(torch.from_numpy(one.mapped), torch.from_numpy(one.tools))
+        for one in found
+        if one.mapped is not None and one.tools is not None
+    ]
+    return float(torch.cat(gaps).mean()) if gaps else None
+
+
+def _mean_average_precision(
+    videos: Sequence[LabelledVideo], logits: Mapping[str, NDArray[np.float32] | None], tools: Sequence[str]
+) -> float | None:
+    truth = {video.entry.id: video.tools for video in videos if (video.tools >= 0).any()}
+    scores = {name: value for name, value in logits.items() if name in truth and value is not None}
+    if not truth or len(scores) < len(truth):
+        return None
+    percent = evaluate_tools(truth, scores, tools)["map_pooled"]
+    return None if percent is None else percent / 100
+
+
+def deciding_score(scores: Mapping[str, float | None], step: str) -> tuple[str, float | None]:
+    """What the best epoch is chosen by, in words, and its value.
+
+    The mapping step: mAP of the mapped prediction. Otherwise phase accuracy and tool mAP, or the mean of both.
+    """
+    keys = ("val_map_mapped",) if step == "mapping" else ("val_accuracy", "val_map")
+    found = {key: value for key in keys if (value := scores.get(key)) is not None}
+    if not found:
+        return "no validation score, so the last epoch", None
+    return " and ".join(_SCORE_NAMES[key] for key in found), sum(found.values()) / len(found)
+
+
+_SCORE_NAMES = {
+    "val_accuracy": "validation accuracy",
+    "val_map": "validation mAP",
+    "val_map_mapped": "validation mAP of the mapped tools",
+    "val_gap_nats": "gap in nats",
+}
+
+
+# ---------------------------------------------------------------------------------------------- identity, result
+
+
+def _identity(config: Config, index: Index, files: Mapping[str, Path]) -> dict[str, Any]:
+    used = index.model_copy(update={"videos": (*index.by_split("train"), *index.by_split("val"))})
+    joint = config.joint
+    return {
+        "seed": config.seed,
+        "videos_sha256": used.digest(),
+        "fps": config.data.fps,
+        "tools_between_rows": config.data.tools_between_rows,
+        "preprocess": config.preprocess.model_dump(mode="json"),
+        "frames": f"jpeg {config.cache.jpeg_quality}" if config.cache.codec == "jpeg" else "lossless",
+        "backbone": config.cnn.backbone,
+        "weights": weights_identity(config.cnn, config.runs),
+        "zero_init_residual": config.cnn.zero_init_residual,
+        "head": config.temporal.head.model_dump(mode="json"),
+        "joint": joint.model_dump(mode="json", exclude={"workers", *STEPS, "loss"}),
+        "tool_weight": joint.loss.tool_weight,
+        "phase_frames": joint.loss.phase_frames,
+        "start": {name: sha256_file(path) for name, path in files.items()},
+    }
+
+
+def _step_identity(common: Mapping[str, Any], config: Config, step: str) -> dict[str, Any]:
+    """A step depends on the settings of those before it too, and on the correlation only where it is computed."""
+    steps = {}
+    for name, settings in schedule(config).items():
+        steps[name] = settings.model_dump(mode="json", exclude={"checkpoint_minutes"})
+        if name == step:
+            break
+    loss = config.joint.loss.model_dump(mode="json") if step == "correlation" else None
+    return {**common, "steps": steps, "correlation": loss}
+
+
+def _result(folder: Path, step: str, config: Config, data: JointData, net: JointNet) -> dict[str, Any]:
+    best = load_checkpoint(folder / "best.pt")["scores"]
+    epochs = read_metrics(folder / METRICS_FILE, "epoch")
+    result: dict[str, Any] = {
+        "step": step,
+        **{key: best.get(key) for key in _SCORE_NAMES},
+        "best_epoch": best["epoch"] + 1,
+        "epochs": len(epochs),
+        "chosen_by": deciding_score(best, step)[0],
+        "seconds": round(sum(row["seconds"] for row in epochs), 2),
+        "train_frames": len(data.train),
+        "train_videos": len(data.train.videos),
+        "val_videos": len(data.val),
+        "majority_phase": _majority(data.train, net.phases),
+        "backbone": config.cnn.backbone,
+        "weights_sha256": weights_sha256(net),
+        "checkpoint": str(folder / "best.pt"),
+    }
+    scores = [f"{words} {result[key]:.3f}" for key, words in _SCORE_NAMES.items() if result[key] is not None]
+    result["sentence"] = (
+        f"{step}: {', '.join(scores) or 'no validation score'} at epoch {result['best_epoch']} of {result['epochs']}; "
+        f"{result['train_frames']:,} training frames, {result['seconds']:.0f} s; {result['checkpoint']}"
+    )
+    return result
+
+
+def _majority(train: LabelledFrames, phases: int) -> int | None:
+    labelled = train.phase[train.phase >= 0]
+    return int(np.bincount(labelled, minlength=phases).argmax()) if phases and len(labelled) else None
