@@ -294,13 +294,14 @@ def evaluate(
     A joint net reads pictures, so it needs data.root; joint.crops=five or ten averages over crops.
     """
     from stage2_temporal.evaluate import evaluate_run
-    from stage2_temporal.joint_evaluate import evaluate_joint
 
     resolved = _config(source, overrides)
     run = _run(resolved, source, name)
     joint = model == "joint" or (model == "auto" and (run / "joint").exists() and not (run / "temporal").exists())
     with _stop_when_asked() as stop:
         if joint:
+            from stage2_temporal.joint_evaluate import evaluate_joint
+
             other = (f"data.index={index_file}",) if index_file else ()
             resolved = _config(source, (*overrides, *other))
             index, root = _dataset(resolved)

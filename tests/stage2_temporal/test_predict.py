@@ -145,7 +145,15 @@ def test_what_a_checkpoint_says(train: Any, tmp_path: Path) -> None:
     result = train(temporal={"sequence": {"mode": "clips", "frames": 6, "inference": "clip"}, "epochs": 1})
     model, about = load_temporal(tmp_path / "run/temporal")
     assert not model.training
-    assert about["head"] == {"name": "lstm", "hidden": 12, "layers": 1, "dropout": 0.0, "bidirectional": False}
+    assert about["head"] == {
+        "name": "lstm",
+        "hidden": 12,
+        "layers": 1,
+        "dropout": 0.0,
+        "bidirectional": False,
+        "relu": False,
+        "fc_hidden": None,
+    }
     assert (about["inference"], about["frames"], about["embedding_dim"], about["fps"]) == ("clip", 6, 6, 1.0)
     assert about["phases"] == ["Early", "Middle", "Late"]
     assert (about["dataset"], about["backbone"]) == ("toy", "toy")
