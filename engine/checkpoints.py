@@ -7,8 +7,6 @@ import pickle
 import random
 import warnings
 import zipfile
-from collections import OrderedDict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +29,12 @@ def save_checkpoint(path: Path, content: dict[str, Any], keep_previous: bool = F
     every moment. Raises UserError when the disk is full or the folder cannot be written.
     """
     with atomic_path(path) as temporary:
-        _save({"format": FORMAT, **content}, temporary, path)
+        try:
+            torch.save({"format": FORMAT, **content}, temporary)
+        except RuntimeError as error:  # torch's zip writer hides the system's error number
+            raise UserError(f"{path}: cannot be written (is the disk full?): {_first_line(error)}") from error
         if keep_previous and path.exists():
             os.replace(path, previous_of(path))
-
-
-def save_state_dict(path: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors by name and nothing else, in the format that every torch reads (before 1.6 there was no other).
-
-    Raises UserError as `save_checkpoint` does.
-    """
-    with atomic_path(path) as temporary:
-        _save(OrderedDict(state), temporary, path, _use_new_zipfile_serialization=False)
-
-
-def _save(content: Any, temporary: Path, path: Path, **options: Any) -> None:
-    try:
-        torch.save(content, temporary, **options)
-    except RuntimeError as error:  # torch's zip writer hides the system's error number
-        raise UserError(f"{path}: cannot be written (is the disk full?): {_first_line(error)}") from error
 
 
 def previous_of(path: Path) -> Path:
@@ -87,41 +72,25 @@ def load_foreign_weights(path: Path, trusted: bool = False) -> dict[str, torch.T
     Raises UserError when the file is not a plain state dict, or when this torch cannot load foreign files safely and
     the user has not vouched for the file.
     """
-    state = unwrap_state_dict(load_foreign(path, trusted), path)
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-
-
-def load_foreign(path: Path, trusted: bool = False) -> Any:
-    """The tensors and plain containers of a file that somebody else made, as they stand in it, on the CPU.
-
-    Raises UserError when it holds anything else, or when this torch cannot load foreign files safely and the user has
-    not vouched for the file.
-    """
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < SAFE_TORCH and not trusted:
         raise UserError(
             f"{path}: torch {torch.__version__} cannot load foreign files safely (CVE-2026-24747); "
             "upgrade to 2.10 or newer, or pass --trusted if you know where the file comes from"
         )
-    return _load(path)
-
-
-def unwrap_state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:
-    """`{name: tensor}` from a loaded file, taken out of `state_dict`/`model`; UserError where it holds no such thing."""
+    content = _load(path)
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise UserError(f"{path}: not a state dict (a mapping from names to tensors)")
-    return {str(name): tensor for name, tensor in content.items()}
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
 
 
 def _load(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        if _is_web_page(path):
-            raise UserError(f"{path}: a web page, not a checkpoint; download the file itself")
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 broken = archive.testzip()
@@ -139,12 +108,6 @@ def _load(path: Path) -> Any:
         ) from error
     except Exception as error:  # whatever a damaged or hostile file makes the reader say
         raise UserError(f"{path}: damaged or not a checkpoint ({_first_line(error)})") from error
-
-
-def _is_web_page(path: Path) -> bool:
-    """What a browser saves in place of a file that asks for a login or a confirmation."""
-    with path.open("rb") as stream:
-        return stream.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<head"))
 
 
 def _first_line(error: Exception) -> str:
