@@ -24,8 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.errors import UserError
 from configs.load import differences
-from configs.schema import Config, DataSetSpec, HeadConfig, JointLossConfig, JointNetConfig
+from configs.schema import Config, HeadConfig, JointLossConfig, JointNetConfig
 from engine.checkpoints import load_checkpoint
+from features.index import Index
 from stage1_cnn.model import (
     Backbone,
     ToolNet,
@@ -298,8 +299,9 @@ def _last_only(phase: Tensor, lengths: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
-def describe_joint(net: JointNet, head: HeadConfig | None, config: Config, spec: DataSetSpec, step: str) -> dict[str, Any]:
+def describe_joint(net: JointNet, head: HeadConfig | None, config: Config, index: Index, step: str) -> dict[str, Any]:
     """What a checkpoint says besides tensors, so that the net can be built again and fed rightly (plain values)."""
+    spec = index.dataset
     return {
         "kind": KIND,
         "step": step,

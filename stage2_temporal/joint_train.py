@@ -193,7 +193,7 @@ def train_step(
     if accelerator.num_processes > 1:
         raise UserError("train-joint runs in one process; start it without a launcher")
     net.train_only("mapping" if step == "mapping" else "all", freeze_mapping=settings.freeze_mapping)
-    describe = describe_joint(net, config.temporal.head, config, data.index.dataset, step)
+    describe = describe_joint(net, config.temporal.head, config, data.index, step)
     session = TrainingSession(
         folder, accelerator, net, parameter_groups(net, settings), settings, describe, stop, joint.accumulate_steps
     )
