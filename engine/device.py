@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -46,6 +47,11 @@ def choose_precision(name: str, device: torch.device, training: bool) -> str:
     if name == "fp16" and device.type != "cuda":
         raise UserError(f"precision=fp16 works on CUDA devices only, not on {device.type}; use bf16 or fp32")
     return name
+
+
+def lower_precision(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Autocast to `precision` (fp32, bf16 or fp16) for inference on `device`; nothing for fp32."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
 
 
 def cpu_has_bf16() -> bool:

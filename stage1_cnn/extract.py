@@ -6,11 +6,10 @@ on a CPU each process computes with one thread.
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from configs.errors import UserError
 from configs.load import differences
 from configs.schema import Config, PreprocessConfig
-from engine.device import DTYPES, choose_device, choose_precision, seed_everything
+from engine.device import choose_device, choose_precision, lower_precision, seed_everything
 from engine.files import read_json, require_free_bytes, sha256_file, sha256_json, write_json
 from engine.progress import say
 from engine.runs import RESULT_FILE, StageFolder
@@ -41,7 +40,13 @@ from features.store import (
     verify_file,
     write_features,
 )
-from stage1_cnn.frames import open_pictures, require_indexed_annotations, require_indexed_source, source_identity
+from stage1_cnn.frames import (
+    open_pictures,
+    picture_batches,
+    require_indexed_annotations,
+    require_indexed_source,
+    source_identity,
+)
 from stage1_cnn.model import (
     Backbone,
     ToolNet,
@@ -235,16 +240,11 @@ class Encoder:
         """For the record: the kind of device, and which GPU."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
-    def _lower_precision(self) -> AbstractContextManager[Any]:
-        if self.spec.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, DTYPES[self.spec.precision])
-
     def __call__(self, crops: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Frames (N, S, S, 3) uint8 to embeddings (N, D) and tool logits (N, K), both float32."""
         with torch.inference_mode():
             images = normalise(crops, self.preprocess, self.device)  # (N, 3, S, S)
-            with self._lower_precision():
+            with lower_precision(self.device, self.spec.precision):
                 embedding = self.backbone(images).float()  # (N, D)
             if self.tool_head is None:
                 logits = torch.full((len(crops), self.tools), torch.nan)  # (N, K)
@@ -434,9 +434,8 @@ class ExtractTask:
 
 def crop_batches(pictures: Iterable[NDArray[np.uint8]], batch_frames: int, crop_px: int) -> Iterator[NDArray[np.uint8]]:
     """Centre crops (N, S, S, 3) of resized frames (R, R, 3), cut every `batch_frames` from the first one on."""
-    remaining = iter(pictures)
-    while waiting := list(itertools.islice(remaining, batch_frames)):
-        yield crop_frames(np.stack(waiting), crop_px)[:, 0]
+    for batch in picture_batches(pictures, batch_frames):
+        yield crop_frames(batch, crop_px)[:, 0]
 
 
 @contextmanager

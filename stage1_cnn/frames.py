@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -104,6 +106,29 @@ def open_pictures(config: Config, entry: VideoEntry, root: Path, index: Index) -
         geometry = Geometry.of_video(config.preprocess, reader)
         frames = (geometry.resize_frame(rgb) for rgb in reader.read(request.frame_index.tolist()))
         yield Pictures(frames, {"reader": reader.name, "reader_version": reader.version, "frames_from": "source"})
+
+
+def picture_batches(pictures: Iterable[NDArray[np.uint8]], batch_frames: int) -> Iterator[NDArray[np.uint8]]:
+    """Frames (R, R, 3) in batches (N, R, R, 3), cut every `batch_frames` from the first one on."""
+    remaining = iter(pictures)
+    while waiting := list(itertools.islice(remaining, batch_frames)):
+        yield np.stack(waiting)
+
+
+def frames_identity(config: Config, index: Index) -> dict[str, Any]:
+    """What training on frames depends on besides its net: settings, labels, sources and splits of the videos used.
+
+    Paths, the reader (readers are bit-identical) and a lossless cache's codec are not part.
+    """
+    used = index.model_copy(update={"videos": (*index.by_split("train"), *index.by_split("val"))})
+    return {
+        "seed": config.seed,
+        "videos_sha256": used.digest(),
+        "fps": config.data.fps,
+        "tools_between_rows": config.data.tools_between_rows,
+        "preprocess": config.preprocess.model_dump(mode="json"),
+        "frames": f"jpeg {config.cache.jpeg_quality}" if config.cache.codec == "jpeg" else "lossless",
+    }
 
 
 def _provenance_of_cache(path: Path) -> dict[str, str]:

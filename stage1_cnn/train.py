@@ -38,7 +38,7 @@ from stage1_cnn.data import (
     training_requests,
     validation_requests,
 )
-from stage1_cnn.frames import fill_cache
+from stage1_cnn.frames import fill_cache, frames_identity
 from stage1_cnn.model import (
     CHECKPOINT_STAGE,
     NetOutput,
@@ -111,18 +111,12 @@ def train_cnn(
 
 
 def identity(config: Config, index: Index) -> dict[str, Any]:
-    """Everything the numbers depend on: settings, labels, sources and splits of the videos used, initial weights.
+    """Everything the numbers depend on: frames and labels (see `frames_identity`), settings, initial weights.
 
-    Paths, loader processes, the reader (readers are bit-identical) and how often checkpoints are written are not part.
+    Loader processes and how often checkpoints are written are not part.
     """
-    used = index.model_copy(update={"videos": (*index.by_split("train"), *index.by_split("val"))})
     return {
-        "seed": config.seed,
-        "videos_sha256": used.digest(),
-        "fps": config.data.fps,
-        "tools_between_rows": config.data.tools_between_rows,
-        "preprocess": config.preprocess.model_dump(mode="json"),
-        "frames": f"jpeg {config.cache.jpeg_quality}" if config.cache.codec == "jpeg" else "lossless",
+        **frames_identity(config, index),
         "cnn": config.cnn.model_dump(mode="json", exclude={"weights", "workers", "checkpoint_minutes"}),
         "weights": weights_identity(config.cnn, config.runs),
     }
@@ -193,19 +187,26 @@ class Loss(nn.Module):
 
     def forward(self, output: NetOutput, batch: FrameBatch) -> Tensor:
         """Mean loss of a batch, a scalar in float32."""
-        logits = output.tool_logits.float()  # (N, K)
-        tools = batch.tools.to(logits.device)
-        labelled = tools >= 0  # (N, K)
-        entries = F.binary_cross_entropy_with_logits(
-            logits, tools.clamp(min=0), pos_weight=self.positive_weight, reduction="none"
-        )
-        loss = (entries * labelled).sum() / labelled.sum().clamp(min=1)
+        device = output.tool_logits.device
+        loss = tool_loss(output.tool_logits, batch.tools.to(device), self.positive_weight)
         if output.phase_logits is not None and (batch.phase >= 0).any():
-            phase = batch.phase.to(logits.device)
+            phase = batch.phase.to(device)
             loss = loss + self.phase_weight * F.cross_entropy(
                 output.phase_logits.float(), phase, weight=self.class_weight, ignore_index=-1
             )
         return loss
+
+
+def tool_loss(logits: Tensor, tools: Tensor, positive_weight: Tensor | None = None) -> Tensor:
+    """Binary cross-entropy of logits (..., K) on labels (..., K), -1 = no label: mean over labelled entries, float32.
+
+    0 where nothing is labelled. `positive_weight` (K,) scales the entries of tools that are there.
+    """
+    labelled = tools >= 0
+    entries = F.binary_cross_entropy_with_logits(
+        logits.float(), tools.clamp(min=0), pos_weight=positive_weight, reduction="none"
+    )
+    return (entries * labelled).sum() / labelled.sum().clamp(min=1)
 
 
 def positive_weights(tools: NDArray[np.int8]) -> Tensor:

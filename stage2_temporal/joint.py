@@ -29,7 +29,6 @@ from engine.checkpoints import load_checkpoint
 from features.index import Index
 from stage1_cnn.model import (
     Backbone,
-    ToolNet,
     best_checkpoint,
     build_backbone,
     freeze_batch_norm,
@@ -37,6 +36,8 @@ from stage1_cnn.model import (
     rebuild_from_checkpoint,
     tool_branch,
 )
+from stage1_cnn.train import tool_loss
+from stage2_temporal.data import NO_LABEL
 from stage2_temporal.model import PhaseModel, Standardise, State, build_head, require_causal
 from stage2_temporal.predict import load_temporal
 
@@ -44,7 +45,6 @@ KIND = "joint"
 FOLDER = "joint"
 STEPS = ("multitask", "mapping", "correlation")
 IMPORTED = "imported"
-NO_LABEL = -1
 
 
 class JointOutput(NamedTuple):
@@ -59,6 +59,7 @@ class JointOutput(NamedTuple):
 class JointNet(nn.Module):
     """Shared backbone, a tool branch a frame, a phase branch over time, and the mapping from phases to tools.
 
+    `tools` is 0 for a net without a tool branch, `phase` None for one without a phase branch (see `build_joint`).
     New layers start as in the reference: Xavier uniform with zero bias, drawn from torch's global generator.
     """
 
@@ -68,8 +69,6 @@ class JointNet(nn.Module):
         self.tool_head = tool_branch(backbone.embedding_dim, config.tool_hidden, tools)
         self.phase = phase
         self.mapping = linear(phase.head.hidden_dim, tools) if phase is not None and config.mapping else None
-        if config.tasks == "phase":
-            self.tool_head = None
         self.gradient_checkpointing = False
         self._part = "all"
 
@@ -169,9 +168,9 @@ def attach_cnn(net: JointNet, run: Path, tools: Sequence[str]) -> None:
             f"add --set cnn.backbone={stage_one.backbone.name}"
         )
     if net.tool_head is not None:
-        _require_same(path, "tools", about["tools"], tools)
+        require_same_classes(path, "tools", about["tools"], tools)
     net.backbone.load_state_dict(stage_one.backbone.state_dict())
-    if isinstance(net.tool_head, nn.Linear) and isinstance(stage_one, ToolNet) and stage_one.tool_head is not None:
+    if isinstance(net.tool_head, nn.Linear) and stage_one.tool_head is not None:
         net.tool_head.load_state_dict(stage_one.tool_head.state_dict())
 
 
@@ -182,7 +181,7 @@ def attach_temporal(net: JointNet, run: Path, phases: Sequence[str], head: HeadC
     """
     folder = run / "temporal"
     model, about = load_temporal(folder)
-    _require_same(folder / "best.pt", "phases", about["phases"], phases)
+    require_same_classes(folder / "best.pt", "phases", about["phases"], phases)
     if net.phase is None:
         raise UserError("--from-temporal gives a phase branch, but joint.net.tasks=tool has none")
     if len(model.standardise.mean) != net.backbone.embedding_dim:
@@ -203,8 +202,8 @@ def attach_joint(net: JointNet, path: Path, tools: Sequence[str], phases: Sequen
     Raises UserError where classes, backbone or a branch's shape differ.
     """
     other, about = load_joint(path)
-    _require_same(path, "phases", about["phases"], phases if other.phase is not None else about["phases"])
-    _require_same(path, "tools", about["tools"], tools if other.tool_head is not None else about["tools"])
+    require_same_classes(path, "phases", about["phases"], phases if other.phase is not None else about["phases"])
+    require_same_classes(path, "tools", about["tools"], tools if other.tool_head is not None else about["tools"])
     if about["backbone"] != net.backbone.name:
         raise UserError(f"{path}: holds {about['backbone']}, but cnn.backbone={net.backbone.name}")
     net.backbone.load_state_dict(other.backbone.state_dict())
@@ -220,7 +219,8 @@ def attach_joint(net: JointNet, path: Path, tools: Sequence[str], phases: Sequen
             ) from error
 
 
-def _require_same(path: Path, what: str, found: Sequence[str] | None, expected: Sequence[str]) -> None:
+def require_same_classes(path: Path, what: str, found: Sequence[str] | None, expected: Sequence[str]) -> None:
+    """Raise UserError unless a checkpoint's classes (`what`: tools or phases) are the index's, in the same order."""
     if list(found or ()) != list(expected):
         raise UserError(
             f"{path}: trained on the {what} {', '.join(found or ()) or 'none'}; the index has "
@@ -282,13 +282,6 @@ def phase_loss(logits: Tensor, phase: Tensor) -> Tensor:
     labelled = (phase != NO_LABEL).sum().clamp(min=1)
     summed = F.cross_entropy(logits.flatten(0, 1).float(), phase.flatten(), ignore_index=NO_LABEL, reduction="sum")
     return summed / labelled
-
-
-def tool_loss(logits: Tensor, tools: Tensor) -> Tensor:
-    """Binary cross-entropy (mean over labelled entries) of logits (B, T, K); 0 where there is none."""
-    labelled = tools != NO_LABEL
-    entries = F.binary_cross_entropy_with_logits(logits.float(), tools.clamp(min=0).float(), reduction="none")
-    return (entries * labelled).sum() / labelled.sum().clamp(min=1)
 
 
 def _last_only(phase: Tensor, lengths: Tensor) -> Tensor:

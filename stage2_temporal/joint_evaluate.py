@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import Config, PreprocessConfig
-from engine.device import DTYPES, choose_device, choose_precision
+from engine.device import choose_device, choose_precision, lower_precision
 from engine.files import read_json
 from engine.progress import say
 from engine.runs import RESULT_FILE, update_summary
@@ -22,9 +22,8 @@ from evaluation.tools import choose_thresholds, evaluate_tools
 from features.index import Index
 from features.store import VideoFeatures
 from stage2_temporal.evaluate import METRICS_FILE, Material, print_metrics, score_and_write, sigmoid, summary_of
-from stage2_temporal.joint import JointNet, joint_checkpoint, load_joint
-from stage2_temporal.joint_predict import LabelledVideo, Prediction, labelled_videos, predict_videos
-from stage2_temporal.joint_train import gap_nats
+from stage2_temporal.joint import JointNet, joint_checkpoint, load_joint, require_same_classes
+from stage2_temporal.joint_predict import LabelledVideo, Prediction, gap_nats, labelled_videos, predict_videos
 from stage2_temporal.predict import Inference
 
 
@@ -38,11 +37,11 @@ def evaluate_joint(
     inference: Inference | None = None,
     stop: StopRequest,
 ) -> dict[str, Any]:
-    """Score a run's joint net on one split of the index; writes into `RUN/evaluate/`, and the test split's outcome into
-    `RUN/summary.json`.
+    """Score a run's joint net on one split of the index; returns the metrics (percent) that `metrics.json` holds.
 
-    Pictures are prepared as in training, whatever the settings say; crops are `joint.crops`. Raises UserError when the
-    net's classes or sampling rate are not the data's.
+    Writes into `RUN/evaluate/`, and the outcome on the test split into `RUN/summary.json`. Pictures are
+    prepared as in training, whatever the settings say; crops are `joint.crops`. Raises UserError when the net's classes
+    or sampling rate are not the data's, Stopped when asked to stop.
     """
     path = joint_checkpoint(run)
     net, about = load_joint(path)
@@ -108,12 +107,7 @@ class _Predictor:
         self.inference, self.frames = inference, frames
         self._config, self._root, self._index, self._stop = config, root, index, stop
         self._net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._device = device
-
-    def _autocast(self) -> Any:
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self._device.type, DTYPES[self.precision])
+        self._autocast = partial(lower_precision, device, self.precision)
 
     def __call__(self, videos: list[LabelledVideo]) -> dict[str, Prediction]:
         return predict_videos(
@@ -131,9 +125,8 @@ class _Predictor:
 
 def _require_same_world(path: Path, about: Mapping[str, Any], index: Index, fps: float) -> None:
     spec = index.dataset
-    for what, theirs, ours in (("phases", about["phases"], spec.phases), ("tools", about["tools"], spec.tools)):
-        if tuple(theirs) != tuple(ours):
-            raise UserError(f"{path}: trained on {what} {', '.join(theirs)}; the index has {', '.join(ours)}")
+    require_same_classes(path, "phases", about["phases"], spec.phases)
+    require_same_classes(path, "tools", about["tools"], spec.tools)
     if float(about["fps"]) != fps:
         raise UserError(f"{path}: trained at {about['fps']:g} frames a second; set data.fps={about['fps']:g}")
 

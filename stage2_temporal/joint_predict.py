@@ -6,7 +6,6 @@ inference are those of stage two on these embeddings.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ from configs.schema import AugmentConfig, Config, PreprocessConfig
 from engine.progress import progress_bar
 from features.index import Index, VideoEntry, load_labels, sampled_frames
 from features.preprocess import CropCount, augment, augment_generator, crop_frames, normalise
-from stage1_cnn.frames import open_pictures
+from stage1_cnn.frames import open_pictures, picture_batches
 from stage2_temporal.data import FeatureBank, Span
-from stage2_temporal.joint import JointNet
+from stage2_temporal.joint import JointNet, bernoulli_kl
 from stage2_temporal.model import State
 from stage2_temporal.predict import Inference, predict_spans, run_spans
 
@@ -73,8 +72,11 @@ def predict_videos(
     check_stop: Callable[[], None],
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, Prediction]:
-    """Predictions of every video, by id; the net is put into evaluation mode and back. Frames come from the cache
-    where it holds them, otherwise from the source."""
+    """Predictions of every video, by id; frames come from the cache where it holds them, otherwise from the source.
+
+    `frames` is the length of a clip for `inference` clip. The net is put into evaluation mode and back. Raises
+    UserError naming the video or cache file that cannot be read, and whatever `check_stop` raises, before each batch.
+    """
     training = net.training
     net.eval()
     found = {}
@@ -82,19 +84,13 @@ def predict_videos(
         with progress_bar(sum(len(video.frame_index) for video in videos), "frames", "frame") as bar:
             for video in videos:
                 with open_pictures(config, video.entry, root, index) as pictures:
-                    batches = _batches(pictures.frames, config.extract.batch_frames)
+                    batches = picture_batches(pictures.frames, config.extract.batch_frames)
                     watched = _watched(batches, bar, check_stop)
                     embedded = embed_crops(net, watched, config.preprocess, config.joint.crops, config.seed, autocast)
                 found[video.entry.id] = _over_crops(net, embedded, inference, frames)
     finally:
         net.train(training)
     return found
-
-
-def _batches(pictures: Iterable[NDArray[np.uint8]], size: int) -> Iterator[NDArray[np.uint8]]:
-    remaining = iter(pictures)
-    while waiting := list(itertools.islice(remaining, size)):
-        yield np.stack(waiting)  # (N, R, R, 3)
 
 
 def _watched(batches: Iterable[Any], bar: Any, check_stop: Callable[[], None]) -> Iterator[Any]:
@@ -196,3 +192,13 @@ def phase_accuracy(videos: Sequence[LabelledVideo], found: Mapping[str, Predicti
         if predicted is not None and labelled.any():
             shares.append(float((predicted.argmax(axis=1) == video.phase)[labelled].mean()))
     return float(np.mean(shares)) if shares else None
+
+
+def gap_nats(found: Iterable[Prediction]) -> float | None:
+    """Mean KL divergence (nats a tool and frame) of the tool branch from the mapped prediction; None without both."""
+    gaps = [
+        bernoulli_kl(torch.from_numpy(one.mapped), torch.from_numpy(one.tools))
+        for one in found
+        if one.mapped is not None and one.tools is not None
+    ]
+    return float(torch.cat(gaps).mean()) if gaps else None

@@ -6,7 +6,7 @@ alone, all else frozen; all together with the correlation term. Each step starts
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from evaluation.tools import evaluate_tools
 from features.index import Index
 from features.preprocess import normalise
 from stage1_cnn.data import FrameLoader, LabelledFrames, choose_workers, labelled_frames
-from stage1_cnn.frames import fill_cache
+from stage1_cnn.frames import fill_cache, frames_identity
 from stage1_cnn.model import (
     best_checkpoint,
     freeze_batch_norm,
@@ -47,13 +47,19 @@ from stage2_temporal.joint import (
     attach_cnn,
     attach_joint,
     attach_temporal,
-    bernoulli_kl,
     build_joint,
     describe_joint,
     joint_checkpoint,
 )
 from stage2_temporal.joint_data import ClipBatch, ClipDataset, clip_requests, spans_of
-from stage2_temporal.joint_predict import LabelledVideo, Prediction, labelled_videos, phase_accuracy, predict_videos
+from stage2_temporal.joint_predict import (
+    LabelledVideo,
+    Prediction,
+    gap_nats,
+    labelled_videos,
+    phase_accuracy,
+    predict_videos,
+)
 from stage2_temporal.model import detach_state, first_rows
 
 
@@ -216,7 +222,7 @@ def train_step(
                     session.update(loss, partial(_name_batch, data.train, batch))
             if phase is not None:
                 phase.carried = ()
-            scores = validate(net, config, data, step, session)
+            scores = validate(net, config, data, session)
             session.finish_epoch(scores, score=deciding_score(scores, step)[1])
 
 
@@ -245,9 +251,7 @@ def _name_batch(train: LabelledFrames, batch: ClipBatch) -> str:
 # ---------------------------------------------------------------------------------------------- validation
 
 
-def validate(
-    net: JointNet, config: Config, data: JointData, step: str, session: TrainingSession
-) -> dict[str, float | None]:
+def validate(net: JointNet, config: Config, data: JointData, session: TrainingSession) -> dict[str, float | None]:
     """Scores on whole validation videos, in the way of running that `joint.sequence.inference` names."""
     if not data.val:
         return {}
@@ -281,16 +285,6 @@ def score_videos(
         )
         scores["val_gap_nats"] = gap_nats(found.values())
     return scores
-
-
-def gap_nats(found: Iterable[Prediction]) -> float | None:
-    """Mean KL divergence (nats a tool and frame) of the tool branch from the mapped prediction."""
-    gaps = [
-        bernoulli_kl(torch.from_numpy(one.mapped), torch.from_numpy(one.tools))
-        for one in found
-        if one.mapped is not None and one.tools is not None
-    ]
-    return float(torch.cat(gaps).mean()) if gaps else None
 
 
 def _mean_average_precision(
@@ -328,15 +322,9 @@ _SCORE_NAMES = {
 
 
 def _identity(config: Config, index: Index, files: Mapping[str, Path]) -> dict[str, Any]:
-    used = index.model_copy(update={"videos": (*index.by_split("train"), *index.by_split("val"))})
     joint = config.joint
     return {
-        "seed": config.seed,
-        "videos_sha256": used.digest(),
-        "fps": config.data.fps,
-        "tools_between_rows": config.data.tools_between_rows,
-        "preprocess": config.preprocess.model_dump(mode="json"),
-        "frames": f"jpeg {config.cache.jpeg_quality}" if config.cache.codec == "jpeg" else "lossless",
+        **frames_identity(config, index),
         "backbone": config.cnn.backbone,
         "weights": weights_identity(config.cnn, config.runs),
         "zero_init_residual": config.cnn.zero_init_residual,

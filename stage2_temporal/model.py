@@ -60,7 +60,7 @@ class Head(nn.Module, ABC):
     def training_logits(
         self, x: Tensor, state: State | None = None, lengths: Tensor | None = None
     ) -> tuple[list[Tensor], State]:
-        """Logits of every stage that the loss is summed over, the last one being the prediction, and the state."""
+        """Logits [(B, T, C), ...] of every stage that the loss is summed over, the last the prediction; the state."""
         stages, _, state = self.outputs(x, state, lengths)
         return stages, state
 
@@ -94,14 +94,14 @@ class RecurrentHead(Head):
 
     rnn: nn.LSTM | nn.GRU
 
-    def __init__(self, config: schema.LstmHead | schema.GruHead, width: int, phases: int) -> None:
+    def __init__(
+        self, width: int, phases: int, dropout: float, relu: bool = False, fc_hidden: int | None = None
+    ) -> None:
         super().__init__(phases)
-        self.hidden_dim = width
-        self.relu = getattr(config, "relu", False)
-        between = getattr(config, "fc_hidden", None)
-        self.fc_hidden = nn.Linear(width, between) if between else None
-        self.dropout = nn.Dropout(config.dropout)
-        self.fc = nn.Linear(between or width, phases)
+        self.hidden_dim, self.relu = width, relu
+        self.fc_hidden = nn.Linear(width, fc_hidden) if fc_hidden else None
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(fc_hidden or width, phases)
         for layer in (self.fc, self.fc_hidden):
             if layer is not None:
                 nn.init.xavier_uniform_(layer.weight)
@@ -168,7 +168,8 @@ class LstmHead(RecurrentHead):
     """
 
     def __init__(self, config: schema.LstmHead, embedding_dim: int, phases: int) -> None:
-        super().__init__(config, config.hidden * (1 + config.bidirectional), phases)
+        width = config.hidden * (1 + config.bidirectional)
+        super().__init__(width, phases, config.dropout, config.relu, config.fc_hidden)
         self.causal = not config.bidirectional
         self.rnn = nn.LSTM(
             embedding_dim,
@@ -185,7 +186,7 @@ class GruHead(RecurrentHead):
     """As `LstmHead`, with a GRU."""
 
     def __init__(self, config: schema.GruHead, embedding_dim: int, phases: int) -> None:
-        super().__init__(config, config.hidden, phases)
+        super().__init__(config.hidden, phases, config.dropout)
         self.rnn = nn.GRU(
             embedding_dim,
             config.hidden,

@@ -56,8 +56,10 @@ def predict_phases(
     device: str = "auto",
     stop: StopRequest | None = None,
 ) -> dict[str, NDArray[np.float32]]:
-    """Probabilities (T, C) fp32 of every video; see `predict_spans`. Raises UserError for features of another width,
-    Stopped when asked to stop."""
+    """Probabilities (T, C) fp32 of every video; see `run_spans`.
+
+    Raises UserError for features of another width, Stopped when asked to stop.
+    """
     width = len(model.standardise.mean)
     for video_id, video in videos.items():
         if video.features.shape[1] != width:
