@@ -69,6 +69,9 @@ class DataSetSpec(Strict):
     tools: tuple[str, ...] = Field((), max_length=127)
     phase_aliases: dict[str, str] = {}
     tool_aliases: dict[str, str] = {}
+    phase_orders: dict[str, tuple[str, ...]] = Field(
+        {}, description="other numberings of the phases in circulation, by name; for files that hold numbers, not names"
+    )
     id_format: str = Field(
         "video{number:02d}", description="video id from the number that the patterns' group id holds"
     )
@@ -87,6 +90,9 @@ class DataSetSpec(Strict):
             for alias, target in aliases.items():
                 if target not in names:
                     raise ValueError(f"alias {alias!r} points to {target!r}, which is not one of the {kind}")
+        for name, order in self.phase_orders.items():
+            if sorted(order) != sorted(self.phases):
+                raise ValueError(f"phase_orders.{name} does not hold each phase once")
         return self
 
 
