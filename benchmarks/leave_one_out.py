@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
+from command import pipeline
+
 KEYS = (
     "phase_accuracy_temporal",
     "phase_accuracy_frame",
@@ -93,10 +92,7 @@ def _pipeline(
         f"data.index=artifacts/{options.name}/index-{fold}.json",
         *sets,
     )
-    arguments = [command, "--config", options.config, "--name", name, *more]
-    for setting in settings:
-        arguments += ["--set", setting]
-    subprocess.run([sys.executable, str(PROJECT / "pipeline.py"), *arguments], check=True)
+    pipeline(command, options.config, name, settings, more)
 
 
 def _table(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, Any]:
