@@ -89,6 +89,7 @@ def cli() -> None:
     train-temporal  stage two: an LSTM over whole videos, seconds an epoch
     train-joint     both stages in one net, end to end (MTRCNet, MTRCNet-CL)
     evaluate        phases and tools on the test videos: tables, JSON, ribbons
+    predict         phases and tools of new videos: CSV, ribbon, a video with both drawn in
     run             all of these from one file of settings
     simulate        simulated operations to try it on
 
@@ -197,11 +198,7 @@ def extract(
         report = extract_features(
             resolved, _run(resolved, source, name), index, root, shard=part, stop=stop, trusted=trusted
         )
-    click.echo(report.sentence())
-    for video_id, reason in report.failed:
-        click.echo(f"failed: {video_id}: {reason}", err=True)
-    if report.failed:
-        sys.exit(EXIT_PARTLY)
+    _print_report(report)
 
 
 @cli.command("train-temporal")
@@ -297,9 +294,8 @@ def evaluate(
 
     resolved = _config(source, overrides)
     run = _run(resolved, source, name)
-    joint = model == "joint" or (model == "auto" and (run / "joint").exists() and not (run / "temporal").exists())
     with _stop_when_asked() as stop:
-        if joint:
+        if _takes_joint(model, run):
             from stage2_temporal.joint_evaluate import evaluate_joint
 
             other = (f"data.index={index_file}",) if index_file else ()
@@ -310,6 +306,59 @@ def evaluate(
         evaluate_run(
             resolved, run, split=split, features=features, index_file=index_file, stop=stop, inference=inference
         )
+
+
+@cli.command()
+@settings
+@click.argument("videos", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Where the files go. Default: RUN/predict.")
+@click.option(
+    "--model",
+    type=click.Choice(["auto", "temporal", "joint"]),
+    default="auto",
+    show_default=True,
+    help="Which of the run's nets; auto takes the joint one where there is no other.",
+)
+@click.option("--from-cnn", "cnn_run", metavar="RUN", help="Run whose stage one made the features. Default: this run.")
+@click.option("--from-joint", "joint_run", metavar="RUN", help="Run whose joint net made the features.")
+@click.option(
+    "--inference",
+    type=click.Choice(["clip", "carried"]),
+    help="State from zero at each clip, or carried through the video. Default: as it was trained to be used.",
+)
+@click.option("--video", "draw", is_flag=True, help="Also write an MP4 with phase, tools and confidence drawn in.")
+@TRUSTED
+def predict(
+    videos: tuple[Path, ...],
+    source: str,
+    overrides: tuple[str, ...],
+    name: str | None,
+    out: Path | None,
+    model: str,
+    cnn_run: str | None,
+    joint_run: str | None,
+    inference: Any,
+    draw: bool,
+    trusted: bool,
+) -> None:
+    """Phases and tools of VIDEOS (files, or folders of frames) that nobody has labelled.
+
+    Frame by frame from the past alone, as in an operation. Writes a CSV and a ribbon a video; the settings of pictures
+    are those the net was trained with. A video that cannot be read is reported, the others go on; the exit code is
+    then 1. Research only, not a medical device.
+    """
+    from stage2_temporal.new_videos import joint_net, pair_of_stages, predict_new_videos
+
+    resolved = _config(source, (*overrides, *_joint_setting(source, overrides, "extract.checkpoint", joint_run)))
+    run = _run(resolved, source, name)
+    with _stop_when_asked() as stop:
+        if _takes_joint(model, run):
+            recogniser = joint_net(resolved, run, inference)
+        else:
+            encoder_run = _run(resolved, source, cnn_run) if cnn_run else None
+            recogniser = pair_of_stages(resolved, run, encoder_run, inference, trusted=trusted)
+        report = predict_new_videos(recogniser, videos, out or run / "predict", draw=draw, stop=stop)
+    _print_report(report)
 
 
 @cli.command("run")
@@ -411,6 +460,20 @@ def _joint_setting(source: str, overrides: tuple[str, ...], key: str, joint_run:
     from stage2_temporal.joint import joint_checkpoint
 
     return (f"{key}={joint_checkpoint(_run(_config(source, overrides), source, joint_run))}",)
+
+
+def _takes_joint(model: str, run: Path) -> bool:
+    """Whether a run's joint net is meant: asked for, or the only one there."""
+    return model == "joint" or (model == "auto" and (run / "joint").exists() and not (run / "temporal").exists())
+
+
+def _print_report(report: Any) -> None:
+    """What was done, what failed; exit code 1 where something did."""
+    click.echo(report.sentence())
+    for video_id, reason in report.failed:
+        click.echo(f"failed: {video_id}: {reason}", err=True)
+    if report.failed:
+        sys.exit(EXIT_PARTLY)
 
 
 def _dataset(config: Config) -> tuple[Any, Path]:

@@ -85,6 +85,12 @@ def evaluate_tools(
     return result
 
 
+def sigmoid(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Logistic function, safe for large logits of either sign."""
+    value: NDArray[np.float64] = 0.5 * (1.0 + np.tanh(0.5 * logits.astype(np.float64)))
+    return value
+
+
 def average_precision(truth: IntArray, scores: FloatArray) -> float:
     """Average precision in percent of one tool over the labelled frames ((T,) each); NaN where it never appears."""
     from sklearn.metrics import average_precision_score

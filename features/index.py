@@ -304,6 +304,29 @@ def _folder_state(scan: FolderScan, full_hash: bool) -> dict[str, Any]:
     }
 
 
+def index_of_source(path: Path, spec: DataSetSpec, data: DataConfig) -> tuple[Index, Path]:
+    """The index of one video file or folder of frames without annotations, whatever its name, and the root it is below.
+
+    The id is the file's name without ending. Raises UserError naming the file when it is missing or no such thing.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such video or folder of frames")
+    place = path.resolve()
+    kind: Literal["video", "frames"] = "frames" if place.is_dir() else "video"
+    described = (
+        _measure(place.parent, place.name, spec, data, None)
+        if kind == "frames"
+        else _probe(place.parent, place.name, data.full_hash)
+    )
+    try:
+        entry = VideoEntry(
+            id=path.name if kind == "frames" else path.stem, kind=kind, source=place.name, split="none", **described
+        )
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first_fault(error)}; rename it") from error
+    return Index(dataset=spec, videos=(entry,)), place.parent
+
+
 # ---------------------------------------------------------------------------------------------- using
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
+from configs.errors import UserError
 from configs.schema import AugmentConfig, PreprocessConfig
 from features.readers import FrameReader
 
@@ -186,6 +187,20 @@ def normalise(
 def preprocess_json(config: PreprocessConfig) -> dict[str, Any]:
     """Everything that changes what the backbone sees, library and filter named; part of the encoder's identity."""
     return {**geometry_json(config), "crop": "centre", "crop_px": config.crop_px, **_colour_json(config)}
+
+
+def preprocess_from_json(recorded: Any, where: str) -> PreprocessConfig:
+    """The settings behind what `preprocess_json` gave. Raises UserError for one that this program does not do."""
+    try:
+        config = PreprocessConfig(
+            cut_margin=recorded["cut_margin"] is not None,
+            **{key: recorded[key] for key in ("resize_px", "crop_px", "mean", "std")},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: does not say how its frames were prepared; train it again") from error
+    if preprocess_json(config) != recorded:
+        raise UserError(f"{where}: its frames were prepared in a way that this version does not know; train it again")
+    return config
 
 
 def geometry_json(config: PreprocessConfig) -> dict[str, Any]:

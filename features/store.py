@@ -309,6 +309,13 @@ def read_attributes(path: Path) -> dict[str, Any]:
     return attributes
 
 
+def recorded_encoder(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What a feature file says of the encoder that made it, in plain values (`EncoderSpec.to_json` without schema)."""
+    found = {name: attributes.get(name) for name in ("backbone", "weights_sha256", "fps", "precision", "storage")}
+    preprocess = attributes.get("preprocess")
+    return {**found, "preprocess": json.loads(preprocess) if isinstance(preprocess, str) else preprocess}
+
+
 def rewrite_labels(path: Path, phase: NDArray[np.int8], tools: NDArray[np.int8], attributes: Mapping[str, Any]) -> None:
     """Replace the labels of a feature file and keep its features: phase (T,), tools (T, K).
 

@@ -108,7 +108,7 @@ def extract(
     """
     started = time.monotonic()
     stage = StageFolder(run, STAGE, config, _identity(config, index)) if run and folder is None else None
-    encoder = load_encoder(config, run, index, trusted)
+    encoder = load_encoder(config, run, index.dataset.tools, trusted)
     target = folder or config.extract.store / encoder.spec.folder_name
     _require_same_world(target, index, encoder.spec)
     report = ExtractReport(target)
@@ -253,13 +253,12 @@ class Encoder:
         return embedding.cpu().numpy(), logits.cpu().numpy()
 
 
-def load_encoder(config: Config, run: Path | None, index: Index, trusted: bool = False) -> Encoder:
+def load_encoder(config: Config, run: Path | None, tools: Sequence[str], trusted: bool = False) -> Encoder:
     """The encoder that `extract.encoder` asks for: the run's best epoch, or the initial weights untrained.
 
     Raises UserError when there is no such checkpoint or it was trained on other tools or another backbone.
     """
     seed_everything(config.seed)
-    tools = index.dataset.tools
     if config.extract.checkpoint is not None:
         encoder = _load_checkpoint(config, config.extract.checkpoint, tools)
     elif config.extract.encoder == "initial":
@@ -426,7 +425,7 @@ class ExtractTask:
 
     def _encoder(self) -> Encoder:
         if self.encoder is None:
-            self.encoder = load_encoder(self.config, self.run, self.index, self.trusted)
+            self.encoder = load_encoder(self.config, self.run, self.index.dataset.tools, self.trusted)
             if self.encoder.spec.digest != self.spec.digest:
                 raise UserError("the encoder's weights have changed since the start; start again")
         return self.encoder

@@ -102,9 +102,17 @@ def open_pictures(config: Config, entry: VideoEntry, root: Path, index: Index) -
         finally:
             cached.close()
         return
-    with request.open_reader() as reader:
+    with source_pictures(config, entry, root, index) as pictures:
+        yield pictures
+
+
+@contextmanager
+def source_pictures(config: Config, entry: VideoEntry, root: Path, index: Index) -> Iterator[Pictures]:
+    """Sampled frames straight from the source."""
+    with open_source(config, entry, root, index) as reader:
         geometry = Geometry.of_video(config.preprocess, reader)
-        frames = (geometry.resize_frame(rgb) for rgb in reader.read(request.frame_index.tolist()))
+        wanted = sampled_frames(entry, config.data.fps).tolist()
+        frames = (geometry.resize_frame(rgb) for rgb in reader.read(wanted))
         yield Pictures(frames, {"reader": reader.name, "reader_version": reader.version, "frames_from": "source"})
 
 

@@ -23,7 +23,7 @@ from configs.schema import SequenceConfig
 from engine.progress import say
 from engine.session import epoch_generator
 from features.index import Index
-from features.store import INDEX_FILE, FeatureFileError, VideoFeatures, feature_path, load_feature_set
+from features.store import INDEX_FILE, FeatureFileError, VideoFeatures, feature_path, load_feature_set, recorded_encoder
 
 NO_LABEL = -1
 # Videos of one batch have lengths within about this factor: little padding, and yet other company every epoch.
@@ -211,6 +211,7 @@ class TrainingData:
     phases: tuple[str, ...]
     dataset: str
     encoder_digest: str
+    encoder: dict[str, Any]  # what made the features, for `predict`; the digest is over it
     backbone: str
     fps: float
     labels_sha256: str
@@ -250,6 +251,7 @@ def read_training_data(folder: Path) -> TrainingData:
         phases=phases,
         dataset=index.dataset.name,
         encoder_digest=str(attributes.get("encoder_digest")),
+        encoder=recorded_encoder(attributes),
         backbone=str(attributes.get("backbone")),
         fps=float(attributes.get("fps", 0.0)),
         labels_sha256=_digest(videos),

@@ -268,6 +268,7 @@ def _describe(head: schema.HeadConfig, config: Config, data: TrainingData) -> di
         "phases": list(data.phases),
         "dataset": data.dataset,
         "encoder_digest": data.encoder_digest,
+        "encoder": data.encoder,
         "backbone": data.backbone,
         "fps": data.fps,
         "inference": config.temporal.sequence.inference,

@@ -48,6 +48,7 @@ from features.annotations import (
 from features.readers import count_packets
 from features.simulation.procedure import check_spec, draw_operation, frame_seconds, load_table
 from features.simulation.scene import Scene
+from features.video_writer import encode_mp4
 
 # Raised with every change that alters labels or pixels, so that a folder never mixes two simulators.
 SIMULATOR_VERSION = 1
@@ -296,7 +297,7 @@ def _write_video(out: Path, settings: Settings, number: int, check_stop: Callabl
         return 0.0
     scene = Scene(picture_rng, phase, tools, spec, settings.fps, settings.width_px, settings.height_px)
     with atomic_path(path) as temporary:
-        _encode(temporary, scene, settings, check_stop)
+        encode_mp4(temporary, scene, settings.fps, _ENCODER, check_stop)
         if _frames_in(temporary) != len(phase):
             raise UserError(f"{path}: the encoder lost frames; check the installation of PyAV (pip install -U av)")
     return len(phase) / settings.fps
@@ -317,18 +318,6 @@ def _keep(
             return True
     write(path, track, spec)
     return False
-
-
-def _encode(path: Path, scene: Scene, settings: Settings, check_stop: Callable[[], None]) -> None:
-    import av
-
-    with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("libx264", rate=settings.fps, options=dict(_ENCODER))
-        stream.width, stream.height, stream.pix_fmt = settings.width_px, settings.height_px, "yuv420p"
-        for pixels in scene:
-            check_stop()
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
 
 
 def _frames_in(path: Path) -> int:

@@ -1,0 +1,44 @@
+"""Writing H.264 videos, with the encoder that PyAV brings along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+
+
+def encode_mp4(
+    path: Path,
+    frames: Iterable[NDArray[np.uint8]],
+    fps: float,
+    options: Mapping[str, str],
+    check_stop: Callable[[], None],
+) -> None:
+    """Encode frames (H, W, 3), all of one even-sided size, at `fps` with libx264's `options`; one frame in memory.
+
+    `check_stop` is called before each frame and may raise. The caller makes the writing atomic. Raises UserError when
+    this PyAV has no H.264 encoder.
+    """
+    import av
+
+    with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        stream = None
+        for pixels in frames:
+            check_stop()
+            if stream is None:
+                try:
+                    stream = container.add_stream(
+                        "libx264", rate=Fraction(fps).limit_denominator(1001), options=dict(options)
+                    )
+                except (ValueError, av.FFmpegError) as error:
+                    raise UserError(f"{path}: this PyAV has no H.264 encoder (pip install -U av): {error}") from error
+                stream.height, stream.width = pixels.shape[:2]
+                stream.pix_fmt = "yuv420p"
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        if stream is not None:
+            container.mux(stream.encode())

@@ -1,0 +1,287 @@
+"""Phases and tools of videos that nobody has labelled, straight from pictures.
+
+A pair of stages or a joint net runs over the sampled frames in order, a batch of pictures in memory at a time and the
+state of the LSTM carried along: memory does not grow with the length of a video, but for its probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.load import differences, load_dataset
+from configs.schema import Config, DataSetSpec, PreprocessConfig
+from engine.device import choose_device, choose_precision, lower_precision
+from engine.files import atomic_path, make_folder, read_json, sha256_file, write_json
+from engine.progress import progress_bar, say
+from engine.runs import package_version
+from engine.stopping import StopRequest
+from evaluation.figures import phase_ribbons
+from evaluation.overlay import Overlay
+from evaluation.predictions import write_prediction_csv
+from evaluation.tools import sigmoid
+from features.index import Index, index_of_source, sampled_frames
+from features.preprocess import normalise, preprocess_from_json
+from features.video_writer import encode_mp4
+from stage1_cnn.extract import crop_batches, load_encoder
+from stage1_cnn.frames import open_source, source_pictures
+from stage2_temporal.joint import joint_checkpoint, load_joint, require_same_classes
+from stage2_temporal.model import PhaseModel, require_causal
+from stage2_temporal.predict import Inference, OnlinePredictor, load_temporal
+
+# Fast to write and good enough to look at; the picture is somebody's evidence in a discussion, not an archive.
+_ENCODER = {"preset": "veryfast", "crf": "23"}
+
+
+@dataclass(frozen=True)
+class Recogniser:
+    """A trained net, ready for pictures.
+
+    `encode` takes crops (N, S, S, 3) uint8 and gives embeddings (N, D) fp32 and tool logits (N, K), None without a tool
+    branch. `identity` is what a prediction depends on besides the video.
+    """
+
+    encode: Callable[[NDArray[np.uint8]], tuple[Tensor, NDArray[np.float32] | None]]
+    phase: PhaseModel
+    inference: Inference
+    clip_frames: int
+    config: Config  # preprocess and data.fps as the net was trained
+    spec: DataSetSpec
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class NewPrediction:
+    """One video of T samples: probabilities (T, C), tool probabilities (T, K) or None."""
+
+    frame_index: NDArray[np.int64]
+    phase: NDArray[np.float32]
+    tools: NDArray[np.float32] | None
+
+
+@dataclass
+class PredictReport:
+    """What one call did: videos by outcome, failures with their reasons."""
+
+    out: Path
+    done: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+
+    def sentence(self) -> str:
+        """The outcome in one line."""
+        others = [(len(self.skipped), "unchanged"), (len(self.failed), "failed")]
+        more = "".join(f", {count} {word}" for count, word in others if count)
+        return f"{len(self.done)} video(s) predicted{more}; {self.out}"
+
+
+# ---------------------------------------------------------------------------------------------- the nets
+
+
+def pair_of_stages(
+    config: Config, run: Path, cnn_run: Path | None = None, inference: Inference | None = None, *, trusted: bool = False
+) -> Recogniser:
+    """Stage two of `run` behind the encoder that its features came from.
+
+    That is `cnn_run`'s stage one (by default the same run's), or what `extract.checkpoint` or `extract.encoder` say.
+
+    Raises UserError when the two were not trained together, or the head needs whole videos.
+    """
+    folder = run / "temporal"
+    model, about = load_temporal(folder)
+    recorded = about.get("encoder")
+    if not recorded:
+        raise UserError(f"{folder / 'best.pt'}: does not say what made its features; train it again")
+    preprocess = preprocess_from_json(recorded["preprocess"], str(folder / "best.pt"))
+    config = _as_trained(config, preprocess, recorded["fps"], recorded)
+    spec = load_dataset(config.data.dataset)
+    require_same_classes(folder / "best.pt", "phases", about["phases"], spec.phases)
+    encoder = load_encoder(config, cnn_run or run, spec.tools, trusted)
+    made, wanted = encoder.spec.to_json(), {**encoder.spec.to_json(), **recorded}
+    if differing := [line for line in differences(wanted, made) if not line.startswith("precision")]:
+        raise UserError(
+            f"{folder / 'best.pt'}: trained on features of another encoder ({differing[0]}); name the run of its stage "
+            "one with --from-cnn or --from-joint"
+        )
+    if made["precision"] != wanted["precision"]:
+        say(f"note: features were made in {wanted['precision']}, this machine computes in {made['precision']}")
+
+    def encode(crops: NDArray[np.uint8]) -> tuple[Tensor, NDArray[np.float32] | None]:
+        embedding, logits = encoder(crops)
+        stored = embedding.astype(encoder.spec.storage).astype(np.float32)  # as stage two has seen them
+        return torch.from_numpy(stored), logits if encoder.tool_head is not None else None
+
+    identity = {"temporal": sha256_file(folder / "best.pt"), "encoder": encoder.spec.digest}
+    return _recogniser(encode, model, inference or about["inference"], about["frames"], config, spec, identity)
+
+
+def joint_net(config: Config, run: Path, inference: Inference | None = None) -> Recogniser:
+    """The joint net of `run`. Raises UserError for one without a phase branch or with other classes."""
+    path = joint_checkpoint(run)
+    net, about = load_joint(path)
+    if net.phase is None:
+        raise UserError(f"{path}: a net for tools alone; predict needs a phase branch, `extract --from-joint` does not")
+    config = _as_trained(config, PreprocessConfig(**about["preprocess"]), about["fps"], about)
+    spec = load_dataset(config.data.dataset)
+    require_same_classes(path, "phases", about["phases"], spec.phases)
+    if net.tool_head is not None:
+        require_same_classes(path, "tools", about["tools"], spec.tools)
+    device = choose_device(config.device)
+    precision = choose_precision(config.extract.precision, device, training=False)
+    net = net.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @torch.no_grad()
+    def encode(crops: NDArray[np.uint8]) -> tuple[Tensor, NDArray[np.float32] | None]:
+        with lower_precision(device, precision):
+            embedding = net.embed(normalise(crops, config.preprocess, device)).float()  # (N, D)
+        return embedding, net.tool_head(embedding).cpu().numpy() if net.tool_head is not None else None
+
+    identity = {"joint": sha256_file(path)}
+    return _recogniser(encode, net.phase, inference or about["inference"], about["frames"], config, spec, identity)
+
+
+def _as_trained(config: Config, preprocess: PreprocessConfig, fps: float, about: dict[str, Any]) -> Config:
+    """The settings with everything that a net was trained with, whatever they say."""
+    extract = config.extract.model_copy(update={"storage": about.get("storage", config.extract.storage)})
+    return config.model_copy(
+        update={
+            "preprocess": preprocess,
+            "data": config.data.model_copy(update={"fps": float(fps)}),
+            "cnn": config.cnn.model_copy(update={"backbone": about["backbone"]}),
+            "extract": extract,
+        }
+    )
+
+
+def _recogniser(
+    encode: Callable[[NDArray[np.uint8]], tuple[Tensor, NDArray[np.float32] | None]],
+    phase: PhaseModel,
+    inference: Inference,
+    frames: int,
+    config: Config,
+    spec: DataSetSpec,
+    identity: dict[str, Any],
+) -> Recogniser:
+    require_causal(phase.head)
+    identity |= {"inference": inference, "clip_frames": frames if inference == "clip" else None, "fps": config.data.fps}
+    return Recogniser(encode, phase, inference, frames, config, spec, identity)
+
+
+# ---------------------------------------------------------------------------------------------- the videos
+
+
+def predict_new_videos(
+    recogniser: Recogniser, sources: Sequence[Path], out: Path, *, draw: bool = False, stop: StopRequest
+) -> PredictReport:
+    """Write `<video>.csv`, `<video>.png` (ribbon), with `draw` `<video>.mp4`, and `<video>.json` into `out`.
+
+    The last says what made them. A video whose files are there, from the same net and source, is skipped. One that
+    cannot be read is reported and the others go on. Raises UserError when nothing can be done at all or two sources
+    have one name, Stopped when asked to stop.
+    """
+    indices, report = {}, PredictReport(make_folder(out))
+    for path in sources:
+        try:
+            index, root = index_of_source(path, recogniser.spec, recogniser.config.data)
+        except UserError as error:
+            report.failed.append((path.name, str(error)))
+            continue
+        name = index.videos[0].id
+        if name in indices:
+            raise UserError(f"{path}: another source is called {name} too; predict them into two folders with --out")
+        indices[name] = (index, root)
+    _require_some(report, len(indices))
+    for name, (index, root) in indices.items():
+        stop.raise_if_set()
+        try:
+            done = _one_video(recogniser, index, root, out, draw, stop)
+        except UserError as error:
+            report.failed.append((name, str(error)))
+        else:
+            (report.done if done else report.skipped).append(name)
+    _require_some(report, len(report.done) + len(report.skipped))
+    return report
+
+
+def _require_some(report: PredictReport, good: int) -> None:
+    if report.failed and not good:
+        more = f" (and {len(report.failed) - 1} more)" if len(report.failed) > 1 else ""
+        raise UserError(f"{report.failed[0][1]}{more}")
+
+
+def _one_video(recogniser: Recogniser, index: Index, root: Path, out: Path, draw: bool, stop: StopRequest) -> bool:
+    """Whether there was anything to do."""
+    entry, spec = index.videos[0], recogniser.spec
+    files = {kind: out / f"{entry.id}.{kind}" for kind in ("csv", "png", "mp4", "json")}
+    made_by = {"source_sha256_ends": entry.sha256_ends, "source_bytes": entry.size_bytes, **recogniser.identity}
+    if files["json"].exists():
+        found = read_json(files["json"]).get("made_by")
+        if found != made_by:
+            raise UserError(f"{files['json']}: made by another net or from another video; choose another --out")
+        if all(files[kind].exists() for kind in ("csv", "png", *(["mp4"] if draw else []))):
+            return False
+    prediction = predict_video(recogniser, index, root, stop)
+    phase = prediction.phase.argmax(axis=1).astype(np.int8)
+    time_s = prediction.frame_index / entry.fps
+    tools = prediction.tools
+    write_prediction_csv(files["csv"], prediction.frame_index, time_s, phase, prediction.phase, tools, spec)
+    nothing = np.full(len(phase), -1, np.int8)
+    title = f"{entry.id}: predicted phases ({spec.title or spec.name})"
+    phase_ribbons(
+        files["png"], [(entry.id, nothing, {"predicted": phase})], recogniser.config.data.fps, spec.phases, title
+    )
+    if draw:
+        _draw(recogniser, prediction, index, root, files["mp4"], stop)
+    about = {"source": entry.source, "samples": len(phase), "surgstage": package_version("surgstage")}
+    write_json(files["json"], {**about, "made_by": made_by})
+    return True
+
+
+def predict_video(recogniser: Recogniser, index: Index, root: Path, stop: StopRequest) -> NewPrediction:
+    """Predict the one video of an index, a batch of pictures at a time."""
+    config, entry = recogniser.config, index.videos[0]
+    frame_index = sampled_frames(entry, config.data.fps)
+    online = OnlinePredictor(recogniser.phase, recogniser.inference, recogniser.clip_frames, config.device)
+    phases: list[NDArray[np.float32]] = []
+    tools: list[NDArray[np.float64]] = []
+    bar = progress_bar(len(frame_index), entry.id, "frame")
+    with bar, source_pictures(config, entry, root, index) as pictures:
+        for crops in crop_batches(pictures.frames, config.extract.batch_frames, config.preprocess.crop_px):
+            stop.raise_if_set()
+            embedding, logits = recogniser.encode(crops)  # (N, D), (N, K)
+            phases += [online.step(frame) for frame in embedding]
+            if logits is not None:
+                tools.append(sigmoid(logits))
+            bar.update(len(crops))
+    return NewPrediction(frame_index, np.stack(phases), np.concatenate(tools).astype(np.float32) if tools else None)
+
+
+def _draw(
+    recogniser: Recogniser, prediction: NewPrediction, index: Index, root: Path, path: Path, stop: StopRequest
+) -> None:
+    """Every frame of the source with what was known by then below it."""
+    entry, spec = index.videos[0], recogniser.spec
+    with open_source(recogniser.config, entry, root, index) as reader:
+        shown = np.arange(prediction.frame_index[0], reader.frame_count, entry.image_stride)
+        samples = np.searchsorted(prediction.frame_index, shown, side="right") - 1
+
+        def pictures() -> Iterator[NDArray[np.uint8]]:
+            overlay = None
+            with progress_bar(len(shown), f"{entry.id}, drawing", "frame") as bar:
+                for picture, sample in zip(reader.read(shown.tolist()), samples.tolist(), strict=True):
+                    if overlay is None:
+                        size = picture.shape[1], picture.shape[0]
+                        overlay = Overlay(*size, prediction.phase, prediction.tools, spec.phases, spec.tools)
+                    yield overlay.add(picture, sample)
+                    bar.update()
+
+        with atomic_path(path) as temporary:
+            encode_mp4(temporary, pictures(), entry.fps / entry.image_stride, _ENCODER, stop.raise_if_set)

@@ -1,0 +1,129 @@
+"""`predict` through the command line: new videos, the very numbers that `evaluate` writes for known ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from configs.load import load_dataset
+from evaluation.predictions import read_prediction_csv
+from tests.test_cli import (  # noqa: F401 (fixtures)
+    command,
+    finished,
+    no_temporaries,
+    refuse,
+    settings_file,
+    succeed,
+    videos,
+    workplace,
+)
+
+SPEC = load_dataset("cholec80")
+PREDICT = ["predict", "--config", "tiny.yaml"]
+
+
+@pytest.fixture
+def unknown(workplace: Path, videos: Path) -> Path:  # noqa: F811
+    """The test video under a name of its own, without annotations, in a folder without a data set."""
+    target = workplace / "theatre 3" / "case (A) été.mp4"
+    target.parent.mkdir()
+    shutil.copyfile(videos / "videos" / "video05.mp4", target)
+    return target
+
+
+@pytest.mark.slow
+def test_a_new_video_gets_the_numbers_that_evaluate_gives(workplace: Path, unknown: Path) -> None:  # noqa: F811
+    output = succeed([*PREDICT, str(unknown), "--video"], workplace)
+    assert "1 video(s) predicted" in output
+    out = workplace / "runs/tiny/predict"
+    found = read_prediction_csv(out / "case (A) été.csv", SPEC)
+    known = read_prediction_csv(workplace / "runs/tiny/evaluate/test/predictions/video05.csv", SPEC)
+    assert np.array_equal(found.frame_index, known.frame_index)
+    np.testing.assert_allclose(found.probabilities, known.probabilities, atol=2e-5)
+    np.testing.assert_allclose(found.tool_probabilities, known.tool_probabilities, atol=2e-5)
+    assert (out / "case (A) été.png").read_bytes().startswith(b"\x89PNG")
+    with av.open(str(unknown)) as source, av.open(str(out / "case (A) été.mp4")) as drawn:
+        shown = drawn.streams.video[0]
+        assert shown.average_rate == source.streams.video[0].average_rate
+        assert (shown.codec_context.width, shown.codec_context.height) == (96, 144)
+        pictures = [frame.to_ndarray(format="rgb24") for frame in drawn.decode(video=0)]
+        assert len(pictures) == sum(1 for _ in source.decode(video=0))
+    with av.open(str(unknown)) as source:
+        first = next(source.decode(video=0)).to_ndarray(format="rgb24")
+    assert np.abs(pictures[0][:96].astype(int) - first).mean() < 12  # the picture is above, the band below
+    assert pictures[0][96:].max() > 150  # and the band says something
+    assert no_temporaries(out)
+
+    assert "0 video(s) predicted, 1 unchanged" in succeed([*PREDICT, str(unknown), "--video"], workplace)
+    clip = refuse([*PREDICT, str(unknown), "--inference", "clip"], workplace)
+    assert "made by another net or from another video" in clip
+
+
+@pytest.mark.slow
+def test_a_folder_of_frames_and_a_damaged_video_beside(workplace: Path, unknown: Path) -> None:  # noqa: F811
+    frames = workplace / "case B"
+    frames.mkdir()
+    with av.open(str(unknown)) as source:
+        for number, frame in enumerate(source.decode(video=0)):
+            if number % 5 == 0:
+                frame.to_image().save(frames / f"{number // 5 + 1:06d}.png")
+    broken = workplace / "broken.mp4"
+    broken.write_bytes(unknown.read_bytes()[:3000])
+    options = ["--set", "data.folder_fps=1", "--out", "new"]
+    done = command([*PREDICT, *options, str(frames), str(broken)], workplace)
+    assert done.returncode == 1, done.stderr
+    assert "1 video(s) predicted, 1 failed" in done.stdout
+    assert "failed: broken.mp4" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in (workplace / "new").iterdir()) == ["case B.csv", "case B.json", "case B.png"]
+    found = read_prediction_csv(workplace / "new" / "case B.csv", SPEC)
+    known = read_prediction_csv(workplace / "runs/tiny/evaluate/test/predictions/video05.csv", SPEC)
+    assert len(found.phase) == len(known.phase)
+    np.testing.assert_allclose(found.probabilities, known.probabilities, atol=2e-5)  # the same pixels, so the same
+
+
+@pytest.mark.slow
+def test_what_cannot_be_predicted_is_refused(workplace: Path, unknown: Path) -> None:  # noqa: F811
+    assert "no such video" in refuse([*PREDICT, "nowhere.mp4"], workplace)
+    assert "nothere" in refuse([*PREDICT, str(unknown), "--name", "nothere"], workplace)
+    same = workplace / "other" / unknown.name
+    same.parent.mkdir()
+    shutil.copyfile(unknown, same)
+    assert "another source is called" in refuse([*PREDICT, str(unknown), str(same)], workplace)
+    both_ways = [
+        "train-temporal",
+        "--config",
+        "tiny.yaml",
+        "--name",
+        "both",
+        "--set",
+        "temporal.head.bidirectional=true",
+    ]
+    features = next((workplace / "artifacts/features").iterdir())
+    full = ["--set", "temporal.sequence.mode=full", "--features", str(features)]
+    succeed([*both_ways, *full], workplace)
+    offline = [*PREDICT, "--name", "both", "--from-cnn", "tiny", str(unknown)]
+    assert "offline only" in refuse(offline, workplace)
+
+
+@pytest.mark.slow
+def test_an_ablation_takes_stage_one_from_the_run_that_made_its_features(workplace: Path, unknown: Path) -> None:  # noqa: F811
+    features = next((workplace / "artifacts/features").iterdir())
+    small = ["--config", "tiny.yaml", "--name", "small", "--set", "temporal.head.hidden=8"]
+    succeed(["train-temporal", *small, "--features", str(features)], workplace)
+    assert "runs/small/cnn/best.pt: no such checkpoint" in refuse(
+        [*PREDICT, "--name", "small", str(unknown)], workplace
+    )
+    succeed([*PREDICT, "--name", "small", "--from-cnn", "tiny", str(unknown)], workplace)
+    about = json.loads((workplace / "runs/small/predict/case (A) été.json").read_text())
+    assert set(about["made_by"]) >= {"temporal", "encoder", "fps", "inference", "source_sha256_ends"}
+
+    other = ["train-cnn", "--config", "tiny.yaml", "--name", "other", "--set", "seed=3"]
+    succeed(other, workplace)
+    wrong = refuse([*PREDICT, "--name", "small", "--from-cnn", "other", "--out", "x", str(unknown)], workplace)
+    assert "trained on features of another encoder" in wrong
