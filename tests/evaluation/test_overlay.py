@@ -43,6 +43,6 @@ def test_only_phases_up_to_now_are_drawn() -> None:
 
 def test_tools_that_are_seen_are_bright() -> None:
     with_tools, without = overlay(300, 300).band(0), overlay(300, 300, tools=False).band(0)
-    rows = slice(round(0.42 * with_tools.shape[0]), round(0.8 * with_tools.shape[0]))
+    rows = slice(round(0.52 * with_tools.shape[0]), round(0.8 * with_tools.shape[0]))
     assert with_tools[rows].max() == 240
     assert without[rows].max() == 24
