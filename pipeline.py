@@ -87,6 +87,7 @@ def cli() -> None:
     train-cnn       stage one: fine-tune a CNN on the tools seen in frames
     extract         one embedding a frame into one HDF5 file a video
     train-temporal  stage two: an LSTM over whole videos, seconds an epoch
+    ablate          settings of stage two compared: seeds, ranked table, plots, the winner's settings
     train-joint     both stages in one net, end to end (MTRCNet, MTRCNet-CL)
     evaluate        phases and tools on the test videos: tables, JSON, ribbons
     predict         phases and tools of new videos: CSV, ribbon, a video with both drawn in
@@ -222,6 +223,46 @@ def train_temporal_command(
     with _stop_when_asked() as stop:
         result = train_temporal(resolved, run, folder, stop)
     click.echo(f"stage two: {_sentence(result)}")
+
+
+@cli.command()
+@click.argument("ablation", metavar="FILE")
+@click.option("--features", type=click.Path(path_type=Path), help="Feature folder. Default: as for train-temporal.")
+@click.option("--name", help="Name of the ablation, a folder below `runs/`. Default: that of FILE.")
+@click.option("--run", "run_name", metavar="RUN", help="Run whose features are taken. Default: the base preset's name.")
+@click.option("--workers", default=-1, show_default=True, help="Trainings at once; -1 is one a core.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting of the base for every training."
+)
+@click.option("--base", metavar="FILE", help="Another base than the file names: a preset or a file of settings.")
+def ablate(
+    ablation: str,
+    features: Path | None,
+    name: str | None,
+    run_name: str | None,
+    workers: int,
+    overrides: tuple[str, ...],
+    base: str | None,
+) -> None:
+    """Compare settings of stage two: FILE says which, with which seeds (a YAML file, or a name in configs/ablations).
+
+    All trainings share one copy of the features, one training a core. Stopped and started again, it goes on where it
+    was; several processes may work on one ablation. At the end: a ranked table, ablation.csv, ablation.html with
+    Optuna's plots, and best.yaml, the winner ready to train. Settings are compared on the validation videos.
+    """
+    from stage2_temporal.ablate import ablate as run_ablation
+    from stage2_temporal.ablate import read_ablation
+
+    spec = read_ablation(ablation, base)
+    resolved = _config(spec.base, overrides)
+    folder = _run(resolved, ablation, name)
+    with _stop_when_asked() as stop:
+        run = _run(resolved, spec.base, run_name)
+        failed = run_ablation(spec, folder, overrides, features, run, workers=workers, stop=stop)
+    for label, reason in failed:
+        click.echo(f"failed: {label}: {reason}", err=True)
+    if failed:
+        sys.exit(EXIT_PARTLY)
 
 
 @cli.command("train-joint")

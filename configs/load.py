@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from configs.errors import UserError
-from configs.schema import Config, DataSetSpec
+from configs.schema import AblationConfig, Config, DataSetSpec
 
 PRESETS = Path(__file__).resolve().parent
 DEFAULT_PRESET = "cholec80"
@@ -40,6 +40,12 @@ def load_dataset(name: str) -> DataSetSpec:
     """A data set's description, from the name of one shipped or from a YAML file."""
     path = preset_path(name, PRESETS / "datasets", "data set")
     return _validate(DataSetSpec, read_yaml(path), str(path))
+
+
+def load_ablation(source: str | Path) -> AblationConfig:
+    """An ablation, from the name of one shipped or from a YAML file."""
+    path = preset_path(source, PRESETS / "ablations", "ablation")
+    return _validate(AblationConfig, read_yaml(path), str(path))
 
 
 def preset_path(source: str | Path, folder: Path, what: str) -> Path:

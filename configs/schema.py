@@ -372,6 +372,58 @@ class JointConfig(Strict):
         return self
 
 
+class RangeConfig(Strict):
+    """A range of an ablation's space; whole numbers where both ends are."""
+
+    low: int | float
+    high: int | float
+    log: bool = Field(False, description="draw evenly on a logarithmic scale")
+
+    @model_validator(mode="after")
+    def _is_range(self) -> RangeConfig:
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError(f"low {self.low} must be below high {self.high}, and above 0 with log")
+        return self
+
+
+Choice = None | bool | int | float | str
+
+
+class BudgetConfig(Strict):
+    trials: int | None = Field(None, ge=1, description="trainings in all, each setting with each seed")
+    minutes: float | None = Field(None, gt=0, description="no new setting is begun after so long")
+
+
+class AblationConfig(Strict):
+    """What `ablate` tries: every combination of `space` (lists) or as many draws as the budget has (ranges)."""
+
+    title: str = ""
+    base: str = Field(description="preset or file of settings that every trial starts from")
+    space: dict[str, list[Choice] | RangeConfig] = Field({}, description="settings by dotted key")
+    settings: dict[str, dict[str, Choice]] = Field(
+        {}, description="named settings, each a set of changes, tried with every point of the space"
+    )
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    budget: BudgetConfig = BudgetConfig()
+
+    @model_validator(mode="after")
+    def _says_what_to_try(self) -> AblationConfig:
+        if not (self.space or self.settings):
+            raise ValueError("nothing to try: give space or settings")
+        if any(isinstance(values, list) and not values for values in self.space.values()):
+            raise ValueError("space: an empty list")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds repeat")
+        if self.has_ranges and self.budget.trials is None and self.budget.minutes is None:
+            raise ValueError("ranges have no end: give budget.trials or budget.minutes")
+        return self
+
+    @property
+    def has_ranges(self) -> bool:
+        """Whether settings are drawn, not counted through."""
+        return any(isinstance(values, RangeConfig) for values in self.space.values())
+
+
 class Config(Strict):
     """Everything a run depends on."""
 

@@ -68,7 +68,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     as it was. Raises UserError when the disk is full or the folder cannot be written.
     """
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{_place()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(f".{path.name}.{process_mark()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
         fsync_file(temporary)
@@ -108,7 +108,7 @@ def remove_stale_temporaries(folder: Path, older_than_s: float = 3600.0) -> int:
     removed = 0
     for path in folder.glob(".*.tmp"):
         try:
-            if _writer_is_dead(path.name) or time.time() - path.stat().st_mtime > older_than_s:
+            if process_is_dead(path.name.rsplit(".", 2)[-2]) or time.time() - path.stat().st_mtime > older_than_s:
                 path.unlink()
                 removed += 1
         except OSError:
@@ -128,8 +128,14 @@ def _place() -> str:
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:8]
 
 
-def _writer_is_dead(name: str) -> bool:
-    place, _, rest = name.rsplit(".", 2)[-2].partition("-")
+def process_mark() -> str:
+    """What to leave on something this process has in work, for `process_is_dead` to ask about later."""
+    return f"{_place()}-{os.getpid()}"
+
+
+def process_is_dead(mark: str) -> bool:
+    """Whether the process that left `mark` ran here (same boot, same process namespace) and runs no more."""
+    place, _, rest = mark.partition("-")
     number = rest.partition("-")[0]
     if place != _place() or not number.isdigit():
         return False

@@ -54,7 +54,7 @@ def available_cores() -> int:
 
 
 def work_through(
-    task: Task[AnyJob], jobs: Sequence[AnyJob], processes: int, title: str, stop: StopRequest
+    task: Task[AnyJob], jobs: Sequence[AnyJob], processes: int, title: str, stop: StopRequest, **bar_options: Any
 ) -> Iterator[tuple[AnyJob, str | None]]:
     """Do `task(job, advance)` for every job, with progress; yields each job as it ends, and why where it failed.
 
@@ -62,7 +62,8 @@ def work_through(
     once, pickled, and keeps what it loads there; a process that dies takes only its own video with it. Raises Stopped
     when asked to stop, after the task's clean-up.
     """
-    with progress_bar(sum(job.frames for job in jobs), title, "frame") as bar:
+    unit = bar_options.pop("unit", "frame")
+    with progress_bar(sum(job.frames for job in jobs), title, unit, **bar_options) as bar:
         if processes > 1:
             yield from _in_processes(task, jobs, processes, stop, bar)
         else:

@@ -45,8 +45,12 @@ FRAME_FOLDER = "frame"
 SCORE = "frame accuracy, mean over the validation videos"
 
 
-def train_temporal(config: Config, run: Path, folder: Path, stop: StopRequest) -> dict[str, Any]:
+def train_temporal(
+    config: Config, run: Path, folder: Path, stop: StopRequest, data: TrainingData | None = None
+) -> dict[str, Any]:
     """Train on the feature folder `folder` into `RUN/temporal` and return its result.
+
+    `data` is what `read_training_data(folder)` gives, where several trainings share it.
 
     The chosen epoch is the one with the highest `SCORE`. A finished run of the same settings, features and labels is
     returned as it stands; an unfinished one goes on where it was stopped. Raises UserError when there is nothing to
@@ -54,7 +58,7 @@ def train_temporal(config: Config, run: Path, folder: Path, stop: StopRequest) -
     when `stop` was set, with everything saved.
     """
     _require_sensible(config.temporal)
-    data = read_training_data(folder)
+    data = read_training_data(folder) if data is None else data
     stage = StageFolder(run, "temporal", config, _identity(config, data))
     if stage.result is not None:
         return stage.result

@@ -21,7 +21,14 @@ PHASES = ("Early", "Middle", "Late")
 def spec(phases: tuple[str, ...] = PHASES) -> DataSetSpec:
     """A data set with three phases and no tools."""
     return load_dataset("cholec80").model_copy(
-        update={"name": "toy", "phases": phases, "tools": (), "phase_aliases": {}, "tool_aliases": {}}
+        update={
+            "name": "toy",
+            "phases": phases,
+            "tools": (),
+            "phase_aliases": {},
+            "phase_orders": {},
+            "tool_aliases": {},
+        }
     )
 
 

@@ -1,0 +1,221 @@
+"""Ablations: every setting with every seed, once; what is finished stays finished, whatever was killed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from configs.errors import UserError
+from configs.load import load_ablation, load_config
+from engine.stopping import Stopped, StopRequest
+from evaluation.ablation import Trial, ablation_page, ablation_rows
+from stage2_temporal.ablate import ablate, read_ablation
+from tests.stage2_temporal.toy import cue_video, small, write_folder
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    """Features of five short videos, base settings, and a place to run in."""
+    rng = np.random.default_rng(0)
+    videos = {f"v{i}": cue_video(rng, "train" if i < 3 else "val", 40 + 5 * i) for i in range(5)}
+    write_folder(tmp_path / "features", videos)
+    base = {"runs": str(tmp_path / "runs"), "temporal": {**small(epochs=3), "baseline": False}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    return tmp_path
+
+
+def write_ablation(world: Path, **content: Any) -> Path:
+    path = world / "wide.yaml"
+    path.write_text(yaml.safe_dump({"base": str(world / "base.yaml"), "seeds": [0, 1], **content}))
+    return path
+
+
+def run(world: Path, file: Path, stop: StopRequest | None = None, workers: int = 1) -> list[tuple[str, str]]:
+    spec = read_ablation(str(file))
+    folder = world / "runs" / file.stem
+    return ablate(
+        spec, folder, (), world / "features", world, workers=workers, stop=StopRequest() if stop is None else stop
+    )
+
+
+def table(world: Path, name: str = "wide") -> list[dict[str, str]]:
+    with (world / "runs" / name / "ablation.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def trained(world: Path, name: str = "wide") -> dict[str, int]:
+    """When each training ended."""
+    found = (world / "runs" / name / "trials").glob("*/temporal/result.json")
+    return {path.parent.parent.name: path.stat().st_mtime_ns for path in found}
+
+
+def test_a_grid_is_every_combination_with_every_seed(world: Path) -> None:
+    space = {"temporal.head.hidden": [6, 12], "temporal.optim.lr": [0.02, 0.002]}
+    assert run(world, write_ablation(world, space=space)) == []
+    rows = table(world)
+    tried = {(row["temporal.head.hidden"], row["temporal.optim.lr"], row["seed"]) for row in rows}
+    assert tried == {(h, lr, s) for h in ("6", "12") for lr in ("0.02", "0.002") for s in ("0", "1")}
+    assert len(rows) == 8  # the base (12, 0.02) is one of them and not trained twice
+    assert sum(int(row["base"]) for row in rows) == 2
+    best = load_config(world / "runs/wide/best.yaml")
+    means = {row["setting"]: [] for row in rows}
+    for row in rows:
+        means[row["setting"]].append(float(row["val_accuracy"]))
+    winner = max(means, key=lambda setting: np.mean(means[setting]))
+    assert f"hidden={best.temporal.head.hidden}, lr={best.temporal.optim.lr}" == winner
+    for row in rows:
+        folder = world / "runs/wide/trials" / row["folder"] / "temporal"
+        assert {"metrics.jsonl", "best.pt", "events"} <= {path.name for path in folder.iterdir()}
+        assert json.loads((folder / "result.json").read_text())["val_accuracy"] == float(row["val_accuracy"])
+    page = (world / "runs/wide/ablation.html").read_text()
+    assert "hidden=6, lr=0.02" in page
+    assert "Plotly.newPlot" in page
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
+
+
+def test_the_same_ablation_again_trains_nothing(world: Path) -> None:
+    file = write_ablation(world, space={"temporal.head.hidden": [6, 12]})
+    run(world, file)
+    before, rows = trained(world), table(world)
+    run(world, file)
+    assert trained(world) == before
+    assert table(world) == rows
+
+
+def test_more_budget_goes_on_and_another_ablation_is_refused(world: Path) -> None:
+    run(world, write_ablation(world, space={"temporal.head.hidden": [6, 12, 24]}, budget={"trials": 4}))
+    assert len(table(world)) == 4
+    before = trained(world)
+    run(world, write_ablation(world, space={"temporal.head.hidden": [6, 12, 24]}))
+    after = trained(world)
+    assert len(after) == 6
+    assert all(after[name] == moment for name, moment in before.items())
+    with pytest.raises(UserError, match="this run exists with other settings"):
+        run(world, write_ablation(world, space={"temporal.head.hidden": [6, 48]}))
+
+
+def test_ranges_are_drawn_as_far_as_the_budget_goes(world: Path) -> None:
+    space = {
+        "temporal.optim.lr": {"low": 0.001, "high": 0.05, "log": True},
+        "temporal.head.hidden": {"low": 4, "high": 9},
+    }
+    run(world, write_ablation(world, space=space, seeds=[0], budget={"trials": 4}))
+    rows = table(world)
+    drawn = [row for row in rows if row["setting"] != "base"]
+    assert (len(drawn), len(rows)) == (4, 5)
+    assert all(0.001 <= float(row["temporal.optim.lr"]) <= 0.05 for row in drawn)
+    assert all(row["temporal.head.hidden"] in "456789" for row in drawn)
+
+
+def test_a_setting_that_does_not_work_is_named_and_the_others_go_on(world: Path) -> None:
+    settings = {
+        "both ways": {"temporal.head.bidirectional": True, "temporal.sequence.mode": "chunked"},
+        "wide": {"temporal.head.hidden": 24},
+    }
+    failed = run(world, write_ablation(world, settings=settings))
+    assert {label for label, _ in failed} == {"both ways, seed 0", "both ways, seed 1"}
+    assert "bidirectional" in failed[0][1]
+    assert {row["setting"] for row in table(world)} == {"base", "wide"}
+
+
+def test_stopped_between_trainings_it_goes_on(world: Path) -> None:
+    class StopAtFourth(StopRequest):
+        looked = 0
+
+        def raise_if_set(self) -> None:
+            self.looked += 1
+            if self.looked > 7:
+                self.number = int(signal.SIGTERM)
+            super().raise_if_set()
+
+    file = write_ablation(world, space={"temporal.head.hidden": [6, 12, 24]})
+    with pytest.raises(Stopped):
+        run(world, file, StopAtFourth())
+    before = trained(world)
+    assert 0 < len(before) < 6
+    run(world, file)
+    assert len(table(world)) == 6
+    assert all(trained(world)[name] == moment for name, moment in before.items())
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_finishes_without_repeating(world: Path) -> None:
+    file = write_ablation(world, space={"temporal.head.hidden": [6, 12, 24]}, seeds=[0, 1, 2])
+    order = [sys.executable, str(PROJECT / "pipeline.py"), "ablate", str(file), "--workers", "2"]
+    order += ["--features", "features", "--set", "temporal.epochs=12"]
+    process = subprocess.Popen(order, cwd=world, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while len(trained(world)) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    before = trained(world)
+    assert 2 <= len(before) < 9
+    done = subprocess.run(order, cwd=world, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    after = trained(world)
+    assert len(after) == 9
+    assert all(after[name] == moment for name, moment in before.items())
+    assert "against" in done.stdout
+
+
+def test_differences_are_paired_by_seed() -> None:
+    def trial(label: str, seed: int, score: float) -> Trial:
+        result = {"val_accuracy": score, "best_epoch": 0, "seconds": 1.0}
+        return Trial(label, {}, seed, label == "base", result, "x")
+
+    scores = {"base": (0.5, 0.7), "<b>wide</b>": (0.6, 0.75)}
+    trials = [trial(label, seed, score) for label, values in scores.items() for seed, score in enumerate(values)]
+    wide, base = ablation_rows(trials)
+    assert (wide.label, round(wide.mean, 6), round(wide.difference or 0, 6)) == ("<b>wide</b>", 67.5, 7.5)
+    assert wide.difference_std == pytest.approx(np.std([10.0, 5.0], ddof=1))
+    assert (base.difference, base.std) == (None, pytest.approx(np.std([50.0, 70.0], ddof=1)))
+    page = ablation_page("<i>t</i>", trials, "score", [])
+    assert "<b>wide" not in page
+    assert "<i>t" not in page
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ({}, "nothing to try"),
+        ({"space": {"temporal.head.hidden": []}}, "empty list"),
+        ({"space": {"temporal.optim.lr": {"low": 1, "high": 0}}}, "must be below"),
+        ({"space": {"temporal.optim.lr": {"low": 0.1, "high": 1}}}, "no end"),
+        ({"space": {"temporal.head.hidden": [1]}, "seeds": [1, 1]}, "seeds repeat"),
+        ({"space": {"temporal.head.hidden": [1]}, "sedes": [1]}, "did you mean seeds"),
+    ],
+)
+def test_what_is_no_ablation_is_refused(world: Path, content: dict[str, Any], match: str) -> None:
+    file = world / "bad.yaml"
+    file.write_text(yaml.safe_dump({"base": "cholec80", **content}))
+    with pytest.raises(UserError, match=match):
+        load_ablation(file)
+
+
+def test_an_unknown_key_in_the_space_is_refused_before_any_training(world: Path) -> None:
+    with pytest.raises(UserError, match=r"unknown key temporal\.head\.hiden; did you mean temporal\.head\.hidden"):
+        run(world, write_ablation(world, space={"temporal.head.hiden": [6, 12]}))
+
+
+@pytest.mark.parametrize("path", sorted((PROJECT / "configs/ablations").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_ablation_is_one(path: Path) -> None:
+    spec = load_ablation(path.stem)
+    for changes in [
+        *spec.settings.values(),
+        {key: values[0] for key, values in spec.space.items() if isinstance(values, list)},
+    ]:
+        load_config(spec.base, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
