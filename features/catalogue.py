@@ -85,12 +85,12 @@ def _order_lines(index: Index) -> list[str]:
 def _require_same_order(config: Config, index: Index) -> None:
     """Raise UserError where the settings name another order of phases than TFRecord files were indexed with."""
     given = config.data.tfrecord_phase_order
-    for entry in index.videos:
-        if given and entry.records and parse_phase_order(given, index.dataset, "") != entry.records.phase_order:
-            raise UserError(
-                f"{config.data.index}: phases of {entry.id} numbered {describe_order(entry.records.phase_order)}, "
-                f"data.tfrecord_phase_order={given} says otherwise; run `index --force`, or choose another data.index"
-            )
+    indexed = {entry.records.phase_order for entry in index.videos if entry.records}
+    if given and indexed and indexed != {parse_phase_order(given, index.dataset, "data.tfrecord_phase_order")}:
+        raise UserError(
+            f"{config.data.index}: {'; '.join(_order_lines(index))}, and {given} says otherwise; run `index --force`, "
+            "or choose another data.index"
+        )
 
 
 def _grouped(notes: Sequence[str]) -> list[str]:

@@ -128,7 +128,7 @@ class FrameRecord:
 
 
 def parse_record(content: bytes, place: str) -> FrameRecord:
-    """A record's data as a frame. Raises ReaderError, which begins with `place`, for keys that lack or hold no such."""
+    """A record's data as a frame. Raises ReaderError, beginning with `place`, for a key that is missing or no use."""
     from google.protobuf.message import DecodeError
 
     try:
