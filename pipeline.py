@@ -118,6 +118,12 @@ def config_show(source: str, overrides: tuple[str, ...], name: str | None) -> No
 @click.option("--root", type=click.Path(path_type=Path), help="Folder of the videos; the same as --set data.root=DIR.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where the index goes; the same as --set data.index=FILE.")
 @click.option("--force", is_flag=True, help="Replace an index that differs from what is found now.")
+@click.option(
+    "--phase-order",
+    metavar="ORDER",
+    help="Which phase each number in TFRecord files means: mtrcnet, tf-cholec80, a file, or names divided by commas; "
+    "the same as --set data.tfrecord_phase_order=ORDER.",
+)
 @click.option("--check", is_flag=True, help="Check the existing index against the files: everything short of decoding.")
 def index(
     source: str,
@@ -126,15 +132,17 @@ def index(
     root: Path | None,
     out: Path | None,
     force: bool,
+    phase_order: str | None,
     check: bool,
 ) -> None:
-    """Find videos (or folders of frames) and their annotations, split them, and write what was found.
+    """Find videos (or folders of frames, or TFRecords) and their annotations, split them, and write what was found.
 
     Folder names do not matter, file names do (configs/datasets). Nothing is decoded.
     """
     from features.catalogue import check_dataset, index_dataset
 
     extra = [f"data.root={root}"] * (root is not None) + [f"data.index={out}"] * (out is not None)
+    extra += [f"data.tfrecord_phase_order={phase_order}"] * (phase_order is not None)
     resolved = _config(source, (*overrides, *extra))
     if not check:
         index_dataset(resolved, replace=force)

@@ -28,7 +28,8 @@ class FilePatterns(Strict):
     """Regular expressions for file names (never whole paths), matched in full and without regard to case.
 
     Folder names differ between mirrors, so files are found by name anywhere below the root. `video`, `frames`, `phase`
-    and `tool` must hold a group `id`; `frame` (an image inside a frame folder) must hold a group `frame`.
+    and `tool` must hold a group `id`, `tfrecord` too where it is given; `frame` (an image inside a frame folder) must
+    hold a group `frame`.
     """
 
     video: str
@@ -36,10 +37,13 @@ class FilePatterns(Strict):
     frame: str
     phase: str
     tool: str
+    tfrecord: str | None = None
 
-    @field_validator("video", "frames", "frame", "phase", "tool")
+    @field_validator("video", "frames", "frame", "phase", "tool", "tfrecord")
     @classmethod
-    def _compiles(cls, pattern: str, info: ValidationInfo) -> str:
+    def _compiles(cls, pattern: str | None, info: ValidationInfo) -> str | None:
+        if pattern is None:
+            return None
         group = "frame" if info.field_name == "frame" else "id"
         try:
             names = re.compile(pattern).groupindex
@@ -132,6 +136,11 @@ class DataConfig(Strict):
     )
     frame_base: Literal["auto", 0, 1] = Field("auto", description="frame folders: number of the first frame")
     folder_fps: float | None = Field(None, gt=0, description="frame folders numbered by sample: samples a second")
+    tfrecord_phase_order: str | None = Field(
+        None,
+        description="TFRecord files: which phase each number means; a name in the data set's phase_orders, a file, or "
+        "names divided by commas; asked for when they are indexed, since the files do not say",
+    )
     full_hash: bool = Field(False, description="hash whole source files, not only their first and last MiB")
 
 

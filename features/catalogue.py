@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -12,8 +13,9 @@ from rich.table import Table
 from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import Config
-from engine.progress import say
-from features.index import Index, build_index, check_index, index_summary, most_fps
+from engine.progress import progress_bar, say
+from features.class_order import describe_order, parse_phase_order
+from features.index import Index, Progress, build_index, check_index, index_summary, most_fps
 from features.splits import assign_splits
 
 ROOT_VARIABLE = "SURGSTAGE_DATA"
@@ -39,7 +41,8 @@ def index_dataset(config: Config, replace: bool = False) -> Index:
     An existing index that says something else is only replaced when asked to. Raises UserError otherwise.
     """
     root, path = data_root(config), config.data.index
-    found = build_index(root, load_dataset(config.data.dataset), config.data)
+    with _shown("index") as progress:
+        found = build_index(root, load_dataset(config.data.dataset), config.data, progress)
     if path.exists() and not replace:
         if Index.load(path).to_json() != found.to_json():
             raise UserError(
@@ -52,8 +55,42 @@ def index_dataset(config: Config, replace: bool = False) -> Index:
         say(f"{path}: written")
     for note in _grouped(found.notes):
         say(f"note: {note}")
+    for line in _order_lines(found):
+        say(line)
     print_summary(found, root, config.data.fps)
     return found
+
+
+@contextmanager
+def _shown(description: str) -> Iterator[Progress]:
+    """A bar over videos that only appears where the work takes long, as it does where files are read whole."""
+    with progress_bar(None, description, "video", delay=3.0) as bar:
+
+        def show(done: int, total: int, video_id: str) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def _order_lines(index: Index) -> list[str]:
+    """What the phase numbers in TFRecord files were taken to mean, for the user to see."""
+    orders = [entry.records.phase_order for entry in index.videos if entry.records]
+    return [
+        f"phases in {orders.count(order)} TFRecord file(s) numbered {describe_order(order)} (data.tfrecord_phase_order)"
+        for order in dict.fromkeys(orders)
+    ]
+
+
+def _require_same_order(config: Config, index: Index) -> None:
+    """Raise UserError where the settings name another order of phases than TFRecord files were indexed with."""
+    given = config.data.tfrecord_phase_order
+    indexed = {entry.records.phase_order for entry in index.videos if entry.records}
+    if given and indexed and indexed != {parse_phase_order(given, index.dataset, "data.tfrecord_phase_order")}:
+        raise UserError(
+            f"{config.data.index}: {'; '.join(_order_lines(index))}, and {given} says otherwise; run `index --force`, "
+            "or choose another data.index"
+        )
 
 
 def _grouped(notes: Sequence[str]) -> list[str]:
@@ -94,6 +131,7 @@ def open_dataset(config: Config) -> tuple[Index, Path]:
             f"{path}: {moved[0]} is in another split than data.split says; run `index --force`, "
             "or choose another data.index"
         )
+    _require_same_order(config, index)
     return index, root
 
 
@@ -101,7 +139,8 @@ def check_dataset(config: Config) -> list[str]:
     """Everything about the existing index that no decoding is needed for; a line a problem."""
     if not config.data.index.exists():
         raise UserError(f"{config.data.index}: no such index; run `index` first")
-    return check_index(Index.load(config.data.index), data_root(config))
+    with _shown("check") as progress:
+        return check_index(Index.load(config.data.index), data_root(config), progress)
 
 
 def print_summary(index: Index, root: Path, fps: float) -> None:

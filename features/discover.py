@@ -25,7 +25,7 @@ from configs.schema import DataConfig, DataSetSpec, Strict
 from engine.files import inside, sha256_file
 from features.readers import FrameFolder
 
-Kind = Literal["video", "frames"]
+Kind = Literal["video", "frames", "tfrecord"]
 Numbering = Literal["source", "sample"]
 # What archives, file servers and disks put beside the data; some of it is unreadable, some repeats every file name.
 _FOREIGN_FOLDERS = {"__macosx", "lost+found", "$recycle.bin", "system volume information", "@eadir"}
@@ -60,6 +60,7 @@ class _Files:
     ids: dict[str, str] = field(default_factory=dict)
     by_role: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     endings: Counter[str] = field(default_factory=Counter)
+    odd_tfrecords: list[str] = field(default_factory=list)
 
     def add(self, role: str, video_id: str, relative: str) -> None:
         key = video_id.casefold()
@@ -71,7 +72,7 @@ class _Files:
 
 
 def find_videos(root: Path, spec: DataSetSpec) -> Discovery:
-    """All videos and frame folders below `root` with their annotations, sorted by number (10 after 9).
+    """All videos, frame folders and TFRecord files below `root` with their annotations, sorted by number (10 after 9).
 
     Hidden files and folders and what archives leave behind are passed over; links inside the root are no second copy.
     Raises UserError for a missing or unreadable folder, a link that leads out of the root, two files for one video or
@@ -89,7 +90,7 @@ def find_videos(root: Path, spec: DataSetSpec) -> Discovery:
         FoundVideo(files.ids[key], kind, path, annotations["phase"].get(key), annotations["tool"].get(key))
         for key, (kind, path) in sorted(sources.items(), key=lambda item: natural_key(files.ids[item[0]]))
     )
-    return Discovery(videos, tuple(_left_over(spec, videos, sources, annotations)))
+    return Discovery(videos, tuple(_left_over(spec, videos, sources, annotations, files.odd_tfrecords)))
 
 
 def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
@@ -102,7 +103,7 @@ def _collect(root: Path, spec: DataSetSpec) -> _Files:
     patterns = {
         role: re.compile(pattern, re.IGNORECASE) for role, pattern in spec.patterns.model_dump().items() if pattern
     }
-    roles = ["video", "phase", "tool"] if spec.tools else ["video", "phase"]
+    roles = [role for role in ("video", "tfrecord", "phase", *(["tool"] if spec.tools else [])) if role in patterns]
     files = _Files()
     for folder, entries in _walk(root):
         as_frames = None if folder == root else patterns["frames"].fullmatch(folder.name)
@@ -112,6 +113,8 @@ def _collect(root: Path, spec: DataSetSpec) -> _Files:
             if as_frames and patterns["frame"].fullmatch(entry.name):
                 images += 1
                 continue
+            if "tfrecord" in roles and _is_odd_tfrecord(entry.name, patterns["tfrecord"]):
+                files.odd_tfrecords.append(entry.name)
             for role in roles:
                 if match := patterns[role].fullmatch(entry.name):
                     relative = _checked(root, Path(entry.path))
@@ -120,6 +123,10 @@ def _collect(root: Path, spec: DataSetSpec) -> _Files:
             relative = _checked(root, folder)
             files.add("frames", _video_id(as_frames, spec, root / relative), relative)
     return files
+
+
+def _is_odd_tfrecord(name: str, pattern: re.Pattern[str]) -> bool:
+    return Path(name).suffix.lower() in (".tfrecord", ".tfrecords") and not pattern.fullmatch(name)
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
@@ -191,21 +198,29 @@ def _video_id(match: re.Match[str], spec: DataSetSpec, path: Path) -> str:
 
 def _sources(root: Path, files: _Files) -> dict[str, tuple[Kind, str]]:
     """The one source of each video, by folded id. Raises UserError where a video has two."""
-    videos = _only_ones(root, files.of("video"), "video")
-    folders = _only_ones(root, files.of("frames"), "frames")
-    for key in sorted(videos.keys() & folders.keys()):
-        raise UserError(
-            f"{root / videos[key]} and {root / folders[key]}: a video and a folder of its frames; pixels may differ, "
-            "so keep only one of them below the data root"
-        )
-    return {key: ("video", path) for key, path in videos.items()} | {
-        key: ("frames", path) for key, path in folders.items()
+    words: dict[Kind, str] = {
+        "video": "a video",
+        "frames": "a folder of its frames",
+        "tfrecord": "a TFRecord file of its frames",
     }
+    sources: dict[str, tuple[Kind, str]] = {}
+    for kind, word in words.items():
+        for key, path in sorted(_only_ones(root, files.of(kind), kind).items()):
+            if key in sources:
+                other, other_path = sources[key]
+                raise UserError(
+                    f"{root / other_path} and {root / path}: {words[other]} and {word}; pixels may differ, "
+                    "so keep only one of them below the data root"
+                )
+            sources[key] = (kind, path)
+    return sources
 
 
 def _only_ones(root: Path, found: dict[str, list[str]], role: str) -> dict[str, str]:
     """The one path of each id. A link beside what it points to is not a second file; anything else is an error."""
-    what = {"video": "videos", "frames": "frame folders"}.get(role, f"{role} annotation files")
+    what = {"video": "videos", "frames": "frame folders", "tfrecord": "TFRecord files"}.get(
+        role, f"{role} annotation files"
+    )
     chosen = {}
     for key, paths in found.items():
         real = {(root / path).resolve(): path for path in sorted(paths, key=lambda path: (root / path).is_symlink())}
@@ -219,8 +234,9 @@ def _only_ones(root: Path, found: dict[str, list[str]], role: str) -> dict[str, 
 def _nothing_found(root: Path, spec: DataSetSpec, files: _Files) -> str:
     endings = sorted(files.endings.items(), key=lambda item: (-item[1], item[0]))[:5]
     seen = ", ".join(f"{count} {ending}" for ending, count in endings) or "no files"
+    names = " or ".join(filter(None, (spec.patterns.video, spec.patterns.tfrecord)))
     return (
-        f"{root}: no videos of {spec.name} found: looked for files named {spec.patterns.video} and folders of images "
+        f"{root}: no videos of {spec.name} found: looked for files named {names} and folders of images "
         f"named {spec.patterns.frames}; what is there: {seen}"
     )
 
@@ -230,14 +246,17 @@ def _left_over(
     videos: Sequence[FoundVideo],
     sources: dict[str, tuple[Kind, str]],
     annotations: dict[str, dict[str, str]],
+    odd_tfrecords: Sequence[str],
 ) -> Iterator[str]:
-    """Notes on annotations without a video and videos without annotations."""
+    """Notes on annotations without a video, videos without annotations and TFRecord files that name no video."""
+    if odd_tfrecords:
+        yield f"{len(odd_tfrecords)} TFRecord file(s) left out, not named like a video: {_listed(odd_tfrecords)}"
     for role, paths in annotations.items():
         orphans = [path for key, path in sorted(paths.items()) if key not in sources]
         if orphans:
             yield f"{len(orphans)} {role} annotation file(s) belong to no video here: {_listed(orphans)}"
     for role, wanted in (("phase", True), ("tool", bool(spec.tools))):
-        bare = [video.id for video in videos if getattr(video, role) is None]
+        bare = [video.id for video in videos if getattr(video, role) is None and video.kind != "tfrecord"]
         if wanted and bare:
             yield f"{len(bare)} video(s) without {role} annotations: {_listed(bare)}"
 

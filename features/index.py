@@ -19,7 +19,9 @@ from configs.errors import UserError
 from configs.schema import DataConfig, DataSetSpec, Strict
 from engine.files import inside, read_json, sha256_ends, sha256_file, sha256_json, write_json
 from features.annotations import PhaseTrack, ToolTrack, parse_phases, parse_tools, read_content
+from features.class_order import parse_phase_order
 from features.discover import (
+    Discovery,
     FolderLayout,
     FolderScan,
     FoundVideo,
@@ -34,6 +36,8 @@ from features.discover import (
 from features.labels import BetweenRows, Extent, fit_tracks, sample_labels, sampled_frame_index, track_end
 from features.readers import FrameFolder, count_packets, probe_video
 from features.splits import Split, assign_splits, usual_split_problem
+from features.tfrecord import FPS as TFRECORD_FPS
+from features.tfrecord import RecordLayout, require_one_numbering, scan_records
 
 FORMAT_VERSION = 1
 SPLITS: tuple[Split, ...] = ("train", "val", "test", "none")
@@ -69,11 +73,12 @@ class AnnotationFile(Strict):
 class VideoEntry(Strict):
     """One video. For a folder of frames (`frames` says how its images lie on the source's timeline), `fps` and
     `frame_count` are those of the source, `size_bytes` is the sum of its images, `modified_ns` the newest of them and
-    `sha256_ends` covers their names, their sizes and the content of the first and last.
+    `sha256_ends` covers their names, their sizes and the content of the first and last. A TFRecord file holds its own
+    labels (`records`), and has no annotation files.
     """
 
     id: VideoId
-    kind: Literal["video", "frames"]
+    kind: Literal["video", "frames", "tfrecord"]
     source: RelativePath
     size_bytes: int = Field(ge=1)
     modified_ns: int
@@ -85,11 +90,16 @@ class VideoEntry(Strict):
     phase_file: AnnotationFile | None = None
     tool_file: AnnotationFile | None = None
     frames: FolderLayout | None = None
+    records: RecordLayout | None = None
 
     @model_validator(mode="after")
     def _layout_for_folders(self) -> VideoEntry:
         if (self.kind == "frames") != (self.frames is not None):
             raise ValueError("frames must be given for folders of frames and for nothing else")
+        if (self.kind == "tfrecord") != (self.records is not None):
+            raise ValueError("records must be given for TFRecord files and for nothing else")
+        if self.records and (self.records.frame_count != self.frame_count or self.phase_file or self.tool_file):
+            raise ValueError("the labels in records are not those of its frames")
         return self
 
     @property
@@ -118,6 +128,13 @@ class Index(Strict):
             raise ValueError("two videos have the same id")
         return self
 
+    @model_validator(mode="after")
+    def _records_fit(self) -> Index:
+        for entry in self.videos:
+            if entry.records and (problem := entry.records.problem(self.dataset)):
+                raise ValueError(f"{entry.id}: {problem}")
+        return self
+
     def by_split(self, split: str) -> tuple[VideoEntry, ...]:
         """The videos of one split, in order."""
         return tuple(entry for entry in self.videos if entry.split == split)
@@ -138,12 +155,16 @@ class Index(Strict):
             "phase_file": {"path"},
             "tool_file": {"path"},
         }
+        videos = [entry.model_dump(mode="json", exclude=moving) for entry in self.videos]
+        for video in videos:
+            if video["records"] is None:
+                del video["records"]  # so that other indices keep the digest that they had before there were any
         described: Any = {"name", "annotation_fps", "phases", "tools", "phase_aliases", "tool_aliases"}
         return sha256_json(
             {
                 "format_version": self.format_version,
                 "dataset": self.dataset.model_dump(mode="json", include=described),
-                "videos": [entry.model_dump(mode="json", exclude=moving) for entry in self.videos],
+                "videos": videos,
             }
         )
 
@@ -192,6 +213,7 @@ def build_index(root: Path, spec: DataSetSpec, data: DataConfig, progress: Progr
     are, the message is that of the first and names the others.
     """
     found = find_videos(root, spec)
+    order = _phase_order(root, found, spec, data)
     entries: list[VideoEntry] = []
     notes = list(found.notes)
     faults: list[tuple[str, UserError]] = []
@@ -199,7 +221,7 @@ def build_index(root: Path, spec: DataSetSpec, data: DataConfig, progress: Progr
         if progress:
             progress(done, len(found.videos), video.id)
         try:
-            entry, entry_notes = _build_entry(root, video, spec, data)
+            entry, entry_notes = _build_entry(root, video, spec, data, order)
         except UserError as error:
             faults.append((video.id, error))
             continue
@@ -209,6 +231,7 @@ def build_index(root: Path, spec: DataSetSpec, data: DataConfig, progress: Progr
         others = f" (also at fault: {', '.join(video_id for video_id, _ in faults[1:])})" if faults[1:] else ""
         raise UserError(f"{faults[0][1]}{others}") from faults[0][1]
     require_one_base([(str(root / entry.source), entry.frames) for entry in entries if entry.frames], data)
+    require_one_numbering([(str(root / entry.source), entry.records) for entry in entries if entry.records])
     ids = [entry.id for entry in entries]
     splits = assign_splits(ids, spec, data.split)
     if problem := usual_split_problem(ids, spec, data.split):
@@ -220,14 +243,33 @@ def build_index(root: Path, spec: DataSetSpec, data: DataConfig, progress: Progr
     )
 
 
+def _phase_order(root: Path, found: Discovery, spec: DataSetSpec, data: DataConfig) -> tuple[str, ...]:
+    """The names of the phase numbers in TFRecord files; none where there are no such files."""
+    sources = [video.source for video in found.videos if video.kind == "tfrecord"]
+    if not sources:
+        return ()
+    try:
+        return parse_phase_order(data.tfrecord_phase_order, spec, str(root / sources[0]))
+    except UserError as error:
+        raise UserError(f"{error} (the setting data.tfrecord_phase_order)") from error
+
+
 def _build_entry(
-    root: Path, video: FoundVideo, spec: DataSetSpec, data: DataConfig
+    root: Path, video: FoundVideo, spec: DataSetSpec, data: DataConfig, order: tuple[str, ...]
 ) -> tuple[VideoEntry, tuple[str, ...]]:
+    annotation = video.phase or video.tool
+    if video.kind == "tfrecord" and annotation:
+        raise UserError(
+            f"{root / annotation} and {root / video.source}: both hold labels of {video.id}; keep only one of them "
+            "below the data root"
+        )
     phase = _read_annotation(root, video.phase, parse_phases, spec)
     tools = _read_annotation(root, video.tool, parse_tools, spec)
     tracks: list[PhaseTrack | ToolTrack] = [read.track for read in (phase, tools) if read is not None]
     if video.kind == "video":
         source = _probe(root, video.source, data.full_hash)
+    elif video.kind == "tfrecord":
+        source = _read_records(root, video.source, video.id, spec, order, data.full_hash)
     else:
         end = max(map(track_end, tracks), default=0)
         labels = LabelEnd(end, max(track.stride for track in tracks)) if tracks else None
@@ -269,6 +311,24 @@ def _probe(root: Path, relative: str, full_hash: bool) -> dict[str, Any]:
     info = probe_video(path)
     if info.frame_count < 1:
         raise UserError(f"{path}: holds no frames")
+    return {**_file_state(path, full_hash), "fps": info.fps, "frame_count": info.frame_count}
+
+
+def _read_records(
+    root: Path, relative: str, video_id: str, spec: DataSetSpec, order: tuple[str, ...], full_hash: bool
+) -> dict[str, Any]:
+    """What the index says about a TFRecord file, labels included; every byte of it is read and checked."""
+    path = inside(root, relative)
+    scan = scan_records(path, video_id, spec)
+    return {
+        **_file_state(path, full_hash),
+        "fps": TFRECORD_FPS,
+        "frame_count": len(scan.phase),
+        "records": RecordLayout.of_scan(scan, order),
+    }
+
+
+def _file_state(path: Path, full_hash: bool) -> dict[str, Any]:
     try:
         state = path.stat()
         return {
@@ -276,8 +336,6 @@ def _probe(root: Path, relative: str, full_hash: bool) -> dict[str, Any]:
             "modified_ns": state.st_mtime_ns,
             "sha256_ends": sha256_ends(path),
             "sha256": sha256_file(path) if full_hash else None,
-            "fps": info.fps,
-            "frame_count": info.frame_count,
         }
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
@@ -370,6 +428,8 @@ def _load_tracks(
     entry: VideoEntry, root: Path, spec: DataSetSpec
 ) -> tuple[PhaseTrack | None, ToolTrack | None, tuple[str, ...]]:
     """The video's tracks, fitted to it, from the files that were indexed and no others."""
+    if entry.records is not None:
+        return (*entry.records.tracks(spec), ())
     phase = _reread_annotation(root, entry.phase_file, parse_phases, spec)
     tools = _reread_annotation(root, entry.tool_file, parse_tools, spec)
     return _fitted(entry, root, spec, phase, tools)
@@ -402,8 +462,8 @@ def check_index(index: Index, root: Path, progress: Progress | None = None) -> l
     """What is no longer as indexed, a line a problem; empty when all is well. Decodes nothing.
 
     Sources: present, same size, time and hash of the ends (and of the whole, where recorded), same rate, as many
-    packets as frames. Annotations: present, same hash, readable, fitting their video. Raises UserError when the root
-    is missing.
+    packets as frames; of TFRecord files every checksum. Annotations: present, same hash, readable, fitting their video.
+    Raises UserError when the root is missing.
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; set data.root (or SURGSTAGE_DATA) to where the indexed videos lie")
@@ -428,6 +488,12 @@ def _check_source(entry: VideoEntry, root: Path, spec: DataSetSpec) -> str | Non
         scan = scan_folder(root, entry.source, spec)
         source_frames(scan, entry.frames)
         return _difference(entry, _folder_state(scan, entry.sha256 is not None), path)
+    if entry.records is not None:
+        order = entry.records.phase_order
+        now = _read_records(root, entry.source, entry.id, spec, order, entry.sha256 is not None)
+        relabelled = now.pop("records") != entry.records
+        difference = f"{path}: its labels are not those that were indexed; run index again" if relabelled else None
+        return difference or _difference(entry, now, path)
     difference = _difference(entry, _probe(root, entry.source, entry.sha256 is not None), path)
     packets = entry.frame_count if difference else count_packets(path)
     if packets != entry.frame_count:

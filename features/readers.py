@@ -162,7 +162,7 @@ def open_reader(
     return pyav
 
 
-def _checked(frame_index: Sequence[int], frame_count: int, path: Path) -> list[int]:
+def checked_frames(frame_index: Sequence[int], frame_count: int, path: Path) -> list[int]:
     """The requested numbers as ints; ValueError unless strictly increasing, ReaderError unless the source has them."""
     wanted = [int(k) for k in frame_index]
     if any(b <= a for a, b in itertools.pairwise(wanted)) or (wanted and wanted[0] < 0):
@@ -173,7 +173,7 @@ def _checked(frame_index: Sequence[int], frame_count: int, path: Path) -> list[i
     return wanted
 
 
-class _Closing:
+class ClosingReader:
     """The context manager half of every reader."""
 
     def close(self) -> None:
@@ -479,7 +479,7 @@ def _ebml_number(stream: BinaryIO, offset: int) -> tuple[int | None, int]:
 # ---------------------------------------------------------------------------------------------- PyAV
 
 
-class PyavReader(_Closing):
+class PyavReader(ClosingReader):
     """Reads with PyAV, decoding only what the wanted frames need.
 
     In H.264 with known times, groups of pictures without a wanted frame are not decoded at all, nor is what follows
@@ -504,13 +504,13 @@ class PyavReader(_Closing):
 
     def read(self, frame_index: Sequence[int]) -> Iterator[np.ndarray]:
         """See FrameReader. Each call opens the file anew, so readings do not disturb each other."""
-        wanted = _checked(frame_index, self.frame_count, self._scan.path)
+        wanted = checked_frames(frame_index, self.frame_count, self._scan.path)
         reading = self._frames(wanted)
         self._readings.add(reading)
         return reading
 
     def spread(self, count: int) -> list[int]:
-        return _spread(range(self.frame_count), count)
+        return spread_evenly(range(self.frame_count), count)
 
     def close(self) -> None:
         for reading in list(self._readings):
@@ -713,7 +713,7 @@ def _watched_log() -> _WatchedLog | None:
 _OPEN_DECORD_READERS: weakref.WeakSet[DecordReader] = weakref.WeakSet()
 
 
-class DecordReader(_Closing):
+class DecordReader(ClosingReader):
     """Reads with decord 0.6.0, in batches small enough to keep memory flat; PyAV decides where decord stumbles.
 
     decord's hazards and what is done: its thread goes on decoding after a batch and memory with it (`seek(0)` after
@@ -738,7 +738,7 @@ class DecordReader(_Closing):
 
     def read(self, frame_index: Sequence[int]) -> Iterator[np.ndarray]:
         """See FrameReader."""
-        return self._frames(_checked(frame_index, self.frame_count, self._scan.path))
+        return self._frames(checked_frames(frame_index, self.frame_count, self._scan.path))
 
     def spread(self, count: int) -> list[int]:
         return self._arbiter.spread(count)
@@ -792,11 +792,13 @@ def _close_decord_readers() -> None:
 # ---------------------------------------------------------------------------------------------- folders
 
 
-class FolderReader(_Closing):
+_IMAGE_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
+
+
+class FolderReader(ClosingReader):
     """Reads the images of a frame folder (PNG, JPEG; any size, also changing) with Pillow."""
 
     name = "pillow"
-    _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 
     def __init__(self, folder: Path, frames: FrameFolder) -> None:
         import PIL
@@ -811,42 +813,49 @@ class FolderReader(_Closing):
 
     def read(self, frame_index: Sequence[int]) -> Iterator[np.ndarray]:
         """See FrameReader; only source frames that have an image can be had."""
-        wanted = _checked(frame_index, self.frame_count, self._folder)
+        wanted = checked_frames(frame_index, self.frame_count, self._folder)
         missing = next((k for k in wanted if k not in self._names), None)
         if missing is not None:
             raise ReaderError(f"{self._folder}: has no image of frame {missing}; rebuild the index")
-        return (self._image(self._names[k], k) for k in wanted)
+        paths = ((k, self._folder / self._names[k]) for k in wanted)
+        return (decode_image(path, str(path), k) for k, path in paths)
 
     def spread(self, count: int) -> list[int]:
-        return _spread(list(self._names), count)
-
-    def _image(self, name: str, number: int) -> np.ndarray:
-        from PIL import Image, ImageOps
-
-        path = self._folder / name
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's, of large images (judged here) and of odd camera notes
-                with Image.open(path) as image:
-                    self._refuse_odd(image, path)
-                    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-        except FileNotFoundError as error:
-            raise ReaderError(f"{path}: no such image (frame {number}); rebuild the index") from error
-        except Image.DecompressionBombError as error:
-            raise ReaderError(f"{path}: refuses to decode an image of so many pixels; replace it") from error
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on damaged files
-            raise ReaderError(
-                f"{path}: damaged or not an image, frame {number} cannot be had; replace it or leave the video out"
-            ) from error
-
-    def _refuse_odd(self, image: Any, path: Path) -> None:
-        if image.width * image.height > MAX_PIXELS:
-            raise ReaderError(f"{path}: refuses to decode an image of {image.width} x {image.height} pixels")
-        if image.mode not in self._MODES:
-            raise ReaderError(f"{path}: holds pixels of kind {image.mode}, not 8-bit colour; save it as RGB")
+        return spread_evenly(list(self._names), count)
 
 
-def _spread(numbers: Sequence[int], count: int) -> list[int]:
+def decode_image(source: Path | BinaryIO, place: str, number: int) -> np.ndarray:
+    """An image (PNG, JPEG) as it is meant to be seen, (H, W, 3) uint8 RGB.
+
+    `place` and the frame's `number` are for messages. Raises ReaderError where it is missing, damaged, too large or no
+    8-bit colour.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of large images (judged here) and of odd camera notes
+            with Image.open(source) as image:
+                _refuse_odd(image, place)
+                return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except FileNotFoundError as error:
+        raise ReaderError(f"{place}: no such image (frame {number}); rebuild the index") from error
+    except Image.DecompressionBombError as error:
+        raise ReaderError(f"{place}: refuses to decode an image of so many pixels; replace it") from error
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on damaged files
+        raise ReaderError(
+            f"{place}: damaged or not an image, frame {number} cannot be had; replace it or leave the video out"
+        ) from error
+
+
+def _refuse_odd(image: Any, place: str) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise ReaderError(f"{place}: refuses to decode an image of {image.width} x {image.height} pixels")
+    if image.mode not in _IMAGE_MODES:
+        raise ReaderError(f"{place}: holds pixels of kind {image.mode}, not 8-bit colour; save it as RGB")
+
+
+def spread_evenly(numbers: Sequence[int], count: int) -> list[int]:
     """At most `count` of the numbers, evenly spread, first and last included."""
     chosen = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int)
     return [numbers[i] for i in chosen.tolist()]

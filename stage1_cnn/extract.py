@@ -365,9 +365,10 @@ def _state(path: Path, entry: VideoEntry, spec: EncoderSpec, labels: Mapping[str
 def label_attributes(config: Config, index: Index, entry: VideoEntry) -> dict[str, str]:
     """The attributes that say which labels a file holds; `labels_sha256` is over all that they depend on."""
     spec = index.dataset
+    own = entry.records.labels_sha256() if entry.records else ""  # a TFRecord file's
     hashes = {
-        "phase_sha256": entry.phase_file.sha256 if entry.phase_file else "",
-        "tool_sha256": entry.tool_file.sha256 if entry.tool_file else "",
+        "phase_sha256": entry.phase_file.sha256 if entry.phase_file else own,
+        "tool_sha256": entry.tool_file.sha256 if entry.tool_file else own,
     }
     described = {"annotation_fps", "phases", "tools", "phase_aliases", "tool_aliases"}
     meaning = spec.model_dump(mode="json", include=described)

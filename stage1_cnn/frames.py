@@ -24,6 +24,7 @@ from features.index import Index, VideoEntry, open_folder, sampled_frames
 from features.preprocess import Geometry
 from features.readers import FrameReader, open_reader
 from features.store import SourceIdentity
+from features.tfrecord import TfrecordReader
 from stage1_cnn.pool import Advance, choose_processes, work_through
 
 
@@ -64,6 +65,9 @@ def require_indexed_annotations(entry: VideoEntry, root: Path) -> None:
 def open_source(config: Config, entry: VideoEntry, root: Path, index: Index) -> FrameReader:
     """A reader of an indexed video or folder, for the process that calls this. Raises UserError where there is none."""
     require_indexed_source(entry, root, index)
+    if entry.kind == "tfrecord":
+        assert entry.records is not None  # the index has seen to it
+        return TfrecordReader(inside(root, entry.source), entry.records)
     folder = open_folder(entry, root, index) if entry.kind == "frames" else None
     return open_reader(inside(root, entry.source), entry.kind, config.data.reader, frames=folder, fps=entry.fps)
 
