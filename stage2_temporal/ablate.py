@@ -42,6 +42,7 @@ BASE = "base"
 # Trainings claimed at once, a core: many where settings are known (processes start once), few where they are drawn, so
 # that the sampler learns from the ones before.
 _CLAIM_KNOWN, _CLAIM_DRAWN = 8, 2
+_NOBODY = ""
 
 
 @dataclass(frozen=True)
@@ -144,15 +145,20 @@ def ablate(
     threads = max(1, available_cores() // max(1, cores))
     task = UnitTask(spec.base, tuple(overrides), where, folder / "trials", data, threads)
     failed: list[tuple[str, str]] = []
-    with _live_table(plan, folder) as show:
-        for units in plan.rounds(cores, started):
-            processes = choose_processes(cores, units) if len(units) > 1 else 1
-            for unit, reason in work_through(task, units, processes, "trainings", stop, unit="training", disable=True):
-                label = f"{plan.label(unit.changes)}, seed {unit.seed}"
-                if reason is not None:
-                    failed.append((label, reason))
-                plan.ended(unit, _result(folder / "trials" / unit.folder), reason)
-                show(label, reason)
+    try:
+        with _live_table(plan, folder) as show:
+            for units in plan.rounds(cores, started):
+                processes = choose_processes(cores, units) if len(units) > 1 else 1
+                for unit, reason in work_through(
+                    task, units, processes, "trainings", stop, unit="training", disable=True
+                ):
+                    label = f"{plan.label(unit.changes)}, seed {unit.seed}"
+                    if reason is not None:
+                        failed.append((label, reason))
+                    plan.ended(unit, _result(folder / "trials" / unit.folder), reason)
+                    show(label, reason)
+    finally:
+        plan.release()
     _write_outcome(folder, plan)
     return failed
 
@@ -195,8 +201,9 @@ class _Plan:
     def _claims(self, started: float) -> Iterator[FrozenTrial | optuna.Trial]:
         """Trials of dead processes, then waiting ones or, for ranges, new ones as far as the budget goes."""
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if trial.number not in self._left and process_is_dead(str(trial.user_attrs.get("owner", ""))):
-                self.study._storage.set_trial_user_attr(trial._trial_id, "owner", process_mark())
+            owner = str(trial.user_attrs.get("owner", _NOBODY))
+            if trial.number not in self._left and (owner == _NOBODY or process_is_dead(owner)):
+                self._own(trial, process_mark())
                 yield trial
         while self._budget_left(started):
             if not self.spec.has_ranges and not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
@@ -205,6 +212,15 @@ class _Plan:
             new.set_user_attr("owner", process_mark())
             self._suggest(new)
             yield new
+
+    def _own(self, trial: FrozenTrial, mark: str) -> None:
+        self.study._storage.set_trial_user_attr(trial._trial_id, "owner", mark)
+
+    def release(self) -> None:
+        """Leave unfinished trials to whoever comes next."""
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if self._left.get(trial.number):
+                self._own(trial, _NOBODY)
 
     def _suggest(self, trial: optuna.Trial) -> None:
         for key, values in self.spec.space.items():
