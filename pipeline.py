@@ -96,7 +96,10 @@ def cli() -> None:
     evaluate        phases and tools on the test videos: tables, JSON, ribbons
     run             all of these from one file of settings
     simulate        simulated operations to try it on
-    import-checkpoint, export-checkpoint  files of the original MTRCNet programs as runs, and back
+
+    \b
+    import-checkpoint, export-checkpoint
+                    files of the original MTRCNet programs as runs, and back
 
     Every command takes --config FILE and --set key=value; `config show` prints what they come to. The folder of the
     videos is data.root: `--set data.root=DIR`, a line in the file, or the variable SURGSTAGE_DATA.

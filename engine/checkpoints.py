@@ -23,7 +23,7 @@ FORMAT = 1
 SAFE_TORCH = (2, 10)
 _HEAD_BYTES = 512
 _ZIP_MAGIC = b"PK\x03\x04"
-_WEB_PAGE = re.compile(rb"^\s*(<!doctype\s+html|<html|<head|<\?xml|<!--)", re.IGNORECASE)
+_WEB_PAGE = re.compile(rb"^(?:\xef\xbb\xbf)?\s*(<!doctype\s+html|<html|<head|<\?xml|<!--)", re.IGNORECASE)
 _FORBIDDEN_NAME = re.compile(r"GLOBAL ([\w.]{1,80})")
 
 
@@ -107,6 +107,8 @@ def load_foreign_state(path: Path, trusted: bool = False) -> dict[str, torch.Ten
             content = content[wrapper]
     if not isinstance(content, dict) or not content or not all(_holds_numbers(value) for value in content.values()):
         raise UserError(f"{path}: not a state dict (a mapping from names to tensors)")
+    if not all(str(name).isprintable() for name in content):  # they stand in messages
+        raise UserError(f"{path}: not a state dict: some of its keys are no names")
     return {str(name): tensor for name, tensor in content.items()}
 
 
@@ -124,7 +126,9 @@ def _load(path: Path) -> Any:
                 broken = archive.testzip()
             if broken:
                 raise UserError(f"{path}: damaged (checksum of {broken} is wrong)")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle's protocol: what is wrong is said below, in one line
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except MemoryError as error:

@@ -277,6 +277,8 @@ def recognise(state: Mapping[str, Tensor], source: Path, asked: str | None = Non
     """
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     layers = {name.partition(".")[0] for name in tensors}
+    if len(tensors) < len(state):
+        raise UserError(f"{source}: holds some keys twice, with and without `{PREFIX}`; save one net alone")
     if "share" not in layers:
         raise UserError(f"{source}: {_what_else(tensors)}")
     fitting = _fitting_variants(layers - {"share"}, source)

@@ -161,6 +161,7 @@ def changed(variant: str = "cl", **entries: Tensor | None) -> dict[str, Tensor]:
         (lambda: build_backbone("resnet18", "random", 0).net.state_dict(), "a ResNet alone.* cnn.weights=FILE"),
         (lambda: {"backbone.net.conv1.weight": torch.zeros(1)}, "a checkpoint of this project"),
         (lambda: {"a": torch.zeros(1)}, "no backbone named `share`"),
+        (lambda: original_state("cl") | original_state("cl", prefix=False), "some keys twice"),
     ],
 )
 def test_anything_else_is_refused_with_the_reason(state: Any, reason: str) -> None:
