@@ -331,7 +331,8 @@ PHASE_ORDER = click.option(
 
 @cli.command("import-checkpoint")
 @click.argument("file", type=click.Path(path_type=Path))
-@settings
+@sources
+@click.option("--name", help="Name of the new run, a folder below `runs/`. There is no default.")
 @PHASE_ORDER
 @click.option(
     "--normalisation",

@@ -199,10 +199,11 @@ def choose_normalisation(original: Original, asked: str | None) -> tuple[str, st
         return "pytorch1.2.0", "fc_h stands in files of the pytorch1.2.0 release only, whose tool programs use it"
     if original.variant.name == "tool" and not original.prefixed:
         return "pytorch1.2.0", "a net for tools without `module.` in its keys is of the pytorch1.2.0 release"
-    release = "the main release's" if original.prefixed else "used by both releases for all but nets with tools"
-    if not original.prefixed and original.variant.tasks == "both":
-        release = "only the main release has this net, though its keys usually begin with `module.`"
-    return "main", release
+    if original.prefixed:
+        return "main", "keys with `module.` are the main release's"
+    if original.variant.tasks == "phase":
+        return "main", "nets for phases alone are trained with it in both releases"
+    return "main", "only the main release has this net, though its keys usually begin with `module.`"
 
 
 # ---------------------------------------------------------------------------------------------- from the original

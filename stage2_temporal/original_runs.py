@@ -235,7 +235,7 @@ def _file_name(variant: Variant, about: Mapping[str, Any], path: Path) -> str:
     """The name it was imported under, or one that says what is known of the training."""
     original = about.get("original") or {}
     if about["step"] == IMPORTED and original.get("variant") == variant.name:
-        return str(original["file"])
+        return Path(original["file"]).name
     values = {"length": int(about["frames"])}
     settings, result = path.parent / "config.yaml", path.parent / RESULT_FILE
     if about["step"] != IMPORTED and settings.is_file():
@@ -259,7 +259,9 @@ def _file_name(variant: Variant, about: Mapping[str, Any], path: Path) -> str:
 def _notes_of_export(
     net: JointNet, variant: Variant, about: Mapping[str, Any], order: Sequence[str] | None
 ) -> Iterator[str]:
-    yield f"{variant.title}; in its name 0 stands for what is not known"
+    yield f"{net.backbone.name}, {variant.title}"
+    if about["step"] != IMPORTED:
+        yield "in the file's name 0 stands for what was not measured"
     if order:
         yield f"phases in the file: {describe_order(order)}"
     if net.phase is not None and standardises(net.phase.standardise):
