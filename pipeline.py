@@ -43,8 +43,13 @@ class Group(click.Group):
 
 def settings(command: Callable[..., Any]) -> Callable[..., Any]:
     """`--config`, `--set` and `--name`, the same for every command that works on a run."""
+    name = click.option("--name", help="Name of the run, a folder below `runs/`. Default: the name of the preset.")
+    return sources(name(command))
+
+
+def sources(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--config` and `--set`."""
     for option in (
-        click.option("--name", help="Name of the run, a folder below `runs/`. Default: the name of the preset."),
         click.option(
             "--set",
             "overrides",
@@ -93,6 +98,10 @@ def cli() -> None:
     predict         phases and tools of new videos: CSV, ribbon, a video with both drawn in
     run             all of these from one file of settings
     simulate        simulated operations to try it on
+
+    \b
+    import-checkpoint, export-checkpoint
+                    files of the original MTRCNet programs as runs, and back
 
     Every command takes --config FILE and --set key=value; `config show` prints what they come to. The folder of the
     videos is data.root: `--set data.root=DIR`, a line in the file, or the variable SURGSTAGE_DATA.
@@ -408,6 +417,82 @@ def predict(
             recogniser = pair_of_stages(resolved, run, encoder_run, inference, trusted=trusted)
         report = predict_new_videos(recogniser, videos, out or run / "predict", draw=draw, stop=stop)
     _print_report(report)
+
+
+PHASE_ORDER = click.option(
+    "--phase-order",
+    metavar="ORDER",
+    help="Which phase each number in the file means: a name (for Cholec80: mtrcnet, tf-cholec80), a file with a phase "
+    "a line, or names divided by commas. There is no default.",
+)
+
+
+@cli.command("import-checkpoint")
+@click.argument("file", type=click.Path(path_type=Path))
+@sources
+@click.option("--name", help="Name of the new run, a folder below `runs/`. There is no default.")
+@PHASE_ORDER
+@click.option(
+    "--normalisation",
+    type=click.Choice(["main", "pytorch1.2.0"]),
+    help="Which release's mean and deviation its pictures had. Default: as its layers and keys give away.",
+)
+@click.option(
+    "--variant",
+    type=click.Choice(["tool", "phase", "multitask", "two-layer", "cl", "pytorch1.2.0"]),
+    help="Which net it is, where its layers leave that open.",
+)
+@click.option("--into", "into_run", metavar="RUN", help="For the mapping alone: the run whose net it belongs to.")
+@TRUSTED
+def import_checkpoint_command(
+    file: Path,
+    source: str,
+    overrides: tuple[str, ...],
+    name: str | None,
+    phase_order: str | None,
+    normalisation: str | None,
+    variant: str | None,
+    into_run: str | None,
+    trusted: bool,
+) -> None:
+    """Read FILE.pth of the original MTRCNet programs into a run (--name) that evaluate, extract and train-joint take.
+
+    Says what was in the file and what its name tells; nothing in it is run.
+    """
+    from stage2_temporal.original_runs import ImportRequest, import_original
+
+    if name is None:
+        raise UserError("import-checkpoint: give the new run a name with --name RUN")
+    resolved = _config(source, overrides)
+    into = _run(resolved, source, into_run) if into_run else None
+    request = ImportRequest(file, phase_order, normalisation, variant, into, trusted)
+    click.echo(f"imported: {_sentence(import_original(resolved, _run(resolved, source, name), request))}")
+
+
+@cli.command("export-checkpoint")
+@click.argument("run_name", metavar="RUN")
+@click.argument("out", metavar="OUT_DIR", type=click.Path(path_type=Path))
+@sources
+@PHASE_ORDER
+@click.option(
+    "--prefix-module/--no-prefix-module",
+    default=None,
+    help="Keys begin with `module.`. Default: they do, unless the file that was imported or its release has none.",
+)
+def export_checkpoint_command(
+    run_name: str,
+    out: Path,
+    source: str,
+    overrides: tuple[str, ...],
+    phase_order: str | None,
+    prefix_module: bool | None,
+) -> None:
+    """Write RUN's joint net into OUT_DIR as the original MTRCNet programs would: their keys, their file name."""
+    from stage2_temporal.original_runs import export_original
+
+    resolved = _config(source, overrides)
+    written = export_original(resolved, _run(resolved, source, run_name), out, phase_order, prefix_module)
+    click.echo(f"written: {written}")
 
 
 @cli.command("run")

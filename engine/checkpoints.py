@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -20,6 +21,10 @@ FORMAT = 1
 # `weights_only=True` could be bypassed before this release (CVE-2025-32434, CVE-2026-24747): files that somebody else
 # made are loaded with an older torch only when the user vouches for them.
 SAFE_TORCH = (2, 10)
+_HEAD_BYTES = 512
+_ZIP_MAGIC = b"PK\x03\x04"
+_WEB_PAGE = re.compile(rb"^(?:\xef\xbb\xbf)?\s*(<!doctype\s+html|<html|<head|<\?xml|<!--)", re.IGNORECASE)
+_FORBIDDEN_NAME = re.compile(r"GLOBAL ([\w.]{1,80})")
 
 
 def save_checkpoint(path: Path, content: dict[str, Any], keep_previous: bool = False) -> None:
@@ -29,12 +34,25 @@ def save_checkpoint(path: Path, content: dict[str, Any], keep_previous: bool = F
     every moment. Raises UserError when the disk is full or the folder cannot be written.
     """
     with atomic_path(path) as temporary:
-        try:
-            torch.save({"format": FORMAT, **content}, temporary)
-        except RuntimeError as error:  # torch's zip writer hides the system's error number
-            raise UserError(f"{path}: cannot be written (is the disk full?): {_first_line(error)}") from error
+        _save({"format": FORMAT, **content}, temporary, path)
         if keep_previous and path.exists():
             os.replace(path, previous_of(path))
+
+
+def save_foreign_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """Write a plain state dict for other programs, in the layout that PyTorch before 1.6 reads too.
+
+    Raises UserError when the disk is full or the folder cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        _save(state, temporary, path, _use_new_zipfile_serialization=False)
+
+
+def _save(content: Any, temporary: Path, path: Path, **options: Any) -> None:
+    try:
+        torch.save(content, temporary, **options)
+    except RuntimeError as error:  # torch's zip writer hides the system's error number
+        raise UserError(f"{path}: cannot be written (is the disk full?): {_first_line(error)}") from error
 
 
 def previous_of(path: Path) -> Path:
@@ -67,7 +85,12 @@ def load_latest(path: Path) -> dict[str, Any] | None:
 
 
 def load_foreign_weights(path: Path, trusted: bool = False) -> dict[str, torch.Tensor]:
-    """A state dict that somebody else made: `{name: tensor}`, `module.` prefixes cut, `state_dict`/`model` unwrapped.
+    """As `load_foreign_state`, with `module.` prefixes cut."""
+    return {name.removeprefix("module."): tensor for name, tensor in load_foreign_state(path, trusted).items()}
+
+
+def load_foreign_state(path: Path, trusted: bool = False) -> dict[str, torch.Tensor]:
+    """A state dict that somebody else made: `{name: tensor}` as in the file, `state_dict`/`model` unwrapped.
 
     Raises UserError when the file is not a plain state dict, or when this torch cannot load foreign files safely and
     the user has not vouched for the file.
@@ -82,32 +105,62 @@ def load_foreign_weights(path: Path, trusted: bool = False) -> dict[str, torch.T
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not content or not all(_holds_numbers(value) for value in content.values()):
         raise UserError(f"{path}: not a state dict (a mapping from names to tensors)")
-    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+    if not all(str(name).isprintable() for name in content):  # they stand in messages
+        raise UserError(f"{path}: not a state dict: some of its keys are no names")
+    return {str(name): tensor for name, tensor in content.items()}
+
+
+def _holds_numbers(value: Any) -> bool:
+    """Whether it is a tensor with data (one of the device `meta` has a shape and nothing else)."""
+    return isinstance(value, torch.Tensor) and value.device.type == "cpu"
 
 
 def _load(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        if zipfile.is_zipfile(path):
+        if _is_whole_archive(path):
             with zipfile.ZipFile(path) as archive:
                 broken = archive.testzip()
             if broken:
                 raise UserError(f"{path}: damaged (checksum of {broken} is wrong)")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle's protocol: what is wrong is said below, in one line
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except MemoryError as error:
         raise UserError(f"{path}: too large to load") from error
     except pickle.UnpicklingError as error:
+        found = _FORBIDDEN_NAME.search(str(error))
+        named = f" (it asks for {found.group(1)})" if found else ""
         raise UserError(
-            f"{path}: damaged or not a checkpoint, or it holds more than tensors and plain containers; "
+            f"{path}: damaged or not a checkpoint, or it holds more than tensors and plain containers{named}; "
             "nothing in it was run"
         ) from error
+    except EOFError as error:
+        raise UserError(f"{path}: damaged or not a checkpoint: it ends too early; copy or download it again") from error
     except Exception as error:  # whatever a damaged or hostile file makes the reader say
         raise UserError(f"{path}: damaged or not a checkpoint ({_first_line(error)})") from error
+
+
+def _is_whole_archive(path: Path) -> bool:
+    """Whether it is a zip archive, as torch writes since 1.6. Raises UserError for what the first bytes give away."""
+    with path.open("rb") as stream:
+        head = stream.read(_HEAD_BYTES)
+    if not head:
+        raise UserError(f"{path}: damaged: the file is empty; copy or download it again")
+    if _WEB_PAGE.match(head):
+        raise UserError(
+            f"{path}: a web page, not a checkpoint: a download that was answered with a page (to sign in or confirm); "
+            "download the file itself"
+        )
+    whole = zipfile.is_zipfile(path)
+    if head.startswith(_ZIP_MAGIC) and not whole:
+        raise UserError(f"{path}: damaged: its end is missing; copy or download it again")
+    return whole
 
 
 def _first_line(error: Exception) -> str:

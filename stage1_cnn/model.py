@@ -321,15 +321,18 @@ def _load_backbone(backbone: Backbone, state: Mapping[str, Tensor], path: Path) 
     found = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     head = f"{backbone.head_name}."
     fitting = {name: tensor for name, tensor in found.items() if not name.startswith(head)}
-    problems = _misfits(wanted, fitting)
+    problems = misfits(wanted, fitting)
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise UserError(f"{path}: does not hold weights of {backbone.name} ({problems[0]}{more})")
     backbone.net.load_state_dict({name: fitting.get(name, tensor) for name, tensor in wanted.items()})
 
 
-def _misfits(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """Why a state dict does not fit, an entry each. Counters of batch norm are missing in old files, harmlessly."""
+def misfits(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """Why a state dict does not fit, an entry each; empty where it does.
+
+    Counters of batch norm are missing in old files, harmlessly.
+    """
     problems = []
     for name, tensor in wanted.items():
         if name not in found:

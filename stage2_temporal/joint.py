@@ -24,9 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.errors import UserError
 from configs.load import differences
-from configs.schema import Config, HeadConfig, JointLossConfig, JointNetConfig
+from configs.schema import Config, DataSetSpec, HeadConfig, JointLossConfig, JointNetConfig
 from engine.checkpoints import load_checkpoint
-from features.index import Index
 from stage1_cnn.model import (
     Backbone,
     best_checkpoint,
@@ -189,23 +188,31 @@ def attach_temporal(net: JointNet, run: Path, phases: Sequence[str], head: HeadC
             f"{folder / 'best.pt'}: takes embeddings {len(model.standardise.mean)} wide, "
             f"{net.backbone.name} gives {net.backbone.embedding_dim}"
         )
-    found = TypeAdapter(HeadConfig).validate_python(about["head"])
-    if found != head:
-        differing = ", ".join(differences(found.model_dump(), head.model_dump()))
-        raise UserError(f"{folder / 'best.pt'}: another head than temporal.head ({differing}); set temporal.head to it")
+    _require_same_head(folder / "best.pt", about["head"], head)
     net.phase.load_state_dict(model.state_dict())
 
 
-def attach_joint(net: JointNet, path: Path, tools: Sequence[str], phases: Sequence[str]) -> None:
+def _require_same_head(path: Path, found: Any, head: HeadConfig) -> None:
+    settings = TypeAdapter(HeadConfig).validate_python(found)
+    if settings != head:
+        differing = ", ".join(differences(settings.model_dump(), head.model_dump()))
+        raise UserError(f"{path}: another head than temporal.head ({differing}); set temporal.head to it")
+
+
+def attach_joint(
+    net: JointNet, path: Path, tools: Sequence[str], phases: Sequence[str], head: HeadConfig
+) -> dict[str, Any]:
     """Take every branch of another joint checkpoint that this net has too (an imported one, for example).
 
-    Raises UserError where classes, backbone or a branch's shape differ.
+    Returns what the checkpoint says. Raises UserError where classes, backbone, head or a branch's shape differ.
     """
     other, about = load_joint(path)
     require_same_classes(path, "phases", about["phases"], phases if other.phase is not None else about["phases"])
     require_same_classes(path, "tools", about["tools"], tools if other.tool_head is not None else about["tools"])
     if about["backbone"] != net.backbone.name:
         raise UserError(f"{path}: holds {about['backbone']}, but cnn.backbone={net.backbone.name}")
+    if net.phase is not None and other.phase is not None:
+        _require_same_head(path, about["head"], head)  # two heads of the same shapes may still compute different things
     net.backbone.load_state_dict(other.backbone.state_dict())
     for name in ("tool_head", "phase", "mapping"):
         mine, theirs = getattr(net, name), getattr(other, name)
@@ -217,13 +224,16 @@ def attach_joint(net: JointNet, path: Path, tools: Sequence[str], phases: Sequen
             raise UserError(
                 f"{path}: its {name} does not fit the settings ({str(error).splitlines()[-1].strip()})"
             ) from error
+    return about
 
 
-def require_same_classes(path: Path, what: str, found: Sequence[str] | None, expected: Sequence[str]) -> None:
+def require_same_classes(
+    path: Path, what: str, found: Sequence[str] | None, expected: Sequence[str], where: str = "the index"
+) -> None:
     """Raise UserError unless a checkpoint's classes (`what`: tools or phases) are the index's, in the same order."""
     if list(found or ()) != list(expected):
         raise UserError(
-            f"{path}: trained on the {what} {', '.join(found or ()) or 'none'}; the index has "
+            f"{path}: trained on the {what} {', '.join(found or ()) or 'none'}; {where} has "
             f"{', '.join(expected) or 'none'}"
         )
 
@@ -292,9 +302,10 @@ def _last_only(phase: Tensor, lengths: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
-def describe_joint(net: JointNet, head: HeadConfig | None, config: Config, index: Index, step: str) -> dict[str, Any]:
+def describe_joint(
+    net: JointNet, head: HeadConfig | None, config: Config, spec: DataSetSpec, step: str
+) -> dict[str, Any]:
     """What a checkpoint says besides tensors, so that the net can be built again and fed rightly (plain values)."""
-    spec = index.dataset
     return {
         "kind": KIND,
         "step": step,

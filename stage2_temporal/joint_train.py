@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from configs.errors import UserError
+from configs.load import differences
 from configs.schema import Config, JointStepConfig
 from engine.checkpoints import load_checkpoint
 from engine.device import make_accelerator, seed_everything
@@ -149,7 +150,10 @@ def initial_net(config: Config, index: Index, start: Start, *, trusted: bool = F
         len(spec.phases),
     )
     if start.joint:
-        attach_joint(net, joint_checkpoint(start.joint), spec.tools, spec.phases)
+        path = joint_checkpoint(start.joint)
+        _note_other_pictures(
+            path, attach_joint(net, path, spec.tools, spec.phases, config.temporal.head)["preprocess"], config
+        )
     if start.cnn:
         attach_cnn(net, start.cnn, spec.tools)
     if start.temporal:
@@ -159,6 +163,13 @@ def initial_net(config: Config, index: Index, start: Start, *, trusted: bool = F
         freeze_batch_norm(net.backbone)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return net
+
+
+def _note_other_pictures(path: Path, preprocess: Mapping[str, Any], config: Config) -> None:
+    """Another normalisation, above all, is rarely meant."""
+    changed = differences(preprocess, config.preprocess.model_dump(mode="json"))
+    if changed:
+        say(f"note: {path} was trained on pictures prepared otherwise (preprocess: {'; '.join(changed)})")
 
 
 def _require_classes(config: Config, tools: int) -> None:
@@ -199,7 +210,7 @@ def train_step(
     if accelerator.num_processes > 1:
         raise UserError("train-joint runs in one process; start it without a launcher")
     net.train_only("mapping" if step == "mapping" else "all", freeze_mapping=settings.freeze_mapping)
-    describe = describe_joint(net, config.temporal.head, config, data.index, step)
+    describe = describe_joint(net, config.temporal.head, config, data.index.dataset, step)
     session = TrainingSession(
         folder, accelerator, net, parameter_groups(net, settings), settings, describe, stop, joint.accumulate_steps
     )

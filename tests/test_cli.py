@@ -410,7 +410,19 @@ def test_joint_runs_that_are_not_there(workplace: Path, arguments: list[str], ex
 
 
 @pytest.mark.parametrize(
-    "name", ["index", "train-cnn", "extract", "train-temporal", "train-joint", "evaluate", "run", "simulate"]
+    "name",
+    [
+        "index",
+        "train-cnn",
+        "extract",
+        "train-temporal",
+        "train-joint",
+        "evaluate",
+        "run",
+        "simulate",
+        "import-checkpoint",
+        "export-checkpoint",
+    ],
 )
 def test_every_command_has_help(name: str, tmp_path: Path) -> None:
     assert "Usage:" in succeed([name, "--help"], tmp_path)

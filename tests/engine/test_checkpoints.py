@@ -14,12 +14,14 @@ import torch
 from configs.errors import UserError
 from engine.checkpoints import (
     load_checkpoint,
+    load_foreign_state,
     load_foreign_weights,
     load_latest,
     previous_of,
     random_states,
     restore_random_states,
     save_checkpoint,
+    save_foreign_weights,
 )
 
 
@@ -71,11 +73,13 @@ class Payload:
         return (os.mkdir, (str(self.target),))
 
 
-@pytest.mark.parametrize("writer", ["torch", "pickle"])
+@pytest.mark.parametrize("writer", ["torch", "torch before 1.6", "pickle"])
 def test_a_harmful_pickle_is_refused_and_not_run(tmp_path: Path, writer: str) -> None:
     path, target = tmp_path / "evil.pth", tmp_path / "pwned"
     if writer == "torch":
         torch.save({"w": Payload(target)}, path)
+    elif writer == "torch before 1.6":
+        torch.save({"w": Payload(target)}, path, _use_new_zipfile_serialization=False)
     else:
         path.write_bytes(pickle.dumps({"w": Payload(target)}))
     for load in (load_checkpoint, lambda file: load_foreign_weights(file, trusted=True)):
@@ -94,6 +98,44 @@ def test_foreign_weights_lose_their_wrappers(tmp_path: Path) -> None:
     for name in ("b.pth", "page.pth", "missing.pth"):
         with pytest.raises(UserError, match=name):
             load_foreign_weights(tmp_path / name, trusted=True)
+
+
+@pytest.mark.parametrize("before_1_6", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_cut_off_file_is_called_damaged(tmp_path: Path, before_1_6: bool, share: float) -> None:
+    path = tmp_path / "cut.pth"
+    torch.save({"w": torch.ones(5000)}, path, _use_new_zipfile_serialization=not before_1_6)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError, match=r"cut\.pth: damaged") as caught:
+        load_foreign_weights(path, trusted=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("page", ["<!DOCTYPE html><html>", "\n <HTML lang='en'>", "\ufeff<!doctype html>"])
+def test_a_web_page_is_called_one(tmp_path: Path, page: str) -> None:
+    (tmp_path / "net.pth").write_text(page + "<body>sign in</body></html>")
+    with pytest.raises(UserError, match=r"net\.pth: a web page, not a checkpoint"):
+        load_foreign_weights(tmp_path / "net.pth", trusted=True)
+
+
+def test_foreign_tensors_hold_numbers(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2, device="meta")}, tmp_path / "meta.pth")
+    with pytest.raises(UserError, match=r"meta\.pth"):
+        load_foreign_weights(tmp_path / "meta.pth", trusted=True)
+    torch.save({"two\nlines": torch.ones(2)}, tmp_path / "names.pth")
+    with pytest.raises(UserError, match=r"names\.pth: .* keys are no names"):
+        load_foreign_weights(tmp_path / "names.pth", trusted=True)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weights_for_other_programs_come_back(tmp_path: Path, prefix: str) -> None:
+    state = {f"{prefix}w": torch.randn(3), f"{prefix}n": torch.tensor(4)}
+    save_foreign_weights(tmp_path / "out" / "net.pth", state)
+    assert not (tmp_path / "out" / "net.pth").read_bytes().startswith(b"PK")  # PyTorch 1.2 reads no zip archives
+    back = load_foreign_state(tmp_path / "out" / "net.pth", trusted=True)
+    assert list(back) == list(state)
+    assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
 
 
 def test_old_torch_needs_the_users_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
