@@ -22,7 +22,7 @@ from evaluation.phases import evaluate_phases
 from evaluation.predictions import write_prediction_csv
 from evaluation.summary import summarise
 from evaluation.tables import comparison_table, phase_table, tool_table
-from evaluation.tools import choose_thresholds, evaluate_tools
+from evaluation.tools import choose_thresholds, evaluate_tools, sigmoid
 from features.index import Index
 from features.store import INDEX_FILE, VideoFeatures, find_feature_folder, load_feature_set, require_one_encoder
 from stage2_temporal.predict import Inference, load_temporal, predict_phases
@@ -259,12 +259,6 @@ def _thresholds(material: Material, names: Sequence[str]) -> Mapping[str, float]
 
 def _has_tools(video: VideoFeatures) -> bool:
     return video.tools.size > 0 and bool((video.tools >= 0).any()) and bool(np.isfinite(video.tool_logits).all())
-
-
-def sigmoid(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """Logistic function, safe for large logits of either sign."""
-    value: NDArray[np.float64] = 0.5 * (1.0 + np.tanh(0.5 * logits.astype(np.float64)))
-    return value
 
 
 # ---------------------------------------------------------------------------------------------- what is written

@@ -18,10 +18,10 @@ from engine.files import read_json
 from engine.progress import say
 from engine.runs import RESULT_FILE, update_summary
 from engine.stopping import StopRequest
-from evaluation.tools import choose_thresholds, evaluate_tools
+from evaluation.tools import choose_thresholds, evaluate_tools, sigmoid
 from features.index import Index
 from features.store import VideoFeatures
-from stage2_temporal.evaluate import METRICS_FILE, Material, print_metrics, score_and_write, sigmoid, summary_of
+from stage2_temporal.evaluate import METRICS_FILE, Material, print_metrics, score_and_write, summary_of
 from stage2_temporal.joint import JointNet, joint_checkpoint, load_joint, require_same_classes
 from stage2_temporal.joint_predict import LabelledVideo, Prediction, gap_nats, labelled_videos, predict_videos
 from stage2_temporal.predict import Inference
