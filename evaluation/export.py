@@ -21,7 +21,7 @@ from configs.load import load_dataset
 from configs.schema import Config, DataSetSpec
 from engine.files import inside, make_folder, write_text
 from engine.progress import say
-from evaluation.predictions import Prediction, read_prediction_csv
+from evaluation.predictions import TOOLS_ALONE, read_prediction_csv, read_tool_csv
 from evaluation.tools import logit, sigmoid
 from features.catalogue import open_dataset
 from features.class_order import describe_order, parse_phase_order
@@ -62,42 +62,47 @@ def export_run(
     probabilities: bool = False,
     replace: bool = False,
 ) -> list[Path]:
-    """Write the predictions in `RUN/evaluate/<split>/predictions/` as text files to `out` (`RUN/export/<split>`).
+    """Write the predictions in `RUN/evaluate/<split>/` as text files to `out` (`RUN/export/<split>`).
 
     Evaluation gives every frame a prediction from itself and its past alone; the first frames of a video have shorter
     pasts. Logits are computed from the stored float32 probabilities, and so end at +-16.6. Returns the files' paths.
     Raises UserError when the run is not evaluated, and where a file says something else.
     """
     spec = load_dataset(config.data.dataset)
-    folder = inside(run / "evaluate", split) / "predictions"
-    files = sorted(folder.glob("*.csv"), key=lambda path: natural_key(path.name))
-    if not files:
-        raise UserError(_no_predictions(folder))
+    folder = inside(run / "evaluate", split)
+    files = [_csv_files(folder / "predictions"), _csv_files(folder / TOOLS_ALONE)]
+    if not any(files):
+        raise UserError(f"{folder}: no predictions here; run `evaluate` first, or name another evaluation with --split")
     texts: dict[str, str] = {}
     bare = 0
-    for file in files:
+    for file in files[0]:
         prediction = read_prediction_csv(file, spec)
-        texts |= _run_texts(file.stem, prediction, spec, probabilities)
-        bare += prediction.tool_probabilities is None
+        frames = _annotation_frames(prediction.time_s, spec)
+        texts[f"{file.stem}-phase.txt"] = phase_text(frames, [spec.phases[phase] for phase in prediction.phase])
+        if prediction.tool_probabilities is None:
+            bare += 1
+        else:
+            texts[f"{file.stem}-tool.txt"] = _tools(frames, prediction.tool_probabilities, probabilities)
+    for file in files[1]:
+        time_s, tools = read_tool_csv(file, spec)
+        texts[f"{file.stem}-tool.txt"] = _tools(_annotation_frames(time_s, spec), tools, probabilities)
     written = _write_texts(out or run / "export" / split, texts, replace)
     if bare and spec.tools:
         say(f"note: {bare} prediction file(s) without tools, so no tool file for them")
     return written
 
 
-def _no_predictions(folder: Path) -> str:
-    if (folder.parent / "metrics.json").exists():
-        return f"{folder}: holds no prediction files; evaluate the run again with this version"
-    return f"{folder}: no predictions here; run `evaluate` first, or name another evaluation with --split"
+def _csv_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.csv"), key=lambda path: natural_key(path.name))
 
 
-def _run_texts(video_id: str, prediction: Prediction, spec: DataSetSpec, probabilities: bool) -> dict[str, str]:
-    frames = np.rint(prediction.time_s * spec.annotation_fps).astype(np.int64)
-    texts = {f"{video_id}-phase.txt": phase_text(frames, [spec.phases[phase] for phase in prediction.phase])}
-    tools = prediction.tool_probabilities
-    if tools is not None:
-        texts[f"{video_id}-tool.txt"] = tool_text(frames, tools if probabilities else logit(tools).astype(np.float32))
-    return texts
+def _annotation_frames(time_s: NDArray[np.float64], spec: DataSetSpec) -> NDArray[np.int64]:
+    """Times as the data set's annotation files number frames."""
+    return np.rint(time_s * spec.annotation_fps).astype(np.int64)
+
+
+def _tools(frames: NDArray[np.int64], values: NDArray[np.float32], probabilities: bool) -> str:
+    return tool_text(frames, values if probabilities else logit(values).astype(np.float32))
 
 
 def _write_texts(out: Path, texts: Mapping[str, str], replace: bool) -> list[Path]:

@@ -407,6 +407,9 @@ def test_every_task_from_scratch(workplace: Path, tasks: str) -> None:
     metrics = json.loads((workplace / f"runs/{tasks}/evaluate/test-ten/metrics.json").read_text())
     assert bool(metrics["phases"].get("temporal")) == (tasks != "tool")
     assert (metrics["tools"] is not None) == (tasks != "phase")
+    succeed(["export", tasks, "--config", "joint.yaml", "--split", "test-ten"], workplace)
+    written = {path.name.split("-")[1] for path in (workplace / f"runs/{tasks}/export/test-ten").iterdir()}
+    assert written == {"tool": {"tool.txt"}, "phase": {"phase.txt"}, "both": {"phase.txt", "tool.txt"}}[tasks]
 
 
 @pytest.mark.parametrize(
