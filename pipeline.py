@@ -395,9 +395,9 @@ def export_command(
 ) -> None:
     """Write videoNN-phase.txt and videoNN-tool.txt as the original MTRCNet programs do.
 
-    Of RUN, its evaluated predictions: every frame is predicted from itself and its past, the first S-1 frames of a
-    video from the shorter past they have. Of a prediction pickle there is nothing for those frames; they are left out
-    unless --fill-first asks for a prediction that has seen the future.
+    Of RUN, its evaluated predictions: every frame is predicted from itself and its past (but for bidirectional heads),
+    the first S-1 frames of a video from the shorter past they have. Of a prediction pickle there is nothing for those
+    frames; they are left out unless --fill-first asks for a prediction that has seen the future.
     """
     from evaluation.export import export_predictions, export_run
 

@@ -194,24 +194,32 @@ def export_predictions(
     texts: dict[str, str] = {}
     for predictions in [read_predictions(file, spec) for file in files]:
         videos = _by_video(predictions, frames, sequence, split)
-        if predictions.phases is not None:
-            order = parse_phase_order(phase_order, spec, str(predictions.path))
-            say(f"phases in {predictions.path.name}: {describe_order(order)}")
-            names: Sequence[str] | None = order
-        else:
-            names = None
-        for entry, (rows, missing, values) in zip(entries, videos, strict=True):
-            if fill_first and missing and len(values):
-                values = np.concatenate([np.repeat(values[:1], missing, axis=0), values])
-            else:
-                rows = rows[missing:]
+        order = _order(predictions, phase_order, spec)
+        for entry, video in zip(entries, videos, strict=True):
+            rows, values = _filled(*video) if fill_first else (video[0][video[1] :], video[2])
             shown = np.rint(rows * (spec.annotation_fps / entry.fps)).astype(np.int64)
-            if names is not None:
-                texts[f"{entry.id}-phase.txt"] = phase_text(shown, [names[phase] for phase in values.tolist()])
+            if order is not None:
+                texts[f"{entry.id}-phase.txt"] = phase_text(shown, [order[phase] for phase in values.tolist()])
             else:
                 texts[f"{entry.id}-tool.txt"] = tool_text(shown, sigmoid(values) if probabilities else values)
         _say_first_frames(predictions, videos, fill_first)
     return _write_texts(out, texts, replace)
+
+
+def _order(predictions: PickledPredictions, phase_order: str | None, spec: DataSetSpec) -> tuple[str, ...] | None:
+    """The names of the pickle's phases, shown; None for tools."""
+    if predictions.phases is None:
+        return None
+    order = parse_phase_order(phase_order, spec, str(predictions.path))
+    say(f"phases in {predictions.path.name}: {describe_order(order)}")
+    return order
+
+
+def _filled(rows: NDArray[np.int64], missing: int, values: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """The first frames with the first prediction; a video too short for any has no frames."""
+    if not len(values):
+        return rows[:0], values
+    return rows, np.concatenate([np.repeat(values[:1], missing, axis=0), values])
 
 
 def _say_first_frames(predictions: PickledPredictions, videos: Sequence[Any], fill_first: bool) -> None:

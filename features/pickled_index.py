@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -141,12 +142,11 @@ def _from_parts(path: Path, groups: Sequence[Any], spec: DataSetSpec) -> list[Pi
 def _video(where: str, paths: Sequence[Any], labels: Sequence[Any], split: Split, spec: DataSetSpec) -> PickledVideo:
     if not paths:
         raise UserError(f"{where}: has no rows")
+    width = len(labels[0]) if isinstance(labels[0], (list, tuple)) else 1
     for number, (path, row) in enumerate(zip(paths, labels, strict=True), start=1):
         if not (isinstance(path, str) and path and path.isprintable()):
             raise UserError(f"{where}, row {number}: its path is not a name")
-        _require_labels(
-            f"{where}, row {number}", row, len(labels[0]) if isinstance(labels[0], (list, tuple)) else 1, spec
-        )
+        _require_labels(f"{where}, row {number}", row, width, spec)
     table = np.array(labels, dtype=np.int64).reshape(len(paths), -1)  # (R, 1) or (R, K + 1)
     tools = table[:, :-1].astype(np.int8) if table.shape[1] > 1 else None
     return PickledVideo(where, tuple(paths), table[:, -1], tools, split)
@@ -204,15 +204,15 @@ def index_from_pickles(
         if video_id not in found:
             raise UserError(f"{video.where}: no {video_id} (folder {video.folder!r}) below {root}")
         labels[video_id] = _check_video(root, found[video_id], video, order, spec, config.data)
-    _write_labels(root, labels_to or root / LABELS_FOLDER, found, labels, spec)
     data = config.data
     if not split_is_asked_for(data.split) and any(video.split != "none" for video in pickled.values()):
         data = data.model_copy(update={"split": _as_lists(pickled)})
-    index = build_index(root, spec, data, only=pickled.keys())
-    index = index.model_copy(update={"made_from": ", ".join(file.name for file in files)})
     if left := sorted(found.keys() - pickled.keys()):
         say(f"{len(left)} video(s) below {root} are in none of the pickles and left out: {', '.join(left[:3])}")
-    return keep_index(index, config, root, replace)
+    with _written_labels(root, labels_to or root / LABELS_FOLDER, found, labels, spec):
+        index = build_index(root, spec, data, only=pickled.keys())
+        index = index.model_copy(update={"made_from": ", ".join(file.name for file in files)})
+        return keep_index(index, config, root, replace)
 
 
 def _by_id(videos: Sequence[PickledVideo], spec: DataSetSpec) -> dict[str, PickledVideo]:
@@ -322,30 +322,59 @@ def _require_same(
         )
 
 
-def _write_labels(
+@contextmanager
+def _written_labels(
     root: Path, folder: Path, found: Mapping[str, FoundVideo], labels: Mapping[str, _Labels], spec: DataSetSpec
-) -> None:
-    """Annotation files for the videos that have none below the root."""
-    phases = [video_id for video_id in labels if found[video_id].phase is None]
-    tools = [video_id for video_id, one in labels.items() if found[video_id].tool is None and one.tools is not None]
+) -> Iterator[None]:
+    """Annotation files for the videos that have none below the root; taken away again where the index fails."""
+    phases = {video_id: one.phase for video_id, one in labels.items() if found[video_id].phase is None}
+    tools = {
+        video_id: one.tools
+        for video_id, one in labels.items()
+        if found[video_id].tool is None and one.tools is not None
+    }
     if not phases and not tools:
         say(f"annotation files below {root} say the same; they are used")
+        yield
         return
-    if not folder.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"{folder}: --labels-to must be a folder below the data root {root}, where an index finds it")
-    if not folder.resolve().relative_to(root.resolve()).as_posix().replace("./", "").strip("."):
-        raise UserError(f"{folder}: --labels-to must be a folder of its own below the data root")
-    for names, ending, pattern in ((phases, "phase", spec.patterns.phase), (tools, "tool", spec.patterns.tool)):
-        for video_id in names:
-            if not re.fullmatch(pattern, f"{video_id}-{ending}.txt", re.IGNORECASE):
-                raise UserError(f"data set {spec.name}: patterns.{ending} does not find {video_id}-{ending}.txt")
-    for video_id in phases:
-        write_phase_file(folder / f"{video_id}-phase.txt", labels[video_id].phase, spec)
-    for video_id in tools:
-        track = labels[video_id].tools
-        assert track is not None
-        write_tool_file(folder / f"{video_id}-tool.txt", track, spec)
-    say(f"{folder}: {len(phases)} phase and {len(tools)} tool annotation files written")
+    _require_folder(root, folder)
+    paths = [_label_file(folder, video_id, "phase", spec.patterns.phase, spec) for video_id in phases]
+    paths += [_label_file(folder, video_id, "tool", spec.patterns.tool, spec) for video_id in tools]
+    existed = folder.exists()
+    try:
+        for path, phase in zip(paths, phases.values(), strict=False):
+            write_phase_file(path, phase, spec)
+        for path, tool in zip(paths[len(phases) :], tools.values(), strict=True):
+            write_tool_file(path, tool, spec)
+        say(f"{folder}: {len(phases)} phase and {len(tools)} tool annotation files written")
+        yield
+    except BaseException:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        if not existed and folder.exists():
+            folder.rmdir()
+        raise
+
+
+def _require_folder(root: Path, folder: Path) -> None:
+    """Raise UserError unless `folder` is a folder of its own below the root, where an index finds files."""
+    below, top = folder.resolve(), root.resolve()
+    if below == top or not below.is_relative_to(top):
+        raise UserError(f"{folder}: --labels-to must be a folder of its own below the data root {root}")
+    if any(part.startswith(".") for part in below.relative_to(top).parts):
+        raise UserError(f"{folder}: --labels-to must not be hidden, for an index passes over hidden folders")
+
+
+def _label_file(folder: Path, video_id: str, ending: str, pattern: str, spec: DataSetSpec) -> Path:
+    """Where the labels of a video go. Raises UserError where no index would find them or something else is there."""
+    path = folder / f"{video_id}-{ending}.txt"
+    if not re.fullmatch(pattern, path.name, re.IGNORECASE):
+        raise UserError(
+            f"data set {spec.name}: patterns.{ending} does not find {path.name}, so labels cannot be written"
+        )
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path}: is in the way; name another folder with --labels-to")
+    return path
 
 
 # ---------------------------------------------------------------------------------------------- pickles of an index
@@ -393,6 +422,9 @@ def pickle_from_index(
     if index.dataset.tools == () and not phases_only:
         raise UserError(f"{path}: data set {index.dataset.name} has no tools; add --phases-only")
     entries = [entry for split in LAYOUTS[layout] or (None,) for entry in _entries(index, split)]
+    if not entries:
+        parts = " or ".join(LAYOUTS[layout])
+        raise UserError(f"{path}: not written, for the index has no video in split {parts}; set data.split or --layout")
     rows = {entry.id: labelled_rows(entry, root, index, config.data, phases_only) for entry in entries}
     numbers = np.argsort(ids_of_order(order, index.dataset.phases))  # their number of each of our phases
     videos = {entry.id: _pickled(entry, root, index, rows[entry.id], numbers, phases_only) for entry in entries}
@@ -437,6 +469,8 @@ def _arranged(index: Index, videos: Mapping[str, list[list[Any]]], layout: str) 
 
 
 def _write(path: Path, content: bytes, replace: bool) -> None:
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file")
     if path.exists() and not replace:
         if path.read_bytes() == content:
             say(f"{path}: unchanged")

@@ -370,5 +370,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Any:
     last = offset + (steps - 1) * step
     if steps < 0 or step < 0 or offset < 0 or (steps and last >= len(storage)):
         _no_number()
-    values = storage[offset : last + 1 : max(step, 1)].tolist() if step else [storage[offset].item()] * steps
+    if not steps:
+        return []
+    values = storage[offset : last + 1 : step].tolist() if step else [storage[offset].item()] * steps
     return values if size else values[0]

@@ -200,6 +200,15 @@ def test_the_first_frames_are_filled_only_when_asked(
     assert "which has seen later frames" in capsys.readouterr().err
 
 
+def test_a_video_shorter_than_a_clip_has_no_prediction(config: Config, tmp_path: Path) -> None:
+    file = write(tmp_path / "p.pkl", [3] * 2)
+    for number, fill in enumerate((False, True)):
+        out = tmp_path / f"out{number}"
+        export_predictions(config, [file], out, sequence=35, phase_order="mtrcnet", fill_first=fill)
+        assert (out / "video02-phase.txt").read_text() == "Frame Phase\n"
+        assert len(read_rows(out / "video03-phase.txt")) == (36 if fill else 2)
+
+
 @pytest.mark.parametrize("first", [0, 3])
 def test_tools_a_frame_or_a_clip_with_phases_beside(config: Config, tmp_path: Path, first: int) -> None:
     count = sum(FRAMES[name] - first for name in ("video02", "video03"))

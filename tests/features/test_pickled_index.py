@@ -360,7 +360,7 @@ def test_phase_orders_are_asked_for(root: Path, tmp_path: Path) -> None:
 
 def test_labels_stay_below_the_root_in_a_folder_of_their_own(root: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "x.pkl", videos_of(root))
-    for folder in (tmp_path / "labels", root, root / "frames/..", root / "../data"):
+    for folder in (tmp_path / "labels", root, root / "frames/..", root / "../data", root / ".labels"):
         message = refusal(
             lambda folder=folder: index_from_pickles(config_of(root), [file], phase_order="mtrcnet", labels_to=folder)
         )
@@ -369,6 +369,41 @@ def test_labels_stay_below_the_root_in_a_folder_of_their_own(root: Path, tmp_pat
     index = index_from_pickles(config_of(root), [file], phase_order="mtrcnet", labels_to=root / "mine")
     assert index.videos[0].phase_file is not None
     assert index.videos[0].phase_file.path == "mine/video01-phase.txt"
+
+
+def test_an_index_that_is_not_kept_leaves_no_labels(root: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "x.pkl", videos_of(root))
+    config = config_of(root)
+    index_from_pickles(config, [write(tmp_path / "y.pkl", videos_of(root)[:1])], phase_order="mtrcnet")
+    before = sorted(path.relative_to(root) for path in root.rglob("*.txt"))
+    message = refusal(lambda: index_from_pickles(config, [file], phase_order="mtrcnet"))
+    assert "--force replaces it" in message
+    assert before == sorted(path.relative_to(root) for path in root.rglob("*.txt"))
+    refusal(lambda: index_from_pickles(config, [file], phase_order="mtrcnet", labels_to=root / "mine"))
+    assert not (root / "mine").exists()
+    (root / "mine").mkdir()
+    (root / "mine/video02-phase.txt").symlink_to(tmp_path / "elsewhere.txt")
+    message = refusal(lambda: index_from_pickles(config, [file], phase_order="mtrcnet", labels_to=root / "mine"))
+    assert "video02-phase.txt" in message
+    assert not (tmp_path / "elsewhere.txt").exists()
+
+
+def test_an_image_more_than_rows_has_no_label(root: Path, tmp_path: Path) -> None:
+    videos = videos_of(root)
+    file = write(tmp_path / "x.pkl", [videos[0][:-1], *videos[1:]])
+    index = index_from_pickles(config_of(root), [file], phase_order="mtrcnet")
+    phase, _ = load_labels(index.videos[0], root, index, sampled_frames(index.videos[0], 1.0))
+    assert phase.tolist() == [*labels_of(1, 40)[0][:-1], -1]
+
+
+def test_a_folder_is_no_place_for_a_pickle(root: Path, tmp_path: Path) -> None:
+    index_from_pickles(config_of(root), [write(tmp_path / "x.pkl", videos_of(root))], phase_order="mtrcnet")
+    assert "is a folder" in refusal(
+        lambda: pickle_from_index(config_of(root), root, layout="cholec80", phase_order="mtrcnet", replace=True)
+    )
+    assert "no video in split test" in refusal(
+        lambda: pickle_from_index(config_of(root), tmp_path / "o.pkl", layout="test", phase_order="mtrcnet")
+    )
 
 
 def test_missing_images_are_named(root: Path, tmp_path: Path) -> None:

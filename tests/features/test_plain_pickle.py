@@ -217,6 +217,7 @@ def test_a_storage_that_asks_for_something_is_refused(load: Callable[..., Any], 
     assert not mark.exists()
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage")
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -236,6 +237,14 @@ def test_a_tensor_reads_nothing_beside_its_storage(load: Callable[..., Any], arg
     storage = torch.tensor([5]).storage()
     content = pickle.dumps(Calls(torch._utils._rebuild_tensor, storage, *arguments), 2)
     refusal(load, content, tensors=True)
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage")
+def test_an_empty_tensor_is_an_empty_list(load: Callable[..., Any]) -> None:
+    storage = torch.arange(9).storage()
+    for stride in (0, 1, 5):
+        content = pickle.dumps(Calls(torch._utils._rebuild_tensor, storage, 0, (0,), (stride,)), 2)
+        assert load(content, tensors=True) == []
 
 
 def test_whole_tensors_are_no_predictions(load: Callable[..., Any]) -> None:
