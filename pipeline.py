@@ -70,6 +70,14 @@ def sources(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+PHASE_ORDER = click.option(
+    "--phase-order",
+    metavar="ORDER",
+    help="Which phase is 0, 1, ... in a file of numbers: a name (mtrcnet, tf-cholec80), a file with a phase a line, or "
+    "names divided by commas. Always asked for, never assumed.",
+)
+
+
 def _config(source: str, overrides: tuple[str, ...]) -> Config:
     from configs.load import load_config
 
@@ -96,6 +104,7 @@ def cli() -> None:
     train-joint     both stages in one net, end to end (MTRCNet, MTRCNet-CL)
     evaluate        phases and tools on the test videos: tables, JSON, ribbons
     predict         phases and tools of new videos: CSV, ribbon, a video with both drawn in
+    export          predictions as the original MTRCNet programs' text files
     run             all of these from one file of settings
     simulate        simulated operations to try it on
 
@@ -127,13 +136,27 @@ def config_show(source: str, overrides: tuple[str, ...], name: str | None) -> No
 @click.option("--root", type=click.Path(path_type=Path), help="Folder of the videos; the same as --set data.root=DIR.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where the index goes; the same as --set data.index=FILE.")
 @click.option("--force", is_flag=True, help="Replace an index that differs from what is found now.")
-@click.option(
-    "--phase-order",
-    metavar="ORDER",
-    help="Which phase each number in TFRecord files means: mtrcnet, tf-cholec80, a file, or names divided by commas; "
-    "the same as --set data.tfrecord_phase_order=ORDER.",
-)
 @click.option("--check", is_flag=True, help="Check the existing index against the files: everything short of decoding.")
+@click.option(
+    "--from-pickle",
+    "pickles",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Videos, labels and split from an index pickle of the original programs; nothing in it is run. Repeatable.",
+)
+@click.option("--labels-to", type=click.Path(path_type=Path), help="Where labels of pickles go, below the data root.")
+@click.option(
+    "--to-pickle", type=click.Path(path_type=Path), help="Write the index as a pickle of the original programs."
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["cholec80", "train_val_test", "train_val", "test"]),
+    default="cholec80",
+    show_default=True,
+    help="Of --to-pickle: a list of videos, or lists a part of the split.",
+)
+@click.option("--phases-only", is_flag=True, help="Of --to-pickle: rows without tools (pytorch1.2.0).")
+@PHASE_ORDER
 def index(
     source: str,
     overrides: tuple[str, ...],
@@ -141,18 +164,35 @@ def index(
     root: Path | None,
     out: Path | None,
     force: bool,
-    phase_order: str | None,
     check: bool,
+    pickles: tuple[Path, ...],
+    labels_to: Path | None,
+    to_pickle: Path | None,
+    layout: str,
+    phases_only: bool,
+    phase_order: str | None,
 ) -> None:
     """Find videos (or folders of frames, or TFRecords) and their annotations, split them, and write what was found.
 
-    Folder names do not matter, file names do (configs/datasets). Nothing is decoded.
+    Folder names do not matter, file names do (configs/datasets). Nothing is decoded. Pickles of the original MTRCNet
+    programs (cholec80.pkl, train_val_test_paths_labels.pkl and their like) are read and written; --phase-order says how
+    they number phases, as it does for TFRecords, which hold numbers too (data.tfrecord_phase_order).
     """
     from features.catalogue import check_dataset, index_dataset
+    from features.pickled_index import index_from_pickles, pickle_from_index
 
     extra = [f"data.root={root}"] * (root is not None) + [f"data.index={out}"] * (out is not None)
-    extra += [f"data.tfrecord_phase_order={phase_order}"] * (phase_order is not None)
+    if phase_order is not None and not (pickles or to_pickle):
+        extra.append(f"data.tfrecord_phase_order={phase_order}")
     resolved = _config(source, (*overrides, *extra))
+    if pickles:
+        index_from_pickles(resolved, pickles, phase_order=phase_order, labels_to=labels_to, replace=force)
+    if to_pickle:
+        pickle_from_index(
+            resolved, to_pickle, layout=layout, phase_order=phase_order, phases_only=phases_only, replace=force
+        )
+    if pickles or to_pickle:
+        return
     if not check:
         index_dataset(resolved, replace=force)
         return
@@ -419,14 +459,6 @@ def predict(
     _print_report(report)
 
 
-PHASE_ORDER = click.option(
-    "--phase-order",
-    metavar="ORDER",
-    help="Which phase each number in the file means: a name (for Cholec80: mtrcnet, tf-cholec80), a file with a phase "
-    "a line, or names divided by commas. There is no default.",
-)
-
-
 @cli.command("import-checkpoint")
 @click.argument("file", type=click.Path(path_type=Path))
 @sources
@@ -493,6 +525,68 @@ def export_checkpoint_command(
     resolved = _config(source, overrides)
     written = export_original(resolved, _run(resolved, source, run_name), out, phase_order, prefix_module)
     click.echo(f"written: {written}")
+
+
+@cli.command("export")
+@settings
+@click.argument("run_name", metavar="[RUN]", required=False)
+@click.option("--split", default="test", show_default=True, help="Folder below RUN/evaluate, or part of the index.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the text files. Default: RUN/export/SPLIT.")
+@click.option("--probabilities", is_flag=True, help="Tools as probabilities (pytorch1.2.0) instead of logits.")
+@click.option("--force", is_flag=True, help="Replace files that say something else.")
+@click.option(
+    "--from-predictions",
+    type=click.Path(path_type=Path),
+    help="Not of a run but of a prediction pickle that the original test programs left: phase ids or tool logits.",
+)
+@click.option("--tools-from", type=click.Path(path_type=Path), help="A second prediction pickle: the tool logits.")
+@click.option("--index", "index_file", type=click.Path(path_type=Path), help="Another index than data.index.")
+@click.option("--sequence", type=click.IntRange(1), help="Frames a clip (S) that the pickle was predicted with.")
+@click.option(
+    "--fill-first", is_flag=True, help="Give a video's first S-1 frames the next prediction, as the originals."
+)
+@PHASE_ORDER
+def export_command(
+    source: str,
+    overrides: tuple[str, ...],
+    name: str | None,
+    run_name: str | None,
+    split: str,
+    out: Path | None,
+    probabilities: bool,
+    force: bool,
+    from_predictions: Path | None,
+    tools_from: Path | None,
+    index_file: Path | None,
+    sequence: int | None,
+    fill_first: bool,
+    phase_order: str | None,
+) -> None:
+    """Write videoNN-phase.txt and videoNN-tool.txt as the original MTRCNet programs do.
+
+    Of RUN, its evaluated predictions: every frame is predicted from itself and its past (but for bidirectional heads),
+    the first S-1 frames of a video from the shorter past they have. Of a prediction pickle there is nothing for those
+    frames; they are left out unless --fill-first asks for a prediction that has seen the future.
+    """
+    from evaluation.export import export_predictions, export_run
+
+    other = (f"data.index={index_file}",) if index_file else ()
+    resolved = _config(source, (*overrides, *other))
+    if from_predictions or tools_from:
+        export_predictions(
+            resolved,
+            [file for file in (from_predictions, tools_from) if file],
+            out,
+            split=split,
+            sequence=sequence,
+            phase_order=phase_order,
+            fill_first=fill_first,
+            probabilities=probabilities,
+            replace=force,
+        )
+        return
+    run = _run(resolved, source, run_name or name)
+    export_run(resolved, run, out, split=split, probabilities=probabilities, replace=force)
 
 
 @cli.command("run")

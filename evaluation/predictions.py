@@ -22,6 +22,7 @@ from configs.errors import UserError
 from configs.schema import DataSetSpec
 from engine.files import write_text
 
+TOOLS_ALONE = "tool_predictions"  # folder for nets without a phase branch, beside `predictions`
 _FRAME_LIMIT = 2**53  # beyond it a frame number would not survive the float columns
 _ROUNDING = 1e-5  # by how much a computed probability may pass 0 or 1
 
@@ -62,8 +63,53 @@ def write_prediction_csv(
     if tool_probabilities is not None:
         columns = np.concatenate([columns, np.asarray(tool_probabilities, dtype=np.float32)], axis=1)
     header = prediction_columns(spec, tool_probabilities is not None)
+    labels = [[int(label), spec.phases[int(label)]] for label in phase]
+    _write_csv(path, header, frame_index, time_s, labels, columns)
+
+
+def tool_columns(spec: DataSetSpec) -> list[str]:
+    """The header of the prediction file of a net for tools alone."""
+    return ["frame", "time_s", *(f"p_{name}" for name in spec.tools)]
+
+
+def write_tool_csv(
+    path: Path, frame_index: NDArray[Any], time_s: NDArray[Any], tool_probabilities: NDArray[Any], spec: DataSetSpec
+) -> None:
+    """Write one video's prediction of a net for tools alone: (T,), (T,), (T, K). As `write_prediction_csv`."""
+    columns = np.asarray(tool_probabilities, dtype=np.float32)
+    _write_csv(path, tool_columns(spec), frame_index, time_s, [[] for _ in columns], columns)
+
+
+def read_tool_csv(path: Path, spec: DataSetSpec) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    """Times in seconds (T,) and probabilities (T, K) of a prediction file of tools alone. Raises UserError."""
+    rows = _rows(path)
+    header = tool_columns(spec)
+    if rows[0] != header:
+        raise UserError(f"{path}: row 1 is not {','.join(header)}; evaluate it with the data set it was made for")
+    numbers = np.empty((len(rows) - 1, len(header)))
+    for number, row in enumerate(rows[1:], start=2):
+        try:
+            numbers[number - 2] = [float(cell) for cell in row]
+        except ValueError as error:
+            raise UserError(f"{path}: row {number} is not {len(header)} numbers; write it again") from error
+    values = numbers[:, 2:]
+    if not (np.isfinite(numbers).all() and ((values >= -_ROUNDING) & (values <= 1 + _ROUNDING)).all()):
+        raise UserError(f"{path}: a probability lies outside 0 to 1")
+    return numbers[:, 1].copy(), values.astype(np.float32)
+
+
+def _write_csv(
+    path: Path,
+    header: Sequence[str],
+    frame_index: NDArray[Any],
+    time_s: NDArray[Any],
+    labels: Sequence[Sequence[Any]],
+    columns: NDArray[np.float32],
+) -> None:
+    """Rows of frame, time, labels and probabilities (T, C + K), written atomically."""
     frames = len(frame_index)
-    if not (len(time_s) == len(phase) == frames and columns.shape == (frames, len(header) - 4)):
+    named = sum(name.startswith("p_") for name in header)
+    if not (len(time_s) == len(labels) == frames and columns.shape == (frames, named)):
         raise ValueError(f"shapes do not agree: {frames} frames, probabilities {columns.shape}")
     if not ((columns >= -_ROUNDING) & (columns <= 1 + _ROUNDING)).all():  # NaN fails it too
         raise UserError(f"{path}: not written, for the model gave a probability outside 0 to 1; it has diverged")
@@ -71,8 +117,8 @@ def write_prediction_csv(
     rows = csv.writer(buffer, lineterminator="\n")
     rows.writerow(header)
     texts = columns.astype(str)  # shortest text that reads back as the same float32
-    for frame, seconds, label, cells in zip(frame_index, time_s, phase, texts, strict=True):
-        rows.writerow([int(frame), f"{seconds:.3f}", int(label), spec.phases[int(label)], *cells])
+    for frame, seconds, cells, numbers in zip(frame_index, time_s, labels, texts, strict=True):
+        rows.writerow([int(frame), f"{seconds:.3f}", *cells, *numbers])
     write_text(path, buffer.getvalue())
 
 

@@ -179,3 +179,17 @@ def _checked(
     if not videos:
         raise UserError("no video has tool labels, so there is nothing to evaluate; give videos with annotations")
     return videos
+
+
+def sigmoid(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Logistic function, safe for large logits of either sign."""
+    value: NDArray[np.float64] = 0.5 * (1.0 + np.tanh(0.5 * logits.astype(np.float64)))
+    return value
+
+
+def logit(probabilities: NDArray[Any]) -> NDArray[np.float64]:
+    """The inverse of `sigmoid`, cut at +-16.6, which is as far as a float32 probability can tell."""
+    half_step = 2.0**-24
+    inner = np.clip(probabilities.astype(np.float64), half_step, 1 - half_step)
+    value: NDArray[np.float64] = np.log(inner) - np.log1p(-inner)
+    return value

@@ -16,7 +16,7 @@ from configs.schema import Config
 from engine.progress import progress_bar, say
 from features.class_order import describe_order, parse_phase_order
 from features.index import Index, Progress, build_index, check_index, index_summary, most_fps
-from features.splits import assign_splits
+from features.splits import assign_splits, split_is_asked_for
 
 ROOT_VARIABLE = "SURGSTAGE_DATA"
 
@@ -38,11 +38,23 @@ def data_root(config: Config) -> Path:
 def index_dataset(config: Config, replace: bool = False) -> Index:
     """Find the data set, write `data.index` and print a summary.
 
-    An existing index that says something else is only replaced when asked to. Raises UserError otherwise.
+    An existing index that says something else is only replaced when asked to. Raises UserError otherwise. One that was
+    made from older index files stays as it is.
     """
     root, path = data_root(config), config.data.index
+    if path.exists() and not replace and Index.load(path).made_from:
+        index, _ = open_dataset(config)
+        say(f"{path}: made from {index.made_from} and left as it is; --force makes one of what is found")
+        print_summary(index, root, config.data.fps)
+        return index
     with _shown("index") as progress:
         found = build_index(root, load_dataset(config.data.dataset), config.data, progress)
+    return keep_index(found, config, root, replace)
+
+
+def keep_index(found: Index, config: Config, root: Path, replace: bool) -> Index:
+    """Write what was found to `data.index` and print a summary. Raises UserError where another index stands there."""
+    path = config.data.index
     if path.exists() and not replace:
         if Index.load(path).to_json() != found.to_json():
             raise UserError(
@@ -124,6 +136,8 @@ def open_dataset(config: Config) -> tuple[Index, Path]:
             f"{path}: made for data set {index.dataset.name}, the settings say {spec.name} (or its description has "
             "changed); run `index --force`, or choose another data.index"
         )
+    if index.made_from and not split_is_asked_for(config.data.split):
+        return index, root
     wanted = assign_splits([video.id for video in index.videos], spec, config.data.split)
     moved = [video.id for video in index.videos if wanted[video.id] != video.split]
     if moved:

@@ -196,6 +196,12 @@ def _video_id(match: re.Match[str], spec: DataSetSpec, path: Path) -> str:
     return video_id
 
 
+def id_of_folder(name: str, spec: DataSetSpec) -> str | None:
+    """The video id that a folder of frames called `name` has, a bare number included; None for any other name."""
+    match = re.fullmatch(spec.patterns.frames, name, re.IGNORECASE) or re.fullmatch("(?P<id>[0-9]+)", name)
+    return _video_id(match, spec, Path(name)) if match else None
+
+
 def _sources(root: Path, files: _Files) -> dict[str, tuple[Kind, str]]:
     """The one source of each video, by folded id. Raises UserError where a video has two."""
     words: dict[Kind, str] = {
@@ -327,6 +333,23 @@ def scan_folder(root: Path, relative: str, spec: DataSetSpec) -> FolderScan:
     numbers = sorted(images)
     names, sizes = zip(*(images[number] for number in numbers), strict=True)
     return FolderScan(folder, np.array(numbers, dtype=np.int64), names, sizes, modified_ns)
+
+
+def scan_names(where: Path, names: Sequence[str], spec: DataSetSpec) -> FolderScan:
+    """Images that a list names, in its order, as if they lay in the folder `where` (which is for messages alone).
+
+    Raises UserError for a name that is no image's and for numbers that do not rise.
+    """
+    pattern = re.compile(spec.patterns.frame, re.IGNORECASE)
+    numbers = []
+    for name in names:
+        match = pattern.fullmatch(name)
+        if match is None:
+            raise UserError(f"{where}: {name[:60]!r} is not named like an image of data set {spec.name}")
+        numbers.append(_image_number(match, spec))
+        if len(numbers) > 1 and numbers[-1] <= numbers[-2]:
+            raise UserError(f"{where}: {name} comes after {names[len(numbers) - 2]}: not in the order of time")
+    return FolderScan(where, np.array(numbers, dtype=np.int64), tuple(names), (1,) * len(names), 0)
 
 
 def _image_number(match: re.Match[str], spec: DataSetSpec) -> int:

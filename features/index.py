@@ -6,8 +6,8 @@ what names, containers and annotation files say; nothing is decoded. The same fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -120,6 +120,7 @@ class Index(Strict):
     dataset: DataSetSpec
     videos: tuple[VideoEntry, ...] = Field(min_length=1)
     notes: tuple[str, ...] = ()
+    made_from: str | None = None  # the older index files that videos and splits were taken from
 
     @model_validator(mode="after")
     def _ids_differ(self) -> Index:
@@ -205,14 +206,22 @@ def _first_fault(error: Exception) -> str:
 # ---------------------------------------------------------------------------------------------- building
 
 
-def build_index(root: Path, spec: DataSetSpec, data: DataConfig, progress: Progress | None = None) -> Index:
-    """The index of the data set below `root`, with splits. Nothing is written, nothing decoded.
+def build_index(
+    root: Path,
+    spec: DataSetSpec,
+    data: DataConfig,
+    progress: Progress | None = None,
+    only: Collection[str] | None = None,
+) -> Index:
+    """The index of the data set below `root` (or of the videos `only`), with splits. Nothing is written or decoded.
 
     Where `data.split` asks for nothing and the data set's usual split does not fit the videos that are here, no split
     is assigned ("none") and a note says so. Raises UserError naming the file and row at fault; when several videos
     are, the message is that of the first and names the others.
     """
     found = find_videos(root, spec)
+    if only is not None:
+        found = replace(found, videos=tuple(video for video in found.videos if video.id in only))
     order = _phase_order(root, found, spec, data)
     entries: list[VideoEntry] = []
     notes = list(found.notes)

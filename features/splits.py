@@ -46,6 +46,11 @@ def usual_split_problem(ids: Sequence[str], spec: DataSetSpec, split: SplitConfi
     return None
 
 
+def split_is_asked_for(split: SplitConfig) -> bool:
+    """Whether the settings name a split, rather than leaving it to the data set or the index."""
+    return _rule_asked_for(split) is not None
+
+
 def _rule_asked_for(split: SplitConfig) -> str | None:
     """The rule that the settings ask for. Raises UserError when they ask for two."""
     listed = any((split.train, split.val, split.test))

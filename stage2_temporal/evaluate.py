@@ -19,7 +19,7 @@ from engine.runs import update_summary
 from engine.stopping import StopRequest
 from evaluation.figures import phase_ribbons
 from evaluation.phases import evaluate_phases
-from evaluation.predictions import write_prediction_csv
+from evaluation.predictions import TOOLS_ALONE, write_prediction_csv, write_tool_csv
 from evaluation.summary import summarise
 from evaluation.tables import comparison_table, phase_table, tool_table
 from evaluation.tools import choose_thresholds, evaluate_tools, sigmoid
@@ -268,7 +268,10 @@ def _write(out: Path, material: Material, metrics: Mapping[str, Any]) -> None:
     spec = material.index.dataset
     probabilities, phases = metrics["predictions"]["probabilities"], metrics["predictions"]["phases"]
     make_folder(out)
-    if probabilities is None:  # a net for tools alone: prediction files are about phases
+    if probabilities is None:  # a net for tools alone
+        for name, video in material.videos.items():
+            path = out / TOOLS_ALONE / f"{name}.csv"
+            write_tool_csv(path, video.frame_index, video.time_s, sigmoid(video.tool_logits), spec)
         return
     make_folder(out / "predictions")
     for name, video in material.videos.items():

@@ -80,7 +80,7 @@ def evaluate_joint(
         )
     if split == "test" and out.name == "test":
         update_summary(run, summary_of(run, material, metrics))
-    say(f"written: {out / METRICS_FILE}" + (", predictions/, ribbons.png" if probabilities else ""))
+    say(f"written: {out / METRICS_FILE}" + (", predictions/, ribbons.png" if probabilities else ", tool_predictions/"))
     return metrics
 
 

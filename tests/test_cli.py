@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 import yaml
 
 from engine.logs import read_metrics
+from features.plain_pickle import load_plain
 from features.store import read_features
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -149,6 +151,20 @@ def test_run_leaves_everything_that_the_contracts_name(finished: Path) -> None:
     assert len(rows) == 1 + len(features)
     assert (feature_folder(finished) / "index.json").exists()
     assert no_temporaries(finished)
+
+
+@pytest.mark.slow
+def test_export_writes_the_original_text_files(workplace: Path) -> None:
+    succeed(["export", "tiny", "--config", "tiny.yaml"], workplace)
+    (phases,) = (workplace / "runs/tiny/export/test").glob("*-phase.txt")
+    (tools,) = (workplace / "runs/tiny/export/test").glob("*-tool.txt")
+    (rows,) = (workplace / "runs/tiny/evaluate/test/predictions").glob("*.csv")
+    written = phases.read_text().splitlines()
+    predicted = rows.read_text().splitlines()
+    assert [line.split("\t")[1] for line in written[1:]] == [line.split(",")[3] for line in predicted[1:]]
+    assert [line.split("\t")[0] for line in written[1:4]] == ["0", "25", "50"]
+    assert len(tools.read_text().splitlines()) == len(written)
+    assert "run `evaluate` first" in refuse(["export", "tiny", "--config", "tiny.yaml", "--split", "val"], workplace)
 
 
 @pytest.mark.slow
@@ -391,6 +407,9 @@ def test_every_task_from_scratch(workplace: Path, tasks: str) -> None:
     metrics = json.loads((workplace / f"runs/{tasks}/evaluate/test-ten/metrics.json").read_text())
     assert bool(metrics["phases"].get("temporal")) == (tasks != "tool")
     assert (metrics["tools"] is not None) == (tasks != "phase")
+    succeed(["export", tasks, "--config", "joint.yaml", "--split", "test-ten"], workplace)
+    written = {path.name.split("-")[1] for path in (workplace / f"runs/{tasks}/export/test-ten").iterdir()}
+    assert written == {"tool": {"tool.txt"}, "phase": {"phase.txt"}, "both": {"phase.txt", "tool.txt"}}[tasks]
 
 
 @pytest.mark.parametrize(
@@ -418,6 +437,9 @@ def test_joint_runs_that_are_not_there(workplace: Path, arguments: list[str], ex
         "train-temporal",
         "train-joint",
         "evaluate",
+        "predict",
+        "export",
+        "ablate",
         "run",
         "simulate",
         "import-checkpoint",
@@ -455,6 +477,10 @@ def test_without_features_one_line_says_what_to_do(tmp_path: Path) -> None:
         (["evaluate", "--name", "nowhere"], "nowhere"),
         (["train-temporal", "--name", "../x", "--features", "empty"], "run name"),
         (["simulate", "out", "--videos", "0"], "videos"),
+        (["index", "--root", "empty", "--from-pickle", "nowhere.pkl"], "--phase-order"),
+        (["index", "--root", "empty", "--from-pickle", "x.pkl", "--phase-order", "mtrcnet"], "x.pkl: no such file"),
+        (["export", "nowhere"], "run `evaluate` first"),
+        (["export", "--from-predictions", "p.pkl"], "--out"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], expected: str, tmp_path: Path) -> None:
@@ -469,6 +495,32 @@ def test_files_that_are_no_videos(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "data/video01.mp4").write_bytes(content)
     assert "video01.mp4" in refuse(["index", "--root", "data"], tmp_path)
     assert os.listdir(tmp_path) == ["data"]
+
+
+def test_pickles_go_in_and_out_and_predictions_become_text(tmp_path: Path) -> None:
+    """The original programs' files, from an index to text, without anything being run that stands in them."""
+    rows = [[f"/far/away/17/17-{number}.jpg", *[number % 2] * 7, number % 7] for number in range(1, 31)]
+    for number in range(1, 31):
+        image = tmp_path / f"data/video17/video17-{number}.jpg"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        image.write_bytes(b"image")
+    lists = [[], [], [row[0] for row in rows], [], [], [row[1:] for row in rows], [], [], [30]]
+    (tmp_path / "in.pkl").write_bytes(pickle.dumps(lists, 0))
+    (tmp_path / "predicted.pkl").write_bytes(pickle.dumps([row[-1] for row in rows[3:]], 2))
+    order = ["--phase-order", "tf-cholec80", "--set", "data.root=data"]
+    output = succeed(["index", *order, "--from-pickle", "in.pkl", "--to-pickle", "out.pkl"], tmp_path)
+    assert "4 GallbladderRetraction" in output
+    (video,) = load_plain(tmp_path / "out.pkl")
+    assert [row[1:] for row in video] == [row[1:] for row in rows]
+    assert video[0][0] == "data/video17/video17-1.jpg"
+    arguments = ["export", *order, "--from-predictions", "predicted.pkl", "--sequence", "4", "--out", "text"]
+    assert "3 in all" in succeed(arguments, tmp_path)
+    text = (tmp_path / "text/video17-phase.txt").read_text().splitlines()
+    assert text[:2] == ["Frame Phase", "75\tGallbladderRetraction"]
+    (tmp_path / "in.pkl").write_bytes(b"cos\nsystem\n(S'touch mark'\ntR.")
+    line = refuse(["index", *order, "--force", "--from-pickle", "in.pkl"], tmp_path)
+    assert "in.pkl: asks for 'os.system'" in line
+    assert not (tmp_path / "mark").exists()
 
 
 def test_config_show_prints_what_the_commands_see(tmp_path: Path) -> None:
