@@ -88,7 +88,7 @@ def cli() -> None:
     extract         one embedding a frame into one HDF5 file a video
     train-temporal  stage two: an LSTM over whole videos, seconds an epoch
     train-joint     both stages in one net, end to end (MTRCNet, MTRCNet-CL)
-    evaluate        phases and tools on the test videos: tables, JSON, ribbons
+    evaluate        phases and tools on the test videos, or anyone's predictions: tables, JSON, ribbons
     run             all of these from one file of settings
     simulate        simulated operations to try it on
 
@@ -257,8 +257,56 @@ def train_joint_command(
     click.echo(f"joint net: {_sentence(result)}")
 
 
+def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How folders of phase files are read, for commands that take anyone's predictions."""
+    for option in (
+        click.option("--allow-missing", is_flag=True, help="Leave out videos that only one of the folders has."),
+        click.option(
+            "--phase-order",
+            metavar="FILE",
+            help="What ids in the files mean: a name (mtrcnet, tf-cholec80), FILE or list.",
+        ),
+        click.option(
+            "--skip-first-row", is_flag=True, help="Leave out each video's first row, as the official script."
+        ),
+        click.option(
+            "--fps", type=click.FloatRange(min=0, min_open=True), help="Rows a second. Default: files', or 1."
+        ),
+        click.option("--ground-truth", type=click.Path(path_type=Path), metavar="DIR", help="Their annotations."),
+    ):
+        command = option(command)
+    return command
+
+
+READING_OPTIONS = ("ground_truth", "fps", "skip_first_row", "phase_order", "allow_missing")
+JSON_FILE = click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the results here.",
+)
+
+
+def _given(*names: str) -> list[str]:
+    """Those of the options that stand on the command line, as they are written there."""
+    context = click.get_current_context()
+    source = click.core.ParameterSource.COMMANDLINE
+    return [
+        option.opts[-1] if option.opts[-1].startswith("--") else option.opts[0]
+        for option in context.command.params
+        if option.name in names and context.get_parameter_source(option.name) is source
+    ]
+
+
 @cli.command()
 @settings
+@click.option(
+    "--predictions", type=click.Path(path_type=Path), metavar="DIR", help="Anyone's phase files, not a run's."
+)
+@reading_options
+@click.option("--convention", "conventions", multiple=True, metavar="NAME", help="Repeatable. Default: all.")
+@JSON_FILE
 @click.option("--features", type=click.Path(path_type=Path), help="Feature folder. Default: the one of the run.")
 @click.option(
     "--model",
@@ -288,14 +336,26 @@ def evaluate(
     inference: Any,
     split: str,
     index_file: Path | None,
+    predictions: Path | None,
+    conventions: tuple[str, ...],
+    json_file: Path | None,
+    **reading: Any,
 ) -> None:
     """Phases and tools of a trained run: tables, metrics.json, a prediction file a video, and ribbons as PNG.
 
     A joint net reads pictures, so it needs data.root; joint.crops=five or ten averages over crops.
+
+    With --predictions DIR --ground-truth DIR: phases in text files of any program, paired by video number; with a
+    header or without, names or ids from 0, tabs, commas or blanks. Needs no run.
     """
+    resolved = _config(source, overrides)
+    if predictions is not None:
+        _refuse("--predictions", _given("name", "features", "model", "inference", "index_file"))
+        _evaluate_predictions(resolved, predictions, conventions, json_file, split, reading)
+        return
+    _refuse("a run (no --predictions)", _given(*READING_OPTIONS, "conventions", "json_file"))
     from stage2_temporal.evaluate import evaluate_run
 
-    resolved = _config(source, overrides)
     run = _run(resolved, source, name)
     joint = model == "joint" or (model == "auto" and (run / "joint").exists() and not (run / "temporal").exists())
     with _stop_when_asked() as stop:
@@ -310,6 +370,35 @@ def evaluate(
         evaluate_run(
             resolved, run, split=split, features=features, index_file=index_file, stop=stop, inference=inference
         )
+
+
+def _evaluate_predictions(
+    config: Config,
+    predictions: Path,
+    conventions: tuple[str, ...],
+    json_file: Path | None,
+    split: str,
+    reading: dict[str, Any],
+) -> None:
+    from configs.load import load_dataset
+    from evaluation.anyone import Reading, evaluate_folder
+
+    if reading["ground_truth"] is None:
+        raise UserError("--predictions: needs --ground-truth DIR, the folder with the annotations of the same videos")
+    evaluate_folder(
+        predictions,
+        Reading(**reading),
+        load_dataset(config.data.dataset),
+        conventions or None,
+        split=split if _given("split") else None,
+        out=json_file,
+    )
+
+
+def _refuse(what: str, options: list[str]) -> None:
+    """Options that have no meaning here are an error, never ignored."""
+    if options:
+        raise UserError(f"{', '.join(options)}: does not go with {what}; leave it out")
 
 
 @cli.command("run")

@@ -34,6 +34,35 @@ def phase_table(results: Mapping[str, Any], convention: str = "phase_mean") -> T
     return table
 
 
+def conventions_table(results: Mapping[str, Any]) -> Table:
+    """A row a convention of frames: the same predictions under each, from what `evaluate_phases` returns."""
+    table = _table("Phases under every convention, percent", "Convention", list(METRIC_TITLES.values()))
+    about: Mapping[str, Any] = {}
+    for name, result in results.items():
+        if name != "segmental":
+            about = result["about"]
+            _add_row(table, name, *(_mean_std(result[metric]) for metric in METRIC_TITLES))
+    if about:
+        table.caption = f"Deviation: over videos or phases, as the convention has it. {_setting(about)}."
+    return table
+
+
+def intervals_table(results: Mapping[str, Any]) -> Table:
+    """A row a convention of frames: 95 % bootstrap intervals over videos (`intervals` of each result)."""
+    table = _table("95 % intervals, bootstrap over videos, percent", "Convention", list(METRIC_TITLES.values()))
+    for name, result in results.items():
+        if name != "segmental":
+            _add_row(table, name, *(interval_text(result["intervals"][metric]) for metric in METRIC_TITLES))
+    return table
+
+
+def interval_text(entry: Mapping[str, float | None], sign: str = "") -> str:
+    """`low to high` with one digit; `-` where there is none."""
+    if entry["low"] is None or entry["high"] is None:
+        return "-"
+    return f"{entry['low']:{sign}.1f} to {entry['high']:{sign}.1f}"
+
+
 def segment_table(results: Mapping[str, Any]) -> Table:
     """Edit score and F1 at the overlaps, percent, from what `evaluate_phases` returns."""
     if "segmental" not in results:
