@@ -41,10 +41,9 @@ class Group(click.Group):
             context.exit(code)
 
 
-def settings(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--config`, `--set` and `--name`, the same for every command that works on a run."""
+def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--config` and `--set`, the same for every command that has settings."""
     for option in (
-        click.option("--name", help="Name of the run, a folder below `runs/`. Default: the name of the preset."),
         click.option(
             "--set",
             "overrides",
@@ -63,6 +62,12 @@ def settings(command: Callable[..., Any]) -> Callable[..., Any]:
     ):
         command = option(command)
     return command
+
+
+def settings(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--config`, `--set` and `--name`, the same for every command that works on a run."""
+    name = click.option("--name", help="Name of the run, a folder below `runs/`. Default: the name of the preset.")
+    return config_options(name(command))
 
 
 def _config(source: str, overrides: tuple[str, ...]) -> Config:
@@ -89,6 +94,7 @@ def cli() -> None:
     train-temporal  stage two: an LSTM over whole videos, seconds an epoch
     train-joint     both stages in one net, end to end (MTRCNet, MTRCNet-CL)
     evaluate        phases and tools on the test videos, or anyone's predictions: tables, JSON, ribbons
+    compare         two runs or more on the same videos: differences, intervals, tests
     run             all of these from one file of settings
     simulate        simulated operations to try it on
 
@@ -399,6 +405,52 @@ def _refuse(what: str, options: list[str]) -> None:
     """Options that have no meaning here are an error, never ignored."""
     if options:
         raise UserError(f"{', '.join(options)}: does not go with {what}; leave it out")
+
+
+@cli.command("compare")
+@config_options
+@click.argument("models", nargs=-1, metavar="RUN_A RUN_B [RUN_C]...")
+@click.option(
+    "--split", default="test", show_default=True, help="The evaluation of the runs, a folder in RUN/evaluate."
+)
+@click.option("--convention", help="One convention. Default: video_macro, where models' differences are their videos'.")
+@click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Repeatable. Default: all of the convention.")
+@reading_options
+@JSON_FILE
+def compare_command(
+    source: str,
+    overrides: tuple[str, ...],
+    models: tuple[str, ...],
+    split: str,
+    convention: str | None,
+    metrics: tuple[str, ...],
+    json_file: Path | None,
+    **reading: Any,
+) -> None:
+    """Is one model better than another on the same videos? Paired differences, intervals over videos, p values.
+
+    Each model is compared with the first. A model is an evaluated run, a JSON file of results, or with --ground-truth a
+    folder of predictions; training seeds of one model are joined by commas: compare lstm-0,lstm-1 tcn-0,tcn-1.
+    """
+    from configs.load import load_dataset
+    from evaluation.anyone import Reading
+    from evaluation.comparison import DEFAULT_CONVENTION, Place, compare_models
+
+    resolved = _config(source, overrides)
+    if reading["ground_truth"] is None:
+        _refuse("runs (no --ground-truth)", _given(*READING_OPTIONS))
+    compare_models(
+        models,
+        Place(
+            resolved.runs,
+            split,
+            load_dataset(resolved.data.dataset),
+            Reading(**reading) if reading["ground_truth"] else None,
+        ),
+        convention=convention or DEFAULT_CONVENTION,
+        metrics=metrics or None,
+        out=json_file,
+    )
 
 
 @cli.command("run")

@@ -111,6 +111,28 @@ def comparison_table(
     return table
 
 
+def difference_table(comparison: Mapping[str, Any], about: Mapping[str, Any]) -> Table:
+    """Two models on the same videos, a row a metric, from what `evaluation.comparison.compare_models` returns."""
+    columns = ["A", "B", "A - B", "95 % interval", "p", "p (Holm)"]
+    table = _table(f"A = {comparison['first']}, B = {comparison['second']} [{about['convention']}]", "Metric", columns)
+    for metric, entry in comparison["metrics"].items():
+        _add_row(
+            table,
+            METRIC_TITLES.get(metric, metric),
+            _mean_std(entry["first"]),
+            _mean_std(entry["second"]),
+            f"{entry['difference']:+.1f}",
+            interval_text(entry, "+"),
+            f"{entry['p_value']:.4f}",
+            f"{entry['p_holm']:.4f}",
+        )
+    spread = " Deviation: over seeds." if max(about["seeds"]) > 1 else ""
+    table.caption = (
+        f"Percent, means over videos.{spread} Interval and test: over videos; {about['correction']}. {_setting(about)}."
+    )
+    return table
+
+
 def _of_frames(results: Mapping[str, Any], convention: str) -> Mapping[str, Any]:
     if convention not in results or convention == "segmental":
         known = ", ".join(name for name in results if name != "segmental") or "none"

@@ -120,3 +120,36 @@ def test_neither_torch_nor_a_decoder_is_imported(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=PROJECT)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_compare_folders_of_predictions(shared_data, tmp_path):
+    published = shared_data / "predictions/tmrnet"
+    folders = [published / "phase", published / "gt-phase", "--ground-truth", published / "gt-phase"]
+    options = ["--metric", "accuracy", "--json", "out.json"]
+    done = command(["compare", *folders, *options], tmp_path)
+    assert done.returncode == 0, done.stderr
+    (pair,) = json.loads((tmp_path / "out.json").read_text())["comparisons"]
+    entry = pair["metrics"]["accuracy"]
+    assert entry["first"]["mean"] == pytest.approx(86.94, abs=0.01)
+    assert entry["difference"] == pytest.approx(86.94 - 100, abs=0.01)
+    assert entry["p_value"] == pytest.approx(1 / 10_001)
+    assert len(entry["per_video"]) == 40
+    assert "A - B" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a"], "needs two models or more"),
+        (["a", "b"], "runs/a: no such run or folder"),
+        (["a", "b", "--skip-first-row"], "--skip-first-row: does not go with runs (no --ground-truth)"),
+        (["t", "t", "--ground-truth", "no"], "no: not a folder that can be read"),
+    ],
+)
+def test_what_cannot_be_compared(arguments, message, tmp_path):
+    phase_files(tmp_path / "t", "0\n")
+    done = command(["compare", *arguments], tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert message in done.stderr
