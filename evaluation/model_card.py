@@ -34,6 +34,7 @@ def write_model_card(run: Path, stage: str, index: Index, metrics: Mapping[str, 
     """
     environment = run / stage / "environment.json"
     settings = read_yaml(run / stage / "config.yaml") if (run / stage / "config.yaml").exists() else {}
+    chosen = {key: settings[key] for key in _SECTIONS[stage] if key in settings}
     text = render_model_card(
         {
             "name": run.name,
@@ -42,7 +43,7 @@ def write_model_card(run: Path, stage: str, index: Index, metrics: Mapping[str, 
             "dataset": index.dataset.model_dump(mode="json"),
             "fps": metrics["fps"],
             "split": {part: [entry.id for entry in index.by_split(part)] for part in SPLITS if part != "none"},
-            "settings": yaml.safe_dump({k: settings[k] for k in _SECTIONS[stage] if k in settings}, sort_keys=False),
+            "settings": yaml.safe_dump(chosen, sort_keys=False) if chosen else "",
             "environment": _made_with(read_json(environment) if environment.exists() else {}),
             "metrics": metrics,
         }

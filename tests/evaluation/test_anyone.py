@@ -85,6 +85,19 @@ def test_truth_at_25_fps_is_matched_by_frame_number(tmp_path):
     assert "rows are matched by frame number" in " ".join(found.notes)
 
 
+def test_real_annotations_at_25_fps_serve_predictions_at_1_fps(shared_data, tmp_path):
+    annotations = shared_data / "mini-cholec80/phase_annotations"
+    predicted = folder(tmp_path / "p")
+    for path in annotations.iterdir():
+        header, *lines = path.read_text().splitlines(keepends=True)
+        (predicted / f"{int(path.name[5:7])}.txt").write_text(header + "".join(lines[::25]))
+    found = read_pairs(predicted, Reading(annotations), CHOLEC80)
+    assert len(found.truth) == 5
+    for video, track in found.truth.items():
+        assert len(track) > 1000
+        assert np.array_equal(track, found.predicted[video])
+
+
 def test_truth_at_1_fps_takes_what_it_needs_of_dense_predictions(tmp_path):
     found = pairs(tmp_path, {"1": rows(np.repeat([0, 1], 50))}, {"1": rows([0, 0, 1, 2], 25)})
     assert found.predicted["video01"].tolist() == [0, 0, 1, 1]

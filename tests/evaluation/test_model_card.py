@@ -100,6 +100,7 @@ def test_a_net_for_one_task_says_which_numbers_it_has_not(tmp_path):
     assert "No phase metrics" in card
     assert "No tool metrics" in card
     assert "versions that were not recorded" in card
+    assert "The settings were not recorded." in card
 
 
 def test_a_missing_fact_is_an_error(tmp_path):
