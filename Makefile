@@ -51,6 +51,7 @@ types: $(STAMP) ## mypy on the packages
 bench: $(STAMP) ## time what docs/performance.md quotes; results in artifacts/bench
 	mkdir -p artifacts/bench
 	$(BIN)/python benchmarks/start_up.py --json artifacts/bench/start_up.json
+	$(BIN)/python benchmarks/evaluate.py --json artifacts/bench/evaluate.json
 
 clean: ## remove caches (never .venv, runs or artifacts)
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -41,14 +41,8 @@ class Group(click.Group):
             context.exit(code)
 
 
-def settings(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--config`, `--set` and `--name`, the same for every command that works on a run."""
-    name = click.option("--name", help="Name of the run, a folder below `runs/`. Default: the name of the preset.")
-    return sources(name(command))
-
-
-def sources(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--config` and `--set`."""
+def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--config` and `--set`, the same for every command that has settings."""
     for option in (
         click.option(
             "--set",
@@ -78,6 +72,12 @@ PHASE_ORDER = click.option(
 )
 
 
+def settings(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--config`, `--set` and `--name`, the same for every command that works on a run."""
+    name = click.option("--name", help="Name of the run, a folder below `runs/`. Default: the name of the preset.")
+    return config_options(name(command))
+
+
 def _config(source: str, overrides: tuple[str, ...]) -> Config:
     from configs.load import load_config
 
@@ -102,7 +102,8 @@ def cli() -> None:
     train-temporal  stage two: an LSTM over whole videos, seconds an epoch
     ablate          settings of stage two compared: seeds, ranked table, plots, the winner's settings
     train-joint     both stages in one net, end to end (MTRCNet, MTRCNet-CL)
-    evaluate        phases and tools on the test videos: tables, JSON, ribbons
+    evaluate        phases and tools on the test videos, or anyone's predictions: tables, JSON, ribbons
+    compare         two runs or more on the same videos: differences, intervals, tests
     predict         phases and tools of new videos: CSV, ribbon, a video with both drawn in
     export          predictions as the original MTRCNet programs' text files
     run             all of these from one file of settings
@@ -352,8 +353,56 @@ def train_joint_command(
     click.echo(f"joint net: {_sentence(result)}")
 
 
+def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How folders of phase files are read, for commands that take anyone's predictions."""
+    for option in (
+        click.option("--allow-missing", is_flag=True, help="Leave out videos that only one of the folders has."),
+        click.option(
+            "--phase-order",
+            metavar="FILE",
+            help="What ids in the files mean: a name (mtrcnet, tf-cholec80), FILE or list.",
+        ),
+        click.option(
+            "--skip-first-row", is_flag=True, help="Leave out each video's first row, as the official script."
+        ),
+        click.option(
+            "--fps", type=click.FloatRange(min=0, min_open=True), help="Rows a second. Default: files', or 1."
+        ),
+        click.option("--ground-truth", type=click.Path(path_type=Path), metavar="DIR", help="Their annotations."),
+    ):
+        command = option(command)
+    return command
+
+
+READING_OPTIONS = ("ground_truth", "fps", "skip_first_row", "phase_order", "allow_missing")
+JSON_FILE = click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the results here.",
+)
+
+
+def _given(*names: str) -> list[str]:
+    """Those of the options that stand on the command line, as they are written there."""
+    context = click.get_current_context()
+    source = click.core.ParameterSource.COMMANDLINE
+    return [
+        option.opts[-1] if option.opts[-1].startswith("--") else option.opts[0]
+        for option in context.command.params
+        if option.name in names and context.get_parameter_source(option.name) is source
+    ]
+
+
 @cli.command()
 @settings
+@click.option(
+    "--predictions", type=click.Path(path_type=Path), metavar="DIR", help="Anyone's phase files, not a run's."
+)
+@reading_options
+@click.option("--convention", "conventions", multiple=True, metavar="NAME", help="Repeatable. Default: all.")
+@JSON_FILE
 @click.option("--features", type=click.Path(path_type=Path), help="Feature folder. Default: the one of the run.")
 @click.option(
     "--model",
@@ -383,14 +432,26 @@ def evaluate(
     inference: Any,
     split: str,
     index_file: Path | None,
+    predictions: Path | None,
+    conventions: tuple[str, ...],
+    json_file: Path | None,
+    **reading: Any,
 ) -> None:
     """Phases and tools of a trained run: tables, metrics.json, a prediction file a video, and ribbons as PNG.
 
     A joint net reads pictures, so it needs data.root; joint.crops=five or ten averages over crops.
+
+    With --predictions DIR --ground-truth DIR: phases in text files of any program, paired by video number; with a
+    header or without, names or ids from 0, tabs, commas or blanks. Needs no run.
     """
+    resolved = _config(source, overrides)
+    if predictions is not None:
+        _refuse("--predictions", _given("name", "features", "model", "inference", "index_file"))
+        _evaluate_predictions(resolved, predictions, conventions, json_file, split, reading)
+        return
+    _refuse("a run (no --predictions)", _given(*READING_OPTIONS, "conventions", "json_file"))
     from stage2_temporal.evaluate import evaluate_run
 
-    resolved = _config(source, overrides)
     run = _run(resolved, source, name)
     with _stop_when_asked() as stop:
         if _takes_joint(model, run):
@@ -461,7 +522,7 @@ def predict(
 
 @cli.command("import-checkpoint")
 @click.argument("file", type=click.Path(path_type=Path))
-@sources
+@config_options
 @click.option("--name", help="Name of the new run, a folder below `runs/`. There is no default.")
 @PHASE_ORDER
 @click.option(
@@ -504,7 +565,7 @@ def import_checkpoint_command(
 @cli.command("export-checkpoint")
 @click.argument("run_name", metavar="RUN")
 @click.argument("out", metavar="OUT_DIR", type=click.Path(path_type=Path))
-@sources
+@config_options
 @PHASE_ORDER
 @click.option(
     "--prefix-module/--no-prefix-module",
@@ -587,6 +648,81 @@ def export_command(
         return
     run = _run(resolved, source, run_name or name)
     export_run(resolved, run, out, split=split, probabilities=probabilities, replace=force)
+
+
+def _evaluate_predictions(
+    config: Config,
+    predictions: Path,
+    conventions: tuple[str, ...],
+    json_file: Path | None,
+    split: str,
+    reading: dict[str, Any],
+) -> None:
+    from configs.load import load_dataset
+    from evaluation.anyone import Reading, evaluate_folder
+
+    if reading["ground_truth"] is None:
+        raise UserError("--predictions: needs --ground-truth DIR, the folder with the annotations of the same videos")
+    evaluate_folder(
+        predictions,
+        Reading(**reading),
+        load_dataset(config.data.dataset),
+        conventions or None,
+        split=split if _given("split") else None,
+        out=json_file,
+    )
+
+
+def _refuse(what: str, options: list[str]) -> None:
+    """Options that have no meaning here are an error, never ignored."""
+    if options:
+        raise UserError(f"{', '.join(options)}: does not go with {what}; leave it out")
+
+
+@cli.command("compare")
+@config_options
+@click.argument("models", nargs=-1, metavar="RUN_A RUN_B [RUN_C]...")
+@click.option(
+    "--split", default="test", show_default=True, help="The evaluation of the runs, a folder in RUN/evaluate."
+)
+@click.option("--convention", help="One convention. Default: video_macro, where models' differences are their videos'.")
+@click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Repeatable. Default: all of the convention.")
+@reading_options
+@JSON_FILE
+def compare_command(
+    source: str,
+    overrides: tuple[str, ...],
+    models: tuple[str, ...],
+    split: str,
+    convention: str | None,
+    metrics: tuple[str, ...],
+    json_file: Path | None,
+    **reading: Any,
+) -> None:
+    """Is one model better than another on the same videos? Paired differences, intervals over videos, p values.
+
+    Each model is compared with the first. A model is an evaluated run, a JSON file of results, or with --ground-truth a
+    folder of predictions; training seeds of one model are joined by commas: compare lstm-0,lstm-1 tcn-0,tcn-1.
+    """
+    from configs.load import load_dataset
+    from evaluation.anyone import Reading
+    from evaluation.comparison import DEFAULT_CONVENTION, Place, compare_models
+
+    resolved = _config(source, overrides)
+    if reading["ground_truth"] is None:
+        _refuse("runs (no --ground-truth)", _given(*READING_OPTIONS))
+    compare_models(
+        models,
+        Place(
+            resolved.runs,
+            split,
+            load_dataset(resolved.data.dataset),
+            Reading(**reading) if reading["ground_truth"] else None,
+        ),
+        convention=convention or DEFAULT_CONVENTION,
+        metrics=metrics or None,
+        out=json_file,
+    )
 
 
 @cli.command("run")

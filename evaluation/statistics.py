@@ -47,7 +47,7 @@ def bootstrap_intervals(
     videos, _ = label_pairs(truth, predicted, len(phases))
     once = np.ones((1, len(videos)))
     draws = np.random.default_rng(seed).multinomial(len(videos), once[0] / len(videos), size=resamples).astype(float)
-    tails = [50.0 * (1.0 - confidence), 50.0 * (1.0 + confidence)]
+    tails = _tails(confidence)
     result = {}
     for name in chosen_conventions(conventions, phases):
         table = build_table(videos, len(phases), fps, CONVENTIONS[name])
@@ -92,6 +92,22 @@ def paired_permutation(
     extreme = int((np.abs(signs @ differences) / count >= observed - 1e-12).sum())
     p_value = extreme / len(signs) if exact else (extreme + 1) / (resamples + 1)
     return {"difference": float(differences.mean()), "p_value": p_value, "videos": count, "exact": exact}
+
+
+def paired_interval(
+    differences: Sequence[float], *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
+) -> dict[str, float | None]:
+    """Percentile bootstrap of a mean difference over videos: {mean, low, high}; one video has no interval (None)."""
+    values = np.asarray(differences, dtype=float)
+    count = len(values)
+    if count < 2:
+        return {"mean": json_number(values.mean()) if count else None, "low": None, "high": None}
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1.0 / count), size=resamples)
+    return _interval(float(values.mean()), draws @ values / count, _tails(confidence))
+
+
+def _tails(confidence: float) -> list[float]:
+    return [50.0 * (1.0 - confidence), 50.0 * (1.0 + confidence)]
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -34,6 +34,35 @@ def phase_table(results: Mapping[str, Any], convention: str = "phase_mean") -> T
     return table
 
 
+def conventions_table(results: Mapping[str, Any]) -> Table:
+    """A row a convention of frames: the same predictions under each, from what `evaluate_phases` returns."""
+    table = _table("Phases under every convention, percent", "Convention", list(METRIC_TITLES.values()))
+    about: Mapping[str, Any] = {}
+    for name, result in results.items():
+        if name != "segmental":
+            about = result["about"]
+            _add_row(table, name, *(_mean_std(result[metric]) for metric in METRIC_TITLES))
+    if about:
+        table.caption = f"Deviation: over videos or phases, as the convention has it. {_setting(about)}."
+    return table
+
+
+def intervals_table(results: Mapping[str, Any]) -> Table:
+    """A row a convention of frames: 95 % bootstrap intervals over videos (`intervals` of each result)."""
+    table = _table("95 % intervals, bootstrap over videos, percent", "Convention", list(METRIC_TITLES.values()))
+    for name, result in results.items():
+        if name != "segmental":
+            _add_row(table, name, *(interval_text(result["intervals"][metric]) for metric in METRIC_TITLES))
+    return table
+
+
+def interval_text(entry: Mapping[str, float | None], sign: str = "") -> str:
+    """`low to high` with one digit; `-` where there is none."""
+    if entry["low"] is None or entry["high"] is None:
+        return "-"
+    return f"{entry['low']:{sign}.1f} to {entry['high']:{sign}.1f}"
+
+
 def segment_table(results: Mapping[str, Any]) -> Table:
     """Edit score and F1 at the overlaps, percent, from what `evaluate_phases` returns."""
     if "segmental" not in results:
@@ -79,6 +108,28 @@ def comparison_table(
         _add_row(table, name, *(_mean_std(result[metric]) for metric in METRIC_TITLES))
     if about:
         table.caption = f"Deviation: {about['std']}. {_setting(about)}."
+    return table
+
+
+def difference_table(comparison: Mapping[str, Any], about: Mapping[str, Any]) -> Table:
+    """Two models on the same videos, a row a metric, from what `evaluation.comparison.compare_models` returns."""
+    columns = ["A", "B", "A - B", "95 % interval", "p", "p (Holm)"]
+    table = _table(f"A = {comparison['first']}, B = {comparison['second']} [{about['convention']}]", "Metric", columns)
+    for metric, entry in comparison["metrics"].items():
+        _add_row(
+            table,
+            METRIC_TITLES.get(metric, metric),
+            _mean_std(entry["first"]),
+            _mean_std(entry["second"]),
+            f"{entry['difference']:+.1f}",
+            interval_text(entry, "+"),
+            f"{entry['p_value']:.4f}",
+            f"{entry['p_holm']:.4f}",
+        )
+    spread = " Deviation: over seeds." if max(about["seeds"]) > 1 else ""
+    table.caption = (
+        f"Percent, means over videos.{spread} Interval and test: over videos; {about['correction']}. {_setting(about)}."
+    )
     return table
 
 

@@ -181,12 +181,6 @@ def _checked(
     return videos
 
 
-def sigmoid(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """Logistic function, safe for large logits of either sign."""
-    value: NDArray[np.float64] = 0.5 * (1.0 + np.tanh(0.5 * logits.astype(np.float64)))
-    return value
-
-
 def logit(probabilities: NDArray[Any]) -> NDArray[np.float64]:
     """The inverse of `sigmoid`, cut at +-16.6, which is as far as a float32 probability can tell."""
     half_step = 2.0**-24

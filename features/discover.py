@@ -187,10 +187,7 @@ def _checked(root: Path, path: Path) -> str:
 def _video_id(match: re.Match[str], spec: DataSetSpec, path: Path) -> str:
     """The video's id: the group `id`, put through the data set's format when it is a number."""
     text = match.group("id") or ""
-    try:
-        video_id = spec.id_format.format(number=int(text)) if text.isdecimal() else text
-    except (LookupError, ValueError, AttributeError) as error:
-        raise UserError(f"data set {spec.name}: id_format {spec.id_format!r} does not take a number") from error
+    video_id = numbered_id(int(text), spec) if text.isdecimal() else text
     if not video_id or video_id.startswith((".", "-")) or set(video_id) & set("/\\\0"):
         raise UserError(f"{path}: {video_id!r} cannot serve as a video id; see the patterns of data set {spec.name}")
     return video_id
@@ -200,6 +197,14 @@ def id_of_folder(name: str, spec: DataSetSpec) -> str | None:
     """The video id that a folder of frames called `name` has, a bare number included; None for any other name."""
     match = re.fullmatch(spec.patterns.frames, name, re.IGNORECASE) or re.fullmatch("(?P<id>[0-9]+)", name)
     return _video_id(match, spec, Path(name)) if match else None
+
+
+def numbered_id(number: int, spec: DataSetSpec) -> str:
+    """The id of the video with this number."""
+    try:
+        return spec.id_format.format(number=number)
+    except (LookupError, ValueError, AttributeError) as error:
+        raise UserError(f"data set {spec.name}: id_format {spec.id_format!r} does not take a number") from error
 
 
 def _sources(root: Path, files: _Files) -> dict[str, tuple[Kind, str]]:

@@ -18,6 +18,7 @@ from engine.progress import say
 from engine.runs import update_summary
 from engine.stopping import StopRequest
 from evaluation.figures import phase_ribbons
+from evaluation.model_card import write_model_card
 from evaluation.phases import evaluate_phases
 from evaluation.predictions import TOOLS_ALONE, write_prediction_csv, write_tool_csv
 from evaluation.summary import summarise
@@ -66,11 +67,11 @@ def evaluate_run(
     """Score a run's heads and tools on one split and write what a reader needs below `RUN/evaluate/<name>/`.
 
     Writes `metrics.json`, `predictions/<video>.csv`, `ribbons.png`, and for the run's own test videos the outcome into
-    `RUN/summary.json`; prints tables. With `index_file`, another data set with the same classes is evaluated; its
-    features are extracted into the run's folder where missing. `inference` overrides the way of running through time
-    that the run was trained with. Without `redo`, an evaluation of the same model and
-    features is printed again, not computed. Raises UserError when the run is not trained, its classes differ from the
-    data's, or the features come from another encoder.
+    `RUN/summary.json` and `RUN/MODEL_CARD.md`; prints tables. With `index_file`, another data set with the same classes
+    is evaluated; its features are extracted into the run's folder where missing. `inference` overrides the way of
+    running through time that the run was trained with. Without `redo`, an evaluation of the same model and features is
+    printed again, not computed. Raises UserError when the run is not trained, its classes differ from the data's, or
+    the features come from another encoder.
     """
     temporal = run / "temporal"
     _, about = load_temporal(temporal)
@@ -97,6 +98,7 @@ def evaluate_run(
     print_metrics(metrics)
     if index_file is None and split == "test" and inference is None:
         update_summary(run, summary_of(run, material, metrics))
+        write_model_card(run, "temporal", index, metrics, config.data.root)
     say(f"written: {out / METRICS_FILE}, predictions/, ribbons.png")
     return metrics
 

@@ -18,6 +18,7 @@ from engine.files import read_json
 from engine.progress import say
 from engine.runs import RESULT_FILE, update_summary
 from engine.stopping import StopRequest
+from evaluation.model_card import write_model_card
 from evaluation.tools import choose_thresholds, evaluate_tools, sigmoid
 from features.index import Index
 from features.store import VideoFeatures
@@ -39,9 +40,9 @@ def evaluate_joint(
 ) -> dict[str, Any]:
     """Score a run's joint net on one split of the index; returns the metrics (percent) that `metrics.json` holds.
 
-    Writes into `RUN/evaluate/`, and the outcome on the test split into `RUN/summary.json`. Pictures are
-    prepared as in training, whatever the settings say; crops are `joint.crops`. Raises UserError when the net's classes
-    or sampling rate are not the data's, Stopped when asked to stop.
+    Writes into `RUN/evaluate/`, and the outcome on the test split into `RUN/summary.json` and `RUN/MODEL_CARD.md`.
+    Pictures are prepared as in training, whatever the settings say; crops are `joint.crops`. Raises UserError when the
+    net's classes or sampling rate are not the data's, Stopped when asked to stop.
     """
     path = joint_checkpoint(run)
     net, about = load_joint(path)
@@ -80,6 +81,7 @@ def evaluate_joint(
         )
     if split == "test" and out.name == "test":
         update_summary(run, summary_of(run, material, metrics))
+        write_model_card(run, "joint", index, metrics, root)
     say(f"written: {out / METRICS_FILE}" + (", predictions/, ribbons.png" if probabilities else ", tool_predictions/"))
     return metrics
 

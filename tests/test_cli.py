@@ -150,6 +150,9 @@ def test_run_leaves_everything_that_the_contracts_name(finished: Path) -> None:
     features = read_features(feature_folder(finished) / f"{video}.h5")
     assert len(rows) == 1 + len(features)
     assert (feature_folder(finished) / "index.json").exists()
+    card = (run / "MODEL_CARD.md").read_text()
+    assert "Trained and tested on SIMULATED operations" in card
+    assert f"| test | 1 videos: {video} |" in card
     assert no_temporaries(finished)
 
 
@@ -387,6 +390,7 @@ def test_the_joint_mode_from_two_stages_and_back(workplace: Path) -> None:
     output = succeed(["evaluate", *settings, "--name", "both"], workplace)
     assert "tools mapped from the phase branch" in output
     assert (workplace / "runs/both/evaluate/test/ribbons.png").stat().st_size > 1000
+    assert "# Model card: both" in (workplace / "runs/both/MODEL_CARD.md").read_text()
     summary = json.loads((workplace / "runs/both/summary.json").read_text())
     assert 0 < summary["tool_map"] <= 1
     assert 0 < summary["phase_accuracy_temporal"] <= 1

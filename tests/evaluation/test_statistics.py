@@ -10,7 +10,14 @@ from scipy.stats import permutation_test
 
 from configs.errors import UserError
 from evaluation.phases import evaluate_phases
-from evaluation.statistics import bootstrap_intervals, compare, holm, over_seeds, paired_permutation
+from evaluation.statistics import (
+    bootstrap_intervals,
+    compare,
+    holm,
+    over_seeds,
+    paired_interval,
+    paired_permutation,
+)
 
 PHASES = ("A", "B", "C")
 
@@ -108,6 +115,17 @@ def test_permutation_leaves_out_videos_without_a_number_and_refuses_different_vi
         paired_permutation({"a": 1.0, "c": 1.0}, {"a": 1.0})
     with pytest.raises(UserError, match="nothing to compare"):
         paired_permutation({"a": None}, {"a": 1.0})
+
+
+def test_paired_interval_equals_all_draws_of_three_videos():
+    differences = [1.0, 4.0, -2.0]
+    draws = [np.mean(draw) for draw in itertools.product(differences, repeat=3)]
+    found = paired_interval(differences, resamples=100_000)
+    assert found["mean"] == pytest.approx(1)
+    # The lowest and the highest draw have a probability of 1/27 each, more than the tails' 2.5 %.
+    assert (found["low"], found["high"]) == pytest.approx((min(draws), max(draws)))
+    assert found == paired_interval(differences, resamples=100_000)
+    assert paired_interval([3.0]) == {"mean": 3.0, "low": None, "high": None}
 
 
 def test_holm_by_hand():

@@ -1,0 +1,97 @@
+"""A run's model card: what it was trained on, how, what it reaches under which convention, and what it is not for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from configs.load import read_yaml
+from engine.files import read_json, write_text
+from features.index import SPLITS, Index
+
+CARD_FILE = "MODEL_CARD.md"
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+_KINDS = {
+    "temporal": "Two stages (frame embeddings by a CNN, then a model over time)",
+    "joint": "A CNN and a model over time in one net",
+}
+# What the numbers depend on. Folders and paths of one machine are not among it.
+_SECTIONS = {
+    "temporal": ("seed", "preprocess", "cnn", "extract", "temporal"),
+    "joint": ("seed", "preprocess", "joint"),
+}
+_BASELINES = {"frame": "per-frame head on the same features", "majority": "always the longest phase of training"}
+
+
+def write_model_card(run: Path, stage: str, index: Index, metrics: Mapping[str, Any], root: Path | None = None) -> Path:
+    """Write `RUN/MODEL_CARD.md` for the net of `stage` (`temporal` or `joint`) from what evaluation found.
+
+    `metrics` is what `metrics.json` holds. Simulated data is called so: `root` (the data root, where known) holds the
+    simulator's settings, or the data set is the simulator's own.
+    """
+    environment = run / stage / "environment.json"
+    settings = read_yaml(run / stage / "config.yaml") if (run / stage / "config.yaml").exists() else {}
+    chosen = {key: settings[key] for key in _SECTIONS[stage] if key in settings}
+    text = render_model_card(
+        {
+            "name": run.name,
+            "kind": _KINDS[stage],
+            "simulated": is_simulated(index, root),
+            "dataset": index.dataset.model_dump(mode="json"),
+            "fps": metrics["fps"],
+            "split": {part: [entry.id for entry in index.by_split(part)] for part in SPLITS if part != "none"},
+            "settings": yaml.safe_dump(chosen, sort_keys=False) if chosen else "",
+            "environment": _made_with(read_json(environment) if environment.exists() else {}),
+            "metrics": metrics,
+        }
+    )
+    write_text(run / CARD_FILE, text)
+    return run / CARD_FILE
+
+
+def render_model_card(facts: Mapping[str, Any]) -> str:
+    """The card as Markdown, from plain values: name, kind, simulated, dataset, fps, split ({train, val, test: ids}),
+    settings (YAML), environment (a phrase) and metrics. A missing fact is an error, never an empty place."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown, not HTML
+    )
+    environment.filters["number"] = _number
+    phases = facts["metrics"]["phases"]
+    baselines = {title: phases[head] for head, title in _BASELINES.items() if head in phases}
+    template = environment.get_template("model_card.md.j2")
+    return template.render(**facts, results=phases.get("temporal"), baselines=baselines)
+
+
+def is_simulated(index: Index, root: Path | None) -> bool:
+    """Whether the videos are drawn by the simulator."""
+    from features.simulation.write import SETTINGS_FILE
+
+    return index.dataset.name == "simulated" or (root is not None and (root / SETTINGS_FILE).is_file())
+
+
+def _made_with(environment: Mapping[str, Any]) -> str:
+    packages = environment.get("packages") or {}
+    parts = [f"{name} {packages[name]}" for name in ("surgstage", "torch", "torchvision") if packages.get(name)]
+    if environment.get("python"):
+        parts.append(f"Python {environment['python']}")
+    if environment.get("git_revision"):
+        parts.append(f"revision {environment['git_revision'][:12]}")
+    return ", ".join(parts) or "versions that were not recorded"
+
+
+def _number(value: Any) -> str:
+    """One number or {mean, std} in percent with one digit."""
+    if isinstance(value, Mapping):
+        spread = "" if value.get("std") is None else f" ± {value['std']:.1f}"
+        return _number(value["mean"]) + spread
+    return "-" if value is None else f"{value:.1f}"

@@ -1,0 +1,108 @@
+"""The model card: what it names, and that simulated data is called so."""
+
+from __future__ import annotations
+
+import json
+
+import jinja2
+import numpy as np
+import pytest
+
+from configs.load import load_config, load_dataset, to_yaml
+from evaluation.model_card import render_model_card, write_model_card
+from evaluation.phases import evaluate_phases
+from features.index import Index, VideoEntry
+
+
+def index(dataset: str = "cholec80") -> Index:
+    def entry(number: int, split: str) -> VideoEntry:
+        return VideoEntry(
+            id=f"video{number:02d}",
+            kind="video",
+            source=f"v{number}.mp4",
+            size_bytes=1,
+            modified_ns=0,
+            sha256_ends="0" * 64,
+            fps=25.0,
+            frame_count=100,
+            split=split,
+        )
+
+    splits = ["train", "train", "val", "test", "test"]
+    return Index(dataset=load_dataset(dataset), videos=tuple(entry(k, split) for k, split in enumerate(splits, 1)))
+
+
+def metrics(phases: bool = True, tools: bool = True) -> dict:
+    truth = {"video04": np.repeat([0, 1], 20), "video05": np.repeat([1, 2], 20)}
+    spec = load_dataset("cholec80")
+    found = {
+        head: evaluate_phases(truth, {n: np.roll(t, k) for n, t in truth.items()}, spec.phases, 1.0, split="test")
+        for head, k in (("temporal", 1), ("frame", 3))
+    }
+    return {
+        "split": "test",
+        "fps": 1.0,
+        "videos": list(truth),
+        "convention": "phase_mean",
+        "phases": found if phases else {},
+        "tools": {"map_pooled": 51.25, "map_video": None} if tools else None,
+    }
+
+
+def test_the_card_of_a_run(tmp_path):
+    run = tmp_path / "lstm"
+    (run / "temporal").mkdir(parents=True)
+    config = load_config("cholec80", ["data.root=/secret/place", "seed=7"])
+    (run / "temporal" / "config.yaml").write_text(to_yaml(config))
+    (run / "temporal" / "environment.json").write_text(
+        json.dumps({"python": "3.11.2", "git_revision": "a" * 40, "packages": {"torch": "2.14.1", "torchvision": None}})
+    )
+    numbers = metrics()
+    path = write_model_card(run, "temporal", index(), numbers)
+    card = path.read_text()
+    assert path == run / "MODEL_CARD.md"
+    assert card.startswith("# Model card: lstm\n")
+    for text in (
+        "| data set | Cholec80 |",
+        "| train | 2 videos: video01, video02 |",
+        "| test | 2 videos: video04, video05 |",
+        "torch 2.14.1, Python 3.11.2, revision aaaaaaaaaaaa",
+        "seed: 7",
+        "backbone: resnet50",
+        f"| `phase_mean` | {numbers['phases']['temporal']['phase_mean']['accuracy']['mean']:.1f} ± ",
+        "| per-frame head on the same features |",
+        "Tools: mAP 51.2 pooled over frames, - a video at a time",
+        "## Intended use",
+        "**Not a medical device**",
+    ):
+        assert text in card, text
+    for convention, result in numbers["phases"]["temporal"].items():
+        assert f"- `{convention}`: " in card
+        assert result["about"]["absent_phase"] in card
+        assert result["about"]["std"] in card
+    assert "SIMULATED" not in card
+    assert "/secret/place" not in card
+    assert "\n\n\n" not in card
+    assert write_model_card(run, "temporal", index(), numbers).read_text() == card
+
+
+def test_simulated_data_is_called_so(tmp_path):
+    for spec, root in (("simulated", None), ("cholec80", tmp_path)):
+        (tmp_path / "simulation.json").write_text("{}")
+        card = write_model_card(tmp_path / "run", "joint", index(spec), metrics(), root).read_text()
+        assert "Trained and tested on SIMULATED operations" in card
+        assert "2 SIMULATED videos" in card
+        assert "\n\n\n" not in card
+
+
+def test_a_net_for_one_task_says_which_numbers_it_has_not(tmp_path):
+    card = write_model_card(tmp_path, "joint", index(), metrics(phases=False, tools=False)).read_text()
+    assert "No phase metrics" in card
+    assert "No tool metrics" in card
+    assert "versions that were not recorded" in card
+    assert "The settings were not recorded." in card
+
+
+def test_a_missing_fact_is_an_error(tmp_path):
+    with pytest.raises(jinja2.UndefinedError):
+        render_model_card({"metrics": metrics()})

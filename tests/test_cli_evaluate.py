@@ -1,0 +1,155 @@
+"""`evaluate --predictions` through the real command line, on published predictions and on bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def command(arguments: Sequence[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(PROJECT / "pipeline.py"), *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def phase_files(folder: Path, *texts: str) -> Path:
+    folder.mkdir()
+    for number, text in enumerate(texts, start=1):
+        (folder / f"video{number:02d}-phase.txt").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(("rows", "options"), [("all_rows", []), ("skip_first_row", ["--skip-first-row"])])
+def test_published_predictions_give_the_official_numbers(shared_data, rows, options, tmp_path):
+    published = shared_data / "predictions/tmrnet"
+    folders = ["--predictions", published / "phase", "--ground-truth", published / "gt-phase"]
+    done = command(["evaluate", *folders, "--fps", "1", *options, "--json", "out.json"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert set(found) == {"phase_mean", "video_macro", "pooled", "relaxed_matlab", "relaxed_fixed", "segmental"}
+    for convention, metrics in json.loads((published / "expected.json").read_text())[rows].items():
+        for metric, (mean, std) in metrics.items():
+            assert found[convention][metric]["mean"] == pytest.approx(mean, abs=0.01), (convention, metric)
+            assert found[convention][metric]["std"] == pytest.approx(std, abs=0.01), (convention, metric)
+    assert len(found["pooled"]["per_video"]) == 40
+    assert set(found["relaxed_matlab"]["per_phase"]) == set(found["phase_mean"]["per_phase"])
+    assert {"mean", "std"} == set(found["pooled"]["video_accuracy"]) == set(found["pooled"]["video_balanced_accuracy"])
+    assert "ids are numbered as in the data set cholec80" in done.stderr
+    assert "relaxed_matlab" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("convention", ["pooled", "segmental"])
+def test_one_convention_alone(convention, tmp_path):
+    files = phase_files(tmp_path / "t", "0\n1\n")
+    options = ["--convention", convention, "--json", "out.json", "--split", "val"]
+    done = command(["evaluate", "--predictions", files, "--ground-truth", files, *options], tmp_path)
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads((tmp_path / "out.json").read_text()).values()
+    assert result["accuracy"]["mean"] == 100
+    assert (result["about"]["convention"], result["about"]["split"]) == (convention, "val")
+
+
+def test_another_data_set(tmp_path):
+    text = "Frame Phase\n0 TrocarPlacement\n1 Preparation\n"
+    files = phase_files(tmp_path / "t", text)
+    arguments = ["evaluate", "--predictions", files, "--ground-truth", files]
+    assert command([*arguments, "--set", "data.dataset=m2cai16-workflow"], tmp_path).returncode == 0
+    done = command(arguments, tmp_path)
+    assert done.returncode == 2
+    assert "video01-phase.txt: row 1 (line 2) has the unknown phase 'TrocarPlacement'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "needs --ground-truth DIR"),
+        (["--ground-truth", "no"], "no: not a folder"),
+        (["--ground-truth", "short"], "1 rows, but short/video01-phase.txt has 2"),
+        (["--ground-truth", "many"], "many/video02-phase.txt: good has no file for this video"),
+        (["--ground-truth", "good", "--name", "a", "--model", "joint"], "--name, --model: does not go with --pred"),
+        (["--ground-truth", "good", "--convention", "x"], "unknown convention 'x'; choose from phase_mean"),
+        (["--ground-truth", "good", "--phase-order", "x"], "--phase-order x: no such order or file"),
+        (["--ground-truth", "good", "--fps", "inf"], "fps inf"),
+        (["--ground-truth", "good", "--fps", "0"], "--fps"),
+        (["--ground-truth", "good", "--json", "good"], "is a directory"),
+        (["--ground-truth", "good", "--json", "good/video01-phase.txt/a.json"], "cannot create this folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(options, message, tmp_path):
+    phase_files(tmp_path / "good", "1\n" if "short" in options else "0\n0\n")
+    phase_files(tmp_path / "short", "0\n1\n")
+    phase_files(tmp_path / "many", "0\n1\n", "0\n")
+    before = sorted(tmp_path.rglob("*"))
+    more = [] if "--json" in options else ["--json", "out.json"]
+    done = command(["evaluate", "--predictions", "good", *options, *more], tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert message in done.stderr.replace("\n", " ")
+    assert before == sorted(tmp_path.rglob("*"))
+
+
+def test_options_for_folders_mean_nothing_to_a_run(tmp_path):
+    done = command(["evaluate", "--ground-truth", "x", "--skip-first-row"], tmp_path)
+    assert done.returncode == 2
+    assert "--ground-truth, --skip-first-row: does not go with a run (no --predictions)" in done.stderr
+
+
+def test_neither_torch_nor_a_decoder_is_imported(tmp_path):
+    files = phase_files(tmp_path / "t", "0\n1\n")
+    program = (
+        "import sys; from click.testing import CliRunner; import pipeline\n"
+        f"done = CliRunner().invoke(pipeline.cli, ['evaluate', '--predictions', {str(files)!r}, '--ground-truth', "
+        f"{str(files)!r}])\n"
+        "assert done.exit_code == 0, done.output\n"
+        "print(sorted({'torch', 'torchvision', 'decord', 'av', 'h5py', 'sklearn', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=PROJECT)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_compare_folders_of_predictions(shared_data, tmp_path):
+    published = shared_data / "predictions/tmrnet"
+    folders = [published / "phase", published / "gt-phase", "--ground-truth", published / "gt-phase"]
+    options = ["--metric", "accuracy", "--json", "out.json"]
+    done = command(["compare", *folders, *options], tmp_path)
+    assert done.returncode == 0, done.stderr
+    (pair,) = json.loads((tmp_path / "out.json").read_text())["comparisons"]
+    entry = pair["metrics"]["accuracy"]
+    assert entry["first"]["mean"] == pytest.approx(86.94, abs=0.01)
+    assert entry["difference"] == pytest.approx(86.94 - 100, abs=0.01)
+    assert entry["p_value"] == pytest.approx(1 / 10_001)
+    assert len(entry["per_video"]) == 40
+    assert "A - B" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a"], "needs two models or more"),
+        (["a", "b"], "runs/a: no such run or folder"),
+        (["a", "b", "--skip-first-row"], "--skip-first-row: does not go with runs (no --ground-truth)"),
+        (["t", "t", "--ground-truth", "no"], "no: not a folder that can be read"),
+    ],
+)
+def test_what_cannot_be_compared(arguments, message, tmp_path):
+    phase_files(tmp_path / "t", "0\n")
+    done = command(["compare", *arguments], tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert message in done.stderr
