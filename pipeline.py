@@ -89,6 +89,7 @@ def cli() -> None:
     train-temporal  stage two: an LSTM over whole videos, seconds an epoch
     train-joint     both stages in one net, end to end (MTRCNet, MTRCNet-CL)
     evaluate        phases and tools on the test videos: tables, JSON, ribbons
+    report          one HTML file of a run, or of several side by side
     run             all of these from one file of settings
     simulate        simulated operations to try it on
 
@@ -310,6 +311,24 @@ def evaluate(
         evaluate_run(
             resolved, run, split=split, features=features, index_file=index_file, stop=stop, inference=inference
         )
+
+
+@cli.command("report")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.option("--split", default="test", show_default=True, help="Which evaluation: a folder below RUN/evaluate.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Default: report.html in the first RUN.")
+@click.option("--figures", type=click.Path(path_type=Path), metavar="DIR", help="The same figures as PDF and PNG.")
+@click.option("--no-thumbnails", is_flag=True, help="Do not look for the videos to show frames of.")
+def report_command(
+    runs: tuple[Path, ...], split: str, out: Path | None, figures: Path | None, no_thumbnails: bool
+) -> None:
+    """One HTML file that needs no network: tables under every convention, ribbons, curves, the worst videos first.
+
+    RUN is the folder of an evaluated run, for example runs/cholec80; several stand side by side.
+    """
+    from stage2_temporal.report import report_runs
+
+    report_runs(runs, split=split, out=out, figures=figures, thumbnails=not no_thumbnails)
 
 
 @cli.command("run")
