@@ -1,7 +1,7 @@
 """The report's figures as Plotly specifications: plain dictionaries, drawn by the page's own plotly.js.
 
 Ribbons and timelines hold one bar a stretch, never one point a frame. Times are milliseconds from the start of the
-video on a date axis, so that axes and hover texts read as hours, minutes and seconds.
+video on a plain axis with our own ticks: Plotly's date axes take the numbers 1000 to 9999 for years.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#222222", "#E69F00")
 RUN_PATTERNS = ("", "/", "x", ".", "-", "+")
 RUN_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 CURVE_POINTS = 200
-_CLOCK = "%-H:%M:%S"
+_TICK_STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400)
+_TICKS = 5
 _ROW_PX = 26
 _NAME_LETTERS = 14
 
@@ -84,7 +85,7 @@ def _layout(**more: Any) -> dict[str, Any]:
         "plot_bgcolor": "rgba(0,0,0,0)",
         "dragmode": False,
         "hovermode": "closest",
-        "hoverlabel": {"align": "left", "font": {"size": 12}},
+        "hoverlabel": {"align": "left", "bgcolor": "#FFFFFF", "bordercolor": "#222222", "font": {"color": "#222222"}},
         "showlegend": False,
         **more,
     }
@@ -95,7 +96,10 @@ def _axis(**more: Any) -> dict[str, Any]:
 
 
 def _time_axis(end_ms: float) -> dict[str, Any]:
-    return _axis(type="date", tickformat=_CLOCK, range=[0, end_ms], nticks=6, hoverformat=_CLOCK)
+    wide = end_ms / 1000 / _TICKS
+    step_s = next((step for step in _TICK_STEPS_S if step >= wide), _TICK_STEPS_S[-1])
+    ticks = range(0, end_ms + 1, step_s * 1000)
+    return _axis(range=[0, end_ms], tickvals=list(ticks), ticktext=[clock(tick / 1000) for tick in ticks])
 
 
 # ---------------------------------------------------------------------------------------------- a video
@@ -148,7 +152,7 @@ def ribbon(report: Report, number: int, video: str) -> Figure | None:
                 "insidetextfont": {"color": text, "size": 11},
                 "width": 0.86,
                 "customdata": [_from_to(start, stop) for _, start, stop in bars],
-                "hovertemplate": f"<b>{plain(title)}</b><br>%{{customdata}}<extra>%{{y}}</extra>",
+                "hovertemplate": f"%{{y}}: <b>{plain(title)}</b><br>%{{customdata}}<extra></extra>",
             }
         )
     layout = _layout(
@@ -197,7 +201,7 @@ def tool_timeline(report: Report, number: int, video: str) -> Figure | None:
                 "width": height * 0.9,
                 "marker": {"color": colour, "line": {"width": 0}},
                 "customdata": [_from_to(start, stop) for _, start, stop in bars],
-                "hovertemplate": "%{y}<br>%{customdata}<extra>%{fullData.name}</extra>",
+                "hovertemplate": "%{fullData.name}: <b>%{y}</b><br>%{customdata}<extra></extra>",
             }
         )
     layout = _layout(
@@ -292,10 +296,15 @@ def _run_bars(run: RunResults, number: int, phases: Sequence[str], entries: Sequ
         },
         "marker": {
             "color": RUN_COLOURS[number % len(RUN_COLOURS)],
-            "pattern": {"shape": RUN_PATTERNS[number % len(RUN_PATTERNS)], "fgcolor": "#FFFFFF", "solidity": 0.25},
+            "pattern": {
+                "shape": RUN_PATTERNS[number % len(RUN_PATTERNS)],
+                "fillmode": "overlay",
+                "fgcolor": "#FFFFFF",
+                "solidity": 0.2,
+            },
         },
         "customdata": [[_numbered(i, phase), word] for i, (phase, word) in enumerate(zip(phases, words, strict=True))],
-        "hovertemplate": "%{customdata[0]}<br>%{customdata[1]}<extra>%{fullData.name}</extra>",
+        "hovertemplate": "%{fullData.name}<br>%{customdata[0]}<br>%{customdata[1]}<extra></extra>",
     }
 
 
@@ -394,7 +403,7 @@ def _curve(run: RunResults, number: int, k: int) -> dict[str, Any] | None:
         "x": recall,
         "y": precision,
         "line": {"color": RUN_COLOURS[number % len(RUN_COLOURS)], "dash": RUN_DASHES[number % len(RUN_DASHES)]},
-        "hovertemplate": "recall %{x:.1f} %, precision %{y:.1f} %<extra>%{fullData.name}</extra>",
+        "hovertemplate": "%{fullData.name}<br>recall %{x:.1f} %, precision %{y:.1f} %<extra></extra>",
     }
 
 
@@ -421,10 +430,15 @@ def training_scores(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if any(row.get(key) is not None for row in rows)]
 
 
+def score_title(key: str) -> str:
+    """`val_map` as `validation mAP`."""
+    return key.replace("val_", "validation ").replace("_", " ").replace(" map", " mAP")
+
+
 def _training_lines(run: RunResults, number: int, stage: str, named: bool) -> Iterator[dict[str, Any]]:
     rows = run.curves.get(stage, [])
     for which, key in enumerate(["loss", *training_scores(rows)] if rows else []):
-        title = key.replace("val_", "validation ")
+        title = score_title(key)
         name = f"{plain(run.name, 20)}: {title}" if named else title
         yield {
             "type": "scatter",
@@ -437,5 +451,5 @@ def _training_lines(run: RunResults, number: int, stage: str, named: bool) -> It
                 "color": RUN_COLOURS[(number if named else which) % len(RUN_COLOURS)],
                 "dash": RUN_DASHES[which % len(RUN_DASHES)],
             },
-            "hovertemplate": "epoch %{x}: %{y:.4g}<extra>%{fullData.name}</extra>",
+            "hovertemplate": "%{fullData.name}<br>epoch %{x}: %{y:.4g}<extra></extra>",
         }

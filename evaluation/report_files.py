@@ -16,6 +16,7 @@ from evaluation.report_figures import (
     RUN_COLOURS,
     RUN_PATTERNS,
     curve_points,
+    score_title,
     tool_presence,
     training_scores,
 )
@@ -141,7 +142,7 @@ def training_curves(path: Path, report: Report, stage: str) -> None:
         for which, key in enumerate(scores):
             style = {**_line(number), "linestyle": _DASHES[which % len(_DASHES)]}
             values = np.array([row.get(key) for row in rows], dtype=float)
-            panels[1].plot(epochs, values, label=f"{short_name(run.name, 20)}: {key.replace('val_', '')}", **style)
+            panels[1].plot(epochs, values, label=f"{short_name(run.name, 20)}: {score_title(key)}", **style)
     panels[0].set_ylabel("Loss", **_SMALL)
     panels[0].set_title(stage, **_SMALL)
     if scores:

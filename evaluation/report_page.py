@@ -51,6 +51,7 @@ def render(report: Report) -> str:
         tables=report_tables.all_tables(report),
         figures=figures,
         stages=list(dict.fromkeys(stage for run in report.runs for stage in run.curves)),
+        unlabelled=any((video.phase < 0).any() for video in report.truth.videos.values()),
         phases=report_figures.legend(report.truth.spec.phases),
         policy=Markup(_policy(scripts)),
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),

@@ -33,12 +33,30 @@ class Table:
     rows: list[tuple[str, list[Cell]]]
     notes: list[str]
 
+    @property
+    def group_starts(self) -> set[int]:
+        """Columns where a group begins, for a line in front of it."""
+        starts, column = set(), 0
+        for _, width in self.groups if len(self.groups) > 1 else ():
+            starts.add(column)
+            column += width
+        return starts
+
+
+@dataclass(frozen=True)
+class Convention:
+    """Everything under one convention: what a reader must know of the numbers, and the tables they stand in."""
+
+    title: str
+    about: list[str]
+    tables: list[Table]
+
 
 @dataclass(frozen=True)
 class Tables:
-    """All tables: two a convention (title, over all, a phase), tools, where the numbers come from, settings."""
+    """All tables: those of each convention, tools, where the numbers come from, settings."""
 
-    conventions: dict[str, tuple[str, list[Table]]]
+    conventions: dict[str, Convention]
     tools: Table | None
     provenance: Table
     settings: Table | None
@@ -56,13 +74,12 @@ def all_tables(report: Report) -> Tables:
     )
 
 
-def _convention(report: Report, name: str) -> tuple[str, list[Table]]:
+def _convention(report: Report, name: str) -> Convention:
     about = next(head[name]["about"] for run in report.runs for head in run.phases.values())
-    notes = _about(about)
-    tables = [_segments(report, notes)] if name == "segmental" else [_overall(report, name, notes)]
+    tables = [_segments(report)] if name == "segmental" else [_overall(report, name)]
     if name != "segmental" and any(HEAD in run.phases for run in report.runs):
-        tables.append(_per_phase(report, name, notes))
-    return str(about["title"]), tables
+        tables.append(_per_phase(report, name))
+    return Convention(str(about["title"]), _about(about), tables)
 
 
 def _about(about: Mapping[str, Any]) -> list[str]:
@@ -72,7 +89,7 @@ def _about(about: Mapping[str, Any]) -> list[str]:
     lines = [
         f"Convention {about['convention']}: {about['title']}{window}. After {about['source']}.",
         f"Absent phases: {about['absent_phase']}.",
-        f"±: standard deviation {about['std']}. In brackets: 95 % interval, bootstrap over videos.",
+        f"±: standard deviation, {about['std']}. In brackets: 95 % interval, bootstrap over videos.",
         f"{_count(about['videos'], 'video')} of split {about['split']}, {about['frames']:,} labelled frames at "
         f"{about['fps']:g} fps; {_count(about['seeds'], 'seed')} a run. Percent.",
     ]
@@ -91,7 +108,7 @@ def _groups(runs: Sequence[RunResults], widths: Iterable[int]) -> list[tuple[str
     return [(run.name, width) for run, width in zip(runs, widths, strict=True)]
 
 
-def _overall(report: Report, convention: str, notes: list[str]) -> Table:
+def _overall(report: Report, convention: str) -> Table:
     runs, rows = report.runs, []
     for metric, title in METRIC_TITLES.items():
         cells = []
@@ -103,10 +120,10 @@ def _overall(report: Report, convention: str, notes: list[str]) -> Table:
         rows.append((title, cells))
     columns = [HEAD_TITLES.get(head, head) for run in runs for head in _heads(run)]
     groups = _groups(runs, (len(_heads(run)) for run in runs))
-    return Table(f"Phases over all, {convention}", "Metric", groups, columns, rows, notes)
+    return Table(f"Phases over all, {convention}", "Metric", groups, columns, rows, [])
 
 
-def _per_phase(report: Report, convention: str, notes: list[str]) -> Table:
+def _per_phase(report: Report, convention: str) -> Table:
     rows = []
     for phase in report.truth.spec.phases:
         cells = []
@@ -120,11 +137,11 @@ def _per_phase(report: Report, convention: str, notes: list[str]) -> Table:
     columns = [*(METRIC_TITLES[metric] for metric in METRICS), "Videos"] * len(report.runs)
     groups = _groups(report.runs, [len(METRICS) + 1] * len(report.runs))
     caption = f"A phase at a time, {HEAD_TITLES[HEAD].lower()}, {convention}"
-    more = "Videos: how many have the phase in their truth. ± here: over those videos."
-    return Table(caption, "Phase", groups, columns, rows, [*notes, more])
+    notes = ["Videos: how many have the phase in their truth. ± here: over the videos that count."]
+    return Table(caption, "Phase", groups, columns, rows, notes)
 
 
-def _segments(report: Report, notes: list[str]) -> Table:
+def _segments(report: Report) -> Table:
     results = [run.phases.get(head, {}).get("segmental") for run in report.runs for head in _heads(run)]
     known = next(result for result in results if result)
     rows = [("Accuracy", [_cell(result["accuracy"] if result else None) for result in results])]
@@ -135,7 +152,7 @@ def _segments(report: Report, notes: list[str]) -> Table:
         rows.append((f"{title}, over videos", [_cell(result[key] if result else None) for result in results]))
     columns = [HEAD_TITLES.get(head, head) for run in report.runs for head in _heads(run)]
     groups = _groups(report.runs, (len(_heads(run)) for run in report.runs))
-    return Table("Segments, segmental", "Score", groups, columns, rows, notes)
+    return Table("Segments, segmental", "Score", groups, columns, rows, [])
 
 
 def _cell(entry: Mapping[str, float | None] | None, interval: Mapping[str, float | None] | None = None) -> Cell:

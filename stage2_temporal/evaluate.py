@@ -70,8 +70,8 @@ def evaluate_run(
     outcome into `RUN/summary.json`; prints tables. With `index_file`, another data set with the same classes is
     evaluated; its features are extracted into the run's folder where missing. `inference` overrides the way of running
     through time that the run was trained with. Without `redo`, an evaluation of the same model and features is printed
-    again, not computed. Raises UserError when the run is not trained, its classes differ from the
-    data's, or the features come from another encoder.
+    again, not computed. Raises UserError when the run is not trained, its classes differ from the data's, or the
+    features come from another encoder.
     """
     temporal = run / "temporal"
     _, about = load_temporal(temporal)
