@@ -95,7 +95,7 @@ def _axis(**more: Any) -> dict[str, Any]:
     return {"fixedrange": True, "automargin": True, "zeroline": False, "gridcolor": "#E3E3E3", **more}
 
 
-def _time_axis(end_ms: float) -> dict[str, Any]:
+def _time_axis(end_ms: int) -> dict[str, Any]:
     wide = end_ms / 1000 / _TICKS
     step_s = next((step for step in _TICK_STEPS_S if step >= wide), _TICK_STEPS_S[-1])
     ticks = range(0, end_ms + 1, step_s * 1000)
@@ -449,7 +449,7 @@ def _training_lines(run: RunResults, number: int, stage: str, named: bool) -> It
             "yaxis": "y" if key == "loss" else "y2",
             "line": {
                 "color": RUN_COLOURS[(number if named else which) % len(RUN_COLOURS)],
-                "dash": RUN_DASHES[which % len(RUN_DASHES)],
+                "dash": RUN_DASHES[(number + which) % len(RUN_DASHES)],
             },
             "hovertemplate": "%{fullData.name}<br>epoch %{x}: %{y:.4g}<extra></extra>",
         }

@@ -140,7 +140,7 @@ def training_curves(path: Path, report: Report, stage: str) -> None:
         epochs = [int(row["epoch"]) + 1 for row in rows]
         panels[0].plot(epochs, [row.get("loss") for row in rows], label=short_name(run.name, 30), **_line(number))
         for which, key in enumerate(scores):
-            style = {**_line(number), "linestyle": _DASHES[which % len(_DASHES)]}
+            style = {**_line(number), "linestyle": _DASHES[(number + which) % len(_DASHES)]}
             values = np.array([row.get(key) for row in rows], dtype=float)
             panels[1].plot(epochs, values, label=f"{short_name(run.name, 20)}: {score_title(key)}", **style)
     panels[0].set_ylabel("Loss", **_SMALL)
