@@ -269,9 +269,10 @@ def _bars(report: Report, convention: str, metric: str) -> Figure:
 
 
 def _run_bars(run: RunResults, number: int, phases: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> dict:
-    def reach(entry: Mapping[str, Any], end: str) -> float:
+    def reach(entry: Mapping[str, Any], end: str) -> float | None:
+        """None draws no whisker: one of no length would say that nothing is uncertain."""
         known = entry[end] is not None and entry["mean"] is not None
-        return abs(entry[end] - entry["mean"]) if known else 0.0
+        return abs(entry[end] - entry["mean"]) if known else None
 
     words = [
         f"{e['mean']:.1f} %" + (f" [{e['low']:.1f}, {e['high']:.1f}]" if e["low"] is not None else "")

@@ -92,7 +92,7 @@ def phase_bars(path: Path, report: Report, metric: str, convention: str = CONVEN
         assert intervals is not None
         entries = [intervals.per_phase[convention][phase][metric] for phase in phases]
         table = np.array([[e[key] for key in ("mean", "low", "high")] for e in entries], dtype=float)  # (C, 3)
-        reach = np.nan_to_num(np.abs(table[:, 1:] - table[:, :1])).T
+        reach = np.abs(table[:, 1:] - table[:, :1]).T  # NaN draws no whisker
         axes.barh(
             np.arange(len(phases)) - 0.4 + (number + 0.5) * height,
             np.nan_to_num(table[:, 0]),

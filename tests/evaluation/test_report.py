@@ -21,7 +21,7 @@ from evaluation import report_figures, report_tables
 from evaluation.counts import stretches
 from evaluation.figures import PALETTE
 from evaluation.report import Report, Thumbnail, gather, partings
-from evaluation.report_files import write_figures
+from evaluation.report_files import phase_bars, write_figures
 from evaluation.report_page import render, safe_json, write_report
 from evaluation.truth import TRUTH_FILE, Truth, VideoTruth, read_truth, write_truth
 from stage2_temporal.report import jpeg, report_runs
@@ -231,6 +231,13 @@ def test_what_a_run_lacks_is_left_out(missing: str, tmp_path: Path) -> None:
     if missing == "labels":
         assert "no phase metrics" in page.text
         assert partings(report) == []
+
+
+def test_one_video_has_no_whiskers(tmp_path: Path) -> None:
+    report = gather([write_run(tmp_path / "run", ["v"], frames=80)])
+    spec = report_figures.all_figures(report)["bars-phase_mean-f1"].spec
+    assert set(spec["data"][0]["error_x"]["array"]) == {None}
+    phase_bars(tmp_path / "bars.png", report, "f1")
 
 
 def test_a_net_of_tools_alone(tmp_path: Path) -> None:
