@@ -26,6 +26,7 @@ demo: $(STAMP) ## simulate operations, run the whole pipeline on them, say where
 		--width 112 --height 112 --speed-up 16 --workers 2
 	$(BIN)/python pipeline.py run --config configs/demo.yaml --name $(DEMO_NAME) --set seed=$(SEED) \
 		--set data.root=artifacts/demo/videos-$(SEED) --set data.index=artifacts/demo/index-$(SEED).json
+	$(BIN)/python pipeline.py report runs/$(DEMO_NAME)
 
 demo-joint: demo ## then both stages in one net: fine-tuned end to end with the correlation loss
 	$(BIN)/python pipeline.py train-joint --config configs/demo_joint.yaml --name $(DEMO_NAME)-joint --set seed=$(SEED) \
@@ -52,6 +53,7 @@ bench: $(STAMP) ## time what docs/performance.md quotes; results in artifacts/be
 	mkdir -p artifacts/bench
 	$(BIN)/python benchmarks/start_up.py --json artifacts/bench/start_up.json
 	$(BIN)/python benchmarks/evaluate.py --json artifacts/bench/evaluate.json
+	$(BIN)/python benchmarks/report.py --json artifacts/bench/report.json
 
 clean: ## remove caches (never .venv, runs or artifacts)
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

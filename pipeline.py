@@ -103,6 +103,7 @@ def cli() -> None:
     ablate          settings of stage two compared: seeds, ranked table, plots, the winner's settings
     train-joint     both stages in one net, end to end (MTRCNet, MTRCNet-CL)
     evaluate        phases and tools on the test videos, or anyone's predictions: tables, JSON, ribbons
+    report          one HTML file of a run, or of several side by side
     compare         two runs or more on the same videos: differences, intervals, tests
     predict         phases and tools of new videos: CSV, ribbon, a video with both drawn in
     export          predictions as the original MTRCNet programs' text files
@@ -723,6 +724,24 @@ def compare_command(
         metrics=metrics or None,
         out=json_file,
     )
+
+
+@cli.command("report")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.option("--split", default="test", show_default=True, help="Which evaluation: a folder below RUN/evaluate.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Default: report.html in the first RUN.")
+@click.option("--figures", type=click.Path(path_type=Path), metavar="DIR", help="The same figures as PDF and PNG.")
+@click.option("--no-thumbnails", is_flag=True, help="Do not look for the videos to show frames of.")
+def report_command(
+    runs: tuple[Path, ...], split: str, out: Path | None, figures: Path | None, no_thumbnails: bool
+) -> None:
+    """One HTML file that needs no network: tables under every convention, ribbons, curves, the worst videos first.
+
+    RUN is the folder of an evaluated run, for example runs/cholec80; several stand side by side.
+    """
+    from stage2_temporal.report import report_runs
+
+    report_runs(runs, split=split, out=out, figures=figures, thumbnails=not no_thumbnails)
 
 
 @cli.command("run")

@@ -119,6 +119,12 @@ def strict_right(video: LabelledVideo) -> BoolArray:
     return video.labelled & (video.truth == video.predicted)
 
 
+def stretches(track: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any]]:
+    """Stretches of one value in `track` (T,): their starts, stops and values (N,) each; no label is a value too."""
+    start = np.flatnonzero(np.r_[True, track[1:] != track[:-1]][: len(track)])
+    return start, np.r_[start[1:], len(track)][: len(start)], track[start]
+
+
 def phase_runs(truth: IntArray) -> list[tuple[int, int, int]]:
     """Runs of one phase as (start, stop, phase), positions on the whole timeline.
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from engine.files import atomic_path
+from evaluation.counts import label_pairs, stretches
 
 # Okabe and Ito's colours, told apart under every common colour blindness, ordered so that neighbours in Cholec80's
 # sequence differ in lightness too; then one of Paul Tol's.
@@ -81,7 +82,7 @@ def phase_ribbons(path: Path, videos: Sequence[Video], fps: float, phases: Seque
     y = 0.0
     for (video, _, _), ribbons, video_height in zip(videos, rows, heights, strict=True):
         middle = y + (len(ribbons) - 1 + _BAR) * _RIBBON_INCH / 2
-        _text(axes, (0.1 - left) / width, middle, _short(video, 24), axes.get_yaxis_transform(), fontweight="bold")
+        _text(axes, (0.1 - left) / width, middle, short_name(video, 24), axes.get_yaxis_transform(), fontweight="bold")
         _draw_video(axes, ribbons, y, fps, phase_colours(len(phases)), end_min * 0.008)
         y += video_height
     _style_time_axis(axes)
@@ -89,7 +90,7 @@ def phase_ribbons(path: Path, videos: Sequence[Video], fps: float, phases: Seque
     _add_legend(figure, phases, unlabelled, 1 - 0.28 * bool(title) / height)
     if title:
         _text(figure, 0.1 / _WIDTH_INCH, 1 - 0.18 / height, title, figure.transFigure, fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _ribbons(truth: NDArray[Any], predicted: Mapping[str, NDArray[Any]]) -> list[Ribbon]:
@@ -105,16 +106,15 @@ def _draw_video(
     axes: Any, ribbons: Sequence[Ribbon], y: float, fps: float, colours: Sequence[str], margin_min: float
 ) -> None:
     for name, track, accuracy in ribbons:
-        start = np.flatnonzero(np.r_[True, track[1:] != track[:-1]])
-        length = np.diff(np.r_[start, len(track)])
+        start, stop, value = stretches(track)
         for phase in np.unique(track):
-            runs = track[start] == phase
-            bars = np.stack([start[runs], length[runs]], axis=1) / fps / 60
+            runs = value == phase
+            bars = np.stack([start[runs], (stop - start)[runs]], axis=1) / fps / 60
             style = UNLABELLED if phase < 0 else {"facecolor": colours[phase]}
             # Without antialiasing neighbouring bars meet without a seam.
             axes.broken_barh(bars, (y, _RIBBON_INCH * _BAR), antialiased=False, linewidth=0, **style)
         middle = y + _RIBBON_INCH * _BAR / 2
-        _text(axes, -margin_min, middle, _short(name, 16), axes.transData, fontsize=7, ha="right")
+        _text(axes, -margin_min, middle, short_name(name, 16), axes.transData, fontsize=7, ha="right")
         if accuracy is not None:
             end_min = len(track) / fps / 60
             _text(axes, end_min + margin_min, middle, f"{accuracy:.1f} %", axes.transData, fontsize=7)
@@ -138,7 +138,7 @@ def _add_legend(figure: Any, phases: Sequence[str], unlabelled: bool, top: float
     from matplotlib.patches import Patch
 
     handles = [Patch(facecolor=colour) for colour in phase_colours(len(phases))]
-    labels = [_short(name, 28) for name in phases]
+    labels = [short_name(name, 28) for name in phases]
     if unlabelled:
         handles.append(Patch(**UNLABELLED))
         labels.append("no label")
@@ -170,7 +170,7 @@ def confusion_matrix(path: Path, counts: NDArray[Any], phases: Sequence[str], ti
         colour = "white" if percent[row, column] > 50 else "black"
         text = f"{percent[row, column]:.1f}\n{counts[row, column]:,}"
         axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
-    names = [_short(name, 26) for name in phases]
+    names = [short_name(name, 26) for name in phases]
     axes.set_xticks(
         range(classes), names, rotation=40, ha="right", rotation_mode="anchor", fontsize=8, parse_math=False
     )
@@ -181,25 +181,25 @@ def confusion_matrix(path: Path, counts: NDArray[Any], phases: Sequence[str], ti
     bar = figure.colorbar(image, ax=axes, shrink=0.8)
     bar.set_label("% of the true frames", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def confusion_counts(
     truth: Mapping[str, NDArray[Any]], predicted: Mapping[str, NDArray[Any]], classes: int
 ) -> NDArray[np.int64]:
     """(C, C) frames of all videos: rows truth, columns prediction; frames without a label are not counted."""
-    from evaluation.counts import label_pairs
-
     videos, _ = label_pairs(truth, predicted, classes)
     cells = [classes * v.truth[v.labelled].astype(np.int64) + v.predicted[v.labelled] for v in videos]
     return np.bincount(np.concatenate(cells), minlength=classes**2).reshape(classes, classes)
 
 
-def _short(name: str, letters: int) -> str:
+def short_name(name: str, letters: int) -> str:
+    """The name, cut to so many letters."""
     return name if len(name) <= letters else f"{name[: letters - 1]}…"
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as PNG or PDF by the suffix, atomically. Raises UserError for another suffix."""
     if path.suffix.lower() not in _SUFFIXES:
         raise UserError(f"{path}: figures are written as {' or '.join(_SUFFIXES)}; give the file one of these endings")
     kind = path.suffix.lower()[1:]

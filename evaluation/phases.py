@@ -191,17 +191,23 @@ def weighted_means(table: Table, convention: Convention, weights: FloatArray) ->
     """
     if isinstance(table, SegmentTable):
         return _segment_means(table, weights)
-    if convention.order == "pooled":
-        table = table.pooled(weights)  # (B, C): each row is one long video
+    if convention.order == "videos":
         scores = phase_scores(table, absent_is_zero=True)
-        return {"accuracy": _video_accuracy(table), **{m: mean_known(values, axis=1) for m, values in scores.items()}}
-    means = {"accuracy": _over_videos(_video_accuracy(table), weights)}
-    for metric, values in phase_scores(table, absent_is_zero=convention.order == "videos").items():
-        if convention.order == "videos":
-            means[metric] = _over_videos(mean_known(values, axis=1), weights)
-        else:
-            means[metric] = mean_known(_over_videos(values, weights), axis=1)
-    return means
+        means = {metric: _over_videos(mean_known(values, axis=1), weights) for metric, values in scores.items()}
+    else:
+        single = weighted_phase_means(table, convention, weights)
+        means = {metric: mean_known(values, axis=1) for metric, values in single.items()}
+    pooled = convention.order == "pooled"
+    accuracy = _video_accuracy(table.pooled(weights)) if pooled else _over_videos(_video_accuracy(table), weights)
+    return {"accuracy": accuracy, **means}
+
+
+def weighted_phase_means(table: PhaseTable, convention: Convention, weights: FloatArray) -> dict[str, FloatArray]:
+    """A phase's numbers with video v counted `weights[b, v]` times: {metric: (B, C)} in percent."""
+    if convention.order == "pooled":  # each row of weights makes one long video
+        return phase_scores(table.pooled(weights), absent_is_zero=True)
+    scores = phase_scores(table, absent_is_zero=convention.order == "videos")
+    return {metric: _over_videos(values, weights) for metric, values in scores.items()}
 
 
 def _video_accuracy(table: PhaseTable) -> FloatArray:

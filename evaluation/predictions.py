@@ -133,6 +133,9 @@ def read_prediction_csv(path: Path, spec: DataSetSpec) -> Prediction:
     frame_index = numbers[:, 0].astype(np.int64)
     if (late := np.flatnonzero(np.diff(frame_index) <= 0)).size:
         raise UserError(f"{path}: row {int(late[0]) + 3}: frame numbers must rise; sort the rows and drop repeats")
+    outside = ~((numbers[:, 3:] >= -_ROUNDING) & (numbers[:, 3:] <= 1.0 + _ROUNDING)).all(axis=1)  # NaN is outside too
+    if outside.any():
+        raise UserError(f"{path}: row {int(outside.argmax()) + 2}: a probability lies outside 0 to 1")
     values, classes = numbers[:, 3:].astype(np.float32), len(spec.phases)
     return Prediction(
         frame_index=frame_index,
@@ -188,7 +191,7 @@ def _numbers(where: str, row: Sequence[str], width: int, spec: DataSetSpec) -> l
         raise UserError(f"{where}: {len(row)} columns instead of {width}; the file is damaged, write it again")
     try:
         frame, phase = int(row[0]), int(row[2])
-        time_s, *probabilities = (float(cell) for cell in (row[1], *row[4:]))
+        time_s, *probabilities = map(float, (row[1], *row[4:]))
     except ValueError as error:
         raise UserError(f"{where}: {error}; every column but phase_name is a number") from error
     if not (0 <= frame < _FRAME_LIMIT and math.isfinite(time_s) and time_s >= 0):
@@ -200,6 +203,4 @@ def _numbers(where: str, row: Sequence[str], width: int, spec: DataSetSpec) -> l
             f"{where}: phase {phase} is called {row[3]!r} where data set {spec.name} has {spec.phases[phase]!r}; "
             "the file was written with another order of phases"
         )
-    if not all(-_ROUNDING <= probability <= 1.0 + _ROUNDING for probability in probabilities):  # NaN fails it too
-        raise UserError(f"{where}: a probability lies outside 0 to 1")
     return [frame, time_s, phase, *probabilities]

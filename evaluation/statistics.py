@@ -23,7 +23,9 @@ from evaluation.phases import (
     json_number,
     mean_and_std,
     weighted_means,
+    weighted_phase_means,
 )
+from evaluation.segmental import SegmentTable
 
 _EXACT_VIDEOS = 13  # up to here all sign patterns (8,192) are gone through
 
@@ -45,9 +47,7 @@ def bootstrap_intervals(
     replacement, and averages them as the convention does. One video alone has no interval (None).
     """
     videos, _ = label_pairs(truth, predicted, len(phases))
-    once = np.ones((1, len(videos)))
-    draws = np.random.default_rng(seed).multinomial(len(videos), once[0] / len(videos), size=resamples).astype(float)
-    tails = _tails(confidence)
+    once, draws, tails = _draws(len(videos), resamples, confidence, seed)
     result = {}
     for name in chosen_conventions(conventions, phases):
         table = build_table(videos, len(phases), fps, CONVENTIONS[name])
@@ -58,6 +58,45 @@ def bootstrap_intervals(
             for metric in estimates
         }
     return result
+
+
+def phase_intervals(
+    truth: Mapping[str, NDArray[Any]],
+    predicted: Mapping[str, NDArray[Any]],
+    phases: Sequence[str],
+    fps: float,
+    conventions: Sequence[str] | None = None,
+    *,
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, dict[str, dict[str, dict[str, float | None]]]]:
+    """`bootstrap_intervals` a phase: {convention: {phase: {metric: {mean, low, high}}}}, percent.
+
+    Videos are drawn over all phases at once; draws without any video that has the phase do not count for it.
+    Conventions of segments have no numbers a phase and are left out.
+    """
+    videos, _ = label_pairs(truth, predicted, len(phases))
+    once, draws, tails = _draws(len(videos), resamples, confidence, seed)
+    result = {}
+    for name in chosen_conventions(conventions, phases):
+        table = build_table(videos, len(phases), fps, CONVENTIONS[name])
+        if isinstance(table, SegmentTable):
+            continue
+        estimates = weighted_phase_means(table, CONVENTIONS[name], once)  # (1, C) a metric
+        drawn = weighted_phase_means(table, CONVENTIONS[name], draws if len(videos) > 1 else draws[:0])  # (B, C)
+        result[name] = {
+            phase: {m: _interval(float(estimates[m][0, c]), drawn[m][:, c], tails) for m in METRICS}
+            for c, phase in enumerate(phases)
+        }
+    return result
+
+
+def _draws(videos: int, resamples: int, confidence: float, seed: int) -> tuple[FloatArray, FloatArray, list[float]]:
+    """Weights of the videos as they are (1, V) and in each draw (B, V), and the percentiles of the interval."""
+    once = np.ones((1, videos))
+    draws = np.random.default_rng(seed).multinomial(videos, once[0] / videos, size=resamples).astype(float)
+    return once, draws, _tails(confidence)
 
 
 def _interval(mean: float, drawn: FloatArray, tails: Sequence[float]) -> dict[str, float | None]:

@@ -27,10 +27,10 @@ def phase_table(results: Mapping[str, Any], convention: str = "phase_mean") -> T
         [*map(METRIC_TITLES.__getitem__, metrics), "Videos"],
     )
     for phase, entry in result["per_phase"].items():
-        _add_row(table, phase, *(_mean_std(entry[metric]) for metric in metrics), str(entry["videos"]))
+        _add_row(table, phase, *(mean_std_text(entry[metric]) for metric in metrics), str(entry["videos"]))
     table.add_section()
-    _add_row(table, "all", *(_mean_std(result[metric]) for metric in metrics), str(about["videos"]), style="bold")
-    table.caption = f"Accuracy {_mean_std(result['accuracy'])} %. Deviation: {about['std']}. {_setting(about)}."
+    _add_row(table, "all", *(mean_std_text(result[metric]) for metric in metrics), str(about["videos"]), style="bold")
+    table.caption = f"Accuracy {mean_std_text(result['accuracy'])} %. Deviation: {about['std']}. {_setting(about)}."
     return table
 
 
@@ -41,7 +41,7 @@ def conventions_table(results: Mapping[str, Any]) -> Table:
     for name, result in results.items():
         if name != "segmental":
             about = result["about"]
-            _add_row(table, name, *(_mean_std(result[metric]) for metric in METRIC_TITLES))
+            _add_row(table, name, *(mean_std_text(result[metric]) for metric in METRIC_TITLES))
     if about:
         table.caption = f"Deviation: over videos or phases, as the convention has it. {_setting(about)}."
     return table
@@ -69,9 +69,9 @@ def segment_table(results: Mapping[str, Any]) -> Table:
         raise UserError("no results under the convention segmental; evaluate with it first")
     result = results["segmental"]
     table = _table("Segments [segmental], percent", "Score", ["Pooled", "Mean over videos"])
-    _add_row(table, "Edit", "", _mean_std(result["edit"]))
+    _add_row(table, "Edit", "", mean_std_text(result["edit"]))
     for name in (key for key in result if key.startswith("f1@")):
-        _add_row(table, name.replace("f1", "F1"), _number(result[name]["pooled"]), _mean_std(result[name]))
+        _add_row(table, name.replace("f1", "F1"), number_text(result[name]["pooled"]), mean_std_text(result[name]))
     table.caption = f"{_setting(result['about'])}."
     return table
 
@@ -82,14 +82,25 @@ def tool_table(results: Mapping[str, Any]) -> Table:
     columns = ["Pooled", "Per video", "Present", *(METRIC_TITLES[metric] for metric in extra)]
     table = _table("Tools, average precision, percent", "Tool", columns)
     for tool, entry in results["per_tool"].items():
-        scores = (_number(entry[metric]) for metric in extra)
+        scores = (number_text(entry[metric]) for metric in extra)
         _add_row(
-            table, tool, _number(entry["ap_pooled"]), _mean_std(entry["ap_video"]), f"{entry['present']:,}", *scores
+            table,
+            tool,
+            number_text(entry["ap_pooled"]),
+            mean_std_text(entry["ap_video"]),
+            f"{entry['present']:,}",
+            *scores,
         )
     table.add_section()
-    means = (_number(results["at_threshold"][metric]) for metric in extra)
+    means = (number_text(results["at_threshold"][metric]) for metric in extra)
     _add_row(
-        table, "mean (mAP)", _number(results["map_pooled"]), _number(results["map_video"]), "", *means, style="bold"
+        table,
+        "mean (mAP)",
+        number_text(results["map_pooled"]),
+        number_text(results["map_video"]),
+        "",
+        *means,
+        style="bold",
     )
     about = results["about"]
     table.caption = f"Pooled: over all frames. Per video: mean ± deviation over videos. {_setting(about)}."
@@ -105,7 +116,7 @@ def comparison_table(
     for name, results in models.items():
         result = _of_frames(results, convention)
         about = result["about"]
-        _add_row(table, name, *(_mean_std(result[metric]) for metric in METRIC_TITLES))
+        _add_row(table, name, *(mean_std_text(result[metric]) for metric in METRIC_TITLES))
     if about:
         table.caption = f"Deviation: {about['std']}. {_setting(about)}."
     return table
@@ -119,8 +130,8 @@ def difference_table(comparison: Mapping[str, Any], about: Mapping[str, Any]) ->
         _add_row(
             table,
             METRIC_TITLES.get(metric, metric),
-            _mean_std(entry["first"]),
-            _mean_std(entry["second"]),
+            mean_std_text(entry["first"]),
+            mean_std_text(entry["second"]),
             f"{entry['difference']:+.1f}",
             interval_text(entry, "+"),
             f"{entry['p_value']:.4f}",
@@ -170,14 +181,15 @@ def _add_row(table: Table, name: str, *cells: str, style: str | None = None) -> 
         column.min_width = max(column.min_width or len(str(column.header)), len(cell))
 
 
-def _number(value: float | None) -> str:
+def number_text(value: float | None) -> str:
+    """One digit after the point; a dash where there is no number."""
     return "-" if value is None else f"{value:.1f}"
 
 
-def _mean_std(entry: Mapping[str, float | None]) -> str:
+def mean_std_text(entry: Mapping[str, float | None]) -> str:
     """`mean ± std` with one digit; the mean alone where there is no deviation."""
     if entry["mean"] is None or entry["std"] is None:
-        return _number(entry["mean"])
+        return number_text(entry["mean"])
     return f"{entry['mean']:.1f} ± {entry['std']:.1f}"
 
 

@@ -24,6 +24,7 @@ from evaluation.predictions import TOOLS_ALONE, write_prediction_csv, write_tool
 from evaluation.summary import summarise
 from evaluation.tables import comparison_table, phase_table, tool_table
 from evaluation.tools import choose_thresholds, evaluate_tools, sigmoid
+from evaluation.truth import TRUTH_FILE, Truth, VideoTruth, write_truth
 from features.index import Index
 from features.store import INDEX_FILE, VideoFeatures, find_feature_folder, load_feature_set, require_one_encoder
 from stage2_temporal.predict import Inference, load_temporal, predict_phases
@@ -66,8 +67,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Score a run's heads and tools on one split and write what a reader needs below `RUN/evaluate/<name>/`.
 
-    Writes `metrics.json`, `predictions/<video>.csv`, `ribbons.png`, and for the run's own test videos the outcome into
-    `RUN/summary.json` and `RUN/MODEL_CARD.md`; prints tables. With `index_file`, another data set with the same classes
+    Writes `metrics.json`, `truth.json`, `predictions/<video>.csv`, `ribbons.png`, and for the run's own test videos the
+    outcome into `RUN/summary.json` and `RUN/MODEL_CARD.md`; prints tables. With `index_file`, another data set with the same classes
     is evaluated; its features are extracted into the run's folder where missing. `inference` overrides the way of
     running through time that the run was trained with. Without `redo`, an evaluation of the same model and features is
     printed again, not computed. Raises UserError when the run is not trained, its classes differ from the data's, or
@@ -157,7 +158,8 @@ def _identity(temporal: Path, material: Material, inference: Inference | None) -
 
 def _already(out: Path, identity: str) -> bool:
     path = out / METRICS_FILE
-    return path.exists() and read_json(path).get("identity_sha256") == identity and (out / "ribbons.png").exists()
+    written = all((out / name).exists() for name in (METRICS_FILE, TRUTH_FILE, "ribbons.png"))
+    return written and read_json(path).get("identity_sha256") == identity
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -270,6 +272,7 @@ def _write(out: Path, material: Material, metrics: Mapping[str, Any]) -> None:
     spec = material.index.dataset
     probabilities, phases = metrics["predictions"]["probabilities"], metrics["predictions"]["phases"]
     make_folder(out)
+    write_truth(out / TRUTH_FILE, _truth(material))
     if probabilities is None:  # a net for tools alone
         for name, video in material.videos.items():
             path = out / TOOLS_ALONE / f"{name}.csv"
@@ -293,6 +296,14 @@ def _write(out: Path, material: Material, metrics: Mapping[str, Any]) -> None:
     ]
     title = f"{spec.title or spec.name}, split {material.split}: truth and predictions"
     phase_ribbons(out / "ribbons.png", drawn, material.fps, spec.phases, title)
+
+
+def _truth(material: Material) -> Truth:
+    videos = {
+        name: VideoTruth(video.phase, video.tools, material.index.entry(name).sha256_ends)
+        for name, video in material.videos.items()
+    }
+    return Truth(material.index.dataset, material.split, material.fps, videos)
 
 
 def print_metrics(metrics: Mapping[str, Any]) -> None:

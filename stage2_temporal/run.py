@@ -76,6 +76,7 @@ def closing_lines(run: Path, summary: Mapping[str, Any], now_s: float) -> list[s
         f"cost: {costs}; {now_s:.0f} s this time",
         f"look at: {run / 'evaluate/test/ribbons.png'} (truth and predictions), {run / 'evaluate/test/metrics.json'} "
         f"(every convention), {run / 'summary.json'}",
+        f"one page of it all: python pipeline.py report {run}",
     ]
 
 

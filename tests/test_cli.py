@@ -21,6 +21,7 @@ import yaml
 from engine.logs import read_metrics
 from features.plain_pickle import load_plain
 from features.store import read_features
+from tests.browser import Visit
 
 PROJECT = Path(__file__).resolve().parent.parent
 SETTINGS = {
@@ -352,12 +353,28 @@ def test_extract_killed_and_started_again_leaves_the_same_files(workplace: Path,
         assert np.array_equal(found.tool_logits, video.tool_logits)
 
 
+@pytest.mark.slow
+def test_the_report_of_a_run_opens_in_chromium(workplace: Path, chromium: Any) -> None:
+    output = succeed(["report", "runs/tiny"], workplace)
+    assert "report: runs/tiny/report.html" in output
+    assert "not at hand" not in output
+    with Visit(chromium, workplace / "runs/tiny/report.html") as visit:
+        visit.walk_through()
+        assert visit.page.locator("h1").inner_text() == "tiny"
+        assert visit.page.locator(".pictures img").count() > 0  # frames of the simulated videos
+        assert visit.page.locator(".ribbon .main-svg").count() > 0
+    assert visit.complaints == []
+    assert visit.requests == []
+    assert no_temporaries(workplace)
+
+
 def test_help_teaches_and_imports_nothing_heavy() -> None:
     program = (
         "import sys; from click.testing import CliRunner; import pipeline\n"
         "result = CliRunner().invoke(pipeline.cli, ['--help'])\n"
         "assert result.exit_code == 0 and 'train-temporal' in result.output, result.output\n"
-        "print(sorted({'torch', 'torchvision', 'decord', 'av', 'numpy', 'h5py', 'pydantic'} & set(sys.modules)))"
+        "heavy = {'torch', 'torchvision', 'decord', 'av', 'numpy', 'h5py', 'pydantic', 'jinja2', 'plotly'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=PROJECT)
     assert done.stdout.strip() == "[]"
@@ -443,6 +460,8 @@ def test_joint_runs_that_are_not_there(workplace: Path, arguments: list[str], ex
         "evaluate",
         "predict",
         "export",
+        "report",
+        "compare",
         "ablate",
         "run",
         "simulate",
@@ -479,6 +498,8 @@ def test_without_features_one_line_says_what_to_do(tmp_path: Path) -> None:
         (["extract", "--shard", "4/4", "--set", "data.root=empty"], "--shard 4/4"),
         (["train-temporal", "--features", "nowhere"], "nowhere"),
         (["evaluate", "--name", "nowhere"], "nowhere"),
+        (["report", "nowhere"], "nowhere: no such run folder"),
+        (["report", "empty"], "run `python pipeline.py evaluate --name empty --split test`"),
         (["train-temporal", "--name", "../x", "--features", "empty"], "run name"),
         (["simulate", "out", "--videos", "0"], "videos"),
         (["index", "--root", "empty", "--from-pickle", "nowhere.pkl"], "--phase-order"),

@@ -17,6 +17,7 @@ from evaluation.statistics import (
     over_seeds,
     paired_interval,
     paired_permutation,
+    phase_intervals,
 )
 
 PHASES = ("A", "B", "C")
@@ -162,3 +163,25 @@ def test_over_seeds():
     assert over_seeds(runs[:1])["pooled"]["f1"]["std"] is None
     with pytest.raises(UserError, match="no runs"):
         over_seeds([])
+
+
+def test_intervals_a_phase_are_around_the_results_a_phase():
+    rng = np.random.default_rng(5)
+    truth = {f"v{i}": np.sort(rng.integers(0, 3, 50)) for i in range(6)}
+    truth["v0"] = np.minimum(truth["v0"], 1)  # one video lacks the last phase
+    predicted = {name: np.where(rng.random(50) < 0.8, track, 0) for name, track in truth.items()}
+    results = evaluate_phases(truth, predicted, "ABC", 1.0)
+    intervals = phase_intervals(truth, predicted, "ABC", 1.0, resamples=500)
+    assert set(intervals) == set(results) - {"segmental"}
+    for convention, phases in intervals.items():
+        for phase, metrics in phases.items():
+            for metric, entry in metrics.items():
+                assert entry["mean"] == pytest.approx(results[convention]["per_phase"][phase][metric]["mean"])
+                assert entry["low"] <= entry["mean"] + 1e-9
+                assert entry["high"] >= entry["mean"] - 1e-9
+
+
+def test_one_video_has_no_interval_a_phase():
+    track = np.array([0, 0, 1, 1])
+    entry = phase_intervals({"v": track}, {"v": track}, "AB", 1.0)["pooled"]["A"]["f1"]
+    assert entry == {"mean": 100.0, "low": None, "high": None}

@@ -1,0 +1,74 @@
+"""How long `report` takes: forty videos of Cholec80's mean length, made-up labels and predictions.
+
+    python benchmarks/report.py --json FILE
+
+Keys: `report_s` is the command line from start to exit, the median over fresh processes, and `report_cpu_s` what of it
+was spent computing (the two part where others use the machine); `two_runs_s`, the same with two runs side by side;
+`figures_s`, with `--figures` (PDF and PNG) beside; `report_mb`, the size of the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--videos", type=int, default=40)
+    parser.add_argument("--seconds", type=int, default=2455, help="length of each video, at 1 fps")
+    parser.add_argument("--repeat", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(Path(folder), options.videos, options.seconds, options.repeat)
+    print(json.dumps(figures, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(folder: Path, videos: int, seconds: int, repeat: int) -> dict[str, object]:
+    """All figures."""
+    from tests.report_material import write_run
+
+    names = [f"video{number:02d}" for number in range(1, videos + 1)]
+    runs = [write_run(folder / name, names, frames=seconds, seed=seed) for seed, name in enumerate(("one", "two"))]
+    before = cpu_s()
+    one = statistics.median([wall(["report", str(runs[0])]) for _ in range(repeat)])
+    return {
+        "report_s": round(one, 2),
+        "report_cpu_s": round((cpu_s() - before) / repeat, 2),
+        "two_runs_s": round(wall(["report", *map(str, runs), "--out", str(folder / "two.html")]), 2),
+        "figures_s": round(wall(["report", str(runs[0]), "--figures", str(folder / "figures")]), 2),
+        "report_mb": round((runs[0] / "report.html").stat().st_size / 1e6, 2),
+        "videos": videos,
+        "seconds_a_video": seconds,
+    }
+
+
+def wall(arguments: list[str]) -> float:
+    """Seconds that a command of the pipeline takes."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "pipeline.py", *arguments], cwd=PROJECT, check=True, capture_output=True)
+    return time.perf_counter() - started
+
+
+def cpu_s() -> float:
+    """Processor seconds of all commands so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+if __name__ == "__main__":
+    main()

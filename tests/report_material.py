@@ -1,0 +1,101 @@
+"""Runs as `evaluate` leaves them, with made-up predictions: what a report is made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.load import load_config, load_dataset, to_yaml
+from configs.schema import DataSetSpec
+from engine.files import write_json, write_text
+from engine.runs import environment, update_summary
+from features.index import Index, VideoEntry
+from features.store import VideoFeatures
+from stage2_temporal.evaluate import Material, score_and_write, summary_of
+
+SPEC = load_dataset("cholec80")
+
+
+def write_run(
+    folder: Path,
+    videos: Sequence[str] = ("video01", "video02", "video03"),
+    *,
+    frames: int = 300,
+    seed: int = 0,
+    spec: DataSetSpec = SPEC,
+    labelled: bool = True,
+    curves: bool = True,
+) -> Path:
+    """A run folder with an evaluation on the test videos. Labels depend on the videos alone, predictions on `seed`;
+    the first video's are the best. Without `labelled` no video has labels, without `curves` nothing was trained."""
+    labels = np.random.default_rng(1)
+    random = np.random.default_rng(seed + 2)
+    material = Material(folder, _index(videos, frames, spec), {}, "test")
+    probabilities = {}
+    for number, name in enumerate(videos):
+        phase = np.sort(labels.integers(0, len(spec.phases), frames)).astype(np.int8)
+        tools = (_wander(labels, frames, len(spec.tools)) > 0.6).astype(np.int8)
+        believed = np.where(_wander(random, frames, 1)[:, 0] < 1.5 - 0.3 * number, phase, np.roll(phase, 40))
+        probabilities[name] = _soft(np.eye(len(spec.phases))[believed] + random.random((frames, len(spec.phases))))
+        logits = (2.0 * tools - 1.0 + 1.5 * _wander(random, frames, len(spec.tools))).astype(np.float32)
+        if not labelled:
+            phase, tools = np.full_like(phase, -1), np.full_like(tools, -1)
+        material.videos[name] = VideoFeatures(
+            features=np.zeros((frames, 0), np.float16),
+            frame_index=np.arange(frames, dtype=np.int64) * 25,
+            time_s=np.arange(frames, dtype=np.float64),
+            phase=phase,
+            tools=tools,
+            tool_logits=logits,
+            attributes={"fps": 1.0},
+        )
+    thresholds = dict.fromkeys(spec.tools, 0.5)
+    heads = {"temporal": probabilities, "frame": probabilities}
+    metrics = score_and_write(folder / "evaluate/test", material, heads, 3, thresholds, {"identity_sha256": "0" * 64})
+    update_summary(folder, summary_of(folder, material, metrics), {"train-temporal": 12.0})
+    if curves:
+        _write_training(folder / "temporal", seed, random)
+    return folder
+
+
+def _write_training(folder: Path, seed: int, random: np.random.Generator) -> None:
+    rows = [
+        {"kind": "epoch", "global_step": e, "epoch": e, "loss": 1 / (e + 1), "val_accuracy": random.random()}
+        for e in range(12)
+    ]
+    write_text(folder / "metrics.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+    write_text(folder / "config.yaml", to_yaml(load_config("cholec80", [f"seed={seed}"])))
+    write_json(folder / "environment.json", environment())
+
+
+def _wander(random: np.random.Generator, frames: int, columns: int) -> NDArray[np.float64]:
+    """(frames, columns) of slow noise of about unit size, so that stretches are as long as real ones."""
+    steps = np.repeat(random.normal(size=(frames // 20 + 1, columns)), 20, axis=0)[:frames]
+    return steps + 0.1 * random.normal(size=(frames, columns))
+
+
+def _soft(scores: NDArray[np.float64]) -> NDArray[np.float32]:
+    values = np.exp(3.0 * scores)
+    return (values / values.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _index(videos: Sequence[str], frames: int, spec: DataSetSpec) -> Index:
+    entries = tuple(
+        VideoEntry(
+            id=name,
+            kind="video",
+            source=f"videos/{number}.mp4",
+            size_bytes=1,
+            modified_ns=0,
+            sha256_ends="0" * 64,
+            fps=25.0,
+            frame_count=frames * 25,
+            split="test",
+        )
+        for number, name in enumerate(videos)
+    )
+    return Index(dataset=spec, videos=entries)
