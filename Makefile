@@ -35,11 +35,15 @@ demo-joint: demo ## then both stages in one net: fine-tuned end to end with the 
 	$(BIN)/python pipeline.py evaluate --config configs/demo_joint.yaml --name $(DEMO_NAME)-joint --set seed=$(SEED) \
 		--set data.root=artifacts/demo/videos-$(SEED) --set data.index=artifacts/demo/index-$(SEED).json
 
+# A process a core and a thread each; a file's tests stay together, since they share what they prepare.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 test: $(STAMP) lint types ## install, lint, type-check, run every test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 fast: $(STAMP) ## only the quick tests
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 lint: $(STAMP) ## ruff and the import table
 	$(BIN)/ruff check .
