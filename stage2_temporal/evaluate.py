@@ -67,12 +67,12 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Score a run's heads and tools on one split and write what a reader needs below `RUN/evaluate/<name>/`.
 
-    Writes `metrics.json`, `truth.json`, `predictions/<video>.csv`, `ribbons.png`, and for the run's own test videos the
-    outcome into `RUN/summary.json` and `RUN/MODEL_CARD.md`; prints tables. With `index_file`, another data set with the
-    same classes is evaluated; its features are extracted into the run's folder where missing. `inference` overrides the
-    way of running through time that the run was trained with. Without `redo`, an evaluation of the same model and
-    features is printed again, not computed. Raises UserError when the run is not trained, its classes differ from the data's, or
-    the features come from another encoder.
+    Writes `metrics.json`, `truth.json`, `predictions/<video>.csv`, `ribbons.png`, and for the run's own test videos
+    the outcome into `RUN/summary.json` and `RUN/MODEL_CARD.md`; prints tables. With `index_file`, another data set
+    with the same classes is evaluated; its features are extracted into the run's folder where missing. `inference`
+    overrides the way of running through time that the run was trained with. Without `redo`, an evaluation of the
+    same model and features is printed again, not computed. Raises UserError when the run is not trained, its
+    classes differ from the data's, or the features come from another encoder.
     """
     temporal = run / "temporal"
     _, about = load_temporal(temporal)
