@@ -64,6 +64,18 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+MODEL = click.option(
+    "--model",
+    type=click.Choice(["auto", "temporal", "joint"]),
+    default="auto",
+    show_default=True,
+    help="Which of the run's nets; auto takes the joint one where there is no other.",
+)
+INFERENCE = click.option(
+    "--inference",
+    type=click.Choice(["clip", "carried"]),
+    help="State from zero at each clip, or carried through the video. Default: as it was trained to be used.",
+)
 PHASE_ORDER = click.option(
     "--phase-order",
     metavar="ORDER",
@@ -405,18 +417,8 @@ def _given(*names: str) -> list[str]:
 @click.option("--convention", "conventions", multiple=True, metavar="NAME", help="Repeatable. Default: all.")
 @JSON_FILE
 @click.option("--features", type=click.Path(path_type=Path), help="Feature folder. Default: the one of the run.")
-@click.option(
-    "--model",
-    type=click.Choice(["auto", "temporal", "joint"]),
-    default="auto",
-    show_default=True,
-    help="Which of the run's nets; auto takes the joint one where there is no other.",
-)
-@click.option(
-    "--inference",
-    type=click.Choice(["clip", "carried"]),
-    help="State from zero at each clip, or carried through the video. Default: as it was trained to be used.",
-)
+@MODEL
+@INFERENCE
 @click.option("--split", default="test", show_default=True, type=click.Choice(["train", "val", "test", "all"]))
 @click.option(
     "--index",
@@ -472,20 +474,10 @@ def evaluate(
 @settings
 @click.argument("videos", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Where the files go. Default: RUN/predict.")
-@click.option(
-    "--model",
-    type=click.Choice(["auto", "temporal", "joint"]),
-    default="auto",
-    show_default=True,
-    help="Which of the run's nets; auto takes the joint one where there is no other.",
-)
+@MODEL
 @click.option("--from-cnn", "cnn_run", metavar="RUN", help="Run whose stage one made the features. Default: this run.")
 @click.option("--from-joint", "joint_run", metavar="RUN", help="Run whose joint net made the features.")
-@click.option(
-    "--inference",
-    type=click.Choice(["clip", "carried"]),
-    help="State from zero at each clip, or carried through the video. Default: as it was trained to be used.",
-)
+@INFERENCE
 @click.option("--video", "draw", is_flag=True, help="Also write an MP4 with phase, tools and confidence drawn in.")
 @TRUSTED
 def predict(

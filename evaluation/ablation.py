@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.files import write_text
+from evaluation.pages import template_environment
 
 _TEMPLATE = "ablation.html.j2"
 
@@ -126,18 +127,20 @@ def write_ablation_csv(path: Path, trials: Sequence[Trial]) -> None:
 
 def ablation_page(title: str, trials: Sequence[Trial], score: str, figures: Sequence[Any]) -> str:
     """One HTML page without any network: the ranked table and Plotly `figures`. Names are escaped."""
-    from jinja2 import Environment, PackageLoader, select_autoescape
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    environment = Environment(loader=PackageLoader("evaluation"), autoescape=select_autoescape(default=True))
     options = {"include_plotlyjs": False, "full_html": False, "config": {"displaylogo": False}}
-    return environment.get_template(_TEMPLATE).render(
-        title=title,
-        score=score,
-        headers=_HEADERS,
-        rows=[(row.is_base, _cells(row)) for row in ablation_rows(trials)],
-        figures=[Markup(figure.to_html(**options)) for figure in figures],
-        plotly=Markup(get_plotlyjs()) if figures else "",
-        trainings=len(trials),
+    return (
+        template_environment(html=True)
+        .get_template(_TEMPLATE)
+        .render(
+            title=title,
+            score=score,
+            headers=_HEADERS,
+            rows=[(row.is_base, _cells(row)) for row in ablation_rows(trials)],
+            figures=[Markup(figure.to_html(**options)) for figure in figures],
+            plotly=Markup(get_plotlyjs()) if figures else "",
+            trainings=len(trials),
+        )
     )

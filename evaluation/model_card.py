@@ -10,10 +10,10 @@ import yaml
 
 from configs.load import read_yaml
 from engine.files import read_json, write_text
+from evaluation.pages import template_environment
 from features.index import SPLITS, Index
 
 CARD_FILE = "MODEL_CARD.md"
-TEMPLATES = Path(__file__).resolve().parent / "templates"
 _KINDS = {
     "temporal": "Two stages (frame embeddings by a CNN, then a model over time)",
     "joint": "A CNN and a model over time in one net",
@@ -55,16 +55,7 @@ def write_model_card(run: Path, stage: str, index: Index, metrics: Mapping[str, 
 def render_model_card(facts: Mapping[str, Any]) -> str:
     """The card as Markdown, from plain values: name, kind, simulated, dataset, fps, split ({train, val, test: ids}),
     settings (YAML), environment (a phrase) and metrics. A missing fact is an error, never an empty place."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # Markdown, not HTML
-    )
+    environment = template_environment(html=False)
     environment.filters["number"] = _number
     phases = facts["metrics"]["phases"]
     baselines = {title: phases[head] for head, title in _BASELINES.items() if head in phases}

@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from engine.files import write_text
 from evaluation import report_figures, report_tables
+from evaluation.pages import TEMPLATES, template_environment
 from evaluation.report import Report
-
-TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -32,13 +30,7 @@ def write_report(path: Path, report: Report) -> None:
 
 def render(report: Report) -> str:
     """The whole page as HTML."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment(html=True)
     environment.tests["match_start"] = str.startswith
     environment.filters["yaml"] = lambda tree: yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     environment.filters["clock"] = report_figures.clock
