@@ -119,7 +119,7 @@ def cli() -> None:
     compare         two runs or more on the same videos: differences, intervals, tests
     predict         phases and tools of new videos: CSV, ribbon, a video with both drawn in
     export          predictions as the original MTRCNet programs' text files
-    run             all of these from one file of settings
+    run             index, both stages and evaluation from one file of settings
     simulate        simulated operations to try it on
 
     \b
