@@ -318,7 +318,7 @@ def ablate(
     """Compare settings of stage two: FILE says which, with which seeds (a YAML file, or a name in configs/ablations).
 
     All trainings share one copy of the features, one training a core. Stopped and started again, it goes on where it
-    was; several processes may work on one ablation. At the end: a ranked table, ablation.csv, ablation.html with
+    was, and what failed is tried again. At the end: a ranked table, ablation.csv, ablation.html with
     Optuna's plots, and best.yaml, the winner ready to train. Settings are compared on the validation videos.
     """
     from stage2_temporal.ablate import ablate as run_ablation

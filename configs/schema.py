@@ -399,7 +399,7 @@ Choice = None | bool | int | float | str
 
 
 class BudgetConfig(Strict):
-    trials: int | None = Field(None, ge=1, description="trainings in all, each setting with each seed")
+    trials: int | None = Field(None, ge=1, description="trainings in all: each setting, the base too, with each seed")
     minutes: float | None = Field(None, gt=0, description="no new setting is begun after so long")
 
 
@@ -423,6 +423,9 @@ class AblationConfig(Strict):
             raise ValueError("space: an empty list")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds repeat")
+        keys = [*self.space, *(key for changes in self.settings.values() for key in changes)]
+        if foreign := [key for key in keys if not key.startswith("temporal.")]:
+            raise ValueError(f"{foreign[0]}: on fixed features only settings of stage two (temporal) can be compared")
         if self.has_ranges and self.budget.trials is None and self.budget.minutes is None:
             raise ValueError("ranges have no end: give budget.trials or budget.minutes")
         return self

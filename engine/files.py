@@ -13,10 +13,11 @@ import json
 import os
 import shutil
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ HASH_SPAN_BYTES = 1 << 20
 _READ_BYTES = 1 << 20
 # What a system answers when there is no room: a full disk, a quota, a file-size limit.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+# How often a worker shows that it lives, and how long silence means that it does not.
+_TOUCH_S, _ABANDONED_S = 20.0, 600.0
 
 
 def fsync_folder(folder: Path) -> None:
@@ -146,6 +150,43 @@ def process_is_dead(mark: str) -> bool:
     except (OSError, OverflowError):
         return False
     return False
+
+
+@contextmanager
+def sole_worker(folder: Path, what: str) -> Iterator[None]:
+    """Let one process at a time work in `folder`; raises UserError naming `what` where another does.
+
+    A file there says who works; it is touched while the work goes on. One whose process is dead, or that nobody has
+    touched for `_ABANDONED_S` (another machine's, which cannot be asked), is taken over: nothing outlives a crash.
+    """
+    path = make_folder(folder) / "in-work"
+    while True:
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            break
+        except FileExistsError:
+            with suppress(FileNotFoundError):
+                if not (process_is_dead(path.read_text()) or time.time() - path.stat().st_mtime > _ABANDONED_S):
+                    raise UserError(
+                        f"{folder}: another process works on this {what}; wait for it, or give --name for another"
+                    ) from None
+                path.unlink()
+    with os.fdopen(descriptor, "w") as stream:
+        stream.write(process_mark())
+    done = threading.Event()
+
+    def touch() -> None:
+        while not done.wait(_TOUCH_S):
+            with suppress(OSError):
+                os.utime(path)
+
+    thread = threading.Thread(target=touch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

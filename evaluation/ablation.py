@@ -52,13 +52,16 @@ class Row:
 
 
 def ablation_rows(trials: Sequence[Trial]) -> list[Row]:
-    """The settings, best mean first. Standard deviations are over seeds (n - 1); None below two."""
+    """The settings, best mean first, those with fewer seeds than others (some failed, or are to come) after the rest.
+
+    Standard deviations are over seeds (n - 1); None below two.
+    """
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
         groups.setdefault(trial.label, []).append(trial)
     base = {trial.seed: trial.score for trial in trials if trial.is_base}
     rows = [_row(label, group, base) for label, group in groups.items()]
-    return sorted(rows, key=lambda row: -row.mean)
+    return sorted(rows, key=lambda row: (-row.seeds, -row.mean))
 
 
 def _row(label: str, group: Sequence[Trial], base: Mapping[int, float]) -> Row:

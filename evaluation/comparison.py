@@ -147,12 +147,11 @@ def _require_same_frames(first: Model, other: Model) -> None:
         raise UserError(
             f"{first.name} and {other.name}: only {has} was evaluated on {odd[0]}; evaluate both on the same"
         )
-    for key in ("frames", "fps"):
+    for key, what in (("frames", "frames"), ("fps", "fps"), ("truth_sha256", "labels")):
         if ours["about"].get(key) != theirs["about"].get(key):
-            raise UserError(
-                f"{first.name} and {other.name}: {ours['about'].get(key)} and {theirs['about'].get(key)} {key}; "
-                "evaluate both on the same frames"
-            )
+            pair = f"{ours['about'].get(key)} and {theirs['about'].get(key)} {what}"
+            shown = "other labels of the same videos" if what == "labels" else pair
+            raise UserError(f"{first.name} and {other.name}: {shown}; evaluate both on the same frames")
 
 
 def _chosen_metrics(model: Model, convention: str, metrics: Sequence[str] | None) -> list[str]:

@@ -26,14 +26,27 @@ _SECTIONS = {
 _BASELINES = {"frame": "per-frame head on the same features", "majority": "always the longest phase of training"}
 
 
-def write_model_card(run: Path, stage: str, index: Index, metrics: Mapping[str, Any], root: Path | None = None) -> Path:
+def write_model_card(
+    run: Path,
+    stage: str,
+    index: Index,
+    metrics: Mapping[str, Any],
+    root: Path | None = None,
+    *,
+    trained_in: Path | None = None,
+    versions_known: bool = True,
+) -> Path:
     """Write `RUN/MODEL_CARD.md` for the net of `stage` (`temporal` or `joint`) from what evaluation found.
+
+    Settings and versions are those in `trained_in`, by default `RUN/<stage>`; `versions_known` is False for a net that
+    was trained elsewhere and imported.
 
     `metrics` is what `metrics.json` holds. Simulated data is called so: `root` (the data root, where known) holds the
     simulator's settings, or the data set is the simulator's own.
     """
-    environment = run / stage / "environment.json"
-    settings = read_yaml(run / stage / "config.yaml") if (run / stage / "config.yaml").exists() else {}
+    folder = trained_in or run / stage
+    environment = folder / "environment.json"
+    settings = read_yaml(folder / "config.yaml") if (folder / "config.yaml").exists() else {}
     chosen = {key: settings[key] for key in _SECTIONS[stage] if key in settings}
     text = render_model_card(
         {
@@ -44,7 +57,7 @@ def write_model_card(run: Path, stage: str, index: Index, metrics: Mapping[str, 
             "fps": metrics["fps"],
             "split": {part: [entry.id for entry in index.by_split(part)] for part in SPLITS if part != "none"},
             "settings": yaml.safe_dump(chosen, sort_keys=False) if chosen else "",
-            "environment": _made_with(read_json(environment) if environment.exists() else {}),
+            "environment": _made_with(read_json(environment) if versions_known and environment.exists() else {}),
             "metrics": metrics,
         }
     )

@@ -33,6 +33,7 @@ class Overlay:
         phases: Sequence[str],
         tool_names: Sequence[str],
     ) -> None:
+        self._size = (height_px, width_px)
         self.width_px = width_px + width_px % 2  # H.264 halves both sides
         band = max(_SMALLEST_BAND_PX, round(_SHARE * height_px))
         self.band_px = band + (band + height_px) % 2
@@ -44,10 +45,21 @@ class Overlay:
         self._drawn: tuple[int, NDArray[np.uint8]] | None = None
 
     def add(self, picture: NDArray[np.uint8], sample: int) -> NDArray[np.uint8]:
-        """The picture (H, W, 3) with the band of one sample below, both sides even."""
+        """The picture (H, W, 3) with the band of one sample below, both sides even.
+
+        A picture of another size than the first (folders may hold several) is scaled to it: a video has one.
+        """
+        if picture.shape[:2] != self._size:
+            picture = self._scaled(picture)
         if picture.shape[1] != self.width_px:
             picture = np.pad(picture, ((0, 0), (0, self.width_px - picture.shape[1]), (0, 0)), mode="edge")
         return np.concatenate([picture, self.band(sample)])
+
+    def _scaled(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        from PIL import Image
+
+        height_px, width_px = self._size
+        return np.array(Image.fromarray(picture).resize((width_px, height_px), Image.Resampling.BILINEAR))
 
     def band(self, sample: int) -> NDArray[np.uint8]:
         """The band (`band_px`, `width_px`, 3) of one sample."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Literal
 
 import numpy as np
@@ -329,6 +330,14 @@ def _f1_of_means(precision: float, recall: float) -> float | None:
     return json_number(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
 
 
+def _truth_sha256(videos: Sequence[LabelledVideo]) -> str:
+    """What was true, video by video: numbers are only comparable where this is the same."""
+    digest = sha256()
+    for video in videos:
+        digest.update(f"{video.id} {len(video.truth)} ".encode() + np.asarray(video.truth, np.int8).tobytes())
+    return digest.hexdigest()
+
+
 def _about(
     name: str, videos: Sequence[LabelledVideo], without: Sequence[str], fps: float, split: str | None, seeds: int
 ) -> dict[str, Any]:
@@ -345,6 +354,7 @@ def _about(
         "std": convention.std,
         "videos": len(videos),
         "frames": int(sum(video.labelled.sum() for video in videos)),
+        "truth_sha256": _truth_sha256(videos),
         "seeds": seeds,
         "videos_without_labels": list(without),
     }

@@ -14,6 +14,7 @@ import pickle
 import pickletools
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +27,8 @@ MAX_INSTRUCTIONS = 16_000_000  # five times an index of all of Cholec80 at one f
 MAX_CONTAINERS = 4_000_000
 MAX_VALUES = 16_000_000  # after shared parts are counted as often as they are referred to
 MAX_INT_BYTES = 8
+# Tuples may be keys, and the hash of one inside another inside another takes the interpreter's stack.
+MAX_TUPLES_BESIDE_KEYS = 1000
 MAX_TENSOR_VALUES = 1024  # a prediction's tensor is one number, or one row of logits
 
 
@@ -43,6 +46,7 @@ _PLAIN = (
     | _names("BINBYTES SHORT_BINBYTES BINBYTES8 APPEND APPENDS SETITEM SETITEMS")
     | _names("PROTO FRAME STOP MARK POP POP_MARK GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE")
 )
+_KEYS = _names("DICT SETITEM SETITEMS")
 _REBUILDING = _names("GLOBAL STACK_GLOBAL REDUCE BUILD")
 _SCALARS = (str, int, float, bool, bytes, type(None))
 
@@ -57,7 +61,7 @@ def load_plain(path: Path, *, tensors: bool = False) -> Any:
     content = _read(path)
     try:
         _scan(content, _PLAIN | _REBUILDING if tensors else _PLAIN)
-        value = _Reader(content, _classes() if tensors else {}).load()
+        value = _Reader(content, _classes(_Budget(4 * len(content) + _SPARE_BYTES)) if tensors else {}).load()
         _require_plain(value)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
@@ -103,7 +107,7 @@ def _no_pickle(content: bytes) -> str | None:
 def _scan(content: bytes, allowed: frozenset[str]) -> int:
     """Read the program through without running it; its length in bytes. Raises UserError at the first instruction that
     is not allowed, and where it asks for more memory than its length explains."""
-    count = containers = end = 0
+    count = containers = tuples = end = 0
     names: list[str] = ["?", "?"]  # the last two strings: what STACK_GLOBAL is about to ask for
     for code, argument, place in _instructions(content):
         count, end = count + 1, (place or 0) + 1
@@ -112,6 +116,9 @@ def _scan(content: bytes, allowed: frozenset[str]) -> int:
         if code.name not in allowed:
             _refuse(code.name, argument, names)
         containers += code.name in _CONTAINERS
+        tuples += code.name.startswith("TUPLE")
+        if code.name in _KEYS and tuples > MAX_TUPLES_BESIDE_KEYS:
+            raise UserError("holds dictionaries after very many tuples, which no such file does; not loaded")
         if count > MAX_INSTRUCTIONS or containers > MAX_CONTAINERS:
             raise UserError("holds more values than any index or list of predictions; not loaded")
         if code.name in ("PUT", "LONG_BINPUT") and not 0 <= argument <= 4 * count + 1024:
@@ -232,14 +239,33 @@ class _Rebuilder:
         raise UserError("sets what must not be set; not loaded")
 
 
+class _Budget:
+    """Bytes that rebuilding may still make: a file can name one part of itself a thousand times."""
+
+    def __init__(self, left: int) -> None:
+        self._left = left
+
+    def spend(self, count: int) -> None:
+        """Raise UserError when more is made than a file of that length explains."""
+        self._left -= count
+        if self._left < 0:
+            raise UserError("makes far more numbers than its length explains; not loaded")
+
+
 class _NumberType(_Rebuilder):
-    """A type of numbers as NumPy spells it; called with a list it is PyTorch's older storage of that type."""
+    """A type of numbers as NumPy spells it; called with a flat list it is PyTorch's older storage of that type."""
 
     __slots__ = ("kind",)
 
     def __init__(self, kind: str) -> None:
-        super().__init__(lambda values: np.array(values, dtype=kind))
+        super().__init__(self._storage)
         self.kind = kind
+
+    def _storage(self, values: Any) -> np.ndarray:
+        flat = type(values) in (list, tuple) and len(values) <= MAX_TENSOR_VALUES
+        if not (flat and all(type(value) in (int, float, bool) for value in values)):
+            _no_number()
+        return np.array(values, dtype=self.kind)
 
 
 class _DType(_NumberType):
@@ -263,19 +289,20 @@ _STORAGES = {
     "BoolStorage": "?",
 }
 _DTYPES = _names("f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 b1")
+_SPARE_BYTES = 1 << 20
 _STORAGE_HEADER_BYTES = 4096  # far more than the three pickles before the numbers take
 # What `torch.save` of the older format starts with: a number, and the version of the format.
 _STORAGE_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
 
 
-def _classes() -> dict[str, Any]:
+def _classes(budget: _Budget) -> dict[str, Any]:
     """By module and name, what a pickle with single numbers of PyTorch and NumPy asks for."""
     found: dict[str, Any] = {
-        "torch._utils _rebuild_tensor": _Rebuilder(_tensor),
-        "torch._utils _rebuild_tensor_v2": _Rebuilder(_tensor),
-        "torch.storage _load_from_bytes": _Rebuilder(_storage_from_bytes),
-        "collections OrderedDict": _Rebuilder(dict),
-        "_codecs encode": _Rebuilder(_latin1),
+        "torch._utils _rebuild_tensor": _Rebuilder(partial(_tensor, budget)),
+        "torch._utils _rebuild_tensor_v2": _Rebuilder(partial(_tensor, budget)),
+        "torch.storage _load_from_bytes": _Rebuilder(partial(_storage_from_bytes, budget)),
+        "collections OrderedDict": _Rebuilder(_no_hooks),
+        "_codecs encode": _Rebuilder(partial(_latin1, budget)),
         "numpy dtype": _Rebuilder(_dtype),
         "numpy.core.multiarray scalar": _Rebuilder(_numpy_scalar),
         "numpy._core.multiarray scalar": _Rebuilder(_numpy_scalar),
@@ -289,10 +316,18 @@ def _storage_types() -> dict[str, Any]:
     }
 
 
-def _latin1(text: Any, encoding: Any) -> bytes:
+def _no_hooks(*entries: Any) -> dict[Any, Any]:
+    """A tensor's backward hooks: none."""
+    if entries not in ((), ([],)):
+        raise UserError("holds a tensor with hooks; not loaded")
+    return {}
+
+
+def _latin1(budget: _Budget, text: Any, encoding: Any) -> bytes:
     """How bytes are written below protocol 3."""
     if not isinstance(text, str) or encoding != "latin1":
         raise UserError("holds bytes in an unknown spelling")
+    budget.spend(len(text))
     return text.encode("latin1")
 
 
@@ -323,11 +358,12 @@ def _numbers(data: bytes, kind: str, count: int) -> np.ndarray:
     return np.frombuffer(data, dtype=dtype)
 
 
-def _storage_from_bytes(data: Any) -> np.ndarray:
+def _storage_from_bytes(budget: _Budget, data: Any) -> np.ndarray:
     """The numbers (N,) of a storage as PyTorch writes it into a pickle: a file of the older format.
 
     That is the start, three pickles (the machine, the storage's type and length, its key) and the numbers.
     """
+    budget.spend(len(data) if isinstance(data, str | bytes) else 0)
     content = _bytes(data)
     if not content.startswith(_STORAGE_START):
         raise UserError("holds a tensor in an unknown format")
@@ -359,7 +395,7 @@ def _storage_kind(reference: Any) -> tuple[str, int]:
     return kind.kind, count
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Any:
+def _tensor(budget: _Budget, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Any:
     """The number, or list of numbers, that a tensor of no or one dimension holds."""
     whole = all(type(part) is tuple and all(type(n) is int for n in part) for part in (size, stride))
     if not (isinstance(storage, np.ndarray) and whole and type(offset) is int and len(size) == len(stride)):
@@ -372,5 +408,6 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Any:
         _no_number()
     if not steps:
         return []
+    budget.spend(8 * steps)
     values = storage[offset : last + 1 : step].tolist() if step else [storage[offset].item()] * steps
     return values if size else values[0]

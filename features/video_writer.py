@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,19 +27,28 @@ def encode_mp4(
     """
     import av
 
-    with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+    with _encoding(path), av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = None
         for pixels in frames:
             check_stop()
             if stream is None:
-                try:
-                    stream = container.add_stream(
-                        "libx264", rate=Fraction(fps).limit_denominator(1001), options=dict(options)
-                    )
-                except (ValueError, av.FFmpegError) as error:
-                    raise UserError(f"{path}: this PyAV has no H.264 encoder (pip install -U av): {error}") from error
+                rate = Fraction(fps).limit_denominator(1001)
+                stream = container.add_stream("libx264", rate=rate, options=dict(options))
                 stream.height, stream.width = pixels.shape[:2]
                 stream.pix_fmt = "yuv420p"
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         if stream is not None:
             container.mux(stream.encode())
+
+
+@contextmanager
+def _encoding(path: Path) -> Iterator[None]:
+    """FFmpeg's errors in words; a full disk stays one."""
+    import av
+
+    try:
+        yield
+    except av.FFmpegError as error:
+        if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+            raise OSError(error.errno, error.strerror) from error
+        raise UserError(f"{path}: cannot be encoded as H.264 ({error}); see pip install -U av") from error

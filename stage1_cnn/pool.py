@@ -25,7 +25,7 @@ GRACE_S = 20
 # Fewer frames than this are done before a second process has imported torch.
 WORTH_A_PROCESS_FRAMES = 300
 # What a video can do to the programs that read it, besides the errors they foresee.
-_VIDEO_ERRORS = (UserError, OSError, RuntimeError, MemoryError)
+VIDEO_ERRORS = (UserError, OSError, RuntimeError, MemoryError)
 _NOT_BEGUN = -1
 
 
@@ -89,10 +89,15 @@ def _attempt(task: Task[AnyJob], job: AnyJob, advance: Advance) -> str | None:
     """Do one job; the reason in one line where that fails."""
     try:
         task(job, advance)
-    except _VIDEO_ERRORS as error:
-        text = " ".join(str(error).split())
-        return text if isinstance(error, UserError) else f"{type(error).__name__}: {text[:300]}"
+    except VIDEO_ERRORS as error:
+        return one_line(error)
     return None
+
+
+def one_line(error: BaseException) -> str:
+    """An error of `VIDEO_ERRORS` as a user reads it."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text[:300]}"
 
 
 # ---------------------------------------------------------------------------------------------- processes

@@ -2,7 +2,7 @@
 
 A setting (one point of the space, or a named one) is a trial of an Optuna study, kept in a journal beside the runs;
 each of its seeds is an ordinary run folder `<ablation>/trials/<setting>-seed<k>`, so a training that is finished is
-never done again, and one that was stopped goes on. Several processes, on one machine or many, may work on one ablation.
+never done again, and one that was stopped goes on. One process conducts, with as many workers as it has cores.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,11 @@ from rich.live import Live
 from configs.errors import UserError
 from configs.load import load_ablation, load_config, to_yaml
 from configs.schema import AblationConfig, Config
-from engine.files import make_folder, process_is_dead, process_mark, read_json, sha256_json, write_text
+from engine.files import make_folder, read_json, sha256_json, sole_worker, write_text
 from engine.progress import say
 from engine.runs import RESULT_FILE, StageFolder
 from engine.stopping import StopRequest
-from evaluation.ablation import Trial, ablation_page, ablation_table, write_ablation_csv
+from evaluation.ablation import Trial, ablation_page, ablation_rows, ablation_table, write_ablation_csv
 from features.store import find_feature_folder
 from stage1_cnn.pool import Advance, available_cores, choose_processes, work_through
 from stage2_temporal.data import TrainingData, read_training_data
@@ -42,7 +42,6 @@ BASE = "base"
 # Trainings claimed at once, a core: many where settings are known (processes start once), few where they are drawn, so
 # that the sampler learns from the ones before.
 _CLAIM_KNOWN, _CLAIM_DRAWN = 8, 2
-_NOBODY = ""
 
 
 @dataclass(frozen=True)
@@ -140,26 +139,22 @@ def ablate(
     data.bank.features.share_memory_()
     data.bank.phase.share_memory_()
     _claim_folder(folder, spec, base, data)
-    plan = _Plan(spec, base, tuple(overrides), _open_study(folder, spec))
     cores = available_cores() if workers == -1 else workers
     threads = max(1, available_cores() // max(1, cores))
     task = UnitTask(spec.base, tuple(overrides), where, folder / "trials", data, threads)
     failed: list[tuple[str, str]] = []
-    try:
-        with _live_table(plan, folder) as show:
-            for units in plan.rounds(cores, started):
-                processes = choose_processes(cores, units) if len(units) > 1 else 1
-                for unit, reason in work_through(
-                    task, units, processes, "trainings", stop, unit="training", disable=True
-                ):
-                    label = f"{plan.label(unit.changes)}, seed {unit.seed}"
-                    if reason is not None:
-                        failed.append((label, reason))
-                    plan.ended(unit, _result(folder / "trials" / unit.folder), reason)
-                    show(label, reason)
-    finally:
-        plan.release()
-    _write_outcome(folder, plan)
+    with sole_worker(folder, "ablation"), _live_table() as live:
+        plan = _Plan(spec, base, tuple(overrides), _open_study(folder, spec))
+        for units in plan.rounds(cores, started):
+            processes = choose_processes(cores, units) if len(units) > 1 else 1
+            for unit, reason in work_through(task, units, processes, "trainings", stop, unit="training", disable=True):
+                label = f"{plan.label(unit.changes)}, seed {unit.seed}"
+                if reason is not None:
+                    failed.append((label, reason))
+                result = _result(folder / "trials" / unit.folder)
+                plan.ended(unit, result, reason)
+                _show(live, plan.trials(folder), label, result, reason)
+        _write_outcome(folder, plan)
     return failed
 
 
@@ -174,9 +169,20 @@ class _Plan:
         self.results: dict[Unit, dict[str, Any]] = {}
         self._left: dict[int, set[int]] = {}  # seeds still to come, of each trial in work
         self._scores: dict[int, dict[int, float]] = {}
-        if not spec.has_ranges:
-            for point in self._grid():
-                study.enqueue_trial(point, skip_if_exists=True)
+        failed = [trial.params for trial in self._trials(TrialState.FAIL)]
+        self._queue(failed if spec.has_ranges else self._grid())
+
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=states)
+
+    def _queue(self, points: Iterable[Mapping[str, Any]]) -> None:
+        """Let the study ask for these points, but those that are done, begun or queued; what failed is tried again."""
+        known = [trial.params for trial in self._trials(TrialState.COMPLETE, TrialState.RUNNING)]
+        known += [trial.system_attrs.get("fixed_params", {}) for trial in self._trials(TrialState.WAITING)]
+        for point in points:
+            if point and point not in known:
+                self.study.enqueue_trial(dict(point))
+                known.append(dict(point))
 
     def _grid(self) -> Iterator[dict[str, Any]]:
         keys = [*self.spec.space, *([NAMED] if self.spec.settings else [])]
@@ -199,28 +205,18 @@ class _Plan:
             yield units
 
     def _claims(self, started: float) -> Iterator[FrozenTrial | optuna.Trial]:
-        """Trials of dead processes, then waiting ones or, for ranges, new ones as far as the budget goes."""
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            owner = str(trial.user_attrs.get("owner", _NOBODY))
-            if trial.number not in self._left and (owner == _NOBODY or process_is_dead(owner)):
-                self._own(trial, process_mark())
+        """Trials that an earlier process left, then waiting ones or, for ranges, new ones as far as the budget goes."""
+        for trial in self._trials(TrialState.RUNNING):
+            if trial.number in self._left:
+                continue
+            if trial.params:
                 yield trial
-        while self._budget_left(started):
-            if not self.spec.has_ranges and not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-                return
+            else:  # stopped before its settings were drawn
+                self.study.tell(trial.number, state=TrialState.FAIL)
+        while self._budget_left(started) and (self.spec.has_ranges or self._trials(TrialState.WAITING)):
             new = self.study.ask()
-            new.set_user_attr("owner", process_mark())
             self._suggest(new)
             yield new
-
-    def _own(self, trial: FrozenTrial, mark: str) -> None:
-        self.study._storage.set_trial_user_attr(trial._trial_id, "owner", mark)
-
-    def release(self) -> None:
-        """Leave unfinished trials to whoever comes next."""
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if self._left.get(trial.number):
-                self._own(trial, _NOBODY)
 
     def _suggest(self, trial: optuna.Trial) -> None:
         for key, values in self.spec.space.items():
@@ -235,9 +231,9 @@ class _Plan:
 
     def _budget_left(self, started: float) -> bool:
         budget, seeds = self.spec.budget, len(self.spec.seeds)
-        begun = len(self.study.get_trials(deepcopy=False)) - len(
-            self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        )
+        trials = self._trials(TrialState.COMPLETE, TrialState.RUNNING, TrialState.FAIL)
+        begun = len({tuple(sorted(trial.params.items(), key=str)) for trial in trials if trial.params})
+        begun += not self._base_is_in_grid()
         if budget.trials is not None and (begun + 1) * seeds > budget.trials:
             return False
         return budget.minutes is None or time.monotonic() - started < 60 * budget.minutes
@@ -333,10 +329,14 @@ def _claim_folder(folder: Path, spec: AblationConfig, base: Config, data: Traini
 def _open_study(folder: Path, spec: AblationConfig) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     backend = JournalFileBackend(str(make_folder(folder) / "study.journal"))
+    storage = JournalStorage(backend)
+    names = [study.study_name for study in storage.get_all_studies()]
+    drawn = len(optuna.load_study(study_name=folder.name, storage=storage).trials) if folder.name in names else 0
     return optuna.create_study(
         study_name=folder.name,
-        storage=JournalStorage(backend),
-        sampler=optuna.samplers.TPESampler(seed=spec.seeds[0]),
+        storage=storage,
+        # Another process must not draw what the one before it has drawn.
+        sampler=optuna.samplers.TPESampler(seed=spec.seeds[0] + 1000 * drawn),
         direction="maximize",
         load_if_exists=True,
     )
@@ -345,29 +345,26 @@ def _open_study(folder: Path, spec: AblationConfig) -> optuna.Study:
 # ---------------------------------------------------------------------------------------------- what comes out
 
 
-class _live_table:  # noqa: N801 (used as a function)
-    """The ranked table, redrawn after each training on a terminal; a line a training in a log."""
+@contextmanager
+def _live_table() -> Iterator[Live | None]:
+    """A place for the ranked table that is redrawn after each training; None where no terminal is."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        yield live
 
-    def __init__(self, plan: _Plan, folder: Path) -> None:
-        self._plan, self._folder = plan, folder
-        console = Console(stderr=True)
-        self._live: Any = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
-    def __enter__(self) -> Callable[[str, str | None], None]:
-        (self._live or nullcontext()).__enter__()
-        return self._show
-
-    def __exit__(self, *error: Any) -> None:
-        if self._live is not None:
-            self._live.__exit__(*error)
-
-    def _show(self, label: str, reason: str | None) -> None:
-        trials = self._plan.trials(self._folder)
-        if self._live is not None and reason is None:
-            self._live.update(ablation_table(trials, SCORE), refresh=True)
-            return
-        last = next((trial for trial in reversed(trials) if f"{trial.label}, seed {trial.seed}" == label), None)
-        say(f"{label}: {reason or (f'{100 * last.score:.2f} %' if last else 'done')} ({len(trials)} trainings done)")
+def _show(
+    live: Live | None, trials: Sequence[Trial], label: str, result: Mapping[str, Any] | None, reason: str | None
+) -> None:
+    """The table on a terminal, a line a training in a log."""
+    if live is not None and reason is None:
+        live.update(ablation_table(trials, SCORE), refresh=True)
+        return
+    outcome = reason or (f"{100 * result['val_accuracy']:.2f} %" if result else "no result")
+    say(f"{label}: {outcome} ({len(trials)} trainings done)")
 
 
 def _write_outcome(folder: Path, plan: _Plan) -> None:
@@ -377,22 +374,14 @@ def _write_outcome(folder: Path, plan: _Plan) -> None:
     write_ablation_csv(folder / "ablation.csv", trials)
     figures = _figures(plan.study)
     write_text(folder / "ablation.html", ablation_page(plan.spec.title or folder.name, trials, SCORE, figures))
-    best = ranked(trials)[0]
+    winner = ablation_rows(trials)[0].label
+    best = next(trial for trial in trials if trial.label == winner)
     config = unit_config(plan.spec.base, plan.overrides, Unit(None, tuple(best.changes.items()), best.seed))
     header = f"# The best setting of the ablation {folder.name} on the validation videos: {best.label}.\n"
     write_text(folder / "best.yaml", header + to_yaml(config))
     Console().print(ablation_table(trials, SCORE))
     names = ", ".join(str(folder / name) for name in ("ablation.csv", "ablation.html", "best.yaml"))
     say(f"written: {names} (for train-temporal --config)")
-
-
-def ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """One training a setting (its first seed), the setting with the highest mean first."""
-    means: dict[str, list[float]] = {}
-    for trial in trials:
-        means.setdefault(trial.label, []).append(trial.score)
-    order = sorted(means, key=lambda label: -sum(means[label]) / len(means[label]))
-    return [next(trial for trial in trials if trial.label == label) for label in order]
 
 
 def _figures(study: optuna.Study) -> list[Any]:

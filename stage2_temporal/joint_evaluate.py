@@ -23,7 +23,7 @@ from evaluation.tools import choose_thresholds, evaluate_tools, sigmoid
 from features.index import Index
 from features.store import VideoFeatures
 from stage2_temporal.evaluate import METRICS_FILE, Material, print_metrics, score_and_write, summary_of
-from stage2_temporal.joint import JointNet, joint_checkpoint, load_joint, require_same_classes
+from stage2_temporal.joint import IMPORTED, JointNet, joint_checkpoint, load_joint, require_same_classes
 from stage2_temporal.joint_predict import LabelledVideo, Prediction, gap_nats, labelled_videos, predict_videos
 from stage2_temporal.predict import Inference
 
@@ -81,7 +81,9 @@ def evaluate_joint(
         )
     if split == "test" and out.name == "test":
         update_summary(run, summary_of(run, material, metrics))
-        write_model_card(run, "joint", index, metrics, root)
+        write_model_card(
+            run, "joint", index, metrics, root, trained_in=path.parent, versions_known=path.parent.name != IMPORTED
+        )
     say(f"written: {out / METRICS_FILE}" + (", predictions/, ribbons.png" if probabilities else ", tool_predictions/"))
     return metrics
 

@@ -6,7 +6,7 @@ state of the LSTM carried along: memory does not grow with the length of a video
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from configs.errors import UserError
 from configs.load import differences, load_dataset
 from configs.schema import Config, DataSetSpec, PreprocessConfig
 from engine.device import choose_device, choose_precision, lower_precision
-from engine.files import atomic_path, make_folder, read_json, sha256_file, write_json
+from engine.files import atomic_path, inside, make_folder, read_json, sha256_file, write_json
 from engine.progress import progress_bar, say
 from engine.runs import package_version
 from engine.stopping import StopRequest
@@ -28,11 +28,12 @@ from evaluation.figures import phase_ribbons
 from evaluation.overlay import Overlay
 from evaluation.predictions import write_prediction_csv
 from evaluation.tools import sigmoid
-from features.index import Index, index_of_source, sampled_frames
+from features.index import Index, VideoEntry, index_of_source, sampled_frames
 from features.preprocess import normalise, preprocess_from_json
 from features.video_writer import encode_mp4
 from stage1_cnn.extract import crop_batches, load_encoder
 from stage1_cnn.frames import open_source, source_pictures
+from stage1_cnn.pool import VIDEO_ERRORS, one_line
 from stage2_temporal.joint import joint_checkpoint, load_joint, require_same_classes
 from stage2_temporal.model import PhaseModel, require_causal
 from stage2_temporal.predict import Inference, OnlinePredictor, load_temporal
@@ -203,8 +204,8 @@ def predict_new_videos(
         stop.raise_if_set()
         try:
             done = _one_video(recogniser, index, root, out, draw, stop)
-        except UserError as error:
-            report.failed.append((name, str(error)))
+        except VIDEO_ERRORS as error:
+            report.failed.append((name, one_line(error)))
         else:
             (report.done if done else report.skipped).append(name)
     _require_some(report, len(report.done) + len(report.skipped))
@@ -221,28 +222,50 @@ def _one_video(recogniser: Recogniser, index: Index, root: Path, out: Path, draw
     """Whether there was anything to do."""
     entry, spec = index.videos[0], recogniser.spec
     files = {kind: out / f"{entry.id}.{kind}" for kind in ("csv", "png", "mp4", "json")}
-    made_by = {"source_sha256_ends": entry.sha256_ends, "source_bytes": entry.size_bytes, **recogniser.identity}
-    if files["json"].exists():
-        found = read_json(files["json"]).get("made_by")
-        if found != made_by:
-            raise UserError(f"{files['json']}: made by another net or from another video; choose another --out")
-        if all(files[kind].exists() for kind in ("csv", "png", *(["mp4"] if draw else []))):
-            return False
+    wanted = ["csv", "png", *(["mp4"] if draw else [])]
+    made_by = {**_identity_of_source(entry), **recogniser.identity}
+    if _is_done(files, wanted, made_by, inside(root, entry.source)):
+        return False
+    about = {"source": entry.source, "surgstage": package_version("surgstage"), "made_by": made_by}
+    write_json(files["json"], {**about, "complete": False})  # whose the other files are, should this be interrupted
     prediction = predict_video(recogniser, index, root, stop)
     phase = prediction.phase.argmax(axis=1).astype(np.int8)
     time_s = prediction.frame_index / entry.fps
-    tools = prediction.tools
-    write_prediction_csv(files["csv"], prediction.frame_index, time_s, phase, prediction.phase, tools, spec)
-    nothing = np.full(len(phase), -1, np.int8)
+    write_prediction_csv(files["csv"], prediction.frame_index, time_s, phase, prediction.phase, prediction.tools, spec)
+    drawn = [(entry.id, np.full(len(phase), -1, np.int8), {"predicted": phase})]
     title = f"{entry.id}: predicted phases ({spec.title or spec.name})"
-    phase_ribbons(
-        files["png"], [(entry.id, nothing, {"predicted": phase})], recogniser.config.data.fps, spec.phases, title
-    )
+    phase_ribbons(files["png"], drawn, recogniser.config.data.fps, spec.phases, title)
     if draw:
         _draw(recogniser, prediction, index, root, files["mp4"], stop)
-    about = {"source": entry.source, "samples": len(phase), "surgstage": package_version("surgstage")}
-    write_json(files["json"], {**about, "made_by": made_by})
+    write_json(files["json"], {**about, "samples": len(phase), "complete": True})
     return True
+
+
+def _identity_of_source(entry: VideoEntry) -> dict[str, Any]:
+    """What a prediction depends on of its video, the meaning of a folder's numbers included."""
+    return {
+        "source_sha256_ends": entry.sha256_ends,
+        "source_bytes": entry.size_bytes,
+        "source_fps": entry.fps,
+        "source_frames": entry.frame_count,
+        "frames": entry.frames.model_dump(mode="json") if entry.frames else None,
+    }
+
+
+def _is_done(files: Mapping[str, Path], wanted: Sequence[str], made_by: Mapping[str, Any], source: Path) -> bool:
+    """Whether all that is wanted is there. Raises UserError before anything that is not ours would be replaced."""
+    for kind in (*wanted, "json"):
+        if files[kind].exists() and files[kind].samefile(source):
+            raise UserError(f"{source}: would be replaced by its own prediction; name another folder with --out")
+    if not files["json"].exists():
+        foreign = [kind for kind in wanted if files[kind].exists()]
+        if foreign:
+            raise UserError(f"{files[foreign[0]]}: exists and is no prediction of ours; name another folder with --out")
+        return False
+    found = read_json(files["json"])
+    if not isinstance(found, dict) or found.get("made_by") != made_by:
+        raise UserError(f"{files['json']}: made by another net or from another video; choose another --out")
+    return bool(found.get("complete")) and all(files[kind].exists() for kind in wanted)
 
 
 def predict_video(recogniser: Recogniser, index: Index, root: Path, stop: StopRequest) -> NewPrediction:

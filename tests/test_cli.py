@@ -407,7 +407,10 @@ def test_the_joint_mode_from_two_stages_and_back(workplace: Path) -> None:
     output = succeed(["evaluate", *settings, "--name", "both"], workplace)
     assert "tools mapped from the phase branch" in output
     assert (workplace / "runs/both/evaluate/test/ribbons.png").stat().st_size > 1000
-    assert "# Model card: both" in (workplace / "runs/both/MODEL_CARD.md").read_text()
+    card = (workplace / "runs/both/MODEL_CARD.md").read_text()
+    assert "# Model card: both" in card
+    assert "not recorded" not in card
+    assert "multitask:" in card
     summary = json.loads((workplace / "runs/both/summary.json").read_text())
     assert 0 < summary["tool_map"] <= 1
     assert 0 < summary["phase_accuracy_temporal"] <= 1

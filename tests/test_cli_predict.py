@@ -112,6 +112,32 @@ def test_what_cannot_be_predicted_is_refused(workplace: Path, unknown: Path) -> 
 
 
 @pytest.mark.slow
+def test_nothing_that_is_not_a_prediction_is_replaced(workplace: Path, unknown: Path) -> None:  # noqa: F811
+    before = unknown.read_bytes()
+    beside = [*PREDICT, str(unknown), "--video", "--out", str(unknown.parent)]
+    assert "would be replaced by its own prediction" in refuse(beside, workplace)
+    assert unknown.read_bytes() == before
+    assert [path.name for path in unknown.parent.iterdir()] == [unknown.name]
+    (workplace / "new").mkdir()
+    mine = workplace / "new" / f"{unknown.stem}.csv"
+    mine.write_text("my own notes")
+    assert "is no prediction of ours" in refuse([*PREDICT, str(unknown), "--out", "new"], workplace)
+    assert mine.read_text() == "my own notes"
+
+
+@pytest.mark.slow
+def test_another_reading_of_a_folder_is_another_prediction(workplace: Path, unknown: Path) -> None:  # noqa: F811
+    frames = workplace / "case B"
+    frames.mkdir()
+    with av.open(str(unknown)) as source:
+        for number, frame in zip(range(60), source.decode(video=0), strict=False):
+            frame.to_image().save(frames / f"{number:06d}.png")
+    one, five = (["--set", f"data.folder_fps={rate}", "--out", "new"] for rate in (1, 5))
+    succeed([*PREDICT, *one, str(frames)], workplace)
+    assert "from another video" in refuse([*PREDICT, *five, str(frames)], workplace)
+
+
+@pytest.mark.slow
 def test_an_ablation_takes_stage_one_from_the_run_that_made_its_features(workplace: Path, unknown: Path) -> None:  # noqa: F811
     features = next((workplace / "artifacts/features").iterdir())
     small = ["--config", "tiny.yaml", "--name", "small", "--set", "temporal.head.hidden=8"]

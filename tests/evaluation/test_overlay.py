@@ -46,3 +46,9 @@ def test_tools_that_are_seen_are_bright() -> None:
     rows = slice(round(0.52 * with_tools.shape[0]), round(0.8 * with_tools.shape[0]))
     assert with_tools[rows].max() == 240
     assert without[rows].max() == 24
+
+
+def test_pictures_of_another_size_are_scaled_to_the_first() -> None:
+    drawn = overlay(96, 96)
+    for shape in ((64, 80, 3), (200, 300, 3), (96, 97, 3)):
+        assert drawn.add(np.zeros(shape, np.uint8), 0).shape == drawn.add(np.zeros((96, 96, 3), np.uint8), 0).shape

@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,31 @@ def doubled(levels: int) -> list[Any]:
 )
 def test_bombs_are_refused_at_once(load: Callable[..., Any], content: bytes) -> None:
     refusal(load, content)
+
+
+def test_a_key_of_nested_tuples_is_refused_before_it_is_hashed(load: Callable[..., Any]) -> None:
+    assert "tuples" in refusal(load, b"\x80\x02})" + b"\x85" * 200_000 + b"Ns.")
+
+
+REBUILDING_BOMBS = {
+    # one string of a megabyte, encoded again and again
+    "encode": b"\x80\x02X"
+    + struct.pack("<I", 1 << 20)
+    + b"a" * (1 << 20)
+    + b"q\x00X\x06\x00\x00\x00latin1q\x010]"
+    + b"("
+    + b"c_codecs\nencode\nh\x00h\x01\x86R" * 1500
+    + b"e.",
+    # a list that doubles at every level, given to a storage
+    "storage": b"\x80\x02ctorch\nLongStorage\nK\x01q\x00"
+    + b"".join(b"(h%sh%slq%s" % (bytes([i]), bytes([i]), bytes([i + 1])) for i in range(24))
+    + b"\x85R.",
+}
+
+
+@pytest.mark.parametrize("name", REBUILDING_BOMBS)
+def test_rebuilding_makes_no_more_than_a_file_explains(name: str, load: Callable[..., Any]) -> None:
+    refusal(partial(load, tensors=True), REBUILDING_BOMBS[name])
 
 
 def test_values_are_counted_before_they_are_made(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

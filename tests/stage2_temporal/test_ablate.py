@@ -18,8 +18,10 @@ import yaml
 
 from configs.errors import UserError
 from configs.load import load_ablation, load_config
+from engine.files import process_mark, sole_worker
 from engine.stopping import Stopped, StopRequest
 from evaluation.ablation import Trial, ablation_page, ablation_rows
+from stage2_temporal import ablate as ablate_module
 from stage2_temporal.ablate import ablate, read_ablation
 from tests.stage2_temporal.toy import cue_video, small, write_folder
 
@@ -115,9 +117,12 @@ def test_ranges_are_drawn_as_far_as_the_budget_goes(world: Path) -> None:
     run(world, write_ablation(world, space=space, seeds=[0], budget={"trials": 4}))
     rows = table(world)
     drawn = [row for row in rows if row["setting"] != "base"]
-    assert (len(drawn), len(rows)) == (4, 5)
+    assert (len(drawn), len(rows)) == (3, 4)  # the base is one of the four
     assert all(0.001 <= float(row["temporal.optim.lr"]) <= 0.05 for row in drawn)
     assert all(row["temporal.head.hidden"] in "456789" for row in drawn)
+    run(world, write_ablation(world, space=space, seeds=[0], budget={"trials": 7}))
+    rates = [row["temporal.optim.lr"] for row in table(world) if row["setting"] != "base"]
+    assert len(set(rates)) == 6  # a second start draws others
 
 
 def test_a_setting_that_does_not_work_is_named_and_the_others_go_on(world: Path) -> None:
@@ -129,6 +134,36 @@ def test_a_setting_that_does_not_work_is_named_and_the_others_go_on(world: Path)
     assert {label for label, _ in failed} == {"both ways, seed 0", "both ways, seed 1"}
     assert "bidirectional" in failed[0][1]
     assert {row["setting"] for row in table(world)} == {"base", "wide"}
+    before = trained(world)
+    again = run(world, write_ablation(world, settings=settings))
+    assert [label for label, _ in again] == [label for label, _ in failed]  # said again, not forgotten
+    assert trained(world) == before
+
+
+def test_what_failed_for_a_passing_reason_is_done_the_next_time(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_ablation(world, space={"temporal.head.hidden": [6, 12]})
+    sound = ablate_module.train_temporal
+
+    def fail_for_six(config: Any, *arguments: Any) -> Any:
+        if config.temporal.head.hidden == 6 and config.seed == 1:
+            raise UserError("no room left on the disk")
+        return sound(config, *arguments)
+
+    monkeypatch.setattr(ablate_module, "train_temporal", fail_for_six)
+    assert run(world, file) == [("hidden=6, seed 1", "no room left on the disk")]
+    assert load_config(world / "runs/wide/best.yaml").temporal.head.hidden == 12  # one lucky seed wins nothing
+    monkeypatch.setattr(ablate_module, "train_temporal", sound)
+    assert run(world, file) == []
+    assert len(table(world)) == 4
+
+
+def test_one_process_at_a_time_conducts(world: Path) -> None:
+    file = write_ablation(world, space={"temporal.head.hidden": [6]})
+    with sole_worker(world / "runs" / "wide", "ablation"), pytest.raises(UserError, match="another process works"):
+        run(world, file)
+    (world / "runs" / "wide" / "in-work").write_text(process_mark().rsplit("-", 1)[0] + "-999999")  # dead
+    run(world, file)
+    assert not (world / "runs" / "wide" / "in-work").exists()
 
 
 def test_stopped_between_trainings_it_goes_on(world: Path) -> None:
@@ -193,6 +228,7 @@ def test_differences_are_paired_by_seed() -> None:
         ({"space": {"temporal.optim.lr": {"low": 1, "high": 0}}}, "must be below"),
         ({"space": {"temporal.optim.lr": {"low": 0.1, "high": 1}}}, "no end"),
         ({"space": {"temporal.head.hidden": [1]}, "seeds": [1, 1]}, "seeds repeat"),
+        ({"space": {"cnn.epochs": [1, 2]}}, "only settings of stage two|only settings"),
         ({"space": {"temporal.head.hidden": [1]}, "sedes": [1]}, "did you mean seeds"),
     ],
 )
