@@ -126,8 +126,8 @@ def cli() -> None:
     import-checkpoint, export-checkpoint
                     files of the original MTRCNet programs as runs, and back
 
-    Every command takes --config FILE and --set key=value; `config show` prints what they come to. The folder of the
-    videos is data.root: `--set data.root=DIR`, a line in the file, or the variable SURGSTAGE_DATA.
+    Commands with settings take --config FILE and --set key=value; `config show` prints what they come to. The folder of
+    the videos is data.root: `--set data.root=DIR`, a line in the file, or the variable SURGSTAGE_DATA.
     """
 
 
@@ -327,6 +327,8 @@ def ablate(
     spec = read_ablation(ablation, base)
     resolved = _config(spec.base, overrides)
     folder = _run(resolved, ablation, name)
+    if workers == 0 or workers < -1:
+        raise UserError(f"--workers {workers}: give a number of trainings at once, or -1 for one a core")
     with _stop_when_asked() as stop:
         run = _run(resolved, spec.base, run_name)
         failed = run_ablation(spec, folder, overrides, features, run, workers=workers, stop=stop)

@@ -7,10 +7,11 @@ usual splits). Both are read from YAML by `configs.load`.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationInfo, field_validator, model_validator
 
 Precision = Literal["auto", "native", "fp32", "bf16", "fp16"]
 
@@ -384,8 +385,8 @@ class JointConfig(Strict):
 class RangeConfig(Strict):
     """A range of an ablation's space; whole numbers where both ends are."""
 
-    low: int | float
-    high: int | float
+    low: int | FiniteFloat
+    high: int | FiniteFloat
     log: bool = Field(False, description="draw evenly on a logarithmic scale")
 
     @model_validator(mode="after")
@@ -395,7 +396,8 @@ class RangeConfig(Strict):
         return self
 
 
-Choice = None | bool | int | float | str
+Choice = None | bool | int | FiniteFloat | str
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class BudgetConfig(Strict):
@@ -412,7 +414,7 @@ class AblationConfig(Strict):
     settings: dict[str, dict[str, Choice]] = Field(
         {}, description="named settings, each a set of changes, tried with every point of the space"
     )
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
     budget: BudgetConfig = BudgetConfig()
 
     @model_validator(mode="after")
@@ -423,6 +425,10 @@ class AblationConfig(Strict):
             raise ValueError("space: an empty list")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds repeat")
+        tried: list[Sequence[object]] = [values for values in self.space.values() if isinstance(values, list)]
+        tried.append([*self.settings.values()])
+        if any(value in values[:place] for values in tried for place, value in enumerate(values)):
+            raise ValueError("space or settings: the same is tried twice")
         keys = [*self.space, *(key for changes in self.settings.values() for key in changes)]
         if foreign := [key for key in keys if not key.startswith("temporal.")]:
             raise ValueError(f"{foreign[0]}: on fixed features only settings of stage two (temporal) can be compared")
@@ -439,7 +445,7 @@ class AblationConfig(Strict):
 class Config(Strict):
     """Everything a run depends on."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     device: str = Field("auto", description="auto | cpu | cuda | mps")
     runs: Path = Path("runs")
     data: DataConfig = DataConfig()

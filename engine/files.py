@@ -72,7 +72,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     as it was. Raises UserError when the disk is full or the folder cannot be written.
     """
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{process_mark()}-{uuid.uuid4().hex[:8]}.tmp")
+    stem = path.name.encode()[:120].decode(errors="ignore")  # names have 255 bytes at most
+    temporary = path.with_name(f".{stem}.{process_mark()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
         fsync_file(temporary)
@@ -88,6 +89,9 @@ def as_user_error(error: OSError, path: Path) -> Exception:
     """What a failed write means to the user; errors that are not the user's to mend come back unchanged."""
     if is_no_room(error):
         return UserError(f"{path}: no room left on the disk; free some or choose another folder")
+    if isinstance(error, IsADirectoryError) or error.errno == errno.ENAMETOOLONG:
+        what = "is a folder" if isinstance(error, IsADirectoryError) else "its name is too long"
+        return UserError(f"{path}: cannot be written: {what}; choose another place or name")
     if isinstance(error, PermissionError) or error.errno == errno.EROFS:
         return UserError(f"{path}: not allowed to write here; choose another folder")
     return error
@@ -210,6 +214,12 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} does not go into JSON")
 
 
+def require_replaceable_json(path: Path) -> None:
+    """Raise UserError where `path`, given for results, holds something else than results written before."""
+    if path.exists() and (path.is_dir() or not path.read_bytes()[:1].startswith(b"{")):
+        raise UserError(f"{path}: exists and holds no results; give another file")
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises UserError when it is missing, unreadable or not JSON."""
     try:
@@ -218,7 +228,7 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: no such file") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a ValueError too
         raise UserError(f"{path}: not a JSON file ({error})") from error
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import DataSetSpec
-from engine.files import write_json
+from engine.files import require_replaceable_json, write_json
 from engine.progress import say
 from evaluation.foreign import PhaseFile, find_phase_files, read_foreign_phases
 from evaluation.phases import chosen_conventions, evaluate_phases
@@ -74,6 +74,7 @@ def evaluate_folder(
         say(note)
     print_results(results)
     if out is not None:
+        require_replaceable_json(out)
         write_json(out, results)
         say(f"written: {out}")
     return results

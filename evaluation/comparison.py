@@ -16,7 +16,7 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.schema import DataSetSpec
-from engine.files import read_json, write_json
+from engine.files import read_json, require_replaceable_json, write_json
 from engine.progress import say
 from evaluation.anyone import Reading, score_folder
 from evaluation.phases import CONVENTIONS, mean_and_std
@@ -85,6 +85,7 @@ def compare_models(
     }
     print_comparisons(result)
     if out is not None:
+        require_replaceable_json(out)
         write_json(out, result)
         say(f"written: {out}")
     return result

@@ -127,7 +127,7 @@ def evaluate_phases(
     about}}, percent, ready for JSON: what is undefined is None. Videos without any label are left out and named in
     `about`. Raises UserError for an unknown or unavailable convention and for truth and prediction that do not match.
     """
-    if not (math.isfinite(fps) and fps > 0):
+    if not 1e-3 <= fps <= 1e4:  # NaN fails too
         raise UserError(f"fps {fps}: the rate of the labels must be a positive number of frames a second")
     names = chosen_conventions(conventions, phases)
     videos, without = label_pairs(truth, predicted, len(phases))

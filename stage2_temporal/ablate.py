@@ -104,7 +104,10 @@ class _StopWithParent(StopRequest):
 def unit_config(source: str, overrides: Sequence[str], unit: Unit) -> Config:
     """The settings of one training."""
     changes = [f"{key}={json.dumps(value)}" for key, value in unit.changes]
-    return load_config(source, [*overrides, *changes, f"seed={unit.seed}"])
+    try:
+        return load_config(source, [*overrides, *changes, f"seed={unit.seed}"])
+    except UserError as error:
+        raise UserError(f"the ablation's settings: {str(error).removeprefix('--set: ')}") from error
 
 
 def read_ablation(source: str, base: str | None = None) -> AblationConfig:

@@ -118,6 +118,8 @@ def _other_features(
     from features.catalogue import open_dataset
     from stage1_cnn.extract import extract
 
+    if not index_file.is_file():
+        raise UserError(f"{index_file}: no such index; make it with `index --out {index_file}` and its data.root")
     if features is not None:
         return features, Index.load(index_file)
     data = config.data.model_copy(update={"index": index_file})

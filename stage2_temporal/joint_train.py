@@ -33,7 +33,9 @@ from features.preprocess import normalise
 from stage1_cnn.data import FrameLoader, LabelledFrames, choose_workers, labelled_frames
 from stage1_cnn.frames import fill_cache, frames_identity
 from stage1_cnn.model import (
+    Backbone,
     best_checkpoint,
+    build_backbone,
     freeze_batch_norm,
     initial_backbone,
     require_image_size,
@@ -143,7 +145,7 @@ def initial_net(config: Config, index: Index, start: Start, *, trusted: bool = F
     spec = index.dataset
     _require_classes(config, len(spec.tools))
     net = build_joint(
-        initial_backbone(config, trusted=trusted),
+        _first_backbone(config, start, trusted=trusted),
         config.joint.net,
         config.temporal.head,
         len(spec.tools),
@@ -170,6 +172,13 @@ def _note_other_pictures(path: Path, preprocess: Mapping[str, Any], config: Conf
     changed = differences(preprocess, config.preprocess.model_dump(mode="json"))
     if changed:
         say(f"note: {path} was trained on pictures prepared otherwise (preprocess: {'; '.join(changed)})")
+
+
+def _first_backbone(config: Config, start: Start, *, trusted: bool) -> Backbone:
+    """`cnn.weights`, which need not be on the machine where another run gives the backbone."""
+    if start.cnn or start.joint:
+        return build_backbone(config.cnn.backbone, "random", config.seed)
+    return initial_backbone(config, trusted=trusted)
 
 
 def _require_classes(config: Config, tools: int) -> None:

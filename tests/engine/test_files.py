@@ -18,8 +18,10 @@ from engine.files import (
     read_json,
     remove_stale_temporaries,
     require_free_bytes,
+    require_replaceable_json,
     sha256_ends,
     write_json,
+    write_text,
 )
 
 
@@ -127,3 +129,25 @@ def test_paths_of_an_index_stay_below_the_root(tmp_path: Path) -> None:
     for path in ("../outside", "/etc/passwd", "link/a.mp4", "a\x00b"):
         with pytest.raises(UserError):
             inside(tmp_path / "root", path)
+
+
+def test_what_a_file_name_can_do_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="is a folder"):
+        write_text(tmp_path / "folder", "x")
+    with pytest.raises(UserError, match="name is too long"):
+        write_text(tmp_path / ("x" * 300), "x")
+    write_text(tmp_path / ("ü" * 120), "x")  # 240 bytes: the temporary name beside it must fit as well
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
+
+
+def test_json_with_endless_numbers_or_of_somebody_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("9" * 5000)
+    with pytest.raises(UserError, match="not a JSON file"):
+        read_json(path)
+    with pytest.raises(UserError, match="holds no results"):
+        require_replaceable_json(path)
+    path.write_text("{}")
+    require_replaceable_json(path)
+    require_replaceable_json(tmp_path / "new.json")

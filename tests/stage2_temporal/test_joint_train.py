@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from configs.schema import Config
+from configs.schema import CnnConfig, Config
 from engine.checkpoints import load_checkpoint
 from engine.stopping import Stopped, StopRequest
 from features.store import load_feature_set
 from stage1_cnn.extract import extract
 from stage1_cnn.train import train_cnn
+from stage2_temporal import joint_train
 from stage2_temporal.joint import joint_checkpoint, load_joint
 from stage2_temporal.joint_evaluate import evaluate_joint
 from stage2_temporal.joint_predict import embed_crops, labelled_videos, predict_videos
@@ -219,3 +220,13 @@ def test_runs_that_do_not_fit_are_refused(stages: World) -> None:
     with pytest.raises(UserError, match="other settings"):
         joint(stages, config, "named")
         joint(stages, settings(stages, JOINT | {"multitask": STEP | {"epochs": 2}}), "named")
+
+
+def test_a_net_that_comes_from_a_run_needs_no_downloaded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*arguments: object, **options: object) -> None:
+        raise AssertionError("asked for weights that the run replaces")
+
+    monkeypatch.setattr(joint_train, "initial_backbone", no_network)
+    config = Config(cnn=CnnConfig(backbone="resnet18", weights="imagenet"))
+    for start in (Start(cnn=Path("one")), Start(joint=Path("other"))):
+        assert joint_train._first_backbone(config, start, trusted=False).name == "resnet18"
