@@ -5,7 +5,7 @@
 Both are run as a user would, as command lines with their default processes. Videos are simulated: one clip of 854x480
 at 25 fps, H.264 with B-frames, whose packets are repeated without decoding until the video is 10 min, 1 h and 4 h long.
 The question is memory, not speed, so the backbone is a small one with random weights (decoding is real). Features for
-`train-temporal` are random, 2048 wide, 1 to 80 videos of 2,158 frames (Cholec80's mean of its training half), for one epoch.
+`train-temporal` are random, 2048 wide, 1 to 80 videos of 2,158 frames (Cholec80's mean), one epoch.
 
 Keys: `extract` and `train_temporal`, a list with `seconds`, `peak_mb` (highest sum of resident memory of the command
 and its processes at one moment) and `biggest_mb` (highest of one process) for each size; `peak_mb_4h_over_10min` and
@@ -71,10 +71,17 @@ def measure_extract(folder: Path, minutes: int, fps: float, settings: list[str])
         write_clip(clip)
     repeat_packets(clip, place / "data" / "video01.mp4", minutes * 60 // CLIP_S)
     options = [
-        f"data.root={place / 'data'}", f"data.index={place / 'index.json'}", f"data.fps={fps}", f"runs={place / 'runs'}",
-        "data.split={rule: null, test: [video01], train: [], val: []}", "cnn.backbone=mobilenet_v3_small",
-        "cnn.weights=random", "extract.encoder=initial", f"extract.store={place / 'store'}", *settings,
-    ]  # fmt: skip
+        f"data.root={place / 'data'}",
+        f"data.index={place / 'index.json'}",
+        f"data.fps={fps}",
+        "data.split={rule: lists, test: [video01]}",
+        f"runs={place / 'runs'}",
+        "cnn.backbone=mobilenet_v3_small",
+        "cnn.weights=random",
+        "extract.encoder=initial",
+        f"extract.store={place / 'store'}",
+        *settings,
+    ]
     words = [word for option in options for word in ("--set", option)]
     run_measured([str(PROJECT / "pipeline.py"), "index", *words], place)
     cost = run_measured([str(PROJECT / "pipeline.py"), "extract", *words], place)
@@ -107,9 +114,8 @@ def repeat_packets(clip: Path, out: Path, times: int) -> None:
         stream = source.streams.video[0]
         assert stream.time_base is not None
         length = round(Fraction(CLIP_S) / stream.time_base)
-        packets = [
-            (bytes(p), p.pts, p.dts, p.duration, p.is_keyframe) for p in source.demux(stream) if p.dts is not None
-        ]
+        read = [packet for packet in source.demux(stream) if packet.size]  # the last is empty
+        packets = [(bytes(p), p.pts, p.dts, p.duration, p.is_keyframe) for p in read]
         with av.open(str(out), "w") as container:
             copy = container.add_stream_from_template(stream)
             for turn in range(times):

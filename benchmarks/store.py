@@ -1,4 +1,4 @@
-"""What a feature file costs beside plain files: writing and reading (2300, 2048) float16, a video of 38 minutes at 1 fps.
+"""What a feature file costs beside plain files: writing and reading (2300, 2048) float16, 38 minutes at 1 fps.
 
     python benchmarks/store.py --json FILE
 
