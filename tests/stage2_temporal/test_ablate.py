@@ -187,8 +187,25 @@ def test_stopped_between_trainings_it_goes_on(world: Path) -> None:
     assert all(trained(world)[name] == moment for name, moment in before.items())
 
 
+def below(pid: int) -> list[int]:
+    """Processes that a process started, and theirs (Linux)."""
+    found = [pid]
+    for member in found:
+        tasks = Path(f"/proc/{member}/task")
+        found += [int(child) for task in tasks.glob("*/children") for child in task.read_text().split()]
+    return found[1:]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.slow
-def test_killed_and_started_again_it_finishes_without_repeating(world: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_and_started_again_it_finishes_without_repeating(world: Path, number: int) -> None:
     file = write_ablation(world, space={"temporal.head.hidden": [6, 12, 24]}, seeds=[0, 1, 2])
     order = [sys.executable, str(PROJECT / "pipeline.py"), "ablate", str(file), "--workers", "2"]
     order += ["--features", "features", "--set", "temporal.epochs=12"]
@@ -196,8 +213,14 @@ def test_killed_and_started_again_it_finishes_without_repeating(world: Path) -> 
     deadline = time.monotonic() + 120
     while len(trained(world)) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.kill()
+    workers = below(process.pid)
+    process.send_signal(number)
+    process.wait(timeout=60)
+    while any(map(is_alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_alive, workers))  # nobody goes on training what a second start will train
     process.communicate()
+    assert process.returncode == (75 if number == signal.SIGTERM else -signal.SIGKILL)
     before = trained(world)
     assert 2 <= len(before) < 9
     done = subprocess.run(order, cwd=world, capture_output=True, text=True, timeout=240, check=False)
