@@ -68,7 +68,8 @@ def share_features(base: Path, wanted: Mapping[tuple[Path, bool], object]) -> Sh
     for folder, data in found.items():
         if not data.val:
             raise UserError(f"{folder}: no validation videos, so settings cannot be compared; index with another split")
-        _require_comparable(found[base], data)
+        if folder != base:
+            _require_comparable(found[base], data)
     for folder, data in found.items():
         found[folder] = replace(data, scored=_common_moments(data, list(found.values())))
     tables = {(folder, False): data for folder, data in found.items()}
