@@ -74,7 +74,8 @@ def write_model_card(
 
 def render_model_card(facts: Mapping[str, Any]) -> str:
     """The card as Markdown, from plain values: name, kind, simulated, dataset, fps, split ({train, val, test: ids}),
-    settings (YAML), environment (a phrase), imported (a file or None) and metrics. A missing fact is an error, never an empty place."""
+    settings (YAML), environment (a phrase), imported (a file or None) and metrics. A missing fact is an error, never an
+    empty place."""
     environment = template_environment(html=False)
     environment.filters["number"] = _number
     phases = facts["metrics"]["phases"]
