@@ -416,7 +416,14 @@ def _given(*names: str) -> list[str]:
     "--predictions", type=click.Path(path_type=Path), metavar="DIR", help="Anyone's phase files, not a run's."
 )
 @reading_options
-@click.option("--convention", "conventions", multiple=True, metavar="NAME", help="Repeatable. Default: all.")
+@click.option(
+    "--convention",
+    "conventions",
+    multiple=True,
+    metavar="NAME",
+    help="One of phase_mean, video_macro, pooled, relaxed_matlab, relaxed_fixed, segmental (docs/evaluation.md). "
+    "Repeatable. Default: all.",
+)
 @JSON_FILE
 @click.option("--features", type=click.Path(path_type=Path), help="Feature folder. Default: the one of the run.")
 @MODEL
@@ -681,7 +688,13 @@ def _refuse(what: str, options: list[str]) -> None:
     "--split", default="test", show_default=True, help="The evaluation of the runs, a folder in RUN/evaluate."
 )
 @click.option("--convention", help="One convention. Default: video_macro, where models' differences are their videos'.")
-@click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Repeatable. Default: all of the convention.")
+@click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    metavar="NAME",
+    help="accuracy, precision, recall, jaccard, f1; of segmental edit, f1@10, f1@25, f1@50. Repeatable. Default: all.",
+)
 @reading_options
 @JSON_FILE
 def compare_command(

@@ -23,6 +23,7 @@ _SECTIONS = {
     "temporal": ("seed", "preprocess", "cnn", "extract", "temporal"),
     "joint": ("seed", "preprocess", "joint"),
 }
+_PARTS = {"temporal": (), "joint": (("cnn", "backbone"), ("temporal", "head"))}  # of a net trained as one
 _BASELINES = {"frame": "per-frame head on the same features", "majority": "always the longest phase of training"}
 
 
@@ -34,12 +35,12 @@ def write_model_card(
     root: Path | None = None,
     *,
     trained_in: Path | None = None,
-    versions_known: bool = True,
+    imported: str | None = None,
 ) -> Path:
     """Write `RUN/MODEL_CARD.md` for the net of `stage` (`temporal` or `joint`) from what evaluation found.
 
-    Settings and versions are those in `trained_in`, by default `RUN/<stage>`; `versions_known` is False for a net that
-    was trained elsewhere and imported.
+    Settings and versions are those in `trained_in`, by default `RUN/<stage>`. `imported` names the file of a net that
+    was trained elsewhere: on which videos and with which settings is then not known, and the card says so.
 
     `metrics` is what `metrics.json` holds. Simulated data is called so: `root` (the data root, where known) holds the
     simulator's settings, or the data set is the simulator's own.
@@ -48,6 +49,11 @@ def write_model_card(
     environment = folder / "environment.json"
     settings = read_yaml(folder / "config.yaml") if (folder / "config.yaml").exists() else {}
     chosen = {key: settings[key] for key in _SECTIONS[stage] if key in settings}
+    for section, key in _PARTS[stage]:
+        if key in settings.get(section, {}):
+            chosen[section] = {key: settings[section][key]}
+    if imported is not None:  # what it was fed with and what it is; how it was trained is another program's
+        chosen = {key: chosen[key] for key in ("preprocess", "cnn", "temporal") if key in chosen}
     text = render_model_card(
         {
             "name": run.name,
@@ -57,7 +63,8 @@ def write_model_card(
             "fps": metrics["fps"],
             "split": {part: [entry.id for entry in index.by_split(part)] for part in SPLITS if part != "none"},
             "settings": yaml.safe_dump(chosen, sort_keys=False) if chosen else "",
-            "environment": _made_with(read_json(environment) if versions_known and environment.exists() else {}),
+            "environment": _made_with(read_json(environment) if environment.exists() else {}),
+            "imported": imported,
             "metrics": metrics,
         }
     )
@@ -67,7 +74,8 @@ def write_model_card(
 
 def render_model_card(facts: Mapping[str, Any]) -> str:
     """The card as Markdown, from plain values: name, kind, simulated, dataset, fps, split ({train, val, test: ids}),
-    settings (YAML), environment (a phrase) and metrics. A missing fact is an error, never an empty place."""
+    settings (YAML), environment (a phrase), imported (a file or None) and metrics. A missing fact is an error, never an
+    empty place."""
     environment = template_environment(html=False)
     environment.filters["number"] = _number
     phases = facts["metrics"]["phases"]

@@ -196,8 +196,8 @@ def index_from_pickles(
     """
     root, spec = data_root(config), load_dataset(config.data.dataset)
     order = parse_phase_order(phase_order, spec, str(files[0]))
-    say(f"phases in {', '.join(file.name for file in files)}: {describe_order(order)}")
     pickled = _by_id([video for file in files for video in read_pickled_index(file, spec)], spec)
+    say(f"phases in {', '.join(file.name for file in files)}: {describe_order(order)}")
     found = {video.id: video for video in find_videos(root, spec).videos}
     labels = {}
     for video_id, video in pickled.items():

@@ -81,9 +81,8 @@ def evaluate_joint(
         )
     if split == "test" and out.name == "test":
         update_summary(run, summary_of(run, material, metrics))
-        write_model_card(
-            run, "joint", index, metrics, root, trained_in=path.parent, versions_known=path.parent.name != IMPORTED
-        )
+        imported = (about.get("original") or {}).get("file", path.name) if about["step"] == IMPORTED else None
+        write_model_card(run, "joint", index, metrics, root, trained_in=path.parent, imported=imported)
     say(f"written: {out / METRICS_FILE}" + (", predictions/, ribbons.png" if probabilities else ", tool_predictions/"))
     return metrics
 

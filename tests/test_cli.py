@@ -546,7 +546,9 @@ def test_pickles_go_in_and_out_and_predictions_become_text(tmp_path: Path) -> No
     text = (tmp_path / "text/video17-phase.txt").read_text().splitlines()
     assert text[:2] == ["Frame Phase", "75\tGallbladderRetraction"]
     (tmp_path / "in.pkl").write_bytes(b"cos\nsystem\n(S'touch mark'\ntR.")
-    line = refuse(["index", *order, "--force", "--from-pickle", "in.pkl"], tmp_path)
+    done = command(["index", *order, "--force", "--from-pickle", "in.pkl"], tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
     assert "in.pkl: asks for 'os.system'" in line
     assert not (tmp_path / "mark").exists()
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.phases import CONVENTIONS
+
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -153,3 +155,9 @@ def test_what_cannot_be_compared(arguments, message, tmp_path):
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert message in done.stderr
+
+
+def test_help_names_every_convention(tmp_path):
+    done = command(["evaluate", "--help"], tmp_path)
+    for name in CONVENTIONS:
+        assert name in done.stdout, name

@@ -103,6 +103,30 @@ def test_a_net_for_one_task_says_which_numbers_it_has_not(tmp_path):
     assert "The settings were not recorded." in card
 
 
+def test_the_card_of_a_joint_net_says_what_it_is_made_of(tmp_path):
+    (tmp_path / "joint").mkdir()
+    config = load_config("mtrcnet_cl", ["cnn.backbone=resnet18", "temporal.head.hidden=48"])
+    (tmp_path / "joint" / "config.yaml").write_text(to_yaml(config))
+    card = write_model_card(tmp_path, "joint", index(), metrics()).read_text()
+    for text in ("backbone: resnet18", "hidden: 48", "tool_hidden: 512"):
+        assert text in card, text
+
+
+def test_an_imported_net_is_not_said_to_be_trained_here(tmp_path):
+    (tmp_path / "joint").mkdir()
+    (tmp_path / "joint" / "config.yaml").write_text(to_yaml(load_config("mtrcnet")))
+    (tmp_path / "joint" / "environment.json").write_text(json.dumps({"packages": {"torch": "2.14.1"}}))
+    for spec in ("cholec80", "simulated"):
+        card = write_model_card(tmp_path, "joint", index(spec), metrics(), imported="theirs.pth").read_text()
+        assert "Imported from `theirs.pth`" in card
+        assert "Which videos it was trained on is not in the\nfile" in card
+        assert "backbone: resnet50" in card
+        for untrue in ("Trained with", "torch 2.14.1", "Trained and tested", "never seen", "epochs:", "seed: "):
+            assert untrue not in card, untrue
+        assert ("Tested on SIMULATED" in card) == (spec == "simulated")
+        assert "\n\n\n" not in card
+
+
 def test_a_missing_fact_is_an_error(tmp_path):
     with pytest.raises(jinja2.UndefinedError):
         render_model_card({"metrics": metrics()})
