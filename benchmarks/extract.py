@@ -36,7 +36,6 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-
 from command import pipeline
 
 PROJECT = Path(__file__).resolve().parent.parent
