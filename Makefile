@@ -57,6 +57,7 @@ bench: $(STAMP) ## time what docs/performance.md quotes; results in artifacts/be
 	mkdir -p artifacts/bench
 	$(BIN)/python benchmarks/start_up.py --json artifacts/bench/start_up.json
 	$(BIN)/python benchmarks/evaluate.py --json artifacts/bench/evaluate.json
+	$(BIN)/python benchmarks/extract.py --json artifacts/bench/extract.json
 	$(BIN)/python benchmarks/report.py --json artifacts/bench/report.json
 
 clean: ## remove caches (never .venv, runs or artifacts)
