@@ -72,8 +72,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     as it was. Raises UserError when the disk is full or the folder cannot be written.
     """
     make_folder(path.parent)
-    stem = path.name.encode()[:120].decode(errors="ignore")  # names have 255 bytes at most
-    temporary = path.with_name(f".{stem}.{process_mark()}-{uuid.uuid4().hex[:8]}.tmp")
+    temporary = temporary_path(path)
     try:
         yield temporary
         fsync_file(temporary)
@@ -83,6 +82,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise as_user_error(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that nobody else has, and that says which process it belongs to.
+
+    Whoever makes the file removes it; `remove_stale_temporaries` does when that process is dead.
+    """
+    stem = path.name.encode()[:120].decode(errors="ignore")  # names have 255 bytes at most
+    return path.with_name(f".{stem}.{process_mark()}-{uuid.uuid4().hex[:8]}.tmp")
 
 
 def as_user_error(error: OSError, path: Path) -> Exception:

@@ -5,9 +5,10 @@ list hides left out); its pixels are FFmpeg's conversion to 8-bit RGB with the s
 A rotation noted in the container (a multiple of 90 degrees) is applied, by both readers, because annotators worked on
 what their player showed. In a frame folder, frame k is the image of source frame k; an EXIF rotation is applied.
 
-**Readers.** PyAV is the reference. decord 0.6.0 is preferred where it provably gives the same bytes, and refused
-elsewhere: `reader="auto"` then takes PyAV and `reader="decord"` raises `ReaderError`. Where it differs (each measured
-with decord 0.6.0 and PyAV 18.1; `tests/features/test_readers.py` holds every case):
+**Readers.** PyAV is the reference, and what `reader="auto"` takes: on real operations it gives nearly twice the sampled
+frames a second (docs/performance.md). `reader="decord"` takes decord 0.6.0 where it provably gives the same bytes, and
+raises `ReaderError` elsewhere. Where it differs (each measured with decord 0.6.0 and PyAV 18.1;
+`tests/features/test_readers.py` holds every case):
 
 - AVI, MPEG-TS: no usable presentation times or a seek that lands elsewhere; wrong frames throughout.
 - open GOP and intra refresh (key frames that are no IDR pictures): decord numbers key frames by decoding order; wrong
@@ -40,6 +41,7 @@ import weakref
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -56,6 +58,8 @@ MAX_PIXELS = 50_000_000
 _MP4_BOXES = frozenset(
     {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"sidx", b"styp", b"uuid", b"mfra"}
 )
+# A video with fewer pictures that start over is not worth splitting: each part decodes from the one before it.
+_MANY_STARTS = 4
 _WAY_OUT = "re-encode the video or leave it out"
 
 
@@ -152,14 +156,12 @@ def open_reader(
         return FolderReader(source_path, frames)
     scan = scan_video(source_path)
     pyav = PyavReader(scan, fps, threads)
-    if reader == "pyav":
+    if reader != "decord":
         return pyav
     reason = why_not_decord(scan)
-    if reason is None:
-        return DecordReader(scan, fps, pyav)
-    if reader == "decord":
+    if reason is not None:
         raise ReaderError(f"{source_path}: decord does not give the right frames here ({reason}); use auto or pyav")
-    return pyav
+    return DecordReader(scan, fps, pyav)
 
 
 def checked_frames(frame_index: Sequence[int], frame_count: int, path: Path) -> list[int]:
@@ -171,6 +173,15 @@ def checked_frames(frame_index: Sequence[int], frame_count: int, path: Path) -> 
         missing = next(k for k in wanted if k >= frame_count)
         raise ReaderError(f"{path}: has {frame_count} frames, so frame {missing} cannot be had; rebuild the index")
     return wanted
+
+
+def can_start_inside(path: Path) -> bool:
+    """Whether reading a video from its middle is cheap: its pictures are known by time, and many start over.
+
+    Raises ReaderError for what `scan_video` refuses.
+    """
+    scan = scan_video(path)
+    return scan.numbered and int(scan.idr.sum()) >= _MANY_STARTS
 
 
 class ClosingReader:
@@ -484,8 +495,8 @@ class PyavReader(ClosingReader):
 
     In H.264 with known times, groups of pictures without a wanted frame are not decoded at all, nor is what follows
     the last wanted frame of a group, nor are pictures that nothing refers to (FFmpeg's `skip_frame=NONREF`, set before
-    each packet). All three leave the wanted pixels bit-identical to decoding everything. Elsewhere everything up to
-    the last wanted frame is decoded and counted.
+    each packet); a reading that begins late seeks to the IDR picture it needs. All of it leaves the wanted pixels
+    bit-identical to decoding everything. Elsewhere everything up to the last wanted frame is decoded and counted.
     """
 
     name = "pyav"
@@ -523,10 +534,9 @@ class PyavReader(ClosingReader):
         settled_at = self._settled_at(wanted)
         targets = deque(wanted)
         pending: deque[tuple[int, Any, int]] = deque()  # number, picture, number whose arrival settles it
-        with _open_container(self._scan.path) as container:
-            stream = _video_stream(container, self._scan.path)
+        with self._opened(wanted) as (container, stream, packets):
             try:
-                for number, picture in self._decoded(container, stream, wanted):
+                for number, picture in self._decoded(container, stream, packets, wanted):
                     if picture.is_corrupt:
                         raise self._lost(pending[0][0] if pending else targets[0], number)
                     if targets and number > targets[0]:
@@ -545,7 +555,9 @@ class PyavReader(ClosingReader):
             for _, picture, _ in pending:
                 yield _upright(picture, stream)
 
-    def _decoded(self, container: Any, stream: Any, wanted: list[int]) -> Iterator[tuple[int, Any]]:
+    def _decoded(
+        self, container: Any, stream: Any, packets: Iterator[tuple[int, Any]], wanted: list[int]
+    ) -> Iterator[tuple[int, Any]]:
         """Every picture that the decoder gives, with its number, fed with what the wanted ones need."""
         context = stream.codec_context
         _use_threads(context, self._threads)
@@ -554,13 +566,58 @@ class PyavReader(ClosingReader):
             return
         fed, whole = self._plan(wanted)
         last = int(self._scan.position[wanted].max())
-        for at, packet in enumerate(p for p in container.demux(stream) if p.size):
+        for at, packet in packets:
             if fed[at]:
                 context.skip_frame = "DEFAULT" if whole[at] else "NONREF"
                 yield from self._numbered(packet.decode())
             if at == last:
                 break
         yield from self._numbered(context.decode(None))
+
+    @contextmanager
+    def _opened(self, wanted: list[int]) -> Iterator[tuple[Any, Any, Iterator[tuple[int, Any]]]]:
+        """Container, stream, and its packets with their numbers, from the first that a wanted frame needs or earlier.
+
+        Sought where the container has an index. Where a seek has landed, the packets' time stamps say: up to the needed
+        one, each must be the one that the scan has there, otherwise the next attempt opens the file anew.
+        """
+        first = int(np.argmax(self._plan(wanted)[0])) if self._scan.numbered else 0
+        for time_stamp in (*self._seek_times(first), None):
+            with _open_container(self._scan.path) as container:
+                stream = _video_stream(container, self._scan.path)
+                packets = self._packets_after(container, stream, first, time_stamp)
+                if packets is not None:
+                    yield container, stream, packets
+                    return
+
+    def _seek_times(self, first: int) -> Iterator[int]:
+        """Where to seek for packet `first`, an IDR picture: its time, then those of earlier ones.
+
+        An index that goes by decoding time may lead behind it.
+        """
+        if first and self._scan.container in {"mp4", "matroska"}:
+            starts = np.flatnonzero(self._scan.idr[: first + 1])
+            yield from (int(self._scan.pts[starts[-back]]) for back in (1, 2, 5) if back <= len(starts))
+
+    def _packets_after(
+        self, container: Any, stream: Any, first: int, time_stamp: int | None
+    ) -> Iterator[tuple[int, Any]] | None:
+        """All packets (`time_stamp` None), or those from `first` on after a seek; None where that led elsewhere."""
+        packets = (packet for packet in container.demux(stream) if packet.size)
+        if time_stamp is None:
+            return enumerate(packets)
+        pts = self._scan.pts
+        try:
+            container.seek(time_stamp, stream=stream)
+            packet = next(packets)
+            at = int(np.argmax(pts == packet.pts))
+            while at < first and packet.pts == pts[at]:
+                packet, at = next(packets), at + 1
+        except (StopIteration, _import_av().error.FFmpegError):
+            return None
+        if at != first or packet.pts != pts[first]:
+            return None
+        return itertools.chain([(first, packet)], enumerate(packets, first + 1))
 
     def _plan(self, wanted: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """Which packets to decode, (N,) bool, and which of them even if nothing refers to them, (N,) bool."""

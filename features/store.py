@@ -49,7 +49,9 @@ class EncoderSpec:
     """Everything that changes a video's features besides its pixels.
 
     `weights_sha256` is over the encoder's tensors, head included. `preprocess` is the whole preprocessing as JSON, crop
-    included. The reader is not part of it: readers are bit-identical.
+    included. `arithmetic` says how the net is computed in that precision: `folded` (no batch norm left, weights in the
+    precision too) or `plain` (as it was trained, under autocast), and whether compiled. The reader is not part of it:
+    readers are bit-identical.
     """
 
     backbone: str
@@ -59,6 +61,7 @@ class EncoderSpec:
     precision: str
     storage: str
     embedding_dim: int
+    arithmetic: str = "plain"
 
     def to_json(self) -> dict[str, Any]:
         """The spec as plain values, with the schema version that reads it."""
@@ -71,6 +74,7 @@ class EncoderSpec:
             "precision": self.precision,
             "storage": self.storage,
             "embedding_dim": self.embedding_dim,
+            "arithmetic": self.arithmetic,
         }
 
     @property
@@ -194,6 +198,7 @@ def _provenance(encoder: EncoderSpec, source: SourceIdentity) -> dict[str, Any]:
         "preprocess": json.dumps(dict(encoder.preprocess), sort_keys=True),
         "precision": encoder.precision,
         "storage": encoder.storage,
+        "arithmetic": encoder.arithmetic,
         "encoder_digest": encoder.digest,
         "package_version": package_version("surgstage") or "",
     }
@@ -219,6 +224,16 @@ def read_features(path: Path, with_features: bool = True) -> VideoFeatures:
 
     Raises FeatureFileError naming the file and what is wrong with it.
     """
+    with _sound(path) as (file, attributes):
+        values = {name: _read(file, name, path) for name in _DATASETS if with_features or name != "features"}
+    features = values.pop("features", np.zeros((len(values["frame_index"]), 0), np.float16))
+    _require_one_length({"features": features, **values}, path)
+    return VideoFeatures(features=features, **values, attributes=attributes)
+
+
+@contextmanager
+def _sound(path: Path) -> Iterator[tuple[h5py.File, dict[str, Any]]]:
+    """A complete feature file and its attributes; what goes wrong in the body is FeatureFileError."""
     try:
         with _open(path) as file:
             attributes = {name: _plain(value) for name, value in file.attrs.items()}
@@ -228,14 +243,26 @@ def read_features(path: Path, with_features: bool = True) -> VideoFeatures:
                 )
             if not attributes.get("complete"):
                 raise FeatureFileError(f"{path}: not complete; run extract again")
-            values = {name: _read(file, name, path) for name in _DATASETS if with_features or name != "features"}
+            yield file, attributes
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise FeatureFileError(f"{path}: damaged or cut short ({_short(error)}); run extract again") from error
-    features = values.pop("features", np.zeros((len(values["frame_index"]), 0), np.float16))
-    lengths = {name: len(value) for name, value in {"features": features, **values}.items()}
+
+
+def _require_one_length(values: Mapping[str, Any], path: Path) -> None:
+    lengths = {name: len(value) for name, value in values.items()}
     if len(set(lengths.values())) != 1:
         raise FeatureFileError(f"{path}: damaged (lengths differ: {lengths}); run extract again")
-    return VideoFeatures(features=features, **values, attributes=attributes)
+
+
+def _read_through(path: Path) -> dict[str, Any]:
+    """Check a feature file as `read_features` does, a chunk at a time, and return its attributes."""
+    with _sound(path) as (file, attributes):
+        nodes = {name: _node(file, name, path) for name in _DATASETS}
+        for node in nodes.values():
+            for start in range(0, len(node), CHUNK_FRAMES):
+                node[start : start + CHUNK_FRAMES]
+        _require_one_length(nodes, path)
+    return attributes
 
 
 _DATASETS: dict[str, tuple[int, str]] = {
@@ -258,14 +285,19 @@ def _open(path: Path) -> h5py.File:
 
 
 def _read(file: h5py.File, name: str, path: Path) -> NDArray[Any]:
+    value: NDArray[Any] = _node(file, name, path)[...]
+    return value
+
+
+def _node(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
+    """A data set that is what its name says. Raises FeatureFileError for any other."""
     node = file[name]
     dimensions, kind = _DATASETS[name]
     if not isinstance(node, h5py.Dataset) or node.ndim != dimensions or node.dtype.kind != kind:
         raise FeatureFileError(f"{path}: {name} is not a data set of {dimensions} dimension(s); run extract again")
     if node.nbytes > MAX_DATASET_BYTES or (node.nbytes > 64 << 20 and node.id.get_storage_size() < node.nbytes // 16):
         raise FeatureFileError(f"{path}: {name} claims {node.nbytes:,} bytes; not a feature file of this project")
-    value: NDArray[Any] = node[...]
-    return value
+    return node
 
 
 def _plain(value: Any) -> Any:
@@ -284,7 +316,7 @@ def verify_file(
     With `encoder` and `source` the file must also be of that encoder and of that very video.
     """
     try:
-        attributes = read_features(path, with_features=deep).attributes if deep else read_attributes(path)
+        attributes = _read_through(path) if deep else read_attributes(path)
     except FeatureFileError as error:
         return str(error).removeprefix(f"{path}: ")
     if encoder is not None and attributes.get("encoder_digest") != encoder.digest:

@@ -1,15 +1,16 @@
 """The embedding dump: sampled frames of every video through the encoder, one feature file a video.
 
-Results do not depend on how many videos are in work at once: a video is one process's, batches start at sample 0, and
-on a CPU each process computes with one thread.
+On a CPU a process a core decodes and computes, with one thread; on a GPU processes decode for one that computes. What
+comes out does not depend on the number of processes, nor on a video being split among them: batches are cut by sample
+number, and on a CPU sums are always made in the same order.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,19 @@ import torch
 from numpy.typing import NDArray
 
 from configs.errors import UserError
-from configs.load import differences
-from configs.schema import Config, PreprocessConfig
-from engine.device import choose_device, choose_precision, lower_precision, seed_everything
-from engine.files import read_json, require_free_bytes, sha256_file, sha256_json, write_json
+from configs.schema import Config
+from engine.files import inside, read_json, require_free_bytes, sha256_file, sha256_json, write_json
 from engine.progress import say
-from engine.runs import RESULT_FILE, StageFolder
+from engine.runs import StageFolder
 from engine.stopping import StopRequest
 from features.index import Index, VideoEntry, load_labels, sampled_frames
-from features.preprocess import crop_frames, normalise, preprocess_json
+from features.preprocess import crop_frames
+from features.readers import can_start_inside
 from features.store import (
     ENCODER_FILE,
     INDEX_FILE,
     EncoderSpec,
+    FeatureWriter,
     estimate_bytes,
     feature_path,
     prepare_folder,
@@ -40,6 +41,8 @@ from features.store import (
     verify_file,
     write_features,
 )
+from stage1_cnn.decode_ahead import work_ahead
+from stage1_cnn.encoder import Encoder, load_encoder
 from stage1_cnn.frames import (
     open_pictures,
     picture_batches,
@@ -47,18 +50,17 @@ from stage1_cnn.frames import (
     require_indexed_source,
     source_identity,
 )
-from stage1_cnn.model import (
-    Backbone,
-    ToolNet,
-    best_checkpoint,
-    initial_backbone,
-    rebuild_encoder,
-    rebuild_from_checkpoint,
-    require_image_size,
-    weights_identity,
-    weights_sha256,
+from stage1_cnn.model import weights_identity
+from stage1_cnn.pool import Advance, processes_for, work_through
+from stage1_cnn.segments import (
+    Assembly,
+    Rows,
+    VideoJob,
+    read_part,
+    read_provenance,
+    split_among,
+    write_part,
 )
-from stage1_cnn.pool import Advance, choose_processes, work_through
 
 STAGE = "extract"
 
@@ -124,8 +126,7 @@ def extract(
 
     task = ExtractTask(config, run, index, root, target, encoder.spec, trusted)
     task.encoder = encoder
-    wanted = config.extract.workers if encoder.device.type == "cpu" else max(1, config.extract.workers)
-    for job, reason in work_through(task, jobs, choose_processes(wanted, jobs), "extract", stop):
+    for job, reason in _work(task, jobs, encoder, stop):
         if reason is not None:
             report.failed.append((job.video_id, reason))
         elif job.labels_only:
@@ -153,7 +154,7 @@ def _identity(config: Config, index: Index) -> dict[str, Any]:
         "fps": config.data.fps,
         "preprocess": config.preprocess.model_dump(mode="json"),
         "backbone": config.cnn.backbone,
-        "extract": chosen.model_dump(mode="json", include={"encoder", "precision", "storage"}),
+        "extract": chosen.model_dump(mode="json", include={"encoder", "precision", "storage", "compile"}),
         "initial": initial if chosen.encoder == "initial" else None,
         "checkpoint_sha256": sha256_file(chosen.checkpoint) if chosen.checkpoint else None,
     }
@@ -204,120 +205,34 @@ def _in_index_order(report: ExtractReport, index: Index) -> None:
     report.failed.sort(key=lambda pair: order[pair[0]])
 
 
-# ---------------------------------------------------------------------------------------------- encoder
-
-
-class Encoder:
-    """A net in evaluation mode on its device, and the specification that names what it computes.
-
-    `tool_head` is None for an encoder that was not trained; its tool logits are NaN. Only the backbone runs in the
-    lower precision; the head, whose logits are ranked, takes float32.
-    """
-
-    def __init__(
-        self, config: Config, backbone: Backbone, tool_head: torch.nn.Module | None, sha256: str, tools: int
-    ) -> None:
-        self.device = choose_device(config.device)
-        precision = choose_precision(config.extract.precision, self.device, training=False)
-        if self.device.type == "cuda" and precision == "fp32":
-            torch.backends.cudnn.allow_tf32 = False  # TF32 keeps 10 bits of 23 and would call itself fp32
-        self.backbone = backbone.eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.tool_head = tool_head.eval().to(self.device) if tool_head is not None else None
-        self.tools = tools
-        self.preprocess: PreprocessConfig = config.preprocess
-        self.spec = EncoderSpec(
-            backbone=backbone.name,
-            weights_sha256=sha256,
-            preprocess=preprocess_json(config.preprocess),
-            fps=config.data.fps,
-            precision=precision,
-            storage=config.extract.storage,
-            embedding_dim=backbone.embedding_dim,
-        )
-
-    @property
-    def device_name(self) -> str:
-        """For the record: the kind of device, and which GPU."""
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-
-    def __call__(self, crops: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Frames (N, S, S, 3) uint8 to embeddings (N, D) and tool logits (N, K), both float32."""
-        with torch.inference_mode():
-            images = normalise(crops, self.preprocess, self.device)  # (N, 3, S, S)
-            with lower_precision(self.device, self.spec.precision):
-                embedding = self.backbone(images).float()  # (N, D)
-            if self.tool_head is None:
-                logits = torch.full((len(crops), self.tools), torch.nan)  # (N, K)
-            else:
-                logits = self.tool_head(embedding)
-        return embedding.cpu().numpy(), logits.cpu().numpy()
-
-
-def load_encoder(config: Config, run: Path | None, tools: Sequence[str], trusted: bool = False) -> Encoder:
-    """The encoder that `extract.encoder` asks for: the run's best epoch, or the initial weights untrained.
-
-    Raises UserError when there is no such checkpoint or it was trained on other tools or another backbone.
-    """
-    seed_everything(config.seed)
-    if config.extract.checkpoint is not None:
-        encoder = _load_checkpoint(config, config.extract.checkpoint, tools)
-    elif config.extract.encoder == "initial":
-        backbone = initial_backbone(config, trusted=trusted)
-        encoder = Encoder(config, backbone, None, weights_sha256(backbone), len(tools))
-    else:
-        net = _load_finetuned(config, run, tools)
-        encoder = Encoder(config, net.backbone, net.tool_head, weights_sha256(net), len(tools))
-    require_image_size(encoder.backbone, config.preprocess.crop_px)
-    return encoder
-
-
-def _load_checkpoint(config: Config, path: Path, tools: Sequence[str]) -> Encoder:
-    """Backbone and tool branch of a joint net, fed as it was trained."""
-    backbone, tool_head, meta = rebuild_encoder(path)
-    _require_fitting(path, meta, config, tools if tool_head is not None else meta["tools"])
-    trained_on = PreprocessConfig(**meta["preprocess"])
-    if trained_on != config.preprocess:
-        changed = "; ".join(differences(trained_on.model_dump(), config.preprocess.model_dump()))
-        raise UserError(f"{path}: trained with another preprocess ({changed}); set these to the former")
-    parts = torch.nn.ModuleDict({"backbone": backbone} | ({"tool_head": tool_head} if tool_head is not None else {}))
-    return Encoder(config, backbone, tool_head, weights_sha256(parts), len(tools))
-
-
-def _require_fitting(path: Path, meta: Mapping[str, Any], config: Config, tools: Sequence[str]) -> None:
-    if meta["backbone"] != config.cnn.backbone:
-        raise UserError(f"{path}: holds {meta['backbone']}, but cnn.backbone={config.cnn.backbone}")
-    if tuple(meta["tools"]) != tuple(tools):
-        raise UserError(
-            f"{path}: trained on the tools {', '.join(meta['tools']) or 'none'}; the index has "
-            f"{', '.join(tools) or 'none'}"
-        )
-
-
-def _load_finetuned(config: Config, run: Path | None, tools: Sequence[str]) -> ToolNet:
-    """The net of the run's best epoch so far, checked against settings and data set."""
-    if run is None:
-        raise UserError("extract.encoder=finetuned takes the CNN of a run: give --name, or set extract.encoder=initial")
-    try:
-        path = best_checkpoint(run)
-    except UserError as error:
-        raise UserError(f"{error} (or set extract.encoder=initial for the backbone as it comes)") from error
-    net, meta = rebuild_from_checkpoint(path)
-    _require_fitting(path, meta, config, tools)
-    if not (path.parent / RESULT_FILE).exists():
-        say(f"{path.parent}: training is not finished; taking its best epoch so far")
-    return net
-
-
 # ---------------------------------------------------------------------------------------------- what is to do
 
 
-@dataclass(frozen=True)
-class VideoJob:
-    """One video to do; `frames` are those to compute, none where only labels are new."""
-
-    video_id: str
-    frames: int
-    labels_only: bool
+def _work(
+    task: ExtractTask, jobs: Sequence[VideoJob], encoder: Encoder, stop: StopRequest
+) -> Iterator[tuple[VideoJob, str | None]]:
+    """Do the jobs with as many processes as there are; yields each video as it ends, and why where it failed."""
+    chosen = task.config.extract
+    ahead = encoder.device.type != "cpu" if chosen.decode_ahead == "auto" else chosen.decode_ahead == "on"
+    processes = processes_for(chosen.workers, sum(job.frames for job in jobs))
+    if chosen.segments and processes > 1:
+        pieces = split_among(jobs, processes, chosen.batch_frames, chosen.segment_frames, task.may_split)
+    else:
+        pieces = list(jobs)
+    with Assembly(task.folder, pieces, task.assemble) as assembly:
+        count = min(processes, max(1, len(assembly.pieces)))
+        outcomes: Generator[tuple[VideoJob, str | None], None, None]
+        if ahead:
+            pinned = encoder.device.type == "cuda"
+            outcomes = work_ahead(task, assembly.pieces, count, STAGE, stop, pinned=pinned)
+        else:
+            computing = count if encoder.device.type == "cpu" or chosen.workers > 0 else 1
+            outcomes = work_through(task, assembly.pieces, computing, STAGE, stop)
+        with closing(outcomes):
+            for piece, reason in outcomes:
+                video = assembly.ended(piece, reason)
+                if video is not None:
+                    yield video
 
 
 def _sort_out(
@@ -403,26 +318,70 @@ class ExtractTask:
 
     def __call__(self, job: VideoJob, advance: Advance) -> None:
         """Raises UserError naming the frame or file at fault; nothing is left behind then."""
-        config, index = self.config, self.index
-        entry = index.entry(job.video_id)
-        path = feature_path(self.folder, entry.id)
-        frame_index = sampled_frames(entry, config.data.fps)  # (T,)
-        phase, tools = load_labels(entry, self.root, index, frame_index, config.data.tools_between_rows)
-        labels = label_attributes(config, index, entry)
+        entry = self.index.entry(job.video_id)
         if job.labels_only:
-            rewrite_labels(path, phase, tools, labels)
+            labels = label_attributes(self.config, self.index, entry)
+            rewrite_labels(feature_path(self.folder, entry.id), *self._labels(entry)[1:], labels)
             return
         encoder = self._encoder()
-        require_free_bytes(self.folder, estimate_bytes([job.frames], encoder.spec), "the features")
-        with _one_thread(encoder.device), open_pictures(config, entry, self.root, index) as pictures:
-            attributes = {**labels, **pictures.provenance, "device": encoder.device_name}
-            source = source_identity(entry)
-            with write_features(path, encoder.spec, source, frame_index, phase, tools, attributes) as writer:
-                crops = crop_batches(pictures.frames, config.extract.batch_frames, config.preprocess.crop_px)
-                for batch in crops:
-                    with np.errstate(over="ignore"):  # the writer says in words what does not fit
-                        writer.append(*encoder(batch))
-                    advance(len(batch))
+        self._require_sound_labels_and_room(job, entry)
+        pictures_of = open_pictures(self.config, entry, self.root, self.index, job.samples)
+        with _one_thread(encoder.device), pictures_of as pictures, self.sink(job, pictures.provenance) as rows:
+            chosen = self.config
+            for batch in crop_batches(pictures.frames, chosen.extract.batch_frames, chosen.preprocess.crop_px):
+                with np.errstate(over="ignore"):  # the writer says in words what does not fit
+                    rows.append(*encoder(batch))
+                advance(len(batch))
+
+    def encode(self, pictures: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Resized frames (N, R, R, 3) uint8 to embeddings (N, D) and tool logits (N, K), cropped on the device."""
+        encoder = self._encoder()
+        with _one_thread(encoder.device):
+            return encoder.encode_pictures(pictures)
+
+    def sink(self, job: VideoJob, provenance: Mapping[str, str]) -> AbstractContextManager[Rows]:
+        """Where a job's rows go: the video's own file, or the part's place."""
+        if job.part is not None:
+            return write_part(job.part, feature_path(self.folder, job.video_id), provenance)
+        return self._file(job, provenance)
+
+    def assemble(self, video: VideoJob, parts: Sequence[VideoJob]) -> None:
+        """Write a video's file from the rows of its parts, as if one process had computed them. Raises UserError."""
+        places = [part.part for part in parts if part.part is not None]
+        chosen, dim, tools = self.config.extract, self.spec.embedding_dim, len(self.index.dataset.tools)
+        with self._file(video, read_provenance(places[0])) as rows:
+            for place in places:
+                for features, logits in read_part(place, dim, tools, chosen.batch_frames):
+                    rows.append(features, logits)
+
+    def may_split(self, job: VideoJob) -> bool:
+        """Whether a part of this video can be had for less than the whole."""
+        entry = self.index.entry(job.video_id)
+        if entry.kind != "video":
+            return True
+        try:
+            return can_start_inside(inside(self.root, entry.source))
+        except (UserError, OSError):
+            return False  # whoever works on it says why
+
+    def _file(self, video: VideoJob, provenance: Mapping[str, str]) -> AbstractContextManager[FeatureWriter]:
+        entry = self.index.entry(video.video_id)
+        frame_index, phase, tools = self._labels(entry)
+        attributes = {**label_attributes(self.config, self.index, entry), **provenance}
+        attributes["device"] = self._encoder().device_name
+        path, source = feature_path(self.folder, entry.id), source_identity(entry)
+        return write_features(path, self.spec, source, frame_index, phase, tools, attributes)
+
+    def _labels(self, entry: VideoEntry) -> tuple[NDArray[np.int64], NDArray[np.int8], NDArray[np.int8]]:
+        """Sampled frames (T,), phase (T,), tools (T, K)."""
+        frame_index = sampled_frames(entry, self.config.data.fps)
+        return frame_index, *load_labels(entry, self.root, self.index, frame_index, self.config.data.tools_between_rows)
+
+    def _require_sound_labels_and_room(self, job: VideoJob, entry: VideoEntry) -> None:
+        """Before anything is decoded."""
+        self._labels(entry)
+        needed = estimate_bytes([job.frames], self.spec) * (3 if job.part else 1)  # parts are float32, and copied
+        require_free_bytes(self.folder, needed, "the features")
 
     def _encoder(self) -> Encoder:
         if self.encoder is None:

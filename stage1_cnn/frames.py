@@ -92,8 +92,12 @@ class Pictures:
 
 
 @contextmanager
-def open_pictures(config: Config, entry: VideoEntry, root: Path, index: Index) -> Iterator[Pictures]:
+def open_pictures(
+    config: Config, entry: VideoEntry, root: Path, index: Index, samples: slice = slice(None)
+) -> Iterator[Pictures]:
     """Sampled frames for extraction: from the cache where it holds them without loss, otherwise from the source.
+
+    `samples` takes a part of them, by sample number.
 
     Both give the same pixels. A JPEG cache is for training alone, so that features never depend on it.
     """
@@ -102,20 +106,23 @@ def open_pictures(config: Config, entry: VideoEntry, root: Path, index: Index) -
     cached = frame_cache(config).find(request, deep=True) if lossless else None
     if cached is not None:
         try:
-            yield Pictures((cached[number] for number in range(len(cached))), _provenance_of_cache(cached.path))
+            numbers = range(len(cached))[samples]
+            yield Pictures((cached[number] for number in numbers), _provenance_of_cache(cached.path))
         finally:
             cached.close()
         return
-    with source_pictures(config, entry, root, index) as pictures:
+    with source_pictures(config, entry, root, index, samples) as pictures:
         yield pictures
 
 
 @contextmanager
-def source_pictures(config: Config, entry: VideoEntry, root: Path, index: Index) -> Iterator[Pictures]:
-    """Sampled frames straight from the source."""
+def source_pictures(
+    config: Config, entry: VideoEntry, root: Path, index: Index, samples: slice = slice(None)
+) -> Iterator[Pictures]:
+    """Sampled frames straight from the source, or a part of them."""
     with open_source(config, entry, root, index) as reader:
         geometry = Geometry.of_video(config.preprocess, reader)
-        wanted = sampled_frames(entry, config.data.fps).tolist()
+        wanted = sampled_frames(entry, config.data.fps)[samples].tolist()
         frames = (geometry.resize_frame(rgb) for rgb in reader.read(wanted))
         yield Pictures(frames, {"reader": reader.name, "reader_version": reader.version, "frames_from": "source"})
 

@@ -58,7 +58,7 @@ class Backbone(nn.Module):
         self.head_name, last = _last_linear(name, net)
         self.embedding_dim = int(last.in_features)
         self.batch_norm_frozen = False
-        _replace(net, self.head_name, nn.Identity())
+        replace_layer(net, self.head_name, nn.Identity())
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, S, S), normalised, to embeddings (N, D)."""
@@ -308,7 +308,8 @@ def _last_linear(name: str, net: nn.Module) -> tuple[str, nn.Linear]:
     return layers[-1]
 
 
-def _replace(net: nn.Module, path: str, layer: nn.Module) -> None:
+def replace_layer(net: nn.Module, path: str, layer: nn.Module) -> None:
+    """Put `layer` where `path` (a dotted name, as in `named_modules`) is."""
     parent, _, leaf = path.rpartition(".")
     setattr(net.get_submodule(parent), leaf, layer)
 

@@ -1,7 +1,7 @@
 """Work on many videos: one after the other, or several at once in processes that can be stopped and may die.
 
-One process a core, each with a video of its own and one thread, beats several threads on one video and one process
-that decodes for the others.
+One process a core, each with a video (or a part of one) of its own and one thread, beats several threads on one video
+and one process that decodes for the others.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -43,9 +43,14 @@ Task = Callable[[AnyJob, Advance], None]
 
 def choose_processes(wanted: int, jobs: Sequence[Job]) -> int:
     """Videos in work at once: `wanted`, or for -1 one a core where there is enough to do."""
+    return max(1, min(processes_for(wanted, sum(job.frames for job in jobs)), len(jobs)))
+
+
+def processes_for(wanted: int, frames: int) -> int:
+    """Processes for work that can be divided at will: `wanted`, or for -1 one a core where there is enough to do."""
     if wanted == -1:
-        wanted = available_cores() if sum(job.frames for job in jobs) > WORTH_A_PROCESS_FRAMES else 1
-    return max(1, min(wanted, len(jobs)))
+        wanted = available_cores() if frames > WORTH_A_PROCESS_FRAMES else 1
+    return max(1, wanted)
 
 
 def available_cores() -> int:
@@ -55,7 +60,7 @@ def available_cores() -> int:
 
 def work_through(
     task: Task[AnyJob], jobs: Sequence[AnyJob], processes: int, title: str, stop: StopRequest, **bar_options: Any
-) -> Iterator[tuple[AnyJob, str | None]]:
+) -> Generator[tuple[AnyJob, str | None], None, None]:
     """Do `task(job, advance)` for every job, with progress; yields each job as it ends, and why where it failed.
 
     A failure that a video can cause does not end the others' work. With `processes` > 1 the task goes to each process

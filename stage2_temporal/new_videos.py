@@ -31,7 +31,8 @@ from evaluation.tools import sigmoid
 from features.index import Index, VideoEntry, index_of_source, sampled_frames
 from features.preprocess import normalise, preprocess_from_json
 from features.video_writer import encode_mp4
-from stage1_cnn.extract import crop_batches, load_encoder
+from stage1_cnn.encoder import load_encoder
+from stage1_cnn.extract import crop_batches
 from stage1_cnn.frames import open_source, source_pictures
 from stage1_cnn.pool import VIDEO_ERRORS, one_line
 from stage2_temporal.data import with_tool_logits

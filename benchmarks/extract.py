@@ -1,0 +1,195 @@
+"""How fast `extract` is: against the usual way, and against the bound of decoding and computing on all cores.
+
+    python benchmarks/extract.py --json FILE [--repeat N]
+
+Every figure is in sampled frames a second (one a second of video), the median of `--repeat` rounds; in a round the
+sides take turns, so that a busy machine is busy for all of them.
+
+- `ours_fps`: `pipeline.py extract` as typed, random ResNet50 weights, in `precision`. It is done for a few and for many
+  videos, and the rate is that of the difference, in which start-up cancels; `ours_with_start_up_fps` is the many, start
+  of the interpreter and of the processes included.
+- `usual_fps`: decode to 250x250 JPEG files, PIL and DataLoader, ResNet50 in fp32; imports and the net's building are
+  not counted.
+- `decode_fps`: selective decoding to RGB alone, a process a core. `forward_fps`: folded ResNet50 in the same precision
+  alone, a process and a thread a core. `bound_fps` is 1 / (1 / decode + 1 / forward): work that needs both.
+- `cosine_mean`, `cosine_worst`: between `extract`'s features and fp32 features of the same weights and frames that a
+  plain loop makes.
+
+Input: copies under several ids of the real clips (SURGSTAGE_SHARED, or ../shared), where there are any, otherwise of
+one simulated video of 854x480 at 25 fps, H.264 with B-frames; `input` says which. The compared sides
+(`extract_reference.py`) import nothing from the project.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+from command import pipeline
+
+PROJECT = Path(__file__).resolve().parent.parent
+REFERENCE = Path(__file__).resolve().parent / "extract_reference.py"
+CONFIG = str(PROJECT / "configs" / "cholec80.yaml")
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+Figures = dict[str, float]
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--copies", type=int, nargs=2, default=(2, 8), metavar=("FEW", "MANY"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(Path(folder), options.repeat, options.copies)
+    print(json.dumps(figures, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(folder: Path, repeat: int, copies: Sequence[int]) -> dict[str, object]:
+    """All figures."""
+    videos, kind = source_videos(folder)
+    weights = random_weights(folder / "resnet50.pth")
+    sets = [data_set(folder / f"data{count}", videos, count) for count in copies]
+    paths = [str(path) for path in videos]
+    rounds, precision = [], "fp32"
+    for number in range(repeat):
+        found, precision = ours(folder / f"round{number}", sets, weights)
+        found["usual_fps"] = together([["usual", str(weights), *paths]])
+        found["decode_fps"] = together([["decode", *paths] for _ in range(CORES)])
+        found["forward_fps"] = together([["forward", precision, str(weights), "4"] for _ in range(CORES)])
+        found["bound_fps"] = 1 / (1 / found["decode_fps"] + 1 / found["forward_fps"])
+        rounds.append(found)
+    middle = {key: statistics.median(found[key] for found in rounds) for key in rounds[0]}
+    ratios = {
+        "ratio_to_usual": middle["ours_fps"] / middle["usual_fps"],
+        "ratio_to_bound": middle["ours_fps"] / middle["bound_fps"],
+    }
+    together([["features", str(weights), str(folder / "fp32.npz"), *paths]])
+    cosine = cosines(next((folder / "round0").rglob(f"*-{max(copies)}/resnet50-*")), folder / "fp32.npz")
+    rounded = {key: round(value, 5) for key, value in {**middle, **ratios, **cosine}.items()}
+    return {**rounded, "precision": precision, "cores": CORES, "input": kind, "copies": list(copies), "rounds": rounds}
+
+
+# ---------------------------------------------------------------------------------------------- material
+
+
+def source_videos(folder: Path) -> tuple[list[Path], str]:
+    """Real clips, or a simulated one, and what they are."""
+    shared = Path(os.environ.get("SURGSTAGE_SHARED", PROJECT.parent / "shared"))
+    clips = sorted((shared / "data" / "clips" / "videos").glob("*.mp4"))
+    if clips:
+        return clips, f"real clips: {len(clips)}"
+    command = ["simulate", str(folder / "simulated"), "--videos", "1", "--seed", "0", "--fps", "25"]
+    size = ["--width", "854", "--height", "480", "--speed-up", "16", "--workers", str(CORES)]
+    subprocess.run([sys.executable, str(PROJECT / "pipeline.py"), *command, *size], check=True)
+    return sorted((folder / "simulated").rglob("*.mp4")), "simulated: 1 video"
+
+
+def random_weights(path: Path) -> Path:
+    """A ResNet50's initial state, the same for all sides."""
+    import torch
+    import torchvision
+
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet50(weights=None).state_dict(), path)
+    return path
+
+
+def data_set(root: Path, videos: Sequence[Path], copies: int) -> Path:
+    """Copies of the videos in Cholec80's layout, numbered on: the first ones are the videos themselves, in order."""
+    (root / "videos").mkdir(parents=True)
+    for number, video in enumerate(list(videos) * copies):
+        shutil.copyfile(video, root / "videos" / f"video{number + 1:02d}.mp4")
+    return root
+
+
+# ---------------------------------------------------------------------------------------------- sides
+
+
+def ours(folder: Path, sets: Sequence[Path], weights: Path) -> tuple[Figures, str]:
+    """`extract` on a small and a large set: frames a second between them, and of the large one from start to exit."""
+    frames, seconds, precision = [], [], ""
+    for root in sets:
+        count = root.name.removeprefix("data")
+        store = folder / f"features-{count}"
+        settings = [
+            f"data.root={root}",
+            f"data.index={folder / f'index-{count}.json'}",
+            "data.split.rule=60%/20%/20%",
+            "cnn.backbone=resnet50",
+            f"cnn.weights={weights}",
+            "extract.encoder=initial",
+            f"extract.store={store}",
+            f"runs={folder / 'runs'}",
+            "device=cpu",
+        ]
+        pipeline("index", CONFIG, f"bench{count}", settings)
+        started = time.perf_counter()
+        pipeline("extract", CONFIG, f"bench{count}", settings)
+        seconds.append(time.perf_counter() - started)
+        made = sorted(store.glob("resnet50-*/*.h5"))
+        frames.append(sum(rows(path) for path in made))
+        with h5py.File(made[0], "r") as file:
+            precision = str(file.attrs["precision"])
+    rate = (frames[1] - frames[0]) / (seconds[1] - seconds[0])
+    return {"ours_fps": rate, "ours_with_start_up_fps": frames[1] / seconds[1]}, precision
+
+
+def rows(path: Path) -> int:
+    with h5py.File(path, "r") as file:
+        return len(file["features"])
+
+
+def together(commands: Sequence[Sequence[str]]) -> float:
+    """The summed rate of processes that start their work at the same moment; one without a time gives 0."""
+    environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if len(commands) > 1 else {})}
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(REFERENCE), *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for words in commands
+    ]
+    for process in running:
+        assert process.stdout is not None
+        process.stdout.readline()
+    for process in running:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    found = [json.loads(process.communicate()[0]) for process in running]
+    return sum(one["frames"] / one["seconds"] for one in found if "seconds" in one)
+
+
+def cosines(store: Path, expected: Path) -> Figures:
+    """Similarity of the stored features with fp32 ones, over all frames."""
+    values = []
+    with np.load(expected) as arrays:
+        for number, name in enumerate(sorted(arrays.files)):
+            with h5py.File(store / f"video{number + 1:02d}.h5", "r") as file:
+                found, wanted = file["features"][...].astype(np.float64), arrays[name].astype(np.float64)
+            product = (found * wanted).sum(1)
+            values.append(product / np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1))
+    every = np.concatenate(values)
+    return {"cosine_mean": float(every.mean()), "cosine_worst": float(every.min())}
+
+
+if __name__ == "__main__":
+    main()

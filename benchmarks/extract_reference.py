@@ -1,0 +1,157 @@
+"""The sides that `benchmarks/extract.py` compares with: plain loops, nothing from the project.
+
+    python benchmarks/extract_reference.py decode|forward|usual|features ARGUMENTS
+
+Each prints `ready` when it is set up, waits for a line on its input, works, and prints its figures as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+EVERY = 25
+MEAN, STD = (0.3456, 0.2281, 0.2233), (0.2528, 0.2135, 0.2104)
+
+
+def wait_for_start() -> None:
+    """Everybody starts together."""
+    print("ready", flush=True)
+    sys.stdin.readline()
+
+
+def decode(paths: list[str]) -> dict[str, float]:
+    """Every 25th frame as RGB of full size, one thread, pictures that nothing refers to left out."""
+    wait_for_start()
+    started, count = time.perf_counter(), 0
+    for path in paths:
+        with av.open(path) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_type = "NONE"
+            step = round(1 / stream.average_rate / stream.time_base)
+            for packet in container.demux(stream):
+                wanted = packet.pts is None or round(packet.pts / step) % EVERY == 0
+                stream.codec_context.skip_frame = "DEFAULT" if wanted else "NONREF"
+                for picture in packet.decode():
+                    if round(picture.pts / step) % EVERY == 0:
+                        picture.to_ndarray(format="rgb24")
+                        count += 1
+    return {"frames": count, "seconds": time.perf_counter() - started}
+
+
+def resnet50(weights: str) -> torch.nn.Module:
+    """The embedding net, fp32."""
+    net = torchvision.models.resnet50(weights=None)
+    net.fc = torch.nn.Identity()
+    net.load_state_dict(torch.load(weights, weights_only=True), strict=False)
+    return net.eval()
+
+
+def fold(net: torch.nn.Module) -> torch.nn.Module:
+    """Batch norm of a ResNet50 folded by hand into the convolutions before it."""
+    fuse = torch.nn.utils.fusion.fuse_conv_bn_eval
+    for block in [net, *(m for m in net.modules() if isinstance(m, torchvision.models.resnet.Bottleneck))]:
+        for number in (1, 2, 3):
+            if hasattr(block, f"conv{number}"):
+                setattr(block, f"conv{number}", fuse(getattr(block, f"conv{number}"), getattr(block, f"bn{number}")))
+                setattr(block, f"bn{number}", torch.nn.Identity())
+        if getattr(block, "downsample", None) is not None:
+            block.downsample = fuse(*block.downsample)
+    return net
+
+
+def forward(precision: str, weights: str, batches: str) -> dict[str, float]:
+    """Batches of 32 pictures through the folded net, channels last, one thread."""
+    torch.set_num_threads(1)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    net = fold(resnet50(weights)).to(dtype).to(memory_format=torch.channels_last)
+    images = torch.randn(32, 3, 224, 224).to(dtype).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        net(images)
+        wait_for_start()
+        started = time.perf_counter()
+        for _ in range(int(batches)):
+            net(images)
+    return {"frames": 32 * int(batches), "seconds": time.perf_counter() - started}
+
+
+class JpegFiles(Dataset):
+    """Pictures as everybody reads them: open, centre crop, tensor, normalise."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+        self.prepare = torchvision.transforms.Compose(
+            [
+                torchvision.transforms.CenterCrop(224),
+                torchvision.transforms.ToTensor(),
+                torchvision.transforms.Normalize(MEAN, STD),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        with Image.open(self.paths[number]) as image:
+            return self.prepare(image.convert("RGB"))
+
+
+def usual(weights: str, *paths: str) -> dict[str, float]:
+    """Decode to 250x250 JPEG files with all cores, then a DataLoader with two workers and the net in fp32."""
+    net = resnet50(weights)
+    wait_for_start()
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        files = []
+        for path in paths:
+            with av.open(path) as container:
+                container.streams.video[0].thread_type = "AUTO"
+                for number, picture in enumerate(container.decode(video=0)):
+                    if number % EVERY == 0:
+                        files.append(Path(folder) / f"{len(files):06d}.jpg")
+                        small = Image.fromarray(picture.to_ndarray(format="rgb24")).resize((250, 250))
+                        small.save(files[-1], quality=95)
+        decoded = time.perf_counter()
+        with torch.inference_mode():
+            for images in DataLoader(JpegFiles(files), batch_size=32, num_workers=2):
+                net(images).numpy()
+    ended = time.perf_counter()
+    return {"frames": len(files), "seconds": ended - started, "jpeg_seconds": decoded - started}
+
+
+def features(weights: str, target: str, *paths: str) -> dict[str, float]:
+    """fp32 embeddings of every 25th frame of each video, everything decoded, into an .npz by the video's name."""
+    net = resnet50(weights)
+    wait_for_start()
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    found = {}
+    for path in paths:
+        images = []
+        with av.open(path) as container:
+            for number, picture in enumerate(container.decode(video=0)):
+                if number % EVERY == 0:
+                    image = Image.fromarray(picture.to_ndarray(format="rgb24")).resize((250, 250), Image.BILINEAR)
+                    pixels = torch.from_numpy(np.array(image)[13:237, 13:237]).permute(2, 0, 1)
+                    images.append((pixels.float() / 255 - mean) / std)
+        with torch.inference_mode():
+            found[Path(path).stem] = torch.cat(
+                [net(torch.stack(images[i : i + 32])) for i in range(0, len(images), 32)]
+            )
+    np.savez(target, **{name: value.numpy() for name, value in found.items()})
+    return {"frames": sum(map(len, found.values()))}
+
+
+if __name__ == "__main__":
+    what, arguments = sys.argv[1], sys.argv[2:]
+    sides = {"decode": lambda *paths: decode(list(paths)), "forward": forward, "usual": usual, "features": features}
+    print(json.dumps(sides[what](*arguments)))

@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import stage1_cnn.extract as module
+from configs.schema import Config
+from engine.files import remove_stale_temporaries, sha256_ends
+from engine.stopping import Stopped, StopRequest
+from features.index import Index
+from features.store import read_features
+from stage1_cnn.extract import ExtractReport, extract
+from stage1_cnn.segments import Assembly, VideoJob, split_among
+from tests.stage1_cnn.material import FRAMES, SPEC, StopAfter, World, make_world, paint, write_labels
+from tests.videos import VideoSpec, damage_packet, write_video
+
+SPLIT = {"encoder": "initial", "workers": 2, "segment_frames": 1}
+
+
+@pytest.fixture
+def long_world(tmp_path: Path) -> World:
+    """One video of six groups of pictures, with B-frames."""
+    root = tmp_path / "data"
+    root.mkdir()
+    spec = VideoSpec(count=FRAMES, width_px=160, height_px=120, paint=paint, codec_options={"crf": "12"})
+    write_video(root / "video01.mp4", spec)
+    write_labels(root, 1)
+    base = make_world(tmp_path, root)
+    return World(tmp_path, root, base.set(data={"split": {"rule": "1/0/0"}}, extract={"encoder": "initial"}))
+
+
+def dump(world: World, config: Config | None = None, *, index: Index | None = None, stop=None) -> ExtractReport:
+    stop = StopRequest() if stop is None else stop
+    return extract(config or world.config, None, index or world.index(), world.root, stop=stop)
+
+
+def content(report: ExtractReport) -> dict[str, bytes]:
+    found = {path.name: path.read_bytes() for path in sorted(report.folder.glob("*.h5"))}
+    shutil.rmtree(report.folder)
+    return found
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------- planning
+
+
+@given(
+    st.lists(st.integers(0, 500), min_size=1, max_size=8), st.integers(1, 6), st.integers(1, 40), st.integers(1, 100)
+)
+@settings(deadline=None, max_examples=100)
+def test_pieces_cover_every_sample_once_and_start_at_batches(
+    lengths: list[int], processes: int, batch: int, least: int
+) -> None:
+    jobs = [VideoJob(f"v{number}", frames) for number, frames in enumerate(lengths)]
+    pieces = split_among(jobs, processes, batch, least, lambda job: job.video_id != "v0")
+    for job in jobs:
+        own = sorted((piece for piece in pieces if piece.video_id == job.video_id), key=lambda piece: piece.first)
+        covered = [sample for piece in own for sample in range(job.frames)[piece.samples]]
+        assert covered == list(range(job.frames))
+        assert all(piece.first % batch == 0 for piece in own)
+        assert len(own) == 1 or job.video_id != "v0"
+        assert len(own) == 1 or min(piece.frames for piece in own) > least - batch
+
+
+def test_only_what_helps_is_split() -> None:
+    even = [VideoJob(f"v{number}", 1000) for number in range(4)]
+    assert len(split_among(even, 2, 32, 128, lambda job: True)) == 4
+    assert len(split_among(even[:3], 2, 32, 128, lambda job: True)) == 4
+    assert len(split_among(even[:1], 16, 32, 128, lambda job: True)) == 7  # none under 128 samples
+    assert split_among(even, 1, 32, 128, lambda job: True) == even
+
+
+# ---------------------------------------------------------------------------------------------- the same bytes
+
+
+@pytest.mark.slow
+def test_workers_segments_and_decoding_ahead_give_the_same_bytes(long_world: World) -> None:
+    expected = content(dump(long_world))
+    for changes in (
+        SPLIT,
+        {**SPLIT, "segments": False},
+        {"encoder": "initial", "workers": 1, "segments": True, "decode_ahead": "on"},
+        {**SPLIT, "decode_ahead": "on"},
+    ):
+        report = dump(long_world, long_world.set(extract=changes))
+        assert report.done == ["video01"]
+        assert names(report.folder) == ["encoder.json", "index.json", "video01.h5"]
+        assert content(report) == expected, changes
+
+
+# ---------------------------------------------------------------------------------------------- failures
+
+
+def parts_of(world: World, folder: Path, parts: int = 3) -> tuple[Assembly, module.ExtractTask]:
+    """An assembly of the world's video in parts, done here, one after the other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config, index = world.config, world.index()
+    encoder = module.load_encoder(config, None, SPEC.tools)
+    task = module.ExtractTask(config, None, index, world.root, folder, encoder.spec, False, encoder)
+    pieces = split_among([VideoJob("video01", 13)], parts, 4, 1, lambda job: True)
+    return Assembly(folder, pieces, task.assemble), task
+
+
+def test_parts_make_the_file_that_one_process_makes(long_world: World, tmp_path: Path) -> None:
+    expected = content(dump(long_world))
+    folder = tmp_path / "parts"
+    assembly, task = parts_of(long_world, folder)
+    with assembly:
+        assert len(assembly.pieces) == 3
+        assert len(names(folder)) == 3
+        outcomes = []
+        for piece in reversed(assembly.pieces):
+            task(piece, lambda frames: None)
+            outcomes.append(assembly.ended(piece, None))
+        assert outcomes[:2] == [None, None]
+        assert outcomes[2] == (VideoJob("video01", 13), None)
+    assert names(folder) == ["video01.h5"]
+    assert (folder / "video01.h5").read_bytes() == expected["video01.h5"]
+
+
+def test_a_part_that_failed_ends_the_later_ones_and_names_the_first_reason(long_world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    assembly, task = parts_of(long_world, folder)
+    with assembly:
+        first, second, third = sorted(assembly.pieces, key=lambda piece: piece.first)
+        assert assembly.ended(second, "second") is None
+        with pytest.raises(module.UserError, match="given up, an earlier part"):
+            task(third, lambda frames: None)
+        assert assembly.ended(third, "given up") is None
+        task(first, lambda frames: None)
+        assert assembly.ended(first, None) == (VideoJob("video01", 13), "second")
+        assert names(folder) == []
+
+
+def test_an_assembly_left_early_leaves_nothing(long_world: World, tmp_path: Path) -> None:
+    assembly, task = parts_of(long_world, tmp_path / "parts")
+    with pytest.raises(KeyboardInterrupt), assembly:
+        task(assembly.pieces[0], lambda frames: None)
+        assert remove_stale_temporaries(tmp_path / "parts") == 0
+        raise KeyboardInterrupt
+    assert names(tmp_path / "parts") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", ["off", "on"])
+def test_damage_in_the_middle_fails_the_video_with_the_same_words(long_world: World, ahead: str) -> None:
+    index = long_world.index()
+    path = long_world.root / "video01.mp4"
+    damage_packet(path, 38)
+    os.utime(path, ns=(0, 0))
+    entry = index.videos[0].model_copy(update={"sha256_ends": sha256_ends(path)})
+    index = index.model_copy(update={"videos": (entry,)})
+    ((_, expected),) = dump(long_world, index=index).failed
+    assert "damaged, frame" in expected
+    report = dump(long_world, long_world.set(extract={**SPLIT, "decode_ahead": ahead}), index=index)
+    assert report.failed == [("video01", expected)]
+    assert names(report.folder) == ["encoder.json", "index.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", ["off", "on"])
+def test_stopped_among_parts_nothing_is_left(long_world: World, ahead: str) -> None:
+    config = long_world.set(extract={**SPLIT, "decode_ahead": ahead})
+    with pytest.raises(Stopped):
+        dump(long_world, config, stop=StopAfter(1))
+    (folder,) = config.extract.store.iterdir()
+    assert names(folder) == ["encoder.json", "index.json"]
+    assert dump(long_world, config).done == ["video01"]
+
+
+class KilledOnce(module.ExtractTask):
+    """Dies in the second part, the first time."""
+
+    def __call__(self, job: VideoJob, advance) -> None:
+        mark = self.folder.parent / "killed"
+        if job.first and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().__call__(job, advance)
+
+
+@pytest.mark.slow
+def test_a_killed_process_costs_its_own_part(long_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = content(dump(long_world))
+    monkeypatch.setattr(module, "ExtractTask", KilledOnce)
+    report = dump(long_world, long_world.set(extract=SPLIT))
+    assert (report.folder.parent / "killed").exists()
+    assert report.done == ["video01"]
+    assert content(report) == expected
+
+
+@pytest.mark.slow
+def test_real_clips_in_parts_give_the_same_features(shared_data: Path, tmp_path: Path) -> None:
+    from configs.load import load_dataset
+    from features.index import build_index
+
+    base = make_world(tmp_path, shared_data / "clips").config
+    split = base.data.split.model_copy(update={"rule": "5/0/0"})
+    data = base.data.model_copy(update={"root": shared_data / "clips", "fps": 5.0, "split": split})
+    preprocess = base.preprocess.model_copy(update={"resize_px": 80, "crop_px": 64})
+    index = build_index(shared_data / "clips", load_dataset("cholec80"), data)
+    index = index.model_copy(update={"videos": index.videos[:1]})
+    found = []
+    for changes in ({"encoder": "initial", "workers": 1}, {**SPLIT, "batch_frames": 4}):
+        chosen = base.extract.model_copy(update=changes)
+        config = base.model_copy(update={"data": data, "preprocess": preprocess, "extract": chosen})
+        report = extract(config, None, index, shared_data / "clips", stop=StopRequest())
+        found.append(read_features(report.folder / "video05.h5").features)
+        shutil.rmtree(report.folder)
+    np.testing.assert_array_equal(found[0], found[1])
