@@ -9,8 +9,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from configs.errors import UserError
+from configs.errors import UserError, printable
 from configs.load import load_dataset
 from configs.schema import Config
 from engine.progress import progress_bar, say
@@ -164,9 +165,10 @@ def print_summary(index: Index, root: Path, fps: float) -> None:
         say(f"note: sampled at {held:g} fps below, the most these videos hold; set data.fps={held:g} before training")
     fps = min(fps, held)
     rows = index_summary(index, root, fps)
-    table = Table(title=f"{index.dataset.title or index.dataset.name}, sampled at {fps:g} fps", title_justify="left")
+    title = printable(f"{index.dataset.title or index.dataset.name}, sampled at {fps:g} fps")
+    table = Table(title=Text(title, style="italic"), title_justify="left")
     for number, name in enumerate(rows[0]):
-        table.add_column(str(name), justify="right" if number else "left")
+        table.add_column(Text(str(name)), justify="right" if number else "left")
     for row in rows[1:]:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(str(cell)) for cell in row))  # names are no markup
     Console().print(table)

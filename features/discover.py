@@ -288,9 +288,9 @@ class FolderLayout(Strict):
 
     numbering: Numbering
     base: Literal[0, 1]
-    stride: int = Field(ge=1)
-    first: int = Field(ge=0)
-    count: int = Field(ge=1)
+    stride: int = Field(ge=1, le=10**9)
+    first: int = Field(ge=0, le=10**9)
+    count: int = Field(ge=1, le=10**9)
 
     @property
     def frame_count(self) -> int:

@@ -29,7 +29,7 @@ def broken_seal(path: Path) -> str | None:
     with path.open("rb") as stream:
         found = stream.read(USER_BLOCK_BYTES)
         if not found.startswith(_MAGIC):
-            return "not a feature file of this project"
+            return "not a file of this project, or damaged"
         return None if found == _seal_of(stream).ljust(USER_BLOCK_BYTES, b"\0") else "damaged or cut short"
 
 

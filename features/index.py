@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from configs.errors import UserError
-from configs.schema import DataConfig, DataSetSpec, Strict
+from configs.schema import MAX_FPS, DataConfig, DataSetSpec, Strict
 from engine.files import inside, read_json, sha256_ends, sha256_file, sha256_json, write_json
 from features.annotations import PhaseTrack, ToolTrack, parse_phases, parse_tools, read_content
 from features.class_order import parse_phase_order
@@ -40,6 +40,7 @@ from features.tfrecord import FPS as TFRECORD_FPS
 from features.tfrecord import RecordLayout, require_one_numbering, scan_records
 
 FORMAT_VERSION = 1
+MAX_FRAMES = 20_000_000  # nine days at 25 fps; an index that says more is damaged, and would ask for the memory
 SPLITS: tuple[Split, ...] = ("train", "val", "test", "none")
 Progress = Callable[[int, int, str], None]  # videos done, videos in all, the one at work
 
@@ -80,12 +81,12 @@ class VideoEntry(Strict):
     id: VideoId
     kind: Literal["video", "frames", "tfrecord"]
     source: RelativePath
-    size_bytes: int = Field(ge=1)
+    size_bytes: int = Field(ge=1, lt=2**63)
     modified_ns: int
     sha256_ends: Sha256
     sha256: Sha256 | None = None
-    fps: float = Field(gt=0, allow_inf_nan=False)
-    frame_count: int = Field(ge=1)
+    fps: float = Field(gt=0, le=MAX_FPS, allow_inf_nan=False)
+    frame_count: int = Field(ge=1, le=MAX_FRAMES)
     split: Split
     phase_file: AnnotationFile | None = None
     tool_file: AnnotationFile | None = None

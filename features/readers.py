@@ -56,6 +56,7 @@ MAX_PIXELS = 50_000_000
 _MP4_BOXES = frozenset(
     {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"sidx", b"styp", b"uuid", b"mfra"}
 )
+_MOST_BOXES = 1_000_000  # hours of fragments have some 100,000; more is a file made to keep us busy
 _WAY_OUT = "re-encode the video or leave it out"
 
 
@@ -430,7 +431,7 @@ def _ends_early(path: Path) -> bool:
         with path.open("rb") as stream:
             head = stream.read(12)
             if head[:4] == b"RIFF":
-                promised = struct.unpack("<I", head[4:8])[0]
+                promised = int.from_bytes(head[4:8], "little")
                 return promised < 0xFFFFFFFF and 8 + promised > size
             if head[:4] == b"\x1a\x45\xdf\xa3":
                 return _matroska_end(stream) > size
@@ -442,7 +443,9 @@ def _ends_early(path: Path) -> bool:
 def _mp4_end(stream: BinaryIO, size: int) -> int:
     """Where the boxes of an ISO base media file end, as their headers say (ISO/IEC 14496-12)."""
     offset = 0
-    while offset + 8 <= size:
+    for _ in range(_MOST_BOXES):
+        if offset + 8 > size:
+            break
         stream.seek(offset)
         length, kind = struct.unpack(">I4s", stream.read(8))
         if kind not in _MP4_BOXES or length == 0:  # trailing bytes that are no box, or a box that runs to the end

@@ -23,7 +23,7 @@ from configs.errors import UserError
 from engine.files import (
     as_user_error,
     atomic_path,
-    read_json,
+    read_json_object,
     remove_stale_temporaries,
     require_free_bytes,
     sha256_json,
@@ -38,6 +38,8 @@ INDEX_FILE = "index.json"
 ENCODER_FILE = "encoder.json"
 # A damaged file may claim any shape; nothing larger than this is allocated for one data set.
 MAX_DATASET_BYTES = 16 << 30
+MAX_ATTRIBUTE_BYTES = 1 << 16
+_FLETCHER32 = 3
 
 
 class FeatureFileError(UserError):
@@ -221,7 +223,7 @@ def read_features(path: Path, with_features: bool = True) -> VideoFeatures:
     """
     try:
         with _open(path) as file:
-            attributes = {name: _plain(value) for name, value in file.attrs.items()}
+            attributes = _attributes(file)
             if attributes.get("schema_version") != SCHEMA_VERSION:
                 raise FeatureFileError(
                     f"{path}: schema version {attributes.get('schema_version')}, this program reads {SCHEMA_VERSION}"
@@ -262,10 +264,32 @@ def _read(file: h5py.File, name: str, path: Path) -> NDArray[Any]:
     dimensions, kind = _DATASETS[name]
     if not isinstance(node, h5py.Dataset) or node.ndim != dimensions or node.dtype.kind != kind:
         raise FeatureFileError(f"{path}: {name} is not a data set of {dimensions} dimension(s); run extract again")
-    if node.nbytes > MAX_DATASET_BYTES or (node.nbytes > 64 << 20 and node.id.get_storage_size() < node.nbytes // 16):
+    # Ours are stored as they are, so a claim of more than is stored is damage or a bomb; and in the file itself.
+    if node.nbytes > min(MAX_DATASET_BYTES, node.id.get_storage_size()):
         raise FeatureFileError(f"{path}: {name} claims {node.nbytes:,} bytes; not a feature file of this project")
+    if _leads_elsewhere(file, name):
+        raise FeatureFileError(f"{path}: {name} lies outside the file; not a feature file of this project")
     value: NDArray[Any] = node[...]
     return value
+
+
+def _leads_elsewhere(file: h5py.File, name: str) -> bool:
+    """Whether a data set's values come from other files, or through filters that could be anything."""
+    creation = file[name].id.get_create_plist()
+    filters = [creation.get_filter(number)[0] for number in range(creation.get_nfilters())]
+    linked = not isinstance(file.get(name, getlink=True), h5py.HardLink)
+    return linked or creation.get_external_count() > 0 or file[name].is_virtual or filters not in ([], [_FLETCHER32])
+
+
+def _attributes(file: h5py.File) -> dict[str, Any]:
+    """The root's attributes as plain values. Raises ValueError for more than single values: these are not ours."""
+    found = {}
+    for name in file.attrs:
+        attribute = file.attrs.get_id(name)
+        if attribute.shape != () or attribute.dtype.itemsize > MAX_ATTRIBUTE_BYTES:
+            raise ValueError(f"attribute {name[:60]!r} is no single value")
+        found[name] = _plain(file.attrs[name])
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -301,8 +325,8 @@ def read_attributes(path: Path) -> dict[str, Any]:
     """A feature file's root attributes. Raises FeatureFileError when it is not complete or not readable."""
     try:
         with _open(path) as file:
-            attributes = {name: _plain(value) for name, value in file.attrs.items()}
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+            attributes = _attributes(file)
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise FeatureFileError(f"{path}: damaged or cut short ({_short(error)}); run extract again") from error
     if not attributes.get("complete"):
         raise FeatureFileError(f"{path}: not complete; run extract again")
@@ -432,7 +456,7 @@ def find_feature_folder(named: Path | None, run: Path, store: Path) -> Path:
         return named
     pointer = run / "extract" / "result.json"
     if pointer.exists():
-        folder = Path(str(read_json(pointer).get("folder")))
+        folder = Path(str(read_json_object(pointer).get("folder")))
         feature_files(folder)
         return folder
     found = sorted(path.parent for path in store.glob(f"*/{INDEX_FILE}")) if store.is_dir() else []

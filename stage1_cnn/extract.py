@@ -22,7 +22,7 @@ from configs.errors import UserError
 from configs.load import differences
 from configs.schema import Config, PreprocessConfig
 from engine.device import choose_device, choose_precision, lower_precision, seed_everything
-from engine.files import read_json, require_free_bytes, sha256_file, sha256_json, write_json
+from engine.files import read_json_object, require_free_bytes, sha256_file, sha256_json, write_json
 from engine.progress import say
 from engine.runs import RESULT_FILE, StageFolder
 from engine.stopping import StopRequest
@@ -188,7 +188,7 @@ def _require_same_world(folder: Path, index: Index, spec: EncoderSpec) -> None:
         if there.digest() != index.digest():
             say(f"{folder / INDEX_FILE}: replaced, the index has changed since")
     if (folder / ENCODER_FILE).exists():
-        digest = str(read_json(folder / ENCODER_FILE).get("digest"))
+        digest = str(read_json_object(folder / ENCODER_FILE).get("digest"))
         if digest != spec.digest:
             raise UserError(
                 f"{folder}: made by encoder {digest[:12]}, this one is {spec.digest[:12]}; "

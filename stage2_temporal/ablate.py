@@ -27,7 +27,7 @@ from rich.live import Live
 from configs.errors import UserError
 from configs.load import load_ablation, load_config, to_yaml
 from configs.schema import AblationConfig, Config
-from engine.files import make_folder, read_json, sha256_json, sole_worker, write_text
+from engine.files import make_folder, read_json_object, sha256_json, sole_worker, write_text
 from engine.progress import say
 from engine.runs import RESULT_FILE, StageFolder
 from engine.stopping import StopRequest
@@ -312,7 +312,7 @@ def _leaf(key: str, keys: Mapping[str, Any]) -> str:
 
 def _result(run: Path) -> dict[str, Any] | None:
     path = run / "temporal" / RESULT_FILE
-    return read_json(path) if path.exists() else None
+    return read_json_object(path) if path.exists() else None
 
 
 # ---------------------------------------------------------------------------------------------- the study

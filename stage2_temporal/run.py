@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from configs.errors import UserError
 from configs.schema import Config
-from engine.files import read_json
+from engine.files import read_json_object
 from engine.progress import say
 from engine.runs import update_summary
 from engine.stopping import StopRequest
@@ -86,4 +86,4 @@ def _finished(folder: Path) -> bool:
 
 def _all_extracted(run: Path) -> bool:
     pointer = run / "extract" / "result.json"
-    return pointer.exists() and not read_json(pointer).get("failed")
+    return pointer.exists() and not read_json_object(pointer).get("failed")

@@ -79,8 +79,9 @@ class Child:
         self._process = context.Process(target=_serve, args=(self.parser, theirs), daemon=True)
         self._process.start()
         theirs.close()
-        if not self._pipe.poll(START_LIMIT_S) or self._pipe.recv_bytes() != b"ready":
-            raise RuntimeError(f"the process that reads {self.parser} did not start")
+        answer = self._pipe.recv_bytes() if self._pipe.poll(START_LIMIT_S) else b"not started"
+        if answer != b"ready":
+            raise RuntimeError(f"the process that reads {self.parser}: {answer.decode()}")
 
     def _end(self) -> None:
         if self._process is not None:
@@ -121,7 +122,9 @@ def _serve(name: str, pipe: Any) -> None:
         path = Path(folder) / parser.file_name
         read = parser.prepare(Path(folder))
         for content in parser.seeds():
-            _attempt(read, path, content)
+            if (answer := _attempt(read, path, content)) != "read":
+                pipe.send_bytes(f"a sound file: {answer}".encode())
+                return
         limit = _address_space_bytes() + ADDRESS_SPACE_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         pipe.send_bytes(b"ready")
@@ -145,7 +148,7 @@ def _attempt(read: Any, path: Path, content: bytes) -> str:
         read(path)
     except UserError as error:
         text = str(error)
-        return "refused" if text and text.isprintable() else f"a message that is not one printable line: {text!r}"
+        return "refused" if text and text.isprintable() else f"a message of more than a printable line: {text!r}"
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         return f"{type(error).__name__}: {str(error)[:200]} ({Path(place.filename).name}:{place.lineno})"
