@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from configs.errors import UserError
+from configs.errors import UserError, printable
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -121,6 +121,7 @@ def cli() -> None:
     export          predictions as the original MTRCNet programs' text files
     run             index, both stages and evaluation from one file of settings
     simulate        simulated operations to try it on
+    doctor          is this machine able to do what the settings ask for?
 
     \b
     import-checkpoint, export-checkpoint
@@ -143,6 +144,23 @@ def config_show(source: str, overrides: tuple[str, ...], name: str | None) -> No
     from configs.load import to_yaml
 
     click.echo(to_yaml(_config(source, overrides)), nl=False)
+
+
+@cli.command()
+@config_options
+def doctor(source: str, overrides: tuple[str, ...]) -> None:
+    """Check installation, devices, decoders, disk, weights and data: one line each, with what to do.
+
+    Looks and changes nothing. Exit code 0 when nothing fails, 1 otherwise.
+    """
+    from stage1_cnn.doctor import diagnose
+
+    failed = 0
+    for finding in diagnose(lambda: _config(source, overrides)):
+        click.echo(finding.line())
+        failed += finding.level == "FAIL"
+    if failed:
+        sys.exit(EXIT_PARTLY)
 
 
 @cli.command()
@@ -212,7 +230,7 @@ def index(
         return
     problems = check_dataset(resolved)
     for problem in problems:
-        click.echo(problem, err=True)
+        click.echo(printable(problem), err=True)
     click.echo(f"{len(problems)} problem(s) found" if problems else "index and files agree")
     if problems:
         sys.exit(EXIT_PARTLY)
@@ -848,7 +866,7 @@ def _print_report(report: Any) -> None:
     """What was done, what failed; exit code 1 where something did."""
     click.echo(report.sentence())
     for video_id, reason in report.failed:
-        click.echo(f"failed: {video_id}: {reason}", err=True)
+        click.echo(printable(f"failed: {video_id}: {reason}"), err=True)
     if report.failed:
         sys.exit(EXIT_PARTLY)
 

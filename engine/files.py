@@ -228,7 +228,7 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
         with path.open("rb") as stream:
             content = stream.read(most_bytes + 1)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: cannot be read: no such file") from error
+        raise UserError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:  # a name with a NUL in it is a ValueError
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if len(content) > most_bytes:

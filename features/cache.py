@@ -32,12 +32,14 @@ from engine.files import (
     require_free_bytes,
     sha256_json,
 )
-from features.hdf5 import USER_BLOCK_BYTES, Hdf5Sink, broken_seal, seal
+from features.hdf5 import USER_BLOCK_BYTES, Hdf5Sink, broken_seal, holds_itself, seal
 from features.preprocess import Geometry, geometry_json
 from features.readers import FrameReader, decode_image
 from features.store import SourceIdentity
 
 SCHEMA_VERSION = 2  # 2: sealed, so that damage is found before HDF5 looks
+
+_DATASETS = ("frame_index", "blobs", "crc32")
 
 # How Pillow writes each codec. Lossless ones give the pixels back exactly and are therefore not part of the digest.
 # Measured on real 250 x 250 frames, one core (encode ms, decode ms, kB a frame): png at level 1: 4.0, 1.5, 73;
@@ -178,7 +180,9 @@ def _problem(path: Path, attributes: dict[str, Any], frame_index: NDArray[np.int
             for name, value in attributes.items():
                 if file.attrs.get(name) != value:
                     return f"{name} is {file.attrs.get(name)}, not {value}"
-            if not all(file[name].shape == frame_index.shape for name in ("frame_index", "blobs", "crc32")):
+            if not all(holds_itself(file, name) and file[name].chunks is None for name in _DATASETS):
+                return "not as this project writes it"
+            if not all(file[name].shape == frame_index.shape for name in _DATASETS):
                 return "holds another number of frames"
             if not np.array_equal(file["frame_index"][...], frame_index):
                 return "holds other frames"
@@ -221,7 +225,7 @@ class CachedFrames:
         """The frame at `position`, (R, R, 3) uint8. Raises UserError naming the file when it is damaged."""
         if not 0 <= position < len(self):
             raise IndexError(f"{self.path}: position {position} of {len(self)}")
-        blob = self._read("blobs", position).tobytes()
+        blob = np.asarray(self._read("blobs", position)).tobytes()
         if zlib.crc32(blob) != self._checksums[position]:
             raise self._damaged(f"frame {self.frame_index[position]} fails its checksum")
         return decode_image(io.BytesIO(blob), f"{self.path}: cached frame", int(self.frame_index[position]))

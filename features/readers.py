@@ -795,6 +795,8 @@ def _close_decord_readers() -> None:
 # ---------------------------------------------------------------------------------------------- folders
 
 
+# Pillow reads many more, some of them with other programs (EPS with Ghostscript).
+_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 _IMAGE_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 
 
@@ -838,7 +840,7 @@ def decode_image(source: Path | BinaryIO, place: str, number: int) -> np.ndarray
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of large images (judged here) and of odd camera notes
-            with Image.open(source) as image:
+            with Image.open(source, formats=_IMAGE_FORMATS) as image:
                 _refuse_odd(image, place)
                 return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except FileNotFoundError as error:

@@ -30,7 +30,7 @@ from engine.files import (
     write_json,
 )
 from engine.runs import package_version
-from features.hdf5 import USER_BLOCK_BYTES, Hdf5Sink, broken_seal, seal
+from features.hdf5 import USER_BLOCK_BYTES, Hdf5Sink, broken_seal, holds_itself, seal
 
 SCHEMA_VERSION = 1
 CHUNK_FRAMES = 256
@@ -39,7 +39,6 @@ ENCODER_FILE = "encoder.json"
 # A damaged file may claim any shape; nothing larger than this is allocated for one data set.
 MAX_DATASET_BYTES = 16 << 30
 MAX_ATTRIBUTE_BYTES = 1 << 16
-_FLETCHER32 = 3
 
 
 class FeatureFileError(UserError):
@@ -267,18 +266,10 @@ def _read(file: h5py.File, name: str, path: Path) -> NDArray[Any]:
     # Ours are stored as they are, so a claim of more than is stored is damage or a bomb; and in the file itself.
     if node.nbytes > min(MAX_DATASET_BYTES, node.id.get_storage_size()):
         raise FeatureFileError(f"{path}: {name} claims {node.nbytes:,} bytes; not a feature file of this project")
-    if _leads_elsewhere(file, name):
-        raise FeatureFileError(f"{path}: {name} lies outside the file; not a feature file of this project")
+    if not holds_itself(file, name):
+        raise FeatureFileError(f"{path}: {name} lies elsewhere or is compressed; not a feature file of this project")
     value: NDArray[Any] = node[...]
     return value
-
-
-def _leads_elsewhere(file: h5py.File, name: str) -> bool:
-    """Whether a data set's values come from other files, or through filters that could be anything."""
-    creation = file[name].id.get_create_plist()
-    filters = [creation.get_filter(number)[0] for number in range(creation.get_nfilters())]
-    linked = not isinstance(file.get(name, getlink=True), h5py.HardLink)
-    return linked or creation.get_external_count() > 0 or file[name].is_virtual or filters not in ([], [_FLETCHER32])
 
 
 def _attributes(file: h5py.File) -> dict[str, Any]:

@@ -81,6 +81,7 @@ class Child:
         theirs.close()
         answer = self._pipe.recv_bytes() if self._pipe.poll(START_LIMIT_S) else b"not started"
         if answer != b"ready":
+            self._end()
             raise RuntimeError(f"the process that reads {self.parser}: {answer.decode()}")
 
     def _end(self) -> None:
