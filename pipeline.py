@@ -206,9 +206,12 @@ def index(
 ) -> None:
     """Find videos (or folders of frames, or TFRecords) and their annotations, split them, and write what was found.
 
-    Folder names do not matter, file names do (configs/datasets). Nothing is decoded. Pickles of the original MTRCNet
-    programs (cholec80.pkl, train_val_test_paths_labels.pkl and their like) are read and written; --phase-order says how
-    they number phases, as it does for TFRecords, which hold numbers too (data.tfrecord_phase_order).
+    Folder names do not matter, file names do (configs/datasets). Nothing is decoded. A video that cannot be read is
+    left out and named, the others are indexed; the exit code is then 1.
+
+    Pickles of the original MTRCNet programs (cholec80.pkl, train_val_test_paths_labels.pkl and their like) are read and
+    written; --phase-order says how they number phases, as it does for TFRecords, which hold numbers too
+    (data.tfrecord_phase_order).
     """
     from features.catalogue import check_dataset, index_dataset
     from features.pickled_index import index_from_pickles, pickle_from_index
@@ -226,7 +229,8 @@ def index(
     if pickles or to_pickle:
         return
     if not check:
-        index_dataset(resolved, replace=force)
+        if index_dataset(resolved, replace=force).left_out:
+            sys.exit(EXIT_PARTLY)
         return
     problems = check_dataset(resolved)
     for problem in problems:
@@ -767,7 +771,9 @@ def run_command(source: str, overrides: tuple[str, ...], name: str | None) -> No
 
     resolved = _config(source, overrides)
     with _stop_when_asked() as stop:
-        run_all(resolved, _run(resolved, source, name), stop)
+        summary = run_all(resolved, _run(resolved, source, name), stop)
+    if summary["left_out"]:
+        sys.exit(EXIT_PARTLY)
 
 
 @cli.command("simulate")

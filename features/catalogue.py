@@ -39,8 +39,8 @@ def data_root(config: Config) -> Path:
 def index_dataset(config: Config, replace: bool = False) -> Index:
     """Find the data set, write `data.index` and print a summary.
 
-    An existing index that says something else is only replaced when asked to. Raises UserError otherwise. One that was
-    made from older index files stays as it is.
+    Videos that cannot be read are left out, and said. An existing index that says something else is only replaced when
+    asked to. Raises UserError otherwise. One that was made from older index files stays as it is.
     """
     root, path = data_root(config), config.data.index
     if path.exists() and not replace and Index.load(path).made_from:
@@ -49,7 +49,7 @@ def index_dataset(config: Config, replace: bool = False) -> Index:
         print_summary(index, root, config.data.fps)
         return index
     with _shown("index") as progress:
-        found = build_index(root, load_dataset(config.data.dataset), config.data, progress)
+        found = build_index(root, load_dataset(config.data.dataset), config.data, progress, leave_out=True)
     return keep_index(found, config, root, replace)
 
 
@@ -66,6 +66,8 @@ def keep_index(found: Index, config: Config, root: Path, replace: bool) -> Index
     else:
         found.save(path)
         say(f"{path}: written")
+    for video in found.left_out:
+        say(f"left out: {video.id}: {video.reason}")
     for note in _grouped(found.notes):
         say(f"note: {note}")
     for line in _order_lines(found):
@@ -139,7 +141,7 @@ def open_dataset(config: Config) -> tuple[Index, Path]:
         )
     if index.made_from and not split_is_asked_for(config.data.split):
         return index, root
-    wanted = assign_splits([video.id for video in index.videos], spec, config.data.split)
+    wanted = assign_splits(index.found_ids(), spec, config.data.split)
     moved = [video.id for video in index.videos if wanted[video.id] != video.split]
     if moved:
         raise UserError(

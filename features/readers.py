@@ -49,6 +49,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 import numpy as np
 
 from configs.errors import UserError
+from features.boxes import overclaim
 
 # A picture larger than this is refused before anything is decoded: 8K video has 33 million pixels.
 MAX_PIXELS = 50_000_000
@@ -56,7 +57,7 @@ MAX_PIXELS = 50_000_000
 _MP4_BOXES = frozenset(
     {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"sidx", b"styp", b"uuid", b"mfra"}
 )
-_MOST_BOXES = 1_000_000  # hours of fragments have some 100,000; more is a file made to keep us busy
+_MOST_BOXES = 500_000  # hours of fragments have some 100,000; more is a file made to keep us busy
 _WAY_OUT = "re-encode the video or leave it out"
 
 
@@ -205,6 +206,8 @@ def _open_container(path: Path) -> Any:
     try:
         if path.stat().st_size == 0:
             raise ReaderError(f"{path}: an empty file (0 bytes); copy it again or leave it out")
+        if claim := overclaim(path):
+            raise ReaderError(f"{path}: {claim}; {_WAY_OUT}")
         # `file:` and the white list keep odd names and playlists in disguise from reaching other files or the network.
         return av.open(f"file:{path}", metadata_errors="replace", options={"protocol_whitelist": "file"})
     except FileNotFoundError as error:

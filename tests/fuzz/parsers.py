@@ -76,7 +76,8 @@ def _read_phases(path: Path) -> object:
 
 def _phase_seeds() -> list[bytes]:
     rows = "".join(f"{frame}\t{SPEC.phases[min(frame // 8, 6)]}\n" for frame in range(60))
-    return [f"Frame\tPhase\n{rows}".encode(), f"\ufeffFrame\tPhase\r\n{rows}".replace("\n", "\r\n").encode()]
+    text = f"Frame\tPhase\n{rows}"
+    return [text.encode(), "\ufeff".encode() + text.replace("\n", "\r\n").encode()]
 
 
 def _read_tools(path: Path) -> object:
@@ -392,11 +393,26 @@ def _read_records(path: Path) -> object:
         return list(reader.read(range(reader.frame_count)))
 
 
-@functools.cache
-def _record_seeds() -> list[bytes]:
-    from tests.features.test_tfrecord import example, write
+def record_file(pictures: Sequence[bytes]) -> bytes:
+    """A TFRecord file of video01 with these pictures."""
+    from features.tfrecord import _example_class
 
-    return [_written(lambda path: write(path, [example(k, 4, "video01") for k in range(4)]), "video01.tfrecord")]
+    content = b""
+    for number, picture in enumerate(pictures):
+        message = _example_class()()
+        keys = message.features.feature
+        keys["frame"].bytes_list.value.append(picture)
+        keys["video_id"].bytes_list.value.append(b"video01")
+        numbers = {"frame_id": [number], "total_frames": [len(pictures)], "phase": [0], "instruments": [0, 1] + [0] * 5}
+        for key, values in numbers.items():
+            keys[key].int64_list.value.extend(values)
+        data = message.SerializeToString()
+        content += struct.pack("<QI", len(data), 0) + data + bytes(4)
+    return mend_records(content)
+
+
+def _record_seeds() -> list[bytes]:
+    return [record_file(_image_seeds()[:1] * 4)]
 
 
 def mend_records(content: bytes) -> bytes:

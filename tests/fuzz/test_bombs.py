@@ -26,9 +26,8 @@ from features.class_order import parse_phase_order
 from features.hdf5 import USER_BLOCK_BYTES, seal
 from features.plain_pickle import load_plain
 from features.tfrecord import masked_crc32c
-from tests.features.test_tfrecord import example
 from tests.fuzz.harness import Child
-from tests.fuzz.parsers import PARSERS, SPEC
+from tests.fuzz.parsers import PARSERS, SPEC, record_file
 
 GIGA = 1 << 30
 
@@ -53,15 +52,6 @@ def png_text_bomb() -> bytes:
         text += packer.compress(bytes(1 << 20))
     sound = PARSERS["picture"].seeds()[0]
     return sound[:33] + chunk(b"zTXt", b"Comment\0\0" + text + packer.flush()) + sound[33:]
-
-
-def of_record(picture: bytes) -> bytes:
-    """A TFRecord file of one frame."""
-    from tests.features.test_tfrecord import write
-
-    with tempfile.TemporaryDirectory() as folder:
-        datum = example(0, 1, "video01", frame=(picture, "byte"))
-        return write(Path(folder) / "video01.tfrecord", [datum]).read_bytes()
 
 
 def long_record() -> bytes:
@@ -207,7 +197,7 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
         "picture",
         lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) run\n%%EOF\n",
     ),
-    "TFRecord with such a PNG": ("TFRecord", lambda: of_record(png_bomb(30_000, 30_000))),
+    "TFRecord with such a PNG": ("TFRecord", lambda: record_file([png_bomb(30_000, 30_000)])),
     "TFRecord that claims a gigabyte": ("TFRecord", long_record),
     **{
         f"feature file: {name}": ("feature file", lambda c=change: hdf5("feature file", c))
