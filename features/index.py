@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from configs.errors import UserError
+from configs.errors import UserError, printable
 from configs.schema import MAX_FPS, DataConfig, DataSetSpec, Strict
 from engine.files import inside, read_json, sha256_ends, sha256_file, sha256_json, write_json
 from features.annotations import PhaseTrack, ToolTrack, parse_phases, parse_tools, read_content
@@ -240,13 +240,13 @@ def build_index(
     is assigned ("none") and a note says so. Raises UserError naming the file and row at fault; when several videos
     are, the message is that of the first and names the others.
     """
-    found = find_videos(root, spec)
+    found = find_videos(root, spec, leave_out)
     if only is not None:
         found = replace(found, videos=tuple(video for video in found.videos if video.id in only))
     order = _phase_order(root, found, spec, data)
     entries: list[VideoEntry] = []
     notes = list(found.notes)
-    faults: list[tuple[str, UserError]] = []
+    faults = [fault for fault in found.faults if only is None or fault[0] in only]
     for done, video in enumerate(found.videos):
         if progress:
             progress(done, len(found.videos), video.id)
@@ -262,14 +262,14 @@ def build_index(
         raise UserError(f"{faults[0][1]}{others}") from faults[0][1]
     require_one_base([(str(root / entry.source), entry.frames) for entry in entries if entry.frames], data)
     require_one_numbering([(str(root / entry.source), entry.records) for entry in entries if entry.records])
-    ids = [video.id for video in found.videos]
+    ids = sorted([entry.id for entry in entries] + [video_id for video_id, _ in faults], key=natural_key)
     splits = assign_splits(ids, spec, data.split)
     if problem := usual_split_problem(ids, spec, data.split):
         notes.append(f"no splits assigned, since the usual one of {spec.name} does not fit: {problem}")
     return Index(
         dataset=spec,
         videos=tuple(entry.model_copy(update={"split": splits[entry.id]}) for entry in entries),
-        notes=tuple(notes),
+        notes=tuple(map(printable, notes)),  # file names may be no text
         left_out=tuple(
             LeftOut(id=video_id, reason=str(error).replace(f"{root}{os.sep}", "")) for video_id, error in faults
         ),
