@@ -62,6 +62,7 @@ class _Files:
     by_role: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     endings: Counter[str] = field(default_factory=Counter)
     odd_tfrecords: list[str] = field(default_factory=list)
+    odd_annotations: dict[str, UserError] = field(default_factory=dict)
     faults: dict[str, UserError] | None = None  # kept, by folded id, where one file must not cost the others
 
     def add(self, role: str, video_id: str, relative: str) -> None:
@@ -86,8 +87,9 @@ def find_videos(root: Path, spec: DataSetSpec, leave_out: bool = False) -> Disco
         what = "is not a folder" if root.exists() else "no such folder"
         raise UserError(f"{root}: {what}; set data.root (or SURGSTAGE_DATA) to the folder that holds {spec.name}")
     files = _collect(root, spec, {} if leave_out else None)
-    faults = files.faults or {}
-    sources = {key: source for key, source in _sources(root, files).items() if key not in faults}
+    faults, sources = files.faults or {}, _sources(root, files)
+    faults |= {key: error for key, error in files.odd_annotations.items() if key in sources and key not in faults}
+    sources = {key: source for key, source in sources.items() if key not in faults}
     if not sources and faults:
         raise next(iter(faults.values()))
     if not sources:
@@ -98,6 +100,7 @@ def find_videos(root: Path, spec: DataSetSpec, leave_out: bool = False) -> Disco
         for key, (kind, path) in sorted(sources.items(), key=lambda item: natural_key(files.ids[item[0]]))
     )
     notes = tuple(_left_over(spec, videos, sources, annotations, files.odd_tfrecords))
+    notes += tuple(str(error) for key, error in files.odd_annotations.items() if key not in faults)
     return Discovery(videos, notes, tuple((files.ids[key], error) for key, error in faults.items()))
 
 
@@ -139,7 +142,10 @@ def _add(files: _Files, role: str, video_id: str, root: Path, path: Path) -> Non
         if files.faults is None:
             raise
         files.ids.setdefault(video_id.casefold(), video_id)
-        files.faults.setdefault(video_id.casefold(), error)
+        if role in ("phase", "tool"):
+            files.odd_annotations.setdefault(video_id.casefold(), error)
+        else:
+            files.faults.setdefault(video_id.casefold(), error)
 
 
 def _is_odd_tfrecord(name: str, pattern: re.Pattern[str]) -> bool:

@@ -89,12 +89,9 @@ def check_decoders() -> Iterable[Finding]:
             return
     answer = (done.stdout.strip().splitlines() or [""])[-1]
     if done.returncode == 0 and answer:
-        level, _, found = answer.partition(" ")
-        problem = level != "ok"
-        to_do = "only PyAV is used; see data.reader" if level == "warn" else "reinstall with `pip install -U av`"
-        yield Finding(
-            "ok" if not problem else "warn" if level == "warn" else "FAIL", "decoders", found, to_do * problem
-        )
+        verdict, _, found = answer.partition(" ")
+        level, to_do = _VERDICTS.get(verdict, _VERDICTS["FAIL"])
+        yield Finding(level, "decoders", found, to_do)
         return
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200]
     yield Finding("FAIL", "decoders", last, "reinstall with `pip install --force-reinstall av`")
