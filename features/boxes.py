@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-MAX_PICTURES = 20_000_000  # nine days at 25 fps; sound may have more samples
+MAX_PICTURES = 20_000_000  # of one video: nine days at 25 fps; sound may have more samples
 MAX_BOXES = 500_000
 _CONTAINERS = frozenset({b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf"})
 

@@ -23,6 +23,7 @@ from pydantic import Field
 from configs.errors import UserError
 from configs.schema import DataConfig, DataSetSpec, Strict
 from engine.files import inside, sha256_file
+from features.boxes import MAX_PICTURES
 from features.readers import FrameFolder
 
 Kind = Literal["video", "frames", "tfrecord"]
@@ -313,7 +314,7 @@ class FolderLayout(Strict):
     base: Literal[0, 1]
     stride: int = Field(ge=1, le=10**9)
     first: int = Field(ge=0, le=10**9)
-    count: int = Field(ge=1, le=10**9)
+    count: int = Field(ge=1, le=MAX_PICTURES)
 
     @property
     def frame_count(self) -> int:

@@ -20,6 +20,7 @@ from configs.errors import UserError, printable
 from configs.schema import MAX_FPS, DataConfig, DataSetSpec, Strict
 from engine.files import inside, read_json, sha256_ends, sha256_file, sha256_json, write_json
 from features.annotations import PhaseTrack, ToolTrack, parse_phases, parse_tools, read_content
+from features.boxes import MAX_PICTURES
 from features.class_order import parse_phase_order
 from features.discover import (
     Discovery,
@@ -42,7 +43,6 @@ from features.tfrecord import FPS as TFRECORD_FPS
 from features.tfrecord import RecordLayout, require_one_numbering, scan_records
 
 FORMAT_VERSION = 1
-MAX_FRAMES = 20_000_000  # nine days at 25 fps; an index that says more is damaged, and would ask for the memory
 SPLITS: tuple[Split, ...] = ("train", "val", "test", "none")
 Progress = Callable[[int, int, str], None]  # videos done, videos in all, the one at work
 
@@ -88,7 +88,7 @@ class VideoEntry(Strict):
     sha256_ends: Sha256
     sha256: Sha256 | None = None
     fps: float = Field(gt=0, le=MAX_FPS, allow_inf_nan=False)
-    frame_count: int = Field(ge=1, le=MAX_FRAMES)
+    frame_count: int = Field(ge=1, le=MAX_PICTURES)
     split: Split
     phase_file: AnnotationFile | None = None
     tool_file: AnnotationFile | None = None
@@ -119,7 +119,7 @@ class VideoEntry(Strict):
 class LeftOut(Strict):
     """A video that was found and could not be indexed; `reason` is one line, with paths below the data root."""
 
-    id: VideoId
+    id: str = Field(min_length=1)
     reason: str
 
 
@@ -262,17 +262,16 @@ def build_index(
         raise UserError(f"{faults[0][1]}{others}") from faults[0][1]
     require_one_base([(str(root / entry.source), entry.frames) for entry in entries if entry.frames], data)
     require_one_numbering([(str(root / entry.source), entry.records) for entry in entries if entry.records])
-    ids = sorted([entry.id for entry in entries] + [video_id for video_id, _ in faults], key=natural_key)
+    ids = sorted([entry.id for entry in entries] + [printable(video_id) for video_id, _ in faults], key=natural_key)
     splits = assign_splits(ids, spec, data.split)
     if problem := usual_split_problem(ids, spec, data.split):
         notes.append(f"no splits assigned, since the usual one of {spec.name} does not fit: {problem}")
+    left_out = [LeftOut(id=printable(name), reason=str(error).replace(f"{root}{os.sep}", "")) for name, error in faults]
     return Index(
         dataset=spec,
         videos=tuple(entry.model_copy(update={"split": splits[entry.id]}) for entry in entries),
         notes=tuple(map(printable, notes)),  # file names may be no text
-        left_out=tuple(
-            LeftOut(id=video_id, reason=str(error).replace(f"{root}{os.sep}", "")) for video_id, error in faults
-        ),
+        left_out=tuple(left_out),
     )
 
 

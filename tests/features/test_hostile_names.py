@@ -156,3 +156,13 @@ def test_backslashes_are_part_of_a_name_and_no_separators(tmp_path: Path) -> Non
 def test_what_is_printed_is_one_line_that_a_terminal_does_not_obey(text: str, shown: str) -> None:
     assert printable(text) == shown
     assert str(UserError(text)) == shown
+
+
+def test_an_id_that_is_no_text_is_left_out_too(tmp_path: Path) -> None:
+    """Where a data set's pattern takes any name, a line break in one was a ValidationError."""
+    root = write_dataset(tmp_path / "data", 1)
+    shutil.copyfile(root / "video01.mp4", root / "video\n2.mp4")
+    patterns = SPEC.patterns.model_copy(update={"video": r"video(?P<id>[\s\S]+)\.mp4"})
+    index = build_index(root, SPEC.model_copy(update={"patterns": patterns}), DataConfig(), leave_out=True)
+    assert [video.id for video in index.left_out] == ["\\n2"]
+    assert Index.from_json(index.to_json()) == index

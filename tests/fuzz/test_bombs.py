@@ -228,7 +228,7 @@ def endless_index() -> bytes:
 
 def endless_truth() -> bytes:
     tree = json.loads(PARSERS["truth.json"].seeds()[0])
-    tree["videos"]["video41"]["phase"] = [[1 << 29, 0], [1 << 29, 1]]
+    tree["videos"]["video41"]["phase"] = [[1 << 27, 0]]
     return json.dumps(tree).encode()
 
 
