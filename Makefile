@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-joint test fast lint types bench clean
+.PHONY: help install demo demo-joint test fast fuzz lint types bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -44,6 +44,13 @@ test: $(STAMP) lint types ## install, lint, type-check, run every test
 
 fast: $(STAMP) ## only the quick tests
 	$(PYTEST) -m 'not slow'
+
+INPUTS ?= 10000
+
+fuzz: $(STAMP) ## hostile input for every parser, with seeds and totals (INPUTS=10000 each; artifacts/fuzz)
+	mkdir -p artifacts/fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.campaign --inputs $(INPUTS) --workers $(WORKERS) \
+		--findings artifacts/fuzz --json artifacts/fuzz/totals.json
 
 lint: $(STAMP) ## ruff and the import table
 	$(BIN)/ruff check .

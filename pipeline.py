@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from configs.errors import UserError
+from configs.errors import UserError, printable
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -121,6 +121,7 @@ def cli() -> None:
     export          predictions as the original MTRCNet programs' text files
     run             index, both stages and evaluation from one file of settings
     simulate        simulated operations to try it on
+    doctor          is this machine able to do what the settings ask for?
 
     \b
     import-checkpoint, export-checkpoint
@@ -143,6 +144,23 @@ def config_show(source: str, overrides: tuple[str, ...], name: str | None) -> No
     from configs.load import to_yaml
 
     click.echo(to_yaml(_config(source, overrides)), nl=False)
+
+
+@cli.command()
+@config_options
+def doctor(source: str, overrides: tuple[str, ...]) -> None:
+    """Check installation, devices, decoders, disk, weights and data: one line each, with what to do.
+
+    Looks and changes nothing. Exit code 0 when nothing fails, 1 otherwise.
+    """
+    from stage1_cnn.doctor import diagnose
+
+    failed = 0
+    for finding in diagnose(lambda: _config(source, overrides)):
+        click.echo(finding.line())
+        failed += finding.level == "FAIL"
+    if failed:
+        sys.exit(EXIT_PARTLY)
 
 
 @cli.command()
@@ -188,9 +206,12 @@ def index(
 ) -> None:
     """Find videos (or folders of frames, or TFRecords) and their annotations, split them, and write what was found.
 
-    Folder names do not matter, file names do (configs/datasets). Nothing is decoded. Pickles of the original MTRCNet
-    programs (cholec80.pkl, train_val_test_paths_labels.pkl and their like) are read and written; --phase-order says how
-    they number phases, as it does for TFRecords, which hold numbers too (data.tfrecord_phase_order).
+    Folder names do not matter, file names do (configs/datasets). Nothing is decoded. A video that cannot be read is
+    left out and named, the others are indexed; the exit code is then 1.
+
+    Pickles of the original MTRCNet programs (cholec80.pkl, train_val_test_paths_labels.pkl and their like) are read and
+    written; --phase-order says how they number phases, as it does for TFRecords, which hold numbers too
+    (data.tfrecord_phase_order).
     """
     from features.catalogue import check_dataset, index_dataset
     from features.pickled_index import index_from_pickles, pickle_from_index
@@ -208,11 +229,12 @@ def index(
     if pickles or to_pickle:
         return
     if not check:
-        index_dataset(resolved, replace=force)
+        if index_dataset(resolved, replace=force).left_out:
+            sys.exit(EXIT_PARTLY)
         return
     problems = check_dataset(resolved)
     for problem in problems:
-        click.echo(problem, err=True)
+        click.echo(printable(problem), err=True)
     click.echo(f"{len(problems)} problem(s) found" if problems else "index and files agree")
     if problems:
         sys.exit(EXIT_PARTLY)
@@ -762,7 +784,9 @@ def run_command(source: str, overrides: tuple[str, ...], name: str | None) -> No
 
     resolved = _config(source, overrides)
     with _stop_when_asked() as stop:
-        run_all(resolved, _run(resolved, source, name), stop)
+        summary = run_all(resolved, _run(resolved, source, name), stop)
+    if summary["left_out"]:
+        sys.exit(EXIT_PARTLY)
 
 
 @cli.command("simulate")
@@ -861,7 +885,7 @@ def _print_report(report: Any) -> None:
     """What was done, what failed; exit code 1 where something did."""
     click.echo(report.sentence())
     for video_id, reason in report.failed:
-        click.echo(f"failed: {video_id}: {reason}", err=True)
+        click.echo(printable(f"failed: {video_id}: {reason}"), err=True)
     if report.failed:
         sys.exit(EXIT_PARTLY)
 

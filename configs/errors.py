@@ -7,5 +7,17 @@ class UserError(Exception):
     """Bad input or a wrong setting: says which file or key, what is wrong and what to do, in one line.
 
     The command line prints it without a traceback and exits with code 2. Every room raises this class or a
-    subclass of it for anything a user can mend; any other exception is a bug.
+    subclass of it for anything a user can mend; any other exception is a bug. Names of files and what stands in them
+    may hold anything, so the message comes out printable.
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """`text` on one line that a terminal shows and does not obey: line breaks, escape sequences, marks that turn the
+    direction of writing and halves of characters are spelled out."""
+    if text.isprintable():
+        return text
+    return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text)

@@ -16,6 +16,8 @@ from configs.schema import AblationConfig, Config, DataSetSpec
 
 PRESETS = Path(__file__).resolve().parent
 DEFAULT_PRESET = "cholec80"
+MAX_YAML_BYTES = 256 << 10  # ours have 5 kB; PyYAML takes about 5 s for so many
+MAX_YAML_VALUES = 50_000
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -64,16 +66,57 @@ def preset_path(source: str | Path, folder: Path, what: str) -> Path:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file's mapping. Raises UserError naming the line of a syntax error."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as stream:
+            content = stream.read(MAX_YAML_BYTES + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+    if len(content) > MAX_YAML_BYTES:
+        raise UserError(f"{path}: larger than {MAX_YAML_BYTES >> 10} KiB, which no file of settings is; name another")
+    try:
+        tree = _parse_yaml(content.decode("utf-8-sig"))
+    except ValueError as error:
         raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected keys and values, found {type(tree).__name__}")
     return tree
+
+
+def _parse_yaml(text: str) -> Any:
+    """Plain values of a YAML text. Raises ValueError for anything else, and for aliases that multiply what is there."""
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _require_small(node)
+        return loader.construct_document(node)
+    except Exception as error:  # PyYAML raises KeyError, AttributeError and more on values that belie their tags
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _require_small(root: yaml.Node) -> None:
+    """Raise ValueError where aliases, written out, make a tree that no file of settings has, or one without end."""
+    sizes: dict[int, int] = {}  # by node, written out; 0 while what is below it is being counted
+    waiting = [root]
+    while waiting:
+        node = waiting[-1]
+        below: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            below = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            below = node.value
+        if id(node) not in sizes:
+            sizes[id(node)] = 0
+            if any(sizes.get(id(part)) == 0 for part in below):
+                raise ValueError("an alias that holds itself")
+            waiting += (part for part in below if id(part) not in sizes)
+            continue
+        waiting.pop()
+        sizes[id(node)] = 1 + sum(sizes[id(part)] for part in below)
+        if sizes[id(node)] > MAX_YAML_VALUES:
+            raise ValueError(f"aliases that come to more than {MAX_YAML_VALUES:,} values")
 
 
 def to_yaml(model: BaseModel) -> str:
@@ -109,8 +152,8 @@ def _lay_over(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise UserError(f"--set {override}: expected key=value, for example --set temporal.head.hidden=256")
     try:
-        value = yaml.safe_load(text) if text.strip() else None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        value = _parse_yaml(text) if text.strip() else None
+    except ValueError as error:
         raise UserError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from error
     node = tree
     for name in keys[:-1]:

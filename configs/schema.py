@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationInfo, field_validator, model_validator
 
+MAX_FPS = 10_000.0  # cameras of a thousand pictures a second exist; what lies beyond is damage
 Precision = Literal["auto", "native", "fp32", "bf16", "fp16"]
 
 
@@ -69,7 +70,7 @@ class DataSetSpec(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     title: str = ""
     source: str = ""
-    annotation_fps: float = Field(gt=0, description="rate at which annotation files number frames")
+    annotation_fps: float = Field(gt=0, le=MAX_FPS, description="rate at which annotation files number frames")
     phases: tuple[str, ...] = Field(min_length=2, max_length=127)  # ids are int8
     tools: tuple[str, ...] = Field((), max_length=127)
     phase_aliases: dict[str, str] = {}
@@ -126,7 +127,7 @@ class DataConfig(Strict):
     dataset: str = Field("cholec80", description="name in configs/datasets, or the path of a YAML file")
     root: Path | None = Field(None, description="folder of videos and annotations; also the variable SURGSTAGE_DATA")
     index: Path = Path("artifacts/index.json")
-    fps: float = Field(1.0, gt=0, description="sampling rate; must divide the source rate")
+    fps: float = Field(1.0, gt=0, le=MAX_FPS, description="sampling rate; must divide the source rate")
     split: SplitConfig = SplitConfig()
     tools_between_rows: Literal["mask", "hold"] = Field(
         "mask", description="sampling faster than tool rows: mask frames between them, or hold the last row"
@@ -136,7 +137,9 @@ class DataConfig(Strict):
         "auto", description="frame folders: do file names count source frames or samples"
     )
     frame_base: Literal["auto", 0, 1] = Field("auto", description="frame folders: number of the first frame")
-    folder_fps: float | None = Field(None, gt=0, description="frame folders numbered by sample: samples a second")
+    folder_fps: float | None = Field(
+        None, gt=0, le=MAX_FPS, description="frame folders numbered by sample: samples a second"
+    )
     tfrecord_phase_order: str | None = Field(
         None,
         description="TFRecord files: which phase each number means; a name in the data set's phase_orders, a file, or "

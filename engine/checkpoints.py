@@ -123,6 +123,7 @@ def _load(path: Path) -> Any:
     try:
         if _is_whole_archive(path):
             with zipfile.ZipFile(path) as archive:
+                _refuse_bombs(archive, path)
                 broken = archive.testzip()
             if broken:
                 raise UserError(f"{path}: damaged (checksum of {broken} is wrong)")
@@ -144,6 +145,14 @@ def _load(path: Path) -> Any:
         raise UserError(f"{path}: damaged or not a checkpoint: it ends too early; copy or download it again") from error
     except Exception as error:  # whatever a damaged or hostile file makes the reader say
         raise UserError(f"{path}: damaged or not a checkpoint ({_first_line(error)})") from error
+
+
+def _refuse_bombs(archive: zipfile.ZipFile, path: Path) -> None:
+    """Raise UserError where entries say that they come to more than the file holds: torch compresses nothing."""
+    entries = archive.infolist()
+    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise UserError(f"{path}: compressed, or claims more than it holds; no program of ours or PyTorch writes that")
 
 
 def _is_whole_archive(path: Path) -> bool:

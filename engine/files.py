@@ -24,6 +24,8 @@ from typing import Any
 from configs.errors import UserError
 
 HASH_SPAN_BYTES = 1 << 20
+# Far above any index, label or result; the memory that a JSON file takes is a small multiple of its size.
+MAX_JSON_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
 # What a system answers when there is no room: a full disk, a quota, a file-size limit.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -228,14 +230,33 @@ def require_replaceable_json(path: Path) -> None:
         raise UserError(f"{path}: exists and holds no results; give another file")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises UserError when it is missing, unreadable or not JSON."""
+def read_bounded(path: Path, most_bytes: int) -> bytes:
+    """A file's bytes. Raises UserError when it is missing, unreadable, or larger than any such file is."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as stream:
+            content = stream.read(most_bytes + 1)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # a name with a NUL in it is a ValueError
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if len(content) > most_bytes:
+        raise UserError(f"{path}: larger than {most_bytes:,} bytes, which no such file is; name another")
+    return content
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object. Raises UserError for anything else."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: damaged: holds no JSON object; delete it or restore it")
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises UserError when it is missing, unreadable, too large or not JSON."""
+    content = read_bounded(path, MAX_JSON_BYTES)
+    try:
+        return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a ValueError too
         raise UserError(f"{path}: not a JSON file ({error})") from error
 

@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.files import atomic_path
+from engine.files import atomic_path, read_bounded
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
+MAX_METRICS_BYTES = 1 << 30  # a step is some 200 bytes
 
 
 class MetricLog:
@@ -33,7 +34,7 @@ class MetricLog:
         """Forget every line of a step after `global_step`."""
         if not self.enabled or not self.path.exists():
             return
-        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= global_step]
+        kept = [line for line in _lines(self.path) if _step_of(line) <= global_step]
         with atomic_path(self.path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._purge_step = global_step + 1
@@ -77,14 +78,16 @@ class MetricLog:
 
 
 def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Rows of a `metrics.jsonl`, of one kind or all; a last line cut short by a crash is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if _step_of(line) < _BROKEN:
-            row = json.loads(line)
-            if kind is None or row["kind"] == kind:
-                rows.append(row)
-    return rows
+    """Rows of a `metrics.jsonl`, of one kind or all; lines that a crash or a bad disk left broken are left out.
+
+    Raises UserError when the file cannot be read.
+    """
+    rows = [json.loads(line) for line in _lines(path) if _step_of(line) < _BROKEN]
+    return [row for row in rows if kind is None or row["kind"] == kind]
+
+
+def _lines(path: Path) -> list[str]:
+    return read_bounded(path, MAX_METRICS_BYTES).decode("utf-8", "replace").splitlines()
 
 
 _BROKEN = 1 << 62
@@ -92,6 +95,7 @@ _BROKEN = 1 << 62
 
 def _step_of(line: str) -> int:
     try:
-        return int(json.loads(line)["global_step"])
-    except (ValueError, KeyError, TypeError):
+        row = json.loads(line)
+        return int(row["global_step"]) if isinstance(row["kind"], str) else _BROKEN
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return _BROKEN

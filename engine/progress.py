@@ -7,6 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from configs.errors import printable
+
 LOG_INTERVAL_S = 15.0
 
 
@@ -27,5 +29,5 @@ def progress_bar(total: int | None, description: str, unit: str, **options: Any)
 
 
 def say(text: str) -> None:
-    """A line for the user, above any bar."""
-    tqdm.write(text, file=sys.stderr)
+    """A line for the user, above any bar; what file names put into it is made printable."""
+    tqdm.write(printable(text), file=sys.stderr)

@@ -16,7 +16,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.load import differences, to_yaml
 from configs.schema import Config
-from engine.files import make_folder, read_json, remove_stale_temporaries, sha256_json, write_json, write_text
+from engine.files import make_folder, read_json_object, remove_stale_temporaries, sha256_json, write_json, write_text
 
 IDENTITY_FILE = "identity.json"
 RESULT_FILE = "result.json"
@@ -62,14 +62,14 @@ class StageFolder:
         path = self.path / RESULT_FILE
         if not path.exists():
             return None
-        found: dict[str, Any] = read_json(path)
+        found: dict[str, Any] = read_json_object(path)
         return found if found.get("identity_sha256") == self.digest else None
 
     def open(self) -> None:
         """Create the folder or accept it for resuming. Raises UserError when it holds another configuration."""
         known = self.path / IDENTITY_FILE
         if known.exists():
-            changed = differences(read_json(known), _plain_tree(self.identity))
+            changed = differences(read_json_object(known), _plain_tree(self.identity))
             if changed:
                 shown = "; ".join(changed[:4]) + (f" (and {len(changed) - 4} more)" if len(changed) > 4 else "")
                 raise UserError(
@@ -102,7 +102,7 @@ def update_summary(run: Path, values: Mapping[str, Any], seconds: Mapping[str, f
     path = run / "summary.json"
     summary: dict[str, Any] = dict.fromkeys(SUMMARY_KEYS) | {"seconds": {}}
     if path.exists():
-        summary |= read_json(path)
+        summary |= read_json_object(path)
     summary |= values
     summary["seconds"] = summary.get("seconds", {}) | {key: round(value, 2) for key, value in (seconds or {}).items()}
     write_json(path, summary)

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from configs.load import read_yaml
-from engine.files import read_json, write_text
+from engine.files import read_json_object, write_text
 from evaluation.pages import template_environment
 from features.index import SPLITS, Index
 
@@ -63,7 +63,7 @@ def write_model_card(
             "fps": metrics["fps"],
             "split": {part: [entry.id for entry in index.by_split(part)] for part in SPLITS if part != "none"},
             "settings": yaml.safe_dump(chosen, sort_keys=False) if chosen else "",
-            "environment": _made_with(read_json(environment) if environment.exists() else {}),
+            "environment": _made_with(read_json_object(environment) if environment.exists() else {}),
             "imported": imported,
             "metrics": metrics,
         }

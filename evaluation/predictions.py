@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import DataSetSpec
-from engine.files import write_text
+from engine.files import read_bounded, write_text
 
 TOOLS_ALONE = "tool_predictions"  # folder for nets without a phase branch, beside `predictions`
+MAX_FILE_BYTES = 256 << 20  # 14 float32 numbers a row, a million rows
 _FRAME_LIMIT = 2**53  # beyond it a frame number would not survive the float columns
 _ROUNDING = 1e-5  # by how much a computed probability may pass 0 or 1
 
@@ -148,11 +149,7 @@ def read_prediction_csv(path: Path, spec: DataSetSpec) -> Prediction:
 
 def _rows(path: Path) -> list[list[str]]:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such prediction file") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        text = read_bounded(path, MAX_FILE_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8; write it again with this program") from error
     try:

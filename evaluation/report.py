@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.load import flatten, read_yaml
-from engine.files import read_json
+from engine.files import read_json, read_json_object
 from engine.logs import METRICS_FILE as LOG_FILE
 from engine.logs import read_metrics
 from evaluation.counts import stretches
@@ -194,7 +194,7 @@ def _last_stage(stage: Path) -> tuple[float, str]:
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+    return read_json_object(path) if path.exists() else {}
 
 
 def _curves(folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -18,9 +18,11 @@ from configs.errors import UserError
 from configs.schema import DataSetSpec
 from engine.files import read_json, write_json
 from evaluation.counts import stretches
+from features.boxes import MAX_PICTURES
 
 TRUTH_FILE = "truth.json"
 FORMAT_VERSION = 1
+MAX_LABELS = 1 << 28  # Cholec80 at 25 fps has 37 million, phases and tools
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,12 @@ def read_truth(path: Path) -> Truth:
         if tree["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {tree['format_version']}, this program reads {FORMAT_VERSION}")
         spec = DataSetSpec(**tree["dataset"])
-        videos = {str(name): _video(entry, spec) for name, entry in tree["videos"].items()}
+        videos, labels = {}, 0
+        for name, entry in tree["videos"].items():
+            videos[str(name)] = video = _video(entry, spec)
+            labels += video.phase.size + video.tools.size
+            if labels > MAX_LABELS:
+                raise ValueError(f"more than {MAX_LABELS:,} labels")
         return Truth(spec, str(tree["split"]), float(tree["fps"]), videos)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, MemoryError) as error:
         reason = " ".join(str(error).split())[:160]
@@ -87,7 +94,7 @@ def _packed(track: NDArray[Any]) -> list[list[int]]:
 
 def _unpacked(pairs: Sequence[Sequence[int]], classes: int) -> NDArray[np.int8]:
     table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    if table.size and (table[:, 0].min() < 1 or table[:, 0].sum() > 1 << 28):
+    if table.size and (table[:, 0].min() < 1 or table[:, 0].sum() > MAX_PICTURES):
         raise ValueError("a stretch of labels without a sensible length")
     if table.size and (table[:, 1].min() < -1 or table[:, 1].max() >= classes):
         raise ValueError(f"labels outside -1 to {classes - 1}")

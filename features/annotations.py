@@ -19,9 +19,10 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.schema import DataSetSpec
-from engine.files import write_text
+from engine.files import read_bounded, write_text
 
 _WHOLE_NUMBER = re.compile(r"[0-9]+")
+MAX_FILE_BYTES = 64 << 20  # twenty hours of phases, a row a frame
 _MAX_DIGITS = 15  # far beyond any video, and safely inside int64
 
 
@@ -68,11 +69,8 @@ def read_tool_file(path: Path, spec: DataSetSpec) -> ToolTrack:
 
 
 def read_content(path: Path) -> bytes:
-    """A file's bytes. Raises UserError when it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    """A file's bytes. Raises UserError when it cannot be read or is larger than annotations are."""
+    return read_bounded(path, MAX_FILE_BYTES)
 
 
 def parse_phases(content: bytes, path: Path, spec: DataSetSpec) -> PhaseTrack:

@@ -32,12 +32,14 @@ from engine.files import (
     require_free_bytes,
     sha256_json,
 )
-from features.hdf5 import Hdf5Sink
+from features.hdf5 import USER_BLOCK_BYTES, Hdf5Sink, broken_seal, holds_itself, seal
 from features.preprocess import Geometry, geometry_json
-from features.readers import FrameReader
+from features.readers import FrameReader, decode_image
 from features.store import SourceIdentity
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: sealed, so that damage is found before HDF5 looks
+
+_DATASETS = ("frame_index", "blobs", "crc32")
 
 # How Pillow writes each codec. Lossless ones give the pixels back exactly and are therefore not part of the digest.
 # Measured on real 250 x 250 frames, one core (encode ms, decode ms, kB a frame): png at level 1: 4.0, 1.5, 73;
@@ -128,7 +130,8 @@ class FrameCache:
     def _write(self, temporary: Path, request: CacheRequest, on_frame: Callable[[int], None] | None) -> None:
         count = len(request.frame_index)
         checksums = np.zeros(count, dtype=np.uint32)
-        with Hdf5Sink(temporary) as sink, h5py.File(sink, "w", libver=("earliest", "v110")) as file:
+        options = {"libver": ("earliest", "v110"), "userblock_size": USER_BLOCK_BYTES}
+        with Hdf5Sink(temporary) as sink, h5py.File(sink, "w", **options) as file:
             file.attrs.update(self._attributes(request))
             blobs = file.create_dataset("blobs", (count,), dtype=h5py.vlen_dtype(np.uint8))
             with request.open_reader() as reader:
@@ -144,6 +147,7 @@ class FrameCache:
             file["crc32"] = checksums
             file["frame_index"] = request.frame_index.astype(np.int64)
             file.attrs["complete"] = True
+        seal(temporary)
 
     def _provenance(self, geometry: Geometry, reader: FrameReader) -> dict[str, Any]:
         """What is good to know about a file and does not decide whether it is the right one."""
@@ -168,16 +172,20 @@ def _problem(path: Path, attributes: dict[str, Any], frame_index: NDArray[np.int
     if not path.is_file():
         return "not cached yet"
     try:
+        if unsound := broken_seal(path):
+            return unsound
         with h5py.File(path, "r", locking=False) as file:
             if not file.attrs.get("complete", False):
                 return "not complete"
             for name, value in attributes.items():
                 if file.attrs.get(name) != value:
                     return f"{name} is {file.attrs.get(name)}, not {value}"
+            if not all(holds_itself(file, name) and file[name].chunks is None for name in _DATASETS):
+                return "not as this project writes it"
+            if not all(file[name].shape == frame_index.shape for name in _DATASETS):
+                return "holds another number of frames"
             if not np.array_equal(file["frame_index"][...], frame_index):
                 return "holds other frames"
-            if not file["blobs"].shape == file["crc32"].shape == frame_index.shape:
-                return "holds another number of frames"
             if deep:
                 wrong = _first_wrong_checksum(file)
                 return None if wrong is None else f"frame {frame_index[wrong]} is damaged"
@@ -215,15 +223,12 @@ class CachedFrames:
 
     def __getitem__(self, position: int) -> np.ndarray:
         """The frame at `position`, (R, R, 3) uint8. Raises UserError naming the file when it is damaged."""
-        from PIL import Image
-
         if not 0 <= position < len(self):
             raise IndexError(f"{self.path}: position {position} of {len(self)}")
-        blob = self._read("blobs", position).tobytes()
+        blob = np.asarray(self._read("blobs", position)).tobytes()
         if zlib.crc32(blob) != self._checksums[position]:
             raise self._damaged(f"frame {self.frame_index[position]} fails its checksum")
-        with Image.open(io.BytesIO(blob)) as image:
-            return np.array(image)
+        return decode_image(io.BytesIO(blob), f"{self.path}: cached frame", int(self.frame_index[position]))
 
     def close(self) -> None:
         """Close this process's handle; the next frame opens it again."""

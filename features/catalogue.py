@@ -9,8 +9,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from configs.errors import UserError
+from configs.errors import UserError, printable
 from configs.load import load_dataset
 from configs.schema import Config
 from engine.progress import progress_bar, say
@@ -38,8 +39,8 @@ def data_root(config: Config) -> Path:
 def index_dataset(config: Config, replace: bool = False) -> Index:
     """Find the data set, write `data.index` and print a summary.
 
-    An existing index that says something else is only replaced when asked to. Raises UserError otherwise. One that was
-    made from older index files stays as it is.
+    Videos that cannot be read are left out, and said. An existing index that says something else is only replaced when
+    asked to. Raises UserError otherwise. One that was made from older index files stays as it is.
     """
     root, path = data_root(config), config.data.index
     if path.exists() and not replace and Index.load(path).made_from:
@@ -48,7 +49,7 @@ def index_dataset(config: Config, replace: bool = False) -> Index:
         print_summary(index, root, config.data.fps)
         return index
     with _shown("index") as progress:
-        found = build_index(root, load_dataset(config.data.dataset), config.data, progress)
+        found = build_index(root, load_dataset(config.data.dataset), config.data, progress, leave_out=True)
     return keep_index(found, config, root, replace)
 
 
@@ -65,6 +66,8 @@ def keep_index(found: Index, config: Config, root: Path, replace: bool) -> Index
     else:
         found.save(path)
         say(f"{path}: written")
+    for video in found.left_out:
+        say(f"left out: {video.id}: {video.reason}")
     for note in _grouped(found.notes):
         say(f"note: {note}")
     for line in _order_lines(found):
@@ -138,7 +141,7 @@ def open_dataset(config: Config) -> tuple[Index, Path]:
         )
     if index.made_from and not split_is_asked_for(config.data.split):
         return index, root
-    wanted = assign_splits([video.id for video in index.videos], spec, config.data.split)
+    wanted = assign_splits(index.found_ids(), spec, config.data.split)
     moved = [video.id for video in index.videos if wanted[video.id] != video.split]
     if moved:
         raise UserError(
@@ -164,9 +167,10 @@ def print_summary(index: Index, root: Path, fps: float) -> None:
         say(f"note: sampled at {held:g} fps below, the most these videos hold; set data.fps={held:g} before training")
     fps = min(fps, held)
     rows = index_summary(index, root, fps)
-    table = Table(title=f"{index.dataset.title or index.dataset.name}, sampled at {fps:g} fps", title_justify="left")
+    title = printable(f"{index.dataset.title or index.dataset.name}, sampled at {fps:g} fps")
+    table = Table(title=Text(title, style="italic"), title_justify="left")
     for number, name in enumerate(rows[0]):
-        table.add_column(str(name), justify="right" if number else "left")
+        table.add_column(Text(str(name)), justify="right" if number else "left")
     for row in rows[1:]:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(str(cell)) for cell in row))  # names are no markup
     Console().print(table)

@@ -23,6 +23,7 @@ from pydantic import Field
 from configs.errors import UserError
 from configs.schema import DataConfig, DataSetSpec, Strict
 from engine.files import inside, sha256_file
+from features.boxes import MAX_PICTURES
 from features.readers import FrameFolder
 
 Kind = Literal["video", "frames", "tfrecord"]
@@ -51,6 +52,7 @@ class Discovery:
 
     videos: tuple[FoundVideo, ...]
     notes: tuple[str, ...]
+    faults: tuple[tuple[str, UserError], ...] = ()  # videos that have a file which cannot be taken, by id
 
 
 @dataclass
@@ -61,6 +63,8 @@ class _Files:
     by_role: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     endings: Counter[str] = field(default_factory=Counter)
     odd_tfrecords: list[str] = field(default_factory=list)
+    odd_annotations: dict[str, UserError] = field(default_factory=dict)
+    faults: dict[str, UserError] | None = None  # kept, by folded id, where one file must not cost the others
 
     def add(self, role: str, video_id: str, relative: str) -> None:
         key = video_id.casefold()
@@ -71,8 +75,10 @@ class _Files:
         return self.by_role.get(role, {})
 
 
-def find_videos(root: Path, spec: DataSetSpec) -> Discovery:
+def find_videos(root: Path, spec: DataSetSpec, leave_out: bool = False) -> Discovery:
     """All videos, frame folders and TFRecord files below `root` with their annotations, sorted by number (10 after 9).
+
+    With `leave_out`, a file that leads out of the root, cannot be read or cannot be printed costs its own video alone.
 
     Hidden files and folders and what archives leave behind are passed over; links inside the root are no second copy.
     Raises UserError for a missing or unreadable folder, a link that leads out of the root, two files for one video or
@@ -81,8 +87,12 @@ def find_videos(root: Path, spec: DataSetSpec) -> Discovery:
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "no such folder"
         raise UserError(f"{root}: {what}; set data.root (or SURGSTAGE_DATA) to the folder that holds {spec.name}")
-    files = _collect(root, spec)
-    sources = _sources(root, files)
+    files = _collect(root, spec, {} if leave_out else None)
+    faults, sources = files.faults or {}, _sources(root, files)
+    faults |= {key: error for key, error in files.odd_annotations.items() if key in sources and key not in faults}
+    sources = {key: source for key, source in sources.items() if key not in faults}
+    if not sources and faults:
+        raise next(iter(faults.values()))
     if not sources:
         raise UserError(_nothing_found(root, spec, files))
     annotations = {role: _only_ones(root, files.of(role), role) for role in ("phase", "tool")}
@@ -90,7 +100,9 @@ def find_videos(root: Path, spec: DataSetSpec) -> Discovery:
         FoundVideo(files.ids[key], kind, path, annotations["phase"].get(key), annotations["tool"].get(key))
         for key, (kind, path) in sorted(sources.items(), key=lambda item: natural_key(files.ids[item[0]]))
     )
-    return Discovery(videos, tuple(_left_over(spec, videos, sources, annotations, files.odd_tfrecords)))
+    notes = tuple(_left_over(spec, videos, sources, annotations, files.odd_tfrecords))
+    notes += tuple(str(error) for key, error in files.odd_annotations.items() if key not in faults)
+    return Discovery(videos, notes, tuple((files.ids[key], error) for key, error in faults.items()))
 
 
 def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
@@ -99,12 +111,12 @@ def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, int(part), part) if part.isdigit() else (1, 0, part) for part in parts if part)
 
 
-def _collect(root: Path, spec: DataSetSpec) -> _Files:
+def _collect(root: Path, spec: DataSetSpec, faults: dict[str, UserError] | None) -> _Files:
     patterns = {
         role: re.compile(pattern, re.IGNORECASE) for role, pattern in spec.patterns.model_dump().items() if pattern
     }
     roles = [role for role in ("video", "tfrecord", "phase", *(["tool"] if spec.tools else [])) if role in patterns]
-    files = _Files()
+    files = _Files(faults=faults)
     for folder, entries in _walk(root):
         as_frames = None if folder == root else patterns["frames"].fullmatch(folder.name)
         images = 0
@@ -117,12 +129,24 @@ def _collect(root: Path, spec: DataSetSpec) -> _Files:
                 files.odd_tfrecords.append(entry.name)
             for role in roles:
                 if match := patterns[role].fullmatch(entry.name):
-                    relative = _checked(root, Path(entry.path))
-                    files.add(role, _video_id(match, spec, root / relative), relative)
+                    _add(files, role, _video_id(match, spec, Path(entry.path)), root, Path(entry.path))
         if as_frames and images:
-            relative = _checked(root, folder)
-            files.add("frames", _video_id(as_frames, spec, root / relative), relative)
+            _add(files, "frames", _video_id(as_frames, spec, folder), root, folder)
     return files
+
+
+def _add(files: _Files, role: str, video_id: str, root: Path, path: Path) -> None:
+    """Note a file, or where faults are kept what is wrong with it. Raises UserError elsewhere."""
+    try:
+        files.add(role, video_id, _checked(root, path))
+    except UserError as error:
+        if files.faults is None:
+            raise
+        files.ids.setdefault(video_id.casefold(), video_id)
+        if role in ("phase", "tool"):
+            files.odd_annotations.setdefault(video_id.casefold(), error)
+        else:
+            files.faults.setdefault(video_id.casefold(), error)
 
 
 def _is_odd_tfrecord(name: str, pattern: re.Pattern[str]) -> bool:
@@ -288,9 +312,9 @@ class FolderLayout(Strict):
 
     numbering: Numbering
     base: Literal[0, 1]
-    stride: int = Field(ge=1)
-    first: int = Field(ge=0)
-    count: int = Field(ge=1)
+    stride: int = Field(ge=1, le=10**9)
+    first: int = Field(ge=0, le=10**9)
+    count: int = Field(ge=1, le=MAX_PICTURES)
 
     @property
     def frame_count(self) -> int:

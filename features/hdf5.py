@@ -13,6 +13,8 @@ import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+import h5py
+
 USER_BLOCK_BYTES = 512
 _MAGIC = b"surgstage sealed HDF5"
 _BLOCK_BYTES = 1 << 20
@@ -29,7 +31,7 @@ def broken_seal(path: Path) -> str | None:
     with path.open("rb") as stream:
         found = stream.read(USER_BLOCK_BYTES)
         if not found.startswith(_MAGIC):
-            return "not a feature file of this project"
+            return "not a file of this project, or damaged"
         return None if found == _seal_of(stream).ljust(USER_BLOCK_BYTES, b"\0") else "damaged or cut short"
 
 
@@ -41,6 +43,16 @@ def _seal_of(stream: BinaryIO) -> bytes:
         checksum, size = zlib.crc32(block, checksum), size + len(block)
     stream.seek(0)
     return b"%s\nbytes %d\ncrc32 %08x\n" % (_MAGIC, size, checksum)
+
+
+def holds_itself(file: h5py.File, name: str) -> bool:
+    """Whether a data set's values stand in the file as they are: no link or storage that leads to other files, and no
+    filter but the checksum, so that reading it takes no more memory than the file has bytes."""
+    creation = file[name].id.get_create_plist()
+    filters = [creation.get_filter(number)[0] for number in range(creation.get_nfilters())]
+    linked = not isinstance(file.get(name, getlink=True), h5py.HardLink)
+    elsewhere = linked or creation.get_external_count() > 0 or file[name].is_virtual
+    return not elsewhere and set(filters) <= {h5py.h5z.FILTER_FLETCHER32}
 
 
 class Hdf5Sink(io.RawIOBase):

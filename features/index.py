@@ -6,6 +6,7 @@ what names, containers and annotation files say; nothing is decoded. The same fi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -15,10 +16,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from configs.errors import UserError
-from configs.schema import DataConfig, DataSetSpec, Strict
+from configs.errors import UserError, printable
+from configs.schema import MAX_FPS, DataConfig, DataSetSpec, Strict
 from engine.files import inside, read_json, sha256_ends, sha256_file, sha256_json, write_json
 from features.annotations import PhaseTrack, ToolTrack, parse_phases, parse_tools, read_content
+from features.boxes import MAX_PICTURES
 from features.class_order import parse_phase_order
 from features.discover import (
     Discovery,
@@ -29,6 +31,7 @@ from features.discover import (
     find_videos,
     frame_folder,
     infer_layout,
+    natural_key,
     require_one_base,
     scan_folder,
     source_frames,
@@ -80,12 +83,12 @@ class VideoEntry(Strict):
     id: VideoId
     kind: Literal["video", "frames", "tfrecord"]
     source: RelativePath
-    size_bytes: int = Field(ge=1)
+    size_bytes: int = Field(ge=1, lt=2**63)
     modified_ns: int
     sha256_ends: Sha256
     sha256: Sha256 | None = None
-    fps: float = Field(gt=0, allow_inf_nan=False)
-    frame_count: int = Field(ge=1)
+    fps: float = Field(gt=0, le=MAX_FPS, allow_inf_nan=False)
+    frame_count: int = Field(ge=1, le=MAX_PICTURES)
     split: Split
     phase_file: AnnotationFile | None = None
     tool_file: AnnotationFile | None = None
@@ -113,18 +116,26 @@ class VideoEntry(Strict):
         return self.fps / self.image_stride
 
 
+class LeftOut(Strict):
+    """A video that was found and could not be indexed; `reason` is one line, with paths below the data root."""
+
+    id: str = Field(min_length=1)
+    reason: str
+
+
 class Index(Strict):
-    """A data set as found below a root."""
+    """A data set as found below a root. Videos `left_out` keep their places in the order that splits count in."""
 
     format_version: Literal[1] = 1
     dataset: DataSetSpec
     videos: tuple[VideoEntry, ...] = Field(min_length=1)
     notes: tuple[str, ...] = ()
     made_from: str | None = None  # the older index files that videos and splits were taken from
+    left_out: tuple[LeftOut, ...] = ()
 
     @model_validator(mode="after")
     def _ids_differ(self) -> Index:
-        ids = [entry.id.casefold() for entry in self.videos]
+        ids = [video_id.casefold() for video_id in self.found_ids()]
         if len(set(ids)) != len(ids):
             raise ValueError("two videos have the same id")
         return self
@@ -135,6 +146,12 @@ class Index(Strict):
             if entry.records and (problem := entry.records.problem(self.dataset)):
                 raise ValueError(f"{entry.id}: {problem}")
         return self
+
+    def found_ids(self) -> list[str]:
+        """Ids of all videos that were found, those left out among them, in the order of their numbers."""
+        if not self.left_out:
+            return [entry.id for entry in self.videos]
+        return sorted([entry.id for entry in self.videos] + [video.id for video in self.left_out], key=natural_key)
 
     def by_split(self, split: str) -> tuple[VideoEntry, ...]:
         """The videos of one split, in order."""
@@ -170,7 +187,7 @@ class Index(Strict):
         )
 
     def to_json(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", exclude=None if self.left_out else {"left_out"})
 
     @classmethod
     def from_json(cls, value: Any, name: str = "index") -> Index:
@@ -212,20 +229,24 @@ def build_index(
     data: DataConfig,
     progress: Progress | None = None,
     only: Collection[str] | None = None,
+    leave_out: bool = False,
 ) -> Index:
     """The index of the data set below `root` (or of the videos `only`), with splits. Nothing is written or decoded.
+
+    With `leave_out`, a video that cannot be read, or whose annotations cannot, is left out and costs no other; the
+    others' splits are those that they would have with it.
 
     Where `data.split` asks for nothing and the data set's usual split does not fit the videos that are here, no split
     is assigned ("none") and a note says so. Raises UserError naming the file and row at fault; when several videos
     are, the message is that of the first and names the others.
     """
-    found = find_videos(root, spec)
+    found = find_videos(root, spec, leave_out)
     if only is not None:
         found = replace(found, videos=tuple(video for video in found.videos if video.id in only))
     order = _phase_order(root, found, spec, data)
     entries: list[VideoEntry] = []
     notes = list(found.notes)
-    faults: list[tuple[str, UserError]] = []
+    faults = [fault for fault in found.faults if only is None or fault[0] in only]
     for done, video in enumerate(found.videos):
         if progress:
             progress(done, len(found.videos), video.id)
@@ -236,19 +257,21 @@ def build_index(
             continue
         entries.append(entry)
         notes += entry_notes
-    if faults:
+    if faults and not (leave_out and entries):
         others = f" (also at fault: {', '.join(video_id for video_id, _ in faults[1:])})" if faults[1:] else ""
         raise UserError(f"{faults[0][1]}{others}") from faults[0][1]
     require_one_base([(str(root / entry.source), entry.frames) for entry in entries if entry.frames], data)
     require_one_numbering([(str(root / entry.source), entry.records) for entry in entries if entry.records])
-    ids = [entry.id for entry in entries]
+    ids = sorted([entry.id for entry in entries] + [printable(video_id) for video_id, _ in faults], key=natural_key)
     splits = assign_splits(ids, spec, data.split)
     if problem := usual_split_problem(ids, spec, data.split):
         notes.append(f"no splits assigned, since the usual one of {spec.name} does not fit: {problem}")
+    left_out = [LeftOut(id=printable(name), reason=str(error).replace(f"{root}{os.sep}", "")) for name, error in faults]
     return Index(
         dataset=spec,
         videos=tuple(entry.model_copy(update={"split": splits[entry.id]}) for entry in entries),
-        notes=tuple(notes),
+        notes=tuple(map(printable, notes)),  # file names may be no text
+        left_out=tuple(left_out),
     )
 
 
@@ -283,15 +306,18 @@ def _build_entry(
         end = max(map(track_end, tracks), default=0)
         labels = LabelEnd(end, max(track.stride for track in tracks)) if tracks else None
         source = _measure(root, video.source, spec, data, labels)
-    entry = VideoEntry(
-        id=video.id,
-        kind=video.kind,
-        source=video.source,
-        split="none",
-        phase_file=phase.file if phase else None,
-        tool_file=tools.file if tools else None,
-        **source,
-    )
+    try:
+        entry = VideoEntry(
+            id=video.id,
+            kind=video.kind,
+            source=video.source,
+            split="none",
+            phase_file=phase.file if phase else None,
+            tool_file=tools.file if tools else None,
+            **source,
+        )
+    except ValidationError as error:  # a header may claim any rate and any number of frames
+        raise UserError(f"{root / video.source}: {_first_fault(error)}; re-encode it or leave it out") from error
     _, _, notes = _fitted(entry, root, spec, phase, tools)
     return entry, notes
 
@@ -476,7 +502,7 @@ def check_index(index: Index, root: Path, progress: Progress | None = None) -> l
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; set data.root (or SURGSTAGE_DATA) to where the indexed videos lie")
-    problems: list[str] = []
+    problems = [f"{video.id}: left out of the index: {video.reason}" for video in index.left_out]
     for done, entry in enumerate(index.videos):
         if progress:
             progress(done, len(index.videos), entry.id)

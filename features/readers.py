@@ -51,6 +51,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 import numpy as np
 
 from configs.errors import UserError
+from features.boxes import overclaim
 
 # A picture larger than this is refused before anything is decoded: 8K video has 33 million pixels.
 MAX_PIXELS = 50_000_000
@@ -60,6 +61,7 @@ _MP4_BOXES = frozenset(
 )
 # A video with fewer pictures that start over is not worth splitting: each part decodes from the one before it.
 _MANY_STARTS = 4
+_MOST_BOXES = 500_000  # hours of fragments have some 100,000; more is a file made to keep us busy
 _WAY_OUT = "re-encode the video or leave it out"
 
 
@@ -215,6 +217,8 @@ def _open_container(path: Path) -> Any:
     try:
         if path.stat().st_size == 0:
             raise ReaderError(f"{path}: an empty file (0 bytes); copy it again or leave it out")
+        if claim := overclaim(path):
+            raise ReaderError(f"{path}: {claim}; {_WAY_OUT}")
         # `file:` and the white list keep odd names and playlists in disguise from reaching other files or the network.
         return av.open(f"file:{path}", metadata_errors="replace", options={"protocol_whitelist": "file"})
     except FileNotFoundError as error:
@@ -441,7 +445,7 @@ def _ends_early(path: Path) -> bool:
         with path.open("rb") as stream:
             head = stream.read(12)
             if head[:4] == b"RIFF":
-                promised = struct.unpack("<I", head[4:8])[0]
+                promised = int.from_bytes(head[4:8], "little")
                 return promised < 0xFFFFFFFF and 8 + promised > size
             if head[:4] == b"\x1a\x45\xdf\xa3":
                 return _matroska_end(stream) > size
@@ -453,7 +457,9 @@ def _ends_early(path: Path) -> bool:
 def _mp4_end(stream: BinaryIO, size: int) -> int:
     """Where the boxes of an ISO base media file end, as their headers say (ISO/IEC 14496-12)."""
     offset = 0
-    while offset + 8 <= size:
+    for _ in range(_MOST_BOXES):
+        if offset + 8 > size:
+            break
         stream.seek(offset)
         length, kind = struct.unpack(">I4s", stream.read(8))
         if kind not in _MP4_BOXES or length == 0:  # trailing bytes that are no box, or a box that runs to the end
@@ -849,6 +855,8 @@ def _close_decord_readers() -> None:
 # ---------------------------------------------------------------------------------------------- folders
 
 
+# Pillow reads many more, some of them with other programs (EPS with Ghostscript).
+_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 _IMAGE_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 
 
@@ -892,7 +900,7 @@ def decode_image(source: Path | BinaryIO, place: str, number: int) -> np.ndarray
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of large images (judged here) and of odd camera notes
-            with Image.open(source) as image:
+            with Image.open(source, formats=_IMAGE_FORMATS) as image:
                 _refuse_odd(image, place)
                 return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except FileNotFoundError as error:

@@ -23,14 +23,14 @@ from configs.errors import UserError
 from engine.files import (
     as_user_error,
     atomic_path,
-    read_json,
+    read_json_object,
     remove_stale_temporaries,
     require_free_bytes,
     sha256_json,
     write_json,
 )
 from engine.runs import package_version
-from features.hdf5 import USER_BLOCK_BYTES, Hdf5Sink, broken_seal, seal
+from features.hdf5 import USER_BLOCK_BYTES, Hdf5Sink, broken_seal, holds_itself, seal
 
 SCHEMA_VERSION = 1
 CHUNK_FRAMES = 256
@@ -38,6 +38,7 @@ INDEX_FILE = "index.json"
 ENCODER_FILE = "encoder.json"
 # A damaged file may claim any shape; nothing larger than this is allocated for one data set.
 MAX_DATASET_BYTES = 16 << 30
+MAX_ATTRIBUTE_BYTES = 1 << 16
 
 
 class FeatureFileError(UserError):
@@ -236,7 +237,7 @@ def _sound(path: Path) -> Iterator[tuple[h5py.File, dict[str, Any]]]:
     """A complete feature file and its attributes; what goes wrong in the body is FeatureFileError."""
     try:
         with _open(path) as file:
-            attributes = {name: _plain(value) for name, value in file.attrs.items()}
+            attributes = _attributes(file)
             if attributes.get("schema_version") != SCHEMA_VERSION:
                 raise FeatureFileError(
                     f"{path}: schema version {attributes.get('schema_version')}, this program reads {SCHEMA_VERSION}"
@@ -295,9 +296,23 @@ def _node(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
     dimensions, kind = _DATASETS[name]
     if not isinstance(node, h5py.Dataset) or node.ndim != dimensions or node.dtype.kind != kind:
         raise FeatureFileError(f"{path}: {name} is not a data set of {dimensions} dimension(s); run extract again")
-    if node.nbytes > MAX_DATASET_BYTES or (node.nbytes > 64 << 20 and node.id.get_storage_size() < node.nbytes // 16):
+    # Ours are stored as they are, so a claim of more than is stored is damage or a bomb; and in the file itself.
+    if node.nbytes > min(MAX_DATASET_BYTES, node.id.get_storage_size()):
         raise FeatureFileError(f"{path}: {name} claims {node.nbytes:,} bytes; not a feature file of this project")
+    if not holds_itself(file, name):
+        raise FeatureFileError(f"{path}: {name} lies elsewhere or is compressed; not a feature file of this project")
     return node
+
+
+def _attributes(file: h5py.File) -> dict[str, Any]:
+    """The root's attributes as plain values. Raises ValueError for more than single values: these are not ours."""
+    found = {}
+    for name in file.attrs:
+        attribute = file.attrs.get_id(name)
+        if attribute.shape != () or attribute.dtype.itemsize > MAX_ATTRIBUTE_BYTES:
+            raise ValueError(f"attribute {name[:60]!r} is no single value")
+        found[name] = _plain(file.attrs[name])
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -333,8 +348,8 @@ def read_attributes(path: Path) -> dict[str, Any]:
     """A feature file's root attributes. Raises FeatureFileError when it is not complete or not readable."""
     try:
         with _open(path) as file:
-            attributes = {name: _plain(value) for name, value in file.attrs.items()}
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+            attributes = _attributes(file)
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise FeatureFileError(f"{path}: damaged or cut short ({_short(error)}); run extract again") from error
     if not attributes.get("complete"):
         raise FeatureFileError(f"{path}: not complete; run extract again")
@@ -464,7 +479,7 @@ def find_feature_folder(named: Path | None, run: Path, store: Path) -> Path:
         return named
     pointer = run / "extract" / "result.json"
     if pointer.exists():
-        folder = Path(str(read_json(pointer).get("folder")))
+        folder = Path(str(read_json_object(pointer).get("folder")))
         feature_files(folder)
         return folder
     found = sorted(path.parent for path in store.glob(f"*/{INDEX_FILE}")) if store.is_dir() else []

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import Config
-from engine.files import inside, read_json, require_free_bytes, sha256_file, sha256_json, write_json
+from engine.files import inside, read_json_object, require_free_bytes, sha256_file, sha256_json, write_json
 from engine.progress import say
 from engine.runs import StageFolder
 from engine.stopping import StopRequest
@@ -189,7 +189,7 @@ def _require_same_world(folder: Path, index: Index, spec: EncoderSpec) -> None:
         if there.digest() != index.digest():
             say(f"{folder / INDEX_FILE}: replaced, the index has changed since")
     if (folder / ENCODER_FILE).exists():
-        digest = str(read_json(folder / ENCODER_FILE).get("digest"))
+        digest = str(read_json_object(folder / ENCODER_FILE).get("digest"))
         if digest != spec.digest:
             raise UserError(
                 f"{folder}: made by encoder {digest[:12]}, this one is {spec.digest[:12]}; "

@@ -28,7 +28,7 @@ from configs.errors import UserError
 from configs.load import load_ablation, load_config, to_yaml
 from configs.schema import FEATURE_KEYS, AblationConfig, Config
 from engine.device import choose_device
-from engine.files import make_folder, read_json, sha256_json, sole_worker, write_text
+from engine.files import make_folder, read_json_object, sha256_json, sole_worker, write_text
 from engine.progress import say
 from engine.runs import RESULT_FILE, StageFolder
 from engine.stopping import StopRequest
@@ -361,7 +361,7 @@ def _leaf(key: str, keys: Mapping[str, Any]) -> str:
 
 def _result(run: Path) -> dict[str, Any] | None:
     path = run / "temporal" / RESULT_FILE
-    return read_json(path) if path.exists() else None
+    return read_json_object(path) if path.exists() else None
 
 
 # ---------------------------------------------------------------------------------------------- the study

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from configs.errors import UserError
 from configs.schema import Config
-from engine.files import make_folder, read_json, sha256_file, sha256_json, write_json
+from engine.files import make_folder, read_json_object, sha256_file, sha256_json, write_json
 from engine.progress import say
 from engine.runs import update_summary
 from engine.stopping import StopRequest
@@ -89,11 +89,11 @@ def evaluate_run(
 
     identity = _identity(temporal, material, inference)
     if not redo and _already(out, identity):
-        metrics = read_json(out / METRICS_FILE)
+        metrics = read_json_object(out / METRICS_FILE)
         say(f"{out}: unchanged")
     else:
         probabilities = _probabilities(config, temporal, material, inference, stop)
-        majority = int(read_json(temporal / "result.json")["majority_phase"])
+        majority = _majority(temporal / "result.json")
         thresholds = _thresholds(material, index.dataset.tools)
         metrics = score_and_write(out, material, probabilities, majority, thresholds, {"identity_sha256": identity})
     print_metrics(metrics)
@@ -163,10 +163,18 @@ def _identity(temporal: Path, material: Material, inference: Inference | None) -
     return sha256_json({"weights": weights, "videos": videos, "split": material.split, "inference": inference})
 
 
+def _majority(result: Path) -> int:
+    """The training videos' longest phase, as the run noted it. Raises UserError where it did not."""
+    found = read_json_object(result).get("majority_phase")
+    if type(found) is not int:
+        raise UserError(f"{result}: damaged: says no majority phase; delete it and run train-temporal again")
+    return found
+
+
 def _already(out: Path, identity: str) -> bool:
     path = out / METRICS_FILE
     written = all((out / name).exists() for name in (METRICS_FILE, TRUTH_FILE, "ribbons.png"))
-    return written and read_json(path).get("identity_sha256") == identity
+    return written and read_json_object(path).get("identity_sha256") == identity
 
 
 # ---------------------------------------------------------------------------------------------- numbers

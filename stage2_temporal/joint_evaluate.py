@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from configs.errors import UserError
 from configs.schema import Config, PreprocessConfig
 from engine.device import choose_device, choose_precision, lower_precision
-from engine.files import read_json
+from engine.files import read_json_object
 from engine.progress import say
 from engine.runs import RESULT_FILE, update_summary
 from engine.stopping import StopRequest
@@ -177,5 +177,5 @@ def _thresholds(predictor: _Predictor, val: list[LabelledVideo], index: Index) -
 
 def _majority(checkpoint: Path) -> int | None:
     result = checkpoint.parent / RESULT_FILE
-    found = read_json(result).get("majority_phase") if result.exists() else None
+    found = read_json_object(result).get("majority_phase") if result.exists() else None
     return None if found is None else int(found)

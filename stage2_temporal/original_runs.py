@@ -14,7 +14,7 @@ from configs.errors import UserError
 from configs.load import load_config, load_dataset
 from configs.schema import Config, DataSetSpec, HeadConfig, LstmHead
 from engine.checkpoints import load_foreign_state, save_checkpoint, save_foreign_weights
-from engine.files import read_json, sha256_file
+from engine.files import read_json_object, sha256_file
 from engine.progress import say
 from engine.runs import RESULT_FILE, StageFolder
 from features.class_order import describe_order, parse_phase_order
@@ -249,7 +249,7 @@ def _file_name(variant: Variant, about: Mapping[str, Any], path: Path) -> str:
             "batch": joint.sequence.batch * joint.sequence.frames,
         }
     if result.is_file():
-        values["epoch"] = int(read_json(result).get("epochs", 0))
+        values["epoch"] = int(read_json_object(result).get("epochs", 0))
     accuracy = (about.get("scores") or {}).get("val_accuracy")
     if accuracy is not None:
         values |= dict.fromkeys(("val", "val2", "valPhase"), round(10_000 * accuracy))

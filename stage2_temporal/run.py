@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from configs.errors import UserError
 from configs.schema import Config
-from engine.files import read_json
+from engine.files import read_json_object
 from engine.progress import say
 from engine.runs import update_summary
 from engine.stopping import StopRequest
@@ -25,9 +25,9 @@ Value = TypeVar("Value")
 def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
     """index, train-cnn (unless features come from the initial backbone), extract, train-temporal, evaluate.
 
-    Returns the summary that stands in `RUN/summary.json`: fractions on the test videos and seconds a stage. Seconds of
-    a stage that had nothing to do stay those of the start that did the work. Raises UserError at the first stage that
-    cannot go on; what came before it is kept.
+    Returns the summary that stands in `RUN/summary.json` (fractions on the test videos and seconds a stage), and the
+    ids of videos that were left out. Seconds of a stage that had nothing to do stay those of the start that did the
+    work. Raises UserError at the first stage that cannot go on; what came before it is kept.
     """
     started = time.monotonic()
 
@@ -57,7 +57,9 @@ def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
     summary = update_summary(run, {})
     for line in closing_lines(run, summary, time.monotonic() - started):
         say(line)
-    return summary
+    for video in index.left_out:
+        say(f"left out: {video.id}: {video.reason}; mend it and run `index --force`, or remove it")
+    return {**summary, "left_out": [video.id for video in index.left_out]}
 
 
 def closing_lines(run: Path, summary: Mapping[str, Any], now_s: float) -> list[str]:
@@ -86,4 +88,4 @@ def _finished(folder: Path) -> bool:
 
 def _all_extracted(run: Path) -> bool:
     pointer = run / "extract" / "result.json"
-    return pointer.exists() and not read_json(pointer).get("failed")
+    return pointer.exists() and not read_json_object(pointer).get("failed")

@@ -138,7 +138,7 @@ def test_damage_is_named_with_file_and_row(tmp_path, text, message):
 
 
 def test_missing_binary_and_unreadable_files(tmp_path):
-    with pytest.raises(UserError, match=r"none\.csv: no such prediction file"):
+    with pytest.raises(UserError, match=r"none\.csv: no such file"):
         read_prediction_csv(tmp_path / "none.csv", SPEC)
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"binary\.csv: not a text file"):

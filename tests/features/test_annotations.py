@@ -239,7 +239,7 @@ def test_tools_of_a_data_set_without_tools_are_refused() -> None:
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"gone-phase\.txt: cannot be read"):
+    with pytest.raises(UserError, match=r"gone-phase\.txt: no such file"):
         read_phase_file(tmp_path / "gone-phase.txt", SPEC)
     with pytest.raises(UserError, match="cannot be read"):
         read_tool_file(tmp_path, SPEC)

@@ -440,7 +440,7 @@ def tamper_touch(root: Path) -> None:
             "tool_annotations/video02-tool.txt",
             "has changed since it was indexed; run `index --force`, then this again",
         ),
-        (tamper_remove_labels, "phase_annotations/video02-phase.txt", "cannot be read"),
+        (tamper_remove_labels, "phase_annotations/video02-phase.txt", "no such file"),
         (tamper_touch, "videos/video02.mp4", "was written anew since it was indexed"),
     ],
 )

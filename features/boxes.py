@@ -1,0 +1,65 @@
+"""What an MP4 file's own tables claim, looked at before FFmpeg believes it.
+
+FFmpeg makes an entry of its index for every picture that a header claims, whether the file could hold it or not: a
+damaged count of 50 million takes gigabytes and minutes. A picture has a byte at least, so no table may claim more
+pictures than the file has bytes (ISO/IEC 14496-12, `stsz` and `trun`).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+MAX_PICTURES = 20_000_000  # of one video: nine days at 25 fps; sound may have more samples
+MAX_BOXES = 500_000
+_CONTAINERS = frozenset({b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf"})
+
+
+def overclaim(path: Path) -> str | None:
+    """What a file's tables claim that it cannot hold, or None. Reads headers alone; None for what is no MP4 file.
+
+    Raises OSError where the file cannot be read.
+    """
+    size = path.stat().st_size
+    samples, sound = 0, False
+    with path.open("rb") as stream:
+        for kind, body in _boxes(stream, size):
+            if kind == b"hdlr":
+                sound = _read(stream, body + 8, 4) == b"soun"
+            elif kind == b"stsz":
+                each, count = struct.unpack(">II", _read(stream, body + 4, 8))
+                if max(each, 1) * count > size or (count > MAX_PICTURES and not sound):
+                    return f"its header claims {count:,} pictures, more than it can hold"
+            elif kind == b"trun":
+                samples += int.from_bytes(_read(stream, body + 4, 4), "big")
+                if samples > min(size, 4 * MAX_PICTURES):
+                    return f"its fragments claim {samples:,} pictures, more than it can hold"
+    return None
+
+
+def _boxes(stream: BinaryIO, size: int) -> Iterator[tuple[bytes, int]]:
+    """Kind and start of the body of every box, those inside containers included, in the order of the file."""
+    offset = 0
+    for _ in range(MAX_BOXES):
+        head = _read(stream, offset, 16)
+        length, kind = struct.unpack(">I4s", head[:8])
+        body = offset + 8
+        if length == 1:
+            length, body = int.from_bytes(head[8:], "big"), offset + 16
+        yield kind, body
+        if kind in _CONTAINERS:
+            offset = body
+        elif length == 0:  # runs to the end of the file
+            return
+        else:
+            offset += max(length, 8)
+        if offset + 8 > size:
+            return
+
+
+def _read(stream: BinaryIO, offset: int, count: int) -> bytes:
+    """`count` bytes, zeros where the file ends before."""
+    stream.seek(offset)
+    return stream.read(count).ljust(count, b"\0")

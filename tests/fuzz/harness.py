@@ -1,0 +1,164 @@
+"""Hostile input is read in a child process that is timed, weighed and watched, since C libraries cannot be interrupted.
+
+One child reads many inputs. The parent waits 10 s for each answer and ends a child that gives none; the child's memory
+is compared before and after (`MEMORY_BOUND_BYTES`), and an audit hook notes programs started, sockets opened and files
+written outside its own folder. A parser keeps its promise where it returns, or raises UserError with a message of one
+printable line.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from tests.fuzz.parsers import PARSERS
+
+TIME_LIMIT_S = 10.0
+START_LIMIT_S = 120.0
+# What reading one input may add to a process that has read sound ones; inputs are a few hundred kB at most.
+MEMORY_BOUND_BYTES = 512 << 20
+# Above it an allocation fails in the child rather than on the whole machine.
+ADDRESS_SPACE_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A promise broken: which input, and how."""
+
+    parser: str
+    content: bytes
+    what: str
+
+
+class Child:
+    """A process that reads inputs of one kind; started again after it had to be ended."""
+
+    def __init__(self, parser: str) -> None:
+        self.parser = parser
+        self._process: Any = None
+        self._pipe: Any = None
+        self.refused = 0
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end()
+
+    def read(self, content: bytes) -> str | None:
+        """What went wrong in reading `content`, or None."""
+        if self._process is None:
+            self._start()
+        self._pipe.send_bytes(content)
+        if not self._pipe.poll(TIME_LIMIT_S):
+            self._end()
+            return f"no answer within {TIME_LIMIT_S:g} s"
+        try:
+            answer = self._pipe.recv_bytes().decode("utf-8", "replace")
+        except EOFError:
+            code = self._process.exitcode if self._process.join(5) is None else None
+            self._end()
+            return f"the process died (exit code {code})"
+        self.refused += answer == "refused"
+        if answer in ("read", "refused"):
+            return None
+        self._end()  # what it has done to the process must not be blamed on the next input
+        return answer
+
+    def _start(self) -> None:
+        context = get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(self.parser, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        answer = self._pipe.recv_bytes() if self._pipe.poll(START_LIMIT_S) else b"not started"
+        if answer != b"ready":
+            self._end()
+            raise RuntimeError(f"the process that reads {self.parser}: {answer.decode()}")
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+        self._process = self._pipe = None
+
+
+# ---------------------------------------------------------------------------------------------- in the child
+
+
+class _Watch:
+    """Notes what reading a file must never do."""
+
+    STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "pty.spawn")
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.seen, self.armed = folder, "", False
+        sys.addaudithook(self._hear)
+
+    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.armed:
+            return
+        if event in self.STARTS:
+            self.seen = self.seen or event
+        elif event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            path = os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes) else ""
+            if path and not path.startswith((self.folder, "/dev/null")):
+                self.seen = self.seen or f"wrote to {path!r}"
+
+
+def _serve(name: str, pipe: Any) -> None:
+    parser = PARSERS[name]
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries' own complaints
+        watch = _Watch(folder)
+        path = Path(folder) / parser.file_name
+        read = parser.prepare(Path(folder))
+        for content in parser.seeds():
+            if (answer := _attempt(read, path, content)) != "read":
+                pipe.send_bytes(f"a sound file: {answer}".encode())
+                return
+        limit = _address_space_bytes() + ADDRESS_SPACE_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        pipe.send_bytes(b"ready")
+        while True:
+            content = pipe.recv_bytes()
+            before = _peak_bytes()
+            watch.armed = True
+            answer = _attempt(read, path, content)
+            watch.armed = False
+            if watch.seen:
+                answer = f"not only read: {watch.seen}"
+            grown = _peak_bytes() - before
+            if grown > MEMORY_BOUND_BYTES:
+                answer = f"took {grown >> 20} MiB of memory"
+            pipe.send_bytes(answer.encode("utf-8", "backslashreplace"))
+
+
+def _attempt(read: Any, path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    try:
+        read(path)
+    except UserError as error:
+        text = str(error)
+        return "refused" if text and text.isprintable() else f"a message of more than a printable line: {text!r}"
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__}: {str(error)[:200]} ({Path(place.filename).name}:{place.lineno})"
+    return "read"
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _address_space_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -1,0 +1,606 @@
+"""Every parser of files that somebody else may have made, with sound files to start from.
+
+A parser reads one file as the commands do, in a child process (`tests.fuzz.harness`); whatever it returns is thrown
+away. `mend` makes checksums fit again after damage: a disk does not do that, somebody hostile does.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import pickle
+import struct
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.errors import UserError
+from configs.load import load_ablation, load_config, load_dataset
+from configs.schema import CacheConfig, PreprocessConfig
+
+Read = Callable[[Path], object]
+SPEC = load_dataset("cholec80")
+
+
+@dataclass(frozen=True)
+class Parser:
+    """`prepare(folder)` gives the reader of a file; `words` and `marks` are the format's own, for shaped text."""
+
+    file_name: str
+    prepare: Callable[[Path], Read]
+    seeds: Callable[[], list[bytes]]
+    words: Sequence[str] = ()
+    marks: Sequence[str] = ("\t", "\n")
+    mend: Callable[[bytes], bytes] | None = None
+
+
+def _allow_refusal(step: Callable[[], object]) -> object:
+    """Go on after a refusal in one printable line."""
+    try:
+        return step()
+    except UserError as error:
+        if not str(error).isprintable():
+            raise AssertionError(f"not printable: {str(error)!r}") from error
+        return None
+
+
+def _plainly(read: Read) -> Callable[[Path], Read]:
+    return lambda folder: read
+
+
+def _written(write: Callable[[Path], object], name: str = "file") -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        write(path)
+        return path.read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------- annotations
+
+
+def _read_phases(path: Path) -> object:
+    from features.annotations import read_phase_file
+    from features.labels import sample_labels, track_end
+
+    track = read_phase_file(path, SPEC)
+    return track_end(track), sample_labels(np.arange(0, 1000, 25), track, None, "mask", 7)
+
+
+def _phase_seeds() -> list[bytes]:
+    rows = "".join(f"{frame}\t{SPEC.phases[min(frame // 8, 6)]}\n" for frame in range(60))
+    text = f"Frame\tPhase\n{rows}"
+    return [text.encode(), "\ufeff".encode() + text.replace("\n", "\r\n").encode()]
+
+
+def _read_tools(path: Path) -> object:
+    from features.annotations import read_tool_file
+
+    return read_tool_file(path, SPEC)
+
+
+def _tool_seeds() -> list[bytes]:
+    head = "\t".join(("Frame", *SPEC.tools))
+    rows = "".join(f"{25 * row}\t" + "\t".join(str((row >> k) & 1) for k in range(7)) + "\n" for row in range(40))
+    return [f"{head}\n{rows}".encode()]
+
+
+def _read_class_order(path: Path) -> object:
+    from features.class_order import parse_phase_order
+
+    return parse_phase_order(str(path), SPEC, "file")
+
+
+# ---------------------------------------------------------------------------------------------- index and settings
+
+
+def _read_index(folder: Path) -> Read:
+    from engine.files import inside
+    from features.index import Index, check_index, index_summary, load_labels, sampled_frames
+
+    root = folder / "root"
+    root.mkdir(exist_ok=True)
+
+    def read(path: Path) -> None:
+        index = Index.load(path)
+        index.digest()
+        Index.from_json(index.to_json())
+        for entry in index.videos:
+            if not inside(root, entry.source).resolve().is_relative_to(root.resolve()):
+                raise AssertionError(f"{entry.source} leads out of the root")
+            for step in (partial(sampled_frames, entry, 1.0), partial(load_labels, entry, root, index, [0, 5])):
+                _allow_refusal(step)
+        for problem in check_index(index, root):
+            assert problem.isprintable(), repr(problem)
+        _allow_refusal(partial(index_summary, index, root, 1.0))
+
+    return read
+
+
+def _index_tree() -> dict[str, Any]:
+    file = {"path": "labels/video01-phase.txt", "sha256": "ab" * 32, "rows": 60}
+    base = {"split": "train", "size_bytes": 10, "modified_ns": 1, "sha256_ends": "cd" * 32, "fps": 25.0}
+    layout = {"numbering": "sample", "base": 1, "stride": 25, "first": 0, "count": 40}
+    records = {"frame_base": 0, "total_frames": 40, "phase_order": list(SPEC.phases), "labels": "34x0:0,2 6x1:-"}
+    return {
+        "format_version": 1,
+        "dataset": SPEC.model_dump(mode="json"),
+        "videos": [
+            {"id": "video01", "kind": "video", "source": "a/1.mp4", "frame_count": 60, **base, "phase_file": file},
+            {"id": "video02", "kind": "frames", "source": "f/video02", "frame_count": 1000, **base, "frames": layout},
+            {"id": "video03", "kind": "tfrecord", "source": "v.tfrecord", "frame_count": 40, **base, "fps": 1.0,
+             "records": records},
+        ],
+    }  # fmt: skip
+
+
+def _index_seeds() -> list[bytes]:
+    return [json.dumps(_index_tree(), indent=1).encode()]
+
+
+_JSON_WORDS = ("{", "}", "[", "]", '"format_version": 1', '"videos": ', '"dataset": ', '"id": ', "null", "1", '"a"')
+_JSON_MARKS = ("", ",", ":", " ", "\n")
+
+
+def _read_settings(path: Path) -> object:
+    from configs.load import to_yaml
+
+    return to_yaml(load_config(path))
+
+
+def _read_override(path: Path) -> object:
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError:
+        return None  # a command line is text
+    return load_config("cholec80", [text])
+
+
+def _preset_seeds(*names: str) -> list[bytes]:
+    folder = Path(__file__).resolve().parents[2] / "configs"
+    return [(folder / name).read_bytes() for name in names]
+
+
+_YAML_WORDS = (
+    "seed",
+    "data",
+    "fps",
+    "temporal",
+    "head",
+    "name",
+    "lstm",
+    "cnn",
+    "- ",
+    "&a ",
+    "*a",
+    "<<",
+    "[1, 2]",
+    "{a: 1}",
+)
+_YAML_MARKS = (": ", "\n", "\n  ", ",", " ", "#")
+
+
+def _read_description(path: Path) -> object:
+    from features.discover import find_videos
+
+    spec = load_dataset(str(path))
+    return _allow_refusal(partial(find_videos, path.parent, spec))  # which finds none here
+
+
+def _read_ablation(path: Path) -> object:
+    return load_ablation(path)
+
+
+# ---------------------------------------------------------------------------------------------- predictions
+
+
+def _read_foreign(path: Path) -> object:
+    from evaluation.foreign import read_foreign_phases
+
+    return read_foreign_phases(path, SPEC, SPEC.phases, unlabelled=True)
+
+
+def _foreign_seeds() -> list[bytes]:
+    return [
+        *_phase_seeds(),
+        "".join(f"{frame // 10}\n" for frame in range(60)).encode(),
+        ("frame,time_s,phase,phase_name\n" + "".join(f"{25 * k},{k}.000,0,Preparation\n" for k in range(30))).encode(),
+        ("Frame Phase\n" + "".join(f"{25 * k}\tCalotTriangleDissection\n" for k in range(30))).encode(),
+    ]
+
+
+def _read_prediction(path: Path) -> object:
+    from evaluation.predictions import read_prediction_csv
+
+    return read_prediction_csv(path, SPEC)
+
+
+def _prediction_seeds() -> list[bytes]:
+    from evaluation.predictions import write_prediction_csv
+
+    def write(path: Path) -> None:
+        values = np.full((20, 7), 0.25, np.float32)
+        write_prediction_csv(path, np.arange(20) * 25, np.arange(20), np.arange(20) % 7, values, values, SPEC)
+
+    return [_written(write)]
+
+
+def _read_tool_prediction(path: Path) -> object:
+    from evaluation.predictions import read_tool_csv
+
+    return read_tool_csv(path, SPEC)
+
+
+def _tool_prediction_seeds() -> list[bytes]:
+    from evaluation.predictions import write_tool_csv
+
+    values = np.full((20, 7), 0.25, np.float32)
+    return [_written(lambda path: write_tool_csv(path, np.arange(20) * 25, np.arange(20), values, SPEC))]
+
+
+def _read_truth(path: Path) -> object:
+    from evaluation.truth import read_truth
+
+    return read_truth(path)
+
+
+def _truth_seeds() -> list[bytes]:
+    from evaluation.truth import Truth, VideoTruth, write_truth
+
+    video = VideoTruth(np.repeat(np.arange(7), 5).astype(np.int8), np.ones((35, 7), np.int8), "ab" * 32)
+    return [_written(lambda path: write_truth(path, Truth(SPEC, "test", 1.0, {"video41": video})))]
+
+
+def _read_metrics(path: Path) -> object:
+    from engine.logs import MetricLog, read_metrics
+
+    log = MetricLog(path.parent)
+    log.path = path
+    rows = read_metrics(path), read_metrics(path, "epoch")
+    log.rewind(3)
+    return rows
+
+
+def _metrics_seeds() -> list[bytes]:
+    rows = [{"kind": kind, "global_step": k, "loss": 0.5, "epoch": k} for k in range(8) for kind in ("step", "epoch")]
+    return ["".join(json.dumps(row) + "\n" for row in rows).encode()]
+
+
+# ---------------------------------------------------------------------------------------------- HDF5
+
+
+def _read_feature_file(path: Path) -> object:
+    from features.store import read_features, verify_file
+
+    verify_file(path)
+    return read_features(path)
+
+
+@functools.cache
+def _feature_seeds() -> list[bytes]:
+    from features.store import EncoderSpec, SourceIdentity, write_features
+
+    def write(path: Path) -> None:
+        encoder = EncoderSpec("tiny", "ab" * 32, {"resize_px": 250}, 1.0, "fp32", "float32", 16)
+        source = SourceIdentity("video01", "cd" * 32, 1000, 25.0)
+        phase, tools = np.zeros(30, np.int8), np.zeros((30, 7), np.int8)
+        with write_features(path, encoder, source, np.arange(30) * 25, phase, tools, {"phases": "[]"}) as writer:
+            writer.append(np.ones((30, 16), np.float32), np.zeros((30, 7), np.float32))
+
+    return [_written(write, "video01.h5")]
+
+
+def _cache_request() -> Any:
+    from features.cache import CacheRequest
+    from features.store import SourceIdentity
+
+    def no_reader() -> Any:
+        raise UserError("the source is not there")
+
+    return CacheRequest(SourceIdentity("video01", "cd" * 32, 1000, 25.0), np.arange(0, 60, 5), no_reader)
+
+
+def _frame_cache(folder: Path) -> Any:
+    from features.cache import FrameCache
+
+    return FrameCache(CacheConfig(dir=folder), PreprocessConfig(resize_px=48, crop_px=40), 5.0)
+
+
+def _read_cache(folder: Path) -> Read:
+    cache, request = _frame_cache(folder), _cache_request()
+    place = cache.path("video01")
+    place.parent.mkdir(exist_ok=True)
+
+    def read(path: Path) -> None:
+        path.replace(place)
+        for deep in (False, True):
+            problem = cache.problem(request, deep)
+            assert problem is None or problem.isprintable(), repr(problem)
+        frames = cache.find(request)
+        if frames is None:
+            return
+        try:
+            for position in range(len(frames)):
+                frames[position]
+        finally:
+            frames.close()
+
+    return read
+
+
+@functools.cache
+def _cache_seeds() -> list[bytes]:
+    from features.readers import open_reader
+    from tests.videos import VideoSpec, write_video
+
+    with tempfile.TemporaryDirectory() as folder:
+        video = write_video(Path(folder) / "video.mp4", VideoSpec())
+        cache, request = _frame_cache(Path(folder)), _cache_request()
+        opened = type(request)(
+            request.source, request.frame_index, lambda: open_reader(video, "video", "pyav", frames=None, fps=25.0)
+        )
+        cache.ensure(opened)
+        return [cache.path("video01").read_bytes()]
+
+
+# ---------------------------------------------------------------------------------------------- pictures and records
+
+
+def _read_image(path: Path) -> object:
+    from features.readers import decode_image
+
+    return decode_image(path, str(path), 0)
+
+
+@functools.cache
+def _image_seeds() -> list[bytes]:
+    from PIL import Image
+
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8))
+    seeds = []
+    for name in ("PNG", "JPEG", "WEBP", "BMP", "TIFF"):
+        stream = io.BytesIO()
+        picture.save(stream, name)
+        seeds.append(stream.getvalue())
+    return seeds
+
+
+def mend_png(content: bytes) -> bytes:
+    """The chunks of a PNG with checksums that fit."""
+    out, at = content[:8], 8
+    while at + 12 <= len(content):
+        length = int.from_bytes(content[at : at + 4], "big")
+        body = content[at + 4 : at + 8 + length]
+        out += content[at : at + 4] + body + struct.pack(">I", zlib.crc32(body))
+        at += 12 + length
+    return out + content[at:]
+
+
+def _read_records(path: Path) -> object:
+    from features.tfrecord import RecordLayout, TfrecordReader, scan_records
+
+    scan = scan_records(path, "video01", SPEC)
+    layout = RecordLayout.of_scan(scan, SPEC.phases)
+    layout.tracks(SPEC)
+    with TfrecordReader(path, layout) as reader:
+        return list(reader.read(range(reader.frame_count)))
+
+
+def record_file(pictures: Sequence[bytes]) -> bytes:
+    """A TFRecord file of video01 with these pictures."""
+    from features.tfrecord import _example_class
+
+    content = b""
+    for number, picture in enumerate(pictures):
+        message = _example_class()()
+        keys = message.features.feature
+        keys["frame"].bytes_list.value.append(picture)
+        keys["video_id"].bytes_list.value.append(b"video01")
+        numbers = {"frame_id": [number], "total_frames": [len(pictures)], "phase": [0], "instruments": [0, 1] + [0] * 5}
+        for key, values in numbers.items():
+            keys[key].int64_list.value.extend(values)
+        data = message.SerializeToString()
+        content += struct.pack("<QI", len(data), 0) + data + bytes(4)
+    return mend_records(content)
+
+
+def _record_seeds() -> list[bytes]:
+    return [record_file(_image_seeds()[:1] * 4)]
+
+
+def mend_records(content: bytes) -> bytes:
+    """The records of a TFRecord file with checksums that fit, as far as lengths lead."""
+    from features.tfrecord import masked_crc32c
+
+    out, at = b"", 0
+    while at + 16 <= len(content):
+        length = int.from_bytes(content[at : at + 8], "little")
+        data = content[at + 12 : at + 12 + length]
+        out += content[at : at + 8] + struct.pack("<I", masked_crc32c(content[at : at + 8]))
+        if at + 16 + length > len(content):
+            return out + content[at + 12 :]
+        out += data + struct.pack("<I", masked_crc32c(data))
+        at += 16 + length
+    return out + content[at:]
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints, pickles
+
+
+def _read_checkpoint(folder: Path) -> Read:
+    from engine import checkpoints
+
+    checkpoints.SAFE_TORCH = (2, 0)  # what an old torch asks for is tested with the checkpoints
+
+    def read(path: Path) -> None:
+        try:
+            checkpoints.load_foreign_weights(path)
+        except UserError:
+            checkpoints.load_checkpoint(path)
+
+    return read
+
+
+@functools.cache
+def _checkpoint_seeds() -> list[bytes]:
+    import torch
+
+    from engine.checkpoints import save_checkpoint
+
+    state = {"module.fc.weight": torch.ones(3, 4), "module.fc.bias": torch.zeros(3), "n": torch.tensor(1)}
+    content = {"model": state, "meta": {"tools": ["a"], "epoch": 1, "numbers": [1, 2.5, None, True]}}
+    return [
+        _written(lambda path: save_checkpoint(path, content), "a.pt"),
+        _written(lambda path: torch.save(state, path)),
+    ]
+
+
+@functools.cache
+def _legacy_seeds() -> list[bytes]:
+    import torch
+
+    from engine.checkpoints import save_foreign_weights
+
+    state = {"module.fc.weight": torch.ones(3, 4), "module.fc.bias": torch.zeros(3), "n": torch.tensor(1)}
+    return [_written(lambda path: save_foreign_weights(path, state), "a.pth")]
+
+
+def mend_zip(content: bytes) -> bytes:
+    """The entries of a zip archive written anew, so that their checksums fit; others stay as they are."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            out = io.BytesIO()
+            with zipfile.ZipFile(out, "w") as written:
+                for entry in archive.infolist():
+                    start = entry.header_offset + 30 + len(entry.filename.encode()) + len(entry.extra)
+                    written.writestr(entry.filename, content[start : start + min(entry.file_size, 1 << 20)])
+            return out.getvalue()
+    except Exception:  # whatever the damage makes zipfile say: then the damage itself is the input
+        return content
+
+
+def _read_pickle(path: Path) -> object:
+    from evaluation.export import read_predictions
+    from features.pickled_index import read_pickled_index
+    from features.plain_pickle import load_plain
+
+    value = None
+    for read in (
+        lambda: load_plain(path),
+        lambda: load_plain(path, tensors=True),
+        lambda: read_pickled_index(path, SPEC),
+        lambda: read_predictions(path, SPEC),
+    ):
+        value = _allow_refusal(read) or value
+    return value
+
+
+@functools.cache
+def _pickle_seeds() -> list[bytes]:
+    import torch
+
+    rows = [[f"video01/video01-{k}.jpg", *(0,) * 7, k // 3] for k in range(12)]
+    phases = [np.int64(3), 2, torch.tensor(4)]
+    tools = [torch.ones(7), [0.5] * 7]
+    return [pickle.dumps(value, protocol) for value in ([rows, rows], phases, tools) for protocol in (0, 2, 4)]
+
+
+# ---------------------------------------------------------------------------------------------- videos
+
+
+def _read_video(reader: str) -> Callable[[Path], Read]:
+    from features.readers import open_reader, probe_video
+
+    def read(path: Path) -> None:
+        info = probe_video(path)
+        with open_reader(path, "video", reader, frames=None, fps=info.fps) as frames:  # type: ignore[arg-type]
+            for _ in frames.read(frames.spread(5)):
+                pass
+
+    return lambda folder: read
+
+
+@functools.cache
+def _video_seeds() -> list[bytes]:
+    from tests.videos import VideoSpec, open_gop, write_video
+
+    kinds = {"a.mp4": VideoSpec(count=30), "b.mkv": VideoSpec(count=30), "c.mp4": open_gop(30, 10)}
+    kinds["d.avi"] = VideoSpec(count=12, codec="mpeg4", b_frames=0)
+    kinds["e.mp4"] = VideoSpec(count=20, container_options={"movflags": "frag_keyframe+empty_moov"})
+    return [_written(lambda path, spec=spec: write_video(path, spec), name) for name, spec in kinds.items()]  # type: ignore[misc]
+
+
+# ---------------------------------------------------------------------------------------------- all of them
+
+_NAMES = (*SPEC.phases, "Frame", "Phase")
+PARSERS: dict[str, Parser] = {
+    "phase annotations": Parser("video01-phase.txt", _plainly(_read_phases), _phase_seeds, _NAMES),
+    "tool annotations": Parser(
+        "video01-tool.txt", _plainly(_read_tools), _tool_seeds, ("Frame", *SPEC.tools, "0", "1")
+    ),
+    "class order": Parser(
+        "order.txt",
+        _plainly(_read_class_order),
+        lambda: ["\n".join(SPEC.phases).encode()],
+        SPEC.phases,
+        ("\n", ",", " "),
+    ),
+    "index": Parser("index.json", _read_index, _index_seeds, _JSON_WORDS, _JSON_MARKS),
+    "settings": Parser(
+        "a.yaml",
+        _plainly(_read_settings),
+        lambda: _preset_seeds("cholec80.yaml", "mini.yaml"),
+        _YAML_WORDS,
+        _YAML_MARKS,
+    ),
+    "--set": Parser(
+        "set.txt",
+        _plainly(_read_override),
+        lambda: [b"temporal.head.hidden=256", b"data.split.train=[video01, video02]", b"temporal.head.name=tcn"],
+        _YAML_WORDS,
+        (".", "=", ": ", " "),
+    ),
+    "data set description": Parser(
+        "set.yaml",
+        _plainly(_read_description),
+        lambda: _preset_seeds("datasets/cholec80.yaml", "datasets/m2cai16-workflow.yaml"),
+        _YAML_WORDS,
+        _YAML_MARKS,
+    ),
+    "ablation": Parser(
+        "ablation.yaml",
+        _plainly(_read_ablation),
+        lambda: _preset_seeds("ablations/hidden.yaml", "ablations/rates.yaml", "ablations/head.yaml"),
+        _YAML_WORDS,
+        _YAML_MARKS,
+    ),
+    "anyone's predictions": Parser(
+        "video41.txt",
+        _plainly(_read_foreign),
+        _foreign_seeds,
+        (*_NAMES, "time_s", "phase_name"),
+        ("\t", ",", ";", " ", "\n"),
+    ),
+    "prediction CSV": Parser("video41.csv", _plainly(_read_prediction), _prediction_seeds, _NAMES, (",", "\n", '"')),
+    "tool CSV": Parser(
+        "video41.csv", _plainly(_read_tool_prediction), _tool_prediction_seeds, _NAMES, (",", "\n", '"')
+    ),
+    "truth.json": Parser("truth.json", _plainly(_read_truth), _truth_seeds, _JSON_WORDS, _JSON_MARKS),
+    "metrics.jsonl": Parser("metrics.jsonl", _plainly(_read_metrics), _metrics_seeds, _JSON_WORDS, _JSON_MARKS),
+    "feature file": Parser("video01.h5", _plainly(_read_feature_file), _feature_seeds),
+    "frame cache": Parser("cached.h5", _read_cache, _cache_seeds),
+    "picture": Parser("1.png", _plainly(_read_image), _image_seeds, mend=mend_png),
+    "TFRecord": Parser("video01.tfrecord", _plainly(_read_records), _record_seeds, mend=mend_records),
+    "checkpoint": Parser("a.pt", _read_checkpoint, _checkpoint_seeds, mend=mend_zip),
+    "older checkpoint": Parser("a.pth", _read_checkpoint, _legacy_seeds),
+    "pickle": Parser("a.pkl", _plainly(_read_pickle), _pickle_seeds),
+    "video, PyAV": Parser("video01.mp4", _read_video("pyav"), _video_seeds),
+    "video, decord": Parser("video01.mp4", _read_video("auto"), _video_seeds),
+}
