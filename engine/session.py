@@ -44,7 +44,6 @@ from engine.progress import progress_bar, say
 from engine.stopping import Stopped, StopRequest
 
 Batch = TypeVar("Batch")
-Result = TypeVar("Result")
 LOG_EVERY_STEPS = 20
 _EXTRA = "_extra_state"
 
@@ -71,8 +70,8 @@ class TrainingSession:
     stopped anywhere and started again computes what the uninterrupted one does, bit for bit on a CPU.
 
     On several `processes` each passes `update` its part of the batch's mean loss: a sum over its own entries divided by
-    the count over all (`Processes.total`). The steps are then those of one process with the whole batch. `last.pt` holds
-    what each process needs of its own (random states, carried state).
+    the count over all (`Processes.total`). The steps are then those of one process with the whole batch. `last.pt`
+    holds what each process needs of its own (random states, carried state).
     """
 
     def __init__(
@@ -262,7 +261,7 @@ class TrainingSession:
         self._stop_together()
         return better
 
-    def validate(self, work: Callable[[], Result]) -> list[Result]:
+    def validate(self, work: Callable[[], Any]) -> list[Any]:
         """What `work` gives on each process, in order, for its part of the validation data.
 
         A stop inside is saved as the end of the epoch's steps: resuming begins with validation.

@@ -288,7 +288,7 @@ def validate(
         return scores
     predicted = session.validate(lambda: predict(session, loader, val, config))
     tool_logits, phase_logits = (_in_order(parts, session.processes) for parts in zip(*predicted, strict=True))
-    if (val.tools >= 0).any():
+    if tool_logits is not None and (val.tools >= 0).any():
         percent = evaluate_tools(_by_video(val, val.tools), _by_video(val, tool_logits), index.dataset.tools)
         scores["val_map"] = None if percent["map_pooled"] is None else percent["map_pooled"] / 100
     labelled = val.phase >= 0

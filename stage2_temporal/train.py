@@ -212,7 +212,8 @@ def validate(
         predicted = predict_spans(model, data.bank, mine, sequence.inference, sequence.frames) if mine else []
         return _accuracies(data.bank, mine, [probabilities.argmax(dim=1) for probabilities in predicted])
 
-    return statistics.fmean(session.processes.merged(session.validate(work)))
+    shares: list[list[float]] = session.validate(work)
+    return statistics.fmean(session.processes.merged(shares))
 
 
 def _accuracies(bank: FeatureBank, spans: Sequence[Span], predicted: Sequence[Tensor]) -> list[float]:
