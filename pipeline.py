@@ -41,7 +41,8 @@ class Group(click.Group):
             if type(error).__name__ != "Stopped" or code is None:
                 if _lost_another(error):
                     click.echo(
-                        f"another process of this training has ended: {str(error).splitlines()[0][:160]}", err=True
+                        f"error: another process of this training has ended ({str(error).splitlines()[0][:160]})",
+                        err=True,
                     )
                     context.exit(EXIT_LOST_ANOTHER)
                 raise

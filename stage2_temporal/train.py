@@ -212,7 +212,7 @@ def validate(
         predicted = predict_spans(model, data.bank, mine, sequence.inference, sequence.frames) if mine else []
         return _accuracies(data.bank, mine, [probabilities.argmax(dim=1) for probabilities in predicted])
 
-    shares: list[list[float]] = session.validate(work)
+    shares: list[list[Any]] = session.validate(work)
     return statistics.fmean(session.processes.merged(shares))
 
 

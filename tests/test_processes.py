@@ -22,7 +22,7 @@ import yaml
 
 from engine.checkpoints import load_checkpoint
 from engine.logs import read_metrics
-from tests.stage1_cnn.material import World, make_world, write_dataset
+from tests.stage1_cnn.material import SPEC, World, make_world, write_dataset
 from tests.stage2_temporal.toy import cue_video, small, write_folder
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -240,7 +240,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> World:
     base = tmp_path_factory.mktemp("pictures")
     world = make_world(base, write_dataset(base / "data", 5))
     tree = world.config.model_dump(mode="json")
-    tree["data"]["split"] = {"rule": "3/2/0"}
+    tree["data"] |= {"split": {"rule": "3/2/0"}, "dataset": str(base / "tiny.yaml")}
     tree["cnn"] |= {"epochs": 3, "batch_frames": 5, "freeze_batch_norm": True, "phase_head": True}
     tree["temporal"]["head"] = {"name": "lstm", "hidden": 8}
     tree["joint"] = {
@@ -260,6 +260,7 @@ def words_of(world: World, command: str, name: str) -> list[str]:
     from configs.load import to_yaml
 
     world.index().save(world.base / "index.json")
+    (world.base / "tiny.yaml").write_text(yaml.safe_dump(SPEC.model_dump(mode="json")))
     (world.base / "settings.yaml").write_text(to_yaml(world.config))
     return [command, "--config", str(world.base / "settings.yaml"), "--name", name]
 
