@@ -169,10 +169,10 @@ def test_a_signal_to_one_process_stops_both_and_resuming_gives_the_same_bits(
     head = {"name": "lstm", "hidden": 12, "layers": 2, "dropout": 0.3}  # each process draws its own
     whole, parts = bench / "runs" / "whole" / "temporal", bench / "runs" / f"parts-{number}" / "temporal"
     if not (whole / "result.json").exists():
-        succeed([*PIPELINE, *temporal(bench, "whole", CHUNKED, 40, head=head), *DEVICES], bench)
-    words = [*PIPELINE, *temporal(bench, f"parts-{number}", CHUNKED, 40, head=head), *DEVICES]
+        succeed([*PIPELINE, *temporal(bench, "whole", CHUNKED, 12, head=head), *DEVICES], bench)
+    words = [*PIPELINE, *temporal(bench, f"parts-{number}", CHUNKED, 12, head=head), *DEVICES]
     running = start(words, bench)
-    wait_for_epochs(parts, 3, running)
+    wait_for_epochs(parts, 2, running)
     os.kill(running.pid if number == signal.SIGUSR1 else copies(running.pid)[1], number)
     said = "".join(running.communicate(timeout=60))
     assert running.returncode == (130 if number == signal.SIGINT else 75), said
