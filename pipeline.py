@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs, so that help answers at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 EXIT_PARTLY = 1
 EXIT_BAD_INPUT = 2
+EXIT_LOST_ANOTHER = 70  # EX_SOFTWARE: this process was sound, another one of the same training was not
 
 
 class Group(click.Group):
@@ -28,7 +30,8 @@ class Group(click.Group):
         try:
             return super().invoke(context)
         except UserError as error:
-            click.echo(f"error: {error}", err=True)
+            if _speaks():
+                click.echo(f"error: {error}", err=True)
             context.exit(EXIT_BAD_INPUT)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
@@ -36,9 +39,51 @@ class Group(click.Group):
         except Exception as error:
             code = getattr(error, "exit_code", None)
             if type(error).__name__ != "Stopped" or code is None:
+                if _lost_another(error):
+                    click.echo(
+                        f"error: another process of this training has ended ({str(error).splitlines()[0][:160]})",
+                        err=True,
+                    )
+                    context.exit(EXIT_LOST_ANOTHER)
                 raise
-            click.echo(f"{error}; what was done is saved: the same command goes on from there", err=True)
+            if _speaks():
+                click.echo(f"{error}; what was done is saved: the same command goes on from there", err=True)
             context.exit(code)
+
+
+def _speaks() -> bool:
+    """Whether this process is the one that speaks for all that a launcher started."""
+    from engine.processes import speaks
+
+    return speaks()
+
+
+def _lost_another(error: Exception) -> bool:
+    from engine.processes import lost_another
+
+    return lost_another(error)
+
+
+def _start_copies(context: click.Context, parameter: click.Parameter, devices: int | None) -> None:
+    """`--devices N`: this process only starts N others and ends as they do."""
+    from engine.processes import COPY_OF, launch, run_copies
+
+    if devices is None or devices == 1 or COPY_OF in os.environ or context.resilient_parsing:
+        return
+    if launch().count > 1:
+        raise UserError("--devices: torchrun or srun has started several processes already; leave it out")
+    context.exit(run_copies([sys.executable, *sys.argv], devices))
+
+
+DEVICES = click.option(
+    "--devices",
+    type=click.IntRange(1),
+    callback=_start_copies,
+    expose_value=False,
+    metavar="N",
+    help="Work as N processes on this machine, on a GPU each. Several machines: torchrun or srun.",
+)
+ON_SEVERAL = ("train-cnn", "train-joint", "train-temporal", "extract")
 
 
 def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,7 +149,8 @@ def _run(config: Config, source: str, name: str | None) -> Path:
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="surgstage", message="%(version)s")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Surgical workflow recognition in two stages.
 
     \b
@@ -130,6 +176,16 @@ def cli() -> None:
     Commands with settings take --config FILE and --set key=value; `config show` prints what they come to. The folder of
     the videos is data.root: `--set data.root=DIR`, a line in the file, or the variable SURGSTAGE_DATA.
     """
+    from engine.processes import launch, speak_torchrun
+
+    if launch().count == 1:
+        return
+    if context.invoked_subcommand not in ON_SEVERAL:
+        raise UserError(
+            f"{context.invoked_subcommand} is one process's work, and a launcher has started {launch().count}; "
+            f"on several run {', '.join(ON_SEVERAL)}"
+        )
+    speak_torchrun()
 
 
 @cli.group()
@@ -247,6 +303,7 @@ TRUSTED = click.option(
 
 @cli.command("train-cnn")
 @settings
+@DEVICES
 @TRUSTED
 def train_cnn_command(source: str, overrides: tuple[str, ...], name: str | None, trusted: bool) -> None:
     """Stage one: fine-tune the backbone on tool presence, frame by frame.
@@ -259,12 +316,17 @@ def train_cnn_command(source: str, overrides: tuple[str, ...], name: str | None,
     with _stop_when_asked() as stop:
         index, root = _dataset(resolved)
         result = train_cnn(resolved, _run(resolved, source, name), index, root, stop, trusted=trusted)
-    click.echo(f"stage one: {_sentence(result)}")
+    _say_once(f"stage one: {_sentence(result)}")
 
 
 @cli.command()
 @settings
-@click.option("--shard", default="0/1", show_default=True, metavar="I/N", help="Do every N-th video, from number I.")
+@DEVICES
+@click.option(
+    "--shard",
+    metavar="I/N",
+    help="Do every N-th video, from number I. Default: all, divided over the processes of torchrun or srun.",
+)
 @click.option("--index", "index_file", type=click.Path(path_type=Path), help="Another index than data.index.")
 @click.option("--from-joint", "joint_run", metavar="RUN", help="Encode with the backbone of a run's joint net.")
 @TRUSTED
@@ -272,7 +334,7 @@ def extract(
     source: str,
     overrides: tuple[str, ...],
     name: str | None,
-    shard: str,
+    shard: str | None,
     index_file: Path | None,
     joint_run: str | None,
     trusted: bool,
@@ -297,6 +359,7 @@ def extract(
 
 @cli.command("train-temporal")
 @settings
+@DEVICES
 @click.option("--features", type=click.Path(path_type=Path), help="Feature folder. Default: the one `extract` made.")
 @click.option("--from-joint", "joint_run", metavar="RUN", help="Start from the LSTM of a run's joint net.")
 def train_temporal_command(
@@ -315,7 +378,7 @@ def train_temporal_command(
     folder = find_feature_folder(features, run, resolved.extract.store)
     with _stop_when_asked() as stop:
         result = train_temporal(resolved, run, folder, stop)
-    click.echo(f"stage two: {_sentence(result)}")
+    _say_once(f"stage two: {_sentence(result)}")
 
 
 @cli.command()
@@ -362,6 +425,7 @@ def ablate(
 
 @cli.command("train-joint")
 @settings
+@DEVICES
 @click.option("--from-cnn", "cnn_run", metavar="RUN", help="Backbone and tool head of a run's train-cnn.")
 @click.option("--from-temporal", "temporal_run", metavar="RUN", help="LSTM of a run's train-temporal.")
 @click.option("--from-joint", "joint_run", metavar="RUN", help="Every branch of another run's joint net (or import).")
@@ -387,7 +451,7 @@ def train_joint_command(
     with _stop_when_asked() as stop:
         index, root = _dataset(resolved)
         result = train_joint(resolved, _run(resolved, source, name), index, root, stop, Start(*runs), trusted=trusted)
-    click.echo(f"joint net: {_sentence(result)}")
+    _say_once(f"joint net: {_sentence(result)}")
 
 
 def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -902,11 +966,21 @@ def _stop_when_asked() -> Any:
     return watch_signals()
 
 
-def _shard(text: str) -> tuple[int, int]:
+def _shard(text: str | None) -> tuple[int, int]:
+    if text is None:
+        from engine.processes import launch
+
+        here = launch()
+        return here.rank, here.count
     first, slash, second = text.partition("/")
     if not (slash and first.isdigit() and second.isdigit() and int(first) < int(second)):
         raise UserError(f"--shard {text}: expected I/N with I from 0 to N-1, for example 0/4")
     return int(first), int(second)
+
+
+def _say_once(text: str) -> None:
+    if _speaks():
+        click.echo(text)
 
 
 def _sentence(result: dict[str, Any]) -> str:

@@ -232,6 +232,7 @@ class CnnConfig(LoopConfig):
     class_weighting: Literal["none", "inverse_frequency"] = "none"
     backbone_lr_factor: float = Field(0.1, ge=0, le=1)
     freeze_batch_norm: bool = Field(False, description="keep running statistics and affine parameters as loaded")
+    sync_batch_norm: bool = Field(False, description="several processes on CUDA: statistics over the whole batch")
     batch_frames: int = Field(64, ge=1)
     accumulate_steps: int = Field(1, ge=1)
     workers: int = Field(-1, ge=-1, description="loader processes; -1 picks by cores")
@@ -375,6 +376,7 @@ class JointConfig(Strict):
     correlation: JointStepConfig | None = Field(None, description="third step: all together, with the correlation")
     accumulate_steps: int = Field(1, ge=1)
     freeze_batch_norm: bool = False
+    sync_batch_norm: bool = Field(False, description="several processes on CUDA: statistics over the whole batch")
     gradient_checkpointing: bool = Field(False, description="compute the backbone twice and keep less in memory")
     clips_per_epoch: int | None = Field(None, ge=1, description="random subset of clips an epoch; null takes all")
     workers: int = Field(-1, ge=-1, description="loader processes; -1 picks by cores")

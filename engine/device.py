@@ -72,15 +72,19 @@ def seed_everything(seed: int) -> None:
     torch.backends.cudnn.deterministic = True
 
 
-def make_accelerator(device: str, precision: str) -> tuple[Accelerator, str]:
-    """The one object that knows processes, device and autocast; also returns the precision that `auto` came to."""
-    from accelerate import Accelerator
+def make_accelerator(device: str, precision: str, unused_parameters: bool = False) -> tuple[Accelerator, str]:
+    """The one object that knows processes, device and autocast; also returns the precision that `auto` came to.
+
+    `unused_parameters`: some get no gradient in a step, which several processes must expect.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
     chosen = choose_device(device)
     resolved = choose_precision(precision, chosen, training=True)
     mixed = {"fp32": "no"}.get(resolved, resolved)
     _forget_other_settings(mixed, chosen)
-    return Accelerator(cpu=chosen.type == "cpu", mixed_precision=mixed), resolved
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if unused_parameters else None
+    return Accelerator(cpu=chosen.type == "cpu", mixed_precision=mixed, kwargs_handlers=handlers), resolved
 
 
 def _forget_other_settings(mixed: str, device: torch.device) -> None:

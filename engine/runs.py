@@ -83,6 +83,13 @@ class StageFolder:
             write_json(self.path / "environment.json", environment())
             write_json(known, self.identity)
 
+    def begin(self) -> dict[str, Any] | None:
+        """The result of a finished stage; otherwise None, with the folder open."""
+        found = self.result
+        if found is None:
+            self.open()
+        return found
+
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write the stage's result, last of all its files, and return it."""
         complete = {"identity_sha256": self.digest, **result}

@@ -13,6 +13,8 @@ A loop stays in its stage and reads from top to bottom:
 from __future__ import annotations
 
 import math
+import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +31,7 @@ from configs.schema import LoopConfig
 from engine.checkpoints import (
     load_checkpoint,
     load_latest,
+    previous_of,
     random_states,
     restore_random_states,
     save_checkpoint,
@@ -36,11 +39,13 @@ from engine.checkpoints import (
 from engine.files import sha256_json
 from engine.logs import MetricLog
 from engine.optim import Schedule, build_optimizer
-from engine.progress import progress_bar
-from engine.stopping import StopRequest
+from engine.processes import Failed, Processes, parent_is_gone
+from engine.progress import progress_bar, say
+from engine.stopping import Stopped, StopRequest
 
 Batch = TypeVar("Batch")
 LOG_EVERY_STEPS = 20
+_EXTRA = "_extra_state"
 
 
 @dataclass
@@ -63,6 +68,10 @@ class TrainingSession:
     `describe` is written into both checkpoints (plain values): what is needed to build the model again. Everything a
     step depends on besides the batch is in `last.pt`, and batches depend on (seed, epoch, step) alone, so a run that is
     stopped anywhere and started again computes what the uninterrupted one does, bit for bit on a CPU.
+
+    On several `processes` each passes `update` its part of the batch's mean loss: a sum over its own entries divided by
+    the count over all (`Processes.total`). The steps are then those of one process with the whole batch. `last.pt`
+    holds what each process needs of its own (random states, carried state).
     """
 
     def __init__(
@@ -76,6 +85,7 @@ class TrainingSession:
         stop: StopRequest,
         accumulate_steps: int = 1,
         bar: bool = True,
+        processes: Processes | None = None,
     ) -> None:
         self.folder, self.accelerator, self.config, self.describe = folder, accelerator, config, describe
         optimizer = build_optimizer(groups, config.optim)
@@ -84,7 +94,12 @@ class TrainingSession:
         self.schedule = Schedule(self.optimizer, config.schedule, config.epochs)
         self.log = MetricLog(folder, enabled=accelerator.is_main_process)
         self.position = Position()
-        self._stop, self._accumulate, self._bar_wanted = stop, accumulate_steps, bar
+        self.processes = Processes() if processes is None else processes
+        self._stop, self._accumulate = stop, accumulate_steps
+        self._bar_wanted = bar and self.processes.first
+        self._sharing = False
+        if not self.processes.first:
+            torch.manual_seed((torch.initial_seed() * 1_000_003 + self.processes.rank) % 2**63)  # dropout of its own
         self._identity = sha256_json(describe)
         self._steps_in_epoch = 0
         self._saved_at = self._epoch_started_at = time.monotonic()
@@ -98,20 +113,53 @@ class TrainingSession:
 
     def resume(self) -> bool:
         """Go on from `last.pt` (or the one before it) where there is one; whether there was."""
-        content = load_latest(self.folder / "last.pt")
+        content = self.processes.from_first(lambda: load_latest(self.folder / "last.pt"))
         if content is None:
             return False
         if content["identity"] != self._identity:
             raise UserError(f"{self.folder / 'last.pt'}: belongs to another configuration; delete the folder")
-        self.raw_model.load_state_dict(content["model"])
+        own = self._own_part(content)
+        self.raw_model.load_state_dict(content["model"] | own["extra"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.load_state_dict(content["schedule"])
         if self.accelerator.scaler is not None and content["scaler"]:
             self.accelerator.scaler.load_state_dict(content["scaler"])
         self.position = Position(**content["position"])
-        restore_random_states(content["random"])
+        if own["random"] is not None:
+            restore_random_states(own["random"])
         self.log.rewind(self.position.global_step)
+        self.processes.from_first(self._keep_best_of_position)
         return True
+
+    def _own_part(self, content: dict[str, Any]) -> dict[str, Any]:
+        """What `last.pt` holds for this process alone: random states and the model's extra state (carried state).
+
+        With another number of processes than it was written by, steps are the same but for what dropout draws; only
+        state that is carried from chunk to chunk stays with the processes that made it.
+        """
+        parts: list[dict[str, Any]] = [{"random": content["random"], "extra": {}}, *content.get("others", [])]
+        count = self.processes.count
+        if len(parts) == count:
+            return parts[self.processes.rank]
+        if any(state for part in (content["model"], *(other["extra"] for other in parts)) for state in _carried(part)):
+            raise UserError(
+                f"{self.folder / 'last.pt'}: stopped inside a video by {len(parts)} process(es), whose carried state "
+                f"cannot be divided anew; go on with as many, not with {count}"
+            )
+        if self.processes.first:
+            say(f"note: going on with {count} process(es) after {len(parts)}: the same steps, but dropout draws anew")
+        return parts[self.processes.rank] if self.processes.rank < len(parts) else {"random": None, "extra": {}}
+
+    def _keep_best_of_position(self) -> None:
+        """Undo a `best.pt` that was written just before the process was killed: `last.pt` knows nothing of it."""
+        best = self.folder / "best.pt"
+        before = previous_of(best)
+        if not before.exists():
+            return
+        if self.position.best_epoch == _epoch_of(before) != _epoch_of(best):
+            os.replace(before, best)
+        else:
+            before.unlink()
 
     # ------------------------------------------------------------------------------------------ the loop
 
@@ -133,7 +181,7 @@ class TrainingSession:
         with progress_bar(
             steps_in_epoch, title, "step", initial=self.position.step, disable=not self._bar_wanted
         ) as bar:
-            for batch in source:
+            for batch in self._agreed(source):
                 self.stop_if_asked()
                 yield batch
                 bar.update(1)
@@ -155,18 +203,22 @@ class TrainingSession:
     def update(self, loss: Tensor, name_batch: Callable[[], str] = lambda: "") -> None:
         """Backward and, at the end of an accumulation group, an optimiser step.
 
-        `loss` is the batch's mean loss. Raises UserError naming the batch when it is not finite; `last.pt` then still
-        holds the last good state.
+        `loss` is the batch's mean loss (on several processes, this one's part of it). Raises UserError naming the batch
+        when it is not finite; `last.pt` then still holds the last good state.
         """
-        value = float(loss.detach())
+        own = float(loss.detach())
+        due = time.monotonic() - self._saved_at > 60 * self.config.checkpoint_minutes
+        value, save = self.processes.sums(own, float(due and self.processes.first))
         if not math.isfinite(value):
-            where = name_batch()
-            raise UserError(
+            names = self.processes.gather("" if math.isfinite(own) else name_batch())
+            where = next((name for name in names if name), "")
+            raise Failed(
                 f"{self.folder}: the loss is {value} in epoch {self.position.epoch + 1}, step {self.position.step + 1}"
                 f"{f' ({where})' if where else ''}; lower the learning rate or look at that input; "
                 "the last good checkpoint is kept"
             )
-        self.accelerator.backward(loss / self._group_size())
+        parts = self.processes.count  # DistributedDataParallel takes the mean over processes, but parts add up
+        self.accelerator.backward((loss * parts if parts > 1 else loss) / self._group_size())
         ends = self._group_ends()
         if ends:
             if self.config.grad_clip_norm is not None:
@@ -180,7 +232,7 @@ class TrainingSession:
         self.position.loss_sum += value
         if self.position.global_step % LOG_EVERY_STEPS == 0:
             self.log.log("step", self.position.global_step, {"epoch": self.position.epoch, "loss": value, **self._lr()})
-        if ends and time.monotonic() - self._saved_at > 60 * self.config.checkpoint_minutes:
+        if ends and save:
             self._save_last()
 
     def finish_epoch(self, scores: dict[str, float | None], score: float | None) -> bool:
@@ -202,10 +254,28 @@ class TrainingSession:
         self.log.log("epoch", position.global_step, values)
         position.epoch, position.step, position.loss_sum = position.epoch + 1, 0, 0.0
         if better and self.accelerator.is_main_process:
-            save_checkpoint(self.folder / "best.pt", self._content(values))
+            save_checkpoint(self.folder / "best.pt", self._content(values), keep_previous=True)
         self._save_last()
-        self.stop_if_asked()
+        if self.processes.first:
+            previous_of(self.folder / "best.pt").unlink(missing_ok=True)
+        self._stop_together()
         return better
+
+    def validate(self, work: Callable[[], Any]) -> list[Any]:
+        """What `work` gives on each process, in order, for its part of the validation data.
+
+        A stop inside is saved as the end of the epoch's steps: resuming begins with validation.
+        """
+        self.processes.send_buffers(self.raw_model)
+        self._sharing = self.processes.count > 1
+        try:
+            return self.processes.together(work)
+        except Stopped:
+            if self._sharing:
+                self._save_last()
+            raise
+        finally:
+            self._sharing = False
 
     def load_best(self) -> dict[str, Any]:
         """Put the best epoch's weights into the model; returns the checkpoint."""
@@ -214,10 +284,49 @@ class TrainingSession:
         return content
 
     def stop_if_asked(self) -> None:
-        """Save and raise Stopped where a signal came; between optimiser steps only, since half a group is not saved."""
+        """Save and raise Stopped where a signal came; between optimiser steps only, since half a group is not saved.
+
+        With several processes nothing is saved here: they stop together, between steps or at the end of validation.
+        """
+        if self.processes.count > 1:
+            if self._sharing:
+                self._stop.raise_if_set()
+            return
         if self._stop and self.position.step % self._accumulate == 0:
             self._save_last()
             self._stop.raise_if_set()
+
+    def _stop_together(self, problem: str | None = None) -> None:
+        """Stop all processes where a signal came to one of them, or where one has a problem that it names."""
+        if self.processes.count == 1:
+            self.stop_if_asked()
+            return
+        if parent_is_gone() and not self._stop:
+            self._stop.number = signal.SIGTERM
+        asked = float(self._stop.number or 0)
+        numbers, problems = self.processes.sums(asked, float(problem is not None))
+        if problems:
+            raise Failed(next(text for text in self.processes.gather(problem) if text is not None))
+        if numbers and self.position.step % self._accumulate == 0:
+            self._save_last()
+            raise Stopped(max(number or 0 for number in self.processes.gather(self._stop.number)))
+
+    def _agreed(self, source: Iterable[Batch]) -> Iterator[Batch]:
+        """The source's batches, each once every process has its own and nobody was asked to stop."""
+        if self.processes.count == 1:
+            yield from source
+            return
+        waiting, end = iter(source), object()
+        while True:
+            problem, batch = None, end
+            try:
+                batch = next(waiting, end)
+            except UserError as error:
+                problem = str(error)
+            if batch is end and problem is None:
+                return  # every process has as many
+            self._stop_together(problem)
+            yield batch  # type: ignore[misc]
 
     # ------------------------------------------------------------------------------------------ inside
 
@@ -241,6 +350,8 @@ class TrainingSession:
 
     def _save_last(self) -> None:
         self._saved_at = time.monotonic()
+        own = {"random": random_states(), "extra": _extra_state(self.raw_model)}
+        others = self.processes.gather(own)[1:]
         if not self.accelerator.is_main_process:
             return
         scaler = self.accelerator.scaler
@@ -249,9 +360,27 @@ class TrainingSession:
             "schedule": self.schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else {},
             "position": asdict(self.position),
-            "random": random_states(),
+            "random": own["random"],
+            "others": others,
         }
         save_checkpoint(self.folder / "last.pt", content, keep_previous=True)
+
+
+def _extra_state(model: nn.Module) -> dict[str, Any]:
+    """The entries of a state dict that modules add of their own (`get_extra_state`)."""
+    return {name: value for name, value in model.state_dict().items() if name.endswith(_EXTRA)}
+
+
+def _carried(state: dict[str, Any]) -> list[Any]:
+    return [value["carried"] for name, value in state.items() if name.endswith(_EXTRA) and value.get("carried")]
+
+
+def _epoch_of(best: Path) -> int | None:
+    try:
+        epoch: int = load_checkpoint(best)["scores"]["epoch"]
+    except UserError:
+        return None  # missing or damaged
+    return epoch
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:

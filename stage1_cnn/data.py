@@ -111,6 +111,17 @@ def training_requests(seed: int, epoch: int, frames: int, batch_frames: int, sub
     return requests[:-1] if lonely else requests
 
 
+def share_request(request: Request, rank: int, count: int) -> tuple[Request, bool]:
+    """Process `rank`'s rows of a batch, and whether it has any.
+
+    No part is a single frame where that can be helped, since batch norm cannot learn from one: a small last batch goes
+    to fewer processes. Those without a part get the first process's rows, which must not count.
+    """
+    parts = min(count, max(1, len(request.rows) // 2)) if len(request.rows) < 2 * count else count
+    place = rank if rank < parts else 0
+    return request._replace(rows=request.rows[place::parts]), rank < parts
+
+
 def validation_requests(frames: int, batch_frames: int) -> list[Request]:
     """All rows of the validation videos, in order."""
     return [Request("val", None, rows) for rows in _cut(range(frames), batch_frames)]

@@ -63,6 +63,7 @@ from stage1_cnn.segments import (
 )
 
 STAGE = "extract"
+SHARDS = "shards"  # folder of each shard's own report
 
 
 @dataclass
@@ -115,7 +116,7 @@ def extract(
     _require_same_world(target, index, encoder.spec)
     report = ExtractReport(target)
     jobs = _sort_out(config, index, root, target, encoder.spec, shard, report)
-    if report.failed and not jobs and not report.skipped:
+    if report.failed and not jobs and not report.skipped and shard[1] == 1:
         others = f" (and {len(report.failed) - 1} more videos)" if len(report.failed) > 1 else ""
         raise UserError(f"{report.failed[0][1]}{others}")
     if stage:
@@ -137,8 +138,51 @@ def extract(
     _in_index_order(report, index)
     report.seconds = round(time.monotonic() - started, 3)
     if stage:
-        stage.finish(_result(report, encoder, shard))
+        _finish(stage, _result(report, encoder, shard), shard, index)
     return report
+
+
+def _finish(stage: StageFolder, result: dict[str, Any], shard: tuple[int, int], index: Index) -> None:
+    """Write the result of all videos: at once where one call did them all, otherwise from every shard's own file.
+
+    Whoever ends last finds all of them; nobody writes a part for the whole.
+    """
+    number, count = shard
+    if count == 1:
+        stage.finish(result)
+        return
+    folder = stage.path / SHARDS
+    own = {"identity_sha256": stage.digest, "index": index.digest(), **result}
+    write_json(folder / f"{number}-of-{count}.json", own)
+    files = [folder / f"{one}-of-{count}.json" for one in range(count)]
+    parts = [read_json_object(path) for path in files if path.exists()]
+    same = ("identity_sha256", "index", "folder", "encoder_digest")
+    if len(parts) == count and all(part[key] == own[key] for part in parts for key in same):
+        stage.finish(_merged(parts, index))
+
+
+def _merged(parts: Sequence[Mapping[str, Any]], index: Index) -> dict[str, Any]:
+    """One result from those of all shards; seconds are the longest shard's."""
+    whole = ExtractReport(Path(parts[0]["folder"]))
+    for part in parts:
+        whole.done += part["done"]
+        whole.skipped += part["skipped"]
+        whole.relabelled += part["relabelled"]
+        whole.failed += [(video_id, reason) for video_id, reason in part["failed"]]
+        whole.frames += part["frames"]
+        whole.seconds = max(whole.seconds, part["seconds"])
+    order = {entry.id: number for number, entry in enumerate(index.videos)}
+    whole.skipped.sort(key=order.__getitem__)
+    _in_index_order(whole, index)
+    kept = ("folder", "encoder_digest", "precision", "device")
+    lists = {name: getattr(whole, name) for name in ("done", "skipped", "relabelled", "frames", "seconds")}
+    return {
+        **{key: parts[0][key] for key in kept},
+        "shard": f"all {len(parts)}",
+        **lists,
+        "failed": [list(pair) for pair in whole.failed],
+        "sentence": whole.sentence(),
+    }
 
 
 def _identity(config: Config, index: Index) -> dict[str, Any]:

@@ -6,7 +6,7 @@ best epoch is the one with the highest validation mAP (pooled over frames; see e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from configs.errors import UserError
 from configs.schema import CnnConfig, Config
 from engine.device import make_accelerator, seed_everything
 from engine.logs import METRICS_FILE, read_metrics
+from engine.processes import Processes, join, one_process
 from engine.progress import progress_bar, say
 from engine.runs import StageFolder
 from engine.session import TrainingSession
@@ -35,6 +36,7 @@ from stage1_cnn.data import (
     LabelledFrames,
     choose_workers,
     labelled_frames,
+    share_request,
     training_requests,
     validation_requests,
 )
@@ -63,23 +65,28 @@ def train_cnn(
     and Stopped, with everything saved, when asked to stop.
     """
     cnn = config.cnn
+    processes = join(config.device)
     stage = StageFolder(run, CHECKPOINT_STAGE, config, identity(config, index))
-    if stage.result is not None:
-        say(f"{stage.path}: finished before with these settings, nothing to do")
-        return stage.result
+    finished = processes.from_first(lambda: stage.result)
+    if finished is not None:
+        if processes.first:
+            say(f"{stage.path}: finished before with these settings, nothing to do")
+        return finished
 
     seed_everything(config.seed)
     accelerator, precision = make_accelerator(config.device, cnn.precision)
-    if accelerator.num_processes > 1:
-        raise UserError("train-cnn runs in one process; start it without a launcher")
     device = accelerator.device
-    net = build_net(config, index.dataset, trusted=trusted)
+    net = processes.each(lambda: build_net(config, index.dataset, trusted=trusted))
     require_image_size(net.backbone, config.preprocess.crop_px)
-    train, val = load_frames(config, index, root)
-    stage.open()  # only now: settings that cannot be trained with leave no folder that binds the name to them
-    fill_cache(config, index, root, (*index.by_split("train"), *index.by_split("val")), stop)
-    loss = Loss(cnn, train, len(index.dataset.phases)).to(device)
+    train, val = processes.each(lambda: load_frames(config, index, root))
+    # only now: settings that cannot be trained with leave no folder that binds the name to them
+    processes.from_first(stage.open)
+    videos = processes.share([*index.by_split("train"), *index.by_split("val")])
+    processes.together(lambda: fill_cache(config, index, root, videos, stop))
+    loss = Loss(cnn, train, len(index.dataset.phases), processes.total).to(device)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if cnn.sync_batch_norm:
+        synchronise_batch_norm(net, processes, device)
     session = TrainingSession(
         stage.path,
         accelerator,
@@ -89,8 +96,9 @@ def train_cnn(
         describe(net, index.dataset),
         stop,
         cnn.accumulate_steps,
+        processes=processes,
     )
-    if cnn.weights == "cached":
+    if cnn.weights == "cached" and processes.first:
         say(
             f"initial weights: {settled_weights(cnn)} (cnn.weights=cached takes ImageNet's where this machine has them)"
         )
@@ -99,15 +107,18 @@ def train_cnn(
     with FrameLoader[FrameBatch](dataset, choose_workers(cnn.workers, device), device) as loader:
         for epoch in session.epochs():
             requests = training_requests(config.seed, epoch, len(train), cnn.batch_frames, cnn.frames_per_epoch)
-            for batch in session.batches(loader.batches(requests[session.position.step :]), len(requests)):
+            shares = [share_request(one, processes.rank, processes.count) for one in requests]
+            mine = [request for request, _ in shares]
+            for batch in session.batches(loader.batches(mine[session.position.step :]), len(mine)):
+                counts = shares[session.position.step][1]
                 with session.gradient_sync():
                     with session.autocast():
                         output = session.model(to_input(batch, config, device))
-                        value = loss(output, batch)
+                        value = loss(output, batch if counts else without_labels(batch))
                     session.update(value, partial(_name_batch, train, batch))
             scores = validate(session, loader, val, config, index)
             session.finish_epoch(scores, score=deciding_score(scores)[1])
-    return stage.finish(summarise(stage.path, config, index, precision, train, val))
+    return processes.from_first(lambda: stage.finish(summarise(stage.path, config, index, precision, train, val)))
 
 
 def identity(config: Config, index: Index) -> dict[str, Any]:
@@ -155,6 +166,23 @@ def parameter_groups(net: ToolNet, cnn: CnnConfig) -> list[dict[str, Any]]:
     ]
 
 
+def without_labels(batch: FrameBatch) -> FrameBatch:
+    """The batch of a process that has no part in a step."""
+    return batch._replace(phase=torch.full_like(batch.phase, -1), tools=torch.full_like(batch.tools, -1))
+
+
+def synchronise_batch_norm(net: nn.Module, processes: Processes, device: torch.device) -> None:
+    """Let batch norm take mean and variance over all processes, in place, under the same names.
+
+    Raises UserError where torch has none: on CPUs.
+    """
+    if processes.count == 1:
+        return
+    if device.type != "cuda":
+        raise UserError(f"sync_batch_norm=true: torch synchronises batch norm on CUDA only, not on {device.type}")
+    nn.SyncBatchNorm.convert_sync_batchnorm(net)
+
+
 def _name_batch(train: LabelledFrames, batch: FrameBatch) -> str:
     return f"first frame: {train.name(int(batch.rows[0]))}"
 
@@ -178,35 +206,56 @@ class Loss(nn.Module):
     positive_weight: Tensor | None  # (K,)
     class_weight: Tensor | None  # (C,)
 
-    def __init__(self, cnn: CnnConfig, train: LabelledFrames, phases: int = 0) -> None:
+    def __init__(
+        self,
+        cnn: CnnConfig,
+        train: LabelledFrames,
+        phases: int = 0,
+        over_all: Callable[[Tensor], Tensor] = one_process,
+    ) -> None:
         super().__init__()
+        self.over_all = over_all
         self.phase_weight = cnn.phase_loss_weight
         weighted = cnn.class_weighting == "inverse_frequency"
         self.register_buffer("positive_weight", positive_weights(train.tools) if weighted else None)
         self.register_buffer("class_weight", phase_weights(train.phase, phases) if weighted else None)
 
     def forward(self, output: NetOutput, batch: FrameBatch) -> Tensor:
-        """Mean loss of a batch, a scalar in float32."""
+        """Mean loss of a batch, a scalar in float32; on several processes this one's part of it."""
         device = output.tool_logits.device
-        loss = tool_loss(output.tool_logits, batch.tools.to(device, non_blocking=True), self.positive_weight)
-        if output.phase_logits is not None and (batch.phase >= 0).any():
+        tools = batch.tools.to(device, non_blocking=True)
+        loss = tool_loss(output.tool_logits, tools, self.positive_weight, self.over_all)
+        if output.phase_logits is not None:
             phase = batch.phase.to(device, non_blocking=True)
-            loss = loss + self.phase_weight * F.cross_entropy(
-                output.phase_logits.float(), phase, weight=self.class_weight, ignore_index=-1
+            summed = F.cross_entropy(
+                output.phase_logits.float(), phase, weight=self.class_weight, ignore_index=-1, reduction="sum"
             )
+            loss = loss + self.phase_weight * summed / self._phase_total(phase)
         return loss
 
+    def _phase_total(self, phase: Tensor) -> Tensor:
+        """What the labelled frames weigh together."""
+        labelled = (phase >= 0).float()
+        weights = labelled if self.class_weight is None else self.class_weight[phase.clamp(min=0)] * labelled
+        return self.over_all(weights.sum()).clamp(min=torch.finfo(torch.float32).tiny)
 
-def tool_loss(logits: Tensor, tools: Tensor, positive_weight: Tensor | None = None) -> Tensor:
+
+def tool_loss(
+    logits: Tensor,
+    tools: Tensor,
+    positive_weight: Tensor | None = None,
+    over_all: Callable[[Tensor], Tensor] = one_process,
+) -> Tensor:
     """Binary cross-entropy of logits (..., K) on labels (..., K), -1 = no label: mean over labelled entries, float32.
 
-    0 where nothing is labelled. `positive_weight` (K,) scales the entries of tools that are there.
+    0 where nothing is labelled. `positive_weight` (K,) scales the entries of tools that are there. `over_all` adds the
+    count over processes, so that each gets its part of the mean.
     """
     labelled = tools >= 0
     entries = F.binary_cross_entropy_with_logits(
         logits.float(), tools.clamp(min=0), pos_weight=positive_weight, reduction="none"
     )
-    return (entries * labelled).sum() / labelled.sum().clamp(min=1)
+    return (entries * labelled).sum() / over_all(labelled.sum()).clamp(min=1)
 
 
 def positive_weights(tools: NDArray[np.int8]) -> Tensor:
@@ -238,8 +287,9 @@ def validate(
         scores["val_phase_accuracy"] = None
     if not len(val):
         return scores
-    tool_logits, phase_logits = predict(session, loader, val, config)
-    if (val.tools >= 0).any():
+    predicted = session.validate(lambda: predict(session, loader, val, config))
+    tool_logits, phase_logits = (_in_order(parts, session.processes) for parts in zip(*predicted, strict=True))
+    if tool_logits is not None and (val.tools >= 0).any():
         percent = evaluate_tools(_by_video(val, val.tools), _by_video(val, tool_logits), index.dataset.tools)
         scores["val_map"] = None if percent["map_pooled"] is None else percent["map_pooled"] / 100
     labelled = val.phase >= 0
@@ -248,23 +298,34 @@ def validate(
     return scores
 
 
+Logits = list[NDArray[np.float32]]
+
+
+def _in_order(parts: Sequence[Logits], processes: Processes) -> NDArray[np.float32] | None:
+    """All frames' logits from the batches that each process has predicted; None where there is no such head."""
+    batches = processes.merged(list(parts))
+    return np.concatenate(batches) if batches else None
+
+
 def predict(
     session: TrainingSession, loader: FrameLoader[FrameBatch], val: LabelledFrames, config: Config
-) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """Tool logits (R, K) and phase logits (R, C) or None of all validation frames."""
-    requests = validation_requests(len(val), config.cnn.batch_frames)
+) -> tuple[Logits, Logits]:
+    """Tool logits (N, K) and phase logits (N, C), the latter none without a head, of this process's batches."""
+    requests = session.processes.share(validation_requests(len(val), config.cnn.batch_frames))
     tools, phases = [], []
     session.model.eval()
-    with progress_bar(len(requests), "validation", "step") as bar, torch.inference_mode():
+    net = session.raw_model
+    hidden = not session.processes.first
+    with progress_bar(len(requests), "validation", "step", disable=hidden) as bar, torch.inference_mode():
         for batch in loader.batches(requests):
             session.stop_if_asked()  # the epoch's steps are saved then, and resuming begins with validation
             with session.autocast():
-                output = session.model(to_input(batch, config, session.accelerator.device))
+                output = net(to_input(batch, config, session.accelerator.device))
             tools.append(output.tool_logits.float().cpu().numpy())
             if output.phase_logits is not None:
                 phases.append(output.phase_logits.float().cpu().numpy())
             bar.update(1)
-    return np.concatenate(tools), np.concatenate(phases) if phases else None
+    return tools, phases
 
 
 def _by_video(frames: LabelledFrames, values: NDArray[Any]) -> dict[str, NDArray[Any]]:

@@ -158,6 +158,17 @@ class Batch:
     def __len__(self) -> int:
         return len(self.first)
 
+    def share(self, rank: int, count: int) -> tuple[Batch, bool]:
+        """Process `rank`'s part of the batch, and whether it has one.
+
+        Every `count`-th sequence: similar lengths for all, and as videos end (they are the last ones) each process
+        keeps its own. Where there are fewer sequences than processes, one without a part gets the batch's first
+        sequence, whose frames must not count: all processes take part in every step.
+        """
+        if rank >= len(self):
+            return Batch(self.first[:1], self.lengths[:1]), False
+        return Batch(self.first[rank::count], self.lengths[rank::count], self.fresh), True
+
 
 def epoch_batches(spans: Sequence[Span], config: SequenceConfig, seed: int, epoch: int) -> list[Batch]:
     """The batches of one epoch, in order: a function of (seed, epoch) and of what is given.

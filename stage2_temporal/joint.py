@@ -10,7 +10,7 @@ what the two give one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from configs.errors import UserError
 from configs.load import differences
 from configs.schema import Config, DataSetSpec, HeadConfig, JointLossConfig, JointNetConfig
 from engine.checkpoints import load_checkpoint
+from engine.processes import one_process
 from stage1_cnn.model import (
     Backbone,
     best_checkpoint,
@@ -249,29 +250,31 @@ def require_same_classes(
 class JointLoss(nn.Module):
     """Cross-entropy on phases + tool_weight x binary cross-entropy on tools [+ alpha x correlation].
 
-    Means over the labelled frames or entries of a batch; the correlation is over every frame, labelled or not.
+    Means over the labelled frames or entries of a batch; the correlation is over every frame, labelled or not. On
+    several processes `over_all` adds the counts, and each gets its part of the means.
     """
 
-    def __init__(self, config: JointLossConfig, step: str) -> None:
+    def __init__(self, config: JointLossConfig, step: str, over_all: Callable[[Tensor], Tensor] = one_process) -> None:
         super().__init__()
-        self.config, self.step = config, step
+        self.config, self.step, self.over_all = config, step, over_all
 
     def forward(self, output: JointOutput, phase: Tensor, tools: Tensor, lengths: Tensor) -> Tensor:
         """Logits of B clips, phases (B, T), tools (B, T, K), lengths (B,) -> scalar. -1: no label, or padding."""
         if self.step == "mapping":
             assert output.mapped_logits is not None
-            return tool_loss(output.mapped_logits, tools)
+            return tool_loss(output.mapped_logits, tools, over_all=self.over_all)
         terms = []
         if output.phase_stages is not None:
             wanted = phase if self.config.phase_frames == "all" else _last_only(phase, lengths)
-            terms += [phase_loss(logits, wanted) for logits in output.phase_stages]
+            terms += [phase_loss(logits, wanted, self.over_all) for logits in output.phase_stages]
         if output.tool_logits is not None:
-            terms.append(self.config.tool_weight * tool_loss(output.tool_logits, tools))
+            terms.append(self.config.tool_weight * tool_loss(output.tool_logits, tools, over_all=self.over_all))
         if self.step == "correlation" and self.config.alpha > 0:
             assert output.tool_logits is not None
             assert output.mapped_logits is not None
             inside = torch.arange(phase.shape[1], device=phase.device) < lengths.to(phase.device)[:, None]  # (B, T)
-            terms.append(self.config.alpha * self.correlation(output.tool_logits, output.mapped_logits)[inside].mean())
+            apart = self.correlation(output.tool_logits, output.mapped_logits)[inside]
+            terms.append(self.config.alpha * apart.sum() / self.over_all(inside.sum()).clamp(min=1))
         return torch.stack(terms).sum()
 
     def correlation(self, branch: Tensor, mapped: Tensor) -> Tensor:
@@ -292,9 +295,9 @@ def bernoulli_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     return (torch.sigmoid(a) * (a - b) + F.softplus(b) - F.softplus(a)).clamp(min=0)
 
 
-def phase_loss(logits: Tensor, phase: Tensor) -> Tensor:
+def phase_loss(logits: Tensor, phase: Tensor, over_all: Callable[[Tensor], Tensor] = one_process) -> Tensor:
     """Cross-entropy (mean over labelled frames) of logits (B, T, C); 0 where no frame has a label."""
-    labelled = (phase != NO_LABEL).sum().clamp(min=1)
+    labelled = over_all((phase != NO_LABEL).sum()).clamp(min=1)
     summed = F.cross_entropy(logits.flatten(0, 1).float(), phase.flatten(), ignore_index=NO_LABEL, reduction="sum")
     return summed / labelled
 

@@ -31,6 +31,12 @@ class ClipRequest(NamedTuple):
     draws: tuple[int, ...]
     fresh: bool
 
+    def share(self, rank: int, count: int) -> tuple[ClipRequest, bool]:
+        """Process `rank`'s clips and whether it has any; see `Batch.share`."""
+        mine = slice(rank, None, count) if rank < len(self.first) else slice(1)
+        part = self._replace(first=self.first[mine], lengths=self.lengths[mine], draws=self.draws[mine])
+        return (part, True) if rank < len(self.first) else (part._replace(fresh=True), False)
+
 
 class ClipBatch(NamedTuple):
     """B clips of up to T frames. Padding, at the end only, is black and has no labels."""

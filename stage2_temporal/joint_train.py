@@ -23,6 +23,7 @@ from engine.checkpoints import load_checkpoint
 from engine.device import make_accelerator, seed_everything
 from engine.files import sha256_file
 from engine.logs import METRICS_FILE, read_metrics
+from engine.processes import Processes, join
 from engine.progress import say
 from engine.runs import StageFolder
 from engine.session import TrainingSession
@@ -42,6 +43,8 @@ from stage1_cnn.model import (
     weights_identity,
     weights_sha256,
 )
+from stage1_cnn.train import synchronise_batch_norm
+from stage2_temporal.data import NO_LABEL
 from stage2_temporal.joint import (
     FOLDER,
     STEPS,
@@ -111,24 +114,29 @@ def train_joint(
     Finished steps are not done again, an unfinished one goes on where it was stopped. Raises UserError for settings,
     labels or checkpoints that do not fit, and Stopped, with everything saved, when asked to stop.
     """
+    processes = join(config.device)
     files = start.files()
     common = _identity(config, index, files)
     seed_everything(config.seed)
-    net = initial_net(config, index, start, trusted=trusted)
+    net = processes.each(lambda: initial_net(config, index, start, trusted=trusted))
     require_image_size(net.backbone, config.preprocess.crop_px)
-    data = _load(config, index, root)
+    data = processes.each(lambda: _load(config, index, root))
+    videos = processes.share([*index.by_split("train"), *index.by_split("val")])
     result: dict[str, Any] = {}
     for step, settings in schedule(config).items():
         stage = StageFolder(run, f"{FOLDER}/{step}", config, _step_identity(common, config, step))
-        if stage.result is None:
-            stage.open()
-            fill_cache(config, index, root, (*index.by_split("train"), *index.by_split("val")), stop)
-            say(f"== {step}: {settings.epochs} epochs")
-            train_step(stage.path, step, settings, net, config, data, stop)
-            result = stage.finish(_result(stage.path, step, config, data, net))
+        finished = processes.from_first(stage.begin)
+        if finished is None:
+            processes.together(lambda: fill_cache(config, index, root, videos, stop))
+            if processes.first:
+                say(f"== {step}: {settings.epochs} epochs")
+            train_step(stage.path, step, settings, net, config, data, stop, processes)
+            finish = partial(_finish, stage, step, config, data, net)
+            result = processes.from_first(finish)
         else:
-            say(f"{stage.path}: finished before with these settings, nothing to do")
-            result = stage.result
+            if processes.first:
+                say(f"{stage.path}: finished before with these settings, nothing to do")
+            result = finished
         net.load_state_dict(load_checkpoint(stage.path / "best.pt")["model"])
     return result
 
@@ -211,35 +219,50 @@ def train_step(
     config: Config,
     data: JointData,
     stop: StopRequest,
+    processes: Processes,
 ) -> None:
     """Train one step into `folder` (`best.pt`, `last.pt`, `metrics.jsonl`)."""
     joint, spans = config.joint, spans_of(data.train)
     seed_everything(config.seed)
-    accelerator, _ = make_accelerator(config.device, settings.precision)
-    if accelerator.num_processes > 1:
-        raise UserError("train-joint runs in one process; start it without a launcher")
+    accelerator, _ = make_accelerator(config.device, settings.precision, unused_parameters=True)
+    if joint.sync_batch_norm:
+        synchronise_batch_norm(net, processes, accelerator.device)
     net.train_only("mapping" if step == "mapping" else "all", freeze_mapping=settings.freeze_mapping)
     describe = describe_joint(net, config.temporal.head, config, data.index.dataset, step)
     session = TrainingSession(
-        folder, accelerator, net, parameter_groups(net, settings), settings, describe, stop, joint.accumulate_steps
+        folder,
+        accelerator,
+        net,
+        parameter_groups(net, settings),
+        settings,
+        describe,
+        stop,
+        joint.accumulate_steps,
+        processes=processes,
     )
     session.resume()
-    criterion, phase = JointLoss(joint.loss, step), net.phase
+    criterion, phase = JointLoss(joint.loss, step, processes.total), net.phase
     sizes_px = (config.preprocess.resize_px, config.preprocess.crop_px)
     dataset = ClipDataset(data.train, sizes_px, joint.augment, config.seed)
     workers = choose_workers(joint.workers, accelerator.device)
     with FrameLoader[ClipBatch](dataset, workers, accelerator.device) as loader:
         for epoch in session.epochs():
             requests = clip_requests(spans, joint.sequence, config.seed, epoch, joint.clips_per_epoch)
-            for batch in session.batches(loader.batches(requests[session.position.step :]), len(requests)):
+            shares = [request.share(processes.rank, processes.count) for request in requests]
+            mine = [request for request, _ in shares]
+            for batch in session.batches(loader.batches(mine[session.position.step :]), len(mine)):
+                counts = shares[session.position.step][1]
                 carried = None if batch.fresh or phase is None else first_rows(phase.carried, len(batch.first))
                 with session.gradient_sync():
                     with session.autocast():
                         output = session.model(to_clips(batch, config, accelerator.device), carried, batch.lengths)
-                        labels = (part.to(accelerator.device, non_blocking=True) for part in (batch.phase, batch.tools))
-                        loss = criterion(output, *labels, batch.lengths)
+                        told = batch if counts else without_labels(batch)
+                        labels = (part.to(accelerator.device, non_blocking=True) for part in (told.phase, told.tools))
+                        loss = criterion(output, *labels, told.lengths)
                     if phase is not None:
-                        phase.carried = detach_state(output.state) if joint.sequence.mode == "chunked" else ()
+                        phase.carried = (
+                            detach_state(output.state) if joint.sequence.mode == "chunked" and counts else ()
+                        )
                     session.update(loss, partial(_name_batch, data.train, batch))
             if phase is not None:
                 phase.carried = ()
@@ -267,6 +290,15 @@ def parameter_groups(net: JointNet, settings: JointStepConfig) -> list[dict[str,
     ]
 
 
+def without_labels(batch: ClipBatch) -> ClipBatch:
+    """The batch of a process that has no part in a step: no labels, and all of it padding."""
+    return batch._replace(
+        phase=torch.full_like(batch.phase, NO_LABEL),
+        tools=torch.full_like(batch.tools, NO_LABEL),
+        lengths=torch.zeros_like(batch.lengths),
+    )
+
+
 def _name_batch(train: LabelledFrames, batch: ClipBatch) -> str:
     return f"first clip: {train.name(int(batch.first[0]))}"
 
@@ -279,17 +311,22 @@ def validate(net: JointNet, config: Config, data: JointData, session: TrainingSe
     if not data.val:
         return {}
     sequence = config.joint.sequence
-    found = predict_videos(
-        net,
-        config,
-        data.val,
-        data.root,
-        data.index,
-        inference=sequence.inference,
-        frames=sequence.frames,
-        check_stop=session.stop_if_asked,
-        autocast=session.autocast,
+    mine = session.processes.share(data.val)
+    parts = session.validate(
+        lambda: predict_videos(
+            net,
+            config,
+            mine,
+            data.root,
+            data.index,
+            inference=sequence.inference,
+            frames=sequence.frames,
+            check_stop=session.stop_if_asked,
+            autocast=session.autocast,
+        )
     )
+    together = {name: one for part in parts for name, one in part.items()}
+    found = {video.entry.id: together[video.entry.id] for video in data.val}
     return score_videos(net, data.val, found, data.index.dataset.tools)
 
 
@@ -394,6 +431,10 @@ def _result(folder: Path, step: str, config: Config, data: JointData, net: Joint
         f"{result['train_frames']:,} training frames, {result['seconds']:.0f} s; {result['checkpoint']}"
     )
     return result
+
+
+def _finish(stage: StageFolder, step: str, config: Config, data: JointData, net: JointNet) -> dict[str, Any]:
+    return stage.finish(_result(stage.path, step, config, data, net))
 
 
 def _majority(train: LabelledFrames, phases: int) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -26,6 +26,7 @@ from configs.schema import Config
 from engine.device import make_accelerator, seed_everything
 from engine.files import make_folder, sha256_file
 from engine.logs import METRICS_FILE, read_metrics
+from engine.processes import Processes, join
 from engine.progress import progress_bar, say
 from engine.runs import StageFolder
 from engine.session import TrainingSession
@@ -59,22 +60,23 @@ def train_temporal(
     when `stop` was set, with everything saved.
     """
     _require_sensible(config.temporal)
-    data = read_training_data(folder) if data is None else data
+    processes = join(config.device)
+    data = processes.each(lambda: read_training_data(folder)) if data is None else data
     data = data.with_tool_logits() if config.temporal.tool_logits else data
     stage = StageFolder(run, "temporal", config, _identity(config, data))
-    if stage.result is not None:
-        return stage.result
-    stage.open()
-    if not data.val:
+    finished = processes.from_first(stage.begin)
+    if finished is not None:
+        return finished
+    if not data.val and processes.first:
         say(f"{folder}: no validation videos with phases, so the last epoch is kept and none is chosen")
     accelerator, precision = make_accelerator(config.device, config.temporal.precision)
     constants = _constants(config, data)
     data = data.to(accelerator.device)
-    outcome = train_head(stage.path, config.temporal.head, config, data, constants, accelerator, stop)
+    outcome = train_head(stage.path, config.temporal.head, config, data, constants, accelerator, stop, processes)
     frame = None
     if config.temporal.baseline:
         linear = schema.LinearHead(name="linear")
-        frame = train_head(stage.path / FRAME_FOLDER, linear, config, data, constants, accelerator, stop)
+        frame = train_head(stage.path / FRAME_FOLDER, linear, config, data, constants, accelerator, stop, processes)
     majority, majority_accuracy = _majority(data)
     result = {
         "score": SCORE,
@@ -91,7 +93,7 @@ def train_temporal(
         "features": str(folder),
     }
     result["seconds"] = round(outcome["seconds"] + (frame["seconds"] if frame else 0.0), 2)
-    return stage.finish(result | {"sentence": _sentence(result)})
+    return processes.from_first(lambda: stage.finish(result | {"sentence": _sentence(result)}))
 
 
 def train_head(
@@ -102,6 +104,7 @@ def train_head(
     constants: tuple[Tensor, Tensor],
     accelerator: Accelerator,
     stop: StopRequest,
+    processes: Processes,
 ) -> dict[str, Any]:
     """Train one head into `folder` (`best.pt`, `last.pt`, `metrics.jsonl`): the loop of stage two."""
     settings, bank = config.temporal, data.bank
@@ -109,47 +112,69 @@ def train_head(
     model = PhaseModel(Standardise(*constants), build_head(head, bank.embedding_dim, len(data.phases)))
     if settings.start_from is not None and head == settings.head:
         model.load_state_dict(_start_weights(settings.start_from, head, data))
-    criterion = PhaseLoss(settings, bank, data.train, len(data.phases))
+    criterion = PhaseLoss(settings, bank, data.train, len(data.phases), processes.total)
     groups = [{"params": model.head.parameters(), "name": "head"}]
     make_folder(folder)
     steps_take_long = settings.sequence.mode == "clips"
     session = TrainingSession(
-        folder, accelerator, model, groups, settings, _describe(head, config, data), stop, bar=steps_take_long
+        folder,
+        accelerator,
+        model,
+        groups,
+        settings,
+        _describe(head, config, data),
+        stop,
+        bar=steps_take_long,
+        processes=processes,
     )
     session.resume()
     frames_in_epoch = _labelled_frames(bank, data.train)
 
-    with progress_bar(settings.epochs, head.name, "epoch", initial=session.position.epoch) as bar:
+    with progress_bar(
+        settings.epochs, head.name, "epoch", initial=session.position.epoch, disable=not processes.first
+    ) as bar:
         for epoch in session.epochs():
             batches = epoch_batches(data.train, settings.sequence, config.seed, epoch)
             remaining = batches[session.position.step :]
             started = time.monotonic()
-            for batch in session.batches(remaining, len(batches)):
+            for whole in session.batches(remaining, len(batches)):
+                batch, counts = whole.share(processes.rank, processes.count)
                 x, phase = bank.gather(batch)  # (B, T, D), (B, T)
+                if not counts:
+                    phase.fill_(NO_LABEL)
                 state = None if batch.fresh else first_rows(model.carried, len(batch))
                 with session.autocast():
                     stages, state = session.model(x, state, batch.lengths)  # [(B, T, C), ...]
-                model.carried = detach_state(state) if settings.sequence.mode == "chunked" else ()
+                model.carried = detach_state(state) if settings.sequence.mode == "chunked" and counts else ()
                 session.update(criterion(stages, phase), partial(bank.names, batch))
             model.carried = ()
             seconds = max(time.monotonic() - started, 1e-9)
             speed = frames_in_epoch * len(remaining) / len(batches) / seconds
-            accuracy = validate(model, data, settings.sequence)
+            accuracy = validate(model, data, settings.sequence, session)
             bar.set_postfix(loss=f"{session.mean_loss:.4f}", val_accuracy=accuracy, refresh=False)
             bar.update(1)
             session.finish_epoch({"val_accuracy": accuracy, "frames_per_s": round(speed, 1)}, accuracy)
 
-    return _outcome(folder, session, model)
+    return processes.from_first(lambda: _outcome(folder, session, model))
 
 
 class PhaseLoss:
     """Cross-entropy over labelled frames, summed over a head's stages; 0 where no frame has a label.
 
-    A mean over the batch's labelled frames, weighted where classes are: `inverse_frequency` gives phase c the weight
+    A mean over the batch's labelled frames (`over_all` adds their counts over processes, and each process's part of the
+    mean is what it gets), weighted where classes are: `inverse_frequency` gives phase c the weight
     N / (P n_c), with n_c of the N labelled training frames and P phases that occur; those that do not weigh 0.
     """
 
-    def __init__(self, settings: schema.TemporalConfig, bank: FeatureBank, train: Sequence[Span], phases: int) -> None:
+    def __init__(
+        self,
+        settings: schema.TemporalConfig,
+        bank: FeatureBank,
+        train: Sequence[Span],
+        phases: int,
+        over_all: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.over_all = over_all
         self.smoothing = settings.label_smoothing
         self.weight = torch.ones(phases, device=bank.phase.device)
         if settings.class_weighting == "inverse_frequency":
@@ -161,7 +186,8 @@ class PhaseLoss:
         """Logits [(B, T, C), ...] and phases (B, T), -1 = no label -> the loss."""
         target = phase.flatten()
         labelled = target != NO_LABEL
-        total = (self.weight[target.clamp(min=0)] * labelled).sum().clamp(min=torch.finfo(self.weight.dtype).tiny)
+        total = self.over_all((self.weight[target.clamp(min=0)] * labelled).sum())
+        total = total.clamp(min=torch.finfo(self.weight.dtype).tiny)
         summed = [
             F.cross_entropy(
                 logits.flatten(0, 1).float(),
@@ -176,21 +202,29 @@ class PhaseLoss:
         return torch.stack(summed).sum() / total
 
 
-def validate(model: PhaseModel, data: TrainingData, sequence: schema.SequenceConfig) -> float | None:
-    """`SCORE` of the model as it stands; None without validation videos."""
+def validate(
+    model: PhaseModel, data: TrainingData, sequence: schema.SequenceConfig, session: TrainingSession
+) -> float | None:
+    """`SCORE` of the model as it stands, videos divided over processes; None without validation videos."""
     if not data.val:
         return None
-    predicted = predict_spans(model, data.bank, data.val, sequence.inference, sequence.frames)
-    return _mean_accuracy(data, [probabilities.argmax(dim=1) for probabilities in predicted])
+    mine = session.processes.share(data.val)
+
+    def work() -> list[float]:
+        predicted = predict_spans(model, data.bank, mine, sequence.inference, sequence.frames) if mine else []
+        return _accuracies(data, mine, [probabilities.argmax(dim=1) for probabilities in predicted])
+
+    shares: list[list[Any]] = session.validate(work)
+    return statistics.fmean(session.processes.merged(shares))
 
 
-def _mean_accuracy(data: TrainingData, predicted: Sequence[Tensor]) -> float:
-    """Share of right frames among the labelled ones of each validation video, then the mean."""
+def _accuracies(data: TrainingData, spans: Sequence[Span], predicted: Sequence[Tensor]) -> list[float]:
+    """Share of right frames among the labelled ones of each video."""
     shares = []
-    for span, guess in zip(data.val, predicted, strict=True):
+    for span, guess in zip(spans, predicted, strict=True):
         truth = data.truth_of(span)
         shares.append(float((guess == truth)[truth != NO_LABEL].double().mean()))
-    return statistics.fmean(shares)
+    return shares
 
 
 def count_phases(bank: FeatureBank, spans: Sequence[Span], phases: int) -> Tensor:
@@ -208,7 +242,8 @@ def _majority(data: TrainingData) -> tuple[int, float | None]:
     phase = int(count_phases(data.bank, data.train, len(data.phases)).argmax())
     if not data.val:
         return phase, None
-    return phase, _mean_accuracy(data, [torch.full((span.frames,), phase) for span in data.val])
+    always = [torch.full((span.frames,), phase) for span in data.val]
+    return phase, statistics.fmean(_accuracies(data, data.val, always))
 
 
 def _constants(config: Config, data: TrainingData) -> tuple[Tensor, Tensor]:

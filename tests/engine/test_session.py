@@ -141,6 +141,38 @@ def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_checkpoint(tmp_
     assert load_checkpoint(tmp_path / "last.pt")["position"]["epoch"] == 1
 
 
+def test_a_kill_between_best_and_last_does_not_change_the_best_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`best.pt` of an epoch that `last.pt` knows nothing of gives way to the one before."""
+    with pytest.raises(UserError):
+        train(tmp_path, CONFIG, poison=STEPS + 2)
+    known = load_checkpoint(tmp_path / "best.pt")
+    assert known["scores"]["epoch"] == 0
+
+    class Killed(BaseException):
+        pass
+
+    def killed(self: TrainingSession) -> None:
+        if self.position.epoch == 2:
+            raise Killed
+        save(self)
+
+    save = TrainingSession._save_last
+    monkeypatch.setattr(TrainingSession, "_save_last", killed)
+    with pytest.raises(Killed):
+        train(tmp_path, CONFIG)
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "best.pt")["scores"]["epoch"] == 1
+    with pytest.raises(UserError):
+        train(tmp_path, CONFIG, poison=STEPS + 1)  # resumed, and no further
+    again = load_checkpoint(tmp_path / "best.pt")
+    assert again["scores"] == known["scores"]
+    assert all(torch.equal(again["model"][name], known["model"][name]) for name in known["model"])
+    train(tmp_path, CONFIG)
+    assert sorted(path.name for path in tmp_path.glob("best.pt*")) == ["best.pt"]
+
+
 def test_early_stopping_keeps_the_best_epoch(tmp_path: Path) -> None:
     config = LoopConfig(epochs=30, precision="fp32", early_stop_epochs=2, optim={"name": "sgd", "lr": 1e-12})
     train(tmp_path, config)
