@@ -69,7 +69,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on a clean exit it becomes `path`, otherwise it is removed.
 
     The body writes and closes the file (and may reopen it to check it). Any exception, Ctrl-C included, leaves `path`
-    as it was. Raises UserError when the disk is full or the folder cannot be written.
+    as it was. What dead writers left of the same file goes when it is whole. Raises UserError when the disk is full or
+    the folder cannot be written.
     """
     make_folder(path.parent)
     stem = path.name.encode()[:120].decode(errors="ignore")  # names have 255 bytes at most
@@ -79,6 +80,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         fsync_file(temporary)
         os.replace(temporary, path)
         fsync_folder(path.parent)
+        remove_stale_temporaries(path.parent, of=stem)
     except OSError as error:
         raise as_user_error(error, path) from error
     finally:
@@ -106,8 +108,8 @@ def is_no_room(error: BaseException) -> bool:
     return error.errno is None and any(f"errno = {number}," in str(error) for number in _NO_ROOM)
 
 
-def remove_stale_temporaries(folder: Path, older_than_s: float = 3600.0) -> int:
-    """Delete the temporary files that killed writers left in `folder`; returns how many.
+def remove_stale_temporaries(folder: Path, older_than_s: float = 3600.0, of: str = "") -> int:
+    """Delete the temporary files that killed writers left in `folder`, of all files or of one; returns how many.
 
     A file goes at once when its writer ran here (same boot, same process namespace) and is dead, and otherwise when
     nobody has touched it for `older_than_s`: on a shared file system a process number of another machine says nothing,
@@ -115,6 +117,8 @@ def remove_stale_temporaries(folder: Path, older_than_s: float = 3600.0) -> int:
     """
     removed = 0
     for path in folder.glob(".*.tmp"):
+        if of and not path.name.startswith(f".{of}."):
+            continue
         try:
             if process_is_dead(path.name.rsplit(".", 2)[-2]) or time.time() - path.stat().st_mtime > older_than_s:
                 path.unlink()
@@ -149,11 +153,12 @@ def process_is_dead(mark: str) -> bool:
         return False
     try:
         os.kill(int(number), 0)
+        # one that nobody has waited for answers signals, and in a container without an init process it does so for good
+        return Path(f"/proc/{number}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "ZX"
     except ProcessLookupError:
         return True
-    except (OSError, OverflowError):
+    except (OSError, OverflowError, ValueError):
         return False
-    return False
 
 
 @contextmanager

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.files import atomic_path
+from engine.files import as_user_error, atomic_path
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -19,7 +21,8 @@ class MetricLog:
     """Appends to `metrics.jsonl` and to TensorBoard events in `folder`.
 
     A resumed run first drops the lines after its checkpoint (`rewind`), so that the file reads as if nothing had
-    happened. TensorBoard is imported when there is something to write for it: it costs about a second, which the first
+    happened; what lies before a checkpoint must be on the disk first (`sync`). Every method raises UserError when the
+    disk is full, and the log takes nothing more then. TensorBoard is imported when there is something to write for it: it costs about a second, which the first
     training step should not wait for.
     """
 
@@ -43,28 +46,37 @@ class MetricLog:
         if not self.enabled:
             return
         row = {"kind": kind, "global_step": global_step, **values}
-        with self.path.open("a", encoding="utf-8") as stream:
+        with self._writing(self.path), self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row, allow_nan=False) + "\n")
             stream.flush()
         self._waiting.append(row)
-        if kind == "epoch":
+
+    def sync(self) -> None:
+        """Bring everything logged so far to the disk."""
+        if not self.enabled or not self._waiting:
+            return
+        with self._writing(self.path), self.path.open("rb") as stream:
+            os.fsync(stream.fileno())
+        with self._writing(self.folder / "events"):
             self._send_events()
 
     def close(self) -> None:
-        """Bring everything logged so far to the disk."""
-        if not self.enabled:
-            return
-        self._send_events()
+        """Bring everything logged so far to the disk, and take nothing more."""
+        self.sync()
         if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        if self.path.exists():
-            with self.path.open("rb") as stream:
-                os.fsync(stream.fileno())
+            with self._writing(self.folder / "events"):
+                self._writer.close()
+        self._writer = None
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.enabled, self._writer = False, None  # whatever came next would fail again, and hide this
+            raise as_user_error(error, path) from error
 
     def _send_events(self) -> None:
-        if not self._waiting:
-            return
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -73,6 +85,7 @@ class MetricLog:
             for name, value in row.items():
                 if isinstance(value, int | float) and not isinstance(value, bool) and name != "global_step":
                     self._writer.add_scalar(f"{row['kind']}/{name}", value, row["global_step"])
+        self._writer.flush()
         self._waiting.clear()
 
 

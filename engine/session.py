@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -33,7 +33,7 @@ from engine.checkpoints import (
     restore_random_states,
     save_checkpoint,
 )
-from engine.files import sha256_json
+from engine.files import remove_stale_temporaries, sha256_json
 from engine.logs import MetricLog
 from engine.optim import Schedule, build_optimizer
 from engine.progress import progress_bar
@@ -87,6 +87,7 @@ class TrainingSession:
         self._stop, self._accumulate, self._bar_wanted = stop, accumulate_steps, bar
         self._identity = sha256_json(describe)
         self._steps_in_epoch = 0
+        self._name_batch: Callable[[], str] = lambda: ""
         self._saved_at = self._epoch_started_at = time.monotonic()
 
     # ------------------------------------------------------------------------------------------ resume
@@ -98,8 +99,10 @@ class TrainingSession:
 
     def resume(self) -> bool:
         """Go on from `last.pt` (or the one before it) where there is one; whether there was."""
+        remove_stale_temporaries(self.folder)
         content = load_latest(self.folder / "last.pt")
         if content is None:
+            self.log.rewind(0)  # what a start logged that was killed before its first checkpoint
             return False
         if content["identity"] != self._identity:
             raise UserError(f"{self.folder / 'last.pt'}: belongs to another configuration; delete the folder")
@@ -159,13 +162,9 @@ class TrainingSession:
         holds the last good state.
         """
         value = float(loss.detach())
+        self._name_batch = name_batch
         if not math.isfinite(value):
-            where = name_batch()
-            raise UserError(
-                f"{self.folder}: the loss is {value} in epoch {self.position.epoch + 1}, step {self.position.step + 1}"
-                f"{f' ({where})' if where else ''}; lower the learning rate or look at that input; "
-                "the last good checkpoint is kept"
-            )
+            self._refuse(f"the loss is {value} in", self.position.step + 1)
         self.accelerator.backward(loss / self._group_size())
         ends = self._group_ends()
         if ends:
@@ -188,6 +187,7 @@ class TrainingSession:
 
         Without a score (no validation videos) the last epoch counts as the best.
         """
+        self._require_finite_weights()
         position = self.position
         values: dict[str, Any] = {"epoch": position.epoch, "loss": self.mean_loss, **self._lr(), **scores}
         values["seconds"] = round(time.monotonic() - self._epoch_started_at, 3)
@@ -221,6 +221,19 @@ class TrainingSession:
 
     # ------------------------------------------------------------------------------------------ inside
 
+    def _require_finite_weights(self) -> None:
+        """Raise UserError before weights that nothing can be learned from any more become a checkpoint."""
+        state = self.raw_model.state_dict().values()
+        if not all(bool(torch.isfinite(value).all()) for value in state if value.is_floating_point()):
+            self._refuse("the weights are not finite any more after", self.position.step)
+
+    def _refuse(self, what: str, step: int) -> NoReturn:
+        batch = self._name_batch()
+        raise UserError(
+            f"{self.folder}: {what} epoch {self.position.epoch + 1}, step {step}{f' ({batch})' if batch else ''}; lower "
+            "the learning rate or look at that input; the last good checkpoint is kept"
+        )
+
     def _group_size(self) -> int:
         """Batches in the accumulation group in hand; the epoch's last group may be smaller."""
         first = self.position.step - self.position.step % self._accumulate
@@ -241,8 +254,10 @@ class TrainingSession:
 
     def _save_last(self) -> None:
         self._saved_at = time.monotonic()
+        self._require_finite_weights()
         if not self.accelerator.is_main_process:
             return
+        self.log.sync()
         scaler = self.accelerator.scaler
         content = self._content({}) | {
             "optimizer": self.optimizer.state_dict(),

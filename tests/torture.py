@@ -2,7 +2,8 @@
 
 A place is a command and the folders it writes to. It first runs undisturbed, and the moments of its first and its last
 write are noted. Then, for each attempt, it is started in an empty folder, killed with SIGKILL at a moment drawn evenly
-between the two (counted from its first write), perhaps stopped once or twice more (SIGKILL again, or SIGTERM, which
+between the two (counted from its first write; trainings write for moments only, so that three in four of their kills then wait for
+the next temporary file), perhaps stopped once or twice more (SIGKILL again, or SIGTERM, which
 must end it within 10 s with exit code 75), and started a last time and left alone. What stands there then must equal
 what the undisturbed run left: data sets, attributes, tensors, metrics, every file but for wall times, and no stray one.
 
@@ -37,6 +38,7 @@ ORPHANS_END_WITHIN_S = 20.0
 ENOUGH_KILLS = 20  # from here on, the share that left a partial file counts
 SHARE_PARTIAL = 0.6
 FRESH, AGAIN, ONCE_MORE, GENTLE, WHOLE_GROUP = 1 / 8, 0.3, 0.3, 0.4, 0.5
+AIMED, AIM_S = 0.75, 0.01  # of a training's kills, and how long after a temporary file was seen
 
 SETTINGS: dict[str, Any] = {
     "device": "cpu",
@@ -56,7 +58,7 @@ SETTINGS: dict[str, Any] = {
     },
     "extract": {"encoder": "initial", "precision": "fp32", "workers": 1, "batch_frames": 4},
     "temporal": {
-        "head": {"name": "lstm", "hidden": 160},
+        "head": {"name": "lstm", "hidden": 512},
         "sequence": {"mode": "chunked", "frames": 16, "batch": 2},
         "epochs": 8,
         "optim": {"lr": 0.01},
@@ -83,6 +85,7 @@ class Variant:
     watched: tuple[str, ...]
     result: str  # the file or pattern that stands at the end
     processes: int = 1
+    aimed: bool = False  # most of its kills wait for the next temporary file
 
 
 @dataclass
@@ -133,11 +136,12 @@ def variants(place: str, data: Path, shared: Path) -> list[Variant]:
         line("train-temporal", "--features", str(shared / "features")),
         ("runs",),
         "runs/t/temporal/result.json",
+        aimed=True,
     )
-    cnn = Variant("train-cnn", line("train-cnn"), ("runs",), "runs/t/cnn/result.json")
-    joint = Variant("train-joint", line("train-joint"), ("runs",), "runs/t/joint/correlation/result.json")
+    cnn = Variant("train-cnn", line("train-cnn"), ("runs",), "runs/t/cnn/result.json", aimed=True)
+    joint = Variant("train-joint", line("train-joint"), ("runs",), "runs/t/joint/correlation/result.json", aimed=True)
     loaders = Variant(
-        "train-cnn, a loader process", line("train-cnn", *more("cnn.workers=1")), ("runs",), cnn.result, 2
+        "train-cnn, a loader process", line("train-cnn", *more("cnn.workers=1")), ("runs",), cnn.result, 2, aimed=True
     )
     extract = Variant("extract", line("extract"), ("features",), "runs/t/extract/result.json")
     several = Variant(
@@ -277,6 +281,8 @@ class Attempt:
                 raise Failure("nothing was written")
             time.sleep(POLL_S)
         command.wait(after_s)
+        if self.variant.aimed and number == signal.SIGKILL and self.rng.random() < AIMED:
+            self._await_temporary(command)
         self.story.append(f"{signal.Signals(number).name} to the {'group' if group else 'process'} at {after_s:.3f} s")
         if command.poll() is not None:
             self._require_end(command, (0,))
@@ -292,6 +298,14 @@ class Attempt:
         if self.variant.processes > 1 and self.rng.random() < 0.5:  # otherwise the next start meets them
             self._await_orphans(command)
         return True
+
+    def _await_temporary(self, command: Command) -> None:
+        delay_s = self.rng.random() * AIM_S
+        while command.poll() is None and not any(
+            path.endswith(".tmp") for path in snapshot(self.folder, self.variant.watched)
+        ):
+            time.sleep(POLL_S / 4)
+        command.wait(delay_s)
 
     def _await_end(self, command: Command, number: int) -> None:
         if command.wait(STOPS_WITHIN_S) is None:
