@@ -31,8 +31,8 @@ def save_checkpoint(path: Path, content: dict[str, Any], keep_previous: bool = F
     """Write `content` (tensors and plain containers) to `path`.
 
     With `keep_previous` the file that stood there stays beside it as `<name>.previous`, so that there is a whole one at
-    every moment: it gives way when the new one is on the disk, and never to a damaged one. Raises UserError when the disk
-    is full or the folder cannot be written.
+    every moment: that gives way once the new one is on the disk, and never to a damaged one. Raises UserError when the
+    disk is full or the folder cannot be written.
     """
     with atomic_path(path) as temporary:
         _save({"format": FORMAT, **content}, temporary, path)

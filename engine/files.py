@@ -64,6 +64,10 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+class NoRoomError(UserError):
+    """The disk is full: whatever else is waiting to be written would meet the same."""
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on a clean exit it becomes `path`, otherwise it is removed.
@@ -90,7 +94,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def as_user_error(error: OSError, path: Path) -> Exception:
     """What a failed write means to the user; errors that are not the user's to mend come back unchanged."""
     if is_no_room(error):
-        return UserError(f"{path}: no room left on the disk; free some or choose another folder")
+        return NoRoomError(f"{path}: no room left on the disk; free some or choose another folder")
     if isinstance(error, IsADirectoryError) or error.errno == errno.ENAMETOOLONG:
         what = "is a folder" if isinstance(error, IsADirectoryError) else "its name is too long"
         return UserError(f"{path}: cannot be written: {what}; choose another place or name")
@@ -271,7 +275,7 @@ def require_free_bytes(folder: Path, needed: int, purpose: str) -> None:
         probe = probe.parent
     free = shutil.disk_usage(probe).free
     if free < needed:
-        raise UserError(
+        raise NoRoomError(
             f"{folder}: {purpose} needs about {needed / 1e6:,.0f} MB and only {free / 1e6:,.0f} MB are free; "
             "free some or choose another folder"
         )

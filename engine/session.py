@@ -12,6 +12,7 @@ A loop stays in its stage and reads from top to bottom:
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -223,15 +224,16 @@ class TrainingSession:
 
     def _require_finite_weights(self) -> None:
         """Raise UserError before weights that nothing can be learned from any more become a checkpoint."""
-        state = self.raw_model.state_dict().values()
-        if not all(bool(torch.isfinite(value).all()) for value in state if value.is_floating_point()):
+        tensors = itertools.chain(self.raw_model.parameters(), self.raw_model.buffers())
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             self._refuse("the weights are not finite any more after", self.position.step)
 
     def _refuse(self, what: str, step: int) -> NoReturn:
         batch = self._name_batch()
+        where = f"epoch {self.position.epoch + 1}, step {step}{f' ({batch})' if batch else ''}"
         raise UserError(
-            f"{self.folder}: {what} epoch {self.position.epoch + 1}, step {step}{f' ({batch})' if batch else ''}; lower "
-            "the learning rate or look at that input; the last good checkpoint is kept"
+            f"{self.folder}: {what} {where}; lower the learning rate or look at that input; "
+            "the last good checkpoint is kept"
         )
 
     def _group_size(self) -> int:

@@ -22,7 +22,7 @@ from configs.errors import UserError
 from configs.load import differences
 from configs.schema import Config, PreprocessConfig
 from engine.device import choose_device, choose_precision, lower_precision, seed_everything
-from engine.files import read_json, require_free_bytes, sha256_file, sha256_json, write_json
+from engine.files import read_json, remove_stale_temporaries, require_free_bytes, sha256_file, sha256_json, write_json
 from engine.progress import say
 from engine.runs import RESULT_FILE, StageFolder
 from engine.stopping import StopRequest
@@ -103,7 +103,7 @@ def extract(
     They go to `folder`, by default `<extract.store>/<backbone>-<digest12>`, with the index and the encoder's
     description. Files that verify and were made from the same source are left alone; where only annotations changed,
     labels alone are rewritten. A video that cannot be read is reported and the others go on. With a run and no
-    `folder`, `RUN/extract/result.json` points to the features. Raises UserError when nothing can be done at all: no
+    `folder`, `RUN/extract/result.json` points to the features. Raises UserError when nothing (more) can be done: no
     weights, no room, a folder of another data set or encoder, not one usable video.
     """
     started = time.monotonic()
@@ -133,6 +133,7 @@ def extract(
         else:
             report.done.append(job.video_id)
             report.frames += job.frames
+    remove_stale_temporaries(target)  # of processes that died
     _in_index_order(report, index)
     report.seconds = round(time.monotonic() - started, 3)
     if stage:

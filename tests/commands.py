@@ -1,4 +1,4 @@
-"""Commands in processes of their own that can be stopped at any moment: forked where that will do, or started afresh."""
+"""Commands in processes of their own that can be stopped at any moment: forked where that will do, or afresh."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
-ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 @dataclass
@@ -129,16 +129,16 @@ def import_everything() -> None:
     os.environ.update(ONE_THREAD)
     import accelerate  # noqa: F401
     import av  # noqa: F401
+    import tensorboard.summary.writer.record_writer  # noqa: F401
     import torch
-    import torch.utils.tensorboard  # noqa: F401
     import torchvision  # noqa: F401
 
-    import features.catalogue  # noqa: F401
+    import features.catalogue
     import features.simulation  # noqa: F401
-    import stage1_cnn.extract  # noqa: F401
+    import stage1_cnn.extract
     import stage1_cnn.train  # noqa: F401
-    import stage2_temporal.evaluate  # noqa: F401
-    import stage2_temporal.joint_train  # noqa: F401
+    import stage2_temporal.evaluate
+    import stage2_temporal.joint_train
     import stage2_temporal.train  # noqa: F401
 
     torch.set_num_threads(1)

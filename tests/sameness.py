@@ -1,4 +1,4 @@
-"""What two runs of one command leave: equal but for wall times, or a line a difference; and nothing that is half done."""
+"""Whether two runs of one command left the same, wall times apart, and nothing that is half done."""
 
 from __future__ import annotations
 

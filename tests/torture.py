@@ -2,10 +2,10 @@
 
 A place is a command and the folders it writes to. It first runs undisturbed, and the moments of its first and its last
 write are noted. Then, for each attempt, it is started in an empty folder, killed with SIGKILL at a moment drawn evenly
-between the two (counted from its first write; trainings write for moments only, so that three in four of their kills then wait for
-the next temporary file), perhaps stopped once or twice more (SIGKILL again, or SIGTERM, which
-must end it within 10 s with exit code 75), and started a last time and left alone. What stands there then must equal
-what the undisturbed run left: data sets, attributes, tensors, metrics, every file but for wall times, and no stray one.
+between the two (counted from its first write; trainings write for moments only, so three in four of their kills then
+wait for the next temporary file), perhaps stopped once or twice more (SIGKILL again, or SIGTERM, which must end it
+within 10 s with exit code 75), and started a last time and left alone. What stands there then must equal what the
+undisturbed run left: data sets, attributes, tensors, metrics, every file but for wall times, and no stray one.
 
 Half of the kills hit the process, half its group; where a place works in several processes, the orphans must end by
 themselves. Most starts are forks of this process, which has imported torch already; one in eight is a fresh

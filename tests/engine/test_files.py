@@ -116,7 +116,7 @@ def test_a_dead_process_that_nobody_waited_for_is_dead(tmp_path: Path) -> None:
 
 
 def test_a_file_takes_what_killed_writers_left_of_it_along(tmp_path: Path) -> None:
-    """The writer may have died after the folder was swept: a worker of a pool, or of the run that was killed just now."""
+    """The writer may have died after the folder was swept: a pool's worker, or one of the run killed just now."""
     for name in ("a.h5", "b.h5"):
         killed_writer(tmp_path / name).wait()
     with atomic_path(tmp_path / "a.h5") as other:
