@@ -32,14 +32,22 @@ class MetricLog:
         self._purge_step: int | None = None
         self._waiting: list[dict[str, Any]] = []
 
-    def rewind(self, global_step: int) -> None:
-        """Forget every line of a step after `global_step`."""
+    def rewind(self, global_step: int, epoch: int) -> None:
+        """Forget every line of a step after `global_step`, and those of epochs from `epoch` on as wholes.
+
+        A run killed while it ended an epoch has logged it and resumes at its last step, which has the same number.
+        """
         if not self.enabled or not self.path.exists():
             return
-        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= global_step]
+        kept = [
+            row
+            for row in read_metrics(self.path)
+            if row["global_step"] <= global_step and not (row["kind"] == "epoch" and row["epoch"] >= epoch)
+        ]
         with atomic_path(self.path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self._purge_step = global_step + 1
+            temporary.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
+        self._purge_step = global_step
+        self._waiting = [row for row in kept if row["global_step"] == global_step]  # purged too, and written again
 
     def log(self, kind: str, global_step: int, values: dict[str, Any]) -> None:
         """Write one line: `kind` (step or epoch), the step, the values (None for a number that does not exist)."""

@@ -103,7 +103,7 @@ class TrainingSession:
         remove_stale_temporaries(self.folder)
         content = load_latest(self.folder / "last.pt")
         if content is None:
-            self.log.rewind(0)  # what a start logged that was killed before its first checkpoint
+            self.log.rewind(0, 0)  # what a start logged that was killed before its first checkpoint
             return False
         if content["identity"] != self._identity:
             raise UserError(f"{self.folder / 'last.pt'}: belongs to another configuration; delete the folder")
@@ -114,7 +114,7 @@ class TrainingSession:
             self.accelerator.scaler.load_state_dict(content["scaler"])
         self.position = Position(**content["position"])
         restore_random_states(content["random"])
-        self.log.rewind(self.position.global_step)
+        self.log.rewind(self.position.global_step, self.position.epoch)
         return True
 
     # ------------------------------------------------------------------------------------------ the loop

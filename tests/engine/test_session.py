@@ -21,7 +21,7 @@ import engine.checkpoints
 import engine.session
 from configs.errors import UserError
 from configs.schema import LoopConfig
-from engine.checkpoints import load_checkpoint
+from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.device import make_accelerator, seed_everything
 from engine.logs import read_metrics
 from engine.session import TrainingSession, epoch_generator
@@ -161,6 +161,28 @@ def test_killed_without_any_clean_up_log_and_events_end_like_those_left_alone(
     with (killed / "metrics.jsonl").open("a") as stream:
         stream.write('{"kind": "ep')
     assert in_a_fork(lambda: train(killed, CONFIG)) == 0
+    assert log_without_times(whole) == log_without_times(killed)
+    assert scalars(whole / "events") == scalars(killed / "events")
+
+
+def test_an_epoch_that_was_logged_and_not_saved_is_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the two, it resumes at the epoch's last step and ends the epoch again."""
+    monkeypatch.setattr(engine.session, "LOG_EVERY_STEPS", 1)
+    whole, killed, config = tmp_path / "whole", tmp_path / "killed", CONFIG.model_copy(
+        update={"checkpoint_minutes": 1e-9}
+    )  # fmt: skip
+    train(whole, config)
+
+    def killed_at_best(path: Path, content: dict[str, Any], keep_previous: bool = False) -> None:
+        if path.name == "best.pt" and content["scores"]["epoch"] == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_checkpoint(path, content, keep_previous)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.session, "save_checkpoint", killed_at_best)
+        assert in_a_fork(lambda: train(killed, config)) == -signal.SIGKILL
+    assert len(read_metrics(killed / "metrics.jsonl", "epoch")) == 2
+    assert in_a_fork(lambda: train(killed, config)) == 0
     assert log_without_times(whole) == log_without_times(killed)
     assert scalars(whole / "events") == scalars(killed / "events")
 
