@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -124,6 +126,65 @@ def _run(arguments: Sequence[str]) -> int:
     return 0
 
 
+class Forks:
+    """Another process that forks commands: for tests, whose own process has threads by then."""
+
+    def __init__(self) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.commands"],
+            cwd=PROJECT,
+            env={**os.environ, **ONE_THREAD},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, arguments: Sequence[str], folder: Path, **faults: Any) -> Ended:
+        """Run a command line in `folder` to its end, under `faults` (names and values of `tests.faults.FAULTS`)."""
+        log = folder.with_suffix(".log")
+        log.unlink(missing_ok=True)
+        request = {"arguments": list(arguments), "folder": str(folder), "log": str(log), "faults": faults}
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(request, default=str) + "\n")
+        self._server.stdin.flush()
+        code = json.loads(self._server.stdout.readline())
+        return Ended(code, log.read_text(errors="replace"))
+
+    def close(self) -> None:
+        """End the process."""
+        self._server.communicate()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Exit code of a command and everything that it printed."""
+
+    code: int
+    output: str
+
+    @property
+    def last_line(self) -> str:
+        return (self.output.strip().splitlines() or [""])[-1]
+
+
+def _serve() -> None:
+    import_everything()
+    from tests.faults import FAULTS
+
+    for line in sys.stdin:
+        request = json.loads(line)
+
+        def prepare(faults: dict[str, Any] = request["faults"]) -> None:
+            for name, value in faults.items():
+                FAULTS[name](value)
+
+        command = start_forked(request["arguments"], Path(request["folder"]), Path(request["log"]), prepare)
+        code = command.wait(200)
+        command.end()
+        print(json.dumps(code), flush=True)
+
+
 def import_everything() -> None:
     """What the commands import as they go, here and now, so that forks have it."""
     os.environ.update(ONE_THREAD)
@@ -142,3 +203,7 @@ def import_everything() -> None:
     import stage2_temporal.train  # noqa: F401
 
     torch.set_num_threads(1)
+
+
+if __name__ == "__main__":
+    _serve()
