@@ -16,7 +16,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -125,8 +125,9 @@ class TrainingSession:
             while self.position.epoch < self.config.epochs and not self.position.finished:
                 yield self.position.epoch
             self.position.finished = True
-        finally:
-            self.log.close()
+        finally:  # what checkpoints stand for is on the disk; if this fails, so did what ended the loop, which is told
+            with suppress(UserError, OSError):
+                self.log.close()
 
     def batches(self, source: Iterable[Batch], steps_in_epoch: int) -> Iterator[Batch]:
         """The epoch's remaining batches with progress; `source` starts at `position.step`."""

@@ -54,15 +54,15 @@ SETTINGS: dict[str, Any] = {
         "workers": 0,
         "optim": {"name": "adamw", "lr": 0.002},
         "backbone_lr_factor": 1.0,
-        "checkpoint_minutes": 0.0005,  # in the middle of epochs too
+        "checkpoint_minutes": 0.001,  # in the middle of epochs too
     },
     "extract": {"encoder": "initial", "precision": "fp32", "workers": 1, "batch_frames": 4},
     "temporal": {
-        "head": {"name": "lstm", "hidden": 512},
+        "head": {"name": "lstm", "hidden": 320},
         "sequence": {"mode": "chunked", "frames": 16, "batch": 2},
-        "epochs": 8,
+        "epochs": 6,
         "optim": {"lr": 0.01},
-        "checkpoint_minutes": 0.0005,
+        "checkpoint_minutes": 0.003,
     },
     "joint": {
         "net": {"tool_hidden": 8, "mapping": True},
