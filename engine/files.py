@@ -30,6 +30,8 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 # How often a worker shows that it lives, and how long silence means that it does not.
 _TOUCH_S, _ABANDONED_S = 20.0, 600.0
+# How long a mark may be without a name: its process writes that at once, or was killed before.
+_NAMELESS_S = 10.0
 
 
 def fsync_folder(folder: Path) -> None:
@@ -179,7 +181,8 @@ def sole_worker(folder: Path, what: str) -> Iterator[None]:
             break
         except FileExistsError:
             with suppress(FileNotFoundError):
-                if not (process_is_dead(path.read_text()) or time.time() - path.stat().st_mtime > _ABANDONED_S):
+                mark, age_s = path.read_text(), time.time() - path.stat().st_mtime
+                if not (process_is_dead(mark) or age_s > (_ABANDONED_S if mark else _NAMELESS_S)):
                     raise UserError(
                         f"{folder}: another process works on this {what}; wait for it, or give --name for another"
                     ) from None

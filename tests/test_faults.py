@@ -180,6 +180,19 @@ def small_disk(folder: Path, size: int) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
+def test_predictions_that_do_not_fit_are_made_by_the_next_start(finished: Path, work: Path, forks: Forks) -> None:
+    """A full disk ends the command, though a video that cannot be read would not."""
+    shutil.rmtree(work)
+    shutil.copytree(finished, work)
+    videos = [f"../data/videos/video0{number}.mp4" for number in (1, 2)]
+    line = ("predict", *videos, "--config", "tiny.json", "--name", "r")
+    for name in ("video01.json", "video01.csv", "video01.png", "video02.csv"):
+        assert f"{name}: no room left" in one_line(forks.run(line, work, full_at=f"predict/{name}"))
+        assert left_half_done(work) == []
+    assert "1 video(s) predicted" in must(forks, work, *line).output
+
+
 def test_labels_that_do_not_fit_leave_the_old_ones(finished: Path, base: Path, work: Path, forks: Forks) -> None:
     """New labels are written beside the features, which nothing happens to."""
     data = own_data(base, finished, work)

@@ -20,6 +20,7 @@ from engine.files import (
     require_free_bytes,
     require_replaceable_json,
     sha256_ends,
+    sole_worker,
     write_json,
     write_text,
 )
@@ -124,6 +125,17 @@ def test_a_file_takes_what_killed_writers_left_of_it_along(tmp_path: Path) -> No
         write_text(tmp_path / "a.h5", "whole")
         (left,) = (path.name for path in tmp_path.iterdir() if path not in (tmp_path / "a.h5", other))
     assert left.startswith(".b.h5.")
+
+
+def test_a_mark_without_a_name_was_left_by_a_process_killed_while_it_made_it(tmp_path: Path) -> None:
+    mark = tmp_path / "in-work"
+    mark.touch()
+    with pytest.raises(UserError, match="another process works on this ablation"), sole_worker(tmp_path, "ablation"):
+        pass
+    os.utime(mark, (time.time() - 15, time.time() - 15))
+    with sole_worker(tmp_path, "ablation"):
+        assert mark.read_text()
+    assert not mark.exists()
 
 
 def test_json_round_trip_and_errors(tmp_path: Path) -> None:
