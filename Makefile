@@ -61,6 +61,9 @@ torture: $(STAMP) ## kill -9 at KILLS random moments of extraction, training, fr
 bench: $(STAMP) ## time what docs/performance.md quotes; results in artifacts/bench
 	mkdir -p artifacts/bench
 	$(BIN)/python benchmarks/start_up.py --json artifacts/bench/start_up.json
+	$(BIN)/python benchmarks/store.py --json artifacts/bench/store.json
+	$(BIN)/python benchmarks/loader.py --json artifacts/bench/loader.json
+	$(BIN)/python benchmarks/scaling.py --json artifacts/bench/scaling.json
 	$(BIN)/python benchmarks/evaluate.py --json artifacts/bench/evaluate.json
 	$(BIN)/python benchmarks/report.py --json artifacts/bench/report.json
 

@@ -307,6 +307,7 @@ class TemporalConfig(LoopConfig):
     class_weighting: Literal["none", "inverse_frequency"] = "none"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     standardise: bool = Field(True, description="scale features by mean and deviation of the training videos")
+    tool_logits: bool = Field(False, description="stage one's tool logits as more input, beside the embedding")
     start_from: Path | None = Field(
         None,
         description="a joint net's checkpoint whose phase branch the head starts from (`--from-joint RUN` sets it)",
@@ -397,6 +398,8 @@ class RangeConfig(Strict):
 
 
 Choice = None | bool | int | FiniteFloat | str
+# Keys of an ablation that name other features than the base's: a folder, or the run whose `extract` made them.
+FEATURE_KEYS = ("features", "features_of_run")
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
@@ -430,11 +433,30 @@ class AblationConfig(Strict):
         if any(value in values[:place] for values in tried for place, value in enumerate(values)):
             raise ValueError("space or settings: the same is tried twice")
         keys = [*self.space, *(key for changes in self.settings.values() for key in changes)]
-        if foreign := [key for key in keys if not key.startswith("temporal.")]:
-            raise ValueError(f"{foreign[0]}: on fixed features only settings of stage two (temporal) can be compared")
+        if foreign := [key for key in keys if not key.startswith("temporal.") and key not in FEATURE_KEYS]:
+            raise ValueError(
+                f"{foreign[0]}: only settings of stage two (temporal) can be compared, and {' or '.join(FEATURE_KEYS)}"
+            )
+        self._names_features()
         if self.has_ranges and self.budget.trials is None and self.budget.minutes is None:
             raise ValueError("ranges have no end: give budget.trials or budget.minutes")
         return self
+
+    def _names_features(self) -> None:
+        """Raise ValueError where features are named by something that is no name, or twice."""
+        for changes in self.settings.values():
+            named = [key for key in FEATURE_KEYS if key in changes or key in self.space]
+            if len(named) > 1 or any(key in changes and key in self.space for key in named):
+                raise ValueError(f"{' and '.join(named)}: features are named twice; give one of them")
+        if all(key in self.space for key in FEATURE_KEYS):
+            raise ValueError(f"{' and '.join(FEATURE_KEYS)}: features are named twice; give one of them")
+        for key in FEATURE_KEYS:
+            values: list[object] = [changes[key] for changes in self.settings.values() if key in changes]
+            if key in self.space:
+                listed = self.space[key]
+                values += listed if isinstance(listed, list) else [listed]
+            if wrong := [value for value in values if not (isinstance(value, str) and value)]:
+                raise ValueError(f"{key}: expected a name, got {wrong[0]!r}")
 
     @property
     def has_ranges(self) -> bool:

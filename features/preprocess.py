@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import AugmentConfig, PreprocessConfig
@@ -128,35 +129,82 @@ def augment_generator(seed: int, epoch: int, sample: int) -> np.random.Generator
     return np.random.default_rng([seed, epoch, sample])
 
 
-def augment(frames: np.ndarray, generator: np.random.Generator, config: AugmentConfig, crop_px: int) -> np.ndarray:
-    """One crop, flip and colour change for all frames of a clip: (T, R, R, 3) uint8 -> (T, S, S, 3) uint8.
+@dataclass(frozen=True)
+class Draw:
+    """One random change: the crop's offset, whether to mirror, and factors of brightness, contrast and saturation."""
 
-    Always draws the same number of values, so that switching one change on leaves the others' draws alone.
+    top: int
+    left: int
+    flip: bool
+    colour: NDArray[np.float32]  # (3,)
+
+    def crop(self, frames: np.ndarray, crop_px: int) -> np.ndarray:
+        """(T, R, R, 3) -> (T, S, S, 3), a view."""
+        cut: np.ndarray = _cut(frames, self.top, self.left, crop_px)
+        return cut
+
+
+def draw_change(generator: np.random.Generator, config: AugmentConfig, resize_px: int, crop_px: int) -> Draw:
+    """Draw for frames of `resize_px`, the same number of values whatever `config` switches on.
+
+    So that switching one change on leaves the others' draws alone.
     """
-    rest = frames.shape[1] - crop_px
+    rest = resize_px - crop_px
     if rest < 0:
-        raise ValueError(f"cannot crop {crop_px} from {frames.shape[1]} pixels")
+        raise ValueError(f"cannot crop {crop_px} from {resize_px} pixels")
     top, left = generator.integers(0, rest + 1, size=2).tolist()
-    flip = generator.random() < 0.5
+    flip = bool(generator.random() < 0.5) and config.flip
     signed = generator.uniform(-1.0, 1.0, size=3).astype(np.float32)
     if config.crop == "centre":
         top = left = rest // 2
-    cut = _cut(frames, top, left, crop_px)
-    if config.flip and flip:
-        cut = _mirrored(cut)
     strength = np.array([config.brightness, config.contrast, config.saturation], dtype=np.float32)
-    return np.ascontiguousarray(_jittered(cut, 1 + strength * signed) if strength.any() else cut)
+    return Draw(top, left, flip, 1 + strength * signed)
 
 
-def _jittered(frames: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """Scale brightness, contrast (about each frame's mean luma) and saturation (about each pixel's luma), in order."""
-    brightness, contrast, saturation = factors
-    pixels = frames.astype(np.float32) * brightness
-    mean = (pixels @ _LUMA).mean(axis=(1, 2))[:, None, None, None]
-    pixels = mean + contrast * (pixels - mean)
-    luma = (pixels @ _LUMA)[..., None]
-    pixels = luma + saturation * (pixels - luma)
-    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+def changes_colour(config: AugmentConfig) -> bool:
+    """Whether any draw changes colours."""
+    return bool(config.brightness or config.contrast or config.saturation)
+
+
+def augment(frames: np.ndarray, generator: np.random.Generator, config: AugmentConfig, crop_px: int) -> np.ndarray:
+    """Crop and mirror all frames of a clip with one draw, colours as they are: (T, R, R, 3) uint8 -> (T, S, S, 3)."""
+    draw = draw_change(generator, config, frames.shape[1], crop_px)
+    cut = draw.crop(frames, crop_px)
+    return np.ascontiguousarray(_mirrored(cut) if draw.flip else cut)
+
+
+def changed_images(
+    images: torch.Tensor,
+    flip: torch.Tensor,
+    colour: torch.Tensor,
+    config: PreprocessConfig,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Mirror, change colours and normalise on `device`, a batch at once: (N, S, S, 3) uint8 -> (N, 3, S, S) float32.
+
+    `flip` (N,) bool. `colour` (N, 3) scales brightness, contrast (about each frame's mean luma) and saturation (about
+    each pixel's luma), in this order, cut to 0..255 and not rounded; (0, 3) leaves colours alone. Bytes travel, without
+    waiting where they are pinned; floats are made there.
+    """
+    import torch
+
+    pixels = images.to(device, non_blocking=True)
+    mirror = flip.to(device, non_blocking=True)[:, None, None, None]
+    pixels = torch.where(mirror, pixels.flip(2), pixels)
+    if not len(colour):
+        return normalise(pixels, config, device)
+    return _normalised(_jittered(pixels.float(), colour.to(device, non_blocking=True)), config)
+
+
+def _jittered(pixels: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
+    """(N, S, S, 3) float32, changed in place where that is safe; (N, 3)."""
+    luma = pixels.new_tensor(_LUMA)
+    brightness, contrast, saturation = (factor[:, None, None, None] for factor in colour.unbind(1))
+    pixels = pixels.mul_(brightness)
+    mean = (pixels @ luma).mean(dim=(1, 2))[:, None, None, None]
+    pixels = pixels.sub_(mean).mul_(contrast).add_(mean)
+    grey = (pixels @ luma)[..., None]
+    return pixels.sub_(grey).mul_(saturation).add_(grey).clamp_(0, 255)
 
 
 def normalise(
@@ -175,11 +223,18 @@ def normalise(
     pixels = torch.as_tensor(frames).to(device, non_blocking=True)
     if pixels.dtype != torch.uint8:
         raise ValueError(f"frames must be uint8, not {pixels.dtype}")
+    return _normalised(pixels.float(), config, channels_last)
+
+
+def _normalised(pixels: torch.Tensor, config: PreprocessConfig, channels_last: bool = True) -> torch.Tensor:
+    """As `normalise`, from floats 0..255, which are overwritten."""
+    import torch
+
     # Whole rows of pixels at once: broadcasting over three channels alone is 15 times slower on a CPU.
     width = pixels.shape[2]
-    mean = torch.tensor(config.mean, device=device).repeat(width)
-    std = torch.tensor(config.std, device=device).repeat(width)
-    rows = pixels.reshape(-1, 3 * width).float()
+    mean = torch.tensor(config.mean, device=pixels.device).repeat(width)
+    std = torch.tensor(config.std, device=pixels.device).repeat(width)
+    rows = pixels.reshape(-1, 3 * width)
     images = rows.div_(255).sub_(mean).div_(std).view(pixels.shape).permute(0, 3, 1, 2)
     return images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 

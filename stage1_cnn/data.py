@@ -1,5 +1,6 @@
 """Frames for stage one: labelled samples from the frame cache, their order in an epoch, augmentation, loading.
 
+Loader processes decode, draw and crop; mirroring, colours and normalisation are done on the device, a batch at once.
 What a step sees is a function of (seed, epoch, step) alone: resume needs no history, and the number of loader
 processes changes nothing.
 """
@@ -23,7 +24,7 @@ from configs.schema import AugmentConfig, Config
 from engine.session import epoch_generator
 from features.cache import CachedFrames
 from features.index import Index, VideoEntry, load_labels, sampled_frames
-from features.preprocess import augment, augment_generator, crop_frames
+from features.preprocess import augment_generator, changes_colour, crop_frames, draw_change
 from stage1_cnn.frames import frame_cache
 from stage1_cnn.pool import available_cores, leave_signals_to_parent, one_line
 
@@ -64,10 +65,12 @@ class Request(NamedTuple):
 class FrameBatch(NamedTuple):
     """N frames and their labels."""
 
-    images: Tensor  # (N, S, S, 3) uint8
+    images: Tensor  # (N, S, S, 3) uint8, cropped
     phase: Tensor  # (N,) int64, -1 = no label
     tools: Tensor  # (N, K) float32, -1 = no label
     rows: Tensor  # (N,) int64
+    flip: Tensor  # (N,) bool, still to be mirrored
+    colour: Tensor  # (N, 3) float32, factors still to be applied; (0, 3) = none
 
 
 def labelled_frames(
@@ -134,22 +137,34 @@ class FrameDataset(Dataset):
     def __getitem__(self, request: Request) -> FrameBatch | UserError:
         frames = self.splits[request.split]
         try:
-            images = np.stack([self._image(frames, row, request.epoch) for row in request.rows])
+            images, flip, colour = zip(*(self._image(frames, row, request.epoch) for row in request.rows), strict=True)
         except UserError as error:
             return error
         rows = np.array(request.rows, dtype=np.int64)
         return FrameBatch(
-            images=torch.from_numpy(images),
+            images=torch.from_numpy(np.stack(images)),
             phase=torch.from_numpy(frames.phase[rows].astype(np.int64)),
             tools=torch.from_numpy(frames.tools[rows].astype(np.float32)),
             rows=torch.from_numpy(rows),
+            flip=torch.tensor(flip),
+            colour=colour_factors(colour, self.augment, request.epoch is not None),
         )
 
-    def _image(self, frames: LabelledFrames, row: int, epoch: int | None) -> NDArray[np.uint8]:
+    def _image(
+        self, frames: LabelledFrames, row: int, epoch: int | None
+    ) -> tuple[NDArray[np.uint8], bool, NDArray[np.float32]]:
+        """The crop (S, S, 3), whether to mirror it, and colour factors (3,)."""
         pictures = frames.caches[frames.video[row]][int(frames.sample[row])][None]  # (1, R, R, 3)
         if epoch is None:
-            return crop_frames(pictures, self.crop_px)[0, 0]
-        return augment(pictures, augment_generator(self.seed, epoch, row), self.augment, self.crop_px)[0]
+            return crop_frames(pictures, self.crop_px)[0, 0], False, np.ones(3, np.float32)
+        generator = augment_generator(self.seed, epoch, row)
+        draw = draw_change(generator, self.augment, pictures.shape[1], self.crop_px)
+        return draw.crop(pictures, self.crop_px)[0], draw.flip, draw.colour
+
+
+def colour_factors(drawn: Sequence[NDArray[np.float32]], config: AugmentConfig, training: bool) -> Tensor:
+    """Factors (N, 3) as a batch carries them: (0, 3) where no colour changes."""
+    return torch.from_numpy(np.stack(drawn)) if training and changes_colour(config) else torch.zeros(0, 3)
 
 
 # ---------------------------------------------------------------------------------------------- loading

@@ -27,7 +27,7 @@ from engine.session import TrainingSession
 from engine.stopping import StopRequest
 from evaluation.tools import evaluate_tools
 from features.index import Index
-from features.preprocess import normalise
+from features.preprocess import changed_images
 from stage1_cnn.data import (
     FrameBatch,
     FrameDataset,
@@ -160,8 +160,8 @@ def _name_batch(train: LabelledFrames, batch: FrameBatch) -> str:
 
 
 def to_input(batch: FrameBatch, config: Config, device: torch.device) -> Tensor:
-    """A batch's images on the device, normalised: (N, 3, S, S) float32, channels last."""
-    return normalise(batch.images, config.preprocess, device)
+    """A batch's images on the device, mirrored, coloured, normalised: (N, 3, S, S) float32, channels last."""
+    return changed_images(batch.images, batch.flip, batch.colour, config.preprocess, device)
 
 
 # ---------------------------------------------------------------------------------------------- loss
@@ -188,9 +188,9 @@ class Loss(nn.Module):
     def forward(self, output: NetOutput, batch: FrameBatch) -> Tensor:
         """Mean loss of a batch, a scalar in float32."""
         device = output.tool_logits.device
-        loss = tool_loss(output.tool_logits, batch.tools.to(device), self.positive_weight)
+        loss = tool_loss(output.tool_logits, batch.tools.to(device, non_blocking=True), self.positive_weight)
         if output.phase_logits is not None and (batch.phase >= 0).any():
-            phase = batch.phase.to(device)
+            phase = batch.phase.to(device, non_blocking=True)
             loss = loss + self.phase_weight * F.cross_entropy(
                 output.phase_logits.float(), phase, weight=self.class_weight, ignore_index=-1
             )

@@ -26,7 +26,8 @@ from rich.live import Live
 
 from configs.errors import UserError
 from configs.load import load_ablation, load_config, to_yaml
-from configs.schema import AblationConfig, Config
+from configs.schema import FEATURE_KEYS, AblationConfig, Config
+from engine.device import choose_device
 from engine.files import make_folder, read_json, sha256_json, sole_worker, write_text
 from engine.progress import say
 from engine.runs import RESULT_FILE, StageFolder
@@ -34,7 +35,8 @@ from engine.stopping import StopRequest
 from evaluation.ablation import Trial, ablation_page, ablation_rows, ablation_table, write_ablation_csv
 from features.store import find_feature_folder
 from stage1_cnn.pool import Advance, available_cores, choose_processes, work_through
-from stage2_temporal.data import TrainingData, read_training_data
+from stage2_temporal.ablate_features import SharedFeatures, folder_of, share_features
+from stage2_temporal.data import TrainingData
 from stage2_temporal.train import SCORE, train_temporal
 
 NAMED = "setting"  # the parameter that chooses among the named settings
@@ -42,6 +44,8 @@ BASE = "base"
 # Trainings claimed at once, a core: many where settings are known (processes start once), few where they are drawn, so
 # that the sampler learns from the ones before.
 _CLAIM_KNOWN, _CLAIM_DRAWN = 8, 2
+# On a GPU a training waits for its own steps most of the time, and several share it; each takes a context of its own.
+_MOST_ON_ONE_GPU = 4
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Unit:
     trial: int | None
     changes: tuple[tuple[str, Any], ...]
     seed: int
+    features: Path = Path()
+    encoder_digest: str = ""  # of features that the setting names
 
     @property
     def frames(self) -> int:
@@ -60,7 +66,9 @@ class Unit:
     @property
     def folder(self) -> str:
         """Name of its run: the same setting always has the same."""
-        name = BASE if not self.changes else sha256_json(sorted(self.changes))[:10]
+        known = [pair for pair in self.changes if pair[0] not in FEATURE_KEYS]
+        known += [("features", self.encoder_digest)] if self.encoder_digest else []
+        name = BASE if not known else sha256_json(sorted(known))[:10]
         return f"{name}-seed{self.seed}"
 
 
@@ -70,17 +78,29 @@ class UnitTask:
 
     source: str
     overrides: tuple[str, ...]
-    features: Path
     trials: Path
-    data: TrainingData
+    shared: SharedFeatures
     threads: int
+    _resident: tuple[tuple[Path, bool], TrainingData] | None = None
 
     def __call__(self, unit: Unit, advance: Advance) -> None:
         """Raises UserError for settings that do not fit together."""
         torch.set_num_threads(self.threads)
         config = unit_config(self.source, self.overrides, unit)
-        train_temporal(config, self.trials / unit.folder, self.features, _StopWithParent(advance), self.data)
+        data = self._data(unit.features, config)
+        train_temporal(config, self.trials / unit.folder, unit.features, _StopWithParent(advance), data)
         advance(1)
+
+    def _data(self, features: Path, config: Config) -> TrainingData:
+        """The shared table; on another device a copy that this process keeps until a training needs another table."""
+        key = (features, config.temporal.tool_logits)
+        device = choose_device(config.device)
+        if device.type == "cpu":
+            return self.shared.of(*key)
+        if self._resident is None or self._resident[0] != key:
+            self._resident = None  # first room, then the next table
+            self._resident = (key, self.shared.of(*key).to(device))
+        return self._resident[1]
 
 
 class _StopWithParent(StopRequest):
@@ -103,7 +123,7 @@ class _StopWithParent(StopRequest):
 
 def unit_config(source: str, overrides: Sequence[str], unit: Unit) -> Config:
     """The settings of one training."""
-    changes = [f"{key}={json.dumps(value)}" for key, value in unit.changes]
+    changes = [f"{key}={json.dumps(value)}" for key, value in unit.changes if key not in FEATURE_KEYS]
     try:
         return load_config(source, [*overrides, *changes, f"seed={unit.seed}"])
     except UserError as error:
@@ -135,19 +155,14 @@ def ablate(
     """
     started = time.monotonic()
     base = load_config(spec.base, overrides)
-    where = find_feature_folder(features, run, base.extract.store)
-    data = read_training_data(where)
-    if not data.val:
-        raise UserError(f"{where}: no validation videos, so settings cannot be compared; index with another split")
-    data.bank.features.share_memory_()
-    data.bank.phase.share_memory_()
-    _claim_folder(folder, spec, base, data)
-    cores = available_cores() if workers == -1 else workers
+    shared = _read_features(spec, base, overrides, find_feature_folder(features, run, base.extract.store))
+    _claim_folder(folder, spec, base, shared)
+    cores = trainings_at_once(base.device) if workers == -1 else workers
     threads = max(1, available_cores() // max(1, cores))
-    task = UnitTask(spec.base, tuple(overrides), where, folder / "trials", data, threads)
+    task = UnitTask(spec.base, tuple(overrides), folder / "trials", shared, threads)
     failed: list[tuple[str, str]] = []
     with sole_worker(folder, "ablation"), _live_table() as live:
-        plan = _Plan(spec, base, tuple(overrides), _open_study(folder, spec))
+        plan = _Plan(spec, base, tuple(overrides), _open_study(folder, spec), shared)
         for units in plan.rounds(cores, started):
             processes = choose_processes(cores, units) if len(units) > 1 else 1
             for unit, reason in work_through(task, units, processes, "trainings", stop, unit="training", disable=True):
@@ -161,19 +176,59 @@ def ablate(
     return failed
 
 
+def trainings_at_once(device: str) -> int:
+    """One a core; on a GPU as many, up to a few, since they share it."""
+    cores = available_cores()
+    return cores if choose_device(device).type == "cpu" else min(cores, _MOST_ON_ONE_GPU)
+
+
+def _read_features(spec: AblationConfig, base: Config, overrides: Sequence[str], where: Path) -> SharedFeatures:
+    """The features of every setting; what a range may draw is among them."""
+    wanted = dict.fromkeys([(where, base.temporal.tool_logits)])
+    for point in _corners(spec):
+        unit = Unit(None, changes_of(spec, point), base.seed)
+        config = unit_config(spec.base, overrides, unit)
+        wanted[folder_of(dict(unit.changes), where, base), config.temporal.tool_logits] = None
+    return share_features(where, wanted)
+
+
+def _corners(spec: AblationConfig) -> Iterator[dict[str, Any]]:
+    """Every combination of the lists and named settings; a range stands with its lower end."""
+    axes: dict[str, Sequence[Any]] = {
+        key: values if isinstance(values, list) else [values.low] for key, values in spec.space.items()
+    }
+    if spec.settings:
+        axes[NAMED] = list(spec.settings)
+    for point in itertools.product(*axes.values()):
+        yield dict(zip(axes, point, strict=True))
+
+
+def changes_of(spec: AblationConfig, point: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """What a point of the space changes: (key, value) pairs."""
+    named = spec.settings.get(point.get(NAMED, ""), {}) if spec.settings else {}
+    return (*((key, value) for key, value in point.items() if key != NAMED), *named.items())
+
+
 # ---------------------------------------------------------------------------------------------- what to try
 
 
 class _Plan:
     """Which settings there are, and what became of them."""
 
-    def __init__(self, spec: AblationConfig, base: Config, overrides: tuple[str, ...], study: optuna.Study) -> None:
-        self.spec, self.base, self.overrides, self.study = spec, base, overrides, study
+    def __init__(
+        self,
+        spec: AblationConfig,
+        base: Config,
+        overrides: tuple[str, ...],
+        study: optuna.Study,
+        shared: SharedFeatures,
+    ) -> None:
+        self.spec, self.base, self.overrides, self.study, self.shared = spec, base, overrides, study, shared
         self.results: dict[Unit, dict[str, Any]] = {}
         self._left: dict[int, set[int]] = {}  # seeds still to come, of each trial in work
         self._scores: dict[int, dict[int, float]] = {}
         failed = [trial.params for trial in self._trials(TrialState.FAIL)]
-        self._queue(failed if spec.has_ranges else self._grid())
+        self._queue(failed if spec.has_ranges else _corners(spec))
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states)
@@ -187,16 +242,9 @@ class _Plan:
                 self.study.enqueue_trial(dict(point))
                 known.append(dict(point))
 
-    def _grid(self) -> Iterator[dict[str, Any]]:
-        keys = [*self.spec.space, *([NAMED] if self.spec.settings else [])]
-        values: list[Sequence[Any]] = [self.spec.space[key] for key in self.spec.space]  # type: ignore[misc]
-        names = [[*self.spec.settings]] if self.spec.settings else []
-        for point in itertools.product(*values, *names):
-            yield dict(zip(keys, point, strict=True))
-
     def rounds(self, cores: int, started: float) -> Iterator[list[Unit]]:
         """Trainings to do now, until nothing is left or the budget is spent. The base settings come first."""
-        first = [] if self._base_is_in_grid() else [Unit(None, (), seed) for seed in self.spec.seeds]
+        first = [] if self._base_is_in_grid() else [self._unit(None, (), seed) for seed in self.spec.seeds]
         seeds = len(self.spec.seeds)
         most = max(1, (_CLAIM_DRAWN if self.spec.has_ranges else _CLAIM_KNOWN) * cores // seeds)
         while True:
@@ -244,13 +292,13 @@ class _Plan:
     def _units(self, trial: FrozenTrial | optuna.Trial) -> list[Unit]:
         self._left[trial.number] = set(self.spec.seeds)
         self._scores[trial.number] = {}
-        changes = self.changes(trial.params)
-        return [Unit(trial.number, changes, seed) for seed in self.spec.seeds]
+        changes = changes_of(self.spec, trial.params)
+        return [self._unit(trial.number, changes, seed) for seed in self.spec.seeds]
 
-    def changes(self, point: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-        """What a point of the space changes: (key, value) pairs."""
-        named = self.spec.settings.get(point.get(NAMED, ""), {}) if self.spec.settings else {}
-        return (*((key, value) for key, value in point.items() if key != NAMED), *named.items())
+    def _unit(self, trial: int | None, changes: tuple[tuple[str, Any], ...], seed: int) -> Unit:
+        folder = folder_of(dict(changes), self.shared.base, self.base)
+        named = any(key in FEATURE_KEYS for key, _ in changes)
+        return Unit(trial, changes, seed, folder, self.shared.digest(folder) if named else "")
 
     def label(self, changes: Sequence[tuple[str, Any]]) -> str:
         """A setting in words: its named setting, or the ends of its keys with their values."""
@@ -265,12 +313,13 @@ class _Plan:
         """Whether one of the settings is the base itself, so that it need not be trained twice."""
         if self.spec.has_ranges:
             return False
-        return any(self.is_base(self.changes(point)) for point in self._grid())
+        return any(self.is_base(changes_of(self.spec, point)) for point in _corners(self.spec))
 
     def is_base(self, changes: Sequence[tuple[str, Any]]) -> bool:
         """Whether these changes change nothing."""
-        tried = unit_config(self.spec.base, self.overrides, Unit(None, tuple(changes), self.base.seed))
-        return tried.temporal == self.base.temporal
+        unit = self._unit(None, tuple(changes), self.base.seed)
+        tried = unit_config(self.spec.base, self.overrides, unit)
+        return tried.temporal == self.base.temporal and self.shared.is_base(unit.features)
 
     def ended(self, unit: Unit, result: dict[str, Any] | None, reason: str | None) -> None:
         """Note a training's outcome; tell the study when it was its setting's last."""
@@ -292,12 +341,12 @@ class _Plan:
     def trials(self, folder: Path) -> list[Trial]:
         """Every training there is a result of, whoever did it, for tables."""
         points = [trial.params for trial in self.study.get_trials(deepcopy=False) if trial.params]
-        settings = dict.fromkeys([(), *(self.changes(point) for point in points)])
+        settings = dict.fromkeys([(), *(changes_of(self.spec, point) for point in points)])
         found = []
         for changes in settings:
             is_base = self.is_base(changes)
             for seed in self.spec.seeds:
-                unit = Unit(None, changes, seed)
+                unit = self._unit(None, changes, seed)
                 result = self.results.get(unit) or _result(folder / "trials" / unit.folder)
                 if result is not None:
                     found.append(Trial(self.label(changes), dict(changes), seed, is_base, result, unit.folder))
@@ -318,14 +367,17 @@ def _result(run: Path) -> dict[str, Any] | None:
 # ---------------------------------------------------------------------------------------------- the study
 
 
-def _claim_folder(folder: Path, spec: AblationConfig, base: Config, data: TrainingData) -> None:
+def _claim_folder(folder: Path, spec: AblationConfig, base: Config, shared: SharedFeatures) -> None:
     """Raise UserError where the folder holds another ablation. More budget is no other ablation."""
-    identity = {
+    data = shared.of(shared.base, False)
+    identity: dict[str, Any] = {
         "ablation": spec.model_dump(mode="json", exclude={"budget", "title"}),
         "temporal": base.temporal.model_dump(mode="json"),
         "encoder_digest": data.encoder_digest,
         "labels_sha256": data.labels_sha256,
     }
+    if shared.others:
+        identity["other_features"] = sorted(shared.others.values())
     StageFolder(folder.parent, folder.name, base, identity).open()
 
 
@@ -380,7 +432,9 @@ def _write_outcome(folder: Path, plan: _Plan) -> None:
     winner = ablation_rows(trials)[0].label
     best = next(trial for trial in trials if trial.label == winner)
     config = unit_config(plan.spec.base, plan.overrides, Unit(None, tuple(best.changes.items()), best.seed))
+    features = folder_of(best.changes, plan.shared.base, plan.base)
     header = f"# The best setting of the ablation {folder.name} on the validation videos: {best.label}.\n"
+    header += f"# Its features: train-temporal --features {features}\n"
     write_text(folder / "best.yaml", header + to_yaml(config))
     Console().print(ablation_table(trials, SCORE))
     names = ", ".join(str(folder / name) for name in ("ablation.csv", "ablation.html", "best.yaml"))

@@ -52,13 +52,19 @@ class FeatureBank:
     ids: tuple[str, ...]
 
     @classmethod
-    def of(cls, videos: Mapping[str, VideoFeatures]) -> FeatureBank:
-        """Copy the videos' arrays into one table on the CPU."""
+    def of(cls, videos: Mapping[str, VideoFeatures], tool_logits: bool = False) -> FeatureBank:
+        """Copy the videos' arrays into one table on the CPU, with `tool_logits` as `with_tool_logits` has them.
+
+        Raises UserError for a video without tool logits where they are wanted.
+        """
         spans, first = [], 0
         for video in videos.values():
             spans.append(Span(first, len(video)))
             first += len(video)
         arrays = [torch.from_numpy(video.features) for video in videos.values()]
+        if tool_logits:
+            logits = [torch.from_numpy(video.tool_logits) for video in videos.values()]
+            arrays = [with_tool_logits(x, z, name) for x, z, name in zip(arrays, logits, videos, strict=True)]
         return cls(
             features=torch.cat(arrays) if len(arrays) > 1 else arrays[0],
             phase=torch.cat([torch.from_numpy(video.phase).long() for video in videos.values()]),
@@ -72,7 +78,7 @@ class FeatureBank:
 
     @property
     def embedding_dim(self) -> int:
-        """D."""
+        """Width of a row: D, or D + K with tool logits."""
         return self.features.shape[1]
 
     def spans_of(self, ids: Sequence[str]) -> list[Span]:
@@ -115,6 +121,20 @@ class FeatureBank:
         mean = total / frames
         deviation = np.sqrt(np.maximum(squares / frames - mean**2, 0))
         return torch.from_numpy(mean), torch.from_numpy(deviation)
+
+
+def with_tool_logits(features: Tensor, tool_logits: Tensor, where: str) -> Tensor:
+    """Stage two's input with `temporal.tool_logits`: (T, D) as stored, (T, K) -> (T, D + K), rounded as the former are.
+
+    Raises UserError where there are no logits, or ones that do not fit.
+    """
+    stored = tool_logits.to(features.dtype)
+    if not stored.shape[1] or not bool(torch.isfinite(stored).all()):
+        raise UserError(
+            f"{where}: no tool logits (its encoder has no trained tool head), which temporal.tool_logits=true needs; "
+            "use features of a trained stage one, or set it to false"
+        )
+    return torch.cat([features, stored], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------- sequences
@@ -215,10 +235,29 @@ class TrainingData:
     backbone: str
     fps: float
     labels_sha256: str
+    folder: Path
+    tools: tuple[str, ...]
+    tool_logits: Tensor  # (N, K) fp32, NaN where the encoder has no tool head
+    frame_index: Tensor  # (N,) int64, frame of the source video
+    has_tool_logits: bool = False  # whether the bank's rows end with them
+    scored: Tensor | None = None  # (N,) bool, rows that validation counts; None: all that have a label
 
     def to(self, device: torch.device) -> TrainingData:
         """The same data with features and phases on another device."""
         return replace(self, bank=self.bank.to(device))
+
+    def with_tool_logits(self) -> TrainingData:
+        """The same data with stage one's tool logits as the last K columns. Raises UserError where there are none."""
+        if self.has_tool_logits:
+            return self
+        features = with_tool_logits(self.bank.features, self.tool_logits, str(self.folder))
+        return replace(self, bank=replace(self.bank, features=features), has_tool_logits=True)
+
+    def truth_of(self, span: Span) -> Tensor:
+        """Phases (T,) that validation holds predictions against, on the CPU, -1 = does not count."""
+        rows = slice(span.first, span.first + span.frames)
+        truth = self.bank.phase[rows].cpu()
+        return truth if self.scored is None else truth.masked_fill(~self.scored[rows], NO_LABEL)
 
 
 def read_training_data(folder: Path) -> TrainingData:
@@ -255,6 +294,10 @@ def read_training_data(folder: Path) -> TrainingData:
         backbone=str(attributes.get("backbone")),
         fps=float(attributes.get("fps", 0.0)),
         labels_sha256=_digest(videos),
+        folder=folder,
+        tools=tuple(index.dataset.tools),
+        tool_logits=torch.cat([torch.from_numpy(video.tool_logits) for video in videos.values()]),
+        frame_index=torch.cat([torch.from_numpy(video.frame_index) for video in videos.values()]),
     )
 
 

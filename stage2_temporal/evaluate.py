@@ -140,6 +140,11 @@ def _require_same_world(about: Mapping[str, Any], material: Material, temporal: 
             f"{temporal}: trained on phases {', '.join(about['phases'])}; "
             f"{material.folder / INDEX_FILE} has {', '.join(spec.phases)}"
         )
+    if about["tool_inputs"] and tuple(about["tool_inputs"]) != spec.tools:
+        raise UserError(
+            f"{temporal}: reads the logits of the tools {', '.join(about['tool_inputs'])}; "
+            f"{material.folder / INDEX_FILE} has {', '.join(spec.tools) or 'none'}"
+        )
     found = require_one_encoder({material.folder / f"{n}.h5": v.attributes for n, v in material.videos.items()})
     if found != about["encoder_digest"]:
         raise UserError(
@@ -233,6 +238,7 @@ def _probabilities(
                 about["frames"],
                 device=config.device,
                 stop=stop,
+                tool_logits=bool(about["tool_inputs"]),
             )
     return found
 

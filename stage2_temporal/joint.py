@@ -183,6 +183,11 @@ def attach_temporal(net: JointNet, run: Path, phases: Sequence[str], head: HeadC
     require_same_classes(folder / "best.pt", "phases", about["phases"], phases)
     if net.phase is None:
         raise UserError("--from-temporal gives a phase branch, but joint.net.tasks=tool has none")
+    if about["tool_inputs"]:
+        raise UserError(
+            f"{folder / 'best.pt'}: reads stage one's tool logits beside the embedding, which the joint net's phase "
+            "branch does not; train stage two with temporal.tool_logits=false"
+        )
     if len(model.standardise.mean) != net.backbone.embedding_dim:
         raise UserError(
             f"{folder / 'best.pt'}: takes embeddings {len(model.standardise.mean)} wide, "

@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 
 from configs.errors import UserError
 from configs.schema import AugmentConfig, SequenceConfig
-from features.preprocess import augment, augment_generator
-from stage1_cnn.data import LabelledFrames
+from features.preprocess import Draw, augment_generator, draw_change
+from stage1_cnn.data import LabelledFrames, colour_factors
 from stage2_temporal.data import NO_LABEL, Batch, Span, epoch_batches
 
 
@@ -35,11 +35,13 @@ class ClipRequest(NamedTuple):
 class ClipBatch(NamedTuple):
     """B clips of up to T frames. Padding, at the end only, is black and has no labels."""
 
-    images: Tensor  # (B, T, S, S, 3) uint8
+    images: Tensor  # (B, T, S, S, 3) uint8, cropped
     phase: Tensor  # (B, T) int64, -1 = no label
     tools: Tensor  # (B, T, K) float32, -1 = no label
     lengths: Tensor  # (B,) int64
     first: Tensor  # (B,) int64, row of each clip's first frame
+    flip: Tensor  # (B,) bool, still to be mirrored
+    colour: Tensor  # (B, 3) float32, factors still to be applied; (0, 3) = none
     fresh: bool  # zero state at the start; otherwise clip i goes on from clip i of the batch before
 
 
@@ -73,8 +75,9 @@ def _video_start(spans: Sequence[Span], row: int) -> int:
 class ClipDataset(Dataset):
     """Makes whole batches: `dataset[request]` is a ClipBatch, or the UserError that stood in its way."""
 
-    def __init__(self, frames: LabelledFrames, crop_px: int, augment: AugmentConfig, seed: int) -> None:
-        self.frames, self.crop_px, self.augment, self.seed = frames, crop_px, augment, seed
+    def __init__(self, frames: LabelledFrames, sizes_px: tuple[int, int], augment: AugmentConfig, seed: int) -> None:
+        self.frames, self.augment, self.seed = frames, augment, seed
+        self.resize_px, self.crop_px = sizes_px
 
     def __getitem__(self, request: ClipRequest) -> ClipBatch | UserError:
         frames, longest = self.frames, max(request.lengths)
@@ -82,10 +85,11 @@ class ClipDataset(Dataset):
         images = np.zeros((*shape, self.crop_px, self.crop_px, 3), dtype=np.uint8)
         phase = np.full(shape, NO_LABEL, dtype=np.int64)
         tools = np.full((*shape, frames.tools.shape[1]), NO_LABEL, dtype=np.float32)
+        drawn = [self._draw(request, n) for n in range(len(request.first))]
         try:
             for n, (first, length) in enumerate(zip(request.first, request.lengths, strict=True)):
                 rows = slice(first, first + length)
-                images[n, :length] = self._pictures(rows, augment_generator(self.seed, request.epoch, request.draws[n]))
+                images[n, :length] = drawn[n].crop(self._pictures(rows), self.crop_px)
                 phase[n, :length], tools[n, :length] = frames.phase[rows], frames.tools[rows]
         except UserError as error:
             return error
@@ -95,12 +99,18 @@ class ClipDataset(Dataset):
             tools=torch.from_numpy(tools),
             lengths=torch.tensor(request.lengths),
             first=torch.tensor(request.first),
+            flip=torch.tensor([draw.flip for draw in drawn]),
+            colour=colour_factors([draw.colour for draw in drawn], self.augment, training=True),
             fresh=request.fresh,
         )
 
-    def _pictures(self, rows: slice, generator: np.random.Generator) -> NDArray[np.uint8]:
-        """(T, S, S, 3), all with one draw."""
+    def _draw(self, request: ClipRequest, n: int) -> Draw:
+        """The change of a batch's clip `n`."""
+        generator = augment_generator(self.seed, request.epoch, request.draws[n])
+        return draw_change(generator, self.augment, self.resize_px, self.crop_px)
+
+    def _pictures(self, rows: slice) -> NDArray[np.uint8]:
+        """(T, R, R, 3)."""
         frames = self.frames
         cache = frames.caches[frames.video[rows.start]]
-        pictures = np.stack([cache[int(sample)] for sample in frames.sample[rows]])  # (T, R, R, 3)
-        return augment(pictures, generator, self.augment, self.crop_px)
+        return np.stack([cache[int(sample)] for sample in frames.sample[rows]])

@@ -29,7 +29,7 @@ from engine.session import TrainingSession
 from engine.stopping import StopRequest
 from evaluation.tools import evaluate_tools
 from features.index import Index
-from features.preprocess import normalise
+from features.preprocess import changed_images
 from stage1_cnn.data import FrameLoader, LabelledFrames, choose_workers, labelled_frames
 from stage1_cnn.frames import fill_cache, frames_identity
 from stage1_cnn.model import (
@@ -225,7 +225,8 @@ def train_step(
     )
     session.resume()
     criterion, phase = JointLoss(joint.loss, step), net.phase
-    dataset = ClipDataset(data.train, config.preprocess.crop_px, joint.augment, config.seed)
+    sizes_px = (config.preprocess.resize_px, config.preprocess.crop_px)
+    dataset = ClipDataset(data.train, sizes_px, joint.augment, config.seed)
     workers = choose_workers(joint.workers, accelerator.device)
     with FrameLoader[ClipBatch](dataset, workers, accelerator.device) as loader:
         for epoch in session.epochs():
@@ -235,7 +236,7 @@ def train_step(
                 with session.gradient_sync():
                     with session.autocast():
                         output = session.model(to_clips(batch, config, accelerator.device), carried, batch.lengths)
-                        labels = (part.to(accelerator.device) for part in (batch.phase, batch.tools))
+                        labels = (part.to(accelerator.device, non_blocking=True) for part in (batch.phase, batch.tools))
                         loss = criterion(output, *labels, batch.lengths)
                     if phase is not None:
                         phase.carried = detach_state(output.state) if joint.sequence.mode == "chunked" else ()
@@ -247,8 +248,10 @@ def train_step(
 
 
 def to_clips(batch: ClipBatch, config: Config, device: torch.device) -> torch.Tensor:
-    """A batch's pictures on the device, normalised: (B, T, 3, S, S) float32."""
-    images = normalise(batch.images.flatten(0, 1), config.preprocess, device)  # (B T, 3, S, S)
+    """A batch's pictures on the device, mirrored, coloured, normalised: (B, T, 3, S, S) float32."""
+    frames = batch.images.shape[1]
+    flip, colour = (part.repeat_interleave(frames, dim=0) for part in (batch.flip, batch.colour))  # (B T, ...)
+    images = changed_images(batch.images.flatten(0, 1), flip, colour, config.preprocess, device)  # (B T, 3, S, S)
     return images.unflatten(0, batch.images.shape[:2])
 
 

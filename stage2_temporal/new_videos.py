@@ -34,6 +34,7 @@ from features.video_writer import encode_mp4
 from stage1_cnn.extract import crop_batches, load_encoder
 from stage1_cnn.frames import open_source, source_pictures
 from stage1_cnn.pool import VIDEO_ERRORS, one_line
+from stage2_temporal.data import with_tool_logits
 from stage2_temporal.joint import joint_checkpoint, load_joint, require_same_classes
 from stage2_temporal.model import PhaseModel, require_causal
 from stage2_temporal.predict import Inference, OnlinePredictor, load_temporal
@@ -46,8 +47,8 @@ _ENCODER = {"preset": "veryfast", "crf": "23"}
 class Recogniser:
     """A trained net, ready for pictures.
 
-    `encode` takes crops (N, S, S, 3) uint8 and gives embeddings (N, D) fp32 and tool logits (N, K), None without a tool
-    branch. `identity` is what a prediction depends on besides the video.
+    `encode` takes crops (N, S, S, 3) uint8 and gives what `phase` reads, (N, D) or (N, D + K) fp32, and tool logits
+    (N, K), None without a tool branch. `identity` is what a prediction depends on besides the video.
     """
 
     encode: Callable[[NDArray[np.uint8]], tuple[Tensor, NDArray[np.float32] | None]]
@@ -115,10 +116,15 @@ def pair_of_stages(
     if made["precision"] != wanted["precision"]:
         say(f"note: features were made in {wanted['precision']}, this machine computes in {made['precision']}")
 
+    if about["tool_inputs"]:
+        require_same_classes(folder / "best.pt", "tools", about["tool_inputs"], spec.tools, spec.name)
+
     def encode(crops: NDArray[np.uint8]) -> tuple[Tensor, NDArray[np.float32] | None]:
         embedding, logits = encoder(crops)
-        stored = embedding.astype(encoder.spec.storage).astype(np.float32)  # as stage two has seen them
-        return torch.from_numpy(stored), logits if encoder.tool_head is not None else None
+        stored = torch.from_numpy(embedding.astype(encoder.spec.storage))  # as stage two has seen them
+        if about["tool_inputs"]:
+            stored = with_tool_logits(stored, torch.from_numpy(logits), str(folder))
+        return stored.float(), logits if encoder.tool_head is not None else None
 
     identity = {"temporal": sha256_file(folder / "best.pt"), "encoder": encoder.spec.digest}
     return _recogniser(encode, model, inference or about["inference"], about["frames"], config, spec, identity)

@@ -30,8 +30,9 @@ _VIDEOS, _CHUNK_FRAMES, _CLIP_BATCH_FRAMES = 8, 1024, 8192
 def load_temporal(folder: Path) -> tuple[PhaseModel, dict[str, Any]]:
     """The chosen model (`best.pt`) of a stage folder, on the CPU in evaluation mode, and what is known about it.
 
-    That is `head`, `embedding_dim`, `phases`, `encoder_digest`, `backbone`, `fps`, `dataset`, `inference`, `frames`,
-    `seed` and the validation `scores`. Raises UserError when there is no such checkpoint or it is of another stage.
+    That is `head`, `embedding_dim`, `tool_inputs` (the tools whose logits it reads beside the embedding), `phases`,
+    `encoder_digest`, `backbone`, `fps`, `dataset`, `inference`, `frames`, `seed` and the validation `scores`. Raises
+    UserError when there is no such checkpoint or it is of another stage.
     """
     path = folder / "best.pt"
     content = load_checkpoint(path)
@@ -40,7 +41,8 @@ def load_temporal(folder: Path) -> tuple[PhaseModel, dict[str, Any]]:
     weights = content.pop("model")
     try:
         head = TypeAdapter(HeadConfig).validate_python(content["head"])
-        width = int(content["embedding_dim"])
+        content.setdefault("tool_inputs", [])
+        width = int(content["embedding_dim"]) + len(content["tool_inputs"])
         model = PhaseModel(Standardise.identity(width), build_head(head, width, len(content["phases"])))
         model.load_state_dict(weights)
     except (ValidationError, KeyError, RuntimeError, TypeError) as error:
@@ -55,16 +57,18 @@ def predict_phases(
     frames: int,
     device: str = "auto",
     stop: StopRequest | None = None,
+    tool_logits: bool = False,
 ) -> dict[str, NDArray[np.float32]]:
-    """Probabilities (T, C) fp32 of every video; see `run_spans`.
+    """Probabilities (T, C) fp32 of every video; see `run_spans`. `tool_logits`: the model reads them too.
 
-    Raises UserError for features of another width, Stopped when asked to stop.
+    Raises UserError for features of another width or without tool logits, Stopped when asked to stop.
     """
     width = len(model.standardise.mean)
     for video_id, video in videos.items():
-        if video.features.shape[1] != width:
+        found = video.features.shape[1] + tool_logits * video.tool_logits.shape[1]
+        if found != width:
             raise UserError(
-                f"{video_id}: features are {video.features.shape[1]} wide, the model was trained on {width}; "
+                f"{video_id}: features are {found} wide, the model was trained on {width}; "
                 "use the features of the encoder that it was trained with"
             )
     place = choose_device(device)
@@ -75,7 +79,7 @@ def predict_phases(
         if stop is not None:
             stop.raise_if_set()
         ids = filled[start : start + _VIDEOS]
-        bank = FeatureBank.of({video_id: videos[video_id] for video_id in ids}).to(place)
+        bank = FeatureBank.of({video_id: videos[video_id] for video_id in ids}, tool_logits).to(place)
         found = predict_spans(model, bank, bank.spans, inference, frames)
         predicted |= {video_id: values.numpy() for video_id, values in zip(ids, found, strict=True)}
     none = np.zeros((0, model.phases), np.float32)

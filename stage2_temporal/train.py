@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def train_temporal(
     """
     _require_sensible(config.temporal)
     data = read_training_data(folder) if data is None else data
+    data = data.with_tool_logits() if config.temporal.tool_logits else data
     stage = StageFolder(run, "temporal", config, _identity(config, data))
     if stage.result is not None:
         return stage.result
@@ -186,7 +188,7 @@ def _mean_accuracy(data: TrainingData, predicted: Sequence[Tensor]) -> float:
     """Share of right frames among the labelled ones of each validation video, then the mean."""
     shares = []
     for span, guess in zip(data.val, predicted, strict=True):
-        truth = data.bank.phase_of(span).cpu()
+        truth = data.truth_of(span)
         shares.append(float((guess == truth)[truth != NO_LABEL].double().mean()))
     return statistics.fmean(shares)
 
@@ -227,6 +229,11 @@ def _require_sensible(settings: schema.TemporalConfig) -> None:
             "temporal.head.bidirectional=true is offline only and has no state to carry from chunk to chunk; "
             "use temporal.sequence.mode=full or clips"
         )
+    if settings.tool_logits and settings.start_from is not None:
+        raise UserError(
+            "temporal.tool_logits=true: a joint net's phase branch has no such input to start from; leave out one of "
+            "the two"
+        )
 
 
 def _start_weights(path: Path, head: schema.HeadConfig, data: TrainingData) -> dict[str, Any]:
@@ -251,6 +258,7 @@ def _start_weights(path: Path, head: schema.HeadConfig, data: TrainingData) -> d
 def _identity(config: Config, data: TrainingData) -> dict[str, Any]:
     """Everything that the numbers of this stage depend on."""
     start = config.temporal.start_from
+    scored = {} if data.scored is None else {"scored_sha256": sha256(data.scored.numpy().tobytes()).hexdigest()}
     return {
         "seed": config.seed,
         "temporal": config.temporal.model_dump(mode="json", exclude={"start_from"}),
@@ -260,6 +268,7 @@ def _identity(config: Config, data: TrainingData) -> dict[str, Any]:
         "phases": list(data.phases),
         "split": data.split,
         "labels_sha256": data.labels_sha256,
+        **scored,
     }
 
 
@@ -268,7 +277,8 @@ def _describe(head: schema.HeadConfig, config: Config, data: TrainingData) -> di
     return {
         "kind": KIND,
         "head": head.model_dump(mode="json"),
-        "embedding_dim": data.bank.embedding_dim,
+        "embedding_dim": data.bank.embedding_dim - len(_tool_inputs(data)),
+        "tool_inputs": _tool_inputs(data),
         "phases": list(data.phases),
         "dataset": data.dataset,
         "encoder_digest": data.encoder_digest,
@@ -279,6 +289,11 @@ def _describe(head: schema.HeadConfig, config: Config, data: TrainingData) -> di
         "frames": config.temporal.sequence.frames,
         "seed": config.seed,
     }
+
+
+def _tool_inputs(data: TrainingData) -> list[str]:
+    """The tools whose logits are the last columns of the input."""
+    return list(data.tools) if data.has_tool_logits else []
 
 
 def _outcome(folder: Path, session: TrainingSession, model: PhaseModel) -> dict[str, Any]:

@@ -153,3 +153,18 @@ def test_an_ablation_takes_stage_one_from_the_run_that_made_its_features(workpla
     succeed(other, workplace)
     wrong = refuse([*PREDICT, "--name", "small", "--from-cnn", "other", "--out", "x", str(unknown)], workplace)
     assert "trained on features of another encoder" in wrong
+
+
+@pytest.mark.slow
+def test_a_model_that_reads_tool_logits_gets_them_from_new_videos_too(workplace: Path, unknown: Path) -> None:  # noqa: F811
+    features = next((workplace / "artifacts/features").iterdir())
+    named = ["--config", "tiny.yaml", "--name", "logits", "--set", "temporal.tool_logits=true"]
+    succeed(["train-temporal", *named, "--features", str(features)], workplace)
+    succeed(["evaluate", *named, "--features", str(features)], workplace)
+    succeed([*PREDICT, "--name", "logits", "--from-cnn", "tiny", str(unknown)], workplace)
+    found = read_prediction_csv(workplace / "runs/logits/predict/case (A) été.csv", SPEC)
+    known = read_prediction_csv(workplace / "runs/logits/evaluate/test/predictions/video05.csv", SPEC)
+    np.testing.assert_allclose(found.probabilities, known.probabilities, atol=2e-5)
+    assert "tool_logits: true" in (workplace / "runs/logits/MODEL_CARD.md").read_text()
+    joint = ["train-joint", "--config", "tiny.yaml", "--name", "end", "--from-cnn", "tiny", "--from-temporal", "logits"]
+    assert "reads stage one's tool logits beside the embedding" in refuse(joint, workplace)

@@ -18,7 +18,9 @@ from features.preprocess import (
     Geometry,
     augment,
     augment_generator,
+    changed_images,
     crop_frames,
+    draw_change,
     find_margin,
     geometry_json,
     normalise,
@@ -180,17 +182,19 @@ JITTER = {"brightness": 0.3, "contrast": 0.4, "saturation": 0.5}
 @settings(deadline=None, max_examples=50)
 @given(seed=st.integers(0, 2**32), epoch=st.integers(0, 99), sample=st.integers(0, 10**7), jitter=st.booleans())
 def test_draws_depend_on_seed_epoch_and_sample_alone(seed, epoch, sample, jitter):
-    clip = noise(2, 20, 20, 3)
     config = AugmentConfig(**(JITTER if jitter else {}))
-    first = augment(clip, augment_generator(seed, epoch, sample), config, 16)
+    first = draw_change(augment_generator(seed, epoch, sample), config, 20, 16)
     augment_generator(seed, epoch, sample + 1).random(1000)
-    assert np.array_equal(first, augment(clip, augment_generator(seed, epoch, sample), config, 16))
+    again = draw_change(augment_generator(seed, epoch, sample), config, 20, 16)
+    assert (first.top, first.left, first.flip) == (again.top, again.left, again.flip)
+    assert np.array_equal(first.colour, again.colour)
+    assert np.array_equal(first.colour, np.ones(3, np.float32)) != jitter
 
 
 def test_a_clip_shares_one_draw():
     frame = noise(1, 20, 20, 3)
     for sample in range(20):
-        clip = augment(frame.repeat(4, axis=0), augment_generator(1, 2, sample), AugmentConfig(**JITTER), 16)
+        clip = augment(frame.repeat(4, axis=0), augment_generator(1, 2, sample), AugmentConfig(), 16)
         assert clip.shape == (4, 16, 16, 3)
         assert all(np.array_equal(clip[0], other) for other in clip[1:])
 
@@ -226,7 +230,7 @@ def test_centre_without_changes_is_the_evaluation_crop():
 
 
 def test_colour_change_is_as_stated():
-    clip = noise(2, 16, 16, 3)
+    clip = np.concatenate([noise(2, 16, 16, 3), noise(1, 16, 16, 3) // 9])  # each frame has a mean of its own
     generator = augment_generator(3, 1, 4)
     generator.integers(0, 1, size=2)
     generator.random()
@@ -237,10 +241,28 @@ def test_colour_change_is_as_stated():
         frame = mean + contrast * (frame - mean)
         grey = (frame @ [0.299, 0.587, 0.114])[..., None]
         want[t] = grey + saturation * (frame - grey)
-    config = AugmentConfig(crop="centre", flip=False, **JITTER)
-    got = augment(clip, augment_generator(3, 1, 4), config, 16)
-    assert np.abs(got - want.clip(0, 255)).max() <= 0.51
-    assert got.dtype == np.uint8
+    draw = draw_change(augment_generator(3, 1, 4), AugmentConfig(crop="centre", flip=False, **JITTER), 16, 16)
+    colour = torch.from_numpy(draw.colour).repeat(3, 1)
+    plain = PreprocessConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    got = changed_images(torch.from_numpy(clip), torch.zeros(3, dtype=torch.bool), colour, plain)
+    assert np.abs(got.permute(0, 2, 3, 1).numpy() * 255 - want.clip(0, 255)).max() < 1e-3
+
+
+def test_changes_of_a_batch_are_those_of_its_frames():
+    """Mirrored where drawn, coloured frame by frame, and without changes the very numbers of evaluation."""
+    batch, config = torch.from_numpy(noise(4, 16, 16, 3)), PreprocessConfig()
+    flip, none = torch.tensor([True, False, True, False]), torch.zeros(0, 3)
+    mirrored = changed_images(batch, flip, none, config)
+    assert torch.equal(mirrored[flip], normalise(batch[flip].flip(2), config))
+    assert torch.equal(mirrored[~flip], normalise(batch[~flip], config))
+    colour = 1 + torch.rand(4, 3, generator=torch.Generator().manual_seed(0)) - 0.5
+    before = batch.clone()
+    together = changed_images(batch, flip, colour, config)
+    alone = [changed_images(batch[n : n + 1], flip[n : n + 1], colour[n : n + 1], config) for n in range(4)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+    assert not torch.allclose(together, mirrored, atol=0.1)
+    assert torch.equal(batch, before)
+    assert together.is_contiguous(memory_format=torch.channels_last)
 
 
 # ------------------------------------------------------------------------------------------ normalisation

@@ -123,10 +123,15 @@ def test_batches_hold_what_they_say(world: World) -> None:
 def test_augmentation_is_a_frames_own(world: World) -> None:
     """A frame looks the same whichever batch it is in, and different in another epoch."""
     dataset = dataset_of(world, AugmentConfig(brightness=0.2, contrast=0.2, saturation=0.2))
-    together = dataset[Request("train", 1, tuple(range(10)))].images
-    alone = torch.cat([dataset[Request("train", 1, (row,))].images for row in range(10)])
-    assert torch.equal(together, alone)
-    assert not torch.equal(together, dataset[Request("train", 2, tuple(range(10)))].images)
+    together = dataset[Request("train", 1, tuple(range(10)))]
+    alone = [dataset[Request("train", 1, (row,))] for row in range(10)]
+    other = dataset[Request("train", 2, tuple(range(10)))]
+    for part in ("images", "flip", "colour"):
+        assert torch.equal(getattr(together, part), torch.cat([getattr(batch, part) for batch in alone]))
+        assert not torch.equal(getattr(together, part), getattr(other, part))
+    evaluated = dataset[Request("val", None, (4,))]
+    assert (evaluated.flip.any(), len(evaluated.colour)) == (False, 0)
+    assert len(dataset_of(world)[Request("train", 1, (0, 1))].colour) == 0  # no strength, nothing to travel
     assert torch.equal(dataset[Request("val", None, (4,))].images, dataset[Request("val", None, (4,))].images)
 
 

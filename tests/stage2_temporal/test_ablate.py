@@ -18,11 +18,15 @@ import yaml
 
 from configs.errors import UserError
 from configs.load import load_ablation, load_config
+from configs.schema import FEATURE_KEYS
 from engine.files import process_mark, sole_worker
 from engine.stopping import Stopped, StopRequest
 from evaluation.ablation import Trial, ablation_page, ablation_rows
+from features.index import Index
+from features.store import load_feature_set
 from stage2_temporal import ablate as ablate_module
 from stage2_temporal.ablate import ablate, read_ablation
+from stage2_temporal.predict import load_temporal, predict_phases
 from tests.stage2_temporal.toy import cue_video, small, write_folder
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -183,8 +187,25 @@ def test_stopped_between_trainings_it_goes_on(world: Path) -> None:
     assert all(trained(world)[name] == moment for name, moment in before.items())
 
 
+def below(pid: int) -> list[int]:
+    """Processes that a process started, and theirs (Linux)."""
+    found = [pid]
+    for member in found:
+        tasks = Path(f"/proc/{member}/task")
+        found += [int(child) for task in tasks.glob("*/children") for child in task.read_text().split()]
+    return found[1:]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.slow
-def test_killed_and_started_again_it_finishes_without_repeating(world: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_and_started_again_it_finishes_without_repeating(world: Path, number: int) -> None:
     file = write_ablation(world, space={"temporal.head.hidden": [6, 12, 24]}, seeds=[0, 1, 2])
     order = [sys.executable, str(PROJECT / "pipeline.py"), "ablate", str(file), "--workers", "2"]
     order += ["--features", "features", "--set", "temporal.epochs=12"]
@@ -192,8 +213,14 @@ def test_killed_and_started_again_it_finishes_without_repeating(world: Path) -> 
     deadline = time.monotonic() + 120
     while len(trained(world)) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.kill()
+    workers = below(process.pid)
+    process.send_signal(number)
+    process.wait(timeout=60)
+    while any(map(is_alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_alive, workers))  # nobody goes on training what a second start will train
     process.communicate()
+    assert process.returncode == (75 if number == signal.SIGTERM else -signal.SIGKILL)
     before = trained(world)
     assert 2 <= len(before) < 9
     done = subprocess.run(order, cwd=world, capture_output=True, text=True, timeout=240, check=False)
@@ -236,6 +263,10 @@ def test_differences_are_paired_by_seed() -> None:
         ({"space": {"temporal.optim.lr": [float("nan")]}}, "finite"),
         ({"space": {"temporal.optim.lr": {"low": 0.1, "high": float("inf")}}}, "finite"),
         ({"space": {"temporal.head.hidden": [1]}, "sedes": [1]}, "did you mean seeds"),
+        ({"settings": {"a": {"features": "x", "features_of_run": "y"}}}, "named twice"),
+        ({"space": {"features": ["x", "y"]}, "settings": {"a": {"features_of_run": "y"}}}, "named twice"),
+        ({"space": {"features": ["x", 3]}}, "expected a name, got 3"),
+        ({"space": {"features": {"low": 1, "high": 2}}, "budget": {"trials": 2}}, "expected a name"),
     ],
 )
 def test_what_is_no_ablation_is_refused(world: Path, content: dict[str, Any], match: str) -> None:
@@ -257,4 +288,104 @@ def test_every_shipped_ablation_is_one(path: Path) -> None:
         *spec.settings.values(),
         {key: values[0] for key, values in spec.space.items() if isinstance(values, list)},
     ]:
-        load_config(spec.base, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+        settings = {key: value for key, value in changes.items() if key not in FEATURE_KEYS}
+        load_config(spec.base, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+
+
+# ---------------------------------------------------------------------------------------------- other features
+
+
+@pytest.fixture
+def rates(world: Path) -> Path:
+    """`features` beside `fast`, the same videos at three times the rate; the frames between have random features."""
+    rng = np.random.default_rng(1)
+    index = Index.load(world / "features/index.json")
+    slow = load_feature_set(world / "features", [entry.id for entry in index.videos])
+    videos = {}
+    for entry in index.videos:
+        video = slow[entry.id]
+        features = rng.normal(0, 0.3, (3 * len(video), 6)).astype(np.float32)
+        features[::3] = video.features
+        videos[entry.id] = (entry.split, features, video.phase.repeat(3))
+    write_folder(world / "fast", videos, weights=dict.fromkeys(videos, "1" * 64), frame_step=25 / 3)
+    return world
+
+
+def test_settings_with_other_features_are_scored_at_the_moments_that_all_have(rates: Path) -> None:
+    settings = {"slow": {"features": str(rates / "features")}, "fast": {"features": str(rates / "fast")}}
+    assert run(rates, write_ablation(rates, settings=settings)) == []
+    rows = {(row["setting"], row["seed"]): row for row in table(rates)}
+    assert set(rows) == {(name, seed) for name in ("slow", "fast") for seed in "01"}  # slow is the base
+    assert {key for key, row in rows.items() if row["base"] == "1"} == {("slow", "0"), ("slow", "1")}
+    assert len({row["folder"] for row in rows.values()}) == 4
+    folder = rates / "runs/wide/trials" / rows["fast", "0"]["folder"] / "temporal"
+    model, about = load_temporal(folder)
+    index = Index.load(rates / "fast/index.json")
+    videos = load_feature_set(rates / "fast", [entry.id for entry in index.by_split("val")])
+    predicted = predict_phases(model, videos, "carried", about["frames"], "cpu")
+    right = [(predicted[name].argmax(1) == video.phase)[::3].mean() for name, video in videos.items()]
+    assert float(rows["fast", "0"]["val_accuracy"]) == pytest.approx(np.mean(right), abs=1e-9)
+    before = trained(rates)
+    assert run(rates, write_ablation(rates, settings=settings)) == []
+    assert trained(rates) == before
+    best = (rates / "runs/wide/best.yaml").read_text()
+    assert "# Its features: train-temporal --features" in best
+
+
+def test_a_setting_can_take_another_runs_features(rates: Path) -> None:
+    settings = {"fast": {"features_of_run": "fast"}}
+    with pytest.raises(UserError, match=r"runs/fast: no features of this run; make them with `extract --name fast`"):
+        run(rates, write_ablation(rates, settings=settings))
+    (rates / "runs/fast/extract").mkdir(parents=True)
+    (rates / "runs/fast/extract/result.json").write_text(json.dumps({"folder": str(rates / "fast")}))
+    assert run(rates, write_ablation(rates, settings=settings), workers=2) == []
+    assert {row["setting"] for row in table(rates)} == {"base", "fast"}
+
+
+def test_features_that_cannot_be_compared_are_refused(rates: Path) -> None:
+    rng = np.random.default_rng(2)
+    videos = {f"v{i}": cue_video(rng, "train" if i < 4 else "val", 30) for i in range(5)}
+    settings = {"other": {"features": str(write_folder(rates / "other", videos))}}
+    with pytest.raises(UserError, match=r"other: other training videos than .*features \(v3\)"):
+        run(rates, write_ablation(rates, settings=settings))
+    videos["v3"] = ("val", *videos["v3"][1:])
+    settings = {"other": {"features": str(write_folder(rates / "relabelled", videos))}}
+    with pytest.raises(UserError, match="relabelled: v0 has another phase at frame"):
+        run(rates, write_ablation(rates, settings=settings))
+    settings = {"other": {"features": str(rates / "nowhere")}}
+    with pytest.raises(UserError, match="nowhere: no such feature folder"):
+        run(rates, write_ablation(rates, settings=settings))
+
+
+def test_tool_logits_are_more_input(tmp_path: Path) -> None:
+    """Features of noise, logits that tell the phase: only who reads them learns."""
+    rng = np.random.default_rng(0)
+    videos, logits = {}, {}
+    for i in range(5):
+        phase = np.sort(rng.integers(0, 3, 40)).astype(np.int8)
+        videos[f"v{i}"] = ("train" if i < 3 else "val", rng.normal(0, 1, (40, 6)).astype(np.float32), phase)
+        logits[f"v{i}"] = np.eye(3, dtype=np.float32)[phase] * 8 - 4
+    write_folder(tmp_path / "features", videos, tool_logits=logits)
+    head = {"name": "linear"}
+    base = {"runs": str(tmp_path / "runs"), "temporal": {**small(epochs=60, head=head), "baseline": False}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    file = write_ablation(tmp_path, space={"temporal.tool_logits": [False, True]}, seeds=[0])
+    assert run(tmp_path, file) == []
+    rows = {row["setting"]: row for row in table(tmp_path)}
+    accuracy = float(rows["tool_logits=True"]["val_accuracy"])
+    assert accuracy > 0.9
+    assert float(rows["tool_logits=False"]["val_accuracy"]) < 0.8
+    model, about = load_temporal(tmp_path / "runs/wide/trials" / rows["tool_logits=True"]["folder"] / "temporal")
+    assert (about["embedding_dim"], about["tool_inputs"]) == (6, ["t0", "t1", "t2"])
+    features = load_feature_set(tmp_path / "features", ["v3", "v4"])
+    found = predict_phases(model, features, "carried", 1, "cpu", tool_logits=True)
+    right = [(found[name].argmax(1) == video.phase).mean() for name, video in features.items()]
+    assert np.mean(right) == pytest.approx(accuracy, abs=1e-9)
+    with pytest.raises(UserError, match="features are 6 wide, the model was trained on 9"):
+        predict_phases(model, features, "carried", 1, "cpu")
+
+
+def test_an_encoder_without_tools_has_no_logits_to_read(world: Path) -> None:
+    with pytest.raises(UserError, match=r"features: no tool logits \(its encoder has no trained tool head\)"):
+        run(world, write_ablation(world, space={"temporal.tool_logits": [False, True]}))
+    assert trained(world) == {}

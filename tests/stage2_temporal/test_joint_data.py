@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from configs.schema import AugmentConfig, SequenceConfig
 from engine.stopping import StopRequest
-from features.preprocess import augment, augment_generator
+from features.preprocess import augment_generator, draw_change
 from stage1_cnn.data import labelled_frames
 from stage1_cnn.frames import fill_cache
 from stage2_temporal.data import Span
@@ -30,7 +30,7 @@ def dataset_of(world: World) -> ClipDataset:
     index = world.index()
     fill_cache(world.config, index, world.root, index.videos, StopRequest())
     frames = labelled_frames(world.config, index, world.root, index.videos, True, every_frame=True)
-    return ClipDataset(frames, 32, AugmentConfig(brightness=0.3), seed=3)
+    return ClipDataset(frames, (40, 32), AugmentConfig(brightness=0.3), seed=3)
 
 
 @given(
@@ -79,7 +79,10 @@ def test_a_batch_holds_its_clips_with_one_draw_each(world: World) -> None:
         cache = dataset.frames.caches[dataset.frames.video[first]]
         pictures = np.stack([cache[int(dataset.frames.sample[first + k])] for k in range(4)])
         draw = augment_generator(3, 1, request.draws[n])
-        assert np.array_equal(batch.images[n].numpy(), augment(pictures, draw, dataset.augment, 32))
+        wanted = draw_change(draw, dataset.augment, 40, 32)
+        assert np.array_equal(batch.images[n].numpy(), wanted.crop(pictures, 32))
+        assert bool(batch.flip[n]) == wanted.flip
+        assert np.array_equal(batch.colour[n].numpy(), wanted.colour)
         assert batch.phase[n].tolist() == dataset.frames.phase[first : first + 4].tolist()
         assert batch.tools[n].tolist() == dataset.frames.tools[first : first + 4].tolist()
 

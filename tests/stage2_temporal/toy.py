@@ -18,13 +18,13 @@ Video = tuple[str, NDArray[np.float32], NDArray[np.int8]]  # split, features (T,
 PHASES = ("Early", "Middle", "Late")
 
 
-def spec(phases: tuple[str, ...] = PHASES) -> DataSetSpec:
-    """A data set with three phases and no tools."""
+def spec(phases: tuple[str, ...] = PHASES, tools: tuple[str, ...] = ()) -> DataSetSpec:
+    """A data set with three phases and, unless given, no tools."""
     return load_dataset("cholec80").model_copy(
         update={
             "name": "toy",
             "phases": phases,
-            "tools": (),
+            "tools": tools,
             "phase_aliases": {},
             "phase_orders": {},
             "tool_aliases": {},
@@ -38,18 +38,24 @@ def write_folder(
     phases: tuple[str, ...] = PHASES,
     storage: str = "float16",
     weights: Mapping[str, str] | None = None,
+    frame_step: float = 25.0,
+    tool_logits: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> Path:
-    """A feature folder as `extract` leaves it. `weights` gives single videos another encoder."""
+    """A feature folder as `extract` leaves it, a sample every `frame_step` frames of the source.
+
+    `weights` gives single videos another encoder, `tool_logits` (T, K) the data set tools `t0`, `t1`, ...
+    """
     entries = []
+    tools = tuple(f"t{k}" for k in range(next(iter(tool_logits.values())).shape[1])) if tool_logits else ()
     for name, (split, features, phase) in videos.items():
         encoder = EncoderSpec("toy", (weights or {}).get(name, "0" * 64), {}, 1.0, "fp32", storage, features.shape[1])
         source = SourceIdentity(name, "0" * 64, 1, 25.0)
-        index = np.arange(len(features), dtype=np.int64) * 25
-        no_tools = np.zeros((len(features), 0), np.int8)
+        index = np.rint(np.arange(len(features)) * frame_step).astype(np.int64)
+        no_tools = np.full((len(features), len(tools)), -1, np.int8)
         with write_features(
             feature_path(folder, name), encoder, source, index, phase, no_tools, {"phases": json.dumps(phases)}
         ) as writer:
-            writer.append(features, no_tools.astype(np.float32))
+            writer.append(features, tool_logits[name] if tool_logits else no_tools.astype(np.float32))
         entries.append(
             VideoEntry(
                 id=name,
@@ -59,11 +65,11 @@ def write_folder(
                 modified_ns=0,
                 sha256_ends="0" * 64,
                 fps=25.0,
-                frame_count=len(features) * 25,
+                frame_count=round(len(features) * frame_step),
                 split=split,  # type: ignore[arg-type]
             )
         )
-    Index(dataset=spec(phases), videos=tuple(entries)).save(folder / "index.json")
+    Index(dataset=spec(phases, tools), videos=tuple(entries)).save(folder / "index.json")
     return folder
 
 

@@ -1,0 +1,193 @@
+"""How fast pictures reach the net: the loaders of stage one and of the joint net alone, by number of processes.
+
+    python benchmarks/loader.py --json FILE
+
+Frames are simulated noise of the real size (250x250, lossless WebP, in the project's frame cache), which compress worse
+than pictures, so the figures are on the careful side; `--real FOLDER` takes JPEG or PNG files instead. Keys:
+`images_per_s` and `clips_per_s` (clips of 10 frames), by number of processes (0: in the training process itself);
+`device_images_per_s`, mirroring, colours and normalisation of whole batches on this CPU, one thread a core;
+`train_step_images_per_s`, forward and backward of ResNet50 in fp32 on this CPU; `gpu_needs_images_per_s`, an
+assumption and not a measurement: 1,300, what a data-centre GPU may train of ResNet50 at 224x224 in bf16;
+`processes_for_gpu`, how many loader processes that would take, by the rate of one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+RESIZE_PX, CROP_PX, BATCH, CLIP = 250, 224, 64, 10
+GPU_NEEDS = 1300
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="loader processes")
+    parser.add_argument("--batches", type=int, default=12, help="batches of 64 frames a figure")
+    parser.add_argument("--real", type=Path, metavar="FOLDER", help="pictures to load in place of noise")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(Path(folder), options.workers, options.batches, options.real)
+    print(json.dumps(figures, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(folder: Path, workers: Sequence[int], batches: int, real: Path | None) -> dict[str, object]:
+    """All figures."""
+    from configs.schema import AugmentConfig, SequenceConfig
+    from stage1_cnn.data import FrameDataset, Request
+    from stage2_temporal.data import Span
+    from stage2_temporal.joint_data import ClipDataset, clip_requests
+
+    frames, source = cached_frames(folder, real)
+    augment = AugmentConfig(brightness=0.2, contrast=0.2, saturation=0.2)
+    single = FrameDataset({"train": frames}, CROP_PX, augment, 0)
+    rows = np.random.default_rng(0).integers(0, len(frames), (batches + 2 * max(1, *workers), BATCH))
+    requests = [Request("train", 0, tuple(batch)) for batch in rows.tolist()]
+    clips = ClipDataset(frames, (RESIZE_PX, CROP_PX), augment, 0)
+    sequence = SequenceConfig(mode="clips", frames=CLIP, batch=BATCH // CLIP, inference="clip")
+    in_clips = clip_requests([Span(0, len(frames))], sequence, 0, 0, None)[: len(requests)]
+    images = {str(count): round(rate(single, requests, count, "rows"), 1) for count in workers}
+    found = {str(count): round(rate(clips, in_clips, count, "first"), 1) for count in workers}
+    alone = images.get("1") or images[str(workers[0])]
+    return {
+        "images_per_s": images,
+        "clips_per_s": found,
+        "device_images_per_s": round(device_rate(single[requests[0]]), 1),
+        "train_step_images_per_s": round(step_rate(single[requests[0]]), 1),
+        "gpu_needs_images_per_s": GPU_NEEDS,
+        "processes_for_gpu": round(GPU_NEEDS / alone, 1),
+        "frames": source,
+        "batch_frames": BATCH,
+    }
+
+
+def cached_frames(folder: Path, real: Path | None) -> tuple[Any, str]:
+    """200 frames in the project's frame cache, and what they are."""
+    from features.cache import CachedFrames
+    from stage1_cnn.data import LabelledFrames
+
+    pictures = real_pictures(real) if real else noise()
+    path = folder / "video01.h5"
+    write_cache(path, pictures)
+    count = len(pictures)
+    labels = np.zeros(count, np.int8), np.zeros((count, 7), np.int8)
+    frames = LabelledFrames(("video01",), (CachedFrames(path),), np.zeros(count, np.int64), np.arange(count), *labels)
+    return frames, f"{count} pictures of {real.name}" if real else f"{count} simulated"
+
+
+def real_pictures(folder: Path) -> list[np.ndarray]:
+    """Up to 200 pictures below a folder, resized as the project resizes them."""
+    from PIL import Image
+
+    from features.preprocess import Geometry
+
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))[:200]
+    if not files:
+        sys.exit(f"{folder}: no JPEG or PNG files below it")
+    return [Geometry(RESIZE_PX).resize_frame(np.array(Image.open(path).convert("RGB"))) for path in files]
+
+
+def noise(count: int = 200) -> list[np.ndarray]:
+    """Blurred fields with grain: they compress about as a laparoscopic picture does, or worse."""
+    rng = np.random.default_rng(0)
+    pictures = []
+    for _ in range(count):
+        coarse = rng.integers(20, 220, (26, 26, 3)).repeat(10, axis=0).repeat(10, axis=1)[:RESIZE_PX, :RESIZE_PX]
+        pictures.append((coarse + rng.integers(-3, 4, coarse.shape)).astype(np.uint8))
+    return pictures
+
+
+def write_cache(path: Path, pictures: Sequence[np.ndarray]) -> None:
+    """A cache file as `train-cnn` leaves it, as far as reading frames needs it."""
+    import io
+    import zlib
+
+    import h5py
+    from PIL import Image
+
+    blobs = []
+    for picture in pictures:
+        stream = io.BytesIO()
+        Image.fromarray(picture).save(stream, format="WEBP", lossless=True, method=0, quality=0)
+        blobs.append(stream.getvalue())
+    with h5py.File(path, "w") as file:
+        stored = file.create_dataset("blobs", (len(blobs),), dtype=h5py.vlen_dtype(np.uint8))
+        for number, blob in enumerate(blobs):
+            stored[number] = np.frombuffer(blob, np.uint8)
+        file["crc32"] = np.array([zlib.crc32(blob) for blob in blobs], np.uint32)
+        file["frame_index"] = np.arange(len(blobs), dtype=np.int64)
+
+
+def rate(dataset: Any, requests: Sequence[Any], workers: int, unit: str) -> float:
+    """Rows or clips a second that a loader delivers, after the batches that were prefetched while it started."""
+    import torch
+
+    from stage1_cnn.data import PREFETCH_BATCHES, FrameLoader
+
+    warm = max(1, PREFETCH_BATCHES * workers)
+    with FrameLoader[Any](dataset, workers, torch.device("cpu")) as loader:
+        batches = loader.batches(requests)
+        for _ in range(warm):
+            next(batches)
+        started = time.perf_counter()
+        delivered = sum(len(getattr(batch, unit)) for batch in batches)
+        return delivered / (time.perf_counter() - started)
+
+
+def device_rate(batch: Any, repeat: int = 5) -> float:
+    """Images a second that are mirrored, coloured and normalised; median."""
+    from configs.schema import PreprocessConfig
+    from features.preprocess import changed_images
+
+    def once() -> None:
+        changed_images(batch.images, batch.flip, batch.colour, PreprocessConfig())
+
+    return len(batch.images) / median_s(once, repeat)
+
+
+def step_rate(batch: Any, repeat: int = 3) -> float:
+    """Images a second that ResNet50 learns from, forward and backward, fp32, channels last; median."""
+    import torch
+    from torchvision.models import resnet50
+
+    from configs.schema import PreprocessConfig
+    from features.preprocess import changed_images
+
+    net = resnet50(weights=None).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = changed_images(batch.images, batch.flip, batch.colour, PreprocessConfig())[:16]
+
+    def once() -> None:
+        net(images).square().mean().backward()
+        net.zero_grad()
+
+    return len(images) / median_s(once, repeat)
+
+
+def median_s(work: Any, repeat: int) -> float:
+    """Seconds, after a first time that does not count."""
+    work()
+    seconds = []
+    for _ in range(repeat):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Time and memory of a command together with the processes that it starts, from Linux's /proc."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_EVERY_S = 0.1
+
+
+@dataclass
+class Cost:
+    """What a command took. Shared pages count in every process that maps them in `tree_mb`, which is thus too high."""
+
+    seconds: float
+    tree_mb: float  # highest sum of resident memory over the processes alive at one moment
+    biggest_mb: float  # highest resident memory of one process
+
+
+def run_measured(words: Sequence[str], folder: Path) -> Cost:
+    """Run a Python program in `folder`; exits with its messages where it fails. MB are 10^6 bytes."""
+    started = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        peaks = [0.0, 0.0]
+        ended = threading.Event()
+        watcher = threading.Thread(target=_watch, args=(process.pid, peaks, ended))
+        watcher.start()
+        output, _ = process.communicate()
+        ended.set()
+        watcher.join()
+    if process.returncode:
+        sys.exit(f"{' '.join(words[:3])}: exit code {process.returncode}\n{output[-3000:]}")
+    return Cost(time.perf_counter() - started, *peaks)
+
+
+def _watch(pid: int, peaks: list[float], ended: threading.Event) -> None:
+    while not ended.wait(_EVERY_S):
+        resident, highest = [], []
+        for member in _tree(pid):
+            try:
+                fields = dict(line.split(":", 1) for line in Path(f"/proc/{member}/status").read_text().splitlines())
+                resident.append(int(fields["VmRSS"].split()[0]) * 1024 / 1e6)
+                highest.append(int(fields["VmHWM"].split()[0]) * 1024 / 1e6)
+            except (OSError, KeyError, ValueError):
+                continue  # it has just ended
+        peaks[0] = max(peaks[0], sum(resident))
+        peaks[1] = max(peaks[1], *highest, 0.0) if highest else peaks[1]
+
+
+def _tree(pid: int) -> list[int]:
+    """A process and all below it."""
+    found = [pid]
+    for member in found:
+        try:
+            tasks = Path(f"/proc/{member}/task").iterdir()
+            found += [int(child) for task in tasks for child in (task / "children").read_text().split()]
+        except OSError:
+            continue
+    return found

@@ -1,0 +1,119 @@
+"""What a feature file costs beside plain files: writing and reading (2300, 2048) float16, 38 minutes at 1 fps.
+
+    python benchmarks/store.py --json FILE
+
+Three ways, in turn, disk cache warm: `store` is this project (chunks with checksums, sealed, read back after writing,
+renamed when whole), `npy` is numpy.save and numpy.load, `h5py` the same chunks and checksums without a seal, without
+reading back. Every file is flushed to the disk (fsync). Keys `<way>_write_ms`, `<way>_read_ms`, `<way>_write_mb_per_s`,
+`<way>_read_mb_per_s`: medians; MB are those of the features, 10^6 bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+SHAPE, CHUNK_FRAMES = (2300, 2048), 256
+Way = tuple[Callable[[Path, np.ndarray], None], Callable[[Path], np.ndarray]]
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--repeat", type=int, default=15)
+    parser.add_argument("--folder", type=Path, help="measure the disk of this folder; default: that of temporary files")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        figures = measure(Path(folder), options.repeat)
+    print(json.dumps(figures, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(folder: Path, repeat: int) -> dict[str, object]:
+    """All figures; the first round warms up and does not count."""
+    features = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float16)
+    ways: dict[str, Way] = {
+        "store": (write_store, read_store),
+        "npy": (write_npy, np.load),
+        "h5py": (write_h5py, read_h5py),
+    }
+    seconds: dict[str, list[float]] = {}
+    for number in range(repeat + 1):
+        for name, (write, read) in ways.items():
+            path = folder / f"{name}{number}.{'npy' if name == 'npy' else 'h5'}"
+            started = time.perf_counter()
+            write(path, features)
+            written = time.perf_counter()
+            found = read(path)
+            done = time.perf_counter()
+            assert np.array_equal(found, features), name
+            path.unlink()
+            if number:
+                seconds.setdefault(f"{name}_write", []).append(written - started)
+                seconds.setdefault(f"{name}_read", []).append(done - written)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    figures: dict[str, object] = {f"{name}_ms": round(1000 * value, 2) for name, value in medians.items()}
+    figures |= {f"{name}_mb_per_s": round(features.nbytes / 1e6 / value) for name, value in medians.items()}
+    return figures | {"mb": round(features.nbytes / 1e6, 2), "shape": SHAPE, "repeat": repeat}
+
+
+def write_store(path: Path, features: np.ndarray) -> None:
+    """As `extract` writes, from float32 blocks of 32 frames."""
+    from features.store import EncoderSpec, SourceIdentity, write_features
+
+    encoder = EncoderSpec("resnet50", "0" * 64, {}, 1.0, "fp32", "float16", SHAPE[1])
+    source = SourceIdentity("video01", "0" * 64, 1, 25.0)
+    phase, tools = np.zeros(len(features), np.int8), np.zeros((len(features), 7), np.int8)
+    index = np.arange(len(features), dtype=np.int64) * 25
+    with write_features(path, encoder, source, index, phase, tools, {}) as writer:
+        for start in range(0, len(features), 32):
+            block = features[start : start + 32]
+            writer.append(block.astype(np.float32), np.zeros((len(block), 7), np.float32))
+
+
+def read_store(path: Path) -> np.ndarray:
+    """As `train-temporal` reads."""
+    from features.store import read_features
+
+    return read_features(path).features
+
+
+def write_npy(path: Path, features: np.ndarray) -> None:
+    """A plain file."""
+    with path.open("wb") as stream:
+        np.save(stream, features)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def write_h5py(path: Path, features: np.ndarray) -> None:
+    """Chunks with checksums, and nothing else."""
+    with h5py.File(path, "w") as file:
+        file.create_dataset("features", data=features, chunks=(CHUNK_FRAMES, SHAPE[1]), fletcher32=True)
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def read_h5py(path: Path) -> np.ndarray:
+    """All of it."""
+    with h5py.File(path, "r") as file:
+        found: np.ndarray = file["features"][...]
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The features that an ablation's trainings share: each folder read once, comparable, in shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from configs.errors import UserError
+from configs.schema import Config
+from engine.runs import run_folder
+from features.store import find_feature_folder
+from stage2_temporal.data import NO_LABEL, TrainingData, read_training_data
+
+Settings = Mapping[str, Any]  # what a setting changes, by key
+
+
+@dataclass(frozen=True)
+class SharedFeatures:
+    """Features by folder, and by whether tool logits stand beside the embedding. Pickled, the tables stay shared."""
+
+    base: Path
+    tables: dict[tuple[Path, bool], TrainingData]
+
+    def of(self, folder: Path, tool_logits: bool) -> TrainingData:
+        """What a training on a folder of `folder_of` reads."""
+        return self.tables.get((folder, tool_logits)) or self.tables[folder, False]
+
+    def digest(self, folder: Path) -> str:
+        """SHA-256 of the encoder of a folder."""
+        return self.tables[folder, False].encoder_digest
+
+    def is_base(self, folder: Path) -> bool:
+        """Whether a folder holds the base's features."""
+        return self.digest(folder) == self.digest(self.base)
+
+    @property
+    def others(self) -> dict[str, str]:
+        """The encoders of the folders besides the base's, by folder."""
+        folders = dict.fromkeys(folder for folder, _ in self.tables)
+        return {str(folder): self.digest(folder) for folder in folders if folder != self.base}
+
+
+def folder_of(changes: Settings, base: Path, config: Config) -> Path:
+    """The feature folder that a setting names, or the base's. Raises UserError for a run without features."""
+    if "features" in changes:
+        return find_feature_folder(Path(changes["features"]), base, config.extract.store)
+    if "features_of_run" in changes:
+        run = run_folder(config, changes["features_of_run"])
+        if not (run / "extract" / "result.json").is_file():
+            raise UserError(f"{run}: no features of this run; make them with `extract --name {run.name}`")
+        return find_feature_folder(None, run, config.extract.store)
+    return base
+
+
+def share_features(base: Path, wanted: Mapping[tuple[Path, bool], object]) -> SharedFeatures:
+    """Read every folder once and put what is `wanted` (folders, with tool logits or without) into shared memory.
+
+    Raises UserError for a folder without validation videos, without the tool logits that are wanted, and for two that
+    cannot be compared. Where they were sampled at different moments, validation counts those that all have.
+    """
+    folders = dict.fromkeys([base, *(folder for folder, _ in wanted)])
+    found = {folder: read_training_data(folder) for folder in folders}
+    for folder, data in found.items():
+        if not data.val:
+            raise UserError(f"{folder}: no validation videos, so settings cannot be compared; index with another split")
+        if folder != base:
+            _require_comparable(found[base], data)
+    for folder, data in found.items():
+        found[folder] = replace(data, scored=_common_moments(data, list(found.values())))
+    tables = {(folder, False): data for folder, data in found.items()}
+    tables |= {(folder, True): found[folder].with_tool_logits() for folder, logits in wanted if logits}
+    for data in tables.values():
+        data.bank.features.share_memory_()
+        data.bank.phase.share_memory_()
+    return SharedFeatures(base, tables)
+
+
+def _require_comparable(base: TrainingData, other: TrainingData) -> None:
+    """Raise UserError unless two folders hold the same videos in the same split, with the same classes and labels."""
+    for what, mine, theirs in (
+        ("phases", base.phases, other.phases),
+        ("training videos", base.split["train"], other.split["train"]),
+        ("validation videos", base.split["val"], other.split["val"]),
+    ):
+        if sorted(mine) != sorted(theirs) or (what == "phases" and mine != theirs):
+            differing = sorted(set(mine) ^ set(theirs)) or list(theirs)
+            raise UserError(
+                f"{other.folder}: other {what} than {base.folder} ({', '.join(differing[:4])}); settings are compared "
+                "on the same videos only: extract both from one index"
+            )
+    for video_id in base.split["train"] + base.split["val"]:
+        ours, others = _labels(base, video_id), _labels(other, video_id)
+        shared = sorted(ours.keys() & others.keys())
+        if not shared:
+            raise UserError(f"{other.folder}: no frame of {video_id} is also in {base.folder}: nothing to compare")
+        if (frame := next((frame for frame in shared if ours[frame] != others[frame]), None)) is not None:
+            raise UserError(
+                f"{other.folder}: {video_id} has another phase at frame {frame} than in {base.folder}; run extract for "
+                "both, which renews labels"
+            )
+
+
+def _labels(data: TrainingData, video_id: str) -> dict[int, int]:
+    """Phase by frame of the source video."""
+    span = data.bank.spans_of([video_id])[0]
+    rows = slice(span.first, span.first + span.frames)
+    return dict(zip(data.frame_index[rows].tolist(), data.bank.phase[rows].tolist(), strict=True))
+
+
+def _common_moments(data: TrainingData, everyone: list[TrainingData]) -> torch.Tensor | None:
+    """Rows (N,) whose frame every folder has; None where that is all of the validation videos' labelled rows."""
+    scored = torch.zeros(len(data.bank.features), dtype=torch.bool)
+    for video_id, span in zip(data.split["val"], data.val, strict=True):
+        rows = slice(span.first, span.first + span.frames)
+        common = data.frame_index[rows].numpy()
+        for other in everyone:
+            place = other.bank.spans_of([video_id])[0]
+            common = np.intersect1d(common, other.frame_index[place.first : place.first + place.frames].numpy())
+        scored[rows] = torch.from_numpy(np.isin(data.frame_index[rows].numpy(), common))
+    labelled = torch.cat([data.bank.phase_of(span) != NO_LABEL for span in data.val])
+    counted = torch.cat([scored[span.first : span.first + span.frames] for span in data.val])
+    return None if bool(counted[labelled].all()) else scored
