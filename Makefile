@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-joint test fast fuzz lint types bench clean
+.PHONY: help install demo demo-joint test fast fuzz torture lint types bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -59,6 +59,11 @@ lint: $(STAMP) ## ruff and the import table
 
 types: $(STAMP) ## mypy on the packages
 	$(BIN)/mypy
+
+# Half an hour on two busy cores. KILLS and SEED choose how often, and which moments; a new seed is drawn and printed without.
+KILLS ?= 50
+torture: $(STAMP) ## kill -9 at KILLS random moments of extraction, training, frame cache; resume, compare
+	$(BIN)/python -m tests.torture --kills $(KILLS) $(if $(filter-out 0,$(SEED)),--seed $(SEED))
 
 bench: $(STAMP) ## time what docs/performance.md quotes; results in artifacts/bench
 	mkdir -p artifacts/bench

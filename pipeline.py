@@ -36,6 +36,14 @@ class Group(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             context.exit(130)
+        except OSError as error:
+            from engine.files import as_user_error
+
+            shown = as_user_error(error, Path(str(error.filename or "output")))
+            if not isinstance(shown, UserError):
+                raise
+            click.echo(f"error: {shown}", err=True)
+            context.exit(EXIT_BAD_INPUT)
         except Exception as error:
             code = getattr(error, "exit_code", None)
             if type(error).__name__ != "Stopped" or code is None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from configs.errors import UserError
-from engine.files import atomic_path
+from engine.files import atomic_path, fsync_file
 
 FORMAT = 1
 # `weights_only=True` could be bypassed before this release (CVE-2025-32434, CVE-2026-24747): files that somebody else
@@ -31,12 +31,16 @@ def save_checkpoint(path: Path, content: dict[str, Any], keep_previous: bool = F
     """Write `content` (tensors and plain containers) to `path`.
 
     With `keep_previous` the file that stood there stays beside it as `<name>.previous`, so that there is a whole one at
-    every moment. Raises UserError when the disk is full or the folder cannot be written.
+    every moment: that gives way once the new one is on the disk, and never to a damaged one. Raises UserError when the
+    disk is full or the folder cannot be written.
     """
     with atomic_path(path) as temporary:
         _save({"format": FORMAT, **content}, temporary, path)
         if keep_previous and path.exists():
-            os.replace(path, previous_of(path))
+            fsync_file(temporary)
+            if path in _whole or _is_sound(path):
+                os.replace(path, previous_of(path))
+    _whole.add(path)
 
 
 def save_foreign_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
@@ -53,6 +57,18 @@ def _save(content: Any, temporary: Path, path: Path, **options: Any) -> None:
         torch.save(content, temporary, **options)
     except RuntimeError as error:  # torch's zip writer hides the system's error number
         raise UserError(f"{path}: cannot be written (is the disk full?): {_first_line(error)}") from error
+
+
+# Checkpoints that this process has written or read whole, which need no second look before they are kept as previous.
+_whole: set[Path] = set()
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        load_checkpoint(path)
+    except UserError:
+        return False
+    return True
 
 
 def previous_of(path: Path) -> Path:
@@ -72,15 +88,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_latest(path: Path) -> dict[str, Any] | None:
-    """`path` or, where it is damaged or missing, the one before it (with a warning); None where neither exists."""
+    """`path` or, where it is damaged or missing, the one before it (with a warning); None where neither exists.
+
+    Raises UserError where nothing is left to go on from.
+    """
     candidates = [candidate for candidate in (path, previous_of(path)) if candidate.exists()]
     for candidate in candidates:
         try:
-            return load_checkpoint(candidate)
+            content = load_checkpoint(candidate)
         except UserError as error:
             if candidate == candidates[-1]:
-                raise
+                others = f"{path.name} is damaged too: delete both" if len(candidates) > 1 else "delete it"
+                raise UserError(f"{error}; {others} to train from the start") from error
             warnings.warn(f"{error}; going on from {previous_of(path).name}", stacklevel=2)
+        else:
+            _whole.add(candidate)
+            return content
     return None
 
 

@@ -32,6 +32,8 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 # How often a worker shows that it lives, and how long silence means that it does not.
 _TOUCH_S, _ABANDONED_S = 20.0, 600.0
+# How long a mark may be without a name: its process writes that at once, or was killed before.
+_NAMELESS_S = 10.0
 
 
 def fsync_folder(folder: Path) -> None:
@@ -66,12 +68,17 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+class NoRoomError(UserError):
+    """The disk is full: whatever else is waiting to be written would meet the same."""
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on a clean exit it becomes `path`, otherwise it is removed.
 
     The body writes and closes the file (and may reopen it to check it). Any exception, Ctrl-C included, leaves `path`
-    as it was. Raises UserError when the disk is full or the folder cannot be written.
+    as it was. What dead writers left of the same file goes when it is whole. Raises UserError when the disk is full or
+    the folder cannot be written.
     """
     make_folder(path.parent)
     temporary = temporary_path(path)
@@ -80,6 +87,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         fsync_file(temporary)
         os.replace(temporary, path)
         fsync_folder(path.parent)
+        remove_stale_temporaries(path.parent, of=_stem(path))
     except OSError as error:
         raise as_user_error(error, path) from error
     finally:
@@ -91,14 +99,17 @@ def temporary_path(path: Path) -> Path:
 
     Whoever makes the file removes it; `remove_stale_temporaries` does when that process is dead.
     """
-    stem = path.name.encode()[:120].decode(errors="ignore")  # names have 255 bytes at most
-    return path.with_name(f".{stem}.{process_mark()}-{uuid.uuid4().hex[:8]}.tmp")
+    return path.with_name(f".{_stem(path)}.{process_mark()}-{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _stem(path: Path) -> str:
+    return path.name.encode()[:120].decode(errors="ignore")  # names have 255 bytes at most
 
 
 def as_user_error(error: OSError, path: Path) -> Exception:
     """What a failed write means to the user; errors that are not the user's to mend come back unchanged."""
     if is_no_room(error):
-        return UserError(f"{path}: no room left on the disk; free some or choose another folder")
+        return NoRoomError(f"{path}: no room left on the disk; free some or choose another folder")
     if isinstance(error, IsADirectoryError) or error.errno == errno.ENAMETOOLONG:
         what = "is a folder" if isinstance(error, IsADirectoryError) else "its name is too long"
         return UserError(f"{path}: cannot be written: {what}; choose another place or name")
@@ -116,8 +127,8 @@ def is_no_room(error: BaseException) -> bool:
     return error.errno is None and any(f"errno = {number}," in str(error) for number in _NO_ROOM)
 
 
-def remove_stale_temporaries(folder: Path, older_than_s: float = 3600.0) -> int:
-    """Delete the temporary files that killed writers left in `folder`; returns how many.
+def remove_stale_temporaries(folder: Path, older_than_s: float = 3600.0, of: str = "") -> int:
+    """Delete the temporary files that killed writers left in `folder`, of all files or of one; returns how many.
 
     A file goes at once when its writer ran here (same boot, same process namespace) and is dead, and otherwise when
     nobody has touched it for `older_than_s`: on a shared file system a process number of another machine says nothing,
@@ -125,6 +136,8 @@ def remove_stale_temporaries(folder: Path, older_than_s: float = 3600.0) -> int:
     """
     removed = 0
     for path in folder.glob(".*.tmp"):
+        if of and not path.name.startswith(f".{of}."):
+            continue
         try:
             if process_is_dead(path.name.rsplit(".", 2)[-2]) or time.time() - path.stat().st_mtime > older_than_s:
                 path.unlink()
@@ -159,11 +172,12 @@ def process_is_dead(mark: str) -> bool:
         return False
     try:
         os.kill(int(number), 0)
+        # one that nobody has waited for answers signals, and in a container without an init process it does so for good
+        return Path(f"/proc/{number}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "ZX"
     except ProcessLookupError:
         return True
-    except (OSError, OverflowError):
+    except (OSError, OverflowError, ValueError):
         return False
-    return False
 
 
 @contextmanager
@@ -180,7 +194,8 @@ def sole_worker(folder: Path, what: str) -> Iterator[None]:
             break
         except FileExistsError:
             with suppress(FileNotFoundError):
-                if not (process_is_dead(path.read_text()) or time.time() - path.stat().st_mtime > _ABANDONED_S):
+                mark, age_s = path.read_text(), time.time() - path.stat().st_mtime
+                if not (process_is_dead(mark) or age_s > (_ABANDONED_S if mark else _NAMELESS_S)):
                     raise UserError(
                         f"{folder}: another process works on this {what}; wait for it, or give --name for another"
                     ) from None
@@ -295,7 +310,7 @@ def require_free_bytes(folder: Path, needed: int, purpose: str) -> None:
         probe = probe.parent
     free = shutil.disk_usage(probe).free
     if free < needed:
-        raise UserError(
+        raise NoRoomError(
             f"{folder}: {purpose} needs about {needed / 1e6:,.0f} MB and only {free / 1e6:,.0f} MB are free; "
             "free some or choose another folder"
         )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from engine.files import atomic_path, read_bounded
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from engine.files import as_user_error, atomic_path, make_folder, read_bounded
 
 METRICS_FILE = "metrics.jsonl"
 MAX_METRICS_BYTES = 1 << 30  # a step is some 200 bytes
@@ -20,61 +22,121 @@ class MetricLog:
     """Appends to `metrics.jsonl` and to TensorBoard events in `folder`.
 
     A resumed run first drops the lines after its checkpoint (`rewind`), so that the file reads as if nothing had
-    happened. TensorBoard is imported when there is something to write for it: it costs about a second, which the first
-    training step should not wait for.
+    happened; what lies before a checkpoint must be on the disk first (`sync`). Every method raises UserError when the
+    disk is full, and the log takes nothing more then. TensorBoard is imported when there is something to write for it:
+    the first training step should not wait.
     """
 
     def __init__(self, folder: Path, enabled: bool = True) -> None:
         self.folder, self.path, self.enabled = folder, folder / METRICS_FILE, enabled
-        self._writer: SummaryWriter | None = None
+        self._events: _Events | None = None
         self._purge_step: int | None = None
         self._waiting: list[dict[str, Any]] = []
 
-    def rewind(self, global_step: int) -> None:
-        """Forget every line of a step after `global_step`."""
+    def rewind(self, global_step: int, epoch: int) -> None:
+        """Forget every line of a step after `global_step`, and those of epochs from `epoch` on as wholes.
+
+        A run killed while it ended an epoch has logged it and resumes at its last step, which has the same number.
+        """
         if not self.enabled or not self.path.exists():
             return
-        kept = [line for line in _lines(self.path) if _step_of(line) <= global_step]
+        kept = [
+            row
+            for row in read_metrics(self.path)
+            if row["global_step"] <= global_step and not (row["kind"] == "epoch" and row["epoch"] >= epoch)
+        ]
         with atomic_path(self.path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self._purge_step = global_step + 1
+            temporary.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
+        self._purge_step = global_step
+        self._waiting = [row for row in kept if row["global_step"] == global_step]  # purged too, and written again
 
     def log(self, kind: str, global_step: int, values: dict[str, Any]) -> None:
         """Write one line: `kind` (step or epoch), the step, the values (None for a number that does not exist)."""
         if not self.enabled:
             return
         row = {"kind": kind, "global_step": global_step, **values}
-        with self.path.open("a", encoding="utf-8") as stream:
+        with self._writing(self.path), self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row, allow_nan=False) + "\n")
             stream.flush()
         self._waiting.append(row)
-        if kind == "epoch":
-            self._send_events()
+
+    def sync(self) -> None:
+        """Bring everything logged so far to the disk."""
+        if not self.enabled or not self._waiting:
+            return
+        with self._writing(self.path), self.path.open("rb") as stream:
+            os.fsync(stream.fileno())
+        with self._writing(self.folder / "events"):
+            self._events = self._events or _Events(self.folder / "events", self._purge_step)
+            self._events.write(self._waiting)
+        self._waiting.clear()
 
     def close(self) -> None:
-        """Bring everything logged so far to the disk."""
-        if not self.enabled:
-            return
-        self._send_events()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        if self.path.exists():
-            with self.path.open("rb") as stream:
-                os.fsync(stream.fileno())
+        """Bring everything logged so far to the disk; what is logged after that goes to new events."""
+        self.sync()
+        if self._events is not None:
+            self._events.close()
+            self._events = None
 
-    def _send_events(self) -> None:
-        if not self._waiting:
-            return
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.enabled = False  # whatever came next would fail again, and hide this
+            raise as_user_error(error, path) from error
 
-            self._writer = SummaryWriter(str(self.folder / "events"), purge_step=self._purge_step)
-        for row in self._waiting:
-            for name, value in row.items():
-                if isinstance(value, int | float) and not isinstance(value, bool) and name != "global_step":
-                    self._writer.add_scalar(f"{row['kind']}/{name}", value, row["global_step"])
-        self._waiting.clear()
+
+class _Events:
+    """One TensorBoard file, written where it is asked for: TensorBoard's own writer does so in a thread, whose errors
+    are printed as tracebacks, and keeps what it has for minutes, which a killed run never sees again.
+
+    What older files hold from `purge_step` on, TensorBoard then does not show.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        make_folder(folder)
+        # read in the order of their names; fractions of a second keep it where starts follow each other quickly
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._stream = (folder / name).open("wb", buffering=0)
+        first = [Event(wall_time=time.time(), file_version="brain.Event:2")]
+        if purge_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            first.append(Event(wall_time=time.time(), step=purge_step, session_log=start))
+        self._append(first)
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """The numbers of log rows as scalars, named `<kind>/<name>`; on the disk when this returns."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        events = []
+        for row in rows:
+            values = [
+                Summary.Value(tag=f"{row['kind']}/{name}", simple_value=value)
+                for name, value in row.items()
+                if isinstance(value, int | float) and not isinstance(value, bool) and name != "global_step"
+            ]
+            events.append(Event(wall_time=time.time(), step=row["global_step"], summary=Summary(value=values)))
+        self._append(events)
+
+    def _append(self, events: Iterable[Any]) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        buffer = io.BytesIO()
+        records = RecordWriter(buffer)
+        for event in events:
+            records.write(event.SerializeToString())
+        rest = memoryview(buffer.getvalue())
+        while rest:  # a disk that is nearly full takes a part, then nothing
+            rest = rest[self._stream.write(rest) or 0 :]
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        """Nothing is left to be written."""
+        self._stream.close()
 
 
 def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:

@@ -12,15 +12,16 @@ A loop stays in its stage and reads from top to bottom:
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -36,7 +37,7 @@ from engine.checkpoints import (
     restore_random_states,
     save_checkpoint,
 )
-from engine.files import sha256_json
+from engine.files import remove_stale_temporaries, sha256_json
 from engine.logs import MetricLog
 from engine.optim import Schedule, build_optimizer
 from engine.processes import Failed, Processes, parent_is_gone
@@ -102,6 +103,7 @@ class TrainingSession:
             torch.manual_seed((torch.initial_seed() * 1_000_003 + self.processes.rank) % 2**63)  # dropout of its own
         self._identity = sha256_json(describe)
         self._steps_in_epoch = 0
+        self._name_batch: Callable[[], str] = lambda: ""
         self._saved_at = self._epoch_started_at = time.monotonic()
 
     # ------------------------------------------------------------------------------------------ resume
@@ -113,8 +115,9 @@ class TrainingSession:
 
     def resume(self) -> bool:
         """Go on from `last.pt` (or the one before it) where there is one; whether there was."""
-        content = self.processes.from_first(lambda: load_latest(self.folder / "last.pt"))
+        content = self.processes.from_first(self._latest)
         if content is None:
+            self.log.rewind(0, 0)  # what a start logged that was killed before its first checkpoint
             return False
         if content["identity"] != self._identity:
             raise UserError(f"{self.folder / 'last.pt'}: belongs to another configuration; delete the folder")
@@ -127,9 +130,13 @@ class TrainingSession:
         self.position = Position(**content["position"])
         if own["random"] is not None:
             restore_random_states(own["random"])
-        self.log.rewind(self.position.global_step)
+        self.log.rewind(self.position.global_step, self.position.epoch)
         self.processes.from_first(self._keep_best_of_position)
         return True
+
+    def _latest(self) -> dict[str, Any] | None:
+        remove_stale_temporaries(self.folder)
+        return load_latest(self.folder / "last.pt")
 
     def _own_part(self, content: dict[str, Any]) -> dict[str, Any]:
         """What `last.pt` holds for this process alone: random states and the model's extra state (carried state).
@@ -169,8 +176,9 @@ class TrainingSession:
             while self.position.epoch < self.config.epochs and not self.position.finished:
                 yield self.position.epoch
             self.position.finished = True
-        finally:
-            self.log.close()
+        finally:  # what checkpoints stand for is on the disk; if this fails, so did what ended the loop, which is told
+            with suppress(UserError, OSError):
+                self.log.close()
 
     def batches(self, source: Iterable[Batch], steps_in_epoch: int) -> Iterator[Batch]:
         """The epoch's remaining batches with progress; `source` starts at `position.step`."""
@@ -207,16 +215,12 @@ class TrainingSession:
         when it is not finite; `last.pt` then still holds the last good state.
         """
         own = float(loss.detach())
+        self._name_batch = name_batch
         due = time.monotonic() - self._saved_at > 60 * self.config.checkpoint_minutes
         value, save = self.processes.sums(own, float(due and self.processes.first))
         if not math.isfinite(value):
             names = self.processes.gather("" if math.isfinite(own) else name_batch())
-            where = next((name for name in names if name), "")
-            raise Failed(
-                f"{self.folder}: the loss is {value} in epoch {self.position.epoch + 1}, step {self.position.step + 1}"
-                f"{f' ({where})' if where else ''}; lower the learning rate or look at that input; "
-                "the last good checkpoint is kept"
-            )
+            self._refuse(f"the loss is {value} in", self.position.step + 1, next((name for name in names if name), ""))
         parts = self.processes.count  # DistributedDataParallel takes the mean over processes, but parts add up
         self.accelerator.backward((loss * parts if parts > 1 else loss) / self._group_size())
         ends = self._group_ends()
@@ -240,6 +244,7 @@ class TrainingSession:
 
         Without a score (no validation videos) the last epoch counts as the best.
         """
+        self._require_finite_weights()
         position = self.position
         values: dict[str, Any] = {"epoch": position.epoch, "loss": self.mean_loss, **self._lr(), **scores}
         values["seconds"] = round(time.monotonic() - self._epoch_started_at, 3)
@@ -330,6 +335,19 @@ class TrainingSession:
 
     # ------------------------------------------------------------------------------------------ inside
 
+    def _require_finite_weights(self) -> None:
+        """Raise UserError before weights that nothing can be learned from any more become a checkpoint."""
+        tensors = itertools.chain(self.raw_model.parameters(), self.raw_model.buffers())
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            self._refuse("the weights are not finite any more after", self.position.step, self._name_batch())
+
+    def _refuse(self, what: str, step: int, batch: str) -> NoReturn:
+        where = f"epoch {self.position.epoch + 1}, step {step}{f' ({batch})' if batch else ''}"
+        raise Failed(
+            f"{self.folder}: {what} {where}; lower the learning rate or look at that input; "
+            "the last good checkpoint is kept"
+        )
+
     def _group_size(self) -> int:
         """Batches in the accumulation group in hand; the epoch's last group may be smaller."""
         first = self.position.step - self.position.step % self._accumulate
@@ -350,10 +368,12 @@ class TrainingSession:
 
     def _save_last(self) -> None:
         self._saved_at = time.monotonic()
+        self._require_finite_weights()
         own = {"random": random_states(), "extra": _extra_state(self.raw_model)}
         others = self.processes.gather(own)[1:]
         if not self.accelerator.is_main_process:
             return
+        self.log.sync()
         scaler = self.accelerator.scaler
         content = self._content({}) | {
             "optimizer": self.optimizer.state_dict(),

@@ -7,6 +7,7 @@ processes changes nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,11 @@ from features.cache import CachedFrames
 from features.index import Index, VideoEntry, load_labels, sampled_frames
 from features.preprocess import augment_generator, changes_colour, crop_frames, draw_change
 from stage1_cnn.frames import frame_cache
-from stage1_cnn.pool import available_cores, leave_signals_to_parent
+from stage1_cnn.pool import available_cores, leave_signals_to_parent, one_line
 
 PREFETCH_BATCHES = 2
 MOST_WORKERS = 8
+_WORKER_DIED = re.compile(r"DataLoader worker \(pid")
 AnyBatch = TypeVar("AnyBatch")
 
 
@@ -231,8 +233,14 @@ class FrameLoader(Generic[AnyBatch]):
     def __enter__(self) -> FrameLoader[AnyBatch]:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Raises UserError where a loader process died: torch says so by an exception at whatever is done just then."""
         self.close()
+        if isinstance(error, RuntimeError) and _WORKER_DIED.match(str(error)):
+            raise UserError(
+                f"{one_line(error)}: a process that loads frames died (out of memory or of /dev/shm, or killed); start "
+                "again, training goes on from its last checkpoint; fewer workers or smaller batches take less memory"
+            ) from error
 
 
 class _Listed:

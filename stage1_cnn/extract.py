@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import Config
-from engine.files import inside, read_json_object, require_free_bytes, sha256_file, sha256_json, write_json
+from engine.files import (
+    inside,
+    read_json_object,
+    remove_stale_temporaries,
+    require_free_bytes,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
 from engine.progress import say
 from engine.runs import StageFolder
 from engine.stopping import StopRequest
@@ -106,7 +114,7 @@ def extract(
     They go to `folder`, by default `<extract.store>/<backbone>-<digest12>`, with the index and the encoder's
     description. Files that verify and were made from the same source are left alone; where only annotations changed,
     labels alone are rewritten. A video that cannot be read is reported and the others go on. With a run and no
-    `folder`, `RUN/extract/result.json` points to the features. Raises UserError when nothing can be done at all: no
+    `folder`, `RUN/extract/result.json` points to the features. Raises UserError when nothing (more) can be done: no
     weights, no room, a folder of another data set or encoder, not one usable video.
     """
     started = time.monotonic()
@@ -135,6 +143,7 @@ def extract(
         else:
             report.done.append(job.video_id)
             report.frames += job.frames
+    remove_stale_temporaries(target)  # of processes that died
     _in_index_order(report, index)
     report.seconds = round(time.monotonic() - started, 3)
     if stage:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import Config
-from engine.files import inside, require_free_bytes, sha256_ends, sha256_file
+from engine.files import inside, remove_stale_temporaries, require_free_bytes, sha256_ends, sha256_file
 from engine.stopping import StopRequest
 from features.cache import CacheRequest, FrameCache
 from features.discover import scan_folder
@@ -195,6 +195,7 @@ def fill_cache(config: Config, index: Index, root: Path, entries: Sequence[Video
     require_free_bytes(cache.folder, needed, f"caching frames of {len(jobs)} video(s)")
     work = work_through(CacheTask(config, root, index), jobs, choose_processes(-1, jobs), "decode frames", stop)
     failed = [reason for _, reason in work if reason is not None]
+    remove_stale_temporaries(cache.folder)  # of processes that died
     if failed:
         others = f" (and {len(failed) - 1} more video{'s' * (len(failed) > 2)})" if len(failed) > 1 else ""
         raise UserError(f"{failed[0]}{others}")

@@ -17,6 +17,7 @@ from multiprocessing import connection, get_context, parent_process
 from typing import Any, Generic, Protocol, TypeVar
 
 from configs.errors import UserError
+from engine.files import NoRoomError
 from engine.progress import progress_bar
 from engine.stopping import StopRequest
 
@@ -65,7 +66,7 @@ def work_through(
 
     A failure that a video can cause does not end the others' work. With `processes` > 1 the task goes to each process
     once, pickled, and keeps what it loads there; a process that dies takes only its own video with it. Raises Stopped
-    when asked to stop, after the task's clean-up.
+    when asked to stop, and NoRoomError when the disk is full, after the task's clean-up.
     """
     unit = bar_options.pop("unit", "frame")
     with progress_bar(sum(job.frames for job in jobs), title, unit, **bar_options) as bar:
@@ -94,6 +95,8 @@ def _attempt(task: Task[AnyJob], job: AnyJob, advance: Advance) -> str | None:
     """Do one job; the reason in one line where that fails."""
     try:
         task(job, advance)
+    except NoRoomError:
+        raise
     except VIDEO_ERRORS as error:
         return one_line(error)
     return None

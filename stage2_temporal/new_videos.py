@@ -20,7 +20,7 @@ from configs.errors import UserError
 from configs.load import differences, load_dataset
 from configs.schema import Config, DataSetSpec, PreprocessConfig
 from engine.device import choose_device, choose_precision, lower_precision
-from engine.files import atomic_path, inside, make_folder, read_json, sha256_file, write_json
+from engine.files import NoRoomError, atomic_path, inside, make_folder, read_json, sha256_file, write_json
 from engine.progress import progress_bar, say
 from engine.runs import package_version
 from engine.stopping import StopRequest
@@ -211,6 +211,8 @@ def predict_new_videos(
         stop.raise_if_set()
         try:
             done = _one_video(recogniser, index, root, out, draw, stop)
+        except NoRoomError:
+            raise
         except VIDEO_ERRORS as error:
             report.failed.append((name, one_line(error)))
         else:

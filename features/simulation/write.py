@@ -53,6 +53,7 @@ from features.video_writer import encode_mp4
 # Raised with every change that alters labels or pixels, so that a folder never mixes two simulators.
 SIMULATOR_VERSION = 1
 SETTINGS_FILE = "simulation.json"
+_README = "README.txt"
 _POLL_S = 0.3
 _VIDEOS, _PHASES, _TOOLS = "videos", "phase_annotations", "tool_annotations"
 _PROGRAM = "surgstage simulate"
@@ -144,6 +145,8 @@ def simulate(
     settings = Settings(seed, fps, width_px, height_px, float(speed_up), spec)
     numbers = range(first_number, first_number + videos)
     _claim_folder(out, settings)
+    if not (out / _README).exists():
+        write_text(out / _README, _readme(settings))
     for folder in (out, out / _VIDEOS, out / _PHASES, out / _TOOLS):
         remove_stale_temporaries(folder)
     require_free_bytes(out, _expected_bytes(settings, videos), f"simulating {videos} videos")
@@ -170,7 +173,7 @@ def _check_numbers(**limits: tuple[float, float, float]) -> None:
 
 
 def _claim_folder(out: Path, settings: Settings) -> None:
-    """Take an empty folder, or one made with the same settings; write settings and README into the former."""
+    """Take an empty folder, or one made with the same settings; write the settings into the former."""
     make_folder(out)
     wanted = settings.to_json()
     path = out / SETTINGS_FILE
@@ -188,8 +191,7 @@ def _claim_folder(out: Path, settings: Settings) -> None:
     others = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith("."))
     if others:
         raise UserError(f"{out}: holds other files ({others[0]}) and no {SETTINGS_FILE}; choose an empty or new folder")
-    write_text(out / "README.txt", _readme(settings))
-    write_json(path, wanted)
+    write_json(path, wanted)  # first: it makes the folder ours, should this be interrupted
 
 
 def _readme(settings: Settings) -> str:

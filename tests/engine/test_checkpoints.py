@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import random
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import engine.checkpoints
+import engine.files
 from configs.errors import UserError
 from engine.checkpoints import (
     load_checkpoint,
@@ -63,6 +67,62 @@ def test_both_damaged_is_an_error_and_none_is_none(tmp_path: Path) -> None:
     (tmp_path / "last.pt").write_bytes(b"junk")
     with pytest.raises(UserError, match="damaged or not a checkpoint"):
         load_latest(tmp_path / "last.pt")
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_whole_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle of the first save after a fall-back, there must still be one to go on from."""
+    path = tmp_path / "last.pt"
+    for step in (1, 2):
+        save_checkpoint(path, {"step": step}, keep_previous=True)
+    path.write_bytes(path.read_bytes()[:100])
+    monkeypatch.setattr(engine.checkpoints, "_whole", set())  # as in a new process
+    with pytest.warns(UserWarning, match="going on from"):
+        load_latest(path)
+
+    def killed(source: Path, target: Path) -> None:
+        if target == path:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, {"step": 3}, keep_previous=True)
+    with pytest.warns(UserWarning, match="going on from"):
+        latest = load_latest(path)
+    assert latest is not None
+    assert latest["step"] == 1
+
+
+def test_the_one_before_gives_way_only_to_one_that_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.pt"
+    for step in (1, 2):
+        save_checkpoint(path, {"step": step}, keep_previous=True)
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(engine.files, "fsync_file", full)  # where a network file system says that the disk is full
+    monkeypatch.setattr(engine.checkpoints, "fsync_file", full)
+    with pytest.raises(UserError, match="no room left"):
+        save_checkpoint(path, {"step": 3}, keep_previous=True)
+    assert [load_checkpoint(name)["step"] for name in (path, previous_of(path))] == [2, 1]
+
+
+def test_both_damaged_says_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    for name in (path, previous_of(path)):
+        name.write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"last\.pt: damaged"), pytest.raises(UserError) as caught:
+        load_latest(path)
+    assert re.fullmatch(
+        r".*last\.pt\.previous: damaged.*; last\.pt is damaged too: delete both to train from the start",
+        str(caught.value),
+    )
 
 
 class Payload:

@@ -20,9 +20,12 @@ from engine.files import (
     require_free_bytes,
     require_replaceable_json,
     sha256_ends,
+    sole_worker,
     write_json,
     write_text,
 )
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 def test_a_file_appears_whole_and_no_temporary_stays(tmp_path: Path) -> None:
@@ -92,6 +95,47 @@ def test_a_dead_writers_temporary_goes_at_once_and_a_living_ones_stays(tmp_path:
         assert len(os.listdir(tmp_path)) == 2
         assert remove_stale_temporaries(tmp_path) == 1
         assert os.listdir(tmp_path) == [temporary.name]
+
+
+def killed_writer(path: Path) -> subprocess.Popen[bytes]:
+    """A process that was killed while it wrote `path`, and that nobody has waited for."""
+    program = (
+        "import os, signal, sys; from pathlib import Path; from engine.files import atomic_path\n"
+        "with atomic_path(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(path)], cwd=PROJECT)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    return process
+
+
+def test_a_dead_process_that_nobody_waited_for_is_dead(tmp_path: Path) -> None:
+    """In containers without an init process such processes stay for good, and answer signals like living ones."""
+    process = killed_writer(tmp_path / "dead.h5")
+    assert remove_stale_temporaries(tmp_path) == 1
+    process.wait()
+
+
+def test_a_file_takes_what_killed_writers_left_of_it_along(tmp_path: Path) -> None:
+    """The writer may have died after the folder was swept: a pool's worker, or one of the run killed just now."""
+    for name in ("a.h5", "b.h5"):
+        killed_writer(tmp_path / name).wait()
+    with atomic_path(tmp_path / "a.h5") as other:
+        other.write_text("a living writer's")
+        write_text(tmp_path / "a.h5", "whole")
+        (left,) = (path.name for path in tmp_path.iterdir() if path not in (tmp_path / "a.h5", other))
+    assert left.startswith(".b.h5.")
+
+
+def test_a_mark_without_a_name_was_left_by_a_process_killed_while_it_made_it(tmp_path: Path) -> None:
+    mark = tmp_path / "in-work"
+    mark.touch()
+    with pytest.raises(UserError, match="another process works on this ablation"), sole_worker(tmp_path, "ablation"):
+        pass
+    os.utime(mark, (time.time() - 15, time.time() - 15))
+    with sole_worker(tmp_path, "ablation"):
+        assert mark.read_text()
+    assert not mark.exists()
 
 
 def test_json_round_trip_and_errors(tmp_path: Path) -> None:

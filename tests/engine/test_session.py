@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +17,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import engine.checkpoints
+import engine.session
 from configs.errors import UserError
 from configs.schema import LoopConfig
-from engine.checkpoints import load_checkpoint
+from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.device import make_accelerator, seed_everything
 from engine.logs import read_metrics
 from engine.session import TrainingSession, epoch_generator
 from engine.stopping import Stopped, StopRequest
+from tests.sameness import scalars
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 STEPS, BATCH = 5, 4
 INPUTS = torch.randn(STEPS * BATCH, 6, generator=torch.Generator().manual_seed(1))
@@ -33,6 +42,8 @@ def train(
     accumulate: int = 1,
     batch: int = BATCH,
     poison: int | None = None,
+    break_weights: tuple[int, float] | None = None,
+    kill_after: int | None = None,
 ) -> nn.Module:
     """A small regression with dropout (so that random states matter), stopped by a signal after `stop_after` steps."""
     seed_everything(3)
@@ -61,6 +72,11 @@ def train(
             if session.position.global_step == poison:
                 loss = loss * float("nan")
             session.update(loss, lambda rows=rows: f"rows {rows.tolist()}")
+            if break_weights is not None and session.position.global_step == break_weights[0]:
+                with torch.no_grad():
+                    model[2].weight[0, 3] = break_weights[1]
+            if session.position.global_step == kill_after:
+                os.kill(os.getpid(), signal.SIGKILL)
             if stop_after is not None and session.position.global_step >= stop_after:
                 stop.number = signal.SIGTERM
         score = -(session.model.eval()(INPUTS) - TARGETS).square().mean().item()
@@ -72,6 +88,17 @@ def log_without_times(folder: Path) -> list[dict[str, Any]]:
     return [
         {key: value for key, value in row.items() if key != "seconds"} for row in read_metrics(folder / "metrics.jsonl")
     ]
+
+
+def in_a_fork(work: Callable[[], object]) -> int:
+    """The exit code of a process of its own: names of event files hold the second and the process."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(sys.exc_info()[0] is not None)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 CONFIG = LoopConfig(epochs=3, precision="fp32")
@@ -104,6 +131,87 @@ def test_a_crash_without_warning_resumes_from_the_last_checkpoint(tmp_path: Path
     found = train(crashed, CONFIG).state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert log_without_times(whole) == log_without_times(crashed)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_weights_that_are_not_finite_never_become_a_checkpoint(tmp_path: Path, value: float) -> None:
+    """The last step of an epoch can break the weights with a loss that is finite still."""
+    with pytest.raises(UserError, match=r"weights are not finite any more after epoch 2, step 5 \(rows \[.*is kept"):
+        train(tmp_path, CONFIG, break_weights=(2 * STEPS, value))
+    for name, epoch in (("last.pt", 1), ("best.pt", None)):
+        content = load_checkpoint(tmp_path / name)
+        assert all(torch.isfinite(tensor).all() for tensor in content["model"].values())
+        assert epoch is None or content["position"]["epoch"] == epoch
+    whole = tmp_path / "whole"
+    expected = train(whole, CONFIG).state_dict()
+    found = train(tmp_path, CONFIG).state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert log_without_times(whole) == log_without_times(tmp_path)
+
+
+@pytest.mark.parametrize("poison", [2, STEPS + 3, 2 * STEPS + 1])
+def test_killed_without_any_clean_up_log_and_events_end_like_those_left_alone(
+    tmp_path: Path, poison: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a checkpoint has behind it is on the disk before the checkpoint is, and what it has not is forgotten."""
+    monkeypatch.setattr(engine.session, "LOG_EVERY_STEPS", 1)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(whole, CONFIG)
+    assert in_a_fork(lambda: train(killed, CONFIG, kill_after=poison)) == -signal.SIGKILL
+    with (killed / "metrics.jsonl").open("a") as stream:
+        stream.write('{"kind": "ep')
+    assert in_a_fork(lambda: train(killed, CONFIG)) == 0
+    assert log_without_times(whole) == log_without_times(killed)
+    assert scalars(whole / "events") == scalars(killed / "events")
+
+
+def test_an_epoch_that_was_logged_and_not_saved_is_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the two, it resumes at the epoch's last step and ends the epoch again."""
+    monkeypatch.setattr(engine.session, "LOG_EVERY_STEPS", 1)
+    whole, killed, config = tmp_path / "whole", tmp_path / "killed", CONFIG.model_copy(
+        update={"checkpoint_minutes": 1e-9}
+    )  # fmt: skip
+    train(whole, config)
+
+    def killed_at_best(path: Path, content: dict[str, Any], keep_previous: bool = False) -> None:
+        if path.name == "best.pt" and content["scores"]["epoch"] == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_checkpoint(path, content, keep_previous)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.session, "save_checkpoint", killed_at_best)
+        assert in_a_fork(lambda: train(killed, config)) == -signal.SIGKILL
+    assert len(read_metrics(killed / "metrics.jsonl", "epoch")) == 2
+    assert in_a_fork(lambda: train(killed, config)) == 0
+    assert log_without_times(whole) == log_without_times(killed)
+    assert scalars(whole / "events") == scalars(killed / "events")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path: Path, damage: str) -> None:
+    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
+    expected = train(whole, CONFIG).state_dict()
+    with pytest.raises(UserError):
+        train(damaged, CONFIG, poison=2 * STEPS + 2)
+    path = damaged / "last.pt"
+    content = bytearray(path.read_bytes())
+    weights = load_checkpoint(path)["model"]["0.weight"].numpy().tobytes()
+    content[content.index(weights) + 5] ^= 4
+    path.write_bytes({"cut": content[:-300], "flip": content, "empty": b""}[damage])
+    engine.checkpoints._whole.clear()  # as in a new process
+    with pytest.warns(UserWarning, match=r"last\.pt: damaged.*; going on from last\.pt\.previous"):
+        found = train(damaged, CONFIG).state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert log_without_times(whole) == log_without_times(damaged)
+
+
+def test_temporary_files_of_killed_starts_go(tmp_path: Path) -> None:
+    """Heads and steps train in folders of their own inside the stage's."""
+    dead = subprocess.Popen([sys.executable, "-c", "import engine.files; print(engine.files.process_mark())"],
+                            stdout=subprocess.PIPE, text=True, cwd=PROJECT)  # fmt: skip
+    (tmp_path / f".best.pt.{dead.communicate()[0].strip()}-0.tmp").touch()
+    train(tmp_path, CONFIG)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:

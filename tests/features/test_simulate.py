@@ -407,6 +407,13 @@ def test_what_is_missing_or_damaged_is_made_again(one_video: Path, name: str, ha
     assert simulate(one_video, videos=1, **SMALL).skipped == ("video01",)
 
 
+def test_a_folder_that_was_claimed_and_no_more_is_still_ours(one_video: Path) -> None:
+    """Killed, or out of room, between the first two files."""
+    (one_video / "README.txt").unlink()
+    assert simulate(one_video, videos=1, **SMALL).skipped == ("video01",)
+    assert "SIMULATED" in (one_video / "README.txt").read_text()
+
+
 def test_an_interrupted_video_leaves_nothing_behind_and_the_next_run_makes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

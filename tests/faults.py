@@ -1,0 +1,111 @@
+"""Faults of disks and systems, brought about in a process that then runs a command (see `tests.commands.Forks`)."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import resource
+import shutil
+import stat
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+def full_at(target: str) -> None:
+    """The disk is full for the file whose path ends in `target`, when it is to be brought to the disk."""
+    written = os.fsync
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISREG(os.fstat(handle).st_mode) and final_name(handle).endswith(target):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(handle)
+
+    os.fsync = fsync  # type: ignore[assignment]
+
+
+def note_writes(log: str) -> None:
+    """Write the final path of every file that is brought to the disk into `log`, a line each, in order."""
+    written = os.fsync
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            with open(log, "a", encoding="utf-8") as stream:
+                stream.write(final_name(handle) + "\n")
+        written(handle)
+
+    os.fsync = fsync  # type: ignore[assignment]
+
+
+def final_name(handle: int) -> str:
+    """The path that an open file has, or will have once its temporary name is gone."""
+    path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+    if path.name.startswith("events.out.tfevents."):
+        return str(path.with_name("events"))
+    return str(path.with_name(path.name[1:].rsplit(".", 2)[0])) if path.suffix == ".tmp" else str(path)
+
+
+def largest_file(size: int) -> None:
+    """No file may grow beyond so many bytes: writing answers EFBIG there, as a quota answers EDQUOT."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def blind(yes: bool) -> None:
+    """Free space is not seen beforehand, so that the disk fills up in the middle of the work."""
+    shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 50, 0, 1 << 50)  # type: ignore[attr-defined]
+
+
+def no_privileges(yes: bool) -> None:
+    """Modes of files hold for root too: every capability is given up."""
+    if os.geteuid() != 0:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = struct.pack("Ii", 0x20080522, 0)  # version 3, this process
+    if libc.capset(header, bytes(24)) != 0:
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+def no_locks(yes: bool) -> None:
+    """A file system without locks, where the attempt is an error; HDF5 files only opened without."""
+    import fcntl
+
+    import h5py
+
+    def refused(*arguments: Any) -> NoReturn:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    fcntl.flock = fcntl.lockf = refused
+
+    opened = h5py.File.__init__
+
+    def init(self: Any, name: Any, *arguments: Any, **options: Any) -> None:
+        if isinstance(name, str | os.PathLike) and options.get("locking") is not False:
+            raise OSError(errno.ENOLCK, "No locks available")
+        opened(self, name, *arguments, **options)
+
+    h5py.File.__init__ = init
+
+
+def renames_within_folders(yes: bool) -> None:
+    """Renaming from one folder to another is an error, as it is between file systems."""
+
+    def watched(name: str) -> Callable[..., None]:
+        real = getattr(os, name)
+
+        def rename(source: Any, target: Any, **options: Any) -> None:
+            if Path(source).resolve().parent != Path(target).resolve().parent:
+                raise OSError(errno.EXDEV, "Invalid cross-device link")
+            real(source, target, **options)
+
+        return rename
+
+    for name in ("replace", "rename", "link"):
+        setattr(os, name, watched(name))
+
+
+FAULTS: dict[str, Callable[[Any], None]] = {
+    fault.__name__: fault
+    for fault in (full_at, note_writes, largest_file, blind, no_privileges, no_locks, renames_within_folders)
+}
