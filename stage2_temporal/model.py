@@ -126,6 +126,7 @@ class RecurrentHead(Head):
         if state is not None:
             require_causal(self)
         hidden = None if state is None else tuple(part.transpose(0, 1) for part in state)
+        last: State
         if isinstance(self.rnn, nn.LSTM) and self._is_ours(x):
             constants = None if standardise is None else (standardise.mean, standardise.scale)
             counts = [x.shape[1]] * len(x) if lengths is None else lengths.tolist()

@@ -80,21 +80,20 @@ def run_lstm(
     """What `rnn`, batch first and in one direction, makes of x (B, T, D): outputs (B, T, H) and the last state.
 
     `state` is a pair (layers, B, H), None zero; `lengths` (B) counts frames that are not padding, where outputs are 0.
-    x may be stored fp16: it is widened to the weights' type, and standardised with `constants` (mean, scale), (D,) each.
+    x may be fp16: it is widened to the weights' type, and standardised with `constants` (mean, scale), (D,) each.
     `bf16` computes the first layer's input projection and the gradient of its weights in bfloat16.
     """
     layout = Layout.of(lengths, x.shape[1])
-    weights = rnn.weight_hh_l0
     if state is None:
-        state = (weights.new_zeros(rnn.num_layers, len(x), rnn.hidden_size),) * 2
+        zero = rnn.all_weights[0][1].new_zeros(rnn.num_layers, len(x), rnn.hidden_size)
+        state = (zero, zero)
     order = list(layout.order)
     rows = x.flatten(0, 1).index_select(0, layout.place)  # (N, D)
     ended = []
     for layer in range(rnn.num_layers):
         if layer and rnn.dropout and rnn.training:
             rows = F.dropout(rows, rnn.dropout)
-        names = [f"{kind}_l{layer}" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-        own = [getattr(rnn, name) if rnn.bias or "bias" not in name else None for name in names]
+        own = rnn.all_weights[layer] if rnn.bias else [*rnn.all_weights[layer], None, None]
         h, c = (part[layer].index_select(0, torch.tensor(order)) for part in state)
         way = _Way(layout, constants if layer == 0 else None, bf16 and layer == 0, torch.is_grad_enabled())
         rows, h, c = _Layer.apply(rows, *own, h, c, way)
@@ -142,19 +141,19 @@ class _Layer(torch.autograd.Function):
         out, cells = w_hh.new_empty(len(x), width), w_hh.new_empty(len(x), width)
         most = max(block.rows.stop - block.rows.start for block in layout.blocks)
         gates = w_hh.new_empty(len(x) if way.keep else most, 4 * width)
-        project = (w_ih.bfloat16() if way.bf16 else w_ih).t()  # (D, 4 H)
+        project = w_ih.bfloat16() if way.bf16 else w_ih
         bias = None if b_ih is None or b_hh is None else b_ih + b_hh
-        recur = w_hh.t()  # (H, 4 H)
         h, c = h0, c0
         for block in layout.blocks:
             rows, sizes = block.rows, layout.sizes[block.steps]
             g = gates[rows] if way.keep else gates[: rows.stop - rows.start]
-            _project(way.inputs(x, rows, w_hh), project, bias, g)
-            tables = (g, g[:, : 2 * width], g[:, :width], g[:, width : 2 * width], g[:, 2 * width : 3 * width])
-            tables += (g[:, 3 * width :], cells[rows], out[rows])
+            g.copy_(_product(way.inputs(x, rows, w_hh), project))
+            if bias is not None:
+                g.add_(bias)
+            tables = (g, g[:, : 2 * width], *g.chunk(4, dim=1), cells[rows], out[rows])
             views = [table.split(sizes) for table in tables]
             for size, all_, i_f, i, f, new, o, cell, hidden in zip(sizes, *views, strict=True):
-                all_.addmm_(h[:size], recur)
+                all_.add_(_product(h[:size], w_hh))
                 i_f.sigmoid_()
                 new.tanh_()
                 o.sigmoid_()
@@ -172,6 +171,7 @@ class _Layer(torch.autograd.Function):
         """Back through time, block by block; a block's share of every weight's gradient is one product."""
         x, w_ih, w_hh, h0, c0, gates, cells, out = ctx.saved_tensors
         way, width = ctx.way, w_hh.shape[1]
+        recur = w_hh.t().contiguous()  # (H, 4 H)
         d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         d_ih, d_hh, d_bias = torch.zeros_like(w_ih), torch.zeros_like(w_hh), w_hh.new_zeros(4 * width)
         # of the sequences that have ended, the rows already hold the gradients of their last states
@@ -189,32 +189,28 @@ class _Layer(torch.autograd.Function):
                 i_f_g.mul_(dc.unsqueeze(1))
                 o.mul_(dh)
                 dc.mul_(f)
-                torch.mm(all_, w_hh, out=dh)
+                dh.copy_(_product(all_, recur))
             d_bias += slope.sum(dim=0)
-            d_hh.addmm_(slope.t(), h_before)
+            d_hh += _product(slope.t(), h_before.t())
             lower = slope.bfloat16() if way.bf16 else slope
-            taken = way.inputs(x, rows, w_hh)
-            if way.bf16:
-                d_ih += lower.t() @ taken
-            else:
-                d_ih.addmm_(lower.t(), taken)
+            d_ih += _product(lower.t(), way.inputs(x, rows, w_hh).t())
             if d_x is not None:
-                d_in = slope @ w_ih
+                d_in = _product(slope, w_ih.t())
                 d_x[rows] = d_in if way.constants is None else d_in.mul_(way.constants[1])
         biases = (d_bias if ctx.needs_input_grad[3] else None, d_bias.clone() if ctx.needs_input_grad[4] else None)
         return d_x, d_ih, d_hh, *biases, d_h, d_c, None
 
 
-def _project(x: Tensor, weights: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = x @ weights + bias, in the type of x and weights where it is lower than that of `out`."""
-    if x.dtype != out.dtype:
-        out.copy_(x @ weights)
-        if bias is not None:
-            out.add_(bias)
-    elif bias is None:
-        torch.mm(x, weights, out=out)
-    else:
-        torch.addmm(bias, x, weights, out=out)
+def _product(x: Tensor, weights: Tensor) -> Tensor:
+    """x (N, I) times weights (O, I) transposed.
+
+    In fp32 by oneDNN, as the library's own LSTM does it: torch hands other fp32 products to MKL, which takes twice as
+    long on AMD processors.
+    """
+    if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weights, None, "none", [], "")
+        return found
+    return F.linear(x, weights)
 
 
 def _before(table: Tensor, first: Tensor, layout: Layout, block: Block) -> Tensor:

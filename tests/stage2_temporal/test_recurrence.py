@@ -89,7 +89,9 @@ def test_padding_gets_no_gradient_and_gives_none() -> None:
     out, _ = run_lstm(rnn, poisoned, None, [3, 5])
     assert not out[0, 3:].any()
     (gradient,) = torch.autograd.grad(out.sum(), x)
-    assert bool(gradient.isfinite().all()) and not gradient[0, 3:].any() and gradient[0, :3].any()
+    assert bool(gradient.isfinite().all())
+    assert not gradient[0, 3:].any()
+    assert gradient[0, :3].any()
 
 
 def test_stored_features_are_standardised_as_before() -> None:
