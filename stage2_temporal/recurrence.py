@@ -204,8 +204,8 @@ class _Layer(torch.autograd.Function):
 def _product(x: Tensor, weights: Tensor) -> Tensor:
     """x (N, I) times weights (O, I) transposed.
 
-    In fp32 by oneDNN, as the library's own LSTM does it: torch hands other fp32 products to MKL, which takes twice as
-    long on AMD processors.
+    In fp32 by oneDNN, as the library's own LSTM does it: torch hands other fp32 products to MKL, which is slower
+    on AMD processors.
     """
     if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weights, None, "none", [], "")
