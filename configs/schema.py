@@ -318,6 +318,11 @@ class TemporalConfig(LoopConfig):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     standardise: bool = Field(True, description="scale features by mean and deviation of the training videos")
     tool_logits: bool = Field(False, description="stage one's tool logits as more input, beside the embedding")
+    projection: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="arithmetic of the LSTM's input projection while it trains on a CPU; bf16 is faster where the CPU "
+        "has it; auto: fp32",
+    )
     start_from: Path | None = Field(
         None,
         description="a joint net's checkpoint whose phase branch the head starts from (`--from-joint RUN` sets it)",

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from configs import schema
 from configs.errors import UserError
+from stage2_temporal.recurrence import run_lstm
 
 # What a head remembers between two calls: tensors with the batch first, so that finished videos can be dropped.
 State = tuple[Tensor, ...]
@@ -93,6 +95,7 @@ class RecurrentHead(Head):
     """
 
     rnn: nn.LSTM | nn.GRU
+    bf16_projection = False  # of the LSTM while it trains on a CPU; evaluation is always in fp32
 
     def __init__(
         self, width: int, phases: int, dropout: float, relu: bool = False, fc_hidden: int | None = None
@@ -110,23 +113,56 @@ class RecurrentHead(Head):
         self, x: Tensor, state: State | None = None, lengths: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor, State]:
         """See `Head`. With `lengths`, padding is never computed: neither result nor state depends on it."""
+        return self.outputs_of_stored(x, None, state, lengths)
+
+    def outputs_of_stored(
+        self,
+        x: Tensor,
+        standardise: Standardise | None,
+        state: State | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[list[Tensor], Tensor, State]:
+        """As `outputs`, for x that is yet to be standardised (D,): a block at a time where the recurrence is ours."""
         if state is not None:
             require_causal(self)
         hidden = None if state is None else tuple(part.transpose(0, 1) for part in state)
-        if lengths is None or int(lengths.min()) == x.shape[1]:
-            out, last = self._run(x, hidden)
+        last: State
+        if isinstance(self.rnn, nn.LSTM) and self._is_ours(x):
+            constants = None if standardise is None else (standardise.mean, standardise.scale)
+            counts = [x.shape[1]] * len(x) if lengths is None else lengths.tolist()
+            pair = None if hidden is None else (hidden[0], hidden[1])
+            out, last = run_lstm(self.rnn, x, pair, counts, constants, self.bf16_projection and self.training)
         else:
-            run = self._run_until_each_ends if self.causal else self._run_each_alone
-            out, last = run(x, hidden, lengths.tolist())
+            out, last = self._run_library(x if standardise is None else standardise(x), hidden, lengths)
         out = F.relu(out) if self.relu else out  # (B, T, H)
         before_last = out if self.fc_hidden is None else F.relu(self.fc_hidden(out))
         return [self.fc(self.dropout(before_last))], out, tuple(part.transpose(0, 1) for part in last)
+
+    def _is_ours(self, x: Tensor) -> bool:
+        """Whether `stage2_temporal.recurrence` computes it: an LSTM that reads forwards, on a CPU, in fp32."""
+        return self.causal and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+    def _run_library(self, x: Tensor, hidden: State | None, lengths: Tensor | None) -> tuple[Tensor, State]:
+        """x (B, T, D), hidden (layers, B, H) each -> (B, T, H), hidden, by torch's own networks."""
+        if lengths is None or int(lengths.min()) == x.shape[1]:
+            return self._run(x, hidden)
+        if x.device.type == "cuda":
+            return self._run_packed(x, hidden, lengths)
+        return (self._run_until_each_ends if self.causal else self._run_each_alone)(x, hidden, lengths.tolist())
 
     def _run(self, x: Tensor, hidden: State | None) -> tuple[Tensor, State]:
         """x (B, T, D), hidden (layers, B, H) each -> (B, T, H), hidden."""
         given = None if hidden is None else tuple(part.contiguous() for part in hidden)
         out, last = self.rnn(x, given[0] if given and len(given) == 1 else given)  # an LSTM takes a pair, a GRU one
         return out, last if isinstance(last, tuple) else (last,)
+
+    def _run_packed(self, x: Tensor, hidden: State | None, lengths: Tensor) -> tuple[Tensor, State]:
+        """As `_run`, for sequences of unequal lengths: one call, which cuDNN computes without padding."""
+        given = None if hidden is None else tuple(part.contiguous() for part in hidden)
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        out, last = self.rnn(packed, given[0] if given and len(given) == 1 else given)
+        padded, _ = pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])
+        return padded, last if isinstance(last, tuple) else (last,)
 
     def _run_until_each_ends(self, x: Tensor, hidden: State | None, lengths: list[int]) -> tuple[Tensor, State]:
         """As `_run`, for sequences of unequal lengths: all together up to the end of the shortest, and so on.
@@ -336,18 +372,21 @@ class PhaseModel(nn.Module):
         self, x: Tensor, state: State | None = None, lengths: Tensor | None = None
     ) -> tuple[list[Tensor], State]:
         """x (B, T, D) -> logits of every stage [(B, T, C), ...] and the state, as `Head.training_logits`."""
-        return self.head.training_logits(self.standardise(x), state, lengths)
+        stages, _, state = self.outputs(x, state, lengths)
+        return stages, state
 
     def outputs(
         self, x: Tensor, state: State | None = None, lengths: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor, State]:
         """x (B, T, D) -> logits of every stage, what the last layer reads (B, T, H), and the state."""
+        if isinstance(self.head, RecurrentHead):
+            return self.head.outputs_of_stored(x, self.standardise, state, lengths)
         return self.head.outputs(self.standardise(x), state, lengths)
 
     def logits(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         """x (B, T, D) -> the last stage's logits (B, T, C) and the state, as `Head.forward`."""
-        logits, state = self.head(self.standardise(x), state, lengths)
-        return logits, state
+        stages, state = self(x, state, lengths)
+        return stages[-1], state
 
     def step(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
         """One frame: x (B, D) -> logits (B, C) and the state, as `Head.step`."""

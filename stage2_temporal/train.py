@@ -23,7 +23,7 @@ from configs import schema
 from configs.errors import UserError
 from configs.load import differences
 from configs.schema import Config
-from engine.device import make_accelerator, seed_everything
+from engine.device import cpu_has_bf16, make_accelerator, seed_everything
 from engine.files import make_folder, sha256_file
 from engine.logs import METRICS_FILE, read_metrics
 from engine.processes import Processes, join
@@ -40,7 +40,7 @@ from stage2_temporal.data import (
     read_training_data,
     require_same_phases,
 )
-from stage2_temporal.model import PhaseModel, Standardise, build_head, detach_state, first_rows
+from stage2_temporal.model import LstmHead, PhaseModel, Standardise, build_head, detach_state, first_rows
 from stage2_temporal.predict import KIND, predict_spans
 
 FRAME_FOLDER = "frame"
@@ -70,6 +70,7 @@ def train_temporal(
     if not data.val and processes.first:
         say(f"{folder}: no validation videos with phases, so the last epoch is kept and none is chosen")
     accelerator, precision = make_accelerator(config.device, config.temporal.precision)
+    _require_bf16(config.temporal, accelerator.device)
     constants = _constants(config, data)
     data = data.to(accelerator.device)
     outcome = train_head(stage.path, config.temporal.head, config, data, constants, accelerator, stop, processes)
@@ -110,6 +111,8 @@ def train_head(
     settings, bank = config.temporal, data.bank
     seed_everything(config.seed)
     model = PhaseModel(Standardise(*constants), build_head(head, bank.embedding_dim, len(data.phases)))
+    if isinstance(model.head, LstmHead):
+        model.head.bf16_projection = settings.projection == "bf16"
     if settings.start_from is not None and head == settings.head:
         model.load_state_dict(_start_weights(settings.start_from, head, data))
     criterion = PhaseLoss(settings, bank, data.train, len(data.phases), processes.total)
@@ -269,6 +272,18 @@ def _require_sensible(settings: schema.TemporalConfig) -> None:
             "temporal.tool_logits=true: a joint net's phase branch has no such input to start from; leave out one of "
             "the two"
         )
+
+
+def _require_bf16(settings: schema.TemporalConfig, device: torch.device) -> None:
+    """Raise UserError where `projection: bf16` would change nothing, or be emulated and slower than fp32."""
+    if settings.projection != "bf16":
+        return
+    if not isinstance(settings.head, schema.LstmHead) or settings.head.bidirectional:
+        raise UserError("temporal.projection=bf16 is of the LSTM that reads forwards alone; leave it at auto")
+    if device.type != "cpu":
+        raise UserError(f"temporal.projection=bf16 is for CPUs, not {device.type}; set temporal.precision=bf16 instead")
+    if not cpu_has_bf16():
+        raise UserError("temporal.projection=bf16: this CPU has no native bf16, so it would be slower; use fp32")
 
 
 def _start_weights(path: Path, head: schema.HeadConfig, data: TrainingData) -> dict[str, Any]:
