@@ -9,6 +9,7 @@ on from there. Nothing here imports torch.
 from __future__ import annotations
 
 import getpass
+import math
 import os
 import re
 import shlex
@@ -18,8 +19,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +50,7 @@ HOLD_S = 300.0
 # Exit codes of a stage that can go on: it has saved, or was stopped before it could watch for signals.
 _CAN_GO_ON = (EXIT_PREEMPTED, -signal.SIGTERM)
 _OURS = frozenset(
-    "array error job_id map_count no_requeue open_mode output requeue setup signal srun_args teardown use_srun".split()
+    "error job_id map_count no_requeue open_mode output requeue setup signal srun_args teardown use_srun".split()
 )
 _AS_OPTIONS = {
     "partition": "--partition",
@@ -60,6 +63,7 @@ _AS_OPTIONS = {
     "timeout_min": "--time",
     "ntasks_per_node": "--gpus-per-node",
     "tasks_per_node": "--gpus-per-node",
+    "array": "--array",
 }
 
 
@@ -192,7 +196,9 @@ class Submission:
     job_ids: tuple[str, ...] = ()
 
     def sentences(self) -> list[str]:
-        """What a user needs to know after submitting."""
+        """What a user needs to know: before submitting the command, afterwards how to follow it."""
+        if not self.job_ids:
+            return [f"command: {shlex.join(command)}" for command in self.commands]
         jobs = self.job_ids[0].partition("_")[0]
         return [
             f"submitted: job {', '.join(self.job_ids)}; script, command and parameters in {self.folder}",
@@ -225,9 +231,13 @@ def submit(request: Request, run: Path, program: Path, *, dry_run: bool = False)
     patience_s = float(max(1, delay_s - _REQUEUE_S))
     jobs = [StageCommand(command, Path.cwd(), request.max_requeues, patience_s) for command in commands]
     try:
-        job_ids = _send(executor, jobs)
+        with redirect_stderr(StringIO()):  # submitit prints what it raises, too
+            job_ids = _send(executor, jobs)
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)  # nothing was submitted; sbatch says why
+        with suppress(OSError):  # nor is an empty run left behind
+            folder.parent.rmdir()
+            run.rmdir()
         if type(error).__name__ not in ("FailedJobError", "FailedSubmissionError"):
             raise
         raise UserError(f"sbatch refused: {' '.join(str(error).replace('sbatch: error:', '').split())}") from error
@@ -258,7 +268,9 @@ def parse_time_limit(text: str) -> int:
 
 
 def _parameters(request: Request) -> dict[str, Any]:
-    """The request in submitit's words. Raises UserError where it makes no sense."""
+    """The request in submitit's words for sbatch's. Raises UserError where it makes no sense."""
+    if request.stage not in STAGES:
+        raise UserError(f"submit {request.stage}: no stage that can be a job; choose {', '.join(STAGES)}")
     tasks = request.gpus_per_node or 1
     if tasks * request.nodes > 1:
         if not STAGES[request.stage]:
@@ -269,23 +281,26 @@ def _parameters(request: Request) -> dict[str, Any]:
         raise UserError(f"--array: only extract falls into independent parts, not {request.stage}")
     parameters: dict[str, Any] = {
         "job_name": request.stage,
-        "timeout_min": request.time_min,
+        "time": request.time_min,
         "nodes": request.nodes,
-        "tasks_per_node": tasks,
+        "ntasks_per_node": tasks,
         "partition": request.partition,
         "gpus_per_node": request.gpus_per_node,
         "cpus_per_task": request.cpus_per_task,
-        "mem_gb": request.mem_gb,
-        "signal_delay_s": SIGNAL_DELAY_S if request.time_min > 3 else 20 * request.time_min,
-        "wckey": None,
+        "mem": None if request.mem_gb is None else f"{math.ceil(request.mem_gb * 1024)}M",
+        "signal_delay_s": SIGNAL_DELAY_S,
     }
     parameters = {key: value for key, value in parameters.items() if value is not None}
+    parameters["wckey"] = None  # submitit's own is refused where accounting knows no such key
     if request.cpus_per_task:  # srun no longer takes it over from sbatch (Slurm 22.05)
         parameters["srun_args"] = [f"--cpus-per-task={request.cpus_per_task}"]
     parameters |= _more(request.more)
     delay_s = parameters["signal_delay_s"]
     if not isinstance(delay_s, int) or not 0 < delay_s < 60 * request.time_min:
-        raise UserError(f"--slurm signal_delay_s={delay_s}: expected seconds, fewer than the time limit has")
+        raise UserError(
+            f"--time: {request.time_min} min leaves no room for the signal {delay_s} s before it; "
+            "set a longer limit, or fewer seconds with --slurm signal_delay_s=N"
+        )
     return parameters
 
 

@@ -6,6 +6,7 @@ happens; the machine's own Slurm or munge, where there is one, is neither used n
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import shutil
@@ -17,7 +18,9 @@ from pathlib import Path
 
 CPUS = 8  # more than many machines have: jobs of these tests are small, and array tasks must run side by side
 KILL_WAIT_S = 10
+GRACE_S = 20  # of the partition that is preempted: between SIGTERM and the end
 START_S = 60.0
+_PR_SET_PDEATHSIG = 1
 
 
 class ClusterError(RuntimeError):
@@ -86,6 +89,7 @@ class Cluster:
                 stderr=log,
                 env={**os.environ, **self.environment},
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         self._daemons.append((program, daemon))
 
@@ -152,7 +156,11 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 NodeName={host} NodeAddr=127.0.0.1 CPUs={CPUS} State=UNKNOWN
-PartitionName=tests Nodes={host} Default=YES MaxTime=60 State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=tests Nodes={host} Default=YES MaxTime=60 State=UP PriorityTier=1 PreemptMode=OFF
+PartitionName=scavenge Nodes={host} MaxTime=60 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime={GRACE_S}
+PartitionName=urgent Nodes={host} MaxTime=60 State=UP PriorityTier=2 PreemptMode=OFF
 """
         )
 
@@ -173,6 +181,11 @@ def _user() -> str:
     import pwd
 
     return pwd.getpwuid(os.getuid()).pw_name
+
+
+def _end_with_parent() -> None:
+    """Ask Linux for SIGTERM when the parent dies, so that even kill -9 leaves no daemon behind."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def end_on_signals() -> None:
