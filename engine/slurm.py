@@ -307,7 +307,16 @@ def _parameters(request: Request) -> dict[str, Any]:
 def _more(options: Sequence[str]) -> dict[str, Any]:
     """`--slurm KEY=VALUE` as parameters of submitit, or where it has no such one, of sbatch."""
     known = {"account", "comment", "constraint", "cpus_per_gpu", "dependency", "exclude", "exclusive", "gres"}
-    known |= {"job_name", "mem_per_cpu", "mem_per_gpu", "nodelist", "qos", "signal_delay_s", "wckey", "array_parallelism"}
+    known |= {
+        "job_name",
+        "mem_per_cpu",
+        "mem_per_gpu",
+        "nodelist",
+        "qos",
+        "signal_delay_s",
+        "wckey",
+        "array_parallelism",
+    }
     found: dict[str, Any] = {}
     rest: dict[str, Any] = {"requeue": True}
     for option in options:

@@ -155,7 +155,7 @@ SchedulerParameters=bf_interval=5,sched_interval=5,batch_sched_delay=0,sched_min
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
-NodeName={host} NodeAddr=127.0.0.1 CPUs={CPUS} State=UNKNOWN
+NodeName={host} NodeAddr=127.0.0.1 CPUs={CPUS} RealMemory=2048 State=UNKNOWN
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=tests Nodes={host} Default=YES MaxTime=60 State=UP PriorityTier=1 PreemptMode=OFF

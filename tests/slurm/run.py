@@ -49,7 +49,9 @@ def _run_pytest(cluster: Cluster, arguments: Sequence[str]) -> int:
         check=False,
     )
     if done.returncode:
-        print(cluster.logs(), file=sys.stderr)
+        kept = PROJECT / "artifacts/slurm-tests.log"  # pytest's line stays the last
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(cluster.logs())
     return done.returncode
 
 

@@ -35,7 +35,9 @@ def undisturbed(place: Path) -> str:
 def test_extract_as_an_array_writes_the_bytes_of_one_process(place: Path) -> None:
     options = ["--config", "tiny.yaml", "--name"]
     succeed(["extract", *options, "whole", "--set", "extract.store=whole"], place)
-    ids = submit(["extract", "--array", "2", "--time", "10", "--", *options, "sharded", "--set", "extract.store=sharded"], place)
+    ids = submit(
+        ["extract", "--array", "2", "--time", "10", "--", *options, "sharded", "--set", "extract.store=sharded"], place
+    )
     assert [name.partition("_")[2] for name in ids] == ["0", "1"]
     for name in ids:
         assert wait_until_ended(name)["JobState"] == "COMPLETED", job_log(place, "sharded")
@@ -51,7 +53,9 @@ def test_extract_as_an_array_writes_the_bytes_of_one_process(place: Path) -> Non
 
 
 def test_what_was_submitted_is_kept_with_the_run(place: Path) -> None:
-    (name,) = submit(["evaluate", "--time", "7", "--cpus-per-task", "2", "--", "--config", "tiny.yaml", "--name", "kept"], place)
+    (name,) = submit(
+        ["evaluate", "--time", "7", "--cpus-per-task", "2", "--", "--config", "tiny.yaml", "--name", "kept"], place
+    )
     folder, record = submission(place, "kept")
     assert record["job_ids"] == [name]
     assert record["commands"][0][2:] == ["evaluate", "--config", "tiny.yaml", "--name", "kept"]
@@ -81,7 +85,10 @@ def test_what_sbatch_refuses_is_one_line_and_leaves_nothing(place: Path) -> None
 
 def test_the_script_of_a_dry_run_is_one_that_sbatch_takes(place: Path, tmp_path: Path) -> None:
     before = slurm("squeue", "-h", "-o", "%i")
-    for options in (["--array", "2", "--cpus-per-task", "1", "--mem-gb", "1"], ["--partition", "scavenge", "--slurm", "nice"]):
+    for options in (
+        ["--array", "2", "--cpus-per-task", "1", "--mem-gb", "1"],
+        ["--partition", "scavenge", "--slurm", "nice"],
+    ):
         done = pipeline(["submit", "extract", *options, "--dry-run", "--", *TRAIN, "dry"], place)
         assert done.returncode == 0, done.stderr
         assert "extract --config tiny.yaml --name dry" in done.stderr
