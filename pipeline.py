@@ -792,9 +792,9 @@ def submit_command(
 ) -> None:
     """Run STAGE as a Slurm job, for example: submit train-cnn --partition gpu --gpus-per-node 2 -- --name first
 
-    What follows -- is the stage's own command line, read before anything is submitted. Shortly before the time limit, or
-    when the cluster asks for the machine back, the stage saves, the job goes back into the queue and goes on from there.
-    Script, command, parameters and logs are kept in RUN/slurm. See docs/clusters.md.
+    What follows -- is the stage's own command line, read before anything is submitted. Shortly before the time limit,
+    or when the cluster asks for the machine back, the stage saves, the job goes back into the queue and goes on from
+    there. Script, command, parameters and logs are kept in RUN/slurm. See docs/clusters.md.
     """
     from engine import slurm
 

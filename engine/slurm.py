@@ -50,7 +50,20 @@ HOLD_S = 300.0
 # Exit codes of a stage that can go on: it has saved, or was stopped before it could watch for signals.
 _CAN_GO_ON = (EXIT_PREEMPTED, -signal.SIGTERM)
 _OURS = frozenset(
-    "error job_id map_count no_requeue open_mode output requeue setup signal srun_args teardown use_srun".split()
+    [
+        "error",
+        "job_id",
+        "map_count",
+        "no_requeue",
+        "open_mode",
+        "output",
+        "requeue",
+        "setup",
+        "signal",
+        "srun_args",
+        "teardown",
+        "use_srun",
+    ]
 )
 _AS_OPTIONS = {
     "partition": "--partition",

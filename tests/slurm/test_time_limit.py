@@ -64,7 +64,7 @@ def script(place: Path, options: list[str]) -> Path:
 
 @pytest.fixture(scope="module")
 def ended(place: Path, options: list[str], script: Path) -> Iterator[dict[str, dict[str, str]]]:
-    """All at the same time: one left alone, one submitted, one by the script; what Slurm says of the jobs at the end."""
+    """At the same time one left alone, one submitted, one by the script; what Slurm says of the jobs at the end."""
     alone = start(["train-cnn", *options, "alone"], place)
     try:
         limit = ["--time", "1", "--slurm", f"signal_delay_s={DELAY_S}"]
