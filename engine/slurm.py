@@ -49,22 +49,8 @@ _REQUEUE_S = 10
 HOLD_S = 300.0
 # Exit codes of a stage that can go on: it has saved, or was stopped before it could watch for signals.
 _CAN_GO_ON = (EXIT_PREEMPTED, -signal.SIGTERM)
-_OURS = frozenset(
-    [
-        "error",
-        "job_id",
-        "map_count",
-        "no_requeue",
-        "open_mode",
-        "output",
-        "requeue",
-        "setup",
-        "signal",
-        "srun_args",
-        "teardown",
-        "use_srun",
-    ]
-)
+_OURS = {"error", "job_id", "map_count", "no_requeue", "open_mode", "output", "requeue", "setup", "signal"}
+_OURS |= {"srun_args", "teardown", "use_srun"}
 _AS_OPTIONS = {
     "partition": "--partition",
     "gpus_per_node": "--gpus-per-node",
@@ -155,7 +141,7 @@ class StageCommand:
         return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
     def _stop(self) -> int | None:
-        """Ask the child to stop, as often as a launcher in between may need; its exit code, None if it has not ended."""
+        """Ask the child to stop and wait; its exit code, None if it has not ended when patience does."""
         if self._process is None:
             return EXIT_PREEMPTED
         code = self._exit_code()
