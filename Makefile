@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-joint test fast fuzz torture lint types bench clean
+.PHONY: help install demo demo-joint test test-slurm fast fuzz torture lint types bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfil
 
 test: $(STAMP) lint types ## install, lint, type-check, run every test
 	$(PYTEST)
+
+test-slurm: $(STAMP) ## test jobs on a real Slurm of one node, installed where missing (YES=1 agrees to that, or CI=true)
+	$(BIN)/python tests/slurm/run.py $(if $(YES),--yes)
 
 fast: $(STAMP) ## only the quick tests
 	$(PYTEST) -m 'not slow'

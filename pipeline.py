@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 EXIT_PARTLY = 1
 EXIT_BAD_INPUT = 2
 EXIT_LOST_ANOTHER = 70  # EX_SOFTWARE: this process was sound, another one of the same training was not
+JOB_STAGES = ("train-cnn", "extract", "train-temporal", "train-joint", "evaluate", "run", "ablate")
 
 
 class Group(click.Group):
@@ -174,6 +175,7 @@ def cli(context: click.Context) -> None:
     predict         phases and tools of new videos: CSV, ribbon, a video with both drawn in
     export          predictions as the original MTRCNet programs' text files
     run             index, both stages and evaluation from one file of settings
+    submit          a stage as a Slurm job, or extract as an array of jobs; goes on by itself after a time limit
     simulate        simulated operations to try it on
     doctor          is this machine able to do what the settings ask for?
 
@@ -859,6 +861,92 @@ def run_command(source: str, overrides: tuple[str, ...], name: str | None) -> No
         summary = run_all(resolved, _run(resolved, source, name), stop)
     if summary["left_out"]:
         sys.exit(EXIT_PARTLY)
+
+
+@cli.command("submit")
+@click.argument("stage", metavar="STAGE", type=click.Choice(JOB_STAGES))
+@click.argument("arguments", metavar="-- [OPTIONS OF THE STAGE]...", nargs=-1, type=click.UNPROCESSED)
+@click.option("--partition", metavar="P", help="Default: the cluster's.")
+@click.option("--gpus-per-node", type=click.IntRange(1), metavar="N", help="One process a GPU where N is above 1.")
+@click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, metavar="N")
+@click.option("--cpus-per-task", type=click.IntRange(1), metavar="N", help="Cores a process.")
+@click.option("--mem-gb", type=click.FloatRange(min=0, min_open=True), metavar="N", help="Memory a node, in GiB.")
+@click.option(
+    "--time", "limit", default="4:00:00", show_default=True, metavar="LIMIT", help="H:MM:SS, D-HH:MM:SS or minutes."
+)
+@click.option("--array", type=click.IntRange(2, 10000), metavar="N", help="Of extract: N jobs, every N-th video each.")
+@click.option("--slurm", "more", multiple=True, metavar="KEY=VALUE", help="Any other option of sbatch. Repeatable.")
+@click.option(
+    "--max-requeues",
+    type=click.IntRange(0),
+    default=30,
+    show_default=True,
+    metavar="N",
+    help="How often the job goes back into the queue at its time limit or when preempted.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the script; touch nothing.")
+def submit_command(
+    stage: str,
+    arguments: tuple[str, ...],
+    partition: str | None,
+    gpus_per_node: int | None,
+    nodes: int,
+    cpus_per_task: int | None,
+    mem_gb: float | None,
+    limit: str,
+    array: int | None,
+    more: tuple[str, ...],
+    max_requeues: int,
+    dry_run: bool,
+) -> None:
+    """Run STAGE as a Slurm job, for example: submit train-cnn --partition gpu --gpus-per-node 2 -- --name first
+
+    What follows -- is the stage's own command line, read before anything is submitted. Shortly before the time limit,
+    or when the cluster asks for the machine back, the stage saves, the job goes back into the queue and goes on from
+    there. Script, command, parameters and logs are kept in RUN/slurm. See docs/clusters.md.
+    """
+    from engine import slurm
+
+    run = _run_of(stage, arguments, array)
+    request = slurm.Request(
+        stage=stage,
+        arguments=arguments,
+        time_min=slurm.parse_time_limit(limit),
+        partition=partition,
+        gpus_per_node=gpus_per_node,
+        nodes=nodes,
+        cpus_per_task=cpus_per_task,
+        mem_gb=mem_gb,
+        array=array,
+        more=more,
+        max_requeues=max_requeues,
+    )
+    submission = slurm.submit(request, run, Path(__file__).resolve(), dry_run=dry_run)
+    for line in submission.sentences():
+        click.echo(line, err=dry_run)
+    if dry_run:
+        click.echo(submission.script, nl=False)
+
+
+def _run_of(stage: str, arguments: tuple[str, ...], array: int | None) -> Path:
+    """The run that a stage's command line works in; everything in it that can be read without the data is."""
+    try:
+        context = cli.commands[stage].make_context(stage, list(arguments))
+    except click.exceptions.Exit:
+        raise UserError(f"submit {stage}: --help asks a question and does no work; ask `{stage} --help`") from None
+    given = context.params
+    if stage == "extract":
+        _shard(given["shard"])
+        if array and context.get_parameter_source("shard") is click.core.ParameterSource.COMMANDLINE:
+            raise UserError("--array: gives each job its --shard; leave out the one given")
+    if stage == "evaluate" and given["predictions"] is not None:
+        raise UserError("evaluate --predictions: takes a second and no run; do it here")
+    if stage == "ablate":
+        from configs.load import load_ablation
+
+        source, overrides = given["base"] or load_ablation(given["ablation"]).base, given["overrides"]
+        return _run(_config(source, overrides), given["ablation"], given["name"])
+    return _run(_config(given["source"], given["overrides"]), given["source"], given["name"])
 
 
 @cli.command("simulate")

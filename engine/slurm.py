@@ -1,0 +1,404 @@
+"""Stages as Slurm jobs through submitit: what is submitted, and what runs inside the job.
+
+Inside a job submitit owns SIGUSR2, which Slurm sends before the time limit (and before preemption where the cluster is
+set up so), and puts the job back into the queue. The stage runs as a child process under its usual signal watcher, so
+that it stops between steps and writes `last.pt` as everywhere else; a requeued job starts the same command, which goes
+on from there. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import getpass
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, suppress
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from engine.files import make_folder, write_json
+from engine.runs import git_revision
+from engine.stopping import EXIT_PREEMPTED
+
+# Stages that make sense as a job, and whether several processes may share one.
+STAGES = {
+    "train-cnn": True,
+    "extract": True,
+    "train-temporal": True,
+    "train-joint": True,
+    "evaluate": False,
+    "run": False,
+    "ablate": False,
+}
+SIGNAL_DELAY_S = 90  # between Slurm's signal and the time limit; submitit's default
+# Of the delay, what stays for telling Slurm after the stage has saved.
+_REQUEUE_S = 10
+# After SIGTERM: how long to stay for Slurm, which ends or requeues a job when its grace time is over. A job that leaves
+# by itself during the grace time of a preemption counts as failed and is never requeued.
+HOLD_S = 300.0
+# Exit codes of a stage that can go on: it has saved, or was stopped before it could watch for signals.
+_CAN_GO_ON = (EXIT_PREEMPTED, -signal.SIGTERM)
+_OURS = {"error", "job_id", "map_count", "no_requeue", "open_mode", "output", "requeue", "setup", "signal"}
+_OURS |= {"srun_args", "teardown", "use_srun"}
+_AS_OPTIONS = {
+    "partition": "--partition",
+    "gpus_per_node": "--gpus-per-node",
+    "nodes": "--nodes",
+    "cpus_per_task": "--cpus-per-task",
+    "mem": "--mem-gb",
+    "mem_gb": "--mem-gb",
+    "time": "--time",
+    "timeout_min": "--time",
+    "ntasks_per_node": "--gpus-per-node",
+    "tasks_per_node": "--gpus-per-node",
+    "array": "--array",
+}
+
+
+# ---------------------------------------------------------------------------------------------- inside the job
+
+
+@dataclass
+class StageCommand:
+    """What a job runs: a stage as a child process, in the folder it was submitted from.
+
+    submitit calls it in every process of the job, and `checkpoint` in a signal handler of the first. `patience_s` is
+    how long the stage may take to save. Instances are pickled, by submitit, between submission and each start.
+    """
+
+    arguments: tuple[str, ...]
+    folder: Path
+    max_requeues: int
+    patience_s: float
+    hold_s: float = HOLD_S
+    requeues: int = 0
+    _process: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __call__(self) -> None:
+        """Run the stage to its end; its exit code becomes the job's (SystemExit), so that 2 is no reason to requeue."""
+        from submitit.core.utils import UncompletedJobError
+
+        self._start()
+        try:
+            self._wait()
+            if self._exit_code() in _CAN_GO_ON:
+                _say(f"the stage was stopped and can go on; waiting up to {self.hold_s:.0f} s for Slurm to decide")
+                time.sleep(self.hold_s)
+                _say("Slurm did nothing: the job ends here; submit it again to go on")
+        except UncompletedJobError:  # from submitit's handler, where `checkpoint` has refused
+            if self._exit_code() is None:
+                raise
+        self._leave()
+
+    def checkpoint(self) -> Any:
+        """Stop the stage, wait until it has saved, and return what a requeued job runs; None to stay out of the queue.
+
+        A stage that is still in a long step when patience ends goes on from its checkpoint before.
+        """
+        from submitit.helpers import DelayedSubmission
+
+        code = self._stop()
+        if code is not None and code not in _CAN_GO_ON:
+            return None  # it has ended, well or badly: nothing to go on with
+        if self.requeues >= self.max_requeues:
+            _say(f"requeued {self.requeues} times, which is the limit; submit again to go on, or with --max-requeues")
+            return None
+        again = replace(self, requeues=self.requeues + 1)
+        _say(f"the stage has {'not ended yet' if code is None else 'saved'}; requeue {again.requeues}")
+        return DelayedSubmission(again)
+
+    def _start(self) -> None:
+        """Start the child deaf to SIGUSR2, which Slurm sends to every process of a job and which would end it."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+        try:
+            self._process = subprocess.Popen(self.arguments, cwd=self.folder)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _wait(self) -> None:
+        """Until the child has ended. It is left unreaped, so that the handler, which may interrupt, finds it too."""
+        assert self._process is not None
+        os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+
+    def _exit_code(self) -> int | None:
+        """The child's exit code, minus a signal's number where one ended it; None while it works (or never began)."""
+        if self._process is None:
+            return None
+        ended = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        if ended is None:
+            return None
+        return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+
+    def _stop(self) -> int | None:
+        """Ask the child to stop and wait; its exit code, None if it has not ended when patience does."""
+        if self._process is None:
+            return EXIT_PREEMPTED
+        code = self._exit_code()
+        if code is None:
+            os.kill(self._process.pid, signal.SIGTERM)
+        limit = time.monotonic() + self.patience_s
+        while code is None and time.monotonic() < limit:
+            time.sleep(0.1)
+            code = self._exit_code()
+        return code
+
+    def _leave(self) -> None:
+        assert self._process is not None
+        code = self._process.wait()
+        if code:
+            raise SystemExit(code if code > 0 else 128 - code)
+
+
+def _say(text: str) -> None:
+    print(f"surgstage: {text}", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------- submitting
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `submit` was asked for. `more` holds further options of sbatch as KEY=VALUE, or KEY for a flag."""
+
+    stage: str
+    arguments: tuple[str, ...]
+    time_min: int
+    partition: str | None = None
+    gpus_per_node: int | None = None
+    nodes: int = 1
+    cpus_per_task: int | None = None
+    mem_gb: float | None = None
+    array: int | None = None
+    more: tuple[str, ...] = ()
+    max_requeues: int = 30
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A request made ready: where its files go, the script, and the command a job (or an array's task) runs."""
+
+    folder: Path
+    script: str
+    commands: tuple[tuple[str, ...], ...]
+    parameters: dict[str, Any]
+    job_ids: tuple[str, ...] = ()
+
+    def sentences(self) -> list[str]:
+        """What a user needs to know: before submitting the command, afterwards how to follow it."""
+        if not self.job_ids:
+            return [f"command: {shlex.join(command)}" for command in self.commands]
+        jobs = self.job_ids[0].partition("_")[0]
+        return [
+            f"submitted: job {', '.join(self.job_ids)}; script, command and parameters in {self.folder}",
+            f"follow:    squeue --jobs={jobs}; tail -F {shlex.quote(str(self.folder))}/*_log.*",
+            f"stop:      scancel {jobs}",
+        ]
+
+
+def submit(request: Request, run: Path, program: Path, *, dry_run: bool = False) -> Submission:
+    """Submit a stage as a Slurm job, or an array of N that extract every N-th video each.
+
+    Everything submitted is kept in `<run>/slurm/<time>-<stage>/`, a new folder each time: the script, the pickled
+    command, `submission.json` (command, parameters, job ids) and, later, the logs. With `dry_run` nothing is touched
+    and no cluster is needed. Raises UserError for a request that makes no sense, without submitit, outside a cluster,
+    and with sbatch's own words where it refuses.
+    """
+    parameters = _parameters(request)
+    delay_s = parameters["signal_delay_s"]
+    base = (sys.executable, str(program), request.stage, *request.arguments)
+    shards = [("--shard", f"{number}/{request.array}") for number in range(request.array)] if request.array else [()]
+    commands = tuple((*base, *shard) for shard in shards)
+    submitit = _submitit()
+    if not dry_run and shutil.which("sbatch") is None:
+        raise UserError("submit: this machine has no sbatch; submit from a login node of the cluster (or --dry-run)")
+    folder = _new_folder(run / "slurm", request.stage, make=not dry_run)
+    executor = _executor(submitit, folder, request, parameters)
+    submission = Submission(folder, _script(executor, request.array), commands, parameters)
+    if dry_run:
+        return submission
+    patience_s = float(max(1, delay_s - _REQUEUE_S))
+    jobs = [StageCommand(command, Path.cwd(), request.max_requeues, patience_s) for command in commands]
+    try:
+        with redirect_stderr(StringIO()):  # submitit prints what it raises, too
+            job_ids = _send(executor, jobs)
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)  # nothing was submitted; sbatch says why
+        with suppress(OSError):  # nor is an empty run left behind
+            folder.parent.rmdir()
+            run.rmdir()
+        if type(error).__name__ not in ("FailedJobError", "FailedSubmissionError"):
+            raise
+        raise UserError(f"sbatch refused: {' '.join(str(error).replace('sbatch: error:', '').split())}") from error
+    submission = replace(submission, job_ids=job_ids)
+    write_json(folder / "submission.json", _record(request, submission))
+    return submission
+
+
+def parse_time_limit(text: str) -> int:
+    """Minutes, rounded up, of a limit as Slurm writes them: `90`, `4:00:00`, `30:00` (minutes), `2-12:00:00`, `2-12`.
+
+    Raises UserError for anything else, zero included.
+    """
+    match = re.fullmatch(r"(?:(\d{1,3})-)?(\d{1,6})(?::(\d{1,2}))?(?::(\d{1,2}))?", text.strip())
+    if match is None:
+        raise UserError(f"--time {text}: expected minutes, H:MM:SS or D-HH:MM:SS, for example 4:00:00")
+    days, *parts = (int(part) if part else None for part in match.groups())
+    first, second, third = parts
+    if days is not None:  # days-hours[:minutes[:seconds]]
+        seconds = ((days * 24 + (first or 0)) * 60 + (second or 0)) * 60 + (third or 0)
+    elif third is not None:
+        seconds = ((first or 0) * 60 + (second or 0)) * 60 + third
+    else:
+        seconds = (first or 0) * 60 + (second or 0)
+    if seconds == 0:
+        raise UserError(f"--time {text}: a job needs at least a minute")
+    return -(-seconds // 60)
+
+
+def _parameters(request: Request) -> dict[str, Any]:
+    """The request in submitit's words for sbatch's. Raises UserError where it makes no sense."""
+    if request.stage not in STAGES:
+        raise UserError(f"submit {request.stage}: no stage that can be a job; choose {', '.join(STAGES)}")
+    tasks = request.gpus_per_node or 1
+    if tasks * request.nodes > 1:
+        if not STAGES[request.stage]:
+            raise UserError(f"{request.stage} is one process: leave out --nodes, and --gpus-per-node but for 1")
+        if request.array:
+            raise UserError("--array: its tasks are one process each; leave out --nodes, and --gpus-per-node but for 1")
+    if request.array and request.stage != "extract":
+        raise UserError(f"--array: only extract falls into independent parts, not {request.stage}")
+    parameters: dict[str, Any] = {
+        "job_name": request.stage,
+        "time": request.time_min,
+        "nodes": request.nodes,
+        "ntasks_per_node": tasks,
+        "partition": request.partition,
+        "gpus_per_node": request.gpus_per_node,
+        "cpus_per_task": request.cpus_per_task,
+        "mem": None if request.mem_gb is None else f"{math.ceil(request.mem_gb * 1024)}M",
+        "signal_delay_s": SIGNAL_DELAY_S,
+    }
+    parameters = {key: value for key, value in parameters.items() if value is not None}
+    parameters["wckey"] = None  # submitit's own is refused where accounting knows no such key
+    if request.cpus_per_task:  # srun no longer takes it over from sbatch (Slurm 22.05)
+        parameters["srun_args"] = [f"--cpus-per-task={request.cpus_per_task}"]
+    parameters |= _more(request.more)
+    delay_s = parameters["signal_delay_s"]
+    if not isinstance(delay_s, int) or not 0 < delay_s < 60 * request.time_min:
+        raise UserError(
+            f"--time: {request.time_min} min leaves no room for the signal {delay_s} s before it; "
+            "set a longer limit, or fewer seconds with --slurm signal_delay_s=N"
+        )
+    return parameters
+
+
+def _more(options: Sequence[str]) -> dict[str, Any]:
+    """`--slurm KEY=VALUE` as parameters of submitit, or where it has no such one, of sbatch."""
+    known = {"account", "comment", "constraint", "cpus_per_gpu", "dependency", "exclude", "exclusive", "gres"}
+    known |= {
+        "job_name",
+        "mem_per_cpu",
+        "mem_per_gpu",
+        "nodelist",
+        "qos",
+        "signal_delay_s",
+        "wckey",
+        "array_parallelism",
+    }
+    found: dict[str, Any] = {}
+    rest: dict[str, Any] = {"requeue": True}
+    for option in options:
+        name, equals, text = option.partition("=")
+        key = name.strip().lstrip("-").replace("-", "_")
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", key) or not text.isprintable() or (equals and not text):
+            raise UserError(f"--slurm {option!r}: expected KEY=VALUE as sbatch has it, for example qos=high")
+        if key in _AS_OPTIONS:
+            raise UserError(f"--slurm {option}: has an option of its own, {_AS_OPTIONS[key]}")
+        if key in _OURS:
+            raise UserError(f"--slurm {option}: is set by submit itself; leave it out")
+        value: Any = True if not equals else int(text) if text.isdecimal() else text
+        (found if key in known else rest)[key] = value
+    return found | {"additional_parameters": rest}
+
+
+def _submitit() -> Any:
+    try:
+        import submitit
+    except ImportError as error:
+        raise UserError("submit: needs submitit; install it with: pip install 'surgstage[slurm]'") from error
+    return submitit
+
+
+def _executor(submitit: Any, folder: Path, request: Request, parameters: Mapping[str, Any]) -> Any:
+    """submitit's executor for one submission; unlike its parent it can be made where there is no cluster."""
+
+    class Executor(submitit.SlurmExecutor):  # type: ignore[misc]
+        @classmethod
+        def affinity(cls) -> int:
+            return 2
+
+    # the job unpickles StageCommand: it must find this very checkout, wherever the job was submitted from
+    home = shlex.quote(str(Path(__file__).resolve().parent.parent))
+    executor = Executor(folder=folder, max_num_timeout=request.max_requeues)
+    executor.update_parameters(**parameters, setup=[f'export PYTHONPATH={home}"${{PYTHONPATH:+:$PYTHONPATH}}"'])
+    return executor
+
+
+def _script(executor: Any, array: int | None) -> str:
+    """The script as submitit will hand it to sbatch."""
+    if not array:
+        return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
+    executor.parameters["map_count"] = array
+    try:
+        return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
+    finally:
+        del executor.parameters["map_count"]
+
+
+def _send(executor: Any, jobs: Sequence[StageCommand]) -> tuple[str, ...]:
+    """Submit; several become one array. Returns job ids."""
+    if len(jobs) == 1:
+        return (str(executor.submit(jobs[0]).job_id),)
+    with executor.batch():
+        sent = [executor.submit(job) for job in jobs]
+    return tuple(str(job.job_id) for job in sent)
+
+
+def _new_folder(parent: Path, stage: str, *, make: bool) -> Path:
+    """A folder for one submission that nobody else has: time and stage, and a number where two come in one second."""
+    name = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{stage}"
+    for number in range(1, 1000):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        if not make:
+            return folder.absolute()
+        make_folder(parent)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder.absolute()
+    raise UserError(f"{parent}: full of submissions of this second; try again")
+
+
+def _record(request: Request, submission: Submission) -> dict[str, Any]:
+    return {
+        "job_ids": list(submission.job_ids),
+        "submitted": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "user": getpass.getuser(),
+        "git_revision": git_revision(),
+        "folder": str(Path.cwd()),
+        "commands": [list(command) for command in submission.commands],
+        "request": asdict(request),
+        "parameters": submission.parameters,
+    }

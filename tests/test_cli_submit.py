@@ -1,0 +1,63 @@
+"""`submit` as a user types it where there is no cluster: what is refused at the desk, and the dry run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from pipeline import cli
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def submit(*words: str) -> Result:
+    return CliRunner().invoke(cli, ["submit", *words])
+
+
+def test_a_dry_run_prints_the_script_and_apart_from_it_the_command(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(f"runs: {tmp_path / 'runs'}\n")
+    done = submit("train-temporal", "--time", "30", "--dry-run", "--", "--config", str(tmp_path / "own.yaml"))
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("#!/bin/bash\n")
+    assert f"{tmp_path}/runs/own/slurm/" in done.stdout
+    assert done.stderr.startswith("command: ")
+    assert "pipeline.py train-temporal --config" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["train-cnn", "--", "--set", "cnn.epoch=3"], "unknown key cnn.epoch; did you mean cnn.epochs?"),
+        (["train-cnn", "--", "--nonsense"], "No such option '--nonsense'"),
+        (["train-cnn", "--", "--name", "../x"], "run name '../x'"),
+        (["train-cnn", "--config", "demo"], "No such option '--config'"),
+        (["extract", "--", "--shard", "2/2"], "--shard 2/2"),
+        (["extract", "--array", "2", "--", "--shard", "0/2"], "leave out the one given"),
+        (["ablate", "--", "nothing"], "no such ablation"),
+        (["ablate", "--", "hidden", "--set", "temporal.epoch=3"], "unknown key temporal.epoch"),
+        (["evaluate", "--", "--predictions", "x"], "do it here"),
+        (["simulate", "--", "x"], "is not one of"),
+        (["extract", "--time", "soon"], "--time soon"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_submitted(words: list[str], reason: str) -> None:
+    done = submit(*words)
+    assert done.exit_code == 2
+    assert reason in done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_help_needs_neither_torch_nor_submitit() -> None:
+    code = (
+        "import sys; sys.argv = ['pipeline.py', 'submit', '--help']; import pipeline\n"
+        "try: pipeline.cli()\n"
+        "except SystemExit: assert not {'torch', 'submitit', 'pydantic'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "submit train-cnn --partition gpu" in " ".join(done.stdout.split())
