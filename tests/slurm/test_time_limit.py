@@ -71,8 +71,8 @@ def ended(place: Path, options: list[str], script: Path) -> Iterator[dict[str, d
         (submitted,) = submit(["train-cnn", *limit, "--", *options, "submitted"], place)
         scripted = slurm("sbatch", "--parsable", str(script), folder=place).strip()
         yield {
-            "submitted": wait_until_ended(submitted, 400),
-            "scripted": wait_until_ended(scripted, 400),
+            "submitted": wait_until_ended(submitted, 600),
+            "scripted": wait_until_ended(scripted, 600),
         }
         assert alone.wait(timeout=240) == 0
     finally:
@@ -81,7 +81,7 @@ def ended(place: Path, options: list[str], script: Path) -> Iterator[dict[str, d
             alone.wait()
 
 
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize("how", ["submitted", "scripted"])
 def test_a_training_longer_than_its_limit_goes_on_by_itself(
     place: Path, ended: dict[str, dict[str, str]], how: str
