@@ -34,7 +34,7 @@ from tests.commands import Command, group_members, import_everything, start_fork
 POLL_S = 0.002
 LONGEST_S = 240.0  # for a command that runs undisturbed
 STOPS_WITHIN_S = 10.0
-ORPHANS_END_WITHIN_S = 20.0
+ORPHANS_END_WITHIN_S = 60.0  # one that imports torch on a busy machine ends when it has done so
 ENOUGH_KILLS = 20  # from here on, the share that left a partial file counts
 SHARE_PARTIAL = 0.6
 FRESH, AGAIN, ONCE_MORE, GENTLE, WHOLE_GROUP = 1 / 8, 0.3, 0.3, 0.4, 0.5
