@@ -75,6 +75,7 @@ bench: $(STAMP) ## time what docs/performance.md quotes; results in artifacts/be
 	$(BIN)/python benchmarks/loader.py --json artifacts/bench/loader.json
 	$(BIN)/python benchmarks/scaling.py --json artifacts/bench/scaling.json
 	$(BIN)/python benchmarks/evaluate.py --json artifacts/bench/evaluate.json
+	$(BIN)/python benchmarks/readers.py --json artifacts/bench/readers.json
 	$(BIN)/python benchmarks/extract.py --json artifacts/bench/extract.json
 	$(BIN)/python benchmarks/report.py --json artifacts/bench/report.json
 

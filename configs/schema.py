@@ -250,12 +250,15 @@ class ExtractConfig(Strict):
     )
     precision: Precision = Field("auto", description="arithmetic of the forward pass")
     storage: Literal["float16", "float32"] = "float16"
-    batch_frames: int = Field(32, ge=1)
+    batch_frames: int | None = Field(None, ge=1, description="frames at a time; none picks 8 on a CPU, 64 elsewhere")
     workers: int = Field(-1, ge=-1, description="processes at work; -1 picks one a core where there is enough to do")
     segments: bool = Field(True, description="a video may be split among processes, at batches; features are the same")
     segment_frames: int = Field(128, ge=1, description="a part of a split video has at least so many samples")
     decode_ahead: Literal["auto", "on", "off"] = Field(
         "auto", description="processes only decode, for one that computes; auto: on a GPU"
+    )
+    hardware_decoding: str | None = Field(
+        None, description="a device that decodes by PyAV (cuda, qsv, ...); refused unless it gives the software's bytes"
     )
     compile: bool = Field(False, description="torch.compile the backbone; part of the features' identity")
 

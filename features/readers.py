@@ -6,9 +6,9 @@ A rotation noted in the container (a multiple of 90 degrees) is applied, by both
 what their player showed. In a frame folder, frame k is the image of source frame k; an EXIF rotation is applied.
 
 **Readers.** PyAV is the reference, and what `reader="auto"` takes: on real operations it gives nearly twice the sampled
-frames a second (docs/performance.md). `reader="decord"` takes decord 0.6.0 where it provably gives the same bytes, and
-raises `ReaderError` elsewhere. Where it differs (each measured with decord 0.6.0 and PyAV 18.1;
-`tests/features/test_readers.py` holds every case):
+frames a second (`benchmarks/readers.py`, docs/performance.md). `reader="decord"` takes decord 0.6.0 where it provably
+gives the same bytes, and raises `ReaderError` elsewhere. Where it differs (each measured with decord 0.6.0 and PyAV
+18.1; `tests/features/test_readers.py` holds every case):
 
 - AVI, MPEG-TS: no usable presentation times or a seek that lands elsewhere; wrong frames throughout.
 - open GOP and intra refresh (key frames that are no IDR pictures): decord numbers key frames by decoding order; wrong
@@ -146,17 +146,22 @@ def open_reader(
     frames: FrameFolder | None,
     fps: float,
     threads: int = 1,
+    hardware: str | None = None,
 ) -> FrameReader:
     """Open a source of frames; `fps` is the source's rate and is only passed on.
 
-    `threads` is for PyAV alone: several videos at once beat several threads on one. Open a reader in the process that
-    uses it. Raises ReaderError when the source cannot be read, or when `reader` is decord and would give other frames.
+    `threads` is for PyAV alone: several videos at once beat several threads on one. `hardware` is a kind of device that
+    FFmpeg decodes on (cuda, qsv, ...), for PyAV and videos alone. Open a reader in the process that uses it. Raises
+    ReaderError when the source cannot be read, or when decord or hardware was asked for and would give other frames.
     """
     if kind == "frames":
         if frames is None:
             raise ValueError("a frame folder needs its list of files")
         return FolderReader(source_path, frames)
     scan = scan_video(source_path)
+    if hardware is not None:
+        _require_same_on_hardware(scan, hardware, reader)
+        return PyavReader(scan, fps, 1, hardware)
     pyav = PyavReader(scan, fps, threads)
     if reader != "decord":
         return pyav
@@ -211,25 +216,45 @@ def _import_av() -> ModuleType:
     return av
 
 
-def _open_container(path: Path) -> Any:
-    """An open PyAV container. Raises ReaderError, in one line, for everything that is not a readable video."""
+def _open_container(path: Path, hardware: str | None = None) -> Any:
+    """An open PyAV container. Raises ReaderError, in one line, for everything that is not a readable video.
+
+    Its pictures are decoded by `hardware` where that is named, and then by nothing else.
+    """
     av = _import_av()
     try:
         if path.stat().st_size == 0:
             raise ReaderError(f"{path}: an empty file (0 bytes); copy it again or leave it out")
         if claim := overclaim(path):
             raise ReaderError(f"{path}: {claim}; {_WAY_OUT}")
+        accelerated = _accelerated(path, hardware) if hardware is not None else {}
         # `file:` and the white list keep odd names and playlists in disguise from reaching other files or the network.
-        return av.open(f"file:{path}", metadata_errors="replace", options={"protocol_whitelist": "file"})
+        return av.open(f"file:{path}", metadata_errors="replace", options={"protocol_whitelist": "file"}, **accelerated)
     except FileNotFoundError as error:
         raise ReaderError(f"{path}: no such file") from error
-    except (av.error.FFmpegError, OSError) as error:
+    except (av.error.FFmpegError, OSError, RuntimeError) as error:
+        if hardware is not None:
+            raise _no_hardware(path, hardware, error) from error
         if _ends_early(path):
             raise ReaderError(
                 f"{path}: cut short, not even frame 0 can be had; copy it again or leave it out"
             ) from error
-        what = error.strerror or type(error).__name__
+        what = getattr(error, "strerror", None) or type(error).__name__
         raise ReaderError(f"{path}: not a video that can be read ({what}); {_WAY_OUT}") from error
+
+
+def _accelerated(path: Path, hardware: str) -> dict[str, Any]:
+    """What PyAV's `open` takes to decode on hardware and to fail rather than to do it in software."""
+    try:
+        from av.codec.hwaccel import HWAccel
+    except ImportError as error:  # PyAV before 14
+        raise _no_hardware(path, hardware, error) from error
+    return {"hwaccel": HWAccel(device_type=hardware, allow_software_fallback=False)}
+
+
+def _no_hardware(path: Path, hardware: str, error: Exception) -> ReaderError:
+    what = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    return ReaderError(f"{path}: cannot be decoded by {hardware} ({what}); leave extract.hardware_decoding unset")
 
 
 def _video_stream(container: Any, path: Path) -> Any:
@@ -509,14 +534,16 @@ class PyavReader(ClosingReader):
     # No codec FFmpeg decodes reorders over more pictures than this (H.264 and HEVC: 16).
     _MAX_REORDER = 16
 
-    def __init__(self, scan: VideoScan, fps: float, threads: int = 1) -> None:
+    def __init__(self, scan: VideoScan, fps: float, threads: int = 1, hardware: str | None = None) -> None:
         av = _import_av()
         ffmpeg = getattr(av, "ffmpeg_version_info", None)
         self.version = f"{av.__version__} (FFmpeg {ffmpeg})" if ffmpeg else av.__version__
+        self.version += f", decoded by {hardware}" if hardware is not None else ""
         self.fps = fps
         self.frame_count = scan.frame_count
         self._scan = scan
         self._threads = threads
+        self._hardware = hardware
         self._readings: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def read(self, frame_index: Sequence[int]) -> Iterator[np.ndarray]:
@@ -589,7 +616,7 @@ class PyavReader(ClosingReader):
         """
         first = int(np.argmax(self._plan(wanted)[0])) if self._scan.numbered else 0
         for time_stamp in (*self._seek_times(first), None):
-            with _open_container(self._scan.path) as container:
+            with _open_container(self._scan.path, self._hardware) as container:
                 stream = _video_stream(container, self._scan.path)
                 packets = self._packets_after(container, stream, first, time_stamp)
                 if packets is not None:
@@ -675,6 +702,29 @@ def _upright(picture: Any, stream: Any) -> np.ndarray:
     rgb: np.ndarray = picture.to_ndarray(format="rgb24")
     turns = _turns(picture, stream)
     return np.ascontiguousarray(np.rot90(rgb, turns))
+
+
+_SAME_ON_HARDWARE: dict[tuple[Any, ...], bool] = {}
+
+
+def _require_same_on_hardware(scan: VideoScan, hardware: str, reader: str) -> None:
+    """Raise ReaderError unless the hardware's first picture is the software's to the byte.
+
+    Decided once for each kind of picture in a process. Features then need no other name than the software's.
+    """
+    if reader == "decord":
+        raise ReaderError(f"{scan.path}: only PyAV decodes on hardware; set data.reader=auto")
+    kind = (hardware, scan.codec, scan.pix_fmt, scan.width_px, scan.height_px, scan.colour)
+    if kind not in _SAME_ON_HARDWARE:
+        readers = PyavReader(scan, 0.0), PyavReader(scan, 0.0, hardware=hardware)
+        software, other = (next(one.read([0])) for one in readers)
+        _SAME_ON_HARDWARE[kind] = np.array_equal(software, other)
+        for one in readers:
+            one.close()
+    if not _SAME_ON_HARDWARE[kind]:
+        raise ReaderError(
+            f"{scan.path}: {hardware} does not give the software's pixels; leave extract.hardware_decoding unset"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- decord

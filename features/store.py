@@ -359,6 +359,7 @@ def read_attributes(path: Path) -> dict[str, Any]:
 def recorded_encoder(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """What a feature file says of the encoder that made it, in plain values (`EncoderSpec.to_json` without schema)."""
     found = {name: attributes.get(name) for name in ("backbone", "weights_sha256", "fps", "precision", "storage")}
+    found["arithmetic"] = attributes.get("arithmetic", "plain")  # files that do not say are older than folding
     preprocess = attributes.get("preprocess")
     return {**found, "preprocess": json.loads(preprocess) if isinstance(preprocess, str) else preprocess}
 

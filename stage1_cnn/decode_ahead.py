@@ -23,7 +23,7 @@ from configs.schema import Config
 from engine.progress import progress_bar, say
 from engine.stopping import StopRequest
 from features.index import Index
-from stage1_cnn.frames import open_pictures, picture_batches
+from stage1_cnn.frames import encoded_at_once, open_pictures, picture_batches
 from stage1_cnn.pool import VIDEO_ERRORS, Advance, leave_signals_to_parent, one_line, work_through
 from stage1_cnn.segments import Rows, VideoJob
 
@@ -74,7 +74,7 @@ class _DecodedFrames(IterableDataset[tuple[int, Message]]):
         entry = self._index.entry(job.video_id)
         with open_pictures(self._config, entry, self._root, self._index, job.samples) as pictures:
             yield pictures.provenance
-            for batch in picture_batches(pictures.frames, self._config.extract.batch_frames):
+            for batch in picture_batches(pictures.frames, encoded_at_once(self._config)):
                 yield torch.from_numpy(batch)
 
 

@@ -8,6 +8,7 @@ number, and on a CPU sums are always made in the same order.
 from __future__ import annotations
 
 import json
+import pickle
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -52,6 +53,7 @@ from features.store import (
 from stage1_cnn.decode_ahead import work_ahead
 from stage1_cnn.encoder import Encoder, load_encoder
 from stage1_cnn.frames import (
+    encoded_at_once,
     open_pictures,
     picture_batches,
     require_indexed_annotations,
@@ -133,8 +135,7 @@ def extract(
     index.save(target / INDEX_FILE)
     write_json(target / ENCODER_FILE, {**encoder.spec.to_json(), "digest": encoder.spec.digest})
 
-    task = ExtractTask(config, run, index, root, target, encoder.spec, trusted)
-    task.encoder = encoder
+    task = ExtractTask(config, run, index, root, target, encoder.spec, trusted, encoder)
     for job, reason in _work(task, jobs, encoder, stop):
         if reason is not None:
             report.failed.append((job.video_id, reason))
@@ -269,7 +270,7 @@ def _work(
     ahead = encoder.device.type != "cpu" if chosen.decode_ahead == "auto" else chosen.decode_ahead == "on"
     processes = processes_for(chosen.workers, sum(job.frames for job in jobs))
     if chosen.segments and processes > 1:
-        pieces = split_among(jobs, processes, chosen.batch_frames, chosen.segment_frames, task.may_split)
+        pieces = split_among(jobs, processes, encoded_at_once(task.config), chosen.segment_frames, task.may_split)
     else:
         pieces = list(jobs)
     with Assembly(task.folder, pieces, task.assemble) as assembly:
@@ -355,7 +356,10 @@ def label_attributes(config: Config, index: Index, entry: VideoEntry) -> dict[st
 
 @dataclass
 class ExtractTask:
-    """Writes one video's feature file, or its labels alone. Each process loads the encoder for itself."""
+    """Writes one video's feature file, or its labels alone.
+
+    Another process gets the encoder as it is, folded and hashed once; it loads its own where it cannot be sent.
+    """
 
     config: Config
     run: Path | None
@@ -367,7 +371,20 @@ class ExtractTask:
     encoder: Encoder | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "encoder": None}
+        return {**self.__dict__, "encoder": self._sent_encoder()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        sent = state["encoder"]
+        self.__dict__.update({**state, "encoder": None if sent is None else pickle.loads(sent)})  # noqa: S301 - made below
+
+    def _sent_encoder(self) -> bytes | None:
+        """As bytes: tensors would go through shared memory, of which a container may have less than a net takes."""
+        if self.encoder is None or self.config.extract.compile:
+            return None
+        try:
+            return pickle.dumps(self.encoder)
+        except (pickle.PicklingError, AttributeError, TypeError):  # a net of somebody else's code
+            return None
 
     def __call__(self, job: VideoJob, advance: Advance) -> None:
         """Raises UserError naming the frame or file at fault; nothing is left behind then."""
@@ -380,8 +397,7 @@ class ExtractTask:
         self._require_sound_labels_and_room(job, entry)
         pictures_of = open_pictures(self.config, entry, self.root, self.index, job.samples)
         with _one_thread(encoder.device), pictures_of as pictures, self.sink(job, pictures.provenance) as rows:
-            chosen = self.config
-            for batch in crop_batches(pictures.frames, chosen.extract.batch_frames, chosen.preprocess.crop_px):
+            for batch in crop_batches(pictures.frames, encoded_at_once(self.config), self.config.preprocess.crop_px):
                 with np.errstate(over="ignore"):  # the writer says in words what does not fit
                     rows.append(*encoder(batch))
                 advance(len(batch))
@@ -401,10 +417,10 @@ class ExtractTask:
     def assemble(self, video: VideoJob, parts: Sequence[VideoJob]) -> None:
         """Write a video's file from the rows of its parts, as if one process had computed them. Raises UserError."""
         places = [part.part for part in parts if part.part is not None]
-        chosen, dim, tools = self.config.extract, self.spec.embedding_dim, len(self.index.dataset.tools)
+        dim, tools, at_once = self.spec.embedding_dim, len(self.index.dataset.tools), encoded_at_once(self.config)
         with self._file(video, read_provenance(places[0])) as rows:
             for place in places:
-                for features, logits in read_part(place, dim, tools, chosen.batch_frames):
+                for features, logits in read_part(place, dim, tools, at_once):
                     rows.append(features, logits)
 
     def may_split(self, job: VideoJob) -> bool:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import Config
+from engine.device import choose_device
 from engine.files import inside, remove_stale_temporaries, require_free_bytes, sha256_ends, sha256_file
 from engine.stopping import StopRequest
 from features.cache import CacheRequest, FrameCache
@@ -26,6 +27,15 @@ from features.readers import FrameReader, open_reader
 from features.store import SourceIdentity
 from features.tfrecord import TfrecordReader
 from stage1_cnn.pool import Advance, choose_processes, work_through
+
+# One core's share of the caches holds a small batch's activations; a GPU wants many frames at once.
+_CPU_BATCH_FRAMES, _GPU_BATCH_FRAMES = 8, 64
+
+
+def encoded_at_once(config: Config) -> int:
+    """Frames in a batch where nothing is trained: `extract.batch_frames`, or what suits the device."""
+    on_cpu = choose_device(config.device).type == "cpu"
+    return config.extract.batch_frames or (_CPU_BATCH_FRAMES if on_cpu else _GPU_BATCH_FRAMES)
 
 
 def source_identity(entry: VideoEntry) -> SourceIdentity:
@@ -62,14 +72,17 @@ def require_indexed_annotations(entry: VideoEntry, root: Path) -> None:
             raise UserError(f"{path}: has changed since it was indexed; run `index --force`, then this again")
 
 
-def open_source(config: Config, entry: VideoEntry, root: Path, index: Index) -> FrameReader:
+def open_source(
+    config: Config, entry: VideoEntry, root: Path, index: Index, hardware: str | None = None
+) -> FrameReader:
     """A reader of an indexed video or folder, for the process that calls this. Raises UserError where there is none."""
     require_indexed_source(entry, root, index)
     if entry.kind == "tfrecord":
         assert entry.records is not None  # the index has seen to it
         return TfrecordReader(inside(root, entry.source), entry.records)
     folder = open_folder(entry, root, index) if entry.kind == "frames" else None
-    return open_reader(inside(root, entry.source), entry.kind, config.data.reader, frames=folder, fps=entry.fps)
+    source, reader = inside(root, entry.source), config.data.reader
+    return open_reader(source, entry.kind, reader, frames=folder, fps=entry.fps, hardware=hardware)
 
 
 def frame_cache(config: Config) -> FrameCache:
@@ -120,7 +133,7 @@ def source_pictures(
     config: Config, entry: VideoEntry, root: Path, index: Index, samples: slice = slice(None)
 ) -> Iterator[Pictures]:
     """Sampled frames straight from the source, or a part of them."""
-    with open_source(config, entry, root, index) as reader:
+    with open_source(config, entry, root, index, config.extract.hardware_decoding) as reader:
         geometry = Geometry.of_video(config.preprocess, reader)
         wanted = sampled_frames(entry, config.data.fps)[samples].tolist()
         frames = (geometry.resize_frame(rgb) for rgb in reader.read(wanted))

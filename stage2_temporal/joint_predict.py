@@ -21,7 +21,7 @@ from configs.schema import AugmentConfig, Config, PreprocessConfig
 from engine.progress import progress_bar
 from features.index import Index, VideoEntry, load_labels, sampled_frames
 from features.preprocess import CropCount, augment, augment_generator, crop_frames, normalise
-from stage1_cnn.frames import open_pictures, picture_batches
+from stage1_cnn.frames import encoded_at_once, open_pictures, picture_batches
 from stage2_temporal.data import FeatureBank, Span
 from stage2_temporal.joint import JointNet, bernoulli_kl
 from stage2_temporal.model import State
@@ -84,7 +84,7 @@ def predict_videos(
         with progress_bar(sum(len(video.frame_index) for video in videos), "frames", "frame") as bar:
             for video in videos:
                 with open_pictures(config, video.entry, root, index) as pictures:
-                    batches = picture_batches(pictures.frames, config.extract.batch_frames)
+                    batches = picture_batches(pictures.frames, encoded_at_once(config))
                     watched = _watched(batches, bar, check_stop)
                     embedded = embed_crops(net, watched, config.preprocess, config.joint.crops, config.seed, autocast)
                 found[video.entry.id] = _over_crops(net, embedded, inference, frames)

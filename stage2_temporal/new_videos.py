@@ -33,7 +33,7 @@ from features.preprocess import normalise, preprocess_from_json
 from features.video_writer import encode_mp4
 from stage1_cnn.encoder import load_encoder
 from stage1_cnn.extract import crop_batches
-from stage1_cnn.frames import open_source, source_pictures
+from stage1_cnn.frames import encoded_at_once, open_source, source_pictures
 from stage1_cnn.pool import VIDEO_ERRORS, one_line
 from stage2_temporal.data import with_tool_logits
 from stage2_temporal.joint import joint_checkpoint, load_joint, require_same_classes
@@ -109,13 +109,14 @@ def pair_of_stages(
     require_same_classes(folder / "best.pt", "phases", about["phases"], spec.phases)
     encoder = load_encoder(config, cnn_run or run, spec.tools, trusted)
     made, wanted = encoder.spec.to_json(), {**encoder.spec.to_json(), **recorded}
-    if differing := [line for line in differences(wanted, made) if not line.startswith("precision")]:
+    if differing := [line for line in differences(wanted, made) if not line.startswith(("precision", "arithmetic"))]:
         raise UserError(
             f"{folder / 'best.pt'}: trained on features of another encoder ({differing[0]}); name the run of its stage "
             "one with --from-cnn or --from-joint"
         )
-    if made["precision"] != wanted["precision"]:
-        say(f"note: features were made in {wanted['precision']}, this machine computes in {made['precision']}")
+    then, now = (f"{spec['precision']} ({spec['arithmetic']})" for spec in (wanted, made))
+    if then != now:
+        say(f"note: features were made in {then}, this machine computes in {now}")
 
     if about["tool_inputs"]:
         require_same_classes(folder / "best.pt", "tools", about["tool_inputs"], spec.tools, spec.name)
@@ -286,7 +287,7 @@ def predict_video(recogniser: Recogniser, index: Index, root: Path, stop: StopRe
     tools: list[NDArray[np.float64]] = []
     bar = progress_bar(len(frame_index), entry.id, "frame")
     with bar, source_pictures(config, entry, root, index) as pictures:
-        for crops in crop_batches(pictures.frames, config.extract.batch_frames, config.preprocess.crop_px):
+        for crops in crop_batches(pictures.frames, encoded_at_once(config), config.preprocess.crop_px):
             stop.raise_if_set()
             embedding, logits = recogniser.encode(crops)  # (N, D), (N, K)
             phases += [online.step(frame) for frame in embedding]

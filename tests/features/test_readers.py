@@ -649,3 +649,49 @@ def test_images_that_are_refused(tmp_path, monkeypatch):
 def test_folder_without_images_is_an_error(tmp_path):
     with pytest.raises(ReaderError, match="holds no images"):
         open_folder(tmp_path, FrameFolder((), 25.0))
+
+
+# ---------------------------------------------------------------------------------------------- hardware
+
+
+def accelerate_with(monkeypatch, **accelerated) -> list[str]:
+    """No hardware is at hand: PyAV's part of it is a fake, software does the decoding; returns who was asked."""
+    asked: list[str] = []
+    monkeypatch.setattr(readers, "_SAME_ON_HARDWARE", {})
+    monkeypatch.setattr(readers, "_accelerated", lambda path, device: asked.append(device) or accelerated)
+    return asked
+
+
+def test_hardware_that_gives_the_same_bytes_decodes_and_is_named(make, monkeypatch):
+    asked = accelerate_with(monkeypatch)
+    path, _ = make("b_frames.mp4")
+    with open_reader(path, "video", "auto", frames=None, fps=25, hardware="cuda") as reader:
+        assert reader.version.endswith(", decoded by cuda")
+        found = list(reader.read([0, 7, 20]))
+    assert len(asked) == 2  # the first picture, and the reading
+    with open_reader(path, "video", "pyav", frames=None, fps=25) as reader:
+        for frame, expected in zip(found, reader.read([0, 7, 20]), strict=True):
+            np.testing.assert_array_equal(frame, expected)
+    with open_reader(path, "video", "auto", frames=None, fps=25, hardware="cuda"):
+        assert len(asked) == 2  # compared once in a process
+
+
+def test_hardware_that_gives_other_pixels_is_refused(make, monkeypatch):
+    accelerate_with(monkeypatch)
+    upright = readers._upright
+    opened = []
+    monkeypatch.setattr(readers, "_upright", lambda picture, stream: upright(picture, stream) + len(opened))
+    start = readers._open_container
+    monkeypatch.setattr(
+        readers, "_open_container", lambda path, device=None: (device and opened.append(1)) or start(path, device)
+    )
+    with pytest.raises(ReaderError, match="cuda does not give the software's pixels; leave extract"):
+        open_reader(make("b_frames.mp4")[0], "video", "auto", frames=None, fps=25, hardware="cuda")
+
+
+def test_hardware_that_is_not_there_is_one_line(make):
+    for device in ("videotoolbox", "nonsense"):
+        with pytest.raises(ReaderError, match=rf"cannot be decoded by {device} \(.+\); leave extract"):
+            open_reader(make("b_frames.mp4")[0], "video", "auto", frames=None, fps=25, hardware=device)
+    with pytest.raises(ReaderError, match="only PyAV decodes on hardware"):
+        open_reader(make("b_frames.mp4")[0], "video", "decord", frames=None, fps=25, hardware="cuda")

@@ -23,7 +23,9 @@ from features.store import (
     SourceIdentity,
     load_feature_set,
     prepare_folder,
+    read_attributes,
     read_features,
+    recorded_encoder,
     rewrite_labels,
     verify_file,
     verify_folder,
@@ -227,6 +229,15 @@ def test_a_file_of_another_source_or_encoder_does_not_verify(tmp_path: Path) -> 
     assert verify_file(path, ENCODER, replace(source(), sha256_ends="other")) == "the source has changed since"
     assert verify_file(path, replace(ENCODER, fps=5.0), source()) == "made by another encoder"
     assert verify_file(path, ENCODER, source("video02")) == "holds video video01"
+
+
+def test_the_recorded_encoder_tells_its_arithmetic(tmp_path: Path) -> None:
+    path = tmp_path / "video01.h5"
+    write(path, encoder=replace(ENCODER, arithmetic="folded"))
+    found = recorded_encoder(read_attributes(path))
+    assert found["arithmetic"] == "folded"
+    assert found["preprocess"] == ENCODER.preprocess
+    assert recorded_encoder({"backbone": "resnet50"})["arithmetic"] == "plain"  # files older than folding
 
 
 def test_mixed_encoders_are_refused(tmp_path: Path) -> None:

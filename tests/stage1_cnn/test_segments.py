@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import signal
 from pathlib import Path
@@ -11,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stage1_cnn.extract as module
-from configs.schema import Config
+from configs.schema import Config, ExtractConfig
 from engine.files import remove_stale_temporaries, sha256_ends
 from engine.stopping import Stopped, StopRequest
 from features.index import Index
 from features.store import read_features
 from stage1_cnn.extract import ExtractReport, extract
+from stage1_cnn.frames import encoded_at_once
 from stage1_cnn.segments import Assembly, VideoJob, split_among
 from tests.stage1_cnn.material import FRAMES, SPEC, StopAfter, World, make_world, paint, write_labels
 from tests.videos import VideoSpec, damage_packet, write_video
@@ -87,6 +89,7 @@ def test_only_what_helps_is_split() -> None:
 def test_workers_segments_and_decoding_ahead_give_the_same_bytes(long_world: World) -> None:
     expected = content(dump(long_world))
     for changes in (
+        {"encoder": "initial", "workers": 1, "segments": False},
         SPLIT,
         {**SPLIT, "segments": False},
         {"encoder": "initial", "workers": 1, "segments": True, "decode_ahead": "on"},
@@ -109,6 +112,30 @@ def parts_of(world: World, folder: Path, parts: int = 3) -> tuple[Assembly, modu
     task = module.ExtractTask(config, None, index, world.root, folder, encoder.spec, False, encoder)
     pieces = split_among([VideoJob("video01", 13)], parts, 4, 1, lambda job: True)
     return Assembly(folder, pieces, task.assemble), task
+
+
+def test_another_process_gets_the_folded_net_and_computes_the_same(long_world: World, tmp_path: Path) -> None:
+    _, task = parts_of(long_world, tmp_path / "parts")
+    assert task.encoder is not None
+    crops = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    expected = task.encoder(crops)[0]
+    sent = pickle.loads(pickle.dumps(task))  # noqa: S301
+    assert sent.encoder is not None  # nothing is loaded, hashed or folded again
+    np.testing.assert_array_equal(sent.encoder(crops)[0], expected)
+
+
+def test_a_net_that_cannot_be_sent_is_loaded_there(long_world: World, tmp_path: Path) -> None:
+    _, task = parts_of(long_world, tmp_path / "parts")
+    assert task.encoder is not None
+    task.encoder._net.own = lambda: None  # type: ignore[assignment]
+    sent = pickle.loads(pickle.dumps(task))  # noqa: S301
+    assert sent.encoder is None
+    assert sent._encoder().spec == task.spec
+
+
+def test_frames_at_a_time_follow_the_device_unless_they_are_set() -> None:
+    assert encoded_at_once(Config(device="cpu")) == 8
+    assert encoded_at_once(Config(device="cpu", extract=ExtractConfig(batch_frames=5))) == 5
 
 
 def test_parts_make_the_file_that_one_process_makes(long_world: World, tmp_path: Path) -> None:
@@ -168,11 +195,12 @@ def test_damage_in_the_middle_fails_the_video_with_the_same_words(long_world: Wo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ahead", ["off", "on"])
-def test_stopped_among_parts_nothing_is_left(long_world: World, ahead: str) -> None:
+@pytest.mark.parametrize(("ahead", "asked"), [("off", 0), ("on", 1)])
+def test_stopped_among_parts_nothing_is_left(long_world: World, ahead: str, asked: int) -> None:
+    """Parts of a busy machine's processes may all have ended when the parent first looks: it must ask even then."""
     config = long_world.set(extract={**SPLIT, "decode_ahead": ahead})
     with pytest.raises(Stopped):
-        dump(long_world, config, stop=StopAfter(1))
+        dump(long_world, config, stop=StopAfter(asked))
     (folder,) = config.extract.store.iterdir()
     assert names(folder) == ["encoder.json", "index.json"]
     assert dump(long_world, config).done == ["video01"]

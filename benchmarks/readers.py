@@ -1,0 +1,94 @@
+"""How fast each reader gives sampled frames: the choice of the default (`reader=auto`) rests on this.
+
+    python benchmarks/readers.py --json FILE [--repeat N]
+
+Every 25th frame of each video as RGB of full size, one thread, by the project's own readers: opening, the scan of the
+packets and every check included. Readers take turns, figures are medians of the rounds:
+
+- `pyav_fps`, `decord_fps`: frames a second by the clock; `*_processor_fps`: a second of processor time, which says more
+  where others compute too. `pyav_over_decord` is the ratio of the latter.
+- `same_bytes`: whether both gave the same frames in the first round.
+
+Without decord (it has wheels for x86-64 alone) its keys are missing. Input: the real clips (SURGSTAGE_SHARED, or
+../shared) where there are any, otherwise one simulated video; `input` says which.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+EVERY = 25
+READERS: tuple[Literal["pyav", "decord"], ...] = ("pyav", "decord")
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--repeat", type=int, default=3)
+    options = parser.parse_args()
+    from benchmarks.extract import source_videos
+
+    with tempfile.TemporaryDirectory() as folder:
+        videos, kind = source_videos(Path(folder))
+        figures = {**measure(videos, options.repeat), "every": EVERY, "input": kind}
+    print(json.dumps(figures, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(videos: Sequence[Path], repeat: int) -> dict[str, object]:
+    """All figures."""
+    rounds: dict[str, list[float]] = {}
+    digests = {}
+    names = [name for name in READERS if name != "decord" or has_decord()]
+    for name in names:  # what is imported and compared once in a process
+        digests[name] = read_all(videos, name, hashed=True)[2]
+    for _ in range(repeat):
+        for name in names:
+            by_clock, by_processor, _ = read_all(videos, name)
+            rounds.setdefault(f"{name}_fps", []).append(by_clock)
+            rounds.setdefault(f"{name}_processor_fps", []).append(by_processor)
+    figures: dict[str, object] = {key: round(statistics.median(values), 2) for key, values in rounds.items()}
+    if len(names) == 2:
+        pyav, decord = (statistics.median(rounds[f"{name}_processor_fps"]) for name in names)
+        figures.update(pyav_over_decord=round(pyav / decord, 3), same_bytes=len(set(digests.values())) == 1)
+    return figures
+
+
+def has_decord() -> bool:
+    try:
+        import decord  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def read_all(videos: Sequence[Path], name: Literal["pyav", "decord"], hashed: bool = False) -> tuple[float, float, str]:
+    """Frames a second by the clock and by the processor, and with `hashed` a hash of all of them (not for timing)."""
+    from features.readers import open_reader
+
+    digest, count = hashlib.sha256(), 0
+    started, before = time.perf_counter(), time.process_time()
+    for video in videos:
+        with open_reader(video, "video", name, frames=None, fps=25.0) as reader:
+            for frame in reader.read(range(0, reader.frame_count, EVERY)):
+                count += 1
+                if hashed:
+                    digest.update(frame.tobytes())
+    return count / (time.perf_counter() - started), count / (time.process_time() - before), digest.hexdigest()
+
+
+if __name__ == "__main__":
+    main()
