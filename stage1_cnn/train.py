@@ -65,7 +65,7 @@ def train_cnn(
     and Stopped, with everything saved, when asked to stop.
     """
     cnn = config.cnn
-    processes = join(config.device)
+    processes = join(config.device, stop)
     stage = StageFolder(run, CHECKPOINT_STAGE, config, identity(config, index))
     finished = processes.from_first(lambda: stage.result)
     if finished is not None:

@@ -114,7 +114,7 @@ def train_joint(
     Finished steps are not done again, an unfinished one goes on where it was stopped. Raises UserError for settings,
     labels or checkpoints that do not fit, and Stopped, with everything saved, when asked to stop.
     """
-    processes = join(config.device)
+    processes = join(config.device, stop)
     files = start.files()
     common = _identity(config, index, files)
     seed_everything(config.seed)

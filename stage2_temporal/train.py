@@ -60,7 +60,7 @@ def train_temporal(
     when `stop` was set, with everything saved.
     """
     _require_sensible(config.temporal)
-    processes = join(config.device)
+    processes = join(config.device, stop)
     data = processes.each(lambda: read_training_data(folder)) if data is None else data
     data = data.with_tool_logits() if config.temporal.tool_logits else data
     stage = StageFolder(run, "temporal", config, _identity(config, data))
