@@ -1,0 +1,18 @@
+"""Two tasks of an srun step find one another and train as two copies on this machine do."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.material import PROJECT, assert_equal_trainings, slurm, succeed
+
+
+@pytest.mark.timeout(240)
+def test_two_tasks_of_srun_train_as_two_devices(place: Path) -> None:
+    words = ["train-cnn", "--config", "tiny.yaml", "--set", "cnn.epochs=2", "--name"]
+    succeed([*words, "copies", "--devices", "2"], place)
+    slurm("srun", "--ntasks=2", sys.executable, str(PROJECT / "pipeline.py"), *words, "tasks", folder=place)
+    assert_equal_trainings(place, "copies", "tasks")
