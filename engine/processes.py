@@ -259,7 +259,9 @@ def join(device: str, stop: StopRequest | None = None) -> Processes:
     chosen = choose_device(device)
     try:
         board = _board(MEETING_S)
-        _meet(board, here)
+        if stop is not None:
+            stop.ask_others = _exchange_of_signals(board)
+        _meet(board, here, stop)
         PartialState(cpu=chosen.type == "cpu")
         group = dist.new_group(backend="gloo", timeout=WAIT)
     except (RuntimeError, ValueError) as error:
@@ -267,8 +269,6 @@ def join(device: str, stop: StopRequest | None = None) -> Processes:
         raise UserError(
             f"process {here.rank} of {here.count} did not meet the others at {where}: {_line(error)}"
         ) from error
-    if stop is not None:
-        stop.ask_others = _exchange_of_signals(board)
     return Processes(here.rank, here.count, group, stop)
 
 
@@ -296,12 +296,14 @@ def _board(patience_s: float) -> Any:
     return dist.PrefixStore(f"surgstage/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _meet(board: Any, here: Launch) -> None:
+def _meet(board: Any, here: Launch, stop: StopRequest | None) -> None:
     """Wait for all to be here, so that one that never comes need not be waited for inside torch."""
     board.add("here", 1)
     deadline = time.monotonic() + MEETING_S
     while (found := board.add("here", 0)) < here.count:
-        if board.check(["error"]):
+        if stop is not None:
+            stop.raise_if_set()
+        if board.check(["error"]) and not board.check(["stop"]):
             raise Failed(board.get("error").decode())
         if time.monotonic() > deadline:
             raise RuntimeError(f"{found} of {here.count} came within {MEETING_S:.0f} s")

@@ -13,7 +13,7 @@ from torch import nn
 from configs.errors import UserError
 from configs.schema import LoopConfig
 from engine.device import make_accelerator, seed_everything
-from engine.processes import Processes, join
+from engine.processes import Processes, join, speaks
 from engine.session import TrainingSession
 from engine.stopping import StopRequest, watch_signals
 from pipeline import Group
@@ -85,7 +85,7 @@ def cache(folder: Path) -> None:
 @click.argument("folder", type=Path)
 def late(folder: Path) -> None:
     """The second process finds something wrong before they meet."""
-    if folder.exists() and not _is_first():
+    if not speaks():
         raise UserError("weights.pth: not on this machine; copy it there")
     join("cpu")
 
@@ -98,12 +98,6 @@ def outside(folder: Path) -> None:
     if not processes.first:
         raise UserError("weights.pth: not on this machine; copy it there")
     processes.gather(1)
-
-
-def _is_first() -> bool:
-    from engine.processes import speaks
-
-    return speaks()
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def test_a_loss_of_one_process_that_is_no_number_stops_all_with_the_batch_named(
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "told"), [("apart", 0), ("apart", 1), ("cache", 0)])
 def test_a_signal_to_one_process_ends_the_own_work_of_another(tmp_path: Path, what: str, told: int) -> None:
-    """Minutes of validation or decoding are left; to the one that was told or to the other."""
+    """Minutes of validation or decoding are left, to the one that was told or to the other."""
     pair = start_pair(what, tmp_path)
     deadline = time.monotonic() + 120
     while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)):
