@@ -50,9 +50,9 @@ class Group(click.Group):
             code = getattr(error, "exit_code", None)
             if type(error).__name__ != "Stopped" or code is None:
                 if _lost_another(error):
-                    lost = f"another process of this work has ended ({str(error).splitlines()[0][:160]})"
-                    if _may_tell(lost):
-                        click.echo(f"error: {lost}", err=True)
+                    if _may_tell(error):
+                        line = str(error).splitlines()[0][:160]
+                        click.echo(f"error: another process of this work has ended ({line})", err=True)
                     context.exit(EXIT_LOST_ANOTHER)
                 raise
             if _may_tell(error):
@@ -67,11 +67,11 @@ def _speaks() -> bool:
     return speaks()
 
 
-def _may_tell(problem: object) -> bool:
+def _may_tell(problem: Exception) -> bool:
     """Whether this process is the one to say why all that a launcher started end."""
     from engine.processes import may_tell
 
-    return may_tell(str(problem))
+    return may_tell(problem)
 
 
 def _lost_another(error: Exception) -> bool:

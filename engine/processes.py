@@ -339,11 +339,13 @@ def speaks() -> bool:
         return True
 
 
-def may_tell(problem: str) -> bool:
+def may_tell(problem: BaseException) -> bool:
     """Whether this process is to say why it ends: of several, the first that asks, which the others hear of.
 
-    Where nobody keeps the board any more, each says its own.
+    Where nobody keeps the board any more, each says its own; the first one what all say in the same words.
     """
+    from engine.stopping import Stopped
+
     try:
         here = launch()
     except UserError:
@@ -355,11 +357,11 @@ def may_tell(problem: str) -> bool:
         board = _board(ANSWER_S)
         mine = board.add("told", 1) == 1
         if mine:
-            board.set("error", problem)
+            board.set("error", str(problem))
         if here.rank == 0:
             _stay_for(board, here.count)
     except (RuntimeError, ValueError):
-        return True
+        return here.rank == 0 or not isinstance(problem, (Failed, Stopped))
     return bool(mine)
 
 

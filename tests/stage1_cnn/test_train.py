@@ -214,7 +214,12 @@ def some_frames(phase: list[int], tools: list[list[int]]) -> LabelledFrames:
 def a_batch(phase: list[int], tools: list[list[float]]) -> FrameBatch:
     rows = torch.arange(len(tools))
     return FrameBatch(
-        torch.zeros(len(tools), 2, 2, 3, dtype=torch.uint8), torch.tensor(phase), torch.tensor(tools), rows
+        images=torch.zeros(len(tools), 2, 2, 3, dtype=torch.uint8),
+        phase=torch.tensor(phase),
+        tools=torch.tensor(tools),
+        rows=rows,
+        flip=torch.zeros(len(tools), dtype=torch.bool),
+        colour=torch.zeros(0, 3),
     )
 
 
