@@ -206,6 +206,7 @@ def wait_until_gone(pids: Sequence[int]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.timeout(600)  # five trainings, on a machine that may be busy
 def test_a_signal_to_any_process_stops_all_and_going_on_gives_the_same_bits(bench: Path) -> None:
     """SIGTERM to one, SIGINT to the launcher, SIGUSR1 to the other; each time the same command goes on."""
     head = {"name": "lstm", "hidden": 12, "layers": 2, "dropout": 0.3}  # each process draws its own
