@@ -31,7 +31,7 @@ class Group(click.Group):
         try:
             return super().invoke(context)
         except UserError as error:
-            if _speaks():
+            if _may_tell(error):
                 click.echo(f"error: {error}", err=True)
             context.exit(EXIT_BAD_INPUT)
         except KeyboardInterrupt:
@@ -43,19 +43,19 @@ class Group(click.Group):
             shown = as_user_error(error, Path(str(error.filename or "output")))
             if not isinstance(shown, UserError):
                 raise
-            click.echo(f"error: {shown}", err=True)
+            if _may_tell(shown):
+                click.echo(f"error: {shown}", err=True)
             context.exit(EXIT_BAD_INPUT)
         except Exception as error:
             code = getattr(error, "exit_code", None)
             if type(error).__name__ != "Stopped" or code is None:
                 if _lost_another(error):
-                    click.echo(
-                        f"error: another process of this training has ended ({str(error).splitlines()[0][:160]})",
-                        err=True,
-                    )
+                    if _may_tell(error):
+                        line = str(error).splitlines()[0][:160]
+                        click.echo(f"error: another process of this work has ended ({line})", err=True)
                     context.exit(EXIT_LOST_ANOTHER)
                 raise
-            if _speaks():
+            if _may_tell(error):
                 click.echo(f"{error}; what was done is saved: the same command goes on from there", err=True)
             context.exit(code)
 
@@ -65,6 +65,13 @@ def _speaks() -> bool:
     from engine.processes import speaks
 
     return speaks()
+
+
+def _may_tell(problem: Exception) -> bool:
+    """Whether this process is the one to say why all that a launcher started end."""
+    from engine.processes import may_tell
+
+    return may_tell(problem)
 
 
 def _lost_another(error: Exception) -> bool:
@@ -332,11 +339,7 @@ def train_cnn_command(source: str, overrides: tuple[str, ...], name: str | None,
 @cli.command()
 @settings
 @DEVICES
-@click.option(
-    "--shard",
-    metavar="I/N",
-    help="Do every N-th video, from number I. Default: all, divided over the processes of torchrun or srun.",
-)
+@click.option("--shard", default="0/1", show_default=True, metavar="I/N", help="Do every N-th video, from number I.")
 @click.option("--index", "index_file", type=click.Path(path_type=Path), help="Another index than data.index.")
 @click.option("--from-joint", "joint_run", metavar="RUN", help="Encode with the backbone of a run's joint net.")
 @TRUSTED
@@ -344,7 +347,7 @@ def extract(
     source: str,
     overrides: tuple[str, ...],
     name: str | None,
-    shard: str | None,
+    shard: str,
     index_file: Path | None,
     joint_run: str | None,
     trusted: bool,
@@ -355,16 +358,23 @@ def extract(
     others go on; the exit code is then 1.
     """
     part = _shard(shard)
+    from engine.processes import join
     from stage1_cnn.extract import extract as extract_features
 
     more = (f"data.index={index_file}",) if index_file else ()
     resolved = _config(source, (*overrides, *more, *_joint_setting(source, overrides, "extract.checkpoint", joint_run)))
+    run = _run(resolved, source, name)
     with _stop_when_asked() as stop:
         index, root = _dataset(resolved)
-        report = extract_features(
-            resolved, _run(resolved, source, name), index, root, shard=part, stop=stop, trusted=trusted
+        # launchers end all processes when one fails: none leaves before all have done their videos
+        processes = join(resolved.device, stop)
+        report = processes.each(
+            lambda: extract_features(resolved, run, index, root, shard=part, stop=stop, trusted=trusted)
         )
+        partly = any(processes.gather(bool(report.failed)))
     _print_report(report)
+    if partly:
+        sys.exit(EXIT_PARTLY)
 
 
 @cli.command("train-temporal")
@@ -1062,16 +1072,15 @@ def _stop_when_asked() -> Any:
     return watch_signals()
 
 
-def _shard(text: str | None) -> tuple[int, int]:
-    if text is None:
-        from engine.processes import launch
+def _shard(text: str) -> tuple[int, int]:
+    """Which videos are this process's: of the shard's, divided over the processes that a launcher started."""
+    from engine.processes import launch
 
-        here = launch()
-        return here.rank, here.count
     first, slash, second = text.partition("/")
     if not (slash and first.isdigit() and second.isdigit() and int(first) < int(second)):
         raise UserError(f"--shard {text}: expected I/N with I from 0 to N-1, for example 0/4")
-    return int(first), int(second)
+    here = launch()
+    return int(first) + int(second) * here.rank, int(second) * here.count
 
 
 def _say_once(text: str) -> None:

@@ -1,7 +1,7 @@
 """One training on several processes: who is who, what they must agree on, and how a machine's own copies are started.
 
 A launcher (torchrun, srun, `--devices`) says in the environment how many processes there are. Everything here costs
-nothing where there is one: torch.distributed is not even imported then.
+nothing where there is one: no more of torch.distributed is imported then than torch itself does.
 
 Whatever can go wrong on one process alone (a video it cannot read, a signal that only it got, a loss that is not a
 number) is exchanged before anybody goes on, so that all processes end at the same step with the same words.
@@ -12,10 +12,12 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from configs.errors import UserError
@@ -23,12 +25,17 @@ from configs.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from engine.stopping import StopRequest
+
 
 Value = TypeVar("Value")
 
-# How long a process waits for another one that is alive, for the longest thing that can be waited for: decoding videos
-# into the cache. One that has died is noticed at once, by its closed connections.
-WAIT = timedelta(hours=3)
+# How long a process waits for another one that is alive, for the longest thing that can be waited for: its part of the
+# videos. One that has died is noticed at once, by its closed connections.
+WAIT = timedelta(days=1)
+MEETING_S = 600.0  # for all to have started
+ANSWER_S = 5.0  # for a word about an error, where perhaps nobody keeps them
+LOOK_EVERY_S = 1.0
 FIRST_PORT, PORTS = 15000, 20000
 COPY_OF = "SURGSTAGE_COPY_OF"  # number of the process that started this one with --devices
 
@@ -114,8 +121,8 @@ class Processes:
     works where its tensor is.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1, group: Any = None) -> None:
-        self.rank, self.count, self._group = rank, count, group
+    def __init__(self, rank: int = 0, count: int = 1, group: Any = None, stop: StopRequest | None = None) -> None:
+        self.rank, self.count, self._group, self._stop = rank, count, group, stop
 
     @property
     def first(self) -> bool:
@@ -201,6 +208,7 @@ class Processes:
             error = str(problem)
         except Stopped as stop:
             stopped = stop.number
+        self._wait_for_all()
         found = self.gather((value, error, stopped))
         for _, problem_of_one, _ in found:
             if problem_of_one is not None:
@@ -209,6 +217,19 @@ class Processes:
         if number:
             raise Stopped(number)
         return [value for value, _, _ in found]
+
+    def _wait_for_all(self) -> None:
+        """Wait in Python, where a signal is noticed and told to those who still work on their parts."""
+        import torch
+        import torch.distributed as dist
+
+        waiting = dist.all_reduce(torch.zeros(1), group=self._group, async_op=True)
+        pause_s = 0.001
+        while not waiting.is_completed():
+            bool(self._stop)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.1)
+        waiting.wait()
 
     def send_buffers(self, model: torch.nn.Module) -> None:
         """Running statistics of the first process to all: what checkpoints hold is what is validated."""
@@ -220,10 +241,11 @@ class Processes:
             dist.broadcast(buffer, src=0)
 
 
-def join(device: str) -> Processes:
+def join(device: str, stop: StopRequest | None = None) -> Processes:
     """Meet the other processes that the launcher started; at once where there are none.
 
-    Raises UserError where they do not come together.
+    From then on `stop` hears of signals that only another process got, also while each works on its own part. Raises
+    UserError where they do not come together, with the words of the one that cannot come where there is one.
     """
     here = launch()
     if here.count == 1:
@@ -234,34 +256,133 @@ def join(device: str) -> Processes:
 
     from engine.device import choose_device
 
+    chosen = choose_device(device)
     try:
-        PartialState(cpu=choose_device(device).type == "cpu")
+        board = _board(MEETING_S)
+        if stop is not None:
+            stop.ask_others = _exchange_of_signals(board)
+        _meet(board, here, stop)
+        PartialState(cpu=chosen.type == "cpu")
         group = dist.new_group(backend="gloo", timeout=WAIT)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
             f"process {here.rank} of {here.count} did not meet the others at {where}: {_line(error)}"
         ) from error
-    return Processes(here.rank, here.count, group)
+    return Processes(here.rank, here.count, group, stop)
+
+
+# ---------------------------------------------------------------------------------------------- out of step
+
+
+@cache
+def _board(patience_s: float) -> Any:
+    """The launcher's key-value store: words for processes that are not in step, or have not met.
+
+    torchrun and `--devices` keep it; where srun started them, the first process does. Raises RuntimeError where there
+    is none.
+    """
+    import torch.distributed as dist
+
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=not kept and launch().rank == 0,
+        timeout=timedelta(seconds=patience_s),
+        wait_for_workers=False,
+        multi_tenant=True,  # the same server that torch will ask for
+    )
+    return dist.PrefixStore(f"surgstage/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _meet(board: Any, here: Launch, stop: StopRequest | None) -> None:
+    """Wait for all to be here, so that one that never comes need not be waited for inside torch."""
+    board.add("here", 1)
+    deadline = time.monotonic() + MEETING_S
+    while (found := board.add("here", 0)) < here.count:
+        if stop is not None:
+            stop.raise_if_set()
+        if board.check(["error"]) and not board.check(["stop"]):
+            raise Failed(board.get("error").decode())
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{found} of {here.count} came within {MEETING_S:.0f} s")
+        time.sleep(0.1)
+
+
+def _exchange_of_signals(board: Any) -> Callable[[int | None], int | None]:
+    """A function that tells the others of this process's signal, or asks for theirs, now and then."""
+    looked_at = 0.0
+    told = False
+
+    def exchange(own: int | None) -> int | None:
+        nonlocal looked_at, told
+        if told or (own is None and time.monotonic() - looked_at < LOOK_EVERY_S):
+            return own
+        looked_at = time.monotonic()
+        with suppress(RuntimeError):  # whoever kept the board is gone, which the next exchange will tell
+            if own is not None:
+                board.set("stop", str(own))
+                told = True
+            elif board.check(["stop"]):
+                return int(board.get("stop"))
+        return signal.SIGTERM if own is None and parent_is_gone() else own
+
+    return exchange
 
 
 def speaks() -> bool:
-    """Whether this process speaks for all: the first one, or the only one."""
+    """Whether this process says what all have done: the first one, or the only one."""
     try:
         return launch().rank == 0
     except UserError:
         return True
 
 
+def may_tell(problem: BaseException) -> bool:
+    """Whether this process is to say why it ends: of several, the first that asks, which the others hear of.
+
+    Where nobody keeps the board any more, each says its own; the first one what all say in the same words.
+    """
+    from engine.stopping import Stopped
+
+    try:
+        here = launch()
+    except UserError:
+        return True
+    if here.count == 1:
+        return True
+    try:
+        speak_torchrun()
+        board = _board(ANSWER_S)
+        mine = board.add("told", 1) == 1
+        if mine:
+            board.set("error", str(problem))
+        if here.rank == 0:
+            _stay_for(board, here.count)
+    except (RuntimeError, ValueError):
+        return here.rank == 0 or not isinstance(problem, (Failed, Stopped))
+    return bool(mine)
+
+
+def _stay_for(board: Any, count: int) -> None:
+    """The first process may be the one that keeps the board: stay until all have asked, if they do soon."""
+    deadline = time.monotonic() + LOOK_EVERY_S
+    while board.add("told", 0) < count and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def lost_another(error: BaseException) -> bool:
-    """Whether an error of the exchange means that another process has ended."""
-    if launch().count == 1 or not isinstance(error, RuntimeError):
+    """Whether an error of the exchange means that another process has ended.
+
+    torch has a type for what NCCL and its stores raise; gloo's errors are plain RuntimeErrors that begin with the place
+    in its source.
+    """
+    if not isinstance(error, RuntimeError) or launch().count == 1:
         return False
-    text = str(error)
-    return type(error).__module__.startswith("torch.distributed") or any(word in text for word in _EXCHANGE)
+    import torch.distributed as dist
 
-
-_EXCHANGE = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "TCPStore", "ProcessGroup")
+    return isinstance(error, dist.DistError) or "gloo/transport/" in str(error)
 
 
 def parent_is_gone() -> bool:
@@ -300,8 +421,15 @@ def run_copies(command: list[str], count: int) -> int:
     }
     numbers = range(count)
     waiting: list[int] = []
-    watched = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
-    before = {number: signal.signal(number, lambda got, _: waiting.append(got)) for number in watched}
+    watched = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+    taken = [getattr(signal, name) for name in ("SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in (*watched, *taken)}
+
+    def catch() -> None:
+        for number in watched:
+            signal.signal(number, lambda got, _: waiting.append(got))
+
+    catch()
     try:
         with tempfile.TemporaryDirectory() as logs:
             running = start_processes(
@@ -311,6 +439,9 @@ def run_copies(command: list[str], count: int) -> int:
                 envs={rank: {**os.environ, **said, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in numbers},
                 logs_specs=DefaultLogsSpecs(log_dir=logs),
             )
+            catch()  # again: the machinery puts handlers of its own in their place, which end in a traceback
+            for number in taken:
+                signal.signal(number, before[number])
             try:
                 return _attend(running, waiting)
             finally:
@@ -335,8 +466,6 @@ def _attend(running: Any, waiting: list[int]) -> int:
 
 def _look(running: Any) -> int | None:
     """Wait a moment: the exit code once all have ended or one has failed, otherwise None."""
-    import time
-
     time.sleep(0.1)
     handlers = running.subprocess_handlers
     codes = {rank: handler.proc.poll() for rank, handler in handlers.items()}

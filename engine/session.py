@@ -90,6 +90,7 @@ class TrainingSession:
     ) -> None:
         self.folder, self.accelerator, self.config, self.describe = folder, accelerator, config, describe
         optimizer = build_optimizer(groups, config.optim)
+        self.raw_model = model  # without distribution wrappers; Accelerate's way to it costs importing torch's compiler
         # told where they go, Accelerate need not import torch.distributed.tensor (0.5 s) to find out
         self.model, self.optimizer = accelerator.prepare(model, optimizer, device_placement=[True, True])
         self.schedule = Schedule(self.optimizer, config.schedule, config.epochs)
@@ -107,11 +108,6 @@ class TrainingSession:
         self._saved_at = self._epoch_started_at = time.monotonic()
 
     # ------------------------------------------------------------------------------------------ resume
-
-    @property
-    def raw_model(self) -> nn.Module:
-        """The model without distribution wrappers."""
-        return self.accelerator.unwrap_model(self.model)
 
     def resume(self) -> bool:
         """Go on from `last.pt` (or the one before it) where there is one; whether there was."""
@@ -306,7 +302,7 @@ class TrainingSession:
         if self.processes.count == 1:
             self.stop_if_asked()
             return
-        if parent_is_gone() and not self._stop:
+        if parent_is_gone() and self._stop.number is None:
             self._stop.number = signal.SIGTERM
         asked = float(self._stop.number or 0)
         numbers, problems = self.processes.sums(asked, float(problem is not None))
@@ -338,7 +334,8 @@ class TrainingSession:
     def _require_finite_weights(self) -> None:
         """Raise UserError before weights that nothing can be learned from any more become a checkpoint."""
         tensors = itertools.chain(self.raw_model.parameters(), self.raw_model.buffers())
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        bad = not all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+        if self.processes.sums(float(bad))[0]:  # running statistics may be one process's own
             self._refuse("the weights are not finite any more after", self.position.step, self._name_batch())
 
     def _refuse(self, what: str, step: int, batch: str) -> NoReturn:

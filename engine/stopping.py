@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -24,18 +24,27 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Remembers the first signal that came; loops look at it between steps."""
+    """Remembers the first signal that came; loops look at it between steps.
+
+    `ask_others` is given this process's signal, if any, and returns it or that of another process of the same work.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.ask_others: Callable[[int | None], int | None] = lambda own: own
 
     def __bool__(self) -> bool:
-        return self.number is not None
+        return self._look() is not None
 
     def raise_if_set(self) -> None:
         """Raise Stopped when a signal has come."""
-        if self.number is not None:
-            raise Stopped(self.number)
+        number = self._look()
+        if number is not None:
+            raise Stopped(number)
+
+    def _look(self) -> int | None:
+        self.number = self.ask_others(self.number)
+        return self.number
 
 
 @contextmanager

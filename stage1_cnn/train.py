@@ -21,7 +21,7 @@ from configs.errors import UserError
 from configs.schema import CnnConfig, Config
 from engine.device import make_accelerator, seed_everything
 from engine.logs import METRICS_FILE, read_metrics
-from engine.processes import Processes, join, one_process
+from engine.processes import Processes, join, one_process, speaks
 from engine.progress import progress_bar, say
 from engine.runs import StageFolder
 from engine.session import TrainingSession
@@ -65,7 +65,7 @@ def train_cnn(
     and Stopped, with everything saved, when asked to stop.
     """
     cnn = config.cnn
-    processes = join(config.device)
+    processes = join(config.device, stop)
     stage = StageFolder(run, CHECKPOINT_STAGE, config, identity(config, index))
     finished = processes.from_first(lambda: stage.result)
     if finished is not None:
@@ -150,7 +150,7 @@ def load_frames(config: Config, index: Index, root: Path) -> tuple[LabelledFrame
         wanted = "tool or phase" if cnn.phase_head else "tool"
         hint = "" if cnn.phase_head else ", or set cnn.phase_head=true to train on phases"
         raise UserError(f"{config.data.index}: no training frame has a {wanted} label; add annotations{hint}")
-    if not len(val):
+    if not len(val) and speaks():
         say("no labelled validation frames: every epoch is trained, and the last one counts as the best")
     return train, val
 

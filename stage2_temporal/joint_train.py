@@ -23,7 +23,7 @@ from engine.checkpoints import load_checkpoint
 from engine.device import make_accelerator, seed_everything
 from engine.files import sha256_file
 from engine.logs import METRICS_FILE, read_metrics
-from engine.processes import Processes, join
+from engine.processes import Processes, join, speaks
 from engine.progress import say
 from engine.runs import StageFolder
 from engine.session import TrainingSession
@@ -114,7 +114,7 @@ def train_joint(
     Finished steps are not done again, an unfinished one goes on where it was stopped. Raises UserError for settings,
     labels or checkpoints that do not fit, and Stopped, with everything saved, when asked to stop.
     """
-    processes = join(config.device)
+    processes = join(config.device, stop)
     files = start.files()
     common = _identity(config, index, files)
     seed_everything(config.seed)
@@ -178,7 +178,7 @@ def initial_net(config: Config, index: Index, start: Start, *, trusted: bool = F
 def _note_other_pictures(path: Path, preprocess: Mapping[str, Any], config: Config) -> None:
     """Another normalisation, above all, is rarely meant."""
     changed = differences(preprocess, config.preprocess.model_dump(mode="json"))
-    if changed:
+    if changed and speaks():
         say(f"note: {path} was trained on pictures prepared otherwise (preprocess: {'; '.join(changed)})")
 
 
@@ -203,7 +203,7 @@ def _load(config: Config, index: Index, root: Path) -> JointData:
         if tasks in (task, "both") and not (labels >= 0).any():
             raise UserError(f"{config.data.index}: no training frame has a {task} label; set joint.net.tasks")
     val = labelled_videos(config, index, root, index.by_split("val"))
-    if not val:
+    if not val and speaks():
         say("no validation videos: every epoch is trained, and the last one counts as the best")
     return JointData(train, val, index, root)
 

@@ -159,7 +159,8 @@ class RecurrentHead(Head):
     def _run_packed(self, x: Tensor, hidden: State | None, lengths: Tensor) -> tuple[Tensor, State]:
         """As `_run`, for sequences of unequal lengths: one call, which cuDNN computes without padding."""
         given = None if hidden is None else tuple(part.contiguous() for part in hidden)
-        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        # DistributedDataParallel takes every tensor to the GPU, where `lengths` may not be
+        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
         out, last = self.rnn(packed, given[0] if given and len(given) == 1 else given)
         padded, _ = pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])
         return padded, last if isinstance(last, tuple) else (last,)

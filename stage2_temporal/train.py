@@ -26,7 +26,7 @@ from configs.schema import Config
 from engine.device import cpu_has_bf16, make_accelerator, seed_everything
 from engine.files import make_folder, sha256_file
 from engine.logs import METRICS_FILE, read_metrics
-from engine.processes import Processes, join
+from engine.processes import Processes, join, one_process
 from engine.progress import progress_bar, say
 from engine.runs import StageFolder
 from engine.session import TrainingSession
@@ -60,7 +60,7 @@ def train_temporal(
     when `stop` was set, with everything saved.
     """
     _require_sensible(config.temporal)
-    processes = join(config.device)
+    processes = join(config.device, stop)
     data = processes.each(lambda: read_training_data(folder)) if data is None else data
     data = data.with_tool_logits() if config.temporal.tool_logits else data
     stage = StageFolder(run, "temporal", config, _identity(config, data))
@@ -175,7 +175,7 @@ class PhaseLoss:
         bank: FeatureBank,
         train: Sequence[Span],
         phases: int,
-        over_all: Callable[[Tensor], Tensor],
+        over_all: Callable[[Tensor], Tensor] = one_process,
     ) -> None:
         self.over_all = over_all
         self.smoothing = settings.label_smoothing

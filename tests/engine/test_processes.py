@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from engine.processes import Launch, Processes, first_host, launch, speak_torchrun
+from engine.checkpoints import load_checkpoint
+from engine.processes import Launch, Processes, first_host, launch, lost_another, speak_torchrun
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 TASK = {
     "SLURM_PROCID": "5",
@@ -88,6 +95,86 @@ def test_one_process_changes_nothing() -> None:
 def test_one_process_imports_no_launcher() -> None:
     """Starting up is to cost what it did: torch's elastic launcher is not read."""
     program = "import sys, engine.processes; print([n for n in sys.modules if n.startswith('torch')])"
-    folder = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_only_what_the_exchange_says_is_a_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    gloo = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer")
+    nccl = torch.distributed.DistBackendError("NCCL communicator was aborted")
+    assert not lost_another(gloo)  # there is no other
+    for name, value in TASK.items():
+        monkeypatch.setenv(name, value)
+    assert lost_another(gloo)
+    assert lost_another(nccl)
+    assert not lost_another(RuntimeError("mat1 and mat2 shapes cannot be multiplied (NCCL or gloo or not)"))
+    assert not lost_another(ValueError("gloo/transport/"))
+
+
+# ---------------------------------------------------------------------------------------------- two of them
+
+
+def start_pair(what: str, folder: Path) -> list[subprocess.Popen[str]]:
+    """Two processes that find one another as the tasks of an srun step do."""
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SURGSTAGE_"))}
+    step = plain | TASK | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(port)}
+    step |= {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, str(Path(__file__).with_name("pair.py")), what, str(folder)]
+    return [
+        subprocess.Popen(
+            words,
+            env=step | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+
+
+def ends_of(pair: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
+    """Exit codes and all that was said. That they end at all is the point."""
+    try:
+        said = "".join("".join(one.communicate(timeout=120)) for one in pair)
+    finally:
+        for one in pair:
+            one.kill()
+    return [one.returncode for one in pair], said
+
+
+@pytest.mark.slow
+def test_a_loss_of_one_process_that_is_no_number_stops_all_with_the_batch_named(tmp_path: Path) -> None:
+    codes, said = ends_of(start_pair("nan", tmp_path))
+    assert codes == [2, 2], said
+    assert said.count("error:") == 1, said
+    assert "the loss is nan in epoch 1, step 3 (batch 2 of 1)" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "told"), [("apart", 0), ("apart", 1), ("cache", 0)])
+def test_a_signal_to_one_process_ends_the_own_work_of_another(tmp_path: Path, what: str, told: int) -> None:
+    """Minutes of validation or decoding are left, to the one that was told or to the other."""
+    pair = start_pair(what, tmp_path)
+    deadline = time.monotonic() + 120
+    while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)):
+        assert time.monotonic() < deadline, ends_of(pair)
+        time.sleep(0.05)
+    pair[told].send_signal(signal.SIGINT)
+    codes, said = ends_of(pair)
+    assert codes == [130, 130], said
+    assert said.count("stopped by SIGINT") == 1, said
+    if what == "apart":
+        assert len(load_checkpoint(tmp_path / "last.pt")["others"]) == 1
+
+
+@pytest.mark.slow
+def test_a_mistake_that_one_process_finds_alone_ends_all_and_is_said_once(tmp_path: Path) -> None:
+    for what, codes in (("late", [2, 2]), ("outside", [70, 2])):
+        found, said = ends_of(start_pair(what, tmp_path))
+        assert found == codes, said
+        assert said.count("error:") == 1, said
+        assert "error: weights.pth: not on this machine" in said

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from configs.errors import UserError
 from configs.schema import CnnConfig, Config
 from engine.checkpoints import load_checkpoint
 from engine.logs import read_metrics
+from engine.processes import Processes
 from engine.stopping import Stopped, StopRequest
 from stage1_cnn.data import LabelledFrames
 from stage1_cnn.model import NetOutput, build_backbone, rebuild_from_checkpoint, weights_sha256
@@ -23,6 +25,7 @@ from stage1_cnn.train import (
     parameter_groups,
     phase_weights,
     positive_weights,
+    synchronise_batch_norm,
     train_cnn,
 )
 from tests.stage1_cnn.material import StopAfter, World, write_labels
@@ -211,7 +214,12 @@ def some_frames(phase: list[int], tools: list[list[int]]) -> LabelledFrames:
 def a_batch(phase: list[int], tools: list[list[float]]) -> FrameBatch:
     rows = torch.arange(len(tools))
     return FrameBatch(
-        torch.zeros(len(tools), 2, 2, 3, dtype=torch.uint8), torch.tensor(phase), torch.tensor(tools), rows
+        images=torch.zeros(len(tools), 2, 2, 3, dtype=torch.uint8),
+        phase=torch.tensor(phase),
+        tools=torch.tensor(tools),
+        rows=rows,
+        flip=torch.zeros(len(tools), dtype=torch.bool),
+        colour=torch.zeros(0, 3),
     )
 
 
@@ -261,3 +269,10 @@ def test_deciding_score() -> None:
     assert deciding_score({"val_map": 0.5, "val_phase_accuracy": 0.9}) == ("validation mAP", 0.5)
     assert deciding_score({"val_map": None, "val_phase_accuracy": 0.9}) == ("validation phase accuracy", 0.9)
     assert deciding_score({"val_map": None})[1] is None
+
+
+def test_batch_norm_over_several_processes_is_refused_where_torch_has_none() -> None:
+    net = nn.BatchNorm2d(3)
+    synchronise_batch_norm(net, Processes(0, 1), torch.device("cpu"))  # one process needs nothing
+    with pytest.raises(UserError, match="sync_batch_norm=true: torch synchronises batch norm on CUDA only, not on cpu"):
+        synchronise_batch_norm(net, Processes(0, 2), torch.device("cpu"))

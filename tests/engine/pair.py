@@ -1,0 +1,104 @@
+"""One of two processes that meet as srun's tasks do, for `test_processes`: `pair.py WHAT FOLDER`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import click
+import torch
+from torch import nn
+
+from configs.errors import UserError
+from configs.schema import LoopConfig
+from engine.device import make_accelerator, seed_everything
+from engine.processes import Processes, join, speaks
+from engine.session import TrainingSession
+from engine.stopping import StopRequest, watch_signals
+from pipeline import Group
+
+
+@click.group(cls=Group)
+def cli() -> None:
+    """With the one place that says why a command ends."""
+
+
+def session_in(folder: Path, processes: Processes, stop: StopRequest) -> TrainingSession:
+    seed_everything(1)
+    model = nn.Linear(3, 1)
+    accelerator, _ = make_accelerator("cpu", "fp32")
+    groups = [{"params": model.parameters()}]
+    config = LoopConfig(epochs=1)
+    return TrainingSession(folder, accelerator, model, groups, config, {}, stop, bar=False, processes=processes)
+
+
+@cli.command()
+@click.argument("folder", type=Path)
+def nan(folder: Path) -> None:
+    """The third batch of the second process has a loss that is not a number."""
+    stop = StopRequest()
+    processes = join("cpu", stop)
+    session = session_in(folder, processes, stop)
+    for _ in session.epochs():
+        for batch in session.batches(range(5), 5):
+            loss = session.model(torch.ones(2, 3)).mean()
+            bad = batch == 2 and not processes.first
+            name = f"batch {batch} of {processes.rank}"
+            session.update(loss * float("nan") if bad else loss, lambda name=name: name)  # type: ignore[misc]
+
+
+@cli.command()
+@click.argument("folder", type=Path)
+def apart(folder: Path) -> None:
+    """Validation that takes minutes; the first process has no part in it."""
+    with watch_signals() as stop:
+        processes = join("cpu", stop)
+        session = session_in(folder, processes, stop)
+
+        def work() -> None:
+            for _ in range(0 if processes.first else 4000):
+                session.stop_if_asked()
+                time.sleep(0.05)
+
+        (folder / f"ready{processes.rank}").touch()
+        session.validate(work)
+
+
+@cli.command()
+@click.argument("folder", type=Path)
+def cache(folder: Path) -> None:
+    """Work before training, of which both have minutes left; only the first gets the signal."""
+    with watch_signals() as stop:
+        processes = join("cpu", stop)
+
+        def work() -> None:
+            for _ in range(4000):
+                stop.raise_if_set()
+                time.sleep(0.05)
+
+        (folder / f"ready{processes.rank}").touch()
+        processes.together(work)
+
+
+@cli.command()
+@click.argument("folder", type=Path)
+def late(folder: Path) -> None:
+    """The second process finds something wrong before they meet."""
+    if not speaks():
+        raise UserError("weights.pth: not on this machine; copy it there")
+    join("cpu")
+
+
+@cli.command()
+@click.argument("folder", type=Path)
+def outside(folder: Path) -> None:
+    """The second process finds something wrong while the first waits for it in an exchange."""
+    processes = join("cpu")
+    if not processes.first:
+        raise UserError("weights.pth: not on this machine; copy it there")
+    processes.gather(1)
+
+
+if __name__ == "__main__":
+    cli(sys.argv[1:])

@@ -1,0 +1,21 @@
+"""Two tasks of an srun step find one another and train as two copies on this machine do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.material import PROJECT, assert_equal_trainings, succeed
+
+
+@pytest.mark.timeout(240)
+def test_two_tasks_of_srun_train_as_two_devices(place: Path) -> None:
+    words = ["train-cnn", "--config", "tiny.yaml", "--set", "cnn.epochs=2", "--name"]
+    succeed([*words, "copies", "--devices", "2"], place)
+    step = ["srun", "--ntasks=2", sys.executable, str(PROJECT / "pipeline.py"), *words, "tasks"]
+    done = subprocess.run(step, cwd=place, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_equal_trainings(place, "copies", "tasks")
