@@ -2,8 +2,8 @@
 
     python benchmarks/temporal.py --json FILE [--repeat N]
 
-Figures are in labelled frames a second of training, on all cores of the CPU, medians of `--repeat` rounds; in a round the
-sides take turns, each in a process of its own, so that a busy machine is busy for all of them.
+Figures are in labelled frames a second of training, on all cores of the CPU, medians of `--repeat` rounds; in a round
+the sides take turns, each in a process of its own, so that a busy machine is busy for all of them.
 
 - `frames_per_s`, `frames_per_s_bf16`: `train-temporal` as typed on forty videos of Cholec80's lengths (`lengths` says
   whether they are the real ones) with random features, 86,304 x 2048 fp16 where they are; LSTM of 512, whole videos,
@@ -12,8 +12,9 @@ sides take turns, each in a process of its own, so that a busy machine is busy f
 - `ratio_to_nn_lstm`, `ratio_to_nn_lstm_bf16`: to nn.LSTM in fp32 on a batch of 8 x 1000 frames, nothing padded, from
   fp32 features (`nn_lstm_frames_per_s`).
 - `ratio_to_bound`: of the fp32 figure to the fp32 matrix product (`product_gflops`) over 23.1 MFLOP a frame.
-- `ratio_to_clips`: of the fp32 figure to clips of 10 with stride 1, where every clip is one labelled frame more. The faster
-  of two ways counts: `train-temporal` on fewer videos (`clips_frames_per_s`) and nn.LSTM (`nn_lstm_clips_frames_per_s`).
+- `ratio_to_clips`: of the fp32 figure to clips of 10 with stride 1, where every clip is one labelled frame more. The
+  faster of two ways counts: `train-temporal` on fewer videos (`clips_frames_per_s`), and nn.LSTM
+  (`nn_lstm_clips_frames_per_s`).
 - `ratio_to_end_to_end`: of the fp32 figure to ResNet50 and LSTM in one net from 224x224 images, forward and backward
   in fp32, every frame of a clip counted (`end_to_end_frames_per_s`); at stride 1 it would be a tenth.
 - `peak_rss_mb`, `peak_rss_mb_bf16`: the most memory (VmHWM) of the process that trained, start to exit, the per-frame
@@ -29,14 +30,12 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from start_up import PROJECT, lengths_file, output, phases_of, write_feature_set
+from start_up import lengths_file, output, phases_of, write_feature_set
 
 REFERENCE = Path(__file__).resolve().parent / "temporal_reference.py"
 MFLOP_A_FRAME = 23.1  # 2 x 4 x 512 x (2 x 2048 + 3 x 512) + 6 x 512 x 7: no gradient goes to stored features

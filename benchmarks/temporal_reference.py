@@ -46,7 +46,8 @@ class EndToEnd(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, 3, S, S) -> phases (B, T, C), tools (B, T, K)."""
-        x = self.share(images.flatten(0, 1).contiguous(memory_format=torch.channels_last)).unflatten(0, images.shape[:2])
+        flat = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        x = self.share(flat).unflatten(0, images.shape[:2])
         return self.phase(x), self.tool(x)
 
 
