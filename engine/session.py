@@ -222,7 +222,7 @@ class TrainingSession:
         logs = (self.position.global_step + 1) % LOG_EVERY_STEPS == 0
         if self._reads_late:
             self._unread.append((loss.detach(), name_batch))
-            value, save = 0.0, due
+            value, save = 0.0, float(due)
         else:
             value, save = self._value(loss, due, name_batch)
             self.position.loss_sum += value
