@@ -72,6 +72,7 @@ bench: $(STAMP) ## time what docs/performance.md quotes; results in artifacts/be
 	mkdir -p artifacts/bench
 	$(BIN)/python benchmarks/start_up.py --json artifacts/bench/start_up.json
 	$(BIN)/python benchmarks/store.py --json artifacts/bench/store.json
+	$(BIN)/python benchmarks/temporal.py --json artifacts/bench/temporal.json
 	$(BIN)/python benchmarks/loader.py --json artifacts/bench/loader.json
 	$(BIN)/python benchmarks/scaling.py --json artifacts/bench/scaling.json
 	$(BIN)/python benchmarks/evaluate.py --json artifacts/bench/evaluate.json

@@ -79,12 +79,17 @@ def main() -> None:
 
 def phases_of(file: Path | None) -> list[np.ndarray]:
     """Phases (T,) a video: the real ones, or forty videos of one length."""
-    shared = Path(os.environ.get("SURGSTAGE_SHARED", PROJECT.parent / "shared"))
-    file = file or shared / "data" / "labels" / "train40_1fps.npz"
+    file = lengths_file(file)
     if not file.is_file():
         return [np.repeat(np.arange(7, dtype=np.int8), 309)[:2158] for _ in range(40)]
     with np.load(file) as arrays:
         return [arrays[name].astype(np.int8) for name in sorted(arrays.files) if name.endswith("_phase")]
+
+
+def lengths_file(file: Path | None) -> Path:
+    """Where the real phases are looked for."""
+    shared = Path(os.environ.get("SURGSTAGE_SHARED", PROJECT.parent / "shared"))
+    return file or shared / "data" / "labels" / "train40_1fps.npz"
 
 
 def measure(folder: Path, phases: Sequence[np.ndarray], repeat: int, settings: Sequence[str]) -> dict[str, object]:
@@ -111,8 +116,8 @@ def measure(folder: Path, phases: Sequence[np.ndarray], repeat: int, settings: S
     return figures | {"frames": sum(map(len, phases)), "videos": len(phases), "settings": list(settings)}
 
 
-def write_feature_set(folder: Path, phases: Sequence[np.ndarray]) -> None:
-    """Random features as `extract` leaves them: four fifths of the videos to train, the rest to choose."""
+def write_feature_set(folder: Path, phases: Sequence[np.ndarray], train_share: float = 0.8) -> None:
+    """Random features as `extract` leaves them: four fifths of the videos to train, unless told, the rest to choose."""
     from configs.load import load_dataset
     from features.index import Index, VideoEntry
     from features.store import EncoderSpec, SourceIdentity, feature_path, write_features
@@ -138,7 +143,7 @@ def write_feature_set(folder: Path, phases: Sequence[np.ndarray]) -> None:
                 sha256_ends="0" * 64,
                 fps=25.0,
                 frame_count=count * 25,
-                split="train" if number < 0.8 * len(phases) else "val",
+                split="train" if number < train_share * len(phases) else "val",
             )
         )
     Index(dataset=load_dataset("cholec80"), videos=tuple(entries)).save(folder / "index.json")

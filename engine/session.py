@@ -105,6 +105,8 @@ class TrainingSession:
         self._identity = sha256_json(describe)
         self._steps_in_epoch = 0
         self._name_batch: Callable[[], str] = lambda: ""
+        self._reads_late = self.processes.count == 1 and _works_behind(accelerator.device)
+        self._unread: list[tuple[Tensor, Callable[[], str]]] = []
         self._saved_at = self._epoch_started_at = time.monotonic()
 
     # ------------------------------------------------------------------------------------------ resume
@@ -193,8 +195,8 @@ class TrainingSession:
 
     @property
     def mean_loss(self) -> float:
-        """Mean loss over the epoch's steps so far."""
-        return self.position.loss_sum / max(1, self.position.step)
+        """Mean loss over the epoch's steps so far, as far as they are read."""
+        return self.position.loss_sum / max(1, self.position.step - len(self._unread))
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The forward pass in the run's precision."""
@@ -208,15 +210,18 @@ class TrainingSession:
         """Backward and, at the end of an accumulation group, an optimiser step.
 
         `loss` is the batch's mean loss (on several processes, this one's part of it). Raises UserError naming the batch
-        when it is not finite; `last.pt` then still holds the last good state.
+        when it is not finite; `last.pt` then still holds the last good state. A GPU is not waited for at every step:
+        there the error may come up to `LOG_EVERY_STEPS` later, but before anything is saved.
         """
-        own = float(loss.detach())
         self._name_batch = name_batch
         due = time.monotonic() - self._saved_at > 60 * self.config.checkpoint_minutes
-        value, save = self.processes.sums(own, float(due and self.processes.first))
-        if not math.isfinite(value):
-            names = self.processes.gather("" if math.isfinite(own) else name_batch())
-            self._refuse(f"the loss is {value} in", self.position.step + 1, next((name for name in names if name), ""))
+        logs = (self.position.global_step + 1) % LOG_EVERY_STEPS == 0
+        if self._reads_late:
+            self._unread.append((loss.detach(), name_batch))
+            value, save = 0.0, float(due)
+        else:
+            value, save = self._value(loss, due, name_batch)
+            self.position.loss_sum += value
         parts = self.processes.count  # DistributedDataParallel takes the mean over processes, but parts add up
         self.accelerator.backward((loss * parts if parts > 1 else loss) / self._group_size())
         ends = self._group_ends()
@@ -229,8 +234,9 @@ class TrainingSession:
             self.schedule.step()
         self.position.step += 1
         self.position.global_step += 1
-        self.position.loss_sum += value
-        if self.position.global_step % LOG_EVERY_STEPS == 0:
+        if self._reads_late and (logs or self.position.step == self._steps_in_epoch):
+            value = self._read_losses()
+        if logs:
             self.log.log("step", self.position.global_step, {"epoch": self.position.epoch, "loss": value, **self._lr()})
         if ends and save:
             self._save_last()
@@ -240,6 +246,7 @@ class TrainingSession:
 
         Without a score (no validation videos) the last epoch counts as the best.
         """
+        self._read_losses()
         self._require_finite_weights()
         position = self.position
         values: dict[str, Any] = {"epoch": position.epoch, "loss": self.mean_loss, **self._lr(), **scores}
@@ -331,6 +338,28 @@ class TrainingSession:
 
     # ------------------------------------------------------------------------------------------ inside
 
+    def _value(self, loss: Tensor, due: bool, name_batch: Callable[[], str]) -> tuple[float, float]:
+        """The step's loss over all processes, and whether the first one wants to save."""
+        own = float(loss.detach())
+        value, save = self.processes.sums(own, float(due and self.processes.first))
+        if not math.isfinite(value):
+            names = self.processes.gather("" if math.isfinite(own) else name_batch())
+            self._refuse(f"the loss is {value} in", self.position.step + 1, next((name for name in names if name), ""))
+        return value, save
+
+    def _read_losses(self) -> float:
+        """Wait for the steps whose losses are not read yet, add them, and return the last one's."""
+        unread, self._unread = self._unread, []
+        if not unread:
+            return 0.0
+        values: list[float] = torch.stack([loss for loss, _ in unread]).tolist()
+        first = self.position.step - len(unread) + 1
+        for step, (value, (_, name_batch)) in enumerate(zip(values, unread, strict=True), first):
+            if not math.isfinite(value):
+                self._refuse(f"the loss is {value} in", step, name_batch())
+            self.position.loss_sum += value
+        return values[-1]
+
     def _require_finite_weights(self) -> None:
         """Raise UserError before weights that nothing can be learned from any more become a checkpoint."""
         tensors = itertools.chain(self.raw_model.parameters(), self.raw_model.buffers())
@@ -364,6 +393,7 @@ class TrainingSession:
         return {"identity": self._identity, "model": self.raw_model.state_dict(), "scores": values, **self.describe}
 
     def _save_last(self) -> None:
+        self._read_losses()
         self._saved_at = time.monotonic()
         self._require_finite_weights()
         own = {"random": random_states(), "extra": _extra_state(self.raw_model)}
@@ -381,6 +411,11 @@ class TrainingSession:
             "others": others,
         }
         save_checkpoint(self.folder / "last.pt", content, keep_previous=True)
+
+
+def _works_behind(device: torch.device) -> bool:
+    """Whether steps are only queued when their call returns, so that reading a number waits for all before it."""
+    return device.type != "cpu"
 
 
 def _extra_state(model: nn.Module) -> dict[str, Any]:

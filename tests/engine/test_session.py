@@ -16,11 +16,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.checkpoints
 import engine.session
 from configs.errors import UserError
-from configs.schema import LoopConfig
+from configs.schema import LoopConfig, OptimConfig
 from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.device import make_accelerator, seed_everything
 from engine.logs import read_metrics
@@ -247,6 +248,61 @@ def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_checkpoint(tmp_
     with pytest.raises(UserError, match=r"loss is nan in epoch 2, step 2 \(rows \[.*lower the learning rate"):
         train(tmp_path, CONFIG, poison=STEPS + 1)
     assert load_checkpoint(tmp_path / "last.pt")["position"]["epoch"] == 1
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a tensor's number is read, which on a GPU waits for everything before it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def reads(folder: Path, config: LoopConfig) -> int:
+    with Reads() as mode:
+        train(folder, config)
+    return mode.count
+
+
+def test_a_gpu_is_not_waited_for_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, here on a CPU: the same log, the same weights, none of the reads that each step has."""
+    config = CONFIG.model_copy(update={"optim": OptimConfig(name="sgd", lr=1e-3)})
+    monkeypatch.setattr(engine.session, "LOG_EVERY_STEPS", 3)
+    exact = reads(tmp_path / "exact", config)
+    monkeypatch.setattr(engine.session, "_works_behind", lambda device: True)
+    assert exact - reads(tmp_path / "late", config) == 3 * STEPS
+    assert log_without_times(tmp_path / "exact") == log_without_times(tmp_path / "late")
+    left, right = (load_checkpoint(tmp_path / name / "last.pt") for name in ("exact", "late"))
+    assert left["position"] == right["position"]
+    assert all(torch.equal(left["model"][name], right["model"][name]) for name in left["model"])
+
+
+def test_read_late_a_stopped_run_goes_on_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path / "exact", CONFIG)
+    monkeypatch.setattr(engine.session, "_works_behind", lambda device: True)
+    for stop_after in (2, STEPS + 1):
+        with pytest.raises(Stopped):
+            train(tmp_path / "late", CONFIG, stop_after=stop_after)
+    train(tmp_path / "late", CONFIG)
+    assert log_without_times(tmp_path / "exact") == log_without_times(tmp_path / "late")
+
+
+@pytest.mark.parametrize("minutes", [20.0, 1e-9])
+def test_read_late_a_loss_that_is_not_finite_names_its_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float
+) -> None:
+    """Steps later, and yet before anything is saved that it has spoilt."""
+    config = CONFIG.model_copy(update={"checkpoint_minutes": minutes})
+    expected = tmp_path / "exact", tmp_path / "late"
+    for folder in expected:
+        with pytest.raises(UserError, match=r"loss is nan in epoch 2, step 2 \(rows \[.*lower the learning rate"):
+            train(folder, config, poison=STEPS + 1)
+        monkeypatch.setattr(engine.session, "_works_behind", lambda device: True)
+    left, right = (load_checkpoint(folder / "last.pt") for folder in expected)
+    assert left["position"] == right["position"]
+    assert all(torch.equal(left["model"][name], right["model"][name]) for name in left["model"])
 
 
 def test_a_kill_between_best_and_last_does_not_change_the_best_epoch(

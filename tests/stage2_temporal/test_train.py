@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import stage2_temporal.train
 from configs.errors import UserError
 from configs.schema import SequenceConfig, TemporalConfig
 from engine.checkpoints import load_checkpoint
@@ -21,7 +22,7 @@ from engine.logs import read_metrics
 from engine.stopping import Stopped, StopRequest
 from stage2_temporal.data import FeatureBank, Span, epoch_batches, read_training_data
 from stage2_temporal.predict import load_temporal, predict_phases
-from stage2_temporal.train import PhaseLoss, count_phases
+from stage2_temporal.train import PhaseLoss, _require_bf16, count_phases
 from tests.stage2_temporal.toy import cue_video, write_folder
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -203,6 +204,75 @@ def test_carried_state_matters_for_resume(train: Any, tmp_path: Path) -> None:
     carried = load_checkpoint(tmp_path / "stopped/temporal/last.pt")["model"]["_extra_state"]["carried"]
     assert len(carried) == 2
     assert all(bool((part != 0).any()) for part in carried)
+
+
+@pytest.fixture
+def native_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU that multiplies bf16: others compute the same, slowly."""
+    monkeypatch.setattr(stage2_temporal.train, "cpu_has_bf16", lambda: True)
+
+
+@pytest.mark.usefixtures("native_bf16")
+@pytest.mark.parametrize("layers", [1, 2])
+def test_resumed_equals_uninterrupted_with_the_bf16_projection(train: Any, tmp_path: Path, layers: int) -> None:
+    head = {"name": "lstm", "hidden": 12, "layers": layers, "dropout": 0.4}
+    settings = {"head": head, "projection": "bf16"}
+    whole = train("whole", settings)
+    starts = 0
+    while True:
+        starts += 1
+        try:
+            train("resumed", settings, stop=StopAfter(4))
+            break
+        except Stopped:
+            assert starts < 100
+    assert starts > 2
+    require_same(tmp_path / "whole", tmp_path / "resumed")
+    exact = train("exact", settings | {"projection": "fp32"})
+    assert whole["steps"] == exact["steps"]
+    assert not torch.equal(
+        weights(tmp_path / "whole/temporal")["head.rnn.weight_ih_l0"],
+        weights(tmp_path / "exact/temporal")["head.rnn.weight_ih_l0"],
+    )
+    assert torch.equal(  # the baseline has no such projection
+        weights(tmp_path / "whole/temporal/frame")["head.fc.weight"],
+        weights(tmp_path / "exact/temporal/frame")["head.fc.weight"],
+    )
+
+
+@pytest.mark.usefixtures("native_bf16")
+def test_bf16_is_of_training_alone(train: Any, tmp_path: Path, cue_folder: Path, videos_of: Any) -> None:
+    """The score that chose the epoch is that of the fp32 model which everybody loads."""
+    result = train(temporal=LEARN | {"projection": "bf16", "epochs": 4, "baseline": False})
+    model, about = load_temporal(tmp_path / "run/temporal")
+    assert not model.head.bf16_projection
+    videos = videos_of(cue_folder, "val")
+    predicted = predict_phases(model, videos, about["inference"], about["frames"], "cpu")
+    shares = [(predicted[name].argmax(1) == video.phase)[video.phase >= 0].mean() for name, video in videos.items()]
+    assert result["val_accuracy"] == pytest.approx(np.mean(shares), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head": {"name": "gru"}}, r"projection=bf16 is of the LSTM that reads forwards alone; leave it at auto"),
+        ({"head": {"name": "lstm", "bidirectional": True}}, r"of the LSTM that reads forwards alone"),
+        ({}, r"this CPU has no native bf16, so it would be slower; use fp32"),
+    ],
+)
+def test_bf16_is_refused_where_it_does_nothing(
+    train: Any, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(stage2_temporal.train, "cpu_has_bf16", lambda: False)
+    with pytest.raises(UserError, match=message):
+        train(temporal={"projection": "bf16", **changes})
+
+
+def test_bf16_projection_is_refused_on_other_devices() -> None:
+    settings = TemporalConfig(projection="bf16")
+    with pytest.raises(UserError, match=r"is for CPUs, not cuda; set temporal\.precision=bf16 instead"):
+        _require_bf16(settings, torch.device("cuda"))
+    _require_bf16(TemporalConfig(), torch.device("cuda"))
 
 
 def test_a_finished_run_is_not_trained_again(train: Any, tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""Whether `temporal.projection: bf16` costs accuracy: seeds in fp32 and in bf16 on the five real operations.
+
+    python benchmarks/projection.py --root DIR --json FILE [--work DIR]
+
+Features come from the initial backbone of `configs/mini.yaml`, extracted once; `train-temporal` then runs with each
+seed and projection, and `fp32` and `bf16` in the JSON hold the validation accuracies with mean and deviation (n - 1).
+Stopped and started again with the same `--work`, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from command import pipeline
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True, help="data root of the five real operations")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--work", type=Path, default=Path("artifacts/projection"), help="index, features and runs")
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    figures = measure(options.root, options.work, options.seeds)
+    print(json.dumps(figures, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(root: Path, work: Path, seeds: int) -> dict[str, Any]:
+    """Validation accuracies by projection."""
+    settings = [
+        "extract.encoder=initial",
+        f"data.root={root}",
+        f"data.index={work / 'index.json'}",
+        f"extract.store={work / 'features'}",
+        f"runs={work / 'runs'}",
+        "device=cpu",
+    ]
+    pipeline("index", "mini", "features", settings)
+    pipeline("extract", "mini", "features", settings)
+    (features,) = (work / "features").iterdir()
+    figures: dict[str, Any] = {}
+    for projection in ("fp32", "bf16"):
+        found = []
+        for seed in range(seeds):
+            own = [*settings, f"seed={seed}", f"temporal.projection={projection}", "temporal.baseline=false"]
+            name = f"{projection}-{seed}"
+            pipeline("train-temporal", "mini", name, own, ("--features", str(features)))
+            result = json.loads((work / "runs" / name / "temporal" / "result.json").read_text(encoding="utf-8"))
+            found.append(result["val_accuracy"])
+        spread = statistics.stdev(found) if len(found) > 1 else None
+        figures[projection] = {"seeds": found, "mean": statistics.fmean(found), "std": spread}
+    return figures
+
+
+if __name__ == "__main__":
+    main()
