@@ -62,7 +62,7 @@ def write_model_card(
             "dataset": index.dataset.model_dump(mode="json"),
             "fps": metrics["fps"],
             "split": {part: [entry.id for entry in index.by_split(part)] for part in SPLITS if part != "none"},
-            "settings": yaml.safe_dump(chosen, sort_keys=False) if chosen else "",
+            "settings": yaml.safe_dump(chosen, sort_keys=False, width=1 << 20) if chosen else "",
             "environment": _made_with(read_json_object(environment) if environment.exists() else {}),
             "imported": imported,
             "fine_tuned_from": metrics.get("fine_tuned_from"),

@@ -170,7 +170,8 @@ def _gather_run(folder: Path, name: str, split: str) -> RunResults:
         for video, found in predictions.items()
         if found.tool_probabilities is not None
     } or _tools_alone(evaluated, truth)
-    rows = {video: len(found.time_s) for video, found in {**tool_scores, **predictions}.items()}
+    rows = {video: len(scores.time_s) for video, scores in tool_scores.items()}
+    rows |= {video: len(found.time_s) for video, found in predictions.items()}
     for video, count in rows.items():
         if count != len(truth.videos[video].phase):
             raise UserError(

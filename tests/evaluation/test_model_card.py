@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jinja2
 import numpy as np
@@ -161,6 +162,36 @@ def test_features_of_a_backbone_that_was_not_trained_tell_no_tools(tmp_path):
     (tmp_path / "temporal/config.yaml").write_text(to_yaml(load_config("cholec80", ["extract.encoder=initial"])))
     card = write_model_card(tmp_path, "temporal", index(), metrics(tools=False)).read_text()
     assert "then a model over time) for phases of laparoscopic operations." in card
+
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "![x](http://tracker/x.png)",
+    "a | b",
+    "two\n\n# lines",
+    "*bold* `code`",
+    "\x1b[31mred",
+    "&lt;b&gt;",
+)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_text_in_a_card(tmp_path, name):
+    """Cards are shown as pages by hosts of models: names must neither run, load, nor break a table."""
+    spec = load_dataset("cholec80")
+    tools, videos = (name, *spec.tools[1:]), index().videos
+    changed = spec.model_copy(update={"title": name, "source": name, "tools": tools})
+    hostile = Index(dataset=changed, videos=videos)
+    card = write_model_card(tmp_path, "joint", hostile, metrics(imported=f"{name}.pth")).read_text()
+    (file,) = re.findall(r"Imported from `([^`]*)`, a file", card)
+    assert file.endswith(".pth")
+    card = card.replace(f"`{file}`", "")  # between backticks nothing but a backtick means anything
+    assert "<" not in card
+    assert "\x1b" not in card
+    assert "](" not in card.replace("\\](", "")
+    row = next(line for line in card.splitlines() if line.startswith("| data set |"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 3
+    assert not [line for line in card.splitlines() if line.startswith("# lines")]
 
 
 def test_a_missing_fact_is_an_error(tmp_path):
