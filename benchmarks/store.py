@@ -6,6 +6,9 @@ Three ways, in turn, disk cache warm: `store` is this project (chunks with check
 renamed when whole), `npy` is numpy.save and numpy.load, `h5py` the same chunks and checksums without a seal, without
 reading back. Every file is flushed to the disk (fsync). Keys `<way>_write_ms`, `<way>_read_ms`, `<way>_write_mb_per_s`,
 `<way>_read_mb_per_s`: medians; MB are those of the features, 10^6 bytes.
+
+`cache_find_ms`: what a frame cache file of 2,300 frames of 50 kB (random bytes; `cache_mb` in all) costs each time it
+is found again, above all its whole checksum; `cache_find_unsealed_ms` is the same without that one.
 """
 
 from __future__ import annotations
@@ -17,15 +20,19 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import h5py
 import numpy as np
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
-SHAPE, CHUNK_FRAMES = (2300, 2048), 256
+if TYPE_CHECKING:
+    from features.cache import CacheRequest, FrameCache
+SHAPE, CHUNK_FRAMES, FRAME_BYTES = (2300, 2048), 256, 50_000
 Way = tuple[Callable[[Path, np.ndarray], None], Callable[[Path], np.ndarray]]
 
 
@@ -68,7 +75,60 @@ def measure(folder: Path, repeat: int) -> dict[str, object]:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     figures: dict[str, object] = {f"{name}_ms": round(1000 * value, 2) for name, value in medians.items()}
     figures |= {f"{name}_mb_per_s": round(features.nbytes / 1e6 / value) for name, value in medians.items()}
-    return figures | {"mb": round(features.nbytes / 1e6, 2), "shape": SHAPE, "repeat": repeat}
+    figures |= {"mb": round(features.nbytes / 1e6, 2), "shape": SHAPE, "repeat": repeat}
+    return figures | measure_cache(folder, repeat)
+
+
+def measure_cache(folder: Path, repeat: int) -> dict[str, object]:
+    """Finding a cache file of the length of an operation, with and without its seal being looked at."""
+    from features import cache as module
+    from features.cache import FrameCache
+
+    blob = np.random.default_rng(0).bytes(FRAME_BYTES)
+    cache, request = _cache(folder), _request(folder)
+    with patch.object(FrameCache, "_encoded", lambda self, rgb: blob):
+        cache.ensure(request)
+    path = cache.path("video01")
+    seconds: dict[str, list[float]] = {"cache_find": [], "cache_find_unsealed": []}
+    for number in range(repeat + 1):
+        for name, look in (("cache_find", module.broken_seal), ("cache_find_unsealed", lambda path: None)):
+            with patch.object(module, "broken_seal", look):
+                started = time.perf_counter()
+                assert cache.find(request) is not None
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    figures: dict[str, object] = {f"{name}_ms": round(1000 * statistics.median(v), 2) for name, v in seconds.items()}
+    return figures | {"cache_mb": round(path.stat().st_size / 1e6, 1)}
+
+
+def _cache(folder: Path) -> FrameCache:
+    from configs.schema import CacheConfig, PreprocessConfig
+    from features.cache import FrameCache
+
+    return FrameCache(CacheConfig(dir=folder / "cache"), PreprocessConfig(), 1.0)
+
+
+def _request(folder: Path) -> CacheRequest:
+    """An operation's frames from a folder with one small picture for all of them."""
+    from features.cache import CacheRequest
+    from features.store import SourceIdentity
+
+    class OnePicture:
+        """A reader that gives the same picture whatever is asked."""
+
+        name, version, width_px, height_px, frame_count, fps = "none", "0", 64, 48, 25 * SHAPE[0], 25.0
+
+        def __enter__(self) -> OnePicture:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def read(self, wanted: list[int]) -> Iterator[np.ndarray]:
+            return (np.zeros((48, 64, 3), np.uint8) for _ in wanted)
+
+    index = np.arange(SHAPE[0], dtype=np.int64) * 25
+    return CacheRequest(SourceIdentity("video01", "0" * 64, 1, 25.0), index, OnePicture)  # type: ignore[arg-type]
 
 
 def write_store(path: Path, features: np.ndarray) -> None:

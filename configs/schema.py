@@ -93,6 +93,13 @@ class DataSetSpec(Strict):
         ):
             if len(set(names)) != len(names):
                 raise ValueError(f"{kind} names repeat")
+            for name in names:
+                if name.startswith(
+                    ("=", "+", "-", "@", "\t", "\r")
+                ):  # they stand in CSV files, and these open formulas
+                    raise ValueError(
+                        f"{kind} name {name[:40]!r} would be a formula to a spreadsheet; start it otherwise"
+                    )
             for alias, target in aliases.items():
                 if target not in names:
                     raise ValueError(f"alias {alias!r} points to {target!r}, which is not one of the {kind}")

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import re
+import struct
 import warnings
 import zipfile
 from pathlib import Path
@@ -157,17 +158,27 @@ def _load(path: Path) -> Any:
         raise
     except MemoryError as error:
         raise UserError(f"{path}: too large to load") from error
-    except pickle.UnpicklingError as error:
-        found = _FORBIDDEN_NAME.search(str(error))
-        named = f" (it asks for {found.group(1)})" if found else ""
-        raise UserError(
-            f"{path}: damaged or not a checkpoint, or it holds more than tensors and plain containers{named}; "
-            "nothing in it was run"
-        ) from error
-    except EOFError as error:
-        raise UserError(f"{path}: damaged or not a checkpoint: it ends too early; copy or download it again") from error
     except Exception as error:  # whatever a damaged or hostile file makes the reader say
+        if _ends_early(error):
+            raise UserError(
+                f"{path}: damaged or not a checkpoint: it ends too early; copy or download it again"
+            ) from error
+        if isinstance(error, pickle.UnpicklingError):
+            found = _FORBIDDEN_NAME.search(str(error))
+            named = f" (it asks for {found.group(1)})" if found else ""
+            raise UserError(
+                f"{path}: damaged or not a checkpoint, or it holds more than tensors and plain containers{named}; "
+                "nothing in it was run"
+            ) from error
         raise UserError(f"{path}: damaged or not a checkpoint ({_first_line(error)})") from error
+
+
+def _ends_early(error: Exception) -> bool:
+    """Whether that is what torch's reader of files without an archive says of one that was cut off: in a storage, in a
+    number, within an instruction, or within a name that it then takes for none."""
+    if isinstance(error, EOFError | IndexError | struct.error):
+        return True
+    return "unexpected EOF" in str(error) or re.search(r"GLOBAL [\w.]*\. ", str(error)) is not None
 
 
 def _refuse_bombs(archive: zipfile.ZipFile, path: Path) -> None:

@@ -158,6 +158,8 @@ _BROKEN = 1 << 62
 def _step_of(line: str) -> int:
     try:
         row = json.loads(line)
-        return int(row["global_step"]) if isinstance(row["kind"], str) else _BROKEN
+        if not isinstance(row["kind"], str) or (row["kind"] == "epoch" and type(row["epoch"]) is not int):
+            return _BROKEN
+        return int(row["global_step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return _BROKEN

@@ -124,8 +124,15 @@ def write_ablation_csv(path: Path, trials: Sequence[Trial]) -> None:
     for trial in sorted(trials, key=lambda one: (one.label, one.seed)):
         values = [trial.changes.get(key, "") for key in keys]
         result = [trial.result.get(name) for name in numbers]
-        writer.writerow([trial.label, *values, trial.seed, int(trial.is_base), *result, trial.folder])
+        row = [trial.label, *values, trial.seed, int(trial.is_base), *result, trial.folder]
+        writer.writerow([_no_formula(cell) for cell in row])
     write_text(path, buffer.getvalue())
+
+
+def _no_formula(cell: Any) -> Any:
+    """Text that a spreadsheet would compute gets the apostrophe in front with which spreadsheets mark text."""
+    text = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{cell}" if text else cell
 
 
 def ablation_page(title: str, trials: Sequence[Trial], score: str, figures: Sequence[Any]) -> str:

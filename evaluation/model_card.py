@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from configs.load import read_yaml
+from configs.schema import DataSetSpec
 from engine.files import read_json_object, write_text
 from evaluation.pages import template_environment
 from features.index import SPLITS, Index
@@ -17,7 +18,9 @@ CARD_FILE = "MODEL_CARD.md"
 _KINDS = {
     "temporal": "Two stages (frame embeddings by a CNN, then a model over time)",
     "joint": "A CNN and a model over time in one net",
+    "tool": "A CNN, frame by frame,",
 }
+_TASKS = {"both": "phases and tools", "phase": "phases", "tool": "tools"}
 # What the numbers depend on. Folders and paths of one machine are not among it.
 _SECTIONS = {
     "temporal": ("seed", "preprocess", "cnn", "extract", "temporal"),
@@ -32,19 +35,16 @@ def write_model_card(
     stage: str,
     index: Index,
     metrics: Mapping[str, Any],
-    root: Path | None = None,
     *,
     trained_in: Path | None = None,
-    imported: str | None = None,
 ) -> Path:
     """Write `RUN/MODEL_CARD.md` for the net of `stage` (`temporal` or `joint`) from what evaluation found.
 
-    Settings and versions are those in `trained_in`, by default `RUN/<stage>`. `imported` names the file of a net that
-    was trained elsewhere: on which videos and with which settings is then not known, and the card says so.
-
-    `metrics` is what `metrics.json` holds. Simulated data is called so: `root` (the data root, where known) holds the
-    simulator's settings, or the data set is the simulator's own.
+    Settings and versions are those in `trained_in`, by default `RUN/<stage>`. `metrics` is what `metrics.json` holds:
+    whether the data is `simulated`, the `tasks` of a joint net, and the file that a net was `imported` or
+    `fine_tuned_from`. On which videos that one was trained is then not known, and the card says so.
     """
+    imported = metrics.get("imported")
     folder = trained_in or run / stage
     environment = folder / "environment.json"
     settings = read_yaml(folder / "config.yaml") if (folder / "config.yaml").exists() else {}
@@ -57,14 +57,15 @@ def write_model_card(
     text = render_model_card(
         {
             "name": run.name,
-            "kind": _KINDS[stage],
-            "simulated": is_simulated(index, root),
+            "kind": _kind(stage, index.dataset, settings, metrics),
+            "simulated": metrics["simulated"],
             "dataset": index.dataset.model_dump(mode="json"),
             "fps": metrics["fps"],
             "split": {part: [entry.id for entry in index.by_split(part)] for part in SPLITS if part != "none"},
-            "settings": yaml.safe_dump(chosen, sort_keys=False) if chosen else "",
+            "settings": yaml.safe_dump(chosen, sort_keys=False, width=1 << 20) if chosen else "",
             "environment": _made_with(read_json_object(environment) if environment.exists() else {}),
             "imported": imported,
+            "fine_tuned_from": metrics.get("fine_tuned_from"),
             "metrics": metrics,
         }
     )
@@ -74,8 +75,8 @@ def write_model_card(
 
 def render_model_card(facts: Mapping[str, Any]) -> str:
     """The card as Markdown, from plain values: name, kind, simulated, dataset, fps, split ({train, val, test: ids}),
-    settings (YAML), environment (a phrase), imported (a file or None) and metrics. A missing fact is an error, never an
-    empty place."""
+    settings (YAML), environment (a phrase), imported and fine_tuned_from (a file or None) and metrics. A missing fact
+    is an error, never an empty place."""
     environment = template_environment(html=False)
     environment.filters["number"] = _number
     phases = facts["metrics"]["phases"]
@@ -84,11 +85,13 @@ def render_model_card(facts: Mapping[str, Any]) -> str:
     return template.render(**facts, results=phases.get("temporal"), baselines=baselines)
 
 
-def is_simulated(index: Index, root: Path | None) -> bool:
-    """Whether the videos are drawn by the simulator."""
-    from features.simulation.write import SETTINGS_FILE
-
-    return index.dataset.name == "simulated" or (root is not None and (root / SETTINGS_FILE).is_file())
+def _kind(stage: str, spec: DataSetSpec, settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """What the net is and what it tells: not tools where the data set or the net has none."""
+    tasks = metrics.get("tasks", "both")
+    untrained = stage == "temporal" and settings.get("extract", {}).get("encoder") == "initial"
+    if not spec.tools or untrained:
+        tasks = "phase"
+    return f"{_KINDS['tool' if tasks == 'tool' else stage]} for {_TASKS[tasks]}"
 
 
 def _made_with(environment: Mapping[str, Any]) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from configs.errors import printable
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -15,7 +18,7 @@ def template_environment(*, html: bool) -> Environment:
     """For templates in `TEMPLATES`: HTML, or text such as Markdown, which is not escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=html,
         undefined=StrictUndefined,
@@ -23,3 +26,18 @@ def template_environment(*, html: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=not html,
     )
+    environment.filters["markdown"] = markdown
+    environment.filters["markdown_code"] = markdown_code
+    return environment
+
+
+def markdown(name: object) -> str:
+    """A name as Markdown shows it literally, in a table too: no HTML, link, picture, emphasis or line break of it."""
+    text = " ".join(printable(str(name)).split())
+    text = re.sub(r"([\\`*\[\]|])", r"\\\1", text)
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def markdown_code(name: object) -> str:
+    """A name between backticks, where nothing but a backtick means anything."""
+    return " ".join(printable(str(name)).split()).replace("`", "'")

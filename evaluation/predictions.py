@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,13 @@ TOOLS_ALONE = "tool_predictions"  # folder for nets without a phase branch, besi
 MAX_FILE_BYTES = 256 << 20  # 14 float32 numbers a row, a million rows
 _FRAME_LIMIT = 2**53  # beyond it a frame number would not survive the float columns
 _ROUNDING = 1e-5  # by how much a computed probability may pass 0 or 1
+
+
+class ToolScores(NamedTuple):
+    """One video's tools over time: `time_s` (T,), `probabilities` (T, K)."""
+
+    time_s: NDArray[np.float64]
+    probabilities: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,8 @@ def write_tool_csv(
     _write_csv(path, tool_columns(spec), frame_index, time_s, [[] for _ in columns], columns)
 
 
-def read_tool_csv(path: Path, spec: DataSetSpec) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-    """Times in seconds (T,) and probabilities (T, K) of a prediction file of tools alone. Raises UserError."""
+def read_tool_csv(path: Path, spec: DataSetSpec) -> ToolScores:
+    """Read a prediction file of tools alone. Raises UserError."""
     rows = _rows(path)
     header = tool_columns(spec)
     if rows[0] != header:
@@ -96,7 +103,7 @@ def read_tool_csv(path: Path, spec: DataSetSpec) -> tuple[NDArray[np.float64], N
     values = numbers[:, 2:]
     if not (np.isfinite(numbers).all() and ((values >= -_ROUNDING) & (values <= 1 + _ROUNDING)).all()):
         raise UserError(f"{path}: a probability lies outside 0 to 1")
-    return numbers[:, 1].copy(), values.astype(np.float32)
+    return ToolScores(numbers[:, 1].copy(), values.astype(np.float32))
 
 
 def _write_csv(

@@ -20,9 +20,9 @@ from engine.files import read_json, read_json_object
 from engine.logs import METRICS_FILE as LOG_FILE
 from engine.logs import read_metrics
 from evaluation.counts import stretches
-from evaluation.predictions import Prediction, read_prediction_csv
+from evaluation.predictions import TOOLS_ALONE, Prediction, ToolScores, read_prediction_csv, read_tool_csv
 from evaluation.statistics import bootstrap_intervals, phase_intervals
-from evaluation.truth import TRUTH_FILE, Truth, read_truth
+from evaluation.truth import TRUTH_FILE, Truth, is_simulated, read_truth
 
 EVALUATE_FOLDER, METRICS_FILE = "evaluate", "metrics.json"
 HEAD = "temporal"  # the head whose predictions are in files
@@ -31,13 +31,15 @@ TRUTH_NAME = "truth"
 
 @dataclass(frozen=True)
 class RunResults:
-    """One run as its folder tells it. `settings` and `environment` are of its last stage; `curves` maps a training's
-    folder below the run to its epochs; `predictions` is empty for a net of tools alone."""
+    """One run as its folder tells it. `settings` and `environment` are of the training of the net that was evaluated,
+    empty where that was another program's; `curves` maps a training's folder below the run to its epochs; `predictions`
+    is empty for a net of tools alone, whose scores are in `tool_scores` as all others' are."""
 
     name: str
     metrics: dict[str, Any]
     truth: Truth
     predictions: dict[str, Prediction]
+    tool_scores: dict[str, ToolScores]
     summary: dict[str, Any]
     settings: dict[str, Any]
     environment: dict[str, Any]
@@ -54,6 +56,16 @@ class RunResults:
         """What `evaluate_tools` returned, or None."""
         found: dict[str, Any] | None = self.metrics["tools"]
         return found
+
+    @property
+    def tools_alone(self) -> bool:
+        """Whether the net has no phase branch."""
+        return self.metrics.get("tasks") == "tool"
+
+    @property
+    def simulated(self) -> bool:
+        """Whether it was evaluated on simulated operations."""
+        return bool(self.metrics.get("simulated", is_simulated(self.truth.spec, None)))
 
     @property
     def labelled(self) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
@@ -153,20 +165,32 @@ def _gather_run(folder: Path, name: str, split: str) -> RunResults:
     files = {video: evaluated / "predictions" / f"{video}.csv" for video in truth.videos}
     has_phases = HEAD in metrics["phases"] or any(path.exists() for path in files.values())
     predictions = {v: read_prediction_csv(path, truth.spec) for v, path in files.items()} if has_phases else {}
-    for video, found in predictions.items():
-        if len(found.phase) != len(truth.videos[video].phase):
-            raise UserError(f"{files[video]}: {len(found.phase)} rows, but {TRUTH_FILE} beside it has another number; "
-                            "run evaluate again")  # fmt: skip
-    stages = sorted((path.parent for path in folder.rglob("config.yaml")), key=_last_stage)
-    environment = stages[-1] / "environment.json" if stages else None
+    tool_scores = {
+        video: ToolScores(found.time_s, found.tool_probabilities)
+        for video, found in predictions.items()
+        if found.tool_probabilities is not None
+    } or _tools_alone(evaluated, truth)
+    rows = {video: len(scores.time_s) for video, scores in tool_scores.items()}
+    rows |= {video: len(found.time_s) for video, found in predictions.items()}
+    for video, count in rows.items():
+        if count != len(truth.videos[video].phase):
+            raise UserError(
+                f"{evaluated}: {video} has {count} predictions, but another number of labels in {TRUTH_FILE}; "
+                "run evaluate again"
+            )
+    stage = _stage_of(folder, metrics)
+    environment = stage / "environment.json" if stage else None
+    settings = read_yaml(stage / "config.yaml") if stage else {}
+    imported = bool(metrics.get("imported"))
     return RunResults(
         name=name,
         metrics=metrics,
         truth=truth,
         predictions=predictions,
+        tool_scores=tool_scores,
         summary=_read_if_there(folder / "summary.json"),
-        settings=read_yaml(stages[-1] / "config.yaml") if stages else {},
-        environment=_read_if_there(environment) if environment else {},
+        settings=without_training(settings) if imported else settings,
+        environment=_read_if_there(environment) if environment and not imported else {},
         curves=_curves(folder),
     )
 
@@ -186,6 +210,35 @@ def _metrics(folder: Path, evaluated: Path, split: str) -> dict[str, Any]:
     if not (isinstance(metrics, dict) and isinstance(metrics.get("phases"), dict) and "tools" in metrics):
         raise UserError(f"{path}: not the metrics of an evaluation; run `{command}` with the run's --config again")
     return metrics
+
+
+def _tools_alone(evaluated: Path, truth: Truth) -> dict[str, ToolScores]:
+    """What a net without a phase branch says; empty where it left no such files."""
+    folder = evaluated / TOOLS_ALONE
+    return {v: read_tool_csv(folder / f"{v}.csv", truth.spec) for v in truth.videos} if folder.is_dir() else {}
+
+
+def _stage_of(folder: Path, metrics: Mapping[str, Any]) -> Path | None:
+    """Where the net that was evaluated was trained: its joint step, else stage two, else what was started last."""
+    if metrics.get("checkpoint"):
+        named = folder / "joint" / Path(str(metrics["checkpoint"])).parent.name
+    else:
+        named = folder / HEAD
+    if (named / "config.yaml").is_file():
+        return named
+    stages = sorted((path.parent for path in folder.rglob("config.yaml")), key=_last_stage)
+    return stages[-1] if stages else None
+
+
+def without_training(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the settings beside an imported net say of it: which pictures it takes and what it is. How it was trained is
+    another program's affair, and the rest of these settings was never used."""
+    parts = {"preprocess": None, "cnn": "backbone", "temporal": "head", "joint": "net"}
+    return {
+        name: {key: settings[name][key]} if key else settings[name]
+        for name, key in parts.items()
+        if name in settings and (key is None or key in settings[name])
+    }
 
 
 def _last_stage(stage: Path) -> tuple[float, str]:

@@ -115,8 +115,9 @@ def tracks(report: Report, video: str) -> list[tuple[str, NDArray[Any]]]:
 def edges_ms(report: Report, video: str) -> NDArray[np.int64] | None:
     """(T + 1,) when each frame begins, and when the last one ends; None where no run has predictions."""
     for run in report.runs:
-        if video in run.predictions:
-            time_s = run.predictions[video].time_s
+        found = run.predictions.get(video) or run.tool_scores.get(video)
+        if found is not None:
+            time_s = found.time_s
             return np.rint(1000.0 * np.r_[time_s, time_s[-1] + 1.0 / run.truth.fps]).astype(np.int64)
     return None
 
@@ -124,7 +125,7 @@ def edges_ms(report: Report, video: str) -> NDArray[np.int64] | None:
 def ribbon(report: Report, number: int, video: str) -> Figure | None:
     """Truth above predictions over time, a bar a stretch with the phase's number in it."""
     edges = edges_ms(report, video)
-    if edges is None:
+    if edges is None or not any(video in run.predictions for run in report.runs):
         return None
     rows, phases = tracks(report, video), report.truth.spec.phases
     names = [plain(name, _NAME_LETTERS) for name, _ in rows]
@@ -224,8 +225,8 @@ def tool_presence(report: Report, video: str) -> Iterator[tuple[str, NDArray[np.
     if (labels >= 0).any():
         yield TRUTH_NAME, labels == 1
     for run in report.runs:
-        scores = run.predictions[video].tool_probabilities if video in run.predictions else None
-        if scores is not None:
+        if video in run.tool_scores:
+            scores = run.tool_scores[video].probabilities
             yield run.name, scores >= np.array([_threshold(run, tool) for tool in run.truth.spec.tools])
 
 
@@ -375,9 +376,9 @@ def precision_recall(runs: Sequence[RunResults]) -> Iterator[Figure]:
 def curve_points(run: RunResults, k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
     """(recall, precision) in percent of tool `k` over the pooled labelled frames, thinned to what can be seen."""
     pairs = [
-        (run.truth.videos[name].tools[:, k], found.tool_probabilities[:, k])
-        for name, found in run.predictions.items()
-        if found.tool_probabilities is not None and run.truth.videos[name].tools.size
+        (run.truth.videos[name].tools[:, k], found.probabilities[:, k])
+        for name, found in run.tool_scores.items()
+        if run.truth.videos[name].tools.size
     ]
     truth = np.concatenate([labels for labels, _ in pairs]) if pairs else np.empty(0, np.int8)
     if not (truth == 1).any():

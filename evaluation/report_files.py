@@ -59,7 +59,7 @@ def _drawings(report: Report) -> dict[str, Callable[[Path], None]]:
     for stage in dict.fromkeys(stage for run in report.runs for stage in run.curves):
         name = f"training-{stage.replace('/', '-')}"
         found[name] = partial(training_curves, report=report, stage=stage)
-    for video in predicted:
+    for video in (video for video in report.videos if any(video in run.tool_scores for run in report.runs)):
         if list(tool_presence(report, video)):
             found[f"tools-{video}"] = partial(tool_timeline, report=report, video=video)
     return found

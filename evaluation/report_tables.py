@@ -70,7 +70,7 @@ def all_tables(report: Report) -> Tables:
         conventions={name: _convention(report, name) for name in shared},
         tools=_tools(report.runs) if any(run.tools for run in report.runs) else None,
         provenance=_provenance(report.runs),
-        settings=_settings(report.runs) if len(report.runs) > 1 else None,
+        settings=_settings(report.runs),
     )
 
 
@@ -233,6 +233,8 @@ def _machine(run: RunResults) -> str:
 
 def _model(run: RunResults) -> str:
     head, backbone = settings_of(run, "temporal", "head"), settings_of(run, "cnn", "backbone")
+    if run.tools_alone:
+        return f"{backbone or 'a CNN'}, tools alone"
     name = f"{head.get('name')}, hidden {head['hidden']}" if head and head.get("hidden") else (head or {}).get("name")
     return "; ".join(str(part) for part in (backbone, name) if part)
 
@@ -243,11 +245,13 @@ def _seconds(run: RunResults) -> str:
 
 
 _PROVENANCE = {
-    "Data set": lambda run: run.truth.spec.title or run.truth.spec.name,
+    "Data set": lambda run: (run.truth.spec.title or run.truth.spec.name) + (" (SIMULATED)" if run.simulated else ""),
     "Videos (train/val/test)": lambda run: run.summary.get("split"),
     "Evaluated on": lambda run: f"{_count(len(run.truth.videos), 'video')}, split {run.truth.split}",
     "Frames a second": lambda run: f"{run.truth.fps:g}",
     "Model": _model,
+    "Imported from": lambda run: run.metrics.get("imported"),
+    "Fine-tuned from": lambda run: run.metrics.get("fine_tuned_from"),
     "Seed": lambda run: settings_of(run, "seed"),
     "Revision": lambda run: run.environment.get("git_revision"),
     "Versions": _versions,
@@ -257,6 +261,9 @@ _PROVENANCE = {
 }
 
 
-def _settings(runs: Sequence[RunResults]) -> Table:
+def _settings(runs: Sequence[RunResults]) -> Table | None:
+    """None where there is nothing in which they differ, one run alone included."""
     rows = [(key, [Cell(value) for value in values]) for key, values in differing_settings(runs)]
+    if not rows:
+        return None
     return Table("Settings in which the runs differ", "Setting", [], [run.name for run in runs], rows, [])

@@ -45,6 +45,15 @@ class Truth:
     videos: dict[str, VideoTruth]
 
 
+def is_simulated(spec: DataSetSpec, root: Path | None) -> bool:
+    """Whether videos are drawn by the simulator: the data set is called so, or the data root (where it is known) holds
+    the simulator's settings. `evaluate` asks once and keeps the answer as `simulated` in `metrics.json`."""
+    from features.simulation.write import SETTINGS_FILE
+
+    named = "simulated" in f"{spec.name} {spec.title}".lower()
+    return named or (root is not None and (root / SETTINGS_FILE).is_file())
+
+
 def write_truth(path: Path, truth: Truth) -> None:
     """Write labels atomically, as `[frames, value]` pairs. Raises UserError where there is no room."""
     videos = {

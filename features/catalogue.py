@@ -36,6 +36,14 @@ def data_root(config: Config) -> Path:
     return root
 
 
+def known_root(config: Config) -> Path | None:
+    """As `data_root`, None where there is none: for what can be said without videos."""
+    try:
+        return data_root(config)
+    except UserError:
+        return None
+
+
 def index_dataset(config: Config, replace: bool = False) -> Index:
     """Find the data set, write `data.index` and print a summary.
 

@@ -38,15 +38,15 @@ print(compare_readers(Path(sys.argv[1])))
 def diagnose(load: Callable[[], Config]) -> Iterator[Finding]:
     """Every finding, as it is found, in a fixed order. `load` reads the settings.
 
-    Raises UserError for settings that are not in order, and nothing for what is broken.
+    Raises nothing. Without settings in order, what needs none is looked at nevertheless.
     """
+    checks: tuple[tuple[str, Check], ...] = (("decoders", check_decoders),)
     try:
         config = load()
-    except UserError:
-        raise
+    except UserError as error:
+        yield Finding("FAIL", "settings", str(error), "weights, data and folders are looked at once this is mended")
     except Exception as error:  # a broken pydantic or PyYAML: the packages' line says which
         yield Finding("FAIL", "settings", f"cannot be read ({one_line(error)})", "see the packages below")
-        checks: tuple[tuple[str, Check], ...] = ()
     else:
         yield Finding("ok", "settings", "read")
         checks = _checks(config)

@@ -24,7 +24,8 @@ from evaluation.predictions import TOOLS_ALONE, write_prediction_csv, write_tool
 from evaluation.summary import summarise
 from evaluation.tables import comparison_table, phase_table, tool_table
 from evaluation.tools import choose_thresholds, evaluate_tools, sigmoid
-from evaluation.truth import TRUTH_FILE, Truth, VideoTruth, write_truth
+from evaluation.truth import TRUTH_FILE, Truth, VideoTruth, is_simulated, write_truth
+from features.catalogue import known_root
 from features.index import Index
 from features.store import INDEX_FILE, VideoFeatures, find_feature_folder, load_feature_set, require_one_encoder
 from stage2_temporal.predict import Inference, load_temporal, predict_phases
@@ -36,12 +37,13 @@ Phases = dict[str, NDArray[np.int8]]
 
 @dataclass
 class Material:
-    """What is evaluated: one split's features and labels, in the order of the index."""
+    """What is evaluated: one split's features and labels, in the order of the index; `root` where it is known."""
 
     folder: Path
     index: Index
     videos: dict[str, VideoFeatures]
     split: str
+    root: Path | None = None
 
     @property
     def truth(self) -> Phases:
@@ -84,7 +86,7 @@ def evaluate_run(
         index = Index.load(folder / INDEX_FILE)
     else:
         folder, index = _other_features(config, run, index_file, out / "features", features, stop)
-    material = _load(folder, index, split)
+    material = _load(folder, index, split, known_root(config))
     _require_same_world(about, material, temporal)
 
     identity = _identity(temporal, material, inference)
@@ -99,16 +101,16 @@ def evaluate_run(
     print_metrics(metrics)
     if index_file is None and split == "test" and inference is None:
         update_summary(run, summary_of(run, material, metrics))
-        write_model_card(run, "temporal", index, metrics, config.data.root)
+        write_model_card(run, "temporal", index, metrics)
     say(f"written: {out / METRICS_FILE}, predictions/, ribbons.png")
     return metrics
 
 
-def _load(folder: Path, index: Index, split: str) -> Material:
+def _load(folder: Path, index: Index, split: str, root: Path | None) -> Material:
     entries = index.videos if split == "all" else index.by_split(split)
     if not entries:
         raise UserError(f"{folder / INDEX_FILE}: no video in split {split}; choose another --split or data.split.rule")
-    return Material(folder, index, load_feature_set(folder, [entry.id for entry in entries]), split)
+    return Material(folder, index, load_feature_set(folder, [entry.id for entry in entries]), split, root)
 
 
 def _other_features(
@@ -173,8 +175,10 @@ def _majority(result: Path) -> int:
 
 def _already(out: Path, identity: str) -> bool:
     path = out / METRICS_FILE
-    written = all((out / name).exists() for name in (METRICS_FILE, TRUTH_FILE, "ribbons.png"))
-    return written and read_json_object(path).get("identity_sha256") == identity
+    if not all((out / name).exists() for name in (METRICS_FILE, TRUTH_FILE, "ribbons.png")):
+        return False
+    found = read_json_object(path)
+    return "simulated" in found and found.get("identity_sha256") == identity
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -223,6 +227,7 @@ def _score(
     return {
         "split": material.split,
         "fps": material.fps,
+        "simulated": is_simulated(spec, material.root),
         "videos": list(material.videos),
         "convention": CONVENTION,
         "phases": phases,

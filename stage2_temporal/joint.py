@@ -70,6 +70,7 @@ class JointNet(nn.Module):
         self.phase = phase
         self.mapping = linear(phase.head.hidden_dim, tools) if phase is not None and config.mapping else None
         self.gradient_checkpointing = False
+        self.imported_from: str | None = None  # the file of the original programs that its weights go back to
         self._part = "all"
 
     def forward(self, images: Tensor, state: State | None = None, lengths: Tensor | None = None) -> JointOutput:
@@ -220,6 +221,7 @@ def attach_joint(
     if net.phase is not None and other.phase is not None:
         _require_same_head(path, about["head"], head)  # two heads of the same shapes may still compute different things
     net.backbone.load_state_dict(other.backbone.state_dict())
+    net.imported_from = other.imported_from
     for name in ("tool_head", "phase", "mapping"):
         mine, theirs = getattr(net, name), getattr(other, name)
         if mine is None or theirs is None:
@@ -317,6 +319,7 @@ def describe_joint(
     return {
         "kind": KIND,
         "step": step,
+        "imported_from": net.imported_from,
         "backbone": net.backbone.name,
         "embedding_dim": net.backbone.embedding_dim,
         "net": net.net_config.model_dump(mode="json"),
@@ -349,6 +352,7 @@ def load_joint(path: Path) -> tuple[JointNet, dict[str, Any]]:
         net.load_state_dict(weights)
     except (ValidationError, KeyError, RuntimeError, TypeError) as error:
         raise UserError(f"{path}: damaged, or of another version ({str(error).splitlines()[0]})") from error
+    net.imported_from = content.get("imported_from") or (content.get("original") or {}).get("file")
     return net.eval(), content
 
 

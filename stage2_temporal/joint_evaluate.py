@@ -54,10 +54,15 @@ def evaluate_joint(
     predictor = _Predictor(config, net, root, index, inference or about["inference"], about["frames"], stop)
     videos = labelled_videos(config, index, root, entries)
     found = predictor(videos)
-    material = Material(path, index, {video.entry.id: _as_features(video, found, config) for video in videos}, split)
+    features = {video.entry.id: _as_features(video, found, config) for video in videos}
+    material = Material(path, index, features, split, root)
     probabilities = {name: one.phase for name, one in found.items() if one.phase is not None}
+    imported = (net.imported_from or path.name) if about["step"] == IMPORTED else None
     chosen = {
         "checkpoint": str(path),
+        "tasks": net.net_config.tasks,
+        "imported": imported,
+        "fine_tuned_from": net.imported_from if imported is None else None,
         "inference": predictor.inference,
         "crops": config.joint.crops,
         "precision": predictor.precision,
@@ -81,8 +86,7 @@ def evaluate_joint(
         )
     if split == "test" and out.name == "test":
         update_summary(run, summary_of(run, material, metrics))
-        imported = (about.get("original") or {}).get("file", path.name) if about["step"] == IMPORTED else None
-        write_model_card(run, "joint", index, metrics, root, trained_in=path.parent, imported=imported)
+        write_model_card(run, "joint", index, metrics, trained_in=path.parent)
     say(f"written: {out / METRICS_FILE}" + (", predictions/, ribbons.png" if probabilities else ", tool_predictions/"))
     return metrics
 

@@ -34,9 +34,10 @@ from features.video_writer import encode_mp4
 from stage1_cnn.encoder import load_encoder
 from stage1_cnn.extract import crop_batches
 from stage1_cnn.frames import encoded_at_once, open_source, source_pictures
+from stage1_cnn.model import CHECKPOINT_STAGE
 from stage1_cnn.pool import VIDEO_ERRORS, one_line
 from stage2_temporal.data import with_tool_logits
-from stage2_temporal.joint import joint_checkpoint, load_joint, require_same_classes
+from stage2_temporal.joint import FOLDER, joint_checkpoint, load_joint, require_same_classes
 from stage2_temporal.model import PhaseModel, require_causal
 from stage2_temporal.predict import Inference, OnlinePredictor, load_temporal
 
@@ -107,7 +108,10 @@ def pair_of_stages(
     config = _as_trained(config, preprocess, recorded["fps"], recorded)
     spec = load_dataset(config.data.dataset)
     require_same_classes(folder / "best.pt", "phases", about["phases"], spec.phases)
-    encoder = load_encoder(config, cnn_run or run, spec.tools, trusted)
+    try:
+        encoder = load_encoder(config, cnn_run or run, spec.tools, trusted)
+    except UserError as error:
+        raise _with_other_ways(error, run, cnn_run) from error
     made, wanted = encoder.spec.to_json(), {**encoder.spec.to_json(), **recorded}
     if differing := [line for line in differences(wanted, made) if not line.startswith(("precision", "arithmetic"))]:
         raise UserError(
@@ -130,6 +134,16 @@ def pair_of_stages(
 
     identity = {"temporal": sha256_file(folder / "best.pt"), "encoder": encoder.spec.digest}
     return _recogniser(encode, model, inference or about["inference"], about["frames"], config, spec, identity)
+
+
+def _with_other_ways(error: UserError, run: Path, cnn_run: Path | None) -> UserError:
+    """The error, with what a run that has a joint net beside stage two, and no stage one, offers instead."""
+    if cnn_run is not None or not (run / FOLDER).is_dir() or (run / CHECKPOINT_STAGE).is_dir():
+        return error
+    return UserError(
+        f"{error}; this run has a joint net too: --model joint predicts with it, and --from-joint {run.name} puts "
+        "stage two behind its backbone, where that made the features"
+    )
 
 
 def joint_net(config: Config, run: Path, inference: Inference | None = None) -> Recogniser:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,12 +30,16 @@ def write_run(
     spec: DataSetSpec = SPEC,
     labelled: bool = True,
     curves: bool = True,
+    tools_alone: bool = False,
+    more: Mapping[str, Any] | None = None,
+    root: Path | None = None,
 ) -> Path:
     """A run folder with an evaluation on the test videos. Labels depend on the videos alone, predictions on `seed`;
-    the first video's are the best. Without `labelled` no video has labels, without `curves` nothing was trained."""
+    the first video's are the best. Without `labelled` no video has labels, without `curves` nothing was trained.
+    `tools_alone` leaves out the phase branch, `more` goes into the metrics, `root` is the data root."""
     labels = np.random.default_rng(1)
     random = np.random.default_rng(seed + 2)
-    material = Material(folder, _index(videos, frames, spec), {}, "test")
+    material = Material(folder, _index(videos, frames, spec), {}, "test", root)
     probabilities = {}
     for number, name in enumerate(videos):
         phase = np.sort(labels.integers(0, len(spec.phases), frames)).astype(np.int8)
@@ -54,8 +59,10 @@ def write_run(
             attributes={"fps": 1.0},
         )
     thresholds = dict.fromkeys(spec.tools, 0.5)
-    heads = {"temporal": probabilities, "frame": probabilities}
-    metrics = score_and_write(folder / "evaluate/test", material, heads, 3, thresholds, {"identity_sha256": "0" * 64})
+    heads = {} if tools_alone else {"temporal": probabilities, "frame": probabilities}
+    about = {"identity_sha256": "0" * 64, **({"tasks": "tool"} if tools_alone else {}), **(more or {})}
+    majority = None if tools_alone else 3
+    metrics = score_and_write(folder / "evaluate/test", material, heads, majority, thresholds, about)
     update_summary(folder, summary_of(folder, material, metrics), {"train-temporal": 12.0})
     if curves:
         _write_training(folder / "temporal", seed, random)

@@ -67,6 +67,12 @@ def test_an_imported_net_is_evaluated_trained_on_encoded_with_and_exported(tmp_p
     quick += ["--set", "joint.clips_per_epoch=4", "--set", "joint.workers=0"]
     output = succeed("train-joint", *fitting, *quick, "--name", "tuned", "--from-joint", "old")
     assert "prepared otherwise" not in output
+    for name in ("old", "tuned"):
+        succeed("evaluate", *fitting, *quick, "--model", "joint", "--name", name)
+        card = (tmp_path / f"runs/{name}/MODEL_CARD.md").read_text()
+        assert (f"Imported from `{NAME}`" in card) == (name == "old")
+        assert (f"Fine-tuned from `{NAME}`" in card) == (name == "tuned")
+        assert "Which videos" in card
     succeed("extract", *fitting, "--name", "features", "--from-joint", "old")
     exported = succeed("export-checkpoint", "old", str(tmp_path / "out"), *settings, *ORDER)
     assert NAME in exported

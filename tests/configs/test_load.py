@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from configs.errors import UserError
 from configs.load import PRESETS, differences, load_config, load_dataset, to_yaml
+from configs.schema import DataSetSpec
 
 PRESET_NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 DATASET_NAMES = sorted(path.stem for path in (PRESETS / "datasets").glob("*.yaml"))
@@ -111,3 +112,13 @@ def test_any_tree_is_a_config_or_a_user_error(tmp_path_factory: pytest.TempPathF
     path.write_text(yaml.safe_dump(tree))
     with contextlib.suppress(UserError):  # anything else, a traceback for the user, fails the test
         load_config(path)
+
+
+@pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", "@SUM(A1)", "+1", "-1", "\tx"])
+@pytest.mark.parametrize("kind", ["phases", "tools"])
+def test_a_class_that_a_spreadsheet_would_compute_is_refused(kind: str, name: str) -> None:
+    """Prediction files have a column `phase_name`, and people open CSV files with spreadsheets."""
+    tree = load_dataset("cholec80").model_dump() | {"phase_orders": {}}
+    tree[kind] = (name, *tree[kind][1:])
+    with pytest.raises(ValueError, match="a formula to a spreadsheet"):
+        DataSetSpec(**tree)

@@ -172,6 +172,20 @@ def test_a_cut_off_file_is_called_damaged(tmp_path: Path, before_1_6: bool, shar
     assert "\n" not in str(caught.value)
 
 
+def test_a_cut_off_file_of_the_older_form_speaks_no_torch(tmp_path: Path) -> None:
+    """torch's own words (`index out of range`, `expected 15973 more bytes`) stood inside the line."""
+    path = tmp_path / "old.pth"
+    torch.save({f"layer{k}.w": torch.ones(50) for k in range(5)}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    for cut in range(1, len(content), 7):
+        path.write_bytes(content[:cut])
+        with pytest.raises(UserError) as caught:
+            load_foreign_weights(path, trusted=True)
+        early = str(caught.value).endswith("damaged or not a checkpoint: it ends too early; copy or download it again")
+        # Cut within a name, the rest of it is a name that is not allowed, for all that can be known.
+        assert early or re.search(r"\(it asks for [\w.]+\w\); nothing in it was run$", str(caught.value))
+
+
 @pytest.mark.parametrize("page", ["<!DOCTYPE html><html>", "\n <HTML lang='en'>", "\ufeff<!doctype html>"])
 def test_a_web_page_is_called_one(tmp_path: Path, page: str) -> None:
     (tmp_path / "net.pth").write_text(page + "<body>sign in</body></html>")

@@ -373,5 +373,5 @@ def test_schedules(schedule: dict[str, Any], expected: list[float]) -> None:
 
 def test_a_log_cut_short_by_a_crash_is_readable(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text(json.dumps({"kind": "epoch", "global_step": 1}) + '\n{"kind": "ep')
+    path.write_text(json.dumps({"kind": "epoch", "global_step": 1, "epoch": 0}) + '\n{"kind": "ep')
     assert len(read_metrics(path)) == 1

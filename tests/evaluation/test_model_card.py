@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jinja2
 import numpy as np
@@ -32,7 +33,7 @@ def index(dataset: str = "cholec80") -> Index:
     return Index(dataset=load_dataset(dataset), videos=tuple(entry(k, split) for k, split in enumerate(splits, 1)))
 
 
-def metrics(phases: bool = True, tools: bool = True) -> dict:
+def metrics(phases: bool = True, tools: bool = True, **more: object) -> dict:
     truth = {"video04": np.repeat([0, 1], 20), "video05": np.repeat([1, 2], 20)}
     spec = load_dataset("cholec80")
     found = {
@@ -46,6 +47,8 @@ def metrics(phases: bool = True, tools: bool = True) -> dict:
         "convention": "phase_mean",
         "phases": found if phases else {},
         "tools": {"map_pooled": 51.25, "map_video": None} if tools else None,
+        "simulated": False,
+        **more,
     }
 
 
@@ -87,9 +90,8 @@ def test_the_card_of_a_run(tmp_path):
 
 
 def test_simulated_data_is_called_so(tmp_path):
-    for spec, root in (("simulated", None), ("cholec80", tmp_path)):
-        (tmp_path / "simulation.json").write_text("{}")
-        card = write_model_card(tmp_path / "run", "joint", index(spec), metrics(), root).read_text()
+    for spec in ("simulated", "cholec80"):
+        card = write_model_card(tmp_path / "run", "joint", index(spec), metrics(simulated=True)).read_text()
         assert "Trained and tested on SIMULATED operations" in card
         assert "2 SIMULATED videos" in card
         assert "\n\n\n" not in card
@@ -117,7 +119,8 @@ def test_an_imported_net_is_not_said_to_be_trained_here(tmp_path):
     (tmp_path / "joint" / "config.yaml").write_text(to_yaml(load_config("mtrcnet")))
     (tmp_path / "joint" / "environment.json").write_text(json.dumps({"packages": {"torch": "2.14.1"}}))
     for spec in ("cholec80", "simulated"):
-        card = write_model_card(tmp_path, "joint", index(spec), metrics(), imported="theirs.pth").read_text()
+        numbers = metrics(imported="theirs.pth", simulated=spec == "simulated")
+        card = write_model_card(tmp_path, "joint", index(spec), numbers).read_text()
         assert "Imported from `theirs.pth`" in card
         assert "Which videos it was trained on is not in the\nfile" in card
         assert "backbone: resnet50" in card
@@ -125,6 +128,70 @@ def test_an_imported_net_is_not_said_to_be_trained_here(tmp_path):
             assert untrue not in card, untrue
         assert ("Tested on SIMULATED" in card) == (spec == "simulated")
         assert "\n\n\n" not in card
+
+
+def test_a_net_fine_tuned_from_an_imported_one_says_so(tmp_path):
+    """Its first training may have seen the test videos, whatever the second one's split is."""
+    (tmp_path / "joint").mkdir()
+    (tmp_path / "joint" / "config.yaml").write_text(to_yaml(load_config("mtrcnet")))
+    numbers = metrics(fine_tuned_from="theirs.pth")
+    card = write_model_card(tmp_path, "joint", index(), numbers).read_text()
+    assert "Fine-tuned from `theirs.pth`" in card
+    assert "test videos may be among them" in card
+    assert "Trained with" in card
+    assert "epochs:" in card
+    assert "\n\n\n" not in card
+
+
+@pytest.mark.parametrize(
+    ("stage", "tasks", "said"),
+    [
+        ("joint", "both", "A CNN and a model over time in one net for phases and tools of laparoscopic operations."),
+        ("joint", "phase", "A CNN and a model over time in one net for phases of laparoscopic operations."),
+        ("joint", "tool", "A CNN, frame by frame, for tools of laparoscopic operations."),
+        ("temporal", None, "then a model over time) for phases and tools of laparoscopic operations."),
+    ],
+)
+def test_the_card_names_what_the_net_tells(tmp_path, stage, tasks, said):
+    card = write_model_card(tmp_path, stage, index(), metrics(**({"tasks": tasks} if tasks else {}))).read_text()
+    assert said in card
+
+
+def test_features_of_a_backbone_that_was_not_trained_tell_no_tools(tmp_path):
+    (tmp_path / "temporal").mkdir()
+    (tmp_path / "temporal/config.yaml").write_text(to_yaml(load_config("cholec80", ["extract.encoder=initial"])))
+    card = write_model_card(tmp_path, "temporal", index(), metrics(tools=False)).read_text()
+    assert "then a model over time) for phases of laparoscopic operations." in card
+
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "![x](http://tracker/x.png)",
+    "a | b",
+    "two\n\n# lines",
+    "*bold* `code`",
+    "\x1b[31mred",
+    "&lt;b&gt;",
+)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_text_in_a_card(tmp_path, name):
+    """Cards are shown as pages by hosts of models: names must neither run, load, nor break a table."""
+    spec = load_dataset("cholec80")
+    tools, videos = (name, *spec.tools[1:]), index().videos
+    changed = spec.model_copy(update={"title": name, "source": name, "tools": tools})
+    hostile = Index(dataset=changed, videos=videos)
+    card = write_model_card(tmp_path, "joint", hostile, metrics(imported=f"{name}.pth")).read_text()
+    (file,) = re.findall(r"Imported from `([^`]*)`, a file", card)
+    assert file.endswith(".pth")
+    card = card.replace(f"`{file}`", "")  # between backticks nothing but a backtick means anything
+    assert "<" not in card
+    assert "\x1b" not in card
+    assert "](" not in card.replace("\\](", "")
+    row = next(line for line in card.splitlines() if line.startswith("| data set |"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 3
+    assert not [line for line in card.splitlines() if line.startswith("# lines")]
 
 
 def test_a_missing_fact_is_an_error(tmp_path):

@@ -241,14 +241,72 @@ def test_one_video_has_no_whiskers(tmp_path: Path) -> None:
 
 
 def test_a_net_of_tools_alone(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", frames=60)
-    shutil.rmtree(run / "evaluate/test/predictions")
-    metrics = json.loads((run / "evaluate/test/metrics.json").read_text())
-    (run / "evaluate/test/metrics.json").write_text(json.dumps({**metrics, "phases": {}}))
-    page = Page(render(gather([run])))
+    """Its scores are in `tool_predictions/`: curves and timelines are there, and no phase model is named."""
+    run = write_run(tmp_path / "run", frames=60, tools_alone=True)
+    assert (run / "evaluate/test/tool_predictions/video01.csv").is_file()
+    report = gather([run])
+    page = Page(render(report))
     assert {attributes["id"] for tag, attributes in page.tags if tag == "section"} == {
-        "results", "tools", "training", "provenance",
+        "results", "videos", "tools", "training", "provenance",
     }  # fmt: skip
+    assert "Tools on 3 videos" in page.text
+    figures = report_figures.all_figures(report)
+    assert {f"tools-{number}" for number in range(3)} <= set(figures)
+    assert [name for name in figures if name.startswith("curve-")]
+    assert not [name for name in figures if name.startswith("ribbon-")]
+    assert {attributes["data-figure"] for _, attributes in page.tags if "data-figure" in attributes} <= set(figures)
+    (model,) = dict(report_tables.all_tables(report).provenance.rows)["Model"]
+    assert model.text == "resnet50, tools alone"
+    names = {path.stem for path in write_figures(tmp_path / "figures", report)}
+    assert {"precision-recall", "tools-video01"} <= names
+    shutil.rmtree(run / "evaluate/test/tool_predictions")  # as earlier versions left it
+    assert "Precision against recall" not in Page(render(gather([run]))).text
+
+
+def test_simulated_operations_are_called_so_whatever_the_data_set_is_called(tmp_path: Path) -> None:
+    """The model card and the report ask the same function; the page looked at the data set's name alone."""
+    (tmp_path / "simulation.json").write_text("{}")
+    for root, said in ((tmp_path, True), (tmp_path / "elsewhere", False), (None, False)):
+        run = write_run(tmp_path / f"run-{said}-{root is None}", ["v"], frames=60, root=root, curves=False)
+        page = Page(render(gather([run])))
+        assert ("SIMULATED operations." in page.text) is said
+        assert ("Cholec80 (SIMULATED)" in page.text) is said
+    named = SPEC.model_copy(update={"name": "simulated", "title": "Simulated operations"})
+    assert (
+        "SIMULATED operations." in Page(render(gather([write_run(tmp_path / "x", ["v"], frames=60, spec=named)]))).text
+    )
+
+
+def test_an_imported_net_is_not_said_to_be_trained_here(tmp_path: Path) -> None:
+    """Seed, versions and machine beside it are those of the import."""
+    imported = gather([write_run(tmp_path / "old", ["v"], frames=60, more={"imported": "theirs.pth"})])
+    rows = dict(report_tables.all_tables(imported).provenance.rows)
+    assert rows["Imported from"][0].text == "theirs.pth"
+    assert not {"Seed", "Versions", "Machine", "Revision"} & set(rows)
+    assert "resnet50" in rows["Model"][0].text
+    assert set(imported.runs[0].settings) == {"preprocess", "cnn", "temporal", "joint"}
+    assert "epochs" not in json.dumps(imported.runs[0].settings)
+    tuned = gather([write_run(tmp_path / "new", ["v"], frames=60, more={"fine_tuned_from": "theirs.pth"})])
+    rows = dict(report_tables.all_tables(tuned).provenance.rows)
+    assert rows["Fine-tuned from"][0].text == "theirs.pth"
+    assert rows["Seed"][0].text == "0"
+
+
+def test_settings_are_those_of_the_net_that_was_evaluated(tmp_path: Path) -> None:
+    """A stage that was started later is not what the numbers are of."""
+    run = write_run(tmp_path / "run", ["v"], frames=60, seed=5)
+    shutil.copytree(run / "temporal", run / "joint/multitask")
+    (run / "joint/multitask/config.yaml").write_text("seed: 6\n")
+    assert gather([run]).runs[0].settings["seed"] == 5
+    path = run / "evaluate/test/metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"checkpoint": "moved/joint/multitask/best.pt"}))
+    assert gather([run]).runs[0].settings["seed"] == 6
+
+
+def test_runs_that_differ_in_nothing_have_no_empty_table(tmp_path: Path) -> None:
+    report = gather([write_run(tmp_path / name, ["v"], frames=60, seed=3) for name in ("a", "b")])
+    assert report_tables.all_tables(report).settings is None
+    assert "Settings in which the runs differ" not in Page(render(report)).text
 
 
 def test_runs_on_other_videos_do_not_stand_side_by_side(folders: list[Path], tmp_path: Path) -> None:

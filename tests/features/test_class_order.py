@@ -70,3 +70,9 @@ def test_a_file_that_is_no_list_is_refused(tmp_path: Path) -> None:
 
 def test_description_shows_numbers() -> None:
     assert describe_order(["A", "B"]) == "0 A, 1 B"
+
+
+def test_the_named_orders_hold_for_simulated_operations_too() -> None:
+    """They have Cholec80's phases: `--phase-order mtrcnet` was refused on the demo's data."""
+    for name, order in load_dataset("cholec80").phase_orders.items():
+        assert parse_phase_order(name, load_dataset("simulated"), "file") == order

@@ -1,6 +1,7 @@
 """Hostile input is read in a child process that is timed, weighed and watched, since C libraries cannot be interrupted.
 
-One child reads many inputs. The parent waits 10 s for each answer and ends a child that gives none; the child's memory
+One child reads many inputs. The parent gives each 10 s of processor time, or a minute of waiting, and ends a child that
+has not answered by then (seconds on the clock would blame an input for what else the machine does); the child's memory
 is compared before and after (`MEMORY_BOUND_BYTES`), and an audit hook notes programs started, sockets opened and files
 written outside its own folder. A parser keeps its promise where it returns, or raises UserError with a message of one
 printable line.
@@ -12,6 +13,7 @@ import os
 import resource
 import sys
 import tempfile
+import time
 import traceback
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -22,6 +24,7 @@ from configs.errors import UserError
 from tests.fuzz.parsers import PARSERS
 
 TIME_LIMIT_S = 10.0
+WAITING_LIMIT_S = 60.0
 START_LIMIT_S = 120.0
 # What reading one input may add to a process that has read sound ones; inputs are a few hundred kB at most.
 MEMORY_BOUND_BYTES = 512 << 20
@@ -58,7 +61,7 @@ class Child:
         if self._process is None:
             self._start()
         self._pipe.send_bytes(content)
-        if not self._pipe.poll(TIME_LIMIT_S):
+        if not self._answers():
             self._end()
             return f"no answer within {TIME_LIMIT_S:g} s"
         try:
@@ -73,8 +76,18 @@ class Child:
         self._end()  # what it has done to the process must not be blamed on the next input
         return answer
 
+    def _answers(self) -> bool:
+        """Wait for an answer as long as an input may take."""
+        used_s, started = _processor_s(self._process.pid), time.monotonic()
+        while not self._pipe.poll(0.25 * TIME_LIMIT_S):
+            late = time.monotonic() - started > WAITING_LIMIT_S
+            if late or _processor_s(self._process.pid) - used_s > TIME_LIMIT_S:
+                return False
+        return True
+
     def _start(self) -> None:
-        context = get_context("spawn")
+        context = get_context("forkserver")  # forks of a process that has imported what takes long
+        context.set_forkserver_preload(["torch", "h5py", "av", "PIL.Image"])
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(self.parser, theirs), daemon=True)
         self._process.start()
@@ -154,6 +167,15 @@ def _attempt(read: Any, path: Path, content: bytes) -> str:
         place = traceback.extract_tb(error.__traceback__)[-1]
         return f"{type(error).__name__}: {str(error)[:200]} ({Path(place.filename).name}:{place.lineno})"
     return "read"
+
+
+def _processor_s(pid: int) -> float:
+    """Seconds that a process has computed; as long as ever for one that has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _peak_bytes() -> int:

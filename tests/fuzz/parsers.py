@@ -264,7 +264,7 @@ def _read_metrics(path: Path) -> object:
     log = MetricLog(path.parent)
     log.path = path
     rows = read_metrics(path), read_metrics(path, "epoch")
-    log.rewind(3)
+    log.rewind(3, 3)
     return rows
 
 

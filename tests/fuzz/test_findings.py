@@ -54,14 +54,23 @@ def test_messages_repeat_what_is_in_a_file_without_its_powers(tmp_path: Path, te
 
 @pytest.mark.parametrize(
     "line",
-    [b"\x85", b"\xff\xfe{}", b'{"global_step": 1}', b'{"kind": "epoch", "global_step": 1e999}', b"[" * 100_000, b"3"],
+    [
+        b"\x85",
+        b"\xff\xfe{}",
+        b'{"global_step": 1}',
+        b'{"kind": "epoch", "global_step": 1e999}',
+        b"[" * 100_000,
+        b"3",
+        b'{"kind": "epoch", "global_step": 3}',
+        b'{"kind": "epoch", "global_step": 3, "epoch": "x"}',
+    ],
 )
 def test_metrics_with_a_broken_line_keep_the_others(tmp_path: Path, line: bytes) -> None:
-    sound = b'{"kind": "epoch", "global_step": 3, "loss": 1.0}\n'
+    sound = b'{"kind": "epoch", "global_step": 3, "epoch": 3, "loss": 1.0}\n'
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(sound + line + b"\n" + sound)
     assert [row["global_step"] for row in read_metrics(path, "epoch")] == [3, 3]
-    MetricLog(tmp_path).rewind(3)
+    MetricLog(tmp_path).rewind(3, 4)
     assert path.read_bytes() == sound + sound
 
 

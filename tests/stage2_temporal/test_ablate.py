@@ -21,7 +21,7 @@ from configs.load import load_ablation, load_config
 from configs.schema import FEATURE_KEYS
 from engine.files import process_mark, sole_worker
 from engine.stopping import Stopped, StopRequest
-from evaluation.ablation import Trial, ablation_page, ablation_rows
+from evaluation.ablation import Trial, ablation_page, ablation_rows, write_ablation_csv
 from features.index import Index
 from features.store import load_feature_set
 from stage2_temporal import ablate as ablate_module
@@ -389,3 +389,15 @@ def test_an_encoder_without_tools_has_no_logits_to_read(world: Path) -> None:
     with pytest.raises(UserError, match=r"features: no tool logits \(its encoder has no trained tool head\)"):
         run(world, write_ablation(world, space={"temporal.tool_logits": [False, True]}))
     assert trained(world) == {}
+
+
+def test_nothing_in_the_csv_is_a_formula_to_a_spreadsheet(tmp_path: Path) -> None:
+    """Labels and values are whatever an ablation's file says; negative numbers stay numbers."""
+    keys = ("val_accuracy", "best_epoch", "epochs", "parameters", "seconds", "frames_per_s")
+    changes = {"temporal.head.name": "=cmd|' /C calc'!A0", "x": -1.5, "y": "a,b"}
+    trial = Trial("@SUM(A1)", changes, 0, False, dict.fromkeys(keys, -0.5), "+1+1")
+    write_ablation_csv(tmp_path / "a.csv", [trial])
+    with (tmp_path / "a.csv").open(newline="") as stream:
+        _, row = csv.reader(stream)
+    assert row[:4] == ["'@SUM(A1)", "'=cmd|' /C calc'!A0", "-1.5", "a,b"]
+    assert row[-2:] == ["-0.5", "'+1+1"]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from configs.errors import UserError
 from configs.schema import CnnConfig, Config
@@ -23,9 +24,10 @@ from stage2_temporal.joint import joint_checkpoint, load_joint
 from stage2_temporal.joint_evaluate import evaluate_joint
 from stage2_temporal.joint_predict import embed_crops, labelled_videos, predict_videos
 from stage2_temporal.joint_train import Start, initial_net, train_joint
+from stage2_temporal.new_videos import pair_of_stages
 from stage2_temporal.predict import load_temporal, predict_phases
 from stage2_temporal.train import train_temporal
-from tests.stage1_cnn.material import StopAfter, World, make_world, write_dataset
+from tests.stage1_cnn.material import SPEC, StopAfter, World, make_world, write_dataset
 
 STEP = {"epochs": 1, "optim": {"name": "sgd", "lr": 0.01}, "backbone_lr_factor": 0.1, "precision": "fp32"}
 JOINT: dict[str, Any] = {
@@ -184,6 +186,12 @@ def test_features_of_the_joint_backbone_and_a_head_that_starts_from_its_lstm(sta
     assert np.abs(found.features - expected).max() < 1e-4 * np.abs(expected).max()
     result = train_temporal(again, run, folder, StopRequest())
     assert result["epochs"] == 2
+    (stages.run.parent / "tiny-set.yaml").write_text(yaml.safe_dump(SPEC.model_dump(mode="json")))
+    tree["data"]["dataset"] = str(stages.run.parent / "tiny-set.yaml")
+    pair_of_stages(Config.model_validate(tree), run)  # what `predict --from-joint back` asks for
+    tree["extract"]["checkpoint"] = None
+    with pytest.raises(UserError, match=r"run train-cnn .* --model joint predicts .* --from-joint back puts"):
+        pair_of_stages(Config.model_validate(tree), run)
     with pytest.raises(UserError, match="another head"):
         other = settings(stages, JOINT, temporal={"head": HEAD | {"hidden": 9}, "start_from": path})
         train_temporal(other, stages.config.runs / "other", folder, StopRequest())
