@@ -7,6 +7,7 @@ and one process that decodes for the others.
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -139,9 +140,9 @@ class _Pool(Generic[AnyJob]):
         self._left: dict[Future[str | None], int] = {}
         self._frames = context.Array("q", [_NOT_BEGUN] * len(jobs), lock=False)
         self._stopped = context.Value("b", 0, lock=False)
-        self._executor = ProcessPoolExecutor(
-            processes, mp_context=context, initializer=_begin, initargs=(task, self._frames, self._stopped)
-        )
+        # as bytes: what a task imports (torch, for seconds) is then imported by a process that watches its parent already
+        initargs = (pickle.dumps(task), self._frames, self._stopped)
+        self._executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=initargs)
 
     def outcomes(self, stop: StopRequest, bar: Any) -> Iterator[tuple[AnyJob, str | None]]:
         """Jobs as they end. Ends early, `broken`, when a process died."""
@@ -191,15 +192,20 @@ class _State:
 _state: _State | None = None
 
 
-def _begin(task: Task[Any], frames: Any, stopped: Any) -> None:
-    """First thing in a new process."""
+def _begin(task: bytes, frames: Any, stopped: Any) -> None:
+    """First thing in a new process; `task` is pickled."""
     global _state
+    serve_parent()
+    _state = _State(pickle.loads(task), frames, stopped)
+
+
+def serve_parent(worker: int = 0) -> None:
+    """Belong to the process that started this one: it judges signals, and when it ends, however, this one does."""
     leave_signals_to_parent()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _state = _State(task, frames, stopped)
 
 
-def leave_signals_to_parent(worker: int = 0) -> None:
+def leave_signals_to_parent() -> None:
     """Ctrl-C and a scheduler's signals reach the whole process group; the parent decides what becomes of the work.
 
     SIGTERM ends this process only after a while, in which the parent saves what it has: it is also how Python itself
