@@ -250,7 +250,7 @@ class ExtractConfig(Strict):
     )
     precision: Precision = Field("auto", description="arithmetic of the forward pass")
     storage: Literal["float16", "float32"] = "float16"
-    batch_frames: int = Field(32, ge=1)
+    batch_frames: int = Field(32, ge=1, description="frames computed at once; may change the last bits of features")
     workers: int = Field(-1, ge=-1, description="processes at work; -1 picks one a core where there is enough to do")
     segments: bool = Field(True, description="a video may be split among processes, at batches; features are the same")
     segment_frames: int = Field(128, ge=1, description="a part of a split video has at least so many samples")
