@@ -140,7 +140,7 @@ class _Pool(Generic[AnyJob]):
         self._left: dict[Future[str | None], int] = {}
         self._frames = context.Array("q", [_NOT_BEGUN] * len(jobs), lock=False)
         self._stopped = context.Value("b", 0, lock=False)
-        # as bytes: what a task imports (torch, for seconds) is then imported by a process that watches its parent already
+        # as bytes: a process watches its parent before it imports what the task takes (torch, for seconds)
         initargs = (pickle.dumps(task), self._frames, self._stopped)
         self._executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=initargs)
 
@@ -190,13 +190,15 @@ class _State:
 
 
 _state: _State | None = None
+_job = threading.Lock()  # held while this process has a video in work
 
 
 def _begin(task: bytes, frames: Any, stopped: Any) -> None:
     """First thing in a new process; `task` is pickled."""
     global _state
-    serve_parent()
-    _state = _State(pickle.loads(task), frames, stopped)
+    leave_signals_to_parent()
+    threading.Thread(target=_end_with_parent, args=(stopped,), daemon=True).start()
+    _state = _State(pickle.loads(task), frames, stopped)  # noqa: S301, the parent has made it
 
 
 def serve_parent(worker: int = 0) -> None:
@@ -218,12 +220,15 @@ def leave_signals_to_parent() -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_S))
 
 
-def _end_with_parent() -> None:
-    """A killed parent cannot call its processes back."""
+def _end_with_parent(stopped: Any = None) -> None:
+    """A killed parent cannot call its processes back; one that stops does not wait for those that do no job."""
     parent = parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
+    if parent is None:
+        return
+    while not connection.wait([parent.sentinel], POLL_S):
+        if stopped is not None and stopped.value and _job.acquire(blocking=False):
+            break
+    os._exit(1)
 
 
 def _work_on(slot: int, job: Any) -> str | None:
@@ -237,7 +242,8 @@ def _work_on(slot: int, job: Any) -> str | None:
         if state.stopped.value:
             raise _StoppedByParent
 
-    try:
-        return _attempt(state.task, job, advance)
-    except _StoppedByParent:
-        return "stopped"
+    with _job:
+        try:
+            return _attempt(state.task, job, advance)
+        except _StoppedByParent:
+            return "stopped"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -103,6 +104,7 @@ def start_forked(
     except BaseException:
         traceback.print_exc()
     finally:
+        atexit._run_exitfuncs()  # as an interpreter does at its end: semaphores of processes go then
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

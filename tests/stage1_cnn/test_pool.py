@@ -47,6 +47,15 @@ class Task:
         (self.folder / job.name).write_text(str(os.getpid()))
 
 
+@dataclass
+class Importing(Task):
+    """Takes for ever to arrive in another process, as one does that imports torch where everybody else does too."""
+
+    def __setstate__(self, state: dict[str, Path]) -> None:
+        (state["folder"] / "importing").touch()
+        time.sleep(600)
+
+
 def outcomes(task: Task, jobs: list[Step], processes: int, stop: StopRequest | None = None) -> dict[str, str | None]:
     stop = StopRequest() if stop is None else stop
     return {job.name: reason for job, reason in work_through(task, jobs, processes, "test", stop)}
@@ -165,6 +174,17 @@ def wait_until(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < limit
         time.sleep(0.02)
+
+
+def test_told_to_stop_while_processes_import(tmp_path: Path) -> None:
+    class Then(StopRequest):
+        def raise_if_set(self) -> None:
+            if (tmp_path / "importing").exists():
+                self.number = signal.SIGTERM
+            super().raise_if_set()
+
+    with pytest.raises(Stopped):
+        outcomes(Importing(tmp_path), [Step("a"), Step("b")], 2, Then())
 
 
 def test_number_of_processes() -> None:
