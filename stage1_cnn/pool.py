@@ -196,15 +196,17 @@ _job = threading.Lock()  # held while this process has a video in work
 def _begin(task: bytes, frames: Any, stopped: Any) -> None:
     """First thing in a new process; `task` is pickled."""
     global _state
-    leave_signals_to_parent()
-    threading.Thread(target=_end_with_parent, args=(stopped,), daemon=True).start()
+    serve_parent(stopped=stopped)
     _state = _State(pickle.loads(task), frames, stopped)  # noqa: S301, the parent has made it
 
 
-def serve_parent(worker: int = 0) -> None:
-    """Belong to the process that started this one: it judges signals, and when it ends, however, this one does."""
+def serve_parent(worker: int = 0, stopped: Any = None) -> None:
+    """Belong to the process that started this one: it judges signals, and when it ends, however, this one does.
+
+    With `stopped`, a shared number, this one also ends once that is set and it has no job in work.
+    """
     leave_signals_to_parent()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(stopped,), daemon=True).start()
 
 
 def leave_signals_to_parent() -> None:
@@ -220,8 +222,8 @@ def leave_signals_to_parent() -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_S))
 
 
-def _end_with_parent(stopped: Any = None) -> None:
-    """A killed parent cannot call its processes back; one that stops does not wait for those that do no job."""
+def _end_with_parent(stopped: Any) -> None:
+    """A killed parent cannot call its processes back, and one that stops waits only for those with a job in work."""
     parent = parent_process()
     if parent is None:
         return
