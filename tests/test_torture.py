@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,13 +13,13 @@ from tests.commands import PROJECT
 
 
 @pytest.mark.slow
-def test_a_few_kills_recover() -> None:
+@pytest.mark.timeout(1200)  # a minute where nothing else runs
+def test_a_few_kills_recover(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.torture", "--kills", "3"],
+        [sys.executable, "-m", "tests.torture", "--kills", "3", "--keep", str(tmp_path)],
         cwd=PROJECT,
         capture_output=True,
         text=True,
-        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -38,6 +38,7 @@ STOPS_WITHIN_S = 10.0
 ORPHANS_END_WITHIN_S = 60.0  # one that imports torch on a busy machine ends when it has done so
 ENOUGH_KILLS = 20  # from here on, the share that left a partial file counts
 SHARE_PARTIAL = 0.6
+SAY_EVERY = 10  # attempts, for a run that is broken off
 FRESH, AGAIN, ONCE_MORE, GENTLE, WHOLE_GROUP = 1 / 8, 0.3, 0.3, 0.4, 0.5
 AIMED, AIM_S = 0.75, 0.01  # of a training's kills, and how long after a temporary file was seen at most
 
@@ -388,6 +389,8 @@ def torture(place: str, shop: Workshop, kills: int, seed: int, keep: bool) -> Ta
                 continue
         shutil.rmtree(attempt.folder, ignore_errors=True)
         shop.log_of(attempt.folder).unlink(missing_ok=True)
+        if tally.attempts % SAY_EVERY == 0 and tally.attempts < kills:
+            print(f"  so far {tally.line()}", flush=True)
     return tally
 
 
