@@ -257,7 +257,9 @@ class ExtractConfig(Strict):
     )
     precision: Precision = Field("auto", description="arithmetic of the forward pass")
     storage: Literal["float16", "float32"] = "float16"
-    batch_frames: int | None = Field(None, ge=1, description="frames at a time; none picks 8 on a CPU, 64 elsewhere")
+    batch_frames: int | None = Field(
+        None, ge=1, description="frames at a time, may change last bits; none picks 8 on a CPU, 64 elsewhere"
+    )
     workers: int = Field(-1, ge=-1, description="processes at work; -1 picks one a core where there is enough to do")
     segments: bool = Field(True, description="a video may be split among processes, at batches; features are the same")
     segment_frames: int = Field(128, ge=1, description="a part of a split video has at least so many samples")

@@ -26,7 +26,7 @@ from features.cache import CachedFrames
 from features.index import Index, VideoEntry, load_labels, sampled_frames
 from features.preprocess import augment_generator, changes_colour, crop_frames, draw_change
 from stage1_cnn.frames import frame_cache
-from stage1_cnn.pool import available_cores, leave_signals_to_parent, one_line
+from stage1_cnn.pool import available_cores, one_line, serve_parent
 
 PREFETCH_BATCHES = 2
 MOST_WORKERS = 8
@@ -197,7 +197,7 @@ class FrameLoader(Generic[AnyBatch]):
                 "multiprocessing_context": "spawn",
                 "persistent_workers": True,
                 "prefetch_factor": PREFETCH_BATCHES,
-                "worker_init_fn": leave_signals_to_parent,
+                "worker_init_fn": serve_parent,
             }
         self._loader: DataLoader | None = DataLoader(
             dataset,

@@ -24,7 +24,7 @@ from engine.progress import progress_bar, say
 from engine.stopping import StopRequest
 from features.index import Index
 from stage1_cnn.frames import encoded_at_once, open_pictures, picture_batches
-from stage1_cnn.pool import VIDEO_ERRORS, Advance, leave_signals_to_parent, one_line, work_through
+from stage1_cnn.pool import VIDEO_ERRORS, Advance, one_line, serve_parent, work_through
 from stage1_cnn.segments import Rows, VideoJob
 
 # Batches that wait for the device, a decoding process.
@@ -128,7 +128,7 @@ def _fed(
             num_workers=decoders,
             prefetch_factor=QUEUE_BATCHES,
             pin_memory=pinned,
-            worker_init_fn=leave_signals_to_parent,
+            worker_init_fn=serve_parent,
             multiprocessing_context="spawn",
         )
     )

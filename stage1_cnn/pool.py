@@ -7,6 +7,7 @@ and one process that decodes for the others.
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -139,9 +140,9 @@ class _Pool(Generic[AnyJob]):
         self._left: dict[Future[str | None], int] = {}
         self._frames = context.Array("q", [_NOT_BEGUN] * len(jobs), lock=False)
         self._stopped = context.Value("b", 0, lock=False)
-        self._executor = ProcessPoolExecutor(
-            processes, mp_context=context, initializer=_begin, initargs=(task, self._frames, self._stopped)
-        )
+        # as bytes: a process watches its parent before it imports what the task takes (torch, for seconds)
+        initargs = (pickle.dumps(task), self._frames, self._stopped)
+        self._executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=initargs)
 
     def outcomes(self, stop: StopRequest, bar: Any) -> Iterator[tuple[AnyJob, str | None]]:
         """Jobs as they end. Ends early, `broken`, when a process died."""
@@ -189,17 +190,26 @@ class _State:
 
 
 _state: _State | None = None
+_job = threading.Lock()  # held while this process has a video in work
 
 
-def _begin(task: Task[Any], frames: Any, stopped: Any) -> None:
-    """First thing in a new process."""
+def _begin(task: bytes, frames: Any, stopped: Any) -> None:
+    """First thing in a new process; `task` is pickled."""
     global _state
+    serve_parent(stopped=stopped)
+    _state = _State(pickle.loads(task), frames, stopped)  # noqa: S301, the parent has made it
+
+
+def serve_parent(worker: int = 0, stopped: Any = None) -> None:
+    """Belong to the process that started this one: it judges signals, and when it ends, however, this one does.
+
+    With `stopped`, a shared number, this one also ends once that is set and it has no job in work.
+    """
     leave_signals_to_parent()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _state = _State(task, frames, stopped)
+    threading.Thread(target=_end_with_parent, args=(stopped,), daemon=True).start()
 
 
-def leave_signals_to_parent(worker: int = 0) -> None:
+def leave_signals_to_parent() -> None:
     """Ctrl-C and a scheduler's signals reach the whole process group; the parent decides what becomes of the work.
 
     SIGTERM ends this process only after a while, in which the parent saves what it has: it is also how Python itself
@@ -212,12 +222,15 @@ def leave_signals_to_parent(worker: int = 0) -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_S))
 
 
-def _end_with_parent() -> None:
-    """A killed parent cannot call its processes back."""
+def _end_with_parent(stopped: Any) -> None:
+    """A killed parent cannot call its processes back, and one that stops waits only for those with a job in work."""
     parent = parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
+    if parent is None:
+        return
+    while not connection.wait([parent.sentinel], POLL_S):
+        if stopped is not None and stopped.value and _job.acquire(blocking=False):
+            break
+    os._exit(1)
 
 
 def _work_on(slot: int, job: Any) -> str | None:
@@ -231,7 +244,8 @@ def _work_on(slot: int, job: Any) -> str | None:
         if state.stopped.value:
             raise _StoppedByParent
 
-    try:
-        return _attempt(state.task, job, advance)
-    except _StoppedByParent:
-        return "stopped"
+    with _job:
+        try:
+            return _attempt(state.task, job, advance)
+        except _StoppedByParent:
+            return "stopped"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -103,6 +104,7 @@ def start_forked(
     except BaseException:
         traceback.print_exc()
     finally:
+        atexit._run_exitfuncs()  # as an interpreter does at its end: semaphores of processes go then
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -190,18 +192,29 @@ def import_everything() -> None:
     os.environ.update(ONE_THREAD)
     import accelerate  # noqa: F401
     import av  # noqa: F401
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure
+    import matplotlib.patches  # noqa: F401
+    import PIL.Image
+    import plotly.graph_objects
+    import plotly.offline  # noqa: F401
+    import sklearn.metrics  # noqa: F401
     import tensorboard.summary.writer.record_writer  # noqa: F401
     import torch
     import torchvision  # noqa: F401
 
     import features.catalogue
     import features.simulation  # noqa: F401
+    import pipeline  # noqa: F401
     import stage1_cnn.extract
     import stage1_cnn.train  # noqa: F401
     import stage2_temporal.evaluate
     import stage2_temporal.joint_train
+    import stage2_temporal.report
+    import stage2_temporal.run
     import stage2_temporal.train  # noqa: F401
 
+    PIL.Image.init()
     torch.set_num_threads(1)
 
 

@@ -7,11 +7,16 @@ import errno
 import os
 import resource
 import shutil
+import signal
 import stat
 import struct
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
+
+from tests.commands import group_members
 
 
 def full_at(target: str) -> None:
@@ -55,6 +60,24 @@ def largest_file(size: int) -> None:
 def blind(yes: bool) -> None:
     """Free space is not seen beforehand, so that the disk fills up in the middle of the work."""
     shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 50, 0, 1 << 50)  # type: ignore[attr-defined]
+
+
+def kill_a_worker(pattern: str) -> None:
+    """SIGKILL to a process that works for this one, as the system's out-of-memory killer does it, once a file fits."""
+
+    def kill_one() -> None:
+        while not any(Path().glob(pattern)):
+            time.sleep(0.005)
+        workers = [pid for pid in group_members(os.getpid()) if "spawn_main" in command_line(pid)]
+        print("killed a worker", flush=True)
+        os.kill(workers[0], signal.SIGKILL)
+
+    threading.Thread(target=kill_one, daemon=True).start()
+
+
+def command_line(pid: int) -> str:
+    """How a process was started."""
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
 
 
 def no_privileges(yes: bool) -> None:
@@ -107,5 +130,14 @@ def renames_within_folders(yes: bool) -> None:
 
 FAULTS: dict[str, Callable[[Any], None]] = {
     fault.__name__: fault
-    for fault in (full_at, note_writes, largest_file, blind, no_privileges, no_locks, renames_within_folders)
+    for fault in (
+        full_at,
+        note_writes,
+        largest_file,
+        blind,
+        kill_a_worker,
+        no_privileges,
+        no_locks,
+        renames_within_folders,
+    )
 }

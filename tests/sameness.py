@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 WALL_TIMES = {"seconds", "frames_per_s", "sentence"}
 PER_START = {"done", "skipped", "relabelled", "frames"}
 EVENTS = "events"
+_REVISION = re.compile(r", revision \w+")
 
 
 def differences(expected: Path, found: Path) -> list[str]:
@@ -65,6 +67,9 @@ def _compare(expected: Path, found: Path) -> Iterator[str]:
             yield "cut short"
     elif expected.name == "environment.json":
         json.loads(found.read_text())
+    elif expected.name == "MODEL_CARD.md":  # it names the revision, as environment.json does
+        left, right = (_REVISION.sub("", path.read_text()) for path in (expected, found))
+        yield from _compare_values(left, right)
     elif expected.suffix == ".jsonl":
         left, right = ([json.loads(line) for line in path.read_text().splitlines()] for path in (expected, found))
         yield from _compare_values(left, right)

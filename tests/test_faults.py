@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ import pytest
 
 from features.store import read_features
 from features.video_writer import encode_mp4
-from tests.commands import Command, Ended, Forks, group_members, start_fresh
+from tests.commands import Ended, Forks
 from tests.sameness import differences, left_half_done
 from tests.videos import decode_everything
 
@@ -64,9 +61,12 @@ def base(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(base: Path, forks: Forks) -> Path:
-    """A work folder in which `run` and `report` have gone through; tests copy it before they change anything."""
+    """A work folder in which `run` and `report` have gone through; tests copy it before they change anything.
+
+    `written` beside it lists the files that `run` wrote, in order.
+    """
     folder = new_folder(base, "finished")
-    must(forks, folder, *RUN)
+    must(forks, folder, *RUN, note_writes=folder.with_name("written"))
     must(forks, folder, "report", "runs/r", "--no-thumbnails")
     return folder
 
@@ -104,12 +104,10 @@ def one_line(ended: Ended) -> str:
 
 
 @pytest.mark.slow
-def test_every_file_of_a_pipeline_meets_a_full_disk_once(base: Path, finished: Path, work: Path, forks: Forks) -> None:
+def test_every_file_of_a_pipeline_meets_a_full_disk_once(finished: Path, work: Path, forks: Forks) -> None:
     """One file after the other, in the order of their first writing; the same command then goes on."""
-    log = base / "writes.txt"
-    noted = new_folder(base, "noted")
-    must(forks, noted, *RUN, note_writes=log)
-    names = list(dict.fromkeys(Path(line).relative_to(noted) for line in log.read_text().splitlines()))
+    lines = finished.with_name("written").read_text().splitlines()
+    names = list(dict.fromkeys(Path(line).relative_to(finished) for line in lines))
     patterns = {"best.pt", "last.pt", "metrics.jsonl", "events", "index.json", "encoder.json", "result.json",
                 "summary.json", "metrics.json", "truth.json", "ribbons.png", "MODEL_CARD.md", "video01.h5"}  # fmt: skip
     assert patterns <= {name.name for name in names}
@@ -289,33 +287,17 @@ def test_a_folder_that_may_only_be_read_is_one_line(
 # ---------------------------------------------------------------------------------------------- dead workers
 
 
-def kill_a_worker(command: Command, when: Callable[[], bool], which: str) -> None:
-    """SIGKILL to one process below a command, as the system's out-of-memory killer does it, once `when` holds."""
-    limit = time.monotonic() + 120
-    while not when():
-        assert command.poll() is None, command.log.read_text()
-        assert time.monotonic() < limit
-        time.sleep(0.005)
-    workers = [pid for pid in group_members(command.pid) if pid != command.pid and which in command_line(pid)]
-    os.kill(workers[0], signal.SIGKILL)
-
-
-def command_line(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-
-
 @pytest.mark.slow
-def test_an_extraction_outlives_a_worker_that_was_killed(finished: Path, work: Path) -> None:
+def test_an_extraction_outlives_a_worker_that_was_killed(finished: Path, work: Path, forks: Forks) -> None:
     """A killed process of the pool breaks the pool: what it had in work is done again, and nothing of it stays."""
     shutil.rmtree(work)
     shutil.copytree(finished, work)
     shutil.rmtree(work / "features")
     shutil.rmtree(work / "cache")
     arguments = ("extract", "--config", "tiny.json", "--name", "r", "--set", "extract.workers=2")
-    command = start_fresh(arguments, work, work.with_suffix(".log"))
-    kill_a_worker(command, lambda: bool(list(work.glob("features/*/.*.h5.*.tmp"))), "spawn_main")
-    assert command.wait(120) == 0, command.log.read_text()
-    assert "3 video(s) extracted" in command.log.read_text()
+    output = must(forks, work, *arguments, kill_a_worker="features/*/.*.h5.*.tmp").output
+    assert "killed a worker" in output
+    assert "3 video(s) extracted" in output
     shutil.copytree(finished / "cache", work / "cache")
     found = differences(finished, work)
     assert [line for line in found if "attribute frames_from" not in line and "attribute reader" not in line] == []
@@ -333,18 +315,17 @@ def test_a_training_whose_loader_was_killed_says_so_and_goes_on(
     settings["cnn"] = {**SETTINGS["cnn"], "epochs": 6, "batch_frames": 2}
     (work / "tiny.json").write_text(json.dumps(settings))
     folder, block = {"train-cnn": ("cnn", "cnn"), "train-joint": ("joint/multitask", "joint")}[stage]
-    line = (stage, "--config", "tiny.json", "--name", "x", "--set", f"{block}.workers=1")
-    command = start_fresh(line, work, work.with_suffix(".log"))
-    kill_a_worker(command, (work / "runs/x" / folder / "last.pt").exists, "spawn_main")
-    code, output = command.wait(60), command.log.read_text()
-    assert "a process that loads frames died" in one_line(Ended(code or 0, output))
+    line = (stage, "--config", "tiny.json", "--name", "x")
+    workers = ("--set", f"{block}.workers=1")
+    ended = forks.run((*line, *workers), work, kill_a_worker=f"runs/x/{folder}/last.pt")
+    assert "a process that loads frames died" in one_line(ended)
     assert (work / "runs/x" / folder / "last.pt").exists()
     must(forks, work, *line)
     must(forks, work, *(word if word != "x" else "y" for word in line))
     shutil.copytree(work / "runs/x", base_of(work) / "x")
     shutil.copytree(work / "runs/y", base_of(work) / "y")
     found = differences(base_of(work) / "y", base_of(work) / "x")
-    assert [name for name in found if "result.json: checkpoint" not in name] == []
+    assert [line for line in found if not re.search(r"result\.json: checkpoint|config\.yaml: ", line)] == []
 
 
 def base_of(work: Path) -> Path:

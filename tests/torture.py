@@ -24,7 +24,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,9 @@ STOPS_WITHIN_S = 10.0
 ORPHANS_END_WITHIN_S = 60.0  # one that imports torch on a busy machine ends when it has done so
 ENOUGH_KILLS = 20  # from here on, the share that left a partial file counts
 SHARE_PARTIAL = 0.6
+SAY_EVERY = 10  # attempts, for a run that is broken off
 FRESH, AGAIN, ONCE_MORE, GENTLE, WHOLE_GROUP = 1 / 8, 0.3, 0.3, 0.4, 0.5
-AIMED, AIM_S = 0.75, 0.01  # of a training's kills, and how long after a temporary file was seen
+AIMED, AIM_S = 0.75, 0.01  # of a training's kills, and how long after a temporary file was seen at most
 
 SETTINGS: dict[str, Any] = {
     "device": "cpu",
@@ -56,7 +58,7 @@ SETTINGS: dict[str, Any] = {
         "backbone_lr_factor": 1.0,
         "checkpoint_minutes": 0.001,  # in the middle of epochs too
     },
-    "extract": {"encoder": "initial", "precision": "fp32", "workers": 1, "batch_frames": 4},
+    "extract": {"encoder": "initial", "precision": "fp32", "workers": 1, "batch_frames": 4, "segment_frames": 8},
     "temporal": {
         "head": {"name": "lstm", "hidden": 320},
         "sequence": {"mode": "chunked", "frames": 16, "batch": 2},
@@ -86,6 +88,7 @@ class Variant:
     result: str  # the file or pattern that stands at the end
     processes: int = 1
     aimed: bool = False  # most of its kills wait for the next temporary file
+    parts: bool = False  # a video is split among its processes
 
 
 @dataclass
@@ -145,7 +148,12 @@ def variants(place: str, data: Path, shared: Path) -> list[Variant]:
     )
     extract = Variant("extract", line("extract"), ("features",), "runs/t/extract/result.json")
     several = Variant(
-        "extract, 2 processes", line("extract", *more("extract.workers=2")), ("features",), extract.result, 2
+        "extract, 2 processes and a video in parts",
+        line("extract", *more("extract.workers=2")),
+        ("features",),
+        extract.result,
+        2,
+        parts=True,
     )
     short = more("cnn.epochs=1", "cnn.frames_per_epoch=8")
     cache = Variant("cache", line("train-cnn", *short, cache="cache"), ("cache",), cnn.result)
@@ -153,9 +161,9 @@ def variants(place: str, data: Path, shared: Path) -> list[Variant]:
         "cache, 2 processes", line("train-cnn", *short, *more("data.fps=5"), cache="cache"), ("cache",), cnn.result, 2
     )
     return {
-        "extract": [extract, extract, extract, extract, several],
+        "extract": [extract, several, extract, extract, extract],
         "train": [temporal, cnn, temporal, cnn, joint, temporal, cnn, temporal, loaders, joint],
-        "cache": [cache, cache, cache, cache, larger],
+        "cache": [cache, larger, cache, cache, cache],
     }[place]
 
 
@@ -203,14 +211,18 @@ class Workshop:
             before = snapshot(folder, variant.watched)
             command = start_forked(variant.arguments, folder, self.log_of(folder))
             first = last = 0.0
+            parts = False
             while command.poll() is None:
                 now = snapshot(folder, variant.watched)
                 if now != before:
                     last, before = time.monotonic(), now
                     first = first or last
+                    parts = parts or _has_parts(now)
                 time.sleep(POLL_S)
             if command.code != 0:
                 raise SystemExit(f"{variant.name} failed undisturbed: {self.log_of(folder).read_text()[-2000:]}")
+            if variant.parts and not parts:
+                raise SystemExit(f"{variant.name}: no video was split")
             self._undisturbed[variant] = Undisturbed(folder, last - first)
         return self._undisturbed[variant]
 
@@ -231,6 +243,12 @@ def snapshot(folder: Path, watched: Sequence[str]) -> dict[str, tuple[int, int, 
         except OSError:  # gone in the meantime
             continue
     return found
+
+
+def _has_parts(files: Iterable[str]) -> bool:
+    """Whether several temporary files of one video are there, which is how its parts wait."""
+    names = Counter(Path(path).name.rsplit(".", 2)[0] for path in files if path.endswith(".tmp"))
+    return any(count > 1 for count in names.values())
 
 
 class Failure(Exception):
@@ -300,12 +318,22 @@ class Attempt:
         return True
 
     def _await_temporary(self, command: Command) -> None:
+        """Return while a temporary file is there, a moment after it was seen; or once the command has ended.
+
+        SIGSTOP holds the process where it is, so that the file is not gone by the time the signal comes.
+        """
         delay_s = self.rng.random() * AIM_S
-        while command.poll() is None and not any(
-            path.endswith(".tmp") for path in snapshot(self.folder, self.variant.watched)
-        ):
+        while command.poll() is None:
+            if self._temporary_is_there():
+                time.sleep(delay_s)
+                command.send(signal.SIGSTOP, group=False)
+                if self._temporary_is_there():
+                    return
+                command.send(signal.SIGCONT, group=False)
             time.sleep(POLL_S / 4)
-        command.wait(delay_s)
+
+    def _temporary_is_there(self) -> bool:
+        return any(path.endswith(".tmp") for path in snapshot(self.folder, self.variant.watched))
 
     def _await_end(self, command: Command, number: int) -> None:
         if command.wait(STOPS_WITHIN_S) is None:
@@ -361,6 +389,8 @@ def torture(place: str, shop: Workshop, kills: int, seed: int, keep: bool) -> Ta
                 continue
         shutil.rmtree(attempt.folder, ignore_errors=True)
         shop.log_of(attempt.folder).unlink(missing_ok=True)
+        if tally.attempts % SAY_EVERY == 0 and tally.attempts < kills:
+            print(f"  so far {tally.line()}", flush=True)
     return tally
 
 
@@ -378,7 +408,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"seed {seed}, {chosen.kills} kills a place; an attempt's seed is {seed}/PLACE/NUMBER", flush=True)
     base = chosen.keep or Path(tempfile.mkdtemp(prefix="torture-"))
     try:
-        tallies = [_one_place(place, base, chosen, seed) for place in chosen.place or PLACES]
+        shop = Workshop(base, chosen.videos)
+        tallies = [_one_place(place, shop, chosen, seed) for place in chosen.place or PLACES]
     finally:
         if not chosen.keep:
             shutil.rmtree(base, ignore_errors=True)
@@ -387,9 +418,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(failed > 0 or any(_proves_little(tally) for tally in tallies))
 
 
-def _one_place(place: str, base: Path, chosen: argparse.Namespace, seed: int) -> Tally:
+def _one_place(place: str, shop: Workshop, chosen: argparse.Namespace, seed: int) -> Tally:
     started = time.monotonic()
-    shop = Workshop(base / place, chosen.videos)
     tally = torture(place, shop, chosen.kills, seed, keep=chosen.keep is not None)
     print(f"{tally.line()}; {time.monotonic() - started:.0f} s", flush=True)
     if _proves_little(tally):

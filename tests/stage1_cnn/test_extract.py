@@ -309,6 +309,20 @@ def test_one_bad_video_does_not_end_the_others(own_world: World) -> None:
     assert "3 failed" in report.sentence()
 
 
+def test_batches_change_roundings_and_nothing_else(world: World, tmp_path: Path) -> None:
+    """Which is why their size is no part of the digest."""
+    reports = [
+        dump(world, world.set(extract={"encoder": "initial", "batch_frames": size}), folder=tmp_path / str(size))
+        for size in (1, 3, 64)
+    ]
+    first, *others = (features(report.folder) for report in reports)
+    for found in others:
+        assert list(found) == list(first)
+        for name, rows in first.items():
+            np.testing.assert_allclose(found[name], rows, rtol=1e-4, atol=1e-5 * float(abs(rows).max()))
+    assert len({json.loads((report.folder / "encoder.json").read_text())["digest"] for report in reports}) == 1
+
+
 def test_a_png_cut_in_half(tmp_path: Path) -> None:
     from PIL import Image
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 from configs.errors import UserError
 from engine.stopping import Stopped, StopRequest
 from stage1_cnn.pool import WORTH_A_PROCESS_FRAMES, Advance, available_cores, choose_processes, work_through
+from tests.commands import PROJECT, group_members
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,15 @@ class Task:
                 time.sleep(0.05)
             advance(1)
         (self.folder / job.name).write_text(str(os.getpid()))
+
+
+@dataclass
+class Importing(Task):
+    """Takes for ever to arrive in another process, as one does that imports torch where everybody else does too."""
+
+    def __setstate__(self, state: dict[str, Path]) -> None:
+        (state["folder"] / "importing").touch()
+        time.sleep(600)
 
 
 def outcomes(task: Task, jobs: list[Step], processes: int, stop: StopRequest | None = None) -> dict[str, str | None]:
@@ -89,6 +102,89 @@ def test_told_to_stop(tmp_path: Path, processes: int) -> None:
         outcomes(Task(tmp_path), [Step("a"), *(Step("slow", 1000) for _ in range(3))], processes, Soon())
     assert time.monotonic() - started < 40  # a slow job alone would take fifty seconds
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+# A command whose processes are busy for longer than any test lasts: with importing, with a video, with a batch.
+BUSY = """
+import os, sys, time
+from pathlib import Path
+
+import torch
+
+from engine.stopping import StopRequest
+from stage1_cnn.data import FrameLoader
+from stage1_cnn.pool import work_through
+from tests.stage1_cnn.test_pool import Step
+
+
+def be_busy():
+    Path(sys.argv[2]).write_text(f"{os.getpid()} ")
+    time.sleep(600)
+
+
+class Importing:
+    def __setstate__(self, state):
+        be_busy()
+
+    def __getstate__(self):
+        return {"nothing": 0}
+
+
+class Working:
+    def __call__(self, job, advance):
+        be_busy()
+
+
+class Loading(torch.utils.data.Dataset):
+    def __getitem__(self, request):
+        be_busy()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "Loading":
+        with FrameLoader(Loading(), 1, torch.device("cpu")) as loader:
+            list(loader.batches([0]))
+    else:
+        list(work_through(globals()[sys.argv[1]](), [Step("a"), Step("b")], 2, "test", StopRequest()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Importing", "Working", "Loading"])
+def test_processes_end_when_the_one_they_work_for_was_killed(tmp_path: Path, kind: str) -> None:
+    program, mark = tmp_path / "busy.py", tmp_path / "mark"
+    program.write_text(BUSY)
+    command = subprocess.Popen(
+        [sys.executable, str(program), kind, str(mark)],
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        start_new_session=True,
+    )
+    try:
+        wait_until(lambda: mark.exists() and mark.read_text().endswith(" "))
+        command.kill()
+        command.wait()
+        wait_until(lambda: group_members(command.pid) == [])
+    finally:
+        for pid in group_members(command.pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 100
+    while not holds():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+def test_told_to_stop_while_processes_import(tmp_path: Path) -> None:
+    class Then(StopRequest):
+        def raise_if_set(self) -> None:
+            if (tmp_path / "importing").exists():
+                self.number = signal.SIGTERM
+            super().raise_if_set()
+
+    with pytest.raises(Stopped):
+        outcomes(Importing(tmp_path), [Step("a"), Step("b")], 2, Then())
 
 
 def test_number_of_processes() -> None:

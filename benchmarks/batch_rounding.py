@@ -1,0 +1,66 @@
+"""Whether features depend on how many frames are computed at once: the same frames in batches of several sizes.
+
+    python benchmarks/batch_rounding.py --json FILE
+
+Random weights, random pixels, one thread on a CPU, the arithmetic of `extract`. Keys `<backbone>_<precision>`: for each
+batch size the largest difference to one batch of all frames, as a share of the largest value (0: the same bits).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+BACKBONES, PRECISIONS = ("resnet50", "shufflenet_v2_x0_5", "mobilenet_v3_small"), ("fp32", "bf16")
+
+
+def main() -> None:
+    """Parse, compare, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--frames", type=int, default=32)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 3, 8, 16, 31])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    figures = {
+        f"{backbone}_{precision}": differences(backbone, precision, options.frames, options.batches)
+        for backbone in BACKBONES
+        for precision in PRECISIONS
+    }
+    print(json.dumps(figures, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def differences(backbone: str, precision: str, frames: int, batches: list[int]) -> dict[str, object]:
+    """The arithmetic chosen and the largest difference by batch size."""
+    from configs.schema import Config
+    from stage1_cnn.encoder import Encoder
+    from stage1_cnn.model import initial_backbone
+
+    settings = {
+        "device": "cpu",
+        "cnn": {"backbone": backbone, "weights": "random"},
+        "extract": {"precision": precision},
+    }
+    config = Config.model_validate(settings)
+    encoder = Encoder(config, initial_backbone(config), None, "", 7)
+    size_px = config.preprocess.crop_px
+    crops = np.random.default_rng(0).integers(0, 256, (frames, size_px, size_px, 3), dtype=np.uint8)
+    whole, _ = encoder(crops)  # (N, D)
+    found: dict[str, object] = {"arithmetic": encoder.spec.arithmetic}
+    for batch in batches:
+        parts = [encoder(crops[first : first + batch])[0] for first in range(0, frames, batch)]
+        found[str(batch)] = float(np.abs(np.concatenate(parts) - whole).max() / np.abs(whole).max())
+    return found
+
+
+if __name__ == "__main__":
+    main()
