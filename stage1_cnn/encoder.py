@@ -35,8 +35,8 @@ class Encoder:
     """A net in evaluation mode on its device, and the specification that names what it computes.
 
     `tool_head` is None for an encoder that was not trained; its tool logits are NaN. Only the backbone runs in the
-    lower precision; the head, whose logits are ranked, takes float32. Batch norm is folded into the convolutions before
-    it, and what could be folded has weights of the lower precision itself; other nets run under autocast.
+    lower precision; the head, whose logits are ranked, takes float32. In the lower precision batch norm is folded into
+    the convolutions before it, and what could be folded has such weights itself; other nets run under autocast.
     """
 
     def __init__(
@@ -47,7 +47,8 @@ class Encoder:
         if self.device.type == "cuda" and precision == "fp32":
             torch.backends.cudnn.allow_tf32 = False  # TF32 keeps 10 bits of 23 and would call itself fp32
         require_image_size(backbone, config.preprocess.crop_px)
-        folded = fold_batch_norm(backbone, config.preprocess.crop_px)
+        # fp32 is what others are compared with, the joint net among them: it computes the layers as they are
+        folded = fold_batch_norm(backbone, config.preprocess.crop_px) if precision != "fp32" else None
         net = (folded or backbone).eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._dtype = DTYPES[precision] if folded is not None else torch.float32
         self._net: torch.nn.Module = net.to(self._dtype)

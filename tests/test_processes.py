@@ -248,7 +248,7 @@ def test_a_process_that_dies_ends_the_others(bench: Path) -> None:
     assert "another process of this work has ended" in said
     assert "Traceback" not in said
     reached = load_checkpoint(folder / "last.pt")["position"]["epoch"]
-    assert reached >= 2
+    assert reached >= 1  # an epoch's line is written before the checkpoint that knows it
 
     running = start([*PIPELINE, *words, *DEVICES], bench)  # now the one that started them
     wait_for_epochs(folder, reached + 1, running)
