@@ -8,9 +8,9 @@ sides take turns, so that a busy machine is busy for all of them. Beside each `*
 given by both. About five minutes on two cores that are free.
 
 - `ours_fps`: `pipeline.py extract` as typed, a process a core, random ResNet50 weights, in `precision`. It is done for
-  a few and for many videos, and the rate is that of the difference, in which start-up cancels (as does a core without
-  a video at the end, where both `--copies` are odd or both even); `ours_with_start_up_fps` is the many, start of the
-  interpreter and of the processes included.
+  short videos and for the same ones several times as long, and the rate is that of the difference, in which start-up
+  cancels, and what a video costs besides its frames: real ones have some two thousand. `ours_with_start_up_fps` is the
+  long ones, start of the interpreter and of the processes included.
 - `usual_fps`: decode to 250x250 JPEG files, PIL and DataLoader, ResNet50 in fp32; imports and the net's building are
   not counted.
 - `decode_fps`: selective decoding to RGB alone, a process a core. `forward_fps`: folded ResNet50 in the same precision
@@ -19,8 +19,9 @@ given by both. About five minutes on two cores that are free.
 - `cosine_mean`, `cosine_worst`: between `extract`'s features and fp32 features of the same weights and frames that a
   plain loop makes.
 
-Input: copies under several ids of the real clips (SURGSTAGE_SHARED, or ../shared), where there are any, otherwise of
-one simulated video of 854x480 at 25 fps, H.264 with B-frames; `input` says which. The compared sides
+Input: as many of the real clips (SURGSTAGE_SHARED, or ../shared) as divide evenly over the cores, where there are any,
+otherwise a simulated video of 854x480 at 25 fps, H.264 with B-frames; `input` says which. Longer ones are the same
+packets several times in a row (`turns`), not encoded again. The compared sides
 (`extract_reference.py`) import nothing from the project.
 """
 
@@ -29,7 +30,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -41,6 +41,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 from command import pipeline
+from scaling import repeat_packets
 
 PROJECT = Path(__file__).resolve().parent.parent
 REFERENCE = Path(__file__).resolve().parent / "extract_reference.py"
@@ -54,20 +55,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--copies", type=int, nargs=2, default=(1, 3), metavar=("FEW", "MANY"))
+    parser.add_argument("--turns", type=int, nargs=2, default=(1, 7), metavar=("FEW", "MANY"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(Path(folder), options.repeat, options.copies)
+        figures = measure(Path(folder), options.repeat, options.turns)
     print(json.dumps(figures, indent=1))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(folder: Path, repeat: int, copies: Sequence[int]) -> dict[str, object]:
+def measure(folder: Path, repeat: int, turns: Sequence[int]) -> dict[str, object]:
     """All figures."""
     videos, kind = source_videos(folder)
     weights = random_weights(folder / "resnet50.pth")
-    sets = [data_set(folder / f"data{count}", videos, count) for count in copies]
+    sets = [data_set(folder / f"data{count}", videos, count) for count in turns]
     paths = [str(path) for path in videos]
     rounds, precision = [], "fp32"
     for number in range(repeat):
@@ -89,9 +90,9 @@ def measure(folder: Path, repeat: int, copies: Sequence[int]) -> dict[str, objec
         for name, unit in (("", "fps"), ("_by_processor", "processor_fps"))
     }
     together([["features", str(weights), str(folder / "fp32.npz"), *paths]])
-    cosine = cosines(next((folder / "round0").rglob(f"*-{max(copies)}/resnet50-*")), folder / "fp32.npz")
+    cosine = cosines(next((folder / "round0").rglob(f"*-{max(turns)}/resnet50-*")), folder / "fp32.npz")
     rounded = {key: round(value, 5) for key, value in {**middle, **ratios, **cosine}.items()}
-    return {**rounded, "precision": precision, "cores": CORES, "input": kind, "copies": list(copies), "rounds": rounds}
+    return {**rounded, "precision": precision, "cores": CORES, "input": kind, "turns": list(turns), "rounds": rounds}
 
 
 # ---------------------------------------------------------------------------------------------- material
@@ -102,6 +103,7 @@ def source_videos(folder: Path) -> tuple[list[Path], str]:
     shared = Path(os.environ.get("SURGSTAGE_SHARED", PROJECT.parent / "shared"))
     clips = sorted((shared / "data" / "clips" / "videos").glob("*.mp4"))
     if clips:
+        clips = clips[: len(clips) // CORES * CORES or None]  # no core ends before the others
         return clips, f"real clips: {len(clips)}"
     command = ["simulate", str(folder / "simulated"), "--videos", "1", "--seed", "0", "--fps", "25"]
     size = ["--width", "854", "--height", "480", "--speed-up", "16", "--workers", str(CORES)]
@@ -119,11 +121,11 @@ def random_weights(path: Path) -> Path:
     return path
 
 
-def data_set(root: Path, videos: Sequence[Path], copies: int) -> Path:
-    """Copies of the videos in Cholec80's layout, numbered on: the first ones are the videos themselves, in order."""
+def data_set(root: Path, videos: Sequence[Path], turns: int) -> Path:
+    """The videos in Cholec80's layout, in order, each so many times as long as it is."""
     (root / "videos").mkdir(parents=True)
-    for number, video in enumerate(list(videos) * copies):
-        shutil.copyfile(video, root / "videos" / f"video{number + 1:02d}.mp4")
+    for number, video in enumerate(videos):
+        repeat_packets(video, root / "videos" / f"video{number + 1:02d}.mp4", turns)
     return root
 
 
@@ -131,7 +133,7 @@ def data_set(root: Path, videos: Sequence[Path], copies: int) -> Path:
 
 
 def ours(folder: Path, sets: Sequence[Path], weights: Path) -> tuple[Figures, str]:
-    """`extract` on a small and a large set: frames a second between them, and of the large one from start to exit."""
+    """`extract` on short and on long videos: frames a second between them, and of the long ones from start to exit."""
     frames, seconds, busy, precision = [], [], [], ""
     for root in sets:
         count = root.name.removeprefix("data")
@@ -200,8 +202,9 @@ def cosines(store: Path, expected: Path) -> Figures:
     values = []
     with np.load(expected) as arrays:
         for number, name in enumerate(sorted(arrays.files)):
+            wanted = arrays[name].astype(np.float64)
             with h5py.File(store / f"video{number + 1:02d}.h5", "r") as file:
-                found, wanted = file["features"][...].astype(np.float64), arrays[name].astype(np.float64)
+                found = file["features"][: len(wanted)].astype(np.float64)
             product = (found * wanted).sum(1)
             values.append(product / np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1))
     every = np.concatenate(values)

@@ -113,8 +113,9 @@ def repeat_packets(clip: Path, out: Path, times: int) -> None:
     with av.open(str(clip)) as source:
         stream = source.streams.video[0]
         assert stream.time_base is not None
-        length = round(Fraction(CLIP_S) / stream.time_base)
+        assert stream.average_rate is not None
         read = [packet for packet in source.demux(stream) if packet.size]  # the last is empty
+        length = round(Fraction(len(read)) / stream.average_rate / stream.time_base)
         packets = [(bytes(p), p.pts, p.dts, p.duration, p.is_keyframe) for p in read]
         with av.open(str(out), "w") as container:
             copy = container.add_stream_from_template(stream)
