@@ -234,9 +234,14 @@ class FrameLoader(Generic[AnyBatch]):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Raises UserError where a loader process died: torch says so by an exception at whatever is done just then."""
+        """Raises UserError where a loader process died.
+
+        torch says so by an exception at whatever is done just then; where it died while it handed a batch over, the
+        pipe between the two says it first.
+        """
         self.close()
-        if isinstance(error, RuntimeError) and _WORKER_DIED.match(str(error)):
+        cut_off = isinstance(error, EOFError | ConnectionError)
+        if error is not None and (cut_off or (isinstance(error, RuntimeError) and _WORKER_DIED.match(str(error)))):
             raise UserError(
                 f"{one_line(error)}: a process that loads frames died (out of memory or of /dev/shm, or killed); start "
                 "again, training goes on from its last checkpoint; fewer workers or smaller batches take less memory"

@@ -224,3 +224,11 @@ def test_a_changed_source_is_not_cached_under_the_old_name(own_world: World) -> 
     path.write_bytes(path.read_bytes() + b"more")
     with pytest.raises(UserError, match=r"video01.mp4: has changed since it was indexed; run `index --force`"):
         fill_cache(own_world.config, index, own_world.root, index.videos[:1], StopRequest())
+
+
+@pytest.mark.parametrize(
+    "error", [EOFError(), ConnectionResetError("reset"), RuntimeError("DataLoader worker (pid 7) is")]
+)
+def test_a_loader_process_that_died_is_told_however_it_shows(world: World, error: Exception) -> None:
+    with pytest.raises(UserError, match="a process that loads frames died"), FrameLoader(dataset_of(world), 0, CPU):
+        raise error
