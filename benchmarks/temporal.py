@@ -8,7 +8,8 @@ the sides take turns, each in a process of its own, so that a busy machine is bu
 - `frames_per_s`, `frames_per_s_bf16`: `train-temporal` as typed on forty videos of Cholec80's lengths (`lengths` says
   whether they are the real ones) with random features, 86,304 x 2048 fp16 where they are; LSTM of 512, whole videos,
   eight a step, `temporal.projection` fp32 and bf16. It is what the run's result says: an epoch's steps from the first
-  batch to the last update, without reading, validation and checkpoints.
+  batch to the last update, without reading, validation and checkpoints, the median of three epochs (the other sides
+  leave out their first steps).
 - `ratio_to_nn_lstm`, `ratio_to_nn_lstm_bf16`: to nn.LSTM in fp32 on a batch of 8 x 1000 frames, nothing padded, from
   fp32 features (`nn_lstm_frames_per_s`).
 - `ratio_to_bound`: of the fp32 figure to the fp32 matrix product (`product_gflops`) over 23.1 MFLOP a frame.
@@ -113,7 +114,7 @@ def measure(folder: Path, phases: Sequence[np.ndarray], repeat: int, settings: S
 
 def train(runs: Path, name: str, features: Path, settings: Sequence[str]) -> tuple[float, float]:
     """Labelled frames a second of `train-temporal`, and the most memory of its process in MB."""
-    every = [f"runs={runs}", "device=cpu", "temporal.epochs=1", *settings]
+    every = [f"runs={runs}", "device=cpu", "temporal.epochs=3", *settings]
     words = ["train-temporal", "--name", name, "--features", str(features)]
     said = output(["-c", TRAIN, *words, *(word for setting in every for word in ("--set", setting))])
     result = json.loads((runs / name / "temporal" / "result.json").read_text(encoding="utf-8"))

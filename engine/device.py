@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from configs.errors import UserError
+from engine.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -78,6 +79,8 @@ def make_accelerator(device: str, precision: str, unused_parameters: bool = Fals
     `unused_parameters`: some get no gradient in a step, which several processes must expect.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    keep_freed_memory()
 
     chosen = choose_device(device)
     resolved = choose_precision(precision, chosen, training=True)

@@ -31,6 +31,7 @@ from engine.files import (
     sha256_json,
     write_json,
 )
+from engine.memory import keep_freed_memory
 from engine.progress import say
 from engine.runs import StageFolder
 from engine.stopping import StopRequest
@@ -393,6 +394,7 @@ class ExtractTask:
             labels = label_attributes(self.config, self.index, entry)
             rewrite_labels(feature_path(self.folder, entry.id), *self._labels(entry)[1:], labels)
             return
+        keep_freed_memory()  # here, since each process does so for itself
         encoder = self._encoder()
         self._require_sound_labels_and_room(job, entry)
         pictures_of = open_pictures(self.config, entry, self.root, self.index, job.samples)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
 from configs import schema
 from configs.errors import UserError
@@ -26,6 +27,7 @@ State = tuple[Tensor, ...]
 # A deviation below this share of the median one is taken for this: a channel that hardly moved on the training videos
 # must not turn into thousands of deviations on another one.
 LEAST_DEVIATION = 0.01
+LINEAR_BLOCK_FRAMES = 2048
 
 
 def first_rows(state: State, count: int) -> State:
@@ -314,6 +316,22 @@ class LinearHead(Head):
         """See `Head`."""
         return [self.fc(x)], x, ()
 
+    def logits_of_stored(self, x: Tensor, standardise: Standardise, lengths: Tensor) -> Tensor:
+        """Logits (B, T, C) of frames that are yet to be standardised.
+
+        Widened features would be the largest table of a whole training. So padding, whose logits are 0, is left out,
+        and blocks of frames are widened one at a time, for the backward pass once more.
+        """
+        real = torch.arange(x.shape[1], device=x.device) < lengths.to(x.device)[:, None]  # (B, T)
+
+        def block_logits(block: Tensor) -> Tensor:
+            logits: Tensor = self.fc(standardise(block))
+            return logits
+
+        blocks = x[real].split(LINEAR_BLOCK_FRAMES)  # (N, D) each
+        logits = torch.cat([checkpoint(block_logits, block, use_reentrant=False) for block in blocks])  # (N, C)
+        return logits.new_zeros(*real.shape, self.phases).masked_scatter(real.unsqueeze(-1), logits)
+
 
 HEADS: dict[str, Callable[..., Head]] = {"lstm": LstmHead, "gru": GruHead, "tcn": TcnHead, "linear": LinearHead}
 
@@ -373,6 +391,8 @@ class PhaseModel(nn.Module):
         self, x: Tensor, state: State | None = None, lengths: Tensor | None = None
     ) -> tuple[list[Tensor], State]:
         """x (B, T, D) -> logits of every stage [(B, T, C), ...] and the state, as `Head.training_logits`."""
+        if isinstance(self.head, LinearHead) and lengths is not None:
+            return [self.head.logits_of_stored(x, self.standardise, lengths)], ()
         stages, _, state = self.outputs(x, state, lengths)
         return stages, state
 

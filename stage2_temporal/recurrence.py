@@ -10,7 +10,7 @@ widened and standardised a block at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -88,14 +88,16 @@ def run_lstm(
         zero = rnn.all_weights[0][1].new_zeros(rnn.num_layers, len(x), rnn.hidden_size)
         state = (zero, zero)
     order = list(layout.order)
-    rows = x.flatten(0, 1).index_select(0, layout.place)  # (N, D)
+    rows = x.flatten(0, 1)  # (B * T, D); after the first layer (N, H)
     ended = []
     for layer in range(rnn.num_layers):
         if layer and rnn.dropout and rnn.training:
             rows = F.dropout(rows, rnn.dropout)
         own = rnn.all_weights[layer] if rnn.bias else [*rnn.all_weights[layer], None, None]
         h, c = (part[layer].index_select(0, torch.tensor(order)) for part in state)
-        way = _Way(layout, constants if layer == 0 else None, bf16 and layer == 0, torch.is_grad_enabled())
+        way = _Way(layout, keep=torch.is_grad_enabled())
+        if layer == 0:
+            way = replace(way, place=layout.place, constants=constants, bf16=bf16)
         rows, h, c = _Layer.apply(rows, *own, h, c, way)
         ended.append((h, c))
     out = rows.new_zeros(len(x) * x.shape[1], rows.shape[1]).index_copy(0, layout.place, rows)
@@ -109,13 +111,14 @@ class _Way:
     """How one layer is computed: everything that is no tensor to differentiate."""
 
     layout: Layout
-    constants: tuple[Tensor, Tensor] | None
-    bf16: bool
     keep: bool  # what the backward pass needs
+    place: Tensor | None = None  # where the input of each row stands; None: in the same row
+    constants: tuple[Tensor, Tensor] | None = None
+    bf16: bool = False
 
     def inputs(self, x: Tensor, rows: slice, like: Tensor) -> Tensor:
         """A block's inputs as its matrix products take them."""
-        block = x[rows]
+        block = x[rows] if self.place is None else x.index_select(0, self.place[rows])
         if self.constants is not None:
             block = torch.sub(block, self.constants[0]).mul_(self.constants[1])
         return block.to(torch.bfloat16 if self.bf16 else like.dtype)
@@ -136,32 +139,35 @@ class _Layer(torch.autograd.Function):
         c0: Tensor,
         way: _Way,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, D), h0 and c0 (B, H) in sorted order -> outputs (N, H), last h and c (B, H)."""
+        """x (N, D), or (B * T, D) with `way.place`; h0 and c0 (B, H) sorted -> outputs (N, H), last h and c (B, H)."""
         layout, width = way.layout, w_hh.shape[1]
-        out, cells = w_hh.new_empty(len(x), width), w_hh.new_empty(len(x), width)
-        most = max(block.rows.stop - block.rows.start for block in layout.blocks)
-        gates = w_hh.new_empty(len(x) if way.keep else most, 4 * width)
-        project = w_ih.bfloat16() if way.bf16 else w_ih
-        bias = None if b_ih is None or b_hh is None else b_ih + b_hh
+        out, cells, curves = (w_hh.new_empty(len(layout.place), width) for _ in range(3))
+        project = _packed(w_ih.bfloat16() if way.bf16 else w_ih, BLOCK_ROWS)
+        recur = _packed(w_hh, layout.sizes[0])
+        bias = None if b_ih is None or b_hh is None else (b_ih + b_hh).to(project.dtype)
         h, c = h0, c0
+        gates, inputs = [], []
         for block in layout.blocks:
             rows, sizes = block.rows, layout.sizes[block.steps]
-            g = gates[rows] if way.keep else gates[: rows.stop - rows.start]
-            g.copy_(_product(way.inputs(x, rows, w_hh), project))
-            if bias is not None:
-                g.add_(bias)
-            tables = (g, g[:, : 2 * width], *g.chunk(4, dim=1), cells[rows], out[rows])
+            block_x = way.inputs(x, rows, w_hh)
+            g = _product(block_x, project, bias).to(w_hh.dtype)
+            if way.keep:
+                gates.append(g)
+                inputs += [block_x] if way.bf16 else []  # half as large as in fp32, where they are made once more
+            tables = (g, g[:, : 2 * width], *g.chunk(4, dim=1), cells[rows], curves[rows], out[rows])
             views = [table.split(sizes) for table in tables]
-            for size, all_, i_f, i, f, new, o, cell, hidden in zip(sizes, *views, strict=True):
-                all_.add_(_product(h[:size], w_hh))
+            for size, all_, i_f, i, f, new, o, cell, curve, hidden in zip(sizes, *views, strict=True):
+                if size < len(h):
+                    h, c = h[:size], c[:size]
+                all_.add_(_product(h, recur))
                 i_f.sigmoid_()
                 new.tanh_()
                 o.sigmoid_()
-                torch.mul(f, c[:size], out=cell).addcmul_(i, new)
-                torch.tanh(cell, out=hidden).mul_(o)
+                torch.mul(f, c, out=cell).addcmul_(i, new)
+                torch.mul(torch.tanh(cell, out=curve), o, out=hidden)
                 h, c = hidden, cell
         if way.keep:
-            ctx.save_for_backward(x, w_ih, w_hh, h0, c0, gates, cells, out)
+            ctx.save_for_backward(x, w_ih, w_hh, h0, c0, cells, curves, out, *gates, *inputs)
             ctx.way = way
         return out, out.index_select(0, layout.last), cells.index_select(0, layout.last)
 
@@ -169,21 +175,25 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_h: Tensor, d_c: Tensor) -> tuple[Tensor | None, ...]:
         """Back through time, block by block; a block's share of every weight's gradient is one product."""
-        x, w_ih, w_hh, h0, c0, gates, cells, out = ctx.saved_tensors
+        x, w_ih, w_hh, h0, c0, cells, curves, out, *kept = ctx.saved_tensors
         way, width = ctx.way, w_hh.shape[1]
-        recur = w_hh.t().contiguous()  # (H, 4 H)
-        d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        recur = _packed(w_hh.t().contiguous(), way.layout.sizes[0])  # (H, 4 H)
+        d_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         d_ih, d_hh, d_bias = torch.zeros_like(w_ih), torch.zeros_like(w_hh), w_hh.new_zeros(4 * width)
         # of the sequences that have ended, the rows already hold the gradients of their last states
         d_h, d_c = d_h.clone(memory_format=torch.contiguous_format), d_c.clone(memory_format=torch.contiguous_format)
-        for block in reversed(way.layout.blocks):
+        dh, dc = d_h[:0], d_c[:0]
+        count = len(way.layout.blocks)
+        parts = zip(way.layout.blocks, kept[:count], kept[count:] or [None] * count, strict=True)
+        for block, g, block_x in reversed(list(parts)):
             rows, sizes = block.rows, way.layout.sizes[block.steps]
             h_before, c_before = _before(out, h0, way.layout, block), _before(cells, c0, way.layout, block)
-            slope, through, forget = _slopes(gates[rows], cells[rows], c_before)
+            slope, through, forget = _slopes(g, curves[rows], c_before)
             tables = (d_out[rows], slope, slope[:, : 3 * width].unflatten(1, (3, width)), slope[:, 3 * width :])
             views = [table.split(sizes) for table in (*tables, through, forget)]
             for size, d, all_, i_f_g, o, k, f in zip(sizes[::-1], *(view[::-1] for view in views), strict=True):
-                dh, dc = d_h[:size], d_c[:size]
+                if size > len(dh):
+                    dh, dc = d_h[:size], d_c[:size]
                 dh.add_(d)
                 dc.addcmul_(dh, k)
                 i_f_g.mul_(dc.unsqueeze(1))
@@ -193,24 +203,38 @@ class _Layer(torch.autograd.Function):
             d_bias += slope.sum(dim=0)
             d_hh += _product(slope.t(), h_before.t())
             lower = slope.bfloat16() if way.bf16 else slope
-            d_ih += _product(lower.t(), way.inputs(x, rows, w_hh).t())
+            block_x = way.inputs(x, rows, w_hh) if block_x is None else block_x
+            d_ih += _product(lower.t(), block_x.t())
             if d_x is not None:
                 d_in = _product(slope, w_ih.t())
-                d_x[rows] = d_in if way.constants is None else d_in.mul_(way.constants[1])
+                d_in = d_in if way.constants is None else d_in.mul_(way.constants[1])
+                d_x[rows if way.place is None else way.place[rows]] = d_in.to(d_x.dtype)
         biases = (d_bias if ctx.needs_input_grad[3] else None, d_bias.clone() if ctx.needs_input_grad[4] else None)
         return d_x, d_ih, d_hh, *biases, d_h, d_c, None
 
 
-def _product(x: Tensor, weights: Tensor) -> Tensor:
-    """x (N, I) times weights (O, I) transposed.
+def _packed(weights: Tensor, rows: int) -> Tensor:
+    """Weights (O, I) for `_product`, laid out as oneDNN reads them: a step's product takes a third of the time."""
+    if not _onednn(weights):
+        return weights
+    found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weights, rows)
+    return found
 
-    In fp32 by oneDNN, as the library's own LSTM does it: torch hands other fp32 products to MKL, which is slower
-    on AMD processors.
+
+def _product(x: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (N, I) times weights (O, I), packed or not, transposed, plus bias (O,).
+
+    By oneDNN, as the library's own LSTM does it: torch hands other fp32 products to MKL, which is slower on AMD
+    processors.
     """
-    if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weights, None, "none", [], "")
-        return found
-    return F.linear(x, weights)
+    if not _onednn(x):
+        return F.linear(x, weights, bias)
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weights, bias, "none", [], "")
+    return found
+
+
+def _onednn(table: Tensor) -> bool:
+    return torch.backends.mkldnn.is_available() and table.dtype in (torch.float32, torch.bfloat16)
 
 
 def _before(table: Tensor, first: Tensor, layout: Layout, block: Block) -> Tensor:
@@ -221,18 +245,17 @@ def _before(table: Tensor, first: Tensor, layout: Layout, block: Block) -> Tenso
     return torch.cat([first, table.index_select(0, before[len(first) :])])
 
 
-def _slopes(gates: Tensor, cells: Tensor, c_before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What back-propagation multiplies by, for all rows at once: (N, 4 H), (N, H), (N, H).
+def _slopes(gates: Tensor, curve: Tensor, c_before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What back-propagation multiplies by, for all rows at once: (N, 4 H), (N, H), (N, H); `curve` is tanh of the cell.
 
     The first times the gradient of the cell (i, f, g) or of the output (o) is the gradient before the activations; the
     second leads from output to cell, the third from a cell to the one before.
     """
     i, f, g, o = gates.chunk(4, dim=1)
-    curve = torch.tanh(cells)
-    width = cells.shape[1]
-    slope = torch.rsub(gates, 1).mul_(gates)  # of the sigmoid: y (1 - y)
-    slope[:, :width].mul_(g)
-    slope[:, width : 2 * width].mul_(c_before)
-    torch.mul(g, g, out=slope[:, 2 * width : 3 * width]).neg_().add_(1).mul_(i)  # of the hyperbolic tangent: 1 - y^2
-    slope[:, 3 * width :].mul_(curve)
-    return slope, curve.mul_(curve).neg_().add_(1).mul_(o), f
+    slope = torch.empty_like(gates)
+    at_i, at_f, at_g, at_o = slope.chunk(4, dim=1)
+    one = gates.new_ones(1)
+    for gate, factor, place in ((i, g, at_i), (f, c_before, at_f), (o, curve, at_o)):
+        torch.sub(one, gate, out=place).mul_(gate).mul_(factor)  # of the sigmoid: y (1 - y)
+    torch.addcmul(one, g, g, value=-1, out=at_g).mul_(i)  # of the hyperbolic tangent: 1 - y^2
+    return slope, torch.addcmul(one, curve, curve, value=-1).mul_(o), f

@@ -26,6 +26,7 @@ from configs.schema import Config
 from engine.device import cpu_has_bf16, make_accelerator, seed_everything
 from engine.files import make_folder, sha256_file
 from engine.logs import METRICS_FILE, read_metrics
+from engine.memory import give_back_freed_memory
 from engine.processes import Processes, join, one_process
 from engine.progress import progress_bar, say
 from engine.runs import StageFolder
@@ -109,6 +110,7 @@ def train_head(
 ) -> dict[str, Any]:
     """Train one head into `folder` (`best.pt`, `last.pt`, `metrics.jsonl`): the loop of stage two."""
     settings, bank = config.temporal, data.bank
+    give_back_freed_memory()
     seed_everything(config.seed)
     model = PhaseModel(Standardise(*constants), build_head(head, bank.embedding_dim, len(data.phases)))
     if isinstance(model.head, LstmHead):

@@ -218,3 +218,20 @@ def test_a_checkpoint_holds_constants_and_carried_state() -> None:
     assert all(torch.equal(one, two) for one, two in zip(other.carried, model.carried, strict=True))
     x = frames(1, 8)
     assert torch.equal(other.logits(x)[0], model.logits(x)[0])
+
+
+def test_the_linear_head_leaves_padding_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of real frames, widened one at a time: the logits and gradients of the whole table."""
+    monkeypatch.setattr("stage2_temporal.model.LINEAR_BLOCK_FRAMES", 7)
+    model = PhaseModel(Standardise(torch.rand(D), torch.rand(D) + 0.5), head_of(CAUSAL["linear"]))
+    x, lengths = frames(3, 20).half(), torch.tensor([20, 3, 11])
+    real = torch.arange(20) < lengths[:, None]
+    poisoned = x.masked_fill(~real[..., None], math.nan)
+    (found,), _ = model(poisoned, None, lengths)
+    (expected,), _ = model(x)
+    assert not found[~real].any()
+    torch.testing.assert_close(found[real], expected[real])
+    weights = list(model.parameters())
+    gradients = [torch.autograd.grad(logits[real].pow(2).sum(), weights) for logits in (found, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)

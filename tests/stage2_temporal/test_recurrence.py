@@ -62,6 +62,20 @@ def test_equals_the_library(lengths: list[int], layers: int, bias: bool, carried
         torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("width", [H, 64])
+@pytest.mark.parametrize("lengths", [[1], [5, 2, 9], [30] * 40])
+def test_equals_the_library_in_fp32(lengths: list[int], width: int) -> None:
+    """What is trained in practice, with weights laid out anew for the products of a step."""
+    torch.manual_seed(0)
+    rnn = nn.LSTM(D, width, 2, batch_first=True)
+    x, _ = inputs(lengths, 2)
+    x = x.detach().float().requires_grad_()
+    wanted = [x, *rnn.parameters()]
+    found = everything(*run_lstm(rnn, x, None, lengths), wanted)
+    for one, other in zip(found, everything(*library(rnn, x, None, lengths), wanted), strict=True):
+        assert float((one - other).detach().norm()) <= 1e-5 * float(other.detach().norm())
+
+
 @pytest.mark.parametrize("lengths", [[1], [4], [3, 1, 3]])
 def test_gradients_are_the_derivatives(lengths: list[int]) -> None:
     rnn = network(2)

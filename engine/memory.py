@@ -1,0 +1,35 @@
+"""What the C library does with memory that was freed: keep it for the next batch, or give it back."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from typing import Any
+
+# Of glibc's mallopt(3). A larger block than the first is mapped and unmapped each time; glibc before 2.33 refuses that
+# much (it takes 32 MiB at most) and then keeps what it does by default.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES = 2**30
+
+
+def keep_freed_memory() -> bool:
+    """Ask the C library to keep freed memory in this process; whether it will (glibc alone).
+
+    Every batch needs the same large tensors anew. By default glibc returns them to the kernel after each, which must
+    then clear and map every page again. What is kept at most is what was in use at once.
+    """
+    mallopt = _glibc("mallopt")
+    return mallopt is not None and all(mallopt(name, _KEPT_BYTES) for name in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
+
+
+def give_back_freed_memory() -> None:
+    """Between two kinds of work, whose tensors differ in size: what the first has left would only lie about."""
+    trim = _glibc("malloc_trim")
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
+def _glibc(name: str) -> Callable[..., Any] | None:
+    """A function of the C library, None where it has none of that name."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None

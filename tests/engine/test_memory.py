@@ -1,0 +1,46 @@
+"""Freed memory stays with the process where the C library can do that, and nothing breaks where it cannot."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from engine import memory
+
+# 40 tensors of 64 MiB, one after the other; every page that the kernel must map anew is counted.
+FAULTS = """
+import resource, sys
+from engine.memory import keep_freed_memory
+import torch
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(40):
+    torch.zeros(16 * 2**20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_pages_are_mapped_once() -> None:
+    found = {}
+    for way in ("keep", "default"):
+        done = subprocess.run([sys.executable, "-c", FAULTS, way], capture_output=True, text=True, check=True)
+        found[way] = int(done.stdout)
+    assert found["keep"] * 2 < found["default"]
+
+
+def test_other_c_libraries_do_as_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
+    assert not memory.keep_freed_memory()
+    memory.give_back_freed_memory()
+    monkeypatch.setattr(memory.sys, "platform", "darwin")
+    assert not memory.keep_freed_memory()
+
+
+def test_gives_back() -> None:
+    memory.give_back_freed_memory()
+    assert not memory.sys.platform.startswith("linux") or memory._glibc("free") is not None
