@@ -1,0 +1,130 @@
+"""ReLU, and the addition of a residual before it, computed with the convolution whose output they take.
+
+oneDNN applies both to sums that still lie in registers. PyTorch's layers write every output, and read it again to
+rectify it; in bf16 they also round it in between.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+# Fewer roundings move an embedding by less than this share of the largest; a net that moves further was fused wrongly.
+_TOLERANCE = 1e-3
+_LAYOUT_FRAMES = 8
+_SUMS = (operator.add, torch.add)  # tracing makes the former of a sum in place, too
+_RELUS = (torch.relu, torch.relu_, nn.functional.relu)
+
+
+class ConvRelu(nn.Module):
+    """max(0, convolution + `other`) in one pass; weights are the convolution's, and must stay as they are."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        self._laid_out: Tensor | None = None
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """x (N, C, H, W), and what is added: (N, C', H', W')."""
+        if self._laid_out is None:  # else it would be done anew for every batch
+            layout: Any = torch.ops.mkldnn._reorder_convolution_weight
+            # the same whichever batch comes first, and so the sums' order
+            shape = [_LAYOUT_FRAMES, *x.shape[1:]]
+            self._laid_out = layout(self.weight.detach(), *self.geometry, shape)
+        op: Any = torch.ops.mkldnn._convolution_pointwise
+        if other is None:
+            found: Tensor = op(x, self._laid_out, self.bias, *self.geometry, "relu", [], "")
+        else:
+            found = op.binary(x, other, self._laid_out, self.bias, *self.geometry, "add", 1.0, "relu", [], "")
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Goes to other processes without what they lay out themselves, and cannot be sent."""
+        return self.__dict__ | {"_laid_out": None}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ConvRelu:
+        self._laid_out = None  # another device or type
+        super()._apply(fn, recurse)
+        return self
+
+
+def fuse_relu(net: nn.Module, size_px: int) -> nn.Module | None:
+    """The same net, with the same weights, for inference on a CPU; None where nothing could be fused.
+
+    Nets that cannot be traced are left alone, and so is one whose embedding of an image (3, `size_px`, `size_px`)
+    would not be the same.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        traced = fx.symbolic_trace(net)
+    except Exception:  # whatever a net's own code makes of a tensor without numbers
+        return None
+    image = torch.randn(1, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = net(image)
+    _drop_identities(traced)
+    if not sum(_fused(traced, node) for node in list(traced.graph.nodes)):
+        return None
+    traced.graph.lint()
+    traced.recompile()
+    with torch.inference_mode():
+        moved = (traced(image) - expected).abs().max()
+    return traced if bool(moved <= _TOLERANCE * expected.abs().max()) else None
+
+
+def _drop_identities(traced: fx.GraphModule) -> None:
+    """What folding has left where a batch norm was."""
+    for node in list(traced.graph.nodes):
+        if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.Identity):
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+
+
+def _fused(traced: fx.GraphModule, relu: fx.Node) -> bool:
+    """Whether `relu` is one, and now computed by the convolution before it."""
+    if not _is_relu(traced, relu):
+        return False
+    before: Any = relu.args[0]
+    conv, other = (before, None) if _is_conv(traced, before) else _conv_and_other(traced, before)
+    if conv is None or len(before.users) > 1 or len(conv.users) > 1:
+        return False
+    parent, _, name = conv.target.rpartition(".")
+    layer: Any = traced.get_submodule(conv.target)
+    setattr(traced.get_submodule(parent), name, ConvRelu(layer))
+    with traced.graph.inserting_before(relu):
+        args = conv.args if other is None else (*conv.args, other)
+        relu.replace_all_uses_with(traced.graph.call_module(conv.target, args))
+    for node in dict.fromkeys((relu, before, conv)):
+        traced.graph.erase_node(node)
+    return True
+
+
+def _is_relu(traced: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(traced.get_submodule(str(node.target)), nn.ReLU)
+    return node.op == "call_function" and node.target in _RELUS
+
+
+def _is_conv(traced: fx.GraphModule, node: Any) -> bool:
+    """Whether `node` is a convolution of its own, with zeros around the picture."""
+    if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.args) != 1:
+        return False
+    layer = traced.get_submodule(str(node.target))
+    calls = [other for other in traced.graph.nodes if other.op == "call_module" and other.target == node.target]
+    plain = type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return plain and len(calls) == 1
+
+
+def _conv_and_other(traced: fx.GraphModule, total: Any) -> tuple[Any, Any]:
+    """The convolution in a sum of two tensors, and what it is added to; (None, None) where it is no such sum."""
+    if not isinstance(total, fx.Node) or total.op != "call_function" or total.target not in _SUMS or total.kwargs:
+        return None, None
+    parts = list(total.args)
+    if not all(isinstance(part, fx.Node) for part in parts) or parts[0] is parts[1]:
+        return None, None
+    return next(((one, other) for one, other in (parts, parts[::-1]) if _is_conv(traced, one)), (None, None))
