@@ -15,7 +15,9 @@ given by both. About five minutes on two cores that are free.
   not counted.
 - `decode_fps`: selective decoding to RGB alone, a process a core. `forward_fps`: folded ResNet50 in the same precision
   alone, a process and a thread a core, with 8 or 32 frames at a time, whichever is faster. `bound_fps` is
-  1 / (1 / decode + 1 / forward): work that needs both.
+  1 / (1 / decode + 1 / forward): work that needs both. That net is made of torch's own layers; the project computes
+  ReLU with the convolutions, and may pass this bound. `own_forward_fps` and `own_bound_fps` are the same with the
+  project's net (`extract_own.py`).
 - `cosine_mean`, `cosine_worst`: between `extract`'s features and fp32 features of the same weights and frames that a
   plain loop makes.
 
@@ -45,6 +47,7 @@ from scaling import repeat_packets
 
 PROJECT = Path(__file__).resolve().parent.parent
 REFERENCE = Path(__file__).resolve().parent / "extract_reference.py"
+OWN = Path(__file__).resolve().parent / "extract_own.py"
 CONFIG = str(PROJECT / "configs" / "cholec80.yaml")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 Figures = dict[str, float]
@@ -74,22 +77,24 @@ def measure(folder: Path, repeat: int, turns: Sequence[int]) -> dict[str, object
     for number in range(repeat):
         found, precision = ours(folder / f"round{number}", sets, weights)
         for side, commands in (
-            ("usual", [["usual", str(weights), *paths]]),
-            ("decode", [["decode", *paths]] * CORES),
-            ("forward", [["forward", precision, str(weights)]] * CORES),
+            ("usual", [[str(REFERENCE), "usual", str(weights), *paths]]),
+            ("decode", [[str(REFERENCE), "decode", *paths]] * CORES),
+            ("forward", [[str(REFERENCE), "forward", precision, str(weights)]] * CORES),
+            ("own_forward", [[str(OWN), precision, str(weights)]] * CORES),
         ):
             found[f"{side}_fps"], found[f"{side}_processor_fps"] = together(commands)
-        for unit in ("fps", "processor_fps"):
-            found[f"bound_{unit}"] = 1 / (1 / found[f"decode_{unit}"] + 1 / found[f"forward_{unit}"])
+        for own in ("", "own_"):
+            for unit in ("fps", "processor_fps"):
+                found[f"{own}bound_{unit}"] = 1 / (1 / found[f"decode_{unit}"] + 1 / found[f"{own}forward_{unit}"])
         rounds.append(found)
         print(json.dumps(found), flush=True)
     middle = {key: statistics.median(found[key] for found in rounds) for key in rounds[0]}
     ratios = {
         f"ratio_to_{side}{name}": middle[f"ours_{unit}"] / middle[f"{side}_{unit}"]
-        for side in ("usual", "bound")
+        for side in ("usual", "bound", "own_bound")
         for name, unit in (("", "fps"), ("_by_processor", "processor_fps"))
     }
-    together([["features", str(weights), str(folder / "fp32.npz"), *paths]])
+    together([[str(REFERENCE), "features", str(weights), str(folder / "fp32.npz"), *paths]])
     cosine = cosines(next((folder / "round0").rglob(f"*-{max(turns)}/resnet50-*")), folder / "fp32.npz")
     rounded = {key: round(value, 5) for key, value in {**middle, **ratios, **cosine}.items()}
     return {**rounded, "precision": precision, "cores": CORES, "input": kind, "turns": list(turns), "rounds": rounds}
@@ -177,7 +182,7 @@ def together(commands: Sequence[Sequence[str]]) -> tuple[float, float]:
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if len(commands) > 1 else {})}
     running = [
         subprocess.Popen(
-            [sys.executable, str(REFERENCE), *words],
+            [sys.executable, *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -90,9 +90,13 @@ def fold(net: torch.nn.Module) -> torch.nn.Module:
 
 def forward(precision: str, weights: str) -> dict[str, float]:
     """Pictures through the folded net, channels last, one thread, in the batches that suit it best."""
-    torch.set_num_threads(1)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    net = fold(resnet50(weights)).to(dtype).to(memory_format=torch.channels_last)
+    return time_batches(fold(resnet50(weights)).to(dtype).to(memory_format=torch.channels_last), dtype)
+
+
+def time_batches(net: torch.nn.Module, dtype: torch.dtype) -> dict[str, float]:
+    """The net alone, with batches of the size that suits it best."""
+    torch.set_num_threads(1)
     pictures = torch.randn(max(FORWARD_BATCHES), 3, 224, 224).to(dtype)
     found = []
     with torch.inference_mode():

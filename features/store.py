@@ -51,9 +51,9 @@ class EncoderSpec:
 
     `weights_sha256` is over the encoder's tensors, head included. `preprocess` is the whole preprocessing as JSON, crop
     included. `arithmetic` says how the net is computed in that precision: `folded` (no batch norm left, weights in the
-    precision too) or `plain` (as it was trained, under autocast), and whether fused (ReLU) or compiled. The reader is not part of it:
-    readers are bit-identical. Nor are device and `extract.batch_frames`: they change how sums are rounded, and nothing
-    else.
+    precision too) or `plain` (as it was trained, under autocast), and whether fused (ReLU) or compiled. The reader is
+    not part of it: readers are bit-identical. Nor are device and `extract.batch_frames`: they change how sums are
+    rounded, and nothing else.
     """
 
     backbone: str

@@ -1,0 +1,35 @@
+"""The forward pass of `extract` alone, for `benchmarks/extract.py`: the project's own net, in the other side's loop.
+
+python benchmarks/extract_own.py PRECISION WEIGHTS
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from extract_reference import resnet50, time_batches
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def forward(precision: str, weights: str) -> dict[str, float]:
+    """Pictures through the net as the encoder has it on this machine's CPU."""
+    import torch
+
+    from engine.device import DTYPES
+    from engine.memory import keep_freed_memory
+    from stage1_cnn.folding import fold_batch_norm
+    from stage1_cnn.fusing import fuse_relu
+
+    keep_freed_memory()
+    net = resnet50(weights)
+    if precision != "fp32":
+        net = fold_batch_norm(net, 224) or net
+        net = fuse_relu(net, 224) or net
+    return time_batches(net.to(DTYPES[precision]).to(memory_format=torch.channels_last), DTYPES[precision])
+
+
+if __name__ == "__main__":
+    print(json.dumps(forward(*sys.argv[1:])))
