@@ -1069,7 +1069,7 @@ def _dataset(config: Config) -> tuple[Any, Path]:
 def _stop_when_asked() -> Any:
     from engine.stopping import watch_signals
 
-    return watch_signals()
+    return watch_signals(leaving=__name__ == "__main__")
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -48,12 +48,15 @@ class StopRequest:
 
 
 @contextmanager
-def watch_signals() -> Iterator[StopRequest]:
+def watch_signals(leaving: bool = False) -> Iterator[StopRequest]:
     """Catch SIGTERM, SIGUSR1 and SIGINT while the body runs.
 
     They only set the yielded request: an exception raised by a handler can land in a library's destructor or weak
     reference callback, where Python prints it and goes on. A second SIGINT raises KeyboardInterrupt all the same, for
     those who cannot wait. Outside the main thread, where Python allows no handlers, nothing is caught.
+
+    Afterwards signals do what they did before. With `leaving`, nothing but the process's end comes after the body, and
+    they are ignored: a process that has written its result must not end by a signal as if it had not.
     """
     request = StopRequest()
 
@@ -71,4 +74,4 @@ def watch_signals() -> Iterator[StopRequest]:
         yield request
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if leaving else handler)

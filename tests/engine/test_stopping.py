@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -47,3 +48,19 @@ def test_handlers_are_put_back() -> None:
     with watch_signals():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+LEAVING = """
+import os, signal
+from engine.stopping import watch_signals
+with watch_signals(leaving=True):
+    pass
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    os.kill(os.getpid(), number)
+print("the result")
+"""
+
+
+def test_a_process_that_is_leaving_is_not_ended_by_a_signal() -> None:
+    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the result\n", "")
