@@ -16,15 +16,16 @@ _KEPT_BYTES = 2**30
 def keep_freed_memory() -> bool:
     """Ask the C library to keep freed memory in this process; whether it will (glibc alone).
 
-    Every batch needs the same large tensors anew. By default glibc returns them to the kernel after each, which must
-    then clear and map every page again. What is kept at most is what was in use at once.
+    Every batch needs large tensors of much the same sizes anew. By default glibc returns them to the kernel after each,
+    which must then clear and map every page again. Where sizes change, gaps stay between what is in use, and more is
+    kept than ever was in use at once: `give_back_freed_memory` ends that, once in a while.
     """
     mallopt = _glibc("mallopt")
     return mallopt is not None and all(mallopt(name, _KEPT_BYTES) for name in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
 
 
 def give_back_freed_memory() -> None:
-    """Between two kinds of work, whose tensors differ in size: what the first has left would only lie about."""
+    """Between two epochs, or two kinds of work: gaps between what is in use go back to the kernel too."""
     trim = _glibc("malloc_trim")
     if trim is not None:
         trim(ctypes.c_size_t(0))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -10,6 +12,7 @@ from tqdm import tqdm
 from configs.errors import printable
 
 LOG_INTERVAL_S = 15.0
+_bars_shown = True
 
 
 def progress_bar(total: int | None, description: str, unit: str, **options: Any) -> tqdm:
@@ -24,8 +27,19 @@ def progress_bar(total: int | None, description: str, unit: str, **options: Any)
         dynamic_ncols=interactive,
         ascii=not interactive,
         leave=options.pop("leave", False),
-        **options,
+        **options | ({} if _bars_shown else {"disable": True}),
     )
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """For work whose progress somebody else shows, several times at once perhaps."""
+    global _bars_shown
+    before, _bars_shown = _bars_shown, False
+    try:
+        yield
+    finally:
+        _bars_shown = before
 
 
 def say(text: str) -> None:

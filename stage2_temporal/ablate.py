@@ -29,7 +29,7 @@ from configs.load import load_ablation, load_config, to_yaml
 from configs.schema import FEATURE_KEYS, AblationConfig, Config
 from engine.device import choose_device
 from engine.files import make_folder, read_json_object, sha256_json, sole_worker, write_text
-from engine.progress import say
+from engine.progress import no_bars, say
 from engine.runs import RESULT_FILE, StageFolder
 from engine.stopping import StopRequest
 from evaluation.ablation import Trial, ablation_page, ablation_rows, ablation_table, write_ablation_csv
@@ -88,7 +88,8 @@ class UnitTask:
         torch.set_num_threads(self.threads)
         config = unit_config(self.source, self.overrides, unit)
         data = self._data(unit.features, config)
-        train_temporal(config, self.trials / unit.folder, unit.features, _StopWithParent(advance), data)
+        with no_bars():  # the table shows what is done
+            train_temporal(config, self.trials / unit.folder, unit.features, _StopWithParent(advance), data)
         advance(1)
 
     def _data(self, features: Path, config: Config) -> TrainingData:

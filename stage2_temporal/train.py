@@ -153,6 +153,7 @@ def train_head(
                 model.carried = detach_state(state) if settings.sequence.mode == "chunked" and counts else ()
                 session.update(criterion(stages, phase), partial(bank.names, batch))
             model.carried = ()
+            give_back_freed_memory()
             seconds = max(time.monotonic() - started, 1e-9)
             speed = frames_in_epoch * len(remaining) / len(batches) / seconds
             accuracy = validate(model, data, settings.sequence, session)

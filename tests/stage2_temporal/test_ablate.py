@@ -92,6 +92,14 @@ def test_a_grid_is_every_combination_with_every_seed(world: Path) -> None:
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
 
 
+def test_the_table_is_the_only_progress(world: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Bars of several trainings at once would overwrite each other, and the table."""
+    run(world, write_ablation(world, space={"temporal.head.hidden": [6, 12]}))
+    said = capfd.readouterr().err
+    assert "epoch/s" not in said
+    assert said.count("trainings done)") == 4
+
+
 def test_the_same_ablation_again_trains_nothing(world: Path) -> None:
     file = write_ablation(world, space={"temporal.head.hidden": [6, 12]})
     run(world, file)
