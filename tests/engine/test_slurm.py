@@ -93,7 +93,7 @@ def test_without_submitit_or_cluster_a_line_says_what_to_do(tmp_path: Path, monk
     with pytest.raises(UserError, match="no sbatch"):
         submit(request(), tmp_path / "run", PROGRAM)
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(UserError, match=r"pip install 'surgstage\[slurm\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[slurm\]'"):
         submit(request(), tmp_path / "run", PROGRAM)
     assert not (tmp_path / "run").exists()
 
