@@ -18,8 +18,8 @@ the sides take turns, each in a process of its own, so that a busy machine is bu
   (`nn_lstm_clips_frames_per_s`).
 - `ratio_to_end_to_end`: of the fp32 figure to ResNet50 and LSTM in one net from 224x224 images, forward and backward
   in fp32, every frame of a clip counted (`end_to_end_frames_per_s`); at stride 1 it would be a tenth.
-- `peak_rss_mb`, `peak_rss_mb_bf16`: the most memory (VmHWM) of the process that trained, start to exit, the per-frame
-  baseline and checkpoints included.
+- `peak_rss_mb`, `peak_rss_mb_bf16`: the most memory (VmHWM) of the process that trained, in MB of 10^6 bytes, start to
+  exit, the per-frame baseline and checkpoints included.
 
 Without native bf16 the figures of bf16 are null. The compared sides (`temporal_reference.py`) import nothing from the
 project.
@@ -118,7 +118,7 @@ def train(runs: Path, name: str, features: Path, settings: Sequence[str]) -> tup
     words = ["train-temporal", "--name", name, "--features", str(features)]
     said = output(["-c", TRAIN, *words, *(word for setting in every for word in ("--set", setting))])
     result = json.loads((runs / name / "temporal" / "result.json").read_text(encoding="utf-8"))
-    return float(result["frames_per_s"]), int(said.split()[-1]) / 1024
+    return float(result["frames_per_s"]), int(said.split()[-1]) * 1024 / 1e6  # the kernel's kB are 1024 bytes
 
 
 def has_bf16() -> bool:
