@@ -9,6 +9,7 @@ import sys
 import textwrap
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,8 @@ PROGRAM = Path("pipeline.py")
 
 
 def request(**changes: object) -> Request:
-    return Request(**{"stage": "extract", "arguments": ("--name", "x"), "time_min": 240, **changes})  # type: ignore[arg-type]
+    given: dict[str, Any] = {"stage": "extract", "arguments": ("--name", "x"), "time_min": 240, **changes}
+    return Request(**given)
 
 
 def test_the_command_line_knows_the_same_stages() -> None:
