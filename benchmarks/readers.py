@@ -9,8 +9,8 @@ packets and every check included. Readers take turns, figures are medians of the
   where others compute too. `pyav_over_decord` is the ratio of the latter.
 - `same_bytes`: whether both gave the same frames in the first round.
 
-Without decord (it has wheels for x86-64 alone) its keys are missing. Input: the real clips (SURGSTAGE_SHARED, or
-../shared) where there are any, otherwise one simulated video; `input` says which.
+Without decord (it has wheels for x86-64 alone) its keys are missing. Input: the real clips (SURGSTAGE_SHARED, by
+default `shared` beside the checkout) where there are any, otherwise one simulated video; `input` says which.
 """
 
 from __future__ import annotations

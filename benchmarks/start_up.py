@@ -70,7 +70,7 @@ def training_options(doc: str | None) -> argparse.ArgumentParser:
     """Options of a benchmark of `train-temporal`: which lengths, and settings."""
     parser = options(doc)
     parser.add_argument(
-        "--lengths", type=Path, metavar="NPZ", help="videoNN_phase arrays; default: ../shared, if there"
+        "--lengths", type=Path, metavar="NPZ", help="videoNN_phase arrays; default: those of SURGSTAGE_SHARED, if there"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to train-temporal")
     return parser
