@@ -22,8 +22,8 @@ given by both. About five minutes on two cores that are free.
   plain loop makes.
 
 Input: as many of the real clips (SURGSTAGE_SHARED, by default `shared` beside the checkout) as divide evenly over
-the cores, where there are any, otherwise a simulated video of 854x480 at 25 fps, H.264 with B-frames; `input` says which. Longer ones are the same
-packets several times in a row (`turns`), not encoded again. The compared sides
+the cores, where there are any, otherwise a simulated video of 854x480 at 25 fps, H.264 with B-frames; `input` says
+which. Longer ones are the same packets several times in a row (`turns`), not encoded again. The compared sides
 (`extract_reference.py`) import nothing from the project.
 """
 
