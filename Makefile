@@ -42,7 +42,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfil
 test: $(STAMP) lint types ## install, lint, type-check, run every test
 	$(PYTEST)
 
-test-slurm: $(STAMP) ## test jobs on a real Slurm of one node, installed where missing (YES=1 agrees to that, or CI=true)
+test-slurm: $(STAMP) ## test jobs on a real Slurm of one node, installed where missing (YES=1 or CI=true agrees)
 	$(BIN)/python tests/slurm/run.py $(if $(YES),--yes)
 
 fast: $(STAMP) ## only the quick tests
@@ -63,12 +63,13 @@ lint: $(STAMP) ## ruff and the import table
 types: $(STAMP) ## mypy on the packages
 	$(BIN)/mypy
 
-# Half an hour on two busy cores. KILLS and SEED choose how often, and which moments; a new seed is drawn and printed without.
+# Half an hour on two busy cores. KILLS and SEED choose how often, and which moments; a seed is drawn and printed where
+# none is given (the demo's 0 above comes from this file, and does not count).
 KILLS ?= 50
 torture: $(STAMP) ## kill -9 at KILLS random moments of extraction, training, frame cache; resume, compare
-	$(BIN)/python -m tests.torture --kills $(KILLS) $(if $(filter-out 0,$(SEED)),--seed $(SEED))
+	$(BIN)/python -m tests.torture --kills $(KILLS) $(if $(and $(filter-out file,$(origin SEED)),$(SEED)),--seed $(SEED))
 
-bench: $(STAMP) ## time what docs/performance.md quotes; results in artifacts/bench
+bench: $(STAMP) ## time what docs/performance.md quotes, as far as it needs no data of yours; results in artifacts/bench
 	mkdir -p artifacts/bench
 	$(BIN)/python benchmarks/start_up.py --json artifacts/bench/start_up.json
 	$(BIN)/python benchmarks/store.py --json artifacts/bench/store.json

@@ -8,35 +8,29 @@ batch size the largest difference to one batch of all frames, as a share of the 
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
+from command import PROJECT, options, say
 
-PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 BACKBONES, PRECISIONS = ("resnet50", "shufflenet_v2_x0_5", "mobilenet_v3_small"), ("fp32", "bf16")
 
 
 def main() -> None:
     """Parse, compare, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser = options(__doc__, repeat=None)
     parser.add_argument("--frames", type=int, default=32)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 3, 8, 16, 31])
-    options = parser.parse_args()
+    given = parser.parse_args()
     torch.set_num_threads(1)
     figures = {
-        f"{backbone}_{precision}": differences(backbone, precision, options.frames, options.batches)
+        f"{backbone}_{precision}": differences(backbone, precision, given.frames, given.batches)
         for backbone in BACKBONES
         for precision in PRECISIONS
     }
-    print(json.dumps(figures, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    say(figures, given.json)
 
 
 def differences(backbone: str, precision: str, frames: int, batches: list[int]) -> dict[str, object]:

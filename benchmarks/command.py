@@ -1,13 +1,38 @@
-"""The project's command line as the longer benchmarks use it: as a user would, in a process of its own."""
+"""What the benchmarks share: their options, the figures they leave, and the command line as a user would call it."""
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-PIPELINE = Path(__file__).resolve().parent.parent / "pipeline.py"
+PROJECT = Path(__file__).resolve().parent.parent
+PIPELINE = PROJECT / "pipeline.py"
+SHARED = Path(os.environ.get("SURGSTAGE_SHARED", PROJECT.parent / "shared"))
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def options(doc: str | None, repeat: int | None = 3) -> argparse.ArgumentParser:
+    """A parser with the docstring as help, `--json` and, unless that is None, `--repeat` with its default."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    if repeat is not None:
+        parser.add_argument("--repeat", type=int, default=repeat, metavar="N", help=f"rounds (default: {repeat})")
+    return parser
+
+
+def say(figures: Mapping[str, Any], file: Path | None) -> None:
+    """The figures as JSON, printed and, where a file is named, written."""
+    text = json.dumps(figures, indent=1)
+    print(text)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 def pipeline(command: str, config: str, name: str, settings: Iterable[str], more: Sequence[str] = ()) -> None:

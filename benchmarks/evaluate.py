@@ -10,7 +10,6 @@ Keys, in seconds: `process_s` is user and system time of the command, `wall_s` i
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import statistics
@@ -21,22 +20,17 @@ import time
 from pathlib import Path
 
 import numpy as np
+from command import PROJECT, options, say
 
-PROJECT = Path(__file__).resolve().parent.parent
 VIDEOS, SECONDS, SLIPS = 40, 2455, 300
 
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    parser.add_argument("--repeat", type=int, default=3)
-    options = parser.parse_args()
+    given = options(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(Path(folder), options.repeat)
-    print(json.dumps(figures, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        figures = measure(Path(folder), given.repeat)
+    say(figures, given.json)
 
 
 def measure(folder: Path, repeat: int) -> dict[str, object]:

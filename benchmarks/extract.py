@@ -21,15 +21,14 @@ given by both. About five minutes on two cores that are free.
 - `cosine_mean`, `cosine_worst`: between `extract`'s features and fp32 features of the same weights and frames that a
   plain loop makes.
 
-Input: as many of the real clips (SURGSTAGE_SHARED, or ../shared) as divide evenly over the cores, where there are any,
-otherwise a simulated video of 854x480 at 25 fps, H.264 with B-frames; `input` says which. Longer ones are the same
-packets several times in a row (`turns`), not encoded again. The compared sides
+Input: as many of the real clips (SURGSTAGE_SHARED, by default `shared` beside the checkout) as divide evenly over
+the cores, where there are any, otherwise a simulated video of 854x480 at 25 fps, H.264 with B-frames; `input` says
+which. Longer ones are the same packets several times in a row (`turns`), not encoded again. The compared sides
 (`extract_reference.py`) import nothing from the project.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -42,29 +41,23 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from command import pipeline
+from command import CORES, PROJECT, SHARED, options, pipeline, say
 from scaling import repeat_packets
 
-PROJECT = Path(__file__).resolve().parent.parent
 REFERENCE = Path(__file__).resolve().parent / "extract_reference.py"
 OWN = Path(__file__).resolve().parent / "extract_own.py"
 CONFIG = str(PROJECT / "configs" / "cholec80.yaml")
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 Figures = dict[str, float]
 
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser = options(__doc__)
     parser.add_argument("--turns", type=int, nargs=2, default=(1, 7), metavar=("FEW", "MANY"))
-    options = parser.parse_args()
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(Path(folder), options.repeat, options.turns)
-    print(json.dumps(figures, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        figures = measure(Path(folder), given.repeat, given.turns)
+    say(figures, given.json)
 
 
 def measure(folder: Path, repeat: int, turns: Sequence[int]) -> dict[str, object]:
@@ -105,8 +98,7 @@ def measure(folder: Path, repeat: int, turns: Sequence[int]) -> dict[str, object
 
 def source_videos(folder: Path) -> tuple[list[Path], str]:
     """Real clips, or a simulated one, and what they are."""
-    shared = Path(os.environ.get("SURGSTAGE_SHARED", PROJECT.parent / "shared"))
-    clips = sorted((shared / "data" / "clips" / "videos").glob("*.mp4"))
+    clips = sorted((SHARED / "data" / "clips" / "videos").glob("*.mp4"))
     if clips:
         clips = clips[: len(clips) // CORES * CORES or None]  # no core ends before the others
         return clips, f"real clips: {len(clips)}"

@@ -13,8 +13,6 @@ assumption and not a measurement: 1,300, what a data-centre GPU may train of Res
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -24,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command import PROJECT, options, say
 
-PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 RESIZE_PX, CROP_PX, BATCH, CLIP = 250, 224, 64, 10
 GPU_NEEDS = 1300
@@ -33,17 +31,14 @@ GPU_NEEDS = 1300
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser = options(__doc__, repeat=None)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="loader processes")
     parser.add_argument("--batches", type=int, default=12, help="batches of 64 frames a figure")
     parser.add_argument("--real", type=Path, metavar="FOLDER", help="pictures to load in place of noise")
-    options = parser.parse_args()
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(Path(folder), options.workers, options.batches, options.real)
-    print(json.dumps(figures, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        figures = measure(Path(folder), given.workers, given.batches, given.real)
+    say(figures, given.json)
 
 
 def measure(folder: Path, workers: Sequence[int], batches: int, real: Path | None) -> dict[str, object]:

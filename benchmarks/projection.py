@@ -9,27 +9,23 @@ Stopped and started again with the same `--work`, it goes on where it was.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from command import pipeline
+from command import options, pipeline, say
 
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, repeat=None)
     parser.add_argument("--root", type=Path, required=True, help="data root of the five real operations")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     parser.add_argument("--work", type=Path, default=Path("artifacts/projection"), help="index, features and runs")
     parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
-    figures = measure(options.root, options.work, options.seeds)
-    print(json.dumps(figures, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    given = parser.parse_args()
+    figures = measure(given.root, given.work, given.seeds)
+    say(figures, given.json)
 
 
 def measure(root: Path, work: Path, seeds: int) -> dict[str, Any]:

@@ -9,15 +9,13 @@ packets and every check included. Readers take turns, figures are medians of the
   where others compute too. `pyav_over_decord` is the ratio of the latter.
 - `same_bytes`: whether both gave the same frames in the first round.
 
-Without decord (it has wheels for x86-64 alone) its keys are missing. Input: the real clips (SURGSTAGE_SHARED, or
-../shared) where there are any, otherwise one simulated video; `input` says which.
+Without decord (it has wheels for x86-64 alone) its keys are missing. Input: the real clips (SURGSTAGE_SHARED, by
+default `shared` beside the checkout) where there are any, otherwise one simulated video; `input` says which.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 import statistics
 import sys
 import tempfile
@@ -26,7 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-PROJECT = Path(__file__).resolve().parent.parent
+from command import PROJECT, options, say
+from extract import source_videos
+
 sys.path.insert(0, str(PROJECT))
 EVERY = 25
 READERS: tuple[Literal["pyav", "decord"], ...] = ("pyav", "decord")
@@ -34,18 +34,11 @@ READERS: tuple[Literal["pyav", "decord"], ...] = ("pyav", "decord")
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    parser.add_argument("--repeat", type=int, default=3)
-    options = parser.parse_args()
-    from benchmarks.extract import source_videos
-
+    given = options(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         videos, kind = source_videos(Path(folder))
-        figures = {**measure(videos, options.repeat), "every": EVERY, "input": kind}
-    print(json.dumps(figures, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        figures = {**measure(videos, given.repeat), "every": EVERY, "input": kind}
+    say(figures, given.json)
 
 
 def measure(videos: Sequence[Path], repeat: int) -> dict[str, object]:

@@ -9,8 +9,6 @@ was spent computing (the two part where others use the machine); `two_runs_s`, t
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
 import statistics
 import subprocess
@@ -19,23 +17,20 @@ import tempfile
 import time
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
+from command import PROJECT, options, say
+
 sys.path.insert(0, str(PROJECT))
 
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser = options(__doc__)
     parser.add_argument("--videos", type=int, default=40)
     parser.add_argument("--seconds", type=int, default=2455, help="length of each video, at 1 fps")
-    parser.add_argument("--repeat", type=int, default=3)
-    options = parser.parse_args()
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(Path(folder), options.videos, options.seconds, options.repeat)
-    print(json.dumps(figures, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        figures = measure(Path(folder), given.videos, given.seconds, given.repeat)
+    say(figures, given.json)
 
 
 def measure(folder: Path, videos: int, seconds: int, repeat: int) -> dict[str, object]:

@@ -14,8 +14,6 @@ and its processes at one moment) and `biggest_mb` (highest of one process) for e
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 from fractions import Fraction
@@ -23,8 +21,10 @@ from pathlib import Path
 
 import av
 import numpy as np
+from command import PROJECT, options, say
+from processes import run_measured
+from start_up import write_feature_set
 
-PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 WIDTH_PX, HEIGHT_PX, FPS = 854, 480, 25
 CLIP_S = 20
@@ -33,20 +33,17 @@ FRAMES_A_VIDEO, EMBEDDING = 2158, 2048
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser = options(__doc__, repeat=None)
     parser.add_argument("--minutes", type=int, nargs="+", default=[10, 60, 240], help="lengths of the video")
     parser.add_argument("--videos", type=int, nargs="+", default=[1, 5, 20, 80], help="videos of features")
     parser.add_argument(
         "--fps", type=float, default=0.5, help="rate of sampling; decoding goes through all in any case"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to extract")
-    options = parser.parse_args()
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(Path(folder), options.minutes, options.videos, options.fps, options.set)
-    print(json.dumps(figures, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        figures = measure(Path(folder), given.minutes, given.videos, given.fps, given.set)
+    say(figures, given.json)
 
 
 def measure(folder: Path, minutes: list[int], videos: list[int], fps: float, settings: list[str]) -> dict[str, object]:
@@ -62,8 +59,6 @@ def measure(folder: Path, minutes: list[int], videos: list[int], fps: float, set
 
 def measure_extract(folder: Path, minutes: int, fps: float, settings: list[str]) -> dict[str, float]:
     """`index` and `extract` of one video; the time is that of `extract`."""
-    from benchmarks.processes import run_measured
-
     place = folder / f"{minutes}min"
     (place / "data").mkdir(parents=True)
     clip = folder / "clip.mp4"
@@ -129,9 +124,6 @@ def repeat_packets(clip: Path, out: Path, times: int) -> None:
 
 def measure_training(folder: Path, videos: int) -> dict[str, float]:
     """`train-temporal` for one epoch over so many videos (a fifth of them, at least none, to choose by)."""
-    from benchmarks.processes import run_measured
-    from benchmarks.start_up import write_feature_set
-
     features = folder / f"features{videos}"
     phases = [np.repeat(np.arange(7, dtype=np.int8), FRAMES_A_VIDEO // 7 + 1)[:FRAMES_A_VIDEO]] * videos
     write_feature_set(features, phases)

@@ -13,8 +13,6 @@ to its first batch and to the end of its first optimiser step; `over_torch_s` is
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import subprocess
 import sys
@@ -24,8 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from command import PROJECT, SHARED, options, say
 
-PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 WIDTH = 2048
 
@@ -62,19 +60,20 @@ runpy.run_path("pipeline.py", run_name="__main__")
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    parser.add_argument("--repeat", type=int, default=3)
+    given = training_options(__doc__).parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(Path(folder), phases_of(given.lengths), given.repeat, given.set)
+    say(figures, given.json)
+
+
+def training_options(doc: str | None) -> argparse.ArgumentParser:
+    """Options of a benchmark of `train-temporal`: which lengths, and settings."""
+    parser = options(doc)
     parser.add_argument(
-        "--lengths", type=Path, metavar="NPZ", help="videoNN_phase arrays; default: ../shared, if there"
+        "--lengths", type=Path, metavar="NPZ", help="videoNN_phase arrays; default: those of SURGSTAGE_SHARED, if there"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to train-temporal")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        figures = measure(Path(folder), phases_of(options.lengths), options.repeat, options.set)
-    print(json.dumps(figures, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return parser
 
 
 def phases_of(file: Path | None) -> list[np.ndarray]:
@@ -88,8 +87,7 @@ def phases_of(file: Path | None) -> list[np.ndarray]:
 
 def lengths_file(file: Path | None) -> Path:
     """Where the real phases are looked for."""
-    shared = Path(os.environ.get("SURGSTAGE_SHARED", PROJECT.parent / "shared"))
-    return file or shared / "data" / "labels" / "train40_1fps.npz"
+    return file or SHARED / "data" / "labels" / "train40_1fps.npz"
 
 
 def measure(folder: Path, phases: Sequence[np.ndarray], repeat: int, settings: Sequence[str]) -> dict[str, object]:
@@ -98,8 +96,8 @@ def measure(folder: Path, phases: Sequence[np.ndarray], repeat: int, settings: S
     write_feature_set(features, phases)
     rounds = []
     for number in range(repeat + 1):
-        options = [f"runs={folder / f'runs{number}'}", *settings]
-        command = ["train-temporal", "--features", str(features), *(word for o in options for word in ("--set", o))]
+        every = [f"runs={folder / f'runs{number}'}", *settings]
+        command = ["train-temporal", "--features", str(features), *(word for one in every for word in ("--set", one))]
         found = {
             "import_torch_s": wall(["-c", IMPORT_TORCH]),
             "help_s": wall(["pipeline.py", "--help"]),

@@ -13,8 +13,6 @@ is found again, above all its whole checksum; `cache_find_unsealed_ms` is the sa
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import sys
@@ -27,8 +25,8 @@ from unittest.mock import patch
 
 import h5py
 import numpy as np
+from command import PROJECT, options, say
 
-PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 if TYPE_CHECKING:
     from features.cache import CacheRequest, FrameCache
@@ -38,16 +36,12 @@ Way = tuple[Callable[[Path, np.ndarray], None], Callable[[Path], np.ndarray]]
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    parser.add_argument("--repeat", type=int, default=15)
+    parser = options(__doc__, repeat=15)
     parser.add_argument("--folder", type=Path, help="measure the disk of this folder; default: that of temporary files")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        figures = measure(Path(folder), options.repeat)
-    print(json.dumps(figures, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        figures = measure(Path(folder), given.repeat)
+    say(figures, given.json)
 
 
 def measure(folder: Path, repeat: int) -> dict[str, object]:

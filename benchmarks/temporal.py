@@ -18,8 +18,8 @@ the sides take turns, each in a process of its own, so that a busy machine is bu
   (`nn_lstm_clips_frames_per_s`).
 - `ratio_to_end_to_end`: of the fp32 figure to ResNet50 and LSTM in one net from 224x224 images, forward and backward
   in fp32, every frame of a clip counted (`end_to_end_frames_per_s`); at stride 1 it would be a tenth.
-- `peak_rss_mb`, `peak_rss_mb_bf16`: the most memory (VmHWM) of the process that trained, start to exit, the per-frame
-  baseline and checkpoints included.
+- `peak_rss_mb`, `peak_rss_mb_bf16`: the most memory (VmHWM) of the process that trained, in MB of 10^6 bytes, start to
+  exit, the per-frame baseline and checkpoints included.
 
 Without native bf16 the figures of bf16 are null. The compared sides (`temporal_reference.py`) import nothing from the
 project.
@@ -27,21 +27,19 @@ project.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from start_up import lengths_file, output, phases_of, write_feature_set
+from command import CORES, say
+from start_up import lengths_file, output, phases_of, training_options, write_feature_set
 
 REFERENCE = Path(__file__).resolve().parent / "temporal_reference.py"
 MFLOP_A_FRAME = 23.1  # 2 x 4 x 512 x (2 x 2048 + 3 x 512) + 6 x 512 x 7: no gradient goes to stored features
 CLIP_VIDEOS = 2
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # Runs the real command line and says at the end how much memory it has had at most.
 TRAIN = """
 import re, runpy, sys
@@ -63,21 +61,12 @@ SIDES = {
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument(
-        "--lengths", type=Path, metavar="NPZ", help="videoNN_phase arrays; default: ../shared, if there"
-    )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to train-temporal")
-    options = parser.parse_args()
-    phases = phases_of(options.lengths)
+    given = training_options(__doc__).parse_args()
+    phases = phases_of(given.lengths)
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(Path(folder), phases, options.repeat, options.set)
-    figures["lengths"] = "real" if lengths_file(options.lengths).is_file() else "made up: 40 of 2,158"
-    print(json.dumps(figures, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        figures = measure(Path(folder), phases, given.repeat, given.set)
+    figures["lengths"] = "real" if lengths_file(given.lengths).is_file() else "made up: 40 of 2,158"
+    say(figures, given.json)
 
 
 def measure(folder: Path, phases: Sequence[np.ndarray], repeat: int, settings: Sequence[str]) -> dict[str, object]:
@@ -118,7 +107,7 @@ def train(runs: Path, name: str, features: Path, settings: Sequence[str]) -> tup
     words = ["train-temporal", "--name", name, "--features", str(features)]
     said = output(["-c", TRAIN, *words, *(word for setting in every for word in ("--set", setting))])
     result = json.loads((runs / name / "temporal" / "result.json").read_text(encoding="utf-8"))
-    return float(result["frames_per_s"]), int(said.split()[-1]) / 1024
+    return float(result["frames_per_s"]), int(said.split()[-1]) * 1024 / 1e6  # the kernel's kB are 1024 bytes
 
 
 def has_bf16() -> bool:

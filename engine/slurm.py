@@ -336,7 +336,7 @@ def _submitit() -> Any:
     try:
         import submitit
     except ImportError as error:
-        raise UserError("submit: needs submitit; install it with: pip install 'surgstage[slurm]'") from error
+        raise UserError("submit: needs submitit; in the checkout: pip install -e '.[slurm]'") from error
     return submitit
 
 

@@ -53,7 +53,8 @@ class Encoder:
         folded = fold_batch_norm(backbone, config.preprocess.crop_px) if precision != "fp32" else None
         on_cpu = self.device.type == "cpu" and not config.extract.compile
         fused = fuse_relu(folded, config.preprocess.crop_px) if folded is not None and on_cpu else None
-        net = (fused or folded or backbone).eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net = (fused or folded or backbone).eval()
+        net = net.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._dtype = DTYPES[precision] if folded is not None else torch.float32
         self._net: torch.nn.Module = net.to(self._dtype)
         if config.extract.compile:

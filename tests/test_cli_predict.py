@@ -138,7 +138,7 @@ def test_another_reading_of_a_folder_is_another_prediction(workplace: Path, unkn
 
 
 @pytest.mark.slow
-def test_an_ablation_takes_stage_one_from_the_run_that_made_its_features(workplace: Path, unknown: Path) -> None:  # noqa: F811
+def test_an_ablation_takes_stage_one_from_the_run_of_its_features(workplace: Path, unknown: Path) -> None:  # noqa: F811
     features = next((workplace / "artifacts/features").iterdir())
     small = ["--config", "tiny.yaml", "--name", "small", "--set", "temporal.head.hidden=8"]
     succeed(["train-temporal", *small, "--features", str(features)], workplace)
@@ -156,7 +156,7 @@ def test_an_ablation_takes_stage_one_from_the_run_that_made_its_features(workpla
 
 
 @pytest.mark.slow
-def test_a_model_that_reads_tool_logits_gets_them_from_new_videos_too(workplace: Path, unknown: Path) -> None:  # noqa: F811
+def test_a_model_that_reads_tool_logits_gets_them_from_new_videos(workplace: Path, unknown: Path) -> None:  # noqa: F811
     features = next((workplace / "artifacts/features").iterdir())
     named = ["--config", "tiny.yaml", "--name", "logits", "--set", "temporal.tool_logits=true"]
     succeed(["train-temporal", *named, "--features", str(features)], workplace)

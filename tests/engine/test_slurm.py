@@ -9,6 +9,7 @@ import sys
 import textwrap
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,8 @@ PROGRAM = Path("pipeline.py")
 
 
 def request(**changes: object) -> Request:
-    return Request(**{"stage": "extract", "arguments": ("--name", "x"), "time_min": 240, **changes})  # type: ignore[arg-type]
+    given: dict[str, Any] = {"stage": "extract", "arguments": ("--name", "x"), "time_min": 240, **changes}
+    return Request(**given)
 
 
 def test_the_command_line_knows_the_same_stages() -> None:
@@ -93,7 +95,7 @@ def test_without_submitit_or_cluster_a_line_says_what_to_do(tmp_path: Path, monk
     with pytest.raises(UserError, match="no sbatch"):
         submit(request(), tmp_path / "run", PROGRAM)
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(UserError, match=r"pip install 'surgstage\[slurm\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[slurm\]'"):
         submit(request(), tmp_path / "run", PROGRAM)
     assert not (tmp_path / "run").exists()
 

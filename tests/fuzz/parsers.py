@@ -534,7 +534,7 @@ def _video_seeds() -> list[bytes]:
     kinds = {"a.mp4": VideoSpec(count=30), "b.mkv": VideoSpec(count=30), "c.mp4": open_gop(30, 10)}
     kinds["d.avi"] = VideoSpec(count=12, codec="mpeg4", b_frames=0)
     kinds["e.mp4"] = VideoSpec(count=20, container_options={"movflags": "frag_keyframe+empty_moov"})
-    return [_written(lambda path, spec=spec: write_video(path, spec), name) for name, spec in kinds.items()]  # type: ignore[misc]
+    return [_written(functools.partial(write_video, spec=spec), name) for name, spec in kinds.items()]
 
 
 # ---------------------------------------------------------------------------------------------- all of them

