@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from configs.errors import UserError
 from configs.schema import AugmentConfig, Config
 from engine.session import epoch_generator
+from engine.stopping import Stopped, StopRequest
 from features.cache import CachedFrames
 from features.index import Index, VideoEntry, load_labels, sampled_frames
 from features.preprocess import augment_generator, changes_colour, crop_frames, draw_change
@@ -184,10 +185,11 @@ def colour_factors(drawn: Sequence[NDArray[np.float32]], config: AugmentConfig, 
 class FrameLoader(Generic[AnyBatch]):
     """Loads requests in order, ahead of time in `workers` processes, which live until the loader is closed.
 
-    `dataset[request]` is a batch or the UserError that stood in its way.
+    `dataset[request]` is a batch or the UserError that stood in its way. `stop` is the request of whoever trains.
     """
 
-    def __init__(self, dataset: Dataset, workers: int, device: torch.device) -> None:
+    def __init__(self, dataset: Dataset, workers: int, device: torch.device, stop: StopRequest) -> None:
+        self._stop = stop
         self._requests: list[Any] = []
         self._running: Generator[AnyBatch, None, None] | None = None
         options: dict[str, Any] = {}
@@ -234,14 +236,17 @@ class FrameLoader(Generic[AnyBatch]):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Raises UserError where a loader process died.
+        """Raises UserError where a loader process died; Stopped where this one was asked to stop as well.
 
         torch says so by an exception at whatever is done just then; where it died while it handed a batch over, the
-        pipe between the two says it first.
+        pipe between the two says it first. A signal to the whole group ends a loader process that has only begun, and
+        knows no better yet: training then goes on from its last checkpoint, as after any other stop.
         """
         self.close()
         cut_off = isinstance(error, EOFError | ConnectionError)
         if error is not None and (cut_off or (isinstance(error, RuntimeError) and _WORKER_DIED.match(str(error)))):
+            if self._stop.number is not None:
+                raise Stopped(self._stop.number) from error
             raise UserError(
                 f"{one_line(error)}: a process that loads frames died (out of memory or of /dev/shm, or killed); start "
                 "again, training goes on from its last checkpoint; fewer workers or smaller batches take less memory"

@@ -104,7 +104,7 @@ def train_cnn(
         )
     session.resume()
     dataset = FrameDataset({"train": train, "val": val}, config.preprocess.crop_px, cnn.augment, config.seed)
-    with FrameLoader[FrameBatch](dataset, choose_workers(cnn.workers, device), device) as loader:
+    with FrameLoader[FrameBatch](dataset, choose_workers(cnn.workers, device), device, stop) as loader:
         for epoch in session.epochs():
             requests = training_requests(config.seed, epoch, len(train), cnn.batch_frames, cnn.frames_per_epoch)
             shares = [share_request(one, processes.rank, processes.count) for one in requests]

@@ -245,7 +245,7 @@ def train_step(
     sizes_px = (config.preprocess.resize_px, config.preprocess.crop_px)
     dataset = ClipDataset(data.train, sizes_px, joint.augment, config.seed)
     workers = choose_workers(joint.workers, accelerator.device)
-    with FrameLoader[ClipBatch](dataset, workers, accelerator.device) as loader:
+    with FrameLoader[ClipBatch](dataset, workers, accelerator.device, stop) as loader:
         for epoch in session.epochs():
             requests = clip_requests(spans, joint.sequence, config.seed, epoch, joint.clips_per_epoch)
             shares = [request.share(processes.rank, processes.count) for request in requests]

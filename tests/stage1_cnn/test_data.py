@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import signal
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from configs.errors import UserError
 from configs.schema import AugmentConfig, Config
-from engine.stopping import StopRequest
+from engine.stopping import Stopped, StopRequest
 from features.index import sampled_frames
 from features.preprocess import Geometry, crop_frames
 from stage1_cnn.data import (
@@ -141,7 +142,7 @@ def test_loader_processes_change_nothing(world: World) -> None:
     expected = {}
     for workers in (0, 2):
         before = torch.get_rng_state()
-        with FrameLoader(dataset, workers, CPU) as loader:
+        with FrameLoader(dataset, workers, CPU, StopRequest()) as loader:
             for epoch in range(2):
                 requests = training_requests(0, epoch, 26, 4, None)
                 batches = list(loader.batches(requests[epoch:]))
@@ -160,7 +161,7 @@ def test_a_damaged_frame_is_named_from_a_loader_process(world: World) -> None:
     path = dataset.splits["train"].caches[0].path
     flip_bytes(path, 0.5, path.stat().st_size // 4)
     for workers in (0, 1):
-        with FrameLoader(dataset, workers, CPU) as loader:
+        with FrameLoader(dataset, workers, CPU, StopRequest()) as loader:
             with pytest.raises(UserError, match=r"video01.h5: damaged or missing") as error:
                 list(loader.batches(training_requests(0, 0, 26, 4, None)))
             assert "\n" not in str(error.value)
@@ -169,7 +170,7 @@ def test_a_damaged_frame_is_named_from_a_loader_process(world: World) -> None:
 
 @pytest.mark.slow
 def test_closing_ends_processes_while_batches_are_half_read(world: World) -> None:
-    with FrameLoader(dataset_of(world), 1, CPU) as loader:
+    with FrameLoader(dataset_of(world), 1, CPU, StopRequest()) as loader:
         batches = loader.batches(training_requests(0, 0, 26, 4, None))
         next(batches)
         assert multiprocessing.active_children()
@@ -230,5 +231,17 @@ def test_a_changed_source_is_not_cached_under_the_old_name(own_world: World) -> 
     "error", [EOFError(), ConnectionResetError("reset"), RuntimeError("DataLoader worker (pid 7) is")]
 )
 def test_a_loader_process_that_died_is_told_however_it_shows(world: World, error: Exception) -> None:
-    with pytest.raises(UserError, match="a process that loads frames died"), FrameLoader(dataset_of(world), 0, CPU):
+    stop = StopRequest()
+    with (
+        pytest.raises(UserError, match="a process that loads frames died"),
+        FrameLoader(dataset_of(world), 0, CPU, stop),
+    ):
         raise error
+
+
+def test_a_signal_to_the_group_that_ends_a_loader_process_is_a_stop(world: World) -> None:
+    """One that has only begun still dies of SIGTERM; its death must not be taken for a lack of memory."""
+    stop = StopRequest()
+    with pytest.raises(Stopped, match="SIGTERM"), FrameLoader(dataset_of(world), 0, CPU, stop):
+        stop.number = signal.SIGTERM
+        raise RuntimeError("DataLoader worker (pid(s) 15843) exited unexpectedly")

@@ -142,7 +142,7 @@ class Loading(torch.utils.data.Dataset):
 
 if __name__ == "__main__":
     if sys.argv[1] == "Loading":
-        with FrameLoader(Loading(), 1, torch.device("cpu")) as loader:
+        with FrameLoader(Loading(), 1, torch.device("cpu"), StopRequest()) as loader:
             list(loader.batches([0]))
     else:
         list(work_through(globals()[sys.argv[1]](), [Step("a"), Step("b")], 2, "test", StopRequest()))
