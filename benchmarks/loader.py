@@ -132,10 +132,11 @@ def rate(dataset: Any, requests: Sequence[Any], workers: int, unit: str) -> floa
     """Rows or clips a second that a loader delivers, after the batches that were prefetched while it started."""
     import torch
 
+    from engine.stopping import StopRequest
     from stage1_cnn.data import PREFETCH_BATCHES, FrameLoader
 
     warm = max(1, PREFETCH_BATCHES * workers)
-    with FrameLoader[Any](dataset, workers, torch.device("cpu")) as loader:
+    with FrameLoader[Any](dataset, workers, torch.device("cpu"), StopRequest()) as loader:
         batches = loader.batches(requests)
         for _ in range(warm):
             next(batches)
