@@ -60,6 +60,12 @@ def without_box(content: bytes, kind: bytes) -> bytes:
     return content[:at] + content[at + length :]
 
 
+def padded(content: bytes, count: int) -> bytes:
+    """So many empty boxes before the index, which is the last box."""
+    at = content.index(b"moov") - 4
+    return content[:at] + struct.pack(">I4s", 8, b"free") * count + content[at:]
+
+
 def flipped(content: bytes, share: float, bits: int = 40) -> bytes:
     changed = bytearray(content)
     for number in range(bits):
@@ -119,6 +125,7 @@ CORPUS: dict[str, Make] = {
     "no first key frame": lambda f, s: without_key_frame(f),
     "no pictures": lambda f, s: with_sample_count(s, 0),
     "more empty boxes than anybody counts": lambda f, s: s[:32] + struct.pack(">I4s", 8, b"free") * 600_000,
+    "50 million pictures behind 500,001 empty boxes": lambda f, s: padded(with_sample_count(s, 50_000_000), 500_001),
     "a box that holds itself": lambda f, s: s.replace(b"trak", b"moov", 1),
     "50 million pictures in a fragment": lambda f, s: with_entries(fragments(f), b"trun", 50_000_000),
     "fragments cut short": lambda f, s: fragments(f)[:-500],
