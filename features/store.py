@@ -306,13 +306,19 @@ def _node(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
 
 
 def _attributes(file: h5py.File) -> dict[str, Any]:
-    """The root's attributes as plain values. Raises ValueError for more than single values: these are not ours."""
+    """The root's attributes as plain values. Raises ValueError for what is not ours: more than single values, and a
+    preprocessing that is no JSON."""
     found = {}
     for name in file.attrs:
         attribute = file.attrs.get_id(name)
         if attribute.shape != () or attribute.dtype.itemsize > MAX_ATTRIBUTE_BYTES:
             raise ValueError(f"attribute {name[:60]!r} is no single value")
         found[name] = _plain(file.attrs[name])
+    if isinstance(text := found.get("preprocess"), str):
+        try:
+            json.loads(text)
+        except RecursionError as error:
+            raise ValueError("preprocess is nested too deeply") from error
     return found
 
 
