@@ -240,13 +240,22 @@ def test_the_recorded_encoder_tells_its_arithmetic(tmp_path: Path) -> None:
     assert recorded_encoder({"backbone": "resnet50"})["arithmetic"] == "plain"  # files older than folding
 
 
-@pytest.mark.parametrize("text", ["{", "", "[" * 60_000, "9" * 5000])
-def test_a_sealed_file_whose_preprocessing_is_no_json_is_one_line(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("preprocess", text) for text in ("{", "", "[" * 60_000, "9" * 5000)),
+        *(("phases", value) for value in ("{", "[" * 60_000, "3", "[3]", 3)),
+        ("fps", "often"),
+    ],
+)
+def test_a_sealed_file_whose_attributes_are_not_what_stage_two_reads_is_one_line(
+    tmp_path: Path, name: str, value: Any
+) -> None:
     """`train-temporal` ended in a traceback, after every check had passed."""
     path = tmp_path / "video01.h5"
     write(path)
     with h5py.File(path, "r+") as file:
-        file.attrs["preprocess"] = text
+        file.attrs[name] = value
     seal(path)
     for deep in (False, True):
         assert "damaged" in (verify_file(path, deep=deep) or "")
