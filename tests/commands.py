@@ -122,7 +122,7 @@ def _run(arguments: Sequence[str]) -> int:
 
     sys.argv = ["pipeline.py", *arguments]
     try:
-        pipeline.cli(list(arguments), prog_name="pipeline.py")
+        pipeline.main(arguments, "pipeline.py")
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     return 0
