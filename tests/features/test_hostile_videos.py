@@ -16,9 +16,9 @@ from PIL import Image
 
 from features.catalogue import index_dataset
 from features.index import Index
+from tests.commands import run
 from tests.fuzz.harness import Child
 from tests.stage1_cnn.material import SPEC, make_world, write_dataset
-from tests.test_cli import command
 from tests.videos import VideoSpec, packet_spans, write_video
 
 COUNT = 30
@@ -169,7 +169,7 @@ def test_a_corpus_of_broken_videos_costs_no_sound_one(tmp_path: Path, sound: byt
     tree["extract"] |= {"encoder": "initial"}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
 
-    done = command(["index", "--config", "tiny.yaml"], tmp_path)
+    done = run(["index", "--config", "tiny.yaml"], tmp_path)
     assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
     index = Index.load(tmp_path / "index.json")
     left_out = {video.id for video in index.left_out}
@@ -178,9 +178,9 @@ def test_a_corpus_of_broken_videos_costs_no_sound_one(tmp_path: Path, sound: byt
     lines = done.stderr.splitlines()
     assert all(any(line.startswith(f"left out: {video}: {video}.mp4: ") for line in lines) for video in left_out)
 
-    done = command(["index", "--check", "--config", "tiny.yaml"], tmp_path)
+    done = run(["index", "--check", "--config", "tiny.yaml"], tmp_path)
     assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
-    done = command(["extract", "--config", "tiny.yaml"], tmp_path)
+    done = run(["extract", "--config", "tiny.yaml"], tmp_path)
     assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
     failed = {line.split(": ")[1] for line in done.stderr.splitlines() if line.startswith("failed: ")}
     written = {path.stem for path in (tmp_path / "features").rglob("video*.h5")}
