@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 EXIT_PARTLY = 1
 EXIT_BAD_INPUT = 2
 EXIT_LOST_ANOTHER = 70  # EX_SOFTWARE: this process was sound, another one of the same training was not
+LEAVES_AFTERWARDS = "nothing comes after the command but the end of the process"
 JOB_STAGES = ("train-cnn", "extract", "train-temporal", "train-joint", "evaluate", "run", "ablate")
 
 
@@ -1069,7 +1070,7 @@ def _dataset(config: Config) -> tuple[Any, Path]:
 def _stop_when_asked() -> Any:
     from engine.stopping import watch_signals
 
-    return watch_signals(leaving=__name__ == "__main__")
+    return watch_signals(leaving=click.get_current_context().obj is LEAVES_AFTERWARDS)
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -1092,5 +1093,10 @@ def _sentence(result: dict[str, Any]) -> str:
     return str(result.get("sentence", "done"))
 
 
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
+    """The command line as a program: of this process, whose end it is. `cli` is for processes that go on."""
+    cli(arguments, program, obj=LEAVES_AFTERWARDS)
+
+
 if __name__ == "__main__":
-    cli()
+    main()

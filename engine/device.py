@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@functools.cache
+def onednn_has(*operations: str) -> bool:
+    """Whether this torch has oneDNN and these private operations of it, which another release may call otherwise."""
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operations)
 
 
 def choose_device(name: str) -> torch.device:

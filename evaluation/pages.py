@@ -32,10 +32,15 @@ def template_environment(*, html: bool) -> Environment:
 
 
 def markdown(name: object) -> str:
-    """A name as Markdown shows it literally, in a table too: no HTML, link, picture, emphasis or line break of it."""
+    """A name as Markdown shows it literally, in a table too: no HTML, link, picture, emphasis or line break of it.
+
+    Web and mail addresses are no links by the rules of CommonMark and of GitHub's extensions, but can still be read.
+    """
     text = " ".join(printable(str(name)).split())
-    text = re.sub(r"([\\`*\[\]|])", r"\\\1", text)
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*_~\[\]|])", r"\\\1", text)
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"(?i)(www)\.", r"\1&#46;", text)
+    return text.replace("://", "&#58;//").replace("@", "&#64;")
 
 
 def markdown_code(name: object) -> str:

@@ -103,8 +103,10 @@ def _packed(track: NDArray[Any]) -> list[list[int]]:
 
 def _unpacked(pairs: Sequence[Sequence[int]], classes: int) -> NDArray[np.int8]:
     table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    if table.size and (table[:, 0].min() < 1 or table[:, 0].sum() > MAX_PICTURES):
+    lengths = table[:, 0]
+    # each before their sum, which otherwise could wrap
+    if table.size and (lengths.min() < 1 or lengths.max() > MAX_PICTURES or lengths.sum() > MAX_PICTURES):
         raise ValueError("a stretch of labels without a sensible length")
     if table.size and (table[:, 1].min() < -1 or table[:, 1].max() >= classes):
         raise ValueError(f"labels outside -1 to {classes - 1}")
-    return np.repeat(table[:, 1].astype(np.int8), table[:, 0])
+    return np.repeat(table[:, 1].astype(np.int8), lengths)

@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 MAX_PICTURES = 20_000_000  # of one video: nine days at 25 fps; sound may have more samples
-MAX_BOXES = 500_000
+MAX_BOXES = 500_000  # hours of fragments have some 100,000; more is a file made to keep us busy
+# What the top level of an MP4 or QuickTime file is made of.
+TOP_LEVEL = frozenset(
+    {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"sidx", b"styp", b"uuid", b"mfra"}
+)
 _CONTAINERS = frozenset({b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf"})
 
 
@@ -25,7 +29,9 @@ def overclaim(path: Path) -> str | None:
     size = path.stat().st_size
     samples, sound = 0, False
     with path.open("rb") as stream:
-        for kind, body in _boxes(stream, size):
+        for number, (kind, body) in enumerate(_boxes(stream, size)):
+            if number == MAX_BOXES:  # what comes after them nobody has looked at
+                return f"its tables have more than {MAX_BOXES:,} parts"
             if kind == b"hdlr":
                 sound = _read(stream, body + 8, 4) == b"soun"
             elif kind == b"stsz":
@@ -39,15 +45,24 @@ def overclaim(path: Path) -> str | None:
     return None
 
 
+def end(stream: BinaryIO, size: int) -> int:
+    """Where the boxes of a file of `size` bytes end, as the headers of its top level say."""
+    offset = 0
+    for _ in range(MAX_BOXES):
+        if offset + 8 > size:
+            break
+        kind, _, length = _header(stream, offset)
+        if kind not in TOP_LEVEL or length == 0:  # trailing bytes that are no box, or a box that runs to the end
+            return offset
+        offset += max(length, 8)
+    return offset
+
+
 def _boxes(stream: BinaryIO, size: int) -> Iterator[tuple[bytes, int]]:
     """Kind and start of the body of every box, those inside containers included, in the order of the file."""
     offset = 0
-    for _ in range(MAX_BOXES):
-        head = _read(stream, offset, 16)
-        length, kind = struct.unpack(">I4s", head[:8])
-        body = offset + 8
-        if length == 1:
-            length, body = int.from_bytes(head[8:], "big"), offset + 16
+    while offset + 8 <= size:
+        kind, body, length = _header(stream, offset)
         yield kind, body
         if kind in _CONTAINERS:
             offset = body
@@ -55,8 +70,15 @@ def _boxes(stream: BinaryIO, size: int) -> Iterator[tuple[bytes, int]]:
             return
         else:
             offset += max(length, 8)
-        if offset + 8 > size:
-            return
+
+
+def _header(stream: BinaryIO, offset: int) -> tuple[bytes, int, int]:
+    """Kind, start of the body, and length of the box at `offset` (0: it runs to the end of the file)."""
+    head = _read(stream, offset, 16)
+    length, kind = struct.unpack(">I4s", head[:8])
+    if length == 1:
+        return kind, offset + 16, int.from_bytes(head[8:], "big")
+    return kind, offset + 8, length
 
 
 def _read(stream: BinaryIO, offset: int, count: int) -> bytes:

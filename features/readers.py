@@ -35,7 +35,6 @@ import ctypes
 import dataclasses
 import functools
 import itertools
-import struct
 import warnings
 import weakref
 from array import array
@@ -51,17 +50,12 @@ from typing import Any, BinaryIO, Literal, Protocol
 import numpy as np
 
 from configs.errors import UserError
-from features.boxes import overclaim
+from features import boxes
 
 # A picture larger than this is refused before anything is decoded: 8K video has 33 million pixels.
 MAX_PIXELS = 50_000_000
-# What the top level of an MP4 or QuickTime file is made of.
-_MP4_BOXES = frozenset(
-    {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"sidx", b"styp", b"uuid", b"mfra"}
-)
 # A video with fewer pictures that start over is not worth splitting: each part decodes from the one before it.
 _MANY_STARTS = 4
-_MOST_BOXES = 500_000  # hours of fragments have some 100,000; more is a file made to keep us busy
 _WAY_OUT = "re-encode the video or leave it out"
 
 
@@ -225,7 +219,7 @@ def _open_container(path: Path, hardware: str | None = None) -> Any:
     try:
         if path.stat().st_size == 0:
             raise ReaderError(f"{path}: an empty file (0 bytes); copy it again or leave it out")
-        if claim := overclaim(path):
+        if claim := boxes.overclaim(path):
             raise ReaderError(f"{path}: {claim}; {_WAY_OUT}")
         accelerated = _accelerated(path, hardware) if hardware is not None else {}
         # `file:` and the white list keep odd names and playlists in disguise from reaching other files or the network.
@@ -474,25 +468,9 @@ def _ends_early(path: Path) -> bool:
                 return promised < 0xFFFFFFFF and 8 + promised > size
             if head[:4] == b"\x1a\x45\xdf\xa3":
                 return _matroska_end(stream) > size
-            return head[4:8] in _MP4_BOXES and _mp4_end(stream, size) > size
+            return head[4:8] in boxes.TOP_LEVEL and boxes.end(stream, size) > size
     except OSError:  # a folder, or not ours to read: opening it as a video says so
         return False
-
-
-def _mp4_end(stream: BinaryIO, size: int) -> int:
-    """Where the boxes of an ISO base media file end, as their headers say (ISO/IEC 14496-12)."""
-    offset = 0
-    for _ in range(_MOST_BOXES):
-        if offset + 8 > size:
-            break
-        stream.seek(offset)
-        length, kind = struct.unpack(">I4s", stream.read(8))
-        if kind not in _MP4_BOXES or length == 0:  # trailing bytes that are no box, or a box that runs to the end
-            return offset
-        if length == 1:
-            length = int.from_bytes(stream.read(8), "big")
-        offset += max(length, 8)
-    return offset
 
 
 def _matroska_end(stream: BinaryIO) -> int:

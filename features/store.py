@@ -306,14 +306,29 @@ def _node(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
 
 
 def _attributes(file: h5py.File) -> dict[str, Any]:
-    """The root's attributes as plain values. Raises ValueError for more than single values: these are not ours."""
+    """The root's attributes as plain values. Raises ValueError for what is not ours: more than single values, and
+    values that are not what their name says."""
     found = {}
     for name in file.attrs:
         attribute = file.attrs.get_id(name)
         if attribute.shape != () or attribute.dtype.itemsize > MAX_ATTRIBUTE_BYTES:
             raise ValueError(f"attribute {name[:60]!r} is no single value")
         found[name] = _plain(file.attrs[name])
+    _from_json(found, "preprocess")
+    phases = _from_json(found, "phases")
+    if phases is not None and not (isinstance(phases, list) and all(isinstance(name, str) for name in phases)):
+        raise ValueError("phases is no list of names")
+    float(found.get("fps", 0.0))
     return found
+
+
+def _from_json(attributes: Mapping[str, Any], name: str) -> Any:
+    """What a text among attributes stands for, or the value itself. Raises ValueError for a text that is no JSON."""
+    value = attributes.get(name)
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except RecursionError as error:
+        raise ValueError(f"{name} is nested too deeply") from error
 
 
 def _plain(value: Any) -> Any:
@@ -361,8 +376,7 @@ def recorded_encoder(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """What a feature file says of the encoder that made it, in plain values (`EncoderSpec.to_json` without schema)."""
     found = {name: attributes.get(name) for name in ("backbone", "weights_sha256", "fps", "precision", "storage")}
     found["arithmetic"] = attributes.get("arithmetic", "plain")  # files that do not say are older than folding
-    preprocess = attributes.get("preprocess")
-    return {**found, "preprocess": json.loads(preprocess) if isinstance(preprocess, str) else preprocess}
+    return {**found, "preprocess": _from_json(attributes, "preprocess")}
 
 
 def rewrite_labels(path: Path, phase: NDArray[np.int8], tools: NDArray[np.int8], attributes: Mapping[str, Any]) -> None:

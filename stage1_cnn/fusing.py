@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from engine.device import onednn_has
+
 # Fewer roundings move an embedding by less than this share of the largest; a net that moves further was fused wrongly.
 _TOLERANCE = 1e-3
 _LAYOUT_FRAMES = 8
@@ -58,7 +60,7 @@ def fuse_relu(net: nn.Module, size_px: int) -> nn.Module | None:
     Nets that cannot be traced are left alone, and so is one whose embedding of an image (3, `size_px`, `size_px`)
     would not be the same.
     """
-    if not torch.backends.mkldnn.is_available():
+    if not onednn_has("_reorder_convolution_weight", "_convolution_pointwise"):
         return None
     try:
         traced = fx.symbolic_trace(net)

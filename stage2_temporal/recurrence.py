@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from engine.device import onednn_has
+
 # A block's products run at full speed from about a thousand rows on, and its tables still fit the caches.
 BLOCK_ROWS = 1024
 
@@ -234,7 +236,8 @@ def _product(x: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _onednn(table: Tensor) -> bool:
-    return torch.backends.mkldnn.is_available() and table.dtype in (torch.float32, torch.bfloat16)
+    there = onednn_has("_reorder_linear_weight", "_linear_pointwise")
+    return there and table.dtype in (torch.float32, torch.bfloat16)
 
 
 def _before(table: Tensor, first: Tensor, layout: Layout, block: Block) -> Tensor:

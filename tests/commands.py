@@ -1,4 +1,5 @@
-"""Commands in processes of their own that can be stopped at any moment: forked where that will do, or afresh."""
+"""Commands as a user types them, in processes of their own: run to their end, or stopped at any moment (forked where
+that will do, or afresh)."""
 
 from __future__ import annotations
 
@@ -17,6 +18,27 @@ from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+
+def run(arguments: Sequence[str | Path], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`python pipeline.py ...` in `folder` to its end: one thread, 80 columns, no data but what the words name."""
+    inherited = {name: value for name, value in os.environ.items() if name != "SURGSTAGE_DATA"}
+    return subprocess.run(
+        [sys.executable, str(PROJECT / "pipeline.py"), *map(str, arguments)],
+        cwd=folder,
+        env={**inherited, **ONE_THREAD, "COLUMNS": "80", **variables},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def succeed(arguments: Sequence[str | Path], folder: Path) -> str:
+    """The same, where nothing may go wrong; all that it prints."""
+    done = run(arguments, folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
 
 
 @dataclass
@@ -122,7 +144,7 @@ def _run(arguments: Sequence[str]) -> int:
 
     sys.argv = ["pipeline.py", *arguments]
     try:
-        pipeline.cli(list(arguments), prog_name="pipeline.py")
+        pipeline.main(arguments, "pipeline.py")
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     return 0

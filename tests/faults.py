@@ -128,6 +128,20 @@ def renames_within_folders(yes: bool) -> None:
         setattr(os, name, watched(name))
 
 
+def told_to_stop_when_done(number: int) -> None:
+    """A signal comes with the first line on standard output, which is a command's result."""
+    import click
+
+    say = click.echo
+
+    def echo(message: Any = None, *more: Any, **options: Any) -> None:
+        if not options.get("err"):
+            os.kill(os.getpid(), number)
+        say(message, *more, **options)
+
+    click.echo = echo  # type: ignore[assignment]
+
+
 FAULTS: dict[str, Callable[[Any], None]] = {
     fault.__name__: fault
     for fault in (
@@ -139,5 +153,6 @@ FAULTS: dict[str, Callable[[Any], None]] = {
         no_privileges,
         no_locks,
         renames_within_folders,
+        told_to_stop_when_done,
     )
 }

@@ -22,8 +22,8 @@ from engine.logs import read_metrics
 from features.plain_pickle import load_plain
 from features.store import read_features
 from tests.browser import Visit
+from tests.commands import PROJECT, run, succeed
 
-PROJECT = Path(__file__).resolve().parent.parent
 SETTINGS = {
     "data": {"fps": 1.0, "index": "artifacts/index.json", "split": {"rule": "3/1/1"}},
     "preprocess": {"resize_px": 72, "crop_px": 64},
@@ -46,30 +46,9 @@ SETTINGS = {
 }
 
 
-def command(arguments: Sequence[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`python pipeline.py ...` in `folder`, one thread, real files."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", **variables}
-    environment.pop("SURGSTAGE_DATA", None)
-    return subprocess.run(
-        [sys.executable, str(PROJECT / "pipeline.py"), *arguments],
-        cwd=folder,
-        env=environment | variables,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-
-
-def succeed(arguments: Sequence[str], folder: Path) -> str:
-    done = command(arguments, folder)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
 def refuse(arguments: Sequence[str], folder: Path) -> str:
     """The one line that bad input ends in."""
-    done = command(arguments, folder)
+    done = run(arguments, folder)
     assert done.returncode == 2, (done.returncode, done.stderr)
     assert "Traceback" not in done.stderr
     line = done.stderr.strip().splitlines()[-1]
@@ -202,7 +181,7 @@ def test_stage_two_needs_the_feature_folder_alone(workplace: Path, videos: Path,
         (blocked / module / "__init__.py").write_text("raise ImportError('stage two must not need this')\n")
     arguments = ["--config", "tiny.yaml", "--features", "features"]
     for step in ("train-temporal", "evaluate"):
-        done = command([step, *arguments], elsewhere, PYTHONPATH=str(blocked))
+        done = run([step, *arguments], elsewhere, PYTHONPATH=str(blocked))
         assert done.returncode == 0, done.stderr
     here = json.loads((elsewhere / "runs/tiny/temporal/result.json").read_text())
     there = json.loads((workplace / "runs/tiny/temporal/result.json").read_text())
@@ -217,7 +196,7 @@ def test_a_flipped_byte_is_found_named_and_redone_alone(workplace: Path) -> None
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x40
     path.write_bytes(content)
-    checked = command(["features", "verify", str(folder)], workplace)
+    checked = run(["features", "verify", str(folder)], workplace)
     assert checked.returncode == 1
     assert "video03.h5: damaged" in checked.stderr
     assert "video02.h5: ok" in checked.stdout
@@ -225,7 +204,7 @@ def test_a_flipped_byte_is_found_named_and_redone_alone(workplace: Path) -> None
     succeed(["extract", "--config", "tiny.yaml"], workplace)
     assert np.array_equal(read_features(path).features, whole.features)
     assert others == {p: p.stat().st_mtime_ns for p in others}
-    assert command(["features", "verify", str(folder)], workplace).returncode == 0
+    assert run(["features", "verify", str(folder)], workplace).returncode == 0
     assert "mobilenet_v3_small" in succeed(["features", "info", str(folder)], workplace)
 
 
@@ -240,7 +219,7 @@ def test_one_damaged_video_is_reported_and_the_others_are_extracted(workplace: P
     middle = content.index(b"mdat") + len(content) // 3
     content[middle : middle + 4000] = bytes(4000)
     video.write_bytes(content)
-    done = command(["extract", *options], workplace)
+    done = run(["extract", *options], workplace)
     assert done.returncode == 1, done.stderr
     assert "failed: video02:" in done.stderr
     assert sorted(path.name for path in feature_folder(workplace).glob("*.h5")) == [
@@ -261,7 +240,7 @@ def test_edited_labels_are_rewritten_and_features_kept(workplace: Path, videos: 
     labels = data / "phase_annotations/video01-phase.txt"
     labels.write_text(labels.read_text().replace("ClippingCutting", "CalotTriangleDissection"))
     options = ["--config", "tiny.yaml", "--set", f"data.root={data}"]
-    stale = command(["extract", *options], workplace)
+    stale = run(["extract", *options], workplace)
     assert stale.returncode == 1
     assert "video01-phase.txt: has changed since it was indexed; run `index --force`" in stale.stderr
     succeed(["index", *options, "--force"], workplace)
@@ -546,7 +525,7 @@ def test_pickles_go_in_and_out_and_predictions_become_text(tmp_path: Path) -> No
     text = (tmp_path / "text/video17-phase.txt").read_text().splitlines()
     assert text[:2] == ["Frame Phase", "75\tGallbladderRetraction"]
     (tmp_path / "in.pkl").write_bytes(b"cos\nsystem\n(S'touch mark'\ntR.")
-    done = command(["index", *order, "--force", "--from-pickle", "in.pkl"], tmp_path)
+    done = run(["index", *order, "--force", "--from-pickle", "in.pkl"], tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "in.pkl: asks for 'os.system'" in line

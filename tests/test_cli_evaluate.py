@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from evaluation.phases import CONVENTIONS
-
-PROJECT = Path(__file__).resolve().parent.parent
-
-
-def command(arguments: Sequence[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(PROJECT / "pipeline.py"), *map(str, arguments)],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+from tests.commands import PROJECT, run
 
 
 def phase_files(folder: Path, *texts: str) -> Path:
@@ -39,7 +24,7 @@ def phase_files(folder: Path, *texts: str) -> Path:
 def test_published_predictions_give_the_official_numbers(shared_data, rows, options, tmp_path):
     published = shared_data / "predictions/tmrnet"
     folders = ["--predictions", published / "phase", "--ground-truth", published / "gt-phase"]
-    done = command(["evaluate", *folders, "--fps", "1", *options, "--json", "out.json"], tmp_path)
+    done = run(["evaluate", *folders, "--fps", "1", *options, "--json", "out.json"], tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert set(found) == {"phase_mean", "video_macro", "pooled", "relaxed_matlab", "relaxed_fixed", "segmental"}
@@ -59,7 +44,7 @@ def test_published_predictions_give_the_official_numbers(shared_data, rows, opti
 def test_one_convention_alone(convention, tmp_path):
     files = phase_files(tmp_path / "t", "0\n1\n")
     options = ["--convention", convention, "--json", "out.json", "--split", "val"]
-    done = command(["evaluate", "--predictions", files, "--ground-truth", files, *options], tmp_path)
+    done = run(["evaluate", "--predictions", files, "--ground-truth", files, *options], tmp_path)
     assert done.returncode == 0, done.stderr
     (result,) = json.loads((tmp_path / "out.json").read_text()).values()
     assert result["accuracy"]["mean"] == 100
@@ -70,8 +55,8 @@ def test_another_data_set(tmp_path):
     text = "Frame Phase\n0 TrocarPlacement\n1 Preparation\n"
     files = phase_files(tmp_path / "t", text)
     arguments = ["evaluate", "--predictions", files, "--ground-truth", files]
-    assert command([*arguments, "--set", "data.dataset=m2cai16-workflow"], tmp_path).returncode == 0
-    done = command(arguments, tmp_path)
+    assert run([*arguments, "--set", "data.dataset=m2cai16-workflow"], tmp_path).returncode == 0
+    done = run(arguments, tmp_path)
     assert done.returncode == 2
     assert "video01-phase.txt: row 1 (line 2) has the unknown phase 'TrocarPlacement'" in done.stderr
 
@@ -98,7 +83,7 @@ def test_bad_input_is_one_line_and_exit_code_2(options, message, tmp_path):
     phase_files(tmp_path / "many", "0\n1\n", "0\n")
     before = sorted(tmp_path.rglob("*"))
     more = [] if "--json" in options else ["--json", "out.json"]
-    done = command(["evaluate", "--predictions", "good", *options, *more], tmp_path)
+    done = run(["evaluate", "--predictions", "good", *options, *more], tmp_path)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert message in done.stderr.replace("\n", " ")
@@ -106,7 +91,7 @@ def test_bad_input_is_one_line_and_exit_code_2(options, message, tmp_path):
 
 
 def test_options_for_folders_mean_nothing_to_a_run(tmp_path):
-    done = command(["evaluate", "--ground-truth", "x", "--skip-first-row"], tmp_path)
+    done = run(["evaluate", "--ground-truth", "x", "--skip-first-row"], tmp_path)
     assert done.returncode == 2
     assert "--ground-truth, --skip-first-row: does not go with a run (no --predictions)" in done.stderr
 
@@ -128,7 +113,7 @@ def test_compare_folders_of_predictions(shared_data, tmp_path):
     published = shared_data / "predictions/tmrnet"
     folders = [published / "phase", published / "gt-phase", "--ground-truth", published / "gt-phase"]
     options = ["--metric", "accuracy", "--json", "out.json"]
-    done = command(["compare", *folders, *options], tmp_path)
+    done = run(["compare", *folders, *options], tmp_path)
     assert done.returncode == 0, done.stderr
     (pair,) = json.loads((tmp_path / "out.json").read_text())["comparisons"]
     entry = pair["metrics"]["accuracy"]
@@ -151,13 +136,13 @@ def test_compare_folders_of_predictions(shared_data, tmp_path):
 )
 def test_what_cannot_be_compared(arguments, message, tmp_path):
     phase_files(tmp_path / "t", "0\n")
-    done = command(["compare", *arguments], tmp_path)
+    done = run(["compare", *arguments], tmp_path)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert message in done.stderr
 
 
 def test_help_names_every_convention(tmp_path):
-    done = command(["evaluate", "--help"], tmp_path)
+    done = run(["evaluate", "--help"], tmp_path)
     for name in CONVENTIONS:
         assert name in done.stdout, name

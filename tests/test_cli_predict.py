@@ -12,13 +12,12 @@ import pytest
 
 from configs.load import load_dataset
 from evaluation.predictions import read_prediction_csv
+from tests.commands import run, succeed
 from tests.test_cli import (  # noqa: F401 (fixtures)
-    command,
     finished,
     no_temporaries,
     refuse,
     settings_file,
-    succeed,
     videos,
     workplace,
 )
@@ -75,7 +74,7 @@ def test_a_folder_of_frames_and_a_damaged_video_beside(workplace: Path, unknown:
     broken = workplace / "broken.mp4"
     broken.write_bytes(unknown.read_bytes()[:3000])
     options = ["--set", "data.folder_fps=1", "--out", "new"]
-    done = command([*PREDICT, *options, str(frames), str(broken)], workplace)
+    done = run([*PREDICT, *options, str(frames), str(broken)], workplace)
     assert done.returncode == 1, done.stderr
     assert "1 video(s) predicted, 1 failed" in done.stdout
     assert "failed: broken.mp4" in done.stderr

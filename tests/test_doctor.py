@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import shutil
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from engine.doctor import Finding, check_folder, check_open_files, check_package
 from features.index import build_index
 from stage1_cnn import doctor as ours
 from stage1_cnn.doctor import check_data, check_decoders, check_weights, diagnose
+from tests.commands import run
 from tests.stage1_cnn.material import SPEC, make_world, write_dataset
-from tests.test_cli import command
 
 
 def levels(findings: Any) -> list[str]:
@@ -36,7 +35,7 @@ def only(findings: Any) -> Finding:
 
 @pytest.mark.slow
 def test_the_command_says_a_line_a_finding_and_changes_nothing(tmp_path: Path) -> None:
-    done = command(["doctor", "--set", "cnn.weights=random"], tmp_path)
+    done = run(["doctor", "--set", "cnn.weights=random"], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert all(line.split(" ")[0] in ("ok", "warn") for line in lines)
@@ -48,14 +47,14 @@ def test_the_command_says_a_line_a_finding_and_changes_nothing(tmp_path: Path) -
 @pytest.mark.slow
 def test_what_fails_is_exit_code_1(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file in the way")
-    done = command(["doctor", "--set", "cnn.weights=random"], tmp_path)
+    done = run(["doctor", "--set", "cnn.weights=random"], tmp_path)
     assert done.returncode == 1
     assert "FAIL  runs: runs cannot be made" in done.stdout
 
 
 @pytest.mark.slow
 def test_bad_settings_are_a_line_and_the_machine_is_looked_at_nevertheless(tmp_path: Path) -> None:
-    done = command(["doctor", "--set", "data.fsp=1"], tmp_path)
+    done = run(["doctor", "--set", "data.fsp=1"], tmp_path)
     assert (done.returncode, done.stderr) == (1, "")
     lines = done.stdout.splitlines()
     assert lines[0].startswith("FAIL  settings: ")
@@ -196,7 +195,8 @@ def test_a_decoder_that_crashes_or_hangs_is_a_line(
 
 
 def test_decoders_are_compared_on_a_real_video(tmp_path: Path) -> None:
-    assert ours.compare_readers(tmp_path).startswith("ok PyAV" if "decord" in sys.modules else ("ok", "warn"))
+    decord = importlib.util.find_spec("decord")
+    assert ours.compare_readers(tmp_path).startswith("ok PyAV" if decord else "warn PyAV")
 
 
 # ---------------------------------------------------------------------------------------------- settings

@@ -4,8 +4,9 @@ A place is a command and the folders it writes to. It first runs undisturbed, an
 write are noted. Then, for each attempt, it is started in an empty folder, killed with SIGKILL at a moment drawn evenly
 between the two (counted from its first write; trainings write for moments only, so three in four of their kills then
 wait for the next temporary file), perhaps stopped once or twice more (SIGKILL again, or SIGTERM, which must end it
-within 10 s with exit code 75), and started a last time and left alone. What stands there then must equal what the
-undisturbed run left: data sets, attributes, tensors, metrics, every file but for wall times, and no stray one.
+within 10 s, or `--stops-within`, with exit code 75), and started a last time and left alone. What stands there then
+must equal what the undisturbed run left: data sets, attributes, tensors, metrics, every file but for wall times, and no
+stray one.
 
 Half of the kills hit the process, half its group; where a place works in several processes, the orphans must end by
 themselves. Most starts are forks of this process, which has imported torch already; one in eight is a fresh
@@ -173,8 +174,9 @@ PLACES = ("extract", "train", "cache")
 class Workshop:
     """A folder with simulated data, shared inputs of trainings, and a work folder an attempt."""
 
-    def __init__(self, base: Path, videos: int) -> None:
+    def __init__(self, base: Path, videos: int, stops_within_s: float) -> None:
         self.base, self.data, self.shared = base, base / "data", base / "shared"
+        self.stops_within_s = stops_within_s
         self._number = 0
         self._undisturbed: dict[Variant, Undisturbed] = {}
         options = ("--seed", "1", "--fps", "5", "--width", "96", "--height", "96", "--speed-up", "40")
@@ -336,13 +338,11 @@ class Attempt:
         return any(path.endswith(".tmp") for path in snapshot(self.folder, self.variant.watched))
 
     def _await_end(self, command: Command, number: int) -> None:
-        if command.wait(STOPS_WITHIN_S) is None:
+        if command.wait(self.shop.stops_within_s) is None:
             command.end()
-            raise Failure(f"still runs {STOPS_WITHIN_S:g} s after {signal.Signals(number).name}")
+            raise Failure(f"still runs {self.shop.stops_within_s:g} s after {signal.Signals(number).name}")
         if number == signal.SIGTERM:
-            finished = (self.folder / self.variant.result).exists()
-            # a command that is done and leaves has no handler any more
-            self._require_end(command, (0, 75, -signal.SIGTERM) if finished else (0, 75))
+            self._require_end(command, (0, 75))
 
     def _require_end(self, command: Command, codes: tuple[int, ...]) -> None:
         if command.code not in codes:
@@ -403,6 +403,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=None, help="default: a new one, printed")
     parser.add_argument("--place", choices=PLACES, action="append", help="repeatable; default: all three")
     parser.add_argument("--videos", type=int, default=5, help="simulated videos to work on")
+    parser.add_argument(
+        "--stops-within",
+        type=float,
+        default=STOPS_WITHIN_S,
+        metavar="S",
+        help="how long SIGTERM may take (%(default)g s)",
+    )
     parser.add_argument("--keep", type=Path, help="work here, and keep the folders of attempts that failed")
     chosen = parser.parse_args(arguments)
     seed = chosen.seed if chosen.seed is not None else random.SystemRandom().randrange(10**6)
@@ -410,7 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"seed {seed}, {chosen.kills} kills a place; an attempt's seed is {seed}/PLACE/NUMBER", flush=True)
     base = chosen.keep or Path(tempfile.mkdtemp(prefix="torture-"))
     try:
-        shop = Workshop(base, chosen.videos)
+        shop = Workshop(base, chosen.videos, chosen.stops_within)
         tallies = [_one_place(place, shop, chosen, seed) for place in chosen.place or PLACES]
     finally:
         if not chosen.keep:

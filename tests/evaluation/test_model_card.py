@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 
@@ -9,8 +10,10 @@ import jinja2
 import numpy as np
 import pytest
 
+from configs.errors import printable
 from configs.load import load_config, load_dataset, to_yaml
 from evaluation.model_card import render_model_card, write_model_card
+from evaluation.pages import markdown
 from evaluation.phases import evaluate_phases
 from features.index import Index, VideoEntry
 
@@ -172,6 +175,11 @@ HOSTILE = (
     "*bold* `code`",
     "\x1b[31mred",
     "&lt;b&gt;",
+    "_evil_",
+    "~~x~~",
+    "https://evil.example/x",
+    "WWW.evil.example",
+    "a@b.c",
 )
 
 
@@ -191,7 +199,20 @@ def test_names_are_text_in_a_card(tmp_path, name):
     assert "](" not in card.replace("\\](", "")
     row = next(line for line in card.splitlines() if line.startswith("| data set |"))
     assert len(re.findall(r"(?<!\\)\|", row)) == 3
+    assert not re.search(r"(?<!\\)[_~]", row)
+    for link in ("://", "www.", "@"):
+        assert link not in row.lower()
     assert not [line for line in card.splitlines() if line.startswith("# lines")]
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "my_run_2", "Cholec80", "Stauder et al., arXiv 1610.09278 & others"])
+def test_names_read_as_they_are_when_a_card_is_shown(name):
+    from markdown_it import MarkdownIt  # comes with rich
+
+    page = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    (cell,) = re.findall("<td>(.*)</td>", page.render(f"| a |\n|---|\n| {markdown(name)} |\n"))
+    assert "<" not in cell
+    assert html.unescape(cell) == " ".join(printable(name).split())
 
 
 def test_a_missing_fact_is_an_error(tmp_path):

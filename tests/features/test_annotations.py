@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -105,15 +105,16 @@ def test_real_files_are_rewritten_to_the_byte(shared_data: Path, tmp_path: Path,
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_long_video_is_parsed_in_a_moment(shared_data: Path) -> None:
+def test_a_long_video_is_parsed_with_little_work_a_row(shared_data: Path) -> None:
     path = shared_data / "mini-cholec80" / "phase_annotations" / "video03-phase.txt"
-    seconds = []
-    for _ in range(4):
-        start = time.process_time()
+    calls = []
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
+    try:
         track = read_phase_file(path, SPEC)
-        seconds.append(time.process_time() - start)
+    finally:
+        sys.setprofile(None)
     assert len(track.frame_index) == 145_700
-    assert min(seconds) < 0.3
+    assert len(calls) < 2 * len(track.frame_index)  # Python functions, which take the time
 
 
 # ---------------------------------------------------------------------------------------------- tolerated

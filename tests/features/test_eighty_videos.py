@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from features.store import read_features
+from tests.commands import run
 from tests.stage1_cnn.material import SPEC, make_world, write_dataset
-from tests.test_cli import command
 
 VIDEOS = 80
 
@@ -32,7 +32,7 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree["cnn"]["backbone"] = "resnet50"
     tree["extract"] |= {"encoder": "initial", "storage": "float16"}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
-    done = command(["extract", "--config", "tiny.yaml"], folder)
+    done = run(["extract", "--config", "tiny.yaml"], folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -54,13 +54,13 @@ def test_one_flipped_byte_among_eighty_files_is_found_and_redone_alone(extracted
     victim.write_bytes(content)
     os.utime(victim, ns=(before[victim][0],) * 2)  # as a disk does it: no time, no size tells
 
-    done = command(["features", "verify", str(store)], extracted)
+    done = run(["features", "verify", str(store)], extracted)
     assert done.returncode == 1
     named = [line for line in (done.stdout + done.stderr).splitlines() if "damaged" in line]
     assert len(named) == 1
     assert victim.name in named[0]
 
-    done = command(["extract", "--config", "tiny.yaml"], extracted)
+    done = run(["extract", "--config", "tiny.yaml"], extracted)
     assert done.returncode == 0, done.stderr
     assert "1 video(s) extracted" in done.stdout
     assert f"{VIDEOS - 1} unchanged" in done.stdout
@@ -69,4 +69,4 @@ def test_one_flipped_byte_among_eighty_files_is_found_and_redone_alone(extracted
     again = read_features(victim)
     for name in ("features", "tool_logits", "frame_index", "time_s", "phase", "tools"):
         assert np.array_equal(getattr(again, name), getattr(whole, name), equal_nan=name == "tool_logits"), name
-    assert command(["features", "verify", str(store)], extracted).returncode == 0
+    assert run(["features", "verify", str(store)], extracted).returncode == 0

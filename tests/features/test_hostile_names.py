@@ -15,8 +15,8 @@ import yaml
 from configs.errors import UserError, printable
 from configs.schema import DataConfig
 from features.index import Index, build_index, check_index, index_of_source
+from tests.commands import run
 from tests.stage1_cnn.material import SPEC, make_world, write_dataset
-from tests.test_cli import command
 from tests.videos import VideoSpec, write_video
 
 NAMES = {
@@ -61,7 +61,7 @@ def test_folders_of_any_name_are_indexed_or_named_in_one_line(tmp_path: Path) ->
         shutil.copyfile(root / "video01-phase.txt", os.path.join(folder, b"video%02d-phase.txt" % (number + 50)))
     settings(tmp_path, root)
     for arguments, code in ((["index"], 1), (["index", "--check"], 1), (["extract"], 0)):
-        done = command([*arguments, "--config", "tiny.yaml"], tmp_path)
+        done = run([*arguments, "--config", "tiny.yaml"], tmp_path)
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         assert one_printable_line_each(done.stdout + done.stderr)

@@ -240,6 +240,31 @@ def test_the_recorded_encoder_tells_its_arithmetic(tmp_path: Path) -> None:
     assert recorded_encoder({"backbone": "resnet50"})["arithmetic"] == "plain"  # files older than folding
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("preprocess", text) for text in ("{", "", "[" * 60_000, "9" * 5000)),
+        *(("phases", value) for value in ("{", "[" * 60_000, "3", "[3]", 3)),
+        ("fps", "often"),
+    ],
+)
+def test_a_sealed_file_whose_attributes_are_not_what_stage_two_reads_is_one_line(
+    tmp_path: Path, name: str, value: Any
+) -> None:
+    """`train-temporal` ended in a traceback, after every check had passed."""
+    path = tmp_path / "video01.h5"
+    write(path)
+    with h5py.File(path, "r+") as file:
+        file.attrs[name] = value
+    seal(path)
+    for deep in (False, True):
+        assert "damaged" in (verify_file(path, deep=deep) or "")
+    for read in (read_attributes, read_features):
+        with pytest.raises(FeatureFileError, match=r"video01\.h5: damaged .*extract again") as caught:
+            read(path)
+        assert str(caught.value).isprintable()
+
+
 def test_mixed_encoders_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "video01.h5")
     write(tmp_path / "video02.h5", encoder=replace(ENCODER, weights_sha256="00" * 32))

@@ -30,7 +30,8 @@ from features.store import read_attributes, read_features
 from features.tfrecord import FrameRecord, RecordLayout, TfrecordReader, parse_record, scan_records
 from stage1_cnn.extract import label_attributes
 from stage1_cnn.frames import open_source
-from tests.test_cli import SETTINGS, joint_file, refuse, succeed
+from tests.commands import succeed
+from tests.test_cli import SETTINGS, joint_file, refuse
 
 SPEC = load_dataset("cholec80")
 SWAPPED = [0, 1, 2, 3, 6, 5, 4]  # TF-Cholec80's numbers in Cholec80's, and the other way round

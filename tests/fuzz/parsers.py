@@ -277,10 +277,10 @@ def _metrics_seeds() -> list[bytes]:
 
 
 def _read_feature_file(path: Path) -> object:
-    from features.store import read_features, verify_file
+    from features.store import read_attributes, read_features, recorded_encoder, verify_file
 
     verify_file(path)
-    return read_features(path)
+    return read_features(path), recorded_encoder(read_attributes(path))
 
 
 @functools.cache

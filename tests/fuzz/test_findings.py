@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from engine.runs import StageFolder, update_summary
 from features.catalogue import print_summary
 from features.index import Index, build_index
 from features.readers import ReaderError, decode_image, probe_video
+from tests.fuzz.harness import Child
+from tests.fuzz.parsers import PARSERS
 from tests.stage1_cnn.material import SPEC, make_world, write_dataset
 from tests.videos import VideoSpec, write_video
 
@@ -138,6 +141,15 @@ def test_pictures_of_kinds_that_nobody_needs_are_refused(tmp_path: Path, kind: s
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path, kind)
     with pytest.raises(ReaderError, match=r"1\.png: damaged or not an image"):
         decode_image(path, str(path), 1)
+
+
+def test_runs_of_labels_whose_sum_overflows_are_refused() -> None:
+    """Four runs of 2**62 come to 0 in 64 bits: numpy then wrote beyond the end of an array, and the process died."""
+    tree = json.loads(PARSERS["truth.json"].seeds()[0])
+    tree["videos"]["video41"] |= {"phase": [[1 << 62, 0]] * 4, "tools": []}
+    with Child("truth.json") as child:
+        assert child.read(json.dumps(tree).encode()) is None
+        assert child.refused == 1
 
 
 def test_a_world_and_a_video_serve_as_before(tmp_path: Path) -> None:

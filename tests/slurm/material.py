@@ -15,8 +15,8 @@ import torch
 import yaml
 
 from engine.logs import read_metrics
+from tests.commands import PROJECT, succeed
 
-PROJECT = Path(__file__).resolve().parent.parent.parent
 SETTINGS: dict[str, Any] = {
     "device": "cpu",
     "data": {"root": "data", "fps": 1.0, "index": "index.json", "split": {"rule": "3/1/1"}},
@@ -45,24 +45,6 @@ def make_place(folder: Path) -> Path:
     succeed(["simulate", "data", *options], folder)
     succeed(["index", "--config", "tiny.yaml"], folder)
     return folder
-
-
-def pipeline(arguments: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """`python pipeline.py ...` in `folder`."""
-    return subprocess.run(
-        [sys.executable, str(PROJECT / "pipeline.py"), *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-
-
-def succeed(arguments: Sequence[str], folder: Path) -> str:
-    done = pipeline(arguments, folder)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def start(arguments: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.material import PROJECT, assert_equal_trainings, succeed
+from tests.commands import PROJECT, succeed
+from tests.slurm.material import assert_equal_trainings
 
 
 @pytest.mark.timeout(240)

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import run, succeed
 from tests.slurm.material import (
     assert_equal_trainings,
     epochs_done,
     job,
     job_log,
-    pipeline,
     slurm,
     submission,
     submit,
-    succeed,
     wait_for,
     wait_until_ended,
 )
@@ -75,7 +74,7 @@ def test_bad_input_fails_with_its_own_code_and_is_not_requeued(place: Path) -> N
 
 
 def test_what_sbatch_refuses_is_one_line_and_leaves_nothing(place: Path) -> None:
-    done = pipeline(["submit", "extract", "--partition", "nonsense", "--", *TRAIN, "refused"], place)
+    done = run(["submit", "extract", "--partition", "nonsense", "--", *TRAIN, "refused"], place)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: sbatch refused: ")
@@ -89,7 +88,7 @@ def test_the_script_of_a_dry_run_is_one_that_sbatch_takes(place: Path, tmp_path:
         ["--array", "2", "--cpus-per-task", "1", "--mem-gb", "1"],
         ["--partition", "scavenge", "--slurm", "nice"],
     ):
-        done = pipeline(["submit", "extract", *options, "--dry-run", "--", *TRAIN, "dry"], place)
+        done = run(["submit", "extract", *options, "--dry-run", "--", *TRAIN, "dry"], place)
         assert done.returncode == 0, done.stderr
         assert "extract --config tiny.yaml --name dry" in done.stderr
         script = tmp_path / "job.sh"

@@ -14,15 +14,14 @@ from pathlib import Path
 import pytest
 
 from engine.logs import read_metrics
+from tests.commands import PROJECT, succeed
 from tests.slurm.material import (
-    PROJECT,
     assert_equal_trainings,
     epochs_done,
     job_log,
     slurm,
     start,
     submit,
-    succeed,
     wait_until_ended,
 )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -174,9 +173,7 @@ def test_closing_ends_processes_while_batches_are_half_read(world: World) -> Non
         batches = loader.batches(training_requests(0, 0, 26, 4, None))
         next(batches)
         assert multiprocessing.active_children()
-        started = time.monotonic()
     assert not multiprocessing.active_children()
-    assert time.monotonic() - started < 10
     assert list(batches) == []
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stage1_cnn.folding import fold_batch_norm
 from stage1_cnn.fusing import ConvRelu, fuse_relu
 from stage1_cnn.model import build_backbone
+from tests.onednn import without_operation
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -42,6 +43,12 @@ def test_fused_net_is_the_same_function(name: str, relus: int) -> None:
     with torch.inference_mode():
         expected, found = net(images()), fused(images())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("missing", ["_reorder_convolution_weight", "_convolution_pointwise"])
+def test_a_torch_without_one_of_the_private_operations_keeps_the_net_it_has(missing: str) -> None:
+    with without_operation(missing):
+        assert fuse_relu(folded("resnet18"), 64) is None
 
 
 def test_is_sent_to_other_processes_and_does_not_depend_on_its_first_batch() -> None:

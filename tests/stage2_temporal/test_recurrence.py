@@ -13,6 +13,7 @@ from configs import schema
 from stage2_temporal import recurrence
 from stage2_temporal.model import LstmHead, PhaseModel, Standardise, build_head
 from stage2_temporal.recurrence import run_lstm
+from tests.onednn import without_operation
 
 D, H = 5, 6
 State = tuple[Tensor, Tensor]
@@ -73,6 +74,20 @@ def test_equals_the_library_in_fp32(lengths: list[int], width: int) -> None:
     wanted = [x, *rnn.parameters()]
     found = everything(*run_lstm(rnn, x, None, lengths), wanted)
     for one, other in zip(found, everything(*library(rnn, x, None, lengths), wanted), strict=True):
+        assert float((one - other).detach().norm()) <= 1e-5 * float(other.detach().norm())
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("missing", ["_reorder_linear_weight", "_linear_pointwise"])
+def test_a_torch_without_one_of_its_private_products_computes_the_same(missing: str) -> None:
+    torch.manual_seed(0)
+    rnn, lengths = nn.LSTM(D, 64, 2, batch_first=True), [5, 2, 9]
+    x = inputs(lengths, 2)[0].detach().float().requires_grad_()
+    wanted = [x, *rnn.parameters()]
+    expected = everything(*run_lstm(rnn, x, None, lengths), wanted)
+    with without_operation(missing):
+        found = everything(*run_lstm(rnn, x, None, lengths), wanted)
+    for one, other in zip(found, expected, strict=True):
         assert float((one - other).detach().norm()) <= 1e-5 * float(other.detach().norm())
 
 
