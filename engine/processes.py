@@ -194,7 +194,7 @@ class Processes:
         return mine[0]
 
     def together(self, work: Callable[[], Value]) -> list[Value]:
-        """What `work` gives on each process, in order; a UserError or a stop of one is everybody's, at the end."""
+        """What `work` gives on each process, in order; a UserError or a stop of one ends the others' work, too."""
         if self.count == 1:
             return [work()]
         from engine.stopping import Stopped
@@ -206,6 +206,8 @@ class Processes:
             value = work()
         except UserError as problem:
             error = str(problem)
+            if self._stop is not None:
+                self._stop.ask_others(signal.SIGTERM)  # the others leave their parts, and hear why below
         except Stopped as stop:
             stopped = stop.number
         self._wait_for_all()

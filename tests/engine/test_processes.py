@@ -172,6 +172,17 @@ def test_a_signal_to_one_process_ends_the_own_work_of_another(tmp_path: Path, wh
 
 
 @pytest.mark.slow
+def test_a_mistake_in_the_own_work_of_one_ends_that_of_another(tmp_path: Path) -> None:
+    """Minutes are left to the other; both end with what was wrong, not as stopped."""
+    codes, said = ends_of(start_pair("mistake", tmp_path))
+    assert codes == [2, 2], said
+    assert said.count("error:") == 1, said
+    assert "error: video07.mp4: damaged, frame 3" in said
+    assert "stopped" not in said
+    assert not (tmp_path / "all done").exists()
+
+
+@pytest.mark.slow
 def test_a_mistake_that_one_process_finds_alone_ends_all_and_is_said_once(tmp_path: Path) -> None:
     for what, codes in (("late", [2, 2]), ("outside", [70, 2])):
         found, said = ends_of(start_pair(what, tmp_path))
