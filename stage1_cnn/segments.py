@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
-from engine.files import as_user_error, temporary_path
+from engine.files import NoRoomError, as_user_error, temporary_path
 from features.store import feature_path
 from stage1_cnn.pool import VIDEO_ERRORS, one_line
 
@@ -205,7 +205,10 @@ class Assembly:
             _remove(parts)
 
     def ended(self, piece: VideoJob, reason: str | None) -> tuple[VideoJob, str | None] | None:
-        """A piece has ended: where it was the last one, the video and the reason of its first part that failed."""
+        """A piece has ended: where it was the last one, the video and the reason of its first part that failed.
+
+        Raises NoRoomError when the disk is full.
+        """
         if piece.part is None:
             return piece, reason
         self._keep_alive()
@@ -225,6 +228,8 @@ class Assembly:
     def _put_together(self, video: VideoJob, parts: Sequence[VideoJob]) -> str | None:
         try:
             self._finish(video, parts)
+        except NoRoomError:
+            raise
         except VIDEO_ERRORS as error:
             return one_line(error)
         return None
