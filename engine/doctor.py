@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from configs.errors import printable
+from engine.processes import permitted_cores
 
 Level = Literal["ok", "warn", "FAIL"]
 # Packages by the name they are imported under, where it is not the distribution's.
@@ -162,9 +163,8 @@ def check_devices() -> Iterable[Finding]:
 
     from engine.device import cpu_has_bf16
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     bf16 = "computes bf16" if cpu_has_bf16() else "no native bf16, so extraction runs in fp32"
-    yield Finding("ok", "CPU", f"{cores} core(s), {bf16}")
+    yield Finding("ok", "CPU", f"{permitted_cores()} core(s), {bf16}")
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             yield from examined(f"GPU {number}", lambda number=number: _gpu(number))  # type: ignore[misc]

@@ -38,6 +38,7 @@ ANSWER_S = 5.0  # for a word about an error, where perhaps nobody keeps them
 LOOK_EVERY_S = 1.0
 FIRST_PORT, PORTS = 15000, 20000
 COPY_OF = "SURGSTAGE_COPY_OF"  # number of the process that started this one with --devices
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # set by torchrun, and by --devices
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,21 @@ def launch(environment: Mapping[str, str] | None = None) -> Launch:
     if not 0 <= rank < count:
         raise UserError(", ".join(f"{name}={found[name]}" for name in names) + ": not what a launcher sets; unset them")
     return Launch(rank, count, local)
+
+
+def permitted_cores() -> int:
+    """Cores that this process may run on, with others or alone."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_cores(environment: Mapping[str, str] | None = None) -> int:
+    """Cores for this process: those it may run on, divided among the processes that a launcher started beside it.
+
+    torchrun and `--devices` bind none to a core. A task of srun is bound to cores of its own.
+    """
+    found = os.environ if environment is None else environment
+    beside = found.get("LOCAL_WORLD_SIZE", "1") if AGENT_STORE in found else "1"
+    return max(1, permitted_cores() // max(1, int(beside) if beside.isdecimal() else 1))
 
 
 def speak_torchrun(environment: MutableMapping[str, str] | None = None) -> None:
@@ -286,7 +302,7 @@ def _board(patience_s: float) -> Any:
     """
     import torch.distributed as dist
 
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    kept = os.environ.get(AGENT_STORE) == "True"
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
@@ -411,11 +427,11 @@ def run_copies(command: list[str], count: int) -> int:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # any free port
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, permitted_cores() // count))
     said = {
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        AGENT_STORE: "True",
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "OMP_NUM_THREADS": threads,

@@ -20,6 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from configs.errors import UserError
 from engine.files import NoRoomError
+from engine.processes import available_cores
 from engine.progress import progress_bar
 from engine.stopping import StopRequest
 
@@ -54,11 +55,6 @@ def processes_for(wanted: int, frames: int) -> int:
     if wanted == -1:
         wanted = available_cores() if frames > WORTH_A_PROCESS_FRAMES else 1
     return max(1, wanted)
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def work_through(

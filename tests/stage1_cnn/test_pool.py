@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from configs.errors import UserError
+from engine.processes import available_cores
 from engine.stopping import Stopped, StopRequest
-from stage1_cnn.pool import WORTH_A_PROCESS_FRAMES, Advance, available_cores, choose_processes, work_through
+from stage1_cnn.pool import WORTH_A_PROCESS_FRAMES, Advance, choose_processes, work_through
 from tests.commands import PROJECT, group_members
 
 
