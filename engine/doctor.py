@@ -6,6 +6,7 @@ broken installation is a line and not a traceback. Checks import what they look 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import platform
@@ -91,16 +92,22 @@ def check_packages() -> Iterable[Finding]:
         yield Finding("FAIL", "surgstage", "not installed", "run `pip install -e .` in the project's folder")
         return
     sound = []
-    for line in wanted:
-        requirement, _, marker = line.partition(";")
-        if "extra ==" in marker or not _applies(marker):
-            continue
-        name, bound = _parts(requirement)
-        finding = _package(name, bound)
-        if finding.level == "ok":
-            sound.append(finding.found)
-        else:
-            yield finding
+    collects = gc.isenabled()
+    gc.disable()  # imports make many objects and hardly any garbage, which would be looked for again and again
+    try:
+        for line in wanted:
+            requirement, _, marker = line.partition(";")
+            if "extra ==" in marker or not _applies(marker):
+                continue
+            name, bound = _parts(requirement)
+            finding = _package(name, bound)
+            if finding.level == "ok":
+                sound.append(finding.found)
+            else:
+                yield finding
+    finally:
+        if collects:
+            gc.enable()
     if sound:
         yield Finding("ok", "packages", ", ".join(sorted(sound, key=str.casefold)))
 

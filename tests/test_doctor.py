@@ -110,6 +110,18 @@ def test_a_package_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPa
     assert "h5py" not in found["packages"].found
 
 
+def test_garbage_is_collected_again_after_the_packages() -> None:
+    import gc
+
+    assert gc.isenabled()
+    for looked_at_to_the_end in (False, True):
+        findings = iter(check_packages())
+        next(findings)
+        assert not looked_at_to_the_end or list(findings) == []
+        del findings
+        assert gc.isenabled()
+
+
 @pytest.mark.parametrize(
     ("versions", "level", "words"),
     [
