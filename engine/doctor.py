@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -57,12 +57,12 @@ class Finding:
 Check = Callable[[], Iterable[Finding]]
 
 
-def examined(what: str, check: Check) -> list[Finding]:
-    """The findings of a check; one that breaks is a finding itself."""
+def examined(what: str, check: Check) -> Iterator[Finding]:
+    """The findings of a check, as it finds them; one that breaks is a finding itself."""
     try:
-        return list(check())
+        yield from check()
     except Exception as error:  # a doctor that dies of the patient's illness helps nobody
-        return [Finding("FAIL", what, one_line(error), "reinstall with `pip install -e .`, or report this line")]
+        yield Finding("FAIL", what, one_line(error), "reinstall with `pip install -e .`, or report this line")
 
 
 def one_line(error: BaseException) -> str:
@@ -256,16 +256,20 @@ def check_slurm() -> Iterable[Finding]:
 
 def check_folder(what: str, folder: Path, needed_bytes: int = 0) -> Iterable[Finding]:
     """Whether a folder (or the first one above it that exists) can be written, and has room."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        yield Finding("FAIL", what, f"{folder} cannot be made: {place} is a file", "choose another folder")
+    try:
+        place = folder.absolute()
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            yield Finding("FAIL", what, f"{folder} cannot be made: {place} is a file", "choose another folder")
+            return
+        if problem := _write_problem(place):
+            yield Finding("FAIL", what, f"{folder} cannot be written ({problem})", "choose another folder")
+            return
+        free = shutil.disk_usage(place).free
+    except OSError as error:  # above it one that may not be entered, or a server that is gone
+        yield Finding("FAIL", what, f"{folder} cannot be looked at ({_reason(error)})", "choose another folder")
         return
-    if problem := _write_problem(place):
-        yield Finding("FAIL", what, f"{folder} cannot be written ({problem})", "choose another folder")
-        return
-    free = shutil.disk_usage(place).free
     room = f"{folder}, {free / 1e9:,.1f} GB free"
     if needed_bytes > free:
         to_do = "free some or choose another folder"
@@ -285,11 +289,15 @@ def _write_problem(folder: Path) -> str | None:
             stream.write(b"x" * 4096)
             os.fsync(stream.fileno())
     except OSError as error:
-        return error.strerror or type(error).__name__
+        return _reason(error)
     finally:
         with suppress(OSError):
             path.unlink(missing_ok=True)
     return None
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or type(error).__name__
 
 
 def machine_checks() -> Sequence[tuple[str, Check]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,16 @@ def test_a_check_that_breaks_is_a_line() -> None:
     finding = only(examined("GPU", broken))
     assert finding.line().startswith("FAIL  GPU: RuntimeError: two lines; ")
     assert finding.line().isprintable()
+
+
+def test_what_a_check_found_before_it_broke_is_shown_at_once() -> None:
+    def breaking() -> Iterator[Finding]:
+        yield Finding("ok", "GPU", "one")
+        raise RuntimeError("no other")
+
+    findings = iter(examined("GPU", breaking))
+    assert next(findings).found == "one"
+    assert only(findings).line().startswith("FAIL  GPU: RuntimeError: no other; ")
 
 
 def test_settings_that_cannot_be_read_for_a_broken_package_are_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +198,16 @@ def test_folders_that_are_full_or_closed_are_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
     finding = only(check_folder("runs", tmp_path))
     assert (finding.level, "Read-only file system" in finding.found) == ("FAIL", True)
+
+
+@pytest.mark.parametrize("call", ["exists", "disk_usage"])
+def test_a_folder_that_cannot_be_looked_at_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, call: str) -> None:
+    def refuse(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path if call == "exists" else shutil, call, refuse)
+    finding = only(check_folder("runs", tmp_path))
+    assert finding.line() == f"FAIL  runs: {tmp_path} cannot be looked at (Permission denied); choose another folder"
 
 
 @pytest.mark.parametrize(
