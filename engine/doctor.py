@@ -254,8 +254,11 @@ def check_slurm() -> Iterable[Finding]:
 # ---------------------------------------------------------------------------------------------- folders
 
 
-def check_folder(what: str, folder: Path, needed_bytes: int = 0) -> Iterable[Finding]:
-    """Whether a folder (or the first one above it that exists) can be written, and has room."""
+def check_folder(what: str, folder: Path, needed_bytes: int = 0, certain: bool = True) -> Iterable[Finding]:
+    """Whether a folder (or the first one above it that exists) can be written, and has room.
+
+    Not `certain`: some of what is needed may be there already.
+    """
     try:
         place = folder.absolute()
         while not place.exists():
@@ -271,13 +274,15 @@ def check_folder(what: str, folder: Path, needed_bytes: int = 0) -> Iterable[Fin
         yield Finding("FAIL", what, f"{folder} cannot be looked at ({_reason(error)})", "choose another folder")
         return
     room = f"{folder}, {free / 1e9:,.1f} GB free"
-    if needed_bytes > free:
-        to_do = "free some or choose another folder"
-        yield Finding("FAIL", what, f"{room}, about {needed_bytes / 1e9:,.1f} GB needed", to_do)
+    needed = f", about {needed_bytes / 1e9:,.1f} GB needed" if needed_bytes else ""
+    if needed_bytes > free and certain:
+        yield Finding("FAIL", what, room + needed, "free some or choose another folder")
+    elif needed_bytes > free:
+        to_do = "some are there already; where that is not enough, free some or choose another folder"
+        yield Finding("warn", what, f"{room}{needed} in all", to_do)
     elif free < MIN_FREE_BYTES:
         yield Finding("warn", what, room, "checkpoints and features take some GB; free some or choose another folder")
     else:
-        needed = f", about {needed_bytes / 1e9:,.1f} GB needed" if needed_bytes else ""
         yield Finding("ok", what, room + needed)
 
 
