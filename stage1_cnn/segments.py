@@ -70,23 +70,31 @@ def split_among(
     """
     counts = dict.fromkeys(jobs, 1)
     if processes > 1:
-        _balance(counts, processes, max(batch_frames, least_frames), may_split)
+        _balance(counts, processes, batch_frames, max(batch_frames, least_frames), may_split)
     pieces = [piece for job in jobs for piece in _cut(job, counts[job], batch_frames)]
     return sorted(pieces, key=lambda piece: -piece.frames) if processes > 1 else pieces
 
 
 def _balance(
-    counts: dict[VideoJob, int], processes: int, least_frames: int, may_split: Callable[[VideoJob], bool]
+    counts: dict[VideoJob, int],
+    processes: int,
+    batch_frames: int,
+    least_frames: int,
+    may_split: Callable[[VideoJob], bool],
 ) -> None:
     """Raise the number of parts of the job with the longest ones until the processes are balanced, or nothing helps."""
     ideal = sum(job.frames for job in counts) / processes
     best, best_counts = math.inf, dict(counts)
+
+    def can_have(job: VideoJob, parts: int) -> bool:
+        return job.frames // batch_frames // parts * batch_frames >= least_frames
+
     fixed: set[VideoJob] = set()
     while True:
         longest = _makespan([job.frames / count for job, count in counts.items() for _ in range(count)], processes)
         if longest < best:
             best, best_counts = longest, dict(counts)
-        left = [job for job in counts if job not in fixed and job.frames >= least_frames * (counts[job] + 1)]
+        left = [job for job in counts if job not in fixed and can_have(job, counts[job] + 1)]
         if longest <= _GOOD_BALANCE * ideal or not left:
             break
         job = max(left, key=lambda job: job.frames / counts[job])
@@ -106,14 +114,14 @@ def _makespan(lengths: Sequence[float], processes: int) -> float:
 
 
 def _cut(job: VideoJob, count: int, batch_frames: int) -> Iterator[VideoJob]:
-    batches = math.ceil(job.frames / batch_frames)
-    bounds = [min(round(number * batches / count) * batch_frames, job.frames) for number in range(count + 1)]
+    """Parts of nearly as many whole batches each; what is left goes to the last one."""
     if count == 1:
         yield job
         return
+    batches = job.frames // batch_frames
+    bounds = [*(round(number * batches / count) * batch_frames for number in range(count)), job.frames]
     for first, end in itertools.pairwise(bounds):
-        if end > first:
-            yield replace(job, frames=end - first, first=first)
+        yield replace(job, frames=end - first, first=first)
 
 
 # ---------------------------------------------------------------------------------------------- parts
