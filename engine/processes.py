@@ -419,7 +419,8 @@ def run_copies(command: list[str], count: int) -> int:
     """Run `command` as `count` processes that find one another, and return the exit code that says most.
 
     torch's elastic machinery starts and ends them; signals that come here go to each of them. Where one fails, the
-    others get SIGTERM and, if they do not end, SIGKILL. The code: that of the first that failed by itself.
+    others get SIGTERM and, if they do not end, SIGKILL. Of the codes of those that had failed when that was noticed,
+    that of one that was killed (128 and the signal's number) says most, then the smallest.
     """
     import tempfile
 
