@@ -6,6 +6,7 @@ broken installation is a line and not a traceback. Checks import what they look 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import platform
@@ -13,7 +14,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from configs.errors import printable
+from engine.processes import permitted_cores
 
 Level = Literal["ok", "warn", "FAIL"]
 # Packages by the name they are imported under, where it is not the distribution's.
@@ -55,12 +57,12 @@ class Finding:
 Check = Callable[[], Iterable[Finding]]
 
 
-def examined(what: str, check: Check) -> list[Finding]:
-    """The findings of a check; one that breaks is a finding itself."""
+def examined(what: str, check: Check) -> Iterator[Finding]:
+    """The findings of a check, as it finds them; one that breaks is a finding itself."""
     try:
-        return list(check())
+        yield from check()
     except Exception as error:  # a doctor that dies of the patient's illness helps nobody
-        return [Finding("FAIL", what, one_line(error), "reinstall with `pip install -e .`, or report this line")]
+        yield Finding("FAIL", what, one_line(error), "reinstall with `pip install -e .`, or report this line")
 
 
 def one_line(error: BaseException) -> str:
@@ -90,16 +92,22 @@ def check_packages() -> Iterable[Finding]:
         yield Finding("FAIL", "surgstage", "not installed", "run `pip install -e .` in the project's folder")
         return
     sound = []
-    for line in wanted:
-        requirement, _, marker = line.partition(";")
-        if "extra ==" in marker or not _applies(marker):
-            continue
-        name, bound = _parts(requirement)
-        finding = _package(name, bound)
-        if finding.level == "ok":
-            sound.append(finding.found)
-        else:
-            yield finding
+    collects = gc.isenabled()
+    gc.disable()  # imports make many objects and hardly any garbage, which would be looked for again and again
+    try:
+        for line in wanted:
+            requirement, _, marker = line.partition(";")
+            if "extra ==" in marker or not _applies(marker):
+                continue
+            name, bound = _parts(requirement)
+            finding = _package(name, bound)
+            if finding.level == "ok":
+                sound.append(finding.found)
+            else:
+                yield finding
+    finally:
+        if collects:
+            gc.enable()
     if sound:
         yield Finding("ok", "packages", ", ".join(sorted(sound, key=str.casefold)))
 
@@ -162,9 +170,8 @@ def check_devices() -> Iterable[Finding]:
 
     from engine.device import cpu_has_bf16
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     bf16 = "computes bf16" if cpu_has_bf16() else "no native bf16, so extraction runs in fp32"
-    yield Finding("ok", "CPU", f"{cores} core(s), {bf16}")
+    yield Finding("ok", "CPU", f"{permitted_cores()} core(s), {bf16}")
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             yield from examined(f"GPU {number}", lambda number=number: _gpu(number))  # type: ignore[misc]
@@ -247,26 +254,35 @@ def check_slurm() -> Iterable[Finding]:
 # ---------------------------------------------------------------------------------------------- folders
 
 
-def check_folder(what: str, folder: Path, needed_bytes: int = 0) -> Iterable[Finding]:
-    """Whether a folder (or the first one above it that exists) can be written, and has room."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        yield Finding("FAIL", what, f"{folder} cannot be made: {place} is a file", "choose another folder")
+def check_folder(what: str, folder: Path, needed_bytes: int = 0, certain: bool = True) -> Iterable[Finding]:
+    """Whether a folder (or the first one above it that exists) can be written, and has room.
+
+    Not `certain`: some of what is needed may be there already.
+    """
+    try:
+        place = folder.absolute()
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            yield Finding("FAIL", what, f"{folder} cannot be made: {place} is a file", "choose another folder")
+            return
+        if problem := _write_problem(place):
+            yield Finding("FAIL", what, f"{folder} cannot be written ({problem})", "choose another folder")
+            return
+        free = shutil.disk_usage(place).free
+    except OSError as error:  # above it one that may not be entered, or a server that is gone
+        yield Finding("FAIL", what, f"{folder} cannot be looked at ({_reason(error)})", "choose another folder")
         return
-    if problem := _write_problem(place):
-        yield Finding("FAIL", what, f"{folder} cannot be written ({problem})", "choose another folder")
-        return
-    free = shutil.disk_usage(place).free
     room = f"{folder}, {free / 1e9:,.1f} GB free"
-    if needed_bytes > free:
-        to_do = "free some or choose another folder"
-        yield Finding("FAIL", what, f"{room}, about {needed_bytes / 1e9:,.1f} GB needed", to_do)
+    needed = f", about {needed_bytes / 1e9:,.1f} GB needed" if needed_bytes else ""
+    if needed_bytes > free and certain:
+        yield Finding("FAIL", what, room + needed, "free some or choose another folder")
+    elif needed_bytes > free:
+        to_do = "some are there already; where that is not enough, free some or choose another folder"
+        yield Finding("warn", what, f"{room}{needed} in all", to_do)
     elif free < MIN_FREE_BYTES:
         yield Finding("warn", what, room, "checkpoints and features take some GB; free some or choose another folder")
     else:
-        needed = f", about {needed_bytes / 1e9:,.1f} GB needed" if needed_bytes else ""
         yield Finding("ok", what, room + needed)
 
 
@@ -278,11 +294,15 @@ def _write_problem(folder: Path) -> str | None:
             stream.write(b"x" * 4096)
             os.fsync(stream.fileno())
     except OSError as error:
-        return error.strerror or type(error).__name__
+        return _reason(error)
     finally:
         with suppress(OSError):
             path.unlink(missing_ok=True)
     return None
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or type(error).__name__
 
 
 def machine_checks() -> Sequence[tuple[str, Check]]:

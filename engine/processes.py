@@ -38,6 +38,7 @@ ANSWER_S = 5.0  # for a word about an error, where perhaps nobody keeps them
 LOOK_EVERY_S = 1.0
 FIRST_PORT, PORTS = 15000, 20000
 COPY_OF = "SURGSTAGE_COPY_OF"  # number of the process that started this one with --devices
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # set by torchrun, and by --devices
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,21 @@ def launch(environment: Mapping[str, str] | None = None) -> Launch:
     if not 0 <= rank < count:
         raise UserError(", ".join(f"{name}={found[name]}" for name in names) + ": not what a launcher sets; unset them")
     return Launch(rank, count, local)
+
+
+def permitted_cores() -> int:
+    """Cores that this process may run on, with others or alone."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_cores(environment: Mapping[str, str] | None = None) -> int:
+    """Cores for this process: those it may run on, divided among the processes that a launcher started beside it.
+
+    torchrun and `--devices` bind none to a core. A task of srun is bound to cores of its own.
+    """
+    found = os.environ if environment is None else environment
+    beside = found.get("LOCAL_WORLD_SIZE", "1") if AGENT_STORE in found else "1"
+    return max(1, permitted_cores() // max(1, int(beside) if beside.isdecimal() else 1))
 
 
 def speak_torchrun(environment: MutableMapping[str, str] | None = None) -> None:
@@ -194,7 +210,7 @@ class Processes:
         return mine[0]
 
     def together(self, work: Callable[[], Value]) -> list[Value]:
-        """What `work` gives on each process, in order; a UserError or a stop of one is everybody's, at the end."""
+        """What `work` gives on each process, in order; a UserError or a stop of one ends the others' work, too."""
         if self.count == 1:
             return [work()]
         from engine.stopping import Stopped
@@ -206,6 +222,8 @@ class Processes:
             value = work()
         except UserError as problem:
             error = str(problem)
+            if self._stop is not None:
+                self._stop.ask_others(signal.SIGTERM)  # the others leave their parts, and hear why below
         except Stopped as stop:
             stopped = stop.number
         self._wait_for_all()
@@ -284,7 +302,7 @@ def _board(patience_s: float) -> Any:
     """
     import torch.distributed as dist
 
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    kept = os.environ.get(AGENT_STORE) == "True"
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
@@ -401,7 +419,8 @@ def run_copies(command: list[str], count: int) -> int:
     """Run `command` as `count` processes that find one another, and return the exit code that says most.
 
     torch's elastic machinery starts and ends them; signals that come here go to each of them. Where one fails, the
-    others get SIGTERM and, if they do not end, SIGKILL. The code: that of the first that failed by itself.
+    others get SIGTERM and, if they do not end, SIGKILL. Of the codes of those that had failed when that was noticed,
+    that of one that was killed (128 and the signal's number) says most, then the smallest.
     """
     import tempfile
 
@@ -409,11 +428,11 @@ def run_copies(command: list[str], count: int) -> int:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # any free port
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, permitted_cores() // count))
     said = {
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        AGENT_STORE: "True",
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "OMP_NUM_THREADS": threads,

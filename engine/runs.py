@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import platform
 import re
 import subprocess
@@ -17,6 +16,7 @@ from configs.errors import UserError
 from configs.load import differences, to_yaml
 from configs.schema import Config
 from engine.files import make_folder, read_json_object, remove_stale_temporaries, sha256_json, write_json, write_text
+from engine.processes import permitted_cores
 
 IDENTITY_FILE = "identity.json"
 RESULT_FILE = "result.json"
@@ -139,7 +139,7 @@ def environment() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": permitted_cores(),
         "git_revision": git_revision(),
         "packages": {name: package_version(name) for name in PACKAGES},
     }

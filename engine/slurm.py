@@ -229,20 +229,45 @@ def submit(request: Request, run: Path, program: Path, *, dry_run: bool = False)
         return submission
     patience_s = float(max(1, delay_s - _REQUEUE_S))
     jobs = [StageCommand(command, Path.cwd(), request.max_requeues, patience_s) for command in commands]
+    record = _record(request, submission)  # whatever can fail fails before there is a job
     try:
         with redirect_stderr(StringIO()):  # submitit prints what it raises, too
             job_ids = _send(executor, jobs)
     except Exception as error:
-        shutil.rmtree(folder, ignore_errors=True)  # nothing was submitted; sbatch says why
-        with suppress(OSError):  # nor is an empty run left behind
-            folder.parent.rmdir()
-            run.rmdir()
+        problem = _why_nothing_was_submitted(error)
+        if problem is not None:
+            _remove_unused(folder, run)
+            raise UserError(problem) from error
         if type(error).__name__ not in ("FailedJobError", "FailedSubmissionError"):
             raise
-        raise UserError(f"sbatch refused: {' '.join(str(error).replace('sbatch: error:', '').split())}") from error
-    submission = replace(submission, job_ids=job_ids)
-    write_json(folder / "submission.json", _record(request, submission))
-    return submission
+        raise UserError(
+            f"sbatch named no job ({_words(error)}); see with `squeue --me` whether there is one and `scancel` it; "
+            f"what it was given is in {folder}"
+        ) from error
+    write_json(folder / "submission.json", {"job_ids": list(job_ids), **record})
+    return replace(submission, job_ids=job_ids)
+
+
+def _why_nothing_was_submitted(error: Exception) -> str | None:
+    """In one line; None for an error after which there may be a job."""
+    refused = isinstance(error.__cause__, subprocess.CalledProcessError)
+    if type(error).__name__ == "FailedJobError" and refused:
+        return f"sbatch refused: {_words(error)}"
+    if isinstance(error, OSError) and error.filename == "sbatch":
+        return f"sbatch cannot be run: {error.strerror}"
+    return None
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).replace("sbatch: error:", "").split())
+
+
+def _remove_unused(folder: Path, run: Path) -> None:
+    """Leave nothing of a submission that came to nothing."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # nor an empty run
+        folder.parent.rmdir()
+        run.rmdir()
 
 
 def parse_time_limit(text: str) -> int:
@@ -391,11 +416,19 @@ def _new_folder(parent: Path, stage: str, *, make: bool) -> Path:
     raise UserError(f"{parent}: full of submissions of this second; try again")
 
 
+def _user() -> str:
+    """Who submits: a name, or the number of a user without one, as containers have them."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
 def _record(request: Request, submission: Submission) -> dict[str, Any]:
+    """`submission.json` but for the job ids."""
     return {
-        "job_ids": list(submission.job_ids),
         "submitted": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "user": getpass.getuser(),
+        "user": _user(),
         "git_revision": git_revision(),
         "folder": str(Path.cwd()),
         "commands": [list(command) for command in submission.commands],

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, start again and it goes on. Ctrl-C keeps the shell's 130.
 EXIT_PREEMPTED = 75
@@ -43,7 +44,9 @@ class StopRequest:
             raise Stopped(number)
 
     def _look(self) -> int | None:
-        self.number = self.ask_others(self.number)
+        found = self.ask_others(self.number)
+        if found is not None and self.number is None:  # a signal may have come meanwhile
+            self.number = found
         return self.number
 
 
@@ -56,22 +59,28 @@ def watch_signals(leaving: bool = False) -> Iterator[StopRequest]:
     those who cannot wait. Outside the main thread, where Python allows no handlers, nothing is caught.
 
     Afterwards signals do what they did before. With `leaving`, nothing but the process's end comes after the body, and
-    they are ignored: a process that has written its result must not end by a signal as if it had not.
+    where that went well they are ignored: a process that has written its result must not end by a signal as if it had
+    not.
     """
     request = StopRequest()
+    interrupted = False
 
     def handle(number: int, frame: FrameType | None) -> None:
-        again = request.number is not None
+        nonlocal interrupted
         request.number = request.number or number
-        if again and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            if interrupted:
+                raise KeyboardInterrupt
+            interrupted = True
 
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    afterwards: dict[int, Any] = {number: signal.signal(number, handle) for number in _SIGNALS}
     try:
         yield request
+        if leaving:
+            afterwards = dict.fromkeys(_SIGNALS, signal.SIG_IGN)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if leaving else handler)
+        for number, handler in afterwards.items():
+            signal.signal(number, handler)

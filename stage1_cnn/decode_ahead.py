@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset
 
 from configs.schema import Config
+from engine.files import NoRoomError
 from engine.progress import progress_bar, say
 from engine.stopping import StopRequest
 from features.index import Index
@@ -42,6 +43,8 @@ class Encodes(Protocol):
     root: Path
 
     def __call__(self, job: VideoJob, advance: Advance) -> None: ...
+
+    def require_sound_labels_and_room(self, job: VideoJob) -> None: ...
 
     def sink(self, job: VideoJob, provenance: dict[str, str]) -> AbstractContextManager[Rows]: ...
 
@@ -98,7 +101,8 @@ def work_ahead(
 ) -> Generator[tuple[VideoJob, str | None], None, None]:
     """Do the jobs in this process with frames that `decoders` others decode; yields as `work_through` does.
 
-    Where one of them dies, this process goes on alone with what is left. Raises Stopped when asked to stop.
+    Where one of them dies, this process goes on alone with what is left. Raises Stopped when asked to stop,
+    and NoRoomError when the disk is full.
     """
     with_frames = [job for job in jobs if not job.labels_only]
     left = list(jobs)
@@ -157,7 +161,7 @@ def _next(messages: Iterator[tuple[int, Message]]) -> tuple[int, Message]:
         return next(messages)
     except StopIteration as error:
         raise _DecoderDied("a decoding process ended early") from error
-    except RuntimeError as error:
+    except (RuntimeError, EOFError, ConnectionError) as error:  # the latter where it was handing something over
         raise _DecoderDied(f"a decoding process died ({one_line(error)})") from error
 
 
@@ -168,6 +172,7 @@ def _take_in(task: Encodes, at: _Open, message: Message) -> tuple[bool, str | No
             _drop(at, RuntimeError(message))
             return True, message
         if isinstance(message, dict):
+            task.require_sound_labels_and_room(at.job)
             at.sink = task.sink(at.job, message)
             at.rows = at.sink.__enter__()
         elif message is None:
@@ -177,6 +182,8 @@ def _take_in(task: Encodes, at: _Open, message: Message) -> tuple[bool, str | No
             assert at.rows is not None  # the first message of a job opens it
             with np.errstate(over="ignore"):  # the writer says in words what does not fit
                 at.rows.append(*task.encode(message))
+    except NoRoomError:
+        raise
     except VIDEO_ERRORS as error:
         _drop(at, error)
         return True, one_line(error)

@@ -221,25 +221,50 @@ def _agreement(index: Index, root: Path, path: Path) -> Finding:
 
 
 def check_folders(config: Config) -> Iterable[Finding]:
-    """Where results go: writable, with room for what the index comes to at these settings."""
-    frames, lengths = _sampled_lengths(config)
-    features = sum(length * (2048 * 4 + 64) + 64_000 for length in lengths)
-    cached = int(frames * 1.5 * config.preprocess.resize_px**2)
+    """Where results go: writable, with room for what the index comes to at these settings and is not there yet."""
     yield from check_folder("runs", config.runs)
-    yield from check_folder("features", config.extract.store, features)
-    yield from check_folder("frame cache", config.cache.dir, cached)
+    yield from examined("features", lambda: _check_store(config))
+    yield from examined("frame cache", lambda: _check_cache(config))
     yield from check_folder("temporary files", Path(tempfile.gettempdir()))
 
 
-def _sampled_lengths(config: Config) -> tuple[int, list[int]]:
-    """Sampled frames in all and a video, as far as there is an index to tell."""
+def _check_store(config: Config) -> Iterable[Finding]:
+    """Room for the features of all videos. Which are there already only the encoder's weights would tell."""
+    from features.store import EncoderSpec, estimate_bytes, feature_path
+    from stage1_cnn.model import build_backbone
+
+    store, frames = config.extract.store, _sampled_frames(config)
+    name, storage = config.cnn.backbone, config.extract.storage
+    try:
+        dim = build_backbone(name, "random", 0).embedding_dim if frames else 0
+    except UserError:  # the line about weights says so
+        dim = 0
+    needed = estimate_bytes(frames.values(), EncoderSpec(name, "", {}, config.data.fps, "fp32", storage, dim))
+    some_are_there = any(
+        os.path.exists(feature_path(folder, one)) for folder in store.glob(f"{name}-*") for one in frames
+    )
+    yield from check_folder("features", store, needed, certain=not some_are_there)
+
+
+def _check_cache(config: Config) -> Iterable[Finding]:
+    """Room for the frames that training would decode; files that are there count as whole."""
+    from stage1_cnn.frames import frame_cache
+
+    cache = frame_cache(config)
+    frames = _sampled_frames(config, ("train", "val"))
+    needed = sum(cache.estimate_bytes(count) for one, count in frames.items() if not os.path.exists(cache.path(one)))
+    yield from check_folder("frame cache", config.cache.dir, needed)
+
+
+def _sampled_frames(config: Config, splits: tuple[str, ...] = ()) -> dict[str, int]:
+    """Sampled frames of each video, of some splits or all, as far as there is an index to tell."""
     from features.index import Index, sampled_frames
 
     if not config.data.index.exists():
-        return 0, []
+        return {}
     try:
-        index = Index.load(config.data.index)
-        lengths = [len(sampled_frames(entry, config.data.fps)) for entry in index.videos]
+        videos = Index.load(config.data.index).videos
+        wanted = [entry for entry in videos if not splits or entry.split in splits]
+        return {entry.id: len(sampled_frames(entry, config.data.fps)) for entry in wanted}
     except UserError:
-        return 0, []
-    return sum(lengths), lengths
+        return {}

@@ -19,7 +19,7 @@ from engine.runs import RESULT_FILE
 from features.preprocess import crop_frames, normalise, preprocess_json
 from features.store import EncoderSpec
 from stage1_cnn.folding import fold_batch_norm
-from stage1_cnn.fusing import fuse_relu
+from stage1_cnn.fusing import fuse_relu, lays_out
 from stage1_cnn.model import (
     Backbone,
     ToolNet,
@@ -37,8 +37,8 @@ class Encoder:
 
     `tool_head` is None for an encoder that was not trained; its tool logits are NaN. Only the backbone runs in the
     lower precision; the head, whose logits are ranked, takes float32. In the lower precision batch norm is folded into
-    the convolutions before it (on a CPU ReLU is fused with them, too), and what could be folded has such weights
-    itself; other nets run under autocast.
+    the convolutions before it (on a CPU that can, ReLU is fused with them, too), and what could be folded has such
+    weights itself; other nets run under autocast.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class Encoder:
         require_image_size(backbone, config.preprocess.crop_px)
         # fp32 is what others are compared with, the joint net among them: it computes the layers as they are
         folded = fold_batch_norm(backbone, config.preprocess.crop_px) if precision != "fp32" else None
-        on_cpu = self.device.type == "cpu" and not config.extract.compile
-        fused = fuse_relu(folded, config.preprocess.crop_px) if folded is not None and on_cpu else None
+        may_fuse = self.device.type == "cpu" and not config.extract.compile and lays_out(DTYPES[precision])
+        fused = fuse_relu(folded, config.preprocess.crop_px) if folded is not None and may_fuse else None
         net = (fused or folded or backbone).eval()
         net = net.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._dtype = DTYPES[precision] if folded is not None else torch.float32

@@ -397,7 +397,7 @@ class ExtractTask:
             return
         keep_freed_memory()  # here, since each process does so for itself
         encoder = self._encoder()
-        self._require_sound_labels_and_room(job, entry)
+        self.require_sound_labels_and_room(job)
         pictures_of = open_pictures(self.config, entry, self.root, self.index, job.samples)
         with _one_thread(encoder.device), pictures_of as pictures, self.sink(job, pictures.provenance) as rows:
             for batch in crop_batches(pictures.frames, encoded_at_once(self.config), self.config.preprocess.crop_px):
@@ -449,9 +449,9 @@ class ExtractTask:
         frame_index = sampled_frames(entry, self.config.data.fps)
         return frame_index, *load_labels(entry, self.root, self.index, frame_index, self.config.data.tools_between_rows)
 
-    def _require_sound_labels_and_room(self, job: VideoJob, entry: VideoEntry) -> None:
-        """Before anything is decoded."""
-        self._labels(entry)
+    def require_sound_labels_and_room(self, job: VideoJob) -> None:
+        """Before anything is computed. Raises UserError."""
+        self._labels(self.index.entry(job.video_id))
         needed = estimate_bytes([job.frames], self.spec) * (3 if job.part else 1)  # parts are float32, and copied
         require_free_bytes(self.folder, needed, "the features")
 

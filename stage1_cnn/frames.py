@@ -193,8 +193,9 @@ class CacheTask:
 def fill_cache(config: Config, index: Index, root: Path, entries: Sequence[VideoEntry], stop: StopRequest) -> None:
     """Decode into the cache what it does not hold of `entries`, several videos at once, with progress.
 
-    Raises UserError naming the first video that cannot be read (the others' frames are kept), or before the work when
-    the disk has no room; Stopped when asked to stop.
+    Raises UserError naming the first video that cannot be read, or before the work when the disk has no room; Stopped
+    when asked to stop. Frames of the other videos are kept, of several processes' those of videos that were finished
+    when the first of them ended with an error.
     """
     cache = frame_cache(config)
     jobs = []

@@ -15,10 +15,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Generic, Protocol, TypeVar
 
 from configs.errors import UserError
 from engine.files import NoRoomError
+from engine.processes import available_cores
 from engine.progress import progress_bar
 from engine.stopping import StopRequest
 
@@ -55,19 +57,15 @@ def processes_for(wanted: int, frames: int) -> int:
     return max(1, wanted)
 
 
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def work_through(
     task: Task[AnyJob], jobs: Sequence[AnyJob], processes: int, title: str, stop: StopRequest, **bar_options: Any
 ) -> Generator[tuple[AnyJob, str | None], None, None]:
     """Do `task(job, advance)` for every job, with progress; yields each job as it ends, and why where it failed.
 
     A failure that a video can cause does not end the others' work. With `processes` > 1 the task goes to each process
-    once, pickled, and keeps what it loads there; a process that dies takes only its own video with it. Raises Stopped
-    when asked to stop, and NoRoomError when the disk is full, after the task's clean-up.
+    once, pickled (tensors in shared memory stay shared), and keeps what it loads there; a process that dies takes only
+    its own video with it. Raises Stopped when asked to stop, and NoRoomError when the disk is full, after the task's
+    clean-up.
     """
     unit = bar_options.pop("unit", "frame")
     with progress_bar(sum(job.frames for job in jobs), title, unit, **bar_options) as bar:
@@ -130,6 +128,29 @@ def _in_processes(
             yield alone[0] if alone else (job, "the process that worked on it died (out of memory, or killed)")
 
 
+class _Packed:
+    """A task on its way into a process, which watches its parent before it imports what the task takes (torch, for
+    seconds).
+
+    Pickled for each process anew: tensors in shared memory travel as file descriptors, which only that process has.
+    """
+
+    def __init__(self, task: Task[Any]) -> None:
+        self._task = task
+
+    def __getstate__(self) -> bytes:
+        return bytes(ForkingPickler.dumps(self._task))
+
+    def __setstate__(self, content: bytes) -> None:
+        self._content = content
+
+    def unpack(self) -> Task[Any]:
+        """The task; once a process."""
+        task: Task[Any] = pickle.loads(self._content)  # noqa: S301, the parent has made it
+        del self._content
+        return task
+
+
 class _Pool(Generic[AnyJob]):
     """Processes that do jobs, told to stop through shared memory, and watched through a counter a job."""
 
@@ -140,8 +161,7 @@ class _Pool(Generic[AnyJob]):
         self._left: dict[Future[str | None], int] = {}
         self._frames = context.Array("q", [_NOT_BEGUN] * len(jobs), lock=False)
         self._stopped = context.Value("b", 0, lock=False)
-        # as bytes: a process watches its parent before it imports what the task takes (torch, for seconds)
-        initargs = (pickle.dumps(task), self._frames, self._stopped)
+        initargs = (_Packed(task), self._frames, self._stopped)
         self._executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=initargs)
 
     def outcomes(self, stop: StopRequest, bar: Any) -> Iterator[tuple[AnyJob, str | None]]:
@@ -193,11 +213,11 @@ _state: _State | None = None
 _job = threading.Lock()  # held while this process has a video in work
 
 
-def _begin(task: bytes, frames: Any, stopped: Any) -> None:
-    """First thing in a new process; `task` is pickled."""
+def _begin(packed: _Packed, frames: Any, stopped: Any) -> None:
+    """First thing in a new process."""
     global _state
     serve_parent(stopped=stopped)
-    _state = _State(pickle.loads(task), frames, stopped)  # noqa: S301, the parent has made it
+    _state = _State(packed.unpack(), frames, stopped)
 
 
 def serve_parent(worker: int = 0, stopped: Any = None) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
-from engine.files import as_user_error, temporary_path
+from engine.files import NoRoomError, as_user_error, temporary_path
 from features.store import feature_path
 from stage1_cnn.pool import VIDEO_ERRORS, one_line
 
@@ -70,23 +70,31 @@ def split_among(
     """
     counts = dict.fromkeys(jobs, 1)
     if processes > 1:
-        _balance(counts, processes, max(batch_frames, least_frames), may_split)
+        _balance(counts, processes, batch_frames, max(batch_frames, least_frames), may_split)
     pieces = [piece for job in jobs for piece in _cut(job, counts[job], batch_frames)]
     return sorted(pieces, key=lambda piece: -piece.frames) if processes > 1 else pieces
 
 
 def _balance(
-    counts: dict[VideoJob, int], processes: int, least_frames: int, may_split: Callable[[VideoJob], bool]
+    counts: dict[VideoJob, int],
+    processes: int,
+    batch_frames: int,
+    least_frames: int,
+    may_split: Callable[[VideoJob], bool],
 ) -> None:
     """Raise the number of parts of the job with the longest ones until the processes are balanced, or nothing helps."""
     ideal = sum(job.frames for job in counts) / processes
     best, best_counts = math.inf, dict(counts)
+
+    def can_have(job: VideoJob, parts: int) -> bool:
+        return job.frames // batch_frames // parts * batch_frames >= least_frames
+
     fixed: set[VideoJob] = set()
     while True:
         longest = _makespan([job.frames / count for job, count in counts.items() for _ in range(count)], processes)
         if longest < best:
             best, best_counts = longest, dict(counts)
-        left = [job for job in counts if job not in fixed and job.frames >= least_frames * (counts[job] + 1)]
+        left = [job for job in counts if job not in fixed and can_have(job, counts[job] + 1)]
         if longest <= _GOOD_BALANCE * ideal or not left:
             break
         job = max(left, key=lambda job: job.frames / counts[job])
@@ -106,14 +114,14 @@ def _makespan(lengths: Sequence[float], processes: int) -> float:
 
 
 def _cut(job: VideoJob, count: int, batch_frames: int) -> Iterator[VideoJob]:
-    batches = math.ceil(job.frames / batch_frames)
-    bounds = [min(round(number * batches / count) * batch_frames, job.frames) for number in range(count + 1)]
+    """Parts of nearly as many whole batches each; what is left goes to the last one."""
     if count == 1:
         yield job
         return
+    batches = job.frames // batch_frames
+    bounds = [*(round(number * batches / count) * batch_frames for number in range(count)), job.frames]
     for first, end in itertools.pairwise(bounds):
-        if end > first:
-            yield replace(job, frames=end - first, first=first)
+        yield replace(job, frames=end - first, first=first)
 
 
 # ---------------------------------------------------------------------------------------------- parts
@@ -205,7 +213,10 @@ class Assembly:
             _remove(parts)
 
     def ended(self, piece: VideoJob, reason: str | None) -> tuple[VideoJob, str | None] | None:
-        """A piece has ended: where it was the last one, the video and the reason of its first part that failed."""
+        """A piece has ended: where it was the last one, the video and the reason of its first part that failed.
+
+        Raises NoRoomError when the disk is full.
+        """
         if piece.part is None:
             return piece, reason
         self._keep_alive()
@@ -225,6 +236,8 @@ class Assembly:
     def _put_together(self, video: VideoJob, parts: Sequence[VideoJob]) -> str | None:
         try:
             self._finish(video, parts)
+        except NoRoomError:
+            raise
         except VIDEO_ERRORS as error:
             return one_line(error)
         return None

@@ -29,12 +29,13 @@ from configs.load import load_ablation, load_config, to_yaml
 from configs.schema import FEATURE_KEYS, AblationConfig, Config
 from engine.device import choose_device
 from engine.files import make_folder, read_json_object, sha256_json, sole_worker, write_text
+from engine.processes import available_cores
 from engine.progress import no_bars, say
 from engine.runs import RESULT_FILE, StageFolder
 from engine.stopping import StopRequest
 from evaluation.ablation import Trial, ablation_page, ablation_rows, ablation_table, write_ablation_csv
 from features.store import find_feature_folder
-from stage1_cnn.pool import Advance, available_cores, choose_processes, work_through
+from stage1_cnn.pool import Advance, choose_processes, work_through
 from stage2_temporal.ablate_features import SharedFeatures, folder_of, share_features
 from stage2_temporal.data import TrainingData
 from stage2_temporal.train import SCORE, train_temporal

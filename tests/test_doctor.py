@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from configs.errors import UserError
 from configs.schema import DataConfig
 from engine import doctor
 from engine.doctor import Finding, check_folder, check_open_files, check_packages, check_shared_memory, examined
-from features.index import build_index
+from features.index import build_index, sampled_frames
 from stage1_cnn import doctor as ours
-from stage1_cnn.doctor import check_data, check_decoders, check_weights, diagnose
+from stage1_cnn.doctor import check_data, check_decoders, check_folders, check_weights, diagnose
+from stage1_cnn.frames import frame_cache
 from tests.commands import run
 from tests.stage1_cnn.material import SPEC, make_world, write_dataset
 
@@ -76,6 +78,16 @@ def test_a_check_that_breaks_is_a_line() -> None:
     assert finding.line().isprintable()
 
 
+def test_what_a_check_found_before_it_broke_is_shown_at_once() -> None:
+    def breaking() -> Iterator[Finding]:
+        yield Finding("ok", "GPU", "one")
+        raise RuntimeError("no other")
+
+    findings = iter(examined("GPU", breaking))
+    assert next(findings).found == "one"
+    assert only(findings).line().startswith("FAIL  GPU: RuntimeError: no other; ")
+
+
 def test_settings_that_cannot_be_read_for_a_broken_package_are_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours, "machine_checks", lambda: ())
     monkeypatch.setattr(ours, "check_decoders", lambda: ())
@@ -107,6 +119,18 @@ def test_a_package_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPa
     assert "cannot open shared object file" in found["h5py"].found
     assert found["decord"].level == "warn"  # PyAV reads what it would
     assert "h5py" not in found["packages"].found
+
+
+def test_garbage_is_collected_again_after_the_packages() -> None:
+    import gc
+
+    assert gc.isenabled()
+    for looked_at_to_the_end in (False, True):
+        findings = iter(check_packages())
+        next(findings)
+        assert not looked_at_to_the_end or list(findings) == []
+        del findings
+        assert gc.isenabled()
 
 
 @pytest.mark.parametrize(
@@ -176,6 +200,16 @@ def test_folders_that_are_full_or_closed_are_named(monkeypatch: pytest.MonkeyPat
     assert (finding.level, "Read-only file system" in finding.found) == ("FAIL", True)
 
 
+@pytest.mark.parametrize("call", ["exists", "disk_usage"])
+def test_a_folder_that_cannot_be_looked_at_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, call: str) -> None:
+    def refuse(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path if call == "exists" else shutil, call, refuse)
+    finding = only(check_folder("runs", tmp_path))
+    assert finding.line() == f"FAIL  runs: {tmp_path} cannot be looked at (Permission denied); choose another folder"
+
+
 @pytest.mark.parametrize(
     ("program", "level", "words"),
     [
@@ -235,3 +269,51 @@ def test_the_data_are_looked_at_without_being_opened(tmp_path: Path, monkeypatch
     assert "1 of 3 sources are not there (video02)" in list(check_data(config))[-1].found
     config.data.index.write_text("{")
     assert levels(check_data(config)) == ["FAIL"]
+
+
+def test_room_is_asked_for_what_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_dataset(tmp_path / "data", 4)
+    world = make_world(tmp_path, root)
+    index = world.index()
+    index.save(world.config.data.index)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 0))
+
+    def found(config: Any = world.config) -> dict[str, Finding]:
+        return {finding.what: finding for finding in check_folders(config)}
+
+    assert (found()["features"].level, found()["frame cache"].level) == ("FAIL", "FAIL")
+    trained_on = [entry.id for entry in index.videos if entry.split in ("train", "val")]
+    assert 0 < len(trained_on) < 4
+    for video_id in trained_on:
+        path = frame_cache(world.config).path(video_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert found()["frame cache"].level == "warn"
+    assert "needed" not in found()["frame cache"].found
+    folder = world.config.extract.store / f"{world.config.cnn.backbone}-0123456789ab"
+    folder.mkdir(parents=True)
+    (folder / "video01.h5").touch()
+    assert found()["features"].level == "warn"
+    assert "needed in all" in found()["features"].found
+
+
+def test_room_for_features_goes_by_backbone_and_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_dataset(tmp_path / "data", 4)
+    world = make_world(tmp_path, root)
+    index = world.index()
+    index.save(world.config.data.index)
+    needed: dict[str, int] = {}
+
+    def note(what: str, folder: Path, needed_bytes: int = 0, certain: bool = True) -> list[Finding]:
+        needed[what] = needed_bytes
+        return []
+
+    monkeypatch.setattr(ours, "check_folder", note)
+    sizes = {}
+    for backbone, storage in (("resnet18", "float16"), ("resnet50", "float16"), ("resnet50", "float32")):
+        assert list(check_folders(world.set(cnn={"backbone": backbone}, extract={"storage": storage}))) == []
+        sizes[backbone, storage] = needed["features"]
+    frames = sum(len(sampled_frames(entry, world.config.data.fps)) for entry in index.videos)
+    assert sizes["resnet50", "float16"] - sizes["resnet18", "float16"] == frames * (2048 - 512) * 2
+    assert sizes["resnet50", "float32"] - sizes["resnet50", "float16"] == frames * 2048 * 2
+    assert list(check_folders(world.set(cnn={"backbone": "no such net"}))) == []

@@ -83,6 +83,24 @@ def cache(folder: Path) -> None:
 
 @cli.command()
 @click.argument("folder", type=Path)
+def mistake(folder: Path) -> None:
+    """Work before training, of which the first has minutes left when the second finds a video that cannot be read."""
+    with watch_signals() as stop:
+        processes = join("cpu", stop)
+
+        def work() -> None:
+            if not processes.first:
+                raise UserError("video07.mp4: damaged, frame 3")
+            for _ in range(4000):
+                stop.raise_if_set()
+                time.sleep(0.05)
+            (folder / "all done").touch()
+
+        processes.together(work)
+
+
+@cli.command()
+@click.argument("folder", type=Path)
 def late(folder: Path) -> None:
     """The second process finds something wrong before they meet."""
     if not speaks():

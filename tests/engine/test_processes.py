@@ -17,7 +17,17 @@ from hypothesis import strategies as st
 
 from configs.errors import UserError
 from engine.checkpoints import load_checkpoint
-from engine.processes import Launch, Processes, first_host, launch, lost_another, speak_torchrun
+from engine.processes import (
+    Launch,
+    Processes,
+    available_cores,
+    first_host,
+    launch,
+    lost_another,
+    permitted_cores,
+    run_copies,
+    speak_torchrun,
+)
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -74,6 +84,34 @@ def test_a_task_of_srun_hears_what_torchrun_would_say() -> None:
 )
 def test_the_first_host_of_a_list(hosts: str, first: str) -> None:
     assert first_host(hosts) == first
+
+
+def test_processes_that_share_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    assert available_cores({}) == permitted_cores() == 8
+    torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "False", "LOCAL_WORLD_SIZE": "4"}
+    assert available_cores(torchrun) == 2
+    assert available_cores({**torchrun, "LOCAL_WORLD_SIZE": "16"}) == 1
+    assert available_cores({**torchrun, "LOCAL_WORLD_SIZE": "none"}) == 8
+    task = dict(TASK)
+    speak_torchrun(task)
+    assert available_cores(task) == 8  # of its own
+
+
+@pytest.mark.slow
+def test_copies_share_the_cores_that_they_may_run_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 100)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    program = (
+        "import os, pathlib, sys; os.sched_getaffinity = lambda process: set(range(6))\n"
+        "from engine.processes import available_cores\n"
+        "found = f\"{available_cores()} {os.environ['OMP_NUM_THREADS']}\"\n"
+        "pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(found)"
+    )
+    assert run_copies([sys.executable, "-c", program, str(tmp_path)], 2) == 0
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "3 3", "1": "3 3"}
 
 
 @given(items=st.lists(st.integers()), count=st.integers(1, 5))
@@ -169,6 +207,17 @@ def test_a_signal_to_one_process_ends_the_own_work_of_another(tmp_path: Path, wh
     assert said.count("stopped by SIGINT") == 1, said
     if what == "apart":
         assert len(load_checkpoint(tmp_path / "last.pt")["others"]) == 1
+
+
+@pytest.mark.slow
+def test_a_mistake_in_the_own_work_of_one_ends_that_of_another(tmp_path: Path) -> None:
+    """Minutes are left to the other; both end with what was wrong, not as stopped."""
+    codes, said = ends_of(start_pair("mistake", tmp_path))
+    assert codes == [2, 2], said
+    assert said.count("error:") == 1, said
+    assert "error: video07.mp4: damaged, frame 3" in said
+    assert "stopped" not in said
+    assert not (tmp_path / "all done").exists()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -98,6 +99,57 @@ def test_without_submitit_or_cluster_a_line_says_what_to_do(tmp_path: Path, monk
     with pytest.raises(UserError, match=r"pip install -e '\.\[slurm\]'"):
         submit(request(), tmp_path / "run", PROGRAM)
     assert not (tmp_path / "run").exists()
+
+
+def sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """A machine whose only command is this one."""
+    (folder / "bin").mkdir()
+    program = folder / "bin" / "sbatch"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+
+
+@pytest.mark.parametrize("error", [KeyError("getpwuid(): uid not found: 4711"), OSError("No username set")])
+def test_a_user_without_a_name_is_recorded_by_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def nameless() -> str:
+        raise error
+
+    sbatch(tmp_path, monkeypatch, "echo Submitted batch job 7")
+    monkeypatch.setattr("getpass.getuser", nameless)
+    done = submit(request(), tmp_path / "run", PROGRAM)
+    assert done.job_ids == ("7",)
+    record = json.loads((done.folder / "submission.json").read_text())
+    assert (record["user"], record["job_ids"]) == (str(os.getuid()), ["7"])
+
+
+def test_what_is_never_submitted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sbatch(tmp_path, monkeypatch, "echo 'sbatch: error: no such partition' >&2; exit 1")
+    with pytest.raises(UserError, match=r"^sbatch refused: no such partition$"):
+        submit(request(), tmp_path / "run", PROGRAM)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "bin" / "sbatch").write_text("#!/gone\n")
+    with pytest.raises(UserError, match=r"^sbatch cannot be run: No such file"):
+        submit(request(), tmp_path / "run", PROGRAM)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_may_have_been_submitted_keeps_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sbatch(tmp_path, monkeypatch, "echo Welcome to the cluster")
+    with pytest.raises(UserError, match=r"named no job .*squeue --me"):
+        submit(request(), tmp_path / "said", PROGRAM)
+    assert list(tmp_path.glob("said/slurm/*-extract/*.pkl"))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho Submitted batch job 7\n")
+    monkeypatch.setattr("submitit.core.utils.JobPaths.move_temporary_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        submit(request(), tmp_path / "run", PROGRAM)
+    assert list(tmp_path.glob("run/slurm/*-extract/*.pkl"))
 
 
 # A job's process as submitit makes it: its own signal handler, and a cluster that only says what it is asked for.

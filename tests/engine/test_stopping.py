@@ -43,11 +43,45 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_signal_that_comes_while_the_others_are_asked_is_kept() -> None:
+    def ask(own: int | None) -> int | None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return own
+
+    with watch_signals() as stop:
+        stop.ask_others = ask
+        with pytest.raises(Stopped, match="SIGTERM"):
+            stop.raise_if_set()
+
+
+@pytest.mark.parametrize("first", ["its own", "another's"])
+def test_the_first_ctrl_c_waits_whatever_came_before(first: str) -> None:
+    with watch_signals() as stop:
+        if first == "its own":
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            stop.ask_others = lambda own: signal.SIGTERM
+        assert stop
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Stopped, match="SIGTERM"):
+            stop.raise_if_set()
+
+
 def test_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with watch_signals():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("error", [Stopped(signal.SIGTERM), ValueError("a bug")])
+def test_handlers_are_put_back_where_the_end_was_no_result(error: Exception) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(type(error)), watch_signals(leaving=True):
+        raise error
+    found = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
+    assert found == before
 
 
 LEAVING = """

@@ -6,10 +6,13 @@ import operator
 import pickle
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from configs.schema import CnnConfig, Config, ExtractConfig, PreprocessConfig
+from stage1_cnn.encoder import Encoder
 from stage1_cnn.folding import fold_batch_norm
 from stage1_cnn.fusing import ConvRelu, fuse_relu
 from stage1_cnn.model import build_backbone
@@ -93,6 +96,10 @@ NOT_FUSED: dict[str, Callable[[Small, Tensor], Tensor]] = {
     "a number added": lambda net, x: net.relu(net.first(x) + 1),
     "padding by name": lambda net, x: net.relu(net.same(x)),
     "no picture": lambda net, x: net.relu(net.first(x).mean((2, 3)))[..., None, None],
+    "named input": lambda net, x: net.relu(input=net.first(x)),
+    "named input of a function": lambda net, x: torch.relu(input=net.first(x)),
+    "a wider type": lambda net, x: net.relu(net.first(x) + x[:, :1].double()).float(),
+    "one dimension more": lambda net, x: net.relu(net.first(x) + x[:, None, :1])[0],
     "cannot be traced": lambda net, x: net.relu(net.first(x)) if x.sum() > 0 else x,
 }
 
@@ -105,6 +112,45 @@ def test_fuses(case: str) -> None:
     assert fused_layers(fused) == 1
     with torch.inference_mode():
         torch.testing.assert_close(fused(images(2, 16)), net(images(2, 16)))
+
+
+def test_an_identity_with_a_named_input_stays() -> None:
+    net = Small(lambda net, x: net.relu(net.first(net.nothing(input=x)))).eval()
+    net.nothing = nn.Identity()
+    fused = fuse_relu(net, 16)
+    assert fused is not None
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(images(2, 16)), net(images(2, 16)))
+
+
+def test_bf16_asked_for_on_a_cpu_without_avx512_is_computed_unfused(monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = torch.ops.mkldnn
+    lay_out = ops._reorder_convolution_weight
+
+    def refuse(weight: Tensor, *rest: object) -> Tensor:
+        if weight.dtype == torch.bfloat16:
+            raise RuntimeError("mkldnn_reorder_conv2d_weight: bf16 path needs the cpu support avx512bw, avx512vl")
+        found: Tensor = lay_out(weight, *rest)
+        return found
+
+    config = Config(
+        device="cpu",
+        cnn=CnnConfig(backbone="resnet18"),
+        preprocess=PreprocessConfig(resize_px=40, crop_px=32),
+        extract=ExtractConfig(precision="bf16"),
+    )
+    crops = np.zeros((2, 32, 32, 3), np.uint8)
+
+    def encoder() -> Encoder:
+        return Encoder(config, build_backbone("resnet18", "random", 0), None, "0" * 64, 7)
+
+    if ops._is_mkldnn_bf16_supported():
+        assert encoder().spec.arithmetic == "folded, fused"
+    monkeypatch.setattr(ops, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(ops, "_reorder_convolution_weight", refuse)
+    plain = encoder()
+    assert plain.spec.arithmetic == "folded"
+    assert np.isfinite(plain(crops)[0]).all()
 
 
 @pytest.mark.parametrize("case", NOT_FUSED)

@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from configs.errors import UserError
+from engine.processes import available_cores
 from engine.stopping import Stopped, StopRequest
-from stage1_cnn.pool import WORTH_A_PROCESS_FRAMES, Advance, available_cores, choose_processes, work_through
+from stage1_cnn.pool import WORTH_A_PROCESS_FRAMES, Advance, choose_processes, work_through
 from tests.commands import PROJECT, group_members
 
 
@@ -56,7 +58,18 @@ class Importing(Task):
         time.sleep(600)
 
 
-def outcomes(task: Task, jobs: list[Step], processes: int, stop: StopRequest | None = None) -> dict[str, str | None]:
+@dataclass
+class Marking:
+    """Leaves a mark for each job in one of two tensors."""
+
+    views: tuple[Any, Any]
+
+    def __call__(self, job: Step, advance: Advance) -> None:
+        self.views[job.frames > 3].add_(1)
+        advance(job.frames)
+
+
+def outcomes(task: Any, jobs: list[Step], processes: int, stop: StopRequest | None = None) -> dict[str, str | None]:
     stop = StopRequest() if stop is None else stop
     return {job.name: reason for job, reason in work_through(task, jobs, processes, "test", stop)}
 
@@ -72,6 +85,16 @@ def test_failures_are_reported_and_the_rest_goes_on(tmp_path: Path, processes: i
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
     assert ({path.read_text() for path in tmp_path.iterdir()} == {str(os.getpid())}) == (processes == 1)
+
+
+@pytest.mark.slow
+def test_tensors_in_shared_memory_are_not_copied_into_each_process() -> None:
+    import torch
+
+    shared = torch.zeros(2).share_memory_()
+    views = (shared[:1], shared[1:])  # as two tables may have labels in common
+    assert outcomes(Marking(views), [Step("a", 3), Step("b", 4)], 2) == {"a": None, "b": None}
+    assert shared.tolist() == [1, 1]
 
 
 def test_a_bug_is_not_hidden(tmp_path: Path) -> None:

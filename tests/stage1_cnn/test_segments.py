@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import stage1_cnn.extract as module
 from configs.schema import Config, ExtractConfig
-from engine.files import remove_stale_temporaries, sha256_ends
+from engine.files import NoRoomError, remove_stale_temporaries, sha256_ends
 from engine.stopping import Stopped, StopRequest
 from features.index import Index
 from features.store import read_features
@@ -71,7 +71,7 @@ def test_pieces_cover_every_sample_once_and_start_at_batches(
         assert covered == list(range(job.frames))
         assert all(piece.first % batch == 0 for piece in own)
         assert len(own) == 1 or job.video_id != "v0"
-        assert len(own) == 1 or min(piece.frames for piece in own) > least - batch
+        assert len(own) == 1 or min(piece.frames for piece in own) >= max(least, batch)
 
 
 def test_only_what_helps_is_split() -> None:
@@ -80,6 +80,7 @@ def test_only_what_helps_is_split() -> None:
     assert len(split_among(even[:3], 2, 32, 128, lambda job: True)) == 4
     assert len(split_among(even[:1], 16, 32, 128, lambda job: True)) == 7  # none under 128 samples
     assert split_among(even, 1, 32, 128, lambda job: True) == even
+    assert len(split_among([VideoJob("v0", 256)], 2, 100, 128, lambda job: True)) == 1  # 200 and 56
 
 
 # ---------------------------------------------------------------------------------------------- the same bytes
@@ -178,6 +179,30 @@ def test_an_assembly_left_early_leaves_nothing(long_world: World, tmp_path: Path
     assert names(tmp_path / "parts") == []
 
 
+def test_no_room_for_the_video_that_parts_make_ends_the_work(long_world: World, tmp_path: Path) -> None:
+    assembly, task = parts_of(long_world, tmp_path / "parts")
+
+    def finish(video: VideoJob, parts: object) -> None:
+        raise NoRoomError("video01.h5: no room left")
+
+    assembly._finish = finish
+    with pytest.raises(NoRoomError), assembly:
+        for piece in assembly.pieces:
+            task(piece, lambda frames: None)
+            assembly.ended(piece, None)
+    assert names(tmp_path / "parts") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", ["off", "on"])
+def test_no_room_for_a_part_ends_the_work(long_world: World, monkeypatch: pytest.MonkeyPatch, ahead: str) -> None:
+    monkeypatch.setattr(module, "ExtractTask", Full)
+    with pytest.raises(NoRoomError):
+        dump(long_world, long_world.set(extract={**SPLIT, "decode_ahead": ahead}))
+    (folder,) = long_world.config.extract.store.iterdir()
+    assert names(folder) == ["encoder.json", "index.json"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ahead", ["off", "on"])
 def test_damage_in_the_middle_fails_the_video_with_the_same_words(long_world: World, ahead: str) -> None:
@@ -204,6 +229,13 @@ def test_stopped_among_parts_nothing_is_left(long_world: World, ahead: str, aske
     (folder,) = config.extract.store.iterdir()
     assert names(folder) == ["encoder.json", "index.json"]
     assert dump(long_world, config).done == ["video01"]
+
+
+class Full(module.ExtractTask):
+    """Finds the disk filled up since the start."""
+
+    def require_sound_labels_and_room(self, job: VideoJob) -> None:
+        raise NoRoomError(f"{self.folder}: no room left")
 
 
 class KilledOnce(module.ExtractTask):

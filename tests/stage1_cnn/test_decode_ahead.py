@@ -1,0 +1,99 @@
+"""One process computes, others decode: what it makes of their ends, and of a full disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import stage1_cnn.decode_ahead as module
+from configs.errors import UserError
+from configs.schema import Config
+from engine.files import NoRoomError
+from engine.stopping import StopRequest
+from features.index import Index
+from stage1_cnn.segments import VideoJob
+
+PICTURES = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
+
+
+class Task:
+    """Raises what it is told to, where it is told to; notes what was opened and done."""
+
+    config, index, root = Config(), Index.model_construct(videos=()), Path()
+
+    def __init__(self, where: str = "", error: Exception | None = None) -> None:
+        self._where, self._error, self.noted = where, error, list[str]()
+
+    def _step(self, name: str) -> None:
+        self.noted.append(name)
+        if name == self._where and self._error is not None:
+            raise self._error
+
+    def __call__(self, job: VideoJob, advance: Any) -> None:
+        self._step(job.video_id)
+
+    def require_sound_labels_and_room(self, job: VideoJob) -> None:
+        self._step("required")
+
+    @contextmanager
+    def sink(self, job: VideoJob, provenance: Any) -> Iterator[Any]:
+        self._step("opened")
+        yield self
+        self._step("finished")
+
+    def encode(self, pictures: torch.Tensor) -> Any:
+        return np.zeros((1, 2), np.float32), np.zeros((1, 1), np.float32)
+
+    def append(self, *rows: Any) -> None:
+        self._step("appended")
+
+
+def fed(task: Task, monkeypatch: pytest.MonkeyPatch, messages: Any) -> list[tuple[str, str | None]]:
+    """What becomes of two videos when decoding processes send these messages."""
+    monkeypatch.setattr(module, "DataLoader", lambda *_, **__: messages)
+    jobs = [VideoJob("video01", 1), VideoJob("video02", 1)]
+    work = module.work_ahead(task, jobs, 1, "test", StopRequest(), pinned=False)
+    return [(job.video_id, reason) for job, reason in work]
+
+
+def whole() -> Iterator[tuple[int, Any]]:
+    for number in (0, 1):
+        for message in ({"reader": "x"}, PICTURES, None):
+            yield number, message
+
+
+@pytest.mark.parametrize(
+    "error", [EOFError(), ConnectionResetError("reset"), RuntimeError("DataLoader worker (pid 7) exited")]
+)
+def test_a_decoding_process_that_died_is_done_without_however_it_shows(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def messages() -> Iterator[tuple[int, Any]]:
+        for number, message in whole():
+            if number == 1:
+                raise error
+            yield number, message
+
+    task = Task()
+    assert fed(task, monkeypatch, messages()) == [("video01", None), ("video02", None)]
+    assert task.noted == ["required", "opened", "appended", "finished", "video02"]
+
+
+@pytest.mark.parametrize("where", ["required", "opened", "appended", "finished"])
+def test_a_full_disk_ends_the_work_and_other_errors_their_video(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    with pytest.raises(NoRoomError):
+        fed(Task(where, NoRoomError("store: no room left")), monkeypatch, whole())
+    found = fed(Task(where, UserError("labels.txt: cannot be read")), monkeypatch, whole())
+    assert found == [("video01", "labels.txt: cannot be read"), ("video02", "labels.txt: cannot be read")]
+
+
+def test_labels_and_room_are_looked_at_before_a_file_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Task("required", UserError("labels.txt: cannot be read"))
+    fed(task, monkeypatch, whole())
+    assert task.noted == ["required", "required"]
