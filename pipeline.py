@@ -5,6 +5,8 @@ Nothing heavy is imported before a command runs, so that help answers at once.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -1095,6 +1097,9 @@ def _sentence(result: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
     """The command line as a program: of this process, whose end it is. `cli` is for processes that go on."""
+    atexit.register(
+        gc.freeze
+    )  # else the interpreter's last collections walk through all that torch has made, for a second
     cli(arguments, program, obj=LEAVES_AFTERWARDS)
 
 
