@@ -1097,9 +1097,8 @@ def _sentence(result: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
     """The command line as a program: of this process, whose end it is. `cli` is for processes that go on."""
-    atexit.register(
-        gc.freeze
-    )  # else the interpreter's last collections walk through all that torch has made, for a second
+    # else the interpreter's last collections walk through all that torch has made, for a second
+    atexit.register(gc.freeze)
     cli(arguments, program, obj=LEAVES_AFTERWARDS)
 
 
