@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -231,6 +232,11 @@ class FrameLoader(Generic[AnyBatch]):
         """End the loader's processes, also where somebody still holds on to batches half read."""
         if self._running is not None:
             self._running.close()
+        iterator = None if self._loader is None else self._loader._iterator
+        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+            # Left to the iterator's destructor, a process that died is a traceback which nobody can catch.
+            with suppress(RuntimeError):
+                iterator._shutdown_workers()
         self._running = self._loader = None
 
     def __enter__(self) -> FrameLoader[AnyBatch]:
