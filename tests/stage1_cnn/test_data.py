@@ -242,3 +242,19 @@ def test_a_signal_to_the_group_that_ends_a_loader_process_is_a_stop(world: World
     with pytest.raises(Stopped, match="SIGTERM"), FrameLoader(dataset_of(world), 0, CPU, stop):
         stop.number = signal.SIGTERM
         raise RuntimeError("DataLoader worker (pid(s) 15843) exited unexpectedly")
+
+
+def test_a_loader_that_closes_beside_a_dead_process_says_nothing(world: World) -> None:
+    """torch raises again wherever a further process ends; in a destructor that would be a traceback."""
+
+    class Ending:
+        ended = 0
+
+        def _shutdown_workers(self) -> None:
+            self.ended += 1
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    ending = Ending()
+    with FrameLoader(dataset_of(world), 0, CPU, StopRequest()) as loader:
+        loader._loader._iterator = ending
+    assert ending.ended == 1
