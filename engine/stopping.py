@@ -60,7 +60,7 @@ def watch_signals(leaving: bool = False) -> Iterator[StopRequest]:
 
     Afterwards signals do what they did before. With `leaving`, nothing but the process's end comes after the body, and
     where that went well they are ignored: a process that has written its result must not end by a signal as if it had
-    not.
+    not. One that was stopped keeps its exit code, too, when the same signal comes again.
     """
     request = StopRequest()
     interrupted = False
@@ -81,6 +81,10 @@ def watch_signals(leaving: bool = False) -> Iterator[StopRequest]:
         yield request
         if leaving:
             afterwards = dict.fromkeys(_SIGNALS, signal.SIG_IGN)
+    except Stopped:
+        if leaving:  # schedulers repeat themselves; Ctrl-C still ends a process that hangs at its end
+            afterwards |= {number: signal.SIG_IGN for number in _SIGNALS if number != signal.SIGINT}
+        raise
     finally:
         for number, handler in afterwards.items():
             signal.signal(number, handler)

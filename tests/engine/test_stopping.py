@@ -98,3 +98,21 @@ print("the result")
 def test_a_process_that_is_leaving_is_not_ended_by_a_signal() -> None:
     done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "the result\n", "")
+
+
+STOPPED_TWICE = """
+import os, signal, sys
+from engine.stopping import Stopped, watch_signals
+try:
+    with watch_signals(leaving=True) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.raise_if_set()
+except Stopped as stopped:
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        os.kill(os.getpid(), number)
+    sys.exit(stopped.exit_code)
+"""
+
+
+def test_a_signal_that_comes_again_does_not_change_the_exit_code() -> None:
+    assert subprocess.run([sys.executable, "-c", STOPPED_TWICE]).returncode == 75
