@@ -74,14 +74,17 @@ def test_handlers_are_put_back() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-@pytest.mark.parametrize("error", [Stopped(signal.SIGTERM), ValueError("a bug")])
-def test_handlers_are_put_back_where_the_end_was_no_result(error: Exception) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize(
+    ("error", "number"), [(Stopped(signal.SIGTERM), signal.SIGINT), (ValueError("a bug"), signal.SIGTERM)]
+)
+def test_handlers_are_put_back_where_the_end_was_no_result(error: Exception, number: int) -> None:
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     with pytest.raises(type(error)), watch_signals(leaving=True):
         raise error
-    found = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, before)
-    assert found == before
+    found = signal.getsignal(number)
+    for name, handler in before.items():
+        signal.signal(name, handler)
+    assert found == before[number]
 
 
 LEAVING = """
