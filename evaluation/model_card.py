@@ -12,6 +12,7 @@ from configs.load import read_yaml
 from configs.schema import DataSetSpec
 from engine.files import read_json_object, write_text
 from evaluation.pages import template_environment
+from evaluation.summary import settings_behind
 from features.index import SPLITS, Index
 
 CARD_FILE = "MODEL_CARD.md"
@@ -23,7 +24,7 @@ _KINDS = {
 _TASKS = {"both": "phases and tools", "phase": "phases", "tool": "tools"}
 # What the numbers depend on. Folders and paths of one machine are not among it.
 _SECTIONS = {
-    "temporal": ("seed", "preprocess", "cnn", "extract", "temporal"),
+    "temporal": ("seed", "preprocess", "encoder", "cnn", "extract", "temporal"),
     "joint": ("seed", "preprocess", "joint"),
 }
 _PARTS = {"temporal": (), "joint": (("cnn", "backbone"), ("temporal", "head"))}  # of a net trained as one
@@ -48,6 +49,7 @@ def write_model_card(
     folder = trained_in or run / stage
     environment = folder / "environment.json"
     settings = read_yaml(folder / "config.yaml") if (folder / "config.yaml").exists() else {}
+    settings = settings_behind(run, settings, metrics.get("encoder"))
     chosen = {key: settings[key] for key in _SECTIONS[stage] if key in settings}
     for section, key in _PARTS[stage]:
         if key in settings.get(section, {}):

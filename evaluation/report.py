@@ -22,6 +22,7 @@ from engine.logs import read_metrics
 from evaluation.counts import stretches
 from evaluation.predictions import TOOLS_ALONE, Prediction, ToolScores, read_prediction_csv, read_tool_csv
 from evaluation.statistics import bootstrap_intervals, phase_intervals
+from evaluation.summary import settings_behind
 from evaluation.truth import TRUTH_FILE, Truth, is_simulated, read_truth
 
 EVALUATE_FOLDER, METRICS_FILE = "evaluate", "metrics.json"
@@ -181,6 +182,7 @@ def _gather_run(folder: Path, name: str, split: str) -> RunResults:
     stage = _stage_of(folder, metrics)
     environment = stage / "environment.json" if stage else None
     settings = read_yaml(stage / "config.yaml") if stage else {}
+    settings = settings_behind(folder, settings, metrics.get("encoder"))
     imported = bool(metrics.get("imported"))
     return RunResults(
         name=name,

@@ -232,7 +232,8 @@ def _machine(run: RunResults) -> str:
 
 
 def _model(run: RunResults) -> str:
-    head, backbone = settings_of(run, "temporal", "head"), settings_of(run, "cnn", "backbone")
+    head = settings_of(run, "temporal", "head")
+    backbone = settings_of(run, "encoder", "backbone") or settings_of(run, "cnn", "backbone")
     if run.tools_alone:
         return f"{backbone or 'a CNN'}, tools alone"
     name = f"{head.get('name')}, hidden {head['hidden']}" if head and head.get("hidden") else (head or {}).get("name")

@@ -1,9 +1,14 @@
-"""The few numbers a run is known by, as fractions, for `summary.json`."""
+"""What a run is known by: its few numbers, as fractions, for `summary.json`, and the settings that led to them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from configs.load import read_yaml
+from engine.files import read_json_object
+from engine.runs import RESULT_FILE
 
 
 def summarise(
@@ -20,6 +25,23 @@ def summarise(
         "phase_f1": _fraction(strict["f1"]["mean"] if strict else None),
         "tool_map": _fraction(tool_results["map_pooled"] if tool_results else None),
     }
+
+
+def settings_behind(run: Path, settings: Mapping[str, Any], encoder: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Settings of stage two, with what made its features in place of what they say of stage one.
+
+    `encoder` is what the features say of it, with its `digest`; None where that is not known. Settings name a backbone
+    also where features were named by their folder; those of a run's own stage one count where they made these features.
+    """
+    if encoder is None:
+        return dict(settings)
+    found = {key: value for key, value in settings.items() if key not in ("preprocess", "cnn", "extract")}
+    found["encoder"] = dict(encoder)
+    made = run / "extract" / RESULT_FILE
+    if made.is_file() and read_json_object(made).get("encoder_digest") == encoder.get("digest"):
+        files = {section: run / section / "config.yaml" for section in ("cnn", "extract")}
+        found |= {section: read_yaml(file)[section] for section, file in files.items() if file.is_file()}
+    return found
 
 
 def _fraction(percent: float | None) -> float | None:

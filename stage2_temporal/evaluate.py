@@ -97,7 +97,10 @@ def evaluate_run(
         probabilities = _probabilities(config, temporal, material, inference, stop)
         majority = _majority(temporal / "result.json")
         thresholds = _thresholds(material, index.dataset.tools)
-        metrics = score_and_write(out, material, probabilities, majority, thresholds, {"identity_sha256": identity})
+        recorded = about.get("encoder")  # checkpoints before it was written down have none
+        encoder = {**recorded, "digest": about["encoder_digest"]} if recorded else None
+        more = {"identity_sha256": identity, "encoder": encoder}
+        metrics = score_and_write(out, material, probabilities, majority, thresholds, more)
     print_metrics(metrics)
     if index_file is None and split == "test" and inference is None:
         update_summary(run, summary_of(run, material, metrics))

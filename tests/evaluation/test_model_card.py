@@ -92,6 +92,23 @@ def test_the_card_of_a_run(tmp_path):
     assert write_model_card(run, "temporal", index(), numbers).read_text() == card
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_the_card_says_what_made_the_features(tmp_path, own):
+    """Settings name a backbone also where features came by `--features`; stage one may have had others since."""
+    for stage, overrides in (("temporal", []), ("cnn", ["cnn.epochs=3"]), ("extract", ["extract.storage=float32"])):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "config.yaml").write_text(to_yaml(load_config("cholec80", overrides)))
+    digest = "d" * 64
+    (tmp_path / "extract" / "result.json").write_text(json.dumps({"encoder_digest": digest if own else "other"}))
+    encoder = {"backbone": "resnet18", "preprocess": {"resize_px": 97}, "digest": digest}
+    card = write_model_card(tmp_path, "temporal", index(), metrics(encoder=encoder)).read_text()
+    assert "backbone: resnet18" in card
+    assert "resize_px: 97" in card
+    assert "resize_px: 250" not in card
+    assert ("epochs: 3" in card) == own
+    assert ("storage: float32" in card) == own
+
+
 def test_simulated_data_is_called_so(tmp_path):
     for spec in ("simulated", "cholec80"):
         card = write_model_card(tmp_path / "run", "joint", index(spec), metrics(simulated=True)).read_text()
