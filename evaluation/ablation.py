@@ -16,6 +16,7 @@ from rich.text import Text
 from engine.files import write_text
 from evaluation.pages import template_environment
 
+ABLATION_PAGE = "ablation.html"
 _TEMPLATE = "ablation.html.j2"
 
 

@@ -19,6 +19,7 @@ from configs.load import flatten, read_yaml
 from engine.files import read_json, read_json_object
 from engine.logs import METRICS_FILE as LOG_FILE
 from engine.logs import read_metrics
+from evaluation.ablation import ABLATION_PAGE
 from evaluation.counts import stretches
 from evaluation.predictions import TOOLS_ALONE, Prediction, ToolScores, read_prediction_csv, read_tool_csv
 from evaluation.statistics import bootstrap_intervals, phase_intervals
@@ -159,7 +160,11 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _gather_run(folder: Path, name: str, split: str) -> RunResults:
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such run folder; name one, for example runs/cholec80")
+        known = Path("runs") / folder.name
+        instead = f"there is {known}" if known.is_dir() else "name the folder of a run that was evaluated"
+        raise UserError(f"{folder}: no such run folder; {instead}")
+    if (folder / ABLATION_PAGE).is_file():
+        raise UserError(f"{folder}: an ablation and not a run; open {folder / ABLATION_PAGE}")
     evaluated = folder / EVALUATE_FOLDER / split
     metrics = _metrics(folder, evaluated, split)
     truth = read_truth(evaluated / TRUTH_FILE)

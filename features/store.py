@@ -411,7 +411,9 @@ def feature_files(folder: Path) -> list[Path]:
         raise UserError(f"{folder}: no such feature folder; run extract, or name another with --features")
     files = sorted(path for path in folder.glob("*.h5") if not path.name.startswith("."))
     if not files:
-        raise UserError(f"{folder}: holds no feature files; run extract first")
+        inside = sorted(path.parent for path in folder.glob("*/*.h5"))
+        instead = f"but {inside[0]} does: name that one" if inside else "run extract first"
+        raise UserError(f"{folder}: holds no feature files; {instead}")
     return files
 
 

@@ -33,7 +33,7 @@ from engine.processes import available_cores
 from engine.progress import no_bars, say
 from engine.runs import RESULT_FILE, StageFolder
 from engine.stopping import StopRequest
-from evaluation.ablation import Trial, ablation_page, ablation_rows, ablation_table, write_ablation_csv
+from evaluation.ablation import ABLATION_PAGE, Trial, ablation_page, ablation_rows, ablation_table, write_ablation_csv
 from features.store import find_feature_folder
 from stage1_cnn.pool import Advance, choose_processes, work_through
 from stage2_temporal.ablate_features import SharedFeatures, folder_of, share_features
@@ -430,7 +430,7 @@ def _write_outcome(folder: Path, plan: _Plan) -> None:
         return
     write_ablation_csv(folder / "ablation.csv", trials)
     figures = _figures(plan.study)
-    write_text(folder / "ablation.html", ablation_page(plan.spec.title or folder.name, trials, SCORE, figures))
+    write_text(folder / ABLATION_PAGE, ablation_page(plan.spec.title or folder.name, trials, SCORE, figures))
     winner = ablation_rows(trials)[0].label
     best = next(trial for trial in trials if trial.label == winner)
     config = unit_config(plan.spec.base, plan.overrides, Unit(None, tuple(best.changes.items()), best.seed))
@@ -439,7 +439,7 @@ def _write_outcome(folder: Path, plan: _Plan) -> None:
     header += f"# Its features: train-temporal --features {features}\n"
     write_text(folder / "best.yaml", header + to_yaml(config))
     Console().print(ablation_table(trials, SCORE))
-    names = ", ".join(str(folder / name) for name in ("ablation.csv", "ablation.html", "best.yaml"))
+    names = ", ".join(str(folder / name) for name in ("ablation.csv", ABLATION_PAGE, "best.yaml"))
     say(f"written: {names} (for train-temporal --config)")
 
 

@@ -138,8 +138,10 @@ def pair_of_stages(
 
 def _with_other_ways(error: UserError, run: Path, cnn_run: Path | None) -> UserError:
     """The error, with what a run that has a joint net beside stage two, and no stage one, offers instead."""
-    if cnn_run is not None or not (run / FOLDER).is_dir() or (run / CHECKPOINT_STAGE).is_dir():
+    if cnn_run is not None or (run / CHECKPOINT_STAGE).is_dir():
         return error
+    if not (run / FOLDER).is_dir():
+        return UserError(f"{error}; or name the run whose stage one made the features with --from-cnn")
     return UserError(
         f"{error}; this run has a joint net too: --model joint predicts with it, and --from-joint {run.name} puts "
         "stage two behind its backbone, where that made the features"

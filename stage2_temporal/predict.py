@@ -35,6 +35,8 @@ def load_temporal(folder: Path) -> tuple[PhaseModel, dict[str, Any]]:
     UserError when there is no such checkpoint or it is of another stage.
     """
     path = folder / "best.pt"
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; run train-temporal under that name first, or give another --name")
     content = load_checkpoint(path)
     if content.get("kind") != KIND:
         raise UserError(f"{path}: not a checkpoint of train-temporal")

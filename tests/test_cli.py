@@ -481,6 +481,8 @@ def test_without_features_one_line_says_what_to_do(tmp_path: Path) -> None:
         (["train-temporal", "--features", "nowhere"], "nowhere"),
         (["evaluate", "--name", "nowhere"], "nowhere"),
         (["report", "nowhere"], "nowhere: no such run folder"),
+        (["evaluate", "--name", "nowhere"], "run train-temporal under that name first"),
+        (["config", "show", "--set", "temporal.head.name=tnc"], "temporal.head.name: 'tnc' is none of 'lstm', 'gru'"),
         (["report", "empty"], "run `python pipeline.py evaluate --name empty --split test`"),
         (["train-temporal", "--name", "../x", "--features", "empty"], "run name"),
         (["simulate", "out", "--videos", "0"], "videos"),

@@ -406,3 +406,18 @@ def test_the_same_figures_for_papers(two: Report, tmp_path: Path) -> None:
     with Image.open(tmp_path / "figures/phases-f1.png") as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20) or ()}
     assert {tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in report_figures.RUN_COLOURS[:2]} <= colours
+
+
+def test_folders_that_are_no_run_say_what_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    (tmp_path / "runs" / "wide").mkdir()
+    (tmp_path / "runs" / "wide" / "ablation.html").touch()
+    for folder, message in (
+        ("first", "there is runs/first"),
+        ("other", "name the folder of a run that was evaluated"),
+        ("runs/wide", r"an ablation and not a run; open runs/wide/ablation\.html"),
+        ("runs/first", "not evaluated yet"),
+    ):
+        with pytest.raises(UserError, match=message):
+            gather([Path(folder)])

@@ -21,6 +21,7 @@ from features.store import (
     EncoderSpec,
     FeatureFileError,
     SourceIdentity,
+    feature_files,
     load_feature_set,
     prepare_folder,
     read_attributes,
@@ -298,3 +299,13 @@ def test_reading_features_imports_no_torch_and_no_image_library(tmp_path: Path) 
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_folder_of_folders_points_to_the_one_with_features(tmp_path: Path) -> None:
+    inside = tmp_path / "resnet50-abc"
+    inside.mkdir()
+    with pytest.raises(UserError, match="run extract first"):
+        feature_files(tmp_path)
+    (inside / "video01.h5").write_bytes(b"x")
+    with pytest.raises(UserError, match="but .*resnet50-abc does: name that one"):
+        feature_files(tmp_path)
