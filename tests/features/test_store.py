@@ -307,5 +307,5 @@ def test_the_folder_of_folders_points_to_the_one_with_features(tmp_path: Path) -
     with pytest.raises(UserError, match="run extract first"):
         feature_files(tmp_path)
     (inside / "video01.h5").write_bytes(b"x")
-    with pytest.raises(UserError, match="but .*resnet50-abc does: name that one"):
+    with pytest.raises(UserError, match=r"but .*resnet50-abc does: name that one"):
         feature_files(tmp_path)
