@@ -92,7 +92,11 @@ def log_without_times(folder: Path) -> list[dict[str, Any]]:
 
 
 def in_a_fork(work: Callable[[], object]) -> int:
-    """The exit code of a process of its own: names of event files hold the second and the process."""
+    """The exit code of a process of its own: names of event files hold the second and the process.
+
+    With one thread: those that an earlier test had OpenMP start are not there in a fork, which would wait for them.
+    """
+    torch.set_num_threads(1)
     child = os.fork()
     if child == 0:
         try:
