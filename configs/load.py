@@ -181,8 +181,9 @@ def _validate(model: type[Model], tree: dict[str, Any], where: str) -> Model:
 def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "union_tag_invalid":
-        tag = problem["ctx"]
-        return f"{key}.{tag['discriminator'].strip(chr(39))}: {tag['tag']!r} is none of {tag['expected_tags']}"
+        told = problem["ctx"]
+        which = told["discriminator"].strip("'")
+        return f"{key}.{which}: {told['tag']!r} is none of {told['expected_tags']}"
     if problem["type"] != "extra_forbidden":
         given = problem.get("input")
         shown = f", got {given!r}" if isinstance(given, str | int | float | bool) else ""

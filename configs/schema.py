@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationInfo, field_validator, model_validator
 
 MAX_FPS = 10_000.0  # cameras of a thousand pictures a second exist; what lies beyond is damage
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # of a cell of a CSV file that a spreadsheet would compute
 Precision = Literal["auto", "native", "fp32", "bf16", "fp16"]
 
 
@@ -94,9 +95,7 @@ class DataSetSpec(Strict):
             if len(set(names)) != len(names):
                 raise ValueError(f"{kind} names repeat")
             for name in names:
-                if name.startswith(
-                    ("=", "+", "-", "@", "\t", "\r")
-                ):  # they stand in CSV files, and these open formulas
+                if name.startswith(FORMULA_STARTS):
                     raise ValueError(
                         f"{kind} name {name[:40]!r} would be a formula to a spreadsheet; start it otherwise"
                     )

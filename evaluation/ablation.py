@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from configs.schema import FORMULA_STARTS
 from engine.files import write_text
 from evaluation.pages import template_environment
 
@@ -132,7 +133,7 @@ def write_ablation_csv(path: Path, trials: Sequence[Trial]) -> None:
 
 def _no_formula(cell: Any) -> Any:
     """Text that a spreadsheet would compute gets the apostrophe in front with which spreadsheets mark text."""
-    text = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
+    text = isinstance(cell, str) and cell.startswith(FORMULA_STARTS)
     return f"'{cell}" if text else cell
 
 
