@@ -65,7 +65,19 @@ class Head(nn.Module, ABC):
         self, x: Tensor, state: State | None = None, lengths: Tensor | None = None
     ) -> tuple[list[Tensor], State]:
         """Logits [(B, T, C), ...] of every stage that the loss is summed over, the last the prediction; the state."""
-        stages, _, state = self.outputs(x, state, lengths)
+        return self.training_logits_of_stored(x, None, state, lengths)
+
+    def outputs_of_stored(
+        self, x: Tensor, standardise: Standardise | None, state: State | None = None, lengths: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor, State]:
+        """As `outputs`, for x in any float type that is yet to be standardised; None where it is."""
+        return self.outputs(x if standardise is None else standardise(x), state, lengths)
+
+    def training_logits_of_stored(
+        self, x: Tensor, standardise: Standardise | None, state: State | None = None, lengths: Tensor | None = None
+    ) -> tuple[list[Tensor], State]:
+        """As `training_logits`, for x in any float type that is yet to be standardised; None where it is."""
+        stages, _, state = self.outputs_of_stored(x, standardise, state, lengths)
         return stages, state
 
     def forward(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
@@ -124,7 +136,7 @@ class RecurrentHead(Head):
         state: State | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[list[Tensor], Tensor, State]:
-        """As `outputs`, for x that is yet to be standardised (D,): a block at a time where the recurrence is ours."""
+        """See `Head`; a block at a time where the recurrence is ours."""
         if state is not None:
             require_causal(self)
         hidden = None if state is None else tuple(part.transpose(0, 1) for part in state)
@@ -316,12 +328,16 @@ class LinearHead(Head):
         """See `Head`."""
         return [self.fc(x)], x, ()
 
-    def logits_of_stored(self, x: Tensor, standardise: Standardise, lengths: Tensor) -> Tensor:
-        """Logits (B, T, C) of frames that are yet to be standardised.
+    def training_logits_of_stored(
+        self, x: Tensor, standardise: Standardise | None, state: State | None = None, lengths: Tensor | None = None
+    ) -> tuple[list[Tensor], State]:
+        """See `Head`. Logits of padding are 0 where there are `lengths`.
 
-        Widened features would be the largest table of a whole training. So padding, whose logits are 0, is left out,
-        and blocks of frames are widened one at a time, for the backward pass once more.
+        Widened features would be the largest table of a whole training. So padding is left out, and blocks of frames
+        are widened one at a time, for the backward pass once more.
         """
+        if standardise is None or lengths is None:
+            return super().training_logits_of_stored(x, standardise, state, lengths)
         real = torch.arange(x.shape[1], device=x.device) < lengths.to(x.device)[:, None]  # (B, T)
 
         def block_logits(block: Tensor) -> Tensor:
@@ -330,7 +346,7 @@ class LinearHead(Head):
 
         blocks = x[real].split(LINEAR_BLOCK_FRAMES)  # (N, D) each
         logits = torch.cat([checkpoint(block_logits, block, use_reentrant=False) for block in blocks])  # (N, C)
-        return logits.new_zeros(*real.shape, self.phases).masked_scatter(real.unsqueeze(-1), logits)
+        return [logits.new_zeros(*real.shape, self.phases).masked_scatter(real.unsqueeze(-1), logits)], ()
 
 
 HEADS: dict[str, Callable[..., Head]] = {"lstm": LstmHead, "gru": GruHead, "tcn": TcnHead, "linear": LinearHead}
@@ -391,18 +407,13 @@ class PhaseModel(nn.Module):
         self, x: Tensor, state: State | None = None, lengths: Tensor | None = None
     ) -> tuple[list[Tensor], State]:
         """x (B, T, D) -> logits of every stage [(B, T, C), ...] and the state, as `Head.training_logits`."""
-        if isinstance(self.head, LinearHead) and lengths is not None:
-            return [self.head.logits_of_stored(x, self.standardise, lengths)], ()
-        stages, _, state = self.outputs(x, state, lengths)
-        return stages, state
+        return self.head.training_logits_of_stored(x, self.standardise, state, lengths)
 
     def outputs(
         self, x: Tensor, state: State | None = None, lengths: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor, State]:
         """x (B, T, D) -> logits of every stage, what the last layer reads (B, T, H), and the state."""
-        if isinstance(self.head, RecurrentHead):
-            return self.head.outputs_of_stored(x, self.standardise, state, lengths)
-        return self.head.outputs(self.standardise(x), state, lengths)
+        return self.head.outputs_of_stored(x, self.standardise, state, lengths)
 
     def logits(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         """x (B, T, D) -> the last stage's logits (B, T, C) and the state, as `Head.forward`."""
