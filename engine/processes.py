@@ -427,6 +427,8 @@ def run_copies(command: list[str], count: int) -> int:
     import torch.distributed as dist
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
+    from engine.stopping import STOP_SIGNALS
+
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # any free port
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, permitted_cores() // count))
     said = {
@@ -440,12 +442,11 @@ def run_copies(command: list[str], count: int) -> int:
     }
     numbers = range(count)
     waiting: list[int] = []
-    watched = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
     taken = [getattr(signal, name) for name in ("SIGHUP", "SIGQUIT") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in (*watched, *taken)}
+    before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, *taken)}
 
     def catch() -> None:
-        for number in watched:
+        for number in STOP_SIGNALS:
             signal.signal(number, lambda got, _: waiting.append(got))
 
     catch()

@@ -12,7 +12,7 @@ from typing import Any
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, start again and it goes on. Ctrl-C keeps the shell's 130.
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))
 
 
 class Stopped(Exception):
@@ -76,14 +76,14 @@ def watch_signals(leaving: bool = False) -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    afterwards: dict[int, Any] = {number: signal.signal(number, handle) for number in _SIGNALS}
+    afterwards: dict[int, Any] = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
     try:
         yield request
         if leaving:
-            afterwards = dict.fromkeys(_SIGNALS, signal.SIG_IGN)
+            afterwards = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
     except Stopped:
         if leaving:  # schedulers repeat themselves; Ctrl-C still ends a process that hangs at its end
-            afterwards |= {number: signal.SIG_IGN for number in _SIGNALS if number != signal.SIGINT}
+            afterwards |= {number: signal.SIG_IGN for number in STOP_SIGNALS if number != signal.SIGINT}
         raise
     finally:
         for number, handler in afterwards.items():
