@@ -87,8 +87,7 @@ def make_accelerator(device: str, precision: str, unused_parameters: bool = Fals
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    keep_freed_memory()
-
+    keep_freed_memory()  # what trains makes the same large tensors step after step
     chosen = choose_device(device)
     resolved = choose_precision(precision, chosen, training=True)
     mixed = {"fp32": "no"}.get(resolved, resolved)

@@ -62,10 +62,10 @@ def examined(what: str, check: Check) -> Iterator[Finding]:
     try:
         yield from check()
     except Exception as error:  # a doctor that dies of the patient's illness helps nobody
-        yield Finding("FAIL", what, one_line(error), "reinstall with `pip install -e .`, or report this line")
+        yield Finding("FAIL", what, kind_and_text(error), "reinstall with `pip install -e .`, or report this line")
 
 
-def one_line(error: BaseException) -> str:
+def kind_and_text(error: BaseException) -> str:
     """Kind and text of an exception on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
@@ -126,7 +126,7 @@ def _package(name: str, bound: str | None) -> Finding:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        problem = f"{version} is installed and cannot be imported ({one_line(error)})"
+        problem = f"{version} is installed and cannot be imported ({kind_and_text(error)})"
         return Finding(level, name, problem, optional or f"run `pip install --force-reinstall '{name}'`")
     return Finding("ok", name, f"{name} {version}")
 

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-# Of glibc's mallopt(3). A larger block than the first is mapped and unmapped each time; glibc before 2.33 refuses that
-# much (it takes 32 MiB at most) and then keeps what it does by default.
+# Of glibc's mallopt(3): how much at the heap's end is kept, and from which size on a block is mapped and unmapped by
+# itself. For the latter glibc before 2.33 takes 32 MiB at most; it then goes on as it does by default.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 2**30
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import UserError
-from engine.doctor import Check, Finding, Level, check_folder, examined, machine_checks, one_line
+from engine.doctor import Check, Finding, Level, check_folder, examined, kind_and_text, machine_checks
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -46,7 +46,7 @@ def diagnose(load: Callable[[], Config]) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("FAIL", "settings", str(error), "weights, data and folders are looked at once this is mended")
     except Exception as error:  # a broken pydantic or PyYAML: the packages' line says which
-        yield Finding("FAIL", "settings", f"cannot be read ({one_line(error)})", "see the packages below")
+        yield Finding("FAIL", "settings", f"cannot be read ({kind_and_text(error)})", "see the packages below")
     else:
         yield Finding("ok", "settings", "read")
         checks = _checks(config)
