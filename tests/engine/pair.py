@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -33,6 +34,13 @@ def session_in(folder: Path, processes: Processes, stop: StopRequest) -> Trainin
     return TrainingSession(folder, accelerator, model, groups, config, {}, stop, bar=False, processes=processes)
 
 
+def take_minutes(look: Callable[[], None]) -> None:
+    """Work that asks between its steps whether to stop."""
+    for _ in range(4000):
+        look()
+        time.sleep(0.05)
+
+
 @cli.command()
 @click.argument("folder", type=Path)
 def nan(folder: Path) -> None:
@@ -57,9 +65,8 @@ def apart(folder: Path) -> None:
         session = session_in(folder, processes, stop)
 
         def work() -> None:
-            for _ in range(0 if processes.first else 4000):
-                session.stop_if_asked()
-                time.sleep(0.05)
+            if not processes.first:
+                take_minutes(session.stop_if_asked)
 
         (folder / f"ready{processes.rank}").touch()
         session.validate(work)
@@ -72,13 +79,8 @@ def cache(folder: Path) -> None:
     with watch_signals() as stop:
         processes = join("cpu", stop)
 
-        def work() -> None:
-            for _ in range(4000):
-                stop.raise_if_set()
-                time.sleep(0.05)
-
         (folder / f"ready{processes.rank}").touch()
-        processes.together(work)
+        processes.together(lambda: take_minutes(stop.raise_if_set))
 
 
 @cli.command()
@@ -91,9 +93,7 @@ def mistake(folder: Path) -> None:
         def work() -> None:
             if not processes.first:
                 raise UserError("video07.mp4: damaged, frame 3")
-            for _ in range(4000):
-                stop.raise_if_set()
-                time.sleep(0.05)
+            take_minutes(stop.raise_if_set)
             (folder / "all done").touch()
 
         processes.together(work)
