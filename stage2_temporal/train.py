@@ -45,6 +45,7 @@ from stage2_temporal.model import LstmHead, PhaseModel, Standardise, build_head,
 from stage2_temporal.predict import KIND, predict_spans
 
 FRAME_FOLDER = "frame"
+LONG_EPOCH_S = 3.0  # having memory mapped anew takes a tenth of a second, and would slow short epochs down
 SCORE = "frame accuracy, mean over the validation videos"
 
 
@@ -153,8 +154,9 @@ def train_head(
                 model.carried = detach_state(state) if settings.sequence.mode == "chunked" and counts else ()
                 session.update(criterion(stages, phase), partial(bank.names, batch))
             model.carried = ()
-            give_back_freed_memory()
             seconds = max(time.monotonic() - started, 1e-9)
+            if seconds > LONG_EPOCH_S:
+                give_back_freed_memory()
             speed = frames_in_epoch * len(remaining) / len(batches) / seconds
             accuracy = validate(model, data, settings.sequence, session)
             bar.set_postfix(loss=f"{session.mean_loss:.4f}", val_accuracy=accuracy, refresh=False)
