@@ -25,7 +25,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Between two epochs, or two kinds of work: gaps between what is in use go back to the kernel too."""
+    """Once in a while, or between two kinds of work: gaps between what is in use go back to the kernel too."""
     trim = _glibc("malloc_trim")
     if trim is not None:
         trim(ctypes.c_size_t(0))

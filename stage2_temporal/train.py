@@ -45,7 +45,7 @@ from stage2_temporal.model import LstmHead, PhaseModel, Standardise, build_head,
 from stage2_temporal.predict import KIND, predict_spans
 
 FRAME_FOLDER = "frame"
-LONG_EPOCH_S = 3.0  # having memory mapped anew takes a tenth of a second, and would slow short epochs down
+TIDY_EVERY_S = 60.0  # mapping memory anew makes the next epoch some percent slower
 SCORE = "frame accuracy, mean over the validation videos"
 
 
@@ -112,6 +112,7 @@ def train_head(
     """Train one head into `folder` (`best.pt`, `last.pt`, `metrics.jsonl`): the loop of stage two."""
     settings, bank = config.temporal, data.bank
     give_back_freed_memory()
+    tidied = time.monotonic()
     seed_everything(config.seed)
     model = PhaseModel(Standardise(*constants), build_head(head, bank.embedding_dim, len(data.phases)))
     if isinstance(model.head, LstmHead):
@@ -155,8 +156,9 @@ def train_head(
                 session.update(criterion(stages, phase), partial(bank.names, batch))
             model.carried = ()
             seconds = max(time.monotonic() - started, 1e-9)
-            if seconds > LONG_EPOCH_S:
+            if time.monotonic() - tidied > TIDY_EVERY_S:
                 give_back_freed_memory()
+                tidied = time.monotonic()
             speed = frames_in_epoch * len(remaining) / len(batches) / seconds
             accuracy = validate(model, data, settings.sequence, session)
             bar.set_postfix(loss=f"{session.mean_loss:.4f}", val_accuracy=accuracy, refresh=False)
