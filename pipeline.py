@@ -283,7 +283,8 @@ def index(
     """Find videos (or folders of frames, or TFRecords) and their annotations, split them, and write what was found.
 
     Folder names do not matter, file names do (configs/datasets). Nothing is decoded. A video that cannot be read is
-    left out and named, the others are indexed; the exit code is then 1.
+    left out and named, the others are indexed; the exit code is then 1. data.exclude leaves videos out for good, by id
+    or shell pattern, each with a reason: --set 'data.exclude={video07: wrong patient, "case_*": no consent}'.
 
     Pickles of the original MTRCNet programs (cholec80.pkl, train_val_test_paths_labels.pkl and their like) are read and
     written; --phase-order says how they number phases, as it does for TFRecords, which hold numbers too
@@ -305,7 +306,7 @@ def index(
     if pickles or to_pickle:
         return
     if not check:
-        if index_dataset(resolved, replace=force).left_out:
+        if any(not video.excluded for video in index_dataset(resolved, replace=force).left_out):
             sys.exit(EXIT_PARTLY)
         return
     problems = check_dataset(resolved)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationInfo, field_validator, model_validator
 
@@ -152,6 +152,14 @@ class DataConfig(Strict):
         "names divided by commas; asked for when they are indexed, since the files do not say",
     )
     full_hash: bool = Field(False, description="hash whole source files, not only their first and last MiB")
+    exclude: dict[str, str] = Field(
+        {}, description="videos left out for good: ids or shell patterns, each with the reason; or a list of them"
+    )
+
+    @field_validator("exclude", mode="before")
+    @classmethod
+    def _reasons_may_be_left_out(cls, value: Any) -> Any:
+        return dict.fromkeys(map(str, value), "") if isinstance(value, list | tuple) else value
 
 
 class PreprocessConfig(Strict):

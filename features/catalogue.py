@@ -16,7 +16,8 @@ from configs.load import load_dataset
 from configs.schema import Config
 from engine.progress import progress_bar, say
 from features.class_order import describe_order, parse_phase_order
-from features.index import Index, Progress, build_index, check_index, index_summary, most_fps
+from features.discover import natural_key
+from features.index import Index, Progress, build_index, check_index, exclusions, index_summary, most_fps
 from features.splits import assign_splits, split_is_asked_for
 
 ROOT_VARIABLE = "SURGSTAGE_DATA"
@@ -105,6 +106,18 @@ def _order_lines(index: Index) -> list[str]:
     ]
 
 
+def _require_same_exclusions(config: Config, index: Index) -> None:
+    """Raise UserError where `data.exclude` names other videos, or gives other reasons, than the index was made with."""
+    wanted = exclusions(index.found_ids(), config.data.exclude)
+    there = {video.id: video.reason for video in index.left_out if video.excluded}
+    if wanted != there:
+        changed = sorted(dict(wanted.items() ^ there.items()), key=natural_key)
+        raise UserError(
+            f"{config.data.index}: data.exclude says something else of {changed[0]} than the index was made with; "
+            "run `index --force`, or choose another data.index"
+        )
+
+
 def _require_same_order(config: Config, index: Index) -> None:
     """Raise UserError where the settings name another order of phases than TFRecord files were indexed with."""
     given = config.data.tfrecord_phase_order
@@ -148,6 +161,7 @@ def open_dataset(config: Config) -> tuple[Index, Path]:
             "changed); run `index --force`, or choose another data.index"
         )
     if index.made_from and not split_is_asked_for(config.data.split):
+        _require_same_exclusions(config, index)
         return index, root
     wanted = assign_splits(index.found_ids(), spec, config.data.split)
     moved = [video.id for video in index.videos if wanted[video.id] != video.split]
@@ -156,6 +170,7 @@ def open_dataset(config: Config) -> tuple[Index, Path]:
             f"{path}: {moved[0]} is in another split than data.split says; run `index --force`, "
             "or choose another data.index"
         )
+    _require_same_exclusions(config, index)
     _require_same_order(config, index)
     return index, root
 

@@ -54,6 +54,11 @@ class Discovery:
     notes: tuple[str, ...]
     faults: tuple[tuple[str, UserError], ...] = ()  # videos that have a file which cannot be taken, by id
 
+    @property
+    def ids(self) -> list[str]:
+        """Ids of all videos found, those at fault last."""
+        return [video.id for video in self.videos] + [video_id for video_id, _ in self.faults]
+
 
 @dataclass
 class _Files:

@@ -7,14 +7,14 @@ what names, containers and annotation files say; nothing is decoded. The same fi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_serializer, model_validator
 
 from configs.errors import UserError, printable
 from configs.schema import MAX_FPS, DataConfig, DataSetSpec, Strict
@@ -38,7 +38,7 @@ from features.discover import (
 )
 from features.labels import BetweenRows, Extent, fit_tracks, sample_labels, sampled_frame_index, track_end
 from features.readers import FrameFolder, count_packets, probe_video
-from features.splits import Split, assign_splits, usual_split_problem
+from features.splits import Split, assign_splits, matching_ids, usual_split_problem
 from features.tfrecord import FPS as TFRECORD_FPS
 from features.tfrecord import RecordLayout, require_one_numbering, scan_records
 
@@ -117,14 +117,29 @@ class VideoEntry(Strict):
 
 
 class LeftOut(Strict):
-    """A video that was found and could not be indexed; `reason` is one line, with paths below the data root."""
+    """A video that was found and is not used; `reason` is one line, with paths below the data root.
+
+    `split` is the one that it would be in, None where that is not known. `excluded`: the settings ask for it. `source`
+    is the hash of its ends where it was indexed and a later stage could not use it.
+    """
 
     id: str = Field(min_length=1)
     reason: str
+    split: Split | None = None
+    excluded: bool = False
+    source: Sha256 | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: Any) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value not in (None, False)}
 
 
 class Index(Strict):
-    """A data set as found below a root. Videos `left_out` keep their places in the order that splits count in."""
+    """A data set as found below a root. Videos `left_out` keep their places in the order that splits count in.
+
+    One list for all who leave videos out: discovery and probing, the setting `data.exclude`, and later stages, which
+    read what an earlier one recorded beside its files (`without`).
+    """
 
     format_version: Literal[1] = 1
     dataset: DataSetSpec
@@ -156,6 +171,35 @@ class Index(Strict):
     def by_split(self, split: str) -> tuple[VideoEntry, ...]:
         """The videos of one split, in order."""
         return tuple(entry for entry in self.videos if entry.split == split)
+
+    def without(self, faults: Iterable[tuple[str, str]]) -> Index:
+        """The index of the other videos, with these (ids and reasons) among those left out; no split moves."""
+        reasons = dict(faults)
+        if not reasons:
+            return self
+        moved = [
+            LeftOut(id=entry.id, reason=reasons[entry.id], split=entry.split, source=entry.sha256_ends)
+            for entry in self.videos
+            if entry.id in reasons
+        ]
+        kept = tuple(entry for entry in self.videos if entry.id not in reasons)
+        return self.model_copy(update={"videos": kept, "left_out": (*self.left_out, *moved)})
+
+    @property
+    def missing(self) -> tuple[LeftOut, ...]:
+        """Videos left out of a split although nobody asked for it."""
+        return tuple(video for video in self.left_out if not video.excluded and video.split != "none")
+
+    def require_videos(self, *splits: Split) -> None:
+        """Raise UserError where videos left out were all that one of these splits had."""
+        for split in splits:
+            lost = [video for video in self.left_out if video.split == split]
+            if lost and not self.by_split(split):
+                others = f" (and {len(lost) - 1} more)" if lost[1:] else ""
+                raise UserError(
+                    f"no video is left in split {split}, since {lost[0].id}{others} is left out: {lost[0].reason}; "
+                    "repair it, or choose another data.split, then run `index --force`"
+                )
 
     def entry(self, video_id: str) -> VideoEntry:
         """The video with this id. Raises UserError when there is none."""
@@ -234,7 +278,7 @@ def build_index(
     """The index of the data set below `root` (or of the videos `only`), with splits. Nothing is written or decoded.
 
     With `leave_out`, a video that cannot be read, or whose annotations cannot, is left out and costs no other; the
-    others' splits are those that they would have with it.
+    others' splits are those that they would have with it. So are videos that `data.exclude` names, unread.
 
     Where `data.split` asks for nothing and the data set's usual split does not fit the videos that are here, no split
     is assigned ("none") and a note says so. Raises UserError naming the file and row at fault; when several videos
@@ -242,11 +286,23 @@ def build_index(
     """
     found = find_videos(root, spec, leave_out)
     if only is not None:
-        found = replace(found, videos=tuple(video for video in found.videos if video.id in only))
+        found = replace(
+            found,
+            videos=tuple(video for video in found.videos if video.id in only),
+            faults=tuple(fault for fault in found.faults if fault[0] in only),
+        )
+    excluded = exclusions([printable(name) for name in found.ids], data.exclude)
+    found = replace(
+        found,
+        videos=tuple(video for video in found.videos if video.id not in excluded),
+        faults=tuple(fault for fault in found.faults if printable(fault[0]) not in excluded),
+    )
+    if not found.ids:
+        raise UserError(f"{root}: data.exclude leaves out all {len(excluded)} videos; keep some")
     order = _phase_order(root, found, spec, data)
     entries: list[VideoEntry] = []
     notes = list(found.notes)
-    faults = [fault for fault in found.faults if only is None or fault[0] in only]
+    faults = list(found.faults)
     for done, video in enumerate(found.videos):
         if progress:
             progress(done, len(found.videos), video.id)
@@ -262,17 +318,33 @@ def build_index(
         raise UserError(f"{faults[0][1]}{others}") from faults[0][1]
     require_one_base([(str(root / entry.source), entry.frames) for entry in entries if entry.frames], data)
     require_one_numbering([(str(root / entry.source), entry.records) for entry in entries if entry.records])
-    ids = sorted([entry.id for entry in entries] + [printable(video_id) for video_id, _ in faults], key=natural_key)
+    reasons = {printable(name): str(error).replace(f"{root}{os.sep}", "") for name, error in faults} | excluded
+    ids = sorted([*(entry.id for entry in entries), *reasons], key=natural_key)
     splits = assign_splits(ids, spec, data.split)
     if problem := usual_split_problem(ids, spec, data.split):
         notes.append(f"no splits assigned, since the usual one of {spec.name} does not fit: {problem}")
-    left_out = [LeftOut(id=printable(name), reason=str(error).replace(f"{root}{os.sep}", "")) for name, error in faults]
+    left_out = [
+        LeftOut(id=name, reason=reason, split=splits[name], excluded=name in excluded)
+        for name, reason in reasons.items()
+    ]
     return Index(
         dataset=spec,
         videos=tuple(entry.model_copy(update={"split": splits[entry.id]}) for entry in entries),
         notes=tuple(map(printable, notes)),  # file names may be no text
         left_out=tuple(left_out),
     )
+
+
+def exclusions(ids: Sequence[str], exclude: Mapping[str, str]) -> dict[str, str]:
+    """Which of these videos the setting `data.exclude` leaves out, and why: the first entry that names a video counts.
+
+    Raises UserError for an entry that names none.
+    """
+    found: dict[str, str] = {}
+    for entry, reason in exclude.items():
+        for video_id in matching_ids(ids, entry, "data.exclude"):
+            found.setdefault(video_id, f"excluded: {reason}" if reason else "excluded by data.exclude")
+    return found
 
 
 def _phase_order(root: Path, found: Discovery, spec: DataSetSpec, data: DataConfig) -> tuple[str, ...]:
@@ -502,7 +574,8 @@ def check_index(index: Index, root: Path, progress: Progress | None = None) -> l
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; set data.root (or SURGSTAGE_DATA) to where the indexed videos lie")
-    problems = [f"{video.id}: left out of the index: {video.reason}" for video in index.left_out]
+    faults = [video for video in index.left_out if not video.excluded]
+    problems = [f"{video.id}: left out of the index: {video.reason}" for video in faults]
     for done, entry in enumerate(index.videos):
         if progress:
             progress(done, len(index.videos), entry.id)

@@ -120,7 +120,7 @@ def _by_lists(ids: Sequence[str], lists: NamedSplit, where: str) -> dict[str, Sp
     )
     for part, entries in parts:
         for entry in entries:
-            for video_id in _matching(ids, entry, f"{where}.{part}"):
+            for video_id in matching_ids(ids, entry, f"{where}.{part}"):
                 if video_id in chosen:
                     again = "twice in" if chosen[video_id] == part else f"in {chosen[video_id]} and"
                     raise UserError(f"{where}: {video_id} is {again} {part}")
@@ -139,8 +139,8 @@ def _present(ids: Sequence[str], lists: NamedSplit) -> NamedSplit:
     return NamedSplit(**kept)
 
 
-def _matching(ids: Sequence[str], entry: str, where: str) -> list[str]:
-    """The ids that a list's entry means: itself, or those its shell pattern matches."""
+def matching_ids(ids: Sequence[str], entry: str, where: str) -> list[str]:
+    """The ids that a list's entry means: itself, or those its shell pattern matches. Raises UserError for none."""
     if entry in ids:
         return [entry]
     found = [video_id for video_id in ids if fnmatch.fnmatchcase(video_id, entry)]
