@@ -7,7 +7,8 @@ usual splits). Both are read from YAML by `configs.load`.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +26,27 @@ class Strict(BaseModel):
 
 
 # ---------------------------------------------------------------------------------------------- data sets
+
+_HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
+_BREAK = re.compile(r"[\s_\-\u2010-\u2015/,.]+")
+
+
+def folded_name(name: str) -> str:
+    """A class name without what spellings differ in: case, blanks, hyphens, underscores, "and" and "&".
+
+    "clipping & cutting", "Clipping-and-cutting" and "ClippingCutting" are one; "Step 1-1" and "Step 11" stay two.
+    """
+    text = _HUMP.sub(" ", unicodedata.normalize("NFKC", name).replace("&", " and ")).casefold()
+    words = [word for word in _BREAK.split(text) if word]
+    kept = [word for word in words if word != "and"] or words
+    return re.sub(r"(?<!\d) | (?!\d)", "", " ".join(kept))
+
+
+def class_ids(names: Sequence[str], aliases: Mapping[str, str]) -> dict[str, int]:
+    """The number of each class by its `folded_name`, aliases included."""
+    numbers = {name: number for number, name in enumerate(names)}
+    spellings = [*numbers.items(), *((alias, numbers[name]) for alias, name in aliases.items())]
+    return {folded_name(spelling): number for spelling, number in spellings}
 
 
 class FilePatterns(Strict):
@@ -102,6 +124,10 @@ class DataSetSpec(Strict):
             for alias, target in aliases.items():
                 if target not in names:
                     raise ValueError(f"alias {alias!r} points to {target!r}, which is not one of the {kind}")
+            meant: dict[str, str] = {}
+            for spelling, name in [*((name, name) for name in names), *aliases.items()]:
+                if meant.setdefault(folded_name(spelling), name) != name:
+                    raise ValueError(f"{spelling!r} of the {kind} is spelled like {meant[folded_name(spelling)]!r}")
         for name, order in self.phase_orders.items():
             if sorted(order) != sorted(self.phases):
                 raise ValueError(f"phase_orders.{name} does not hold each phase once")

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
-from configs.schema import DataSetSpec
+from configs.schema import DataSetSpec, class_ids, folded_name
 from features.annotations import read_content
 from features.class_order import ids_of_order
 from features.discover import natural_key, numbered_id
@@ -256,19 +256,14 @@ def _of_ids(
 
 
 def _of_names(where: _Place, cells: Sequence[str], spec: DataSetSpec) -> dict[str, int]:
-    """Names as in the data set or one of its aliases; case, blanks and underscores do not matter."""
-    known = {_plain(name): i for i, name in enumerate(spec.phases)}
-    known |= {_plain(alias): spec.phases.index(name) for alias, name in spec.phase_aliases.items()}
+    """Names as in the data set or one of its aliases, however they are spelled (`folded_name`)."""
+    known = class_ids(spec.phases, spec.phase_aliases)
     for cell in dict.fromkeys(cells):
-        if _plain(cell) not in known:
+        if folded_name(cell) not in known:
             raise where.error(
                 cells.index(cell), f"has the unknown phase {_shown(cell)}; {spec.name} has {', '.join(spec.phases)}"
             )
-    return {cell: known[_plain(cell)] for cell in dict.fromkeys(cells)}
-
-
-def _plain(name: str) -> str:
-    return "".join(filter(str.isalnum, name)).casefold()
+    return {cell: known[folded_name(cell)] for cell in dict.fromkeys(cells)}
 
 
 def _shown(cell: str) -> str:

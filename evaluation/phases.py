@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
+from configs.schema import folded_name
 from evaluation.counts import (
     CHOLEC80_PHASES,
     RELAXED_WINDOW_S,
@@ -141,7 +142,7 @@ def evaluate_phases(
 
 def unavailable_conventions(phases: Sequence[str]) -> dict[str, str]:
     """Conventions that are not defined for these phases, and why."""
-    if tuple(map(_plain_name, phases)) == tuple(map(_plain_name, CHOLEC80_PHASES)):
+    if tuple(map(folded_name, phases)) == tuple(map(folded_name, CHOLEC80_PHASES)):
         return {}
     reason = "the official script has rules for Cholec80's seven phases in their usual order only"
     return {name: reason for name, convention in CONVENTIONS.items() if convention.relaxed}
@@ -167,10 +168,6 @@ def chosen_conventions(conventions: Sequence[str] | None, phases: Sequence[str])
         if name in unavailable:
             raise UserError(f"convention {name}: {unavailable[name]}; leave it out for this data set")
     return list(dict.fromkeys(conventions))
-
-
-def _plain_name(name: str) -> str:
-    return "".join(filter(str.isalnum, name)).casefold()
 
 
 # ------------------------------------------------------------------------------------- tables and their means

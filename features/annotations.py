@@ -1,28 +1,31 @@
 """Phase and tool annotations in Cholec80's text format: read strictly, written exactly.
 
-A file is UTF-8 text, columns separated by tabs, with a header: `Frame<TAB>Phase` and a phase name a row, or
-`Frame<TAB>Grasper<TAB>...` and a 0 or 1 a tool. Rows are a fixed number of frames apart (the stride), which is read
-from the Frame column and never assumed. What editors and programs add without changing the meaning is tolerated: a
-byte-order mark, CRLF, blank lines at the end, tabs and blanks at the end of a line. Everything else is an error that
-names file, row (the first row below the header is 1) and line.
+A file is UTF-8 text, columns separated by tabs, with a header: `Frame<TAB>Phase` and one phase name per row, or
+`Frame<TAB>Grasper<TAB>...` and a 0 or 1 per tool; -1 or an empty cell is no label. Rows are a fixed number apart (the
+stride), which is read from the Frame column and never assumed; rows may be missing. What the numbers count is not said
+here (`features.labels`). Class names are compared as `configs.schema.folded_name` has them. What editors and programs
+add without changing the meaning is tolerated: a byte-order mark, CRLF, blank lines at the end, tabs and blanks at the
+end of a line. Everything else is an error that names file, row (the first row below the header is 1) and line.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from configs.errors import UserError
-from configs.schema import DataSetSpec
+from configs.schema import DataSetSpec, class_ids, folded_name
 from engine.files import read_bounded, write_text
 
 _WHOLE_NUMBER = re.compile(r"[0-9]+")
 MAX_FILE_BYTES = 64 << 20  # twenty hours of phases, a row a frame
+NO_LABEL = ("-1", "")  # cells of a row that says nothing
 _MAX_DIGITS = 15  # far beyond any video, and safely inside int64
 
 
@@ -80,13 +83,13 @@ def parse_phases(content: bytes, path: Path, spec: DataSetSpec) -> PhaseTrack:
         raise _header_error(path, header, "Frame<TAB>Phase")
     cells = _cells(lines, 2, path)
     frame_index, stride = _frame_column(cells[::2], path)
-    class_ids = _class_ids(spec.phases, spec.phase_aliases)
     names = cells[1::2]
-    phase = np.array([class_ids.get(name, -1) for name in names], dtype=np.int8)
-    if (phase < 0).any():
-        row = int(np.argmax(phase < 0))
-        raise row_error(path, row, f"unknown phase {_shown(names[row])}{_nearest(names[row], class_ids, spec.phases)}")
-    return PhaseTrack(frame_index, phase, stride)
+    known = class_ids(spec.phases, spec.phase_aliases)
+    numbers = {name: -1 if name in NO_LABEL else known.get(folded_name(name)) for name in set(names)}
+    for row, name in enumerate(names if None in numbers.values() else ()):
+        if numbers[name] is None:
+            raise row_error(path, row, unknown_class("phase", name, spec))
+    return PhaseTrack(frame_index, np.array([numbers[name] for name in names], dtype=np.int8), stride)
 
 
 def parse_tools(content: bytes, path: Path, spec: DataSetSpec) -> ToolTrack:
@@ -106,16 +109,17 @@ def parse_tools(content: bytes, path: Path, spec: DataSetSpec) -> ToolTrack:
 
 
 def _lines(content: bytes, path: Path) -> tuple[list[str], list[str]]:
-    """Header cells and the lines below it, blanks and tabs at their ends removed."""
+    """Header cells and the lines below it, blank lines at the end removed."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as plain UTF-8 text") from error
-    text = text.replace("\r\n", "\n").replace("\r", "\n").rstrip()
-    if not text:
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines:
         raise UserError(f"{path}: is empty")
-    lines = [line.rstrip() for line in text.split("\n")]
-    header = [cell.strip() for cell in lines[0].split("\t")]
+    header = [cell.strip() for cell in lines[0].rstrip().split("\t")]
     if len(lines) == 1 and not _WHOLE_NUMBER.fullmatch(header[0]):
         raise UserError(f"{path}: has no row below the header")
     return header, lines[1:]
@@ -124,11 +128,19 @@ def _lines(content: bytes, path: Path) -> tuple[list[str], list[str]]:
 def _cells(lines: Sequence[str], width: int, path: Path) -> list[str]:
     """All cells one after the other, `width` a row: one flat list, since a list a row costs more than the parsing."""
     if set(map(_count_tabs, lines)) != {width - 1}:
-        row = next(row for row, line in enumerate(lines) if _count_tabs(line) != width - 1)
-        found = _count_tabs(lines[row]) + 1
-        what = f"has {found} column{'s' * (found > 1)}" if lines[row] else "is blank"
-        raise row_error(path, row, f"{what}, not {width} separated by tabs")
+        lines = [_without_surplus(line, width) for line in lines]
+        for row, found in enumerate(_count_tabs(line) + 1 for line in lines):
+            if found != width:
+                what = f"has {found} column{'s' * (found > 1)}" if lines[row].strip() else "is blank"
+                raise row_error(path, row, f"{what}, not {width} separated by tabs")
     return list(map(str.strip, "\t".join(lines).split("\t")))
+
+
+def _without_surplus(line: str, width: int) -> str:
+    """The line without the empty cells that it has beyond the header's."""
+    while _count_tabs(line) >= width and not line[line.rindex("\t") :].strip():
+        line = line[: line.rindex("\t")]
+    return line
 
 
 def _count_tabs(line: str) -> int:
@@ -136,10 +148,11 @@ def _count_tabs(line: str) -> int:
 
 
 def _zeros_and_ones(cells: Sequence[str], name: str, path: Path) -> np.ndarray:
-    if not {"0", "1"}.issuperset(cells):
-        row = next(row for row, cell in enumerate(cells) if cell not in ("0", "1"))
-        raise row_error(path, row, f"{name} is {_shown(cells[row])}, not 0 or 1")
-    return np.array(cells) == "1"
+    values = {"0": 0, "1": 1, **dict.fromkeys(NO_LABEL, -1)}
+    if not values.keys() >= set(cells):
+        row = next(row for row, cell in enumerate(cells) if cell not in values)
+        raise row_error(path, row, f"{name} is {_shown(cells[row])}, not 0 or 1 (-1 or nothing: no label)")
+    return np.array([values[cell] for cell in cells], dtype=np.int8)
 
 
 def _header_error(path: Path, header: Sequence[str], wanted: str) -> UserError:
@@ -149,16 +162,15 @@ def _header_error(path: Path, header: Sequence[str], wanted: str) -> UserError:
 
 def _tool_columns(header: Sequence[str], path: Path, spec: DataSetSpec) -> list[int]:
     """For each tool column of the file, which tool of the data set it is."""
-    class_ids = _class_ids(spec.tools, spec.tool_aliases)
+    known = class_ids(spec.tools, spec.tool_aliases)
     columns: list[int] = []
     for name in header[1:]:
-        if name not in class_ids:
-            raise UserError(
-                f"{path}: line 1 has the unknown tool {_shown(name)}{_nearest(name, class_ids, spec.tools)}"
-            )
-        if class_ids[name] in columns:
-            raise UserError(f"{path}: line 1 has the tool {spec.tools[class_ids[name]]} twice")
-        columns.append(class_ids[name])
+        tool = known.get(folded_name(name))
+        if tool is None:
+            raise UserError(f"{path}: line 1 has the {unknown_class('tool', name, spec)}")
+        if tool in columns:
+            raise UserError(f"{path}: line 1 has the tool {spec.tools[tool]} twice")
+        columns.append(tool)
     missing = [tool for i, tool in enumerate(spec.tools) if i not in columns]
     if missing:
         raise UserError(f"{path}: line 1 lacks the tool{'s' * (len(missing) > 1)} {', '.join(missing)}")
@@ -203,16 +215,13 @@ def row_error(path: Path, row: int, problem: str) -> UserError:
     return UserError(f"{path}: row {row + 1} (line {row + 2}) {problem}")
 
 
-def _class_ids(names: Sequence[str], aliases: Mapping[str, str]) -> dict[str, int]:
-    class_ids = {name: i for i, name in enumerate(names)}
-    return class_ids | {alias: class_ids[name] for alias, name in aliases.items()}
-
-
-def _nearest(name: str, known: Iterable[str], listed: Iterable[str]) -> str:
-    """A hint for an unknown name: the nearest right one, or all of them."""
-    folded = {candidate.casefold(): candidate for candidate in known}
-    close = difflib.get_close_matches(name[:80].casefold(), folded, n=1)
-    return f"; did you mean {folded[close[0]]}?" if close else f" (known: {', '.join(listed)})"
+def unknown_class(kind: Literal["phase", "tool"], name: str, spec: DataSetSpec) -> str:
+    """What is wrong with a class name, and what to do: the nearest right one, or all of them, and the aliases."""
+    names, aliases = (spec.phases, spec.phase_aliases) if kind == "phase" else (spec.tools, spec.tool_aliases)
+    spellings = {folded_name(known): known for known in (*aliases, *names)}
+    close = difflib.get_close_matches(folded_name(name[:80]), spellings, n=1)
+    hint = f"; did you mean {spellings[close[0]]}?" if close else f" (known: {', '.join(names)})"
+    return f"unknown {kind} {_shown(name)}{hint}; {kind}_aliases in the description of {spec.name} can name it"
 
 
 def _shown(cell: str) -> str:
@@ -225,7 +234,7 @@ def _shown(cell: str) -> str:
 
 def write_phase_file(path: Path, track: PhaseTrack, spec: DataSetSpec) -> None:
     """Write phases as Cholec80 does: tabs, a header, LF, a newline at the end."""
-    names = (spec.phases[phase] for phase in track.phase.tolist())
+    names = (spec.phases[phase] if phase >= 0 else NO_LABEL[0] for phase in track.phase.tolist())
     _write_rows(path, ("Frame", "Phase"), track.frame_index, ([name] for name in names))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
-from configs.schema import DataSetSpec
+from configs.schema import DataSetSpec, class_ids, folded_name
 
 MAX_FILE_BYTES = 1 << 16
 ORDER_HELP = "a name (for Cholec80: mtrcnet, tf-cholec80), a file with a phase a line, or names divided by commas"
@@ -37,14 +37,13 @@ def parse_phase_order(text: str | None, spec: DataSetSpec, needed_by: str) -> tu
     names = _names_in_file(Path(text)) if Path(text).is_file() else [part.strip() for part in text.split(",")]
     if len(names) == 1 and not Path(text).is_file():
         raise UserError(f"--phase-order {text}: no such order or file; give {_forms(spec)}")
-    known = {name.casefold(): name for name in spec.phases}
-    known |= {alias.casefold(): target for alias, target in spec.phase_aliases.items()}
+    known = class_ids(spec.phases, spec.phase_aliases)
     order = []
     for name in names:
-        found = known.get(name.casefold())
+        found = known.get(folded_name(name))
         if found is None:
             raise UserError(f"--phase-order: unknown phase {name[:60]!r}; {spec.name} has {', '.join(spec.phases)}")
-        order.append(found)
+        order.append(spec.phases[found])
     repeated = sorted({name for name in order if order.count(name) > 1})
     missing = [name for name in spec.phases if name not in order]
     if repeated or missing:

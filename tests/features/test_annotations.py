@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from configs.errors import UserError
 from configs.load import load_dataset
@@ -156,6 +157,68 @@ def test_other_spellings_are_read_where_the_data_set_names_them() -> None:
     assert tools(f"{header}\n0\t0\t0\t0\t0\t0\t0\t1\n", spec).tools.tolist() == [[0, 0, 0, 0, 0, 0, 1]]
 
 
+@pytest.mark.parametrize(
+    ("spelled", "phase"),
+    [
+        ("Calot triangle dissection", 1),
+        ("calot-triangle_DISSECTION", 1),
+        ("Clipping and cutting", 2),
+        ("clipping-and-cutting", 2),
+        ("Clipping & Cutting", 2),
+        ("clipping&cutting", 2),
+        ("ClippingAndCutting", 2),
+        ("clipping\u2013cutting", 2),
+        ("gallbladder\u00a0packaging", 4),
+    ],
+)
+def test_class_names_are_known_however_they_are_spelled(spelled: str, phase: int) -> None:
+    assert phases(f"Frame\tPhase\n0\t{spelled}\n").phase.tolist() == [phase]
+
+
+def test_tool_names_are_known_however_they_are_spelled() -> None:
+    header = TOOL_HEADER.replace("SpecimenBag", "specimen bag").replace("Hook", "HOOK")
+    assert tools(f"{header}\n0\t0\t0\t1\t0\t0\t0\t1\n").tools.tolist() == [[0, 0, 1, 0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Frame\tPhase\n0\tPreparation\n1\t-1\n2\t\n",
+        "Frame\tPhase\n0\tPreparation\n1\t\n2\t-1\n",
+        "Frame\tPhase\t\n0\tPreparation\t\n1\t \t\n2\t\t\n\n",
+    ],
+)
+def test_minus_one_and_an_empty_cell_are_no_label(text: str, tmp_path: Path) -> None:
+    track = phases(text)
+    assert track.phase.tolist() == [0, -1, -1]
+    write_phase_file(tmp_path / "video01-phase.txt", track, SPEC)
+    assert read_phase_file(tmp_path / "video01-phase.txt", SPEC).phase.tolist() == [0, -1, -1]
+
+
+def test_a_tool_without_a_label_leaves_the_others_theirs() -> None:
+    rows = "\n0\t1\t-1\t0\t0\t0\t0\t0\n25\t1\t0\t0\t0\t0\t0\t\n"
+    assert tools(TOOL_HEADER + rows).tools.tolist() == [[1, -1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, -1]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"phases": ("Clip and cut", "ClipCut")}, "'ClipCut' of the phases is spelled like 'Clip and cut'"),
+        ({"tools": ("Hook", "hook")}, "'hook' of the tools is spelled like 'Hook'"),
+        ({"phase_aliases": {"preparation": "ClippingCutting"}}, "'preparation' of the phases is spelled like 'Prep"),
+    ],
+)
+def test_a_description_whose_names_are_one_is_refused(changes: dict, problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        DataSetSpec.model_validate(SPEC.model_dump() | changes)
+
+
+def test_numbers_in_names_stay_apart() -> None:
+    names = ("Step 1-1", "Step 11", "Step 1", "Band", "B")
+    spec = SPEC.model_copy(update={"phases": names})
+    assert phases("Frame\tPhase\n0\tstep_1_1\n1\tSTEP 11\n2\tband\n", spec).phase.tolist() == [0, 1, 3]
+
+
 def test_a_late_start_is_read_as_it_stands() -> None:
     track = phases("Frame\tPhase\n100\tPreparation\n125\tPreparation\n")
     assert (track.frame_index[0], track.stride) == (100, 25)
@@ -174,6 +237,7 @@ BAD_PHASES = {
     "Frame\tPhase\tX\n0\tPreparation\t1\n": "line 1 has the header 'Frame Phase X'",
     "\n\nFrame\tPhase\n0\tPreparation\n": "line 1 has the header ''",
     "Frame\tPhase\n0\tPreparation\n1\n": "row 2 (line 3) has 1 column, not 2",
+    "Frame\tPhase\n0\tPreparation\n1\n\n": "row 2 (line 3) has 1 column, not 2",
     "Frame\tPhase\n0\tPreparation\n1\tPreparation\t7\n": "row 2 (line 3) has 3 columns, not 2",
     "Frame\tPhase\n0\tPreparation\n\n1\tPreparation\n": "row 2 (line 3) is blank, not 2 separated by tabs",
     "Frame\tPhase\n0\tPreparation\nx\tPreparation\n": "row 2 (line 3) frame 'x' is not a whole number",
@@ -185,7 +249,7 @@ BAD_PHASES = {
     "Frame\tPhase\n0\tPreparation\n٢\tPreparation\n": "row 2 (line 3) frame '٢'",
     f"Frame\tPhase\n0\tPreparation\n{'9' * 5000}\tPreparation\n": "row 2 (line 3) frame '9999",
     "Frame\tPhase\n0\tPrepration\n": "row 1 (line 2) unknown phase 'Prepration'; did you mean Preparation?",
-    "Frame\tPhase\n0\tpreparation\n": "unknown phase 'preparation'; did you mean Preparation?",
+    "Frame\tPhase\n0\tCutting\n": "; phase_aliases in the description of cholec80 can name it",
     "Frame\tPhase\n0\tPreparation\n1\t3\n": "row 2 (line 3) unknown phase '3' (known: Preparation, CalotTri",
     "Frame\tPhase\n0\tPreparation\n1\tPreparation\n1\tPreparation\n": "row 3 (line 4) frame 1 comes twice",
     "Frame\tPhase\n0\tPreparation\n1\tPreparation\n0\tPreparation\n": "row 3 (line 4) frame 0 comes after 1",
@@ -217,7 +281,7 @@ BAD_TOOLS = {
     f"{TOOL_HEADER}\n0{ROW}\t0\n": "row 1 (line 2) has 9 columns, not 8",
     f"{TOOL_HEADER}\n0\t0\t2\t0\t0\t0\t0\t0\n": "row 1 (line 2) Bipolar is '2', not 0 or 1",
     f"{TOOL_HEADER}\n0{ROW}\n25\t0\t0\t0\t0\t0\tx\t0\n": "row 2 (line 3) Irrigator is 'x', not 0 or 1",
-    f"{TOOL_HEADER}\n0\t0\t\t0\t0\t0\t0\t0\n": "row 1 (line 2) Bipolar is '', not 0 or 1",
+    f"{TOOL_HEADER}\n0\t0\t-2\t0\t0\t0\t0\t0\n": "Bipolar is '-2', not 0 or 1 (-1 or nothing: no label)",
     TOOL_HEADER.replace("Hook", "Hok") + f"\n0{ROW}\n": "line 1 has the unknown tool 'Hok'; did you mean Hook?",
     TOOL_HEADER.replace("\tHook", "") + "\n0\t0\t0\t0\t0\t0\t0\n": "line 1 lacks the tool Hook",
     "Frame\tGrasper\n0\t0\n": "line 1 lacks the tools Bipolar, Hook, Scissors, Clipper, Irrigator, SpecimenBag",
