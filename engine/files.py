@@ -13,13 +13,15 @@ import json
 import os
 import shutil
 import socket
-import threading
 import time
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from configs.errors import UserError
 
@@ -29,11 +31,8 @@ MAX_JSON_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
 # What a system answers when there is no room: a full disk, a quota, a file-size limit.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-# How often a worker shows that it lives, and how long silence means that it does not.
-_TOUCH_S, _ABANDONED_S = 20.0, 600.0
-# How long a mark may be without a name: its process writes that at once, or was killed before.
-_NAMELESS_S = 10.0
+# What a file system without locks answers (Lustre mounted without `flock`, NFS without a lock service).
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 
 def fsync_folder(folder: Path) -> None:
@@ -182,40 +181,39 @@ def process_is_dead(mark: str) -> bool:
 
 @contextmanager
 def sole_worker(folder: Path, what: str) -> Iterator[None]:
-    """Let one process at a time work in `folder`; raises UserError naming `what` where another does.
+    """Let one process at a time work in `folder`; raises UserError naming `what` and the process where another does.
 
-    A file there says who works; it is touched while the work goes on. One whose process is dead, or that nobody has
-    touched for `_ABANDONED_S` (another machine's, which cannot be asked), is taken over: nothing outlives a crash.
+    The lock is the kernel's on the file `.lock`, which stays: a process that is killed loses it at that moment, and no
+    process ever judges from a file whether another lives. Where the file system has no locks, a warning says so.
     """
-    path = make_folder(folder) / "in-work"
-    while True:
-        try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            break
-        except FileExistsError:
-            with suppress(FileNotFoundError):
-                mark, age_s = path.read_text(), time.time() - path.stat().st_mtime
-                if not (process_is_dead(mark) or age_s > (_ABANDONED_S if mark else _NAMELESS_S)):
-                    raise UserError(
-                        f"{folder}: another process works on this {what}; wait for it, or give --name for another"
-                    ) from None
-                path.unlink()
-    with os.fdopen(descriptor, "w") as stream:
-        stream.write(process_mark())
-    done = threading.Event()
-
-    def touch() -> None:
-        while not done.wait(_TOUCH_S):
-            with suppress(OSError):
-                os.utime(path)
-
-    thread = threading.Thread(target=touch, daemon=True)
-    thread.start()
+    lock, note = FileLock(make_folder(folder) / ".lock", timeout=0), folder / "in-work"
     try:
+        lock.acquire()
+    except Timeout:
+        holder = "just started"
+        with suppress(OSError):
+            holder = note.read_text(errors="replace")[:200]
+        raise UserError(
+            f"{folder}: another process works on this {what} ({holder}); wait for it, or give --name for another"
+        ) from None
+    except (OSError, NotImplementedError) as error:  # the latter is how filelock before 3.29 says ENOSYS
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            known = as_user_error(error, folder / ".lock")
+            raise (
+                known
+                if isinstance(known, UserError)
+                else UserError(
+                    f"{folder / '.lock'}: cannot be locked ({error.strerror}); delete it, or give --name for another"
+                )
+            ) from error
+        warnings.warn(f"{folder}: no locks on this file system; start no second process on this {what}", stacklevel=3)
+    try:
+        write_text(note, f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
-        done.set()
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            note.unlink()
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:

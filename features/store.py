@@ -497,7 +497,10 @@ def find_feature_folder(named: Path | None, run: Path, store: Path) -> Path:
         return named
     pointer = run / "extract" / "result.json"
     if pointer.exists():
-        folder = Path(str(read_json_object(pointer).get("folder")))
+        named = read_json_object(pointer).get("folder")
+        if not isinstance(named, str):
+            raise UserError(f"{pointer}: names no feature folder; run extract again, or name one with --features DIR")
+        folder = Path(named)
         feature_files(folder)
         return folder
     found = sorted(path.parent for path in store.glob(f"*/{INDEX_FILE}")) if store.is_dir() else []

@@ -6,7 +6,9 @@ the embedding, as `ToolNet` has it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import re
 import socket
 import urllib.error
@@ -23,11 +25,14 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from configs.errors import UserError
 from configs.schema import CnnConfig, Config, DataSetSpec
 from engine.checkpoints import load_checkpoint, load_foreign_weights
-from engine.files import make_folder, sha256_file
+from engine.files import sha256_file
 
 LITE0 = "efficientnet_lite0"
 CHECKPOINT_STAGE = "cnn"
 DOWNLOAD_TIMEOUT_S = 20.0
+# What a system answers where the cache of weights cannot take a file: read-only, another's, full, or below a file.
+_CANNOT_KEEP = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+_CANNOT_KEEP |= {errno.ENOENT, errno.ENOTDIR, errno.EEXIST}
 # In training these return auxiliary outputs beside the main one.
 _WITH_AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")
 # Where a backbone sits in files in circulation: alone, in a checkpoint of this project, in one of MTRCNet's.
@@ -189,7 +194,7 @@ def settled_weights(cnn: CnnConfig) -> str:
     """`cnn.weights`, where `cached` has become imagenet or random: whichever this machine has without a network."""
     if cnn.weights != "cached":
         return cnn.weights
-    return "imagenet" if cnn.backbone == LITE0 or _hub_file(cnn.backbone).is_file() else "random"
+    return "imagenet" if cnn.backbone == LITE0 or os.path.isfile(_hub_file(cnn.backbone)) else "random"
 
 
 def _zero_residuals(backbone: Backbone) -> None:
@@ -276,15 +281,22 @@ def _hub_file(name: str) -> Path:
 
 def _fetch_imagenet(name: str, path: Path) -> None:
     """Download torchvision's weights unless they are cached; the name of the file holds the hash that is checked."""
-    if path.is_file():
+    if os.path.isfile(path):  # not Path.is_file, which raises below a folder that may not be entered
         return
     url = _imagenet_url(name)
     found = torch.hub.HASH_REGEX.search(path.name)
-    make_folder(path.parent)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "Permission denied")
         with _socket_timeout(DOWNLOAD_TIMEOUT_S):
             torch.hub.download_url_to_file(url, str(path), found.group(1) if found else None)
     except (urllib.error.URLError, OSError, RuntimeError) as error:
+        if getattr(error, "errno", None) in _CANNOT_KEEP:
+            raise UserError(
+                f"{path.parent}: ImageNet weights of {name} cannot be put here ({_one_line(error)}): set the "
+                "environment variable TORCH_HOME to a folder that can be written, or cnn.weights=FILE (a state dict)"
+            ) from error
         raise UserError(
             f"ImageNet weights of {name} are not on this machine and cannot be downloaded ({_one_line(error)}): "
             f"put {url} into {path.parent}, or set cnn.weights=FILE (a state dict), or cnn.weights=random, "

@@ -61,10 +61,12 @@ def spans_of(frames: LabelledFrames) -> list[Span]:
 def clip_requests(
     spans: Sequence[Span], config: SequenceConfig, seed: int, epoch: int, subset: int | None
 ) -> list[ClipRequest]:
-    """The epoch's batches in order (see `epoch_batches`); with `subset`, as many random clips of mode `clips` only."""
+    """The epoch's batches in order (see `epoch_batches`); with `subset`, so many random clips of mode `clips` only."""
     batches = epoch_batches(spans, config, seed, epoch)
     if subset is not None and config.mode == "clips":
-        batches = batches[: max(1, -(-subset // config.batch))]
+        whole, rest = divmod(subset, config.batch)
+        last = [Batch(batch.first[:rest], batch.lengths[:rest]) for batch in batches[whole : whole + 1] if rest]
+        batches = batches[:whole] + last
     return [_request(batch, spans, config, epoch) for batch in batches]
 
 

@@ -390,6 +390,8 @@ def _identity(config: Config, index: Index, files: Mapping[str, Path]) -> dict[s
         "zero_init_residual": config.cnn.zero_init_residual,
         "head": config.temporal.head.model_dump(mode="json"),
         "joint": joint.model_dump(mode="json", exclude={"workers", *STEPS, "loss"}),
+        # the first release rounded up to whole batches
+        **({"clips_counted": "exactly"} if (joint.clips_per_epoch or 0) % joint.sequence.batch else {}),
         "tool_weight": joint.loss.tool_weight,
         "phase_frames": joint.loss.phase_frames,
         "start": {name: sha256_file(path) for name, path in files.items()},

@@ -111,7 +111,7 @@ def check_spec(spec: DataSetSpec) -> None:
             odd = sorted(set(names) ^ set(known))
             raise UserError(
                 f"data set {spec.name}: its {kind} are not those of the simulated operations (differ in "
-                f"{', '.join(odd)}); simulate with --set data.dataset=cholec80 or give the same {kind}"
+                f"{', '.join(odd)}); give it the same {kind}, in any order"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import subprocess
@@ -127,15 +128,67 @@ def test_a_file_takes_what_killed_writers_left_of_it_along(tmp_path: Path) -> No
     assert left.startswith(".b.h5.")
 
 
-def test_a_mark_without_a_name_was_left_by_a_process_killed_while_it_made_it(tmp_path: Path) -> None:
-    mark = tmp_path / "in-work"
-    mark.touch()
-    with pytest.raises(UserError, match="another process works on this ablation"), sole_worker(tmp_path, "ablation"):
+CONTENDER = """
+import sys, time
+from pathlib import Path
+from configs.errors import UserError
+from engine.files import sole_worker
+folder, rounds, refused = Path(sys.argv[1]), int(sys.argv[2]), 0
+for _ in range(rounds):
+    try:
+        with sole_worker(folder, "ablation"):
+            (folder / "inside").mkdir()  # fails where another is inside
+            (folder / "inside").rmdir()
+    except UserError:
+        refused += 1
+print(rounds - refused)
+"""
+
+
+def test_of_processes_that_contend_one_is_inside(tmp_path: Path) -> None:
+    (tmp_path / "in-work").write_text("00000000-999999")  # as a crashed process of the first release left it
+    command = [sys.executable, "-c", CONTENDER, str(tmp_path), "150"]
+    started = [subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    entered = [int(process.communicate(timeout=60)[0]) for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert sum(entered) > 0
+    assert not (tmp_path / "in-work").exists()
+
+
+def test_a_killed_holder_is_named_while_it_lives_and_forgotten_at_once(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from engine.files import sole_worker\n"
+        "with sole_worker(Path(sys.argv[1]), 'ablation'):\n    print('in', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    holder = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "in\n"
+    named = rf"this ablation \(process {holder.pid} on .+\); wait for it, or give --name"
+    with pytest.raises(UserError, match=named), sole_worker(tmp_path, "ablation"):
         pass
-    os.utime(mark, (time.time() - 15, time.time() - 15))
+    holder.kill()
+    holder.communicate(timeout=10)
     with sole_worker(tmp_path, "ablation"):
-        assert mark.read_text()
-    assert not mark.exists()
+        assert f"process {os.getpid()} on" in (tmp_path / "in-work").read_text()
+    assert not (tmp_path / "in-work").exists()
+
+
+def test_without_locks_on_the_file_system_the_work_goes_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
+    with pytest.warns(UserWarning, match="no locks on this file system"), sole_worker(tmp_path, "ablation"):
+        assert (tmp_path / "in-work").exists()
+
+
+def test_a_lock_that_cannot_be_taken_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UserError, match=r"\.lock: cannot be written: is a folder"), sole_worker(tmp_path, "ablation"):
+        pass
 
 
 def test_json_round_trip_and_errors(tmp_path: Path) -> None:

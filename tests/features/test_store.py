@@ -22,6 +22,7 @@ from features.store import (
     FeatureFileError,
     SourceIdentity,
     feature_files,
+    find_feature_folder,
     load_feature_set,
     prepare_folder,
     read_attributes,
@@ -309,3 +310,11 @@ def test_the_folder_of_folders_points_to_the_one_with_features(tmp_path: Path) -
     (inside / "video01.h5").write_bytes(b"x")
     with pytest.raises(UserError, match=r"but .*resnet50-abc does: name that one"):
         feature_files(tmp_path)
+
+
+def test_a_run_whose_extract_names_no_folder_says_so(tmp_path: Path) -> None:
+    (tmp_path / "run/extract").mkdir(parents=True)
+    for content in ('{"videos": 3}', '{"folder": null}', '{"folder": 7}'):
+        (tmp_path / "run/extract/result.json").write_text(content)
+        with pytest.raises(UserError, match=r"extract/result\.json: names no feature folder; run extract again"):
+            find_feature_folder(None, tmp_path / "run", tmp_path / "store")

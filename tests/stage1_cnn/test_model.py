@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import urllib.error
 from pathlib import Path
 
@@ -134,6 +135,27 @@ def test_imagenet_without_internet_names_the_choices(tmp_path: Path, monkeypatch
         assert choice in str(error.value)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.rglob("*.pth*"))
+
+
+def test_a_cache_of_weights_that_cannot_be_written_names_two_ways_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Homes are read-only or full on clusters; `put it into this folder` is then no advice."""
+
+    def read_only(url: str, target: str, *_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", target)
+
+    (tmp_path / "file").touch()
+    torch.save(torchvision.models.mobilenet_v3_small().state_dict(), tmp_path / "own.pth")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", read_only)
+    for home in (tmp_path / "file", tmp_path / "home"):
+        monkeypatch.setenv("TORCH_HOME", str(home))
+        with pytest.raises(UserError) as error:
+            build_backbone(SMALL, "imagenet", 0)
+        assert str(error.value).startswith(f"{home}/hub/checkpoints: ImageNet weights of {SMALL} cannot be put here")
+        assert "TORCH_HOME to a folder that can be written, or cnn.weights=FILE" in str(error.value)
+        assert "\n" not in str(error.value)
+    build_backbone(SMALL, str(tmp_path / "own.pth"), 0, trusted=True)
 
 
 def test_imagenet_from_the_hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ import yaml
 from configs.errors import UserError
 from configs.load import load_ablation, load_config
 from configs.schema import FEATURE_KEYS
-from engine.files import process_mark, sole_worker
+from engine.files import sole_worker
 from engine.stopping import Stopped, StopRequest
 from evaluation.ablation import Trial, ablation_page, ablation_rows, write_ablation_csv
 from features.index import Index
@@ -173,7 +173,6 @@ def test_one_process_at_a_time_conducts(world: Path) -> None:
     file = write_ablation(world, space={"temporal.head.hidden": [6]})
     with sole_worker(world / "runs" / "wide", "ablation"), pytest.raises(UserError, match="another process works"):
         run(world, file)
-    (world / "runs" / "wide" / "in-work").write_text(process_mark().rsplit("-", 1)[0] + "-999999")  # dead
     run(world, file)
     assert not (world / "runs" / "wide" / "in-work").exists()
 

@@ -59,11 +59,15 @@ def test_clips_keep_order_and_never_span_two_videos(lengths: list[int], frames: 
     assert clip_requests(spans, sequence, 0, epoch, None) == clip_requests(spans, sequence, 0, epoch, None)
 
 
-def test_a_subset_of_clips() -> None:
+@pytest.mark.parametrize(("subset", "batches"), [(7, [3, 3, 1]), (6, [3, 3]), (2, [2]), (1, [1]), (90, [3] * 15 + [2])])
+def test_a_subset_of_clips_has_as_many_as_it_says(subset: int, batches: list[int]) -> None:
     sequence = SequenceConfig(mode="clips", frames=4, batch=3)
-    some = clip_requests([Span(0, 50)], sequence, 0, 0, 7)
-    assert sum(len(request.first) for request in some) == 9  # whole batches
-    assert some != clip_requests([Span(0, 50)], sequence, 0, 1, 7)
+    some = clip_requests([Span(0, 50)], sequence, 0, 0, subset)
+    assert [len(request.first) for request in some] == batches
+    assert [len(request.lengths) for request in some] == batches
+    every = [first for request in clip_requests([Span(0, 50)], sequence, 0, 0, None) for first in request.first]
+    assert [first for request in some for first in request.first] == every[:subset]
+    assert some != clip_requests([Span(0, 50)], sequence, 0, 1, subset)
 
 
 def test_a_batch_holds_its_clips_with_one_draw_each(world: World) -> None:
