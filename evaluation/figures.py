@@ -6,6 +6,7 @@ is needed. matplotlib is imported on the first figure, since it takes a second.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -205,5 +206,7 @@ def save_figure(figure: Any, path: Path) -> None:
     kind = path.suffix.lower()[1:]
     # Without a date equal figures are equal bytes.
     metadata = {"CreationDate": None} if kind == "pdf" else {"Software": None}
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes; the tables and the page show it.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.savefig(temporary, format=kind, dpi=200, metadata=metadata)

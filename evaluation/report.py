@@ -25,6 +25,7 @@ from evaluation.predictions import TOOLS_ALONE, Prediction, ToolScores, read_pre
 from evaluation.statistics import bootstrap_intervals, phase_intervals
 from evaluation.summary import settings_behind
 from evaluation.truth import TRUTH_FILE, Truth, is_simulated, read_truth
+from features.ids import file_stem
 
 EVALUATE_FOLDER, METRICS_FILE = "evaluate", "metrics.json"
 HEAD = "temporal"  # the head whose predictions are in files
@@ -168,7 +169,7 @@ def _gather_run(folder: Path, name: str, split: str) -> RunResults:
     evaluated = folder / EVALUATE_FOLDER / split
     metrics = _metrics(folder, evaluated, split)
     truth = read_truth(evaluated / TRUTH_FILE)
-    files = {video: evaluated / "predictions" / f"{video}.csv" for video in truth.videos}
+    files = {video: evaluated / "predictions" / f"{file_stem(video)}.csv" for video in truth.videos}
     has_phases = HEAD in metrics["phases"] or any(path.exists() for path in files.values())
     predictions = {v: read_prediction_csv(path, truth.spec) for v, path in files.items()} if has_phases else {}
     tool_scores = {
@@ -222,7 +223,9 @@ def _metrics(folder: Path, evaluated: Path, split: str) -> dict[str, Any]:
 def _tools_alone(evaluated: Path, truth: Truth) -> dict[str, ToolScores]:
     """What a net without a phase branch says; empty where it left no such files."""
     folder = evaluated / TOOLS_ALONE
-    return {v: read_tool_csv(folder / f"{v}.csv", truth.spec) for v in truth.videos} if folder.is_dir() else {}
+    if not folder.is_dir():
+        return {}
+    return {video: read_tool_csv(folder / f"{file_stem(video)}.csv", truth.spec) for video in truth.videos}
 
 
 def _stage_of(folder: Path, metrics: Mapping[str, Any]) -> Path | None:

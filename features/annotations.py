@@ -22,6 +22,7 @@ import numpy as np
 from configs.errors import UserError
 from configs.schema import DataSetSpec, class_ids, folded_name
 from engine.files import read_bounded, write_text
+from engine.sniff import what_begins_so
 
 _WHOLE_NUMBER = re.compile(r"[0-9]+")
 MAX_FILE_BYTES = 64 << 20  # twenty hours of phases, a row a frame
@@ -72,8 +73,11 @@ def read_tool_file(path: Path, spec: DataSetSpec) -> ToolTrack:
 
 
 def read_content(path: Path) -> bytes:
-    """A file's bytes. Raises UserError when it cannot be read or is larger than annotations are."""
-    return read_bounded(path, MAX_FILE_BYTES)
+    """A file's bytes. Raises UserError when it cannot be read, is no text or is larger than annotations are."""
+    content = read_bounded(path, MAX_FILE_BYTES)
+    if what := what_begins_so(content):
+        raise UserError(f"{path}: is {what}")
+    return content
 
 
 def parse_phases(content: bytes, path: Path, spec: DataSetSpec) -> PhaseTrack:

@@ -12,7 +12,6 @@ import functools
 import io
 import json
 import os
-import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from engine.files import (
     sha256_json,
 )
 from features.hdf5 import USER_BLOCK_BYTES, Hdf5Sink, broken_seal, holds_itself, seal
+from features.ids import file_stem
 from features.preprocess import Geometry, geometry_json
 from features.readers import FrameReader, decode_image
 from features.store import SourceIdentity
@@ -76,10 +76,8 @@ class FrameCache:
         return sha256_json({**what, "fps": self.fps, "lossy": lossy})
 
     def path(self, video_id: str) -> Path:
-        """Where a video's frames are. Raises UserError for an id that is no plain name."""
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", video_id):
-            raise UserError(f"{video_id!r}: a video id must be a plain name to be cached under it")
-        return self.folder / f"{video_id}.h5"
+        """Where a video's frames are."""
+        return self.folder / f"{file_stem(video_id)}.h5"
 
     def estimate_bytes(self, frame_count: int) -> int:
         """Disk space that so many frames take at most, on material like Cholec80."""

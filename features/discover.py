@@ -24,6 +24,7 @@ from configs.errors import UserError
 from configs.schema import DataConfig, DataSetSpec, Strict
 from engine.files import inside, sha256_file
 from features.boxes import MAX_PICTURES
+from features.ids import id_key, id_problem, normal_id
 from features.readers import FrameFolder
 
 Kind = Literal["video", "frames", "tfrecord"]
@@ -72,7 +73,7 @@ class _Files:
     faults: dict[str, UserError] | None = None  # kept, by folded id, where one file must not cost the others
 
     def add(self, role: str, video_id: str, relative: str) -> None:
-        key = video_id.casefold()
+        key = id_key(video_id)
         self.ids.setdefault(key, video_id)
         self.by_role.setdefault(role, {}).setdefault(key, []).append(relative)
 
@@ -147,11 +148,9 @@ def _add(files: _Files, role: str, video_id: str, root: Path, path: Path) -> Non
     except UserError as error:
         if files.faults is None:
             raise
-        files.ids.setdefault(video_id.casefold(), video_id)
-        if role in ("phase", "tool"):
-            files.odd_annotations.setdefault(video_id.casefold(), error)
-        else:
-            files.faults.setdefault(video_id.casefold(), error)
+        key = id_key(video_id)
+        files.ids.setdefault(key, video_id)
+        (files.odd_annotations if role in ("phase", "tool") else files.faults).setdefault(key, error)
 
 
 def _is_odd_tfrecord(name: str, pattern: re.Pattern[str]) -> bool:
@@ -216,9 +215,9 @@ def _checked(root: Path, path: Path) -> str:
 def _video_id(match: re.Match[str], spec: DataSetSpec, path: Path) -> str:
     """The video's id: the group `id`, put through the data set's format when it is a number."""
     text = match.group("id") or ""
-    video_id = numbered_id(int(text), spec) if text.isdecimal() else text
-    if not video_id or video_id.startswith((".", "-")) or set(video_id) & set("/\\\0"):
-        raise UserError(f"{path}: {video_id!r} cannot serve as a video id; see the patterns of data set {spec.name}")
+    video_id = normal_id(numbered_id(int(text), spec) if text.isdecimal() else text)
+    if (problem := id_problem(video_id)) and video_id.isprintable():
+        raise UserError(f"{path}: the video id {video_id!r} {problem}; rename it")
     return video_id
 
 

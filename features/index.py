@@ -19,6 +19,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_serializer, m
 from configs.errors import UserError, printable
 from configs.schema import MAX_FPS, DataConfig, DataSetSpec, Strict
 from engine.files import inside, read_json, sha256_ends, sha256_file, sha256_json, write_json
+from engine.sniff import what_it_is
 from features.annotations import PhaseTrack, ToolTrack, parse_phases, parse_tools, read_content
 from features.boxes import MAX_PICTURES
 from features.class_order import parse_phase_order
@@ -36,6 +37,7 @@ from features.discover import (
     scan_folder,
     source_frames,
 )
+from features.ids import id_key, id_problem, normal_id
 from features.labels import BetweenRows, Extent, fit_tracks, sample_labels, sampled_frame_index, track_end
 from features.readers import FrameFolder, count_packets, probe_video
 from features.splits import Split, assign_splits, matching_ids, usual_split_problem
@@ -55,9 +57,9 @@ def _relative(path: str) -> str:
 
 
 def _usable_id(video_id: str) -> str:
-    if video_id.startswith((".", "-")) or not video_id.isprintable() or set(video_id) & set("/\\"):
-        raise ValueError("cannot serve as a file name")
-    return video_id
+    if problem := id_problem(video_id):
+        raise ValueError(f"a video id that {problem}")
+    return normal_id(video_id)
 
 
 RelativePath = Annotated[str, AfterValidator(_relative)]
@@ -150,7 +152,7 @@ class Index(Strict):
 
     @model_validator(mode="after")
     def _ids_differ(self) -> Index:
-        ids = [video_id.casefold() for video_id in self.found_ids()]
+        ids = [id_key(video_id) for video_id in self.found_ids()]
         if len(set(ids)) != len(ids):
             raise ValueError("two videos have the same id")
         return self
@@ -204,7 +206,7 @@ class Index(Strict):
     def entry(self, video_id: str) -> VideoEntry:
         """The video with this id. Raises UserError when there is none."""
         for entry in self.videos:
-            if entry.id == video_id:
+            if entry.id == normal_id(video_id):
                 return entry
         raise UserError(f"{video_id}: no such video in the index ({self.videos[0].id} to {self.videos[-1].id})")
 
@@ -389,7 +391,9 @@ def _build_entry(
             **source,
         )
     except ValidationError as error:  # a header may claim any rate and any number of frames
-        raise UserError(f"{root / video.source}: {_first_fault(error)}; re-encode it or leave it out") from error
+        what = what_it_is(root / video.source) if video.kind == "video" else None
+        problem = f"is {what}" if what else f"{_first_fault(error)}; re-encode it or leave it out"
+        raise UserError(f"{root / video.source}: {problem}") from error
     _, _, notes = _fitted(entry, root, spec, phase, tools)
     return entry, notes
 

@@ -46,6 +46,7 @@ from features.discover import (
     scan_names,
     source_frames,
 )
+from features.ids import file_stem
 from features.index import Index, VideoEntry, build_index, load_labels, open_folder, sampled_frames
 from features.labels import sample_labels
 from features.plain_pickle import load_plain
@@ -367,7 +368,7 @@ def _require_folder(root: Path, folder: Path) -> None:
 
 def _label_file(folder: Path, video_id: str, ending: str, pattern: str, spec: DataSetSpec) -> Path:
     """Where the labels of a video go. Raises UserError where no index would find them or something else is there."""
-    path = folder / f"{video_id}-{ending}.txt"
+    path = folder / f"{file_stem(video_id)}-{ending}.txt"
     if not re.fullmatch(pattern, path.name, re.IGNORECASE):
         raise UserError(
             f"data set {spec.name}: patterns.{ending} does not find {path.name}, so labels cannot be written"
@@ -446,12 +447,12 @@ def _pickled(
     """Rows `[path, tool..., phase]` of plain strings and ints."""
     names = dict(open_folder(entry, root, index).files) if entry.frames else None
     source = inside(root, entry.source)
-    folder = source if names else source.parent / entry.id
+    folder = source if names else source.parent / file_stem(entry.id)
     result = []
     for frame, phase, tools in zip(
         rows.frame_index.tolist(), numbers[rows.phase].tolist(), rows.tools.tolist(), strict=True
     ):
-        name = names[frame] if names else f"{entry.id}_{frame:06d}.jpg"
+        name = names[frame] if names else f"{file_stem(entry.id)}_{frame:06d}.jpg"
         result.append([(folder / name).as_posix(), *([] if phases_only else tools), phase])
     return result
 

@@ -50,6 +50,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 import numpy as np
 
 from configs.errors import UserError
+from engine.sniff import what_it_is
 from features import boxes
 
 # A picture larger than this is refused before anything is decoded: 8K video has 33 million pixels.
@@ -218,7 +219,7 @@ def _open_container(path: Path, hardware: str | None = None) -> Any:
     av = _import_av()
     try:
         if path.stat().st_size == 0:
-            raise ReaderError(f"{path}: an empty file (0 bytes); copy it again or leave it out")
+            raise ReaderError(f"{path}: is {what_it_is(path)}")
         if claim := boxes.overclaim(path):
             raise ReaderError(f"{path}: {claim}; {_WAY_OUT}")
         accelerated = _accelerated(path, hardware) if hardware is not None else {}
@@ -229,6 +230,8 @@ def _open_container(path: Path, hardware: str | None = None) -> Any:
     except (av.error.FFmpegError, OSError, RuntimeError) as error:
         if hardware is not None:
             raise _no_hardware(path, hardware, error) from error
+        if found := what_it_is(path):
+            raise ReaderError(f"{path}: is {found}") from error
         if _ends_early(path):
             raise ReaderError(
                 f"{path}: cut short, not even frame 0 can be had; copy it again or leave it out"

@@ -11,6 +11,7 @@ from typing import Literal
 
 from configs.errors import UserError
 from configs.schema import DataSetSpec, NamedSplit, SplitConfig
+from features.ids import normal_id
 
 Split = Literal["train", "val", "test", "none"]
 _COUNTS = re.compile(r"\d{1,6}(/\d{1,6}){1,2}")
@@ -133,7 +134,7 @@ def _by_lists(ids: Sequence[str], lists: NamedSplit, where: str) -> dict[str, Sp
 def _present(ids: Sequence[str], lists: NamedSplit) -> NamedSplit:
     """A published split without the videos that are not here."""
     kept = {
-        part: tuple(entry for entry in entries if fnmatch.filter(ids, entry))
+        part: tuple(entry for entry in entries if fnmatch.filter(ids, normal_id(entry)))
         for part, entries in (("train", lists.train), ("val", lists.val), ("test", lists.test))
     }
     return NamedSplit(**kept)
@@ -141,6 +142,7 @@ def _present(ids: Sequence[str], lists: NamedSplit) -> NamedSplit:
 
 def matching_ids(ids: Sequence[str], entry: str, where: str) -> list[str]:
     """The ids that a list's entry means: itself, or those its shell pattern matches. Raises UserError for none."""
+    entry = normal_id(entry)
     if entry in ids:
         return [entry]
     found = [video_id for video_id in ids if fnmatch.fnmatchcase(video_id, entry)]

@@ -31,6 +31,7 @@ from engine.files import (
 )
 from engine.runs import package_version
 from features.hdf5 import USER_BLOCK_BYTES, Hdf5Sink, broken_seal, holds_itself, seal
+from features.ids import file_stem, id_of_stem
 
 SCHEMA_VERSION = 1
 CHUNK_FRAMES = 256
@@ -402,7 +403,7 @@ def rewrite_labels(path: Path, phase: NDArray[np.int8], tools: NDArray[np.int8],
 
 def feature_path(folder: Path, video_id: str) -> Path:
     """Where a video's features are."""
-    return folder / f"{video_id}.h5"
+    return folder / f"{file_stem(video_id)}.h5"
 
 
 def feature_files(folder: Path) -> list[Path]:
@@ -527,7 +528,7 @@ def describe_folder(folder: Path) -> list[str]:
         total += len(video)
         labelled = int((video.phase >= 0).sum())
         with_tools = int((video.tools >= 0).any(axis=1).sum()) if video.tools.size else 0
-        lines.append(f"{path.stem}: {len(video)} frames, {labelled} with a phase, {with_tools} with tools")
+        lines.append(f"{id_of_stem(path.stem)}: {len(video)} frames, {labelled} with a phase, {with_tools} with tools")
     return [*lines, f"{total} frames in all"]
 
 

@@ -28,8 +28,10 @@ from pydantic import Field
 from configs.errors import UserError
 from configs.schema import DataSetSpec, Strict
 from engine.files import sha256_json
+from engine.sniff import what_it_is
 from features.annotations import PhaseTrack, ToolTrack
 from features.class_order import ids_of_order
+from features.ids import id_key
 from features.readers import ClosingReader, ReaderError, checked_frames, decode_image, spread_evenly
 
 FPS = 1.0
@@ -73,6 +75,8 @@ def record_spans(stream: BinaryIO, path: Path) -> Iterator[RecordSpan]:
         header = _read_at(stream, offset, _HEADER.size, f"{path}: record {number}")
         length, checksum = _HEADER.unpack(header)
         if masked_crc32c(header[:8]) != checksum:
+            if number == 0 and (found := what_it_is(path)):
+                raise ReaderError(f"{path}: is {found}")
             what = "is no TFRecord file, or its" if number == 0 else f"record {number}: its"
             raise ReaderError(f"{path}: {what} length does not fit its checksum; {_WAY_OUT}")
         span = RecordSpan(offset + _HEADER.size, length)
@@ -258,9 +262,10 @@ def _checked_first(record: FrameRecord, place: str, video_id: str) -> FrameRecor
 
 def _same_video(recorded: str, video_id: str) -> bool:
     """Whether a record's video_id (video1, video_01, 1) means the same as the id from the file's name (video01)."""
-    one, other = _ID.fullmatch(recorded.casefold()), _ID.fullmatch(video_id.casefold())
+    recorded, video_id = id_key(recorded), id_key(video_id)
+    one, other = _ID.fullmatch(recorded), _ID.fullmatch(video_id)
     if one is None or other is None:
-        return recorded.casefold() == video_id.casefold()
+        return recorded == video_id
     return int(one[2]) == int(other[2]) and one[1] in ("", other[1])
 
 

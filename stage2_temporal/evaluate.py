@@ -26,8 +26,16 @@ from evaluation.tables import comparison_table, phase_table, tool_table
 from evaluation.tools import choose_thresholds, evaluate_tools, sigmoid
 from evaluation.truth import TRUTH_FILE, Truth, VideoTruth, is_simulated, write_truth
 from features.catalogue import known_root
+from features.ids import file_stem
 from features.index import Index
-from features.store import INDEX_FILE, VideoFeatures, find_feature_folder, load_feature_set, require_one_encoder
+from features.store import (
+    INDEX_FILE,
+    VideoFeatures,
+    feature_path,
+    find_feature_folder,
+    load_feature_set,
+    require_one_encoder,
+)
 from stage2_temporal.predict import Inference, load_temporal, predict_phases
 
 METRICS_FILE = "metrics.json"
@@ -273,7 +281,7 @@ def _tools(material: Material, thresholds: Mapping[str, float] | None) -> dict[s
 def _thresholds(material: Material, names: Sequence[str]) -> Mapping[str, float] | None:
     """Chosen on the validation videos; None where there are none with features and tool labels."""
     ids = [entry.id for entry in material.index.by_split("val")]
-    if not ids or not all((material.folder / f"{video_id}.h5").exists() for video_id in ids):
+    if not ids or not all(feature_path(material.folder, video_id).exists() for video_id in ids):
         return None
     videos = {name: video for name, video in load_feature_set(material.folder, ids).items() if _has_tools(video)}
     if not videos:
@@ -299,14 +307,14 @@ def _write(out: Path, material: Material, metrics: Mapping[str, Any]) -> None:
     write_truth(out / TRUTH_FILE, _truth(material))
     if probabilities is None:  # a net for tools alone
         for name, video in material.videos.items():
-            path = out / TOOLS_ALONE / f"{name}.csv"
+            path = out / TOOLS_ALONE / f"{file_stem(name)}.csv"
             write_tool_csv(path, video.frame_index, video.time_s, sigmoid(video.tool_logits), spec)
         return
     make_folder(out / "predictions")
     for name, video in material.videos.items():
         tools = sigmoid(video.tool_logits) if video.tools.size and np.isfinite(video.tool_logits).all() else None
         write_prediction_csv(
-            out / "predictions" / f"{name}.csv",
+            out / "predictions" / f"{file_stem(name)}.csv",
             video.frame_index,
             video.time_s,
             phases["temporal"][name],

@@ -28,6 +28,7 @@ from evaluation.figures import phase_ribbons
 from evaluation.overlay import Overlay
 from evaluation.predictions import write_prediction_csv
 from evaluation.tools import sigmoid
+from features.ids import file_stem
 from features.index import Index, VideoEntry, index_of_source, sampled_frames
 from features.preprocess import normalise, preprocess_from_json
 from features.video_writer import encode_mp4
@@ -247,7 +248,7 @@ def _require_some(report: PredictReport, good: int) -> None:
 def _one_video(recogniser: Recogniser, index: Index, root: Path, out: Path, draw: bool, stop: StopRequest) -> bool:
     """Whether there was anything to do."""
     entry, spec = index.videos[0], recogniser.spec
-    files = {kind: out / f"{entry.id}.{kind}" for kind in ("csv", "png", "mp4", "json")}
+    files = {kind: out / f"{file_stem(entry.id)}.{kind}" for kind in ("csv", "png", "mp4", "json")}
     wanted = ["csv", "png", *(["mp4"] if draw else [])]
     made_by = {**_identity_of_source(entry), **recogniser.identity}
     if _is_done(files, wanted, made_by, inside(root, entry.source)):

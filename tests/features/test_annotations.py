@@ -310,7 +310,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         read_tool_file(tmp_path, SPEC)
     wide = tmp_path / "video01-phase.txt"
     wide.write_bytes("Frame\tPhase\n0\tPreparation\n".encode("utf-16"))
-    with pytest.raises(UserError, match=r"video01-phase\.txt: not UTF-8 text"):
+    with pytest.raises(UserError, match=r"video01-phase\.txt: is text in UTF-16; save it as UTF-8"):
         read_phase_file(wide, SPEC)
 
 

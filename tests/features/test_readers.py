@@ -373,7 +373,7 @@ def test_image_sound_missing_file_and_folder_are_no_videos(tmp_path):
     for path, what in (
         (image, "an image"),
         (sound, "no video stream"),
-        (headless, "cut short"),
+        (headless, "no moov box"),
         (tmp_path / "missing.mp4", "no such file"),
         (tmp_path, "not a video"),
     ):

@@ -332,6 +332,8 @@ def test_nothing_is_allocated_for_a_length_that_the_file_has_not(
 def test_a_compressed_or_other_file_is_named_as_such(tmp_path: Path) -> None:
     path = tmp_path / "video01.tfrecord"
     path.write_bytes(b"\x1f\x8b" + bytes(100))
+    assert "is gzip-compressed; unpack it with gunzip" in scan_refusal(path)
+    path.write_bytes(bytes(range(7, 107)))
     assert "is no TFRecord file, or its length does not fit its checksum" in scan_refusal(path)
 
 

@@ -1,0 +1,112 @@
+"""What a file is that a reader has refused: a failed download, an archive, a recording without its table.
+
+Nothing here decides what is read; it only lets a message name the cause, and what to do about it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import BinaryIO
+
+HEAD_BYTES = 4096
+_SIGNATURES: tuple[tuple[bytes, str], ...] = (
+    (b"version https://git-lfs.github.com", "a Git LFS pointer, not the file itself; run `git lfs pull`"),
+    (b"/annex/objects/", "a git-annex pointer, not the file itself; run `git annex get`"),
+    (b"\x1f\x8b", "gzip-compressed; unpack it with gunzip"),
+    (b"x\x9c", "zlib-compressed; write it again without compression"),
+    (b"x\xda", "zlib-compressed; write it again without compression"),
+    (b"BZh", "bzip2-compressed; unpack it with bunzip2"),
+    (b"\xfd7zXZ\0", "xz-compressed; unpack it with unxz"),
+    (b"\x28\xb5\x2f\xfd", "zstd-compressed; unpack it with unzstd"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it"),
+    (b"Rar!\x1a\x07", "a RAR archive; unpack it"),
+    (b"%PDF-", "a PDF document"),
+    (b"{\\rtf", "a formatted document (RTF); save it as plain text"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Office document; export it as plain text"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"\x89PNG\r\n\x1a\n", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"\xff\xfe", "text in UTF-16; save it as UTF-8"),
+    (b"\xfe\xff", "text in UTF-16; save it as UTF-8"),
+    (b"\0\5\x16\7", "what macOS keeps beside a file (AppleDouble), not the file itself; copy that"),
+)
+# By the names of their first members: formats that are ZIP files.
+_ZIP_SIGNATURE = b"PK\x03\x04"
+_ZIPPED = (
+    (b"[Content_Types].xml", "an Office document; export it as plain text"),
+    (b"xl/", "an Excel workbook; export it as plain text"),
+    (b"/data.pkl", "a PyTorch file"),
+    (b".npy", "a NumPy archive"),
+)
+_PAGE = re.compile(
+    rb"\s*(<!--.{0,200}-->\s*)?<(!doctype\s+html|html|head|body|script|meta)\b", re.IGNORECASE | re.DOTALL
+)
+_PICKLE = re.compile(rb"\x80[\x02-\x05]")
+_DV = re.compile(rb"\x1f\x07\x00[\x3f\xbf]")  # the header section of the first DIF block
+
+
+def what_it_is(path: Path) -> str | None:
+    """What a refused file is, to stand after "is", with a remedy where there is one; None where nothing is recognised.
+
+    Reads the first KiB, and of MP4 files the headers of the top level.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            head = stream.read(HEAD_BYTES)
+            if head[4:8] in (b"ftyp", b"mdat", b"wide", b"skip") and not _has_moov(stream, size):
+                return (
+                    "an MP4 file without its table of frames (no moov box), as an interrupted recording or copy leaves "
+                    "it; copy it again, or have a tool such as untrunc rebuild the table from a sound file of the same "
+                    "device"
+                )
+    except OSError:
+        return None
+    if not head:
+        return "an empty file (0 bytes); copy it again or leave it out"
+    if not head.strip(b"\0"):
+        return "filled with zeros, as an interrupted copy leaves it; copy it again"
+    if _DV.match(head):
+        return "a raw DV stream; put it into a container: `ffmpeg -i FILE -c copy NEW.avi`"
+    return what_begins_so(head) or _text(head)
+
+
+def what_begins_so(head: bytes) -> str | None:
+    """The same for a file that begins with `head`, as far as a format's signature tells."""
+    for signature, what in _SIGNATURES:
+        if head.startswith(signature):
+            return what
+    if head.startswith(_ZIP_SIGNATURE):
+        return next((what for name, what in _ZIPPED if name in head[:HEAD_BYTES]), "a ZIP archive; unpack it")
+    if _PAGE.match(head.removeprefix(b"\xef\xbb\xbf")):
+        return "a web page, so its download failed; download it again, logged in if the site asks for it"
+    return "a Python pickle" if _PICKLE.match(head) else None
+
+
+def _text(head: bytes) -> str | None:
+    text = head.decode("utf-8", "replace")
+    if "\ufffd" in text[:-3] or not text[:-3].translate({9: "", 10: "", 13: ""}).isprintable():
+        return None
+    first = " ".join(text.split())[:60]
+    return f"a text that begins with {first!r}; it may be a server's error message in place of a download"
+
+
+def _has_moov(stream: BinaryIO, size: int) -> bool:
+    """Whether the top level of an MP4 file has a table of its frames, as far as its boxes can be followed."""
+    offset = 0
+    for _ in range(10_000):
+        stream.seek(offset)
+        head = stream.read(16)
+        if len(head) < 8:
+            return False
+        length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+        if kind == b"moov":
+            return True
+        if length == 0 or not kind.isalnum():  # runs to the end, or what follows is no box
+            return False
+        offset += int.from_bytes(head[8:16], "big") if length == 1 else max(length, 8)
+        if offset >= size:
+            return False
+    return True
