@@ -159,7 +159,7 @@ class DataConfig(Strict):
     dataset: str = Field("cholec80", description="name in configs/datasets, or the path of a YAML file")
     root: Path | None = Field(None, description="folder of videos and annotations; also the variable SURGSTAGE_DATA")
     index: Path = Path("artifacts/index.json")
-    fps: float = Field(1.0, gt=0, le=MAX_FPS, description="sampling rate; must divide the source rate")
+    fps: float = Field(1.0, gt=0, le=MAX_FPS, description="sampling rate: the frames on screen every 1 / fps seconds")
     split: SplitConfig = SplitConfig()
     tools_between_rows: Literal["mask", "hold"] = Field(
         "mask", description="sampling faster than tool rows: mask frames between them, or hold the last row"

@@ -27,7 +27,7 @@ from features.catalogue import open_dataset
 from features.class_order import describe_order, parse_phase_order
 from features.discover import natural_key
 from features.ids import file_stem
-from features.index import Index, VideoEntry, sampled_frames
+from features.index import Index, VideoEntry, frame_times_s, sampled_frames
 from features.pickled_index import labelled_rows
 from features.plain_pickle import load_plain
 
@@ -198,7 +198,7 @@ def export_predictions(
         order = _order(predictions, phase_order, spec)
         for entry, video in zip(entries, videos, strict=True):
             rows, values = _filled(*video) if fill_first else (video[0][video[1] :], video[2])
-            stem, shown = file_stem(entry.id), np.rint(rows * (spec.annotation_fps / entry.fps)).astype(np.int64)
+            stem, shown = file_stem(entry.id), _annotation_frames(frame_times_s(entry, rows), spec)
             if order is not None:
                 texts[f"{stem}-phase.txt"] = phase_text(shown, [order[phase] for phase in values.tolist()])
             else:

@@ -38,11 +38,12 @@ from features.discover import (
     source_frames,
 )
 from features.ids import id_key, id_problem, normal_id
-from features.labels import BetweenRows, Extent, fit_tracks, sample_labels, sampled_frame_index, track_end
+from features.labels import BetweenRows, Extent, fit_tracks, sample_labels, track_end
 from features.readers import FrameFolder, count_packets, probe_video
 from features.splits import Split, assign_splits, matching_ids, usual_split_problem
 from features.tfrecord import FPS as TFRECORD_FPS
 from features.tfrecord import RecordLayout, require_one_numbering, scan_records
+from features.times import FrameTimes, on_screen, require_held
 
 FORMAT_VERSION = 1
 SPLITS: tuple[Split, ...] = ("train", "val", "test", "none")
@@ -79,7 +80,8 @@ class VideoEntry(Strict):
     """One video. For a folder of frames (`frames` says how its images lie on the source's timeline), `fps` and
     `frame_count` are those of the source, `size_bytes` is the sum of its images, `modified_ns` the newest of them and
     `sha256_ends` covers their names, their sizes and the content of the first and last. A TFRecord file holds its own
-    labels (`records`), and has no annotation files.
+    labels (`records`), and has no annotation files. A video without a constant rate has the times of its frames
+    (`times`), and `fps` is its mean rate.
     """
 
     id: VideoId
@@ -96,6 +98,7 @@ class VideoEntry(Strict):
     tool_file: AnnotationFile | None = None
     frames: FolderLayout | None = None
     records: RecordLayout | None = None
+    times: FrameTimes | None = None
 
     @model_validator(mode="after")
     def _layout_for_folders(self) -> VideoEntry:
@@ -105,6 +108,10 @@ class VideoEntry(Strict):
             raise ValueError("records must be given for TFRecord files and for nothing else")
         if self.records and (self.records.frame_count != self.frame_count or self.phase_file or self.tool_file):
             raise ValueError("the labels in records are not those of its frames")
+        if self.times is not None:
+            if self.kind != "video":
+                raise ValueError("times must be given for video files and for nothing else")
+            self.times.seconds(self.frame_count)
         return self
 
     @property
@@ -115,6 +122,8 @@ class VideoEntry(Strict):
     @property
     def most_fps(self) -> float:
         """The highest rate that this video can be sampled at."""
+        if self.times is not None:  # recorded at a higher rate than the mean, with pauses
+            return max(self.fps, 1.0 / float(np.median(np.diff(self.times.seconds(self.frame_count)))))
         return self.fps / self.image_stride
 
 
@@ -221,8 +230,9 @@ class Index(Strict):
         }
         videos = [entry.model_dump(mode="json", exclude=moving) for entry in self.videos]
         for video in videos:
-            if video["records"] is None:
-                del video["records"]  # so that other indices keep the digest that they had before there were any
+            for name in ("records", "times"):
+                if video[name] is None:
+                    del video[name]  # so that other indices keep the digest that they had before there were any
         described: Any = {"name", "annotation_fps", "phases", "tools", "phase_aliases", "tool_aliases"}
         return sha256_json(
             {
@@ -233,7 +243,11 @@ class Index(Strict):
         )
 
     def to_json(self) -> dict[str, Any]:
-        return self.model_dump(mode="json", exclude=None if self.left_out else {"left_out"})
+        value = self.model_dump(mode="json", exclude=None if self.left_out else {"left_out"})
+        for video in value["videos"]:
+            if video["times"] is None:
+                del video["times"]  # so that other indices keep their bytes
+        return value
 
     @classmethod
     def from_json(cls, value: Any, name: str = "index") -> Index:
@@ -500,12 +514,29 @@ def index_of_source(path: Path, spec: DataSetSpec, data: DataConfig) -> tuple[In
 
 
 def sampled_frames(entry: VideoEntry, fps: float) -> np.ndarray:
-    """Source frames (T,) int64 of this video that sampling at `fps` keeps. Raises UserError naming the usable rates."""
-    first = entry.frames.first if entry.frames else 0
+    """Source frames (T,) int64 of this video that sampling at `fps` keeps, rising.
+
+    They are those on screen at the first frame's time and every 1 / fps seconds after it; a frame that is on screen at
+    several of these times is kept once. Raises UserError where `fps` asks for more than there is.
+    """
+    stride = entry.image_stride
+    held = f"{entry.fps:.4g} fps" if stride == 1 else f"images of one in {stride} frames at {entry.fps:g} fps"
     try:
-        return sampled_frame_index(entry.frame_count, entry.fps, fps, stride=entry.image_stride, first=first)
+        require_held(fps, entry.most_fps, held)
     except UserError as error:
         raise UserError(f"{entry.id}: {error}") from error
+    first = entry.frames.first if entry.frames else 0
+    shown = np.arange(first, entry.frame_count, stride, dtype=np.int64)
+    time_s = frame_times_s(entry, shown)
+    return shown[on_screen(time_s, float(time_s[-1]) + stride / entry.fps, fps)]
+
+
+def frame_times_s(entry: VideoEntry, frame_index: np.ndarray | Sequence[int]) -> np.ndarray:
+    """(T,) float64 seconds from the first frame of the source at which its frames `frame_index` (T,) are shown."""
+    frames = np.asarray(frame_index, dtype=np.int64)
+    if entry.times is None:
+        return frames / entry.fps
+    return entry.times.seconds(entry.frame_count)[frames]
 
 
 def most_fps(index: Index) -> float:

@@ -1,4 +1,4 @@
-"""Labels for sampled frames: which frames a rate means, how rows spread over them, and tracks fitted to their video.
+"""Labels for sampled frames: how rows spread over them, and tracks fitted to their video.
 
 Times are source frame numbers, counted from 0. -1 means no label.
 """
@@ -14,45 +14,14 @@ import numpy as np
 
 from configs.errors import UserError
 from features.annotations import PhaseTrack, ToolTrack, row_error
+from features.times import RATE_TOLERANCE
 
 Track = PhaseTrack | ToolTrack
 AnyTrack = TypeVar("AnyTrack", PhaseTrack, ToolTrack)
 BetweenRows = Literal["mask", "hold"]
 
-RATE_TOLERANCE = 0.005  # 29.97 counts as 30, 23.976 as 24; 24 and 25 stay apart
 # Rates that annotation programs number rows at; 1 is a row a second, counted instead of placed.
 _COMMON_FPS = (1.0, 2.0, 5.0, 10.0, 12.5, 15.0, 24.0, 25.0, 30.0, 50.0, 60.0)
-
-
-# ---------------------------------------------------------------------------------------------- which frames
-
-
-def sampled_frame_index(
-    frame_count: int, source_fps: float, fps: float, *, stride: int = 1, first: int = 0
-) -> np.ndarray:
-    """Source frames (T,) int64 that sampling at `fps` keeps: `first`, `first` + step, ... below `frame_count`.
-
-    The step, source_fps / fps, must be a whole number within half a percent, so that 1 fps of 29.97 is every 30th
-    frame. `stride` and `first` describe material that holds only each stride-th source frame (a folder of samples):
-    the step must then be a multiple of the stride. Raises UserError naming the usable rates.
-    """
-    ratio = source_fps / fps
-    step = max(round(ratio), 1)
-    if abs(ratio - step) > RATE_TOLERANCE * step or step % stride:
-        raise UserError(_rate_problem(source_fps, fps, stride))
-    return np.arange(first, frame_count, step, dtype=np.int64)
-
-
-def _rate_problem(source_fps: float, fps: float, stride: int) -> str:
-    most = source_fps / stride
-    held = f"{source_fps:g} fps" if stride == 1 else f"images of one in {stride} frames at {source_fps:g} fps"
-    if fps > most * (1 + RATE_TOLERANCE):
-        return f"data.fps={fps:g} asks for more than there is: {most:.4g} is the most that {held} holds"
-    divisor = max(round(most / fps), 2)
-    nearest = ", ".join(f"{most / k:.4g}" for k in range(divisor - 1, divisor + 2))
-    whole = [rate for rate in range(1, round(most) + 1) if round(most) % rate == 0]
-    usual = f"; in whole numbers {', '.join(map(str, whole))}" if whole else ""
-    return f"data.fps={fps:g} does not divide {held}: nearest that do are {nearest}{usual}"
 
 
 # ---------------------------------------------------------------------------------------------- rows to frames
@@ -67,8 +36,9 @@ def sample_labels(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Labels of the frames `frame_index` (T,): phase (T,) int8 and tools (T, K) int8, -1 where there is no label.
 
-    A phase row holds until the next row, the last one for a stride. A tool row labels its own frame alone
-    (`between_rows` "mask") or holds like a phase ("hold"). `tool_count` is K, for videos without tool rows.
+    A phase row holds until the next row, the last one for a stride. A tool row labels its own frame alone, or where
+    that was not sampled the sampled frame next to it (`between_rows` "mask"), or holds like a phase ("hold").
+    `tool_count` is K, for videos without tool rows.
     """
     frames = np.asarray(frame_index, dtype=np.int64)
     phase_labels = np.full(len(frames), -1, dtype=np.int8)
@@ -77,9 +47,7 @@ def sample_labels(
         row, covered = _rows_at(frames, phase)
         phase_labels[covered] = phase.phase[row[covered]]
     if tools is not None:
-        row, covered = _rows_at(frames, tools)
-        if between_rows == "mask":
-            covered &= (frames - tools.frame_index[0]) % tools.stride == 0
+        row, covered = _rows_at(frames, tools) if between_rows == "hold" else _rows_next_to(frames, tools)
         tool_labels[covered] = tools.tools[row[covered]]
     return phase_labels, tool_labels
 
@@ -88,6 +56,28 @@ def _rows_at(frames: np.ndarray, track: Track) -> tuple[np.ndarray, np.ndarray]:
     """The row (T,) that holds at each frame, and whether (T,) there is one; strides are even, so no search."""
     row = (frames - track.frame_index[0]) // track.stride
     return row, (row >= 0) & (row < len(track.frame_index))
+
+
+def _rows_next_to(frames: np.ndarray, track: Track) -> tuple[np.ndarray, np.ndarray]:
+    """The row (T,) nearest to each frame, and whether (T,) it labels it: each is nearest to the other, and near enough.
+
+    Where samples are evenly spaced, that is the row of the very frame. Where they are not (29.97 fps sampled at 1 fps,
+    with a row every 30 frames), no row lies further off than half the distance between samples.
+    """
+    steps = np.diff(frames)
+    if not len(frames):
+        return frames, np.zeros(0, dtype=bool)
+    row = _nearest(track.frame_index, frames)
+    distance = np.abs(track.frame_index[row] - frames)
+    apart = np.median(steps) if len(set(steps.tolist())) > 1 else 0
+    return row, (_nearest(frames, track.frame_index)[row] == np.arange(len(frames))) & (2 * distance <= apart)
+
+
+def _nearest(places: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The position in `places`, rising, of what is nearest to each of `wanted`; the first of two as near."""
+    after = np.searchsorted(places, wanted).clip(0, len(places) - 1)
+    before = (after - 1).clip(0)
+    return np.where(wanted - places[before] <= np.abs(places[after] - wanted), before, after)
 
 
 def track_end(track: Track) -> int:

@@ -126,8 +126,11 @@ def write_features(
     phase: NDArray[np.int8],
     tools: NDArray[np.int8],
     attributes: Mapping[str, Any],
+    time_s: NDArray[np.float64] | None = None,
 ) -> Iterator[FeatureWriter]:
     """Write one feature file block by block, so that memory does not grow with the video's length.
+
+    `time_s` (T,) says when frames are shown; None where that follows from the source's rate.
 
     The file appears under its name only when the body ended without an exception, all T rows were appended and the
     reopened file verifies; otherwise nothing is left. Raises UserError when the disk is full.
@@ -136,6 +139,8 @@ def write_features(
         options = {"libver": ("v110", "v110"), "userblock_size": USER_BLOCK_BYTES}
         with Hdf5Sink(temporary) as sink, h5py.File(sink, "w", **options) as file:
             writer = FeatureWriter(file, sink, encoder, source, frame_index, tools.shape[1])
+            times = frame_index / source.fps if time_s is None else time_s
+            _create(file, "time_s", times.shape, "float64", (min(CHUNK_FRAMES, len(times)),))[...] = times
             write_labels(file, phase, tools)
             file.attrs.update({**_provenance(encoder, source), **attributes})
             yield writer
@@ -168,7 +173,6 @@ class FeatureWriter:
         _create(file, "features", (count, dim), encoder.storage, (chunk, dim))
         _create(file, "tool_logits", (count, tools), "float32", (chunk, tools))
         _create(file, "frame_index", (count,), "int64", (chunk,))[...] = frame_index
-        _create(file, "time_s", (count,), "float64", (chunk,))[...] = frame_index / source.fps
 
     def append(self, features: NDArray[Any], tool_logits: NDArray[np.float32]) -> None:
         """The next rows: features (N, D) in any float type, tool logits (N, K). UserError for what does not fit."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 
+_TICK_S = Fraction(1, 90_000)  # of videos whose rate varies
+
 
 def encode_mp4(
     path: Path,
@@ -19,24 +22,31 @@ def encode_mp4(
     fps: float,
     options: Mapping[str, str],
     check_stop: Callable[[], None],
+    time_s: Iterable[float] | None = None,
 ) -> None:
     """Encode frames (H, W, 3), all of one even-sided size, at `fps` with libx264's `options`; one frame in memory.
 
-    `check_stop` is called before each frame and may raise. The caller makes the writing atomic. Raises UserError when
-    this PyAV has no H.264 encoder.
+    `time_s` says when each is shown where the rate varies. `check_stop` is called before each frame and may raise. The
+    caller makes the writing atomic. Raises UserError when this PyAV has no H.264 encoder.
     """
     import av
 
     with _encoding(path), av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = None
-        for pixels in frames:
+        times = itertools.repeat(None) if time_s is None else time_s
+        for pixels, shown_s in zip(frames, times, strict=False):
             check_stop()
             if stream is None:
                 rate = Fraction(fps).limit_denominator(1001)
                 stream = container.add_stream("libx264", rate=rate, options=dict(options))
                 stream.height, stream.width = pixels.shape[:2]
                 stream.pix_fmt = "yuv420p"
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+                if time_s is not None:
+                    stream.codec_context.time_base = _TICK_S
+            picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            if shown_s is not None:
+                picture.pts, picture.time_base = round(shown_s / _TICK_S), _TICK_S
+            container.mux(stream.encode(picture))
         if stream is not None:
             container.mux(stream.encode())
 

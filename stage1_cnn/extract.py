@@ -35,7 +35,7 @@ from engine.memory import keep_freed_memory
 from engine.progress import say
 from engine.runs import StageFolder
 from engine.stopping import StopRequest
-from features.index import Index, VideoEntry, load_labels, sampled_frames
+from features.index import Index, VideoEntry, frame_times_s, load_labels, sampled_frames
 from features.preprocess import crop_frames
 from features.readers import can_start_inside
 from features.store import (
@@ -46,7 +46,7 @@ from features.store import (
     estimate_bytes,
     feature_path,
     prepare_folder,
-    read_attributes,
+    read_features,
     rewrite_labels,
     verify_file,
     write_features,
@@ -306,30 +306,37 @@ def _sort_out(
     jobs = []
     for entry in index.videos[first::of]:
         try:
-            frames = len(sampled_frames(entry, config.data.fps))
+            frames = sampled_frames(entry, config.data.fps)
             require_indexed_source(entry, root, index)
             require_indexed_annotations(entry, root)
-            state = _state(feature_path(folder, entry.id), entry, spec, label_attributes(config, index, entry))
+            state = _state(feature_path(folder, entry.id), entry, frames, spec, label_attributes(config, index, entry))
         except UserError as error:
             report.failed.append((entry.id, str(error)))
             continue
         if state == "current":
             report.skipped.append(entry.id)
         else:
-            jobs.append(VideoJob(entry.id, frames if state == "new" else 0, labels_only=state == "relabel"))
+            jobs.append(VideoJob(entry.id, len(frames) if state == "new" else 0, labels_only=state == "relabel"))
     return jobs
 
 
-def _state(path: Path, entry: VideoEntry, spec: EncoderSpec, labels: Mapping[str, str]) -> str:
-    """`new`, `relabel` or `current`: whether a video's file is whole, of this source and encoder, and labelled so."""
+def _state(
+    path: Path, entry: VideoEntry, frame_index: NDArray[np.int64], spec: EncoderSpec, labels: Mapping[str, str]
+) -> str:
+    """`new`, `relabel` or `current`: whether a video's file is whole, of this source, these frames and this encoder,
+    and labelled so."""
     if not path.exists():
         return "new"
     problem = verify_file(path, spec, source_identity(entry))
+    if problem is None:
+        video = read_features(path, with_features=False)
+        times = frame_times_s(entry, frame_index)
+        same = np.array_equal(video.frame_index, frame_index) and np.array_equal(video.time_s, times)
+        problem = None if same else "holds other frames, or other times of them"
     if problem is not None:
         say(f"{path.name}: {problem}; done again")
         return "new"
-    attributes = read_attributes(path)
-    return "current" if all(attributes.get(key) == value for key, value in labels.items()) else "relabel"
+    return "current" if all(video.attributes.get(key) == value for key, value in labels.items()) else "relabel"
 
 
 def label_attributes(config: Config, index: Index, entry: VideoEntry) -> dict[str, str]:
@@ -442,7 +449,8 @@ class ExtractTask:
         attributes = {**label_attributes(self.config, self.index, entry), **provenance}
         attributes["device"] = self._encoder().device_name
         path, source = feature_path(self.folder, entry.id), source_identity(entry)
-        return write_features(path, self.spec, source, frame_index, phase, tools, attributes)
+        time_s = frame_times_s(entry, frame_index)
+        return write_features(path, self.spec, source, frame_index, phase, tools, attributes, time_s)
 
     def _labels(self, entry: VideoEntry) -> tuple[NDArray[np.int64], NDArray[np.int8], NDArray[np.int8]]:
         """Sampled frames (T,), phase (T,), tools (T, K)."""

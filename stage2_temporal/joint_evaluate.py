@@ -20,7 +20,7 @@ from engine.runs import RESULT_FILE, update_summary
 from engine.stopping import StopRequest
 from evaluation.model_card import write_model_card
 from evaluation.tools import choose_thresholds, evaluate_tools, sigmoid
-from features.index import Index
+from features.index import Index, frame_times_s
 from features.store import VideoFeatures
 from stage2_temporal.evaluate import METRICS_FILE, Material, print_metrics, score_and_write, summary_of
 from stage2_temporal.joint import IMPORTED, JointNet, joint_checkpoint, load_joint, require_same_classes
@@ -144,7 +144,7 @@ def _as_features(video: LabelledVideo, found: Mapping[str, Prediction], config: 
     return VideoFeatures(
         features=np.zeros((frames, 0), np.float32),
         frame_index=video.frame_index,
-        time_s=video.frame_index / video.entry.fps,
+        time_s=frame_times_s(video.entry, video.frame_index),
         phase=video.phase,
         tools=video.tools,
         tool_logits=tools if tools is not None else np.full(video.tools.shape, np.nan, np.float32),

@@ -29,7 +29,7 @@ from evaluation.overlay import Overlay
 from evaluation.predictions import write_prediction_csv
 from evaluation.tools import sigmoid
 from features.ids import file_stem
-from features.index import Index, VideoEntry, index_of_source, sampled_frames
+from features.index import Index, VideoEntry, frame_times_s, index_of_source, sampled_frames
 from features.preprocess import normalise, preprocess_from_json
 from features.video_writer import encode_mp4
 from stage1_cnn.encoder import load_encoder
@@ -257,7 +257,7 @@ def _one_video(recogniser: Recogniser, index: Index, root: Path, out: Path, draw
     write_json(files["json"], {**about, "complete": False})  # whose the other files are, should this be interrupted
     prediction = predict_video(recogniser, index, root, stop)
     phase = prediction.phase.argmax(axis=1).astype(np.int8)
-    time_s = prediction.frame_index / entry.fps
+    time_s = frame_times_s(entry, prediction.frame_index)
     write_prediction_csv(files["csv"], prediction.frame_index, time_s, phase, prediction.phase, prediction.tools, spec)
     drawn = [(entry.id, np.full(len(phase), -1, np.int8), {"predicted": phase})]
     title = f"{entry.id}: predicted phases ({spec.title or spec.name})"
@@ -276,6 +276,7 @@ def _identity_of_source(entry: VideoEntry) -> dict[str, Any]:
         "source_fps": entry.fps,
         "source_frames": entry.frame_count,
         "frames": entry.frames.model_dump(mode="json") if entry.frames else None,
+        **({"times": entry.times.model_dump(mode="json")} if entry.times else {}),
     }
 
 
@@ -334,4 +335,6 @@ def _draw(
                     bar.update()
 
         with atomic_path(path) as temporary:
-            encode_mp4(temporary, pictures(), entry.fps / entry.image_stride, _ENCODER, stop.raise_if_set)
+            time_s = frame_times_s(entry, shown) if entry.times else None
+            rate = entry.fps / entry.image_stride
+            encode_mp4(temporary, pictures(), rate, _ENCODER, stop.raise_if_set, time_s)

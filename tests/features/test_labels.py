@@ -1,4 +1,4 @@
-"""Which frames a rate keeps, which labels they get, and what happens where labels and video disagree."""
+"""Which labels frames get, and what happens where labels and video disagree."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from configs.errors import UserError
 from configs.load import load_dataset
 from features.annotations import PhaseTrack, ToolTrack, read_phase_file, read_tool_file
-from features.labels import Extent, fit_tracks, sample_labels, sampled_frame_index
+from features.labels import Extent, fit_tracks, sample_labels
 
 PHASES = Path("root/video01-phase.txt")
 TOOLS = Path("root/video01-tool.txt")
@@ -26,68 +26,6 @@ def phase_track(rows: int, stride: int = 1, first: int = 0) -> PhaseTrack:
 def tool_track(rows: int, stride: int = 25, first: int = 0, tools: int = 7) -> ToolTrack:
     frames = first + stride * np.arange(rows, dtype=np.int64)
     return ToolTrack(frames, (np.arange(rows * tools).reshape(rows, tools) % 2).astype(np.int8), stride)
-
-
-# ---------------------------------------------------------------------------------------------- rates
-
-
-@pytest.mark.parametrize(
-    ("frame_count", "source_fps", "fps", "wanted"),
-    [
-        (100, 25, 1, [0, 25, 50, 75]),
-        (101, 25, 1, [0, 25, 50, 75, 100]),
-        (5, 25, 25, [0, 1, 2, 3, 4]),
-        (20, 25, 5, [0, 5, 10, 15]),
-        (201, 25, 0.25, [0, 100, 200]),
-        (61, 29.97, 1, [0, 30, 60]),
-        (61, 30000 / 1001, 29.97, list(range(61))),
-        (49, 24000 / 1001, 1, [0, 24, 48]),
-        (121, 60, 0.5, [0, 120]),
-        (3, 25, 1, [0]),
-        (13, 25, 25 / 6, [0, 6, 12]),
-    ],
-)
-def test_sampling_keeps_each_nth_frame_from_the_first(
-    frame_count: int, source_fps: float, fps: float, wanted: list[int]
-) -> None:
-    index = sampled_frame_index(frame_count, source_fps, fps)
-    assert index.tolist() == wanted
-    assert index.dtype == np.int64
-
-
-@pytest.mark.parametrize(
-    ("source_fps", "fps", "stride", "problem"),
-    [
-        (25, 2, 1, "data.fps=2 does not divide 25 fps: nearest that do are 2.273, 2.083, 1.923; in whole numbers 1, 5"),
-        (25, 30, 1, "data.fps=30 asks for more than there is: 25 is the most that 25 fps holds"),
-        (25, 24, 1, "does not divide 25 fps"),
-        (29.97, 7, 1, "in whole numbers 1, 2, 3, 5, 6, 10, 15, 30"),
-        (25, 1, 100, "0.25 is the most that images of one in 100 frames at 25 fps holds"),
-        (25, 0.1, 100, "nearest that do are 0.25, 0.125, 0.08333"),
-    ],
-)
-def test_a_rate_that_does_not_divide_is_refused_with_those_that_do(
-    source_fps: float, fps: float, stride: int, problem: str
-) -> None:
-    with pytest.raises(UserError) as caught:
-        sampled_frame_index(1000, source_fps, fps, stride=stride)
-    assert problem in str(caught.value)
-
-
-@settings(deadline=None, max_examples=200)
-@given(
-    frame_count=st.integers(1, 5000),
-    step=st.integers(1, 200),
-    source_fps=st.sampled_from([24.0, 25.0, 29.97, 30.0, 50.0, 59.94]),
-)
-def test_every_whole_step_is_a_usable_rate(frame_count: int, step: int, source_fps: float) -> None:
-    index = sampled_frame_index(frame_count, source_fps, source_fps / step)
-    assert index.tolist() == [frame for frame in range(frame_count) if frame % step == 0]
-
-
-def test_a_folder_of_samples_is_sampled_in_whole_images() -> None:
-    index = sampled_frame_index(500, 25, 0.125, stride=100, first=100)
-    assert index.tolist() == [100, 300]
 
 
 # ---------------------------------------------------------------------------------------------- rows to frames
@@ -118,7 +56,7 @@ def slow_labels(
 @given(
     phase=st.none() | st.builds(phase_track, st.integers(1, 30), st.integers(1, 9), st.integers(0, 40)),
     tools=st.none() | st.builds(tool_track, st.integers(1, 30), st.integers(1, 9), st.integers(0, 40), st.just(4)),
-    frames=st.lists(st.integers(0, 400), max_size=40),
+    frames=st.builds(range, st.integers(0, 40), st.integers(0, 400), st.integers(1, 30)).map(list),
     between_rows=st.sampled_from(["mask", "hold"]),
 )
 def test_labels_are_what_the_obvious_restatement_gives(
@@ -143,7 +81,7 @@ def test_real_labels_at_one_fps_are_the_published_ones(shared_data: Path) -> Non
         folder = shared_data / "mini-cholec80"
         phase = read_phase_file(folder / "phase_annotations" / f"{name}-phase.txt", spec)
         tools = read_tool_file(folder / "tool_annotations" / f"{name}-tool.txt", spec)
-        frames = sampled_frame_index(len(phase.frame_index), 25, 1)
+        frames = np.arange(0, len(phase.frame_index), 25)
         phase_labels, tool_labels = sample_labels(frames, phase, tools, "mask", 7)
         assert np.array_equal(phase_labels, published[f"{name}_phase"])
         assert np.array_equal(tool_labels, published[f"{name}_tools"])

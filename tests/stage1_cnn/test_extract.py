@@ -378,8 +378,8 @@ def test_a_disk_without_room_is_noticed_before(world: World, monkeypatch: pytest
         ({}, r"runs/first/cnn/best.pt: no such checkpoint; run train-cnn .*extract.encoder=initial"),
         ({"extract": {"encoder": "initial"}, "cnn": {"backbone": "vit_b_32"}}, "vit_b_32 cannot take images"),
         (
-            {"extract": {"encoder": "initial"}, "data": {"fps": 7}},
-            r"data.fps=7 does not divide .*3 more videos\)",
+            {"extract": {"encoder": "initial"}, "data": {"fps": 50}},
+            r"data.fps=50 asks for more than there is.*3 more videos\)",
         ),
     ],
 )

@@ -1,0 +1,93 @@
+"""When frames are shown, and which of them sampling takes.
+
+Times are seconds from the first shown picture. A constant rate needs no more than its number; the time stamps of
+anything else are kept with the video (`FrameTimes`).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import zlib
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from configs.errors import UserError
+from configs.schema import Strict
+
+RATE_TOLERANCE = 0.005  # 29.97 counts as 30, 23.976 as 24; 24 and 25 stay apart
+# Rounding of times and rates, in seconds: a frame this little after a sampling time counts as shown then.
+_ROUNDING_S = 1e-6
+
+
+class FrameTimes(Strict):
+    """The time stamps of a video without a constant rate.
+
+    `steps` holds the distances from frame to frame, (F - 1,) uint32 (little endian, zlib, base64), in ticks of
+    `tick_s` (numerator, denominator) seconds.
+    """
+
+    tick_s: tuple[int, int]
+    steps: str = Field(pattern=r"^[A-Za-z0-9+/]*={0,2}$")
+
+    @classmethod
+    def of_stream(cls, pts: NDArray[np.int64], tick_s: Fraction, fps: float) -> FrameTimes | None:
+        """The times of frames shown at `pts` (F,), rising, in ticks; None where they are those of the rate `fps`.
+
+        That is, within a tick, the rounding of the container's clock. Raises ValueError for times that do not rise.
+        """
+        time_s = (pts - pts[:1]) * float(tick_s)
+        tolerance_s = max(min(float(tick_s), 0.25 / fps), _ROUNDING_S)
+        if (np.abs(time_s - np.arange(len(pts)) / fps) <= tolerance_s * 1.001).all():
+            return None
+        steps = np.diff(pts)
+        if (steps <= 0).any() or (steps >= 2**32).any():
+            raise ValueError("frames that are shown at one time, or days apart")
+        packed = base64.b64encode(zlib.compress(steps.astype("<u4").tobytes(), 9))
+        return cls(tick_s=tick_s.as_integer_ratio(), steps=packed.decode())
+
+    def seconds(self, frame_count: int) -> NDArray[np.float64]:
+        """(F,) seconds from the first frame. Raises ValueError where these are not the times of so many frames."""
+        numerator, denominator = self.tick_s
+        if not (0 < numerator < 2**31 and 0 < denominator < 2**31):
+            raise ValueError("tick_s is no duration")
+        return np.multiply(_ticks(self.steps, frame_count), numerator / denominator, dtype=np.float64)
+
+
+@functools.lru_cache(maxsize=4)
+def _ticks(steps: str, frame_count: int) -> NDArray[np.int64]:
+    """(F,) ticks from the first frame; unpacks no more than so many frames need."""
+    size = 4 * (frame_count - 1)
+    try:
+        unpacked = zlib.decompressobj().decompress(base64.b64decode(steps, validate=True), size + 1)
+    except (binascii.Error, zlib.error) as error:
+        raise ValueError("steps are no packed times") from error
+    if len(unpacked) != size or not size:
+        raise ValueError("steps are not those of its frames")
+    distances = np.frombuffer(unpacked, dtype="<u4").astype(np.int64)
+    if not distances.all():
+        raise ValueError("steps do not rise")
+    ticks = np.concatenate([[0], np.cumsum(distances)])
+    ticks.flags.writeable = False
+    return ticks
+
+
+def on_screen(time_s: NDArray[np.float64], end_s: float, fps: float) -> NDArray[np.int64]:
+    """Which of the pictures shown from `time_s` (N,), rising, until the next one or `end_s`, sampling at `fps` takes.
+
+    (T,) positions, rising: for each sampling time, the first picture's and every 1 / fps seconds after it, the picture
+    that is on screen then; one that is still on screen at the next sampling time is taken once.
+    """
+    # A picture is taken when the first sampling time not before it comes before the next picture.
+    due = np.ceil((np.append(time_s, end_s) - time_s[0] - _ROUNDING_S) * fps)
+    return np.flatnonzero(due[:-1] < due[1:])
+
+
+def require_held(fps: float, most_fps: float, held: str) -> None:
+    """Raise UserError where sampling at `fps` asks for more frames than there are; `held` says what there is."""
+    if fps > most_fps * (1 + RATE_TOLERANCE):
+        raise UserError(f"data.fps={fps:g} asks for more than there is: {most_fps:.4g} is the most that {held} holds")
