@@ -1,0 +1,1 @@
+import configs  # noqa: F401, which keeps idle threads from spinning if it comes before torch

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+import configs  # noqa: F401, before any test imports torch: idle threads do not spin, as in every command
+
 PROJECT = Path(__file__).resolve().parent.parent
 
 

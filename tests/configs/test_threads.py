@@ -1,0 +1,68 @@
+"""Idle threads do not spin: libgomp is told before torch loads it, unless the user has told it something."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.commands import PROJECT
+
+ROOMS = ("configs", "engine", "features", "evaluation", "stage1_cnn", "stage2_temporal", "pipeline")
+# What the first module that loads a libgomp would find; it is not loaded, which takes seconds.
+FIRST = """
+import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "sklearn"):
+            print(name, os.environ.get("GOMP_SPINCOUNT"))
+            sys.stdout.flush()
+            os._exit(0)
+sys.meta_path.insert(0, Watch())
+"""
+
+
+def run(code: str, **variables: str) -> str:
+    """What it prints, in a fresh process with these of OpenMP's variables alone."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
+    environment = {**kept, "PYTHONPATH": str(PROJECT), **variables}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_room_tells_libgomp(room: str) -> None:
+    code = f"import {room}, os, sys; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    assert run(code) == "10000 False"
+
+
+@pytest.mark.parametrize("module", ["stage2_temporal.train", "stage1_cnn.extract", "engine.device", "evaluation.tools"])
+def test_it_is_told_before_torch_is_looked_for(module: str) -> None:
+    found = run(FIRST + f"import {module}\nimport sklearn")
+    assert found.split()[1] == "10000"
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"GOMP_SPINCOUNT": "7"}, "7 None"),
+        ({"GOMP_SPINCOUNT": ""}, " None"),
+        ({"OMP_WAIT_POLICY": "active"}, "None active"),
+        ({"OMP_NUM_THREADS": "2"}, "10000 None"),
+    ],
+)
+def test_what_the_user_says_holds(variables: dict[str, str], expected: str) -> None:
+    code = "import pipeline, os; print(*map(os.environ.get, ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')))"
+    assert run(code, **variables) == expected.strip()
+
+
+def test_processes_that_are_started_inherit_it() -> None:
+    code = "import subprocess, pipeline; subprocess.run(['printenv', 'GOMP_SPINCOUNT'], check=True)"
+    assert run(code) == "10000"
+
+
+def test_these_tests_run_so_too() -> None:
+    assert {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
