@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import random
-from contextlib import AbstractContextManager, nullcontext
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,14 +22,11 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@functools.cache
-def onednn_has(*operations: str) -> bool:
-    """Whether this torch has oneDNN and these private operations of it, which another release may call otherwise."""
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operations)
-
-
 def choose_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises UserError for a device that is not there."""
+    """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises UserError for a device that is not there.
+
+    On CUDA, whatever computes asks for deterministic kernels: which command came before makes no difference.
+    """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
@@ -36,60 +35,117 @@ def choose_device(name: str) -> torch.device:
     if not available[name]:
         present = ", ".join(kind for kind, there in available.items() if there)
         raise UserError(f"device={name}: this machine (or this torch build) has none; present: {present}")
+    if name == "cuda":
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
     return torch.device(name)
 
 
-def choose_precision(name: str, device: torch.device, training: bool) -> str:
-    """`auto`: bf16 on GPUs that compute it, and for inference on CPUs that do so natively; otherwise fp32.
+def choose_precision(setting: str, name: str, device: torch.device, training: bool) -> str:
+    """The arithmetic (fp32, bf16 or fp16) that `name`, the value of `setting`, comes to on `device`.
 
-    `native`: bf16 wherever the hardware computes it, in training on a CPU too, otherwise fp32. fp16 needs CUDA. Raises
-    UserError for a combination that does not work.
+    `auto`: bf16 on GPUs that compute it (fp16 on others), and for inference on CPUs that do so natively; otherwise
+    fp32. `native`: bf16 wherever the hardware computes it, in training on a CPU too, otherwise fp32. Raises UserError,
+    naming `setting`, for what this device does not compute.
     """
-    if name == "native":
-        fits = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and cpu_has_bf16()
-        return "bf16" if fits else "fp32"
-    if name == "auto":
-        if device.type == "cuda":
-            return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-        return "bf16" if device.type == "cpu" and not training and cpu_has_bf16() else "fp32"
+    if name in ("native", "auto"):
+        cpu, cuda = device.type == "cpu", device.type == "cuda"
+        if cuda and torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+        if cuda and name == "auto":
+            return "fp16"
+        return "bf16" if cpu and (name == "native" or not training) and cpu_has_bf16() else "fp32"
     if name == "fp16" and device.type != "cuda":
-        raise UserError(f"precision=fp16 works on CUDA devices only, not on {device.type}; use bf16 or fp32")
+        raise UserError(f"{setting}=fp16 works on CUDA devices only, not on {device.type}; set {setting}=auto or fp32")
+    if name == "bf16":
+        require_bf16(setting, device)
     return name
 
 
-def lower_precision(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Autocast to `precision` (fp32, bf16 or fp16) for inference on `device`; nothing for fp32."""
-    return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
+def require_bf16(setting: str, device: torch.device) -> None:
+    """Raise UserError where `setting` asks for bf16 on a CPU that does not multiply it."""
+    if device.type == "cpu" and not cpu_has_bf16():
+        raise UserError(
+            f"{setting}=bf16: this CPU does not multiply bf16 (no AVX512-BF16 or AMX); set {setting}=fp32 or auto"
+        )
 
 
-def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 natively (AVX512-BF16 or AMX); emulated, it is slower than fp32."""
+@contextmanager
+def lower_precision(device: torch.device, precision: str) -> Iterator[None]:
+    """Inference in `precision` (fp32, bf16 or fp16) on `device`: autocast, and for fp32 nothing less on CUDA either.
+
+    There cuDNN may take TF32 otherwise, which keeps 10 bits of 23. That switch is the process's: it is put back.
+    """
+    if precision != "fp32":
+        with torch.autocast(device.type, DTYPES[precision]):
+            yield
+    elif device.type == "cuda":
+        before = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.allow_tf32 = before
+    else:
+        yield
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """torch computes with `count` threads on the CPU, and afterwards with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0].split()
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@functools.cache
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 natively (AVX512-BF16 or AMX; BF16 on ARM).
+
+    Emulated, it is slower than fp32, and oneDNN has no LSTM in it; `ONEDNN_MAX_CPU_ISA=AVX2`, by which it leaves newer
+    instructions alone, counts as a CPU without.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    found = re.search(r"^(?:flags|Features)\s*:(.*)", text, re.MULTILINE)
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(found[1].split() if found else ())) and _runs_lstm_in_bf16()
+
+
+def _runs_lstm_in_bf16() -> bool:
+    lstm = torch.nn.LSTM(1, 1, device="meta").to_empty(device="cpu")  # without a draw from the random generator
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            lstm(torch.zeros(1, 1, 1))
+    except RuntimeError:
+        return False
+    return True
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch, and ask torch for deterministic kernels where it has them."""
+    """Seed Python, NumPy and torch: first of all that a training does."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
 
 
-def make_accelerator(device: str, precision: str, unused_parameters: bool = False) -> tuple[Accelerator, str]:
+def make_accelerator(
+    device: str, precision: str, setting: str = "precision", unused_parameters: bool = False
+) -> tuple[Accelerator, str]:
     """The one object that knows processes, device and autocast; also returns the precision that `auto` came to.
 
-    `unused_parameters`: some get no gradient in a step, which several processes must expect.
+    `unused_parameters`: some get no gradient in a step, which several processes must expect. Raises UserError, naming
+    `setting`, for a precision that the device does not compute.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     keep_freed_memory()  # what trains makes the same large tensors step after step
     chosen = choose_device(device)
-    resolved = choose_precision(precision, chosen, training=True)
+    resolved = choose_precision(setting, precision, chosen, training=True)
     mixed = {"fp32": "no"}.get(resolved, resolved)
     _forget_other_settings(mixed, chosen)
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if unused_parameters else None

@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from configs.errors import UserError
 from configs.load import differences
 from configs.schema import Config, PreprocessConfig
-from engine.device import DTYPES, choose_device, choose_precision, lower_precision, seed_everything
+from engine import onednn
+from engine.device import DTYPES, choose_device, choose_precision, lower_precision
 from engine.progress import say
 from engine.runs import RESULT_FILE
 from features.preprocess import crop_frames, normalise, preprocess_json
 from features.store import EncoderSpec
 from stage1_cnn.folding import fold_batch_norm
-from stage1_cnn.fusing import fuse_relu, lays_out
+from stage1_cnn.fusing import fuse_relu
 from stage1_cnn.model import (
     Backbone,
     ToolNet,
@@ -45,13 +46,11 @@ class Encoder:
         self, config: Config, backbone: Backbone, tool_head: torch.nn.Module | None, sha256: str, tools: int
     ) -> None:
         self.device = choose_device(config.device)
-        precision = choose_precision(config.extract.precision, self.device, training=False)
-        if self.device.type == "cuda" and precision == "fp32":
-            torch.backends.cudnn.allow_tf32 = False  # TF32 keeps 10 bits of 23 and would call itself fp32
+        precision = choose_precision("extract.precision", config.extract.precision, self.device, training=False)
         require_image_size(backbone, config.preprocess.crop_px)
         # fp32 is what others are compared with, the joint net among them: it computes the layers as they are
         folded = fold_batch_norm(backbone, config.preprocess.crop_px) if precision != "fp32" else None
-        may_fuse = self.device.type == "cpu" and not config.extract.compile and lays_out(DTYPES[precision])
+        may_fuse = self.device.type == "cpu" and not config.extract.compile and onednn.convolves(DTYPES[precision])
         fused = fuse_relu(folded, config.preprocess.crop_px) if folded is not None and may_fuse else None
         net = (fused or folded or backbone).eval()
         net = net.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -106,7 +105,6 @@ def load_encoder(config: Config, run: Path | None, tools: Sequence[str], trusted
 
     Raises UserError when there is no such checkpoint or it was trained on other tools or another backbone.
     """
-    seed_everything(config.seed)
     if config.extract.checkpoint is not None:
         encoder = _load_checkpoint(config, config.extract.checkpoint, tools)
     elif config.extract.encoder == "initial":

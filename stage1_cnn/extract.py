@@ -11,7 +11,7 @@ import json
 import pickle
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import Config
+from engine.device import cpu_threads
 from engine.files import (
     inside,
     read_json_object,
@@ -477,13 +478,6 @@ def crop_batches(pictures: Iterable[NDArray[np.uint8]], batch_frames: int, crop_
         yield crop_frames(batch, crop_px)[:, 0]
 
 
-@contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
+def _one_thread(device: torch.device) -> AbstractContextManager[None]:
     """One thread on a CPU, however many processes there are: sums are then always made in the same order."""
-    before = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return cpu_threads(1) if device.type == "cpu" else nullcontext()

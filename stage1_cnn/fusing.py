@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from engine.device import onednn_has
+from engine import onednn
 
 # Fewer roundings move an embedding by less than this share of the largest; a net that moves further was fused wrongly.
 _TOLERANCE = 1e-3
@@ -27,22 +27,17 @@ class ConvRelu(nn.Module):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
-        self.geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        padding: Any = conv.padding  # never by name: `_is_conv`
+        self.geometry: onednn.Geometry = (padding, conv.stride, conv.dilation, conv.groups)
         self._laid_out: Tensor | None = None
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """x (N, C, H, W), and what is added: (N, C', H', W')."""
         if self._laid_out is None:  # else it would be done anew for every batch
-            layout: Any = torch.ops.mkldnn._reorder_convolution_weight
             # the same whichever batch comes first, and so the sums' order
             shape = [_LAYOUT_FRAMES, *x.shape[1:]]
-            self._laid_out = layout(self.weight.detach(), *self.geometry, shape)
-        op: Any = torch.ops.mkldnn._convolution_pointwise
-        if other is None:
-            found: Tensor = op(x, self._laid_out, self.bias, *self.geometry, "relu", [], "")
-        else:
-            found = op.binary(x, other, self._laid_out, self.bias, *self.geometry, "add", 1.0, "relu", [], "")
-        return found
+            self._laid_out = onednn.pack_convolution(self.weight.detach(), self.geometry, shape)
+        return onednn.convolution_relu(x, other, self._laid_out, self.bias, self.geometry)
 
     def __getstate__(self) -> dict[str, Any]:
         """Goes to other processes without what they lay out themselves, and cannot be sent."""
@@ -54,21 +49,13 @@ class ConvRelu(nn.Module):
         return self
 
 
-def lays_out(dtype: torch.dtype) -> bool:
-    """Whether oneDNN lays weights of `dtype` out on this CPU: bf16 only with AVX512, though layers compute without."""
-    if dtype != torch.bfloat16:
-        return True
-    ops: Any = torch.ops.mkldnn
-    return hasattr(ops, "_is_mkldnn_bf16_supported") and bool(ops._is_mkldnn_bf16_supported())
-
-
 def fuse_relu(net: nn.Module, size_px: int) -> nn.Module | None:
     """The same net, with the same weights, for inference on a CPU; None where nothing could be fused.
 
     Nets that cannot be traced are left alone, and so is one whose embedding of an image (3, `size_px`, `size_px`)
     would not be the same, or would not be had at all.
     """
-    if not onednn_has("_reorder_convolution_weight", "_convolution_pointwise"):
+    if not onednn.convolves(torch.float32):
         return None
     try:
         traced = fx.symbolic_trace(net)

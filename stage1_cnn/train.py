@@ -74,7 +74,7 @@ def train_cnn(
         return finished
 
     seed_everything(config.seed)
-    accelerator, precision = make_accelerator(config.device, cnn.precision)
+    accelerator, precision = make_accelerator(config.device, cnn.precision, "cnn.precision")
     device = accelerator.device
     net = processes.each(lambda: build_net(config, index.dataset, trusted=trusted))
     require_image_size(net.backbone, config.preprocess.crop_px)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -27,7 +26,7 @@ from rich.live import Live
 from configs.errors import UserError
 from configs.load import load_ablation, load_config, to_yaml
 from configs.schema import FEATURE_KEYS, AblationConfig, Config
-from engine.device import choose_device
+from engine.device import choose_device, cpu_threads
 from engine.files import make_folder, read_json_object, sha256_json, sole_worker, write_text
 from engine.processes import available_cores
 from engine.progress import no_bars, say
@@ -86,10 +85,9 @@ class UnitTask:
 
     def __call__(self, unit: Unit, advance: Advance) -> None:
         """Raises UserError for settings that do not fit together."""
-        torch.set_num_threads(self.threads)
         config = unit_config(self.source, self.overrides, unit)
         data = self._data(unit.features, config)
-        with no_bars():  # the table shows what is done
+        with cpu_threads(self.threads), no_bars():  # the table shows what is done
             train_temporal(config, self.trials / unit.folder, unit.features, _StopWithParent(advance), data)
         advance(1)
 

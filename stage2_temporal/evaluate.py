@@ -34,9 +34,10 @@ from features.store import (
     feature_path,
     find_feature_folder,
     load_feature_set,
+    recorded_encoder,
     require_one_encoder,
 )
-from stage2_temporal.predict import Inference, load_temporal, predict_phases
+from stage2_temporal.predict import Inference, load_temporal, other_encoder, predict_phases
 
 METRICS_FILE = "metrics.json"
 CONVENTION = "phase_mean"
@@ -62,6 +63,12 @@ class Material:
     def fps(self) -> float:
         """Sampling rate of the features."""
         return float(next(iter(self.videos.values())).attributes["fps"])
+
+    @property
+    def encoder(self) -> dict[str, Any]:
+        """What made the features."""
+        attributes = next(iter(self.videos.values())).attributes
+        return {**recorded_encoder(attributes), "digest": str(attributes.get("encoder_digest"))}
 
 
 def evaluate_run(
@@ -105,9 +112,7 @@ def evaluate_run(
         probabilities = _probabilities(config, temporal, material, inference, stop)
         majority = _majority(temporal / "result.json")
         thresholds = _thresholds(material, index.dataset.tools)
-        recorded = about.get("encoder")  # checkpoints before it was written down have none
-        encoder = {**recorded, "digest": about["encoder_digest"]} if recorded else None
-        more = {"identity_sha256": identity, "encoder": encoder}
+        more = {"identity_sha256": identity, "encoder": material.encoder}
         metrics = score_and_write(out, material, probabilities, majority, thresholds, more)
     print_metrics(metrics)
     if index_file is None and split == "test" and inference is None:
@@ -159,10 +164,14 @@ def _require_same_world(about: Mapping[str, Any], material: Material, temporal: 
             f"{material.folder / INDEX_FILE} has {', '.join(spec.tools) or 'none'}"
         )
     found = require_one_encoder({material.folder / f"{n}.h5": v.attributes for n, v in material.videos.items()})
-    if found != about["encoder_digest"]:
+    if found == about["encoder_digest"]:
+        return
+    trained = about.get("encoder")
+    difference = other_encoder(trained, material.encoder) if trained else "best.pt does not say how"
+    if difference:
         raise UserError(
             f"{material.folder}: features of encoder {str(found)[:12]}, but {temporal} was trained on those of "
-            f"{about['encoder_digest'][:12]}; name the right folder with --features"
+            f"{about['encoder_digest'][:12]} ({difference}); name the right folder with --features"
         )
 
 

@@ -110,7 +110,7 @@ class _Predictor:
         stop: StopRequest,
     ) -> None:
         device = choose_device(config.device)
-        self.precision = choose_precision(config.extract.precision, device, training=False)
+        self.precision = choose_precision("extract.precision", config.extract.precision, device, training=False)
         self.inference, self.frames = inference, frames
         self._config, self._root, self._index, self._stop = config, root, index, stop
         self._net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -20,7 +20,7 @@ from configs.errors import UserError
 from configs.load import differences
 from configs.schema import Config, JointStepConfig
 from engine.checkpoints import load_checkpoint
-from engine.device import make_accelerator, seed_everything
+from engine.device import choose_device, choose_precision, make_accelerator, seed_everything
 from engine.files import sha256_file
 from engine.logs import METRICS_FILE, read_metrics
 from engine.processes import Processes, join, speaks
@@ -122,9 +122,14 @@ def train_joint(
     require_image_size(net.backbone, config.preprocess.crop_px)
     data = processes.each(lambda: _load(config, index, root))
     videos = processes.share([*index.by_split("train"), *index.by_split("val")])
+    stages = {
+        step: StageFolder(run, f"{FOLDER}/{step}", config, _step_identity(common, config, step))
+        for step in schedule(config)
+    }
+    processes.from_first(lambda: _require_precisions(config, stages))
     result: dict[str, Any] = {}
     for step, settings in schedule(config).items():
-        stage = StageFolder(run, f"{FOLDER}/{step}", config, _step_identity(common, config, step))
+        stage = stages[step]
         finished = processes.from_first(stage.begin)
         if finished is None:
             processes.together(lambda: fill_cache(config, index, root, videos, stop))
@@ -139,6 +144,14 @@ def train_joint(
             result = finished
         net.load_state_dict(load_checkpoint(stage.path / "best.pt")["model"])
     return result
+
+
+def _require_precisions(config: Config, stages: Mapping[str, StageFolder]) -> None:
+    """Raise UserError for a precision that a step to come does not train in here, before an earlier one is trained."""
+    device = choose_device(config.device)
+    for step, settings in schedule(config).items():
+        if stages[step].result is None:
+            choose_precision(f"joint.{step}.precision", settings.precision, device, training=True)
 
 
 def schedule(config: Config) -> dict[str, JointStepConfig]:
@@ -224,7 +237,8 @@ def train_step(
     """Train one step into `folder` (`best.pt`, `last.pt`, `metrics.jsonl`)."""
     joint, spans = config.joint, spans_of(data.train)
     seed_everything(config.seed)
-    accelerator, _ = make_accelerator(config.device, settings.precision, unused_parameters=True)
+    name = f"joint.{step}.precision"
+    accelerator, _ = make_accelerator(config.device, settings.precision, name, unused_parameters=True)
     if joint.sync_batch_norm:
         synchronise_batch_norm(net, processes, accelerator.device)
     net.train_only("mapping" if step == "mapping" else "all", freeze_mapping=settings.freeze_mapping)

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from configs.errors import UserError
-from configs.load import differences, load_dataset
+from configs.load import load_dataset
 from configs.schema import Config, DataSetSpec, PreprocessConfig
 from engine.device import choose_device, choose_precision, lower_precision
 from engine.files import NoRoomError, atomic_path, inside, make_folder, read_json, sha256_file, write_json
-from engine.progress import progress_bar, say
+from engine.progress import progress_bar
 from engine.runs import package_version
 from engine.stopping import StopRequest
 from evaluation.figures import phase_ribbons
@@ -40,7 +40,7 @@ from stage1_cnn.pool import VIDEO_ERRORS, one_line
 from stage2_temporal.data import with_tool_logits
 from stage2_temporal.joint import FOLDER, joint_checkpoint, load_joint, require_same_classes
 from stage2_temporal.model import PhaseModel, require_causal
-from stage2_temporal.predict import Inference, OnlinePredictor, load_temporal
+from stage2_temporal.predict import Inference, OnlinePredictor, load_temporal, other_encoder
 
 # Fast to write and good enough to look at; the picture is somebody's evidence in a discussion, not an archive.
 _ENCODER = {"preset": "veryfast", "crf": "23"}
@@ -113,16 +113,11 @@ def pair_of_stages(
         encoder = load_encoder(config, cnn_run or run, spec.tools, trusted)
     except UserError as error:
         raise _with_other_ways(error, run, cnn_run) from error
-    made, wanted = encoder.spec.to_json(), {**encoder.spec.to_json(), **recorded}
-    if differing := [line for line in differences(wanted, made) if not line.startswith(("precision", "arithmetic"))]:
+    if difference := other_encoder(recorded, encoder.spec.to_json()):
         raise UserError(
-            f"{folder / 'best.pt'}: trained on features of another encoder ({differing[0]}); name the run of its stage "
+            f"{folder / 'best.pt'}: trained on features of another encoder ({difference}); name the run of its stage "
             "one with --from-cnn or --from-joint"
         )
-    then, now = (f"{spec['precision']} ({spec['arithmetic']})" for spec in (wanted, made))
-    if then != now:
-        say(f"note: features were made in {then}, this machine computes in {now}")
-
     if about["tool_inputs"]:
         require_same_classes(folder / "best.pt", "tools", about["tool_inputs"], spec.tools, spec.name)
 
@@ -161,7 +156,7 @@ def joint_net(config: Config, run: Path, inference: Inference | None = None) -> 
     if net.tool_head is not None:
         require_same_classes(path, "tools", about["tools"], spec.tools)
     device = choose_device(config.device)
-    precision = choose_precision(config.extract.precision, device, training=False)
+    precision = choose_precision("extract.precision", config.extract.precision, device, training=False)
     net = net.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.no_grad()

@@ -13,9 +13,11 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from configs.errors import UserError
+from configs.load import differences
 from configs.schema import HeadConfig
 from engine.checkpoints import load_checkpoint
 from engine.device import choose_device
+from engine.progress import say
 from engine.stopping import StopRequest
 from features.store import VideoFeatures
 from stage2_temporal.data import Batch, FeatureBank, Span, chunk_batches, clip_batches, group_by_length
@@ -50,6 +52,20 @@ def load_temporal(folder: Path) -> tuple[PhaseModel, dict[str, Any]]:
     except (ValidationError, KeyError, RuntimeError, TypeError) as error:
         raise UserError(f"{path}: damaged, or of another version ({str(error).splitlines()[0]})") from error
     return model.eval(), content
+
+
+def other_encoder(trained: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """How the encoder that a model was trained with (`about["encoder"]`) and another one (JSON) differ.
+
+    None where they do not, or in their arithmetic alone, which a machine may not offer; a note then says so.
+    """
+    changed = differences({**found, **trained}, dict(found))
+    if different := [line for line in changed if not line.startswith(("precision", "arithmetic"))]:
+        return different[0]
+    if changed:
+        then, now = (f"{spec['precision']} ({spec['arithmetic']})" for spec in (trained, found))
+        say(f"note: trained on features made in {then}; these are made in {now}")
+    return None
 
 
 def predict_phases(

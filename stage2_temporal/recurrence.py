@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from engine.device import onednn_has
+from engine import onednn
 
 # A block's products run at full speed from about a thousand rows on, and its tables still fit the caches.
 BLOCK_ROWS = 1024
@@ -217,10 +217,7 @@ class _Layer(torch.autograd.Function):
 
 def _packed(weights: Tensor, rows: int) -> Tensor:
     """Weights (O, I) for `_product`, laid out as oneDNN reads them: a step's product takes a third of the time."""
-    if not _onednn(weights):
-        return weights
-    found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weights, rows)
-    return found
+    return onednn.pack_linear(weights, rows) if onednn.multiplies(weights.dtype) else weights
 
 
 def _product(x: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -229,15 +226,7 @@ def _product(x: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
     By oneDNN, as the library's own LSTM does it: torch hands other fp32 products to MKL, which is slower on AMD
     processors.
     """
-    if not _onednn(x):
-        return F.linear(x, weights, bias)
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weights, bias, "none", [], "")
-    return found
-
-
-def _onednn(table: Tensor) -> bool:
-    there = onednn_has("_reorder_linear_weight", "_linear_pointwise")
-    return there and table.dtype in (torch.float32, torch.bfloat16)
+    return onednn.linear(x, weights, bias) if onednn.multiplies(x.dtype) else F.linear(x, weights, bias)
 
 
 def _before(table: Tensor, first: Tensor, layout: Layout, block: Block) -> Tensor:

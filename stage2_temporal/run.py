@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from configs.errors import UserError
 from configs.schema import Config
+from engine.device import choose_device, choose_precision
 from engine.files import read_json_object
 from engine.progress import say
 from engine.runs import update_summary
@@ -17,7 +18,7 @@ from features.catalogue import index_dataset, open_dataset
 from stage1_cnn.extract import extract
 from stage1_cnn.train import train_cnn
 from stage2_temporal.evaluate import evaluate_run
-from stage2_temporal.train import train_temporal
+from stage2_temporal.train import require_projection, train_temporal
 
 Value = TypeVar("Value")
 
@@ -42,6 +43,7 @@ def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
 
     stage("index", lambda: index_dataset(config))
     index, root = open_dataset(config)
+    _require_precisions(config, run)
     if config.extract.encoder == "finetuned":
         stage("train-cnn", lambda: train_cnn(config, run, index, root, stop), _finished(run / "cnn"))
     report = stage("extract", lambda: extract(config, run, index, root, stop=stop), _all_extracted(run))
@@ -60,6 +62,17 @@ def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
     for video in index.left_out:
         say(f"left out: {video.id}: {video.reason}; mend it and run `index --force`, or remove it")
     return {**summary, "left_out": [video.id for video in index.left_out]}
+
+
+def _require_precisions(config: Config, run: Path) -> None:
+    """Raise UserError for a precision that a stage to come does not compute in here, before hours of work."""
+    device, cnn, extract, temporal = choose_device(config.device), config.cnn, config.extract, config.temporal
+    if extract.encoder == "finetuned" and not _finished(run / "cnn"):
+        choose_precision("cnn.precision", cnn.precision, device, training=True)
+    choose_precision("extract.precision", extract.precision, device, training=False)
+    if not _finished(run / "temporal"):
+        choose_precision("temporal.precision", temporal.precision, device, training=True)
+        require_projection(temporal, device)
 
 
 def closing_lines(run: Path, summary: Mapping[str, Any], now_s: float) -> list[str]:

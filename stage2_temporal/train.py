@@ -23,7 +23,7 @@ from configs import schema
 from configs.errors import UserError
 from configs.load import differences
 from configs.schema import Config
-from engine.device import cpu_has_bf16, make_accelerator, seed_everything
+from engine.device import make_accelerator, require_bf16, seed_everything
 from engine.files import make_folder, sha256_file
 from engine.logs import METRICS_FILE, read_metrics
 from engine.memory import give_back_freed_memory
@@ -66,13 +66,14 @@ def train_temporal(
     data = processes.each(lambda: read_training_data(folder)) if data is None else data
     data = data.with_tool_logits() if config.temporal.tool_logits else data
     stage = StageFolder(run, "temporal", config, _identity(config, data))
-    finished = processes.from_first(stage.begin)
+    finished = processes.from_first(lambda: stage.result)
     if finished is not None:
         return finished
+    accelerator, precision = make_accelerator(config.device, config.temporal.precision, "temporal.precision")
+    require_projection(config.temporal, accelerator.device)
+    processes.from_first(stage.open)  # only now: settings that cannot be trained with leave no folder behind
     if not data.val and processes.first:
         say(f"{folder}: no validation videos with phases, so the last epoch is kept and none is chosen")
-    accelerator, precision = make_accelerator(config.device, config.temporal.precision)
-    _require_bf16(config.temporal, accelerator.device)
     constants = _constants(config, data)
     data = data.to(accelerator.device)
     outcome = train_head(stage.path, config.temporal.head, config, data, constants, accelerator, stop, processes)
@@ -281,16 +282,15 @@ def _require_sensible(settings: schema.TemporalConfig) -> None:
         )
 
 
-def _require_bf16(settings: schema.TemporalConfig, device: torch.device) -> None:
-    """Raise UserError where `projection: bf16` would change nothing, or be emulated and slower than fp32."""
+def require_projection(settings: schema.TemporalConfig, device: torch.device) -> None:
+    """Raise UserError where `projection: bf16` would change nothing, or is not computed."""
     if settings.projection != "bf16":
         return
     if not isinstance(settings.head, schema.LstmHead) or settings.head.bidirectional:
         raise UserError("temporal.projection=bf16 is of the LSTM that reads forwards alone; leave it at auto")
     if device.type != "cpu":
         raise UserError(f"temporal.projection=bf16 is for CPUs, not {device.type}; set temporal.precision=bf16 instead")
-    if not cpu_has_bf16():
-        raise UserError("temporal.projection=bf16: this CPU has no native bf16, so it would be slower; use fp32")
+    require_bf16("temporal.projection", device)
 
 
 def _start_weights(path: Path, head: schema.HeadConfig, data: TrainingData) -> dict[str, Any]:

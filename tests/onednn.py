@@ -1,15 +1,18 @@
-"""A torch whose oneDNN has other private operations than this one's."""
+"""Other machines than this one: a CPU with or without bf16, a torch whose oneDNN has other private operations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from engine.device import onednn_has
+from engine import device, onednn
 
 OPERATIONS = (
     "_reorder_linear_weight",
@@ -20,13 +23,82 @@ OPERATIONS = (
 
 
 @contextmanager
-def without_operation(name: str) -> Iterator[None]:
-    """As if `torch.ops.mkldnn` had no operation of this name."""
-    there = {other: getattr(torch.ops.mkldnn, other) for other in OPERATIONS if other != name}
-    onednn_has.cache_clear()
+def other_operations(**changed: Any) -> Iterator[None]:
+    """As if `torch.ops.mkldnn` had these in place of its own; None: no operation of this name."""
+    there = {name: changed.get(name, getattr(torch.ops.mkldnn, name, None)) for name in OPERATIONS} | changed
+    _forget()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.ops, "mkldnn", SimpleNamespace(**there))
+            ops = SimpleNamespace(**{name: found for name, found in there.items() if found is not None})
+            patch.setattr(torch.ops, "mkldnn", ops)
             yield
     finally:
-        onednn_has.cache_clear()
+        _forget()
+
+
+def _forget() -> None:
+    onednn.multiplies.cache_clear()
+    onednn.convolves.cache_clear()
+
+
+def public_operations() -> dict[str, Any]:
+    """The private operations as any CPU computes them, in every type."""
+
+    def convolution(x: Tensor, weights: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        padding, stride, dilation, groups = rest[:4]
+        assert rest[4:] == ("relu", [], "")
+        return F.relu(F.conv2d(x, weights, bias, stride, padding, dilation, groups))
+
+    def binary(x: Tensor, other: Tensor, weights: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        padding, stride, dilation, groups = rest[:4]
+        assert rest[4:] == ("add", 1.0, "relu", [], "")
+        return F.relu(F.conv2d(x, weights, bias, stride, padding, dilation, groups) + other)
+
+    convolution.binary = binary  # type: ignore[attr-defined]
+    return {
+        "_reorder_linear_weight": lambda weights, rows: weights,
+        "_linear_pointwise": lambda x, weights, bias, *rest: F.linear(x, weights, bias),
+        "_reorder_convolution_weight": lambda weights, *rest: weights,
+        "_convolution_pointwise": convolution,
+    }
+
+
+def broken_operations() -> dict[str, dict[str, Any]]:
+    """By name, ways in which another torch may have changed them."""
+
+    def raises(*rest: Any) -> Tensor:
+        raise RuntimeError("unknown function")
+
+    def changed(name: str, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        mine = public_operations()
+        before = mine[name]
+
+        def other(*arguments: Any) -> Tensor:
+            return change(before(*arguments))
+
+        other.binary = lambda *arguments: change(before.binary(*arguments))  # type: ignore[attr-defined]
+        return mine | {name: other}
+
+    found: dict[str, dict[str, Any]] = {}
+    for name in OPERATIONS:
+        found |= {
+            f"no {name}": public_operations() | {name: None},
+            f"{name} takes other arguments": public_operations() | {name: lambda: None},
+            f"{name} raises": public_operations() | {name: raises},
+            f"{name} gives something else": changed(name, lambda table: table + 1),
+            f"{name} gives nothing": changed(name, lambda table: torch.full_like(table, torch.nan)),
+        }
+    return found
+
+
+@contextmanager
+def cpu_with_bf16(there: bool) -> Iterator[None]:
+    """As on a CPU that multiplies bf16, or on one that does not, whichever this is."""
+    able = device.cpu_has_bf16()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "cpu_has_bf16", lambda: there)
+        if there and not able:  # torch's own kernels compute bf16 everywhere, oneDNN's LSTM does not
+            with torch.backends.mkldnn.flags(enabled=False):
+                yield
+        else:
+            yield

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 
+from engine.checkpoints import load_checkpoint
 from engine.logs import read_metrics
 from features.plain_pickle import load_plain
 from features.store import read_features
@@ -186,6 +187,9 @@ def test_stage_two_needs_the_feature_folder_alone(workplace: Path, videos: Path,
     here = json.loads((elsewhere / "runs/tiny/temporal/result.json").read_text())
     there = json.loads((workplace / "runs/tiny/temporal/result.json").read_text())
     assert here["val_accuracy"] == there["val_accuracy"]
+    # by itself as after the other stages of `run`, which leave nothing changed in the process
+    one, other = (load_checkpoint(place / "runs/tiny/temporal/last.pt")["model"] for place in (elsewhere, workplace))
+    assert [name for name, value in one.items() if name.startswith("head") and not value.equal(other[name])] == []
 
 
 @pytest.mark.slow

@@ -5,18 +5,22 @@ from __future__ import annotations
 import operator
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from configs.errors import UserError
 from configs.schema import CnnConfig, Config, ExtractConfig, PreprocessConfig
+from engine import onednn
 from stage1_cnn.encoder import Encoder
 from stage1_cnn.folding import fold_batch_norm
 from stage1_cnn.fusing import ConvRelu, fuse_relu
 from stage1_cnn.model import build_backbone
-from tests.onednn import without_operation
+from tests.onednn import broken_operations, cpu_with_bf16, other_operations, public_operations
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -50,19 +54,22 @@ def test_fused_net_is_the_same_function(name: str, relus: int) -> None:
 
 @pytest.mark.parametrize("missing", ["_reorder_convolution_weight", "_convolution_pointwise"])
 def test_a_torch_without_one_of_the_private_operations_keeps_the_net_it_has(missing: str) -> None:
-    with without_operation(missing):
+    with other_operations(**{missing: None}):
         assert fuse_relu(folded("resnet18"), 64) is None
 
 
-def test_is_sent_to_other_processes_and_does_not_depend_on_its_first_batch() -> None:
-    one = fuse_relu(folded("resnet18"), 64)
-    assert one is not None
-    one = one.to(memory_format=torch.channels_last).bfloat16()  # type: ignore[call-overload]
-    pixels = images(8).bfloat16().contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        one(pixels[:3])
-        other = pickle.loads(pickle.dumps(one))  # noqa: S301, made here
-        assert torch.equal(one(pixels), other(pixels))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_is_sent_to_other_processes_and_does_not_depend_on_its_first_batch(dtype: torch.dtype) -> None:
+    # where oneDNN does not compute this type, public operations take the same way
+    with nullcontext() if onednn.convolves(dtype) else other_operations(**public_operations()):
+        one = fuse_relu(folded("resnet18"), 64)
+        assert one is not None
+        one = one.to(memory_format=torch.channels_last).to(dtype)  # type: ignore[call-overload]
+        pixels = images(8).to(dtype).contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            one(pixels[:3])
+            other = pickle.loads(pickle.dumps(one))  # noqa: S301, made here
+            assert torch.equal(one(pixels), other(pixels))
 
 
 class Small(nn.Module):
@@ -123,34 +130,40 @@ def test_an_identity_with_a_named_input_stays() -> None:
         torch.testing.assert_close(fused(images(2, 16)), net(images(2, 16)))
 
 
-def test_bf16_asked_for_on_a_cpu_without_avx512_is_computed_unfused(monkeypatch: pytest.MonkeyPatch) -> None:
-    ops = torch.ops.mkldnn
-    lay_out = ops._reorder_convolution_weight
-
-    def refuse(weight: Tensor, *rest: object) -> Tensor:
-        if weight.dtype == torch.bfloat16:
-            raise RuntimeError("mkldnn_reorder_conv2d_weight: bf16 path needs the cpu support avx512bw, avx512vl")
-        found: Tensor = lay_out(weight, *rest)
-        return found
-
+def encoder(precision: Any) -> Encoder:
     config = Config(
         device="cpu",
         cnn=CnnConfig(backbone="resnet18"),
         preprocess=PreprocessConfig(resize_px=40, crop_px=32),
-        extract=ExtractConfig(precision="bf16"),
+        extract=ExtractConfig(precision=precision),
     )
-    crops = np.zeros((2, 32, 32, 3), np.uint8)
+    return Encoder(config, build_backbone("resnet18", "random", 0), None, "0" * 64, 7)
 
-    def encoder() -> Encoder:
-        return Encoder(config, build_backbone("resnet18", "random", 0), None, "0" * 64, 7)
 
-    if ops._is_mkldnn_bf16_supported():
-        assert encoder().spec.arithmetic == "folded, fused"
-    monkeypatch.setattr(ops, "_is_mkldnn_bf16_supported", lambda: False)
-    monkeypatch.setattr(ops, "_reorder_convolution_weight", refuse)
-    plain = encoder()
-    assert plain.spec.arithmetic == "folded"
-    assert np.isfinite(plain(crops)[0]).all()
+CROPS = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "auto", "native"])
+def test_an_encoder_in_bf16_is_fused_where_the_cpu_lays_bf16_out_and_works_where_it_does_not(precision: str) -> None:
+    with cpu_with_bf16(True):
+        with other_operations(**public_operations()):
+            fused = encoder(precision)
+            found = fused(CROPS)[0]
+        with other_operations(**broken_operations()["_reorder_convolution_weight raises"]):
+            plain = encoder(precision)
+            expected = plain(CROPS)[0]
+    assert (fused.spec.arithmetic, plain.spec.arithmetic) == ("folded, fused", "folded")
+    assert fused.spec.precision == plain.spec.precision == "bf16"
+    np.testing.assert_allclose(found, expected, atol=0.05 * float(np.abs(expected).max()))
+
+
+def test_a_cpu_without_bf16_encodes_in_fp32_or_refuses() -> None:
+    with cpu_with_bf16(False):
+        for precision in ("auto", "native", "fp32"):
+            spec = encoder(precision).spec
+            assert (spec.precision, spec.arithmetic) == ("fp32", "plain")
+        with pytest.raises(UserError, match=r"extract\.precision=bf16: .* set extract\.precision=fp32 or auto$"):
+            encoder("bf16")
 
 
 @pytest.mark.parametrize("case", NOT_FUSED)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from configs import schema
 from stage2_temporal import recurrence
 from stage2_temporal.model import LstmHead, PhaseModel, Standardise, build_head
 from stage2_temporal.recurrence import run_lstm
-from tests.onednn import without_operation
+from tests.onednn import broken_operations, other_operations, public_operations
 
 D, H = 5, 6
 State = tuple[Tensor, Tensor]
@@ -77,15 +79,14 @@ def test_equals_the_library_in_fp32(lengths: list[int], width: int) -> None:
         assert float((one - other).detach().norm()) <= 1e-5 * float(other.detach().norm())
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-@pytest.mark.parametrize("missing", ["_reorder_linear_weight", "_linear_pointwise"])
-def test_a_torch_without_one_of_its_private_products_computes_the_same(missing: str) -> None:
+@pytest.mark.parametrize("operations", [*broken_operations().values(), public_operations()])
+def test_a_torch_with_other_private_products_computes_the_same(operations: dict[str, Any]) -> None:
     torch.manual_seed(0)
     rnn, lengths = nn.LSTM(D, 64, 2, batch_first=True), [5, 2, 9]
     x = inputs(lengths, 2)[0].detach().float().requires_grad_()
     wanted = [x, *rnn.parameters()]
     expected = everything(*run_lstm(rnn, x, None, lengths), wanted)
-    with without_operation(missing):
+    with other_operations(**operations):
         found = everything(*run_lstm(rnn, x, None, lengths), wanted)
     for one, other in zip(found, expected, strict=True):
         assert float((one - other).detach().norm()) <= 1e-5 * float(other.detach().norm())
@@ -138,7 +139,15 @@ def test_stored_features_are_standardised_as_before() -> None:
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-def test_bf16_projects_nearly_the_same_and_only_in_training() -> None:
+@pytest.mark.parametrize(
+    "operations", [{}, public_operations(), {"_linear_pointwise": None}], ids=["its own", "in any type", "none"]
+)
+def test_bf16_projects_nearly_the_same_and_only_in_training(operations: dict[str, Any]) -> None:
+    with other_operations(**operations):
+        projects_nearly_the_same()
+
+
+def projects_nearly_the_same() -> None:
     torch.manual_seed(0)
     head = build_head(schema.LstmHead(hidden=32), 64, 4)
     assert isinstance(head, LstmHead)

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import stage2_temporal.train
 from configs.errors import UserError
 from configs.schema import SequenceConfig, TemporalConfig
 from engine.checkpoints import load_checkpoint
@@ -22,7 +22,8 @@ from engine.logs import read_metrics
 from engine.stopping import Stopped, StopRequest
 from stage2_temporal.data import FeatureBank, Span, epoch_batches, read_training_data
 from stage2_temporal.predict import load_temporal, predict_phases
-from stage2_temporal.train import PhaseLoss, _require_bf16, count_phases
+from stage2_temporal.train import PhaseLoss, count_phases, require_projection
+from tests.onednn import cpu_with_bf16
 from tests.stage2_temporal.toy import cue_video, write_folder
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -207,9 +208,9 @@ def test_carried_state_matters_for_resume(train: Any, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def native_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU that multiplies bf16: others compute the same, slowly."""
-    monkeypatch.setattr(stage2_temporal.train, "cpu_has_bf16", lambda: True)
+def native_bf16() -> Iterator[None]:
+    with cpu_with_bf16(True):
+        yield
 
 
 @pytest.mark.usefixtures("native_bf16")
@@ -257,22 +258,39 @@ def test_bf16_is_of_training_alone(train: Any, tmp_path: Path, cue_folder: Path,
     [
         ({"head": {"name": "gru"}}, r"projection=bf16 is of the LSTM that reads forwards alone; leave it at auto"),
         ({"head": {"name": "lstm", "bidirectional": True}}, r"of the LSTM that reads forwards alone"),
-        ({}, r"this CPU has no native bf16, so it would be slower; use fp32"),
+        ({}, r"^temporal\.projection=bf16: this CPU .* set temporal\.projection=fp32 or auto$"),
+        ({"precision": "bf16"}, r"^temporal\.precision=bf16: this CPU .* set temporal\.precision=fp32 or auto$"),
+        ({"precision": "fp16"}, r"^temporal\.precision=fp16 works on CUDA .* set temporal\.precision=auto or fp32$"),
     ],
 )
-def test_bf16_is_refused_where_it_does_nothing(
-    train: Any, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+def test_what_is_not_computed_is_refused_and_binds_the_name_to_nothing(
+    train: Any, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(stage2_temporal.train, "cpu_has_bf16", lambda: False)
-    with pytest.raises(UserError, match=message):
+    with cpu_with_bf16(False), pytest.raises(UserError, match=message):
         train(temporal={"projection": "bf16", **changes})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("precision", ["auto", "native", "fp32"])
+def test_a_cpu_without_bf16_trains_in_fp32(train: Any, precision: str) -> None:
+    with cpu_with_bf16(False):
+        temporal = {"head": {"name": "linear"}, "precision": precision, "epochs": 1, "baseline": False}
+        assert train(temporal=temporal)["precision"] == "fp32"
+
+
+def test_a_run_trained_in_bf16_elsewhere_is_finished_here_too(train: Any) -> None:
+    temporal = {"head": {"name": "lstm"}, "precision": "bf16", "epochs": 1, "baseline": False}
+    with cpu_with_bf16(True):
+        trained = train(temporal=temporal)
+    with cpu_with_bf16(False):
+        assert train(temporal=temporal) == trained
 
 
 def test_bf16_projection_is_refused_on_other_devices() -> None:
     settings = TemporalConfig(projection="bf16")
     with pytest.raises(UserError, match=r"is for CPUs, not cuda; set temporal\.precision=bf16 instead"):
-        _require_bf16(settings, torch.device("cuda"))
-    _require_bf16(TemporalConfig(), torch.device("cuda"))
+        require_projection(settings, torch.device("cuda"))
+    require_projection(TemporalConfig(), torch.device("cuda"))
 
 
 def test_a_finished_run_is_not_trained_again(train: Any, tmp_path: Path) -> None:
@@ -386,6 +404,7 @@ def test_bad_features_leave_no_run_behind(train: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("native_bf16")
 @pytest.mark.parametrize("mode", ["full", "chunked"])
 @pytest.mark.parametrize("name", ["lstm", "gru", "tcn", "linear"])
 def test_every_head_runs_in_bf16(train: Any, mode: str, name: str) -> None:

@@ -40,6 +40,8 @@ def write_folder(
     weights: Mapping[str, str] | None = None,
     frame_step: float = 25.0,
     tool_logits: Mapping[str, NDArray[np.float32]] | None = None,
+    precision: str = "fp32",
+    arithmetic: str = "plain",
 ) -> Path:
     """A feature folder as `extract` leaves it, a sample every `frame_step` frames of the source.
 
@@ -48,7 +50,8 @@ def write_folder(
     entries = []
     tools = tuple(f"t{k}" for k in range(next(iter(tool_logits.values())).shape[1])) if tool_logits else ()
     for name, (split, features, phase) in videos.items():
-        encoder = EncoderSpec("toy", (weights or {}).get(name, "0" * 64), {}, 1.0, "fp32", storage, features.shape[1])
+        sha256, width = (weights or {}).get(name, "0" * 64), features.shape[1]
+        encoder = EncoderSpec("toy", sha256, {}, 1.0, precision, storage, width, arithmetic)
         source = SourceIdentity(name, "0" * 64, 1, 25.0)
         index = np.rint(np.arange(len(features)) * frame_step).astype(np.int64)
         no_tools = np.full((len(features), len(tools)), -1, np.int8)

@@ -1,0 +1,97 @@
+"""Private operations of torch's oneDNN that are faster than public ones: named, called and probed here alone.
+
+A torch release may change them without notice, and not every CPU computes them in bf16. `multiplies` and `convolves`
+say, once per process and type, whether a tiny computation gives what the public operations give; where it does not,
+callers take the public way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# padding, stride, dilation, groups of a convolution
+Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+def pack_linear(weights: Tensor, rows: int) -> Tensor:
+    """Weights (O, I) laid out as oneDNN reads them in products with tables of about `rows` rows."""
+    found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weights, rows)
+    return found
+
+
+def linear(x: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear for weights packed or not."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weights, bias, "none", [], "")
+    return found
+
+
+def pack_convolution(weights: Tensor, geometry: Geometry, shape: list[int]) -> Tensor:
+    """Weights (O, C, kh, kw) laid out for `convolution_relu` of batches of about this shape (N, C, H, W)."""
+    found: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weights, *geometry, shape)
+    return found
+
+
+def convolution_relu(
+    x: Tensor, other: Tensor | None, packed: Tensor, bias: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """max(0, convolution of x (N, C, H, W) + `other`) in one pass."""
+    operation: Any = torch.ops.mkldnn._convolution_pointwise
+    if other is None:
+        found: Tensor = operation(x, packed, bias, *geometry, "relu", [], "")
+    else:
+        found = operation.binary(x, other, packed, bias, *geometry, "add", 1.0, "relu", [], "")
+    return found
+
+
+@functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether `pack_linear` and `linear` work here for this type."""
+    if dtype not in _TOLERANCE:
+        return False
+    x, weights, bias = _table(dtype, 4, 8), _table(dtype, 6, 8), _table(dtype, 6)
+    return (
+        _alike(lambda: linear(x, pack_linear(weights, len(x)), bias), lambda: F.linear(x, weights, bias))
+        and _alike(lambda: linear(x, weights), lambda: F.linear(x, weights))
+        and _alike(lambda: linear(x.t(), _table(dtype, 4, 6).t()), lambda: x.t() @ _table(dtype, 4, 6))
+    )
+
+
+@functools.cache
+def convolves(dtype: torch.dtype) -> bool:
+    """Whether `pack_convolution` and `convolution_relu` work here for this type."""
+    if dtype not in _TOLERANCE:
+        return False
+    x, weights, bias, other = (_table(dtype, *shape) for shape in ((2, 3, 5, 5), (4, 3, 3, 3), (4,), (2, 4, 5, 5)))
+    geometry: Geometry = ((1, 1), (1, 1), (1, 1), 1)
+
+    def fused(added: Tensor | None) -> Tensor:
+        return convolution_relu(x, added, pack_convolution(weights, geometry, list(x.shape)), bias, geometry)
+
+    plain = functools.partial(F.conv2d, x, weights, bias, padding=1)
+    return _alike(lambda: fused(None), lambda: F.relu(plain())) and _alike(
+        lambda: fused(other), lambda: F.relu(plain() + other)
+    )
+
+
+def _table(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Numbers of both signs, no two rows or columns of which are the same."""
+    count = torch.Size(shape).numel()
+    return torch.arange(count).mul(0.7).sin().view(shape).to(dtype)
+
+
+def _alike(private: Callable[[], Tensor], public: Callable[[], Tensor]) -> bool:
+    """Whether both give the same, up to rounding."""
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            found, expected = private(), public()
+            close = torch.allclose(found, expected, rtol=0, atol=_TOLERANCE[expected.dtype])
+        return found.dtype == expected.dtype and found.shape == expected.shape and close
+    except Exception:  # no such operation, other arguments, a type that this CPU lacks: whatever it is
+        return False
