@@ -9,7 +9,7 @@ import atexit
 import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,10 +154,12 @@ def settings(command: Callable[..., Any]) -> Callable[..., Any]:
     return config_options(name(command))
 
 
-def _config(source: str, overrides: tuple[str, ...]) -> Config:
+def _config(source: str, overrides: tuple[str, ...], changes: Mapping[str, object] | None = None) -> Config:
+    """Settings with what stands in `--set` and, by key, in other options (None: not given)."""
     from configs.load import load_config
 
-    return load_config(source, overrides)
+    given = {key: value for key, value in (changes or {}).items() if value is not None}
+    return load_config(source, overrides, given)
 
 
 def _run(config: Config, source: str, name: str | None) -> Path:
@@ -293,10 +295,9 @@ def index(
     from features.catalogue import check_dataset, index_dataset
     from features.pickled_index import index_from_pickles, pickle_from_index
 
-    extra = [f"data.root={root}"] * (root is not None) + [f"data.index={out}"] * (out is not None)
-    if phase_order is not None and not (pickles or to_pickle):
-        extra.append(f"data.tfrecord_phase_order={phase_order}")
-    resolved = _config(source, (*overrides, *extra))
+    numbering = None if pickles or to_pickle else phase_order
+    changes = {"data.root": root, "data.index": out, "data.tfrecord_phase_order": numbering}
+    resolved = _config(source, overrides, changes)
     if pickles:
         index_from_pickles(resolved, pickles, phase_order=phase_order, labels_to=labels_to, replace=force)
     if to_pickle:
@@ -365,8 +366,8 @@ def extract(
     from engine.processes import join
     from stage1_cnn.extract import extract as extract_features
 
-    more = (f"data.index={index_file}",) if index_file else ()
-    resolved = _config(source, (*overrides, *more, *_joint_setting(source, overrides, "extract.checkpoint", joint_run)))
+    encoder = _joint_checkpoint(source, overrides, joint_run)
+    resolved = _config(source, overrides, {"data.index": index_file, "extract.checkpoint": encoder})
     run = _run(resolved, source, name)
     with _stop_when_asked() as stop:
         index, root = _dataset(resolved)
@@ -397,7 +398,8 @@ def train_temporal_command(
     from features.store import find_feature_folder
     from stage2_temporal.train import train_temporal
 
-    resolved = _config(source, (*overrides, *_joint_setting(source, overrides, "temporal.start_from", joint_run)))
+    start = _joint_checkpoint(source, overrides, joint_run)
+    resolved = _config(source, overrides, {"temporal.start_from": start})
     run = _run(resolved, source, name)
     folder = find_feature_folder(features, run, resolved.extract.store)
     with _stop_when_asked() as stop:
@@ -579,8 +581,7 @@ def evaluate(
         if _takes_joint(model, run):
             from stage2_temporal.joint_evaluate import evaluate_joint
 
-            other = (f"data.index={index_file}",) if index_file else ()
-            resolved = _config(source, (*overrides, *other))
+            resolved = _config(source, overrides, {"data.index": index_file})
             index, root = _dataset(resolved)
             evaluate_joint(resolved, run, index, root, split=split, inference=inference, stop=stop)
             return
@@ -620,7 +621,8 @@ def predict(
     """
     from stage2_temporal.new_videos import joint_net, pair_of_stages, predict_new_videos
 
-    resolved = _config(source, (*overrides, *_joint_setting(source, overrides, "extract.checkpoint", joint_run)))
+    encoder = _joint_checkpoint(source, overrides, joint_run)
+    resolved = _config(source, overrides, {"extract.checkpoint": encoder})
     run = _run(resolved, source, name)
     with _stop_when_asked() as stop:
         if _takes_joint(model, run):
@@ -743,8 +745,7 @@ def export_command(
     """
     from evaluation.export import export_predictions, export_run
 
-    other = (f"data.index={index_file}",) if index_file else ()
-    resolved = _config(source, (*overrides, *other))
+    resolved = _config(source, overrides, {"data.index": index_file})
     if from_predictions or tools_from:
         export_predictions(
             resolved,
@@ -1041,13 +1042,13 @@ def features_info(folder: Path) -> None:
         click.echo(line)
 
 
-def _joint_setting(source: str, overrides: tuple[str, ...], key: str, joint_run: str | None) -> tuple[str, ...]:
-    """The setting that names the checkpoint of a run's joint net."""
+def _joint_checkpoint(source: str, overrides: tuple[str, ...], joint_run: str | None) -> Path | None:
+    """The checkpoint of a run's joint net."""
     if joint_run is None:
-        return ()
+        return None
     from stage2_temporal.joint import joint_checkpoint
 
-    return (f"{key}={joint_checkpoint(_run(_config(source, overrides), source, joint_run))}",)
+    return joint_checkpoint(_run(_config(source, overrides), source, joint_run))
 
 
 def _takes_joint(model: str, run: Path) -> bool:

@@ -6,10 +6,11 @@ import difflib
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from configs.errors import UserError
 from configs.schema import AblationConfig, Config, DataSetSpec
@@ -21,20 +22,24 @@ MAX_YAML_VALUES = 50_000
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def load_config(source: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
-    """Settings from a YAML file or the name of a preset, with `a.b=c` overrides laid over it.
+def load_config(
+    source: str | Path | None = None, overrides: Iterable[str] = (), changes: Mapping[str, object] | None = None
+) -> Config:
+    """Settings from a YAML file or the name of a preset, with `a.b=c` overrides and typed `changes` laid over it.
 
-    Values of overrides are YAML: numbers, booleans, `null`, `[lists]`. Raises UserError for a missing or broken file
-    and for every unknown key or wrong value, naming the key and, for unknown ones, the nearest right key.
+    The order of overrides and changes never matters: a block is the same as its values one by one, the name of a head
+    is applied before the head's other settings, and two values for one key are refused. The text of an override is YAML
+    (numbers, booleans, `null`, `[lists]`); where the setting is a path or a text, it is taken as it stands. Raises
+    UserError for a missing or broken file and for every unknown key or wrong value, naming the key and, for unknown
+    ones, the nearest right key.
     """
     path = preset_path(source or DEFAULT_PRESET, PRESETS, "preset")
     tree = read_yaml(path)
     config = _validate(Config, tree, str(path))  # before the overrides, so that an error is blamed on the right place
-    wanted = list(overrides)
-    if not wanted:
+    given = _given_values(overrides, changes or {})
+    if not given:
         return config
-    for override in wanted:
-        _lay_over(tree, override)
+    _lay_over(tree, given)
     return _validate(Config, tree, "--set")
 
 
@@ -83,10 +88,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _parse_yaml(text: str) -> Any:
+def _parse_yaml(text: str, kind: type[yaml.SafeLoader | yaml.BaseLoader] = yaml.SafeLoader) -> Any:
     """Plain values of a YAML text. Raises ValueError for anything else, and for aliases that multiply what is there."""
     try:
-        loader = yaml.SafeLoader(text)
+        loader = kind(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -146,25 +151,103 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _lay_over(tree: dict[str, Any], override: str) -> None:
+def _given_values(overrides: Iterable[str], changes: Mapping[str, object]) -> dict[tuple[str, ...], object]:
+    """Values by key, sorted; what is given as a block is given by its values. Raises UserError for contradictions."""
+    given: dict[tuple[str, ...], object] = {}
+    pairs = [_read_override(override) for override in sorted(overrides)]
+    pairs += [(tuple(key.split(".")), value) for key, value in changes.items()]
+    for keys, value in (leaf for pair in pairs for leaf in _leaves(*pair)):
+        one, other = sorted((_shown(given.setdefault(keys, value)), _shown(value)))
+        if one != other:
+            raise UserError(f"--set {'.'.join(keys)}: given both as {one} and as {other}; give it once")
+    for keys in sorted(given):
+        for length in range(1, len(keys)):
+            if (above := given.get(keys[:length], {})) != {}:
+                block = ".".join(keys[:length])
+                raise UserError(f"--set {'.'.join(keys)}: cannot be combined with {block}={_shown(above)}")
+    return dict(sorted(given.items()))
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else str(value)
+
+
+def _read_override(override: str) -> tuple[tuple[str, ...], object]:
     key, equals, text = override.partition("=")
-    keys = key.strip().split(".")
+    keys = tuple(key.strip().split("."))
     if not equals or not all(keys):
         raise UserError(f"--set {override}: expected key=value, for example --set temporal.head.hidden=256")
     try:
-        value = _parse_yaml(text) if text.strip() else None
+        return keys, _read_value(text, {kind for field in _fields_at(keys) for kind in _kinds_in(field.annotation)})
     except ValueError as error:
         raise UserError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from error
-    node = tree
-    for name in keys[:-1]:
-        child = node.setdefault(name, {})
-        if not isinstance(child, dict):
-            raise UserError(f"--set {override}: {name} holds a value, not keys")
-        node = child
-    # Another kind of head has other settings: those of the preset's head do not carry over.
-    if keys[-1] == "name" and node.get("name", "lstm") != value and keys[:-1] == ["temporal", "head"]:
-        node.clear()
-    node[keys[-1]] = value
+
+
+def _read_value(text: str, kinds: set[Any]) -> object:
+    """What a text means for a setting of these types; in a path or a name, nothing but quotes and `null` is special."""
+    word = text.strip()
+    if word in {"", "null"}:
+        return None
+    quoted = len(word) > 1 and word[0] == word[-1] and word[0] in "'\""
+    if not quoted and (kinds & {str, Path} or word in kinds):
+        return text
+    words = kinds & {tuple[str, ...], dict[str, str]}  # of which none is a number, a date or a switch
+    return _parse_yaml(text, yaml.BaseLoader if words else yaml.SafeLoader)
+
+
+def _leaves(keys: tuple[str, ...], value: object) -> list[tuple[tuple[str, ...], object]]:
+    """A block's values one by one; the block itself where it is empty. Any other value as it is."""
+    if not (isinstance(value, Mapping) and value and _is_block(keys)):
+        return [(keys, value)]
+    return [leaf for name, child in value.items() for leaf in _leaves((*keys, str(name)), child)]
+
+
+def _lay_over(tree: dict[str, Any], given: Mapping[tuple[str, ...], object]) -> None:
+    names = {keys: default for keys in given if (default := _default_tag(keys)) is not None}
+    for keys in (*names, *(keys for keys in given if keys not in names)):
+        node = tree
+        for name in keys[:-1]:
+            child = {} if node.get(name) is None else node[name]  # an optional block may be left out
+            if not isinstance(child, dict):
+                raise UserError(f"--set {'.'.join(keys)}: {name} holds a value, not keys")
+            node[name] = node = dict(child)  # a copy: through an alias in the file, other blocks may be the same
+        # Another kind of head has other settings: those of the preset's head do not carry over.
+        if keys in names and node.get(keys[-1], names[keys]) != given[keys]:
+            node.clear()
+        if not (given[keys] == {} and _is_block(keys) and node.get(keys[-1])):
+            node[keys[-1]] = given[keys]
+
+
+def _default_tag(keys: tuple[str, ...]) -> object:
+    """For a key that names which kind of block it stands in (`temporal.head.name`): the default kind, else None."""
+    for field in _fields_at(keys[:-1]):
+        if field.discriminator == keys[-1]:
+            return getattr(field.default, keys[-1])
+    return None
+
+
+def _is_block(keys: tuple[str, ...]) -> bool:
+    return any(_models_in(field.annotation) for field in _fields_at(keys))
+
+
+@functools.cache
+def _fields_at(keys: tuple[str, ...]) -> Sequence[FieldInfo]:
+    """The schema's fields of a dotted key: none for an unknown one, several where several kinds of block have it."""
+    if not keys:
+        return ()
+    models = [model for field in _fields_at(keys[:-1]) for model in _models_in(field.annotation)]
+    return [
+        model.model_fields[keys[-1]]
+        for model in (models if len(keys) > 1 else [Config])
+        if keys[-1] in model.model_fields
+    ]
+
+
+def _kinds_in(annotation: Any) -> list[Any]:
+    """The types that a setting may have, and the words that it may be."""
+    if get_origin(annotation) in {tuple, list, dict}:
+        return [annotation]
+    return [kind for part in get_args(annotation) for kind in _kinds_in(part)] or [annotation]
 
 
 def _validate(model: type[Model], tree: dict[str, Any], where: str) -> Model:
@@ -179,7 +262,8 @@ def _validate(model: type[Model], tree: dict[str, Any], where: str) -> Model:
 
 
 def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+    keys, tag, fields = _place(model, problem["loc"])
+    key = ".".join(keys)
     if problem["type"] == "union_tag_invalid":
         told = problem["ctx"]
         which = told["discriminator"].strip("'")
@@ -188,14 +272,31 @@ def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
         given = problem.get("input")
         shown = f", got {given!r}" if isinstance(given, str | int | float | bool) else ""
         return f"{key or 'settings'}: {problem['msg'].removeprefix('Value error, ')}{shown}"
+    if tag:
+        near = _nearest(keys[-1], fields).replace("mean ", f"mean {'.'.join(keys[:-1])}.")
+        return f"unknown key {key}{near or f': {tag} has ' + (', '.join(fields) or 'no settings')}"
     known = _key_names(model)
-    leaf = str(problem["loc"][-1])
-    full = ".".join(str(part) for part in problem["loc"] if part not in _HEAD_TAGS)
-    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
-    return f"unknown key {full}{_nearest(full, same_leaf or known)}"
+    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == keys[-1]]
+    return f"unknown key {key}{_nearest(key, same_leaf or known)}"
 
 
-_HEAD_TAGS = frozenset({"lstm", "gru", "tcn", "linear"})
+def _place(model: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str], str, list[str]]:
+    """The dotted key of a problem; where its block is one of several kinds, which one and what settings that has."""
+    keys: list[str] = []
+    fields: list[str] = []
+    models, tag, chosen_by = [model], "", None
+    for part in loc:
+        if chosen_by:  # pydantic puts the kind between the block's key and the setting's
+            tag = str(part)
+            models = [kind for kind in models if tag in get_args(kind.model_fields[chosen_by].annotation)]
+            fields = [name for kind in models for name in kind.model_fields if name != chosen_by]
+            chosen_by = None
+            continue
+        keys.append(str(part))
+        found = [kind.model_fields[str(part)] for kind in models if str(part) in kind.model_fields]
+        chosen_by = next((str(field.discriminator) for field in found if field.discriminator), None)
+        models = [child for field in found for child in _models_in(field.annotation)]
+    return keys, tag, fields
 
 
 @functools.cache

@@ -1,5 +1,8 @@
 """The schema of every setting. Unknown keys are refused; units are in the names.
 
+The default of a block is that block with its own defaults and nothing else, so that a value given inside it changes
+that value alone; a place with other defaults (`joint.sequence`) has a block of its own.
+
 `Config` is the whole of a run; `DataSetSpec` describes a data set (class names and order, file name patterns, rate,
 usual splits). Both are read from YAML by `configs.load`.
 """
@@ -374,6 +377,12 @@ class TemporalConfig(LoopConfig):
     )
     baseline: bool = Field(True, description="also train the per-frame linear head, same features, epochs and choice")
 
+    @field_validator("head", mode="before")
+    @classmethod
+    def _has_a_name(cls, head: object) -> object:
+        """The settings of a head without its name are those of the default one."""
+        return {"name": LstmHead().name, **head} if isinstance(head, Mapping) else head
+
 
 class JointNetConfig(Strict):
     """The joint net's branches; its backbone is `cnn.backbone`, its phase branch `temporal.head`."""
@@ -406,11 +415,27 @@ class JointLossConfig(Strict):
     )
 
 
+class JointOptimConfig(OptimConfig):
+    """The optimiser of a step of the joint net."""
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+
+
+class JointSequenceConfig(SequenceConfig):
+    """How the joint net's clips are cut."""
+
+    mode: Literal["full", "chunked", "clips"] = "clips"
+    frames: int = Field(10, ge=1, description="length of a chunk or clip")
+    batch: int = Field(10, ge=1, description="videos (chunked) or clips a step")
+    inference: Literal["carried", "clip"] = Field(
+        "clip", description="evaluation: zero state at each clip as in training, or state carried through the video"
+    )
+
+
 class JointStepConfig(LoopConfig):
     """One step of the joint schedule."""
 
-    epochs: int = Field(25, ge=1)
-    optim: OptimConfig = OptimConfig(name="sgd", lr=1e-3)
+    optim: JointOptimConfig = JointOptimConfig()
     backbone_lr_factor: float = Field(0.1, ge=0, le=1)
     freeze_mapping: bool = Field(False, description="step `correlation`: keep the mapping as step `mapping` left it")
 
@@ -419,7 +444,7 @@ class JointConfig(Strict):
     """The joint mode: both stages in one net, end to end (MTRCNet and MTRCNet-CL)."""
 
     net: JointNetConfig = JointNetConfig()
-    sequence: SequenceConfig = SequenceConfig(mode="clips", frames=10, batch=10, inference="clip")
+    sequence: JointSequenceConfig = JointSequenceConfig()
     loss: JointLossConfig = JointLossConfig()
     multitask: JointStepConfig = JointStepConfig()
     mapping: JointStepConfig | None = Field(None, description="second step: the mapping alone, all else frozen")
@@ -499,6 +524,9 @@ class AblationConfig(Strict):
                 f"{foreign[0]}: only settings of stage two (temporal) can be compared, and {' or '.join(FEATURE_KEYS)}"
             )
         self._names_features()
+        for name, changes in self.settings.items():
+            if twice := [key for key in changes if key in self.space]:
+                raise ValueError(f"settings.{name}: {twice[0]} is in the space too; give it in one place")
         if self.has_ranges and self.budget.trials is None and self.budget.minutes is None:
             raise ValueError("ranges have no end: give budget.trials or budget.minutes")
         return self
@@ -529,7 +557,7 @@ class Config(Strict):
     """Everything a run depends on."""
 
     seed: int = Field(0, ge=0, lt=2**32)
-    device: str = Field("auto", description="auto | cpu | cuda | mps")
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     runs: Path = Path("runs")
     data: DataConfig = DataConfig()
     preprocess: PreprocessConfig = PreprocessConfig()

@@ -8,7 +8,6 @@ never done again, and one that was stopped goes on. One process conducts, with a
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -123,11 +122,12 @@ class _StopWithParent(StopRequest):
 
 def unit_config(source: str, overrides: Sequence[str], unit: Unit) -> Config:
     """The settings of one training."""
-    changes = [f"{key}={json.dumps(value)}" for key, value in unit.changes if key not in FEATURE_KEYS]
+    changes = {key: value for key, value in unit.changes if key not in FEATURE_KEYS}
     try:
-        return load_config(source, [*overrides, *changes, f"seed={unit.seed}"])
+        return load_config(source, overrides, {**changes, "seed": unit.seed})
     except UserError as error:
-        raise UserError(f"the ablation's settings: {str(error).removeprefix('--set: ')}") from error
+        reason = str(error).removeprefix("--set").lstrip(": ")
+        raise UserError(f"the ablation's settings: {reason}") from error
 
 
 def read_ablation(source: str, base: str | None = None) -> AblationConfig:
@@ -183,19 +183,30 @@ def trainings_at_once(device: str) -> int:
 
 
 def _read_features(spec: AblationConfig, base: Config, overrides: Sequence[str], where: Path) -> SharedFeatures:
-    """The features of every setting; what a range may draw is among them."""
+    """The features of every setting; what a range may draw is among them.
+
+    Raises UserError for a setting that is wrong, and for two names of one training.
+    """
+    for seed in spec.seeds:
+        unit_config(spec.base, overrides, Unit(None, (), seed))
     wanted = dict.fromkeys([(where, base.temporal.tool_logits)])
+    named: dict[tuple[str, Path], str] = {}
     for point in _corners(spec):
-        unit = Unit(None, changes_of(spec, point), base.seed)
+        unit = Unit(None, changes_of(spec, point), spec.seeds[0])
         config = unit_config(spec.base, overrides, unit)
-        wanted[folder_of(dict(unit.changes), where, base), config.temporal.tool_logits] = None
+        features = folder_of(dict(unit.changes), where, base)
+        name = ", ".join(f"{key}={value!r}" for key, value in point.items())
+        other = named.setdefault((config.temporal.model_dump_json(), features), name)
+        if other != name:
+            raise UserError(f"the ablation's settings: {other} and {name} are the same training; leave one out")
+        wanted[features, config.temporal.tool_logits] = None
     return share_features(where, wanted)
 
 
 def _corners(spec: AblationConfig) -> Iterator[dict[str, Any]]:
-    """Every combination of the lists and named settings; a range stands with its lower end."""
+    """Every combination of the lists and named settings; a range stands with its two ends."""
     axes: dict[str, Sequence[Any]] = {
-        key: values if isinstance(values, list) else [values.low] for key, values in spec.space.items()
+        key: values if isinstance(values, list) else [values.low, values.high] for key, values in spec.space.items()
     }
     if spec.settings:
         axes[NAMED] = list(spec.settings)

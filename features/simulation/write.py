@@ -119,7 +119,7 @@ def simulate(
     first_number: int = 1,
     workers: int = 1,
     stop: StopRequest | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], object] | None = None,
 ) -> SimulatedData:
     """Write `videos` simulated operations, numbered from `first_number`, below `out`.
 

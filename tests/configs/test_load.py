@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from configs.errors import UserError
 from configs.load import PRESETS, differences, load_config, load_dataset, to_yaml
-from configs.schema import DataSetSpec
+from configs.schema import Config, DataSetSpec, GruHead, JointStepConfig
 
 PRESET_NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 DATASET_NAMES = sorted(path.stem for path in (PRESETS / "datasets").glob("*.yaml"))
@@ -41,16 +41,66 @@ def test_cholec80_has_the_published_settings() -> None:
     assert load_dataset(config.data.dataset).default_split == "32/8/40"
 
 
-def test_overrides_are_yaml_and_the_last_one_wins() -> None:
-    config = load_config("mini", ["seed=3", "seed=4", "cnn.augment.flip=false", "data.split.train=[video01, video02]"])
-    assert config.seed == 4
+def test_overrides_are_yaml() -> None:
+    config = load_config("mini", ["seed=3", "cnn.augment.flip=false", "data.split.train=[video01, on]"])
+    assert config.seed == 3
     assert config.cnn.augment.flip is False
-    assert config.data.split.train == ("video01", "video02")
+    assert config.data.split.train == ("video01", "on")
 
 
-def test_another_head_drops_the_settings_of_the_first() -> None:
-    config = load_config("mini", ["temporal.head.name=tcn", "temporal.head.maps=16"])
+@pytest.mark.parametrize("text", ["/data/set #2", "2024", "on", "~", "a: b", "[x]", "1e3", "None", "don't", "@x", " x"])
+def test_paths_and_names_are_taken_as_they_stand(text: str) -> None:
+    config = load_config("mini", [f"data.root={text}", f"cnn.weights={text}", f"data.split.rule={text}"])
+    assert config.data.root == Path(text)
+    assert config.cnn.weights == config.data.split.rule == text
+    assert load_config("mini", changes={"data.root": Path(text)}).data.root == Path(text)
+
+
+def test_null_and_quotes_mean_in_paths_what_they_mean_in_yaml() -> None:
+    assert load_config("demo", ["data.root=null"]).data.root is None
+    assert load_config("demo", ["data.root="]).data.root is None
+    assert load_config("demo", ["data.root='null'"]).data.root == Path("null")
+    assert load_config("demo", ['data.root="a #b"']).data.root == Path("a #b")
+
+
+def test_a_table_of_one_s_own_keys_is_a_value_as_a_whole(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("data: {exclude: {video01: torn}}\n")
+    assert load_config(file, ["data.exclude={}"]).data.exclude == {}
+    assert load_config(file, ["data.exclude={02: no}"]).data.exclude == {"02": "no"}
+    assert load_config(file, ["data.exclude=[03]"]).data.exclude == {"03": ""}
+
+
+def test_words_of_a_choice_are_words() -> None:
+    assert load_config("mini", ["extract.decode_ahead=on"]).extract.decode_ahead == "on"
+    assert load_config("mini", ["data.frame_base=1"]).data.frame_base == 1
+
+
+@pytest.mark.parametrize("orders", [(0, 1), (1, 0)])
+def test_another_head_drops_the_preset_s_settings_of_the_first_in_any_order(orders: tuple[int, int]) -> None:
+    given = ["temporal.head.name=tcn", "temporal.head.maps=16"]
+    config = load_config("mini", [given[place] for place in orders])
     assert config.temporal.head.model_dump() == {"name": "tcn", "stages": 2, "layers": 8, "maps": 16, "dropout": 0.5}
+    given = ["temporal.head.name=gru", "temporal.head.hidden=32"]
+    assert load_config("mini", [given[place] for place in orders]).temporal.head == GruHead(name="gru", hidden=32)
+    given = ["temporal.head={name: gru}", "temporal.head.hidden=32"]
+    assert load_config("mini", [given[place] for place in orders]).temporal.head == GruHead(name="gru", hidden=32)
+
+
+def test_a_value_given_in_a_file_keeps_its_siblings(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text(
+        "joint: {sequence: {batch: 4}, multitask: {optim: {lr: 0.01}}, net: {mapping: true}, mapping: {epochs: 3}}\n"
+        "temporal: {head: {hidden: 32}}\n"
+    )
+    changed = differences(Config().model_dump(), load_config(file).model_dump())
+    assert [line for line in changed if "joint.mapping" not in line] == [
+        "temporal.head.hidden: 512 there, 32 now",
+        "joint.net.mapping: False there, True now",
+        "joint.sequence.batch: 10 there, 4 now",
+        "joint.multitask.optim.lr: 0.001 there, 0.01 now",
+    ]
+    assert load_config(file).joint.mapping == JointStepConfig(epochs=3)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +117,9 @@ def test_another_head_drops_the_settings_of_the_first() -> None:
         ("seed.a=3", "seed"),
         ("seed={", "not YAML"),
         ("temporal.head.name=transformer", "temporal.head"),
+        ("temporal.head.maps=3", "unknown key temporal.head.maps: lstm has hidden, layers"),
+        ("temporal.head.hidden=0", "temporal.head.hidden: Input"),
+        ("device=gpu", "device: Input should be 'auto', 'cpu', 'cuda' or 'mps'"),
     ],
 )
 def test_wrong_overrides_are_one_line_that_names_the_key(override: str, expected: str) -> None:

@@ -288,6 +288,52 @@ def test_an_unknown_key_in_the_space_is_refused_before_any_training(world: Path)
         run(world, write_ablation(world, space={"temporal.head.hiden": [6, 12]}))
 
 
+def test_the_head_s_name_and_its_settings_are_trained_as_the_table_says(world: Path) -> None:
+    space = {"temporal.head.hidden": [6, 8], "temporal.head.name": ["lstm", "gru"]}
+    assert run(world, write_ablation(world, space=space, seeds=[0])) == []
+    rows = table(world)
+    for row in rows:
+        config = yaml.safe_load((world / "runs/wide/trials" / row["folder"] / "temporal/config.yaml").read_text())
+        for key in space:
+            if row[key]:  # the base names none
+                assert row[key] == str(config["temporal"]["head"][key.rpartition(".")[2]])
+    assert len({row["folder"] for row in rows}) == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "expected"),
+    [
+        ({"space": {"temporal.head.hidden": [6, 7]}}, ["temporal.head.hidden=7"], "given both as 6 and as 7"),
+        ({"space": {"temporal.head.hidden": [6, 7]}}, ["temporal.head.name=tcn"], "tcn has stages, layers"),
+        ({"settings": {"a": {"temporal.epochs": 2}}}, ["temporal={epochs: 3}"], "given both as 2 and as 3"),
+        ({"space": {"temporal.epochs": [2]}}, ["seed=5"], "seed: given both as 0 and as 5"),
+        (
+            {"space": {"temporal.optim.lr": ["1e-3", 0.001]}},
+            [],
+            "optim.lr='1e-3' and temporal.optim.lr=0.001 are",
+        ),
+        ({"space": {"temporal.epochs": [2, "2"]}}, [], "are the same training"),
+        ({"space": {"temporal.epochs": [2, 2.0]}}, [], "tried twice"),
+        ({"settings": {"a": {"temporal.epochs": 2}, "b": {"temporal.epochs": 2.0}}}, [], "tried twice"),
+        ({"settings": {"a": {"temporal.epochs": 2}}, "space": {"temporal.epochs": [3]}}, [], "is in the space too"),
+        (
+            {"space": {"temporal.head.dropout": {"low": 0.1, "high": 1.5}}, "budget": {"trials": 4}},
+            [],
+            "temporal.head.dropout: Input should be less than 1, got 1.5",
+        ),
+    ],
+)
+def test_a_table_that_would_name_what_was_not_trained_is_refused(
+    world: Path, content: dict[str, Any], overrides: list[str], expected: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        spec = read_ablation(str(write_ablation(world, **content)))
+        ablate(spec, world / "runs/wide", overrides, world / "features", world, workers=1, stop=StopRequest())
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (world / "runs").exists()
+
+
 @pytest.mark.parametrize("path", sorted((PROJECT / "configs/ablations").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_ablation_is_one(path: Path) -> None:
     spec = load_ablation(path.stem)
@@ -296,7 +342,7 @@ def test_every_shipped_ablation_is_one(path: Path) -> None:
         {key: values[0] for key, values in spec.space.items() if isinstance(values, list)},
     ]:
         settings = {key: value for key, value in changes.items() if key not in FEATURE_KEYS}
-        load_config(spec.base, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+        load_config(spec.base, changes=settings)
 
 
 # ---------------------------------------------------------------------------------------------- other features
