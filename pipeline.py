@@ -483,17 +483,30 @@ def train_joint_command(
 def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """How folders of phase files are read, for commands that take anyone's predictions."""
     for option in (
+        click.option(
+            "--background",
+            multiple=True,
+            metavar="NAME",
+            help="Phase left out of segments (edit score, F1 at an overlap). Repeatable. Default: the data set's.",
+        ),
         click.option("--allow-missing", is_flag=True, help="Leave out videos that only one of the folders has."),
         click.option(
             "--phase-order",
             metavar="FILE",
-            help="What ids in the files mean: a name (mtrcnet, tf-cholec80), FILE or list.",
+            help="What ids and columns in the files mean: a name (mtrcnet, tf-cholec80), FILE or list.",
         ),
         click.option(
             "--skip-first-row", is_flag=True, help="Leave out each video's first row, as the official script."
         ),
         click.option(
-            "--fps", type=click.FloatRange(min=0, min_open=True), help="Rows a second. Default: files', or 1."
+            "--prediction-fps",
+            type=click.FloatRange(min=0, min_open=True),
+            help="Rows per second of the predictions, where truth and predictions have different rates.",
+        ),
+        click.option(
+            "--fps",
+            type=click.FloatRange(min=0, min_open=True),
+            help="Compared rows per second, which relaxed conventions need. Default: what the files say.",
         ),
         click.option("--ground-truth", type=click.Path(path_type=Path), metavar="DIR", help="Their annotations."),
     ):
@@ -501,7 +514,15 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-READING_OPTIONS = ("ground_truth", "fps", "skip_first_row", "phase_order", "allow_missing")
+READING_OPTIONS = (
+    "ground_truth",
+    "fps",
+    "prediction_fps",
+    "skip_first_row",
+    "phase_order",
+    "allow_missing",
+    "background",
+)
 JSON_FILE = click.option(
     "--json",
     "json_file",
@@ -566,7 +587,7 @@ def evaluate(
     A joint net reads pictures, so it needs data.root; joint.crops=five or ten averages over crops.
 
     With --predictions DIR --ground-truth DIR: phases in text files of any program, paired by video number; with a
-    header or without, names or ids from 0, tabs, commas or blanks. Needs no run.
+    header or without, names, ids from 0 or one column per phase, tabs, commas or blanks. Needs no run.
     """
     resolved = _config(source, overrides)
     if predictions is not None:

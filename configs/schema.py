@@ -15,7 +15,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 MAX_FPS = 10_000.0  # cameras of a thousand pictures a second exist; what lies beyond is damage
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # of a cell of a CSV file that a spreadsheet would compute
@@ -101,6 +111,9 @@ class DataSetSpec(Strict):
     tools: tuple[str, ...] = Field((), max_length=127)
     phase_aliases: dict[str, str] = {}
     tool_aliases: dict[str, str] = {}
+    background: tuple[str, ...] = Field(
+        (), description="phases that stand for nothing going on; left out of segments (edit score, F1 at an overlap)"
+    )
     phase_orders: dict[str, tuple[str, ...]] = Field(
         {}, description="other numberings of the phases in circulation, by name; for files that hold numbers, not names"
     )
@@ -134,7 +147,17 @@ class DataSetSpec(Strict):
         for name, order in self.phase_orders.items():
             if sorted(order) != sorted(self.phases):
                 raise ValueError(f"phase_orders.{name} does not hold each phase once")
+        if unknown := [name for name in self.background if name not in self.phases]:
+            raise ValueError(f"background {unknown[0]!r} is not one of the phases")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_background(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """No key where there is none: what was written before there was such a key keeps its bytes and digests."""
+        tree: dict[str, Any] = dump(self)
+        if not tree.get("background"):
+            tree.pop("background", None)
+        return tree
 
 
 # ---------------------------------------------------------------------------------------------- settings

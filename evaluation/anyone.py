@@ -6,10 +6,10 @@ result's `about`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +18,14 @@ from configs.errors import UserError
 from configs.schema import DataSetSpec
 from engine.files import require_replaceable_json, write_json
 from engine.progress import say
+from evaluation.counts import NO_PREDICTION
 from evaluation.foreign import PhaseFile, find_phase_files, read_foreign_phases
-from evaluation.phases import chosen_conventions, evaluate_phases
+from evaluation.matching import Matched, match_rows
+from evaluation.phases import chosen_conventions, evaluate_phases, unavailable_conventions
 from evaluation.statistics import bootstrap_intervals
 from evaluation.tables import conventions_table, intervals_table, phase_table, segment_table
 from features.class_order import describe_order, parse_phase_order
 
-ASSUMED_FPS = 1.0
 Tracks = dict[str, NDArray[np.int16]]
 
 
@@ -32,24 +33,28 @@ Tracks = dict[str, NDArray[np.int16]]
 class Reading:
     """How folders of phase files are read: what the options of the command line say.
 
-    `fps` is the rate of the compared rows (None: what the files say, else 1). `phase_order` names ids as
-    `features.class_order.parse_phase_order` takes it (None: the data set's own order).
+    `fps` is the rate of the compared rows, `prediction_fps` that of the prediction files (None: what the files say).
+    `phase_order` names ids as `features.class_order.parse_phase_order` takes it (None: the data set's own order).
+    `background` names phases that are left out of segments, beside those of the data set.
     """
 
     ground_truth: Path
     fps: float | None = None
+    prediction_fps: float | None = None
     skip_first_row: bool = False
     phase_order: str | None = None
     allow_missing: bool = False
+    background: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Truth and prediction (T,) a video at `fps`; `about` goes into every result, `notes` to the user."""
+    """Truth and prediction (T,) per video at `fps` (None: not known); `about` goes into every result, `notes` to the
+    user. A prediction is NO_PREDICTION where the truth has a label and the files have none."""
 
     truth: Tracks
     predicted: Tracks
-    fps: float
+    fps: float | None
     about: Mapping[str, Any]
     notes: Sequence[str]
 
@@ -89,14 +94,29 @@ def score_folder(
     split: str | None = None,
 ) -> tuple[dict[str, dict[str, Any]], Sequence[str]]:
     """`evaluate_folder` without printing or writing: the results, and notes for the user."""
-    names = chosen_conventions(conventions, spec.phases)
+    background = tuple(dict.fromkeys((*spec.background, *reading.background)))
     pairs = read_pairs(predictions, reading, spec)
-    results = evaluate_phases(pairs.truth, pairs.predicted, spec.phases, pairs.fps, names, split=split)
-    intervals = bootstrap_intervals(pairs.truth, pairs.predicted, spec.phases, pairs.fps, names)
+    names = chosen_conventions(conventions, spec.phases, pairs.fps)
+    left_out = unavailable_conventions(spec.phases, pairs.fps) if conventions is None else {}
+    truth, predicted, fps = pairs.truth, pairs.predicted, pairs.fps
+    results = evaluate_phases(truth, predicted, spec.phases, fps, names, split=split, background=background)
+    intervals = bootstrap_intervals(truth, predicted, spec.phases, fps, names, background=background)
     for name, result in results.items():
         result["intervals"] = intervals[name]
         result["about"] |= pairs.about
-    return results, pairs.notes
+    notes = [
+        *pairs.notes,
+        *({f"{' and '.join(left_out)}: left out, for {next(iter(left_out.values()))}"} if left_out else ()),
+    ]
+    without = next(iter(results.values()))["about"]["videos_without_labels"]
+    if without:
+        notes.append(f"not counted, for their ground truth holds no label: {_listed(without)}")
+    return results, notes
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
 
 
 def print_results(results: Mapping[str, Any]) -> None:
@@ -118,36 +138,55 @@ def print_results(results: Mapping[str, Any]) -> None:
 
 def read_pairs(predictions: Path, reading: Reading, spec: DataSetSpec) -> Paired:
     """Read both folders and pair their videos and rows. Raises UserError naming the file."""
-    order = spec.phases
-    if reading.phase_order is not None:
-        order = parse_phase_order(reading.phase_order, spec, str(predictions))
+    order = parse_phase_order(reading.phase_order, spec, str(predictions)) if reading.phase_order else None
     predicted_files, stray = find_phase_files(predictions, spec)
     truth_files, stray_truth = find_phase_files(reading.ground_truth, spec)
     left_out = _unpaired(predicted_files, truth_files, predictions, reading)
-    notes = [f"left out, no video number in the name: {name}" for name in (*stray, *stray_truth)]
-    notes += [f"left out, in one folder only: {path}" for path in left_out]
-    truth: Tracks = {}
-    predicted: Tracks = {}
-    files: list[tuple[PhaseFile, PhaseFile]] = []
+    pairs: dict[str, _Pair] = {}
     for video in (name for name in truth_files if name in predicted_files):
-        true = read_foreign_phases(truth_files[video], spec, order, unlabelled=True)
+        true = read_foreign_phases(truth_files[video], spec, order)
         guess = read_foreign_phases(predicted_files[video], spec, order)
-        files.append((true, guess))
-        rows_true, rows_guess = _matching_rows(true, guess)
-        skip = int(reading.skip_first_row)
-        truth[video], predicted[video] = true.phase[rows_true][skip:], guess.phase[rows_guess][skip:]
-    fps, fps_from = _rate(reading.fps, files)
-    numbered = any(file.numbered for pair in files for file in pair)
+        if (true.phase >= 0).any() and not (guess.phase >= 0).any():
+            if not reading.allow_missing:
+                raise UserError(f"{guess.path}: holds no prediction; leave the video out with --allow-missing")
+            left_out.append(guess.path)
+            continue
+        pairs[video] = _Pair(true, guess, match_rows(true, guess, spec.annotation_fps, reading.prediction_fps))
+    if not pairs:
+        raise UserError(f"{predictions}: no file holds a prediction for a video of {reading.ground_truth}")
+    fps, fps_from = _rate(reading.fps, pairs.values(), spec)
+    skip = int(reading.skip_first_row)
+    truth = {video: pair.rows.truth[skip:] for video, pair in pairs.items()}
+    predicted = {video: pair.rows.predicted[skip:] for video, pair in pairs.items()}
+    holes = {v: int(((truth[v] >= 0) & (predicted[v] == NO_PREDICTION)).sum()) for v in truth}
+    holes = {video: count for video, count in holes.items() if count}
+    numbered = any(file.numbered for pair in pairs.values() for file in (pair.true, pair.guess))
+    shown = (order or spec.phases) if numbered else None
     about = {
         "predictions": str(predictions),
         "ground_truth": str(reading.ground_truth),
-        "phase_order": list(order) if numbered else None,
+        "phase_order": None if shown is None else list(shown),
         "fps_from": fps_from,
+        "prediction_fps": reading.prediction_fps,
         "first_row_skipped": reading.skip_first_row,
         "files_left_out": [path.name for path in left_out],
+        "frames_without_prediction": holes,
     }
-    notes += _notes(files, truth, reading, spec, order if numbered else None, fps, fps_from)
+    notes = []
+    if stray or stray_truth:
+        notes.append(f"left out, no video number in the name or no text: {_listed([*stray, *stray_truth])}")
+    if left_out:
+        notes.append(f"left out, in one folder only or empty: {_listed([str(path) for path in left_out])}")
+    notes += _notes(pairs, truth, holes, reading, spec, shown, fps, fps_from)
     return Paired(truth, predicted, fps, about, notes)
+
+
+class _Pair(NamedTuple):
+    """One video's two files and their rows, matched."""
+
+    true: PhaseFile
+    guess: PhaseFile
+    rows: Matched
 
 
 def _unpaired(
@@ -164,70 +203,43 @@ def _unpaired(
     return [path for path, _ in lonely]
 
 
-def _matching_rows(truth: PhaseFile, predicted: PhaseFile) -> tuple[slice, slice]:
-    """Which rows of the two files are the same frames: all, or of the denser file every k-th by frame number."""
-    everything = slice(None)
-    t, p = truth.frame, predicted.frame
-    if len(truth.phase) == len(predicted.phase):
-        if t is not None and p is not None and len(t) > 1:
-            steps = (t[-1] - t[0]) / (len(t) - 1), (p[-1] - p[0]) / (len(p) - 1)
-            # Numbered from 0 in one and from 1 in the other is usual; further apart they are not the same frames.
-            if np.isclose(*steps, rtol=1e-3) and abs(t[0] - p[0]) > 1.001 * steps[0]:
-                raise UserError(f"{predicted.path}: starts at frame {p[0]:g}, but {truth.path} at {t[0]:g}")
-        return everything, everything
-    counts = f"{predicted.path}: {len(predicted.phase)} rows, but {truth.path} has {len(truth.phase)}"
-    if t is None or p is None:
-        raise UserError(f"{counts}; both must cover the same frames (without a frame column rows cannot be matched)")
-    for dense, sparse, dense_is_truth in ((t, p, True), (p, t, False)):
-        rows = _every_kth(dense, sparse)
-        if rows is not None:
-            return (rows, everything) if dense_is_truth else (everything, rows)
-    raise UserError(
-        f"{counts}; the frame columns ({p[0]:g} to {p[-1]:g} and {t[0]:g} to {t[-1]:g}) do not make one every k-th row "
-        "of the other to its end"
-    )
+# ---------------------------------------------------------------------------------------------- the rate, notes
 
 
-def _every_kth(dense: NDArray[np.float64], sparse: NDArray[np.float64]) -> slice | None:
-    """The rows of `dense` that are the frames of `sparse`, if they are every k-th from its start to its end."""
-    if not 1 < len(sparse) < len(dense):
-        return None
-    first, second = np.searchsorted(dense, sparse[:2] - 1e-6)
-    rows = slice(int(first), None, max(int(second - first), 1))
-    chosen = dense[rows]
-    fits = first < second - first and len(chosen) == len(sparse) and np.allclose(chosen, sparse, rtol=0, atol=1e-6)
-    return rows if fits else None
+def _rate(given: float | None, pairs: Iterable[_Pair], spec: DataSetSpec) -> tuple[float | None, str | None]:
+    """Rate of the compared rows, and what told it; None where nothing did.
 
-
-# ---------------------------------------------------------------------------------------------- what is assumed
-
-
-def _rate(given: float | None, files: Sequence[tuple[PhaseFile, PhaseFile]]) -> tuple[float, str]:
-    """Rate of the compared rows, and where it is from. What the files say (`time_s`) must agree with what is given."""
-    said = [(file.path, file.fps) for pair in files for file in pair if file.fps and len(file.phase) == _shorter(pair)]
-    if given is None and not said:
-        return ASSUMED_FPS, "assumed"
-    wanted, source = (given, "--fps") if given is not None else (round(said[0][1], 3), str(said[0][0]))
-    for path, fps in said:
-        if abs(fps - wanted) > 0.02 * wanted:
-            raise UserError(f"{path}: its column time_s means {fps:.4g} rows a second, but {source} says {wanted:g}")
-    return wanted, "--fps" if given is not None else "time_s"
-
-
-def _shorter(pair: tuple[PhaseFile, PhaseFile]) -> int:
-    return min(len(file.phase) for file in pair)
+    What is given must agree with seconds in the files and with `--prediction-fps`; frame numbers give way to it. Where
+    nothing is given, all that the files say must agree.
+    """
+    said = [(pair.guess.path, pair.rows.fps, pair.rows.fps_from) for pair in pairs if pair.rows.fps]
+    said.sort(key=lambda one: one[2] == "frame numbers")
+    if given is not None:
+        for path, fps, told in said:
+            if told != "frame numbers" and abs(fps - given) > 0.02 * given:
+                what = "its column time_s means" if told == "time_s" else "--prediction-fps means"
+                raise UserError(f"{path}: {what} {fps:.4g} rows per second, but --fps says {given:g}")
+        return given, "--fps"
+    for path, fps, told in said[1:]:
+        if abs(fps - said[0][1]) > 0.02 * said[0][1]:
+            raise UserError(
+                f"{path}: {fps:g} rows per second by its {told}, but {said[0][0]} has {said[0][1]:g}; name the rate "
+                "with --fps if the rows of all videos have the same"
+            )
+    return (said[0][1], said[0][2]) if said else (None, None)
 
 
 def _notes(
-    files: Sequence[tuple[PhaseFile, PhaseFile]],
+    pairs: Mapping[str, _Pair],
     truth: Tracks,
+    holes: Mapping[str, int],
     reading: Reading,
     spec: DataSetSpec,
     order: Sequence[str] | None,
-    fps: float,
-    fps_from: str,
+    fps: float | None,
+    fps_from: str | None,
 ) -> list[str]:
-    """What a reader of the numbers should know, a line each."""
+    """What a reader of the numbers should know, one line each."""
     notes = []
     if order is not None:
         whose = f"--phase-order {reading.phase_order}" if reading.phase_order else f"the data set {spec.name}"
@@ -235,13 +247,46 @@ def _notes(
         notes.append(f"ids are numbered as in {whose}: {describe_order(order)}{hint}")
     elif reading.phase_order:
         notes.append("--phase-order was not needed: the files hold names")
-    if any(len(true.phase) != len(guess.phase) for true, guess in files):
-        notes.append("rows are matched by frame number: one side has every k-th row of the other")
-    longest_h = max(map(len, truth.values())) / fps / 3600
-    where = {"--fps": "given", "time_s": "from the column time_s", "assumed": "assumed, name another with --fps"}
-    notes.append(f"rate: {fps:g} rows a second ({where[fps_from]}); the longest video then lasts {longest_h:.2f} h")
+    how = {pair.rows.how for pair in pairs.values()} - {"row by row"}
+    if how:
+        notes.append(f"rows are matched {' and '.join(sorted(how))} where the two files have not as many")
+    for name, files in (
+        ("ground truth", [p.true for p in pairs.values()]),
+        ("prediction", [p.guess for p in pairs.values()]),
+    ):
+        if missing := sum(file.missing for file in files):
+            notes.append(f"{missing} {name} rows are missing by the frame numbers of their files")
+    if unlabelled := sum(int((track < 0).sum()) for track in truth.values()):
+        notes.append(f"{unlabelled} frames have no label in the ground truth and are not scored")
+    if unscored := sum(pair.rows.unscored for pair in pairs.values()):
+        notes.append(f"{unscored} predictions lie outside the frames of the ground truth and are not scored")
+    if holes:
+        notes.append(
+            f"{sum(holes.values())} labelled frames have no prediction and count as wrong: {_listed(list(holes))}"
+        )
+    notes.append(_rate_note(pairs, truth, fps, fps_from, spec))
     if reading.skip_first_row:
-        headers = sum(file.header for pair in files for file in pair)
+        headers = sum(pair.true.header + pair.guess.header for pair in pairs.values())
         also = f"; {headers} files have a header, which alone is what the official script skips there"
         notes.append("the first row of every video is left out" + also * bool(headers))
     return notes
+
+
+def _rate_note(
+    pairs: Mapping[str, _Pair], truth: Tracks, fps: float | None, fps_from: str | None, spec: DataSetSpec
+) -> str:
+    if fps is None:
+        return (
+            "rate: not known (rows without numbers or numbered one by one may be frames or samples); name it with --fps"
+        )
+    longest_h = max(map(len, truth.values())) / fps / 3600
+    where = {
+        "--fps": "given",
+        "--prediction-fps": "by --prediction-fps",
+        "time_s": "from a column of seconds",
+        "frame numbers": f"the frame numbers count source frames, {spec.annotation_fps:g} per second in {spec.name}",
+    }[fps_from or "--fps"]
+    numbers = {pair.rows.fps for pair in pairs.values() if pair.rows.fps_from == "frame numbers"}
+    odd = [number for number in numbers if number and fps_from == "--fps" and abs(number - fps) > 0.02 * fps]
+    also = f"; the frame numbers would mean {odd[0]:g}" if odd else ""
+    return f"rate: {fps:g} rows per second ({where}{also}); the longest video then lasts {longest_h:.2f} h"

@@ -148,7 +148,14 @@ def _require_same_frames(first: Model, other: Model) -> None:
         raise UserError(
             f"{first.name} and {other.name}: only {has} was evaluated on {odd[0]}; evaluate both on the same"
         )
-    for key, what in (("frames", "frames"), ("fps", "fps"), ("truth_sha256", "labels")):
+    for key, what in (
+        ("frames", "frames"),
+        ("fps", "fps"),
+        ("truth_sha256", "labels"),
+        ("background", "as background"),
+    ):
+        if key == "fps" and None in (ours["about"].get(key), theirs["about"].get(key)):
+            continue  # folders whose rows have an unknown rate; the labels are compared row by row
         if ours["about"].get(key) != theirs["about"].get(key):
             pair = f"{ours['about'].get(key)} and {theirs['about'].get(key)} {what}"
             shown = "other labels of the same videos" if what == "labels" else pair
@@ -218,5 +225,6 @@ def _about(models: Sequence[Model], convention: str, tests: int) -> dict[str, An
         "correction": f"Holm over {tests} tests",
         "videos": len(models[0].results[0]["per_video"]),
         "frames": about.get("frames"),
+        "videos_without_labels": about.get("videos_without_labels", []),
         "seeds": [len(model.members) for model in models],
     }

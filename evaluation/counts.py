@@ -21,6 +21,7 @@ BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 
 RELAXED_WINDOW_S = 10.0
+NO_PREDICTION = -2  # in a prediction: none was made. Unlike a frame without a label, one without a prediction is wrong
 
 # The official script numbers Cholec80's phases 1..7 in this order and has rules for these alone.
 CHOLEC80_PHASES = (
@@ -43,7 +44,7 @@ class LabelledVideo:
     """Truth and prediction of one video on its whole timeline.
 
     `truth` (T,) int16 has -1 where a frame has no label: such frames are never counted. `predicted` (T,) int16 is
-    0..C-1 wherever there is a label.
+    0..C-1 or NO_PREDICTION wherever there is a label.
     """
 
     id: str
@@ -104,9 +105,9 @@ def _labelled_video(video: str, truth: NDArray[Any], predicted: NDArray[Any], cl
         raise UserError(
             f"{video}: truth has phase ids outside 0 to {classes - 1}; check the order and number of phases"
         )
-    scored = predicted[truth >= 0]
-    if scored.size and (scored.min() < 0 or scored.max() >= classes):
-        frame = int(np.flatnonzero((truth >= 0) & ((predicted < 0) | (predicted >= classes)))[0])
+    known = ((predicted >= 0) & (predicted < classes)) | (predicted == NO_PREDICTION)
+    if not known[truth >= 0].all():
+        frame = int(np.flatnonzero((truth >= 0) & ~known)[0])
         raise UserError(f"{video}: row {frame} predicts phase {predicted[frame]}; ids are 0 to {classes - 1}")
     return LabelledVideo(video, truth.astype(np.int16), predicted.astype(np.int16))
 
@@ -152,7 +153,7 @@ def relaxed_right(video: LabelledVideo, fps: float, mask_fault: bool) -> BoolArr
     finds early transitions among the last t samples and then marks the *first* t, in MATLAB
     `curDiff(curDiff(end-t+1:end)==1) = 0`.
     """
-    right, labelled = strict_right(video), video.labelled
+    right, labelled = strict_right(video), video.labelled & (video.predicted >= 0)
     difference = video.predicted - video.truth
     window = relaxed_window_frames(fps)
     for start, stop, phase in phase_runs(video.truth):
@@ -177,7 +178,7 @@ def count(videos: Sequence[LabelledVideo], classes: int, decide: Callable[[Label
 
 def _row(video: LabelledVideo, classes: int, right: BoolArray) -> tuple[IntArray, ...]:
     def frames_of(phases: IntArray) -> IntArray:
-        return np.bincount(phases, minlength=classes)
+        return np.bincount(phases[phases >= 0], minlength=classes)
 
     truth, predicted, right = video.truth[video.labelled], video.predicted[video.labelled], right[video.labelled]
     same = truth == predicted
@@ -187,6 +188,18 @@ def _row(video: LabelledVideo, classes: int, right: BoolArray) -> tuple[IntArray
     in_truth, in_prediction = frames_of(truth), frames_of(predicted)
     union = in_truth + in_prediction - frames_of(truth[same])
     return hits, in_prediction, in_truth, union, np.asarray(right.sum()), np.asarray(len(truth))
+
+
+def f1_surgformer(table: PhaseTable) -> FloatArray:
+    """(V, C) F1 in percent as Surgformer's copy of the official script has it, NaN where it drops a cell.
+
+    2PR / (P + R) of precision and recall *before* they are cut, then cut to 100. A phase absent from the truth, never
+    predicted, or without a right frame (0/0) is dropped.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision, recall = 100.0 * table.hits / table.predicted, 100.0 * table.hits / table.truth
+        f1 = np.minimum(2.0 * precision * recall / (precision + recall), 100.0)
+    return np.where((table.truth == 0) | ~np.isfinite(precision), np.nan, f1)
 
 
 def phase_scores(table: PhaseTable, absent_is_zero: bool) -> dict[str, FloatArray]:

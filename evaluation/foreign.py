@@ -1,43 +1,52 @@
 """Phase files of other programs, in the text formats in use, read strictly and without assuming what numbers mean.
 
-A file is UTF-8 text and holds a row a frame, columns divided by tabs, commas, semicolons or blanks: the phase alone,
-the frame and the phase, or, below a header that names them, these among other columns (the prediction files of
-`evaluation.predictions` are of that kind). Phases are names, or ids from 0. Frames may count anything (source frames,
-samples, seconds): only their order and spacing are used. Everything else is an error that names file and row.
+A file is UTF-8 text and holds one row per frame, columns delimited by tabs, commas, semicolons or blanks: the phase
+alone, the frame and the phase, or, below a header that names them, these among other columns (the prediction files of
+`evaluation.predictions` are of that kind). Phases are names, ids from 0, or one column per phase (one-hot,
+probabilities, logits). MS-TCN's recognition files hold the names on one line. Frames may count anything (source frames,
+samples, seconds). -1, an empty cell or a row that is missing by the frame numbers means no label. Everything else is an
+error that names file and row, and the form where one was recognised.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import DataSetSpec, class_ids, folded_name
-from features.annotations import read_content
+from features.annotations import NO_LABEL, read_content, unknown_class
 from features.class_order import ids_of_order
 from features.discover import natural_key, numbered_id
 
-SUFFIXES = (".txt", ".csv", ".tsv")
+SUFFIXES = (".txt", ".csv", ".tsv", "")  # MS-TCN's recognition files have none
 _OTHER_KINDS = ("-tool", "-timestamp")  # what Cholec80 keeps beside `-phase` files
 _FRAME_WORDS = ("frame", "frames", "frame_id", "frame_index", "index", "second", "seconds", "time", "time_s")
+_SECOND_WORDS = ("second", "seconds", "time_s")
 _NAME_WORD = "phase_name"  # beside ids, as in our own files: names are safe, so they decide
 _PHASE_WORDS = (_NAME_WORD, "phase", "phase_id", "label", "prediction", "predicted", "pred", "gt", "truth", "class")
+_START_WORDS = ("start", "start_frame", "start_time", "start_s", "onset", "begin", "from")
 _MARKS = ("\t", ",", ";")
+_RECOGNITION = "###"  # how MS-TCN's recognition files begin
+_NUMBER, _GAP = r"[0-9.:]+", r"[\t ,;]+"
+_SEGMENT = re.compile(rf"{_NUMBER}{_GAP}{_NUMBER}{_GAP}[^\W\d].*|[^\W\d].*?{_GAP}{_NUMBER}{_GAP}{_NUMBER}")
 
 
 @dataclass(frozen=True, eq=False)
 class PhaseFile:
     """One video's phases as a file has them.
 
-    `phase` (T,) int16 in the data set's order, -1 where a frame has no label. `frame` (T,) float64 rising, in a unit of
-    the file's own; None without such a column. `fps` is the rate of the rows where the file says it (a column
-    `time_s`). `numbered`: the file held ids, not names.
+    `phase` (T,) int16 in the data set's order, -1 where there is none. `frame` (T,) float64 rising, in a unit of the
+    file's own; None without such a column. `fps` is the rate of the rows where the file says it (a column of seconds).
+    `numbered`: the file held ids or a column per phase, not names. `missing`: rows of `phase` and `frame` that were
+    filled in because the frame numbers skip them.
     """
 
     path: Path
@@ -46,25 +55,33 @@ class PhaseFile:
     fps: float | None
     numbered: bool
     header: bool
+    missing: int = 0
+
+    @property
+    def step(self) -> float | None:
+        """The distance between rows in the file's own unit; None without a frame column or with a single row."""
+        if self.frame is None or len(self.frame) < 2:
+            return None
+        return float(self.frame[-1] - self.frame[0]) / (len(self.frame) - 1)
 
 
 # ---------------------------------------------------------------------------------------------- folders
 
 
 def find_phase_files(folder: Path, spec: DataSetSpec) -> tuple[dict[str, Path], list[str]]:
-    """The phase files of a folder by video id, and the names of files that have no video number.
+    """The phase files of a folder by video id, and the names of files without a video number or of another kind.
 
     The number comes from names like `video41-phase.txt`, `video_41.csv` or `41.txt`. Raises UserError when the folder
     holds none, when a name has several numbers, or two files have the same.
     """
     try:
-        paths = sorted((path for path in folder.iterdir() if _is_phase_file(path)), key=lambda p: natural_key(p.name))
+        paths = sorted((path for path in folder.iterdir() if _may_hold_phases(path)), key=lambda p: natural_key(p.name))
     except OSError as error:
         raise UserError(f"{folder}: not a folder that can be read ({error.strerror}); name one with files") from error
     found: dict[str, Path] = {}
     without = []
     for path in paths:
-        number = _video_number(path, spec)
+        number = _video_number(path, spec) if path.suffix.casefold() in SUFFIXES else None
         if number is None:
             without.append(path.name)
             continue
@@ -73,17 +90,15 @@ def find_phase_files(folder: Path, spec: DataSetSpec) -> tuple[dict[str, Path], 
             raise UserError(f"{path} and {found[video]}: two files for video {number}; keep one of them")
         found[video] = path
     if not found:
-        raise UserError(f"{folder}: holds no file with a video number, like video41-phase.txt, 41.txt or video41.csv")
+        other = f"; {without[0]} and its like are not read, so write text, one row per frame" if without else ""
+        raise UserError(
+            f"{folder}: holds no file with a video number, like video41-phase.txt, 41.txt or video41.csv{other}"
+        )
     return found, without
 
 
-def _is_phase_file(path: Path) -> bool:
-    return (
-        path.suffix.casefold() in SUFFIXES
-        and not path.name.startswith(".")
-        and not path.stem.casefold().endswith(_OTHER_KINDS)
-        and path.is_file()
-    )
+def _may_hold_phases(path: Path) -> bool:
+    return not path.name.startswith(".") and not path.stem.casefold().endswith(_OTHER_KINDS) and path.is_file()
 
 
 def _video_number(path: Path, spec: DataSetSpec) -> int | None:
@@ -98,18 +113,21 @@ def _video_number(path: Path, spec: DataSetSpec) -> int | None:
 # ---------------------------------------------------------------------------------------------- one file
 
 
-def read_foreign_phases(path: Path, spec: DataSetSpec, order: Sequence[str], *, unlabelled: bool = False) -> PhaseFile:
-    """Read one video's phases. `order` names ids 0, 1, ... where the file holds ids.
+def read_foreign_phases(path: Path, spec: DataSetSpec, order: Sequence[str] | None) -> PhaseFile:
+    """Read one video's phases, of a ground truth or a prediction.
 
-    With `unlabelled`, id -1 stands for a frame without a label (a ground truth may have such, a prediction not). Raises
-    UserError naming the file and the row for everything that is not in order.
+    `order` names ids 0, 1, ... and the columns of one-hot rows and scores; None takes ids in the data set's order and
+    refuses columns that no header names. Raises UserError naming the file and the row for everything that cannot be
+    read.
     """
-    header, rows = _table(path)
-    where = _Place(path, header is not None)
-    columns = _columns(where, header, rows)
-    phase, numbered = _phases(where, columns["phase"], spec, order, unlabelled)
+    header, rows, where = _table(path, spec)
+    columns = _columns(where, header, rows, spec)
+    if isinstance(columns["phase"], tuple):
+        phase, numbered = _phases(where, columns["phase"], spec, order or spec.phases)
+    else:
+        phase, numbered = _of_scores(where, columns["phase"], spec, order), True
     if "name" in columns:
-        names, was_numbered = _phases(where, columns["name"], spec, order, False)
+        names, was_numbered = _phases(where, columns["name"], spec, order or spec.phases)
         if not (was_numbered or np.array_equal(names, phase)):
             row = int(np.flatnonzero(names != phase)[0])
             raise where.error(
@@ -118,80 +136,181 @@ def read_foreign_phases(path: Path, spec: DataSetSpec, order: Sequence[str], *, 
         numbered = was_numbered
     frame = _rising(where, columns["frame"]) if "frame" in columns else None
     time_s = _rising(where, columns["time_s"]) if "time_s" in columns else None
-    fps = None if time_s is None or len(time_s) < 2 else (len(time_s) - 1) / float(time_s[-1] - time_s[0])
-    return PhaseFile(path, phase, frame, fps, numbered, header is not None)
+    given = len(phase)
+    if frame is not None:
+        phase, frame = _with_missing_rows(where, phase, frame)
+    duration = 0.0 if time_s is None else float(time_s[-1] - time_s[0])
+    fps = (len(phase) - 1) / duration if duration else None
+    return PhaseFile(path, phase, frame, fps, numbered, header is not None, len(phase) - given)
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where in a file: rows are those below the header, lines count from 1."""
+    """Where in a file: rows are those below the header, lines count from 1; `lines` False: rows are no lines."""
 
     path: Path
     header: bool
+    lines: bool = True
 
     def error(self, row: int, problem: str) -> UserError:
-        return UserError(f"{self.path}: row {row + 1} (line {row + 1 + self.header}) {problem}")
+        line = f" (line {row + 1 + self.header})" if self.lines else ""
+        return UserError(f"{self.path}: row {row + 1}{line} {problem}")
 
 
-def _table(path: Path) -> tuple[list[str] | None, list[list[str]]]:
+def _table(path: Path, spec: DataSetSpec) -> tuple[list[str] | None, list[list[str]], _Place]:
     """Header cells (None without a header) and the cells of the rows, each row as wide as the first."""
     try:
         text = read_content(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as plain UTF-8 text") from error
-    lines = [line.rstrip() for line in text.replace("\r\n", "\n").replace("\r", "\n").rstrip().split("\n")]
-    second = lines[min(1, len(lines) - 1)]  # a row, whatever the first line is
+    lines = [line.rstrip(" ") for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if lines and lines[0].startswith(_RECOGNITION):
+        names = [[name] for line in lines[1:] if not line.startswith(_RECOGNITION) for name in line.split()]
+        return None, _filled(path, names), _Place(path, False, lines=False)
+    _refuse_other_forms(path, lines, spec)
+    second = next((line for line in lines[1:] if line.strip()), "".join(lines[:1]))  # a row, whatever the first line is
     mark = next((mark for mark in _MARKS if mark in second), None)
-    header = _header(lines[0], mark)
+    header = _header(lines[0], mark, spec) if lines else None
     body = lines[header is not None :]
-    if not "".join(body):
-        raise UserError(f"{path}: holds no rows")
+    rows = _filled(path, [_split(line, mark) for line in body])
     place = _Place(path, header is not None)
-    rows = [_split(line, mark) for line in body]
     width = len(header or rows[0])
+    if header is None and width > 2 and not any(row[-1] for row in rows if len(row) == width):
+        width -= 1  # a mark at the end of every row
     for row, cells in enumerate(rows):
-        if len(cells) != width or not body[row]:
-            what = f"has {len(cells)} column(s), not {width}" if body[row] else "is blank"
+        while len(cells) > width and not cells[-1]:
+            cells.pop()
+        if len(cells) != width or (width > 1 and not any(cells)):
+            what = f"has {len(cells)} column(s), not {width}" if any(cells) else "is blank"
             raise place.error(row, f"{what}; every row of the file is wanted in the same form")
-    return header, rows
+    return header, rows, place
+
+
+def _filled(path: Path, rows: list[list[str]]) -> list[list[str]]:
+    if not any(cell for cells in rows for cell in cells):
+        raise UserError(f"{path}: holds no rows")
+    return rows
+
+
+def _refuse_other_forms(path: Path, lines: Sequence[str], spec: DataSetSpec) -> None:
+    """Name the forms that are known and not read."""
+    first = lines[0].strip() if lines else ""
+    words = re.split(r"[\t,; ]+", first.casefold())
+    if _SEGMENT.fullmatch(first) and folded_name(first) not in class_ids(spec.phases, spec.phase_aliases):
+        raise UserError(
+            f"{path}: line 1 looks like a segment (start, end and phase); segments are not read: write one row per "
+            "frame, or name the columns in a header (frame,time_s,phase)"
+        )
+    if any(word in _START_WORDS for word in words):
+        raise UserError(
+            f"{path}: the header names segments ({first[:60]}), which are not read; write one row per frame"
+        )
+    if first.startswith(("{", "[")) or any("[" in line for line in lines[:2]):
+        kind = "JSON" if first.startswith(("{", "[")) else "rows with lists in brackets"
+        raise UserError(
+            f"{path}: holds {kind}, which are not read; write text, one row per frame and one file per video"
+        )
 
 
 def _split(line: str, mark: str | None) -> list[str]:
     if mark:
         return [cell.strip(' "') for cell in line.split(mark)]
+    cells = line.split()
+    if len(cells) > 2 and all(_number(cell) is not None for cell in cells):
+        return cells
     cells = line.split(None, 1)  # a name may hold blanks
     return cells if len(cells) == 2 and _number(cells[0]) is not None else [line.strip()]
 
 
-def _header(line: str, mark: str | None) -> list[str] | None:
-    """The first line's cells where it is a header, which may be divided in another way than the rows."""
-    cells = line.split(mark) if mark and mark in line else re.split(r"[\t,; ]+", line.strip())
+def _header(line: str, mark: str | None, spec: DataSetSpec) -> list[str] | None:
+    """The first line's cells where it is a header, which may be delimited in another way than the rows."""
+    cells = line.strip().split(mark) if mark and mark in line else re.split(r"[\t,; ]+", line.strip())
     words = [cell.strip(' "').casefold() for cell in cells]
-    known = any(word in _FRAME_WORDS or word in _PHASE_WORDS for word in words)
+    known = any(word in _FRAME_WORDS or word in _PHASE_WORDS for word in words) or _score_columns(words, spec)
     return words if known and not any(_number(word) is not None for word in words) else None
 
 
-def _columns(where: _Place, header: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> dict[str, Sequence[str]]:
-    """The columns that matter: `phase`, and where there are such `frame`, `time_s` and `name` (names beside ids)."""
+def _score_columns(header: Sequence[str], spec: DataSetSpec) -> list[int]:
+    """The column of each phase, where the header names one for each (`Preparation` or `p_Preparation`), else none."""
+    phases = class_ids(spec.phases, spec.phase_aliases)
+    found = {phases.get(folded_name(re.sub(r"^(p|prob)_", "", word))): k for k, word in enumerate(header)}
+    return [found[c] for c in range(len(spec.phases))] if set(range(len(spec.phases))) <= set(found) else []
+
+
+def _columns(
+    where: _Place, header: Sequence[str] | None, rows: Sequence[Sequence[str]], spec: DataSetSpec
+) -> dict[str, Any]:
+    """The columns that matter: `phase`, and where there are such `frame`, `time_s` and `name` (names beside ids).
+
+    `phase` is a tuple of cells, or a `_Scores` where there is one column per phase.
+    """
     table = list(zip(*rows, strict=True))
     if header is None:
-        if len(table) > 2:
-            raise where.error(0, f"has {len(table)} columns and no header that names them; wanted: frame and phase")
-        return dict(zip(("frame", "phase")[-len(table) :], table, strict=True))
+        return _columns_without_header(where, table, spec)
     candidates = [word for word in header if word in _PHASE_WORDS]
     if len(header) == 2 and header[0] in _FRAME_WORDS:
         candidates = [header[1]]
     ids = [word for word in candidates if word != _NAME_WORD] or candidates
-    if len(ids) != 1:
+    scores = _score_columns(header, spec)
+    if len(ids) != 1 and not (scores and not ids):
         problem = f"names {len(ids)} columns that could be the phase" if ids else "names no column of phases"
         raise UserError(f"{where.path}: the header {problem}; call one of them phase")
-    columns = {"phase": table[header.index(ids[0])]}
+    columns: dict[str, Any] = {
+        "phase": table[header.index(ids[0])] if ids else _Scores([table[k] for k in scores], True)
+    }
     if _NAME_WORD in candidates and ids != [_NAME_WORD]:
         columns["name"] = table[header.index(_NAME_WORD)]
     for word in _FRAME_WORDS:
         if word in header:
             columns.setdefault("frame", table[header.index(word)])
-    return columns | ({"time_s": table[header.index("time_s")]} if "time_s" in header else {})
+            if word in _SECOND_WORDS:
+                columns.setdefault("time_s", table[header.index(word)])
+    return columns
+
+
+def _columns_without_header(where: _Place, table: Sequence[tuple[str, ...]], spec: DataSetSpec) -> dict[str, Any]:
+    width, classes = len(table), len(spec.phases)
+    if width <= 2:
+        return dict(zip(("frame", "phase")[-width:], table, strict=True))
+    if width not in (classes, classes + 1):
+        raise where.error(
+            0,
+            f"has {width} columns and no header that names them; wanted: frame and phase, or one column for each of "
+            f"the {classes} phases of {spec.name}",
+        )
+    scores = {"phase": _Scores(table[width - classes :], False)}
+    return scores | ({"frame": table[0]} if width > classes else {})
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """One column of cells per phase; `named`: a header named them, so that they are in the data set's order."""
+
+    cells: Sequence[tuple[str, ...]]
+    named: bool
+
+
+def _of_scores(where: _Place, scores: _Scores, spec: DataSetSpec, order: Sequence[str] | None) -> NDArray[np.int16]:
+    """(T,) our ids of the greatest of each row's scores (the first of equals), -1 where a one-hot row has no 1."""
+    values = np.array([[_number(cell) for cell in cells] for cells in scores.cells], dtype=np.float64).T  # (T, C)
+    if np.isnan(values).any():
+        row, column = np.argwhere(np.isnan(values))[0]
+        raise where.error(int(row), f"has score {_shown(scores.cells[column][row])}, which is not a number")
+    ones = values.sum(axis=1)
+    one_hot = bool(np.isin(values, (0.0, 1.0)).all())
+    if one_hot and (ones > 1).any():
+        raise where.error(int((ones > 1).argmax()), "has several ones, as tools have; wanted: one phase per frame")
+    if order is None and not scores.named:
+        kind = "one-hot rows" if one_hot else "probabilities or scores"
+        raise UserError(
+            f"{where.path}: holds {kind}, one column for each of {values.shape[1]} phases; say which column is which "
+            f"phase with --phase-order ({', '.join((*spec.phase_orders, 'a file', 'or names, comma-separated'))})"
+        )
+    ours = np.arange(len(spec.phases)) if scores.named else ids_of_order(order or (), spec.phases)
+    phase = ours[values.argmax(axis=1)].astype(np.int16)
+    return np.where(ones == 0, np.int16(-1), phase) if one_hot else phase
 
 
 def _number(cell: str) -> float | None:
@@ -203,67 +322,92 @@ def _number(cell: str) -> float | None:
 
 
 def _rising(where: _Place, cells: Sequence[str]) -> NDArray[np.float64]:
-    """A column of frames or times: numbers that rise, by steps that differ by less than a missing row would make."""
+    """A column of frames or times (T,): numbers that rise."""
     values = [_number(cell) for cell in cells]
     if None in values:
         row = values.index(None)
         raise where.error(row, f"has frame {_shown(cells[row])}, which is not a number")
     numbers = np.array(values, dtype=np.float64)
-    steps = np.diff(numbers)
-    usual = float(np.median(steps)) if len(steps) else 1.0
-    # Sampling 25 fps at 10 gives steps of 2 and 3; a row left out or twice there gives at least 4 or 0.
-    uneven = np.abs(steps - usual) > 0.5 * abs(usual) + 1e-9
-    wrong = np.flatnonzero(steps <= 0) if (steps <= 0).any() else np.flatnonzero(uneven)
-    if len(wrong):
-        row = int(wrong[0]) + 1
-        raise where.error(
-            row, f"has frame {cells[row]} after {cells[row - 1]}, where rows are {usual:g} apart; no row may be missing"
-        )
+    late = np.flatnonzero(np.diff(numbers) <= 0)
+    if len(late):
+        row = int(late[0]) + 1
+        raise where.error(row, f"has frame {cells[row]} after {cells[row - 1]}; frame numbers must rise")
     return numbers
 
 
+def _with_missing_rows(
+    where: _Place, phase: NDArray[np.int16], frame: NDArray[np.float64]
+) -> tuple[NDArray[np.int16], NDArray[np.float64]]:
+    """Rows (T,) that the numbers skip filled in without a label, and their numbers.
+
+    Sampling 25 fps at 10 gives steps of 2 and 3 (and 30 at 20 as many of 1 as of 2), so only a step of about a whole
+    number of usual ones skips rows. Raises UserError where steps are not even, and where more rows are missing than
+    there are.
+    """
+    steps = np.diff(frame)
+    if not len(steps):
+        return phase, frame
+    usual = float(np.sort(steps)[(len(steps) - 1) // 2])
+    longer = steps == steps.min() + 1
+    alternating = bool((longer | (steps == steps.min())).all()) and longer.mean() >= 0.25 and len(steps) > 3
+    even = np.abs(steps - usual) <= 0.5 * usual + 1e-9 + alternating
+    mean = float(steps[even].mean())
+    rows = np.where(even, 1.0, np.round(steps / mean))
+    wrong = np.flatnonzero(~even & ((rows < 2) | (np.abs(steps / mean - rows) > 0.25)))
+    if len(wrong) or rows.sum() > 2 * len(frame):
+        row = int(wrong[0]) + 1 if len(wrong) else int(rows.argmax()) + 1
+        many = "" if len(wrong) else "; more rows are missing than there are"
+        raise where.error(
+            row, f"has frame {frame[row]:g} after {frame[row - 1]:g}, where rows are {usual:g} apart{many}"
+        )
+    position = np.r_[0, np.cumsum(rows)].astype(np.int64)
+    filled = np.full(int(position[-1]) + 1, -1, np.int16)
+    filled[position] = phase
+    return filled, np.interp(np.arange(len(filled)), position, frame)
+
+
 def _phases(
-    where: _Place, cells: Sequence[str], spec: DataSetSpec, order: Sequence[str], unlabelled: bool
+    where: _Place, cells: Sequence[str], spec: DataSetSpec, order: Sequence[str]
 ) -> tuple[NDArray[np.int16], bool]:
-    """Our ids of a column of phases (T,), and whether it held ids. Each distinct cell is looked at once."""
+    """Our ids of a column of phases (T,), -1 where there is none, and whether it held ids. Each distinct cell is looked
+    at once."""
     distinct = dict.fromkeys(cells)
     numbers = {cell: value for cell in distinct if (value := _number(cell)) is not None}
+    none = [cell for cell in distinct if cell in NO_LABEL or numbers.get(cell) == -1]
+    for cell in none:
+        del distinct[cell]
+        numbers.pop(cell, None)
     if numbers and len(numbers) < len(distinct):
-        odd = next(cell for cell in distinct if (cell in numbers) != (cells[0] in numbers))
+        first = next(iter(distinct))
+        odd = next(cell for cell in distinct if (cell in numbers) != (first in numbers))
         raise where.error(cells.index(odd), f"has phase {_shown(odd)}: ids and names are mixed in one file")
-    meaning = _of_ids(where, cells, numbers, spec, order, unlabelled) if numbers else _of_names(where, cells, spec)
+    meaning = _of_ids(where, cells, numbers, spec, order) if numbers else _of_names(where, cells, distinct, spec)
+    meaning |= dict.fromkeys(none, -1)
     return np.array([meaning[cell] for cell in cells], dtype=np.int16), bool(numbers)
 
 
 def _of_ids(
-    where: _Place,
-    cells: Sequence[str],
-    numbers: Mapping[str, float],
-    spec: DataSetSpec,
-    order: Sequence[str],
-    unlabelled: bool,
+    where: _Place, cells: Sequence[str], numbers: Mapping[str, float], spec: DataSetSpec, order: Sequence[str]
 ) -> dict[str, int]:
     ours = ids_of_order(order, spec.phases).tolist()
-    allowed = {float(number): ours[number] for number in range(len(ours))} | ({-1.0: -1} if unlabelled else {})
     for cell, value in numbers.items():
-        if value not in allowed:
+        if value not in range(len(ours)):
             from_one = value == len(ours) and 0.0 not in numbers.values()
             hint = f"; the file seems to count from 1: write {spec.phases[0]} as 0" if from_one else ""
             raise where.error(
-                cells.index(cell), f"has phase {_shown(cell)}; ids of {spec.name} are 0 to {len(ours) - 1}{hint}"
+                cells.index(cell),
+                f"has phase {_shown(cell)}; ids of {spec.name} are 0 to {len(ours) - 1}, and -1 for none{hint}",
             )
-    return {cell: allowed[value] for cell, value in numbers.items()}
+    return {cell: ours[int(value)] for cell, value in numbers.items()}
 
 
-def _of_names(where: _Place, cells: Sequence[str], spec: DataSetSpec) -> dict[str, int]:
+def _of_names(where: _Place, cells: Sequence[str], names: Iterable[str], spec: DataSetSpec) -> dict[str, int]:
     """Names as in the data set or one of its aliases, however they are spelled (`folded_name`)."""
     known = class_ids(spec.phases, spec.phase_aliases)
-    for cell in dict.fromkeys(cells):
-        if folded_name(cell) not in known:
-            raise where.error(
-                cells.index(cell), f"has the unknown phase {_shown(cell)}; {spec.name} has {', '.join(spec.phases)}"
-            )
-    return {cell: known[folded_name(cell)] for cell in dict.fromkeys(cells)}
+    for name in names:
+        if folded_name(name) not in known:
+            raise where.error(cells.index(name), f"has the {unknown_class('phase', name, spec)}")
+    return {name: known[folded_name(name)] for name in names}
 
 
 def _shown(cell: str) -> str:

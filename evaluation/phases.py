@@ -25,6 +25,7 @@ from evaluation.counts import (
     LabelledVideo,
     PhaseTable,
     count,
+    f1_surgformer,
     label_pairs,
     phase_scores,
     relaxed_right,
@@ -89,7 +90,7 @@ CONVENTIONS: dict[str, Convention] = {
         mask_fault=True,
     ),
     "relaxed_fixed": Convention(
-        "10 s relaxed boundaries, the official script with its mask fault mended",
+        "10 s relaxed boundaries, the official script with its mask fault fixed",
         "phases",
         _DROPPED,
         _OVER_PHASES,
@@ -112,39 +113,61 @@ def evaluate_phases(
     truth: Mapping[str, NDArray[Any]],
     predicted: Mapping[str, NDArray[Any]],
     phases: Sequence[str],
-    fps: float,
+    fps: float | None,
     conventions: Sequence[str] | None = None,
     *,
     split: str | None = None,
     seeds: int = 1,
+    background: Sequence[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Score predicted phases against the truth.
 
-    `truth` and `predicted` map video ids to (T,) phase ids at `fps` frames a second; truth -1 = no label, and such
-    frames are not counted. `phases` (C names) gives the order of ids. `conventions` None takes all that the phases
-    allow (see `unavailable_conventions`). `split` and `seeds` only travel into the result.
+    `truth` and `predicted` map video ids to (T,) phase ids at `fps` frames per second (None: not known); truth -1 = no
+    label, and such frames are not counted; prediction NO_PREDICTION (-2) = none was made, which counts as wrong.
+    `phases` (C names) gives the order of ids; those in `background` are left out of segments. `conventions` None takes
+    all that phases and rate allow (see `unavailable_conventions`). `split` and `seeds` only travel into the result.
 
     Returns {convention: {accuracy, precision, recall, jaccard, f1: {mean, std}, f1_of_means, per_phase, per_video,
     about}}, percent, ready for JSON: what is undefined is None. Videos without any label are left out and named in
     `about`. Raises UserError for an unknown or unavailable convention and for truth and prediction that do not match.
     """
-    if not 1e-3 <= fps <= 1e4:  # NaN fails too
+    if fps is not None and not 1e-3 <= fps <= 1e4:  # NaN fails too
         raise UserError(f"fps {fps}: the rate of the labels must be a positive number of frames a second")
-    names = chosen_conventions(conventions, phases)
+    names = chosen_conventions(conventions, phases, fps)
+    ids = background_ids(background, phases)
     videos, without = label_pairs(truth, predicted, len(phases))
     results = {}
     for name in names:
-        table = build_table(videos, len(phases), fps, CONVENTIONS[name])
+        table = build_table(videos, len(phases), fps, CONVENTIONS[name], ids)
         results[name] = _result(table, videos, phases, CONVENTIONS[name])
         results[name]["about"] = _about(name, videos, without, fps, split, seeds)
+        if ids and isinstance(table, SegmentTable):
+            results[name]["about"]["background"] = list(background)
     return results
 
 
-def unavailable_conventions(phases: Sequence[str]) -> dict[str, str]:
-    """Conventions that are not defined for these phases, and why."""
-    if tuple(map(folded_name, phases)) == tuple(map(folded_name, CHOLEC80_PHASES)):
+def background_ids(background: Sequence[str], phases: Sequence[str]) -> list[int]:
+    """Ids of the phases named in `background`. Raises UserError for a name that is not among them."""
+    known = {folded_name(name): number for number, name in enumerate(phases)}
+    for name in background:
+        if folded_name(name) not in known:
+            raise UserError(f"background {name!r}: no such phase; choose from {', '.join(phases)}")
+    return [known[folded_name(name)] for name in background]
+
+
+def unavailable_conventions(phases: Sequence[str], fps: float | None = 1.0) -> dict[str, str]:
+    """Conventions that these phases or an unknown rate do not allow: why, and what to do."""
+    if tuple(map(folded_name, phases)) != tuple(map(folded_name, CHOLEC80_PHASES)):
+        reason = (
+            "the official script has rules for Cholec80's seven phases in their usual order only; leave it out for "
+            "this data set"
+        )
+    elif fps is None:
+        reason = (
+            f"its window of {RELAXED_WINDOW_S:g} s needs the rate of the rows, which the files leave open; add --fps"
+        )
+    else:
         return {}
-    reason = "the official script has rules for Cholec80's seven phases in their usual order only"
     return {name: reason for name, convention in CONVENTIONS.items() if convention.relaxed}
 
 
@@ -157,27 +180,33 @@ def majority_phase(train_truths: Sequence[NDArray[Any]]) -> int:
     return int(np.bincount(labels.astype(np.int64)).argmax())
 
 
-def chosen_conventions(conventions: Sequence[str] | None, phases: Sequence[str]) -> list[str]:
-    """The conventions asked for, checked; all that are defined for `phases` where None is asked for."""
-    unavailable = unavailable_conventions(phases)
+def chosen_conventions(conventions: Sequence[str] | None, phases: Sequence[str], fps: float | None) -> list[str]:
+    """The conventions asked for, checked; all that can be computed for `phases` at `fps` where None is asked for."""
+    unavailable = unavailable_conventions(phases, fps)
     if conventions is None:
         return [name for name in CONVENTIONS if name not in unavailable]
     for name in conventions:
         if name not in CONVENTIONS:
             raise UserError(f"unknown convention {name!r}; choose from {', '.join(CONVENTIONS)}")
         if name in unavailable:
-            raise UserError(f"convention {name}: {unavailable[name]}; leave it out for this data set")
+            raise UserError(f"convention {name}: {unavailable[name]}")
     return list(dict.fromkeys(conventions))
 
 
 # ------------------------------------------------------------------------------------- tables and their means
 
 
-def build_table(videos: Sequence[LabelledVideo], classes: int, fps: float, convention: Convention) -> Table:
-    """The counts that `convention` averages, a row a video."""
+def build_table(
+    videos: Sequence[LabelledVideo],
+    classes: int,
+    fps: float | None,
+    convention: Convention,
+    background: Sequence[int] = (),
+) -> Table:
+    """The counts that `convention` averages, one row per video; `background` (ids) is left out of segments."""
     if convention.order == "segments":
-        return count_segments(videos)
-    if convention.relaxed:
+        return count_segments(videos, background)
+    if convention.relaxed and fps is not None:
         return count(videos, classes, lambda video: relaxed_right(video, fps, convention.mask_fault))
     return count(videos, classes, strict_right)
 
@@ -280,6 +309,8 @@ def _result(
         **{metric: mean_and_std(means[metric], spread[metric]) for metric in METRICS},
         "f1_of_means": _f1_of_means(means["precision"], means["recall"]),
     }
+    if convention.mask_fault:
+        result["f1_surgformer"] = _f1_surgformer(table)
     if pooled:
         per_video = {"accuracy": accuracy, "balanced_accuracy": _video_balanced_accuracy(table)}
         result |= {f"video_{m}": mean_and_std(float(values.mean()), values) for m, values in per_video.items()}
@@ -312,14 +343,21 @@ def _segment_result(table: SegmentTable, videos: Sequence[LabelledVideo], conven
         result[name] = {"pooled": pooled, **mean_and_std(means[name][0], single[:, k])}
     result["per_video"] = {
         video.id: {
-            "edit": float(table.edit[v]),
-            **{f"f1@{percent}": float(single[v, k]) for k, percent in enumerate(OVERLAPS_PERCENT)},
+            "edit": json_number(table.edit[v]),
+            **{f"f1@{percent}": json_number(single[v, k]) for k, percent in enumerate(OVERLAPS_PERCENT)},
             "segments_truth": int(table.truth[v]),
             "segments_predicted": int(table.predicted[v]),
         }
         for v, video in enumerate(videos)
     }
     return result
+
+
+def _f1_surgformer(table: PhaseTable) -> dict[str, float | None]:
+    """Mean over phases of their means over videos; the standard deviation is over videos, unlike that of `f1`."""
+    cells = f1_surgformer(table)  # (V, C)
+    mean = mean_known(mean_known(cells, axis=0), axis=0)
+    return mean_and_std(float(mean), mean_known(cells, axis=1))
 
 
 def _f1_of_means(precision: float, recall: float) -> float | None:
@@ -336,7 +374,7 @@ def _truth_sha256(videos: Sequence[LabelledVideo]) -> str:
 
 
 def _about(
-    name: str, videos: Sequence[LabelledVideo], without: Sequence[str], fps: float, split: str | None, seeds: int
+    name: str, videos: Sequence[LabelledVideo], without: Sequence[str], fps: float | None, split: str | None, seeds: int
 ) -> dict[str, Any]:
     convention = CONVENTIONS[name]
     return {
@@ -345,7 +383,7 @@ def _about(
         "source": convention.source,
         "unit": "percent",
         "split": split,
-        "fps": float(fps),
+        "fps": None if fps is None else float(fps),
         "window_s": RELAXED_WINDOW_S if convention.relaxed else None,
         "absent_phase": convention.absent_phase,
         "std": convention.std,

@@ -6,12 +6,13 @@ Gall, "MS-TCN" (CVPR 2019), whose program pools F1 over the corpus and averages 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.counts import FloatArray, IntArray, LabelledVideo
+from evaluation.counts import FloatArray, IntArray, LabelledVideo, stretches
 
 OVERLAPS_PERCENT = (10, 25, 50)
 
@@ -33,10 +34,11 @@ class SegmentTable:
     frames: IntArray
 
 
-def segments(labels: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-    """Runs of equal labels: (S,) label, start and stop of each."""
-    start = np.flatnonzero(np.r_[True, labels[1:] != labels[:-1]])
-    return labels[start], start, np.r_[start[1:], len(labels)]
+def segments(labels: IntArray, background: Sequence[int] = ()) -> tuple[IntArray, IntArray, IntArray]:
+    """Runs of equal labels but those of `background`: (S,) label, start and stop of each."""
+    start, stop, label = stretches(labels)
+    kept = ~np.isin(label, background)
+    return label[kept], start[kept], stop[kept]
 
 
 def edit_distance(first: IntArray, second: IntArray) -> int:
@@ -50,20 +52,23 @@ def edit_distance(first: IntArray, second: IntArray) -> int:
     return int(row[-1])
 
 
-def edit_score(predicted: IntArray, truth: IntArray) -> float:
-    """Percent: 100 (1 - distance of the two segment sequences / length of the longer)."""
-    first, second = segments(predicted)[0], segments(truth)[0]
-    return 100.0 * (1.0 - edit_distance(first, second) / max(len(first), len(second)))
+def edit_score(predicted: IntArray, truth: IntArray, background: Sequence[int] = ()) -> float:
+    """Percent: 100 (1 - distance of the two segment sequences / length of the longer); NaN where neither has any."""
+    first, second = segments(predicted, background)[0], segments(truth, background)[0]
+    longer = max(len(first), len(second))
+    return 100.0 * (1.0 - edit_distance(first, second) / longer) if longer else math.nan
 
 
-def overlap_hits(predicted: IntArray, truth: IntArray) -> tuple[list[int], int, int]:
-    """True positives at each overlap, and how many segments either side has.
+def overlap_hits(predicted: IntArray, truth: IntArray, background: Sequence[int] = ()) -> tuple[list[int], int, int]:
+    """True positives at each overlap, and how many segments either side has, those of `background` left out.
 
     A predicted segment goes to the true one of its label with the greatest intersection over union; it is a hit when
     that reaches the overlap and no earlier segment has hit the same one.
     """
-    label_p, start_p, stop_p = segments(predicted)
-    label_t, start_t, stop_t = segments(truth)
+    label_p, start_p, stop_p = segments(predicted, background)
+    label_t, start_t, stop_t = segments(truth, background)
+    if not (len(label_p) and len(label_t)):
+        return [0] * len(OVERLAPS_PERCENT), len(label_p), len(label_t)
     shared = np.minimum.outer(stop_p, stop_t) - np.maximum.outer(start_p, start_t)  # (P, S)
     spanned = np.maximum.outer(stop_p, stop_t) - np.minimum.outer(start_p, start_t)
     overlap = np.where(np.equal.outer(label_p, label_t), shared / spanned, 0.0)
@@ -72,16 +77,20 @@ def overlap_hits(predicted: IntArray, truth: IntArray) -> tuple[list[int], int, 
     return hits, len(label_p), len(label_t)
 
 
-def count_segments(videos: Sequence[LabelledVideo]) -> SegmentTable:
-    """The table over `videos`; unlabelled frames are taken out and the gap is closed before segments are cut."""
+def count_segments(videos: Sequence[LabelledVideo], background: Sequence[int] = ()) -> SegmentTable:
+    """The table over `videos`; unlabelled frames are taken out and the gap is closed before segments are cut.
+
+    Segments of `background` (ids) are left out of edit score and F1; `right` and `frames` count all labelled frames.
+    """
     rows = []
     for video in videos:
         truth, predicted = video.truth[video.labelled], video.predicted[video.labelled]
-        score = edit_score(predicted, truth)
-        rows.append((score, *overlap_hits(predicted, truth), int((truth == predicted).sum()), len(truth)))
+        score = edit_score(predicted, truth, background)
+        rows.append((score, *overlap_hits(predicted, truth, background), int((truth == predicted).sum()), len(truth)))
     return SegmentTable(*(np.array(column) for column in zip(*rows, strict=True)))
 
 
 def segment_f1(hits: Counts, predicted: Counts, truth: Counts) -> FloatArray:
-    """F1 in percent from counts: `hits` (..., 3), segments predicted and true (...)."""
-    return np.asarray(200.0 * hits / (predicted + truth)[..., None])
+    """F1 in percent from counts: `hits` (..., 3), segments predicted and true (...); NaN where there is neither."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(200.0 * hits / (predicted + truth)[..., None])

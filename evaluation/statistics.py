@@ -18,6 +18,7 @@ from evaluation.counts import FloatArray, label_pairs
 from evaluation.phases import (
     CONVENTIONS,
     METRICS,
+    background_ids,
     build_table,
     chosen_conventions,
     json_number,
@@ -34,9 +35,10 @@ def bootstrap_intervals(
     truth: Mapping[str, NDArray[Any]],
     predicted: Mapping[str, NDArray[Any]],
     phases: Sequence[str],
-    fps: float,
+    fps: float | None,
     conventions: Sequence[str] | None = None,
     *,
+    background: Sequence[str] = (),
     resamples: int = 10_000,
     confidence: float = 0.95,
     seed: int = 0,
@@ -49,8 +51,9 @@ def bootstrap_intervals(
     videos, _ = label_pairs(truth, predicted, len(phases))
     once, draws, tails = _draws(len(videos), resamples, confidence, seed)
     result = {}
-    for name in chosen_conventions(conventions, phases):
-        table = build_table(videos, len(phases), fps, CONVENTIONS[name])
+    ids = background_ids(background, phases)
+    for name in chosen_conventions(conventions, phases, fps):
+        table = build_table(videos, len(phases), fps, CONVENTIONS[name], ids)
         estimates = weighted_means(table, CONVENTIONS[name], once)
         drawn = weighted_means(table, CONVENTIONS[name], draws)
         result[name] = {
@@ -79,7 +82,7 @@ def phase_intervals(
     videos, _ = label_pairs(truth, predicted, len(phases))
     once, draws, tails = _draws(len(videos), resamples, confidence, seed)
     result = {}
-    for name in chosen_conventions(conventions, phases):
+    for name in chosen_conventions(conventions, phases, fps):
         table = build_table(videos, len(phases), fps, CONVENTIONS[name])
         if isinstance(table, SegmentTable):
             continue
@@ -168,9 +171,10 @@ def compare(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Paired comparison of two results of `evaluate_phases` a metric, with Holm's correction over the metrics.
+    """Paired comparison of two results of `evaluate_phases`, one test per metric.
 
-    {metric: {difference, p_value, p_holm, videos, exact, per_video}}: differences first - second in percent points.
+    {metric: {difference, p_value, videos, exact, per_video}}: differences first - second in percent points. p values
+    are those of the single tests; `holm` corrects them over all tests that were made.
     """
     for results in (first, second):
         if convention not in results:
@@ -183,9 +187,6 @@ def compare(
         result[metric]["per_video"] = {
             video: None if a[video] is None or b[video] is None else a[video] - b[video] for video in a
         }
-    corrected = holm({metric: entry["p_value"] for metric, entry in result.items()})
-    for metric, p_value in corrected.items():
-        result[metric]["p_holm"] = p_value
     return result
 
 

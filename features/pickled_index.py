@@ -123,6 +123,9 @@ def _from_parts(path: Path, groups: Sequence[Any], spec: DataSetSpec) -> list[Pi
     parts = next((splits for splits in LAYOUTS.values() if splits and 3 * len(splits) == len(groups)), None)
     if parts is None:
         raise UserError(f"{path}: holds {len(groups)} lists, where 9, 6 or 3 are known (paths, labels, frames a video)")
+    if len(groups) == 9 and _test_part_last(groups):
+        groups = [groups[k] for k in (0, 1, 6, 2, 3, 7, 4, 5, 8)]
+        say(f"{path.name}: nine lists in the order of Trans-SVNet, the test part after the other two")
     videos = []
     for number, split in enumerate(parts):
         paths, labels, lengths = groups[number :: len(parts)]
@@ -138,6 +141,13 @@ def _from_parts(path: Path, groups: Sequence[Any], spec: DataSetSpec) -> list[Pi
             span = slice(end - length, end)
             videos.append(_video(f"{path}: part {split}, video {video}", paths[span], labels[span], split, spec))
     return videos
+
+
+def _test_part_last(groups: Sequence[Any]) -> bool:
+    """Whether nine lists are paths, labels and frames per video of train and val, then the three of test (Trans-SVNet),
+    not paths, labels and frames per video of all parts (MTRCNet). An empty part tells nothing, so two are looked at."""
+    third, seventh = ([type(group[0]) for group in (groups[k],) if group] for k in (2, 6))
+    return str in seventh or (bool(third) and str not in third)
 
 
 def _video(where: str, paths: Sequence[Any], labels: Sequence[Any], split: Split, spec: DataSetSpec) -> PickledVideo:

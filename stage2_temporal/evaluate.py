@@ -239,7 +239,12 @@ def _score(
         }
     phases = {
         head: evaluate_phases(
-            truth, {name: videos[name] for name in truth}, spec.phases, material.fps, split=material.split
+            truth,
+            {name: videos[name] for name in truth},
+            spec.phases,
+            material.fps,
+            split=material.split,
+            background=spec.background,
         )
         for head, videos in predicted.items()
         if truth

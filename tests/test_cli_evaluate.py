@@ -51,6 +51,42 @@ def test_one_convention_alone(convention, tmp_path):
     assert (result["about"]["convention"], result["about"]["split"]) == (convention, "val")
 
 
+def test_annotations_at_25_fps_and_predictions_once_a_second(tmp_path):
+    """By sample number: refused with the option that helps, which then gives the rate too."""
+    truth = [phase for phase in (0, 1, 2, 3) for _ in range(500)]
+    phase_files(tmp_path / "t", "Frame\tPhase\n" + "".join(f"{k}\t{phase}\n" for k, phase in enumerate(truth)))
+    late = truth[::25][:1] * 10 + truth[::25][:-10]  # each transition ten seconds late
+    phase_files(tmp_path / "p", "".join(f"{k}\t{phase}\n" for k, phase in enumerate(late)))
+    folders = ["evaluate", "--predictions", "p", "--ground-truth", "t", "--json", "out.json"]
+    done = run(folders, tmp_path)
+    assert done.returncode == 2
+    assert "80 rows, but t/video01-phase.txt has 2000" in done.stderr
+    assert "if the prediction has 1 row per second, add --prediction-fps 1" in done.stderr
+    done = run([*folders, "--prediction-fps", "1", "--background", "Preparation"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["relaxed_fixed"]["accuracy"]["mean"] == 100
+    assert found["phase_mean"]["accuracy"]["mean"] == 62.5
+    about = found["segmental"]["about"]
+    assert (about["fps"], about["fps_from"], about["background"]) == (1, "--prediction-fps", ["Preparation"])
+    assert "Left out as background: Preparation" in " ".join(done.stdout.split())
+    assert "rows are matched by rate" in done.stderr
+
+
+def test_relaxed_conventions_wait_for_a_rate(tmp_path):
+    """Rows numbered one by one are source frames or samples: the window is computed for neither until --fps."""
+    files = phase_files(tmp_path / "t", "Frame\tPhase\n0\tPreparation\n1\tPreparation\n2\tClippingCutting\n")
+    folders = ["evaluate", "--predictions", files, "--ground-truth", files]
+    done = run(folders, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "relaxed_matlab and relaxed_fixed: left out, for its window of 10 s needs the rate" in done.stderr
+    assert "relaxed" not in done.stdout
+    done = run([*folders, "--convention", "relaxed_matlab"], tmp_path)
+    assert done.returncode == 2
+    assert "add --fps" in done.stderr
+    assert "relaxed_matlab" in run([*folders, "--fps", "25"], tmp_path).stdout
+
+
 def test_another_data_set(tmp_path):
     text = "Frame Phase\n0 TrocarPlacement\n1 Preparation\n"
     files = phase_files(tmp_path / "t", text)

@@ -126,10 +126,22 @@ def test_every_kth_row_is_found(tmp_path, phases, k, start, unit):
 @pytest.mark.parametrize(
     ("predicted", "truth", "message"),
     [
-        (rows([0] * 9), rows([0] * 10), r"1\.txt: 9 rows, but .*1\.txt has 10; .*0 to 8 and 0 to 9"),
+        (rows([0] * 8), rows([0] * 10), r"1\.txt: 8 rows, but .*1\.txt has 10; .*0 to 7 and 0 to 9.*-1 stands for"),
+        (rows([0] * 12), rows([0] * 10), r"12 rows, but .*1\.txt has 10"),
+        (rows([0] * 9, 1, 1), rows([0] * 10), r"9 rows, but .*number both from 0 or both from 1"),
+        (rows([0] * 10, 5), rows([0] * 10, 25), r"these are 1 per second there and 5 here; .* --prediction-fps 1"),
         ("0\n" * 9, rows([0] * 10), r"9 rows, but .* has 10; both must cover.*without a frame column"),
-        (rows([0] * 4), rows([0] * 100), "4 rows, but .* has 100"),  # samples against source frames: units differ
-        (rows([0] * 3, 25), rows([0] * 100), "3 rows, but .* has 100"),  # the last second is missing
+        # samples against source frames: units differ
+        (rows([0] * 4), rows([0] * 100), "4 rows, but .* has 100.*if the prediction has 1 row per second, add --pred"),
+        (
+            "0\n" * 4,
+            "0\n" * 100,
+            "4 rows, but .* has 100.*if the prediction has 1 row per second, add --prediction-fps 1",
+        ),
+        (rows([0] * 20), rows([0] * 100), "20 rows, but .* has 100.* has 5 rows per second, add --prediction-fps 5"),
+        ("0\n" * 100, rows([0] * 4), "100 rows, but .* has 4.* has 25 rows per second, add --prediction-fps 25"),
+        (rows([0]), rows([0] * 10), "1 rows, but .* has 10"),
+        (rows([0] * 2, 25), rows([0] * 150), "2 rows, but .* has 150"),  # more than half is missing
         (rows([0] * 5, 1, 40), rows([0] * 5), "starts at frame 40, but .* at 0"),
     ],
 )
@@ -153,7 +165,8 @@ def test_a_video_in_one_folder_only(tmp_path):
     found = pairs(tmp_path / "c", {"1": rows([0, 1]), "3": rows([0])}, both, allow_missing=True)
     assert list(found.truth) == ["video01"]
     assert found.about["files_left_out"] == ["2.txt", "3.txt"]
-    assert sum("left out, in one folder only" in note for note in found.notes) == 2
+    (note,) = [note for note in found.notes if "left out, in one folder only" in note]
+    assert note.count(".txt") == 2
     with pytest.raises(UserError, match="no video is in both"):
         pairs(tmp_path / "d", {"4": rows([0])}, both, allow_missing=True)
 
@@ -173,11 +186,11 @@ def test_ids_are_numbered_as_asked_and_never_silently(tmp_path):
     assert "not needed" in names.notes[0]
 
 
-def test_the_rate_is_given_or_read_or_assumed_and_always_said(tmp_path):
+def test_the_rate_is_given_or_read_and_always_said(tmp_path):
     plain = {"1": rows([0, 1])}
-    assumed = pairs(tmp_path / "a", plain, plain)
-    assert (assumed.fps, assumed.about["fps_from"]) == (1, "assumed")
-    assert "rate: 1 rows a second (assumed" in assumed.notes[-1]
+    unknown = pairs(tmp_path / "a", plain, plain)
+    assert (unknown.fps, unknown.about["fps_from"]) == (None, None)
+    assert "rate: not known" in unknown.notes[-1]
     given = pairs(tmp_path / "a", plain, plain, fps=25.0)
     assert (given.fps, given.about["fps_from"]) == (25, "--fps")
     shown = folder(tmp_path / "b")
@@ -189,8 +202,146 @@ def test_the_rate_is_given_or_read_or_assumed_and_always_said(tmp_path):
     truth = folder(tmp_path / "c", **{"1": rows([0] * 3), "2": rows([0] * 3)})
     found = read_pairs(shown, Reading(truth), CHOLEC80)
     assert (found.fps, found.about["fps_from"]) == (5, "time_s")
-    with pytest.raises(UserError, match=r"1\.csv: its column time_s means 5 rows a second, but --fps says 25"):
+    with pytest.raises(UserError, match=r"1\.csv: its column time_s means 5 rows per second, but --fps says 25"):
         read_pairs(shown, Reading(truth, fps=25.0), CHOLEC80)
+
+
+def test_numbers_further_apart_than_one_count_source_frames(tmp_path):
+    published = pairs(tmp_path / "a", {"1": rows([0, 1], 25)}, {"1": rows([0, 1], 25)})
+    assert (published.fps, published.about["fps_from"]) == (1, "frame numbers")
+    assert "count source frames, 25 per second in cholec80" in published.notes[-1]
+    other = pairs(tmp_path / "b", {"1": rows([0, 1])}, {"1": rows([0, 1], 5)})
+    assert other.fps == 5
+    sparse = pairs(tmp_path / "c", {"1": rows([0, 1], 5)}, {"1": rows([0] * 10)})
+    assert (sparse.fps, sparse.about["fps_from"]) == (5, "frame numbers")
+    given = pairs(tmp_path / "c", {"1": rows([0, 1], 5)}, {"1": rows([0] * 10)}, fps=2.0)
+    assert given.fps == 2
+    assert "rate: 2 rows per second (given; the frame numbers would mean 5)" in given.notes[-1]
+    two = {"1": rows([0, 1], 25), "2": rows([0, 1], 5)}
+    with pytest.raises(UserError, match=r"2\.txt: 5 rows per second by its frame numbers, but .*1\.txt has 1; .*--fps"):
+        pairs(tmp_path / "d", two, two)
+    assert pairs(tmp_path / "d", two, two, fps=1.0).fps == 1
+
+
+TRUTH_25 = np.repeat([0, 1, 2, 3], [60, 70, 80, 91]).tolist()  # 301 rows, 12.04 s
+
+
+@pytest.mark.parametrize("truth", [rows(TRUTH_25), "".join(f"{k}\n" for k in TRUTH_25), rows(TRUTH_25, 1, 1)])
+@pytest.mark.parametrize("fps", [1, 5, 10, 25])
+@pytest.mark.parametrize("numbered", [None, 0, 1])
+def test_predictions_at_another_rate_are_matched_by_it(tmp_path, truth, fps, numbered):
+    """By row, by sample number from 0 and from 1, against annotations at 25 per second."""
+    kept = [TRUTH_25[int(k * 25 / fps)] for k in range(-(-301 * fps // 25))]
+    text = "".join(f"{k}\n" for k in kept) if numbered is None else rows(kept, 1, numbered)
+    found = pairs(tmp_path, {"1": text}, {"1": truth}, prediction_fps=float(fps))
+    assert found.truth["video01"].tolist() == found.predicted["video01"].tolist() == kept
+    assert (found.fps, found.about["fps_from"]) == (fps, "--prediction-fps")
+
+
+def test_dense_predictions_by_row_against_truth_once_a_second(tmp_path):
+    dense = np.repeat([0, 1, 2, 3], 25)
+    for k, truth in enumerate((rows([0, 1, 2, 3], 25), rows([0, 1, 2, 3]), "0\n1\n2\n3\n")):
+        found = pairs(tmp_path / str(k), {"1": "".join(f"{p}\n" for p in dense)}, {"1": truth}, prediction_fps=25.0)
+        assert found.predicted["video01"].tolist() == [0, 1, 2, 3]
+        assert found.fps == 1
+
+
+@pytest.mark.parametrize(
+    ("predicted", "options", "message"),
+    [
+        ([0] * 12, {"prediction_fps": 5.0}, r"at 5 rows per second \(--prediction-fps\) these do not cover.*-fps 1$"),
+        (
+            [0] * 12,
+            {"prediction_fps": 1.0, "fps": 25.0},
+            r"--prediction-fps means 1 rows per second, but --fps says 25",
+        ),
+    ],
+)
+def test_rates_that_do_not_fit_are_refused(tmp_path, predicted, options, message):
+    with pytest.raises(UserError, match=message):
+        pairs(tmp_path, {"1": rows(predicted)}, {"1": rows(TRUTH_25)}, **options)
+
+
+def test_frames_that_one_side_lacks(tmp_path):
+    """Without a label: not scored. Without a prediction: wrong. Either is said."""
+    truth = {"1": "0\t0\n25\t-1\n50\t1\n75\t1\n150\t2\n175\t2\n"}  # 100 and 125 are missing
+    guess = {"1": "25\t0\n75\t1\n100\t1\n125\t2\n150\t\n200\t2\n225\t2\n"}  # 0 is missing, 50 and 175 too
+    found = pairs(tmp_path, guess, truth)
+    assert found.truth["video01"].tolist() == [0, -1, 1, 1, -1, -1, 2, 2, -1, -1]
+    scored = found.truth["video01"] >= 0
+    assert found.predicted["video01"][scored].tolist() == [-2, -2, 1, -2, -2]
+    assert found.about["frames_without_prediction"] == {"video01": 4}
+    notes = "\n".join(found.notes)
+    assert "2 ground truth rows are missing by the frame numbers" in notes
+    assert "2 prediction rows are missing by the frame numbers" in notes
+    assert "2 predictions lie outside the frames of the ground truth and are not scored" in notes
+    assert "4 labelled frames have no prediction and count as wrong: video01" in notes
+    results, _ = score_folder(tmp_path / "predicted", Reading(tmp_path / "truth"), CHOLEC80)
+    for name, result in results.items():
+        assert result["accuracy"]["mean"] == pytest.approx(20), name
+
+
+def test_one_row_more_or_less_is_said_and_counts(tmp_path):
+    ten, nine = {"1": rows([0] * 10)}, {"1": rows([0] * 9)}
+    short = pairs(tmp_path / "a", nine, ten)
+    assert short.predicted["video01"].tolist() == [0] * 9 + [-2]
+    long = pairs(tmp_path / "b", ten, nine)
+    assert long.predicted["video01"].tolist()[:9] == long.truth["video01"].tolist()[:9] == [0] * 9
+    assert "1 predictions lie outside" in "\n".join(long.notes)
+
+
+def test_files_without_any_label_or_prediction(tmp_path):
+    truth = {"1": rows([0, 1]), "2": rows([-1, -1]), "3": "0\t-1\n1\tPreparation\n"}
+    folder(tmp_path / "truth", **truth)
+    predicted = folder(tmp_path / "predicted", **{"1": rows([0, 1]), "2": rows([0, 0]), "3": rows([1, 0])})
+    results, notes = score_folder(predicted, Reading(tmp_path / "truth"), CHOLEC80)
+    about = results["pooled"]["about"]
+    assert (about["videos"], about["frames"], about["videos_without_labels"]) == (2, 3, ["video02"])
+    assert "not counted, for their ground truth holds no label: video02" in notes
+    assert "relaxed_matlab and relaxed_fixed: left out, for its window of 10 s needs the rate" in "\n".join(notes)
+    (predicted / "1.txt").write_text(rows([-1, -1]))
+    with pytest.raises(UserError, match=r"1\.txt: holds no prediction; leave the video out with --allow-missing"):
+        read_pairs(predicted, Reading(tmp_path / "truth"), CHOLEC80)
+    found = read_pairs(predicted, Reading(tmp_path / "truth", allow_missing=True), CHOLEC80)
+    assert list(found.truth) == ["video02", "video03"]
+    assert found.about["files_left_out"] == ["1.txt"]
+
+
+def test_relaxed_conventions_of_unknown_rates_or_other_phases(tmp_path):
+    plain = folder(tmp_path / "a", **{"1": rows([0, 1])})
+    with pytest.raises(UserError, match=r"relaxed_fixed: its window of 10 s needs the rate of the rows.*add --fps"):
+        score_folder(plain, Reading(plain), CHOLEC80, ["relaxed_fixed"])
+    assert set(score_folder(plain, Reading(plain, fps=1.0), CHOLEC80)[0]) == set(CONVENTIONS)
+    m2cai = load_dataset("m2cai16-workflow")
+    results, notes = score_folder(plain, Reading(plain, fps=1.0), m2cai)
+    assert set(results) == {"phase_mean", "video_macro", "pooled", "segmental"}
+    assert "relaxed_matlab and relaxed_fixed: left out, for the official script has rules for Cholec80" in notes[-1]
+
+
+def test_files_of_one_folder_may_have_different_forms(tmp_path):
+    truth = folder(tmp_path / "t", **{str(k): rows([0, 2, 6], 25) for k in range(1, 5)})
+    one_hot = "1 0 0 0 0 0 0\n0 0 1 0 0 0 0\n0 0 0 0 0 0 1\n"
+    mixed = folder(
+        tmp_path / "p", **{"1": "0\n2\n6\n", "2": "Preparation\r\nclipping & cutting\r\n-1\r\n", "3": one_hot}
+    )
+    (mixed / "video04").write_text(
+        "### Frame level recognition: ###\nPreparation ClippingCutting GallbladderRetraction\n"
+    )
+    with pytest.raises(UserError, match=r"3\.txt: holds one-hot rows.*--phase-order"):
+        read_pairs(mixed, Reading(truth), CHOLEC80)
+    found = read_pairs(mixed, Reading(truth, phase_order="mtrcnet"), CHOLEC80)
+    assert [track.tolist() for track in found.predicted.values()] == [[0, 2, 6], [0, 2, -2], [0, 2, 6], [0, 2, 6]]
+
+
+def test_background_of_the_data_set_and_of_the_command(tmp_path):
+    spec = CHOLEC80.model_copy(update={"background": ("Preparation",)})
+    files = folder(tmp_path / "a", **{"1": "0\n1\n0\n2\n"})
+    reading = Reading(files, background=("cleaning coagulation",))
+    about = score_folder(files, reading, spec)[0]["segmental"]
+    assert about["about"]["background"] == ["Preparation", "cleaning coagulation"]
+    assert about["per_video"]["video01"]["segments_truth"] == 2
+    with pytest.raises(UserError, match="background 'x': no such phase"):
+        score_folder(files, Reading(files, background=("x",)), spec)
 
 
 def test_first_rows_are_skipped_on_both_sides(tmp_path):

@@ -117,10 +117,82 @@ def test_another_numbering_is_translated(tmp_path):
     assert read(path, order).phase.tolist() == [6, 5, 4]
 
 
-def test_unlabelled_frames_are_for_the_truth_alone(tmp_path):
-    path = text_file(tmp_path, "-1\n0\n")
-    assert read(path, unlabelled=True).phase.tolist() == [-1, 0]
-    with pytest.raises(UserError, match=r"row 1 \(line 1\) has phase '-1'; ids of cholec80 are 0 to 6"):
+@pytest.mark.parametrize(
+    ("text", "phases"),
+    [
+        ("-1\n0\n", [-1, 0]),
+        ("-1\n-1.0\n", [-1, -1]),
+        ("0\t-1\n1\tPreparation\n2\t-1\n", [-1, 0, -1]),
+        ("Frame\tPhase\r\n0\tPreparation\r\n25\t\r\n50\tClippingCutting\r\n75\t\r\n", [0, -1, 2, -1]),
+        ("0\t\n1\t\n", [-1, -1]),
+        ("0,3\n1,\n2,3\n", [3, -1, 3]),
+        ("Preparation\n\nPreparation\n", [0, -1, 0]),
+        ("Frame,Phase\n0,0\n25,1\n100,2\n", [0, 1, -1, -1, 2]),
+        ("0 Preparation\n1 Preparation\n3 Preparation\n", [0, 0, -1, 0]),
+        ("0 0\n1 0\n3 0\n4 0\n6 0\n7 1\n", [0, 0, 0, 0, 0, 1]),  # 30 fps sampled at 20
+        ("0 0\n2 0\n5 0\n7 0\n10 0\n15 1\n17 1\n", [0, 0, 0, 0, 0, -1, 1, 1]),  # 25 fps sampled at 10, one row missing
+    ],
+)
+def test_minus_one_empty_cells_and_missing_rows_are_no_label(text, phases, tmp_path):
+    found = read(text_file(tmp_path, text))
+    assert found.phase.tolist() == phases
+    assert found.frame is None or len(found.frame) == len(phases)
+    assert found.missing == len(phases) - len([line for line in text.split("\n")[:-1] if not line.startswith("Frame")])
+
+
+def test_rows_are_filled_in_at_their_own_numbers(tmp_path):
+    found = read(text_file(tmp_path, "10\t0\n35\t0\n110\t1\n135\t1\n"))
+    assert found.frame.tolist() == [10, 35, 60, 85, 110, 135]
+    assert found.step == 25
+
+
+ONE_HOT = "1 0 0 0 0 0 0\n0 0 0 0 0 0 1\n0 0 0 0 1 0 0\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (ONE_HOT, "one-hot rows"),
+        (ONE_HOT.replace(" ", ","), "one-hot rows"),
+        (ONE_HOT.replace("1", "1e0").replace("0 ", "0.0 ").replace("e0.0", "e0"), "one-hot rows"),
+        (
+            "".join(f"{25 * k}\t" + line.replace(" ", "\t") + "\n" for k, line in enumerate(ONE_HOT.splitlines())),
+            "one-hot rows",
+        ),
+        (".9,.1,0,0,0,0,0\n.1,.1,0,0,0,.2,.6\n.1,.1,0,0,.5,.1,.2\n", "probabilities or scores"),
+        ("-1e1 -11 -12 -13 -14 -15 -16\n-3 -3 -3 -3 -3 -3 2.5\n0 1 2 3 9 -5 -6\n", "probabilities or scores"),
+    ],
+)
+def test_one_hot_rows_and_scores_are_read_once_their_columns_are_named(text, kind, tmp_path):
+    path = text_file(tmp_path, text)
+    with pytest.raises(UserError, match=f"{kind}, one column for each of 7 phases; say which column .* --phase-order"):
+        read(path, None)
+    assert read(path).phase.tolist() == [0, 6, 4]
+    order = parse_phase_order("tf-cholec80", CHOLEC80, str(path))
+    assert read(path, order).phase.tolist() == [0, 4, 6]
+    assert read(path).numbered
+
+
+def test_a_header_that_names_a_column_for_every_phase_is_enough(tmp_path):
+    names = [*PHASES[1:], PHASES[0]]
+    path = text_file(
+        tmp_path, ",".join(["frame", *(f"p_{name}" for name in names)]) + "\n0,0,0,0,0,0,0,1\n25,1,0,0,0,0,0,0\n"
+    )
+    assert read(path, None).phase.tolist() == [0, 1]
+    path = text_file(tmp_path, " ".join(names) + "\n0 0 0 0 0 .5 .5\n1 0 0 0 0 0 0\n0 0 0 0 0 0 0\n")
+    assert read(path, None).phase.tolist() == [0, 1, 0]  # not one-hot: the first of equals
+
+
+def test_a_one_hot_row_without_a_one_is_no_label(tmp_path):
+    assert read(text_file(tmp_path, "0 0 0 0 0 0 0\n0 1 0 0 0 0 0\n")).phase.tolist() == [-1, 1]
+
+
+def test_recognition_files_of_ms_tcn(tmp_path):
+    path = text_file(tmp_path, "### Frame level recognition: ###\nPreparation Preparation clipping_cutting", "video41")
+    assert read(path).phase.tolist() == [0, 0, 2]
+    assert find_phase_files(tmp_path, CHOLEC80)[0] == {"video41": path}
+    path = text_file(tmp_path, "### Frame level recognition: ###\nPreparation SIL", "video41")
+    with pytest.raises(UserError, match=r"video41: row 2 has the unknown phase 'SIL'"):
         read(path)
 
 
@@ -130,19 +202,32 @@ def test_unlabelled_frames_are_for_the_truth_alone(tmp_path):
         ("", "holds no rows"),
         ("Frame\tPhase\n", "holds no rows"),
         ("\n\n", "holds no rows"),
-        (b"\xff\xfe0\x00\n", "not UTF-8"),
-        ("0\t0\n1\t7\n", r"row 2 \(line 2\) has phase '7'; ids of cholec80 are 0 to 6$"),
+        (b"\xff\xfe0\x00\n", "UTF-16; save it as UTF-8"),
+        ("0\t0\n1\t7\n", r"row 2 \(line 2\) has phase '7'; ids of cholec80 are 0 to 6, and -1 for none$"),
+        ("0 499 Preparation\n500 999 CalotTriangleDissection\n", r"line 1 looks like a segment .*one row per frame"),
+        ("Preparation\t0\t499\n", r"line 1 looks like a segment"),
+        ("start,end,phase\n0,499,Preparation\n", r"the header names segments \(start,end,phase\)"),
+        ('[{"frame": 0, "phase": 1}]\n', "holds JSON, which"),
+        ("0 video41 0 [0.1, 0.9] 1\n1 video41 1 [0.1, 0.9] 1\n", "holds rows with lists in brackets"),
+        ("0,0,0,1,1,0,0\n", r"row 1 .*has several ones, as tools have"),
+        ("0.1,nan,0,1,1,0,0\n", r"row 1 .*has score 'nan'"),
+        ("0\t1\t2\t3\n", r"has 4 columns and no header .*one column for each of the 7 phases"),
+        (
+            "0\t0\n1\t0\n900\t0\n",
+            "has frame 900 after 1, where rows are 450 apart|more rows are missing than there are",
+        ),
+        ("### Frame level recognition: ###\n", "holds no rows"),
         ("1\n2\n7\n", r"row 3 .*seems to count from 1: write Preparation as 0"),
         (
             "Frame\tPhase\n0\tPreparation\n1\tPreperation\n",
-            r"row 2 \(line 3\) has the unknown phase 'Preperation'; .*Cal",
+            r"row 2 \(line 3\) has the unknown phase 'Preperation'; .*Preparation.*phase_aliases",
         ),
         ("0\tPreparation\n1\t3\n", r"row 2 .*ids and names are mixed"),
         ("0\t0\n\n1\t0\n", r"row 2 \(line 2\) is blank"),
         ("0\t0\n1\n", r"row 2 .*has 1 column\(s\), not 2"),
         ("0,0\n1,0\n2", r"row 3 .*has 1 column\(s\), not 2"),
         ("0\t0\t1\n", r"3 columns and no header"),
-        ("0\t0\n2\t0\n4\t0\n8\t0\n", r"row 4 .*has frame 8 after 4, where rows are 2 apart"),
+        ("0\t0\n2\t0\n4\t0\n9\t0\n", r"row 4 .*has frame 9 after 4, where rows are 2 apart"),
         ("0\t0\n25\t0\n25\t0\n", r"row 3 .*has frame 25 after 25"),
         ("a\t0\nb\t0\n", r"row 1 .*has frame 'a', which is not a number"),
         ("frame,gt,pred\n0,0,0\n", "names 2 columns that could be the phase"),
@@ -172,7 +257,7 @@ def test_any_bytes_are_read_or_refused(tmp_path, content):
         message, phase = str(error), np.zeros(1)
     assert message == "" or message.startswith(str(path))
     assert "\n" not in message
-    assert ((phase >= 0) & (phase < 7)).all()
+    assert ((phase >= -1) & (phase < 7)).all()
 
 
 def test_files_are_found_by_the_number_of_the_video(tmp_path):
@@ -184,7 +269,7 @@ def test_files_are_found_by_the_number_of_the_video(tmp_path):
     assert {video: path.name for video, path in found.items()} == {
         f"video{number}": name for number, name in zip(range(41, 47), names, strict=True)
     }
-    assert without == ["readme.txt"]
+    assert without == ["48.pkl", "readme.txt"]
 
 
 def test_folders_that_cannot_be_used(tmp_path):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, precision_recall_fscore_support
 
 from configs.errors import UserError
-from evaluation.counts import CHOLEC80_PHASES, LabelledVideo, relaxed_right, relaxed_window_frames
+from evaluation.counts import CHOLEC80_PHASES, NO_PREDICTION, LabelledVideo, relaxed_right, relaxed_window_frames
 from evaluation.phases import CONVENTIONS, evaluate_phases, majority_phase, unavailable_conventions
 
 ABC = ("A", "B", "C")
@@ -233,6 +233,58 @@ def test_relaxed_equals_a_restatement_of_the_script(convention, seed):
         assert result[metric]["std"] == pytest.approx(std)
 
 
+def surgformer_f1(truths, predictions, window):
+    """The f1 of Surgformer's Evaluate.m and Main.m: of uncut values, cut at 100; NaN dropped; std over videos."""
+    cells = []
+    for truth, predicted in zip(truths, predictions, strict=True):
+        _, precision, recall, _ = official_script(truth, predicted, window, mask_fault=True)
+        row = []
+        for p, r in zip(precision, recall, strict=True):
+            product, total = np.float64(p) * np.float64(r), np.float64(p) + np.float64(r)
+            row.append(2 * product / total)
+        cells.append(row)
+    table = np.array(cells)
+    table[table > 100] = 100
+    per_phase, per_video = np.nanmean(table, axis=0), np.nanmean(table, axis=1)
+    return np.nanmean(per_phase), np.nanstd(per_video, ddof=1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_f1_as_in_circulation_equals_a_restatement_of_it(seed):
+    rng = np.random.default_rng(seed)
+    truths = [np.repeat(rng.integers(0, 7, 10), rng.integers(1, 30, 10)) for _ in range(4)]
+    slips = [np.where(rng.random(len(t)) < 0.5, rng.integers(-3, 4, len(t)), 0) for t in truths]
+    predictions = [np.clip(t + slip, 0, 6) for t, slip in zip(truths, slips, strict=True)]
+    names = [f"v{k}" for k in range(4)]
+    results = evaluate_phases(
+        dict(zip(names, truths, strict=True)), dict(zip(names, predictions, strict=True)), CHOLEC80_PHASES, 1.0
+    )
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)
+        mean, std = surgformer_f1(truths, predictions, 10)
+    assert results["relaxed_matlab"]["f1_surgformer"] == {"mean": pytest.approx(mean), "std": pytest.approx(std)}
+    assert [name for name, result in results.items() if "f1_surgformer" in result] == ["relaxed_matlab"]
+
+
+def test_f1_as_in_circulation_by_hand():
+    """The example of docs/evaluation.md, and beside it a video whose second phase is never right."""
+    results = score({"v1": "11112222"}, {"v1": "11121222"}, 0.2, CHOLEC80_PHASES)["relaxed_matlab"]
+    # Phase 1: H 4 of P 4 and G 4: 100. Phase 2: H 4 (sample 5 counts for it too) of P 4 and G 4: 100.
+    assert results["f1_surgformer"]["mean"] == pytest.approx(100)
+    results = score({"v1": "1" * 30 + "2" * 30}, {"v1": "1" * 40 + "3" * 20}, 1.0, CHOLEC80_PHASES)["relaxed_matlab"]
+    # Phase 1: H 40 of P 40 and G 30, so P 100 and R 133.3 uncut: 114.3, cut to 100. Phase 2 is never predicted, yet ten
+    # of its frames are forgiven: x/0, dropped by the copy and cut to 100 by ours.
+    assert results["f1_surgformer"] == {"mean": pytest.approx(100), "std": None}
+    assert results["f1"]["mean"] == pytest.approx((100 + 50) / 2)
+    results = score({"v1": "1" * 30 + "2" * 30}, {"v1": "1" * 30 + "4" * 29 + "2"}, 1.0, CHOLEC80_PHASES)
+    below = score({"v1": "1" * 30 + "2" * 30}, {"v1": "2" * 30 + "1" * 30}, 0.01, CHOLEC80_PHASES)["relaxed_matlab"]
+    assert results["relaxed_matlab"]["f1_surgformer"]["mean"] == pytest.approx(
+        (100 + 2 * 100 * (1 / 30) / (1 + 1 / 30)) / 2
+    )
+    assert below["f1_surgformer"] == {"mean": None, "std": None}  # 0/0 everywhere: dropped, where ours is 0
+    assert below["f1"]["mean"] == 0
+
+
 def relaxed(truth: str, predicted: str, window: int, mask_fault: bool) -> str:
     """Which samples count as right, as a string of 1 and 0."""
     video = LabelledVideo("v", ids(truth).astype(np.int16), ids(predicted).astype(np.int16))
@@ -332,6 +384,25 @@ def test_video_without_labels_is_left_out_and_named():
     assert result["about"]["videos"] == 1
     assert result["about"]["videos_without_labels"] == ["v2"]
     assert result["accuracy"]["std"] is None
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_a_frame_without_a_prediction_is_wrong_under_every_convention(data):
+    """As if a phase were predicted there that the truth never has, but no phase's precision suffers."""
+    truth = np.repeat(data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=6)), data.draw(st.integers(1, 15)))
+    holes = np.array(data.draw(st.lists(st.booleans(), min_size=len(truth), max_size=len(truth))))
+    predicted = np.where(holes, NO_PREDICTION, truth)
+    results = evaluate_phases({"v": truth}, {"v": predicted}, CHOLEC80_PHASES, 1.0)
+    for name, result in results.items():
+        assert result["accuracy"]["mean"] == pytest.approx(100 * (1 - holes.mean())), name
+    strict = results["phase_mean"]["per_phase"]
+    for c, phase in enumerate(CHOLEC80_PHASES):
+        if (truth == c).any():
+            assert strict[phase]["recall"]["mean"] == pytest.approx(100 * (1 - holes[truth == c].mean()))
+            assert strict[phase]["precision"]["mean"] == (None if holes[truth == c].all() else 100)
+    if holes.any():
+        assert results["segmental"]["edit"]["mean"] < 100
 
 
 # ------------------------------------------------------------------------------------- properties
@@ -460,6 +531,16 @@ def test_relaxed_rules_exist_for_cholec80_alone():
     assert unavailable_conventions([name.lower() for name in CHOLEC80_PHASES]) == {}
     with pytest.raises(UserError, match=r"relaxed_fixed.*Cholec80"):
         score(EXAMPLE_TRUTH, EXAMPLE_PREDICTED, conventions=["relaxed_fixed"])
+
+
+def test_relaxed_windows_need_a_rate():
+    track = {"v1": ids("1122")}
+    results = evaluate_phases(track, track, CHOLEC80_PHASES, None)
+    assert set(results) == {"phase_mean", "video_macro", "pooled", "segmental"}
+    assert results["pooled"]["about"]["fps"] is None
+    assert set(unavailable_conventions(CHOLEC80_PHASES, None)) == {"relaxed_matlab", "relaxed_fixed"}
+    with pytest.raises(UserError, match=r"relaxed_matlab: its window of 10 s needs the rate.*--fps"):
+        evaluate_phases(track, track, CHOLEC80_PHASES, None, ["relaxed_matlab"])
 
 
 def test_majority_phase():

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs.errors import UserError
 from evaluation.phases import evaluate_phases
 from evaluation.segmental import OVERLAPS_PERCENT, edit_distance, edit_score, overlap_hits, segments
 
@@ -121,3 +122,51 @@ def test_long_noisy_sequences_stay_fast_and_exact():
     noisy = rng.integers(0, 7, 3000).astype(np.int16)
     assert edit_score(noisy, noisy) == 100
     assert edit_distance(np.arange(2000), np.arange(2000)[::2]) == 1000
+
+
+def without(runs, background):
+    return [run for run in runs if run[0] not in background]
+
+
+@settings(deadline=None, max_examples=100)
+@given(pairs(), st.sets(st.integers(0, 3), min_size=1, max_size=4))
+def test_background_is_left_out_of_segments(pair, background):
+    truth, predicted = pair
+    left, right = (without(slow_segments(track), background) for track in (predicted, truth))
+    a, b = ([label for label, _ in runs] for runs in (left, right))
+    score = edit_score(predicted, truth, sorted(background))
+    longest = max(len(a), len(b))
+    assert np.isnan(score) if not longest else score == pytest.approx(100 * (1 - slow_distance(a, b) / longest))
+    hits, in_prediction, in_truth = overlap_hits(predicted, truth, sorted(background))
+    assert (in_prediction, in_truth) == (len(a), len(b))
+    taken = set()
+    for label, frames in left:  # at 50 %, as ms-tcn's f_score with bg_class
+        overlaps = [len(frames & other) / len(frames | other) * (label == name) for name, other in right]
+        best = int(np.argmax(overlaps)) if overlaps else 0
+        if overlaps and overlaps[best] >= 0.5:
+            taken.add(best)
+    assert hits[-1] == len(taken)
+
+
+def test_background_by_hand_and_in_the_result():
+    # Without background A: two segments B, C against one B and one C cut in two by A, so that both halves count.
+    truth, predicted = np.array([0, 0, 1, 1, 1, 2, 2, 2, 2, 0]), np.array([0, 1, 1, 1, 1, 2, 0, 2, 2, 2])
+    found = evaluate_phases({"v": truth}, {"v": predicted}, tuple("ABC"), None, ["segmental"], background=("A",))
+    result = found["segmental"]
+    assert result["edit"]["mean"] == pytest.approx(100 * 2 / 3)
+    assert result["f1@25"]["pooled"] == pytest.approx(200 * 2 / 5)
+    assert (result["per_video"]["v"]["segments_truth"], result["per_video"]["v"]["segments_predicted"]) == (2, 3)
+    assert result["accuracy"]["mean"] == 70
+    assert result["about"]["background"] == ["A"]
+
+
+def test_a_video_of_background_alone_has_no_segments_and_does_not_count():
+    truth = {"v": np.array([0, 0, 0]), "w": np.array([0, 1, 1])}
+    result = evaluate_phases(truth, truth, tuple("AB"), None, ["segmental"], background=("A",))["segmental"]
+    assert result["per_video"]["v"]["edit"] is None
+    assert result["per_video"]["v"]["f1@10"] is None
+    assert result["edit"]["mean"] == result["f1@10"]["mean"] == result["f1@10"]["pooled"] == 100
+    only = evaluate_phases({"v": truth["v"]}, {"v": truth["v"]}, tuple("AB"), None, background=("A", "B"))
+    assert only["segmental"]["edit"]["mean"] is only["segmental"]["f1@10"]["pooled"] is None
+    with pytest.raises(UserError, match="background 'X': no such phase; choose from A, B"):
+        evaluate_phases(truth, truth, tuple("AB"), None, background=("X",))

@@ -164,6 +164,19 @@ def test_structure_decides_not_the_name(tmp_path: Path) -> None:
         assert all(one.tools is not None and one.tools.shape == (5, 7) for one in read)
 
 
+@pytest.mark.parametrize("empty", [(), (0,), (1,), (2,), (0, 1), (1, 2)])
+def test_nine_lists_in_either_order_are_the_same_index(tmp_path: Path, empty: tuple[int, ...]) -> None:
+    """MTRCNet: paths, labels, lengths of all parts. Trans-SVNet: those of train and val, then the three of test."""
+    parts = [[] if part in empty else [rows_of(f"a/{part + 1}", part + 1, 5 + part)] for part in range(3)]
+    nine = in_parts(parts)
+    other = [nine[k] for k in (0, 1, 3, 4, 6, 7, 2, 5, 8)]
+    first, second = (read_pickled_index(write(tmp_path / "x.pkl", value), SPEC) for value in (nine, other))
+    assert [video.split for video in first] == [s for k, s in enumerate(("train", "val", "test")) if k not in empty]
+    for one, same in zip(first, second, strict=True):
+        assert (one.where, one.paths, one.split) == (same.where, same.paths, same.split)
+        assert np.array_equal(one.phase, same.phase)
+
+
 def test_rows_numbered_by_source_frame_and_starting_late(tmp_path: Path) -> None:
     root = tmp_path / "data"
     make_images(root, 1, 37, first=0, step=25)
