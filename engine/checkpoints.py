@@ -9,6 +9,8 @@ import re
 import struct
 import warnings
 import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,19 @@ import torch
 
 from configs.errors import UserError
 from engine.files import atomic_path, fsync_file
+from engine.processes import speaks
+from engine.progress import say
+from engine.sniff import what_it_is
 
 FORMAT = 1
 # `weights_only=True` could be bypassed before this release (CVE-2025-32434, CVE-2026-24747): files that somebody else
 # made are loaded with an older torch only when the user vouches for them.
 SAFE_TORCH = (2, 10)
-_HEAD_BYTES = 512
 _ZIP_MAGIC = b"PK\x03\x04"
-_WEB_PAGE = re.compile(rb"^(?:\xef\xbb\xbf)?\s*(<!doctype\s+html|<html|<head|<\?xml|<!--)", re.IGNORECASE)
 _FORBIDDEN_NAME = re.compile(r"GLOBAL ([\w.]{1,80})")
+_MOST_OBJECTS = 64  # kinds of Python objects in a foreign file
+_REMEDY = "load it where it was made and save model.state_dict()"
+_NOT_RUN = f"that could run anything; nothing in it was run: {_REMEDY}"
 
 
 def save_checkpoint(path: Path, content: dict[str, Any], keep_previous: bool = False) -> None:
@@ -108,16 +114,28 @@ def load_latest(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def load_foreign_weights(path: Path, trusted: bool = False) -> dict[str, torch.Tensor]:
-    """As `load_foreign_state`, with `module.` prefixes cut."""
-    return {name.removeprefix("module."): tensor for name, tensor in load_foreign_state(path, trusted).items()}
+class _Inert(OrderedDict[str, Any]):
+    """Stands for any Python object in a foreign file that is no tensor or plain container; nothing of it is run."""
+
+    def __new__(cls, *_: object, **__: object) -> Any:
+        return OrderedDict()  # torch's reader fills and adorns these
+
+
+class _InertNumber:
+    """The same for NumPy's scalars, arrays and dtypes, whose state is a tuple."""
+
+    def __new__(cls, *_: object) -> _InertNumber:
+        return object.__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        pass
 
 
 def load_foreign_state(path: Path, trusted: bool = False) -> dict[str, torch.Tensor]:
-    """A state dict that somebody else made: `{name: tensor}` as in the file, `state_dict`/`model` unwrapped.
+    """Every tensor of a file that somebody else made, by its place: `state_dict.module.conv1.weight`.
 
-    Raises UserError when the file is not a plain state dict, or when this torch cannot load foreign files safely and
-    the user has not vouched for the file.
+    Python objects beside them are named and left out; nothing of them is run. Raises UserError when there is no tensor
+    with a name, or when this torch cannot load foreign files safely and the user has not vouched for the file.
     """
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < SAFE_TORCH and not trusted:
@@ -125,28 +143,58 @@ def load_foreign_state(path: Path, trusted: bool = False) -> dict[str, torch.Ten
             f"{path}: torch {torch.__version__} cannot load foreign files safely (CVE-2026-24747); "
             "upgrade to 2.10 or newer, or pass --trusted if you know where the file comes from"
         )
-    content = _load(path)
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not content or not all(_holds_numbers(value) for value in content.values()):
-        raise UserError(f"{path}: not a state dict (a mapping from names to tensors)")
-    if not all(str(name).isprintable() for name in content):  # they stand in messages
+    content, objects = _load_without_objects(path)
+    tensors = dict(_named_tensors(content))
+    named = ", ".join(objects[:3]) + (", ..." if objects[3:] else "")
+    if not tensors and objects:
+        raise UserError(f"{path}: a whole model or other Python objects ({named}) {_NOT_RUN}")
+    if not tensors:
+        raise UserError(f"{path}: not a state dict (a mapping from names to tensors); {_REMEDY}")
+    if not all(name.isprintable() for name in tensors):  # they stand in messages
         raise UserError(f"{path}: not a state dict: some of its keys are no names")
-    return {str(name): tensor for name, tensor in content.items()}
+    if objects and speaks():
+        say(f"{path}: Python objects beside the tensors ({named}) were left out, nothing of them was run")
+    return tensors
 
 
-def _holds_numbers(value: Any) -> bool:
-    """Whether it is a tensor with data (one of the device `meta` has a shape and nothing else)."""
-    return isinstance(value, torch.Tensor) and value.device.type == "cpu"
+def _load_without_objects(path: Path) -> tuple[Any, list[str]]:
+    """A file's content with inert things in place of Python objects, whose names are given too.
+
+    Raises UserError for what torch allows under no circumstances: functions of Python itself and of the system.
+    """
+    objects: dict[str, type] = {}
+    while True:
+        try:
+            with torch.serialization.safe_globals([(what, name) for name, what in objects.items()]):
+                return _load(path, checked=bool(objects)), list(objects)
+        except UserError as error:
+            found = _FORBIDDEN_NAME.search(str(error.__cause__))
+            if found is None or found[1] in objects or len(objects) == _MOST_OBJECTS:
+                raise
+            objects[found[1]] = _InertNumber if found[1].startswith("numpy.") else _Inert
 
 
-def _load(path: Path) -> Any:
+def _named_tensors(content: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors in mappings and lists at any depth, each container once: files may hold one that holds itself."""
+    waiting, seen = [("", content)], set()
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            if place and value.device.type == "cpu":  # one of the device `meta` has a shape and no data
+                yield place[1:], value
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            items = dict.items(value) if isinstance(value, dict) else enumerate(value)
+            waiting += [(f"{place}.{key}", below) for key, below in items][::-1]
+
+
+def _load(path: Path, checked: bool = False) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        if _is_whole_archive(path):
+        if not checked and _is_whole_archive(path):
             with zipfile.ZipFile(path) as archive:
+                _refuse_programs(archive, path)
                 _refuse_bombs(archive, path)
                 broken = archive.testzip()
             if broken:
@@ -163,12 +211,15 @@ def _load(path: Path) -> Any:
             raise UserError(
                 f"{path}: damaged or not a checkpoint: it ends too early; copy or download it again"
             ) from error
+        what = what_it_is(path)
+        if what is not None and "pickle" not in what and "PyTorch" not in what:
+            raise UserError(f"{path}: not a checkpoint but {what}") from error
         if isinstance(error, pickle.UnpicklingError):
             found = _FORBIDDEN_NAME.search(str(error))
             named = f" (it asks for {found.group(1)})" if found else ""
             raise UserError(
                 f"{path}: damaged or not a checkpoint, or it holds more than tensors and plain containers{named}; "
-                "nothing in it was run"
+                f"nothing in it was run; if it is whole, {_REMEDY}"
             ) from error
         raise UserError(f"{path}: damaged or not a checkpoint ({_first_line(error)})") from error
 
@@ -179,6 +230,19 @@ def _ends_early(error: Exception) -> bool:
     if isinstance(error, EOFError | IndexError | struct.error):
         return True
     return "unexpected EOF" in str(error) or re.search(r"GLOBAL [\w.]*\. ", str(error)) is not None
+
+
+def _refuse_programs(archive: zipfile.ZipFile, path: Path) -> None:
+    """Raise UserError for zip archives that hold no pickle of torch.save's, or a program beside it."""
+    names = archive.namelist()
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise UserError(
+            f"{path}: a TorchScript archive, which is a program; nothing in it was run: open it with torch.jit.load "
+            "where it was made and save its state_dict()"
+        )
+    if not any(name.endswith("data.pkl") for name in names):
+        first = names[0][:60] if names and names[0].isprintable() else "nothing"
+        raise UserError(f"{path}: a zip archive that is no checkpoint (it holds {first}); unpack it or {_REMEDY}")
 
 
 def _refuse_bombs(archive: zipfile.ZipFile, path: Path) -> None:
@@ -192,14 +256,9 @@ def _refuse_bombs(archive: zipfile.ZipFile, path: Path) -> None:
 def _is_whole_archive(path: Path) -> bool:
     """Whether it is a zip archive, as torch writes since 1.6. Raises UserError for what the first bytes give away."""
     with path.open("rb") as stream:
-        head = stream.read(_HEAD_BYTES)
+        head = stream.read(len(_ZIP_MAGIC))
     if not head:
         raise UserError(f"{path}: damaged: the file is empty; copy or download it again")
-    if _WEB_PAGE.match(head):
-        raise UserError(
-            f"{path}: a web page, not a checkpoint: a download that was answered with a page (to sign in or confirm); "
-            "download the file itself"
-        )
     whole = zipfile.is_zipfile(path)
     if head.startswith(_ZIP_MAGIC) and not whole:
         raise UserError(f"{path}: damaged: its end is missing; copy or download it again")

@@ -24,8 +24,11 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from configs.errors import UserError
 from configs.schema import CnnConfig, Config, DataSetSpec
-from engine.checkpoints import load_checkpoint, load_foreign_weights
+from engine.checkpoints import load_checkpoint, load_foreign_state
 from engine.files import sha256_file
+from engine.processes import speaks
+from engine.progress import say
+from stage1_cnn.weights import Found, describe_match, find_weights
 
 LITE0 = "efficientnet_lite0"
 CHECKPOINT_STAGE = "cnn"
@@ -35,8 +38,6 @@ _CANNOT_KEEP = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQU
 _CANNOT_KEEP |= {errno.ENOENT, errno.ENOTDIR, errno.EEXIST}
 # In training these return auxiliary outputs beside the main one.
 _WITH_AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")
-# Where a backbone sits in files in circulation: alone, in a checkpoint of this project, in one of MTRCNet's.
-_PREFIXES = ("", "backbone.net.", "net.", "share.")
 # DenseNet's published files spell `norm.1` what the module calls `norm1`.
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var))$")
 
@@ -160,9 +161,10 @@ def build_backbone(name: str, weights: str, seed: int, *, trusted: bool = False,
     """A backbone by name, with weights.
 
     `weights`: `imagenet` (torchvision's first ImageNet weights, which the reference used; for efficientnet_lite0 those
-    its package carries), `random` (a function of `seed` alone), `run:NAME` (`<runs>/NAME/cnn/best.pt`), or a state-dict
-    file, with or without the classifier. `trusted` vouches for a file where torch is too old to load foreign ones
-    safely. Raises UserError naming the choices when weights are not to be had, or what does not fit.
+    its package carries), `random` (a function of `seed` alone), `run:NAME` (`<runs>/NAME/cnn/best.pt`), or a file that
+    holds a state dict, under whatever prefix and wrapper (`find_weights`); the match is reported. `trusted` vouches for
+    a file where torch is too old to load foreign ones safely. Raises UserError naming the choices when weights are not
+    to be had, or what does not fit.
     """
     build = _builder(name)
     with torch.random.fork_rng(devices=[]):
@@ -175,8 +177,10 @@ def build_backbone(name: str, weights: str, seed: int, *, trusted: bool = False,
         _fetch_imagenet(name, path)
     # What torchvision publishes, a package carries or an earlier run wrote is not somebody's file.
     known = weights == "imagenet" or weights.startswith("run:")
-    state = load_foreign_weights(path, trusted or known)
-    _load_backbone(backbone, state, path)
+    tensors = load_foreign_state(path, trusted or known)
+    found = _load_backbone(backbone, tensors, path)
+    if not known and speaks():
+        say(f"{path}: {describe_match(found, tensors, name)}")
     return backbone
 
 
@@ -328,43 +332,12 @@ def replace_layer(net: nn.Module, path: str, layer: nn.Module) -> None:
     setattr(net.get_submodule(parent), leaf, layer)
 
 
-def _load_backbone(backbone: Backbone, state: Mapping[str, Tensor], path: Path) -> None:
-    """Fill the backbone from a foreign state dict; entries of classifiers and other heads are left alone."""
-    wanted = backbone.net.state_dict()
-    state = {_OLD_DENSENET.sub(r"\1\2", name): tensor for name, tensor in state.items()}
-    prefix = max(_PREFIXES, key=lambda start: sum(f"{start}{name}" in state for name in wanted))
-    found = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    head = f"{backbone.head_name}."
-    fitting = {name: tensor for name, tensor in found.items() if not name.startswith(head)}
-    problems = misfits(wanted, fitting)
-    if problems:
-        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise UserError(f"{path}: does not hold weights of {backbone.name} ({problems[0]}{more})")
-    backbone.net.load_state_dict({name: fitting.get(name, tensor) for name, tensor in wanted.items()})
-
-
-def misfits(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """Why a state dict does not fit, an entry each; empty where it does.
-
-    Counters of batch norm are missing in old files, harmlessly.
-    """
-    problems = []
-    for name, tensor in wanted.items():
-        if name not in found:
-            if not name.endswith("num_batches_tracked"):
-                problems.append(f"{name} is missing")
-        elif found[name].shape != tensor.shape:
-            problems.append(f"{name} is {_shape(found[name])}, not {_shape(tensor)}")
-        elif found[name].is_floating_point() != tensor.is_floating_point() or found[name].layout != torch.strided:
-            problems.append(f"{name} is {found[name].dtype}")
-        elif not torch.isfinite(found[name]).all():
-            problems.append(f"{name} holds values that are not finite")
-    problems.extend(f"{name} is unknown" for name in found if name not in wanted)
-    return problems
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a scalar"
+def _load_backbone(backbone: Backbone, tensors: Mapping[str, Tensor], path: Path) -> Found:
+    """Fill the backbone from a file's tensors; those of classifiers and other heads are left alone."""
+    tensors = {_OLD_DENSENET.sub(r"\1\2", name): tensor for name, tensor in tensors.items()}
+    found = find_weights(backbone.net, backbone.head_name, tensors, backbone.name, path)
+    backbone.net.load_state_dict({**backbone.net.state_dict(), **found.state})
+    return found
 
 
 def _one_line(error: BaseException) -> str:

@@ -19,7 +19,8 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.schema import DataSetSpec, HeadConfig, JointNetConfig, LstmHead
 from features.class_order import ids_of_order
-from stage1_cnn.model import build_backbone, misfits
+from stage1_cnn.model import build_backbone
+from stage1_cnn.weights import misfits
 from stage2_temporal.joint import JointNet, build_joint
 from stage2_temporal.model import Standardise
 

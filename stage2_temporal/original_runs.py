@@ -19,6 +19,7 @@ from engine.progress import say
 from engine.runs import RESULT_FILE, StageFolder
 from features.class_order import describe_order, parse_phase_order
 from stage1_cnn.model import linear, weights_sha256
+from stage1_cnn.weights import below
 from stage2_temporal.joint import (
     FOLDER,
     IMPORTED,
@@ -67,7 +68,8 @@ def import_original(config: Config, run: Path, request: ImportRequest) -> dict[s
     beside the net as settings that fit it. Raises UserError for anything that is not such a file, for a file that
     does not fit the data set, and where RUN holds another joint net.
     """
-    state = load_foreign_state(request.file, request.trusted)
+    tensors = load_foreign_state(request.file, request.trusted)
+    state = below("share", tensors, "a net of the original programs", request.file)
     if is_mapping(state):
         return _import_mapping(run, request, state)
     if request.into is not None:

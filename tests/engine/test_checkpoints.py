@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
+import gzip
 import os
 import pickle
 import random
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,6 @@ from configs.errors import UserError
 from engine.checkpoints import (
     load_checkpoint,
     load_foreign_state,
-    load_foreign_weights,
     load_latest,
     previous_of,
     random_states,
@@ -142,7 +144,7 @@ def test_a_harmful_pickle_is_refused_and_not_run(tmp_path: Path, writer: str) ->
         torch.save({"w": Payload(target)}, path, _use_new_zipfile_serialization=False)
     else:
         path.write_bytes(pickle.dumps({"w": Payload(target)}))
-    for load in (load_checkpoint, lambda file: load_foreign_weights(file, trusted=True)):
+    for load in (load_checkpoint, lambda file: load_foreign_state(file, trusted=True)):
         with pytest.raises(UserError) as caught:
             load(path)
         assert "evil.pth" in str(caught.value)
@@ -150,14 +152,79 @@ def test_a_harmful_pickle_is_refused_and_not_run(tmp_path: Path, writer: str) ->
     assert not target.exists()
 
 
-def test_foreign_weights_lose_their_wrappers(tmp_path: Path) -> None:
-    torch.save({"state_dict": {"module.conv1.weight": torch.ones(2)}}, tmp_path / "a.pth")
-    assert list(load_foreign_weights(tmp_path / "a.pth", trusted=True)) == ["conv1.weight"]
+def test_foreign_tensors_are_named_by_their_place(tmp_path: Path) -> None:
+    held: dict = {"module.conv1.weight": torch.ones(2), 3: [torch.zeros(1)]}
+    held["self"] = held
+    torch.save({"state_dict": held, "epoch": 4}, tmp_path / "a.pth")
+    found = load_foreign_state(tmp_path / "a.pth", trusted=True)
+    assert list(found) == ["state_dict.module.conv1.weight", "state_dict.3.0"]
     torch.save([1, 2], tmp_path / "b.pth")
     (tmp_path / "page.pth").write_text("<html>not found</html>")
     for name in ("b.pth", "page.pth", "missing.pth"):
         with pytest.raises(UserError, match=name):
-            load_foreign_weights(tmp_path / name, trusted=True)
+            load_foreign_state(tmp_path / name, trusted=True)
+
+
+@pytest.mark.parametrize("new_form", [True, False])
+def test_python_objects_beside_the_tensors_are_named_and_left_out(
+    tmp_path: Path, new_form: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beside = {
+        "best": np.float64(0.5),
+        "curve": np.arange(3),
+        "args": argparse.Namespace(lr=0.1, out=Path("x")),
+        "config": Settings(lr=1),
+        **({"net": torch.nn.Linear(2, 2)} if new_form else {}),
+    }
+    content = {"state_dict": {"w": torch.ones(2)}, **beside}
+    torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=new_form)
+    assert list(load_foreign_state(tmp_path / "a.pth", trusted=True)) == ["state_dict.w"]
+    said = capsys.readouterr().err
+    assert re.search(r"a\.pth: Python objects beside the tensors \(numpy\S+, .*, \.\.\.\) were left out", said)
+    with pytest.raises(UserError, match=r"it asks for numpy\S+\); nothing in it was run"):
+        load_checkpoint(tmp_path / "a.pth")  # in a checkpoint of ours there are none
+
+
+class Settings(dict):
+    """As configurations in checkpoints are: a mapping of a class of their own."""
+
+
+@pytest.mark.parametrize("new_form", [True, False])
+def test_a_whole_module_is_called_so_and_the_way_out_works(tmp_path: Path, new_form: bool) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    torch.save({"model": net}, tmp_path / "net.pth", _use_new_zipfile_serialization=new_form)
+    with pytest.raises(UserError, match=r"net\.pth: .* nothing in it was run") as error:
+        load_foreign_state(tmp_path / "net.pth", trusted=True)
+    if new_form:
+        assert "a whole model or other Python objects (torch.nn.modules.container.Sequential, " in str(error.value)
+    assert str(error.value).endswith("load it where it was made and save model.state_dict()")
+    made = torch.load(tmp_path / "net.pth", weights_only=False)["model"]
+    torch.save(made.state_dict(), tmp_path / "weights.pth")
+    assert list(load_foreign_state(tmp_path / "weights.pth", trusted=True)) == ["0.weight", "0.bias"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_files_of_other_kinds_are_called_what_they_are(tmp_path: Path) -> None:
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pt")
+    np.savez(tmp_path / "arrays.npz", w=np.ones(2))
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as archive:
+        archive.writestr("net.pth", b"x" * 100)
+    (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+    (tmp_path / "packed.pth").write_bytes(gzip.compress(b"x" * 1000))
+    for name, what in {
+        "script.pt": r"script\.pt: a TorchScript archive, .* torch\.jit\.load where it was made",
+        "arrays.npz": r"arrays\.npz: a zip archive that is no checkpoint \(it holds w\.npy\)",
+        "packed.zip": r"packed\.zip: a zip archive that is no checkpoint \(it holds net\.pth\); unpack it",
+        "pointer.pth": r"pointer\.pth: not a checkpoint but a Git LFS pointer",
+        "packed.pth": r"packed\.pth: not a checkpoint but gzip-compressed",
+    }.items():
+        for load in (load_checkpoint, lambda path: load_foreign_state(path, trusted=True)):
+            with pytest.raises(UserError, match=what) as error:
+                load(tmp_path / name)
+            assert "\n" not in str(error.value)
+    safe = pytest.importorskip("safetensors.torch")
+    safe.save_file({"conv1.weight": torch.ones(2)}, tmp_path / "net.safetensors")
+    assert list(load_foreign_state(tmp_path / "net.safetensors", trusted=True)) == ["conv1.weight"]
 
 
 @pytest.mark.parametrize("before_1_6", [False, True])
@@ -168,7 +235,7 @@ def test_a_cut_off_file_is_called_damaged(tmp_path: Path, before_1_6: bool, shar
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(UserError, match=r"cut\.pth: damaged") as caught:
-        load_foreign_weights(path, trusted=True)
+        load_foreign_state(path, trusted=True)
     assert "\n" not in str(caught.value)
 
 
@@ -180,26 +247,26 @@ def test_a_cut_off_file_of_the_older_form_speaks_no_torch(tmp_path: Path) -> Non
     for cut in range(1, len(content), 7):
         path.write_bytes(content[:cut])
         with pytest.raises(UserError) as caught:
-            load_foreign_weights(path, trusted=True)
+            load_foreign_state(path, trusted=True)
         early = str(caught.value).endswith("damaged or not a checkpoint: it ends too early; copy or download it again")
         # Cut within a name, the rest of it is a name that is not allowed, for all that can be known.
-        assert early or re.search(r"\(it asks for [\w.]+\w\); nothing in it was run$", str(caught.value))
+        assert early or re.search(r"\(it asks for [\w.]+\w\); nothing in it was run", str(caught.value))
 
 
 @pytest.mark.parametrize("page", ["<!DOCTYPE html><html>", "\n <HTML lang='en'>", "\ufeff<!doctype html>"])
 def test_a_web_page_is_called_one(tmp_path: Path, page: str) -> None:
     (tmp_path / "net.pth").write_text(page + "<body>sign in</body></html>")
-    with pytest.raises(UserError, match=r"net\.pth: a web page, not a checkpoint"):
-        load_foreign_weights(tmp_path / "net.pth", trusted=True)
+    with pytest.raises(UserError, match=r"net\.pth: not a checkpoint but a web page"):
+        load_foreign_state(tmp_path / "net.pth", trusted=True)
 
 
 def test_foreign_tensors_hold_numbers(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2, device="meta")}, tmp_path / "meta.pth")
     with pytest.raises(UserError, match=r"meta\.pth"):
-        load_foreign_weights(tmp_path / "meta.pth", trusted=True)
+        load_foreign_state(tmp_path / "meta.pth", trusted=True)
     torch.save({"two\nlines": torch.ones(2)}, tmp_path / "names.pth")
     with pytest.raises(UserError, match=r"names\.pth: .* keys are no names"):
-        load_foreign_weights(tmp_path / "names.pth", trusted=True)
+        load_foreign_state(tmp_path / "names.pth", trusted=True)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -216,8 +283,8 @@ def test_old_torch_needs_the_users_word(tmp_path: Path, monkeypatch: pytest.Monk
     torch.save({"w": torch.ones(1)}, tmp_path / "a.pth")
     monkeypatch.setattr(torch, "__version__", "2.6.0+cu118")
     with pytest.raises(UserError, match="--trusted"):
-        load_foreign_weights(tmp_path / "a.pth")
-    assert load_foreign_weights(tmp_path / "a.pth", trusted=True)["w"].item() == 1
+        load_foreign_state(tmp_path / "a.pth")
+    assert load_foreign_state(tmp_path / "a.pth", trusted=True)["w"].item() == 1
 
 
 def test_random_states_survive_a_checkpoint(tmp_path: Path) -> None:

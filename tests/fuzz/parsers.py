@@ -441,7 +441,7 @@ def _read_checkpoint(folder: Path) -> Read:
 
     def read(path: Path) -> None:
         try:
-            checkpoints.load_foreign_weights(path)
+            checkpoints.load_foreign_state(path)
         except UserError:
             checkpoints.load_checkpoint(path)
 

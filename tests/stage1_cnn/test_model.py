@@ -217,7 +217,7 @@ def test_published_densenet_spelling(tmp_path: Path) -> None:
     [
         (lambda state: torchvision.models.resnet50().state_dict(), "layer1.0.conv1.weight is 64x64x1x1, not 64x64x3x3"),
         (lambda state: torchvision.models.mobilenet_v3_small().state_dict(), "conv1.weight is missing and"),
-        (lambda state: {**state, "extra.weight": torch.zeros(1)}, "extra.weight is unknown"),
+        (lambda state: {**state, "layer1.0.se.weight": torch.zeros(1)}, "layer1.0.se.weight is unknown"),
         (
             lambda state: {**state, "bn1.bias": torch.full((64,), torch.nan)},
             "bn1.bias holds values that are not finite",

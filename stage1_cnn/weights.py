@@ -1,0 +1,182 @@
+"""Weights that somebody else saved: found under whatever prefix and wrapper they stand, and the match in words."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import UserError
+
+# What wraps a module, or any layer of one, without being part of its design.
+_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# Of two encoders in one file, the one that is not meant: a running average or momentum encoder beside what was trained;
+# of student and teacher the student, since the teacher is what DINO and its kin evaluate.
+_SECOND = re.compile(r"(?:^|[._])(?:ema|k|key|momentum|target|averaged|student)(?=[._])")
+# Where files in circulation, this project's checkpoints and MTRCNet's have a backbone.
+_USUAL = re.compile(r"(?:state_dict\.)?(?:model\.)?(?:module\.)?(?:backbone\.net\.|net\.|share\.)?")
+
+
+class Found(NamedTuple):
+    """Weights under a net's own names; `place` is what stands before these in the file."""
+
+    place: str
+    state: dict[str, Tensor]
+    numbered: bool = False
+    passed_over: tuple[str, ...] = ()  # places of other weights that would fit
+
+    @property
+    def rank(self) -> tuple[int, bool]:
+        """Of several, the smallest is meant."""
+        return len(_SECOND.findall(self.place)), not _USUAL.fullmatch(self.place)
+
+
+def find_weights(net: nn.Module, head: str, tensors: Mapping[str, Tensor], what: str, source: Path) -> Found:
+    """All weights of `net` (`what`, in words) among a file's tensors, whatever stands before their names.
+
+    Children may have their numbers for names, as in an `nn.Sequential` of them. The layer `head`, which was cut off,
+    and all outside the net's children are left alone. Raises UserError where no place has every tensor in its shape,
+    naming the closest, and where several have, with other values, none of which is the one that is usually meant.
+    """
+    wanted = net.state_dict()
+    numbers = {name: str(number) for number, (name, _) in enumerate(net.named_children())}
+    found: list[Found] = []
+    closest = (len(wanted) // 4, "", misfits(wanted, {}))  # how many names fit, where, and what does not
+    for names in ({name: name for name in tensors}, _unwrapped(tensors)):
+        for children in ({}, numbers):
+            back = {number: name for name, number in children.items()}
+            for start, hits in _starts(names, {_renamed(name, children) for name in wanted}):
+                under = {name[len(start) :]: origin for name, origin in names.items() if name.startswith(start)}
+                state = {_renamed(name, back): tensors[origin] for name, origin in under.items()}
+                inside = _inside(state, wanted, head)
+                problems = misfits(wanted, inside)
+                if not problems:
+                    first = next(name for name in under if _renamed(name, back) in wanted)
+                    found.append(Found(under[first].removesuffix(first), inside, bool(children)))
+                elif hits > closest[0]:
+                    closest = (hits, start, problems)
+    if found:
+        return choose(found, what, source)
+    _, start, problems = closest
+    where, more = f"under `{start}`: " if start else "", f" and {len(problems) - 1} more" if problems[1:] else ""
+    first = ", ".join(name[:60] for name in list(tensors)[:3])
+    raise UserError(
+        f"{source}: does not hold weights of {what} ({where}{problems[0]}{more}; the file has {first}, ...)"
+    )
+
+
+def choose(found: Sequence[Found], what: str, source: Path) -> Found:
+    """Of weights that fit, those that are meant. Raises UserError where two that differ are equally likely."""
+    distinct: list[Found] = []
+    for one in found:
+        if not any(_same(one.state, other.state) for other in distinct):
+            distinct.append(one)
+    best, *rest = sorted(distinct, key=lambda one: one.rank)
+    if rest and rest[0].rank == best.rank:
+        raise UserError(
+            f"{source}: holds {what} twice with other values, under `{best.place}` and `{rest[0].place}`; "
+            "load it where it was made and save the one that is meant alone"
+        )
+    return best._replace(passed_over=tuple(one.place for one in rest))
+
+
+def describe_match(found: Found, tensors: Mapping[str, Tensor], what: str) -> str:
+    """One line: where the weights stood, how many they are, and what of the file was not taken."""
+    taken = {id(tensor) for tensor in found.state.values()}
+    others = Counter(_group(name, found.place) for name, tensor in tensors.items() if id(tensor) not in taken)
+    kinds = sorted({str(t.dtype).removeprefix("torch.") for t in found.state.values() if t.is_floating_point()})
+    parts = [f"all {len(found.state)} tensors of {what} found"]
+    parts[0] += f" under `{found.place}`" if found.place else " without a prefix"
+    parts[0] += ", its children numbered" if found.numbered else ""
+    parts += [f"stored as {', '.join(kinds)}"] if kinds != ["float32"] else []
+    parts += [f"`{place}` would fit too and was not taken" for place in found.passed_over]
+    shown = ", ".join(list(others)[:4]) + (", ..." if len(others) > 4 else "")
+    parts += [f"{others.total()} other tensors not used ({shown})"] if others else []
+    return "; ".join(parts)
+
+
+def below(layer: str, tensors: Mapping[str, Tensor], what: str, source: Path) -> dict[str, Tensor]:
+    """The tensors of the one net among them that has a child `layer`, without what stands before them but `module.`.
+
+    Where there is none, all of them. Raises UserError where there are several that differ.
+    """
+    at = re.compile(rf"((?:.*?\.)??)(?:module\.)?{layer}\.")
+    places = dict.fromkeys(found[1] for name in tensors if (found := at.match(name)))
+    if not places:
+        levels = zip(*(name.split(".")[:-1] for name in tensors), strict=False)
+        places = {"".join(f"{parts[0]}." for parts in takewhile(lambda parts: len(set(parts)) == 1, levels)): None}
+    states = [{n.removeprefix(place): t for n, t in tensors.items() if n.startswith(place)} for place in places]
+    return choose([Found(*one) for one in zip(places, states, strict=True)], what, source).state
+
+
+def _starts(names: Iterable[str], wanted: set[str]) -> list[tuple[str, int]]:
+    """What stands before wanted names, with how many of them follow it, the most first."""
+    hits: Counter[str] = Counter()
+    for name in names:
+        cuts = [0, *(place + 1 for place, letter in enumerate(name) if letter == ".")]
+        hits.update(name[:cut] for cut in cuts if name[cut:] in wanted)
+    return hits.most_common()
+
+
+def _renamed(name: str, children: Mapping[str, str]) -> str:
+    child, dot, rest = name.partition(".")
+    return f"{children.get(child, child)}{dot}{rest}"
+
+
+def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names without wrappers at any depth, with the names they had; nothing where two become one."""
+    short = {".".join(part for part in name.split(".") if part not in _WRAPPERS): name for name in tensors}
+    return short if len(short) == len(tensors) else {}
+
+
+def _inside(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], head: str) -> dict[str, Tensor]:
+    """What belongs to the net's own children: a tensor there that it does not know means that it is another net."""
+    children = {name.partition(".")[0] for name in wanted}
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if name.partition(".")[0] in children and not name.startswith(f"{head}.")
+    }
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(one[n] is other[n] or torch.equal(one[n], other[n]) for n in one)
+
+
+def _group(name: str, place: str) -> str:
+    """As much of a name as tells it from the place: what they share, and one part more."""
+    shared = 0
+    parts, stem = name.split("."), place.split(".")[:-1]
+    while shared < min(len(parts) - 1, len(stem)) and parts[shared] == stem[shared]:
+        shared += 1
+    return ".".join(parts[: shared + 1])
+
+
+def misfits(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """Why a state dict does not fit, an entry each; empty where it does.
+
+    Counters of batch norm are missing in old files, harmlessly.
+    """
+    problems = []
+    for name, tensor in wanted.items():
+        if name not in found:
+            if not name.endswith("num_batches_tracked"):
+                problems.append(f"{name} is missing")
+        elif found[name].shape != tensor.shape:
+            problems.append(f"{name} is {_shape(found[name])}, not {_shape(tensor)}")
+        elif found[name].is_floating_point() != tensor.is_floating_point() or found[name].layout != torch.strided:
+            problems.append(f"{name} is {found[name].dtype}")
+        elif not torch.isfinite(found[name]).all():
+            problems.append(f"{name} holds values that are not finite")
+    problems.extend(f"{name} is unknown" for name in found if name not in wanted)
+    return problems
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a scalar"
