@@ -285,8 +285,10 @@ def index(
     """Find videos (or folders of frames, or TFRecords) and their annotations, split them, and write what was found.
 
     Folder names do not matter, file names do (configs/datasets). Nothing is decoded. A video that cannot be read is
-    left out and named, the others are indexed; the exit code is then 1. data.exclude leaves videos out for good, by id
-    or shell pattern, each with a reason: --set 'data.exclude={video07: wrong patient, "case_*": no consent}'.
+    left out, one whose name matches no pattern passed over; both are named, the others are indexed, and the exit code
+    is then 1. data.sources=video, frames, tfrecord or frames:FOLDER chooses where a root holds several of one video.
+    data.exclude leaves videos out for good, by id, path or shell pattern, each with a reason: --set
+    'data.exclude={video07: wrong patient, "case_*": no consent}'.
 
     Pickles of the original MTRCNet programs (cholec80.pkl, train_val_test_paths_labels.pkl and their like) are read and
     written; --phase-order says how they number phases, as it does for TFRecords, which hold numbers too
@@ -307,7 +309,7 @@ def index(
     if pickles or to_pickle:
         return
     if not check:
-        if any(not video.excluded for video in index_dataset(resolved, replace=force).left_out):
+        if index_dataset(resolved, replace=force).is_partial:
             sys.exit(EXIT_PARTLY)
         return
     problems = check_dataset(resolved)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -62,17 +63,36 @@ def class_ids(names: Sequence[str], aliases: Mapping[str, str]) -> dict[str, int
     return {folded_name(spelling): number for spelling, number in spellings}
 
 
+# Endings of the containers that the readers read to the last frame (`dv`, which has none, to be told what it lacks).
+VIDEO_ENDINGS = (
+    *("mp4", "m4v", "mov", "qt", "f4v", "3gp", "3g2", "avi", "divx", "mkv", "webm", "ogv", "flv", "mxf", "dv"),
+    *("mpg", "mpeg", "mod", "vob", "ts", "mts", "m2ts", "m2t", "wmv", "asf"),
+)
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff")
+
+
+def file_pattern(pattern: str) -> re.Pattern[str]:
+    """A pattern for file names, compiled; `{video}` and `{image}` in it are any ending that the readers read."""
+    for name, endings in (("{video}", VIDEO_ENDINGS), ("{image}", IMAGE_ENDINGS)):
+        pattern = pattern.replace(name, f"({'|'.join(endings)})")
+    return re.compile(pattern, re.IGNORECASE)
+
+
 class FilePatterns(Strict):
     """Regular expressions for file names (never whole paths), matched in full and without regard to case.
 
     Folder names differ between mirrors, so files are found by name anywhere below the root. `video`, `frames`, `phase`
     and `tool` must hold a group `id`, `tfrecord` too where it is given; `frame` (an image inside a frame folder) must
-    hold a group `frame`.
+    hold a group `frame`. `{video}` and `{image}` stand for every ending that the readers read (`file_pattern`).
     """
 
     video: str
     frames: str
-    frame: str
+    # video01_000025.jpg, 25.png, img00001.jpg, frame0.jpg; (1).jpg and frame (1).jpg, but not the copy 000001 (1).jpg
+    frame: str = (
+        r"((.*[_-])?(frame|image|img|im|picture|pic|output|out|f|i)? ?|(?P<bracket>\D*\())"
+        r"(?P<frame>\d+)(?(bracket)\))\.{image}"
+    )
     phase: str
     tool: str
     tfrecord: str | None = None
@@ -84,12 +104,16 @@ class FilePatterns(Strict):
             return None
         group = "frame" if info.field_name == "frame" else "id"
         try:
-            names = re.compile(pattern).groupindex
+            names = file_pattern(pattern).groupindex
         except re.error as error:
             raise ValueError(f"not a regular expression: {error}") from error
         if group not in names:
             raise ValueError(f"needs a named group (?P<{group}>...)")
         return pattern
+
+    def compiled(self, role: str) -> re.Pattern[str]:
+        """The pattern of one role (`video`, `frames`, ...); one that is not given matches nothing."""
+        return file_pattern(getattr(self, role) or "(?!)")
 
 
 class NamedSplit(Strict):
@@ -181,10 +205,22 @@ class SplitConfig(Strict):
     seed: int | None = Field(None, description="shuffle videos before k-fold splitting; null keeps their order")
 
 
+def _known_sources(sources: str) -> str:
+    if not re.fullmatch(r"auto|(video|frames|tfrecord)(:.+)?", sources):
+        raise ValueError("must be auto, video, frames or tfrecord, or such a kind and a folder: frames:FOLDER")
+    return sources
+
+
 class DataConfig(Strict):
     dataset: str = Field("cholec80", description="name in configs/datasets, or the path of a YAML file")
     root: Path | None = Field(None, description="folder of videos and annotations; also the variable SURGSTAGE_DATA")
     index: Path = Path("artifacts/index.json")
+    sources: Annotated[str, AfterValidator(_known_sources)] = Field(
+        "auto",
+        description="which to take where the root holds several of one video: video, frames or tfrecord, or of these "
+        "those below one folder of the root, such as frames:frames_cutmargin",
+    )
+    follow_links: bool = Field(False, description="take links that lead out of the root")
     fps: float = Field(1.0, gt=0, le=MAX_FPS, description="sampling rate: the frames on screen every 1 / fps seconds")
     split: SplitConfig = SplitConfig()
     tools_between_rows: Literal["mask", "hold"] = Field(

@@ -314,15 +314,27 @@ def require_free_bytes(folder: Path, needed: int, purpose: str) -> None:
         )
 
 
+class LinkedRoot(type(Path())):  # type: ignore[misc]
+    """A data root whose links may lead out of it, as the user's settings allow (`data.follow_links`).
+
+    The permission is the root's own: no path that a file names can carry it, and a copy as a plain `Path` loses it.
+    """
+
+
 def inside(root: Path, relative: str) -> Path:
-    """The path `relative` below `root`; UserError when it is absolute, climbs out or is a link that leads out."""
+    """The path `relative` below `root`; UserError when it is absolute, climbs out or is a link that leads out.
+
+    Below a `LinkedRoot` a link may lead out; what is absolute or climbs may not.
+    """
     if Path(relative).is_absolute() or "\x00" in relative:
         raise UserError(f"{relative!r}: paths in an index are relative to the data root")
+    if isinstance(root, LinkedRoot) and ".." in Path(relative).parts:
+        raise UserError(f"{relative!r}: leads out of the data root {root}")
     path = root / relative
     try:
         target = path.resolve()
     except (OSError, RuntimeError) as error:  # a link that points to itself
         raise UserError(f"{relative!r}: cannot be followed below {root} ({error})") from error
-    if not target.is_relative_to(root.resolve()):
-        raise UserError(f"{relative!r}: leads out of the data root {root}")
+    if not (isinstance(root, LinkedRoot) or target.is_relative_to(root.resolve())):
+        raise UserError(f"{relative!r}: leads out of the data root {root} (links may with data.follow_links=true)")
     return path

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,11 +14,12 @@ from rich.text import Text
 
 from configs.errors import UserError, printable
 from configs.load import load_dataset
-from configs.schema import Config
+from configs.schema import Config, DataSetSpec
+from engine.files import LinkedRoot
 from engine.progress import progress_bar, say
 from features.class_order import describe_order, parse_phase_order
-from features.discover import natural_key
-from features.index import Index, Progress, build_index, check_index, exclusions, index_summary, most_fps
+from features.discover import find_videos, is_chosen, natural_key
+from features.index import Index, Progress, VideoEntry, build_index, check_index, index_summary, most_fps
 from features.splits import assign_splits, split_is_asked_for
 
 ROOT_VARIABLE = "SURGSTAGE_DATA"
@@ -34,7 +36,7 @@ def data_root(config: Config) -> Path:
     root = Path(named)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; data.root must be the folder that holds the videos")
-    return root
+    return LinkedRoot(root) if config.data.follow_links else root
 
 
 def known_root(config: Config) -> Path | None:
@@ -66,7 +68,7 @@ def keep_index(found: Index, config: Config, root: Path, replace: bool) -> Index
     """Write what was found to `data.index` and print a summary. Raises UserError where another index stands there."""
     path = config.data.index
     if path.exists() and not replace:
-        if Index.load(path).to_json() != found.to_json():
+        if _content(Index.load(path)) != _content(found):
             raise UserError(
                 f"{path}: exists and differs from what is found now; --force replaces it, "
                 "--set data.index=FILE writes another"
@@ -77,12 +79,32 @@ def keep_index(found: Index, config: Config, root: Path, replace: bool) -> Index
         say(f"{path}: written")
     for video in found.left_out:
         say(f"left out: {video.id}: {video.reason}")
+    for line in _passed_over_lines(found):
+        say(line)
     for note in _grouped(found.notes):
         say(f"note: {note}")
     for line in _order_lines(found):
         say(line)
     print_summary(found, root, config.data.fps)
     return found
+
+
+def _content(index: Index) -> dict[str, Any]:
+    """What makes two indices differ: not the patterns by which files were found, nor how a note is worded."""
+    value = index.to_json()
+    del value["notes"], value["dataset"]["patterns"]
+    return value
+
+
+def _passed_over_lines(index: Index) -> list[str]:
+    """What was passed over, up to ten names for each reason."""
+    paths: dict[str, list[str]] = {}
+    for one in index.passed_over:
+        paths.setdefault(one.reason, []).append(one.id)
+    return [
+        f"passed over: {', '.join(found[:10])}{f' and {len(found) - 10} more' if found[10:] else ''}: {reason}"
+        for reason, found in paths.items()
+    ]
 
 
 @contextmanager
@@ -108,8 +130,8 @@ def _order_lines(index: Index) -> list[str]:
 
 def _require_same_exclusions(config: Config, index: Index) -> None:
     """Raise UserError where `data.exclude` names other videos, or gives other reasons, than the index was made with."""
-    wanted = exclusions(index.found_ids(), config.data.exclude)
-    there = {video.id: video.reason for video in index.left_out if video.excluded}
+    wanted = index.exclusions(config.data.exclude)
+    there = {one.id: one.reason for one in (*index.left_out, *index.passed_over) if one.excluded}
     if wanted != there:
         changed = sorted(dict(wanted.items() ^ there.items()), key=natural_key)
         raise UserError(
@@ -144,6 +166,29 @@ def _of_files(names: Sequence[str], text: str) -> str:
     return f"{names[0]}{f' and {len(names) - 1} more files' if len(names) > 1 else ''}: {text}"
 
 
+_ABOUT = {"title", "source", "patterns"}  # what an index does not depend on, once its files are found
+
+
+def _finds_more(index: Index, root: Path, spec: DataSetSpec, config: Config) -> bool:
+    """Whether the present patterns find a file that is not the index's, as those of an older release did not."""
+    try:
+        found = find_videos(root, spec, config.data, leave_out=True).videos
+    except UserError:
+        return True
+    known = {entry.id: entry for entry in index.videos}
+    known_files = {path for entry in index.videos for path in _files_of(entry)}
+    left_out = {video.id for video in index.left_out}
+    return any(
+        video.id not in left_out
+        and not ({video.source, video.phase, video.tool} - {None} <= known_files and video.id in known)
+        for video in found
+    )
+
+
+def _files_of(entry: VideoEntry) -> list[str]:
+    return [entry.source, *(file.path for file in (entry.phase_file, entry.tool_file) if file)]
+
+
 def open_dataset(config: Config) -> tuple[Index, Path]:
     """The index (made first where there is none) and the data root.
 
@@ -155,10 +200,17 @@ def open_dataset(config: Config) -> tuple[Index, Path]:
         return index_dataset(config), root
     index = Index.load(path)
     spec = load_dataset(config.data.dataset)
-    if index.dataset != spec:
+    if index.dataset.model_dump(exclude=_ABOUT) != spec.model_dump(exclude=_ABOUT) or (
+        index.dataset.patterns != spec.patterns and _finds_more(index, root, spec, config)
+    ):
         raise UserError(
             f"{path}: made for data set {index.dataset.name}, the settings say {spec.name} (or its description has "
             "changed); run `index --force`, or choose another data.index"
+        )
+    if other := next((entry for entry in index.videos if not is_chosen(entry.kind, entry.source, config.data)), None):
+        raise UserError(
+            f"{path}: holds {other.source}, which data.sources={config.data.sources} does not take; run "
+            "`index --force`, or choose another data.index"
         )
     if index.made_from and not split_is_asked_for(config.data.split):
         _require_same_exclusions(config, index)

@@ -6,6 +6,7 @@ the regular expressions of the data set's description. Anything that could be ta
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -14,23 +15,34 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
 from configs.errors import UserError
-from configs.schema import DataConfig, DataSetSpec, Strict
-from engine.files import inside, sha256_file
+from configs.schema import DataConfig, DataSetSpec, FilePatterns, Strict
+from engine.files import LinkedRoot, inside, sha256_file
 from features.boxes import MAX_PICTURES
 from features.ids import id_key, id_problem, normal_id
 from features.readers import FrameFolder
+from features.unmatched import (
+    ImageFolder,
+    is_image,
+    is_video,
+    looks_like_labels,
+    passed_over_folders,
+    passed_over_videos,
+)
 
 Kind = Literal["video", "frames", "tfrecord"]
+KINDS: tuple[Kind, ...] = ("video", "frames", "tfrecord")
 Numbering = Literal["source", "sample"]
 # What archives, file servers and disks put beside the data; some of it is unreadable, some repeats every file name.
 _FOREIGN_FOLDERS = {"__macosx", "lost+found", "$recycle.bin", "system volume information", "@eadir"}
+# Folders that are called after what they hold: their images are those of the folder above.
+_UNNAMED_FOLDERS = {"frames", "images", "imgs", "img", "rgb", "jpg", "png"}
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -54,6 +66,7 @@ class Discovery:
     videos: tuple[FoundVideo, ...]
     notes: tuple[str, ...]
     faults: tuple[tuple[str, UserError], ...] = ()  # videos that have a file which cannot be taken, by id
+    passed_over: tuple[tuple[str, str], ...] = ()  # paths of what is a video by its name and no pattern takes, and why
 
     @property
     def ids(self) -> list[str]:
@@ -71,6 +84,10 @@ class _Files:
     odd_tfrecords: list[str] = field(default_factory=list)
     odd_annotations: dict[str, UserError] = field(default_factory=dict)
     faults: dict[str, UserError] | None = None  # kept, by folded id, where one file must not cost the others
+    numbered: list[tuple[str, Path]] = field(default_factory=list)  # frame folders that only have a number, by id
+    unmatched: list[str] = field(default_factory=list)
+    image_folders: list[ImageFolder] = field(default_factory=list)
+    excluded: list[str] = field(default_factory=list)
 
     def add(self, role: str, video_id: str, relative: str) -> None:
         key = id_key(video_id)
@@ -81,34 +98,50 @@ class _Files:
         return self.by_role.get(role, {})
 
 
-def find_videos(root: Path, spec: DataSetSpec, leave_out: bool = False) -> Discovery:
+def find_videos(root: Path, spec: DataSetSpec, data: DataConfig | None = None, leave_out: bool = False) -> Discovery:
     """All videos, frame folders and TFRecord files below `root` with their annotations, sorted by number (10 after 9).
 
-    With `leave_out`, a file that leads out of the root, cannot be read or cannot be printed costs its own video alone.
+    `data.sources` says which of them, and below which folder; folders that only have a number for a name count where
+    nothing else is found. What `data.exclude` names by its path is not looked at. With `leave_out`, a file that leads
+    out of the root, cannot be read or cannot be printed costs its own video alone.
 
     Hidden files and folders and what archives leave behind are passed over; links inside the root are no second copy.
     Raises UserError for a missing or unreadable folder, a link that leads out of the root, two files for one video or
     task, and when there is no video at all.
     """
+    data = data or DataConfig()
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "no such folder"
         raise UserError(f"{root}: {what}; set data.root (or SURGSTAGE_DATA) to the folder that holds {spec.name}")
-    files = _collect(root, spec, {} if leave_out else None)
+    below = data.sources.partition(":")[2]
+    if not (root / below).is_dir():
+        raise UserError(f"data.sources={data.sources}: there is no folder {below} below {root}")
+    files = _collect(root, spec, data, {} if leave_out else None)
+    _drop_excluded(files, data)
+    _place_numbered(root, files)
     faults, sources = files.faults or {}, _sources(root, files)
     faults |= {key: error for key, error in files.odd_annotations.items() if key in sources and key not in faults}
     sources = {key: source for key, source in sources.items() if key not in faults}
     if not sources and faults:
         raise next(iter(faults.values()))
     if not sources:
-        raise UserError(_nothing_found(root, spec, files))
-    annotations = {role: _only_ones(root, files.of(role), role) for role in ("phase", "tool")}
+        raise UserError(_nothing_found(root, spec, data, files))
+    roles = () if data.sources.startswith("tfrecord") else ("phase", "tool")  # these hold labels of their own
+    annotations = {role: _only_ones(root, files.of(role), role) for role in roles}
     videos = tuple(
-        FoundVideo(files.ids[key], kind, path, annotations["phase"].get(key), annotations["tool"].get(key))
+        FoundVideo(files.ids[key], kind, path, *(annotations.get(role, {}).get(key) for role in ("phase", "tool")))
         for key, (kind, path) in sorted(sources.items(), key=lambda item: natural_key(files.ids[item[0]]))
     )
-    notes = tuple(_left_over(spec, videos, sources, annotations, files.odd_tfrecords))
-    notes += tuple(str(error) for key, error in files.odd_annotations.items() if key not in faults)
-    return Discovery(videos, notes, tuple((files.ids[key], error) for key, error in faults.items()))
+    passed_over, notes = _passed_over(root, spec, files, videos)
+    notes = [*_left_over(spec, videos, sources, annotations, files), *notes]
+    notes += [str(error) for key, error in files.odd_annotations.items() if key not in faults]
+    return Discovery(videos, tuple(notes), tuple((files.ids[key], error) for key, error in faults.items()), passed_over)
+
+
+def is_chosen(kind: Kind, source: str, data: DataConfig) -> bool:
+    """Whether `data.sources` takes a source of this kind at this path."""
+    chosen, _, below = data.sources.partition(":")
+    return chosen in ("auto", kind) and PurePosixPath(source).is_relative_to(below)
 
 
 def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
@@ -117,28 +150,76 @@ def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, int(part), part) if part.isdigit() else (1, 0, part) for part in parts if part)
 
 
-def _collect(root: Path, spec: DataSetSpec, faults: dict[str, UserError] | None) -> _Files:
-    patterns = {
-        role: re.compile(pattern, re.IGNORECASE) for role, pattern in spec.patterns.model_dump().items() if pattern
-    }
-    roles = [role for role in ("video", "tfrecord", "phase", *(["tool"] if spec.tools else [])) if role in patterns]
+def _collect(root: Path, spec: DataSetSpec, data: DataConfig, faults: dict[str, UserError] | None) -> _Files:
+    patterns = {role: spec.patterns.compiled(role) for role in FilePatterns.model_fields}
     files = _Files(faults=faults)
     for folder, entries in _walk(root):
-        as_frames = None if folder == root else patterns["frames"].fullmatch(folder.name)
-        images = 0
-        for entry in entries:
-            files.endings[Path(entry.name).suffix.lower() or entry.name] += 1
-            if as_frames and patterns["frame"].fullmatch(entry.name):
-                images += 1
-                continue
-            if "tfrecord" in roles and _is_odd_tfrecord(entry.name, patterns["tfrecord"]):
-                files.odd_tfrecords.append(entry.name)
-            for role in roles:
-                if match := patterns[role].fullmatch(entry.name):
-                    _add(files, role, _video_id(match, spec, Path(entry.path)), root, Path(entry.path))
-        if as_frames and images:
-            _add(files, "frames", _video_id(as_frames, spec, folder), root, folder)
+        relative = folder.relative_to(root).as_posix()
+        here = [kind for kind in KINDS if is_chosen(kind, relative, data)]
+        names = [entry.name for entry in entries]
+        files.endings.update(Path(name).suffix.lower() or name for name in names)
+        if "frames" in here and folder != root and _add_frames(files, root, folder, names, spec):
+            names = [name for name in names if not patterns["frame"].fullmatch(name)]
+        if "tfrecord" in here and spec.patterns.tfrecord:
+            files.odd_tfrecords += [name for name in names if _is_odd_tfrecord(name, patterns["tfrecord"])]
+        roles = ("phase", *(["tool"] if spec.tools else []), *(kind for kind in here if kind != "frames"))
+        for name in names:
+            matches = {role: match for role in roles if (match := patterns[role].fullmatch(name))}
+            for role, match in matches.items():
+                _add(files, role, _video_id(match, spec, folder / name), root, folder / name)
+            if not matches and ("video" in here or not is_video(name)):
+                files.unmatched.append((folder / name).relative_to(root).as_posix())
     return files
+
+
+def _add_frames(files: _Files, root: Path, folder: Path, names: Sequence[str], spec: DataSetSpec) -> bool:
+    """Whether the images in `folder` are a video's frames: by its name, or by its parent's where it has none."""
+    pattern, images = spec.patterns.compiled("frames"), spec.patterns.compiled("frame")
+    named = pattern.fullmatch(folder.name)
+    if not named and folder.parent != root and folder.name.casefold() in _UNNAMED_FOLDERS:
+        named = pattern.fullmatch(folder.parent.name)
+    if any(map(images.fullmatch, names)):
+        if named:
+            _add(files, "frames", _video_id(named, spec, folder), root, folder)
+            return True
+        if video_id := _id_of_number(folder.name, spec):
+            files.numbered.append((video_id, folder))
+            return True
+    if len(pictures := list(filter(is_image, names))) > 1:
+        files.image_folders.append(ImageFolder(folder.relative_to(root).as_posix(), tuple(pictures[:2]), bool(named)))
+    return False
+
+
+def _id_of_number(name: str, spec: DataSetSpec) -> str | None:
+    """The id that a bare number stands for, where the data set's videos are numbered."""
+    if not re.fullmatch("[0-9]{1,9}", name):
+        return None
+    video_id = normal_id(numbered_id(int(name), spec))
+    match = spec.patterns.compiled("video").fullmatch(f"{video_id}.mp4")
+    return video_id if match and match["id"].isdecimal() and int(match["id"]) == int(name) else None
+
+
+def _place_numbered(root: Path, files: _Files) -> None:
+    """Take folders with a number for a name as frame folders, but only where no video has a source that says more."""
+    if not any(files.of(kind) for kind in KINDS):
+        for video_id, folder in files.numbered:
+            _add(files, "frames", video_id, root, folder)
+        files.numbered.clear()
+
+
+def _drop_excluded(files: _Files, data: DataConfig) -> None:
+    """Forget the files that `data.exclude` names by their paths. Raises UserError where a video would be left bare."""
+    entries = [entry for entry in map(normal_id, data.exclude) if not fnmatch.filter(files.ids.values(), entry)]
+    for role, found in files.by_role.items():
+        for key, paths in found.items():
+            dropped = [path for path in paths if any(fnmatch.fnmatchcase(normal_id(path), entry) for entry in entries)]
+            if role in KINDS and dropped and len(dropped) == len(paths):
+                raise UserError(
+                    f"data.exclude: {dropped[0]} is all there is of {files.ids[key]}; name the video instead"
+                )
+            found[key] = [path for path in paths if path not in dropped]
+            files.excluded += dropped
+        files.by_role[role] = {key: paths for key, paths in found.items() if paths}
 
 
 def _add(files: _Files, role: str, video_id: str, root: Path, path: Path) -> None:
@@ -158,10 +239,19 @@ def _is_odd_tfrecord(name: str, pattern: re.Pattern[str]) -> bool:
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
-    """Every folder from `root` down with its visible entries that are not folders, in a fixed order."""
-    waiting = [root]
+    """Every folder from `root` down with its visible entries that are not folders, in a fixed order, each once.
+
+    A link to a folder inside the root is passed over, since that is found where it really is; one that leads out is
+    followed where the root allows it.
+    """
+    waiting, seen = [root], set()
     while waiting:
         folder = waiting.pop()
+        if isinstance(root, LinkedRoot):
+            real = folder.resolve()
+            if real in seen:  # a link that leads back, or a second one to the same place
+                continue
+            seen.add(real)
         files, folders = [], []
         for entry in _entries(folder):
             if entry.name.startswith(".") or entry.name.casefold() in _FOREIGN_FOLDERS:
@@ -169,7 +259,9 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
             if entry.is_dir(follow_symlinks=False):
                 folders.append(Path(entry.path))
             elif entry.is_symlink() and os.path.isdir(entry.path):
-                _inside(root, Path(entry.path))  # a link inside the root: its folder is found where it really is
+                _inside(root, Path(entry.path))
+                if not Path(entry.path).resolve().is_relative_to(root.resolve()):
+                    folders.append(Path(entry.path))
             else:
                 files.append(entry)
         yield folder, files
@@ -191,7 +283,8 @@ def _inside(root: Path, path: Path) -> str:
         inside(root, relative)
     except UserError as error:
         raise UserError(
-            f"{path}: is a link that leads out of the data root; set data.root to a folder that holds everything"
+            f"{path}: is a link that leads out of the data root; set data.root to a folder that holds everything, or "
+            "data.follow_links=true to allow such links"
         ) from error
     except (OSError, RuntimeError) as error:  # Path.resolve on a link that leads to itself
         raise UserError(f"{path}: is a link that leads nowhere") from error
@@ -223,7 +316,7 @@ def _video_id(match: re.Match[str], spec: DataSetSpec, path: Path) -> str:
 
 def id_of_folder(name: str, spec: DataSetSpec) -> str | None:
     """The video id that a folder of frames called `name` has, a bare number included; None for any other name."""
-    match = re.fullmatch(spec.patterns.frames, name, re.IGNORECASE) or re.fullmatch("(?P<id>[0-9]+)", name)
+    match = spec.patterns.compiled("frames").fullmatch(name) or re.fullmatch("(?P<id>[0-9]+)", name)
     return _video_id(match, spec, Path(name)) if match else None
 
 
@@ -235,21 +328,19 @@ def numbered_id(number: int, spec: DataSetSpec) -> str:
         raise UserError(f"data set {spec.name}: id_format {spec.id_format!r} does not take a number") from error
 
 
+_WORDS = {"video": "a video", "frames": "a folder of its frames", "tfrecord": "a TFRecord file of its frames"}
+
+
 def _sources(root: Path, files: _Files) -> dict[str, tuple[Kind, str]]:
     """The one source of each video, by folded id. Raises UserError where a video has two."""
-    words: dict[Kind, str] = {
-        "video": "a video",
-        "frames": "a folder of its frames",
-        "tfrecord": "a TFRecord file of its frames",
-    }
     sources: dict[str, tuple[Kind, str]] = {}
-    for kind, word in words.items():
+    for kind in KINDS:
         for key, path in sorted(_only_ones(root, files.of(kind), kind).items()):
             if key in sources:
                 other, other_path = sources[key]
                 raise UserError(
-                    f"{root / other_path} and {root / path}: {words[other]} and {word}; pixels may differ, "
-                    "so keep only one of them below the data root"
+                    f"{root / other_path} and {root / path}: {_WORDS[other]} and {_WORDS[kind]}; pixels may differ, "
+                    f"so choose with data.sources={other} or data.sources={kind}"
                 )
             sources[key] = (kind, path)
     return sources
@@ -265,19 +356,68 @@ def _only_ones(root: Path, found: dict[str, list[str]], role: str) -> dict[str, 
         real = {(root / path).resolve(): path for path in sorted(paths, key=lambda path: (root / path).is_symlink())}
         if len(real) > 1:
             first, second = sorted(paths)[:2]
-            raise UserError(f"{root / first} and {root / second}: two {what} for one video; remove one of them")
+            raise UserError(
+                f"{root / first} and {root / second}: two {what} for one video; {_choices(role, first, second)}"
+            )
         chosen[key] = min(paths, key=lambda path: ((root / path).is_symlink(), path))
     return chosen
 
 
-def _nothing_found(root: Path, spec: DataSetSpec, files: _Files) -> str:
+def _choices(role: str, first: str, second: str) -> str:
+    """How to take one of two files or folders of one video."""
+    one, other = PurePosixPath(first).parent, PurePosixPath(second).parent
+    folders = [folder for folder, rest in ((one, other), (other, one)) if not rest.is_relative_to(folder)]
+    if role in KINDS and folders:
+        choices = " or ".join(f"data.sources={role}:{folder}" for folder in folders)
+        return f"choose one with {choices}"
+    excluded = json.dumps({second: "second copy"}, ensure_ascii=False)
+    return f"remove one of them, or leave one out with --set 'data.exclude={excluded}'"
+
+
+def _nothing_found(root: Path, spec: DataSetSpec, data: DataConfig, files: _Files) -> str:
     endings = sorted(files.endings.items(), key=lambda item: (-item[1], item[0]))[:5]
     seen = ", ".join(f"{count} {ending}" for ending, count in endings) or "no files"
+    passed = passed_over_videos([path for path in files.unmatched if is_video(path)], (), spec)
+    passed |= passed_over_folders(files.image_folders, spec)
+    what = "" if data.sources == "auto" else f" (data.sources={data.sources})"
+    if passed:
+        (first, why), *rest = passed.items()
+        more = f" and {len(rest)} more ({_listed([path for path, _ in rest], 9)})" if rest else ""
+        return f"{root}: no videos of {spec.name} found{what}; {first}{more}: {why}; what is there: {seen}"
     names = " or ".join(filter(None, (spec.patterns.video, spec.patterns.tfrecord)))
     return (
-        f"{root}: no videos of {spec.name} found: looked for files named {names} and folders of images "
-        f"named {spec.patterns.frames}; what is there: {seen}"
+        f"{root}: no videos of {spec.name} found{what}: looked for files named {names} and folders of images named "
+        f"{spec.patterns.frames}; what is there: {seen}"
     )
+
+
+def _passed_over(
+    root: Path, spec: DataSetSpec, files: _Files, videos: Sequence[FoundVideo]
+) -> tuple[tuple[tuple[str, str], ...], list[str]]:
+    """What looks like a video of the data set and is none of those found, with the reasons, and notes on the rest."""
+    taken = [video.source for video in videos]
+    places = {PurePosixPath(video.source).parent for video in videos if video.kind == "frames"}
+    missed = [one for one in files.image_folders if one.named or PurePosixPath(one.path).parent in places]
+    others = [one.path for one in files.image_folders if one not in missed]
+    unmatched = [path for path in files.unmatched if is_video(path) and not _leads_inside(root, root / path)]
+    reasons = {**passed_over_videos(unmatched, taken, spec), **passed_over_folders(missed, spec)}
+    found = sorted(reasons.items(), key=lambda item: natural_key(item[0]))
+    notes = []
+    if others:
+        notes.append(f"{len(others)} other folder(s) of images, not named like a video: {_listed(others, 10)}")
+    if files.numbered:
+        folders = [folder.relative_to(root).as_posix() for _, folder in files.numbered]
+        parent = PurePosixPath(folders[0]).parent
+        notes.append(
+            f"{len(folders)} folder(s) of images with only a number for a name, beside videos with a name: "
+            f"{_listed(folders, 10)} (data.sources=frames:{parent} takes them)"
+        )
+    return (*found, *((path, "") for path in files.excluded)), notes
+
+
+def _leads_inside(root: Path, path: Path) -> bool:
+    """Whether a file is a link to another one below the root, which is found or listed where it really is."""
+    return path.is_symlink() and Path(os.path.realpath(path)).is_relative_to(root.resolve())
 
 
 def _left_over(
@@ -285,23 +425,33 @@ def _left_over(
     videos: Sequence[FoundVideo],
     sources: dict[str, tuple[Kind, str]],
     annotations: dict[str, dict[str, str]],
-    odd_tfrecords: Sequence[str],
+    files: _Files,
 ) -> Iterator[str]:
     """Notes on annotations without a video, videos without annotations and TFRecord files that name no video."""
-    if odd_tfrecords:
-        yield f"{len(odd_tfrecords)} TFRecord file(s) left out, not named like a video: {_listed(odd_tfrecords)}"
+    if odd := files.odd_tfrecords:
+        yield f"{len(odd)} TFRecord file(s) left out, not named like a video: {_listed(odd)}"
     for role, paths in annotations.items():
         orphans = [path for key, path in sorted(paths.items()) if key not in sources]
         if orphans:
-            yield f"{len(orphans)} {role} annotation file(s) belong to no video here: {_listed(orphans)}"
+            yield f"{len(orphans)} {role} annotation file(s) belong to no video here ({_listed(orphans, 10)})"
+    lacking = []
     for role, wanted in (("phase", True), ("tool", bool(spec.tools))):
         bare = [video.id for video in videos if getattr(video, role) is None and video.kind != "tfrecord"]
         if wanted and bare:
-            yield f"{len(bare)} video(s) without {role} annotations: {_listed(bare)}"
+            lacking.append(role)
+            yield f"{len(bare)} video(s) without {role} annotations ({_listed(bare, 10)})"
+    labels = [path for path in files.unmatched if looks_like_labels(path)]
+    if lacking and labels:
+        patterns = " or ".join(f"patterns.{role}, {getattr(spec.patterns, role)}" for role in lacking)
+        yield (
+            f"{len(labels)} file(s) look like annotations, but their names do not match {patterns}: "
+            f"{_listed(labels, 10)}; rename or convert them (tab-separated text), or describe their names there"
+        )
 
 
 def _listed(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f", ..., {more} more" if more > 0 and most > 3 else ", ..." if more > 0 else "")
 
 
 # ---------------------------------------------------------------------------------------------- frame folders
@@ -349,7 +499,7 @@ class FolderScan:
 def scan_folder(root: Path, relative: str, spec: DataSetSpec) -> FolderScan:
     """The images of the frame folder `relative`. Raises UserError for empty images and for two with one number."""
     folder = inside(root, relative)
-    pattern = re.compile(spec.patterns.frame, re.IGNORECASE)
+    pattern = spec.patterns.compiled("frame")
     images: dict[int, tuple[str, int]] = {}
     modified_ns = 0
     for entry in _entries(folder):
@@ -373,7 +523,7 @@ def scan_names(where: Path, names: Sequence[str], spec: DataSetSpec) -> FolderSc
 
     Raises UserError for a name that is no image's and for numbers that do not rise.
     """
-    pattern = re.compile(spec.patterns.frame, re.IGNORECASE)
+    pattern = spec.patterns.compiled("frame")
     numbers = []
     for name in names:
         match = pattern.fullmatch(name)

@@ -6,6 +6,7 @@ what names, containers and annotation files say; nothing is decoded. The same fi
 
 from __future__ import annotations
 
+import fnmatch
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -158,6 +159,7 @@ class Index(Strict):
     notes: tuple[str, ...] = ()
     made_from: str | None = None  # the older index files that videos and splits were taken from
     left_out: tuple[LeftOut, ...] = ()
+    passed_over: tuple[LeftOut, ...] = ()  # files and folders that no pattern takes, by path; not in the splits' order
 
     @model_validator(mode="after")
     def _ids_differ(self) -> Index:
@@ -195,6 +197,15 @@ class Index(Strict):
         ]
         kept = tuple(entry for entry in self.videos if entry.id not in reasons)
         return self.model_copy(update={"videos": kept, "left_out": (*self.left_out, *moved)})
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether something that was found, or looks like a video, is not in it although nobody asked for that."""
+        return any(not video.excluded for video in (*self.left_out, *self.passed_over))
+
+    def exclusions(self, exclude: Mapping[str, str]) -> dict[str, str]:
+        """What `data.exclude` names of all that was found (`exclusions`)."""
+        return exclusions(self.found_ids(), exclude, [one.id for one in self.passed_over])
 
     @property
     def missing(self) -> tuple[LeftOut, ...]:
@@ -243,7 +254,8 @@ class Index(Strict):
         )
 
     def to_json(self) -> dict[str, Any]:
-        value = self.model_dump(mode="json", exclude=None if self.left_out else {"left_out"})
+        empty = {name for name in ("left_out", "passed_over") if not getattr(self, name)}
+        value = self.model_dump(mode="json", exclude=empty)
         for video in value["videos"]:
             if video["times"] is None:
                 del video["times"]  # so that other indices keep their bytes
@@ -300,14 +312,16 @@ def build_index(
     is assigned ("none") and a note says so. Raises UserError naming the file and row at fault; when several videos
     are, the message is that of the first and names the others.
     """
-    found = find_videos(root, spec, leave_out)
+    found = find_videos(root, spec, data, leave_out)
     if only is not None:
         found = replace(
             found,
             videos=tuple(video for video in found.videos if video.id in only),
             faults=tuple(fault for fault in found.faults if fault[0] in only),
+            passed_over=(),
         )
-    excluded = exclusions([printable(name) for name in found.ids], data.exclude)
+    paths = {printable(path): reason for path, reason in found.passed_over}
+    excluded = exclusions([printable(name) for name in found.ids], data.exclude, tuple(paths))
     found = replace(
         found,
         videos=tuple(video for video in found.videos if video.id not in excluded),
@@ -334,6 +348,10 @@ def build_index(
         raise UserError(f"{faults[0][1]}{others}") from faults[0][1]
     require_one_base([(str(root / entry.source), entry.frames) for entry in entries if entry.frames], data)
     require_one_numbering([(str(root / entry.source), entry.records) for entry in entries if entry.records])
+    passed_over = [
+        LeftOut(id=path, reason=excluded.get(path, reason), excluded=path in excluded) for path, reason in paths.items()
+    ]
+    excluded = {name: reason for name, reason in excluded.items() if name not in paths}
     reasons = {printable(name): str(error).replace(f"{root}{os.sep}", "") for name, error in faults} | excluded
     ids = sorted([*(entry.id for entry in entries), *reasons], key=natural_key)
     splits = assign_splits(ids, spec, data.split)
@@ -348,17 +366,20 @@ def build_index(
         videos=tuple(entry.model_copy(update={"split": splits[entry.id]}) for entry in entries),
         notes=tuple(map(printable, notes)),  # file names may be no text
         left_out=tuple(left_out),
+        passed_over=tuple(passed_over),
     )
 
 
-def exclusions(ids: Sequence[str], exclude: Mapping[str, str]) -> dict[str, str]:
+def exclusions(ids: Sequence[str], exclude: Mapping[str, str], paths: Sequence[str] = ()) -> dict[str, str]:
     """Which of these videos the setting `data.exclude` leaves out, and why: the first entry that names a video counts.
 
-    Raises UserError for an entry that names none.
+    An entry that names no video may name `paths` of what was passed over. Raises UserError for one that names neither.
     """
     found: dict[str, str] = {}
     for entry, reason in exclude.items():
-        for video_id in matching_ids(ids, entry, "data.exclude"):
+        named = [path for path in paths if fnmatch.fnmatchcase(normal_id(path), normal_id(entry))]
+        videos = bool(fnmatch.filter(ids, normal_id(entry))) or not named
+        for video_id in matching_ids(ids, entry, "data.exclude") if videos else named:
             found.setdefault(video_id, f"excluded: {reason}" if reason else "excluded by data.exclude")
     return found
 
@@ -609,8 +630,8 @@ def check_index(index: Index, root: Path, progress: Progress | None = None) -> l
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; set data.root (or SURGSTAGE_DATA) to where the indexed videos lie")
-    faults = [video for video in index.left_out if not video.excluded]
-    problems = [f"{video.id}: left out of the index: {video.reason}" for video in faults]
+    problems = [f"{video.id}: left out of the index: {video.reason}" for video in index.left_out if not video.excluded]
+    problems += [f"{one.id}: passed over: {one.reason}" for one in index.passed_over if not one.excluded]
     for done, entry in enumerate(index.videos):
         if progress:
             progress(done, len(index.videos), entry.id)

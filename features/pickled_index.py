@@ -209,7 +209,7 @@ def index_from_pickles(
     order = parse_phase_order(phase_order, spec, str(files[0]))
     pickled = _by_id([video for file in files for video in read_pickled_index(file, spec)], spec)
     say(f"phases in {', '.join(file.name for file in files)}: {describe_order(order)}")
-    found = {video.id: video for video in find_videos(root, spec).videos}
+    found = {video.id: video for video in find_videos(root, spec, config.data).videos}
     labels = {}
     for video_id, video in pickled.items():
         if video_id not in found:

@@ -186,7 +186,7 @@ def _what_is_there(config: Config, root: Path) -> Iterable[Finding]:
     from features.discover import find_videos
 
     try:
-        found = find_videos(root, load_dataset(config.data.dataset))
+        found = find_videos(root, load_dataset(config.data.dataset), config.data)
     except UserError as error:
         yield Finding("FAIL", "data root", str(error))
         return

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from configs.errors import UserError
 from configs.load import load_dataset
-from configs.schema import DataConfig, DataSetSpec
+from configs.schema import VIDEO_ENDINGS, DataConfig, DataSetSpec, file_pattern
+from engine.files import LinkedRoot, inside
 from features.discover import (
     FolderLayout,
     LabelEnd,
@@ -24,6 +25,7 @@ from features.discover import (
     scan_folder,
     source_frames,
 )
+from features.unmatched import suggested_pattern
 
 SPEC = load_dataset("cholec80")
 M2CAI = load_dataset("m2cai16-workflow")
@@ -37,13 +39,15 @@ def make(root: Path, *paths: str) -> Path:
     return root
 
 
-def found(root: Path, spec: DataSetSpec = SPEC) -> dict[str, tuple[str, str | None, str | None]]:
-    return {video.id: (video.source, video.phase, video.tool) for video in find_videos(root, spec).videos}
+def found(
+    root: Path, spec: DataSetSpec = SPEC, data: DataConfig | None = None
+) -> dict[str, tuple[str, str | None, str | None]]:
+    return {video.id: (video.source, video.phase, video.tool) for video in find_videos(root, spec, data).videos}
 
 
-def refusal(root: Path, spec: DataSetSpec = SPEC) -> str:
+def refusal(root: Path, spec: DataSetSpec = SPEC, data: DataConfig | None = None) -> str:
     with pytest.raises(UserError) as caught:
-        find_videos(root, spec)
+        find_videos(root, spec, data)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
@@ -133,13 +137,195 @@ def test_a_folder_of_images_is_a_video_and_a_folder_without_is_not(tmp_path: Pat
 def test_what_is_left_over_is_noted(tmp_path: Path) -> None:
     make(tmp_path, "video01.mp4", "video02.mp4", "video02-phase.txt", *(f"p/video{n}-phase.txt" for n in range(3, 8)))
     assert find_videos(tmp_path, SPEC).notes == (
-        "5 phase annotation file(s) belong to no video here: p/video3-phase.txt, p/video4-phase.txt, "
-        "p/video5-phase.txt, ...",
-        "1 video(s) without phase annotations: video01",
-        "2 video(s) without tool annotations: video01, video02",
+        "5 phase annotation file(s) belong to no video here (p/video3-phase.txt, p/video4-phase.txt, "
+        "p/video5-phase.txt, p/video6-phase.txt, p/video7-phase.txt)",
+        "1 video(s) without phase annotations (video01)",
+        "2 video(s) without tool annotations (video01, video02)",
     )
     make(tmp_path, "m/workflow_video_01.mp4", "m/workflow_video_01.txt")
     assert find_videos(tmp_path / "m", M2CAI).notes == ()
+
+
+# ---------------------------------------------------------------------------------------------- names in use
+
+
+@pytest.mark.parametrize("container", VIDEO_ENDINGS)
+def test_every_container_that_the_readers_read_is_found(tmp_path: Path, container: str) -> None:
+    make(tmp_path, f"Video 01.{container.upper()}", f"workflow_video_07.{container}")
+    assert list(found(tmp_path)) == ["video01"]
+    assert list(found(tmp_path, M2CAI)) == ["workflow_video_07"]
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["VID01", "Video 1", "video-01", "video01.mp4", "video01_frames", "video01/frames", "video01/images", "1", "01"],
+)
+def test_frame_folders_are_found_by_the_names_in_use(tmp_path: Path, folder: str) -> None:
+    make(tmp_path, *(f"cutMargin/{folder}/{number:08d}.jpg" for number in range(3)))
+    assert list(found(tmp_path).values()) == [(f"cutMargin/{folder}", None, None)]
+    assert list(found(tmp_path)) == ["video01"]
+
+
+@pytest.mark.parametrize(
+    ("form", "taken"),
+    [
+        ("frame{}.jpg", True),
+        ("img{:05d}.png", True),
+        ("IMG_{}.JPG", True),
+        ("frame_{:06d}.bmp", True),
+        ("({}).webp", True),
+        ("frame ({}).tif", True),
+        ("frame {}.tiff", True),
+        ("video01_{}.jpeg", True),
+        ("图像_{:06d}.jpg", True),
+        ("000001 ({}).jpg", False),  # copies of one image
+        ("thumb{}.jpg", False),
+        ("{}.gif", False),
+    ],
+)
+def test_images_are_found_by_the_names_in_use(tmp_path: Path, form: str, taken: bool) -> None:
+    make(tmp_path, "frames/video01/x_1.jpg", *(f"frames/video02/{form.format(number)}" for number in (1, 2)))
+    assert list(found(tmp_path)) == ["video01", *(["video02"] * taken)]
+    if taken:
+        assert scan_folder(tmp_path, "frames/video02", SPEC).numbers.tolist() == [1, 2]
+
+
+def test_a_number_alone_is_a_name_only_where_no_folder_has_a_better_one(tmp_path: Path) -> None:
+    make(tmp_path, "1/1.jpg", "1/2.jpg", "videos/video01.mp4", "videos/video02.mp4")
+    assert list(found(tmp_path)) == ["video01", "video02"]
+    discovery = find_videos(tmp_path, SPEC)
+    assert discovery.passed_over == ()
+    assert any("only a number for a name" in note and "1 (" in note for note in discovery.notes)
+    assert found(tmp_path, data=DataConfig(sources="frames:1")) == {"video01": ("1", None, None)}
+    make(tmp_path / "m2cai", "1/1.jpg", "1/2.jpg")  # videos there have names and no numbers
+    assert "1: a folder of images: its name does not match patterns.frames" in refusal(tmp_path / "m2cai", M2CAI)
+
+
+# ---------------------------------------------------------------------------------------------- which sources
+
+
+SURGFORMER = ("videos/video01.mp4", "frames/video01/1.jpg", "frames_cutmargin/video01/1.jpg")
+
+
+@pytest.mark.parametrize(
+    ("sources", "taken"),
+    [
+        ("video", SURGFORMER[0]),
+        ("video:videos", SURGFORMER[0]),
+        ("frames:frames", "frames/video01"),
+        ("frames:frames_cutmargin", "frames_cutmargin/video01"),
+        ("tfrecord", "video01.tfrecord"),
+    ],
+)
+def test_the_setting_chooses_kind_and_folder(tmp_path: Path, sources: str, taken: str) -> None:
+    make(tmp_path, *SURGFORMER, "video01.tfrecord", "video01-phase.txt")
+    phase = None if sources == "tfrecord" else "video01-phase.txt"
+    assert found(tmp_path, data=DataConfig(sources=sources)) == {"video01": (taken, phase, None)}
+
+
+def test_what_is_not_clear_names_the_setting_that_answers(tmp_path: Path) -> None:
+    make(tmp_path, *SURGFORMER)
+    assert refusal(tmp_path).endswith(
+        "two frame folders for one video; choose one with data.sources=frames:frames or "
+        "data.sources=frames:frames_cutmargin"
+    )
+    (tmp_path / "frames_cutmargin/video01/1.jpg").unlink()
+    assert refusal(tmp_path).endswith("so choose with data.sources=video or data.sources=frames")
+    assert "no folder nowhere below" in refusal(tmp_path, data=DataConfig(sources="frames:nowhere"))
+    with pytest.raises(ValueError, match="frames:FOLDER"):
+        DataConfig(sources="frame")
+
+
+def test_one_of_two_files_of_a_video_can_be_excluded_by_its_path(tmp_path: Path) -> None:
+    make(tmp_path, "video01.mp4", "video01.mpg", "old/video01-phase.txt", "video01-phase.txt", "video02.mp4")
+    assert """--set 'data.exclude={"video01.mpg": "second copy"}'""" in refusal(tmp_path)
+    data = DataConfig(exclude={"video01.mpg": "second copy", "old/*": "first try"})
+    assert found(tmp_path, data=data)["video01"] == ("video01.mp4", "video01-phase.txt", None)
+    assert "is all there is of video02; name the video" in refusal(
+        tmp_path, data=DataConfig(exclude=["*/video02.mp4", "*.mp4"])
+    )
+
+
+# ---------------------------------------------------------------------------------------------- passed over
+
+
+def passed_over(root: Path, spec: DataSetSpec = SPEC) -> dict[str, str]:
+    return dict(find_videos(root, spec).passed_over)
+
+
+def test_every_video_file_that_is_passed_over_is_named_with_a_remedy(tmp_path: Path) -> None:
+    make(tmp_path, "video01.mp4", "more/case_07.m2ts", "intro.h264")
+    reasons = passed_over(tmp_path)
+    assert list(reasons) == ["intro.h264", "more/case_07.m2ts"]
+    assert (
+        "rename it like video01.mp4, or set patterns.video to 'case_(?P<id>\\d+)\\.{video}'"
+        in reasons["more/case_07.m2ts"]
+    )
+    assert "ffmpeg -framerate" in reasons["intro.h264"]
+
+
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        (("video02_part1.mp4", "video02_part2.mp4"), True),
+        (("video02-1.avi", "video02-2.avi"), True),
+        (("02-1.avi", "02-2.avi"), True),
+        (("Op3_A.mov", "Op3_B.mov"), True),
+        (("case4 pt 2.mts",), True),
+        (("video02_2.mp4",), True),
+        (("case_07.mts", "case_08.mts"), False),
+        (("2024-01-05.mp4", "2024-01-06.mp4"), False),
+        (("Op7.final.mp4",), False),
+    ],
+)
+def test_parts_of_one_recording_are_called_so(tmp_path: Path, names: Sequence[str], parts: bool) -> None:
+    make(tmp_path, "video01.mp4", *names)
+    reasons = passed_over(tmp_path)
+    assert list(reasons) == list(names)
+    assert all(("one part of a recording" in reason) == parts for reason in reasons.values())
+
+
+def test_what_is_no_video_of_its_own_is_not_missed(tmp_path: Path) -> None:
+    make(
+        tmp_path,
+        *("video01.mp4", "video01 (1).mp4", "video01 - Copy.mp4", "README.md", "stats.csv", "video01-timestamp.txt"),
+        *("video01-phase.txt", "video01-tool.txt", "thumbnails/a.jpg", "thumbnails/b.jpg", "ribbons.png"),
+    )
+    (tmp_path / "best.mp4").symlink_to("video01.mp4")
+    discovery = find_videos(tmp_path, SPEC)
+    assert discovery.passed_over == ()
+    assert discovery.notes == ("1 other folder(s) of images, not named like a video: thumbnails",)
+
+
+def test_a_folder_of_images_beside_frame_folders_is_passed_over(tmp_path: Path) -> None:
+    make(tmp_path, *(f"frames/{name}/{n}.jpg" for name in ("video01", "case_2", "case_3") for n in (1, 2)))
+    make(tmp_path, "frames/video04/000001_t0s.jpg", "frames/video04/000002_t0s.jpg")
+    reasons = passed_over(tmp_path)
+    assert list(reasons) == ["frames/case_2", "frames/case_3", "frames/video04"]
+    assert "set patterns.frames to 'case_(?P<id>\\d+)'" in reasons["frames/case_2"]
+    assert "set patterns.frame to '(?P<frame>\\d+)_t\\d+s\\.{image}'" in reasons["frames/video04"]
+
+
+def test_label_files_that_match_no_pattern_are_noted_where_labels_are_missing(tmp_path: Path) -> None:
+    make(tmp_path, "video01.mp4", "video01-tool.txt", "video01-phase.csv", "annotations/all.json", "stats.csv")
+    note = next(note for note in find_videos(tmp_path, SPEC).notes if "look like annotations" in note)
+    assert note.startswith("2 file(s) look like annotations, but their names do not match patterns.phase")
+    assert "video01-phase.csv, annotations/all.json" in note
+    make(tmp_path, "video01-phase.txt")
+    assert find_videos(tmp_path, SPEC).notes == ()
+
+
+NAMES = st.text(st.characters(categories=("L", "N", "Zs", "P")), min_size=1, max_size=12)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(NAMES, min_size=1, max_size=4, unique=True), st.sampled_from(["video", "frames", "frame"]))
+def test_the_pattern_that_is_proposed_takes_the_names(names: list[str], role: str) -> None:
+    names = [name.replace("/", "_") + {"video": ".mov", "frames": "", "frame": ".png"}[role] for name in names]
+    names = [name for name in names if role != "frame" or any(character.isdecimal() for character in name)]
+    if names:
+        pattern = file_pattern(suggested_pattern(role, names, SPEC.patterns))
+        assert all(pattern.fullmatch(name) for name in names)
 
 
 # ---------------------------------------------------------------------------------------------- refused
@@ -158,7 +344,10 @@ def test_no_videos_says_what_was_looked_for_and_what_is_there(tmp_path: Path) ->
         f"named {SPEC.patterns.frames}; what is there: no files"
     )
     make(tmp_path, "case1.mp4", "case2.mp4", "x/video01-phase.txt")
-    assert refusal(tmp_path).endswith("what is there: 2 .mp4, 1 .txt")
+    message = refusal(tmp_path)
+    assert message.endswith("what is there: 2 .mp4, 1 .txt")
+    assert "case1.mp4 and 1 more (case2.mp4): its name does not match patterns.video" in message
+    assert r"rename it like video01.mp4, or set patterns.video to 'case(?P<id>\d+)\.{video}'" in message
 
 
 @pytest.mark.parametrize(
@@ -203,6 +392,33 @@ def test_links_that_lead_out_are_refused(tmp_path: Path) -> None:
     root = make(tmp_path / "root", "video01.mp4")
     (root / "notes.txt").symlink_to(tmp_path / "elsewhere/notes.txt")
     assert list(found(root)) == ["video01"]
+
+
+def test_links_that_lead_out_are_followed_where_that_is_allowed(tmp_path: Path) -> None:
+    """A hub's cache: every file a link to a blob without an ending; links that lead back or nowhere end no walk."""
+    make(tmp_path, "blobs/a1", "blobs/a2", "elsewhere/video03/000001.jpg", "elsewhere/video03/000002.jpg")
+    root = make(tmp_path / "snapshots/r1", "video04.mp4")
+    for name, target in (
+        ("video01.mp4", "../../blobs/a1"),
+        ("video02.mkv", "../../blobs/a2"),
+        ("up", ".."),
+        ("me", "."),
+    ):
+        (root / name).symlink_to(target)
+    (root / "video03").symlink_to(tmp_path / "elsewhere/video03")
+    (root / "again").symlink_to(tmp_path / "elsewhere")
+    (root / "loop").symlink_to("loop")
+    (tmp_path / "elsewhere/back").symlink_to(root)
+    videos = find_videos(LinkedRoot(root), SPEC).videos
+    assert [video.id for video in videos] == ["video01", "video02", "video03", "video04"]
+    assert refusal(root).endswith("or data.follow_links=true to allow such links")
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../outside.mp4", "a/../../outside.mp4", "a\0b"])
+def test_no_path_of_an_index_leaves_a_root_whose_links_may(tmp_path: Path, path: str) -> None:
+    make(tmp_path, "outside.mp4", "root/a/video01.mp4")
+    with pytest.raises(UserError):
+        inside(LinkedRoot(tmp_path / "root"), path)
 
 
 def test_links_inside_the_root_are_no_second_copy(tmp_path: Path) -> None:

@@ -194,8 +194,8 @@ def test_either_tasks_annotations_may_be_missing(tmp_path: Path) -> None:
     assert (tools == -1).all()
     assert tools.shape == (4, 7)
     assert index.notes[:2] == (
-        "1 video(s) without phase annotations: video01",
-        "1 video(s) without tool annotations: video02",
+        "1 video(s) without phase annotations (video01)",
+        "1 video(s) without tool annotations (video02)",
     )
     assert check_index(index, root) == []
 

@@ -1,0 +1,156 @@
+"""What lies below a data root and matches no pattern of the data set, and what would include it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from configs.schema import IMAGE_ENDINGS, VIDEO_ENDINGS, DataSetSpec, FilePatterns, file_pattern
+
+# Video too, but not taken: streams without a container and so without times, and containers that are read wrongly.
+_STREAMS = ("h264", "264", "avc", "h265", "265", "hevc", "m1v", "m2v", "mpv")
+_VIDEO = frozenset((*VIDEO_ENDINGS, *_STREAMS, "rm", "rmvb", "y4m", "ogm"))
+_LABELS = frozenset(("txt", "csv", "tsv", "json", "xml", "xls", "xlsx", "mat"))
+_OF_LABELS = re.compile(r"phase|tool|label|annot|workflow", re.IGNORECASE)
+# `video02_part1`, `Op3-2`, `case4_B`: what a camera has cut. Without the word, the first part must lie there too.
+_PART = re.compile(
+    r"(?P<whole>.*?\d.*?)[ _.-]*((?P<word>part|pt|teil|cd|clip|seg(ment)?)[ _.-]*|(?<=[ _.-]))(?P<part>\d{1,2}|[a-h])",
+    re.IGNORECASE,
+)
+_COPY = re.compile(r"(?P<whole>.+?)( ?\(\d\)| - (Copy|Kopie)( \(\d\))?)", re.IGNORECASE)
+_EXAMPLE_ENDINGS = {"video": ".mp4", "frames": "", "frame": ".jpg"}
+_TAILS = {"video": r"\.{video}", "frames": "", "frame": r"\.{image}"}
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """A folder of images that is no frame folder: its path below the root and the first images' names.
+
+    `named`: its own name is that of a frame folder, and only those of its images do not match.
+    """
+
+    path: str
+    images: tuple[str, ...]
+    named: bool
+
+
+def ending(name: str) -> str:
+    """A file name's ending in lower case, without the dot."""
+    return PurePosixPath(name).suffix[1:].lower()
+
+
+def is_video(name: str) -> bool:
+    """Whether a file is called like a video, one that is not taken included."""
+    return ending(name) in _VIDEO
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is called like an image."""
+    return ending(name) in IMAGE_ENDINGS
+
+
+def looks_like_labels(path: str) -> bool:
+    """Whether a file's name or folder speaks of annotations; Cholec80's files of time stamps are none."""
+    return ending(path) in _LABELS and bool(_OF_LABELS.search(path)) and "timestamp" not in path.lower()
+
+
+def passed_over_videos(paths: Sequence[str], taken: Sequence[str], spec: DataSetSpec) -> dict[str, str]:
+    """Why each of these video files was passed over, and what would include it; `taken` are those that were not.
+
+    A copy beside its original, as browsers and desktops make them, is not missed.
+    """
+    beside = {path.casefold() for path in (*taken, *paths)}
+    paths = [path for path in paths if not _copies_one_of(path, beside)]
+    reasons = {
+        path: f"looks like one part of a recording: join its parts into {whole} (`ffmpeg -f concat -safe 0 -i LIST.txt "
+        f"-c copy {whole}`, a line such as file 'PART' in LIST.txt for each), and move the parts out of the data root"
+        for path, whole in _parts(paths, taken, spec).items()
+    }
+    for path in paths:
+        if path not in reasons and ending(path) in _STREAMS:
+            reasons[path] = (
+                "is a stream without a container: make one with `ffmpeg -framerate FPS -i FILE -crf 12 NEW.mp4`"
+            )
+    rest = [path for path in paths if path not in reasons]
+    return reasons | dict.fromkeys(rest, _no_match("video", rest, spec))
+
+
+def passed_over_folders(folders: Sequence[ImageFolder], spec: DataSetSpec) -> dict[str, str]:
+    """Why each of these folders of images was passed over, and what would include it."""
+    images = _no_match("frame", [name for folder in folders if folder.named for name in folder.images], spec)
+    names = _no_match("frames", [folder.path for folder in folders if not folder.named], spec)
+    return {
+        folder.path: f"images such as {folder.images[0]}: {images}" if folder.named else f"a folder of images: {names}"
+        for folder in folders
+    }
+
+
+def _copies_one_of(path: str, beside: set[str]) -> bool:
+    place = PurePosixPath(path)
+    match = _COPY.fullmatch(place.stem)
+    return match is not None and str(place.with_name(match["whole"] + place.suffix)).casefold() in beside
+
+
+def _parts(paths: Sequence[str], taken: Sequence[str], spec: DataSetSpec) -> dict[str, str]:
+    """The files that are one part of a recording, with a name for the whole."""
+    matches = {path: match for path in (*paths, *taken) if (match := _PART.fullmatch(PurePosixPath(path).stem))}
+    wholes = {
+        path: PurePosixPath(path).with_name(f"{m['whole']}{PurePosixPath(path).suffix}") for path, m in matches.items()
+    }
+    numbers: dict[PurePosixPath, set[str]] = {}
+    for path, whole in wholes.items():
+        numbers.setdefault(whole, set()).add(matches[path]["part"].lower().lstrip("0"))
+    pattern = spec.patterns.compiled("video")
+
+    def is_part(path: str) -> bool:
+        whole = wholes[path]
+        cut = len(numbers[whole]) > 1 and bool(numbers[whole] & {"", "1", "a"})
+        return bool(cut or matches[path]["word"] or pattern.fullmatch(whole.name))
+
+    return {path: wholes[path].name for path in paths if path in wholes and is_part(path)}
+
+
+def _no_match(role: str, paths: Sequence[str], spec: DataSetSpec) -> str:
+    """That these names match no pattern, a name that would, and a pattern that would take them."""
+    if not paths:
+        return ""
+    subject, it = ("their names do", "them") if role == "frame" else ("its name does", "it")
+    examples = (
+        f"{stem}{_EXAMPLE_ENDINGS[role]}" for stem in ("000001", "video01", "workflow_video_01", "case01", "01")
+    )
+    like = next(
+        (f"rename {it} like {name}, or " for name in examples if spec.patterns.compiled(role).fullmatch(name)), ""
+    )
+    pattern = suggested_pattern(role, [PurePosixPath(path).name for path in paths], spec.patterns)
+    shown = "" if role == "frame" else f", {getattr(spec.patterns, role)}"
+    return (
+        f"{subject} not match patterns.{role} of {spec.name}{shown}; {like}set "
+        f"patterns.{role} to '{pattern}' in a copy of its description that data.dataset names"
+    )
+
+
+def suggested_pattern(role: str, names: Sequence[str], patterns: FilePatterns) -> str:
+    """A pattern for all of these names: the present one with more endings, or one made from the first name."""
+    tail, group = _TAILS[role], "frame" if role == "frame" else "id"
+    widened = re.sub(r"\\\.(\([\w|]+\)|\w+)$", lambda _: tail, getattr(patterns, role)) if tail else ""
+    stem = PurePosixPath(names[0]).stem if tail else names[0]
+    parts = re.findall(r"\d+|\D+", stem)
+    numbers = [at for at, part in enumerate(parts) if part.isdecimal()]
+    # Of an image's numbers the frame's is the one that goes up; of a video's the first is as good a guess as any.
+    others = [re.findall(r"\d+|\D+", PurePosixPath(name).stem) for name in names[1:]] if role == "frame" else []
+    rising = [at for at in numbers if any(at < len(other) and other[at] != parts[at] for other in others)]
+    marked = next(iter(rising or numbers), None)
+    made = "".join(
+        rf"(?P<{group}>\d+)"
+        if at == marked
+        else r"\d+"
+        if part.isdecimal()
+        else re.sub(r"\\([ \-#])", r"\1", re.escape(part))
+        for at, part in enumerate(parts)
+    )
+    for pattern in (widened, made + tail):
+        if group in pattern and all(file_pattern(pattern).fullmatch(name) for name in names):
+            return pattern
+    return rf"\D*(?P<frame>\d+).*{tail}" if role == "frame" else f"(?P<id>.+){tail}"
