@@ -7,10 +7,14 @@ pictures than the file has bytes (ISO/IEC 14496-12, `stsz` and `trun`).
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
 
 MAX_PICTURES = 20_000_000  # of one video: nine days at 25 fps; sound may have more samples
 MAX_BOXES = 500_000  # hours of fragments have some 100,000; more is a file made to keep us busy
@@ -18,7 +22,8 @@ MAX_BOXES = 500_000  # hours of fragments have some 100,000; more is a file made
 TOP_LEVEL = frozenset(
     {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"sidx", b"styp", b"uuid", b"mfra"}
 )
-_CONTAINERS = frozenset({b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf"})
+_AVI_ENTRY = np.dtype([("stream", "S2"), ("kind", "S2"), ("flags", "<u4"), ("offset", "<u4"), ("size", "<u4")])
+_CONTAINERS = frozenset({b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf", b"edts"})
 
 
 def overclaim(path: Path) -> str | None:
@@ -43,6 +48,57 @@ def overclaim(path: Path) -> str | None:
                 if samples > min(size, 4 * MAX_PICTURES):
                     return f"its fragments claim {samples:,} pictures, more than it can hold"
     return None
+
+
+def picture_times(path: Path) -> NDArray[np.int64] | None:
+    """When the pictures of an MP4 file's video are shown, (N,) ticks of its track in decoding order, from its tables.
+
+    None where the tables alone do not say: several video tracks, fragments, edits that cut or pause, other files.
+    """
+    size = path.stat().st_size
+    tracks: list[dict[bytes, bytes]] = []
+    with path.open("rb") as stream:
+        for kind, body in itertools.islice(_boxes(stream, size), MAX_BOXES):
+            if kind == b"moof":
+                return None
+            if kind == b"trak":
+                tracks.append({})
+            elif tracks and kind in {b"hdlr", b"elst", b"stts", b"ctts"}:
+                rows = int.from_bytes(_read(stream, body + 4, 4), "big") if kind != b"hdlr" else 1
+                tracks[-1][kind] = _read(stream, body + 8, min(8 * rows, size) // 8 * 8)
+    video = [track for track in tracks if track.get(b"hdlr", b"")[:4] == b"vide"]
+    if len(video) != 1 or len(video[0].get(b"elst", b"")) > 8:
+        return None
+    steps = _repeated(video[0].get(b"stts", b""))
+    delays = _repeated(video[0][b"ctts"]) if b"ctts" in video[0] else np.zeros_like(steps)
+    if len(steps) != len(delays) or not len(steps) or steps.min() < 0:
+        return None
+    return np.cumsum(steps) - steps + delays
+
+
+def _repeated(table: bytes) -> NDArray[np.int64]:
+    """The values of a table of (how often, value), each so often; none where they are more than a video's."""
+    counts, values = np.frombuffer(table, ">i4").astype(np.int64).reshape(-1, 2).T
+    usable = (counts >= 0).all() and counts.sum() <= MAX_PICTURES
+    return values.repeat(counts) if usable else values[:0]
+
+
+def empty_tail(path: Path) -> int:
+    """How many empty chunks end the first video stream of an AVI file, as its index (`idx1`) says."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        offset = 12
+        for _ in range(MAX_BOXES):
+            kind, length = struct.unpack("<4sI", _read(stream, offset, 8))
+            if kind == b"idx1":
+                entries = np.frombuffer(_read(stream, offset + 8, min(length, size) // 16 * 16), _AVI_ENTRY)
+                video = entries[np.isin(entries["kind"], (b"dc", b"db"))]
+                filled = np.flatnonzero(video["size"][video["stream"] == video["stream"][:1]])
+                return int((video["stream"] == video["stream"][:1]).sum() - filled[-1] - 1) if len(filled) else 0
+            offset += 8 + length + length % 2
+            if offset + 8 > size:
+                break
+    return 0
 
 
 def end(stream: BinaryIO, size: int) -> int:

@@ -1,7 +1,8 @@
 """The index of a data set: which videos there are, what they are made of, how long, which split, which labels.
 
 `index.json` holds paths relative to the data root and never the root itself, so a data set can move. It is written from
-what names, containers and annotation files say; nothing is decoded. The same files give the same bytes.
+what names, containers and annotation files say; of each video the first few pictures are decoded, to see whether they
+have the times that the container says. The same files give the same bytes.
 """
 
 from __future__ import annotations
@@ -124,7 +125,8 @@ class VideoEntry(Strict):
     def most_fps(self) -> float:
         """The highest rate that this video can be sampled at."""
         if self.times is not None:  # recorded at a higher rate than the mean, with pauses
-            return max(self.fps, 1.0 / float(np.median(np.diff(self.times.seconds(self.frame_count)))))
+            usual_s = float(np.median(np.diff(self.times.seconds(self.frame_count))))
+            return max(self.fps, 1.0 / usual_s if usual_s > 0 else 0.0)
         return self.fps / self.image_stride
 
 
@@ -303,7 +305,7 @@ def build_index(
     only: Collection[str] | None = None,
     leave_out: bool = False,
 ) -> Index:
-    """The index of the data set below `root` (or of the videos `only`), with splits. Nothing is written or decoded.
+    """The index of the data set below `root` (or of the videos `only`), with splits. Nothing is written.
 
     With `leave_out`, a video that cannot be read, or whose annotations cannot, is left out and costs no other; the
     others' splits are those that they would have with it. So are videos that `data.exclude` names, unread.
@@ -407,8 +409,9 @@ def _build_entry(
     phase = _read_annotation(root, video.phase, parse_phases, spec)
     tools = _read_annotation(root, video.tool, parse_tools, spec)
     tracks: list[PhaseTrack | ToolTrack] = [read.track for read in (phase, tools) if read is not None]
+    source_notes: tuple[str, ...] = ()
     if video.kind == "video":
-        source = _probe(root, video.source, data.full_hash)
+        source, source_notes = _probe(root, video.source, data.full_hash)
     elif video.kind == "tfrecord":
         source = _read_records(root, video.source, video.id, spec, order, data.full_hash)
     else:
@@ -430,7 +433,7 @@ def _build_entry(
         problem = f"is {what}" if what else f"{_first_fault(error)}; re-encode it or leave it out"
         raise UserError(f"{root / video.source}: {problem}") from error
     _, _, notes = _fitted(entry, root, spec, phase, tools)
-    return entry, notes
+    return entry, source_notes + notes
 
 
 @dataclass(frozen=True)
@@ -451,13 +454,14 @@ def _read_annotation(root: Path, relative: str | None, parse: Callable, spec: Da
     return _Annotation(file, track)
 
 
-def _probe(root: Path, relative: str, full_hash: bool) -> dict[str, Any]:
-    """What the index says about a video file."""
+def _probe(root: Path, relative: str, full_hash: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What the index says about a video file, and notes on it."""
     path = inside(root, relative)
     info = probe_video(path)
     if info.frame_count < 1:
         raise UserError(f"{path}: holds no frames")
-    return {**_file_state(path, full_hash), "fps": info.fps, "frame_count": info.frame_count}
+    found = {"fps": info.fps, "frame_count": info.frame_count, "times": info.times}
+    return {**_file_state(path, full_hash), **found}, info.notes
 
 
 def _read_records(
@@ -520,7 +524,7 @@ def index_of_source(path: Path, spec: DataSetSpec, data: DataConfig) -> tuple[In
     described = (
         _measure(place.parent, place.name, spec, data, None)
         if kind == "frames"
-        else _probe(place.parent, place.name, data.full_hash)
+        else _probe(place.parent, place.name, data.full_hash)[0]
     )
     try:
         entry = VideoEntry(
@@ -622,7 +626,7 @@ def _fitted(
 
 
 def check_index(index: Index, root: Path, progress: Progress | None = None) -> list[str]:
-    """What is no longer as indexed, a line a problem; empty when all is well. Decodes nothing.
+    """What is no longer as indexed, a line a problem; empty when all is well.
 
     Sources: present, same size, time and hash of the ends (and of the whole, where recorded), same rate, as many
     packets as frames; of TFRecord files every checksum. Annotations: present, same hash, readable, fitting their video.
@@ -658,7 +662,11 @@ def _check_source(entry: VideoEntry, root: Path, spec: DataSetSpec) -> str | Non
         relabelled = now.pop("records") != entry.records
         difference = f"{path}: its labels are not those that were indexed; run index again" if relabelled else None
         return difference or _difference(entry, now, path)
-    difference = _difference(entry, _probe(root, entry.source, entry.sha256 is not None), path)
+    now, _ = _probe(root, entry.source, entry.sha256 is not None)
+    other_times = now.pop("times") != entry.times
+    difference = _difference(entry, now, path)
+    if other_times and difference is None:
+        return f"{path}: its frames are shown at other times than were indexed; run index again"
     packets = entry.frame_count if difference else count_packets(path)
     if packets != entry.frame_count:
         return f"{path}: holds {packets} frames where its header says {entry.frame_count}; re-encode it"

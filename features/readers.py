@@ -1,9 +1,17 @@
-"""Frames out of videos and image folders: frame k is the k-th frame in presentation order, whatever reads it.
+"""Frames out of videos and image folders: frame k is the k-th that is shown, at its own time, whatever reads it.
 
-**Definition.** Frame k of a video is the k-th picture that a player shows (by presentation time, pictures that an edit
-list hides left out); its pixels are FFmpeg's conversion to 8-bit RGB with the stream's own colour matrix and range.
-A rotation noted in the container (a multiple of 90 degrees) is applied, by both readers, because annotators worked on
-what their player showed. In a frame folder, frame k is the image of source frame k; an EXIF rotation is applied.
+**Definition.** Frame k of a video is the k-th picture that a player shows (pictures that an edit list hides left out);
+its pixels are FFmpeg's conversion to 8-bit RGB with the stream's own colour matrix and range. Its time is that of its
+time stamp, counted from frame 0. A rotation noted in the container (a multiple of 90 degrees) is applied, by both
+readers, because annotators worked on what their player showed. In a frame folder, frame k is the image of source frame
+k; an EXIF rotation is applied.
+
+**Times and numbers.** Time stamps number pictures only where they are known to be those of pictures: decoding times
+never go back, and exactly the B pictures are shown before something decoded earlier. Otherwise (stamps that stand for
+decoding, as after a copy of AVI to MP4; other codecs) pictures are counted as the decoder gives them; where the rate
+varies too, each must come at its time. All of it is looked at on the first pictures by `probe_video` and on every
+picture while reading. A recording that begins within a group of pictures begins at the first that can be shown, an
+empty chunk of AVI shows the picture before it again, and parts joined with their clocks as they were are refused.
 
 **Readers.** PyAV is the reference, and what `reader="auto"` takes: on real operations it gives nearly twice the sampled
 frames a second (`benchmarks/readers.py`, docs/performance.md). `reader="decord"` takes decord 0.6.0 where it provably
@@ -25,7 +33,8 @@ both must decode to the same bytes once for each kind of picture (size, pixel fo
 **Damage.** Where FFmpeg notices damage, the frames that need the damaged picture are an error, never other pixels:
 PyAV's error flags are checked on every picture that a wanted one depends on, and decord's log is watched; at its first
 complaint PyAV reads the batch again and decides. Bytes that were changed into other valid pictures nobody can notice.
-Containers that say they are longer than the file, or hold more frames than they do, are refused when opened.
+Containers that say they are longer than the file, or hold more frames than they do (but for a last one), are refused
+when opened.
 """
 
 from __future__ import annotations
@@ -52,6 +61,7 @@ import numpy as np
 from configs.errors import UserError
 from engine.sniff import what_it_is
 from features import boxes
+from features.times import FrameTimes
 
 # A picture larger than this is refused before anything is decoded: 8K video has 33 million pixels.
 MAX_PIXELS = 50_000_000
@@ -71,6 +81,7 @@ class FrameReader(Protocol):
     version: str
     fps: float
     frame_count: int
+    times: FrameTimes | None  # of a video without a constant rate
 
     def read(self, frame_index: Sequence[int]) -> Iterator[np.ndarray]:
         """Yield (H, W, 3) uint8 RGB, one a requested source frame number, lazily and with bounded memory.
@@ -90,13 +101,19 @@ class FrameReader(Protocol):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What the container says. Sizes are as stored, before any rotation; no picture has been decoded."""
+    """What the container says. Sizes are as stored, before any rotation.
+
+    `times` are those of the frames where they have no constant rate; `fps` is the mean one then. `notes` say what was
+    made of a container that is odd.
+    """
 
     fps: float
     frame_count: int
     width_px: int
     height_px: int
     codec: str
+    times: FrameTimes | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,21 +125,81 @@ class FrameFolder:
 
 
 def probe_video(path: Path) -> VideoInfo:
-    """Rate, frame count, size and codec from the container, without decoding.
+    """Rate, frame count, times, size and codec from the container; of the pictures only the first few are decoded.
 
-    The header's frame count is taken where it agrees with duration and rate (MP4 as recorders write it); otherwise
-    (MKV has none, edit lists hide frames) the packets are counted. Raises ReaderError for anything that is no video,
-    and for one whose container says it is longer than the file.
+    An MP4 file's own tables are taken where they agree with its duration and rate; otherwise (other containers have no
+    such tables, edit lists hide frames) the packets are read. Raises ReaderError for anything that is no video, for
+    one whose container says it is longer than the file, and where frames or their times are not to be told.
     """
     with _open_container(path) as container:
         stream = _video_stream(container, path)
-        rate, context = _rate(stream), stream.codec_context
+        rate, context, tick_s = _rate(stream), stream.codec_context, stream.time_base
         info = VideoInfo(float(rate), _promised_frames(stream), context.width, context.height, context.name)
-    if not info.fps > 0:
+        pts = boxes.picture_times(path)
+        try:
+            first_is_key = next((packet.is_keyframe for packet in container.demux(stream) if packet.size), False)
+        except _import_av().error.FFmpegError:
+            first_is_key = False
+    if pts is None or len(pts) != info.frame_count or pts[0] != pts.min() or not first_is_key or _ends_early(path):
+        scan = scan_video(path)
+        info = dataclasses.replace(info, frame_count=scan.frame_count, fps=scan.fps, times=scan.times, notes=scan.notes)
+        shown_pts = scan.shown_pts if scan.timed else None
+    else:
+        shown_pts = np.sort(pts)
+        fps, times = _rate_and_times(path, shown_pts, tick_s, rate)
+        info = dataclasses.replace(info, fps=fps, times=times)
+    notes = info.notes + _check_first_pictures(path, shown_pts, info.times is not None)
+    if info.times is not None:
+        notes += (f"{path.name}: no constant rate, {info.fps:.4g} fps on average; frames are taken by their own times",)
+    return dataclasses.replace(info, notes=notes)
+
+
+# Enough to see whether pictures come in the order of their times: no codec reorders over more than a third of it.
+_FIRST_PICTURES = 48
+
+
+def _check_first_pictures(path: Path, shown_pts: np.ndarray | None, variable: bool) -> tuple[str, ...]:
+    """A note where times are not those of pictures, which the first groups of pictures show; they need not be sound.
+
+    Raises ReaderError where the rate varies too, so that no frame's time is known.
+    """
+    with _open_container(path) as container:
+        stream = _video_stream(container, path)
+        seen: list[int] = []
+        try:
+            for picture in itertools.islice(container.decode(stream), _FIRST_PICTURES):
+                seen += [] if picture.pts is None else [picture.pts]
+        except _import_av().error.FFmpegError:
+            pass  # reading says so, where frames that are wanted are lost
+    back = next((k for k in range(1, len(seen)) if seen[k] <= seen[k - 1]), None)
+    if back is None or shown_pts is None:
+        return ()
+    if variable:
+        raise ReaderError(
+            f"{path}: its rate varies and its time stamps are not those of its pictures (from frame {back} on): no "
+            f"frame's time is known; {_WAY_OUT}"
+        )
+    return (f"{path.name}: time stamps are not those of its pictures (from frame {back} on); frames are counted",)
+
+
+def _rate_and_times(
+    path: Path, shown_pts: np.ndarray, tick_s: Fraction, rate: Fraction
+) -> tuple[float, FrameTimes | None]:
+    """The rate of frames shown at `shown_pts` (F,), rising, and their times where that is not constant.
+
+    Raises ReaderError where there is no rate.
+    """
+    fps, span_s = float(rate), float((shown_pts[-1] - shown_pts[0]) * tick_s)
+    mean = (len(shown_pts) - 1) / span_s if span_s > 0 else fps
+    if not mean > 0:
         raise ReaderError(f"{path}: has no frame rate; {_WAY_OUT}")
-    if info.frame_count > 0 and not _ends_early(path):
-        return info
-    return dataclasses.replace(info, frame_count=scan_video(path).frame_count)
+    try:
+        times = FrameTimes.of_stream(shown_pts, tick_s, fps) if fps > 0 else None
+        if fps > 0 and (times is None or abs(mean - fps) < 0.01 * fps):
+            return fps, times
+        return mean, FrameTimes.of_stream(shown_pts, tick_s, mean)
+    except ValueError as error:
+        raise ReaderError(f"{path}: {error}; {_WAY_OUT}") from error
 
 
 def count_packets(path: Path) -> int:
@@ -188,6 +265,8 @@ def can_start_inside(path: Path) -> bool:
 
 class ClosingReader:
     """The context manager half of every reader."""
+
+    times: FrameTimes | None = None
 
     def close(self) -> None:
         """Nothing is held between reads unless a reader says so."""
@@ -285,8 +364,11 @@ def _use_threads(context: Any, threads: int) -> None:
 class VideoScan:
     """What one pass over a video's packets tells, nothing decoded. Arrays run over packets in decoding order.
 
-    `pts` (N,) int64 presentation times, `shown` (N,) bool (an edit list hides the others), `idr` (N,) bool packets
-    that start over: nothing after one refers to anything before it (H.264 IDR pictures).
+    `pts` (N,) int64 presentation times in ticks of `tick_s`, `shown` (N,) bool (an edit list hides the others, or there
+    is no picture before them that they need), `idr` (N,) bool packets that start over: nothing after one refers to
+    anything before it (H.264 IDR pictures). `first` is the packet where decoding begins. `in_order`: times are in the
+    order that H.264 pictures are shown in. `repeats` (F,) int64: which picture each frame shows, where some are shown
+    again (empty chunks of AVI); None elsewhere.
     """
 
     path: Path
@@ -304,10 +386,41 @@ class VideoScan:
     times_known: bool
     damage: str | None
     certain_count: int
+    tick_s: Fraction
+    rate: Fraction
+    first: int
+    in_order: bool
+    back_at: int | None
+    repeats: np.ndarray | None
+    notes: tuple[str, ...]
 
     @property
     def frame_count(self) -> int:
+        return self.picture_count if self.repeats is None else len(self.repeats)
+
+    @property
+    def picture_count(self) -> int:
+        """How many pictures are shown; frames that repeat one are counted with it."""
         return int(self.shown.sum())
+
+    @property
+    def timed(self) -> bool:
+        """Whether packets have the times of pictures: in AVI they count chunks, and a clock goes forward."""
+        return self.times_known and self.container != "avi" and self.back_at is None
+
+    @property
+    def fps(self) -> float:
+        return self._rate_and_times[0]
+
+    @property
+    def times(self) -> FrameTimes | None:
+        """When frames are shown, where there is no constant rate."""
+        return self._rate_and_times[1]
+
+    @functools.cached_property
+    def _rate_and_times(self) -> tuple[float, FrameTimes | None]:
+        numbers = self.shown_pts if self.timed else np.zeros(1, dtype=np.int64)
+        return _rate_and_times(self.path, numbers, self.tick_s, self.rate)
 
     @functools.cached_property
     def shown_pts(self) -> np.ndarray:
@@ -326,8 +439,8 @@ class VideoScan:
 
         Holds for H.264 in containers that carry every presentation time; anything else is decoded whole and counted.
         """
-        trusted = self.codec == "h264" and self.container in {"mp4", "matroska", "mpegts"}
-        return trusted and self.times_known and bool((np.diff(self.shown_pts) > 0).all())
+        trusted = self.codec == "h264" and self.container in {"mp4", "matroska", "mpegts"} and self.in_order
+        return trusted and self.timed and bool((np.diff(self.shown_pts) > 0).all())
 
 
 def scan_video(path: Path) -> VideoScan:
@@ -338,6 +451,8 @@ def scan_video(path: Path) -> VideoScan:
     scan = _scan(path)
     if scan.frame_count == 0:
         raise ReaderError(f"{path}: holds no picture, frame 0 cannot be had; leave it out")
+    if scan.back_at is not None and not _is_steady(scan):
+        raise ReaderError(f"{path}: parts joined at frame {scan.back_at}, where its clock goes back; {_WAY_OUT}")
     if scan.damage is not None:
         raise ReaderError(
             f"{path}: {scan.damage}, frame {scan.certain_count} is the first that cannot be had; {_WAY_OUT}"
@@ -345,22 +460,45 @@ def scan_video(path: Path) -> VideoScan:
     return scan
 
 
+def _is_steady(scan: VideoScan) -> bool:
+    """Whether times are those of the rate but for half a second, as where a writer of MPEG-PS rounds its clock."""
+    time_s = (scan.shown_pts - scan.shown_pts[:1]) * float(scan.tick_s)
+    return scan.damage is None and bool(
+        (np.abs(time_s * float(scan.rate) - np.arange(len(time_s))) < scan.rate / 2).all()
+    )
+
+
 def _scan(path: Path) -> VideoScan:
     with _open_container(path) as container:
         stream = _video_stream(container, path)
         context = stream.codec_context
         packets = _read_packets(container, stream)
-        shown = (packets.flags & _HIDDEN) == 0
+        family = _container_family(container.format.name)
+        first, shown = _start(path, packets)
+        if first and family == "avi" and context.has_b_frames:
+            raise ReaderError(
+                f"{path}: begins within a group of pictures, and its container tells no times; {_WAY_OUT}"
+            )
         promised = _promised_frames(stream)
         damage = "cut short" if _ends_early(path) else packets.damage
-        if damage is None and shown.sum() < promised:
-            damage = f"holds {shown.sum()} of the {promised} frames that its header promises"
+        times_known = not packets.untimed[shown].any()
+        spans = _frames_of_packets(path, packets.pts) if family == "avi" and not packets.untimed.any() else None
+        held, repeats = len(shown), None
+        if spans is not None:
+            held = int(packets.pts[0] + spans.sum())
+            repeats = None if (spans[shown] == 1).all() else np.arange(shown.sum()).repeat(spans[shown])
+        if damage is None and held < promised - 1:  # the last one alone is often missing, and costs nothing
+            damage = f"holds {held} of the {promised} frames that its header promises"
+        left_out = int((~shown & ((packets.flags & _HIDDEN) == 0)).sum())
+        note = (
+            f"{path.name}: begins within a group of pictures: {left_out} cannot be shown, frame 0 is the first that can"
+        )
         # A lost packet is decoded later than the last one and is shown no earlier than it is decoded.
-        bounded = damage is not None and packets.last_dts is not None and packets.times_known
+        bounded = damage is not None and packets.last_dts is not None and times_known
         certain = (packets.pts[shown] <= packets.last_dts).sum() if bounded else shown.sum()
         return VideoScan(
             path=path,
-            container=_container_family(container.format.name),
+            container=family,
             codec=context.name,
             pix_fmt=context.pix_fmt or "unknown",
             width_px=context.width,
@@ -371,48 +509,118 @@ def _scan(path: Path) -> VideoScan:
             shown=shown,
             idr=(packets.flags & _IDR) > 0,
             key_count=int(((packets.flags & _KEY) > 0).sum()),
-            times_known=packets.times_known,
+            times_known=times_known,
             damage=damage,
             certain_count=int(certain),
+            tick_s=stream.time_base,
+            rate=_rate(stream),
+            first=first,
+            in_order=_in_order(packets, first),
+            back_at=packets.back_at,
+            repeats=repeats,
+            notes=(note,) if left_out else (),
         )
 
 
-_HIDDEN, _KEY, _IDR = 1, 2, 4
+_HIDDEN, _KEY, _IDR, _B = 1, 2, 4, 8
+
+
+def _start(path: Path, packets: _Packets) -> tuple[int, np.ndarray]:
+    """The packet where decoding begins, and which packets (N,) are shown.
+
+    A recording that begins within a group of pictures is shown from its first key frame on. What a key frame precedes
+    but is shown before it (an open group's first pictures) is shown if the decoder gives it; programs that cut leave
+    its time out.
+    """
+    shown = (packets.flags & _HIDDEN) == 0
+    first = int(np.argmax((packets.flags & _KEY) > 0)) if len(shown) else 0
+    shown[:first] = False
+    leading = shown & (packets.untimed if packets.untimed.any() else packets.pts < packets.pts[first : first + 1])
+    if leading.any() and not leading[first + 1 + PyavReader._MAX_REORDER :].any():
+        with _open_container(path) as container:
+            given = _decoded_from(container, _video_stream(container, path), first)
+            try:
+                picture = next(given, None)
+            except _import_av().error.FFmpegError:
+                picture = None
+        if picture is not None and picture.pts is not None:
+            shown &= ~leading | (~packets.untimed & (packets.pts >= picture.pts))
+    return first, shown
+
+
+def _decoded_from(container: Any, stream: Any, first: int) -> Iterator[Any]:
+    """Every picture that the decoder gives from packet `first` on."""
+    for packet in itertools.islice((packet for packet in container.demux(stream) if packet.size), first, None):
+        yield from packet.decode()
+    yield from stream.codec_context.decode(None)
+
+
+def _frames_of_packets(path: Path, pts: np.ndarray) -> np.ndarray | None:
+    """(N,) how many frames each packet of an AVI file is shown for: one, and one for each empty chunk after it.
+
+    `pts` (N,) are the packets' places among all chunks. None where they are not rising, or more than the file can hold.
+    """
+    spans = np.diff(pts, append=pts[-1:] + 1 + boxes.empty_tail(path))
+    usable = len(pts) and (spans > 0).all() and pts[0] >= 0
+    return spans if usable and pts[-1] < min(boxes.MAX_PICTURES, path.stat().st_size) else None
+
+
+def _in_order(packets: _Packets, first: int) -> bool:
+    """Whether times tell the order in which H.264 pictures are shown: exactly B pictures are shown before one that was
+    decoded earlier. Where decoding times stand in for those of pictures, none is."""
+    timed = ~packets.untimed & (np.arange(len(packets.pts)) >= first)
+    pts, is_b = packets.pts[timed], (packets.flags[timed] & _B) > 0
+    return bool(((pts < np.maximum.accumulate(pts)) == is_b).all()) if len(pts) else False
 
 
 @dataclass(frozen=True)
 class _Packets:
-    """A stream's packets in decoding order: `pts` (N,) int64, `flags` (N,) uint8, and what went wrong on the way."""
+    """A stream's packets in decoding order, and what went wrong on the way.
+
+    `pts` (N,) int64, `flags` (N,) uint8, `untimed` (N,) bool: the container does not tell the time, it is a number.
+    """
 
     pts: np.ndarray
     flags: np.ndarray
-    times_known: bool
+    untimed: np.ndarray
     last_dts: int | None
+    back_at: int | None
     damage: str | None
 
 
 def _read_packets(container: Any, stream: Any) -> _Packets:
     """All packets up to the first that is not whole. Times that the container does not tell are their numbers."""
-    pts, flags = array("q"), bytearray()
-    times_known, last_dts, damage = True, None, None
+    pts, flags, untimed = array("q"), bytearray(), bytearray()
+    last_dts, back_at, damage = None, None, None
+    counts_chunks = container.format.name == "avi"
     length_bytes = _nal_length_bytes(stream.codec_context.extradata)
     is_h264 = stream.codec_context.name == "h264"
     try:
-        for packet in container.demux(stream):
-            if packet.size == 0:
-                continue
+        whole = (packet for packet in container.demux(stream) if packet.size)
+        for packet in whole:
             if packet.is_corrupt:
-                damage = "cut short or damaged"
+                after = [packet, *itertools.islice(whole, _FIRST_PICTURES)]
+                damage = "cut short or damaged" if len(after) == 1 else "damaged, or parts joined"
+                back = (
+                    n for n, other in enumerate(after) if None not in (other.dts, last_dts) and other.dts < last_dts
+                )
+                back_at = next((len(pts) + n for n in back), None) if back_at is None else back_at
                 break
-            idr = is_h264 and packet.is_keyframe and _has_idr(bytes(packet), length_bytes)
-            flags.append(_HIDDEN * packet.is_discard | _KEY * packet.is_keyframe | _IDR * idr)
-            times_known &= packet.pts is not None
-            pts.append(len(pts) if packet.pts is None else packet.pts)
-            last_dts = last_dts if packet.dts is None else packet.dts
+            is_key = packet.is_keyframe
+            idr, is_b = _h264_kind(packet, length_bytes) if is_h264 else (False, False)
+            flags.append(_HIDDEN * packet.is_discard | _KEY * is_key | _IDR * (is_key and idr) | _B * is_b)
+            shown_at = packet.dts if counts_chunks else packet.pts
+            untimed.append(shown_at is None)
+            pts.append(len(pts) if shown_at is None else shown_at)
+            if packet.dts is not None:
+                if last_dts is not None and packet.dts < last_dts and back_at is None:
+                    back_at = len(pts) - 1
+                last_dts = packet.dts
     except _import_av().error.FFmpegError:
         damage = "damaged"
     times = np.frombuffer(pts.tobytes(), dtype=np.int64)
-    return _Packets(times, np.frombuffer(bytes(flags), dtype=np.uint8), times_known, last_dts, damage)
+    kinds, unknown = np.frombuffer(bytes(flags), dtype=np.uint8), np.frombuffer(bytes(untimed), dtype=bool)
+    return _Packets(times, kinds, unknown, last_dts, back_at, damage)
 
 
 def _rate(stream: Any) -> Fraction:
@@ -439,25 +647,44 @@ def _nal_length_bytes(extradata: bytes | None) -> int | None:
     return None
 
 
-def _has_idr(packet: bytes, length_bytes: int | None) -> bool:
-    """Whether an H.264 packet holds an IDR slice (NAL unit type 5), the only picture no later one looks past."""
+# Where the first slice of a picture begins, with what stands before it (x264's notes on itself have 700 bytes).
+_HEAD_BYTES = 1 << 14
+
+
+def _h264_kind(packet: Any, length_bytes: int | None) -> tuple[bool, bool]:
+    """Whether an H.264 packet holds an IDR picture, the only one that no later one looks past, and whether a B picture.
+
+    Its first slice says so (ITU-T H.264, 7.3.1 to 7.3.3): NAL unit type 5, and `slice_type` 1 or 6.
+    """
+    content = memoryview(packet)
+    for at in _units(content, length_bytes):
+        kind = content[at] & 31
+        if kind in (1, 5):
+            bits = int.from_bytes(bytes(content[at + 1 : at + 9]).ljust(8, b"\0"), "big")
+            _, used = _exp_golomb(bits, 0)  # first_mb_in_slice
+            slice_type, _ = _exp_golomb(bits, used)
+            return kind == 5, slice_type % 5 == 1
+    return False, False
+
+
+def _units(content: memoryview, length_bytes: int | None) -> Iterator[int]:
+    """Where the NAL units of a packet begin, after their length (`avcC`) or start code (Annex B)."""
     if length_bytes is None:
-        starts = (i + 3 for i in _find_all(packet, b"\x00\x00\x01"))
-        return any(packet[i] & 31 == 5 for i in starts if i < len(packet))
+        head, at = bytes(content[:_HEAD_BYTES]), -1
+        while (at := head.find(b"\x00\x00\x01", at + 1)) >= 0 and at + 3 < len(head):
+            yield at + 3
+        return
     offset = 0
-    while offset + length_bytes < len(packet):
-        size = int.from_bytes(packet[offset : offset + length_bytes], "big")
-        if packet[offset + length_bytes] & 31 == 5:
-            return True
-        offset += length_bytes + size
-    return False
+    while offset + length_bytes < len(content):
+        yield offset + length_bytes
+        offset += length_bytes + int.from_bytes(content[offset : offset + length_bytes], "big")
 
 
-def _find_all(content: bytes, pattern: bytes) -> Iterator[int]:
-    at = content.find(pattern)
-    while at >= 0:
-        yield at
-        at = content.find(pattern, at + 1)
+def _exp_golomb(bits: int, used: int) -> tuple[int, int]:
+    """An unsigned number (ITU-T H.264, 9.1) in 64 bits of which `used` are read, and how many are read then."""
+    rest = (bits << used) & (2**64 - 1)
+    zeros = 64 - rest.bit_length()
+    return (rest >> max(63 - 2 * zeros, 0)) - 1, used + 2 * zeros + 1
 
 
 def _ends_early(path: Path) -> bool:
@@ -522,6 +749,7 @@ class PyavReader(ClosingReader):
         self.version += f", decoded by {hardware}" if hardware is not None else ""
         self.fps = fps
         self.frame_count = scan.frame_count
+        self.times = scan.times
         self._scan = scan
         self._threads = threads
         self._hardware = hardware
@@ -530,7 +758,7 @@ class PyavReader(ClosingReader):
     def read(self, frame_index: Sequence[int]) -> Iterator[np.ndarray]:
         """See FrameReader. Each call opens the file anew, so readings do not disturb each other."""
         wanted = checked_frames(frame_index, self.frame_count, self._scan.path)
-        reading = self._frames(wanted)
+        reading = self._frames(wanted) if self._scan.repeats is None else self._repeated(self._scan.repeats[wanted])
         self._readings.add(reading)
         return reading
 
@@ -541,6 +769,12 @@ class PyavReader(ClosingReader):
         for reading in list(self._readings):
             reading.close()
 
+    def _repeated(self, pictures: np.ndarray) -> Iterator[np.ndarray]:
+        """The wanted pictures (T,), some several times."""
+        numbers, counts = np.unique(pictures, return_counts=True)
+        for rgb, count in zip(self._frames(numbers.tolist()), counts.tolist(), strict=True):
+            yield from itertools.repeat(rgb, count)
+
     def _frames(self, wanted: list[int]) -> Iterator[np.ndarray]:
         """Hold each wanted picture back until everything decoded before it has come out undamaged, then yield it."""
         if not wanted:
@@ -548,11 +782,18 @@ class PyavReader(ClosingReader):
         settled_at = self._settled_at(wanted)
         targets = deque(wanted)
         pending: deque[tuple[int, Any, int]] = deque()  # number, picture, number whose arrival settles it
+        before = -1
         with self._opened(wanted) as (container, stream, packets):
             try:
                 for number, picture in self._decoded(container, stream, packets, wanted):
                     if picture.is_corrupt:
                         raise self._lost(pending[0][0] if pending else targets[0], number)
+                    if number <= before:
+                        raise ReaderError(
+                            f"{self._scan.path}: pictures leave the decoder out of the order of their times at frame "
+                            f"{number}; {_WAY_OUT}"
+                        )
+                    before = number
                     if targets and number > targets[0]:
                         raise self._lost(targets[0], targets[0])
                     if targets and number == targets[0]:
@@ -576,7 +817,7 @@ class PyavReader(ClosingReader):
         context = stream.codec_context
         _use_threads(context, self._threads)
         if not self._scan.numbered:
-            yield from enumerate(container.decode(stream))
+            yield from self._counted(_decoded_from(container, stream, self._scan.first))
             return
         fed, whole = self._plan(wanted)
         last = int(self._scan.position[wanted].max())
@@ -587,6 +828,27 @@ class PyavReader(ClosingReader):
             if at == last:
                 break
         yield from self._numbered(context.decode(None))
+
+    def _counted(self, pictures: Iterator[Any]) -> Iterator[tuple[int, Any]]:
+        """Every picture with its number, counted, and checked by its time as far as the container tells times.
+
+        At a constant rate times may stand in another order, as where those of decoding stand in for them, but none may
+        fail to come: the pictures after it would have wrong numbers.
+        """
+        scan, awaited, top = self._scan, set[int](), 0
+        for number, picture in enumerate(pictures):
+            if scan.timed and picture.pts is not None and number < scan.picture_count:
+                if scan.times is not None and picture.pts != scan.shown_pts[number]:
+                    raise ReaderError(f"{scan.path}: frame {number} is not shown at its packet's time; {_WAY_OUT}")
+                told = int(np.searchsorted(scan.shown_pts, picture.pts))
+                awaited.update(range(top, told))
+                top = max(top, told + 1)
+                awaited.discard(told)
+                if awaited and min(awaited) < number - self._MAX_REORDER:
+                    raise self._lost(min(awaited), min(awaited))
+            yield number, picture
+        if awaited and min(awaited) < scan.picture_count - self._MAX_REORDER:
+            raise self._lost(min(awaited), min(awaited))
 
     @contextmanager
     def _opened(self, wanted: list[int]) -> Iterator[tuple[Any, Any, Iterator[tuple[int, Any]]]]:
@@ -643,14 +905,15 @@ class PyavReader(ClosingReader):
         np.maximum.at(last_in_group, group[position], position)
         whole = np.zeros(count, dtype=bool)
         whole[position] = True
-        return np.arange(count) <= last_in_group[group], whole
+        number = np.arange(count)
+        return (number >= scan.first) & (number <= last_in_group[group]), whole
 
     def _settled_at(self, wanted: list[int]) -> dict[int, int]:
         """For each wanted number, the number by which everything decoded before it has come out."""
         if not self._scan.numbered:
-            return {k: k + self._MAX_REORDER for k in wanted}
+            return {k: k + self._MAX_REORDER + 1 for k in wanted}
         number = np.full(len(self._scan.pts), -1)
-        number[self._scan.position] = np.arange(self.frame_count)
+        number[self._scan.position] = np.arange(self._scan.picture_count)
         furthest = np.maximum.accumulate(number)[self._scan.position[wanted]]
         return dict(zip(wanted, furthest.tolist(), strict=True))
 
@@ -825,6 +1088,7 @@ class DecordReader(ClosingReader):
         self.version = _import_decord().__version__
         self.fps = fps
         self.frame_count = scan.frame_count
+        self.times = scan.times
         self._scan = scan
         self._arbiter = arbiter
         self._video: Any = None

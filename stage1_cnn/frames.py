@@ -81,8 +81,15 @@ def open_source(
         assert entry.records is not None  # the index has seen to it
         return TfrecordReader(inside(root, entry.source), entry.records)
     folder = open_folder(entry, root, index) if entry.kind == "frames" else None
-    source, reader = inside(root, entry.source), config.data.reader
-    return open_reader(source, entry.kind, reader, frames=folder, fps=entry.fps, hardware=hardware)
+    source, name = inside(root, entry.source), config.data.reader
+    reader = open_reader(source, entry.kind, name, frames=folder, fps=entry.fps, hardware=hardware)
+    if entry.kind == "video" and (reader.frame_count, reader.times) != (entry.frame_count, entry.times):
+        reader.close()
+        raise UserError(
+            f"{source}: its frames or their times are not as an earlier version indexed them; run `index --force`, "
+            "then this again"
+        )
+    return reader
 
 
 def frame_cache(config: Config) -> FrameCache:

@@ -220,3 +220,48 @@ def decode_everything(path: Path) -> list[np.ndarray]:
 
     with av.open(str(path)) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def rewrite(source: Path, target: Path, change: Callable[[list], list]) -> Path:
+    """Write a video's packets anew, after `change` has had the list of them; the container follows the suffix."""
+    import av
+
+    with av.open(str(source)) as container, av.open(str(target), "w") as output:
+        stream = container.streams.video[0]
+        add = getattr(output, "add_stream_from_template", None)  # since PyAV 14
+        copy = add(stream) if add else output.add_stream(template=stream)
+        for packet in change([packet for packet in container.demux(stream) if packet.size]):
+            packet.stream = copy
+            output.mux(packet)
+    return target
+
+
+def decoding_times(packets: list) -> list:
+    """Decoding times in place of those of pictures, as where a program copies H.264 from AVI to MP4."""
+    for packet, time in zip(packets, sorted(packet.pts for packet in packets), strict=True):
+        packet.pts = packet.dts = time
+    return packets
+
+
+def without_start(packets: list, count: int = 5) -> list:
+    """What a recorder leaves that was started within a group of pictures: the first packets are missing."""
+    return packets[count:]
+
+
+def with_empty_chunks(source: Path, target: Path, after: Sequence[int]) -> Path:
+    """An AVI file without B-frames with an empty chunk after each of the pictures `after`, as where one was lost."""
+    content = source.read_bytes()
+    body, entries = bytearray(), bytearray()
+    movi = content.index(b"movi")
+    for number, (offset, size) in enumerate(packet_spans(source)):
+        chunk = content[offset : offset + size]
+        for data, flags in [(chunk, 16 * (number % 12 == 0)), *([(b"", 0)] if number in after else [])]:
+            entries += b"00dc" + struct.pack("<III", flags, 4 + len(body), len(data))
+            body += b"00dc" + struct.pack("<I", len(data)) + data + bytes(len(data) % 2)
+    written = bytearray(content[: movi + 4] + body + b"idx1" + struct.pack("<I", len(entries)) + entries)
+    struct.pack_into("<I", written, 4, len(written) - 8)
+    struct.pack_into("<I", written, movi - 4, 4 + len(body))
+    for header, place in ((b"avih", 16), (b"strh", 32)):
+        struct.pack_into("<I", written, content.index(header) + 8 + place, len(entries) // 16)
+    target.write_bytes(bytes(written))
+    return target

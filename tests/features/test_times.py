@@ -108,8 +108,8 @@ def test_constant_rates_need_no_times_within_the_rounding_of_the_clock() -> None
     late = np.arange(1000) * 40
     late[500:] += 12
     assert FrameTimes.of_stream(late, Fraction(1, 1000), 25.0) is not None
-    with pytest.raises(ValueError, match="shown at one time"):
-        FrameTimes.of_stream(np.array([0, 1, 1, 2, 9]), Fraction(1, 25), 25.0)
+    with pytest.raises(ValueError, match="frame 2 is shown years after"):
+        FrameTimes.of_stream(np.array([0, 1, 2**40, 2**40 + 1]), Fraction(1, 25), 25.0)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,6 @@ def test_tool_rows_label_the_sample_next_to_them() -> None:
         {"tick_s": (1, 2**40)},
         {"steps": "no base64!"},
         {"steps": base64.b64encode(b"no zlib").decode()},
-        {"steps": base64.b64encode(zlib.compress(bytes(4 * 6))).decode()},  # times that do not rise
         {"steps": base64.b64encode(zlib.compress(b"\1\0\0\0" * 5)).decode()},
         {"steps": base64.b64encode(zlib.compress(bytes(200 << 20), 1)).decode()},
     ],
