@@ -6,7 +6,7 @@ result's `about`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from evaluation.statistics import bootstrap_intervals
 from evaluation.tables import conventions_table, intervals_table, phase_table, segment_table
 from features.class_order import describe_order, parse_phase_order
 
+_LONGEST_S = 24 * 3600.0
 Tracks = dict[str, NDArray[np.int16]]
 
 
@@ -154,7 +155,7 @@ def read_pairs(predictions: Path, reading: Reading, spec: DataSetSpec) -> Paired
         pairs[video] = _Pair(true, guess, match_rows(true, guess, spec.annotation_fps, reading.prediction_fps))
     if not pairs:
         raise UserError(f"{predictions}: no file holds a prediction for a video of {reading.ground_truth}")
-    fps, fps_from = _rate(reading.fps, pairs.values(), spec)
+    fps, fps_from = _rate(reading.fps, pairs.values())
     skip = int(reading.skip_first_row)
     truth = {video: pair.rows.truth[skip:] for video, pair in pairs.items()}
     predicted = {video: pair.rows.predicted[skip:] for video, pair in pairs.items()}
@@ -206,11 +207,12 @@ def _unpaired(
 # ---------------------------------------------------------------------------------------------- the rate, notes
 
 
-def _rate(given: float | None, pairs: Iterable[_Pair], spec: DataSetSpec) -> tuple[float | None, str | None]:
+def _rate(given: float | None, pairs: Collection[_Pair]) -> tuple[float | None, str | None]:
     """Rate of the compared rows, and what told it; None where nothing did.
 
     What is given must agree with seconds in the files and with `--prediction-fps`; frame numbers give way to it. Where
-    nothing is given, all that the files say must agree.
+    nothing is given, all that the files say must agree. Frame numbers that make an operation last days count something
+    else (milliseconds).
     """
     said = [(pair.guess.path, pair.rows.fps, pair.rows.fps_from) for pair in pairs if pair.rows.fps]
     said.sort(key=lambda one: one[2] == "frame numbers")
@@ -226,7 +228,10 @@ def _rate(given: float | None, pairs: Iterable[_Pair], spec: DataSetSpec) -> tup
                 f"{path}: {fps:g} rows per second by its {told}, but {said[0][0]} has {said[0][1]:g}; name the rate "
                 "with --fps if the rows of all videos have the same"
             )
-    return (said[0][1], said[0][2]) if said else (None, None)
+    longest = max(len(pair.rows.truth) for pair in pairs)
+    if not said or (said[0][2] == "frame numbers" and longest / said[0][1] > _LONGEST_S):
+        return None, None
+    return said[0][1], said[0][2]
 
 
 def _notes(

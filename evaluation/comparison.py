@@ -137,6 +137,8 @@ def _load_results(text: str, place: Place, convention: str) -> Mapping[str, Any]
     found = results.get(convention)
     if not isinstance(found, dict) or "per_video" not in found or "about" not in found:
         raise UserError(f"{file}: holds no phase results under the convention {convention}; evaluate with it first")
+    if without := found["about"].get("videos_without_labels"):
+        say(f"{path}: not counted, for their ground truth holds no label: {', '.join(without)}")
     return found
 
 

@@ -229,7 +229,10 @@ def _header(line: str, mark: str | None, spec: DataSetSpec) -> list[str] | None:
     cells = line.strip().split(mark) if mark and mark in line else re.split(r"[\t,; ]+", line.strip())
     words = [cell.strip(' "').casefold() for cell in cells]
     known = any(word in _FRAME_WORDS or word in _PHASE_WORDS for word in words) or _score_columns(words, spec)
-    return words if known and not any(_number(word) is not None for word in words) else None
+    if known and not any(_number(word) is not None for word in words):
+        return words
+    numbers = words[1:] if words[0] in ("", *_FRAME_WORDS) else words  # pandas writes the columns' numbers
+    return words if numbers == [str(number) for number in range(len(spec.phases))] and len(numbers) > 2 else None
 
 
 def _score_columns(header: Sequence[str], spec: DataSetSpec) -> list[int]:
@@ -247,7 +250,7 @@ def _columns(
     `phase` is a tuple of cells, or a `_Scores` where there is one column per phase.
     """
     table = list(zip(*rows, strict=True))
-    if header is None:
+    if header is None or header[-1].isdecimal():
         return _columns_without_header(where, table, spec)
     candidates = [word for word in header if word in _PHASE_WORDS]
     if len(header) == 2 and header[0] in _FRAME_WORDS:
@@ -277,8 +280,8 @@ def _columns_without_header(where: _Place, table: Sequence[tuple[str, ...]], spe
     if width not in (classes, classes + 1):
         raise where.error(
             0,
-            f"has {width} columns and no header that names them; wanted: frame and phase, or one column for each of "
-            f"the {classes} phases of {spec.name}",
+            f"has {width} columns and no header that names them; wanted, in one row per frame: frame and phase, or a "
+            f"column for each of the {classes} phases of {spec.name}",
         )
     scores = {"phase": _Scores(table[width - classes :], False)}
     return scores | ({"frame": table[0]} if width > classes else {})

@@ -1,10 +1,10 @@
 """Which rows of a ground truth and of a prediction are the same frames, and how many of them there are per second.
 
-Rows belong together one by one where the files have as many, by their frame numbers where both have some, and by their
-rates where the prediction's is given. Nothing else is assumed. Numbers that are one apart may count source frames or
-samples, so they say nothing about the rate; numbers further apart are taken to count source frames at the rate of the
-data set's annotations. A frame that one side alone covers at an end stays in the comparison: without a label it is not
-scored, without a prediction it is wrong.
+Rows belong together one by one where the files have as many and start together, by their frame numbers where both have
+some, and by their rates where the prediction's is given. Nothing else is assumed. Numbers that are one apart may count
+source frames or samples, so they say nothing about the rate; numbers further apart are taken to count source frames at
+the rate of the data set's annotations. A frame that one side alone covers is not scored where it has no label, and
+wrong where it has no prediction.
 """
 
 from __future__ import annotations
@@ -52,10 +52,12 @@ def match_rows(
             why = "both must cover the same frames (without a frame column rows cannot be matched)"
             raise _unmatched(truth, predicted, annotation_fps, why)
         return _by_number(truth, predicted, t, p, annotation_fps)
-    if t is not None and p is not None:
+    step = truth.step or 0.0
+    if t is not None and p is not None and step and np.isclose(step, predicted.step or 0.0, rtol=1e-3):
         # Numbered from 0 in one and from 1 in the other is usual; further apart they are not the same frames.
-        step_t, step_p = truth.step or 0.0, predicted.step or 0.0
-        if np.isclose(step_t, step_p, rtol=1e-3) and abs(t[0] - p[0]) > 1.001 * step_t > 0:
+        if step > 1.0 + 1e-6 and abs(t[0] - p[0]) > 0.999 * step:
+            return _by_number(truth, predicted, t, p, annotation_fps)
+        if abs(t[0] - p[0]) > 1.001 * step:
             raise UserError(f"{predicted.path}: starts at frame {p[0]:g}, but {truth.path} at {t[0]:g}")
     said = [one for one in (stated_fps(truth, annotation_fps), stated_fps(predicted, annotation_fps)) if one]
     if len(said) == 2 and said[0][1] == said[1][1] and abs(said[0][0] - said[1][0]) > 0.02 * said[0][0]:
@@ -90,6 +92,8 @@ def _matched(
 def _unmatched(truth: PhaseFile, predicted: PhaseFile, annotation_fps: float, why: str) -> UserError:
     """The error with both counts and, where the counts fit a usual rate, the option that names it."""
     usual = _COMMON_FPS if len(predicted.phase) <= len(truth.phase) else (annotation_fps,)
+    if said := stated_fps(predicted, annotation_fps):
+        usual = (said[0], *usual)
     fits = [fps for fps in usual if _truth_fps(truth, predicted, annotation_fps, fps) is not None]
     hint = "; -1 stands for a frame without a label or prediction"
     if fits:
@@ -136,7 +140,9 @@ def _by_number(
     if off or max(absent, unscored) > allowed:
         raise _unmatched(truth, predicted, annotation_fps, why)
     guesses = np.where(row_p >= 0, predicted.phase[row_p], np.int16(-1))
-    return _matched(labels, guesses, stated_fps(sparser, annotation_fps), "by frame number", unscored)
+    covered = row_t >= 0
+    said = stated_fps(sparser, annotation_fps)
+    return _matched(labels[covered], guesses[covered], said, "by frame number", unscored)
 
 
 def _rows_of(numbers: NDArray[np.float64], grid: NDArray[np.float64], small: float) -> NDArray[np.int64]:
@@ -149,6 +155,8 @@ def _rows_of(numbers: NDArray[np.float64], grid: NDArray[np.float64], small: flo
 
 
 def _by_rate(truth: PhaseFile, predicted: PhaseFile, annotation_fps: float, prediction_fps: float) -> Matched:
+    if not 1e-3 <= prediction_fps <= 1e4:  # NaN fails too
+        raise UserError(f"--prediction-fps {prediction_fps}: must be a positive number of rows per second")
     truth_fps = _truth_fps(truth, predicted, annotation_fps, prediction_fps)
     if truth_fps is None:
         why = f"at {prediction_fps:g} rows per second (--prediction-fps) these do not cover the same time"

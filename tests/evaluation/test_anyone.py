@@ -140,6 +140,7 @@ def test_every_kth_row_is_found(tmp_path, phases, k, start, unit):
         ),
         (rows([0] * 20), rows([0] * 100), "20 rows, but .* has 100.* has 5 rows per second, add --prediction-fps 5"),
         ("0\n" * 100, rows([0] * 4), "100 rows, but .* has 4.* has 25 rows per second, add --prediction-fps 25"),
+        (rows([0] * 100, 5), rows([0] * 20), "100 rows, but .* has 20.* has 5 rows per second, add --prediction-fps 5"),
         (rows([0]), rows([0] * 10), "1 rows, but .* has 10"),
         (rows([0] * 2, 25), rows([0] * 150), "2 rows, but .* has 150"),  # more than half is missing
         (rows([0] * 5, 1, 40), rows([0] * 5), "starts at frame 40, but .* at 0"),
@@ -267,7 +268,7 @@ def test_frames_that_one_side_lacks(tmp_path):
     truth = {"1": "0\t0\n25\t-1\n50\t1\n75\t1\n150\t2\n175\t2\n"}  # 100 and 125 are missing
     guess = {"1": "25\t0\n75\t1\n100\t1\n125\t2\n150\t\n200\t2\n225\t2\n"}  # 0 is missing, 50 and 175 too
     found = pairs(tmp_path, guess, truth)
-    assert found.truth["video01"].tolist() == [0, -1, 1, 1, -1, -1, 2, 2, -1, -1]
+    assert found.truth["video01"].tolist() == [0, -1, 1, 1, -1, -1, 2, 2]
     scored = found.truth["video01"] >= 0
     assert found.predicted["video01"][scored].tolist() == [-2, -2, 1, -2, -2]
     assert found.about["frames_without_prediction"] == {"video01": 4}
@@ -279,6 +280,35 @@ def test_frames_that_one_side_lacks(tmp_path):
     results, _ = score_folder(tmp_path / "predicted", Reading(tmp_path / "truth"), CHOLEC80)
     for name, result in results.items():
         assert result["accuracy"]["mean"] == pytest.approx(20), name
+
+
+@given(st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+def test_whatever_rows_are_lost_no_frame_is_compared_with_another(tmp_path, data):
+    """Each compared pair is of one source frame; a lost truth row is not scored, a lost prediction is wrong."""
+    k, count, unit = data.draw(st.sampled_from([(1, 40, 25), (5, 120, 1), (25, 400, 1)]))
+    truth = data.draw(st.lists(st.integers(0, 6), min_size=count, max_size=count))
+    guess = data.draw(st.lists(st.integers(0, 6), min_size=count, max_size=count))[::k]
+
+    def lost(rows: int) -> set[int]:
+        return data.draw(st.sets(st.integers(0, rows - 1), max_size=rows // 4))
+
+    lost_t, lost_p = lost(count), lost(len(guess))
+    texts = [
+        "".join(f"{step * j}\t{phase}\n" for j, phase in enumerate(track) if j not in gone)
+        for track, gone, step in ((truth, lost_t, unit), (guess, lost_p, k * unit))
+    ]
+    found = pairs(tmp_path, {"1": texts[1]}, {"1": texts[0]})
+    wanted = [(truth[j * k], -2 if j in lost_p else phase) for j, phase in enumerate(guess) if j * k not in lost_t]
+    compared = zip(found.truth["video01"].tolist(), found.predicted["video01"].tolist(), strict=True)
+    assert [(true, phase) for true, phase in compared if true >= 0] == wanted
+    assert sum(found.about["frames_without_prediction"].values()) == sum(phase == -2 for _, phase in wanted)
+
+
+def test_as_many_rows_that_start_later_are_matched_by_number(tmp_path):
+    found = pairs(tmp_path, {"1": rows([1, 2, 2, 3], 25, 25)}, {"1": rows([0, 1, 2, 2], 25)})
+    assert found.truth["video01"].tolist() == [0, 1, 2, 2]
+    assert found.predicted["video01"].tolist() == [-2, 1, 2, 2]
 
 
 def test_one_row_more_or_less_is_said_and_counts(tmp_path):
@@ -342,6 +372,12 @@ def test_background_of_the_data_set_and_of_the_command(tmp_path):
     assert about["per_video"]["video01"]["segments_truth"] == 2
     with pytest.raises(UserError, match="background 'x': no such phase"):
         score_folder(files, Reading(files, background=("x",)), spec)
+
+
+def test_numbers_that_cannot_be_source_frames_say_nothing_about_the_rate(tmp_path):
+    milliseconds = {"1": rows([0, 1] * 30_000, 40)}
+    found = pairs(tmp_path, milliseconds, milliseconds)
+    assert (found.fps, found.about["fps_from"]) == (None, None)
 
 
 def test_first_rows_are_skipped_on_both_sides(tmp_path):

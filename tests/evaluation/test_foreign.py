@@ -159,6 +159,11 @@ ONE_HOT = "1 0 0 0 0 0 0\n0 0 0 0 0 0 1\n0 0 0 0 1 0 0\n"
             "".join(f"{25 * k}\t" + line.replace(" ", "\t") + "\n" for k, line in enumerate(ONE_HOT.splitlines())),
             "one-hot rows",
         ),
+        (
+            ",0,1,2,3,4,5,6\n" + "".join(f"{k},{line}\n" for k, line in enumerate(ONE_HOT.replace(" ", ",").split())),
+            "one-hot rows",
+        ),
+        ("0 1 2 3 4 5 6\n" + ONE_HOT, "one-hot rows"),
         (".9,.1,0,0,0,0,0\n.1,.1,0,0,0,.2,.6\n.1,.1,0,0,.5,.1,.2\n", "probabilities or scores"),
         ("-1e1 -11 -12 -13 -14 -15 -16\n-3 -3 -3 -3 -3 -3 2.5\n0 1 2 3 9 -5 -6\n", "probabilities or scores"),
     ],
@@ -211,7 +216,7 @@ def test_recognition_files_of_ms_tcn(tmp_path):
         ("0 video41 0 [0.1, 0.9] 1\n1 video41 1 [0.1, 0.9] 1\n", "holds rows with lists in brackets"),
         ("0,0,0,1,1,0,0\n", r"row 1 .*has several ones, as tools have"),
         ("0.1,nan,0,1,1,0,0\n", r"row 1 .*has score 'nan'"),
-        ("0\t1\t2\t3\n", r"has 4 columns and no header .*one column for each of the 7 phases"),
+        ("0\t1\t2\t3\n", r"has 4 columns and no header .*a column for each of the 7 phases"),
         (
             "0\t0\n1\t0\n900\t0\n",
             "has frame 900 after 1, where rows are 450 apart|more rows are missing than there are",

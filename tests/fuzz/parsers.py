@@ -204,7 +204,7 @@ def _read_ablation(path: Path) -> object:
 def _read_foreign(path: Path) -> object:
     from evaluation.foreign import read_foreign_phases
 
-    return read_foreign_phases(path, SPEC, SPEC.phases, unlabelled=True)
+    return read_foreign_phases(path, SPEC, SPEC.phases)
 
 
 def _foreign_seeds() -> list[bytes]:
@@ -213,6 +213,9 @@ def _foreign_seeds() -> list[bytes]:
         "".join(f"{frame // 10}\n" for frame in range(60)).encode(),
         ("frame,time_s,phase,phase_name\n" + "".join(f"{25 * k},{k}.000,0,Preparation\n" for k in range(30))).encode(),
         ("Frame Phase\n" + "".join(f"{25 * k}\tCalotTriangleDissection\n" for k in range(30))).encode(),
+        "".join(" ".join("01"[k % 7 == c] for c in range(7)) + "\n" for k in range(30)).encode(),
+        (",0,1,2,3,4,5,6\n" + "".join(f"{k},.1,.3,.1,.1,.2,.1,.1\n" for k in range(30))).encode(),
+        ("### Frame level recognition: ###\n" + "Preparation ClippingCutting " * 30).encode(),
     ]
 
 
