@@ -157,7 +157,7 @@ def _collect(root: Path, spec: DataSetSpec, data: DataConfig, faults: dict[str, 
         relative = folder.relative_to(root).as_posix()
         here = [kind for kind in KINDS if is_chosen(kind, relative, data)]
         names = [entry.name for entry in entries]
-        files.endings.update(Path(name).suffix.lower() or name for name in names)
+        files.endings.update(os.path.splitext(name)[1].lower() or name for name in names)
         if "frames" in here and folder != root and _add_frames(files, root, folder, names, spec):
             names = [name for name in names if not patterns["frame"].fullmatch(name)]
         if "tfrecord" in here and spec.patterns.tfrecord:
