@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that help answers at once.
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
 import os
 import sys
@@ -83,25 +84,29 @@ def _lost_another(error: Exception) -> bool:
     return lost_another(error)
 
 
-def _start_copies(context: click.Context, parameter: click.Parameter, devices: int | None) -> None:
-    """`--devices N`: this process only starts N others and ends as they do."""
-    from engine.processes import COPY_OF, launch, run_copies
+def several_devices(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--devices N`: this process only starts N others, which do the command, and ends as they do."""
 
-    if devices is None or devices == 1 or COPY_OF in os.environ or context.resilient_parsing:
-        return
-    if launch().count > 1:
-        raise UserError("--devices: torchrun or srun has started several processes already; leave it out")
-    context.exit(run_copies([sys.executable, *sys.argv], devices))
+    @functools.wraps(command)
+    def started(*arguments: Any, devices: int | None, **options: Any) -> Any:
+        from engine.processes import COPY_OF, launch, run_copies
+
+        if devices is None or COPY_OF in os.environ:
+            return command(*arguments, **options)
+        if launch().count > 1:
+            raise UserError("--devices: torchrun or srun has started several processes already; leave it out")
+        if devices == 1:
+            return command(*arguments, **options)
+        sys.exit(run_copies([sys.executable, *sys.argv], devices))
+
+    return click.option(
+        "--devices",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Work as N processes on this machine, on a GPU each. Several machines: torchrun or srun.",
+    )(started)
 
 
-DEVICES = click.option(
-    "--devices",
-    type=click.IntRange(1),
-    callback=_start_copies,
-    expose_value=False,
-    metavar="N",
-    help="Work as N processes on this machine, on a GPU each. Several machines: torchrun or srun.",
-)
 ON_SEVERAL = ("train-cnn", "train-joint", "train-temporal", "extract")
 
 
@@ -216,8 +221,8 @@ def config() -> None:
 
 
 @config.command("show")
-@settings
-def config_show(source: str, overrides: tuple[str, ...], name: str | None) -> None:
+@config_options
+def config_show(source: str, overrides: tuple[str, ...]) -> None:
     """Print every setting as the commands will see it: preset, file and --set together."""
     from configs.load import to_yaml
 
@@ -242,7 +247,7 @@ def doctor(source: str, overrides: tuple[str, ...]) -> None:
 
 
 @cli.command()
-@settings
+@config_options
 @click.option("--root", type=click.Path(path_type=Path), help="Folder of the videos; the same as --set data.root=DIR.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where the index goes; the same as --set data.index=FILE.")
 @click.option("--force", is_flag=True, help="Replace an index that differs from what is found now.")
@@ -270,7 +275,6 @@ def doctor(source: str, overrides: tuple[str, ...]) -> None:
 def index(
     source: str,
     overrides: tuple[str, ...],
-    name: str | None,
     root: Path | None,
     out: Path | None,
     force: bool,
@@ -297,6 +301,12 @@ def index(
     from features.catalogue import check_dataset, index_dataset
     from features.pickled_index import index_from_pickles, pickle_from_index
 
+    if check:
+        _refuse("--check", _given("force", "pickles", "to_pickle", "phase_order"))
+    if not pickles:
+        _refuse("videos that are found (no --from-pickle)", _given("labels_to"))
+    if not to_pickle:
+        _refuse("an index (no --to-pickle)", _given("layout", "phases_only"))
     numbering = None if pickles or to_pickle else phase_order
     changes = {"data.root": root, "data.index": out, "data.tfrecord_phase_order": numbering}
     resolved = _config(source, overrides, changes)
@@ -327,7 +337,7 @@ TRUSTED = click.option(
 
 @cli.command("train-cnn")
 @settings
-@DEVICES
+@several_devices
 @TRUSTED
 def train_cnn_command(source: str, overrides: tuple[str, ...], name: str | None, trusted: bool) -> None:
     """Stage one: fine-tune the backbone on tool presence, frame by frame.
@@ -337,6 +347,7 @@ def train_cnn_command(source: str, overrides: tuple[str, ...], name: str | None,
     from stage1_cnn.train import train_cnn
 
     resolved = _config(source, overrides)
+    _refuse_trusted(trusted, _unless_a_file(resolved))
     with _stop_when_asked() as stop:
         index, root = _dataset(resolved)
         result = train_cnn(resolved, _run(resolved, source, name), index, root, stop, trusted=trusted)
@@ -345,7 +356,7 @@ def train_cnn_command(source: str, overrides: tuple[str, ...], name: str | None,
 
 @cli.command()
 @settings
-@DEVICES
+@several_devices
 @click.option("--shard", default="0/1", show_default=True, metavar="I/N", help="Do every N-th video, from number I.")
 @click.option("--index", "index_file", type=click.Path(path_type=Path), help="Another index than data.index.")
 @click.option("--from-joint", "joint_run", metavar="RUN", help="Encode with the backbone of a run's joint net.")
@@ -370,6 +381,7 @@ def extract(
 
     encoder = _joint_checkpoint(source, overrides, joint_run)
     resolved = _config(source, overrides, {"data.index": index_file, "extract.checkpoint": encoder})
+    _refuse_trusted(trusted, _unless_encoder_is_a_file(resolved))
     run = _run(resolved, source, name)
     with _stop_when_asked() as stop:
         index, root = _dataset(resolved)
@@ -386,7 +398,7 @@ def extract(
 
 @cli.command("train-temporal")
 @settings
-@DEVICES
+@several_devices
 @click.option("--features", type=click.Path(path_type=Path), help="Feature folder. Default: the one `extract` made.")
 @click.option("--from-joint", "joint_run", metavar="RUN", help="Start from the LSTM of a run's joint net.")
 def train_temporal_command(
@@ -437,6 +449,8 @@ def ablate(
     from stage2_temporal.ablate import ablate as run_ablation
     from stage2_temporal.ablate import read_ablation
 
+    if features is not None:
+        _refuse("--features", _given("run_name"))
     spec = read_ablation(ablation, base)
     resolved = _config(spec.base, overrides)
     folder = _run(resolved, ablation, name)
@@ -453,7 +467,7 @@ def ablate(
 
 @cli.command("train-joint")
 @settings
-@DEVICES
+@several_devices
 @click.option("--from-cnn", "cnn_run", metavar="RUN", help="Backbone and tool head of a run's train-cnn.")
 @click.option("--from-temporal", "temporal_run", metavar="RUN", help="LSTM of a run's train-temporal.")
 @click.option("--from-joint", "joint_run", metavar="RUN", help="Every branch of another run's joint net (or import).")
@@ -475,6 +489,8 @@ def train_joint_command(
     from stage2_temporal.joint_train import Start, train_joint
 
     resolved = _config(source, overrides)
+    starts = _given("cnn_run", "joint_run")
+    _refuse_trusted(trusted, starts[0] if starts else _unless_a_file(resolved))
     runs = [_run(resolved, source, other) if other else None for other in (cnn_run, temporal_run, joint_run)]
     with _stop_when_asked() as stop:
         index, root = _dataset(resolved)
@@ -602,6 +618,7 @@ def evaluate(
     run = _run(resolved, source, name)
     with _stop_when_asked() as stop:
         if _takes_joint(model, run):
+            _refuse("a joint net, which reads pictures", _given("features"))
             from stage2_temporal.joint_evaluate import evaluate_joint
 
             resolved = _config(source, overrides, {"data.index": index_file})
@@ -644,11 +661,17 @@ def predict(
     """
     from stage2_temporal.new_videos import joint_net, pair_of_stages, predict_new_videos
 
+    run = _run(_config(source, overrides), source, name)
+    if joint := _takes_joint(model, run):
+        _refuse("a joint net, which makes its own features", _given("cnn_run", "joint_run", "trusted"))
     encoder = _joint_checkpoint(source, overrides, joint_run)
     resolved = _config(source, overrides, {"extract.checkpoint": encoder})
-    run = _run(resolved, source, name)
+    if not joint:
+        _refuse_trusted(trusted, _unless_encoder_is_a_file(resolved))
+        if not _uses_stage_one(resolved):
+            _refuse("--from-joint, extract.checkpoint or extract.encoder=initial", _given("cnn_run"))
     with _stop_when_asked() as stop:
-        if _takes_joint(model, run):
+        if joint:
             recogniser = joint_net(resolved, run, inference)
         else:
             encoder_run = _run(resolved, source, cnn_run) if cnn_run else None
@@ -769,7 +792,8 @@ def export_command(
     from evaluation.export import export_predictions, export_run
 
     resolved = _config(source, overrides, {"data.index": index_file})
-    if from_predictions or tools_from:
+    if from_predictions:
+        _refuse("--from-predictions", [*(["RUN"] if run_name else []), *_given("name")])
         export_predictions(
             resolved,
             [file for file in (from_predictions, tools_from) if file],
@@ -782,6 +806,11 @@ def export_command(
             replace=force,
         )
         return
+    _refuse(
+        "a run (no --from-predictions)", _given("tools_from", "index_file", "sequence", "fill_first", "phase_order")
+    )
+    if run_name:
+        _refuse("RUN, which is the same", _given("name"))
     run = _run(resolved, source, run_name or name)
     export_run(resolved, run, out, split=split, probabilities=probabilities, replace=force)
 
@@ -812,7 +841,32 @@ def _evaluate_predictions(
 def _refuse(what: str, options: list[str]) -> None:
     """Options that have no meaning here are an error, never ignored."""
     if options:
-        raise UserError(f"{', '.join(options)}: does not go with {what}; leave it out")
+        raise UserError(f"{', '.join(options)}: cannot be combined with {what}; leave it out")
+
+
+def _refuse_trusted(trusted: bool, instead: str | None) -> None:
+    """`--trusted` where no file of somebody else's is loaded, but what `instead` names."""
+    if trusted and instead:
+        _refuse(f"{instead}: no file of somebody else's is loaded", ["--trusted"])
+
+
+def _unless_a_file(config: Config) -> str | None:
+    """What the backbone starts from, None where that is a file of weights."""
+    weights = config.cnn.weights
+    known = weights in {"imagenet", "random", "cached"} or weights.startswith("run:")
+    return f"cnn.weights={weights}" if known else None
+
+
+def _unless_encoder_is_a_file(config: Config) -> str | None:
+    """What the encoder is loaded from, None where that is a file of weights."""
+    if config.extract.checkpoint is not None:
+        return "extract.checkpoint, or --from-joint"
+    return "extract.encoder=finetuned" if _uses_stage_one(config) else _unless_a_file(config)
+
+
+def _uses_stage_one(config: Config) -> bool:
+    """Whether the encoder is what a run's train-cnn has trained."""
+    return config.extract.checkpoint is None and config.extract.encoder == "finetuned"
 
 
 @cli.command("compare")
@@ -848,11 +902,12 @@ def compare_command(
     """
     from configs.load import load_dataset
     from evaluation.anyone import Reading
-    from evaluation.comparison import DEFAULT_CONVENTION, Place, compare_models
+    from evaluation.comparison import DEFAULT_CONVENTION, Place, compare_models, require_use
 
     resolved = _config(source, overrides)
     if reading["ground_truth"] is None:
         _refuse("runs (no --ground-truth)", _given(*READING_OPTIONS))
+    require_use(models, resolved.runs, reading=reading["ground_truth"] is not None, split=bool(_given("split")))
     compare_models(
         models,
         Place(
@@ -945,7 +1000,7 @@ def submit_command(
     """
     from engine import slurm
 
-    run = _run_of(stage, arguments, array)
+    run = _run_of(stage, arguments, array, several=nodes * (gpus_per_node or 1) > 1)
     request = slurm.Request(
         stage=stage,
         arguments=arguments,
@@ -963,16 +1018,19 @@ def submit_command(
     for line in submission.sentences():
         click.echo(line, err=dry_run)
     if dry_run:
+        click.echo(f"requeued:  up to {max_requeues} times", err=True)
         click.echo(submission.script, nl=False)
 
 
-def _run_of(stage: str, arguments: tuple[str, ...], array: int | None) -> Path:
+def _run_of(stage: str, arguments: tuple[str, ...], array: int | None, several: bool) -> Path:
     """The run that a stage's command line works in; everything in it that can be read without the data is."""
     try:
         context = cli.commands[stage].make_context(stage, list(arguments))
     except click.exceptions.Exit:
         raise UserError(f"submit {stage}: --help asks a question and does no work; ask `{stage} --help`") from None
     given = context.params
+    if given.get("devices") and several:
+        raise UserError("--devices: --nodes and --gpus-per-node start a process a GPU already; leave it out")
     if stage == "extract":
         _shard(given["shard"])
         if array and context.get_parameter_source("shard") is click.core.ParameterSource.COMMANDLINE:

@@ -105,7 +105,7 @@ def print_comparisons(result: Mapping[str, Any]) -> None:
 
 def load_model(text: str, place: Place, convention: str) -> Model:
     """The model that `text` names: one source, or several seeds joined by commas."""
-    parts = [text] if Path(text).exists() else [part.strip() for part in text.split(",") if part.strip()]
+    parts = _parts(text)
     if len(set(parts)) != len(parts) or not parts:
         raise UserError(f"compare {text}: name each seed's run once")
     name = parts[0] if len(parts) == 1 else f"{parts[0]} ({len(parts)} seeds)"
@@ -113,6 +113,19 @@ def load_model(text: str, place: Place, convention: str) -> Model:
     for result in model.results[1:]:
         _require_same_frames(model, Model(name, parts, [result]))
     return model
+
+
+def _parts(text: str) -> list[str]:
+    return [text] if Path(text).exists() else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def require_use(names: Sequence[str], runs: Path, *, reading: bool, split: bool) -> None:
+    """Raise UserError where a way of reading is given and no model is read, or a split and no model is a run."""
+    found = [runs / part if (runs / part).is_dir() else Path(part) for name in names for part in _parts(name)]
+    if reading and all(p.is_file() or (p / "evaluate").is_dir() or (p / METRICS_FILE).is_file() for p in found):
+        raise UserError("--ground-truth: every model here is evaluated already; leave it out")
+    if split and not any((path / "evaluate").is_dir() for path in found):
+        raise UserError("--split: no model here is a run; leave it out")
 
 
 def _load_results(text: str, place: Place, convention: str) -> Mapping[str, Any]:

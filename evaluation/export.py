@@ -87,6 +87,8 @@ def export_run(
     for file in files[1]:
         time_s, tools = read_tool_csv(file, spec)
         texts[f"{file.stem}-tool.txt"] = _tools(_annotation_frames(time_s, spec), tools, probabilities)
+    if probabilities and not any(name.endswith("-tool.txt") for name in texts):
+        raise UserError(f"--probabilities: there are no tools in {folder}; leave it out")
     written = _write_texts(out or run / "export" / split, texts, replace)
     if bare and spec.tools:
         say(f"note: {bare} prediction file(s) without tools, so no tool file for them")
@@ -191,9 +193,16 @@ def export_predictions(
     entries = index.videos if split == "all" else index.by_split(split)
     if not entries:
         raise UserError(f"{config.data.index}: no video in split {split}; choose another --split")
+    pickles = [read_predictions(file, spec) for file in files]
+    if phase_order is not None and all(predictions.phases is None for predictions in pickles):
+        raise UserError(f"--phase-order: {files[0]} holds tools, not phases; leave it out")
+    if probabilities and all(predictions.phases is not None for predictions in pickles):
+        raise UserError(f"--probabilities: {files[0]} holds phases, not tools; leave it out, or add --tools-from")
+    if fill_first and sequence is None:
+        raise UserError("--fill-first: say how many frames a clip had with --sequence")
     frames = _frames_by_rule(config, index, root, entries)
     texts: dict[str, str] = {}
-    for predictions in [read_predictions(file, spec) for file in files]:
+    for predictions in pickles:
         videos = _by_video(predictions, frames, sequence, split)
         order = _order(predictions, phase_order, spec)
         for entry, video in zip(entries, videos, strict=True):

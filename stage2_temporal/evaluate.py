@@ -37,7 +37,7 @@ from features.store import (
     recorded_encoder,
     require_one_encoder,
 )
-from stage2_temporal.predict import Inference, load_temporal, other_encoder, predict_phases
+from stage2_temporal.predict import Inference, chosen_inference, load_temporal, other_encoder, predict_phases
 
 METRICS_FILE = "metrics.json"
 CONVENTION = "phase_mean"
@@ -92,7 +92,8 @@ def evaluate_run(
     classes differ from the data's, or the features come from another encoder.
     """
     temporal = run / "temporal"
-    _, about = load_temporal(temporal)
+    model, about = load_temporal(temporal)
+    chosen_inference(inference, about["inference"], model, temporal)
     name = split if index_file is None else f"{index_file.stem}-{split}"
     name += f"-{inference}" if inference else ""
     out = run / "evaluate" / name

@@ -25,7 +25,7 @@ from features.store import VideoFeatures
 from stage2_temporal.evaluate import METRICS_FILE, Material, print_metrics, score_and_write, summary_of
 from stage2_temporal.joint import IMPORTED, JointNet, joint_checkpoint, load_joint, require_same_classes
 from stage2_temporal.joint_predict import LabelledVideo, Prediction, gap_nats, labelled_videos, predict_videos
-from stage2_temporal.predict import Inference
+from stage2_temporal.predict import Inference, chosen_inference
 
 
 def evaluate_joint(
@@ -51,7 +51,8 @@ def evaluate_joint(
     entries = list(index.videos) if split == "all" else index.by_split(split)
     if not entries:
         raise UserError(f"{config.data.index}: no video in split {split}; choose another --split or data.split.rule")
-    predictor = _Predictor(config, net, root, index, inference or about["inference"], about["frames"], stop)
+    way = chosen_inference(inference, about["inference"], net.phase, path)
+    predictor = _Predictor(config, net, root, index, way, about["frames"], stop)
     videos = labelled_videos(config, index, root, entries)
     found = predictor(videos)
     features = {video.entry.id: _as_features(video, found, config) for video in videos}

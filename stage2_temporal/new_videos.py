@@ -40,7 +40,7 @@ from stage1_cnn.pool import VIDEO_ERRORS, one_line
 from stage2_temporal.data import with_tool_logits
 from stage2_temporal.joint import FOLDER, joint_checkpoint, load_joint, require_same_classes
 from stage2_temporal.model import PhaseModel, require_causal
-from stage2_temporal.predict import Inference, OnlinePredictor, load_temporal, other_encoder
+from stage2_temporal.predict import Inference, OnlinePredictor, chosen_inference, load_temporal, other_encoder
 
 # Fast to write and good enough to look at; the picture is somebody's evidence in a discussion, not an archive.
 _ENCODER = {"preset": "veryfast", "crf": "23"}
@@ -102,6 +102,7 @@ def pair_of_stages(
     """
     folder = run / "temporal"
     model, about = load_temporal(folder)
+    inference = chosen_inference(inference, about["inference"], model, folder)
     recorded = about.get("encoder")
     if not recorded:
         raise UserError(f"{folder / 'best.pt'}: does not say what made its features; train it again")
@@ -129,7 +130,7 @@ def pair_of_stages(
         return stored.float(), logits if encoder.tool_head is not None else None
 
     identity = {"temporal": sha256_file(folder / "best.pt"), "encoder": encoder.spec.digest}
-    return _recogniser(encode, model, inference or about["inference"], about["frames"], config, spec, identity)
+    return _recogniser(encode, model, inference, about["frames"], config, spec, identity)
 
 
 def _with_other_ways(error: UserError, run: Path, cnn_run: Path | None) -> UserError:
@@ -150,6 +151,7 @@ def joint_net(config: Config, run: Path, inference: Inference | None = None) -> 
     net, about = load_joint(path)
     if net.phase is None:
         raise UserError(f"{path}: a net for tools alone; predict needs a phase branch, `extract --from-joint` does not")
+    inference = chosen_inference(inference, about["inference"], net.phase, path)
     config = _as_trained(config, PreprocessConfig(**about["preprocess"]), about["fps"], about)
     spec = load_dataset(config.data.dataset)
     require_same_classes(path, "phases", about["phases"], spec.phases)
@@ -166,7 +168,7 @@ def joint_net(config: Config, run: Path, inference: Inference | None = None) -> 
         return embedding, net.tool_head(embedding).cpu().numpy() if net.tool_head is not None else None
 
     identity = {"joint": sha256_file(path)}
-    return _recogniser(encode, net.phase, inference or about["inference"], about["frames"], config, spec, identity)
+    return _recogniser(encode, net.phase, inference, about["frames"], config, spec, identity)
 
 
 def _as_trained(config: Config, preprocess: PreprocessConfig, fps: float, about: dict[str, Any]) -> Config:

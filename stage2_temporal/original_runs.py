@@ -76,6 +76,7 @@ def import_original(config: Config, run: Path, request: ImportRequest) -> dict[s
         raise UserError(f"{request.file}: --into is for the mapping alone, and this is a whole net")
     original = recognise(state, request.file, request.variant)
     spec = load_dataset(config.data.dataset)
+    _require_phases(original.phases, request.phase_order, request.file)
     order = parse_phase_order(request.phase_order, spec, str(request.file)) if original.phases else None
     net = to_joint(original, spec, order, request.file)
     normalisation, reason = choose_normalisation(original, request.normalisation)
@@ -92,6 +93,11 @@ def import_original(config: Config, run: Path, request: ImportRequest) -> dict[s
     }
     about = describe_joint(net, original.head, fitting, spec, IMPORTED) | {"original": provenance}
     return _write_run(run, fitting, net, about)
+
+
+def _require_phases(phases: object, phase_order: str | None, where: Path) -> None:
+    if phase_order is not None and not phases:
+        raise UserError(f"--phase-order: {where} is a net for tools alone; leave it out")
 
 
 def _fitting_settings(config: Config, original: Original, file: Path, normalisation: str) -> Config:
@@ -143,6 +149,13 @@ def _import_mapping(run: Path, request: ImportRequest, state: Mapping[str, torch
     file = request.file
     if request.into is None:
         raise UserError(f"{file}: the mapping alone; name the run of the net that it belongs to with --into RUN")
+    said = {
+        "--phase-order": request.phase_order,
+        "--normalisation": request.normalisation,
+        "--variant": request.variant,
+    }
+    if given := [option for option, value in said.items() if value is not None]:
+        raise UserError(f"{given[0]}: {file} is the mapping alone, and the net of --into has all else; leave it out")
     path = joint_checkpoint(request.into)
     net, about = load_joint(path)
     head = _head_of(about)
@@ -226,6 +239,7 @@ def export_original(config: Config, run: Path, out: Path, phase_order: str | Non
 def _order_of_export(
     config: Config, net: JointNet, about: Mapping[str, Any], path: Path, phase_order: str | None, file: Path
 ) -> tuple[str, ...] | None:
+    _require_phases(net.phase, phase_order, path)
     if net.phase is None:
         return None
     spec: DataSetSpec = load_dataset(config.data.dataset)

@@ -21,7 +21,7 @@ from engine.progress import say
 from engine.stopping import StopRequest
 from features.store import VideoFeatures
 from stage2_temporal.data import Batch, FeatureBank, Span, chunk_batches, clip_batches, group_by_length
-from stage2_temporal.model import PhaseModel, Standardise, State, build_head, first_rows, require_causal
+from stage2_temporal.model import LinearHead, PhaseModel, Standardise, State, build_head, first_rows, require_causal
 
 Inference = Literal["carried", "clip"]
 KIND = "temporal"
@@ -52,6 +52,13 @@ def load_temporal(folder: Path) -> tuple[PhaseModel, dict[str, Any]]:
     except (ValidationError, KeyError, RuntimeError, TypeError) as error:
         raise UserError(f"{path}: damaged, or of another version ({str(error).splitlines()[0]})") from error
     return model.eval(), content
+
+
+def chosen_inference(asked: Inference | None, trained: Inference, phase: PhaseModel | None, where: Path) -> Inference:
+    """How to run through time: as asked for, else as trained. Raises UserError where both ways are the same."""
+    if asked is not None and (phase is None or isinstance(phase.head, LinearHead)):
+        raise UserError(f"--inference: {where} recognises each frame by itself, without a state; leave it out")
+    return asked or trained
 
 
 def other_encoder(trained: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:

@@ -104,7 +104,10 @@ def test_another_data_set(tmp_path):
         (["--ground-truth", "no"], "no: not a folder"),
         (["--ground-truth", "short"], "1 rows, but short/video01-phase.txt has 2"),
         (["--ground-truth", "many"], "many/video02-phase.txt: good has no file for this video"),
-        (["--ground-truth", "good", "--name", "a", "--model", "joint"], "--name, --model: does not go with --pred"),
+        (
+            ["--ground-truth", "good", "--name", "a", "--model", "joint"],
+            "--name, --model: cannot be combined with --pred",
+        ),
         (["--ground-truth", "good", "--convention", "x"], "unknown convention 'x'; choose from phase_mean"),
         (["--ground-truth", "good", "--phase-order", "x"], "--phase-order x: no such order or file"),
         (["--ground-truth", "good", "--fps", "inf"], "fps inf"),
@@ -129,7 +132,7 @@ def test_bad_input_is_one_line_and_exit_code_2(options, message, tmp_path):
 def test_options_for_folders_mean_nothing_to_a_run(tmp_path):
     done = run(["evaluate", "--ground-truth", "x", "--skip-first-row"], tmp_path)
     assert done.returncode == 2
-    assert "--ground-truth, --skip-first-row: does not go with a run (no --predictions)" in done.stderr
+    assert "--ground-truth, --skip-first-row: cannot be combined with a run (no --predictions)" in done.stderr
 
 
 def test_neither_torch_nor_a_decoder_is_imported(tmp_path):
@@ -166,7 +169,7 @@ def test_compare_folders_of_predictions(shared_data, tmp_path):
     [
         (["a"], "needs two models or more"),
         (["a", "b"], "runs/a: no such run or folder"),
-        (["a", "b", "--skip-first-row"], "--skip-first-row: does not go with runs (no --ground-truth)"),
+        (["a", "b", "--skip-first-row"], "--skip-first-row: cannot be combined with runs (no --ground-truth)"),
         (["t", "t", "--ground-truth", "no"], "no: not a folder that can be read"),
     ],
 )

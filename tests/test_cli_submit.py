@@ -29,6 +29,16 @@ def test_a_dry_run_prints_the_script_and_apart_from_it_the_command(tmp_path: Pat
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_stage_s_devices_are_started_by_the_job_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    started = []
+    monkeypatch.setattr("engine.processes.run_copies", lambda *words: started.append(words))
+    done = submit("train-cnn", "--dry-run", "--", "--devices", "2")
+    assert done.exit_code == 0, done.output
+    assert "pipeline.py train-cnn --devices 2\n" in done.stderr
+    assert not started
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
@@ -41,6 +51,7 @@ def test_a_dry_run_prints_the_script_and_apart_from_it_the_command(tmp_path: Pat
         (["ablate", "--", "nothing"], "no such ablation"),
         (["ablate", "--", "hidden", "--set", "temporal.epoch=3"], "unknown key temporal.epoch"),
         (["evaluate", "--", "--predictions", "x"], "do it here"),
+        (["train-cnn", "--gpus-per-node", "2", "--", "--devices", "2"], "--devices: --nodes and --gpus-per-node start"),
         (["simulate", "--", "x"], "is not one of"),
         (["extract", "--time", "soon"], "--time soon"),
     ],

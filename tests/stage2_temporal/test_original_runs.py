@@ -131,8 +131,10 @@ def test_the_mapping_alone_goes_into_a_new_run(tmp_path: Path) -> None:
     torch.save(alone, file)
     with pytest.raises(UserError, match=r"the mapping alone; .* --into RUN"):
         bring_in(tmp_path, file)
+    with pytest.raises(UserError, match=r"--phase-order: .* the mapping alone"):
+        bring_in(tmp_path, file, into=tmp_path)
     first = bring_in(tmp_path, tmp_path / TWO_LAYER, "first")
-    run = bring_in(tmp_path, file, "both", into=first)
+    run = bring_in(tmp_path, file, "both", order=None, into=first)
     assert load_joint(joint_checkpoint(first))[0].mapping is None
     net, about = load_joint(joint_checkpoint(run))
     assert about["original"]["mapping"]["sha256"] == sha256_file(file)
@@ -144,29 +146,30 @@ def test_the_mapping_alone_goes_into_a_new_run(tmp_path: Path) -> None:
     back = load_foreign_state(written)
     assert all(torch.equal(back[name], tensor) for name, tensor in whole.items())
     with pytest.raises(UserError, match="has no mapping yet"):
-        bring_in(tmp_path, file, "third", into=run)
+        bring_in(tmp_path, file, "third", order=None, into=run)
     torch.save({"weight": torch.zeros(7, 12), "bias": torch.zeros(7)}, tmp_path / "narrow.pth")
     with pytest.raises(UserError, match=r"narrow\.pth: this mapping does not belong to .*weight is 7x12, not 7x16"):
-        bring_in(tmp_path, tmp_path / "narrow.pth", "third", into=first)
+        bring_in(tmp_path, tmp_path / "narrow.pth", "third", order=None, into=first)
     plain = bring_in(tmp_path, write(tmp_path, "plain.pth", "multitask"), "plain")
     with pytest.raises(UserError, match="reads the ReLU"):
-        bring_in(tmp_path, file, "third", into=plain)
+        bring_in(tmp_path, file, "third", order=None, into=plain)
     with pytest.raises(UserError, match="--into is for the mapping alone"):
-        bring_in(tmp_path, tmp_path / TWO_LAYER, "third", into=first)
+        bring_in(tmp_path, tmp_path / TWO_LAYER, "third", order=None, into=first)
 
 
 @pytest.mark.parametrize("variant", LINEAR)
 def test_out_and_in_again_is_the_identity(tmp_path: Path, variant: str) -> None:
     file = write(tmp_path, "net.pth", variant, prefix=variant not in ("tool", "pytorch1.2.0"))
-    run = bring_in(tmp_path, file, order="tf-cholec80")
-    written = export_original(settings(tmp_path), run, tmp_path / "out", "tf-cholec80")
+    order = None if variant == "tool" else "tf-cholec80"
+    run = bring_in(tmp_path, file, order=order)
+    written = export_original(settings(tmp_path), run, tmp_path / "out", order)
     assert written == tmp_path / "out/net.pth"
     state, back = load_foreign_state(file), load_foreign_state(written)
     assert list(back) == list(state)
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
     with pytest.raises(UserError, match=r"net\.pth: exists; choose another folder"):
-        export_original(settings(tmp_path), run, tmp_path / "out", "tf-cholec80")
-    again = bring_in(tmp_path, written, "again", order="tf-cholec80")
+        export_original(settings(tmp_path), run, tmp_path / "out", order)
+    again = bring_in(tmp_path, written, "again", order=order)
     one, two = (load_checkpoint(joint_checkpoint(path)) for path in (run, again))
     assert one["preprocess"] == two["preprocess"]
     tensors = {name: value for name, value in one["model"].items() if isinstance(value, Tensor)}

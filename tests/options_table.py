@@ -1,0 +1,466 @@
+"""What each option of each command does in each mode of it: reaches the work, or is refused (tests/test_options.py).
+
+`python -m tests.options_table` writes docs/options.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+
+from pipeline import cli
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "options.md"
+SETTINGS = {"--config": "own.yaml", "--set": "runs=elsewhere"}  # own.yaml: other runs, seed and data set
+RUN = {**SETTINGS, "--name": "other"}
+READING = {
+    "--ground-truth": "truth2",
+    "--fps": "25",
+    "--prediction-fps": "25",
+    "--background": "idle",
+    "--skip-first-row": "",
+    "--phase-order": "mtrcnet",
+    "--allow-missing": "",
+}
+WEIGHTS = ["--set", "cnn.weights=own.pth"]
+PREDICT = {**RUN, "--inference": "clip", "--out": "a #b", "--video": ""}
+NEW_VIDEOS = "stage2_temporal.new_videos:predict_new_videos"
+PAIR = ("stage2_temporal.new_videos:pair_of_stages", NEW_VIDEOS)
+COMPARE = ("evaluation.comparison:compare_models",)
+SUBMIT = {
+    "--partition": "p",
+    "--gpus-per-node": "1",
+    "--nodes": "2",
+    "--cpus-per-task": "3",
+    "--mem-gb": "3",
+    "--time": "30",
+    "--slurm": "account=x",
+    "--max-requeues": "3",
+}
+POSITIONAL = {"models", "arguments"}  # a command's own words, as many as wanted
+INTRODUCTION = """# Options
+
+What each option does in each way of using a command: it has an effect (`yes`), is `refused` in one line with exit code
+2, or is `given`, where it is what makes that way. Made by `python -m tests.options_table` from the table of which
+`tests/test_options.py` runs every row. What depends on the contents of files is refused where they are read:
+`--inference` for a head without a state, `--phase-order` and `--probabilities` for files without phases or tools,
+`--ground-truth` where every model is an evaluated run.
+"""
+INITIAL = [*WEIGHTS, "--set", "extract.encoder=initial"]
+JOINT = ["--model", "joint"]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way of using a command. `words` make it this mode; options among them are given, and so not tried again.
+
+    Of the other options, those in `does` reach `work` (module:function; the last one ends the command), and those in
+    `refused` are errors.
+    """
+
+    command: str
+    name: str
+    words: list[str]
+    work: tuple[str, ...]
+    does: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+MODES = [
+    Mode("config show", "always", [], ("configs.load:to_yaml",), SETTINGS),
+    Mode("doctor", "always", [], ("stage1_cnn.doctor:diagnose",), SETTINGS),
+    Mode(
+        "index",
+        "find videos",
+        [],
+        ("features.catalogue:index_dataset",),
+        {
+            **SETTINGS,
+            "--root": "a #b",
+            "--out": "on",
+            "--force": "",
+            "--phase-order": "mtrcnet",
+            "--check": "",
+            "--from-pickle": "x.pkl",
+            "--to-pickle": "x.pkl",
+        },
+        {"--labels-to": "x", "--layout": "test", "--phases-only": ""},
+    ),
+    Mode(
+        "index",
+        "--check",
+        ["--check"],
+        ("features.catalogue:check_dataset",),
+        {**SETTINGS, "--root": "2024", "--out": "a: b"},
+        {
+            "--force": "",
+            "--from-pickle": "x.pkl",
+            "--labels-to": "x",
+            "--to-pickle": "x.pkl",
+            "--layout": "test",
+            "--phases-only": "",
+            "--phase-order": "mtrcnet",
+        },
+    ),
+    Mode(
+        "index",
+        "--from-pickle",
+        ["--from-pickle", "x.pkl"],
+        ("features.pickled_index:index_from_pickles", "features.pickled_index:pickle_from_index"),
+        {
+            **SETTINGS,
+            "--root": "~",
+            "--out": "on",
+            "--force": "",
+            "--labels-to": "x",
+            "--to-pickle": "y.pkl",
+            "--phase-order": "mtrcnet",
+        },
+        {"--check": "", "--layout": "test", "--phases-only": ""},
+    ),
+    Mode(
+        "index",
+        "--to-pickle",
+        ["--to-pickle", "x.pkl"],
+        ("features.pickled_index:index_from_pickles", "features.pickled_index:pickle_from_index"),
+        {
+            **SETTINGS,
+            "--root": "[x]",
+            "--from-pickle": "y.pkl",
+            "--out": "on",
+            "--force": "",
+            "--layout": "test",
+            "--phases-only": "",
+            "--phase-order": "mtrcnet",
+        },
+        {"--check": "", "--labels-to": "x"},
+    ),
+    Mode(
+        "train-cnn",
+        "weights of this project",
+        [],
+        ("stage1_cnn.train:train_cnn",),
+        {**RUN, "--devices": "2"},
+        {"--trusted": ""},
+    ),
+    Mode(
+        "train-cnn",
+        "weights of a file",
+        WEIGHTS,
+        ("stage1_cnn.train:train_cnn",),
+        {**RUN, "--devices": "2", "--trusted": ""},
+    ),
+    Mode(
+        "extract",
+        "a trained encoder",
+        [],
+        ("stage1_cnn.extract:extract",),
+        {**RUN, "--devices": "2", "--shard": "1/2", "--index": "a #b", "--from-joint": "net"},
+        {"--trusted": ""},
+    ),
+    Mode(
+        "extract",
+        "weights of a file",
+        INITIAL,
+        ("stage1_cnn.extract:extract",),
+        {**RUN, "--devices": "2", "--shard": "1/2", "--index": "a #b", "--trusted": "", "--from-joint": "net"},
+    ),
+    Mode(
+        "train-temporal",
+        "always",
+        [],
+        ("stage2_temporal.train:train_temporal",),
+        {**RUN, "--devices": "2", "--features": "a #b", "--from-joint": "net"},
+    ),
+    Mode(
+        "ablate",
+        "features of a run",
+        ["hidden"],
+        ("stage2_temporal.ablate:ablate",),
+        {
+            "--base": "own.yaml",
+            "--set": "seed=3",
+            "--name": "other",
+            "--features": "a #b",
+            "--run": "b",
+            "--workers": "2",
+        },
+    ),
+    Mode(
+        "ablate",
+        "--features",
+        ["hidden", "--features", "folder"],
+        ("stage2_temporal.ablate:ablate",),
+        {"--base": "own.yaml", "--set": "seed=3", "--name": "other", "--workers": "2"},
+        {"--run": "b"},
+    ),
+    Mode(
+        "train-joint",
+        "weights of this project",
+        [],
+        ("stage2_temporal.joint_train:train_joint",),
+        {**RUN, "--devices": "2", "--from-cnn": "a", "--from-temporal": "b", "--from-joint": "c"},
+        {"--trusted": ""},
+    ),
+    Mode(
+        "train-joint",
+        "weights of a file",
+        WEIGHTS,
+        ("stage2_temporal.joint_train:train_joint",),
+        {**RUN, "--devices": "2", "--from-cnn": "a", "--from-temporal": "b", "--from-joint": "c", "--trusted": ""},
+    ),
+    Mode(
+        "train-joint",
+        "--from-cnn",
+        [*WEIGHTS, "--from-cnn", "a"],
+        ("stage2_temporal.joint_train:train_joint",),
+        {**RUN, "--devices": "2", "--from-temporal": "b", "--from-joint": "c"},
+        {"--trusted": ""},
+    ),
+    Mode(
+        "evaluate",
+        "stage two",
+        [],
+        ("stage2_temporal.evaluate:evaluate_run",),
+        {
+            **RUN,
+            "--features": "a #b",
+            "--predictions": "theirs|--ground-truth|truth",
+            "--model": "joint",
+            "--inference": "clip",
+            "--split": "val",
+            "--index": "a #b",
+        },
+        {**READING, "--convention": "pooled", "--json": "x.json"},
+    ),
+    Mode(
+        "evaluate",
+        "a joint net",
+        JOINT,
+        ("stage2_temporal.joint_evaluate:evaluate_joint",),
+        {**RUN, "--inference": "clip", "--split": "val", "--index": "a #b"},
+        {**READING, "--features": "x", "--convention": "pooled", "--json": "x.json", "--predictions": "theirs"},
+    ),
+    Mode(
+        "evaluate",
+        "--predictions",
+        ["--predictions", "theirs", "--ground-truth", "truth"],
+        ("evaluation.anyone:evaluate_folder",),
+        {
+            "--config": "own.yaml",
+            "--set": "data.dataset=m2cai16-workflow",
+            **{option: value for option, value in READING.items() if option != "--ground-truth"},
+            "--convention": "pooled",
+            "--json": "x.json",
+            "--split": "test",
+        },
+        {"--name": "x", "--features": "x", "--model": "joint", "--inference": "clip", "--index": "x.json"},
+    ),
+    Mode(
+        "predict",
+        "a trained encoder",
+        ["video.mp4"],
+        PAIR,
+        {**PREDICT, "--model": "joint", "--from-cnn": "a", "--from-joint": "b"},
+        {"--trusted": ""},
+    ),
+    Mode(
+        "predict",
+        "weights of a file",
+        ["video.mp4", *INITIAL],
+        PAIR,
+        {**PREDICT, "--model": "joint", "--from-joint": "b", "--trusted": ""},
+        {"--from-cnn": "a"},
+    ),
+    Mode(
+        "predict",
+        "--from-joint",
+        ["video.mp4", "--from-joint", "b"],
+        PAIR,
+        PREDICT,
+        {"--model": "joint", "--from-cnn": "a", "--trusted": ""},
+    ),
+    Mode(
+        "predict",
+        "a joint net",
+        ["video.mp4", *JOINT],
+        ("stage2_temporal.new_videos:joint_net", NEW_VIDEOS),
+        PREDICT,
+        {"--from-cnn": "a", "--from-joint": "b", "--trusted": ""},
+    ),
+    Mode(
+        "import-checkpoint",
+        "always",
+        ["net.pth", "--name", "new"],
+        ("stage2_temporal.original_runs:import_original",),
+        {
+            **SETTINGS,
+            "--phase-order": "mtrcnet",
+            "--normalisation": "main",
+            "--variant": "cl",
+            "--into": "net",
+            "--trusted": "",
+        },
+    ),
+    Mode(
+        "export-checkpoint",
+        "always",
+        ["net", "out"],
+        ("stage2_temporal.original_runs:export_original",),
+        {**SETTINGS, "--phase-order": "mtrcnet", "--prefix-module": ""},
+    ),
+    Mode(
+        "export",
+        "a run",
+        [],
+        ("evaluation.export:export_run",),
+        {
+            **RUN,
+            "RUN": "other",
+            "--from-predictions": "x.pkl",
+            "--split": "val",
+            "--out": "x",
+            "--probabilities": "",
+            "--force": "",
+        },
+        {
+            "--tools-from": "y.pkl",
+            "--index": "i.json",
+            "--sequence": "4",
+            "--fill-first": "",
+            "--phase-order": "mtrcnet",
+        },
+    ),
+    Mode(
+        "export",
+        "--from-predictions",
+        ["--from-predictions", "x.pkl"],
+        ("evaluation.export:export_predictions",),
+        {
+            **SETTINGS,
+            "--split": "val",
+            "--out": "x",
+            "--probabilities": "",
+            "--force": "",
+            "--tools-from": "y.pkl",
+            "--index": "a #b",
+            "--sequence": "4",
+            "--fill-first": "",
+            "--phase-order": "mtrcnet",
+        },
+        {"RUN": "other", "--name": "other"},
+    ),
+    Mode(
+        "compare",
+        "runs",
+        ["a", "b"],
+        COMPARE,
+        {**SETTINGS, "--split": "val", "--convention": "pooled", "--metric": "f1", "--json": "x.json"},
+        {option: value for option, value in READING.items() if option != "--ground-truth"}
+        | {"--ground-truth": "truth"},
+    ),
+    Mode(
+        "compare",
+        "folders of predictions",
+        ["theirs", "others", "--ground-truth", "truth"],
+        COMPARE,
+        {
+            **SETTINGS,
+            **{option: value for option, value in READING.items() if option != "--ground-truth"},
+            "--convention": "pooled",
+            "--metric": "f1",
+            "--json": "x.json",
+        },
+        {"--split": "val"},
+    ),
+    Mode(
+        "compare",
+        "both",
+        ["theirs", "a", "--ground-truth", "truth"],
+        COMPARE,
+        {
+            **SETTINGS,
+            **{option: value for option, value in READING.items() if option != "--ground-truth"},
+            "--split": "val",
+            "--convention": "pooled",
+            "--metric": "f1",
+            "--json": "x.json",
+        },
+    ),
+    Mode(
+        "report",
+        "always",
+        ["a"],
+        ("stage2_temporal.report:report_runs",),
+        {"--split": "val", "--out": "x.html", "--figures": "x", "--no-thumbnails": ""},
+    ),
+    Mode("run", "always", [], ("stage2_temporal.run:run_all",), RUN),
+    Mode("submit", "extract", ["extract", "--dry-run"], (), SUBMIT | {"--array": "3"}),
+    Mode("submit", "another stage", ["train-cnn", "--dry-run"], (), SUBMIT, {"--array": "3"}),
+    Mode("submit", "for real", ["train-cnn"], ("engine.slurm:submit",), SUBMIT | {"--array": "3", "--dry-run": ""}),
+    Mode(
+        "simulate",
+        "always",
+        ["out"],
+        ("features.simulation:simulate",),
+        {
+            "--videos": "3",
+            "--seed": "3",
+            "--fps": "3",
+            "--width": "32",
+            "--height": "32",
+            "--speed-up": "3",
+            "--first": "3",
+            "--workers": "3",
+        },
+    ),
+    Mode("features verify", "always", ["folder"], ("features.store:verify_folder",)),
+    Mode("features info", "always", ["folder"], ("features.store:describe_folder",)),
+]
+
+
+def options_of(command: click.Command) -> list[click.Parameter]:
+    """Everything that may be left out of a command's words."""
+    return [parameter for parameter in command.params if not parameter.required and parameter.name not in POSITIONAL]
+
+
+def spelled(parameter: click.Parameter) -> str:
+    """An option as it is written, an argument by its name."""
+    if isinstance(parameter, click.Argument):
+        return str(parameter.metavar or parameter.name).strip("[]")
+    return max(parameter.opts, key=len)
+
+
+def commands(group: click.Group = cli, above: str = "") -> Iterator[tuple[str, click.Command]]:
+    """Every command by the words that name it."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{above}{name} ")
+        else:
+            yield f"{above}{name}", command
+
+
+def document() -> str:
+    """docs/options.md."""
+    text = [INTRODUCTION]
+    for name, command in commands():
+        modes = [mode for mode in MODES if mode.command == name]
+        if not options_of(command):
+            continue
+        text += [f"## {name}", "", "| option | " + " | ".join(mode.name for mode in modes) + " | what it does |"]
+        text += ["|" + "---|" * (len(modes) + 2)]
+        for parameter in options_of(command):
+            option, cells = spelled(parameter), []
+            for mode in modes:
+                cells.append("refused" if option in mode.refused else "yes" if option in mode.does else "given")
+            told = " ".join((getattr(parameter, "help", None) or "").split()).replace("|", "\\|")
+            text += [f"| `{option}` | " + " | ".join(cells) + f" | {told} |"]
+        text += [""]
+    return "\n".join(text)
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(document(), encoding="utf-8")
