@@ -230,9 +230,20 @@ class DataConfig(Strict):
     frame_numbering: Literal["auto", "source", "sample"] = Field(
         "auto", description="frame folders: do file names count source frames or samples"
     )
-    frame_base: Literal["auto", 0, 1] = Field("auto", description="frame folders: number of the first frame")
+    frame_base: Literal["auto", "first", 0, 1] = Field(
+        "auto", description="frame folders: number of the video's first frame; first takes each folder's first image"
+    )
     folder_fps: float | None = Field(
         None, gt=0, le=MAX_FPS, description="frame folders numbered by sample: samples a second"
+    )
+    row_fps: Literal["auto", "source"] | Annotated[float, Field(gt=0, le=MAX_FPS)] = Field(
+        "auto",
+        description="what the Frame column of annotation files counts: numbers a second (1 = seconds), or source for "
+        "the video's own frames; auto goes by the lengths of each video and its lists",
+    )
+    row_base: Literal["auto", 0, 1] = Field("auto", description="annotation files: number of the first frame's row")
+    min_labelled: float = Field(
+        0.5, ge=0, le=1, description="leave out videos with labels for less than this fraction of them; 0 insists"
     )
     tfrecord_phase_order: str | None = Field(
         None,

@@ -27,14 +27,16 @@ from engine.sniff import what_begins_so
 _WHOLE_NUMBER = re.compile(r"[0-9]+")
 MAX_FILE_BYTES = 64 << 20  # twenty hours of phases, a row a frame
 NO_LABEL = ("-1", "")  # cells of a row that says nothing
+_ROUNDED_STRIDE = 8  # from here on, one more or less is rounding and no row out of place
 _MAX_DIGITS = 15  # far beyond any video, and safely inside int64
 
 
 @dataclass(frozen=True, eq=False)
 class PhaseTrack:
-    """Phases of one video: `frame_index` (R,) int64, `phase` (R,) int8; a row holds until the next one.
+    """Phases of one video: `frame_index` (R,) int64, `phase` (R,) int8, -1 without a label.
 
-    `stride` is the distance between rows in frames. A single row has none to read; it counts as 1.
+    `stride` is the distance between rows; a row holds until the next one, for a stride at most. A single row has none
+    to read; it counts as 1.
     """
 
     frame_index: np.ndarray
@@ -48,7 +50,7 @@ class PhaseTrack:
 
 @dataclass(frozen=True, eq=False)
 class ToolTrack:
-    """Tools of one video: `frame_index` (R,) int64, `tools` (R, K) int8 of 0 and 1, in the data set's order."""
+    """Tools of one video: `frame_index` (R,) int64, `tools` (R, K) int8 of 0, 1 and -1 for none, in the set's order."""
 
     frame_index: np.ndarray
     tools: np.ndarray
@@ -182,7 +184,7 @@ def _tool_columns(header: Sequence[str], path: Path, spec: DataSetSpec) -> list[
 
 
 def _frame_column(cells: Sequence[str], path: Path) -> tuple[np.ndarray, int]:
-    """The Frame column (R,) int64 and its stride: whole numbers from 0, evenly spaced."""
+    """The Frame column (R,) int64 and its stride: whole numbers from 0, evenly spaced, some missing."""
     digits = "".join(cells)
     if not (digits.isascii() and digits.isdigit() and all(cells) and max(map(len, cells)) <= _MAX_DIGITS):
         for row, cell in enumerate(cells):
@@ -193,11 +195,15 @@ def _frame_column(cells: Sequence[str], path: Path) -> tuple[np.ndarray, int]:
 
 
 def _stride(frame_index: np.ndarray, path: Path) -> int:
-    """The distance between rows in frames. Raises UserError at the first row that is not where it should be."""
+    """The distance between rows, the usual one. Raises UserError at the first row that is not where one can be.
+
+    Rows may be missing. Rounding of a distance that is no whole number, 29 among 30s, is let pass.
+    """
     steps = np.diff(frame_index)
     distances, counts = np.unique(steps[steps > 0], return_counts=True)
     stride = int(distances[np.argmax(counts)]) if len(distances) else 1
-    wrong = np.flatnonzero(steps != stride)
+    rows = np.rint(steps / stride)
+    wrong = np.flatnonzero((rows < 1) | (np.abs(steps - rows * stride) > rows * (stride >= _ROUNDED_STRIDE)))
     if len(wrong):
         row = int(wrong[0]) + 1
         before, here = int(frame_index[row - 1]), int(frame_index[row])
@@ -208,10 +214,7 @@ def _stride(frame_index: np.ndarray, path: Path) -> int:
         else:
             problem = f"follows {before}, where {before + stride} was due (rows are {stride} apart)"
         raise row_error(path, row, f"frame {here} {problem}")
-    first = int(frame_index[0])
-    if 0 < first <= stride:
-        raise row_error(path, 0, f"starts at frame {first}; frames are numbered from 0, so renumber the file")
-    return stride
+    return int(steps[rows == 1].max(initial=stride))
 
 
 def row_error(path: Path, row: int, problem: str) -> UserError:

@@ -15,11 +15,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from configs.errors import UserError
 from configs.schema import DataConfig, DataSetSpec, FilePatterns, Strict
@@ -461,19 +462,39 @@ class FolderLayout(Strict):
     """How the images of a folder lie on the source's timeline.
 
     Image i (of `count`) shows source frame `first` + i * `stride`. `numbering` and `base` say what the numbers in the
-    names mean: source frames or samples, counted from 0 or from 1.
+    names mean: source frames or samples, and which is the video's first. `missing` has runs of images that are not
+    there, each its first i and the one after its last.
     """
 
     numbering: Numbering
-    base: Literal[0, 1]
+    base: int = Field(ge=0, lt=10**15)
     stride: int = Field(ge=1, le=10**9)
     first: int = Field(ge=0, le=10**9)
     count: int = Field(ge=1, le=MAX_PICTURES)
+    missing: tuple[tuple[int, int], ...] = ()
+
+    @model_validator(mode="after")
+    def _missing_lie_inside(self) -> FolderLayout:
+        ends = [0, *(end for run in self.missing for end in run), self.count]  # the first and last image are there
+        if any(one >= other for one, other in pairwise(ends)) and self.missing:
+            raise ValueError("missing images are not runs inside the others")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if name != "missing" or value}
 
     @property
     def frame_count(self) -> int:
         """Source frames that the images stand for, each for a stride."""
         return self.first + self.count * self.stride
+
+    def frames(self) -> np.ndarray:
+        """Source frame (N,) int64 of each image that is there."""
+        there = np.ones(self.count, dtype=bool)
+        for start, stop in self.missing:
+            there[start:stop] = False
+        return self.first + np.flatnonzero(there) * self.stride
 
 
 @dataclass(frozen=True, eq=False)
@@ -565,7 +586,7 @@ def infer_layout(scan: FolderScan, spec: DataSetSpec, data: DataConfig, labels: 
     Settings decide where they are given. Otherwise: the first number is the base; numbers more than one apart count
     source frames; consecutive numbers count source frames or samples, whichever of the usual rates (those that divide
     the source's, and whole seconds) makes the images last as long as the labels. Raises UserError that asks for the
-    setting when that is not unambiguous, and that names the first missing image when there is a gap.
+    setting when that is not unambiguous. Images may be missing.
     """
     spacing = _spacing(scan)
     base = _base(scan, data)
@@ -580,16 +601,14 @@ def infer_layout(scan: FolderScan, spec: DataSetSpec, data: DataConfig, labels: 
         )
     if by_sample:
         step = _step_of_rate(data.folder_fps, spec) if data.folder_fps else _step_of_length(scan, offset, spec, labels)
-        return _layout("sample", base, step, offset * step, scan)
+        return _layout("sample", base, step, offset * step, spacing, scan)
     if data.frame_numbering == "auto" and spacing == 1:
         step = _step_of_length(scan, offset, spec, labels)
-        return _layout("source" if step == 1 else "sample", base, step, offset * step, scan)
-    layout = _layout("source", base, spacing, offset, scan)
-    if (
-        data.frame_numbering == "auto"
-        and labels
-        and abs(layout.frame_count - labels.frame) > 2 * max(spacing, labels.stride)
-    ):
+        if step == 1 and labels and labels.stride == 1:
+            _require_no_samples(scan, spec, data)
+        return _layout("source" if step == 1 else "sample", base, step, offset * step, spacing, scan)
+    layout = _layout("source", base, spacing, offset, spacing, scan)
+    if data.frame_numbering == "auto" and labels and not _as_long(layout, labels, spec):
         raise UserError(
             f"{scan.path}: images numbered up to {int(scan.numbers[-1])} in steps of {spacing} do not last as long as "
             f"labels up to frame {labels.frame - 1} at {spec.annotation_fps:g} fps; set data.frame_numbering=source if "
@@ -598,40 +617,67 @@ def infer_layout(scan: FolderScan, spec: DataSetSpec, data: DataConfig, labels: 
     return layout
 
 
-def _layout(numbering: Numbering, base: int, stride: int, first: int, scan: FolderScan) -> FolderLayout:
-    return FolderLayout(numbering=numbering, base=1 if base else 0, stride=stride, first=first, count=len(scan.names))
+def _as_long(layout: FolderLayout, labels: LabelEnd, spec: DataSetSpec) -> bool:
+    """Whether labels last as long as the images, as numbers of source frames or, one apart, of images or seconds."""
+    counted = [(layout.frame_count, 2 * max(layout.stride, labels.stride))]
+    if labels.stride == 1:
+        counted += [(layout.frame_count // layout.stride, 2), (round(layout.frame_count / spec.annotation_fps), 2)]
+    return any(abs(length - labels.frame) <= slack for length, slack in counted)
+
+
+def _require_no_samples(scan: FolderScan, spec: DataSetSpec, data: DataConfig) -> None:
+    """Raise UserError that asks, where a row per image may as well mean samples, of which sampling would drop most."""
+    used = -(-len(scan.names) * data.fps // spec.annotation_fps)
+    if 2 * used < len(scan.names):
+        raise UserError(
+            f"{_ask(scan)} (with a row for each, they can be either; as source frames at {spec.annotation_fps:g} fps, "
+            f"data.fps={data.fps:g} would use {used:.0f} of {len(scan.names)})"
+        )
+
+
+def _layout(numbering: Numbering, base: int, stride: int, first: int, spacing: int, scan: FolderScan) -> FolderLayout:
+    """The layout of images whose numbers are multiples of their spacing apart."""
+    place = (scan.numbers - scan.numbers[0]) // spacing
+    gaps = np.flatnonzero(np.diff(place) > 1)
+    return FolderLayout(
+        numbering=numbering,
+        base=base,
+        stride=stride,
+        first=first,
+        count=int(place[-1]) + 1,
+        missing=tuple((int(place[gap]) + 1, int(place[gap + 1])) for gap in gaps),
+    )
 
 
 def _spacing(scan: FolderScan) -> int:
-    """The distance between numbers. Raises UserError naming the first missing one."""
+    """The distance between numbers, but where some are missing. Raises UserError naming one that is out of step."""
     steps = np.diff(scan.numbers)
     if len(steps) == 0:
         return 1
     distances, counts = np.unique(steps, return_counts=True)
     spacing = int(distances[np.argmax(counts)])
-    wrong = np.flatnonzero(steps != spacing)
+    wrong = np.flatnonzero(steps % spacing)
     if len(wrong):
         at = int(wrong[0])
-        due = int(scan.numbers[at]) + spacing
-        problem = f"image number {due} is missing" if steps[at] > spacing else f"{scan.names[at + 1]} is out of step"
         raise UserError(
-            f"{scan.path}: {problem}: {scan.names[at + 1]} follows {scan.names[at]}, and numbers are {spacing} apart"
+            f"{scan.path}: {scan.names[at + 1]} is out of step: it follows {scan.names[at]}, and numbers are {spacing} "
+            "apart"
         )
     return spacing
 
 
 def _base(scan: FolderScan, data: DataConfig) -> int:
     first = int(scan.numbers[0])
-    if data.frame_base == "auto":
-        if first not in (0, 1):
-            raise UserError(
-                f"{scan.path}: numbers start at {first} ({scan.names[0]}), neither 0 nor 1: set data.frame_base to the "
-                "number that the video's first frame would have, or restore the missing images"
-            )
-        return first
-    if first < data.frame_base:
-        raise UserError(f"{scan.path}: {scan.names[0]} is numbered below data.frame_base={data.frame_base}")
-    return data.frame_base
+    if data.frame_base == "auto" and first not in (0, 1):
+        raise UserError(
+            f"{scan.path}: numbers start at {first} ({scan.names[0]}), neither 0 nor 1: restore the missing images, or "
+            "set data.frame_base=0 or 1 where they are lost, data.frame_base=first where each folder begins at its own "
+            "number"
+        )
+    base = data.frame_base if isinstance(data.frame_base, int) else first
+    if first < base:
+        raise UserError(f"{scan.path}: {scan.names[0]} is numbered below data.frame_base={base}")
+    return base
 
 
 def _step_of_rate(folder_fps: float, spec: DataSetSpec) -> int:
@@ -644,13 +690,9 @@ def _step_of_rate(folder_fps: float, spec: DataSetSpec) -> int:
 
 def _step_of_length(scan: FolderScan, offset: int, spec: DataSetSpec, labels: LabelEnd | None) -> int:
     """Source frames between consecutively numbered images, from the labels' length. Raises UserError if unclear."""
-    ask = (
-        f"{scan.path}: names are numbered {int(scan.numbers[0])} to {int(scan.numbers[-1])}; source frames or samples? "
-        "Set data.frame_numbering=source, or data.folder_fps to the images a second"
-    )
     if labels is None:
-        raise UserError(f"{ask} (there are no labels to tell)")
-    positions = len(scan.names) + offset
+        raise UserError(f"{_ask(scan)} (there are no labels to tell)")
+    positions = int(scan.numbers[-1] - scan.numbers[0]) + 1 + offset
     nominal = max(round(spec.annotation_fps), 1)
     steps = [step for step in range(1, nominal) if nominal % step == 0]
     steps += range(nominal, labels.frame + 2 * nominal, nominal)
@@ -660,7 +702,14 @@ def _step_of_length(scan: FolderScan, offset: int, spec: DataSetSpec, labels: La
         if len(fitting) == 1:
             return fitting[0]
     fits = "several rates fit" if exact or near else "no usual rate fits"
-    raise UserError(f"{ask} ({fits} labels of {labels.frame} frames)")
+    raise UserError(f"{_ask(scan)} ({fits} labels of {labels.frame} frames)")
+
+
+def _ask(scan: FolderScan) -> str:
+    return (
+        f"{scan.path}: names are numbered {int(scan.numbers[0])} to {int(scan.numbers[-1])}; source frames or samples? "
+        "Set data.frame_numbering=source, or data.folder_fps to the images a second"
+    )
 
 
 def frame_folder(root: Path, relative: str, spec: DataSetSpec, layout: FolderLayout) -> FrameFolder:
@@ -674,8 +723,7 @@ def source_frames(scan: FolderScan, layout: FolderLayout) -> np.ndarray:
     """Source frame (N,) int64 of each image. Raises UserError when numbers and layout do not agree."""
     unit = layout.stride if layout.numbering == "sample" else 1
     indices = (scan.numbers - layout.base) * unit
-    expected = layout.first + np.arange(layout.count, dtype=np.int64) * layout.stride
-    if not np.array_equal(indices, expected):
+    if not np.array_equal(indices, layout.frames()):
         raise UserError(f"{scan.path}: its images are not those in the index; run index again")
     return indices
 

@@ -16,7 +16,14 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, Field, ValidationError, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from configs.errors import UserError, printable
 from configs.schema import MAX_FPS, DataConfig, DataSetSpec, Strict
@@ -40,7 +47,16 @@ from features.discover import (
     source_frames,
 )
 from features.ids import id_key, id_problem, normal_id
-from features.labels import BetweenRows, Extent, fit_tracks, sample_labels, track_end
+from features.labels import (
+    BetweenRows,
+    Extent,
+    Reading,
+    fit_tracks,
+    labelled_fraction,
+    read_numbers,
+    sample_labels,
+    track_end,
+)
 from features.readers import FrameFolder, count_packets, probe_video
 from features.splits import Split, assign_splits, matching_ids, usual_split_problem
 from features.tfrecord import FPS as TFRECORD_FPS
@@ -71,11 +87,22 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class AnnotationFile(Strict):
-    """An annotation file as it was indexed."""
+    """An annotation file as it was indexed; what its rows' numbers mean is a `features.labels.Reading`."""
 
     path: RelativePath
     sha256: Sha256
     rows: int = Field(ge=1)
+    row_fps: float | None = Field(None, gt=0, le=MAX_FPS, allow_inf_nan=False)
+    row_base: Literal[0, 1] = 0
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.row_fps, self.row_base)
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """So that files whose rows number the video's frames keep the bytes and digests they always had."""
+        return {name: value for name, value in dump(self).items() if value or name not in ("row_fps", "row_base")}
 
 
 class VideoEntry(Strict):
@@ -120,6 +147,11 @@ class VideoEntry(Strict):
     def image_stride(self) -> int:
         """Source frames from one image to the next."""
         return self.frames.stride if self.frames else 1
+
+    @property
+    def image_frames(self) -> np.ndarray:
+        """Source frames (N,) int64 that there are pictures of."""
+        return self.frames.frames() if self.frames else np.arange(self.frame_count, dtype=np.int64)
 
     @property
     def most_fps(self) -> float:
@@ -339,7 +371,7 @@ def build_index(
         if progress:
             progress(done, len(found.videos), video.id)
         try:
-            entry, entry_notes = _build_entry(root, video, spec, data, order)
+            entry, entry_notes = _build_entry(root, video, spec, data, order, leave_out)
         except UserError as error:
             faults.append((video.id, error))
             continue
@@ -398,8 +430,9 @@ def _phase_order(root: Path, found: Discovery, spec: DataSetSpec, data: DataConf
 
 
 def _build_entry(
-    root: Path, video: FoundVideo, spec: DataSetSpec, data: DataConfig, order: tuple[str, ...]
+    root: Path, video: FoundVideo, spec: DataSetSpec, data: DataConfig, order: tuple[str, ...], leave_out: bool
 ) -> tuple[VideoEntry, tuple[str, ...]]:
+    """One video's entry, without a split, and notes. With `leave_out`, one with few labels is at fault (UserError)."""
     annotation = video.phase or video.tool
     if video.kind == "tfrecord" and annotation:
         raise UserError(
@@ -408,15 +441,15 @@ def _build_entry(
         )
     phase = _read_annotation(root, video.phase, parse_phases, spec)
     tools = _read_annotation(root, video.tool, parse_tools, spec)
-    tracks: list[PhaseTrack | ToolTrack] = [read.track for read in (phase, tools) if read is not None]
+    lists = [(root / read.file.path, read.track) for read in (phase, tools) if read is not None]
     source_notes: tuple[str, ...] = ()
     if video.kind == "video":
         source, source_notes = _probe(root, video.source, data.full_hash)
     elif video.kind == "tfrecord":
         source = _read_records(root, video.source, video.id, spec, order, data.full_hash)
     else:
-        end = max(map(track_end, tracks), default=0)
-        labels = LabelEnd(end, max(track.stride for track in tracks)) if tracks else None
+        ends = [track_end(track) - int(track.frame_index[0] == 1) for _, track in lists]
+        labels = LabelEnd(max(ends), max(track.stride for _, track in lists)) if lists else None
         source = _measure(root, video.source, spec, data, labels)
     try:
         entry = VideoEntry(
@@ -432,16 +465,52 @@ def _build_entry(
         what = what_it_is(root / video.source) if video.kind == "video" else None
         problem = f"is {what}" if what else f"{_first_fault(error)}; re-encode it or leave it out"
         raise UserError(f"{root / video.source}: {problem}") from error
-    _, _, notes = _fitted(entry, root, spec, phase, tools)
-    return entry, source_notes + notes
+    extent = _extent(entry, spec)
+    read = read_numbers(lists, extent, data)
+    readings = dict(zip([path for path, _ in lists], read, strict=True))
+    phase, tools = (one and one.read_as(readings[root / one.file.path]) for one in (phase, tools))
+    entry = entry.model_copy(
+        update={"phase_file": phase.file if phase else None, "tool_file": tools.file if tools else None}
+    )
+    fitted_phase, fitted_tools, fit_notes = _fitted(entry, root, spec, phase, tools)
+    if leave_out and lists:
+        labelled = labelled_fraction(entry.image_frames, fitted_phase, fitted_tools)
+        if labelled < data.min_labelled:
+            raise UserError(
+                f"{lists[0][0]}: has labels for {labelled:.1%} of {video.source}, less than data.min_labelled="
+                f"{data.min_labelled:g}; complete them, set data.row_fps if rows count something else than they are "
+                "taken for, or lower data.min_labelled"
+            )
+    notes = [note for path, reading in readings.items() for note in reading.notes(path, extent)]
+    return entry, (*source_notes, *_missing_images(entry), *notes, *fit_notes)
+
+
+def _missing_images(entry: VideoEntry) -> list[str]:
+    """A note on the images that a folder lacks."""
+    if entry.frames is None or not entry.frames.missing:
+        return []
+    start = entry.frames.missing[0][0]
+    unit = entry.frames.stride if entry.frames.numbering == "sample" else 1
+    first = (entry.frames.first + start * entry.frames.stride) // unit + entry.frames.base
+    lost = entry.frames.count - len(entry.image_frames)
+    return [f"{entry.source}: {lost} of {entry.frames.count} images are missing, the first of them number {first}"]
 
 
 @dataclass(frozen=True)
 class _Annotation:
-    """An annotation file just read: what goes into the index, and its rows."""
+    """An annotation file just read: what goes into the index, and its rows as they are numbered."""
 
     file: AnnotationFile
     track: Any  # PhaseTrack or ToolTrack, as the parser given gives
+
+    def read_as(self, reading: Reading) -> _Annotation:
+        update = {"row_fps": reading.fps, "row_base": reading.base}
+        return replace(self, file=self.file.model_copy(update=update))
+
+    def placed(self, root: Path, extent: Extent) -> tuple[Path, Any]:
+        """The file's path and its rows on the video's timeline."""
+        path = root / self.file.path
+        return path, self.file.reading.place(path, self.track, extent)
 
 
 def _read_annotation(root: Path, relative: str | None, parse: Callable, spec: DataSetSpec) -> _Annotation | None:
@@ -553,7 +622,8 @@ def sampled_frames(entry: VideoEntry, fps: float) -> np.ndarray:
     first = entry.frames.first if entry.frames else 0
     shown = np.arange(first, entry.frame_count, stride, dtype=np.int64)
     time_s = frame_times_s(entry, shown)
-    return shown[on_screen(time_s, float(time_s[-1]) + stride / entry.fps, fps)]
+    sampled = shown[on_screen(time_s, float(time_s[-1]) + stride / entry.fps, fps)]
+    return sampled[np.isin(sampled, entry.image_frames)] if entry.frames else sampled  # images may be missing
 
 
 def frame_times_s(entry: VideoEntry, frame_index: np.ndarray | Sequence[int]) -> np.ndarray:
@@ -606,20 +676,26 @@ def _reread_annotation(
     root: Path, file: AnnotationFile | None, parse: Callable, spec: DataSetSpec
 ) -> _Annotation | None:
     read = _read_annotation(root, file.path, parse, spec) if file else None
-    if read is not None and file is not None and read.file.sha256 != file.sha256:
+    if read is None or file is None:
+        return None
+    if read.file.sha256 != file.sha256:
         raise UserError(f"{root / file.path}: has changed since it was indexed; run `index --force`, then this again")
-    return read
+    return read.read_as(file.reading)
 
 
 def _fitted(
     entry: VideoEntry, root: Path, spec: DataSetSpec, phase: _Annotation | None, tools: _Annotation | None
 ) -> tuple[PhaseTrack | None, ToolTrack | None, tuple[str, ...]]:
-    extent = Extent(entry.source, entry.frame_count, entry.fps, spec.annotation_fps, entry.image_stride)
+    extent = _extent(entry, spec)
     return fit_tracks(
-        (root / phase.file.path, phase.track) if phase else None,
-        (root / tools.file.path, tools.track) if tools else None,
-        extent,
+        phase.placed(root, extent) if phase else None, tools.placed(root, extent) if tools else None, extent
     )
+
+
+def _extent(entry: VideoEntry, spec: DataSetSpec) -> Extent:
+    base = entry.frames.base if entry.frames else 0
+    times_s = frame_times_s(entry, np.arange(entry.frame_count)) if entry.times else None
+    return Extent(entry.source, entry.frame_count, entry.fps, spec.annotation_fps, entry.image_stride, base, times_s)
 
 
 # ---------------------------------------------------------------------------------------------- checking

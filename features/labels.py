@@ -6,13 +6,14 @@ Times are source frame numbers, counted from 0. -1 means no label.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
 
 from configs.errors import UserError
+from configs.schema import DataConfig
 from features.annotations import PhaseTrack, ToolTrack, row_error
 from features.times import RATE_TOLERANCE
 
@@ -20,6 +21,9 @@ Track = PhaseTrack | ToolTrack
 AnyTrack = TypeVar("AnyTrack", PhaseTrack, ToolTrack)
 BetweenRows = Literal["mask", "hold"]
 
+_ROUNDING_S = 1e-6
+# Fractions of a video: how near its end rows are as long as it; where one of two readings is taken, the other not.
+_EXACT, _COVERS, _HARDLY_ANY = 0.02, 0.75, 0.1
 # Rates that annotation programs number rows at; 1 is a row a second, counted instead of placed.
 _COMMON_FPS = (1.0, 2.0, 5.0, 10.0, 12.5, 15.0, 24.0, 25.0, 30.0, 50.0, 60.0)
 
@@ -36,8 +40,9 @@ def sample_labels(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Labels of the frames `frame_index` (T,): phase (T,) int8 and tools (T, K) int8, -1 where there is no label.
 
-    A phase row holds until the next row, the last one for a stride. A tool row labels its own frame alone, or where
-    that was not sampled the sampled frame next to it (`between_rows` "mask"), or holds like a phase ("hold").
+    A phase row holds until the next row or for a stride, whichever is first, so that missing rows leave their frames
+    without labels. A tool row labels its own frame alone, or where that was not sampled the sampled frame next to it
+    (`between_rows` "mask"), or holds like a phase ("hold").
     `tool_count` is K, for videos without tool rows.
     """
     frames = np.asarray(frame_index, dtype=np.int64)
@@ -53,9 +58,10 @@ def sample_labels(
 
 
 def _rows_at(frames: np.ndarray, track: Track) -> tuple[np.ndarray, np.ndarray]:
-    """The row (T,) that holds at each frame, and whether (T,) there is one; strides are even, so no search."""
-    row = (frames - track.frame_index[0]) // track.stride
-    return row, (row >= 0) & (row < len(track.frame_index))
+    """The row (T,) that holds at each frame, and whether (T,) there is one. Of rows of one frame the first counts."""
+    starts = track.frame_index
+    row = np.searchsorted(starts, starts[np.searchsorted(starts, frames, "right") - 1])
+    return row, (frames >= starts[0]) & (frames < starts[row] + track.stride)
 
 
 def _rows_next_to(frames: np.ndarray, track: Track) -> tuple[np.ndarray, np.ndarray]:
@@ -92,8 +98,9 @@ def track_end(track: Track) -> int:
 class Extent:
     """What labels must fit into: a video's or folder's frames.
 
-    `stride` is the distance in source frames between images (1 for a video); `row_fps` the rate at which the data
-    set's annotation files number frames.
+    `row_fps` is the rate at which the data set's description says that annotation files number frames. `stride` is the
+    distance in source frames between images (1 for a video), `base` the number of a folder's first image. `times_s`
+    (F,) holds when frames are shown where that is not at a constant rate.
     """
 
     name: str
@@ -101,28 +108,190 @@ class Extent:
     fps: float
     row_fps: float
     stride: int = 1
+    base: int = 0
+    times_s: np.ndarray | None = None
 
     @property
     def duration_s(self) -> float:
         return self.frame_count / self.fps
 
+    def on_screen(self, time_s: np.ndarray) -> np.ndarray:
+        """The frame (T,) int64 that is shown at each time (T,); times after the last frame count on at the rate."""
+        if self.times_s is None:
+            return np.floor((time_s + _ROUNDING_S) * self.fps).astype(np.int64)
+        after = np.floor((time_s - self.times_s[-1] + _ROUNDING_S) * self.fps).astype(np.int64)
+        shown: np.ndarray = np.searchsorted(self.times_s, time_s + _ROUNDING_S, side="right") - 1
+        return shown + np.maximum(after, 0)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the numbers of a list's rows mean: row r holds from (r - `base`) / `fps` seconds on.
+
+    Where `fps` is None, numbers are those of the video's own frames.
+    """
+
+    fps: float | None = None
+    base: Literal[0, 1] = 0
+
+    def place(self, path: Path, track: AnyTrack, extent: Extent) -> AnyTrack:
+        """The list on the video's timeline: a row is at the frame on screen at its time. Raises UserError."""
+        numbers = track.frame_index - self.base
+        if numbers[0] < 0:
+            raise row_error(path, 0, f"is number 0, before data.row_base={self.base}; set data.row_base=0")
+        if self.fps is None:
+            return replace(track, frame_index=numbers)
+        starts = extent.on_screen(numbers / self.fps)
+        spans = extent.on_screen((numbers + track.stride) / self.fps) - starts
+        return replace(track, frame_index=starts, stride=max(int(spans.max()), 1))
+
+    def notes(self, path: Path, extent: Extent) -> list[str]:
+        """What the user should know that it was taken so."""
+        if self.fps is not None:
+            what = [f"rows are numbered at {self.fps:g} fps"]
+        elif abs(extent.fps - extent.row_fps) > RATE_TOLERANCE * extent.row_fps:
+            what = [f"rows number the video's own frames at {extent.fps:g} fps, not at {extent.row_fps:g} fps"]
+        else:
+            what = []
+        return [f"{path.name}: {text}" for text in (*what, *["rows are numbered from 1"] * self.base)]
+
+
+def read_numbers(lists: Sequence[tuple[Path, Track]], extent: Extent, data: DataConfig) -> list[Reading]:
+    """What the numbers in the Frame columns of a video's lists count, and from what: as set, or as lengths tell.
+
+    Possible are the video's own frames, the rate in the data set's description, a folder's images, and seconds; none
+    that would go on after the end. The one whose rows last as long as the video is taken, otherwise one that covers the
+    video where all others cover hardly any of it. A list that leaves it open is read as the video's other list.
+    Raises UserError that names the setting where both do.
+    """
+    readings: dict[Path, Reading] = {}
+    slack = max((track.stride for _, track in lists), default=1)
+    waiting, problem = list(lists), None
+    while waiting:
+        path, track = waiting.pop(0)
+        try:
+            readings[path] = _read_numbers(path, track, slack, extent, data, next(iter(readings.values()), None))
+        except UserError as error:
+            if problem or not waiting or readings:
+                raise problem or error from error
+            problem = error
+            waiting.append((path, track))
+    return [readings[path] for path, _ in lists]
+
+
+def _read_numbers(
+    path: Path, track: Track, slack: int, extent: Extent, data: DataConfig, other: Reading | None
+) -> Reading:
+    rates: list[float | None] = [None, _rate(extent.row_fps, extent)]
+    if track.stride == 1:
+        rates += [_rate(extent.fps / extent.stride, extent), _rate(1.0, extent)]
+    if data.row_fps != "auto":
+        rates = [_rate(data.row_fps, extent)]
+    candidates = [_Candidate.of(rate, track, slack, extent, data) for rate in dict.fromkeys(rates)]
+    possible = [one for one in candidates if one.possible]
+    exact = [one for one in possible if one.exact]
+    if other and not exact and any(one.fps == other.fps for one in possible):
+        possible = [one for one in possible if one.fps == other.fps]
+    if data.row_fps == "auto" and not exact:
+        _refuse_telling_rate(path, track, extent)
+    if exact or len(possible) < 2:  # none: the first, whose end is refused with its row
+        best = min(exact or possible or candidates[:1], key=lambda one: abs(one.end_s - extent.duration_s))
+    else:
+        best = _covering(path, track, extent, possible)
+    base = _base(path, track, extent, data, best.fps, other)
+    return Reading(best.fps, base)
+
+
+def _covering(path: Path, track: Track, extent: Extent, possible: Sequence[_Candidate]) -> _Candidate:
+    """The one that covers the video where the others cover hardly any of it. Raises UserError where there is none."""
+    *rest, best = sorted(possible, key=lambda one: one.end_s)
+    if best.end_s >= _COVERS * extent.duration_s and rest[-1].end_s <= _HARDLY_ANY * extent.duration_s:
+        return best
+    ways = " or ".join(
+        f"{'source' if one.fps is None else f'{one.fps:g}'} ({min(one.end_s / extent.duration_s, 1):.0%} of it)"
+        for one in (best, *reversed(rest))
+    )
+    raise UserError(
+        f"{path}: what do its numbers, up to {int(track.frame_index[-1])}, count? {extent.name} lasts "
+        f"{extent.duration_s:.1f} s ({extent.frame_count} frames); set data.row_fps to the numbers a second, or to "
+        f"source for the video's own frames: {ways}"
+    )
+
+
+def _base(
+    path: Path, track: Track, extent: Extent, data: DataConfig, fps: float | None, other: Reading | None
+) -> Literal[0, 1]:
+    """The number that rows are counted from. Raises UserError where the numbers leave that open."""
+    if data.row_base != "auto":
+        return data.row_base
+    first, last = int(track.frame_index[0]), int(track.frame_index[-1])
+    if first == 0 or first > track.stride:
+        return 0
+    if first > 1:
+        raise row_error(
+            path,
+            0,
+            f"starts at {first}, neither 0 nor 1: renumber the file, or set data.row_base=0 if rows are missing",
+        )
+    rows = extent.duration_s * (fps or extent.fps)
+    if track.stride > 1 or extent.base == 1 or last > rows - 1:
+        return 1
+    if other:
+        return other.base
+    raise row_error(
+        path,
+        0,
+        f"is number 1 and the last row {last}, of {rows:.10g} in {extent.name}: are they numbered from 1, or is row 0 "
+        "missing? Set data.row_base=1 or data.row_base=0",
+    )
+
+
+def _rate(fps: float | Literal["source"], extent: Extent) -> float | None:
+    """A rate as `Reading` has it: None for the video's own."""
+    own = fps == "source" or abs(float(fps) - extent.fps) <= RATE_TOLERANCE * extent.fps
+    return None if own else float(fps)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A rate at which a list's rows may be numbered, and when the last one would end.
+
+    It is possible where no more than the usual trailing row would lie beyond the video.
+    """
+
+    fps: float | None
+    end_s: float
+    possible: bool
+    exact: bool
+
+    @classmethod
+    def of(cls, fps: float | None, track: Track, slack: int, extent: Extent, data: DataConfig) -> _Candidate:
+        rate, image_s = fps or extent.fps, extent.stride / extent.fps
+        base = data.row_base if data.row_base != "auto" else int(track.frame_index[0] == 1)
+        last_s = (int(track.frame_index[-1]) - base) / rate
+        end_s = last_s + track.stride / rate
+        tolerance_s = max(track.stride / rate, image_s, min(1.0, _EXACT * extent.duration_s))
+        return cls(
+            fps,
+            end_s,
+            last_s < extent.duration_s + max(slack / max(rate, extent.row_fps), tolerance_s),
+            abs(end_s - extent.duration_s) <= tolerance_s,
+        )
+
 
 def fit_tracks(
     phase: tuple[Path, PhaseTrack] | None, tools: tuple[Path, ToolTrack] | None, extent: Extent
 ) -> tuple[PhaseTrack | None, ToolTrack | None, tuple[str, ...]]:
-    """Both tracks cut to the video and to each other, and notes on what was cut or is not labelled.
+    """Both tracks, on the video's timeline, cut to the video and to each other, and notes on what has no label.
 
     The usual trailing row is cut: what starts after the end of the video, or after the end of the other list, by no
-    more than one row of the coarsest stride among the lists and the images. More than that, or rows numbered at
-    another rate than the video's, is an error naming file, row and both rates. Where the video's rate is not the one
-    that the data set's rows are numbered at, rows that number the video's own frames are accepted (and noted): their
-    count says so. Labels that start late or end early leave frames without labels, with a note. Raises UserError.
+    more than one row of the coarsest stride among the lists and the images. More than that is an error naming file and
+    row. Labels that start late, miss rows or end early leave frames without labels, with a note. Raises UserError.
     """
     given: list[tuple[Path, Track]] = [pair for pair in (phase, tools) if pair is not None]
     slack = max([extent.stride, *(track.stride for _, track in given)])
     notes: list[str] = []
     for path, track in given:
-        notes += _check_rate(path, track, extent, slack)
         _check_end(path, track, extent, slack)
     if len(given) == 2:
         _check_agreement(given[0], given[1], slack)
@@ -134,50 +303,31 @@ def fit_tracks(
     return cut_phase, cut_tools, tuple(notes)
 
 
-def _check_rate(path: Path, track: Track, extent: Extent, slack: int) -> list[str]:
-    """Raise UserError where rows are numbered at another rate than the video's, as far as lengths tell.
-
-    Returns a note where the video's rate is not the data set's and rows number the video's own frames all the same.
-    """
-    last = len(track.frame_index) - 1
-    if abs(extent.fps - extent.row_fps) <= RATE_TOLERANCE * extent.row_fps:
-        rate = _telling_rate(track, extent)
-        if rate is None:
-            return []
-        raise row_error(
-            path,
-            last,
-            f"is frame {int(track.frame_index[last])}: rows are numbered as if at {rate:g} fps, but {extent.name} runs "
-            f"at {extent.fps:g} fps ({extent.frame_count} frames, {extent.duration_s:.1f} s); renumber them by the "
-            "video's frames",
-        )
-    end = track_end(track)
-    off_by_frame = abs(end - extent.frame_count)
-    off_by_time = abs(end - extent.duration_s * extent.row_fps)
-    problem = (
-        f"is frame {int(track.frame_index[last])}: {extent.name} runs at {extent.fps:g} fps ({extent.frame_count} "
-        f"frames, {extent.duration_s:.1f} s) and rows are numbered at {extent.row_fps:g} fps"
-    )
-    if min(off_by_frame, off_by_time) > max(slack, extent.fps):
-        raise row_error(path, last, f"{problem}, which fits neither; set annotation_fps in the data set's description")
-    if off_by_time <= off_by_frame:
-        raise row_error(path, last, f"{problem}; renumber them by the video's frames")
-    return [f"{path.name}: rows number the video's own frames at {extent.fps:g} fps, not at {extent.row_fps:g} fps"]
+def labelled_fraction(frames: np.ndarray, phase: PhaseTrack | None, tools: ToolTrack | None) -> float:
+    """The fraction of `frames` (T,) that have a phase or, where that is more, a label of some tool (rows held)."""
+    labels, tool_labels = sample_labels(frames, phase, tools, "hold", 0 if tools is None else tools.tools.shape[1])
+    return max(float(labelled.mean()) for labelled in (labels >= 0, (tool_labels >= 0).any(axis=1)))
 
 
-def _telling_rate(track: Track, extent: Extent) -> float | None:
-    """A common rate other than the video's at which the rows last exactly as long as the video; None mostly.
+def _refuse_telling_rate(path: Path, track: Track, extent: Extent) -> None:
+    """Raise UserError where rows that are nobody's last exactly as long as the video at a common rate.
 
     Exactly means within a row and a half and an image. A rate tells nothing where that is not small against the
     difference that it makes, so short videos and coarse rows pass.
     """
+    end = track_end(track)
     for rate in _COMMON_FPS:
         tolerance_s = 1.5 * track.stride / rate + extent.stride / extent.fps
         difference_s = abs(extent.frame_count - extent.duration_s * rate) / extent.fps
-        mismatch_s = abs(track_end(track) / rate - extent.duration_s)
-        if mismatch_s <= tolerance_s and difference_s > 10 * tolerance_s:
-            return rate
-    return None
+        if abs(end / rate - extent.duration_s) <= tolerance_s and difference_s > 10 * tolerance_s:
+            last = len(track.frame_index) - 1
+            raise row_error(
+                path,
+                last,
+                f"is frame {int(track.frame_index[last])}: rows are numbered as if at {rate:g} fps, but {extent.name} "
+                f"runs at {extent.fps:g} fps ({extent.frame_count} frames, {extent.duration_s:.1f} s); set "
+                f"data.row_fps={rate:g}, or data.row_fps=source if they count the video's frames",
+            )
 
 
 def _check_end(path: Path, track: Track, extent: Extent, slack: int) -> None:
@@ -189,8 +339,8 @@ def _check_end(path: Path, track: Track, extent: Extent, slack: int) -> None:
         path,
         row,
         f"is frame {int(track.frame_index[row])}, beyond the {extent.frame_count} frames ({extent.duration_s:.1f} s at "
-        f"{extent.fps:g} fps) of {extent.name}: the rows, numbered at {extent.row_fps:g} fps, last "
-        f"{track_end(track) / extent.row_fps:.1f} s",
+        f"{extent.fps:g} fps) of {extent.name}: as they are numbered, the rows last {track_end(track) / extent.fps:.1f}"
+        " s; set data.row_fps if they count something else",
     )
 
 
@@ -229,6 +379,17 @@ def _uncovered(path: Path, track: Track, extent: Extent, slack: int) -> list[str
     first = int(track.frame_index[0])
     if first > 0:
         notes.append(f"{path.name}: starts late; the first {_count(first, 'frame')} have no label")
+    steps = np.diff(track.frame_index)
+    holes = np.flatnonzero(steps > track.stride)
+    if len(holes):
+        frames = int((steps[holes] - track.stride).sum())
+        first_hole = int(track.frame_index[holes[0]]) + track.stride
+        notes.append(
+            f"{path.name}: rows are missing, first from frame {first_hole}; {_count(frames, 'frame')} without a label"
+        )
+    unlabelled = int((track.phase < 0).sum() if isinstance(track, PhaseTrack) else (track.tools < 0).any(axis=1).sum())
+    if unlabelled:
+        notes.append(f"{path.name}: {_count(unlabelled, 'row')} without a label (-1 or empty)")
     missing = extent.frame_count - track_end(track)
     if missing >= slack:
         share = missing / extent.frame_count

@@ -350,13 +350,15 @@ def label_attributes(config: Config, index: Index, entry: VideoEntry) -> dict[st
     }
     described = {"annotation_fps", "phases", "tools", "phase_aliases", "tool_aliases"}
     meaning = spec.model_dump(mode="json", include=described)
+    numbered = [file and [file.row_fps, file.row_base] for file in (entry.phase_file, entry.tool_file)]
+    numbered = numbered if any(file and any(file) for file in numbered) else []
     return {
         **hashes,
         "dataset": spec.name,
         "phases": json.dumps(spec.phases),
         "tools": json.dumps(spec.tools),
         "tools_between_rows": config.data.tools_between_rows,
-        "labels_sha256": sha256_json([hashes, meaning, config.data.tools_between_rows]),
+        "labels_sha256": sha256_json([hashes, meaning, config.data.tools_between_rows, *numbered]),
     }
 
 

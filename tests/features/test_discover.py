@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from configs.errors import UserError
 from configs.load import load_dataset
@@ -556,19 +557,66 @@ def test_another_first_number_is_asked_about(tmp_path: Path, numbers: Sequence[i
     folder(tmp_path, numbers)
     message = ask(tmp_path, LabelEnd(100, 1))
     assert f"numbers start at {numbers[0]}" in message
-    assert "set data.frame_base" in message
+    assert "data.frame_base=first" in message
+    assert "data.frame_base=0 or 1" in message
+    first = layout(tmp_path, frame_base="first", frame_numbering="source")
+    assert (first.base, first.first) == (numbers[0], 0)
     given_layout = layout(tmp_path, frame_base=1, frame_numbering="source")
     assert given_layout.first == numbers[0] - 1
 
 
-def test_a_gap_names_the_first_missing_number(tmp_path: Path) -> None:
-    folder(tmp_path, [0, 100, 200, 400, 500, 800])
-    assert ask(tmp_path) == (
-        f"{tmp_path / 'frames/video01'}: image number 300 is missing: video01_000400.jpg follows video01_000200.jpg, "
-        "and numbers are 100 apart"
-    )
-    folder(tmp_path / "extra", [0, 100, 200, 250, 300, 400, 500])
-    assert "video01_000250.jpg is out of step" in ask(tmp_path / "extra")
+@pytest.mark.parametrize(
+    ("numbers", "data", "missing"),
+    [
+        ([0, 100, 200, 400, 500, 800], {}, ((3, 4), (6, 8))),
+        ([1, 101, 201, 401, 501], {}, ((3, 4),)),
+        ([1, 2, 3, 5, 6, 7], {"folder_fps": 1}, ((3, 4),)),
+        ([5, 6, 7, 10], {"frame_numbering": "source", "frame_base": "first"}, ((3, 5),)),
+    ],
+)
+def test_missing_images_are_frames_that_are_not_there(
+    tmp_path: Path, numbers: list[int], data: dict, missing: tuple[tuple[int, int], ...]
+) -> None:
+    folder(tmp_path, numbers)
+    found_layout = layout(tmp_path, **data)
+    assert found_layout.missing == missing
+    scan = scan_folder(tmp_path, "frames/video01", SPEC)
+    unit = found_layout.stride if found_layout.numbering == "sample" else 1
+    assert found_layout.frames().tolist() == [(number - found_layout.base) * unit for number in numbers]
+    assert source_frames(scan, found_layout).tolist() == found_layout.frames().tolist()
+    assert found_layout.frame_count == found_layout.frames()[-1] + found_layout.stride
+    assert FolderLayout.model_validate(found_layout.model_dump(mode="json")) == found_layout
+
+
+@pytest.mark.parametrize("missing", [((0, 1),), ((3, 3),), ((2, 4), (4, 5)), ((5, 10),), ((4, 3),)])
+def test_missing_images_that_cannot_be_are_refused(missing: tuple[tuple[int, int], ...]) -> None:
+    with pytest.raises(ValidationError, match="missing images"):
+        FolderLayout(numbering="source", base=0, stride=1, first=0, count=10, missing=missing)
+
+
+def test_an_image_out_of_step_is_refused(tmp_path: Path) -> None:
+    folder(tmp_path, [0, 100, 200, 250, 300, 400, 500])
+    assert "video01_000250.jpg is out of step: it follows video01_000200.jpg" in ask(tmp_path)
+
+
+def test_a_row_for_each_image_is_asked_about_where_sampling_would_drop_most(tmp_path: Path) -> None:
+    folder(tmp_path, range(180))
+    rows = LabelEnd(180, 1)
+    message = ask(tmp_path, rows)
+    assert "names are numbered 0 to 179; source frames or samples? Set data.frame_numbering=source, or data" in message
+    assert "as source frames at 25 fps, data.fps=1 would use 8 of 180" in message
+    assert layout(tmp_path, rows, frame_numbering="source").stride == 1
+    assert layout(tmp_path, rows, folder_fps=1).stride == 25
+    assert layout(tmp_path, rows, fps=25).stride == 1
+    assert layout(tmp_path, LabelEnd(180, 25)).stride == 1  # a row of tools a second: they count source frames
+
+
+@pytest.mark.parametrize("rows", [40, 41])
+def test_source_numbers_may_go_with_rows_by_image_or_second(tmp_path: Path, rows: int) -> None:
+    folder(tmp_path, range(0, 1000, 25))
+    assert layout(tmp_path, LabelEnd(rows, 1)).stride == 25
+    folder(tmp_path / "fast", range(0, 1000, 5))
+    assert layout(tmp_path / "fast", LabelEnd(rows, 1)).stride == 5
 
 
 @pytest.mark.parametrize(

@@ -241,6 +241,101 @@ def test_a_folder_of_samples_from_one_is_read_with_its_labels(tmp_path: Path) ->
         sampled_frames(entry, 5)
 
 
+def label_a_second(root: Path, rows: int = 20) -> Path:
+    """Two videos of 20 s at 25 and 30 fps with a row a second from 1, one row missing, one without a phase."""
+    for number, fps in ((1, 25), (2, 30)):
+        write_video(root / f"videos/video{number:02d}.mp4", 20 * fps, fps)
+        lines = [f"{row}\t{SPEC.phases[row % 7] if row != 9 else -1}\n" for row in range(1, rows + 1) if row != 5]
+        path = root / f"phase_annotations/video{number:02d}-phase.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("Frame\tPhase\n" + "".join(lines))
+    return root
+
+
+def test_rows_a_second_are_kept_as_read_and_loaded_so(tmp_path: Path) -> None:
+    index = index_of(label_a_second(tmp_path))
+    again = Index.from_json(json.loads(json.dumps(index.to_json())))
+    assert again == index
+    assert again.digest() == index.digest()
+    assert index.notes[1:5] == (
+        "video01-phase.txt: rows are numbered at 1 fps",
+        "video01-phase.txt: rows are numbered from 1",
+        "video01-phase.txt: rows are missing, first from frame 100; 25 frames without a label",
+        "video01-phase.txt: 1 row without a label (-1 or empty)",
+    )
+    wanted = [row % 7 if row not in (5, 9) else -1 for row in range(1, 21)]
+    for entry, fps in zip(again.videos, (25, 30), strict=True):
+        assert entry.phase_file is not None
+        assert (entry.phase_file.row_fps, entry.phase_file.row_base) == (1.0, 1)
+        phase, _ = load_labels(entry, tmp_path, again, sampled_frames(entry, 1))
+        assert phase.tolist() == wanted
+        phase, _ = load_labels(entry, tmp_path, again, np.arange(20 * fps))
+        assert phase.tolist() == [label for label in wanted for _ in range(fps)]
+    assert check_index(again, tmp_path) == []
+
+
+def test_what_rows_count_is_left_out_where_they_count_the_videos_frames(tmp_path: Path) -> None:
+    index = index_of(small_data_set(tmp_path, videos=1))
+    assert index.to_json()["videos"][0]["phase_file"].keys() == {"path", "sha256", "rows"}
+    assert index_of(tmp_path, row_fps=25).digest() == index.digest()
+    assert index_of(tmp_path, row_fps="source", row_base=0).to_json() == index.to_json()
+
+
+def test_a_folder_of_a_row_for_each_image_is_read_when_told_its_rate(tmp_path: Path) -> None:
+    root = folder_data_set(tmp_path, list(range(1, 181)), rows=180)
+    message = refusal(lambda: index_of(root))
+    assert "source frames or samples? Set data.frame_numbering=source, or data.folder_fps" in message
+    index = index_of(root, folder_fps=1)
+    entry = index.videos[0]
+    frames = sampled_frames(entry, 1)
+    assert len(frames) == 180
+    phase, _ = load_labels(entry, root, index, frames)
+    assert phase.tolist() == (np.arange(180) * 7 // 180).tolist()
+    as_source = index_of(root, frame_numbering="source").videos[0]
+    assert len(sampled_frames(as_source, 1)) == 8
+
+
+def test_images_that_are_missing_are_frames_that_are_not_there(tmp_path: Path) -> None:
+    root = folder_data_set(tmp_path, [number for number in range(1, 41) if number not in (6, 7, 20)], rows=1000)
+    index = index_of(root)
+    again = Index.from_json(json.loads(json.dumps(index.to_json())))
+    entry = again.videos[0]
+    assert again == index
+    assert "frames/video01: 3 of 40 images are missing, the first of them number 6" in index.notes
+    there = [k * 25 for k in range(40) if k not in (5, 6, 19)]
+    assert sampled_frames(entry, 1).tolist() == there
+    assert sampled_frames(entry, 0.5).tolist() == [frame for frame in there if frame % 50 == 0]
+    assert [frame for frame, _ in open_folder(entry, root, again).files] == there
+    phase, _ = load_labels(entry, root, again, there)
+    assert phase.tolist() == [frame * 7 // 1000 for frame in there]
+    assert index_summary(again, root, 1.0)[3] == ["frames", 37]
+    assert check_index(again, root) == []
+    (root / "frames/video01/video01_000030.png").unlink()
+    assert "its images are not those in the index" in check_index(again, root)[0]
+
+
+def test_videos_with_few_labels_are_left_out_unless_insisted_on(tmp_path: Path) -> None:
+    root = small_data_set(tmp_path)
+    write_phases(root / "phase_annotations/video02-phase.txt", 37)
+    (root / "tool_annotations/video02-tool.txt").unlink()
+    index = build_index(root, SPEC, DataConfig(), leave_out=True)
+    assert [entry.id for entry in index.videos] == ["video01"]
+    reason = index.left_out[0].reason
+    assert reason.startswith(
+        "phase_annotations/video02-phase.txt: has labels for 37.0% of videos/video02.mp4, less than"
+    )
+    assert "lower data.min_labelled" in reason
+    for fraction in (0, 0.37):
+        insisted = build_index(root, SPEC, DataConfig(min_labelled=fraction), leave_out=True)
+        assert [entry.id for entry in insisted.videos] == ["video01", "video02"]
+    write_phases(root / "phase_annotations/video01-phase.txt", 37)
+    (root / "tool_annotations/video01-tool.txt").unlink()
+    message = refusal(lambda: build_index(root, SPEC, DataConfig(), leave_out=True))
+    assert message.endswith("(also at fault: video02)")
+    (root / "phase_annotations/video02-phase.txt").unlink()  # none at all is as it was: indexed, and noted
+    assert [e.id for e in build_index(root, SPEC, DataConfig(), leave_out=True).videos] == ["video02"]
+
+
 def test_the_summary_counts_what_is_there(tmp_path: Path) -> None:
     root = small_data_set(tmp_path, videos=3)
     (root / "tool_annotations/video03-tool.txt").unlink()
@@ -303,13 +398,8 @@ def damage_video_shorter_than_labels(root: Path) -> None:
 
 def damage_other_rate(root: Path) -> None:
     write_video(root / "videos/video02.mp4", 3000, fps=30)
-    write_phases(root / "phase_annotations/video02-phase.txt", 2500)
+    write_phases(root / "phase_annotations/video02-phase.txt", 2400)
     (root / "tool_annotations/video02-tool.txt").unlink()
-
-
-def damage_label_gap(root: Path) -> None:
-    path = root / "phase_annotations/video02-phase.txt"
-    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("50\t")))
 
 
 def damage_class_name(root: Path) -> None:
@@ -336,10 +426,9 @@ def damage_second_file(root: Path) -> None:
         (
             damage_other_rate,
             "phase_annotations/video02-phase.txt",
-            "row 2500 (line 2501) is frame 2499: videos/video02.mp4 runs at 30 fps (3000 frames, 100.0 s) and rows are "
-            "numbered at 25 fps",
+            "row 2400 (line 2401) is frame 2399: rows are numbered as if at 24 fps, but videos/video02.mp4 runs at "
+            "30 fps (3000 frames, 100.0 s); set data.row_fps=24, or data.row_fps=source if they",
         ),
-        (damage_label_gap, "phase_annotations/video02-phase.txt", "row 51 (line 52) frame 51 follows 49"),
         (
             damage_class_name,
             "phase_annotations/video02-phase.txt",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 
 from configs.errors import UserError
 from configs.load import load_dataset
+from configs.schema import DataConfig
 from features.annotations import PhaseTrack, ToolTrack, read_phase_file, read_tool_file
-from features.labels import Extent, fit_tracks, sample_labels
+from features.labels import Extent, Reading, fit_tracks, read_numbers, sample_labels
 
 PHASES = Path("root/video01-phase.txt")
 TOOLS = Path("root/video01-tool.txt")
@@ -34,28 +36,41 @@ def tool_track(rows: int, stride: int = 25, first: int = 0, tools: int = 7) -> T
 def slow_labels(
     frames: list[int], phase: PhaseTrack | None, tools: ToolTrack | None, between_rows: str, tool_count: int
 ) -> tuple[list[int], list[list[int]]]:
-    """The rules in words: a phase holds until the next row (the last for a stride); a tool row labels its frame."""
+    """The rules in words: a row holds until the next, for a stride at most; a tool row may label its frame alone."""
+
+    def row_at(frame: int, track: PhaseTrack | ToolTrack, hold: bool) -> int | None:
+        before = [row for row, start in enumerate(track.frame_index.tolist()) if start <= frame]
+        start = int(track.frame_index[before[-1]]) if before else frame + 1
+        return before[-1] if start == frame or (hold and start < frame < start + track.stride) else None
+
     phase_labels, tool_labels = [], []
     for frame in frames:
-        label = -1
-        if phase is not None:
-            for start, value in zip(phase.frame_index.tolist(), phase.phase.tolist(), strict=True):
-                if start <= frame < start + phase.stride:
-                    label = value
-        phase_labels.append(label)
-        row = [-1] * tool_count
-        if tools is not None:
-            for start, values in zip(tools.frame_index.tolist(), tools.tools.tolist(), strict=True):
-                if frame == start or (between_rows == "hold" and start <= frame < start + tools.stride):
-                    row = values
-        tool_labels.append(row)
+        row = None if phase is None else row_at(frame, phase, hold=True)
+        phase_labels.append(-1 if phase is None or row is None else int(phase.phase[row]))
+        row = None if tools is None else row_at(frame, tools, hold=between_rows == "hold")
+        tool_labels.append([-1] * tool_count if tools is None or row is None else tools.tools[row].tolist())
     return phase_labels, tool_labels
+
+
+def with_gaps(track: PhaseTrack | ToolTrack, lost: set[int]) -> PhaseTrack | ToolTrack:
+    """The track without some of its rows, but for the first."""
+    kept = [row for row in range(len(track.frame_index)) if row == 0 or row not in lost]
+    if isinstance(track, PhaseTrack):
+        return PhaseTrack(track.frame_index[kept], track.phase[kept], track.stride)
+    return ToolTrack(track.frame_index[kept], track.tools[kept], track.stride)
+
+
+GAPS = st.sets(st.integers(1, 30), max_size=12)
 
 
 @settings(deadline=None, max_examples=200)
 @given(
-    phase=st.none() | st.builds(phase_track, st.integers(1, 30), st.integers(1, 9), st.integers(0, 40)),
-    tools=st.none() | st.builds(tool_track, st.integers(1, 30), st.integers(1, 9), st.integers(0, 40), st.just(4)),
+    phase=st.none()
+    | st.builds(with_gaps, st.builds(phase_track, st.integers(1, 30), st.integers(1, 9), st.integers(0, 40)), GAPS),
+    tools=st.none()
+    | st.builds(
+        with_gaps, st.builds(tool_track, st.integers(1, 30), st.integers(1, 9), st.integers(0, 40), st.just(4)), GAPS
+    ),
     frames=st.builds(range, st.integers(0, 40), st.integers(0, 400), st.integers(1, 30)).map(list),
     between_rows=st.sampled_from(["mask", "hold"]),
 )
@@ -95,11 +110,32 @@ def fit(
     tools: ToolTrack | None,
     frame_count: int,
     fps: float = 25.0,
-    row_fps: float = 25.0,
+    described: float = 25.0,
     stride: int = 1,
+    **data: Any,
 ) -> tuple[PhaseTrack | None, ToolTrack | None, tuple[str, ...]]:
-    extent = Extent("video01.mp4", frame_count, fps, row_fps, stride)
-    return fit_tracks(None if phase is None else (PHASES, phase), None if tools is None else (TOOLS, tools), extent)
+    """The lists read, placed and fitted as `index` does it."""
+    extent = Extent("video01.mp4", frame_count, fps, described, stride)
+    lists = [(path, track) for path, track in ((PHASES, phase), (TOOLS, tools)) if track is not None]
+    readings = read_numbers(lists, extent, DataConfig(**data))
+    placed = {
+        path: (path, reading.place(path, track, extent)) for (path, track), reading in zip(lists, readings, strict=True)
+    }
+    notes = [note for (path, _), reading in zip(lists, readings, strict=True) for note in reading.notes(path, extent)]
+    fitted_phase, fitted_tools, fit_notes = fit_tracks(placed.get(PHASES), placed.get(TOOLS), extent)
+    return fitted_phase, fitted_tools, (*notes, *fit_notes)
+
+
+def reading(track: PhaseTrack | ToolTrack, frame_count: int, fps: float, described: float, **data: Any) -> Reading:
+    extent = Extent("video01.mp4", frame_count, fps, described, stride=int(data.pop("stride", 1)))
+    return read_numbers([(PHASES, track)], extent, DataConfig(**data))[0]
+
+
+def asked(track: PhaseTrack | ToolTrack, frame_count: int, fps: float, described: float, **data: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        reading(track, frame_count, fps, described, **data)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
 
 
 def test_labels_that_fit_are_left_alone() -> None:
@@ -160,7 +196,7 @@ def test_labels_beyond_the_video_are_refused_naming_the_first_row_outside(
         fit(phase, tools, frame_count)
     message = str(caught.value)
     assert message.startswith(f"{file}: {row}, beyond the {frame_count} frames (")
-    assert "s at 25 fps) of video01.mp4: the rows, numbered at 25 fps, last " in message
+    assert "s at 25 fps) of video01.mp4: as they are numbered, the rows last " in message
 
 
 def test_lists_that_disagree_by_more_than_a_row_are_refused() -> None:
@@ -177,48 +213,159 @@ def test_lists_that_disagree_by_more_than_a_row_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "frame_count", "fps", "row_fps"),
+    ("rows", "frame_count", "fps", "described", "wanted"),
     [
-        (25_000, 30_000, 30.0, 25.0),
-        (30_000, 25_000, 25.0, 30.0),
-        (24_000, 25_000, 25.0, 24.0),
-        (900, 22_500, 25.0, 1.0),
+        (25_000, 30_000, 30.0, 25.0, 25.0),
+        (30_000, 25_000, 25.0, 30.0, 30.0),
+        (24_000, 25_000, 25.0, 24.0, 24.0),
+        (900, 22_500, 25.0, 1.0, 1.0),
+        (900, 22_500, 25.0, 25.0, 1.0),
+        (901, 22_510, 25.0, 25.0, 1.0),
+        (750, 22_500, 25.0, 1.0, 1.0),  # ends early
+        (750, 22_500, 25.0, 25.0, 1.0),
+        (30_000, 30_000, 30.0, 25.0, None),
+        (29_980, 30_000, 30.0, 25.0, None),
+        (30_001, 30_000, 30.0, 25.0, None),
+        (27_000, 30_000, 30.0, 25.0, None),  # ends early; at 25 fps it would go on for 80 s after the end
+        (54_000, 60_000, 50.0, 25.0, None),
+        (20_000, 25_000, 25.0, 25.0, None),
+        (1_000, 25_000, 25.02, 25.0, 1.0),
+        (30_000, 30_000, 30_000 / 1001, 30.0, None),
+        (1_001, 30_000, 30_000 / 1001, 30.0, 1.0),
+        (1, 1, 25.0, 25.0, None),
+        (3, 3, 25.0, 25.0, None),
+        (50, 50, 25.0, 25.0, None),
     ],
 )
-def test_rows_at_another_rate_than_the_video_are_refused_naming_both(
-    rows: int, frame_count: int, fps: float, row_fps: float
+def test_what_rows_count_follows_from_the_lengths(
+    rows: int, frame_count: int, fps: float, described: float, wanted: float | None
 ) -> None:
-    """Whether the data set's description knows the rows' rate or takes them for the video's."""
-    for described in (row_fps, fps):
-        with pytest.raises(UserError) as caught:
-            fit(phase_track(rows), None, frame_count, fps, described)
-        message = str(caught.value)
-        assert message.startswith(f"{PHASES}: row {rows} (line {rows + 1}) is frame {rows - 1}: ")
-        assert f"{row_fps:g} fps" in message
-        assert f"{fps:g} fps" in message
-        assert "renumber them by the video's frames" in message
+    assert reading(phase_track(rows), frame_count, fps, described) == Reading(wanted)
 
 
-def test_tool_rows_at_another_rate_than_the_video_are_refused_too() -> None:
-    with pytest.raises(UserError, match=r"video01-tool\.txt: row 1000 .* runs at 30 fps .* numbered at 25 fps"):
-        fit(None, tool_track(1000), 30_000, 30.0)
+def test_rows_may_number_a_folders_images() -> None:
+    assert reading(phase_track(180), 180 * 5, 25, 25, stride=5) == Reading(5.0)
+    assert reading(phase_track(180 * 5), 180 * 5, 25, 25, stride=5) == Reading()
+    assert reading(phase_track(36), 180 * 5, 25, 25, stride=5) == Reading(1.0)
 
 
-@pytest.mark.parametrize("rows", [30_000, 29_999, 30_001, 29_980])
-def test_rows_that_count_the_frames_of_a_faster_video_are_taken_with_a_note(rows: int) -> None:
-    phase, _, notes = fit(phase_track(rows), None, 30_000, 30.0)
+@pytest.mark.parametrize(
+    ("rows", "frame_count", "fps", "described", "wanted"),
+    [
+        (22_000, 30_000, 30.0, 25.0, "25 (88% of it) or source (73% of it)"),
+        (450, 22_500, 25.0, 1.0, "1 (50% of it) or source (2% of it)"),
+        (30_000, 25_000, 25.0, 25.0, "as if at 30 fps, but video01.mp4 runs at 25 fps"),
+        (24_000, 25_000, 25.0, 25.0, "set data.row_fps=24, or data.row_fps=source"),
+    ],
+)
+def test_what_lengths_leave_open_is_asked_and_the_settings_answer(
+    rows: int, frame_count: int, fps: float, described: float, wanted: str
+) -> None:
+    message = asked(phase_track(rows), frame_count, fps, described)
+    assert wanted in message
+    assert "set data.row_fps" in message
+    assert reading(phase_track(rows), frame_count, fps, described, row_fps="source") == Reading()
+    assert reading(phase_track(rows), frame_count, fps, described, row_fps=20) == Reading(20.0)
+    assert reading(phase_track(rows), frame_count, fps, described, row_fps=fps * 1.001) == Reading()
+
+
+def test_the_lists_of_a_video_may_count_different_things() -> None:
+    extent = Extent("video01.mp4", 30_000, 30.0, 25.0)
+    lists: list = [(PHASES, phase_track(30_000)), (TOOLS, tool_track(1000, 1))]
+    assert read_numbers(lists, extent, DataConfig()) == [Reading(), Reading(1.0)]
+    assert read_numbers(lists[::-1], extent, DataConfig()) == [Reading(1.0), Reading()]
+
+
+@pytest.mark.parametrize(
+    ("track", "frame_count", "wanted"),
+    [
+        (phase_track(350, first=1), 350, Reading(None, 1)),
+        (phase_track(351, first=1), 350, Reading(None, 1)),
+        (phase_track(28, first=1), 700, Reading(1.0, 1)),
+        (phase_track(28, first=1), 710, Reading(1.0, 1)),
+        (phase_track(29, first=1), 710, Reading(1.0, 1)),
+        (tool_track(13, first=1), 350, Reading(None, 1)),
+        (phase_track(250, first=100), 350, Reading(None, 0)),
+    ],
+)
+def test_rows_may_be_numbered_from_one(track: PhaseTrack, frame_count: int, wanted: Reading) -> None:
+    assert reading(track, frame_count, 25, 25) == wanted
+    extent = Extent("video01.mp4", frame_count, 25, 25)
+    placed = wanted.place(PHASES, track, extent)
+    assert int(placed.frame_index[0]) == (0 if wanted.base else 100)
+
+
+def test_a_first_number_that_may_mean_two_things_is_asked_about() -> None:
+    for rows in (349, 300):
+        message = asked(phase_track(rows, first=1), 350, 25, 25)
+        assert message.startswith(
+            f"{PHASES}: row 1 (line 2) is number 1 and the last row {rows}, of 350 in video01.mp4"
+        )
+        assert message.endswith("Set data.row_base=1 or data.row_base=0")
+        for base in (0, 1):
+            assert reading(phase_track(rows, first=1), 350, 25, 25, row_base=base) == Reading(None, base)
+    for first in (25, 13):
+        assert f"starts at {first}, neither 0 nor 1" in asked(tool_track(14, first=first), 350, 25, 25)
+        assert reading(tool_track(14, first=first), 350, 25, 25, row_base=0) == Reading()
+    with pytest.raises(UserError, match=r"is number 0, before data\.row_base=1; set data\.row_base=0"):
+        fit(phase_track(350), None, 350, row_base=1)
+    phase, _, _ = fit(phase_track(349, first=1), tool_track(14), 350)  # the tool list is numbered from 0
     assert phase is not None
-    assert len(phase.frame_index) == min(rows, 30_000)
-    assert notes[0] == "video01-phase.txt: rows number the video's own frames at 30 fps, not at 25 fps"
+    assert phase.frame_index[0] == 1
 
 
-def test_rows_that_fit_neither_rate_are_refused() -> None:
-    with pytest.raises(UserError, match=r"28000.* runs at 30 fps .* fits neither; set annotation_fps"):
-        fit(phase_track(28_001), None, 30_000, 30.0)
+@settings(deadline=None, max_examples=80)
+@given(
+    frame_count=st.integers(1, 400),
+    fps=st.sampled_from([24.0, 25.0, 30_000 / 1001, 30.0, 50.0]),
+    row_fps=st.sampled_from([1.0, 2.0, 24.0, 25.0, 30.0, 60.0]),
+    rows=st.integers(1, 400),
+    stride=st.sampled_from([1, 2, 25]),
+    base=st.integers(0, 1),
+    lost=GAPS,
+    constant=st.booleans(),
+)
+def test_rows_at_any_rate_label_the_frames_on_screen_at_their_times(
+    frame_count: int, fps: float, row_fps: float, rows: int, stride: int, base: int, lost: set[int], constant: bool
+) -> None:
+    """By brute force: a row's frame is the last one shown by its time, and it holds for less than a stride's time."""
+    steps_s = np.where(np.arange(frame_count) % 7 == 3, 3, 1) / fps
+    times_s = np.arange(frame_count) / fps if constant else np.concatenate([[0], np.cumsum(steps_s)[:-1]])
+    extent = Extent("video01.mp4", frame_count, fps, fps, times_s=None if constant else times_s)
+    track = with_gaps(phase_track(rows, stride, base), lost)
+    placed = Reading(row_fps, base).place(PHASES, track, extent)  # type: ignore[arg-type]
+    labels, _ = sample_labels(range(frame_count), placed, None, "mask", 0)
+    for frame in range(0, frame_count, 3):
+        shown_s = (times_s[frame] - 1e-6, (times_s[frame + 1] if frame + 1 < frame_count else times_s[-1] + 1 / fps))
+        starts_s = [(number - base) / row_fps for number in track.frame_index.tolist()]
+        on_screen = [row for row, start_s in enumerate(starts_s) if shown_s[0] <= start_s < shown_s[1] - 1e-6]
+        before = [row for row, start_s in enumerate(starts_s) if start_s < shown_s[0]]
+        if on_screen:
+            assert labels[frame] == track.phase[on_screen[0]]
+        elif before and constant:
+            held = shown_s[0] < starts_s[before[-1]] + stride / row_fps - 1 / fps
+            gone = shown_s[0] > starts_s[before[-1]] + stride / row_fps + 1 / fps
+            assert labels[frame] == track.phase[before[-1]] or not held
+            assert labels[frame] == -1 or not gone
+        elif not before:
+            assert labels[frame] == -1
 
 
-def test_ntsc_rates_are_their_whole_numbers() -> None:
-    assert fit(phase_track(30_000), None, 30_000, 30_000 / 1001, 30.0)[2] == ()
+def test_rows_a_second_label_what_is_sampled_a_second_whatever_the_rate() -> None:
+    for fps, frame_count in ((25.0, 2500), (30_000 / 1001, 2997), (50.0, 5000)):
+        phase, tools, notes = fit(phase_track(100), tool_track(100, 1), frame_count, fps)
+        sampled = np.floor(np.arange(100) * fps + 1e-6).astype(int)
+        phase_labels, tool_labels = sample_labels(sampled, phase, tools, "mask", 7)
+        assert phase_labels.tolist() == phase_track(100).phase.tolist()
+        assert tool_labels.tolist() == tool_track(100, 1).tools.tolist()
+        assert notes[:2] == tuple(f"{path.name}: rows are numbered at 1 fps" for path in (PHASES, TOOLS))
+
+
+def test_missing_rows_are_noted() -> None:
+    phase, _, notes = fit(with_gaps(phase_track(350), set(range(150, 200)) | {300}), None, 350)  # type: ignore[arg-type]
+    assert notes == ("video01-phase.txt: rows are missing, first from frame 150; 51 frames without a label",)
+    labels, _ = sample_labels(range(350), phase, None, "mask", 0)
+    assert np.flatnonzero(labels < 0).tolist() == [*range(150, 200), 300]
 
 
 def test_labels_that_start_late_or_end_early_are_noted() -> None:
@@ -248,7 +395,7 @@ def test_what_is_fitted_lies_inside_the_video_and_both_lists(
 ) -> None:
     phase, tools = phase_track(phase_rows, phase_stride), tool_track(tool_rows)
     try:
-        fitted_phase, fitted_tools, _ = fit(phase, tools, frame_count)
+        fitted_phase, fitted_tools, _ = fit(phase, tools, frame_count, row_fps="source")
     except UserError:
         ends = (frame_count, phase_rows * phase_stride, tool_rows * 25)
         assert max(ends) > min(ends), "nothing disagreed"
