@@ -31,6 +31,7 @@ def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
     work. Raises UserError at the first stage that cannot go on; what came before it is kept.
     """
     started = time.monotonic()
+    _require_precisions(config, run)
 
     def stage(name: str, work: Callable[[], Value], done_before: bool = False) -> Value:
         stop.raise_if_set()
@@ -43,7 +44,6 @@ def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
 
     stage("index", lambda: index_dataset(config))
     index, root = open_dataset(config)
-    _require_precisions(config, run)
     if config.extract.encoder == "finetuned":
         stage("train-cnn", lambda: train_cnn(config, run, index, root, stop), _finished(run / "cnn"))
     report = stage("extract", lambda: extract(config, run, index, root, stop=stop), _all_extracted(run))
