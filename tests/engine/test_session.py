@@ -110,7 +110,7 @@ CONFIG = LoopConfig(epochs=3, precision="fp32")
 
 
 @given(stops=st.lists(st.integers(1, 3 * STEPS), min_size=1, max_size=3), accumulate=st.sampled_from([1, 2, 3]))
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=12, suppress_health_check=list(HealthCheck))
 def test_resumed_equals_uninterrupted(
     tmp_path_factory: pytest.TempPathFactory, stops: list[int], accumulate: int
 ) -> None:

@@ -110,7 +110,7 @@ def test_truth_at_1_fps_takes_what_it_needs_of_dense_predictions(tmp_path):
     st.integers(0, 29),
     st.sampled_from([1, 2, 0.5]),
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@settings(suppress_health_check=list(HealthCheck), deadline=None, max_examples=50)
 def test_every_kth_row_is_found(tmp_path, phases, k, start, unit):
     start %= k
     kept = phases[start::k]

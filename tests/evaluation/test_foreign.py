@@ -71,7 +71,7 @@ FORMS = {
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.fixed_dictionaries(FORMS))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
 def test_written_in_any_form_and_read_back(tmp_path, phases, form):
     order = tuple(form["order"])
     frames = [f"{form['first'] + k * form['step']:.6g}" for k in range(len(phases))]
@@ -252,7 +252,7 @@ def test_what_cannot_be_read_is_one_line_with_file_and_row(text, message, tmp_pa
 
 
 @given(st.binary(max_size=300))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
 def test_any_bytes_are_read_or_refused(tmp_path, content):
     path = text_file(tmp_path, content)
     message = ""
