@@ -75,6 +75,7 @@ bench: $(STAMP) ## time what docs/performance.md quotes, as far as it needs no d
 	$(BIN)/python benchmarks/store.py --json artifacts/bench/store.json
 	$(BIN)/python benchmarks/temporal.py --json artifacts/bench/temporal.json
 	$(BIN)/python benchmarks/loader.py --json artifacts/bench/loader.json
+	$(BIN)/python benchmarks/together.py --json artifacts/bench/together.json
 	$(BIN)/python benchmarks/scaling.py --json artifacts/bench/scaling.json
 	$(BIN)/python benchmarks/evaluate.py --json artifacts/bench/evaluate.json
 	$(BIN)/python benchmarks/readers.py --json artifacts/bench/readers.json

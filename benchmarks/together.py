@@ -1,0 +1,119 @@
+"""Two trainings at once on one machine, against one alone: with the project's waiting threads, and with spinning ones.
+
+    python benchmarks/together.py --json FILE [--repeat N]
+
+Every training is the command as typed, with as many threads as it takes by itself. A round trains alone, then two of
+the same at once, first as the project sets it (`GOMP_SPINCOUNT=10000`), then as libgomp does by itself
+(`GOMP_SPINCOUNT=300000`); figures are medians over rounds. A training's time is that of its epochs after the first; of
+two at once, that of the slower.
+
+- `train_cnn`: ResNet50 from 224x224 frames, eight a step, fp32. `train_temporal`: LSTM of 512 over whole videos, eight
+  a step, random features, fp32.
+- `alone_s`, `together_s`, `ratio` of each; the same with `spinning_` in front.
+- `alone_ratio_to_spinning`: what the setting costs, or gains, who trains alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from command import CORES, PIPELINE, options, say
+from start_up import output, write_feature_set
+
+# libgomp's own value where nothing is set
+SPINNING = {"GOMP_SPINCOUNT": "300000"}
+VIDEOS, FRAMES = 10, 2158
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    given = options(__doc__).parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        trainings = {"train_cnn": cnn_words(folder), "train_temporal": temporal_words(folder)}
+        figures = {key: measure(folder, words, given.repeat) for key, words in trainings.items()}
+    say({**figures, "cores": CORES, "rounds": given.repeat}, given.json)
+
+
+def cnn_words(folder: Path) -> list[str]:
+    """`train-cnn` on simulated frames, indexed and with its frames in the cache."""
+    simulate = ["simulate", str(folder / "videos"), "--videos", "3", "--fps", "2", "--speed-up", "60"]
+    output([str(PIPELINE), *simulate, "--width", "112", "--height", "112"])
+    settings = [
+        f"data.root={folder / 'videos'}",
+        f"data.index={folder / 'index.json'}",
+        "data.dataset=simulated",
+        "data.split.rule=2/1/0",
+        f"cache.dir={folder / 'frames'}",
+        "cnn.weights=random",
+        "cnn.precision=fp32",
+        "cnn.batch_frames=8",
+        "cnn.frames_per_epoch=32",
+        "cnn.epochs=3",
+    ]
+    words = [word for setting in settings for word in ("--set", setting)]
+    output([str(PIPELINE), "index", *words])
+    train(folder, [["train-cnn", *words]], {}, "cnn")  # fills the cache
+    return ["train-cnn", *words]
+
+
+def temporal_words(folder: Path) -> list[str]:
+    """`train-temporal` on random features."""
+    phases = [np.repeat(np.arange(7, dtype=np.int8), FRAMES // 7 + 1)[:FRAMES] for _ in range(VIDEOS)]
+    write_feature_set(folder / "features", phases)
+    settings = ["mode=full", "batch=8"]
+    settings = [*(f"sequence.{one}" for one in settings), "epochs=4", "baseline=false", "precision=fp32"]
+    words = [word for setting in settings for word in ("--set", f"temporal.{setting}")]
+    return ["train-temporal", "--features", str(folder / "features"), *words]
+
+
+def measure(folder: Path, words: Sequence[str], repeat: int) -> dict[str, float]:
+    """All figures of one kind of training."""
+    stage = "cnn" if words[0] == "train-cnn" else "temporal"
+    rounds = []
+    for _ in range(repeat):
+        found = {}
+        for prefix, environment in (("", {}), ("spinning_", SPINNING)):
+            found[f"{prefix}alone_s"] = train(folder, [words], environment, stage)
+            found[f"{prefix}together_s"] = train(folder, [words, words], environment, stage)
+        rounds.append(found)
+    middle = {key: statistics.median(found[key] for found in rounds) for key in rounds[0]}
+    for prefix in ("", "spinning_"):
+        middle[f"{prefix}ratio"] = middle[f"{prefix}together_s"] / middle[f"{prefix}alone_s"]
+    middle["alone_ratio_to_spinning"] = middle["alone_s"] / middle["spinning_alone_s"]
+    return {key: round(value, 3) for key, value in middle.items()}
+
+
+def train(folder: Path, commands: Sequence[Sequence[str]], environment: dict[str, str], stage: str) -> float:
+    """Seconds of the slowest of some trainings that begin at once."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    with tempfile.TemporaryDirectory(dir=folder) as runs:
+        running = []
+        for number, words in enumerate(commands):
+            where = ["--name", f"run{number}", "--set", f"runs={runs}", "--set", "device=cpu"]
+            command = [sys.executable, str(PIPELINE), *words, *where]
+            log = Path(runs, f"{number}.log")
+            with log.open("wb") as said:
+                running.append(subprocess.Popen(command, env={**inherited, **environment}, stdout=said, stderr=said))
+        for number, process in enumerate(running):
+            if process.wait():
+                sys.exit(f"{commands[number][0]}: failed\n{Path(runs, f'{number}.log').read_text(errors='replace')}")
+        return max(epoch_seconds(Path(runs, f"run{number}", stage)) for number in range(len(commands)))
+
+
+def epoch_seconds(stage: Path) -> float:
+    """Seconds of all epochs but the first."""
+    rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return float(sum([row["seconds"] for row in rows if "seconds" in row][1:]))
+
+
+if __name__ == "__main__":
+    main()
