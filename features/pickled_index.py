@@ -123,9 +123,10 @@ def _from_parts(path: Path, groups: Sequence[Any], spec: DataSetSpec) -> list[Pi
     parts = next((splits for splits in LAYOUTS.values() if splits and 3 * len(splits) == len(groups)), None)
     if parts is None:
         raise UserError(f"{path}: holds {len(groups)} lists, where 9, 6 or 3 are known (paths, labels, frames a video)")
-    if len(groups) == 9 and _test_part_last(groups):
-        groups = [groups[k] for k in (0, 1, 6, 2, 3, 7, 4, 5, 8)]
-        say(f"{path.name}: nine lists in the order of Trans-SVNet, the test part after the other two")
+    order = _order_of_lists(groups)
+    if order != sorted(order):
+        groups = [groups[k] for k in order]
+        say(f"{path.name}: its lists are sorted into paths, labels and frames per video of {', '.join(parts)}")
     videos = []
     for number, split in enumerate(parts):
         paths, labels, lengths = groups[number :: len(parts)]
@@ -143,11 +144,20 @@ def _from_parts(path: Path, groups: Sequence[Any], spec: DataSetSpec) -> list[Pi
     return videos
 
 
-def _test_part_last(groups: Sequence[Any]) -> bool:
-    """Whether nine lists are paths, labels and frames per video of train and val, then the three of test (Trans-SVNet),
-    not paths, labels and frames per video of all parts (MTRCNet). An empty part tells nothing, so two are looked at."""
-    third, seventh = ([type(group[0]) for group in (groups[k],) if group] for k in (2, 6))
-    return str in seventh or (bool(third) and str not in third)
+def _order_of_lists(groups: Sequence[Any]) -> list[int]:
+    """Where the paths of all parts are, then their labels, then their frames per video.
+
+    MTRCNet writes them so; Trans-SVNet writes all three of train and val, then the three of test. What lists hold
+    decides; where some are empty, or labels are numbers like frames per video, it is one of these two orders.
+    """
+    kinds = [
+        (str, list, int).index(type(group[0])) if group and type(group[0]) in (str, list, int) else 3
+        for group in groups
+    ]
+    if sorted(kinds) == [k for k in range(3) for _ in range(len(groups) // 3)]:
+        return sorted(range(len(groups)), key=kinds.__getitem__)
+    test_last = len(groups) == 9 and (kinds[6] == 0 or kinds[2] in (1, 2))
+    return [0, 1, 6, 2, 3, 7, 4, 5, 8] if test_last else list(range(len(groups)))
 
 
 def _video(where: str, paths: Sequence[Any], labels: Sequence[Any], split: Split, spec: DataSetSpec) -> PickledVideo:
@@ -228,13 +238,19 @@ def index_from_pickles(
 
 def _by_id(videos: Sequence[PickledVideo], spec: DataSetSpec) -> dict[str, PickledVideo]:
     by_id: dict[str, PickledVideo] = {}
+    shared = []
     for video in videos:
         video_id = id_of_folder(video.folder, spec)
         if video_id is None:
             raise UserError(f"{video.where}: folder {video.folder!r} is not named like a video of {spec.name}")
-        if video_id in by_id:
-            raise UserError(f"{video.where}: {video_id} was there before ({by_id[video_id].where})")
+        if (before := by_id.get(video_id)) is not None:
+            same = before.paths == video.paths and np.array_equal(before.phase, video.phase)
+            if (before.split, video.split) != ("val", "test") or not same:
+                raise UserError(f"{video.where}: {video_id} was there before ({before.where})")
+            shared.append(video_id)
         by_id[video_id] = video
+    if shared:  # the 40/40 splits of TMRNet and Trans-SVNet choose the model on videos of the test part
+        say(f"in the parts val and test, taken as test: {', '.join(shared)}; data.split names another split")
     return by_id
 
 

@@ -251,6 +251,7 @@ def test_dense_predictions_by_row_against_truth_once_a_second(tmp_path):
     ("predicted", "options", "message"),
     [
         ([0] * 12, {"prediction_fps": 5.0}, r"at 5 rows per second \(--prediction-fps\) these do not cover.*-fps 1$"),
+        ([0] * 12, {"prediction_fps": float("inf")}, r"--prediction-fps inf: must be a positive number"),
         (
             [0] * 12,
             {"prediction_fps": 1.0, "fps": 25.0},

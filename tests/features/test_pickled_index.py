@@ -165,16 +165,35 @@ def test_structure_decides_not_the_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("empty", [(), (0,), (1,), (2,), (0, 1), (1, 2)])
-def test_nine_lists_in_either_order_are_the_same_index(tmp_path: Path, empty: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("data_order", [(0, 1, 3, 4, 6, 7, 2, 5, 8), (0, 3, 6, 1, 4, 7, 2, 5, 8)])
+def test_nine_lists_in_any_order_are_the_same_index(
+    tmp_path: Path, empty: tuple[int, ...], data_order: tuple[int, ...]
+) -> None:
     """MTRCNet: paths, labels, lengths of all parts. Trans-SVNet: those of train and val, then the three of test."""
     parts = [[] if part in empty else [rows_of(f"a/{part + 1}", part + 1, 5 + part)] for part in range(3)]
     nine = in_parts(parts)
-    other = [nine[k] for k in (0, 1, 3, 4, 6, 7, 2, 5, 8)]
+    order = (0, 1, 3, 4, 6, 7, 2, 5, 8) if empty else data_order
+    other = [nine[k] for k in order]
     first, second = (read_pickled_index(write(tmp_path / "x.pkl", value), SPEC) for value in (nine, other))
     assert [video.split for video in first] == [s for k, s in enumerate(("train", "val", "test")) if k not in empty]
     for one, same in zip(first, second, strict=True):
         assert (one.where, one.paths, one.split) == (same.where, same.paths, same.split)
         assert np.array_equal(one.phase, same.phase)
+
+
+def test_a_validation_part_within_the_test_part_is_test(root: Path, tmp_path: Path, capsys) -> None:
+    """As in the 40/40 splits of TMRNet and Trans-SVNet; any other video that comes twice stays an error."""
+    videos = [rows_of(f"x/{n}", n, count) for n, count in VIDEOS]
+    file = write(tmp_path / "x.pkl", in_parts([videos[:2], videos[2:3], videos[2:]]))
+    index = index_from_pickles(config_of(root), [file], phase_order="mtrcnet")
+    assert [entry.split for entry in index.videos] == ["train"] * 2 + ["test"] * (len(videos) - 2)
+    assert f"in the parts val and test, taken as test: {index.videos[2].id}" in capsys.readouterr().err
+    changed = [*videos[2][:-1], [*videos[2][-1][:-1], (videos[2][-1][-1] + 1) % 7]]
+    for parts in ([videos[:2], [changed], videos[2:]], [videos[:2], videos[1:2], videos[2:]]):
+        write(file, in_parts(parts))
+        assert "was there before" in refusal(
+            lambda: index_from_pickles(config_of(root), [file], phase_order="mtrcnet", replace=True)
+        )
 
 
 def test_rows_numbered_by_source_frame_and_starting_late(tmp_path: Path) -> None:
