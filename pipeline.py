@@ -342,7 +342,8 @@ TRUSTED = click.option(
 def train_cnn_command(source: str, overrides: tuple[str, ...], name: str | None, trusted: bool) -> None:
     """Stage one: fine-tune the backbone on tool presence, frame by frame.
 
-    Frames are decoded once into a cache (cache.dir). Stopped and started again, training goes on where it was.
+    Frames are decoded once into a cache (cache.dir). Stopped and started again, training goes on where it was. A video
+    that cannot be read is left out and named; the exit code is then 1.
     """
     from stage1_cnn.train import train_cnn
 
@@ -352,6 +353,7 @@ def train_cnn_command(source: str, overrides: tuple[str, ...], name: str | None,
         index, root = _dataset(resolved)
         result = train_cnn(resolved, _run(resolved, source, name), index, root, stop, trusted=trusted)
     _say_once(f"stage one: {_sentence(result)}")
+    _leave_as_done(result["left_out"])
 
 
 @cli.command()
@@ -373,7 +375,7 @@ def extract(
     """Turn every sampled frame into an embedding (and tool logits): one HDF5 file a video.
 
     Files that verify are skipped, so a second start only does what is missing. A damaged video is reported and the
-    others go on; the exit code is then 1.
+    others go on; the exit code is then 1, and later stages leave it out too. Starting again tries it again.
     """
     part = _shard(shard)
     from engine.processes import join
@@ -394,6 +396,7 @@ def extract(
     _print_report(report)
     if partly:
         sys.exit(EXIT_PARTLY)
+    _leave_as_done(report.left_out)
 
 
 @cli.command("train-temporal")
@@ -419,6 +422,7 @@ def train_temporal_command(
     with _stop_when_asked() as stop:
         result = train_temporal(resolved, run, folder, stop)
     _say_once(f"stage two: {_sentence(result)}")
+    _leave_as_done(result["left_out"])
 
 
 @cli.command()
@@ -496,6 +500,7 @@ def train_joint_command(
         index, root = _dataset(resolved)
         result = train_joint(resolved, _run(resolved, source, name), index, root, stop, Start(*runs), trusted=trusted)
     _say_once(f"joint net: {_sentence(result)}")
+    _leave_as_done(result["left_out"])
 
 
 def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -623,11 +628,14 @@ def evaluate(
 
             resolved = _config(source, overrides, {"data.index": index_file})
             index, root = _dataset(resolved)
-            evaluate_joint(resolved, run, index, root, split=split, inference=inference, stop=stop)
-            return
-        evaluate_run(
-            resolved, run, split=split, features=features, index_file=index_file, stop=stop, inference=inference
-        )
+            metrics = evaluate_joint(
+                resolved, run, index, root, split=split, inference=inference, other=index_file is not None, stop=stop
+            )
+        else:
+            metrics = evaluate_run(
+                resolved, run, split=split, features=features, index_file=index_file, stop=stop, inference=inference
+            )
+    _leave_as_done(metrics["left_out"])
 
 
 @cli.command()
@@ -952,8 +960,7 @@ def run_command(source: str, overrides: tuple[str, ...], name: str | None) -> No
     resolved = _config(source, overrides)
     with _stop_when_asked() as stop:
         summary = run_all(resolved, _run(resolved, source, name), stop)
-    if summary["left_out"]:
-        sys.exit(EXIT_PARTLY)
+    _leave_as_done(summary["left_out"])
 
 
 @cli.command("submit")
@@ -1143,6 +1150,13 @@ def _print_report(report: Any) -> None:
     for video_id, reason in report.failed:
         click.echo(printable(f"failed: {video_id}: {reason}"), err=True)
     if report.failed:
+        sys.exit(EXIT_PARTLY)
+
+
+def _leave_as_done(left_out: Sequence[dict[str, Any]]) -> None:
+    """Exit code 1 where videos of a split are left out; those that data.exclude names, or without labels, may be."""
+    wanted = [video for video in left_out if not (video.get("excluded") or video.get("unlabelled"))]
+    if any(video.get("split") != "none" for video in wanted) and _speaks():  # a launcher ends all when one leaves so
         sys.exit(EXIT_PARTLY)
 
 

@@ -7,7 +7,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,17 @@ class StageFolder:
 
     `identity` is everything the stage's numbers depend on (settings, inputs' digests). It is written on the first start
     and compared on every later one: equal means resume, or nothing to do where a result stands; different is an error
-    that names the difference, since nothing is ever overwritten silently.
+    that names the difference, since nothing is ever overwritten silently. Keys that came `later` than runs without them
+    are not asked of those.
     """
 
-    def __init__(self, run: Path, stage: str, config: Config, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self, run: Path, stage: str, config: Config, identity: Mapping[str, Any], later: Collection[str] = ()
+    ) -> None:
         self.run, self.stage = run, stage
         self.path = run / stage
-        self.identity = dict(identity)
+        known = read_json_object(self.path / IDENTITY_FILE) if (self.path / IDENTITY_FILE).exists() else identity
+        self.identity = {key: value for key, value in identity.items() if key in known or key not in later}
         self.digest = sha256_json(self.identity)
         self._config = config
 
@@ -65,8 +69,8 @@ class StageFolder:
         found: dict[str, Any] = read_json_object(path)
         return found if found.get("identity_sha256") == self.digest else None
 
-    def open(self) -> None:
-        """Create the folder or accept it for resuming. Raises UserError when it holds another configuration."""
+    def check(self) -> None:
+        """Raise UserError when the folder holds another configuration."""
         known = self.path / IDENTITY_FILE
         if known.exists():
             changed = differences(read_json_object(known), _plain_tree(self.identity))
@@ -76,6 +80,11 @@ class StageFolder:
                     f"{self.path}: this run exists with other settings ({shown}); "
                     "choose another --name, or delete the folder to start over"
                 )
+
+    def open(self) -> None:
+        """Create the folder or accept it for resuming. Raises UserError when it holds another configuration."""
+        self.check()
+        known = self.path / IDENTITY_FILE
         make_folder(self.path)
         remove_stale_temporaries(self.path)
         if not known.exists():

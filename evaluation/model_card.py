@@ -12,8 +12,8 @@ from configs.load import read_yaml
 from configs.schema import DataSetSpec
 from engine.files import read_json_object, write_text
 from evaluation.pages import template_environment
-from evaluation.summary import settings_behind
-from features.index import SPLITS, Index
+from evaluation.summary import NONE_UNLABELLED, scored_words, settings_behind, used_videos
+from features.index import Index
 
 CARD_FILE = "MODEL_CARD.md"
 _KINDS = {
@@ -63,7 +63,9 @@ def write_model_card(
             "simulated": metrics["simulated"],
             "dataset": index.dataset.model_dump(mode="json"),
             "fps": metrics["fps"],
-            "split": {part: [entry.id for entry in index.by_split(part)] for part in SPLITS if part != "none"},
+            "split": used_videos(index, metrics)[0],
+            "left_out": index.left_out_records(),
+            "without_labels": metrics.get("videos_without_labels", NONE_UNLABELLED),
             "settings": yaml.safe_dump(chosen, sort_keys=False, width=1 << 20) if chosen else "",
             "environment": _made_with(read_json_object(environment) if environment.exists() else {}),
             "imported": imported,
@@ -76,15 +78,17 @@ def write_model_card(
 
 
 def render_model_card(facts: Mapping[str, Any]) -> str:
-    """The card as Markdown, from plain values: name, kind, simulated, dataset, fps, split ({train, val, test: ids}),
-    settings (YAML), environment (a phrase), imported and fine_tuned_from (a file or None) and metrics. A missing fact
-    is an error, never an empty place."""
+    """The card as Markdown, from plain values: name, kind, simulated, dataset, fps, split ({train, val, test: ids
+    used}), left_out (id and reason each), without_labels ({phases, tools: ids}), settings (YAML), environment (a
+    phrase), imported and fine_tuned_from (a file or None) and metrics. A missing fact is an error, never an empty
+    place."""
     environment = template_environment(html=False)
     environment.filters["number"] = _number
     phases = facts["metrics"]["phases"]
     baselines = {title: phases[head] for head, title in _BASELINES.items() if head in phases}
     template = environment.get_template("model_card.md.j2")
-    return template.render(**facts, results=phases.get("temporal"), baselines=baselines)
+    scored = scored_words(facts["metrics"])
+    return template.render(**facts, results=phases.get("temporal"), baselines=baselines, scored=scored)
 
 
 def _kind(stage: str, spec: DataSetSpec, settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from evaluation.ablation import ABLATION_PAGE
 from evaluation.counts import stretches
 from evaluation.predictions import TOOLS_ALONE, Prediction, ToolScores, read_prediction_csv, read_tool_csv
 from evaluation.statistics import bootstrap_intervals, phase_intervals
-from evaluation.summary import settings_behind
+from evaluation.summary import left_out_lines, scored_words, settings_behind
 from evaluation.truth import TRUTH_FILE, Truth, is_simulated, read_truth
 from features.ids import file_stem
 
@@ -69,6 +69,16 @@ class RunResults:
     def simulated(self) -> bool:
         """Whether it was evaluated on simulated operations."""
         return bool(self.metrics.get("simulated", is_simulated(self.truth.spec, None)))
+
+    @property
+    def scored(self) -> str:
+        """How many videos the numbers are over, in words."""
+        return scored_words(self.metrics)
+
+    @property
+    def left_out(self) -> list[str]:
+        """A line for each video that no number is over."""
+        return left_out_lines(self.metrics)
 
     @property
     def labelled(self) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:

@@ -248,7 +248,7 @@ def _seconds(run: RunResults) -> str:
 _PROVENANCE = {
     "Data set": lambda run: (run.truth.spec.title or run.truth.spec.name) + (" (SIMULATED)" if run.simulated else ""),
     "Videos (train/val/test)": lambda run: run.summary.get("split"),
-    "Evaluated on": lambda run: f"{_count(len(run.truth.videos), 'video')}, split {run.truth.split}",
+    "Evaluated on": lambda run: f"{run.scored}, split {run.truth.split}",
     "Frames a second": lambda run: f"{run.truth.fps:g}",
     "Model": _model,
     "Imported from": lambda run: run.metrics.get("imported"),

@@ -77,8 +77,7 @@ def keep_index(found: Index, config: Config, root: Path, replace: bool) -> Index
     else:
         found.save(path)
         say(f"{path}: written")
-    for video in found.left_out:
-        say(f"left out: {video.id}: {video.reason}")
+    say_left_out(found)
     for line in _passed_over_lines(found):
         say(line)
     for note in _grouped(found.notes):
@@ -89,10 +88,18 @@ def keep_index(found: Index, config: Config, root: Path, replace: bool) -> Index
     return found
 
 
+def say_left_out(index: Index) -> None:
+    """A line for each video left out."""
+    for video in index.left_out:
+        say(f"left out: {video.id}: {video.reason}")
+
+
 def _content(index: Index) -> dict[str, Any]:
     """What makes two indices differ: not the patterns by which files were found, nor how a note is worded."""
     value = index.to_json()
     del value["notes"], value["dataset"]["patterns"]
+    for video in value.get("left_out", ()):
+        video.pop("split", None)  # older ones have none
     return value
 
 

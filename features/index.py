@@ -59,6 +59,7 @@ from features.labels import (
 )
 from features.readers import FrameFolder, count_packets, probe_video
 from features.splits import Split, assign_splits, matching_ids, usual_split_problem
+from features.store import INDEX_FILE, recorded_fault
 from features.tfrecord import FPS as TFRECORD_FPS
 from features.tfrecord import RecordLayout, require_one_numbering, scan_records
 from features.times import FrameTimes, on_screen, require_held
@@ -231,6 +232,10 @@ class Index(Strict):
         ]
         kept = tuple(entry for entry in self.videos if entry.id not in reasons)
         return self.model_copy(update={"videos": kept, "left_out": (*self.left_out, *moved)})
+
+    def left_out_records(self) -> list[dict[str, Any]]:
+        """Videos left out, for results and reports: id, reason, and where known split and `excluded`."""
+        return [video.model_dump(mode="json", exclude={"source"}) for video in self.left_out]
 
     @property
     def is_partial(self) -> bool:
@@ -632,6 +637,23 @@ def frame_times_s(entry: VideoEntry, frame_index: np.ndarray | Sequence[int]) ->
     if entry.times is None:
         return frames / entry.fps
     return entry.times.seconds(entry.frame_count)[frames]
+
+
+def usable_index(folder: Path) -> Index:
+    """The index of a feature folder without the videos that extract could not read.
+
+    A video that has not been extracted yet stays. Raises UserError where there is no index.
+    """
+    where = folder / INDEX_FILE
+    if not where.is_file():
+        raise UserError(f"{folder}: holds no {INDEX_FILE}; name the folder that extract wrote with --features DIR")
+    return with_recorded_faults(Index.load(where), folder)
+
+
+def with_recorded_faults(index: Index, folder: Path) -> Index:
+    """An index without the videos that extract could not read into this feature folder."""
+    reasons = ((entry.id, recorded_fault(folder, entry.id, entry.sha256_ends)) for entry in index.videos)
+    return index.without((video_id, reason) for video_id, reason in reasons if reason is not None)
 
 
 def most_fps(index: Index) -> float:

@@ -1,7 +1,8 @@
 """The feature store: one HDF5 file a video, and a folder name that says exactly which encoder made it.
 
 A folder `<store>/<encoder>-<digest12>/` holds `videoNN.h5` files and the `index.json` they were made from; it is all
-that stage two needs. Nothing here imports torch, an image library or a decoder.
+that stage two needs; `videoNN.left_out.json` says why a video has no features. Nothing here imports torch, an image
+library or a decoder.
 """
 
 from __future__ import annotations
@@ -408,6 +409,30 @@ def rewrite_labels(path: Path, phase: NDArray[np.int8], tools: NDArray[np.int8],
 def feature_path(folder: Path, video_id: str) -> Path:
     """Where a video's features are."""
     return folder / f"{file_stem(video_id)}.h5"
+
+
+def _fault_path(folder: Path, video_id: str) -> Path:
+    return feature_path(folder, video_id).with_suffix(".left_out.json")
+
+
+def record_fault(folder: Path, video_id: str, source: str, reason: str) -> None:
+    """Say beside the features why a video has none; `source` is the hash of its ends.
+
+    One file per video, so that shards never write the same one.
+    """
+    write_json(_fault_path(folder, video_id), {"id": video_id, "reason": reason, "source_sha256_ends": source})
+
+
+def clear_fault(folder: Path, video_id: str) -> None:
+    """The video has features now."""
+    _fault_path(folder, video_id).unlink(missing_ok=True)
+
+
+def recorded_fault(folder: Path, video_id: str, source: str) -> str | None:
+    """Why this very source has no features; None where extract has not failed on it, perhaps since it did not try."""
+    path = _fault_path(folder, video_id)
+    found = read_json_object(path) if path.exists() else {}
+    return str(found.get("reason")) if found.get("source_sha256_ends") == source else None
 
 
 def feature_files(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ number, and on a CPU sums are always made in the same order.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -33,9 +34,11 @@ from engine.files import (
     write_json,
 )
 from engine.memory import keep_freed_memory
+from engine.processes import speaks
 from engine.progress import say
 from engine.runs import StageFolder
 from engine.stopping import StopRequest
+from features.catalogue import say_left_out
 from features.index import Index, VideoEntry, frame_times_s, load_labels, sampled_frames
 from features.preprocess import crop_frames
 from features.readers import can_start_inside
@@ -44,10 +47,12 @@ from features.store import (
     INDEX_FILE,
     EncoderSpec,
     FeatureWriter,
+    clear_fault,
     estimate_bytes,
     feature_path,
     prepare_folder,
     read_features,
+    record_fault,
     rewrite_labels,
     verify_file,
     write_features,
@@ -63,7 +68,7 @@ from stage1_cnn.frames import (
     source_identity,
 )
 from stage1_cnn.model import weights_identity
-from stage1_cnn.pool import Advance, processes_for, work_through
+from stage1_cnn.pool import Advance, VideoFault, processes_for, work_through
 from stage1_cnn.segments import (
     Assembly,
     Rows,
@@ -80,15 +85,25 @@ SHARDS = "shards"  # folder of each shard's own report
 
 @dataclass
 class ExtractReport:
-    """What one call did: video ids by outcome; `frames` and `seconds` of the work done now."""
+    """What one call did: video ids by outcome; `frames` and `seconds` of the work done now; `left_out` by the index."""
 
     folder: Path
     done: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     relabelled: list[str] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
+    left_out: list[dict[str, Any]] = field(default_factory=list)
     frames: int = 0
     seconds: float = 0.0
+
+    def require_others_done(self) -> None:
+        """Raise UserError where a video failed and it is not the video's fault, so that starting again may help."""
+        lost = [(video_id, reason) for video_id, reason in self.failed if not isinstance(reason, VideoFault)]
+        if lost:
+            raise UserError(
+                f"extract: {len(lost)} video(s) were not done, first {lost[0][0]}: {lost[0][1]}; start again, what is "
+                "done is kept"
+            )
 
     def sentence(self) -> str:
         """The outcome in one line."""
@@ -117,8 +132,9 @@ def extract(
 
     They go to `folder`, by default `<extract.store>/<backbone>-<digest12>`, with the index and the encoder's
     description. Files that verify and were made from the same source are left alone; where only annotations changed,
-    labels alone are rewritten. A video that cannot be read is reported and the others go on. With a run and no
-    `folder`, `RUN/extract/result.json` points to the features. Raises UserError when nothing (more) can be done: no
+    labels alone are rewritten. A video that cannot be read is reported and the others go on; why is kept beside the
+    features, so that stage two leaves it out too, until a later call can read it. With a run and no `folder`,
+    `RUN/extract/result.json` points to the features. Raises UserError when nothing (more) can be done: no
     weights, no room, a folder of another data set or encoder, not one usable video.
     """
     started = time.monotonic()
@@ -126,11 +142,12 @@ def extract(
     encoder = load_encoder(config, run, index.dataset.tools, trusted)
     target = folder or config.extract.store / encoder.spec.folder_name
     _require_same_world(target, index, encoder.spec)
-    report = ExtractReport(target)
+    report = ExtractReport(target, left_out=index.left_out_records())
+    if speaks():
+        say_left_out(index)
     jobs = _sort_out(config, index, root, target, encoder.spec, shard, report)
-    if report.failed and not jobs and not report.skipped and shard[1] == 1:
-        others = f" (and {len(report.failed) - 1} more videos)" if len(report.failed) > 1 else ""
-        raise UserError(f"{report.failed[0][1]}{others}")
+    if not jobs:
+        _require_one_usable(report, shard)
     if stage:
         stage.open()
     prepare_folder(target, [job.frames for job in jobs if not job.labels_only], encoder.spec)
@@ -148,10 +165,29 @@ def extract(
             report.frames += job.frames
     remove_stale_temporaries(target)  # of processes that died
     _in_index_order(report, index)
+    _require_one_usable(report, shard)
+    _record_faults(report, index, root)
     report.seconds = round(time.monotonic() - started, 3)
     if stage:
         _finish(stage, _result(report, encoder, shard), shard, index)
     return report
+
+
+def _require_one_usable(report: ExtractReport, shard: tuple[int, int]) -> None:
+    """Raise UserError where every video has failed."""
+    if report.failed and shard[1] == 1 and not (report.done or report.skipped or report.relabelled):
+        others = f" (and {len(report.failed) - 1} more videos)" if len(report.failed) > 1 else ""
+        raise UserError(f"{report.failed[0][1]}{others}")
+
+
+def _record_faults(report: ExtractReport, index: Index, root: Path) -> None:
+    """Keep beside the features which videos have none for a fault of theirs, and forget it of those that have."""
+    for video_id, reason in report.failed:
+        if isinstance(reason, VideoFault):
+            below = reason.replace(f"{root}{os.sep}", "")
+            record_fault(report.folder, video_id, index.entry(video_id).sha256_ends, below)
+    for video_id in (*report.done, *report.skipped, *report.relabelled):
+        clear_fault(report.folder, video_id)
 
 
 def _finish(stage: StageFolder, result: dict[str, Any], shard: tuple[int, int], index: Index) -> None:
@@ -312,7 +348,7 @@ def _sort_out(
             require_indexed_annotations(entry, root)
             state = _state(feature_path(folder, entry.id), entry, frames, spec, label_attributes(config, index, entry))
         except UserError as error:
-            report.failed.append((entry.id, str(error)))
+            report.failed.append((entry.id, VideoFault(error)))
             continue
         if state == "current":
             report.skipped.append(entry.id)

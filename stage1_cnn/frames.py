@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,16 @@ from numpy.typing import NDArray
 from configs.errors import UserError
 from configs.schema import Config
 from engine.device import choose_device
-from engine.files import inside, remove_stale_temporaries, require_free_bytes, sha256_ends, sha256_file
+from engine.files import (
+    inside,
+    read_json_object,
+    remove_stale_temporaries,
+    require_free_bytes,
+    sha256_ends,
+    sha256_file,
+)
+from engine.processes import Processes
+from engine.runs import IDENTITY_FILE
 from engine.stopping import StopRequest
 from features.cache import CacheRequest, FrameCache
 from features.discover import scan_folder
@@ -26,7 +36,7 @@ from features.preprocess import Geometry
 from features.readers import FrameReader, open_reader
 from features.store import SourceIdentity
 from features.tfrecord import TfrecordReader
-from stage1_cnn.pool import Advance, choose_processes, work_through
+from stage1_cnn.pool import Advance, VideoFault, choose_processes, work_through
 
 # One core's share of the caches holds a small batch's activations; a GPU wants many frames at once.
 _CPU_BATCH_FRAMES, _GPU_BATCH_FRAMES = 8, 64
@@ -157,10 +167,13 @@ def picture_batches(pictures: Iterable[NDArray[np.uint8]], batch_frames: int) ->
 def frames_identity(config: Config, index: Index) -> dict[str, Any]:
     """What training on frames depends on besides its net: settings, labels, sources and splits of the videos used.
 
-    Paths, the reader (readers are bit-identical) and a lossless cache's codec are not part.
+    Paths, the reader (readers are bit-identical) and a lossless cache's codec are not part. Videos that this
+    training found at fault are (`recorded_faults` reads them there), those that never came into the index are not.
     """
     used = index.model_copy(update={"videos": (*index.by_split("train"), *index.by_split("val"))})
+    faults = {video.id: {"reason": video.reason, "source": video.source} for video in index.left_out if video.source}
     return {
+        **({"left_out": faults} if faults else {}),
         "seed": config.seed,
         "videos_sha256": used.digest(),
         "fps": config.data.fps,
@@ -197,26 +210,54 @@ class CacheTask:
         frame_cache(self.config).ensure(request, lambda done: advance(1))
 
 
-def fill_cache(config: Config, index: Index, root: Path, entries: Sequence[VideoEntry], stop: StopRequest) -> None:
+def recorded_faults(folder: Path, index: Index) -> list[tuple[str, str]]:
+    """Videos that the training in `folder` has left out for faults of theirs, with reasons; changed ones count anew."""
+    path = folder / IDENTITY_FILE
+    left_out = read_json_object(path).get("left_out", {}) if path.exists() else {}
+    return [
+        (entry.id, left_out[entry.id]["reason"])
+        for entry in index.videos
+        if entry.id in left_out and left_out[entry.id]["source"] == entry.sha256_ends
+    ]
+
+
+def cache_readable(config: Config, index: Index, root: Path, processes: Processes, stop: StopRequest) -> Index:
+    """Decode training and validation videos into the cache; the index without those that cannot be read.
+
+    Raises UserError where a split loses its last video so, and as `fill_cache` does.
+    """
+    videos = processes.share([*index.by_split("train"), *index.by_split("val")])
+    parts = processes.together(lambda: fill_cache(config, index, root, videos, stop))
+    index = index.without(fault for part in parts for fault in part)
+    index.require_videos("train", "val")
+    return index
+
+
+def fill_cache(
+    config: Config, index: Index, root: Path, entries: Sequence[VideoEntry], stop: StopRequest
+) -> list[tuple[str, str]]:
     """Decode into the cache what it does not hold of `entries`, several videos at once, with progress.
 
-    Raises UserError naming the first video that cannot be read, or before the work when the disk has no room; Stopped
-    when asked to stop. Frames of the other videos are kept, of several processes' those of videos that were finished
-    when the first of them ended with an error.
+    Returns the videos that cannot be read, and why. Raises UserError where it is not a video's fault that it is not
+    decoded, or before the work when the disk has no room or a source has changed; Stopped when asked to stop. Frames of
+    the other videos are kept, of several processes' those of videos that were finished when the first of them ended
+    with an error.
     """
     cache = frame_cache(config)
     jobs = []
     for entry in entries:
         request = cache_request(config, entry, root, index)
         if cache.problem(request) is not None:
+            require_indexed_source(entry, root, index)
             jobs.append(CacheJob(entry, len(request.frame_index)))
     if not jobs:
-        return
+        return []
     needed = sum(cache.estimate_bytes(job.frames) for job in jobs)
     require_free_bytes(cache.folder, needed, f"caching frames of {len(jobs)} video(s)")
     work = work_through(CacheTask(config, root, index), jobs, choose_processes(-1, jobs), "decode frames", stop)
-    failed = [reason for _, reason in work if reason is not None]
+    failed = [(job.entry.id, reason) for job, reason in work if reason is not None]
     remove_stale_temporaries(cache.folder)  # of processes that died
-    if failed:
-        others = f" (and {len(failed) - 1} more video{'s' * (len(failed) > 2)})" if len(failed) > 1 else ""
-        raise UserError(f"{failed[0]}{others}")
+    if lost := [fault for fault in failed if not isinstance(fault[1], VideoFault)]:
+        others = f" (and {len(lost) - 1} more video{'s' * (len(lost) > 2)})" if len(lost) > 1 else ""
+        raise UserError(f"{lost[0][0]}: {lost[0][1]}{others}; start again, what is done is kept")
+    return [(video_id, reason.replace(f"{root}{os.sep}", "")) for video_id, reason in failed]

@@ -33,6 +33,10 @@ VIDEO_ERRORS = (UserError, OSError, RuntimeError, MemoryError)
 _NOT_BEGUN = -1
 
 
+class VideoFault(str):
+    """Why a video cannot be used, where that lies in its files; any other reason may be gone with the next start."""
+
+
 class Job(Protocol):
     """A video to work on; `frames` is how many there are, for progress."""
 
@@ -102,9 +106,9 @@ def _attempt(task: Task[AnyJob], job: AnyJob, advance: Advance) -> str | None:
 
 
 def one_line(error: BaseException) -> str:
-    """An error of `VIDEO_ERRORS` as a user reads it."""
+    """An error of `VIDEO_ERRORS` as a user reads it; a UserError is the video's fault."""
     text = " ".join(str(error).split())
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text[:300]}"
+    return VideoFault(text) if isinstance(error, UserError) else f"{type(error).__name__}: {text[:300]}"
 
 
 # ---------------------------------------------------------------------------------------------- processes

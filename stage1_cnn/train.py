@@ -27,6 +27,7 @@ from engine.runs import StageFolder
 from engine.session import TrainingSession
 from engine.stopping import StopRequest
 from evaluation.tools import evaluate_tools
+from features.catalogue import say_left_out
 from features.index import Index
 from features.preprocess import changed_images
 from stage1_cnn.data import (
@@ -40,7 +41,7 @@ from stage1_cnn.data import (
     training_requests,
     validation_requests,
 )
-from stage1_cnn.frames import fill_cache, frames_identity
+from stage1_cnn.frames import cache_readable, frames_identity, recorded_faults
 from stage1_cnn.model import (
     CHECKPOINT_STAGE,
     NetOutput,
@@ -61,28 +62,36 @@ def train_cnn(
     """Train stage one into `RUN/cnn/` (`best.pt`, `last.pt`, `metrics.jsonl`, `result.json`); returns the result.
 
     A finished run with the same settings returns its result and does no work; an unfinished one goes on where it
-    stopped and ends with the same numbers. Raises UserError for settings, labels or frames that do not allow training,
+    stopped and ends with the same numbers. Videos that cannot be read are left out, said and listed in the result as
+    `left_out`. Raises UserError for settings, labels or frames that do not allow training,
     and Stopped, with everything saved, when asked to stop.
     """
     cnn = config.cnn
     processes = join(config.device, stop)
+    index = index.without(recorded_faults(run / CHECKPOINT_STAGE, index))
+    index.require_videos("train", "val")
     stage = StageFolder(run, CHECKPOINT_STAGE, config, identity(config, index))
     finished = processes.from_first(lambda: stage.result)
     if finished is not None:
         if processes.first:
             say(f"{stage.path}: finished before with these settings, nothing to do")
-        return finished
+            say_left_out(index)
+        return finished | {"left_out": index.left_out_records()}
 
     seed_everything(config.seed)
     accelerator, precision = make_accelerator(config.device, cnn.precision, "cnn.precision")
     device = accelerator.device
     net = processes.each(lambda: build_net(config, index.dataset, trusted=trusted))
     require_image_size(net.backbone, config.preprocess.crop_px)
+    processes.each(lambda: load_frames(config, index, root))  # before hours of decoding, as the next line
+    processes.from_first(stage.check)
+    index = cache_readable(config, index, root, processes, stop)
+    if processes.first:
+        say_left_out(index)
     train, val = processes.each(lambda: load_frames(config, index, root))
     # only now: settings that cannot be trained with leave no folder that binds the name to them
+    stage = StageFolder(run, CHECKPOINT_STAGE, config, identity(config, index))
     processes.from_first(stage.open)
-    videos = processes.share([*index.by_split("train"), *index.by_split("val")])
-    processes.together(lambda: fill_cache(config, index, root, videos, stop))
     loss = Loss(cnn, train, len(index.dataset.phases), processes.total).to(device)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if cnn.sync_batch_norm:
@@ -360,6 +369,7 @@ def summarise(
         "precision": precision,
         "dataset": index.dataset.name,
         "checkpoint": str(folder / "best.pt"),
+        "left_out": index.left_out_records(),
     }
     result["sentence"] = _sentence(result)
     return result

@@ -146,7 +146,7 @@ def ablate(
     workers: int = -1,
     stop: StopRequest,
 ) -> list[tuple[str, str]]:
-    """Try everything that an ablation asks for; returns what failed, with reasons.
+    """Try everything that an ablation asks for; returns what failed and which videos are left out, with reasons.
 
     `folder` takes the trials, the study's journal and the outcome: `ablation.csv` (a row a training), `ablation.html`
     (the ranked table and Optuna's plots), `best.yaml` (the winner's settings, ready to train). `run` is where features
@@ -173,7 +173,8 @@ def ablate(
                 plan.ended(unit, result, reason)
                 _show(live, plan.trials(folder), label, result, reason)
         _write_outcome(folder, plan)
-    return failed
+    left_out = shared.of(shared.base, False).index.missing
+    return failed + [(f"{video.id} is left out", video.reason) for video in left_out]
 
 
 def trainings_at_once(device: str) -> int:

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import SequenceConfig
+from engine.files import sha256_json
 from engine.progress import say
 from engine.session import epoch_generator
-from features.index import Index
+from features.index import Index, usable_index
 from features.store import INDEX_FILE, FeatureFileError, VideoFeatures, feature_path, load_feature_set, recorded_encoder
 
 NO_LABEL = -1
@@ -250,6 +251,8 @@ class TrainingData:
     tools: tuple[str, ...]
     tool_logits: Tensor  # (N, K) fp32, NaN where the encoder has no tool head
     frame_index: Tensor  # (N,) int64, frame of the source video
+    index: Index  # of the folder, without videos that extract could not read
+    sources_sha256: str
     has_tool_logits: bool = False  # whether the bank's rows end with them
     scored: Tensor | None = None  # (N,) bool, rows that validation counts; None: all that have a label
 
@@ -278,9 +281,8 @@ def read_training_data(folder: Path) -> TrainingData:
     where labels or shapes do not fit the index.
     """
     where = folder / INDEX_FILE
-    if not where.is_file():
-        raise UserError(f"{folder}: holds no {INDEX_FILE}; name the folder that extract wrote with --features DIR")
-    index = Index.load(where)
+    index = usable_index(folder)
+    index.require_videos("train", "val")
     split = {name: [entry.id for entry in index.by_split(name)] for name in ("train", "val")}
     if not split["train"]:
         raise UserError(f"{where}: no video is in the split train; run index with another data.split, then extract")
@@ -309,6 +311,10 @@ def read_training_data(folder: Path) -> TrainingData:
         tools=tuple(index.dataset.tools),
         tool_logits=torch.cat([torch.from_numpy(video.tool_logits) for video in videos.values()]),
         frame_index=torch.cat([torch.from_numpy(video.frame_index) for video in videos.values()]),
+        index=index,
+        sources_sha256=sha256_json(
+            {name: video.attributes.get("source_sha256_ends") for name, video in videos.items()}
+        ),
     )
 
 

@@ -18,16 +18,17 @@ from engine.progress import say
 from engine.runs import update_summary
 from engine.stopping import StopRequest
 from evaluation.figures import phase_ribbons
-from evaluation.model_card import write_model_card
+from evaluation.model_card import used_videos, write_model_card
 from evaluation.phases import evaluate_phases
 from evaluation.predictions import TOOLS_ALONE, write_prediction_csv, write_tool_csv
 from evaluation.summary import summarise
 from evaluation.tables import comparison_table, phase_table, tool_table
 from evaluation.tools import choose_thresholds, evaluate_tools, sigmoid
 from evaluation.truth import TRUTH_FILE, Truth, VideoTruth, is_simulated, write_truth
-from features.catalogue import known_root
+from features.catalogue import known_root, say_left_out
+from features.discover import natural_key
 from features.ids import file_stem
-from features.index import Index
+from features.index import SPLITS, Index, VideoEntry, usable_index, with_recorded_faults
 from features.store import (
     INDEX_FILE,
     VideoFeatures,
@@ -56,8 +57,21 @@ class Material:
 
     @property
     def truth(self) -> Phases:
-        """Phase labels of the videos that have any."""
-        return {name: video.phase for name, video in self.videos.items() if (video.phase >= 0).any()}
+        """Phase labels of all videos; empty where no video has any."""
+        labels = {name: video.phase for name, video in self.videos.items()}
+        return labels if any((phase >= 0).any() for phase in labels.values()) else {}
+
+    @property
+    def without_labels(self) -> dict[str, list[str]]:
+        """Videos without labels, by task: of this split as their labels are, of others as far as the index tells."""
+        known = self.videos
+        phases = [name for name, video in known.items() if not (video.phase >= 0).any()]
+        tools = [name for name, video in known.items() if not (video.tools >= 0).any()]
+        for entry in self.index.videos:
+            if entry.split != "none" and entry.id not in known and entry.records is None:
+                phases += [] if entry.phase_file else [entry.id]
+                tools += [] if entry.tool_file else [entry.id]
+        return {"phases": sorted(phases, key=natural_key), "tools": sorted(tools, key=natural_key)}
 
     @property
     def fps(self) -> float:
@@ -99,20 +113,21 @@ def evaluate_run(
     out = run / "evaluate" / name
     if index_file is None:
         folder = find_feature_folder(features, run, config.extract.store)
-        index = Index.load(folder / INDEX_FILE)
+        index = usable_index(folder)
     else:
         folder, index = _other_features(config, run, index_file, out / "features", features, stop)
     material = _load(folder, index, split, known_root(config))
     _require_same_world(about, material, temporal)
+    say_left_out(index)
 
-    identity = _identity(temporal, material, inference)
+    majority = _majority(temporal / "result.json")
+    thresholds = _thresholds(material, index.dataset.tools)
+    identity = _identity(temporal, material, inference, majority, thresholds)
     if not redo and _already(out, identity):
         metrics = read_json_object(out / METRICS_FILE)
         say(f"{out}: unchanged")
     else:
         probabilities = _probabilities(config, temporal, material, inference, stop)
-        majority = _majority(temporal / "result.json")
-        thresholds = _thresholds(material, index.dataset.tools)
         more = {"identity_sha256": identity, "encoder": material.encoder}
         metrics = score_and_write(out, material, probabilities, majority, thresholds, more)
     print_metrics(metrics)
@@ -124,10 +139,23 @@ def evaluate_run(
 
 
 def _load(folder: Path, index: Index, split: str, root: Path | None) -> Material:
-    entries = index.videos if split == "all" else index.by_split(split)
+    ids = [
+        entry.id
+        for entry in entries_of(index, split, str(folder / INDEX_FILE))
+        if entry.split != "none" or feature_path(folder, entry.id).exists()  # nobody needs features of the others
+    ]
+    return Material(folder, index, load_feature_set(folder, ids), split, root)
+
+
+def entries_of(index: Index, split: str, where: str) -> tuple[VideoEntry, ...]:
+    """The videos of a split, or of `all`. Raises UserError where there are none (left)."""
+    part = next((part for part in SPLITS if part == split), None)
+    if part is not None:
+        index.require_videos(part)
+    entries = index.videos if part is None else index.by_split(part)
     if not entries:
-        raise UserError(f"{folder / INDEX_FILE}: no video in split {split}; choose another --split or data.split.rule")
-    return Material(folder, index, load_feature_set(folder, [entry.id for entry in entries]), split, root)
+        raise UserError(f"{where}: no video in split {split}; choose another --split or data.split.rule")
+    return entries
 
 
 def _other_features(
@@ -140,15 +168,13 @@ def _other_features(
     if not index_file.is_file():
         raise UserError(f"{index_file}: no such index; make it with `index --out {index_file}` and its data.root")
     if features is not None:
-        return features, Index.load(index_file)
+        return features, with_recorded_faults(Index.load(index_file), features)
     data = config.data.model_copy(update={"index": index_file})
     other = config.model_copy(update={"data": data})
     index, root = open_dataset(other)
     report = extract(other, run, index, root, folder=out, stop=stop)
-    if report.failed:
-        video_id, reason = report.failed[0]
-        raise UserError(f"{index_file}: {len(report.failed)} video(s) could not be read, first {video_id}: {reason}")
-    return report.folder, index
+    report.require_others_done()
+    return report.folder, usable_index(report.folder)
 
 
 def _require_same_world(about: Mapping[str, Any], material: Material, temporal: Path) -> None:
@@ -176,14 +202,35 @@ def _require_same_world(about: Mapping[str, Any], material: Material, temporal: 
         )
 
 
-def _identity(temporal: Path, material: Material, inference: Inference | None) -> str:
-    """What the evaluation's numbers depend on: both heads' weights, the features' encoder, videos and labels."""
+def _identity(
+    temporal: Path,
+    material: Material,
+    inference: Inference | None,
+    majority: int,
+    thresholds: Mapping[str, float] | None,
+) -> str:
+    """What an evaluation says depends on: both heads' weights, the features' encoder and sources, labels, the majority
+    phase of training, thresholds (and through them the validation videos), and which videos are left out and why."""
     weights = [sha256_file(path) for path in (temporal / "best.pt", temporal / "frame" / "best.pt") if path.exists()]
     videos = {
-        name: [video.attributes["encoder_digest"], sha256_json([video.phase.tolist(), video.tools.tolist()])]
+        name: [
+            video.attributes["encoder_digest"],
+            video.attributes.get("source_sha256_ends"),
+            sha256_json([video.phase.tolist(), video.tools.tolist()]),
+        ]
         for name, video in material.videos.items()
     }
-    return sha256_json({"weights": weights, "videos": videos, "split": material.split, "inference": inference})
+    return sha256_json(
+        {
+            "weights": weights,
+            "videos": videos,
+            "split": material.split,
+            "inference": inference,
+            "majority": majority,
+            "thresholds": thresholds,
+            "left_out": material.index.left_out_records(),
+        }
+    )
 
 
 def _majority(result: Path) -> int:
@@ -250,14 +297,22 @@ def _score(
         for head, videos in predicted.items()
         if truth
     }
+    tools = _tools(material, thresholds)
+    without = material.without_labels
     return {
         "split": material.split,
         "fps": material.fps,
         "simulated": is_simulated(spec, material.root),
         "videos": list(material.videos),
+        "scored": {
+            "phases": [name for name in material.videos if phases and name not in without["phases"]],
+            "tools": [] if tools is None else [name for name in material.videos if name in tools["per_video"]],
+        },
+        "videos_without_labels": without if spec.tools else {**without, "tools": []},
+        "left_out": material.index.left_out_records(),
         "convention": CONVENTION,
         "phases": phases,
-        "tools": _tools(material, thresholds),
+        "tools": tools,
         "predictions": {"probabilities": probabilities.get("temporal"), "phases": predicted},
     }
 
@@ -285,8 +340,8 @@ def _probabilities(
 def _tools(material: Material, thresholds: Mapping[str, float] | None) -> dict[str, Any] | None:
     """Tool scores at `thresholds`; None where there was no tool head or no labels."""
     names = material.index.dataset.tools
-    usable = {name: video for name, video in material.videos.items() if _has_tools(video)}
-    if not names or not usable:
+    usable = {name: video for name, video in material.videos.items() if np.isfinite(video.tool_logits).all()}
+    if not names or not any(_has_tools(video) for video in usable.values()):
         return None
     truth = {name: video.tools for name, video in usable.items()}
     scores = {name: sigmoid(video.tool_logits) for name, video in usable.items()}
@@ -369,14 +424,20 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
 
 
 def summary_of(run: Path, material: Material, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What `RUN/summary.json` says of an evaluation on the test videos."""
+    """What `RUN/summary.json` says of an evaluation on the test videos; counts are of videos used or scored."""
     scores = {head: summarise(results, None) for head, results in metrics["phases"].items()}
+    scored = {task: len(videos) for task, videos in metrics["scored"].items()}
+    used, unlabelled = used_videos(material.index, metrics)
+    left_out = [{"id": name, "reason": "no phase or tool labels", "unlabelled": True} for name in unlabelled]
     return {
         "name": run.name,
         "dataset": material.index.dataset.name,
-        "split": "/".join(str(len(material.index.by_split(part))) for part in ("train", "val", "test")),
+        "split": "/".join(str(len(used[part])) for part in ("train", "val", "test")),
         "fps": material.fps,
-        "test_videos": len(material.videos),
+        "test_videos": scored["phases"] or scored["tools"],
+        "scored_videos": scored,
+        "videos_without_labels": metrics["videos_without_labels"],
+        "left_out": [*metrics["left_out"], *left_out],
         "convention": CONVENTION,
         "tool_map": summarise(None, metrics["tools"])["tool_map"],
         **{f"phase_accuracy_{head}": value["phase_accuracy"] for head, value in scores.items()},

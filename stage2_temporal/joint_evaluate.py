@@ -20,9 +20,11 @@ from engine.runs import RESULT_FILE, update_summary
 from engine.stopping import StopRequest
 from evaluation.model_card import write_model_card
 from evaluation.tools import choose_thresholds, evaluate_tools, sigmoid
+from features.catalogue import say_left_out
 from features.index import Index, frame_times_s
 from features.store import VideoFeatures
-from stage2_temporal.evaluate import METRICS_FILE, Material, print_metrics, score_and_write, summary_of
+from stage1_cnn.frames import recorded_faults
+from stage2_temporal.evaluate import METRICS_FILE, Material, entries_of, print_metrics, score_and_write, summary_of
 from stage2_temporal.joint import IMPORTED, JointNet, joint_checkpoint, load_joint, require_same_classes
 from stage2_temporal.joint_predict import LabelledVideo, Prediction, gap_nats, labelled_videos, predict_videos
 from stage2_temporal.predict import Inference, chosen_inference
@@ -36,25 +38,32 @@ def evaluate_joint(
     *,
     split: str = "test",
     inference: Inference | None = None,
+    other: bool = False,
     stop: StopRequest,
 ) -> dict[str, Any]:
     """Score a run's joint net on one split of the index; returns the metrics (percent) that `metrics.json` holds.
 
-    Writes into `RUN/evaluate/`, and the outcome on the test split into `RUN/summary.json` and `RUN/MODEL_CARD.md`.
-    Pictures are prepared as in training, whatever the settings say; crops are `joint.crops`. Raises UserError when the
-    net's classes or sampling rate are not the data's, Stopped when asked to stop.
+    Writes into `RUN/evaluate/`, and the outcome on the test split into `RUN/summary.json` and `RUN/MODEL_CARD.md`; for
+    another index than the run's (`other`) into a folder with its name in front, and nowhere else. Videos that cannot be
+    read are left out and said. Pictures are prepared as in training, whatever the settings say; crops are
+    `joint.crops`. Raises UserError when the net's classes or sampling rate are not the data's, Stopped when asked to
+    stop.
     """
     path = joint_checkpoint(run)
     net, about = load_joint(path)
     _require_same_world(path, about, index, config.data.fps)
     config = config.model_copy(update={"preprocess": PreprocessConfig(**about["preprocess"])})
-    entries = list(index.videos) if split == "all" else index.by_split(split)
-    if not entries:
-        raise UserError(f"{config.data.index}: no video in split {split}; choose another --split or data.split.rule")
+    index = index.without(recorded_faults(path.parent, index))
+    entries = entries_of(index, split, str(config.data.index))
     way = chosen_inference(inference, about["inference"], net.phase, path)
     predictor = _Predictor(config, net, root, index, way, about["frames"], stop)
     videos = labelled_videos(config, index, root, entries)
     found = predictor(videos)
+    thresholds = _thresholds(predictor, labelled_videos(config, index, root, index.by_split("val")), index)
+    index = index.without(predictor.faults)
+    entries_of(index, split, str(config.data.index))
+    videos = [video for video in videos if video.entry.id in found]
+    say_left_out(index)
     features = {video.entry.id: _as_features(video, found, config) for video in videos}
     material = Material(path, index, features, split, root)
     probabilities = {name: one.phase for name, one in found.items() if one.phase is not None}
@@ -70,13 +79,14 @@ def evaluate_joint(
         "mapped_tools": _mapped_tools(videos, found, index, config, split),
         "gap_nats": gap_nats(found.values()),
     }
-    out = run / "evaluate" / _folder_name(split, inference, config)
+    name = _folder_name(split, inference, config)
+    out = run / "evaluate" / (f"{config.data.index.stem}-{name}" if other else name)
     metrics = score_and_write(
         out,
         material,
         {"temporal": probabilities} if probabilities else {},
         _majority(path),
-        _thresholds(predictor, labelled_videos(config, index, root, index.by_split("val")), index),
+        thresholds,
         chosen,
     )
     print_metrics(metrics)
@@ -113,6 +123,7 @@ class _Predictor:
         device = choose_device(config.device)
         self.precision = choose_precision("extract.precision", config.extract.precision, device, training=False)
         self.inference, self.frames = inference, frames
+        self.faults: list[tuple[str, str]] = []  # videos that could not be read, and why
         self._config, self._root, self._index, self._stop = config, root, index, stop
         self._net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._autocast = partial(lower_precision, device, self.precision)
@@ -128,6 +139,7 @@ class _Predictor:
             frames=self.frames,
             check_stop=self._stop.raise_if_set,
             autocast=self._autocast,
+            faults=self.faults,
         )
 
 
@@ -176,7 +188,9 @@ def _thresholds(predictor: _Predictor, val: list[LabelledVideo], index: Index) -
     labelled = [video for video in val if (video.tools >= 0).any()]
     if not labelled:
         return None
-    pair = _probabilities_by_video(labelled, {name: one.tools for name, one in predictor(labelled).items()})
+    found = predictor(labelled)
+    labelled = [video for video in labelled if video.entry.id in found]
+    pair = _probabilities_by_video(labelled, {name: one.tools for name, one in found.items()})
     return choose_thresholds(*pair, index.dataset.tools) if pair else None
 
 

@@ -6,6 +6,7 @@ inference are those of stage two on these embeddings.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from configs.errors import UserError
 from configs.schema import AugmentConfig, Config, PreprocessConfig
 from engine.progress import progress_bar
 from features.index import Index, VideoEntry, load_labels, sampled_frames
@@ -71,11 +73,13 @@ def predict_videos(
     frames: int,
     check_stop: Callable[[], None],
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    faults: list[tuple[str, str]] | None = None,
 ) -> dict[str, Prediction]:
     """Predictions of every video, by id; frames come from the cache where it holds them, otherwise from the source.
 
     `frames` is the length of a clip for `inference` clip. The net is put into evaluation mode and back. Raises
-    UserError naming the video or cache file that cannot be read, and whatever `check_stop` raises, before each batch.
+    UserError naming the video or cache file that cannot be read (with `faults` it is added there, with the reason, and
+    costs no other video), and whatever `check_stop` raises, before each batch.
     """
     training = net.training
     net.eval()
@@ -83,10 +87,17 @@ def predict_videos(
     try:
         with progress_bar(sum(len(video.frame_index) for video in videos), "frames", "frame") as bar:
             for video in videos:
-                with open_pictures(config, video.entry, root, index) as pictures:
-                    batches = picture_batches(pictures.frames, encoded_at_once(config))
-                    watched = _watched(batches, bar, check_stop)
-                    embedded = embed_crops(net, watched, config.preprocess, config.joint.crops, config.seed, autocast)
+                try:
+                    with open_pictures(config, video.entry, root, index) as pictures:
+                        batches = _watched(picture_batches(pictures.frames, encoded_at_once(config)), bar, check_stop)
+                        embedded = embed_crops(
+                            net, batches, config.preprocess, config.joint.crops, config.seed, autocast
+                        )
+                except UserError as error:
+                    if faults is None:
+                        raise
+                    faults.append((video.entry.id, str(error).replace(f"{root}{os.sep}", "")))
+                    continue
                 found[video.entry.id] = _over_crops(net, embedded, inference, frames)
     finally:
         net.train(training)

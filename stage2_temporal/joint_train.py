@@ -29,10 +29,11 @@ from engine.runs import StageFolder
 from engine.session import TrainingSession
 from engine.stopping import StopRequest
 from evaluation.tools import evaluate_tools
+from features.catalogue import say_left_out
 from features.index import Index
 from features.preprocess import changed_images
 from stage1_cnn.data import FrameLoader, LabelledFrames, choose_workers, labelled_frames
-from stage1_cnn.frames import fill_cache, frames_identity
+from stage1_cnn.frames import cache_readable, frames_identity, recorded_faults
 from stage1_cnn.model import (
     Backbone,
     best_checkpoint,
@@ -111,28 +112,34 @@ def train_joint(
 ) -> dict[str, Any]:
     """Train every step of the schedule into `RUN/joint/<step>/`; returns the last step's result.
 
-    Finished steps are not done again, an unfinished one goes on where it was stopped. Raises UserError for settings,
-    labels or checkpoints that do not fit, and Stopped, with everything saved, when asked to stop.
+    Finished steps are not done again, an unfinished one goes on where it was stopped. Videos that cannot be read are
+    left out, said and listed in the result as `left_out`. Raises UserError for settings, labels or checkpoints that do
+    not fit, and Stopped, with everything saved, when asked to stop.
     """
     processes = join(config.device, stop)
     files = start.files()
-    common = _identity(config, index, files)
+    index = index.without(recorded_faults(run / FOLDER / STEPS[0], index))
+    index.require_videos("train", "val")
     seed_everything(config.seed)
     net = processes.each(lambda: initial_net(config, index, start, trusted=trusted))
     require_image_size(net.backbone, config.preprocess.crop_px)
     data = processes.each(lambda: _load(config, index, root))
-    videos = processes.share([*index.by_split("train"), *index.by_split("val")])
-    stages = {
-        step: StageFolder(run, f"{FOLDER}/{step}", config, _step_identity(common, config, step))
-        for step in schedule(config)
-    }
+    stages = _stages(config, run, index, files)
     processes.from_first(lambda: _require_precisions(config, stages))
+    waiting = processes.from_first(lambda: [stage for stage in stages.values() if stage.result is None])
+    if waiting:
+        processes.from_first(waiting[0].check)
+        readable = cache_readable(config, index, root, processes, stop)
+        if readable is not index:
+            index, stages = readable, _stages(config, run, readable, files)
+            data = processes.each(lambda: _load(config, readable, root))
+    if processes.first:
+        say_left_out(index)
     result: dict[str, Any] = {}
     for step, settings in schedule(config).items():
         stage = stages[step]
         finished = processes.from_first(stage.begin)
         if finished is None:
-            processes.together(lambda: fill_cache(config, index, root, videos, stop))
             if processes.first:
                 say(f"== {step}: {settings.epochs} epochs")
             train_step(stage.path, step, settings, net, config, data, stop, processes)
@@ -143,7 +150,16 @@ def train_joint(
                 say(f"{stage.path}: finished before with these settings, nothing to do")
             result = finished
         net.load_state_dict(load_checkpoint(stage.path / "best.pt")["model"])
-    return result
+    return result | {"left_out": index.left_out_records()}
+
+
+def _stages(config: Config, run: Path, index: Index, files: Mapping[str, Path]) -> dict[str, StageFolder]:
+    """The folder of each step, with everything that its numbers depend on."""
+    common = _identity(config, index, files)
+    return {
+        step: StageFolder(run, f"{FOLDER}/{step}", config, _step_identity(common, config, step))
+        for step in schedule(config)
+    }
 
 
 def _require_precisions(config: Config, stages: Mapping[str, StageFolder]) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from configs.errors import UserError
 from configs.schema import Config
 from engine.device import choose_device, choose_precision
 from engine.files import read_json_object
@@ -15,6 +14,7 @@ from engine.progress import say
 from engine.runs import update_summary
 from engine.stopping import StopRequest
 from features.catalogue import index_dataset, open_dataset
+from features.index import usable_index
 from stage1_cnn.extract import extract
 from stage1_cnn.train import train_cnn
 from stage2_temporal.evaluate import evaluate_run
@@ -26,9 +26,9 @@ Value = TypeVar("Value")
 def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
     """index, train-cnn (unless features come from the initial backbone), extract, train-temporal, evaluate.
 
-    Returns the summary that stands in `RUN/summary.json` (fractions on the test videos and seconds a stage), and the
-    ids of videos that were left out. Seconds of a stage that had nothing to do stay those of the start that did the
-    work. Raises UserError at the first stage that cannot go on; what came before it is kept.
+    Returns the summary that stands in `RUN/summary.json`: fractions on the test videos, seconds a stage, and what any
+    stage left out, with reasons. Seconds of a stage that had nothing to do stay those of the start that did the work.
+    Raises UserError at the first stage that cannot go on; what came before it is kept.
     """
     started = time.monotonic()
     _require_precisions(config, run)
@@ -44,24 +44,22 @@ def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
 
     stage("index", lambda: index_dataset(config))
     index, root = open_dataset(config)
+    index.require_videos("train", "val", "test")  # before hours of training
     if config.extract.encoder == "finetuned":
         stage("train-cnn", lambda: train_cnn(config, run, index, root, stop), _finished(run / "cnn"))
     report = stage("extract", lambda: extract(config, run, index, root, stop=stop), _all_extracted(run))
-    if report.failed:
-        video_id, reason = report.failed[0]
-        raise UserError(
-            f"extract: {len(report.failed)} video(s) failed, first {video_id}: {reason}; mend or remove them and start "
-            "again, what is done is kept"
-        )
+    report.require_others_done()
     say(report.sentence())
+    usable_index(report.folder).require_videos("train", "val", "test")
     stage("train-temporal", lambda: train_temporal(config, run, report.folder, stop), _finished(run / "temporal"))
     stage("evaluate", lambda: evaluate_run(config, run, stop=stop, redo=False), (run / "evaluate" / "test").exists())
     summary = update_summary(run, {})
     for line in closing_lines(run, summary, time.monotonic() - started):
         say(line)
-    for video in index.left_out:
-        say(f"left out: {video.id}: {video.reason}; mend it and run `index --force`, or remove it")
-    return {**summary, "left_out": [video.id for video in index.left_out]}
+    for video in summary["left_out"]:
+        say(f"left out: {video['id']}: {video['reason']}")
+    passed_over = [one.model_dump(mode="json") for one in index.passed_over]  # `index` has named them
+    return {**summary, "left_out": [*summary["left_out"], *passed_over]}
 
 
 def _require_precisions(config: Config, run: Path) -> None:

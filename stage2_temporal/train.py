@@ -32,6 +32,7 @@ from engine.progress import progress_bar, say
 from engine.runs import StageFolder
 from engine.session import TrainingSession
 from engine.stopping import StopRequest
+from features.catalogue import say_left_out
 from stage2_temporal.data import (
     NO_LABEL,
     FeatureBank,
@@ -65,10 +66,12 @@ def train_temporal(
     processes = join(config.device, stop)
     data = processes.each(lambda: read_training_data(folder)) if data is None else data
     data = data.with_tool_logits() if config.temporal.tool_logits else data
-    stage = StageFolder(run, "temporal", config, _identity(config, data))
+    if processes.first:
+        say_left_out(data.index)
+    stage = StageFolder(run, "temporal", config, _identity(config, data), later={"sources_sha256"})
     finished = processes.from_first(lambda: stage.result)
     if finished is not None:
-        return finished
+        return finished | {"left_out": data.index.left_out_records()}
     accelerator, precision = make_accelerator(config.device, config.temporal.precision, "temporal.precision")
     require_projection(config.temporal, accelerator.device)
     processes.from_first(stage.open)  # only now: settings that cannot be trained with leave no folder behind
@@ -95,6 +98,7 @@ def train_temporal(
         "device": str(accelerator.device),
         "precision": precision,
         "features": str(folder),
+        "left_out": data.index.left_out_records(),
     }
     result["seconds"] = round(outcome["seconds"] + (frame["seconds"] if frame else 0.0), 2)
     return processes.from_first(lambda: stage.finish(result | {"sentence": _sentence(result)}))
@@ -325,6 +329,7 @@ def _identity(config: Config, data: TrainingData) -> dict[str, Any]:
         "phases": list(data.phases),
         "split": data.split,
         "labels_sha256": data.labels_sha256,
+        "sources_sha256": data.sources_sha256,
         **scored,
     }
 

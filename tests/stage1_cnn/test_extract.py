@@ -20,7 +20,7 @@ from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import CnnConfig, Config, DataConfig, ExtractConfig
 from engine.stopping import Stopped, StopRequest
-from features.index import Index, build_index
+from features.index import Index, build_index, usable_index
 from features.store import load_feature_set, read_features, verify_folder
 from stage1_cnn.extract import ExtractReport, crop_batches, extract
 from stage1_cnn.model import build_backbone
@@ -303,7 +303,15 @@ def test_one_bad_video_does_not_end_the_others(own_world: World) -> None:
     assert report.done == ["video02"]
     assert [video_id for video_id, _ in report.failed] == ["video01", "video03", "video04"]
     assert all("\n" not in reason and f"{video_id}" in reason for video_id, reason in report.failed)
-    assert sorted(path.name for path in report.folder.iterdir()) == ["encoder.json", "index.json", "video02.h5"]
+    assert sorted(path.name for path in report.folder.iterdir()) == [
+        "encoder.json",
+        "index.json",
+        "video01.left_out.json",
+        "video02.h5",
+        "video03.left_out.json",
+        "video04.left_out.json",
+    ]
+    assert [entry.id for entry in usable_index(report.folder).videos] == ["video02"]
     np.testing.assert_array_equal(features(report.folder)["video02"], expected["video02"])
     assert json.loads((own_world.run / "extract/result.json").read_text())["failed"][0][0] == "video01"
     assert "3 failed" in report.sentence()
@@ -354,12 +362,11 @@ def test_values_that_do_not_fit_half_precision(world: World, tmp_path: Path) -> 
     config = world.set(
         cnn={"weights": str(tmp_path / "large.pth")}, extract={"encoder": "initial", "storage": "float16"}
     )
-    report = dump(world, config)
-    assert [video_id for video_id, _ in report.failed] == IDS
-    assert (
-        "video01: features of sample 0 (frame 0) do not fit float16; use extract.storage=float32" in report.failed[0][1]
-    )
-    assert sorted(path.name for path in report.folder.iterdir()) == ["encoder.json", "index.json"]
+    said = r"video01: features of sample 0 \(frame 0\) do not fit float16; use extract.storage=float32 .* 3 more videos"
+    with pytest.raises(UserError, match=said):
+        dump(world, config)
+    (folder,) = config.extract.store.iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["encoder.json", "index.json"]
 
 
 def test_a_disk_without_room_is_noticed_before(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
