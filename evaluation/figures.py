@@ -56,13 +56,26 @@ def phase_colours(classes: int) -> list[str]:
     return [to_hex(colour) for colour in colormaps["viridis"](order / (classes - 1))]
 
 
-def phase_ribbons(path: Path, videos: Sequence[Video], fps: float, phases: Sequence[str], title: str = "") -> None:
+def sample_edges_s(time_s: NDArray[np.float64] | None, samples: int, fps: float) -> NDArray[np.float64]:
+    """(T + 1,) when each of so many samples begins, and when the last one ends; `time_s` None where `fps` says it."""
+    return np.arange(samples + 1) / fps if time_s is None else np.append(time_s, time_s[-1] + 1.0 / fps)
+
+
+def phase_ribbons(
+    path: Path,
+    videos: Sequence[Video],
+    fps: float,
+    phases: Sequence[str],
+    title: str = "",
+    times_s: Mapping[str, NDArray[np.float64]] | None = None,
+) -> None:
     """Draw truth and predictions of each video as ribbons over time.
 
     `videos` holds (id, truth (T,), {name: predicted (T,)}) with phase ids at `fps`; -1 in a truth is drawn hatched in
     grey. A video may have several predictions, one ribbon each with its accuracy in percent beside; an empty truth
-    (all -1) is left out, as for new videos. The figure's height grows with the videos. `path` ends in .png or .pdf;
-    it is written atomically. Raises UserError for another suffix.
+    (all -1) is left out, as for new videos. `times_s` holds (T,) when each video's samples are shown. The figure's
+    height grows with the videos. `path` ends in .png or .pdf; it is written atomically. Raises UserError for another
+    suffix.
     """
     if not videos or not all(len(truth) for _, truth, _ in videos):
         raise UserError(f"{path}: a ribbon figure needs at least one video, and frames in each")
@@ -78,13 +91,14 @@ def phase_ribbons(path: Path, videos: Sequence[Video], fps: float, phases: Seque
 
     figure = Figure(figsize=(_WIDTH_INCH, height))
     axes = figure.add_axes((left / _WIDTH_INCH, bottom / height, width / _WIDTH_INCH, sum(heights) / height))
-    end_min = max(len(truth) for _, truth, _ in videos) / fps / 60
+    edges_min = [sample_edges_s((times_s or {}).get(video), len(truth), fps) / 60 for video, truth, _ in videos]
+    end_min = max(edges[-1] for edges in edges_min)
     axes.set(xlim=(0, end_min), ylim=(sum(heights), 0), xlabel="Time (min)")
     y = 0.0
-    for (video, _, _), ribbons, video_height in zip(videos, rows, heights, strict=True):
+    for (video, _, _), ribbons, video_height, edges in zip(videos, rows, heights, edges_min, strict=True):
         middle = y + (len(ribbons) - 1 + _BAR) * _RIBBON_INCH / 2
         _text(axes, (0.1 - left) / width, middle, short_name(video, 24), axes.get_yaxis_transform(), fontweight="bold")
-        _draw_video(axes, ribbons, y, fps, phase_colours(len(phases)), end_min * 0.008)
+        _draw_video(axes, ribbons, y, edges, phase_colours(len(phases)), end_min * 0.008)
         y += video_height
     _style_time_axis(axes)
     unlabelled = any((track < 0).any() for ribbons in rows for _, track, _ in ribbons)
@@ -104,21 +118,26 @@ def _ribbons(truth: NDArray[Any], predicted: Mapping[str, NDArray[Any]]) -> list
 
 
 def _draw_video(
-    axes: Any, ribbons: Sequence[Ribbon], y: float, fps: float, colours: Sequence[str], margin_min: float
+    axes: Any,
+    ribbons: Sequence[Ribbon],
+    y: float,
+    edges_min: NDArray[np.float64],
+    colours: Sequence[str],
+    margin_min: float,
 ) -> None:
     for name, track, accuracy in ribbons:
         start, stop, value = stretches(track)
         for phase in np.unique(track):
             runs = value == phase
-            bars = np.stack([start[runs], (stop - start)[runs]], axis=1) / fps / 60
+            begin, end = edges_min[start[runs]], edges_min[stop[runs]]
+            bars = np.stack([begin, end - begin], axis=1)
             style = UNLABELLED if phase < 0 else {"facecolor": colours[phase]}
             # Without antialiasing neighbouring bars meet without a seam.
             axes.broken_barh(bars, (y, _RIBBON_INCH * _BAR), antialiased=False, linewidth=0, **style)
         middle = y + _RIBBON_INCH * _BAR / 2
         _text(axes, -margin_min, middle, short_name(name, 16), axes.transData, fontsize=7, ha="right")
         if accuracy is not None:
-            end_min = len(track) / fps / 60
-            _text(axes, end_min + margin_min, middle, f"{accuracy:.1f} %", axes.transData, fontsize=7)
+            _text(axes, edges_min[-1] + margin_min, middle, f"{accuracy:.1f} %", axes.transData, fontsize=7)
         y += _RIBBON_INCH
 
 

@@ -21,6 +21,7 @@ from engine.logs import METRICS_FILE as LOG_FILE
 from engine.logs import read_metrics
 from evaluation.ablation import ABLATION_PAGE
 from evaluation.counts import stretches
+from evaluation.figures import sample_edges_s
 from evaluation.predictions import TOOLS_ALONE, Prediction, ToolScores, read_prediction_csv, read_tool_csv
 from evaluation.statistics import bootstrap_intervals, phase_intervals
 from evaluation.summary import left_out_lines, scored_words, settings_behind
@@ -136,6 +137,11 @@ class Report:
     def truth(self) -> Truth:
         """Labels and data set, the same for every run."""
         return self.runs[0].truth
+
+    def times_s(self, video: str) -> NDArray[np.float64] | None:
+        """(T,) when a video's samples are shown; None where no run has predictions."""
+        scores = (run.predictions.get(video) or run.tool_scores.get(video) for run in self.runs)
+        return next((found.time_s for found in scores if found is not None), None)
 
 
 # ---------------------------------------------------------------------------------------------- gathering
@@ -329,6 +335,7 @@ def partings(report: Report, videos: int = 3, frames: int = 4) -> list[Parting]:
 def _wrong_stretches(run: RunResults, video: str) -> list[Parting]:
     prediction, truth = run.predictions[video], run.truth.videos[video].phase
     classes = len(run.truth.spec.phases)
+    edges_s = sample_edges_s(prediction.time_s, len(truth), run.truth.fps)
     # One number a pair of truth and prediction; right and unlabelled frames are -1.
     pair = np.where((truth >= 0) & (truth != prediction.phase), truth.astype(int) * classes + prediction.phase, -1)
     return [
@@ -336,7 +343,7 @@ def _wrong_stretches(run: RunResults, video: str) -> list[Parting]:
             video,
             int(prediction.frame_index[(start + stop) // 2]),
             float(prediction.time_s[(start + stop) // 2]),
-            float(stop - start) / run.truth.fps,
+            float(edges_s[stop] - edges_s[start]),
             *divmod(int(value), classes),
         )
         for start, stop, value in zip(*stretches(pair), strict=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.figures import UNLABELLED, confusion_counts, phase_colours, short_name
+from evaluation.figures import UNLABELLED, confusion_counts, phase_colours, sample_edges_s, short_name
 from evaluation.phases import METRICS
 from evaluation.report import TRUTH_NAME, Report, RunResults
 from evaluation.tables import METRIC_TITLES
@@ -114,12 +114,10 @@ def tracks(report: Report, video: str) -> list[tuple[str, NDArray[Any]]]:
 
 def edges_ms(report: Report, video: str) -> NDArray[np.int64] | None:
     """(T + 1,) when each frame begins, and when the last one ends; None where no run has predictions."""
-    for run in report.runs:
-        found = run.predictions.get(video) or run.tool_scores.get(video)
-        if found is not None:
-            time_s = found.time_s
-            return np.rint(1000.0 * np.r_[time_s, time_s[-1] + 1.0 / run.truth.fps]).astype(np.int64)
-    return None
+    time_s = report.times_s(video)
+    if time_s is None:
+        return None
+    return np.rint(1000.0 * sample_edges_s(time_s, len(time_s), report.truth.fps)).astype(np.int64)
 
 
 def ribbon(report: Report, number: int, video: str) -> Figure | None:

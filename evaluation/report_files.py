@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 
 from engine.files import make_folder
-from evaluation.figures import confusion_counts, confusion_matrix, phase_ribbons, save_figure, short_name
+from evaluation.figures import (
+    confusion_counts,
+    confusion_matrix,
+    phase_ribbons,
+    sample_edges_s,
+    save_figure,
+    short_name,
+)
 from evaluation.report import TRUTH_NAME, Report, RunResults
 from evaluation.report_figures import (
     RUN_COLOURS,
@@ -77,7 +84,8 @@ def _ribbons(path: Path, report: Report, videos: list[str]) -> None:
     ]
     spec = report.truth.spec
     title = f"{spec.title or spec.name}, split {report.truth.split}: truth and predictions"
-    phase_ribbons(path, rows, report.truth.fps, spec.phases, title)
+    times_s = {video: time_s for video in videos if (time_s := report.times_s(video)) is not None}
+    phase_ribbons(path, rows, report.truth.fps, spec.phases, title, times_s)
 
 
 def phase_bars(path: Path, report: Report, metric: str, convention: str = CONVENTION) -> None:
@@ -157,16 +165,18 @@ def tool_timeline(path: Path, report: Report, video: str) -> None:
     tools, presence = report.truth.spec.tools, list(tool_presence(report, video))
     figure, (axes,) = _figure(7.5, 0.9 + 0.13 * len(tools) * (1 + len(presence)))
     height = 0.8 / len(presence)
-    minutes = 1.0 / report.truth.fps / 60
+    samples = len(report.truth.videos[video].phase)
+    edges_min = sample_edges_s(report.times_s(video), samples, report.truth.fps) / 60
     for row, (name, present) in enumerate(presence):
         colour = "#222222" if name == TRUTH_NAME else RUN_COLOURS[(row - 1) % len(RUN_COLOURS)]
         for k in range(len(tools)):
             edges = np.flatnonzero(np.diff(np.r_[False, present[:, k], False].astype(np.int8))).reshape(-1, 2)
-            spans = np.stack([edges[:, 0], edges[:, 1] - edges[:, 0]], axis=1) * minutes
+            begin, end = edges_min[edges].T
+            spans = np.stack([begin, end - begin], axis=1)
             label = short_name(name, 30) if k == 0 else None
             axes.broken_barh(spans, (k - 0.4 + row * height, height * 0.9), facecolor=colour, linewidth=0, label=label)
     axes.set_yticks(range(len(tools)), [short_name(tool, 26) for tool in tools], **_SMALL)
-    axes.set(xlim=(0, len(report.truth.videos[video].phase) * minutes), ylim=(len(tools) - 0.5, -0.5))
+    axes.set(xlim=(0, edges_min[-1]), ylim=(len(tools) - 0.5, -0.5))
     axes.set_xlabel("Time (min)", **_SMALL)
     axes.set_title(short_name(video, 60), **_SMALL)
     _finish(figure, path, axes)

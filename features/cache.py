@@ -37,7 +37,7 @@ from features.preprocess import Geometry, geometry_json
 from features.readers import FrameReader, decode_image
 from features.store import SourceIdentity
 
-SCHEMA_VERSION = 2  # 2: sealed, so that damage is found before HDF5 looks
+SCHEMA_VERSION = 3  # 2: sealed, so that damage is found before HDF5 looks; 3: frames of videos whose stamps mislead
 
 _DATASETS = ("frame_index", "blobs", "crc32")
 

@@ -489,10 +489,16 @@ def _scan(path: Path) -> VideoScan:
             repeats = None if (spans[shown] == 1).all() else np.arange(shown.sum()).repeat(spans[shown])
         if damage is None and held < promised - 1:  # the last one alone is often missing, and costs nothing
             damage = f"holds {held} of the {promised} frames that its header promises"
+        notes = []
+        if damage is None and held != promised > 0:
+            notes.append(f"{path.name}: its header promises {promised} frames, it holds {held}")
+        if repeats is not None:
+            notes.append(f"{path.name}: {len(repeats) - shown.sum()} empty chunks show the picture before them again")
         left_out = int((~shown & ((packets.flags & _HIDDEN) == 0)).sum())
-        note = (
-            f"{path.name}: begins within a group of pictures: {left_out} cannot be shown, frame 0 is the first that can"
-        )
+        if left_out:
+            notes.append(
+                f"{path.name}: begins within a group of pictures; {left_out} cannot be shown, frame 0 is the next"
+            )
         # A lost packet is decoded later than the last one and is shown no earlier than it is decoded.
         bounded = damage is not None and packets.last_dts is not None and times_known
         certain = (packets.pts[shown] <= packets.last_dts).sum() if bounded else shown.sum()
@@ -518,7 +524,7 @@ def _scan(path: Path) -> VideoScan:
             in_order=_in_order(packets, first),
             back_at=packets.back_at,
             repeats=repeats,
-            notes=(note,) if left_out else (),
+            notes=tuple(notes),
         )
 
 

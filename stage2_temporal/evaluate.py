@@ -397,7 +397,8 @@ def _write(out: Path, material: Material, metrics: Mapping[str, Any]) -> None:
         for name, video in material.videos.items()
     ]
     title = f"{spec.title or spec.name}, split {material.split}: truth and predictions"
-    phase_ribbons(out / "ribbons.png", drawn, material.fps, spec.phases, title)
+    times_s = {name: video.time_s for name, video in material.videos.items()}
+    phase_ribbons(out / "ribbons.png", drawn, material.fps, spec.phases, title, times_s)
 
 
 def _truth(material: Material) -> Truth:

@@ -258,7 +258,7 @@ def _one_video(recogniser: Recogniser, index: Index, root: Path, out: Path, draw
     write_prediction_csv(files["csv"], prediction.frame_index, time_s, phase, prediction.phase, prediction.tools, spec)
     drawn = [(entry.id, np.full(len(phase), -1, np.int8), {"predicted": phase})]
     title = f"{entry.id}: predicted phases ({spec.title or spec.name})"
-    phase_ribbons(files["png"], drawn, recogniser.config.data.fps, spec.phases, title)
+    phase_ribbons(files["png"], drawn, recogniser.config.data.fps, spec.phases, title, {entry.id: time_s})
     if draw:
         _draw(recogniser, prediction, index, root, files["mp4"], stop)
     write_json(files["json"], {**about, "samples": len(phase), "complete": True})

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from features.index import VideoEntry, frame_times_s, sampled_frames
 from features.readers import ReaderError, open_reader, probe_video
+from features.video_writer import encode_mp4
 from tests import videos
 from tests.videos import VideoSpec, frame_number, write_video
 
@@ -183,6 +184,13 @@ def test_a_recording_begins_with_the_first_picture_that_can_be_shown(tmp_path: P
     source = write_video(tmp_path / "source.mkv", VideoSpec(count=60, gop=20))
     path = videos.rewrite(source, tmp_path / "late.mkv", videos.without_start)
     assert probe_video(path).notes == (
-        "late.mkv: begins within a group of pictures: 15 cannot be shown, frame 0 is the first that can",
+        "late.mkv: begins within a group of pictures; 15 cannot be shown, frame 0 is the next",
     )
     assert read_all(path) == (list(range(20, 60)), pytest.approx([k / 25 for k in range(40)]))
+
+
+def test_a_video_drawn_at_varying_times_keeps_them(tmp_path: Path) -> None:
+    times_s = [0.0, 0.04, 0.08, 1.0, 1.04, 3.5]
+    pictures = (videos.painted_frame(k) for k in range(6))
+    encode_mp4(tmp_path / "drawn.mp4", pictures, 25.0, {"preset": "veryfast"}, lambda: None, times_s)
+    assert read_all(tmp_path / "drawn.mp4") == (list(range(6)), pytest.approx(times_s, abs=1e-4))

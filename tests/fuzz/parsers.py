@@ -6,6 +6,7 @@ away. `mend` makes checksums fit again after damage: a disk does not do that, so
 
 from __future__ import annotations
 
+import base64
 import functools
 import io
 import json
@@ -103,7 +104,7 @@ def _read_class_order(path: Path) -> object:
 
 def _read_index(folder: Path) -> Read:
     from engine.files import inside
-    from features.index import Index, check_index, index_summary, load_labels, sampled_frames
+    from features.index import Index, check_index, frame_times_s, index_summary, load_labels, sampled_frames
 
     root = folder / "root"
     root.mkdir(exist_ok=True)
@@ -115,6 +116,7 @@ def _read_index(folder: Path) -> Read:
         for entry in index.videos:
             if not inside(root, entry.source).resolve().is_relative_to(root.resolve()):
                 raise AssertionError(f"{entry.source} leads out of the root")
+            frame_times_s(entry, [entry.frame_count - 1])
             for step in (partial(sampled_frames, entry, 1.0), partial(load_labels, entry, root, index, [0, 5])):
                 _allow_refusal(step)
         for problem in check_index(index, root):
@@ -129,6 +131,8 @@ def _index_tree() -> dict[str, Any]:
     base = {"split": "train", "size_bytes": 10, "modified_ns": 1, "sha256_ends": "cd" * 32, "fps": 25.0}
     layout = {"numbering": "sample", "base": 1, "stride": 25, "first": 0, "count": 40}
     records = {"frame_base": 0, "total_frames": 40, "phase_order": list(SPEC.phases), "labels": "34x0:0,2 6x1:-"}
+    steps = np.where(np.arange(59) == 30, 540, 40).astype("<u4")
+    times = {"tick_s": [1, 1000], "steps": base64.b64encode(zlib.compress(steps.tobytes())).decode()}
     return {
         "format_version": 1,
         "dataset": SPEC.model_dump(mode="json"),
@@ -137,6 +141,7 @@ def _index_tree() -> dict[str, Any]:
             {"id": "video02", "kind": "frames", "source": "f/video02", "frame_count": 1000, **base, "frames": layout},
             {"id": "video03", "kind": "tfrecord", "source": "v.tfrecord", "frame_count": 40, **base, "fps": 1.0,
              "records": records},
+            {"id": "video04", "kind": "video", "source": "a/4.mkv", "frame_count": 60, **base, "times": times},
         ],
     }  # fmt: skip
 
@@ -524,6 +529,7 @@ def _read_video(reader: str) -> Callable[[Path], Read]:
     def read(path: Path) -> None:
         info = probe_video(path)
         with open_reader(path, "video", reader, frames=None, fps=info.fps) as frames:  # type: ignore[arg-type]
+            assert (frames.frame_count, frames.times) == (info.frame_count, info.times), "indexed otherwise than read"
             for _ in frames.read(frames.spread(5)):
                 pass
 
@@ -532,10 +538,11 @@ def _read_video(reader: str) -> Callable[[Path], Read]:
 
 @functools.cache
 def _video_seeds() -> list[bytes]:
-    from tests.videos import VideoSpec, open_gop, write_video
+    from tests.videos import VideoSpec, open_gop, variable_rate, write_video
 
     kinds = {"a.mp4": VideoSpec(count=30), "b.mkv": VideoSpec(count=30), "c.mp4": open_gop(30, 10)}
     kinds["d.avi"] = VideoSpec(count=12, codec="mpeg4", b_frames=0)
+    kinds |= {"f.mp4": variable_rate(20), "g.ts": VideoSpec(count=20)}
     kinds["e.mp4"] = VideoSpec(count=20, container_options={"movflags": "frag_keyframe+empty_moov"})
     return [_written(functools.partial(write_video, spec=spec), name) for name, spec in kinds.items()]
 

@@ -223,6 +223,23 @@ def test_edited_labels_rewrite_labels_alone(own_world: World) -> None:
     assert held.relabelled == IDS
 
 
+def test_times_are_the_streams_own_and_an_index_without_them_is_refused(own_world: World) -> None:
+    times_s = np.arange(FRAMES) * 0.04 + 1.5 * (np.arange(FRAMES) >= 30)
+    spec = VideoSpec(count=FRAMES, width_px=64, height_px=48, times_s=tuple(times_s.tolist()))
+    write_video(own_world.root / "video02.mp4", spec)
+    index = own_world.index()
+    path = dump(own_world).folder / "video02.h5"
+    video = read_features(path)
+    np.testing.assert_allclose(video.time_s, times_s[video.frame_index], atol=1e-4)
+    assert np.diff(video.time_s).max() > 1.4
+    assert dump(own_world).skipped == IDS
+    older = index.to_json()
+    del older["videos"][1]["times"]
+    report = dump(own_world, index=Index.from_json(older))
+    assert [video_id for video_id, _ in report.failed] == ["video02"]
+    assert "not as an earlier version indexed them; run `index --force`" in report.failed[0][1]
+
+
 def test_a_replaced_video_is_done_again(own_world: World) -> None:
     folder = dump(own_world).folder
     before = features(folder)
