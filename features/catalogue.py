@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +20,17 @@ from engine.files import LinkedRoot
 from engine.progress import progress_bar, say
 from features.class_order import describe_order, parse_phase_order
 from features.discover import find_videos, is_chosen, natural_key
-from features.index import Index, Progress, VideoEntry, build_index, check_index, index_summary, most_fps
+from features.index import (
+    Index,
+    Progress,
+    VideoEntry,
+    build_index,
+    check_index,
+    count_frames,
+    coverage_table,
+    index_summary,
+    most_fps,
+)
 from features.splits import assign_splits, split_is_asked_for
 
 ROOT_VARIABLE = "SURGSTAGE_DATA"
@@ -243,16 +254,17 @@ def check_dataset(config: Config) -> list[str]:
 
 
 def print_summary(index: Index, root: Path, fps: float) -> None:
-    """Videos, hours and sampled frames a split and a class, as a table."""
+    """How much of each video is used and labelled; then videos, hours and sampled frames per split and class."""
     held = most_fps(index)
     if fps > held:
         say(f"note: sampled at {held:g} fps below, the most these videos hold; set data.fps={held:g} before training")
     fps = min(fps, held)
-    rows = index_summary(index, root, fps)
-    title = printable(f"{index.dataset.title or index.dataset.name}, sampled at {fps:g} fps")
-    table = Table(title=Text(title, style="italic"), title_justify="left")
-    for number, name in enumerate(rows[0]):
-        table.add_column(Text(str(name)), justify="right" if number else "left")
-    for row in rows[1:]:
-        table.add_row(*(Text(str(cell)) for cell in row))  # names are no markup
-    Console().print(table)
+    counts = count_frames(index, root, fps)
+    for rows, box in ((coverage_table(index, counts), None), (index_summary(index, counts), HEAVY_HEAD)):
+        title = printable(f"{index.dataset.title or index.dataset.name}, sampled at {fps:g} fps")
+        table = Table(title=Text(title, style="italic"), title_justify="left", box=box)
+        for number, name in enumerate(rows[0]):
+            table.add_column(Text(str(name)), justify="right" if number else "left")
+        for row in rows[1:]:
+            table.add_row(*(Text(str(cell)) for cell in row))  # names are no markup
+        Console().print(table)

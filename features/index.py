@@ -792,21 +792,39 @@ def _check_annotations(entry: VideoEntry, root: Path, spec: DataSetSpec) -> None
 # ---------------------------------------------------------------------------------------------- summary
 
 
-def index_summary(
-    index: Index, root: Path, fps: float, between_rows: BetweenRows = "mask"
-) -> list[list[str | int | float]]:
-    """A table: the header, then a row each for videos, hours, frames sampled at `fps`, and frames a phase and a tool.
+Counts = dict[str, list[int]]  # by video id, in the order of the summary's rows; see `count_frames`
+
+
+def count_frames(index: Index, root: Path, fps: float, between_rows: BetweenRows = "mask") -> Counts:
+    """Frames of each video sampled at `fps`: all, those of each phase, of none, showing each tool, without any label.
+
+    Raises UserError when a video cannot be sampled at `fps` (see `most_fps`) or its annotations have changed.
+    """
+    return {entry.id: _count_frames(entry, root, index, fps, between_rows) for entry in index.videos}
+
+
+def coverage_table(index: Index, counts: Counts) -> list[list[str]]:
+    """A table: the header, then a row per video with its pictures, how many of them are used, and how many labelled."""
+    rows = [["video", "images", "used", "with a phase", *(["with tools"] if index.dataset.tools else [])]]
+    for entry in index.videos:
+        count = counts[entry.id]
+        without = (count[1 + len(index.dataset.phases)], *(count[-1:] if index.dataset.tools else ()))
+        shares = (f"{(count[0] - bare) / count[0]:.1%}" if count[0] else "-" for bare in without)
+        rows.append([entry.id, f"{len(entry.image_frames):,}", f"{count[0]:,}", *shares])
+    return rows
+
+
+def index_summary(index: Index, counts: Counts) -> list[list[str | int | float]]:
+    """A table: the header, then a row each for videos, hours, sampled frames, and frames per phase and per tool.
 
     Columns are the splits that have videos, and all videos together. Frames without labels have rows of their own; a
-    frame may show several tools. Raises UserError when a video cannot be sampled at `fps` (see `most_fps`) or its
-    annotations have changed.
+    frame may show several tools.
     """
     spec = index.dataset
     groups: list[tuple[str, tuple[VideoEntry, ...]]] = [(split, index.by_split(split)) for split in SPLITS]
     groups = [(name, videos) for name, videos in groups if videos]
     if len(groups) > 1 or groups[0][0] != "none":
         groups.append(("all", index.videos))
-    counts = {entry.id: _count_frames(entry, root, index, fps, between_rows) for entry in index.videos}
     names = ["frames", *spec.phases, "no phase label", *spec.tools, *(["no tool labels"] if spec.tools else [])]
     columns = [np.sum([counts[entry.id] for entry in videos], axis=0).tolist() for _, videos in groups]
     hours = [sum(entry.frame_count / entry.fps for entry in videos) / 3600 for _, videos in groups]

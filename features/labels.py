@@ -5,7 +5,7 @@ Times are source frame numbers, counted from 0. -1 means no label.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -89,6 +89,16 @@ def _nearest(places: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 def track_end(track: Track) -> int:
     """The first frame after the last row's span."""
     return int(track.frame_index[-1]) + track.stride
+
+
+def unlabelled_note(phases: Mapping[str, np.ndarray], means: str) -> list[str]:
+    """A note where some frames of videos have no phase, by id (T,), and what that means; nothing where all have one."""
+    bare = {video_id: int((phase < 0).sum()) for video_id, phase in phases.items() if (phase < 0).any()}
+    if not bare:
+        return []
+    names = ", ".join([*bare][:3]) + (", ..." if len(bare) > 3 else "")
+    total = sum(map(len, phases.values()))
+    return [f"note: {sum(bare.values()):,} of {total:,} frames have no phase label ({names}) and {means}"]
 
 
 # ---------------------------------------------------------------------------------------------- tracks to video

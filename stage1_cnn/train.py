@@ -28,7 +28,7 @@ from engine.session import TrainingSession
 from engine.stopping import StopRequest
 from evaluation.tools import evaluate_tools
 from features.catalogue import say_left_out
-from features.index import Index
+from features.index import Index, sampled_frames
 from features.preprocess import changed_images
 from stage1_cnn.data import (
     FrameBatch,
@@ -161,6 +161,9 @@ def load_frames(config: Config, index: Index, root: Path) -> tuple[LabelledFrame
         raise UserError(f"{config.data.index}: no training frame has a {wanted} label; add annotations{hint}")
     if not len(val) and speaks():
         say("no labelled validation frames: every epoch is trained, and the last one counts as the best")
+    sampled = sum(len(sampled_frames(entry, config.data.fps)) for entry in index.by_split("train"))
+    if len(train) < sampled and speaks():
+        say(f"note: {sampled - len(train):,} of {sampled:,} training frames have no label and are left out")
     return train, val
 
 

@@ -24,6 +24,7 @@ from engine.files import sha256_json
 from engine.progress import say
 from engine.session import epoch_generator
 from features.index import Index, usable_index
+from features.labels import unlabelled_note
 from features.store import INDEX_FILE, FeatureFileError, VideoFeatures, feature_path, load_feature_set, recorded_encoder
 
 NO_LABEL = -1
@@ -331,7 +332,10 @@ def _labelled(ids: Sequence[str], videos: Mapping[str, VideoFeatures], split: st
     without = [video_id for video_id in ids if not (videos[video_id].phase >= 0).any()]
     if without:
         say(f"{where}: no phase labels in {', '.join(without)}: left out of {split}")
-    return [video_id for video_id in ids if video_id not in without]
+    kept = [video_id for video_id in ids if video_id not in without]
+    for note in unlabelled_note({video_id: videos[video_id].phase for video_id in kept}, f"do not count in {split}"):
+        say(note)
+    return kept
 
 
 def _check(folder: Path, videos: Mapping[str, VideoFeatures], phases: Sequence[str]) -> None:

@@ -29,6 +29,7 @@ from features.catalogue import known_root, say_left_out
 from features.discover import natural_key
 from features.ids import file_stem
 from features.index import SPLITS, Index, VideoEntry, usable_index, with_recorded_faults
+from features.labels import unlabelled_note
 from features.store import (
     INDEX_FILE,
     VideoFeatures,
@@ -261,6 +262,8 @@ def score_and_write(
     more: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Metrics of every head (predictions of `temporal` are written too) and of the tools, written to `out`."""
+    for note in unlabelled_note(material.truth, "are not scored"):
+        say(note)
     metrics = _score(material, probabilities, majority_phase, thresholds) | dict(more)
     _write(out, material, metrics)
     metrics = {key: value for key, value in metrics.items() if key != "predictions"}

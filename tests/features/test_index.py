@@ -25,12 +25,14 @@ from features.index import (
     VideoEntry,
     build_index,
     check_index,
+    count_frames,
     index_summary,
     load_labels,
     most_fps,
     open_folder,
     sampled_frames,
 )
+from tests.commands import run
 
 SPEC = load_dataset("cholec80")
 M2CAI = load_dataset("m2cai16-workflow")
@@ -224,7 +226,7 @@ def test_a_data_set_without_tools_is_indexed_by_its_own_description(tmp_path: Pa
     phase, tools = load_labels(index.videos[0], tmp_path, index, np.arange(50))
     assert phase.max() == 7
     assert tools.shape == (50, 0)
-    assert index_summary(index, tmp_path, 25)[0] == ["", "train", "test", "all"]
+    assert index_summary(index, count_frames(index, tmp_path, 25))[0] == ["", "train", "test", "all"]
     assert Index.from_json(json.loads(json.dumps(index.to_json()))) == index
 
 
@@ -308,7 +310,7 @@ def test_images_that_are_missing_are_frames_that_are_not_there(tmp_path: Path) -
     assert [frame for frame, _ in open_folder(entry, root, again).files] == there
     phase, _ = load_labels(entry, root, again, there)
     assert phase.tolist() == [frame * 7 // 1000 for frame in there]
-    assert index_summary(again, root, 1.0)[3] == ["frames", 37]
+    assert index_summary(again, count_frames(again, root, 1.0))[3] == ["frames", 37]
     assert check_index(again, root) == []
     (root / "frames/video01/video01_000030.png").unlink()
     assert "its images are not those in the index" in check_index(again, root)[0]
@@ -336,11 +338,30 @@ def test_videos_with_few_labels_are_left_out_unless_insisted_on(tmp_path: Path) 
     assert [e.id for e in build_index(root, SPEC, DataConfig(), leave_out=True).videos] == ["video02"]
 
 
+def test_index_shows_what_is_labelled_and_leaves_out_what_is_hardly(tmp_path: Path) -> None:
+    root = label_a_second(tmp_path / "data")
+    write_video(root / "videos/video03.mp4", 100)
+    write_phases(root / "phase_annotations/video03-phase.txt", 37)
+    arguments = ["index", "--root", "data", "--set", "data.index=index.json"]
+    done = run(arguments, tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "left out: video03: phase_annotations/video03-phase.txt: has labels for 37.0% of videos/video03.mp4" in (
+        done.stdout + done.stderr
+    )
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["video", "images", "used", "with", "a", "phase", "with", "tools"] in lines
+    assert ["video01", "500", "20", "90.0%", "0.0%"] in lines
+    assert ["video02", "600", "20", "90.0%", "0.0%"] in lines
+    insisted = run([*arguments, "--set", "data.min_labelled=0.3", "--force"], tmp_path)
+    assert insisted.returncode == 0, insisted.stderr
+    assert ["video03", "100", "4", "50.0%", "0.0%"] in [line.split() for line in insisted.stdout.splitlines()]
+
+
 def test_the_summary_counts_what_is_there(tmp_path: Path) -> None:
     root = small_data_set(tmp_path, videos=3)
     (root / "tool_annotations/video03-tool.txt").unlink()
     index = index_of(root, split={"rule": "1/1/1"})
-    table = index_summary(index, root, 1.0)
+    table = index_summary(index, count_frames(index, root, 1.0))
     assert table[0] == ["", "train", "val", "test", "all"]
     counts = {str(row[0]): row[1:] for row in table[1:]}
     assert counts["videos"] == [1, 1, 1, 3]
@@ -351,8 +372,8 @@ def test_the_summary_counts_what_is_there(tmp_path: Path) -> None:
     assert counts["Grasper"] == [2, 2, 0, 4]
     per_phase = np.array([counts[name] for name in SPEC.phases])
     assert per_phase.sum(axis=0).tolist() == [4, 4, 4, 12]
-    assert index_summary(index, root, 25.0)[3] == ["frames", 100, 100, 100, 300]
-    assert index_summary(index, root, 25.0)[2] == ["hours", 0.0, 0.0, 0.0, 0.0]
+    assert index_summary(index, count_frames(index, root, 25.0))[3] == ["frames", 100, 100, 100, 300]
+    assert index_summary(index, count_frames(index, root, 25.0))[2] == ["hours", 0.0, 0.0, 0.0, 0.0]
 
 
 def test_progress_tells_each_video(tmp_path: Path) -> None:

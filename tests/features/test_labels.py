@@ -14,7 +14,7 @@ from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import DataConfig
 from features.annotations import PhaseTrack, ToolTrack, read_phase_file, read_tool_file
-from features.labels import Extent, Reading, fit_tracks, read_numbers, sample_labels
+from features.labels import Extent, Reading, fit_tracks, read_numbers, sample_labels, unlabelled_note
 
 PHASES = Path("root/video01-phase.txt")
 TOOLS = Path("root/video01-tool.txt")
@@ -406,3 +406,11 @@ def test_what_is_fitted_lies_inside_the_video_and_both_lists(
     assert fitted_phase.frame_index.tolist() == [frame for frame in phase.frame_index if frame < end]
     assert fitted_tools.frame_index.tolist() == [frame for frame in tools.frame_index if frame < end]
     assert max(phase.frame_index[-1], tools.frame_index[-1]) < end + 25
+
+
+def test_frames_without_a_phase_are_said() -> None:
+    phases = {f"video{n}": np.array([0, 1, -1 if n != 2 else 1]) for n in range(6)}
+    assert unlabelled_note(phases, "are not scored") == [
+        "note: 5 of 18 frames have no phase label (video0, video1, video3, ...) and are not scored"
+    ]
+    assert unlabelled_note({"video2": phases["video2"]}, "are not scored") == []

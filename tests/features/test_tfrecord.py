@@ -24,7 +24,7 @@ from configs.load import load_dataset
 from configs.schema import Config, DataConfig
 from features import tfrecord
 from features.annotations import PhaseTrack, ToolTrack, write_phase_file, write_tool_file
-from features.index import Index, build_index, check_index, index_summary, load_labels, sampled_frames
+from features.index import Index, build_index, check_index, count_frames, index_summary, load_labels, sampled_frames
 from features.readers import ReaderError, open_reader
 from features.store import read_attributes, read_features
 from features.tfrecord import FrameRecord, RecordLayout, TfrecordReader, parse_record, scan_records
@@ -127,7 +127,7 @@ def test_frames_and_labels_come_out_as_they_went_in(tmp_path: Path, base: int) -
     index.save(tmp_path / "index.json")
     assert Index.load(tmp_path / "index.json") == index
     assert check_index(index, tmp_path) == []
-    rows = {str(row[0]): row[1] for row in index_summary(index, tmp_path, 1.0)[1:]}
+    rows = {str(row[0]): row[1] for row in index_summary(index, count_frames(index, tmp_path, 1.0))[1:]}
     assert (rows["videos"], rows["frames"], rows["no phase label"], rows["GallbladderPackaging"]) == (3, 42, 0, 6)
 
 

@@ -104,7 +104,7 @@ def _read_class_order(path: Path) -> object:
 
 def _read_index(folder: Path) -> Read:
     from engine.files import inside
-    from features.index import Index, check_index, frame_times_s, index_summary, load_labels, sampled_frames
+    from features.index import Index, check_index, count_frames, frame_times_s, load_labels, sampled_frames
 
     root = folder / "root"
     root.mkdir(exist_ok=True)
@@ -121,7 +121,7 @@ def _read_index(folder: Path) -> Read:
                 _allow_refusal(step)
         for problem in check_index(index, root):
             assert problem.isprintable(), repr(problem)
-        _allow_refusal(partial(index_summary, index, root, 1.0))
+        _allow_refusal(partial(count_frames, index, root, 1.0))
 
     return read
 
