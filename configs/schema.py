@@ -63,7 +63,7 @@ def class_ids(names: Sequence[str], aliases: Mapping[str, str]) -> dict[str, int
     return {folded_name(spelling): number for spelling, number in spellings}
 
 
-# Endings of the containers that the readers read to the last frame (`dv`, which has none, to be told what it lacks).
+# Endings of the containers that the readers read to the last frame.
 VIDEO_ENDINGS = (
     *("mp4", "m4v", "mov", "qt", "f4v", "3gp", "3g2", "avi", "divx", "mkv", "webm", "ogv", "flv", "mxf", "dv"),
     *("mpg", "mpeg", "mod", "vob", "ts", "mts", "m2ts", "m2t", "wmv", "asf"),

@@ -30,8 +30,9 @@ from features.ids import id_key, id_problem, normal_id
 from features.readers import FrameFolder
 from features.unmatched import (
     ImageFolder,
+    is_archive,
     is_image,
-    is_video,
+    kind_of,
     looks_like_labels,
     passed_over_folders,
     passed_over_videos,
@@ -41,7 +42,7 @@ Kind = Literal["video", "frames", "tfrecord"]
 KINDS: tuple[Kind, ...] = ("video", "frames", "tfrecord")
 Numbering = Literal["source", "sample"]
 # What archives, file servers and disks put beside the data; some of it is unreadable, some repeats every file name.
-_FOREIGN_FOLDERS = {"__macosx", "lost+found", "$recycle.bin", "system volume information", "@eadir"}
+_FOREIGN_FOLDERS = {"__macosx", "lost+found", "$recycle.bin", "system volume information", "@eadir", "#recycle"}
 # Folders that are called after what they hold: their images are those of the folder above.
 _UNNAMED_FOLDERS = {"frames", "images", "imgs", "img", "rgb", "jpg", "png"}
 
@@ -82,7 +83,6 @@ class _Files:
     ids: dict[str, str] = field(default_factory=dict)
     by_role: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     endings: Counter[str] = field(default_factory=Counter)
-    odd_tfrecords: list[str] = field(default_factory=list)
     odd_annotations: dict[str, UserError] = field(default_factory=dict)
     faults: dict[str, UserError] | None = None  # kept, by folded id, where one file must not cost the others
     numbered: list[tuple[str, Path]] = field(default_factory=list)  # frame folders that only have a number, by id
@@ -161,14 +161,12 @@ def _collect(root: Path, spec: DataSetSpec, data: DataConfig, faults: dict[str, 
         files.endings.update(os.path.splitext(name)[1].lower() or name for name in names)
         if "frames" in here and folder != root and _add_frames(files, root, folder, names, spec):
             names = [name for name in names if not patterns["frame"].fullmatch(name)]
-        if "tfrecord" in here and spec.patterns.tfrecord:
-            files.odd_tfrecords += [name for name in names if _is_odd_tfrecord(name, patterns["tfrecord"])]
         roles = ("phase", *(["tool"] if spec.tools else []), *(kind for kind in here if kind != "frames"))
         for name in names:
             matches = {role: match for role in roles if (match := patterns[role].fullmatch(name))}
             for role, match in matches.items():
                 _add(files, role, _video_id(match, spec, folder / name), root, folder / name)
-            if not matches and ("video" in here or not is_video(name)):
+            if not matches and kind_of(name) in (None, *here):
                 files.unmatched.append((folder / name).relative_to(root).as_posix())
     return files
 
@@ -235,10 +233,6 @@ def _add(files: _Files, role: str, video_id: str, root: Path, path: Path) -> Non
         (files.odd_annotations if role in ("phase", "tool") else files.faults).setdefault(key, error)
 
 
-def _is_odd_tfrecord(name: str, pattern: re.Pattern[str]) -> bool:
-    return Path(name).suffix.lower() in (".tfrecord", ".tfrecords") and not pattern.fullmatch(name)
-
-
 def _walk(root: Path) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
     """Every folder from `root` down with its visible entries that are not folders, in a fixed order, each once.
 
@@ -300,7 +294,8 @@ def _checked(root: Path, path: Path) -> str:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        hint = "; it is a link to a file that is not there" if path.is_symlink() else ""
+        raise UserError(f"{path}: cannot be read ({error.strerror}){hint}") from error
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UserError(f"{path}: is not an ordinary file")
     return relative
@@ -378,13 +373,16 @@ def _choices(role: str, first: str, second: str) -> str:
 def _nothing_found(root: Path, spec: DataSetSpec, data: DataConfig, files: _Files) -> str:
     endings = sorted(files.endings.items(), key=lambda item: (-item[1], item[0]))[:5]
     seen = ", ".join(f"{count} {ending}" for ending, count in endings) or "no files"
-    passed = passed_over_videos([path for path in files.unmatched if is_video(path)], (), spec)
+    passed = passed_over_videos([path for path in files.unmatched if kind_of(path)], (), spec)
     passed |= passed_over_folders(files.image_folders, spec)
+    passed |= dict.fromkeys(filter(is_archive, files.unmatched), "is an archive: unpack it")
     what = "" if data.sources == "auto" else f" (data.sources={data.sources})"
     if passed:
         (first, why), *rest = passed.items()
         more = f" and {len(rest)} more ({_listed([path for path, _ in rest], 9)})" if rest else ""
         return f"{root}: no videos of {spec.name} found{what}; {first}{more}: {why}; what is there: {seen}"
+    if sum(is_image(entry.name) for entry in _entries(root)) > 1:
+        return f"{root}: no videos of {spec.name} found{what}, only images; set data.root to the folder above it"
     names = " or ".join(filter(None, (spec.patterns.video, spec.patterns.tfrecord)))
     return (
         f"{root}: no videos of {spec.name} found{what}: looked for files named {names} and folders of images named "
@@ -400,7 +398,7 @@ def _passed_over(
     places = {PurePosixPath(video.source).parent for video in videos if video.kind == "frames"}
     missed = [one for one in files.image_folders if one.named or PurePosixPath(one.path).parent in places]
     others = [one.path for one in files.image_folders if one not in missed]
-    unmatched = [path for path in files.unmatched if is_video(path) and not _leads_inside(root, root / path)]
+    unmatched = [path for path in files.unmatched if kind_of(path) == "video" and not _leads_inside(root, root / path)]
     reasons = {**passed_over_videos(unmatched, taken, spec), **passed_over_folders(missed, spec)}
     found = sorted(reasons.items(), key=lambda item: natural_key(item[0]))
     notes = []
@@ -428,9 +426,11 @@ def _left_over(
     annotations: dict[str, dict[str, str]],
     files: _Files,
 ) -> Iterator[str]:
-    """Notes on annotations without a video, videos without annotations and TFRecord files that name no video."""
-    if odd := files.odd_tfrecords:
-        yield f"{len(odd)} TFRecord file(s) left out, not named like a video: {_listed(odd)}"
+    """Notes on what is left over: odd TFRecord files, archives, annotations, videos without any."""
+    if odd := [path for path in files.unmatched if kind_of(path) == "tfrecord"]:
+        yield f"{len(odd)} TFRecord file(s) left out, not named like a video: {_listed(odd, 10)}"
+    if archives := [path for path in files.unmatched if is_archive(path) and not kind_of(path)]:
+        yield f"{len(archives)} archive(s), not looked into: {_listed(archives, 10)}"
     for role, paths in annotations.items():
         orphans = [path for key, path in sorted(paths.items()) if key not in sources]
         if orphans:

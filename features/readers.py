@@ -316,7 +316,7 @@ def _open_container(path: Path, hardware: str | None = None) -> Any:
                 f"{path}: cut short, not even frame 0 can be had; copy it again or leave it out"
             ) from error
         what = getattr(error, "strerror", None) or type(error).__name__
-        raise ReaderError(f"{path}: not a video that can be read ({what}); {_WAY_OUT}") from error
+        raise ReaderError(f"{path}: not a video that can be read ({what}); copy it again or leave it out") from error
 
 
 def _accelerated(path: Path, hardware: str) -> dict[str, Any]:

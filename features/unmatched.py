@@ -6,12 +6,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Literal
 
 from configs.schema import IMAGE_ENDINGS, VIDEO_ENDINGS, DataSetSpec, FilePatterns, file_pattern
 
 # Video too, but not taken: streams without a container and so without times, and containers that are read wrongly.
 _STREAMS = ("h264", "264", "avc", "h265", "265", "hevc", "m1v", "m2v", "mpv")
 _VIDEO = frozenset((*VIDEO_ENDINGS, *_STREAMS, "rm", "rmvb", "y4m", "ogm"))
+_TFRECORD = re.compile(r"\.tfrecords?([-.]\d+-of-\d+)?$", re.IGNORECASE)
+_UNFINISHED, _PACKED = ("part", "crdownload", "download"), ("gz", "bz2", "xz", "zst", "zip", "7z")
+_ARCHIVES = ("zip", "tar", "gz", "tgz", "7z", "rar", "xz", "bz2")
 _LABELS = frozenset(("txt", "csv", "tsv", "json", "xml", "xls", "xlsx", "mat"))
 _OF_LABELS = re.compile(r"phase|tool|label|annot|workflow", re.IGNORECASE)
 # `video02_part1`, `Op3-2`, `case4_B`: what a camera has cut. Without the word, the first part must lie there too.
@@ -19,9 +23,9 @@ _PART = re.compile(
     r"(?P<whole>.*?\d.*?)[ _.-]*((?P<word>part|pt|teil|cd|clip|seg(ment)?)[ _.-]*|(?<=[ _.-]))(?P<part>\d{1,2}|[a-h])",
     re.IGNORECASE,
 )
-_COPY = re.compile(r"(?P<whole>.+?)( ?\(\d\)| - (Copy|Kopie)( \(\d\))?)", re.IGNORECASE)
-_EXAMPLE_ENDINGS = {"video": ".mp4", "frames": "", "frame": ".jpg"}
-_TAILS = {"video": r"\.{video}", "frames": "", "frame": r"\.{image}"}
+_COPY = re.compile(r"(?P<whole>.+?)( ?\((\d|copy)\)| (- )?(copy|Kopie)( \(?\d\)?)?)", re.IGNORECASE)
+_EXAMPLE_ENDINGS = {"video": ".mp4", "frames": "", "frame": ".jpg", "tfrecord": ".tfrecord"}
+_TAILS = {"video": r"\.{video}", "frames": "", "frame": r"\.{image}", "tfrecord": r"\.tfrecords?.*"}
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,18 @@ def ending(name: str) -> str:
     return PurePosixPath(name).suffix[1:].lower()
 
 
-def is_video(name: str) -> bool:
-    """Whether a file is called like a video, one that is not taken included."""
-    return ending(name) in _VIDEO
+def kind_of(name: str) -> Literal["video", "tfrecord"] | None:
+    """Whether a file is called like a video or like TFRecords, one that is not taken or not whole included."""
+    if ending(name) in (*_UNFINISHED, *_PACKED):
+        name = PurePosixPath(name).stem
+    if ending(name) in _VIDEO:
+        return "video"
+    return "tfrecord" if _TFRECORD.search(name) else None
+
+
+def is_archive(name: str) -> bool:
+    """Whether a file is called like an archive of many files."""
+    return ending(name) in _ARCHIVES
 
 
 def is_image(name: str) -> bool:
@@ -68,13 +81,16 @@ def passed_over_videos(paths: Sequence[str], taken: Sequence[str], spec: DataSet
         f"-c copy {whole}`, a line such as file 'PART' in LIST.txt for each), and move the parts out of the data root"
         for path, whole in _parts(paths, taken, spec).items()
     }
-    for path in paths:
-        if path not in reasons and ending(path) in _STREAMS:
-            reasons[path] = (
-                "is a stream without a container: make one with `ffmpeg -framerate FPS -i FILE -crf 12 NEW.mp4`"
-            )
-    rest = [path for path in paths if path not in reasons]
-    return reasons | dict.fromkeys(rest, _no_match("video", rest, spec))
+    for endings, reason in (
+        (_STREAMS, "is a stream without a container: make one with `ffmpeg -framerate FPS -i FILE -crf 12 NEW.mp4`"),
+        (_UNFINISHED, "is an unfinished download: finish it or delete it"),
+        (_PACKED, "is compressed: unpack it"),
+    ):
+        reasons |= {path: reason for path in paths if path not in reasons and ending(path) in endings}
+    for role in ("tfrecord", "video"):
+        rest = [path for path in paths if path not in reasons and (role == "video" or _TFRECORD.search(path))]
+        reasons |= dict.fromkeys(rest, _no_match(role, rest, spec))
+    return reasons
 
 
 def passed_over_folders(folders: Sequence[ImageFolder], spec: DataSetSpec) -> dict[str, str]:
@@ -116,6 +132,8 @@ def _no_match(role: str, paths: Sequence[str], spec: DataSetSpec) -> str:
     """That these names match no pattern, a name that would, and a pattern that would take them."""
     if not paths:
         return ""
+    if getattr(spec.patterns, role) is None:
+        return f"the description of {spec.name} has no patterns.{role}"
     subject, it = ("their names do", "them") if role == "frame" else ("its name does", "it")
     examples = (
         f"{stem}{_EXAMPLE_ENDINGS[role]}" for stem in ("000001", "video01", "workflow_video_01", "case01", "01")
@@ -150,6 +168,7 @@ def suggested_pattern(role: str, names: Sequence[str], patterns: FilePatterns) -
         else re.sub(r"\\([ \-#])", r"\1", re.escape(part))
         for at, part in enumerate(parts)
     )
+    made = made.replace("'", ".")  # it will stand between quotes
     for pattern in (widened, made + tail):
         if group in pattern and all(file_pattern(pattern).fullmatch(name) for name in names):
             return pattern

@@ -277,6 +277,7 @@ def test_every_video_file_that_is_passed_over_is_named_with_a_remedy(tmp_path: P
         (("case_07.mts", "case_08.mts"), False),
         (("2024-01-05.mp4", "2024-01-06.mp4"), False),
         (("Op7.final.mp4",), False),
+        (("video03.mp4.crdownload", "video04.avi.gz"), False),
     ],
 )
 def test_parts_of_one_recording_are_called_so(tmp_path: Path, names: Sequence[str], parts: bool) -> None:
@@ -293,6 +294,7 @@ def test_what_is_no_video_of_its_own_is_not_missed(tmp_path: Path) -> None:
         *("video01-phase.txt", "video01-tool.txt", "thumbnails/a.jpg", "thumbnails/b.jpg", "ribbons.png"),
     )
     (tmp_path / "best.mp4").symlink_to("video01.mp4")
+    (tmp_path / "later.mp4").symlink_to("later.mp4")  # leads nowhere
     discovery = find_videos(tmp_path, SPEC)
     assert discovery.passed_over == ()
     assert discovery.notes == ("1 other folder(s) of images, not named like a video: thumbnails",)
