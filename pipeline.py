@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from configs.errors import UserError, printable
+PACKAGES = ("configs", "engine", "evaluation", "features", "stage1_cnn", "stage2_temporal")
+for _package in PACKAGES:  # plain names: a package of the same name earlier on Python's path would be taken for ours
+    _spec = importlib.util.find_spec(_package)
+    _found = [os.path.realpath(place) for place in _spec.submodule_search_locations or ()] if _spec else []
+    if os.path.join(os.path.dirname(os.path.realpath(__file__)), _package) not in _found:
+        _where = _found[0] if _found else (_spec and _spec.origin)
+        print(
+            f"error: {_where} is found where this program's own package {_package} should be; ", end="", file=sys.stderr
+        )
+        print("take its folder off PYTHONPATH, or start from another folder", file=sys.stderr)
+        sys.exit(2)
+
+from configs.errors import UserError, printable  # noqa: E402 - not before it is known to be ours
 
 if TYPE_CHECKING:
     from configs.schema import Config

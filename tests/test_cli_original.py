@@ -139,7 +139,7 @@ def hostile(folder: Path, kind: str) -> Path:
         ("harmful", "nothing in it was run"),
         ("harmful-old", "nothing in it was run"),
         ("harmful-pickle", "nothing in it was run"),
-        ("page", "a web page, not a checkpoint"),
+        ("page", "not a checkpoint but a web page"),
         ("truncated", "damaged: its end is missing"),
         ("classes", "tells 8 phases apart, and cholec80 has 7"),
         ("missing", "no such checkpoint"),

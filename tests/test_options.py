@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from configs.load import load_ablation
 from pipeline import cli
 from tests.options_table import DOCUMENT, MODES, Mode, commands, document, options_of, spelled
 
+PROJECT = Path(__file__).resolve().parent.parent
 RUNNER = CliRunner()
 
 
@@ -141,3 +144,20 @@ def test_every_row_is_true(work: Work, mode: Mode, monkeypatch: pytest.MonkeyPat
 
 def test_the_document_is_the_table() -> None:
     assert DOCUMENT.read_text(encoding="utf-8") == document(), "python -m tests.options_table"
+
+
+def test_another_package_of_the_same_name_is_named_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features/__init__.py").touch()
+    path = os.pathsep.join([str(tmp_path), str(PROJECT)])
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "--help"],
+        cwd=tmp_path.parent,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path.resolve() / 'features'} is found where")
+    assert done.stderr.count("\n") == 1
