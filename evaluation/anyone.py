@@ -224,9 +224,10 @@ def _rate(given: float | None, pairs: Collection[_Pair]) -> tuple[float | None, 
         return given, "--fps"
     for path, fps, told in said[1:]:
         if abs(fps - said[0][1]) > 0.02 * said[0][1]:
+            fix = "name the rate with --fps if the rows of all videos have the same"
+            fix = fix if told == "frame numbers" else "evaluate videos of one rate at a time"
             raise UserError(
-                f"{path}: {fps:g} rows per second by its {told}, but {said[0][0]} has {said[0][1]:g}; name the rate "
-                "with --fps if the rows of all videos have the same"
+                f"{path}: {fps:g} rows per second by its {told}, but {said[0][0]} has {said[0][1]:g}; {fix}"
             )
     longest = max(len(pair.rows.truth) for pair in pairs)
     if not said or (said[0][2] == "frame numbers" and longest / said[0][1] > _LONGEST_S):

@@ -138,9 +138,8 @@ def read_foreign_phases(path: Path, spec: DataSetSpec, order: Sequence[str] | No
     time_s = _rising(where, columns["time_s"]) if "time_s" in columns else None
     given = len(phase)
     if frame is not None:
-        phase, frame = _with_missing_rows(where, phase, frame)
-    duration = 0.0 if time_s is None else float(time_s[-1] - time_s[0])
-    fps = (len(phase) - 1) / duration if duration else None
+        phase, frame = _with_missing_rows(where, phase, frame, time_s)
+    fps = None if time_s is None or len(time_s) < 2 else 1.0 / _usual_step(np.diff(time_s))[0]
     return PhaseFile(path, phase, frame, fps, numbered, header is not None, len(phase) - given)
 
 
@@ -339,34 +338,48 @@ def _rising(where: _Place, cells: Sequence[str]) -> NDArray[np.float64]:
 
 
 def _with_missing_rows(
-    where: _Place, phase: NDArray[np.int16], frame: NDArray[np.float64]
+    where: _Place, phase: NDArray[np.int16], frame: NDArray[np.float64], time_s: NDArray[np.float64] | None
 ) -> tuple[NDArray[np.int16], NDArray[np.float64]]:
     """Rows (T,) that the numbers skip filled in without a label, and their numbers.
 
-    Sampling 25 fps at 10 gives steps of 2 and 3 (and 30 at 20 as many of 1 as of 2), so only a step of about a whole
-    number of usual ones skips rows. Raises UserError where steps are not even, and where more rows are missing than
-    there are.
+    Frames of a variable rate are uneven; where there are times too, rows are missing only if both skip them. Raises
+    UserError where frames alone are not even, and where more rows are missing than there are.
     """
-    steps = np.diff(frame)
-    if not len(steps):
-        return phase, frame
-    usual = float(np.sort(steps)[(len(steps) - 1) // 2])
-    longer = steps == steps.min() + 1
-    alternating = bool((longer | (steps == steps.min())).all()) and longer.mean() >= 0.25 and len(steps) > 3
-    even = np.abs(steps - usual) <= 0.5 * usual + 1e-9 + alternating
-    mean = float(steps[even].mean())
-    rows = np.where(even, 1.0, np.round(steps / mean))
-    wrong = np.flatnonzero(~even & ((rows < 2) | (np.abs(steps / mean - rows) > 0.25)))
-    if len(wrong) or rows.sum() > 2 * len(frame):
-        row = int(wrong[0]) + 1 if len(wrong) else int(rows.argmax()) + 1
-        many = "" if len(wrong) else "; more rows are missing than there are"
-        raise where.error(
-            row, f"has frame {frame[row]:g} after {frame[row - 1]:g}, where rows are {usual:g} apart{many}"
-        )
+    rows, usual, uneven = _rows_passed(frame)
+    if time_s is not None:
+        rows, uneven = np.minimum(rows, _rows_passed(time_s)[0]), np.zeros_like(uneven)
+    if uneven.any() or rows.sum() > 2 * len(frame):
+        row = int(uneven.argmax() if uneven.any() else rows.argmax()) + 1
+        many = "" if uneven.any() else "; more rows are missing than there are"
+        apart = f"has frame {frame[row]:g} after {frame[row - 1]:g}, where rows are {usual:g} apart{many}"
+        raise where.error(row, apart)
     position = np.r_[0, np.cumsum(rows)].astype(np.int64)
     filled = np.full(int(position[-1]) + 1, -1, np.int16)
     filled[position] = phase
     return filled, np.interp(np.arange(len(filled)), position, frame)
+
+
+def _rows_passed(numbers: NDArray[np.float64]) -> tuple[NDArray[np.float64], float, NDArray[np.bool_]]:
+    """How many rows each number is after the one before it (T - 1,), the usual distance, and where it fits neither.
+
+    Sampling 25 fps at 10 gives steps of 2 and 3 (and 30 at 20 as many of 1 as of 2), so only a step of about a whole
+    number of usual ones skips rows.
+    """
+    steps = np.diff(numbers)
+    if not len(steps):
+        return steps, 0.0, np.zeros(0, bool)
+    usual, even = _usual_step(steps)
+    rows = np.where(even, 1.0, np.maximum(np.round(steps / usual), 1.0))
+    return rows, usual, ~even & ((rows < 2) | (np.abs(steps / usual - rows) > 0.25))
+
+
+def _usual_step(steps: NDArray[np.float64]) -> tuple[float, NDArray[np.bool_]]:
+    """The mean of the steps that are about as long as most, and which (T - 1,) are."""
+    middle = float(np.sort(steps)[(len(steps) - 1) // 2])
+    longer = steps == steps.min() + 1
+    alternating = bool((longer | (steps == steps.min())).all()) and longer.mean() >= 0.25 and len(steps) > 3
+    even = np.abs(steps - middle) <= 0.5 * middle + 1e-9 + alternating
+    return float(steps[even].mean()), even
 
 
 def _phases(

@@ -123,24 +123,20 @@ def _by_number(
     sparser = predicted if step_p > 0.999 * step_t else truth
     grid = t
     if sparser is predicted:
-        before = np.arange(p[0] - step, t[0] - small, -step)[::-1]
-        grid = np.concatenate([before, p, np.arange(p[-1] + step, t[-1] + small, step)])
+        before, after = np.arange(p[0] - step, t[0] - small, -step)[::-1], np.arange(p[-1] + step, t[-1] + small, step)
+        grid = np.concatenate([before, p, after])
     row_t, row_p = _rows_of(t, grid, small), _rows_of(p, grid, small)
-    if sparser is predicted:
-        own = slice(len(before), len(before) + len(p))
-        off = bool((np.abs(t[row_t[own]] - grid[own]) > small)[row_t[own] >= 0].any())
-        unscored = int((row_t < 0).sum())
-    else:
-        off = bool((np.abs(p[row_p] - grid) > small)[row_p >= 0].any())
+    labels, guesses = _taken(truth.phase, row_t), _taken(predicted.phase, row_p)
+    off = np.maximum(np.abs(t[row_t] - grid), np.abs(p[row_p] - grid)) > small
+    covered = row_t >= 0
+    unscored = int((~covered).sum())
+    if sparser is truth:
         unscored = int(((p < t[0] - small) | (p > t[-1] + step - small)).sum() * step_p / step_t)
-    labels = np.where(row_t >= 0, truth.phase[row_t], np.int16(-1))
     sure = step > 1.0 + 1e-6 or (truth.fps is not None and predicted.fps is not None)
     allowed = len(grid) * _HALF if sure else max(1.0, len(grid) * _TOLERANCE)
     absent = int(((row_p < 0) & (labels >= 0)).sum())
-    if off or max(absent, unscored) > allowed:
+    if off[(labels >= 0) & (guesses >= 0)].any() or max(absent, unscored) > allowed:
         raise _unmatched(truth, predicted, annotation_fps, why)
-    guesses = np.where(row_p >= 0, predicted.phase[row_p], np.int16(-1))
-    covered = row_t >= 0
     said = stated_fps(sparser, annotation_fps)
     return _matched(labels[covered], guesses[covered], said, "by frame number", unscored)
 

@@ -306,6 +306,21 @@ def test_whatever_rows_are_lost_no_frame_is_compared_with_another(tmp_path, data
     assert sum(found.about["frames_without_prediction"].values()) == sum(phase == -2 for _, phase in wanted)
 
 
+def test_predictions_of_a_variable_rate_against_annotations_of_every_frame(tmp_path):
+    """Uneven frame numbers with times beside them, a row lost: the rows that are there meet their own frames."""
+    frame = np.array([0, 24, 50, 74, 75, 100, 126, 175, 200, 225])
+    time_s = np.array([0, 1.01, 1.98, 2.99, 8, 9, 10, 12, 13, 14])
+    truth = np.repeat([0, 1, 2], [51, 60, 120])
+    shown = folder(tmp_path / "p")
+    write_prediction_csv(
+        shown / "1.csv", frame, time_s, truth[frame].astype(np.int8), np.eye(7)[truth[frame]], None, CHOLEC80
+    )
+    found = read_pairs(shown, Reading(folder(tmp_path / "t", **{"1": rows(truth)})), CHOLEC80)
+    assert found.predicted["video01"].tolist() == [0, 0, 0, 1, 1, 1, 2, -2, 2, 2, 2]
+    assert found.truth["video01"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
+    assert found.fps == pytest.approx(1, rel=0.02)
+
+
 def test_as_many_rows_that_start_later_are_matched_by_number(tmp_path):
     found = pairs(tmp_path, {"1": rows([1, 2, 2, 3], 25, 25)}, {"1": rows([0, 1, 2, 2], 25)})
     assert found.truth["video01"].tolist() == [0, 1, 2, 2]

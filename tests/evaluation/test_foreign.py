@@ -146,6 +146,20 @@ def test_rows_are_filled_in_at_their_own_numbers(tmp_path):
     assert found.step == 25
 
 
+def test_frames_of_a_variable_rate_are_rows_of_their_own(tmp_path):
+    """As our prediction files of such videos are: the times say the rate, and no row is missing but by both."""
+    frame = np.array(
+        [0, 24, 50, 74, 75, 100, 126, 175]
+    )  # a pause of five seconds before 75, then a lost row before 175
+    time_s = np.array([0, 1.01, 1.98, 2.99, 8, 9, 10, 12])
+    path = tmp_path / "video41.csv"
+    write_prediction_csv(path, frame, time_s, np.zeros(8, np.int8), np.eye(7)[np.zeros(8, int)], None, CHOLEC80)
+    found = read(path)
+    assert found.phase.tolist() == [0] * 7 + [-1, 0]
+    assert found.frame.tolist() == [*frame[:7], 150.5, 175]
+    assert found.fps == pytest.approx(1, rel=0.02)
+
+
 ONE_HOT = "1 0 0 0 0 0 0\n0 0 0 0 0 0 1\n0 0 0 0 1 0 0\n"
 
 
