@@ -637,12 +637,21 @@ def evaluate(
     with _stop_when_asked() as stop:
         if _takes_joint(model, run):
             _refuse("a joint net, which reads pictures", _given("features"))
+            from configs.load import keys_given
             from stage2_temporal.joint_evaluate import evaluate_joint
 
             resolved = _config(source, overrides, {"data.index": index_file})
             index, root = _dataset(resolved)
             metrics = evaluate_joint(
-                resolved, run, index, root, split=split, inference=inference, other=index_file is not None, stop=stop
+                resolved,
+                run,
+                index,
+                root,
+                split=split,
+                inference=inference,
+                other=index_file is not None,
+                stop=stop,
+                given=keys_given(source, overrides),
             )
         else:
             metrics = evaluate_run(
@@ -680,6 +689,7 @@ def predict(
     are those the net was trained with. A video that cannot be read is reported, the others go on; the exit code is
     then 1. Research only, not a medical device.
     """
+    from configs.load import keys_given
     from stage2_temporal.new_videos import joint_net, pair_of_stages, predict_new_videos
 
     run = _run(_config(source, overrides), source, name)
@@ -691,12 +701,13 @@ def predict(
         _refuse_trusted(trusted, _unless_encoder_is_a_file(resolved))
         if not _uses_stage_one(resolved):
             _refuse("--from-joint, extract.checkpoint or extract.encoder=initial", _given("cnn_run"))
+    given = keys_given(source, overrides)
     with _stop_when_asked() as stop:
         if joint:
-            recogniser = joint_net(resolved, run, inference)
+            recogniser = joint_net(resolved, run, inference, given)
         else:
             encoder_run = _run(resolved, source, cnn_run) if cnn_run else None
-            recogniser = pair_of_stages(resolved, run, encoder_run, inference, trusted=trusted)
+            recogniser = pair_of_stages(resolved, run, encoder_run, inference, trusted=trusted, given=given)
         report = predict_new_videos(recogniser, videos, out or run / "predict", draw=draw, stop=stop)
     _print_report(report)
 
@@ -709,7 +720,8 @@ def predict(
 @click.option(
     "--normalisation",
     type=click.Choice(["main", "pytorch1.2.0"]),
-    help="Which release's mean and deviation its pictures had. Default: as its layers and keys give away.",
+    help="Which release's mean and deviation its pictures had. Default: preprocess.mean and preprocess.std where --set "
+    "or a file of your own gives them, otherwise as its layers and keys give away.",
 )
 @click.option(
     "--variant",
@@ -733,13 +745,15 @@ def import_checkpoint_command(
 
     Says what was in the file and what its name tells; nothing in it is run.
     """
+    from configs.load import keys_given
     from stage2_temporal.original_runs import ImportRequest, import_original
 
     if name is None:
         raise UserError("import-checkpoint: give the new run a name with --name RUN")
     resolved = _config(source, overrides)
     into = _run(resolved, source, into_run) if into_run else None
-    request = ImportRequest(file, phase_order, normalisation, variant, into, trusted)
+    given = keys_given(source, overrides)
+    request = ImportRequest(file, phase_order, normalisation, variant, into, trusted, given)
     click.echo(f"imported: {_sentence(import_original(resolved, _run(resolved, source, name), request))}")
 
 

@@ -6,7 +6,7 @@ import difflib
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -41,6 +41,27 @@ def load_config(
         return config
     _lay_over(tree, given)
     return _validate(Config, tree, "--set")
+
+
+class GivenKeys(NamedTuple):
+    """Dotted keys that the user gave, by `--set` and in a file that is no shipped preset."""
+
+    by_set: frozenset[str] = frozenset()
+    in_file: frozenset[str] = frozenset()
+
+    def any_of(self, *keys: str) -> list[str]:
+        """Those of some keys that were given, either way."""
+        return [key for key in keys if key in self.by_set | self.in_file]
+
+
+NO_KEYS = GivenKeys()
+
+
+def keys_given(source: str | Path | None, overrides: Iterable[str]) -> GivenKeys:
+    """Which settings `load_config` would take from the user."""
+    path = preset_path(source or DEFAULT_PRESET, PRESETS, "preset")
+    own = {} if path.resolve().parent == PRESETS else flatten(read_yaml(path))
+    return GivenKeys(frozenset(".".join(keys) for keys in _given_values(overrides, {})), frozenset(own))
 
 
 def load_dataset(name: str) -> DataSetSpec:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
+from configs.load import GivenKeys
 from configs.schema import AugmentConfig, PreprocessConfig
 from features.readers import FrameReader
 
@@ -27,6 +29,24 @@ if TYPE_CHECKING:
 
 Box = tuple[int, int, int, int]
 CropCount = Literal[1, 5, 10]
+
+
+def require_pictures_of(net: PreprocessConfig, asked: PreprocessConfig, given: GivenKeys, path: Path) -> None:
+    """Raise UserError where the user gave values of `preprocess` that a net, which `path` holds, was not made for."""
+    names = [key.partition(".")[2] for key in given.any_of(*(f"preprocess.{name}" for name in type(net).model_fields))]
+    differing = [name for name in names if getattr(asked, name) != getattr(net, name)]
+    if differing:
+        given_values = ", ".join(f"preprocess.{name}={_plain(getattr(asked, name))}" for name in differing)
+        own = ", ".join(str(_plain(getattr(net, name))) for name in differing)
+        raise UserError(
+            f"{path}: {given_values} given, and this net takes {own}; leave it out, or import or train the net with it "
+            "under another --name"
+        )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
 
 # Rec. 601 luma, as every published colour jitter (torchvision, Pillow) weighs it.
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)

@@ -71,6 +71,7 @@ class JointNet(nn.Module):
         self.mapping = linear(phase.head.hidden_dim, tools) if phase is not None and config.mapping else None
         self.gradient_checkpointing = False
         self.imported_from: str | None = None  # the file of the original programs that its weights go back to
+        self.unused: dict[str, Tensor] = {}  # of that file, by its names: layers without a part in the net
         self._part = "all"
 
     def forward(self, images: Tensor, state: State | None = None, lengths: Tensor | None = None) -> JointOutput:
@@ -221,7 +222,7 @@ def attach_joint(
     if net.phase is not None and other.phase is not None:
         _require_same_head(path, about["head"], head)  # two heads of the same shapes may still compute different things
     net.backbone.load_state_dict(other.backbone.state_dict())
-    net.imported_from = other.imported_from
+    net.imported_from, net.unused = other.imported_from, other.unused
     for name in ("tool_head", "phase", "mapping"):
         mine, theirs = getattr(net, name), getattr(other, name)
         if mine is None or theirs is None:
@@ -315,11 +316,12 @@ def _last_only(phase: Tensor, lengths: Tensor) -> Tensor:
 def describe_joint(
     net: JointNet, head: HeadConfig | None, config: Config, spec: DataSetSpec, step: str
 ) -> dict[str, Any]:
-    """What a checkpoint says besides tensors, so that the net can be built again and fed rightly (plain values)."""
+    """What a checkpoint says besides tensors, so that the net can be built again and fed rightly."""
     return {
         "kind": KIND,
         "step": step,
         "imported_from": net.imported_from,
+        **({"unused": net.unused} if net.unused else {}),
         "backbone": net.backbone.name,
         "embedding_dim": net.backbone.embedding_dim,
         "net": net.net_config.model_dump(mode="json"),
@@ -352,6 +354,7 @@ def load_joint(path: Path) -> tuple[JointNet, dict[str, Any]]:
         net.load_state_dict(weights)
     except (ValidationError, KeyError, RuntimeError, TypeError) as error:
         raise UserError(f"{path}: damaged, or of another version ({str(error).splitlines()[0]})") from error
+    net.unused = content.pop("unused", {})
     net.imported_from = content.get("imported_from") or (content.get("original") or {}).get("file")
     return net.eval(), content
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from configs.errors import UserError
+from configs.load import NO_KEYS, GivenKeys
 from configs.schema import Config, PreprocessConfig
 from engine.device import choose_device, choose_precision, lower_precision
 from engine.files import read_json_object
@@ -22,6 +23,7 @@ from evaluation.model_card import write_model_card
 from evaluation.tools import choose_thresholds, evaluate_tools, sigmoid
 from features.catalogue import say_left_out
 from features.index import Index, frame_times_s
+from features.preprocess import require_pictures_of
 from features.store import VideoFeatures
 from stage1_cnn.frames import recorded_faults
 from stage2_temporal.evaluate import METRICS_FILE, Material, entries_of, print_metrics, score_and_write, summary_of
@@ -40,19 +42,22 @@ def evaluate_joint(
     inference: Inference | None = None,
     other: bool = False,
     stop: StopRequest,
+    given: GivenKeys = NO_KEYS,
 ) -> dict[str, Any]:
     """Score a run's joint net on one split of the index; returns the metrics (percent) that `metrics.json` holds.
 
     Writes into `RUN/evaluate/`, and the outcome on the test split into `RUN/summary.json` and `RUN/MODEL_CARD.md`; for
     another index than the run's (`other`) into a folder with its name in front, and nowhere else. Videos that cannot be
-    read are left out and said. Pictures are prepared as in training, whatever the settings say; crops are
-    `joint.crops`. Raises UserError when the net's classes or sampling rate are not the data's, Stopped when asked to
-    stop.
+    read are left out and said. Pictures are prepared as in training, whatever a preset says; crops are
+    `joint.crops`. Raises UserError where the user gave another preparation (`given`) and when the net's classes or
+    sampling rate are not the data's, Stopped when asked to stop.
     """
     path = joint_checkpoint(run)
     net, about = load_joint(path)
     _require_same_world(path, about, index, config.data.fps)
-    config = config.model_copy(update={"preprocess": PreprocessConfig(**about["preprocess"])})
+    preprocess = PreprocessConfig(**about["preprocess"])
+    require_pictures_of(preprocess, config.preprocess, given, path)
+    config = config.model_copy(update={"preprocess": preprocess})
     index = index.without(recorded_faults(path.parent, index))
     entries = entries_of(index, split, str(config.data.index))
     way = chosen_inference(inference, about["inference"], net.phase, path)

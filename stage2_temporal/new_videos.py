@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from configs.errors import UserError
-from configs.load import load_dataset
+from configs.load import NO_KEYS, GivenKeys, load_dataset
 from configs.schema import Config, DataSetSpec, PreprocessConfig
 from engine.device import choose_device, choose_precision, lower_precision
 from engine.files import NoRoomError, atomic_path, inside, make_folder, read_json, sha256_file, write_json
@@ -30,7 +30,7 @@ from evaluation.predictions import write_prediction_csv
 from evaluation.tools import sigmoid
 from features.ids import file_stem
 from features.index import Index, VideoEntry, frame_times_s, index_of_source, sampled_frames
-from features.preprocess import normalise, preprocess_from_json
+from features.preprocess import normalise, preprocess_from_json, require_pictures_of
 from features.video_writer import encode_mp4
 from stage1_cnn.encoder import load_encoder
 from stage1_cnn.extract import crop_batches
@@ -92,13 +92,20 @@ class PredictReport:
 
 
 def pair_of_stages(
-    config: Config, run: Path, cnn_run: Path | None = None, inference: Inference | None = None, *, trusted: bool = False
+    config: Config,
+    run: Path,
+    cnn_run: Path | None = None,
+    inference: Inference | None = None,
+    *,
+    trusted: bool = False,
+    given: GivenKeys = NO_KEYS,
 ) -> Recogniser:
     """Stage two of `run` behind the encoder that its features came from.
 
     That is `cnn_run`'s stage one (by default the same run's), or what `extract.checkpoint` or `extract.encoder` say.
 
-    Raises UserError when the two were not trained together, or the head needs whole videos.
+    Raises UserError when the two were not trained together, the head needs whole videos, or the user gave another
+    preparation of pictures (`given`).
     """
     folder = run / "temporal"
     model, about = load_temporal(folder)
@@ -107,6 +114,7 @@ def pair_of_stages(
     if not recorded:
         raise UserError(f"{folder / 'best.pt'}: does not say what made its features; train it again")
     preprocess = preprocess_from_json(recorded["preprocess"], str(folder / "best.pt"))
+    require_pictures_of(preprocess, config.preprocess, given, folder / "best.pt")
     config = _as_trained(config, preprocess, recorded["fps"], recorded)
     spec = load_dataset(config.data.dataset)
     require_same_classes(folder / "best.pt", "phases", about["phases"], spec.phases)
@@ -145,14 +153,16 @@ def _with_other_ways(error: UserError, run: Path, cnn_run: Path | None) -> UserE
     )
 
 
-def joint_net(config: Config, run: Path, inference: Inference | None = None) -> Recogniser:
-    """The joint net of `run`. Raises UserError for one without a phase branch or with other classes."""
+def joint_net(config: Config, run: Path, inference: Inference | None = None, given: GivenKeys = NO_KEYS) -> Recogniser:
+    """The joint net of `run`. Raises UserError for one without a phase branch or with other classes or pictures."""
     path = joint_checkpoint(run)
     net, about = load_joint(path)
     if net.phase is None:
         raise UserError(f"{path}: a net for tools alone; predict needs a phase branch, `extract --from-joint` does not")
     inference = chosen_inference(inference, about["inference"], net.phase, path)
-    config = _as_trained(config, PreprocessConfig(**about["preprocess"]), about["fps"], about)
+    preprocess = PreprocessConfig(**about["preprocess"])
+    require_pictures_of(preprocess, config.preprocess, given, path)
+    config = _as_trained(config, preprocess, about["fps"], about)
     spec = load_dataset(config.data.dataset)
     require_same_classes(path, "phases", about["phases"], spec.phases)
     if net.tool_head is not None:

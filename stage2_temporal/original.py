@@ -212,13 +212,13 @@ def choose_normalisation(original: Original, asked: str | None) -> tuple[str, st
 
 @dataclass(frozen=True)
 class Original:
-    """A state dict that was recognised; names without `module.`, layers without use left out."""
+    """A state dict that was recognised; names without `module.`, layers without use apart."""
 
     variant: Variant
     backbone: str
     tensors: Mapping[str, Tensor] = field(repr=False)
     prefixed: bool
-    dropped: tuple[str, ...] = ()
+    unused: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     guessed: bool = False  # neither layers nor a name nor the user said which of two nets it is
 
     @property
@@ -292,7 +292,7 @@ def recognise(state: Mapping[str, Tensor], source: Path, asked: str | None = Non
         _backbone_name(used),
         used,
         prefixed=any(name.startswith(PREFIX) for name in state),
-        dropped=tuple(sorted(layers & variant.unused)),
+        unused={name: tensor.clone() for name, tensor in tensors.items() if name not in used},
         guessed=guessed,
     )
 
@@ -378,6 +378,7 @@ def to_joint(original: Original, spec: DataSetSpec, order: Sequence[str] | None,
             rows = original.tensors[f"{_PHASE_LAYER}.{part}"]
             ours[names[f"{_PHASE_LAYER}.{part}"]] = torch.empty_like(rows).index_copy_(0, ids, rows)
     net.load_state_dict(ours)
+    net.unused = dict(original.unused)
     return net
 
 
@@ -445,6 +446,7 @@ def to_original(
     """
     ours = net.state_dict()
     state = {theirs: ours[mine].detach().clone() for theirs, mine in _names(variant, ours).items()}
+    state |= {name: tensor for name, tensor in net.unused.items() if name.partition(".")[0] in variant.unused}
     if net.phase is not None:
         _fold(state, net.phase.standardise)
     if order is not None:

@@ -11,13 +11,14 @@ import torch
 from pydantic import TypeAdapter
 
 from configs.errors import UserError
-from configs.load import load_config, load_dataset
-from configs.schema import Config, DataSetSpec, HeadConfig, LstmHead
+from configs.load import NO_KEYS, GivenKeys, flatten, load_config, load_dataset
+from configs.schema import Config, DataSetSpec, HeadConfig, LstmHead, PreprocessConfig
 from engine.checkpoints import load_foreign_state, save_checkpoint, save_foreign_weights
 from engine.files import read_json_object, sha256_file
 from engine.progress import say
 from engine.runs import RESULT_FILE, StageFolder
 from features.class_order import describe_order, parse_phase_order
+from features.preprocess import require_pictures_of
 from stage1_cnn.model import linear, weights_sha256
 from stage1_cnn.weights import below
 from stage2_temporal.joint import (
@@ -59,19 +60,21 @@ class ImportRequest:
     variant: str | None = None
     into: Path | None = None  # run whose net a mapping alone is added to
     trusted: bool = False
+    given: GivenKeys = NO_KEYS  # settings that are the user's word, not a preset's
 
 
 def import_original(config: Config, run: Path, request: ImportRequest) -> dict[str, Any]:
     """Turn a file of the original programs into `RUN/joint/imported/`, saying what was in it; returns the result.
 
-    `config` gives the data set, the rate and the geometry of pictures; all else comes from the file and is written
-    beside the net as settings that fit it. Raises UserError for anything that is not such a file, for a file that
-    does not fit the data set, and where RUN holds another joint net.
+    `config` gives the data set, the rate and the geometry of pictures, and their normalisation where the user gave it;
+    all else comes from the file and is written beside the net as settings that fit it. Raises UserError for anything
+    that is not such a file, for a file that does not fit the data set or what `--set` says, and where RUN holds another
+    joint net.
     """
     tensors = load_foreign_state(request.file, request.trusted)
     state = below("share", tensors, "a net of the original programs", request.file)
     if is_mapping(state):
-        return _import_mapping(run, request, state)
+        return _import_mapping(config, run, request, state)
     if request.into is not None:
         raise UserError(f"{request.file}: --into is for the mapping alone, and this is a whole net")
     original = recognise(state, request.file, request.variant)
@@ -79,8 +82,8 @@ def import_original(config: Config, run: Path, request: ImportRequest) -> dict[s
     _require_phases(original.phases, request.phase_order, request.file)
     order = parse_phase_order(request.phase_order, spec, str(request.file)) if original.phases else None
     net = to_joint(original, spec, order, request.file)
-    normalisation, reason = choose_normalisation(original, request.normalisation)
-    fitting = _fitting_settings(config, original, request.file, normalisation)
+    normalisation, reason = _normalisation(config, original, request)
+    fitting = _fitting_settings(config, original, request, normalisation)
     for line in _findings(request.file, original, order, normalisation, reason, fitting):
         say(line)
     provenance = {
@@ -100,8 +103,27 @@ def _require_phases(phases: object, phase_order: str | None, where: Path) -> Non
         raise UserError(f"--phase-order: {where} is a net for tools alone; leave it out")
 
 
-def _fitting_settings(config: Config, original: Original, file: Path, normalisation: str) -> Config:
-    """The settings with those that the file decides: `train-joint --from-joint` and `extract` take them as they are."""
+def _normalisation(config: Config, original: Original, request: ImportRequest) -> tuple[str, str]:
+    """One of `NORMALISATIONS`, or `given` for the user's own values, and the reason in words."""
+    name, reason = choose_normalisation(original, request.normalisation)
+    keys = request.given.any_of("preprocess.mean", "preprocess.std")
+    found, asked = NORMALISATIONS[name], config.preprocess
+    if not keys or (found.mean, found.std) == (asked.mean, asked.std):
+        return name, reason
+    if request.normalisation is not None:
+        if request.given.by_set.isdisjoint(keys):
+            return name, reason
+        raise UserError(f"{request.file}: --normalisation {name} and --set {keys[0]} differ; give one of them")
+    if len(keys) == 1:
+        raise UserError(f"{request.file}: {keys[0]} is given alone; give preprocess.mean and preprocess.std")
+    return "given", f"as preprocess.mean and preprocess.std say; {name} would be taken otherwise: {reason}"
+
+
+def _fitting_settings(config: Config, original: Original, request: ImportRequest, normalisation: str) -> Config:
+    """The settings with those that the file decides: `train-joint --from-joint` and `extract` take them as they are.
+
+    Raises UserError where `--set` gives another value for one of them.
+    """
     tree = config.model_dump()
     tree["cnn"] |= {"backbone": original.backbone, "weights": "random"}  # every weight is in the file
     if original.head is not None:
@@ -109,11 +131,21 @@ def _fitting_settings(config: Config, original: Original, file: Path, normalisat
     tree["joint"]["net"] = original.net.model_dump()
     if not original.net.mapping:
         tree["joint"] |= {"mapping": None, "correlation": None}
-    named = parse_file_name(file.name)
-    tree["joint"]["sequence"] |= {"mode": "clips", "inference": "clip"} | ({"frames": named.frames} if named else {})
-    chosen = NORMALISATIONS[normalisation]
-    tree["preprocess"] |= {"mean": chosen.mean, "std": chosen.std}
-    return Config.model_validate(tree)
+    named = parse_file_name(request.file.name)
+    clips = {"mode": "clips", "inference": "clip"} | ({"frames": named.frames} if named else {})
+    by_set = request.given.by_set
+    tree["joint"]["sequence"] |= {key: clips[key] for key in clips if f"joint.sequence.{key}" not in by_set}
+    if normalisation != "given":
+        chosen = NORMALISATIONS[normalisation]
+        tree["preprocess"] |= {"mean": chosen.mean, "std": chosen.std}
+    fitting = Config.model_validate(tree)
+    asked, settled = flatten(config.model_dump()), flatten(fitting.model_dump())
+    if overruled := [key for key in sorted(by_set) if key in asked and asked[key] != settled.get(key)]:
+        key = overruled[0]
+        raise UserError(
+            f"{request.file}: {key}={asked[key]} is given, and the file's net has {settled.get(key)}; leave it out"
+        )
+    return fitting
 
 
 def _findings(
@@ -126,8 +158,9 @@ def _findings(
     )
     if named and named.variant and named.variant != original.variant.name:
         yield f"note: named like {VARIANTS[named.variant].title}, but its layers are another net's"
-    if original.dropped:
-        yield f"left out, since a net for tools does not use them: {', '.join(original.dropped)}"
+    if original.unused:
+        layers = sorted({name.partition(".")[0] for name in original.unused})
+        yield f"kept for export alone, since a net for tools does not use them: {', '.join(layers)}"
     elif original.guessed:
         yield "note: a net for tools may hold an unused LSTM, and then looks like this; if it is one: --variant tool"
     if order:
@@ -144,7 +177,9 @@ def _findings(
     )
 
 
-def _import_mapping(run: Path, request: ImportRequest, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def _import_mapping(
+    config: Config, run: Path, request: ImportRequest, state: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
     """A new run with the net of `--into` and the mapping of the file."""
     file = request.file
     if request.into is None:
@@ -158,6 +193,7 @@ def _import_mapping(run: Path, request: ImportRequest, state: Mapping[str, torch
         raise UserError(f"{given[0]}: {file} is the mapping alone, and the net of --into has all else; leave it out")
     path = joint_checkpoint(request.into)
     net, about = load_joint(path)
+    require_pictures_of(PreprocessConfig(**about["preprocess"]), config.preprocess, request.given, path)
     head = _head_of(about)
     if net.phase is None or not net.tools or net.mapping is not None:
         raise UserError(f"{path}: --into wants a net for phases and tools that has no mapping yet")
@@ -166,8 +202,8 @@ def _import_mapping(run: Path, request: ImportRequest, state: Mapping[str, torch
     net.mapping = linear(head.hidden, net.tools)
     net.mapping.load_state_dict(mapping_tensors(state, net.mapping.state_dict(), file))
     net.net_config = net.net_config.model_copy(update={"mapping": True})
-    config = load_config(path.parent / "config.yaml")
-    fitting = config.model_copy(update={"joint": config.joint.model_copy(update={"net": net.net_config})})
+    fitting = load_config(path.parent / "config.yaml")
+    fitting = fitting.model_copy(update={"joint": fitting.joint.model_copy(update={"net": net.net_config})})
     named = parse_file_name(file.name)
     say(f"{file}: the mapping from the phase branch (LSTM {head.hidden}) to {net.tools} tools")
     say(f"its name says: {named.sentence()}" if named else "its name says nothing of its run")
@@ -190,7 +226,8 @@ def _write_run(run: Path, config: Config, net: JointNet, about: Mapping[str, Any
     if trained:
         raise UserError(f"{run / FOLDER / trained[0]}: this run has a trained joint net; choose another --name")
     content = {key: value for key, value in about.items() if key not in ("format", "identity", "scores")}
-    identity = content | {"weights_sha256": weights_sha256(net)}
+    identity = {key: value for key, value in content.items() if key != "unused"}  # whose file `original` names
+    identity["weights_sha256"] = weights_sha256(net)
     stage = StageFolder(run, f"{FOLDER}/{IMPORTED}", config, identity)
     path = stage.path / "best.pt"
     found = stage.result
@@ -284,7 +321,7 @@ def _notes_of_export(
         yield "standardisation of embeddings, which the original lacks, is now in the LSTM's input weights and bias"
     pictures = about["preprocess"]
     yield f"the file says nothing of pictures: this net takes mean {pictures['mean']}, std {pictures['std']}"
-    if variant.unused:
+    if variant.unused and not net.unused:
         yield "the original tool program also has an LSTM that it does not use: load with strict=False there"
     head = about["head"] or {}
     widths = {head.get("hidden", UNITS), head.get("fc_hidden") or UNITS, net.net_config.tool_hidden or UNITS}

@@ -59,6 +59,14 @@ def test_an_imported_net_is_evaluated_trained_on_encoded_with_and_exported(tmp_p
     assert "MTRCNet-CL" in output
     assert "0 close, 1 open, 2 cut" in output
     succeed("evaluate", *settings, "--model", "joint", "--name", "old")
+    other = ["--set", "preprocess.mean=[0.5, 0.5, 0.5]", "--set", "preprocess.std=[0.5, 0.5, 0.5]"]
+    done = call("evaluate", *settings, *other, "--model", "joint", "--name", "old")
+    assert done.exit_code == 2
+    assert (
+        "joint/imported/best.pt: preprocess.mean=[0.5, 0.5, 0.5], preprocess.std=[0.5, 0.5, 0.5] given" in done.output
+    )
+    assert "normalisation given" in succeed("import-checkpoint", str(file), *settings, *other, "--name", "mine", *ORDER)
+    succeed("evaluate", *settings, *other, "--model", "joint", "--name", "mine")
     metrics = json.loads((tmp_path / "runs/old/evaluate/test/metrics.json").read_text())
     assert metrics["inference"] == "clip"
     assert metrics["mapped_tools"]["map_pooled"] is not None

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from configs.load import load_config, load_dataset
-from configs.schema import Config
+from configs.load import GivenKeys, load_config, load_dataset
+from configs.schema import Config, LstmHead
 from engine.checkpoints import load_checkpoint, load_foreign_state, save_checkpoint
 from engine.files import sha256_file
 from features.class_order import ids_of_order
-from stage2_temporal.joint import joint_checkpoint, load_joint
+from stage1_cnn.model import build_backbone
+from stage2_temporal.joint import attach_joint, build_joint, describe_joint, joint_checkpoint, load_joint
+from stage2_temporal.new_videos import joint_net
 from stage2_temporal.original_runs import ImportRequest, export_original, import_original
 from tests.stage2_temporal.originals import LINEAR, original_state, restated
 
@@ -155,6 +157,125 @@ def test_the_mapping_alone_goes_into_a_new_run(tmp_path: Path) -> None:
         bring_in(tmp_path, file, "third", order=None, into=plain)
     with pytest.raises(UserError, match="--into is for the mapping alone"):
         bring_in(tmp_path, tmp_path / TWO_LAYER, "third", order=None, into=first)
+
+
+def test_layers_that_a_net_for_tools_does_not_use_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The original tool program has them, and its strict load asks for them."""
+    state = original_state("multitask")
+    file = tmp_path / "net.pth"
+    torch.save(state, file)
+    with pytest.raises(UserError, match="phase-order"):
+        bring_in(tmp_path, file, order=None)  # by its layers it is the net for both
+    run = bring_in(tmp_path, file, order=None, variant="tool")
+    assert "kept for export alone, since a net for tools does not use them: fc, lstm" in capsys.readouterr().err
+    net, about = load_joint(joint_checkpoint(run))
+    assert (net.phase, "unused" in about) == (None, False)
+    written = export_original(settings(tmp_path), run, tmp_path / "out", None)
+    back = load_foreign_state(written)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
+    assert "strict=False" not in capsys.readouterr().err
+    tuned = build_joint(build_backbone("resnet18", "random", 0), net.net_config, None, 7, 7)
+    attach_joint(tuned, joint_checkpoint(run), SPEC.tools, SPEC.phases, LstmHead())
+    content = {"model": tuned.state_dict(), "scores": {}}
+    content |= describe_joint(tuned, None, settings(tmp_path), SPEC, "multitask")
+    save_checkpoint(tmp_path / "runs/tuned/joint/multitask/best.pt", content)
+    back = load_foreign_state(export_original(settings(tmp_path), tmp_path / "runs/tuned", tmp_path / "tuned", None))
+    assert back.keys() == state.keys()
+
+
+@pytest.mark.parametrize(
+    ("wrap", "prefixed"),
+    [
+        (lambda state: {"state_dict": state, "epoch": 3, "optimizer": {0: torch.zeros(2)}}, True),
+        (lambda state: {"net": {"model": state}}, True),
+        (lambda state: {f"_orig_mod.{name.removeprefix('module.')}": value for name, value in state.items()}, False),
+    ],
+)
+def test_wrappers_around_an_original_net_do_not_matter(tmp_path: Path, wrap: Any, prefixed: bool) -> None:
+    torch.save(wrap(original_state("cl")), tmp_path / CL)
+    run = bring_in(tmp_path, tmp_path / CL)
+    assert load_joint(joint_checkpoint(run))[1]["original"]["prefixed"] == prefixed
+    write(tmp_path, "plain.pth")
+    plain = bring_in(tmp_path, tmp_path / "plain.pth", "plain")
+    one, two = (load_checkpoint(joint_checkpoint(name))["model"] for name in (run, plain))
+    assert all(torch.equal(value, two[name]) for name, value in one.items() if isinstance(value, Tensor))
+
+
+MINE = {"mean": (0.5, 0.4, 0.3), "std": (0.25, 0.24, 0.23)}
+
+
+def given(*keys: str, in_file: bool = False) -> GivenKeys:
+    return GivenKeys(in_file=frozenset(keys)) if in_file else GivenKeys(frozenset(keys))
+
+
+def import_with(folder: Path, file: Path, said: GivenKeys, name: str = "old", **more: Any) -> dict[str, Any]:
+    blocks = more.pop("blocks", {"preprocess": MINE})
+    config = settings(folder, **blocks)
+    import_original(config, config.runs / name, ImportRequest(file, phase_order="mtrcnet", given=said, **more))
+    return load_checkpoint(joint_checkpoint(config.runs / name))
+
+
+BOTH = ("preprocess.mean", "preprocess.std")
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+def test_the_users_normalisation_wins_over_what_a_file_suggests(
+    tmp_path: Path, in_file: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, "net.pth", "pytorch1.2.0", prefix=False)
+    about = import_with(tmp_path, file, given(*BOTH, in_file=in_file))
+    assert (about["preprocess"]["mean"], about["preprocess"]["std"]) == (list(MINE["mean"]), list(MINE["std"]))
+    assert about["original"]["normalisation"] == "given"
+    said = capsys.readouterr().err
+    assert "normalisation given: mean (0.5, 0.4, 0.3)" in said
+    assert "pytorch1.2.0 would be taken otherwise: fc_h stands in" in said
+    by_preset = import_with(tmp_path, file, GivenKeys(), "preset")  # what a preset says is nobody's word
+    assert by_preset["original"]["normalisation"] == "pytorch1.2.0"
+
+
+def test_two_words_for_one_normalisation_are_refused(tmp_path: Path) -> None:
+    file = write(tmp_path, "net.pth", "cl")
+    with pytest.raises(UserError, match=r"preprocess\.std is given alone; give preprocess\.mean and preprocess\.std"):
+        import_with(tmp_path, file, given("preprocess.std"))
+    with pytest.raises(UserError, match=r"--normalisation main and --set preprocess\.mean differ; give one of them"):
+        import_with(tmp_path, file, given(*BOTH), normalisation="main")
+    about = import_with(tmp_path, file, given(*BOTH, in_file=True), normalisation="main")
+    assert about["original"]["normalisation"] == "main"  # an option is nearer than a file
+    assert not (tmp_path / "runs/old/joint/multitask").exists()
+
+
+def test_what_set_says_is_taken_at_import_or_refused(tmp_path: Path) -> None:
+    """The file's name says clips of 4 frames and its layers say 16 units."""
+    file = write(tmp_path, CL)
+    blocks = {"joint": {"sequence": {"mode": "clips", "frames": 6, "batch": 2}}, "temporal": {"head": {"hidden": 32}}}
+    with pytest.raises(UserError, match=r"temporal\.head\.hidden=32 is given, and the file's net has 16; leave it out"):
+        import_with(tmp_path, file, given("joint.sequence.frames", "temporal.head.hidden"), blocks=blocks)
+    assert import_with(tmp_path, file, given("joint.sequence.frames"), blocks=blocks)["frames"] == 6
+    assert import_with(tmp_path, file, GivenKeys(), "plain", blocks=blocks)["frames"] == 4
+
+
+def test_a_given_normalisation_is_never_overruled_when_a_net_is_used(tmp_path: Path) -> None:
+    run = bring_in(tmp_path, write(tmp_path, CL))
+    config = settings(tmp_path, preprocess=MINE)
+    for use in (
+        lambda said: joint_net(config, run, given=said),
+        lambda said: import_original(
+            config, tmp_path / "runs/new", ImportRequest(mapping_alone(tmp_path), into=run, given=said)
+        ),
+    ):
+        with pytest.raises(UserError) as error:
+            use(given(*BOTH))
+        assert "preprocess.mean=[0.5, 0.4, 0.3], preprocess.std=[0.25, 0.24, 0.23] given, and this net takes" in str(
+            error.value
+        )
+        assert str(error.value).endswith("leave it out, or import or train the net with it under another --name")
+    assert joint_net(config, run).config.preprocess.mean == (0.3456, 0.2281, 0.2233)  # a preset's values give way
+
+
+def mapping_alone(folder: Path) -> Path:
+    torch.save({"weight": torch.zeros(7, 16), "bias": torch.zeros(7)}, folder / "mapping.pth")
+    return folder / "mapping.pth"
 
 
 @pytest.mark.parametrize("variant", LINEAR)
