@@ -11,6 +11,7 @@ import fnmatch
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -245,6 +246,14 @@ class Index(Strict):
     def exclusions(self, exclude: Mapping[str, str]) -> dict[str, str]:
         """What `data.exclude` names of all that was found (`exclusions`)."""
         return exclusions(self.found_ids(), exclude, [one.id for one in self.passed_over])
+
+    def require_excluded(self, exclude: Collection[str], where: Path) -> None:
+        """Raise UserError where this index, of a feature folder, holds a video that `data.exclude` names."""
+        kept = [v.id for v in self.videos if v.id in exclude or any(fnmatchcase(v.id, name) for name in exclude)]
+        if kept:
+            raise UserError(
+                f"{where}: holds {kept[0]}, which data.exclude leaves out; run `index --force`, then extract"
+            )
 
     @property
     def missing(self) -> tuple[LeftOut, ...]:

@@ -115,6 +115,7 @@ def evaluate_run(
     if index_file is None:
         folder = find_feature_folder(features, run, config.extract.store)
         index = usable_index(folder)
+        index.require_excluded(config.data.exclude, folder)
     else:
         folder, index = _other_features(config, run, index_file, out / "features", features, stop)
     material = _load(folder, index, split, known_root(config))

@@ -65,6 +65,7 @@ def train_temporal(
     _require_sensible(config.temporal)
     processes = join(config.device, stop)
     data = processes.each(lambda: read_training_data(folder)) if data is None else data
+    data.index.require_excluded(config.data.exclude, folder)
     data = data.with_tool_logits() if config.temporal.tool_logits else data
     if processes.first:
         say_left_out(data.index)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from tests.commands import Ended, Forks
 from tests.stage1_cnn.material import FRAMES, SPEC, paint, phase_at
@@ -212,6 +213,30 @@ def test_features_are_asked_for_only_of_videos_in_a_split(work: Work) -> None:
     work.do("train-temporal", *part)
     work.do("evaluate", *part)
     work.do("evaluate", *part, "--split", "all")
+
+
+def test_folders_of_images_some_of_them_cut_short(work: Work) -> None:
+    """One image a label row, as demonstration data comes; a cut image costs its folder and no other."""
+    shutil.rmtree(work.folder / "data")
+    for number in range(1, 6):
+        folder = work.folder / f"data/case {number}"
+        folder.mkdir(parents=True)
+        for frame in range(24):
+            Image.fromarray(paint(frame, 64, 48)).save(folder / f"{frame:04d}.png")
+        rows = "".join(f"{frame}\t{SPEC.phases[frame // 8]}\n" for frame in range(24))
+        (folder.parent / f"case {number}.txt").write_text("Frame\tPhase\n" + rows)
+    for name in ("case 2/0010.png", "case 5/0020.png"):
+        cut = work.folder / "data" / name
+        cut.write_bytes(cut.read_bytes()[:300])
+    patterns = {**CLINIC["patterns"], "frames": r"(?P<id>case \d)"}
+    (work.folder / "clinic.yaml").write_text(yaml.safe_dump({**CLINIC, "annotation_fps": 5, "patterns": patterns}))
+    split = "data.split={train: [case 1, case 2], val: [case 3], test: [case 4, case 5]}"
+    said = work.do("run", "--set", split, code=1)
+    assert "left out: case 2: case 2: " in said or "left out: case 2: case 2/0010.png" in said
+    summary = work.json("runs/r/summary.json")
+    assert {video["id"] for video in summary["left_out"]} == {"case 2", "case 5"}
+    assert "0010.png" in summary["left_out"][0]["reason"]
+    assert (summary["split"], summary["test_videos"]) == ("1/1/1", 1)
 
 
 def test_the_joint_net_leaves_out_what_it_cannot_read(work: Work) -> None:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engine.files
+import stage1_cnn.encoder
 from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import CnnConfig, Config, DataConfig, ExtractConfig
@@ -332,6 +333,30 @@ def test_one_bad_video_does_not_end_the_others(own_world: World) -> None:
     np.testing.assert_array_equal(features(report.folder)["video02"], expected["video02"])
     assert json.loads((own_world.run / "extract/result.json").read_text())["failed"][0][0] == "video01"
     assert "3 failed" in report.sentence()
+
+
+def test_what_is_not_the_videos_fault_is_no_fault_of_it(own_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without memory, say: nothing is recorded, so that stage two asks for `extract` to be run again."""
+
+    def encoder_without_memory(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage1_cnn.encoder.Encoder, "__call__", encoder_without_memory)
+        with pytest.raises(UserError, match=r"RuntimeError: out of memory \(and 3 more videos"):
+            dump(own_world)
+    index = own_world.index()
+    (own_world.root / "video01.mp4").unlink()
+    report = dump(own_world, index=index)
+    report.require_others_done()
+    assert [video_id for video_id, _ in report.failed] == ["video01"]
+    assert [path.name for path in report.folder.glob("*.left_out.json")] == ["video01.left_out.json"]
+    (next(report.folder.glob("*4.h5"))).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(stage1_cnn.encoder.Encoder, "__call__", encoder_without_memory)
+        with pytest.raises(UserError, match=r"1 video\(s\) were not done, first video04: .* start again"):
+            dump(own_world, index=index).require_others_done()
+    assert [path.name for path in report.folder.glob("*.left_out.json")] == ["video01.left_out.json"]
 
 
 def test_batches_change_roundings_and_nothing_else(world: World, tmp_path: Path) -> None:

@@ -1,0 +1,128 @@
+"""Videos that stage two does without, what evaluation counts, and what its numbers depend on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.errors import UserError
+from configs.schema import Config
+from engine.stopping import StopRequest
+from features.store import feature_path, record_fault, rewrite_labels
+from stage2_temporal.data import read_training_data
+from stage2_temporal.evaluate import evaluate_run
+from stage2_temporal.train import train_temporal
+from tests.stage2_temporal.toy import cue_video, small, write_folder
+
+FRAMES = 40
+SPLITS = {"v1": "train", "v2": "train", "v3": "val", "v4": "test", "v5": "test"}
+SOURCE = "0" * 64
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Features of five videos with phases, tool logits and tool labels."""
+    rng = np.random.default_rng(0)
+    videos = {name: cue_video(rng, split, FRAMES) for name, split in SPLITS.items()}
+    logits = {name: rng.normal(size=(FRAMES, 2)).astype(np.float32) for name in videos}
+    made = write_folder(tmp_path / "features", videos, tool_logits=logits)
+    for name, (_, _, phase) in videos.items():
+        rewrite_labels(feature_path(made, name), phase, (logits[name] > 0.3).astype(np.int8), {})
+    return made
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return Config.model_validate({"device": "cpu", "runs": tmp_path, "temporal": small()})
+
+
+def relabel(folder: Path, name: str, phase: int = 0, tool: int = 0, **attributes: str) -> None:
+    tools = np.full((FRAMES, 2), tool, np.int8)
+    rewrite_labels(feature_path(folder, name), np.full(FRAMES, phase, np.int8), tools, attributes)
+
+
+def test_a_recorded_fault_leaves_a_video_out_until_its_source_changes(folder: Path) -> None:
+    record_fault(folder, "v2", "1" * 64, "damaged at frame 7")
+    assert read_training_data(folder).split["train"] == ["v1", "v2"]
+    record_fault(folder, "v2", SOURCE, "damaged at frame 7")
+    data = read_training_data(folder)
+    assert data.split == {"train": ["v1"], "val": ["v3"]}
+    assert [(video.id, video.split) for video in data.index.missing] == [("v2", "train")]
+    feature_path(folder, "v1").unlink()
+    with pytest.raises(UserError, match="no features of v1; run extract to make them"):
+        read_training_data(folder)
+    record_fault(folder, "v1", SOURCE, "no such file")
+    with pytest.raises(
+        UserError, match=r"no video is left in split train, since v1 \(and 1 more\) is left out: no such"
+    ):
+        read_training_data(folder)
+
+
+def test_features_of_a_video_that_is_excluded_since(folder: Path, config: Config, tmp_path: Path) -> None:
+    train_temporal(config, tmp_path / "run", folder, StopRequest())
+    data = config.data.model_copy(update={"exclude": {"other*": "", "v[25]": "no consent"}})
+    changed = config.model_copy(update={"data": data})
+    said = r"holds v2, which data.exclude leaves out; run `index --force`, then extract"
+    with pytest.raises(UserError, match=said):
+        train_temporal(changed, tmp_path / "run", folder, StopRequest())
+    with pytest.raises(UserError, match=said):
+        evaluate_run(changed, tmp_path / "run", features=folder, stop=StopRequest())
+
+
+def test_numbers_are_counted_by_task(folder: Path, config: Config, tmp_path: Path) -> None:
+    relabel(folder, "v5", phase=-1)
+    train_temporal(config, tmp_path / "run", folder, StopRequest())
+    metrics = evaluate_run(config, tmp_path / "run", features=folder, stop=StopRequest())
+    assert metrics["scored"] == {"phases": ["v4"], "tools": ["v4", "v5"]}
+    assert metrics["phases"]["temporal"]["pooled"]["about"]["videos_without_labels"] == ["v5"]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["test_videos"], summary["scored_videos"]) == (1, {"phases": 1, "tools": 2})
+    assert "v5" in summary["videos_without_labels"]["phases"]
+    card = (tmp_path / "run/MODEL_CARD.md").read_text()
+    assert "Evaluated on the split **test** (phases of 1 video and tools of 2 videos)." in card
+    assert (tmp_path / "run/evaluate/test/predictions/v5.csv").exists()
+
+
+def test_an_evaluation_is_made_again_when_what_it_depends_on_changes(
+    folder: Path, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    train_temporal(config, run, folder, StopRequest())
+
+    def thresholds_after(redone: bool) -> float:
+        capsys.readouterr()
+        metrics = evaluate_run(config, run, features=folder, stop=StopRequest(), redo=False)
+        assert ("unchanged" in capsys.readouterr().err) != redone
+        return metrics["tools"]["per_tool"]["t0"]["threshold"]
+
+    first = thresholds_after(redone=True)
+    assert thresholds_after(redone=False) == first
+    relabel(folder, "v3", phase=0, tool=1)  # a validation video
+    assert thresholds_after(redone=True) != first
+    result = json.loads((run / "temporal/result.json").read_text())
+    (run / "temporal/result.json").write_text(
+        json.dumps(result | {"majority_phase": 2 - result["majority_phase"] // 2})
+    )
+    thresholds_after(redone=True)
+    relabel(folder, "v4", source_sha256_ends="1" * 64)
+    thresholds_after(redone=True)
+    record_fault(folder, "v5", SOURCE, "damaged")
+    thresholds_after(redone=True)
+    thresholds_after(redone=False)
+
+
+def test_features_of_another_recording_are_another_training(folder: Path, config: Config, tmp_path: Path) -> None:
+    data = read_training_data(folder)
+    train_temporal(config, tmp_path / "run", folder, StopRequest())
+    phase = data.bank.phase_of(data.train[0]).numpy().astype(np.int8)
+    rewrite_labels(feature_path(folder, "v1"), phase, np.zeros((FRAMES, 2), np.int8), {"source_sha256_ends": "1" * 64})
+    with pytest.raises(UserError, match=r"this run exists with other settings \(sources_sha256"):
+        train_temporal(config, tmp_path / "run", folder, StopRequest())
+    identity = tmp_path / "run/temporal/identity.json"  # as it was before sources were in it
+    identity.write_text(
+        json.dumps({k: v for k, v in json.loads(identity.read_text()).items() if k != "sources_sha256"})
+    )
+    train_temporal(config, tmp_path / "run", folder, StopRequest())
