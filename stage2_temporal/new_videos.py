@@ -328,7 +328,7 @@ def _draw(
     """Every frame of the source with what was known by then below it."""
     entry, spec = index.videos[0], recogniser.spec
     with open_source(recogniser.config, entry, root, index) as reader:
-        shown = np.arange(prediction.frame_index[0], reader.frame_count, entry.image_stride)
+        shown = entry.image_frames[entry.image_frames >= prediction.frame_index[0]]
         samples = np.searchsorted(prediction.frame_index, shown, side="right") - 1
 
         def pictures() -> Iterator[NDArray[np.uint8]]:
@@ -342,6 +342,7 @@ def _draw(
                     bar.update()
 
         with atomic_path(path) as temporary:
-            time_s = frame_times_s(entry, shown) if entry.times else None
+            uneven = entry.times or (entry.frames and entry.frames.missing)
+            time_s = frame_times_s(entry, shown) if uneven else None
             rate = entry.fps / entry.image_stride
             encode_mp4(temporary, pictures(), rate, _ENCODER, stop.raise_if_set, time_s)
