@@ -31,6 +31,7 @@ from features.index import (
     index_summary,
     most_fps,
 )
+from features.labels import rate_of_rows
 from features.splits import assign_splits, split_is_asked_for
 
 ROOT_VARIABLE = "SURGSTAGE_DATA"
@@ -169,6 +170,26 @@ def _require_same_order(config: Config, index: Index) -> None:
         )
 
 
+def _require_same_numbers(config: Config, index: Index) -> None:
+    """Raise UserError where the settings say that rows or images count something else than they were indexed as."""
+    data = config.data
+    for entry in index.videos:
+        layout = entry.frames
+        wrong = layout is not None and (
+            (data.frame_numbering not in ("auto", layout.numbering))
+            or (data.folder_fps is not None and abs(entry.most_fps - data.folder_fps) > 0.005 * data.folder_fps)
+        )
+        for file in filter(None, (entry.phase_file, entry.tool_file)):
+            as_said = data.row_fps == "auto" or rate_of_rows(data.row_fps, entry.fps) == file.row_fps
+            wrong = wrong or not as_said or data.row_base not in ("auto", file.row_base)
+        if wrong:
+            raise UserError(
+                f"{data.index}: rows or images of {entry.id} were indexed as counting something else than data.row_fps,"
+                " data.row_base, data.frame_numbering or data.folder_fps says; run `index --force`, or choose another "
+                "data.index"
+            )
+
+
 def _grouped(notes: Sequence[str]) -> list[str]:
     """Notes that say the same of many files, as one line each; all of them stand in the index."""
     files: dict[str, list[str]] = {}
@@ -230,6 +251,7 @@ def open_dataset(config: Config) -> tuple[Index, Path]:
             f"{path}: holds {other.source}, which data.sources={config.data.sources} does not take; run "
             "`index --force`, or choose another data.index"
         )
+    _require_same_numbers(config, index)
     if index.made_from and not split_is_asked_for(config.data.split):
         _require_same_exclusions(config, index)
         return index, root

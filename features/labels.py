@@ -192,11 +192,11 @@ def read_numbers(lists: Sequence[tuple[Path, Track]], extent: Extent, data: Data
 def _read_numbers(
     path: Path, track: Track, slack: int, extent: Extent, data: DataConfig, other: Reading | None
 ) -> Reading:
-    rates: list[float | None] = [None, _rate(extent.row_fps, extent)]
+    rates: list[float | None] = [None, rate_of_rows(extent.row_fps, extent.fps)]
     if track.stride == 1:
-        rates += [_rate(extent.fps / extent.stride, extent), _rate(1.0, extent)]
+        rates += [rate_of_rows(extent.fps / extent.stride, extent.fps), rate_of_rows(1.0, extent.fps)]
     if data.row_fps != "auto":
-        rates = [_rate(data.row_fps, extent)]
+        rates = [rate_of_rows(data.row_fps, extent.fps)]
     candidates = [_Candidate.of(rate, track, slack, extent, data) for rate in dict.fromkeys(rates)]
     possible = [one for one in candidates if one.possible]
     exact = [one for one in possible if one.exact]
@@ -256,9 +256,9 @@ def _base(
     )
 
 
-def _rate(fps: float | Literal["source"], extent: Extent) -> float | None:
-    """A rate as `Reading` has it: None for the video's own."""
-    own = fps == "source" or abs(float(fps) - extent.fps) <= RATE_TOLERANCE * extent.fps
+def rate_of_rows(fps: float | Literal["source"], video_fps: float) -> float | None:
+    """A rate as `Reading` has it: None where numbers are those of the video's own frames."""
+    own = fps == "source" or abs(float(fps) - video_fps) <= RATE_TOLERANCE * video_fps
     return None if own else float(fps)
 
 

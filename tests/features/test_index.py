@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from configs.load import load_dataset
+from configs.load import load_config, load_dataset
 from configs.schema import DataConfig, DataSetSpec, SplitConfig
 from features.annotations import PhaseTrack, ToolTrack, read_content, write_phase_file, write_tool_file
+from features.catalogue import open_dataset
 from features.index import (
     Index,
     VideoEntry,
@@ -352,6 +354,13 @@ def test_index_shows_what_is_labelled_and_leaves_out_what_is_hardly(tmp_path: Pa
     assert ["video", "images", "used", "with", "a", "phase", "with", "tools"] in lines
     assert ["video01", "500", "20", "90.0%", "0.0%"] in lines
     assert ["video02", "600", "20", "90.0%", "0.0%"] in lines
+    for other in ("data.row_fps=source", "data.row_base=0"):
+        config = load_config("cholec80", [f"data.root={root}", f"data.index={tmp_path / 'index.json'}", other])
+        assert "index.json: rows or images of video01 were indexed as counting something else" in (
+            refusal(partial(open_dataset, config))
+        )
+    config = load_config("cholec80", [f"data.root={root}", f"data.index={tmp_path / 'index.json'}", "data.row_fps=1"])
+    assert [entry.id for entry in open_dataset(config)[0].videos] == ["video01", "video02"]
     insisted = run([*arguments, "--set", "data.min_labelled=0.3", "--force"], tmp_path)
     assert insisted.returncode == 0, insisted.stderr
     assert ["video03", "100", "4", "50.0%", "0.0%"] in [line.split() for line in insisted.stdout.splitlines()]
