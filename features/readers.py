@@ -310,7 +310,7 @@ def _open_container(path: Path, hardware: str | None = None) -> Any:
         if hardware is not None:
             raise _no_hardware(path, hardware, error) from error
         if found := what_it_is(path):
-            raise ReaderError(f"{path}: is {found}") from error
+            raise ReaderError(f"{path}: not a video that can be read: it is {found}") from error
         if _ends_early(path):
             raise ReaderError(
                 f"{path}: cut short, not even frame 0 can be had; copy it again or leave it out"
