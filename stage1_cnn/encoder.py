@@ -105,15 +105,14 @@ def load_encoder(config: Config, run: Path | None, tools: Sequence[str], trusted
 
     Raises UserError when there is no such checkpoint or it was trained on other tools or another backbone.
     """
-    if config.extract.checkpoint is not None:
-        encoder = _load_checkpoint(config, config.extract.checkpoint, tools)
-    elif config.extract.encoder == "initial":
-        backbone = initial_backbone(config, trusted=trusted)
-        encoder = Encoder(config, backbone, None, weights_sha256(backbone), len(tools))
-    else:
+    with torch.random.fork_rng(devices=[]):  # nets are built with weights drawn at random before they are loaded
+        if config.extract.checkpoint is not None:
+            return _load_checkpoint(config, config.extract.checkpoint, tools)
+        if config.extract.encoder == "initial":
+            backbone = initial_backbone(config, trusted=trusted)
+            return Encoder(config, backbone, None, weights_sha256(backbone), len(tools))
         net = _load_finetuned(config, run, tools)
-        encoder = Encoder(config, net.backbone, net.tool_head, weights_sha256(net), len(tools))
-    return encoder
+        return Encoder(config, net.backbone, net.tool_head, weights_sha256(net), len(tools))
 
 
 def _load_checkpoint(config: Config, path: Path, tools: Sequence[str]) -> Encoder:

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -114,6 +118,24 @@ def test_the_file_holds_what_the_contract_lists(world: World) -> None:
     with h5py.File(report.folder / "video01.h5") as file:
         assert file["features"].fletcher32
         assert file["features"].compression is None
+
+
+def test_the_process_is_left_as_it_was(world: World) -> None:
+    """What is trained after it, as in `run`, is the same as by itself."""
+    train_cnn(world.set(cnn={"epochs": 1}), world.run, world.index(), world.root, StopRequest())
+
+    def state() -> list[Any]:
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        switches = [cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, matmul.allow_tf32]
+        switches += [torch.backends.mkldnn.enabled, torch.get_num_threads(), torch.get_default_dtype()]
+        generators = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+        return [*switches, *generators, torch.is_grad_enabled(), socket.getdefaulttimeout(), warnings.filters[:]]
+
+    before = state()
+    for encoder in ("finetuned", "initial"):
+        run = world.run if encoder == "finetuned" else world.run.with_name("second")
+        dump(world, world.set(extract={"encoder": encoder}), run=run)
+    assert state() == before
 
 
 def test_untrained_encoder_has_no_tool_logits(world: World) -> None:

@@ -27,6 +27,7 @@ from stage2_temporal.joint_train import Start, initial_net, train_joint
 from stage2_temporal.new_videos import pair_of_stages
 from stage2_temporal.predict import load_temporal, predict_phases
 from stage2_temporal.train import train_temporal
+from tests.onednn import cpu_with_bf16
 from tests.stage1_cnn.material import SPEC, StopAfter, World, make_world, write_dataset
 
 STEP = {"epochs": 1, "optim": {"name": "sgd", "lr": 0.01}, "backbone_lr_factor": 0.1, "precision": "fp32"}
@@ -113,6 +114,15 @@ def test_the_schedule_goes_through_and_the_mapping_step_moves_the_mapping_alone(
     net, about = load_joint(joint_checkpoint(run))
     assert about["step"] == "correlation"
     assert net.mapping is not None
+
+
+@pytest.mark.parametrize("step", ["multitask", "mapping", "correlation"])
+def test_a_step_in_a_precision_that_is_not_computed_is_refused_before_the_first(stages: World, step: str) -> None:
+    config = settings(stages, CL | {step: STEP | {"precision": "bf16"}})
+    message = rf"^joint\.{step}\.precision=bf16: this CPU .* set joint\.{step}\.precision=fp32 or auto$"
+    with cpu_with_bf16(False), pytest.raises(UserError, match=message):
+        joint(stages, config, f"refused-{step}")
+    assert not (stages.config.runs / f"refused-{step}").exists()
 
 
 def test_a_frozen_mapping_stays_through_the_correlation_step(stages: World) -> None:
