@@ -604,18 +604,18 @@ def index_of_source(path: Path, spec: DataSetSpec, data: DataConfig) -> tuple[In
         raise UserError(f"{path}: no such video or folder of frames")
     place = path.resolve()
     kind: Literal["video", "frames"] = "frames" if place.is_dir() else "video"
-    described = (
-        _measure(place.parent, place.name, spec, data, None)
-        if kind == "frames"
-        else _probe(place.parent, place.name, data.full_hash)[0]
-    )
+    notes: tuple[str, ...] = ()
+    if kind == "frames":
+        described = _measure(place.parent, place.name, spec, data, None)
+    else:
+        described, notes = _probe(place.parent, place.name, data.full_hash)
     try:
         entry = VideoEntry(
             id=path.name if kind == "frames" else path.stem, kind=kind, source=place.name, split="none", **described
         )
     except ValidationError as error:
         raise UserError(f"{path}: {_first_fault(error)}; rename it") from error
-    return Index(dataset=spec, videos=(entry,)), place.parent
+    return Index(dataset=spec, videos=(entry,), notes=tuple(map(printable, notes))), place.parent
 
 
 # ---------------------------------------------------------------------------------------------- using
@@ -629,6 +629,7 @@ def sampled_frames(entry: VideoEntry, fps: float) -> np.ndarray:
     """
     stride = entry.image_stride
     held = f"{entry.fps:.4g} fps" if stride == 1 else f"images of one in {stride} frames at {entry.fps:g} fps"
+    held += " on average" * (entry.times is not None)
     try:
         require_held(fps, entry.most_fps, held)
     except UserError as error:

@@ -440,7 +440,12 @@ class VideoScan:
         Holds for H.264 in containers that carry every presentation time; anything else is decoded whole and counted.
         """
         trusted = self.codec == "h264" and self.container in {"mp4", "matroska", "mpegts"} and self.in_order
-        return trusted and self.timed and bool((np.diff(self.shown_pts) > 0).all())
+        return trusted and self.rising
+
+    @functools.cached_property
+    def rising(self) -> bool:
+        """Whether packets have the times of pictures, and no two the same."""
+        return self.timed and bool((np.diff(self.shown_pts) > 0).all())
 
 
 def scan_video(path: Path) -> VideoScan:
@@ -843,9 +848,9 @@ class PyavReader(ClosingReader):
         """
         scan, awaited, top = self._scan, set[int](), 0
         for number, picture in enumerate(pictures):
-            if scan.timed and picture.pts is not None and number < scan.picture_count:
-                if scan.times is not None and picture.pts != scan.shown_pts[number]:
-                    raise ReaderError(f"{scan.path}: frame {number} is not shown at its packet's time; {_WAY_OUT}")
+            if scan.times is not None and number < scan.picture_count and picture.pts != scan.shown_pts[number]:
+                raise ReaderError(f"{scan.path}: frame {number} is not shown at its packet's time; {_WAY_OUT}")
+            if scan.rising and picture.pts is not None:
                 told = int(np.searchsorted(scan.shown_pts, picture.pts))
                 awaited.update(range(top, told))
                 top = max(top, told + 1)
@@ -853,7 +858,7 @@ class PyavReader(ClosingReader):
                 if awaited and min(awaited) < number - self._MAX_REORDER:
                     raise self._lost(min(awaited), min(awaited))
             yield number, picture
-        if awaited and min(awaited) < scan.picture_count - self._MAX_REORDER:
+        if awaited:
             raise self._lost(min(awaited), min(awaited))
 
     @contextmanager

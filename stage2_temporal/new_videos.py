@@ -21,7 +21,7 @@ from configs.load import NO_KEYS, GivenKeys, load_dataset
 from configs.schema import Config, DataSetSpec, PreprocessConfig
 from engine.device import choose_device, choose_precision, lower_precision
 from engine.files import NoRoomError, atomic_path, inside, make_folder, read_json, sha256_file, write_json
-from engine.progress import progress_bar
+from engine.progress import progress_bar, say
 from engine.runs import package_version
 from engine.stopping import StopRequest
 from evaluation.figures import phase_ribbons
@@ -231,6 +231,8 @@ def predict_new_videos(
         if name in indices:
             raise UserError(f"{path}: another source is called {name} too; predict them into two folders with --out")
         indices[name] = (index, root)
+        for note in index.notes:
+            say(f"note: {note}")
     _require_some(report, len(indices))
     for name, (index, root) in indices.items():
         stop.raise_if_set()
