@@ -25,6 +25,7 @@ from configs.schema import DataSetSpec, class_ids, folded_name
 from features.annotations import NO_LABEL, read_content, unknown_class
 from features.class_order import ids_of_order
 from features.discover import natural_key, numbered_id
+from features.ids import id_of_stem, normal_id
 
 SUFFIXES = (".txt", ".csv", ".tsv", "")  # MS-TCN's recognition files have none
 _OTHER_KINDS = ("-tool", "-timestamp")  # what Cholec80 keeps beside `-phase` files
@@ -71,8 +72,9 @@ class PhaseFile:
 def find_phase_files(folder: Path, spec: DataSetSpec) -> tuple[dict[str, Path], list[str]]:
     """The phase files of a folder by video id, and the names of files without a video number or of another kind.
 
-    The number comes from names like `video41-phase.txt`, `video_41.csv` or `41.txt`. Raises UserError when the folder
-    holds none, when a name has several numbers, or two files have the same.
+    The number comes from names like `video41-phase.txt`, `video_41.csv` or `41.txt`; a name without one number is an id
+    where the data set's annotation files are called so. Raises UserError when the folder holds none, when a name has
+    several numbers, or two files have the same.
     """
     try:
         paths = sorted((path for path in folder.iterdir() if _may_hold_phases(path)), key=lambda p: natural_key(p.name))
@@ -81,13 +83,17 @@ def find_phase_files(folder: Path, spec: DataSetSpec) -> tuple[dict[str, Path], 
     found: dict[str, Path] = {}
     without = []
     for path in paths:
-        number = _video_number(path, spec) if path.suffix.casefold() in SUFFIXES else None
-        if number is None:
+        readable = path.suffix.casefold() in SUFFIXES
+        numbers = _numbers(path, spec) if readable else set()
+        video = numbered_id(min(numbers), spec) if len(numbers) == 1 else _named_id(path, spec) if readable else None
+        if video is None and numbers:
+            raise UserError(f"{path}: which number is the video's? Rename it to something like video41.txt")
+        if video is None:
             without.append(path.name)
             continue
-        video = numbered_id(number, spec)
         if video in found:
-            raise UserError(f"{path} and {found[video]}: two files for video {number}; keep one of them")
+            which = min(numbers) if len(numbers) == 1 else video
+            raise UserError(f"{path} and {found[video]}: two files for video {which}; keep one of them")
         found[video] = path
     if not found:
         other = f"; {without[0]} and its like are not read, so write text, one row per frame" if without else ""
@@ -101,13 +107,16 @@ def _may_hold_phases(path: Path) -> bool:
     return not path.name.startswith(".") and not path.stem.casefold().endswith(_OTHER_KINDS) and path.is_file()
 
 
-def _video_number(path: Path, spec: DataSetSpec) -> int | None:
+def _numbers(path: Path, spec: DataSetSpec) -> set[int]:
     stem = path.stem.casefold().replace(spec.name.casefold(), "")
-    texts = re.findall(r"video[_ -]?([0-9]+)", stem) or re.findall(r"[0-9]+", stem)
-    numbers = {int(text) for text in texts}
-    if len(numbers) > 1:
-        raise UserError(f"{path}: which number is the video's? Rename it to something like video41.txt")
-    return numbers.pop() if numbers else None
+    return set(map(int, re.findall(r"video[_ -]?([0-9]+)", stem) or re.findall(r"[0-9]+", stem)))
+
+
+def _named_id(path: Path, spec: DataSetSpec) -> str | None:
+    """The id in a file's name, where the data set's annotation files hold such ids."""
+    names = (f"{id_of_stem(path.stem)}{tail}" for tail in (".txt", "-phase.txt"))
+    match = next(filter(None, map(spec.patterns.compiled("phase").fullmatch, names)), None)
+    return normal_id(match["id"]) if match and not (match["id"] or "0").isdecimal() else None
 
 
 # ---------------------------------------------------------------------------------------------- one file

@@ -291,6 +291,15 @@ def test_files_are_found_by_the_number_of_the_video(tmp_path):
     assert without == ["48.pkl", "readme.txt"]
 
 
+def test_files_named_like_the_videos_of_a_data_set_without_numbers_are_found_by_their_ids(tmp_path):
+    spec = CHOLEC80.model_copy(update={"patterns": CHOLEC80.patterns.model_copy(update={"phase": r"(?P<id>.+)\.txt"})})
+    names = {"病例 一号": "病例 一号.txt", "case#3 100%": "case#3 100%25.csv", "Größe": "Gro\u0308\u00dfe.txt"}
+    for name in names.values():
+        text_file(tmp_path, "0\n", name)
+    found, without = find_phase_files(tmp_path, spec)
+    assert ({video: path.name for video, path in found.items()}, without) == (names, [])
+
+
 def test_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(UserError, match="not a folder that can be read"):
         find_phase_files(tmp_path / "no", CHOLEC80)
