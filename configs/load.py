@@ -36,11 +36,14 @@ def load_config(
     path = preset_path(source or DEFAULT_PRESET, PRESETS, "preset")
     tree = read_yaml(path)
     config = _validate(Config, tree, str(path))  # before the overrides, so that an error is blamed on the right place
+    _require_switches(config, tree, str(path))
     given = _given_values(overrides, changes or {})
     if not given:
         return config
     _lay_over(tree, given)
-    return _validate(Config, tree, "--set")
+    config = _validate(Config, tree, "--set")
+    _require_switches(config, tree, "--set")
+    return config
 
 
 class GivenKeys(NamedTuple):
@@ -237,6 +240,17 @@ def _lay_over(tree: dict[str, Any], given: Mapping[tuple[str, ...], object]) -> 
             node.clear()
         if not (given[keys] == {} and _is_block(keys) and node.get(keys[-1])):
             node[keys[-1]] = given[keys]
+
+
+def _require_switches(config: Config, tree: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for a number given as true or false (YAML's `yes` and `on` too), which pydantic takes as one."""
+    for key, value in flatten(tree).items():
+        if isinstance(value, bool):
+            taken: object = config
+            for name in key.split("."):
+                taken = getattr(taken, name, value)
+            if not isinstance(taken, bool):
+                raise UserError(f"{where}: {key}: expected a number, got {str(value).lower()}")
 
 
 def _default_tag(keys: tuple[str, ...]) -> object:

@@ -298,6 +298,17 @@ class OptimConfig(Strict):
     dampening: float = Field(0.0, ge=0, lt=1)
     nesterov: bool = False
 
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> OptimConfig:
+        if self.name == "sgd" and self.nesterov and (self.momentum == 0 or self.dampening > 0):
+            raise ValueError("nesterov=true needs momentum above 0 and dampening=0")
+        return self
+
+    @property
+    def unused(self) -> dict[str, str]:
+        """Settings without an effect here, with the reason."""
+        return {} if self.name == "sgd" else dict.fromkeys(("momentum", "dampening", "nesterov"), f"name={self.name}")
+
 
 class ScheduleConfig(Strict):
     name: Literal["constant", "step", "plateau", "cosine"] = "constant"
@@ -306,6 +317,12 @@ class ScheduleConfig(Strict):
     patience_epochs: int = Field(2, ge=0)
     min_lr: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
+
+    @property
+    def unused(self) -> dict[str, str]:
+        """Settings without an effect here, with the reason."""
+        users = {"step_epochs": ("step",), "gamma": ("step", "plateau"), "patience_epochs": ("plateau",)}
+        return {key: f"name={self.name}" for key, names in users.items() if self.name not in names}
 
 
 class LoopConfig(Strict):
@@ -425,6 +442,13 @@ class SequenceConfig(Strict):
         "carried",
         description="evaluation: state carried through the video, or a zero state at each clip as in training",
     )
+
+    @property
+    def unused(self) -> dict[str, str]:
+        """Settings without an effect here, with the reason."""
+        no_clips = {} if self.mode == "clips" else {"stride": f"mode={self.mode}"}
+        whole = self.mode == "full" and self.inference == "carried"
+        return no_clips | ({"frames": "mode=full and inference=carried"} if whole else {})
 
 
 class TemporalConfig(LoopConfig):

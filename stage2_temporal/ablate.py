@@ -7,6 +7,7 @@ never done again, and one that was stopped goes on. One process conducts, with a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -198,10 +199,21 @@ def _read_features(spec: AblationConfig, base: Config, overrides: Sequence[str],
         features = folder_of(dict(unit.changes), where, base)
         name = ", ".join(f"{key}={value!r}" for key, value in point.items())
         other = named.setdefault((config.temporal.model_dump_json(), features), name)
+        _require_effect(config, unit)
         if other != name:
             raise UserError(f"the ablation's settings: {other} and {name} are the same training; leave one out")
         wanted[features, config.temporal.tool_logits] = None
     return share_features(where, wanted)
+
+
+def _require_effect(config: Config, unit: Unit) -> None:
+    """Raise UserError where a setting that is tried changes nothing: the table would name what made no difference."""
+    for key, _ in unit.changes:
+        if key not in FEATURE_KEYS:
+            *above, leaf = key.split(".")
+            block = functools.reduce(getattr, above, config)
+            if reason := getattr(block, "unused", {}).get(leaf):
+                raise UserError(f"the ablation's settings: {key} has no effect with {reason} in the same block")
 
 
 def _corners(spec: AblationConfig) -> Iterator[dict[str, Any]]:

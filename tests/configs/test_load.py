@@ -111,6 +111,7 @@ def test_a_value_given_in_a_file_keeps_its_siblings(tmp_path: Path) -> None:
         ("tempral.epochs=3", "did you mean temporal?"),
         ("cnn.epochs=many", "cnn.epochs"),
         ("cnn.epochs=0", "cnn.epochs"),
+        ("cnn.epochs=yes", "cnn.epochs: expected a number, got true"),
         ("preprocess.crop_px=300", "larger than resize_px"),
         ("seed", "expected key=value"),
         ("=3", "expected key=value"),
@@ -119,6 +120,7 @@ def test_a_value_given_in_a_file_keeps_its_siblings(tmp_path: Path) -> None:
         ("temporal.head.name=transformer", "temporal.head"),
         ("temporal.head.maps=3", "unknown key temporal.head.maps: lstm has hidden, layers"),
         ("temporal.head.hidden=0", "temporal.head.hidden: Input"),
+        ("cnn.optim={name: sgd, nesterov: true, momentum: 0}", "cnn.optim: nesterov=true needs momentum above 0"),
         ("device=gpu", "device: Input should be 'auto', 'cpu', 'cuda' or 'mps'"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from configs.errors import UserError
 from configs.load import load_dataset
 from evaluation.anyone import Reading
-from evaluation.comparison import Place, compare_models
+from evaluation.comparison import Place, compare_models, require_use
 from evaluation.phases import evaluate_phases
 from evaluation.statistics import compare, holm
 
@@ -109,6 +109,17 @@ def test_runs_files_and_folders_are_the_same_model(place, tmp_path):
     ):
         found = compare_models([str(first), str(second)], mixed)
         assert found["comparisons"][0]["metrics"] == runs["comparisons"][0]["metrics"]
+
+
+def test_options_without_an_effect_on_any_model_are_refused(place, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    theirs = str(tmp_path / "theirs")
+    require_use(["good-0,good-1", "bad-0"], place.runs, reading=False, split=True)
+    require_use(["good-0", theirs], place.runs, reading=True, split=True)
+    with pytest.raises(UserError, match="--ground-truth: every model here is evaluated already"):
+        require_use(["good-0,good-1", "bad-0"], place.runs, reading=True, split=False)
+    with pytest.raises(UserError, match="--split: no model here is a run"):
+        require_use([theirs, theirs], place.runs, reading=True, split=True)
 
 
 def test_a_number_that_a_seed_lacks_is_left_out_of_the_pair(place):

@@ -313,6 +313,13 @@ def test_the_head_s_name_and_its_settings_are_trained_as_the_table_says(world: P
             "optim.lr='1e-3' and temporal.optim.lr=0.001 are",
         ),
         ({"space": {"temporal.epochs": [2, "2"]}}, [], "are the same training"),
+        ({"space": {"temporal.optim.momentum": [0.5, 0.9]}}, [], "momentum has no effect with name=adamw"),
+        (
+            {"space": {"temporal.schedule.gamma": [0.5], "temporal.schedule.name": ["step", "cosine"]}},
+            [],
+            "gamma has no effect with name=cosine",
+        ),
+        ({"settings": {"a": {"temporal.sequence.stride": 2}}}, [], "stride has no effect with mode="),
         ({"space": {"temporal.epochs": [2, 2.0]}}, [], "tried twice"),
         ({"settings": {"a": {"temporal.epochs": 2}, "b": {"temporal.epochs": 2.0}}}, [], "tried twice"),
         ({"settings": {"a": {"temporal.epochs": 2}}, "space": {"temporal.epochs": [3]}}, [], "is in the space too"),

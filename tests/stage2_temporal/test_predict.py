@@ -16,7 +16,7 @@ from engine.checkpoints import save_checkpoint
 from features.store import VideoFeatures
 from stage2_temporal import predict
 from stage2_temporal.model import PhaseModel, Standardise, build_head
-from stage2_temporal.predict import OnlinePredictor, load_temporal, predict_phases
+from stage2_temporal.predict import OnlinePredictor, chosen_inference, load_temporal, predict_phases
 
 D, C = 5, 4
 HEADS: dict[str, Any] = {
@@ -159,3 +159,14 @@ def test_what_a_checkpoint_says(train: Any, tmp_path: Path) -> None:
     assert (about["dataset"], about["backbone"]) == ("toy", "toy")
     assert about["scores"]["val_accuracy"] == result["val_accuracy"]
     assert load_temporal(tmp_path / "run/temporal/frame")[1]["head"] == {"name": "linear"}
+
+
+@pytest.mark.parametrize("asked", ["clip", "carried"])
+def test_a_way_through_time_is_refused_for_a_net_without_a_state(asked: str) -> None:
+    each_frame = PhaseModel(Standardise.identity(3), build_head(HEADS["linear"], 3, 4))
+    recurrent = PhaseModel(Standardise.identity(3), build_head(HEADS["lstm"], 3, 4))
+    for phase in (each_frame, None):
+        assert chosen_inference(None, "carried", phase, Path("net")) == "carried"
+        with pytest.raises(UserError, match="--inference: net recognises each frame by itself"):
+            chosen_inference(asked, "carried", phase, Path("net"))
+    assert chosen_inference(asked, "carried", recurrent, Path("net")) == asked
