@@ -1,7 +1,7 @@
 """Evaluate anyone's predictions: two folders of phase files, paired by video number, under every convention.
 
-Needs no run, no settings and no torch. What is assumed (the rate, the meaning of ids) is printed and stands in every
-result's `about`.
+Needs no run, no settings and no torch. What the files were taken to mean (the rate, ids, missing rows) is printed and
+recorded in every result's `about`.
 """
 
 from __future__ import annotations
@@ -105,10 +105,9 @@ def score_folder(
     for name, result in results.items():
         result["intervals"] = intervals[name]
         result["about"] |= pairs.about
-    notes = [
-        *pairs.notes,
-        *({f"{' and '.join(left_out)}: left out, for {next(iter(left_out.values()))}"} if left_out else ()),
-    ]
+    notes = list(pairs.notes)
+    if left_out:
+        notes.append(f"{' and '.join(left_out)}: left out, for {next(iter(left_out.values()))}")
     without = next(iter(results.values()))["about"]["videos_without_labels"]
     if without:
         notes.append(f"not counted, for their ground truth holds no label: {_listed(without)}")
