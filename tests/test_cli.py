@@ -279,11 +279,11 @@ def kill_during(arguments: Sequence[str], folder: Path, ready: Path, number: int
         stderr=subprocess.PIPE,
         text=True,
     )
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 280
     while not list(ready.parent.glob(ready.name)) and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.01)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=280)
     assert "Traceback" not in errors or number == signal.SIGKILL, errors
     return process.returncode
 

@@ -55,7 +55,7 @@ def call(words: Sequence[str], folder: Path) -> tuple[int, str]:
 def ended(running: subprocess.Popen[str]) -> tuple[int, str]:
     """Exit code and everything it said, once it has ended; that it does is what is tested."""
     try:
-        out, err = running.communicate(timeout=120)
+        out, err = running.communicate(timeout=280)
     except subprocess.TimeoutExpired:
         running.kill()
         raise
@@ -189,7 +189,7 @@ def copies(parent: int) -> list[int]:
 
 
 def wait_for_epochs(folder: Path, count: int, running: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 280
     while time.monotonic() < deadline and running.poll() is None:
         path = folder / "metrics.jsonl"
         if path.exists() and len(read_metrics(path, "epoch")) >= count:
@@ -200,7 +200,7 @@ def wait_for_epochs(folder: Path, count: int, running: subprocess.Popen[str]) ->
 
 
 def wait_until_gone(pids: Sequence[int]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 280
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline, "still there"
         time.sleep(0.05)

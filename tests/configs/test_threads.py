@@ -28,7 +28,7 @@ def run(code: str, **variables: str) -> str:
     """What it prints, in a fresh process with these of OpenMP's variables alone."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
     environment = {**kept, "PYTHONPATH": str(PROJECT), **variables}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -71,7 +71,7 @@ def probed(**variables: str) -> str:
     code += "print(torch.equal(state, torch.get_rng_state()))"
     kept = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
     environment = {**kept, "PYTHONPATH": str(PROJECT), **variables}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=280)
     return done.stdout.strip()
 
 

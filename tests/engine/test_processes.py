@@ -177,7 +177,7 @@ def start_pair(what: str, folder: Path) -> list[subprocess.Popen[str]]:
 def ends_of(pair: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
     """Exit codes and all that was said. That they end at all is the point."""
     try:
-        said = "".join("".join(one.communicate(timeout=120)) for one in pair)
+        said = "".join("".join(one.communicate(timeout=280)) for one in pair)
     finally:
         for one in pair:
             one.kill()
@@ -197,7 +197,7 @@ def test_a_loss_of_one_process_that_is_no_number_stops_all_with_the_batch_named(
 def test_a_signal_to_one_process_ends_the_own_work_of_another(tmp_path: Path, what: str, told: int) -> None:
     """Minutes of validation or decoding are left, to the one that was told or to the other."""
     pair = start_pair(what, tmp_path)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 280
     while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)):
         assert time.monotonic() < deadline, ends_of(pair)
         time.sleep(0.05)

@@ -216,7 +216,7 @@ def _send_when_ready(job: subprocess.Popen[str], number: int) -> tuple[int, str,
     assert job.stdout is not None
     assert job.stdout.readline() == "ready\n"
     os.killpg(job.pid, number)
-    out, errors = job.communicate(timeout=60)
+    out, errors = job.communicate(timeout=280)
     said = [line for line in out.splitlines() if not line.startswith("submitit ")]
     return job.returncode, " ".join(said), errors
 
@@ -250,7 +250,7 @@ def test_a_stage_that_somebody_else_stopped_waits_for_slurm_and_is_not_requeued(
 @pytest.mark.parametrize(("ends", "code"), [("sys.exit(2)", 2), ("os.kill(os.getpid(), 9)", 137)])
 def test_a_stage_that_fails_gives_the_job_its_code(tmp_path: Path, ends: str, code: int) -> None:
     job = start_job(tmp_path, f"import os, sys; {ends}")
-    _, errors = job.communicate(timeout=60)
+    _, errors = job.communicate(timeout=280)
     assert job.returncode == code, errors
 
 

@@ -475,7 +475,7 @@ def test_damage_that_no_wanted_frame_needs_is_none(tmp_path):
 def run_script(script: str, *arguments: object) -> str:
     """Run Python code in its own process; its exit must be clean and stderr empty."""
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=280, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.strip()
 

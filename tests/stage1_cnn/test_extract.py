@@ -572,7 +572,7 @@ def test_killed_at_any_moment_every_name_is_whole(world: World) -> None:
     )
     arguments = [sys.executable, "-c", script, str(world.base), str(world.root)]
     process = subprocess.Popen(arguments, cwd=PROJECT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 280
     while not list(world.config.extract.store.rglob("video02.h5")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)

@@ -189,7 +189,7 @@ def test_processes_end_when_the_one_they_work_for_was_killed(tmp_path: Path, kin
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    limit = time.monotonic() + 100
+    limit = time.monotonic() + 280
     while not holds():
         assert time.monotonic() < limit
         time.sleep(0.02)

@@ -217,12 +217,12 @@ def test_killed_and_started_again_it_finishes_without_repeating(world: Path, num
     order = [sys.executable, str(PROJECT / "pipeline.py"), "ablate", str(file), "--workers", "2"]
     order += ["--features", "features", "--set", "temporal.epochs=12"]
     process = subprocess.Popen(order, cwd=world, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 280
     while len(trained(world)) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     workers = below(process.pid)
     process.send_signal(number)
-    process.wait(timeout=60)
+    process.wait(timeout=280)
     while any(map(is_alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(is_alive, workers))  # nobody goes on training what a second start will train
@@ -230,7 +230,7 @@ def test_killed_and_started_again_it_finishes_without_repeating(world: Path, num
     assert process.returncode == (75 if number == signal.SIGTERM else -signal.SIGKILL)
     before = trained(world)
     assert 2 <= len(before) < 9
-    done = subprocess.run(order, cwd=world, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(order, cwd=world, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     after = trained(world)
     assert len(after) == 9
