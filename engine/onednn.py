@@ -50,11 +50,24 @@ def convolution_relu(
     return found
 
 
-@functools.cache
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether `pack_linear` and `linear` work here for this type."""
-    if dtype not in _TOLERANCE:
-        return False
+    return dtype in _TOLERANCE and _multiply(dtype, *_operations("_reorder_linear_weight", "_linear_pointwise"))
+
+
+def convolves(dtype: torch.dtype) -> bool:
+    """Whether `pack_convolution` and `convolution_relu` work here for this type."""
+    names = ("_reorder_convolution_weight", "_convolution_pointwise")
+    return dtype in _TOLERANCE and _convolve(dtype, *_operations(*names))
+
+
+def _operations(*names: str) -> list[Any]:
+    """What a probe's answer is kept for; None where there is no operation of that name."""
+    return [getattr(torch.ops.mkldnn, name, None) for name in names]
+
+
+@functools.cache
+def _multiply(dtype: torch.dtype, *operations: Any) -> bool:
     x, weights, bias = _table(dtype, 4, 8), _table(dtype, 6, 8), _table(dtype, 6)
     return (
         _alike(lambda: linear(x, pack_linear(weights, len(x)), bias), lambda: F.linear(x, weights, bias))
@@ -64,10 +77,7 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def convolves(dtype: torch.dtype) -> bool:
-    """Whether `pack_convolution` and `convolution_relu` work here for this type."""
-    if dtype not in _TOLERANCE:
-        return False
+def _convolve(dtype: torch.dtype, *operations: Any) -> bool:
     x, weights, bias, other = (_table(dtype, *shape) for shape in ((2, 3, 5, 5), (4, 3, 3, 3), (4,), (2, 4, 5, 5)))
     geometry: Geometry = ((1, 1), (1, 1), (1, 1), 1)
 

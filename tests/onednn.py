@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import device, onednn
+from engine import device
 
 OPERATIONS = (
     "_reorder_linear_weight",
@@ -26,19 +26,10 @@ OPERATIONS = (
 def other_operations(**changed: Any) -> Iterator[None]:
     """As if `torch.ops.mkldnn` had these in place of its own; None: no operation of this name."""
     there = {name: changed.get(name, getattr(torch.ops.mkldnn, name, None)) for name in OPERATIONS} | changed
-    _forget()
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            ops = SimpleNamespace(**{name: found for name, found in there.items() if found is not None})
-            patch.setattr(torch.ops, "mkldnn", ops)
-            yield
-    finally:
-        _forget()
-
-
-def _forget() -> None:
-    onednn.multiplies.cache_clear()
-    onednn.convolves.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        ops = SimpleNamespace(**{name: found for name, found in there.items() if found is not None})
+        patch.setattr(torch.ops, "mkldnn", ops)
+        yield
 
 
 def public_operations() -> dict[str, Any]:
