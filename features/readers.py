@@ -194,10 +194,8 @@ def _rate_and_times(
     if not mean > 0:
         raise ReaderError(f"{path}: has no frame rate; {_WAY_OUT}")
     try:
-        times = FrameTimes.of_stream(shown_pts, tick_s, fps) if fps > 0 else None
-        if fps > 0 and (times is None or abs(mean - fps) < 0.01 * fps):
-            return fps, times
-        return mean, FrameTimes.of_stream(shown_pts, tick_s, mean)
+        times = FrameTimes.of_stream(shown_pts, tick_s, fps or mean)
+        return (fps if fps and (times is None or abs(mean - fps) < 0.01 * fps) else mean), times
     except ValueError as error:
         raise ReaderError(f"{path}: {error}; {_WAY_OUT}") from error
 

@@ -194,3 +194,11 @@ def test_a_video_drawn_at_varying_times_keeps_them(tmp_path: Path) -> None:
     pictures = (videos.painted_frame(k) for k in range(6))
     encode_mp4(tmp_path / "drawn.mp4", pictures, 25.0, {"preset": "veryfast"}, lambda: None, times_s)
     assert read_all(tmp_path / "drawn.mp4") == (list(range(6)), pytest.approx(times_s, abs=1e-4))
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])
+def test_a_rate_that_the_container_states_wrongly_is_not_believed(tmp_path: Path, container: str) -> None:
+    times_s = [k / 20 for k in range(60)]
+    path = write_video(tmp_path / f"twenty.{container}", VideoSpec(count=60, times_s=times_s))  # the encoder says 25
+    assert read_all(path) == (list(range(60)), pytest.approx(times_s, abs=0.0011))
+    assert probe_video(path).fps == pytest.approx(20, rel=0.01)
