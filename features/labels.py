@@ -5,7 +5,7 @@ Times are source frame numbers, counted from 0. -1 means no label.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -207,15 +207,22 @@ def _read_numbers(
     if exact or len(possible) < 2:  # none: the first, whose end is refused with its row
         best = min(exact or possible or candidates[:1], key=lambda one: abs(one.end_s - extent.duration_s))
     else:
-        best = _covering(path, track, extent, possible)
+        stated = {rate_of_rows(rate, extent.fps) for rate in (extent.row_fps, data.folder_fps) if rate} - {None}
+        best = _covering(path, track, extent, possible, stated)
     base = _base(path, track, extent, data, best.fps, other)
     return Reading(best.fps, base)
 
 
-def _covering(path: Path, track: Track, extent: Extent, possible: Sequence[_Candidate]) -> _Candidate:
-    """The one that covers the video where the others cover hardly any of it. Raises UserError where there is none."""
+def _covering(
+    path: Path, track: Track, extent: Extent, possible: Sequence[_Candidate], stated: Container[float | None]
+) -> _Candidate:
+    """The one that covers the video, or is at a `stated` rate, where the others cover hardly any of it.
+
+    Raises UserError where there is none.
+    """
     *rest, best = sorted(possible, key=lambda one: one.end_s)
-    if best.end_s >= _COVERS * extent.duration_s and rest[-1].end_s <= _HARDLY_ANY * extent.duration_s:
+    covers = best.fps in stated or best.end_s >= _COVERS * extent.duration_s
+    if covers and rest[-1].end_s <= _HARDLY_ANY * extent.duration_s:
         return best
     ways = " or ".join(
         f"{'source' if one.fps is None else f'{one.fps:g}'} ({min(one.end_s / extent.duration_s, 1):.0%} of it)"

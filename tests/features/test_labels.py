@@ -223,6 +223,7 @@ def test_lists_that_disagree_by_more_than_a_row_are_refused() -> None:
         (901, 22_510, 25.0, 25.0, 1.0),
         (750, 22_500, 25.0, 1.0, 1.0),  # ends early
         (750, 22_500, 25.0, 25.0, 1.0),
+        (300, 22_500, 25.0, 1.0, 1.0),  # as the description says
         (30_000, 30_000, 30.0, 25.0, None),
         (29_980, 30_000, 30.0, 25.0, None),
         (30_001, 30_000, 30.0, 25.0, None),
@@ -247,13 +248,15 @@ def test_rows_may_number_a_folders_images() -> None:
     assert reading(phase_track(180), 180 * 5, 25, 25, stride=5) == Reading(5.0)
     assert reading(phase_track(180 * 5), 180 * 5, 25, 25, stride=5) == Reading()
     assert reading(phase_track(36), 180 * 5, 25, 25, stride=5) == Reading(1.0)
+    assert "set data.row_fps" in asked(phase_track(90), 180 * 25, 25, 25, stride=25)
+    assert reading(phase_track(90), 180 * 25, 25, 25, stride=25, folder_fps=1) == Reading(1.0)
 
 
 @pytest.mark.parametrize(
     ("rows", "frame_count", "fps", "described", "wanted"),
     [
         (22_000, 30_000, 30.0, 25.0, "25 (88% of it) or source (73% of it)"),
-        (450, 22_500, 25.0, 1.0, "1 (50% of it) or source (2% of it)"),
+        (450, 22_500, 25.0, 25.0, "1 (50% of it) or source (2% of it)"),
         (30_000, 25_000, 25.0, 25.0, "as if at 30 fps, but video01.mp4 runs at 25 fps"),
         (24_000, 25_000, 25.0, 25.0, "set data.row_fps=24, or data.row_fps=source"),
     ],
