@@ -216,9 +216,9 @@ def _refuse_other_forms(path: Path, lines: Sequence[str], spec: DataSetSpec) -> 
             f"{path}: the header names segments ({first[:60]}), which are not read; write one row per frame"
         )
     if first.startswith(("{", "[")) or any("[" in line for line in lines[:2]):
-        kind = "JSON" if first.startswith(("{", "[")) else "rows with lists in brackets"
         raise UserError(
-            f"{path}: holds {kind}, which are not read; write text, one row per frame and one file per video"
+            f"{path}: holds JSON or lists in brackets, which are not read; write text, one row per frame and one file "
+            "per video"
         )
 
 
