@@ -368,7 +368,7 @@ def build_index(
             faults=tuple(fault for fault in found.faults if fault[0] in only),
             passed_over=(),
         )
-    paths = {printable(path): reason for path, reason in found.passed_over}
+    paths = {printable(path): printable(reason) for path, reason in found.passed_over}
     excluded = exclusions([printable(name) for name in found.ids], data.exclude, tuple(paths))
     found = replace(
         found,
@@ -451,7 +451,7 @@ def _build_entry(
     if video.kind == "tfrecord" and annotation:
         raise UserError(
             f"{root / annotation} and {root / video.source}: both hold labels of {video.id}; keep only one of them "
-            "below the data root"
+            "below the data root, or take the TFRecord files' own with data.sources=tfrecord"
         )
     phase = _read_annotation(root, video.phase, parse_phases, spec)
     tools = _read_annotation(root, video.tool, parse_tools, spec)

@@ -20,7 +20,7 @@ _LABELS = frozenset(("txt", "csv", "tsv", "json", "xml", "xls", "xlsx", "mat"))
 _OF_LABELS = re.compile(r"phase|tool|label|annot|workflow", re.IGNORECASE)
 # `video02_part1`, `Op3-2`, `case4_B`: what a camera has cut. Without the word, the first part must lie there too.
 _PART = re.compile(
-    r"(?P<whole>.*?\d.*?)[ _.-]*((?P<word>part|pt|teil|cd|clip|seg(ment)?)[ _.-]*|(?<=[ _.-]))(?P<part>\d{1,2}|[a-h])",
+    r"(?P<whole>.*?\d.*?)[ _.-]*((?P<word>part|pt|teil|cd|clip|seg(ment)?)[ _.-]*|(?<=[ _.-]))(?P<part>\d{1,3}|[a-h])",
     re.IGNORECASE,
 )
 _COPY = re.compile(r"(?P<whole>.+?)( ?\((\d|copy)\)| (- )?(copy|Kopie)( \(?\d\)?)?)", re.IGNORECASE)
@@ -122,7 +122,7 @@ def _parts(paths: Sequence[str], taken: Sequence[str], spec: DataSetSpec) -> dic
 
     def is_part(path: str) -> bool:
         whole = wholes[path]
-        cut = len(numbers[whole]) > 1 and bool(numbers[whole] & {"", "1", "a"})
+        cut = len(matches[path]["part"]) == 1 and len(numbers[whole]) > 1 and bool(numbers[whole] & {"", "1", "a"})
         return bool(cut or matches[path]["word"] or pattern.fullmatch(whole.name))
 
     return {path: wholes[path].name for path in paths if path in wholes and is_part(path)}
