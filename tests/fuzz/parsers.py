@@ -127,9 +127,9 @@ def _read_index(folder: Path) -> Read:
 
 
 def _index_tree() -> dict[str, Any]:
-    file = {"path": "labels/video01-phase.txt", "sha256": "ab" * 32, "rows": 60}
+    file = {"path": "labels/video01-phase.txt", "sha256": "ab" * 32, "rows": 60, "row_fps": 1.0, "row_base": 1}
     base = {"split": "train", "size_bytes": 10, "modified_ns": 1, "sha256_ends": "cd" * 32, "fps": 25.0}
-    layout = {"numbering": "sample", "base": 1, "stride": 25, "first": 0, "count": 40}
+    layout = {"numbering": "sample", "base": 1, "stride": 25, "first": 0, "count": 40, "missing": [[3, 5], [9, 10]]}
     records = {"frame_base": 0, "total_frames": 40, "phase_order": list(SPEC.phases), "labels": "34x0:0,2 6x1:-"}
     steps = np.where(np.arange(59) == 30, 540, 40).astype("<u4")
     times = {"tick_s": [1, 1000], "steps": base64.b64encode(zlib.compress(steps.tobytes())).decode()}
@@ -520,6 +520,19 @@ def _pickle_seeds() -> list[bytes]:
     return [pickle.dumps(value, protocol) for value in ([rows, rows], phases, tools) for protocol in (0, 2, 4)]
 
 
+def _read_what_it_is(path: Path) -> object:
+    from engine.sniff import what_it_is
+
+    what = what_it_is(path)
+    assert what is None or (what and "\n" not in what), repr(what)
+    return what
+
+
+def _sniffed_seeds() -> list[bytes]:
+    page = b"<!DOCTYPE html><html><head><title>Sign in</title></head></html>"
+    return [page, b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n", *_video_seeds()[:1]]
+
+
 # ---------------------------------------------------------------------------------------------- videos
 
 
@@ -611,6 +624,7 @@ PARSERS: dict[str, Parser] = {
     "checkpoint": Parser("a.pt", _read_checkpoint, _checkpoint_seeds, mend=mend_zip),
     "older checkpoint": Parser("a.pth", _read_checkpoint, _legacy_seeds),
     "pickle": Parser("a.pkl", _plainly(_read_pickle), _pickle_seeds),
+    "refused file": Parser("video01.mp4", _plainly(_read_what_it_is), _sniffed_seeds),
     "video, PyAV": Parser("video01.mp4", _read_video("pyav"), _video_seeds),
-    "video, decord": Parser("video01.mp4", _read_video("auto"), _video_seeds),
+    "video, decord": Parser("video01.mp4", _read_video("decord"), lambda: _video_seeds()[:1]),
 }
