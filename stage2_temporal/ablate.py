@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.live import Live
@@ -27,7 +25,7 @@ from configs.errors import UserError
 from configs.load import load_ablation, load_config, to_yaml
 from configs.schema import FEATURE_KEYS, AblationConfig, Config
 from engine.device import choose_device, cpu_threads
-from engine.files import make_folder, read_json_object, sha256_json, sole_worker, write_text
+from engine.files import read_json_object, sha256_json, sole_worker, write_text
 from engine.processes import available_cores
 from engine.progress import no_bars, say
 from engine.runs import RESULT_FILE, StageFolder
@@ -36,10 +34,10 @@ from evaluation.ablation import ABLATION_PAGE, Trial, ablation_page, ablation_ro
 from features.store import find_feature_folder
 from stage1_cnn.pool import Advance, choose_processes, work_through
 from stage2_temporal.ablate_features import SharedFeatures, folder_of, share_features
+from stage2_temporal.ablate_study import NAMED, TrialFolders, corners, distributions, open_study
 from stage2_temporal.data import TrainingData
 from stage2_temporal.train import SCORE, train_temporal
 
-NAMED = "setting"  # the parameter that chooses among the named settings
 BASE = "base"
 # Trainings claimed at once, a core: many where settings are known (processes start once), few where they are drawn, so
 # that the sampler learns from the ones before.
@@ -163,7 +161,7 @@ def ablate(
     task = UnitTask(spec.base, tuple(overrides), folder / "trials", shared, threads)
     failed: list[tuple[str, str]] = []
     with sole_worker(folder, "ablation"), _live_table() as live:
-        plan = _Plan(spec, base, tuple(overrides), _open_study(folder, spec), shared)
+        plan = _Plan(spec, base, tuple(overrides), folder, shared)
         for units in plan.rounds(cores, started):
             processes = choose_processes(cores, units) if len(units) > 1 else 1
             for unit, reason in work_through(task, units, processes, "trainings", stop, unit="training", disable=True):
@@ -193,7 +191,7 @@ def _read_features(spec: AblationConfig, base: Config, overrides: Sequence[str],
         unit_config(spec.base, overrides, Unit(None, (), seed))
     wanted = dict.fromkeys([(where, base.temporal.tool_logits)])
     named: dict[tuple[str, Path], str] = {}
-    for point in _corners(spec):
+    for point in corners(spec):
         unit = Unit(None, changes_of(spec, point), spec.seeds[0])
         config = unit_config(spec.base, overrides, unit)
         features = folder_of(dict(unit.changes), where, base)
@@ -216,17 +214,6 @@ def _require_effect(config: Config, unit: Unit) -> None:
                 raise UserError(f"the ablation's settings: {key} has no effect with {reason} in the same block")
 
 
-def _corners(spec: AblationConfig) -> Iterator[dict[str, Any]]:
-    """Every combination of the lists and named settings; a range stands with its two ends."""
-    axes: dict[str, Sequence[Any]] = {
-        key: values if isinstance(values, list) else [values.low, values.high] for key, values in spec.space.items()
-    }
-    if spec.settings:
-        axes[NAMED] = list(spec.settings)
-    for point in itertools.product(*axes.values()):
-        yield dict(zip(axes, point, strict=True))
-
-
 def changes_of(spec: AblationConfig, point: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """What a point of the space changes: (key, value) pairs."""
     named = spec.settings.get(point.get(NAMED, ""), {}) if spec.settings else {}
@@ -244,15 +231,19 @@ class _Plan:
         spec: AblationConfig,
         base: Config,
         overrides: tuple[str, ...],
-        study: optuna.Study,
+        folder: Path,
         shared: SharedFeatures,
     ) -> None:
-        self.spec, self.base, self.overrides, self.study, self.shared = spec, base, overrides, study, shared
+        self.spec, self.base, self.overrides, self.shared = spec, base, overrides, shared
+        self.study = open_study(folder, spec, TrialFolders(folder / "trials", spec, self._folder))
         self.results: dict[Unit, dict[str, Any]] = {}
         self._left: dict[int, set[int]] = {}  # seeds still to come, of each trial in work
         self._scores: dict[int, dict[int, float]] = {}
         failed = [trial.params for trial in self._trials(TrialState.FAIL)]
-        self._queue(failed if spec.has_ranges else _corners(spec))
+        self._queue(failed if spec.has_ranges else corners(spec))
+
+    def _folder(self, point: Mapping[str, Any], seed: int) -> str:
+        return self._unit(None, changes_of(self.spec, point), seed).folder
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states)
@@ -284,25 +275,12 @@ class _Plan:
         for trial in self._trials(TrialState.RUNNING):
             if trial.number in self._left:
                 continue
-            if trial.params:
+            if trial.params.keys() == distributions(self.spec).keys():
                 yield trial
             else:  # stopped before its settings were drawn
                 self.study.tell(trial.number, state=TrialState.FAIL)
         while self._budget_left(started) and (self.spec.has_ranges or self._trials(TrialState.WAITING)):
-            new = self.study.ask()
-            self._suggest(new)
-            yield new
-
-    def _suggest(self, trial: optuna.Trial) -> None:
-        for key, values in self.spec.space.items():
-            if isinstance(values, list):
-                trial.suggest_categorical(key, values)
-            elif isinstance(values.low, int) and isinstance(values.high, int):
-                trial.suggest_int(key, values.low, values.high, log=values.log)
-            else:
-                trial.suggest_float(key, values.low, values.high, log=values.log)
-        if self.spec.settings:
-            trial.suggest_categorical(NAMED, list(self.spec.settings))
+            yield self.study.ask(distributions(self.spec))
 
     def _budget_left(self, started: float) -> bool:
         budget, seeds = self.spec.budget, len(self.spec.seeds)
@@ -337,7 +315,7 @@ class _Plan:
         """Whether one of the settings is the base itself, so that it need not be trained twice."""
         if self.spec.has_ranges:
             return False
-        return any(self.is_base(changes_of(self.spec, point)) for point in _corners(self.spec))
+        return any(self.is_base(changes_of(self.spec, point)) for point in corners(self.spec))
 
     def is_base(self, changes: Sequence[tuple[str, Any]]) -> bool:
         """Whether these changes change nothing."""
@@ -388,7 +366,7 @@ def _result(run: Path) -> dict[str, Any] | None:
     return read_json_object(path) if path.exists() else None
 
 
-# ---------------------------------------------------------------------------------------------- the study
+# ---------------------------------------------------------------------------------------------- the folder
 
 
 def _claim_folder(folder: Path, spec: AblationConfig, base: Config, shared: SharedFeatures) -> None:
@@ -403,22 +381,6 @@ def _claim_folder(folder: Path, spec: AblationConfig, base: Config, shared: Shar
     if shared.others:
         identity["other_features"] = sorted(shared.others.values())
     StageFolder(folder.parent, folder.name, base, identity).open()
-
-
-def _open_study(folder: Path, spec: AblationConfig) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    backend = JournalFileBackend(str(make_folder(folder) / "study.journal"))
-    storage = JournalStorage(backend)
-    names = [study.study_name for study in storage.get_all_studies()]
-    drawn = len(optuna.load_study(study_name=folder.name, storage=storage).trials) if folder.name in names else 0
-    return optuna.create_study(
-        study_name=folder.name,
-        storage=storage,
-        # Another process must not draw what the one before it has drawn.
-        sampler=optuna.samplers.TPESampler(seed=spec.seeds[0] + 1000 * drawn),
-        direction="maximize",
-        load_if_exists=True,
-    )
 
 
 # ---------------------------------------------------------------------------------------------- what comes out
