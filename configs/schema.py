@@ -258,7 +258,10 @@ class DataConfig(Strict):
     @field_validator("exclude", mode="before")
     @classmethod
     def _reasons_may_be_left_out(cls, value: Any) -> Any:
-        return dict.fromkeys(map(str, value), "") if isinstance(value, list | tuple) else value
+        reasons = dict.fromkeys(value, "") if isinstance(value, list | tuple) else value
+        if not isinstance(reasons, dict):
+            return reasons
+        return {str(name): "" if reason is None else reason for name, reason in reasons.items()}
 
 
 class PreprocessConfig(Strict):

@@ -11,7 +11,6 @@ import fnmatch
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -249,7 +248,8 @@ class Index(Strict):
 
     def require_excluded(self, exclude: Collection[str], where: Path) -> None:
         """Raise UserError where this index, of a feature folder, holds a video that `data.exclude` names."""
-        kept = [v.id for v in self.videos if v.id in exclude or any(fnmatchcase(v.id, name) for name in exclude)]
+        names = [normal_id(name) for name in exclude]
+        kept = [v.id for v in self.videos if v.id in names or any(fnmatch.fnmatchcase(v.id, name) for name in names)]
         if kept:
             raise UserError(
                 f"{where}: holds {kept[0]}, which data.exclude leaves out; run `index --force`, then extract"
@@ -428,7 +428,9 @@ def exclusions(ids: Sequence[str], exclude: Mapping[str, str], paths: Sequence[s
         named = [path for path in paths if fnmatch.fnmatchcase(normal_id(path), normal_id(entry))]
         videos = bool(fnmatch.filter(ids, normal_id(entry))) or not named
         for video_id in matching_ids(ids, entry, "data.exclude") if videos else named:
-            found.setdefault(video_id, f"excluded: {reason}" if reason else "excluded by data.exclude")
+            found.setdefault(
+                video_id, f"excluded: {' '.join(reason.split())}" if reason else "excluded by data.exclude"
+            )
     return found
 
 

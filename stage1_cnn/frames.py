@@ -53,10 +53,15 @@ def source_identity(entry: VideoEntry) -> SourceIdentity:
     return SourceIdentity(entry.id, entry.sha256_ends, entry.size_bytes, entry.fps)
 
 
-def require_indexed_source(entry: VideoEntry, root: Path, index: Index) -> None:
-    """Raise UserError when a source is not the one that was indexed: by size and time, then by the hash of its ends.
+class ChangedSource(UserError):
+    """A source that is not the one that was indexed: the index is out of date, not the video at fault."""
 
-    A source that is missing passes: what was made from it outlives it, and whoever reads it will miss it.
+
+def require_indexed_source(entry: VideoEntry, root: Path, index: Index) -> None:
+    """Raise ChangedSource when a source is not the one that was indexed: by size and time, then by its ends' hash.
+
+    A source that is missing passes: what was made from it outlives it, and whoever reads it will miss it. Raises
+    UserError for one that cannot be read.
     """
     path = inside(root, entry.source)
     try:
@@ -71,7 +76,7 @@ def require_indexed_source(entry: VideoEntry, root: Path, index: Index) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if not same:
-        raise UserError(f"{path}: has changed since it was indexed; run `index --force`, then this again")
+        raise ChangedSource(f"{path}: has changed since it was indexed; run `index --force`, then this again")
 
 
 def require_indexed_annotations(entry: VideoEntry, root: Path) -> None:
@@ -248,7 +253,12 @@ def fill_cache(
     for entry in entries:
         request = cache_request(config, entry, root, index)
         if cache.problem(request) is not None:
-            require_indexed_source(entry, root, index)
+            try:
+                require_indexed_source(entry, root, index)
+            except ChangedSource:
+                raise
+            except UserError:
+                pass  # the job will say so, and cost this video alone
             jobs.append(CacheJob(entry, len(request.frame_index)))
     if not jobs:
         return []

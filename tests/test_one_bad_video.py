@@ -102,7 +102,8 @@ class Work:
 
     def do(self, command: str, *arguments: str, code: int = 0) -> str:
         """Everything that a command prints, which ends with `code`."""
-        ended: Ended = self._forks.run([command, "--config", "tiny.yaml", "--name", "r", *arguments], self.folder)
+        name = ("--name", "r") if command != "index" else ()
+        ended: Ended = self._forks.run([command, "--config", "tiny.yaml", *name, *arguments], self.folder)
         assert ended.code == code, ended.output
         assert "Traceback" not in ended.output
         return ended.output
@@ -119,24 +120,26 @@ def work(tmp_path: Path, sound: Path, forks: Forks) -> Work:
 def test_run_trains_and_evaluates_on_what_is_usable(work: Work) -> None:
     """One of the videos is broken in the middle, one has no labels, one has a name in Chinese."""
     work.damage("case 2")
-    (work.folder / "data/case 6.txt").unlink()
-    said = work.do("run", code=1)
+    for name in ("case 6.txt", "case 3.mp4", "case 3.txt"):
+        (work.folder / "data" / name).unlink()
+    five = ("--set", "data.split.train=[case 1, case 2]")
+    said = work.do("run", *five, code=1)
     assert "left out: case 2: " in said
     summary = work.json("runs/r/summary.json")
     left_out = {video["id"]: video["reason"] for video in summary["left_out"]}
     assert set(left_out) == {"case 2", "case 6"}
     assert "case 2.mp4" in left_out["case 2"]
     assert "no phase or tool labels" in left_out["case 6"]
-    assert (summary["split"], summary["test_videos"]) == ("2/1/1", 1)
+    assert (summary["split"], summary["test_videos"]) == ("1/1/1", 1)
     assert summary["scored_videos"] == {"phases": 1, "tools": 0}
     assert summary["videos_without_labels"]["phases"] == ["case 6"]
     assert summary["phase_accuracy_temporal"] is not None
     about = work.json("runs/r/evaluate/test/metrics.json")["phases"]["temporal"]["phase_mean"]["about"]
     assert (about["videos"], about["videos_without_labels"]) == (1, ["case 6"])
     trained = work.json("runs/r/temporal/identity.json")["split"]
-    assert trained == {"train": ["case 1", "case 3"], "val": ["手术 4"]}
+    assert trained == {"train": ["case 1"], "val": ["手术 4"]}
     card = (work.folder / "runs/r/MODEL_CARD.md").read_text()
-    assert "| train | 2 videos: case 1, case 3 |" in card
+    assert "| train | 1 videos: case 1 |" in card
     assert "- case 2 (train): " in card
     assert "Without phase labels, so neither trained on nor scored for phases: case 6." in card
     assert "Evaluated on the split **test** (1 video)." in card
@@ -146,7 +149,7 @@ def test_run_trains_and_evaluates_on_what_is_usable(work: Work) -> None:
     assert "on 1 video of clinic" in page
     assert "case 6: no labels of phases" in page
     before = (work.folder / "runs/r/cnn/best.pt").read_bytes()
-    again = work.do("run", code=1)
+    again = work.do("run", *five, code=1)
     assert again.count("finished before with these settings") == 1
     assert (work.folder / "runs/r/cnn/best.pt").read_bytes() == before
 
@@ -182,6 +185,18 @@ def test_training_again_with_a_repaired_video_is_another_run(work: Work) -> None
     assert "this run exists with other settings (left_out.case 1" in refused
     assert "choose another --name" in refused
     work.do("train-cnn", "--name", "other")
+
+
+def test_an_excluded_video_is_listed_and_is_no_failure(work: Work) -> None:
+    work.damage("case 2")
+    options = ("--set", "data.exclude={case 2: no consent}", "--set", "extract.encoder=initial")
+    assert "left out: case 2: excluded: no consent" in work.do("run", *options)
+    summary = work.json("runs/r/summary.json")
+    assert summary["left_out"] == [
+        {"id": "case 2", "reason": "excluded: no consent", "split": "train", "excluded": True}
+    ]
+    assert summary["split"] == "2/1/2"
+    assert "- case 2 (train): excluded: no consent" in (work.folder / "runs/r/MODEL_CARD.md").read_text()
 
 
 def test_the_only_video_of_a_split_ends_the_work(work: Work) -> None:
