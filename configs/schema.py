@@ -243,7 +243,10 @@ class DataConfig(Strict):
     )
     row_base: Literal["auto", 0, 1] = Field("auto", description="annotation files: number of the first frame's row")
     min_labelled: float = Field(
-        0.5, ge=0, le=1, description="leave out videos with labels for less than this fraction of them; 0 insists"
+        0.5,
+        ge=0,
+        le=1,
+        description="leave out videos whose phase or tool list labels less than this fraction; 0 insists",
     )
     tfrecord_phase_order: str | None = Field(
         None,

@@ -52,7 +52,7 @@ from features.labels import (
     Extent,
     Reading,
     fit_tracks,
-    labelled_fraction,
+    labelled_fractions,
     read_numbers,
     sample_labels,
     track_end,
@@ -489,13 +489,13 @@ def _build_entry(
         update={"phase_file": phase.file if phase else None, "tool_file": tools.file if tools else None}
     )
     fitted_phase, fitted_tools, fit_notes = _fitted(entry, root, spec, phase, tools)
-    if leave_out and lists:
-        labelled = labelled_fraction(entry.image_frames, fitted_phase, fitted_tools)
-        if labelled < data.min_labelled:
+    fractions = labelled_fractions(entry.image_frames, fitted_phase, fitted_tools) if leave_out else (None, None)
+    for one, labelled in zip((phase, tools), fractions, strict=True):
+        if one is not None and labelled is not None and labelled < data.min_labelled:
             raise UserError(
-                f"{lists[0][0]}: has labels for {labelled:.1%} of {video.source}, less than data.min_labelled="
-                f"{data.min_labelled:g}; complete them, set data.row_fps if rows count something else than they are "
-                "taken for, or lower data.min_labelled"
+                f"{root / one.file.path}: has labels for {labelled:.1%} of {video.source}, less than "
+                f"data.min_labelled={data.min_labelled:g}; complete them, set data.row_fps if rows count something "
+                "else than they are taken for, or lower data.min_labelled"
             )
     notes = [note for path, reading in readings.items() for note in reading.notes(path, extent)]
     return entry, (*source_notes, *_missing_images(entry), *notes, *fit_notes)

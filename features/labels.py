@@ -302,17 +302,18 @@ def fit_tracks(
     """Both tracks, on the video's timeline, cut to the video and to each other, and notes on what has no label.
 
     The usual trailing row is cut: what starts after the end of the video, or after the end of the other list, by no
-    more than one row of the coarsest stride among the lists and the images. More than that is an error naming file and
-    row. Labels that start late, miss rows or end early leave frames without labels, with a note. Raises UserError.
+    more than one row of the coarsest stride among the lists and the images. More than that after the video is an error
+    naming file and row. Labels that start late, miss rows or end early leave frames without labels, with a note.
+    Raises UserError.
     """
     given: list[tuple[Path, Track]] = [pair for pair in (phase, tools) if pair is not None]
     slack = max([extent.stride, *(track.stride for _, track in given)])
     notes: list[str] = []
     for path, track in given:
         _check_end(path, track, extent, slack)
-    if len(given) == 2:
-        _check_agreement(given[0], given[1], slack)
     end = min([extent.frame_count, *(track_end(track) for _, track in given)])
+    if any(track.frame_index[-1] >= end + slack for _, track in given):  # one of the two ends early
+        end = extent.frame_count
     cut_phase = _cut(phase, end, extent, notes)
     cut_tools = _cut(tools, end, extent, notes)
     for path, track in given:
@@ -320,10 +321,13 @@ def fit_tracks(
     return cut_phase, cut_tools, tuple(notes)
 
 
-def labelled_fraction(frames: np.ndarray, phase: PhaseTrack | None, tools: ToolTrack | None) -> float:
-    """The fraction of `frames` (T,) that have a phase or, where that is more, a label of some tool (rows held)."""
+def labelled_fractions(
+    frames: np.ndarray, phase: PhaseTrack | None, tools: ToolTrack | None
+) -> tuple[float | None, float | None]:
+    """The fractions of `frames` (T,) that have a phase and a label of some tool (rows held); None without a list."""
     labels, tool_labels = sample_labels(frames, phase, tools, "hold", 0 if tools is None else tools.tools.shape[1])
-    return max(float(labelled.mean()) for labelled in (labels >= 0, (tool_labels >= 0).any(axis=1)))
+    with_tools = (tool_labels >= 0).any(axis=1)
+    return None if phase is None else float((labels >= 0).mean()), None if tools is None else float(with_tools.mean())
 
 
 def _refuse_telling_rate(path: Path, track: Track, extent: Extent) -> None:
@@ -358,21 +362,6 @@ def _check_end(path: Path, track: Track, extent: Extent, slack: int) -> None:
         f"is frame {int(track.frame_index[row])}, beyond the {extent.frame_count} frames ({extent.duration_s:.1f} s at "
         f"{extent.fps:g} fps) of {extent.name}: as they are numbered, the rows last {track_end(track) / extent.fps:.1f}"
         " s; set data.row_fps if they count something else",
-    )
-
-
-def _check_agreement(one: tuple[Path, Track], other: tuple[Path, Track], slack: int) -> None:
-    """Raise UserError when one list goes on after the other has ended by more than a row of the coarser stride."""
-    (short_path, short), (long_path, long) = sorted((one, other), key=lambda pair: track_end(pair[1]))
-    end = track_end(short)
-    if long.frame_index[-1] < end + slack:
-        return
-    row = int(np.searchsorted(long.frame_index, end))
-    raise row_error(
-        long_path,
-        row,
-        f"is frame {int(long.frame_index[row])}, but {short_path.name} ends with frame {end - short.stride}: more than "
-        f"the usual trailing row ({slack} frames) apart; correct or remove one of the two",
     )
 
 

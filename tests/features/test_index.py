@@ -332,8 +332,7 @@ def test_videos_with_few_labels_are_left_out_unless_insisted_on(tmp_path: Path) 
     for fraction in (0, 0.37):
         insisted = build_index(root, SPEC, DataConfig(min_labelled=fraction), leave_out=True)
         assert [entry.id for entry in insisted.videos] == ["video01", "video02"]
-    write_phases(root / "phase_annotations/video01-phase.txt", 37)
-    (root / "tool_annotations/video01-tool.txt").unlink()
+    write_tools(root / "tool_annotations/video01-tool.txt", 1)
     message = refusal(lambda: build_index(root, SPEC, DataConfig(), leave_out=True))
     assert message.endswith("(also at fault: video02)")
     (root / "phase_annotations/video02-phase.txt").unlink()  # none at all is as it was: indexed, and noted
