@@ -85,7 +85,7 @@ class _Files:
     endings: Counter[str] = field(default_factory=Counter)
     odd_annotations: dict[str, UserError] = field(default_factory=dict)
     faults: dict[str, UserError] | None = None  # kept, by folded id, where one file must not cost the others
-    numbered: list[tuple[str, Path]] = field(default_factory=list)  # frame folders that only have a number, by id
+    numbered: dict[str, str] = field(default_factory=dict)  # frame folders that only have a number: path to id
     unmatched: list[str] = field(default_factory=list)
     image_folders: list[ImageFolder] = field(default_factory=list)
     excluded: list[str] = field(default_factory=list)
@@ -174,15 +174,15 @@ def _collect(root: Path, spec: DataSetSpec, data: DataConfig, faults: dict[str, 
 def _add_frames(files: _Files, root: Path, folder: Path, names: Sequence[str], spec: DataSetSpec) -> bool:
     """Whether the images in `folder` are a video's frames: by its name, or by its parent's where it has none."""
     pattern, images = spec.patterns.compiled("frames"), spec.patterns.compiled("frame")
-    named = pattern.fullmatch(folder.name)
-    if not named and folder.parent != root and folder.name.casefold() in _UNNAMED_FOLDERS:
-        named = pattern.fullmatch(folder.parent.name)
+    above = folder.parent != root and folder.name.casefold() in _UNNAMED_FOLDERS
+    name = folder.parent.name if above and not pattern.fullmatch(folder.name) else folder.name
+    named = pattern.fullmatch(name)
     if any(map(images.fullmatch, names)):
         if named:
             _add(files, "frames", _video_id(named, spec, folder), root, folder)
             return True
-        if video_id := _id_of_number(folder.name, spec):
-            files.numbered.append((video_id, folder))
+        if video_id := _id_of_number(name, spec):
+            files.numbered[folder.relative_to(root).as_posix()] = video_id
             return True
     if len(pictures := list(filter(is_image, names))) > 1:
         files.image_folders.append(ImageFolder(folder.relative_to(root).as_posix(), tuple(pictures[:2]), bool(named)))
@@ -201,8 +201,8 @@ def _id_of_number(name: str, spec: DataSetSpec) -> str | None:
 def _place_numbered(root: Path, files: _Files) -> None:
     """Take folders with a number for a name as frame folders, but only where no video has a source that says more."""
     if not any(files.of(kind) for kind in KINDS):
-        for video_id, folder in files.numbered:
-            _add(files, "frames", video_id, root, folder)
+        for path, video_id in files.numbered.items():
+            _add(files, "frames", video_id, root, root / path)
         files.numbered.clear()
 
 
@@ -396,21 +396,18 @@ def _passed_over(
     """What looks like a video of the data set and is none of those found, with the reasons, and notes on the rest."""
     taken = [video.source for video in videos]
     places = {PurePosixPath(video.source).parent for video in videos if video.kind == "frames"}
-    missed = [one for one in files.image_folders if one.named or PurePosixPath(one.path).parent in places]
-    others = [one.path for one in files.image_folders if one not in missed]
+    folders = [*files.image_folders, *(ImageFolder(path, (), False) for path in files.numbered)]
+    missed = [one for one in folders if one.named or PurePosixPath(one.path).parent in places]
+    others = [one.path for one in folders if one not in missed]
     unmatched = [path for path in files.unmatched if kind_of(path) == "video" and not _leads_inside(root, root / path)]
     reasons = {**passed_over_videos(unmatched, taken, spec), **passed_over_folders(missed, spec)}
     found = sorted(reasons.items(), key=lambda item: natural_key(item[0]))
     notes = []
     if others:
         notes.append(f"{len(others)} other folder(s) of images, not named like a video: {_listed(others, 10)}")
-    if files.numbered:
-        folders = [folder.relative_to(root).as_posix() for _, folder in files.numbered]
-        parent = PurePosixPath(folders[0]).parent
-        notes.append(
-            f"{len(folders)} folder(s) of images with only a number for a name, beside videos with a name: "
-            f"{_listed(folders, 10)} (data.sources=frames:{parent} takes them)"
-        )
+    if numbered := [path for path in others if path in files.numbered]:
+        parent = PurePosixPath(numbered[0]).parent
+        notes[-1] += f" (data.sources=frames:{parent} takes those that have a number for a name)"
     return (*found, *((path, "") for path in files.excluded)), notes
 
 

@@ -159,7 +159,18 @@ def test_every_container_that_the_readers_read_is_found(tmp_path: Path, containe
 
 @pytest.mark.parametrize(
     "folder",
-    ["VID01", "Video 1", "video-01", "video01.mp4", "video01_frames", "video01/frames", "video01/images", "1", "01"],
+    [
+        "VID01",
+        "Video 1",
+        "video-01",
+        "video01.mp4",
+        "video01_frames",
+        "video01/frames",
+        "video01/images",
+        "1",
+        "01",
+        "1/frames",
+    ],
 )
 def test_frame_folders_are_found_by_the_names_in_use(tmp_path: Path, folder: str) -> None:
     make(tmp_path, *(f"cutMargin/{folder}/{number:08d}.jpg" for number in range(3)))
@@ -196,8 +207,12 @@ def test_a_number_alone_is_a_name_only_where_no_folder_has_a_better_one(tmp_path
     assert list(found(tmp_path)) == ["video01", "video02"]
     discovery = find_videos(tmp_path, SPEC)
     assert discovery.passed_over == ()
-    assert any("only a number for a name" in note and "1 (" in note for note in discovery.notes)
+    assert any(
+        "1 (data.sources=frames:. takes those that have a number for a name)" in note for note in discovery.notes
+    )
     assert found(tmp_path, data=DataConfig(sources="frames:1")) == {"video01": ("1", None, None)}
+    make(tmp_path / "beside", *(f"frames/{name}/{n}.jpg" for name in ("video01", "2") for n in (1, 2)))
+    assert "rename it like video01" in passed_over(tmp_path / "beside")["frames/2"]
     make(tmp_path / "m2cai", "1/1.jpg", "1/2.jpg")  # videos there have names and no numbers
     assert "1: a folder of images: its name does not match patterns.frames" in refusal(tmp_path / "m2cai", M2CAI)
 
