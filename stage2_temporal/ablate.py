@@ -36,7 +36,7 @@ from stage1_cnn.pool import Advance, choose_processes, work_through
 from stage2_temporal.ablate_features import SharedFeatures, folder_of, share_features
 from stage2_temporal.ablate_study import NAMED, TrialFolders, corners, distributions, open_study
 from stage2_temporal.data import TrainingData
-from stage2_temporal.train import SCORE, train_temporal
+from stage2_temporal.train import SCORE, require_arithmetic, train_temporal
 
 BASE = "base"
 # Trainings claimed at once, a core: many where settings are known (processes start once), few where they are drawn, so
@@ -194,6 +194,7 @@ def _read_features(spec: AblationConfig, base: Config, overrides: Sequence[str],
     for point in corners(spec):
         unit = Unit(None, changes_of(spec, point), spec.seeds[0])
         config = unit_config(spec.base, overrides, unit)
+        require_arithmetic(config.temporal, choose_device(config.device))
         features = folder_of(dict(unit.changes), where, base)
         name = ", ".join(f"{key}={value!r}" for key, value in point.items())
         other = named.setdefault((config.temporal.model_dump_json(), features), name)

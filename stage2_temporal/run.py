@@ -18,7 +18,7 @@ from features.index import usable_index
 from stage1_cnn.extract import extract
 from stage1_cnn.train import train_cnn
 from stage2_temporal.evaluate import evaluate_run
-from stage2_temporal.train import require_projection, train_temporal
+from stage2_temporal.train import require_arithmetic, train_temporal
 
 Value = TypeVar("Value")
 
@@ -69,8 +69,7 @@ def _require_precisions(config: Config, run: Path) -> None:
         choose_precision("cnn.precision", cnn.precision, device, training=True)
     choose_precision("extract.precision", extract.precision, device, training=False)
     if not _finished(run / "temporal"):
-        choose_precision("temporal.precision", temporal.precision, device, training=True)
-        require_projection(temporal, device)
+        require_arithmetic(temporal, device)
 
 
 def closing_lines(run: Path, summary: Mapping[str, Any], now_s: float) -> list[str]:

@@ -23,7 +23,7 @@ from configs import schema
 from configs.errors import UserError
 from configs.load import differences
 from configs.schema import Config
-from engine.device import make_accelerator, require_bf16, seed_everything
+from engine.device import choose_precision, make_accelerator, require_bf16, seed_everything
 from engine.files import make_folder, sha256_file
 from engine.logs import METRICS_FILE, read_metrics
 from engine.memory import give_back_freed_memory
@@ -74,7 +74,7 @@ def train_temporal(
     if finished is not None:
         return finished | {"left_out": data.index.left_out_records()}
     accelerator, precision = make_accelerator(config.device, config.temporal.precision, "temporal.precision")
-    require_projection(config.temporal, accelerator.device)
+    _require_projection(config.temporal, accelerator.device)
     processes.from_first(stage.open)  # only now: settings that cannot be trained with leave no folder behind
     if not data.val and processes.first:
         say(f"{folder}: no validation videos with phases, so the last epoch is kept and none is chosen")
@@ -287,7 +287,13 @@ def _require_sensible(settings: schema.TemporalConfig) -> None:
         )
 
 
-def require_projection(settings: schema.TemporalConfig, device: torch.device) -> None:
+def require_arithmetic(settings: schema.TemporalConfig, device: torch.device) -> None:
+    """Raise UserError for a precision or a projection that stage two does not train in on `device`."""
+    choose_precision("temporal.precision", settings.precision, device, training=True)
+    _require_projection(settings, device)
+
+
+def _require_projection(settings: schema.TemporalConfig, device: torch.device) -> None:
     """Raise UserError where `projection: bf16` would change nothing, or is not computed."""
     if settings.projection != "bf16":
         return

@@ -28,6 +28,7 @@ from stage1_cnn.train import (
     synchronise_batch_norm,
     train_cnn,
 )
+from tests.onednn import cpu_with_bf16
 from tests.stage1_cnn.material import StopAfter, World, write_labels
 
 
@@ -200,7 +201,12 @@ def test_weights_of_a_run_serve_the_next(world: World) -> None:
 
 
 def test_bf16_trains_too(world: World) -> None:
-    assert train(world, world.set(cnn={"precision": "bf16", "epochs": 1}))["precision"] == "bf16"
+    config = world.set(cnn={"precision": "bf16", "epochs": 1})
+    with cpu_with_bf16(False), pytest.raises(UserError, match=r"^cnn\.precision=bf16: .* cnn\.precision=fp32"):
+        train(world, config)
+    assert not world.run.exists()
+    with cpu_with_bf16(True):
+        assert train(world, config)["precision"] == "bf16"
 
 
 # ---------------------------------------------------------------------------------------------- pieces

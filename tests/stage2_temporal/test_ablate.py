@@ -29,6 +29,7 @@ from features.store import load_feature_set
 from stage2_temporal import ablate as ablate_module
 from stage2_temporal.ablate import ablate, read_ablation
 from stage2_temporal.predict import load_temporal, predict_phases
+from tests.onednn import cpu_with_bf16
 from tests.stage2_temporal.toy import cue_video, small, write_folder
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -169,6 +170,13 @@ def test_what_failed_for_a_passing_reason_is_done_the_next_time(world: Path, mon
     monkeypatch.setattr(ablate_module, "train_temporal", sound)
     assert run(world, file) == []
     assert len(table(world)) == 4
+
+
+def test_a_precision_that_is_not_computed_here_is_refused_before_any_training(world: Path) -> None:
+    file = write_ablation(world, space={"temporal.precision": ["fp32", "bf16"]})
+    with cpu_with_bf16(False), pytest.raises(UserError, match=r"^temporal\.precision=bf16: this CPU"):
+        run(world, file)
+    assert not (world / "runs").exists()
 
 
 def test_one_process_at_a_time_conducts(world: Path) -> None:

@@ -22,7 +22,7 @@ from engine.logs import read_metrics
 from engine.stopping import Stopped, StopRequest
 from stage2_temporal.data import FeatureBank, Span, epoch_batches, read_training_data
 from stage2_temporal.predict import load_temporal, predict_phases
-from stage2_temporal.train import PhaseLoss, count_phases, require_projection
+from stage2_temporal.train import PhaseLoss, count_phases, require_arithmetic
 from tests.onednn import cpu_with_bf16
 from tests.stage2_temporal.toy import cue_video, write_folder
 
@@ -289,8 +289,8 @@ def test_a_run_trained_in_bf16_elsewhere_is_finished_here_too(train: Any) -> Non
 def test_bf16_projection_is_refused_on_other_devices() -> None:
     settings = TemporalConfig(projection="bf16")
     with pytest.raises(UserError, match=r"is for CPUs, not cuda; set temporal\.precision=bf16 instead"):
-        require_projection(settings, torch.device("cuda"))
-    require_projection(TemporalConfig(), torch.device("cuda"))
+        require_arithmetic(settings, torch.device("cuda"))
+    require_arithmetic(TemporalConfig(), torch.device("cuda"))
 
 
 def test_a_finished_run_is_not_trained_again(train: Any, tmp_path: Path) -> None:
