@@ -72,7 +72,7 @@ def test_a_whole_ratio_takes_each_nth_frame(frame_count: int, step: int, source_
     )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(steps=st.lists(st.integers(1, 3000), min_size=1, max_size=60), fps=st.fractions(Fraction(1, 20), 3))
 def test_sampling_by_time_agrees_with_the_rule_in_words(steps: list[int], fps: Fraction) -> None:
     pts = [0, *np.cumsum(steps).tolist()]
