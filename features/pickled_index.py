@@ -37,6 +37,7 @@ from features.annotations import (
 from features.catalogue import data_root, keep_index, open_dataset
 from features.class_order import describe_order, ids_of_order, parse_phase_order
 from features.discover import (
+    FolderLayout,
     FoundVideo,
     LabelEnd,
     find_videos,
@@ -48,7 +49,7 @@ from features.discover import (
 )
 from features.ids import file_stem
 from features.index import Index, VideoEntry, build_index, load_labels, open_folder, sampled_frames
-from features.labels import sample_labels
+from features.labels import Extent, sample_labels
 from features.plain_pickle import load_plain
 from features.readers import probe_video
 from features.splits import Split, split_is_asked_for
@@ -267,14 +268,17 @@ def _check_video(
     """The pickle's labels on the video's timeline, checked against images or frames and annotations below the root."""
     if found.kind == "video":
         info = probe_video(inside(root, found.source))
-        frames, stride = _row_frames(video, spec.model_copy(update={"annotation_fps": info.fps}), data)
+        times_s = info.times.seconds(info.frame_count) if info.times else None
+        extent = Extent(found.source, info.frame_count, info.fps, info.fps, times_s=times_s)
+        frames, stride = _rows_of_video(video, extent, spec.model_copy(update={"annotation_fps": info.fps}), data)
         if frames[-1] >= info.frame_count:
             raise UserError(
                 f"{video.where}: {len(frames)} rows reach frame {frames[-1]}, {root / found.source} has "
                 f"{info.frame_count} frames"
             )
     else:
-        frames, stride = _row_frames(video, spec, data)
+        frames, layout = _row_frames(video, spec, data)
+        stride = layout.stride
         _require_images(root, found, video, frames, stride, spec, data)
     phase = ids_of_order(order, spec.phases)[video.phase].astype(np.int8)
     labels = _Labels(
@@ -284,8 +288,8 @@ def _check_video(
     return labels
 
 
-def _row_frames(video: PickledVideo, spec: DataSetSpec, data: DataConfig) -> tuple[NDArray[np.int64], int]:
-    """Source frame (R,) of each row, from the numbers in the images' names, and the distance between rows.
+def _row_frames(video: PickledVideo, spec: DataSetSpec, data: DataConfig) -> tuple[NDArray[np.int64], FolderLayout]:
+    """Source frame (R,) of each row, from the numbers in the images' names, and how these lie in the source.
 
     Numbers one apart count rows at `data.fps`, unless the settings say otherwise.
     """
@@ -300,7 +304,26 @@ def _row_frames(video: PickledVideo, spec: DataSetSpec, data: DataConfig) -> tup
             f"{video.where}: rows are {layout.stride} frames apart where data.fps={data.fps:g} of "
             f"{spec.annotation_fps:g} makes {step}; set data.fps={spec.annotation_fps / layout.stride:g}"
         )
-    return source_frames(scan, layout), layout.stride
+    return source_frames(scan, layout), layout
+
+
+def _rows_of_video(
+    video: PickledVideo, extent: Extent, spec: DataSetSpec, data: DataConfig
+) -> tuple[NDArray[np.int64], int]:
+    """Source frame (R,) of each row of a video file, and the distance between rows.
+
+    Samples are taken by time: at 29.97 fps they are not every 30 frames, and their numbers are not evenly spaced.
+    """
+    rate = data.folder_fps or data.fps
+    step = extent.fps / rate
+    numbers = scan_names(Path(video.where), [_last_two(path)[1] for path in video.paths], spec).numbers
+    if abs(step - round(step)) > 1e-6 and np.array_equal(numbers, extent.on_screen(np.rint(numbers / step) / rate)):
+        return numbers, int(np.diff(numbers).max(initial=1))
+    frames, layout = _row_frames(video, spec, data)
+    if layout.numbering == "source":
+        return frames, layout.stride
+    frames = extent.on_screen(frames / layout.stride / rate)
+    return frames, int(np.diff(frames).max(initial=layout.stride))
 
 
 def _require_images(
