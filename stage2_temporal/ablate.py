@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.live import Live
 
 from configs.errors import UserError
-from configs.load import load_ablation, load_config, to_yaml
+from configs.load import differences, load_ablation, load_config, to_yaml
 from configs.schema import FEATURE_KEYS, AblationConfig, Config
 from engine.device import choose_device, cpu_threads
 from engine.files import read_json_object, sha256_json, sole_worker, write_text
@@ -162,6 +162,7 @@ def ablate(
     failed: list[tuple[str, str]] = []
     with sole_worker(folder, "ablation"), _live_table() as live:
         plan = _Plan(spec, base, tuple(overrides), folder, shared)
+        plan.trials(folder)  # before anything is trained, since it may refuse what is there
         for units in plan.rounds(cores, started):
             processes = choose_processes(cores, units) if len(units) > 1 else 1
             for unit, reason in work_through(task, units, processes, "trainings", stop, unit="training", disable=True):
@@ -240,6 +241,7 @@ class _Plan:
         self.results: dict[Unit, dict[str, Any]] = {}
         self._left: dict[int, set[int]] = {}  # seeds still to come, of each trial in work
         self._scores: dict[int, dict[int, float]] = {}
+        self._as_named: set[Unit] = set()  # those whose settings have been compared with what the table names
         failed = [trial.params for trial in self._trials(TrialState.FAIL)]
         self._queue(failed if spec.has_ranges else corners(spec))
 
@@ -342,7 +344,10 @@ class _Plan:
             self.study.tell(unit.trial, sum(scores.values()) / len(scores))
 
     def trials(self, folder: Path) -> list[Trial]:
-        """Every training there is a result of, whoever did it, for tables."""
+        """Every training there is a result of, whoever did it, for tables.
+
+        Raises UserError for one that was trained with other settings than the table would name.
+        """
         points = [trial.params for trial in self.study.get_trials(deepcopy=False) if trial.params]
         settings = dict.fromkeys([(), *(changes_of(self.spec, point) for point in points)])
         found = []
@@ -352,8 +357,22 @@ class _Plan:
                 unit = self._unit(None, changes, seed)
                 result = self.results.get(unit) or _result(folder / "trials" / unit.folder)
                 if result is not None:
+                    self._require_as_named(unit, folder / "trials" / unit.folder)
                     found.append(Trial(self.label(changes), dict(changes), seed, is_base, result, unit.folder))
         return found
+
+    def _require_as_named(self, unit: Unit, run: Path) -> None:
+        settings = run / "temporal" / "config.yaml"
+        if unit in self._as_named or not settings.is_file():
+            return
+        trained = load_config(settings).temporal.model_dump()
+        named = unit_config(self.spec.base, self.overrides, unit).temporal.model_dump()
+        if changed := differences(trained, named):
+            raise UserError(
+                f"{run}: trained with other settings than the table would name ({'; '.join(changed[:3])}); give the "
+                "ablation another --name, which trains anew"
+            )
+        self._as_named.add(unit)
 
 
 def _leaf(key: str, keys: Mapping[str, Any]) -> str:

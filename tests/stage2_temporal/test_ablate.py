@@ -365,6 +365,17 @@ def test_what_is_no_ablation_is_refused(world: Path, content: dict[str, Any], ma
         load_ablation(file)
 
 
+def test_trials_trained_with_other_settings_than_their_name_says_are_refused(world: Path) -> None:
+    """As those were whose head's name was applied after its other settings."""
+    file = write_ablation(world, space={"temporal.head.hidden": [6, 12]}, seeds=[0])
+    run(world, file)
+    row = next(row for row in table(world) if row["temporal.head.hidden"] == "6")
+    settings = world / "runs/wide/trials" / row["folder"] / "temporal/config.yaml"
+    settings.write_text(settings.read_text().replace("hidden: 6", "hidden: 512"))
+    with pytest.raises(UserError, match=r"head\.hidden: 512 there, 6 now.*another --name"):
+        run(world, file)
+
+
 def test_an_unknown_key_in_the_space_is_refused_before_any_training(world: Path) -> None:
     with pytest.raises(UserError, match=r"unknown key temporal\.head\.hiden; did you mean temporal\.head\.hidden"):
         run(world, write_ablation(world, space={"temporal.head.hiden": [6, 12]}))
