@@ -709,8 +709,14 @@ def _load_tracks(
 def _reread_annotation(
     root: Path, file: AnnotationFile | None, parse: Callable, spec: DataSetSpec
 ) -> _Annotation | None:
-    read = _read_annotation(root, file.path, parse, spec) if file else None
-    if read is None or file is None:
+    if file is None:
+        return None
+    if not (root / file.path).exists():
+        raise UserError(
+            f"{root / file.path}: no such file; restore it, or run `index --force` to go on without its labels"
+        )
+    read = _read_annotation(root, file.path, parse, spec)
+    if read is None:
         return None
     if read.file.sha256 != file.sha256:
         raise UserError(f"{root / file.path}: has changed since it was indexed; run `index --force`, then this again")

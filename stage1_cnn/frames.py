@@ -26,7 +26,8 @@ from engine.files import (
     sha256_ends,
     sha256_file,
 )
-from engine.processes import Processes
+from engine.processes import Processes, speaks
+from engine.progress import say
 from engine.runs import IDENTITY_FILE
 from engine.stopping import StopRequest
 from features.cache import CacheRequest, FrameCache
@@ -219,11 +220,14 @@ def recorded_faults(folder: Path, index: Index) -> list[tuple[str, str]]:
     """Videos that the training in `folder` has left out for faults of theirs, with reasons; changed ones count anew."""
     path = folder / IDENTITY_FILE
     left_out = read_json_object(path).get("left_out", {}) if path.exists() else {}
-    return [
+    found = [
         (entry.id, left_out[entry.id]["reason"])
         for entry in index.videos
         if entry.id in left_out and left_out[entry.id]["source"] == entry.sha256_ends
     ]
+    if found and speaks():
+        say(f"{folder}: was begun without {len(found)} of these videos; another --name tries them again")
+    return found
 
 
 def cache_readable(config: Config, index: Index, root: Path, processes: Processes, stop: StopRequest) -> Index:
