@@ -236,7 +236,7 @@ class DataConfig(Strict):
     folder_fps: float | None = Field(
         None, gt=0, le=MAX_FPS, description="frame folders numbered by sample: samples a second"
     )
-    row_fps: Literal["auto", "source"] | Annotated[float, Field(gt=0, le=MAX_FPS)] = Field(
+    row_fps: Literal["auto", "source"] | Annotated[float, Field(ge=1e-3, le=MAX_FPS)] = Field(
         "auto",
         description="what the Frame column of annotation files counts: numbers a second (1 = seconds), or source for "
         "the video's own frames; auto goes by the lengths of each video and its lists",

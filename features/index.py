@@ -93,7 +93,7 @@ class AnnotationFile(Strict):
     path: RelativePath
     sha256: Sha256
     rows: int = Field(ge=1)
-    row_fps: float | None = Field(None, gt=0, le=MAX_FPS, allow_inf_nan=False)
+    row_fps: float | None = Field(None, ge=1e-3, le=MAX_FPS, allow_inf_nan=False)
     row_base: Literal[0, 1] = 0
 
     @property

@@ -127,9 +127,11 @@ class Extent:
 
     def on_screen(self, time_s: np.ndarray) -> np.ndarray:
         """The frame (T,) int64 that is shown at each time (T,); times after the last frame count on at the rate."""
+        last_s = 0.0 if self.times_s is None else float(self.times_s[-1])
+        # a list may hold any number: beyond the precision of float64 one frame is as good as another
+        after = np.floor(np.minimum((time_s - last_s + _ROUNDING_S) * self.fps, 2.0**53)).astype(np.int64)
         if self.times_s is None:
-            return np.floor((time_s + _ROUNDING_S) * self.fps).astype(np.int64)
-        after = np.floor((time_s - self.times_s[-1] + _ROUNDING_S) * self.fps).astype(np.int64)
+            return after
         shown: np.ndarray = np.searchsorted(self.times_s, time_s + _ROUNDING_S, side="right") - 1
         return shown + np.maximum(after, 0)
 

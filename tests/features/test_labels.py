@@ -364,6 +364,13 @@ def test_rows_a_second_label_what_is_sampled_a_second_whatever_the_rate() -> Non
         assert notes[:2] == tuple(f"{path.name}: rows are numbered at 1 fps" for path in (PHASES, TOOLS))
 
 
+def test_numbers_beyond_any_video_are_refused_at_any_rate() -> None:
+    track = PhaseTrack(np.array([0, 1, 10**15 - 1]), np.zeros(3, dtype=np.int8), 1)
+    for row_fps in ("auto", "source", 0.001, 1, 10_000):
+        with pytest.raises(UserError, match="beyond the 350 frames"):
+            fit(track, None, 350, row_fps=row_fps)
+
+
 def test_missing_rows_are_noted() -> None:
     phase, _, notes = fit(with_gaps(phase_track(350), set(range(150, 200)) | {300}), None, 350)  # type: ignore[arg-type]
     assert notes == ("video01-phase.txt: rows are missing, first from frame 150; 51 frames without a label",)
