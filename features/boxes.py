@@ -53,7 +53,8 @@ def overclaim(path: Path) -> str | None:
 def picture_times(path: Path) -> NDArray[np.int64] | None:
     """When the pictures of an MP4 file's video are shown, (N,) ticks of its track in decoding order, from its tables.
 
-    None where the tables alone do not say: several video tracks, fragments, edits that cut or pause, other files.
+    None where the tables alone do not say: several video tracks, fragments, edits that cut or pause, empty pictures,
+    other files.
     """
     size = path.stat().st_size
     tracks: list[dict[bytes, bytes]] = []
@@ -63,11 +64,16 @@ def picture_times(path: Path) -> NDArray[np.int64] | None:
                 return None
             if kind == b"trak":
                 tracks.append({})
+            elif tracks and kind == b"stsz":
+                each, count = struct.unpack(">II", _read(stream, body + 4, 8))
+                tracks[-1][kind] = b"" if each else _read(stream, body + 12, min(4 * count, size) // 4 * 4)
             elif tracks and kind in {b"hdlr", b"elst", b"stts", b"ctts"}:
                 rows = int.from_bytes(_read(stream, body + 4, 4), "big") if kind != b"hdlr" else 1
                 tracks[-1][kind] = _read(stream, body + 8, min(8 * rows, size) // 8 * 8)
     video = [track for track in tracks if track.get(b"hdlr", b"")[:4] == b"vide"]
     if len(video) != 1 or len(video[0].get(b"elst", b"")) > 8:
+        return None
+    if not np.frombuffer(video[0].get(b"stsz", b""), ">u4").all():
         return None
     steps = _repeated(video[0].get(b"stts", b""))
     delays = _repeated(video[0][b"ctts"]) if b"ctts" in video[0] else np.zeros_like(steps)

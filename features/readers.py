@@ -167,7 +167,7 @@ def _check_first_pictures(path: Path, shown_pts: np.ndarray | None, variable: bo
         stream = _video_stream(container, path)
         seen: list[int] = []
         try:
-            for picture in itertools.islice(container.decode(stream), _FIRST_PICTURES):
+            for picture in itertools.islice(_decoded_from(container, stream, 0), _FIRST_PICTURES):
                 seen += [] if picture.pts is None else [picture.pts]
         except _import_av().error.FFmpegError:
             pass  # reading says so, where frames that are wanted are lost

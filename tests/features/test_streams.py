@@ -202,3 +202,12 @@ def test_a_rate_that_the_container_states_wrongly_is_not_believed(tmp_path: Path
     path = write_video(tmp_path / f"twenty.{container}", VideoSpec(count=60, times_s=times_s))  # the encoder says 25
     assert read_all(path) == (list(range(60)), pytest.approx(times_s, abs=0.0011))
     assert probe_video(path).fps == pytest.approx(20, rel=0.01)
+
+
+def test_an_empty_picture_of_an_mp4_file_is_none(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "empty.mp4", VideoSpec(count=30, b_frames=0))
+    content = bytearray(path.read_bytes())
+    sizes = content.index(b"stsz") + 16
+    content[sizes + 4 * 29 : sizes + 4 * 30] = bytes(4)
+    path.write_bytes(bytes(content))
+    assert read_all(path) == (list(range(29)), pytest.approx([k / 25 for k in range(29)]))
