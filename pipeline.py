@@ -332,7 +332,10 @@ def index(
     if pickles or to_pickle:
         return
     if not check:
-        if index_dataset(resolved, replace=force).is_partial:
+        found = index_dataset(resolved, replace=force)
+        if phase_order is not None and not any(entry.records for entry in found.videos):
+            raise UserError("--phase-order: TFRecord files alone number phases, and none was found; leave it out")
+        if found.is_partial:
             sys.exit(EXIT_PARTLY)
         return
     problems = check_dataset(resolved)

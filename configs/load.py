@@ -134,6 +134,7 @@ def _require_small(root: yaml.Node) -> None:
         below: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
             below = [part for pair in node.value for part in pair]
+            _require_each_key_once([key for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
         elif isinstance(node, yaml.SequenceNode):
             below = node.value
         if id(node) not in sizes:
@@ -146,6 +147,16 @@ def _require_small(root: yaml.Node) -> None:
         sizes[id(node)] = 1 + sum(sizes[id(part)] for part in below)
         if sizes[id(node)] > MAX_YAML_VALUES:
             raise ValueError(f"aliases that come to more than {MAX_YAML_VALUES:,} values")
+
+
+def _require_each_key_once(keys: Sequence[yaml.ScalarNode]) -> None:
+    """Raise ValueError for a key that stands twice in a mapping: PyYAML would drop the first with all that is in it."""
+    lines: dict[tuple[str, str], int] = {}
+    for key in keys:
+        line = key.start_mark.line + 1
+        if (key.tag, key.value) in lines:
+            raise ValueError(f"{key.value} is given twice, in lines {lines[key.tag, key.value]} and {line}")
+        lines[key.tag, key.value] = line
 
 
 def to_yaml(model: BaseModel) -> str:

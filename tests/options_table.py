@@ -46,8 +46,8 @@ INTRODUCTION = """# Options
 What each option does in each way of using a command: it has an effect (`yes`), is `refused` in one line with exit code
 2, or is `given`, where it is what makes that way. Made by `python -m tests.options_table` from the table of which
 `tests/test_options.py` runs every row. What depends on the contents of files is refused where they are read:
-`--inference` for a head without a state, `--phase-order` and `--probabilities` for files without phases or tools,
-`--ground-truth` where every model is an evaluated run.
+`--inference` for a head without a state, `--phase-order` and `--probabilities` for files without numbered phases or
+tools, `--ground-truth` where every model is an evaluated run.
 """
 INITIAL = [*WEIGHTS, "--set", "extract.encoder=initial"]
 JOINT = ["--model", "joint"]

@@ -141,6 +141,16 @@ def test_broken_files_name_the_file(text: str, tmp_path: Path) -> None:
         load_config(path)
 
 
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    """The second block would drop all that the first one says."""
+    path = tmp_path / "own.yaml"
+    path.write_text("temporal: {epochs: 5}\nseed: 1\ntemporal: {head: {name: gru}}\n")
+    with pytest.raises(UserError, match=r"own\.yaml: .*temporal is given twice, in lines 1 and 3"):
+        load_config(path)
+    with pytest.raises(UserError, match="lr is given twice"):
+        load_config("mini", ["temporal.optim={lr: 0.1, lr: 0.2}"])
+
+
 def test_unknown_preset_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean cholec80"):
         load_config("cholec8")
