@@ -31,6 +31,7 @@ from engine.stopping import StopRequest
 from evaluation.tools import evaluate_tools
 from features.catalogue import say_left_out
 from features.index import Index
+from features.labels import unlabelled_note
 from features.preprocess import changed_images
 from stage1_cnn.data import FrameLoader, LabelledFrames, choose_workers, labelled_frames
 from stage1_cnn.frames import cache_readable, frames_identity, recorded_faults
@@ -231,6 +232,10 @@ def _load(config: Config, index: Index, root: Path) -> JointData:
     for task, labels in (("tool", train.tools), ("phase", train.phase)):
         if tasks in (task, "both") and not (labels >= 0).any():
             raise UserError(f"{config.data.index}: no training frame has a {task} label; set joint.net.tasks")
+    phases = {name: train.phase[train.video == number] for number, name in enumerate(train.videos)}
+    if tasks != "tool" and speaks():
+        for note in unlabelled_note(phases, "do not count in train"):
+            say(note)
     val = labelled_videos(config, index, root, index.by_split("val"))
     if not val and speaks():
         say("no validation videos: every epoch is trained, and the last one counts as the best")

@@ -196,6 +196,15 @@ def test_no_phases_in_training_videos(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "no phase labels in v0, v1: left out of train" in capsys.readouterr().err
 
 
+def test_frames_without_a_phase_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    videos = toy()
+    videos["v1"][2][2:4] = -1
+    read_training_data(write_folder(tmp_path / "set", videos))
+    said = capsys.readouterr().err
+    assert "note: 2 of " in said
+    assert "frames have no phase label (v1) and do not count in train" in said
+
+
 def test_videos_without_phases_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     videos = toy("train train val val")
     videos["v1"][2][:] = -1
