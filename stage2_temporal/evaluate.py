@@ -15,7 +15,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from engine.files import make_folder, read_json_object, sha256_file, sha256_json, write_json
 from engine.progress import say
-from engine.runs import update_summary
+from engine.runs import RESULT_FILE, update_summary
 from engine.stopping import StopRequest
 from evaluation.figures import phase_ribbons
 from evaluation.model_card import used_videos, write_model_card
@@ -428,12 +428,20 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
         say("note: no tool labels or no trained tool head, so no tool metrics")
 
 
+def _left_out_of_stage_one(run: Path, known: Sequence[str]) -> list[dict[str, Any]]:
+    """What train-cnn could not read and extract could, later perhaps."""
+    result = run / "cnn" / RESULT_FILE
+    videos = read_json_object(result).get("left_out", []) if result.exists() else []
+    return [{**video, "reason": f"train-cnn: {video['reason']}"} for video in videos if video["id"] not in known]
+
+
 def summary_of(run: Path, material: Material, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What `RUN/summary.json` says of an evaluation on the test videos; counts are of videos used or scored."""
     scores = {head: summarise(results, None) for head, results in metrics["phases"].items()}
     scored = {task: len(videos) for task, videos in metrics["scored"].items()}
     used, unlabelled = used_videos(material.index, metrics)
     left_out = [{"id": name, "reason": "no phase or tool labels", "unlabelled": True} for name in unlabelled]
+    left_out += _left_out_of_stage_one(run, [video["id"] for video in metrics["left_out"]])
     return {
         "name": run.name,
         "dataset": material.index.dataset.name,

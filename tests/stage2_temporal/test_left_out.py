@@ -75,11 +75,14 @@ def test_features_of_a_video_that_is_excluded_since(folder: Path, config: Config
 def test_numbers_are_counted_by_task(folder: Path, config: Config, tmp_path: Path) -> None:
     relabel(folder, "v5", phase=-1)
     train_temporal(config, tmp_path / "run", folder, StopRequest())
+    (tmp_path / "run/cnn").mkdir()
+    (tmp_path / "run/cnn/result.json").write_text('{"left_out": [{"id": "v2", "reason": "v2.mp4: no such file"}]}')
     metrics = evaluate_run(config, tmp_path / "run", features=folder, stop=StopRequest())
     assert metrics["scored"] == {"phases": ["v4"], "tools": ["v4", "v5"]}
     assert metrics["phases"]["temporal"]["pooled"]["about"]["videos_without_labels"] == ["v5"]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["test_videos"], summary["scored_videos"]) == (1, {"phases": 1, "tools": 2})
+    assert {"id": "v2", "reason": "train-cnn: v2.mp4: no such file"} in summary["left_out"]
     assert "v5" in summary["videos_without_labels"]["phases"]
     card = (tmp_path / "run/MODEL_CARD.md").read_text()
     assert "Evaluated on the split **test** (phases of 1 video and tools of 2 videos)." in card
