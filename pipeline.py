@@ -116,7 +116,7 @@ def several_devices(command: Callable[..., Any]) -> Callable[..., Any]:
         "--devices",
         type=click.IntRange(1),
         metavar="N",
-        help="Work as N processes on this machine, on a GPU each. Several machines: torchrun or srun.",
+        help="Work as N processes on this machine, one GPU per process. Several machines: torchrun or srun.",
     )(started)
 
 
@@ -161,8 +161,8 @@ INFERENCE = click.option(
 PHASE_ORDER = click.option(
     "--phase-order",
     metavar="ORDER",
-    help="Which phase is 0, 1, ... in a file of numbers: a name (mtrcnet, tf-cholec80), a file with a phase a line, or "
-    "names divided by commas. Always asked for, never assumed.",
+    help="Which phase is 0, 1, ... in a file of numbers: a name (mtrcnet, tf-cholec80), a file with one phase per "
+    "line, or comma-separated names. Always asked for, never assumed.",
 )
 
 
@@ -281,7 +281,7 @@ def doctor(source: str, overrides: tuple[str, ...]) -> None:
     type=click.Choice(["cholec80", "train_val_test", "train_val", "test"]),
     default="cholec80",
     show_default=True,
-    help="Of --to-pickle: a list of videos, or lists a part of the split.",
+    help="Of --to-pickle: one list of videos, or lists for each part of the split.",
 )
 @click.option("--phases-only", is_flag=True, help="Of --to-pickle: rows without tools (pytorch1.2.0).")
 @PHASE_ORDER
@@ -301,11 +301,11 @@ def index(
 ) -> None:
     """Find videos (or folders of frames, or TFRecords) and their annotations, split them, and write what was found.
 
-    Folder names do not matter, file names do (configs/datasets). Nothing is decoded. A video that cannot be read is
-    left out, one whose name matches no pattern passed over; both are named, the others are indexed, and the exit code
-    is then 1. data.sources=video, frames, tfrecord or frames:FOLDER chooses where a root holds several of one video.
-    data.exclude leaves videos out for good, by id, path or shell pattern, each with a reason: --set
-    'data.exclude={video07: wrong patient, "case_*": no consent}'.
+    Folder names do not matter, file names do (configs/datasets). Of each video only the first frames are decoded. A
+    video that cannot be used is left out, one whose name matches no pattern passed over; both are named, the others are
+    indexed, and the exit code is then 1. data.sources=video, frames, tfrecord or frames:FOLDER chooses where a root
+    holds several of one video. data.exclude leaves videos out for good, by id, path or shell pattern, each with a
+    reason: --set 'data.exclude={video07: wrong patient, "case_*": no consent}'.
 
     Pickles of the original MTRCNet programs (cholec80.pkl, train_val_test_paths_labels.pkl and their like) are read and
     written; --phase-order says how they number phases, as it does for TFRecords, which hold numbers too
@@ -358,8 +358,8 @@ TRUSTED = click.option(
 def train_cnn_command(source: str, overrides: tuple[str, ...], name: str | None, trusted: bool) -> None:
     """Stage one: fine-tune the backbone on tool presence, frame by frame.
 
-    Frames are decoded once into a cache (cache.dir). Stopped and started again, training goes on where it was. A video
-    that cannot be read is left out and named; the exit code is then 1.
+    Frames are decoded once into a cache (cache.dir). Stopped and started again, training resumes where it stopped. A
+    video that cannot be read is left out and named; the exit code is then 1.
     """
     from stage1_cnn.train import train_cnn
 
@@ -388,7 +388,7 @@ def extract(
     joint_run: str | None,
     trusted: bool,
 ) -> None:
-    """Turn every sampled frame into an embedding (and tool logits): one HDF5 file a video.
+    """Turn every sampled frame into an embedding (and tool logits): one HDF5 file per video.
 
     Files that verify are skipped, so a second start only does what is missing. A damaged video is reported and the
     others go on; the exit code is then 1, and later stages leave it out too. Starting again tries it again.
@@ -446,7 +446,7 @@ def train_temporal_command(
 @click.option("--features", type=click.Path(path_type=Path), help="Feature folder. Default: as for train-temporal.")
 @click.option("--name", help="Name of the ablation, a folder below `runs/`. Default: that of FILE.")
 @click.option("--run", "run_name", metavar="RUN", help="Run whose features are taken. Default: the base preset's name.")
-@click.option("--workers", default=-1, show_default=True, help="Trainings at once; -1 is one a core.")
+@click.option("--workers", default=-1, show_default=True, help="Trainings at once; -1 is one per core.")
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting of the base for every training."
 )
@@ -475,7 +475,7 @@ def ablate(
     resolved = _config(spec.base, overrides)
     folder = _run(resolved, ablation, name)
     if workers == 0 or workers < -1:
-        raise UserError(f"--workers {workers}: give a number of trainings at once, or -1 for one a core")
+        raise UserError(f"--workers {workers}: give a number of trainings at once, or -1 for one per core")
     with _stop_when_asked() as stop:
         run = _run(resolved, spec.base, run_name)
         failed = run_ablation(spec, folder, overrides, features, run, workers=workers, stop=stop)
@@ -639,7 +639,7 @@ def evaluate(
     run = _run(resolved, source, name)
     with _stop_when_asked() as stop:
         if _takes_joint(model, run):
-            _refuse("a joint net, which reads pictures", _given("features"))
+            _refuse("a joint net, which reads frames", _given("features"))
             from configs.load import keys_given
             from stage2_temporal.joint_evaluate import evaluate_joint
 
@@ -723,8 +723,8 @@ def predict(
 @click.option(
     "--normalisation",
     type=click.Choice(["main", "pytorch1.2.0"]),
-    help="Which release's mean and deviation its pictures had. Default: preprocess.mean and preprocess.std where --set "
-    "or a file of your own gives them, otherwise as its layers and keys give away.",
+    help="Which release's mean and standard deviation its images had. Default: preprocess.mean and preprocess.std "
+    "where --set or a file of your own gives them, otherwise what its layers and keys suggest.",
 )
 @click.option(
     "--variant",
@@ -800,7 +800,7 @@ def export_checkpoint_command(
 )
 @click.option("--tools-from", type=click.Path(path_type=Path), help="A second prediction pickle: the tool logits.")
 @click.option("--index", "index_file", type=click.Path(path_type=Path), help="Another index than data.index.")
-@click.option("--sequence", type=click.IntRange(1), help="Frames a clip (S) that the pickle was predicted with.")
+@click.option("--sequence", type=click.IntRange(1), help="Frames per clip (S) that the pickle was predicted with.")
 @click.option(
     "--fill-first", is_flag=True, help="Give a video's first S-1 frames the next prediction, as the originals."
 )
@@ -997,10 +997,10 @@ def run_command(source: str, overrides: tuple[str, ...], name: str | None) -> No
 @click.argument("stage", metavar="STAGE", type=click.Choice(JOB_STAGES))
 @click.argument("arguments", metavar="-- [OPTIONS OF THE STAGE]...", nargs=-1, type=click.UNPROCESSED)
 @click.option("--partition", metavar="P", help="Default: the cluster's.")
-@click.option("--gpus-per-node", type=click.IntRange(1), metavar="N", help="One process a GPU where N is above 1.")
+@click.option("--gpus-per-node", type=click.IntRange(1), metavar="N", help="One process per GPU where N is above 1.")
 @click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, metavar="N")
-@click.option("--cpus-per-task", type=click.IntRange(1), metavar="N", help="Cores a process.")
-@click.option("--mem-gb", type=click.FloatRange(min=0, min_open=True), metavar="N", help="Memory a node, in GiB.")
+@click.option("--cpus-per-task", type=click.IntRange(1), metavar="N", help="Cores per process.")
+@click.option("--mem-gb", type=click.FloatRange(min=0, min_open=True), metavar="N", help="Memory per node, in GiB.")
 @click.option(
     "--time", "limit", default="4:00:00", show_default=True, metavar="LIMIT", help="H:MM:SS, D-HH:MM:SS or minutes."
 )
@@ -1067,7 +1067,7 @@ def _run_of(stage: str, arguments: tuple[str, ...], array: int | None, several: 
         raise UserError(f"submit {stage}: --help asks a question and does no work; ask `{stage} --help`") from None
     given = context.params
     if given.get("devices") and several:
-        raise UserError("--devices: --nodes and --gpus-per-node start a process a GPU already; leave it out")
+        raise UserError("--devices: --nodes and --gpus-per-node start one process per GPU already; leave it out")
     if stage == "extract":
         _shard(given["shard"])
         if array and context.get_parameter_source("shard") is click.core.ParameterSource.COMMANDLINE:
@@ -1086,7 +1086,7 @@ def _run_of(stage: str, arguments: tuple[str, ...], array: int | None, several: 
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--videos", default=10, show_default=True, help="Number of operations.")
 @click.option("--seed", default=0, show_default=True, help="The same seed and options give the same labels and pixels.")
-@click.option("--fps", default=25, show_default=True, help="Frames a second of the videos.")
+@click.option("--fps", default=25, show_default=True, help="Frames per second of the videos.")
 @click.option("--width", "width_px", default=224, show_default=True, help="Width of a frame in pixels.")
 @click.option("--height", "height_px", default=224, show_default=True, help="Height of a frame in pixels.")
 @click.option("--speed-up", default=1.0, show_default=True, help="Divide the length of everything by this.")

@@ -28,7 +28,7 @@ from pydantic import (
     model_validator,
 )
 
-MAX_FPS = 10_000.0  # cameras of a thousand pictures a second exist; what lies beyond is damage
+MAX_FPS = 10_000.0  # cameras of a thousand frames per second exist; what lies beyond is damage
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # of a cell of a CSV file that a spreadsheet would compute
 Precision = Literal["auto", "native", "fp32", "bf16", "fp16"]
 
@@ -234,12 +234,12 @@ class DataConfig(Strict):
         "auto", description="frame folders: number of the video's first frame; first takes each folder's first image"
     )
     folder_fps: float | None = Field(
-        None, gt=0, le=MAX_FPS, description="frame folders numbered by sample: samples a second"
+        None, gt=0, le=MAX_FPS, description="frame folders numbered by sample: samples per second"
     )
     row_fps: Literal["auto", "source"] | Annotated[float, Field(ge=1e-3, le=MAX_FPS)] = Field(
         "auto",
-        description="what the Frame column of annotation files counts: numbers a second (1 = seconds), or source for "
-        "the video's own frames; auto goes by the lengths of each video and its lists",
+        description="what the Frame column of annotation files counts: numbers per second (1 = seconds), or source for "
+        "the video's own frames; auto infers it from the lengths of each video and its lists",
     )
     row_base: Literal["auto", 0, 1] = Field("auto", description="annotation files: number of the first frame's row")
     min_labelled: float = Field(
@@ -251,7 +251,7 @@ class DataConfig(Strict):
     tfrecord_phase_order: str | None = Field(
         None,
         description="TFRecord files: which phase each number means; a name in the data set's phase_orders, a file, or "
-        "names divided by commas; asked for when they are indexed, since the files do not say",
+        "comma-separated names; asked for when they are indexed, since the files do not say",
     )
     full_hash: bool = Field(False, description="hash whole source files, not only their first and last MiB")
     exclude: dict[str, str] = Field(

@@ -17,14 +17,14 @@ from configs.errors import UserError
 from configs.schema import DataSetSpec, class_ids, folded_name
 
 MAX_FILE_BYTES = 1 << 16
-ORDER_HELP = "a name (for Cholec80: mtrcnet, tf-cholec80), a file with a phase a line, or names divided by commas"
+ORDER_HELP = "a name (for Cholec80: mtrcnet, tf-cholec80), a file with one phase per line, or comma-separated names"
 _NUMBER = re.compile(r"^\s*\d+\s*[\s:=,;.]\s*")
 
 
 def parse_phase_order(text: str | None, spec: DataSetSpec, needed_by: str) -> tuple[str, ...]:
     """The names of phases 0, 1, ... in a foreign file, from what a user gave as `--phase-order`.
 
-    `text`: one of the data set's `phase_orders`, a file (a name a line, numbered or not), or names divided by commas.
+    `text`: one of the data set's `phase_orders`, a file (one name per line, numbered or not), or comma-separated names.
     `needed_by` names the file that holds numbers. Raises UserError when nothing was given or a phase is missing,
     unknown or there twice.
     """
@@ -54,9 +54,9 @@ def parse_phase_order(text: str | None, spec: DataSetSpec, needed_by: str) -> tu
 
 def _forms(spec: DataSetSpec) -> str:
     return (
-        f"NAME ({', '.join(spec.phase_orders)}), FILE or names divided by commas"
+        f"NAME ({', '.join(spec.phase_orders)}), FILE or comma-separated names"
         if spec.phase_orders
-        else "FILE or names divided by commas"
+        else "FILE or comma-separated names"
     )
 
 
