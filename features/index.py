@@ -643,6 +643,15 @@ def sampled_frames(entry: VideoEntry, fps: float) -> np.ndarray:
     return sampled[np.isin(sampled, entry.image_frames)] if entry.frames else sampled  # images may be missing
 
 
+def in_whole_steps(entry: VideoEntry, fps: float, frame_index: np.ndarray) -> bool:
+    """Whether these sampled frames (T,) are every n-th, as earlier versions took them at all rates.
+
+    What was made of other frames is told apart by this: it never goes on where an earlier version stopped.
+    """
+    first = entry.frames.first if entry.frames else 0
+    return np.array_equal(frame_index, np.arange(first, entry.frame_count, max(round(entry.fps / fps), 1)))
+
+
 def frame_times_s(entry: VideoEntry, frame_index: np.ndarray | Sequence[int]) -> np.ndarray:
     """(T,) float64 seconds from the first frame of the source at which its frames `frame_index` (T,) are shown."""
     frames = np.asarray(frame_index, dtype=np.int64)

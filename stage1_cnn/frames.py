@@ -32,7 +32,7 @@ from engine.runs import IDENTITY_FILE
 from engine.stopping import StopRequest
 from features.cache import CacheRequest, FrameCache
 from features.discover import scan_folder
-from features.index import Index, VideoEntry, open_folder, sampled_frames
+from features.index import Index, VideoEntry, in_whole_steps, open_folder, sampled_frames
 from features.preprocess import Geometry
 from features.readers import FrameReader, open_reader
 from features.store import SourceIdentity
@@ -177,12 +177,15 @@ def frames_identity(config: Config, index: Index) -> dict[str, Any]:
     training found at fault are (`recorded_faults` reads them there), those that never came into the index are not.
     """
     used = index.model_copy(update={"videos": (*index.by_split("train"), *index.by_split("val"))})
+    fps = config.data.fps
+    by_time = not all(in_whole_steps(video, fps, sampled_frames(video, fps)) for video in used.videos)
     faults = {video.id: {"reason": video.reason, "source": video.source} for video in index.left_out if video.source}
     return {
         **({"left_out": faults} if faults else {}),
+        **({"sampled": "by time"} if by_time else {}),  # earlier versions took other frames there
         "seed": config.seed,
         "videos_sha256": used.digest(),
-        "fps": config.data.fps,
+        "fps": fps,
         "tools_between_rows": config.data.tools_between_rows,
         "preprocess": config.preprocess.model_dump(mode="json"),
         "frames": f"jpeg {config.cache.jpeg_quality}" if config.cache.codec == "jpeg" else "lossless",

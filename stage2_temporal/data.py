@@ -23,7 +23,7 @@ from configs.schema import SequenceConfig
 from engine.files import sha256_json
 from engine.progress import say
 from engine.session import epoch_generator
-from features.index import Index, usable_index
+from features.index import Index, in_whole_steps, usable_index
 from features.labels import unlabelled_note
 from features.store import INDEX_FILE, FeatureFileError, VideoFeatures, feature_path, load_feature_set, recorded_encoder
 
@@ -254,6 +254,7 @@ class TrainingData:
     frame_index: Tensor  # (N,) int64, frame of the source video
     index: Index  # of the folder, without videos that extract could not read
     sources_sha256: str
+    by_time: bool = False  # whether frames were sampled where earlier versions took others
     has_tool_logits: bool = False  # whether the bank's rows end with them
     scored: Tensor | None = None  # (N,) bool, rows that validation counts; None: all that have a label
 
@@ -295,6 +296,7 @@ def read_training_data(folder: Path) -> TrainingData:
         raise UserError(f"{where}: no training video has phase labels; add phase annotations, then index and extract")
     videos = {video_id: videos[video_id] for ids in split.values() for video_id in ids}
     attributes = next(iter(videos.values())).attributes
+    fps = float(attributes.get("fps", 0.0))
     bank = FeatureBank.of(videos)
     return TrainingData(
         bank=bank,
@@ -306,7 +308,7 @@ def read_training_data(folder: Path) -> TrainingData:
         encoder_digest=str(attributes.get("encoder_digest")),
         encoder=recorded_encoder(attributes),
         backbone=str(attributes.get("backbone")),
-        fps=float(attributes.get("fps", 0.0)),
+        fps=fps,
         labels_sha256=_digest(videos),
         folder=folder,
         tools=tuple(index.dataset.tools),
@@ -316,6 +318,8 @@ def read_training_data(folder: Path) -> TrainingData:
         sources_sha256=sha256_json(
             {name: video.attributes.get("source_sha256_ends") for name, video in videos.items()}
         ),
+        by_time=fps > 0
+        and not all(in_whole_steps(index.entry(name), fps, video.frame_index) for name, video in videos.items()),
     )
 
 

@@ -337,6 +337,7 @@ def _identity(config: Config, data: TrainingData) -> dict[str, Any]:
         "split": data.split,
         "labels_sha256": data.labels_sha256,
         "sources_sha256": data.sources_sha256,
+        **({"sampled": "by time"} if data.by_time else {}),  # earlier versions took other frames there
         **scored,
     }
 

@@ -129,3 +129,20 @@ def test_features_of_another_recording_are_another_training(folder: Path, config
         json.dumps({k: v for k, v in json.loads(identity.read_text()).items() if k != "sources_sha256"})
     )
     train_temporal(config, tmp_path / "run", folder, StopRequest())
+
+
+def test_features_of_frames_that_earlier_versions_took_otherwise_are_another_training(
+    folder: Path, config: Config, tmp_path: Path
+) -> None:
+    assert not read_training_data(folder).by_time
+    rng = np.random.default_rng(0)
+    videos = {name: cue_video(rng, split, FRAMES) for name, split in SPLITS.items()}
+    made = write_folder(tmp_path / "by_time", videos, frame_step=24.9)
+    train_temporal(config, tmp_path / "run", made, StopRequest())
+    identity = tmp_path / "run/temporal/identity.json"
+    known = json.loads(identity.read_text())
+    del known["sampled"], known["sources_sha256"]  # as an earlier version wrote it
+    identity.write_text(json.dumps(known))
+    (tmp_path / "run/temporal/result.json").unlink()
+    with pytest.raises(UserError, match=r"sampled: absent there, by time now"):
+        train_temporal(config, tmp_path / "run", made, StopRequest())
