@@ -177,6 +177,7 @@ def _require_same_numbers(config: Config, index: Index) -> None:
         layout = entry.frames
         wrong = layout is not None and (
             (data.frame_numbering not in ("auto", layout.numbering))
+            or (layout.first > 0 if data.frame_base == "first" else data.frame_base not in ("auto", layout.base))
             or (data.folder_fps is not None and abs(entry.most_fps - data.folder_fps) > 0.005 * data.folder_fps)
         )
         for file in filter(None, (entry.phase_file, entry.tool_file)):
@@ -185,8 +186,8 @@ def _require_same_numbers(config: Config, index: Index) -> None:
         if wrong:
             raise UserError(
                 f"{data.index}: rows or images of {entry.id} were indexed as counting something else than data.row_fps,"
-                " data.row_base, data.frame_numbering or data.folder_fps says; run `index --force`, or choose another "
-                "data.index"
+                " data.row_base, data.frame_numbering, data.frame_base or data.folder_fps says; run `index --force`, "
+                "or choose another data.index"
             )
 
 

@@ -13,7 +13,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -571,10 +571,12 @@ def _image_size(root: Path, entry: os.DirEntry[str]) -> int:
 
 @dataclass(frozen=True)
 class LabelEnd:
-    """How far labels run: `frame`, the first source frame after them, and the coarsest stride among their rows."""
+    """How far labels run: `frame`, the first source frame after them, the coarsest stride among their rows, and the
+    number of their first row."""
 
     frame: int
     stride: int
+    first: int = 0
 
 
 def infer_layout(scan: FolderScan, spec: DataSetSpec, data: DataConfig, labels: LabelEnd | None) -> FolderLayout:
@@ -588,6 +590,8 @@ def infer_layout(scan: FolderScan, spec: DataSetSpec, data: DataConfig, labels: 
     spacing = _spacing(scan)
     base = _base(scan, data)
     offset = int(scan.numbers[0]) - base
+    if labels and labels.first == base > 1:  # rows go on from folder to folder as images do
+        labels = replace(labels, frame=labels.frame - base)
     by_sample = data.frame_numbering == "sample" or (data.frame_numbering == "auto" and data.folder_fps is not None)
     if data.frame_numbering == "source" and data.folder_fps is not None:
         raise UserError("data.folder_fps says how images numbered by sample were taken; it contradicts frame_numbering")

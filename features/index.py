@@ -94,7 +94,7 @@ class AnnotationFile(Strict):
     sha256: Sha256
     rows: int = Field(ge=1)
     row_fps: float | None = Field(None, ge=1e-3, le=MAX_FPS, allow_inf_nan=False)
-    row_base: Literal[0, 1] = 0
+    row_base: int = Field(0, ge=0)
 
     @property
     def reading(self) -> Reading:
@@ -465,7 +465,8 @@ def _build_entry(
         source = _read_records(root, video.source, video.id, spec, order, data.full_hash)
     else:
         ends = [track_end(track) - int(track.frame_index[0] == 1) for _, track in lists]
-        labels = LabelEnd(max(ends), max(track.stride for _, track in lists)) if lists else None
+        first = min((int(track.frame_index[0]) for _, track in lists), default=0)
+        labels = LabelEnd(max(ends), max(track.stride for _, track in lists), first) if lists else None
         source = _measure(root, video.source, spec, data, labels)
     try:
         entry = VideoEntry(

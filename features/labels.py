@@ -144,7 +144,7 @@ class Reading:
     """
 
     fps: float | None = None
-    base: Literal[0, 1] = 0
+    base: int = 0
 
     def place(self, path: Path, track: AnyTrack, extent: Extent) -> AnyTrack:
         """The list on the video's timeline: a row is at the frame on screen at its time. Raises UserError."""
@@ -165,7 +165,7 @@ class Reading:
             what = [f"rows number the video's own frames at {extent.fps:g} fps, not at {extent.row_fps:g} fps"]
         else:
             what = []
-        return [f"{path.name}: {text}" for text in (*what, *["rows are numbered from 1"] * self.base)]
+        return [f"{path.name}: {text}" for text in (*what, *[f"rows are numbered from {self.base}"] * bool(self.base))]
 
 
 def read_numbers(lists: Sequence[tuple[Path, Track]], extent: Extent, data: DataConfig) -> list[Reading]:
@@ -237,20 +237,21 @@ def _covering(
     )
 
 
-def _base(
-    path: Path, track: Track, extent: Extent, data: DataConfig, fps: float | None, other: Reading | None
-) -> Literal[0, 1]:
+def _base(path: Path, track: Track, extent: Extent, data: DataConfig, fps: float | None, other: Reading | None) -> int:
     """The number that rows are counted from. Raises UserError where the numbers leave that open."""
     if data.row_base != "auto":
         return data.row_base
     first, last = int(track.frame_index[0]), int(track.frame_index[-1])
-    if first == 0 or first > track.stride:
+    if first == extent.base > 1:
+        return first
+    if first == 0 or (first > track.stride and extent.base < 2):
         return 0
     if first > 1:
         raise row_error(
             path,
             0,
-            f"starts at {first}, neither 0 nor 1: renumber the file, or set data.row_base=0 if rows are missing",
+            f"starts at {first}, neither 0 nor 1: renumber the file, or set data.row_base=0 if rows 0 to {first - 1} "
+            "are missing",
         )
     rows = extent.duration_s * (fps or extent.fps)
     if track.stride > 1 or extent.base == 1 or last > rows - 1:
@@ -286,7 +287,8 @@ class _Candidate:
     @classmethod
     def of(cls, fps: float | None, track: Track, slack: int, extent: Extent, data: DataConfig) -> _Candidate:
         rate, image_s = fps or extent.fps, extent.stride / extent.fps
-        base = data.row_base if data.row_base != "auto" else int(track.frame_index[0] == 1)
+        first = int(track.frame_index[0])
+        base = data.row_base if data.row_base != "auto" else first if first in (1, extent.base) else 0
         last_s = (int(track.frame_index[-1]) - base) / rate
         end_s = last_s + track.stride / rate
         tolerance_s = max(track.stride / rate, image_s, min(1.0, _EXACT * extent.duration_s))

@@ -478,6 +478,19 @@ def test_bad_input_is_refused_naming_the_file(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("step", [1, 25])
+def test_rows_that_begin_with_the_number_of_a_folders_first_image_begin_with_it(tmp_path: Path, step: int) -> None:
+    """Images and rows are numbered on from folder to folder."""
+    numbers = list(range(50, 50 + 40 * step, step))
+    root = folder_data_set(tmp_path, numbers, rows=40)
+    track = PhaseTrack(np.array(numbers), (np.arange(40) * 7 // 40).astype(np.int8), step)
+    write_phase_file(root / "phase_annotations/video01-phase.txt", track, SPEC)
+    index = index_of(root, frame_base="first", folder_fps=1 if step == 1 else None)
+    assert index.to_json()["videos"][0]["phase_file"]["row_base"] == 50
+    phase, _ = load_labels(index.videos[0], root, index, sampled_frames(index.videos[0], 1))
+    assert phase.tolist() == track.phase.tolist()
+
+
 def test_every_video_at_fault_is_named(tmp_path: Path) -> None:
     root = small_data_set(tmp_path, videos=3)
     for name in ("video01", "video03"):
