@@ -173,7 +173,7 @@ def settings(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _config(source: str, overrides: tuple[str, ...], changes: Mapping[str, object] | None = None) -> Config:
-    """Settings with what stands in `--set` and, by key, in other options (None: not given)."""
+    """Settings with the values of `--set` and, by key, of other options (None: not given)."""
     from configs.load import load_config
 
     given = {key: value for key, value in (changes or {}).items() if value is not None}
@@ -347,7 +347,7 @@ def index(
 
 
 TRUSTED = click.option(
-    "--trusted", is_flag=True, help="Load weights that somebody else made with a torch older than 2.10."
+    "--trusted", is_flag=True, help="Vouch for third-party weights, which torch before 2.10 cannot load safely."
 )
 
 
@@ -883,9 +883,9 @@ def _refuse(what: str, options: list[str]) -> None:
 
 
 def _refuse_trusted(trusted: bool, instead: str | None) -> None:
-    """`--trusted` where no file of somebody else's is loaded, but what `instead` names."""
+    """Refuse `--trusted` where no third-party file is loaded, but what `instead` names."""
     if trusted and instead:
-        _refuse(f"{instead}: no file of somebody else's is loaded", ["--trusted"])
+        _refuse(f"{instead}: no third-party file is loaded", ["--trusted"])
 
 
 def _unless_a_file(config: Config) -> str | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """Bad input or a wrong setting: says which file or key, what is wrong and what to do, in one line.
 
     The command line prints it without a traceback and exits with code 2. Every room raises this class or a
-    subclass of it for anything a user can mend; any other exception is a bug. Names of files and what stands in them
+    subclass of it for anything a user can fix; any other exception is a bug. Names of files and what they contain
     may hold anything, so the message comes out printable.
     """
 
@@ -21,3 +23,9 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text)
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first `most` names, and how many more there are: `a, b, c and 5 more`."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

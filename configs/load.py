@@ -29,7 +29,7 @@ def load_config(
 
     The order of overrides and changes never matters: a block is the same as its values one by one, the name of a head
     is applied before the head's other settings, and two values for one key are refused. The text of an override is YAML
-    (numbers, booleans, `null`, `[lists]`); where the setting is a path or a text, it is taken as it stands. Raises
+    (numbers, booleans, `null`, `[lists]`); where the setting is a path or a text, it is taken verbatim. Raises
     UserError for a missing or broken file and for every unknown key or wrong value, naming the key and, for unknown
     ones, the nearest right key.
     """
@@ -265,7 +265,7 @@ def _require_switches(config: Config, tree: Mapping[str, Any], where: str) -> No
 
 
 def _default_tag(keys: tuple[str, ...]) -> object:
-    """For a key that names which kind of block it stands in (`temporal.head.name`): the default kind, else None."""
+    """For a key that names the kind of its block (`temporal.head.name`): the default kind, else None."""
     for field in _fields_at(keys[:-1]):
         if field.discriminator == keys[-1]:
             return getattr(field.default, keys[-1])
@@ -311,9 +311,9 @@ def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
     keys, tag, fields = _place(model, problem["loc"])
     key = ".".join(keys)
     if problem["type"] == "union_tag_invalid":
-        told = problem["ctx"]
-        which = told["discriminator"].strip("'")
-        return f"{key}.{which}: {told['tag']!r} is none of {told['expected_tags']}"
+        context = problem["ctx"]
+        which = context["discriminator"].strip("'")
+        return f"{key}.{which}: {context['tag']!r} is none of {context['expected_tags']}"
     if problem["type"] != "extra_forbidden":
         given = problem.get("input")
         shown = f", got {given!r}" if isinstance(given, str | int | float | bool) else ""

@@ -13,7 +13,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -37,6 +37,24 @@ class Strict(BaseModel):
     """Base of every block: unknown keys are errors, values cannot be changed after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class OmitsDefaults(Strict):
+    """A model that is written without the fields in OMITTED where these have their defaults.
+
+    They came after the first release: what needs none of them keeps the bytes and digests that it had.
+    """
+
+    OMITTED: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        return {
+            name: value
+            for name, value in dump(self).items()
+            if name not in self.OMITTED or getattr(self, name) != fields[name].default
+        }
 
 
 # ---------------------------------------------------------------------------------------------- data sets
@@ -124,9 +142,10 @@ class NamedSplit(Strict):
     test: tuple[str, ...] = ()
 
 
-class DataSetSpec(Strict):
+class DataSetSpec(OmitsDefaults):
     """A data set: everything that distinguishes one from another, so that a new one is a file and no code."""
 
+    OMITTED = frozenset({"background"})
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     title: str = ""
     source: str = ""
@@ -174,14 +193,6 @@ class DataSetSpec(Strict):
         if unknown := [name for name in self.background if name not in self.phases]:
             raise ValueError(f"background {unknown[0]!r} is not one of the phases")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_background(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """No key where there is none: what was written before there was such a key keeps its bytes and digests."""
-        tree: dict[str, Any] = dump(self)
-        if not tree.get("background"):
-            tree.pop("background", None)
-        return tree
 
 
 # ---------------------------------------------------------------------------------------------- settings

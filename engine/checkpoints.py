@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from configs.errors import UserError
+from configs.errors import UserError, listed
 from engine.files import atomic_path, fsync_file
 from engine.processes import speaks
 from engine.progress import say
@@ -145,7 +145,7 @@ def load_foreign_state(path: Path, trusted: bool = False) -> dict[str, torch.Ten
         )
     content, objects = _load_without_objects(path)
     tensors = dict(_named_tensors(content))
-    named = ", ".join(objects[:3]) + (", ..." if objects[3:] else "")
+    named = listed(objects)
     if not tensors and objects:
         raise UserError(f"{path}: a whole model or other Python objects ({named}) {_NOT_RUN}")
     if not tensors:

@@ -314,6 +314,11 @@ def require_free_bytes(folder: Path, needed: int, purpose: str) -> None:
         )
 
 
+def below_root(message: str, root: Path) -> str:
+    """A message whose paths begin at the data root: a file that keeps it can move with the data."""
+    return message.replace(f"{root}{os.sep}", "")
+
+
 class LinkedRoot(type(Path())):  # type: ignore[misc]
     """A data root whose links may lead out of it, as the user's settings allow (`data.follow_links`).
 

@@ -48,7 +48,7 @@ _DV = re.compile(rb"\x1f\x07\x00[\x3f\xbf]")  # the header section of the first 
 
 
 def what_it_is(path: Path) -> str | None:
-    """What a refused file is, to stand after "is", with a remedy where there is one; None where nothing is recognised.
+    """What a refused file is, to follow "is", with a remedy if one is known; None where nothing is recognised.
 
     Reads the first KiB, and of MP4 files the headers of the top level.
     """

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.errors import UserError
+from configs.errors import UserError, listed
 from configs.schema import DataSetSpec
 from engine.files import require_replaceable_json, write_json
 from engine.progress import say
@@ -110,13 +110,8 @@ def score_folder(
         notes.append(f"{' and '.join(left_out)}: left out, for {next(iter(left_out.values()))}")
     without = next(iter(results.values()))["about"]["videos_without_labels"]
     if without:
-        notes.append(f"not counted, for their ground truth holds no label: {_listed(without)}")
+        notes.append(f"not counted, for their ground truth holds no label: {listed(without, 10)}")
     return results, notes
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more
 
 
 def print_results(results: Mapping[str, Any]) -> None:
@@ -174,9 +169,9 @@ def read_pairs(predictions: Path, reading: Reading, spec: DataSetSpec) -> Paired
     }
     notes = []
     if stray or stray_truth:
-        notes.append(f"left out, no video number in the name or no text: {_listed([*stray, *stray_truth])}")
+        notes.append(f"left out, no video number in the name or no text: {listed([*stray, *stray_truth], 10)}")
     if left_out:
-        notes.append(f"left out, in one folder only or empty: {_listed([str(path) for path in left_out])}")
+        notes.append(f"left out, in one folder only or empty: {listed([str(path) for path in left_out], 10)}")
     notes += _notes(pairs, truth, holes, reading, spec, shown, fps, fps_from)
     return Paired(truth, predicted, fps, about, notes)
 
@@ -207,7 +202,7 @@ def _unpaired(
 
 
 def _rate(given: float | None, pairs: Collection[_Pair]) -> tuple[float | None, str | None]:
-    """Rate of the compared rows, and what told it; None where nothing did.
+    """Rate of the compared rows, and what it follows from; None where nothing says it.
 
     What is given must agree with seconds in the files and with `--prediction-fps`; frame numbers give way to it. Where
     nothing is given, all that the files say must agree. Frame numbers that make an operation last days count something
@@ -216,17 +211,17 @@ def _rate(given: float | None, pairs: Collection[_Pair]) -> tuple[float | None, 
     said = [(pair.guess.path, pair.rows.fps, pair.rows.fps_from) for pair in pairs if pair.rows.fps]
     said.sort(key=lambda one: one[2] == "frame numbers")
     if given is not None:
-        for path, fps, told in said:
-            if told != "frame numbers" and abs(fps - given) > 0.02 * given:
-                what = "its column time_s means" if told == "time_s" else "--prediction-fps means"
+        for path, fps, source in said:
+            if source != "frame numbers" and abs(fps - given) > 0.02 * given:
+                what = "its column time_s means" if source == "time_s" else "--prediction-fps means"
                 raise UserError(f"{path}: {what} {fps:.4g} rows per second, but --fps says {given:g}")
         return given, "--fps"
-    for path, fps, told in said[1:]:
+    for path, fps, source in said[1:]:
         if abs(fps - said[0][1]) > 0.02 * said[0][1]:
             fix = "name the rate with --fps if the rows of all videos have the same"
-            fix = fix if told == "frame numbers" else "evaluate videos of one rate at a time"
+            fix = fix if source == "frame numbers" else "evaluate videos of one rate at a time"
             raise UserError(
-                f"{path}: {fps:g} rows per second by its {told}, but {said[0][0]} has {said[0][1]:g}; {fix}"
+                f"{path}: {fps:g} rows per second by its {source}, but {said[0][0]} has {said[0][1]:g}; {fix}"
             )
     longest = max(len(pair.rows.truth) for pair in pairs)
     if not said or (said[0][2] == "frame numbers" and longest / said[0][1] > _LONGEST_S):
@@ -267,7 +262,7 @@ def _notes(
         notes.append(f"{unscored} predictions lie outside the frames of the ground truth and are not scored")
     if holes:
         notes.append(
-            f"{sum(holes.values())} labelled frames have no prediction and count as wrong: {_listed(list(holes))}"
+            f"{sum(holes.values())} labelled frames have no prediction and count as wrong: {listed(list(holes), 10)}"
         )
     notes.append(_rate_note(pairs, truth, fps, fps_from, spec))
     if reading.skip_first_row:

@@ -27,7 +27,7 @@ _HALF = 0.5  # of the compared rows may be absent at the ends where the unit of 
 class Matched:
     """Truth and prediction (T,) int16 of one video on the rows that are compared.
 
-    `fps` is the rate of these rows, None where nothing tells it; `fps_from` what told it: `time_s` (a column of
+    `fps` is the rate of these rows, None where nothing says it; `fps_from` what it follows from: `time_s` (a column of
     seconds), `frame numbers` or `--prediction-fps`. `how`: `row by row`, `by frame number` or `by rate`. `unscored`:
     predictions for frames before or after the ground truth.
     """

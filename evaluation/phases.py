@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
-from configs.schema import folded_name
+from configs.schema import class_ids, folded_name
 from evaluation.counts import (
     CHOLEC80_PHASES,
     RELAXED_WINDOW_S,
@@ -148,7 +148,7 @@ def evaluate_phases(
 
 def background_ids(background: Sequence[str], phases: Sequence[str]) -> list[int]:
     """Ids of the phases named in `background`. Raises UserError for a name that is not among them."""
-    known = {folded_name(name): number for number, name in enumerate(phases)}
+    known = class_ids(phases, {})
     for name in background:
         if folded_name(name) not in known:
             raise UserError(f"background {name!r}: no such phase; choose from {', '.join(phases)}")

@@ -65,7 +65,7 @@ def scored_words(metrics: Mapping[str, Any]) -> str:
 
 
 def left_out_lines(metrics: Mapping[str, Any]) -> list[str]:
-    """What `metrics.json` says of videos that no number is over, a line each, those without labels by task."""
+    """What `metrics.json` says of videos that no number is over, one line each, those without labels by task."""
     lines = [f"{video['id']}: {video['reason']}" for video in metrics.get("left_out", ())]
     without = metrics.get("videos_without_labels", NONE_UNLABELLED)
     return lines + [f"{', '.join(ids)}: no labels of {task}" for task, ids in without.items() if ids]

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from configs.errors import UserError, printable
+from configs.errors import UserError, listed, printable
 from configs.load import load_dataset
 from configs.schema import Config, DataSetSpec
 from engine.files import LinkedRoot
@@ -33,6 +33,7 @@ from features.index import (
 )
 from features.labels import rate_of_rows
 from features.splits import assign_splits, split_is_asked_for
+from features.times import same_rate
 
 ROOT_VARIABLE = "SURGSTAGE_DATA"
 
@@ -120,10 +121,7 @@ def _passed_over_lines(index: Index) -> list[str]:
     paths: dict[str, list[str]] = {}
     for one in index.passed_over:
         paths.setdefault(one.reason, []).append(one.id)
-    return [
-        f"passed over: {', '.join(found[:10])}{f' and {len(found) - 10} more' if found[10:] else ''}: {reason}"
-        for reason, found in paths.items()
-    ]
+    return [f"passed over: {listed(found, 10)}: {reason}" for reason, found in paths.items()]
 
 
 @contextmanager
@@ -178,7 +176,7 @@ def _require_same_numbers(config: Config, index: Index) -> None:
         wrong = layout is not None and (
             (data.frame_numbering not in ("auto", layout.numbering))
             or (layout.first > 0 if data.frame_base == "first" else data.frame_base not in ("auto", layout.base))
-            or (data.folder_fps is not None and abs(entry.most_fps - data.folder_fps) > 0.005 * data.folder_fps)
+            or (data.folder_fps is not None and not same_rate(entry.most_fps, data.folder_fps))
         )
         for file in filter(None, (entry.phase_file, entry.tool_file)):
             as_said = data.row_fps == "auto" or rate_of_rows(data.row_fps, entry.fps) == file.row_fps

@@ -17,17 +17,18 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
-from configs.errors import UserError
-from configs.schema import DataConfig, DataSetSpec, FilePatterns, Strict
+from configs.errors import UserError, listed
+from configs.schema import DataConfig, DataSetSpec, FilePatterns, OmitsDefaults
 from engine.files import LinkedRoot, inside, sha256_file
 from features.boxes import MAX_PICTURES
 from features.ids import id_key, id_problem, normal_id
 from features.readers import FrameFolder
+from features.times import same_rate
 from features.unmatched import (
     ImageFolder,
     is_archive,
@@ -173,19 +174,19 @@ def _collect(root: Path, spec: DataSetSpec, data: DataConfig, faults: dict[str, 
 
 def _add_frames(files: _Files, root: Path, folder: Path, names: Sequence[str], spec: DataSetSpec) -> bool:
     """Whether the images in `folder` are a video's frames: by its name, or by its parent's where it has none."""
-    pattern, images = spec.patterns.compiled("frames"), spec.patterns.compiled("frame")
+    pattern, frame = spec.patterns.compiled("frames"), spec.patterns.compiled("frame")
     above = folder.parent != root and folder.name.casefold() in _UNNAMED_FOLDERS
     name = folder.parent.name if above and not pattern.fullmatch(folder.name) else folder.name
     named = pattern.fullmatch(name)
-    if any(map(images.fullmatch, names)):
+    if any(map(frame.fullmatch, names)):
         if named:
             _add(files, "frames", _video_id(named, spec, folder), root, folder)
             return True
         if video_id := _id_of_number(name, spec):
             files.numbered[folder.relative_to(root).as_posix()] = video_id
             return True
-    if len(pictures := list(filter(is_image, names))) > 1:
-        files.image_folders.append(ImageFolder(folder.relative_to(root).as_posix(), tuple(pictures[:2]), bool(named)))
+    if len(images := list(filter(is_image, names))) > 1:
+        files.image_folders.append(ImageFolder(folder.relative_to(root).as_posix(), tuple(images[:2]), bool(named)))
     return False
 
 
@@ -379,7 +380,7 @@ def _nothing_found(root: Path, spec: DataSetSpec, data: DataConfig, files: _File
     what = "" if data.sources == "auto" else f" (data.sources={data.sources})"
     if passed:
         (first, why), *rest = passed.items()
-        more = f" and {len(rest)} more ({_listed([path for path, _ in rest], 9)})" if rest else ""
+        more = f" and {len(rest)} more ({listed([path for path, _ in rest], 9)})" if rest else ""
         return f"{root}: no videos of {spec.name} found{what}; {first}{more}: {why}; what is there: {seen}"
     if sum(is_image(entry.name) for entry in _entries(root)) > 1:
         return f"{root}: no videos of {spec.name} found{what}, only images; set data.root to the folder above it"
@@ -404,7 +405,7 @@ def _passed_over(
     found = sorted(reasons.items(), key=lambda item: natural_key(item[0]))
     notes = []
     if others:
-        notes.append(f"{len(others)} other folder(s) of images, not named like a video: {_listed(others, 10)}")
+        notes.append(f"{len(others)} other folder(s) of images, not named like a video: {listed(others, 10)}")
     if numbered := [path for path in others if path in files.numbered]:
         parent = PurePosixPath(numbered[0]).parent
         notes[-1] += f" (data.sources=frames:{parent} takes those that have a number for a name)"
@@ -425,37 +426,32 @@ def _left_over(
 ) -> Iterator[str]:
     """Notes on what is left over: odd TFRecord files, archives, annotations, videos without any."""
     if odd := [path for path in files.unmatched if kind_of(path) == "tfrecord"]:
-        yield f"{len(odd)} TFRecord file(s) left out, not named like a video: {_listed(odd, 10)}"
+        yield f"{len(odd)} TFRecord file(s) left out, not named like a video: {listed(odd, 10)}"
     if archives := [path for path in files.unmatched if is_archive(path) and not kind_of(path)]:
-        yield f"{len(archives)} archive(s), not looked into: {_listed(archives, 10)}"
+        yield f"{len(archives)} archive(s), not looked into: {listed(archives, 10)}"
     for role, paths in annotations.items():
         orphans = [path for key, path in sorted(paths.items()) if key not in sources]
         if orphans:
-            yield f"{len(orphans)} {role} annotation file(s) belong to no video here ({_listed(orphans, 10)})"
+            yield f"{len(orphans)} {role} annotation file(s) belong to no video here ({listed(orphans, 10)})"
     lacking = []
     for role, wanted in (("phase", True), ("tool", bool(spec.tools))):
         bare = [video.id for video in videos if getattr(video, role) is None and video.kind != "tfrecord"]
         if wanted and bare:
             lacking.append(role)
-            yield f"{len(bare)} video(s) without {role} annotations ({_listed(bare, 10)})"
+            yield f"{len(bare)} video(s) without {role} annotations ({listed(bare, 10)})"
     labels = [path for path in files.unmatched if looks_like_labels(path)]
     if lacking and labels:
         patterns = " or ".join(f"patterns.{role}, {getattr(spec.patterns, role)}" for role in lacking)
         yield (
             f"{len(labels)} file(s) look like annotations, but their names do not match {patterns}: "
-            f"{_listed(labels, 10)}; rename or convert them (tab-separated text), or describe their names there"
+            f"{listed(labels, 10)}; rename or convert them (tab-separated text), or describe their names there"
         )
-
-
-def _listed(names: Sequence[str], most: int = 3) -> str:
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f", ..., {more} more" if more > 0 and most > 3 else ", ..." if more > 0 else "")
 
 
 # ---------------------------------------------------------------------------------------------- frame folders
 
 
-class FolderLayout(Strict):
+class FolderLayout(OmitsDefaults):
     """How the images of a folder lie on the source's timeline.
 
     Image i (of `count`) shows source frame `first` + i * `stride`. `numbering` and `base` say what the numbers in the
@@ -463,6 +459,7 @@ class FolderLayout(Strict):
     there, each its first i and the one after its last.
     """
 
+    OMITTED = frozenset({"missing"})
     numbering: Numbering
     base: int = Field(ge=0, lt=10**15)
     stride: int = Field(ge=1, le=10**9)
@@ -476,10 +473,6 @@ class FolderLayout(Strict):
         if any(one >= other for one, other in pairwise(ends)) and self.missing:
             raise ValueError("missing images are not runs inside the others")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_default(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in dump(self).items() if name != "missing" or value}
 
     @property
     def frame_count(self) -> int:
@@ -684,7 +677,7 @@ def _base(scan: FolderScan, data: DataConfig) -> int:
 def _step_of_rate(folder_fps: float, spec: DataSetSpec) -> int:
     """Source frames between samples taken at `folder_fps`."""
     ratio = spec.annotation_fps / folder_fps
-    if ratio < 0.995 or abs(ratio - round(ratio)) > 0.005 * ratio:
+    if not same_rate(round(ratio), ratio):
         raise UserError(f"data.folder_fps={folder_fps:g} does not divide the source's {spec.annotation_fps:g} fps")
     return round(ratio)
 
@@ -692,7 +685,7 @@ def _step_of_rate(folder_fps: float, spec: DataSetSpec) -> int:
 def _step_of_length(scan: FolderScan, offset: int, spec: DataSetSpec, labels: LabelEnd | None) -> int:
     """Source frames between consecutively numbered images, from the labels' length. Raises UserError if unclear."""
     if labels is None:
-        raise UserError(f"{_ask(scan)} (there are no labels to tell)")
+        raise UserError(f"{_ask(scan)} (there are no labels to infer it from)")
     positions = int(scan.numbers[-1] - scan.numbers[0]) + 1 + offset
     nominal = max(round(spec.annotation_fps), 1)
     steps = [step for step in range(1, nominal) if nominal % step == 0]
@@ -709,7 +702,7 @@ def _step_of_length(scan: FolderScan, offset: int, spec: DataSetSpec, labels: La
 def _ask(scan: FolderScan) -> str:
     return (
         f"{scan.path}: names are numbered {int(scan.numbers[0])} to {int(scan.numbers[-1])}; source frames or samples? "
-        "Set data.frame_numbering=source, or data.folder_fps to the images a second"
+        "Set data.frame_numbering=source, or data.folder_fps to the images per second"
     )
 
 

@@ -1,14 +1,13 @@
 """The index of a data set: which videos there are, what they are made of, how long, which split, which labels.
 
 `index.json` holds paths relative to the data root and never the root itself, so a data set can move. It is written from
-what names, containers and annotation files say; of each video the first few pictures are decoded, to see whether they
+what names, containers and annotation files say; of each video the first few frames are decoded, to check that they
 have the times that the container says. The same files give the same bytes.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -16,18 +15,11 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import (
-    AfterValidator,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from configs.errors import UserError, printable
-from configs.schema import MAX_FPS, DataConfig, DataSetSpec, Strict
-from engine.files import inside, read_json, sha256_ends, sha256_file, sha256_json, write_json
+from configs.schema import MAX_FPS, DataConfig, DataSetSpec, OmitsDefaults
+from engine.files import below_root, inside, read_json, sha256_ends, sha256_file, sha256_json, write_json
 from engine.sniff import what_it_is
 from features.annotations import PhaseTrack, ToolTrack, parse_phases, parse_tools, read_content
 from features.boxes import MAX_PICTURES
@@ -87,9 +79,10 @@ VideoId = Annotated[str, Field(min_length=1), AfterValidator(_usable_id)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class AnnotationFile(Strict):
+class AnnotationFile(OmitsDefaults):
     """An annotation file as it was indexed; what its rows' numbers mean is a `features.labels.Reading`."""
 
+    OMITTED = frozenset({"row_fps", "row_base"})
     path: RelativePath
     sha256: Sha256
     rows: int = Field(ge=1)
@@ -100,13 +93,8 @@ class AnnotationFile(Strict):
     def reading(self) -> Reading:
         return Reading(self.row_fps, self.row_base)
 
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """So that files whose rows number the video's frames keep the bytes and digests they always had."""
-        return {name: value for name, value in dump(self).items() if value or name not in ("row_fps", "row_base")}
 
-
-class VideoEntry(Strict):
+class VideoEntry(OmitsDefaults):
     """One video. For a folder of frames (`frames` says how its images lie on the source's timeline), `fps` and
     `frame_count` are those of the source, `size_bytes` is the sum of its images, `modified_ns` the newest of them and
     `sha256_ends` covers their names, their sizes and the content of the first and last. A TFRecord file holds its own
@@ -114,6 +102,7 @@ class VideoEntry(Strict):
     (`times`), and `fps` is its mean rate.
     """
 
+    OMITTED = frozenset({"times"})
     id: VideoId
     kind: Literal["video", "frames", "tfrecord"]
     source: RelativePath
@@ -151,7 +140,7 @@ class VideoEntry(Strict):
 
     @property
     def image_frames(self) -> np.ndarray:
-        """Source frames (N,) int64 that there are pictures of."""
+        """Source frames (N,) int64 that there are images of."""
         return self.frames.frames() if self.frames else np.arange(self.frame_count, dtype=np.int64)
 
     @property
@@ -163,31 +152,29 @@ class VideoEntry(Strict):
         return self.fps / self.image_stride
 
 
-class LeftOut(Strict):
+class LeftOut(OmitsDefaults):
     """A video that was found and is not used; `reason` is one line, with paths below the data root.
 
     `split` is the one that it would be in, None where that is not known. `excluded`: the settings ask for it. `source`
     is the hash of its ends where it was indexed and a later stage could not use it.
     """
 
+    OMITTED = frozenset({"split", "excluded", "source"})
     id: str = Field(min_length=1)
     reason: str
     split: Split | None = None
     excluded: bool = False
     source: Sha256 | None = None
 
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, handler: Any) -> dict[str, Any]:
-        return {name: value for name, value in handler(self).items() if value not in (None, False)}
 
-
-class Index(Strict):
+class Index(OmitsDefaults):
     """A data set as found below a root. Videos `left_out` keep their places in the order that splits count in.
 
     One list for all who leave videos out: discovery and probing, the setting `data.exclude`, and later stages, which
     read what an earlier one recorded beside its files (`without`).
     """
 
+    OMITTED = frozenset({"left_out", "passed_over"})
     format_version: Literal[1] = 1
     dataset: DataSetSpec
     videos: tuple[VideoEntry, ...] = Field(min_length=1)
@@ -239,7 +226,7 @@ class Index(Strict):
 
     @property
     def is_partial(self) -> bool:
-        """Whether something that was found, or looks like a video, is not in it although nobody asked for that."""
+        """Whether something that was found, or looks like a video, is missing without the settings asking for it."""
         return any(not video.excluded for video in (*self.left_out, *self.passed_over))
 
     def exclusions(self, exclude: Mapping[str, str]) -> dict[str, str]:
@@ -257,7 +244,7 @@ class Index(Strict):
 
     @property
     def missing(self) -> tuple[LeftOut, ...]:
-        """Videos left out of a split although nobody asked for it."""
+        """Videos left out of a split without the settings asking for it."""
         return tuple(video for video in self.left_out if not video.excluded and video.split != "none")
 
     def require_videos(self, *splits: Split) -> None:
@@ -289,9 +276,8 @@ class Index(Strict):
         }
         videos = [entry.model_dump(mode="json", exclude=moving) for entry in self.videos]
         for video in videos:
-            for name in ("records", "times"):
-                if video[name] is None:
-                    del video[name]  # so that other indices keep the digest that they had before there were any
+            if video["records"] is None:
+                del video["records"]  # so that other indices keep the digest that they had before there were any
         described: Any = {"name", "annotation_fps", "phases", "tools", "phase_aliases", "tool_aliases"}
         return sha256_json(
             {
@@ -302,12 +288,7 @@ class Index(Strict):
         )
 
     def to_json(self) -> dict[str, Any]:
-        empty = {name for name in ("left_out", "passed_over") if not getattr(self, name)}
-        value = self.model_dump(mode="json", exclude=empty)
-        for video in value["videos"]:
-            if video["times"] is None:
-                del video["times"]  # so that other indices keep their bytes
-        return value
+        return self.model_dump(mode="json")
 
     @classmethod
     def from_json(cls, value: Any, name: str = "index") -> Index:
@@ -400,7 +381,7 @@ def build_index(
         LeftOut(id=path, reason=excluded.get(path, reason), excluded=path in excluded) for path, reason in paths.items()
     ]
     excluded = {name: reason for name, reason in excluded.items() if name not in paths}
-    reasons = {printable(name): str(error).replace(f"{root}{os.sep}", "") for name, error in faults} | excluded
+    reasons = {printable(name): below_root(str(error), root) for name, error in faults} | excluded
     ids = sorted([*(entry.id for entry in entries), *reasons], key=natural_key)
     splits = assign_splits(ids, spec, data.split)
     if problem := usual_split_problem(ids, spec, data.split):
@@ -752,7 +733,7 @@ def _extent(entry: VideoEntry, spec: DataSetSpec) -> Extent:
 
 
 def check_index(index: Index, root: Path, progress: Progress | None = None) -> list[str]:
-    """What is no longer as indexed, a line a problem; empty when all is well.
+    """What is no longer as indexed, one line per problem; empty when all is well.
 
     Sources: present, same size, time and hash of the ends (and of the whole, where recorded), same rate, as many
     packets as frames; of TFRecord files every checksum. Annotations: present, same hash, readable, fitting their video.
@@ -832,13 +813,13 @@ def count_frames(index: Index, root: Path, fps: float, between_rows: BetweenRows
 
 
 def coverage_table(index: Index, counts: Counts) -> list[list[str]]:
-    """A table: the header, then a row per video with its pictures, how many of them are used, and how many labelled."""
+    """A table: the header, then one row per video: its images, how many of them are used, and how many labelled."""
     rows = [["video", "images", "used", "with a phase", *(["with tools"] if index.dataset.tools else [])]]
     for entry in index.videos:
         count = counts[entry.id]
         without = (count[1 + len(index.dataset.phases)], *(count[-1:] if index.dataset.tools else ()))
-        shares = (f"{(count[0] - bare) / count[0]:.1%}" if count[0] else "-" for bare in without)
-        rows.append([entry.id, f"{len(entry.image_frames):,}", f"{count[0]:,}", *shares])
+        labelled = (f"{(count[0] - bare) / count[0]:.1%}" if count[0] else "-" for bare in without)
+        rows.append([entry.id, f"{len(entry.image_frames):,}", f"{count[0]:,}", *labelled])
     return rows
 
 

@@ -12,19 +12,18 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from configs.errors import UserError
+from configs.errors import UserError, listed
 from configs.schema import DataConfig
 from features.annotations import PhaseTrack, ToolTrack, row_error
-from features.times import RATE_TOLERANCE
+from features.times import ROUNDING_S, same_rate
 
 Track = PhaseTrack | ToolTrack
 AnyTrack = TypeVar("AnyTrack", PhaseTrack, ToolTrack)
 BetweenRows = Literal["mask", "hold"]
 
-_ROUNDING_S = 1e-6
 # Fractions of a video: how near its end rows are as long as it; where one of two readings is taken, the other not.
 _EXACT, _COVERS, _HARDLY_ANY = 0.02, 0.75, 0.1
-# Rates that annotation programs number rows at; 1 is a row a second, counted instead of placed.
+# Rates that annotation programs number rows at; 1 is one row per second, counted instead of placed.
 _COMMON_FPS = (1.0, 2.0, 5.0, 10.0, 12.5, 15.0, 24.0, 25.0, 30.0, 50.0, 60.0)
 
 
@@ -96,9 +95,8 @@ def unlabelled_note(phases: Mapping[str, np.ndarray], means: str) -> list[str]:
     bare = {video_id: int((phase < 0).sum()) for video_id, phase in phases.items() if (phase < 0).any()}
     if not bare:
         return []
-    names = ", ".join([*bare][:3]) + (", ..." if len(bare) > 3 else "")
     total = sum(map(len, phases.values()))
-    return [f"note: {sum(bare.values()):,} of {total:,} frames have no phase label ({names}) and {means}"]
+    return [f"note: {sum(bare.values()):,} of {total:,} frames have no phase label ({listed([*bare])}) and {means}"]
 
 
 # ---------------------------------------------------------------------------------------------- tracks to video
@@ -129,10 +127,10 @@ class Extent:
         """The frame (T,) int64 that is shown at each time (T,); times after the last frame count on at the rate."""
         last_s = 0.0 if self.times_s is None else float(self.times_s[-1])
         # a list may hold any number: beyond the precision of float64 one frame is as good as another
-        after = np.floor(np.minimum((time_s - last_s + _ROUNDING_S) * self.fps, 2.0**53)).astype(np.int64)
+        after = np.floor(np.minimum((time_s - last_s + ROUNDING_S) * self.fps, 2.0**53)).astype(np.int64)
         if self.times_s is None:
             return after
-        shown: np.ndarray = np.searchsorted(self.times_s, time_s + _ROUNDING_S, side="right") - 1
+        shown: np.ndarray = np.searchsorted(self.times_s, time_s + ROUNDING_S, side="right") - 1
         return shown + np.maximum(after, 0)
 
 
@@ -161,7 +159,7 @@ class Reading:
         """What the user should know that it was taken so."""
         if self.fps is not None:
             what = [f"rows are numbered at {self.fps:g} fps"]
-        elif abs(extent.fps - extent.row_fps) > RATE_TOLERANCE * extent.row_fps:
+        elif not same_rate(extent.fps, extent.row_fps):
             what = [f"rows number the video's own frames at {extent.fps:g} fps, not at {extent.row_fps:g} fps"]
         else:
             what = []
@@ -169,7 +167,7 @@ class Reading:
 
 
 def read_numbers(lists: Sequence[tuple[Path, Track]], extent: Extent, data: DataConfig) -> list[Reading]:
-    """What the numbers in the Frame columns of a video's lists count, and from what: as set, or as lengths tell.
+    """What the numbers in the Frame columns of a video's lists count, and from what: as set, or inferred from lengths.
 
     Possible are the video's own frames, the rate in the data set's description, a folder's images, and seconds; none
     that would go on after the end. The one whose rows last as long as the video is taken, otherwise one that covers the
@@ -205,7 +203,7 @@ def _read_numbers(
     if other and not exact and any(one.fps == other.fps for one in possible):
         possible = [one for one in possible if one.fps == other.fps]
     if data.row_fps == "auto" and not exact:
-        _refuse_telling_rate(path, track, extent)
+        _refuse_common_rate(path, track, extent)
     if exact or len(possible) < 2:  # none: the first, whose end is refused with its row
         best = min(exact or possible or candidates[:1], key=lambda one: abs(one.end_s - extent.duration_s))
     else:
@@ -232,7 +230,7 @@ def _covering(
     )
     raise UserError(
         f"{path}: what do its numbers, up to {int(track.frame_index[-1])}, count? {extent.name} lasts "
-        f"{extent.duration_s:.1f} s ({extent.frame_count} frames); set data.row_fps to the numbers a second, or to "
+        f"{extent.duration_s:.1f} s ({extent.frame_count} frames); set data.row_fps to the numbers per second, or to "
         f"source for the video's own frames: {ways}"
     )
 
@@ -268,8 +266,7 @@ def _base(path: Path, track: Track, extent: Extent, data: DataConfig, fps: float
 
 def rate_of_rows(fps: float | Literal["source"], video_fps: float) -> float | None:
     """A rate as `Reading` has it: None where numbers are those of the video's own frames."""
-    own = fps == "source" or abs(float(fps) - video_fps) <= RATE_TOLERANCE * video_fps
-    return None if own else float(fps)
+    return None if fps == "source" or same_rate(fps, video_fps) else fps
 
 
 @dataclass(frozen=True)
@@ -334,11 +331,11 @@ def labelled_fractions(
     return None if phase is None else float((labels >= 0).mean()), None if tools is None else float(with_tools.mean())
 
 
-def _refuse_telling_rate(path: Path, track: Track, extent: Extent) -> None:
-    """Raise UserError where rows that are nobody's last exactly as long as the video at a common rate.
+def _refuse_common_rate(path: Path, track: Track, extent: Extent) -> None:
+    """Raise UserError where rows that fit no reading exactly last as long as the video at a common rate.
 
-    Exactly means within a row and a half and an image. A rate tells nothing where that is not small against the
-    difference that it makes, so short videos and coarse rows pass.
+    Exactly means within a row and a half and an image. A rate is no evidence where that is not small against
+    the difference that it makes, so short videos and coarse rows pass.
     """
     end = track_end(track)
     for rate in _COMMON_FPS:
@@ -402,8 +399,8 @@ def _uncovered(path: Path, track: Track, extent: Extent, slack: int) -> list[str
         notes.append(f"{path.name}: {_count(unlabelled, 'row')} without a label (-1 or empty)")
     missing = extent.frame_count - track_end(track)
     if missing >= slack:
-        share = missing / extent.frame_count
-        notes.append(f"{path.name}: ends early; the last {_count(missing, 'frame')} ({share:.1%}) have no label")
+        fraction = missing / extent.frame_count
+        notes.append(f"{path.name}: ends early; the last {_count(missing, 'frame')} ({fraction:.1%}) have no label")
     return notes
 
 

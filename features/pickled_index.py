@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.errors import UserError
+from configs.errors import UserError, listed
 from configs.load import load_dataset
 from configs.schema import Config, DataConfig, DataSetSpec, SplitConfig
 from engine.files import atomic_path, inside
@@ -230,7 +230,7 @@ def index_from_pickles(
     if not split_is_asked_for(data.split) and any(video.split != "none" for video in pickled.values()):
         data = data.model_copy(update={"split": _as_lists(pickled)})
     if left := sorted(found.keys() - pickled.keys()):
-        say(f"{len(left)} video(s) below {root} are in none of the pickles and left out: {', '.join(left[:3])}")
+        say(f"{len(left)} video(s) below {root} are in none of the pickles and left out: {listed(left)}")
     with _written_labels(root, labels_to or root / LABELS_FOLDER, found, labels, spec):
         index = build_index(root, spec, data, only=pickled.keys())
         index = index.model_copy(update={"made_from": ", ".join(file.name for file in files)})
@@ -543,6 +543,6 @@ def _say_what_is_left_out(
     if left := sum(one.left_out for one in rows.values()):
         say(f"left out: {left} sampled frames that lack a label")
     if absent := [entry.id for entry in index.videos if entry.id not in videos]:
-        say(f"left out: {len(absent)} videos in no part of it or without labels: {', '.join(absent[:3])}")
+        say(f"left out: {len(absent)} videos in no part of it or without labels: {listed(absent)}")
     if any(entry.kind == "video" for entry in entries):
         say("images named there do not exist for video files: cut them, named by source frame from 0, where it says")

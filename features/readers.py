@@ -129,7 +129,7 @@ def probe_video(path: Path) -> VideoInfo:
 
     An MP4 file's own tables are taken where they agree with its duration and rate; otherwise (other containers have no
     such tables, edit lists hide frames) the packets are read. Raises ReaderError for anything that is no video, for
-    one whose container says it is longer than the file, and where frames or their times are not to be told.
+    one whose container says it is longer than the file, and where frames or their times cannot be determined.
     """
     with _open_container(path) as container:
         stream = _video_stream(container, path)
@@ -576,7 +576,7 @@ def _frames_of_packets(path: Path, pts: np.ndarray) -> np.ndarray | None:
 
 def _in_order(packets: _Packets, first: int) -> bool:
     """Whether times tell the order in which H.264 pictures are shown: exactly B pictures are shown before one that was
-    decoded earlier. Where decoding times stand in for those of pictures, none is."""
+    decoded earlier. Where times are those of decoding, none is."""
     timed = ~packets.untimed & (np.arange(len(packets.pts)) >= first)
     pts, is_b = packets.pts[timed], (packets.flags[timed] & _B) > 0
     return bool(((pts < np.maximum.accumulate(pts)) == is_b).all()) if len(pts) else False
@@ -586,7 +586,7 @@ def _in_order(packets: _Packets, first: int) -> bool:
 class _Packets:
     """A stream's packets in decoding order, and what went wrong on the way.
 
-    `pts` (N,) int64, `flags` (N,) uint8, `untimed` (N,) bool: the container does not tell the time, it is a number.
+    `pts` (N,) int64, `flags` (N,) uint8, `untimed` (N,) bool: the container has no time, `pts` is the number.
     """
 
     pts: np.ndarray
@@ -839,9 +839,9 @@ class PyavReader(ClosingReader):
         yield from self._numbered(context.decode(None))
 
     def _counted(self, pictures: Iterator[Any]) -> Iterator[tuple[int, Any]]:
-        """Every picture with its number, counted, and checked by its time as far as the container tells times.
+        """Every picture with its number, counted, and checked by its time as far as the container has times.
 
-        At a constant rate times may stand in another order, as where those of decoding stand in for them, but none may
+        At a constant rate times may stand in another order, as where they are those of decoding, but none may
         fail to come: the pictures after it would have wrong numbers.
         """
         scan, awaited, top = self._scan, set[int](), 0
@@ -849,10 +849,10 @@ class PyavReader(ClosingReader):
             if scan.times is not None and number < scan.picture_count and picture.pts != scan.shown_pts[number]:
                 raise ReaderError(f"{scan.path}: frame {number} is not shown at its packet's time; {_WAY_OUT}")
             if scan.rising and picture.pts is not None:
-                told = int(np.searchsorted(scan.shown_pts, picture.pts))
-                awaited.update(range(top, told))
-                top = max(top, told + 1)
-                awaited.discard(told)
+                due = int(np.searchsorted(scan.shown_pts, picture.pts))
+                awaited.update(range(top, due))
+                top = max(top, due + 1)
+                awaited.discard(due)
                 if awaited and min(awaited) < number - self._MAX_REORDER:
                     raise self._lost(min(awaited), min(awaited))
             yield number, picture

@@ -1,6 +1,6 @@
 """When frames are shown, and which of them sampling takes.
 
-Times are seconds from the first shown picture. A constant rate needs no more than its number; the time stamps of
+Times are seconds from the first shown frame. A constant rate needs no more than its number; the time stamps of
 anything else are kept with the video (`FrameTimes`).
 """
 
@@ -21,7 +21,7 @@ from configs.schema import Strict
 
 RATE_TOLERANCE = 0.005  # 29.97 counts as 30, 23.976 as 24; 24 and 25 stay apart
 # Rounding of times and rates, in seconds: a frame this little after a sampling time counts as shown then.
-_ROUNDING_S = 1e-6
+ROUNDING_S = 1e-6
 
 
 class FrameTimes(Strict):
@@ -41,7 +41,7 @@ class FrameTimes(Strict):
         That is, within a tick, the rounding of the container's clock. Raises ValueError for a pause of years.
         """
         time_s = (pts - pts[:1]) * float(tick_s)
-        tolerance_s = max(min(float(tick_s), 0.25 / fps), _ROUNDING_S)
+        tolerance_s = max(min(float(tick_s), 0.25 / fps), ROUNDING_S)
         if (np.abs(time_s - np.arange(len(pts)) / fps) <= tolerance_s * 1.001).all():
             return None
         steps = np.diff(pts)
@@ -80,8 +80,13 @@ def on_screen(time_s: NDArray[np.float64], end_s: float, fps: float) -> NDArray[
     that is on screen then; one that is still on screen at the next sampling time is taken once.
     """
     # A picture is taken when the first sampling time not before it comes before the next picture.
-    due = np.ceil((np.append(time_s, end_s) - time_s[0] - _ROUNDING_S) * fps)
+    due = np.ceil((np.append(time_s, end_s) - time_s[0] - ROUNDING_S) * fps)
     return np.flatnonzero(due[:-1] < due[1:])
+
+
+def same_rate(fps: float, other_fps: float) -> bool:
+    """Whether two rates are one, as they are stated: 29.97 and 30."""
+    return abs(fps - other_fps) <= RATE_TOLERANCE * other_fps
 
 
 def require_held(fps: float, most_fps: float, held: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.errors import UserError
+from configs.errors import UserError, listed
 from engine.doctor import Check, Finding, Level, check_folder, examined, kind_and_text, machine_checks
 
 if TYPE_CHECKING:
@@ -212,10 +212,9 @@ def _agreement(index: Index, root: Path, path: Path) -> Finding:
             changed.append(entry.id)
     for problem, ids in (("are not there", missing), ("have changed", changed)):
         if ids:
-            shown = ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
             to_do = "run `index --check` for details, `index --force` to index again"
             return Finding(
-                "warn", "index", f"{path}: {len(ids)} of {len(index.videos)} sources {problem} ({shown})", to_do
+                "warn", "index", f"{path}: {len(ids)} of {len(index.videos)} sources {problem} ({listed(ids)})", to_do
             )
     return Finding("ok", "index", f"{path}, {len(index.videos)} video(s), sizes and times as indexed")
 

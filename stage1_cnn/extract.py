@@ -8,7 +8,6 @@ number, and on a CPU sums are always made in the same order.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from engine.device import cpu_threads
 from engine.files import (
+    below_root,
     inside,
     read_json_object,
     remove_stale_temporaries,
@@ -184,8 +184,7 @@ def _record_faults(report: ExtractReport, index: Index, root: Path) -> None:
     """Keep beside the features which videos have none for a fault of theirs, and forget it of those that have."""
     for video_id, reason in report.failed:
         if isinstance(reason, VideoFault):
-            below = reason.replace(f"{root}{os.sep}", "")
-            record_fault(report.folder, video_id, index.entry(video_id).sha256_ends, below)
+            record_fault(report.folder, video_id, index.entry(video_id).sha256_ends, below_root(reason, root))
     for video_id in (*report.done, *report.skipped, *report.relabelled):
         clear_fault(report.folder, video_id)
 

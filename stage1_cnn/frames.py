@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from engine.device import choose_device
 from engine.files import (
+    below_root,
     inside,
     read_json_object,
     remove_stale_temporaries,
@@ -277,4 +277,4 @@ def fill_cache(
     if lost := [fault for fault in failed if not isinstance(fault[1], VideoFault)]:
         others = f" (and {len(lost) - 1} more video{'s' * (len(lost) > 2)})" if len(lost) > 1 else ""
         raise UserError(f"{lost[0][0]}: {lost[0][1]}{others}; start again, what is done is kept")
-    return [(video_id, reason.replace(f"{root}{os.sep}", "")) for video_id, reason in failed]
+    return [(video_id, below_root(reason, root)) for video_id, reason in failed]

@@ -61,10 +61,10 @@ def train_cnn(
 ) -> dict[str, Any]:
     """Train stage one into `RUN/cnn/` (`best.pt`, `last.pt`, `metrics.jsonl`, `result.json`); returns the result.
 
-    A finished run with the same settings returns its result and does no work; an unfinished one goes on where it
-    stopped and ends with the same numbers. Videos that cannot be read are left out, said and listed in the result as
-    `left_out`. Raises UserError for settings, labels or frames that do not allow training,
-    and Stopped, with everything saved, when asked to stop.
+    A finished run with the same settings returns its result and does no work; an unfinished one resumes where it
+    stopped and ends with the same numbers. Videos that cannot be read are left out, reported and listed in the result
+    as `left_out`. Raises UserError for settings, labels or frames that do not allow training, and Stopped, with
+    everything saved, when asked to stop.
     """
     cnn = config.cnn
     processes = join(config.device, stop)

@@ -1,4 +1,4 @@
-"""Weights that somebody else saved: found under whatever prefix and wrapper they stand, and the match in words."""
+"""Third-party weights: found under any prefix and wrapper, and the match in words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from configs.errors import UserError
+from configs.errors import UserError, listed
 
 # What wraps a module, or any layer of one, without being part of its design.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -96,8 +96,7 @@ def describe_match(found: Found, tensors: Mapping[str, Tensor], what: str) -> st
     parts[0] += ", its children numbered" if found.numbered else ""
     parts += [f"stored as {', '.join(kinds)}"] if kinds != ["float32"] else []
     parts += [f"`{place}` would fit too and was not taken" for place in found.passed_over]
-    shown = ", ".join(list(others)[:4]) + (", ..." if len(others) > 4 else "")
-    parts += [f"{others.total()} other tensors not used ({shown})"] if others else []
+    parts += [f"{others.total()} other tensors not used ({listed(list(others), 4)})"] if others else []
     return "; ".join(parts)
 
 
@@ -159,7 +158,7 @@ def _group(name: str, place: str) -> str:
 
 
 def misfits(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """Why a state dict does not fit, an entry each; empty where it does.
+    """Why a state dict does not fit, one entry per problem; empty where it does.
 
     Counters of batch norm are missing in old files, harmlessly.
     """

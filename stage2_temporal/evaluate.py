@@ -18,10 +18,10 @@ from engine.progress import say
 from engine.runs import RESULT_FILE, update_summary
 from engine.stopping import StopRequest
 from evaluation.figures import phase_ribbons
-from evaluation.model_card import used_videos, write_model_card
+from evaluation.model_card import write_model_card
 from evaluation.phases import evaluate_phases
 from evaluation.predictions import TOOLS_ALONE, write_prediction_csv, write_tool_csv
-from evaluation.summary import summarise
+from evaluation.summary import summarise, used_videos
 from evaluation.tables import comparison_table, phase_table, tool_table
 from evaluation.tools import choose_thresholds, evaluate_tools, sigmoid
 from evaluation.truth import TRUTH_FILE, Truth, VideoTruth, is_simulated, write_truth
@@ -144,7 +144,7 @@ def _load(folder: Path, index: Index, split: str, root: Path | None) -> Material
     ids = [
         entry.id
         for entry in entries_of(index, split, str(folder / INDEX_FILE))
-        if entry.split != "none" or feature_path(folder, entry.id).exists()  # nobody needs features of the others
+        if entry.split != "none" or feature_path(folder, entry.id).exists()  # those of the others are not needed
     ]
     return Material(folder, index, load_feature_set(folder, ids), split, root)
 

@@ -48,9 +48,9 @@ def evaluate_joint(
 
     Writes into `RUN/evaluate/`, and the outcome on the test split into `RUN/summary.json` and `RUN/MODEL_CARD.md`; for
     another index than the run's (`other`) into a folder with its name in front, and nowhere else. Videos that cannot be
-    read are left out and said. Pictures are prepared as in training, whatever a preset says; crops are
-    `joint.crops`. Raises UserError where the user gave another preparation (`given`) and when the net's classes or
-    sampling rate are not the data's, Stopped when asked to stop.
+    read are left out and reported. Images are prepared as in training, whatever a preset says; crops are `joint.crops`.
+    Raises UserError where the user gave another preparation (`given`) and when the net's classes or sampling rate are
+    not the data's, Stopped when asked to stop.
     """
     path = joint_checkpoint(run)
     net, about = load_joint(path)

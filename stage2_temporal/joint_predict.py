@@ -6,7 +6,6 @@ inference are those of stage two on these embeddings.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import AugmentConfig, Config, PreprocessConfig
+from engine.files import below_root
 from engine.progress import progress_bar
 from features.index import Index, VideoEntry, load_labels, sampled_frames
 from features.preprocess import CropCount, augment, augment_generator, crop_frames, normalise
@@ -96,7 +96,7 @@ def predict_videos(
                 except UserError as error:
                     if faults is None:
                         raise
-                    faults.append((video.entry.id, str(error).replace(f"{root}{os.sep}", "")))
+                    faults.append((video.entry.id, below_root(str(error), root)))
                     continue
                 found[video.entry.id] = _over_crops(net, embedded, inference, frames)
     finally:

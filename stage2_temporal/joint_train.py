@@ -113,8 +113,8 @@ def train_joint(
 ) -> dict[str, Any]:
     """Train every step of the schedule into `RUN/joint/<step>/`; returns the last step's result.
 
-    Finished steps are not done again, an unfinished one goes on where it was stopped. Videos that cannot be read are
-    left out, said and listed in the result as `left_out`. Raises UserError for settings, labels or checkpoints that do
+    Finished steps are not done again, an unfinished one resumes where it stopped. Videos that cannot be read are left
+    out, reported and listed in the result as `left_out`. Raises UserError for settings, labels or checkpoints that do
     not fit, and Stopped, with everything saved, when asked to stop.
     """
     processes = join(config.device, stop)

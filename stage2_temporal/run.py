@@ -26,7 +26,7 @@ Value = TypeVar("Value")
 def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
     """index, train-cnn (unless features come from the initial backbone), extract, train-temporal, evaluate.
 
-    Returns the summary that stands in `RUN/summary.json`: fractions on the test videos, seconds a stage, and what any
+    Returns the summary that `RUN/summary.json` holds: fractions on the test videos, seconds per stage, and what any
     stage left out, with reasons. Seconds of a stage that had nothing to do stay those of the start that did the work.
     Raises UserError at the first stage that cannot go on; what came before it is kept.
     """

@@ -421,6 +421,6 @@ def test_what_is_fitted_lies_inside_the_video_and_both_lists(
 def test_frames_without_a_phase_are_said() -> None:
     phases = {f"video{n}": np.array([0, 1, -1 if n != 2 else 1]) for n in range(6)}
     assert unlabelled_note(phases, "are not scored") == [
-        "note: 5 of 18 frames have no phase label (video0, video1, video3, ...) and are not scored"
+        "note: 5 of 18 frames have no phase label (video0, video1, video3 and 2 more) and are not scored"
     ]
     assert unlabelled_note({"video2": phases["video2"]}, "are not scored") == []
