@@ -354,16 +354,21 @@ def _only_ones(root: Path, found: dict[str, list[str]], role: str) -> dict[str, 
         if len(real) > 1:
             first, second = sorted(paths)[:2]
             raise UserError(
-                f"{root / first} and {root / second}: two {what} for one video; {_choices(role, first, second)}"
+                f"{root / first} and {root / second}: two {what} for one video; {_choices(role, first, second, found)}"
             )
         chosen[key] = min(paths, key=lambda path: ((root / path).is_symlink(), path))
     return chosen
 
 
-def _choices(role: str, first: str, second: str) -> str:
-    """How to take one of two files or folders of one video."""
+def _choices(role: str, first: str, second: str, found: dict[str, list[str]]) -> str:
+    """How to take one of two files or folders of one video; a folder is proposed where it loses no other video."""
     one, other = PurePosixPath(first).parent, PurePosixPath(second).parent
     folders = [folder for folder, rest in ((one, other), (other, one)) if not rest.is_relative_to(folder)]
+    folders = [
+        folder
+        for folder in folders
+        if all(any(PurePosixPath(path).is_relative_to(folder) for path in paths) for paths in found.values())
+    ]
     if role in KINDS and folders:
         choices = " or ".join(f"data.sources={role}:{folder}" for folder in folders)
         return f"choose one with {choices}"

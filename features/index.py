@@ -255,7 +255,8 @@ class Index(OmitsDefaults):
                 others = f" (and {len(lost) - 1} more)" if lost[1:] else ""
                 raise UserError(
                     f"no video is left in split {split}, since {lost[0].id}{others} is left out: {lost[0].reason}; "
-                    "repair it, or choose another data.split, then run `index --force`"
+                    f"{'keep' if lost[0].excluded else 'repair'} it, or choose another data.split, then run "
+                    "`index --force`"
                 )
 
     def entry(self, video_id: str) -> VideoEntry:
@@ -383,7 +384,11 @@ def build_index(
     excluded = {name: reason for name, reason in excluded.items() if name not in paths}
     reasons = {printable(name): below_root(str(error), root) for name, error in faults} | excluded
     ids = sorted([*(entry.id for entry in entries), *reasons], key=natural_key)
-    splits = assign_splits(ids, spec, data.split)
+    try:
+        splits = assign_splits(ids, spec, data.split)
+    except UserError as error:
+        lost = next((f"; passed over: {one.id}: {one.reason}" for one in passed_over if not one.excluded), "")
+        raise UserError(f"{error}{lost}") from error
     if problem := usual_split_problem(ids, spec, data.split):
         notes.append(f"no splits assigned, since the usual one of {spec.name} does not fit: {problem}")
     left_out = [

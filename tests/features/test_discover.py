@@ -370,6 +370,13 @@ def test_no_videos_says_what_was_looked_for_and_what_is_there(tmp_path: Path) ->
     assert r"rename it like video01.mp4, or set patterns.video to 'case(?P<id>\d+)\.{video}'" in message
 
 
+def test_no_folder_is_proposed_that_would_lose_other_videos(tmp_path: Path) -> None:
+    make(tmp_path, "videos/video01.mp4", "videos/video02.mp4", "videos/again/video02.mp4")
+    message = refusal(tmp_path)
+    assert "data.sources" not in message
+    assert 'leave one out with --set \'data.exclude={"videos/video02.mp4": "second copy"}\'' in message
+
+
 @pytest.mark.parametrize(
     ("paths", "what"),
     [

@@ -510,6 +510,14 @@ def test_a_folder_that_lost_its_first_image_is_refused(tmp_path: Path) -> None:
     assert sampled_frames(index.entry("video02"), 1)[0] == 25
 
 
+def test_a_split_of_more_videos_names_a_file_that_was_passed_over(tmp_path: Path) -> None:
+    root = small_data_set(tmp_path)
+    (root / "video03_full.mp4").write_bytes(b"x")
+    message = refusal(lambda: index_of(root, split={"rule": "1/1/1"}))
+    assert "1/1/1 needs 3 videos, here are 2" in message
+    assert "passed over: video03_full.mp4: its name does not match" in message
+
+
 def test_a_split_that_does_not_fit_is_refused_when_asked_for(tmp_path: Path) -> None:
     root = small_data_set(tmp_path)
     assert "32/8/40 needs 80 videos, here are 2 (video01, video02)" in refusal(
