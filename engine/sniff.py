@@ -32,6 +32,9 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"\xfe\xff", "text in UTF-16; save it as UTF-8"),
     (b"\0\5\x16\7", "what macOS keeps beside a file (AppleDouble), not the file itself; copy that"),
 )
+# Matroska, MPEG programme streams, ASF, Flash; what MP4 files hold that are pictures or sound.
+_CONTAINERS = (b"\x1a\x45\xdf\xa3", b"\0\0\x01\xba", b"\x30\x26\xb2\x75", b"FLV\x01")
+_NO_VIDEO = (b"heic", b"heix", b"mif1", b"avif", b"M4A ", b"M4B ")
 # By the names of their first members: formats that are ZIP files.
 _ZIP_SIGNATURE = b"PK\x03\x04"
 _ZIPPED = (
@@ -45,6 +48,20 @@ _PAGE = re.compile(
 )
 _PICKLE = re.compile(rb"\x80[\x02-\x05]")
 _DV = re.compile(rb"\x1f\x07\x00[\x3f\xbf]")  # the header section of the first DIF block
+
+
+def holds_video(path: Path) -> bool:
+    """Whether a file, whatever its name, begins as a container of video does."""
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(12)
+    except OSError:
+        return False
+    return (
+        (head[:4] + head[8:] == b"RIFFAVI ")
+        or (head[4:8] == b"ftyp" and head[8:] not in _NO_VIDEO)
+        or (head.startswith(_CONTAINERS))
+    )
 
 
 def what_it_is(path: Path) -> str | None:

@@ -25,6 +25,7 @@ from pydantic import Field, model_validator
 from configs.errors import UserError, listed
 from configs.schema import DataConfig, DataSetSpec, FilePatterns, OmitsDefaults
 from engine.files import LinkedRoot, inside, sha256_file
+from engine.sniff import holds_video
 from features.boxes import MAX_PICTURES
 from features.ids import id_key, id_problem, normal_id
 from features.readers import FrameFolder
@@ -35,6 +36,7 @@ from features.unmatched import (
     is_image,
     kind_of,
     looks_like_labels,
+    may_be_anything,
     passed_over_folders,
     passed_over_videos,
 )
@@ -379,7 +381,8 @@ def _choices(role: str, first: str, second: str, found: dict[str, list[str]]) ->
 def _nothing_found(root: Path, spec: DataSetSpec, data: DataConfig, files: _Files) -> str:
     endings = sorted(files.endings.items(), key=lambda item: (-item[1], item[0]))[:5]
     seen = ", ".join(f"{count} {ending}" for ending, count in endings) or "no files"
-    passed = passed_over_videos([path for path in files.unmatched if kind_of(path)], (), spec)
+    named = [path for path in files.unmatched if kind_of(path) or _is_unnamed_video(root, path)]
+    passed = passed_over_videos(named, (), spec)
     passed |= passed_over_folders(files.image_folders, spec)
     passed |= dict.fromkeys(filter(is_archive, files.unmatched), "is an archive: unpack it")
     what = "" if data.sources == "auto" else f" (data.sources={data.sources})"
@@ -405,7 +408,8 @@ def _passed_over(
     folders = [*files.image_folders, *(ImageFolder(path, (), False) for path in files.numbered)]
     missed = [one for one in folders if one.named or PurePosixPath(one.path).parent in places]
     others = [one.path for one in folders if one not in missed]
-    unmatched = [path for path in files.unmatched if kind_of(path) == "video" and not _leads_inside(root, root / path)]
+    called_so = [path for path in files.unmatched if kind_of(path) == "video" or _is_unnamed_video(root, path)]
+    unmatched = [path for path in called_so if not _leads_inside(root, root / path)]
     reasons = {**passed_over_videos(unmatched, taken, spec), **passed_over_folders(missed, spec)}
     found = sorted(reasons.items(), key=lambda item: natural_key(item[0]))
     notes = []
@@ -415,6 +419,11 @@ def _passed_over(
         parent = PurePosixPath(numbered[0]).parent
         notes[-1] += f" (data.sources=frames:{parent} takes those that have a number for a name)"
     return (*found, *((path, "") for path in files.excluded)), notes
+
+
+def _is_unnamed_video(root: Path, path: str) -> bool:
+    place = root / path
+    return may_be_anything(path) and place.is_file() and not place.is_symlink() and holds_video(place)
 
 
 def _leads_inside(root: Path, path: Path) -> bool:

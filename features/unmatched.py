@@ -54,6 +54,12 @@ def kind_of(name: str) -> Literal["video", "tfrecord"] | None:
     return "tfrecord" if _TFRECORD.search(name) else None
 
 
+def may_be_anything(name: str) -> bool:
+    """Whether a file's name does not say what it is, so that it may be a video."""
+    known = (*IMAGE_ENDINGS, *_LABELS, *_ARCHIVES, *_VIDEO)
+    return not kind_of(name) and ending(name) not in known
+
+
 def is_archive(name: str) -> bool:
     """Whether a file is called like an archive of many files."""
     return ending(name) in _ARCHIVES
@@ -76,10 +82,13 @@ def passed_over_videos(paths: Sequence[str], taken: Sequence[str], spec: DataSet
     """
     beside = {path.casefold() for path in (*taken, *paths)}
     paths = [path for path in paths if not _copies_one_of(path, beside)]
-    reasons = {
+    unnamed = [path for path in paths if kind_of(path) is None]
+    reasons = dict.fromkeys(unnamed, "holds a video: give it the ending of its container, such as .mp4")
+    reasons |= {
         path: f"looks like one part of a recording: join its parts into {whole} (`ffmpeg -f concat -safe 0 -i LIST.txt "
         f"-c copy {whole}`, a line such as file 'PART' in LIST.txt for each), and move the parts out of the data root"
         for path, whole in _parts(paths, taken, spec).items()
+        if path not in reasons
     }
     for endings, reason in (
         (_STREAMS, "is a stream without a container: make one with `ffmpeg -framerate FPS -i FILE -crf 12 NEW.mp4`"),

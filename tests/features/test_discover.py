@@ -370,6 +370,17 @@ def test_no_videos_says_what_was_looked_for_and_what_is_there(tmp_path: Path) ->
     assert r"rename it like video01.mp4, or set patterns.video to 'case(?P<id>\d+)\.{video}'" in message
 
 
+def test_a_video_whose_name_does_not_say_so_is_passed_over_aloud(tmp_path: Path) -> None:
+    make(tmp_path, "video01.mp4", "video02", "video03.data", "video04.mpeg4", "notes", "picture.heif")
+    for name in ("video02", "video04.mpeg4"):
+        (tmp_path / name).write_bytes(b"\0\0\0\x18ftypisom")
+    (tmp_path / "video03.data").write_bytes(b"RIFF\0\0\0\0AVI LIST")
+    (tmp_path / "picture.heif").write_bytes(b"\0\0\0\x18ftypheic")
+    passed = dict(find_videos(tmp_path, SPEC).passed_over)
+    assert set(passed) == {"video02", "video03.data", "video04.mpeg4"}
+    assert passed["video02"] == "holds a video: give it the ending of its container, such as .mp4"
+
+
 def test_no_folder_is_proposed_that_would_lose_other_videos(tmp_path: Path) -> None:
     make(tmp_path, "videos/video01.mp4", "videos/video02.mp4", "videos/again/video02.mp4")
     message = refusal(tmp_path)
