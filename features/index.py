@@ -344,25 +344,49 @@ def build_index(
     """
     found = find_videos(root, spec, data, leave_out)
     if only is not None:
-        found = replace(
-            found,
-            videos=tuple(video for video in found.videos if video.id in only),
-            faults=tuple(fault for fault in found.faults if fault[0] in only),
-            passed_over=(),
-        )
+        found = replace(_kept(found, only.__contains__), passed_over=())
+    ids = [printable(name) for name in found.ids]
     paths = {printable(path): printable(reason) for path, reason in found.passed_over}
-    excluded = exclusions([printable(name) for name in found.ids], data.exclude, tuple(paths))
-    found = replace(
-        found,
-        videos=tuple(video for video in found.videos if video.id not in excluded),
-        faults=tuple(fault for fault in found.faults if printable(fault[0]) not in excluded),
-    )
+    named = exclusions(ids, data.exclude, tuple(paths))
+    excluded = {name: reason for name, reason in named.items() if name in ids}
+    found = _kept(found, lambda name: printable(name) not in excluded)
     if not found.ids:
         raise UserError(f"{root}: data.exclude leaves out all {len(excluded)} videos; keep some")
+    entries, notes, faults = _build_entries(root, found, spec, data, leave_out, progress)
+    passed_over = tuple(
+        LeftOut(id=path, reason=named.get(path, reason), excluded=path in named) for path, reason in paths.items()
+    )
+    reasons = {printable(name): below_root(str(error), root) for name, error in faults} | excluded
+    splits = _splits([*(entry.id for entry in entries), *reasons], spec, data, passed_over, notes)
+    left_out = [
+        LeftOut(id=name, reason=reason, split=splits[name], excluded=name in excluded)
+        for name, reason in reasons.items()
+    ]
+    return Index(
+        dataset=spec,
+        videos=tuple(entry.model_copy(update={"split": splits[entry.id]}) for entry in entries),
+        notes=tuple(map(printable, notes)),  # file names may be no text
+        left_out=tuple(left_out),
+        passed_over=passed_over,
+    )
+
+
+def _kept(found: Discovery, keep: Callable[[str], bool]) -> Discovery:
+    """What was found of the videos whose ids are to be kept."""
+    return replace(
+        found,
+        videos=tuple(video for video in found.videos if keep(video.id)),
+        faults=tuple(fault for fault in found.faults if keep(fault[0])),
+    )
+
+
+def _build_entries(
+    root: Path, found: Discovery, spec: DataSetSpec, data: DataConfig, leave_out: bool, progress: Progress | None
+) -> tuple[list[VideoEntry], list[str], list[tuple[str, UserError]]]:
+    """Entries without a split, notes, and the videos at fault. Raises UserError as `build_index` does."""
     order = _phase_order(root, found, spec, data)
     entries: list[VideoEntry] = []
-    notes = list(found.notes)
-    faults = list(found.faults)
+    notes, faults = list(found.notes), list(found.faults)
     for done, video in enumerate(found.videos):
         if progress:
             progress(done, len(found.videos), video.id)
@@ -378,30 +402,21 @@ def build_index(
         raise UserError(f"{faults[0][1]}{others}") from faults[0][1]
     require_one_base([(str(root / entry.source), entry.frames) for entry in entries if entry.frames], data)
     require_one_numbering([(str(root / entry.source), entry.records) for entry in entries if entry.records])
-    passed_over = [
-        LeftOut(id=path, reason=excluded.get(path, reason), excluded=path in excluded) for path, reason in paths.items()
-    ]
-    excluded = {name: reason for name, reason in excluded.items() if name not in paths}
-    reasons = {printable(name): below_root(str(error), root) for name, error in faults} | excluded
-    ids = sorted([*(entry.id for entry in entries), *reasons], key=natural_key)
+    return entries, notes, faults
+
+
+def _splits(
+    ids: Sequence[str], spec: DataSetSpec, data: DataConfig, passed_over: Sequence[LeftOut], notes: list[str]
+) -> dict[str, Split]:
+    """The split of each video; a note is added where the usual one does not fit. Raises UserError."""
+    ids = sorted(ids, key=natural_key)
+    if problem := usual_split_problem(ids, spec, data.split):
+        notes.append(f"no splits assigned, since the usual one of {spec.name} does not fit: {problem}")
     try:
-        splits = assign_splits(ids, spec, data.split)
+        return assign_splits(ids, spec, data.split)
     except UserError as error:
         lost = next((f"; passed over: {one.id}: {one.reason}" for one in passed_over if not one.excluded), "")
         raise UserError(f"{error}{lost}") from error
-    if problem := usual_split_problem(ids, spec, data.split):
-        notes.append(f"no splits assigned, since the usual one of {spec.name} does not fit: {problem}")
-    left_out = [
-        LeftOut(id=name, reason=reason, split=splits[name], excluded=name in excluded)
-        for name, reason in reasons.items()
-    ]
-    return Index(
-        dataset=spec,
-        videos=tuple(entry.model_copy(update={"split": splits[entry.id]}) for entry in entries),
-        notes=tuple(map(printable, notes)),  # file names may be no text
-        left_out=tuple(left_out),
-        passed_over=tuple(passed_over),
-    )
 
 
 def exclusions(ids: Sequence[str], exclude: Mapping[str, str], paths: Sequence[str] = ()) -> dict[str, str]:

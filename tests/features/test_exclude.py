@@ -1,4 +1,4 @@
-"""`data.exclude`: videos left out for good, by id or pattern, each with a reason; nobody else's split moves."""
+"""`data.exclude`: videos left out for good, by id or pattern, each with a reason; no other video's split moves."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import yaml
 
 from configs.errors import UserError
 from configs.load import load_config
-from configs.schema import Config
+from configs.schema import Config, DataConfig
 from features.catalogue import check_dataset, index_dataset, open_dataset
-from features.index import Index
+from features.index import Index, build_index
 from tests.stage1_cnn.material import SPEC, write_labels
 from tests.videos import VideoSpec, write_video
 
@@ -84,3 +84,18 @@ def test_another_exclusion_than_the_indexs_is_noticed(settings, first: list[str]
         index_dataset(asked)
     index_dataset(asked, replace=True)
     open_dataset(asked)
+
+
+def test_an_excluded_video_keeps_its_place_where_a_folder_passed_over_has_its_name(tmp_path: Path) -> None:
+    patterns = SPEC.patterns.model_copy(update={"video": r"(?P<id>\w+)\.mp4", "frames": r"case(?P<id>\d+)"})
+    spec = SPEC.model_copy(update={"patterns": patterns, "tools": ()})
+    for name in ("a", "b", "c"):
+        write_video(tmp_path / f"{name}.mp4", VideoSpec(count=5, width_px=32, height_px=32))
+    for folder in ("case1", "b"):  # the second is passed over beside the first
+        (tmp_path / folder).mkdir()
+        for number in range(3):
+            (tmp_path / folder / f"{number}.png").write_bytes(b"\x89PNG")
+    index = build_index(tmp_path, spec, DataConfig(exclude={"b": "no consent"}), leave_out=True)
+    assert "b" in [one.id for one in index.passed_over]
+    assert [one.id for one in index.left_out if one.excluded] == ["b"]
+    assert index.found_ids()[:3] == ["a", "b", "c"]
