@@ -43,6 +43,7 @@ from features.labels import (
     BetweenRows,
     Extent,
     Reading,
+    Track,
     fit_tracks,
     labelled_fractions,
     read_numbers,
@@ -459,16 +460,7 @@ def _build_entry(
     phase = _read_annotation(root, video.phase, parse_phases, spec)
     tools = _read_annotation(root, video.tool, parse_tools, spec)
     lists = [(root / read.file.path, read.track) for read in (phase, tools) if read is not None]
-    source_notes: tuple[str, ...] = ()
-    if video.kind == "video":
-        source, source_notes = _probe(root, video.source, data.full_hash)
-    elif video.kind == "tfrecord":
-        source = _read_records(root, video.source, video.id, spec, order, data.full_hash)
-    else:
-        ends = [track_end(track) - int(track.frame_index[0] == 1) for _, track in lists]
-        first = min((int(track.frame_index[0]) for _, track in lists), default=0)
-        labels = LabelEnd(max(ends), max(track.stride for _, track in lists), first) if lists else None
-        source = _measure(root, video.source, spec, data, labels)
+    source, source_notes = _describe_source(root, video, spec, data, order, [track for _, track in lists])
     try:
         entry = VideoEntry(
             id=video.id,
@@ -491,16 +483,36 @@ def _build_entry(
         update={"phase_file": phase.file if phase else None, "tool_file": tools.file if tools else None}
     )
     fitted_phase, fitted_tools, fit_notes = _fitted(entry, root, spec, phase, tools)
-    fractions = labelled_fractions(entry.image_frames, fitted_phase, fitted_tools) if leave_out else (None, None)
-    for one, labelled in zip((phase, tools), fractions, strict=True):
-        if one is not None and labelled is not None and labelled < data.min_labelled:
-            raise UserError(
-                f"{root / one.file.path}: has labels for {labelled:.1%} of {video.source}, less than "
-                f"data.min_labelled={data.min_labelled:g}; complete them, set data.row_fps if rows count something "
-                "else than they are taken for, or lower data.min_labelled"
-            )
+    if leave_out:
+        fractions = labelled_fractions(entry.image_frames, fitted_phase, fitted_tools)
+        _require_labelled([path for path, _ in lists], fractions, video.source, data)
     notes = [note for path, reading in readings.items() for note in reading.notes(path, extent)]
     return entry, (*source_notes, *_missing_images(entry), *notes, *fit_notes)
+
+
+def _describe_source(
+    root: Path, video: FoundVideo, spec: DataSetSpec, data: DataConfig, order: tuple[str, ...], tracks: Sequence[Track]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What the index says about a source, whatever its kind, and notes on it."""
+    if video.kind == "video":
+        return _probe(root, video.source, data.full_hash)
+    if video.kind == "tfrecord":
+        return _read_records(root, video.source, video.id, spec, order, data.full_hash), ()
+    ends = [track_end(track) - int(track.frame_index[0] == 1) for track in tracks]
+    first = min((int(track.frame_index[0]) for track in tracks), default=0)
+    labels = LabelEnd(max(ends), max(track.stride for track in tracks), first) if tracks else None
+    return _measure(root, video.source, spec, data, labels), ()
+
+
+def _require_labelled(lists: Sequence[Path], fractions: Sequence[float], source: str, data: DataConfig) -> None:
+    """Raise UserError for a list that labels too small a fraction of a video's frames."""
+    for path, labelled in zip(lists, fractions, strict=True):
+        if labelled < data.min_labelled:
+            raise UserError(
+                f"{path}: has labels for {labelled:.1%} of {source}, less than data.min_labelled={data.min_labelled:g}; "
+                "complete them, set data.row_fps if rows count something else than they are taken for, or lower "
+                "data.min_labelled"
+            )
 
 
 def _missing_images(entry: VideoEntry) -> list[str]:

@@ -322,13 +322,11 @@ def fit_tracks(
     return cut_phase, cut_tools, tuple(notes)
 
 
-def labelled_fractions(
-    frames: np.ndarray, phase: PhaseTrack | None, tools: ToolTrack | None
-) -> tuple[float | None, float | None]:
-    """The fractions of `frames` (T,) that have a phase and a label of some tool (rows held); None without a list."""
+def labelled_fractions(frames: np.ndarray, phase: PhaseTrack | None, tools: ToolTrack | None) -> list[float]:
+    """The fraction of `frames` (T,) that each list given labels: with a phase, and with some tool (rows held)."""
     labels, tool_labels = sample_labels(frames, phase, tools, "hold", 0 if tools is None else tools.tools.shape[1])
-    with_tools = (tool_labels >= 0).any(axis=1)
-    return None if phase is None else float((labels >= 0).mean()), None if tools is None else float(with_tools.mean())
+    covered = [labels >= 0] * (phase is not None) + [(tool_labels >= 0).any(axis=1)] * (tools is not None)
+    return [float(one.mean()) for one in covered]
 
 
 def _refuse_common_rate(path: Path, track: Track, extent: Extent) -> None:
