@@ -112,7 +112,8 @@ def _by_number(
 ) -> Matched:
     step_t, step_p = truth.step, predicted.step
     why = f"the frame columns ({p[0]:g} to {p[-1]:g} and {t[0]:g} to {t[-1]:g}) are not those of the same frames"
-    if step_t is None or step_p is None:  # one row has no distance to another
+    # One row has no distance to another; and numbers that begin after the others end have no frame in common.
+    if step_t is None or step_p is None or max(t[0], p[0]) > min(t[-1], p[-1]) + 1:
         raise _unmatched(truth, predicted, annotation_fps, why)
     if np.isclose(step_t, step_p, rtol=1e-3) and t[0] != p[0]:
         if abs(t[0] - p[0]) < 0.999 * step_t:

@@ -17,7 +17,6 @@ from configs.errors import UserError
 from configs.schema import DataSetSpec, class_ids, folded_name
 
 MAX_FILE_BYTES = 1 << 16
-ORDER_HELP = "a name (for Cholec80: mtrcnet, tf-cholec80), a file with one phase per line, or comma-separated names"
 _NUMBER = re.compile(r"^\s*\d+\s*[\s:=,;.]\s*")
 
 

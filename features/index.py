@@ -509,9 +509,9 @@ def _require_labelled(lists: Sequence[Path], fractions: Sequence[float], source:
     for path, labelled in zip(lists, fractions, strict=True):
         if labelled < data.min_labelled:
             raise UserError(
-                f"{path}: has labels for {labelled:.1%} of {source}, less than data.min_labelled={data.min_labelled:g}; "
-                "complete them, set data.row_fps if rows count something else than they are taken for, or lower "
-                "data.min_labelled"
+                f"{path}: has labels for {labelled:.1%} of {source}, less than data.min_labelled="
+                f"{data.min_labelled:g}; complete them, set data.row_fps if rows count something else than they are "
+                "taken for, or lower data.min_labelled"
             )
 
 

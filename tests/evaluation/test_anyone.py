@@ -29,7 +29,7 @@ def folder(path: Path, **files: str) -> Path:
 
 
 def rows(phases, step: float = 1, first: float = 0) -> str:
-    return "".join(f"{first + k * step:g}\t{phase}\n" for k, phase in enumerate(phases))
+    return "".join(f"{first + k * step:.15g}\t{phase}\n" for k, phase in enumerate(phases))
 
 
 def pairs(tmp_path: Path, predicted: dict[str, str], truth: dict[str, str], **options):
@@ -325,6 +325,14 @@ def test_as_many_rows_that_start_later_are_matched_by_number(tmp_path):
     found = pairs(tmp_path, {"1": rows([1, 2, 2, 3], 25, 25)}, {"1": rows([0, 1, 2, 2], 25)})
     assert found.truth["video01"].tolist() == [0, 1, 2, 2]
     assert found.predicted["video01"].tolist() == [-2, 1, 2, 2]
+
+
+@pytest.mark.parametrize("count", [40, 41])
+def test_numbers_of_another_epoch_are_not_those_of_the_same_frames(tmp_path, count):
+    """Milliseconds since 1970: the rows between them and the truth's would not fit into memory."""
+    stamps = rows([0] * count, step=40, first=1.7e12)
+    with pytest.raises(UserError, match=r"\d+ rows, but .*truth/1.txt has 40; the frame columns .* are not those of"):
+        pairs(tmp_path, {"1": stamps}, {"1": rows([0] * 40, step=40)})
 
 
 def test_one_row_more_or_less_is_said_and_counts(tmp_path):
