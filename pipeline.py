@@ -428,6 +428,7 @@ def train_temporal_command(
     A per-frame linear head is trained beside it on the same features, for as long, as the baseline. Another experiment
     is another --name; the same name with other settings is refused.
     """
+    from configs.load import keys_given
     from features.store import find_feature_folder
     from stage2_temporal.train import train_temporal
 
@@ -436,7 +437,7 @@ def train_temporal_command(
     run = _run(resolved, source, name)
     folder = find_feature_folder(features, run, resolved.extract.store)
     with _stop_when_asked() as stop:
-        result = train_temporal(resolved, run, folder, stop)
+        result = train_temporal(resolved, run, folder, stop, given=keys_given(source, overrides))
     _say_once(f"stage two: {_sentence(result)}")
     _leave_as_done(result["left_out"])
 
@@ -634,13 +635,13 @@ def evaluate(
         _evaluate_predictions(resolved, predictions, conventions, json_file, split, reading)
         return
     _refuse("a run (no --predictions)", _given(*READING_OPTIONS, "conventions", "json_file"))
+    from configs.load import keys_given
     from stage2_temporal.evaluate import evaluate_run
 
-    run = _run(resolved, source, name)
+    run, given = _run(resolved, source, name), keys_given(source, overrides)
     with _stop_when_asked() as stop:
         if _takes_joint(model, run):
             _refuse("a joint net, which reads frames", _given("features"))
-            from configs.load import keys_given
             from stage2_temporal.joint_evaluate import evaluate_joint
 
             resolved = _config(source, overrides, {"data.index": index_file})
@@ -654,11 +655,18 @@ def evaluate(
                 inference=inference,
                 other=index_file is not None,
                 stop=stop,
-                given=keys_given(source, overrides),
+                given=given,
             )
         else:
             metrics = evaluate_run(
-                resolved, run, split=split, features=features, index_file=index_file, stop=stop, inference=inference
+                resolved,
+                run,
+                split=split,
+                features=features,
+                index_file=index_file,
+                stop=stop,
+                inference=inference,
+                given=given,
             )
     _leave_as_done(metrics["left_out"])
 

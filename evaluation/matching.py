@@ -19,6 +19,7 @@ from evaluation.counts import NO_PREDICTION
 from evaluation.foreign import PhaseFile
 
 _COMMON_FPS = (1.0, 5.0, 25.0, 2.0, 10.0, 12.5, 15.0, 30.0)
+_DENSE_FPS = (30.0, 50.0, 60.0)
 _TOLERANCE = 0.03  # 24 and 25 rows per second stay apart
 _HALF = 0.5  # of the compared rows may be absent at the ends where the unit of the numbers is beyond doubt
 
@@ -58,12 +59,17 @@ def match_rows(
         if step > 1.0 + 1e-6 and abs(t[0] - p[0]) > 0.999 * step:
             return _by_number(truth, predicted, t, p, annotation_fps)
         if abs(t[0] - p[0]) > 1.001 * step:
-            raise UserError(f"{predicted.path}: starts at frame {p[0]:g}, but {truth.path} at {t[0]:g}")
+            raise UserError(
+                f"{predicted.path}: starts at frame {p[0]:g}, but {truth.path} at {t[0]:g}; number the same "
+                "frames alike in both, and leave out rows that one lacks"
+            )
     said = [one for one in (stated_fps(truth, annotation_fps), stated_fps(predicted, annotation_fps)) if one]
     if len(said) == 2 and said[0][1] == said[1][1] and abs(said[0][0] - said[1][0]) > 0.02 * said[0][0]:
         why = f"by their {said[0][1]} these are {said[0][0]:g} per second there and {said[1][0]:g} here"
         raise _unmatched(truth, predicted, annotation_fps, why)
     said.sort(key=lambda one: one[1] != "time_s")  # seconds are seconds, numbers are interpreted
+    if said and said[0][1] == "frame numbers" and said[0][0] < 0.999:  # milliseconds as likely as a row every minute
+        said = []
     return _matched(truth.phase, predicted.phase, said[0] if said else None, "row by row")
 
 
@@ -91,12 +97,15 @@ def _matched(
 
 def _unmatched(truth: PhaseFile, predicted: PhaseFile, annotation_fps: float, why: str) -> UserError:
     """The error with both counts and, where the counts fit a usual rate, the option that names it."""
-    usual = _COMMON_FPS if len(predicted.phase) <= len(truth.phase) else (annotation_fps,)
+    usual = _COMMON_FPS if len(predicted.phase) <= len(truth.phase) else (annotation_fps, *_DENSE_FPS)
     if said := stated_fps(predicted, annotation_fps):
         usual = (said[0], *usual)
     fits = [fps for fps in usual if _truth_fps(truth, predicted, annotation_fps, fps) is not None]
     hint = "; -1 stands for a frame without a label or prediction"
-    if fits:
+    rows = len(truth.phase), len(predicted.phase)
+    if fits and 0 < max(rows) - min(rows) <= max(1.0, max(rows) * _TOLERANCE):  # nearly as many: any rate fits
+        hint += "; or name the rate of the rows with --prediction-fps, and the missing ones count at the end"
+    elif fits:
         seconds = f"{fits[0]:g} row{'s' * (fits[0] != 1)} per second"
         hint = f"; if the prediction has {seconds}, add --prediction-fps {fits[0]:g}"
     return UserError(
@@ -183,11 +192,12 @@ def _lead(file: PhaseFile) -> int:
 
 def _truth_fps(truth: PhaseFile, predicted: PhaseFile, annotation_fps: float, prediction_fps: float) -> float | None:
     """Rows per second of the truth where the prediction has `prediction_fps`: what the file says, else the same rate,
-    the annotations', or that of every k-th row, if the lengths agree; None where they do not."""
+    the annotations', or that of every k-th row (once a second or faster), if the lengths agree; None where not."""
     rows_t, rows_p = _lead(truth) + len(truth.phase), _lead(predicted) + len(predicted.phase)
     said = stated_fps(truth, annotation_fps)
     every = max(round(rows_p / rows_t), 1)
-    for fps in (said[0],) if said else (prediction_fps, annotation_fps, prediction_fps / every):
+    sparser = (prediction_fps / every,) if prediction_fps / every > 0.999 else ()
+    for fps in (said[0],) if said else (prediction_fps, annotation_fps, *sparser):
         compared = min(fps, prediction_fps)
         lengths = rows_t * compared / fps, rows_p * compared / prediction_fps
         if abs(lengths[0] - lengths[1]) <= max(1.0, max(lengths) * (_HALF if said else _TOLERANCE)):

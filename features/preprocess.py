@@ -9,7 +9,7 @@ crop size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.load import GivenKeys
-from configs.schema import AugmentConfig, PreprocessConfig
+from configs.schema import AugmentConfig, Config, PreprocessConfig
 from features.readers import FrameReader
 
 if TYPE_CHECKING:
@@ -31,20 +31,47 @@ Box = tuple[int, int, int, int]
 CropCount = Literal[1, 5, 10]
 
 
-def require_pictures_of(net: PreprocessConfig, asked: PreprocessConfig, given: GivenKeys, path: Path) -> None:
-    """Raise UserError where the user gave values of `preprocess` that a net, which `path` holds, was not made for."""
-    names = [key.partition(".")[2] for key in given.any_of(*(f"preprocess.{name}" for name in type(net).model_fields))]
-    differing = [name for name in names if getattr(asked, name) != getattr(net, name)]
+def require_pictures_of(
+    net: PreprocessConfig, config: Config, given: GivenKeys, path: Path, fps: float | None = None, backbone: str = ""
+) -> None:
+    """Raise UserError where the user gave settings of pictures that a net, which `path` holds, was not made for.
+
+    These are those of `preprocess`, and where they are known the sampling rate `fps` and the backbone's name.
+    """
+    known: dict[str, Any] = {"data.fps": fps and float(fps), "cnn.backbone": backbone}
+    made = _of_preprocess(net) | {key: value for key, value in known.items() if value}
+    _require_same(made, config, given, path, ("this net takes", "import or train the net with it"))
+
+
+def require_features_of(encoder: Mapping[str, Any], config: Config, given: GivenKeys, path: Path) -> None:
+    """Raise UserError where `--set` gives settings of pictures other than those of features in `path`, or of those that
+    its net was trained on; `encoder` is the record of what made them. In a file they may be meant for other stages."""
+    net = preprocess_from_json(encoder["preprocess"], str(path))
+    made = _of_preprocess(net) | {"data.fps": float(encoder["fps"]), "cnn.backbone": encoder["backbone"]}
+    in_set = GivenKeys(given.by_set)
+    _require_same(made, config, in_set, path, ("its features were made with", "run extract with it"))
+
+
+def _of_preprocess(preprocess: PreprocessConfig) -> dict[str, Any]:
+    return {f"preprocess.{name}": getattr(preprocess, name) for name in type(preprocess).model_fields}
+
+
+def _require_same(
+    made: Mapping[str, Any], config: Config, given: GivenKeys, path: Path, words: tuple[str, str]
+) -> None:
+    asked = _of_preprocess(config.preprocess) | {"data.fps": config.data.fps, "cnn.backbone": config.cnn.backbone}
+    differing = [key for key in given.any_of(*made) if asked[key] != made[key]]
     if differing:
-        given_values = ", ".join(f"preprocess.{name}={_plain(getattr(asked, name))}" for name in differing)
-        own = ", ".join(str(_plain(getattr(net, name))) for name in differing)
+        values = ", ".join(f"{key}={_plain(asked[key])}" for key in differing)
+        own = ", ".join(str(_plain(made[key])) for key in differing)
         raise UserError(
-            f"{path}: {given_values} given, and this net takes {own}; leave it out, or import or train the net with it "
-            "under another --name"
+            f"{path}: {values} given, and {words[0]} {own}; leave it out, or {words[1]} under another --name"
         )
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:g}"
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.live import Live
 
 from configs.errors import UserError
-from configs.load import differences, load_ablation, load_config, to_yaml
+from configs.load import differences, keys_given, load_ablation, load_config, to_yaml
 from configs.schema import FEATURE_KEYS, AblationConfig, Config
 from engine.device import choose_device, cpu_threads
 from engine.files import read_json_object, sha256_json, sole_worker, write_text
@@ -31,6 +31,7 @@ from engine.progress import no_bars, say
 from engine.runs import RESULT_FILE, StageFolder
 from engine.stopping import StopRequest
 from evaluation.ablation import ABLATION_PAGE, Trial, ablation_page, ablation_rows, ablation_table, write_ablation_csv
+from features.preprocess import require_features_of
 from features.store import find_feature_folder
 from stage1_cnn.pool import Advance, choose_processes, work_through
 from stage2_temporal.ablate_features import SharedFeatures, folder_of, share_features
@@ -155,6 +156,8 @@ def ablate(
     started = time.monotonic()
     base = load_config(spec.base, overrides)
     shared = _read_features(spec, base, overrides, find_feature_folder(features, run, base.extract.store))
+    own = shared.of(shared.base, False)
+    require_features_of(own.encoder, base, keys_given(spec.base, overrides), own.folder)
     _claim_folder(folder, spec, base, shared)
     cores = trainings_at_once(base.device) if workers == -1 else workers
     threads = max(1, available_cores() // max(1, cores))
@@ -383,7 +386,10 @@ def _leaf(key: str, keys: Mapping[str, Any]) -> str:
 
 def _result(run: Path) -> dict[str, Any] | None:
     path = run / "temporal" / RESULT_FILE
-    return read_json_object(path) if path.exists() else None
+    try:
+        return read_json_object(path) if path.exists() else None
+    except UserError as error:
+        raise UserError(f"{error}; delete {run}, and it is trained again") from error
 
 
 # ---------------------------------------------------------------------------------------------- the folder

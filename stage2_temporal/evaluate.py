@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from configs.errors import UserError
+from configs.load import NO_KEYS, GivenKeys
 from configs.schema import Config
 from engine.files import make_folder, read_json_object, sha256_file, sha256_json, write_json
 from engine.progress import say
@@ -30,6 +31,7 @@ from features.discover import natural_key
 from features.ids import file_stem
 from features.index import SPLITS, Index, VideoEntry, usable_index, with_recorded_faults
 from features.labels import unlabelled_note
+from features.preprocess import require_features_of
 from features.store import (
     INDEX_FILE,
     VideoFeatures,
@@ -96,6 +98,7 @@ def evaluate_run(
     stop: StopRequest,
     redo: bool = True,
     inference: Inference | None = None,
+    given: GivenKeys = NO_KEYS,
 ) -> dict[str, Any]:
     """Score a run's heads and tools on one split and write what a reader needs below `RUN/evaluate/<name>/`.
 
@@ -104,11 +107,14 @@ def evaluate_run(
     with the same classes is evaluated; its features are extracted into the run's folder where missing. `inference`
     overrides the way of running through time that the run was trained with. Without `redo`, an evaluation of the
     same model and features is printed again, not computed. Raises UserError when the run is not trained, its
-    classes differ from the data's, or the features come from another encoder.
+    classes differ from the data's, the features come from another encoder, or the user gave settings of pictures that
+    the features do not have (`given`).
     """
     temporal = run / "temporal"
     model, about = load_temporal(temporal)
     chosen_inference(inference, about["inference"], model, temporal)
+    if about.get("encoder"):
+        require_features_of(about["encoder"], config, given, temporal / "best.pt")
     name = split if index_file is None else f"{index_file.stem}-{split}"
     name += f"-{inference}" if inference else ""
     out = run / "evaluate" / name

@@ -56,7 +56,7 @@ def evaluate_joint(
     net, about = load_joint(path)
     _require_same_world(path, about, index, config.data.fps)
     preprocess = PreprocessConfig(**about["preprocess"])
-    require_pictures_of(preprocess, config.preprocess, given, path)
+    require_pictures_of(preprocess, config, given, path, backbone=about["backbone"])
     config = config.model_copy(update={"preprocess": preprocess})
     index = index.without(recorded_faults(path.parent, index))
     entries = entries_of(index, split, str(config.data.index))

@@ -119,6 +119,7 @@ def train_joint(
     """
     processes = join(config.device, stop)
     files = start.files()
+    _require_effect(config)
     index = index.without(recorded_faults(run / FOLDER / STEPS[0], index))
     index.require_videos("train", "val")
     seed_everything(config.seed)
@@ -217,6 +218,15 @@ def _first_backbone(config: Config, start: Start, *, trusted: bool) -> Backbone:
     if start.cnn or start.joint:
         return build_backbone(config.cnn.backbone, "random", config.seed)
     return initial_backbone(config, trusted=trusted)
+
+
+def _require_effect(config: Config) -> None:
+    mode = config.joint.sequence.mode
+    if config.joint.clips_per_epoch is not None and mode != "clips":
+        raise UserError(
+            f"joint.clips_per_epoch={config.joint.clips_per_epoch}: has no effect with joint.sequence.mode={mode}, "
+            "which takes every frame; set it to null, or joint.sequence.mode=clips"
+        )
 
 
 def _require_classes(config: Config, tools: int) -> None:

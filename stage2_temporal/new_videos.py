@@ -105,7 +105,7 @@ def pair_of_stages(
     That is `cnn_run`'s stage one (by default the same run's), or what `extract.checkpoint` or `extract.encoder` say.
 
     Raises UserError when the two were not trained together, the head needs whole videos, or the user gave another
-    preparation of pictures (`given`).
+    preparation of pictures, sampling rate or backbone (`given`).
     """
     folder = run / "temporal"
     model, about = load_temporal(folder)
@@ -114,7 +114,7 @@ def pair_of_stages(
     if not recorded:
         raise UserError(f"{folder / 'best.pt'}: does not say what made its features; train it again")
     preprocess = preprocess_from_json(recorded["preprocess"], str(folder / "best.pt"))
-    require_pictures_of(preprocess, config.preprocess, given, folder / "best.pt")
+    require_pictures_of(preprocess, config, given, folder / "best.pt", recorded["fps"], recorded["backbone"])
     config = _as_trained(config, preprocess, recorded["fps"], recorded)
     spec = load_dataset(config.data.dataset)
     require_same_classes(folder / "best.pt", "phases", about["phases"], spec.phases)
@@ -161,7 +161,7 @@ def joint_net(config: Config, run: Path, inference: Inference | None = None, giv
         raise UserError(f"{path}: a net for tools alone; predict needs a phase branch, `extract --from-joint` does not")
     inference = chosen_inference(inference, about["inference"], net.phase, path)
     preprocess = PreprocessConfig(**about["preprocess"])
-    require_pictures_of(preprocess, config.preprocess, given, path)
+    require_pictures_of(preprocess, config, given, path, about["fps"], about["backbone"])
     config = _as_trained(config, preprocess, about["fps"], about)
     spec = load_dataset(config.data.dataset)
     require_same_classes(path, "phases", about["phases"], spec.phases)

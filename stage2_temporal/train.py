@@ -21,7 +21,7 @@ from torch import Tensor
 
 from configs import schema
 from configs.errors import UserError
-from configs.load import differences
+from configs.load import NO_KEYS, GivenKeys, differences
 from configs.schema import Config
 from engine.device import choose_precision, make_accelerator, require_bf16, seed_everything
 from engine.files import make_folder, sha256_file
@@ -33,6 +33,7 @@ from engine.runs import StageFolder
 from engine.session import TrainingSession
 from engine.stopping import StopRequest
 from features.catalogue import say_left_out
+from features.preprocess import require_features_of
 from stage2_temporal.data import (
     NO_LABEL,
     FeatureBank,
@@ -51,7 +52,13 @@ SCORE = "frame accuracy, mean over the validation videos"
 
 
 def train_temporal(
-    config: Config, run: Path, folder: Path, stop: StopRequest, data: TrainingData | None = None
+    config: Config,
+    run: Path,
+    folder: Path,
+    stop: StopRequest,
+    data: TrainingData | None = None,
+    *,
+    given: GivenKeys = NO_KEYS,
 ) -> dict[str, Any]:
     """Train on the feature folder `folder` into `RUN/temporal` and return its result.
 
@@ -59,12 +66,13 @@ def train_temporal(
 
     The chosen epoch is the one with the highest `SCORE`. A finished run of the same settings, features and labels is
     returned as it stands; an unfinished one goes on where it was stopped. Raises UserError when there is nothing to
-    train on, when settings do not fit together, or when the run's name is taken by another configuration; `Stopped`
-    when `stop` was set, with everything saved.
+    train on, when settings do not fit together or (`given`) the features, or when the run's name is taken by another
+    configuration; `Stopped` when `stop` was set, with everything saved.
     """
     _require_sensible(config.temporal)
     processes = join(config.device, stop)
     data = processes.each(lambda: read_training_data(folder)) if data is None else data
+    require_features_of(data.encoder, config, given, folder)
     data.index.require_excluded(config.data.exclude, folder)
     data = data.with_tool_logits() if config.temporal.tool_logits else data
     if processes.first:

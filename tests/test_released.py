@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from pipeline import cli
 from tests.commands import run, succeed
 
 RELEASED = Path(__file__).resolve().parent / "released" / "7ce8cba"
@@ -78,6 +80,30 @@ def test_new_videos_are_predicted_the_same(released: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["predict", *OLD, "videos/videos/video04.mp4", "--out", "other"],
+        ["predict", "--config", "old.yaml", "--name", "joint", "videos/videos/video04.mp4", "--out", "other"],
+        ["evaluate", *OLD],
+        ["train-temporal", "--config", "old.yaml", "--name", "other", "--features", STORE],
+        ["ablate", "abl.yaml", "--run", "old", "--name", "other"],
+    ],
+    ids=lambda command: command[0],
+)
+@pytest.mark.parametrize(("key", "other", "own"), [("data.fps", "2", "1"), ("cnn.backbone", "resnet18", "shufflenet")])
+def test_settings_of_pictures_that_a_net_or_its_features_do_not_have_are_refused(
+    released: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], key: str, other: str, own: str
+) -> None:
+    monkeypatch.chdir(released)
+    done = CliRunner().invoke(cli, [*command, "--set", f"{key}={other}"])
+    assert (done.exit_code, done.output.count("\n")) == (2, 1), done.output
+    assert f"{key}={other} given, and " in done.output
+    assert own in done.output.partition(" given, and ")[2]
+    assert not (released / "other").exists()
+    assert not (released / "runs/other").exists()
+
+
 def test_joint_net_and_ablation_are_known(released: Path) -> None:
     succeed(["evaluate", "--config", "old.yaml", "--name", "joint"], released)
     before = (released / "runs/ablation/ablation.csv").read_text()

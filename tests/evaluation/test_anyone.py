@@ -131,6 +131,13 @@ def test_every_kth_row_is_found(tmp_path, phases, k, start, unit):
         (rows([0] * 9, 1, 1), rows([0] * 10), r"9 rows, but .*number both from 0 or both from 1"),
         (rows([0] * 10, 5), rows([0] * 10, 25), r"these are 1 per second there and 5 here; .* --prediction-fps 1"),
         ("0\n" * 9, rows([0] * 10), r"9 rows, but .* has 10; both must cover.*without a frame column"),
+        # nearly as many: any rate fits, so none is proposed
+        (
+            "0\n" * 99,
+            rows([0] * 100),
+            "99 rows, but .* has 100; .*name the rate of the rows with --prediction-fps",
+        ),
+        ("0\n" * 120, rows([0] * 100), "120 rows, but .* has 100.* has 30 rows per second, add --prediction-fps 30"),
         # samples against source frames: units differ
         (rows([0] * 4), rows([0] * 100), "4 rows, but .* has 100.*if the prediction has 1 row per second, add --pred"),
         (
@@ -251,6 +258,11 @@ def test_dense_predictions_by_row_against_truth_once_a_second(tmp_path):
     ("predicted", "options", "message"),
     [
         ([0] * 12, {"prediction_fps": 5.0}, r"at 5 rows per second \(--prediction-fps\) these do not cover.*-fps 1$"),
+        (
+            [0] * 7525,
+            {"prediction_fps": 1.0},
+            r"at 1 rows per second .*these do not cover.*-fps 25$",
+        ),
         ([0] * 12, {"prediction_fps": float("inf")}, r"--prediction-fps inf: must be a positive number"),
         (
             [0] * 12,
@@ -399,9 +411,12 @@ def test_background_of_the_data_set_and_of_the_command(tmp_path):
 
 
 def test_numbers_that_cannot_be_source_frames_say_nothing_about_the_rate(tmp_path):
-    milliseconds = {"1": rows([0, 1] * 30_000, 40)}
-    found = pairs(tmp_path, milliseconds, milliseconds)
-    assert (found.fps, found.about["fps_from"]) == (None, None)
+    """Milliseconds, of a long video and of a short one, against frames numbered one by one too."""
+    for k, count in enumerate((30_000, 500)):
+        milliseconds = {"1": rows([0, 1] * count, 40)}
+        for truth in (milliseconds, {"1": rows([0, 1] * count)}):
+            found = pairs(tmp_path / str(k), milliseconds, truth)
+            assert (found.fps, found.about["fps_from"]) == (None, None)
 
 
 def test_first_rows_are_skipped_on_both_sides(tmp_path):

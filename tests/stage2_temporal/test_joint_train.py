@@ -241,6 +241,13 @@ def test_runs_that_do_not_fit_are_refused(stages: World) -> None:
         joint(stages, settings(stages, JOINT | {"multitask": STEP | {"epochs": 2}}), "named")
 
 
+def test_a_number_of_clips_where_there_are_no_clips_is_refused(stages: World) -> None:
+    chunks = {"sequence": {"mode": "chunked", "frames": 4, "batch": 2}, "clips_per_epoch": 3}
+    with pytest.raises(UserError, match=r"clips_per_epoch=3: has no effect with .*mode=chunked, .*mode=clips$"):
+        joint(stages, settings(stages, JOINT | chunks), "counted")
+    assert not (stages.config.runs / "counted").exists()
+
+
 def test_a_net_that_comes_from_a_run_needs_no_downloaded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_network(*arguments: object, **options: object) -> None:
         raise AssertionError("asked for weights that the run replaces")
