@@ -179,7 +179,7 @@ def _require_same_numbers(config: Config, index: Index) -> None:
             or (data.folder_fps is not None and not same_rate(entry.most_fps, data.folder_fps))
         )
         for file in filter(None, (entry.phase_file, entry.tool_file)):
-            as_said = data.row_fps == "auto" or rate_of_rows(data.row_fps, entry.fps) == file.row_fps
+            as_said = data.row_fps == "auto" or file.row_fps in (data.row_fps, rate_of_rows(data.row_fps, entry.fps))
             wrong = wrong or not as_said or data.row_base not in ("auto", file.row_base)
         if wrong:
             raise UserError(

@@ -197,12 +197,16 @@ def _read_numbers(
         rates += [rate_of_rows(extent.fps / extent.stride, extent.fps), rate_of_rows(1.0, extent.fps)]
     if data.row_fps != "auto":
         rates = [rate_of_rows(data.row_fps, extent.fps)]
+        if data.row_fps != "source":  # 30 on 29.97 fps may be meant to the letter: they drift apart
+            rates.append(data.row_fps)
     candidates = [_Candidate.of(rate, track, slack, extent, data) for rate in dict.fromkeys(rates)]
     possible = [one for one in candidates if one.possible]
     exact = [one for one in possible if one.exact]
     if other and not exact and any(one.fps == other.fps for one in possible):
         possible = [one for one in possible if one.fps == other.fps]
-    if data.row_fps == "auto" and not exact:
+    if data.row_fps != "auto":
+        possible = exact or possible[:1]
+    elif not exact:
         _refuse_common_rate(path, track, extent)
     if exact or len(possible) < 2:  # none: the first, whose end is refused with its row
         best = min(exact or possible or candidates[:1], key=lambda one: abs(one.end_s - extent.duration_s))

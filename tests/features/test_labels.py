@@ -138,6 +138,15 @@ def asked(track: PhaseTrack | ToolTrack, frame_count: int, fps: float, described
     return str(caught.value)
 
 
+def test_a_rate_next_to_the_videos_own_is_taken_to_the_letter_where_only_that_fits() -> None:
+    ntsc = 30000 / 1001
+    with pytest.raises(UserError, match=r"set data\.row_fps if they count something else"):
+        fit(phase_track(18_000), None, 17_982, ntsc)
+    assert reading(phase_track(18_000), 17_982, ntsc, 25, row_fps=30) == Reading(30)
+    assert reading(phase_track(17_982), 17_982, ntsc, 25, row_fps=30) == Reading()
+    assert reading(phase_track(10_000), 17_982, ntsc, 25, row_fps=30) == Reading()
+
+
 def test_labels_that_fit_are_left_alone() -> None:
     phase, tools = phase_track(800), tool_track(32)
     fitted_phase, fitted_tools, notes = fit(phase, tools, 800)
