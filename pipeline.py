@@ -24,9 +24,10 @@ for _package in PACKAGES:  # plain names: a package of the same name earlier on 
     if os.path.join(os.path.dirname(os.path.realpath(__file__)), _package) not in _found:
         _where = _found[0] if _found else (_spec and _spec.origin)
         print(
-            f"error: {_where} is found where this program's own package {_package} should be; ", end="", file=sys.stderr
+            f"error: {_where} is found where this program's own package {_package} should be; take its folder off "
+            "PYTHONPATH, or start from another folder",
+            file=sys.stderr,
         )
-        print("take its folder off PYTHONPATH, or start from another folder", file=sys.stderr)
         sys.exit(2)
 
 from configs.errors import UserError, printable  # noqa: E402 - not before it is known to be ours

@@ -150,7 +150,7 @@ def load_foreign_state(path: Path, trusted: bool = False) -> dict[str, torch.Ten
         raise UserError(f"{path}: a whole model or other Python objects ({named}) {_NOT_RUN}")
     if not tensors:
         raise UserError(f"{path}: not a state dict (a mapping from names to tensors); {_REMEDY}")
-    if not all(name.isprintable() for name in tensors):  # they stand in messages
+    if not all(name.isprintable() for name in tensors):  # they appear in messages
         raise UserError(f"{path}: not a state dict: some of its keys are no names")
     if objects and speaks():
         say(f"{path}: Python objects beside the tensors ({named}) were left out, nothing of them was run")

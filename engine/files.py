@@ -199,13 +199,10 @@ def sole_worker(folder: Path, what: str) -> Iterator[None]:
     except (OSError, NotImplementedError) as error:  # the latter is how filelock before 3.29 says ENOSYS
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             known = as_user_error(error, folder / ".lock")
-            raise (
-                known
-                if isinstance(known, UserError)
-                else UserError(
-                    f"{folder / '.lock'}: cannot be locked ({error.strerror}); delete it, or give --name for another"
-                )
-            ) from error
+            if not isinstance(known, UserError):
+                hint = "delete it, or give --name for another"
+                known = UserError(f"{folder / '.lock'}: cannot be locked ({error.strerror}); {hint}")
+            raise known from error
         warnings.warn(f"{folder}: no locks on this file system; start no second process on this {what}", stacklevel=3)
     try:
         write_text(note, f"process {os.getpid()} on {socket.gethostname()}")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import DataSetSpec, class_ids, folded_name
-from features.annotations import NO_LABEL, read_content, unknown_class
+from features.annotations import NO_LABEL, read_content, shown_cell, text_lines, unknown_class
 from features.class_order import ids_of_order
 from features.discover import natural_key, numbered_id
 from features.ids import id_of_stem, normal_id
@@ -167,13 +167,7 @@ class _Place:
 
 def _table(path: Path, spec: DataSetSpec) -> tuple[list[str] | None, list[list[str]], _Place]:
     """Header cells (None without a header) and the cells of the rows, each row as wide as the first."""
-    try:
-        text = read_content(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as plain UTF-8 text") from error
-    lines = [line.rstrip(" ") for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
-    while lines and not lines[-1].strip():
-        lines.pop()
+    lines = [line.rstrip(" ") for line in text_lines(read_content(path), path)]
     if lines and lines[0].startswith(_RECOGNITION):
         names = [[name] for line in lines[1:] if not line.startswith(_RECOGNITION) for name in line.split()]
         return None, _filled(path, names), _Place(path, False, lines=False)
@@ -308,7 +302,7 @@ def _of_scores(where: _Place, scores: _Scores, spec: DataSetSpec, order: Sequenc
     values = np.array([[_number(cell) for cell in cells] for cells in scores.cells], dtype=np.float64).T  # (T, C)
     if np.isnan(values).any():
         row, column = np.argwhere(np.isnan(values))[0]
-        raise where.error(int(row), f"has score {_shown(scores.cells[column][row])}, which is not a number")
+        raise where.error(int(row), f"has score {shown_cell(scores.cells[column][row])}, which is not a number")
     ones = values.sum(axis=1)
     one_hot = bool(np.isin(values, (0.0, 1.0)).all())
     if one_hot and (ones > 1).any():
@@ -337,7 +331,7 @@ def _rising(where: _Place, cells: Sequence[str]) -> NDArray[np.float64]:
     values = [_number(cell) for cell in cells]
     if None in values:
         row = values.index(None)
-        raise where.error(row, f"has frame {_shown(cells[row])}, which is not a number")
+        raise where.error(row, f"has frame {shown_cell(cells[row])}, which is not a number")
     numbers = np.array(values, dtype=np.float64)
     late = np.flatnonzero(np.diff(numbers) <= 0)
     if len(late):
@@ -405,7 +399,7 @@ def _phases(
     if numbers and len(numbers) < len(distinct):
         first = next(iter(distinct))
         odd = next(cell for cell in distinct if (cell in numbers) != (first in numbers))
-        raise where.error(cells.index(odd), f"has phase {_shown(odd)}: ids and names are mixed in one file")
+        raise where.error(cells.index(odd), f"has phase {shown_cell(odd)}: ids and names are mixed in one file")
     meaning = _of_ids(where, cells, numbers, spec, order) if numbers else _of_names(where, cells, distinct, spec)
     meaning |= dict.fromkeys(none, -1)
     return np.array([meaning[cell] for cell in cells], dtype=np.int16), bool(numbers)
@@ -421,7 +415,7 @@ def _of_ids(
             hint = f"; the file seems to count from 1: write {spec.phases[0]} as 0" if from_one else ""
             raise where.error(
                 cells.index(cell),
-                f"has phase {_shown(cell)}; ids of {spec.name} are 0 to {len(ours) - 1}, and -1 for none{hint}",
+                f"has phase {shown_cell(cell)}; ids of {spec.name} are 0 to {len(ours) - 1}, and -1 for none{hint}",
             )
     return {cell: ours[int(value)] for cell, value in numbers.items()}
 
@@ -433,7 +427,3 @@ def _of_names(where: _Place, cells: Sequence[str], names: Iterable[str], spec: D
         if folded_name(name) not in known:
             raise where.error(cells.index(name), f"has the {unknown_class('phase', name, spec)}")
     return {name: known[folded_name(name)] for name in names}
-
-
-def _shown(cell: str) -> str:
-    return repr(cell if len(cell) <= 60 else f"{cell[:57]}...")

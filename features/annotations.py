@@ -114,8 +114,8 @@ def parse_tools(content: bytes, path: Path, spec: DataSetSpec) -> ToolTrack:
     return ToolTrack(frame_index, tools, stride)
 
 
-def _lines(content: bytes, path: Path) -> tuple[list[str], list[str]]:
-    """Header cells and the lines below it, blank lines at the end removed."""
+def text_lines(content: bytes, path: Path) -> list[str]:
+    """The lines of a UTF-8 text without blank ones at the end. Raises UserError for other encodings."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -123,6 +123,12 @@ def _lines(content: bytes, path: Path) -> tuple[list[str], list[str]]:
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
+    return lines
+
+
+def _lines(content: bytes, path: Path) -> tuple[list[str], list[str]]:
+    """Header cells and the lines below it, blank lines at the end removed."""
+    lines = text_lines(content, path)
     if not lines:
         raise UserError(f"{path}: is empty")
     header = [cell.strip() for cell in lines[0].rstrip().split("\t")]
@@ -157,12 +163,12 @@ def _zeros_and_ones(cells: Sequence[str], name: str, path: Path) -> np.ndarray:
     values = {"0": 0, "1": 1, **dict.fromkeys(NO_LABEL, -1)}
     if not values.keys() >= set(cells):
         row = next(row for row, cell in enumerate(cells) if cell not in values)
-        raise row_error(path, row, f"{name} is {_shown(cells[row])}, not 0 or 1 (-1 or nothing: no label)")
+        raise row_error(path, row, f"{name} is {shown_cell(cells[row])}, not 0 or 1 (-1 or nothing: no label)")
     return np.array([values[cell] for cell in cells], dtype=np.int8)
 
 
 def _header_error(path: Path, header: Sequence[str], wanted: str) -> UserError:
-    found = "has no header" if _WHOLE_NUMBER.fullmatch(header[0]) else f"has the header {_shown(' '.join(header))}"
+    found = "has no header" if _WHOLE_NUMBER.fullmatch(header[0]) else f"has the header {shown_cell(' '.join(header))}"
     return UserError(f"{path}: line 1 {found}; expected {wanted}, separated by tabs")
 
 
@@ -189,7 +195,7 @@ def _frame_column(cells: Sequence[str], path: Path) -> tuple[np.ndarray, int]:
     if not (digits.isascii() and digits.isdigit() and all(cells) and max(map(len, cells)) <= _MAX_DIGITS):
         for row, cell in enumerate(cells):
             if not _WHOLE_NUMBER.fullmatch(cell) or len(cell) > _MAX_DIGITS:
-                raise row_error(path, row, f"frame {_shown(cell)} is not a whole number of 0 or more")
+                raise row_error(path, row, f"frame {shown_cell(cell)} is not a whole number of 0 or more")
     frame_index = np.array(list(map(int, cells)), dtype=np.int64)
     return frame_index, _stride(frame_index, path)
 
@@ -228,10 +234,10 @@ def unknown_class(kind: Literal["phase", "tool"], name: str, spec: DataSetSpec) 
     spellings = {folded_name(known): known for known in (*aliases, *names)}
     close = difflib.get_close_matches(folded_name(name[:80]), spellings, n=1)
     hint = f"; did you mean {spellings[close[0]]}?" if close else f" (known: {', '.join(names)})"
-    return f"unknown {kind} {_shown(name)}{hint}; {kind}_aliases in the description of {spec.name} can name it"
+    return f"unknown {kind} {shown_cell(name)}{hint}; {kind}_aliases in the description of {spec.name} can name it"
 
 
-def _shown(cell: str) -> str:
+def shown_cell(cell: str) -> str:
     """A cell for a one-line message: quoted, control characters escaped, cut when long."""
     return repr(cell if len(cell) <= 60 else cell[:57] + "...")
 

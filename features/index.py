@@ -660,7 +660,7 @@ def sampled_frames(entry: VideoEntry, fps: float) -> np.ndarray:
 def in_whole_steps(entry: VideoEntry, fps: float, frame_index: np.ndarray) -> bool:
     """Whether these sampled frames (T,) are every n-th, as earlier versions took them at all rates.
 
-    What was made of other frames is told apart by this: it never goes on where an earlier version stopped.
+    What was made of other frames is told apart by this: it never resumes what an earlier version began.
     """
     first = entry.frames.first if entry.frames else 0
     return np.array_equal(frame_index, np.arange(first, entry.frame_count, max(round(entry.fps / fps), 1)))

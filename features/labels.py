@@ -176,16 +176,15 @@ def read_numbers(lists: Sequence[tuple[Path, Track]], extent: Extent, data: Data
     """
     readings: dict[Path, Reading] = {}
     slack = max((track.stride for _, track in lists), default=1)
-    waiting, problem = list(lists), None
-    while waiting:
-        path, track = waiting.pop(0)
-        try:
-            readings[path] = _read_numbers(path, track, slack, extent, data, next(iter(readings.values()), None))
-        except UserError as error:
-            if problem or not waiting or readings:
-                raise problem or error from error
-            problem = error
-            waiting.append((path, track))
+    problem: UserError | None = None
+    for path, track in (*lists, *lists):  # the second time with what the other list says
+        if path not in readings:
+            try:
+                readings[path] = _read_numbers(path, track, slack, extent, data, next(iter(readings.values()), None))
+            except UserError as error:
+                problem = problem or error
+    if problem and len(readings) < len(lists):
+        raise problem
     return [readings[path] for path, _ in lists]
 
 

@@ -841,7 +841,7 @@ class PyavReader(ClosingReader):
     def _counted(self, pictures: Iterator[Any]) -> Iterator[tuple[int, Any]]:
         """Every picture with its number, counted, and checked by its time as far as the container has times.
 
-        At a constant rate times may stand in another order, as where they are those of decoding, but none may
+        At a constant rate times may come in another order, as where they are those of decoding, but none may
         fail to come: the pictures after it would have wrong numbers.
         """
         scan, awaited, top = self._scan, set[int](), 0

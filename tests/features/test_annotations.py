@@ -225,7 +225,7 @@ def test_numbers_in_names_stay_apart() -> None:
         ([0, 1, 2, 4, 5, 9], 1),
         ([0, 25, 50, 125, 150], 25),
         ([1, 26, 51], 25),
-        ([0, 30, 60, 90, 119, 149, 179, 239], 30),  # rows a second of 29.97 fps, one missing
+        ([0, 30, 60, 90, 119, 149, 179, 239], 30),  # one row per second of 29.97 fps, one missing
         ([0, 12, 25, 37, 50, 62], 13),  # two a second of 25 fps
         ([7], 1),
     ],
