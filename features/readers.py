@@ -479,29 +479,20 @@ def _scan(path: Path) -> VideoScan:
         family = _container_family(container.format.name)
         first, shown = _start(path, packets)
         if first and family == "avi" and context.has_b_frames:
-            raise ReaderError(
-                f"{path}: begins within a group of pictures, and its container tells no times; {_WAY_OUT}"
-            )
+            raise ReaderError(f"{path}: begins within a group of pictures, and its container has no times; {_WAY_OUT}")
         promised = _promised_frames(stream)
         damage = "cut short" if _ends_early(path) else packets.damage
         times_known = not packets.untimed[shown].any()
-        spans = _frames_of_packets(path, packets.pts) if family == "avi" and not packets.untimed.any() else None
-        held, repeats = len(shown), None
-        if spans is not None:
-            held = int(packets.pts[0] + spans.sum())
-            repeats = None if (spans[shown] == 1).all() else np.arange(shown.sum()).repeat(spans[shown])
+        held, repeats = _held(path, packets, shown) if family == "avi" else (len(shown), None)
         if damage is None and held < promised - 1:  # the last one alone is often missing, and costs nothing
             damage = f"holds {held} of the {promised} frames that its header promises"
         notes = []
         if damage is None and held != promised > 0:
-            notes.append(f"{path.name}: its header promises {promised} frames, it holds {held}")
+            notes.append(f"its header promises {promised} frames, it holds {held}")
         if repeats is not None:
-            notes.append(f"{path.name}: {len(repeats) - shown.sum()} empty chunks show the picture before them again")
-        left_out = int((~shown & ((packets.flags & _HIDDEN) == 0)).sum())
-        if left_out:
-            notes.append(
-                f"{path.name}: begins within a group of pictures; {left_out} cannot be shown, frame 0 is the next"
-            )
+            notes.append(f"{len(repeats) - shown.sum()} empty chunks show the picture before them again")
+        if left_out := int((~shown & ((packets.flags & _HIDDEN) == 0)).sum()):
+            notes.append(f"begins within a group of pictures; {left_out} cannot be shown, frame 0 is the next")
         # A lost packet is decoded later than the last one and is shown no earlier than it is decoded.
         bounded = damage is not None and packets.last_dts is not None and times_known
         certain = (packets.pts[shown] <= packets.last_dts).sum() if bounded else shown.sum()
@@ -527,7 +518,7 @@ def _scan(path: Path) -> VideoScan:
             in_order=_in_order(packets, first),
             back_at=packets.back_at,
             repeats=repeats,
-            notes=tuple(notes),
+            notes=tuple(f"{path.name}: {note}" for note in notes),
         )
 
 
@@ -564,14 +555,19 @@ def _decoded_from(container: Any, stream: Any, first: int) -> Iterator[Any]:
     yield from stream.codec_context.decode(None)
 
 
-def _frames_of_packets(path: Path, pts: np.ndarray) -> np.ndarray | None:
-    """(N,) how many frames each packet of an AVI file is shown for: one, and one for each empty chunk after it.
+def _held(path: Path, packets: _Packets, shown: np.ndarray) -> tuple[int, np.ndarray | None]:
+    """How many frames an AVI file holds; which picture each (F,) shows, where empty chunks show the one before again.
 
-    `pts` (N,) are the packets' places among all chunks. None where they are not rising, or more than the file can hold.
+    Packets' times are their places among all chunks. Where these do not rise, or are more than the file can hold, each
+    packet is one frame.
     """
-    spans = np.diff(pts, append=pts[-1:] + 1 + boxes.empty_tail(path))
-    usable = len(pts) and (spans > 0).all() and pts[0] >= 0
-    return spans if usable and pts[-1] < min(boxes.MAX_PICTURES, path.stat().st_size) else None
+    pts = packets.pts
+    spans = np.diff(pts, append=pts[-1:] + 1 + boxes.empty_tail(path))  # one, and one for each empty chunk after it
+    usable = len(pts) and not packets.untimed.any() and (spans > 0).all() and pts[0] >= 0
+    if not usable or pts[-1] >= min(boxes.MAX_PICTURES, path.stat().st_size):
+        return len(shown), None
+    repeats = None if (spans[shown] == 1).all() else np.arange(shown.sum()).repeat(spans[shown])
+    return int(pts[0] + spans.sum()), repeats
 
 
 def _in_order(packets: _Packets, first: int) -> bool:
