@@ -190,9 +190,7 @@ def export_predictions(
         raise UserError("export --from-predictions: name the folder of the text files with --out")
     index, root = open_dataset(config)
     spec = index.dataset
-    entries = index.videos if split == "all" else index.by_split(split)
-    if not entries:
-        raise UserError(f"{config.data.index}: no video in split {split}; choose another --split")
+    entries = index.entries_of(split, config.data.index)
     pickles = [read_predictions(file, spec) for file in files]
     if phase_order is not None and all(predictions.phases is None for predictions in pickles):
         raise UserError(f"--phase-order: {files[0]} holds tools, not phases; leave it out")

@@ -260,6 +260,14 @@ class Index(OmitsDefaults):
                     "`index --force`"
                 )
 
+    def entries_of(self, split: str, where: Path) -> tuple[VideoEntry, ...]:
+        """The videos of a split, or of `all`. Raises UserError where there are none (left); `where` the index is."""
+        self.require_videos(*(part for part in SPLITS if part == split))
+        entries = tuple(entry for entry in self.videos if split in ("all", entry.split))
+        if not entries:
+            raise UserError(f"{where}: no video in split {split}; choose another --split or data.split.rule")
+        return entries
+
     def entry(self, video_id: str) -> VideoEntry:
         """The video with this id. Raises UserError when there is none."""
         for entry in self.videos:

@@ -29,7 +29,7 @@ from evaluation.truth import TRUTH_FILE, Truth, VideoTruth, is_simulated, write_
 from features.catalogue import known_root, say_left_out
 from features.discover import natural_key
 from features.ids import file_stem
-from features.index import SPLITS, Index, VideoEntry, usable_index, with_recorded_faults
+from features.index import Index, usable_index, with_recorded_faults
 from features.labels import unlabelled_note
 from features.preprocess import require_features_of
 from features.store import (
@@ -149,21 +149,10 @@ def evaluate_run(
 def _load(folder: Path, index: Index, split: str, root: Path | None) -> Material:
     ids = [
         entry.id
-        for entry in entries_of(index, split, str(folder / INDEX_FILE))
+        for entry in index.entries_of(split, folder / INDEX_FILE)
         if entry.split != "none" or feature_path(folder, entry.id).exists()  # those of the others are not needed
     ]
     return Material(folder, index, load_feature_set(folder, ids), split, root)
-
-
-def entries_of(index: Index, split: str, where: str) -> tuple[VideoEntry, ...]:
-    """The videos of a split, or of `all`. Raises UserError where there are none (left)."""
-    part = next((part for part in SPLITS if part == split), None)
-    if part is not None:
-        index.require_videos(part)
-    entries = index.videos if part is None else index.by_split(part)
-    if not entries:
-        raise UserError(f"{where}: no video in split {split}; choose another --split or data.split.rule")
-    return entries
 
 
 def _other_features(

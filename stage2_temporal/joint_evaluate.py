@@ -26,7 +26,7 @@ from features.index import Index, frame_times_s
 from features.preprocess import require_pictures_of
 from features.store import VideoFeatures
 from stage1_cnn.frames import recorded_faults
-from stage2_temporal.evaluate import METRICS_FILE, Material, entries_of, print_metrics, score_and_write, summary_of
+from stage2_temporal.evaluate import METRICS_FILE, Material, print_metrics, score_and_write, summary_of
 from stage2_temporal.joint import IMPORTED, JointNet, joint_checkpoint, load_joint, require_same_classes
 from stage2_temporal.joint_predict import LabelledVideo, Prediction, gap_nats, labelled_videos, predict_videos
 from stage2_temporal.predict import Inference, chosen_inference
@@ -59,14 +59,14 @@ def evaluate_joint(
     require_pictures_of(preprocess, config, given, path, backbone=about["backbone"])
     config = config.model_copy(update={"preprocess": preprocess})
     index = index.without(recorded_faults(path.parent, index))
-    entries = entries_of(index, split, str(config.data.index))
+    entries = index.entries_of(split, config.data.index)
     way = chosen_inference(inference, about["inference"], net.phase, path)
     predictor = _Predictor(config, net, root, index, way, about["frames"], stop)
     videos = labelled_videos(config, index, root, entries)
     found = predictor(videos)
     thresholds = _thresholds(predictor, labelled_videos(config, index, root, index.by_split("val")), index)
     index = index.without(predictor.faults)
-    entries_of(index, split, str(config.data.index))
+    index.entries_of(split, config.data.index)
     videos = [video for video in videos if video.entry.id in found]
     say_left_out(index)
     features = {video.entry.id: _as_features(video, found, config) for video in videos}
