@@ -27,6 +27,7 @@ from engine.sniff import what_begins_so
 _WHOLE_NUMBER = re.compile(r"[0-9]+")
 MAX_FILE_BYTES = 64 << 20  # twenty hours of phases, a row a frame
 NO_LABEL = ("-1", "")  # cells of a row that says nothing
+_MISSING = ("nan", "NaN", "NA", "N/A", "-1.0")  # the same as pandas and R write it, where no class is called so
 _ROUNDED_STRIDE = 8  # from here on, one more or less is rounding and no row out of place
 _MAX_DIGITS = 15  # far beyond any video, and safely inside int64
 
@@ -91,7 +92,10 @@ def parse_phases(content: bytes, path: Path, spec: DataSetSpec) -> PhaseTrack:
     frame_index, stride = _frame_column(cells[::2], path)
     names = cells[1::2]
     known = class_ids(spec.phases, spec.phase_aliases)
-    numbers = {name: -1 if name in NO_LABEL else known.get(folded_name(name)) for name in set(names)}
+    numbers = {
+        name: -1 if name in NO_LABEL else known.get(folded_name(name), -1 if name in _MISSING else None)
+        for name in set(names)
+    }
     for row, name in enumerate(names if None in numbers.values() else ()):
         if numbers[name] is None:
             raise row_error(path, row, unknown_class("phase", name, spec))
@@ -160,7 +164,7 @@ def _count_tabs(line: str) -> int:
 
 
 def _zeros_and_ones(cells: Sequence[str], name: str, path: Path) -> np.ndarray:
-    values = {"0": 0, "1": 1, **dict.fromkeys(NO_LABEL, -1)}
+    values = {"0": 0, "0.0": 0, "1": 1, "1.0": 1, **dict.fromkeys((*NO_LABEL, *_MISSING), -1)}
     if not values.keys() >= set(cells):
         row = next(row for row, cell in enumerate(cells) if cell not in values)
         raise row_error(path, row, f"{name} is {shown_cell(cells[row])}, not 0 or 1 (-1 or nothing: no label)")

@@ -195,6 +195,12 @@ def test_minus_one_and_an_empty_cell_are_no_label(text: str, tmp_path: Path) -> 
     assert read_phase_file(tmp_path / "video01-phase.txt", SPEC).phase.tolist() == [0, -1, -1]
 
 
+def test_missing_values_as_pandas_and_r_write_them_are_no_label() -> None:
+    assert phases("Frame\tPhase\n0\tPreparation\n1\tnan\n2\tNA\n").phase.tolist() == [0, -1, -1]
+    rows = "\n0\t1.0\tNaN\t0.0\t0\t0\t0\t0\n"
+    assert tools(TOOL_HEADER + rows).tools.tolist() == [[1, -1, 0, 0, 0, 0, 0]]
+
+
 def test_a_tool_without_a_label_leaves_the_others_theirs() -> None:
     rows = "\n0\t1\t-1\t0\t0\t0\t0\t0\n25\t1\t0\t0\t0\t0\t0\t\n"
     assert tools(TOOL_HEADER + rows).tools.tolist() == [[1, -1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, -1]]
