@@ -46,8 +46,8 @@ def require_pictures_of(
 def require_features_of(encoder: Mapping[str, Any], config: Config, given: GivenKeys, path: Path) -> None:
     """Raise UserError where `--set` gives settings of pictures other than those of features in `path`, or of those that
     its net was trained on; `encoder` is the record of what made them. In a file they may be meant for other stages."""
-    if not given.by_set:
-        return
+    if given.by_set.isdisjoint({*_of_preprocess(config.preprocess), "data.fps", "cnn.backbone"}):
+        return  # the record is of no interest, and may be an older one
     net = preprocess_from_json(encoder["preprocess"], str(path))
     made = _of_preprocess(net) | {"data.fps": float(encoder["fps"]), "cnn.backbone": encoder["backbone"]}
     in_set = GivenKeys(given.by_set)
