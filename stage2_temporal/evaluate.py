@@ -121,6 +121,7 @@ def evaluate_run(
     if index_file is None:
         folder = find_feature_folder(features, run, config.extract.store)
         index = usable_index(folder)
+        _require_own_index(config, given, index, folder)
         index.require_excluded(config.data.exclude, folder)
     else:
         folder, index = _other_features(config, run, index_file, out / "features", features, stop)
@@ -144,6 +145,19 @@ def evaluate_run(
         write_model_card(run, "temporal", index, metrics)
     say(f"written: {out / METRICS_FILE}, predictions/, ribbons.png")
     return metrics
+
+
+def _require_own_index(config: Config, given: GivenKeys, index: Index, folder: Path) -> None:
+    """Raise UserError where `--set` names an index of other videos or splits than the features are of."""
+    named = config.data.index
+    if "data.index" not in given.by_set or not named.is_file():
+        return
+    known, asked = ({v.id: (v.split, v.sha256_ends) for v in one.videos} for one in (index, Index.load(named)))
+    if any(asked.get(name) != video for name, video in known.items()):
+        raise UserError(
+            f"data.index={named}: has other videos or splits than the features in {folder}; name it with --index, and "
+            "features are extracted from it"
+        )
 
 
 def _load(folder: Path, index: Index, split: str, root: Path | None) -> Material:

@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from configs.errors import UserError
-from configs.load import NO_KEYS, GivenKeys
+from configs.load import NO_KEYS, GivenKeys, load_config
 from configs.schema import Config, PreprocessConfig
 from engine.device import choose_device, choose_precision, lower_precision
 from engine.files import read_json_object
 from engine.progress import say
-from engine.runs import RESULT_FILE, update_summary
+from engine.runs import IDENTITY_FILE, RESULT_FILE, update_summary
 from engine.stopping import StopRequest
 from evaluation.model_card import write_model_card
 from evaluation.tools import choose_thresholds, evaluate_tools, sigmoid
@@ -25,7 +25,7 @@ from features.catalogue import say_left_out
 from features.index import Index, frame_times_s
 from features.preprocess import require_pictures_of
 from features.store import VideoFeatures
-from stage1_cnn.frames import recorded_faults
+from stage1_cnn.frames import frames_identity, recorded_faults
 from stage2_temporal.evaluate import METRICS_FILE, Material, print_metrics, score_and_write, summary_of
 from stage2_temporal.joint import IMPORTED, JointNet, joint_checkpoint, load_joint, require_same_classes
 from stage2_temporal.joint_predict import LabelledVideo, Prediction, gap_nats, labelled_videos, predict_videos
@@ -47,8 +47,9 @@ def evaluate_joint(
     """Score a run's joint net on one split of the index; returns the metrics (percent) that `metrics.json` holds.
 
     Writes into `RUN/evaluate/`, and the outcome on the test split into `RUN/summary.json` and `RUN/MODEL_CARD.md`; for
-    another index than the run's (`other`) into a folder with its name in front, and nowhere else. Videos that cannot be
-    read are left out and reported. Images are prepared as in training, whatever a preset says; crops are `joint.crops`.
+    another index than the run's (`other`, or as `data.index` has it) into a folder with its name in front, and nowhere
+    else. Videos that cannot be read are left out and reported. Images are prepared as in training, whatever a preset
+    says; crops are `joint.crops`.
     Raises UserError where the user gave another preparation (`given`) and when the net's classes or sampling rate are
     not the data's, Stopped when asked to stop.
     """
@@ -59,6 +60,7 @@ def evaluate_joint(
     require_pictures_of(preprocess, config, given, path, backbone=about["backbone"])
     config = config.model_copy(update={"preprocess": preprocess})
     index = index.without(recorded_faults(path.parent, index))
+    other = other or _is_another(path.parent, config, index)
     entries = index.entries_of(split, config.data.index)
     way = chosen_inference(inference, about["inference"], net.phase, path)
     predictor = _Predictor(config, net, root, index, way, about["frames"], stop)
@@ -105,6 +107,17 @@ def evaluate_joint(
         write_model_card(run, "joint", index, metrics, trained_in=path.parent)
     say(f"written: {out / METRICS_FILE}" + (", predictions/, ribbons.png" if probabilities else ", tool_predictions/"))
     return metrics
+
+
+def _is_another(trained_in: Path, config: Config, index: Index) -> bool:
+    """Whether `data.index` is another file than the net was trained with, and holds other videos to learn from."""
+    identity, settings = trained_in / IDENTITY_FILE, trained_in / "config.yaml"
+    if not (identity.is_file() and settings.is_file()):
+        return False
+    known = read_json_object(identity).get("videos_sha256")  # an imported net has seen none of ours
+    if known is None or load_config(settings).data.index == config.data.index:
+        return False
+    return bool(known != frames_identity(config, index)["videos_sha256"])
 
 
 def _folder_name(split: str, inference: str | None, config: Config) -> str:

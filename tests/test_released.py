@@ -104,6 +104,17 @@ def test_settings_of_pictures_that_a_net_or_its_features_do_not_have_are_refused
     assert not (released / "runs/other").exists()
 
 
+def test_an_index_of_other_splits_is_not_passed_over(released: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(released)
+    index = json.loads(Path("index.json").read_text())
+    index["videos"][0]["split"] = "test"
+    Path("moved.json").write_text(json.dumps(index))
+    done = CliRunner().invoke(cli, ["evaluate", *OLD, "--set", "data.index=moved.json"])
+    assert (done.exit_code, done.output.count("\n")) == (2, 1), done.output
+    assert "data.index=moved.json: has other videos or splits than the features in" in done.output
+    assert "--index" in done.output
+
+
 def test_joint_net_and_ablation_are_known(released: Path) -> None:
     succeed(["evaluate", "--config", "old.yaml", "--name", "joint"], released)
     before = (released / "runs/ablation/ablation.csv").read_text()

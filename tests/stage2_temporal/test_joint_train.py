@@ -223,6 +223,18 @@ def test_an_evaluation_knows_the_way_it_ran(stages: World) -> None:
         evaluate_joint(slower, run, stages.index(), stages.root, stop=StopRequest())
 
 
+def test_another_index_in_the_settings_leaves_the_run_s_own_evaluation_alone(stages: World) -> None:
+    run = joint(stages, settings(stages, JOINT), "own")
+    index, turned = stages.index(), {"train": "val", "val": "train"}
+    videos = tuple(v.model_copy(update={"split": turned.get(v.split, v.split)}) for v in index.videos)
+    other = settings(stages, JOINT, data={"index": Path("b.json")})
+    evaluate_joint(other, run, index.model_copy(update={"videos": videos}), stages.root, stop=StopRequest())
+    assert [path.name for path in (run / "evaluate").iterdir()] == ["b-test"]
+    assert not (run / "summary.json").exists()
+    evaluate_joint(other, run, index, stages.root, stop=StopRequest())  # the same videos in another file
+    assert (run / "summary.json").exists()
+
+
 def test_runs_that_do_not_fit_are_refused(stages: World) -> None:
     index = stages.index()
     config = settings(stages, JOINT)
