@@ -62,7 +62,8 @@ def _require_same(
     made: Mapping[str, Any], config: Config, given: GivenKeys, path: Path, words: tuple[str, str]
 ) -> None:
     asked = _of_preprocess(config.preprocess) | {"data.fps": config.data.fps, "cnn.backbone": config.cnn.backbone}
-    differing = [key for key in given.any_of(*made) if asked[key] != made[key]]
+    general = {"data.fps", "cnn.backbone"} - given.by_set  # in a file they may be meant for other commands
+    differing = [key for key in given.any_of(*made) if key not in general and asked[key] != made[key]]
     if differing:
         values = ", ".join(f"{key}={_plain(asked[key])}" for key in differing)
         own = ", ".join(str(_plain(made[key])) for key in differing)
