@@ -127,8 +127,8 @@ class FrameFolder:
 def probe_video(path: Path) -> VideoInfo:
     """Rate, frame count, times, size and codec from the container; of the pictures only the first few are decoded.
 
-    An MP4 file's own tables are taken where they agree with its duration and rate; otherwise (other containers have no
-    such tables, edit lists hide frames) the packets are read. Raises ReaderError for anything that is no video, for
+    An MP4 file's own tables are taken where they agree with its duration and its rate is constant; otherwise (other
+    containers have no such tables, edit lists hide frames) the packets are read. Raises ReaderError for anything that is no video, for
     one whose container says it is longer than the file, and where frames or their times cannot be determined.
     """
     with _open_container(path) as container:
@@ -140,14 +140,16 @@ def probe_video(path: Path) -> VideoInfo:
             first_is_key = next((packet.is_keyframe for packet in container.demux(stream) if packet.size), False)
         except _import_av().error.FFmpegError:
             first_is_key = False
-    if pts is None or len(pts) != info.frame_count or pts[0] != pts.min() or not first_is_key or _ends_early(path):
+    shown_pts = None
+    if pts is not None and len(pts) == info.frame_count and pts[0] == pts.min() and first_is_key:
+        shown_pts = None if _ends_early(path) else np.sort(pts)
+    if shown_pts is not None:
+        fps, times = _rate_and_times(path, shown_pts, tick_s, rate)
+        info = dataclasses.replace(info, fps=fps, times=times)
+    if shown_pts is None or info.times is not None:  # varying times may be a damaged table, which the packets show
         scan = scan_video(path)
         info = dataclasses.replace(info, frame_count=scan.frame_count, fps=scan.fps, times=scan.times, notes=scan.notes)
         shown_pts = scan.shown_pts if scan.timed else None
-    else:
-        shown_pts = np.sort(pts)
-        fps, times = _rate_and_times(path, shown_pts, tick_s, rate)
-        info = dataclasses.replace(info, fps=fps, times=times)
     notes = info.notes + _check_first_pictures(path, shown_pts, info.times is not None)
     if info.times is not None:
         notes += (f"{path.name}: no constant rate, {info.fps:.4g} fps on average; frames are taken by their own times",)

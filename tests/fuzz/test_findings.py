@@ -16,7 +16,7 @@ from engine.logs import MetricLog, read_metrics
 from engine.runs import StageFolder, update_summary
 from features.catalogue import print_summary
 from features.index import Index, build_index
-from features.readers import ReaderError, decode_image, probe_video
+from features.readers import ReaderError, decode_image, open_reader, probe_video
 from tests.fuzz.harness import Child
 from tests.fuzz.parsers import PARSERS
 from tests.stage1_cnn.material import SPEC, make_world, write_dataset
@@ -150,6 +150,18 @@ def test_runs_of_labels_whose_sum_overflows_are_refused() -> None:
     with Child("truth.json") as child:
         assert child.read(json.dumps(tree).encode()) is None
         assert child.refused == 1
+
+
+def test_a_damaged_table_of_times_is_indexed_as_it_is_read(tmp_path: Path) -> None:
+    """One time in the table lay beyond the end: the index took the table's 30 frames, and every reader found 29."""
+    path = write_video(tmp_path / "video01.mp4", VideoSpec(count=30))
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"ctts") + 12 + 8 * 18  # after version and count, (how often, delay) for each run
+    content[entry : entry + 8] = struct.pack(">II", 1, 66_048)
+    path.write_bytes(content)
+    info = probe_video(path)
+    with open_reader(path, "video", "pyav", frames=None, fps=info.fps) as reader:
+        assert (reader.frame_count, reader.times) == (info.frame_count, info.times)
 
 
 def test_a_world_and_a_video_serve_as_before(tmp_path: Path) -> None:
