@@ -128,8 +128,9 @@ def probe_video(path: Path) -> VideoInfo:
     """Rate, frame count, times, size and codec from the container; of the pictures only the first few are decoded.
 
     An MP4 file's own tables are taken where they agree with its duration and its rate is constant; otherwise (other
-    containers have no such tables, edit lists hide frames) the packets are read. Raises ReaderError for anything that is no video, for
-    one whose container says it is longer than the file, and where frames or their times cannot be determined.
+    containers have no such tables, edit lists hide frames) the packets are read. Raises ReaderError for anything that
+    is no video, for one whose container says it is longer than the file, and where frames or their times cannot be
+    determined.
     """
     with _open_container(path) as container:
         stream = _video_stream(container, path)
