@@ -198,7 +198,7 @@ def test_a_whole_module_is_called_so_and_the_way_out_works(tmp_path: Path, new_f
     if new_form:
         assert "a whole model or other Python objects (torch.nn.modules.container.Sequential, " in str(error.value)
     assert str(error.value).endswith("load it where it was made and save model.state_dict()")
-    made = torch.load(tmp_path / "net.pth", weights_only=False)["model"]
+    made = torch.load(tmp_path / "net.pth", weights_only=False)["model"]  # made above: what the message advises
     torch.save(made.state_dict(), tmp_path / "weights.pth")
     assert list(load_foreign_state(tmp_path / "weights.pth", trusted=True)) == ["0.weight", "0.bias"]
 
