@@ -3,9 +3,9 @@
     python benchmarks/together.py --json FILE [--repeat N]
 
 Every training is the command as typed, with as many threads as it takes by itself. A round trains alone, then two of
-the same at once, first as the project sets it (`GOMP_SPINCOUNT=10000`), then as libgomp does by itself
-(`GOMP_SPINCOUNT=300000`); figures are medians over rounds. A training's time is that of its epochs after the first; of
-two at once, that of the slower.
+the same at once, as the project sets it (`GOMP_SPINCOUNT=1000`); the first round also does both as libgomp would by
+itself (`GOMP_SPINCOUNT=300000`), where two at once take minutes. Figures are medians over rounds. A training's time is
+that of its epochs after the first; of two at once, that of the slower.
 
 - `train_cnn`: ResNet50 from 224x224 frames, eight a step, fp32. `train_temporal`: LSTM of 512 over whole videos, eight
   a step, random features, fp32.
@@ -57,7 +57,7 @@ def cnn_words(folder: Path) -> list[str]:
         "cnn.precision=fp32",
         "cnn.batch_frames=8",
         "cnn.frames_per_epoch=32",
-        "cnn.epochs=3",
+        "cnn.epochs=2",
     ]
     words = [word for setting in settings for word in ("--set", setting)]
     output([str(PIPELINE), "index", *words])
@@ -70,7 +70,7 @@ def temporal_words(folder: Path) -> list[str]:
     phases = [np.repeat(np.arange(7, dtype=np.int8), FRAMES // 7 + 1)[:FRAMES] for _ in range(VIDEOS)]
     write_feature_set(folder / "features", phases)
     settings = ["mode=full", "batch=8"]
-    settings = [*(f"sequence.{one}" for one in settings), "epochs=4", "baseline=false", "precision=fp32"]
+    settings = [*(f"sequence.{one}" for one in settings), "epochs=3", "baseline=false", "precision=fp32"]
     words = [word for setting in settings for word in ("--set", f"temporal.{setting}")]
     return ["train-temporal", "--features", str(folder / "features"), *words]
 
@@ -78,14 +78,12 @@ def temporal_words(folder: Path) -> list[str]:
 def measure(folder: Path, words: Sequence[str], repeat: int) -> dict[str, float]:
     """All figures of one kind of training."""
     stage = "cnn" if words[0] == "train-cnn" else "temporal"
-    rounds = []
-    for _ in range(repeat):
-        found = {}
-        for prefix, environment in (("", {}), ("spinning_", SPINNING)):
-            found[f"{prefix}alone_s"] = train(folder, [words], environment, stage)
-            found[f"{prefix}together_s"] = train(folder, [words, words], environment, stage)
-        rounds.append(found)
-    middle = {key: statistics.median(found[key] for found in rounds) for key in rounds[0]}
+    found: dict[str, list[float]] = {}
+    for number in range(repeat):
+        for prefix, environment in (("", {}), ("spinning_", SPINNING))[: 1 if number else 2]:
+            found.setdefault(f"{prefix}alone_s", []).append(train(folder, [words], environment, stage))
+            found.setdefault(f"{prefix}together_s", []).append(train(folder, [words, words], environment, stage))
+    middle = {key: statistics.median(values) for key, values in found.items()}
     for prefix in ("", "spinning_"):
         middle[f"{prefix}ratio"] = middle[f"{prefix}together_s"] / middle[f"{prefix}alone_s"]
     middle["alone_ratio_to_spinning"] = middle["alone_s"] / middle["spinning_alone_s"]
@@ -101,11 +99,16 @@ def train(folder: Path, commands: Sequence[Sequence[str]], environment: dict[str
             where = ["--name", f"run{number}", "--set", f"runs={runs}", "--set", "device=cpu"]
             command = [sys.executable, str(PIPELINE), *words, *where]
             log = Path(runs, f"{number}.log")
-            with log.open("wb") as said:
-                running.append(subprocess.Popen(command, env={**inherited, **environment}, stdout=said, stderr=said))
-        for number, process in enumerate(running):
-            if process.wait():
-                sys.exit(f"{commands[number][0]}: failed\n{Path(runs, f'{number}.log').read_text(errors='replace')}")
+            with log.open("wb") as out:
+                running.append(subprocess.Popen(command, env={**inherited, **environment}, stdout=out, stderr=out))
+        try:
+            for number, process in enumerate(running):
+                if process.wait():
+                    said = Path(runs, f"{number}.log").read_text(errors="replace")
+                    sys.exit(f"{commands[number][0]}: failed\n{said}")
+        finally:
+            for process in running:
+                process.terminate()
         return max(epoch_seconds(Path(runs, f"run{number}", stage)) for number in range(len(commands)))
 
 

@@ -9,4 +9,4 @@ import os
 # are no more threads than cores; two programs on the same cores then take them from each other. It reads this once,
 # when it is loaded, and processes that are started inherit it.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "10000"
+    os.environ["GOMP_SPINCOUNT"] = "1000"

@@ -36,13 +36,13 @@ def run(code: str, **variables: str) -> str:
 @pytest.mark.parametrize("room", ROOMS)
 def test_every_room_tells_libgomp(room: str) -> None:
     code = f"import {room}, os, sys; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
-    assert run(code) == "10000 False"
+    assert run(code) == "1000 False"
 
 
 @pytest.mark.parametrize("module", ["stage2_temporal.train", "stage1_cnn.extract", "engine.device", "evaluation.tools"])
 def test_it_is_told_before_torch_is_looked_for(module: str) -> None:
     found = run(FIRST + f"import {module}\nimport sklearn")
-    assert found.split()[1] == "10000"
+    assert found.split()[1] == "1000"
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_it_is_told_before_torch_is_looked_for(module: str) -> None:
         ({"GOMP_SPINCOUNT": "7"}, "7 None"),
         ({"GOMP_SPINCOUNT": ""}, " None"),
         ({"OMP_WAIT_POLICY": "active"}, "None active"),
-        ({"OMP_NUM_THREADS": "2"}, "10000 None"),
+        ({"OMP_NUM_THREADS": "2"}, "1000 None"),
     ],
 )
 def test_what_the_user_says_holds(variables: dict[str, str], expected: str) -> None:
@@ -61,7 +61,7 @@ def test_what_the_user_says_holds(variables: dict[str, str], expected: str) -> N
 
 def test_processes_that_are_started_inherit_it() -> None:
     code = "import subprocess, pipeline; subprocess.run(['printenv', 'GOMP_SPINCOUNT'], check=True)"
-    assert run(code) == "10000"
+    assert run(code) == "1000"
 
 
 def test_these_tests_run_so_too() -> None:
