@@ -250,7 +250,7 @@ def doctor(source: str, overrides: tuple[str, ...]) -> None:
 
     Looks and changes nothing. Exit code 0 when nothing fails, 1 otherwise.
     """
-    from stage1_cnn.doctor import diagnose
+    from commands.doctor.settings import diagnose
 
     failed = 0
     for finding in diagnose(lambda: _config(source, overrides)):
@@ -312,8 +312,8 @@ def index(
     written; --phase-order says how they number phases, as it does for TFRecords, which hold numbers too
     (data.tfrecord_phase_order).
     """
-    from features.catalogue import check_dataset, index_dataset
-    from features.pickled_index import index_from_pickles, pickle_from_index
+    from features.dataset.catalogue import check_dataset, index_dataset
+    from interop.pickled_index import index_from_pickles, pickle_from_index
 
     if check:
         _refuse("--check", _given("force", "pickles", "to_pickle", "phase_order"))
@@ -468,8 +468,8 @@ def ablate(
     was, and what failed is tried again. At the end: a ranked table, ablation.csv, ablation.html with
     Optuna's plots, and best.yaml, the winner ready to train. Settings are compared on the validation videos.
     """
-    from stage2_temporal.ablate import ablate as run_ablation
-    from stage2_temporal.ablate import read_ablation
+    from stage2_temporal.ablation.run import ablate as run_ablation
+    from stage2_temporal.ablation.run import read_ablation
 
     if features is not None:
         _refuse("--features", _given("run_name"))
@@ -508,7 +508,7 @@ def train_joint_command(
     Without --from options the backbone starts from cnn.weights and all else fresh. Steps (multitask, mapping,
     correlation) follow one another; stopped and started again, training goes on where it was.
     """
-    from stage2_temporal.joint_train import Start, train_joint
+    from stage2_temporal.joint.train import Start, train_joint
 
     resolved = _config(source, overrides)
     starts = _given("cnn_run", "joint_run")
@@ -643,7 +643,7 @@ def evaluate(
     with _stop_when_asked() as stop:
         if _takes_joint(model, run):
             _refuse("a joint net, which reads frames", _given("features"))
-            from stage2_temporal.joint_evaluate import evaluate_joint
+            from stage2_temporal.joint.evaluate import evaluate_joint
 
             resolved = _config(source, overrides, {"data.index": index_file})
             index, root = _dataset(resolved)
@@ -758,7 +758,7 @@ def import_checkpoint_command(
     Says what was in the file and what its name tells; nothing in it is run.
     """
     from configs.load import keys_given
-    from stage2_temporal.original_runs import ImportRequest, import_original
+    from interop.mtrcnet_runs import ImportRequest, import_original
 
     if name is None:
         raise UserError("import-checkpoint: give the new run a name with --name RUN")
@@ -788,7 +788,7 @@ def export_checkpoint_command(
     prefix_module: bool | None,
 ) -> None:
     """Write RUN's joint net into OUT_DIR as the original MTRCNet programs would: their keys, their file name."""
-    from stage2_temporal.original_runs import export_original
+    from interop.mtrcnet_runs import export_original
 
     resolved = _config(source, overrides)
     written = export_original(resolved, _run(resolved, source, run_name), out, phase_order, prefix_module)
@@ -836,7 +836,7 @@ def export_command(
     the first S-1 frames of a video from the shorter past they have. Of a prediction pickle there is nothing for those
     frames; they are left out unless --fill-first asks for a prediction that has seen the future.
     """
-    from evaluation.export import export_predictions, export_run
+    from interop.text_files import export_predictions, export_run
 
     resolved = _config(source, overrides, {"data.index": index_file})
     if from_predictions:
@@ -871,7 +871,7 @@ def _evaluate_predictions(
     reading: dict[str, Any],
 ) -> None:
     from configs.load import load_dataset
-    from evaluation.anyone import Reading, evaluate_folder
+    from evaluation.external import Reading, evaluate_folder
 
     if reading["ground_truth"] is None:
         raise UserError("--predictions: needs --ground-truth DIR, the folder with the annotations of the same videos")
@@ -948,8 +948,8 @@ def compare_command(
     folder of predictions; training seeds of one model are joined by commas: compare lstm-0,lstm-1 tcn-0,tcn-1.
     """
     from configs.load import load_dataset
-    from evaluation.anyone import Reading
     from evaluation.comparison import DEFAULT_CONVENTION, Place, compare_models, require_use
+    from evaluation.external import Reading
 
     resolved = _config(source, overrides)
     if reading["ground_truth"] is None:
@@ -982,7 +982,7 @@ def report_command(
 
     RUN is the folder of an evaluated run, for example runs/cholec80; several stand side by side.
     """
-    from stage2_temporal.report import report_runs
+    from commands.report_runs import report_runs
 
     report_runs(runs, split=split, out=out, figures=figures, thumbnails=not no_thumbnails)
 
@@ -994,7 +994,7 @@ def run_command(source: str, overrides: tuple[str, ...], name: str | None) -> No
 
     A stage whose inputs have not changed is not done again. The outcome stands in RUN/summary.json.
     """
-    from stage2_temporal.run import run_all
+    from commands.run import run_all
 
     resolved = _config(source, overrides)
     with _stop_when_asked() as stop:
@@ -1044,7 +1044,7 @@ def submit_command(
     or when the cluster asks for the machine back, the stage saves, the job goes back into the queue and goes on from
     there. Script, command, parameters and logs are kept in RUN/slurm. See docs/clusters.md.
     """
-    from engine import slurm
+    from commands import slurm
 
     run = _run_of(stage, arguments, array, several=nodes * (gpus_per_node or 1) > 1)
     request = slurm.Request(
@@ -1173,7 +1173,7 @@ def _joint_checkpoint(source: str, overrides: tuple[str, ...], joint_run: str | 
     """The checkpoint of a run's joint net."""
     if joint_run is None:
         return None
-    from stage2_temporal.joint import joint_checkpoint
+    from stage2_temporal.joint.net import joint_checkpoint
 
     return joint_checkpoint(_run(_config(source, overrides), source, joint_run))
 
@@ -1200,7 +1200,7 @@ def _leave_as_done(left_out: Sequence[dict[str, Any]]) -> None:
 
 
 def _dataset(config: Config) -> tuple[Any, Path]:
-    from features.catalogue import open_dataset
+    from features.dataset.catalogue import open_dataset
 
     return open_dataset(config)
 

@@ -20,8 +20,8 @@ def forward(precision: str, weights: str) -> dict[str, float]:
 
     from engine.device import DTYPES
     from engine.memory import keep_freed_memory
-    from stage1_cnn.folding import fold_batch_norm
-    from stage1_cnn.fusing import fuse_relu
+    from stage1_cnn.encoders.folding import fold_batch_norm
+    from stage1_cnn.encoders.fusing import fuse_relu
 
     keep_freed_memory()
     net = resnet50(weights)

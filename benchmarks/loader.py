@@ -46,7 +46,7 @@ def measure(folder: Path, workers: Sequence[int], batches: int, real: Path | Non
     from configs.schema import AugmentConfig, SequenceConfig
     from stage1_cnn.data import FrameDataset, Request
     from stage2_temporal.data import Span
-    from stage2_temporal.joint_data import ClipDataset, clip_requests
+    from stage2_temporal.joint.data import ClipDataset, clip_requests
 
     frames, source = cached_frames(folder, real)
     augment = AugmentConfig(brightness=0.2, contrast=0.2, saturation=0.2)
@@ -73,7 +73,7 @@ def measure(folder: Path, workers: Sequence[int], batches: int, real: Path | Non
 
 def cached_frames(folder: Path, real: Path | None) -> tuple[Any, str]:
     """200 frames in the project's frame cache, and what they are."""
-    from features.cache import CachedFrames
+    from features.frames.cache import CachedFrames
     from stage1_cnn.data import LabelledFrames
 
     pictures = real_pictures(real) if real else noise()
@@ -89,7 +89,7 @@ def real_pictures(folder: Path) -> list[np.ndarray]:
     """Up to 200 pictures below a folder, resized as the project resizes them."""
     from PIL import Image
 
-    from features.preprocess import Geometry
+    from features.frames.preprocess import Geometry
 
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))[:200]
     if not files:
@@ -148,7 +148,7 @@ def rate(dataset: Any, requests: Sequence[Any], workers: int, unit: str) -> floa
 def device_rate(batch: Any, repeat: int = 5) -> float:
     """Images a second that are mirrored, coloured and normalised; median."""
     from configs.schema import PreprocessConfig
-    from features.preprocess import changed_images
+    from features.frames.preprocess import changed_images
 
     def once() -> None:
         changed_images(batch.images, batch.flip, batch.colour, PreprocessConfig())
@@ -162,7 +162,7 @@ def step_rate(batch: Any, repeat: int = 3) -> float:
     from torchvision.models import resnet50
 
     from configs.schema import PreprocessConfig
-    from features.preprocess import changed_images
+    from features.frames.preprocess import changed_images
 
     net = resnet50(weights=None).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = changed_images(batch.images, batch.flip, batch.colour, PreprocessConfig())[:16]

@@ -70,7 +70,7 @@ def has_decord() -> bool:
 
 def read_all(videos: Sequence[Path], name: Literal["pyav", "decord"], hashed: bool = False) -> tuple[float, float, str]:
     """Frames a second by the clock and by the processor, and with `hashed` a hash of all of them (not for timing)."""
-    from features.readers import open_reader
+    from features.video.readers import open_reader
 
     digest, count = hashlib.sha256(), 0
     started, before = time.perf_counter(), time.process_time()

@@ -117,7 +117,7 @@ def measure(folder: Path, phases: Sequence[np.ndarray], repeat: int, settings: S
 def write_feature_set(folder: Path, phases: Sequence[np.ndarray], train_share: float = 0.8) -> None:
     """Random features as `extract` leaves them: four fifths of the videos to train, unless told, the rest to choose."""
     from configs.load import load_dataset
-    from features.index import Index, VideoEntry
+    from features.dataset.index import Index, VideoEntry
     from features.store import EncoderSpec, SourceIdentity, feature_path, write_features
 
     encoder = EncoderSpec("resnet50", "0" * 64, {}, 1.0, "fp32", "float16", WIDTH)

@@ -29,7 +29,7 @@ from command import PROJECT, options, say
 
 sys.path.insert(0, str(PROJECT))
 if TYPE_CHECKING:
-    from features.cache import CacheRequest, FrameCache
+    from features.frames.cache import CacheRequest, FrameCache
 SHAPE, CHUNK_FRAMES, FRAME_BYTES = (2300, 2048), 256, 50_000
 Way = tuple[Callable[[Path, np.ndarray], None], Callable[[Path], np.ndarray]]
 
@@ -75,8 +75,8 @@ def measure(folder: Path, repeat: int) -> dict[str, object]:
 
 def measure_cache(folder: Path, repeat: int) -> dict[str, object]:
     """Finding a cache file of the length of an operation, with and without its seal being looked at."""
-    from features import cache as module
-    from features.cache import FrameCache
+    from features.frames import cache as module
+    from features.frames.cache import FrameCache
 
     blob = np.random.default_rng(0).bytes(FRAME_BYTES)
     cache, request = _cache(folder), _request(folder)
@@ -97,14 +97,14 @@ def measure_cache(folder: Path, repeat: int) -> dict[str, object]:
 
 def _cache(folder: Path) -> FrameCache:
     from configs.schema import CacheConfig, PreprocessConfig
-    from features.cache import FrameCache
+    from features.frames.cache import FrameCache
 
     return FrameCache(CacheConfig(dir=folder / "cache"), PreprocessConfig(), 1.0)
 
 
 def _request(folder: Path) -> CacheRequest:
     """An operation's frames from a folder with one small picture for all of them."""
-    from features.cache import CacheRequest
+    from features.frames.cache import CacheRequest
     from features.store import SourceIdentity
 
     class OnePicture:

@@ -18,10 +18,10 @@ from configs.errors import UserError
 from configs.schema import DataSetSpec
 from engine.files import read_json, require_replaceable_json, write_json
 from engine.progress import say
-from evaluation.anyone import Reading, score_folder
-from evaluation.phases import CONVENTIONS, mean_and_std
-from evaluation.statistics import compare, holm, paired_interval
-from evaluation.tables import difference_table
+from evaluation.external import Reading, score_folder
+from evaluation.metrics.phases import CONVENTIONS, mean_and_std
+from evaluation.metrics.statistics import compare, holm, paired_interval
+from evaluation.reports.tables import difference_table
 
 # The one convention in which a model's number is the mean of its videos' numbers, so that the mean difference a video
 # is the difference of the models.

@@ -22,14 +22,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from configs.errors import UserError
 from configs.schema import AugmentConfig, Config
+from engine.pool import one_line, serve_parent
 from engine.processes import available_cores
 from engine.session import epoch_generator
 from engine.stopping import Stopped, StopRequest
-from features.cache import CachedFrames
-from features.index import Index, VideoEntry, load_labels, sampled_frames
-from features.preprocess import augment_generator, changes_colour, crop_frames, draw_change
-from stage1_cnn.frames import frame_cache
-from stage1_cnn.pool import one_line, serve_parent
+from features.dataset.index import Index, VideoEntry, load_labels, sampled_frames
+from features.frames.cache import CachedFrames
+from features.frames.preprocess import augment_generator, changes_colour, crop_frames, draw_change
+from features.frames.source import frame_cache
 
 PREFETCH_BATCHES = 2
 MOST_WORKERS = 8

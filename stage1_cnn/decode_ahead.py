@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from configs.schema import Config
 from engine.files import NoRoomError
+from engine.pool import VIDEO_ERRORS, Advance, one_line, serve_parent, work_through
 from engine.progress import progress_bar, say
 from engine.stopping import StopRequest
-from features.index import Index
-from stage1_cnn.frames import encoded_at_once, open_pictures, picture_batches
-from stage1_cnn.pool import VIDEO_ERRORS, Advance, one_line, serve_parent, work_through
+from features.dataset.index import Index
+from features.frames.source import encoded_at_once, open_pictures, picture_batches
 from stage1_cnn.segments import Rows, VideoJob
 
 # Batches that wait for the device, a decoding process.

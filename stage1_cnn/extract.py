@@ -34,14 +34,22 @@ from engine.files import (
     write_json,
 )
 from engine.memory import keep_freed_memory
+from engine.pool import Advance, VideoFault, processes_for, work_through
 from engine.processes import speaks
 from engine.progress import say
 from engine.runs import StageFolder
 from engine.stopping import StopRequest
-from features.catalogue import say_left_out
-from features.index import Index, VideoEntry, frame_times_s, load_labels, sampled_frames
-from features.preprocess import crop_frames
-from features.readers import can_start_inside
+from features.dataset.catalogue import say_left_out
+from features.dataset.index import Index, VideoEntry, frame_times_s, load_labels, sampled_frames
+from features.frames.preprocess import crop_frames
+from features.frames.source import (
+    encoded_at_once,
+    open_pictures,
+    picture_batches,
+    require_indexed_annotations,
+    require_indexed_source,
+    source_identity,
+)
 from features.store import (
     ENCODER_FILE,
     INDEX_FILE,
@@ -57,18 +65,10 @@ from features.store import (
     verify_file,
     write_features,
 )
+from features.video.readers import can_start_inside
 from stage1_cnn.decode_ahead import work_ahead
-from stage1_cnn.encoder import Encoder, load_encoder
-from stage1_cnn.frames import (
-    encoded_at_once,
-    open_pictures,
-    picture_batches,
-    require_indexed_annotations,
-    require_indexed_source,
-    source_identity,
-)
+from stage1_cnn.encoders.encoder import Encoder, load_encoder
 from stage1_cnn.model import weights_identity
-from stage1_cnn.pool import Advance, VideoFault, processes_for, work_through
 from stage1_cnn.segments import (
     Assembly,
     Rows,

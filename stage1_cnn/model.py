@@ -28,7 +28,7 @@ from engine.checkpoints import load_checkpoint, load_foreign_state
 from engine.files import sha256_file
 from engine.processes import speaks
 from engine.progress import say
-from stage1_cnn.weights import Found, describe_match, find_weights
+from stage1_cnn.encoders.weights import Found, describe_match, find_weights
 
 LITE0 = "efficientnet_lite0"
 CHECKPOINT_STAGE = "cnn"

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from engine.files import NoRoomError, as_user_error, temporary_path
+from engine.pool import VIDEO_ERRORS, one_line
 from features.store import feature_path
-from stage1_cnn.pool import VIDEO_ERRORS, one_line
 
 # Splitting ends where the processes are this close to ending together: every part costs a scan of the packets.
 _GOOD_BALANCE = 1.1

@@ -1,7 +1,7 @@
 """Training of stage one: tool presence (and, on demand, phases) a frame at a time.
 
 Loss: binary cross-entropy over labelled tool entries + `phase_loss_weight` x cross-entropy over labelled phases. The
-best epoch is the one with the highest validation mAP (pooled over frames; see evaluation.tools).
+best epoch is the one with the highest validation mAP (pooled over frames; see evaluation.metrics.tools).
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from engine.progress import progress_bar, say
 from engine.runs import StageFolder
 from engine.session import TrainingSession
 from engine.stopping import StopRequest
-from evaluation.tools import evaluate_tools
-from features.catalogue import say_left_out
-from features.index import Index, sampled_frames
-from features.preprocess import changed_images
+from evaluation.metrics.tools import evaluate_tools
+from features.dataset.catalogue import say_left_out
+from features.dataset.index import Index, sampled_frames
+from features.frames.preprocess import changed_images
+from features.frames.source import cache_readable, frames_identity, recorded_faults
 from stage1_cnn.data import (
     FrameBatch,
     FrameDataset,
@@ -41,7 +42,6 @@ from stage1_cnn.data import (
     training_requests,
     validation_requests,
 )
-from stage1_cnn.frames import cache_readable, frames_identity, recorded_faults
 from stage1_cnn.model import (
     CHECKPOINT_STAGE,
     NetOutput,

@@ -23,8 +23,8 @@ from configs.schema import SequenceConfig
 from engine.files import sha256_json
 from engine.progress import say
 from engine.session import epoch_generator
-from features.index import Index, in_whole_steps, usable_index
-from features.labels import unlabelled_note
+from features.dataset.index import Index, in_whole_steps, usable_index
+from features.dataset.labels import unlabelled_note
 from features.store import INDEX_FILE, FeatureFileError, VideoFeatures, feature_path, load_feature_set, recorded_encoder
 
 NO_LABEL = -1

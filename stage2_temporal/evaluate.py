@@ -18,20 +18,20 @@ from engine.files import make_folder, read_json_object, sha256_file, sha256_json
 from engine.progress import say
 from engine.runs import RESULT_FILE, update_summary
 from engine.stopping import StopRequest
-from evaluation.figures import phase_ribbons
-from evaluation.model_card import write_model_card
-from evaluation.phases import evaluate_phases
-from evaluation.predictions import TOOLS_ALONE, write_prediction_csv, write_tool_csv
-from evaluation.summary import summarise, used_videos
-from evaluation.tables import comparison_table, phase_table, tool_table
-from evaluation.tools import choose_thresholds, evaluate_tools, sigmoid
-from evaluation.truth import TRUTH_FILE, Truth, VideoTruth, is_simulated, write_truth
-from features.catalogue import known_root, say_left_out
-from features.discover import natural_key
+from evaluation.files.predictions import TOOLS_ALONE, write_prediction_csv, write_tool_csv
+from evaluation.files.truth import TRUTH_FILE, Truth, VideoTruth, is_simulated, write_truth
+from evaluation.metrics.phases import evaluate_phases
+from evaluation.metrics.tools import choose_thresholds, evaluate_tools, sigmoid
+from evaluation.reports.model_card import write_model_card
+from evaluation.reports.paper_figures import phase_ribbons
+from evaluation.reports.summary import summarise, used_videos
+from evaluation.reports.tables import comparison_table, phase_table, tool_table
+from features.dataset.catalogue import known_root, say_left_out
+from features.dataset.discover import natural_key
+from features.dataset.index import Index, usable_index, with_recorded_faults
+from features.dataset.labels import unlabelled_note
+from features.frames.preprocess import require_features_of
 from features.ids import file_stem
-from features.index import Index, usable_index, with_recorded_faults
-from features.labels import unlabelled_note
-from features.preprocess import require_features_of
 from features.store import (
     INDEX_FILE,
     VideoFeatures,
@@ -173,7 +173,7 @@ def _other_features(
     config: Config, run: Path, index_file: Path, out: Path, features: Path | None, stop: StopRequest
 ) -> tuple[Path, Index]:
     """The feature folder of another index, extracted with the run's own encoder where files are missing."""
-    from features.catalogue import open_dataset
+    from features.dataset.catalogue import open_dataset
     from stage1_cnn.extract import extract
 
     if not index_file.is_file():

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configs import schema
 from configs.errors import UserError
-from stage2_temporal.recurrence import run_lstm
+from stage2_temporal.heads.lstm_cpu import run_lstm
 
 # What a head remembers between two calls: tensors with the batch first, so that finished videos can be dropped.
 State = tuple[Tensor, ...]
@@ -153,7 +153,7 @@ class RecurrentHead(Head):
         return [self.fc(self.dropout(before_last))], out, tuple(part.transpose(0, 1) for part in last)
 
     def _is_ours(self, x: Tensor) -> bool:
-        """Whether `stage2_temporal.recurrence` computes it: an LSTM that reads forwards, on a CPU, in fp32."""
+        """Whether `stage2_temporal.heads.lstm_cpu` computes it: an LSTM that reads forwards, on a CPU, in fp32."""
         return self.causal and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
     def _run_library(self, x: Tensor, hidden: State | None, lengths: Tensor | None) -> tuple[Tensor, State]:

@@ -21,24 +21,24 @@ from configs.load import NO_KEYS, GivenKeys, load_dataset
 from configs.schema import Config, DataSetSpec, PreprocessConfig
 from engine.device import choose_device, choose_precision, lower_precision
 from engine.files import NoRoomError, atomic_path, inside, make_folder, read_json, sha256_file, write_json
+from engine.pool import VIDEO_ERRORS, one_line
 from engine.progress import progress_bar, say
 from engine.runs import package_version
 from engine.stopping import StopRequest
-from evaluation.figures import phase_ribbons
-from evaluation.overlay import Overlay
-from evaluation.predictions import write_prediction_csv
-from evaluation.tools import sigmoid
+from evaluation.files.predictions import write_prediction_csv
+from evaluation.metrics.tools import sigmoid
+from evaluation.reports.overlay import Overlay
+from evaluation.reports.paper_figures import phase_ribbons
+from features.dataset.index import Index, VideoEntry, frame_times_s, index_of_source, sampled_frames
+from features.frames.preprocess import normalise, preprocess_from_json, require_pictures_of
+from features.frames.source import encoded_at_once, open_source, source_pictures
 from features.ids import file_stem
-from features.index import Index, VideoEntry, frame_times_s, index_of_source, sampled_frames
-from features.preprocess import normalise, preprocess_from_json, require_pictures_of
-from features.video_writer import encode_mp4
-from stage1_cnn.encoder import load_encoder
+from features.video.write import encode_mp4
+from stage1_cnn.encoders.encoder import load_encoder
 from stage1_cnn.extract import crop_batches
-from stage1_cnn.frames import encoded_at_once, open_source, source_pictures
 from stage1_cnn.model import CHECKPOINT_STAGE
-from stage1_cnn.pool import VIDEO_ERRORS, one_line
 from stage2_temporal.data import with_tool_logits
-from stage2_temporal.joint import FOLDER, joint_checkpoint, load_joint, require_same_classes
+from stage2_temporal.joint.net import FOLDER, joint_checkpoint, load_joint, require_same_classes
 from stage2_temporal.model import PhaseModel, require_causal
 from stage2_temporal.predict import Inference, OnlinePredictor, chosen_inference, load_temporal, other_encoder
 

@@ -32,8 +32,8 @@ from engine.progress import progress_bar, say
 from engine.runs import StageFolder
 from engine.session import TrainingSession
 from engine.stopping import StopRequest
-from features.catalogue import say_left_out
-from features.preprocess import require_features_of
+from features.dataset.catalogue import say_left_out
+from features.frames.preprocess import require_features_of
 from stage2_temporal.data import (
     NO_LABEL,
     FeatureBank,
@@ -317,7 +317,7 @@ def _start_weights(path: Path, head: schema.HeadConfig, data: TrainingData) -> d
 
     Raises UserError when it has another head, other phases or another width than these features.
     """
-    from stage2_temporal.joint import phase_model_of
+    from stage2_temporal.joint.net import phase_model_of
 
     model, about = phase_model_of(path)
     require_same_phases(about["phases"], data.phases, str(path), "the features' index")

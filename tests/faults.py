@@ -1,4 +1,4 @@
-"""Faults of disks and systems, brought about in a process that then runs a command (see `tests.commands.Forks`)."""
+"""Faults of disks and systems, brought about in a process that then runs a command (see `tests.cli.Forks`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tests.commands import group_members
+from tests.cli import group_members
 
 
 def full_at(target: str) -> None:

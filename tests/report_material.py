@@ -14,7 +14,7 @@ from configs.load import load_config, load_dataset, to_yaml
 from configs.schema import DataSetSpec
 from engine.files import write_json, write_text
 from engine.runs import environment, update_summary
-from features.index import Index, VideoEntry
+from features.dataset.index import Index, VideoEntry
 from features.store import VideoFeatures
 from stage2_temporal.evaluate import Material, score_and_write, summary_of
 

@@ -20,10 +20,10 @@ import yaml
 
 from engine.checkpoints import load_checkpoint
 from engine.logs import read_metrics
-from features.plain_pickle import load_plain
 from features.store import read_features
+from interop.safe_pickle import load_plain
 from tests.browser import Visit
-from tests.commands import PROJECT, run, succeed
+from tests.cli import PROJECT, run, succeed
 
 SETTINGS = {
     "data": {"fps": 1.0, "index": "artifacts/index.json", "split": {"rule": "3/1/1"}},

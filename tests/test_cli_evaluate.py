@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.phases import CONVENTIONS
-from tests.commands import PROJECT, run
+from evaluation.metrics.phases import CONVENTIONS
+from tests.cli import PROJECT, run
 
 
 def phase_files(folder: Path, *texts: str) -> Path:

@@ -16,10 +16,10 @@ from click.testing import CliRunner, Result
 import pipeline
 from configs.load import load_config
 from engine.checkpoints import load_checkpoint
-from features.index import Index
-from stage2_temporal.joint_train import Start, initial_net
+from features.dataset.index import Index
+from stage2_temporal.joint.train import Start, initial_net
+from tests.interop.originals import original_state
 from tests.stage1_cnn.material import SPEC, make_world, write_dataset
-from tests.stage2_temporal.originals import original_state
 from tests.test_cli import refuse
 
 NAME = "cnn_lstm1_p2t_epoch_25_length_4_opt_1_mulopt_1_flip_0_crop_1_batch_400_train1_1_train2_2_val1_3_val2_4.pth"

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from configs.load import load_dataset
-from evaluation.predictions import read_prediction_csv
-from tests.commands import run, succeed
+from evaluation.files.predictions import read_prediction_csv
+from tests.cli import run, succeed
 from tests.test_cli import (  # noqa: F401 (fixtures)
     finished,
     no_temporaries,

@@ -11,9 +11,9 @@ from configs.errors import UserError
 from configs.load import load_config, load_dataset
 from configs.schema import Config, DataConfig
 from engine.files import LinkedRoot
-from features.catalogue import data_root, index_dataset, open_dataset
-from features.index import Index, build_index, check_index
-from tests.commands import run
+from features.dataset.catalogue import data_root, index_dataset, open_dataset
+from features.dataset.index import Index, build_index, check_index
+from tests.cli import run
 from tests.videos import VideoSpec, write_video
 
 # As released before patterns could hold {video} and {image}.

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from features.store import read_features
-from features.video_writer import encode_mp4
-from tests.commands import Ended, Forks
+from features.video.write import encode_mp4
+from tests.cli import Ended, Forks
 from tests.sameness import differences, left_half_done
 from tests.videos import decode_everything
 

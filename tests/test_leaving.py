@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tests.commands import PROJECT
+from tests.cli import PROJECT
 
 SIMULATE = ["simulate", "data", "--videos", "1", "--fps", "5", "--width", "96", "--height", "96", "--speed-up", "200"]
 # Ways in, each given the signal, the place, and the command's words.
@@ -33,7 +33,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 FORKED = """
 import sys
 from pathlib import Path
-from tests.commands import start_forked
+from tests.cli import start_forked
 from tests.faults import told_to_stop_when_done
 number, log = int(sys.argv[1]), Path(sys.argv[2])
 command = start_forked(sys.argv[3:], Path.cwd(), log, lambda: told_to_stop_when_done(number))

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.commands import Ended, Forks
+from tests.cli import Ended, Forks
 from tests.stage1_cnn.material import FRAMES, SPEC, paint, phase_at
 from tests.videos import VideoSpec, write_video
 

@@ -71,14 +71,14 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
             note_work(monkeypatch, noted, mode)
     replace(monkeypatch, "engine.processes", "run_copies", noted.noting("run_copies", end=True))
     replace(monkeypatch, "engine.processes", "join", lambda *_: SimpleNamespace(each=lambda work: work()))
-    replace(monkeypatch, "features.catalogue", "open_dataset", lambda config: (config.data, "root"))
+    replace(monkeypatch, "features.dataset.catalogue", "open_dataset", lambda config: (config.data, "root"))
     replace(monkeypatch, "features.store", "find_feature_folder", lambda *where: where)
-    replace(monkeypatch, "stage2_temporal.joint", "joint_checkpoint", lambda run: run / "best.pt")
-    replace(monkeypatch, "stage2_temporal.joint_train", "Start", lambda *runs: runs)
-    replace(monkeypatch, "stage2_temporal.original_runs", "ImportRequest", lambda *said: said)
+    replace(monkeypatch, "stage2_temporal.joint.net", "joint_checkpoint", lambda run: run / "best.pt")
+    replace(monkeypatch, "stage2_temporal.joint.train", "Start", lambda *runs: runs)
+    replace(monkeypatch, "interop.mtrcnet_runs", "ImportRequest", lambda *said: said)
     replace(
         monkeypatch,
-        "stage2_temporal.ablate",
+        "stage2_temporal.ablation.run",
         "read_ablation",
         lambda name, base: load_ablation(name).model_copy(update={"base": base or "cholec80"}),
     )

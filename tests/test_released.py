@@ -13,7 +13,7 @@ import yaml
 from click.testing import CliRunner
 
 from pipeline import cli
-from tests.commands import run, succeed
+from tests.cli import run, succeed
 
 RELEASED = Path(__file__).resolve().parent / "released" / "7ce8cba"
 OLD = ["--config", "old.yaml", "--name", "old"]

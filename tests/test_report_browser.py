@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from evaluation.counts import stretches
-from evaluation.report import gather
-from evaluation.report_page import write_report
+from evaluation.metrics.counts import stretches
+from evaluation.reports.gather import gather
+from evaluation.reports.page import write_report
 from tests.browser import Visit
 from tests.report_material import SPEC, write_run
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import PROJECT
+from tests.cli import PROJECT
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.commands import Command, group_members, import_everything, start_forked, start_fresh
+from tests.cli import Command, group_members, import_everything, start_forked, start_fresh
 
 POLL_S = 0.002
 LONGEST_S = 240.0  # for a command that runs undisturbed

@@ -37,7 +37,7 @@ from engine.files import (
     write_text,
 )
 from engine.stopping import StopRequest
-from features.annotations import (
+from features.dataset.annotations import (
     PhaseTrack,
     ToolTrack,
     read_phase_file,
@@ -45,10 +45,10 @@ from features.annotations import (
     write_phase_file,
     write_tool_file,
 )
-from features.readers import count_packets
 from features.simulation.procedure import check_spec, draw_operation, frame_seconds, load_table
 from features.simulation.scene import Scene
-from features.video_writer import encode_mp4
+from features.video.readers import count_packets
+from features.video.write import encode_mp4
 
 # Raised with every change that alters labels or pixels, so that a folder never mixes two simulators.
 SIMULATOR_VERSION = 1

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.commands import PROJECT
+from tests.cli import PROJECT
 
 ROOMS = ("configs", "engine", "features", "evaluation", "stage1_cnn", "stage2_temporal", "pipeline")
 # What the first module that loads a libgomp would find; it is not loaded, which takes seconds.
@@ -39,7 +39,9 @@ def test_every_room_tells_libgomp(room: str) -> None:
     assert run(code) == "1000 False"
 
 
-@pytest.mark.parametrize("module", ["stage2_temporal.train", "stage1_cnn.extract", "engine.device", "evaluation.tools"])
+@pytest.mark.parametrize(
+    "module", ["stage2_temporal.train", "stage1_cnn.extract", "engine.device", "evaluation.metrics.tools"]
+)
 def test_it_is_told_before_torch_is_looked_for(module: str) -> None:
     found = run(FIRST + f"import {module}\nimport sklearn")
     assert found.split()[1] == "1000"

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from configs.errors import UserError
 from configs.load import load_dataset
 from engine.sniff import what_it_is
-from features.annotations import read_phase_file
-from features.readers import probe_video
-from features.tfrecord import scan_records
+from features.dataset.annotations import read_phase_file
+from features.dataset.tfrecord import scan_records
+from features.video.readers import probe_video
 from tests.videos import VideoSpec, write_video
 
 SPEC = load_dataset("cholec80")

@@ -10,10 +10,10 @@ import pytest
 
 from configs.errors import UserError
 from configs.load import load_dataset
-from evaluation.anyone import Reading
 from evaluation.comparison import Place, compare_models, require_use
-from evaluation.phases import evaluate_phases
-from evaluation.statistics import compare, holm
+from evaluation.external import Reading
+from evaluation.metrics.phases import evaluate_phases
+from evaluation.metrics.statistics import compare, holm
 
 CHOLEC80 = load_dataset("cholec80")
 RNG = np.random.default_rng(0)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from configs.load import load_dataset
 from configs.schema import CacheConfig, DataConfig, NamedSplit, PreprocessConfig, SplitConfig
-from features.cache import FrameCache
+from features.dataset.index import Index, build_index
+from features.dataset.splits import assign_splits
+from features.frames.cache import FrameCache
 from features.ids import file_stem, id_key, id_of_stem, id_problem, normal_id
-from features.index import Index, build_index
-from features.splits import assign_splits
 from features.store import feature_path
 from tests.stage1_cnn.material import SPEC
 from tests.videos import VideoSpec, write_video

@@ -68,8 +68,8 @@ def _written(write: Callable[[Path], object], name: str = "file") -> bytes:
 
 
 def _read_phases(path: Path) -> object:
-    from features.annotations import read_phase_file
-    from features.labels import sample_labels, track_end
+    from features.dataset.annotations import read_phase_file
+    from features.dataset.labels import sample_labels, track_end
 
     track = read_phase_file(path, SPEC)
     return track_end(track), sample_labels(np.arange(0, 1000, 25), track, None, "mask", 7)
@@ -82,7 +82,7 @@ def _phase_seeds() -> list[bytes]:
 
 
 def _read_tools(path: Path) -> object:
-    from features.annotations import read_tool_file
+    from features.dataset.annotations import read_tool_file
 
     return read_tool_file(path, SPEC)
 
@@ -94,7 +94,7 @@ def _tool_seeds() -> list[bytes]:
 
 
 def _read_class_order(path: Path) -> object:
-    from features.class_order import parse_phase_order
+    from features.dataset.phase_order import parse_phase_order
 
     return parse_phase_order(str(path), SPEC, "file")
 
@@ -104,7 +104,7 @@ def _read_class_order(path: Path) -> object:
 
 def _read_index(folder: Path) -> Read:
     from engine.files import inside
-    from features.index import Index, check_index, count_frames, frame_times_s, load_labels, sampled_frames
+    from features.dataset.index import Index, check_index, count_frames, frame_times_s, load_labels, sampled_frames
 
     root = folder / "root"
     root.mkdir(exist_ok=True)
@@ -193,7 +193,7 @@ _YAML_MARKS = (": ", "\n", "\n  ", ",", " ", "#")
 
 
 def _read_description(path: Path) -> object:
-    from features.discover import find_videos
+    from features.dataset.discover import find_videos
 
     spec = load_dataset(str(path))
     return _allow_refusal(partial(find_videos, path.parent, spec))  # which finds none here
@@ -207,7 +207,7 @@ def _read_ablation(path: Path) -> object:
 
 
 def _read_foreign(path: Path) -> object:
-    from evaluation.foreign import read_foreign_phases
+    from evaluation.files.third_party import read_foreign_phases
 
     return read_foreign_phases(path, SPEC, SPEC.phases)
 
@@ -225,13 +225,13 @@ def _foreign_seeds() -> list[bytes]:
 
 
 def _read_prediction(path: Path) -> object:
-    from evaluation.predictions import read_prediction_csv
+    from evaluation.files.predictions import read_prediction_csv
 
     return read_prediction_csv(path, SPEC)
 
 
 def _prediction_seeds() -> list[bytes]:
-    from evaluation.predictions import write_prediction_csv
+    from evaluation.files.predictions import write_prediction_csv
 
     def write(path: Path) -> None:
         values = np.full((20, 7), 0.25, np.float32)
@@ -241,26 +241,26 @@ def _prediction_seeds() -> list[bytes]:
 
 
 def _read_tool_prediction(path: Path) -> object:
-    from evaluation.predictions import read_tool_csv
+    from evaluation.files.predictions import read_tool_csv
 
     return read_tool_csv(path, SPEC)
 
 
 def _tool_prediction_seeds() -> list[bytes]:
-    from evaluation.predictions import write_tool_csv
+    from evaluation.files.predictions import write_tool_csv
 
     values = np.full((20, 7), 0.25, np.float32)
     return [_written(lambda path: write_tool_csv(path, np.arange(20) * 25, np.arange(20), values, SPEC))]
 
 
 def _read_truth(path: Path) -> object:
-    from evaluation.truth import read_truth
+    from evaluation.files.truth import read_truth
 
     return read_truth(path)
 
 
 def _truth_seeds() -> list[bytes]:
-    from evaluation.truth import Truth, VideoTruth, write_truth
+    from evaluation.files.truth import Truth, VideoTruth, write_truth
 
     video = VideoTruth(np.repeat(np.arange(7), 5).astype(np.int8), np.ones((35, 7), np.int8), "ab" * 32)
     return [_written(lambda path: write_truth(path, Truth(SPEC, "test", 1.0, {"video41": video})))]
@@ -306,7 +306,7 @@ def _feature_seeds() -> list[bytes]:
 
 
 def _cache_request() -> Any:
-    from features.cache import CacheRequest
+    from features.frames.cache import CacheRequest
     from features.store import SourceIdentity
 
     def no_reader() -> Any:
@@ -316,7 +316,7 @@ def _cache_request() -> Any:
 
 
 def _frame_cache(folder: Path) -> Any:
-    from features.cache import FrameCache
+    from features.frames.cache import FrameCache
 
     return FrameCache(CacheConfig(dir=folder), PreprocessConfig(resize_px=48, crop_px=40), 5.0)
 
@@ -345,7 +345,7 @@ def _read_cache(folder: Path) -> Read:
 
 @functools.cache
 def _cache_seeds() -> list[bytes]:
-    from features.readers import open_reader
+    from features.video.readers import open_reader
     from tests.videos import VideoSpec, write_video
 
     with tempfile.TemporaryDirectory() as folder:
@@ -362,7 +362,7 @@ def _cache_seeds() -> list[bytes]:
 
 
 def _read_image(path: Path) -> object:
-    from features.readers import decode_image
+    from features.video.readers import decode_image
 
     return decode_image(path, str(path), 0)
 
@@ -392,7 +392,7 @@ def mend_png(content: bytes) -> bytes:
 
 
 def _read_records(path: Path) -> object:
-    from features.tfrecord import RecordLayout, TfrecordReader, scan_records
+    from features.dataset.tfrecord import RecordLayout, TfrecordReader, scan_records
 
     scan = scan_records(path, "video01", SPEC)
     layout = RecordLayout.of_scan(scan, SPEC.phases)
@@ -403,7 +403,7 @@ def _read_records(path: Path) -> object:
 
 def record_file(pictures: Sequence[bytes]) -> bytes:
     """A TFRecord file of video01 with these pictures."""
-    from features.tfrecord import _example_class
+    from features.dataset.tfrecord import _example_class
 
     content = b""
     for number, picture in enumerate(pictures):
@@ -425,7 +425,7 @@ def _record_seeds() -> list[bytes]:
 
 def mend_records(content: bytes) -> bytes:
     """The records of a TFRecord file with checksums that fit, as far as lengths lead."""
-    from features.tfrecord import masked_crc32c
+    from features.dataset.tfrecord import masked_crc32c
 
     out, at = b"", 0
     while at + 16 <= len(content):
@@ -495,9 +495,9 @@ def mend_zip(content: bytes) -> bytes:
 
 
 def _read_pickle(path: Path) -> object:
-    from evaluation.export import read_predictions
-    from features.pickled_index import read_pickled_index
-    from features.plain_pickle import load_plain
+    from interop.pickled_index import read_pickled_index
+    from interop.safe_pickle import load_plain
+    from interop.text_files import read_predictions
 
     value = None
     for read in (
@@ -537,7 +537,7 @@ def _sniffed_seeds() -> list[bytes]:
 
 
 def _read_video(reader: str) -> Callable[[Path], Read]:
-    from features.readers import open_reader, probe_video
+    from features.video.readers import open_reader, probe_video
 
     def read(path: Path) -> None:
         info = probe_video(path)

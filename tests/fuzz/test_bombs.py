@@ -21,11 +21,11 @@ import pytest
 from configs.errors import UserError
 from configs.load import load_config, load_dataset
 from engine.files import read_json
-from features.annotations import read_phase_file
-from features.class_order import parse_phase_order
+from features.dataset.annotations import read_phase_file
+from features.dataset.phase_order import parse_phase_order
+from features.dataset.tfrecord import masked_crc32c
 from features.hdf5 import USER_BLOCK_BYTES, seal
-from features.plain_pickle import load_plain
-from features.tfrecord import masked_crc32c
+from interop.safe_pickle import load_plain
 from tests.fuzz.harness import Child
 from tests.fuzz.parsers import PARSERS, SPEC, record_file
 

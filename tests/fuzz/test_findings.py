@@ -14,9 +14,9 @@ from configs.load import load_config
 from configs.schema import Config
 from engine.logs import MetricLog, read_metrics
 from engine.runs import StageFolder, update_summary
-from features.catalogue import print_summary
-from features.index import Index, build_index
-from features.readers import ReaderError, decode_image, open_reader, probe_video
+from features.dataset.catalogue import print_summary
+from features.dataset.index import Index, build_index
+from features.video.readers import ReaderError, decode_image, open_reader, probe_video
 from tests.fuzz.harness import Child
 from tests.fuzz.parsers import PARSERS
 from tests.stage1_cnn.material import SPEC, make_world, write_dataset

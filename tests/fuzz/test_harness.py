@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 
-from tests.commands import PROJECT
+from tests.cli import PROJECT
 
 GLUTTON = """
 import json, multiprocessing, os, sys, threading

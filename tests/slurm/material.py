@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from engine.logs import read_metrics
-from tests.commands import PROJECT, succeed
+from tests.cli import PROJECT, succeed
 
 SETTINGS: dict[str, Any] = {
     "device": "cpu",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import PROJECT, succeed
+from tests.cli import PROJECT, succeed
 from tests.slurm.material import assert_equal_trainings
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import run, succeed
+from tests.cli import run, succeed
 from tests.slurm.material import (
     assert_equal_trainings,
     epochs_done,

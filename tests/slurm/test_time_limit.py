@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from engine.logs import read_metrics
-from tests.commands import PROJECT, succeed
+from tests.cli import PROJECT, succeed
 from tests.slurm.material import (
     assert_equal_trainings,
     epochs_done,

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from configs.errors import UserError
 from configs.schema import AugmentConfig, Config
 from engine.stopping import Stopped, StopRequest
-from features.index import sampled_frames
-from features.preprocess import Geometry, crop_frames
+from features.dataset.index import sampled_frames
+from features.frames.preprocess import Geometry, crop_frames
+from features.frames.source import cache_request, fill_cache, frame_cache, open_pictures
 from stage1_cnn.data import (
     FrameDataset,
     FrameLoader,
@@ -28,7 +29,6 @@ from stage1_cnn.data import (
     training_requests,
     validation_requests,
 )
-from stage1_cnn.frames import cache_request, fill_cache, frame_cache, open_pictures
 from tests.stage1_cnn.material import FRAMES, World, flip_bytes, phase_at, tools_at
 from tests.videos import decode_everything
 
@@ -196,7 +196,7 @@ def test_number_of_loader_processes() -> None:
 def test_the_cache_is_filled_once_and_whole(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     index = world.index()
     fill_cache(world.config, index, world.root, index.videos, StopRequest())
-    monkeypatch.setattr("stage1_cnn.frames.open_reader", None)  # whoever decodes calls it
+    monkeypatch.setattr("features.frames.source.open_reader", None)  # whoever decodes calls it
     fill_cache(world.config, index, world.root, index.videos, StopRequest())
     for entry in index.videos:
         request = cache_request(world.config, entry, world.root, index)

@@ -16,7 +16,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from engine.files import NoRoomError
 from engine.stopping import StopRequest
-from features.index import Index
+from features.dataset.index import Index
 from stage1_cnn.segments import VideoJob
 
 PICTURES = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)

@@ -20,12 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engine.files
-import stage1_cnn.encoder
+import stage1_cnn.encoders.encoder
 from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import CnnConfig, Config, DataConfig, ExtractConfig
 from engine.stopping import Stopped, StopRequest
-from features.index import Index, build_index, usable_index
+from features.dataset.index import Index, build_index, usable_index
 from features.store import load_feature_set, read_features, verify_folder
 from stage1_cnn.extract import ExtractReport, crop_batches, extract
 from stage1_cnn.model import build_backbone
@@ -144,7 +144,7 @@ def test_untrained_encoder_has_no_tool_logits(world: World) -> None:
 
 
 def test_finetuned_logits_are_those_of_the_checkpoint(world: World) -> None:
-    from features.preprocess import Geometry, crop_frames, normalise
+    from features.frames.preprocess import Geometry, crop_frames, normalise
     from stage1_cnn.model import rebuild_from_checkpoint
     from tests.videos import decode_everything
 
@@ -364,7 +364,7 @@ def test_what_is_not_the_videos_fault_is_no_fault_of_it(own_world: World, monkey
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage1_cnn.encoder.Encoder, "__call__", encoder_without_memory)
+        patch.setattr(stage1_cnn.encoders.encoder.Encoder, "__call__", encoder_without_memory)
         with pytest.raises(UserError, match=r"RuntimeError: out of memory \(and 3 more videos"):
             dump(own_world)
     index = own_world.index()
@@ -375,7 +375,7 @@ def test_what_is_not_the_videos_fault_is_no_fault_of_it(own_world: World, monkey
     assert [path.name for path in report.folder.glob("*.left_out.json")] == ["video01.left_out.json"]
     (next(report.folder.glob("*4.h5"))).unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(stage1_cnn.encoder.Encoder, "__call__", encoder_without_memory)
+        patch.setattr(stage1_cnn.encoders.encoder.Encoder, "__call__", encoder_without_memory)
         with pytest.raises(UserError, match=r"1 video\(s\) were not done, first video04: .* start again"):
             dump(own_world, index=index).require_others_done()
     assert [path.name for path in report.folder.glob("*.left_out.json")] == ["video01.left_out.json"]

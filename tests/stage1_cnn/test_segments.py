@@ -16,10 +16,10 @@ from configs.errors import UserError
 from configs.schema import Config, ExtractConfig
 from engine.files import NoRoomError, remove_stale_temporaries, sha256_ends
 from engine.stopping import Stopped, StopRequest
-from features.index import Index
+from features.dataset.index import Index
+from features.frames.source import encoded_at_once
 from features.store import read_features
 from stage1_cnn.extract import ExtractReport, extract
-from stage1_cnn.frames import encoded_at_once
 from stage1_cnn.segments import Assembly, VideoJob, split_among
 from tests.stage1_cnn.material import FRAMES, SPEC, StopAfter, World, make_world, paint, write_labels
 from tests.videos import VideoSpec, damage_packet, write_video
@@ -266,7 +266,7 @@ def test_a_killed_process_costs_its_own_part(long_world: World, monkeypatch: pyt
 @pytest.mark.slow
 def test_real_clips_in_parts_give_the_same_features(shared_data: Path, tmp_path: Path) -> None:
     from configs.load import load_dataset
-    from features.index import build_index
+    from features.dataset.index import build_index
 
     base = make_world(tmp_path, shared_data / "clips").config
     split = base.data.split.model_copy(update={"rule": "5/0/0"})

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from configs.load import load_dataset
 from configs.schema import DataSetSpec
-from features.index import Index, VideoEntry
+from features.dataset.index import Index, VideoEntry
 from features.store import EncoderSpec, SourceIdentity, feature_path, write_features
 
 Video = tuple[str, NDArray[np.float32], NDArray[np.int8]]  # split, features (T, D), phases (T,)

@@ -1,0 +1,112 @@
+"""The `report` command: one HTML file of one run or several, with frames where truth and prediction part."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from configs.errors import UserError
+from configs.load import load_config
+from configs.schema import Config
+from engine.progress import say
+from evaluation.reports.gather import Parting, Report, Thumbnail, gather, partings
+from features.dataset.catalogue import data_root
+from features.dataset.index import Index
+from features.store import INDEX_FILE, find_feature_folder
+
+THUMBNAIL_PX = 240
+REPORT_FILE = "report.html"
+
+
+def report_runs(
+    runs: Sequence[Path],
+    *,
+    split: str = "test",
+    out: Path | None = None,
+    figures: Path | None = None,
+    thumbnails: bool = True,
+) -> Path:
+    """Write the report of `runs` (evaluated before) to `out`, by default into the first run's folder; returns its path.
+
+    `figures` names a folder for the same figures as PDF and PNG. Raises UserError where a run is not evaluated or runs
+    cannot stand side by side; videos that are not at hand only cost the thumbnails.
+    """
+    from evaluation.reports.page import write_report
+
+    report = gather(runs, split)
+    report = with_thumbnails(report, runs[0]) if thumbnails else report
+    out = out or runs[0] / REPORT_FILE
+    write_report(out, report)
+    if figures is not None:
+        from evaluation.reports.static_files import write_figures
+
+        say(f"figures: {len(write_figures(figures, report))} files in {figures}")
+    if report.thumbnails_note:
+        say(f"note: {report.thumbnails_note}")
+    say(f"report: {out} ({out.stat().st_size / 1e6:.1f} MB, opens in any browser, needs no network)")
+    return out
+
+
+def with_thumbnails(report: Report, run: Path) -> Report:
+    """The report with frames of its worst videos, or with a sentence that says why there are none."""
+    wanted = partings(report)
+    if not wanted:
+        return report
+    try:
+        config, index, root = _recordings(run)
+    except UserError as error:
+        return dataclasses.replace(report, thumbnails_note=_note(error))
+    found: list[Thumbnail] = []
+    missing: list[UserError] = []
+    for video in dict.fromkeys(part.video for part in wanted):
+        parts = [part for part in wanted if part.video == video]
+        try:
+            found += _read(report, config, index, root, video, parts)
+        except UserError as error:
+            missing.append(error)
+    return dataclasses.replace(report, thumbnails=found, thumbnails_note=_note(missing[0]) if missing else "")
+
+
+def _note(error: UserError) -> str:
+    return f"No frames are shown where the videos are not at hand: {error}"
+
+
+def _recordings(run: Path) -> tuple[Config, Index, Path]:
+    """Settings, index and data root as the run's last stage had them."""
+    files = sorted(run.rglob("config.yaml"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise UserError(f"{run}: holds no config.yaml, so it is not known where its videos are")
+    config = load_config(files[-1])
+    root = data_root(config)
+    if config.data.index.exists():
+        return config, Index.load(config.data.index), root
+    return config, Index.load(find_feature_folder(None, run, config.extract.store) / INDEX_FILE), root
+
+
+def _read(
+    report: Report, config: Config, index: Index, root: Path, video: str, parts: Sequence[Parting]
+) -> list[Thumbnail]:
+    from features.frames.source import open_source
+
+    entry = index.entry(video)
+    if entry.sha256_ends != report.truth.videos[video].source:
+        raise UserError(f"{video}: the index has another recording of this name than the one that was evaluated")
+    by_frame = {part.frame: part for part in parts}
+    with open_source(config, entry, root, index) as reader:
+        pictures = list(reader.read(sorted(by_frame)))
+    return [Thumbnail(by_frame[f], jpeg(rgb)) for f, rgb in zip(sorted(by_frame), pictures, strict=True)]
+
+
+def jpeg(rgb: NDArray[np.uint8]) -> bytes:
+    """A frame (H, W, 3) as a small JPEG."""
+    picture = Image.fromarray(rgb)
+    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=75)
+    return buffer.getvalue()

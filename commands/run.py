@@ -1,0 +1,101 @@
+"""All stages from one file of settings, in order, each skipped where its inputs have not changed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from configs.schema import Config
+from engine.device import choose_device, choose_precision
+from engine.files import read_json_object
+from engine.progress import say
+from engine.runs import update_summary
+from engine.stopping import StopRequest
+from features.dataset.catalogue import index_dataset, open_dataset
+from features.dataset.index import usable_index
+from stage1_cnn.extract import extract
+from stage1_cnn.train import train_cnn
+from stage2_temporal.evaluate import evaluate_run
+from stage2_temporal.train import require_arithmetic, train_temporal
+
+Value = TypeVar("Value")
+
+
+def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
+    """index, train-cnn (unless features come from the initial backbone), extract, train-temporal, evaluate.
+
+    Returns the summary that `RUN/summary.json` holds: fractions on the test videos, seconds per stage, and what any
+    stage left out, with reasons. Seconds of a stage that had nothing to do stay those of the start that did the work.
+    Raises UserError at the first stage that cannot go on; what came before it is kept.
+    """
+    started = time.monotonic()
+    _require_precisions(config, run)
+
+    def stage(name: str, work: Callable[[], Value], done_before: bool = False) -> Value:
+        stop.raise_if_set()
+        say(f"== {name}")
+        begun = time.monotonic()
+        value = work()
+        if not done_before:
+            update_summary(run, {"name": run.name}, {name: time.monotonic() - begun})
+        return value
+
+    stage("index", lambda: index_dataset(config))
+    index, root = open_dataset(config)
+    index.require_videos("train", "val", "test")  # before hours of training
+    if config.extract.encoder == "finetuned":
+        stage("train-cnn", lambda: train_cnn(config, run, index, root, stop), _finished(run / "cnn"))
+    report = stage("extract", lambda: extract(config, run, index, root, stop=stop), _all_extracted(run))
+    report.require_others_done()
+    say(report.sentence())
+    usable_index(report.folder).require_videos("train", "val", "test")
+    stage("train-temporal", lambda: train_temporal(config, run, report.folder, stop), _finished(run / "temporal"))
+    stage("evaluate", lambda: evaluate_run(config, run, stop=stop, redo=False), (run / "evaluate" / "test").exists())
+    summary = update_summary(run, {})
+    for line in closing_lines(run, summary, time.monotonic() - started):
+        say(line)
+    for video in summary["left_out"]:
+        say(f"left out: {video['id']}: {video['reason']}")
+    passed_over = [one.model_dump(mode="json") for one in index.passed_over]  # `index` has named them
+    return {**summary, "left_out": [*summary["left_out"], *passed_over]}
+
+
+def _require_precisions(config: Config, run: Path) -> None:
+    """Raise UserError for a precision that a stage to come does not compute in here, before hours of work."""
+    device, cnn, extract, temporal = choose_device(config.device), config.cnn, config.extract, config.temporal
+    if extract.encoder == "finetuned" and not _finished(run / "cnn"):
+        choose_precision("cnn.precision", cnn.precision, device, training=True)
+    choose_precision("extract.precision", extract.precision, device, training=False)
+    if not _finished(run / "temporal"):
+        require_arithmetic(temporal, device)
+
+
+def closing_lines(run: Path, summary: Mapping[str, Any], now_s: float) -> list[str]:
+    """What was done, what it cost, where to look."""
+
+    def percent(key: str) -> str:
+        return "none" if summary[key] is None else f"{100 * summary[key]:.1f} %"
+
+    costs = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in summary["seconds"].items())
+    return [
+        f"== {run.name}: {summary['test_videos']} test videos of {summary['dataset']}, split {summary['split']}",
+        f"tools: mAP {percent('tool_map')}",
+        f"phases: accuracy {percent('phase_accuracy_temporal')} with time, {percent('phase_accuracy_frame')} frame by "
+        f"frame on the same features, {percent('phase_accuracy_majority')} always saying the longest phase; "
+        f"F1 {percent('phase_f1_temporal')} ({summary['convention']})",
+        f"cost: {costs}; {now_s:.0f} s this time",
+        f"look at: {run / 'evaluate/test/ribbons.png'} (truth and predictions), {run / 'evaluate/test/metrics.json'} "
+        f"(every convention), {run / 'summary.json'}",
+        f"one page of it all: python pipeline.py report {run}",
+    ]
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / "result.json").exists()
+
+
+def _all_extracted(run: Path) -> bool:
+    pointer = run / "extract" / "result.json"
+    return pointer.exists() and not read_json_object(pointer).get("failed")

@@ -1,0 +1,292 @@
+"""Evaluate anyone's predictions: two folders of phase files, paired by video number, under every convention.
+
+Needs no run, no settings and no torch. What the files were taken to mean (the rate, ids, missing rows) is printed and
+recorded in every result's `about`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import UserError, listed
+from configs.schema import DataSetSpec
+from engine.files import require_replaceable_json, write_json
+from engine.progress import say
+from evaluation.files.matching import Matched, match_rows
+from evaluation.files.third_party import PhaseFile, find_phase_files, read_foreign_phases
+from evaluation.metrics.counts import NO_PREDICTION
+from evaluation.metrics.phases import chosen_conventions, evaluate_phases, unavailable_conventions
+from evaluation.metrics.statistics import bootstrap_intervals
+from evaluation.reports.tables import conventions_table, intervals_table, phase_table, segment_table
+from features.dataset.phase_order import describe_order, parse_phase_order
+
+_LONGEST_S = 24 * 3600.0
+Tracks = dict[str, NDArray[np.int16]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How folders of phase files are read: what the options of the command line say.
+
+    `fps` is the rate of the compared rows, `prediction_fps` that of the prediction files (None: what the files say).
+    `phase_order` names ids as `features.dataset.phase_order.parse_phase_order` takes it (None: the data set's own).
+    `background` names phases that are left out of segments, beside those of the data set.
+    """
+
+    ground_truth: Path
+    fps: float | None = None
+    prediction_fps: float | None = None
+    skip_first_row: bool = False
+    phase_order: str | None = None
+    allow_missing: bool = False
+    background: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Truth and prediction (T,) per video at `fps` (None: not known); `about` goes into every result, `notes` to the
+    user. A prediction is NO_PREDICTION where the truth has a label and the files have none."""
+
+    truth: Tracks
+    predicted: Tracks
+    fps: float | None
+    about: Mapping[str, Any]
+    notes: Sequence[str]
+
+
+def evaluate_folder(
+    predictions: Path,
+    reading: Reading,
+    spec: DataSetSpec,
+    conventions: Sequence[str] | None = None,
+    *,
+    split: str | None = None,
+    out: Path | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Score a folder of predictions, print tables, and write the results as JSON to `out` if given.
+
+    Returns what `evaluation.metrics.phases.evaluate_phases` does, with 95 % bootstrap intervals over videos in
+    `intervals` and what was read in `about`. Raises UserError naming file and row for anything that
+    cannot be used; nothing is written then.
+    """
+    results, notes = score_folder(predictions, reading, spec, conventions, split=split)
+    for note in notes:
+        say(note)
+    print_results(results)
+    if out is not None:
+        require_replaceable_json(out)
+        write_json(out, results)
+        say(f"written: {out}")
+    return results
+
+
+def score_folder(
+    predictions: Path,
+    reading: Reading,
+    spec: DataSetSpec,
+    conventions: Sequence[str] | None = None,
+    *,
+    split: str | None = None,
+) -> tuple[dict[str, dict[str, Any]], Sequence[str]]:
+    """`evaluate_folder` without printing or writing: the results, and notes for the user."""
+    background = tuple(dict.fromkeys((*spec.background, *reading.background)))
+    pairs = read_pairs(predictions, reading, spec)
+    names = chosen_conventions(conventions, spec.phases, pairs.fps)
+    left_out = unavailable_conventions(spec.phases, pairs.fps) if conventions is None else {}
+    truth, predicted, fps = pairs.truth, pairs.predicted, pairs.fps
+    results = evaluate_phases(truth, predicted, spec.phases, fps, names, split=split, background=background)
+    intervals = bootstrap_intervals(truth, predicted, spec.phases, fps, names, background=background)
+    for name, result in results.items():
+        result["intervals"] = intervals[name]
+        result["about"] |= pairs.about
+    notes = list(pairs.notes)
+    if left_out:
+        notes.append(f"{' and '.join(left_out)}: left out, for {next(iter(left_out.values()))}")
+    without = next(iter(results.values()))["about"]["videos_without_labels"]
+    if without:
+        notes.append(f"not counted, for their ground truth holds no label: {listed(without, 10)}")
+    return results, notes
+
+
+def print_results(results: Mapping[str, Any]) -> None:
+    """Tables: conventions, their intervals, phases, segments, as far as evaluated."""
+    from rich.console import Console
+
+    console = Console()
+    of_frames = [name for name in results if name != "segmental"]
+    if of_frames:
+        console.print(conventions_table(results))
+        console.print(intervals_table(results))
+        console.print(phase_table(results, of_frames[0]))
+    if "segmental" in results:
+        console.print(segment_table(results))
+
+
+# ---------------------------------------------------------------------------------------------- pairing
+
+
+def read_pairs(predictions: Path, reading: Reading, spec: DataSetSpec) -> Paired:
+    """Read both folders and pair their videos and rows. Raises UserError naming the file."""
+    order = parse_phase_order(reading.phase_order, spec, str(predictions)) if reading.phase_order else None
+    predicted_files, stray = find_phase_files(predictions, spec)
+    truth_files, stray_truth = find_phase_files(reading.ground_truth, spec)
+    left_out = _unpaired(predicted_files, truth_files, predictions, reading)
+    pairs: dict[str, _Pair] = {}
+    for video in (name for name in truth_files if name in predicted_files):
+        true = read_foreign_phases(truth_files[video], spec, order)
+        guess = read_foreign_phases(predicted_files[video], spec, order)
+        if (true.phase >= 0).any() and not (guess.phase >= 0).any():
+            if not reading.allow_missing:
+                raise UserError(f"{guess.path}: holds no prediction; leave the video out with --allow-missing")
+            left_out.append(guess.path)
+            continue
+        pairs[video] = _Pair(true, guess, match_rows(true, guess, spec.annotation_fps, reading.prediction_fps))
+    if not pairs:
+        raise UserError(f"{predictions}: no file holds a prediction for a video of {reading.ground_truth}")
+    fps, fps_from = _rate(reading.fps, pairs.values())
+    skip = int(reading.skip_first_row)
+    truth = {video: pair.rows.truth[skip:] for video, pair in pairs.items()}
+    predicted = {video: pair.rows.predicted[skip:] for video, pair in pairs.items()}
+    holes = {v: int(((truth[v] >= 0) & (predicted[v] == NO_PREDICTION)).sum()) for v in truth}
+    holes = {video: count for video, count in holes.items() if count}
+    numbered = any(file.numbered for pair in pairs.values() for file in (pair.true, pair.guess))
+    shown = (order or spec.phases) if numbered else None
+    about = {
+        "predictions": str(predictions),
+        "ground_truth": str(reading.ground_truth),
+        "phase_order": None if shown is None else list(shown),
+        "fps_from": fps_from,
+        "prediction_fps": reading.prediction_fps,
+        "first_row_skipped": reading.skip_first_row,
+        "files_left_out": [path.name for path in left_out],
+        "frames_without_prediction": holes,
+    }
+    notes = []
+    if stray or stray_truth:
+        notes.append(f"left out, no video number in the name or no text: {listed([*stray, *stray_truth], 10)}")
+    if left_out:
+        notes.append(f"left out, in one folder only or empty: {listed([str(path) for path in left_out], 10)}")
+    notes += _notes(pairs, truth, holes, reading, spec, shown, fps, fps_from)
+    return Paired(truth, predicted, fps, about, notes)
+
+
+class _Pair(NamedTuple):
+    """One video's two files and their rows, matched."""
+
+    true: PhaseFile
+    guess: PhaseFile
+    rows: Matched
+
+
+def _unpaired(
+    predicted: Mapping[str, Path], truth: Mapping[str, Path], predictions: Path, reading: Reading
+) -> list[Path]:
+    """Files whose video is in one folder only: an error unless allowed, and always one when no video is in both."""
+    lonely = [(path, predictions) for video, path in truth.items() if video not in predicted]
+    lonely += [(path, reading.ground_truth) for video, path in predicted.items() if video not in truth]
+    if lonely and not (reading.allow_missing and set(predicted) & set(truth)):
+        path, other = lonely[0]
+        many = f" ({len(lonely)} such files)" if len(lonely) > 1 else ""
+        advice = "no video is in both" if reading.allow_missing else "add it, or leave it out with --allow-missing"
+        raise UserError(f"{path}: {other} has no file for this video{many}; {advice}")
+    return [path for path, _ in lonely]
+
+
+# ---------------------------------------------------------------------------------------------- the rate, notes
+
+
+def _rate(given: float | None, pairs: Collection[_Pair]) -> tuple[float | None, str | None]:
+    """Rate of the compared rows, and what it follows from; None where nothing says it.
+
+    What is given must agree with seconds in the files and with `--prediction-fps`; frame numbers give way to it. Where
+    nothing is given, all that the files say must agree. Frame numbers that make an operation last days count something
+    else (milliseconds).
+    """
+    said = [(pair.guess.path, pair.rows.fps, pair.rows.fps_from) for pair in pairs if pair.rows.fps]
+    said.sort(key=lambda one: one[2] == "frame numbers")
+    if given is not None:
+        for path, fps, source in said:
+            if source != "frame numbers" and abs(fps - given) > 0.02 * given:
+                what = "its column time_s means" if source == "time_s" else "--prediction-fps means"
+                raise UserError(f"{path}: {what} {fps:.4g} rows per second, but --fps says {given:g}")
+        return given, "--fps"
+    for path, fps, source in said[1:]:
+        if abs(fps - said[0][1]) > 0.02 * said[0][1]:
+            fix = "name the rate with --fps if the rows of all videos have the same"
+            fix = fix if source == "frame numbers" else "evaluate videos of one rate at a time"
+            raise UserError(
+                f"{path}: {fps:g} rows per second by its {source}, but {said[0][0]} has {said[0][1]:g}; {fix}"
+            )
+    longest = max(len(pair.rows.truth) for pair in pairs)
+    if not said or (said[0][2] == "frame numbers" and longest / said[0][1] > _LONGEST_S):
+        return None, None
+    return said[0][1], said[0][2]
+
+
+def _notes(
+    pairs: Mapping[str, _Pair],
+    truth: Tracks,
+    holes: Mapping[str, int],
+    reading: Reading,
+    spec: DataSetSpec,
+    order: Sequence[str] | None,
+    fps: float | None,
+    fps_from: str | None,
+) -> list[str]:
+    """What a reader of the numbers should know, one line each."""
+    notes = []
+    if order is not None:
+        whose = f"--phase-order {reading.phase_order}" if reading.phase_order else f"the data set {spec.name}"
+        hint = "" if reading.phase_order else "; another one is named with --phase-order"
+        notes.append(f"ids are numbered as in {whose}: {describe_order(order)}{hint}")
+    elif reading.phase_order:
+        notes.append("--phase-order was not needed: the files hold names")
+    how = {pair.rows.how for pair in pairs.values()} - {"row by row"}
+    if how:
+        notes.append(f"rows are matched {' and '.join(sorted(how))} where the two files have not as many")
+    for name, files in (
+        ("ground truth", [p.true for p in pairs.values()]),
+        ("prediction", [p.guess for p in pairs.values()]),
+    ):
+        if missing := sum(file.missing for file in files):
+            notes.append(f"{missing} {name} rows are missing by the frame numbers of their files")
+    if unlabelled := sum(int((track < 0).sum()) for track in truth.values()):
+        notes.append(f"{unlabelled} frames have no label in the ground truth and are not scored")
+    if unscored := sum(pair.rows.unscored for pair in pairs.values()):
+        notes.append(f"{unscored} predictions lie outside the frames of the ground truth and are not scored")
+    if holes:
+        notes.append(
+            f"{sum(holes.values())} labelled frames have no prediction and count as wrong: {listed(list(holes), 10)}"
+        )
+    notes.append(_rate_note(pairs, truth, fps, fps_from, spec))
+    if reading.skip_first_row:
+        headers = sum(pair.true.header + pair.guess.header for pair in pairs.values())
+        also = f"; {headers} files have a header, which alone is what the official script skips there"
+        notes.append("the first row of every video is left out" + also * bool(headers))
+    return notes
+
+
+def _rate_note(
+    pairs: Mapping[str, _Pair], truth: Tracks, fps: float | None, fps_from: str | None, spec: DataSetSpec
+) -> str:
+    if fps is None:
+        return (
+            "rate: not known (rows without numbers or numbered one by one may be frames or samples); name it with --fps"
+        )
+    longest_h = max(map(len, truth.values())) / fps / 3600
+    where = {
+        "--fps": "given",
+        "--prediction-fps": "by --prediction-fps",
+        "time_s": "from a column of seconds",
+        "frame numbers": f"the frame numbers count source frames, {spec.annotation_fps:g} per second in {spec.name}",
+    }[fps_from or "--fps"]
+    numbers = {pair.rows.fps for pair in pairs.values() if pair.rows.fps_from == "frame numbers"}
+    odd = [number for number in numbers if number and fps_from == "--fps" and abs(number - fps) > 0.02 * fps]
+    also = f"; the frame numbers would mean {odd[0]:g}" if odd else ""
+    return f"rate: {fps:g} rows per second ({where}{also}); the longest video then lasts {longest_h:.2f} h"

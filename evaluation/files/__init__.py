@@ -1,0 +1,1 @@
+"""Predictions and truth in files: this project's and other programs'."""

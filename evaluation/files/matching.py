@@ -1,0 +1,205 @@
+"""Which rows of a ground truth and of a prediction are the same frames, and how many of them there are per second.
+
+Rows belong together one by one where the files have as many and start together, by their frame numbers where both have
+some, and by their rates where the prediction's is given. Nothing else is assumed. Numbers that are one apart may count
+source frames or samples, so they say nothing about the rate; numbers further apart are taken to count source frames at
+the rate of the data set's annotations. A frame that one side alone covers is not scored where it has no label, and
+wrong where it has no prediction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+from evaluation.files.third_party import PhaseFile
+from evaluation.metrics.counts import NO_PREDICTION
+
+_COMMON_FPS = (1.0, 5.0, 25.0, 2.0, 10.0, 12.5, 15.0, 30.0)
+_DENSE_FPS = (30.0, 50.0, 60.0)
+_TOLERANCE = 0.03  # 24 and 25 rows per second stay apart
+_HALF = 0.5  # of the compared rows may be absent at the ends where the unit of the numbers is beyond doubt
+
+
+@dataclass(frozen=True, eq=False)
+class Matched:
+    """Truth and prediction (T,) int16 of one video on the rows that are compared.
+
+    `fps` is the rate of these rows, None where nothing says it; `fps_from` what it follows from: `time_s` (a column of
+    seconds), `frame numbers` or `--prediction-fps`. `how`: `row by row`, `by frame number` or `by rate`. `unscored`:
+    predictions for frames before or after the ground truth.
+    """
+
+    truth: NDArray[np.int16]
+    predicted: NDArray[np.int16]
+    fps: float | None
+    fps_from: str | None
+    how: str
+    unscored: int = 0
+
+
+def match_rows(
+    truth: PhaseFile, predicted: PhaseFile, annotation_fps: float, prediction_fps: float | None = None
+) -> Matched:
+    """Match the rows of one video's two files. Raises UserError naming both files where they do not cover the same."""
+    if prediction_fps is not None:
+        return _by_rate(truth, predicted, annotation_fps, prediction_fps)
+    t, p = truth.frame, predicted.frame
+    if len(truth.phase) != len(predicted.phase):
+        if t is None or p is None:
+            why = "both must cover the same frames (without a frame column rows cannot be matched)"
+            raise _unmatched(truth, predicted, annotation_fps, why)
+        return _by_number(truth, predicted, t, p, annotation_fps)
+    step = truth.step or 0.0
+    if t is not None and p is not None and step and np.isclose(step, predicted.step or 0.0, rtol=1e-3):
+        # Numbered from 0 in one and from 1 in the other is usual; further apart they are not the same frames.
+        if step > 1.0 + 1e-6 and abs(t[0] - p[0]) > 0.999 * step:
+            return _by_number(truth, predicted, t, p, annotation_fps)
+        if abs(t[0] - p[0]) > 1.001 * step:
+            raise UserError(
+                f"{predicted.path}: starts at frame {p[0]:g}, but {truth.path} at {t[0]:g}; number the same "
+                "frames alike in both, and leave out rows that one lacks"
+            )
+    said = [one for one in (stated_fps(truth, annotation_fps), stated_fps(predicted, annotation_fps)) if one]
+    if len(said) == 2 and said[0][1] == said[1][1] and abs(said[0][0] - said[1][0]) > 0.02 * said[0][0]:
+        why = f"by their {said[0][1]} these are {said[0][0]:g} per second there and {said[1][0]:g} here"
+        raise _unmatched(truth, predicted, annotation_fps, why)
+    said.sort(key=lambda one: one[1] != "time_s")  # seconds are seconds, numbers are interpreted
+    if said and said[0][1] == "frame numbers" and said[0][0] < 0.999:  # milliseconds as likely as a row every minute
+        said = []
+    return _matched(truth.phase, predicted.phase, said[0] if said else None, "row by row")
+
+
+def stated_fps(file: PhaseFile, annotation_fps: float) -> tuple[float, str] | None:
+    """What a file says about the rate of its rows, and by what."""
+    if file.fps is not None:
+        return round(file.fps, 3), "time_s"
+    step = file.step
+    if step is None or step <= 1.0 + 1e-6:
+        return None
+    return round(annotation_fps / step, 3), "frame numbers"
+
+
+def _matched(
+    truth: NDArray[np.int16],
+    predicted: NDArray[np.int16],
+    said: tuple[float, str] | None,
+    how: str,
+    unscored: int = 0,
+) -> Matched:
+    fps, fps_from = said or (None, None)
+    known = np.where(predicted < 0, np.int16(NO_PREDICTION), predicted)
+    return Matched(truth, known.astype(np.int16), fps, fps_from, how, unscored)
+
+
+def _unmatched(truth: PhaseFile, predicted: PhaseFile, annotation_fps: float, why: str) -> UserError:
+    """The error with both counts and, where the counts fit a usual rate, the option that names it."""
+    usual = _COMMON_FPS if len(predicted.phase) <= len(truth.phase) else (annotation_fps, *_DENSE_FPS)
+    if said := stated_fps(predicted, annotation_fps):
+        usual = (said[0], *usual)
+    fits = [fps for fps in usual if _truth_fps(truth, predicted, annotation_fps, fps) is not None]
+    hint = "; -1 stands for a frame without a label or prediction"
+    rows = len(truth.phase), len(predicted.phase)
+    if fits and 0 < max(rows) - min(rows) <= max(1.0, max(rows) * _TOLERANCE):  # nearly as many: any rate fits
+        hint += "; or name the rate of the rows with --prediction-fps, and the missing ones count at the end"
+    elif fits:
+        seconds = f"{fits[0]:g} row{'s' * (fits[0] != 1)} per second"
+        hint = f"; if the prediction has {seconds}, add --prediction-fps {fits[0]:g}"
+    return UserError(
+        f"{predicted.path}: {len(predicted.phase)} rows, but {truth.path} has {len(truth.phase)}; {why}{hint}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- by frame number
+
+
+def _by_number(
+    truth: PhaseFile, predicted: PhaseFile, t: NDArray[np.float64], p: NDArray[np.float64], annotation_fps: float
+) -> Matched:
+    step_t, step_p = truth.step, predicted.step
+    why = f"the frame columns ({p[0]:g} to {p[-1]:g} and {t[0]:g} to {t[-1]:g}) are not those of the same frames"
+    # One row has no distance to another; and numbers that begin after the others end have no frame in common.
+    if step_t is None or step_p is None or max(t[0], p[0]) > min(t[-1], p[-1]) + 1:
+        raise _unmatched(truth, predicted, annotation_fps, why)
+    if np.isclose(step_t, step_p, rtol=1e-3) and t[0] != p[0]:
+        if abs(t[0] - p[0]) < 0.999 * step_t:
+            p = p + (t[0] - p[0])  # numbered from 0 in one and from 1 in the other
+        elif {t[0], p[0]} == {0.0, 1.0}:
+            raise _unmatched(truth, predicted, annotation_fps, f"{why}; number both from 0 or both from 1")
+    step, small = max(step_t, step_p), 0.02 * min(step_t, step_p)
+    sparser = predicted if step_p > 0.999 * step_t else truth
+    grid = t
+    if sparser is predicted:
+        before, after = np.arange(p[0] - step, t[0] - small, -step)[::-1], np.arange(p[-1] + step, t[-1] + small, step)
+        grid = np.concatenate([before, p, after])
+    row_t, row_p = _rows_of(t, grid, small), _rows_of(p, grid, small)
+    labels, guesses = _taken(truth.phase, row_t), _taken(predicted.phase, row_p)
+    off = np.maximum(np.abs(t[row_t] - grid), np.abs(p[row_p] - grid)) > small
+    covered = row_t >= 0
+    unscored = int((~covered).sum())
+    if sparser is truth:
+        unscored = int(((p < t[0] - small) | (p > t[-1] + step - small)).sum() * step_p / step_t)
+    sure = step > 1.0 + 1e-6 or (truth.fps is not None and predicted.fps is not None)
+    allowed = len(grid) * _HALF if sure else max(1.0, len(grid) * _TOLERANCE)
+    absent = int(((row_p < 0) & (labels >= 0)).sum())
+    if off[(labels >= 0) & (guesses >= 0)].any() or max(absent, unscored) > allowed:
+        raise _unmatched(truth, predicted, annotation_fps, why)
+    said = stated_fps(sparser, annotation_fps)
+    return _matched(labels[covered], guesses[covered], said, "by frame number", unscored)
+
+
+def _rows_of(numbers: NDArray[np.float64], grid: NDArray[np.float64], small: float) -> NDArray[np.int64]:
+    """The last row at or before each number of `grid`; -1 before the first and after the last."""
+    row = np.searchsorted(numbers, grid + small, side="right") - 1
+    return np.where(grid <= numbers[-1] + small, row, -1)
+
+
+# ---------------------------------------------------------------------------------------------- by rate
+
+
+def _by_rate(truth: PhaseFile, predicted: PhaseFile, annotation_fps: float, prediction_fps: float) -> Matched:
+    if not 1e-3 <= prediction_fps <= 1e4:  # NaN fails too
+        raise UserError(f"--prediction-fps {prediction_fps}: must be a positive number of rows per second")
+    truth_fps = _truth_fps(truth, predicted, annotation_fps, prediction_fps)
+    if truth_fps is None:
+        why = f"at {prediction_fps:g} rows per second (--prediction-fps) these do not cover the same time"
+        raise _unmatched(truth, predicted, annotation_fps, why)
+    fps = min(truth_fps, prediction_fps)
+    rows_t, rows_p = _lead(truth) + len(truth.phase), _lead(predicted) + len(predicted.phase)
+    count = int(np.ceil(rows_t * fps / truth_fps - 1e-6))
+    sample = np.arange(count)
+    row_t = np.floor(sample * (truth_fps / fps) + 1e-6).astype(np.int64) - _lead(truth)
+    row_p = np.floor(sample * (prediction_fps / fps) + 1e-6).astype(np.int64) - _lead(predicted)
+    unscored = max(int(rows_p * fps / prediction_fps) - count, 0)
+    labels, guesses = _taken(truth.phase, row_t), _taken(predicted.phase, row_p)
+    return _matched(labels, guesses, (fps, "--prediction-fps"), "by rate", unscored)
+
+
+def _taken(phase: NDArray[np.int16], row: NDArray[np.int64]) -> NDArray[np.int16]:
+    inside = (row >= 0) & (row < len(phase))
+    return np.where(inside, phase[np.where(inside, row, 0)], np.int16(-1))
+
+
+def _lead(file: PhaseFile) -> int:
+    """Rows that the numbers leave out before the first; 0 where they start at the first or second row's number."""
+    if file.frame is None or file.step is None or file.frame[0] <= 1.001 * file.step:
+        return 0
+    return int(file.frame[0] // file.step)
+
+
+def _truth_fps(truth: PhaseFile, predicted: PhaseFile, annotation_fps: float, prediction_fps: float) -> float | None:
+    """Rows per second of the truth where the prediction has `prediction_fps`: what the file says, else the same rate,
+    the annotations', or that of every k-th row (once a second or faster), if the lengths agree; None where not."""
+    rows_t, rows_p = _lead(truth) + len(truth.phase), _lead(predicted) + len(predicted.phase)
+    said = stated_fps(truth, annotation_fps)
+    every = max(round(rows_p / rows_t), 1)
+    sparser = (prediction_fps / every,) if prediction_fps / every > 0.999 else ()
+    for fps in (said[0],) if said else (prediction_fps, annotation_fps, *sparser):
+        compared = min(fps, prediction_fps)
+        lengths = rows_t * compared / fps, rows_p * compared / prediction_fps
+        if abs(lengths[0] - lengths[1]) <= max(1.0, max(lengths) * (_HALF if said else _TOLERANCE)):
+            return fps
+    return None

@@ -1,0 +1,112 @@
+"""The labels an evaluation was made against: `truth.json` beside its metrics.
+
+With it a run folder alone is enough to draw truth and prediction, whatever has become of the features and the
+annotations since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+from configs.schema import DataSetSpec
+from engine.files import read_json, write_json
+from evaluation.metrics.counts import stretches
+from features.video.mp4 import MAX_PICTURES
+
+TRUTH_FILE = "truth.json"
+FORMAT_VERSION = 1
+MAX_LABELS = 1 << 28  # Cholec80 at 25 fps has 37 million, phases and tools
+
+
+@dataclass(frozen=True)
+class VideoTruth:
+    """One video's labels at the evaluation's rate: `phase` (T,) and `tools` (T, K) int8, -1 = no label; `source` is
+    the hash of the source's ends, as the index has it."""
+
+    phase: NDArray[np.int8]
+    tools: NDArray[np.int8]
+    source: str
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What was evaluated: data set, split, frames a second, and the labels a video."""
+
+    spec: DataSetSpec
+    split: str
+    fps: float
+    videos: dict[str, VideoTruth]
+
+
+def is_simulated(spec: DataSetSpec, root: Path | None) -> bool:
+    """Whether videos are drawn by the simulator: the data set is called so, or the data root (where it is known) holds
+    the simulator's settings. `evaluate` asks once and keeps the answer as `simulated` in `metrics.json`."""
+    from features.simulation.write import SETTINGS_FILE
+
+    named = "simulated" in f"{spec.name} {spec.title}".lower()
+    return named or (root is not None and (root / SETTINGS_FILE).is_file())
+
+
+def write_truth(path: Path, truth: Truth) -> None:
+    """Write labels atomically, as `[frames, value]` pairs. Raises UserError where there is no room."""
+    videos = {
+        name: {
+            "source_sha256_ends": video.source,
+            "phase": _packed(video.phase),
+            "tools": [_packed(video.tools[:, k]) for k in range(video.tools.shape[1])],
+        }
+        for name, video in truth.videos.items()
+    }
+    about = {"format_version": FORMAT_VERSION, "split": truth.split, "fps": truth.fps}
+    write_json(path, {**about, "dataset": truth.spec.model_dump(mode="json"), "videos": videos})
+
+
+def read_truth(path: Path) -> Truth:
+    """Read what `write_truth` wrote. Raises UserError when it is missing or not that."""
+    tree = read_json(path)
+    try:
+        if tree["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format version {tree['format_version']}, this program reads {FORMAT_VERSION}")
+        spec = DataSetSpec(**tree["dataset"])
+        videos, labels = {}, 0
+        for name, entry in tree["videos"].items():
+            videos[str(name)] = video = _video(entry, spec)
+            labels += video.phase.size + video.tools.size
+            if labels > MAX_LABELS:
+                raise ValueError(f"more than {MAX_LABELS:,} labels")
+        return Truth(spec, str(tree["split"]), float(tree["fps"]), videos)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path}: not the labels of an evaluation ({reason}); run evaluate again") from error
+
+
+def _video(entry: Any, spec: DataSetSpec) -> VideoTruth:
+    phase = _unpacked(entry["phase"], len(spec.phases))
+    tools = [_unpacked(track, 2) for track in entry["tools"]]
+    if len(tools) not in (0, len(spec.tools)) or any(len(track) != len(phase) for track in tools):
+        raise ValueError("tool labels that do not fit the data set or the phases")
+    columns = np.stack(tools, axis=1) if tools else np.zeros((len(phase), 0), np.int8)
+    return VideoTruth(phase, columns, str(entry["source_sha256_ends"]))
+
+
+def _packed(track: NDArray[Any]) -> list[list[int]]:
+    start, stop, value = stretches(track)
+    return np.stack([stop - start, value], axis=1).tolist()
+
+
+def _unpacked(pairs: Sequence[Sequence[int]], classes: int) -> NDArray[np.int8]:
+    table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    lengths = table[:, 0]
+    # each before their sum, which otherwise could wrap
+    if table.size and (lengths.min() < 1 or lengths.max() > MAX_PICTURES or lengths.sum() > MAX_PICTURES):
+        raise ValueError("a stretch of labels without a sensible length")
+    if table.size and (table[:, 1].min() < -1 or table[:, 1].max() >= classes):
+        raise ValueError(f"labels outside -1 to {classes - 1}")
+    return np.repeat(table[:, 1].astype(np.int8), lengths)

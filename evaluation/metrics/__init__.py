@@ -1,0 +1,1 @@
+"""The metrics, under every published convention."""

@@ -1,0 +1,189 @@
+"""Tool presence: average precision a tool, pooled over frames and a video at a time, and scores at a threshold.
+
+Both averages are in use under the one name mAP, so both are always given. Definitions: docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+from evaluation.metrics.counts import FloatArray, IntArray
+from evaluation.metrics.phases import json_number, mean_and_std, mean_known
+
+DEFAULT_THRESHOLD = 0.5
+
+Thresholds = float | Mapping[str, float]
+LabelsAndScores = tuple[IntArray, FloatArray]  # (T, K) each
+
+
+def evaluate_tools(
+    truth: Mapping[str, NDArray[Any]],
+    scores: Mapping[str, NDArray[Any]],
+    tools: Sequence[str],
+    threshold: Thresholds | None = None,
+    *,
+    split: str | None = None,
+    fps: float | None = None,
+    seeds: int = 1,
+) -> dict[str, Any]:
+    """Score tool presence.
+
+    `truth` maps video ids to (T, K) presence (1, 0; -1 = no label, not counted), `scores` to (T, K) numbers that rise
+    with the belief in presence (probabilities or logits). `threshold`, one for all or one a tool, adds precision,
+    recall and F1 over the pooled frames: choose it on validation videos (`choose_thresholds`), never on these.
+
+    Returns {map_pooled, map_video, per_tool, per_video, about}, percent, ready for JSON. A tool that never appears has
+    no average precision (None) and is left out of the means. Raises UserError naming the video for unequal shapes,
+    scores that are not numbers and labels other than -1, 0, 1, and where nothing is labelled.
+    """
+    videos = _checked(truth, scores, len(tools))
+    labels, values = _concatenated(videos)
+    pooled = _average_precisions(labels, values)  # (K,)
+    single = np.stack([_average_precisions(*pair) for pair in videos.values()])  # (V, K)
+    over_videos = mean_known(single, axis=0)
+    result: dict[str, Any] = {
+        "map_pooled": json_number(float(mean_known(pooled, axis=0))),
+        "map_video": json_number(float(mean_known(over_videos, axis=0))),
+        "per_tool": {
+            tool: {
+                "ap_pooled": json_number(pooled[k]),
+                "ap_video": mean_and_std(over_videos[k], single[:, k]),
+                "videos": int(np.isfinite(single[:, k]).sum()),
+                "present": int((labels[:, k] == 1).sum()),
+                "frames": int((labels[:, k] >= 0).sum()),
+            }
+            for k, tool in enumerate(tools)
+        },
+        "per_video": {
+            video: {
+                "map": json_number(float(mean_known(single[v], axis=0))),
+                "ap": {tool: json_number(single[v, k]) for k, tool in enumerate(tools)},
+            }
+            for v, video in enumerate(videos)
+        },
+    }
+    if threshold is not None:
+        result["at_threshold"] = _add_threshold_scores(result["per_tool"], labels, values, threshold)
+    result["about"] = {
+        "unit": "percent",
+        "map_pooled": "average precision of each tool over the frames of all videos, then the mean over tools",
+        "map_video": "average precision of each tool a video, mean over videos, then the mean over tools",
+        "absent_tool": "a tool that never appears (in a video, or at all) has no average precision and is left out",
+        "std": "over videos (n - 1)",
+        "split": split,
+        "fps": fps,
+        "videos": len(videos),
+        "videos_without_labels": sorted(set(truth) - set(videos)),
+        "seeds": seeds,
+    }
+    return result
+
+
+def sigmoid(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Logistic function, safe for large logits of either sign."""
+    value: NDArray[np.float64] = 0.5 * (1.0 + np.tanh(0.5 * logits.astype(np.float64)))
+    return value
+
+
+def average_precision(truth: IntArray, scores: FloatArray) -> float:
+    """Average precision in percent of one tool over the labelled frames ((T,) each); NaN where it never appears."""
+    from sklearn.metrics import average_precision_score
+
+    labelled = truth >= 0
+    if not (truth == 1).any():
+        return math.nan
+    return float(100.0 * average_precision_score(truth[labelled], scores[labelled]))
+
+
+def choose_thresholds(
+    truth: Mapping[str, NDArray[Any]], scores: Mapping[str, NDArray[Any]], tools: Sequence[str]
+) -> dict[str, float]:
+    """The threshold a tool with the best F1 over the pooled frames (the highest one on a tie).
+
+    Arguments as in `evaluate_tools`, of the validation videos. A tool that never appears there gets 0.5.
+    """
+    from sklearn.metrics import precision_recall_curve
+
+    labels, values = _concatenated(_checked(truth, scores, len(tools)))
+    chosen = {}
+    for k, tool in enumerate(tools):
+        labelled = labels[:, k] >= 0
+        if not (labels[:, k] == 1).any():
+            chosen[tool] = DEFAULT_THRESHOLD
+            continue
+        precision, recall, thresholds = precision_recall_curve(labels[labelled, k], values[labelled, k])
+        f1 = 2.0 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
+        f1 = f1[:-1]  # the curve's last point (precision 1, recall 0) belongs to no threshold
+        chosen[tool] = float(thresholds[np.flatnonzero(f1 == f1.max())[-1]])
+    return chosen
+
+
+def _average_precisions(labels: IntArray, values: FloatArray) -> FloatArray:
+    """(K,) average precision of each column of (T, K)."""
+    return np.array([average_precision(labels[:, k], values[:, k]) for k in range(labels.shape[1])])
+
+
+def _add_threshold_scores(
+    per_tool: dict[str, dict[str, Any]], labels: IntArray, values: FloatArray, threshold: Thresholds
+) -> dict[str, float | None]:
+    """Add precision, recall and F1 at the threshold to each tool; their means over the tools that appear."""
+    limits = dict.fromkeys(per_tool, threshold) if isinstance(threshold, int | float) else threshold
+    if missing := [tool for tool in per_tool if tool not in limits]:
+        raise UserError(f"no threshold for tool {missing[0]!r}; give one a tool, or one number for all")
+    names, table = ("precision", "recall", "f1"), []
+    for k, (tool, entry) in enumerate(per_tool.items()):
+        labelled = labels[:, k] >= 0
+        present, said = labels[labelled, k] == 1, values[labelled, k] >= limits[tool]
+        hits, predicted, actual = (float(mask.sum()) for mask in (present & said, said, present))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            row = 100.0 * np.divide([hits, hits, 2 * hits], [predicted, actual, predicted + actual])
+        table.append(row if actual else np.full(3, math.nan))
+        entry |= {"threshold": float(limits[tool]), **dict(zip(names, map(json_number, table[-1]), strict=True))}
+    return dict(zip(names, map(json_number, mean_known(np.array(table), axis=0)), strict=True))
+
+
+def _concatenated(videos: Mapping[str, LabelsAndScores]) -> LabelsAndScores:
+    """The frames of all videos as one."""
+    return (
+        np.concatenate([labels for labels, _ in videos.values()]),
+        np.concatenate([values for _, values in videos.values()]),
+    )
+
+
+def _checked(
+    truth: Mapping[str, NDArray[Any]], scores: Mapping[str, NDArray[Any]], classes: int
+) -> dict[str, LabelsAndScores]:
+    """The videos that carry any label, in the order of their ids."""
+    for ids, other, what in ((truth, scores, "tool scores"), (scores, truth, "tool labels")):
+        if missing := sorted(set(ids) - set(other)):
+            raise UserError(f"{missing[0]}: no {what} for this video ({len(missing)} such); give both or leave it out")
+    videos: dict[str, LabelsAndScores] = {}
+    for video in sorted(truth):
+        labels, values = np.asarray(truth[video]), np.asarray(scores[video], dtype=np.float64)
+        if labels.shape != values.shape or labels.ndim != 2 or labels.shape[1] != classes:
+            raise UserError(
+                f"{video}: tool labels {labels.shape} and scores {values.shape} must both be (frames, {classes})"
+            )
+        if not np.isin(labels, (-1, 0, 1)).all():
+            raise UserError(f"{video}: tool labels must be 1, 0 or -1 for none")
+        if not np.isfinite(values[labels >= 0]).all():
+            raise UserError(f"{video}: tool scores hold NaN or infinity; the model that wrote them has diverged")
+        if (labels >= 0).any():
+            videos[video] = (labels.astype(np.int8), values)
+    if not videos:
+        raise UserError("no video has tool labels, so there is nothing to evaluate; give videos with annotations")
+    return videos
+
+
+def logit(probabilities: NDArray[Any]) -> NDArray[np.float64]:
+    """The inverse of `sigmoid`, cut at +-16.6, which is as far as a float32 probability can tell."""
+    half_step = 2.0**-24
+    inner = np.clip(probabilities.astype(np.float64), half_step, 1 - half_step)
+    value: NDArray[np.float64] = np.log(inner) - np.log1p(-inner)
+    return value

@@ -1,0 +1,158 @@
+"""What an ablation came to: a ranked table with deviations over seeds, differences against the base, CSV and a page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from configs.schema import FORMULA_STARTS
+from engine.files import write_text
+from evaluation.reports.templates import template_environment
+
+ABLATION_PAGE = "ablation.html"
+_TEMPLATE = "ablation.html.j2"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training of a setting: its label, what it changes, the seed, and stage two's result."""
+
+    label: str
+    changes: Mapping[str, Any]
+    seed: int
+    is_base: bool
+    result: Mapping[str, Any]
+    folder: str
+
+    @property
+    def score(self) -> float:
+        """What settings are ranked by: a fraction, on the validation videos."""
+        return float(self.result["val_accuracy"])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting over its seeds, percent. Differences are paired: the same seed of the base is taken off each."""
+
+    label: str
+    is_base: bool
+    seeds: int
+    mean: float
+    std: float | None
+    difference: float | None
+    difference_std: float | None
+    best_epoch: float
+    seconds: float
+
+
+def ablation_rows(trials: Sequence[Trial]) -> list[Row]:
+    """The settings, best mean first, those with fewer seeds than others (some failed, or are to come) after the rest.
+
+    Standard deviations are over seeds (n - 1); None below two.
+    """
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault(trial.label, []).append(trial)
+    base = {trial.seed: trial.score for trial in trials if trial.is_base}
+    rows = [_row(label, group, base) for label, group in groups.items()]
+    return sorted(rows, key=lambda row: (-row.seeds, -row.mean))
+
+
+def _row(label: str, group: Sequence[Trial], base: Mapping[int, float]) -> Row:
+    scores = [100 * trial.score for trial in group]
+    paired = [100 * (trial.score - base[trial.seed]) for trial in group if trial.seed in base]
+    is_base = any(trial.is_base for trial in group)
+    return Row(
+        label=label,
+        is_base=is_base,
+        seeds=len(group),
+        mean=statistics.fmean(scores),
+        std=_std(scores),
+        difference=None if is_base or not paired else statistics.fmean(paired),
+        difference_std=None if is_base else _std(paired),
+        best_epoch=statistics.fmean(trial.result["best_epoch"] + 1 for trial in group),
+        seconds=statistics.fmean(trial.result["seconds"] for trial in group),
+    )
+
+
+def _std(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+_HEADERS = ("setting", "seeds", "mean", "std", "against base", "std", "best epoch", "seconds")
+
+
+def _cells(row: Row) -> list[str]:
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    return [
+        f"{row.label} (base)" if row.is_base and row.label != "base" else row.label,
+        str(row.seeds),
+        number(row.mean, ".2f"),
+        number(row.std, ".2f"),
+        number(row.difference, "+.2f"),
+        number(row.difference_std, ".2f"),
+        number(row.best_epoch, ".1f"),
+        number(row.seconds, ".1f"),
+    ]
+
+
+def ablation_table(trials: Sequence[Trial], score: str) -> Table:
+    """The ranked table for a terminal; `score` says what the numbers are."""
+    table = Table(title=Text(f"{score}, percent; deviations over seeds"), title_justify="left")
+    for number, header in enumerate(_HEADERS):
+        table.add_column(header, justify="right" if number else "left", overflow="fold")
+    for row in ablation_rows(trials):
+        table.add_row(*map(Text, _cells(row)), style="bold" if row.is_base else None)
+    return table
+
+
+def write_ablation_csv(path: Path, trials: Sequence[Trial]) -> None:
+    """A row a training: setting, changes, seed, score (a fraction), epochs, speed, folder; written atomically."""
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.changes))
+    numbers = ("val_accuracy", "best_epoch", "epochs", "parameters", "seconds", "frames_per_s")
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["setting", *keys, "seed", "base", *numbers, "folder"])
+    for trial in sorted(trials, key=lambda one: (one.label, one.seed)):
+        values = [trial.changes.get(key, "") for key in keys]
+        result = [trial.result.get(name) for name in numbers]
+        row = [trial.label, *values, trial.seed, int(trial.is_base), *result, trial.folder]
+        writer.writerow([_no_formula(cell) for cell in row])
+    write_text(path, buffer.getvalue())
+
+
+def _no_formula(cell: Any) -> Any:
+    """Text that a spreadsheet would compute gets the apostrophe in front with which spreadsheets mark text."""
+    text = isinstance(cell, str) and cell.startswith(FORMULA_STARTS)
+    return f"'{cell}" if text else cell
+
+
+def ablation_page(title: str, trials: Sequence[Trial], score: str, figures: Sequence[Any]) -> str:
+    """One HTML page without any network: the ranked table and Plotly `figures`. Names are escaped."""
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    options = {"include_plotlyjs": False, "full_html": False, "config": {"displaylogo": False}}
+    return (
+        template_environment(html=True)
+        .get_template(_TEMPLATE)
+        .render(
+            title=title,
+            score=score,
+            headers=_HEADERS,
+            rows=[(row.is_base, _cells(row)) for row in ablation_rows(trials)],
+            figures=[Markup(figure.to_html(**options)) for figure in figures],
+            plotly=Markup(get_plotlyjs()) if figures else "",
+            trainings=len(trials),
+        )
+    )

@@ -1,0 +1,359 @@
+"""The report of one run or of several side by side: what is in it, gathered from their run folders.
+
+Several runs must have been evaluated on the same videos with the same labels. `report_tables` and `report_figures` turn
+it into tables and figures, `report_page` into one HTML file, `report_files` into PDF and PNG.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+from configs.load import flatten, read_yaml
+from engine.files import read_json, read_json_object
+from engine.logs import METRICS_FILE as LOG_FILE
+from engine.logs import read_metrics
+from evaluation.files.predictions import TOOLS_ALONE, Prediction, ToolScores, read_prediction_csv, read_tool_csv
+from evaluation.files.truth import TRUTH_FILE, Truth, is_simulated, read_truth
+from evaluation.metrics.counts import stretches
+from evaluation.metrics.statistics import bootstrap_intervals, phase_intervals
+from evaluation.reports.ablation import ABLATION_PAGE
+from evaluation.reports.paper_figures import sample_edges_s
+from evaluation.reports.summary import left_out_lines, scored_words, settings_behind
+from features.ids import file_stem
+
+EVALUATE_FOLDER, METRICS_FILE = "evaluate", "metrics.json"
+HEAD = "temporal"  # the head whose predictions are in files
+TRUTH_NAME = "truth"
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """One run as its folder tells it. `settings` and `environment` are of the training of the net that was evaluated,
+    empty where that was another program's; `curves` maps a training's folder below the run to its epochs; `predictions`
+    is empty for a net of tools alone, whose scores are in `tool_scores` as all others' are."""
+
+    name: str
+    metrics: dict[str, Any]
+    truth: Truth
+    predictions: dict[str, Prediction]
+    tool_scores: dict[str, ToolScores]
+    summary: dict[str, Any]
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    curves: dict[str, list[dict[str, Any]]]
+
+    @property
+    def phases(self) -> dict[str, Any]:
+        """Results of `evaluate_phases` a head; empty where no video has phases."""
+        found: dict[str, Any] = self.metrics["phases"]
+        return found
+
+    @property
+    def tools(self) -> dict[str, Any] | None:
+        """What `evaluate_tools` returned, or None."""
+        found: dict[str, Any] | None = self.metrics["tools"]
+        return found
+
+    @property
+    def tools_alone(self) -> bool:
+        """Whether the net has no phase branch."""
+        return self.metrics.get("tasks") == "tool"
+
+    @property
+    def simulated(self) -> bool:
+        """Whether it was evaluated on simulated operations."""
+        return bool(self.metrics.get("simulated", is_simulated(self.truth.spec, None)))
+
+    @property
+    def scored(self) -> str:
+        """How many videos the numbers are over, in words."""
+        return scored_words(self.metrics)
+
+    @property
+    def left_out(self) -> list[str]:
+        """A line for each video that no number is over."""
+        return left_out_lines(self.metrics)
+
+    @property
+    def labelled(self) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+        """Truth and predicted phases (T,) of the videos with both."""
+        names = [name for name in self.predictions if (self.truth.videos[name].phase >= 0).any()]
+        truth = {name: self.truth.videos[name].phase for name in names}
+        return truth, {name: self.predictions[name].phase for name in names}
+
+    def accuracy(self, video: str) -> float | None:
+        """Percent of the video's labelled frames that are right; None without labels."""
+        results = self.phases.get(HEAD, {}).get("phase_mean", {})
+        value = results.get("per_video", {}).get(video, {}).get("accuracy")
+        return None if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Bootstrap over videos, 95 %: {convention: {metric: ...}} and {convention: {phase: {metric: ...}}}."""
+
+    overall: dict[str, Any]
+    per_phase: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Parting:
+    """A stretch of a video in which truth and prediction part; `frame` is the source frame in its middle."""
+
+    video: str
+    frame: int
+    time_s: float
+    length_s: float
+    truth: int
+    predicted: int
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A frame (JPEG bytes) where truth and prediction part."""
+
+    parting: Parting
+    jpeg: bytes
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the page shows: runs, videos from worst to best, intervals a run; pictures, and a sentence about them."""
+
+    runs: list[RunResults]
+    videos: list[str]
+    intervals: list[Intervals | None]
+    thumbnails: list[Thumbnail] = field(default_factory=list)
+    thumbnails_note: str = ""
+
+    @property
+    def truth(self) -> Truth:
+        """Labels and data set, the same for every run."""
+        return self.runs[0].truth
+
+    def times_s(self, video: str) -> NDArray[np.float64] | None:
+        """(T,) when a video's samples are shown; None where no run has predictions."""
+        scores = (run.predictions.get(video) or run.tool_scores.get(video) for run in self.runs)
+        return next((found.time_s for found in scores if found is not None), None)
+
+
+# ---------------------------------------------------------------------------------------------- gathering
+
+
+def gather(folders: Sequence[Path], split: str = "test") -> Report:
+    """Read the runs' evaluations in `RUN/evaluate/<split>/`.
+
+    Raises UserError naming the command to run where a run is not evaluated, and the videos where two runs differ.
+    """
+    names = _names(folders)
+    runs = [_gather_run(folder, name, split) for folder, name in zip(folders, names, strict=True)]
+    for run in runs[1:]:
+        _require_comparable(runs[0], run)
+    order = sorted(runs[0].truth.videos, key=lambda video: (_or_last(runs[0].accuracy(video)), video))
+    return Report(runs, order, [_intervals(run) for run in runs])
+
+
+def _or_last(accuracy: float | None) -> float:
+    return 101.0 if accuracy is None else accuracy
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Folder names; whole paths where two are the same or one could be taken for the truth."""
+    names = [folder.resolve().name for folder in folders]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError(f"{folders[0]}: a run is named twice; name each once")
+    return [
+        str(folder) if names.count(name) > 1 or name == TRUTH_NAME else name
+        for folder, name in zip(folders, names, strict=True)
+    ]
+
+
+def _gather_run(folder: Path, name: str, split: str) -> RunResults:
+    if not folder.is_dir():
+        known = Path("runs") / folder.name
+        instead = f"there is {known}" if known.is_dir() else "name the folder of a run that was evaluated"
+        raise UserError(f"{folder}: no such run folder; {instead}")
+    if (folder / ABLATION_PAGE).is_file():
+        raise UserError(f"{folder}: an ablation and not a run; open {folder / ABLATION_PAGE}")
+    evaluated = folder / EVALUATE_FOLDER / split
+    metrics = _metrics(folder, evaluated, split)
+    truth = read_truth(evaluated / TRUTH_FILE)
+    files = {video: evaluated / "predictions" / f"{file_stem(video)}.csv" for video in truth.videos}
+    has_phases = HEAD in metrics["phases"] or any(path.exists() for path in files.values())
+    predictions = {v: read_prediction_csv(path, truth.spec) for v, path in files.items()} if has_phases else {}
+    tool_scores = {
+        video: ToolScores(found.time_s, found.tool_probabilities)
+        for video, found in predictions.items()
+        if found.tool_probabilities is not None
+    } or _tools_alone(evaluated, truth)
+    rows = {video: len(scores.time_s) for video, scores in tool_scores.items()}
+    rows |= {video: len(found.time_s) for video, found in predictions.items()}
+    for video, count in rows.items():
+        if count != len(truth.videos[video].phase):
+            raise UserError(
+                f"{evaluated}: {video} has {count} predictions, but another number of labels in {TRUTH_FILE}; "
+                "run evaluate again"
+            )
+    stage = _stage_of(folder, metrics)
+    environment = stage / "environment.json" if stage else None
+    settings = read_yaml(stage / "config.yaml") if stage else {}
+    settings = settings_behind(folder, settings, metrics.get("encoder"))
+    imported = bool(metrics.get("imported"))
+    return RunResults(
+        name=name,
+        metrics=metrics,
+        truth=truth,
+        predictions=predictions,
+        tool_scores=tool_scores,
+        summary=_read_if_there(folder / "summary.json"),
+        settings=without_training(settings) if imported else settings,
+        environment=_read_if_there(environment) if environment and not imported else {},
+        curves=_curves(folder),
+    )
+
+
+def _metrics(folder: Path, evaluated: Path, split: str) -> dict[str, Any]:
+    path = evaluated / METRICS_FILE
+    command = f"python pipeline.py evaluate --name {folder.resolve().name}"
+    if split in ("train", "val", "test", "all"):
+        command += f" --split {split}"
+    if not path.exists():
+        others = sorted(other.parent.name for other in folder.glob(f"{EVALUATE_FOLDER}/*/{METRICS_FILE}"))
+        instead = f", or choose --split {' or '.join(others)}" if others else ""
+        raise UserError(f"{evaluated}: not evaluated yet; run `{command}` with the run's --config first{instead}")
+    if not (evaluated / TRUTH_FILE).exists():
+        raise UserError(f"{evaluated}: evaluated without {TRUTH_FILE}; run `{command}` with the run's --config again")
+    metrics = read_json(path)
+    if not (isinstance(metrics, dict) and isinstance(metrics.get("phases"), dict) and "tools" in metrics):
+        raise UserError(f"{path}: not the metrics of an evaluation; run `{command}` with the run's --config again")
+    return metrics
+
+
+def _tools_alone(evaluated: Path, truth: Truth) -> dict[str, ToolScores]:
+    """What a net without a phase branch says; empty where it left no such files."""
+    folder = evaluated / TOOLS_ALONE
+    if not folder.is_dir():
+        return {}
+    return {video: read_tool_csv(folder / f"{file_stem(video)}.csv", truth.spec) for video in truth.videos}
+
+
+def _stage_of(folder: Path, metrics: Mapping[str, Any]) -> Path | None:
+    """Where the net that was evaluated was trained: its joint step, else stage two, else what was started last."""
+    if metrics.get("checkpoint"):
+        named = folder / "joint" / Path(str(metrics["checkpoint"])).parent.name
+    else:
+        named = folder / HEAD
+    if (named / "config.yaml").is_file():
+        return named
+    stages = sorted((path.parent for path in folder.rglob("config.yaml")), key=_last_stage)
+    return stages[-1] if stages else None
+
+
+def without_training(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the settings beside an imported net say of it: which pictures it takes and what it is. How it was trained is
+    another program's affair, and the rest of these settings was never used."""
+    parts = {"preprocess": None, "cnn": "backbone", "temporal": "head", "joint": "net"}
+    return {
+        name: {key: settings[name][key]} if key else settings[name]
+        for name, key in parts.items()
+        if name in settings and (key is None or key in settings[name])
+    }
+
+
+def _last_stage(stage: Path) -> tuple[float, str]:
+    """Stages in the order in which they were started."""
+    return (stage / "config.yaml").stat().st_mtime, str(stage)
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if path.exists() else {}
+
+
+def _curves(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    found = {path.parent.relative_to(folder).as_posix(): path for path in sorted(folder.rglob(LOG_FILE))}
+    curves = {name: read_metrics(path, "epoch") for name, path in found.items()}
+    return {name: rows for name, rows in curves.items() if rows}
+
+
+def _require_comparable(first: RunResults, other: RunResults) -> None:
+    one, two = first.truth, other.truth
+    if odd := sorted(set(one.videos) ^ set(two.videos)):
+        shown = ", ".join(odd[:6]) + (f" and {len(odd) - 6} more" if len(odd) > 6 else "")
+        raise UserError(
+            f"{first.name} and {other.name} were evaluated on different videos ({shown} in one only); "
+            "only runs on the same videos stand side by side"
+        )
+    for what, a, b in (
+        ("phases", one.spec.phases, two.spec.phases),
+        ("tools", one.spec.tools, two.spec.tools),
+        ("frames a second", one.fps, two.fps),
+    ):
+        if a != b:
+            raise UserError(f"{first.name} and {other.name} differ in {what} ({a} and {b}); report them one by one")
+    for video, labels in one.videos.items():
+        same = np.array_equal(labels.phase, two.videos[video].phase) and labels.source == two.videos[video].source
+        if not (same and np.array_equal(labels.tools, two.videos[video].tools)):
+            raise UserError(
+                f"{video}: {first.name} and {other.name} were evaluated against different labels or recordings of it; "
+                "run evaluate again on both"
+            )
+
+
+def _intervals(run: RunResults) -> Intervals | None:
+    truth, predicted = run.labelled
+    if not truth:
+        return None
+    arguments = (truth, predicted, run.truth.spec.phases, run.truth.fps)
+    return Intervals(bootstrap_intervals(*arguments), phase_intervals(*arguments))
+
+
+def differing_settings(runs: Sequence[RunResults]) -> list[tuple[str, list[str]]]:
+    """Settings in which the runs differ, with each run's value."""
+    trees = [flatten(run.settings) for run in runs]
+    keys = dict.fromkeys(key for tree in trees for key in tree)
+    rows = [(key, [str(tree.get(key, "-")) for tree in trees]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def partings(report: Report, videos: int = 3, frames: int = 4) -> list[Parting]:
+    """The longest stretches in which the first run's prediction is wrong, in its worst videos, in order of time."""
+    run, found = report.runs[0], []
+    wrong = [video for video in report.videos if (run.accuracy(video) or 0.0) < 100.0 and video in run.labelled[0]]
+    for video in wrong[:videos]:
+        longest = sorted(_wrong_stretches(run, video), key=lambda part: -part.length_s)[:frames]
+        found += sorted(longest, key=lambda part: part.time_s)
+    return found
+
+
+def _wrong_stretches(run: RunResults, video: str) -> list[Parting]:
+    prediction, truth = run.predictions[video], run.truth.videos[video].phase
+    classes = len(run.truth.spec.phases)
+    edges_s = sample_edges_s(prediction.time_s, len(truth), run.truth.fps)
+    # One number a pair of truth and prediction; right and unlabelled frames are -1.
+    pair = np.where((truth >= 0) & (truth != prediction.phase), truth.astype(int) * classes + prediction.phase, -1)
+    return [
+        Parting(
+            video,
+            int(prediction.frame_index[(start + stop) // 2]),
+            float(prediction.time_s[(start + stop) // 2]),
+            float(edges_s[stop] - edges_s[start]),
+            *divmod(int(value), classes),
+        )
+        for start, stop, value in zip(*stretches(pair), strict=True)
+        if value >= 0
+    ]
+
+
+def settings_of(run: RunResults, *keys: str) -> Any:
+    """A nested setting, None where the run has none."""
+    value: Any = run.settings
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value

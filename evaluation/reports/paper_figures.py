@@ -1,0 +1,231 @@
+"""Figures for papers and the README: phase ribbons and confusion matrices, as PNG or PDF by the file's suffix.
+
+Drawn with matplotlib's objects and without pyplot, so that nothing is shared between figures or threads and no display
+is needed. matplotlib is imported on the first figure, since it takes a second.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+from engine.files import atomic_path
+from evaluation.metrics.counts import label_pairs, stretches
+
+# Okabe and Ito's colours, told apart under every common colour blindness, ordered so that neighbours in Cholec80's
+# sequence differ in lightness too; then one of Paul Tol's.
+PALETTE = (
+    "#56B4E9",
+    "#0072B2",
+    "#F0E442",
+    "#009E73",
+    "#E69F00",
+    "#CC79A7",
+    "#D55E00",
+    "#882255",
+)
+UNLABELLED: dict[str, Any] = {"facecolor": "#E6E6E6", "hatch": "////", "edgecolor": "white"}
+_TEXT_COLOUR = "#222222"
+_WIDTH_INCH = 9.0
+_RIBBON_INCH = 0.17
+_BAR = 0.86  # share of a ribbon's height that is coloured
+_GAP_INCH = 0.13  # between videos
+_RIGHT_INCH = 0.55  # room for the accuracies
+_LEGEND_COLUMNS = 4
+_SUFFIXES = (".png", ".pdf")
+
+Video = tuple[str, NDArray[Any], Mapping[str, NDArray[Any]]]
+Ribbon = tuple[str, NDArray[Any], "float | None"]  # name, track, accuracy in percent
+
+
+def phase_colours(classes: int) -> list[str]:
+    """One colour a phase, the same in every figure: the palette, and for more phases steps of a perceptually even map,
+    light and dark by turns."""
+    if classes <= len(PALETTE):
+        return list(PALETTE[:classes])
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    order = np.argsort(np.r_[0:classes:2, 1:classes:2])
+    return [to_hex(colour) for colour in colormaps["viridis"](order / (classes - 1))]
+
+
+def sample_edges_s(time_s: NDArray[np.float64] | None, samples: int, fps: float) -> NDArray[np.float64]:
+    """(T + 1,) when each of so many samples begins, and when the last one ends; `time_s` None where `fps` says it."""
+    return np.arange(samples + 1) / fps if time_s is None else np.append(time_s, time_s[-1] + 1.0 / fps)
+
+
+def phase_ribbons(
+    path: Path,
+    videos: Sequence[Video],
+    fps: float,
+    phases: Sequence[str],
+    title: str = "",
+    times_s: Mapping[str, NDArray[np.float64]] | None = None,
+) -> None:
+    """Draw truth and predictions of each video as ribbons over time.
+
+    `videos` holds (id, truth (T,), {name: predicted (T,)}) with phase ids at `fps`; -1 in a truth is drawn hatched in
+    grey. A video may have several predictions, one ribbon each with its accuracy in percent beside; an empty truth
+    (all -1) is left out, as for new videos. `times_s` holds (T,) when each video's samples are shown. The figure's
+    height grows with the videos. `path` ends in .png or .pdf; it is written atomically. Raises UserError for another
+    suffix.
+    """
+    if not videos or not all(len(truth) for _, truth, _ in videos):
+        raise UserError(f"{path}: a ribbon figure needs at least one video, and frames in each")
+    from matplotlib.figure import Figure
+
+    rows = [_ribbons(truth, predicted) for _, truth, predicted in videos]
+    heights = [len(ribbons) * _RIBBON_INCH + _GAP_INCH for ribbons in rows]
+    widest_name = max(len(name) for ribbons in rows for name, _, _ in ribbons)
+    left = min(0.4 + 0.062 * (max(len(video) for video, _, _ in videos) + widest_name), 3.0)
+    legend_rows = -(-(len(phases) + 1) // _LEGEND_COLUMNS)
+    top, bottom = 0.28 * bool(title) + 0.2 * legend_rows + 0.2, 0.5
+    height, width = top + sum(heights) + bottom, _WIDTH_INCH - left - _RIGHT_INCH
+
+    figure = Figure(figsize=(_WIDTH_INCH, height))
+    axes = figure.add_axes((left / _WIDTH_INCH, bottom / height, width / _WIDTH_INCH, sum(heights) / height))
+    edges_min = [sample_edges_s((times_s or {}).get(video), len(truth), fps) / 60 for video, truth, _ in videos]
+    end_min = max(edges[-1] for edges in edges_min)
+    axes.set(xlim=(0, end_min), ylim=(sum(heights), 0), xlabel="Time (min)")
+    y = 0.0
+    for (video, _, _), ribbons, video_height, edges in zip(videos, rows, heights, edges_min, strict=True):
+        middle = y + (len(ribbons) - 1 + _BAR) * _RIBBON_INCH / 2
+        _text(axes, (0.1 - left) / width, middle, short_name(video, 24), axes.get_yaxis_transform(), fontweight="bold")
+        _draw_video(axes, ribbons, y, edges, phase_colours(len(phases)), end_min * 0.008)
+        y += video_height
+    _style_time_axis(axes)
+    unlabelled = any((track < 0).any() for ribbons in rows for _, track, _ in ribbons)
+    _add_legend(figure, phases, unlabelled, 1 - 0.28 * bool(title) / height)
+    if title:
+        _text(figure, 0.1 / _WIDTH_INCH, 1 - 0.18 / height, title, figure.transFigure, fontsize=10)
+    save_figure(figure, path)
+
+
+def _ribbons(truth: NDArray[Any], predicted: Mapping[str, NDArray[Any]]) -> list[Ribbon]:
+    """The ribbons of one video, truth first where there is any."""
+    labelled = truth >= 0
+    if not labelled.any():
+        return [(name, np.asarray(track), None) for name, track in predicted.items()]
+    scored = [(name, track, 100.0 * float((track == truth)[labelled].mean())) for name, track in predicted.items()]
+    return [("truth", truth, None), *scored]
+
+
+def _draw_video(
+    axes: Any,
+    ribbons: Sequence[Ribbon],
+    y: float,
+    edges_min: NDArray[np.float64],
+    colours: Sequence[str],
+    margin_min: float,
+) -> None:
+    for name, track, accuracy in ribbons:
+        start, stop, value = stretches(track)
+        for phase in np.unique(track):
+            runs = value == phase
+            begin, end = edges_min[start[runs]], edges_min[stop[runs]]
+            bars = np.stack([begin, end - begin], axis=1)
+            style = UNLABELLED if phase < 0 else {"facecolor": colours[phase]}
+            # Without antialiasing neighbouring bars meet without a seam.
+            axes.broken_barh(bars, (y, _RIBBON_INCH * _BAR), antialiased=False, linewidth=0, **style)
+        middle = y + _RIBBON_INCH * _BAR / 2
+        _text(axes, -margin_min, middle, short_name(name, 16), axes.transData, fontsize=7, ha="right")
+        if accuracy is not None:
+            _text(axes, edges_min[-1] + margin_min, middle, f"{accuracy:.1f} %", axes.transData, fontsize=7)
+        y += _RIBBON_INCH
+
+
+def _text(parent: Any, x: float, y: float, text: str, transform: Any, **style: Any) -> None:
+    """Text as it is: a dollar sign in a name starts no formula."""
+    style = {"fontsize": 8, "color": _TEXT_COLOUR, "va": "center", **style}
+    parent.text(x, y, text, transform=transform, parse_math=False, **style)
+
+
+def _style_time_axis(axes: Any) -> None:
+    axes.set_yticks([])
+    axes.tick_params(axis="x", labelsize=8)
+    axes.xaxis.label.set_fontsize(8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _add_legend(figure: Any, phases: Sequence[str], unlabelled: bool, top: float) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(facecolor=colour) for colour in phase_colours(len(phases))]
+    labels = [short_name(name, 28) for name in phases]
+    if unlabelled:
+        handles.append(Patch(**UNLABELLED))
+        labels.append("no label")
+    legend = figure.legend(
+        handles, labels, loc="upper center", bbox_to_anchor=(0.5, top), ncols=_LEGEND_COLUMNS, fontsize=8, frameon=False
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def confusion_matrix(path: Path, counts: NDArray[Any], phases: Sequence[str], title: str = "") -> None:
+    """Draw `counts` (C, C), rows truth and columns prediction, as percent of each row with the frames below.
+
+    `path` ends in .png or .pdf; written atomically. A phase that the truth lacks has an empty row.
+    """
+    from matplotlib.figure import Figure
+
+    classes = len(phases)
+    counts = np.asarray(counts)
+    total = counts.sum(axis=1, keepdims=True)
+    percent = np.divide(100.0 * counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
+    size = 2.6 + 0.62 * classes
+    figure = Figure(figsize=(size, size * 0.9), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    for row, column in np.ndindex(counts.shape):
+        if not counts[row, column]:
+            continue
+        colour = "white" if percent[row, column] > 50 else "black"
+        text = f"{percent[row, column]:.1f}\n{counts[row, column]:,}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
+    names = [short_name(name, 26) for name in phases]
+    axes.set_xticks(
+        range(classes), names, rotation=40, ha="right", rotation_mode="anchor", fontsize=8, parse_math=False
+    )
+    axes.set_yticks(range(classes), names, fontsize=8, parse_math=False)
+    axes.set_xlabel("Predicted", fontsize=9)
+    axes.set_ylabel("Truth", fontsize=9)
+    axes.set_title(title, fontsize=10, parse_math=False)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8)
+    bar.set_label("% of the true frames", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    save_figure(figure, path)
+
+
+def confusion_counts(
+    truth: Mapping[str, NDArray[Any]], predicted: Mapping[str, NDArray[Any]], classes: int
+) -> NDArray[np.int64]:
+    """(C, C) frames of all videos: rows truth, columns prediction; frames without a label are not counted."""
+    videos, _ = label_pairs(truth, predicted, classes)
+    cells = [classes * v.truth[v.labelled].astype(np.int64) + v.predicted[v.labelled] for v in videos]
+    return np.bincount(np.concatenate(cells), minlength=classes**2).reshape(classes, classes)
+
+
+def short_name(name: str, letters: int) -> str:
+    """The name, cut to so many letters."""
+    return name if len(name) <= letters else f"{name[: letters - 1]}…"
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as PNG or PDF by the suffix, atomically. Raises UserError for another suffix."""
+    if path.suffix.lower() not in _SUFFIXES:
+        raise UserError(f"{path}: figures are written as {' or '.join(_SUFFIXES)}; give the file one of these endings")
+    kind = path.suffix.lower()[1:]
+    # Without a date equal figures are equal bytes.
+    metadata = {"CreationDate": None} if kind == "pdf" else {"Software": None}
+    with atomic_path(path) as temporary, warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes; the tables and the page show it.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(temporary, format=kind, dpi=200, metadata=metadata)

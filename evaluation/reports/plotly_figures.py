@@ -1,0 +1,455 @@
+"""The report's figures as Plotly specifications: plain dictionaries, drawn by the page's own plotly.js.
+
+Ribbons and timelines hold one bar a stretch, never one point a frame. Times are milliseconds from the start of the
+video on a plain axis with our own ticks: Plotly's date axes take the numbers 1000 to 9999 for years.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.metrics.phases import METRICS
+from evaluation.reports.gather import TRUTH_NAME, Report, RunResults
+from evaluation.reports.paper_figures import UNLABELLED, confusion_counts, phase_colours, sample_edges_s, short_name
+from evaluation.reports.tables import METRIC_TITLES
+
+# Okabe and Ito's darker colours, which stand out from a white page; a pattern and a dash go with each.
+RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#222222", "#E69F00")
+RUN_PATTERNS = ("", "/", "x", ".", "-", "+")
+RUN_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+CURVE_POINTS = 200
+_TICK_STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400)
+_TICKS = 5
+_ROW_PX = 26
+_NAME_LETTERS = 14
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure: what `spec` holds is for `Plotly.newPlot`; `alt` says in words what is drawn."""
+
+    id: str
+    alt: str
+    height_px: int
+    spec: dict[str, Any]
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03`, as figures and captions write a time in a video."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def plain(name: str, letters: int | None = None) -> str:
+    """A name as Plotly shows it literally: its texts know some HTML, and templates know %{...}."""
+    text = short_name(name, letters) if letters else name
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return text.replace("%{", "%\u200b{")
+
+
+def legend(phases: Sequence[str]) -> list[tuple[str, str, str]]:
+    """(name, colour, colour of text on it) a phase; figures name phases by their numbers from 1."""
+    return [(name, colour, text_on(colour)) for name, colour in zip(phases, phase_colours(len(phases)), strict=True)]
+
+
+def text_on(colour: str) -> str:
+    """Black or white, whichever is read better on `colour` (WCAG 2 relative luminance)."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return "#000000" if 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.18 else "#FFFFFF"
+
+
+def all_figures(report: Report) -> dict[str, Figure]:
+    """Every figure of the report by its id: `ribbon-0`, `tools-0` (a video each, in the report's order),
+    `bars-<convention>-<metric>`, `confusion-<run>`, `curve-<tool>`, `training-<number>`."""
+    found: list[Figure] = []
+    for number, video in enumerate(report.videos):
+        found += filter(None, [ribbon(report, number, video), tool_timeline(report, number, video)])
+    found += bars(report)
+    found += filter(None, (confusion(run, number) for number, run in enumerate(report.runs)))
+    found += precision_recall(report.runs)
+    found += training(report.runs)
+    return {figure.id: figure for figure in found}
+
+
+def _layout(**more: Any) -> dict[str, Any]:
+    """What all figures share: no dragging, so that a finger scrolls the page, and the page's own letters."""
+    return {
+        "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#222222"},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "dragmode": False,
+        "hovermode": "closest",
+        "hoverlabel": {"align": "left", "bgcolor": "#FFFFFF", "bordercolor": "#222222", "font": {"color": "#222222"}},
+        "showlegend": False,
+        **more,
+    }
+
+
+def _axis(**more: Any) -> dict[str, Any]:
+    return {"fixedrange": True, "automargin": True, "zeroline": False, "gridcolor": "#E3E3E3", **more}
+
+
+def _time_axis(end_ms: int) -> dict[str, Any]:
+    wide = end_ms / 1000 / _TICKS
+    step_s = next((step for step in _TICK_STEPS_S if step >= wide), _TICK_STEPS_S[-1])
+    ticks = range(0, end_ms + 1, step_s * 1000)
+    return _axis(range=[0, end_ms], tickvals=list(ticks), ticktext=[clock(tick / 1000) for tick in ticks])
+
+
+# ---------------------------------------------------------------------------------------------- a video
+
+
+def tracks(report: Report, video: str) -> list[tuple[str, NDArray[Any]]]:
+    """(name, phases (T,)) of a video: the truth where there is any, then each run's prediction."""
+    truth = report.truth.videos[video].phase
+    shown = [(TRUTH_NAME, truth)] if (truth >= 0).any() else []
+    return shown + [(run.name, run.predictions[video].phase) for run in report.runs if video in run.predictions]
+
+
+def edges_ms(report: Report, video: str) -> NDArray[np.int64] | None:
+    """(T + 1,) when each frame begins, and when the last one ends; None where no run has predictions."""
+    time_s = report.times_s(video)
+    if time_s is None:
+        return None
+    return np.rint(1000.0 * sample_edges_s(time_s, len(time_s), report.truth.fps)).astype(np.int64)
+
+
+def ribbon(report: Report, number: int, video: str) -> Figure | None:
+    """Truth above predictions over time, a bar a stretch with the phase's number in it."""
+    edges = edges_ms(report, video)
+    if edges is None or not any(video in run.predictions for run in report.runs):
+        return None
+    rows, phases = tracks(report, video), report.truth.spec.phases
+    names = [plain(name, _NAME_LETTERS) for name, _ in rows]
+    names = [name if names.index(name) == i else f"{i} {name}" for i, name in enumerate(names)]
+    data = []
+    for phase, (title, colour, text) in enumerate([*legend(phases), ("no label", UNLABELLED["facecolor"], "#000000")]):
+        value = phase if phase < len(phases) else -1
+        bars = [(row, *span) for row, (_, track) in enumerate(rows) for span in _spans(track == value, edges)]
+        if not bars:
+            continue
+        number_text = str(phase + 1) if value >= 0 else ""
+        data.append(
+            {
+                "type": "bar",
+                "orientation": "h",
+                "meta": plain(title),
+                "y": [names[row] for row, _, _ in bars],
+                "base": [start for _, start, _ in bars],
+                "x": [stop - start for _, start, stop in bars],
+                "marker": {"color": colour, "line": {"width": 0}},
+                "text": [number_text] * len(bars),
+                "textposition": "inside",
+                "insidetextanchor": "middle",
+                "textangle": 0,
+                "insidetextfont": {"color": text, "size": 11},
+                "width": 0.86,
+                "customdata": [_from_to(start, stop) for _, start, stop in bars],
+                "hovertemplate": f"%{{y}}: <b>{plain(title)}</b><br>%{{customdata}}<extra></extra>",
+            }
+        )
+    layout = _layout(
+        barmode="overlay",
+        xaxis=_time_axis(int(edges[-1])),
+        yaxis=_axis(type="category", categoryarray=names, range=[len(names) - 0.5, -0.5], showgrid=False),
+        margin={"l": 10, "r": 14, "t": 4, "b": 26},
+        uniformtext={"mode": "hide", "minsize": 9},
+    )
+    duration = clock(edges[-1] / 1000)
+    alt = f"Phases of {video} over {duration}: " + ", ".join(name for name, _ in rows) + ". Arrow keys step through it."
+    return Figure(f"ribbon-{number}", alt, 36 + _ROW_PX * len(rows), {"data": data, "layout": layout})
+
+
+def _spans(mask: NDArray[np.bool_], edges: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """(start, stop) in ms of each stretch of frames in which `mask` (T,) holds."""
+    change = np.flatnonzero(np.diff(np.r_[False, mask, False].astype(np.int8)))
+    return [(int(edges[start]), int(edges[stop])) for start, stop in change.reshape(-1, 2)]
+
+
+def _from_to(start_ms: int, stop_ms: int) -> str:
+    return f"{clock(start_ms / 1000)} to {clock(stop_ms / 1000)}"
+
+
+def tool_timeline(report: Report, number: int, video: str) -> Figure | None:
+    """When each tool is seen: truth above, and what each run says at its thresholds below."""
+    edges, tools = edges_ms(report, video), report.truth.spec.tools
+    presence = list(tool_presence(report, video))
+    if edges is None or not presence:
+        return None
+    names = [plain(tool, _NAME_LETTERS) for tool in tools]
+    height = 0.8 / len(presence)
+    data = []
+    for row, (name, present) in enumerate(presence):
+        bars = [(k, *span) for k in range(len(tools)) for span in _spans(present[:, k], edges)]
+        colour = "#222222" if name == TRUTH_NAME else RUN_COLOURS[(row - 1) % len(RUN_COLOURS)]
+        data.append(
+            {
+                "type": "bar",
+                "orientation": "h",
+                "name": plain(name, _NAME_LETTERS),
+                "y": [names[k] for k, _, _ in bars],
+                "base": [start for _, start, _ in bars],
+                "x": [stop - start for _, start, stop in bars],
+                "offset": -0.4 + row * height,
+                "width": height * 0.9,
+                "marker": {"color": colour, "line": {"width": 0}},
+                "customdata": [_from_to(start, stop) for _, start, stop in bars],
+                "hovertemplate": "%{fullData.name}: <b>%{y}</b><br>%{customdata}<extra></extra>",
+            }
+        )
+    layout = _layout(
+        barmode="overlay",
+        xaxis=_time_axis(int(edges[-1])),
+        yaxis=_axis(type="category", categoryarray=names, range=[len(names) - 0.5, -0.5]),
+        margin={"l": 10, "r": 14, "t": 4, "b": 26},
+        showlegend=True,
+        legend={"orientation": "h", "y": -0.12, "itemclick": False, "itemdoubleclick": False},
+    )
+    alt = f"Tools in {video} over time: " + ", ".join(name for name, _ in presence)
+    return Figure(f"tools-{number}", alt, 80 + 9 * len(tools) * (1 + len(presence)), {"data": data, "layout": layout})
+
+
+def tool_presence(report: Report, video: str) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """(name, present (T, K)): labels where there are any, then each run's scores at its thresholds (0.5 without)."""
+    labels = report.truth.videos[video].tools
+    if not report.truth.spec.tools or not labels.size:
+        return
+    if (labels >= 0).any():
+        yield TRUTH_NAME, labels == 1
+    for run in report.runs:
+        if video in run.tool_scores:
+            scores = run.tool_scores[video].probabilities
+            yield run.name, scores >= np.array([_threshold(run, tool) for tool in run.truth.spec.tools])
+
+
+def _threshold(run: RunResults, tool: str) -> float:
+    entry = run.tools["per_tool"].get(tool, {}) if run.tools else {}
+    return float(entry.get("threshold", 0.5))
+
+
+# ---------------------------------------------------------------------------------------------- all videos
+
+
+def bars(report: Report) -> Iterator[Figure]:
+    """A bar a phase and run with its interval, for each convention and metric."""
+    known = [intervals for intervals in report.intervals if intervals]
+    for convention in known[0].per_phase if known else ():
+        for metric in METRICS:
+            yield _bars(report, convention, metric)
+
+
+def _bars(report: Report, convention: str, metric: str) -> Figure:
+    phases, data = report.truth.spec.phases, []
+    for number, (run, intervals) in enumerate(zip(report.runs, report.intervals, strict=True)):
+        if intervals is None:
+            continue
+        entries = [intervals.per_phase[convention][phase][metric] for phase in phases]
+        data.append(_run_bars(run, number, phases, entries))
+    title = METRIC_TITLES[metric]
+    layout = _layout(
+        barmode="group",
+        bargap=0.3,
+        xaxis=_axis(range=[0, 104], ticksuffix=" %", title={"text": title, "standoff": 6}),
+        yaxis=_axis(tickvals=list(range(len(phases))), ticktext=[_numbered(i, p) for i, p in enumerate(phases)],
+                    range=[len(phases) - 0.5, -0.5], showgrid=False),
+        margin={"l": 10, "r": 14, "t": 4, "b": 40},
+        showlegend=len(data) > 1,
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "itemclick": False, "itemdoubleclick": False},
+    )  # fmt: skip
+    alt = f"{title} a phase with 95 % intervals, {convention}; the numbers stand in the table above"
+    height = 90 + len(phases) * (18 + 14 * len(data))
+    return Figure(f"bars-{convention}-{metric}", alt, height, {"data": data, "layout": layout})
+
+
+def _run_bars(run: RunResults, number: int, phases: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> dict:
+    def reach(entry: Mapping[str, Any], end: str) -> float | None:
+        """None draws no whisker: one of no length would say that nothing is uncertain."""
+        known = entry[end] is not None and entry["mean"] is not None
+        return abs(entry[end] - entry["mean"]) if known else None
+
+    words = [
+        f"{e['mean']:.1f} %" + (f" [{e['low']:.1f}, {e['high']:.1f}]" if e["low"] is not None else "")
+        if e["mean"] is not None
+        else "-"
+        for e in entries
+    ]
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "name": plain(run.name, 30),
+        "y": list(range(len(phases))),
+        "x": [entry["mean"] for entry in entries],
+        "error_x": {
+            "type": "data",
+            "symmetric": False,
+            "array": [reach(entry, "high") for entry in entries],
+            "arrayminus": [reach(entry, "low") for entry in entries],
+            "color": "#222222",
+            "thickness": 1.2,
+            "width": 4,
+        },
+        "marker": {
+            "color": RUN_COLOURS[number % len(RUN_COLOURS)],
+            "pattern": {
+                "shape": RUN_PATTERNS[number % len(RUN_PATTERNS)],
+                "fillmode": "overlay",
+                "fgcolor": "#FFFFFF",
+                "solidity": 0.2,
+            },
+        },
+        "customdata": [[_numbered(i, phase), word] for i, (phase, word) in enumerate(zip(phases, words, strict=True))],
+        "hovertemplate": "%{fullData.name}<br>%{customdata[0]}<br>%{customdata[1]}<extra></extra>",
+    }
+
+
+def _numbered(phase: int, name: str) -> str:
+    return f"{phase + 1} {plain(name, 26)}"
+
+
+def confusion(run: RunResults, number: int) -> Figure | None:
+    """Percent of each phase's true frames that are predicted as each phase."""
+    truth, predicted = run.labelled
+    phases = run.truth.spec.phases
+    if not truth:
+        return None
+    counts = confusion_counts(truth, predicted, len(phases))
+    total = counts.sum(axis=1, keepdims=True)
+    percent = np.divide(100.0 * counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
+    cells = [[None if np.isnan(value) else round(float(value), 2) for value in row] for row in percent]
+    digits = [str(c + 1) for c in range(len(phases))]
+    trace = {
+        "type": "heatmap",
+        "x": list(range(len(phases))),
+        "y": list(range(len(phases))),
+        "z": cells,
+        "text": [["" if not value else f"{value:.0f}" for value in row] for row in cells],
+        "texttemplate": "%{text}",
+        "customdata": [
+            [[_numbered(row, phases[row]), _numbered(column, phases[column]), f"{int(counts[row, column]):,}"]
+             for column in range(len(phases))] for row in range(len(phases))
+        ],
+        "hovertemplate": "truth %{customdata[0]}<br>predicted %{customdata[1]}<br>%{z:.1f} %, "
+        "%{customdata[2]} frames<extra></extra>",
+        "colorscale": [[0, "#FFFFFF"], [0.5, "#6BAED6"], [1, "#08306B"]],
+        "zmin": 0,
+        "zmax": 100,
+        "showscale": False,
+        "hoverongaps": False,
+        "xgap": 1,
+        "ygap": 1,
+    }  # fmt: skip
+    ticks = {"tickvals": list(range(len(phases))), "showgrid": False}
+    layout = _layout(
+        xaxis=_axis(**ticks, ticktext=digits, side="bottom", title={"text": "predicted", "standoff": 4}),
+        yaxis=_axis(**ticks, ticktext=[_numbered(i, name) for i, name in enumerate(phases)], autorange="reversed"),
+        margin={"l": 10, "r": 10, "t": 4, "b": 40},
+    )
+    right = 100.0 * float(np.trace(counts)) / max(int(counts.sum()), 1)
+    alt = f"Confusion matrix of {run.name}: {right:.1f} % of {int(counts.sum()):,} frames on the diagonal"
+    return Figure(f"confusion-{number}", alt, 60 + 34 * len(phases), {"data": [trace], "layout": layout})
+
+
+def precision_recall(runs: Sequence[RunResults]) -> Iterator[Figure]:
+    """A figure a tool that appears, a curve a run."""
+    for k, tool in enumerate(runs[0].truth.spec.tools):
+        data = [_curve(run, number, k) for number, run in enumerate(runs)]
+        lines = [line for line in data if line]
+        if not lines:
+            continue
+        percent = _axis(range=[0, 103], tickvals=[0, 50, 100], ticksuffix=" %")
+        layout = _layout(
+            xaxis={**percent, "title": {"text": "recall", "standoff": 4}},
+            yaxis={**percent, "title": {"text": "precision", "standoff": 4}},
+            margin={"l": 10, "r": 14, "t": 4, "b": 40},
+        )
+        yield Figure(f"curve-{k}", f"Precision against recall of {tool}", 230, {"data": lines, "layout": layout})
+
+
+def curve_points(run: RunResults, k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """(recall, precision) in percent of tool `k` over the pooled labelled frames, thinned to what can be seen."""
+    pairs = [
+        (run.truth.videos[name].tools[:, k], found.probabilities[:, k])
+        for name, found in run.tool_scores.items()
+        if run.truth.videos[name].tools.size
+    ]
+    truth = np.concatenate([labels for labels, _ in pairs]) if pairs else np.empty(0, np.int8)
+    if not (truth == 1).any():
+        return None
+    from sklearn.metrics import precision_recall_curve
+
+    scores = np.concatenate([values for _, values in pairs])
+    precision, recall, _ = precision_recall_curve(truth[truth >= 0], scores[truth >= 0])
+    recall, precision = recall[::-1], precision[::-1]  # recall rises
+    keep = np.unique(np.r_[0, np.searchsorted(recall, np.linspace(0, 1, CURVE_POINTS)), len(recall) - 1])
+    keep = keep[keep < len(recall)]
+    return 100.0 * recall[keep], 100.0 * precision[keep]
+
+
+def _curve(run: RunResults, number: int, k: int) -> dict[str, Any] | None:
+    points = curve_points(run, k)
+    if points is None:
+        return None
+    recall, precision = (np.round(values, 2).tolist() for values in points)
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": plain(run.name, 30),
+        "x": recall,
+        "y": precision,
+        "line": {"color": RUN_COLOURS[number % len(RUN_COLOURS)], "dash": RUN_DASHES[number % len(RUN_DASHES)]},
+        "hovertemplate": "%{fullData.name}<br>recall %{x:.1f} %, precision %{y:.1f} %<extra></extra>",
+    }
+
+
+def training(runs: Sequence[RunResults]) -> Iterator[Figure]:
+    """A figure a training that any run has: the loss above, validation scores below, over epochs."""
+    for number, stage in enumerate(dict.fromkeys(stage for run in runs for stage in run.curves)):
+        data = [line for i, run in enumerate(runs) for line in _training_lines(run, i, stage, len(runs) > 1)]
+        scores = any(line["yaxis"] == "y2" for line in data)
+        layout = _layout(
+            xaxis=_axis(title={"text": "epoch", "standoff": 4}, anchor="y2" if scores else "y", rangemode="tozero"),
+            yaxis=_axis(title={"text": "loss", "standoff": 4}, domain=[0.56, 1] if scores else [0, 1]),
+            margin={"l": 10, "r": 14, "t": 4, "b": 40},
+            showlegend=True,
+            legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "itemclick": False, "itemdoubleclick": False},
+        )
+        if scores:
+            layout["yaxis2"] = _axis(title={"text": "validation", "standoff": 4}, domain=[0, 0.46], range=[0, 1.02])
+        yield Figure(f"training-{number}", f"Training curves of {stage}", 320, {"data": data, "layout": layout})
+
+
+def training_scores(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the validation scores in the epochs' rows that have a number anywhere."""
+    keys = dict.fromkeys(key for row in rows for key in row if key.startswith("val_"))
+    return [key for key in keys if any(row.get(key) is not None for row in rows)]
+
+
+def score_title(key: str) -> str:
+    """`val_map` as `validation mAP`."""
+    return key.replace("val_", "validation ").replace("_", " ").replace(" map", " mAP")
+
+
+def _training_lines(run: RunResults, number: int, stage: str, named: bool) -> Iterator[dict[str, Any]]:
+    rows = run.curves.get(stage, [])
+    for which, key in enumerate(["loss", *training_scores(rows)] if rows else []):
+        title = score_title(key)
+        name = f"{plain(run.name, 20)}: {title}" if named else title
+        yield {
+            "type": "scatter",
+            "mode": "lines",
+            "name": name,
+            "x": [int(row["epoch"]) + 1 for row in rows],
+            "y": [row.get(key) for row in rows],
+            "yaxis": "y" if key == "loss" else "y2",
+            "line": {
+                "color": RUN_COLOURS[(number if named else which) % len(RUN_COLOURS)],
+                "dash": RUN_DASHES[(number + which) % len(RUN_DASHES)],
+            },
+            "hovertemplate": "%{fullData.name}<br>epoch %{x}: %{y:.4g}<extra></extra>",
+        }

@@ -1,0 +1,267 @@
+"""Phase and tool annotations in Cholec80's text format: read strictly, written exactly.
+
+A file is UTF-8 text, columns separated by tabs, with a header: `Frame<TAB>Phase` and one phase name per row, or
+`Frame<TAB>Grasper<TAB>...` and a 0 or 1 per tool; -1 or an empty cell is no label. Rows are a fixed number apart (the
+stride), which is read from the Frame column and never assumed; rows may be missing. What the numbers count is not said
+here (`features.dataset.labels`). Class names are compared as `configs.schema.folded_name` has them. What editors and
+programs add without changing the meaning is tolerated: a byte-order mark, CRLF, blank lines at the
+end, tabs and blanks at the end of a line.
+Everything else is an error that names file, row (the first row below the header is 1) and line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from configs.errors import UserError
+from configs.schema import DataSetSpec, class_ids, folded_name
+from engine.files import read_bounded, write_text
+from engine.sniff import what_begins_so
+
+_WHOLE_NUMBER = re.compile(r"[0-9]+")
+MAX_FILE_BYTES = 64 << 20  # twenty hours of phases, a row a frame
+NO_LABEL = ("-1", "")  # cells of a row that says nothing
+_MISSING = ("nan", "NaN", "NA", "N/A", "-1.0")  # the same as pandas and R write it, where no class is called so
+_ROUNDED_STRIDE = 8  # from here on, one more or less is rounding and no row out of place
+_MAX_DIGITS = 15  # far beyond any video, and safely inside int64
+
+
+@dataclass(frozen=True, eq=False)
+class PhaseTrack:
+    """Phases of one video: `frame_index` (R,) int64, `phase` (R,) int8, -1 without a label.
+
+    `stride` is the distance between rows; a row holds until the next one, for a stride at most. A single row has none
+    to read; it counts as 1.
+    """
+
+    frame_index: np.ndarray
+    phase: np.ndarray
+    stride: int
+
+    def head(self, rows: int) -> PhaseTrack:
+        """The first `rows` rows."""
+        return PhaseTrack(self.frame_index[:rows], self.phase[:rows], self.stride)
+
+
+@dataclass(frozen=True, eq=False)
+class ToolTrack:
+    """Tools of one video: `frame_index` (R,) int64, `tools` (R, K) int8 of 0, 1 and -1 for none, in the set's order."""
+
+    frame_index: np.ndarray
+    tools: np.ndarray
+    stride: int
+
+    def head(self, rows: int) -> ToolTrack:
+        """The first `rows` rows."""
+        return ToolTrack(self.frame_index[:rows], self.tools[:rows], self.stride)
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def read_phase_file(path: Path, spec: DataSetSpec) -> PhaseTrack:
+    """Read a phase annotation file. Raises UserError naming file and row for anything that is not in order."""
+    return parse_phases(read_content(path), path, spec)
+
+
+def read_tool_file(path: Path, spec: DataSetSpec) -> ToolTrack:
+    """Read a tool annotation file; columns are found by name, in any order. Raises UserError naming file and row."""
+    return parse_tools(read_content(path), path, spec)
+
+
+def read_content(path: Path) -> bytes:
+    """A file's bytes. Raises UserError when it cannot be read, is no text or is larger than annotations are."""
+    content = read_bounded(path, MAX_FILE_BYTES)
+    if what := what_begins_so(content):
+        raise UserError(f"{path}: is {what}")
+    return content
+
+
+def parse_phases(content: bytes, path: Path, spec: DataSetSpec) -> PhaseTrack:
+    """A phase file's bytes as a track; `path` is only for messages. Raises UserError."""
+    header, lines = _lines(content, path)
+    if [name.casefold() for name in header] != ["frame", "phase"]:
+        raise _header_error(path, header, "Frame<TAB>Phase")
+    cells = _cells(lines, 2, path)
+    frame_index, stride = _frame_column(cells[::2], path)
+    names = cells[1::2]
+    known = class_ids(spec.phases, spec.phase_aliases)
+    numbers = {
+        name: -1 if name in NO_LABEL else known.get(folded_name(name), -1 if name in _MISSING else None)
+        for name in set(names)
+    }
+    for row, name in enumerate(names if None in numbers.values() else ()):
+        if numbers[name] is None:
+            raise row_error(path, row, unknown_class("phase", name, spec))
+    return PhaseTrack(frame_index, np.array([numbers[name] for name in names], dtype=np.int8), stride)
+
+
+def parse_tools(content: bytes, path: Path, spec: DataSetSpec) -> ToolTrack:
+    """A tool file's bytes as a track; `path` is only for messages. Raises UserError."""
+    if not spec.tools:
+        raise UserError(f"{path}: data set {spec.name} has no tools; remove the file or add them to its description")
+    header, lines = _lines(content, path)
+    if header[0].casefold() != "frame":
+        raise _header_error(path, header, "<TAB>".join(("Frame", *spec.tools)))
+    columns = _tool_columns(header, path, spec)
+    cells = _cells(lines, len(header), path)
+    frame_index, stride = _frame_column(cells[:: len(header)], path)
+    tools = np.empty((len(frame_index), len(columns)), dtype=np.int8)
+    for position, column in enumerate(columns, start=1):
+        tools[:, column] = _zeros_and_ones(cells[position :: len(header)], header[position], path)
+    return ToolTrack(frame_index, tools, stride)
+
+
+def text_lines(content: bytes, path: Path) -> list[str]:
+    """The lines of a UTF-8 text without blank ones at the end. Raises UserError for other encodings."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as plain UTF-8 text") from error
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines
+
+
+def _lines(content: bytes, path: Path) -> tuple[list[str], list[str]]:
+    """Header cells and the lines below it, blank lines at the end removed."""
+    lines = text_lines(content, path)
+    if not lines:
+        raise UserError(f"{path}: is empty")
+    header = [cell.strip() for cell in lines[0].rstrip().split("\t")]
+    if len(lines) == 1 and not _WHOLE_NUMBER.fullmatch(header[0]):
+        raise UserError(f"{path}: has no row below the header")
+    return header, lines[1:]
+
+
+def _cells(lines: Sequence[str], width: int, path: Path) -> list[str]:
+    """All cells one after the other, `width` a row: one flat list, since a list a row costs more than the parsing."""
+    if set(map(_count_tabs, lines)) != {width - 1}:
+        lines = [_without_surplus(line, width) for line in lines]
+        for row, found in enumerate(_count_tabs(line) + 1 for line in lines):
+            if found != width:
+                what = f"has {found} column{'s' * (found > 1)}" if lines[row].strip() else "is blank"
+                raise row_error(path, row, f"{what}, not {width} separated by tabs")
+    return list(map(str.strip, "\t".join(lines).split("\t")))
+
+
+def _without_surplus(line: str, width: int) -> str:
+    """The line without the empty cells that it has beyond the header's."""
+    while _count_tabs(line) >= width and not line[line.rindex("\t") :].strip():
+        line = line[: line.rindex("\t")]
+    return line
+
+
+def _count_tabs(line: str) -> int:
+    return line.count("\t")
+
+
+def _zeros_and_ones(cells: Sequence[str], name: str, path: Path) -> np.ndarray:
+    values = {"0": 0, "0.0": 0, "1": 1, "1.0": 1, **dict.fromkeys((*NO_LABEL, *_MISSING), -1)}
+    if not values.keys() >= set(cells):
+        row = next(row for row, cell in enumerate(cells) if cell not in values)
+        raise row_error(path, row, f"{name} is {shown_cell(cells[row])}, not 0 or 1 (-1 or nothing: no label)")
+    return np.array([values[cell] for cell in cells], dtype=np.int8)
+
+
+def _header_error(path: Path, header: Sequence[str], wanted: str) -> UserError:
+    found = "has no header" if _WHOLE_NUMBER.fullmatch(header[0]) else f"has the header {shown_cell(' '.join(header))}"
+    return UserError(f"{path}: line 1 {found}; expected {wanted}, separated by tabs")
+
+
+def _tool_columns(header: Sequence[str], path: Path, spec: DataSetSpec) -> list[int]:
+    """For each tool column of the file, which tool of the data set it is."""
+    known = class_ids(spec.tools, spec.tool_aliases)
+    columns: list[int] = []
+    for name in header[1:]:
+        tool = known.get(folded_name(name))
+        if tool is None:
+            raise UserError(f"{path}: line 1 has the {unknown_class('tool', name, spec)}")
+        if tool in columns:
+            raise UserError(f"{path}: line 1 has the tool {spec.tools[tool]} twice")
+        columns.append(tool)
+    missing = [tool for i, tool in enumerate(spec.tools) if i not in columns]
+    if missing:
+        raise UserError(f"{path}: line 1 lacks the tool{'s' * (len(missing) > 1)} {', '.join(missing)}")
+    return columns
+
+
+def _frame_column(cells: Sequence[str], path: Path) -> tuple[np.ndarray, int]:
+    """The Frame column (R,) int64 and its stride: whole numbers from 0, evenly spaced, some missing."""
+    digits = "".join(cells)
+    if not (digits.isascii() and digits.isdigit() and all(cells) and max(map(len, cells)) <= _MAX_DIGITS):
+        for row, cell in enumerate(cells):
+            if not _WHOLE_NUMBER.fullmatch(cell) or len(cell) > _MAX_DIGITS:
+                raise row_error(path, row, f"frame {shown_cell(cell)} is not a whole number of 0 or more")
+    frame_index = np.array(list(map(int, cells)), dtype=np.int64)
+    return frame_index, _stride(frame_index, path)
+
+
+def _stride(frame_index: np.ndarray, path: Path) -> int:
+    """The distance between rows, the usual one. Raises UserError at the first row that is not where one can be.
+
+    Rows may be missing. Rounding of a distance that is no whole number, 29 among 30s, is let pass.
+    """
+    steps = np.diff(frame_index)
+    distances, counts = np.unique(steps[steps > 0], return_counts=True)
+    stride = int(distances[np.argmax(counts)]) if len(distances) else 1
+    rows = np.rint(steps / stride)
+    wrong = np.flatnonzero((rows < 1) | (np.abs(steps - rows * stride) > rows * (stride >= _ROUNDED_STRIDE)))
+    if len(wrong):
+        row = int(wrong[0]) + 1
+        before, here = int(frame_index[row - 1]), int(frame_index[row])
+        if here == before:
+            problem = "comes twice"
+        elif here < before:
+            problem = f"comes after {before}: frame numbers must increase"
+        else:
+            problem = f"follows {before}, where {before + stride} was due (rows are {stride} apart)"
+        raise row_error(path, row, f"frame {here} {problem}")
+    return int(steps[rows == 1].max(initial=stride))
+
+
+def row_error(path: Path, row: int, problem: str) -> UserError:
+    """The error for the row with index `row` (0 is the first below the header)."""
+    return UserError(f"{path}: row {row + 1} (line {row + 2}) {problem}")
+
+
+def unknown_class(kind: Literal["phase", "tool"], name: str, spec: DataSetSpec) -> str:
+    """What is wrong with a class name, and what to do: the nearest right one, or all of them, and the aliases."""
+    names, aliases = (spec.phases, spec.phase_aliases) if kind == "phase" else (spec.tools, spec.tool_aliases)
+    spellings = {folded_name(known): known for known in (*aliases, *names)}
+    close = difflib.get_close_matches(folded_name(name[:80]), spellings, n=1)
+    hint = f"; did you mean {spellings[close[0]]}?" if close else f" (known: {', '.join(names)})"
+    return f"unknown {kind} {shown_cell(name)}{hint}; {kind}_aliases in the description of {spec.name} can name it"
+
+
+def shown_cell(cell: str) -> str:
+    """A cell for a one-line message: quoted, control characters escaped, cut when long."""
+    return repr(cell if len(cell) <= 60 else cell[:57] + "...")
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def write_phase_file(path: Path, track: PhaseTrack, spec: DataSetSpec) -> None:
+    """Write phases as Cholec80 does: tabs, a header, LF, a newline at the end."""
+    names = (spec.phases[phase] if phase >= 0 else NO_LABEL[0] for phase in track.phase.tolist())
+    _write_rows(path, ("Frame", "Phase"), track.frame_index, ([name] for name in names))
+
+
+def write_tool_file(path: Path, track: ToolTrack, spec: DataSetSpec) -> None:
+    """Write tools as Cholec80 does: tabs, a header, LF, a newline at the end."""
+    _write_rows(path, ("Frame", *spec.tools), track.frame_index, (map(str, row) for row in track.tools.tolist()))
+
+
+def _write_rows(path: Path, header: Iterable[str], frames: np.ndarray, rows: Iterable[Iterable[str]]) -> None:
+    lines = ["\t".join(header)]
+    lines += ["\t".join((str(frame), *cells)) for frame, cells in zip(frames.tolist(), rows, strict=True)]
+    write_text(path, "\n".join(lines) + "\n")

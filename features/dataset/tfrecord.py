@@ -1,0 +1,397 @@
+"""TF-Cholec80: a TFRecord file a video, a `tf.train.Example` a frame, one frame a second; every checksum is checked.
+
+**Framing** (TensorFlow, `core/lib/io/record_writer.h`): a record is its length (uint64, little endian), the masked
+CRC-32C of these 8 bytes, its data, and the masked CRC-32C of the data. A length is only believed once its checksum
+fits, and nothing is allocated for one that the file cannot hold.
+
+**Keys** of each Example: `frame` (a PNG), `video_id`, `frame_id`, `total_frames`, `phase` (a number, whose meaning the
+file does not say: `features.dataset.phase_order`) and `instruments` (0 or 1 a tool). Frame k of the video is record k.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import os
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import google_crc32c
+import numpy as np
+from pydantic import Field
+
+from configs.errors import UserError
+from configs.schema import DataSetSpec, Strict
+from engine.files import sha256_json
+from engine.sniff import what_it_is
+from features.dataset.annotations import PhaseTrack, ToolTrack
+from features.dataset.phase_order import ids_of_order
+from features.ids import id_key
+from features.video.readers import ClosingReader, ReaderError, checked_frames, decode_image, spread_evenly
+
+FPS = 1.0
+# Far above any frame (480 x 854 raw pixels are 1.2 MB): what a record may take in memory.
+MAX_RECORD_BYTES = 1 << 27
+_HEADER = struct.Struct("<QI")
+_CHECKSUM = struct.Struct("<I")
+_PNG = b"\x89PNG\r\n\x1a\n"
+_WAY_OUT = "copy the file again or leave it out"
+_ID = re.compile(r"(\D*?)[ _-]?(\d{1,9})")
+_RUN = r"\d{1,9}x\d{1,3}:(-|\d{1,3}(,\d{1,3})*)"
+
+
+# ---------------------------------------------------------------------------------------------- framing
+
+
+def masked_crc32c(content: bytes) -> int:
+    """CRC-32C as TFRecords store it: rotated right by 15 bits, plus a constant."""
+    crc = google_crc32c.value(content)
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class RecordSpan:
+    """Where a record's data lies in its file, in bytes."""
+
+    offset: int
+    length: int
+
+
+def record_spans(stream: BinaryIO, path: Path) -> Iterator[RecordSpan]:
+    """Where the records lie; headers are read and checked, data is not.
+
+    Raises ReaderError naming the record where a header is damaged or the file ends before its record does.
+    """
+    size = os.fstat(stream.fileno()).st_size
+    offset = 0
+    for number in itertools.count():
+        if offset == size:
+            return
+        header = _read_at(stream, offset, _HEADER.size, f"{path}: record {number}")
+        length, checksum = _HEADER.unpack(header)
+        if masked_crc32c(header[:8]) != checksum:
+            if number == 0 and (found := what_it_is(path)):
+                raise ReaderError(f"{path}: is {found}")
+            what = "is no TFRecord file, or its" if number == 0 else f"record {number}: its"
+            raise ReaderError(f"{path}: {what} length does not fit its checksum; {_WAY_OUT}")
+        span = RecordSpan(offset + _HEADER.size, length)
+        offset = span.offset + length + _CHECKSUM.size
+        if offset > size:
+            raise ReaderError(f"{path}: record {number} is cut short: the file ends within it; {_WAY_OUT}")
+        if length > MAX_RECORD_BYTES:
+            raise ReaderError(f"{path}: record {number} has {length:,} bytes, too many for a frame; {_WAY_OUT}")
+        yield span
+
+
+def read_record(stream: BinaryIO, span: RecordSpan, place: str) -> bytes:
+    """A record's data, checked. Raises ReaderError, which begins with `place`, where the checksum does not fit."""
+    content = _read_at(stream, span.offset, span.length + _CHECKSUM.size, place)
+    data = content[: span.length]
+    if masked_crc32c(data) != _CHECKSUM.unpack(content[span.length :])[0]:
+        raise ReaderError(f"{place} is damaged: its data does not fit its checksum; {_WAY_OUT}")
+    return data
+
+
+def _read_at(stream: BinaryIO, offset: int, count: int, place: str) -> bytes:
+    try:
+        stream.seek(offset)
+        content = stream.read(count)
+    except OSError as error:
+        raise ReaderError(f"{place} cannot be read ({error.strerror}); {_WAY_OUT}") from error
+    if len(content) != count:
+        raise ReaderError(f"{place} is cut short: the file ends within it; {_WAY_OUT}")
+    return content
+
+
+def _open(path: Path) -> BinaryIO:
+    """With next to no buffer: a walk over headers would otherwise read a block for each."""
+    try:
+        return path.open("rb", buffering=64)
+    except OSError as error:
+        raise ReaderError(f"{path}: cannot be read ({error.strerror}); {_WAY_OUT}") from error
+
+
+# ---------------------------------------------------------------------------------------------- one record
+
+
+@dataclass(frozen=True)
+class FrameRecord:
+    """What a record says; `phase` is a number of the file's own order."""
+
+    frame: bytes
+    video_id: str
+    frame_id: int
+    total_frames: int
+    phase: int
+    instruments: tuple[int, ...]
+
+
+def parse_record(content: bytes, place: str) -> FrameRecord:
+    """A record's data as a frame. Raises ReaderError, beginning with `place`, for a key that is missing or no use."""
+    from google.protobuf.message import DecodeError
+
+    try:
+        features = _example_class().FromString(content).features.feature
+    except DecodeError as error:
+        raise ReaderError(f"{place} is no tf.train.Example; its file is no TF-Cholec80") from error
+    frame = bytes(_one_value(features, "frame", "bytes_list", place))
+    if not frame.startswith(_PNG):
+        raise ReaderError(f"{place}: its frame is no PNG; {_WAY_OUT}")
+    return FrameRecord(
+        frame=frame,
+        video_id=_one_value(features, "video_id", "bytes_list", place).decode("utf-8", "replace"),
+        frame_id=_one_value(features, "frame_id", "int64_list", place),
+        total_frames=_one_value(features, "total_frames", "int64_list", place),
+        phase=_one_value(features, "phase", "int64_list", place),
+        instruments=tuple(_values(features, "instruments", "int64_list", place)),
+    )
+
+
+def _values(features: Any, key: str, kind: Literal["bytes_list", "int64_list"], place: str) -> Sequence[Any]:
+    found = features[key].WhichOneof("kind") if key in features else None
+    if found is None:
+        raise ReaderError(f"{place} lacks the key {key!r}; its file is no TF-Cholec80")
+    if found != kind:
+        raise ReaderError(f"{place} holds a {found} under {key!r}, not a {kind}; its file is no TF-Cholec80")
+    values: Sequence[Any] = getattr(features[key], kind).value
+    return values
+
+
+def _one_value(features: Any, key: str, kind: Literal["bytes_list", "int64_list"], place: str) -> Any:
+    values = _values(features, key, kind, place)
+    if len(values) != 1:
+        raise ReaderError(f"{place} holds {len(values)} values under {key!r}, not one; its file is no TF-Cholec80")
+    return values[0]
+
+
+@functools.cache
+def _example_class() -> Any:
+    """The message class of `tf.train.Example` (TensorFlow, `core/example/example.proto` and `feature.proto`).
+
+    Built in a pool of its own, so that a TensorFlow in the same process is no clash.
+    """
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    kinds = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="surgstage/example.proto", package="tensorflow", syntax="proto3")
+
+    def add(message: Any, name: str, number: int, kind: int, of: str = "", **more: Any) -> None:
+        target = {"type_name": f".tensorflow.{of}"} if of else {}
+        label = kinds.LABEL_REPEATED if more.pop("repeated", False) else kinds.LABEL_OPTIONAL
+        message.field.add(name=name, number=number, type=kind, label=label, **target, **more)
+
+    lists = {"BytesList": kinds.TYPE_BYTES, "FloatList": kinds.TYPE_FLOAT, "Int64List": kinds.TYPE_INT64}
+    for name, kind in lists.items():
+        add(file.message_type.add(name=name), "value", 1, kind, repeated=True)
+    feature = file.message_type.add(name="Feature")
+    feature.oneof_decl.add(name="kind")
+    for number, name in enumerate(lists, start=1):
+        add(feature, f"{name[:-4].lower()}_list", number, kinds.TYPE_MESSAGE, name, oneof_index=0)
+    features = file.message_type.add(name="Features")
+    entry = features.nested_type.add(name="FeatureEntry")
+    entry.options.map_entry = True
+    add(entry, "key", 1, kinds.TYPE_STRING)
+    add(entry, "value", 2, kinds.TYPE_MESSAGE, "Feature")
+    add(features, "feature", 1, kinds.TYPE_MESSAGE, "Features.FeatureEntry", repeated=True)
+    add(file.message_type.add(name="Example"), "features", 1, kinds.TYPE_MESSAGE, "Features")
+
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    descriptor = pool.FindMessageTypeByName("tensorflow.Example")
+    get_class = getattr(message_factory, "GetMessageClass", None)  # since protobuf 4.22
+    return get_class(descriptor) if get_class else message_factory.MessageFactory(pool).GetPrototype(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------- one file
+
+
+@dataclass(frozen=True, eq=False)
+class RecordScan:
+    """A whole file, read and checked: `phase` (T,) int64 in the file's numbers, `tools` (T, K) int8."""
+
+    video_id: str
+    frame_base: Literal[0, 1]
+    total_frames: int
+    phase: np.ndarray
+    tools: np.ndarray
+
+
+def scan_records(path: Path, video_id: str, spec: DataSetSpec) -> RecordScan:
+    """Read a file once: every checksum, key and number is checked, no picture is decoded; memory is one record.
+
+    `video_id` is the id that the file's name says. Raises ReaderError naming the record for damage, for another
+    video's records, for frames that are lost, doubled or out of order, and for labels that the data set has not.
+    """
+    first: FrameRecord | None = None
+    phase, tools = [], []
+    with _open(path) as stream:
+        for number, span in enumerate(record_spans(stream, path)):
+            place = f"{path}: record {number}"
+            record = parse_record(read_record(stream, span, place), place)
+            first = first or _checked_first(record, place, video_id)
+            _check_place(record, first, number, place)
+            _check_labels(record, place, spec)
+            phase.append(record.phase)
+            tools.append(record.instruments)
+    if first is None:
+        raise ReaderError(f"{path}: holds no record; {_WAY_OUT}")
+    base: Literal[0, 1] = 1 if first.frame_id else 0
+    # TF-Cholec80's own loader takes total_frames for the last frame_id; with frames from 0 that is one less.
+    if first.total_frames not in {len(phase), len(phase) - 1 + base}:
+        raise ReaderError(
+            f"{path}: holds {len(phase)} records where total_frames says {first.total_frames}; {_WAY_OUT}"
+        )
+    labels = np.array(phase, dtype=np.int64), np.array(tools, dtype=np.int8).reshape(len(phase), len(spec.tools))
+    return RecordScan(first.video_id, base, first.total_frames, *labels)
+
+
+def _checked_first(record: FrameRecord, place: str, video_id: str) -> FrameRecord:
+    if not _same_video(record.video_id, video_id):
+        raise ReaderError(
+            f"{place} is of video {record.video_id[:60]!r}, its file is named as {video_id}; give it its right name"
+        )
+    if record.frame_id not in (0, 1):
+        raise ReaderError(f"{place} is frame {record.frame_id}, not 0 or 1: the video's start is missing; {_WAY_OUT}")
+    return record
+
+
+def _same_video(recorded: str, video_id: str) -> bool:
+    """Whether a record's video_id (video1, video_01, 1) means the same as the id from the file's name (video01)."""
+    recorded, video_id = id_key(recorded), id_key(video_id)
+    one, other = _ID.fullmatch(recorded), _ID.fullmatch(video_id)
+    if one is None or other is None:
+        return recorded == video_id
+    return int(one[2]) == int(other[2]) and one[1] in ("", other[1])
+
+
+def _check_place(record: FrameRecord, first: FrameRecord, number: int, place: str) -> None:
+    due = first.frame_id + number
+    if record.video_id != first.video_id:
+        raise ReaderError(f"{place} is of video {record.video_id[:60]!r}, the first of {first.video_id!r}; {_WAY_OUT}")
+    if record.frame_id != due:
+        raise ReaderError(f"{place} is frame {record.frame_id} where frame {due} was due; {_WAY_OUT}")
+    if record.total_frames != first.total_frames:
+        raise ReaderError(f"{place}: total_frames is {record.total_frames}, {first.total_frames} before; {_WAY_OUT}")
+
+
+def _check_labels(record: FrameRecord, place: str, spec: DataSetSpec) -> None:
+    if not 0 <= record.phase < len(spec.phases):
+        raise ReaderError(f"{place}: phase {record.phase} is none of the {len(spec.phases)} of {spec.name}")
+    if len(record.instruments) != len(spec.tools):
+        raise ReaderError(f"{place}: {len(record.instruments)} instruments where {spec.name} has {len(spec.tools)}")
+    if not {0, 1}.issuperset(record.instruments):
+        raise ReaderError(f"{place}: instruments are {list(record.instruments)}, not 0 or 1 each")
+
+
+# ---------------------------------------------------------------------------------------------- in the index
+
+
+class RecordLayout(Strict):
+    """What a file says beside its pictures, kept in the index, since reading it again means reading every picture.
+
+    `phase_order` names the file's phase numbers. `labels` holds runs of frames with equal labels in the file's
+    numbers, `<frames>x<phase>:<tools>`: `34x0:0,2 5x1:-` is 34 frames of phase 0 with tools 0 and 2, then 5 of phase 1
+    with none.
+    """
+
+    frame_base: Literal[0, 1]
+    total_frames: int = Field(ge=0)
+    phase_order: tuple[str, ...]
+    labels: str = Field(pattern=rf"^{_RUN}( {_RUN})*$")
+
+    @classmethod
+    def of_scan(cls, scan: RecordScan, phase_order: tuple[str, ...]) -> RecordLayout:
+        rows = [(phase, *np.flatnonzero(tools).tolist()) for phase, tools in zip(scan.phase, scan.tools, strict=True)]
+        runs = ((len(list(run)), row) for row, run in itertools.groupby(rows))
+        text = " ".join(f"{frames}x{row[0]}:{','.join(map(str, row[1:])) or '-'}" for frames, row in runs)
+        return cls(frame_base=scan.frame_base, total_frames=scan.total_frames, phase_order=phase_order, labels=text)
+
+    @property
+    def frame_count(self) -> int:
+        return sum(frames for frames, _, _ in self._runs())
+
+    def problem(self, spec: DataSetSpec) -> str | None:
+        """Why this cannot be a layout of the data set's files, or None."""
+        if sorted(self.phase_order) != sorted(spec.phases):
+            return "phase_order does not hold each phase once"
+        numbers = {phase for _, phase, _ in self._runs()}
+        tools = {tool for _, _, tools in self._runs() for tool in tools}
+        beyond = max(numbers) >= len(spec.phases) or max(tools, default=-1) >= len(spec.tools)
+        return f"labels name a phase or tool that {spec.name} has not" if beyond else None
+
+    def tracks(self, spec: DataSetSpec) -> tuple[PhaseTrack, ToolTrack | None]:
+        """The labels in the data set's numbers, a row each frame."""
+        frames = np.array([frames for frames, _, _ in self._runs()], dtype=np.int64)
+        numbers = np.array([phase for _, phase, _ in self._runs()], dtype=np.int64)
+        present = np.zeros((len(frames), len(spec.tools)), dtype=np.int8)  # (runs, K)
+        for row, (_, _, tools) in enumerate(self._runs()):
+            present[row, list(tools)] = 1
+        frame_index = np.arange(frames.sum(), dtype=np.int64)
+        phase = ids_of_order(self.phase_order, spec.phases)[numbers].astype(np.int8)
+        tool_track = ToolTrack(frame_index, present.repeat(frames, axis=0), 1) if spec.tools else None
+        return PhaseTrack(frame_index, phase.repeat(frames), 1), tool_track
+
+    def labels_sha256(self) -> str:
+        """SHA-256 over what the labels depend on, as a hash of an annotation file would be."""
+        return sha256_json([self.phase_order, self.labels])
+
+    def _runs(self) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        for run in self.labels.split(" "):
+            frames, _, row = run.partition("x")
+            phase, _, tools = row.partition(":")
+            yield int(frames), int(phase), () if tools == "-" else tuple(map(int, tools.split(",")))
+
+
+def require_one_numbering(layouts: Sequence[tuple[str, RecordLayout]]) -> None:
+    """Raise UserError where files number frames in two ways: more likely a lost frame than two habits."""
+    first: dict[tuple[int, int], str] = {}
+    for path, layout in layouts:
+        first.setdefault((layout.frame_base, layout.total_frames - layout.frame_count), path)
+    if len(first) > 1:
+        one, other = list(first.values())[:2]
+        raise UserError(f"{other}: frame_id and total_frames run otherwise than in {one}: a frame is lost; {_WAY_OUT}")
+
+
+# ---------------------------------------------------------------------------------------------- reading frames
+
+
+class TfrecordReader(ClosingReader):
+    """Reads the pictures of a TFRecord file with Pillow, by their place in the file; checksums are checked again."""
+
+    name = "pillow"
+
+    def __init__(self, path: Path, layout: RecordLayout) -> None:
+        import PIL
+
+        self.version = PIL.__version__
+        self.fps = FPS
+        self._path = path
+        self._base = layout.frame_base
+        with _open(path) as stream:
+            self._spans = tuple(record_spans(stream, path))
+        self.frame_count = len(self._spans)
+        if self.frame_count != layout.frame_count:
+            raise ReaderError(
+                f"{path}: holds {self.frame_count} records, indexed as {layout.frame_count}; run index again"
+            )
+
+    def read(self, frame_index: Sequence[int]) -> Iterator[np.ndarray]:
+        """See FrameReader; the file is open only while frames are read."""
+        return self._frames(checked_frames(frame_index, self.frame_count, self._path))
+
+    def spread(self, count: int) -> list[int]:
+        return spread_evenly(range(self.frame_count), count)
+
+    def _frames(self, wanted: Sequence[int]) -> Iterator[np.ndarray]:
+        with _open(self._path) as stream:
+            for number in wanted:
+                place = f"{self._path}: record {number}"
+                record = parse_record(read_record(stream, self._spans[number], place), place)
+                if record.frame_id != self._base + number:
+                    raise ReaderError(f"{place} is frame {record.frame_id}, not as indexed; run index again")
+                yield decode_image(io.BytesIO(record.frame), place, number)

@@ -1,0 +1,1 @@
+"""From an indexed source to preprocessed frames, and the cache between them."""

@@ -1,0 +1,322 @@
+"""From a video's frame to what the backbone sees: one code for training, extraction, joint training and prediction.
+
+Steps, in order: optional cut of the endoscope's black margin (one box a video), resize to `resize_px` square without
+keeping the aspect (as the reference programs do), by Pillow's antialiased bilinear filter in integer arithmetic, the
+same on every machine; crop to `crop_px`; scale to [0, 1]; normalise with mean and deviation a channel. What is stored
+in the frame cache is the frame after the resize. Letters in shapes: N frames, T frames of a clip, R resized size, S
+crop size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+from configs.load import GivenKeys
+from configs.schema import AugmentConfig, Config, PreprocessConfig
+from features.video.readers import FrameReader
+
+if TYPE_CHECKING:
+    import torch
+
+    Frames = TypeVar("Frames", np.ndarray, torch.Tensor)
+
+Box = tuple[int, int, int, int]
+CropCount = Literal[1, 5, 10]
+
+
+def require_pictures_of(
+    net: PreprocessConfig, config: Config, given: GivenKeys, path: Path, fps: float | None = None, backbone: str = ""
+) -> None:
+    """Raise UserError where the user gave settings of pictures that a net, which `path` holds, was not made for.
+
+    These are those of `preprocess`, and where they are known the sampling rate `fps` and the backbone's name.
+    """
+    known: dict[str, Any] = {"data.fps": fps and float(fps), "cnn.backbone": backbone}
+    made = _of_preprocess(net) | {key: value for key, value in known.items() if value}
+    _require_same(made, config, given, path, ("this net takes", "import or train the net with it"))
+
+
+def require_features_of(encoder: Mapping[str, Any], config: Config, given: GivenKeys, path: Path) -> None:
+    """Raise UserError where `--set` gives settings of pictures other than those of features in `path`, or of those that
+    its net was trained on; `encoder` is the record of what made them. In a file they may be meant for other stages."""
+    if given.by_set.isdisjoint({*_of_preprocess(config.preprocess), "data.fps", "cnn.backbone"}):
+        return  # the record is of no interest, and may be an older one
+    net = preprocess_from_json(encoder["preprocess"], str(path))
+    made = _of_preprocess(net) | {"data.fps": float(encoder["fps"]), "cnn.backbone": encoder["backbone"]}
+    in_set = GivenKeys(given.by_set)
+    _require_same(made, config, in_set, path, ("its features were made with", "run extract with it"))
+
+
+def _of_preprocess(preprocess: PreprocessConfig) -> dict[str, Any]:
+    return {f"preprocess.{name}": getattr(preprocess, name) for name in type(preprocess).model_fields}
+
+
+def _require_same(
+    made: Mapping[str, Any], config: Config, given: GivenKeys, path: Path, words: tuple[str, str]
+) -> None:
+    asked = _of_preprocess(config.preprocess) | {"data.fps": config.data.fps, "cnn.backbone": config.cnn.backbone}
+    general = {"data.fps", "cnn.backbone"} - given.by_set  # in a file they may be meant for other commands
+    differing = [key for key in given.any_of(*made) if key not in general and asked[key] != made[key]]
+    if differing:
+        values = ", ".join(f"{key}={_plain(asked[key])}" for key in differing)
+        own = ", ".join(str(_plain(made[key])) for key in differing)
+        raise UserError(
+            f"{path}: {values} given, and {words[0]} {own}; leave it out, or {words[1]} under another --name"
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return list(value) if isinstance(value, tuple) else value
+
+
+# Rec. 601 luma, as every published colour jitter (torchvision, Pillow) weighs it.
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+# A video's margin is judged on this many frames, spread over all of it.
+MARGIN_FRAMES = 12
+# Black of an 8-bit recording with compression noise; a row or column is field when 5 % of it is brighter.
+_BLACK_LEVEL = 24
+_BRIGHT_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Cut and resize of one video's frames. `box` is (left, top, right, bottom) in pixels, None takes all."""
+
+    resize_px: int
+    box: Box | None = None
+
+    @classmethod
+    def of_video(cls, config: PreprocessConfig, reader: FrameReader) -> Geometry:
+        """The geometry of the video behind `reader`; reads a few of its frames where the margin is to be cut.
+
+        The box depends on the video alone (not on sampling rate, epoch or worker), so every mode cuts the same.
+        """
+        if not config.cut_margin:
+            return cls(config.resize_px)
+        return cls(config.resize_px, find_margin(reader.read(reader.spread(MARGIN_FRAMES))))
+
+    def resize_frame(self, rgb: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8 -> (R, R, 3) uint8. A box reaching beyond a smaller frame is cut to the frame."""
+        from PIL import Image
+
+        if self.box is not None:
+            left, top, right, bottom = self.box
+            cut = rgb[top:bottom, left:right]
+            rgb = cut if cut.size else rgb
+        image = Image.fromarray(np.ascontiguousarray(rgb))
+        return np.array(image.resize((self.resize_px, self.resize_px), Image.Resampling.BILINEAR))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"resize_px": self.resize_px, "box": None if self.box is None else list(self.box)}
+
+
+def find_margin(frames: Iterable[np.ndarray]) -> Box | None:
+    """The bright field's bounding box (left, top, right, bottom), or None where there is no margin to speak of.
+
+    Each frame (H, W, 3) has its own box: the span of rows and columns of which 5 % are brighter than black. Frames
+    without one (dark, scope outside) do not vote. The quartile that cuts less decides each side, so that neither some
+    dark frames nor a few wide ones move the box. A field of less than a quarter of either side is not believed.
+    """
+    boxes, size = [], (0, 0)
+    for frame in frames:
+        bright = frame.max(axis=-1) > _BLACK_LEVEL
+        rows = np.flatnonzero(bright.mean(axis=1) > _BRIGHT_SHARE)
+        columns = np.flatnonzero(bright.mean(axis=0) > _BRIGHT_SHARE)
+        size = frame.shape[:2]
+        if len(rows) > size[0] / 4 and len(columns) > size[1] / 4:
+            boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+    if not boxes:
+        return None
+    sides = np.array(boxes)
+    left, top = np.quantile(sides[:, :2], 0.25, axis=0, method="lower").tolist()
+    right, bottom = np.quantile(sides[:, 2:], 0.75, axis=0, method="higher").tolist()
+    box = (int(left), int(top), int(right), int(bottom))
+    return None if box == (0, 0, size[1], size[0]) else box
+
+
+def crop_frames(frames: Frames, crop_px: int, count: CropCount = 1) -> Frames:
+    """Crops for evaluation, (N, R, R, 3) -> (N, count, S, S, 3), arrays or tensors, any dtype.
+
+    1: the centre, its offset (R - S) // 2 rounded down. 5: top left, top right, bottom left, bottom right, centre.
+    10: those of the frame, then those of the frame mirrored left to right (torchvision's order).
+    """
+    rest = frames.shape[1] - crop_px
+    if rest < 0:
+        raise ValueError(f"cannot crop {crop_px} from {frames.shape[1]} pixels")
+    corners: list[tuple[int, int]] = [(0, 0), (0, rest), (rest, 0), (rest, rest)] if count > 1 else []
+    sources = [frames, _mirrored(frames)] if count == 10 else [frames]
+    offsets = [*corners, (rest // 2, rest // 2)]
+    return _stacked([_cut(source, top, left, crop_px) for source in sources for top, left in offsets])
+
+
+def _cut(frames: Any, top: int, left: int, crop_px: int) -> Any:
+    return frames[..., top : top + crop_px, left : left + crop_px, :]
+
+
+def _mirrored(frames: Any) -> Any:
+    return frames[..., ::-1, :] if isinstance(frames, np.ndarray) else frames.flip(-2)
+
+
+def _stacked(crops: Sequence[Any]) -> Any:
+    if isinstance(crops[0], np.ndarray):
+        return np.stack(crops, axis=1)
+    import torch
+
+    return torch.stack(list(crops), dim=1)
+
+
+def augment_generator(seed: int, epoch: int, sample: int) -> np.random.Generator:
+    """The random draws of one sample in one epoch: the same whichever worker makes it, and after a resume."""
+    return np.random.default_rng([seed, epoch, sample])
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One random change: the crop's offset, whether to mirror, and factors of brightness, contrast and saturation."""
+
+    top: int
+    left: int
+    flip: bool
+    colour: NDArray[np.float32]  # (3,)
+
+    def crop(self, frames: np.ndarray, crop_px: int) -> np.ndarray:
+        """(T, R, R, 3) -> (T, S, S, 3), a view."""
+        cut: np.ndarray = _cut(frames, self.top, self.left, crop_px)
+        return cut
+
+
+def draw_change(generator: np.random.Generator, config: AugmentConfig, resize_px: int, crop_px: int) -> Draw:
+    """Draw for frames of `resize_px`, the same number of values whatever `config` switches on.
+
+    So that switching one change on leaves the others' draws alone.
+    """
+    rest = resize_px - crop_px
+    if rest < 0:
+        raise ValueError(f"cannot crop {crop_px} from {resize_px} pixels")
+    top, left = generator.integers(0, rest + 1, size=2).tolist()
+    flip = bool(generator.random() < 0.5) and config.flip
+    signed = generator.uniform(-1.0, 1.0, size=3).astype(np.float32)
+    if config.crop == "centre":
+        top = left = rest // 2
+    strength = np.array([config.brightness, config.contrast, config.saturation], dtype=np.float32)
+    return Draw(top, left, flip, 1 + strength * signed)
+
+
+def changes_colour(config: AugmentConfig) -> bool:
+    """Whether any draw changes colours."""
+    return bool(config.brightness or config.contrast or config.saturation)
+
+
+def augment(frames: np.ndarray, generator: np.random.Generator, config: AugmentConfig, crop_px: int) -> np.ndarray:
+    """Crop and mirror all frames of a clip with one draw, colours as they are: (T, R, R, 3) uint8 -> (T, S, S, 3)."""
+    draw = draw_change(generator, config, frames.shape[1], crop_px)
+    cut = draw.crop(frames, crop_px)
+    return np.ascontiguousarray(_mirrored(cut) if draw.flip else cut)
+
+
+def changed_images(
+    images: torch.Tensor,
+    flip: torch.Tensor,
+    colour: torch.Tensor,
+    config: PreprocessConfig,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Mirror, change colours and normalise on `device`, a batch at once: (N, S, S, 3) uint8 -> (N, 3, S, S) float32.
+
+    `flip` (N,) bool. `colour` (N, 3) scales brightness, contrast (about each frame's mean luma) and saturation (about
+    each pixel's luma), in this order, cut to 0..255 and not rounded; (0, 3) leaves colours alone. Bytes travel, without
+    waiting where they are pinned; floats are made there.
+    """
+    import torch
+
+    pixels = images.to(device, non_blocking=True)
+    mirror = flip.to(device, non_blocking=True)[:, None, None, None]
+    pixels = torch.where(mirror, pixels.flip(2), pixels)
+    if not len(colour):
+        return normalise(pixels, config, device)
+    return _normalised(_jittered(pixels.float(), colour.to(device, non_blocking=True)), config)
+
+
+def _jittered(pixels: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
+    """(N, S, S, 3) float32, changed in place where that is safe; (N, 3)."""
+    luma = pixels.new_tensor(_LUMA)
+    brightness, contrast, saturation = (factor[:, None, None, None] for factor in colour.unbind(1))
+    pixels = pixels.mul_(brightness)
+    mean = (pixels @ luma).mean(dim=(1, 2))[:, None, None, None]
+    pixels = pixels.sub_(mean).mul_(contrast).add_(mean)
+    grey = (pixels @ luma)[..., None]
+    return pixels.sub_(grey).mul_(saturation).add_(grey).clamp_(0, 255)
+
+
+def normalise(
+    frames: np.ndarray | torch.Tensor,
+    config: PreprocessConfig,
+    device: torch.device | str = "cpu",
+    channels_last: bool = True,
+) -> torch.Tensor:
+    """(N, S, S, 3) uint8 -> (N, 3, S, S) float32 on `device`: (x / 255 - mean) / std.
+
+    Bytes travel to the device, floats are made there. `channels_last` gives the memory layout that convolutions on
+    CPUs and newer GPUs prefer; the numbers are the same.
+    """
+    import torch
+
+    pixels = torch.as_tensor(frames).to(device, non_blocking=True)
+    if pixels.dtype != torch.uint8:
+        raise ValueError(f"frames must be uint8, not {pixels.dtype}")
+    return _normalised(pixels.float(), config, channels_last)
+
+
+def _normalised(pixels: torch.Tensor, config: PreprocessConfig, channels_last: bool = True) -> torch.Tensor:
+    """As `normalise`, from floats 0..255, which are overwritten."""
+    import torch
+
+    # Whole rows of pixels at once: broadcasting over three channels alone is 15 times slower on a CPU.
+    width = pixels.shape[2]
+    mean = torch.tensor(config.mean, device=pixels.device).repeat(width)
+    std = torch.tensor(config.std, device=pixels.device).repeat(width)
+    rows = pixels.reshape(-1, 3 * width)
+    images = rows.div_(255).sub_(mean).div_(std).view(pixels.shape).permute(0, 3, 1, 2)
+    return images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def preprocess_json(config: PreprocessConfig) -> dict[str, Any]:
+    """Everything that changes what the backbone sees, library and filter named; part of the encoder's identity."""
+    return {**geometry_json(config), "crop": "centre", "crop_px": config.crop_px, **_colour_json(config)}
+
+
+def preprocess_from_json(recorded: Any, where: str) -> PreprocessConfig:
+    """The settings behind what `preprocess_json` gave. Raises UserError for one that this program does not do."""
+    try:
+        config = PreprocessConfig(
+            cut_margin=recorded["cut_margin"] is not None,
+            **{key: recorded[key] for key in ("resize_px", "crop_px", "mean", "std")},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: does not say how its frames were prepared; train it again") from error
+    if preprocess_json(config) != recorded:
+        raise UserError(f"{where}: its frames were prepared in a way that this version does not know; train it again")
+    return config
+
+
+def geometry_json(config: PreprocessConfig) -> dict[str, Any]:
+    """The part of it that happens before the crop: the identity of cached frames."""
+    margin = {"frames": MARGIN_FRAMES, "black_level": _BLACK_LEVEL, "bright_share": _BRIGHT_SHARE}
+    return {
+        "resize_px": config.resize_px,
+        "resize": "Pillow bilinear, antialiased, aspect not kept",
+        "cut_margin": margin if config.cut_margin else None,
+    }
+
+
+def _colour_json(config: PreprocessConfig) -> dict[str, Any]:
+    return {"scale": "1/255", "mean": list(config.mean), "std": list(config.std)}

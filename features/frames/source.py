@@ -1,0 +1,280 @@
+"""Where stage one's frames come from: the indexed source, or the cache made from it; both give the same pixels."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+from configs.schema import Config
+from engine.device import choose_device
+from engine.files import (
+    below_root,
+    inside,
+    read_json_object,
+    remove_stale_temporaries,
+    require_free_bytes,
+    sha256_ends,
+    sha256_file,
+)
+from engine.pool import Advance, VideoFault, choose_processes, work_through
+from engine.processes import Processes, speaks
+from engine.progress import say
+from engine.runs import IDENTITY_FILE
+from engine.stopping import StopRequest
+from features.dataset.discover import scan_folder
+from features.dataset.index import Index, VideoEntry, in_whole_steps, open_folder, sampled_frames
+from features.dataset.tfrecord import TfrecordReader
+from features.frames.cache import CacheRequest, FrameCache
+from features.frames.preprocess import Geometry
+from features.store import SourceIdentity
+from features.video.readers import FrameReader, open_reader
+
+# One core's share of the caches holds a small batch's activations; a GPU wants many frames at once.
+_CPU_BATCH_FRAMES, _GPU_BATCH_FRAMES = 8, 64
+
+
+def encoded_at_once(config: Config) -> int:
+    """Frames in a batch where nothing is trained: `extract.batch_frames`, or what suits the device."""
+    on_cpu = choose_device(config.device).type == "cpu"
+    return config.extract.batch_frames or (_CPU_BATCH_FRAMES if on_cpu else _GPU_BATCH_FRAMES)
+
+
+def source_identity(entry: VideoEntry) -> SourceIdentity:
+    """What files made from a video remember of it."""
+    return SourceIdentity(entry.id, entry.sha256_ends, entry.size_bytes, entry.fps)
+
+
+class ChangedSource(UserError):
+    """A source that is not the one that was indexed: the index is out of date, not the video at fault."""
+
+
+def require_indexed_source(entry: VideoEntry, root: Path, index: Index) -> None:
+    """Raise ChangedSource when a source is not the one that was indexed: by size and time, then by its ends' hash.
+
+    A source that is missing passes: what was made from it outlives it, and whoever reads it will miss it. Raises
+    UserError for one that cannot be read.
+    """
+    path = inside(root, entry.source)
+    try:
+        if not path.exists():
+            return
+        if entry.kind == "frames":
+            same = scan_folder(root, entry.source, index.dataset).identity() == entry.sha256_ends
+        else:
+            state = path.stat()
+            same = (state.st_size, state.st_mtime_ns) == (entry.size_bytes, entry.modified_ns)
+            same = same or sha256_ends(path) == entry.sha256_ends
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if not same:
+        raise ChangedSource(f"{path}: has changed since it was indexed; run `index --force`, then this again")
+
+
+def require_indexed_annotations(entry: VideoEntry, root: Path) -> None:
+    """Raise UserError when an annotation file is not the one that was indexed; one that is missing passes."""
+    for file in (entry.phase_file, entry.tool_file):
+        path = inside(root, file.path) if file else None
+        if file is not None and path is not None and path.is_file() and sha256_file(path) != file.sha256:
+            raise UserError(f"{path}: has changed since it was indexed; run `index --force`, then this again")
+
+
+def open_source(
+    config: Config, entry: VideoEntry, root: Path, index: Index, hardware: str | None = None
+) -> FrameReader:
+    """A reader of an indexed video or folder, for the process that calls this. Raises UserError where there is none."""
+    require_indexed_source(entry, root, index)
+    if entry.kind == "tfrecord":
+        assert entry.records is not None  # the index has seen to it
+        return TfrecordReader(inside(root, entry.source), entry.records)
+    folder = open_folder(entry, root, index) if entry.kind == "frames" else None
+    source, name = inside(root, entry.source), config.data.reader
+    reader = open_reader(source, entry.kind, name, frames=folder, fps=entry.fps, hardware=hardware)
+    if entry.kind == "video" and (reader.frame_count, reader.times) != (entry.frame_count, entry.times):
+        reader.close()
+        raise UserError(
+            f"{source}: its frames or their times are not as an earlier version indexed them; run `index --force`, "
+            "then this again"
+        )
+    return reader
+
+
+def frame_cache(config: Config) -> FrameCache:
+    """The cache that these settings mean."""
+    return FrameCache(config.cache, config.preprocess, config.data.fps)
+
+
+def cache_request(config: Config, entry: VideoEntry, root: Path, index: Index) -> CacheRequest:
+    """A video's sampled frames, as the cache is asked for them."""
+    frame_index = sampled_frames(entry, config.data.fps)
+    return CacheRequest(source_identity(entry), frame_index, partial(open_source, config, entry, root, index))
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A video's sampled frames in order, resized and not cropped, and where they come from."""
+
+    frames: Iterator[NDArray[np.uint8]]  # (R, R, 3) each
+    provenance: dict[str, str]
+
+
+@contextmanager
+def open_pictures(
+    config: Config, entry: VideoEntry, root: Path, index: Index, samples: slice = slice(None)
+) -> Iterator[Pictures]:
+    """Sampled frames for extraction: from the cache where it holds them without loss, otherwise from the source.
+
+    `samples` takes a part of them, by sample number.
+
+    Both give the same pixels. A JPEG cache is for training alone, so that features never depend on it.
+    """
+    request = cache_request(config, entry, root, index)
+    lossless = config.cache.use_for_extract and config.cache.codec != "jpeg"
+    cached = frame_cache(config).find(request, deep=True) if lossless else None
+    if cached is not None:
+        try:
+            numbers = range(len(cached))[samples]
+            yield Pictures((cached[number] for number in numbers), _provenance_of_cache(cached.path))
+        finally:
+            cached.close()
+        return
+    with source_pictures(config, entry, root, index, samples) as pictures:
+        yield pictures
+
+
+@contextmanager
+def source_pictures(
+    config: Config, entry: VideoEntry, root: Path, index: Index, samples: slice = slice(None)
+) -> Iterator[Pictures]:
+    """Sampled frames straight from the source, or a part of them."""
+    with open_source(config, entry, root, index, config.extract.hardware_decoding) as reader:
+        geometry = Geometry.of_video(config.preprocess, reader)
+        wanted = sampled_frames(entry, config.data.fps)[samples].tolist()
+        frames = (geometry.resize_frame(rgb) for rgb in reader.read(wanted))
+        yield Pictures(frames, {"reader": reader.name, "reader_version": reader.version, "frames_from": "source"})
+
+
+def picture_batches(pictures: Iterable[NDArray[np.uint8]], batch_frames: int) -> Iterator[NDArray[np.uint8]]:
+    """Frames (R, R, 3) in batches (N, R, R, 3), cut every `batch_frames` from the first one on."""
+    remaining = iter(pictures)
+    while waiting := list(itertools.islice(remaining, batch_frames)):
+        yield np.stack(waiting)
+
+
+def frames_identity(config: Config, index: Index) -> dict[str, Any]:
+    """What training on frames depends on besides its net: settings, labels, sources and splits of the videos used.
+
+    Paths, the reader (readers are bit-identical) and a lossless cache's codec are not part. Videos that this
+    training found at fault are (`recorded_faults` reads them there), those that never came into the index are not.
+    """
+    used = index.model_copy(update={"videos": (*index.by_split("train"), *index.by_split("val"))})
+    fps = config.data.fps
+    by_time = not all(in_whole_steps(video, fps, sampled_frames(video, fps)) for video in used.videos)
+    faults = {video.id: {"reason": video.reason, "source": video.source} for video in index.left_out if video.source}
+    return {
+        **({"left_out": faults} if faults else {}),
+        **({"sampled": "by time"} if by_time else {}),  # earlier versions took other frames there
+        "seed": config.seed,
+        "videos_sha256": used.digest(),
+        "fps": fps,
+        "tools_between_rows": config.data.tools_between_rows,
+        "preprocess": config.preprocess.model_dump(mode="json"),
+        "frames": f"jpeg {config.cache.jpeg_quality}" if config.cache.codec == "jpeg" else "lossless",
+    }
+
+
+def _provenance_of_cache(path: Path) -> dict[str, str]:
+    with h5py.File(path, "r", locking=False) as file:
+        made_by = {name: str(file.attrs[name]) for name in ("reader", "reader_version")}
+    return {**made_by, "frames_from": "cache"}
+
+
+@dataclass(frozen=True)
+class CacheJob:
+    """One video to decode into the cache."""
+
+    entry: VideoEntry
+    frames: int
+
+
+@dataclass(frozen=True)
+class CacheTask:
+    """Decodes one video into the frame cache."""
+
+    config: Config
+    root: Path
+    index: Index
+
+    def __call__(self, job: CacheJob, advance: Advance) -> None:
+        request = cache_request(self.config, job.entry, self.root, self.index)
+        frame_cache(self.config).ensure(request, lambda done: advance(1))
+
+
+def recorded_faults(folder: Path, index: Index) -> list[tuple[str, str]]:
+    """Videos that the training in `folder` has left out for faults of theirs, with reasons; changed ones count anew."""
+    path = folder / IDENTITY_FILE
+    left_out = read_json_object(path).get("left_out", {}) if path.exists() else {}
+    found = [
+        (entry.id, left_out[entry.id]["reason"])
+        for entry in index.videos
+        if entry.id in left_out and left_out[entry.id]["source"] == entry.sha256_ends
+    ]
+    if found and speaks():
+        say(f"{folder}: was begun without {len(found)} of these videos; another --name tries them again")
+    return found
+
+
+def cache_readable(config: Config, index: Index, root: Path, processes: Processes, stop: StopRequest) -> Index:
+    """Decode training and validation videos into the cache; the index without those that cannot be read.
+
+    Raises UserError where a split loses its last video so, and as `fill_cache` does.
+    """
+    videos = processes.share([*index.by_split("train"), *index.by_split("val")])
+    parts = processes.together(lambda: fill_cache(config, index, root, videos, stop))
+    index = index.without(fault for part in parts for fault in part)
+    index.require_videos("train", "val")
+    return index
+
+
+def fill_cache(
+    config: Config, index: Index, root: Path, entries: Sequence[VideoEntry], stop: StopRequest
+) -> list[tuple[str, str]]:
+    """Decode into the cache what it does not hold of `entries`, several videos at once, with progress.
+
+    Returns the videos that cannot be read, and why. Raises UserError where it is not a video's fault that it is not
+    decoded, or before the work when the disk has no room or a source has changed; Stopped when asked to stop. Frames of
+    the other videos are kept, of several processes' those of videos that were finished when the first of them ended
+    with an error.
+    """
+    cache = frame_cache(config)
+    jobs = []
+    for entry in entries:
+        request = cache_request(config, entry, root, index)
+        if cache.problem(request) is not None:
+            try:
+                require_indexed_source(entry, root, index)
+            except ChangedSource:
+                raise
+            except UserError:
+                pass  # the job will say so, and cost this video alone
+            jobs.append(CacheJob(entry, len(request.frame_index)))
+    if not jobs:
+        return []
+    needed = sum(cache.estimate_bytes(job.frames) for job in jobs)
+    require_free_bytes(cache.folder, needed, f"caching frames of {len(jobs)} video(s)")
+    work = work_through(CacheTask(config, root, index), jobs, choose_processes(-1, jobs), "decode frames", stop)
+    failed = [(job.entry.id, reason) for job, reason in work if reason is not None]
+    remove_stale_temporaries(cache.folder)  # of processes that died
+    if lost := [fault for fault in failed if not isinstance(fault[1], VideoFault)]:
+        others = f" (and {len(lost) - 1} more video{'s' * (len(lost) > 2)})" if len(lost) > 1 else ""
+        raise UserError(f"{lost[0][0]}: {lost[0][1]}{others}; start again, what is done is kept")
+    return [(video_id, below_root(reason, root)) for video_id, reason in failed]

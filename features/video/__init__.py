@@ -1,0 +1,1 @@
+"""Reading and writing video: one definition of frame k for every decoder."""

@@ -1,0 +1,471 @@
+"""State dicts of the original programs (Jin et al. 2020, arXiv 1907.06099): which net one holds, as ours, and back.
+
+Their nets have the backbone as named children of `share`, an `lstm`, and linear layers `fc` (phases), `fc_h`, `fc2`,
+`fc3` (tools) and `fc_p2t` (the mapping), behind `module.` where they were trained in parallel. Names of classes stand
+in none of the files, and neither does the normalisation of pictures.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.schema import DataSetSpec, HeadConfig, JointNetConfig, LstmHead
+from features.dataset.phase_order import ids_of_order
+from stage1_cnn.encoders.weights import misfits
+from stage1_cnn.model import build_backbone
+from stage2_temporal.joint.net import JointNet, build_joint
+from stage2_temporal.model import Standardise
+
+PREFIX = "module."
+MAPPING_KEYS = frozenset({"weight", "bias"})
+UNITS = 512  # what every layer of the original programs has
+_BACKBONE = ("share", "backbone.net")
+_PHASE_LAYER = "fc"
+_MOST_UNITS = 1 << 14
+# Kind of block and blocks a layer. The original programs hold ResNet50; the others differ in nothing else.
+_RESNETS: dict[tuple[str, tuple[int, ...]], str] = {
+    ("conv2", (2, 2, 2, 2)): "resnet18",
+    ("conv2", (3, 4, 6, 3)): "resnet34",
+    ("conv3", (3, 4, 6, 3)): "resnet50",
+    ("conv3", (3, 4, 23, 3)): "resnet101",
+    ("conv3", (3, 8, 36, 3)): "resnet152",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One net of the original programs.
+
+    `layers` are the original's layers besides `share`, with the place each has in a `JointNet`; `unused` may stand in
+    a file without taking part. File names start with `stem`; `accuracies` are the measurements in them.
+    """
+
+    name: str
+    title: str
+    layers: Mapping[str, str]
+    tasks: Literal["both", "tool", "phase"]
+    stem: str
+    accuracies: tuple[str, ...] = ("train1", "train2", "val1", "val2")
+    relu: bool = False
+    unused: frozenset[str] = frozenset()
+
+    @property
+    def form(self) -> tuple[str, bool, bool, bool, bool]:
+        """What tells variants apart: tasks, two-layer tool branch, mapping, ReLU after the LSTM, hidden layer."""
+        return self.tasks, "fc3" in self.layers, "fc_p2t" in self.layers, self.relu, "fc_h" in self.layers
+
+
+_PHASE = {"lstm": "phase.head.rnn", _PHASE_LAYER: "phase.head.fc"}
+_TOOLS = {"fc2": "tool_head"}
+_TWO_LAYERS = {"fc2": "tool_head.0", "fc3": "tool_head.2"}
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant(
+            "tool",
+            "the single net for tools",
+            _TOOLS,
+            "tool",
+            "cnn_lstm_tool",
+            ("train1", "val1"),
+            unused=frozenset(_PHASE),
+        ),
+        Variant("phase", "the single net for phases", _PHASE, "phase", "lstm_phase", ("train", "val")),
+        Variant("multitask", "MTRCNet: phases and tools", _PHASE | _TOOLS, "both", "cnn_lstm"),
+        Variant(
+            "two-layer",
+            "phases and tools with the tool branch of MTRCNet-CL, without the mapping",
+            _PHASE | _TWO_LAYERS,
+            "both",
+            "cnn_lstm_1",
+            relu=True,
+        ),
+        Variant(
+            "cl",
+            "MTRCNet-CL: phases, tools and the mapping",
+            _PHASE | _TWO_LAYERS | {"fc_p2t": "mapping"},
+            "both",
+            "cnn_lstm1_p2t",
+            relu=True,
+        ),
+        Variant(
+            "pytorch1.2.0",
+            "phases and tools as in the pytorch1.2.0 release",
+            _PHASE | {"fc_h": "phase.head.fc_hidden"} | _TOOLS,
+            "both",
+            "cnn_lstm_phase+tool",
+            ("trainPhase", "trainTool", "valPhase", "valTool"),
+        ),
+    )
+}
+_LAYERS = frozenset(layer for variant in VARIANTS.values() for layer in variant.layers)
+
+
+# ---------------------------------------------------------------------------------------------- what names say
+
+
+@dataclass(frozen=True)
+class NamedRun:
+    """What a file's name says about the run it is from; `values` are the numbers as they stand there."""
+
+    stem: str
+    values: Mapping[str, int]
+
+    @property
+    def frames(self) -> int:
+        """Length of a clip."""
+        return self.values["length"]
+
+    @property
+    def variant(self) -> str | None:
+        """The variant that the name speaks of."""
+        if self.stem == "cnn_lstm" and "train1" in self.values and "train2" not in self.values:
+            return "tool"  # the main release's tool program gives its files the name of the net for both tasks
+        stems = {variant.stem: variant.name for variant in VARIANTS.values()} | {"lstm": "phase"}
+        return stems.get(self.stem)
+
+    def sentence(self) -> str:
+        """For people: settings, then accuracies in percent."""
+        known = self.values
+        parts = [f"epoch {known['epoch']}", f"clips of {known['length']} frames"]
+        parts += [words[known[key]] for key, words in _CODES.items() if known.get(key) in words]
+        parts += [f"batches of {known['batch']} frames"] if "batch" in known else []
+        scores = [f"{words} {known[key] / 100:.2f} %" for key, words in _ACCURACIES.items() if key in known]
+        return "; ".join([", ".join(parts), *([f"accuracies: {', '.join(scores)}"] if scores else [])])
+
+
+_ACCURACIES = {
+    **dict.fromkeys(("train1", "trainTool"), "training tools"),
+    **dict.fromkeys(("train2", "trainPhase"), "training phases"),
+    **dict.fromkeys(("val1", "valTool"), "validation tools"),
+    **dict.fromkeys(("val2", "valPhase"), "validation phases"),
+    "train": "training",
+    "val": "validation",
+}
+_CODES: Mapping[str, Mapping[int, str]] = {
+    "opt": {0: "SGD", 1: "Adam"},
+    "mulopt": {0: "one learning rate", 1: "backbone at a tenth of the learning rate"},
+    "flip": {0: "no flips", 1: "flips"},
+    "crop": {0: "random crop", 1: "centre crop", 2: "no crop", 5: "five crops", 10: "ten crops"},
+}
+_RUN_NAME = re.compile(r"^(?P<stem>[\w+]+?)_(?P<values>epoch_\d{1,6}_length_\d{1,4}(?:_[A-Za-z0-9]+)*?)(?:_p2t)?$")
+_VALUE = re.compile(r"([A-Za-z]+[12]?)_(\d{1,6})(?=_|$)")
+
+
+def parse_file_name(name: str) -> NamedRun | None:
+    """`cnn_lstm_epoch_25_length_10_opt_1_..._val2_8864.pth` and its kin; None for any other name."""
+    found = _RUN_NAME.match(Path(name).stem)
+    if found is None:
+        return None
+    values = {key: int(value) for key, value in _VALUE.findall(found["values"])}
+    return NamedRun(found["stem"], values) if values.get("length") else None
+
+
+def compose_file_name(variant: Variant, values: Mapping[str, int]) -> str:
+    """The name that an original program would give; 0 for what is not in `values`."""
+    keys = ("epoch", "length", "opt", "mulopt", "flip", "crop", "batch", *variant.accuracies)
+    return "_".join([variant.stem, *(f"{key}_{values.get(key, 0)}" for key in keys)]) + ".pth"
+
+
+# ---------------------------------------------------------------------------------------------- normalisation
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Mean and deviation of red, green and blue (0 to 1) that pictures are normalised with."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+NORMALISATIONS = {
+    "main": Normalisation((0.3456, 0.2281, 0.2233), (0.2528, 0.2135, 0.2104)),
+    "pytorch1.2.0": Normalisation((0.44893518, 0.3226702, 0.34424525), (0.22357443, 0.18503027, 0.1900281)),
+}
+
+
+def choose_normalisation(original: Original, asked: str | None) -> tuple[str, str]:
+    """One of `NORMALISATIONS` and the reason, in words: `asked`, or what layers and names of keys give away."""
+    if asked is not None:
+        return asked, "as --normalisation says"
+    if original.variant.name == "pytorch1.2.0":
+        return "pytorch1.2.0", "fc_h stands in files of the pytorch1.2.0 release only, whose tool programs use it"
+    if original.variant.name == "tool" and not original.prefixed:
+        return "pytorch1.2.0", "a net for tools without `module.` in its keys is of the pytorch1.2.0 release"
+    if original.prefixed:
+        return "main", "keys with `module.` are the main release's"
+    if original.variant.tasks == "phase":
+        return "main", "nets for phases alone are trained with it in both releases"
+    return "main", "only the main release has this net, though its keys usually begin with `module.`"
+
+
+# ---------------------------------------------------------------------------------------------- from the original
+
+
+@dataclass(frozen=True)
+class Original:
+    """A state dict that was recognised; names without `module.`, layers without use apart."""
+
+    variant: Variant
+    backbone: str
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    prefixed: bool
+    unused: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    guessed: bool = False  # neither layers nor a name nor the user said which of two nets it is
+
+    @property
+    def net(self) -> JointNetConfig:
+        """The branches."""
+        return JointNetConfig(
+            tasks=self.variant.tasks,
+            tool_hidden=self._units("fc2") if "fc3" in self.variant.layers else None,
+            mapping="fc_p2t" in self.variant.layers,
+        )
+
+    @property
+    def head(self) -> LstmHead | None:
+        """The phase branch; None for a net for tools."""
+        if "lstm" not in self.variant.layers:
+            return None
+        return LstmHead(
+            hidden=self.tensors["lstm.weight_hh_l0"].shape[1],
+            relu=self.variant.relu,
+            fc_hidden=self._units("fc_h") if "fc_h" in self.variant.layers else None,
+        )
+
+    @property
+    def phases(self) -> int:
+        """C; 0 without a phase branch."""
+        return self._units(_PHASE_LAYER) if _PHASE_LAYER in self.variant.layers else 0
+
+    @property
+    def tools(self) -> int:
+        """K; 0 without a tool branch."""
+        last = next((layer for layer in ("fc3", "fc2") if layer in self.variant.layers), None)
+        return self._units(last) if last else 0
+
+    def _units(self, layer: str) -> int:
+        return len(self.tensors[f"{layer}.weight"])
+
+    def sentence(self) -> str:
+        """For people: what was in the file."""
+        head = self.head
+        parts = [self.backbone]
+        parts += [f"LSTM {head.hidden}"] if head else []
+        parts += [f"{count} {what}" for count, what in ((self.phases, "phases"), (self.tools, "tools")) if count]
+        keys = "keys with `module.`" if self.prefixed else "keys without `module.`"
+        return f"{self.variant.title} ({', '.join(parts)}; {keys})"
+
+
+def is_mapping(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is the mapping alone (`fc_epoch_..._p2t.pth`)."""
+    return {name.removeprefix(PREFIX) for name in state} == MAPPING_KEYS
+
+
+def recognise(state: Mapping[str, Tensor], source: Path, asked: str | None = None) -> Original:
+    """Which of the original nets a state dict holds.
+
+    `asked` names the variant where layers alone do not tell: a net for tools may hold an LSTM that takes no part.
+    Otherwise the name of the file (`source`) decides, and in the end the net that uses every layer. Raises UserError,
+    with the reason, for anything else.
+    """
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+    layers = {name.partition(".")[0] for name in tensors}
+    if len(tensors) < len(state):
+        raise UserError(f"{source}: holds some keys twice, with and without `{PREFIX}`; save one net alone")
+    if "share" not in layers:
+        raise UserError(f"{source}: {_what_else(tensors)}")
+    fitting = _fitting_variants(layers - {"share"}, source)
+    variant, guessed = _choose(fitting, source, asked)
+    used = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in ("share", *variant.layers)}
+    _require_matrices(variant, used, source)
+    return Original(
+        variant,
+        _backbone_name(used),
+        used,
+        prefixed=any(name.startswith(PREFIX) for name in state),
+        unused={name: tensor.clone() for name, tensor in tensors.items() if name not in used},
+        guessed=guessed,
+    )
+
+
+def _what_else(tensors: Mapping[str, Tensor]) -> str:
+    if tensors.keys() == MAPPING_KEYS:
+        return "the mapping alone; name the run of the net that it belongs to with --into RUN"
+    if "conv1.weight" in tensors and "layer1.0.conv1.weight" in tensors:
+        return "a ResNet alone, not a net of the original programs; train from it with --set cnn.weights=FILE"
+    if any(name.startswith("backbone.net.") for name in tensors):
+        return "a checkpoint of this project, not of the original programs; use its run as it is"
+    shown = ", ".join(name[:40] for name in list(tensors)[:3])
+    return f"not a net of the original programs: no backbone named `share` among its keys ({shown}, ...)"
+
+
+def _fitting_variants(layers: set[str], source: Path) -> list[Variant]:
+    unknown = sorted(layers - _LAYERS)
+    if unknown:
+        raise UserError(f"{source}: not a net of the original programs: none of them has a layer {unknown[0][:40]!r}")
+    fitting = [one for one in VARIANTS.values() if set(one.layers) <= layers <= set(one.layers) | one.unused]
+    if not fitting:
+        known = "; ".join(f"{one.name}: {', '.join(sorted(one.layers))}" for one in VARIANTS.values())
+        raise UserError(
+            f"{source}: not a net of the original programs: no variant has the layers "
+            f"{', '.join(sorted(layers)) or 'share alone'} (besides share; {known})"
+        )
+    return fitting
+
+
+def _choose(fitting: Sequence[Variant], source: Path, asked: str | None) -> tuple[Variant, bool]:
+    """The variant, and whether it was a guess."""
+    names = [variant.name for variant in fitting]
+    if asked is not None and asked not in names:
+        raise UserError(f"{source}: --variant {asked}: its layers are those of {' or '.join(names)}")
+    named = parse_file_name(source.name)
+    wanted = asked or (named.variant if named else None)
+    for variant in fitting:
+        if variant.name == wanted:
+            return variant, False
+    return max(fitting, key=lambda variant: len(variant.layers)), len(fitting) > 1
+
+
+def _require_matrices(variant: Variant, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Sizes are read from these before a net is built, so they must be there and sane."""
+    names = ["lstm.weight_hh_l0" if layer == "lstm" else f"{layer}.weight" for layer in variant.layers]
+    for name in names:
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise UserError(f"{source}: not a whole net: {name} is missing")
+        if tensor.dim() != 2 or not 0 < min(tensor.shape) <= max(tensor.shape) <= _MOST_UNITS:
+            raise UserError(f"{source}: {name} has the shape {tuple(tensor.shape)}, which is no layer's")
+
+
+def _backbone_name(tensors: Mapping[str, Tensor]) -> str:
+    blocks: list[set[str]] = [set(), set(), set(), set()]
+    for name in tensors:
+        found = re.match(r"share\.layer([1-4])\.(\d{1,3})\.", name)
+        if found:
+            blocks[int(found[1]) - 1].add(found[2])
+    kind = "conv3" if "share.layer1.0.conv3.weight" in tensors else "conv2"
+    return _RESNETS.get((kind, tuple(len(layer) for layer in blocks)), "resnet50")
+
+
+def to_joint(original: Original, spec: DataSetSpec, order: Sequence[str] | None, source: Path) -> JointNet:
+    """The same net as a `JointNet`, in evaluation mode, its phases numbered as in `spec`.
+
+    `order` names the original's phases 0, 1, ...; None for a net without phases. Raises UserError for other numbers of
+    classes than the data set's, and for tensors that are missing, of another shape or not finite.
+    """
+    _require_class_counts(original, spec, source)
+    backbone = build_backbone(original.backbone, "random", 0)
+    net = build_joint(backbone, original.net, original.head, len(spec.tools), len(spec.phases)).eval()
+    ours = net.state_dict()
+    names = _names(original.variant, ours)
+    problems = misfits({theirs: ours[mine] for theirs, mine in names.items()}, original.tensors)
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise UserError(f"{source}: not {original.variant.title} on {original.backbone} ({problems[0]}{more})")
+    ours.update({names[theirs]: tensor for theirs, tensor in original.tensors.items()})
+    if order is not None:
+        ids = torch.from_numpy(ids_of_order(order, spec.phases))
+        for part in ("weight", "bias"):
+            rows = original.tensors[f"{_PHASE_LAYER}.{part}"]
+            ours[names[f"{_PHASE_LAYER}.{part}"]] = torch.empty_like(rows).index_copy_(0, ids, rows)
+    net.load_state_dict(ours)
+    net.unused = dict(original.unused)
+    return net
+
+
+def _require_class_counts(original: Original, spec: DataSetSpec, source: Path) -> None:
+    for what, found, classes in (("phases", original.phases, spec.phases), ("tools", original.tools, spec.tools)):
+        if found and found != len(classes):
+            raise UserError(
+                f"{source}: tells {found} {what} apart, and {spec.name} has {len(classes)} "
+                f"({', '.join(classes) or 'none'}); name its data set with --set data.dataset=FILE"
+            )
+
+
+def _names(variant: Variant, ours: Mapping[str, Any]) -> dict[str, str]:
+    """The original's key of each tensor, with ours."""
+    return {
+        theirs + name.removeprefix(mine): name
+        for theirs, mine in (_BACKBONE, *variant.layers.items())
+        for name in ours
+        if name.startswith(f"{mine}.")
+    }
+
+
+def mapping_tensors(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """Weight (K, H) and bias (K,) of the mapping alone. Raises UserError where they are not of `wanted`'s shapes."""
+    found = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+    problems = misfits(wanted, found)
+    if problems:
+        raise UserError(f"{source}: this mapping does not belong to the net of --into ({problems[0]})")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- to the original
+
+
+def variant_of(net: JointNet, head: HeadConfig | None, source: Path) -> Variant:
+    """The original net that a `JointNet` is. Raises UserError, with the reason, where there is none."""
+    if net.backbone.name not in _RESNETS.values():
+        raise UserError(f"{source}: the original programs have ResNets only, this net has {net.backbone.name}")
+    relu = fc_hidden = False
+    if net.phase is not None:
+        if not isinstance(head, LstmHead):
+            raise UserError(f"{source}: the original programs have an LSTM, this net has {head.name if head else '?'}")
+        if head.layers > 1 or head.bidirectional or head.dropout:
+            raise UserError(
+                f"{source}: the original LSTM has one layer, one direction and no dropout; this one differs"
+            )
+        relu, fc_hidden = head.relu, head.fc_hidden is not None
+    settings = net.net_config
+    form = (settings.tasks, settings.tool_hidden is not None, settings.mapping, relu, fc_hidden)
+    for variant in VARIANTS.values():
+        if variant.form == form:
+            return variant
+    raise UserError(
+        f"{source}: no original net has these branches (tasks {form[0]}; two-layer tool branch {form[1]}, mapping "
+        f"{form[2]}, ReLU after the LSTM {form[3]}, hidden layer before the last {form[4]})"
+    )
+
+
+def to_original(
+    net: JointNet, variant: Variant, phases: Sequence[str], order: Sequence[str] | None, prefix: bool
+) -> dict[str, Tensor]:
+    """The net's state dict under the original's keys, its phases numbered as in `order`.
+
+    Constants of standardisation, which the original does not know, become part of the LSTM's input weights and bias.
+    """
+    ours = net.state_dict()
+    state = {theirs: ours[mine].detach().clone() for theirs, mine in _names(variant, ours).items()}
+    state |= {name: tensor for name, tensor in net.unused.items() if name.partition(".")[0] in variant.unused}
+    if net.phase is not None:
+        _fold(state, net.phase.standardise)
+    if order is not None:
+        ids = torch.from_numpy(ids_of_order(order, phases))
+        for part in ("weight", "bias"):
+            state[f"{_PHASE_LAYER}.{part}"] = state[f"{_PHASE_LAYER}.{part}"][ids]
+    return {f"{PREFIX}{name}": tensor for name, tensor in state.items()} if prefix else state
+
+
+def standardises(standardise: Standardise) -> bool:
+    """Whether the constants change anything."""
+    return bool((standardise.mean != 0).any() or (standardise.scale != 1).any())
+
+
+def _fold(state: dict[str, Tensor], standardise: Standardise) -> None:
+    """W ((x - m) s) + b = (W s) x + (b - (W s) m), in double precision."""
+    if not standardises(standardise):
+        return
+    mean, scale = standardise.mean.double(), standardise.scale.double()  # (D,)
+    weight = state["lstm.weight_ih_l0"].double() * scale  # (4 H, D)
+    state["lstm.bias_ih_l0"] = (state["lstm.bias_ih_l0"].double() - weight @ mean).float()
+    state["lstm.weight_ih_l0"] = weight.float()

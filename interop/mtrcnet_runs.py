@@ -1,0 +1,329 @@
+"""Files of the original programs as runs, and runs as such files: `import-checkpoint` and `export-checkpoint`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from configs.errors import UserError
+from configs.load import NO_KEYS, GivenKeys, flatten, load_config, load_dataset
+from configs.schema import Config, DataSetSpec, HeadConfig, LstmHead, PreprocessConfig
+from engine.checkpoints import load_foreign_state, save_checkpoint, save_foreign_weights
+from engine.files import read_json_object, sha256_file
+from engine.progress import say
+from engine.runs import RESULT_FILE, StageFolder
+from features.dataset.phase_order import describe_order, parse_phase_order
+from features.frames.preprocess import require_pictures_of
+from interop.mtrcnet_checkpoints import (
+    NORMALISATIONS,
+    UNITS,
+    VARIANTS,
+    Original,
+    Variant,
+    choose_normalisation,
+    compose_file_name,
+    is_mapping,
+    mapping_tensors,
+    parse_file_name,
+    recognise,
+    standardises,
+    to_joint,
+    to_original,
+    variant_of,
+)
+from stage1_cnn.encoders.weights import below
+from stage1_cnn.model import linear, weights_sha256
+from stage2_temporal.joint.net import (
+    FOLDER,
+    IMPORTED,
+    STEPS,
+    JointNet,
+    describe_joint,
+    joint_checkpoint,
+    load_joint,
+    require_same_classes,
+)
+
+
+@dataclass(frozen=True)
+class ImportRequest:
+    """A file of the original programs and what its user says of it; None: not said."""
+
+    file: Path
+    phase_order: str | None = None
+    normalisation: str | None = None
+    variant: str | None = None
+    into: Path | None = None  # run whose net a mapping alone is added to
+    trusted: bool = False
+    given: GivenKeys = NO_KEYS  # settings that are the user's word, not a preset's
+
+
+def import_original(config: Config, run: Path, request: ImportRequest) -> dict[str, Any]:
+    """Turn a file of the original programs into `RUN/joint/imported/`, saying what was in it; returns the result.
+
+    `config` gives the data set, the rate and the geometry of pictures, and their normalisation where the user gave it;
+    all else comes from the file and is written beside the net as settings that fit it. Raises UserError for anything
+    that is not such a file, for a file that does not fit the data set or what `--set` says, and where RUN holds another
+    joint net.
+    """
+    tensors = load_foreign_state(request.file, request.trusted)
+    state = below("share", tensors, "a net of the original programs", request.file)
+    if is_mapping(state):
+        return _import_mapping(config, run, request, state)
+    if request.into is not None:
+        raise UserError(f"{request.file}: --into is for the mapping alone, and this is a whole net")
+    original = recognise(state, request.file, request.variant)
+    spec = load_dataset(config.data.dataset)
+    _require_phases(original.phases, request.phase_order, request.file)
+    order = parse_phase_order(request.phase_order, spec, str(request.file)) if original.phases else None
+    net = to_joint(original, spec, order, request.file)
+    normalisation, reason = _normalisation(config, original, request)
+    fitting = _fitting_settings(config, original, request, normalisation)
+    for line in _findings(request.file, original, order, normalisation, reason, fitting):
+        say(line)
+    provenance = {
+        "file": request.file.name,
+        "sha256": sha256_file(request.file),
+        "variant": original.variant.name,
+        "phase_order": list(order) if order else None,
+        "prefixed": original.prefixed,
+        "normalisation": normalisation,
+    }
+    about = describe_joint(net, original.head, fitting, spec, IMPORTED) | {"original": provenance}
+    return _write_run(run, fitting, net, about)
+
+
+def _require_phases(phases: object, phase_order: str | None, where: Path) -> None:
+    if phase_order is not None and not phases:
+        raise UserError(f"--phase-order: {where} is a net for tools alone; leave it out")
+
+
+def _normalisation(config: Config, original: Original, request: ImportRequest) -> tuple[str, str]:
+    """One of `NORMALISATIONS`, or `given` for the user's own values, and the reason in words."""
+    name, reason = choose_normalisation(original, request.normalisation)
+    keys = request.given.any_of("preprocess.mean", "preprocess.std")
+    found, asked = NORMALISATIONS[name], config.preprocess
+    if not keys or (found.mean, found.std) == (asked.mean, asked.std):
+        return name, reason
+    if request.normalisation is not None:
+        if request.given.by_set.isdisjoint(keys):
+            return name, reason
+        raise UserError(f"{request.file}: --normalisation {name} and --set {keys[0]} differ; give one of them")
+    if len(keys) == 1:
+        raise UserError(f"{request.file}: {keys[0]} is given alone; give preprocess.mean and preprocess.std")
+    return "given", f"as preprocess.mean and preprocess.std say; {name} would be taken otherwise: {reason}"
+
+
+def _fitting_settings(config: Config, original: Original, request: ImportRequest, normalisation: str) -> Config:
+    """The settings with those that the file decides: `train-joint --from-joint` and `extract` take them as they are.
+
+    Raises UserError where `--set` gives another value for one of them.
+    """
+    tree = config.model_dump()
+    tree["cnn"] |= {"backbone": original.backbone, "weights": "random"}  # every weight is in the file
+    if original.head is not None:
+        tree["temporal"]["head"] = original.head.model_dump()
+    tree["joint"]["net"] = original.net.model_dump()
+    if not original.net.mapping:
+        tree["joint"] |= {"mapping": None, "correlation": None}
+    named = parse_file_name(request.file.name)
+    clips = {"mode": "clips", "inference": "clip"} | ({"frames": named.frames} if named else {})
+    by_set = request.given.by_set
+    tree["joint"]["sequence"] |= {key: clips[key] for key in clips if f"joint.sequence.{key}" not in by_set}
+    if normalisation != "given":
+        chosen = NORMALISATIONS[normalisation]
+        tree["preprocess"] |= {"mean": chosen.mean, "std": chosen.std}
+    fitting = Config.model_validate(tree)
+    asked, settled = flatten(config.model_dump()), flatten(fitting.model_dump())
+    if overruled := [key for key in sorted(by_set) if key in asked and asked[key] != settled.get(key)]:
+        key = overruled[0]
+        raise UserError(
+            f"{request.file}: {key}={asked[key]} is given, and the file's net has {settled.get(key)}; leave it out"
+        )
+    return fitting
+
+
+def _findings(
+    file: Path, original: Original, order: Sequence[str] | None, normalisation: str, reason: str, fitting: Config
+) -> Iterator[str]:
+    named, frames = parse_file_name(file.name), fitting.joint.sequence.frames
+    yield f"{file}: {original.sentence()}"
+    yield (
+        f"its name says: {named.sentence()}" if named else f"its name says nothing of its run; clips of {frames} frames"
+    )
+    if named and named.variant and named.variant != original.variant.name:
+        yield f"note: named like {VARIANTS[named.variant].title}, but its layers are another net's"
+    if original.unused:
+        layers = sorted({name.partition(".")[0] for name in original.unused})
+        yield f"kept for export alone, since a net for tools does not use them: {', '.join(layers)}"
+    elif original.guessed:
+        yield "note: a net for tools may hold an unused LSTM, and then looks like this; if it is one: --variant tool"
+    if order:
+        yield f"phases in the file: {describe_order(order)}"
+    if original.tools:
+        tools = load_dataset(fitting.data.dataset).tools
+        yield f"tools in the file, in the order of the annotation files: {describe_order(tools)}"
+    pictures = fitting.preprocess
+    yield f"normalisation {normalisation}: mean {pictures.mean}, std {pictures.std} ({reason})"
+    yield (
+        f"pictures: resized to {pictures.resize_px}, cropped to {pictures.crop_px}, margin "
+        f"{'cut' if pictures.cut_margin else 'left'}, {fitting.data.fps:g} fps, as the settings say "
+        "(the original programs: 250, 224, 1 fps)"
+    )
+
+
+def _import_mapping(
+    config: Config, run: Path, request: ImportRequest, state: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """A new run with the net of `--into` and the mapping of the file."""
+    file = request.file
+    if request.into is None:
+        raise UserError(f"{file}: the mapping alone; name the run of the net that it belongs to with --into RUN")
+    said = {
+        "--phase-order": request.phase_order,
+        "--normalisation": request.normalisation,
+        "--variant": request.variant,
+    }
+    if given := [option for option, value in said.items() if value is not None]:
+        raise UserError(f"{given[0]}: {file} is the mapping alone, and the net of --into has all else; leave it out")
+    path = joint_checkpoint(request.into)
+    net, about = load_joint(path)
+    require_pictures_of(PreprocessConfig(**about["preprocess"]), config, request.given, path)
+    head = _head_of(about)
+    if net.phase is None or not net.tools or net.mapping is not None:
+        raise UserError(f"{path}: --into wants a net for phases and tools that has no mapping yet")
+    if not isinstance(head, LstmHead) or not head.relu:
+        raise UserError(f"{path}: the mapping reads the ReLU of an LSTM's output, and this net has none")
+    net.mapping = linear(head.hidden, net.tools)
+    net.mapping.load_state_dict(mapping_tensors(state, net.mapping.state_dict(), file))
+    net.net_config = net.net_config.model_copy(update={"mapping": True})
+    fitting = load_config(path.parent / "config.yaml")
+    fitting = fitting.model_copy(update={"joint": fitting.joint.model_copy(update={"net": net.net_config})})
+    named = parse_file_name(file.name)
+    say(f"{file}: the mapping from the phase branch (LSTM {head.hidden}) to {net.tools} tools")
+    say(f"its name says: {named.sentence()}" if named else "its name says nothing of its run")
+    say(f"added to {path}")
+    about |= {
+        "step": IMPORTED,
+        "net": net.net_config.model_dump(mode="json"),
+        "original": (about.get("original") or {})
+        | {"mapping": {"file": file.name, "sha256": sha256_file(file), "into_sha256": sha256_file(path)}},
+    }
+    return _write_run(run, fitting, net, about)
+
+
+def _head_of(about: Mapping[str, Any]) -> HeadConfig | None:
+    return TypeAdapter(HeadConfig).validate_python(about["head"]) if about["head"] else None
+
+
+def _write_run(run: Path, config: Config, net: JointNet, about: Mapping[str, Any]) -> dict[str, Any]:
+    trained = [step for step in STEPS if (run / FOLDER / step).exists()]
+    if trained:
+        raise UserError(f"{run / FOLDER / trained[0]}: this run has a trained joint net; choose another --name")
+    content = {key: value for key, value in about.items() if key not in ("format", "identity", "scores")}
+    identity = {key: value for key, value in content.items() if key != "unused"}  # whose file `original` names
+    identity["weights_sha256"] = weights_sha256(net)
+    stage = StageFolder(run, f"{FOLDER}/{IMPORTED}", config, identity)
+    path = stage.path / "best.pt"
+    found = stage.result
+    if found is not None and path.is_file():
+        say(f"{stage.path}: imported before, nothing to do")
+        return found
+    stage.open()
+    save_checkpoint(path, {"model": net.state_dict(), "scores": {}, **content})
+    say(f"settings that fit it: --config {stage.path / 'config.yaml'}")
+    return stage.finish(
+        {
+            "step": IMPORTED,
+            "checkpoint": str(path),
+            "original": about["original"],
+            "weights_sha256": identity["weights_sha256"],
+            "sentence": f"{path}; next: evaluate --model joint --name {run.name}",
+        }
+    )
+
+
+# ---------------------------------------------------------------------------------------------- export
+
+
+def export_original(config: Config, run: Path, out: Path, phase_order: str | None, prefix: bool | None = None) -> Path:
+    """Write a run's joint net into the folder `out` under the original's keys and file name; returns the file.
+
+    `phase_order` is the numbering of phases that the file shall have; `prefix` puts `module.` before keys, None does
+    as the file that was imported, or as the original program of that net. Raises UserError for a net that the original
+    programs have no counterpart of, without an order where there are phases, and where the file exists.
+    """
+    path = joint_checkpoint(run)
+    net, about = load_joint(path)
+    variant = variant_of(net, _head_of(about), path)
+    file = out / _file_name(variant, about, path)
+    if file.exists():
+        raise UserError(f"{file}: exists; choose another folder")
+    order = _order_of_export(config, net, about, path, phase_order, file)
+    if prefix is None:
+        prefix = bool((about.get("original") or {}).get("prefixed", variant.name != "pytorch1.2.0"))
+    save_foreign_weights(file, to_original(net, variant, about["phases"], order, prefix))
+    for line in _notes_of_export(net, variant, about, order):
+        say(line)
+    return file
+
+
+def _order_of_export(
+    config: Config, net: JointNet, about: Mapping[str, Any], path: Path, phase_order: str | None, file: Path
+) -> tuple[str, ...] | None:
+    _require_phases(net.phase, phase_order, path)
+    if net.phase is None:
+        return None
+    spec: DataSetSpec = load_dataset(config.data.dataset)
+    require_same_classes(path, "phases", about["phases"], spec.phases, where=spec.name)
+    return parse_phase_order(phase_order, spec, str(file))
+
+
+def _file_name(variant: Variant, about: Mapping[str, Any], path: Path) -> str:
+    """The name it was imported under, or one that says what is known of the training."""
+    original = about.get("original") or {}
+    if about["step"] == IMPORTED and original.get("variant") == variant.name:
+        return Path(original["file"]).name
+    values = {"length": int(about["frames"])}
+    settings, result = path.parent / "config.yaml", path.parent / RESULT_FILE
+    if about["step"] != IMPORTED and settings.is_file():
+        joint = load_config(settings).joint
+        step = getattr(joint, about["step"])
+        values |= {
+            "opt": int(step.optim.name != "sgd"),
+            "mulopt": int(step.backbone_lr_factor != 1),
+            "flip": int(joint.augment.flip),
+            "crop": {"random": 0, "centre": 1, "five": 5, "ten": 10}[joint.crops],
+            "batch": joint.sequence.batch * joint.sequence.frames,
+        }
+    if result.is_file():
+        values["epoch"] = int(read_json_object(result).get("epochs", 0))
+    accuracy = (about.get("scores") or {}).get("val_accuracy")
+    if accuracy is not None:
+        values |= dict.fromkeys(("val", "val2", "valPhase"), round(10_000 * accuracy))
+    return compose_file_name(variant, values)
+
+
+def _notes_of_export(
+    net: JointNet, variant: Variant, about: Mapping[str, Any], order: Sequence[str] | None
+) -> Iterator[str]:
+    yield f"{net.backbone.name}, {variant.title}"
+    if about["step"] != IMPORTED:
+        yield "in the file's name 0 stands for what was not measured"
+    if order:
+        yield f"phases in the file: {describe_order(order)}"
+    if net.phase is not None and standardises(net.phase.standardise):
+        yield "standardisation of embeddings, which the original lacks, is now in the LSTM's input weights and bias"
+    pictures = about["preprocess"]
+    yield f"the file says nothing of pictures: this net takes mean {pictures['mean']}, std {pictures['std']}"
+    if variant.unused and not net.unused:
+        yield "the original tool program also has an LSTM that it does not use: load with strict=False there"
+    head = about["head"] or {}
+    widths = {head.get("hidden", UNITS), head.get("fc_hidden") or UNITS, net.net_config.tool_hidden or UNITS}
+    if net.backbone.name != "resnet50" or widths != {UNITS}:
+        yield f"note: the original programs build ResNet50 and {UNITS} units; they must be changed to load this net"

@@ -1,0 +1,1 @@
+"""Many trainings of stage two over a space of settings."""

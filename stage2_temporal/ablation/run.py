@@ -1,0 +1,475 @@
+"""Ablations of stage two: many trainings on one copy of the features, a training a core, resumable at any moment.
+
+A setting (one point of the space, or a named one) is a trial of an Optuna study, kept in a journal beside the runs;
+each of its seeds is an ordinary run folder `<ablation>/trials/<setting>-seed<k>`, so a training that is finished is
+never done again, and one that was stopped goes on. One process conducts, with as many workers as it has cores.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+from rich.live import Live
+
+from configs.errors import UserError
+from configs.load import differences, keys_given, load_ablation, load_config, to_yaml
+from configs.schema import FEATURE_KEYS, AblationConfig, Config
+from engine.device import choose_device, cpu_threads
+from engine.files import read_json_object, sha256_json, sole_worker, write_text
+from engine.pool import Advance, choose_processes, work_through
+from engine.processes import available_cores
+from engine.progress import no_bars, say
+from engine.runs import RESULT_FILE, StageFolder
+from engine.stopping import StopRequest
+from evaluation.reports.ablation import (
+    ABLATION_PAGE,
+    Trial,
+    ablation_page,
+    ablation_rows,
+    ablation_table,
+    write_ablation_csv,
+)
+from features.frames.preprocess import require_features_of
+from features.store import find_feature_folder
+from stage2_temporal.ablation.features import SharedFeatures, folder_of, share_features
+from stage2_temporal.ablation.study import NAMED, TrialFolders, corners, distributions, open_study
+from stage2_temporal.data import TrainingData
+from stage2_temporal.train import SCORE, require_arithmetic, train_temporal
+
+BASE = "base"
+# Trainings claimed at once, a core: many where settings are known (processes start once), few where they are drawn, so
+# that the sampler learns from the ones before.
+_CLAIM_KNOWN, _CLAIM_DRAWN = 8, 2
+# On a GPU a training waits for its own steps most of the time, and several share it; each takes a context of its own.
+_MOST_ON_ONE_GPU = 4
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One training: a setting with a seed. `trial` is the study's number, None for the base settings."""
+
+    trial: int | None
+    changes: tuple[tuple[str, Any], ...]
+    seed: int
+    features: Path = Path()
+    encoder_digest: str = ""  # of features that the setting names
+
+    @property
+    def frames(self) -> int:
+        """Counts as one for the progress bar."""
+        return 1
+
+    @property
+    def folder(self) -> str:
+        """Name of its run: the same setting always has the same."""
+        known = [pair for pair in self.changes if pair[0] not in FEATURE_KEYS]
+        known += [("features", self.encoder_digest)] if self.encoder_digest else []
+        name = BASE if not known else sha256_json(sorted(known))[:10]
+        return f"{name}-seed{self.seed}"
+
+
+@dataclass
+class UnitTask:
+    """Trains one unit. Goes to each process once, with the features in shared memory."""
+
+    source: str
+    overrides: tuple[str, ...]
+    trials: Path
+    shared: SharedFeatures
+    threads: int
+    _resident: tuple[tuple[Path, bool], TrainingData] | None = None
+
+    def __call__(self, unit: Unit, advance: Advance) -> None:
+        """Raises UserError for settings that do not fit together."""
+        config = unit_config(self.source, self.overrides, unit)
+        data = self._data(unit.features, config)
+        with cpu_threads(self.threads), no_bars():  # the table shows what is done
+            train_temporal(config, self.trials / unit.folder, unit.features, _StopWithParent(advance), data)
+        advance(1)
+
+    def _data(self, features: Path, config: Config) -> TrainingData:
+        """The shared table; on another device a copy that this process keeps until a training needs another table."""
+        key = (features, config.temporal.tool_logits)
+        device = choose_device(config.device)
+        if device.type == "cpu":
+            return self.shared.of(*key)
+        if self._resident is None or self._resident[0] != key:
+            self._resident = None  # first room, then the next table
+            self._resident = (key, self.shared.of(*key).to(device))
+        return self._resident[1]
+
+
+class _StopWithParent(StopRequest):
+    """Asks the parent process, between steps, whether to stop."""
+
+    def __init__(self, advance: Advance) -> None:
+        super().__init__()
+        self._advance = advance
+
+    def __bool__(self) -> bool:
+        try:
+            self._advance(0)
+        except Exception:  # whatever the pool unwinds its jobs with; `raise_if_set` lets it through
+            return True
+        return False
+
+    def raise_if_set(self) -> None:
+        self._advance(0)
+
+
+def unit_config(source: str, overrides: Sequence[str], unit: Unit) -> Config:
+    """The settings of one training."""
+    changes = {key: value for key, value in unit.changes if key not in FEATURE_KEYS}
+    try:
+        return load_config(source, overrides, {**changes, "seed": unit.seed})
+    except UserError as error:
+        reason = str(error).removeprefix("--set").lstrip(": ")
+        raise UserError(f"the ablation's settings: {reason}") from error
+
+
+def read_ablation(source: str, base: str | None = None) -> AblationConfig:
+    """An ablation file, or one shipped by name, with another base where one is given."""
+    spec = load_ablation(source)
+    return spec.model_copy(update={"base": base}) if base else spec
+
+
+def ablate(
+    spec: AblationConfig,
+    folder: Path,
+    overrides: Sequence[str],
+    features: Path | None,
+    run: Path,
+    *,
+    workers: int = -1,
+    stop: StopRequest,
+) -> list[tuple[str, str]]:
+    """Try everything that an ablation asks for; returns what failed and which videos are left out, with reasons.
+
+    `folder` takes the trials, the study's journal and the outcome: `ablation.csv` (a row a training), `ablation.html`
+    (the ranked table and Optuna's plots), `best.yaml` (the winner's settings, ready to train). `run` is where features
+    are looked for where none are named. Raises UserError for an ablation of another configuration in `folder`, features
+    without validation videos, and settings that are wrong from the start; Stopped, with everything kept, when asked to.
+    """
+    started = time.monotonic()
+    base = load_config(spec.base, overrides)
+    shared = _read_features(spec, base, overrides, find_feature_folder(features, run, base.extract.store))
+    own = shared.of(shared.base, False)
+    require_features_of(own.encoder, base, keys_given(spec.base, overrides), own.folder)
+    _claim_folder(folder, spec, base, shared)
+    cores = trainings_at_once(base.device) if workers == -1 else workers
+    threads = max(1, available_cores() // max(1, cores))
+    task = UnitTask(spec.base, tuple(overrides), folder / "trials", shared, threads)
+    failed: list[tuple[str, str]] = []
+    with sole_worker(folder, "ablation"), _live_table() as live:
+        plan = _Plan(spec, base, tuple(overrides), folder, shared)
+        plan.trials(folder)  # before anything is trained, since it may refuse what is there
+        for units in plan.rounds(cores, started):
+            processes = choose_processes(cores, units) if len(units) > 1 else 1
+            for unit, reason in work_through(task, units, processes, "trainings", stop, unit="training", disable=True):
+                label = f"{plan.label(unit.changes)}, seed {unit.seed}"
+                if reason is not None:
+                    failed.append((label, reason))
+                result = _result(folder / "trials" / unit.folder)
+                plan.ended(unit, result, reason)
+                _show(live, plan.trials(folder), label, result, reason)
+        _write_outcome(folder, plan)
+    left_out = shared.of(shared.base, False).index.missing
+    return failed + [(f"{video.id} is left out", video.reason) for video in left_out]
+
+
+def trainings_at_once(device: str) -> int:
+    """One a core; on a GPU as many, up to a few, since they share it."""
+    cores = available_cores()
+    return cores if choose_device(device).type == "cpu" else min(cores, _MOST_ON_ONE_GPU)
+
+
+def _read_features(spec: AblationConfig, base: Config, overrides: Sequence[str], where: Path) -> SharedFeatures:
+    """The features of every setting; what a range may draw is among them.
+
+    Raises UserError for a setting that is wrong, and for two names of one training.
+    """
+    for seed in spec.seeds:
+        unit_config(spec.base, overrides, Unit(None, (), seed))
+    wanted = dict.fromkeys([(where, base.temporal.tool_logits)])
+    named: dict[tuple[str, Path], str] = {}
+    for point in corners(spec):
+        unit = Unit(None, changes_of(spec, point), spec.seeds[0])
+        config = unit_config(spec.base, overrides, unit)
+        require_arithmetic(config.temporal, choose_device(config.device))
+        features = folder_of(dict(unit.changes), where, base)
+        name = ", ".join(f"{key}={value!r}" for key, value in point.items())
+        other = named.setdefault((config.temporal.model_dump_json(), features), name)
+        _require_effect(config, unit)
+        if other != name:
+            raise UserError(f"the ablation's settings: {other} and {name} are the same training; leave one out")
+        wanted[features, config.temporal.tool_logits] = None
+    return share_features(where, wanted)
+
+
+def _require_effect(config: Config, unit: Unit) -> None:
+    """Raise UserError where a setting that is tried changes nothing: the table would name what made no difference."""
+    for key, _ in unit.changes:
+        if key not in FEATURE_KEYS:
+            *above, leaf = key.split(".")
+            block = functools.reduce(getattr, above, config)
+            if reason := getattr(block, "unused", {}).get(leaf):
+                raise UserError(f"the ablation's settings: {key} has no effect with {reason} in the same block")
+
+
+def changes_of(spec: AblationConfig, point: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """What a point of the space changes: (key, value) pairs."""
+    named = spec.settings.get(point.get(NAMED, ""), {}) if spec.settings else {}
+    return (*((key, value) for key, value in point.items() if key != NAMED), *named.items())
+
+
+# ---------------------------------------------------------------------------------------------- what to try
+
+
+class _Plan:
+    """Which settings there are, and what became of them."""
+
+    def __init__(
+        self,
+        spec: AblationConfig,
+        base: Config,
+        overrides: tuple[str, ...],
+        folder: Path,
+        shared: SharedFeatures,
+    ) -> None:
+        self.spec, self.base, self.overrides, self.shared = spec, base, overrides, shared
+        self.study = open_study(folder, spec, TrialFolders(folder / "trials", spec, self._folder))
+        self.results: dict[Unit, dict[str, Any]] = {}
+        self._left: dict[int, set[int]] = {}  # seeds still to come, of each trial in work
+        self._scores: dict[int, dict[int, float]] = {}
+        self._as_named: set[Unit] = set()  # those whose settings have been compared with what the table names
+        failed = [trial.params for trial in self._trials(TrialState.FAIL)]
+        self._queue(failed if spec.has_ranges else corners(spec))
+
+    def _folder(self, point: Mapping[str, Any], seed: int) -> str:
+        return self._unit(None, changes_of(self.spec, point), seed).folder
+
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=states)
+
+    def _queue(self, points: Iterable[Mapping[str, Any]]) -> None:
+        """Let the study ask for these points, but those that are done, begun or queued; what failed is tried again."""
+        known = [trial.params for trial in self._trials(TrialState.COMPLETE, TrialState.RUNNING)]
+        known += [trial.system_attrs.get("fixed_params", {}) for trial in self._trials(TrialState.WAITING)]
+        for point in points:
+            if point and point not in known:
+                self.study.enqueue_trial(dict(point))
+                known.append(dict(point))
+
+    def rounds(self, cores: int, started: float) -> Iterator[list[Unit]]:
+        """Trainings to do now, until nothing is left or the budget is spent. The base settings come first."""
+        first = [] if self._base_is_in_grid() else [self._unit(None, (), seed) for seed in self.spec.seeds]
+        seeds = len(self.spec.seeds)
+        most = max(1, (_CLAIM_DRAWN if self.spec.has_ranges else _CLAIM_KNOWN) * cores // seeds)
+        while True:
+            claimed = list(itertools.islice(self._claims(started), most))
+            units = first + [unit for trial in claimed for unit in self._units(trial)]
+            if not units:
+                return
+            first = []
+            yield units
+
+    def _claims(self, started: float) -> Iterator[FrozenTrial | optuna.Trial]:
+        """Trials that an earlier process left, then waiting ones or, for ranges, new ones as far as the budget goes."""
+        for trial in self._trials(TrialState.RUNNING):
+            if trial.number in self._left:
+                continue
+            if trial.params.keys() == distributions(self.spec).keys():
+                yield trial
+            else:  # stopped before its settings were drawn
+                self.study.tell(trial.number, state=TrialState.FAIL)
+        while self._budget_left(started) and (self.spec.has_ranges or self._trials(TrialState.WAITING)):
+            yield self.study.ask(distributions(self.spec))
+
+    def _budget_left(self, started: float) -> bool:
+        budget, seeds = self.spec.budget, len(self.spec.seeds)
+        trials = self._trials(TrialState.COMPLETE, TrialState.RUNNING, TrialState.FAIL)
+        begun = len({tuple(sorted(trial.params.items(), key=str)) for trial in trials if trial.params})
+        begun += not self._base_is_in_grid()
+        if budget.trials is not None and (begun + 1) * seeds > budget.trials:
+            return False
+        return budget.minutes is None or time.monotonic() - started < 60 * budget.minutes
+
+    def _units(self, trial: FrozenTrial | optuna.Trial) -> list[Unit]:
+        self._left[trial.number] = set(self.spec.seeds)
+        self._scores[trial.number] = {}
+        changes = changes_of(self.spec, trial.params)
+        return [self._unit(trial.number, changes, seed) for seed in self.spec.seeds]
+
+    def _unit(self, trial: int | None, changes: tuple[tuple[str, Any], ...], seed: int) -> Unit:
+        folder = folder_of(dict(changes), self.shared.base, self.base)
+        named = any(key in FEATURE_KEYS for key, _ in changes)
+        return Unit(trial, changes, seed, folder, self.shared.digest(folder) if named else "")
+
+    def label(self, changes: Sequence[tuple[str, Any]]) -> str:
+        """A setting in words: its named setting, or the ends of its keys with their values."""
+        if not changes:
+            return BASE
+        names = {name: tuple(what.items()) for name, what in self.spec.settings.items()}
+        named = next((name for name, what in names.items() if what == tuple(changes[len(self.spec.space) :])), None)
+        parts = [f"{_leaf(key, self.spec.space)}={value}" for key, value in changes[: len(self.spec.space)]]
+        return ", ".join([*parts, *([named] if named else [])])
+
+    def _base_is_in_grid(self) -> bool:
+        """Whether one of the settings is the base itself, so that it need not be trained twice."""
+        if self.spec.has_ranges:
+            return False
+        return any(self.is_base(changes_of(self.spec, point)) for point in corners(self.spec))
+
+    def is_base(self, changes: Sequence[tuple[str, Any]]) -> bool:
+        """Whether these changes change nothing."""
+        unit = self._unit(None, tuple(changes), self.base.seed)
+        tried = unit_config(self.spec.base, self.overrides, unit)
+        return tried.temporal == self.base.temporal and self.shared.is_base(unit.features)
+
+    def ended(self, unit: Unit, result: dict[str, Any] | None, reason: str | None) -> None:
+        """Note a training's outcome; tell the study when it was its setting's last."""
+        if result is not None and reason is None:
+            self.results[unit] = result
+        if unit.trial is None:
+            return
+        self._left[unit.trial].discard(unit.seed)
+        if reason is None and result is not None:
+            self._scores[unit.trial][unit.seed] = result["val_accuracy"]
+        if self._left[unit.trial]:
+            return
+        scores = self._scores[unit.trial]
+        if len(scores) < len(self.spec.seeds):
+            self.study.tell(unit.trial, state=TrialState.FAIL)
+        else:
+            self.study.tell(unit.trial, sum(scores.values()) / len(scores))
+
+    def trials(self, folder: Path) -> list[Trial]:
+        """Every training there is a result of, whoever did it, for tables.
+
+        Raises UserError for one that was trained with other settings than the table would name.
+        """
+        points = [trial.params for trial in self.study.get_trials(deepcopy=False) if trial.params]
+        settings = dict.fromkeys([(), *(changes_of(self.spec, point) for point in points)])
+        found = []
+        for changes in settings:
+            is_base = self.is_base(changes)
+            for seed in self.spec.seeds:
+                unit = self._unit(None, changes, seed)
+                result = self.results.get(unit) or _result(folder / "trials" / unit.folder)
+                if result is not None:
+                    self._require_as_named(unit, folder / "trials" / unit.folder)
+                    found.append(Trial(self.label(changes), dict(changes), seed, is_base, result, unit.folder))
+        return found
+
+    def _require_as_named(self, unit: Unit, run: Path) -> None:
+        settings = run / "temporal" / "config.yaml"
+        if unit in self._as_named or not settings.is_file():
+            return
+        trained = load_config(settings).temporal.model_dump()
+        named = unit_config(self.spec.base, self.overrides, unit).temporal.model_dump()
+        if changed := differences(trained, named):
+            raise UserError(
+                f"{run}: trained with other settings than the table would name ({'; '.join(changed[:3])}); give the "
+                "ablation another --name, which trains anew"
+            )
+        self._as_named.add(unit)
+
+
+def _leaf(key: str, keys: Mapping[str, Any]) -> str:
+    """The last part of a dotted key, unless two keys share it."""
+    leaf = key.rsplit(".", 1)[-1]
+    return leaf if sum(other.rsplit(".", 1)[-1] == leaf for other in keys) == 1 else key
+
+
+def _result(run: Path) -> dict[str, Any] | None:
+    path = run / "temporal" / RESULT_FILE
+    try:
+        return read_json_object(path) if path.exists() else None
+    except UserError as error:
+        raise UserError(f"{error}; delete {run}, and it is trained again") from error
+
+
+# ---------------------------------------------------------------------------------------------- the folder
+
+
+def _claim_folder(folder: Path, spec: AblationConfig, base: Config, shared: SharedFeatures) -> None:
+    """Raise UserError where the folder holds another ablation. More budget is no other ablation."""
+    data = shared.of(shared.base, False)
+    identity: dict[str, Any] = {
+        "ablation": spec.model_dump(mode="json", exclude={"budget", "title"}),
+        "temporal": base.temporal.model_dump(mode="json"),
+        "encoder_digest": data.encoder_digest,
+        "labels_sha256": data.labels_sha256,
+    }
+    if shared.others:
+        identity["other_features"] = sorted(shared.others.values())
+    StageFolder(folder.parent, folder.name, base, identity).open()
+
+
+# ---------------------------------------------------------------------------------------------- what comes out
+
+
+@contextmanager
+def _live_table() -> Iterator[Live | None]:
+    """A place for the ranked table that is redrawn after each training; None where no terminal is."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        yield live
+
+
+def _show(
+    live: Live | None, trials: Sequence[Trial], label: str, result: Mapping[str, Any] | None, reason: str | None
+) -> None:
+    """The table on a terminal, a line a training in a log."""
+    if live is not None and reason is None:
+        live.update(ablation_table(trials, SCORE), refresh=True)
+        return
+    outcome = reason or (f"{100 * result['val_accuracy']:.2f} %" if result else "no result")
+    say(f"{label}: {outcome} ({len(trials)} trainings done)")
+
+
+def _write_outcome(folder: Path, plan: _Plan) -> None:
+    trials = plan.trials(folder)
+    if not trials:
+        return
+    write_ablation_csv(folder / "ablation.csv", trials)
+    figures = _figures(plan.study)
+    write_text(folder / ABLATION_PAGE, ablation_page(plan.spec.title or folder.name, trials, SCORE, figures))
+    winner = ablation_rows(trials)[0].label
+    best = next(trial for trial in trials if trial.label == winner)
+    config = unit_config(plan.spec.base, plan.overrides, Unit(None, tuple(best.changes.items()), best.seed))
+    features = folder_of(best.changes, plan.shared.base, plan.base)
+    header = f"# The best setting of the ablation {folder.name} on the validation videos: {best.label}.\n"
+    header += f"# Its features: train-temporal --features {features}\n"
+    write_text(folder / "best.yaml", header + to_yaml(config))
+    Console().print(ablation_table(trials, SCORE))
+    names = ", ".join(str(folder / name) for name in ("ablation.csv", ABLATION_PAGE, "best.yaml"))
+    say(f"written: {names} (for train-temporal --config)")
+
+
+def _figures(study: optuna.Study) -> list[Any]:
+    """Optuna's own plots, those that the study has enough trials for."""
+    from optuna import visualization
+
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(done) < 2:
+        return []
+    figures = [visualization.plot_optimization_history(study), visualization.plot_slice(study)]
+    if len(done[0].params) > 1:
+        figures.append(visualization.plot_parallel_coordinate(study))
+    if len({trial.value for trial in done}) > 1 and len(done) > 3 and len(done[0].params) > 1:
+        figures.append(visualization.plot_param_importances(study))
+    return figures

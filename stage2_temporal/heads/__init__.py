@@ -1,0 +1,1 @@
+"""Temporal heads: from a sequence of embeddings to phase logits."""

@@ -1,0 +1,124 @@
+"""Clips of pictures for the joint net: cut as stage two cuts features, loaded and augmented as stage one loads frames.
+
+What a step sees is a function of (seed, epoch, step) alone. One augmentation draw a clip; where state is carried from
+clip to clip (`chunked`), one a video and epoch, so that the picture does not jump where a clip ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from configs.errors import UserError
+from configs.schema import AugmentConfig, SequenceConfig
+from features.frames.preprocess import Draw, augment_generator, draw_change
+from stage1_cnn.data import LabelledFrames, colour_factors
+from stage2_temporal.data import NO_LABEL, Batch, Span, epoch_batches
+
+
+class ClipRequest(NamedTuple):
+    """One batch of clips to make: rows of each clip's first frame, clip lengths, and rows whose draw each clip has."""
+
+    epoch: int
+    first: tuple[int, ...]
+    lengths: tuple[int, ...]
+    draws: tuple[int, ...]
+    fresh: bool
+
+    def share(self, rank: int, count: int) -> tuple[ClipRequest, bool]:
+        """Process `rank`'s clips and whether it has any; see `Batch.share`."""
+        mine = slice(rank, None, count) if rank < len(self.first) else slice(1)
+        part = self._replace(first=self.first[mine], lengths=self.lengths[mine], draws=self.draws[mine])
+        return (part, True) if rank < len(self.first) else (part._replace(fresh=True), False)
+
+
+class ClipBatch(NamedTuple):
+    """B clips of up to T frames. Padding, at the end only, is black and has no labels."""
+
+    images: Tensor  # (B, T, S, S, 3) uint8, cropped
+    phase: Tensor  # (B, T) int64, -1 = no label
+    tools: Tensor  # (B, T, K) float32, -1 = no label
+    lengths: Tensor  # (B,) int64
+    first: Tensor  # (B,) int64, row of each clip's first frame
+    flip: Tensor  # (B,) bool, still to be mirrored
+    colour: Tensor  # (B, 3) float32, factors still to be applied; (0, 3) = none
+    fresh: bool  # zero state at the start; otherwise clip i goes on from clip i of the batch before
+
+
+def spans_of(frames: LabelledFrames) -> list[Span]:
+    """Each video's rows. `frames` must hold every sample of its videos, in order."""
+    counts = np.bincount(frames.video, minlength=len(frames.videos))
+    first = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    return [Span(int(start), int(count)) for start, count in zip(first, counts, strict=True) if count]
+
+
+def clip_requests(
+    spans: Sequence[Span], config: SequenceConfig, seed: int, epoch: int, subset: int | None
+) -> list[ClipRequest]:
+    """The epoch's batches in order (see `epoch_batches`); with `subset`, so many random clips of mode `clips` only."""
+    batches = epoch_batches(spans, config, seed, epoch)
+    if subset is not None and config.mode == "clips":
+        whole, rest = divmod(subset, config.batch)
+        last = [Batch(batch.first[:rest], batch.lengths[:rest]) for batch in batches[whole : whole + 1] if rest]
+        batches = batches[:whole] + last
+    return [_request(batch, spans, config, epoch) for batch in batches]
+
+
+def _request(batch: Batch, spans: Sequence[Span], config: SequenceConfig, epoch: int) -> ClipRequest:
+    first = batch.first.tolist()
+    draws = first if config.mode == "clips" else [_video_start(spans, row) for row in first]
+    return ClipRequest(epoch, tuple(first), tuple(batch.lengths.tolist()), tuple(draws), batch.fresh)
+
+
+def _video_start(spans: Sequence[Span], row: int) -> int:
+    return next(span.first for span in spans if span.first <= row < span.first + span.frames)
+
+
+class ClipDataset(Dataset):
+    """Makes whole batches: `dataset[request]` is a ClipBatch, or the UserError that stood in its way."""
+
+    def __init__(self, frames: LabelledFrames, sizes_px: tuple[int, int], augment: AugmentConfig, seed: int) -> None:
+        self.frames, self.augment, self.seed = frames, augment, seed
+        self.resize_px, self.crop_px = sizes_px
+
+    def __getitem__(self, request: ClipRequest) -> ClipBatch | UserError:
+        frames, longest = self.frames, max(request.lengths)
+        shape = (len(request.first), longest)
+        images = np.zeros((*shape, self.crop_px, self.crop_px, 3), dtype=np.uint8)
+        phase = np.full(shape, NO_LABEL, dtype=np.int64)
+        tools = np.full((*shape, frames.tools.shape[1]), NO_LABEL, dtype=np.float32)
+        drawn = [self._draw(request, n) for n in range(len(request.first))]
+        try:
+            for n, (first, length) in enumerate(zip(request.first, request.lengths, strict=True)):
+                rows = slice(first, first + length)
+                images[n, :length] = drawn[n].crop(self._pictures(rows), self.crop_px)
+                phase[n, :length], tools[n, :length] = frames.phase[rows], frames.tools[rows]
+        except UserError as error:
+            return error
+        return ClipBatch(
+            images=torch.from_numpy(images),
+            phase=torch.from_numpy(phase),
+            tools=torch.from_numpy(tools),
+            lengths=torch.tensor(request.lengths),
+            first=torch.tensor(request.first),
+            flip=torch.tensor([draw.flip for draw in drawn]),
+            colour=colour_factors([draw.colour for draw in drawn], self.augment, training=True),
+            fresh=request.fresh,
+        )
+
+    def _draw(self, request: ClipRequest, n: int) -> Draw:
+        """The change of a batch's clip `n`."""
+        generator = augment_generator(self.seed, request.epoch, request.draws[n])
+        return draw_change(generator, self.augment, self.resize_px, self.crop_px)
+
+    def _pictures(self, rows: slice) -> NDArray[np.uint8]:
+        """(T, R, R, 3)."""
+        frames = self.frames
+        cache = frames.caches[frames.video[rows.start]]
+        return np.stack([cache[int(sample)] for sample in frames.sample[rows]])

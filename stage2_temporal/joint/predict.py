@@ -1,0 +1,215 @@
+"""What a joint net says about whole videos: the backbone over every frame once, then stage two's ways of running time.
+
+The backbone sees single frames, so its embeddings do not depend on how frames are cut into clips; `clip` and `carried`
+inference are those of stage two on these embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.schema import AugmentConfig, Config, PreprocessConfig
+from engine.files import below_root
+from engine.progress import progress_bar
+from features.dataset.index import Index, VideoEntry, load_labels, sampled_frames
+from features.frames.preprocess import CropCount, augment, augment_generator, crop_frames, normalise
+from features.frames.source import encoded_at_once, open_pictures, picture_batches
+from stage2_temporal.data import FeatureBank, Span
+from stage2_temporal.joint.net import JointNet, bernoulli_kl
+from stage2_temporal.model import State
+from stage2_temporal.predict import Inference, predict_spans, run_spans
+
+_CROP_COUNTS: dict[str, CropCount] = {"centre": 1, "five": 5, "ten": 10}
+_RANDOM = AugmentConfig(crop="random", flip=False)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A joint net on one video of T frames, averaged over crops; None for what it has no branch for."""
+
+    phase: NDArray[np.float32] | None  # (T, C) probabilities
+    tools: NDArray[np.float32] | None  # (T, K) logits
+    mapped: NDArray[np.float32] | None  # (T, K) logits, from the phase branch
+
+
+@dataclass(frozen=True)
+class LabelledVideo:
+    """One video's labels and where its samples are."""
+
+    entry: VideoEntry
+    frame_index: NDArray[np.int64]  # (T,)
+    phase: NDArray[np.int8]  # (T,) -1 = no label
+    tools: NDArray[np.int8]  # (T, K) -1 = no label
+
+
+def labelled_videos(config: Config, index: Index, root: Path, entries: Sequence[VideoEntry]) -> list[LabelledVideo]:
+    """The entries with their labels at the sampled frames."""
+    videos = []
+    for entry in entries:
+        frame_index = sampled_frames(entry, config.data.fps)
+        phase, tools = load_labels(entry, root, index, frame_index, config.data.tools_between_rows)
+        videos.append(LabelledVideo(entry, frame_index, phase, tools))
+    return videos
+
+
+def predict_videos(
+    net: JointNet,
+    config: Config,
+    videos: Sequence[LabelledVideo],
+    root: Path,
+    index: Index,
+    *,
+    inference: Inference,
+    frames: int,
+    check_stop: Callable[[], None],
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    faults: list[tuple[str, str]] | None = None,
+) -> dict[str, Prediction]:
+    """Predictions of every video, by id; frames come from the cache where it holds them, otherwise from the source.
+
+    `frames` is the length of a clip for `inference` clip. The net is put into evaluation mode and back. Raises
+    UserError naming the video or cache file that cannot be read (with `faults` it is added there, with the reason, and
+    costs no other video), and whatever `check_stop` raises, before each batch.
+    """
+    training = net.training
+    net.eval()
+    found = {}
+    try:
+        with progress_bar(sum(len(video.frame_index) for video in videos), "frames", "frame") as bar:
+            for video in videos:
+                try:
+                    with open_pictures(config, video.entry, root, index) as pictures:
+                        batches = _watched(picture_batches(pictures.frames, encoded_at_once(config)), bar, check_stop)
+                        embedded = embed_crops(
+                            net, batches, config.preprocess, config.joint.crops, config.seed, autocast
+                        )
+                except UserError as error:
+                    if faults is None:
+                        raise
+                    faults.append((video.entry.id, below_root(str(error), root)))
+                    continue
+                found[video.entry.id] = _over_crops(net, embedded, inference, frames)
+    finally:
+        net.train(training)
+    return found
+
+
+def _watched(batches: Iterable[Any], bar: Any, check_stop: Callable[[], None]) -> Iterator[Any]:
+    for batch in batches:
+        check_stop()
+        yield batch
+        bar.update(len(batch))
+
+
+@torch.no_grad()
+def embed_crops(
+    net: JointNet,
+    batches: Iterable[NDArray[np.uint8]],
+    preprocess: PreprocessConfig,
+    crops: str,
+    seed: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> list[Tensor]:
+    """Embeddings (T, D) fp32, on the net's device, of each crop of a video's resized frames (N, R, R, 3).
+
+    `centre`, `five` and `ten` as `crop_frames` has them; `random` is one crop, drawn once for the video.
+    """
+    device = next(net.parameters()).device
+    parts: list[list[Tensor]] = []
+    for batch in batches:
+        for number, cut in enumerate(_crops(batch, crops, preprocess.crop_px, seed)):
+            with autocast():
+                embedding = net.embed(normalise(cut, preprocess, device))  # (N, D)
+            parts += [[]] if number == len(parts) else []
+            parts[number].append(embedding.float())
+    return [torch.cat(crop) for crop in parts]
+
+
+def _crops(batch: NDArray[np.uint8], crops: str, crop_px: int, seed: int) -> list[NDArray[np.uint8]]:
+    if crops == "random":
+        return [augment(batch, augment_generator(seed, 0, 0), _RANDOM, crop_px)]
+    cut = crop_frames(batch, crop_px, _CROP_COUNTS[crops])  # (N, crops, S, S, 3)
+    return [np.ascontiguousarray(cut[:, number]) for number in range(cut.shape[1])]
+
+
+def _over_crops(net: JointNet, embedded: Sequence[Tensor], inference: Inference, frames: int) -> Prediction:
+    """Probabilities averaged over crops, as the reference does; tools go back to logits."""
+    each = [predict_embeddings(net, crop, inference, frames) for crop in embedded]
+    return Prediction(
+        phase=_mean([one.phase for one in each]),
+        tools=_mean_logits([one.tools for one in each]),
+        mapped=_mean_logits([one.mapped for one in each]),
+    )
+
+
+def _mean(values: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
+    there = [value for value in values if value is not None]
+    if not there:
+        return None
+    mean: NDArray[np.float32] = np.stack(there).mean(axis=0, dtype=np.float64).astype(np.float32)
+    return mean
+
+
+def _mean_logits(logits: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
+    there = [value for value in logits if value is not None]
+    if len(there) < 2:
+        return there[0] if there else None
+    mean = torch.stack([torch.from_numpy(value).double().sigmoid() for value in there]).mean(dim=0)
+    result: NDArray[np.float32] = torch.logit(mean, eps=1e-12).float().numpy()
+    return result
+
+
+@torch.no_grad()
+def predict_embeddings(net: JointNet, embedding: Tensor, inference: Inference, frames: int) -> Prediction:
+    """The branches on one video's embeddings (T, D)."""
+    tools = net.tool_head(embedding).float().cpu().numpy() if net.tool_head is not None else None
+    if net.phase is None:
+        return Prediction(None, tools, None)
+    nothing = torch.full((len(embedding),), -1, device=embedding.device)
+    bank = FeatureBank(embedding, nothing, (Span(0, len(embedding)),), ("video",))
+    phase = predict_spans(net.phase, bank, bank.spans, inference, frames)[0].numpy()
+    if net.mapping is None:
+        return Prediction(phase, tools, None)
+    mapped = run_spans(net.phase, _mapped(net), net.tools, bank, bank.spans, inference, frames)[0].numpy()
+    return Prediction(phase, tools, mapped)
+
+
+def _mapped(net: JointNet) -> Callable[[Tensor, State | None, Tensor], tuple[Tensor, State]]:
+    def forward(x: Tensor, state: State | None, lengths: Tensor) -> tuple[Tensor, State]:
+        assert net.phase is not None
+        assert net.mapping is not None
+        _, hidden, after = net.phase.outputs(x, state, lengths)
+        mapped: Tensor = net.mapping(hidden)
+        return mapped, after
+
+    return forward
+
+
+def phase_accuracy(videos: Sequence[LabelledVideo], found: Mapping[str, Prediction]) -> float | None:
+    """Share of right frames among the labelled ones of each video, then the mean; None where nothing is labelled."""
+    shares = []
+    for video in videos:
+        predicted, labelled = found[video.entry.id].phase, video.phase >= 0
+        if predicted is not None and labelled.any():
+            shares.append(float((predicted.argmax(axis=1) == video.phase)[labelled].mean()))
+    return float(np.mean(shares)) if shares else None
+
+
+def gap_nats(found: Iterable[Prediction]) -> float | None:
+    """Mean KL divergence (nats a tool and frame) of the tool branch from the mapped prediction; None without both."""
+    gaps = [
+        bernoulli_kl(torch.from_numpy(one.mapped), torch.from_numpy(one.tools))
+        for one in found
+        if one.mapped is not None and one.tools is not None
+    ]
+    return float(torch.cat(gaps).mean()) if gaps else None

@@ -1,0 +1,489 @@
+"""Training of the joint net: `multitask`, then with a mapping `mapping` and `correlation`, each a resumable step.
+
+`train_step` is the loop; it runs once a step of the schedule (Jin et al. 2020, section 3.3): both tasks; the mapping
+alone, all else frozen; all together with the correlation term. Each step starts from the best epoch of the one before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+from configs.load import differences
+from configs.schema import Config, JointStepConfig
+from engine.checkpoints import load_checkpoint
+from engine.device import choose_device, choose_precision, make_accelerator, seed_everything
+from engine.files import sha256_file
+from engine.logs import METRICS_FILE, read_metrics
+from engine.processes import Processes, join, speaks
+from engine.progress import say
+from engine.runs import StageFolder
+from engine.session import TrainingSession
+from engine.stopping import StopRequest
+from evaluation.metrics.tools import evaluate_tools
+from features.dataset.catalogue import say_left_out
+from features.dataset.index import Index
+from features.dataset.labels import unlabelled_note
+from features.frames.preprocess import changed_images
+from features.frames.source import cache_readable, frames_identity, recorded_faults
+from stage1_cnn.data import FrameLoader, LabelledFrames, choose_workers, labelled_frames
+from stage1_cnn.model import (
+    Backbone,
+    best_checkpoint,
+    build_backbone,
+    freeze_batch_norm,
+    initial_backbone,
+    require_image_size,
+    weights_identity,
+    weights_sha256,
+)
+from stage1_cnn.train import synchronise_batch_norm
+from stage2_temporal.data import NO_LABEL
+from stage2_temporal.joint.data import ClipBatch, ClipDataset, clip_requests, spans_of
+from stage2_temporal.joint.net import (
+    FOLDER,
+    STEPS,
+    JointLoss,
+    JointNet,
+    attach_cnn,
+    attach_joint,
+    attach_temporal,
+    build_joint,
+    describe_joint,
+    joint_checkpoint,
+)
+from stage2_temporal.joint.predict import (
+    LabelledVideo,
+    Prediction,
+    gap_nats,
+    labelled_videos,
+    phase_accuracy,
+    predict_videos,
+)
+from stage2_temporal.model import detach_state, first_rows
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the net's weights come from, besides `cnn.weights`: runs of the two stages, or another joint net."""
+
+    cnn: Path | None = None
+    temporal: Path | None = None
+    joint: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.joint and (self.cnn or self.temporal):
+            raise UserError("--from-joint gives every branch; leave --from-cnn and --from-temporal out")
+
+    def files(self) -> dict[str, Path]:
+        """The checkpoint behind each."""
+        found = {}
+        if self.cnn:
+            found["cnn"] = best_checkpoint(self.cnn)
+        if self.temporal:
+            found["temporal"] = self.temporal / "temporal" / "best.pt"
+        if self.joint:
+            found["joint"] = joint_checkpoint(self.joint)
+        for path in found.values():
+            if not path.is_file():
+                raise UserError(f"{path}: no such checkpoint; name a finished run")
+        return found
+
+
+@dataclass(frozen=True)
+class JointData:
+    """What a joint net learns from and is chosen on."""
+
+    train: LabelledFrames
+    val: list[LabelledVideo]
+    index: Index
+    root: Path
+
+
+def train_joint(
+    config: Config, run: Path, index: Index, root: Path, stop: StopRequest, start: Start, *, trusted: bool = False
+) -> dict[str, Any]:
+    """Train every step of the schedule into `RUN/joint/<step>/`; returns the last step's result.
+
+    Finished steps are not done again, an unfinished one resumes where it stopped. Videos that cannot be read are left
+    out, reported and listed in the result as `left_out`. Raises UserError for settings, labels or checkpoints that do
+    not fit, and Stopped, with everything saved, when asked to stop.
+    """
+    processes = join(config.device, stop)
+    files = start.files()
+    _require_effect(config)
+    index = index.without(recorded_faults(run / FOLDER / STEPS[0], index))
+    index.require_videos("train", "val")
+    seed_everything(config.seed)
+    net = processes.each(lambda: initial_net(config, index, start, trusted=trusted))
+    require_image_size(net.backbone, config.preprocess.crop_px)
+    data = processes.each(lambda: _load(config, index, root))
+    stages = _stages(config, run, index, files)
+    processes.from_first(lambda: _require_precisions(config, stages))
+    waiting = processes.from_first(lambda: [stage for stage in stages.values() if stage.result is None])
+    if waiting:
+        processes.from_first(waiting[0].check)
+        readable = cache_readable(config, index, root, processes, stop)
+        if readable is not index:
+            index, stages = readable, _stages(config, run, readable, files)
+            data = processes.each(lambda: _load(config, readable, root))
+    if processes.first:
+        say_left_out(index)
+    result: dict[str, Any] = {}
+    for step, settings in schedule(config).items():
+        stage = stages[step]
+        finished = processes.from_first(stage.begin)
+        if finished is None:
+            if processes.first:
+                say(f"== {step}: {settings.epochs} epochs")
+            train_step(stage.path, step, settings, net, config, data, stop, processes)
+            finish = partial(_finish, stage, step, config, data, net)
+            result = processes.from_first(finish)
+        else:
+            if processes.first:
+                say(f"{stage.path}: finished before with these settings, nothing to do")
+            result = finished
+        net.load_state_dict(load_checkpoint(stage.path / "best.pt")["model"])
+    return result | {"left_out": index.left_out_records()}
+
+
+def _stages(config: Config, run: Path, index: Index, files: Mapping[str, Path]) -> dict[str, StageFolder]:
+    """The folder of each step, with everything that its numbers depend on."""
+    common = _identity(config, index, files)
+    return {
+        step: StageFolder(run, f"{FOLDER}/{step}", config, _step_identity(common, config, step))
+        for step in schedule(config)
+    }
+
+
+def _require_precisions(config: Config, stages: Mapping[str, StageFolder]) -> None:
+    """Raise UserError for a precision that a step to come does not train in here, before an earlier one is trained."""
+    device = choose_device(config.device)
+    for step, settings in schedule(config).items():
+        if stages[step].result is None:
+            choose_precision(f"joint.{step}.precision", settings.precision, device, training=True)
+
+
+def schedule(config: Config) -> dict[str, JointStepConfig]:
+    """The steps that the settings ask for, in order."""
+    joint = config.joint
+    steps = zip(STEPS, (joint.multitask, joint.mapping, joint.correlation), strict=True)
+    return {name: settings for name, settings in steps if settings is not None}
+
+
+def initial_net(config: Config, index: Index, start: Start, *, trusted: bool = False) -> JointNet:
+    """The net before the first update: `cnn.weights` and fresh branches, then whatever `start` names."""
+    spec = index.dataset
+    _require_classes(config, len(spec.tools))
+    net = build_joint(
+        _first_backbone(config, start, trusted=trusted),
+        config.joint.net,
+        config.temporal.head,
+        len(spec.tools),
+        len(spec.phases),
+    )
+    if start.joint:
+        path = joint_checkpoint(start.joint)
+        _note_other_pictures(
+            path, attach_joint(net, path, spec.tools, spec.phases, config.temporal.head)["preprocess"], config
+        )
+    if start.cnn:
+        attach_cnn(net, start.cnn, spec.tools)
+    if start.temporal:
+        attach_temporal(net, start.temporal, spec.phases, config.temporal.head)
+    net.gradient_checkpointing = config.joint.gradient_checkpointing
+    if config.joint.freeze_batch_norm:
+        freeze_batch_norm(net.backbone)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net
+
+
+def _note_other_pictures(path: Path, preprocess: Mapping[str, Any], config: Config) -> None:
+    """Another normalisation, above all, is rarely meant."""
+    changed = differences(preprocess, config.preprocess.model_dump(mode="json"))
+    if changed and speaks():
+        say(f"note: {path} was trained on pictures prepared otherwise (preprocess: {'; '.join(changed)})")
+
+
+def _first_backbone(config: Config, start: Start, *, trusted: bool) -> Backbone:
+    """`cnn.weights`, which need not be on the machine where another run gives the backbone."""
+    if start.cnn or start.joint:
+        return build_backbone(config.cnn.backbone, "random", config.seed)
+    return initial_backbone(config, trusted=trusted)
+
+
+def _require_effect(config: Config) -> None:
+    mode = config.joint.sequence.mode
+    if config.joint.clips_per_epoch is not None and mode != "clips":
+        raise UserError(
+            f"joint.clips_per_epoch={config.joint.clips_per_epoch}: has no effect with joint.sequence.mode={mode}, "
+            "which takes every frame; set it to null, or joint.sequence.mode=clips"
+        )
+
+
+def _require_classes(config: Config, tools: int) -> None:
+    if config.joint.net.tasks != "phase" and not tools:
+        raise UserError(f"joint.net.tasks={config.joint.net.tasks}: the data set has no tools; set tasks to phase")
+
+
+def _load(config: Config, index: Index, root: Path) -> JointData:
+    if not index.by_split("train"):
+        raise UserError(f"{config.data.index}: no training videos; set data.split.rule and run index again")
+    train = labelled_frames(config, index, root, index.by_split("train"), with_phases=True, every_frame=True)
+    tasks = config.joint.net.tasks
+    for task, labels in (("tool", train.tools), ("phase", train.phase)):
+        if tasks in (task, "both") and not (labels >= 0).any():
+            raise UserError(f"{config.data.index}: no training frame has a {task} label; set joint.net.tasks")
+    phases = {name: train.phase[train.video == number] for number, name in enumerate(train.videos)}
+    if tasks != "tool" and speaks():
+        for note in unlabelled_note(phases, "do not count in train"):
+            say(note)
+    val = labelled_videos(config, index, root, index.by_split("val"))
+    if not val and speaks():
+        say("no validation videos: every epoch is trained, and the last one counts as the best")
+    return JointData(train, val, index, root)
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+
+
+def train_step(
+    folder: Path,
+    step: str,
+    settings: JointStepConfig,
+    net: JointNet,
+    config: Config,
+    data: JointData,
+    stop: StopRequest,
+    processes: Processes,
+) -> None:
+    """Train one step into `folder` (`best.pt`, `last.pt`, `metrics.jsonl`)."""
+    joint, spans = config.joint, spans_of(data.train)
+    seed_everything(config.seed)
+    name = f"joint.{step}.precision"
+    accelerator, _ = make_accelerator(config.device, settings.precision, name, unused_parameters=True)
+    if joint.sync_batch_norm:
+        synchronise_batch_norm(net, processes, accelerator.device)
+    net.train_only("mapping" if step == "mapping" else "all", freeze_mapping=settings.freeze_mapping)
+    describe = describe_joint(net, config.temporal.head, config, data.index.dataset, step)
+    session = TrainingSession(
+        folder,
+        accelerator,
+        net,
+        parameter_groups(net, settings),
+        settings,
+        describe,
+        stop,
+        joint.accumulate_steps,
+        processes=processes,
+    )
+    session.resume()
+    criterion, phase = JointLoss(joint.loss, step, processes.total), net.phase
+    sizes_px = (config.preprocess.resize_px, config.preprocess.crop_px)
+    dataset = ClipDataset(data.train, sizes_px, joint.augment, config.seed)
+    workers = choose_workers(joint.workers, accelerator.device)
+    with FrameLoader[ClipBatch](dataset, workers, accelerator.device, stop) as loader:
+        for epoch in session.epochs():
+            requests = clip_requests(spans, joint.sequence, config.seed, epoch, joint.clips_per_epoch)
+            shares = [request.share(processes.rank, processes.count) for request in requests]
+            mine = [request for request, _ in shares]
+            for batch in session.batches(loader.batches(mine[session.position.step :]), len(mine)):
+                counts = shares[session.position.step][1]
+                carried = None if batch.fresh or phase is None else first_rows(phase.carried, len(batch.first))
+                with session.gradient_sync():
+                    with session.autocast():
+                        output = session.model(to_clips(batch, config, accelerator.device), carried, batch.lengths)
+                        told = batch if counts else without_labels(batch)
+                        labels = (part.to(accelerator.device, non_blocking=True) for part in (told.phase, told.tools))
+                        loss = criterion(output, *labels, told.lengths)
+                    if phase is not None:
+                        phase.carried = (
+                            detach_state(output.state) if joint.sequence.mode == "chunked" and counts else ()
+                        )
+                    session.update(loss, partial(_name_batch, data.train, batch))
+            if phase is not None:
+                phase.carried = ()
+            scores = validate(net, config, data, session)
+            session.finish_epoch(scores, score=deciding_score(scores, step)[1])
+
+
+def to_clips(batch: ClipBatch, config: Config, device: torch.device) -> torch.Tensor:
+    """A batch's pictures on the device, mirrored, coloured, normalised: (B, T, 3, S, S) float32."""
+    frames = batch.images.shape[1]
+    flip, colour = (part.repeat_interleave(frames, dim=0) for part in (batch.flip, batch.colour))  # (B T, ...)
+    images = changed_images(batch.images.flatten(0, 1), flip, colour, config.preprocess, device)  # (B T, 3, S, S)
+    return images.unflatten(0, batch.images.shape[:2])
+
+
+def parameter_groups(net: JointNet, settings: JointStepConfig) -> list[dict[str, Any]]:
+    """Backbone and branches with their learning-rate factors; a backbone with factor 0 needs no gradients either."""
+    if settings.backbone_lr_factor == 0:
+        net.backbone.requires_grad_(False)
+    backbone = list(net.backbone.parameters())
+    inside = {id(parameter) for parameter in backbone}
+    return [
+        {"name": "backbone", "params": backbone, "lr_factor": settings.backbone_lr_factor},
+        {"name": "branches", "params": [p for p in net.parameters() if id(p) not in inside]},
+    ]
+
+
+def without_labels(batch: ClipBatch) -> ClipBatch:
+    """The batch of a process that has no part in a step: no labels, and all of it padding."""
+    return batch._replace(
+        phase=torch.full_like(batch.phase, NO_LABEL),
+        tools=torch.full_like(batch.tools, NO_LABEL),
+        lengths=torch.zeros_like(batch.lengths),
+    )
+
+
+def _name_batch(train: LabelledFrames, batch: ClipBatch) -> str:
+    return f"first clip: {train.name(int(batch.first[0]))}"
+
+
+# ---------------------------------------------------------------------------------------------- validation
+
+
+def validate(net: JointNet, config: Config, data: JointData, session: TrainingSession) -> dict[str, float | None]:
+    """Scores on whole validation videos, in the way of running that `joint.sequence.inference` names."""
+    if not data.val:
+        return {}
+    sequence = config.joint.sequence
+    mine = session.processes.share(data.val)
+    parts = session.validate(
+        lambda: predict_videos(
+            net,
+            config,
+            mine,
+            data.root,
+            data.index,
+            inference=sequence.inference,
+            frames=sequence.frames,
+            check_stop=session.stop_if_asked,
+            autocast=session.autocast,
+        )
+    )
+    together = {name: one for part in parts for name, one in part.items()}
+    found = {video.entry.id: together[video.entry.id] for video in data.val}
+    return score_videos(net, data.val, found, data.index.dataset.tools)
+
+
+def score_videos(
+    net: JointNet, videos: Sequence[LabelledVideo], found: Mapping[str, Prediction], tools: Sequence[str]
+) -> dict[str, float | None]:
+    """Phase accuracy, tool mAP (pooled), that of the mapped prediction, as fractions, and the gap between the two."""
+    scores: dict[str, float | None] = {}
+    if net.phase is not None:
+        scores["val_accuracy"] = phase_accuracy(videos, found)
+    if net.tool_head is not None:
+        scores["val_map"] = _mean_average_precision(videos, {name: one.tools for name, one in found.items()}, tools)
+    if net.mapping is not None:
+        scores["val_map_mapped"] = _mean_average_precision(
+            videos, {name: one.mapped for name, one in found.items()}, tools
+        )
+        scores["val_gap_nats"] = gap_nats(found.values())
+    return scores
+
+
+def _mean_average_precision(
+    videos: Sequence[LabelledVideo], logits: Mapping[str, NDArray[np.float32] | None], tools: Sequence[str]
+) -> float | None:
+    truth = {video.entry.id: video.tools for video in videos if (video.tools >= 0).any()}
+    scores = {name: value for name, value in logits.items() if name in truth and value is not None}
+    if not truth or len(scores) < len(truth):
+        return None
+    percent = evaluate_tools(truth, scores, tools)["map_pooled"]
+    return None if percent is None else percent / 100
+
+
+def deciding_score(scores: Mapping[str, float | None], step: str) -> tuple[str, float | None]:
+    """What the best epoch is chosen by, in words, and its value.
+
+    The mapping step: mAP of the mapped prediction. Otherwise phase accuracy and tool mAP, or the mean of both.
+    """
+    keys = ("val_map_mapped",) if step == "mapping" else ("val_accuracy", "val_map")
+    found = {key: value for key in keys if (value := scores.get(key)) is not None}
+    if not found:
+        return "no validation score, so the last epoch", None
+    return " and ".join(_SCORE_NAMES[key] for key in found), sum(found.values()) / len(found)
+
+
+_SCORE_NAMES = {
+    "val_accuracy": "validation accuracy",
+    "val_map": "validation mAP",
+    "val_map_mapped": "validation mAP of the mapped tools",
+    "val_gap_nats": "gap in nats",
+}
+
+
+# ---------------------------------------------------------------------------------------------- identity, result
+
+
+def _identity(config: Config, index: Index, files: Mapping[str, Path]) -> dict[str, Any]:
+    joint = config.joint
+    return {
+        **frames_identity(config, index),
+        "backbone": config.cnn.backbone,
+        "weights": weights_identity(config.cnn, config.runs),
+        "zero_init_residual": config.cnn.zero_init_residual,
+        "head": config.temporal.head.model_dump(mode="json"),
+        "joint": joint.model_dump(mode="json", exclude={"workers", *STEPS, "loss"}),
+        # the first release rounded up to whole batches
+        **({"clips_counted": "exactly"} if (joint.clips_per_epoch or 0) % joint.sequence.batch else {}),
+        "tool_weight": joint.loss.tool_weight,
+        "phase_frames": joint.loss.phase_frames,
+        "start": {name: sha256_file(path) for name, path in files.items()},
+    }
+
+
+def _step_identity(common: Mapping[str, Any], config: Config, step: str) -> dict[str, Any]:
+    """A step depends on the settings of those before it too, and on the correlation only where it is computed."""
+    steps = {}
+    for name, settings in schedule(config).items():
+        steps[name] = settings.model_dump(mode="json", exclude={"checkpoint_minutes"})
+        if name == step:
+            break
+    loss = config.joint.loss.model_dump(mode="json") if step == "correlation" else None
+    return {**common, "steps": steps, "correlation": loss}
+
+
+def _result(folder: Path, step: str, config: Config, data: JointData, net: JointNet) -> dict[str, Any]:
+    best = load_checkpoint(folder / "best.pt")["scores"]
+    epochs = read_metrics(folder / METRICS_FILE, "epoch")
+    result: dict[str, Any] = {
+        "step": step,
+        **{key: best.get(key) for key in _SCORE_NAMES},
+        "best_epoch": best["epoch"] + 1,
+        "epochs": len(epochs),
+        "chosen_by": deciding_score(best, step)[0],
+        "seconds": round(sum(row["seconds"] for row in epochs), 2),
+        "train_frames": len(data.train),
+        "train_videos": len(data.train.videos),
+        "val_videos": len(data.val),
+        "majority_phase": _majority(data.train, net.phases),
+        "backbone": config.cnn.backbone,
+        "weights_sha256": weights_sha256(net),
+        "checkpoint": str(folder / "best.pt"),
+    }
+    scores = [f"{words} {result[key]:.3f}" for key, words in _SCORE_NAMES.items() if result[key] is not None]
+    result["sentence"] = (
+        f"{step}: {', '.join(scores) or 'no validation score'} at epoch {result['best_epoch']} of {result['epochs']}; "
+        f"{result['train_frames']:,} training frames, {result['seconds']:.0f} s; {result['checkpoint']}"
+    )
+    return result
+
+
+def _finish(stage: StageFolder, step: str, config: Config, data: JointData, net: JointNet) -> dict[str, Any]:
+    return stage.finish(_result(stage.path, step, config, data, net))
+
+
+def _majority(train: LabelledFrames, phases: int) -> int | None:
+    labelled = train.phase[train.phase >= 0]
+    return int(np.bincount(labelled, minlength=phases).argmax()) if phases and len(labelled) else None

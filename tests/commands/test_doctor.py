@@ -1,0 +1,326 @@
+"""`doctor`: one line a finding whatever is broken, and an exit code that scripts can use."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands.doctor import machine as doctor
+from commands.doctor import settings as ours
+from commands.doctor.machine import (
+    Finding,
+    check_folder,
+    check_open_files,
+    check_packages,
+    check_shared_memory,
+    examined,
+)
+from commands.doctor.settings import check_data, check_decoders, check_folders, check_weights, diagnose
+from configs.errors import UserError
+from configs.schema import DataConfig
+from features.dataset.index import build_index, sampled_frames
+from features.frames.source import frame_cache
+from tests.cli import run
+from tests.stage1_cnn.material import SPEC, make_world, write_dataset
+
+
+def levels(findings: Any) -> list[str]:
+    return [finding.level for finding in findings]
+
+
+def only(findings: Any) -> Finding:
+    (finding,) = findings
+    return finding
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.slow
+def test_the_command_says_a_line_a_finding_and_changes_nothing(tmp_path: Path) -> None:
+    done = run(["doctor", "--set", "cnn.weights=random"], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert all(line.split(" ")[0] in ("ok", "warn") for line in lines)
+    for what in ("settings", "Python", "packages", "torch and torchvision", "CPU", "decoders", "weights", "runs"):
+        assert any(line[6:].startswith(f"{what}: ") for line in lines), what
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_what_fails_is_exit_code_1(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file in the way")
+    done = run(["doctor", "--set", "cnn.weights=random"], tmp_path)
+    assert done.returncode == 1
+    assert "FAIL  runs: runs cannot be made" in done.stdout
+
+
+@pytest.mark.slow
+def test_bad_settings_are_a_line_and_the_machine_is_looked_at_nevertheless(tmp_path: Path) -> None:
+    done = run(["doctor", "--set", "data.fsp=1"], tmp_path)
+    assert (done.returncode, done.stderr) == (1, "")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("FAIL  settings: ")
+    assert "fsp" in lines[0]
+    for what in ("Python", "packages", "CPU", "decoders"):
+        assert any(line[6:].startswith(f"{what}: ") for line in lines), what
+    assert "data root" not in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------- whatever is broken
+
+
+def test_a_check_that_breaks_is_a_line() -> None:
+    def broken() -> list[Finding]:
+        raise RuntimeError("two\nlines")
+
+    finding = only(examined("GPU", broken))
+    assert finding.line().startswith("FAIL  GPU: RuntimeError: two lines; ")
+    assert finding.line().isprintable()
+
+
+def test_what_a_check_found_before_it_broke_is_shown_at_once() -> None:
+    def breaking() -> Iterator[Finding]:
+        yield Finding("ok", "GPU", "one")
+        raise RuntimeError("no other")
+
+    findings = iter(examined("GPU", breaking))
+    assert next(findings).found == "one"
+    assert only(findings).line().startswith("FAIL  GPU: RuntimeError: no other; ")
+
+
+def test_settings_that_cannot_be_read_for_a_broken_package_are_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours, "machine_checks", lambda: ())
+    monkeypatch.setattr(ours, "check_decoders", lambda: ())
+
+    def load() -> Any:
+        raise ImportError("pydantic_core is broken")
+
+    assert (
+        only(diagnose(load)).line().startswith("FAIL  settings: cannot be read (ImportError: pydantic_core is broken)")
+    )
+
+    def refuse() -> Any:
+        raise UserError("a.yaml: no such file")
+
+    assert only(diagnose(refuse)).line().startswith("FAIL  settings: a.yaml: no such file; weights, data")
+
+
+def test_a_package_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.import_module
+
+    def fake(name: str, *rest: Any) -> Any:
+        if name in ("h5py", "decord"):
+            raise OSError(f"lib{name}.so: cannot open shared object file")
+        return real(name, *rest)
+
+    monkeypatch.setattr(importlib, "import_module", fake)
+    found = {finding.what: finding for finding in check_packages()}
+    assert found["h5py"].level == "FAIL"
+    assert "cannot open shared object file" in found["h5py"].found
+    assert found["decord"].level == "warn"  # PyAV reads what it would
+    assert "h5py" not in found["packages"].found
+
+
+def test_garbage_is_collected_again_after_the_packages() -> None:
+    import gc
+
+    assert gc.isenabled()
+    for looked_at_to_the_end in (False, True):
+        findings = iter(check_packages())
+        next(findings)
+        assert not looked_at_to_the_end or list(findings) == []
+        del findings
+        assert gc.isenabled()
+
+
+@pytest.mark.parametrize(
+    ("versions", "level", "words"),
+    [
+        ({"h5py": None}, "FAIL", "not installed"),
+        ({"h5py": "3.7.0"}, "FAIL", "3.7.0, older than 3.8"),
+        ({"h5py": "3.10.0"}, None, ""),  # ten is more than eight
+    ],
+)
+def test_packages_are_held_against_their_lower_bounds(
+    monkeypatch: pytest.MonkeyPatch, versions: dict[str, str | None], level: str | None, words: str
+) -> None:
+    real = metadata.version
+
+    def fake(name: str) -> str:
+        if name in versions:
+            if versions[name] is None:
+                raise metadata.PackageNotFoundError(name)
+            return str(versions[name])
+        return real(name)
+
+    monkeypatch.setattr(metadata, "version", fake)
+    found = {finding.what: finding for finding in check_packages()}
+    if level is None:
+        assert "h5py" not in found
+    else:
+        assert found["h5py"].level == level
+        assert words in found["h5py"].found
+
+
+@pytest.mark.parametrize(
+    ("torch", "vision", "level"),
+    [("2.14.1", "0.29.1", "ok"), ("2.6.0+cu118", "0.21.0+cu118", "ok"), ("2.14.1", "0.28.0", "FAIL")],
+)
+def test_torch_and_torchvision_must_match(monkeypatch: pytest.MonkeyPatch, torch: str, vision: str, level: str) -> None:
+    monkeypatch.setattr(metadata, "version", {"torch": torch, "torchvision": vision}.__getitem__)
+    assert only(doctor.check_torch_pair()).level == level
+
+
+def test_a_card_that_torch_cannot_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert "built for CPUs" in doctor._no_gpu(None).found
+    assert "cannot use it" in doctor._no_gpu("12.8").found
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "hidden" in doctor._no_gpu("12.8").found
+
+
+def test_small_shared_memory_and_few_files_are_warned_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import resource
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(64 << 20, 0, 64 << 20))
+    assert only(check_shared_memory(tmp_path)).line().startswith("warn  shared memory: 64 MiB; start the container")
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (256, 4096))
+    assert only(check_open_files()).line() == "warn  open files: 256 at most (hard limit 4096); run `ulimit -n 1024`"
+
+
+def test_folders_that_are_full_or_closed_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert only(check_folder("runs", tmp_path / "a/b/c")).level in ("ok", "warn")
+    assert not (tmp_path / "a").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, 10**9))
+    assert only(check_folder("runs", tmp_path)).level == "warn"
+    assert "about 2.0 GB needed" in only(check_folder("runs", tmp_path, 2 * 10**9)).found
+    monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    finding = only(check_folder("runs", tmp_path))
+    assert (finding.level, "Read-only file system" in finding.found) == ("FAIL", True)
+
+
+@pytest.mark.parametrize("call", ["exists", "disk_usage"])
+def test_a_folder_that_cannot_be_looked_at_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, call: str) -> None:
+    def refuse(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path if call == "exists" else shutil, call, refuse)
+    finding = only(check_folder("runs", tmp_path))
+    assert finding.line() == f"FAIL  runs: {tmp_path} cannot be looked at (Permission denied); choose another folder"
+
+
+@pytest.mark.parametrize(
+    ("program", "level", "words"),
+    [
+        ("import os; os.abort()", "FAIL", "exit code -6"),
+        ("raise ImportError('libav is gone')", "FAIL", "libav is gone"),
+        ("print('warn PyAV reads; decord does not (decord is not installed)')", "warn", "decord is not installed"),
+        ("import time; time.sleep(60)", "FAIL", "no picture within 1 s"),
+    ],
+)
+def test_a_decoder_that_crashes_or_hangs_is_a_line(
+    monkeypatch: pytest.MonkeyPatch, program: str, level: str, words: str
+) -> None:
+    monkeypatch.setattr(ours, "_DECODE", program)
+    monkeypatch.setattr(ours, "READER_LIMIT_S", 1.0 if "sleep" in program else 60.0)
+    finding = only(check_decoders())
+    assert (finding.level, words in finding.found) == (level, True), finding.line()
+
+
+def test_decoders_are_compared_on_a_real_video(tmp_path: Path) -> None:
+    decord = importlib.util.find_spec("decord")
+    assert ours.compare_readers(tmp_path).startswith("ok PyAV" if decord else "warn PyAV")
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+def test_weights_that_are_not_here_are_a_warning_and_a_missing_file_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    world = make_world(tmp_path, tmp_path)
+    assert only(check_weights(world.config)).level == "ok"  # random
+    finding = only(check_weights(world.set(cnn={"weights": "imagenet", "backbone": "resnet50"})))
+    assert (finding.level, "without internet" in finding.to_do) == ("warn", True)
+    assert only(check_weights(world.set(cnn={"weights": str(tmp_path / "gone.pth")}))).level == "FAIL"
+
+
+def test_the_data_are_looked_at_without_being_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import yaml
+
+    monkeypatch.delenv("SURGSTAGE_DATA", raising=False)
+    root = write_dataset(tmp_path / "data", 3)
+    described = tmp_path / "tiny-set.yaml"
+    described.write_text(yaml.safe_dump(SPEC.model_dump(mode="json")))
+    world = make_world(tmp_path, root)
+    config = world.set(data={"dataset": str(described)})
+    assert "3 video(s) (video), 3 with phases, not indexed yet" in only(check_data(config)).found
+    assert only(check_data(world.set(data={"root": None}))).level == "warn"
+    assert only(check_data(world.set(data={"root": tmp_path / "gone"}))).level == "warn"
+    build_index(root, SPEC, DataConfig()).save(config.data.index)
+    assert levels(check_data(config)) == ["ok", "ok"]
+    (root / "video02.mp4").write_bytes(b"other")
+    assert "1 of 3 sources have changed (video02)" in list(check_data(config))[-1].found
+    (root / "video02.mp4").unlink()
+    assert "1 of 3 sources are not there (video02)" in list(check_data(config))[-1].found
+    config.data.index.write_text("{")
+    assert levels(check_data(config)) == ["FAIL"]
+
+
+def test_room_is_asked_for_what_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_dataset(tmp_path / "data", 4)
+    world = make_world(tmp_path, root)
+    index = world.index()
+    index.save(world.config.data.index)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 0))
+
+    def found(config: Any = world.config) -> dict[str, Finding]:
+        return {finding.what: finding for finding in check_folders(config)}
+
+    assert (found()["features"].level, found()["frame cache"].level) == ("FAIL", "FAIL")
+    trained_on = [entry.id for entry in index.videos if entry.split in ("train", "val")]
+    assert 0 < len(trained_on) < 4
+    for video_id in trained_on:
+        path = frame_cache(world.config).path(video_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert found()["frame cache"].level == "warn"
+    assert "needed" not in found()["frame cache"].found
+    folder = world.config.extract.store / f"{world.config.cnn.backbone}-0123456789ab"
+    folder.mkdir(parents=True)
+    (folder / "video01.h5").touch()
+    assert found()["features"].level == "warn"
+    assert "needed in all" in found()["features"].found
+
+
+def test_room_for_features_goes_by_backbone_and_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_dataset(tmp_path / "data", 4)
+    world = make_world(tmp_path, root)
+    index = world.index()
+    index.save(world.config.data.index)
+    needed: dict[str, int] = {}
+
+    def note(what: str, folder: Path, needed_bytes: int = 0, certain: bool = True) -> list[Finding]:
+        needed[what] = needed_bytes
+        return []
+
+    monkeypatch.setattr(ours, "check_folder", note)
+    sizes = {}
+    for backbone, storage in (("resnet18", "float16"), ("resnet50", "float16"), ("resnet50", "float32")):
+        assert list(check_folders(world.set(cnn={"backbone": backbone}, extract={"storage": storage}))) == []
+        sizes[backbone, storage] = needed["features"]
+    frames = sum(len(sampled_frames(entry, world.config.data.fps)) for entry in index.videos)
+    assert sizes["resnet50", "float16"] - sizes["resnet18", "float16"] == frames * (2048 - 512) * 2
+    assert sizes["resnet50", "float32"] - sizes["resnet50", "float16"] == frames * 2048 * 2
+    assert list(check_folders(world.set(cnn={"backbone": "no such net"}))) == []

@@ -1,0 +1,237 @@
+"""The model card: what it names, and that simulated data is called so."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+
+import jinja2
+import numpy as np
+import pytest
+
+from configs.errors import printable
+from configs.load import load_config, load_dataset, to_yaml
+from evaluation.metrics.phases import evaluate_phases
+from evaluation.reports.model_card import render_model_card, write_model_card
+from evaluation.reports.templates import markdown
+from features.dataset.index import Index, VideoEntry
+
+
+def index(dataset: str = "cholec80") -> Index:
+    def entry(number: int, split: str) -> VideoEntry:
+        return VideoEntry(
+            id=f"video{number:02d}",
+            kind="video",
+            source=f"v{number}.mp4",
+            size_bytes=1,
+            modified_ns=0,
+            sha256_ends="0" * 64,
+            fps=25.0,
+            frame_count=100,
+            split=split,
+        )
+
+    splits = ["train", "train", "val", "test", "test"]
+    return Index(dataset=load_dataset(dataset), videos=tuple(entry(k, split) for k, split in enumerate(splits, 1)))
+
+
+def metrics(phases: bool = True, tools: bool = True, **more: object) -> dict:
+    truth = {"video04": np.repeat([0, 1], 20), "video05": np.repeat([1, 2], 20)}
+    spec = load_dataset("cholec80")
+    found = {
+        head: evaluate_phases(truth, {n: np.roll(t, k) for n, t in truth.items()}, spec.phases, 1.0, split="test")
+        for head, k in (("temporal", 1), ("frame", 3))
+    }
+    return {
+        "split": "test",
+        "fps": 1.0,
+        "videos": list(truth),
+        "convention": "phase_mean",
+        "phases": found if phases else {},
+        "tools": {"map_pooled": 51.25, "map_video": None} if tools else None,
+        "simulated": False,
+        **more,
+    }
+
+
+def test_the_card_of_a_run(tmp_path):
+    run = tmp_path / "lstm"
+    (run / "temporal").mkdir(parents=True)
+    config = load_config("cholec80", ["data.root=/secret/place", "seed=7"])
+    (run / "temporal" / "config.yaml").write_text(to_yaml(config))
+    (run / "temporal" / "environment.json").write_text(
+        json.dumps({"python": "3.11.2", "git_revision": "a" * 40, "packages": {"torch": "2.14.1", "torchvision": None}})
+    )
+    numbers = metrics()
+    path = write_model_card(run, "temporal", index(), numbers)
+    card = path.read_text()
+    assert path == run / "MODEL_CARD.md"
+    assert card.startswith("# Model card: lstm\n")
+    for text in (
+        "| data set | Cholec80 |",
+        "| train | 2 videos: video01, video02 |",
+        "| test | 2 videos: video04, video05 |",
+        "torch 2.14.1, Python 3.11.2, revision aaaaaaaaaaaa",
+        "seed: 7",
+        "backbone: resnet50",
+        f"| `phase_mean` | {numbers['phases']['temporal']['phase_mean']['accuracy']['mean']:.1f} ± ",
+        "| per-frame head on the same features |",
+        "Tools: mAP 51.2 pooled over frames, - a video at a time",
+        "## Intended use",
+        "**Not a medical device**",
+    ):
+        assert text in card, text
+    for convention, result in numbers["phases"]["temporal"].items():
+        assert f"- `{convention}`: " in card
+        assert result["about"]["absent_phase"] in card
+        assert result["about"]["std"] in card
+    assert "SIMULATED" not in card
+    assert "/secret/place" not in card
+    assert "\n\n\n" not in card
+    assert write_model_card(run, "temporal", index(), numbers).read_text() == card
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_card_says_what_made_the_features(tmp_path, own):
+    """Settings name a backbone also where features came by `--features`; stage one may have had others since."""
+    for stage, overrides in (("temporal", []), ("cnn", ["cnn.epochs=3"]), ("extract", ["extract.storage=float32"])):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "config.yaml").write_text(to_yaml(load_config("cholec80", overrides)))
+    digest = "d" * 64
+    (tmp_path / "extract" / "result.json").write_text(json.dumps({"encoder_digest": digest if own else "other"}))
+    encoder = {"backbone": "resnet18", "preprocess": {"resize_px": 97}, "digest": digest}
+    card = write_model_card(tmp_path, "temporal", index(), metrics(encoder=encoder)).read_text()
+    assert "backbone: resnet18" in card
+    assert "resize_px: 97" in card
+    assert "resize_px: 250" not in card
+    assert ("epochs: 3" in card) == own
+    assert ("storage: float32" in card) == own
+
+
+def test_simulated_data_is_called_so(tmp_path):
+    for spec in ("simulated", "cholec80"):
+        card = write_model_card(tmp_path / "run", "joint", index(spec), metrics(simulated=True)).read_text()
+        assert "Trained and tested on SIMULATED operations" in card
+        assert "2 SIMULATED videos" in card
+        assert "\n\n\n" not in card
+
+
+def test_a_net_for_one_task_says_which_numbers_it_has_not(tmp_path):
+    card = write_model_card(tmp_path, "joint", index(), metrics(phases=False, tools=False)).read_text()
+    assert "No phase metrics" in card
+    assert "No tool metrics" in card
+    assert "versions that were not recorded" in card
+    assert "The settings were not recorded." in card
+
+
+def test_the_card_of_a_joint_net_says_what_it_is_made_of(tmp_path):
+    (tmp_path / "joint").mkdir()
+    config = load_config("mtrcnet_cl", ["cnn.backbone=resnet18", "temporal.head.hidden=48"])
+    (tmp_path / "joint" / "config.yaml").write_text(to_yaml(config))
+    card = write_model_card(tmp_path, "joint", index(), metrics()).read_text()
+    for text in ("backbone: resnet18", "hidden: 48", "tool_hidden: 512"):
+        assert text in card, text
+
+
+def test_an_imported_net_is_not_said_to_be_trained_here(tmp_path):
+    (tmp_path / "joint").mkdir()
+    (tmp_path / "joint" / "config.yaml").write_text(to_yaml(load_config("mtrcnet")))
+    (tmp_path / "joint" / "environment.json").write_text(json.dumps({"packages": {"torch": "2.14.1"}}))
+    for spec in ("cholec80", "simulated"):
+        numbers = metrics(imported="theirs.pth", simulated=spec == "simulated")
+        card = write_model_card(tmp_path, "joint", index(spec), numbers).read_text()
+        assert "Imported from `theirs.pth`" in card
+        assert "Which videos it was trained on is not in the\nfile" in card
+        assert "backbone: resnet50" in card
+        for untrue in ("Trained with", "torch 2.14.1", "Trained and tested", "never seen", "epochs:", "seed: "):
+            assert untrue not in card, untrue
+        assert ("Tested on SIMULATED" in card) == (spec == "simulated")
+        assert "\n\n\n" not in card
+
+
+def test_a_net_fine_tuned_from_an_imported_one_says_so(tmp_path):
+    """Its first training may have seen the test videos, whatever the second one's split is."""
+    (tmp_path / "joint").mkdir()
+    (tmp_path / "joint" / "config.yaml").write_text(to_yaml(load_config("mtrcnet")))
+    numbers = metrics(fine_tuned_from="theirs.pth")
+    card = write_model_card(tmp_path, "joint", index(), numbers).read_text()
+    assert "Fine-tuned from `theirs.pth`" in card
+    assert "test videos may be among them" in card
+    assert "Trained with" in card
+    assert "epochs:" in card
+    assert "\n\n\n" not in card
+
+
+@pytest.mark.parametrize(
+    ("stage", "tasks", "said"),
+    [
+        ("joint", "both", "A CNN and a model over time in one net for phases and tools of laparoscopic operations."),
+        ("joint", "phase", "A CNN and a model over time in one net for phases of laparoscopic operations."),
+        ("joint", "tool", "A CNN, frame by frame, for tools of laparoscopic operations."),
+        ("temporal", None, "then a model over time) for phases and tools of laparoscopic operations."),
+    ],
+)
+def test_the_card_names_what_the_net_tells(tmp_path, stage, tasks, said):
+    card = write_model_card(tmp_path, stage, index(), metrics(**({"tasks": tasks} if tasks else {}))).read_text()
+    assert said in card
+
+
+def test_features_of_a_backbone_that_was_not_trained_tell_no_tools(tmp_path):
+    (tmp_path / "temporal").mkdir()
+    (tmp_path / "temporal/config.yaml").write_text(to_yaml(load_config("cholec80", ["extract.encoder=initial"])))
+    card = write_model_card(tmp_path, "temporal", index(), metrics(tools=False)).read_text()
+    assert "then a model over time) for phases of laparoscopic operations." in card
+
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "![x](http://tracker/x.png)",
+    "a | b",
+    "two\n\n# lines",
+    "*bold* `code`",
+    "\x1b[31mred",
+    "&lt;b&gt;",
+    "_evil_",
+    "~~x~~",
+    "https://evil.example/x",
+    "WWW.evil.example",
+    "a@b.c",
+)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_text_in_a_card(tmp_path, name):
+    """Cards are shown as pages by hosts of models: names must neither run, load, nor break a table."""
+    spec = load_dataset("cholec80")
+    tools, videos = (name, *spec.tools[1:]), index().videos
+    changed = spec.model_copy(update={"title": name, "source": name, "tools": tools})
+    hostile = Index(dataset=changed, videos=videos)
+    card = write_model_card(tmp_path, "joint", hostile, metrics(imported=f"{name}.pth")).read_text()
+    (file,) = re.findall(r"Imported from `([^`]*)`, a file", card)
+    assert file.endswith(".pth")
+    card = card.replace(f"`{file}`", "")  # between backticks nothing but a backtick means anything
+    assert "<" not in card
+    assert "\x1b" not in card
+    assert "](" not in card.replace("\\](", "")
+    row = next(line for line in card.splitlines() if line.startswith("| data set |"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 3
+    assert not re.search(r"(?<!\\)[_~]", row)
+    for link in ("://", "www.", "@"):
+        assert link not in row.lower()
+    assert not [line for line in card.splitlines() if line.startswith("# lines")]
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "my_run_2", "Cholec80", "Stauder et al., arXiv 1610.09278 & others"])
+def test_names_read_as_they_are_when_a_card_is_shown(name):
+    from markdown_it import MarkdownIt  # comes with rich
+
+    page = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    (cell,) = re.findall("<td>(.*)</td>", page.render(f"| a |\n|---|\n| {markdown(name)} |\n"))
+    assert "<" not in cell
+    assert html.unescape(cell) == " ".join(printable(name).split())
+
+
+def test_a_missing_fact_is_an_error(tmp_path):
+    with pytest.raises(jinja2.UndefinedError):
+        render_model_card({"metrics": metrics()})

@@ -1,0 +1,318 @@
+"""One preprocessing: its geometry, crops, random draws and normalisation, each against a restatement."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from configs.schema import AugmentConfig, PreprocessConfig
+from features.frames.preprocess import (
+    Geometry,
+    augment,
+    augment_generator,
+    changed_images,
+    crop_frames,
+    draw_change,
+    find_margin,
+    geometry_json,
+    normalise,
+    preprocess_json,
+)
+from features.video.readers import FrameFolder, open_reader
+
+rng = np.random.default_rng(0)
+
+
+def noise(*shape: int) -> np.ndarray:
+    return rng.integers(0, 256, size=shape, dtype=np.uint8)
+
+
+def endoscope(width: int = 160, height: int = 90, radius: int = 50, level: int = 120) -> np.ndarray:
+    """A round bright field on black with a little noise, as an endoscope gives."""
+    y, x = np.mgrid[:height, :width]
+    field = (x - width / 2) ** 2 + (y - height / 2) ** 2 < radius**2
+    frame = np.where(field[..., None], level, 0) + rng.integers(0, 12, size=(height, width, 3))
+    return frame.astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------ geometry
+
+
+@pytest.mark.parametrize("shape", [(480, 854, 3), (90, 47, 3), (250, 250, 3), (16, 16, 3)])
+def test_resize_is_pillows_bilinear(shape):
+    frame = noise(*shape)
+    got = Geometry(50).resize_frame(frame)
+    assert np.array_equal(got, np.asarray(Image.fromarray(frame).resize((50, 50), Image.Resampling.BILINEAR)))
+    assert got.dtype == np.uint8
+    assert got.flags.writeable
+
+
+def test_resize_is_antialiased_and_close_to_exact_arithmetic():
+    """Halving is a triangle filter of weights 1/8, 3/8, 3/8, 1/8 a side: restated in floats, off by rounding only."""
+    frame = noise(64, 64, 3)
+    kernel = np.array([1, 3, 3, 1]) / 8
+
+    def halve(x: np.ndarray) -> np.ndarray:
+        return sum(weight * x[start : start + 60 : 2] for start, weight in enumerate(kernel, start=1))
+
+    want = halve(halve(frame.astype(float)).swapaxes(0, 1)).swapaxes(0, 1)
+    got = Geometry(32).resize_frame(frame)[1:31, 1:31]
+    assert np.abs(got - want).max() <= 1.0
+
+
+def test_box_is_cut_before_the_resize_and_nothing_outside_leaks_in():
+    frame = np.full((60, 100, 3), 255, np.uint8)
+    frame[10:50, 20:80] = noise(40, 60, 3) // 4
+    got = Geometry(30, box=(20, 10, 80, 50)).resize_frame(frame)
+    assert np.array_equal(got, Geometry(30).resize_frame(frame[10:50, 20:80]))
+    assert got.max() < 64
+
+
+def test_box_beyond_a_smaller_frame_is_cut_to_it():
+    frame = noise(40, 50, 3)
+    assert np.array_equal(
+        Geometry(30, box=(10, 5, 200, 100)).resize_frame(frame), Geometry(30).resize_frame(frame[5:, 10:])
+    )
+    assert np.array_equal(Geometry(30, box=(60, 60, 90, 90)).resize_frame(frame), Geometry(30).resize_frame(frame))
+
+
+# ------------------------------------------------------------------------------------------ margin
+
+
+def test_margin_is_the_bright_fields_box():
+    left, top, right, bottom = find_margin([endoscope()] * 3)
+    assert (top, bottom) == (0, 90)
+    assert abs(left - 30) <= 2
+    assert abs(right - 130) <= 2
+
+
+def test_dark_and_wide_frames_do_not_move_the_box():
+    box = find_margin([endoscope()] * 6)
+    dark = [np.zeros((90, 160, 3), np.uint8), endoscope(level=15), endoscope(radius=8)]
+    wide = [np.full((90, 160, 3), 200, np.uint8)]
+    half_lit = [endoscope(radius=40)]
+    assert find_margin([*dark, endoscope(), endoscope(), *wide, endoscope(), endoscope(), *half_lit]) == box
+
+
+def test_no_margin_is_none():
+    assert find_margin([np.full((90, 160, 3), 99, np.uint8)]) is None
+    assert find_margin([np.zeros((90, 160, 3), np.uint8)] * 4) is None
+    assert find_margin([]) is None
+
+
+def test_a_burned_in_line_of_text_is_no_field():
+    frame = endoscope()
+    frame[40:42, 2:20] = 255
+    assert find_margin([frame]) == find_margin([endoscope()])
+
+
+def test_geometry_of_a_video_reads_frames_only_where_needed(tmp_path):
+    files = []
+    for number in range(0, 2000, 100):
+        Image.fromarray(endoscope()).save(tmp_path / f"{number}.png")
+        files.append((number, f"{number}.png"))
+    reader = open_reader(tmp_path, "frames", "auto", frames=FrameFolder(tuple(files), 25.0), fps=25.0)
+    assert Geometry.of_video(PreprocessConfig(cut_margin=True, resize_px=64, crop_px=48), reader).box is not None
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert Geometry.of_video(PreprocessConfig(resize_px=64, crop_px=48), reader) == Geometry(64)
+
+
+def test_margin_of_real_clips(shared_data):
+    path = shared_data / "clips" / "videos" / "video47.mp4"
+    with open_reader(path, "video", "pyav", frames=None, fps=25.0) as reader:
+        geometry = Geometry.of_video(PreprocessConfig(cut_margin=True), reader)
+    left, top, right, bottom = geometry.box
+    assert abs(left - 135) <= 3
+    assert abs(right - 736) <= 3
+    assert top <= 2
+    assert bottom >= 477
+
+
+# ------------------------------------------------------------------------------------------ crops
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+@pytest.mark.parametrize(("resized", "crop"), [(25, 22), (24, 17), (20, 20)])
+def test_crops_are_torchvisions(kind, resized, crop):
+    from torchvision.transforms.functional import five_crop, ten_crop
+
+    frames = noise(3, resized, resized, 3)
+    images = torch.as_tensor(frames).permute(0, 3, 1, 2)
+    # torchvision rounds the centre's offset to even, ours down: where that may differ the centre is not compared.
+    for count, reference in ((5, five_crop), (10, ten_crop)):
+        got = crop_frames(kind(frames), crop, count)
+        assert tuple(got.shape) == (3, count, crop, crop, 3)
+        assert isinstance(got, type(kind(frames)))
+        want = reference(images, [crop, crop])
+        for number, image in enumerate(want):
+            if number % 5 == 4 and (resized - crop) % 2:
+                continue
+            assert np.array_equal(np.asarray(got[:, number]), image.permute(0, 2, 3, 1).numpy())
+
+
+def test_centre_offset_is_rounded_down():
+    frames = np.arange(5 * 5, dtype=np.uint8).reshape(1, 5, 5, 1).repeat(3, axis=-1)
+    assert crop_frames(frames, 2)[0, 0, :, :, 0].tolist() == [[6, 7], [11, 12]]
+    assert crop_frames(noise(2, 250, 250, 3), 224).shape == (2, 1, 224, 224, 3)
+    frame = noise(1, 250, 250, 3)
+    assert np.array_equal(crop_frames(frame, 224)[:, 0], frame[:, 13:237, 13:237])
+
+
+def test_crop_larger_than_the_frame_is_an_error():
+    with pytest.raises(ValueError, match="cannot crop 30 from 20 pixels"):
+        crop_frames(noise(1, 20, 20, 3), 30)
+    with pytest.raises(ValueError, match="cannot crop 30 from 20 pixels"):
+        augment(noise(1, 20, 20, 3), augment_generator(0, 0, 0), AugmentConfig(), 30)
+
+
+# ------------------------------------------------------------------------------------------ augmentation
+
+JITTER = {"brightness": 0.3, "contrast": 0.4, "saturation": 0.5}
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 2**32), epoch=st.integers(0, 99), sample=st.integers(0, 10**7), jitter=st.booleans())
+def test_draws_depend_on_seed_epoch_and_sample_alone(seed, epoch, sample, jitter):
+    config = AugmentConfig(**(JITTER if jitter else {}))
+    first = draw_change(augment_generator(seed, epoch, sample), config, 20, 16)
+    augment_generator(seed, epoch, sample + 1).random(1000)
+    again = draw_change(augment_generator(seed, epoch, sample), config, 20, 16)
+    assert (first.top, first.left, first.flip) == (again.top, again.left, again.flip)
+    assert np.array_equal(first.colour, again.colour)
+    assert np.array_equal(first.colour, np.ones(3, np.float32)) != jitter
+
+
+def test_a_clip_shares_one_draw():
+    frame = noise(1, 20, 20, 3)
+    for sample in range(20):
+        clip = augment(frame.repeat(4, axis=0), augment_generator(1, 2, sample), AugmentConfig(), 16)
+        assert clip.shape == (4, 16, 16, 3)
+        assert all(np.array_equal(clip[0], other) for other in clip[1:])
+
+
+def test_every_offset_and_both_flips_occur_and_nothing_else():
+    frame = np.arange(18 * 18, dtype=np.uint16).reshape(1, 18, 18, 1) % 251
+    frame = frame.astype(np.uint8).repeat(3, axis=-1)
+    seen = set()
+    for sample in range(400):
+        got = augment(frame, augment_generator(0, 0, sample), AugmentConfig(), 16)
+        seen.add(got.tobytes())
+    want = {
+        frame[:, top : top + 16, left : left + 16][:, :, ::step].tobytes()
+        for top in range(3)
+        for left in range(3)
+        for step in (1, -1)
+    }
+    assert seen == want
+
+
+def test_switching_a_change_on_leaves_the_other_draws_alone():
+    clip = noise(2, 20, 20, 3)
+    for sample in range(10):
+        plain = augment(clip, augment_generator(0, 0, sample), AugmentConfig(flip=False), 16)
+        flipped = augment(clip, augment_generator(0, 0, sample), AugmentConfig(flip=True), 16)
+        assert np.array_equal(plain, flipped) or np.array_equal(plain, flipped[:, :, ::-1])
+
+
+def test_centre_without_changes_is_the_evaluation_crop():
+    clip = noise(3, 21, 21, 3)
+    got = augment(clip, augment_generator(0, 0, 0), AugmentConfig(crop="centre", flip=False), 16)
+    assert np.array_equal(got, crop_frames(clip, 16)[:, 0])
+
+
+def test_colour_change_is_as_stated():
+    clip = np.concatenate([noise(2, 16, 16, 3), noise(1, 16, 16, 3) // 9])  # each frame has a mean of its own
+    generator = augment_generator(3, 1, 4)
+    generator.integers(0, 1, size=2)
+    generator.random()
+    brightness, contrast, saturation = 1 + np.array([0.3, 0.4, 0.5]) * generator.uniform(-1, 1, size=3)
+    want = np.empty(clip.shape)
+    for t, frame in enumerate(clip.astype(float) * brightness):
+        mean = (frame @ [0.299, 0.587, 0.114]).mean()
+        frame = mean + contrast * (frame - mean)
+        grey = (frame @ [0.299, 0.587, 0.114])[..., None]
+        want[t] = grey + saturation * (frame - grey)
+    draw = draw_change(augment_generator(3, 1, 4), AugmentConfig(crop="centre", flip=False, **JITTER), 16, 16)
+    colour = torch.from_numpy(draw.colour).repeat(3, 1)
+    plain = PreprocessConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    got = changed_images(torch.from_numpy(clip), torch.zeros(3, dtype=torch.bool), colour, plain)
+    assert np.abs(got.permute(0, 2, 3, 1).numpy() * 255 - want.clip(0, 255)).max() < 1e-3
+
+
+def test_changes_of_a_batch_are_those_of_its_frames():
+    """Mirrored where drawn, coloured frame by frame, and without changes the very numbers of evaluation."""
+    batch, config = torch.from_numpy(noise(4, 16, 16, 3)), PreprocessConfig()
+    flip, none = torch.tensor([True, False, True, False]), torch.zeros(0, 3)
+    mirrored = changed_images(batch, flip, none, config)
+    assert torch.equal(mirrored[flip], normalise(batch[flip].flip(2), config))
+    assert torch.equal(mirrored[~flip], normalise(batch[~flip], config))
+    colour = 1 + torch.rand(4, 3, generator=torch.Generator().manual_seed(0)) - 0.5
+    before = batch.clone()
+    together = changed_images(batch, flip, colour, config)
+    alone = [changed_images(batch[n : n + 1], flip[n : n + 1], colour[n : n + 1], config) for n in range(4)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+    assert not torch.allclose(together, mirrored, atol=0.1)
+    assert torch.equal(batch, before)
+    assert together.is_contiguous(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------------ normalisation
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_normalise_is_torchvisions(kind, channels_last):
+    from torchvision.transforms.functional import normalize
+
+    config = PreprocessConfig()
+    frames = noise(4, 20, 20, 3)
+    want = normalize(torch.as_tensor(frames).permute(0, 3, 1, 2) / 255, config.mean, config.std)
+    got = normalise(kind(frames), config, channels_last=channels_last)
+    assert torch.equal(got, want)
+    assert got.dtype == torch.float32
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    assert got.is_contiguous(memory_format=layout)
+
+
+def test_normalise_takes_crops_that_are_views_and_leaves_them_alone():
+    frames = torch.as_tensor(noise(2, 30, 30, 3))
+    before = frames.clone()
+    view = frames[:, 3:23, 4:24]
+    assert torch.equal(normalise(view, PreprocessConfig()), normalise(view.clone(), PreprocessConfig()))
+    assert torch.equal(frames, before)
+    with pytest.raises(ValueError, match="must be uint8"):
+        normalise(view.float(), PreprocessConfig())
+
+
+# ------------------------------------------------------------------------------------------ identity
+
+
+def test_json_names_everything_that_changes_the_numbers():
+    base = PreprocessConfig()
+    for change in (
+        {"cut_margin": True},
+        {"resize_px": 256},
+        {"crop_px": 200},
+        {"mean": (0.5, 0.5, 0.5)},
+        {"std": (0.5, 0.5, 0.5)},
+    ):
+        assert preprocess_json(base.model_copy(update=change)) != preprocess_json(base)
+    assert "Pillow" in preprocess_json(base)["resize"]
+    assert geometry_json(base) == geometry_json(PreprocessConfig(crop_px=200, mean=(0.5, 0.5, 0.5)))
+    assert geometry_json(base) != geometry_json(PreprocessConfig(cut_margin=True))
+
+
+def test_importing_the_module_imports_neither_torch_nor_pillow():
+    script = "import sys, features.frames.preprocess; print([m for m in ('torch', 'PIL', 'av') if m in sys.modules])"
+    project = Path(__file__).resolve().parents[3]
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=project, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,556 @@
+"""Ablations: every setting with every seed, once; what is finished stays finished, whatever was killed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from configs.errors import UserError
+from configs.load import load_ablation, load_config
+from configs.schema import FEATURE_KEYS
+from engine.files import sole_worker
+from engine.stopping import Stopped, StopRequest
+from evaluation.reports.ablation import Trial, ablation_page, ablation_rows, write_ablation_csv
+from features.dataset.index import Index
+from features.store import load_feature_set
+from stage2_temporal.ablation import run as ablate_module
+from stage2_temporal.ablation.run import ablate, read_ablation
+from stage2_temporal.predict import load_temporal, predict_phases
+from tests.onednn import cpu_with_bf16
+from tests.stage2_temporal.toy import cue_video, small, write_folder
+
+PROJECT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    """Features of five short videos, base settings, and a place to run in."""
+    rng = np.random.default_rng(0)
+    videos = {f"v{i}": cue_video(rng, "train" if i < 3 else "val", 40 + 5 * i) for i in range(5)}
+    write_folder(tmp_path / "features", videos)
+    base = {"runs": str(tmp_path / "runs"), "temporal": {**small(epochs=3), "baseline": False}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    return tmp_path
+
+
+def write_ablation(world: Path, **content: Any) -> Path:
+    path = world / "wide.yaml"
+    path.write_text(yaml.safe_dump({"base": str(world / "base.yaml"), "seeds": [0, 1], **content}))
+    return path
+
+
+def run(world: Path, file: Path, stop: StopRequest | None = None, workers: int = 1) -> list[tuple[str, str]]:
+    spec = read_ablation(str(file))
+    folder = world / "runs" / file.stem
+    return ablate(
+        spec, folder, (), world / "features", world, workers=workers, stop=StopRequest() if stop is None else stop
+    )
+
+
+def table(world: Path, name: str = "wide") -> list[dict[str, str]]:
+    with (world / "runs" / name / "ablation.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def trained(world: Path, name: str = "wide") -> dict[str, int]:
+    """When each training ended."""
+    found = (world / "runs" / name / "trials").glob("*/temporal/result.json")
+    return {path.parent.parent.name: path.stat().st_mtime_ns for path in found}
+
+
+def test_a_grid_is_every_combination_with_every_seed(world: Path) -> None:
+    space = {"temporal.head.hidden": [6, 12], "temporal.optim.lr": [0.02, 0.002]}
+    assert run(world, write_ablation(world, space=space)) == []
+    rows = table(world)
+    tried = {(row["temporal.head.hidden"], row["temporal.optim.lr"], row["seed"]) for row in rows}
+    assert tried == {(h, lr, s) for h in ("6", "12") for lr in ("0.02", "0.002") for s in ("0", "1")}
+    assert len(rows) == 8  # the base (12, 0.02) is one of them and not trained twice
+    assert sum(int(row["base"]) for row in rows) == 2
+    best = load_config(world / "runs/wide/best.yaml")
+    means = {row["setting"]: [] for row in rows}
+    for row in rows:
+        means[row["setting"]].append(float(row["val_accuracy"]))
+    winner = max(means, key=lambda setting: np.mean(means[setting]))
+    assert f"hidden={best.temporal.head.hidden}, lr={best.temporal.optim.lr}" == winner
+    for row in rows:
+        folder = world / "runs/wide/trials" / row["folder"] / "temporal"
+        assert {"metrics.jsonl", "best.pt", "events"} <= {path.name for path in folder.iterdir()}
+        assert json.loads((folder / "result.json").read_text())["val_accuracy"] == float(row["val_accuracy"])
+    page = (world / "runs/wide/ablation.html").read_text()
+    assert "hidden=6, lr=0.02" in page
+    assert "Plotly.newPlot" in page
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
+
+
+def test_the_table_is_the_only_progress(world: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Bars of several trainings at once would overwrite each other, and the table."""
+    run(world, write_ablation(world, space={"temporal.head.hidden": [6, 12]}))
+    said = capfd.readouterr().err
+    assert "epoch/s" not in said
+    assert said.count("trainings done)") == 4
+
+
+def test_the_same_ablation_again_trains_nothing(world: Path) -> None:
+    file = write_ablation(world, space={"temporal.head.hidden": [6, 12]})
+    run(world, file)
+    before, rows = trained(world), table(world)
+    run(world, file)
+    assert trained(world) == before
+    assert table(world) == rows
+
+
+def test_more_budget_goes_on_and_another_ablation_is_refused(world: Path) -> None:
+    run(world, write_ablation(world, space={"temporal.head.hidden": [6, 12, 24]}, budget={"trials": 4}))
+    assert len(table(world)) == 4
+    before = trained(world)
+    run(world, write_ablation(world, space={"temporal.head.hidden": [6, 12, 24]}))
+    after = trained(world)
+    assert len(after) == 6
+    assert all(after[name] == moment for name, moment in before.items())
+    with pytest.raises(UserError, match="this run exists with other settings"):
+        run(world, write_ablation(world, space={"temporal.head.hidden": [6, 48]}))
+
+
+def test_ranges_are_drawn_as_far_as_the_budget_goes(world: Path) -> None:
+    space = {
+        "temporal.optim.lr": {"low": 0.001, "high": 0.05, "log": True},
+        "temporal.head.hidden": {"low": 4, "high": 9},
+    }
+    run(world, write_ablation(world, space=space, seeds=[0], budget={"trials": 4}))
+    rows = table(world)
+    drawn = [row for row in rows if row["setting"] != "base"]
+    assert (len(drawn), len(rows)) == (3, 4)  # the base is one of the four
+    assert all(0.001 <= float(row["temporal.optim.lr"]) <= 0.05 for row in drawn)
+    assert all(row["temporal.head.hidden"] in "456789" for row in drawn)
+    run(world, write_ablation(world, space=space, seeds=[0], budget={"trials": 7}))
+    rates = [row["temporal.optim.lr"] for row in table(world) if row["setting"] != "base"]
+    assert len(set(rates)) == 6  # a second start draws others
+
+
+def test_a_setting_that_does_not_work_is_named_and_the_others_go_on(world: Path) -> None:
+    settings = {
+        "both ways": {"temporal.head.bidirectional": True, "temporal.sequence.mode": "chunked"},
+        "wide": {"temporal.head.hidden": 24},
+    }
+    failed = run(world, write_ablation(world, settings=settings))
+    assert {label for label, _ in failed} == {"both ways, seed 0", "both ways, seed 1"}
+    assert "bidirectional" in failed[0][1]
+    assert {row["setting"] for row in table(world)} == {"base", "wide"}
+    before = trained(world)
+    again = run(world, write_ablation(world, settings=settings))
+    assert [label for label, _ in again] == [label for label, _ in failed]  # said again, not forgotten
+    assert trained(world) == before
+
+
+def test_what_failed_for_a_passing_reason_is_done_the_next_time(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_ablation(world, space={"temporal.head.hidden": [6, 12]})
+    sound = ablate_module.train_temporal
+
+    def fail_for_six(config: Any, *arguments: Any) -> Any:
+        if config.temporal.head.hidden == 6 and config.seed == 1:
+            raise UserError("no room left on the disk")
+        return sound(config, *arguments)
+
+    monkeypatch.setattr(ablate_module, "train_temporal", fail_for_six)
+    assert run(world, file) == [("hidden=6, seed 1", "no room left on the disk")]
+    assert load_config(world / "runs/wide/best.yaml").temporal.head.hidden == 12  # one lucky seed wins nothing
+    monkeypatch.setattr(ablate_module, "train_temporal", sound)
+    assert run(world, file) == []
+    assert len(table(world)) == 4
+
+
+def test_a_precision_that_is_not_computed_here_is_refused_before_any_training(world: Path) -> None:
+    file = write_ablation(world, space={"temporal.precision": ["fp32", "bf16"]})
+    with cpu_with_bf16(False), pytest.raises(UserError, match=r"^temporal\.precision=bf16: this CPU"):
+        run(world, file)
+    assert not (world / "runs").exists()
+
+
+def test_one_process_at_a_time_conducts(world: Path) -> None:
+    file = write_ablation(world, space={"temporal.head.hidden": [6]})
+    with sole_worker(world / "runs" / "wide", "ablation"), pytest.raises(UserError, match="another process works"):
+        run(world, file)
+    run(world, file)
+    assert not (world / "runs" / "wide" / "in-work").exists()
+
+
+LR = {"temporal.optim.lr": {"low": 0.001, "high": 0.05, "log": True}}
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut in a record": lambda sound: sound[: len(sound) - 9],
+    "cut between records": lambda sound: b"".join(sound.splitlines(keepends=True)[:3]),
+    "two records in a line": lambda sound: sound.replace(b"\n", b"", 5)[:-1] + b"\n",
+    "a record of zeros": lambda sound: sound[:200] + bytes(100) + sound[300:],
+    "empty": lambda sound: b"",
+    "another kind of file": lambda sound: b"SQLite format 3\0" + sound,
+    "no records of a study": lambda sound: b'{"a": 1}\n[2]\n',
+    "another score": lambda sound: re.sub(rb'"values":\[[0-9.]+\]', b'"values":[0.123]', sound),
+}
+
+
+def test_a_damaged_journal_is_made_again_from_the_folders(world: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = write_ablation(world, space=LR, seeds=[0], budget={"trials": 3})
+    run(world, file)
+    journal, before, rows = world / "runs/wide/study.journal", trained(world), table(world)
+    sound = journal.read_bytes()
+    assert len(rows) == 3
+    capfd.readouterr()
+    for number, (name, damage) in enumerate(DAMAGES.items()):
+        journal.write_bytes(damage(sound))
+        Path(f"{journal}.lock").symlink_to(journal)  # as a killed process leaves it
+        assert run(world, file) == [], name
+        assert trained(world) == before, name
+        assert sorted(map(tuple, map(dict.values, table(world)))) == sorted(map(tuple, map(dict.values, rows))), name
+        kept = f"study.journal.damaged{number or ''}"
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if "study.journal" in line]
+        assert line == (
+            f"{journal}: damaged, or at odds with trials/; kept as {kept} and made again from the 2 finished trainings "
+            "there"
+        ), name
+        assert (world / "runs/wide" / kept).read_bytes().startswith(damage(sound))
+    journal.unlink()
+    journal.mkdir()
+    more = write_ablation(world, space=LR, seeds=[0], budget={"trials": 5})
+    assert run(world, more) == []
+    assert journal.is_file()
+    after = trained(world)
+    assert len(after) == len(table(world)) == 5
+    assert all(after[name] == moment for name, moment in before.items())
+    assert len({row["temporal.optim.lr"] for row in table(world)}) == 5  # what is drawn next is new
+    capfd.readouterr()
+    run(world, more)
+    assert "at odds" not in capfd.readouterr().err
+
+
+def test_with_its_journal_damaged_an_unfinished_training_goes_on(world: Path) -> None:
+    space = {**LR, "temporal.head.hidden": [6, 12]}
+    file = write_ablation(world, space=space, budget={"trials": 6}, settings={"slow": {"temporal.epochs": 4}})
+    run(world, file)
+    rows, before = table(world), trained(world)
+    unfinished = next(row["folder"] for row in rows if row["setting"] != "base" and row["seed"] == "1")
+    result = world / "runs/wide/trials" / unfinished / "temporal/result.json"
+    then = json.loads(result.read_text())
+    result.unlink()
+    (world / "runs/wide/study.journal").write_bytes(b"")
+    assert run(world, file) == []
+    assert json.loads(result.read_text())["val_accuracy"] == then["val_accuracy"]
+    assert {row["folder"] for row in table(world)} == {row["folder"] for row in rows}
+    assert sum(trained(world)[name] != moment for name, moment in before.items()) == 1
+
+
+def test_a_stray_folder_among_the_trainings_is_no_damage(world: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = write_ablation(world, space={"temporal.head.hidden": [6]}, seeds=[0])
+    run(world, file)
+    shutil.copytree(world / "runs/wide/trials/base-seed0", world / "runs/wide/trials/backup-seed0")
+    capfd.readouterr()
+    run(world, file)
+    assert "at odds" not in capfd.readouterr().err
+
+
+def test_stopped_between_trainings_it_goes_on(world: Path) -> None:
+    class StopAfterTwo(StopRequest):
+        def raise_if_set(self) -> None:
+            if len(trained(world)) >= 2:
+                self.number = int(signal.SIGTERM)
+            super().raise_if_set()
+
+    file = write_ablation(world, space={"temporal.head.hidden": [6, 12, 24]})
+    with pytest.raises(Stopped):
+        run(world, file, StopAfterTwo())
+    before = trained(world)
+    assert 2 <= len(before) < 6
+    run(world, file)
+    assert len(table(world)) == 6
+    assert all(trained(world)[name] == moment for name, moment in before.items())
+
+
+def below(pid: int) -> list[int]:
+    """Processes that a process started, and theirs (Linux)."""
+    found = [pid]
+    for member in found:
+        tasks = Path(f"/proc/{member}/task")
+        found += [int(child) for task in tasks.glob("*/children") for child in task.read_text().split()]
+    return found[1:]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_and_started_again_it_finishes_without_repeating(world: Path, number: int) -> None:
+    file = write_ablation(world, space={"temporal.head.hidden": [6, 12, 24]}, seeds=[0, 1, 2])
+    order = [sys.executable, str(PROJECT / "pipeline.py"), "ablate", str(file), "--workers", "2"]
+    order += ["--features", "features", "--set", "temporal.epochs=12"]
+    process = subprocess.Popen(order, cwd=world, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 280
+    while len(trained(world)) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = below(process.pid)
+    process.send_signal(number)
+    process.wait(timeout=280)
+    while any(map(is_alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_alive, workers))  # nobody goes on training what a second start will train
+    process.communicate()
+    assert process.returncode == (75 if number == signal.SIGTERM else -signal.SIGKILL)
+    before = trained(world)
+    assert 2 <= len(before) < 9
+    done = subprocess.run(order, cwd=world, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    after = trained(world)
+    assert len(after) == 9
+    assert all(after[name] == moment for name, moment in before.items())
+    assert "against" in done.stdout
+
+
+def test_differences_are_paired_by_seed() -> None:
+    def trial(label: str, seed: int, score: float) -> Trial:
+        result = {"val_accuracy": score, "best_epoch": 0, "seconds": 1.0}
+        return Trial(label, {}, seed, label == "base", result, "x")
+
+    scores = {"base": (0.5, 0.7), "<b>wide</b>": (0.6, 0.75)}
+    trials = [trial(label, seed, score) for label, values in scores.items() for seed, score in enumerate(values)]
+    wide, base = ablation_rows(trials)
+    assert (wide.label, round(wide.mean, 6), round(wide.difference or 0, 6)) == ("<b>wide</b>", 67.5, 7.5)
+    assert wide.difference_std == pytest.approx(np.std([10.0, 5.0], ddof=1))
+    assert (base.difference, base.std) == (None, pytest.approx(np.std([50.0, 70.0], ddof=1)))
+    page = ablation_page("<i>t</i>", trials, "score", [])
+    assert "<b>wide" not in page
+    assert "<i>t" not in page
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ({}, "nothing to try"),
+        ({"space": {"temporal.head.hidden": []}}, "empty list"),
+        ({"space": {"temporal.optim.lr": {"low": 1, "high": 0}}}, "must be below"),
+        ({"space": {"temporal.optim.lr": {"low": 0.1, "high": 1}}}, "no end"),
+        ({"space": {"temporal.head.hidden": [1]}, "seeds": [1, 1]}, "seeds repeat"),
+        ({"space": {"cnn.epochs": [1, 2]}}, "only settings of stage two"),
+        ({"space": {"temporal.head.hidden": [8, 8]}}, "tried twice"),
+        ({"settings": {"a": {"temporal.epochs": 1}, "b": {"temporal.epochs": 1}}}, "tried twice"),
+        ({"space": {"temporal.head.hidden": [8]}, "seeds": [-1]}, "greater than or equal to 0"),
+        ({"space": {"temporal.head.hidden": [8]}, "seeds": [2**40]}, "less than 4294967296"),
+        ({"space": {"temporal.optim.lr": [float("nan")]}}, "finite"),
+        ({"space": {"temporal.optim.lr": {"low": 0.1, "high": float("inf")}}}, "finite"),
+        ({"space": {"temporal.head.hidden": [1]}, "sedes": [1]}, "did you mean seeds"),
+        ({"settings": {"a": {"features": "x", "features_of_run": "y"}}}, "named twice"),
+        ({"space": {"features": ["x", "y"]}, "settings": {"a": {"features_of_run": "y"}}}, "named twice"),
+        ({"space": {"features": ["x", 3]}}, "expected a name, got 3"),
+        ({"space": {"features": {"low": 1, "high": 2}}, "budget": {"trials": 2}}, "expected a name"),
+    ],
+)
+def test_what_is_no_ablation_is_refused(world: Path, content: dict[str, Any], match: str) -> None:
+    file = world / "bad.yaml"
+    file.write_text(yaml.safe_dump({"base": "cholec80", **content}))
+    with pytest.raises(UserError, match=match):
+        load_ablation(file)
+
+
+def test_trials_trained_with_other_settings_than_their_name_says_are_refused(world: Path) -> None:
+    """As those were whose head's name was applied after its other settings."""
+    file = write_ablation(world, space={"temporal.head.hidden": [6, 12]}, seeds=[0])
+    run(world, file)
+    row = next(row for row in table(world) if row["temporal.head.hidden"] == "6")
+    settings = world / "runs/wide/trials" / row["folder"] / "temporal/config.yaml"
+    settings.write_text(settings.read_text().replace("hidden: 6", "hidden: 512"))
+    with pytest.raises(UserError, match=r"head\.hidden: 512 there, 6 now.*another --name"):
+        run(world, file)
+
+
+def test_an_unknown_key_in_the_space_is_refused_before_any_training(world: Path) -> None:
+    with pytest.raises(UserError, match=r"unknown key temporal\.head\.hiden; did you mean temporal\.head\.hidden"):
+        run(world, write_ablation(world, space={"temporal.head.hiden": [6, 12]}))
+
+
+def test_the_head_s_name_and_its_settings_are_trained_as_the_table_says(world: Path) -> None:
+    space = {"temporal.head.hidden": [6, 8], "temporal.head.name": ["lstm", "gru"]}
+    assert run(world, write_ablation(world, space=space, seeds=[0])) == []
+    rows = table(world)
+    for row in rows:
+        config = yaml.safe_load((world / "runs/wide/trials" / row["folder"] / "temporal/config.yaml").read_text())
+        for key in space:
+            if row[key]:  # the base names none
+                assert row[key] == str(config["temporal"]["head"][key.rpartition(".")[2]])
+    assert len({row["folder"] for row in rows}) == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "expected"),
+    [
+        ({"space": {"temporal.head.hidden": [6, 7]}}, ["temporal.head.hidden=7"], "given both as 6 and as 7"),
+        ({"space": {"temporal.head.hidden": [6, 7]}}, ["temporal.head.name=tcn"], "tcn has stages, layers"),
+        ({"settings": {"a": {"temporal.epochs": 2}}}, ["temporal={epochs: 3}"], "given both as 2 and as 3"),
+        ({"space": {"temporal.epochs": [2]}}, ["seed=5"], "seed: given both as 0 and as 5"),
+        (
+            {"space": {"temporal.optim.lr": ["1e-3", 0.001]}},
+            [],
+            "optim.lr='1e-3' and temporal.optim.lr=0.001 are",
+        ),
+        ({"space": {"temporal.epochs": [2, "2"]}}, [], "are the same training"),
+        ({"space": {"temporal.optim.momentum": [0.5, 0.9]}}, [], "momentum has no effect with name=adamw"),
+        (
+            {"space": {"temporal.schedule.gamma": [0.5], "temporal.schedule.name": ["step", "cosine"]}},
+            [],
+            "gamma has no effect with name=cosine",
+        ),
+        ({"settings": {"a": {"temporal.sequence.stride": 2}}}, [], "stride has no effect with mode="),
+        ({"space": {"temporal.epochs": [2, 2.0]}}, [], "tried twice"),
+        ({"settings": {"a": {"temporal.epochs": 2}, "b": {"temporal.epochs": 2.0}}}, [], "tried twice"),
+        ({"settings": {"a": {"temporal.epochs": 2}}, "space": {"temporal.epochs": [3]}}, [], "is in the space too"),
+        (
+            {"space": {"temporal.head.dropout": {"low": 0.1, "high": 1.5}}, "budget": {"trials": 4}},
+            [],
+            "temporal.head.dropout: Input should be less than 1, got 1.5",
+        ),
+    ],
+)
+def test_a_table_that_would_name_what_was_not_trained_is_refused(
+    world: Path, content: dict[str, Any], overrides: list[str], expected: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        spec = read_ablation(str(write_ablation(world, **content)))
+        ablate(spec, world / "runs/wide", overrides, world / "features", world, workers=1, stop=StopRequest())
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (world / "runs").exists()
+
+
+@pytest.mark.parametrize("path", sorted((PROJECT / "configs/ablations").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_ablation_is_one(path: Path) -> None:
+    spec = load_ablation(path.stem)
+    for changes in [
+        *spec.settings.values(),
+        {key: values[0] for key, values in spec.space.items() if isinstance(values, list)},
+    ]:
+        settings = {key: value for key, value in changes.items() if key not in FEATURE_KEYS}
+        load_config(spec.base, changes=settings)
+
+
+# ---------------------------------------------------------------------------------------------- other features
+
+
+@pytest.fixture
+def rates(world: Path) -> Path:
+    """`features` beside `fast`, the same videos at three times the rate; the frames between have random features."""
+    rng = np.random.default_rng(1)
+    index = Index.load(world / "features/index.json")
+    slow = load_feature_set(world / "features", [entry.id for entry in index.videos])
+    videos = {}
+    for entry in index.videos:
+        video = slow[entry.id]
+        features = rng.normal(0, 0.3, (3 * len(video), 6)).astype(np.float32)
+        features[::3] = video.features
+        videos[entry.id] = (entry.split, features, video.phase.repeat(3))
+    write_folder(world / "fast", videos, weights=dict.fromkeys(videos, "1" * 64), frame_step=25 / 3)
+    return world
+
+
+def test_settings_with_other_features_are_scored_at_the_moments_that_all_have(rates: Path) -> None:
+    settings = {"slow": {"features": str(rates / "features")}, "fast": {"features": str(rates / "fast")}}
+    assert run(rates, write_ablation(rates, settings=settings)) == []
+    rows = {(row["setting"], row["seed"]): row for row in table(rates)}
+    assert set(rows) == {(name, seed) for name in ("slow", "fast") for seed in "01"}  # slow is the base
+    assert {key for key, row in rows.items() if row["base"] == "1"} == {("slow", "0"), ("slow", "1")}
+    assert len({row["folder"] for row in rows.values()}) == 4
+    folder = rates / "runs/wide/trials" / rows["fast", "0"]["folder"] / "temporal"
+    model, about = load_temporal(folder)
+    index = Index.load(rates / "fast/index.json")
+    videos = load_feature_set(rates / "fast", [entry.id for entry in index.by_split("val")])
+    predicted = predict_phases(model, videos, "carried", about["frames"], "cpu")
+    right = [(predicted[name].argmax(1) == video.phase)[::3].mean() for name, video in videos.items()]
+    assert float(rows["fast", "0"]["val_accuracy"]) == pytest.approx(np.mean(right), abs=1e-9)
+    before = trained(rates)
+    assert run(rates, write_ablation(rates, settings=settings)) == []
+    assert trained(rates) == before
+    best = (rates / "runs/wide/best.yaml").read_text()
+    assert "# Its features: train-temporal --features" in best
+
+
+def test_a_setting_can_take_another_runs_features(rates: Path) -> None:
+    settings = {"fast": {"features_of_run": "fast"}}
+    with pytest.raises(UserError, match=r"runs/fast: no features of this run; make them with `extract --name fast`"):
+        run(rates, write_ablation(rates, settings=settings))
+    (rates / "runs/fast/extract").mkdir(parents=True)
+    (rates / "runs/fast/extract/result.json").write_text(json.dumps({"folder": str(rates / "fast")}))
+    assert run(rates, write_ablation(rates, settings=settings), workers=2) == []
+    assert {row["setting"] for row in table(rates)} == {"base", "fast"}
+
+
+def test_features_that_cannot_be_compared_are_refused(rates: Path) -> None:
+    rng = np.random.default_rng(2)
+    videos = {f"v{i}": cue_video(rng, "train" if i < 4 else "val", 30) for i in range(5)}
+    settings = {"other": {"features": str(write_folder(rates / "other", videos))}}
+    with pytest.raises(UserError, match=r"other: other training videos than .*features \(v3\)"):
+        run(rates, write_ablation(rates, settings=settings))
+    videos["v3"] = ("val", *videos["v3"][1:])
+    settings = {"other": {"features": str(write_folder(rates / "relabelled", videos))}}
+    with pytest.raises(UserError, match="relabelled: v0 has another phase at frame"):
+        run(rates, write_ablation(rates, settings=settings))
+    settings = {"other": {"features": str(rates / "nowhere")}}
+    with pytest.raises(UserError, match="nowhere: no such feature folder"):
+        run(rates, write_ablation(rates, settings=settings))
+
+
+def test_tool_logits_are_more_input(tmp_path: Path) -> None:
+    """Features of noise, logits that tell the phase: only who reads them learns."""
+    rng = np.random.default_rng(0)
+    videos, logits = {}, {}
+    for i in range(5):
+        phase = np.sort(rng.integers(0, 3, 40)).astype(np.int8)
+        videos[f"v{i}"] = ("train" if i < 3 else "val", rng.normal(0, 1, (40, 6)).astype(np.float32), phase)
+        logits[f"v{i}"] = np.eye(3, dtype=np.float32)[phase] * 8 - 4
+    write_folder(tmp_path / "features", videos, tool_logits=logits)
+    head = {"name": "linear"}
+    base = {"runs": str(tmp_path / "runs"), "temporal": {**small(epochs=60, head=head), "baseline": False}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    file = write_ablation(tmp_path, space={"temporal.tool_logits": [False, True]}, seeds=[0])
+    assert run(tmp_path, file) == []
+    rows = {row["setting"]: row for row in table(tmp_path)}
+    accuracy = float(rows["tool_logits=True"]["val_accuracy"])
+    assert accuracy > 0.9
+    assert float(rows["tool_logits=False"]["val_accuracy"]) < 0.8
+    model, about = load_temporal(tmp_path / "runs/wide/trials" / rows["tool_logits=True"]["folder"] / "temporal")
+    assert (about["embedding_dim"], about["tool_inputs"]) == (6, ["t0", "t1", "t2"])
+    features = load_feature_set(tmp_path / "features", ["v3", "v4"])
+    found = predict_phases(model, features, "carried", 1, "cpu", tool_logits=True)
+    right = [(found[name].argmax(1) == video.phase).mean() for name, video in features.items()]
+    assert np.mean(right) == pytest.approx(accuracy, abs=1e-9)
+    with pytest.raises(UserError, match="features are 6 wide, the model was trained on 9"):
+        predict_phases(model, features, "carried", 1, "cpu")
+
+
+def test_an_encoder_without_tools_has_no_logits_to_read(world: Path) -> None:
+    with pytest.raises(UserError, match=r"features: no tool logits \(its encoder has no trained tool head\)"):
+        run(world, write_ablation(world, space={"temporal.tool_logits": [False, True]}))
+    assert trained(world) == {}
+
+
+def test_nothing_in_the_csv_is_a_formula_to_a_spreadsheet(tmp_path: Path) -> None:
+    """Labels and values are whatever an ablation's file says; negative numbers stay numbers."""
+    keys = ("val_accuracy", "best_epoch", "epochs", "parameters", "seconds", "frames_per_s")
+    changes = {"temporal.head.name": "=cmd|' /C calc'!A0", "x": -1.5, "y": "a,b"}
+    trial = Trial("@SUM(A1)", changes, 0, False, dict.fromkeys(keys, -0.5), "+1+1")
+    write_ablation_csv(tmp_path / "a.csv", [trial])
+    with (tmp_path / "a.csv").open(newline="") as stream:
+        _, row = csv.reader(stream)
+    assert row[:4] == ["'@SUM(A1)", "'=cmd|' /C calc'!A0", "-1.5", "a,b"]
+    assert row[-2:] == ["-0.5", "'+1+1"]
