@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -29,3 +30,15 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     """The first `most` names, and how many more there are: `a, b, c and 5 more`."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def one_line(error: BaseException, most: int = 160) -> str:
+    """What an exception of another library says, on one line of at most `most` characters; its type
+    where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean resnet50?`, or nothing where no known name is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""

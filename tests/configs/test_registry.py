@@ -1,0 +1,66 @@
+"""Registries find this project's entries, those of plug-in files, and say what is wrong with either."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from configs.errors import UserError
+from configs.registry import PLUGINS_VARIABLE, Registry
+
+SHAPES: Registry[int] = Registry("shape", "surgstage.tests")
+
+
+@pytest.fixture
+def shapes(monkeypatch: pytest.MonkeyPatch) -> Registry[int]:
+    registry: Registry[int] = Registry("shape", "surgstage.tests")
+    monkeypatch.setitem(globals(), "SHAPES", registry)
+    registry.register("square", 4)
+    registry.register("triangle", 3)
+    return registry
+
+
+def test_what_is_registered_is_found(shapes: Registry[int]) -> None:
+    assert shapes.find("square") == 4
+    assert shapes.names() == ["square", "triangle"]
+
+
+def test_an_unknown_name_is_answered_with_the_nearest(shapes: Registry[int]) -> None:
+    with pytest.raises(UserError, match=r"unknown shape sqare; did you mean square\?"):
+        shapes.find("sqare")
+    with pytest.raises(UserError, match=r"unknown shape xyz \(known: square, triangle\)"):
+        shapes.find("xyz")
+
+
+def test_two_entries_of_one_name_are_refused(shapes: Registry[int]) -> None:
+    with pytest.raises(UserError, match="shape square is registered twice"):
+        shapes.register("square", 5)
+
+
+def test_files_of_the_environment_are_imported_once(
+    shapes: Registry[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("pentagon", 5), ("hexagon", 6)):
+        (tmp_path / f"{name}.py").write_text(
+            f"import sys\nsys.modules[{__name__!r}].SHAPES.register({name!r}, {value})\n", encoding="utf-8"
+        )
+
+    monkeypatch.setenv(PLUGINS_VARIABLE, os.pathsep.join(str(path) for path in sorted(tmp_path.iterdir())))
+    assert shapes.find("hexagon") == 6
+    assert shapes.names() == ["square", "triangle", "hexagon", "pentagon"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [(None, "is not a Python file"), ("1 / 0", "division by zero"), ("if", "invalid syntax")]
+)
+def test_a_file_that_cannot_be_imported_is_named(
+    shapes: Registry[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, message: str
+) -> None:
+    path = tmp_path / "plugin.py"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    monkeypatch.setenv(PLUGINS_VARIABLE, str(path))
+    with pytest.raises(UserError, match=f"plugin.py.*{message}"):
+        shapes.find("octagon")
