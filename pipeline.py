@@ -1118,10 +1118,9 @@ def simulate_command(
     trying the pipeline and for tests; what is measured on them says nothing about real operations.
     """
     from configs.load import load_dataset
-    from engine.progress import progress_bar
     from features.simulation import simulate
 
-    with _stop_when_asked() as stop, progress_bar(videos, "simulating", "video") as bar:
+    with _stop_when_asked() as stop:
         made = simulate(
             out,
             videos=videos,
@@ -1134,7 +1133,6 @@ def simulate_command(
             first_number=first_number,
             workers=workers,
             stop=stop,
-            on_progress=lambda done, total: bar.update(done - bar.n),
         )
     click.echo(f"{out}: {len(made.made)} simulated videos made ({made.video_s:.0f} s), {len(made.skipped)} were there")
 

@@ -70,12 +70,12 @@ def has_decord() -> bool:
 
 def read_all(videos: Sequence[Path], name: Literal["pyav", "decord"], hashed: bool = False) -> tuple[float, float, str]:
     """Frames a second by the clock and by the processor, and with `hashed` a hash of all of them (not for timing)."""
-    from features.video.readers import open_reader
+    from features.video.open import open_video
 
     digest, count = hashlib.sha256(), 0
     started, before = time.perf_counter(), time.process_time()
     for video in videos:
-        with open_reader(video, "video", name, frames=None, fps=25.0) as reader:
+        with open_video(video, name, fps=25.0) as reader:
             for frame in reader.read(range(0, reader.frame_count, EVERY)):
                 count += 1
                 if hashed:

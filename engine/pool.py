@@ -1,7 +1,7 @@
 """Work on many videos: one after the other, or several at once in processes that can be stopped and may die.
 
-One process a core, each with a video (or a part of one) of its own and one thread, beats several threads on one video
-and one process that decodes for the others.
+One process per core, each with a video (or a part of one) of its own and one thread, is faster than several threads on
+one video and than one process that decodes for the others.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Generic, Protocol, TypeVar
 
-from configs.errors import UserError
+from configs.errors import UserError, one_line
 from engine.files import NoRoomError
 from engine.processes import available_cores
 from engine.progress import progress_bar
@@ -28,34 +27,34 @@ POLL_S = 0.3
 GRACE_S = 20
 # Fewer frames than this are done before a second process has imported torch.
 WORTH_A_PROCESS_FRAMES = 300
-# What a video can do to the programs that read it, besides the errors they foresee.
+# What a video can make the programs that read it raise, besides the errors that they foresee.
 VIDEO_ERRORS = (UserError, OSError, RuntimeError, MemoryError)
-_NOT_BEGUN = -1
+_NOT_STARTED = -1
 
 
 class VideoFault(str):
-    """Why a video cannot be used, where that lies in its files; any other reason may be gone with the next start."""
+    """Why a video cannot be used, where the cause lies in its files; any other cause may be gone at the next start."""
 
 
 class Job(Protocol):
-    """A video to work on; `frames` is how many there are, for progress."""
+    """A video to work on; `frames` is its number of frames, for progress."""
 
     @property
     def frames(self) -> int: ...
 
 
 AnyJob = TypeVar("AnyJob", bound=Job)
-Advance = Callable[[int], None]  # told how many more frames are done; raises to stop the work
+Advance = Callable[[int], None]  # reports how many more frames are done; raises to stop the work
 Task = Callable[[AnyJob, Advance], None]
 
 
 def choose_processes(wanted: int, jobs: Sequence[Job]) -> int:
-    """Videos in work at once: `wanted`, or for -1 one a core where there is enough to do."""
+    """Processes for whole videos: `wanted`, or for -1 one per core, fewer for few frames; at most one per video."""
     return max(1, min(processes_for(wanted, sum(job.frames for job in jobs)), len(jobs)))
 
 
 def processes_for(wanted: int, frames: int) -> int:
-    """Processes for work that can be divided at will: `wanted`, or for -1 one a core where there is enough to do."""
+    """Processes for work that can be divided at will: `wanted`, or for -1 one per core, a single one for few frames."""
     if wanted == -1:
         wanted = available_cores() if frames > WORTH_A_PROCESS_FRAMES else 1
     return max(1, wanted)
@@ -66,10 +65,10 @@ def work_through(
 ) -> Generator[tuple[AnyJob, str | None], None, None]:
     """Do `task(job, advance)` for every job, with progress; yields each job as it ends, and why where it failed.
 
-    A failure that a video can cause does not end the others' work. With `processes` > 1 the task goes to each process
+    A failure that a video can cause does not end the other jobs. With `processes` > 1 the task goes to each process
     once, pickled (tensors in shared memory stay shared), and keeps what it loads there; a process that dies takes only
-    its own video with it. Raises Stopped when asked to stop, and NoRoomError when the disk is full, after the task's
-    clean-up.
+    its own video with it. Raises Stopped when asked to stop, and NoRoomError when the disk is full, after the task has
+    cleaned up.
     """
     unit = bar_options.pop("unit", "frame")
     with progress_bar(sum(job.frames for job in jobs), title, unit, **bar_options) as bar:
@@ -101,14 +100,15 @@ def _attempt(task: Task[AnyJob], job: AnyJob, advance: Advance) -> str | None:
     except NoRoomError:
         raise
     except VIDEO_ERRORS as error:
-        return one_line(error)
+        return failure_reason(error)
     return None
 
 
-def one_line(error: BaseException) -> str:
-    """An error of `VIDEO_ERRORS` as a user reads it; a UserError is the video's fault."""
-    text = " ".join(str(error).split())
-    return VideoFault(text) if isinstance(error, UserError) else f"{type(error).__name__}: {text[:300]}"
+def failure_reason(error: BaseException) -> str:
+    """One of `VIDEO_ERRORS` in one line, as a user reads it; a UserError is the video's fault."""
+    if isinstance(error, UserError):
+        return VideoFault(" ".join(str(error).split()))
+    return f"{type(error).__name__}: {one_line(error, 300)}"
 
 
 # ---------------------------------------------------------------------------------------------- processes
@@ -117,7 +117,7 @@ def one_line(error: BaseException) -> str:
 def _in_processes(
     task: Task[AnyJob], jobs: Sequence[AnyJob], processes: int, stop: StopRequest, bar: Any
 ) -> Iterator[tuple[AnyJob, str | None]]:
-    """A broken pool does not say whose process died: videos that were in work are tried again, each alone."""
+    """A broken pool does not tell whose process died: the videos that were in work are tried again, each alone."""
     waiting = list(jobs)
     while waiting:
         pool = _Pool(task, waiting, processes)
@@ -133,10 +133,10 @@ def _in_processes(
 
 
 class _Packed:
-    """A task on its way into a process, which watches its parent before it imports what the task takes (torch, for
+    """A task on its way into a process, which watches its parent before it imports what the task needs (torch, for
     seconds).
 
-    Pickled for each process anew: tensors in shared memory travel as file descriptors, which only that process has.
+    Pickled anew for each process: tensors in shared memory travel as file descriptors, which only that process has.
     """
 
     def __init__(self, task: Task[Any]) -> None:
@@ -149,21 +149,21 @@ class _Packed:
         self._content = content
 
     def unpack(self) -> Task[Any]:
-        """The task; once a process."""
+        """The task; once per process."""
         task: Task[Any] = pickle.loads(self._content)  # noqa: S301, the parent has made it
         del self._content
         return task
 
 
 class _Pool(Generic[AnyJob]):
-    """Processes that do jobs, told to stop through shared memory, and watched through a counter a job."""
+    """Processes that do jobs, asked to stop through shared memory, and watched through one counter per job."""
 
     def __init__(self, task: Task[AnyJob], jobs: Sequence[AnyJob], processes: int) -> None:
         context = get_context("spawn")  # a fork would copy threads and open decoders
         self.jobs = list(jobs)
         self.broken = False
         self._left: dict[Future[str | None], int] = {}
-        self._frames = context.Array("q", [_NOT_BEGUN] * len(jobs), lock=False)
+        self._frames = context.Array("q", [_NOT_STARTED] * len(jobs), lock=False)
         self._stopped = context.Value("b", 0, lock=False)
         initargs = (_Packed(task), self._frames, self._stopped)
         self._executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=initargs)
@@ -193,83 +193,84 @@ class _Pool(Generic[AnyJob]):
             self._executor.shutdown(wait=True, cancel_futures=True)
 
     def in_work(self) -> list[AnyJob]:
-        """Jobs that were begun and have not ended."""
-        return [self.jobs[slot] for slot in self._left.values() if self._frames[slot] != _NOT_BEGUN]
+        """Jobs that were started and have not ended."""
+        return [self.jobs[slot] for slot in self._left.values() if self._frames[slot] != _NOT_STARTED]
 
     def _frames_done(self, slots: Any) -> int:
         return sum(max(0, self._frames[slot]) for slot in slots)
 
 
 class _StoppedByParent(Exception):
-    """Unwinds a job in a process that was told to stop."""
+    """Unwinds a job in a process whose parent has asked it to stop."""
 
 
-@dataclass
-class _State:
-    """What a process of the pool knows."""
+class _Worker:
+    """What a process of the pool needs for its jobs; the executor hands its calls no other state."""
 
     task: Task[Any]
-    frames: Any
-    stopped: Any
+
+    def __init__(self, frames: Any, stopped: Any) -> None:
+        self._frames, self._stopped = frames, stopped
+        self._busy = threading.Lock()  # held while a job is in work
+
+    def may_end(self) -> bool:
+        """Whether the pool is stopped and no job is in work; none begins afterwards."""
+        return bool(self._stopped.value) and self._busy.acquire(blocking=False)
+
+    def work_on(self, slot: int, job: Any) -> str | None:
+        """Do one job; the reason where that fails."""
+        self._frames[slot] = 0
+
+        def advance(frames: int) -> None:
+            self._frames[slot] += frames
+            if self._stopped.value:
+                raise _StoppedByParent
+
+        with self._busy:
+            try:
+                return _attempt(self.task, job, advance)
+            except _StoppedByParent:
+                return "stopped"
 
 
-_state: _State | None = None
-_job = threading.Lock()  # held while this process has a video in work
+_worker: _Worker | None = None  # set once in each process of a pool
 
 
 def _begin(packed: _Packed, frames: Any, stopped: Any) -> None:
     """First thing in a new process."""
-    global _state
-    serve_parent(stopped=stopped)
-    _state = _State(packed.unpack(), frames, stopped)
+    global _worker
+    _worker = _Worker(frames, stopped)
+    serve_parent(may_end=_worker.may_end)
+    _worker.task = packed.unpack()
 
 
-def serve_parent(worker: int = 0, stopped: Any = None) -> None:
-    """Belong to the process that started this one: it judges signals, and when it ends, however, this one does.
-
-    With `stopped`, a shared number, this one also ends once that is set and it has no job in work.
-    """
-    leave_signals_to_parent()
-    threading.Thread(target=_end_with_parent, args=(stopped,), daemon=True).start()
+def _work_on(slot: int, job: Any) -> str | None:
+    assert _worker is not None  # `_begin` has set it
+    return _worker.work_on(slot, job)
 
 
-def leave_signals_to_parent() -> None:
-    """Ctrl-C and a scheduler's signals reach the whole process group; the parent decides what becomes of the work.
+def serve_parent(worker: int = 0, may_end: Callable[[], bool] = lambda: False) -> None:
+    """Make this process depend on the one that started it: it leaves signals to its parent, and ends when the parent
+    ends, for whatever reason, or once `may_end()` is true.
 
-    SIGTERM ends this process only after a while, in which the parent saves what it has: it is also how Python itself
-    ends processes that are left over.
+    Ctrl-C and a scheduler's signals reach the whole process group; the parent decides what becomes of the work. SIGTERM
+    ends this process only after `GRACE_S` seconds, in which the parent saves what it has: it is also how Python itself
+    ends processes that are left over. `worker` is the number that torch's DataLoader passes.
     """
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_S))
+    threading.Thread(target=_end_with_parent, args=(may_end,), daemon=True).start()
 
 
-def _end_with_parent(stopped: Any) -> None:
+def _end_with_parent(may_end: Callable[[], bool]) -> None:
     """A killed parent cannot call its processes back, and one that stops waits only for those with a job in work."""
     parent = parent_process()
     if parent is None:
         return
     while not connection.wait([parent.sentinel], POLL_S):
-        if stopped is not None and stopped.value and _job.acquire(blocking=False):
+        if may_end():
             break
     os._exit(1)
-
-
-def _work_on(slot: int, job: Any) -> str | None:
-    """Do one job in a process of the pool; the reason where that fails."""
-    state = _state
-    assert state is not None
-    state.frames[slot] = 0
-
-    def advance(frames: int) -> None:
-        state.frames[slot] += frames
-        if state.stopped.value:
-            raise _StoppedByParent
-
-    with _job:
-        try:
-            return _attempt(state.task, job, advance)
-        except _StoppedByParent:
-            return "stopped"

@@ -18,7 +18,7 @@ from engine.files import read_json_object, sha256_file
 from engine.progress import say
 from engine.runs import RESULT_FILE, StageFolder
 from features.dataset.phase_order import describe_order, parse_phase_order
-from features.frames.preprocess import require_pictures_of
+from features.frames.preprocess import require_preprocess_of
 from interop.mtrcnet_checkpoints import (
     NORMALISATIONS,
     UNITS,
@@ -193,7 +193,7 @@ def _import_mapping(
         raise UserError(f"{given[0]}: {file} is the mapping alone, and the net of --into has all else; leave it out")
     path = joint_checkpoint(request.into)
     net, about = load_joint(path)
-    require_pictures_of(PreprocessConfig(**about["preprocess"]), config, request.given, path)
+    require_preprocess_of(PreprocessConfig(**about["preprocess"]), config, request.given, path)
     head = _head_of(about)
     if net.phase is None or not net.tools or net.mapping is not None:
         raise UserError(f"{path}: --into wants a net for phases and tools that has no mapping yet")

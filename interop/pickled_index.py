@@ -51,7 +51,7 @@ from features.dataset.labels import Extent, sample_labels
 from features.dataset.phase_order import describe_order, ids_of_order, parse_phase_order
 from features.dataset.splits import Split, split_is_asked_for
 from features.ids import file_stem
-from features.video.readers import probe_video
+from features.video.scan import probe_video
 from interop.safe_pickle import load_plain
 
 LAYOUTS: dict[str, tuple[Split, ...]] = {

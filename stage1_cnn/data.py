@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from configs.errors import UserError
 from configs.schema import AugmentConfig, Config
-from engine.pool import one_line, serve_parent
+from engine.pool import failure_reason, serve_parent
 from engine.processes import available_cores
 from engine.session import epoch_generator
 from engine.stopping import Stopped, StopRequest
@@ -255,8 +255,8 @@ class FrameLoader(Generic[AnyBatch]):
             if self._stop.number is not None:
                 raise Stopped(self._stop.number) from error
             raise UserError(
-                f"{one_line(error)}: a process that loads frames died (out of memory or of /dev/shm, or killed); start "
-                "again, training goes on from its last checkpoint; fewer workers or smaller batches take less memory"
+                f"{failure_reason(error)}: a process that loads frames died (out of memory or of /dev/shm, or killed); "
+                "start again: it resumes from its last checkpoint; fewer workers or smaller batches need less memory"
             ) from error
 
 

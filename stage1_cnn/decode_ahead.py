@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from configs.schema import Config
 from engine.files import NoRoomError
-from engine.pool import VIDEO_ERRORS, Advance, one_line, serve_parent, work_through
+from engine.pool import VIDEO_ERRORS, Advance, failure_reason, serve_parent, work_through
 from engine.progress import progress_bar, say
 from engine.stopping import StopRequest
 from features.dataset.index import Index
-from features.frames.source import encoded_at_once, open_pictures, picture_batches
+from features.frames.source import encoded_at_once, frame_batches, open_frames
 from stage1_cnn.segments import Rows, VideoJob
 
 # Batches that wait for the device, a decoding process.
@@ -66,7 +66,7 @@ class _DecodedFrames(IterableDataset[tuple[int, Message]]):
                     yield number, message
                 yield number, None
             except VIDEO_ERRORS as error:
-                yield number, one_line(error)
+                yield number, failure_reason(error)
 
     def _take(self) -> int:
         with self._taken.get_lock():
@@ -75,9 +75,9 @@ class _DecodedFrames(IterableDataset[tuple[int, Message]]):
 
     def _messages(self, job: VideoJob) -> Iterator[Message]:
         entry = self._index.entry(job.video_id)
-        with open_pictures(self._config, entry, self._root, self._index, job.samples) as pictures:
+        with open_frames(self._config, entry, self._root, self._index, job.samples) as pictures:
             yield pictures.provenance
-            for batch in picture_batches(pictures.frames, encoded_at_once(self._config)):
+            for batch in frame_batches(pictures.frames, encoded_at_once(self._config)):
                 yield torch.from_numpy(batch)
 
 
@@ -162,7 +162,7 @@ def _next(messages: Iterator[tuple[int, Message]]) -> tuple[int, Message]:
     except StopIteration as error:
         raise _DecoderDied("a decoding process ended early") from error
     except (RuntimeError, EOFError, ConnectionError) as error:  # the latter where it was handing something over
-        raise _DecoderDied(f"a decoding process died ({one_line(error)})") from error
+        raise _DecoderDied(f"a decoding process died ({failure_reason(error)})") from error
 
 
 def _take_in(task: Encodes, at: _Open, message: Message) -> tuple[bool, str | None]:
@@ -186,7 +186,7 @@ def _take_in(task: Encodes, at: _Open, message: Message) -> tuple[bool, str | No
         raise
     except VIDEO_ERRORS as error:
         _drop(at, error)
-        return True, one_line(error)
+        return True, failure_reason(error)
     return False, None
 
 

@@ -25,7 +25,6 @@ from configs.schema import Config
 from engine.device import cpu_threads
 from engine.files import (
     below_root,
-    inside,
     read_json_object,
     remove_stale_temporaries,
     require_free_bytes,
@@ -43,9 +42,10 @@ from features.dataset.catalogue import say_left_out
 from features.dataset.index import Index, VideoEntry, frame_times_s, load_labels, sampled_frames
 from features.frames.preprocess import crop_frames
 from features.frames.source import (
+    can_start_inside,
     encoded_at_once,
-    open_pictures,
-    picture_batches,
+    frame_batches,
+    open_frames,
     require_indexed_annotations,
     require_indexed_source,
     source_identity,
@@ -65,7 +65,6 @@ from features.store import (
     verify_file,
     write_features,
 )
-from features.video.readers import can_start_inside
 from stage1_cnn.decode_ahead import work_ahead
 from stage1_cnn.encoders.encoder import Encoder, load_encoder
 from stage1_cnn.model import weights_identity
@@ -443,7 +442,7 @@ class ExtractTask:
         keep_freed_memory()  # here, since each process does so for itself
         encoder = self._encoder()
         self.require_sound_labels_and_room(job)
-        pictures_of = open_pictures(self.config, entry, self.root, self.index, job.samples)
+        pictures_of = open_frames(self.config, entry, self.root, self.index, job.samples)
         with _one_thread(encoder.device), pictures_of as pictures, self.sink(job, pictures.provenance) as rows:
             for batch in crop_batches(pictures.frames, encoded_at_once(self.config), self.config.preprocess.crop_px):
                 with np.errstate(over="ignore"):  # the writer says in words what does not fit
@@ -473,13 +472,7 @@ class ExtractTask:
 
     def may_split(self, job: VideoJob) -> bool:
         """Whether a part of this video can be had for less than the whole."""
-        entry = self.index.entry(job.video_id)
-        if entry.kind != "video":
-            return True
-        try:
-            return can_start_inside(inside(self.root, entry.source))
-        except (UserError, OSError):
-            return False  # whoever works on it says why
+        return can_start_inside(self.index.entry(job.video_id), self.root)
 
     def _file(self, video: VideoJob, provenance: Mapping[str, str]) -> AbstractContextManager[FeatureWriter]:
         entry = self.index.entry(video.video_id)
@@ -511,7 +504,7 @@ class ExtractTask:
 
 def crop_batches(pictures: Iterable[NDArray[np.uint8]], batch_frames: int, crop_px: int) -> Iterator[NDArray[np.uint8]]:
     """Centre crops (N, S, S, 3) of resized frames (R, R, 3), cut every `batch_frames` from the first one on."""
-    for batch in picture_batches(pictures, batch_frames):
+    for batch in frame_batches(pictures, batch_frames):
         yield crop_frames(batch, crop_px)[:, 0]
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from engine.files import NoRoomError, as_user_error, temporary_path
-from engine.pool import VIDEO_ERRORS, one_line
+from engine.pool import VIDEO_ERRORS, failure_reason
 from features.store import feature_path
 
 # Splitting ends where the processes are this close to ending together: every part costs a scan of the packets.
@@ -239,7 +239,7 @@ class Assembly:
         except NoRoomError:
             raise
         except VIDEO_ERRORS as error:
-            return one_line(error)
+            return failure_reason(error)
         return None
 
     def _keep_alive(self) -> None:

@@ -21,7 +21,7 @@ from configs.load import NO_KEYS, GivenKeys, load_dataset
 from configs.schema import Config, DataSetSpec, PreprocessConfig
 from engine.device import choose_device, choose_precision, lower_precision
 from engine.files import NoRoomError, atomic_path, inside, make_folder, read_json, sha256_file, write_json
-from engine.pool import VIDEO_ERRORS, one_line
+from engine.pool import VIDEO_ERRORS, failure_reason
 from engine.progress import progress_bar, say
 from engine.runs import package_version
 from engine.stopping import StopRequest
@@ -30,8 +30,8 @@ from evaluation.metrics.tools import sigmoid
 from evaluation.reports.overlay import Overlay
 from evaluation.reports.paper_figures import phase_ribbons
 from features.dataset.index import Index, VideoEntry, frame_times_s, index_of_source, sampled_frames
-from features.frames.preprocess import normalise, preprocess_from_json, require_pictures_of
-from features.frames.source import encoded_at_once, open_source, source_pictures
+from features.frames.preprocess import normalise, preprocess_from_json, require_preprocess_of
+from features.frames.source import encoded_at_once, open_source, source_frames
 from features.ids import file_stem
 from features.video.write import encode_mp4
 from stage1_cnn.encoders.encoder import load_encoder
@@ -114,7 +114,7 @@ def pair_of_stages(
     if not recorded:
         raise UserError(f"{folder / 'best.pt'}: does not say what made its features; train it again")
     preprocess = preprocess_from_json(recorded["preprocess"], str(folder / "best.pt"))
-    require_pictures_of(preprocess, config, given, folder / "best.pt", recorded["fps"], recorded["backbone"])
+    require_preprocess_of(preprocess, config, given, folder / "best.pt", recorded["fps"], recorded["backbone"])
     config = _as_trained(config, preprocess, recorded["fps"], recorded)
     spec = load_dataset(config.data.dataset)
     require_same_classes(folder / "best.pt", "phases", about["phases"], spec.phases)
@@ -161,7 +161,7 @@ def joint_net(config: Config, run: Path, inference: Inference | None = None, giv
         raise UserError(f"{path}: a net for tools alone; predict needs a phase branch, `extract --from-joint` does not")
     inference = chosen_inference(inference, about["inference"], net.phase, path)
     preprocess = PreprocessConfig(**about["preprocess"])
-    require_pictures_of(preprocess, config, given, path, about["fps"], about["backbone"])
+    require_preprocess_of(preprocess, config, given, path, about["fps"], about["backbone"])
     config = _as_trained(config, preprocess, about["fps"], about)
     spec = load_dataset(config.data.dataset)
     require_same_classes(path, "phases", about["phases"], spec.phases)
@@ -241,7 +241,7 @@ def predict_new_videos(
         except NoRoomError:
             raise
         except VIDEO_ERRORS as error:
-            report.failed.append((name, one_line(error)))
+            report.failed.append((name, failure_reason(error)))
         else:
             (report.done if done else report.skipped).append(name)
     _require_some(report, len(report.done) + len(report.skipped))
@@ -313,7 +313,7 @@ def predict_video(recogniser: Recogniser, index: Index, root: Path, stop: StopRe
     phases: list[NDArray[np.float32]] = []
     tools: list[NDArray[np.float64]] = []
     bar = progress_bar(len(frame_index), entry.id, "frame")
-    with bar, source_pictures(config, entry, root, index) as pictures:
+    with bar, source_frames(config, entry, root, index) as pictures:
         for crops in crop_batches(pictures.frames, encoded_at_once(config), config.preprocess.crop_px):
             stop.raise_if_set()
             embedding, logits = recogniser.encode(crops)  # (N, D), (N, K)

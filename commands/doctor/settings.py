@@ -101,14 +101,16 @@ def compare_readers(folder: Path) -> str:
     """`ok`, `warn` or `FAIL`, and what became of a small H.264 video under both readers."""
     import numpy as np
 
-    from features.video.readers import open_reader, scan_video, why_not_decord
+    from features.video.decord import why_not_decord
+    from features.video.open import open_video
+    from features.video.scan import scan_video
     from features.video.write import encode_mp4
 
     path = folder / "video.mp4"
     pictures = [np.full((64, 96, 3), 8 * number, dtype=np.uint8) for number in range(20)]
     encode_mp4(path, pictures, 25.0, {"crf": "18"}, lambda: None)
     wanted = [0, 7, 13, 19]
-    with open_reader(path, "video", "pyav", frames=None, fps=25.0) as reader:
+    with open_video(path, "pyav", fps=25.0) as reader:
         frames = np.stack(list(reader.read(wanted)))
         name = f"PyAV {reader.version}"
     shades = frames.mean(axis=(1, 2, 3))
@@ -117,7 +119,7 @@ def compare_readers(folder: Path) -> str:
     reason = why_not_decord(scan_video(path))
     if reason is not None:
         return f"warn {name} reads a test video; decord does not ({reason})"
-    with open_reader(path, "video", "decord", frames=None, fps=25.0) as reader:
+    with open_video(path, "decord", fps=25.0) as reader:
         same = np.array_equal(np.stack(list(reader.read(wanted))), frames)
         version = reader.version
     return (

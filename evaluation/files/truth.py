@@ -18,7 +18,7 @@ from configs.errors import UserError
 from configs.schema import DataSetSpec
 from engine.files import read_json, write_json
 from evaluation.metrics.counts import stretches
-from features.video.mp4 import MAX_PICTURES
+from features.video.mp4 import MAX_FRAMES
 
 TRUTH_FILE = "truth.json"
 FORMAT_VERSION = 1
@@ -105,7 +105,7 @@ def _unpacked(pairs: Sequence[Sequence[int]], classes: int) -> NDArray[np.int8]:
     table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
     lengths = table[:, 0]
     # each before their sum, which otherwise could wrap
-    if table.size and (lengths.min() < 1 or lengths.max() > MAX_PICTURES or lengths.sum() > MAX_PICTURES):
+    if table.size and (lengths.min() < 1 or lengths.max() > MAX_FRAMES or lengths.sum() > MAX_FRAMES):
         raise ValueError("a stretch of labels without a sensible length")
     if table.size and (table[:, 1].min() < -1 or table[:, 1].max() >= classes):
         raise ValueError(f"labels outside -1 to {classes - 1}")

@@ -37,8 +37,8 @@ from features.dataset.unmatched import (
     passed_over_videos,
 )
 from features.ids import id_key, id_problem, normal_id
-from features.video.mp4 import MAX_PICTURES
-from features.video.readers import FrameFolder
+from features.video.images import FrameFolder
+from features.video.mp4 import MAX_FRAMES
 from features.video.times import same_rate
 
 Kind = Literal["video", "frames", "tfrecord"]
@@ -478,7 +478,7 @@ class FolderLayout(OmitsDefaults):
     base: int = Field(ge=0, lt=10**15)
     stride: int = Field(ge=1, le=10**9)
     first: int = Field(ge=0, le=10**9)
-    count: int = Field(ge=1, le=MAX_PICTURES)
+    count: int = Field(ge=1, le=MAX_FRAMES)
     missing: tuple[tuple[int, int], ...] = ()
 
     @model_validator(mode="after")

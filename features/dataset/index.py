@@ -53,8 +53,9 @@ from features.dataset.tfrecord import FPS as TFRECORD_FPS
 from features.dataset.tfrecord import RecordLayout, require_one_numbering, scan_records
 from features.ids import id_key, id_problem, normal_id
 from features.store import INDEX_FILE, recorded_fault
-from features.video.mp4 import MAX_PICTURES
-from features.video.readers import FrameFolder, count_packets, probe_video
+from features.video.images import FrameFolder
+from features.video.mp4 import MAX_FRAMES
+from features.video.scan import count_packets, probe_video
 from features.video.times import FrameTimes, on_screen, require_held
 
 FORMAT_VERSION = 1
@@ -112,7 +113,7 @@ class VideoEntry(OmitsDefaults):
     sha256_ends: Sha256
     sha256: Sha256 | None = None
     fps: float = Field(gt=0, le=MAX_FPS, allow_inf_nan=False)
-    frame_count: int = Field(ge=1, le=MAX_PICTURES)
+    frame_count: int = Field(ge=1, le=MAX_FRAMES)
     split: Split
     phase_file: AnnotationFile | None = None
     tool_file: AnnotationFile | None = None
@@ -705,7 +706,7 @@ def most_fps(index: Index) -> float:
 
 
 def open_folder(entry: VideoEntry, root: Path, index: Index) -> FrameFolder:
-    """The images of a folder of frames, for `features.video.readers.open_reader`. Raises UserError if they changed."""
+    """The images of a folder of frames, for `FolderReader`. Raises UserError if they have changed."""
     if entry.frames is None:
         raise ValueError(f"{entry.id} is a video file")
     return frame_folder(root, entry.source, index.dataset, entry.frames)

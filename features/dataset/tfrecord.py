@@ -32,7 +32,8 @@ from engine.sniff import what_it_is
 from features.dataset.annotations import PhaseTrack, ToolTrack
 from features.dataset.phase_order import ids_of_order
 from features.ids import id_key
-from features.video.readers import ClosingReader, ReaderError, checked_frames, decode_image, spread_evenly
+from features.video.base import FrameReader, ReaderError, checked_frames
+from features.video.images import decode_image
 
 FPS = 1.0
 # Far above any frame (480 x 854 raw pixels are 1.2 MB): what a record may take in memory.
@@ -360,7 +361,7 @@ def require_one_numbering(layouts: Sequence[tuple[str, RecordLayout]]) -> None:
 # ---------------------------------------------------------------------------------------------- reading frames
 
 
-class TfrecordReader(ClosingReader):
+class TfrecordReader(FrameReader):
     """Reads the pictures of a TFRecord file with Pillow, by their place in the file; checksums are checked again."""
 
     name = "pillow"
@@ -383,9 +384,6 @@ class TfrecordReader(ClosingReader):
     def read(self, frame_index: Sequence[int]) -> Iterator[np.ndarray]:
         """See FrameReader; the file is open only while frames are read."""
         return self._frames(checked_frames(frame_index, self.frame_count, self._path))
-
-    def spread(self, count: int) -> list[int]:
-        return spread_evenly(range(self.frame_count), count)
 
     def _frames(self, wanted: Sequence[int]) -> Iterator[np.ndarray]:
         with _open(self._path) as stream:

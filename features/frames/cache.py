@@ -35,7 +35,8 @@ from features.frames.preprocess import Geometry, geometry_json
 from features.hdf5 import USER_BLOCK_BYTES, Hdf5Sink, broken_seal, holds_itself, seal
 from features.ids import file_stem
 from features.store import SourceIdentity
-from features.video.readers import FrameReader, decode_image
+from features.video.base import FrameReader
+from features.video.images import decode_image
 
 SCHEMA_VERSION = 3  # 2: sealed, so that damage is found before HDF5 looks; 3: frames of videos whose stamps mislead
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from configs.errors import UserError
 from configs.load import GivenKeys
 from configs.schema import AugmentConfig, Config, PreprocessConfig
-from features.video.readers import FrameReader
+from features.video.base import FrameReader
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ Box = tuple[int, int, int, int]
 CropCount = Literal[1, 5, 10]
 
 
-def require_pictures_of(
+def require_preprocess_of(
     net: PreprocessConfig, config: Config, given: GivenKeys, path: Path, fps: float | None = None, backbone: str = ""
 ) -> None:
     """Raise UserError where the user gave settings of pictures that a net, which `path` holds, was not made for.

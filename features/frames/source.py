@@ -1,4 +1,4 @@
-"""Where stage one's frames come from: the indexed source, or the cache made from it; both give the same pixels."""
+"""Frames from the indexed source, or from the cache made from it; both give the same pixels."""
 
 from __future__ import annotations
 
@@ -37,32 +37,35 @@ from features.dataset.tfrecord import TfrecordReader
 from features.frames.cache import CacheRequest, FrameCache
 from features.frames.preprocess import Geometry
 from features.store import SourceIdentity
-from features.video.readers import FrameReader, open_reader
+from features.video.base import FrameReader
+from features.video.images import FolderReader
+from features.video.open import open_video
+from features.video.scan import has_many_starts
 
-# One core's share of the caches holds a small batch's activations; a GPU wants many frames at once.
+# A CPU's caches hold the activations of a small batch per core; a GPU needs many frames at once.
 _CPU_BATCH_FRAMES, _GPU_BATCH_FRAMES = 8, 64
 
 
 def encoded_at_once(config: Config) -> int:
-    """Frames in a batch where nothing is trained: `extract.batch_frames`, or what suits the device."""
+    """Frames per batch where nothing is trained: `extract.batch_frames`, or a size that suits the device."""
     on_cpu = choose_device(config.device).type == "cpu"
     return config.extract.batch_frames or (_CPU_BATCH_FRAMES if on_cpu else _GPU_BATCH_FRAMES)
 
 
 def source_identity(entry: VideoEntry) -> SourceIdentity:
-    """What files made from a video remember of it."""
+    """What files made from a video record about it."""
     return SourceIdentity(entry.id, entry.sha256_ends, entry.size_bytes, entry.fps)
 
 
 class ChangedSource(UserError):
-    """A source that is not the one that was indexed: the index is out of date, not the video at fault."""
+    """A source that differs from the one that was indexed: the index is out of date, the video is not at fault."""
 
 
 def require_indexed_source(entry: VideoEntry, root: Path, index: Index) -> None:
-    """Raise ChangedSource when a source is not the one that was indexed: by size and time, then by its ends' hash.
+    """Raise ChangedSource when a source differs from the indexed one, by size and time, then by the hash of its ends.
 
-    A source that is missing passes: what was made from it outlives it, and whoever reads it will miss it. Raises
-    UserError for one that cannot be read.
+    A missing source passes: files made from it remain usable without it, and reading it reports that it is missing.
+    Raises UserError for one that cannot be read.
     """
     path = inside(root, entry.source)
     try:
@@ -81,7 +84,7 @@ def require_indexed_source(entry: VideoEntry, root: Path, index: Index) -> None:
 
 
 def require_indexed_annotations(entry: VideoEntry, root: Path) -> None:
-    """Raise UserError when an annotation file is not the one that was indexed; one that is missing passes."""
+    """Raise UserError when an annotation file differs from the indexed one; a missing one passes."""
     for file in (entry.phase_file, entry.tool_file):
         path = inside(root, file.path) if file else None
         if file is not None and path is not None and path.is_file() and sha256_file(path) != file.sha256:
@@ -91,51 +94,63 @@ def require_indexed_annotations(entry: VideoEntry, root: Path) -> None:
 def open_source(
     config: Config, entry: VideoEntry, root: Path, index: Index, hardware: str | None = None
 ) -> FrameReader:
-    """A reader of an indexed video or folder, for the process that calls this. Raises UserError where there is none."""
+    """Open an indexed source of frames: a video file, a folder of images, or a TFRecord file.
+
+    Open it in the process that reads it. `hardware` is a kind of device that decodes video files (cuda, qsv, ...).
+    Raises UserError where the source has changed since it was indexed, and ReaderError where it cannot be read.
+    """
     require_indexed_source(entry, root, index)
+    path = inside(root, entry.source)
+    if entry.kind == "frames":
+        return FolderReader(path, open_folder(entry, root, index))
     if entry.kind == "tfrecord":
-        assert entry.records is not None  # the index has seen to it
-        return TfrecordReader(inside(root, entry.source), entry.records)
-    folder = open_folder(entry, root, index) if entry.kind == "frames" else None
-    source, name = inside(root, entry.source), config.data.reader
-    reader = open_reader(source, entry.kind, name, frames=folder, fps=entry.fps, hardware=hardware)
-    if entry.kind == "video" and (reader.frame_count, reader.times) != (entry.frame_count, entry.times):
+        assert entry.records is not None  # the index ensures it
+        return TfrecordReader(path, entry.records)
+    reader = open_video(path, config.data.reader, fps=entry.fps, hardware=hardware)
+    if (reader.frame_count, reader.times) != (entry.frame_count, entry.times):
         reader.close()
         raise UserError(
-            f"{source}: its frames or their times are not as an earlier version indexed them; run `index --force`, "
+            f"{path}: its frames or their times are not as an earlier version indexed them; run `index --force`, "
             "then this again"
         )
     return reader
 
 
+def can_start_inside(entry: VideoEntry, root: Path) -> bool:
+    """Whether reading a part of a source costs less than reading all of it; False for one that cannot be read."""
+    try:
+        return entry.kind != "video" or has_many_starts(inside(root, entry.source))
+    except (UserError, OSError):
+        return False  # whoever reads it reports why
+
+
 def frame_cache(config: Config) -> FrameCache:
-    """The cache that these settings mean."""
+    """The frame cache for these settings."""
     return FrameCache(config.cache, config.preprocess, config.data.fps)
 
 
 def cache_request(config: Config, entry: VideoEntry, root: Path, index: Index) -> CacheRequest:
-    """A video's sampled frames, as the cache is asked for them."""
+    """The request for a video's sampled frames to the cache."""
     frame_index = sampled_frames(entry, config.data.fps)
     return CacheRequest(source_identity(entry), frame_index, partial(open_source, config, entry, root, index))
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """A video's sampled frames in order, resized and not cropped, and where they come from."""
+class SampledFrames:
+    """A video's sampled frames in order, resized but not cropped, and where they come from."""
 
     frames: Iterator[NDArray[np.uint8]]  # (R, R, 3) each
     provenance: dict[str, str]
 
 
 @contextmanager
-def open_pictures(
+def open_frames(
     config: Config, entry: VideoEntry, root: Path, index: Index, samples: slice = slice(None)
-) -> Iterator[Pictures]:
+) -> Iterator[SampledFrames]:
     """Sampled frames for extraction: from the cache where it holds them without loss, otherwise from the source.
 
-    `samples` takes a part of them, by sample number.
-
-    Both give the same pixels. A JPEG cache is for training alone, so that features never depend on it.
+    Both give the same pixels. `samples` selects a part of them by sample number. A JPEG cache is for training only, so
+    that features never depend on it.
     """
     request = cache_request(config, entry, root, index)
     lossless = config.cache.use_for_extract and config.cache.codec != "jpeg"
@@ -143,38 +158,38 @@ def open_pictures(
     if cached is not None:
         try:
             numbers = range(len(cached))[samples]
-            yield Pictures((cached[number] for number in numbers), _provenance_of_cache(cached.path))
+            yield SampledFrames((cached[number] for number in numbers), _provenance_of_cache(cached.path))
         finally:
             cached.close()
         return
-    with source_pictures(config, entry, root, index, samples) as pictures:
-        yield pictures
+    with source_frames(config, entry, root, index, samples) as frames:
+        yield frames
 
 
 @contextmanager
-def source_pictures(
+def source_frames(
     config: Config, entry: VideoEntry, root: Path, index: Index, samples: slice = slice(None)
-) -> Iterator[Pictures]:
-    """Sampled frames straight from the source, or a part of them."""
+) -> Iterator[SampledFrames]:
+    """Sampled frames directly from the source, or a part of them by sample number."""
     with open_source(config, entry, root, index, config.extract.hardware_decoding) as reader:
         geometry = Geometry.of_video(config.preprocess, reader)
         wanted = sampled_frames(entry, config.data.fps)[samples].tolist()
         frames = (geometry.resize_frame(rgb) for rgb in reader.read(wanted))
-        yield Pictures(frames, {"reader": reader.name, "reader_version": reader.version, "frames_from": "source"})
+        yield SampledFrames(frames, {"reader": reader.name, "reader_version": reader.version, "frames_from": "source"})
 
 
-def picture_batches(pictures: Iterable[NDArray[np.uint8]], batch_frames: int) -> Iterator[NDArray[np.uint8]]:
-    """Frames (R, R, 3) in batches (N, R, R, 3), cut every `batch_frames` from the first one on."""
-    remaining = iter(pictures)
-    while waiting := list(itertools.islice(remaining, batch_frames)):
-        yield np.stack(waiting)
+def frame_batches(frames: Iterable[NDArray[np.uint8]], batch_frames: int) -> Iterator[NDArray[np.uint8]]:
+    """Frames (R, R, 3) in batches (N, R, R, 3) of `batch_frames`; the last may be smaller."""
+    remaining = iter(frames)
+    while batch := list(itertools.islice(remaining, batch_frames)):
+        yield np.stack(batch)
 
 
 def frames_identity(config: Config, index: Index) -> dict[str, Any]:
     """What training on frames depends on besides its net: settings, labels, sources and splits of the videos used.
 
-    Paths, the reader (readers are bit-identical) and a lossless cache's codec are not part. Videos that this
-    training found at fault are (`recorded_faults` reads them there), those that never came into the index are not.
+    Paths, the reader (readers are bit-identical) and a lossless cache's codec are not part of it. Videos that this
+    training could not read are (`recorded_faults` reads them back); those that were never indexed are not.
     """
     used = index.model_copy(update={"videos": (*index.by_split("train"), *index.by_split("val"))})
     fps = config.data.fps
@@ -182,7 +197,7 @@ def frames_identity(config: Config, index: Index) -> dict[str, Any]:
     faults = {video.id: {"reason": video.reason, "source": video.source} for video in index.left_out if video.source}
     return {
         **({"left_out": faults} if faults else {}),
-        **({"sampled": "by time"} if by_time else {}),  # earlier versions took other frames there
+        **({"sampled": "by time"} if by_time else {}),  # earlier versions sampled other frames there
         "seed": config.seed,
         "videos_sha256": used.digest(),
         "fps": fps,
@@ -220,7 +235,7 @@ class CacheTask:
 
 
 def recorded_faults(folder: Path, index: Index) -> list[tuple[str, str]]:
-    """Videos that the training in `folder` has left out for faults of theirs, with reasons; changed ones count anew."""
+    """Unreadable videos that the training in `folder` has left out, with reasons; changed sources are tried again."""
     path = folder / IDENTITY_FILE
     left_out = read_json_object(path).get("left_out", {}) if path.exists() else {}
     found = [
@@ -229,14 +244,14 @@ def recorded_faults(folder: Path, index: Index) -> list[tuple[str, str]]:
         if entry.id in left_out and left_out[entry.id]["source"] == entry.sha256_ends
     ]
     if found and speaks():
-        say(f"{folder}: was begun without {len(found)} of these videos; another --name tries them again")
+        say(f"{folder}: was started without {len(found)} of these videos; another --name tries them again")
     return found
 
 
 def cache_readable(config: Config, index: Index, root: Path, processes: Processes, stop: StopRequest) -> Index:
     """Decode training and validation videos into the cache; the index without those that cannot be read.
 
-    Raises UserError where a split loses its last video so, and as `fill_cache` does.
+    Raises UserError where that leaves a split without videos, and for what `fill_cache` raises it.
     """
     videos = processes.share([*index.by_split("train"), *index.by_split("val")])
     parts = processes.together(lambda: fill_cache(config, index, root, videos, stop))
@@ -248,12 +263,11 @@ def cache_readable(config: Config, index: Index, root: Path, processes: Processe
 def fill_cache(
     config: Config, index: Index, root: Path, entries: Sequence[VideoEntry], stop: StopRequest
 ) -> list[tuple[str, str]]:
-    """Decode into the cache what it does not hold of `entries`, several videos at once, with progress.
+    """Decode those of `entries` that the cache does not hold, several videos at once, with progress.
 
-    Returns the videos that cannot be read, and why. Raises UserError where it is not a video's fault that it is not
-    decoded, or before the work when the disk has no room or a source has changed; Stopped when asked to stop. Frames of
-    the other videos are kept, of several processes' those of videos that were finished when the first of them ended
-    with an error.
+    Returns the videos that cannot be read, and why. Raises UserError where a video could not be decoded for a reason
+    that does not lie in its files, and before any work when the disk is too full or a source has changed; Stopped when
+    asked to stop. Videos that were finished by then are kept.
     """
     cache = frame_cache(config)
     jobs = []
@@ -265,7 +279,7 @@ def fill_cache(
             except ChangedSource:
                 raise
             except UserError:
-                pass  # the job will say so, and cost this video alone
+                pass  # the job reports it, and leaves out this video only
             jobs.append(CacheJob(entry, len(request.frame_index)))
     if not jobs:
         return []

@@ -1,25 +1,18 @@
 """Simulated operations as files, in Cholec80's own layout.
 
     OUT/videos/video01.mp4                         H.264 with B-frames
-    OUT/phase_annotations/video01-phase.txt        a row each frame
-    OUT/tool_annotations/video01-tool.txt          a row each second (each 25th frame at 25 fps)
-    OUT/README.txt, OUT/simulation.json            what this is, and the settings it was made with
+    OUT/phase_annotations/video01-phase.txt        one row per frame
+    OUT/tool_annotations/video01-tool.txt          one row per second (every 25th frame at 25 fps)
+    OUT/README.txt, OUT/simulation.json            a description, and the settings it was made with
 
-Each video depends on the seed, its number and the settings alone: not on how many are made, nor by how many processes.
+Each video depends only on the seed, its number and the settings: not on how many are made, nor by how many processes.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +29,7 @@ from engine.files import (
     write_json,
     write_text,
 )
+from engine.pool import Advance, VideoFault, work_through
 from engine.stopping import StopRequest
 from features.dataset.annotations import (
     PhaseTrack,
@@ -47,17 +41,17 @@ from features.dataset.annotations import (
 )
 from features.simulation.procedure import check_spec, draw_operation, frame_seconds, load_table
 from features.simulation.scene import Scene
-from features.video.readers import count_packets
+from features.video.scan import count_packets
 from features.video.write import encode_mp4
 
-# Raised with every change that alters labels or pixels, so that a folder never mixes two simulators.
+# Incremented with every change that alters labels or pixels, so that a folder never mixes two simulators.
 SIMULATOR_VERSION = 1
 SETTINGS_FILE = "simulation.json"
 _README = "README.txt"
-_POLL_S = 0.3
 _VIDEOS, _PHASES, _TOOLS = "videos", "phase_annotations", "tool_annotations"
 _PROGRAM = "surgstage simulate"
-# Fixed, and one thread: the same pictures give the same stream. B-frames because real recordings have them.
+_RESUME = "run it again, perhaps with fewer workers: it resumes where it stopped"
+# Fixed, and one thread: the same frames give the same stream. B-frames because real recordings have them.
 _ENCODER = {
     "preset": "veryfast",
     "crf": "21",
@@ -65,14 +59,14 @@ _ENCODER = {
     # mbtree: its assembly code gave other bits from run to run, single-threaded (measured).
     "x264-params": "bframes=3:b-adapt=1:mbtree=0:keyint=250:min-keyint=25:threads=1:lookahead-threads=1",
 }
-_BYTES_A_PIXEL = 0.08
+_BYTES_PER_PIXEL = 0.08
 _SMALLEST_PX, _LARGEST_PX = 48, 4096
 _Track = TypeVar("_Track", PhaseTrack, ToolTrack)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a simulated video depends on beside its number."""
+    """Everything that a simulated video depends on besides its number."""
 
     seed: int
     fps: int
@@ -99,7 +93,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class SimulatedData:
-    """What `simulate` left in the folder: ids it made, ids that were whole already, seconds of video of the former."""
+    """What `simulate` left in the folder: ids that it made, ids that were complete, seconds of video that it made."""
 
     made: tuple[str, ...]
     skipped: tuple[str, ...]
@@ -119,14 +113,13 @@ def simulate(
     first_number: int = 1,
     workers: int = 1,
     stop: StopRequest | None = None,
-    on_progress: Callable[[int, int], object] | None = None,
 ) -> SimulatedData:
-    """Write `videos` simulated operations, numbered from `first_number`, below `out`.
+    """Write `videos` simulated operations, numbered from `first_number`, below `out`, with progress.
 
     `speed_up` divides the length of everything: at 10, an operation of 35 minutes becomes a video of 3.5. Videos that
-    are whole already are left alone; `on_progress(done, videos)` counts them too. Raises UserError for settings that
-    make no video, for a folder that holds other data or was made with other settings, and where nothing can be written;
-    Stopped, with the video in hand removed, when asked to stop.
+    are complete are not written again. Raises UserError for settings out of range, for a folder that holds other data
+    or was made with other settings, and where a video cannot be written; Stopped, with unfinished videos removed, when
+    asked to stop.
     """
     _check_numbers(
         videos=(videos, 1, 100_000),
@@ -143,24 +136,28 @@ def simulate(
             raise UserError(f"{name} {size}: H.264 with 4:2:0 colour needs even sizes; take {size + 1}")
     check_spec(spec)
     settings = Settings(seed, fps, width_px, height_px, float(speed_up), spec)
-    numbers = range(first_number, first_number + videos)
     _claim_folder(out, settings)
     if not (out / _README).exists():
         write_text(out / _README, _readme(settings))
     for folder in (out, out / _VIDEOS, out / _PHASES, out / _TOOLS):
         remove_stale_temporaries(folder)
     require_free_bytes(out, _expected_bytes(settings, videos), f"simulating {videos} videos")
-    made: list[str] = []
+    stop = StopRequest() if stop is None else stop
+    writer = _Writer(out, settings)
+    jobs: list[_Video] = []
     skipped: list[str] = []
-    video_s = 0.0
-    for done, (number, seconds) in enumerate(
-        _each_video(out, settings, numbers, workers, StopRequest() if stop is None else stop), start=1
-    ):
-        (made if seconds else skipped).append(spec.id_format.format(number=number))
-        video_s += seconds
-        if on_progress is not None:
-            on_progress(done, videos)
-    return SimulatedData(tuple(sorted(made)), tuple(sorted(skipped)), video_s)
+    for number in range(first_number, first_number + videos):
+        stop.raise_if_set()
+        job, complete = writer.plan(number)
+        if complete:
+            skipped.append(job.name)
+        else:
+            jobs.append(job)
+    for job, reason in work_through(writer, jobs, min(workers, len(jobs)), "simulating", stop):
+        if reason is not None:
+            raise UserError(reason if isinstance(reason, VideoFault) else f"{out}: {job.name}: {reason}; {_RESUME}")
+    made = tuple(sorted(job.name for job in jobs))
+    return SimulatedData(made, tuple(sorted(skipped)), sum(job.frames / fps for job in jobs))
 
 
 # ---------------------------------------------------------------------------------------------- before the first video
@@ -173,7 +170,7 @@ def _check_numbers(**limits: tuple[float, float, float]) -> None:
 
 
 def _claim_folder(out: Path, settings: Settings) -> None:
-    """Take an empty folder, or one made with the same settings; write the settings into the former."""
+    """Accept an empty folder, into which the settings are written, or one made with the same settings."""
     make_folder(out)
     wanted = settings.to_json()
     path = out / SETTINGS_FILE
@@ -191,7 +188,7 @@ def _claim_folder(out: Path, settings: Settings) -> None:
     others = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith("."))
     if others:
         raise UserError(f"{out}: holds other files ({others[0]}) and no {SETTINGS_FILE}; choose an empty or new folder")
-    write_json(path, wanted)  # first: it makes the folder ours, should this be interrupted
+    write_json(path, wanted)  # first: it marks the folder as ours, should this be interrupted
 
 
 def _readme(settings: Settings) -> str:
@@ -211,114 +208,90 @@ def _expected_bytes(settings: Settings, videos: int) -> int:
     table = load_table()
     seconds = sum(length.segments * length.median for length in table.segments_s.values()) / table.videos
     frames = seconds / settings.speed_up * settings.fps * videos
-    return int(frames * (settings.width_px * settings.height_px * _BYTES_A_PIXEL + 40))
+    return int(frames * (settings.width_px * settings.height_px * _BYTES_PER_PIXEL + 40))
 
 
 # ---------------------------------------------------------------------------------------------- videos
 
 
-def _each_video(
-    out: Path, settings: Settings, numbers: Iterable[int], workers: int, stop: StopRequest
-) -> Iterator[tuple[int, float]]:
-    """Number and seconds of video made (0 if it was whole already) of each video, as they get ready."""
-    if workers == 1:
-        for number in numbers:
-            yield number, _write_video(out, settings, number, stop.raise_if_set)
-        return
-    # Spawned, not forked: the parent may hold threads of other libraries.
-    context = multiprocessing.get_context("spawn")
-    stopped = context.Value("b", 0, lock=False)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_process, initargs=(stopped,))
-    futures: dict[Future[float], int] = {
-        pool.submit(_write_in_process, out, settings, number): number for number in numbers
-    }
-    try:
-        while futures:
-            finished, _ = wait(futures, timeout=_POLL_S, return_when=FIRST_COMPLETED)
-            stop.raise_if_set()
-            for future in finished:
-                yield futures.pop(future), future.result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"{out}: a simulating process was killed (out of memory?); run it again with fewer workers, it goes on "
-            "where it stopped"
-        ) from error
-    finally:
-        stopped.value = 1
-        pool.shutdown(wait=True, cancel_futures=True)
+@dataclass(frozen=True)
+class _Video:
+    """One video to write: a job of the process pool."""
+
+    number: int
+    name: str
+    frames: int
 
 
-class _StoppedByParent(Exception):
-    """Unwinds a video in a process whose parent has ended the work."""
+@dataclass(frozen=True)
+class _Content:
+    """The files of one video and what they hold; `tools` (T, K) int8 of every frame, `rng` for its images."""
+
+    phase_file: Path
+    phases: PhaseTrack
+    tool_file: Path
+    tool_rows: ToolTrack
+    video_file: Path
+    tools: np.ndarray
+    rng: np.random.Generator
 
 
-_stopped: Any = None
+@dataclass(frozen=True)
+class _Writer:
+    """Writes videos and their annotation files below `out`: a task of the process pool."""
+
+    out: Path
+    settings: Settings
+
+    def plan(self, number: int) -> tuple[_Video, bool]:
+        """The job that writes a video, and whether all its files are complete already."""
+        content, spec = self._draw(number), self.settings.spec
+        job = _Video(number, content.video_file.stem, len(content.tools))
+        complete = (
+            _holds(content.phase_file, content.phases, spec, read_phase_file)
+            and _holds(content.tool_file, content.tool_rows, spec, read_tool_file)
+            and _frames_in(content.video_file) == job.frames
+        )
+        return job, complete
+
+    def __call__(self, job: _Video, advance: Advance) -> None:
+        content, settings = self._draw(job.number), self.settings
+        write_phase_file(content.phase_file, content.phases, settings.spec)
+        write_tool_file(content.tool_file, content.tool_rows, settings.spec)
+        size_px = settings.width_px, settings.height_px
+        scene = Scene(content.rng, content.phases.phase, content.tools, settings.spec, settings.fps, *size_px)
+        path = content.video_file
+        with atomic_path(path) as temporary:
+            encode_mp4(temporary, scene, settings.fps, _ENCODER, lambda: advance(1))
+            if _frames_in(temporary) != job.frames:
+                raise UserError(f"{path}: the encoder lost frames; check the installation of PyAV (pip install -U av)")
+
+    def _draw(self, number: int) -> _Content:
+        settings, spec = self.settings, self.settings.spec
+        label_rng, image_rng = np.random.default_rng([settings.seed, number]).spawn(2)
+        operation = draw_operation(label_rng, spec)
+        second = frame_seconds(operation, settings.fps, settings.speed_up)
+        phase, tools = operation.phase[second], operation.tools[second]
+        name = spec.id_format.format(number=number)
+        frame_index = np.arange(len(phase))
+        rows = slice(None, None, settings.fps)
+        return _Content(
+            self.out / _PHASES / f"{name}-phase.txt",
+            PhaseTrack(frame_index, phase, stride=1),
+            self.out / _TOOLS / f"{name}-tool.txt",
+            ToolTrack(frame_index[rows], tools[rows], stride=settings.fps),
+            self.out / _VIDEOS / f"{name}.mp4",
+            tools,
+            image_rng,
+        )
 
 
-def _begin_process(stopped: Any) -> None:
-    """First thing in a process: signals reach the whole group, and it is the parent that decides what they mean."""
-    global _stopped
-    _stopped = stopped
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed parent cannot call its processes back."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-
-def _write_in_process(out: Path, settings: Settings, number: int) -> float:
-    def check_stop() -> None:
-        if _stopped.value:
-            raise _StoppedByParent
-
-    return _write_video(out, settings, number, check_stop)
-
-
-def _write_video(out: Path, settings: Settings, number: int, check_stop: Callable[[], None]) -> float:
-    """Write what is missing of one video; seconds of video made, 0 if all was there. `check_stop` raises to stop."""
-    spec = settings.spec
-    label_rng, picture_rng = np.random.default_rng([settings.seed, number]).spawn(2)
-    operation = draw_operation(label_rng, spec)
-    second = frame_seconds(operation, settings.fps, settings.speed_up)
-    phase, tools = operation.phase[second], operation.tools[second]
-    name = spec.id_format.format(number=number)
-    frame_index = np.arange(len(phase))
-    phases = PhaseTrack(frame_index, phase, stride=1)
-    rows = ToolTrack(frame_index[:: settings.fps], tools[:: settings.fps], stride=settings.fps)
-    whole = _keep(out / _PHASES / f"{name}-phase.txt", phases, spec, read_phase_file, write_phase_file)
-    whole &= _keep(out / _TOOLS / f"{name}-tool.txt", rows, spec, read_tool_file, write_tool_file)
-    path = out / _VIDEOS / f"{name}.mp4"
-    if whole and _frames_in(path) == len(phase):
-        return 0.0
-    scene = Scene(picture_rng, phase, tools, spec, settings.fps, settings.width_px, settings.height_px)
-    with atomic_path(path) as temporary:
-        encode_mp4(temporary, scene, settings.fps, _ENCODER, check_stop)
-        if _frames_in(temporary) != len(phase):
-            raise UserError(f"{path}: the encoder lost frames; check the installation of PyAV (pip install -U av)")
-    return len(phase) / settings.fps
-
-
-def _keep(
-    path: Path,
-    track: _Track,
-    spec: DataSetSpec,
-    read: Callable[[Path, DataSetSpec], _Track],
-    write: Callable[[Path, _Track, DataSetSpec], None],
-) -> bool:
-    """Make sure that an annotation file holds `track`; whether it did already."""
+def _holds(path: Path, track: _Track, spec: DataSetSpec, read: Callable[[Path, DataSetSpec], _Track]) -> bool:
+    """Whether an annotation file holds the rows of `track`."""
     with suppress(UserError):
-        found = vars(read(path, spec))
-        # Not the stride: a file of one row has none to read.
-        if all(np.array_equal(found[name], value) for name, value in vars(track).items() if name != "stride"):
-            return True
-    write(path, track, spec)
+        found, wanted = vars(read(path, spec)), vars(track)
+        # Not the stride, which a file of one row does not tell.
+        return all(np.array_equal(found[name], wanted[name]) for name in wanted if name != "stride")
     return False
 
 

@@ -1,8 +1,8 @@
-"""What an MP4 file's own tables claim, looked at before FFmpeg believes it.
+"""What an MP4 file's own tables claim, validated before FFmpeg sees the file.
 
-FFmpeg makes an entry of its index for every picture that a header claims, whether the file could hold it or not: a
-damaged count of 50 million takes gigabytes and minutes. A picture has a byte at least, so no table may claim more
-pictures than the file has bytes (ISO/IEC 14496-12, `stsz` and `trun`).
+FFmpeg creates an index entry for every frame that a header claims, whether the file could hold it or not: a damaged
+count of 50 million takes gigabytes and minutes. A frame has at least one byte, so no table may claim more frames than
+the file has bytes (ISO/IEC 14496-12, `stsz` and `trun`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_PICTURES = 20_000_000  # of one video: nine days at 25 fps; sound may have more samples
-MAX_BOXES = 500_000  # hours of fragments have some 100,000; more is a file made to keep us busy
+MAX_FRAMES = 20_000_000  # of one video: nine days at 25 fps; sound may have more samples
+MAX_BOXES = 500_000  # hours of fragments have some 100,000; more is a file made to exhaust its reader
 # What the top level of an MP4 or QuickTime file is made of.
 TOP_LEVEL = frozenset(
     {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"sidx", b"styp", b"uuid", b"mfra"}
@@ -27,7 +27,7 @@ _CONTAINERS = frozenset({b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b
 
 
 def overclaim(path: Path) -> str | None:
-    """What a file's tables claim that it cannot hold, or None. Reads headers alone; None for what is no MP4 file.
+    """What a file's tables claim that it cannot hold, or None. Reads headers only; None for a file that is not MP4.
 
     Raises OSError where the file cannot be read.
     """
@@ -35,25 +35,25 @@ def overclaim(path: Path) -> str | None:
     samples, sound = 0, False
     with path.open("rb") as stream:
         for number, (kind, body) in enumerate(_boxes(stream, size)):
-            if number == MAX_BOXES:  # what comes after them nobody has looked at
+            if number == MAX_BOXES:  # what follows has not been checked
                 return f"its tables have more than {MAX_BOXES:,} parts"
             if kind == b"hdlr":
                 sound = _read(stream, body + 8, 4) == b"soun"
             elif kind == b"stsz":
                 each, count = struct.unpack(">II", _read(stream, body + 4, 8))
-                if max(each, 1) * count > size or (count > MAX_PICTURES and not sound):
-                    return f"its header claims {count:,} pictures, more than it can hold"
+                if max(each, 1) * count > size or (count > MAX_FRAMES and not sound):
+                    return f"its header claims {count:,} frames, more than it can hold"
             elif kind == b"trun":
                 samples += int.from_bytes(_read(stream, body + 4, 4), "big")
-                if samples > min(size, 4 * MAX_PICTURES):
-                    return f"its fragments claim {samples:,} pictures, more than it can hold"
+                if samples > min(size, 4 * MAX_FRAMES):
+                    return f"its fragments claim {samples:,} frames, more than it can hold"
     return None
 
 
-def picture_times(path: Path) -> NDArray[np.int64] | None:
-    """When the pictures of an MP4 file's video are shown, (N,) ticks of its track in decoding order, from its tables.
+def frame_times(path: Path) -> NDArray[np.int64] | None:
+    """When the frames of an MP4 file's video are shown, (N,) ticks of its track in decoding order, from its tables.
 
-    None where the tables alone do not say: several video tracks, fragments, edits that cut or pause, empty pictures,
+    None where the tables alone do not tell: several video tracks, fragments, edits that cut or pause, empty frames,
     other files.
     """
     size = path.stat().st_size
@@ -83,14 +83,14 @@ def picture_times(path: Path) -> NDArray[np.int64] | None:
 
 
 def _repeated(table: bytes) -> NDArray[np.int64]:
-    """The values of a table of (how often, value), each so often; none where they are more than a video's."""
+    """The values of a table of (count, value), each repeated; an empty array where they exceed `MAX_FRAMES`."""
     counts, values = np.frombuffer(table, ">i4").astype(np.int64).reshape(-1, 2).T
-    usable = (counts >= 0).all() and counts.sum() <= MAX_PICTURES
+    usable = (counts >= 0).all() and counts.sum() <= MAX_FRAMES
     return values.repeat(counts) if usable else values[:0]
 
 
 def empty_tail(path: Path) -> int:
-    """How many empty chunks end the first video stream of an AVI file, as its index (`idx1`) says."""
+    """How many empty chunks end the first video stream of an AVI file, according to its index (`idx1`)."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         offset = 12
@@ -108,13 +108,13 @@ def empty_tail(path: Path) -> int:
 
 
 def end(stream: BinaryIO, size: int) -> int:
-    """Where the boxes of a file of `size` bytes end, as the headers of its top level say."""
+    """Where the boxes of a file of `size` bytes end, according to the headers of its top level."""
     offset = 0
     for _ in range(MAX_BOXES):
         if offset + 8 > size:
             break
         kind, _, length = _header(stream, offset)
-        if kind not in TOP_LEVEL or length == 0:  # trailing bytes that are no box, or a box that runs to the end
+        if kind not in TOP_LEVEL or length == 0:  # trailing bytes that are not a box, or a box that runs to the end
             return offset
         offset += max(length, 8)
     return offset

@@ -23,7 +23,7 @@ from evaluation.metrics.tools import choose_thresholds, evaluate_tools, sigmoid
 from evaluation.reports.model_card import write_model_card
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Index, frame_times_s
-from features.frames.preprocess import require_pictures_of
+from features.frames.preprocess import require_preprocess_of
 from features.frames.source import frames_identity, recorded_faults
 from features.store import VideoFeatures
 from stage2_temporal.evaluate import METRICS_FILE, Material, print_metrics, score_and_write, summary_of
@@ -57,7 +57,7 @@ def evaluate_joint(
     net, about = load_joint(path)
     _require_same_world(path, about, index, config.data.fps)
     preprocess = PreprocessConfig(**about["preprocess"])
-    require_pictures_of(preprocess, config, given, path, backbone=about["backbone"])
+    require_preprocess_of(preprocess, config, given, path, backbone=about["backbone"])
     config = config.model_copy(update={"preprocess": preprocess})
     index = index.without(recorded_faults(path.parent, index))
     other = other or _is_another(path.parent, config, index)

@@ -23,7 +23,7 @@ from engine.files import below_root
 from engine.progress import progress_bar
 from features.dataset.index import Index, VideoEntry, load_labels, sampled_frames
 from features.frames.preprocess import CropCount, augment, augment_generator, crop_frames, normalise
-from features.frames.source import encoded_at_once, open_pictures, picture_batches
+from features.frames.source import encoded_at_once, frame_batches, open_frames
 from stage2_temporal.data import FeatureBank, Span
 from stage2_temporal.joint.net import JointNet, bernoulli_kl
 from stage2_temporal.model import State
@@ -88,8 +88,8 @@ def predict_videos(
         with progress_bar(sum(len(video.frame_index) for video in videos), "frames", "frame") as bar:
             for video in videos:
                 try:
-                    with open_pictures(config, video.entry, root, index) as pictures:
-                        batches = _watched(picture_batches(pictures.frames, encoded_at_once(config)), bar, check_stop)
+                    with open_frames(config, video.entry, root, index) as pictures:
+                        batches = _watched(frame_batches(pictures.frames, encoded_at_once(config)), bar, check_stop)
                         embedded = embed_crops(
                             net, batches, config.preprocess, config.joint.crops, config.seed, autocast
                         )

@@ -20,7 +20,7 @@ from configs.load import load_dataset
 from engine.sniff import what_it_is
 from features.dataset.annotations import read_phase_file
 from features.dataset.tfrecord import scan_records
-from features.video.readers import probe_video
+from features.video.scan import probe_video
 from tests.videos import VideoSpec, write_video
 
 SPEC = load_dataset("cholec80")

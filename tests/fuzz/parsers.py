@@ -345,15 +345,13 @@ def _read_cache(folder: Path) -> Read:
 
 @functools.cache
 def _cache_seeds() -> list[bytes]:
-    from features.video.readers import open_reader
+    from features.video.open import open_video
     from tests.videos import VideoSpec, write_video
 
     with tempfile.TemporaryDirectory() as folder:
         video = write_video(Path(folder) / "video.mp4", VideoSpec())
         cache, request = _frame_cache(Path(folder)), _cache_request()
-        opened = type(request)(
-            request.source, request.frame_index, lambda: open_reader(video, "video", "pyav", frames=None, fps=25.0)
-        )
+        opened = type(request)(request.source, request.frame_index, lambda: open_video(video, "pyav", fps=25.0))
         cache.ensure(opened)
         return [cache.path("video01").read_bytes()]
 
@@ -362,7 +360,7 @@ def _cache_seeds() -> list[bytes]:
 
 
 def _read_image(path: Path) -> object:
-    from features.video.readers import decode_image
+    from features.video.images import decode_image
 
     return decode_image(path, str(path), 0)
 
@@ -537,11 +535,12 @@ def _sniffed_seeds() -> list[bytes]:
 
 
 def _read_video(reader: str) -> Callable[[Path], Read]:
-    from features.video.readers import open_reader, probe_video
+    from features.video.open import open_video
+    from features.video.scan import probe_video
 
     def read(path: Path) -> None:
         info = probe_video(path)
-        with open_reader(path, "video", reader, frames=None, fps=info.fps) as frames:  # type: ignore[arg-type]
+        with open_video(path, reader, fps=info.fps) as frames:  # type: ignore[arg-type]
             assert (frames.frame_count, frames.times) == (info.frame_count, info.times), "indexed otherwise than read"
             for _ in frames.read(frames.spread(5)):
                 pass

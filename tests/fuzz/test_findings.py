@@ -16,7 +16,10 @@ from engine.logs import MetricLog, read_metrics
 from engine.runs import StageFolder, update_summary
 from features.dataset.catalogue import print_summary
 from features.dataset.index import Index, build_index
-from features.video.readers import ReaderError, decode_image, open_reader, probe_video
+from features.video.base import ReaderError
+from features.video.images import decode_image
+from features.video.open import open_video
+from features.video.scan import probe_video
 from tests.fuzz.harness import Child
 from tests.fuzz.parsers import PARSERS
 from tests.stage1_cnn.material import SPEC, make_world, write_dataset
@@ -160,7 +163,7 @@ def test_a_damaged_table_of_times_is_indexed_as_it_is_read(tmp_path: Path) -> No
     content[entry : entry + 8] = struct.pack(">II", 1, 66_048)
     path.write_bytes(content)
     info = probe_video(path)
-    with open_reader(path, "video", "pyav", frames=None, fps=info.fps) as reader:
+    with open_video(path, "pyav", fps=info.fps) as reader:
         assert (reader.frame_count, reader.times) == (info.frame_count, info.times)
 
 

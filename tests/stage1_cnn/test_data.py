@@ -18,7 +18,7 @@ from configs.schema import AugmentConfig, Config
 from engine.stopping import Stopped, StopRequest
 from features.dataset.index import sampled_frames
 from features.frames.preprocess import Geometry, crop_frames
-from features.frames.source import cache_request, fill_cache, frame_cache, open_pictures
+from features.frames.source import cache_request, fill_cache, frame_cache, open_frames
 from stage1_cnn.data import (
     FrameDataset,
     FrameLoader,
@@ -196,12 +196,12 @@ def test_number_of_loader_processes() -> None:
 def test_the_cache_is_filled_once_and_whole(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     index = world.index()
     fill_cache(world.config, index, world.root, index.videos, StopRequest())
-    monkeypatch.setattr("features.frames.source.open_reader", None)  # whoever decodes calls it
+    monkeypatch.setattr("features.frames.source.open_video", None)  # whoever decodes calls it
     fill_cache(world.config, index, world.root, index.videos, StopRequest())
     for entry in index.videos:
         request = cache_request(world.config, entry, world.root, index)
         assert frame_cache(world.config).problem(request, deep=True) is None
-        with open_pictures(world.config, entry, world.root, index) as pictures:
+        with open_frames(world.config, entry, world.root, index) as pictures:
             assert len(list(pictures.frames)) == 13
             assert pictures.provenance["frames_from"] == "cache"
 

@@ -36,7 +36,8 @@ from features.dataset.index import (
 from features.dataset.tfrecord import FrameRecord, RecordLayout, TfrecordReader, parse_record, scan_records
 from features.frames.source import open_source
 from features.store import read_attributes, read_features
-from features.video.readers import ReaderError, open_reader
+from features.video.base import ReaderError
+from features.video.open import open_video
 from stage1_cnn.extract import label_attributes
 from tests.cli import succeed
 from tests.test_cli import SETTINGS, joint_file, refuse
@@ -131,7 +132,7 @@ def test_frames_and_labels_come_out_as_they_went_in(tmp_path: Path, base: int) -
             for wanted in ([*range(14)], [3, 7, 13], [5]):
                 for k, rgb in zip(wanted, reader.read(wanted), strict=True):
                     np.testing.assert_array_equal(rgb, picture(k))
-            assert "has 14 frames, so frame 14 cannot be had" in refusal(lambda reader=reader: reader.read([14]))
+            assert "has 14 frames, so frame 14 cannot be read" in refusal(lambda reader=reader: reader.read([14]))
     index.save(tmp_path / "index.json")
     assert Index.load(tmp_path / "index.json") == index
     assert check_index(index, tmp_path) == []
@@ -141,7 +142,7 @@ def test_frames_and_labels_come_out_as_they_went_in(tmp_path: Path, base: int) -
 
 def test_real_pictures_in_full_size_are_the_same_bits(tmp_path: Path, shared_data: Path) -> None:
     source = shared_data / "clips/videos/video05.mp4"
-    with open_reader(source, "video", "pyav", frames=None, fps=25.0) as reader:
+    with open_video(source, "pyav", fps=25.0) as reader:
         frames = list(reader.read([0, 25, 50]))
     assert frames[0].shape == (480, 854, 3)
     path = write(
@@ -424,7 +425,7 @@ def test_a_picture_that_pillow_cannot_decode_is_an_error_of_its_frame(tmp_path: 
     with open_source(Config(), index.videos[0], tmp_path, index) as reader:
         frames = reader.read([0, 1])
         next(frames)
-        assert "record 1: damaged or not an image, frame 1 cannot be had" in refusal(lambda: next(frames))
+        assert "record 1: damaged or not an image, frame 1 cannot be read" in refusal(lambda: next(frames))
 
 
 # ---------------------------------------------------------------------------------------------- index and files

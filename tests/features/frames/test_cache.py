@@ -22,7 +22,8 @@ from features.frames.cache import CachedFrames, CacheRequest, FrameCache
 from features.frames.preprocess import Geometry
 from features.hdf5 import seal
 from features.store import SourceIdentity
-from features.video.readers import ReaderError, open_reader
+from features.video.base import ReaderError
+from features.video.open import open_video
 from tests.videos import VideoSpec, damage_packet, decode_everything, painted_frame, write_video
 
 PROJECT = Path(__file__).resolve().parents[3]
@@ -45,7 +46,7 @@ def video(tmp_path_factory) -> Path:
 def request_of(path: Path, frame_index=range(0, 60, 5), video_id: str = "video01") -> CacheRequest:
     source = SourceIdentity(video_id, sha256_ends(path), path.stat().st_size, 25.0)
     index = np.asarray(frame_index, dtype=np.int64)
-    return CacheRequest(source, index, lambda: open_reader(path, "video", "pyav", frames=None, fps=25.0))
+    return CacheRequest(source, index, lambda: open_video(path, "pyav", fps=25.0))
 
 
 def cache_in(folder: Path, preprocess: PreprocessConfig = SMALL, fps: float = 5.0, **settings) -> FrameCache:
@@ -270,7 +271,7 @@ def test_a_damaged_video_leaves_nothing_behind(tmp_path):
     path = write_video(tmp_path / "bad.mp4", VideoSpec(width_px=320, height_px=240, codec_options={"crf": "12"}))
     damage_packet(path, 30)
     cache = cache_in(tmp_path / "cache")
-    with pytest.raises(ReaderError, match=r"bad\.mp4: damaged, frame \d+ cannot be had"):
+    with pytest.raises(ReaderError, match=r"bad\.mp4: damaged, frame \d+ cannot be read"):
         cache.ensure(request_of(path))
     assert content(tmp_path / "cache") == []
 

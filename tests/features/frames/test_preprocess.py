@@ -26,7 +26,8 @@ from features.frames.preprocess import (
     normalise,
     preprocess_json,
 )
-from features.video.readers import FrameFolder, open_reader
+from features.video.images import FolderReader, FrameFolder
+from features.video.open import open_video
 
 rng = np.random.default_rng(0)
 
@@ -119,7 +120,7 @@ def test_geometry_of_a_video_reads_frames_only_where_needed(tmp_path):
     for number in range(0, 2000, 100):
         Image.fromarray(endoscope()).save(tmp_path / f"{number}.png")
         files.append((number, f"{number}.png"))
-    reader = open_reader(tmp_path, "frames", "auto", frames=FrameFolder(tuple(files), 25.0), fps=25.0)
+    reader = FolderReader(tmp_path, FrameFolder(tuple(files), 25.0))
     assert Geometry.of_video(PreprocessConfig(cut_margin=True, resize_px=64, crop_px=48), reader).box is not None
     for path in tmp_path.iterdir():
         path.unlink()
@@ -128,7 +129,7 @@ def test_geometry_of_a_video_reads_frames_only_where_needed(tmp_path):
 
 def test_margin_of_real_clips(shared_data):
     path = shared_data / "clips" / "videos" / "video47.mp4"
-    with open_reader(path, "video", "pyav", frames=None, fps=25.0) as reader:
+    with open_video(path, "pyav", fps=25.0) as reader:
         geometry = Geometry.of_video(PreprocessConfig(cut_margin=True), reader)
     left, top, right, bottom = geometry.box
     assert abs(left - 135) <= 3

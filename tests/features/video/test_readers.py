@@ -18,8 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from features.video import readers
-from features.video.readers import FrameFolder, ReaderError, count_packets, open_reader, probe_video, scan_video
+from features.video import container, images
+from features.video.base import ReaderError
+from features.video.decord import DecordReader, why_not_decord
+from features.video.images import FolderReader, FrameFolder
+from features.video.open import open_video, require_same_pixels
+from features.video.pyav import PyavReader
+from features.video.scan import count_packets, probe_video, scan_video
 from tests import videos
 from tests.videos import VideoSpec, decode_everything, frame_number, write_video
 
@@ -82,7 +87,7 @@ def make(tmp_path_factory):
 
 def read(path: Path, frame_index, reader: str = "auto", **options) -> tuple[str, list[np.ndarray]]:
     """Which reader read, and what."""
-    with open_reader(path, "video", reader, frames=None, fps=25.0, **options) as source:
+    with open_video(path, reader, fps=25.0, **options) as source:
         return source.name, list(source.read(frame_index))
 
 
@@ -131,7 +136,7 @@ def test_decord_is_refused_where_it_differs(make, name):
     name_used, got = read(path, range(0, 60, 3))
     assert name_used == "pyav"
     assert_same(got, truth, range(0, 60, 3))
-    with pytest.raises(ReaderError, match=f"{name}: decord does not give the right frames"):
+    with pytest.raises(ReaderError, match=f"{name}: decord does not return the right frames"):
         read(path, [0], "decord")
 
 
@@ -192,7 +197,7 @@ def checksum(frame: np.ndarray) -> int:
 
 def test_two_readings_at_once_do_not_disturb_each_other(make):
     path, truth = make("b_frames.mp4")
-    with open_reader(path, "video", "pyav", frames=None, fps=25.0) as source:
+    with open_video(path, "pyav", fps=25.0) as source:
         pairs = list(zip(source.read(range(30)), source.read(range(30, 60)), strict=True))
     assert_same([a for a, _ in pairs], truth, range(30))
     assert_same([b for _, b in pairs], truth, range(30, 60))
@@ -214,31 +219,45 @@ def test_reading_from_the_middle_gives_the_same_frames(make, name, tmp_path):
         truth = decode_everything(path)
     else:
         path, truth = make(name)
-    with open_reader(path, "video", "pyav", frames=None, fps=25.0) as source:
+    with open_video(path, "pyav", fps=25.0) as source:
         for first in range(0, 60, 3):
             assert_same(list(source.read(range(first, 60, 5))), truth, range(first, 60, 5))
 
 
+class Seeking:
+    """An open container that counts its seeks and lands `error` ticks away."""
+
+    def __init__(self, opened, error: int) -> None:
+        self._opened, self._error, self.seeks = opened, error, 0
+
+    def __getattr__(self, name: str):
+        return getattr(self._opened, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._opened.close()
+
+    def seek(self, time_stamp: int, **options) -> None:
+        self.seeks += 1
+        self._opened.seek(time_stamp + self._error, **options)
+
+
 @pytest.mark.parametrize("name", ["b_frames.mp4", "b_frames.mkv", "late_start.mp4"])
-def test_a_late_start_is_sought_and_a_seek_that_errs_is_noticed(make, monkeypatch, name):
+def test_a_late_start_is_sought_and_a_seek_that_lands_elsewhere_is_noticed(make, name):
     path, truth = make(name)
-    begun = []
-    packets_after = readers.PyavReader._packets_after
+    scan = scan_video(path)
+    for error, openings in ((0, [1]), (10**7, [1, 1, 0])):  # the last one reads from the start
+        opened = []
 
-    def watched(self, container, stream, first, time_stamp):
-        found = packets_after(self, container, stream, first, time_stamp)
-        begun.append((time_stamp is not None, found is not None))
-        return found
+        def opener(path, hardware, error=error, opened=opened):
+            opened.append(Seeking(container.open_container(path, hardware), error))
+            return opened[-1]
 
-    monkeypatch.setattr(readers.PyavReader, "_packets_after", watched)
-    assert_same(read(path, [40, 58], "pyav")[1], truth, [40, 58])
-    assert begun == [(True, True)]
-    begun.clear()
-    times = readers.PyavReader._seek_times
-    monkeypatch.setattr(readers.PyavReader, "_seek_times", lambda self, first: (t + 10**7 for t in times(self, first)))
-    assert_same(read(path, [40, 58], "pyav")[1], truth, [40, 58])
-    assert begun[-1] == (False, True)
-    assert not any(found for sought, found in begun if sought)
+        with PyavReader(scan, 25.0, opener=opener) as source:
+            assert_same(list(source.read([40, 58])), truth, [40, 58])
+        assert [one.seeks for one in opened] == openings
 
 
 # ------------------------------------------------------------------------------------------ requests
@@ -246,17 +265,17 @@ def test_a_late_start_is_sought_and_a_seek_that_errs_is_noticed(make, monkeypatc
 
 def test_requests_are_checked_before_anything_is_decoded(make):
     path, _ = make("b_frames.mp4")
-    with open_reader(path, "video", "auto", frames=None, fps=25.0) as source:
+    with open_video(path, "auto", fps=25.0) as source:
         for wrong in ([3, 2], [4, 4], [-1, 0]):
             with pytest.raises(ValueError, match="strictly increasing"):
                 source.read(wrong)
-        with pytest.raises(ReaderError, match=r"b_frames\.mp4: has 60 frames, so frame 60 cannot be had"):
+        with pytest.raises(ReaderError, match=r"b_frames\.mp4: has 60 frames, so frame 60 cannot be read"):
             source.read([0, 60, 61])
 
 
 def test_reader_tells_what_it_is(make):
     path, _ = make("b_frames.mp4")
-    with open_reader(path, "video", "pyav", frames=None, fps=12.5) as source:
+    with open_video(path, "pyav", fps=12.5) as source:
         assert (source.name, source.fps, source.frame_count) == ("pyav", 12.5, 60)
         assert source.version[0].isdigit()
         assert source.spread(4) == [0, 20, 39, 59]
@@ -281,11 +300,12 @@ def test_decord_missing_is_no_obstacle(make, monkeypatch):
         read(path, [5], "decord")
 
 
-def test_a_first_picture_that_differs_rules_decord_out(make, monkeypatch):
+@needs_decord
+def test_a_first_frame_that_differs_rules_decord_out(make, monkeypatch):
     path, _ = make("b_frames.mp4")
-    monkeypatch.setattr(readers, "_PICTURE_KINDS", {})
-    monkeypatch.setattr(readers.DecordReader, "_decoded", lambda self, batch: np.zeros((1, 64, 96, 3), np.uint8))
-    assert read(path, [0])[0] == "pyav"
+    monkeypatch.setattr(DecordReader, "decode", lambda self, batch: np.zeros((1, 64, 96, 3), np.uint8))
+    with pytest.raises(ReaderError, match=r"its first frame differs from PyAV's"):
+        read(path, [0], "decord")
 
 
 # ------------------------------------------------------------------------------------------ bad videos
@@ -403,9 +423,9 @@ def write_sound(path: Path) -> None:
         output.mux(stream.encode(None))
 
 
-def test_picture_size_has_a_limit(make, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_PIXELS", 96 * 64 - 1)
-    with pytest.raises(ReaderError, match=r"b_frames\.mp4: refuses to decode pictures of 96 x 64 pixels"):
+def test_frame_size_has_a_limit(make, monkeypatch):
+    monkeypatch.setattr(container, "MAX_PIXELS", 96 * 64 - 1)
+    with pytest.raises(ReaderError, match=r"b_frames\.mp4: refuses to decode frames of 96 x 64 pixels"):
         probe_video(make("b_frames.mp4")[0])
 
 
@@ -431,8 +451,8 @@ def test_damage_never_yields_a_wrong_frame(tmp_path, capfd, name, reader):
         videos.damage_packet(path, damaged)
         got = []
         with (
-            open_reader(path, "video", reader, frames=None, fps=25.0) as source,
-            pytest.raises(ReaderError, match=r"damaged, frame \d+ cannot be had") as caught,
+            open_video(path, reader, fps=25.0) as source,
+            pytest.raises(ReaderError, match=r"damaged, frame \d+ cannot be read") as caught,
         ):
             got.extend(source.read(range(60)))
         assert str(caught.value).startswith(f"{path}: ")
@@ -443,21 +463,26 @@ def test_damage_never_yields_a_wrong_frame(tmp_path, capfd, name, reader):
 
 
 @needs_decord
-def test_decord_hands_a_damaged_batch_to_pyav(tmp_path, capfd, monkeypatch):
+def test_decord_hands_a_damaged_batch_to_pyav(tmp_path, capfd):
     """decord passes concealed damage on; its log gives it away."""
     path = write_video(tmp_path / "broken.mp4", SOUND["b_frames.mp4"])
     truth = decode_everything(path)
     videos.damage_packet(path, 46)  # in the group of frames 36 to 47
     asked = []
-    pyav_read = readers.PyavReader.read
-    monkeypatch.setattr(readers.PyavReader, "read", lambda self, k: asked.append(list(k)) or pyav_read(self, k))
-    monkeypatch.setattr(readers.DecordReader, "_BATCH_FRAMES", 6)
-    name_used, got = read(path, [*range(36), *range(48, 60)], "decord")
-    assert name_used == "decord"
-    assert_same(got, [*truth[:36], *truth[48:]], range(48))
-    assert asked == []
-    with pytest.raises(ReaderError, match=r"broken\.mp4: damaged, frame 4\d cannot be had"):
-        read(path, range(60), "decord")
+
+    class Arbiter(PyavReader):
+        def read(self, frame_index):
+            asked.append(list(frame_index))
+            return super().read(frame_index)
+
+    scan = scan_video(path)
+    assert why_not_decord(scan) is None
+    with DecordReader(scan, 25.0, Arbiter(scan, 25.0), batch_frames=6) as source:
+        got = list(source.read([*range(36), *range(48, 60)]))
+        assert_same(got, [*truth[:36], *truth[48:]], range(48))
+        assert asked == []
+        with pytest.raises(ReaderError, match=r"broken\.mp4: damaged, frame 4\d cannot be read"):
+            list(source.read(range(60)))
     assert asked[-1] == list(range(42, 48))
     assert capfd.readouterr() == ("", "")
 
@@ -491,8 +516,8 @@ def test_memory_is_flat_over_two_hours(two_hours, reader):
     script = """
         import resource, sys
         from pathlib import Path
-        from features.video.readers import open_reader
-        with open_reader(Path(sys.argv[1]), "video", sys.argv[2], frames=None, fps=25.0) as source:
+        from features.video.open import open_video
+        with open_video(Path(sys.argv[1]), sys.argv[2], fps=25.0) as source:
             assert source.frame_count == 180_000
             for n, frame in enumerate(source.read(range(0, 180_000, 3000))):
                 if n == 20:
@@ -509,8 +534,8 @@ def test_decord_does_not_go_on_decoding_behind_our_back(shared_data):
         import sys, time
         from pathlib import Path
         import psutil
-        from features.video.readers import open_reader
-        with open_reader(Path(sys.argv[1]), "video", "decord", frames=None, fps=25.0) as source:
+        from features.video.open import open_video
+        with open_video(Path(sys.argv[1]), "decord", fps=25.0) as source:
             frames = source.read(range(0, 800, 25))
             next(frames)
             before = psutil.Process().memory_info().rss
@@ -525,8 +550,8 @@ def test_decord_survives_a_fork_and_an_untidy_exit(make):
     script = """
         import os, sys, zlib
         from pathlib import Path
-        from features.video.readers import open_reader
-        source = open_reader(Path(sys.argv[1]), "video", "decord", frames=None, fps=25.0)
+        from features.video.open import open_video
+        source = open_video(Path(sys.argv[1]), "decord", fps=25.0)
         want = [zlib.crc32(frame) for frame in source.read(range(0, 60, 5))]
         child = os.fork()
         got = [zlib.crc32(frame) for frame in source.read(range(0, 60, 5))]
@@ -544,7 +569,7 @@ def test_decord_survives_a_fork_and_an_untidy_exit(make):
 def test_importing_the_module_imports_no_decoder_and_no_torch():
     script = """
         import sys
-        import features.video.readers
+        import features.video.open
         print([name for name in ("av", "decord", "PIL", "torch") if name in sys.modules])
     """
     assert run_script(script) == "[]"
@@ -564,7 +589,7 @@ def save_images(folder: Path, numbers, size=(40, 30)) -> FrameFolder:
 
 
 def open_folder(folder: Path, frames: FrameFolder):
-    return open_reader(folder, "frames", "auto", frames=frames, fps=frames.fps)
+    return FolderReader(folder, frames)
 
 
 def test_folder_gives_the_image_of_each_source_frame(tmp_path):
@@ -616,7 +641,7 @@ def test_half_an_image_is_one_line_naming_it(tmp_path, suffix, keep):
     videos.truncate(path, keep)
     with (
         open_folder(tmp_path, FrameFolder(((100, path.name),), 25.0)) as source,
-        pytest.raises(ReaderError, match="frame 100 cannot be had") as caught,
+        pytest.raises(ReaderError, match="frame 100 cannot be read") as caught,
     ):
         next(source.read([100]))
     assert str(caught.value).startswith(f"{path}: ")
@@ -624,7 +649,7 @@ def test_half_an_image_is_one_line_naming_it(tmp_path, suffix, keep):
 
 
 def test_images_that_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_PIXELS", 100_000)
+    monkeypatch.setattr(images, "MAX_PIXELS", 100_000)
     (tmp_path / "bomb.png").write_bytes(bomb_png())
     Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "deep.png")
     Image.new("RGB", (400, 251)).save(tmp_path / "large.png")
@@ -654,44 +679,35 @@ def test_folder_without_images_is_an_error(tmp_path):
 # ---------------------------------------------------------------------------------------------- hardware
 
 
-def accelerate_with(monkeypatch, **accelerated) -> list[str]:
-    """No hardware is at hand: PyAV's part of it is a fake, software does the decoding; returns who was asked."""
-    asked: list[str] = []
-    monkeypatch.setattr(readers, "_SAME_ON_HARDWARE", {})
-    monkeypatch.setattr(readers, "_accelerated", lambda path, device: asked.append(device) or accelerated)
-    return asked
+def on_hardware(path: Path, opened: list[str | None]) -> PyavReader:
+    """A reader that would decode on hardware, which is not available here: software decodes instead."""
+
+    def opener(path, hardware):
+        opened.append(hardware)
+        return container.open_container(path)
+
+    return PyavReader(scan_video(path), 25.0, hardware="cuda", opener=opener)
 
 
-def test_hardware_that_gives_the_same_bytes_decodes_and_is_named(make, monkeypatch):
-    asked = accelerate_with(monkeypatch)
-    path, _ = make("b_frames.mp4")
-    with open_reader(path, "video", "auto", frames=None, fps=25, hardware="cuda") as reader:
+def test_hardware_that_gives_the_same_bytes_decodes_and_is_named(make):
+    path, truth = make("b_frames.mp4")
+    opened: list[str | None] = []
+    with on_hardware(path, opened) as reader:
+        require_same_pixels(PyavReader(scan_video(path), 25.0), reader, path)
         assert reader.version.endswith(", decoded by cuda")
-        found = list(reader.read([0, 7, 20]))
-    assert len(asked) == 2  # the first picture, and the reading
-    with open_reader(path, "video", "pyav", frames=None, fps=25) as reader:
-        for frame, expected in zip(found, reader.read([0, 7, 20]), strict=True):
-            np.testing.assert_array_equal(frame, expected)
-    with open_reader(path, "video", "auto", frames=None, fps=25, hardware="cuda"):
-        assert len(asked) == 2  # compared once in a process
+        assert_same(list(reader.read([0, 7, 20])), truth, [0, 7, 20])
+    assert opened == ["cuda", "cuda"]  # the first frame, and the reading
 
 
-def test_hardware_that_gives_other_pixels_is_refused(make, monkeypatch):
-    accelerate_with(monkeypatch)
-    upright = readers._upright
-    opened = []
-    monkeypatch.setattr(readers, "_upright", lambda picture, stream: upright(picture, stream) + len(opened))
-    start = readers._open_container
-    monkeypatch.setattr(
-        readers, "_open_container", lambda path, device=None: (device and opened.append(1)) or start(path, device)
-    )
-    with pytest.raises(ReaderError, match="cuda does not give the software's pixels; leave extract"):
-        open_reader(make("b_frames.mp4")[0], "video", "auto", frames=None, fps=25, hardware="cuda")
+def test_hardware_that_gives_other_pixels_is_refused(make):
+    path, other = make("b_frames.mp4")[0], make("no_b_frames.mp4")[0]
+    with pytest.raises(ReaderError, match="cuda does not return the software's pixels; leave extract"):
+        require_same_pixels(PyavReader(scan_video(other), 25.0), on_hardware(path, []), path)
 
 
 def test_hardware_that_is_not_there_is_one_line(make):
     for device in ("videotoolbox", "nonsense"):
         with pytest.raises(ReaderError, match=rf"cannot be decoded by {device} \(.+\); leave extract"):
-            open_reader(make("b_frames.mp4")[0], "video", "auto", frames=None, fps=25, hardware=device)
+            open_video(make("b_frames.mp4")[0], "auto", fps=25, hardware=device)
     with pytest.raises(ReaderError, match="only PyAV decodes on hardware"):
-        open_reader(make("b_frames.mp4")[0], "video", "decord", frames=None, fps=25, hardware="cuda")
+        open_video(make("b_frames.mp4")[0], "decord", fps=25, hardware="cuda")

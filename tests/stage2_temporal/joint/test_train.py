@@ -188,9 +188,9 @@ def test_features_of_the_joint_backbone_and_a_head_that_starts_from_its_lstm(sta
     assert folder != extract(config, stages.run, index, stages.root, stop=StopRequest()).folder
     net, _ = load_joint(path)
     entry = index.videos[0]
-    from features.frames.source import open_pictures
+    from features.frames.source import open_frames
 
-    with open_pictures(config, entry, stages.root, index) as pictures:
+    with open_frames(config, entry, stages.root, index) as pictures:
         pixels = np.stack(list(pictures.frames))
     expected = embed_crops(net, [pixels], config.preprocess, "centre", 0, torch.no_grad)[0].numpy()
     found = load_feature_set(folder, [entry.id])[entry.id]

@@ -1,0 +1,158 @@
+"""Opening a video container with PyAV, choosing its video stream, and what its headers promise."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
+
+from engine.sniff import what_it_is
+from features.video import mp4
+from features.video.base import MAX_PIXELS, REMEDY, ReaderError
+
+# Opens a video, decoded by the named kind of device or (None) in software: `open_container`.
+Opener = Callable[[Path, str | None], Any]
+
+
+def import_av() -> ModuleType:
+    """PyAV, with FFmpeg's own output on stderr silenced: what matters comes back as errors and flags."""
+    import av
+    import av.logging
+
+    av.logging.set_level(av.logging.PANIC)
+    return av
+
+
+def open_container(path: Path, hardware: str | None = None) -> Any:
+    """An open PyAV container; with `hardware`, frames are decoded by that kind of device and by nothing else.
+
+    Raises ReaderError in one line for anything that is not a readable video.
+    """
+    av = import_av()
+    try:
+        if path.stat().st_size == 0:
+            raise ReaderError(f"{path}: is {what_it_is(path)}")
+        if claim := mp4.overclaim(path):
+            raise ReaderError(f"{path}: {claim}; {REMEDY}")
+        # `file:` and the white list keep odd names and disguised playlists from reaching other files or the network.
+        options: dict[str, Any] = {"metadata_errors": "replace", "options": {"protocol_whitelist": "file"}}
+        if hardware is not None:
+            from av.codec.hwaccel import HWAccel  # since PyAV 14
+
+            options["hwaccel"] = HWAccel(device_type=hardware, allow_software_fallback=False)
+        return av.open(f"file:{path}", **options)
+    except FileNotFoundError as error:
+        raise ReaderError(f"{path}: no such file") from error
+    except (av.error.FFmpegError, ImportError, OSError, RuntimeError) as error:
+        what = getattr(error, "strerror", None)
+        if hardware is not None:
+            what = what or " ".join(str(error).split()) or type(error).__name__
+            refusal = f"cannot be decoded by {hardware} ({what}); leave extract.hardware_decoding unset"
+        elif found := what_it_is(path):
+            refusal = f"not a video that can be read: it is {found}"
+        elif ends_early(path):
+            refusal = "cut short, not even frame 0 can be read; copy it again or leave it out"
+        else:
+            refusal = f"not a video that can be read ({what or type(error).__name__}); copy it again or leave it out"
+        raise ReaderError(f"{path}: {refusal}") from error
+
+
+def video_stream(container: Any, path: Path) -> Any:
+    """The stream that a player would show (cover images are not). Raises ReaderError where there is none."""
+    find_best = getattr(container.streams, "best", None)  # since PyAV 13
+    stream = find_best("video") if find_best else next(iter(container.streams.video), None)
+    format_name = container.format.name
+    if format_name.endswith("_pipe") or format_name in {"image2", "gif", "tty"}:
+        raise ReaderError(f"{path}: an image or a text, not a video; leave it out")
+    if stream is None or stream.codec_context is None:
+        raise ReaderError(f"{path}: holds no video stream that can be decoded; leave it out")
+    width_px, height_px = stream.codec_context.width, stream.codec_context.height
+    if width_px < 1 or height_px < 1:
+        raise ReaderError(f"{path}: holds a video stream without a frame size; {REMEDY}")
+    if width_px * height_px > MAX_PIXELS:
+        raise ReaderError(f"{path}: refuses to decode frames of {width_px} x {height_px} pixels; leave it out")
+    use_threads(stream.codec_context, 1)
+    return stream
+
+
+def use_threads(context: Any, threads: int) -> None:
+    """Decode in the calling thread alone, or in several, one frame each: threads per slice disable FFmpeg's damage
+    flags.
+
+    PyAV frees contexts late, and freeing one with threads in a forked child hangs it.
+    """
+    context.thread_type = "FRAME" if threads > 1 else "NONE"
+    context.thread_count = threads
+
+
+def packets_of(container: Any, stream: Any) -> Iterator[Any]:
+    """The stream's packets that hold something, in decoding order."""
+    return (packet for packet in container.demux(stream) if packet.size)
+
+
+def decoded_from(container: Any, stream: Any, first: int) -> Iterator[Any]:
+    """Every frame that the decoder returns, starting at packet `first`."""
+    for packet in itertools.islice(packets_of(container, stream), first, None):
+        yield from packet.decode()
+    yield from stream.codec_context.decode(None)
+
+
+# ---------------------------------------------------------------------------------------------- what headers promise
+
+
+def header_rate(stream: Any) -> Fraction:
+    """Frames per second according to the container; 0 where it gives no rate."""
+    return stream.average_rate or stream.guessed_rate or Fraction(0)
+
+
+def promised_frames(stream: Any) -> int:
+    """The header's frame count where it agrees with duration and rate, otherwise 0: edit lists hide frames from it."""
+    span = stream.duration * stream.time_base * header_rate(stream) if stream.duration else 0
+    return stream.frames if round(span) == stream.frames else 0
+
+
+def container_family(format_name: str) -> str:
+    """One name for FFmpeg's lists of aliases ("mov,mp4,m4a,3gp,3g2,mj2" is mp4)."""
+    aliases = format_name.split(",")
+    return next((name for name in ("mp4", "matroska") if name in aliases), aliases[0])
+
+
+def ends_early(path: Path) -> bool:
+    """Whether the container's own size fields reach beyond the end of the file (MP4, Matroska, AVI)."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            head = stream.read(12)
+            if head[:4] == b"RIFF":
+                promised = int.from_bytes(head[4:8], "little")
+                return promised < 0xFFFFFFFF and 8 + promised > size
+            if head[:4] == b"\x1a\x45\xdf\xa3":
+                return _matroska_end(stream) > size
+            return head[4:8] in mp4.TOP_LEVEL and mp4.end(stream, size) > size
+    except OSError:  # a folder, or not readable: opening it as a video reports that
+        return False
+
+
+def _matroska_end(stream: BinaryIO) -> int:
+    """Where a Matroska file's segment ends according to its header; 0 when unknown (live recordings)."""
+    header_size, header_start = _ebml_number(stream, 4)
+    stream.seek(header_start + (header_size or 0))
+    if stream.read(4) != b"\x18\x53\x80\x67":
+        return 0
+    segment_size, segment_start = _ebml_number(stream, stream.tell())
+    return segment_start + segment_size if segment_size is not None else 0
+
+
+def _ebml_number(stream: BinaryIO, offset: int) -> tuple[int | None, int]:
+    """An EBML size (RFC 8794, section 4) and where it ends; None is the value reserved for unknown."""
+    stream.seek(offset)
+    first = int.from_bytes(stream.read(1), "big")
+    length = 9 - first.bit_length()
+    if length > 8:
+        return None, offset + 1
+    bits = 7 * length
+    value = int.from_bytes(bytes([first]) + stream.read(length - 1), "big") & ((1 << bits) - 1)
+    return (None if value == (1 << bits) - 1 else value), offset + length

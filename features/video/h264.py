@@ -1,0 +1,53 @@
+"""What the first slice of an H.264 packet says about its picture, read without decoding (ITU-T H.264)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+# The first slice begins within this many bytes, after what precedes it (x264's notes on itself have 700 bytes).
+_HEAD_BYTES = 1 << 14
+
+
+def nal_length_bytes(extradata: bytes | None) -> int | None:
+    """Size of the length field before each NAL unit (ISO/IEC 14496-15, `avcC`), or None for start codes (Annex B)."""
+    if extradata and len(extradata) > 4 and extradata[0] == 1:
+        return (extradata[4] & 3) + 1
+    return None
+
+
+def picture_kind(packet: Any, length_bytes: int | None) -> tuple[bool, bool]:
+    """Whether a packet holds an IDR picture, the only kind that no later picture refers back past, and whether it
+    holds a B picture.
+
+    Its first slice tells (7.3.1 to 7.3.3): NAL unit type 5, and `slice_type` 1 or 6.
+    """
+    content = memoryview(packet)
+    for at in _units(content, length_bytes):
+        kind = content[at] & 31
+        if kind in (1, 5):
+            bits = int.from_bytes(bytes(content[at + 1 : at + 9]).ljust(8, b"\0"), "big")
+            _, used = _exp_golomb(bits, 0)  # first_mb_in_slice
+            slice_type, _ = _exp_golomb(bits, used)
+            return kind == 5, slice_type % 5 == 1
+    return False, False
+
+
+def _units(content: memoryview, length_bytes: int | None) -> Iterator[int]:
+    """Where the NAL units of a packet begin, after their length (`avcC`) or start code (Annex B)."""
+    if length_bytes is None:
+        head, at = bytes(content[:_HEAD_BYTES]), -1
+        while (at := head.find(b"\x00\x00\x01", at + 1)) >= 0 and at + 3 < len(head):
+            yield at + 3
+        return
+    offset = 0
+    while offset + length_bytes < len(content):
+        yield offset + length_bytes
+        offset += length_bytes + int.from_bytes(content[offset : offset + length_bytes], "big")
+
+
+def _exp_golomb(bits: int, used: int) -> tuple[int, int]:
+    """An unsigned number (9.1) from 64 bits of which `used` have been read, and how many have been read after it."""
+    rest = (bits << used) & (2**64 - 1)
+    zeros = 64 - rest.bit_length()
+    return (rest >> max(63 - 2 * zeros, 0)) - 1, used + 2 * zeros + 1

@@ -1,0 +1,85 @@
+"""Frames from a folder of images, and the decoding of single images, with Pillow."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from features.video.base import MAX_PIXELS, FrameReader, ReaderError, checked_frames, spread_evenly
+
+# Pillow reads many more, some of them with other programs (EPS with Ghostscript).
+_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+_IMAGE_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
+
+
+@dataclass(frozen=True)
+class FrameFolder:
+    """The images of a folder of frames: `files` holds (source frame number, file name), sorted by number."""
+
+    files: tuple[tuple[int, str], ...]
+    fps: float
+
+
+class FolderReader(FrameReader):
+    """Reads the images of a folder (PNG, JPEG; any size, which may change) with Pillow."""
+
+    name = "pillow"
+
+    def __init__(self, folder: Path, frames: FrameFolder) -> None:
+        import PIL
+
+        if not frames.files:
+            raise ReaderError(f"{folder}: holds no images; leave it out")
+        self.version = PIL.__version__
+        self.fps = frames.fps
+        self.frame_count = frames.files[-1][0] + 1
+        self._folder = folder
+        self._names = dict(frames.files)
+
+    def read(self, frame_index: Sequence[int]) -> Iterator[np.ndarray]:
+        """See FrameReader; only source frames that have an image can be read."""
+        wanted = checked_frames(frame_index, self.frame_count, self._folder)
+        missing = next((k for k in wanted if k not in self._names), None)
+        if missing is not None:
+            raise ReaderError(f"{self._folder}: has no image of frame {missing}; rebuild the index")
+        paths = ((k, self._folder / self._names[k]) for k in wanted)
+        return (decode_image(path, str(path), k) for k, path in paths)
+
+    def spread(self, count: int) -> list[int]:
+        return spread_evenly(list(self._names), count)
+
+
+def decode_image(source: Path | BinaryIO, place: str, number: int) -> np.ndarray:
+    """An image (PNG, JPEG) with its EXIF rotation applied, (H, W, 3) uint8 RGB.
+
+    `place` and the frame's `number` are for messages. Raises ReaderError where it is missing, damaged, too large or not
+    8-bit colour.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, about large images (checked here) and odd camera notes
+            with Image.open(source, formats=_IMAGE_FORMATS) as image:
+                _refuse_odd(image, place)
+                return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except FileNotFoundError as error:
+        raise ReaderError(f"{place}: no such image (frame {number}); rebuild the index") from error
+    except Image.DecompressionBombError as error:
+        raise ReaderError(f"{place}: refuses to decode an image of so many pixels; replace it") from error
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for damaged files
+        raise ReaderError(
+            f"{place}: damaged or not an image, frame {number} cannot be read; replace it or leave the video out"
+        ) from error
+
+
+def _refuse_odd(image: Any, place: str) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise ReaderError(f"{place}: refuses to decode an image of {image.width} x {image.height} pixels")
+    if image.mode not in _IMAGE_MODES:
+        raise ReaderError(f"{place}: holds pixels of kind {image.mode}, not 8-bit colour; save it as RGB")

@@ -1,0 +1,240 @@
+"""The reference reader, PyAV: decodes only what the requested frames need, and settles each before it is returned."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from features.video.base import REMEDY, FrameReader, ReaderError, checked_frames
+from features.video.container import (
+    Opener,
+    decoded_from,
+    import_av,
+    open_container,
+    packets_of,
+    use_threads,
+    video_stream,
+)
+from features.video.scan import MAX_REORDER, VideoScan
+
+
+class PyavReader(FrameReader):
+    """Reads with PyAV, decoding only what the requested frames need.
+
+    In H.264 with known times, groups of pictures without a requested frame are not decoded at all, nor is what follows
+    the last requested frame of a group, nor are pictures that nothing refers to (FFmpeg's `skip_frame=NONREF`, set
+    before each packet); a reading that begins late seeks to the IDR picture it needs. All of this leaves the requested
+    pixels bit-identical to decoding everything. Elsewhere everything up to the last requested frame is decoded and
+    counted.
+
+    A frame is returned once everything decoded before it has left the decoder without an error flag ("settled"): damage
+    in a picture that it refers to may be reported only then.
+    """
+
+    name = "pyav"
+
+    def __init__(
+        self,
+        scan: VideoScan,
+        fps: float,
+        threads: int = 1,
+        hardware: str | None = None,
+        opener: Opener = open_container,
+    ) -> None:
+        av = import_av()
+        ffmpeg = getattr(av, "ffmpeg_version_info", None)
+        self.version = f"{av.__version__} (FFmpeg {ffmpeg})" if ffmpeg else av.__version__
+        self.version += f", decoded by {hardware}" if hardware is not None else ""
+        self.fps = fps
+        self.frame_count = scan.frame_count
+        self.times = scan.times
+        self.hardware = hardware
+        self._scan = scan
+        self._threads = threads if hardware is None else 1
+        self._opener = opener
+        self._readings: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def read(self, frame_index: Sequence[int]) -> Iterator[np.ndarray]:
+        """See FrameReader. Each call opens the file anew, so readings do not disturb each other."""
+        wanted = checked_frames(frame_index, self.frame_count, self._scan.path)
+        reading = self._frames(wanted) if self._scan.repeats is None else self._repeated(self._scan.repeats[wanted])
+        self._readings.add(reading)
+        return reading
+
+    def close(self) -> None:
+        for reading in list(self._readings):
+            reading.close()
+
+    def _repeated(self, pictures: np.ndarray) -> Iterator[np.ndarray]:
+        """The requested pictures (T,), some several times."""
+        numbers, counts = np.unique(pictures, return_counts=True)
+        for rgb, count in zip(self._frames(numbers.tolist()), counts.tolist(), strict=True):
+            yield from itertools.repeat(rgb, count)
+
+    def _frames(self, wanted: list[int]) -> Iterator[np.ndarray]:
+        """Hold each requested frame back until everything decoded before it has come out undamaged, then yield it."""
+        if not wanted:
+            return
+        settled_at = self._settled_at(wanted)
+        targets = deque(wanted)
+        pending: deque[tuple[int, Any, int]] = deque()  # number, frame, number whose arrival settles it
+        before = -1
+        with self._opened(wanted) as (container, stream, packets):
+            try:
+                for number, frame in self._decoded(container, stream, packets, wanted):
+                    if frame.is_corrupt:
+                        raise self._lost(pending[0][0] if pending else targets[0], number)
+                    if number <= before:
+                        raise ReaderError(
+                            f"{self._scan.path}: frames leave the decoder out of the order of their times at frame "
+                            f"{number}; {REMEDY}"
+                        )
+                    before = number
+                    if targets and number > targets[0]:
+                        raise self._lost(targets[0])
+                    if targets and number == targets[0]:
+                        pending.append((targets.popleft(), frame, settled_at[number]))
+                    while pending and pending[0][2] <= number:
+                        yield upright(pending.popleft()[1], stream)
+                    if not targets and not pending:
+                        return
+            except import_av().error.FFmpegError as error:
+                raise self._lost(pending[0][0] if pending else targets[0]) from error
+            if targets:
+                raise self._lost(targets[0])
+            for _, frame, _ in pending:
+                yield upright(frame, stream)
+
+    def _decoded(
+        self, container: Any, stream: Any, packets: Iterator[tuple[int, Any]], wanted: list[int]
+    ) -> Iterator[tuple[int, Any]]:
+        """Every frame that the decoder returns, with its number, fed with what the requested ones need."""
+        context = stream.codec_context
+        use_threads(context, self._threads)
+        if not self._scan.numbered:
+            yield from self._counted(decoded_from(container, stream, self._scan.first))
+            return
+        fed, whole = self._plan(wanted)
+        last = int(self._scan.position[wanted].max())
+        for at, packet in packets:
+            if fed[at]:
+                context.skip_frame = "DEFAULT" if whole[at] else "NONREF"
+                yield from self._numbered(packet.decode())
+            if at == last:
+                break
+        yield from self._numbered(context.decode(None))
+
+    def _counted(self, frames: Iterator[Any]) -> Iterator[tuple[int, Any]]:
+        """Every frame with its number, counted, and checked by its time as far as the container has times.
+
+        At a constant rate times may come in another order, as where they are decoding times, but none may be missing:
+        the frames after it would have wrong numbers.
+        """
+        scan, awaited, top = self._scan, set[int](), 0
+        for number, frame in enumerate(frames):
+            if scan.times is not None and number < scan.picture_count and frame.pts != scan.shown_pts[number]:
+                raise ReaderError(f"{scan.path}: frame {number} is not shown at its packet's time; {REMEDY}")
+            if scan.rising and frame.pts is not None:
+                due = int(np.searchsorted(scan.shown_pts, frame.pts))
+                awaited.update(range(top, due))
+                top = max(top, due + 1)
+                awaited.discard(due)
+                if awaited and min(awaited) < number - MAX_REORDER:
+                    raise self._lost(min(awaited))
+            yield number, frame
+        if awaited:
+            raise self._lost(min(awaited))
+
+    @contextmanager
+    def _opened(self, wanted: list[int]) -> Iterator[tuple[Any, Any, Iterator[tuple[int, Any]]]]:
+        """Container, stream, and its numbered packets, starting at the first that a requested frame needs or earlier.
+
+        Seeks where the container has an index. The packets' time stamps tell where a seek has landed: up to the needed
+        packet, each must be the one that the scan has there, otherwise the next attempt opens the file anew.
+        """
+        first = int(np.argmax(self._plan(wanted)[0])) if self._scan.numbered else 0
+        for time_stamp in (*self._seek_times(first), None):
+            with self._opener(self._scan.path, self.hardware) as container:
+                stream = video_stream(container, self._scan.path)
+                packets = self._packets_after(container, stream, first, time_stamp)
+                if packets is not None:
+                    yield container, stream, packets
+                    return
+
+    def _seek_times(self, first: int) -> Iterator[int]:
+        """Where to seek for packet `first`, an IDR picture: its time, then those of earlier ones.
+
+        An index by decoding time may lead behind it.
+        """
+        if first and self._scan.container in {"mp4", "matroska"}:
+            starts = np.flatnonzero(self._scan.idr[: first + 1])
+            yield from (int(self._scan.pts[starts[-back]]) for back in (1, 2, 5) if back <= len(starts))
+
+    def _packets_after(
+        self, container: Any, stream: Any, first: int, time_stamp: int | None
+    ) -> Iterator[tuple[int, Any]] | None:
+        """All packets (`time_stamp` None), or those from `first` on after a seek; None where that led elsewhere."""
+        packets = packets_of(container, stream)
+        if time_stamp is None:
+            return enumerate(packets)
+        pts = self._scan.pts
+        try:
+            container.seek(time_stamp, stream=stream)
+            packet = next(packets)
+            at = int(np.argmax(pts == packet.pts))
+            while at < first and packet.pts == pts[at]:
+                packet, at = next(packets), at + 1
+        except (StopIteration, import_av().error.FFmpegError):
+            return None
+        if at != first or packet.pts != pts[first]:
+            return None
+        return itertools.chain([(first, packet)], enumerate(packets, first + 1))
+
+    def _plan(self, wanted: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Which packets to decode, (N,) bool, and which of them even if nothing refers to them, (N,) bool."""
+        scan = self._scan
+        position = scan.position[wanted]
+        group = np.cumsum(scan.idr)
+        last_in_group = np.full(int(group[-1]) + 1, -1)
+        np.maximum.at(last_in_group, group[position], position)
+        number = np.arange(len(scan.pts))
+        return (number >= scan.first) & (number <= last_in_group[group]), np.isin(number, position)
+
+    def _settled_at(self, wanted: list[int]) -> dict[int, int]:
+        """For each requested number, the number by whose arrival everything decoded before it has come out."""
+        if not self._scan.numbered:
+            return {k: k + MAX_REORDER + 1 for k in wanted}
+        number = np.full(len(self._scan.pts), -1)
+        number[self._scan.position] = np.arange(self._scan.picture_count)
+        furthest = np.maximum.accumulate(number)[self._scan.position[wanted]]
+        return dict(zip(wanted, furthest.tolist(), strict=True))
+
+    def _numbered(self, frames: list[Any]) -> Iterator[tuple[int, Any]]:
+        shown_pts = self._scan.shown_pts
+        for frame in frames:
+            number = -1 if frame.pts is None else int(np.searchsorted(shown_pts, frame.pts))
+            if not 0 <= number < len(shown_pts) or shown_pts[number] != frame.pts:
+                raise ReaderError(f"{self._scan.path}: a frame's time stamp is not its packet's; {REMEDY}")
+            yield number, frame
+
+    def _lost(self, wanted: int, damaged: int | None = None) -> ReaderError:
+        cause = f" (damage at frame {damaged})" if damaged not in (None, wanted) else ""
+        return ReaderError(f"{self._scan.path}: damaged, frame {wanted} cannot be read{cause}; {REMEDY}")
+
+
+def upright(frame: Any, stream: Any) -> np.ndarray:
+    """A decoded frame as a player shows it, (H, W, 3) uint8 RGB, turned by the container's display matrix.
+
+    PyAV gives the angle with each frame since version 14, with the stream before. Angles between quarter turns are
+    ignored, as decord does.
+    """
+    rgb: np.ndarray = frame.to_ndarray(format="rgb24")
+    side_data = getattr(stream, "side_data", None) or {}
+    turns = getattr(frame, "rotation", side_data.get("DISPLAYMATRIX", 0)) / 90  # anticlockwise
+    return np.ascontiguousarray(np.rot90(rgb, round(turns) % 4 if turns == round(turns) else 0))

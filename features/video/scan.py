@@ -1,0 +1,420 @@
+"""A video's frames as its packets describe them: how many, when each is shown, and what can be relied on.
+
+One pass over the packets, nothing decoded but the first frames. `features.video.base` defines the terms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from array import array
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features.video import h264, mp4
+from features.video.base import REMEDY, ReaderError
+from features.video.container import (
+    container_family,
+    decoded_from,
+    ends_early,
+    header_rate,
+    import_av,
+    open_container,
+    packets_of,
+    promised_frames,
+    video_stream,
+)
+from features.video.times import FrameTimes
+
+# No codec that FFmpeg decodes reorders over more pictures than this (H.264 and HEVC: 16).
+MAX_REORDER = 16
+# Enough to see whether frames come in the order of their times.
+_FIRST_FRAMES = 3 * MAX_REORDER
+# A video with fewer pictures to start from is not worth splitting: each part decodes from the one before it.
+_MANY_STARTS = 4
+_HIDDEN, _KEY, _IDR, _B = 1, 2, 4, 8
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What the container says. Sizes are as stored, before any rotation.
+
+    `times` holds the times of frames without a constant rate; `fps` is then their mean rate. `notes` report
+    irregularities of the container and how they were handled.
+    """
+
+    fps: float
+    frame_count: int
+    width_px: int
+    height_px: int
+    codec: str
+    times: FrameTimes | None = None
+    notes: tuple[str, ...] = ()
+
+
+def probe_video(path: Path) -> VideoInfo:
+    """Rate, frame count, times, size and codec from the container; only the first few frames are decoded.
+
+    An MP4 file's own tables are used where they agree with its duration and its rate is constant; otherwise (other
+    containers have no such tables, edit lists hide frames) the packets are read. Raises ReaderError for a file that is
+    not a video, one that ends before its container says, and where frames or their times cannot be determined.
+    """
+    with open_container(path) as container:
+        stream = video_stream(container, path)
+        rate, context, tick_s = header_rate(stream), stream.codec_context, stream.time_base
+        info = VideoInfo(float(rate), promised_frames(stream), context.width, context.height, context.name)
+        pts = mp4.frame_times(path)
+        try:
+            first_is_key = next((packet.is_keyframe for packet in packets_of(container, stream)), False)
+        except import_av().error.FFmpegError:
+            first_is_key = False
+    shown_pts = None
+    if pts is not None and len(pts) == info.frame_count and pts[0] == pts.min() and first_is_key:
+        shown_pts = None if ends_early(path) else np.sort(pts)
+    if shown_pts is not None:
+        fps, times = _rate_and_times(path, shown_pts, tick_s, rate)
+        info = dataclasses.replace(info, fps=fps, times=times)
+    if shown_pts is None or info.times is not None:  # varying times may be a damaged table, which the packets show
+        scan = scan_video(path)
+        info = dataclasses.replace(info, frame_count=scan.frame_count, fps=scan.fps, times=scan.times, notes=scan.notes)
+        shown_pts = scan.shown_pts if scan.timed else None
+    notes = info.notes + _check_first_frames(path, shown_pts, info.times is not None)
+    if info.times is not None:
+        notes += (f"{path.name}: no constant rate, {info.fps:.4g} fps on average; frames are taken by their own times",)
+    return dataclasses.replace(info, notes=notes)
+
+
+def _check_first_frames(path: Path, shown_pts: np.ndarray | None, variable: bool) -> tuple[str, ...]:
+    """A note where time stamps are not presentation times, judged on the first frames; these may be damaged.
+
+    Raises ReaderError where the rate varies too, so that no frame's time is known.
+    """
+    with open_container(path) as container:
+        seen: list[int] = []
+        try:
+            for frame in itertools.islice(decoded_from(container, video_stream(container, path), 0), _FIRST_FRAMES):
+                seen += [] if frame.pts is None else [frame.pts]
+        except import_av().error.FFmpegError:
+            pass  # reading reports it, where requested frames are lost
+    back = next((k for k in range(1, len(seen)) if seen[k] <= seen[k - 1]), None)
+    if back is None or shown_pts is None:
+        return ()
+    if variable:
+        raise ReaderError(
+            f"{path}: its rate varies and its time stamps are not those of its frames (from frame {back} on): no "
+            f"frame's time is known; {REMEDY}"
+        )
+    return (f"{path.name}: time stamps are not those of its frames (from frame {back} on); frames are counted",)
+
+
+def _rate_and_times(
+    path: Path, shown_pts: np.ndarray, tick_s: Fraction, rate: Fraction
+) -> tuple[float, FrameTimes | None]:
+    """The rate of frames shown at `shown_pts` (F,), increasing, and their times where that is not constant.
+
+    Raises ReaderError where there is no rate.
+    """
+    fps, span_s = float(rate), float((shown_pts[-1] - shown_pts[0]) * tick_s)
+    mean = (len(shown_pts) - 1) / span_s if span_s > 0 else fps
+    if not mean > 0:
+        raise ReaderError(f"{path}: has no frame rate; {REMEDY}")
+    try:
+        times = FrameTimes.of_stream(shown_pts, tick_s, fps or mean)
+        return (fps if fps and (times is None or abs(mean - fps) < 0.01 * fps) else mean), times
+    except ValueError as error:
+        raise ReaderError(f"{path}: {error}; {REMEDY}") from error
+
+
+def count_packets(path: Path) -> int:
+    """How many whole frames the file holds (packets that are shown), found without decoding.
+
+    Equal to the frame count of an intact video and smaller for one cut short. Raises ReaderError for a file that is not
+    a video.
+    """
+    return _scan(path).frame_count
+
+
+def has_many_starts(path: Path) -> bool:
+    """Whether reading a video from its middle is cheap: its frames are known by time, and it has many IDR pictures.
+
+    Raises ReaderError for what `scan_video` refuses.
+    """
+    scan = scan_video(path)
+    return scan.numbered and int(scan.idr.sum()) >= _MANY_STARTS
+
+
+# ---------------------------------------------------------------------------------------------- the scan
+
+
+@dataclass(frozen=True)
+class Packets:
+    """A stream's packets in decoding order, and what went wrong while reading them.
+
+    `pts` (N,) int64 presentation times in ticks, `flags` (N,) uint8, `untimed` (N,) bool: the container has no time,
+    `pts` is the packet's number. `back_at` is the packet at which the decoding clock goes back.
+    """
+
+    pts: np.ndarray
+    flags: np.ndarray
+    untimed: np.ndarray
+    last_dts: int | None
+    back_at: int | None
+    damage: str | None
+
+    def flagged(self, flag: int) -> np.ndarray:
+        """(N,) bool."""
+        return (self.flags & flag) > 0
+
+
+@dataclass(frozen=True)
+class VideoScan:
+    """What one pass over a video's packets tells, nothing decoded. Arrays run over packets in decoding order.
+
+    `tick_s` is the unit of the packets' times. `shown` (N,) bool: not hidden by an edit list, and nothing is missing
+    that the packet depends on. `times_known`: every shown packet has a time. `damage`: why frames are missing, of which
+    the first `certain_count` are certain. `first` is the packet where decoding begins. `repeats` (F,) int64: which
+    coded picture each frame shows, where some are shown again (empty chunks of AVI); None elsewhere.
+    """
+
+    path: Path
+    container: str
+    codec: str
+    pix_fmt: str
+    width_px: int
+    height_px: int
+    video_streams: int
+    packets: Packets
+    shown: np.ndarray
+    times_known: bool
+    damage: str | None
+    certain_count: int
+    tick_s: Fraction
+    rate: Fraction
+    first: int
+    repeats: np.ndarray | None
+    notes: tuple[str, ...]
+
+    @property
+    def pts(self) -> np.ndarray:
+        """(N,) int64 presentation times in ticks."""
+        return self.packets.pts
+
+    @functools.cached_property
+    def idr(self) -> np.ndarray:
+        """(N,) bool: H.264 IDR pictures, so that nothing after one refers to anything before it."""
+        return self.packets.flagged(_IDR)
+
+    @property
+    def key_count(self) -> int:
+        """How many packets are key frames, IDR pictures or not."""
+        return int(self.packets.flagged(_KEY).sum())
+
+    @property
+    def frame_count(self) -> int:
+        return self.picture_count if self.repeats is None else len(self.repeats)
+
+    @property
+    def picture_count(self) -> int:
+        """How many coded pictures are shown; frames that repeat one are counted with it."""
+        return int(self.shown.sum())
+
+    @property
+    def timed(self) -> bool:
+        """Whether packets carry presentation times: in AVI they count chunks, and a clock only goes forward."""
+        return self.times_known and self.container != "avi" and self.packets.back_at is None
+
+    @property
+    def fps(self) -> float:
+        """The rate; the mean rate where it varies. Raises ReaderError where there is none."""
+        return self._rate_and_times[0]
+
+    @property
+    def times(self) -> FrameTimes | None:
+        """When frames are shown, where there is no constant rate."""
+        return self._rate_and_times[1]
+
+    @functools.cached_property
+    def _rate_and_times(self) -> tuple[float, FrameTimes | None]:
+        numbers = self.shown_pts if self.timed else np.zeros(1, dtype=np.int64)
+        return _rate_and_times(self.path, numbers, self.tick_s, self.rate)
+
+    @functools.cached_property
+    def shown_pts(self) -> np.ndarray:
+        """(F,) presentation times of the shown frames, in presentation order."""
+        return np.sort(self.pts[self.shown])
+
+    @functools.cached_property
+    def position(self) -> np.ndarray:
+        """(F,) packet number of frame k."""
+        packets = np.flatnonzero(self.shown)
+        return packets[np.argsort(self.pts[packets], kind="stable")]
+
+    @functools.cached_property
+    def numbered(self) -> bool:
+        """Whether a frame's time stamp alone determines its number, so that frames may be left undecoded.
+
+        Holds for H.264 in containers that carry every presentation time; anything else is decoded whole and counted.
+        """
+        if self.codec != "h264" or self.container not in {"mp4", "matroska", "mpegts"}:
+            return False
+        return _in_presentation_order(self.packets, self.first) and self.rising
+
+    @functools.cached_property
+    def rising(self) -> bool:
+        """Whether packets carry presentation times, and no two the same."""
+        return self.timed and bool((np.diff(self.shown_pts) > 0).all())
+
+
+def scan_video(path: Path) -> VideoScan:
+    """Read a video's packets once, decoding nothing; memory is 10 bytes per frame.
+
+    Raises ReaderError for a file that is not a video, holds no frame, or ends before its container says.
+    """
+    scan = _scan(path)
+    if scan.frame_count == 0:
+        raise ReaderError(f"{path}: holds no frame, frame 0 cannot be read; leave it out")
+    if scan.packets.back_at is not None and not _is_steady(scan):
+        raise ReaderError(f"{path}: parts joined at frame {scan.packets.back_at}, where its clock goes back; {REMEDY}")
+    if scan.damage is not None:
+        raise ReaderError(
+            f"{path}: {scan.damage}, frame {scan.certain_count} is the first that cannot be read; {REMEDY}"
+        )
+    return scan
+
+
+def _is_steady(scan: VideoScan) -> bool:
+    """Whether times follow the rate within half a second, as where a writer of MPEG-PS rounds its clock."""
+    time_s = (scan.shown_pts - scan.shown_pts[:1]) * float(scan.tick_s)
+    error = np.abs(time_s * float(scan.rate) - np.arange(len(time_s)))
+    return scan.damage is None and bool((error < scan.rate / 2).all())
+
+
+def _scan(path: Path) -> VideoScan:
+    with open_container(path) as container:
+        stream = video_stream(container, path)
+        context = stream.codec_context
+        packets = _read_packets(container, stream)
+        family = container_family(container.format.name)
+        first, shown = _start(path, packets)
+        if first and family == "avi" and context.has_b_frames:
+            raise ReaderError(f"{path}: begins within a group of pictures, and its container has no times; {REMEDY}")
+        promised = promised_frames(stream)
+        damage = "cut short" if ends_early(path) else packets.damage
+        times_known = not packets.untimed[shown].any()
+        held, repeats = _held(path, packets, shown) if family == "avi" else (len(shown), None)
+        if damage is None and held < promised - 1:  # only the last one is often missing, which costs nothing
+            damage = f"holds {held} of the {promised} frames that its header promises"
+        notes = []
+        if damage is None and held != promised > 0:
+            notes.append(f"its header promises {promised} frames, it holds {held}")
+        if repeats is not None:
+            notes.append(f"{len(repeats) - shown.sum()} empty chunks show the frame before them again")
+        if left_out := int((~shown & ~packets.flagged(_HIDDEN)).sum()):
+            notes.append(f"begins within a group of pictures; {left_out} cannot be shown, frame 0 is the next")
+        # A lost packet is decoded later than the last one and is shown no earlier than it is decoded.
+        bounded = damage is not None and packets.last_dts is not None and times_known
+        certain = (packets.pts[shown] <= packets.last_dts).sum() if bounded else shown.sum()
+        return VideoScan(
+            path=path,
+            container=family,
+            codec=context.name,
+            pix_fmt=context.pix_fmt or "unknown",
+            width_px=context.width,
+            height_px=context.height,
+            video_streams=len(container.streams.video),
+            packets=packets,
+            shown=shown,
+            times_known=times_known,
+            damage=damage,
+            certain_count=int(certain),
+            tick_s=stream.time_base,
+            rate=header_rate(stream),
+            first=first,
+            repeats=repeats,
+            notes=tuple(f"{path.name}: {note}" for note in notes),
+        )
+
+
+def _start(path: Path, packets: Packets) -> tuple[int, np.ndarray]:
+    """The packet where decoding begins, and which packets (N,) are shown.
+
+    A recording that begins within a group of pictures is shown from its first key frame on. Packets after a key frame
+    that are shown before it (the first ones of an open group) are shown if the decoder returns them; programs that cut
+    leave their times out.
+    """
+    shown = ~packets.flagged(_HIDDEN)
+    first = int(np.argmax(packets.flagged(_KEY))) if len(shown) else 0
+    shown[:first] = False
+    leading = shown & (packets.untimed if packets.untimed.any() else packets.pts < packets.pts[first : first + 1])
+    if leading.any() and not leading[first + 1 + MAX_REORDER :].any():
+        with open_container(path) as container:
+            try:
+                frame = next(decoded_from(container, video_stream(container, path), first), None)
+            except import_av().error.FFmpegError:
+                frame = None
+        if frame is not None and frame.pts is not None:
+            shown &= ~leading | (~packets.untimed & (packets.pts >= frame.pts))
+    return first, shown
+
+
+def _held(path: Path, packets: Packets, shown: np.ndarray) -> tuple[int, np.ndarray | None]:
+    """How many frames an AVI file holds, and which coded picture each (F,) shows where empty chunks repeat one.
+
+    Packets' times are their places among all chunks. Where these do not increase, or exceed what the file can hold,
+    each packet is one frame.
+    """
+    pts = packets.pts
+    spans = np.diff(pts, append=pts[-1:] + 1 + mp4.empty_tail(path))  # one, and one for each empty chunk after it
+    usable = len(pts) and not packets.untimed.any() and (spans > 0).all() and pts[0] >= 0
+    if not usable or pts[-1] >= min(mp4.MAX_FRAMES, path.stat().st_size):
+        return len(shown), None
+    repeats = None if (spans[shown] == 1).all() else np.arange(shown.sum()).repeat(spans[shown])
+    return int(pts[0] + spans.sum()), repeats
+
+
+def _in_presentation_order(packets: Packets, first: int) -> bool:
+    """Whether time stamps are the presentation times of H.264: exactly B pictures are shown before one that was decoded
+    earlier. Where the stamps are decoding times, none is."""
+    timed = ~packets.untimed & (np.arange(len(packets.pts)) >= first)
+    pts, is_b = packets.pts[timed], packets.flagged(_B)[timed]
+    return bool(((pts < np.maximum.accumulate(pts)) == is_b).all()) if len(pts) else False
+
+
+def _read_packets(container: Any, stream: Any) -> Packets:
+    """All packets up to the first that is not whole. A time that the container does not give is the packet's number."""
+    pts, flags, untimed = array("q"), bytearray(), bytearray()
+    last_dts, back_at, damage = None, None, None
+    counts_chunks = container.format.name == "avi"
+    length_bytes = h264.nal_length_bytes(stream.codec_context.extradata)
+    is_h264 = stream.codec_context.name == "h264"
+    try:
+        whole = packets_of(container, stream)
+        for packet in whole:
+            if packet.is_corrupt:
+                after = [packet, *itertools.islice(whole, _FIRST_FRAMES)]
+                damage = "cut short or damaged" if len(after) == 1 else "damaged, or parts joined"
+                back = (
+                    n for n, other in enumerate(after) if None not in (other.dts, last_dts) and other.dts < last_dts
+                )
+                back_at = next((len(pts) + n for n in back), None) if back_at is None else back_at
+                break
+            is_key = packet.is_keyframe
+            idr, is_b = h264.picture_kind(packet, length_bytes) if is_h264 else (False, False)
+            flags.append(_HIDDEN * packet.is_discard | _KEY * is_key | _IDR * (is_key and idr) | _B * is_b)
+            shown_at = packet.dts if counts_chunks else packet.pts
+            untimed.append(shown_at is None)
+            pts.append(len(pts) if shown_at is None else shown_at)
+            if packet.dts is not None:
+                if last_dts is not None and packet.dts < last_dts and back_at is None:
+                    back_at = len(pts) - 1
+                last_dts = packet.dts
+    except import_av().error.FFmpegError:
+        damage = "damaged"
+    times = np.frombuffer(pts.tobytes(), dtype=np.int64)
+    kinds, unknown = np.frombuffer(bytes(flags), dtype=np.uint8), np.frombuffer(bytes(untimed), dtype=bool)
+    return Packets(times, kinds, unknown, last_dts, back_at, damage)
