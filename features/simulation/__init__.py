@@ -1,4 +1,4 @@
-"""Simulated operations: labels that follow real statistics, procedural pictures, Cholec80's layout."""
+"""Simulated operations: labels that follow real statistics, procedural images, Cholec80's layout."""
 
 from features.simulation.procedure import Operation, draw_operation, frame_seconds, load_table
 from features.simulation.scene import Scene

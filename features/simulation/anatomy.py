@@ -1,13 +1,11 @@
-"""What a simulated camera sees before any tool comes: organs, gallbladder, blood, smoke, pictures outside the body.
+"""What a simulated camera sees without tools: organs, gallbladder, blood, smoke, and images from outside the body.
 
-Everything here is drawn once a video; a frame only moves and mixes it. Lengths are in units of the shorter side of
-the picture, so that a video looks the same at any size; x points right, y down. Images with four bands are "RGBX":
-Pillow resamples them like RGB and the fourth band rides along, here how much a point glistens.
+Everything here is drawn once per video; a frame only moves and blends it. Lengths are in units of the shorter side of
+the frame, so that a video looks the same at any size; x points right, y down. Images with four bands are "RGBX":
+Pillow resamples them like RGB together with the fourth band, which here is the strength of specular reflection.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
@@ -16,41 +14,28 @@ CANVAS_UNITS = 2.4
 GALLBLADDER_UNITS = (1.0, 0.64)
 GALLBLADDER_STATES = 8
 
-Colour = tuple[float, float, float]
+_BLADDERS = np.array([[150, 150, 120], [170, 145, 140], [135, 145, 150], [185, 165, 115], [150, 110, 105]])
 
 
-@dataclass(frozen=True)
 class Appearance:
-    """What differs from one operation to the next: colours, light, textures, positions."""
+    """What differs from one operation to the next: colours (RGB, 0 to 255), light, textures, positions.
 
-    liver: np.ndarray  # (3,) RGB, 0 to 255, as are all colours here
-    fat: np.ndarray
-    wall: np.ndarray
-    bladder: np.ndarray
-    white_balance: np.ndarray  # (3,) factors
-    light: np.ndarray  # (3,) unit vector towards the lamp
-    view_radius: float  # of the round field of view
-    bumpiness: float
-    bladder_angle: float  # radians
-    liver_edge: np.ndarray = field(repr=False)  # (2,) shift of the main lobe
+    Drawn from `rng`; the order of the draws is part of the simulator's version.
+    """
 
-
-def draw_appearance(rng: np.random.Generator) -> Appearance:
-    """Draw one operation's appearance."""
-    bladders = np.array([[150, 150, 120], [170, 145, 140], [135, 145, 150], [185, 165, 115], [150, 110, 105]])
-    light = np.array([rng.uniform(-0.5, 0.5), rng.uniform(-0.7, -0.15), 1.0])
-    return Appearance(
-        liver=np.array([118, 42, 36]) * rng.uniform(0.75, 1.25) + rng.uniform(-14, 14, 3),
-        fat=np.array([210, 146, 70]) * rng.uniform(0.8, 1.1) + rng.uniform(-14, 14, 3),
-        wall=np.array([150, 84, 74]) * rng.uniform(0.6, 1.1) + rng.uniform(-15, 15, 3),
-        bladder=bladders[rng.integers(len(bladders))] * rng.uniform(0.85, 1.15) + rng.uniform(-12, 12, 3),
-        white_balance=np.exp(rng.normal(0, 0.05, 3)) * np.exp(rng.normal(0.03, 0.1)),
-        light=light / np.linalg.norm(light),
-        view_radius=rng.uniform(0.5, 0.6),
-        bumpiness=rng.uniform(0.6, 1.4),
-        bladder_angle=rng.uniform(-2.3, -0.9),
-        liver_edge=rng.normal(0, 0.12, 2),
-    )
+    def __init__(self, rng: np.random.Generator) -> None:
+        light = np.array([rng.uniform(-0.5, 0.5), rng.uniform(-0.7, -0.15), 1.0])
+        self.liver = np.array([118, 42, 36]) * rng.uniform(0.75, 1.25) + rng.uniform(-14, 14, 3)
+        self.fat = np.array([210, 146, 70]) * rng.uniform(0.8, 1.1) + rng.uniform(-14, 14, 3)
+        self.wall = np.array([150, 84, 74]) * rng.uniform(0.6, 1.1) + rng.uniform(-15, 15, 3)
+        bladder = _BLADDERS[rng.integers(len(_BLADDERS))]
+        self.bladder = bladder * rng.uniform(0.85, 1.15) + rng.uniform(-12, 12, 3)
+        self.white_balance = np.exp(rng.normal(0, 0.05, 3)) * np.exp(rng.normal(0.03, 0.1))  # (3,) factors
+        self.light = light / np.linalg.norm(light)  # (3,) unit vector towards the lamp
+        self.view_radius = rng.uniform(0.5, 0.6)  # of the round field of view
+        self.bumpiness = rng.uniform(0.6, 1.4)
+        self.bladder_angle = rng.uniform(-2.3, -0.9)  # radians
+        self.liver_edge = rng.normal(0, 0.12, 2)  # (2,) shift of the main lobe
 
 
 # ---------------------------------------------------------------------------------------------- textures
@@ -89,13 +74,13 @@ def _grid(width_px: int, height_px: int, unit_px: float) -> tuple[np.ndarray, np
 
 
 def _relief(height: np.ndarray, unit_px: float, look: Appearance) -> tuple[np.ndarray, np.ndarray]:
-    """Brightness (about 0.3 to 1.2) and glisten (0 to 255) of a surface of the given height, both (H, W)."""
+    """Brightness (about 0.3 to 1.2) and reflection (0 to 255) of a surface of the given height, both (H, W)."""
     slope_y, slope_x = np.gradient(height * unit_px)
     facing = (look.light[2] - slope_x * look.light[0] - slope_y * look.light[1]) / np.sqrt(1 + slope_x**2 + slope_y**2)
     half = look.light + np.array([0.0, 0.0, 1.0])
     half /= np.linalg.norm(half)
     mirror = (half[2] - slope_x * half[0] - slope_y * half[1]) / np.sqrt(1 + slope_x**2 + slope_y**2)
-    # Wet tissue mirrors the lamp in a few small spots, however the surface lies: hence quantiles.
+    # Wet tissue reflects the lamp in a few small spots, whatever the orientation of the surface: hence quantiles.
     low, high = np.quantile(mirror[::4, ::4], (0.94, 0.9995))
     return 0.15 + 1.0 * np.clip(facing, 0, 1) ** 1.5, 255 * np.clip((mirror - low) / (high - low + 1e-6), 0, 1)
 
@@ -104,7 +89,7 @@ def _relief(height: np.ndarray, unit_px: float, look: Appearance) -> tuple[np.nd
 
 
 def draw_organs(rng: np.random.Generator, look: Appearance, unit_px: int) -> Image.Image:
-    """The still part of the scene as RGBX, `CANVAS_UNITS` a side: abdominal wall, liver with its raw bed, fat."""
+    """The static part of the scene as RGBX, a square of `CANVAS_UNITS`: abdominal wall, liver with its raw bed, fat."""
     side = int(CANVAS_UNITS * unit_px)
     x, y = _grid(side, side, unit_px)
     warp = noise(rng, side, side, 7)
@@ -129,8 +114,8 @@ def draw_organs(rng: np.random.Generator, look: Appearance, unit_px: int) -> Ima
         height = height * (1 - inside) + dome * inside
     colour = _with_vessels(rng, colour, smoothstep(y + 0.15 * warp, 0.2, 0.45))
     colour = _with_bed(colour, x, y, warp, fine)
-    brightness, glisten = _relief(height + 0.004 * look.bumpiness * fine + 0.02 * warp, unit_px, look)
-    return to_rgbx(colour * brightness[..., None], glisten)
+    brightness, reflection = _relief(height + 0.004 * look.bumpiness * fine + 0.02 * warp, unit_px, look)
+    return to_rgbx(colour * brightness[..., None], reflection)
 
 
 def _with_vessels(rng: np.random.Generator, colour: np.ndarray, where: np.ndarray) -> np.ndarray:
@@ -150,7 +135,7 @@ def _with_bed(colour: np.ndarray, x: np.ndarray, y: np.ndarray, warp: np.ndarray
 def draw_gallbladder(rng: np.random.Generator, look: Appearance, unit_px: int) -> list[Image.Image]:
     """The gallbladder along x, neck left, from untouched to freed: `GALLBLADDER_STATES` premultiplied RGBX sprites.
 
-    The peritoneum is opened from the neck on, the organ empties and reddens; one frame shows a state, not a phase.
+    The peritoneum is opened from the neck on, the organ empties and reddens. A frame shows a state, not a phase.
     """
     width, height = (round(side * unit_px) for side in GALLBLADDER_UNITS)
     x, y = _grid(width, height, unit_px)
@@ -171,8 +156,8 @@ def draw_gallbladder(rng: np.random.Generator, look: Appearance, unit_px: int) -
         colour = skin * (1 - 0.75 * opened)[..., None] + raw * (0.75 * opened)[..., None]
         bump = 0.003 * look.bumpiness * fine * (1 + 2 * opened)
         dome = np.sqrt(np.clip(1 - level, 0, 1)) * belly * 0.9
-        brightness, glisten = _relief(dome + bump, unit_px, look)
-        lit = colour * brightness[..., None] + 0.7 * glisten[..., None]
+        brightness, reflection = _relief(dome + bump, unit_px, look)
+        lit = colour * brightness[..., None] + 0.7 * reflection[..., None]
         sprites.append(premultiplied(lit, inside))
     return sprites
 
@@ -182,11 +167,11 @@ def premultiplied(colour: np.ndarray, alpha: np.ndarray) -> Image.Image:
     return to_rgbx(np.clip(colour, 0, 255) * alpha[..., None], alpha * 255)
 
 
-# ---------------------------------------------------------------------------------------------- what comes and goes
+# ---------------------------------------------------------------------------------------------- what changes
 
 
 def draw_blood(rng: np.random.Generator, unit_px: int) -> Image.Image:
-    """How soon blood covers each point of the canvas, 255 first, as one grey image."""
+    """The order in which blood covers the points of the canvas, 255 first, as a grey image."""
     side = int(CANVAS_UNITS * unit_px)
     x, y = _grid(side, side, unit_px)
     near = np.exp(-(x**2 + (y - 0.15) ** 2) / 0.35)
@@ -195,13 +180,13 @@ def draw_blood(rng: np.random.Generator, unit_px: int) -> Image.Image:
 
 
 def draw_smoke(rng: np.random.Generator, unit_px: int) -> Image.Image:
-    """Density of smoke, grey, `CANVAS_UNITS` a side."""
+    """Density of smoke, a grey square of `CANVAS_UNITS`."""
     side = int(CANVAS_UNITS * unit_px)
     return Image.fromarray(np.clip(150 + 95 * noise(rng, side, side, 4, octaves=3), 0, 255).astype(np.uint8))
 
 
 def draw_outside(rng: np.random.Generator, unit_px: int) -> list[Image.Image]:
-    """Pictures that show no operating field, RGBX: trocar tube, lens on tissue, drapes, black."""
+    """Images that show no operating field, RGBX: trocar tube, lens on tissue, drapes, black."""
     side = int(CANVAS_UNITS * unit_px)
     x, y = _grid(side, side, unit_px)
     warp = noise(rng, side, side, 5)
@@ -216,4 +201,4 @@ def draw_outside(rng: np.random.Generator, unit_px: int) -> list[Image.Image]:
     drapes = np.array([84, 112, 132]) * (1 + folds)[..., None]
     nothing = np.zeros_like(tube) + 10
     flat = np.zeros((side, side))
-    return [to_rgbx(picture, flat) for picture in (tube, close, drapes, nothing)]
+    return [to_rgbx(image, flat) for image in (tube, close, drapes, nothing)]

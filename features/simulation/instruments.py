@@ -1,7 +1,7 @@
-"""The seven tools, told apart by their outlines: each a few strokes, drawn once a video in several openings.
+"""The seven tools, distinguished by their outlines: each a few strokes, drawn once per video in several openings.
 
 A tool lies along x with its working point at the origin and its shaft towards negative x. Lengths are in units of the
-shorter side of the picture. Outlines, not colours, carry the class: shafts and metals change from video to video.
+shorter side of the frame. The class shows in the outline, not in colours: shafts and metals vary between videos.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from features.simulation.anatomy import noise, premultiplied, smoothstep, to_rgb
 
 OPENINGS = 3
 SPRITE_UNITS = (1.7, 0.62)
-# Where the working point lies in a sprite, as a share of its width; it is half-way down.
+# Position of the working point in a sprite, as a fraction of its width; vertically it is in the middle.
 WORKING_POINT = 1.36 / 1.7
 BAG_UNITS = (0.95, 0.95)
 
@@ -32,30 +32,17 @@ class Stroke:
     blunt: bool = False
 
 
-@dataclass(frozen=True)
 class Materials:
-    """One video's metals and plastics, (3,) RGB each."""
+    """One video's metals and plastics, (3,) RGB each, drawn from `rng`."""
 
-    metal: np.ndarray
-    shaft: np.ndarray
-    dark: np.ndarray
-    white: np.ndarray
-    insulation: np.ndarray
-    amber: np.ndarray
-    clip: np.ndarray
-
-
-def draw_materials(rng: np.random.Generator) -> Materials:
-    """Draw one video's materials."""
-    return Materials(
-        metal=np.array([176, 176, 182]) * rng.uniform(0.8, 1.15) + rng.uniform(-8, 8, 3),
-        shaft=np.array([120, 122, 128]) * rng.uniform(0.5, 1.4) + rng.uniform(-8, 8, 3),
-        dark=np.array([38, 38, 42]) * rng.uniform(0.6, 1.5),
-        white=np.array([236, 234, 226]) * rng.uniform(0.88, 1.05),
-        insulation=np.array([80, 112, 164]) * rng.uniform(0.7, 1.3) + rng.uniform(-25, 25, 3),
-        amber=np.array([200, 128, 40]) * rng.uniform(0.7, 1.2) + rng.uniform(-25, 25, 3),
-        clip=np.array([132, 72, 168]) * rng.uniform(0.7, 1.3) + rng.uniform(-30, 30, 3),
-    )
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.metal = np.array([176, 176, 182]) * rng.uniform(0.8, 1.15) + rng.uniform(-8, 8, 3)
+        self.shaft = np.array([120, 122, 128]) * rng.uniform(0.5, 1.4) + rng.uniform(-8, 8, 3)
+        self.dark = np.array([38, 38, 42]) * rng.uniform(0.6, 1.5)
+        self.white = np.array([236, 234, 226]) * rng.uniform(0.88, 1.05)
+        self.insulation = np.array([80, 112, 164]) * rng.uniform(0.7, 1.3) + rng.uniform(-25, 25, 3)
+        self.amber = np.array([200, 128, 40]) * rng.uniform(0.7, 1.2) + rng.uniform(-25, 25, 3)
+        self.clip = np.array([132, 72, 168]) * rng.uniform(0.7, 1.3) + rng.uniform(-30, 30, 3)
 
 
 def _mirrored(strokes: list[Stroke]) -> list[Stroke]:
@@ -99,7 +86,7 @@ def _hook(m: Materials, opening: float) -> list[Stroke]:
 
 
 def _scissors(m: Materials, opening: float) -> list[Stroke]:
-    """Two broad blades, wide at the joint, sharp at the ends, spread wide, behind them a sleeve of insulation."""
+    """Two broad blades, spread wide, sharp at their ends, with a sleeve of insulation behind them."""
     spread = 0.13 + 0.08 * opening
     blades = [
         Stroke((-0.2, 0.0), (-0.07, spread * 0.85), (0.06, 0.062), m.metal),
@@ -111,7 +98,7 @@ def _scissors(m: Materials, opening: float) -> list[Stroke]:
 
 
 def _clipper(m: Materials, opening: float) -> list[Stroke]:
-    """A thick shaft, a block for a head and two blunt parallel prongs: a wide fork with a clip in it."""
+    """A thick shaft, a block as its head and two blunt parallel prongs: a wide fork that holds a clip."""
     gap = 0.075 + 0.02 * opening
     prongs = [Stroke((-0.16, gap), (0.07, gap * 0.92), (0.04, 0.036), m.metal, blunt=True)]
     return [
@@ -157,17 +144,14 @@ def _draw_strokes(strokes: list[Stroke], unit_px: float) -> Image.Image:
     for stroke in strokes:
         distance, across = _distance(stroke, grid_x, grid_y)
         cover = np.clip(0.5 - distance * unit_px, 0, 1)
-        # Lit like a cylinder from one side, with a bright line where it mirrors the lamp.
-        shade = (
-            0.3
-            + 0.7 * np.sqrt(np.clip(1 - (across + 0.25) ** 2, 0, 1))
-            + 0.5 * smoothstep(np.abs(across + 0.35), 0.3, 0.0)
-        )
+        # Lit like a cylinder from one side, with a bright line where it reflects the lamp.
+        shade = 0.3 + 0.7 * np.sqrt(np.clip(1 - (across + 0.25) ** 2, 0, 1))
+        shade = shade + 0.5 * smoothstep(np.abs(across + 0.35), 0.3, 0.0)
         colour = colour * (1 - cover)[..., None] + stroke.colour * (shade * cover)[..., None]
         opacity = np.maximum(opacity, cover)
         shadow = np.maximum(shadow, 0.4 * smoothstep(distance, 0.045, 0.0))
     opacity = np.maximum(opacity, shadow)
-    # Empty rows cost time in every frame; cut alike on both sides, so that the axis stays half-way down.
+    # Empty rows cost time in every frame; cut symmetrically, so that the axis stays in the middle.
     filled = opacity.max(axis=1) > 0
     empty = max(0, int(np.argmax(filled | filled[::-1])) - 1)
     kept = slice(empty, height - empty)
@@ -175,7 +159,7 @@ def _draw_strokes(strokes: list[Stroke], unit_px: float) -> Image.Image:
 
 
 def _distance(stroke: Stroke, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distance to a stroke's outline (negative inside) and place across it (-1 to 1), both (H, W)."""
+    """Distance to a stroke's outline (negative inside) and position across it (-1 to 1), both (H, W)."""
     start, end = np.array(stroke.start), np.array(stroke.end)
     length = float(np.hypot(*(end - start)))
     direction = (end - start) / length if length > 0 else np.array([1.0, 0.0])

@@ -1,14 +1,14 @@
 """Label sequences of simulated cholecystectomies, drawn from a small table of aggregate statistics.
 
 The table (`configs/simulation/cholec80.yaml`) says which phases occur, in which order, for how long, which sets of
-tools a phase shows and how long a tool stays. An operation is drawn at one label a second of operating time:
+tools a phase shows and how long a tool stays. An operation is drawn with one label per second of operating time:
 
-- phases: a walk over the table's transitions in which every phase that occurs does so once (as in Cholec80), lengths
-  log-normal, clipped to the shortest and longest seen;
-- tools: a Markov chain over sets of tools whose stationary distribution is the phase's. Each second each tool may
-  come or go; the flip is accepted by the rule of Metropolis et al. (J. Chem. Phys. 1953), which keeps that
-  distribution exact whatever the rate of flips. The rate of a tool changes from minute to minute (log-normal), since
-  real presences are many short ones and few long ones; rates are fitted so that their median and mean come out.
+- phases: a walk over the table's transitions in which every phase that occurs does so once (as in Cholec80), with
+  log-normal lengths, clipped to the observed minimum and maximum;
+- tools: a Markov chain over sets of tools whose stationary distribution is the phase's. Every second each tool may
+  appear or disappear; the flip is accepted by the rule of Metropolis et al. (J. Chem. Phys. 1953), which keeps that
+  distribution exact at any rate of flips. The rate of a tool changes from minute to minute (log-normal), since real
+  presences are many short ones and a few long ones; the rates are fitted to their median and mean.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field
 
 import configs
 from configs.errors import UserError
 from configs.schema import DataSetSpec, Strict
 
 TABLE_PATH = Path(configs.__file__).parent / "simulation" / "cholec80.yaml"
-# Sets that the table does not list hold at most so many tools: there are four trocars.
+# The most tools in a set that the table does not list: there are four trocars.
 _MOST_TOOLS_AT_ONCE = 4
 _PACE_SPAN_S = 90
 
@@ -44,14 +44,14 @@ class SegmentLength(Strict):
 
 
 class ToolSet(Strict):
-    """A set of tools and its share of a phase's seconds."""
+    """A set of tools and the fraction of a phase's seconds in which it is present."""
 
     p: float = Field(ge=0, le=1)
     tools: tuple[str, ...]
 
 
 class RunLength(Strict):
-    """Length of a tool's uninterrupted presences in seconds."""
+    """Lengths of a tool's uninterrupted presences in seconds."""
 
     runs: int = Field(ge=0)
     median: float = Field(gt=0)
@@ -59,7 +59,7 @@ class RunLength(Strict):
 
 
 class Pace(Strict):
-    """How often a tool tries to come or go: mean tries a second, and the deviation of the rate's logarithm."""
+    """How often a tool attempts to flip: mean attempts per second, and the std of the rate's logarithm."""
 
     rate: float = Field(gt=0)
     spread: float = Field(ge=0)
@@ -79,15 +79,6 @@ class ProcedureTable(Strict):
     tool_runs_s: dict[str, RunLength]
     pace: dict[str, Pace]
 
-    @model_validator(mode="after")
-    def _names_agree(self) -> ProcedureTable:
-        phases, tools = set(self.segments_s), set(self.tool_runs_s)
-        if set(self.tools_given_phase) != phases or set(self.tool_sets_given_phase) != phases:
-            raise ValueError("the tables of a phase name different phases")
-        if set(self.pace) != tools or any(set(row) != tools for row in self.tools_given_phase.values()):
-            raise ValueError("the tables of a tool name different tools")
-        return self
-
     @property
     def phases(self) -> tuple[str, ...]:
         return tuple(self.segments_s)
@@ -104,7 +95,7 @@ def load_table() -> ProcedureTable:
 
 
 def check_spec(spec: DataSetSpec) -> None:
-    """Raise UserError unless the data set has the classes that the table describes, in whatever order."""
+    """Raise UserError unless the data set has the classes of the table, in any order."""
     table = load_table()
     for kind, names, known in (("phases", spec.phases, table.phases), ("tools", spec.tools, table.tools)):
         if set(names) != set(known):
@@ -117,7 +108,7 @@ def check_spec(spec: DataSetSpec) -> None:
 
 @dataclass(frozen=True)
 class Operation:
-    """Labels of one operation, one a second of operating time, classes in the order of the data set."""
+    """Labels of one operation, one per second of operating time, classes in the order of the data set."""
 
     phase: np.ndarray  # (S,) int8
     tools: np.ndarray  # (S, K) int8, 0 or 1
@@ -131,17 +122,17 @@ def draw_operation(rng: np.random.Generator, spec: DataSetSpec) -> Operation:
     """Draw the labels of one operation from the table. `spec` gives the order of the classes."""
     table = load_table()
     phases, tools = [], []
-    pace = _Pace(rng, table)
+    rates = _FlipRates(rng, table)
     for name in _draw_order(rng, table):
         seconds = _draw_length_s(rng, table.segments_s[name])
         phases.append(np.full(seconds, spec.phases.index(name), dtype=np.int8))
-        tools.append(_draw_tools(rng, _tool_set_p(name), pace, seconds))
+        tools.append(_draw_tools(rng, tool_set_p(name), rates, seconds))
     column = [table.tools.index(name) for name in spec.tools]
     return Operation(np.concatenate(phases), np.concatenate(tools)[:, column])
 
 
 def frame_seconds(operation: Operation, fps: int, speed_up: float) -> np.ndarray:
-    """The second of operating time that each frame of a `fps` video shows, (T,) int64, sped up `speed_up` times."""
+    """The second of operating time that each frame shows in a video at `fps`, sped up `speed_up` times, (T,) int64."""
     frames = max(1, int(operation.length_s * fps / speed_up))
     return np.minimum((np.arange(frames) * speed_up / fps).astype(np.int64), operation.length_s - 1)
 
@@ -150,13 +141,13 @@ def frame_seconds(operation: Operation, fps: int, speed_up: float) -> np.ndarray
 
 
 def _draw_order(rng: np.random.Generator, table: ProcedureTable) -> list[str]:
-    """The phases of one operation in order, each once."""
+    """The phases of one operation in order, each of them once."""
     occurs = {
         phase for phase, length in table.segments_s.items() if rng.random() < min(1.0, length.segments / table.videos)
     }
     candidates = {phase: count for phase, count in table.last_phase.items() if phase in occurs}
     last = _choose(rng, candidates)
-    # The first phase is the first that occurs in the table's order: nothing leads back to it.
+    # The first phase is the first that occurs in the table's order: no transition leads back to it.
     order = [next(phase for phase in table.phases if phase in occurs)]
     left = occurs - {order[0]}
     while left:
@@ -171,7 +162,7 @@ def _draw_order(rng: np.random.Generator, table: ProcedureTable) -> list[str]:
 
 
 def _completes(table: ProcedureTable, phase: str, left: set[str], last: str) -> bool:
-    """Whether a walk from `phase` can visit all that is left, once each, and end in `last`."""
+    """Whether a walk from `phase` can visit every phase in `left` once and end in `last`."""
     if not left:
         return phase == last
     return any(
@@ -195,11 +186,12 @@ def _draw_length_s(rng: np.random.Generator, length: SegmentLength) -> int:
 
 
 @lru_cache(maxsize=32)
-def _tool_set_p(phase: str) -> np.ndarray:
-    """Distribution over sets of tools in a phase, (2^K,): bit k of the index says whether tool k is there.
+def tool_set_p(phase: str) -> np.ndarray:
+    """Distribution over sets of tools in a phase, (2^K,): bit k of the index tells whether tool k is present.
 
-    The table lists the ten commonest sets. What they leave is spread over the other sets by iterative proportional
-    fitting (Deming and Stephan 1940), so that the share of each tool in the phase comes out as tabulated.
+    The table lists the ten most common sets. The remaining probability is spread over the other sets by iterative
+    proportional fitting (Deming and Stephan 1940), so that the frequency of each tool in the phase is that of the
+    table.
     """
     table = load_table()
     tools = table.tools
@@ -211,12 +203,12 @@ def _tool_set_p(phase: str) -> np.ndarray:
     open_sets = (p == 0) & (member.sum(axis=1) <= _MOST_TOOLS_AT_ONCE)
     wanted = np.array([table.tools_given_phase[phase][tool] for tool in tools]) - p @ member  # (K,)
     if rest > 1e-3:
-        p += rest * _fit_to_shares(open_sets.astype(float), member, np.clip(wanted / rest, 0.0, 0.95))
+        p += rest * _fit_marginals(open_sets.astype(float), member, np.clip(wanted / rest, 0.0, 0.95))
     return p / p.sum()
 
 
-def _fit_to_shares(start: np.ndarray, member: np.ndarray, share: np.ndarray, sweeps: int = 200) -> np.ndarray:
-    """The distribution nearest to `start` in which tool k has `share[k]`."""
+def _fit_marginals(start: np.ndarray, member: np.ndarray, share: np.ndarray, sweeps: int = 200) -> np.ndarray:
+    """The distribution closest to `start` in which tool k has the probability `share[k]`."""
     p = start / start.sum()
     for _ in range(sweeps):
         for k, wanted in enumerate(share):
@@ -225,8 +217,8 @@ def _fit_to_shares(start: np.ndarray, member: np.ndarray, share: np.ndarray, swe
     return p / p.sum()
 
 
-class _Pace:
-    """Flip rates of the tools through one operation: a new log-normal factor every `_PACE_SPAN_S`."""
+class _FlipRates:
+    """Flip rates of the tools during one operation, with a new log-normal factor every `_PACE_SPAN_S` seconds."""
 
     def __init__(self, rng: np.random.Generator, table: ProcedureTable) -> None:
         self._rng = rng
@@ -234,15 +226,15 @@ class _Pace:
         self._spread = np.array([table.pace[tool].spread for tool in table.tools])
 
     def draw(self, seconds: int) -> np.ndarray:
-        """Probability that a tool tries to flip, (seconds, K)."""
+        """Probability that a tool attempts to flip, (seconds, K)."""
         spans = -(-seconds // _PACE_SPAN_S)
         factor = np.exp(self._rng.normal(size=(spans, len(self._rate))) * self._spread - self._spread**2 / 2)
         return np.minimum(np.repeat(self._rate * factor, _PACE_SPAN_S, axis=0)[:seconds], 1.0)
 
 
-def _draw_tools(rng: np.random.Generator, p: np.ndarray, pace: _Pace, seconds: int) -> np.ndarray:
-    """Tools of one segment, (seconds, K) int8: starts in the stationary distribution and stays in it."""
-    tries = rng.random((seconds, p.size.bit_length() - 1)) < pace.draw(seconds)
+def _draw_tools(rng: np.random.Generator, p: np.ndarray, rates: _FlipRates, seconds: int) -> np.ndarray:
+    """Tools of one segment, (seconds, K) int8: the chain starts in its stationary distribution and stays in it."""
+    tries = rng.random((seconds, p.size.bit_length() - 1)) < rates.draw(seconds)
     chance = rng.random(tries.shape)
     present = int(rng.choice(p.size, p=p))
     sets = np.empty(seconds, dtype=np.int64)

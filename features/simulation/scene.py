@@ -1,16 +1,15 @@
-"""Pictures of a simulated operation, frame by frame, from its labels.
+"""Images of a simulated operation, frame by frame, from its labels.
 
-`Scene` draws everything once (anatomy, tools) and plans every movement of the video, then mixes one frame at a time.
-What a frame shows of the phase is weak on purpose: the gallbladder's state starts, grows and wavers differently in
-every video, so that the dissection of Calot's triangle and that of the gallbladder look alike, and only what came
-before tells them apart.
+`Scene` draws everything once (anatomy, tools) and plans every movement of the video, then blends one frame at a time.
+A single frame reveals little about the phase, on purpose: the gallbladder's state starts, grows and fluctuates
+differently in every video, so that the dissection of Calot's triangle and that of the gallbladder look alike, and only
+the preceding frames distinguish them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -21,12 +20,12 @@ from features.simulation.anatomy import smoothstep
 
 _BAG = "SpecimenBag"
 _ENERGY_TOOLS = ("Hook", "Bipolar")
-# Direction from which a tool enters, degrees, y down; a video shifts it by some 15 degrees, a presence by some 8.
+# Direction from which a tool enters, degrees, y down; varies with a std of 15 between videos and 8 between presences.
 _ENTRY_DEG = {"Grasper": 188, "Bipolar": 15, "Hook": -8, "Scissors": -50, "Clipper": 8, "Irrigator": 55}
 _TROCAR_UNITS = 1.05
 _SLIDE_IN_S = 0.4
 _INERTIA_S = 0.3
-# Share of the stretches without any tool that show no operating field, and which picture they then show.
+# Fraction of the runs without any tool that show no operating field, and which image they then show.
 _OUTSIDE_P = {"Preparation": 0.3, "GallbladderRetraction": 0.4, "GallbladderPackaging": 0.15}
 _OUTSIDE_P_ELSEWHERE = 0.12
 _OUTSIDE_KINDS = (0.45, 0.3, 0.15, 0.1)  # trocar tube, lens on tissue, drapes, black
@@ -34,32 +33,8 @@ GRAIN_SHIFTS = 64
 _BILINEAR = Image.Resampling.BILINEAR
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Every movement of a video, one row a frame. Lengths in units, angles in radians."""
-
-    pan: np.ndarray  # (T, 2)
-    zoom: np.ndarray  # (T,)
-    roll: np.ndarray  # (T,)
-    exposure: np.ndarray  # (T,)
-    glare: np.ndarray  # (T,) threshold of the highlights, 0 to 255
-    blur: np.ndarray  # (T,) radius
-    smoke: np.ndarray  # (T,) 0 to 1
-    blood: np.ndarray  # (T,) 0 to 255
-    bladder_state: np.ndarray  # (T,) 0 to 1
-    bladder_shown: np.ndarray  # (T,) bool
-    bladder_swing: np.ndarray  # (T, 3) shift x, y and turn
-    tool_shown: np.ndarray  # (T, K) bool
-    tool_tip: np.ndarray  # (T, K, 2)
-    tool_angle: np.ndarray  # (T, K)
-    tool_scale: np.ndarray  # (T, K)
-    tool_opening: np.ndarray  # (T, K) index of the sprite
-    outside: np.ndarray  # (T,) index of a picture outside the body, -1 inside it
-    grain_shift: np.ndarray  # (T, 2) pixels
-
-
 class Scene:
-    """One video's pictures: `for frame in Scene(...)` gives (H, W, 3) uint8 RGB, a frame a row of the labels.
+    """One video's frames: `for frame in Scene(...)` yields (H, W, 3) uint8 RGB, one frame per row of the labels.
 
     `phase` (T,) and `tools` (T, K) are the labels of each frame, classes in the order of `spec`.
     """
@@ -75,12 +50,12 @@ class Scene:
         height_px: int,
     ) -> None:
         look_rng, plan_rng = rng.spawn(2)
-        self._look = anatomy.draw_appearance(look_rng)
+        self._look = anatomy.Appearance(look_rng)
         self._tool_names = spec.tools
         self._unit_px = min(width_px, height_px)
         self._size_px = (width_px, height_px)
         self._draw_all(look_rng)
-        self.plan = draw_plan(plan_rng, phase, tools.astype(bool), spec, fps)
+        self.plan = Plan(plan_rng, phase, tools.astype(bool), spec, fps)
 
     def __len__(self) -> int:
         return len(self.plan.zoom)
@@ -96,7 +71,7 @@ class Scene:
         self._blood = anatomy.draw_blood(rng, unit_px)
         self._smoke = anatomy.draw_smoke(rng, unit_px)
         self._outside = anatomy.draw_outside(rng, unit_px)
-        materials = instruments.draw_materials(rng)
+        materials = instruments.Materials(rng)
         self._sprites = [
             instruments.draw_bag(rng, materials, unit_px)
             if name == _BAG
@@ -104,12 +79,12 @@ class Scene:
             for name in self._tool_names
         ]
         self._lamp = self._draw_lamp(rng)
-        # One tile larger than the picture, shifted from frame to frame: fresh noise would cost more than all the rest.
+        # One tile, larger than the frame and shifted from frame to frame: fresh noise would cost more than the rest.
         tile = (self._size_px[1] + GRAIN_SHIFTS, self._size_px[0] + GRAIN_SHIFTS, 1)
         self._grain = rng.normal(0, 2.2, tile).astype(np.float32)
 
     def _draw_lamp(self, rng: np.random.Generator) -> np.ndarray:
-        """White balance, fall-off of the light and the round field of view as one factor, (H, W, 3) float32."""
+        """White balance, light fall-off and the round field of view as one factor, (H, W, 3) float32."""
         width, height = self._size_px
         x = (np.arange(width, dtype=np.float32) + 0.5 - width / 2) / self._unit_px
         y = (np.arange(height, dtype=np.float32) + 0.5 - height / 2) / self._unit_px
@@ -117,57 +92,56 @@ class Scene:
         distance = np.hypot(x[None, :] - centre[0], y[:, None] - centre[1])
         light = 1.12 - rng.uniform(0.5, 1.1) * distance**2
         view = np.clip((self._look.view_radius - np.hypot(x[None, :], y[:, None])) * self._unit_px + 0.5, 0, 1)
-        return (np.clip(light, 0.25, None) * view)[..., None].astype(np.float32) * self._look.white_balance.astype(
-            np.float32
-        )
+        factor = (np.clip(light, 0.25, None) * view)[..., None].astype(np.float32)
+        return factor * self._look.white_balance.astype(np.float32)
 
     def frame(self, index: int) -> np.ndarray:
         """Frame `index`, (H, W, 3) uint8 RGB."""
         plan = self.plan
         if plan.outside[index] >= 0:
-            picture = self._seen(self._outside[plan.outside[index]], index)[..., :3].astype(np.float32)
+            image = self._seen(self._outside[plan.outside[index]], index)[..., :3].astype(np.float32)
         else:
-            picture = self._field(index)
-        picture *= self._lamp * np.float32(plan.exposure[index])
+            image = self.field(index)
+        image *= self._lamp * np.float32(plan.exposure[index])
         if plan.smoke[index] > 0.02:
-            self._add_smoke(picture, index)
+            self._add_smoke(image, index)
         shift_y, shift_x = plan.grain_shift[index]
         width, height = self._size_px
-        picture += self._grain[shift_y : shift_y + height, shift_x : shift_x + width]
-        pixels = np.clip(picture, 0, 255).astype(np.uint8)
+        image += self._grain[shift_y : shift_y + height, shift_x : shift_x + width]
+        pixels = np.clip(image, 0, 255).astype(np.uint8)
         radius_px = float(plan.blur[index]) * self._unit_px
         if radius_px > 0.4:
             return np.asarray(Image.fromarray(pixels).filter(ImageFilter.BoxBlur(radius_px)))
         return pixels
 
-    def _field(self, index: int) -> np.ndarray:
+    def field(self, index: int) -> np.ndarray:
         """Organs, blood, gallbladder, highlights and tools, before lamp and smoke: (H, W, 3) float32."""
         plan = self.plan
         seen = self._seen(self._organs, index)
-        picture, glisten = seen[..., :3].astype(np.float32), seen[..., 3]
+        image, reflection = seen[..., :3].astype(np.float32), seen[..., 3]
         if plan.blood[index] > 8:
             cover = self._seen(self._blood, index).astype(np.float32) + np.float32(plan.blood[index] - 255.0)
             cover = np.clip(cover * np.float32(1 / 60), 0, 0.82)[..., None]
-            picture += (np.array([104, 10, 10], dtype=np.float32) - picture) * cover
-        highlight = np.clip((glisten.astype(np.float32) - np.float32(plan.glare[index])) * np.float32(4.0), 0, 190)
-        picture += highlight[..., None]
+            image += (np.array([104, 10, 10], dtype=np.float32) - image) * cover
+        highlight = np.clip((reflection.astype(np.float32) - np.float32(plan.glare[index])) * np.float32(4.0), 0, 190)
+        image += highlight[..., None]
         if plan.bladder_shown[index]:
             state = min(int(plan.bladder_state[index] * len(self._bladder)), len(self._bladder) - 1)
             shift_x, shift_y, turn = plan.bladder_swing[index]
             angle = self._look.bladder_angle + turn + plan.roll[index]
             x, y = self._to_view(np.array([shift_x, shift_y - 0.05]), index)
-            self._paste(picture, self._bladder[state], (x, y), (0.32, 0.5), angle, plan.zoom[index])
+            self._paste(image, self._bladder[state], (x, y), (0.32, 0.5), angle, plan.zoom[index])
         # The bag lies behind the tools that hold and clean it.
         shown = sorted(np.flatnonzero(plan.tool_shown[index]), key=lambda k: self._tool_names[k] != _BAG)
         for k in shown:
             anchor = (0.5, 0.5) if self._tool_names[k] == _BAG else (instruments.WORKING_POINT, 0.5)
             sprite = self._sprites[k][plan.tool_opening[index, k]]
             tip = plan.tool_tip[index, k]
-            self._paste(picture, sprite, (tip[0], tip[1]), anchor, plan.tool_angle[index, k], plan.tool_scale[index, k])
-        return picture
+            self._paste(image, sprite, (tip[0], tip[1]), anchor, plan.tool_angle[index, k], plan.tool_scale[index, k])
+        return image
 
     def _to_view(self, point: np.ndarray, index: int) -> tuple[float, float]:
-        """Where a point of the canvas (units from its centre) lies in the picture (units from its centre)."""
+        """Position in the image of a point of the canvas, both in units from the centre."""
         plan = self.plan
         cos, sin = math.cos(plan.roll[index]), math.sin(plan.roll[index])
         x, y = (point - plan.pan[index]) * plan.zoom[index]
@@ -177,29 +151,23 @@ class Scene:
         """What the camera sees of a canvas, (H, W) or (H, W, 4) uint8."""
         plan = self.plan
         width, height = self._size_px
-        cos, sin = math.cos(plan.roll[index]) / plan.zoom[index], math.sin(plan.roll[index]) / plan.zoom[index]
-        centre_x = canvas.width / 2 + plan.pan[index, 0] * self._unit_px
-        centre_y = canvas.height / 2 + plan.pan[index, 1] * self._unit_px
-        affine = (
-            cos,
-            sin,
-            centre_x - cos * width / 2 - sin * height / 2,
-            -sin,
-            cos,
-            centre_y + sin * width / 2 - cos * height / 2,
+        centre = (
+            canvas.width / 2 + plan.pan[index, 0] * self._unit_px,
+            canvas.height / 2 + plan.pan[index, 1] * self._unit_px,
         )
+        affine = _affine(plan.roll[index], plan.zoom[index], centre, (-width / 2, -height / 2))
         return np.asarray(canvas.transform((width, height), Image.Transform.AFFINE, affine, _BILINEAR))
 
     def _paste(
         self,
-        picture: np.ndarray,
+        image: np.ndarray,
         sprite: Image.Image,
         point: tuple[float, float],
         anchor: tuple[float, float],
         angle: float,
         scale: float,
     ) -> None:
-        """Lay a premultiplied sprite on the picture: its `anchor` (shares of its sides) at `point`, turned, scaled."""
+        """Draw a premultiplied sprite, its `anchor` (fractions of its sides) at `point`, rotated and scaled."""
         width, height = self._size_px
         at_x, at_y = width / 2 + point[0] * self._unit_px, height / 2 + point[1] * self._unit_px
         cos, sin = math.cos(angle), math.sin(angle)
@@ -211,74 +179,75 @@ class Scene:
         top, bottom = max(0, math.floor(ys.min())), min(height, math.ceil(ys.max()))
         if right <= left or bottom <= top:
             return
-        cos, sin = cos / scale, sin / scale
-        offset_x, offset_y = left - at_x, top - at_y
-        affine = (
-            cos,
-            sin,
-            anchor_x + cos * offset_x + sin * offset_y,
-            -sin,
-            cos,
-            anchor_y - sin * offset_x + cos * offset_y,
-        )
+        affine = _affine(angle, scale, (anchor_x, anchor_y), (left - at_x, top - at_y))
         laid = np.asarray(sprite.transform((right - left, bottom - top), Image.Transform.AFFINE, affine, _BILINEAR))
-        below = picture[top:bottom, left:right]
+        below = image[top:bottom, left:right]
         below *= (255.0 - laid[..., 3:]) * np.float32(1 / 255)
         below += laid[..., :3]
 
-    def _add_smoke(self, picture: np.ndarray, index: int) -> None:
+    def _add_smoke(self, image: np.ndarray, index: int) -> None:
         density = self._seen(self._smoke, (index * 7) % len(self)).astype(np.float32)
         density *= np.float32(self.plan.smoke[index] / 255)
-        picture += (np.float32(178.0) * np.minimum(self._lamp, 1) - picture) * density[..., None]
+        image += (np.float32(178.0) * np.minimum(self._lamp, 1) - image) * density[..., None]
+
+
+def _affine(
+    angle: float, scale: float, anchor: tuple[float, float], offset: tuple[float, float]
+) -> tuple[float, float, float, float, float, float]:
+    """Pillow's coefficients from an output pixel to the canvas, which is rotated by `angle` and scaled by `scale` about
+    its point `anchor`; `offset` leads from there to the output's corner, in output pixels."""
+    cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
+    left, top = anchor[0] + cos * offset[0] + sin * offset[1], anchor[1] - sin * offset[0] + cos * offset[1]
+    return cos, sin, left, -sin, cos, top
 
 
 # ---------------------------------------------------------------------------------------------- movements
 
 
-def draw_plan(rng: np.random.Generator, phase: np.ndarray, tools: np.ndarray, spec: DataSetSpec, fps: float) -> Plan:
-    """Plan a video's movements from the labels of its frames: `phase` (T,), `tools` (T, K) bool."""
-    frames = len(phase)
-    outside = _draw_outside(rng, phase, tools, spec)
-    energy = _any_tool(tools, [k for k, name in enumerate(spec.tools) if name in _ENERGY_TOOLS])
-    rinse = _any_tool(tools, [spec.tools.index("Irrigator")])
-    burning = energy & (_wander(rng, frames, fps, 1.0)[:, 0] > -0.1)
-    haze = np.maximum(0, 0.16 * _wander(rng, frames, fps, 8.0)[:, 0] - 0.12)
-    camera = _wander(rng, frames, fps, 6.0, 6)
-    state, shown = _bladder(rng, phase, spec, fps)
-    swing = _wander(rng, frames, fps, 4.0, 3) * (0.05, 0.05, 0.16) + rng.normal(0, 1, 3) * (0.05, 0.05, 0.2)
-    freed = smoothstep(state, 0.85, 1.0)[:, None] * (0.18, 0.22, 0.9)
-    tip, angle, scale, opening = _tools(rng, tools, spec, fps)
-    return Plan(
-        pan=camera[:, :2] * 0.1 + rng.normal(0, 0.06, 2),
-        zoom=np.clip(rng.uniform(0.9, 1.3) * np.exp(0.13 * camera[:, 2]), 0.72, 1.7),
-        roll=camera[:, 3] * 0.1 + rng.normal(0, 0.2),
-        exposure=np.exp(0.1 * camera[:, 4]),
-        glare=np.clip(205 + 18 * camera[:, 5] + rng.normal(0, 10), 150, 250),
-        blur=np.clip(0.006 * (_wander(rng, frames, fps, 1.0)[:, 0] - 1.2), 0, 0.012),
-        smoke=np.clip(_leak(burning * 0.5, fps, rise_s=0.6, fall_s=1.5) + haze, 0, 0.62),
-        blood=_blood(rng, energy, rinse, fps),
-        bladder_state=state,
-        bladder_shown=shown,
-        bladder_swing=swing + freed,
-        tool_shown=tools,
-        tool_tip=tip,
-        tool_angle=angle,
-        tool_scale=scale,
-        tool_opening=opening,
-        outside=outside,
-        grain_shift=rng.integers(0, GRAIN_SHIFTS, (frames, 2)),
-    )
+class Plan:
+    """Every movement of a video, one row per frame, drawn from the labels of its frames: `phase` (T,), `tools` (T, K)
+    bool. Lengths are in units, angles in radians.
+    """
+
+    def __init__(
+        self, rng: np.random.Generator, phase: np.ndarray, tools: np.ndarray, spec: DataSetSpec, fps: float
+    ) -> None:
+        frames = len(phase)
+        # (T,) index of an image outside the body, -1 inside it
+        self.outside = _draw_outside(rng, phase, tools, spec)
+        energy = _any_tool(tools, [k for k, name in enumerate(spec.tools) if name in _ENERGY_TOOLS])
+        rinse = _any_tool(tools, [spec.tools.index("Irrigator")])
+        burning = energy & (_wander(rng, frames, fps, 1.0)[:, 0] > -0.1)
+        haze = np.maximum(0, 0.16 * _wander(rng, frames, fps, 8.0)[:, 0] - 0.12)
+        camera = _wander(rng, frames, fps, 6.0, 6)
+        # (T,) 0 to 1, and (T,) bool
+        self.bladder_state, self.bladder_shown = _bladder(rng, phase, spec, fps)
+        swing = _wander(rng, frames, fps, 4.0, 3) * (0.05, 0.05, 0.16) + rng.normal(0, 1, 3) * (0.05, 0.05, 0.2)
+        freed = smoothstep(self.bladder_state, 0.85, 1.0)[:, None] * (0.18, 0.22, 0.9)
+        self.bladder_swing = swing + freed  # (T, 3) shift x, y and rotation
+        self.tool_shown = tools  # (T, K) bool
+        # (T, K, 2), (T, K), (T, K), and (T, K) index of the sprite
+        self.tool_tip, self.tool_angle, self.tool_scale, self.tool_opening = _tools(rng, tools, spec, fps)
+        self.pan = camera[:, :2] * 0.1 + rng.normal(0, 0.06, 2)  # (T, 2)
+        self.zoom = np.clip(rng.uniform(0.9, 1.3) * np.exp(0.13 * camera[:, 2]), 0.72, 1.7)  # (T,)
+        self.roll = camera[:, 3] * 0.1 + rng.normal(0, 0.2)  # (T,)
+        self.exposure = np.exp(0.1 * camera[:, 4])  # (T,)
+        self.glare = np.clip(205 + 18 * camera[:, 5] + rng.normal(0, 10), 150, 250)  # (T,) threshold of highlights
+        self.blur = np.clip(0.006 * (_wander(rng, frames, fps, 1.0)[:, 0] - 1.2), 0, 0.012)  # (T,) radius
+        self.smoke = np.clip(_leak(burning * 0.5, fps, rise_s=0.6, fall_s=1.5) + haze, 0, 0.62)  # (T,) 0 to 1
+        self.blood = _blood(rng, energy, rinse, fps)  # (T,) 0 to 255
+        self.grain_shift = rng.integers(0, GRAIN_SHIFTS, (frames, 2))  # (T, 2) pixels
 
 
 def _any_tool(tools: np.ndarray, columns: Iterable[int]) -> np.ndarray:
-    """Whether one of the tools in `columns` is there, (T,) bool."""
+    """Whether one of the tools in `columns` is present, (T,) bool."""
     return np.asarray(tools[:, list(columns)].any(axis=1))
 
 
 def _wander(rng: np.random.Generator, frames: int, fps: float, memory_s: float, columns: int = 1) -> np.ndarray:
-    """Random courses of unit variance that forget within `memory_s` and do not tremble, (T, columns).
+    """Smooth random courses of unit variance with a correlation time of `memory_s`, (T, columns).
 
-    An Ornstein-Uhlenbeck process, smoothed by hands and masses (`_INERTIA_S`).
+    An Ornstein-Uhlenbeck process behind a low-pass filter (`_INERTIA_S`).
     """
     keep, slow = (math.exp(-1 / (fps * time_s)) for time_s in (memory_s, _INERTIA_S))
     kicks = rng.normal(0, math.sqrt(1 - keep * keep), (frames, columns))
@@ -293,7 +262,7 @@ def _wander(rng: np.random.Generator, frames: int, fps: float, memory_s: float, 
 
 
 def _leak(source: np.ndarray, fps: float, rise_s: float, fall_s: float) -> np.ndarray:
-    """Follows `source` (T,) with one time to rise and another to fall."""
+    """`source` (T,) low-pass filtered, with different time constants for rising and falling."""
     rise, fall = 1 - math.exp(-1 / (fps * rise_s)), 1 - math.exp(-1 / (fps * fall_s))
     course = np.empty(len(source))
     value = 0.0
@@ -303,16 +272,17 @@ def _leak(source: np.ndarray, fps: float, rise_s: float, fall_s: float) -> np.nd
     return course
 
 
-def stretches(mask: np.ndarray) -> Iterator[tuple[int, int]]:
+def true_runs(mask: np.ndarray) -> Iterator[tuple[int, int]]:
     """First and one past the last index of each run of True in `mask` (T,)."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
     yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
 
 
 def _draw_outside(rng: np.random.Generator, phase: np.ndarray, tools: np.ndarray, spec: DataSetSpec) -> np.ndarray:
-    """Which frames show no operating field, (T,): only stretches without a tool, since labels say what is seen."""
+    """The image outside the body that each frame shows, (T,), -1 for none: only runs without a tool may, because the
+    labels give what is visible."""
     outside = np.full(len(phase), -1)
-    for start, end in stretches(~_any_tool(tools, range(len(spec.tools)))):
+    for start, end in true_runs(~_any_tool(tools, range(len(spec.tools)))):
         chance = _OUTSIDE_P.get(spec.phases[phase[start]], _OUTSIDE_P_ELSEWHERE)
         if rng.random() < chance:
             outside[start:end] = rng.choice(len(_OUTSIDE_KINDS), p=_OUTSIDE_KINDS)
@@ -322,7 +292,7 @@ def _draw_outside(rng: np.random.Generator, phase: np.ndarray, tools: np.ndarray
 def _bladder(
     rng: np.random.Generator, phase: np.ndarray, spec: DataSetSpec, fps: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """State of the gallbladder, (T,) 0 untouched to 1 freed, and whether it is to be seen, (T,) bool."""
+    """State of the gallbladder, (T,) 0 untouched to 1 freed, and whether it is visible, (T,) bool."""
     progress = np.zeros(len(phase))
     reached = 0.0
     for name, gain in (("CalotTriangleDissection", 0.45), ("ClippingCutting", 0.05), ("GallbladderDissection", 0.5)):
@@ -344,7 +314,7 @@ def _bladder(
 
 
 def _blood(rng: np.random.Generator, energy: np.ndarray, rinse: np.ndarray, fps: float) -> np.ndarray:
-    """How far blood has spread, (T,) 0 to 255: it comes in bursts, runs off slowly and is rinsed away."""
+    """How far blood has spread, (T,) 0 to 255: it appears in bursts, drains slowly and is rinsed away."""
     level = np.empty(len(energy))
     value = rng.uniform(0, 120)
     bursts = rng.random(len(energy)) < np.where(energy, 0.06, 0.015) / fps
@@ -359,7 +329,7 @@ def _blood(rng: np.random.Generator, energy: np.ndarray, rinse: np.ndarray, fps:
 def _tools(
     rng: np.random.Generator, tools: np.ndarray, spec: DataSetSpec, fps: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Place of each tool's working point (T, K, 2), angle (T, K), scale (T, K) and opening (T, K)."""
+    """Position of each tool's working point (T, K, 2), angle (T, K), scale (T, K) and opening (T, K)."""
     frames, kinds = tools.shape
     tip, angle = np.zeros((frames, kinds, 2)), np.zeros((frames, kinds))
     scale, opening = np.ones((frames, kinds)), np.zeros((frames, kinds), dtype=np.int64)
@@ -374,7 +344,7 @@ def _tools(
             continue
         entry = math.radians(_ENTRY_DEG[name] + rng.normal(0, 15))
         work = home + (0.06 * math.cos(entry), 0.06 * math.sin(entry)) + 0.11 * course[:, :2]
-        for start, end in stretches(tools[:, k]):
+        for start, end in true_runs(tools[:, k]):
             turned = entry + math.radians(rng.normal(0, 8))
             trocar = _TROCAR_UNITS * np.array([math.cos(turned), math.sin(turned)])
             age_s = (np.minimum(np.arange(end - start), np.arange(end - start)[::-1]) + 0.5) / fps

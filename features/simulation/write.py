@@ -76,19 +76,10 @@ class Settings:
     spec: DataSetSpec
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "made_by": _PROGRAM,
-            "simulated": True,
-            "simulator_version": SIMULATOR_VERSION,
-            "seed": self.seed,
-            "fps": self.fps,
-            "width_px": self.width_px,
-            "height_px": self.height_px,
-            "speed_up": self.speed_up,
-            "phases": list(self.spec.phases),
-            "tools": list(self.spec.tools),
-            "id_format": self.spec.id_format,
-        }
+        about = {"made_by": _PROGRAM, "simulated": True, "simulator_version": SIMULATOR_VERSION}
+        numbers = {name: value for name, value in vars(self).items() if name != "spec"}
+        classes = {"phases": list(self.spec.phases), "tools": list(self.spec.tools)}
+        return {**about, **numbers, **classes, "id_format": self.spec.id_format}
 
 
 @dataclass(frozen=True)
@@ -192,15 +183,15 @@ def _claim_folder(out: Path, settings: Settings) -> None:
 
 
 def _readme(settings: Settings) -> str:
-    return f"""SIMULATED data: not one picture or label in this folder comes from a patient.
+    return f"""SIMULATED data: no image and no label in this folder comes from a patient.
 
-Made by `{_PROGRAM}` (simulator version {SIMULATOR_VERSION}, seed {settings.seed}, {settings.fps} frames a second,
+Made by `{_PROGRAM}` (simulator version {SIMULATOR_VERSION}, seed {settings.seed}, {settings.fps} frames per second,
 {settings.width_px}x{settings.height_px} pixels, operations sped up {settings.speed_up:g} times).
-The layout is that of Cholec80. Pictures are procedural drawings. Label sequences are random, drawn from
+The layout is that of Cholec80. Images are procedural drawings. Label sequences are random, drawn from
 
 {load_table().attribution}
 
-Results on this data show that software works. They say nothing about real operations.
+Results on this data show that the software works. They say nothing about real operations.
 """
 
 

@@ -26,9 +26,9 @@ from engine.stopping import Stopped, watch_signals
 from features.dataset.annotations import read_phase_file, read_tool_file
 from features.dataset.index import build_index
 from features.simulation import Operation, Scene, draw_operation, frame_seconds, load_table, simulate
-from features.simulation.instruments import draw_materials, draw_tool
-from features.simulation.procedure import _tool_set_p
-from features.simulation.scene import draw_plan, stretches
+from features.simulation.instruments import Materials, draw_tool
+from features.simulation.procedure import tool_set_p
+from features.simulation.scene import Plan, true_runs
 
 SPEC = load_dataset("cholec80")
 TABLE = load_table()
@@ -58,7 +58,7 @@ def test_the_table_names_its_source_and_licence() -> None:
 
 @pytest.mark.parametrize("phase", TABLE.phases)
 def test_sets_that_the_table_leaves_out_are_filled_in_to_the_tools_shares(phase: str) -> None:
-    p = _tool_set_p(phase)
+    p = tool_set_p(phase)
     member = (np.arange(p.size)[:, None] >> np.arange(len(TABLE.tools))) & 1
     share = dict(zip(TABLE.tools, p @ member, strict=True))
     assert p.sum() == pytest.approx(1)
@@ -82,7 +82,7 @@ def phase_order(operation: Operation) -> list[str]:
 
 
 def lengths(mask: np.ndarray) -> list[int]:
-    return [end - start for start, end in stretches(mask)]
+    return [end - start for start, end in true_runs(mask)]
 
 
 def test_phases_occur_as_often_as_in_the_table(operations: list[Operation]) -> None:
@@ -194,7 +194,7 @@ def test_a_labelled_tool_is_to_be_seen_and_no_other(tool: str) -> None:
     before, after = scene(others), scene(both)
     for index in range(frames):
         # The field before lamp, smoke and blur: those follow from the labels too.
-        changed = np.abs(after._field(index) - before._field(index)).max(axis=-1) > 25
+        changed = np.abs(after.field(index) - before.field(index)).max(axis=-1) > 25
         assert changed.mean() > 0.02, (tool, index)
     assert not scene(without).plan.tool_shown.any()
 
@@ -203,8 +203,8 @@ def test_tools_differ_in_outline_whatever_they_are_made_of() -> None:
     names = [tool for tool in SPEC.tools if tool != "SpecimenBag"]
     outlines = {}
     for name in names:
-        sprite = np.asarray(draw_tool(name, draw_materials(np.random.default_rng(1)), 120)[1])[..., 3] > 128
-        again = np.asarray(draw_tool(name, draw_materials(np.random.default_rng(2)), 120)[1])[..., 3] > 128
+        sprite = np.asarray(draw_tool(name, Materials(np.random.default_rng(1)), 120)[1])[..., 3] > 128
+        again = np.asarray(draw_tool(name, Materials(np.random.default_rng(2)), 120)[1])[..., 3] > 128
         assert np.array_equal(sprite, again)
         margin = (80 - len(sprite)) // 2
         tip = np.zeros((80, 60), dtype=bool)
@@ -222,7 +222,7 @@ def test_the_gallbladder_does_not_tell_one_dissection_from_the_other() -> None:
         rng = np.random.default_rng([1, number])
         operation = draw_operation(rng, SPEC)
         second = frame_seconds(operation, 1, 10)
-        plan = draw_plan(rng, operation.phase[second], operation.tools[second] > 0, SPEC, 1)
+        plan = Plan(rng, operation.phase[second], operation.tools[second] > 0, SPEC, 1)
         during = np.isin(operation.phase[second], (calot, bladder))
         states.append(plan.bladder_state[during])
         phases.append(operation.phase[second][during] == bladder)
@@ -237,7 +237,7 @@ def test_pictures_outside_the_body_hide_no_labelled_tool() -> None:
     for _ in range(10):
         operation = draw_operation(rng, SPEC)
         second = frame_seconds(operation, 1, 10)
-        plan = draw_plan(rng, operation.phase[second], operation.tools[second] > 0, SPEC, 1)
+        plan = Plan(rng, operation.phase[second], operation.tools[second] > 0, SPEC, 1)
         assert not plan.tool_shown[plan.outside >= 0].any()
         shown += int((plan.outside >= 0).sum())
     assert shown > 0
@@ -247,7 +247,7 @@ def test_camera_and_tools_move_without_jumps_at_video_rate() -> None:
     frames = 500
     tools = np.ones((frames, len(SPEC.tools)), dtype=bool)
     phase = np.full(frames, SPEC.phases.index("GallbladderDissection"))
-    plan = draw_plan(np.random.default_rng(6), phase, tools, SPEC, 25)
+    plan = Plan(np.random.default_rng(6), phase, tools, SPEC, 25)
     for course in (plan.pan, plan.tool_tip, np.unwrap(plan.tool_angle, axis=0), plan.roll):
         steps = np.abs(np.diff(course, axis=0))
         assert 0 < steps.mean() < 0.01
