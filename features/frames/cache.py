@@ -1,9 +1,9 @@
-"""Frames decoded once: an HDF5 file a video with uint8 pixels after the resize and before the crop.
+"""Frames decoded once: one HDF5 file per video with uint8 pixels after the resize and before the crop.
 
-Random access into video with seconds between key frames costs a decoded group a frame; a cached frame costs a
-millisecond. Files lie in `<cache.dir>/<digest12>/<video_id>.h5`; the digest is over what changes the pixels (geometry,
-sampling rate, and codec with quality where it loses something), so two kinds never mix. Each frame is one compressed
-image with a CRC-32, read and checked on its own. Nothing here imports a video decoder.
+Random access into a video with seconds between key frames decodes a whole group per frame; a cached frame takes a
+millisecond. Files are `<cache.dir>/<digest12>/<video_id>.h5`; the digest covers what changes the pixels (geometry,
+sampling rate, and the codec with its quality where it is lossy), so different kinds never mix. Each frame is one
+compressed image with a CRC-32, read and checked on its own. Nothing here imports a video decoder.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ SCHEMA_VERSION = 3  # 2: sealed, so that damage is found before HDF5 looks; 3: f
 
 _DATASETS = ("frame_index", "blobs", "crc32")
 
-# How Pillow writes each codec. Lossless ones give the pixels back exactly and are therefore not part of the digest.
-# Measured on real 250 x 250 frames, one core (encode ms, decode ms, kB a frame): png at level 1: 4.0, 1.5, 73;
-# level 6: 16, 1.4, 65; lossless webp: 3.0, 1.3, 51; jpeg 95: 0.3, 0.3, 17. Higher png levels gain little for the time.
+# How Pillow writes each codec. Lossless ones preserve the pixels exactly and are therefore not part of the digest.
+# Measured on real 250 x 250 frames, one core (ms to encode, ms to decode, kB per frame): png at level 1: 4.0, 1.5, 73;
+# level 6: 16, 1.4, 65; lossless webp: 3.0, 1.3, 51; jpeg 95: 0.3, 0.3, 17. Higher png levels save little.
 _LOSSLESS: dict[str, dict[str, Any]] = {
     "png": {"format": "PNG", "compress_level": 1},
     "webp": {"format": "WEBP", "lossless": True, "method": 0, "quality": 0},
 }
-# Upper estimates of a compressed frame's share of its raw bytes, for the check of free disk space.
+# Upper estimates of a compressed frame's size as a fraction of its raw bytes, for the check of free disk space.
 _SHARE_LOSSLESS, _SHARE_JPEG = 0.5, 0.25
 
 
 @dataclass(frozen=True, eq=False)
 class CacheRequest:
-    """One video's frames to have: who it is, which source frames (T,), and how to open it when they must be read."""
+    """The frames of one video: its identity, the source frames (T,), and how to open it when they must be read."""
 
     source: SourceIdentity
     frame_index: NDArray[np.int64]
@@ -71,34 +71,34 @@ class FrameCache:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over everything that changes the pixels."""
+        """SHA-256 of everything that changes the pixels."""
         lossy = None if self.config.codec in _LOSSLESS else {"codec": "jpeg", "quality": self.config.jpeg_quality}
         what = {"schema_version": SCHEMA_VERSION, "geometry": geometry_json(self.preprocess)}
         return sha256_json({**what, "fps": self.fps, "lossy": lossy})
 
     def path(self, video_id: str) -> Path:
-        """Where a video's frames are."""
+        """The file of a video's frames."""
         return self.folder / f"{file_stem(video_id)}.h5"
 
     def estimate_bytes(self, frame_count: int) -> int:
-        """Disk space that so many frames take at most, on material like Cholec80."""
+        """Upper estimate of the disk space of `frame_count` frames, for material like Cholec80."""
         share = _SHARE_LOSSLESS if self.config.codec in _LOSSLESS else _SHARE_JPEG
         return int(frame_count * (3 * self.preprocess.resize_px**2 * share + 32)) + 64_000
 
     def find(self, request: CacheRequest, deep: bool = False) -> CachedFrames | None:
-        """The video's frames if the cache holds them whole, from this very source; otherwise None."""
+        """The video's frames if the cache holds all of them, from this source; otherwise None."""
         return CachedFrames(self.path(request.source.video_id)) if self.problem(request, deep) is None else None
 
     def problem(self, request: CacheRequest, deep: bool = False) -> str | None:
-        """What keeps a video's cache file from being used, or None. `deep` also checks each frame's CRC."""
+        """Why a video's cache file cannot be used, or None. `deep` also checks each frame's CRC."""
         return _problem(self.path(request.source.video_id), self._attributes(request), request.frame_index, deep)
 
     def ensure(self, request: CacheRequest, on_frame: Callable[[int], None] | None = None) -> CachedFrames:
         """The video's frames, decoded now where the cache does not hold them; memory does not grow with the length.
 
-        `on_frame` hears the number of frames done after each; it hears nothing where nothing is to be done. Raises
-        ReaderError for a source that cannot be read and UserError when the disk is full or not writable; then, as
-        after Ctrl-C, nothing is left behind.
+        `on_frame` is called with the number of frames done after each decoded frame. Raises ReaderError for a source
+        that cannot be read and UserError when the disk is full or not writable; then, as after Ctrl-C, no unfinished
+        file is left.
         """
         found = self.find(request)
         if found is not None:
@@ -111,11 +111,11 @@ class FrameCache:
             self._write(temporary, request, on_frame)
             problem = _problem(temporary, self._attributes(request), request.frame_index, deep=True)
             if problem is not None:
-                raise UserError(f"{path}: what was written does not read back ({problem}); is the disk sound?")
+                raise UserError(f"{path}: the written file cannot be read back ({problem}); check the disk")
         return CachedFrames(path)
 
     def _attributes(self, request: CacheRequest) -> dict[str, Any]:
-        """What a file must say about itself to be this request's."""
+        """The attributes of a file that belongs to this request."""
         return {
             "schema_version": SCHEMA_VERSION,
             "digest": self.digest,
@@ -149,7 +149,7 @@ class FrameCache:
         seal(temporary)
 
     def _provenance(self, geometry: Geometry, reader: FrameReader) -> dict[str, Any]:
-        """What is good to know about a file and does not decide whether it is the right one."""
+        """Information about a file that does not decide whether it is the right one."""
         return {
             "geometry": json.dumps({**geometry_json(self.preprocess), **geometry.to_json()}, sort_keys=True),
             "codec": self.config.codec,
@@ -186,21 +186,17 @@ def _problem(path: Path, attributes: dict[str, Any], frame_index: NDArray[np.int
             if not np.array_equal(file["frame_index"][...], frame_index):
                 return "holds other frames"
             if deep:
-                wrong = _first_wrong_checksum(file)
-                return None if wrong is None else f"frame {frame_index[wrong]} is damaged"
+                for number, blob, checksum in zip(frame_index, file["blobs"], file["crc32"][...], strict=True):
+                    if zlib.crc32(blob) != checksum:
+                        return f"frame {number} is damaged"
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         return f"damaged or cut short ({' '.join(str(error).split())[:120]})"
     return None
 
 
-def _first_wrong_checksum(file: h5py.File) -> int | None:
-    blobs, checksums = file["blobs"], file["crc32"][...]
-    return next((n for n, checksum in enumerate(checksums) if zlib.crc32(blobs[n]) != checksum), None)
-
-
 @dataclass
 class CachedFrames:
-    """A video's cached frames by position. Picklable; each process opens the file for itself at its first frame."""
+    """A video's cached frames by position. Picklable; each process opens the file itself at its first frame."""
 
     path: Path
     _file: h5py.File | None = field(default=None, init=False, repr=False, compare=False)
@@ -235,11 +231,8 @@ class CachedFrames:
         if file is not None and self._process == os.getpid():
             file.close()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[CachedFrames], tuple[Path]]:
+        return CachedFrames, (self.path,)
 
     def _read(self, name: str, selection: Any) -> Any:
         try:
@@ -250,4 +243,4 @@ class CachedFrames:
             raise self._damaged(" ".join(str(error).split())[:120]) from error
 
     def _damaged(self, what: str) -> UserError:
-        return UserError(f"{self.path}: damaged or missing ({what}); delete it, it is made again")
+        return UserError(f"{self.path}: damaged or missing ({what}); delete it, and it is created again")

@@ -1,10 +1,10 @@
-"""From a video's frame to what the backbone sees: one code for training, extraction, joint training and prediction.
+"""From a video's frame to the backbone's input: the same code for training, extraction, joint training and prediction.
 
-Steps, in order: optional cut of the endoscope's black margin (one box a video), resize to `resize_px` square without
-keeping the aspect (as the reference programs do), by Pillow's antialiased bilinear filter in integer arithmetic, the
-same on every machine; crop to `crop_px`; scale to [0, 1]; normalise with mean and deviation a channel. What is stored
-in the frame cache is the frame after the resize. Letters in shapes: N frames, T frames of a clip, R resized size, S
-crop size.
+Steps, in order: optional cut of the endoscope's black margin (one box per video); resize to a square of `resize_px`
+without keeping the aspect ratio (as the reference programs do), by Pillow's antialiased bilinear filter in integer
+arithmetic, the same on every machine; crop to `crop_px`; scale to [0, 1]; normalise with mean and standard deviation
+per channel. The frame cache stores the frame after the resize. Letters in shapes: N frames, T frames of a clip, R
+resized size, S crop size.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ CropCount = Literal[1, 5, 10]
 def require_preprocess_of(
     net: PreprocessConfig, config: Config, given: GivenKeys, path: Path, fps: float | None = None, backbone: str = ""
 ) -> None:
-    """Raise UserError where the user gave settings of pictures that a net, which `path` holds, was not made for.
+    """Raise UserError where the user gave frame settings that differ from those of the net in `path`.
 
-    These are those of `preprocess`, and where they are known the sampling rate `fps` and the backbone's name.
+    Compared are the settings `preprocess.*` and, where known, the sampling rate `fps` and the backbone's name.
     """
     known: dict[str, Any] = {"data.fps": fps and float(fps), "cnn.backbone": backbone}
     made = _of_preprocess(net) | {key: value for key, value in known.items() if value}
@@ -44,10 +44,11 @@ def require_preprocess_of(
 
 
 def require_features_of(encoder: Mapping[str, Any], config: Config, given: GivenKeys, path: Path) -> None:
-    """Raise UserError where `--set` gives settings of pictures other than those of features in `path`, or of those that
-    its net was trained on; `encoder` is the record of what made them. In a file they may be meant for other stages."""
+    """Raise UserError where `--set` gives frame settings that differ from those of the features in `path`, or of the
+    features that its net was trained on; `encoder` is the record of how they were made. Settings in a file may be meant
+    for other stages and are not compared."""
     if given.by_set.isdisjoint({*_of_preprocess(config.preprocess), "data.fps", "cnn.backbone"}):
-        return  # the record is of no interest, and may be an older one
+        return  # nothing to compare, and the record may be an older one
     net = preprocess_from_json(encoder["preprocess"], str(path))
     made = _of_preprocess(net) | {"data.fps": float(encoder["fps"]), "cnn.backbone": encoder["backbone"]}
     in_set = GivenKeys(given.by_set)
@@ -78,18 +79,18 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-# Rec. 601 luma, as every published colour jitter (torchvision, Pillow) weighs it.
+# Rec. 601 luma, the weights of every published colour jitter (torchvision, Pillow).
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-# A video's margin is judged on this many frames, spread over all of it.
+# A video's margin is determined from this many frames, evenly spaced over all of it.
 MARGIN_FRAMES = 12
-# Black of an 8-bit recording with compression noise; a row or column is field when 5 % of it is brighter.
+# Black of an 8-bit recording with compression noise; a row or column belongs to the field when 5 % of it is brighter.
 _BLACK_LEVEL = 24
 _BRIGHT_SHARE = 0.05
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Cut and resize of one video's frames. `box` is (left, top, right, bottom) in pixels, None takes all."""
+    """Cut and resize of one video's frames. `box` is (left, top, right, bottom) in pixels, None for the whole frame."""
 
     resize_px: int
     box: Box | None = None
@@ -120,11 +121,11 @@ class Geometry:
 
 
 def find_margin(frames: Iterable[np.ndarray]) -> Box | None:
-    """The bright field's bounding box (left, top, right, bottom), or None where there is no margin to speak of.
+    """The bright field's bounding box (left, top, right, bottom) in pixels, or None where there is no margin.
 
     Each frame (H, W, 3) has its own box: the span of rows and columns of which 5 % are brighter than black. Frames
-    without one (dark, scope outside) do not vote. The quartile that cuts less decides each side, so that neither some
-    dark frames nor a few wide ones move the box. A field of less than a quarter of either side is not believed.
+    without one (dark, scope outside) are ignored, as is a field of less than a quarter of either side. Each side is the
+    quartile that cuts less, so that neither some dark frames nor a few wide ones move the box.
     """
     boxes, size = [], (0, 0)
     for frame in frames:
@@ -146,7 +147,7 @@ def find_margin(frames: Iterable[np.ndarray]) -> Box | None:
 def crop_frames(frames: Frames, crop_px: int, count: CropCount = 1) -> Frames:
     """Crops for evaluation, (N, R, R, 3) -> (N, count, S, S, 3), arrays or tensors, any dtype.
 
-    1: the centre, its offset (R - S) // 2 rounded down. 5: top left, top right, bottom left, bottom right, centre.
+    1: the centre, with offset (R - S) // 2. 5: top left, top right, bottom left, bottom right, centre.
     10: those of the frame, then those of the frame mirrored left to right (torchvision's order).
     """
     rest = frames.shape[1] - crop_px
@@ -175,7 +176,7 @@ def _stacked(crops: Sequence[Any]) -> Any:
 
 
 def augment_generator(seed: int, epoch: int, sample: int) -> np.random.Generator:
-    """The random draws of one sample in one epoch: the same whichever worker makes it, and after a resume."""
+    """The random draws of one sample in one epoch: the same in every worker process, and after a resume."""
     return np.random.default_rng([seed, epoch, sample])
 
 
@@ -195,9 +196,8 @@ class Draw:
 
 
 def draw_change(generator: np.random.Generator, config: AugmentConfig, resize_px: int, crop_px: int) -> Draw:
-    """Draw for frames of `resize_px`, the same number of values whatever `config` switches on.
-
-    So that switching one change on leaves the others' draws alone.
+    """Draw for frames of `resize_px`, always the same number of values, so that enabling one change in `config` does
+    not alter the draws of the others.
     """
     rest = resize_px - crop_px
     if rest < 0:
@@ -212,12 +212,12 @@ def draw_change(generator: np.random.Generator, config: AugmentConfig, resize_px
 
 
 def changes_colour(config: AugmentConfig) -> bool:
-    """Whether any draw changes colours."""
+    """Whether draws change colours."""
     return bool(config.brightness or config.contrast or config.saturation)
 
 
 def augment(frames: np.ndarray, generator: np.random.Generator, config: AugmentConfig, crop_px: int) -> np.ndarray:
-    """Crop and mirror all frames of a clip with one draw, colours as they are: (T, R, R, 3) uint8 -> (T, S, S, 3)."""
+    """Crop and mirror all frames of a clip with one draw, colours unchanged: (T, R, R, 3) uint8 -> (T, S, S, 3)."""
     draw = draw_change(generator, config, frames.shape[1], crop_px)
     cut = draw.crop(frames, crop_px)
     return np.ascontiguousarray(_mirrored(cut) if draw.flip else cut)
@@ -230,11 +230,11 @@ def changed_images(
     config: PreprocessConfig,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """Mirror, change colours and normalise on `device`, a batch at once: (N, S, S, 3) uint8 -> (N, 3, S, S) float32.
+    """Mirror, change colours and normalise on `device`, one batch at once: (N, S, S, 3) uint8 -> (N, 3, S, S) float32.
 
     `flip` (N,) bool. `colour` (N, 3) scales brightness, contrast (about each frame's mean luma) and saturation (about
-    each pixel's luma), in this order, cut to 0..255 and not rounded; (0, 3) leaves colours alone. Bytes travel, without
-    waiting where they are pinned; floats are made there.
+    each pixel's luma), in this order, clamped to 0..255 and not rounded; (0, 3) leaves colours unchanged. Bytes are
+    copied to the device, asynchronously where they are pinned, and converted to floats there.
     """
     import torch
 
@@ -265,8 +265,8 @@ def normalise(
 ) -> torch.Tensor:
     """(N, S, S, 3) uint8 -> (N, 3, S, S) float32 on `device`: (x / 255 - mean) / std.
 
-    Bytes travel to the device, floats are made there. `channels_last` gives the memory layout that convolutions on
-    CPUs and newer GPUs prefer; the numbers are the same.
+    Bytes are copied to the device and converted there. `channels_last` is the memory layout that convolutions on CPUs
+    and newer GPUs prefer; the numbers are the same.
     """
     import torch
 
@@ -277,7 +277,7 @@ def normalise(
 
 
 def _normalised(pixels: torch.Tensor, config: PreprocessConfig, channels_last: bool = True) -> torch.Tensor:
-    """As `normalise`, from floats 0..255, which are overwritten."""
+    """`normalise` for floats 0..255, which are overwritten."""
     import torch
 
     # Whole rows of pixels at once: broadcasting over three channels alone is 15 times slower on a CPU.
@@ -290,33 +290,30 @@ def _normalised(pixels: torch.Tensor, config: PreprocessConfig, channels_last: b
 
 
 def preprocess_json(config: PreprocessConfig) -> dict[str, Any]:
-    """Everything that changes what the backbone sees, library and filter named; part of the encoder's identity."""
-    return {**geometry_json(config), "crop": "centre", "crop_px": config.crop_px, **_colour_json(config)}
+    """Everything that changes the backbone's input, with library and filter; part of the encoder's identity."""
+    crop = {"crop": "centre", "crop_px": config.crop_px}
+    return {**geometry_json(config), **crop, "scale": "1/255", "mean": list(config.mean), "std": list(config.std)}
 
 
 def preprocess_from_json(recorded: Any, where: str) -> PreprocessConfig:
-    """The settings behind what `preprocess_json` gave. Raises UserError for one that this program does not do."""
+    """The settings that a record of `preprocess_json` describes. Raises UserError for a record of another version."""
     try:
         config = PreprocessConfig(
             cut_margin=recorded["cut_margin"] is not None,
             **{key: recorded[key] for key in ("resize_px", "crop_px", "mean", "std")},
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: does not say how its frames were prepared; train it again") from error
+        raise UserError(f"{where}: does not record how its frames were preprocessed; train it again") from error
     if preprocess_json(config) != recorded:
-        raise UserError(f"{where}: its frames were prepared in a way that this version does not know; train it again")
+        raise UserError(f"{where}: its frames were preprocessed in a way unknown to this version; train it again")
     return config
 
 
 def geometry_json(config: PreprocessConfig) -> dict[str, Any]:
-    """The part of it that happens before the crop: the identity of cached frames."""
+    """The steps before the crop: the identity of cached frames."""
     margin = {"frames": MARGIN_FRAMES, "black_level": _BLACK_LEVEL, "bright_share": _BRIGHT_SHARE}
     return {
         "resize_px": config.resize_px,
         "resize": "Pillow bilinear, antialiased, aspect not kept",
         "cut_margin": margin if config.cut_margin else None,
     }
-
-
-def _colour_json(config: PreprocessConfig) -> dict[str, Any]:
-    return {"scale": "1/255", "mean": list(config.mean), "std": list(config.std)}

@@ -214,24 +214,16 @@ def _provenance_of_cache(path: Path) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class CacheJob:
+class _CacheJob:
     """One video to decode into the cache."""
 
     entry: VideoEntry
     frames: int
 
 
-@dataclass(frozen=True)
-class CacheTask:
-    """Decodes one video into the frame cache."""
-
-    config: Config
-    root: Path
-    index: Index
-
-    def __call__(self, job: CacheJob, advance: Advance) -> None:
-        request = cache_request(self.config, job.entry, self.root, self.index)
-        frame_cache(self.config).ensure(request, lambda done: advance(1))
+def _decode_into_cache(config: Config, root: Path, index: Index, job: _CacheJob, advance: Advance) -> None:
+    request = cache_request(config, job.entry, root, index)
+    frame_cache(config).ensure(request, lambda done: advance(1))
 
 
 def recorded_faults(folder: Path, index: Index) -> list[tuple[str, str]]:
@@ -280,12 +272,13 @@ def fill_cache(
                 raise
             except UserError:
                 pass  # the job reports it, and leaves out this video only
-            jobs.append(CacheJob(entry, len(request.frame_index)))
+            jobs.append(_CacheJob(entry, len(request.frame_index)))
     if not jobs:
         return []
     needed = sum(cache.estimate_bytes(job.frames) for job in jobs)
     require_free_bytes(cache.folder, needed, f"caching frames of {len(jobs)} video(s)")
-    work = work_through(CacheTask(config, root, index), jobs, choose_processes(-1, jobs), "decode frames", stop)
+    task = partial(_decode_into_cache, config, root, index)
+    work = work_through(task, jobs, choose_processes(-1, jobs), "decode frames", stop)
     failed = [(job.entry.id, reason) for job, reason in work if reason is not None]
     remove_stale_temporaries(cache.folder)  # of processes that died
     if lost := [fault for fault in failed if not isinstance(fault[1], VideoFault)]:

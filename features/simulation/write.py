@@ -23,7 +23,7 @@ from configs.schema import DataSetSpec
 from engine.files import (
     atomic_path,
     make_folder,
-    read_json,
+    read_json_object,
     remove_stale_temporaries,
     require_free_bytes,
     write_json,
@@ -166,15 +166,13 @@ def _claim_folder(out: Path, settings: Settings) -> None:
     wanted = settings.to_json()
     path = out / SETTINGS_FILE
     if path.exists():
-        found = read_json(path)
-        differing = [key for key in wanted if not isinstance(found, dict) or found.get(key) != wanted[key]]
-        if differing:
-            key = differing[0]
-            was = found.get(key) if isinstance(found, dict) else None
-            raise UserError(
-                f"{path}: this folder was simulated with {key} {was!r}, not {wanted[key]!r}; choose another folder or "
-                "delete this one"
-            )
+        found = read_json_object(path)
+        for key in wanted:
+            if found.get(key) != wanted[key]:
+                raise UserError(
+                    f"{path}: this folder was simulated with {key} {found.get(key)!r}, not {wanted[key]!r}; choose "
+                    "another folder or delete this one"
+                )
         return
     others = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith("."))
     if others:

@@ -74,18 +74,10 @@ def video_stream(container: Any, path: Path) -> Any:
         raise ReaderError(f"{path}: holds a video stream without a frame size; {REMEDY}")
     if width_px * height_px > MAX_PIXELS:
         raise ReaderError(f"{path}: refuses to decode frames of {width_px} x {height_px} pixels; leave it out")
-    use_threads(stream.codec_context, 1)
+    # Decode in the calling thread: threads per slice disable FFmpeg's damage flags, and PyAV frees contexts late, which
+    # hangs a forked child that frees one with threads.
+    stream.codec_context.thread_type, stream.codec_context.thread_count = "NONE", 1
     return stream
-
-
-def use_threads(context: Any, threads: int) -> None:
-    """Decode in the calling thread alone, or in several, one frame each: threads per slice disable FFmpeg's damage
-    flags.
-
-    PyAV frees contexts late, and freeing one with threads in a forked child hangs it.
-    """
-    context.thread_type = "FRAME" if threads > 1 else "NONE"
-    context.thread_count = threads
 
 
 def packets_of(container: Any, stream: Any) -> Iterator[Any]:

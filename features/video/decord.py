@@ -41,11 +41,12 @@ def why_not_decord(scan: VideoScan) -> str | None:
 
     Decided by the packets alone, then by comparing the first frame.
     """
+    idr_only = scan.idr[0] and scan.key_count == scan.idr.sum()
     reasons = {
         "presentation times unknown, repeated or not kept by this container or codec": not scan.numbered,
         "MPEG-TS is not sought exactly": scan.container == "mpegts",
         "an edit list hides frames": not scan.shown.all(),
-        "key frames that later ones look past, as in an open GOP": not _starts_over(scan),
+        "key frames that are not IDR pictures, as in an open GOP": not idr_only,
         "odd width or height": bool(scan.width_px % 2 or scan.height_px % 2),
         f"pixel format {scan.pix_fmt}": scan.pix_fmt not in {"yuv420p", "yuvj420p"},
         "several video streams": scan.video_streams != 1,
@@ -60,11 +61,6 @@ def why_not_decord(scan: VideoScan) -> str | None:
     if _watched_log() is None:
         return "this build of decord does not report damage"
     return _why_first_frame_differs(scan)
-
-
-def _starts_over(scan: VideoScan) -> bool:
-    """Whether the first packet and every key frame are IDR pictures."""
-    return bool(scan.idr[0]) and scan.key_count == int(scan.idr.sum())
 
 
 def _why_first_frame_differs(scan: VideoScan) -> str | None:

@@ -17,12 +17,11 @@ def open_video(
     reader: Literal["auto", "decord", "pyav"] = "auto",
     *,
     fps: float,
-    threads: int = 1,
     hardware: str | None = None,
 ) -> FrameReader:
     """Open a video; `fps` is its rate and is only passed on. `auto` is PyAV (docs/performance.md has both speeds).
 
-    `threads` applies to PyAV: reading several videos at once is faster than several threads on one. `hardware` is a
+    Decoding takes one thread: reading several videos at once is faster than several threads on one. `hardware` is a
     kind of device that FFmpeg decodes on (cuda, qsv, ...), with PyAV only. Open a reader in the process that uses it.
     Raises ReaderError when the video cannot be read, or when decord or hardware was requested and would return other
     frames.
@@ -34,7 +33,7 @@ def open_video(
         accelerated = PyavReader(scan, fps, hardware=hardware)
         require_same_pixels(PyavReader(scan, fps), accelerated, path)
         return accelerated
-    pyav = PyavReader(scan, fps, threads)
+    pyav = PyavReader(scan, fps)
     if reader != "decord":
         return pyav
     from features.video.decord import DecordReader, why_not_decord

@@ -18,7 +18,6 @@ from features.video.container import (
     import_av,
     open_container,
     packets_of,
-    use_threads,
     video_stream,
 )
 from features.video.scan import MAX_REORDER, VideoScan
@@ -40,12 +39,7 @@ class PyavReader(FrameReader):
     name = "pyav"
 
     def __init__(
-        self,
-        scan: VideoScan,
-        fps: float,
-        threads: int = 1,
-        hardware: str | None = None,
-        opener: Opener = open_container,
+        self, scan: VideoScan, fps: float, hardware: str | None = None, opener: Opener = open_container
     ) -> None:
         av = import_av()
         ffmpeg = getattr(av, "ffmpeg_version_info", None)
@@ -56,7 +50,6 @@ class PyavReader(FrameReader):
         self.times = scan.times
         self.hardware = hardware
         self._scan = scan
-        self._threads = threads if hardware is None else 1
         self._opener = opener
         self._readings: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -116,7 +109,6 @@ class PyavReader(FrameReader):
     ) -> Iterator[tuple[int, Any]]:
         """Every frame that the decoder returns, with its number, fed with what the requested ones need."""
         context = stream.codec_context
-        use_threads(context, self._threads)
         if not self._scan.numbered:
             yield from self._counted(decoded_from(container, stream, self._scan.first))
             return

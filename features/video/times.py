@@ -1,7 +1,7 @@
-"""When frames are shown, and which of them sampling takes.
+"""When frames are shown, and which of them sampling selects.
 
-Times are seconds from the first shown frame. A constant rate needs no more than its number; the time stamps of
-anything else are kept with the video (`FrameTimes`).
+Times are in seconds from the first shown frame. A constant rate is one number; the time stamps of any other video are
+stored with it (`FrameTimes`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from configs.errors import UserError
 from configs.schema import Strict
 
 RATE_TOLERANCE = 0.005  # 29.97 counts as 30, 23.976 as 24; 24 and 25 stay apart
-# Rounding of times and rates, in seconds: a frame this little after a sampling time counts as shown then.
+# Rounding of times and rates, in seconds: a frame this close after a sampling time counts as shown at it.
 ROUNDING_S = 1e-6
 
 
 class FrameTimes(Strict):
     """The time stamps of a video without a constant rate.
 
-    `steps` holds the distances from frame to frame, (F - 1,) uint32 (little endian, zlib, base64), in ticks of
+    `steps` holds the intervals between frames, (F - 1,) uint32 (little endian, zlib, base64), in ticks of
     `tick_s` (numerator, denominator) seconds.
     """
 
@@ -36,9 +36,9 @@ class FrameTimes(Strict):
 
     @classmethod
     def of_stream(cls, pts: NDArray[np.int64], tick_s: Fraction, fps: float) -> FrameTimes | None:
-        """The times of frames shown at `pts` (F,), rising, in ticks; None where they are those of the rate `fps`.
+        """The times of frames shown at `pts` (F,), increasing, in ticks; None where they follow the rate `fps`.
 
-        That is, within a tick, the rounding of the container's clock. Raises ValueError for a pause of years.
+        They may deviate by one tick, the rounding of the container's clock. Raises ValueError for a pause of years.
         """
         time_s = (pts - pts[:1]) * float(tick_s)
         tolerance_s = max(min(float(tick_s), 0.25 / fps), ROUNDING_S)
@@ -51,21 +51,21 @@ class FrameTimes(Strict):
         return cls(tick_s=tick_s.as_integer_ratio(), steps=packed.decode())
 
     def seconds(self, frame_count: int) -> NDArray[np.float64]:
-        """(F,) seconds from the first frame. Raises ValueError where these are not the times of so many frames."""
+        """(F,) seconds from the first frame. Raises ValueError unless these are the times of `frame_count` frames."""
         numerator, denominator = self.tick_s
         if not (0 < numerator < 2**31 and 0 < denominator < 2**31):
-            raise ValueError("tick_s is no duration")
+            raise ValueError("tick_s is not a duration")
         return np.multiply(_ticks(self.steps, frame_count), numerator / denominator, dtype=np.float64)
 
 
 @functools.lru_cache(maxsize=4)
 def _ticks(steps: str, frame_count: int) -> NDArray[np.int64]:
-    """(F,) ticks from the first frame; unpacks no more than so many frames need."""
+    """(F,) ticks from the first frame; unpacks no more than `frame_count` frames need."""
     size = 4 * (frame_count - 1)
     try:
         unpacked = zlib.decompressobj().decompress(base64.b64decode(steps, validate=True), size + 1)
     except (binascii.Error, zlib.error) as error:
-        raise ValueError("steps are no packed times") from error
+        raise ValueError("steps are not packed times") from error
     if len(unpacked) != size or not size:
         raise ValueError("steps are not those of its frames")
     ticks = np.concatenate([[0], np.cumsum(np.frombuffer(unpacked, dtype="<u4"), dtype=np.int64)])
@@ -74,22 +74,23 @@ def _ticks(steps: str, frame_count: int) -> NDArray[np.int64]:
 
 
 def on_screen(time_s: NDArray[np.float64], end_s: float, fps: float) -> NDArray[np.int64]:
-    """Which of the pictures shown from `time_s` (N,), rising, until the next one or `end_s`, sampling at `fps` takes.
+    """Which frames sampling at `fps` selects. Each is shown from its `time_s` (N,), increasing, to the next one's,
+    the last to `end_s`.
 
-    (T,) positions, rising: for each sampling time, the first picture's and every 1 / fps seconds after it, the picture
-    that is on screen then; one that is still on screen at the next sampling time is taken once.
+    (T,) positions, increasing: for each sampling time (the first frame's and every 1 / fps seconds after it) the frame
+    that is on screen then; one that is still on screen at the next sampling time is selected once.
     """
-    # A picture is taken when the first sampling time not before it comes before the next picture.
+    # A frame is selected when the first sampling time at or after its start comes before the next frame.
     due = np.ceil((np.append(time_s, end_s) - time_s[0] - ROUNDING_S) * fps)
     return np.flatnonzero(due[:-1] < due[1:])
 
 
 def same_rate(fps: float, other_fps: float) -> bool:
-    """Whether two rates are one, as they are stated: 29.97 and 30."""
+    """Whether two rates are the same within `RATE_TOLERANCE`, such as 29.97 and 30."""
     return abs(fps - other_fps) <= RATE_TOLERANCE * other_fps
 
 
 def require_held(fps: float, most_fps: float, held: str) -> None:
-    """Raise UserError where sampling at `fps` asks for more frames than there are; `held` says what there is."""
+    """Raise UserError where sampling at `fps` needs more than `most_fps`, the most that `held` (a description) has."""
     if fps > most_fps * (1 + RATE_TOLERANCE):
         raise UserError(f"data.fps={fps:g} asks for more than there is: {most_fps:.4g} is the most that {held} holds")

@@ -1,4 +1,4 @@
-"""Writing H.264 videos, with the encoder that PyAV brings along."""
+"""Writing H.264 videos with the encoder that PyAV includes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def encode_mp4(
     check_stop: Callable[[], None],
     time_s: Iterable[float] | None = None,
 ) -> None:
-    """Encode frames (H, W, 3), all of one even-sided size, at `fps` with libx264's `options`; one frame in memory.
+    """Encode frames (H, W, 3) uint8 RGB, all of the same size with even sides, at `fps` with libx264's `options`.
 
-    `time_s` says when each is shown where the rate varies. `check_stop` is called before each frame and may raise. The
-    caller makes the writing atomic. Raises UserError when this PyAV has no H.264 encoder.
+    One frame is in memory at a time. `time_s` gives each frame's time where the rate varies. `check_stop` is called
+    before each frame and may raise. The caller makes the writing atomic. Raises UserError when this PyAV has no H.264
+    encoder, OSError when the disk is full.
     """
     import av
 
@@ -43,17 +44,17 @@ def encode_mp4(
                 stream.pix_fmt = "yuv420p"
                 if time_s is not None:
                     stream.codec_context.time_base = _TICK_S
-            picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             if shown_s is not None:
-                picture.pts, picture.time_base = round(shown_s / _TICK_S), _TICK_S
-            container.mux(stream.encode(picture))
+                frame.pts, frame.time_base = round(shown_s / _TICK_S), _TICK_S
+            container.mux(stream.encode(frame))
         if stream is not None:
             container.mux(stream.encode())
 
 
 @contextmanager
 def _encoding(path: Path) -> Iterator[None]:
-    """FFmpeg's errors in words; a full disk stays one."""
+    """FFmpeg's errors as UserError; a full disk stays an OSError."""
     import av
 
     try:

@@ -201,7 +201,7 @@ def test_a_file_cut_short_is_made_again(tmp_path, video, kind):
     path = cache.ensure(request).path
     path.write_bytes(damaged_files(path)[kind])
     assert cache.problem(request) in ("damaged or cut short", "not a file of this project, or damaged")
-    with pytest.raises(UserError, match="delete it, it is made again") as caught:
+    with pytest.raises(UserError, match="delete it, and it is created again") as caught:
         CachedFrames(path)[0]
     assert str(caught.value).startswith(f"{path}: ")
     cache.ensure(request)
