@@ -75,7 +75,7 @@ def read_all(videos: Sequence[Path], name: Literal["pyav", "decord"], hashed: bo
     digest, count = hashlib.sha256(), 0
     started, before = time.perf_counter(), time.process_time()
     for video in videos:
-        with open_video(video, name, fps=25.0) as reader:
+        with open_video(video, name) as reader:
             for frame in reader.read(range(0, reader.frame_count, EVERY)):
                 count += 1
                 if hashed:

@@ -110,7 +110,7 @@ def compare_readers(folder: Path) -> str:
     pictures = [np.full((64, 96, 3), 8 * number, dtype=np.uint8) for number in range(20)]
     encode_mp4(path, pictures, 25.0, {"crf": "18"}, lambda: None)
     wanted = [0, 7, 13, 19]
-    with open_video(path, "pyav", fps=25.0) as reader:
+    with open_video(path, "pyav") as reader:
         frames = np.stack(list(reader.read(wanted)))
         name = f"PyAV {reader.version}"
     shades = frames.mean(axis=(1, 2, 3))
@@ -119,7 +119,7 @@ def compare_readers(folder: Path) -> str:
     reason = why_not_decord(scan_video(path))
     if reason is not None:
         return f"warn {name} reads a test video; decord does not ({reason})"
-    with open_video(path, "decord", fps=25.0) as reader:
+    with open_video(path, "decord") as reader:
         same = np.array_equal(np.stack(list(reader.read(wanted))), frames)
         version = reader.version
     return (

@@ -370,7 +370,6 @@ class TfrecordReader(FrameReader):
         import PIL
 
         self.version = PIL.__version__
-        self.fps = FPS
         self._path = path
         self._base = layout.frame_base
         with _open(path) as stream:

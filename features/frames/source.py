@@ -106,7 +106,7 @@ def open_source(
     if entry.kind == "tfrecord":
         assert entry.records is not None  # the index ensures it
         return TfrecordReader(path, entry.records)
-    reader = open_video(path, config.data.reader, fps=entry.fps, hardware=hardware)
+    reader = open_video(path, config.data.reader, hardware)
     if (reader.frame_count, reader.times) != (entry.frame_count, entry.times):
         reader.close()
         raise UserError(

@@ -48,7 +48,6 @@ class FrameReader(ABC):
 
     name: str
     version: str
-    fps: float
     frame_count: int
     times: FrameTimes | None = None  # of a video without a constant rate
 

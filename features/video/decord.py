@@ -74,7 +74,7 @@ def _why_first_frame_differs(scan: VideoScan) -> str | None:
         return "its first frame cannot be decoded"
     if frame.interlaced_frame:
         return "interlaced video"
-    with DecordReader(scan, 0.0, PyavReader(scan, 0.0)) as reader:
+    with DecordReader(scan, PyavReader(scan)) as reader:
         other = reader.decode([0])
     # None: decord met damage, which says nothing about this kind of video; PyAV then reads the damaged batch.
     return None if other is None or np.array_equal(other[0], rgb) else "its first frame differs from PyAV's"
@@ -132,9 +132,8 @@ class DecordReader(FrameReader):
     _BATCH_BYTES = 48 << 20
     _NO_FAULTS = 1e-9
 
-    def __init__(self, scan: VideoScan, fps: float, arbiter: PyavReader, batch_frames: int = 32) -> None:
+    def __init__(self, scan: VideoScan, arbiter: PyavReader, batch_frames: int = 32) -> None:
         self.version = _import_decord().__version__
-        self.fps = fps
         self.frame_count = scan.frame_count
         self.times = scan.times
         self._scan = scan

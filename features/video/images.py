@@ -36,7 +36,6 @@ class FolderReader(FrameReader):
         if not frames.files:
             raise ReaderError(f"{folder}: holds no images; leave it out")
         self.version = PIL.__version__
-        self.fps = frames.fps
         self.frame_count = frames.files[-1][0] + 1
         self._folder = folder
         self._names = dict(frames.files)

@@ -15,11 +15,9 @@ from features.video.scan import scan_video
 def open_video(
     path: Path,
     reader: Literal["auto", "decord", "pyav"] = "auto",
-    *,
-    fps: float,
     hardware: str | None = None,
 ) -> FrameReader:
-    """Open a video; `fps` is its rate and is only passed on. `auto` is PyAV (docs/performance.md has both speeds).
+    """Open a video file. `auto` is PyAV (docs/performance.md has the speeds of both readers).
 
     Decoding takes one thread: reading several videos at once is faster than several threads on one. `hardware` is a
     kind of device that FFmpeg decodes on (cuda, qsv, ...), with PyAV only. Open a reader in the process that uses it.
@@ -30,10 +28,10 @@ def open_video(
     if hardware is not None:
         if reader == "decord":
             raise ReaderError(f"{path}: only PyAV decodes on hardware; set data.reader=auto")
-        accelerated = PyavReader(scan, fps, hardware=hardware)
-        require_same_pixels(PyavReader(scan, fps), accelerated, path)
+        accelerated = PyavReader(scan, hardware)
+        require_same_pixels(PyavReader(scan), accelerated, path)
         return accelerated
-    pyav = PyavReader(scan, fps)
+    pyav = PyavReader(scan)
     if reader != "decord":
         return pyav
     from features.video.decord import DecordReader, why_not_decord
@@ -41,7 +39,7 @@ def open_video(
     reason = why_not_decord(scan)
     if reason is not None:
         raise ReaderError(f"{path}: decord does not return the right frames here ({reason}); use auto or pyav")
-    return DecordReader(scan, fps, pyav)
+    return DecordReader(scan, pyav)
 
 
 def require_same_pixels(software: PyavReader, accelerated: PyavReader, path: Path) -> None:

@@ -38,14 +38,11 @@ class PyavReader(FrameReader):
 
     name = "pyav"
 
-    def __init__(
-        self, scan: VideoScan, fps: float, hardware: str | None = None, opener: Opener = open_container
-    ) -> None:
+    def __init__(self, scan: VideoScan, hardware: str | None = None, opener: Opener = open_container) -> None:
         av = import_av()
         ffmpeg = getattr(av, "ffmpeg_version_info", None)
         self.version = f"{av.__version__} (FFmpeg {ffmpeg})" if ffmpeg else av.__version__
         self.version += f", decoded by {hardware}" if hardware is not None else ""
-        self.fps = fps
         self.frame_count = scan.frame_count
         self.times = scan.times
         self.hardware = hardware

@@ -42,7 +42,7 @@ _HIDDEN, _KEY, _IDR, _B = 1, 2, 4, 8
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What the container says. Sizes are as stored, before any rotation.
+    """What the container says.
 
     `times` holds the times of frames without a constant rate; `fps` is then their mean rate. `notes` report
     irregularities of the container and how they were handled.
@@ -50,43 +50,42 @@ class VideoInfo:
 
     fps: float
     frame_count: int
-    width_px: int
-    height_px: int
-    codec: str
     times: FrameTimes | None = None
     notes: tuple[str, ...] = ()
 
 
 def probe_video(path: Path) -> VideoInfo:
-    """Rate, frame count, times, size and codec from the container; only the first few frames are decoded.
+    """Rate, frame count and times from the container; only the first few frames are decoded.
 
     An MP4 file's own tables are used where they agree with its duration and its rate is constant; otherwise (other
     containers have no such tables, edit lists hide frames) the packets are read. Raises ReaderError for a file that is
     not a video, one that ends before its container says, and where frames or their times cannot be determined.
     """
-    with open_container(path) as container:
-        stream = video_stream(container, path)
-        rate, context, tick_s = header_rate(stream), stream.codec_context, stream.time_base
-        info = VideoInfo(float(rate), promised_frames(stream), context.width, context.height, context.name)
-        pts = mp4.frame_times(path)
-        try:
-            first_is_key = next((packet.is_keyframe for packet in packets_of(container, stream)), False)
-        except import_av().error.FFmpegError:
-            first_is_key = False
-    shown_pts = None
-    if pts is not None and len(pts) == info.frame_count and pts[0] == pts.min() and first_is_key:
-        shown_pts = None if ends_early(path) else np.sort(pts)
-    if shown_pts is not None:
-        fps, times = _rate_and_times(path, shown_pts, tick_s, rate)
-        info = dataclasses.replace(info, fps=fps, times=times)
-    if shown_pts is None or info.times is not None:  # varying times may be a damaged table, which the packets show
+    info, shown_pts = _from_tables(path)
+    if info is None or info.times is not None:  # varying times may be a damaged table, which the packets show
         scan = scan_video(path)
-        info = dataclasses.replace(info, frame_count=scan.frame_count, fps=scan.fps, times=scan.times, notes=scan.notes)
+        info = VideoInfo(scan.fps, scan.frame_count, scan.times, scan.notes)
         shown_pts = scan.shown_pts if scan.timed else None
     notes = info.notes + _check_first_frames(path, shown_pts, info.times is not None)
     if info.times is not None:
         notes += (f"{path.name}: no constant rate, {info.fps:.4g} fps on average; frames are taken by their own times",)
     return dataclasses.replace(info, notes=notes)
+
+
+def _from_tables(path: Path) -> tuple[VideoInfo | None, np.ndarray | None]:
+    """What an MP4 file's tables say, and its frames' times (F,) in ticks; None where they do not suffice."""
+    with open_container(path) as container:
+        stream = video_stream(container, path)
+        promised, pts = promised_frames(stream), mp4.frame_times(path)
+        try:
+            first_is_key = next((packet.is_keyframe for packet in packets_of(container, stream)), False)
+        except import_av().error.FFmpegError:
+            first_is_key = False
+        if pts is None or len(pts) != promised or pts[0] != pts.min() or not first_is_key or ends_early(path):
+            return None, None
+        shown_pts = np.sort(pts)
+        fps, times = _rate_and_times(path, shown_pts, stream.time_base, header_rate(stream))
+        return VideoInfo(fps, promised, times), shown_pts
 
 
 def _check_first_frames(path: Path, shown_pts: np.ndarray | None, variable: bool) -> tuple[str, ...]:

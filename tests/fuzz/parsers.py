@@ -351,7 +351,7 @@ def _cache_seeds() -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         video = write_video(Path(folder) / "video.mp4", VideoSpec())
         cache, request = _frame_cache(Path(folder)), _cache_request()
-        opened = type(request)(request.source, request.frame_index, lambda: open_video(video, "pyav", fps=25.0))
+        opened = type(request)(request.source, request.frame_index, lambda: open_video(video, "pyav"))
         cache.ensure(opened)
         return [cache.path("video01").read_bytes()]
 
@@ -540,7 +540,7 @@ def _read_video(reader: str) -> Callable[[Path], Read]:
 
     def read(path: Path) -> None:
         info = probe_video(path)
-        with open_video(path, reader, fps=info.fps) as frames:  # type: ignore[arg-type]
+        with open_video(path, reader) as frames:  # type: ignore[arg-type]
             assert (frames.frame_count, frames.times) == (info.frame_count, info.times), "indexed otherwise than read"
             for _ in frames.read(frames.spread(5)):
                 pass

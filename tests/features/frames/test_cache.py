@@ -46,7 +46,7 @@ def video(tmp_path_factory) -> Path:
 def request_of(path: Path, frame_index=range(0, 60, 5), video_id: str = "video01") -> CacheRequest:
     source = SourceIdentity(video_id, sha256_ends(path), path.stat().st_size, 25.0)
     index = np.asarray(frame_index, dtype=np.int64)
-    return CacheRequest(source, index, lambda: open_video(path, "pyav", fps=25.0))
+    return CacheRequest(source, index, lambda: open_video(path, "pyav"))
 
 
 def cache_in(folder: Path, preprocess: PreprocessConfig = SMALL, fps: float = 5.0, **settings) -> FrameCache:

@@ -129,7 +129,7 @@ def test_geometry_of_a_video_reads_frames_only_where_needed(tmp_path):
 
 def test_margin_of_real_clips(shared_data):
     path = shared_data / "clips" / "videos" / "video47.mp4"
-    with open_video(path, "pyav", fps=25.0) as reader:
+    with open_video(path, "pyav") as reader:
         geometry = Geometry.of_video(PreprocessConfig(cut_margin=True), reader)
     left, top, right, bottom = geometry.box
     assert abs(left - 135) <= 3

@@ -87,7 +87,7 @@ def make(tmp_path_factory):
 
 def read(path: Path, frame_index, reader: str = "auto", **options) -> tuple[str, list[np.ndarray]]:
     """Which reader read, and what."""
-    with open_video(path, reader, fps=25.0, **options) as source:
+    with open_video(path, reader, **options) as source:
         return source.name, list(source.read(frame_index))
 
 
@@ -144,8 +144,6 @@ def test_decord_is_refused_where_it_differs(make, name):
 @pytest.mark.parametrize(("degrees", "turns"), [(90, 3), (180, 2), (270, 1)])
 def test_rotation_is_applied_as_players_do(tmp_path, reader, degrees, turns):
     path = videos.set_rotation(write_video(tmp_path / "phone.mp4", VideoSpec(count=10)), degrees)
-    info = probe_video(path)
-    assert (info.width_px, info.height_px) == (96, 64)  # as stored
     name_used, got = read(path, range(10), reader)
     assert name_used == reader
     assert_same(got, [np.rot90(frame, turns) for frame in decode_everything(path)], range(10))
@@ -196,7 +194,7 @@ def checksum(frame: np.ndarray) -> int:
 
 def test_two_readings_at_once_do_not_disturb_each_other(make):
     path, truth = make("b_frames.mp4")
-    with open_video(path, "pyav", fps=25.0) as source:
+    with open_video(path, "pyav") as source:
         pairs = list(zip(source.read(range(30)), source.read(range(30, 60)), strict=True))
     assert_same([a for a, _ in pairs], truth, range(30))
     assert_same([b for _, b in pairs], truth, range(30, 60))
@@ -218,7 +216,7 @@ def test_reading_from_the_middle_gives_the_same_frames(make, name, tmp_path):
         truth = decode_everything(path)
     else:
         path, truth = make(name)
-    with open_video(path, "pyav", fps=25.0) as source:
+    with open_video(path, "pyav") as source:
         for first in range(0, 60, 3):
             assert_same(list(source.read(range(first, 60, 5))), truth, range(first, 60, 5))
 
@@ -254,7 +252,7 @@ def test_a_late_start_is_sought_and_a_seek_that_lands_elsewhere_is_noticed(make,
             opened.append(Seeking(container.open_container(path, hardware), error))
             return opened[-1]
 
-        with PyavReader(scan, 25.0, opener=opener) as source:
+        with PyavReader(scan, opener=opener) as source:
             assert_same(list(source.read([40, 58])), truth, [40, 58])
         assert [one.seeks for one in opened] == openings
 
@@ -264,7 +262,7 @@ def test_a_late_start_is_sought_and_a_seek_that_lands_elsewhere_is_noticed(make,
 
 def test_requests_are_checked_before_anything_is_decoded(make):
     path, _ = make("b_frames.mp4")
-    with open_video(path, "auto", fps=25.0) as source:
+    with open_video(path, "auto") as source:
         for wrong in ([3, 2], [4, 4], [-1, 0]):
             with pytest.raises(ValueError, match="strictly increasing"):
                 source.read(wrong)
@@ -274,8 +272,8 @@ def test_requests_are_checked_before_anything_is_decoded(make):
 
 def test_reader_tells_what_it_is(make):
     path, _ = make("b_frames.mp4")
-    with open_video(path, "pyav", fps=12.5) as source:
-        assert (source.name, source.fps, source.frame_count) == ("pyav", 12.5, 60)
+    with open_video(path, "pyav") as source:
+        assert (source.name, source.frame_count) == ("pyav", 60)
         assert source.version[0].isdigit()
         assert source.spread(4) == [0, 20, 39, 59]
         assert source.spread(1000) == list(range(60))
@@ -283,10 +281,8 @@ def test_reader_tells_what_it_is(make):
 
 def test_probe_reads_the_container(make):
     info = probe_video(make("ntsc.mp4")[0])
-    assert (info.fps, info.frame_count, info.width_px, info.height_px) == (30000 / 1001, 60, 96, 64)
-    assert info.codec == "h264"
+    assert (info.fps, info.frame_count) == (30000 / 1001, 60)
     assert probe_video(make("b_frames.mkv")[0]).fps == 25.0
-    assert probe_video(make("mpeg4.avi")[0]).codec == "mpeg4"
 
 
 def test_decord_missing_is_no_obstacle(make, monkeypatch):
@@ -450,7 +446,7 @@ def test_damage_never_yields_a_wrong_frame(tmp_path, capfd, name, reader):
         videos.damage_packet(path, damaged)
         got = []
         with (
-            open_video(path, reader, fps=25.0) as source,
+            open_video(path, reader) as source,
             pytest.raises(ReaderError, match=r"damaged, frame \d+ cannot be read") as caught,
         ):
             got.extend(source.read(range(60)))
@@ -476,7 +472,7 @@ def test_decord_hands_a_damaged_batch_to_pyav(tmp_path, capfd):
 
     scan = scan_video(path)
     assert why_not_decord(scan) is None
-    with DecordReader(scan, 25.0, Arbiter(scan, 25.0), batch_frames=6) as source:
+    with DecordReader(scan, Arbiter(scan), batch_frames=6) as source:
         got = list(source.read([*range(36), *range(48, 60)]))
         assert_same(got, [*truth[:36], *truth[48:]], range(48))
         assert asked == []
@@ -516,7 +512,7 @@ def test_memory_is_flat_over_two_hours(two_hours, reader):
         import resource, sys
         from pathlib import Path
         from features.video.open import open_video
-        with open_video(Path(sys.argv[1]), sys.argv[2], fps=25.0) as source:
+        with open_video(Path(sys.argv[1]), sys.argv[2]) as source:
             assert source.frame_count == 180_000
             for n, frame in enumerate(source.read(range(0, 180_000, 3000))):
                 if n == 20:
@@ -534,7 +530,7 @@ def test_decord_does_not_go_on_decoding_behind_our_back(shared_data):
         from pathlib import Path
         import psutil
         from features.video.open import open_video
-        with open_video(Path(sys.argv[1]), "decord", fps=25.0) as source:
+        with open_video(Path(sys.argv[1]), "decord") as source:
             frames = source.read(range(0, 800, 25))
             next(frames)
             before = psutil.Process().memory_info().rss
@@ -550,7 +546,7 @@ def test_decord_survives_a_fork_and_an_untidy_exit(make):
         import os, sys, zlib
         from pathlib import Path
         from features.video.open import open_video
-        source = open_video(Path(sys.argv[1]), "decord", fps=25.0)
+        source = open_video(Path(sys.argv[1]), "decord")
         want = [zlib.crc32(frame) for frame in source.read(range(0, 60, 5))]
         child = os.fork()
         got = [zlib.crc32(frame) for frame in source.read(range(0, 60, 5))]
@@ -594,7 +590,7 @@ def open_folder(folder: Path, frames: FrameFolder):
 def test_folder_gives_the_image_of_each_source_frame(tmp_path):
     frames = save_images(tmp_path, range(0, 500, 100), size=(96, 64))
     with open_folder(tmp_path, frames) as source:
-        assert (source.name, source.fps, source.frame_count) == ("pillow", 25.0, 401)
+        assert (source.name, source.frame_count) == ("pillow", 401)
         assert [frame_number(frame) for frame in source.read([100, 300, 400])] == [100, 300, 400]
         assert source.spread(3) == [0, 200, 400]
         with pytest.raises(ReaderError, match=r"has no image of frame 150"):
@@ -685,14 +681,14 @@ def on_hardware(path: Path, opened: list[str | None]) -> PyavReader:
         opened.append(hardware)
         return container.open_container(path)
 
-    return PyavReader(scan_video(path), 25.0, hardware="cuda", opener=opener)
+    return PyavReader(scan_video(path), hardware="cuda", opener=opener)
 
 
 def test_hardware_that_gives_the_same_bytes_decodes_and_is_named(make):
     path, truth = make("b_frames.mp4")
     opened: list[str | None] = []
     with on_hardware(path, opened) as reader:
-        require_same_pixels(PyavReader(scan_video(path), 25.0), reader, path)
+        require_same_pixels(PyavReader(scan_video(path)), reader, path)
         assert reader.version.endswith(", decoded by cuda")
         assert_same(list(reader.read([0, 7, 20])), truth, [0, 7, 20])
     assert opened == ["cuda", "cuda"]  # the first frame, and the reading
@@ -701,12 +697,12 @@ def test_hardware_that_gives_the_same_bytes_decodes_and_is_named(make):
 def test_hardware_that_gives_other_pixels_is_refused(make):
     path, other = make("b_frames.mp4")[0], make("no_b_frames.mp4")[0]
     with pytest.raises(ReaderError, match="cuda does not return the software's pixels; leave extract"):
-        require_same_pixels(PyavReader(scan_video(other), 25.0), on_hardware(path, []), path)
+        require_same_pixels(PyavReader(scan_video(other)), on_hardware(path, []), path)
 
 
 def test_hardware_that_is_not_there_is_one_line(make):
     for device in ("videotoolbox", "nonsense"):
         with pytest.raises(ReaderError, match=rf"cannot be decoded by {device} \(.+\); leave extract"):
-            open_video(make("b_frames.mp4")[0], "auto", fps=25, hardware=device)
+            open_video(make("b_frames.mp4")[0], "auto", hardware=device)
     with pytest.raises(ReaderError, match="only PyAV decodes on hardware"):
-        open_video(make("b_frames.mp4")[0], "decord", fps=25, hardware="cuda")
+        open_video(make("b_frames.mp4")[0], "decord", hardware="cuda")
