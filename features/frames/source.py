@@ -121,7 +121,7 @@ def can_start_inside(entry: VideoEntry, root: Path) -> bool:
     try:
         return entry.kind != "video" or has_many_starts(inside(root, entry.source))
     except (UserError, OSError):
-        return False  # whoever reads it reports why
+        return False  # reading it reports why
 
 
 def frame_cache(config: Config) -> FrameCache:

@@ -1,4 +1,4 @@
-"""Work on many videos: failures, processes that die, and being told to stop."""
+"""Work on many videos: failures, processes that die, and stopping."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.cli import PROJECT, group_members
 
 @dataclass(frozen=True)
 class Step:
-    """A job that does what its name says."""
+    """A job whose behaviour is its name."""
 
     name: str
     frames: int = 3
@@ -51,7 +51,7 @@ class Task:
 
 @dataclass
 class Importing(Task):
-    """Takes for ever to arrive in another process, as one does that imports torch where everybody else does too."""
+    """Takes for ever to be unpickled in another process, like a task that imports torch on a busy machine."""
 
     def __setstate__(self, state: dict[str, Path]) -> None:
         (state["folder"] / "importing").touch()
@@ -75,7 +75,7 @@ def outcomes(task: Any, jobs: list[Step], processes: int, stop: StopRequest | No
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_failures_are_reported_and_the_rest_goes_on(tmp_path: Path, processes: int) -> None:
+def test_failures_are_reported_and_the_other_jobs_continue(tmp_path: Path, processes: int) -> None:
     jobs = [Step("a"), Step("bad"), Step("broken"), Step("b")]
     assert outcomes(Task(tmp_path), jobs, processes) == {
         "a": None,
@@ -111,7 +111,7 @@ def test_a_process_that_dies_takes_only_its_own_video_with_it(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_told_to_stop(tmp_path: Path, processes: int) -> None:
+def test_stopping(tmp_path: Path, processes: int) -> None:
     class Soon(StopRequest):
         def raise_if_set(self) -> None:
             if list(tmp_path.iterdir()):
@@ -195,7 +195,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_told_to_stop_while_processes_import(tmp_path: Path) -> None:
+def test_stopping_while_processes_import(tmp_path: Path) -> None:
     class Then(StopRequest):
         def raise_if_set(self) -> None:
             if (tmp_path / "importing").exists():

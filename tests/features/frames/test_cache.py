@@ -1,4 +1,4 @@
-"""The frame cache: the pixels are the video's, files are whole or absent, and only what changed is made again."""
+"""The frame cache: the pixels are the video's, files are complete or absent, and only what changed is made again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SMALL = PreprocessConfig(resize_px=48, crop_px=40)
 
 
 def round_field(number: int, width_px: int, height_px: int) -> np.ndarray:
-    """A numbered picture with a black margin left and right."""
+    """A numbered frame with a black margin left and right."""
     frame = np.zeros((height_px, width_px, 3), np.uint8)
     margin = width_px // 4
     frame[:, margin:-margin] = painted_frame(number, width_px - 2 * margin, height_px)
@@ -90,7 +90,7 @@ def test_pixels_from_cache_are_pixels_from_video(tmp_path, video, codec, cut_mar
 
 
 def test_pixels_are_also_those_of_plain_decoding(tmp_path, video):
-    """Against code of no one's: PyAV decodes everything, Pillow resizes."""
+    """Against an independent implementation: PyAV decodes everything, Pillow resizes."""
     truth = decode_everything(video)
     cached = cache_in(tmp_path).ensure(request_of(video))
     for position, k in enumerate(range(0, 60, 5)):
@@ -140,7 +140,7 @@ def test_digest_is_over_what_changes_the_pixels(tmp_path):
     assert base.path("video01") == tmp_path / base.digest[:12] / "video01.h5"
 
 
-def test_file_says_what_it_is(tmp_path, video):
+def test_a_file_records_its_identity(tmp_path, video):
     cache = cache_in(tmp_path, SMALL.model_copy(update={"cut_margin": True}))
     request = request_of(video)
     with h5py.File(cache.ensure(request).path) as file:
@@ -163,7 +163,7 @@ def test_an_id_of_any_kind_stays_in_the_folder(tmp_path, name):
 # ------------------------------------------------------------------------------------------ reuse
 
 
-def test_a_second_time_reads_no_video_and_reports_no_progress(tmp_path, video):
+def test_a_second_call_reads_no_video_and_reports_no_progress(tmp_path, video):
     cache, heard = cache_in(tmp_path), []
     request = request_of(video)
     assert cache.find(request) is None
@@ -208,7 +208,7 @@ def test_a_file_cut_short_is_made_again(tmp_path, video, kind):
     assert cache.problem(request, deep=True) is None
 
 
-def test_a_file_without_its_last_word_is_made_again(tmp_path, video):
+def test_a_file_that_is_not_marked_complete_is_made_again(tmp_path, video):
     cache, request = cache_in(tmp_path), request_of(video)
     path = cache.ensure(request).path
     with h5py.File(path, "r+") as file:
@@ -249,7 +249,7 @@ def test_positions_outside_are_errors(tmp_path, video):
 
 
 class Stop(BaseException):
-    """Stands for Ctrl-C."""
+    """In place of Ctrl-C."""
 
 
 @pytest.mark.parametrize("error", [Stop(), OSError(28, "No space left on device"), RuntimeError("a bug")])
@@ -276,7 +276,7 @@ def test_a_damaged_video_leaves_nothing_behind(tmp_path):
     assert content(tmp_path / "cache") == []
 
 
-def test_room_is_asked_for_before_the_start(tmp_path, video, monkeypatch):
+def test_free_space_is_checked_before_the_start(tmp_path, video, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     with pytest.raises(UserError, match=r"caching these frames needs about .* MB"):
         cache_in(tmp_path).ensure(closed(request_of(video)))
@@ -326,7 +326,7 @@ def test_cached_frames_travel_between_processes(tmp_path, video):
 
 
 def test_frames_are_written_as_they_come(tmp_path, video):
-    """One frame is asked of the reader, written and reported before the next: memory does not grow."""
+    """One frame is read, written and reported before the next: memory does not grow."""
     events = []
 
     class Recorder:

@@ -109,7 +109,7 @@ def test_no_margin_is_none():
     assert find_margin([]) is None
 
 
-def test_a_burned_in_line_of_text_is_no_field():
+def test_a_burned_in_line_of_text_is_not_the_field():
     frame = endoscope()
     frame[40:42, 2:20] = 255
     assert find_margin([frame]) == find_margin([endoscope()])
@@ -216,7 +216,7 @@ def test_every_offset_and_both_flips_occur_and_nothing_else():
     assert seen == want
 
 
-def test_switching_a_change_on_leaves_the_other_draws_alone():
+def test_enabling_a_change_does_not_alter_the_other_draws():
     clip = noise(2, 20, 20, 3)
     for sample in range(10):
         plain = augment(clip, augment_generator(0, 0, sample), AugmentConfig(flip=False), 16)
@@ -250,7 +250,7 @@ def test_colour_change_is_as_stated():
 
 
 def test_changes_of_a_batch_are_those_of_its_frames():
-    """Mirrored where drawn, coloured frame by frame, and without changes the very numbers of evaluation."""
+    """Mirrored where drawn, coloured frame by frame, and without changes exactly the numbers of evaluation."""
     batch, config = torch.from_numpy(noise(4, 16, 16, 3)), PreprocessConfig()
     flip, none = torch.tensor([True, False, True, False]), torch.zeros(0, 3)
     mirrored = changed_images(batch, flip, none, config)

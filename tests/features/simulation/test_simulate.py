@@ -1,4 +1,4 @@
-"""Simulated operations: labels that follow the table, pictures that need time, files that are whole and repeatable."""
+"""Simulated operations: labels that follow the table, frames that need time, files that are whole and reproducible."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_table_names_its_source_and_licence() -> None:
 
 
 @pytest.mark.parametrize("phase", TABLE.phases)
-def test_sets_that_the_table_leaves_out_are_filled_in_to_the_tools_shares(phase: str) -> None:
+def test_sets_that_the_table_leaves_out_complete_the_tools_frequencies(phase: str) -> None:
     p = tool_set_p(phase)
     member = (np.arange(p.size)[:, None] >> np.arange(len(TABLE.tools))) & 1
     share = dict(zip(TABLE.tools, p @ member, strict=True))
@@ -116,7 +116,7 @@ def test_segments_last_as_long_as_in_the_table(operations: list[Operation]) -> N
         assert np.log(seconds).std() == pytest.approx(length.log_std, rel=0.2), phase
 
 
-def test_tools_are_there_as_often_as_in_the_table(operations: list[Operation]) -> None:
+def test_tools_are_present_as_often_as_in_the_table(operations: list[Operation]) -> None:
     phase = np.concatenate([operation.phase for operation in operations])
     tools = np.concatenate([operation.tools for operation in operations])
     for label, name in enumerate(SPEC.phases):
@@ -156,7 +156,7 @@ def test_every_operation_is_a_walk_over_the_table_without_repeats(seed: int) -> 
     assert set(np.unique(operation.tools)) <= {0, 1}
 
 
-def test_classes_stand_in_the_order_of_the_data_set() -> None:
+def test_classes_are_in_the_order_of_the_data_set() -> None:
     turned = SPEC.model_copy(update={"phases": SPEC.phases[::-1], "tools": SPEC.tools[::-1]})
     one, other = (draw_operation(np.random.default_rng(8), spec) for spec in (SPEC, turned))
     assert np.array_equal(other.phase, len(SPEC.phases) - 1 - one.phase)
@@ -184,7 +184,7 @@ def scene(tools: np.ndarray, seed: int = 3, size_px: int = 96) -> Scene:
 
 
 @pytest.mark.parametrize("tool", SPEC.tools)
-def test_a_labelled_tool_is_to_be_seen_and_no_other(tool: str) -> None:
+def test_labelled_tools_are_visible_and_no_others(tool: str) -> None:
     frames = 6
     without = np.zeros((frames, len(SPEC.tools)), dtype=np.int8)
     others = without.copy()
@@ -215,7 +215,7 @@ def test_tools_differ_in_outline_whatever_they_are_made_of() -> None:
         assert overlap < 0.7, (one, other, overlap)
 
 
-def test_the_gallbladder_does_not_tell_one_dissection_from_the_other() -> None:
+def test_the_gallbladder_does_not_distinguish_the_two_dissections() -> None:
     states, phases = [], []
     calot, bladder = (SPEC.phases.index(name) for name in ("CalotTriangleDissection", "GallbladderDissection"))
     for number in range(40):
@@ -227,11 +227,11 @@ def test_the_gallbladder_does_not_tell_one_dissection_from_the_other() -> None:
         states.append(plan.bladder_state[during])
         phases.append(operation.phase[second][during] == bladder)
     area = roc_auc_score(np.concatenate(phases), np.concatenate(states))
-    # Not a coin's: the organ does change as the operation goes on.
+    # Above chance: the organ does change as the operation proceeds.
     assert 0.55 < area < 0.85
 
 
-def test_pictures_outside_the_body_hide_no_labelled_tool() -> None:
+def test_images_outside_the_body_hide_no_labelled_tool() -> None:
     rng = np.random.default_rng(4)
     shown = 0
     for _ in range(10):
@@ -317,7 +317,7 @@ def test_the_folder_says_that_it_is_simulated(small: Path) -> None:
 
 
 def _name(kind: object) -> str:
-    """A picture's type: an enumeration's member in PyAV 12, a number since."""
+    """A frame's type: an enumeration's member in PyAV 12, a number since."""
     return str(getattr(kind, "name", None) or PictureType(kind).name)
 
 
@@ -365,7 +365,7 @@ def test_another_seed_gives_other_operations(small: Path, tmp_path: Path) -> Non
     assert (tmp_path / name).read_bytes() != (small / name).read_bytes()
 
 
-def test_labels_do_not_depend_on_the_size_of_the_pictures(small: Path, tmp_path: Path) -> None:
+def test_labels_do_not_depend_on_the_size_of_the_frames(small: Path, tmp_path: Path) -> None:
     simulate(tmp_path, videos=1, **{**SMALL, "width_px": 96})
     for name in ("phase_annotations/video01-phase.txt", "tool_annotations/video01-tool.txt"):
         assert (tmp_path / name).read_bytes() == (small / name).read_bytes()
@@ -380,7 +380,7 @@ def one_video(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_what_is_whole_is_left_alone(one_video: Path) -> None:
+def test_complete_videos_are_not_written_again(one_video: Path) -> None:
     path = one_video / "videos" / "video01.mp4"
     os.utime(path, ns=(1, 1))
     again = simulate(one_video, videos=2, **SMALL)
@@ -474,7 +474,7 @@ def test_a_video_that_cannot_be_written_ends_it_with_one_line(tmp_path: Path, wo
         ({"first_number": -1}, "first_number -1: must lie between"),
     ],
 )
-def test_settings_that_make_no_video_are_refused(tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
+def test_settings_out_of_range_are_refused(tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         simulate(tmp_path / "data", **{"videos": 1, **SMALL, **wrong})
     assert str(error.value).startswith(message)

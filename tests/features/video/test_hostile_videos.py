@@ -1,4 +1,4 @@
-"""Videos that are broken, mislabelled or lie: `index`, `index --check` and `extract` lose that one file, not more.
+"""Videos that are broken, mislabelled or misleading: `index`, `index --check` and `extract` lose only that file.
 
 Everything runs in this process with a time limit a file through the readers' own calls; the command line is tried on
 the whole corpus at once.
@@ -34,7 +34,7 @@ def patched(content: bytes, at: int, new: bytes) -> bytes:
 
 
 def with_size(content: bytes, width_px: int, height_px: int) -> bytes:
-    """Another picture size in the sample description (and 16.16 in the track header)."""
+    """Another frame size in the sample description (and 16.16 in the track header)."""
     at = box(content, b"avc1") + 24
     content = patched(content, at, struct.pack(">HH", width_px & 0xFFFF, height_px & 0xFFFF))
     track = box(content, b"tkhd") + 76
@@ -42,7 +42,7 @@ def with_size(content: bytes, width_px: int, height_px: int) -> bytes:
 
 
 def with_sample_count(content: bytes, count: int) -> bytes:
-    """So many pictures of a byte each, all in one chunk: an index that asks for gigabytes."""
+    """This many frames of one byte each, all in one chunk: an index that needs gigabytes."""
     sizes = box(content, b"stsz")
     content = patched(content, sizes + 4, struct.pack(">II", 1, count))
     chunks = box(content, b"stsc")
@@ -61,7 +61,7 @@ def without_box(content: bytes, kind: bytes) -> bytes:
 
 
 def padded(content: bytes, count: int) -> bytes:
-    """So many empty boxes before the index, which is the last box."""
+    """This many empty boxes before the index, which is the last box."""
     at = content.index(b"moov") - 4
     return content[:at] + struct.pack(">I4s", 8, b"free") * count + content[at:]
 
@@ -76,13 +76,13 @@ def flipped(content: bytes, share: float, bits: int = 40) -> bytes:
 
 
 def two_sizes(folder: Path) -> bytes:
-    """An MPEG-TS whose pictures change their size half-way."""
+    """An MPEG-TS whose frames change their size half-way."""
     parts = [VideoSpec(count=COUNT, width_px=96, height_px=64), VideoSpec(count=COUNT, width_px=128, height_px=96)]
     return b"".join(write_video(folder / f"{n}.ts", part).read_bytes() for n, part in enumerate(parts))
 
 
 def without_key_frame(folder: Path) -> bytes:
-    """The first picture's bytes replaced: what follows it has nothing to build on."""
+    """The first frame's bytes replaced: what follows has no reference."""
     path = write_video(folder / "a.mp4", VideoSpec(count=COUNT))
     offset, size = packet_spans(path)[0]
     return patched(path.read_bytes(), offset, bytes(size))
@@ -124,7 +124,7 @@ CORPUS: dict[str, Make] = {
     "no data": lambda f, s: without_box(s, b"mdat"),
     "no first key frame": lambda f, s: without_key_frame(f),
     "no pictures": lambda f, s: with_sample_count(s, 0),
-    "more empty boxes than anybody counts": lambda f, s: s[:32] + struct.pack(">I4s", 8, b"free") * 600_000,
+    "more empty boxes than are counted": lambda f, s: s[:32] + struct.pack(">I4s", 8, b"free") * 600_000,
     "50 million pictures behind 500,001 empty boxes": lambda f, s: padded(with_sample_count(s, 50_000_000), 500_001),
     "a box that holds itself": lambda f, s: s.replace(b"trak", b"moov", 1),
     "50 million pictures in a fragment": lambda f, s: with_entries(fragments(f), b"trun", 50_000_000),
@@ -145,14 +145,14 @@ def children() -> Iterator[dict[str, Child]]:
 def test_a_broken_video_is_read_or_refused_by_both_readers(
     name: str, tmp_path: Path, sound: bytes, children: dict[str, Child]
 ) -> None:
-    """Never a traceback, never 10 s, never half a gigabyte: the harness sees to each."""
+    """Never a traceback, never 10 s, never half a gigabyte: the harness checks each."""
     content = CORPUS[name](tmp_path, sound)
     for child in children.values():
         assert child.read(content) is None
 
 
 @pytest.mark.slow
-def test_a_corpus_of_broken_videos_costs_no_sound_one(tmp_path: Path, sound: bytes) -> None:
+def test_a_corpus_of_broken_videos_loses_no_intact_one(tmp_path: Path, sound: bytes) -> None:
     """`index`, `index --check` and `extract` through the command line: exit code 1, every broken file named."""
     root = write_dataset(tmp_path / "data", 3)
     broken = {}

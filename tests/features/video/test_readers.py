@@ -34,7 +34,7 @@ PROJECT = Path(__file__).resolve().parents[3]
 FASTSTART = {"movflags": "faststart"}
 PYRAMID = {"x264-params": "bframes=7:b-pyramid=normal:b-adapt=0:ref=5"}
 
-# Where decord gives PyAV's bytes, and may be asked for.
+# Where decord returns PyAV's bytes, and is accepted.
 EQUAL = {
     "b_frames.mp4": VideoSpec(),
     "b_frames.mkv": VideoSpec(),
@@ -52,9 +52,9 @@ EQUAL = {
     "with_sound.mp4": VideoSpec(with_audio=True),
     "full_range.mp4": VideoSpec(color_range=2),
 }
-# Where older releases of PyAV round otherwise: comparing the first picture decides.
+# Where older releases of PyAV round differently: comparing the first frame decides.
 EITHER = {"bt709.mp4": VideoSpec(colorspace=1, color_range=1)}
-# Where decord gives other frames or other bytes, and must refuse.
+# Where decord returns other frames or other bytes, and must be refused.
 DIFFERENT = {
     "open_gop.mp4": videos.open_gop(),
     "open_gop.mkv": videos.open_gop(),
@@ -74,7 +74,7 @@ DIFFERENT = {
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
-    """Write a named video of the tables above once and decode it in the plainest way: (path, frames)."""
+    """Write a named video of the tables above once and decode all of it: (path, frames)."""
     folder = tmp_path_factory.mktemp("videos")
 
     @functools.cache
@@ -86,7 +86,7 @@ def make(tmp_path_factory):
 
 
 def read(path: Path, frame_index, reader: str = "auto", **options) -> tuple[str, list[np.ndarray]]:
-    """Which reader read, and what."""
+    """The name of the reader, and the frames."""
     with open_video(path, reader, **options) as source:
         return source.name, list(source.read(frame_index))
 
@@ -242,7 +242,7 @@ class Seeking:
 
 
 @pytest.mark.parametrize("name", ["b_frames.mp4", "b_frames.mkv", "late_start.mp4"])
-def test_a_late_start_is_sought_and_a_seek_that_lands_elsewhere_is_noticed(make, name):
+def test_reading_from_the_middle_seeks_and_verifies_where_the_seek_lands(make, name):
     path, truth = make(name)
     scan = scan_video(path)
     for error, openings in ((0, [1]), (10**7, [1, 1, 0])):  # the last one reads from the start
@@ -270,7 +270,7 @@ def test_requests_are_checked_before_anything_is_decoded(make):
             source.read([0, 60, 61])
 
 
-def test_reader_tells_what_it_is(make):
+def test_a_reader_has_name_version_and_frame_count(make):
     path, _ = make("b_frames.mp4")
     with open_video(path, "pyav") as source:
         assert (source.name, source.frame_count) == ("pyav", 60)
@@ -308,7 +308,7 @@ def test_a_first_frame_that_differs_rules_decord_out(make, monkeypatch):
 
 @pytest.mark.parametrize("share", [0.3, 0.62, 0.97])
 @pytest.mark.parametrize("name", ["cut.mp4", "cut.mkv", "cut.avi"])
-def test_cut_short_video_names_the_first_frame_that_cannot_be_had(tmp_path, name, share):
+def test_cut_short_video_names_the_first_frame_that_cannot_be_read(tmp_path, name, share):
     path = videos.truncate(write_video(tmp_path / name, VideoSpec(container_options=FASTSTART)), share)
     for reader in ("auto", "pyav", "decord"):
         with pytest.raises(ReaderError, match="cut short, frame ") as caught:
@@ -337,7 +337,7 @@ def first_decodable(path: Path, count: int) -> list[np.ndarray]:
     return got
 
 
-def test_pictures_that_the_header_counts_and_the_file_lacks_are_noticed(make, tmp_path):
+def test_frames_that_the_header_counts_but_the_file_lacks_are_detected(make, tmp_path):
     path = tmp_path / "dropped.avi"
     content = bytearray(make("mpeg4.avi")[0].read_bytes())
     length = content.index(b"strh") + 8 + 32
@@ -349,7 +349,7 @@ def test_pictures_that_the_header_counts_and_the_file_lacks_are_noticed(make, tm
         read(path, [0])
 
 
-def test_cut_between_two_pictures_is_noticed(tmp_path):
+def test_a_file_cut_between_two_frames_is_detected(tmp_path):
     path = write_video(tmp_path / "cut.mp4", VideoSpec(container_options=FASTSTART))
     offset, size = videos.packet_spans(path)[30]
     path.write_bytes(path.read_bytes()[: offset + size])
@@ -368,7 +368,7 @@ def not_videos() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", not_videos())
 @pytest.mark.parametrize("reader", ["auto", "pyav", "decord"])
-def test_what_is_no_video_is_one_line(tmp_path, capfd, name, reader):
+def test_a_file_that_is_not_a_video_is_refused_in_one_line(tmp_path, capfd, name, reader):
     path = tmp_path / name
     path.write_bytes(not_videos()[name])
     for attempt in (lambda: read(path, [0], reader), lambda: probe_video(path), lambda: count_packets(path)):
@@ -379,7 +379,7 @@ def test_what_is_no_video_is_one_line(tmp_path, capfd, name, reader):
     assert capfd.readouterr() == ("", "")
 
 
-def test_image_sound_missing_file_and_folder_are_no_videos(tmp_path):
+def test_an_image_sound_a_missing_file_and_a_folder_are_not_videos(tmp_path):
     image = tmp_path / "image.mp4"
     Image.new("RGB", (64, 48)).save(image, format="PNG")
     sound = tmp_path / "sound.mp4"
@@ -424,7 +424,7 @@ def test_frame_size_has_a_limit(make, monkeypatch):
         probe_video(make("b_frames.mp4")[0])
 
 
-# Large and fine enough that an overwritten picture cannot pass for a sound one.
+# Large and detailed enough that an overwritten frame cannot pass for an intact one.
 SOUND = {
     "b_frames.mp4": VideoSpec(width_px=320, height_px=240, codec_options={"crf": "12"}),
     "b_frames.mkv": VideoSpec(width_px=320, height_px=240, codec_options={"crf": "12"}),
@@ -438,7 +438,7 @@ SOUND = {
     [(name, "pyav") for name in SOUND] + [pytest.param(name, "decord", marks=needs_decord) for name in list(SOUND)[:3]],
 )
 def test_damage_never_yields_a_wrong_frame(tmp_path, capfd, name, reader):
-    """Frames that do not need the damaged picture are had, the first that does is an error, never other pixels."""
+    """Frames that do not depend on the damaged picture are returned; the first that does is an error, never pixels."""
     path = write_video(tmp_path / name, SOUND[name])
     truth, sound = decode_everything(path), path.read_bytes()
     for damaged in (3, 26, 50):
@@ -459,7 +459,7 @@ def test_damage_never_yields_a_wrong_frame(tmp_path, capfd, name, reader):
 
 @needs_decord
 def test_decord_hands_a_damaged_batch_to_pyav(tmp_path, capfd):
-    """decord passes concealed damage on; its log gives it away."""
+    """decord returns concealed damage; its log reveals it."""
     path = write_video(tmp_path / "broken.mp4", SOUND["b_frames.mp4"])
     truth = decode_everything(path)
     videos.damage_packet(path, 46)  # in the group of frames 36 to 47
@@ -482,7 +482,7 @@ def test_decord_hands_a_damaged_batch_to_pyav(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_damage_that_no_wanted_frame_needs_is_none(tmp_path):
+def test_damage_that_no_requested_frame_depends_on_is_ignored(tmp_path):
     path = write_video(tmp_path / "broken.mp4", SOUND["b_frames.mp4"])
     truth = decode_everything(path)
     videos.damage_packet(path, 30)  # in the group of frames 24 to 35
@@ -523,7 +523,7 @@ def test_memory_is_flat_over_two_hours(two_hours, reader):
 
 
 @needs_decord
-def test_decord_does_not_go_on_decoding_behind_our_back(shared_data):
+def test_decord_stops_decoding_after_a_batch(shared_data):
     path = sorted((shared_data / "clips" / "videos").glob("*.mp4"))[0]
     script = """
         import sys, time
@@ -630,7 +630,7 @@ def bomb_png() -> bytes:
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 @pytest.mark.parametrize("keep", [0.0, 0.02, 0.5, 0.95])
-def test_half_an_image_is_one_line_naming_it(tmp_path, suffix, keep):
+def test_half_an_image_is_refused_in_one_line_that_names_it(tmp_path, suffix, keep):
     path = tmp_path / f"video01_000100.{suffix}"
     Image.fromarray(videos.painted_frame(9, 200, 150)).save(path)
     videos.truncate(path, keep)
@@ -700,7 +700,7 @@ def test_hardware_that_gives_other_pixels_is_refused(make):
         require_same_pixels(PyavReader(scan_video(other)), on_hardware(path, []), path)
 
 
-def test_hardware_that_is_not_there_is_one_line(make):
+def test_missing_hardware_is_refused_in_one_line(make):
     for device in ("videotoolbox", "nonsense"):
         with pytest.raises(ReaderError, match=rf"cannot be decoded by {device} \(.+\); leave extract"):
             open_video(make("b_frames.mp4")[0], "auto", hardware=device)

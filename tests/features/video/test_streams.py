@@ -51,7 +51,7 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 def read_all(path: Path) -> tuple[list[int], list[float]]:
-    """Numbers and times of all frames, once it is seen that every rate gives the same; ReaderError where all refuse."""
+    """Numbers and times of all frames, after checking that every rate gives the same; ReaderError where all refuse."""
     info = probe_video(path)
     entry = VideoEntry(
         id="video",
@@ -140,7 +140,7 @@ def test_frame_k_carries_number_k_and_its_time(
     assert got_s == pytest.approx(times_s, abs=0.0011)
 
 
-def test_decoding_times_in_place_of_those_of_pictures_are_noticed(tmp_path: Path) -> None:
+def test_decoding_times_in_place_of_presentation_times_are_detected(tmp_path: Path) -> None:
     source = write_video(tmp_path / "source.mp4", VideoSpec(count=60))
     path = videos.rewrite(source, tmp_path / "copy.mp4", videos.decoding_times)
     info = probe_video(path)
@@ -150,7 +150,7 @@ def test_decoding_times_in_place_of_those_of_pictures_are_noticed(tmp_path: Path
         open_video(path, "decord")
 
 
-def test_empty_chunks_show_the_picture_before_them_again(tmp_path: Path) -> None:
+def test_empty_chunks_show_the_previous_frame_again(tmp_path: Path) -> None:
     source = write_video(tmp_path / "source.avi", VideoSpec(count=30, codec="mpeg4", b_frames=0))
     path = videos.with_empty_chunks(source, tmp_path / "lost.avi", [9, 10, 20, 29])
     numbers = [k for k in range(30) for _ in range(2 if k in (9, 10, 20, 29) else 1)]
@@ -159,7 +159,7 @@ def test_empty_chunks_show_the_picture_before_them_again(tmp_path: Path) -> None
         assert [frame_number(rgb) for rgb in reader.read([10, 11, 33])] == [9, 10, 29]
 
 
-def test_a_last_picture_that_is_missing_costs_nothing_and_more_is_refused(tmp_path: Path) -> None:
+def test_one_missing_last_frame_is_tolerated_and_more_are_refused(tmp_path: Path) -> None:
     path = write_video(tmp_path / "short.avi", VideoSpec(count=30, codec="mpeg4", b_frames=0))
     content = bytearray(path.read_bytes())
     place = content.index(b"strh") + 8 + 32
@@ -174,7 +174,7 @@ def test_a_last_picture_that_is_missing_costs_nothing_and_more_is_refused(tmp_pa
         probe_video(path)
 
 
-def test_parts_joined_name_the_frame_where_they_meet(tmp_path: Path) -> None:
+def test_joined_parts_are_refused_naming_the_frame_where_they_meet(tmp_path: Path) -> None:
     part = write_video(tmp_path / "part.ts", VideoSpec(count=60)).read_bytes()
     path = tmp_path / "joined.ts"
     path.write_bytes(part + part)
@@ -182,7 +182,7 @@ def test_parts_joined_name_the_frame_where_they_meet(tmp_path: Path) -> None:
         probe_video(path)
 
 
-def test_a_recording_begins_with_the_first_picture_that_can_be_shown(tmp_path: Path) -> None:
+def test_a_recording_begins_with_the_first_frame_that_can_be_shown(tmp_path: Path) -> None:
     source = write_video(tmp_path / "source.mkv", VideoSpec(count=60, gop=20))
     path = videos.rewrite(source, tmp_path / "late.mkv", videos.without_start)
     assert probe_video(path).notes == (
@@ -199,14 +199,14 @@ def test_a_video_drawn_at_varying_times_keeps_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])
-def test_a_rate_that_the_container_states_wrongly_is_not_believed(tmp_path: Path, container: str) -> None:
+def test_a_wrong_rate_in_the_container_is_not_used(tmp_path: Path, container: str) -> None:
     times_s = [k / 20 for k in range(60)]
     path = write_video(tmp_path / f"twenty.{container}", VideoSpec(count=60, times_s=times_s))  # the encoder says 25
     assert read_all(path) == (list(range(60)), pytest.approx(times_s, abs=0.0011))
     assert probe_video(path).fps == pytest.approx(20, rel=0.01)
 
 
-def test_an_empty_picture_of_an_mp4_file_is_none(tmp_path: Path) -> None:
+def test_an_empty_frame_of_an_mp4_file_is_not_counted(tmp_path: Path) -> None:
     path = write_video(tmp_path / "empty.mp4", VideoSpec(count=30, b_frames=0))
     content = bytearray(path.read_bytes())
     sizes = content.index(b"stsz") + 16

@@ -1,4 +1,4 @@
-"""Which frames a rate takes, and when frames are shown, at constant and at variable rates."""
+"""Which frames sampling selects, and when frames are shown, at constant and at variable rates."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def varying(pts: list[int], tick_s: Fraction = Fraction(1, 1000)) -> VideoEntry:
         (26, 25, 24, [*range(24), 25]),
     ],
 )
-def test_sampling_takes_the_frame_on_screen(frame_count: int, source_fps: float, fps: float, wanted: list[int]) -> None:
+def test_sampling_selects_the_frame_on_screen(
+    frame_count: int, source_fps: float, fps: float, wanted: list[int]
+) -> None:
     frames = sampled_frames(entry(frame_count, source_fps), fps)
     assert frames.dtype == np.int64
     assert frames.tolist() == wanted
@@ -66,7 +68,7 @@ def test_sampling_takes_the_frame_on_screen(frame_count: int, source_fps: float,
     step=st.integers(1, 200),
     source_fps=st.sampled_from([24.0, 25.0, 29.97, 30000 / 1001, 30.0, 50.0, 59.94]),
 )
-def test_a_whole_ratio_takes_each_nth_frame(frame_count: int, step: int, source_fps: float) -> None:
+def test_an_integer_ratio_selects_every_nth_frame(frame_count: int, step: int, source_fps: float) -> None:
     assert sampled_frames(entry(frame_count, source_fps), source_fps / step).tolist() == list(
         range(0, frame_count, step)
     )
@@ -124,7 +126,7 @@ def test_constant_rates_need_no_times_within_the_rounding_of_the_clock() -> None
         ),
     ],
 )
-def test_more_than_there_is_is_refused_with_a_rate_that_works(
+def test_a_rate_above_the_available_one_is_refused_naming_one_that_works(
     frame_count: int, fps: float, more: dict, problem: str
 ) -> None:
     video = entry(frame_count, 25, **more)
