@@ -31,6 +31,7 @@ _OUTSIDE_P_ELSEWHERE = 0.12
 _OUTSIDE_KINDS = (0.45, 0.3, 0.15, 0.1)  # trocar tube, lens on tissue, drapes, black
 GRAIN_SHIFTS = 64
 _BILINEAR = Image.Resampling.BILINEAR
+_Point = tuple[float, float]
 
 
 class Scene:
@@ -46,14 +47,13 @@ class Scene:
         tools: np.ndarray,
         spec: DataSetSpec,
         fps: float,
-        width_px: int,
-        height_px: int,
+        size_px: tuple[int, int],
     ) -> None:
         look_rng, plan_rng = rng.spawn(2)
         self._look = anatomy.Appearance(look_rng)
         self._tool_names = spec.tools
-        self._unit_px = min(width_px, height_px)
-        self._size_px = (width_px, height_px)
+        self._unit_px = min(size_px)
+        self._size_px = size_px  # width, height
         self._draw_all(look_rng)
         self.plan = Plan(plan_rng, phase, tools.astype(bool), spec, fps)
 
@@ -159,13 +159,7 @@ class Scene:
         return np.asarray(canvas.transform((width, height), Image.Transform.AFFINE, affine, _BILINEAR))
 
     def _paste(
-        self,
-        image: np.ndarray,
-        sprite: Image.Image,
-        point: tuple[float, float],
-        anchor: tuple[float, float],
-        angle: float,
-        scale: float,
+        self, image: np.ndarray, sprite: Image.Image, point: _Point, anchor: _Point, angle: float, scale: float
     ) -> None:
         """Draw a premultiplied sprite, its `anchor` (fractions of its sides) at `point`, rotated and scaled."""
         width, height = self._size_px
@@ -191,9 +185,7 @@ class Scene:
         image += (np.float32(178.0) * np.minimum(self._lamp, 1) - image) * density[..., None]
 
 
-def _affine(
-    angle: float, scale: float, anchor: tuple[float, float], offset: tuple[float, float]
-) -> tuple[float, float, float, float, float, float]:
+def _affine(angle: float, scale: float, anchor: _Point, offset: _Point) -> tuple[float, ...]:
     """Pillow's coefficients from an output pixel to the canvas, which is rotated by `angle` and scaled by `scale` about
     its point `anchor`; `offset` leads from there to the output's corner, in output pixels."""
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale

@@ -248,7 +248,7 @@ class _Writer:
         write_phase_file(content.phase_file, content.phases, settings.spec)
         write_tool_file(content.tool_file, content.tool_rows, settings.spec)
         size_px = settings.width_px, settings.height_px
-        scene = Scene(content.rng, content.phases.phase, content.tools, settings.spec, settings.fps, *size_px)
+        scene = Scene(content.rng, content.phases.phase, content.tools, settings.spec, settings.fps, size_px)
         path = content.video_file
         with atomic_path(path) as temporary:
             encode_mp4(temporary, scene, settings.fps, _ENCODER, lambda: advance(1))

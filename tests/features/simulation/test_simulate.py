@@ -180,7 +180,7 @@ def test_frames_show_the_operation_evenly_sped_up(fps: int, speed_up: float, len
 
 def scene(tools: np.ndarray, seed: int = 3, size_px: int = 96) -> Scene:
     phase = np.full(len(tools), SPEC.phases.index("CalotTriangleDissection"))
-    return Scene(np.random.default_rng(seed), phase, tools, SPEC, 1, size_px, size_px)
+    return Scene(np.random.default_rng(seed), phase, tools, SPEC, 1, (size_px, size_px))
 
 
 @pytest.mark.parametrize("tool", SPEC.tools)
@@ -258,7 +258,7 @@ def test_camera_and_tools_move_without_jumps_at_video_rate() -> None:
 def test_the_field_of_view_is_round_and_its_margin_black(width_px: int, height_px: int) -> None:
     tools = np.zeros((3, len(SPEC.tools)), dtype=np.int8)
     tools[:, 0] = 1
-    made = Scene(np.random.default_rng(0), np.ones(3, int), tools, SPEC, 1, width_px, height_px)
+    made = Scene(np.random.default_rng(0), np.ones(3, int), tools, SPEC, 1, (width_px, height_px))
     for pixels in made:
         assert pixels.shape == (height_px, width_px, 3)
         corners = pixels[[0, 0, -1, -1], [0, -1, 0, -1]]
