@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from configs.errors import UserError
-from configs.schema import AblationConfig, Config, DataSetSpec
+from configs.schema import HEAD_SETTINGS, AblationConfig, Config, DataSetSpec, HeadSettings, head_kind
 
 PRESETS = Path(__file__).resolve().parent
 DEFAULT_PRESET = "cholec80"
@@ -267,8 +267,8 @@ def _require_switches(config: Config, tree: Mapping[str, Any], where: str) -> No
 def _default_tag(keys: tuple[str, ...]) -> object:
     """For a key that names the kind of its block (`temporal.head.name`): the default kind, else None."""
     for field in _fields_at(keys[:-1]):
-        if field.discriminator == keys[-1]:
-            return getattr(field.default, keys[-1])
+        if field.annotation is HeadSettings and keys[-1] == "name":
+            return field.default.name
     return None
 
 
@@ -300,20 +300,16 @@ def _validate(model: type[Model], tree: dict[str, Any], where: str) -> Model:
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(model, problem) for problem in error.errors()]
+        problems = [_explain(model, tree, problem) for problem in error.errors()]
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise UserError(f"{where}: {'; '.join(problems[:3])}{more}") from error
     except RecursionError as error:
         raise UserError(f"{where}: nested too deeply") from error
 
 
-def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
-    keys, tag, fields = _place(model, problem["loc"])
+def _explain(model: type[BaseModel], tree: Mapping[str, Any], problem: Mapping[str, Any]) -> str:
+    keys, tag, fields = _place(model, tree, problem["loc"])
     key = ".".join(keys)
-    if problem["type"] == "union_tag_invalid":
-        context = problem["ctx"]
-        which = context["discriminator"].strip("'")
-        return f"{key}.{which}: {context['tag']!r} is none of {context['expected_tags']}"
     if problem["type"] != "extra_forbidden":
         given = problem.get("input")
         shown = f", got {given!r}" if isinstance(given, str | int | float | bool) else ""
@@ -326,22 +322,25 @@ def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
     return f"unknown key {key}{_nearest(key, same_leaf or known)}"
 
 
-def _place(model: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str], str, list[str]]:
-    """The dotted key of a problem; where its block is one of several kinds, which one and what settings that has."""
+def _place(
+    model: type[BaseModel], tree: Mapping[str, Any], loc: Sequence[int | str]
+) -> tuple[list[str], str, list[str]]:
+    """The dotted key of a problem; inside a head, also the head's name and settings."""
     keys: list[str] = []
     fields: list[str] = []
-    models, tag, chosen_by = [model], "", None
+    models, node, tag = [model], tree, ""
     for part in loc:
-        if chosen_by:  # pydantic puts the kind between the block's key and the setting's
-            tag = str(part)
-            models = [kind for kind in models if tag in get_args(kind.model_fields[chosen_by].annotation)]
-            fields = [name for kind in models for name in kind.model_fields if name != chosen_by]
-            chosen_by = None
-            continue
         keys.append(str(part))
         found = [kind.model_fields[str(part)] for kind in models if str(part) in kind.model_fields]
-        chosen_by = next((str(field.discriminator) for field in found if field.discriminator), None)
         models = [child for field in found for child in _models_in(field.annotation)]
+        node = node.get(str(part), {}) if isinstance(node, Mapping) else {}
+        if (
+            any(field.annotation is HeadSettings for field in found)
+            and isinstance(node, Mapping)
+            and len(keys) < len(loc)
+        ):
+            tag, models = node.get("name", "lstm"), [head_kind(node)]
+            fields = [name for name in models[0].model_fields if name != "name"]
     return keys, tag, fields
 
 
@@ -358,6 +357,8 @@ def _key_names(model: type[BaseModel]) -> Sequence[str]:
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     parts = get_args(annotation)  # first: on Python 3.10 `tuple[str, ...]` counts as a type, but not for issubclass
+    if annotation is HeadSettings:
+        return [HEAD_SETTINGS.find(name) for name in HEAD_SETTINGS.names()]
     if not parts and isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in parts for model in _models_in(part)]

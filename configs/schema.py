@@ -13,20 +13,25 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     FiniteFloat,
+    SerializeAsAny,
     SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
 )
+
+from configs.errors import UserError
+from configs.registry import Registry
 
 MAX_FPS = 10_000.0  # cameras of a thousand frames per second exist; what lies beyond is damage
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # of a cell of a CSV file that a spreadsheet would compute
@@ -412,7 +417,44 @@ class ExtractConfig(Strict):
     compile: bool = Field(False, description="torch.compile the backbone; part of the features' identity")
 
 
-class LstmHead(Strict):
+class HeadSettings(Strict):
+    """Settings of a temporal head, base of every kind's; `name` says which kind it is (`HEAD_SETTINGS`)."""
+
+    name: str
+
+    @property
+    def causal(self) -> bool:
+        """Whether outputs depend on the past alone, so that state can be carried from chunk to chunk."""
+        return True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process finds a kind of its own by its name."""
+        return read_head, (self.model_dump(),)
+
+
+HEAD_SETTINGS: Registry[type[HeadSettings]] = Registry("head", "surgstage.heads")
+
+
+def head_kind(settings: Mapping[Any, Any]) -> type[HeadSettings]:
+    """The kind that settings name, LSTM where they name none. Raises UserError for an unknown one."""
+    return HEAD_SETTINGS.find(str(settings.get("name", "lstm")))
+
+
+def read_head(value: Any) -> HeadSettings:
+    """Settings of any kind of head. Raises ValueError for an unknown kind, unknown keys and wrong values."""
+    if not isinstance(value, Mapping):
+        return value  # type: ignore[no-any-return]
+    try:
+        kind = head_kind(value)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    return kind.model_validate({"name": "lstm", **value})
+
+
+HeadConfig = Annotated[SerializeAsAny[HeadSettings], BeforeValidator(read_head)]
+
+
+class LstmHead(HeadSettings):
     name: Literal["lstm"] = "lstm"
     hidden: int = Field(512, ge=1)
     layers: int = Field(1, ge=1)
@@ -421,15 +463,20 @@ class LstmHead(Strict):
     relu: bool = Field(False, description="ReLU on the LSTM's output (MTRCNet-CL)")
     fc_hidden: int | None = Field(None, ge=1, description="one more linear layer and ReLU before the last one")
 
+    @property
+    def causal(self) -> bool:
+        """Whether it reads forwards alone."""
+        return not self.bidirectional
 
-class GruHead(Strict):
+
+class GruHead(HeadSettings):
     name: Literal["gru"]
     hidden: int = Field(512, ge=1)
     layers: int = Field(1, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
-class TcnHead(Strict):
+class TcnHead(HeadSettings):
     """Causal multi-stage TCN (TeCNO, Czempiel et al., MICCAI 2020)."""
 
     name: Literal["tcn"]
@@ -439,13 +486,14 @@ class TcnHead(Strict):
     dropout: float = Field(0.5, ge=0, lt=1)
 
 
-class LinearHead(Strict):
-    """One linear layer a frame: the baseline without time."""
+class LinearHead(HeadSettings):
+    """One linear layer per frame: the baseline without time."""
 
     name: Literal["linear"]
 
 
-HeadConfig = Annotated[LstmHead | GruHead | TcnHead | LinearHead, Field(discriminator="name")]
+for _kind in (LstmHead, GruHead, TcnHead, LinearHead):
+    HEAD_SETTINGS.register(get_args(_kind.model_fields["name"].annotation)[0], _kind)
 
 
 class SequenceConfig(Strict):
@@ -487,12 +535,6 @@ class TemporalConfig(LoopConfig):
         description="a joint net's checkpoint whose phase branch the head starts from (`--from-joint RUN` sets it)",
     )
     baseline: bool = Field(True, description="also train the per-frame linear head, same features, epochs and choice")
-
-    @field_validator("head", mode="before")
-    @classmethod
-    def _has_a_name(cls, head: object) -> object:
-        """The settings of a head without its name are those of the default one."""
-        return {"name": LstmHead().name, **head} if isinstance(head, Mapping) else head
 
 
 class JointNetConfig(Strict):

@@ -21,8 +21,8 @@ from configs.schema import DataSetSpec, HeadConfig, JointNetConfig, LstmHead
 from features.dataset.phase_order import ids_of_order
 from stage1_cnn.encoders.weights import misfits
 from stage1_cnn.model import build_backbone
+from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.joint.net import JointNet, build_joint
-from stage2_temporal.model import Standardise
 
 PREFIX = "module."
 MAPPING_KEYS = frozenset({"weight", "bias"})

@@ -38,8 +38,9 @@ from stage1_cnn.encoders.encoder import load_encoder
 from stage1_cnn.extract import crop_batches
 from stage1_cnn.model import CHECKPOINT_STAGE
 from stage2_temporal.data import with_tool_logits
+from stage2_temporal.heads.base import require_causal
 from stage2_temporal.joint.net import FOLDER, joint_checkpoint, load_joint, require_same_classes
-from stage2_temporal.model import PhaseModel, require_causal
+from stage2_temporal.model import PhaseModel
 from stage2_temporal.predict import Inference, OnlinePredictor, chosen_inference, load_temporal, other_encoder
 
 # Fast to write and good enough to look at; the picture is somebody's evidence in a discussion, not an archive.

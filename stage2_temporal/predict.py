@@ -21,7 +21,10 @@ from engine.progress import say
 from engine.stopping import StopRequest
 from features.store import VideoFeatures
 from stage2_temporal.data import Batch, FeatureBank, Span, chunk_batches, clip_batches, group_by_length
-from stage2_temporal.model import LinearHead, PhaseModel, Standardise, State, build_head, first_rows, require_causal
+from stage2_temporal.heads.base import HeadOutput, State, build_head, first_rows, require_causal
+from stage2_temporal.heads.linear import LinearHead
+from stage2_temporal.heads.standardise import Standardise
+from stage2_temporal.model import PhaseModel
 
 Inference = Literal["carried", "clip"]
 KIND = "temporal"
@@ -116,21 +119,21 @@ def predict_spans(
     model: PhaseModel, bank: FeatureBank, spans: Sequence[Span], inference: Inference, frames: int
 ) -> list[Tensor]:
     """Probabilities (T, C) of each video, fp32, on the CPU; see `run_spans`."""
-    logits = run_spans(model, model.logits, model.phases, bank, spans, inference, frames)
+    logits = run_spans(model, model, model.phases, bank, spans, inference, frames)
     return [values.softmax(dim=1) for values in logits]
 
 
 @torch.no_grad()
 def run_spans(
     model: PhaseModel,
-    forward: Callable[[Tensor, State | None, Tensor], tuple[Tensor, State]],
+    forward: Callable[[Tensor, State | None, Tensor], HeadOutput],
     width: int,
     bank: FeatureBank,
     spans: Sequence[Span],
     inference: Inference,
     frames: int,
 ) -> list[Tensor]:
-    """What `forward` (embeddings, state, lengths -> (B, T, width), state) says of each video: (T, width), on the CPU.
+    """Logits (T, width) that `forward` (embeddings, state, lengths) computes for each video, on the CPU.
 
     `carried`: the state runs through the video from its first frame. `clip`: each frame is the last of the clip of
     `frames` frames that ends there, computed from zero state; the first `frames` - 1 have shorter pasts, taken from the
@@ -144,9 +147,10 @@ def run_spans(
     state: State = ()
     for batch, wanted in _batches(model, spans, inference, frames):
         x, _ = bank.gather(batch)
-        values, state = forward(x, None if batch.fresh else first_rows(state, len(batch)), batch.lengths)
+        output = forward(x, None if batch.fresh else first_rows(state, len(batch)), batch.lengths)
+        state = output.state
         rows = batch.rows[wanted].to(device)
-        found[rows] = values[wanted.to(device)].float()
+        found[rows] = output.logits[wanted.to(device)].float()
     model.train(training)
     return [found[span.first : span.first + span.frames].cpu() for span in spans]
 
@@ -199,6 +203,6 @@ class OnlinePredictor:
         else:
             past = [] if self._clip is None else [self._clip]
             self._clip = torch.cat([*past, frame.unsqueeze(1)], dim=1)[:, -self._clip_frames :]  # (B, <= S, D)
-            logits = self._model.logits(self._clip)[0][:, -1]
+            logits = self._model(self._clip).logits[:, -1]
         probabilities: NDArray[np.float32] = logits.float().softmax(dim=1).cpu().numpy()
         return probabilities[0] if given.ndim == 1 else probabilities

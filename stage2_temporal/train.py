@@ -43,7 +43,10 @@ from stage2_temporal.data import (
     read_training_data,
     require_same_phases,
 )
-from stage2_temporal.model import LstmHead, PhaseModel, Standardise, build_head, detach_state, first_rows
+from stage2_temporal.heads.base import build_head, detach_state, first_rows
+from stage2_temporal.heads.recurrent import LstmHead
+from stage2_temporal.heads.standardise import Standardise
+from stage2_temporal.model import PhaseModel
 from stage2_temporal.predict import KIND, predict_spans
 
 FRAME_FOLDER = "frame"
@@ -115,7 +118,7 @@ def train_temporal(
 
 def train_head(
     folder: Path,
-    head: schema.HeadConfig,
+    head: schema.HeadSettings,
     config: Config,
     data: TrainingData,
     constants: tuple[Tensor, Tensor],
@@ -165,9 +168,9 @@ def train_head(
                     phase.fill_(NO_LABEL)
                 state = None if batch.fresh else first_rows(model.carried, len(batch))
                 with session.autocast():
-                    stages, state = session.model(x, state, batch.lengths)  # [(B, T, C), ...]
-                model.carried = detach_state(state) if settings.sequence.mode == "chunked" and counts else ()
-                session.update(criterion(stages, phase), partial(bank.names, batch))
+                    output = session.model(x, state, batch.lengths)
+                model.carried = detach_state(output.state) if settings.sequence.mode == "chunked" and counts else ()
+                session.update(criterion(output.logits_per_stage, phase), partial(bank.names, batch))
             model.carried = ()
             seconds = max(time.monotonic() - started, 1e-9)
             if time.monotonic() - tidied > TIDY_EVERY_S:
@@ -312,7 +315,7 @@ def _require_projection(settings: schema.TemporalConfig, device: torch.device) -
     require_bf16("temporal.projection", device)
 
 
-def _start_weights(path: Path, head: schema.HeadConfig, data: TrainingData) -> dict[str, Any]:
+def _start_weights(path: Path, head: schema.HeadSettings, data: TrainingData) -> dict[str, Any]:
     """The phase branch of a joint net, constants of its standardisation included.
 
     Raises UserError when it has another head, other phases or another width than these features.
@@ -350,7 +353,7 @@ def _identity(config: Config, data: TrainingData) -> dict[str, Any]:
     }
 
 
-def _describe(head: schema.HeadConfig, config: Config, data: TrainingData) -> dict[str, Any]:
+def _describe(head: schema.HeadSettings, config: Config, data: TrainingData) -> dict[str, Any]:
     """What a checkpoint says about its model; see `load_temporal`."""
     return {
         "kind": KIND,

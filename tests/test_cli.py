@@ -486,7 +486,7 @@ def test_without_features_one_line_says_what_to_do(tmp_path: Path) -> None:
         (["evaluate", "--name", "nowhere"], "nowhere"),
         (["report", "nowhere"], "nowhere: no such run folder"),
         (["evaluate", "--name", "nowhere"], "run train-temporal under that name first"),
-        (["config", "show", "--set", "temporal.head.name=tnc"], "temporal.head.name: 'tnc' is none of 'lstm', 'gru'"),
+        (["config", "show", "--set", "temporal.head.name=tnc"], "temporal.head: unknown head tnc; did you mean tcn?"),
         (["report", "empty"], "run `python pipeline.py evaluate --name empty --split test`"),
         (["train-temporal", "--name", "../x", "--features", "empty"], "run name"),
         (["simulate", "out", "--videos", "0"], "videos"),

@@ -38,7 +38,9 @@ from stage1_cnn.model import (
 )
 from stage1_cnn.train import tool_loss
 from stage2_temporal.data import NO_LABEL
-from stage2_temporal.model import PhaseModel, Standardise, State, build_head, require_causal
+from stage2_temporal.heads.base import State, build_head, require_causal
+from stage2_temporal.heads.standardise import Standardise
+from stage2_temporal.model import PhaseModel
 from stage2_temporal.predict import load_temporal
 
 KIND = "joint"
@@ -92,9 +94,9 @@ class JointNet(nn.Module):
         tool_logits = self.tool_head(x) if self.tool_head is not None else None  # (B, T, K)
         if self.phase is None:
             return JointOutput(tool_logits, None, None, ())
-        stages, hidden, state = self.phase.outputs(x.float(), state, lengths)
-        mapped = self.mapping(hidden) if self.mapping is not None else None  # (B, T, K)
-        return JointOutput(tool_logits, stages, mapped, state)
+        output = self.phase.with_hidden(x.float(), state, lengths)
+        mapped = self.mapping(output.hidden) if self.mapping is not None else None  # (B, T, K)
+        return JointOutput(tool_logits, output.logits_per_stage, mapped, output.state)
 
     def train_only(self, part: Literal["all", "mapping"], freeze_mapping: bool = False) -> None:
         """Choose what learns. With `mapping`, all else stays bit by bit as it is, running statistics too."""

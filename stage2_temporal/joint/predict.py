@@ -25,8 +25,8 @@ from features.dataset.index import Index, VideoEntry, load_labels, sampled_frame
 from features.frames.preprocess import CropCount, augment, augment_generator, crop_frames, normalise
 from features.frames.source import encoded_at_once, frame_batches, open_frames
 from stage2_temporal.data import FeatureBank, Span
+from stage2_temporal.heads.base import HeadOutput, State
 from stage2_temporal.joint.net import JointNet, bernoulli_kl
-from stage2_temporal.model import State
 from stage2_temporal.predict import Inference, predict_spans, run_spans
 
 _CROP_COUNTS: dict[str, CropCount] = {"centre": 1, "five": 5, "ten": 10}
@@ -184,13 +184,12 @@ def predict_embeddings(net: JointNet, embedding: Tensor, inference: Inference, f
     return Prediction(phase, tools, mapped)
 
 
-def _mapped(net: JointNet) -> Callable[[Tensor, State | None, Tensor], tuple[Tensor, State]]:
-    def forward(x: Tensor, state: State | None, lengths: Tensor) -> tuple[Tensor, State]:
+def _mapped(net: JointNet) -> Callable[[Tensor, State | None, Tensor], HeadOutput]:
+    def forward(x: Tensor, state: State | None, lengths: Tensor) -> HeadOutput:
         assert net.phase is not None
         assert net.mapping is not None
-        _, hidden, after = net.phase.outputs(x, state, lengths)
-        mapped: Tensor = net.mapping(hidden)
-        return mapped, after
+        output = net.phase.with_hidden(x, state, lengths)
+        return output._replace(logits_per_stage=[net.mapping(output.hidden)])
 
     return forward
 

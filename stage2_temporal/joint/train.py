@@ -47,6 +47,7 @@ from stage1_cnn.model import (
 )
 from stage1_cnn.train import synchronise_batch_norm
 from stage2_temporal.data import NO_LABEL
+from stage2_temporal.heads.base import detach_state, first_rows
 from stage2_temporal.joint.data import ClipBatch, ClipDataset, clip_requests, spans_of
 from stage2_temporal.joint.net import (
     FOLDER,
@@ -68,7 +69,6 @@ from stage2_temporal.joint.predict import (
     phase_accuracy,
     predict_videos,
 )
-from stage2_temporal.model import detach_state, first_rows
 
 
 @dataclass(frozen=True)

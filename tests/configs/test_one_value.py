@@ -139,7 +139,7 @@ def test_every_block_stands_with_its_own_defaults() -> None:
             if kinds and field.default is not None:
                 default = field.get_default(call_default_factory=True)
                 assert default == type(default)(), f"{model.__name__}.{name}"
-                assert type(default) is kinds[0]
+                assert isinstance(default, kinds[0])
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ from interop.mtrcnet_checkpoints import (
     variant_of,
 )
 from stage1_cnn.model import build_backbone
+from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.joint.net import JointNet, build_joint
-from stage2_temporal.model import Standardise
 from tests.interop.originals import LINEAR, original_state, restated
 
 SPEC = load_dataset("cholec80")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +14,12 @@ from torch import Tensor
 
 from configs import schema
 from configs.errors import UserError
-from stage2_temporal.model import HEADS, Head, LstmHead, PhaseModel, Standardise, TcnHead, build_head
+from stage2_temporal.heads.base import HEADS, Head, build_head
+from stage2_temporal.heads.linear import LinearHead
+from stage2_temporal.heads.recurrent import LstmHead
+from stage2_temporal.heads.standardise import Standardise
+from stage2_temporal.heads.tcn import TcnHead
+from stage2_temporal.model import PhaseModel
 
 D, C = 5, 4
 CAUSAL: dict[str, Any] = {
@@ -39,8 +44,7 @@ def frames(batch: int, count: int, seed: int = 1) -> Tensor:
 
 
 def test_every_head_of_the_schema_is_in_the_registry() -> None:
-    union = get_args(get_args(schema.HeadConfig)[0])
-    assert {kind.model_fields["name"].annotation.__args__[0] for kind in union} == set(HEADS)
+    assert set(schema.HEAD_SETTINGS.names()) == set(HEADS.names()) == {"lstm", "gru", "tcn", "linear"}
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -49,18 +53,19 @@ def test_every_head_of_the_schema_is_in_the_registry() -> None:
 def test_whole_chunked_and_single_frames_agree(name: str, cuts: list[int], seed: int) -> None:
     head, x = head_of(CAUSAL[name], seed), frames(2, 50, seed)
     with torch.no_grad():
-        whole, whole_state = head(x)
+        whole = head(x)
         parts, state = [], None
         for chunk in torch.tensor_split(x, sorted(cuts), dim=1):
-            logits, state = head(chunk, state)
-            parts.append(logits)
+            output = head(chunk, state)
+            state = output.state
+            parts.append(output.logits)
         steps, step_state = [], None
         for t in range(50):
             logits, step_state = head.step(x[:, t], step_state)
             steps.append(logits)
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=0)
-    torch.testing.assert_close(torch.stack(steps, dim=1), whole, atol=1e-5, rtol=0)
-    for left, right in ((state, whole_state), (step_state, whole_state)):
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole.logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.stack(steps, dim=1), whole.logits, atol=1e-5, rtol=0)
+    for left, right in ((state, whole.state), (step_state, whole.state)):
         assert left is not None
         for one, other in zip(left, right, strict=True):
             assert len(one) == 2  # batch first
@@ -76,11 +81,12 @@ def test_agreement_at_the_default_sizes(config: Any) -> None:
     model = PhaseModel(Standardise(torch.full((256,), 2.0), torch.full((256,), 3.0)), build_head(config, 256, 7)).eval()
     x = torch.randn(1, 300, 256) * 5
     with torch.no_grad():
-        whole, _ = model.logits(x)
+        whole = model(x).logits
         parts, state = [], None
         for chunk in x.split([1, 100, 7, 150, 42], dim=1):
-            logits, state = model.logits(chunk, state)
-            parts.append(logits)
+            output = model(chunk, state)
+            state = output.state
+            parts.append(output.logits)
         steps, state = [], None
         for t in range(300):
             logits, state = model.step(x[:, t], state)
@@ -95,7 +101,7 @@ def test_the_future_changes_nothing(name: str) -> None:
     changed = x.clone()
     changed[:, 25:] += 10
     with torch.no_grad():
-        before, after = head(x)[0], head(changed)[0]
+        before, after = head(x).logits, head(changed).logits
     torch.testing.assert_close(before[:, :25], after[:, :25], atol=1e-6, rtol=0)
     assert not torch.allclose(before[:, 25:], after[:, 25:])
 
@@ -106,7 +112,7 @@ def test_the_past_does(name: str) -> None:
     changed = x.clone()
     changed[:, 5] += 10
     with torch.no_grad():
-        assert not torch.allclose(head(x)[0][:, 8], head(changed)[0][:, 8])
+        assert not torch.allclose(head(x).logits[:, 8], head(changed).logits[:, 8])
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -117,12 +123,12 @@ def test_padding_never_leaks(name: str, lengths: list[int]) -> None:
     real = torch.arange(30)[None, :, None] < torch.tensor(lengths)[:, None, None]
     padded = torch.where(real, x, torch.full_like(x, 1e3))
     with torch.no_grad():
-        together, state = head(padded, None, torch.tensor(lengths))
+        together = head(padded, None, torch.tensor(lengths))
         for i, length in enumerate(lengths):
-            alone, alone_state = head(x[i : i + 1, :length])
-            torch.testing.assert_close(together[i, :length], alone[0], atol=1e-5, rtol=0)
+            alone = head(x[i : i + 1, :length])
+            torch.testing.assert_close(together.logits[i, :length], alone.logits[0], atol=1e-5, rtol=0)
             if "tcn" not in name:  # a recurrent state is that after the last real frame
-                for one, other in zip(state, alone_state, strict=True):
+                for one, other in zip(together.state, alone.state, strict=True):
                     torch.testing.assert_close(one[i], other[0], atol=1e-5, rtol=0)
 
 
@@ -132,19 +138,19 @@ def test_bidirectional_sees_the_future_and_refuses_to_do_without() -> None:
     changed = x.clone()
     changed[:, 9] += 10
     with torch.no_grad():
-        logits, state = head(x)
-        assert not torch.allclose(logits[:, 0], head(changed)[0][:, 0])
+        output = head(x)
+        assert not torch.allclose(output.logits[:, 0], head(changed).logits[:, 0])
     with pytest.raises(UserError, match="offline only"):
         head.step(x[:, 0], None)
     with pytest.raises(UserError, match="offline only"):
-        head(x, state)
+        head(x, output.state)
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru", "lstm of two layers"])
 def test_recurrent_heads_start_from_zero(name: str) -> None:
     head, x = head_of(CAUSAL[name]), frames(2, 6)
-    zero = tuple(torch.zeros_like(part) for part in head(x)[1])
-    assert torch.equal(head(x)[0], head(x, zero)[0])
+    zero = tuple(torch.zeros_like(part) for part in head(x).state)
+    assert torch.equal(head(x).logits, head(x, zero).logits)
 
 
 def test_lstm_starts_as_the_reference() -> None:
@@ -183,11 +189,11 @@ def test_tcn_is_the_published_one_written_out() -> None:
         y = dense(f"leave.{stage}", y)
         expected.append(y)
         y = F.softmax(y, dim=1)
-    stages, _ = head.training_logits(x)
+    stages = head(x).logits_per_stage
     assert len(stages) == 2
     for found, wanted in zip(stages, expected, strict=True):
         torch.testing.assert_close(found[0], wanted, atol=1e-5, rtol=0)
-    assert torch.equal(head(x)[0], stages[-1])
+    assert torch.equal(head(x).logits, stages[-1])
 
 
 def test_standardise_scales_and_does_not_explode() -> None:
@@ -212,23 +218,24 @@ def test_all_constant_features_pass_through() -> None:
 def test_a_checkpoint_holds_constants_and_carried_state() -> None:
     head = head_of(CAUSAL["lstm"])
     model = PhaseModel(Standardise(torch.arange(5.0), torch.ones(5) * 2), head)
-    model.carried = model(frames(2, 6))[1]
+    model.carried = model(frames(2, 6)).state
     other = PhaseModel(Standardise.identity(D), head_of(CAUSAL["lstm"], seed=9))
     other.load_state_dict(model.state_dict())
     assert all(torch.equal(one, two) for one, two in zip(other.carried, model.carried, strict=True))
     x = frames(1, 8)
-    assert torch.equal(other.logits(x)[0], model.logits(x)[0])
+    assert torch.equal(other(x).logits, model(x).logits)
 
 
-def test_the_linear_head_leaves_padding_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of real frames, widened one at a time: the logits and gradients of the whole table."""
-    monkeypatch.setattr("stage2_temporal.model.LINEAR_BLOCK_FRAMES", 7)
-    model = PhaseModel(Standardise(torch.rand(D), torch.rand(D) + 0.5), head_of(CAUSAL["linear"]))
+def test_the_linear_head_leaves_padding_out() -> None:
+    """Blocks of real frames, standardised one at a time: the logits and gradients of the whole table."""
+    head = head_of(CAUSAL["linear"])
+    assert isinstance(head, LinearHead)
+    head.block_frames = 7
+    model = PhaseModel(Standardise(torch.rand(D), torch.rand(D) + 0.5), head)
     x, lengths = frames(3, 20).half(), torch.tensor([20, 3, 11])
     real = torch.arange(20) < lengths[:, None]
     poisoned = x.masked_fill(~real[..., None], math.nan)
-    (found,), _ = model(poisoned, None, lengths)
-    (expected,), _ = model(x)
+    found, expected = model(poisoned, None, lengths).logits, model(x).logits
     assert not found[~real].any()
     torch.testing.assert_close(found[real], expected[real])
     weights = list(model.parameters())

@@ -15,7 +15,9 @@ from configs.errors import UserError
 from engine.checkpoints import save_checkpoint
 from features.store import VideoFeatures
 from stage2_temporal import predict
-from stage2_temporal.model import PhaseModel, Standardise, build_head
+from stage2_temporal.heads.base import build_head
+from stage2_temporal.heads.standardise import Standardise
+from stage2_temporal.model import PhaseModel
 from stage2_temporal.predict import OnlinePredictor, chosen_inference, load_temporal, predict_phases
 
 D, C = 5, 4
@@ -47,7 +49,7 @@ def video(features: NDArray[Any]) -> VideoFeatures:
 
 @torch.no_grad()
 def alone(model: PhaseModel, features: NDArray[Any]) -> NDArray[np.float32]:
-    return model.logits(torch.from_numpy(features)[None])[0][0].softmax(1).numpy()
+    return model(torch.from_numpy(features)[None]).logits[0].softmax(1).numpy()
 
 
 @pytest.fixture

@@ -152,7 +152,7 @@ def test_the_loss_is_that_of_the_sequences_promised(train: Any, tmp_path: Path, 
             start = first
             if mode != "clips":
                 start = next(span.first for span in data.train if span.first <= first < span.first + span.frames)
-            logits.append(model.logits(data.bank.features[start : first + length][None])[0][0, first - start :])
+            logits.append(model(data.bank.features[start : first + length][None]).logits[0, first - start :])
             phase.append(data.bank.phase[first : first + length])
         losses.append(F.cross_entropy(torch.cat(logits), torch.cat(phase), ignore_index=-1).item())
     row = read_metrics(tmp_path / "run/temporal/metrics.jsonl", "epoch")[0]

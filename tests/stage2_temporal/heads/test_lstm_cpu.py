@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from configs import schema
-from stage2_temporal.heads import lstm_cpu as recurrence
+from stage2_temporal.heads.base import build_head
 from stage2_temporal.heads.lstm_cpu import run_lstm
-from stage2_temporal.model import LstmHead, PhaseModel, Standardise, build_head
+from stage2_temporal.heads.recurrent import LstmHead, run_packed
+from stage2_temporal.heads.standardise import Standardise
+from stage2_temporal.model import PhaseModel
 from tests.onednn import broken_operations, other_operations, public_operations
 
 D, H = 5, 6
@@ -58,9 +60,7 @@ def test_equals_the_library(lengths: list[int], layers: int, bias: bool, carried
     x, state = inputs(lengths, layers)
     wanted = [x, *rnn.parameters(), *(state if carried else ())]
     given_state = state if carried else None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recurrence, "BLOCK_ROWS", block)
-        found = everything(*run_lstm(rnn, x, given_state, lengths), wanted)
+    found = everything(*run_lstm(rnn, x, given_state, lengths, block_rows=block), wanted)
     for one, other in zip(found, everything(*library(rnn, x, given_state, lengths), wanted), strict=True):
         torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)
 
@@ -132,7 +132,7 @@ def test_stored_features_are_standardised_as_before() -> None:
     lengths = torch.tensor([20, 7, 12])
     real = torch.arange(20) < lengths[:, None]
     gradients = []
-    for logits in (model.logits(x, None, lengths)[0], model.head(model.standardise(x), None, lengths)[0]):
+    for logits in (model(x, None, lengths).logits, model.with_hidden(x, None, lengths).logits):
         loss = (logits[real] ** 2).sum()
         gradients.append([logits[real], *torch.autograd.grad(loss, list(model.head.parameters()))])
     for one, other in zip(*gradients, strict=True):
@@ -152,16 +152,16 @@ def projects_nearly_the_same() -> None:
     head = build_head(schema.LstmHead(hidden=32), 64, 4)
     assert isinstance(head, LstmHead)
     x = torch.randn(2, 40, 64)
-    exact = head(x)[0]
+    exact = head(x).logits
     head.bf16_projection = True
-    lower = head(x)[0]
+    lower = head(x).logits
     assert not torch.equal(lower, exact)
     torch.testing.assert_close(lower, exact, atol=0.05, rtol=0)
     weights = list(head.rnn.parameters())
     found = torch.autograd.grad((lower**2).sum(), weights)
     for one, other in zip(found, torch.autograd.grad((exact**2).sum(), weights), strict=True):
         assert float((one - other).norm() / other.norm()) < 0.03
-    assert torch.equal(head.eval()(x)[0], exact)
+    assert torch.equal(head.eval()(x).logits, exact)
 
 
 @pytest.mark.parametrize("given_state", [True, False])
@@ -171,7 +171,7 @@ def test_packed_runs_on_cuda_compute_the_same(given_state: bool) -> None:
     assert isinstance(head, LstmHead)
     x, lengths = torch.randn(3, 9, D), torch.tensor([4, 9, 6])
     state = (torch.randn(2, 3, H), torch.randn(2, 3, H)) if given_state else None
-    out, last = head._run_packed(x, state, lengths)
+    out, last = run_packed(head.rnn, x, state, lengths)
     expected, expected_last = run_lstm(head.rnn, x, state, lengths.tolist())
     for one, other in zip((out, *last), (expected, *expected_last), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)

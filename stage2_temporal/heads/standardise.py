@@ -1,0 +1,34 @@
+"""Standardisation of features with constants from the training videos."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# A standard deviation below this fraction of the median one is replaced by it: a channel that hardly moved on the
+# training videos must not be thousands of standard deviations away on another one.
+LEAST_DEVIATION = 0.01
+
+
+class Standardise(nn.Module):
+    """(x - mean) / standard deviation with constants (D,) that are saved in the checkpoint; the output is fp32."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, mean: Tensor, deviation: Tensor) -> None:
+        super().__init__()
+        deviation = deviation.double()
+        least = LEAST_DEVIATION * float(deviation.median())
+        deviation = torch.where(deviation > least, deviation, torch.full_like(deviation, least or 1.0))
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("scale", deviation.reciprocal().float())
+
+    @classmethod
+    def identity(cls, embedding_dim: int) -> Standardise:
+        """Changes nothing, until a state dict with other constants is loaded."""
+        return cls(torch.zeros(embedding_dim), torch.ones(embedding_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) in any float type -> (..., D) fp32."""
+        return torch.sub(x, self.mean).mul_(self.scale)
