@@ -1,3 +1,3 @@
-"""The commands of `pipeline.py`, by subject."""
+"""The commands of `pipeline.py`, by subject. What a command needs is imported when it runs."""
 
-import configs  # noqa: F401, which keeps idle threads from spinning if it comes before torch
+import configs  # noqa: F401 - before torch, since it keeps idle OpenMP threads from spinning

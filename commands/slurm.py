@@ -26,21 +26,12 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from commands.options import STAGES
 from configs.errors import UserError
 from engine.files import make_folder, write_json
 from engine.runs import git_revision
 from engine.stopping import EXIT_PREEMPTED
 
-# Stages that make sense as a job, and whether several processes may share one.
-STAGES = {
-    "train-cnn": True,
-    "extract": True,
-    "train-temporal": True,
-    "train-joint": True,
-    "evaluate": False,
-    "run": False,
-    "ablate": False,
-}
 SIGNAL_DELAY_S = 90  # between Slurm's signal and the time limit; submitit's default
 # Of the delay, what stays for telling Slurm after the stage has saved.
 _REQUEUE_S = 10

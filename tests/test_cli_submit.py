@@ -50,7 +50,7 @@ def test_the_stage_s_devices_are_started_by_the_job_alone(tmp_path: Path, monkey
         (["extract", "--array", "2", "--", "--shard", "0/2"], "leave out the one given"),
         (["ablate", "--", "nothing"], "no such ablation"),
         (["ablate", "--", "hidden", "--set", "temporal.epoch=3"], "unknown key temporal.epoch"),
-        (["evaluate", "--", "--predictions", "x"], "do it here"),
+        (["evaluate", "--", "--predictions", "x"], "run it without submit"),
         (["train-cnn", "--gpus-per-node", "2", "--", "--devices", "2"], "--devices: --nodes and --gpus-per-node start"),
         (["simulate", "--", "x"], "is not one of"),
         (["extract", "--time", "soon"], "--time soon"),

@@ -245,7 +245,7 @@ def test_a_process_that_dies_ends_the_others(bench: Path) -> None:
     code, said = ended(running)
     assert code == 128 + signal.SIGKILL, said
     assert said.count("error:") == 1, said
-    assert "another process of this work has ended" in said
+    assert "another process of this training has ended" in said
     assert "Traceback" not in said
     reached = load_checkpoint(folder / "last.pt")["position"]["epoch"]
     assert reached >= 1  # an epoch's line is written before the checkpoint that knows it
@@ -284,9 +284,9 @@ def test_a_mistake_is_said_once(bench: Path) -> None:
 def test_other_commands_refuse_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("pipeline._may_tell", lambda problem: True)  # there is nobody to ask
+    monkeypatch.setattr("engine.processes.may_tell", lambda problem: True)  # there is nobody to ask
     said = alone(["config", "show"], code=2)
-    assert "error: config is one process's work, and a launcher has started 2" in said
+    assert "error: config runs as one process, and a launcher has started 2" in said
 
 
 # ---------------------------------------------------------------------------------------------- frames

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-import pipeline
-from commands.slurm import HOLD_S, STAGES, Request, StageCommand, parse_time_limit, submit
+from commands.slurm import HOLD_S, Request, StageCommand, parse_time_limit, submit
 from configs.errors import UserError
 
 PROGRAM = Path("pipeline.py")
@@ -24,10 +23,6 @@ PROGRAM = Path("pipeline.py")
 def request(**changes: object) -> Request:
     given: dict[str, Any] = {"stage": "extract", "arguments": ("--name", "x"), "time_min": 240, **changes}
     return Request(**given)
-
-
-def test_the_command_line_knows_the_same_stages() -> None:
-    assert tuple(STAGES) == pipeline.JOB_STAGES
 
 
 @pytest.mark.parametrize(

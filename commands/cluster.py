@@ -1,0 +1,87 @@
+"""The command `submit`: another command as a Slurm job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from commands.options import POSITIVE, STAGES, Settings
+from commands.train import shard_of_process
+from configs.errors import UserError
+
+PROGRAM = Path(__file__).resolve().parent.parent / "pipeline.py"
+
+
+@click.command()
+@click.argument("stage", metavar="STAGE", type=click.Choice(list(STAGES)))
+@click.argument("arguments", metavar="-- [OPTIONS OF THE STAGE]...", nargs=-1, type=click.UNPROCESSED)
+@click.option("--partition", metavar="P", help="Default: the cluster's.")
+@click.option("--gpus-per-node", type=click.IntRange(1), metavar="N", help="One process per GPU if N is above 1.")
+@click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Machines of the job.")
+@click.option("--cpus-per-task", type=click.IntRange(1), metavar="N", help="Cores per process.")
+@click.option("--mem-gb", type=POSITIVE, metavar="N", help="Memory per node, in GiB.")
+@click.option(
+    "--time", "limit", default="4:00:00", show_default=True, metavar="LIMIT", help="H:MM:SS, D-HH:MM:SS or minutes."
+)
+@click.option("--array", type=click.IntRange(2, 10000), metavar="N", help="Of extract: N jobs, every N-th video each.")
+@click.option("--slurm", "more", multiple=True, metavar="KEY=VALUE", help="Any other option of sbatch. Repeatable.")
+@click.option(
+    "--max-requeues",
+    type=click.IntRange(0),
+    default=30,
+    show_default=True,
+    metavar="N",
+    help="How often the job returns to the queue at its time limit or when preempted.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the script; write and submit nothing.")
+def submit(stage: str, arguments: tuple[str, ...], limit: str, dry_run: bool, **options: Any) -> None:
+    """Run a command as a Slurm job that resumes after its time limit.
+
+    For example: submit train-cnn --partition gpu --gpus-per-node 2 -- --name first
+
+    What follows -- is STAGE's own command line, which is checked before anything is submitted. Shortly before the time
+    limit, or when the cluster preempts the job, the stage saves, the job returns to the queue and resumes there.
+    Script, command, parameters and logs are kept in RUN/slurm. See docs/clusters.md.
+    """
+    from commands import slurm
+
+    run = run_of_stage(
+        stage, arguments, options["array"], several=options["nodes"] * (options["gpus_per_node"] or 1) > 1
+    )
+    request = slurm.Request(stage=stage, arguments=arguments, time_min=slurm.parse_time_limit(limit), **options)
+    submission = slurm.submit(request, run, PROGRAM, dry_run=dry_run)
+    for line in submission.sentences():
+        click.echo(line, err=dry_run)
+    if dry_run:
+        click.echo(f"requeued:  up to {request.max_requeues} times", err=True)
+        click.echo(submission.script, nl=False)
+
+
+def run_of_stage(stage: str, arguments: tuple[str, ...], array: int | None, several: bool) -> Path:
+    """The run folder of a stage's command line. Raises UserError or click's errors for what is wrong in that line, as
+    far as it can be known without the data; `several`: whether the job has more than one process."""
+    context = click.get_current_context().find_root()
+    assert isinstance(context.command, click.Group)
+    command = context.command.get_command(context, stage)
+    assert command is not None  # STAGES are commands
+    try:
+        stage_context = command.make_context(stage, list(arguments))
+    except click.exceptions.Exit:
+        raise UserError(f"submit {stage}: --help runs no job; use `{stage} --help`") from None
+    given = stage_context.params
+    if given.get("devices") and several:
+        raise UserError("--devices: --nodes and --gpus-per-node start one process per GPU already; leave it out")
+    if stage == "extract":
+        shard_of_process(given["shard"])
+        if array and stage_context.get_parameter_source("shard") is click.core.ParameterSource.COMMANDLINE:
+            raise UserError("--array: gives each job its --shard; leave out the one given")
+    if stage == "evaluate" and given["predictions"] is not None:
+        raise UserError("evaluate --predictions: takes a second and no run; run it without submit")
+    if stage == "ablate":
+        from configs.load import load_ablation
+
+        source = given["base"] or load_ablation(given["ablation"]).base
+        return Settings(source, given["overrides"]).run(given["name"] or Path(given["ablation"]).stem)
+    return Settings(given["source"], given["overrides"], given["name"]).run()

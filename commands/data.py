@@ -1,0 +1,163 @@
+"""Commands about data: `index`, `simulate`, `features`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from commands.options import (
+    PATH,
+    PHASE_ORDER,
+    Settings,
+    exit_partly_if,
+    given,
+    refuse,
+    settings,
+    watch_signals,
+)
+from configs.errors import UserError, printable
+
+
+@click.command()
+@settings(name=None)
+@click.option("--root", type=PATH, help="Folder of the videos; the same as --set data.root=DIR.")
+@click.option("--out", type=PATH, help="Where to write the index; the same as --set data.index=FILE.")
+@click.option("--force", is_flag=True, help="Replace an index that differs from what is found now.")
+@click.option("--check", is_flag=True, help="Check the existing index against the files, without decoding videos.")
+@click.option(
+    "--from-pickle",
+    "pickles",
+    multiple=True,
+    type=PATH,
+    help="Take videos, labels and split from an index pickle of the original programs; no code in it is run. "
+    "Repeatable.",
+)
+@click.option("--labels-to", type=PATH, help="Folder below the data root for the labels of --from-pickle.")
+@click.option("--to-pickle", type=PATH, help="Write the index as a pickle of the original programs.")
+@click.option(
+    "--layout",
+    type=click.Choice(["cholec80", "train_val_test", "train_val", "test"]),
+    default="cholec80",
+    show_default=True,
+    help="Of --to-pickle: one list of videos, or one list per part of the split.",
+)
+@click.option("--phases-only", is_flag=True, help="Of --to-pickle: rows without tools (pytorch1.2.0).")
+@PHASE_ORDER
+def index(
+    settings: Settings,
+    root: Path | None,
+    out: Path | None,
+    force: bool,
+    check: bool,
+    pickles: tuple[Path, ...],
+    labels_to: Path | None,
+    to_pickle: Path | None,
+    layout: str,
+    phases_only: bool,
+    phase_order: str | None,
+) -> None:
+    """Find the videos and annotations below a folder, and split them.
+
+    Videos may be files, folders of frames or TFRecords. Folder names do not matter, file names do (configs/datasets).
+    Only the first frames of each video are decoded. A video that cannot be used is left out, and a file whose name
+    matches no pattern is ignored; both are named, the others are indexed, and the exit code is then 1.
+    data.sources=video, frames, tfrecord or frames:FOLDER chooses between several sources of one video. data.exclude
+    leaves videos out permanently, by id, path or shell pattern, each with a reason:
+    --set 'data.exclude={video07: wrong patient, "case_*": no consent}'.
+
+    Index pickles of the original MTRCNet programs (cholec80.pkl, train_val_test_paths_labels.pkl and the like) can be
+    read and written; --phase-order gives their numbering of phases, and that of TFRecords
+    (data.tfrecord_phase_order).
+    """
+    from features.dataset.catalogue import check_dataset, index_dataset
+    from interop.pickled_index import index_from_pickles, pickle_from_index
+
+    if check:
+        refuse("--check", given("force", "pickles", "to_pickle", "phase_order"))
+    if not pickles:
+        refuse("an index without --from-pickle", given("labels_to"))
+    if not to_pickle:
+        refuse("an index without --to-pickle", given("layout", "phases_only"))
+    numbering = None if pickles or to_pickle else phase_order
+    config = settings.changed({"data.root": root, "data.index": out, "data.tfrecord_phase_order": numbering})
+    if pickles:
+        index_from_pickles(config, pickles, phase_order=phase_order, labels_to=labels_to, replace=force)
+    if to_pickle:
+        pickle_from_index(
+            config, to_pickle, layout=layout, phase_order=phase_order, phases_only=phases_only, replace=force
+        )
+    if pickles or to_pickle:
+        return
+    if not check:
+        found = index_dataset(config, replace=force)
+        if phase_order is not None and not any(entry.records for entry in found.videos):
+            raise UserError("--phase-order: only TFRecord files number phases, and none was found; leave it out")
+        exit_partly_if(found.is_partial)
+        return
+    problems = check_dataset(config)
+    for problem in problems:
+        click.echo(printable(problem), err=True)
+    click.echo(f"{len(problems)} problem(s) found" if problems else "index and files agree")
+    exit_partly_if(problems)
+
+
+@click.command()
+@click.argument("out", type=PATH)
+@click.option("--videos", default=10, show_default=True, help="Number of operations.")
+@click.option("--seed", default=0, show_default=True, help="The same seed and options give the same labels and pixels.")
+@click.option("--fps", default=25, show_default=True, help="Frames per second of the videos.")
+@click.option("--width", "width_px", default=224, show_default=True, help="Width of a frame in pixels.")
+@click.option("--height", "height_px", default=224, show_default=True, help="Height of a frame in pixels.")
+@click.option("--speed-up", default=1.0, show_default=True, help="Divide all durations by this number.")
+@click.option("--first", "first_number", default=1, show_default=True, help="Number of the first video.")
+@click.option("--workers", default=1, show_default=True, help="Number of processes; the files do not depend on it.")
+def simulate(out: Path, videos: int, **options: Any) -> None:
+    """Write SIMULATED operations to try the pipeline on.
+
+    OUT gets Cholec80's layout. Label sequences follow aggregate statistics of Cholec80's training videos; the frames
+    are drawn by a program. Good for trying the pipeline and for tests; results on them say nothing about real
+    operations.
+    """
+    from configs.load import load_dataset
+    from features.simulation import simulate as write_videos
+
+    with watch_signals() as stop:
+        made = write_videos(
+            out,
+            videos=videos,
+            spec=load_dataset("cholec80"),
+            stop=stop,
+            **options,
+        )
+    click.echo(f"{out}: {len(made.made)} simulated videos made ({made.video_s:.0f} s), {len(made.skipped)} were there")
+
+
+@click.group()
+def features() -> None:
+    """Check and describe feature folders."""
+
+
+@features.command()
+@click.argument("folder", type=PATH)
+def verify(folder: Path) -> None:
+    """Read and check every feature file in FOLDER; the exit code is 1 if one is damaged."""
+    from features.store import verify_folder
+
+    bad = 0
+    for path, problem in verify_folder(folder):
+        bad += problem is not None
+        click.echo(f"{path.name}: {problem or 'ok'}", err=problem is not None)
+    click.echo(f"{bad} file(s) are damaged: run extract again" if bad else "all files are intact")
+    exit_partly_if(bad)
+
+
+@features.command()
+@click.argument("folder", type=PATH)
+def info(folder: Path) -> None:
+    """Print what made the features in FOLDER, and what they contain."""
+    from features.store import describe_folder
+
+    for line in describe_folder(folder):
+        click.echo(line)

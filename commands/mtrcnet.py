@@ -1,0 +1,73 @@
+"""Commands about files of the original MTRCNet programs: `import-checkpoint`, `export-checkpoint`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from commands.options import PATH, PHASE_ORDER, TRUSTED, Settings, settings
+from configs.errors import UserError
+
+
+@click.command("import-checkpoint")
+@click.argument("file", type=PATH)
+@settings(name="Name of the new run, a folder below `runs/`. Required.")
+@PHASE_ORDER
+@click.option(
+    "--normalisation",
+    type=click.Choice(["main", "pytorch1.2.0"]),
+    help="Which release's mean and standard deviation its frames had. Default: preprocess.mean and preprocess.std "
+    "if --set or a file of your own gives them, otherwise inferred from its layers and keys.",
+)
+@click.option(
+    "--variant",
+    type=click.Choice(["tool", "phase", "multitask", "two-layer", "cl", "pytorch1.2.0"]),
+    help="Which network it is, if its layers leave that open.",
+)
+@click.option("--into", "into_run", metavar="RUN", help="For a mapping alone: the run whose net it belongs to.")
+@TRUSTED
+def import_checkpoint(
+    file: Path,
+    settings: Settings,
+    phase_order: str | None,
+    normalisation: str | None,
+    variant: str | None,
+    into_run: str | None,
+    trusted: bool,
+) -> None:
+    """Turn a file of the MTRCNet programs into a run.
+
+    FILE.pth becomes the run --name, which evaluate, extract and train-joint accept. Prints what the file contains and
+    what its name says about it; no code in it is run.
+    """
+    from interop.mtrcnet_runs import ImportRequest, import_original
+
+    if settings.name is None:
+        raise UserError("import-checkpoint: give the new run a name with --name RUN")
+    into = settings.other_run(into_run)
+    request = ImportRequest(file, phase_order, normalisation, variant, into, trusted, settings.given())
+    click.echo(f"imported: {import_original(settings.config, settings.run(), request)['sentence']}")
+
+
+@click.command("export-checkpoint")
+@click.argument("run_name", metavar="RUN")
+@click.argument("out", metavar="OUT_DIR", type=PATH)
+@settings(name=None)
+@PHASE_ORDER
+@click.option(
+    "--prefix-module/--no-prefix-module",
+    default=None,
+    help="Whether keys begin with `module.`. Default: yes, unless the imported file or its release has none.",
+)
+def export_checkpoint(
+    run_name: str, out: Path, settings: Settings, phase_order: str | None, prefix_module: bool | None
+) -> None:
+    """Write a run's joint net as the MTRCNet programs do.
+
+    OUT_DIR gets one file with their keys and their file name.
+    """
+    from interop.mtrcnet_runs import export_original
+
+    written = export_original(settings.config, settings.run(run_name), out, phase_order, prefix_module)
+    click.echo(f"written: {written}")

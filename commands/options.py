@@ -1,0 +1,315 @@
+"""What several commands share: their options, the settings that these give, refusals, and how a command ends."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from configs.errors import UserError, printable
+
+if TYPE_CHECKING:
+    from configs.load import GivenKeys
+    from configs.schema import Config
+    from engine.stopping import StopRequest
+
+Callback = Callable[..., Any]
+
+EXIT_PARTLY = 1  # the command has done what it could; some videos failed or were left out
+# Commands that can be a Slurm job, and whether several processes may share the work of one.
+STAGES = {
+    "train-cnn": True,
+    "extract": True,
+    "train-temporal": True,
+    "train-joint": True,
+    "evaluate": False,
+    "run": False,
+    "ablate": False,
+}
+PATH = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, dir_okay=False)
+POSITIVE = click.FloatRange(min=0, min_open=True)
+RUN_NAME = "Name of the run, a folder below `runs/`. Default: the name of the preset."
+
+SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one setting, for example --set temporal.head.hidden=256. Repeatable.",
+)
+CONFIG = click.option(
+    "--config",
+    "source",
+    default="cholec80",
+    show_default=True,
+    metavar="FILE",
+    help="Settings: a YAML file or the name of a preset in configs/.",
+)
+MODEL = click.option(
+    "--model",
+    type=click.Choice(["auto", "temporal", "joint"]),
+    default="auto",
+    show_default=True,
+    help="Which network of the run; auto takes the joint one if there is no other.",
+)
+INFERENCE = click.option(
+    "--inference",
+    type=click.Choice(["clip", "carried"]),
+    help="Start each clip from a zero state, or carry the state through the video. Default: as in training.",
+)
+PHASE_ORDER = click.option(
+    "--phase-order",
+    metavar="ORDER",
+    help="Which phase is 0, 1, ... in a file of numbers: a name (mtrcnet, tf-cholec80), a file with one phase per "
+    "line, or comma-separated names. Never guessed: required where a file holds numbers.",
+)
+TRUSTED = click.option(
+    "--trusted", is_flag=True, help="Vouch for third-party weights, which torch before 2.10 cannot load safely."
+)
+INDEX = click.option("--index", "index_file", type=PATH, help="Use this index instead of data.index.")
+JSON_FILE = click.option("--json", "json_file", type=FILE, metavar="FILE", help="Write the results to this file.")
+READING = (
+    click.option("--ground-truth", type=PATH, metavar="DIR", help="Folder of the annotations."),
+    click.option(
+        "--fps",
+        type=POSITIVE,
+        help="Rate of the compared rows, which relaxed conventions need. Default: what the files give.",
+    ),
+    click.option(
+        "--prediction-fps",
+        type=POSITIVE,
+        help="Rate of the predictions, where it differs from that of the annotations.",
+    ),
+    click.option(
+        "--skip-first-row", is_flag=True, help="Leave out each video's first row, as the official script does."
+    ),
+    click.option(
+        "--phase-order",
+        metavar="ORDER",
+        help="What ids and columns in the files mean: a name (mtrcnet, tf-cholec80), a file or a list.",
+    ),
+    click.option("--allow-missing", is_flag=True, help="Leave out videos that only one of the folders has."),
+    click.option(
+        "--background",
+        multiple=True,
+        metavar="NAME",
+        help="Phase to ignore in segments (edit score, F1 at an overlap). Repeatable. Default: the data set's.",
+    ),
+)
+READING_NAMES = (
+    "ground_truth",
+    "fps",
+    "prediction_fps",
+    "skip_first_row",
+    "phase_order",
+    "allow_missing",
+    "background",
+)
+
+
+def reading_options(command: Callback) -> Callback:
+    """How folders of phase files are read, for commands that take predictions of any program."""
+    for option in reversed(READING):
+        command = option(command)
+    return command
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `--config`, `--set` and `--name` give."""
+
+    source: str
+    overrides: tuple[str, ...]
+    name: str | None = None
+
+    @cached_property
+    def config(self) -> Config:
+        """The settings. Raises UserError naming the file or key that is wrong."""
+        return self.changed({})
+
+    def changed(self, changes: Mapping[str, object]) -> Config:
+        """The settings with the values of other options by key; None: not given."""
+        from configs.load import load_config
+
+        given = {key: value for key, value in changes.items() if value is not None}
+        return load_config(self.source, self.overrides, given)
+
+    def given(self) -> GivenKeys:
+        """The keys that the user gave, as opposed to those of a preset."""
+        from configs.load import keys_given
+
+        return keys_given(self.source, self.overrides)
+
+    def run(self, name: str | None = None) -> Path:
+        """The folder of the run `name`; by default that of `--name`, or of the file of settings."""
+        from engine.runs import run_folder
+
+        return run_folder(self.config, name or self.name or Path(self.source).stem)
+
+    def other_run(self, name: str | None) -> Path | None:
+        """The folder of a run that an option names; None where it was not given."""
+        return self.run(name) if name else None
+
+    def joint_checkpoint(self, name: str | None) -> Path | None:
+        """The checkpoint of another run's joint net; None where its option was not given."""
+        if name is None:
+            return None
+        from stage2_temporal.joint.net import joint_checkpoint
+
+        return joint_checkpoint(self.run(name))
+
+
+def settings(name: str | None = RUN_NAME) -> Callable[[Callback], Callback]:
+    """`--config`, `--set` and, with a help text, `--name`: the command gets them as one `settings: Settings`."""
+
+    def decorate(command: Callback) -> Callback:
+        @functools.wraps(command)
+        def with_settings(*arguments: Any, source: str, overrides: tuple[str, ...], **options: Any) -> Any:
+            found = Settings(source, overrides, options.pop("name", None))
+            return command(*arguments, settings=found, **options)
+
+        named = with_settings if name is None else click.option("--name", help=name)(with_settings)
+        return CONFIG(SET(named))
+
+    return decorate
+
+
+def several_devices(command: Callback) -> Callback:
+    """`--devices N`: this process starts N others, which do the command, and ends with their exit code."""
+
+    @functools.wraps(command)
+    def started(*arguments: Any, devices: int | None, **options: Any) -> Any:
+        from engine.processes import COPY_OF, launch, run_copies
+
+        if devices is None or COPY_OF in os.environ:
+            return command(*arguments, **options)
+        if launch().count > 1:
+            raise UserError("--devices: torchrun or srun has started several processes already; leave it out")
+        if devices == 1:
+            return command(*arguments, **options)
+        sys.exit(run_copies([sys.executable, *sys.argv], devices))
+
+    return click.option(
+        "--devices",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Work as N processes on this machine, one GPU per process. On several machines use torchrun or srun.",
+    )(started)
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+def given(*names: str) -> list[str]:
+    """Those of the options that are on the command line, as they are written there."""
+    context = click.get_current_context()
+    source = click.core.ParameterSource.COMMANDLINE
+    return [
+        option.opts[-1] if option.opts[-1].startswith("--") else option.opts[0]
+        for option in context.command.params
+        if option.name in names and context.get_parameter_source(option.name) is source
+    ]
+
+
+def refuse(what: str, options: Sequence[str]) -> None:
+    """Raise UserError for options that have no meaning beside `what`: they are never ignored."""
+    if options:
+        raise UserError(f"{', '.join(options)}: cannot be combined with {what}; leave it out")
+
+
+def refuse_trusted(trusted: bool, instead: str | None) -> None:
+    """Refuse `--trusted` where no third-party file is loaded but what `instead` names."""
+    if trusted and instead:
+        refuse(f"{instead}: no third-party file is loaded", ["--trusted"])
+
+
+def known_weights(config: Config) -> str | None:
+    """What the backbone starts from; None where that is a third-party file."""
+    weights = config.cnn.weights
+    known = weights in {"imagenet", "random", "cached"} or weights.startswith("run:")
+    return f"cnn.weights={weights}" if known else None
+
+
+def known_encoder(config: Config) -> str | None:
+    """What the encoder is loaded from; None where that is a third-party file."""
+    if config.extract.checkpoint is not None:
+        return "extract.checkpoint, or --from-joint"
+    return "extract.encoder=finetuned" if uses_stage_one(config) else known_weights(config)
+
+
+def uses_stage_one(config: Config) -> bool:
+    """Whether the encoder is the one that train-cnn trained in a run."""
+    return config.extract.checkpoint is None and config.extract.encoder == "finetuned"
+
+
+def uses_joint(model: str, run: Path) -> bool:
+    """Whether `--model` means the run's joint net: asked for, or the only one there."""
+    return model == "joint" or (model == "auto" and (run / "joint").exists() and not (run / "temporal").exists())
+
+
+# ---------------------------------------------------------------------------------------------- how a command ends
+
+
+def require_one_process(command: str) -> None:
+    """Raise UserError where a launcher has started several processes for a command that only one can do."""
+    from engine.processes import launch, speak_torchrun
+
+    count = launch().count
+    if count == 1:
+        return
+    if not STAGES.get(command):
+        shared = ", ".join(name for name, several in STAGES.items() if several)
+        raise UserError(
+            f"{command} runs as one process, and a launcher has started {count}; several can share {shared}"
+        )
+    speak_torchrun()
+
+
+def watch_signals() -> AbstractContextManager[StopRequest]:
+    """Watch for signals that ask to stop, while the body runs."""
+    from engine import stopping
+
+    return stopping.watch_signals(leaving=click.get_current_context().obj is True)
+
+
+def say_once(text: str) -> None:
+    """Print a line, in one of several processes."""
+    from engine.processes import speaks
+
+    if speaks():
+        click.echo(text)
+
+
+def exit_partly_if(problems: object) -> None:
+    """End with exit code 1 where there are problems."""
+    if problems:
+        sys.exit(EXIT_PARTLY)
+
+
+def end_with_failures(sentence: str, failed: Sequence[tuple[str, object]]) -> None:
+    """Print what was done and what failed; exit code 1 where something did."""
+    click.echo(sentence)
+    for name, reason in failed:
+        click.echo(printable(f"failed: {name}: {reason}"), err=True)
+    exit_partly_if(failed)
+
+
+def end_with_left_out(left_out: Sequence[Mapping[str, Any]]) -> None:
+    """Exit code 1 where videos of a split are left out, except those in data.exclude and those without labels."""
+    from engine.processes import speaks
+
+    missed = [video for video in left_out if not (video.get("excluded") or video.get("unlabelled"))]
+    # of several processes one: a launcher ends all of them when one fails
+    exit_partly_if(any(video.get("split") != "none" for video in missed) and speaks())

@@ -1,0 +1,313 @@
+"""Commands about results: `evaluate`, `compare`, `report`, `predict`, `export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from commands.options import (
+    FILE,
+    INDEX,
+    INFERENCE,
+    JSON_FILE,
+    MODEL,
+    PATH,
+    PHASE_ORDER,
+    READING_NAMES,
+    TRUSTED,
+    Settings,
+    end_with_failures,
+    end_with_left_out,
+    given,
+    known_encoder,
+    reading_options,
+    refuse,
+    refuse_trusted,
+    settings,
+    uses_joint,
+    uses_stage_one,
+    watch_signals,
+)
+from configs.errors import UserError
+
+
+@click.command()
+@settings()
+@click.option("--predictions", type=PATH, metavar="DIR", help="Score phase files of any program instead of a run.")
+@reading_options
+@click.option(
+    "--convention",
+    "conventions",
+    multiple=True,
+    metavar="NAME",
+    help="One of phase_mean, video_macro, pooled, relaxed_matlab, relaxed_fixed, segmental (docs/evaluation.md). "
+    "Repeatable. Default: all.",
+)
+@JSON_FILE
+@click.option("--features", type=PATH, help="Feature folder. Default: the one of the run.")
+@MODEL
+@INFERENCE
+@click.option(
+    "--split",
+    default="test",
+    show_default=True,
+    type=click.Choice(["train", "val", "test", "all"]),
+    help="Which videos of the index.",
+)
+@click.option(
+    "--index",
+    "index_file",
+    type=PATH,
+    help="Evaluate on another data set with the same classes; missing features are extracted.",
+)
+def evaluate(
+    settings: Settings,
+    features: Path | None,
+    model: str,
+    inference: Any,
+    split: str,
+    index_file: Path | None,
+    predictions: Path | None,
+    conventions: tuple[str, ...],
+    json_file: Path | None,
+    **reading: Any,
+) -> None:
+    """Score phases and tools of a run, or predictions of any program.
+
+    Writes tables, metrics.json, one prediction file per video, and ribbons as PNG. A joint net reads frames, so it
+    needs data.root; joint.crops=five or ten averages over crops.
+
+    With --predictions DIR --ground-truth DIR it needs no run: it reads phases from text files of any program, paired by
+    video number. They may have a header, and hold names, ids from 0 or one column per phase, separated by tabs, commas
+    or spaces.
+    """
+    if predictions is not None:
+        refuse("--predictions", given("name", "features", "model", "inference", "index_file"))
+        evaluate_predictions(settings, predictions, conventions, json_file, split, reading)
+        return
+    refuse("a run (no --predictions)", given(*READING_NAMES, "conventions", "json_file"))
+    config, run = settings.config, settings.run()
+    with watch_signals() as stop:
+        if uses_joint(model, run):
+            refuse("a joint net, which reads frames", given("features"))
+            from features.dataset.catalogue import open_dataset
+            from stage2_temporal.joint.evaluate import evaluate_joint
+
+            config = settings.changed({"data.index": index_file})
+            index, root = open_dataset(config)
+            metrics = evaluate_joint(
+                config,
+                run,
+                index,
+                root,
+                split=split,
+                inference=inference,
+                other=index_file is not None,
+                stop=stop,
+                given=settings.given(),
+            )
+        else:
+            from stage2_temporal.evaluate import evaluate_run
+
+            metrics = evaluate_run(
+                config,
+                run,
+                split=split,
+                features=features,
+                index_file=index_file,
+                stop=stop,
+                inference=inference,
+                given=settings.given(),
+            )
+    end_with_left_out(metrics["left_out"])
+
+
+def evaluate_predictions(
+    settings: Settings,
+    predictions: Path,
+    conventions: tuple[str, ...],
+    json_file: Path | None,
+    split: str,
+    reading: dict[str, Any],
+) -> None:
+    """`evaluate --predictions`: a folder of phase files against the annotations of `--ground-truth`."""
+    from configs.load import load_dataset
+    from evaluation.external import Reading, evaluate_folder
+
+    spec = load_dataset(settings.config.data.dataset)
+    if reading["ground_truth"] is None:
+        raise UserError("--predictions: needs --ground-truth DIR, the folder with the annotations of the same videos")
+    part = split if given("split") else None
+    evaluate_folder(predictions, Reading(**reading), spec, conventions or None, split=part, out=json_file)
+
+
+@click.command()
+@settings(name=None)
+@click.argument("models", nargs=-1, metavar="RUN_A RUN_B [RUN_C]...")
+@click.option("--split", default="test", show_default=True, help="Which evaluation: a folder in RUN/evaluate.")
+@click.option("--convention", help="One convention. Default: video_macro, which has one value per video.")
+@click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    metavar="NAME",
+    help="accuracy, precision, recall, jaccard, f1; of segmental edit, f1@10, f1@25, f1@50. Repeatable. Default: all.",
+)
+@reading_options
+@JSON_FILE
+def compare(
+    settings: Settings,
+    models: tuple[str, ...],
+    split: str,
+    convention: str | None,
+    metrics: tuple[str, ...],
+    json_file: Path | None,
+    **reading: Any,
+) -> None:
+    """Compare models on the same videos: differences, intervals, p values.
+
+    Each model is compared with the first. A model is an evaluated run, a JSON file of results, or with --ground-truth a
+    folder of predictions. Several training seeds of one model are joined by commas: compare lstm-0,lstm-1 tcn-0,tcn-1.
+    Differences are paired by video, and intervals are over videos.
+    """
+    from configs.load import load_dataset
+    from evaluation.comparison import DEFAULT_CONVENTION, Place, compare_models, require_use
+    from evaluation.external import Reading
+
+    config, reads = settings.config, reading["ground_truth"] is not None
+    if not reads:
+        refuse("runs (no --ground-truth)", given(*READING_NAMES))
+    require_use(models, config.runs, reading=reads, split=bool(given("split")))
+    place = Place(config.runs, split, load_dataset(config.data.dataset), Reading(**reading) if reads else None)
+    convention = convention or DEFAULT_CONVENTION
+    compare_models(models, place, convention=convention, metrics=metrics or None, out=json_file)
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PATH)
+@click.option("--split", default="test", show_default=True, help="Which evaluation: a folder in RUN/evaluate.")
+@click.option("--out", type=FILE, help="File to write. Default: report.html in the first RUN.")
+@click.option("--figures", type=PATH, metavar="DIR", help="Also write the figures as PDF and PNG.")
+@click.option("--no-thumbnails", is_flag=True, help="Do not open the videos to show frames of them.")
+def report(runs: tuple[Path, ...], split: str, out: Path | None, figures: Path | None, no_thumbnails: bool) -> None:
+    """Write one HTML file about a run, or about several side by side.
+
+    It needs no network and has tables under every convention, ribbons, curves, and the worst videos first. RUN is the
+    folder of an evaluated run, for example runs/cholec80.
+    """
+    from commands.report_runs import report_runs
+
+    report_runs(runs, split=split, out=out, figures=figures, thumbnails=not no_thumbnails)
+
+
+@click.command()
+@settings()
+@click.argument("videos", nargs=-1, required=True, type=PATH)
+@click.option("--out", type=PATH, help="Folder to write. Default: RUN/predict.")
+@MODEL
+@click.option("--from-cnn", "cnn_run", metavar="RUN", help="Run whose stage one made the features. Default: this run.")
+@click.option("--from-joint", "joint_run", metavar="RUN", help="Run whose joint net made the features.")
+@INFERENCE
+@click.option("--video", "draw", is_flag=True, help="Also write an MP4 with phase, tools and confidence drawn in.")
+@TRUSTED
+def predict(
+    settings: Settings,
+    videos: tuple[Path, ...],
+    out: Path | None,
+    model: str,
+    cnn_run: str | None,
+    joint_run: str | None,
+    inference: Any,
+    draw: bool,
+    trusted: bool,
+) -> None:
+    """Recognise phases and tools in new videos: CSV, ribbon, annotated video.
+
+    VIDEOS are files or folders of frames; they need no labels. Each frame is predicted from itself and earlier frames
+    only, as during an operation. Writes one CSV and one ribbon per video; frames are preprocessed as in training. A
+    video that cannot be read is reported and the others are predicted; the exit code is then 1. For research only, not
+    a medical device.
+    """
+    from stage2_temporal.new_videos import joint_net, pair_of_stages, predict_new_videos
+
+    run = settings.run()
+    if joint := uses_joint(model, run):
+        refuse("a joint net, which makes its own features", given("cnn_run", "joint_run", "trusted"))
+    config = settings.changed({"extract.checkpoint": settings.joint_checkpoint(joint_run)})
+    if not joint:
+        refuse_trusted(trusted, known_encoder(config))
+        if not uses_stage_one(config):
+            refuse("--from-joint, extract.checkpoint or extract.encoder=initial", given("cnn_run"))
+    with watch_signals() as stop:
+        if joint:
+            recogniser = joint_net(config, run, inference, settings.given())
+        else:
+            encoder_run = settings.other_run(cnn_run)
+            recogniser = pair_of_stages(config, run, encoder_run, inference, trusted=trusted, given=settings.given())
+        done = predict_new_videos(recogniser, videos, out or run / "predict", draw=draw, stop=stop)
+    end_with_failures(done.sentence(), done.failed)
+
+
+@click.command()
+@settings()
+@click.argument("run_name", metavar="[RUN]", required=False)
+@click.option("--split", default="test", show_default=True, help="Folder in RUN/evaluate, or part of the index.")
+@click.option("--out", type=PATH, help="Folder of the text files. Default: RUN/export/SPLIT.")
+@click.option("--probabilities", is_flag=True, help="Tools as probabilities (pytorch1.2.0) instead of logits.")
+@click.option("--force", is_flag=True, help="Replace files with other contents.")
+@click.option(
+    "--from-predictions",
+    type=PATH,
+    help="Read a prediction pickle of the original test programs instead of a run: phase ids or tool logits.",
+)
+@click.option("--tools-from", type=PATH, help="A second prediction pickle: the tool logits.")
+@INDEX
+@click.option("--sequence", type=click.IntRange(1), help="Frames per clip (S) that the pickle was predicted with.")
+@click.option(
+    "--fill-first", is_flag=True, help="Give a video's first S-1 frames the next prediction, as the originals do."
+)
+@PHASE_ORDER
+def export(
+    settings: Settings,
+    run_name: str | None,
+    split: str,
+    out: Path | None,
+    probabilities: bool,
+    force: bool,
+    from_predictions: Path | None,
+    tools_from: Path | None,
+    index_file: Path | None,
+    sequence: int | None,
+    fill_first: bool,
+    phase_order: str | None,
+) -> None:
+    """Write predictions as the original MTRCNet programs' text files.
+
+    These are videoNN-phase.txt and videoNN-tool.txt. For RUN they hold its evaluated predictions: every frame is
+    predicted from itself and earlier frames (except by bidirectional heads), the first S-1 frames of a video from the
+    fewer frames before them. A prediction pickle has no predictions for those frames; they are left out unless
+    --fill-first asks for a prediction that has seen later frames.
+    """
+    from interop.text_files import export_predictions, export_run
+
+    config = settings.changed({"data.index": index_file})
+    if from_predictions:
+        refuse("--from-predictions", [*(["RUN"] if run_name else []), *given("name")])
+        export_predictions(
+            config,
+            [file for file in (from_predictions, tools_from) if file],
+            out,
+            split=split,
+            sequence=sequence,
+            phase_order=phase_order,
+            fill_first=fill_first,
+            probabilities=probabilities,
+            replace=force,
+        )
+        return
+    refuse("a run (no --from-predictions)", given("tools_from", "index_file", "sequence", "fill_first", "phase_order"))
+    if run_name:
+        refuse("RUN, which is the same", given("name"))
+    export_run(config, settings.run(run_name), out, split=split, probabilities=probabilities, replace=force)

@@ -1,0 +1,38 @@
+"""`config` and `doctor`: what the settings amount to, and whether this machine can do what they ask for."""
+
+from __future__ import annotations
+
+import click
+
+from commands.options import Settings, exit_partly_if, settings
+
+
+@click.group()
+def config() -> None:
+    """Show settings."""
+
+
+@config.command("show")
+@settings(name=None)
+def show(settings: Settings) -> None:
+    """Print every setting as the commands use it: preset, file and --set combined."""
+    from configs.load import to_yaml
+
+    click.echo(to_yaml(settings.config), nl=False)
+
+
+@click.command()
+@settings(name=None)
+def doctor(settings: Settings) -> None:
+    """Check whether this machine can do what the settings ask for.
+
+    Installation, devices, decoders, disks, weights and data: one line each, with what to do. Changes nothing. The exit
+    code is 0 if nothing fails, otherwise 1.
+    """
+    from commands.doctor.settings import diagnose
+
+    failed = 0
+    for finding in diagnose(lambda: settings.config):
+        click.echo(finding.line())
+        failed += finding.level == "FAIL"
+    exit_partly_if(failed)

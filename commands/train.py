@@ -1,0 +1,214 @@
+"""Commands that train or extract: `train-cnn`, `extract`, `train-temporal`, `train-joint`, `ablate`, `run`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from commands.options import (
+    INDEX,
+    PATH,
+    SET,
+    TRUSTED,
+    Settings,
+    end_with_failures,
+    end_with_left_out,
+    exit_partly_if,
+    given,
+    known_encoder,
+    known_weights,
+    refuse,
+    refuse_trusted,
+    say_once,
+    settings,
+    several_devices,
+    watch_signals,
+)
+from configs.errors import UserError, printable
+
+
+def end_of_training(what: str, result: Mapping[str, Any]) -> None:
+    """Print what a training has reached; exit code 1 where it left videos out."""
+    say_once(f"{what}: {result['sentence']}")
+    end_with_left_out(result["left_out"])
+
+
+@click.command("train-cnn")
+@settings()
+@several_devices
+@TRUSTED
+def train_cnn(settings: Settings, trusted: bool) -> None:
+    """Stage one: fine-tune a CNN on the tools visible in single frames.
+
+    Frames are decoded once into a cache (cache.dir). Training that was stopped resumes where it stopped. A video that
+    cannot be read is left out and named; the exit code is then 1.
+    """
+    from features.dataset.catalogue import open_dataset
+    from stage1_cnn.train import train_cnn as train
+
+    config = settings.config
+    refuse_trusted(trusted, known_weights(config))
+    with watch_signals() as stop:
+        index, root = open_dataset(config)
+        result = train(config, settings.run(), index, root, stop, trusted=trusted)
+    end_of_training("stage one", result)
+
+
+@click.command()
+@settings()
+@several_devices
+@click.option("--shard", default="0/1", show_default=True, metavar="I/N", help="Do every N-th video, from number I.")
+@INDEX
+@click.option("--from-joint", "joint_run", metavar="RUN", help="Encode with the backbone of a run's joint net.")
+@TRUSTED
+def extract(settings: Settings, shard: str, index_file: Path | None, joint_run: str | None, trusted: bool) -> None:
+    """Compute one embedding per frame, in one HDF5 file per video.
+
+    The file holds tool logits and labels, too. Files that verify are skipped, so a second start only does what is
+    missing. A damaged video is reported and the others are extracted; the exit code is then 1, and later stages leave
+    that video out. The next start tries it again.
+    """
+    part = shard_of_process(shard)
+    from engine.processes import join
+    from features.dataset.catalogue import open_dataset
+    from stage1_cnn.extract import extract as extract_features
+
+    checkpoint = settings.joint_checkpoint(joint_run)
+    config = settings.changed({"data.index": index_file, "extract.checkpoint": checkpoint})
+    refuse_trusted(trusted, known_encoder(config))
+    run = settings.run()
+    with watch_signals() as stop:
+        index, root = open_dataset(config)
+        processes = join(config.device, stop)  # launchers end all processes when one fails, so they end together
+        report = processes.each(
+            lambda: extract_features(config, run, index, root, shard=part, stop=stop, trusted=trusted)
+        )
+        partly = any(processes.gather(bool(report.failed)))
+    end_with_failures(report.sentence(), report.failed)
+    exit_partly_if(partly)
+    end_with_left_out(report.left_out)
+
+
+def shard_of_process(text: str) -> tuple[int, int]:
+    """`--shard I/N` divided further among the processes that a launcher started: this one's I and N.
+
+    Raises UserError unless I and N are integers with 0 <= I < N.
+    """
+    from engine.processes import launch
+
+    first, slash, second = text.partition("/")
+    if not (slash and first.isdigit() and second.isdigit() and int(first) < int(second)):
+        raise UserError(f"--shard {text}: expected I/N with I from 0 to N-1, for example 0/4")
+    here = launch()
+    return int(first) + int(second) * here.rank, int(second) * here.count
+
+
+@click.command("train-temporal")
+@settings()
+@several_devices
+@click.option("--features", type=PATH, help="Feature folder. Default: the one that `extract` wrote for the run.")
+@click.option("--from-joint", "joint_run", metavar="RUN", help="Start from the LSTM of a run's joint net.")
+def train_temporal(settings: Settings, features: Path | None, joint_run: str | None) -> None:
+    """Stage two: train a phase model on whole videos of embeddings.
+
+    No image is read. A linear per-frame head is trained on the same features for the same number of epochs, as the
+    baseline. Each experiment needs its own --name; the same name with other settings is refused.
+    """
+    from features.store import find_feature_folder
+    from stage2_temporal.train import train_temporal as train
+
+    config = settings.changed({"temporal.start_from": settings.joint_checkpoint(joint_run)})
+    run = settings.run()
+    folder = find_feature_folder(features, run, config.extract.store)
+    with watch_signals() as stop:
+        result = train(config, run, folder, stop, given=settings.given())
+    end_of_training("stage two", result)
+
+
+@click.command("train-joint")
+@settings()
+@several_devices
+@click.option("--from-cnn", "cnn_run", metavar="RUN", help="Start from backbone and tool head of a run's train-cnn.")
+@click.option("--from-temporal", "temporal_run", metavar="RUN", help="Start from the LSTM of a run's train-temporal.")
+@click.option("--from-joint", "joint_run", metavar="RUN", help="Start from every branch of a run's joint net.")
+@TRUSTED
+def train_joint(
+    settings: Settings, cnn_run: str | None, temporal_run: str | None, joint_run: str | None, trusted: bool
+) -> None:
+    """Train both stages as one network, end to end (MTRCNet, MTRCNet-CL).
+
+    Training reads clips of frames. Without --from options the backbone starts from cnn.weights and everything else from
+    random weights. The steps (multitask, and with joint.net.mapping the mapping and the correlation loss of MTRCNet-CL)
+    follow one another; training that was stopped resumes where it stopped.
+    """
+    from features.dataset.catalogue import open_dataset
+    from stage2_temporal.joint.train import Start
+    from stage2_temporal.joint.train import train_joint as train
+
+    config = settings.config
+    starts = given("cnn_run", "joint_run")
+    refuse_trusted(trusted, starts[0] if starts else known_weights(config))
+    start = Start(*map(settings.other_run, (cnn_run, temporal_run, joint_run)))
+    with watch_signals() as stop:
+        index, root = open_dataset(config)
+        result = train(config, settings.run(), index, root, stop, start, trusted=trusted)
+    end_of_training("joint net", result)
+
+
+@click.command()
+@click.argument("ablation", metavar="FILE")
+@click.option("--features", type=PATH, help="Feature folder. Default: the one of --run.")
+@click.option("--name", help="Name of the ablation, a folder below `runs/`. Default: that of FILE.")
+@click.option("--run", "run_name", metavar="RUN", help="Run whose features are used. Default: the base preset's name.")
+@click.option("--workers", default=-1, show_default=True, help="Number of trainings at once; -1 is one per core.")
+@SET
+@click.option("--base", metavar="FILE", help="Replace the file's base: a preset or a file of settings.")
+def ablate(
+    ablation: str,
+    features: Path | None,
+    name: str | None,
+    run_name: str | None,
+    workers: int,
+    overrides: tuple[str, ...],
+    base: str | None,
+) -> None:
+    """Compare settings of stage two over seeds: ranked table, plots, best settings.
+
+    FILE (a YAML file, or a name in configs/ablations) lists the settings and the seeds. All trainings share one copy of
+    the features, with one training per core. An ablation that was stopped resumes where it stopped, and what failed is
+    tried again. The results are a ranked table, ablation.csv, ablation.html with Optuna's plots, and best.yaml with the
+    best settings ready to train. Settings are compared on the validation videos; --set changes the base of all of them.
+    """
+    from stage2_temporal.ablation.run import ablate as run_ablation
+    from stage2_temporal.ablation.run import read_ablation
+
+    if features is not None:
+        refuse("--features", given("run_name"))
+    spec = read_ablation(ablation, base)
+    settings = Settings(spec.base, overrides, run_name)
+    folder = settings.run(name or Path(ablation).stem)
+    if workers == 0 or workers < -1:
+        raise UserError(f"--workers {workers}: give a number of trainings at once, or -1 for one per core")
+    with watch_signals() as stop:
+        failed = run_ablation(spec, folder, overrides, features, settings.run(), workers=workers, stop=stop)
+    for label, reason in failed:
+        click.echo(printable(f"failed: {label}: {reason}"), err=True)
+    exit_partly_if(failed)
+
+
+@click.command()
+@settings()
+def run(settings: Settings) -> None:
+    """Run index, both stages and evaluation from one file of settings.
+
+    The stages are index, train-cnn, extract, train-temporal and evaluate. A stage whose inputs have not changed is
+    skipped. The results are summarised in RUN/summary.json.
+    """
+    from commands.run import run_all
+
+    with watch_signals() as stop:
+        summary = run_all(settings.config, settings.run(), stop)
+    end_with_left_out(summary["left_out"])
