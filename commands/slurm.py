@@ -1,9 +1,9 @@
 """Stages as Slurm jobs through submitit: what is submitted, and what runs inside the job.
 
-Inside a job submitit owns SIGUSR2, which Slurm sends before the time limit (and before preemption where the cluster is
-set up so), and puts the job back into the queue. The stage runs as a child process under its usual signal watcher, so
-that it stops between steps and writes `last.pt` as everywhere else; a requeued job starts the same command, which goes
-on from there. Nothing here imports torch.
+Inside a job submitit handles SIGUSR2, which Slurm sends before the time limit (and before preemption on clusters that
+are configured so), and requeues the job. The stage runs as a child process under its usual signal handlers, so that it
+stops between steps and writes `last.pt` as everywhere else; a requeued job starts the same command, which resumes
+there. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -27,21 +27,24 @@ from pathlib import Path
 from typing import Any
 
 from commands.options import STAGES
-from configs.errors import UserError
+from configs.errors import UserError, one_line
 from engine.files import make_folder, write_json
 from engine.runs import git_revision
 from engine.stopping import EXIT_PREEMPTED
 
 SIGNAL_DELAY_S = 90  # between Slurm's signal and the time limit; submitit's default
-# Of the delay, what stays for telling Slurm after the stage has saved.
+# The part of the delay that is kept for requeueing after the stage has saved.
 _REQUEUE_S = 10
-# After SIGTERM: how long to stay for Slurm, which ends or requeues a job when its grace time is over. A job that leaves
+# How long a job stays after SIGTERM for Slurm, which ends or requeues it when its grace time is over. A job that exits
 # by itself during the grace time of a preemption counts as failed and is never requeued.
 HOLD_S = 300.0
-# Exit codes of a stage that can go on: it has saved, or was stopped before it could watch for signals.
-_CAN_GO_ON = (EXIT_PREEMPTED, -signal.SIGTERM)
-_OURS = {"error", "job_id", "map_count", "no_requeue", "open_mode", "output", "requeue", "setup", "signal"}
-_OURS |= {"srun_args", "teardown", "use_srun"}
+# Exit codes of a stage that can resume: it has saved, or was stopped before it had installed its signal handlers.
+_CAN_RESUME = (EXIT_PREEMPTED, -signal.SIGTERM)
+_SET_BY_SUBMIT = {"error", "job_id", "map_count", "no_requeue", "open_mode", "output", "requeue", "setup", "signal"}
+_SET_BY_SUBMIT |= {"srun_args", "teardown", "use_srun"}
+_SUBMITIT_KNOWS = {"account", "array_parallelism", "comment", "constraint", "cpus_per_gpu", "dependency", "exclude"}
+_SUBMITIT_KNOWS |= {"exclusive", "gres", "job_name", "mem_per_cpu", "mem_per_gpu", "nodelist", "qos", "signal_delay_s"}
+_SUBMITIT_KNOWS |= {"wckey"}
 _AS_OPTIONS = {
     "partition": "--partition",
     "gpus_per_node": "--gpus-per-node",
@@ -62,10 +65,10 @@ _AS_OPTIONS = {
 
 @dataclass
 class StageCommand:
-    """What a job runs: a stage as a child process, in the folder it was submitted from.
+    """What a job runs: a stage as a child process, in the folder from which it was submitted.
 
     submitit calls it in every process of the job, and `checkpoint` in a signal handler of the first. `patience_s` is
-    how long the stage may take to save. Instances are pickled, by submitit, between submission and each start.
+    how long the stage may take to save. submitit pickles instances at submission and when it requeues.
     """
 
     arguments: tuple[str, ...]
@@ -77,40 +80,40 @@ class StageCommand:
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __call__(self) -> None:
-        """Run the stage to its end; its exit code becomes the job's (SystemExit), so that 2 is no reason to requeue."""
+        """Run the stage to its end and exit with its code (SystemExit), so that 2 does not requeue the job."""
         from submitit.core.utils import UncompletedJobError
 
         self._start()
         try:
             self._wait()
-            if self._exit_code() in _CAN_GO_ON:
-                _say(f"the stage was stopped and can go on; waiting up to {self.hold_s:.0f} s for Slurm to decide")
+            if self._exit_code() in _CAN_RESUME:
+                _say(f"the stage was stopped and can resume; waiting up to {self.hold_s:.0f} s for Slurm")
                 time.sleep(self.hold_s)
-                _say("Slurm did nothing: the job ends here; submit it again to go on")
-        except UncompletedJobError:  # from submitit's handler, where `checkpoint` has refused
+                _say("Slurm did nothing, so the job ends here; submit it again to resume")
+        except UncompletedJobError:  # raised by submitit's handler where `checkpoint` returned None
             if self._exit_code() is None:
                 raise
         self._leave()
 
     def checkpoint(self) -> Any:
-        """Stop the stage, wait until it has saved, and return what a requeued job runs; None to stay out of the queue.
+        """Stop the stage, wait until it has saved, and return what the requeued job runs; None not to requeue.
 
-        A stage that is still in a long step when patience ends goes on from its checkpoint before.
+        A stage that is still in a long step after `patience_s` resumes from its previous checkpoint.
         """
         from submitit.helpers import DelayedSubmission
 
         code = self._stop()
-        if code is not None and code not in _CAN_GO_ON:
-            return None  # it has ended, well or badly: nothing to go on with
+        if code is not None and code not in _CAN_RESUME:
+            return None  # it has finished or failed: there is nothing to resume
         if self.requeues >= self.max_requeues:
-            _say(f"requeued {self.requeues} times, which is the limit; submit again to go on, or with --max-requeues")
+            _say(f"requeued {self.requeues} times, which is the limit; submit again to resume, or raise --max-requeues")
             return None
         again = replace(self, requeues=self.requeues + 1)
         _say(f"the stage has {'not ended yet' if code is None else 'saved'}; requeue {again.requeues}")
         return DelayedSubmission(again)
 
     def _start(self) -> None:
-        """Start the child deaf to SIGUSR2, which Slurm sends to every process of a job and which would end it."""
+        """Start the child with SIGUSR2 blocked, which Slurm sends to every process of a job and which would end it."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
         try:
             self._process = subprocess.Popen(self.arguments, cwd=self.folder)
@@ -118,12 +121,12 @@ class StageCommand:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _wait(self) -> None:
-        """Until the child has ended. It is left unreaped, so that the handler, which may interrupt, finds it too."""
+        """Wait for the child without reaping it, so that the handler, which may interrupt this, can wait as well."""
         assert self._process is not None
         os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
 
     def _exit_code(self) -> int | None:
-        """The child's exit code, minus a signal's number where one ended it; None while it works (or never began)."""
+        """The child's exit code, or minus the number of the signal that ended it; None while it runs or before."""
         if self._process is None:
             return None
         ended = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
@@ -132,7 +135,7 @@ class StageCommand:
         return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
     def _stop(self) -> int | None:
-        """Ask the child to stop and wait; its exit code, None if it has not ended when patience does."""
+        """Ask the child to stop and wait for it: its exit code, or None if it still runs after `patience_s`."""
         if self._process is None:
             return EXIT_PREEMPTED
         code = self._exit_code()
@@ -160,7 +163,7 @@ def _say(text: str) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """What `submit` was asked for. `more` holds further options of sbatch as KEY=VALUE, or KEY for a flag."""
+    """What `submit` was given. `more` holds further options of sbatch as KEY=VALUE, or KEY for a flag."""
 
     stage: str
     arguments: tuple[str, ...]
@@ -177,7 +180,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Submission:
-    """A request made ready: where its files go, the script, and the command a job (or an array's task) runs."""
+    """A submission: the folder of its files, the command of each job (or task of an array), and job ids once known.
+
+    `script` is what sbatch would be given, for a dry run alone; otherwise it is empty, and a file in `folder`.
+    """
 
     folder: Path
     script: str
@@ -186,7 +192,7 @@ class Submission:
     job_ids: tuple[str, ...] = ()
 
     def sentences(self) -> list[str]:
-        """What a user needs to know: before submitting the command, afterwards how to follow it."""
+        """What a user needs to know: before submission the commands, afterwards how to follow and stop the jobs."""
         if not self.job_ids:
             return [f"command: {shlex.join(command)}" for command in self.commands]
         jobs = self.job_ids[0].partition("_")[0]
@@ -200,10 +206,10 @@ class Submission:
 def submit(request: Request, run: Path, program: Path, *, dry_run: bool = False) -> Submission:
     """Submit a stage as a Slurm job, or an array of N that extract every N-th video each.
 
-    Everything submitted is kept in `<run>/slurm/<time>-<stage>/`, a new folder each time: the script, the pickled
-    command, `submission.json` (command, parameters, job ids) and, later, the logs. With `dry_run` nothing is touched
-    and no cluster is needed. Raises UserError for a request that makes no sense, without submitit, outside a cluster,
-    and with sbatch's own words where it refuses.
+    Each submission has its own folder `<run>/slurm/<time>-<stage>/` with the script, the pickled command,
+    `submission.json` (command, parameters, job ids) and, later, the logs. A dry run writes nothing and needs no cluster.
+    Raises UserError for contradictory options, without submitit, outside a cluster, and with sbatch's message if it
+    refuses.
     """
     parameters = _parameters(request)
     delay_s = parameters["signal_delay_s"]
@@ -215,14 +221,14 @@ def submit(request: Request, run: Path, program: Path, *, dry_run: bool = False)
         raise UserError("submit: this machine has no sbatch; submit from a login node of the cluster (or --dry-run)")
     folder = _new_folder(run / "slurm", request.stage, make=not dry_run)
     executor = _executor(submitit, folder, request, parameters)
-    submission = Submission(folder, _script(executor, request.array), commands, parameters)
+    submission = Submission(folder, _script(executor, request.array) if dry_run else "", commands, parameters)
     if dry_run:
         return submission
     patience_s = float(max(1, delay_s - _REQUEUE_S))
     jobs = [StageCommand(command, Path.cwd(), request.max_requeues, patience_s) for command in commands]
-    record = _record(request, submission)  # whatever can fail fails before there is a job
+    record = _record(request, submission)  # before there is a job, since it may fail
     try:
-        with redirect_stderr(StringIO()):  # submitit prints what it raises, too
+        with redirect_stderr(StringIO()):  # submitit also prints what it raises
             job_ids = _send(executor, jobs)
     except Exception as error:
         problem = _why_nothing_was_submitted(error)
@@ -232,39 +238,39 @@ def submit(request: Request, run: Path, program: Path, *, dry_run: bool = False)
         if type(error).__name__ not in ("FailedJobError", "FailedSubmissionError"):
             raise
         raise UserError(
-            f"sbatch named no job ({_words(error)}); see with `squeue --me` whether there is one and `scancel` it; "
-            f"what it was given is in {folder}"
+            f"sbatch named no job ({_message(error)}); check with `squeue --me` whether there is one and `scancel` it; "
+            f"the script is in {folder}"
         ) from error
     write_json(folder / "submission.json", {"job_ids": list(job_ids), **record})
     return replace(submission, job_ids=job_ids)
 
 
 def _why_nothing_was_submitted(error: Exception) -> str | None:
-    """In one line; None for an error after which there may be a job."""
+    """Why sbatch submitted nothing, in one line; None for an error after which there may be a job."""
     refused = isinstance(error.__cause__, subprocess.CalledProcessError)
     if type(error).__name__ == "FailedJobError" and refused:
-        return f"sbatch refused: {_words(error)}"
+        return f"sbatch refused: {_message(error)}"
     if isinstance(error, OSError) and error.filename == "sbatch":
         return f"sbatch cannot be run: {error.strerror}"
     return None
 
 
-def _words(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return " ".join(str(error).replace("sbatch: error:", "").split())
 
 
 def _remove_unused(folder: Path, run: Path) -> None:
-    """Leave nothing of a submission that came to nothing."""
+    """Delete the folder of a submission that failed, and the run's folder if that is empty now."""
     shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):  # nor an empty run
+    with suppress(OSError):  # not empty
         folder.parent.rmdir()
         run.rmdir()
 
 
 def parse_time_limit(text: str) -> int:
-    """Minutes, rounded up, of a limit as Slurm writes them: `90`, `4:00:00`, `30:00` (minutes), `2-12:00:00`, `2-12`.
+    """Minutes, rounded up, of a limit in Slurm's formats: `90`, `4:00:00`, `30:00` (minutes), `2-12:00:00`, `2-12`.
 
-    Raises UserError for anything else, zero included.
+    Raises UserError for anything else, and for zero.
     """
     match = re.fullmatch(r"(?:(\d{1,3})-)?(\d{1,6})(?::(\d{1,2}))?(?::(\d{1,2}))?", text.strip())
     if match is None:
@@ -283,17 +289,17 @@ def parse_time_limit(text: str) -> int:
 
 
 def _parameters(request: Request) -> dict[str, Any]:
-    """The request in submitit's words for sbatch's. Raises UserError where it makes no sense."""
+    """The request as submitit's parameters. Raises UserError for contradictory options."""
     if request.stage not in STAGES:
-        raise UserError(f"submit {request.stage}: no stage that can be a job; choose {', '.join(STAGES)}")
+        raise UserError(f"submit {request.stage}: cannot be a job; choose {', '.join(STAGES)}")
     tasks = request.gpus_per_node or 1
     if tasks * request.nodes > 1:
         if not STAGES[request.stage]:
-            raise UserError(f"{request.stage} is one process: leave out --nodes, and --gpus-per-node but for 1")
+            raise UserError(f"{request.stage} is one process: leave out --nodes, and --gpus-per-node above 1")
         if request.array:
-            raise UserError("--array: its tasks are one process each; leave out --nodes, and --gpus-per-node but for 1")
+            raise UserError("--array: each task is one process; leave out --nodes, and --gpus-per-node above 1")
     if request.array and request.stage != "extract":
-        raise UserError(f"--array: only extract falls into independent parts, not {request.stage}")
+        raise UserError(f"--array: only extract can be split into independent parts, not {request.stage}")
     parameters: dict[str, Any] = {
         "job_name": request.stage,
         "time": request.time_min,
@@ -306,8 +312,8 @@ def _parameters(request: Request) -> dict[str, Any]:
         "signal_delay_s": SIGNAL_DELAY_S,
     }
     parameters = {key: value for key, value in parameters.items() if value is not None}
-    parameters["wckey"] = None  # submitit's own is refused where accounting knows no such key
-    if request.cpus_per_task:  # srun no longer takes it over from sbatch (Slurm 22.05)
+    parameters["wckey"] = None  # submitit's default is refused by clusters whose accounting has no such key
+    if request.cpus_per_task:  # srun no longer inherits it from sbatch since Slurm 22.05
         parameters["srun_args"] = [f"--cpus-per-task={request.cpus_per_task}"]
     parameters |= _more(request.more)
     delay_s = parameters["signal_delay_s"]
@@ -320,31 +326,20 @@ def _parameters(request: Request) -> dict[str, Any]:
 
 
 def _more(options: Sequence[str]) -> dict[str, Any]:
-    """`--slurm KEY=VALUE` as parameters of submitit, or where it has no such one, of sbatch."""
-    known = {"account", "comment", "constraint", "cpus_per_gpu", "dependency", "exclude", "exclusive", "gres"}
-    known |= {
-        "job_name",
-        "mem_per_cpu",
-        "mem_per_gpu",
-        "nodelist",
-        "qos",
-        "signal_delay_s",
-        "wckey",
-        "array_parallelism",
-    }
+    """`--slurm KEY=VALUE` as a parameter of submitit if it has that one, otherwise of sbatch."""
     found: dict[str, Any] = {}
     rest: dict[str, Any] = {"requeue": True}
     for option in options:
         name, equals, text = option.partition("=")
         key = name.strip().lstrip("-").replace("-", "_")
         if not re.fullmatch(r"[a-z][a-z0-9_]*", key) or not text.isprintable() or (equals and not text):
-            raise UserError(f"--slurm {option!r}: expected KEY=VALUE as sbatch has it, for example qos=high")
+            raise UserError(f"--slurm {option!r}: expected KEY=VALUE, an option of sbatch, for example qos=high")
         if key in _AS_OPTIONS:
             raise UserError(f"--slurm {option}: has an option of its own, {_AS_OPTIONS[key]}")
-        if key in _OURS:
+        if key in _SET_BY_SUBMIT:
             raise UserError(f"--slurm {option}: is set by submit itself; leave it out")
         value: Any = True if not equals else int(text) if text.isdecimal() else text
-        (found if key in known else rest)[key] = value
+        (found if key in _SUBMITIT_KNOWS else rest)[key] = value
     return found | {"additional_parameters": rest}
 
 
@@ -357,14 +352,14 @@ def _submitit() -> Any:
 
 
 def _executor(submitit: Any, folder: Path, request: Request, parameters: Mapping[str, Any]) -> Any:
-    """submitit's executor for one submission; unlike its parent it can be made where there is no cluster."""
+    """submitit's executor for one submission; unlike its base class it can be created where there is no cluster."""
 
     class Executor(submitit.SlurmExecutor):  # type: ignore[misc]
         @classmethod
         def affinity(cls) -> int:
             return 2
 
-    # the job unpickles StageCommand: it must find this very checkout, wherever the job was submitted from
+    # the job unpickles StageCommand, so it must import this checkout, wherever it was submitted from
     home = shlex.quote(str(Path(__file__).resolve().parent.parent))
     executor = Executor(folder=folder, max_num_timeout=request.max_requeues)
     executor.update_parameters(**parameters, setup=[f'export PYTHONPATH={home}"${{PYTHONPATH:+:$PYTHONPATH}}"'])
@@ -372,14 +367,15 @@ def _executor(submitit: Any, folder: Path, request: Request, parameters: Mapping
 
 
 def _script(executor: Any, array: int | None) -> str:
-    """The script as submitit will hand it to sbatch."""
-    if not array:
-        return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
-    executor.parameters["map_count"] = array
+    """The script that submitit will give to sbatch. Raises UserError if this release of submitit does not show it."""
     try:
+        executor.parameters |= {"map_count": array} if array else {}
         return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
-    finally:
-        del executor.parameters["map_count"]
+    except (AttributeError, TypeError) as error:
+        raise UserError(
+            f"--dry-run: this release of submitit does not show its script ({one_line(error)}); submit without it, "
+            "the script is then in RUN/slurm"
+        ) from error
 
 
 def _send(executor: Any, jobs: Sequence[StageCommand]) -> tuple[str, ...]:
@@ -392,7 +388,7 @@ def _send(executor: Any, jobs: Sequence[StageCommand]) -> tuple[str, ...]:
 
 
 def _new_folder(parent: Path, stage: str, *, make: bool) -> Path:
-    """A folder for one submission that nobody else has: time and stage, and a number where two come in one second."""
+    """A folder for one submission: time and stage, and a number if several are made in one second."""
     name = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{stage}"
     for number in range(1, 1000):
         folder = parent / (name if number == 1 else f"{name}-{number}")
@@ -404,11 +400,11 @@ def _new_folder(parent: Path, stage: str, *, make: bool) -> Path:
         except FileExistsError:
             continue
         return folder.absolute()
-    raise UserError(f"{parent}: full of submissions of this second; try again")
+    raise UserError(f"{parent}: too many submissions in one second; try again")
 
 
 def _user() -> str:
-    """Who submits: a name, or the number of a user without one, as containers have them."""
+    """The name of the user, or the number of a user without a name, as in containers."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
@@ -416,7 +412,7 @@ def _user() -> str:
 
 
 def _record(request: Request, submission: Submission) -> dict[str, Any]:
-    """`submission.json` but for the job ids."""
+    """The contents of `submission.json` without the job ids."""
     return {
         "submitted": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "user": _user(),

@@ -1,1 +1,1 @@
-"""What this machine and these settings would run into."""
+"""`doctor`: whether this machine can do what the settings ask for."""

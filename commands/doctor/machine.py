@@ -1,7 +1,7 @@
-"""What `doctor` finds out about a machine: one finding a line, whatever is broken; nothing here may raise.
+"""What `doctor` checks about a machine: one line per finding, whatever is broken.
 
-A check is a function that returns findings. `examined` runs it and makes a finding of whatever it raises, so that a
-broken installation is a line and not a traceback. Checks import what they look at when they run.
+A check is a function that returns findings. `examined` runs it and turns an exception into a finding, so that a broken
+installation gives a line and not a traceback. Checks import what they examine only when they run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import gc
 import importlib
 import os
 import platform
-import re
 import shutil
 import sys
 import uuid
@@ -19,22 +18,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from configs.errors import printable
+from configs.errors import one_line, printable
 from engine.processes import permitted_cores
 
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
 Level = Literal["ok", "warn", "FAIL"]
-# Packages by the name they are imported under, where it is not the distribution's.
-_MODULES = {
-    "scikit-learn": "sklearn",
-    "pyyaml": "yaml",
-    "pillow": "PIL",
-    "protobuf": "google.protobuf",
-    "google-crc32c": "google_crc32c",
-    "jinja2": "jinja2",
-}
-_FALLBACKS = {"decord": "PyAV reads everything it would; reinstall with `pip install decord`"}
+# Names of modules that differ from those of their distributions.
+_MODULES = {"scikit-learn": "sklearn", "pyyaml": "yaml", "pillow": "PIL", "protobuf": "google.protobuf"}
+_FALLBACKS = {"decord": "PyAV reads all videos instead; reinstall with `pip install decord`"}
 MIN_SHARED_MEMORY_BYTES = 1 << 30
 MIN_PYTHON = (3, 10)
 MIN_OPEN_FILES = 1024
@@ -43,7 +38,7 @@ MIN_FREE_BYTES = 5 << 30
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: how bad, what was looked at, what was found, what to do (nothing where all is well)."""
+    """One line: the level, what was checked, what was found, what to do (empty if nothing)."""
 
     level: Level
     what: str
@@ -58,24 +53,23 @@ Check = Callable[[], Iterable[Finding]]
 
 
 def examined(what: str, check: Check) -> Iterator[Finding]:
-    """The findings of a check, as it finds them; one that breaks is a finding itself."""
+    """The findings of a check as they come; an exception that it raises is a finding, too."""
     try:
         yield from check()
-    except Exception as error:  # a doctor that dies of the patient's illness helps nobody
-        yield Finding("FAIL", what, kind_and_text(error), "reinstall with `pip install -e .`, or report this line")
+    except Exception as error:
+        yield Finding("FAIL", what, type_and_text(error), "reinstall with `pip install -e .`, or report this line")
 
 
-def kind_and_text(error: BaseException) -> str:
-    """Kind and text of an exception on one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+def type_and_text(error: BaseException) -> str:
+    """Type and text of an exception on one line."""
+    return f"{type(error).__name__}: {one_line(error, 200)}" if str(error).strip() else type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------------- installation
 
 
 def check_python() -> Iterable[Finding]:
-    """The interpreter, and the machine it runs on."""
+    """The interpreter's version, and the machine it runs on."""
     version = platform.python_version()
     where = f"{version} on {platform.system()} {platform.machine()} ({sys.executable})"
     if tuple(sys.version_info[:2]) < MIN_PYTHON:
@@ -85,87 +79,67 @@ def check_python() -> Iterable[Finding]:
 
 
 def check_packages() -> Iterable[Finding]:
-    """Every package that setup.cfg asks for: there, new enough, and importable."""
+    """Whether every package that setup.cfg requires is installed, in a version that it allows, and can be imported."""
+    from packaging.requirements import Requirement
+
     try:
-        wanted = metadata.requires("surgstage") or []
+        lines = metadata.requires("surgstage") or []
     except metadata.PackageNotFoundError:
         yield Finding("FAIL", "surgstage", "not installed", "run `pip install -e .` in the project's folder")
         return
-    sound = []
+    wanted = [one for one in map(Requirement, lines) if one.marker is None or one.marker.evaluate({"extra": ""})]
     collects = gc.isenabled()
-    gc.disable()  # imports make many objects and hardly any garbage, which would be looked for again and again
+    gc.disable()  # imports create many objects and hardly any garbage, so that collecting only costs time
     try:
-        for line in wanted:
-            requirement, _, marker = line.partition(";")
-            if "extra ==" in marker or not _applies(marker):
-                continue
-            name, bound = _parts(requirement)
-            finding = _package(name, bound)
-            if finding.level == "ok":
-                sound.append(finding.found)
-            else:
-                yield finding
+        found = [_package(one) for one in wanted]
     finally:
         if collects:
             gc.enable()
-    if sound:
-        yield Finding("ok", "packages", ", ".join(sorted(sound, key=str.casefold)))
+    yield from (finding for finding in found if finding.level != "ok")
+    if sound := sorted((finding.found for finding in found if finding.level == "ok"), key=str.casefold):
+        yield Finding("ok", "packages", ", ".join(sound))
 
 
-def _package(name: str, bound: str | None) -> Finding:
-    optional = _FALLBACKS.get(name)
+def _package(wanted: Requirement) -> Finding:
+    from packaging.version import Version
+
+    name, optional = wanted.name, _FALLBACKS.get(wanted.name)
     level: Level = "warn" if optional else "FAIL"
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
-        return Finding(level, name, "not installed", optional or f"run `pip install '{name}>={bound}'`")
-    if bound and _release(version) < _release(bound):
-        return Finding("FAIL", name, f"{version}, older than {bound}", f"run `pip install -U '{name}>={bound}'`")
+        return Finding(level, name, "not installed", optional or f"run `pip install '{name}{wanted.specifier}'`")
+    if not wanted.specifier.contains(Version(version).base_version):  # of pre-releases too, which vendors ship
+        to_do = f"run `pip install -U '{name}{wanted.specifier}'`"
+        return Finding("FAIL", name, f"{version}, but {wanted.specifier} is required", to_do)
     try:
-        importlib.import_module(_MODULES.get(name.casefold(), name.replace("-", "_")))
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        problem = f"{version} is installed and cannot be imported ({kind_and_text(error)})"
+        importlib.import_module(_MODULES.get(name.casefold(), name.replace("-", "_").casefold()))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # an extension module may raise anything, SystemExit included
+        problem = f"{version} is installed and cannot be imported ({type_and_text(error)})"
         return Finding(level, name, problem, optional or f"run `pip install --force-reinstall '{name}'`")
     return Finding("ok", name, f"{name} {version}")
 
 
-def _applies(marker: str) -> bool:
-    """Whether an environment marker of ours (equalities joined by `and`) holds here."""
-    values = {"platform_machine": platform.machine(), "sys_platform": sys.platform}
-    found = re.findall(r"(\w+)\s*==\s*[\"']([^\"']*)[\"']", marker)
-    return all(values.get(name, value) == value for name, value in found)
-
-
-def _parts(requirement: str) -> tuple[str, str | None]:
-    name = re.split(r"[<>=!~ \[(]", requirement.strip(), maxsplit=1)[0]
-    bound = re.search(r">=\s*([0-9.]+)", requirement)
-    return name, bound.group(1) if bound else None
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, enough to hold it against a lower bound."""
-    numbers = [int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3]]
-    return (*numbers, *(0,) * (3 - len(numbers)))
-
-
 def check_torch_pair() -> Iterable[Finding]:
     """torch and torchvision are built for each other: 2.6 with 0.21, 2.7 with 0.22, and so on."""
-    torch, vision = metadata.version("torch"), metadata.version("torchvision")
-    due = (0, _release(torch)[1] + 15)
-    if _release(torch)[0] == 2 and _release(vision)[:2] != due:
+    from packaging.version import Version
+
+    torch, vision = Version(metadata.version("torch")), Version(metadata.version("torchvision"))
+    due = (0, torch.minor + 15)
+    if torch.major == 2 and vision.release[:2] != due:
         to_do = f"run `pip install torchvision=={due[0]}.{due[1]}.*`"
-        yield Finding("FAIL", "torch and torchvision", f"{torch} and {vision} do not belong together", to_do)
+        yield Finding("FAIL", "torch and torchvision", f"{torch} and {vision} do not match", to_do)
     else:
-        yield Finding("ok", "torch and torchvision", f"{torch} and {vision} belong together")
+        yield Finding("ok", "torch and torchvision", f"{torch} and {vision} match")
 
 
 # ---------------------------------------------------------------------------------------------- devices
 
 
 def check_devices() -> Iterable[Finding]:
-    """Processor, and the GPUs that torch can use; a driver that torch cannot talk to is named."""
+    """The processor and the GPUs that torch can use; a driver that torch cannot use is a warning."""
     import torch
 
     from engine.device import cpu_has_bf16
@@ -178,7 +152,7 @@ def check_devices() -> Iterable[Finding]:
     elif torch.backends.mps.is_available():
         yield Finding("ok", "GPU", "Apple MPS")
     else:
-        yield _no_gpu(torch.version.cuda)
+        yield no_gpu(torch.version.cuda)
 
 
 def _gpu(number: int) -> Iterable[Finding]:
@@ -190,24 +164,23 @@ def _gpu(number: int) -> Iterable[Finding]:
     answer = float(torch.ones(8, device=f"cuda:{number}").sum())
     held = f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
     if answer != 8.0:
-        yield Finding("FAIL", f"GPU {number}", f"{held}, computes wrongly", "leave it out with CUDA_VISIBLE_DEVICES")
+        yield Finding("FAIL", f"GPU {number}", f"{held}, computes wrong sums", "exclude it with CUDA_VISIBLE_DEVICES")
     elif free < total / 2:
-        yield Finding("warn", f"GPU {number}", held, "somebody else uses it; choose another or smaller batches")
+        yield Finding("warn", f"GPU {number}", held, "other programs use it; choose another GPU or smaller batches")
     else:
         yield Finding("ok", f"GPU {number}", held)
 
 
-def _no_gpu(built_for: str | None) -> Finding:
+def no_gpu(built_for: str | None) -> Finding:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     card = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
     if card and hidden is not None and hidden.strip() in ("", "-1"):
-        return Finding("warn", "GPU", "hidden by CUDA_VISIBLE_DEVICES", "unset it to use the card")
+        return Finding("warn", "GPU", "hidden by CUDA_VISIBLE_DEVICES", "unset it to use the GPU")
     if card and built_for is None:
-        return Finding(
-            "warn", "GPU", "a card is here, but this torch is built for CPUs", "install a CUDA build of torch"
-        )
+        problem = "there is a GPU, but this torch is built for CPUs"
+        return Finding("warn", "GPU", problem, "install a CUDA build of torch")
     if card:
-        problem = f"a card is here, but torch (built for CUDA {built_for}) cannot use it"
+        problem = f"there is a GPU, but torch (built for CUDA {built_for}) cannot use it"
         return Finding("warn", "GPU", problem, "update the driver, or install a torch built for the driver's CUDA")
     return Finding("ok", "GPU", "none; everything runs on the CPU")
 
@@ -216,7 +189,7 @@ def _no_gpu(built_for: str | None) -> Finding:
 
 
 def check_shared_memory(folder: Path = Path("/dev/shm")) -> Iterable[Finding]:
-    """Loader processes hand batches over through it; containers often have 64 MB."""
+    """Size of the shared memory through which loader processes pass batches; containers often have 64 MB."""
     if not folder.is_dir():
         return
     total = shutil.disk_usage(folder).total
@@ -229,7 +202,7 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Iterable[Finding]:
 
 
 def check_open_files() -> Iterable[Finding]:
-    """How many files a process may have open."""
+    """How many files a process may open at once."""
     try:
         import resource
     except ImportError:  # Windows
@@ -242,52 +215,52 @@ def check_open_files() -> Iterable[Finding]:
 
 
 def check_slurm() -> Iterable[Finding]:
-    """Whether this is a cluster's machine, and a job of it."""
+    """Whether this machine belongs to a Slurm cluster, and whether this is a job."""
     if job := os.environ.get("SLURM_JOB_ID"):
-        yield Finding("ok", "Slurm", f"in job {job} on {os.environ.get('SLURM_JOB_PARTITION', 'a partition')}")
+        yield Finding("ok", "Slurm", f"job {job} on {os.environ.get('SLURM_JOB_PARTITION', 'a partition')}")
     elif shutil.which("sbatch"):
-        yield Finding("ok", "Slurm", "sbatch is here")
+        yield Finding("ok", "Slurm", "sbatch is available")
     else:
-        yield Finding("ok", "Slurm", "none here")
+        yield Finding("ok", "Slurm", "none")
 
 
 # ---------------------------------------------------------------------------------------------- folders
 
 
 def check_folder(what: str, folder: Path, needed_bytes: int = 0, certain: bool = True) -> Iterable[Finding]:
-    """Whether a folder (or the first one above it that exists) can be written, and has room.
+    """Whether a folder (or its nearest existing parent) is writable and has `needed_bytes` free.
 
-    Not `certain`: some of what is needed may be there already.
+    `certain` is false where some of what is needed may exist already; missing space is then a warning.
     """
     try:
         place = folder.absolute()
         while not place.exists():
             place = place.parent
         if not place.is_dir():
-            yield Finding("FAIL", what, f"{folder} cannot be made: {place} is a file", "choose another folder")
+            yield Finding("FAIL", what, f"{folder} cannot be created: {place} is a file", "choose another folder")
             return
         if problem := _write_problem(place):
             yield Finding("FAIL", what, f"{folder} cannot be written ({problem})", "choose another folder")
             return
         free = shutil.disk_usage(place).free
-    except OSError as error:  # above it one that may not be entered, or a server that is gone
-        yield Finding("FAIL", what, f"{folder} cannot be looked at ({_reason(error)})", "choose another folder")
+    except OSError as error:  # a parent without permission, or a file server that does not answer
+        yield Finding("FAIL", what, f"{folder} cannot be accessed ({_reason(error)})", "choose another folder")
         return
     room = f"{folder}, {free / 1e9:,.1f} GB free"
     needed = f", about {needed_bytes / 1e9:,.1f} GB needed" if needed_bytes else ""
     if needed_bytes > free and certain:
-        yield Finding("FAIL", what, room + needed, "free some or choose another folder")
+        yield Finding("FAIL", what, room + needed, "free some space or choose another folder")
     elif needed_bytes > free:
-        to_do = "some are there already; where that is not enough, free some or choose another folder"
-        yield Finding("warn", what, f"{room}{needed} in all", to_do)
+        to_do = "some files exist already; if that is not enough, free some space or choose another folder"
+        yield Finding("warn", what, f"{room}{needed} in total", to_do)
     elif free < MIN_FREE_BYTES:
-        yield Finding("warn", what, room, "checkpoints and features take some GB; free some or choose another folder")
+        yield Finding("warn", what, room, "checkpoints and features take some GB; free some space or choose another")
     else:
         yield Finding("ok", what, room + needed)
 
 
 def _write_problem(folder: Path) -> str | None:
-    """Why nothing can be written in a folder, or None: tried out, since permissions alone do not tell."""
+    """Why nothing can be written in a folder, or None. A file is written, since permissions alone do not tell."""
     path = folder / f".doctor-{uuid.uuid4().hex[:8]}.tmp"
     try:
         with path.open("xb") as stream:
@@ -306,7 +279,7 @@ def _reason(error: OSError) -> str:
 
 
 def machine_checks() -> Sequence[tuple[str, Check]]:
-    """The checks that need no settings, in the order in which they are shown."""
+    """The checks that need no settings, by name, in the order of their lines."""
     return (
         ("Python", check_python),
         ("packages", check_packages),

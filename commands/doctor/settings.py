@@ -1,7 +1,4 @@
-"""`doctor`: is this machine able to do what the settings ask for? One line a finding, with what to do.
-
-The machine's part is `commands.doctor.machine`; here is what needs settings, readers and nets.
-"""
+"""What `doctor` checks about settings, decoders and networks; `commands.doctor.machine` checks the machine."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from commands.doctor.machine import Check, Finding, Level, check_folder, examined, kind_and_text, machine_checks
+from commands.doctor.machine import Check, Finding, Level, check_folder, examined, machine_checks, type_and_text
 from configs.errors import UserError, listed
 
 if TYPE_CHECKING:
@@ -26,7 +23,7 @@ _VERDICTS: dict[str, tuple[Level, str]] = {
     "warn": ("warn", "only PyAV is used; see data.reader"),
     "FAIL": ("FAIL", "reinstall with `pip install -U av`"),
 }
-# A process of its own decodes: a decoder that crashes or hangs must not take the doctor with it.
+# Decoding runs in its own process, since a decoder may crash or hang.
 _DECODE = """
 import sys
 from pathlib import Path
@@ -36,17 +33,17 @@ print(compare_readers(Path(sys.argv[1])))
 
 
 def diagnose(load: Callable[[], Config]) -> Iterator[Finding]:
-    """Every finding, as it is found, in a fixed order. `load` reads the settings.
+    """The findings of all checks as they come, in a fixed order. `load` reads the settings.
 
-    Raises nothing. Without settings in order, what needs none is looked at nevertheless.
+    Raises nothing. If the settings are wrong, the checks that need none run all the same.
     """
     checks: tuple[tuple[str, Check], ...] = (("decoders", check_decoders),)
     try:
         config = load()
     except UserError as error:
-        yield Finding("FAIL", "settings", str(error), "weights, data and folders are looked at once this is mended")
-    except Exception as error:  # a broken pydantic or PyYAML: the packages' line says which
-        yield Finding("FAIL", "settings", f"cannot be read ({kind_and_text(error)})", "see the packages below")
+        yield Finding("FAIL", "settings", str(error), "weights, data and folders are checked once this is fixed")
+    except Exception as error:  # a broken pydantic or PyYAML, which the packages' line names
+        yield Finding("FAIL", "settings", f"cannot be read ({type_and_text(error)})", "see the packages below")
     else:
         yield Finding("ok", "settings", "read")
         checks = _checks(config)
@@ -70,7 +67,7 @@ def _checks(config: Config) -> tuple[tuple[str, Check], ...]:
 
 
 def check_decoders() -> Iterable[Finding]:
-    """Write a small video and read it with both readers, in a process that is given a minute."""
+    """Write a small video and read it with both readers, in a process that may take a minute."""
     folder = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
     with tempfile.TemporaryDirectory(prefix="surgstage-doctor-") as place:
@@ -85,7 +82,7 @@ def check_decoders() -> Iterable[Finding]:
             )
         except subprocess.TimeoutExpired:
             to_do = "set data.reader=pyav, or reinstall av and decord"
-            yield Finding("FAIL", "decoders", f"no picture within {READER_LIMIT_S:g} s", to_do)
+            yield Finding("FAIL", "decoders", f"no frame within {READER_LIMIT_S:g} s", to_do)
             return
     answer = (done.stdout.strip().splitlines() or [""])[-1]
     if done.returncode == 0 and answer:
@@ -98,7 +95,7 @@ def check_decoders() -> Iterable[Finding]:
 
 
 def compare_readers(folder: Path) -> str:
-    """`ok`, `warn` or `FAIL`, and what became of a small H.264 video under both readers."""
+    """Level and finding, in one line: whether both readers decode a small H.264 video to the frames it was made of."""
     import numpy as np
 
     from features.video.decord import why_not_decord
@@ -107,15 +104,15 @@ def compare_readers(folder: Path) -> str:
     from features.video.write import encode_mp4
 
     path = folder / "video.mp4"
-    pictures = [np.full((64, 96, 3), 8 * number, dtype=np.uint8) for number in range(20)]
-    encode_mp4(path, pictures, 25.0, {"crf": "18"}, lambda: None)
+    images = [np.full((64, 96, 3), 8 * number, dtype=np.uint8) for number in range(20)]
+    encode_mp4(path, images, 25.0, {"crf": "18"}, lambda: None)
     wanted = [0, 7, 13, 19]
     with open_video(path, "pyav") as reader:
         frames = np.stack(list(reader.read(wanted)))
         name = f"PyAV {reader.version}"
     shades = frames.mean(axis=(1, 2, 3))
     if np.abs(shades - [8 * number for number in wanted]).max() > 4:
-        return f"FAIL {name} gives other pictures than were written"
+        return f"FAIL {name} decodes other frames than were written"
     reason = why_not_decord(scan_video(path))
     if reason is not None:
         return f"warn {name} reads a test video; decord does not ({reason})"
@@ -123,9 +120,7 @@ def compare_readers(folder: Path) -> str:
         same = np.array_equal(np.stack(list(reader.read(wanted))), frames)
         version = reader.version
     return (
-        f"ok {name} and decord {version} read the same pictures"
-        if same
-        else f"warn decord {version} differs from {name}"
+        f"ok {name} and decord {version} read the same frames" if same else f"warn decord {version} differs from {name}"
     )
 
 
@@ -133,7 +128,7 @@ def compare_readers(folder: Path) -> str:
 
 
 def check_weights(config: Config) -> Iterable[Finding]:
-    """Whether the backbone's initial weights are on this machine; nothing is downloaded."""
+    """Whether the initial weights of the backbone are on this machine. Downloads nothing."""
     from stage1_cnn.model import settled_weights, weights_file
 
     cnn = config.cnn
@@ -144,32 +139,32 @@ def check_weights(config: Config) -> Iterable[Finding]:
         yield Finding("FAIL", "weights", str(error))
         return
     if path is None:
-        yield Finding("ok", "weights", f"{cnn.backbone} starts at random (cnn.weights={cnn.weights})")
+        yield Finding("ok", "weights", f"{cnn.backbone} starts from random weights (cnn.weights={cnn.weights})")
     elif path.is_file():
         yield Finding("ok", "weights", f"{path} ({path.stat().st_size / 1e6:,.0f} MB)")
     else:
-        found = f"{path} is not there; it is downloaded when it is first needed"
-        yield Finding("warn", "weights", found, "without internet put the file there, or set cnn.weights=FILE, or "
-                      "cnn.weights=random")  # fmt: skip
+        found = f"{path} does not exist; it is downloaded when it is first needed"
+        to_do = "without internet copy the file there, or set cnn.weights=FILE or cnn.weights=random"
+        yield Finding("warn", "weights", found, to_do)
 
 
 def check_data(config: Config) -> Iterable[Finding]:
-    """The data root, and whether index and files agree as far as names, sizes and times tell; nothing is opened."""
+    """The data root, and whether the index matches the files' names, sizes and times. Opens no video."""
     from features.dataset.catalogue import data_root
     from features.dataset.index import Index
 
     try:
         root = data_root(config)
     except UserError as error:
-        yield Finding("warn", "data root", str(error), "only stage two, on features that are there, works without")
+        yield Finding("warn", "data root", str(error), "only stage two works without it, on features that exist")
         root = None
     if root is not None and not os.access(root, os.R_OK | os.X_OK):
-        yield Finding("FAIL", "data root", f"{root} may not be read", "ask its owner for read permission")
+        yield Finding("FAIL", "data root", f"{root} is not readable", "ask its owner for read permission")
         root = None
     path = config.data.index
     if not path.exists():
         if root is not None:
-            yield from _what_is_there(config, root)
+            yield from _found_videos(config, root)
         return
     try:
         index = Index.load(path)
@@ -183,7 +178,7 @@ def check_data(config: Config) -> Iterable[Finding]:
     yield _agreement(index, root, path)
 
 
-def _what_is_there(config: Config, root: Path) -> Iterable[Finding]:
+def _found_videos(config: Config, root: Path) -> Iterable[Finding]:
     from configs.load import load_dataset
     from features.dataset.discover import find_videos
 
@@ -199,7 +194,7 @@ def _what_is_there(config: Config, root: Path) -> Iterable[Finding]:
 
 
 def _agreement(index: Index, root: Path, path: Path) -> Finding:
-    """Whether sources are where the index says, with the sizes and times that it says."""
+    """Whether the sources exist with the sizes and times that the index has."""
     from engine.files import inside
 
     missing, changed = [], []
@@ -212,17 +207,16 @@ def _agreement(index: Index, root: Path, path: Path) -> Finding:
         same = (state.st_size, state.st_mtime_ns) == (entry.size_bytes, entry.modified_ns)
         if entry.kind != "frames" and not same:
             changed.append(entry.id)
-    for problem, ids in (("are not there", missing), ("have changed", changed)):
+    for problem, ids in (("are missing", missing), ("have changed", changed)):
         if ids:
             to_do = "run `index --check` for details, `index --force` to index again"
-            return Finding(
-                "warn", "index", f"{path}: {len(ids)} of {len(index.videos)} sources {problem} ({listed(ids)})", to_do
-            )
+            found = f"{path}: {len(ids)} of {len(index.videos)} sources {problem} ({listed(ids)})"
+            return Finding("warn", "index", found, to_do)
     return Finding("ok", "index", f"{path}, {len(index.videos)} video(s), sizes and times as indexed")
 
 
 def check_folders(config: Config) -> Iterable[Finding]:
-    """Where results go: writable, with room for what the index comes to at these settings and is not there yet."""
+    """Whether the output folders are writable, with space for what these settings will write for the index."""
     yield from check_folder("runs", config.runs)
     yield from examined("features", lambda: _check_store(config))
     yield from examined("frame cache", lambda: _check_cache(config))
@@ -230,7 +224,7 @@ def check_folders(config: Config) -> Iterable[Finding]:
 
 
 def _check_store(config: Config) -> Iterable[Finding]:
-    """Room for the features of all videos. Which are there already only the encoder's weights would tell."""
+    """Space for the features of all videos; which of them exist already is not known without the encoder's digest."""
     from features.store import EncoderSpec, estimate_bytes, feature_path
     from stage1_cnn.model import build_backbone
 
@@ -238,17 +232,15 @@ def _check_store(config: Config) -> Iterable[Finding]:
     name, storage = config.cnn.backbone, config.extract.storage
     try:
         dim = build_backbone(name, "random", 0).embedding_dim if frames else 0
-    except UserError:  # the line about weights says so
+    except UserError:  # the finding about weights names it
         dim = 0
     needed = estimate_bytes(frames.values(), EncoderSpec(name, "", {}, config.data.fps, "fp32", storage, dim))
-    some_are_there = any(
-        os.path.exists(feature_path(folder, one)) for folder in store.glob(f"{name}-*") for one in frames
-    )
-    yield from check_folder("features", store, needed, certain=not some_are_there)
+    some_exist = any(os.path.exists(feature_path(folder, one)) for folder in store.glob(f"{name}-*") for one in frames)
+    yield from check_folder("features", store, needed, certain=not some_exist)
 
 
 def _check_cache(config: Config) -> Iterable[Finding]:
-    """Room for the frames that training would decode; files that are there count as whole."""
+    """Space for the frames that training will decode; existing files count as complete."""
     from features.frames.source import frame_cache
 
     cache = frame_cache(config)
@@ -258,7 +250,7 @@ def _check_cache(config: Config) -> Iterable[Finding]:
 
 
 def _sampled_frames(config: Config, splits: tuple[str, ...] = ()) -> dict[str, int]:
-    """Sampled frames of each video, of some splits or all, as far as there is an index to tell."""
+    """Number of sampled frames by video id, of some splits or all; empty without a usable index."""
     from features.dataset.index import Index, sampled_frames
 
     if not config.data.index.exists():

@@ -66,13 +66,22 @@ def test_several_gpus_are_a_process_each(tmp_path: Path) -> None:
     assert "#SBATCH --nodes=3" in made.script
 
 
+def test_a_submitit_that_does_not_show_its_script_refuses_the_dry_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("submitit.SlurmExecutor._submitit_command_str")
+    monkeypatch.delattr("submitit.core.core.PicklingExecutor._submitit_command_str")
+    with pytest.raises(UserError, match="--dry-run: this release of submitit does not show its script"):
+        submit(request(), tmp_path, PROGRAM, dry_run=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"stage": "train-cnn", "array": 2}, "only extract"),
-        ({"array": 2, "gpus_per_node": 2}, "one process each"),
+        ({"array": 2, "gpus_per_node": 2}, "each task is one process"),
         ({"stage": "evaluate", "nodes": 2}, "is one process"),
-        ({"stage": "simulate"}, "no stage that can be a job"),
+        ({"stage": "simulate"}, "cannot be a job"),
         ({"more": ("output=x",)}, "is set by submit itself"),
         ({"more": ("mem=4G",)}, "--mem-gb"),
         ({"more": ("comment=a\n#SBATCH --wrap=x",)}, "expected KEY=VALUE"),
