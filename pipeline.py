@@ -34,7 +34,7 @@ from configs.errors import UserError  # noqa: E402 - only once it is known to be
 
 EXIT_BAD_INPUT = 2
 EXIT_LOST_ANOTHER = 70  # EX_SOFTWARE of sysexits.h: another process of the same training has failed
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 # Name: (module:function, first sentence of the command's help). The help lists the commands without importing them.
 COMMANDS = {
     "index": ("commands.data:index", "Find the videos and annotations below a folder, and split them"),

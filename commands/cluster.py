@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from commands.options import POSITIVE, STAGES, Settings
+from commands import options
+from commands.options import Settings
 from commands.train import shard_of_process
 from configs.errors import UserError
 
@@ -15,28 +16,25 @@ PROGRAM = Path(__file__).resolve().parent.parent / "pipeline.py"
 
 
 @click.command()
-@click.argument("stage", metavar="STAGE", type=click.Choice(list(STAGES)))
+@click.argument("stage", metavar="STAGE", type=click.Choice(list(options.STAGES)))
 @click.argument("arguments", metavar="-- [OPTIONS OF THE STAGE]...", nargs=-1, type=click.UNPROCESSED)
 @click.option("--partition", metavar="P", help="Default: the cluster's.")
 @click.option("--gpus-per-node", type=click.IntRange(1), metavar="N", help="One process per GPU if N is above 1.")
-@click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Machines of the job.")
+@click.option("--nodes", type=click.IntRange(1), default=1, metavar="N", help="Machines of the job.")
 @click.option("--cpus-per-task", type=click.IntRange(1), metavar="N", help="Cores per process.")
-@click.option("--mem-gb", type=POSITIVE, metavar="N", help="Memory per node, in GiB.")
-@click.option(
-    "--time", "limit", default="4:00:00", show_default=True, metavar="LIMIT", help="H:MM:SS, D-HH:MM:SS or minutes."
-)
+@click.option("--mem-gb", type=options.POSITIVE, metavar="N", help="Memory per node, in GiB.")
+@click.option("--time", "limit", default="4:00:00", metavar="LIMIT", help="H:MM:SS, D-HH:MM:SS or minutes.")
 @click.option("--array", type=click.IntRange(2, 10000), metavar="N", help="Of extract: N jobs, every N-th video each.")
 @click.option("--slurm", "more", multiple=True, metavar="KEY=VALUE", help="Any other option of sbatch. Repeatable.")
 @click.option(
     "--max-requeues",
     type=click.IntRange(0),
     default=30,
-    show_default=True,
     metavar="N",
     help="How often the job returns to the queue at its time limit or when preempted.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the script; write and submit nothing.")
-def submit(stage: str, arguments: tuple[str, ...], limit: str, dry_run: bool, **options: Any) -> None:
+def submit(stage: str, arguments: tuple[str, ...], limit: str, dry_run: bool, **chosen: Any) -> None:
     """Run a command as a Slurm job that resumes after its time limit.
 
     For example: submit train-cnn --partition gpu --gpus-per-node 2 -- --name first
@@ -47,10 +45,8 @@ def submit(stage: str, arguments: tuple[str, ...], limit: str, dry_run: bool, **
     """
     from commands import slurm
 
-    run = run_of_stage(
-        stage, arguments, options["array"], several=options["nodes"] * (options["gpus_per_node"] or 1) > 1
-    )
-    request = slurm.Request(stage=stage, arguments=arguments, time_min=slurm.parse_time_limit(limit), **options)
+    run = run_of_stage(stage, arguments, chosen["array"], several=chosen["nodes"] * (chosen["gpus_per_node"] or 1) > 1)
+    request = slurm.Request(stage=stage, arguments=arguments, time_min=slurm.parse_time_limit(limit), **chosen)
     submission = slurm.submit(request, run, PROGRAM, dry_run=dry_run)
     for line in submission.sentences():
         click.echo(line, err=dry_run)

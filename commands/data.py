@@ -7,21 +7,13 @@ from typing import Any
 
 import click
 
-from commands.options import (
-    PATH,
-    PHASE_ORDER,
-    Settings,
-    exit_partly_if,
-    given,
-    refuse,
-    settings,
-    watch_signals,
-)
+from commands import options
+from commands.options import PATH, Settings
 from configs.errors import UserError, printable
 
 
 @click.command()
-@settings(name=None)
+@options.settings(name=None)
 @click.option("--root", type=PATH, help="Folder of the videos; the same as --set data.root=DIR.")
 @click.option("--out", type=PATH, help="Where to write the index; the same as --set data.index=FILE.")
 @click.option("--force", is_flag=True, help="Replace an index that differs from what is found now.")
@@ -40,11 +32,10 @@ from configs.errors import UserError, printable
     "--layout",
     type=click.Choice(["cholec80", "train_val_test", "train_val", "test"]),
     default="cholec80",
-    show_default=True,
     help="Of --to-pickle: one list of videos, or one list per part of the split.",
 )
 @click.option("--phases-only", is_flag=True, help="Of --to-pickle: rows without tools (pytorch1.2.0).")
-@PHASE_ORDER
+@options.PHASE_ORDER
 def index(
     settings: Settings,
     root: Path | None,
@@ -75,11 +66,11 @@ def index(
     from interop.pickled_index import index_from_pickles, pickle_from_index
 
     if check:
-        refuse("--check", given("force", "pickles", "to_pickle", "phase_order"))
+        options.refuse("--check", options.given("force", "pickles", "to_pickle", "phase_order"))
     if not pickles:
-        refuse("an index without --from-pickle", given("labels_to"))
+        options.refuse("an index without --from-pickle", options.given("labels_to"))
     if not to_pickle:
-        refuse("an index without --to-pickle", given("layout", "phases_only"))
+        options.refuse("an index without --to-pickle", options.given("layout", "phases_only"))
     numbering = None if pickles or to_pickle else phase_order
     config = settings.changed({"data.root": root, "data.index": out, "data.tfrecord_phase_order": numbering})
     if pickles:
@@ -94,26 +85,26 @@ def index(
         found = index_dataset(config, replace=force)
         if phase_order is not None and not any(entry.records for entry in found.videos):
             raise UserError("--phase-order: only TFRecord files number phases, and none was found; leave it out")
-        exit_partly_if(found.is_partial)
+        options.exit_partly_if(found.is_partial)
         return
     problems = check_dataset(config)
     for problem in problems:
         click.echo(printable(problem), err=True)
     click.echo(f"{len(problems)} problem(s) found" if problems else "index and files agree")
-    exit_partly_if(problems)
+    options.exit_partly_if(problems)
 
 
 @click.command()
 @click.argument("out", type=PATH)
-@click.option("--videos", default=10, show_default=True, help="Number of operations.")
-@click.option("--seed", default=0, show_default=True, help="The same seed and options give the same labels and pixels.")
-@click.option("--fps", default=25, show_default=True, help="Frames per second of the videos.")
-@click.option("--width", "width_px", default=224, show_default=True, help="Width of a frame in pixels.")
-@click.option("--height", "height_px", default=224, show_default=True, help="Height of a frame in pixels.")
-@click.option("--speed-up", default=1.0, show_default=True, help="Divide all durations by this number.")
-@click.option("--first", "first_number", default=1, show_default=True, help="Number of the first video.")
-@click.option("--workers", default=1, show_default=True, help="Number of processes; the files do not depend on it.")
-def simulate(out: Path, videos: int, **options: Any) -> None:
+@click.option("--videos", default=10, help="Number of operations.")
+@click.option("--seed", default=0, help="The same seed and options give the same labels and pixels.")
+@click.option("--fps", default=25, help="Frames per second of the videos.")
+@click.option("--width", "width_px", default=224, help="Width of a frame in pixels.")
+@click.option("--height", "height_px", default=224, help="Height of a frame in pixels.")
+@click.option("--speed-up", default=1.0, help="Divide all durations by this number.")
+@click.option("--first", "first_number", default=1, help="Number of the first video.")
+@click.option("--workers", default=1, help="Number of processes; the files do not depend on it.")
+def simulate(out: Path, videos: int, **chosen: Any) -> None:
     """Write SIMULATED operations to try the pipeline on.
 
     OUT gets Cholec80's layout. Label sequences follow aggregate statistics of Cholec80's training videos; the frames
@@ -123,13 +114,13 @@ def simulate(out: Path, videos: int, **options: Any) -> None:
     from configs.load import load_dataset
     from features.simulation import simulate as write_videos
 
-    with watch_signals() as stop:
+    with options.watch_signals() as stop:
         made = write_videos(
             out,
             videos=videos,
             spec=load_dataset("cholec80"),
             stop=stop,
-            **options,
+            **chosen,
         )
     click.echo(f"{out}: {len(made.made)} simulated videos made ({made.video_s:.0f} s), {len(made.skipped)} were there")
 
@@ -150,7 +141,7 @@ def verify(folder: Path) -> None:
         bad += problem is not None
         click.echo(f"{path.name}: {problem or 'ok'}", err=problem is not None)
     click.echo(f"{bad} file(s) are damaged: run extract again" if bad else "all files are intact")
-    exit_partly_if(bad)
+    options.exit_partly_if(bad)
 
 
 @features.command()

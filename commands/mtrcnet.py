@@ -6,14 +6,15 @@ from pathlib import Path
 
 import click
 
-from commands.options import PATH, PHASE_ORDER, TRUSTED, Settings, settings
+from commands import options
+from commands.options import PATH, Settings
 from configs.errors import UserError
 
 
 @click.command("import-checkpoint")
 @click.argument("file", type=PATH)
-@settings(name="Name of the new run, a folder below `runs/`. Required.")
-@PHASE_ORDER
+@options.settings(name="Name of the new run, a folder below `runs/`. Required.")
+@options.PHASE_ORDER
 @click.option(
     "--normalisation",
     type=click.Choice(["main", "pytorch1.2.0"]),
@@ -26,7 +27,7 @@ from configs.errors import UserError
     help="Which network it is, if its layers leave that open.",
 )
 @click.option("--into", "into_run", metavar="RUN", help="For a mapping alone: the run whose net it belongs to.")
-@TRUSTED
+@options.TRUSTED
 def import_checkpoint(
     file: Path,
     settings: Settings,
@@ -53,8 +54,8 @@ def import_checkpoint(
 @click.command("export-checkpoint")
 @click.argument("run_name", metavar="RUN")
 @click.argument("out", metavar="OUT_DIR", type=PATH)
-@settings(name=None)
-@PHASE_ORDER
+@options.settings(name=None)
+@options.PHASE_ORDER
 @click.option(
     "--prefix-module/--no-prefix-module",
     default=None,

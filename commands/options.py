@@ -50,7 +50,6 @@ CONFIG = click.option(
     "--config",
     "source",
     default="cholec80",
-    show_default=True,
     metavar="FILE",
     help="Settings: a YAML file or the name of a preset in configs/.",
 )
@@ -58,7 +57,6 @@ MODEL = click.option(
     "--model",
     type=click.Choice(["auto", "temporal", "joint"]),
     default="auto",
-    show_default=True,
     help="Which network of the run; auto takes the joint one if there is no other.",
 )
 INFERENCE = click.option(
@@ -80,15 +78,9 @@ JSON_FILE = click.option("--json", "json_file", type=FILE, metavar="FILE", help=
 READING = (
     click.option("--ground-truth", type=PATH, metavar="DIR", help="Folder of the annotations."),
     click.option(
-        "--fps",
-        type=POSITIVE,
-        help="Rate of the compared rows, which relaxed conventions need. Default: what the files give.",
+        "--fps", type=POSITIVE, help="Rows per second to compare, for relaxed conventions. Default: from the files."
     ),
-    click.option(
-        "--prediction-fps",
-        type=POSITIVE,
-        help="Rate of the predictions, where it differs from that of the annotations.",
-    ),
+    click.option("--prediction-fps", type=POSITIVE, help="Rows per second of the predictions, if it differs."),
     click.option(
         "--skip-first-row", is_flag=True, help="Leave out each video's first row, as the official script does."
     ),
@@ -104,15 +96,6 @@ READING = (
         metavar="NAME",
         help="Phase to ignore in segments (edit score, F1 at an overlap). Repeatable. Default: the data set's.",
     ),
-)
-READING_NAMES = (
-    "ground_truth",
-    "fps",
-    "prediction_fps",
-    "skip_first_row",
-    "phase_order",
-    "allow_missing",
-    "background",
 )
 
 

@@ -7,36 +7,15 @@ from typing import Any
 
 import click
 
-from commands.options import (
-    FILE,
-    INDEX,
-    INFERENCE,
-    JSON_FILE,
-    MODEL,
-    PATH,
-    PHASE_ORDER,
-    READING_NAMES,
-    TRUSTED,
-    Settings,
-    end_with_failures,
-    end_with_left_out,
-    given,
-    known_encoder,
-    reading_options,
-    refuse,
-    refuse_trusted,
-    settings,
-    uses_joint,
-    uses_stage_one,
-    watch_signals,
-)
+from commands import options
+from commands.options import FILE, PATH, Settings
 from configs.errors import UserError
 
 
 @click.command()
-@settings()
+@options.settings()
 @click.option("--predictions", type=PATH, metavar="DIR", help="Score phase files of any program instead of a run.")
-@reading_options
+@options.reading_options
 @click.option(
     "--convention",
     "conventions",
@@ -45,16 +24,12 @@ from configs.errors import UserError
     help="One of phase_mean, video_macro, pooled, relaxed_matlab, relaxed_fixed, segmental (docs/evaluation.md). "
     "Repeatable. Default: all.",
 )
-@JSON_FILE
+@options.JSON_FILE
 @click.option("--features", type=PATH, help="Feature folder. Default: the one of the run.")
-@MODEL
-@INFERENCE
+@options.MODEL
+@options.INFERENCE
 @click.option(
-    "--split",
-    default="test",
-    show_default=True,
-    type=click.Choice(["train", "val", "test", "all"]),
-    help="Which videos of the index.",
+    "--split", default="test", type=click.Choice(["train", "val", "test", "all"]), help="Which videos of the index."
 )
 @click.option(
     "--index",
@@ -84,53 +59,30 @@ def evaluate(
     or spaces.
     """
     if predictions is not None:
-        refuse("--predictions", given("name", "features", "model", "inference", "index_file"))
-        evaluate_predictions(settings, predictions, conventions, json_file, split, reading)
+        options.refuse("--predictions", options.given("name", "features", "model", "inference", "index_file"))
+        evaluate_predictions(settings, predictions, reading, conventions, json_file, split)
         return
-    refuse("a run (no --predictions)", given(*READING_NAMES, "conventions", "json_file"))
-    config, run = settings.config, settings.run()
-    with watch_signals() as stop:
-        if uses_joint(model, run):
-            refuse("a joint net, which reads frames", given("features"))
+    options.refuse("a run (no --predictions)", options.given(*reading, "conventions", "json_file"))
+    run = settings.run()
+    with options.watch_signals() as stop:
+        common: dict[str, Any] = {"split": split, "inference": inference, "stop": stop, "given": settings.given()}
+        if options.uses_joint(model, run):
+            options.refuse("a joint net, which reads frames", options.given("features"))
             from features.dataset.catalogue import open_dataset
             from stage2_temporal.joint.evaluate import evaluate_joint
 
             config = settings.changed({"data.index": index_file})
             index, root = open_dataset(config)
-            metrics = evaluate_joint(
-                config,
-                run,
-                index,
-                root,
-                split=split,
-                inference=inference,
-                other=index_file is not None,
-                stop=stop,
-                given=settings.given(),
-            )
+            metrics = evaluate_joint(config, run, index, root, other=index_file is not None, **common)
         else:
             from stage2_temporal.evaluate import evaluate_run
 
-            metrics = evaluate_run(
-                config,
-                run,
-                split=split,
-                features=features,
-                index_file=index_file,
-                stop=stop,
-                inference=inference,
-                given=settings.given(),
-            )
-    end_with_left_out(metrics["left_out"])
+            metrics = evaluate_run(settings.config, run, features=features, index_file=index_file, **common)
+    options.end_with_left_out(metrics["left_out"])
 
 
 def evaluate_predictions(
-    settings: Settings,
-    predictions: Path,
-    conventions: tuple[str, ...],
-    json_file: Path | None,
-    split: str,
-    reading: dict[str, Any],
+    settings: Settings, predictions: Path, reading: Any, conventions: tuple[str, ...], out: Path | None, split: str
 ) -> None:
     """`evaluate --predictions`: a folder of phase files against the annotations of `--ground-truth`."""
     from configs.load import load_dataset
@@ -139,14 +91,14 @@ def evaluate_predictions(
     spec = load_dataset(settings.config.data.dataset)
     if reading["ground_truth"] is None:
         raise UserError("--predictions: needs --ground-truth DIR, the folder with the annotations of the same videos")
-    part = split if given("split") else None
-    evaluate_folder(predictions, Reading(**reading), spec, conventions or None, split=part, out=json_file)
+    part = split if options.given("split") else None
+    evaluate_folder(predictions, Reading(**reading), spec, conventions or None, split=part, out=out)
 
 
 @click.command()
-@settings(name=None)
+@options.settings(name=None)
 @click.argument("models", nargs=-1, metavar="RUN_A RUN_B [RUN_C]...")
-@click.option("--split", default="test", show_default=True, help="Which evaluation: a folder in RUN/evaluate.")
+@click.option("--split", default="test", help="Which evaluation: a folder in RUN/evaluate.")
 @click.option("--convention", help="One convention. Default: video_macro, which has one value per video.")
 @click.option(
     "--metric",
@@ -155,8 +107,8 @@ def evaluate_predictions(
     metavar="NAME",
     help="accuracy, precision, recall, jaccard, f1; of segmental edit, f1@10, f1@25, f1@50. Repeatable. Default: all.",
 )
-@reading_options
-@JSON_FILE
+@options.reading_options
+@options.JSON_FILE
 def compare(
     settings: Settings,
     models: tuple[str, ...],
@@ -178,8 +130,8 @@ def compare(
 
     config, reads = settings.config, reading["ground_truth"] is not None
     if not reads:
-        refuse("runs (no --ground-truth)", given(*READING_NAMES))
-    require_use(models, config.runs, reading=reads, split=bool(given("split")))
+        options.refuse("runs (no --ground-truth)", options.given(*reading))
+    require_use(models, config.runs, reading=reads, split=bool(options.given("split")))
     place = Place(config.runs, split, load_dataset(config.data.dataset), Reading(**reading) if reads else None)
     convention = convention or DEFAULT_CONVENTION
     compare_models(models, place, convention=convention, metrics=metrics or None, out=json_file)
@@ -187,7 +139,7 @@ def compare(
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PATH)
-@click.option("--split", default="test", show_default=True, help="Which evaluation: a folder in RUN/evaluate.")
+@click.option("--split", default="test", help="Which evaluation: a folder in RUN/evaluate.")
 @click.option("--out", type=FILE, help="File to write. Default: report.html in the first RUN.")
 @click.option("--figures", type=PATH, metavar="DIR", help="Also write the figures as PDF and PNG.")
 @click.option("--no-thumbnails", is_flag=True, help="Do not open the videos to show frames of them.")
@@ -203,15 +155,15 @@ def report(runs: tuple[Path, ...], split: str, out: Path | None, figures: Path |
 
 
 @click.command()
-@settings()
+@options.settings()
 @click.argument("videos", nargs=-1, required=True, type=PATH)
 @click.option("--out", type=PATH, help="Folder to write. Default: RUN/predict.")
-@MODEL
+@options.MODEL
 @click.option("--from-cnn", "cnn_run", metavar="RUN", help="Run whose stage one made the features. Default: this run.")
 @click.option("--from-joint", "joint_run", metavar="RUN", help="Run whose joint net made the features.")
-@INFERENCE
+@options.INFERENCE
 @click.option("--video", "draw", is_flag=True, help="Also write an MP4 with phase, tools and confidence drawn in.")
-@TRUSTED
+@options.TRUSTED
 def predict(
     settings: Settings,
     videos: tuple[Path, ...],
@@ -233,27 +185,27 @@ def predict(
     from stage2_temporal.new_videos import joint_net, pair_of_stages, predict_new_videos
 
     run = settings.run()
-    if joint := uses_joint(model, run):
-        refuse("a joint net, which makes its own features", given("cnn_run", "joint_run", "trusted"))
+    if joint := options.uses_joint(model, run):
+        options.refuse("a joint net, which makes its own features", options.given("cnn_run", "joint_run", "trusted"))
     config = settings.changed({"extract.checkpoint": settings.joint_checkpoint(joint_run)})
     if not joint:
-        refuse_trusted(trusted, known_encoder(config))
-        if not uses_stage_one(config):
-            refuse("--from-joint, extract.checkpoint or extract.encoder=initial", given("cnn_run"))
-    with watch_signals() as stop:
+        options.refuse_trusted(trusted, options.known_encoder(config))
+        if not options.uses_stage_one(config):
+            options.refuse("--from-joint, extract.checkpoint or extract.encoder=initial", options.given("cnn_run"))
+    with options.watch_signals() as stop:
         if joint:
             recogniser = joint_net(config, run, inference, settings.given())
         else:
             encoder_run = settings.other_run(cnn_run)
             recogniser = pair_of_stages(config, run, encoder_run, inference, trusted=trusted, given=settings.given())
         done = predict_new_videos(recogniser, videos, out or run / "predict", draw=draw, stop=stop)
-    end_with_failures(done.sentence(), done.failed)
+    options.end_with_failures(done.sentence(), done.failed)
 
 
 @click.command()
-@settings()
+@options.settings()
 @click.argument("run_name", metavar="[RUN]", required=False)
-@click.option("--split", default="test", show_default=True, help="Folder in RUN/evaluate, or part of the index.")
+@click.option("--split", default="test", help="Folder in RUN/evaluate, or part of the index.")
 @click.option("--out", type=PATH, help="Folder of the text files. Default: RUN/export/SPLIT.")
 @click.option("--probabilities", is_flag=True, help="Tools as probabilities (pytorch1.2.0) instead of logits.")
 @click.option("--force", is_flag=True, help="Replace files with other contents.")
@@ -263,12 +215,12 @@ def predict(
     help="Read a prediction pickle of the original test programs instead of a run: phase ids or tool logits.",
 )
 @click.option("--tools-from", type=PATH, help="A second prediction pickle: the tool logits.")
-@INDEX
+@options.INDEX
 @click.option("--sequence", type=click.IntRange(1), help="Frames per clip (S) that the pickle was predicted with.")
 @click.option(
     "--fill-first", is_flag=True, help="Give a video's first S-1 frames the next prediction, as the originals do."
 )
-@PHASE_ORDER
+@options.PHASE_ORDER
 def export(
     settings: Settings,
     run_name: str | None,
@@ -294,7 +246,7 @@ def export(
 
     config = settings.changed({"data.index": index_file})
     if from_predictions:
-        refuse("--from-predictions", [*(["RUN"] if run_name else []), *given("name")])
+        options.refuse("--from-predictions", [*(["RUN"] if run_name else []), *options.given("name")])
         export_predictions(
             config,
             [file for file in (from_predictions, tools_from) if file],
@@ -307,7 +259,10 @@ def export(
             replace=force,
         )
         return
-    refuse("a run (no --from-predictions)", given("tools_from", "index_file", "sequence", "fill_first", "phase_order"))
+    options.refuse(
+        "a run (no --from-predictions)",
+        options.given("tools_from", "index_file", "sequence", "fill_first", "phase_order"),
+    )
     if run_name:
-        refuse("RUN, which is the same", given("name"))
+        options.refuse("RUN, which is the same", options.given("name"))
     export_run(config, settings.run(run_name), out, split=split, probabilities=probabilities, replace=force)

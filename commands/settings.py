@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from commands.options import Settings, exit_partly_if, settings
+from commands import options
+from commands.options import Settings
 
 
 @click.group()
@@ -13,7 +14,7 @@ def config() -> None:
 
 
 @config.command("show")
-@settings(name=None)
+@options.settings(name=None)
 def show(settings: Settings) -> None:
     """Print every setting as the commands use it: preset, file and --set combined."""
     from configs.load import to_yaml
@@ -22,7 +23,7 @@ def show(settings: Settings) -> None:
 
 
 @click.command()
-@settings(name=None)
+@options.settings(name=None)
 def doctor(settings: Settings) -> None:
     """Check whether this machine can do what the settings ask for.
 
@@ -35,4 +36,4 @@ def doctor(settings: Settings) -> None:
     for finding in diagnose(lambda: settings.config):
         click.echo(finding.line())
         failed += finding.level == "FAIL"
-    exit_partly_if(failed)
+    options.exit_partly_if(failed)

@@ -207,9 +207,9 @@ def submit(request: Request, run: Path, program: Path, *, dry_run: bool = False)
     """Submit a stage as a Slurm job, or an array of N that extract every N-th video each.
 
     Each submission has its own folder `<run>/slurm/<time>-<stage>/` with the script, the pickled command,
-    `submission.json` (command, parameters, job ids) and, later, the logs. A dry run writes nothing and needs no cluster.
-    Raises UserError for contradictory options, without submitit, outside a cluster, and with sbatch's message if it
-    refuses.
+    `submission.json` (command, parameters, job ids) and, later, the logs. With `dry_run` nothing is written, and no
+    cluster is needed. Raises UserError for contradictory options, without submitit, outside a cluster, and with
+    sbatch's message if it refuses.
     """
     parameters = _parameters(request)
     delay_s = parameters["signal_delay_s"]

@@ -8,38 +8,21 @@ from typing import Any
 
 import click
 
-from commands.options import (
-    INDEX,
-    PATH,
-    SET,
-    TRUSTED,
-    Settings,
-    end_with_failures,
-    end_with_left_out,
-    exit_partly_if,
-    given,
-    known_encoder,
-    known_weights,
-    refuse,
-    refuse_trusted,
-    say_once,
-    settings,
-    several_devices,
-    watch_signals,
-)
+from commands import options
+from commands.options import PATH, Settings
 from configs.errors import UserError, printable
 
 
 def end_of_training(what: str, result: Mapping[str, Any]) -> None:
     """Print what a training has reached; exit code 1 where it left videos out."""
-    say_once(f"{what}: {result['sentence']}")
-    end_with_left_out(result["left_out"])
+    options.say_once(f"{what}: {result['sentence']}")
+    options.end_with_left_out(result["left_out"])
 
 
 @click.command("train-cnn")
-@settings()
-@several_devices
-@TRUSTED
+@options.settings()
+@options.several_devices
+@options.TRUSTED
 def train_cnn(settings: Settings, trusted: bool) -> None:
     """Stage one: fine-tune a CNN on the tools visible in single frames.
 
@@ -50,20 +33,20 @@ def train_cnn(settings: Settings, trusted: bool) -> None:
     from stage1_cnn.train import train_cnn as train
 
     config = settings.config
-    refuse_trusted(trusted, known_weights(config))
-    with watch_signals() as stop:
+    options.refuse_trusted(trusted, options.known_weights(config))
+    with options.watch_signals() as stop:
         index, root = open_dataset(config)
         result = train(config, settings.run(), index, root, stop, trusted=trusted)
     end_of_training("stage one", result)
 
 
 @click.command()
-@settings()
-@several_devices
-@click.option("--shard", default="0/1", show_default=True, metavar="I/N", help="Do every N-th video, from number I.")
-@INDEX
+@options.settings()
+@options.several_devices
+@click.option("--shard", default="0/1", metavar="I/N", help="Do every N-th video, from number I.")
+@options.INDEX
 @click.option("--from-joint", "joint_run", metavar="RUN", help="Encode with the backbone of a run's joint net.")
-@TRUSTED
+@options.TRUSTED
 def extract(settings: Settings, shard: str, index_file: Path | None, joint_run: str | None, trusted: bool) -> None:
     """Compute one embedding per frame, in one HDF5 file per video.
 
@@ -78,18 +61,18 @@ def extract(settings: Settings, shard: str, index_file: Path | None, joint_run: 
 
     checkpoint = settings.joint_checkpoint(joint_run)
     config = settings.changed({"data.index": index_file, "extract.checkpoint": checkpoint})
-    refuse_trusted(trusted, known_encoder(config))
+    options.refuse_trusted(trusted, options.known_encoder(config))
     run = settings.run()
-    with watch_signals() as stop:
+    with options.watch_signals() as stop:
         index, root = open_dataset(config)
         processes = join(config.device, stop)  # launchers end all processes when one fails, so they end together
         report = processes.each(
             lambda: extract_features(config, run, index, root, shard=part, stop=stop, trusted=trusted)
         )
         partly = any(processes.gather(bool(report.failed)))
-    end_with_failures(report.sentence(), report.failed)
-    exit_partly_if(partly)
-    end_with_left_out(report.left_out)
+    options.end_with_failures(report.sentence(), report.failed)
+    options.exit_partly_if(partly)
+    options.end_with_left_out(report.left_out)
 
 
 def shard_of_process(text: str) -> tuple[int, int]:
@@ -107,8 +90,8 @@ def shard_of_process(text: str) -> tuple[int, int]:
 
 
 @click.command("train-temporal")
-@settings()
-@several_devices
+@options.settings()
+@options.several_devices
 @click.option("--features", type=PATH, help="Feature folder. Default: the one that `extract` wrote for the run.")
 @click.option("--from-joint", "joint_run", metavar="RUN", help="Start from the LSTM of a run's joint net.")
 def train_temporal(settings: Settings, features: Path | None, joint_run: str | None) -> None:
@@ -123,18 +106,18 @@ def train_temporal(settings: Settings, features: Path | None, joint_run: str | N
     config = settings.changed({"temporal.start_from": settings.joint_checkpoint(joint_run)})
     run = settings.run()
     folder = find_feature_folder(features, run, config.extract.store)
-    with watch_signals() as stop:
+    with options.watch_signals() as stop:
         result = train(config, run, folder, stop, given=settings.given())
     end_of_training("stage two", result)
 
 
 @click.command("train-joint")
-@settings()
-@several_devices
+@options.settings()
+@options.several_devices
 @click.option("--from-cnn", "cnn_run", metavar="RUN", help="Start from backbone and tool head of a run's train-cnn.")
 @click.option("--from-temporal", "temporal_run", metavar="RUN", help="Start from the LSTM of a run's train-temporal.")
 @click.option("--from-joint", "joint_run", metavar="RUN", help="Start from every branch of a run's joint net.")
-@TRUSTED
+@options.TRUSTED
 def train_joint(
     settings: Settings, cnn_run: str | None, temporal_run: str | None, joint_run: str | None, trusted: bool
 ) -> None:
@@ -149,10 +132,10 @@ def train_joint(
     from stage2_temporal.joint.train import train_joint as train
 
     config = settings.config
-    starts = given("cnn_run", "joint_run")
-    refuse_trusted(trusted, starts[0] if starts else known_weights(config))
+    starts = options.given("cnn_run", "joint_run")
+    options.refuse_trusted(trusted, starts[0] if starts else options.known_weights(config))
     start = Start(*map(settings.other_run, (cnn_run, temporal_run, joint_run)))
-    with watch_signals() as stop:
+    with options.watch_signals() as stop:
         index, root = open_dataset(config)
         result = train(config, settings.run(), index, root, stop, start, trusted=trusted)
     end_of_training("joint net", result)
@@ -163,8 +146,8 @@ def train_joint(
 @click.option("--features", type=PATH, help="Feature folder. Default: the one of --run.")
 @click.option("--name", help="Name of the ablation, a folder below `runs/`. Default: that of FILE.")
 @click.option("--run", "run_name", metavar="RUN", help="Run whose features are used. Default: the base preset's name.")
-@click.option("--workers", default=-1, show_default=True, help="Number of trainings at once; -1 is one per core.")
-@SET
+@click.option("--workers", default=-1, help="Number of trainings at once; -1 is one per core.")
+@options.SET
 @click.option("--base", metavar="FILE", help="Replace the file's base: a preset or a file of settings.")
 def ablate(
     ablation: str,
@@ -186,21 +169,21 @@ def ablate(
     from stage2_temporal.ablation.run import read_ablation
 
     if features is not None:
-        refuse("--features", given("run_name"))
+        options.refuse("--features", options.given("run_name"))
     spec = read_ablation(ablation, base)
     settings = Settings(spec.base, overrides, run_name)
     folder = settings.run(name or Path(ablation).stem)
     if workers == 0 or workers < -1:
         raise UserError(f"--workers {workers}: give a number of trainings at once, or -1 for one per core")
-    with watch_signals() as stop:
+    with options.watch_signals() as stop:
         failed = run_ablation(spec, folder, overrides, features, settings.run(), workers=workers, stop=stop)
     for label, reason in failed:
         click.echo(printable(f"failed: {label}: {reason}"), err=True)
-    exit_partly_if(failed)
+    options.exit_partly_if(failed)
 
 
 @click.command()
-@settings()
+@options.settings()
 def run(settings: Settings) -> None:
     """Run index, both stages and evaluation from one file of settings.
 
@@ -209,6 +192,6 @@ def run(settings: Settings) -> None:
     """
     from commands.run import run_all
 
-    with watch_signals() as stop:
+    with options.watch_signals() as stop:
         summary = run_all(settings.config, settings.run(), stop)
-    end_with_left_out(summary["left_out"])
+    options.end_with_left_out(summary["left_out"])
