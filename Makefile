@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-joint test test-slurm fast fuzz torture lint types bench clean
+.PHONY: help install demo demo-joint test test-slurm fast fuzz torture lint types bench gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -21,28 +21,28 @@ $(STAMP): setup.cfg pyproject.toml
 SEED ?= 0
 DEMO_NAME ?= $(if $(filter 0,$(SEED)),demo,demo-seed$(SEED))
 
-demo: $(STAMP) ## simulate operations, run the whole pipeline on them, say where to look (SEED=1 for others)
+demo: $(STAMP) ## simulate operations, run the whole pipeline on them, print where to look (SEED=1 for others)
 	$(BIN)/python pipeline.py simulate artifacts/demo/videos-$(SEED) --videos 44 --seed $(SEED) --fps 2 \
 		--width 112 --height 112 --speed-up 16 --workers 2
 	$(BIN)/python pipeline.py run --config configs/demo.yaml --name $(DEMO_NAME) --set seed=$(SEED) \
 		--set data.root=artifacts/demo/videos-$(SEED) --set data.index=artifacts/demo/index-$(SEED).json
 	$(BIN)/python pipeline.py report runs/$(DEMO_NAME)
 
-demo-joint: demo ## then both stages in one net: fine-tuned end to end with the correlation loss
+demo-joint: demo ## then both stages as one net, fine-tuned end to end with the correlation loss
 	$(BIN)/python pipeline.py train-joint --config configs/demo_joint.yaml --name $(DEMO_NAME)-joint --set seed=$(SEED) \
 		--from-cnn $(DEMO_NAME) --from-temporal $(DEMO_NAME) \
 		--set data.root=artifacts/demo/videos-$(SEED) --set data.index=artifacts/demo/index-$(SEED).json
 	$(BIN)/python pipeline.py evaluate --config configs/demo_joint.yaml --name $(DEMO_NAME)-joint --set seed=$(SEED) \
 		--set data.root=artifacts/demo/videos-$(SEED) --set data.index=artifacts/demo/index-$(SEED).json
 
-# A process a core and a thread each; a file's tests stay together, since they share what they prepare.
+# One process per core with one thread each; the tests of a file stay together, since they share fixtures.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test: $(STAMP) lint types ## install, lint, type-check, run every test
 	$(PYTEST)
 
-test-slurm: $(STAMP) ## test jobs on a real Slurm of one node, installed where missing (YES=1 or CI=true agrees)
+test-slurm: $(STAMP) ## test jobs on a real Slurm of one node, installed if missing (YES=1 or CI=true consents)
 	$(BIN)/python tests/slurm/run.py $(if $(YES),--yes)
 
 fast: $(STAMP) ## only the quick tests
@@ -50,26 +50,26 @@ fast: $(STAMP) ## only the quick tests
 
 INPUTS ?= 10000
 
-fuzz: $(STAMP) ## hostile input for every parser, with seeds and totals (INPUTS=10000 each; artifacts/fuzz)
+fuzz: $(STAMP) ## malformed input for every parser, seeds and totals recorded (INPUTS=10000 each; artifacts/fuzz)
 	mkdir -p artifacts/fuzz
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.campaign --inputs $(INPUTS) --workers $(WORKERS) \
 		--findings artifacts/fuzz --json artifacts/fuzz/totals.json
 
-lint: $(STAMP) ## ruff and the import table
+lint: $(STAMP) ## ruff, and the import rules of pyproject.toml
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-types: $(STAMP) ## mypy on the packages
+types: $(STAMP) ## mypy on every product file
 	$(BIN)/mypy
 
-# Half an hour on two busy cores. KILLS and SEED choose how often, and which moments; a seed is drawn and printed where
-# none is given (the demo's 0 above comes from this file, and does not count).
+# Half an hour on two busy cores. KILLS and SEED choose how many moments, and which ones; without SEED a random seed is
+# drawn and printed (the 0 of the demo above does not count as given).
 KILLS ?= 50
-torture: $(STAMP) ## kill -9 at KILLS random moments of extraction, training, frame cache; resume, compare
+torture: $(STAMP) ## kill -9 at KILLS random moments of extraction, training and caching; resume and compare
 	$(BIN)/python -m tests.torture --kills $(KILLS) $(if $(and $(filter-out file,$(origin SEED)),$(SEED)),--seed $(SEED))
 
-bench: $(STAMP) ## time what docs/performance.md quotes, as far as it needs no data of yours; results in artifacts/bench
+bench: $(STAMP) ## measure what docs/performance.md quotes and needs no data of yours (artifacts/bench)
 	mkdir -p artifacts/bench
 	$(BIN)/python benchmarks/start_up.py --json artifacts/bench/start_up.json
 	$(BIN)/python benchmarks/store.py --json artifacts/bench/store.json
@@ -81,6 +81,10 @@ bench: $(STAMP) ## time what docs/performance.md quotes, as far as it needs no d
 	$(BIN)/python benchmarks/readers.py --json artifacts/bench/readers.json
 	$(BIN)/python benchmarks/extract.py --json artifacts/bench/extract.json
 	$(BIN)/python benchmarks/report.py --json artifacts/bench/report.json
+
+# On the machine with the GPU; `benchmarks/gpu/gpu_check.sh prepare` collects what a machine without internet lacks.
+gpu-check: $(STAMP) ## correctness and speed on a GPU, figure by figure (STEPS="lstm resume"; REHEARSE=1 for the CPU)
+	$(if $(REHEARSE),GPU_CHECK_REHEARSE=1) PYTHON=$(BIN)/python benchmarks/gpu/gpu_check.sh $(STEPS)
 
 clean: ## remove caches (never .venv, runs or artifacts)
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -20,9 +20,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from command import PROJECT, SHARED, options, say
+
+if TYPE_CHECKING:
+    from features.store import EncoderSpec
 
 sys.path.insert(0, str(PROJECT))
 WIDTH = 2048
@@ -114,13 +118,18 @@ def measure(folder: Path, phases: Sequence[np.ndarray], repeat: int, settings: S
     return figures | {"frames": sum(map(len, phases)), "videos": len(phases), "settings": list(settings)}
 
 
-def write_feature_set(folder: Path, phases: Sequence[np.ndarray], train_share: float = 0.8) -> None:
-    """Random features as `extract` leaves them: four fifths of the videos to train, unless told, the rest to choose."""
+def write_feature_set(
+    folder: Path, phases: Sequence[np.ndarray], train_share: float = 0.8, encoder: EncoderSpec | None = None
+) -> None:
+    """Random features in the format of `extract`; `train_share` of the videos are for training, the others to validate.
+
+    `encoder` is recorded as what made them, by default a ResNet50.
+    """
     from configs.load import load_dataset
     from features.dataset.index import Index, VideoEntry
     from features.store import EncoderSpec, SourceIdentity, feature_path, write_features
 
-    encoder = EncoderSpec("resnet50", "0" * 64, {}, 1.0, "fp32", "float16", WIDTH)
+    encoder = encoder or EncoderSpec("resnet50", "0" * 64, {}, 1.0, "fp32", "float16", WIDTH)
     rng = np.random.default_rng(0)
     entries = []
     for number, phase in enumerate(phases):

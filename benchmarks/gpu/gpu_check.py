@@ -1,0 +1,115 @@
+"""What surgstage does on a machine with a GPU, figure by figure: correctness first, then speed.
+
+    python benchmarks/gpu/gpu_check.py all [STEP...]    every step (or those), each in a process with a time limit
+    python benchmarks/gpu/gpu_check.py step STEP        one step in this process
+    python benchmarks/gpu/gpu_check.py clip             make the 854x480 clip that extraction reads (needs no GPU)
+
+A figure is a line {"step": ..., "figure": ..., "value": ..., "wanted": ...}; `wanted` is the value to reach, where
+there is one. The project is used through its command line, except for what has no command (the LSTM on two devices, the
+joint net before its first step). The sides that it is compared with are plain torch. gpu_check.sh runs all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import suppress
+from typing import Any
+
+import correctness
+import speed
+from common import CLIP, OUT, REHEARSE, ROOT, STEP, WORK, figure, log, make_clip
+
+TOTAL_S = float(os.environ.get("GPU_CHECK_SECONDS", "545"))
+# Steps with their limits in seconds, the most important ones first: when time runs out, the last ones are missing.
+STEPS = {
+    correctness.about: 45,
+    correctness.lstm: 50,
+    correctness.material: 70,
+    speed.stage_one: 75,
+    correctness.features: 80,
+    speed.stage_two: 80,
+    speed.extract: 80,
+    speed.joint: 90,
+    correctness.resume: 80,
+    correctness.nccl: 70,
+    correctness.half: 60,
+    speed.hardware: 45,
+    speed.waits: 40,
+    speed.together: 60,
+    speed.compiled: 120,
+}
+BY_NAME = {step.__name__: step for step in STEPS}
+NEEDS_NO_MATERIAL = {"about", "lstm", "material"}
+
+
+def all_steps(names: list[str]) -> None:
+    """Run every step in its own process until time is up, then print a table of the figures."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    if unknown := [name for name in names if name not in BY_NAME]:
+        sys.exit(f"no such step: {', '.join(unknown)}; choose from {', '.join(BY_NAME)}")
+    wanted = names or list(BY_NAME)
+    if "material" not in wanted and set(wanted) - NEEDS_NO_MATERIAL and not (WORK / "data.json").exists():
+        wanted = ["material", *names]
+    started = float(os.environ.get("GPU_CHECK_STARTED", time.time()))
+    for name in wanted:
+        os.environ[STEP] = name
+        left_s, limit_s = TOTAL_S - (time.time() - started), STEPS[BY_NAME[name]] * (6 if REHEARSE else 1)
+        if left_s < min(25, limit_s) and not REHEARSE:
+            figure("not started: time is up", name)
+            continue
+        begun = time.time()
+        # in its own session, so that everything that it started ends with it
+        process = subprocess.Popen([sys.executable, __file__, "step", name], cwd=ROOT, start_new_session=True)
+        try:
+            outcome: Any = process.wait(timeout=limit_s if REHEARSE else min(limit_s, left_s - 5))
+        except subprocess.TimeoutExpired:
+            outcome = "exceeded its limit"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        figure("seconds of the step", round(time.time() - begun, 1), outcome=outcome)
+    table()
+
+
+def table() -> None:
+    """Print the figures, one per line."""
+    print("\n== figures", flush=True)
+    for line in (OUT / "figures.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["figure"] != "seconds of the step" or row.get("outcome") != 0:
+            goal = f"   (wanted: {row['wanted']})" if "wanted" in row else ""
+            print(f"{row['step']:10} {str(row['value'])[:40]:>14}  {row['figure']}{goal}", flush=True)
+
+
+def one_step(name: str) -> None:
+    """Run a step here; exit code 1 and a figure `failed` if it raises."""
+    os.environ[STEP] = name
+    OUT.mkdir(parents=True, exist_ok=True)
+    WORK.mkdir(parents=True, exist_ok=True)
+    try:
+        BY_NAME[name]()
+    except BaseException as error:
+        log([name], traceback.format_exc())
+        figure("failed", f"{type(error).__name__}: {str(error)[:300]}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    what, *rest = sys.argv[1:] or [""]
+    if what == "all":
+        all_steps(rest)
+    elif what == "step":
+        one_step(rest[0])
+    elif what == "clip":
+        OUT.mkdir(parents=True, exist_ok=True)
+        CLIP.parent.mkdir(parents=True, exist_ok=True)
+        make_clip(CLIP)
+    else:
+        sys.exit(__doc__)

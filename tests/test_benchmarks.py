@@ -1,0 +1,47 @@
+"""Benchmarks keep working: every name that they import exists, and the check for GPUs runs on a CPU."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import PACKAGES
+from tests.cli import ONE_THREAD, PROJECT
+
+BENCHMARKS = sorted((PROJECT / "benchmarks").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_what_a_benchmark_imports_from_the_product_exists(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in PACKAGES:
+            module = importlib.import_module(str(node.module))
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")
+
+
+@pytest.mark.slow
+def test_the_check_for_gpus_runs_on_a_cpu(tmp_path: Path) -> None:
+    """Steps that use the command line, the LSTM and the wrapper that times every step."""
+    steps = ["lstm", "material", "waits"]
+    variables = {"GPU_CHECK_REHEARSE": "1", "OUT": str(tmp_path / "out"), "GPU_CHECK_WORK": str(tmp_path / "work")}
+    done = subprocess.run(
+        [str(PROJECT / "benchmarks/gpu/gpu_check.sh"), *steps],
+        env={**os.environ, **ONE_THREAD, **variables, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = [json.loads(line) for line in (tmp_path / "out/figures.jsonl").read_text().splitlines()]
+    ended = {line["step"]: line["outcome"] for line in figures if line["figure"] == "seconds of the step"}
+    assert ended == dict.fromkeys(steps, 0), (tmp_path / "out/log.txt").read_text()[-3000:]
+    assert {line["step"] for line in figures if line["figure"] != "seconds of the step"} == set(steps)
