@@ -104,7 +104,7 @@ def index(
 @click.option("--speed-up", default=1.0, help="Divide all durations by this number.")
 @click.option("--first", "first_number", default=1, help="Number of the first video.")
 @click.option("--workers", default=1, help="Number of processes; the files do not depend on it.")
-def simulate(out: Path, videos: int, **chosen: Any) -> None:
+def simulate(out: Path, **chosen: Any) -> None:
     """Write SIMULATED operations to try the pipeline on.
 
     OUT gets Cholec80's layout. Label sequences follow aggregate statistics of Cholec80's training videos; the frames
@@ -115,13 +115,7 @@ def simulate(out: Path, videos: int, **chosen: Any) -> None:
     from features.simulation import simulate as write_videos
 
     with options.watch_signals() as stop:
-        made = write_videos(
-            out,
-            videos=videos,
-            spec=load_dataset("cholec80"),
-            stop=stop,
-            **chosen,
-        )
+        made = write_videos(out, spec=load_dataset("cholec80"), stop=stop, **chosen)
     click.echo(f"{out}: {len(made.made)} simulated videos made ({made.video_s:.0f} s), {len(made.skipped)} were there")
 
 

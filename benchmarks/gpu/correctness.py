@@ -56,7 +56,7 @@ def lstm() -> None:
     import torch.nn.functional as F
 
     from configs.schema import LstmHead
-    from stage2_temporal.model import build_head
+    from stage2_temporal.heads.base import build_head
 
     torch.manual_seed(0)
     width, lengths = 2048, [40, 33, 20] if REHEARSE else [2158, 1500, 900, 300]
@@ -64,7 +64,7 @@ def lstm() -> None:
     x = torch.randn(len(lengths), max(lengths), width)
     rows = torch.tensor(lengths)
     with torch.no_grad():
-        phase = head(x, None, rows)[0].argmax(-1)
+        phase = head(x, None, rows).logits.argmax(-1)
     mask = torch.arange(max(lengths)) < rows[:, None]
     phase = phase.masked_fill(~mask, -1)
 
@@ -76,7 +76,7 @@ def lstm() -> None:
             lambda module, given, out: seen.append((out[0].data if hasattr(out[0], "data") else out[0]).dtype)
         )
         with lower():
-            logits, _ = net(x.to(device), None, rows)
+            logits = net(x.to(device), None, rows).logits
         # the labels are the head's own predictions, so that sharp logits give small gradients, as late in training
         loss = F.cross_entropy(sharpness * logits.float().flatten(0, 1), phase.to(device).flatten(), ignore_index=-1)
         loss.backward()
@@ -106,12 +106,12 @@ def lstm() -> None:
     # the state is carried between chunks, and padding has no effect
     net = head.to(DEVICE).eval()
     with torch.no_grad():
-        whole, _ = net(x.to(DEVICE), None, rows)
-        first, state = net(x[:, :17].to(DEVICE), None, rows.clamp(max=17))
+        whole = net(x.to(DEVICE), None, rows).logits
+        first = net(x[:, :17].to(DEVICE), None, rows.clamp(max=17))
         left = rows - 17
-        second, _ = net(x[:, 17:].to(DEVICE), state, left)
-        joined = torch.cat([first, second], 1)
-        alone, _ = net(x[2:3, : lengths[2]].to(DEVICE))
+        second = net(x[:, 17:].to(DEVICE), first.state, left)
+        joined = torch.cat([first.logits, second.logits], 1)
+        alone = net(x[2:3, : lengths[2]].to(DEVICE)).logits
     inside = mask.to(DEVICE)
     figure(
         "LSTM in chunks against whole: largest difference", float((joined - whole)[inside].abs().max()), "under 1e-3"
