@@ -128,7 +128,7 @@ def features() -> None:
 @click.argument("folder", type=PATH)
 def verify(folder: Path) -> None:
     """Read and check every feature file in FOLDER; the exit code is 1 if one is damaged."""
-    from features.store import verify_folder
+    from features.store_folder import verify_folder
 
     bad = 0
     for path, problem in verify_folder(folder):
@@ -142,7 +142,7 @@ def verify(folder: Path) -> None:
 @click.argument("folder", type=PATH)
 def info(folder: Path) -> None:
     """Print what made the features in FOLDER, and what they contain."""
-    from features.store import describe_folder
+    from features.store_folder import describe_folder
 
     for line in describe_folder(folder):
         click.echo(line)

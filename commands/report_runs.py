@@ -18,7 +18,7 @@ from engine.progress import say
 from evaluation.reports.gather import Parting, Report, Thumbnail, gather, partings
 from features.dataset.catalogue import data_root
 from features.dataset.index import Index
-from features.store import INDEX_FILE, find_feature_folder
+from features.store_folder import INDEX_FILE, find_feature_folder
 
 THUMBNAIL_PX = 240
 REPORT_FILE = "report.html"

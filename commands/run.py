@@ -14,7 +14,7 @@ from engine.progress import say
 from engine.runs import update_summary
 from engine.stopping import StopRequest
 from features.dataset.catalogue import index_dataset, open_dataset
-from features.dataset.index import usable_index
+from features.store_folder import usable_index
 from stage1_cnn.extract import extract
 from stage1_cnn.train import train_cnn
 from stage2_temporal.evaluate import evaluate_run

@@ -100,7 +100,7 @@ def train_temporal(settings: Settings, features: Path | None, joint_run: str | N
     No image is read. A linear per-frame head is trained on the same features for the same number of epochs, as the
     baseline. Each experiment needs its own --name; the same name with other settings is refused.
     """
-    from features.store import find_feature_folder
+    from features.store_folder import find_feature_folder
     from stage2_temporal.train import train_temporal as train
 
     config = settings.changed({"temporal.start_from": settings.joint_checkpoint(joint_run)})

@@ -1,8 +1,8 @@
-"""HDF5 files on disks that fill up, and files that are checked before the HDF5 library looks at them.
+"""Sealed HDF5 files, which are checked before the HDF5 library opens them, and writing to disks that fill up.
 
 A flipped bit in HDF5's own structures can send the library into an endless loop, so its checksums come too late. A
-sealed file has a user block (512 bytes before the HDF5 content, which every HDF5 program skips) with size and CRC32 of
-the rest.
+sealed file has a user block (512 bytes before the HDF5 content, which every HDF5 program skips) with the size and CRC32
+of the rest.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _BLOCK_BYTES = 1 << 20
 
 
 def seal(path: Path) -> None:
-    """Write size and CRC32 of a closed file's content into its user block."""
+    """Write the size and CRC32 of a closed file's content into its user block."""
     with path.open("r+b") as stream:
         stream.write(_seal_of(stream).ljust(USER_BLOCK_BYTES, b"\0"))
 
 
 def broken_seal(path: Path) -> str | None:
-    """Why a file is not the one that was sealed, or None. Reads it whole, in constant memory."""
+    """What is wrong with a file's seal, or None. Reads the whole file, in constant memory."""
     with path.open("rb") as stream:
         found = stream.read(USER_BLOCK_BYTES)
         if not found.startswith(_MAGIC):
@@ -45,9 +45,9 @@ def _seal_of(stream: BinaryIO) -> bytes:
     return b"%s\nbytes %d\ncrc32 %08x\n" % (_MAGIC, size, checksum)
 
 
-def holds_itself(file: h5py.File, name: str) -> bool:
-    """Whether a data set's values stand in the file as they are: no link or storage that leads to other files, and no
-    filter but the checksum, so that reading it takes no more memory than the file has bytes."""
+def is_self_contained(file: h5py.File, name: str) -> bool:
+    """Whether a data set is stored in this file and uncompressed: no link to or storage in other files, and no filter
+    but the checksum, so that reading it takes no more memory than the file has bytes."""
     creation = file[name].id.get_create_plist()
     filters = [creation.get_filter(number)[0] for number in range(creation.get_nfilters())]
     linked = not isinstance(file.get(name, getlink=True), h5py.HardLink)
@@ -56,9 +56,9 @@ def holds_itself(file: h5py.File, name: str) -> bool:
 
 
 class Hdf5Sink(io.RawIOBase):
-    """A file that HDF5 writes to and never sees fail: HDF5 crashes the process now and then when a disk fills up.
+    """A file object for HDF5 whose writes never fail: HDF5 sometimes crashes the process when a disk fills up.
 
-    The first error is kept, what comes after it is dropped, and `check` (or leaving the block) raises it.
+    The first error is kept and later writes are dropped; `check` (or leaving the block) raises it.
     """
 
     def __init__(self, path: Path, mode: Literal["w+b", "r+b"] = "w+b") -> None:
@@ -66,7 +66,7 @@ class Hdf5Sink(io.RawIOBase):
         self.error: OSError | None = None
 
     def check(self) -> None:
-        """Raise the error that a write met, if one did."""
+        """Raise the first error of a write, if there was one."""
         if self.error is not None:
             raise self.error
 
@@ -74,7 +74,7 @@ class Hdf5Sink(io.RawIOBase):
         rest = memoryview(data).cast("B")
         size = len(rest)
         try:
-            while len(rest) and self.error is None:  # a disk that is nearly full takes a part, then nothing
+            while len(rest) and self.error is None:  # a nearly full disk takes a part, then nothing
                 rest = rest[self._file.write(rest) or 0 :]
         except OSError as error:
             self.error = error
@@ -99,5 +99,5 @@ class Hdf5Sink(io.RawIOBase):
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._file.close()
-        if error is None or isinstance(error, Exception):  # whatever HDF5 made of it, this is the cause
+        if error is None or isinstance(error, Exception):  # whatever HDF5 raised after it, this is the cause
             self.check()

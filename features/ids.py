@@ -1,13 +1,17 @@
-"""Video ids: any printable text, compared in one form, and turned into file names by one function."""
+"""Video ids: any printable text, compared in one spelling, with a file name for each."""
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from urllib.parse import unquote
 
-# Of a file name's 255 bytes; what programs append to an id (`-phase.txt`) must still fit.
+from configs.errors import UserError
+from configs.schema import DataSetSpec
+
+# Of a file name's 255 bytes, so that what is appended to an id (`-phase.txt`) still fits.
 MAX_STEM_BYTES = 240
-# Separators, what some file systems refuse, and `%`, by which these are escaped.
+# Separators, characters that some file systems refuse, and `%`, which escapes these.
 _RESERVED = frozenset('/\\:*?"<>|%')
 
 
@@ -17,15 +21,15 @@ def normal_id(text: str) -> str:
 
 
 def id_key(text: str) -> str:
-    """What two spellings of one id have in common: ids that differ in case or Unicode form alone are the same video."""
+    """The key by which ids are compared: ids that differ only in case or Unicode form are the same video."""
     return normal_id(normal_id(text).casefold())
 
 
 def file_stem(video_id: str) -> str:
-    """The file name, without an ending, that stands for a video id; `id_of_stem` turns it back.
+    """The file name, without extension, of a video id; `id_of_stem` is the inverse.
 
-    Letters of any script, digits, blanks and most signs stay as they are. Separators, reserved characters, a leading
-    dot, dash or blank, and a trailing dot or blank become percent-escapes of their UTF-8 bytes, as in addresses.
+    Letters of any script, digits, blanks and most punctuation stay as they are. Separators, reserved characters, a
+    leading dot, dash or blank, and a trailing dot or blank are percent-encoded by their UTF-8 bytes, as in URLs.
     """
     text = normal_id(video_id)
     last = len(text) - 1
@@ -43,7 +47,7 @@ def file_stem(video_id: str) -> str:
 
 
 def id_of_stem(stem: str) -> str:
-    """The video id of a file that was named by `file_stem`."""
+    """The video id of a file named by `file_stem`."""
     return normal_id(unquote(stem))
 
 
@@ -52,9 +56,23 @@ def id_problem(video_id: str) -> str | None:
     if not video_id:
         return "is empty"
     if "/" in video_id:
-        return "holds a slash"
+        return "contains a slash"
     if not video_id.isprintable():
-        return "holds characters that cannot be printed"
+        return "contains characters that cannot be printed"
     if len(file_stem(video_id).encode()) > MAX_STEM_BYTES:
         return f"is longer than {MAX_STEM_BYTES} bytes as a file name"
     return None
+
+
+def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key in which numbers count as numbers: video9 before video10."""
+    parts = re.split(r"([0-9]+)", text.casefold())
+    return tuple((0, int(part), part) if part.isdigit() else (1, 0, part) for part in parts if part)
+
+
+def numbered_id(number: int, spec: DataSetSpec) -> str:
+    """The id of the video with this number. Raises UserError where `id_format` does not take one."""
+    try:
+        return spec.id_format.format(number=number)
+    except (LookupError, ValueError, AttributeError) as error:
+        raise UserError(f"data set {spec.name}: id_format {spec.id_format!r} does not take a number") from error

@@ -34,21 +34,16 @@ from features.dataset.annotations import (
     write_phase_file,
     write_tool_file,
 )
+from features.dataset.build import build_index
 from features.dataset.catalogue import data_root, keep_index, open_dataset
-from features.dataset.discover import (
-    FolderLayout,
-    FoundVideo,
-    LabelEnd,
-    find_videos,
-    id_of_folder,
-    infer_layout,
-    scan_folder,
-    scan_names,
-    source_frames,
-)
-from features.dataset.index import Index, VideoEntry, build_index, load_labels, open_folder, sampled_frames
-from features.dataset.labels import Extent, sample_labels
+from features.dataset.discover import FoundVideo, find_videos, id_of_folder
+from features.dataset.frame_folders import LabelEnd, frame_folder, infer_layout, scan_folder, scan_names, source_frames
+from features.dataset.index import Index, VideoEntry
+from features.dataset.labels import load_labels, sample_labels
+from features.dataset.layouts import FolderLayout
 from features.dataset.phase_order import describe_order, ids_of_order, parse_phase_order
+from features.dataset.row_numbers import Extent
+from features.dataset.sampling import sampled_frames
 from features.dataset.splits import Split, split_is_asked_for
 from features.ids import file_stem
 from features.video.scan import probe_video
@@ -494,7 +489,8 @@ def _pickled(
     entry: VideoEntry, root: Path, index: Index, rows: LabelledRows, numbers: NDArray[np.int64], phases_only: bool
 ) -> list[list[Any]]:
     """Rows `[path, tool..., phase]` of plain strings and ints."""
-    names = dict(open_folder(entry, root, index).files) if entry.frames else None
+    layout = entry.frames
+    names = dict(frame_folder(root, entry.source, index.dataset, layout).files) if layout else None
     source = inside(root, entry.source)
     folder = source if names else source.parent / file_stem(entry.id)
     result = []

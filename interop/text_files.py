@@ -24,10 +24,10 @@ from engine.progress import say
 from evaluation.files.predictions import TOOLS_ALONE, read_prediction_csv, read_tool_csv
 from evaluation.metrics.tools import logit, sigmoid
 from features.dataset.catalogue import open_dataset
-from features.dataset.discover import natural_key
-from features.dataset.index import Index, VideoEntry, frame_times_s, sampled_frames
+from features.dataset.index import Index, VideoEntry
 from features.dataset.phase_order import describe_order, parse_phase_order
-from features.ids import file_stem
+from features.dataset.sampling import frame_times_s, sampled_frames
+from features.ids import file_stem, natural_key
 from interop.pickled_index import labelled_rows
 from interop.safe_pickle import load_plain
 

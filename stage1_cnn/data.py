@@ -26,7 +26,9 @@ from engine.pool import failure_reason, serve_parent
 from engine.processes import available_cores
 from engine.session import epoch_generator
 from engine.stopping import Stopped, StopRequest
-from features.dataset.index import Index, VideoEntry, load_labels, sampled_frames
+from features.dataset.index import Index, VideoEntry
+from features.dataset.labels import load_labels
+from features.dataset.sampling import sampled_frames
 from features.frames.cache import CachedFrames
 from features.frames.preprocess import augment_generator, changes_colour, crop_frames, draw_change
 from features.frames.source import frame_cache

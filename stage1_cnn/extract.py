@@ -39,7 +39,9 @@ from engine.progress import say
 from engine.runs import StageFolder
 from engine.stopping import StopRequest
 from features.dataset.catalogue import say_left_out
-from features.dataset.index import Index, VideoEntry, frame_times_s, load_labels, sampled_frames
+from features.dataset.index import Index, VideoEntry
+from features.dataset.labels import load_labels
+from features.dataset.sampling import frame_times_s, sampled_frames
 from features.frames.preprocess import crop_frames
 from features.frames.source import (
     can_start_inside,
@@ -51,20 +53,15 @@ from features.frames.source import (
     source_identity,
 )
 from features.store import (
-    ENCODER_FILE,
-    INDEX_FILE,
     EncoderSpec,
     FeatureWriter,
-    clear_fault,
-    estimate_bytes,
     feature_path,
-    prepare_folder,
     read_features,
-    record_fault,
     rewrite_labels,
     verify_file,
     write_features,
 )
+from features.store_folder import ENCODER_FILE, INDEX_FILE, clear_fault, estimate_bytes, prepare_folder, record_fault
 from stage1_cnn.decode_ahead import work_ahead
 from stage1_cnn.encoders.encoder import Encoder, load_encoder
 from stage1_cnn.model import weights_identity

@@ -28,7 +28,8 @@ from engine.session import TrainingSession
 from engine.stopping import StopRequest
 from evaluation.metrics.tools import evaluate_tools
 from features.dataset.catalogue import say_left_out
-from features.dataset.index import Index, sampled_frames
+from features.dataset.index import Index
+from features.dataset.sampling import sampled_frames
 from features.frames.preprocess import changed_images
 from features.frames.source import cache_readable, frames_identity, recorded_faults
 from stage1_cnn.data import (

@@ -23,9 +23,11 @@ from configs.schema import SequenceConfig
 from engine.files import sha256_json
 from engine.progress import say
 from engine.session import epoch_generator
-from features.dataset.index import Index, in_whole_steps, usable_index
+from features.dataset.index import Index
 from features.dataset.labels import unlabelled_note
-from features.store import INDEX_FILE, FeatureFileError, VideoFeatures, feature_path, load_feature_set, recorded_encoder
+from features.dataset.sampling import in_whole_steps
+from features.store import FeatureFileError, VideoFeatures, feature_path, recorded_encoder
+from features.store_folder import INDEX_FILE, load_feature_set, usable_index
 
 NO_LABEL = -1
 # Videos of one batch have lengths within about this factor: little padding, and yet other company every epoch.

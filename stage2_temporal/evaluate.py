@@ -27,19 +27,18 @@ from evaluation.reports.paper_figures import phase_ribbons
 from evaluation.reports.summary import summarise, used_videos
 from evaluation.reports.tables import comparison_table, phase_table, tool_table
 from features.dataset.catalogue import known_root, say_left_out
-from features.dataset.discover import natural_key
-from features.dataset.index import Index, usable_index, with_recorded_faults
+from features.dataset.index import Index
 from features.dataset.labels import unlabelled_note
 from features.frames.preprocess import require_features_of
-from features.ids import file_stem
-from features.store import (
+from features.ids import file_stem, natural_key
+from features.store import VideoFeatures, feature_path, recorded_encoder
+from features.store_folder import (
     INDEX_FILE,
-    VideoFeatures,
-    feature_path,
     find_feature_folder,
     load_feature_set,
-    recorded_encoder,
     require_one_encoder,
+    usable_index,
+    with_recorded_faults,
 )
 from stage2_temporal.predict import Inference, chosen_inference, load_temporal, other_encoder, predict_phases
 

@@ -29,7 +29,9 @@ from evaluation.files.predictions import write_prediction_csv
 from evaluation.metrics.tools import sigmoid
 from evaluation.reports.overlay import Overlay
 from evaluation.reports.paper_figures import phase_ribbons
-from features.dataset.index import Index, VideoEntry, frame_times_s, index_of_source, sampled_frames
+from features.dataset.build import index_of_source
+from features.dataset.index import Index, VideoEntry
+from features.dataset.sampling import frame_times_s, sampled_frames
 from features.frames.preprocess import normalise, preprocess_from_json, require_preprocess_of
 from features.frames.source import encoded_at_once, open_source, source_frames
 from features.ids import file_stem

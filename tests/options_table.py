@@ -417,8 +417,8 @@ MODES = [
             "--workers": "3",
         },
     ),
-    Mode("features verify", "always", ["folder"], ("features.store:verify_folder",)),
-    Mode("features info", "always", ["folder"], ("features.store:describe_folder",)),
+    Mode("features verify", "always", ["folder"], ("features.store_folder:verify_folder",)),
+    Mode("features info", "always", ["folder"], ("features.store_folder:describe_folder",)),
 ]
 
 

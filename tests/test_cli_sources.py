@@ -11,8 +11,10 @@ from configs.errors import UserError
 from configs.load import load_config, load_dataset
 from configs.schema import Config, DataConfig
 from engine.files import LinkedRoot
+from features.dataset.build import build_index
 from features.dataset.catalogue import data_root, index_dataset, open_dataset
-from features.dataset.index import Index, build_index, check_index
+from features.dataset.check import check_index
+from features.dataset.index import Index
 from tests.cli import run
 from tests.videos import VideoSpec, write_video
 

@@ -225,7 +225,8 @@ def check_folders(config: Config) -> Iterable[Finding]:
 
 def _check_store(config: Config) -> Iterable[Finding]:
     """Space for the features of all videos; which of them exist already is not known without the encoder's digest."""
-    from features.store import EncoderSpec, estimate_bytes, feature_path
+    from features.store import EncoderSpec, feature_path
+    from features.store_folder import estimate_bytes
     from stage1_cnn.model import build_backbone
 
     store, frames = config.extract.store, _sampled_frames(config)
@@ -251,7 +252,8 @@ def _check_cache(config: Config) -> Iterable[Finding]:
 
 def _sampled_frames(config: Config, splits: tuple[str, ...] = ()) -> dict[str, int]:
     """Number of sampled frames by video id, of some splits or all; empty without a usable index."""
-    from features.dataset.index import Index, sampled_frames
+    from features.dataset.index import Index
+    from features.dataset.sampling import sampled_frames
 
     if not config.data.index.exists():
         return {}

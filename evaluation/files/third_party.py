@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 from configs.errors import UserError
 from configs.schema import DataSetSpec, class_ids, folded_name
 from features.dataset.annotations import NO_LABEL, read_content, shown_cell, text_lines, unknown_class
-from features.dataset.discover import natural_key, numbered_id
 from features.dataset.phase_order import ids_of_order
-from features.ids import id_of_stem, normal_id
+from features.ids import id_of_stem, natural_key, normal_id, numbered_id
 
 SUFFIXES = (".txt", ".csv", ".tsv", "")  # MS-TCN's recognition files have none
 _OTHER_KINDS = ("-tool", "-timestamp")  # what Cholec80 keeps beside `-phase` files

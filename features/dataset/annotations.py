@@ -1,17 +1,15 @@
 """Phase and tool annotations in Cholec80's text format: read strictly, written exactly.
 
-A file is UTF-8 text, columns separated by tabs, with a header: `Frame<TAB>Phase` and one phase name per row, or
-`Frame<TAB>Grasper<TAB>...` and a 0 or 1 per tool; -1 or an empty cell is no label. Rows are a fixed number apart (the
-stride), which is read from the Frame column and never assumed; rows may be missing. What the numbers count is not said
-here (`features.dataset.labels`). Class names are compared as `configs.schema.folded_name` has them. What editors and
-programs add without changing the meaning is tolerated: a byte-order mark, CRLF, blank lines at the
-end, tabs and blanks at the end of a line.
-Everything else is an error that names file, row (the first row below the header is 1) and line.
+A file is tab-separated UTF-8 text with a header: `Frame<TAB>Phase` and one phase name per row, or
+`Frame<TAB>Grasper<TAB>...` and a 0 or 1 per tool; -1 or an empty cell is no label. Frame numbers increase in fixed
+steps (the stride), which are inferred from the Frame column; rows may be missing. What the numbers count is decided in
+`features.dataset.row_numbers`. Class names are compared by `configs.schema.folded_name`. Tolerated is what editors and
+programs add without changing the meaning: a byte-order mark, CRLF, blank lines at the end, tabs and blanks at the end
+of a line. Everything else is an error that names file, row (the first row below the header is 1) and line.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,16 +18,16 @@ from typing import Literal
 
 import numpy as np
 
-from configs.errors import UserError
+from configs.errors import UserError, did_you_mean
 from configs.schema import DataSetSpec, class_ids, folded_name
 from engine.files import read_bounded, write_text
 from engine.sniff import what_begins_so
 
 _WHOLE_NUMBER = re.compile(r"[0-9]+")
-MAX_FILE_BYTES = 64 << 20  # twenty hours of phases, a row a frame
-NO_LABEL = ("-1", "")  # cells of a row that says nothing
-_MISSING = ("nan", "NaN", "NA", "N/A", "-1.0")  # the same as pandas and R write it, where no class is called so
-_ROUNDED_STRIDE = 8  # from here on, one more or less is rounding and no row out of place
+MAX_FILE_BYTES = 64 << 20  # twenty hours of phases, one row per frame
+NO_LABEL = ("-1", "")  # cells without a label
+_MISSING = ("nan", "NaN", "NA", "N/A", "-1.0")  # the same as written by pandas and R, unless a class has that name
+_ROUNDED_STRIDE = 8  # from this stride on, a difference of one is rounding and not a missing row
 _MAX_DIGITS = 15  # far beyond any video, and safely inside int64
 
 
@@ -37,8 +35,8 @@ _MAX_DIGITS = 15  # far beyond any video, and safely inside int64
 class PhaseTrack:
     """Phases of one video: `frame_index` (R,) int64, `phase` (R,) int8, -1 without a label.
 
-    `stride` is the distance between rows; a row holds until the next one, for a stride at most. A single row has none
-    to read; it counts as 1.
+    `stride` is the usual distance between rows, 1 for a single row. A row holds until the next one, for at most a
+    stride.
     """
 
     frame_index: np.ndarray
@@ -52,7 +50,7 @@ class PhaseTrack:
 
 @dataclass(frozen=True, eq=False)
 class ToolTrack:
-    """Tools of one video: `frame_index` (R,) int64, `tools` (R, K) int8 of 0, 1 and -1 for none, in the set's order."""
+    """Tools of one video: `frame_index` (R,) int64, `tools` (R, K) int8 in the data set's order; -1 = no label."""
 
     frame_index: np.ndarray
     tools: np.ndarray
@@ -67,17 +65,23 @@ class ToolTrack:
 
 
 def read_phase_file(path: Path, spec: DataSetSpec) -> PhaseTrack:
-    """Read a phase annotation file. Raises UserError naming file and row for anything that is not in order."""
+    """Read a phase annotation file.
+
+    Raises UserError if the file is missing, unreadable or not a phase file of the data set, naming file and row.
+    """
     return parse_phases(read_content(path), path, spec)
 
 
 def read_tool_file(path: Path, spec: DataSetSpec) -> ToolTrack:
-    """Read a tool annotation file; columns are found by name, in any order. Raises UserError naming file and row."""
+    """Read a tool annotation file; columns are matched by name, in any order.
+
+    Raises UserError if the file is missing, unreadable or not a tool file of the data set, naming file and row.
+    """
     return parse_tools(read_content(path), path, spec)
 
 
 def read_content(path: Path) -> bytes:
-    """A file's bytes. Raises UserError when it cannot be read, is no text or is larger than annotations are."""
+    """A file's bytes. Raises UserError when it cannot be read, is not text or is larger than annotations are."""
     content = read_bounded(path, MAX_FILE_BYTES)
     if what := what_begins_so(content):
         raise UserError(f"{path}: is {what}")
@@ -85,7 +89,7 @@ def read_content(path: Path) -> bytes:
 
 
 def parse_phases(content: bytes, path: Path, spec: DataSetSpec) -> PhaseTrack:
-    """A phase file's bytes as a track; `path` is only for messages. Raises UserError."""
+    """A phase file's bytes as a track; `path` is used in messages only. Raises UserError as `read_phase_file`."""
     header, lines = _lines(content, path)
     if [name.casefold() for name in header] != ["frame", "phase"]:
         raise _header_error(path, header, "Frame<TAB>Phase")
@@ -104,7 +108,7 @@ def parse_phases(content: bytes, path: Path, spec: DataSetSpec) -> PhaseTrack:
 
 
 def parse_tools(content: bytes, path: Path, spec: DataSetSpec) -> ToolTrack:
-    """A tool file's bytes as a track; `path` is only for messages. Raises UserError."""
+    """A tool file's bytes as a track; `path` is used in messages only. Raises UserError as `read_tool_file`."""
     if not spec.tools:
         raise UserError(f"{path}: data set {spec.name} has no tools; remove the file or add them to its description")
     header, lines = _lines(content, path)
@@ -120,7 +124,7 @@ def parse_tools(content: bytes, path: Path, spec: DataSetSpec) -> ToolTrack:
 
 
 def text_lines(content: bytes, path: Path) -> list[str]:
-    """The lines of a UTF-8 text without blank ones at the end. Raises UserError for other encodings."""
+    """The lines of a UTF-8 text without blank lines at the end. Raises UserError for other encodings."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -143,7 +147,7 @@ def _lines(content: bytes, path: Path) -> tuple[list[str], list[str]]:
 
 
 def _cells(lines: Sequence[str], width: int, path: Path) -> list[str]:
-    """All cells one after the other, `width` a row: one flat list, since a list a row costs more than the parsing."""
+    """All cells in one flat list, `width` per row: a list per row would cost more time than the parsing."""
     if set(map(_count_tabs, lines)) != {width - 1}:
         lines = [_without_surplus(line, width) for line in lines]
         for row, found in enumerate(_count_tabs(line) + 1 for line in lines):
@@ -154,7 +158,7 @@ def _cells(lines: Sequence[str], width: int, path: Path) -> list[str]:
 
 
 def _without_surplus(line: str, width: int) -> str:
-    """The line without the empty cells that it has beyond the header's."""
+    """The line without empty cells beyond those of the header."""
     while _count_tabs(line) >= width and not line[line.rindex("\t") :].strip():
         line = line[: line.rindex("\t")]
     return line
@@ -168,7 +172,7 @@ def _zeros_and_ones(cells: Sequence[str], name: str, path: Path) -> np.ndarray:
     values = {"0": 0, "0.0": 0, "1": 1, "1.0": 1, **dict.fromkeys((*NO_LABEL, *_MISSING), -1)}
     if not values.keys() >= set(cells):
         row = next(row for row, cell in enumerate(cells) if cell not in values)
-        raise row_error(path, row, f"{name} is {shown_cell(cells[row])}, not 0 or 1 (-1 or nothing: no label)")
+        raise row_error(path, row, f"{name} is {shown_cell(cells[row])}, not 0 or 1 (-1 or empty: no label)")
     return np.array([values[cell] for cell in cells], dtype=np.int8)
 
 
@@ -178,7 +182,7 @@ def _header_error(path: Path, header: Sequence[str], wanted: str) -> UserError:
 
 
 def _tool_columns(header: Sequence[str], path: Path, spec: DataSetSpec) -> list[int]:
-    """For each tool column of the file, which tool of the data set it is."""
+    """The index of the tool in each tool column of the file."""
     known = class_ids(spec.tools, spec.tool_aliases)
     columns: list[int] = []
     for name in header[1:]:
@@ -195,7 +199,7 @@ def _tool_columns(header: Sequence[str], path: Path, spec: DataSetSpec) -> list[
 
 
 def _frame_column(cells: Sequence[str], path: Path) -> tuple[np.ndarray, int]:
-    """The Frame column (R,) int64 and its stride: whole numbers from 0, evenly spaced, some missing."""
+    """The Frame column (R,) int64 and its stride: whole numbers of 0 or more, evenly spaced; some may be missing."""
     digits = "".join(cells)
     if not (digits.isascii() and digits.isdigit() and all(cells) and max(map(len, cells)) <= _MAX_DIGITS):
         for row, cell in enumerate(cells):
@@ -206,9 +210,9 @@ def _frame_column(cells: Sequence[str], path: Path) -> tuple[np.ndarray, int]:
 
 
 def _stride(frame_index: np.ndarray, path: Path) -> int:
-    """The distance between rows, the usual one. Raises UserError at the first row that is not where one can be.
+    """The usual distance between rows. Raises UserError naming the first row that is not a multiple of it further on.
 
-    Rows may be missing. Rounding of a distance that is no whole number, 29 among 30s, is let pass.
+    Rows may be missing. A difference from rounding a distance that is not a whole number (29 among 30s) is accepted.
     """
     steps = np.diff(frame_index)
     distances, counts = np.unique(steps[steps > 0], return_counts=True)
@@ -229,21 +233,19 @@ def _stride(frame_index: np.ndarray, path: Path) -> int:
 
 
 def row_error(path: Path, row: int, problem: str) -> UserError:
-    """The error for the row with index `row` (0 is the first below the header)."""
+    """An error in the row with index `row` (0 is the first below the header)."""
     return UserError(f"{path}: row {row + 1} (line {row + 2}) {problem}")
 
 
 def unknown_class(kind: Literal["phase", "tool"], name: str, spec: DataSetSpec) -> str:
-    """What is wrong with a class name, and what to do: the nearest right one, or all of them, and the aliases."""
+    """A message about a class name that the data set lacks: the nearest known one, or all of them, and the aliases."""
     names, aliases = (spec.phases, spec.phase_aliases) if kind == "phase" else (spec.tools, spec.tool_aliases)
-    spellings = {folded_name(known): known for known in (*aliases, *names)}
-    close = difflib.get_close_matches(folded_name(name[:80]), spellings, n=1)
-    hint = f"; did you mean {spellings[close[0]]}?" if close else f" (known: {', '.join(names)})"
+    hint = did_you_mean(name[:80], (*aliases, *names)) or f" (known: {', '.join(names)})"
     return f"unknown {kind} {shown_cell(name)}{hint}; {kind}_aliases in the description of {spec.name} can name it"
 
 
 def shown_cell(cell: str) -> str:
-    """A cell for a one-line message: quoted, control characters escaped, cut when long."""
+    """A cell as shown in a one-line message: quoted, control characters escaped, shortened when long."""
     return repr(cell if len(cell) <= 60 else cell[:57] + "...")
 
 
@@ -251,13 +253,13 @@ def shown_cell(cell: str) -> str:
 
 
 def write_phase_file(path: Path, track: PhaseTrack, spec: DataSetSpec) -> None:
-    """Write phases as Cholec80 does: tabs, a header, LF, a newline at the end."""
+    """Write phases in Cholec80's format: tab-separated, a header, LF, a newline at the end."""
     names = (spec.phases[phase] if phase >= 0 else NO_LABEL[0] for phase in track.phase.tolist())
     _write_rows(path, ("Frame", "Phase"), track.frame_index, ([name] for name in names))
 
 
 def write_tool_file(path: Path, track: ToolTrack, spec: DataSetSpec) -> None:
-    """Write tools as Cholec80 does: tabs, a header, LF, a newline at the end."""
+    """Write tools in Cholec80's format: tab-separated, a header, LF, a newline at the end."""
     _write_rows(path, ("Frame", *spec.tools), track.frame_index, (map(str, row) for row in track.tools.tolist()))
 
 

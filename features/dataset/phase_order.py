@@ -1,6 +1,6 @@
-"""Which phase a number means in files that hold numbers and no names: never assumed, always asked for.
+"""Which phase a number means in files with phase numbers instead of names: never assumed, always asked for.
 
-Checkpoints, pickles, TFRecords and exported ids number the phases; lists in circulation differ (Cholec80's
+Checkpoints, pickles, TFRecords and exported ids number the phases, and the orders in use differ (Cholec80's
 GallbladderPackaging and GallbladderRetraction are 4 and 6, or 6 and 4).
 """
 
@@ -15,21 +15,22 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import DataSetSpec, class_ids, folded_name
+from engine.files import read_bounded
 
 MAX_FILE_BYTES = 1 << 16
 _NUMBER = re.compile(r"^\s*\d+\s*[\s:=,;.]\s*")
 
 
 def parse_phase_order(text: str | None, spec: DataSetSpec, needed_by: str) -> tuple[str, ...]:
-    """The names of phases 0, 1, ... in a foreign file, from what a user gave as `--phase-order`.
+    """The names of phases 0, 1, ... in another program's file, from the user's `--phase-order`.
 
-    `text`: one of the data set's `phase_orders`, a file (one name per line, numbered or not), or comma-separated names.
-    `needed_by` names the file that holds numbers. Raises UserError when nothing was given or a phase is missing,
-    unknown or there twice.
+    `text` is one of the data set's `phase_orders`, a file (one name per line, numbered or not), or comma-separated
+    names. `needed_by` is the file with the numbers. Raises UserError when nothing was given or a phase is missing,
+    unknown or repeated.
     """
     if not text:
         raise UserError(
-            f"{needed_by}: holds numbers of phases, not names; say which is which with --phase-order {_forms(spec)}"
+            f"{needed_by}: holds numbers of phases, not names; give their order with --phase-order {_forms(spec)}"
         )
     if text in spec.phase_orders:
         return spec.phase_orders[text]
@@ -46,36 +47,29 @@ def parse_phase_order(text: str | None, spec: DataSetSpec, needed_by: str) -> tu
     repeated = sorted({name for name in order if order.count(name) > 1})
     missing = [name for name in spec.phases if name not in order]
     if repeated or missing:
-        problem = f"{repeated[0]} twice" if repeated else f"not {missing[0]}"
-        raise UserError(f"--phase-order: names {problem}; every phase of {spec.name} is wanted once")
+        problem = f"names {repeated[0]} twice" if repeated else f"lacks {missing[0]}"
+        raise UserError(f"--phase-order: {problem}; name every phase of {spec.name} once")
     return tuple(order)
 
 
 def _forms(spec: DataSetSpec) -> str:
-    return (
-        f"NAME ({', '.join(spec.phase_orders)}), FILE or comma-separated names"
-        if spec.phase_orders
-        else "FILE or comma-separated names"
-    )
+    named = f"NAME ({', '.join(spec.phase_orders)}), " if spec.phase_orders else ""
+    return f"{named}FILE or comma-separated names"
 
 
 def _names_in_file(path: Path) -> list[str]:
     try:
-        with path.open("rb") as stream:
-            content = stream.read(MAX_FILE_BYTES + 1)
-        if len(content) > MAX_FILE_BYTES:
-            raise UserError(f"{path}: too long for a list of phases")
-        lines = content.decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_bounded(path, MAX_FILE_BYTES).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a list of phases ({error})") from error
     return [_NUMBER.sub("", line).strip().strip(",") for line in lines if line.strip() and not line.startswith("#")]
 
 
 def ids_of_order(order: Sequence[str], classes: Sequence[str]) -> NDArray[np.int64]:
-    """For each number of a foreign order, our number of the same phase: `ours = ids_of_order(...)[theirs]`."""
+    """(C,) the index in `classes` of each phase of another order: `ours = ids_of_order(...)[theirs]`."""
     return np.array([classes.index(name) for name in order], dtype=np.int64)
 
 
 def describe_order(order: Sequence[str]) -> str:
-    """What is shown wherever an order is used: `0 Preparation, 1 CalotTriangleDissection, ...`."""
+    """An order as it is shown to the user: `0 Preparation, 1 CalotTriangleDissection, ...`."""
     return ", ".join(f"{number} {name}" for number, name in enumerate(order))

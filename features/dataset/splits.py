@@ -1,32 +1,34 @@
-"""Which videos train, validate and test: by counts, shares, lists, k-fold or leave-one-out."""
+"""Which videos train, validate and test: by counts, percentages, lists, k-fold or leave-one-out."""
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import random
 import re
 from collections.abc import Sequence
 from typing import Literal
 
-from configs.errors import UserError
+from configs.errors import UserError, did_you_mean
 from configs.schema import DataSetSpec, NamedSplit, SplitConfig
 from features.ids import normal_id
 
 Split = Literal["train", "val", "test", "none"]
+_PARTS: tuple[Split, Split, Split] = ("train", "val", "test")
 _COUNTS = re.compile(r"\d{1,6}(/\d{1,6}){1,2}")
-_SHARES = re.compile(r"\d+(\.\d+)?%(/\d+(\.\d+)?%){1,2}")
-_RULES = "A/B/C (train/val/test) or A/B (train/test) videos, shares such as 60%/20%/20%, lists, kfold, leave_one_out"
+_PERCENTAGES = re.compile(r"\d+(\.\d+)?%(/\d+(\.\d+)?%){1,2}")
+_RULES = (
+    "A/B/C (train/val/test) or A/B (train/test) videos, percentages such as 60%/20%/20%, lists, kfold, leave_one_out"
+)
 
 
 def assign_splits(ids: Sequence[str], spec: DataSetSpec, split: SplitConfig) -> dict[str, Split]:
-    """The split of each video; `ids` come in the order of video numbers.
+    """The split of each video; `ids` are in the order of video numbers.
 
-    `split.rule` decides; null takes the lists where some are given, else the data set's usual split, and where that
-    does not fit these videos every one gets "none" (`usual_split_problem` says why). Besides the rules of `SplitConfig`
-    there are shares (`60%/20%/20%`, largest remainders, at least one video each) and the names of published splits in
-    the data set's description, whose missing videos are passed over. Entries of lists are ids or shell patterns;
-    videos in no list get "none". Raises UserError when a rule that was asked for does not fit exactly these videos.
+    `split.rule` decides. Without one, the lists are used where some are given, otherwise the data set's usual split;
+    where that does not fit these videos, each gets "none" (`usual_split_problem` has the reason). Besides the rules of
+    `SplitConfig` there are percentages (`60%/20%/20%`, by largest remainder, at least one video each) and the names of
+    published splits in the data set's description, whose missing videos are ignored. Entries of lists are ids or shell
+    patterns; videos in no list get "none". Raises UserError when a rule that was asked for does not fit these videos.
     """
     rule = _rule_asked_for(split)
     if rule is not None:
@@ -37,7 +39,7 @@ def assign_splits(ids: Sequence[str], spec: DataSetSpec, split: SplitConfig) -> 
 
 
 def usual_split_problem(ids: Sequence[str], spec: DataSetSpec, split: SplitConfig) -> str | None:
-    """Why the data set's usual split cannot serve; None when it does, or when the settings ask for another."""
+    """Why the data set's usual split does not fit; None when it does, or when the settings ask for another."""
     if _rule_asked_for(split) is not None:
         return None
     try:
@@ -48,7 +50,7 @@ def usual_split_problem(ids: Sequence[str], spec: DataSetSpec, split: SplitConfi
 
 
 def split_is_asked_for(split: SplitConfig) -> bool:
-    """Whether the settings name a split, rather than leaving it to the data set or the index."""
+    """Whether the settings name a split; otherwise the data set or the index decides."""
     return _rule_asked_for(split) is not None
 
 
@@ -71,8 +73,8 @@ def _by_rule(rule: str, ids: Sequence[str], spec: DataSetSpec, split: SplitConfi
         return _by_fold(ids, len(ids), split)
     if _COUNTS.fullmatch(rule):
         return _by_counts(ids, [int(count) for count in _three(rule)], rule)
-    if _SHARES.fullmatch(rule):
-        return _by_shares(ids, [float(share.rstrip("%")) for share in _three(rule)], rule)
+    if _PERCENTAGES.fullmatch(rule):
+        return _by_percentages(ids, [float(part.rstrip("%")) for part in _three(rule)], rule)
     raise UserError(f"data.split.rule: {rule!r} is none of: {', '.join((_RULES, *spec.splits))}")
 
 
@@ -86,21 +88,20 @@ def _by_counts(ids: Sequence[str], counts: Sequence[int], rule: str) -> dict[str
     if sum(counts) != len(ids):
         raise UserError(
             f"data.split.rule: {rule} needs {sum(counts)} videos, here are {len(ids)}{_span(ids)}; choose counts that "
-            f"sum to {len(ids)}, shares such as 60%/20%/20%, or lists"
+            f"sum to {len(ids)}, percentages such as 60%/20%/20%, or lists"
         )
-    parts: tuple[Split, ...] = ("train", "val", "test")
-    names = [part for part, count in zip(parts, counts, strict=True) for _ in range(count)]
+    names = [part for part, count in zip(_PARTS, counts, strict=True) for _ in range(count)]
     return dict(zip(ids, names, strict=True))
 
 
-def _by_shares(ids: Sequence[str], shares: Sequence[float], rule: str) -> dict[str, Split]:
+def _by_percentages(ids: Sequence[str], percentages: Sequence[float], rule: str) -> dict[str, Split]:
     """Counts by largest remainder, then one video from the largest part to each part that got none."""
-    if abs(sum(shares) - 100) > 1e-6:
-        raise UserError(f"data.split.rule: the shares of {rule} sum to {sum(shares):g} %, not 100 %")
-    wanted = [i for i, share in enumerate(shares) if share > 0]
+    if abs(sum(percentages) - 100) > 1e-6:
+        raise UserError(f"data.split.rule: the percentages of {rule} sum to {sum(percentages):g} %, not 100 %")
+    wanted = [i for i, percentage in enumerate(percentages) if percentage > 0]
     if len(ids) < len(wanted):
         raise UserError(f"data.split.rule: {rule} needs at least {len(wanted)} videos, here are {len(ids)}{_span(ids)}")
-    exact = [share * len(ids) / 100 for share in shares]
+    exact = [percentage * len(ids) / 100 for percentage in percentages]
     counts = [int(value + 1e-9) for value in exact]
     by_remainder = sorted(wanted, key=lambda i: counts[i] - exact[i])
     for i in by_remainder[: len(ids) - sum(counts)]:
@@ -114,13 +115,8 @@ def _by_shares(ids: Sequence[str], shares: Sequence[float], rule: str) -> dict[s
 
 def _by_lists(ids: Sequence[str], lists: NamedSplit, where: str) -> dict[str, Split]:
     chosen: dict[str, Split] = {}
-    parts: tuple[tuple[Split, tuple[str, ...]], ...] = (
-        ("train", lists.train),
-        ("val", lists.val),
-        ("test", lists.test),
-    )
-    for part, entries in parts:
-        for entry in entries:
+    for part in _PARTS:
+        for entry in getattr(lists, part):
             for video_id in matching_ids(ids, entry, f"{where}.{part}"):
                 if video_id in chosen:
                     again = "twice in" if chosen[video_id] == part else f"in {chosen[video_id]} and"
@@ -132,29 +128,29 @@ def _by_lists(ids: Sequence[str], lists: NamedSplit, where: str) -> dict[str, Sp
 
 
 def _present(ids: Sequence[str], lists: NamedSplit) -> NamedSplit:
-    """A published split without the videos that are not here."""
-    kept = {
-        part: tuple(entry for entry in entries if fnmatch.filter(ids, normal_id(entry)))
-        for part, entries in (("train", lists.train), ("val", lists.val), ("test", lists.test))
-    }
-    return NamedSplit(**kept)
+    """A published split without the videos that were not found."""
+    return NamedSplit(
+        **{part: tuple(one for one in getattr(lists, part) if fnmatch.filter(ids, normal_id(one))) for part in _PARTS}
+    )
 
 
 def matching_ids(ids: Sequence[str], entry: str, where: str) -> list[str]:
-    """The ids that a list's entry means: itself, or those its shell pattern matches. Raises UserError for none."""
+    """The ids that a list's entry names: itself, or those its shell pattern matches.
+
+    Raises UserError, naming the setting `where`, when there is none.
+    """
     entry = normal_id(entry)
     if entry in ids:
         return [entry]
     found = [video_id for video_id in ids if fnmatch.fnmatchcase(video_id, entry)]
     if not found:
-        close = difflib.get_close_matches(entry, ids, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else _span(ids)
-        raise UserError(f"{where}: there is no video {entry!r}{hint}")
+        raise UserError(f"{where}: there is no video {entry!r}{did_you_mean(entry, ids) or _span(ids)}")
     return found
 
 
 def _by_fold(ids: Sequence[str], folds: int, split: SplitConfig) -> dict[str, Split]:
-    """Fold `split.fold` of near-equal contiguous blocks tests; the `val_videos` after it, cyclically, validate."""
+    """Fold `split.fold` of near-equal contiguous blocks is the test set; the `val_videos` after it (cyclically) are
+    the validation set, the rest trains."""
     count = len(ids)
     if folds > count:
         raise UserError(f"data.split.folds: {folds} folds need at least as many videos, here are {count}{_span(ids)}")

@@ -1,11 +1,12 @@
-"""TF-Cholec80: a TFRecord file a video, a `tf.train.Example` a frame, one frame a second; every checksum is checked.
+"""TF-Cholec80: one TFRecord file per video, one `tf.train.Example` per frame, at one frame per second.
 
 **Framing** (TensorFlow, `core/lib/io/record_writer.h`): a record is its length (uint64, little endian), the masked
-CRC-32C of these 8 bytes, its data, and the masked CRC-32C of the data. A length is only believed once its checksum
-fits, and nothing is allocated for one that the file cannot hold.
+CRC-32C of these 8 bytes, its data, and the masked CRC-32C of the data. Every checksum is checked: a length before
+anything is allocated for it, and none may exceed the file.
 
 **Keys** of each Example: `frame` (a PNG), `video_id`, `frame_id`, `total_frames`, `phase` (a number, whose meaning the
-file does not say: `features.dataset.phase_order`) and `instruments` (0 or 1 a tool). Frame k of the video is record k.
+file does not record: `features.dataset.phase_order`) and `instruments` (0 or 1 per tool). Frame k of the video is
+record k.
 """
 
 from __future__ import annotations
@@ -23,27 +24,23 @@ from typing import Any, BinaryIO, Literal
 
 import google_crc32c
 import numpy as np
-from pydantic import Field
 
 from configs.errors import UserError
-from configs.schema import DataSetSpec, Strict
-from engine.files import sha256_json
+from configs.schema import DataSetSpec
 from engine.sniff import what_it_is
-from features.dataset.annotations import PhaseTrack, ToolTrack
-from features.dataset.phase_order import ids_of_order
+from features.dataset.layouts import RecordLayout
 from features.ids import id_key
 from features.video.base import FrameReader, ReaderError, checked_frames
 from features.video.images import decode_image
 
 FPS = 1.0
-# Far above any frame (480 x 854 raw pixels are 1.2 MB): what a record may take in memory.
+# The memory that a record may take, far above any frame (480 x 854 raw pixels are 1.2 MB).
 MAX_RECORD_BYTES = 1 << 27
 _HEADER = struct.Struct("<QI")
 _CHECKSUM = struct.Struct("<I")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _WAY_OUT = "copy the file again or leave it out"
 _ID = re.compile(r"(\D*?)[ _-]?(\d{1,9})")
-_RUN = r"\d{1,9}x\d{1,3}:(-|\d{1,3}(,\d{1,3})*)"
 
 
 # ---------------------------------------------------------------------------------------------- framing
@@ -64,7 +61,7 @@ class RecordSpan:
 
 
 def record_spans(stream: BinaryIO, path: Path) -> Iterator[RecordSpan]:
-    """Where the records lie; headers are read and checked, data is not.
+    """The positions of the records; headers are read and checked, data is not.
 
     Raises ReaderError naming the record where a header is damaged or the file ends before its record does.
     """
@@ -90,7 +87,7 @@ def record_spans(stream: BinaryIO, path: Path) -> Iterator[RecordSpan]:
 
 
 def read_record(stream: BinaryIO, span: RecordSpan, place: str) -> bytes:
-    """A record's data, checked. Raises ReaderError, which begins with `place`, where the checksum does not fit."""
+    """A record's data. Raises ReaderError, beginning with `place`, where its checksum does not match."""
     content = _read_at(stream, span.offset, span.length + _CHECKSUM.size, place)
     data = content[: span.length]
     if masked_crc32c(data) != _CHECKSUM.unpack(content[span.length :])[0]:
@@ -110,7 +107,7 @@ def _read_at(stream: BinaryIO, offset: int, count: int, place: str) -> bytes:
 
 
 def _open(path: Path) -> BinaryIO:
-    """With next to no buffer: a walk over headers would otherwise read a block for each."""
+    """Open almost unbuffered: otherwise each header would cost the read of a whole block."""
     try:
         return path.open("rb", buffering=64)
     except OSError as error:
@@ -122,7 +119,7 @@ def _open(path: Path) -> BinaryIO:
 
 @dataclass(frozen=True)
 class FrameRecord:
-    """What a record says; `phase` is a number of the file's own order."""
+    """The content of a record; `phase` is a number in the file's own order."""
 
     frame: bytes
     video_id: str
@@ -133,11 +130,11 @@ class FrameRecord:
 
 
 def parse_record(content: bytes, place: str) -> FrameRecord:
-    """A record's data as a frame. Raises ReaderError, beginning with `place`, for a key that is missing or no use."""
+    """Parse a record's data. Raises ReaderError, beginning with `place`, for a missing or wrong key."""
     from google.protobuf.message import DecodeError
 
     try:
-        features = _example_class().FromString(content).features.feature
+        features = example_class().FromString(content).features.feature
     except DecodeError as error:
         raise ReaderError(f"{place} is no tf.train.Example; its file is no TF-Cholec80") from error
     frame = bytes(_one_value(features, "frame", "bytes_list", place))
@@ -171,10 +168,10 @@ def _one_value(features: Any, key: str, kind: Literal["bytes_list", "int64_list"
 
 
 @functools.cache
-def _example_class() -> Any:
+def example_class() -> Any:
     """The message class of `tf.train.Example` (TensorFlow, `core/example/example.proto` and `feature.proto`).
 
-    Built in a pool of its own, so that a TensorFlow in the same process is no clash.
+    It is built in a descriptor pool of its own, so that it does not collide with a TensorFlow in the same process.
     """
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
@@ -223,10 +220,10 @@ class RecordScan:
 
 
 def scan_records(path: Path, video_id: str, spec: DataSetSpec) -> RecordScan:
-    """Read a file once: every checksum, key and number is checked, no picture is decoded; memory is one record.
+    """Read a file once, one record in memory: every checksum, key and number is checked, no image is decoded.
 
-    `video_id` is the id that the file's name says. Raises ReaderError naming the record for damage, for another
-    video's records, for frames that are lost, doubled or out of order, and for labels that the data set has not.
+    `video_id` is the id in the file's name. Raises ReaderError naming the record for damage, records of another video,
+    frames that are missing, repeated or out of order, and labels that the data set lacks.
     """
     first: FrameRecord | None = None
     phase, tools = [], []
@@ -234,15 +231,15 @@ def scan_records(path: Path, video_id: str, spec: DataSetSpec) -> RecordScan:
         for number, span in enumerate(record_spans(stream, path)):
             place = f"{path}: record {number}"
             record = parse_record(read_record(stream, span, place), place)
-            first = first or _checked_first(record, place, video_id)
-            _check_place(record, first, number, place)
-            _check_labels(record, place, spec)
+            first = first or record
+            if problem := _problem(record, first, number, video_id) or _label_problem(record, spec):
+                raise ReaderError(f"{place}{problem}")
             phase.append(record.phase)
             tools.append(record.instruments)
     if first is None:
         raise ReaderError(f"{path}: holds no record; {_WAY_OUT}")
     base: Literal[0, 1] = 1 if first.frame_id else 0
-    # TF-Cholec80's own loader takes total_frames for the last frame_id; with frames from 0 that is one less.
+    # TF-Cholec80's own loader takes total_frames as the last frame_id, one less than the count with frames from 0.
     if first.total_frames not in {len(phase), len(phase) - 1 + base}:
         raise ReaderError(
             f"{path}: holds {len(phase)} records where total_frames says {first.total_frames}; {_WAY_OUT}"
@@ -251,18 +248,35 @@ def scan_records(path: Path, video_id: str, spec: DataSetSpec) -> RecordScan:
     return RecordScan(first.video_id, base, first.total_frames, *labels)
 
 
-def _checked_first(record: FrameRecord, place: str, video_id: str) -> FrameRecord:
-    if not _same_video(record.video_id, video_id):
-        raise ReaderError(
-            f"{place} is of video {record.video_id[:60]!r}, its file is named as {video_id}; give it its right name"
-        )
-    if record.frame_id not in (0, 1):
-        raise ReaderError(f"{place} is frame {record.frame_id}, not 0 or 1: the video's start is missing; {_WAY_OUT}")
-    return record
+def _problem(record: FrameRecord, first: FrameRecord, number: int, video_id: str) -> str | None:
+    """Why a record is not the one that belongs at this position, to follow the record's name; or None."""
+    of_video = f" is of video {record.video_id[:60]!r}"
+    if number == 0 and not _same_video(record.video_id, video_id):
+        return f"{of_video}, its file is named {video_id}; rename the file"
+    if number == 0 and record.frame_id not in (0, 1):
+        return f" is frame {record.frame_id}, not 0 or 1: the video's start is missing; {_WAY_OUT}"
+    if record.video_id != first.video_id:
+        return f"{of_video}, the first of {first.video_id!r}; {_WAY_OUT}"
+    if record.frame_id != first.frame_id + number:
+        return f" is frame {record.frame_id} where frame {first.frame_id + number} was expected; {_WAY_OUT}"
+    if record.total_frames != first.total_frames:
+        return f": total_frames is {record.total_frames}, {first.total_frames} before; {_WAY_OUT}"
+    return None
+
+
+def _label_problem(record: FrameRecord, spec: DataSetSpec) -> str | None:
+    """Why a record's labels are not the data set's, to follow the record's name; or None."""
+    if not 0 <= record.phase < len(spec.phases):
+        return f": phase {record.phase} is none of the {len(spec.phases)} of {spec.name}"
+    if len(record.instruments) != len(spec.tools):
+        return f": {len(record.instruments)} instruments where {spec.name} has {len(spec.tools)}"
+    if not {0, 1}.issuperset(record.instruments):
+        return f": instruments are {list(record.instruments)}, not 0 or 1 each"
+    return None
 
 
 def _same_video(recorded: str, video_id: str) -> bool:
-    """Whether a record's video_id (video1, video_01, 1) means the same as the id from the file's name (video01)."""
+    """Whether a record's video_id (video1, video_01, 1) is the id from the file's name (video01)."""
     recorded, video_id = id_key(recorded), id_key(video_id)
     one, other = _ID.fullmatch(recorded), _ID.fullmatch(video_id)
     if one is None or other is None:
@@ -270,99 +284,36 @@ def _same_video(recorded: str, video_id: str) -> bool:
     return int(one[2]) == int(other[2]) and one[1] in ("", other[1])
 
 
-def _check_place(record: FrameRecord, first: FrameRecord, number: int, place: str) -> None:
-    due = first.frame_id + number
-    if record.video_id != first.video_id:
-        raise ReaderError(f"{place} is of video {record.video_id[:60]!r}, the first of {first.video_id!r}; {_WAY_OUT}")
-    if record.frame_id != due:
-        raise ReaderError(f"{place} is frame {record.frame_id} where frame {due} was due; {_WAY_OUT}")
-    if record.total_frames != first.total_frames:
-        raise ReaderError(f"{place}: total_frames is {record.total_frames}, {first.total_frames} before; {_WAY_OUT}")
-
-
-def _check_labels(record: FrameRecord, place: str, spec: DataSetSpec) -> None:
-    if not 0 <= record.phase < len(spec.phases):
-        raise ReaderError(f"{place}: phase {record.phase} is none of the {len(spec.phases)} of {spec.name}")
-    if len(record.instruments) != len(spec.tools):
-        raise ReaderError(f"{place}: {len(record.instruments)} instruments where {spec.name} has {len(spec.tools)}")
-    if not {0, 1}.issuperset(record.instruments):
-        raise ReaderError(f"{place}: instruments are {list(record.instruments)}, not 0 or 1 each")
-
-
 # ---------------------------------------------------------------------------------------------- in the index
 
 
-class RecordLayout(Strict):
-    """What a file says beside its pictures, kept in the index, since reading it again means reading every picture.
-
-    `phase_order` names the file's phase numbers. `labels` holds runs of frames with equal labels in the file's
-    numbers, `<frames>x<phase>:<tools>`: `34x0:0,2 5x1:-` is 34 frames of phase 0 with tools 0 and 2, then 5 of phase 1
-    with none.
-    """
-
-    frame_base: Literal[0, 1]
-    total_frames: int = Field(ge=0)
-    phase_order: tuple[str, ...]
-    labels: str = Field(pattern=rf"^{_RUN}( {_RUN})*$")
-
-    @classmethod
-    def of_scan(cls, scan: RecordScan, phase_order: tuple[str, ...]) -> RecordLayout:
-        rows = [(phase, *np.flatnonzero(tools).tolist()) for phase, tools in zip(scan.phase, scan.tools, strict=True)]
-        runs = ((len(list(run)), row) for row, run in itertools.groupby(rows))
-        text = " ".join(f"{frames}x{row[0]}:{','.join(map(str, row[1:])) or '-'}" for frames, row in runs)
-        return cls(frame_base=scan.frame_base, total_frames=scan.total_frames, phase_order=phase_order, labels=text)
-
-    @property
-    def frame_count(self) -> int:
-        return sum(frames for frames, _, _ in self._runs())
-
-    def problem(self, spec: DataSetSpec) -> str | None:
-        """Why this cannot be a layout of the data set's files, or None."""
-        if sorted(self.phase_order) != sorted(spec.phases):
-            return "phase_order does not hold each phase once"
-        numbers = {phase for _, phase, _ in self._runs()}
-        tools = {tool for _, _, tools in self._runs() for tool in tools}
-        beyond = max(numbers) >= len(spec.phases) or max(tools, default=-1) >= len(spec.tools)
-        return f"labels name a phase or tool that {spec.name} has not" if beyond else None
-
-    def tracks(self, spec: DataSetSpec) -> tuple[PhaseTrack, ToolTrack | None]:
-        """The labels in the data set's numbers, a row each frame."""
-        frames = np.array([frames for frames, _, _ in self._runs()], dtype=np.int64)
-        numbers = np.array([phase for _, phase, _ in self._runs()], dtype=np.int64)
-        present = np.zeros((len(frames), len(spec.tools)), dtype=np.int8)  # (runs, K)
-        for row, (_, _, tools) in enumerate(self._runs()):
-            present[row, list(tools)] = 1
-        frame_index = np.arange(frames.sum(), dtype=np.int64)
-        phase = ids_of_order(self.phase_order, spec.phases)[numbers].astype(np.int8)
-        tool_track = ToolTrack(frame_index, present.repeat(frames, axis=0), 1) if spec.tools else None
-        return PhaseTrack(frame_index, phase.repeat(frames), 1), tool_track
-
-    def labels_sha256(self) -> str:
-        """SHA-256 over what the labels depend on, as a hash of an annotation file would be."""
-        return sha256_json([self.phase_order, self.labels])
-
-    def _runs(self) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-        for run in self.labels.split(" "):
-            frames, _, row = run.partition("x")
-            phase, _, tools = row.partition(":")
-            yield int(frames), int(phase), () if tools == "-" else tuple(map(int, tools.split(",")))
+def record_layout(scan: RecordScan, phase_order: tuple[str, ...]) -> RecordLayout:
+    """What the index records of a scanned file; `phase_order` names its phase numbers."""
+    rows = [(phase, *np.flatnonzero(tools).tolist()) for phase, tools in zip(scan.phase, scan.tools, strict=True)]
+    runs = ((len(list(run)), row) for row, run in itertools.groupby(rows))
+    text = " ".join(f"{frames}x{row[0]}:{','.join(map(str, row[1:])) or '-'}" for frames, row in runs)
+    return RecordLayout(
+        frame_base=scan.frame_base, total_frames=scan.total_frames, phase_order=phase_order, labels=text
+    )
 
 
 def require_one_numbering(layouts: Sequence[tuple[str, RecordLayout]]) -> None:
-    """Raise UserError where files number frames in two ways: more likely a lost frame than two habits."""
+    """Raise UserError where files number frames in two ways: more likely a lost frame than two conventions."""
     first: dict[tuple[int, int], str] = {}
     for path, layout in layouts:
         first.setdefault((layout.frame_base, layout.total_frames - layout.frame_count), path)
     if len(first) > 1:
         one, other = list(first.values())[:2]
-        raise UserError(f"{other}: frame_id and total_frames run otherwise than in {one}: a frame is lost; {_WAY_OUT}")
+        raise UserError(
+            f"{other}: frame_id and total_frames are counted differently than in {one}: a frame is lost; {_WAY_OUT}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- reading frames
 
 
 class TfrecordReader(FrameReader):
-    """Reads the pictures of a TFRecord file with Pillow, by their place in the file; checksums are checked again."""
+    """Reads the frames of a TFRecord file with Pillow, by their position in the file; checksums are checked again."""
 
     name = "pillow"
 

@@ -32,7 +32,7 @@ from engine.files import (
     sha256_json,
 )
 from features.frames.preprocess import Geometry, geometry_json
-from features.hdf5 import USER_BLOCK_BYTES, Hdf5Sink, broken_seal, holds_itself, seal
+from features.hdf5 import USER_BLOCK_BYTES, Hdf5Sink, broken_seal, is_self_contained, seal
 from features.ids import file_stem
 from features.store import SourceIdentity
 from features.video.base import FrameReader
@@ -179,7 +179,7 @@ def _problem(path: Path, attributes: dict[str, Any], frame_index: NDArray[np.int
             for name, value in attributes.items():
                 if file.attrs.get(name) != value:
                     return f"{name} is {file.attrs.get(name)}, not {value}"
-            if not all(holds_itself(file, name) and file[name].chunks is None for name in _DATASETS):
+            if not all(is_self_contained(file, name) and file[name].chunks is None for name in _DATASETS):
                 return "not as this project writes it"
             if not all(file[name].shape == frame_index.shape for name in _DATASETS):
                 return "holds another number of frames"

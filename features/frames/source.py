@@ -31,8 +31,9 @@ from engine.processes import Processes, speaks
 from engine.progress import say
 from engine.runs import IDENTITY_FILE
 from engine.stopping import StopRequest
-from features.dataset.discover import scan_folder
-from features.dataset.index import Index, VideoEntry, in_whole_steps, open_folder, sampled_frames
+from features.dataset.frame_folders import frame_folder, scan_folder
+from features.dataset.index import Index, VideoEntry
+from features.dataset.sampling import in_whole_steps, sampled_frames
 from features.dataset.tfrecord import TfrecordReader
 from features.frames.cache import CacheRequest, FrameCache
 from features.frames.preprocess import Geometry
@@ -101,10 +102,9 @@ def open_source(
     """
     require_indexed_source(entry, root, index)
     path = inside(root, entry.source)
-    if entry.kind == "frames":
-        return FolderReader(path, open_folder(entry, root, index))
-    if entry.kind == "tfrecord":
-        assert entry.records is not None  # the index ensures it
+    if entry.frames is not None:
+        return FolderReader(path, frame_folder(root, entry.source, index.dataset, entry.frames))
+    if entry.records is not None:
         return TfrecordReader(path, entry.records)
     reader = open_video(path, config.data.reader, hardware)
     if (reader.frame_count, reader.times) != (entry.frame_count, entry.times):

@@ -13,7 +13,7 @@ import torch
 from configs.errors import UserError
 from configs.schema import Config
 from engine.runs import run_folder
-from features.store import find_feature_folder
+from features.store_folder import find_feature_folder
 from stage2_temporal.data import NO_LABEL, TrainingData, read_training_data
 
 Settings = Mapping[str, Any]  # what a setting changes, by key

@@ -40,7 +40,7 @@ from evaluation.reports.ablation import (
     write_ablation_csv,
 )
 from features.frames.preprocess import require_features_of
-from features.store import find_feature_folder
+from features.store_folder import find_feature_folder
 from stage2_temporal.ablation.features import SharedFeatures, folder_of, share_features
 from stage2_temporal.ablation.study import NAMED, TrialFolders, corners, distributions, open_study
 from stage2_temporal.data import TrainingData

@@ -22,7 +22,8 @@ from engine.stopping import StopRequest
 from evaluation.metrics.tools import choose_thresholds, evaluate_tools, sigmoid
 from evaluation.reports.model_card import write_model_card
 from features.dataset.catalogue import say_left_out
-from features.dataset.index import Index, frame_times_s
+from features.dataset.index import Index
+from features.dataset.sampling import frame_times_s
 from features.frames.preprocess import require_preprocess_of
 from features.frames.source import frames_identity, recorded_faults
 from features.store import VideoFeatures

@@ -21,7 +21,9 @@ from configs.errors import UserError
 from configs.schema import AugmentConfig, Config, PreprocessConfig
 from engine.files import below_root
 from engine.progress import progress_bar
-from features.dataset.index import Index, VideoEntry, load_labels, sampled_frames
+from features.dataset.index import Index, VideoEntry
+from features.dataset.labels import load_labels
+from features.dataset.sampling import sampled_frames
 from features.frames.preprocess import CropCount, augment, augment_generator, crop_frames, normalise
 from features.frames.source import encoded_at_once, frame_batches, open_frames
 from stage2_temporal.data import FeatureBank, Span

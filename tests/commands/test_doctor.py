@@ -24,7 +24,8 @@ from commands.doctor.machine import (
 from commands.doctor.settings import check_data, check_decoders, check_folders, check_weights, diagnose
 from configs.errors import UserError
 from configs.schema import DataConfig
-from features.dataset.index import build_index, sampled_frames
+from features.dataset.build import build_index
+from features.dataset.sampling import sampled_frames
 from features.frames.source import frame_cache
 from tests.cli import run
 from tests.stage1_cnn.material import SPEC, make_world, write_dataset

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from configs.load import load_dataset
 from configs.schema import CacheConfig, DataConfig, NamedSplit, PreprocessConfig, SplitConfig
-from features.dataset.index import Index, build_index
+from features.dataset.build import build_index
+from features.dataset.index import Index
 from features.dataset.splits import assign_splits
 from features.frames.cache import FrameCache
 from features.ids import file_stem, id_key, id_of_stem, id_problem, normal_id

@@ -69,7 +69,8 @@ def _written(write: Callable[[Path], object], name: str = "file") -> bytes:
 
 def _read_phases(path: Path) -> object:
     from features.dataset.annotations import read_phase_file
-    from features.dataset.labels import sample_labels, track_end
+    from features.dataset.labels import sample_labels
+    from features.dataset.row_numbers import track_end
 
     track = read_phase_file(path, SPEC)
     return track_end(track), sample_labels(np.arange(0, 1000, 25), track, None, "mask", 7)
@@ -104,7 +105,11 @@ def _read_class_order(path: Path) -> object:
 
 def _read_index(folder: Path) -> Read:
     from engine.files import inside
-    from features.dataset.index import Index, check_index, count_frames, frame_times_s, load_labels, sampled_frames
+    from features.dataset.check import check_index
+    from features.dataset.index import Index
+    from features.dataset.labels import load_labels
+    from features.dataset.sampling import frame_times_s, sampled_frames
+    from features.dataset.summary import count_frames
 
     root = folder / "root"
     root.mkdir(exist_ok=True)
@@ -390,10 +395,10 @@ def mend_png(content: bytes) -> bytes:
 
 
 def _read_records(path: Path) -> object:
-    from features.dataset.tfrecord import RecordLayout, TfrecordReader, scan_records
+    from features.dataset.tfrecord import TfrecordReader, record_layout, scan_records
 
     scan = scan_records(path, "video01", SPEC)
-    layout = RecordLayout.of_scan(scan, SPEC.phases)
+    layout = record_layout(scan, SPEC.phases)
     layout.tracks(SPEC)
     with TfrecordReader(path, layout) as reader:
         return list(reader.read(range(reader.frame_count)))
@@ -401,11 +406,11 @@ def _read_records(path: Path) -> object:
 
 def record_file(pictures: Sequence[bytes]) -> bytes:
     """A TFRecord file of video01 with these pictures."""
-    from features.dataset.tfrecord import _example_class
+    from features.dataset.tfrecord import example_class
 
     content = b""
     for number, picture in enumerate(pictures):
-        message = _example_class()()
+        message = example_class()()
         keys = message.features.feature
         keys["frame"].bytes_list.value.append(picture)
         keys["video_id"].bytes_list.value.append(b"video01")

@@ -14,8 +14,9 @@ from configs.load import load_config
 from configs.schema import Config
 from engine.logs import MetricLog, read_metrics
 from engine.runs import StageFolder, update_summary
+from features.dataset.build import build_index
 from features.dataset.catalogue import print_summary
-from features.dataset.index import Index, build_index
+from features.dataset.index import Index
 from features.video.base import ReaderError
 from features.video.images import decode_image
 from features.video.open import open_video

@@ -18,7 +18,10 @@ from configs.load import load_dataset
 from configs.schema import Config, DataConfig, SplitConfig
 from features.dataset.annotations import PhaseTrack, ToolTrack, write_phase_file, write_tool_file
 from features.dataset.catalogue import index_dataset, open_dataset
-from features.dataset.index import Index, check_index, load_labels, sampled_frames
+from features.dataset.check import check_index
+from features.dataset.index import Index
+from features.dataset.labels import load_labels
+from features.dataset.sampling import sampled_frames
 from interop.pickled_index import index_from_pickles, pickle_from_index, read_pickled_index
 from interop.safe_pickle import load_plain
 

@@ -22,7 +22,8 @@ from configs.schema import (
 )
 from engine.stopping import StopRequest
 from features.dataset.annotations import PhaseTrack, ToolTrack, write_phase_file, write_tool_file
-from features.dataset.index import Index, build_index
+from features.dataset.build import build_index
+from features.dataset.index import Index
 from tests.videos import VideoSpec, write_video
 
 FRAMES = 65  # 13 samples at 5 fps: a batch of 4 leaves one over

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from configs.errors import UserError
 from configs.schema import AugmentConfig, Config
 from engine.stopping import Stopped, StopRequest
-from features.dataset.index import sampled_frames
+from features.dataset.sampling import sampled_frames
 from features.frames.preprocess import Geometry, crop_frames
 from features.frames.source import cache_request, fill_cache, frame_cache, open_frames
 from stage1_cnn.data import (

@@ -25,8 +25,10 @@ from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import CnnConfig, Config, DataConfig, ExtractConfig
 from engine.stopping import Stopped, StopRequest
-from features.dataset.index import Index, build_index, usable_index
-from features.store import load_feature_set, read_features, verify_folder
+from features.dataset.build import build_index
+from features.dataset.index import Index
+from features.store import read_features
+from features.store_folder import load_feature_set, usable_index, verify_folder
 from stage1_cnn.extract import ExtractReport, crop_batches, extract
 from stage1_cnn.model import build_backbone
 from stage1_cnn.train import train_cnn

@@ -266,7 +266,7 @@ def test_a_killed_process_costs_its_own_part(long_world: World, monkeypatch: pyt
 @pytest.mark.slow
 def test_real_clips_in_parts_give_the_same_features(shared_data: Path, tmp_path: Path) -> None:
     from configs.load import load_dataset
-    from features.dataset.index import build_index
+    from features.dataset.build import build_index
 
     base = make_world(tmp_path, shared_data / "clips").config
     split = base.data.split.model_copy(update={"rule": "5/0/0"})

@@ -11,7 +11,8 @@ import pytest
 from configs.schema import Config
 from engine.stopping import StopRequest
 from features.dataset.index import Index
-from features.store import VideoFeatures, load_feature_set
+from features.store import VideoFeatures
+from features.store_folder import load_feature_set
 from stage2_temporal.train import train_temporal
 from tests.stage2_temporal.toy import cue_video, small, write_folder
 

@@ -11,7 +11,8 @@ import pytest
 from configs.errors import UserError
 from configs.schema import Config
 from engine.stopping import StopRequest
-from features.store import feature_path, record_fault, rewrite_labels
+from features.store import feature_path, rewrite_labels
+from features.store_folder import record_fault
 from stage2_temporal.data import read_training_data
 from stage2_temporal.evaluate import evaluate_run
 from stage2_temporal.train import train_temporal

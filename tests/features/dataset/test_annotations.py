@@ -301,7 +301,7 @@ BAD_TOOLS = {
     f"{TOOL_HEADER}\n0{ROW}\t0\n": "row 1 (line 2) has 9 columns, not 8",
     f"{TOOL_HEADER}\n0\t0\t2\t0\t0\t0\t0\t0\n": "row 1 (line 2) Bipolar is '2', not 0 or 1",
     f"{TOOL_HEADER}\n0{ROW}\n25\t0\t0\t0\t0\t0\tx\t0\n": "row 2 (line 3) Irrigator is 'x', not 0 or 1",
-    f"{TOOL_HEADER}\n0\t0\t-2\t0\t0\t0\t0\t0\n": "Bipolar is '-2', not 0 or 1 (-1 or nothing: no label)",
+    f"{TOOL_HEADER}\n0\t0\t-2\t0\t0\t0\t0\t0\n": "Bipolar is '-2', not 0 or 1 (-1 or empty: no label)",
     TOOL_HEADER.replace("Hook", "Hok") + f"\n0{ROW}\n": "line 1 has the unknown tool 'Hok'; did you mean Hook?",
     TOOL_HEADER.replace("\tHook", "") + "\n0\t0\t0\t0\t0\t0\t0\n": "line 1 lacks the tool Hook",
     "Frame\tGrasper\n0\t0\n": "line 1 lacks the tools Bipolar, Hook, Scissors, Clipper, Irrigator, SpecimenBag",

@@ -15,18 +15,18 @@ from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import VIDEO_ENDINGS, DataConfig, DataSetSpec, file_pattern
 from engine.files import LinkedRoot, inside
-from features.dataset.discover import (
-    FolderLayout,
+from features.dataset.discover import find_videos
+from features.dataset.frame_folders import (
     LabelEnd,
-    find_videos,
     frame_folder,
     infer_layout,
-    natural_key,
     require_one_base,
     scan_folder,
     source_frames,
 )
+from features.dataset.layouts import FolderLayout
 from features.dataset.unmatched import suggested_pattern
+from features.ids import natural_key
 
 SPEC = load_dataset("cholec80")
 M2CAI = load_dataset("m2cai16-workflow")
@@ -207,9 +207,7 @@ def test_a_number_alone_is_a_name_only_where_no_folder_has_a_better_one(tmp_path
     assert list(found(tmp_path)) == ["video01", "video02"]
     discovery = find_videos(tmp_path, SPEC)
     assert discovery.passed_over == ()
-    assert any(
-        "1 (data.sources=frames:. takes those that have a number for a name)" in note for note in discovery.notes
-    )
+    assert any("1 (data.sources=frames:. takes those named by a number)" in note for note in discovery.notes)
     assert found(tmp_path, data=DataConfig(sources="frames:1")) == {"video01": ("1", None, None)}
     make(tmp_path / "beside", *(f"frames/{name}/{n}.jpg" for name in ("video01", "2") for n in (1, 2)))
     assert "rename it like video01" in passed_over(tmp_path / "beside")["frames/2"]
@@ -257,7 +255,7 @@ def test_one_of_two_files_of_a_video_can_be_excluded_by_its_path(tmp_path: Path)
     assert """--set 'data.exclude={"video01.mpg": "second copy"}'""" in refusal(tmp_path)
     data = DataConfig(exclude={"video01.mpg": "second copy", "old/*": "first try"})
     assert found(tmp_path, data=data)["video01"] == ("video01.mp4", "video01-phase.txt", None)
-    assert "is all there is of video02; name the video" in refusal(
+    assert "is the only source of video02; name the video" in refusal(
         tmp_path, data=DataConfig(exclude=["*/video02.mp4", "*.mp4"])
     )
 
@@ -378,7 +376,7 @@ def test_a_video_whose_name_does_not_say_so_is_passed_over_aloud(tmp_path: Path)
     (tmp_path / "picture.heif").write_bytes(b"\0\0\0\x18ftypheic")
     passed = dict(find_videos(tmp_path, SPEC).passed_over)
     assert set(passed) == {"video02", "video03.data", "video04.mpeg4"}
-    assert passed["video02"] == "holds a video: give it the ending of its container, such as .mp4"
+    assert passed["video02"] == "holds a video: give it the extension of its container, such as .mp4"
 
 
 def test_no_folder_is_proposed_that_would_lose_other_videos(tmp_path: Path) -> None:
@@ -485,13 +483,13 @@ def test_broken_links_pipes_and_unprintable_names_are_refused(tmp_path: Path) ->
     os.mkfifo(pipe / "video02.mp4")
     assert refusal(pipe) == f"{pipe / 'video02.mp4'}: is not an ordinary file"
     odd = make(tmp_path / "odd", "one\ntwo/video01.mp4")
-    assert refusal(odd) == r"'one\ntwo/video01.mp4': this name holds characters that cannot be printed; rename it"
+    assert refusal(odd) == r"'one\ntwo/video01.mp4': this name has characters that cannot be printed; rename it"
 
 
 def test_an_id_that_could_leave_its_folder_is_refused(tmp_path: Path) -> None:
     make(tmp_path, "video01.mp4")
     climbing = SPEC.model_copy(update={"id_format": "../{number}"})
-    assert "the video id '../1' holds a slash; rename it" in refusal(tmp_path, climbing)
+    assert "the video id '../1' contains a slash; rename it" in refusal(tmp_path, climbing)
     wrong = SPEC.model_copy(update={"id_format": "{nummer}"})
     assert refusal(tmp_path, wrong) == "data set cholec80: id_format '{nummer}' does not take a number"
 

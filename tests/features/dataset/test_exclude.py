@@ -10,8 +10,9 @@ import yaml
 from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config, DataConfig
+from features.dataset.build import build_index
 from features.dataset.catalogue import check_dataset, index_dataset, open_dataset
-from features.dataset.index import Index, build_index
+from features.dataset.index import Index
 from tests.stage1_cnn.material import SPEC, write_labels
 from tests.videos import VideoSpec, write_video
 
@@ -78,7 +79,7 @@ def test_another_exclusion_than_the_indexs_is_noticed(settings, first: list[str]
     made: Config = settings(*(f"data.exclude={value}" for value in first))
     asked: Config = settings(*(f"data.exclude={value}" for value in then))
     index_dataset(made)
-    with pytest.raises(UserError, match=r"data.exclude says something else of video02 .* run `index --force`"):
+    with pytest.raises(UserError, match=r"data.exclude treats video02 differently .* run `index --force`"):
         open_dataset(asked)
     with pytest.raises(UserError, match="differs from what is found now; --force replaces it"):
         index_dataset(asked)

@@ -14,7 +14,9 @@ import yaml
 
 from configs.errors import UserError, printable
 from configs.schema import DataConfig
-from features.dataset.index import Index, build_index, check_index, index_of_source
+from features.dataset.build import build_index, index_of_source
+from features.dataset.check import check_index
+from features.dataset.index import Index
 from tests.cli import run
 from tests.stage1_cnn.material import SPEC, make_world, write_dataset
 from tests.videos import VideoSpec, write_video

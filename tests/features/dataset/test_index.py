@@ -21,19 +21,14 @@ from configs.errors import UserError
 from configs.load import load_config, load_dataset
 from configs.schema import DataConfig, DataSetSpec, SplitConfig
 from features.dataset.annotations import PhaseTrack, ToolTrack, read_content, write_phase_file, write_tool_file
+from features.dataset.build import build_index
 from features.dataset.catalogue import open_dataset
-from features.dataset.index import (
-    Index,
-    VideoEntry,
-    build_index,
-    check_index,
-    count_frames,
-    index_summary,
-    load_labels,
-    most_fps,
-    open_folder,
-    sampled_frames,
-)
+from features.dataset.check import check_index
+from features.dataset.frame_folders import frame_folder
+from features.dataset.index import Index, VideoEntry
+from features.dataset.labels import load_labels
+from features.dataset.sampling import most_fps, sampled_frames
+from features.dataset.summary import count_frames, index_summary
 from tests.cli import run
 
 SPEC = load_dataset("cholec80")
@@ -133,7 +128,7 @@ def test_the_real_frame_folders_need_no_setting_and_no_picture_is_opened(
     read: list[Path] = []
     with monkeypatch.context() as patch:
         patch.setattr("PIL.Image.open", lambda *_, **__: pytest.fail("a picture was opened"))
-        patch.setattr("features.dataset.index.read_content", lambda path: (read.append(path), read_content(path))[1])
+        patch.setattr("features.dataset.labels.read_content", lambda path: (read.append(path), read_content(path))[1])
         index = index_of(root, split={"rule": "3/1/1"})
     assert len(read) == len(set(read)) == 10  # each annotation file once
     assert index.notes == ()
@@ -145,7 +140,9 @@ def test_the_real_frame_folders_need_no_setting_and_no_picture_is_opened(
         assert (entry.frames.numbering, entry.frames.base, entry.frames.stride) == ("source", 0, 100)
         frames = sampled_frames(entry, 0.25)
         total += len(frames)
-        assert [frame for frame, _ in open_folder(entry, root, index).files] == frames.tolist()
+        assert [
+            frame for frame, _ in frame_folder(root, entry.source, index.dataset, entry.frames).files
+        ] == frames.tolist()
         phase, tools = load_labels(entry, root, index, frames)
         assert np.array_equal(phase, published[f"{entry.id}_phase"][::4])
         assert np.array_equal(tools, published[f"{entry.id}_tools"][::4])
@@ -309,7 +306,7 @@ def test_images_that_are_missing_are_frames_that_are_not_there(tmp_path: Path) -
     there = [k * 25 for k in range(40) if k not in (5, 6, 19)]
     assert sampled_frames(entry, 1).tolist() == there
     assert sampled_frames(entry, 0.5).tolist() == [frame for frame in there if frame % 50 == 0]
-    assert [frame for frame, _ in open_folder(entry, root, again).files] == there
+    assert [frame for frame, _ in frame_folder(root, entry.source, SPEC, entry.frames).files] == there
     phase, _ = load_labels(entry, root, again, there)
     assert phase.tolist() == [frame * 7 // 1000 for frame in there]
     assert index_summary(again, count_frames(again, root, 1.0))[3] == ["frames", 37]
@@ -583,7 +580,7 @@ def tamper_touch(root: Path) -> None:
             "has changed since it was indexed; run `index --force`, then this again",
         ),
         (tamper_remove_labels, "phase_annotations/video02-phase.txt", "no such file"),
-        (tamper_touch, "videos/video02.mp4", "was written anew since it was indexed"),
+        (tamper_touch, "videos/video02.mp4", "was rewritten since it was indexed"),
     ],
 )
 def test_the_check_names_what_has_changed(
@@ -612,7 +609,7 @@ def test_a_header_that_packets_do_not_bear_out_is_a_problem(tmp_path: Path, monk
     entry = index.videos[0].model_copy(update={"frame_count": 99, "tool_file": None})
     (problem,) = check_index(index.model_copy(update={"videos": (entry,)}), root)
     assert problem == f"video01: {root / 'videos/video01.mp4'}: frame_count is 100, indexed as 99; run index again"
-    monkeypatch.setattr("features.dataset.index.count_packets", lambda path: 99)
+    monkeypatch.setattr("features.dataset.check.count_packets", lambda path: 99)
     (problem,) = check_index(index, root)
     assert "holds 99 frames where its header says 100" in problem
 
@@ -764,10 +761,11 @@ def test_no_damage_to_an_index_raises_anything_but_user_errors(data: st.DataObje
     assert len(refused.splitlines()) <= 1
 
 
-def test_the_index_imports_no_torch_and_no_decoder() -> None:
+def test_reading_an_index_imports_no_torch_and_no_decoder() -> None:
+    heavy = ("torch", "torchvision", "decord", "av", "PIL", "h5py", "features.video.readers", "features.dataset.build")
     program = (
-        "import sys, features.dataset.index\n"
-        "print([name for name in ('torch', 'torchvision', 'decord', 'av', 'PIL') if name in sys.modules])"
+        "import sys, features.dataset.index, features.dataset.labels\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -14,7 +14,8 @@ from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import DataConfig
 from features.dataset.annotations import PhaseTrack, ToolTrack, read_phase_file, read_tool_file
-from features.dataset.labels import Extent, Reading, fit_tracks, read_numbers, sample_labels, unlabelled_note
+from features.dataset.labels import fit_tracks, sample_labels, unlabelled_note
+from features.dataset.row_numbers import Extent, RowNumbering, infer_numberings
 
 PHASES = Path("root/video01-phase.txt")
 TOOLS = Path("root/video01-tool.txt")
@@ -117,7 +118,7 @@ def fit(
     """The lists read, placed and fitted as `index` does it."""
     extent = Extent("video01.mp4", frame_count, fps, described, stride)
     lists = [(path, track) for path, track in ((PHASES, phase), (TOOLS, tools)) if track is not None]
-    readings = read_numbers(lists, extent, DataConfig(**data))
+    readings = infer_numberings(lists, extent, DataConfig(**data))
     placed = {
         path: (path, reading.place(path, track, extent)) for (path, track), reading in zip(lists, readings, strict=True)
     }
@@ -126,9 +127,9 @@ def fit(
     return fitted_phase, fitted_tools, (*notes, *fit_notes)
 
 
-def reading(track: PhaseTrack | ToolTrack, frame_count: int, fps: float, described: float, **data: Any) -> Reading:
+def reading(track: PhaseTrack | ToolTrack, frame_count: int, fps: float, described: float, **data: Any) -> RowNumbering:
     extent = Extent("video01.mp4", frame_count, fps, described, stride=int(data.pop("stride", 1)))
-    return read_numbers([(PHASES, track)], extent, DataConfig(**data))[0]
+    return infer_numberings([(PHASES, track)], extent, DataConfig(**data))[0]
 
 
 def asked(track: PhaseTrack | ToolTrack, frame_count: int, fps: float, described: float, **data: Any) -> str:
@@ -142,9 +143,9 @@ def test_a_rate_next_to_the_videos_own_is_taken_to_the_letter_where_only_that_fi
     ntsc = 30000 / 1001
     with pytest.raises(UserError, match=r"set data\.row_fps if they count something else"):
         fit(phase_track(18_000), None, 17_982, ntsc)
-    assert reading(phase_track(18_000), 17_982, ntsc, 25, row_fps=30) == Reading(30)
-    assert reading(phase_track(17_982), 17_982, ntsc, 25, row_fps=30) == Reading()
-    assert reading(phase_track(10_000), 17_982, ntsc, 25, row_fps=30) == Reading()
+    assert reading(phase_track(18_000), 17_982, ntsc, 25, row_fps=30) == RowNumbering(30)
+    assert reading(phase_track(17_982), 17_982, ntsc, 25, row_fps=30) == RowNumbering()
+    assert reading(phase_track(10_000), 17_982, ntsc, 25, row_fps=30) == RowNumbering()
 
 
 def test_labels_that_fit_are_left_alone() -> None:
@@ -250,15 +251,15 @@ def test_one_list_may_end_before_the_other() -> None:
 def test_what_rows_count_follows_from_the_lengths(
     rows: int, frame_count: int, fps: float, described: float, wanted: float | None
 ) -> None:
-    assert reading(phase_track(rows), frame_count, fps, described) == Reading(wanted)
+    assert reading(phase_track(rows), frame_count, fps, described) == RowNumbering(wanted)
 
 
 def test_rows_may_number_a_folders_images() -> None:
-    assert reading(phase_track(180), 180 * 5, 25, 25, stride=5) == Reading(5.0)
-    assert reading(phase_track(180 * 5), 180 * 5, 25, 25, stride=5) == Reading()
-    assert reading(phase_track(36), 180 * 5, 25, 25, stride=5) == Reading(1.0)
+    assert reading(phase_track(180), 180 * 5, 25, 25, stride=5) == RowNumbering(5.0)
+    assert reading(phase_track(180 * 5), 180 * 5, 25, 25, stride=5) == RowNumbering()
+    assert reading(phase_track(36), 180 * 5, 25, 25, stride=5) == RowNumbering(1.0)
     assert "set data.row_fps" in asked(phase_track(90), 180 * 25, 25, 25, stride=25)
-    assert reading(phase_track(90), 180 * 25, 25, 25, stride=25, folder_fps=1) == Reading(1.0)
+    assert reading(phase_track(90), 180 * 25, 25, 25, stride=25, folder_fps=1) == RowNumbering(1.0)
 
 
 @pytest.mark.parametrize(
@@ -276,31 +277,31 @@ def test_what_lengths_leave_open_is_asked_and_the_settings_answer(
     message = asked(phase_track(rows), frame_count, fps, described)
     assert wanted in message
     assert "set data.row_fps" in message
-    assert reading(phase_track(rows), frame_count, fps, described, row_fps="source") == Reading()
-    assert reading(phase_track(rows), frame_count, fps, described, row_fps=20) == Reading(20.0)
-    assert reading(phase_track(rows), frame_count, fps, described, row_fps=fps * 1.001) == Reading()
+    assert reading(phase_track(rows), frame_count, fps, described, row_fps="source") == RowNumbering()
+    assert reading(phase_track(rows), frame_count, fps, described, row_fps=20) == RowNumbering(20.0)
+    assert reading(phase_track(rows), frame_count, fps, described, row_fps=fps * 1.001) == RowNumbering()
 
 
 def test_the_lists_of_a_video_may_count_different_things() -> None:
     extent = Extent("video01.mp4", 30_000, 30.0, 25.0)
     lists: list = [(PHASES, phase_track(30_000)), (TOOLS, tool_track(1000, 1))]
-    assert read_numbers(lists, extent, DataConfig()) == [Reading(), Reading(1.0)]
-    assert read_numbers(lists[::-1], extent, DataConfig()) == [Reading(1.0), Reading()]
+    assert infer_numberings(lists, extent, DataConfig()) == [RowNumbering(), RowNumbering(1.0)]
+    assert infer_numberings(lists[::-1], extent, DataConfig()) == [RowNumbering(1.0), RowNumbering()]
 
 
 @pytest.mark.parametrize(
     ("track", "frame_count", "wanted"),
     [
-        (phase_track(350, first=1), 350, Reading(None, 1)),
-        (phase_track(351, first=1), 350, Reading(None, 1)),
-        (phase_track(28, first=1), 700, Reading(1.0, 1)),
-        (phase_track(28, first=1), 710, Reading(1.0, 1)),
-        (phase_track(29, first=1), 710, Reading(1.0, 1)),
-        (tool_track(13, first=1), 350, Reading(None, 1)),
-        (phase_track(250, first=100), 350, Reading(None, 0)),
+        (phase_track(350, first=1), 350, RowNumbering(None, 1)),
+        (phase_track(351, first=1), 350, RowNumbering(None, 1)),
+        (phase_track(28, first=1), 700, RowNumbering(1.0, 1)),
+        (phase_track(28, first=1), 710, RowNumbering(1.0, 1)),
+        (phase_track(29, first=1), 710, RowNumbering(1.0, 1)),
+        (tool_track(13, first=1), 350, RowNumbering(None, 1)),
+        (phase_track(250, first=100), 350, RowNumbering(None, 0)),
     ],
 )
-def test_rows_may_be_numbered_from_one(track: PhaseTrack, frame_count: int, wanted: Reading) -> None:
+def test_rows_may_be_numbered_from_one(track: PhaseTrack, frame_count: int, wanted: RowNumbering) -> None:
     assert reading(track, frame_count, 25, 25) == wanted
     extent = Extent("video01.mp4", frame_count, 25, 25)
     placed = wanted.place(PHASES, track, extent)
@@ -315,10 +316,10 @@ def test_a_first_number_that_may_mean_two_things_is_asked_about() -> None:
         )
         assert message.endswith("Set data.row_base=1 or data.row_base=0")
         for base in (0, 1):
-            assert reading(phase_track(rows, first=1), 350, 25, 25, row_base=base) == Reading(None, base)
+            assert reading(phase_track(rows, first=1), 350, 25, 25, row_base=base) == RowNumbering(None, base)
     for first in (25, 13):
         assert f"starts at {first}, neither 0 nor 1" in asked(tool_track(14, first=first), 350, 25, 25)
-        assert reading(tool_track(14, first=first), 350, 25, 25, row_base=0) == Reading()
+        assert reading(tool_track(14, first=first), 350, 25, 25, row_base=0) == RowNumbering()
     with pytest.raises(UserError, match=r"is number 0, before data\.row_base=1; set data\.row_base=0"):
         fit(phase_track(350), None, 350, row_base=1)
     phase, _, _ = fit(phase_track(349, first=1), tool_track(14), 350)  # the tool list is numbered from 0
@@ -345,7 +346,7 @@ def test_rows_at_any_rate_label_the_frames_on_screen_at_their_times(
     times_s = np.arange(frame_count) / fps if constant else np.concatenate([[0], np.cumsum(steps_s)[:-1]])
     extent = Extent("video01.mp4", frame_count, fps, fps, times_s=None if constant else times_s)
     track = with_gaps(phase_track(rows, stride, base), lost)
-    placed = Reading(row_fps, base).place(PHASES, track, extent)  # type: ignore[arg-type]
+    placed = RowNumbering(row_fps, base).place(PHASES, track, extent)  # type: ignore[arg-type]
     labels, _ = sample_labels(range(frame_count), placed, None, "mask", 0)
     for frame in range(0, frame_count, 3):
         shown_s = (times_s[frame] - 1e-6, (times_s[frame + 1] if frame + 1 < frame_count else times_s[-1] + 1 / fps))

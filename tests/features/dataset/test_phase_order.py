@@ -48,7 +48,7 @@ def test_a_file_holds_a_name_a_line_numbered_or_not(tmp_path: Path, number: str)
     ("text", "match"),
     [
         ("mtrcnt", "no such order or file"),
-        (",".join(CHOLEC80.phases[:-1]), "not GallbladderRetraction"),
+        (",".join(CHOLEC80.phases[:-1]), "lacks GallbladderRetraction"),
         (",".join([*CHOLEC80.phases, "Preparation"]), "Preparation twice"),
         (",".join([*CHOLEC80.phases[:-1], "Lunch"]), "unknown phase 'Lunch'"),
     ],
@@ -64,7 +64,7 @@ def test_a_file_that_is_no_list_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a list of phases"):
         parse_phase_order(str(path), CHOLEC80, "a")
     path.write_bytes(b"a\n" * 100_000)
-    with pytest.raises(UserError, match="too long"):
+    with pytest.raises(UserError, match="larger than 65,536 bytes"):
         parse_phase_order(str(path), CHOLEC80, "a")
 
 

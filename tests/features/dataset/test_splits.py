@@ -58,7 +58,7 @@ def test_counts_that_do_not_sum_to_the_videos_are_refused_with_numbers() -> None
         by_rule(7, "32/8/40")
     assert str(caught.value) == (
         "data.split.rule: 32/8/40 needs 80 videos, here are 7 (video01 to video07); choose counts that sum to 7, "
-        "shares such as 60%/20%/20%, or lists"
+        "percentages such as 60%/20%/20%, or lists"
     )
 
 
@@ -101,7 +101,7 @@ def test_shares_give_every_video_one_split_and_stay_within_one_of_exact(count: i
 @pytest.mark.parametrize(
     ("count", "rule", "problem"),
     [
-        (5, "60%/20%/30%", "the shares of 60%/20%/30% sum to 110 %"),
+        (5, "60%/20%/30%", "the percentages of 60%/20%/30% sum to 110 %"),
         (2, "60%/20%/20%", "needs at least 3 videos, here are 2 (video01, video02)"),
         (5, "60/20/20", "60/20/20 needs 100 videos, here are 5"),
         (5, "half", "data.split.rule: 'half' is none of: A/B/C"),

@@ -24,16 +24,14 @@ from configs.load import load_dataset
 from configs.schema import Config, DataConfig
 from features.dataset import tfrecord
 from features.dataset.annotations import PhaseTrack, ToolTrack, write_phase_file, write_tool_file
-from features.dataset.index import (
-    Index,
-    build_index,
-    check_index,
-    count_frames,
-    index_summary,
-    load_labels,
-    sampled_frames,
-)
-from features.dataset.tfrecord import FrameRecord, RecordLayout, TfrecordReader, parse_record, scan_records
+from features.dataset.build import build_index
+from features.dataset.check import check_index
+from features.dataset.index import Index
+from features.dataset.labels import load_labels
+from features.dataset.layouts import RecordLayout
+from features.dataset.sampling import sampled_frames
+from features.dataset.summary import count_frames, index_summary
+from features.dataset.tfrecord import FrameRecord, TfrecordReader, parse_record, record_layout, scan_records
 from features.frames.source import open_source
 from features.store import read_attributes, read_features
 from features.video.base import ReaderError
@@ -244,9 +242,7 @@ def test_labels_survive_the_index(rows: list[tuple[int, set[int]]]) -> None:
     phase = np.array([phase for phase, _ in rows])
     tools = np.array([[int(tool in present) for tool in range(7)] for _, present in rows], dtype=np.int8)
     scan = tfrecord.RecordScan("video01", 0, len(rows), phase, tools)
-    layout = RecordLayout.model_validate_json(
-        RecordLayout.of_scan(scan, SPEC.phase_orders["mtrcnet"]).model_dump_json()
-    )
+    layout = RecordLayout.model_validate_json(record_layout(scan, SPEC.phase_orders["mtrcnet"]).model_dump_json())
     assert (layout.frame_count, layout.problem(SPEC)) == (len(rows), None)
     phase_track, tool_track = layout.tracks(SPEC)
     assert tool_track is not None
@@ -261,7 +257,7 @@ def test_labels_survive_the_index(rows: list[tuple[int, set[int]]]) -> None:
 def test_a_flipped_byte_is_found_wherever_it_is(tmp_path: Path) -> None:
     path = video(tmp_path / "video01.tfrecord", frames=3)
     sound = path.read_bytes()
-    layout = RecordLayout.of_scan(scan_records(path, "video01", SPEC), SPEC.phase_orders["mtrcnet"])
+    layout = record_layout(scan_records(path, "video01", SPEC), SPEC.phase_orders["mtrcnet"])
     for position in range(len(sound)):
         damaged = bytearray(sound)
         damaged[position] ^= 1 << position % 8
@@ -274,7 +270,7 @@ def test_a_flipped_byte_is_found_wherever_it_is(tmp_path: Path) -> None:
 
 def test_damage_that_no_wanted_frame_needs_is_none(tmp_path: Path) -> None:
     path = video(tmp_path / "video01.tfrecord", frames=3)
-    layout = RecordLayout.of_scan(scan_records(path, "video01", SPEC), SPEC.phase_orders["mtrcnet"])
+    layout = record_layout(scan_records(path, "video01", SPEC), SPEC.phase_orders["mtrcnet"])
     damaged = bytearray(path.read_bytes())
     damaged[-10] ^= 1
     path.write_bytes(damaged)
@@ -380,8 +376,8 @@ def test_missing_keys_and_other_types_are_refused(tmp_path: Path, key: str) -> N
         ({"instruments": ([0] * 6 + [2], "int")}, "instruments are [0, 0, 0, 0, 0, 0, 2], not 0 or 1 each"),
         ({"instruments": ([0] * 6 + [-(1 << 63)], "int")}, "not 0 or 1 each"),
         ({"video_id": (b"video02", "byte")}, "is of video 'video02', the first of 'video01'"),
-        ({"frame_id": (3, "int")}, "is frame 3 where frame 1 was due"),
-        ({"frame_id": (0, "int")}, "is frame 0 where frame 1 was due"),
+        ({"frame_id": (3, "int")}, "is frame 3 where frame 1 was expected"),
+        ({"frame_id": (0, "int")}, "is frame 0 where frame 1 was expected"),
         ({"total_frames": (4, "int")}, "total_frames is 4, 3 before"),
         ({"frame": (b"\xff\xd8\xff\xe0JFIF", "byte")}, "its frame is no PNG"),
     ],
@@ -396,7 +392,7 @@ def test_wrong_content_is_named_with_its_record(tmp_path: Path, changes: Datum, 
 def test_another_videos_file_under_this_name_is_refused(tmp_path: Path) -> None:
     for recorded in ("video02", "2", "operation01", "video101", "\x00", ""):
         path = write(tmp_path / "video01.tfrecord", [example(k, 2, recorded) for k in range(2)])
-        assert "its file is named as video01" in scan_refusal(path)
+        assert "its file is named video01" in scan_refusal(path)
 
 
 def test_lost_doubled_and_swapped_records_are_found(tmp_path: Path) -> None:
@@ -415,7 +411,7 @@ def test_total_frames_may_be_the_last_frame_id_if_it_is_so_in_all_files(tmp_path
     assert [entry.frame_count for entry in index_of(tmp_path).videos] == [5, 5]
     write(tmp_path / "video02.tfrecord", [example(k, 4, "video02") for k in range(4)])
     text = refusal(lambda: index_of(tmp_path))
-    assert "video02.tfrecord: frame_id and total_frames run otherwise than in" in text
+    assert "video02.tfrecord: frame_id and total_frames are counted differently than in" in text
 
 
 def test_a_picture_that_pillow_cannot_decode_is_an_error_of_its_frame(tmp_path: Path) -> None:
@@ -521,7 +517,7 @@ def test_both_editions_give_the_same_features_and_labels(two_editions: Path) -> 
         place = [f"data.root={edition}", f"data.index={edition}.json", f"extract.store=features-{edition}"]
         return ["--config", "tiny.yaml", *(word for setting in place for word in ("--set", setting))]
 
-    assert "say which is which with --phase-order NAME (mtrcnet, tf-cholec80)" in refuse(
+    assert "give their order with --phase-order NAME (mtrcnet, tf-cholec80)" in refuse(
         ["index", *options("tf")], folder
     )
     told = succeed(["index", *options("tf"), "--phase-order", "tf-cholec80"], folder)
@@ -543,7 +539,8 @@ def test_both_editions_give_the_same_features_and_labels(two_editions: Path) -> 
         np.testing.assert_array_equal(one.frame_index * 25, other.frame_index)
         assert path.parent.name == features("png")[video_id].parent.name
 
-    assert "says otherwise" in refuse(["extract", *options("tf"), "--set", "data.tfrecord_phase_order=mtrcnet"], folder)
+    other_order = ["extract", *options("tf"), "--set", "data.tfrecord_phase_order=mtrcnet"]
+    assert "but the settings give mtrcnet" in refuse(other_order, folder)
     swapped = {video_id: read_features(path).phase for video_id, path in features("tf").items()}
     before = {video_id: read_attributes(path)["labels_sha256"] for video_id, path in features("tf").items()}
     succeed(["index", *options("tf"), "--phase-order", "mtrcnet", "--force"], folder)

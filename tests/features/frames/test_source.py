@@ -10,7 +10,8 @@ from PIL import Image
 
 from configs.load import load_dataset
 from configs.schema import Config, DataConfig
-from features.dataset.index import Index, build_index
+from features.dataset.build import build_index
+from features.dataset.index import Index
 from features.dataset.tfrecord import TfrecordReader
 from features.frames.source import ChangedSource, can_start_inside, open_source
 from features.video.base import FrameReader

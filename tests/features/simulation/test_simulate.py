@@ -24,7 +24,7 @@ from configs.load import load_dataset
 from configs.schema import DataConfig, SplitConfig
 from engine.stopping import Stopped, watch_signals
 from features.dataset.annotations import read_phase_file, read_tool_file
-from features.dataset.index import build_index
+from features.dataset.build import build_index
 from features.simulation import Operation, Scene, draw_operation, frame_seconds, load_table, simulate
 from features.simulation.instruments import Materials, draw_tool
 from features.simulation.procedure import tool_set_p

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from features.dataset.index import VideoEntry, frame_times_s, sampled_frames
+from features.dataset.index import VideoEntry
+from features.dataset.sampling import frame_times_s, sampled_frames
 from features.video.base import ReaderError
 from features.video.open import open_video
 from features.video.scan import probe_video

@@ -14,9 +14,10 @@ from pydantic import ValidationError
 
 from configs.errors import UserError
 from features.dataset.annotations import ToolTrack
-from features.dataset.discover import FolderLayout
-from features.dataset.index import VideoEntry, frame_times_s, sampled_frames
+from features.dataset.index import VideoEntry
 from features.dataset.labels import sample_labels
+from features.dataset.layouts import FolderLayout
+from features.dataset.sampling import frame_times_s, sampled_frames
 from features.video.times import FrameTimes
 
 

@@ -25,7 +25,7 @@ from engine.files import sole_worker
 from engine.stopping import Stopped, StopRequest
 from evaluation.reports.ablation import Trial, ablation_page, ablation_rows, write_ablation_csv
 from features.dataset.index import Index
-from features.store import load_feature_set
+from features.store_folder import load_feature_set
 from stage2_temporal.ablation import run as ablate_module
 from stage2_temporal.ablation.run import ablate, read_ablation
 from stage2_temporal.predict import load_temporal, predict_phases

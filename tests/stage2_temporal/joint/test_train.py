@@ -16,7 +16,7 @@ from configs.errors import UserError
 from configs.schema import CnnConfig, Config
 from engine.checkpoints import load_checkpoint
 from engine.stopping import Stopped, StopRequest
-from features.store import load_feature_set
+from features.store_folder import load_feature_set
 from stage1_cnn.extract import extract
 from stage1_cnn.train import train_cnn
 from stage2_temporal.joint import train as joint_train

@@ -1,0 +1,216 @@
+"""Building an index: each video found is measured, its annotations are fitted to it, and its split is assigned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from configs.errors import UserError, printable
+from configs.schema import DataConfig, DataSetSpec
+from engine.files import below_root
+from engine.sniff import what_it_is
+from features.dataset.annotations import parse_phases, parse_tools
+from features.dataset.discover import Discovery, FoundVideo, find_videos
+from features.dataset.frame_folders import LabelEnd, infer_layout, require_one_base, scan_folder
+from features.dataset.index import Index, LeftOut, Progress, VideoEntry, exclusions, first_fault
+from features.dataset.labels import extent_of, fit_annotations, labelled_fractions, read_annotation
+from features.dataset.phase_order import parse_phase_order
+from features.dataset.row_numbers import Track, infer_numberings
+from features.dataset.sources import SourceFacts, folder_facts, record_facts, video_facts
+from features.dataset.splits import Split, assign_splits, usual_split_problem
+from features.dataset.tfrecord import require_one_numbering
+from features.ids import natural_key
+
+
+def build_index(
+    root: Path,
+    spec: DataSetSpec,
+    data: DataConfig,
+    progress: Progress | None = None,
+    only: Collection[str] | None = None,
+    leave_out: bool = False,
+) -> Index:
+    """The index of the data set below `root` (or of the videos `only`), with splits. Nothing is written.
+
+    With `leave_out`, a video that cannot be read, or whose annotations cannot, is left out and affects no other: the
+    splits of the others are those that they would have with it. So are the videos that `data.exclude` names, unread.
+
+    Where `data.split` asks for nothing and the data set's usual split does not fit the videos found, no split is
+    assigned ("none") and a note says so. Raises UserError naming the file and row at fault; when several videos are at
+    fault, the message is that of the first and names the others.
+    """
+    found = find_videos(root, spec, data, leave_out)
+    if only is not None:
+        found = replace(_kept(found, only.__contains__), passed_over=())
+    ids = [printable(name) for name in found.ids]
+    paths = {printable(path): printable(reason) for path, reason in found.passed_over}
+    named = exclusions(ids, data.exclude, tuple(paths))
+    excluded = {name: reason for name, reason in named.items() if name in ids}
+    found = _kept(found, lambda name: printable(name) not in excluded)
+    if not found.ids:
+        raise UserError(f"{root}: data.exclude leaves out all {len(excluded)} videos; keep some")
+    entries, notes, faults = _build_entries(root, found, spec, data, leave_out, progress)
+    passed_over = tuple(
+        LeftOut(id=path, reason=named.get(path, reason), excluded=path in named) for path, reason in paths.items()
+    )
+    reasons = {printable(name): below_root(str(error), root) for name, error in faults} | excluded
+    splits = _splits([*(entry.id for entry in entries), *reasons], spec, data, passed_over, notes)
+    return Index(
+        dataset=spec,
+        videos=tuple(entry.model_copy(update={"split": splits[entry.id]}) for entry in entries),
+        notes=tuple(map(printable, notes)),  # file names may hold bytes that are no text
+        left_out=tuple(
+            LeftOut(id=name, reason=reason, split=splits[name], excluded=name in excluded)
+            for name, reason in reasons.items()
+        ),
+        passed_over=passed_over,
+    )
+
+
+def index_of_source(path: Path, spec: DataSetSpec, data: DataConfig) -> tuple[Index, Path]:
+    """The index of one video file or folder of frames without annotations, whatever its name, and the root it is below.
+
+    The id is the file's name without its extension. Raises UserError naming the file when it is missing or neither.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such video or folder of frames")
+    place = path.resolve()
+    kind: Literal["video", "frames"] = "frames" if place.is_dir() else "video"
+    found = FoundVideo(path.name if kind == "frames" else path.stem, kind, place.name, None, None)
+    facts, notes = _measure(place.parent, found, spec, data, (), [])
+    try:
+        entry = VideoEntry(id=found.id, kind=kind, source=found.source, split="none", **vars(facts))
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_fault(error)}; rename it") from error
+    return Index(dataset=spec, videos=(entry,), notes=tuple(map(printable, notes))), place.parent
+
+
+def _kept(found: Discovery, keep: Callable[[str], bool]) -> Discovery:
+    """What was found of the videos whose ids are to be kept."""
+    return replace(
+        found,
+        videos=tuple(video for video in found.videos if keep(video.id)),
+        faults=tuple(fault for fault in found.faults if keep(fault[0])),
+    )
+
+
+def _build_entries(
+    root: Path, found: Discovery, spec: DataSetSpec, data: DataConfig, leave_out: bool, progress: Progress | None
+) -> tuple[list[VideoEntry], list[str], list[tuple[str, UserError]]]:
+    """Entries without a split, notes, and the videos at fault. Raises UserError as `build_index` does."""
+    order = _phase_order(root, found, spec, data)
+    entries: list[VideoEntry] = []
+    notes, faults = list(found.notes), list(found.faults)
+    for done, video in enumerate(found.videos):
+        if progress:
+            progress(done, len(found.videos), video.id)
+        try:
+            entry, entry_notes = _build_entry(root, video, spec, data, order, leave_out)
+        except UserError as error:
+            faults.append((video.id, error))
+            continue
+        entries.append(entry)
+        notes += entry_notes
+    if faults and not (leave_out and entries):
+        others = f" (also at fault: {', '.join(video_id for video_id, _ in faults[1:])})" if faults[1:] else ""
+        raise UserError(f"{faults[0][1]}{others}") from faults[0][1]
+    require_one_base([(str(root / entry.source), entry.frames) for entry in entries if entry.frames], data)
+    require_one_numbering([(str(root / entry.source), entry.records) for entry in entries if entry.records])
+    return entries, notes, faults
+
+
+def _splits(
+    ids: Sequence[str], spec: DataSetSpec, data: DataConfig, passed_over: Sequence[LeftOut], notes: list[str]
+) -> dict[str, Split]:
+    """The split of each video; a note is added where the usual one does not fit. Raises UserError."""
+    ids = sorted(ids, key=natural_key)
+    if problem := usual_split_problem(ids, spec, data.split):
+        notes.append(f"no splits assigned, since the usual one of {spec.name} does not fit: {problem}")
+    try:
+        return assign_splits(ids, spec, data.split)
+    except UserError as error:
+        lost = next((f"; passed over: {one.id}: {one.reason}" for one in passed_over if not one.excluded), "")
+        raise UserError(f"{error}{lost}") from error
+
+
+def _phase_order(root: Path, found: Discovery, spec: DataSetSpec, data: DataConfig) -> tuple[str, ...]:
+    """The names of the phase numbers in TFRecord files; none where there are no such files."""
+    sources = [video.source for video in found.videos if video.kind == "tfrecord"]
+    if not sources:
+        return ()
+    try:
+        return parse_phase_order(data.tfrecord_phase_order, spec, str(root / sources[0]))
+    except UserError as error:
+        raise UserError(f"{error} (the setting data.tfrecord_phase_order)") from error
+
+
+def _build_entry(
+    root: Path, video: FoundVideo, spec: DataSetSpec, data: DataConfig, order: tuple[str, ...], leave_out: bool
+) -> tuple[VideoEntry, list[str]]:
+    """One video's entry, without a split, and notes. With `leave_out`, one with few labels is at fault (UserError)."""
+    annotation, path = video.phase or video.tool, root / video.source
+    if video.kind == "tfrecord" and annotation:
+        raise UserError(
+            f"{root / annotation} and {path}: both hold labels of {video.id}; keep only one of them below the data "
+            "root, or take the TFRecord files' own with data.sources=tfrecord"
+        )
+    phase = read_annotation(root, video.phase, parse_phases, spec)
+    tools = read_annotation(root, video.tool, parse_tools, spec)
+    lists: list[tuple[Path, Track]] = [(one.path, one.track) for one in (phase, tools) if one]
+    facts, source_notes = _measure(root, video, spec, data, order, [track for _, track in lists])
+    try:
+        entry = VideoEntry(id=video.id, kind=video.kind, source=video.source, split="none", **vars(facts))
+    except ValidationError as error:  # a header may claim any rate and any number of frames
+        what = what_it_is(path) if video.kind == "video" else None
+        problem = f"is {what}" if what else f"{first_fault(error)}; re-encode it or leave it out"
+        raise UserError(f"{path}: {problem}") from error
+    extent = extent_of(entry, spec)
+    numberings = dict(zip([path for path, _ in lists], infer_numberings(lists, extent, data), strict=True))
+    phase = phase and phase.with_numbering(numberings[phase.path])
+    tools = tools and tools.with_numbering(numberings[tools.path])
+    fitted = fit_annotations(phase, tools, extent)
+    if leave_out:
+        fractions = labelled_fractions(entry.image_frames, fitted.phase, fitted.tools)
+        _require_labelled([path for path, _ in lists], fractions, video.source, data)
+    entry = entry.model_copy(update={"phase_file": phase and phase.file, "tool_file": tools and tools.file})
+    notes = [note for path, numbering in numberings.items() for note in numbering.notes(path, extent)]
+    return entry, [*source_notes, *_missing_images(entry), *notes, *fitted.notes]
+
+
+def _measure(
+    root: Path, video: FoundVideo, spec: DataSetSpec, data: DataConfig, order: tuple[str, ...], tracks: Sequence[Track]
+) -> tuple[SourceFacts, tuple[str, ...]]:
+    """The facts of a source, whatever its kind, and notes on it. `tracks` are its annotations."""
+    if video.kind == "video":
+        return video_facts(root, video.source, data.full_hash)
+    if video.kind == "tfrecord":
+        return record_facts(root, video.source, video.id, spec, order, data.full_hash), ()
+    scan = scan_folder(root, video.source, spec)
+    layout = infer_layout(scan, spec, data, LabelEnd.of_tracks(tracks))
+    return folder_facts(scan, layout, spec, data.full_hash), ()
+
+
+def _require_labelled(lists: Sequence[Path], fractions: Sequence[float], source: str, data: DataConfig) -> None:
+    """Raise UserError for an annotation file that labels too small a fraction of a video's frames."""
+    for path, labelled in zip(lists, fractions, strict=True):
+        if labelled < data.min_labelled:
+            raise UserError(
+                f"{path}: has labels for {labelled:.1%} of {source}, less than data.min_labelled="
+                f"{data.min_labelled:g}; complete them, set data.row_fps if rows count something else than they are "
+                "taken for, or lower data.min_labelled"
+            )
+
+
+def _missing_images(entry: VideoEntry) -> list[str]:
+    """A note on the images that a folder lacks."""
+    if entry.frames is None or not entry.frames.missing:
+        return []
+    start = entry.frames.missing[0][0]
+    unit = entry.frames.stride if entry.frames.numbering == "sample" else 1
+    first = (entry.frames.first + start * entry.frames.stride) // unit + entry.frames.base
+    lost = entry.frames.count - len(entry.image_frames)
+    return [f"{entry.source}: {lost} of {entry.frames.count} images are missing, the first of them number {first}"]

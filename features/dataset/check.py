@@ -1,0 +1,71 @@
+"""Whether sources and annotations are still those that were indexed."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from configs.errors import UserError
+from configs.schema import DataSetSpec
+from engine.files import inside
+from features.dataset.frame_folders import scan_folder, source_frames
+from features.dataset.index import Index, Progress, VideoEntry
+from features.dataset.labels import load_tracks
+from features.dataset.sources import SourceFacts, folder_facts, record_facts, video_facts
+from features.video.scan import count_packets
+
+
+def check_index(index: Index, root: Path, progress: Progress | None = None) -> list[str]:
+    """What has changed since indexing, one line per problem; empty when all is well.
+
+    Sources: present, same size, time and hash of the ends (and of the whole, where recorded), same rate, as many
+    packets as frames; of TFRecord files every checksum. Annotations: present, same hash, readable, fitting their video.
+    Raises UserError when the root is missing.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; set data.root (or SURGSTAGE_DATA) to where the indexed videos lie")
+    problems = [f"{video.id}: left out of the index: {video.reason}" for video in index.left_out if not video.excluded]
+    problems += [f"{one.id}: passed over: {one.reason}" for one in index.passed_over if not one.excluded]
+    for done, entry in enumerate(index.videos):
+        if progress:
+            progress(done, len(index.videos), entry.id)
+        for check in (_check_source, load_tracks):
+            try:
+                check(entry, root, index.dataset)
+            except UserError as error:
+                problems.append(f"{entry.id}: {error}")
+    return problems
+
+
+def _check_source(entry: VideoEntry, root: Path, spec: DataSetSpec) -> None:
+    """Raise UserError naming what differs between a source and its entry."""
+    path, full_hash = inside(root, entry.source), entry.sha256 is not None
+    if entry.frames is not None:
+        scan = scan_folder(root, entry.source, spec)
+        source_frames(scan, entry.frames)
+        _require_same(entry, folder_facts(scan, entry.frames, spec, full_hash), path)
+    elif entry.records is not None:
+        facts = record_facts(root, entry.source, entry.id, spec, entry.records.phase_order, full_hash)
+        if facts.records != entry.records:
+            raise UserError(f"{path}: its labels are not those that were indexed; run index again")
+        _require_same(entry, facts, path)
+    else:
+        facts, _ = video_facts(root, entry.source, full_hash)
+        _require_same(entry, facts, path)
+        if (packets := count_packets(path)) != entry.frame_count:
+            raise UserError(f"{path}: holds {packets} frames where its header says {entry.frame_count}; re-encode it")
+
+
+def _require_same(entry: VideoEntry, now: SourceFacts, path: Path) -> None:
+    """Raise UserError for the first fact that differs; the time of change counts only without a whole-file hash."""
+    for name in (field.name for field in fields(now)):
+        found, indexed = getattr(now, name), getattr(entry, name)
+        if found != indexed and name not in ("modified_ns", "times"):
+            raise UserError(f"{path}: {name} is {found}, indexed as {indexed}; run index again")
+    if now.modified_ns != entry.modified_ns and entry.sha256 is None:
+        raise UserError(
+            f"{path}: was rewritten since it was indexed, with the same size and ends; run index again "
+            "(data.full_hash=true distinguishes a copy from a change)"
+        )
+    if now.times != entry.times:
+        raise UserError(f"{path}: its frames are shown at other times than were indexed; run index again")

@@ -1,0 +1,255 @@
+"""What the numbers in the Frame column of an annotation file count: the video's own frames, its images, or seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from configs.errors import UserError
+from configs.schema import DataConfig
+from features.dataset.annotations import PhaseTrack, ToolTrack, row_error
+from features.video.times import ROUNDING_S, same_rate
+
+Track = PhaseTrack | ToolTrack
+AnyTrack = TypeVar("AnyTrack", PhaseTrack, ToolTrack)
+
+# Fractions of a video's duration: rows that end this near its end fit exactly; of two numberings, the one taken must
+# cover at least the second and the other at most the third.
+_EXACT, _COVERS, _HARDLY_ANY = 0.02, 0.75, 0.1
+# Rates at which annotation programs number rows; 1 is one row per second, numbered consecutively.
+_COMMON_FPS = (1.0, 2.0, 5.0, 10.0, 12.5, 15.0, 24.0, 25.0, 30.0, 50.0, 60.0)
+
+
+def track_end(track: Track) -> int:
+    """The first frame after the last row's span."""
+    return int(track.frame_index[-1]) + track.stride
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The frames of a video or folder, which labels must fit.
+
+    `row_fps` is the rate at which annotation files number frames according to the data set's description. `stride` is
+    the distance in source frames between images (1 for a video), `base` the number of a folder's first image. `times_s`
+    (F,) are the times of the frames where the rate is not constant.
+    """
+
+    name: str
+    frame_count: int
+    fps: float
+    row_fps: float
+    stride: int = 1
+    base: int = 0
+    times_s: np.ndarray | None = None
+
+    @property
+    def duration_s(self) -> float:
+        return self.frame_count / self.fps
+
+    def on_screen(self, time_s: np.ndarray) -> np.ndarray:
+        """The frame (T,) int64 on screen at each time (T,); after the last frame, counting continues at the rate."""
+        last_s = 0.0 if self.times_s is None else float(self.times_s[-1])
+        # a file may contain any number: clip it where float64 can no longer represent every integer
+        after = np.floor(np.minimum((time_s - last_s + ROUNDING_S) * self.fps, 2.0**53)).astype(np.int64)
+        if self.times_s is None:
+            return after
+        shown: np.ndarray = np.searchsorted(self.times_s, time_s + ROUNDING_S, side="right") - 1
+        return shown + np.maximum(after, 0)
+
+
+@dataclass(frozen=True)
+class RowNumbering:
+    """What the numbers of an annotation file's rows mean: number r starts at (r - `base`) / `fps` seconds.
+
+    `fps` None: numbers count the video's own frames.
+    """
+
+    fps: float | None = None
+    base: int = 0
+
+    def place(self, path: Path, track: AnyTrack, extent: Extent) -> AnyTrack:
+        """The track on the video's timeline: each row at the frame on screen at its time.
+
+        Raises UserError, naming `path` and row, for a number below `base`.
+        """
+        numbers = track.frame_index - self.base
+        if numbers[0] < 0:
+            raise row_error(path, 0, f"is number 0, before data.row_base={self.base}; set data.row_base=0")
+        if self.fps is None:
+            return replace(track, frame_index=numbers)
+        starts = extent.on_screen(numbers / self.fps)
+        spans = extent.on_screen((numbers + track.stride) / self.fps) - starts
+        return replace(track, frame_index=starts, stride=max(int(spans.max()), 1))
+
+    def notes(self, path: Path, extent: Extent) -> list[str]:
+        """Notes for the user where the numbers do not count the data set's usual rate from 0."""
+        if self.fps is not None:
+            what = [f"rows are numbered at {self.fps:g} fps"]
+        elif not same_rate(extent.fps, extent.row_fps):
+            what = [f"rows number the video's own frames at {extent.fps:g} fps, not at {extent.row_fps:g} fps"]
+        else:
+            what = []
+        return [f"{path.name}: {text}" for text in (*what, *[f"rows are numbered from {self.base}"] * bool(self.base))]
+
+
+def infer_numberings(lists: Sequence[tuple[Path, Track]], extent: Extent, data: DataConfig) -> list[RowNumbering]:
+    """The numbering of each of a video's annotation files: as set, or inferred from how long the rows last.
+
+    Possible are the video's own frames, the rate in the data set's description, a folder's images, and seconds, unless
+    rows would continue after the end. The one whose rows last as long as the video is taken, otherwise the one that
+    covers the video where all others cover hardly any of it. An ambiguous file is read as the video's other file.
+    Raises UserError naming the setting where both are ambiguous.
+    """
+    numberings: dict[Path, RowNumbering] = {}
+    slack = max((track.stride for _, track in lists), default=1)
+    problem: UserError | None = None
+    for path, track in (*lists, *lists):  # the second time with the other file's numbering
+        if path not in numberings:
+            try:
+                numberings[path] = _infer_numbering(
+                    path, track, slack, extent, data, next(iter(numberings.values()), None)
+                )
+            except UserError as error:
+                problem = problem or error
+    if problem and len(numberings) < len(lists):
+        raise problem
+    return [numberings[path] for path, _ in lists]
+
+
+def _infer_numbering(
+    path: Path, track: Track, slack: int, extent: Extent, data: DataConfig, other: RowNumbering | None
+) -> RowNumbering:
+    rates: list[float | None] = [None, rate_of_rows(extent.row_fps, extent.fps)]
+    if track.stride == 1:
+        rates += [rate_of_rows(extent.fps / extent.stride, extent.fps), rate_of_rows(1.0, extent.fps)]
+    if data.row_fps != "auto":
+        rates = [rate_of_rows(data.row_fps, extent.fps)]
+        if data.row_fps != "source":  # 30 on 29.97 fps may be meant literally: the two drift apart
+            rates.append(data.row_fps)
+    candidates = [_Candidate.of(rate, track, slack, extent, data) for rate in dict.fromkeys(rates)]
+    possible = [one for one in candidates if one.possible]
+    exact = [one for one in possible if one.exact]
+    if other and not exact and any(one.fps == other.fps for one in possible):
+        possible = [one for one in possible if one.fps == other.fps]
+    if data.row_fps != "auto":
+        possible = exact or possible[:1]
+    elif not exact:
+        _refuse_common_rate(path, track, extent)
+    if exact or len(possible) < 2:  # none possible: the first, whose last row is refused
+        best = min(exact or possible or candidates[:1], key=lambda one: abs(one.end_s - extent.duration_s))
+    else:
+        stated = {rate_of_rows(rate, extent.fps) for rate in (extent.row_fps, data.folder_fps) if rate} - {None}
+        best = _covering(path, track, extent, possible, stated)
+    base = _base(path, track, extent, data, best.fps, other)
+    return RowNumbering(best.fps, base)
+
+
+def _covering(
+    path: Path, track: Track, extent: Extent, possible: Sequence[_Candidate], stated: Container[float | None]
+) -> _Candidate:
+    """The candidate that covers the video, or has a `stated` rate, where the others cover hardly any of it.
+
+    Raises UserError naming the choices where there is none.
+    """
+    *rest, best = sorted(possible, key=lambda one: one.end_s)
+    covers = best.fps in stated or best.end_s >= _COVERS * extent.duration_s
+    if covers and rest[-1].end_s <= _HARDLY_ANY * extent.duration_s:
+        return best
+    ways = " or ".join(
+        f"{'source' if one.fps is None else f'{one.fps:g}'} ({min(one.end_s / extent.duration_s, 1):.0%} of it)"
+        for one in (best, *reversed(rest))
+    )
+    raise UserError(
+        f"{path}: what do its numbers, up to {int(track.frame_index[-1])}, count? {extent.name} lasts "
+        f"{extent.duration_s:.1f} s ({extent.frame_count} frames); set data.row_fps to the numbers per second, or to "
+        f"source for the video's own frames: {ways}"
+    )
+
+
+def _base(
+    path: Path, track: Track, extent: Extent, data: DataConfig, fps: float | None, other: RowNumbering | None
+) -> int:
+    """The number of the first row. Raises UserError where that is ambiguous."""
+    if data.row_base != "auto":
+        return data.row_base
+    first, last = int(track.frame_index[0]), int(track.frame_index[-1])
+    if first == extent.base > 1:
+        return first
+    if first == 0 or (first > track.stride and extent.base < 2):
+        return 0
+    if first > 1:
+        raise row_error(
+            path,
+            0,
+            f"starts at {first}, neither 0 nor 1: renumber the file, or set data.row_base=0 if rows 0 to {first - 1} "
+            "are missing",
+        )
+    rows = extent.duration_s * (fps or extent.fps)
+    if track.stride > 1 or extent.base == 1 or last > rows - 1:
+        return 1
+    if other:
+        return other.base
+    raise row_error(
+        path,
+        0,
+        f"is number 1 and the last row {last}, of {rows:.10g} in {extent.name}: are they numbered from 1, or is row 0 "
+        "missing? Set data.row_base=1 or data.row_base=0",
+    )
+
+
+def rate_of_rows(fps: float | Literal["source"], video_fps: float) -> float | None:
+    """`RowNumbering.fps` for a rate: None where numbers count the video's own frames."""
+    return None if fps == "source" or same_rate(fps, video_fps) else fps
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A rate at which rows may be numbered, and when the last row would end.
+
+    It is possible where no more than the usual trailing row lies beyond the video.
+    """
+
+    fps: float | None
+    end_s: float
+    possible: bool
+    exact: bool
+
+    @classmethod
+    def of(cls, fps: float | None, track: Track, slack: int, extent: Extent, data: DataConfig) -> _Candidate:
+        rate, image_s = fps or extent.fps, extent.stride / extent.fps
+        first = int(track.frame_index[0])
+        base = data.row_base if data.row_base != "auto" else first if first in (1, extent.base) else 0
+        last_s = (int(track.frame_index[-1]) - base) / rate
+        end_s = last_s + track.stride / rate
+        tolerance_s = max(track.stride / rate, image_s, min(1.0, _EXACT * extent.duration_s))
+        return cls(
+            fps,
+            end_s,
+            last_s < extent.duration_s + max(slack / max(rate, extent.row_fps), tolerance_s),
+            abs(end_s - extent.duration_s) <= tolerance_s,
+        )
+
+
+def _refuse_common_rate(path: Path, track: Track, extent: Extent) -> None:
+    """Raise UserError where rows that fit no possible numbering last as long as the video at another common rate.
+
+    As long means within a row and a half and an image. That is no evidence unless it is small against the difference
+    which the rate makes, so short videos and coarse rows pass.
+    """
+    end = track_end(track)
+    for rate in _COMMON_FPS:
+        tolerance_s = 1.5 * track.stride / rate + extent.stride / extent.fps
+        difference_s = abs(extent.frame_count - extent.duration_s * rate) / extent.fps
+        if abs(end / rate - extent.duration_s) <= tolerance_s and difference_s > 10 * tolerance_s:
+            last = len(track.frame_index) - 1
+            raise row_error(
+                path,
+                last,
+                f"is frame {int(track.frame_index[last])}: rows are numbered as if at {rate:g} fps, but {extent.name} "
+                f"runs at {extent.fps:g} fps ({extent.frame_count} frames, {extent.duration_s:.1f} s); set "
+                f"data.row_fps={rate:g}, or data.row_fps=source if they count the video's frames",
+            )

@@ -1,0 +1,54 @@
+"""Which frames of an indexed video sampling takes, and when they are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+from features.dataset.index import Index, VideoEntry
+from features.video.times import on_screen, require_held
+
+
+def sampled_frames(entry: VideoEntry, fps: float) -> NDArray[np.int64]:
+    """Source frames (T,) int64 of this video that sampling at `fps` takes, in increasing order.
+
+    They are those on screen at the first frame's time and every 1 / fps seconds after it; a frame that is on screen at
+    several of these times is taken once. Raises UserError when `fps` is higher than the rate of the frames or images.
+    """
+    stride = entry.image_stride
+    held = f"{entry.fps:.4g} fps" if stride == 1 else f"images of one in {stride} frames at {entry.fps:g} fps"
+    held += " on average" * (entry.times is not None)
+    try:
+        require_held(fps, entry.most_fps, held)
+    except UserError as error:
+        raise UserError(f"{entry.id}: {error}") from error
+    first = entry.frames.first if entry.frames else 0
+    shown = np.arange(first, entry.frame_count, stride, dtype=np.int64)
+    time_s = frame_times_s(entry, shown)
+    sampled = shown[on_screen(time_s, float(time_s[-1]) + stride / entry.fps, fps)]
+    return sampled[np.isin(sampled, entry.image_frames)] if entry.frames else sampled  # images may be missing
+
+
+def in_whole_steps(entry: VideoEntry, fps: float, frame_index: NDArray[np.int64]) -> bool:
+    """Whether these sampled frames (T,) are every n-th frame, as earlier versions took them at all rates.
+
+    Results of stages record it: work on other frames never resumes what an earlier version began.
+    """
+    first = entry.frames.first if entry.frames else 0
+    return np.array_equal(frame_index, np.arange(first, entry.frame_count, max(round(entry.fps / fps), 1)))
+
+
+def frame_times_s(entry: VideoEntry, frame_index: NDArray[np.int64] | Sequence[int]) -> NDArray[np.float64]:
+    """(T,) float64 seconds from the first frame of the source at which its frames `frame_index` (T,) are shown."""
+    frames = np.asarray(frame_index, dtype=np.int64)
+    if entry.times is None:
+        return frames / entry.fps
+    return entry.times.seconds(entry.frame_count)[frames]
+
+
+def most_fps(index: Index) -> float:
+    """The highest rate that every video of the index can be sampled at."""
+    return min(entry.most_fps for entry in index.videos)

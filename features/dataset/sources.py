@@ -1,0 +1,66 @@
+"""The facts that an index entry records about its source: a video file, a frame folder or a TFRecord file.
+
+`index` measures them once, `index --check` measures them again and compares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.errors import UserError
+from configs.schema import DataSetSpec
+from engine.files import inside, sha256_ends, sha256_file
+from features.dataset.frame_folders import FolderScan
+from features.dataset.layouts import FolderLayout, RecordLayout
+from features.dataset.tfrecord import FPS, record_layout, scan_records
+from features.video.scan import probe_video
+from features.video.times import FrameTimes
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """Fields of `features.dataset.index.VideoEntry` that follow from the source alone; see there."""
+
+    size_bytes: int
+    modified_ns: int
+    sha256_ends: str
+    sha256: str | None
+    fps: float
+    frame_count: int
+    times: FrameTimes | None = None
+    frames: FolderLayout | None = None
+    records: RecordLayout | None = None
+
+
+def video_facts(root: Path, relative: str, full_hash: bool) -> tuple[SourceFacts, tuple[str, ...]]:
+    """A video file's facts, and notes on its container. Raises UserError when it cannot be read or has no frames."""
+    path = inside(root, relative)
+    info = probe_video(path)
+    if info.frame_count < 1:
+        raise UserError(f"{path}: holds no frames")
+    return SourceFacts(*_file_state(path, full_hash), info.fps, info.frame_count, times=info.times), info.notes
+
+
+def record_facts(
+    root: Path, relative: str, video_id: str, spec: DataSetSpec, order: tuple[str, ...], full_hash: bool
+) -> SourceFacts:
+    """A TFRecord file's facts, its labels included. Every byte is read and checked: raises UserError for damage."""
+    path = inside(root, relative)
+    layout = record_layout(scan_records(path, video_id, spec), order)
+    return SourceFacts(*_file_state(path, full_hash), FPS, layout.frame_count, records=layout)
+
+
+def folder_facts(scan: FolderScan, layout: FolderLayout, spec: DataSetSpec, full_hash: bool) -> SourceFacts:
+    """The facts of a folder of frames that was scanned."""
+    state = sum(scan.sizes_bytes), scan.modified_ns, scan.identity(), scan.content() if full_hash else None
+    return SourceFacts(*state, spec.annotation_fps, layout.frame_count, frames=layout)
+
+
+def _file_state(path: Path, full_hash: bool) -> tuple[int, int, str, str | None]:
+    """Size in bytes, time of the last change in ns, hash of the ends, and the whole file's hash where asked for."""
+    try:
+        state = path.stat()
+        return state.st_size, state.st_mtime_ns, sha256_ends(path), sha256_file(path) if full_hash else None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error

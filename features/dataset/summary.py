@@ -1,0 +1,63 @@
+"""Tables of how many sampled frames each split, phase and tool has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from features.dataset.index import SPLITS, Index, VideoEntry
+from features.dataset.labels import BetweenRows, load_labels
+from features.dataset.sampling import sampled_frames
+
+Counts = dict[str, list[int]]  # by video id, in the order of the summary's rows; see `count_frames`
+
+
+def count_frames(index: Index, root: Path, fps: float, between_rows: BetweenRows = "mask") -> Counts:
+    """Frames of each video sampled at `fps`: all, those of each phase, of none, with each tool, without tool labels.
+
+    Raises UserError when a video cannot be sampled at `fps` (see `most_fps`) or its annotations have changed.
+    """
+    return {entry.id: _count_frames(entry, root, index, fps, between_rows) for entry in index.videos}
+
+
+def coverage_table(index: Index, counts: Counts) -> list[list[str]]:
+    """A table: the header, then one row per video: its images, how many of them are used, and how many labelled."""
+    rows = [["video", "images", "used", "with a phase", *(["with tools"] if index.dataset.tools else [])]]
+    for entry in index.videos:
+        count = counts[entry.id]
+        without = (count[1 + len(index.dataset.phases)], *(count[-1:] if index.dataset.tools else ()))
+        labelled = (f"{(count[0] - bare) / count[0]:.1%}" if count[0] else "-" for bare in without)
+        rows.append([entry.id, f"{len(entry.image_frames):,}", f"{count[0]:,}", *labelled])
+    return rows
+
+
+def index_summary(index: Index, counts: Counts) -> list[list[str | int | float]]:
+    """A table: the header, then one row each for videos, hours, sampled frames, and frames per phase and per tool.
+
+    Columns are the splits that have videos, and all videos together. Frames without labels have their own rows; a
+    frame may show several tools.
+    """
+    spec = index.dataset
+    groups: list[tuple[str, tuple[VideoEntry, ...]]] = [(split, index.by_split(split)) for split in SPLITS]
+    groups = [(name, videos) for name, videos in groups if videos]
+    if len(groups) > 1 or groups[0][0] != "none":
+        groups.append(("all", index.videos))
+    names = ["frames", *spec.phases, "no phase label", *spec.tools, *(["no tool labels"] if spec.tools else [])]
+    columns = [np.sum([counts[entry.id] for entry in videos], axis=0).tolist() for _, videos in groups]
+    hours = [sum(entry.frame_count / entry.fps for entry in videos) / 3600 for _, videos in groups]
+    return [
+        ["", *(name for name, _ in groups)],
+        ["videos", *(len(videos) for _, videos in groups)],
+        ["hours", *(round(value, 2) for value in hours)],
+        *([name, *cells] for name, cells in zip(names, zip(*columns, strict=True), strict=True)),
+    ]
+
+
+def _count_frames(entry: VideoEntry, root: Path, index: Index, fps: float, between_rows: BetweenRows) -> list[int]:
+    """Sampled frames of one video in the order of the summary's rows: all, per phase, no phase, per tool, no tools."""
+    phase, tools = load_labels(entry, root, index, sampled_frames(entry, fps), between_rows)
+    counts = [len(phase), *np.bincount(phase[phase >= 0], minlength=len(index.dataset.phases)), (phase < 0).sum()]
+    if index.dataset.tools:
+        counts += [*(tools > 0).sum(axis=0), (tools < 0).all(axis=1).sum()]
+    return [int(count) for count in counts]

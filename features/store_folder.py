@@ -1,0 +1,185 @@
+"""A feature folder, `<store>/<encoder>-<digest12>/`: all that stage two needs.
+
+It holds one feature file per video (`features.store`), the `index.json` that they were made from, `encoder.json`, and
+`videoNN.left_out.json` for each video that has no features, with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.errors import UserError, listed
+from engine.files import make_folder, read_json_object, remove_stale_temporaries, require_free_bytes, write_json
+from features.dataset.index import Index
+from features.ids import id_of_stem
+from features.store import (
+    EncoderSpec,
+    FeatureFileError,
+    VideoFeatures,
+    feature_path,
+    read_attributes,
+    read_features,
+    verify_file,
+)
+
+INDEX_FILE = "index.json"
+ENCODER_FILE = "encoder.json"
+_DESCRIBED = ("backbone", "weights_sha256", "fps", "precision", "storage", "preprocess", "encoder_digest")
+
+
+def _fault_path(folder: Path, video_id: str) -> Path:
+    return feature_path(folder, video_id).with_suffix(".left_out.json")
+
+
+def record_fault(folder: Path, video_id: str, source: str, reason: str) -> None:
+    """Record beside the features why a video has none; `source` is the hash of its ends.
+
+    One file per video, so that two shards never write the same one.
+    """
+    write_json(_fault_path(folder, video_id), {"id": video_id, "reason": reason, "source_sha256_ends": source})
+
+
+def clear_fault(folder: Path, video_id: str) -> None:
+    """Delete the record of a video that has features now."""
+    _fault_path(folder, video_id).unlink(missing_ok=True)
+
+
+def _recorded_fault(folder: Path, video_id: str, source: str) -> str | None:
+    """Why this very source has no features; None where extract has not failed on it, or has not tried yet."""
+    path = _fault_path(folder, video_id)
+    found = read_json_object(path) if path.exists() else {}
+    return str(found.get("reason")) if found.get("source_sha256_ends") == source else None
+
+
+def feature_files(folder: Path) -> list[Path]:
+    """The feature files of a folder, by name. Raises UserError when there is none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such feature folder; run extract, or name another with --features")
+    files = sorted(path for path in folder.glob("*.h5") if not path.name.startswith("."))
+    if not files:
+        inside = sorted(path.parent for path in folder.glob("*/*.h5"))
+        instead = f"but {inside[0]} does: name that one" if inside else "run extract first"
+        raise UserError(f"{folder}: holds no feature files; {instead}")
+    return files
+
+
+def load_feature_set(folder: Path, video_ids: Sequence[str]) -> dict[str, VideoFeatures]:
+    """The named videos' features in memory, checksums checked; all of one encoder.
+
+    Raises UserError naming the videos that are missing, and FeatureFileError for a damaged file or a second encoder.
+    """
+    missing = [video_id for video_id in video_ids if not feature_path(folder, video_id).is_file()]
+    if missing:
+        raise UserError(f"{folder}: no features of {listed(missing, 5)}; run extract to make them")
+    loaded = {video_id: read_features(feature_path(folder, video_id)) for video_id in video_ids}
+    require_one_encoder({feature_path(folder, name): video.attributes for name, video in loaded.items()})
+    return loaded
+
+
+def require_one_encoder(attributes: Mapping[Path, Mapping[str, Any]]) -> str | None:
+    """The common encoder digest of feature files (by path). Raises FeatureFileError naming two that differ."""
+    digests = {path: str(found.get("encoder_digest")) for path, found in attributes.items()}
+    first = next(iter(digests), None)
+    for path, digest in digests.items():
+        if first is not None and digest != digests[first]:
+            raise FeatureFileError(
+                f"{path}: made by encoder {digest[:12]}, but {first.name} by {digests[first][:12]}; "
+                "features of two encoders do not mix: delete one kind or extract again"
+            )
+    return digests[first] if first else None
+
+
+def verify_folder(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """Each feature file with what is wrong with it, or None; files of another encoder than the first are wrong too."""
+    expected: str | None = None
+    for path in feature_files(folder):
+        problem = verify_file(path)
+        if problem is None:
+            digest = str(read_attributes(path)["encoder_digest"])
+            expected = expected or digest
+            if digest != expected:
+                problem = f"made by another encoder ({digest[:12]}, the first file's is {expected[:12]})"
+        yield path, problem
+
+
+def estimate_bytes(lengths: Iterable[int], encoder: EncoderSpec) -> int:
+    """Bytes on disk that the features of videos with `lengths` sampled frames take, rounded up."""
+    item = np.dtype(encoder.storage).itemsize
+    return sum(length * (encoder.embedding_dim * item + 64) + 64_000 for length in lengths)
+
+
+def prepare_folder(folder: Path, missing_lengths: Sequence[int], encoder: EncoderSpec) -> None:
+    """Make the folder and delete the temporary files of killed writers.
+
+    `missing_lengths` are the sampled frames of each video still to be written. Raises UserError where the folder cannot
+    be written or the disk has no room for them.
+    """
+    make_folder(folder)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: not allowed to write here; choose another folder")
+    remove_stale_temporaries(folder)
+    require_free_bytes(folder, estimate_bytes(missing_lengths, encoder), "the features")
+
+
+def find_feature_folder(named: Path | None, run: Path, store: Path) -> Path:
+    """The feature folder to use: the one named, the one the run's `extract` made, or the store's only one.
+
+    Raises UserError naming the choices where that leaves none or several.
+    """
+    pointer = run / "extract" / "result.json"
+    if named is None and pointer.exists():
+        recorded = read_json_object(pointer).get("folder")
+        if not isinstance(recorded, str):
+            raise UserError(f"{pointer}: names no feature folder; run extract again, or name one with --features DIR")
+        named = Path(recorded)
+    if named is not None:
+        feature_files(named)
+        return named
+    found = sorted(path.parent for path in store.glob(f"*/{INDEX_FILE}")) if store.is_dir() else []
+    if not found:
+        raise UserError(f"{store}: holds no features; run extract first, or name a folder with --features DIR")
+    if len(found) > 1:
+        shown = ", ".join(str(path) for path in found[:4])
+        raise UserError(f"{store}: holds features of several encoders ({shown}); choose one with --features DIR")
+    return found[0]
+
+
+def describe_folder(folder: Path) -> list[str]:
+    """Lines for `features info`: the encoder, then one line per video. Damaged files are named, not hidden."""
+    lines: list[str] = []
+    total = 0
+    for path in feature_files(folder):
+        try:
+            video = read_features(path, with_features=False)
+        except FeatureFileError as error:
+            lines.append(str(error))
+            continue
+        if not total:
+            lines[:0] = [str(folder), *(f"  {name}: {video.attributes.get(name)}" for name in _DESCRIBED)]
+        total += len(video)
+        labelled = int((video.phase >= 0).sum())
+        with_tools = int((video.tools >= 0).any(axis=1).sum()) if video.tools.size else 0
+        lines.append(f"{id_of_stem(path.stem)}: {len(video)} frames, {labelled} with a phase, {with_tools} with tools")
+    return [*lines, f"{total} frames in all"]
+
+
+def usable_index(folder: Path) -> Index:
+    """The index of a feature folder without the videos that extract could not read.
+
+    A video that has not been extracted yet is kept. Raises UserError where there is no index.
+    """
+    where = folder / INDEX_FILE
+    if not where.is_file():
+        raise UserError(f"{folder}: holds no {INDEX_FILE}; name the folder that extract wrote with --features DIR")
+    return with_recorded_faults(Index.load(where), folder)
+
+
+def with_recorded_faults(index: Index, folder: Path) -> Index:
+    """An index without the videos that extract could not read into this feature folder."""
+    reasons = ((entry.id, _recorded_fault(folder, entry.id, entry.sha256_ends)) for entry in index.videos)
+    return index.without((video_id, reason) for video_id, reason in reasons if reason is not None)
