@@ -762,7 +762,7 @@ def test_no_damage_to_an_index_raises_anything_but_user_errors(data: st.DataObje
 
 
 def test_reading_an_index_imports_no_torch_and_no_decoder() -> None:
-    heavy = ("torch", "torchvision", "decord", "av", "PIL", "h5py", "features.video.readers", "features.dataset.build")
+    heavy = ("torch", "torchvision", "decord", "av", "PIL", "h5py", "features.video.open", "features.dataset.build")
     program = (
         "import sys, features.dataset.index, features.dataset.labels\n"
         f"print([name for name in {heavy} if name in sys.modules])"
