@@ -283,5 +283,5 @@ def fill_cache(
     remove_stale_temporaries(cache.folder)  # of processes that died
     if lost := [fault for fault in failed if not isinstance(fault[1], VideoFault)]:
         others = f" (and {len(lost) - 1} more video{'s' * (len(lost) > 2)})" if len(lost) > 1 else ""
-        raise UserError(f"{lost[0][0]}: {lost[0][1]}{others}; start again, what is done is kept")
+        raise UserError(f"{lost[0][0]}: {lost[0][1]}{others}; start again: it resumes where it stopped")
     return [(video_id, below_root(reason, root)) for video_id, reason in failed]
