@@ -561,6 +561,24 @@ def test_decord_survives_a_fork_and_an_untidy_exit(make):
     assert run_script(script, make("b_frames.mp4")[0]) == "left open"
 
 
+def test_a_decord_without_its_own_ffmpeg_is_refused(make, tmp_path):
+    """Its log, which alone reports damage, is found in the folder decord.libs beside the package."""
+    script = """
+        import sys, types
+        from pathlib import Path
+        sys.modules["decord"] = types.ModuleType("decord")
+        sys.modules["decord"].__file__ = sys.argv[2]
+        from features.video.base import ReaderError
+        from features.video.open import open_video
+        try:
+            open_video(Path(sys.argv[1]), "decord")
+        except ReaderError as error:
+            print(error)
+    """
+    answer = run_script(script, make("b_frames.mp4")[0], tmp_path / "decord/__init__.py")
+    assert "this build of decord does not report damage" in answer
+
+
 def test_importing_the_module_imports_no_decoder_and_no_torch():
     script = """
         import sys
