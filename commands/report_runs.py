@@ -15,7 +15,7 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from engine.progress import say
-from evaluation.reports.gather import Parting, Report, Thumbnail, gather, partings
+from evaluation.reports.gather import Disagreement, Report, Thumbnail, disagreements, gather
 from features.dataset.catalogue import data_root
 from features.dataset.index import Index
 from features.store_folder import INDEX_FILE, find_feature_folder
@@ -55,7 +55,7 @@ def report_runs(
 
 def with_thumbnails(report: Report, run: Path) -> Report:
     """The report with frames of its worst videos, or with a sentence that says why there are none."""
-    wanted = partings(report)
+    wanted = disagreements(report)
     if not wanted:
         return report
     try:
@@ -90,7 +90,7 @@ def _recordings(run: Path) -> tuple[Config, Index, Path]:
 
 
 def _read(
-    report: Report, config: Config, index: Index, root: Path, video: str, parts: Sequence[Parting]
+    report: Report, config: Config, index: Index, root: Path, video: str, parts: Sequence[Disagreement]
 ) -> list[Thumbnail]:
     from features.frames.source import open_source
 

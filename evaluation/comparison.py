@@ -1,8 +1,8 @@
 """Compare models video by video: paired differences with bootstrap intervals, permutation tests and Holm's correction.
 
 A model is a run, a folder of predictions or a file of results; several training seeds of one model are joined by commas
-and averaged a video at a time. Videos and seeds are kept apart: intervals and tests are over videos (other patients),
-the deviation beside a mean is over seeds (trained again).
+and averaged video by video. Videos and seeds are kept apart: intervals and tests are over videos (other patients), the
+standard deviation beside a mean is over seeds (trained again).
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from configs.schema import DataSetSpec
 from engine.files import read_json, require_replaceable_json, write_json
 from engine.progress import say
 from evaluation.external import Reading, score_folder
-from evaluation.metrics.phases import CONVENTIONS, mean_and_std
-from evaluation.metrics.statistics import compare, holm, paired_interval
+from evaluation.metrics.conventions import CONVENTIONS
+from evaluation.metrics.phases import require_convention
+from evaluation.metrics.results import METRICS_FILE, PhaseResults, Record, Score
+from evaluation.metrics.statistics import PairedTest, holm, paired_interval, paired_permutation
 from evaluation.reports.tables import difference_table
 
-# The one convention in which a model's number is the mean of its videos' numbers, so that the mean difference a video
-# is the difference of the models.
+# The one convention in which a model's number is the mean of its videos' numbers, so that the mean difference over
+# videos is the difference of the models.
 DEFAULT_CONVENTION = "video_macro"
-METRICS_FILE = "metrics.json"
 _HEAD = "temporal"
 _COUNTS = ("frames", "segments_truth", "segments_predicted")
 
@@ -47,7 +48,58 @@ class Model:
 
     name: str
     members: Sequence[str]
-    results: Sequence[Mapping[str, Any]]
+    results: Sequence[PhaseResults]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricComparison(PairedTest):
+    """A test with its 95 % interval (`low`, `high`), the means of both models (standard deviation over seeds), and the
+    p value after Holm's correction over all tests of the comparison."""
+
+    low: float | None
+    high: float | None
+    first: Score
+    second: Score
+    p_holm: float
+
+
+@dataclass(frozen=True)
+class ModelPair(Record):
+    """Two models by name, and their comparison under each metric."""
+
+    first: str
+    second: str
+    metrics: Mapping[str, MetricComparison]
+
+
+@dataclass(frozen=True)
+class ComparisonAbout(Record):
+    """What the numbers are; `seeds` has one number per model."""
+
+    convention: str
+    title: str
+    unit: str
+    split: str | None
+    fps: float | None
+    absent_phase: str
+    mean: str
+    std: str
+    interval: str
+    test: str
+    correction: str
+    videos: int
+    frames: int
+    videos_without_labels: Sequence[str]
+    seeds: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Comparison(Record):
+    """What `compare --json` writes; `models` is [{name, members, seeds}]."""
+
+    about: ComparisonAbout
+    models: Sequence[Mapping[str, Any]]
+    comparisons: Sequence[ModelPair]
 
 
 def compare_models(
@@ -57,47 +109,48 @@ def compare_models(
     convention: str = DEFAULT_CONVENTION,
     metrics: Sequence[str] | None = None,
     out: Path | None = None,
-) -> dict[str, Any]:
+) -> Comparison:
     """Compare the first of `names` with each other one, print tables and write the result as JSON to `out` if given.
 
-    Returns {about, models, comparisons}; `metrics` of a comparison holds {metric: {first, second: {mean, std},
-    difference, low, high, p_value, p_holm, videos, exact, per_video}}, differences first - second in percent points.
-    `metrics` None takes all that the convention has a video. Raises UserError when models were not evaluated on the
-    same frames.
+    Differences are first - second in percent points. `metrics` None takes all that the convention has per video.
+    Raises UserError when models were not evaluated on the same frames.
     """
     if len(names) < 2:
         raise UserError("compare: needs two models or more, for example compare RUN_A RUN_B")
-    if convention not in CONVENTIONS:
-        raise UserError(f"unknown convention {convention!r}; choose from {', '.join(CONVENTIONS)}")
+    require_convention(convention)
     models = [load_model(name, place, convention) for name in names]
     first = models[0]
     for model in models:
         _require_same_frames(first, model)
     chosen = _chosen_metrics(first, convention, metrics)
-    comparisons = [_compare_two(first, other, convention, chosen) for other in models[1:]]
-    tests = _correct_all(comparisons)
-    result = {
-        "about": _about(models, convention, tests),
-        "models": [
-            {"name": model.name, "members": list(model.members), "seeds": len(model.members)} for model in models
+    tests = [_paired_tests(first, other, chosen) for other in models[1:]]
+    p_values = {(i, m): test.p_value for i, pair in enumerate(tests) for m, test in pair.items()}
+    corrected = holm(p_values)
+    result = Comparison(
+        _about(models, convention, len(corrected)),
+        [{"name": model.name, "members": list(model.members), "seeds": len(model.members)} for model in models],
+        [
+            ModelPair(
+                first.name, other.name, {m: _compared(first, other, m, t, corrected[i, m]) for m, t in pair.items()}
+            )
+            for i, (other, pair) in enumerate(zip(models[1:], tests, strict=True))
         ],
-        "comparisons": comparisons,
-    }
+    )
     print_comparisons(result)
     if out is not None:
         require_replaceable_json(out)
-        write_json(out, result)
+        write_json(out, result.to_json())
         say(f"written: {out}")
     return result
 
 
-def print_comparisons(result: Mapping[str, Any]) -> None:
-    """A table a comparison."""
+def print_comparisons(result: Comparison) -> None:
+    """One table per comparison."""
     from rich.console import Console
 
     console = Console()
-    for comparison in result["comparisons"]:
-        console.print(difference_table(comparison, result["about"]))
+    for pair in result.comparisons:
+        console.print(difference_table(pair, result.about))
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -128,7 +181,7 @@ def require_use(names: Sequence[str], runs: Path, *, reading: bool, split: bool)
         raise UserError("--split: no model here is a run; leave it out")
 
 
-def _load_results(text: str, place: Place, convention: str) -> Mapping[str, Any]:
+def _load_results(text: str, place: Place, convention: str) -> PhaseResults:
     """One source's results under `convention`: a JSON file, a run or its evaluation folder, or a prediction folder."""
     path = place.runs / text if (place.runs / text / "evaluate").is_dir() or not Path(text).exists() else Path(text)
     files = (path, path / "evaluate" / place.split / METRICS_FILE, path / METRICS_FILE)
@@ -145,12 +198,13 @@ def _load_results(text: str, place: Place, convention: str) -> Mapping[str, Any]
             "--ground-truth"
         )
     tree = read_json(file)
-    results = tree.get("phases", tree) if isinstance(tree, dict) else {}
-    results = results.get(_HEAD, results) if isinstance(results, dict) else {}
-    found = results.get(convention)
-    if not isinstance(found, dict) or "per_video" not in found or "about" not in found:
-        raise UserError(f"{file}: holds no phase results under the convention {convention}; evaluate with it first")
-    if without := found["about"].get("videos_without_labels"):
+    try:
+        phases = tree.get("phases", tree)  # of a run, or of predictions of any program
+        found = PhaseResults.from_json(phases.get(_HEAD, phases)[convention])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        problem = f"holds no phase results under the convention {convention}; evaluate with it first"
+        raise UserError(f"{file}: {problem}") from error
+    if without := found.about.videos_without_labels:
         say(f"{path}: not counted, for their ground truth holds no label: {', '.join(without)}")
     return found
 
@@ -158,88 +212,86 @@ def _load_results(text: str, place: Place, convention: str) -> Mapping[str, Any]
 def _require_same_frames(first: Model, other: Model) -> None:
     """Paired tests need the same videos, frame for frame."""
     ours, theirs = first.results[0], other.results[0]
-    if odd := sorted(set(ours["per_video"]) ^ set(theirs["per_video"])):
-        has = first.name if odd[0] in ours["per_video"] else other.name
+    if odd := sorted(set(ours.per_video) ^ set(theirs.per_video)):
+        has = first.name if odd[0] in ours.per_video else other.name
         raise UserError(
             f"{first.name} and {other.name}: only {has} was evaluated on {odd[0]}; evaluate both on the same"
         )
-    for key, what in (
-        ("frames", "frames"),
-        ("fps", "fps"),
-        ("truth_sha256", "labels"),
-        ("background", "as background"),
-    ):
-        if key == "fps" and None in (ours["about"].get(key), theirs["about"].get(key)):
-            continue  # folders whose rows have an unknown rate; the labels are compared row by row
-        if ours["about"].get(key) != theirs["about"].get(key):
-            pair = f"{ours['about'].get(key)} and {theirs['about'].get(key)} {what}"
-            shown = "other labels of the same videos" if what == "labels" else pair
+    one, two = ours.about, theirs.about
+    differing = [
+        (one.frames != two.frames, f"{one.frames} and {two.frames} frames"),
+        # Folders whose rows have an unknown rate differ in none; the labels are compared row by row.
+        (None not in (one.fps, two.fps) and one.fps != two.fps, f"{one.fps} and {two.fps} fps"),
+        (one.truth_sha256 != two.truth_sha256, "other labels of the same videos"),
+        (one.background != two.background, f"{one.background} and {two.background} as background"),
+    ]
+    for differs, shown in differing:
+        if differs:
             raise UserError(f"{first.name} and {other.name}: {shown}; evaluate both on the same frames")
 
 
 def _chosen_metrics(model: Model, convention: str, metrics: Sequence[str] | None) -> list[str]:
-    row = next(iter(model.results[0]["per_video"].values()))
+    row = next(iter(model.results[0].per_video.values()))
     known = [metric for metric in row if metric not in _COUNTS]
     for metric in metrics or ():
         if metric not in known:
-            raise UserError(f"--metric {metric}: {convention} has {', '.join(known)} a video")
+            raise UserError(f"--metric {metric}: {convention} has {', '.join(known)} per video")
     return list(dict.fromkeys(metrics or known))
 
 
 # ---------------------------------------------------------------------------------------------- numbers
 
 
-def _compare_two(first: Model, second: Model, convention: str, metrics: Sequence[str]) -> dict[str, Any]:
-    merged = [{convention: {"per_video": _seed_means(model, metrics)}} for model in (first, second)]
-    found = compare(merged[0], merged[1], convention, metrics)
-    for metric, entry in found.items():
-        shared = [video for video, value in entry["per_video"].items() if value is not None]
-        interval = paired_interval([entry["per_video"][video] for video in shared])
-        entry |= {"low": interval["low"], "high": interval["high"]}
-        entry |= {"first": _over_seeds(first, metric, shared), "second": _over_seeds(second, metric, shared)}
-    return {"first": first.name, "second": second.name, "metrics": found}
+def _paired_tests(first: Model, second: Model, metrics: Sequence[str]) -> dict[str, PairedTest]:
+    return {m: paired_permutation(_seed_means(first, m), _seed_means(second, m)) for m in metrics}
 
 
-def _seed_means(model: Model, metrics: Sequence[str]) -> dict[str, dict[str, float | None]]:
-    """{video: {metric: mean over seeds}}; None where a seed has no number."""
-
-    def mean(video: str, metric: str) -> float | None:
-        values = [result["per_video"][video][metric] for result in model.results]
-        return None if None in values else float(np.mean(values))
-
-    return {video: {metric: mean(video, metric) for metric in metrics} for video in model.results[0]["per_video"]}
-
-
-def _over_seeds(model: Model, metric: str, videos: Sequence[str]) -> dict[str, float | None]:
-    """Mean over `videos` of each seed; then mean and deviation (n - 1) over seeds."""
-    values = np.array([np.mean([result["per_video"][video][metric] for video in videos]) for result in model.results])
-    return mean_and_std(float(values.mean()), values)
+def _compared(first: Model, second: Model, metric: str, test: PairedTest, p_holm: float) -> MetricComparison:
+    shared = {video: value for video, value in test.per_video.items() if value is not None}
+    interval = paired_interval(list(shared.values()))
+    return MetricComparison(
+        **vars(test),
+        low=interval.low,
+        high=interval.high,
+        first=_over_seeds(first, metric, list(shared)),
+        second=_over_seeds(second, metric, list(shared)),
+        p_holm=p_holm,
+    )
 
 
-def _correct_all(comparisons: Sequence[Mapping[str, Any]]) -> int:
-    """Holm's correction over every test made, metrics and models alike; returns how many there are."""
-    entries = {f"{i} {m}": entry for i, pair in enumerate(comparisons) for m, entry in pair["metrics"].items()}
-    for key, p_value in holm({key: entry["p_value"] for key, entry in entries.items()}).items():
-        entries[key]["p_holm"] = p_value
-    return len(entries)
+def _seed_means(model: Model, metric: str) -> dict[str, float | None]:
+    """{video: mean over seeds}; None where a seed has no number."""
+
+    def mean(video: str) -> float | None:
+        values = [result.per_video[video].get(metric) for result in model.results]
+        return None if None in values else float(np.mean(np.array(values, dtype=float)))
+
+    return {video: mean(video) for video in model.results[0].per_video}
 
 
-def _about(models: Sequence[Model], convention: str, tests: int) -> dict[str, Any]:
-    about = models[0].results[0]["about"]
-    return {
-        "convention": convention,
-        "title": CONVENTIONS[convention].title,
-        "unit": "percent points",
-        "split": about.get("split"),
-        "fps": about.get("fps"),
-        "absent_phase": CONVENTIONS[convention].absent_phase,
-        "mean": "over videos, of each video's own number averaged over seeds",
-        "std": "over seeds (n - 1)",
-        "interval": "95 %, percentile bootstrap of the paired difference, over videos",
-        "test": "two-sided paired permutation test over videos",
-        "correction": f"Holm over {tests} tests",
-        "videos": len(models[0].results[0]["per_video"]),
-        "frames": about.get("frames"),
-        "videos_without_labels": about.get("videos_without_labels", []),
-        "seeds": [len(model.members) for model in models],
-    }
+def _over_seeds(model: Model, metric: str, videos: Sequence[str]) -> Score:
+    """Mean over `videos` of each seed; then mean and standard deviation (n - 1) over seeds."""
+    tables = (np.array([result.per_video[video][metric] for video in videos], float) for result in model.results)
+    values = np.array([table.mean() for table in tables])
+    return Score.of(float(values.mean()), values)
+
+
+def _about(models: Sequence[Model], convention: str, tests: int) -> ComparisonAbout:
+    about = models[0].results[0].about
+    return ComparisonAbout(
+        convention=convention,
+        title=CONVENTIONS.find(convention).title,
+        unit="percent points",
+        split=about.split,
+        fps=about.fps,
+        absent_phase=CONVENTIONS.find(convention).absent_phase,
+        mean="over videos, of each video's own number averaged over seeds",
+        std="over seeds (n - 1)",
+        interval="95 %, percentile bootstrap of the paired difference, over videos",
+        test="two-sided paired permutation test over videos",
+        correction=f"Holm over {tests} tests",
+        videos=len(models[0].results[0].per_video),
+        frames=about.frames,
+        videos_without_labels=about.videos_without_labels,
+        seeds=[len(model.members) for model in models],
+    )

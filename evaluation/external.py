@@ -7,7 +7,7 @@ recorded in every result's `about`.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from evaluation.files.matching import Matched, match_rows
 from evaluation.files.third_party import PhaseFile, find_phase_files, read_foreign_phases
 from evaluation.metrics.counts import NO_PREDICTION
 from evaluation.metrics.phases import chosen_conventions, evaluate_phases, unavailable_conventions
+from evaluation.metrics.results import PhaseResults, as_json
 from evaluation.metrics.statistics import bootstrap_intervals
 from evaluation.reports.tables import conventions_table, intervals_table, phase_table, segment_table
 from features.dataset.phase_order import describe_order, parse_phase_order
@@ -68,12 +69,12 @@ def evaluate_folder(
     *,
     split: str | None = None,
     out: Path | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, PhaseResults]:
     """Score a folder of predictions, print tables, and write the results as JSON to `out` if given.
 
     Returns what `evaluation.metrics.phases.evaluate_phases` does, with 95 % bootstrap intervals over videos in
-    `intervals` and what was read in `about`. Raises UserError naming file and row for anything that
-    cannot be used; nothing is written then.
+    `intervals` and what was read in `about.files`. Raises UserError naming file and row for anything that cannot be
+    used; nothing is written then.
     """
     results, notes = score_folder(predictions, reading, spec, conventions, split=split)
     for note in notes:
@@ -81,7 +82,7 @@ def evaluate_folder(
     print_results(results)
     if out is not None:
         require_replaceable_json(out)
-        write_json(out, results)
+        write_json(out, as_json(results))
         say(f"written: {out}")
     return results
 
@@ -93,7 +94,7 @@ def score_folder(
     conventions: Sequence[str] | None = None,
     *,
     split: str | None = None,
-) -> tuple[dict[str, dict[str, Any]], Sequence[str]]:
+) -> tuple[dict[str, PhaseResults], Sequence[str]]:
     """`evaluate_folder` without printing or writing: the results, and notes for the user."""
     background = tuple(dict.fromkeys((*spec.background, *reading.background)))
     pairs = read_pairs(predictions, reading, spec)
@@ -102,30 +103,32 @@ def score_folder(
     truth, predicted, fps = pairs.truth, pairs.predicted, pairs.fps
     results = evaluate_phases(truth, predicted, spec.phases, fps, names, split=split, background=background)
     intervals = bootstrap_intervals(truth, predicted, spec.phases, fps, names, background=background)
-    for name, result in results.items():
-        result["intervals"] = intervals[name]
-        result["about"] |= pairs.about
+    results = {
+        name: replace(result, intervals=intervals[name], about=replace(result.about, files=pairs.about))
+        for name, result in results.items()
+    }
     notes = list(pairs.notes)
     if left_out:
         notes.append(f"{' and '.join(left_out)}: left out, for {next(iter(left_out.values()))}")
-    without = next(iter(results.values()))["about"]["videos_without_labels"]
+    without = next(iter(results.values())).about.videos_without_labels
     if without:
         notes.append(f"not counted, for their ground truth holds no label: {listed(without, 10)}")
     return results, notes
 
 
-def print_results(results: Mapping[str, Any]) -> None:
+def print_results(results: Mapping[str, PhaseResults]) -> None:
     """Tables: conventions, their intervals, phases, segments, as far as evaluated."""
     from rich.console import Console
 
     console = Console()
-    of_frames = [name for name in results if name != "segmental"]
+    of_frames = [name for name, result in results.items() if result.of_frames]
     if of_frames:
         console.print(conventions_table(results))
         console.print(intervals_table(results))
         console.print(phase_table(results, of_frames[0]))
-    if "segmental" in results:
-        console.print(segment_table(results))
+    for name, result in results.items():
+        if not result.of_frames:
+            console.print(segment_table(results, name))
 
 
 # ---------------------------------------------------------------------------------------------- pairing

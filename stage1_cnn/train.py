@@ -303,8 +303,8 @@ def validate(
     predicted = session.validate(lambda: predict(session, loader, val, config))
     tool_logits, phase_logits = (_in_order(parts, session.processes) for parts in zip(*predicted, strict=True))
     if tool_logits is not None and (val.tools >= 0).any():
-        percent = evaluate_tools(_by_video(val, val.tools), _by_video(val, tool_logits), index.dataset.tools)
-        scores["val_map"] = None if percent["map_pooled"] is None else percent["map_pooled"] / 100
+        results = evaluate_tools(_by_video(val, val.tools), _by_video(val, tool_logits), index.dataset.tools)
+        scores["val_map"] = None if results.map_pooled is None else results.map_pooled / 100
     labelled = val.phase >= 0
     if phase_logits is not None and labelled.any():
         scores["val_phase_accuracy"] = float((phase_logits.argmax(axis=1) == val.phase)[labelled].mean())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,9 @@ from engine.runs import RESULT_FILE, update_summary
 from engine.stopping import StopRequest
 from evaluation.files.predictions import TOOLS_ALONE, write_prediction_csv, write_tool_csv
 from evaluation.files.truth import TRUTH_FILE, Truth, VideoTruth, is_simulated, write_truth
+from evaluation.metrics.conventions import MAIN_CONVENTION
 from evaluation.metrics.phases import evaluate_phases
+from evaluation.metrics.results import METRICS_FILE, Evaluation, JointDetails, ToolResults, read_evaluation
 from evaluation.metrics.tools import choose_thresholds, evaluate_tools, sigmoid
 from evaluation.reports.model_card import write_model_card
 from evaluation.reports.paper_figures import phase_ribbons
@@ -42,23 +44,29 @@ from features.store_folder import (
 )
 from stage2_temporal.predict import Inference, chosen_inference, load_temporal, other_encoder, predict_phases
 
-METRICS_FILE = "metrics.json"
-CONVENTION = "phase_mean"
-Phases = dict[str, NDArray[np.int8]]
+
+class SampledLabels(NamedTuple):
+    """One video's samples: frame numbers (T,), times in seconds (T,), phases (T,) and tools (T, K), -1 = no label."""
+
+    frame_index: NDArray[np.int64]
+    time_s: NDArray[np.float64]
+    phase: NDArray[np.int8]
+    tools: NDArray[np.int8]
 
 
-@dataclass
-class Material:
-    """What is evaluated: one split's features and labels, in the order of the index; `root` where it is known."""
+@dataclass(frozen=True)
+class GroundTruth:
+    """What predictions are scored against: one split's labels at `fps`, in the order of the index; `root` is the data
+    root where it is known."""
 
-    folder: Path
     index: Index
-    videos: dict[str, VideoFeatures]
     split: str
+    fps: float
+    videos: Mapping[str, SampledLabels]
     root: Path | None = None
 
     @property
-    def truth(self) -> Phases:
+    def phases(self) -> dict[str, NDArray[np.int8]]:
         """Phase labels of all videos; empty where no video has any."""
         labels = {name: video.phase for name, video in self.videos.items()}
         return labels if any((phase >= 0).any() for phase in labels.values()) else {}
@@ -75,16 +83,11 @@ class Material:
                 tools += [] if entry.tool_file else [entry.id]
         return {"phases": sorted(phases, key=natural_key), "tools": sorted(tools, key=natural_key)}
 
-    @property
-    def fps(self) -> float:
-        """Sampling rate of the features."""
-        return float(next(iter(self.videos.values())).attributes["fps"])
-
-    @property
-    def encoder(self) -> dict[str, Any]:
-        """What made the features."""
-        attributes = next(iter(self.videos.values())).attributes
-        return {**recorded_encoder(attributes), "digest": str(attributes.get("encoder_digest"))}
+    def record(self) -> Truth:
+        """The content of `truth.json`."""
+        hashes = {name: self.index.entry(name).sha256_ends for name in self.videos}
+        videos = {name: VideoTruth(video.phase, video.tools, hashes[name]) for name, video in self.videos.items()}
+        return Truth(self.index.dataset, self.split, self.fps, videos)
 
 
 def evaluate_run(
@@ -98,16 +101,15 @@ def evaluate_run(
     redo: bool = True,
     inference: Inference | None = None,
     given: GivenKeys = NO_KEYS,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Score a run's heads and tools on one split and write what a reader needs below `RUN/evaluate/<name>/`.
 
     Writes `metrics.json`, `truth.json`, `predictions/<video>.csv`, `ribbons.png`, and for the run's own test videos
     the outcome into `RUN/summary.json` and `RUN/MODEL_CARD.md`; prints tables. With `index_file`, another data set
     with the same classes is evaluated; its features are extracted into the run's folder where missing. `inference`
-    overrides the way of running through time that the run was trained with. Without `redo`, an evaluation of the
-    same model and features is printed again, not computed. Raises UserError when the run is not trained, its
-    classes differ from the data's, the features come from another encoder, or the user gave settings of pictures that
-    the features do not have (`given`).
+    overrides how the run was trained to process time. Without `redo`, an evaluation of the same model and features is
+    printed again, not computed. Raises UserError when the run is not trained, its classes differ from the data's, the
+    features come from another encoder, or the user gave settings of images that the features do not have (`given`).
     """
     temporal = run / "temporal"
     model, about = load_temporal(temporal)
@@ -124,26 +126,36 @@ def evaluate_run(
         index.require_excluded(config.data.exclude, folder)
     else:
         folder, index = _other_features(config, run, index_file, out / "features", features, stop)
-    material = _load(folder, index, split, known_root(config))
-    _require_same_world(about, material, temporal)
+    videos = _load(folder, index, split)
+    _require_same_world(about, folder, index, videos, temporal)
     say_left_out(index)
 
     majority = _majority(temporal / "result.json")
-    thresholds = _thresholds(material, index.dataset.tools)
-    identity = _identity(temporal, material, inference, majority, thresholds)
-    if not redo and _already(out, identity):
-        metrics = read_json_object(out / METRICS_FILE)
+    thresholds = _thresholds(folder, index)
+    identity = _identity(temporal, videos, index, split, inference, majority, thresholds)
+    fps = float(next(iter(videos.values())).attributes["fps"])
+    labels = {name: SampledLabels(v.frame_index, v.time_s, v.phase, v.tools) for name, v in videos.items()}
+    truth = GroundTruth(index, split, fps, labels, known_root(config))
+    evaluation = None if redo else _made_before(out, identity)
+    if evaluation is not None:
         say(f"{out}: unchanged")
     else:
-        probabilities = _probabilities(config, temporal, material, inference, stop)
-        more = {"identity_sha256": identity, "encoder": material.encoder}
-        metrics = score_and_write(out, material, probabilities, majority, thresholds, more)
-    print_metrics(metrics)
+        evaluation = score_and_write(
+            out,
+            truth,
+            _probabilities(config, temporal, videos, inference, stop),
+            _tool_logits(videos),
+            majority=majority,
+            thresholds=thresholds,
+            identity_sha256=identity,
+            encoder=_encoder(videos),
+        )
+    print_evaluation(evaluation)
     if index_file is None and split == "test" and inference is None:
-        update_summary(run, summary_of(run, material, metrics))
-        write_model_card(run, "temporal", index, metrics)
+        update_summary(run, summary_of(run, truth, evaluation))
+        write_model_card(run, "temporal", index, evaluation)
     say(f"written: {out / METRICS_FILE}, predictions/, ribbons.png")
-    return metrics
+    return evaluation
 
 
 def _require_own_index(config: Config, given: GivenKeys, index: Index, folder: Path) -> None:
@@ -159,13 +171,19 @@ def _require_own_index(config: Config, given: GivenKeys, index: Index, folder: P
         )
 
 
-def _load(folder: Path, index: Index, split: str, root: Path | None) -> Material:
+def _load(folder: Path, index: Index, split: str) -> dict[str, VideoFeatures]:
     ids = [
         entry.id
         for entry in index.entries_of(split, folder / INDEX_FILE)
         if entry.split != "none" or feature_path(folder, entry.id).exists()  # those of the others are not needed
     ]
-    return Material(folder, index, load_feature_set(folder, ids), split, root)
+    return load_feature_set(folder, ids)
+
+
+def _encoder(videos: Mapping[str, VideoFeatures]) -> dict[str, Any]:
+    """What is recorded of the encoder that made the features."""
+    attributes = next(iter(videos.values())).attributes
+    return {**recorded_encoder(attributes), "digest": str(attributes.get("encoder_digest"))}
 
 
 def _other_features(
@@ -187,58 +205,62 @@ def _other_features(
     return report.folder, usable_index(report.folder)
 
 
-def _require_same_world(about: Mapping[str, Any], material: Material, temporal: Path) -> None:
+def _require_same_world(
+    about: Mapping[str, Any], folder: Path, index: Index, videos: Mapping[str, VideoFeatures], temporal: Path
+) -> None:
     """Classes, their order and the encoder of the data are those the model was trained with."""
-    spec = material.index.dataset
+    spec = index.dataset
     if tuple(about["phases"]) != spec.phases:
         raise UserError(
             f"{temporal}: trained on phases {', '.join(about['phases'])}; "
-            f"{material.folder / INDEX_FILE} has {', '.join(spec.phases)}"
+            f"{folder / INDEX_FILE} has {', '.join(spec.phases)}"
         )
     if about["tool_inputs"] and tuple(about["tool_inputs"]) != spec.tools:
         raise UserError(
             f"{temporal}: reads the logits of the tools {', '.join(about['tool_inputs'])}; "
-            f"{material.folder / INDEX_FILE} has {', '.join(spec.tools) or 'none'}"
+            f"{folder / INDEX_FILE} has {', '.join(spec.tools) or 'none'}"
         )
-    found = require_one_encoder({material.folder / f"{n}.h5": v.attributes for n, v in material.videos.items()})
+    found = require_one_encoder({folder / f"{n}.h5": v.attributes for n, v in videos.items()})
     if found == about["encoder_digest"]:
         return
     trained = about.get("encoder")
-    difference = other_encoder(trained, material.encoder) if trained else "best.pt does not say how"
+    difference = other_encoder(trained, _encoder(videos)) if trained else "best.pt does not say how"
     if difference:
         raise UserError(
-            f"{material.folder}: features of encoder {str(found)[:12]}, but {temporal} was trained on those of "
+            f"{folder}: features of encoder {str(found)[:12]}, but {temporal} was trained on those of "
             f"{about['encoder_digest'][:12]} ({difference}); name the right folder with --features"
         )
 
 
 def _identity(
     temporal: Path,
-    material: Material,
+    videos: Mapping[str, VideoFeatures],
+    index: Index,
+    split: str,
     inference: Inference | None,
     majority: int,
     thresholds: Mapping[str, float] | None,
 ) -> str:
-    """What an evaluation says depends on: both heads' weights, the features' encoder and sources, labels, the majority
+    """What an evaluation depends on: both heads' weights, the features' encoder and sources, labels, the majority
     phase of training, thresholds (and through them the validation videos), and which videos are left out and why."""
     weights = [sha256_file(path) for path in (temporal / "best.pt", temporal / "frame" / "best.pt") if path.exists()]
-    videos = {
+    labels = {
         name: [
             video.attributes["encoder_digest"],
             video.attributes.get("source_sha256_ends"),
             sha256_json([video.phase.tolist(), video.tools.tolist()]),
         ]
-        for name, video in material.videos.items()
+        for name, video in videos.items()
     }
     return sha256_json(
         {
             "weights": weights,
-            "videos": videos,
-            "split": material.split,
+            "videos": labels,
+            "split": split,
             "inference": inference,
             "majority": majority,
             "thresholds": thresholds,
-            "left_out": material.index.left_out_records(),
+            "left_out": index.left_out_records(),
         }
     )
 
@@ -251,12 +273,15 @@ def _majority(result: Path) -> int:
     return found
 
 
-def _already(out: Path, identity: str) -> bool:
+def _made_before(out: Path, identity: str) -> Evaluation | None:
+    """The evaluation in the folder; None where it lacks files or has another identity."""
     path = out / METRICS_FILE
     if not all((out / name).exists() for name in (METRICS_FILE, TRUTH_FILE, "ribbons.png")):
-        return False
-    found = read_json_object(path)
-    return "simulated" in found and found.get("identity_sha256") == identity
+        return None
+    if read_json_object(path).get("identity_sha256") != identity:
+        return None
+    found = read_evaluation(path)
+    return None if found.simulated is None else found
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -264,73 +289,73 @@ def _already(out: Path, identity: str) -> bool:
 
 def score_and_write(
     out: Path,
-    material: Material,
-    probabilities: Mapping[str, dict[str, NDArray[np.float32]]],
-    majority_phase: int | None,
-    thresholds: Mapping[str, float] | None,
-    more: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Metrics of every head (predictions of `temporal` are written too) and of the tools, written to `out`."""
-    for note in unlabelled_note(material.truth, "are not scored"):
+    truth: GroundTruth,
+    probabilities: Mapping[str, Mapping[str, NDArray[np.float32]]],
+    tool_logits: Mapping[str, NDArray[np.float32]],
+    *,
+    majority: int | None = None,
+    thresholds: Mapping[str, float] | None = None,
+    identity_sha256: str | None = None,
+    encoder: Mapping[str, Any] | None = None,
+    joint: JointDetails | None = None,
+) -> Evaluation:
+    """Metrics of every head and of the tools, written to `out` with truth, predictions and ribbons of `temporal`.
+
+    `probabilities` is {head: {video: (T, C)}}, `tool_logits` {video: (T, K)} of the videos with a trained tool head.
+    `majority` is the most frequent phase of the training videos, scored as a head that predicts it everywhere. Tools
+    are scored at `thresholds` too. The rest is recorded. Raises UserError where the folder cannot be written.
+    """
+    for note in unlabelled_note(truth.phases, "are not scored"):
         say(note)
-    metrics = _score(material, probabilities, majority_phase, thresholds) | dict(more)
-    _write(out, material, metrics)
-    metrics = {key: value for key, value in metrics.items() if key != "predictions"}
-    write_json(out / METRICS_FILE, metrics)
-    return metrics
-
-
-def _score(
-    material: Material,
-    probabilities: Mapping[str, dict[str, NDArray[np.float32]]],
-    majority_phase: int | None,
-    thresholds: Mapping[str, float] | None,
-) -> dict[str, Any]:
-    """Metrics of every head and of the tools; `predictions` holds what the files are written from."""
-    spec = material.index.dataset
-    truth = material.truth
     predicted = {
         head: {name: values.argmax(axis=1).astype(np.int8) for name, values in videos.items()}
         for head, videos in probabilities.items()
     }
-    if majority_phase is not None:  # the most frequent phase of the training videos, everywhere
-        predicted["majority"] = {
-            name: np.full(len(video), majority_phase, np.int8) for name, video in material.videos.items()
-        }
-    phases = {
-        head: evaluate_phases(
-            truth,
-            {name: videos[name] for name in truth},
-            spec.phases,
-            material.fps,
-            split=material.split,
-            background=spec.background,
-        )
-        for head, videos in predicted.items()
-        if truth
-    }
-    tools = _tools(material, thresholds)
-    without = material.without_labels
-    return {
-        "split": material.split,
-        "fps": material.fps,
-        "simulated": is_simulated(spec, material.root),
-        "videos": list(material.videos),
-        "scored": {
-            "phases": [name for name in material.videos if phases and name not in without["phases"]],
-            "tools": [] if tools is None else [name for name in material.videos if name in tools["per_video"]],
+    if majority is not None:
+        tracks = {name: np.full(len(video.frame_index), majority, np.int8) for name, video in truth.videos.items()}
+        predicted["majority"] = tracks
+    spec, without = truth.index.dataset, truth.without_labels
+    labels, tools = truth.phases, _tools(truth, tool_logits, thresholds)
+    evaluation = Evaluation(
+        split=truth.split,
+        fps=truth.fps,
+        simulated=is_simulated(spec, truth.root),
+        videos=list(truth.videos),
+        scored={
+            "phases": [name for name in truth.videos if labels and predicted and name not in without["phases"]],
+            "tools": [] if tools is None else [name for name in truth.videos if name in tools.per_video],
         },
-        "videos_without_labels": without if spec.tools else {**without, "tools": []},
-        "left_out": material.index.left_out_records(),
-        "convention": CONVENTION,
-        "phases": phases,
-        "tools": tools,
-        "predictions": {"probabilities": probabilities.get("temporal"), "phases": predicted},
-    }
+        videos_without_labels=without if spec.tools else {**without, "tools": []},
+        left_out=truth.index.left_out_records(),
+        convention=MAIN_CONVENTION,
+        phases={
+            head: evaluate_phases(labels, videos, spec.phases, truth.fps, split=truth.split, background=spec.background)
+            for head, videos in predicted.items()
+            if labels
+        },
+        tools=tools,
+        identity_sha256=identity_sha256,
+        encoder=encoder,
+        joint=joint,
+    )
+    make_folder(out)
+    write_truth(out / TRUTH_FILE, truth.record())
+    if "temporal" in probabilities:
+        _write_predictions(out, truth, probabilities["temporal"], predicted, tool_logits)
+    else:  # a net for tools alone
+        for name, logits in tool_logits.items():
+            video, path = truth.videos[name], out / TOOLS_ALONE / f"{file_stem(name)}.csv"
+            write_tool_csv(path, video.frame_index, video.time_s, sigmoid(logits), spec)
+    write_json(out / METRICS_FILE, evaluation.to_json())
+    return evaluation
 
 
 def _probabilities(
-    config: Config, temporal: Path, material: Material, inference: Inference | None, stop: StopRequest
+    config: Config,
+    temporal: Path,
+    videos: Mapping[str, VideoFeatures],
+    inference: Inference | None,
+    stop: StopRequest,
 ) -> dict[str, dict[str, NDArray[np.float32]]]:
     heads = {"temporal": temporal, "frame": temporal / "frame"}
     found = {}
@@ -339,7 +364,7 @@ def _probabilities(
             model, about = load_temporal(folder)
             found[head] = predict_phases(
                 model,
-                material.videos,
+                videos,
                 inference or about["inference"],
                 about["frames"],
                 device=config.device,
@@ -349,89 +374,83 @@ def _probabilities(
     return found
 
 
-def _tools(material: Material, thresholds: Mapping[str, float] | None) -> dict[str, Any] | None:
+def _tool_logits(videos: Mapping[str, VideoFeatures]) -> dict[str, NDArray[np.float32]]:
+    """Those of the videos whose features were made with a trained tool head."""
+    found = {name: video.tool_logits for name, video in videos.items()}
+    return {name: logits for name, logits in found.items() if logits.size and np.isfinite(logits).all()}
+
+
+def _tools(
+    truth: GroundTruth, logits: Mapping[str, NDArray[np.float32]], thresholds: Mapping[str, float] | None
+) -> ToolResults | None:
     """Tool scores at `thresholds`; None where there was no tool head or no labels."""
-    names = material.index.dataset.tools
-    usable = {name: video for name, video in material.videos.items() if np.isfinite(video.tool_logits).all()}
-    if not names or not any(_has_tools(video) for video in usable.values()):
+    labels = {name: truth.videos[name].tools for name in logits}
+    if not any((tools >= 0).any() for tools in labels.values()):
         return None
-    truth = {name: video.tools for name, video in usable.items()}
-    scores = {name: sigmoid(video.tool_logits) for name, video in usable.items()}
-    return evaluate_tools(truth, scores, names, threshold=thresholds, split=material.split, fps=material.fps)
+    scores = {name: sigmoid(values) for name, values in logits.items()}
+    names = truth.index.dataset.tools
+    return evaluate_tools(labels, scores, names, threshold=thresholds, split=truth.split, fps=truth.fps)
 
 
-def _thresholds(material: Material, names: Sequence[str]) -> Mapping[str, float] | None:
+def labelled_scores(
+    labels: Mapping[str, NDArray[np.int8]], logits: Mapping[str, NDArray[np.float32]]
+) -> tuple[dict[str, NDArray[np.int8]], dict[str, NDArray[np.float64]]] | None:
+    """Tool labels (T, K) and probabilities (T, K) of the videos that have both; None where none has."""
+    names = [name for name, tools in labels.items() if name in logits and (tools >= 0).any()]
+    return ({name: labels[name] for name in names}, {name: sigmoid(logits[name]) for name in names}) if names else None
+
+
+def _thresholds(folder: Path, index: Index) -> Mapping[str, float] | None:
     """Chosen on the validation videos; None where there are none with features and tool labels."""
-    ids = [entry.id for entry in material.index.by_split("val")]
-    if not ids or not all(feature_path(material.folder, video_id).exists() for video_id in ids):
+    ids = [entry.id for entry in index.by_split("val")]
+    if not ids or not all(feature_path(folder, video_id).exists() for video_id in ids):
         return None
-    videos = {name: video for name, video in load_feature_set(material.folder, ids).items() if _has_tools(video)}
-    if not videos:
-        return None
-    return choose_thresholds(
-        {name: video.tools for name, video in videos.items()},
-        {name: sigmoid(video.tool_logits) for name, video in videos.items()},
-        names,
-    )
-
-
-def _has_tools(video: VideoFeatures) -> bool:
-    return video.tools.size > 0 and bool((video.tools >= 0).any()) and bool(np.isfinite(video.tool_logits).all())
+    videos = load_feature_set(folder, ids)
+    known = labelled_scores({name: video.tools for name, video in videos.items()}, _tool_logits(videos))
+    return choose_thresholds(*known, index.dataset.tools) if known else None
 
 
 # ---------------------------------------------------------------------------------------------- what is written
 
 
-def _write(out: Path, material: Material, metrics: Mapping[str, Any]) -> None:
-    spec = material.index.dataset
-    probabilities, phases = metrics["predictions"]["probabilities"], metrics["predictions"]["phases"]
-    make_folder(out)
-    write_truth(out / TRUTH_FILE, _truth(material))
-    if probabilities is None:  # a net for tools alone
-        for name, video in material.videos.items():
-            path = out / TOOLS_ALONE / f"{file_stem(name)}.csv"
-            write_tool_csv(path, video.frame_index, video.time_s, sigmoid(video.tool_logits), spec)
-        return
+def _write_predictions(
+    out: Path,
+    truth: GroundTruth,
+    probabilities: Mapping[str, NDArray[np.float32]],
+    predicted: Mapping[str, Mapping[str, NDArray[np.int8]]],
+    tool_logits: Mapping[str, NDArray[np.float32]],
+) -> None:
+    """Predictions of `temporal` as CSV, and ribbons of it and of `frame`."""
+    spec = truth.index.dataset
     make_folder(out / "predictions")
-    for name, video in material.videos.items():
-        tools = sigmoid(video.tool_logits) if video.tools.size and np.isfinite(video.tool_logits).all() else None
+    for name, video in truth.videos.items():
         write_prediction_csv(
             out / "predictions" / f"{file_stem(name)}.csv",
             video.frame_index,
             video.time_s,
-            phases["temporal"][name],
+            predicted["temporal"][name],
             probabilities[name],
-            tools,
+            sigmoid(tool_logits[name]) if name in tool_logits else None,
             spec,
         )
-    drawn = [
-        (name, video.phase, {head: phases[head][name] for head in ("temporal", "frame") if head in phases})
-        for name, video in material.videos.items()
-    ]
-    title = f"{spec.title or spec.name}, split {material.split}: truth and predictions"
-    times_s = {name: video.time_s for name, video in material.videos.items()}
-    phase_ribbons(out / "ribbons.png", drawn, material.fps, spec.phases, title, times_s)
+    heads = [head for head in ("temporal", "frame") if head in predicted]
+    drawn = [(name, v.phase, {head: predicted[head][name] for head in heads}) for name, v in truth.videos.items()]
+    title = f"{spec.title or spec.name}, split {truth.split}: truth and predictions"
+    times_s = {name: video.time_s for name, video in truth.videos.items()}
+    phase_ribbons(out / "ribbons.png", drawn, truth.fps, spec.phases, title, times_s)
 
 
-def _truth(material: Material) -> Truth:
-    videos = {
-        name: VideoTruth(video.phase, video.tools, material.index.entry(name).sha256_ends)
-        for name, video in material.videos.items()
-    }
-    return Truth(material.index.dataset, material.split, material.fps, videos)
-
-
-def print_metrics(metrics: Mapping[str, Any]) -> None:
+def print_evaluation(evaluation: Evaluation) -> None:
     """Tables of phases and tools."""
     console = Console()
-    if metrics["phases"]:
-        console.print(comparison_table(metrics["phases"], CONVENTION))
-        if "temporal" in metrics["phases"]:
-            console.print(phase_table(metrics["phases"]["temporal"], CONVENTION))
+    if evaluation.phases:
+        console.print(comparison_table(evaluation.phases))
+        if "temporal" in evaluation.phases:
+            console.print(phase_table(evaluation.phases["temporal"]))
     else:
         say("note: no phase labels in these videos, so no phase metrics")
-    if metrics["tools"]:
-        console.print(tool_table(metrics["tools"]))
+    if evaluation.tools:
+        console.print(tool_table(evaluation.tools))
     else:
         say("note: no tool labels or no trained tool head, so no tool metrics")
 
@@ -443,24 +462,24 @@ def _left_out_of_stage_one(run: Path, known: Sequence[str]) -> list[dict[str, An
     return [{**video, "reason": f"train-cnn: {video['reason']}"} for video in videos if video["id"] not in known]
 
 
-def summary_of(run: Path, material: Material, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What `RUN/summary.json` says of an evaluation on the test videos; counts are of videos used or scored."""
-    scores = {head: summarise(results, None) for head, results in metrics["phases"].items()}
-    scored = {task: len(videos) for task, videos in metrics["scored"].items()}
-    used, unlabelled = used_videos(material.index, metrics)
+def summary_of(run: Path, truth: GroundTruth, evaluation: Evaluation) -> dict[str, Any]:
+    """The entries of `RUN/summary.json` for an evaluation on the test videos; counts are of videos used or scored."""
+    scores = {head: summarise(results, None) for head, results in evaluation.phases.items()}
+    scored = {task: len(videos) for task, videos in evaluation.scored.items()}
+    used, unlabelled = used_videos(truth.index, evaluation)
     left_out = [{"id": name, "reason": "no phase or tool labels", "unlabelled": True} for name in unlabelled]
-    left_out += _left_out_of_stage_one(run, [video["id"] for video in metrics["left_out"]])
+    left_out += _left_out_of_stage_one(run, [video["id"] for video in evaluation.left_out])
     return {
         "name": run.name,
-        "dataset": material.index.dataset.name,
+        "dataset": truth.index.dataset.name,
         "split": "/".join(str(len(used[part])) for part in ("train", "val", "test")),
-        "fps": material.fps,
+        "fps": truth.fps,
         "test_videos": scored["phases"] or scored["tools"],
         "scored_videos": scored,
-        "videos_without_labels": metrics["videos_without_labels"],
-        "left_out": [*metrics["left_out"], *left_out],
-        "convention": CONVENTION,
-        "tool_map": summarise(None, metrics["tools"])["tool_map"],
+        "videos_without_labels": evaluation.videos_without_labels,
+        "left_out": [*evaluation.left_out, *left_out],
+        "convention": evaluation.convention,
+        "tool_map": summarise(None, evaluation.tools)["tool_map"],
         **{f"phase_accuracy_{head}": value["phase_accuracy"] for head, value in scores.items()},
         **{f"phase_f1_{head}": scores[head]["phase_f1"] for head in ("frame", "temporal") if head in scores},
     }

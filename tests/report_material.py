@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +15,12 @@ from configs.load import load_config, load_dataset, to_yaml
 from configs.schema import DataSetSpec
 from engine.files import write_json, write_text
 from engine.runs import environment, update_summary
+from evaluation.metrics.results import JointDetails
 from features.dataset.index import Index, VideoEntry
-from features.store import VideoFeatures
-from stage2_temporal.evaluate import Material, score_and_write, summary_of
+from stage2_temporal.evaluate import GroundTruth, SampledLabels, score_and_write, summary_of
 
 SPEC = load_dataset("cholec80")
+JOINT: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(JointDetails)) | {"tasks": "both"}
 
 
 def write_run(
@@ -31,16 +33,15 @@ def write_run(
     labelled: bool = True,
     curves: bool = True,
     tools_alone: bool = False,
-    more: Mapping[str, Any] | None = None,
+    more: Mapping[str, str] | None = None,
     root: Path | None = None,
 ) -> Path:
     """A run folder with an evaluation on the test videos. Labels depend on the videos alone, predictions on `seed`;
     the first video's are the best. Without `labelled` no video has labels, without `curves` nothing was trained.
-    `tools_alone` leaves out the phase branch, `more` goes into the metrics, `root` is the data root."""
+    `tools_alone` leaves out the phase branch, `more` is recorded of a joint net, `root` is the data root."""
     labels = np.random.default_rng(1)
     random = np.random.default_rng(seed + 2)
-    material = Material(folder, _index(videos, frames, spec), {}, "test", root)
-    probabilities = {}
+    found, probabilities, tool_logits = {}, {}, {}
     for number, name in enumerate(videos):
         phase = np.sort(labels.integers(0, len(spec.phases), frames)).astype(np.int8)
         tools = (_wander(labels, frames, len(spec.tools)) > 0.6).astype(np.int8)
@@ -49,21 +50,21 @@ def write_run(
         logits = (2.0 * tools - 1.0 + 1.5 * _wander(random, frames, len(spec.tools))).astype(np.float32)
         if not labelled:
             phase, tools = np.full_like(phase, -1), np.full_like(tools, -1)
-        material.videos[name] = VideoFeatures(
-            features=np.zeros((frames, 0), np.float16),
-            frame_index=np.arange(frames, dtype=np.int64) * 25,
-            time_s=np.arange(frames, dtype=np.float64),
-            phase=phase,
-            tools=tools,
-            tool_logits=logits,
-            attributes={"fps": 1.0},
-        )
-    thresholds = dict.fromkeys(spec.tools, 0.5)
-    heads = {} if tools_alone else {"temporal": probabilities, "frame": probabilities}
-    about = {"identity_sha256": "0" * 64, **({"tasks": "tool"} if tools_alone else {}), **(more or {})}
-    majority = None if tools_alone else 3
-    metrics = score_and_write(folder / "evaluate/test", material, heads, majority, thresholds, about)
-    update_summary(folder, summary_of(folder, material, metrics), {"train-temporal": 12.0})
+        frame_index, time_s = np.arange(frames, dtype=np.int64) * 25, np.arange(frames, dtype=np.float64)
+        found[name], tool_logits[name] = SampledLabels(frame_index, time_s, phase, tools), logits
+    truth = GroundTruth(_index(videos, frames, spec), "test", 1.0, found, root)
+    tasks = {"tasks": "tool"} if tools_alone else {}
+    evaluation = score_and_write(
+        folder / "evaluate/test",
+        truth,
+        {} if tools_alone else {"temporal": probabilities, "frame": probabilities},
+        tool_logits if spec.tools else {},
+        majority=None if tools_alone else 3,
+        thresholds=dict.fromkeys(spec.tools, 0.5),
+        identity_sha256="0" * 64,
+        joint=JointDetails(**{**JOINT, **tasks, **(more or {})}) if tools_alone or more else None,
+    )
+    update_summary(folder, summary_of(folder, truth, evaluation), {"train-temporal": 12.0})
     if curves:
         _write_training(folder / "temporal", seed, random)
     return folder

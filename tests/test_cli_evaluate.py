@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.metrics.phases import CONVENTIONS
+from evaluation.metrics.conventions import CONVENTIONS
 from tests.cli import PROJECT, run
 
 
@@ -183,5 +183,5 @@ def test_what_cannot_be_compared(arguments, message, tmp_path):
 
 def test_help_names_every_convention(tmp_path):
     done = run(["evaluate", "--help"], tmp_path)
-    for name in CONVENTIONS:
+    for name in CONVENTIONS.names():
         assert name in done.stdout, name

@@ -36,7 +36,7 @@ class ToolScores(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Prediction:
+class PredictionFile:
     """One video's prediction: `frame_index`, `time_s`, `phase` (T,); `probabilities` (T, C); `tool_probabilities`
     (T, K), None where the model has no tool branch."""
 
@@ -130,7 +130,7 @@ def _write_csv(
     write_text(path, buffer.getvalue())
 
 
-def read_prediction_csv(path: Path, spec: DataSetSpec) -> Prediction:
+def read_prediction_csv(path: Path, spec: DataSetSpec) -> PredictionFile:
     """Read a prediction file of this data set. Raises UserError naming file and row for anything not as written."""
     rows = _rows(path)
     tools = _has_tools(path, rows, spec)
@@ -145,7 +145,7 @@ def read_prediction_csv(path: Path, spec: DataSetSpec) -> Prediction:
     if outside.any():
         raise UserError(f"{path}: row {int(outside.argmax()) + 2}: a probability lies outside 0 to 1")
     values, classes = numbers[:, 3:].astype(np.float32), len(spec.phases)
-    return Prediction(
+    return PredictionFile(
         frame_index=frame_index,
         time_s=numbers[:, 1].copy(),
         phase=numbers[:, 2].astype(np.int8),

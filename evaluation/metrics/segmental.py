@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.metrics.counts import FloatArray, IntArray, LabelledVideo, stretches
+from evaluation.metrics.conventions import CONVENTIONS, Convention, numbers_by_video, over_videos
+from evaluation.metrics.counts import Counts, FloatArray, IntArray, PhasePair, stretches
+from evaluation.metrics.results import PhaseAbout, PhaseResults, PooledScore, Score, json_number
 
 OVERLAPS_PERCENT = (10, 25, 50)
-
-Counts = IntArray | FloatArray
 
 
 @dataclass(frozen=True)
@@ -77,20 +77,62 @@ def overlap_hits(predicted: IntArray, truth: IntArray, background: Sequence[int]
     return hits, len(label_p), len(label_t)
 
 
-def count_segments(videos: Sequence[LabelledVideo], background: Sequence[int] = ()) -> SegmentTable:
-    """The table over `videos`; unlabelled frames are taken out and the gap is closed before segments are cut.
-
-    Segments of `background` (ids) are left out of edit score and F1; `right` and `frames` count all labelled frames.
-    """
-    rows = []
-    for video in videos:
-        truth, predicted = video.truth[video.labelled], video.predicted[video.labelled]
-        score = edit_score(predicted, truth, background)
-        rows.append((score, *overlap_hits(predicted, truth, background), int((truth == predicted).sum()), len(truth)))
-    return SegmentTable(*(np.array(column) for column in zip(*rows, strict=True)))
-
-
 def segment_f1(hits: Counts, predicted: Counts, truth: Counts) -> FloatArray:
     """F1 in percent from counts: `hits` (..., 3), segments predicted and true (...); NaN where there is neither."""
     with np.errstate(invalid="ignore"):
         return np.asarray(200.0 * hits / (predicted + truth)[..., None])
+
+
+class SegmentConvention(Convention[SegmentTable]):
+    """Compares runs of phases. Unlabelled frames are taken out, and the gap is closed before segments are cut; those of
+    the background are left out of edit score and F1. `right` and `frames` count all labelled frames."""
+
+    def count(
+        self, videos: Sequence[PhasePair], classes: int, fps: float | None, background: Sequence[int]
+    ) -> SegmentTable:
+        """See `Convention.count`."""
+        rows = []
+        for video in videos:
+            truth, predicted = video.truth[video.labelled], video.predicted[video.labelled]
+            edit, hits = edit_score(predicted, truth, background), overlap_hits(predicted, truth, background)
+            rows.append((edit, *hits, int((truth == predicted).sum()), len(truth)))
+        return SegmentTable(*(np.array(column) for column in zip(*rows, strict=True)))
+
+    def means(self, table: SegmentTable, weights: FloatArray) -> dict[str, FloatArray]:
+        """See `Convention.means`; `f1@k` is a mean over videos, `f1@k_pooled` that of all segments."""
+        pooled = segment_f1(weights @ table.hits, weights @ table.predicted, weights @ table.truth)
+        single = over_videos(segment_f1(table.hits, table.predicted, table.truth), weights)
+        means = {
+            "accuracy": 100.0 * (weights @ table.right) / (weights @ table.frames),
+            "edit": over_videos(table.edit, weights),
+        }
+        for k, percent in enumerate(OVERLAPS_PERCENT):
+            means |= {f"f1@{percent}": single[:, k], f"f1@{percent}_pooled": pooled[:, k]}
+        return means
+
+    def results(
+        self, table: SegmentTable, videos: Sequence[PhasePair], phases: Sequence[str], about: PhaseAbout
+    ) -> PhaseResults:
+        """See `Convention.results`."""
+        means = {name: value[0] for name, value in self.means(table, np.ones((1, len(videos)))).items()}
+        f1 = segment_f1(table.hits, table.predicted, table.truth).T  # (3, V)
+        single = {f"f1@{percent}": f1[k] for k, percent in enumerate(OVERLAPS_PERCENT)}
+        scores = {"accuracy": Score.of(means["accuracy"], np.empty(0)), "edit": Score.of(means["edit"], table.edit)}
+        for name, values in single.items():
+            score = Score.of(means[name], values)
+            scores[name] = PooledScore(score.mean, score.std, json_number(means[f"{name}_pooled"]))
+        counts = {"segments_truth": table.truth, "segments_predicted": table.predicted}
+        per_video = numbers_by_video(videos, {"edit": table.edit, **single, **counts})
+        return PhaseResults(scores=scores, extra={}, per_phase=None, per_video=per_video, about=about)
+
+
+CONVENTIONS.register(
+    "segmental",
+    SegmentConvention(
+        title="segments: edit score and F1 at an overlap",
+        absent_phase="not applicable: segments are compared, whatever their phase",
+        std="over videos (n - 1)",
+        source="ms-tcn's evaluation (accuracy and F1 pooled, edit a mean over videos), "
+        "the mean of F1 over videos beside",
+    ),
+)

@@ -1,4 +1,4 @@
-"""Tool presence: average precision a tool, pooled over frames and a video at a time, and scores at a threshold.
+"""Tool presence: average precision per tool, pooled over frames and video by video, and scores at a threshold.
 
 Both averages are in use under the one name mAP, so both are always given. Definitions: docs/evaluation.md.
 """
@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
+from evaluation.metrics.conventions import mean_known
 from evaluation.metrics.counts import FloatArray, IntArray
-from evaluation.metrics.phases import json_number, mean_and_std, mean_known
+from evaluation.metrics.results import OneTool, Score, ThresholdScores, ToolAbout, ToolResults, ToolVideo, json_number
 
 DEFAULT_THRESHOLD = 0.5
 
@@ -31,58 +32,59 @@ def evaluate_tools(
     split: str | None = None,
     fps: float | None = None,
     seeds: int = 1,
-) -> dict[str, Any]:
-    """Score tool presence.
+) -> ToolResults:
+    """Score tool presence, percent.
 
     `truth` maps video ids to (T, K) presence (1, 0; -1 = no label, not counted), `scores` to (T, K) numbers that rise
-    with the belief in presence (probabilities or logits). `threshold`, one for all or one a tool, adds precision,
+    with the belief in presence (probabilities or logits). `threshold`, one for all or one per tool, adds precision,
     recall and F1 over the pooled frames: choose it on validation videos (`choose_thresholds`), never on these.
 
-    Returns {map_pooled, map_video, per_tool, per_video, about}, percent, ready for JSON. A tool that never appears has
-    no average precision (None) and is left out of the means. Raises UserError naming the video for unequal shapes,
-    scores that are not numbers and labels other than -1, 0, 1, and where nothing is labelled.
+    A tool that never appears has no average precision (None) and is left out of the means. Raises UserError naming the
+    video for unequal shapes, scores that are not numbers and labels other than -1, 0, 1, and where nothing is labelled.
     """
     videos = _checked(truth, scores, len(tools))
     labels, values = _concatenated(videos)
     pooled = _average_precisions(labels, values)  # (K,)
     single = np.stack([_average_precisions(*pair) for pair in videos.values()])  # (V, K)
     over_videos = mean_known(single, axis=0)
-    result: dict[str, Any] = {
-        "map_pooled": json_number(float(mean_known(pooled, axis=0))),
-        "map_video": json_number(float(mean_known(over_videos, axis=0))),
-        "per_tool": {
-            tool: {
-                "ap_pooled": json_number(pooled[k]),
-                "ap_video": mean_and_std(over_videos[k], single[:, k]),
-                "videos": int(np.isfinite(single[:, k]).sum()),
-                "present": int((labels[:, k] == 1).sum()),
-                "frames": int((labels[:, k] >= 0).sum()),
-            }
+    limits = None if threshold is None else _limits(tools, threshold)
+    at_threshold = [_at_threshold(labels[:, k], values[:, k], limits[k]) for k in range(len(tools))] if limits else None
+    return ToolResults(
+        map_pooled=json_number(float(mean_known(pooled, axis=0))),
+        map_video=json_number(float(mean_known(over_videos, axis=0))),
+        per_tool={
+            tool: OneTool(
+                ap_pooled=json_number(pooled[k]),
+                ap_video=Score.of(over_videos[k], single[:, k]),
+                videos=int(np.isfinite(single[:, k]).sum()),
+                present=int((labels[:, k] == 1).sum()),
+                frames=int((labels[:, k] >= 0).sum()),
+                threshold=limits[k] if limits else None,
+                at_threshold=_threshold_scores(at_threshold[k]) if at_threshold else None,
+            )
             for k, tool in enumerate(tools)
         },
-        "per_video": {
-            video: {
-                "map": json_number(float(mean_known(single[v], axis=0))),
-                "ap": {tool: json_number(single[v, k]) for k, tool in enumerate(tools)},
-            }
+        per_video={
+            video: ToolVideo(
+                json_number(float(mean_known(single[v], axis=0))),
+                {tool: json_number(single[v, k]) for k, tool in enumerate(tools)},
+            )
             for v, video in enumerate(videos)
         },
-    }
-    if threshold is not None:
-        result["at_threshold"] = _add_threshold_scores(result["per_tool"], labels, values, threshold)
-    result["about"] = {
-        "unit": "percent",
-        "map_pooled": "average precision of each tool over the frames of all videos, then the mean over tools",
-        "map_video": "average precision of each tool a video, mean over videos, then the mean over tools",
-        "absent_tool": "a tool that never appears (in a video, or at all) has no average precision and is left out",
-        "std": "over videos (n - 1)",
-        "split": split,
-        "fps": fps,
-        "videos": len(videos),
-        "videos_without_labels": sorted(set(truth) - set(videos)),
-        "seeds": seeds,
-    }
-    return result
+        at_threshold=_threshold_scores(mean_known(np.array(at_threshold), axis=0)) if at_threshold else None,
+        about=ToolAbout(
+            unit="percent",
+            map_pooled="average precision of each tool over the frames of all videos, then the mean over tools",
+            map_video="average precision of each tool a video, mean over videos, then the mean over tools",
+            absent_tool="a tool that never appears (in a video, or at all) has no average precision and is left out",
+            std="over videos (n - 1)",
+            split=split,
+            fps=fps,
+            videos=len(videos),
+            videos_without_labels=sorted(set(truth) - set(videos)),
+            seeds=seeds,
+        ),
+    )
 
 
 def sigmoid(logits: NDArray[Any]) -> NDArray[np.float64]:
@@ -104,7 +106,7 @@ def average_precision(truth: IntArray, scores: FloatArray) -> float:
 def choose_thresholds(
     truth: Mapping[str, NDArray[Any]], scores: Mapping[str, NDArray[Any]], tools: Sequence[str]
 ) -> dict[str, float]:
-    """The threshold a tool with the best F1 over the pooled frames (the highest one on a tie).
+    """The threshold of each tool with the best F1 over the pooled frames (the highest one on a tie).
 
     Arguments as in `evaluate_tools`, of the validation videos. A tool that never appears there gets 0.5.
     """
@@ -129,23 +131,26 @@ def _average_precisions(labels: IntArray, values: FloatArray) -> FloatArray:
     return np.array([average_precision(labels[:, k], values[:, k]) for k in range(labels.shape[1])])
 
 
-def _add_threshold_scores(
-    per_tool: dict[str, dict[str, Any]], labels: IntArray, values: FloatArray, threshold: Thresholds
-) -> dict[str, float | None]:
-    """Add precision, recall and F1 at the threshold to each tool; their means over the tools that appear."""
-    limits = dict.fromkeys(per_tool, threshold) if isinstance(threshold, int | float) else threshold
-    if missing := [tool for tool in per_tool if tool not in limits]:
-        raise UserError(f"no threshold for tool {missing[0]!r}; give one a tool, or one number for all")
-    names, table = ("precision", "recall", "f1"), []
-    for k, (tool, entry) in enumerate(per_tool.items()):
-        labelled = labels[:, k] >= 0
-        present, said = labels[labelled, k] == 1, values[labelled, k] >= limits[tool]
-        hits, predicted, actual = (float(mask.sum()) for mask in (present & said, said, present))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            row = 100.0 * np.divide([hits, hits, 2 * hits], [predicted, actual, predicted + actual])
-        table.append(row if actual else np.full(3, math.nan))
-        entry |= {"threshold": float(limits[tool]), **dict(zip(names, map(json_number, table[-1]), strict=True))}
-    return dict(zip(names, map(json_number, mean_known(np.array(table), axis=0)), strict=True))
+def _limits(tools: Sequence[str], threshold: Thresholds) -> list[float]:
+    if isinstance(threshold, int | float):
+        return [float(threshold)] * len(tools)
+    if missing := [tool for tool in tools if tool not in threshold]:
+        raise UserError(f"no threshold for tool {missing[0]!r}; give one per tool, or one number for all")
+    return [float(threshold[tool]) for tool in tools]
+
+
+def _at_threshold(labels: IntArray, values: FloatArray, limit: float) -> FloatArray:
+    """(3,) precision, recall and F1 of one tool in percent; NaN where it never appears."""
+    labelled = labels >= 0
+    present, predicted = labels[labelled] == 1, values[labelled] >= limit
+    hits, found, actual = (float(mask.sum()) for mask in (present & predicted, predicted, present))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        row = 100.0 * np.divide([hits, hits, 2 * hits], [found, actual, found + actual])
+    return row if actual else np.full(3, math.nan)
+
+
+def _threshold_scores(values: FloatArray) -> ThresholdScores:
+    return ThresholdScores(*map(json_number, values))
 
 
 def _concatenated(videos: Mapping[str, LabelsAndScores]) -> LabelsAndScores:

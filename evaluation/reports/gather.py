@@ -1,7 +1,7 @@
-"""The report of one run or of several side by side: what is in it, gathered from their run folders.
+"""The report of one run or of several side by side: its content, gathered from the run folders.
 
-Several runs must have been evaluated on the same videos with the same labels. `report_tables` and `report_figures` turn
-it into tables and figures, `report_page` into one HTML file, `report_files` into PDF and PNG.
+Several runs must have been evaluated on the same videos with the same labels. `html_tables` and `plotly_figures` turn
+it into tables and figures, `page` into one HTML file, `static_files` into PDF and PNG.
 """
 
 from __future__ import annotations
@@ -16,33 +16,38 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.load import flatten, read_yaml
-from engine.files import read_json, read_json_object
+from engine.files import read_json_object
 from engine.logs import METRICS_FILE as LOG_FILE
 from engine.logs import read_metrics
-from evaluation.files.predictions import TOOLS_ALONE, Prediction, ToolScores, read_prediction_csv, read_tool_csv
+from evaluation.files.predictions import TOOLS_ALONE, PredictionFile, ToolScores, read_prediction_csv, read_tool_csv
 from evaluation.files.truth import TRUTH_FILE, Truth, is_simulated, read_truth
+from evaluation.metrics.conventions import MAIN_CONVENTION
 from evaluation.metrics.counts import stretches
+from evaluation.metrics.results import METRICS_FILE, ByConvention, Evaluation, Interval, read_evaluation
 from evaluation.metrics.statistics import bootstrap_intervals, phase_intervals
 from evaluation.reports.ablation import ABLATION_PAGE
 from evaluation.reports.paper_figures import sample_edges_s
 from evaluation.reports.summary import left_out_lines, scored_words, settings_behind
 from features.ids import file_stem
 
-EVALUATE_FOLDER, METRICS_FILE = "evaluate", "metrics.json"
+EVALUATE_FOLDER = "evaluate"
 HEAD = "temporal"  # the head whose predictions are in files
 TRUTH_NAME = "truth"
 
 
 @dataclass(frozen=True)
 class RunResults:
-    """One run as its folder tells it. `settings` and `environment` are of the training of the net that was evaluated,
-    empty where that was another program's; `curves` maps a training's folder below the run to its epochs; `predictions`
-    is empty for a net of tools alone, whose scores are in `tool_scores` as all others' are."""
+    """One run, read from its folder.
+
+    `settings` and `environment` are of the training of the net that was evaluated, empty where that was another
+    program's; `curves` maps a training's folder below the run to its epochs; `predictions` is empty for a net of tools
+    alone; the tool scores of every net are in `tool_scores`.
+    """
 
     name: str
-    metrics: dict[str, Any]
+    evaluation: Evaluation
     truth: Truth
-    predictions: dict[str, Prediction]
+    predictions: dict[str, PredictionFile]
     tool_scores: dict[str, ToolScores]
     summary: dict[str, Any]
     settings: dict[str, Any]
@@ -50,36 +55,30 @@ class RunResults:
     curves: dict[str, list[dict[str, Any]]]
 
     @property
-    def phases(self) -> dict[str, Any]:
-        """Results of `evaluate_phases` a head; empty where no video has phases."""
-        found: dict[str, Any] = self.metrics["phases"]
-        return found
-
-    @property
-    def tools(self) -> dict[str, Any] | None:
-        """What `evaluate_tools` returned, or None."""
-        found: dict[str, Any] | None = self.metrics["tools"]
-        return found
+    def phases(self) -> Mapping[str, ByConvention]:
+        """Results of each head under each convention; empty where no video has phases."""
+        return self.evaluation.phases
 
     @property
     def tools_alone(self) -> bool:
         """Whether the net has no phase branch."""
-        return self.metrics.get("tasks") == "tool"
+        return self.evaluation.tasks == "tool"
 
     @property
     def simulated(self) -> bool:
         """Whether it was evaluated on simulated operations."""
-        return bool(self.metrics.get("simulated", is_simulated(self.truth.spec, None)))
+        known = self.evaluation.simulated
+        return is_simulated(self.truth.spec, None) if known is None else known
 
     @property
     def scored(self) -> str:
         """How many videos the numbers are over, in words."""
-        return scored_words(self.metrics)
+        return scored_words(self.evaluation)
 
     @property
     def left_out(self) -> list[str]:
-        """A line for each video that no number is over."""
-        return left_out_lines(self.metrics)
+        """One line for each video that no number is over."""
+        return left_out_lines(self.evaluation)
 
     @property
     def labelled(self) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
@@ -90,21 +89,25 @@ class RunResults:
 
     def accuracy(self, video: str) -> float | None:
         """Percent of the video's labelled frames that are right; None without labels."""
-        results = self.phases.get(HEAD, {}).get("phase_mean", {})
-        value = results.get("per_video", {}).get(video, {}).get("accuracy")
-        return None if value is None else float(value)
+        results = self.phases.get(HEAD, {}).get(MAIN_CONVENTION)
+        return results.per_video.get(video, {}).get("accuracy") if results else None
 
 
 @dataclass(frozen=True)
 class Intervals:
-    """Bootstrap over videos, 95 %: {convention: {metric: ...}} and {convention: {phase: {metric: ...}}}."""
+    """Bootstrap over videos, 95 %: {convention: {metric: interval}} and {convention: {phase: {metric: interval}}}."""
 
-    overall: dict[str, Any]
-    per_phase: dict[str, Any]
+    overall: Mapping[str, Mapping[str, Interval]]
+    per_phase: Mapping[str, Mapping[str, Mapping[str, Interval]]]
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics that each phase has."""
+        return list(next(iter(next(iter(self.per_phase.values())).values()))) if self.per_phase else []
 
 
 @dataclass(frozen=True)
-class Parting:
+class Disagreement:
     """A stretch of a video in which truth and prediction part; `frame` is the source frame in its middle."""
 
     video: str
@@ -119,7 +122,7 @@ class Parting:
 class Thumbnail:
     """A frame (JPEG bytes) where truth and prediction part."""
 
-    parting: Parting
+    disagreement: Disagreement
     jpeg: bytes
 
 
@@ -183,10 +186,10 @@ def _gather_run(folder: Path, name: str, split: str) -> RunResults:
     if (folder / ABLATION_PAGE).is_file():
         raise UserError(f"{folder}: an ablation and not a run; open {folder / ABLATION_PAGE}")
     evaluated = folder / EVALUATE_FOLDER / split
-    metrics = _metrics(folder, evaluated, split)
+    evaluation = _evaluation(folder, evaluated, split)
     truth = read_truth(evaluated / TRUTH_FILE)
     files = {video: evaluated / "predictions" / f"{file_stem(video)}.csv" for video in truth.videos}
-    has_phases = HEAD in metrics["phases"] or any(path.exists() for path in files.values())
+    has_phases = HEAD in evaluation.phases or any(path.exists() for path in files.values())
     predictions = {v: read_prediction_csv(path, truth.spec) for v, path in files.items()} if has_phases else {}
     tool_scores = {
         video: ToolScores(found.time_s, found.tool_probabilities)
@@ -201,14 +204,14 @@ def _gather_run(folder: Path, name: str, split: str) -> RunResults:
                 f"{evaluated}: {video} has {count} predictions, but another number of labels in {TRUTH_FILE}; "
                 "run evaluate again"
             )
-    stage = _stage_of(folder, metrics)
+    stage = _stage_of(folder, evaluation)
     environment = stage / "environment.json" if stage else None
     settings = read_yaml(stage / "config.yaml") if stage else {}
-    settings = settings_behind(folder, settings, metrics.get("encoder"))
-    imported = bool(metrics.get("imported"))
+    settings = settings_behind(folder, settings, evaluation.encoder)
+    imported = bool(evaluation.imported)
     return RunResults(
         name=name,
-        metrics=metrics,
+        evaluation=evaluation,
         truth=truth,
         predictions=predictions,
         tool_scores=tool_scores,
@@ -219,7 +222,7 @@ def _gather_run(folder: Path, name: str, split: str) -> RunResults:
     )
 
 
-def _metrics(folder: Path, evaluated: Path, split: str) -> dict[str, Any]:
+def _evaluation(folder: Path, evaluated: Path, split: str) -> Evaluation:
     path = evaluated / METRICS_FILE
     command = f"python pipeline.py evaluate --name {folder.resolve().name}"
     if split in ("train", "val", "test", "all"):
@@ -230,10 +233,7 @@ def _metrics(folder: Path, evaluated: Path, split: str) -> dict[str, Any]:
         raise UserError(f"{evaluated}: not evaluated yet; run `{command}` with the run's --config first{instead}")
     if not (evaluated / TRUTH_FILE).exists():
         raise UserError(f"{evaluated}: evaluated without {TRUTH_FILE}; run `{command}` with the run's --config again")
-    metrics = read_json(path)
-    if not (isinstance(metrics, dict) and isinstance(metrics.get("phases"), dict) and "tools" in metrics):
-        raise UserError(f"{path}: not the metrics of an evaluation; run `{command}` with the run's --config again")
-    return metrics
+    return read_evaluation(path, f"run `{command}` with the run's --config again")
 
 
 def _tools_alone(evaluated: Path, truth: Truth) -> dict[str, ToolScores]:
@@ -244,10 +244,10 @@ def _tools_alone(evaluated: Path, truth: Truth) -> dict[str, ToolScores]:
     return {video: read_tool_csv(folder / f"{file_stem(video)}.csv", truth.spec) for video in truth.videos}
 
 
-def _stage_of(folder: Path, metrics: Mapping[str, Any]) -> Path | None:
+def _stage_of(folder: Path, evaluation: Evaluation) -> Path | None:
     """Where the net that was evaluated was trained: its joint step, else stage two, else what was started last."""
-    if metrics.get("checkpoint"):
-        named = folder / "joint" / Path(str(metrics["checkpoint"])).parent.name
+    if evaluation.joint and evaluation.joint.checkpoint:
+        named = folder / "joint" / Path(evaluation.joint.checkpoint).parent.name
     else:
         named = folder / HEAD
     if (named / "config.yaml").is_file():
@@ -322,7 +322,7 @@ def differing_settings(runs: Sequence[RunResults]) -> list[tuple[str, list[str]]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
-def partings(report: Report, videos: int = 3, frames: int = 4) -> list[Parting]:
+def disagreements(report: Report, videos: int = 3, frames: int = 4) -> list[Disagreement]:
     """The longest stretches in which the first run's prediction is wrong, in its worst videos, in order of time."""
     run, found = report.runs[0], []
     wrong = [video for video in report.videos if (run.accuracy(video) or 0.0) < 100.0 and video in run.labelled[0]]
@@ -332,14 +332,14 @@ def partings(report: Report, videos: int = 3, frames: int = 4) -> list[Parting]:
     return found
 
 
-def _wrong_stretches(run: RunResults, video: str) -> list[Parting]:
+def _wrong_stretches(run: RunResults, video: str) -> list[Disagreement]:
     prediction, truth = run.predictions[video], run.truth.videos[video].phase
     classes = len(run.truth.spec.phases)
     edges_s = sample_edges_s(prediction.time_s, len(truth), run.truth.fps)
     # One number a pair of truth and prediction; right and unlabelled frames are -1.
     pair = np.where((truth >= 0) & (truth != prediction.phase), truth.astype(int) * classes + prediction.phase, -1)
     return [
-        Parting(
+        Disagreement(
             video,
             int(prediction.frame_index[(start + stop) // 2]),
             float(prediction.time_s[(start + stop) // 2]),

@@ -1,14 +1,15 @@
-"""The report's tables, a column or a group of columns a run; each says which rules its numbers follow."""
+"""The report's tables, with one column or group of columns per run; each states the rules that its numbers follow."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evaluation.metrics.phases import METRICS
+from evaluation.metrics.results import Interval, PhaseAbout, PhaseResults, PooledScore, Score
+from evaluation.metrics.scores import metric_title
 from evaluation.reports.gather import HEAD, Report, RunResults, differing_settings, settings_of
-from evaluation.reports.tables import METRIC_TITLES, mean_std_text, number_text
+from evaluation.reports.tables import MEAN_AP, THRESHOLD_TITLES, mean_std_text, metrics_of, number_text, tool_cells
 
 HEAD_TITLES = {HEAD: "With time", "frame": "Frame by frame", "majority": "Longest phase always"}
 PACKAGES = ("surgstage", "torch", "accelerate")
@@ -16,14 +17,14 @@ PACKAGES = ("surgstage", "torch", "accelerate")
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell says, and in smaller letters an interval."""
+    """The text of a cell, and in smaller letters an interval."""
 
     text: str
     more: str = ""
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """`groups` are (title, columns below it); `rows` are (name, cells); `notes` stand below."""
 
     caption: str
@@ -44,22 +45,22 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Convention:
-    """Everything under one convention: what a reader must know of the numbers, and the tables they stand in."""
+class ConventionSection:
+    """Everything under one convention: what a reader must know of the numbers, and their tables."""
 
     title: str
     about: list[str]
-    tables: list[Table]
+    tables: list[ReportTable]
 
 
 @dataclass(frozen=True)
 class Tables:
     """All tables: those of each convention, tools, where the numbers come from, settings."""
 
-    conventions: dict[str, Convention]
-    tools: Table | None
-    provenance: Table
-    settings: Table | None
+    conventions: dict[str, ConventionSection]
+    tools: ReportTable | None
+    provenance: ReportTable
+    settings: ReportTable | None
 
 
 def all_tables(report: Report) -> Tables:
@@ -67,32 +68,35 @@ def all_tables(report: Report) -> Tables:
     found = dict.fromkeys(name for run in report.runs for head in run.phases.values() for name in head)
     shared = [name for name in found if all(name in head for run in report.runs for head in run.phases.values())]
     return Tables(
-        conventions={name: _convention(report, name) for name in shared},
-        tools=_tools(report.runs) if any(run.tools for run in report.runs) else None,
+        conventions={name: _section(report, name) for name in shared},
+        tools=_tools(report.runs) if any(run.evaluation.tools for run in report.runs) else None,
         provenance=_provenance(report.runs),
         settings=_settings(report.runs),
     )
 
 
-def _convention(report: Report, name: str) -> Convention:
-    about = next(head[name]["about"] for run in report.runs for head in run.phases.values())
-    tables = [_segments(report)] if name == "segmental" else [_overall(report, name)]
-    if name != "segmental" and any(HEAD in run.phases for run in report.runs):
-        tables.append(_per_phase(report, name))
-    return Convention(str(about["title"]), _about(about), tables)
+def _section(report: Report, name: str) -> ConventionSection:
+    known = next(head[name] for run in report.runs for head in run.phases.values())
+    if not known.of_frames:
+        tables = [_segments(report, name, known)]
+    else:
+        tables = [_overall(report, name)]
+        tables += [_per_phase(report, name)] if any(HEAD in run.phases for run in report.runs) else []
+    return ConventionSection(known.about.title, _about(known.about), tables)
 
 
-def _about(about: Mapping[str, Any]) -> list[str]:
+def _about(about: PhaseAbout) -> list[str]:
     """What a reader must know of the numbers."""
-    window = f", boundaries relaxed by {about['window_s']:g} s" if about["window_s"] else ""
-    left_out = about["videos_without_labels"]
+    window = f", boundaries relaxed by {about.window_s:g} s" if about.window_s else ""
+    rate = "at an unknown rate" if about.fps is None else f"at {about.fps:g} fps"
     lines = [
-        f"Convention {about['convention']}: {about['title']}{window}. After {about['source']}.",
-        f"Absent phases: {about['absent_phase']}.",
-        f"±: standard deviation, {about['std']}. In brackets: 95 % interval, bootstrap over videos.",
-        f"{_count(about['videos'], 'video')} of split {about['split']}, {about['frames']:,} labelled frames at "
-        f"{about['fps']:g} fps; {_count(about['seeds'], 'seed')} a run. Percent.",
+        f"Convention {about.convention}: {about.title}{window}. After {about.source}.",
+        f"Absent phases: {about.absent_phase}.",
+        f"±: standard deviation, {about.std}. In brackets: 95 % interval, bootstrap over videos.",
+        f"{_count(about.videos, 'video')} of split {about.split}, {about.frames:,} labelled frames {rate}; "
+        f"{_count(about.seeds, 'seed')} per run. Percent.",
     ]
+    left_out = about.videos_without_labels
     return lines + ([f"Without labels and left out: {', '.join(left_out)}."] if left_out else [])
 
 
@@ -104,114 +108,112 @@ def _heads(run: RunResults) -> list[str]:
     return list(run.phases) or [HEAD]
 
 
+def _head_columns(report: Report, convention: str) -> list[tuple[str, PhaseResults | None]]:
+    """(head, its results) of each run in turn."""
+    return [(head, run.phases.get(head, {}).get(convention)) for run in report.runs for head in _heads(run)]
+
+
+def _head_table(report: Report, title: str, corner: str, rows: list[tuple[str, list[Cell]]]) -> ReportTable:
+    """A table with one column per head, grouped by run."""
+    columns = [HEAD_TITLES.get(head, head) for run in report.runs for head in _heads(run)]
+    groups = _groups(report.runs, (len(_heads(run)) for run in report.runs))
+    return ReportTable(title, corner, groups, columns, rows, [])
+
+
 def _groups(runs: Sequence[RunResults], widths: Iterable[int]) -> list[tuple[str, int]]:
     return [(run.name, width) for run, width in zip(runs, widths, strict=True)]
 
 
-def _overall(report: Report, convention: str) -> Table:
-    runs, rows = report.runs, []
-    for metric, title in METRIC_TITLES.items():
-        cells = []
-        for run, intervals in zip(runs, report.intervals, strict=True):
-            for head in _heads(run):
-                result = run.phases.get(head, {}).get(convention)
-                interval = intervals.overall[convention][metric] if intervals and head == HEAD else None
-                cells.append(_cell(result[metric] if result else None, interval))
-        rows.append((title, cells))
-    columns = [HEAD_TITLES.get(head, head) for run in runs for head in _heads(run)]
-    groups = _groups(runs, (len(_heads(run)) for run in runs))
-    return Table(f"Phases over all, {convention}", "Metric", groups, columns, rows, [])
+def _overall(report: Report, convention: str) -> ReportTable:
+    results = _head_columns(report, convention)
+    # Only the predictions of the head over time are in files, so only they have intervals.
+    known = [i.overall[convention] if i and head == HEAD else {}
+             for run, i in zip(report.runs, report.intervals, strict=True) for head in _heads(run)]  # fmt: skip
+    rows = []
+    for metric in metrics_of(one for _, one in results if one):
+        scores = [one.scores.get(metric) if one else None for _, one in results]
+        rows.append((metric_title(metric), [_cell(s, i.get(metric)) for s, i in zip(scores, known, strict=True)]))
+    return _head_table(report, f"Phases over all, {convention}", "Metric", rows)
 
 
-def _per_phase(report: Report, convention: str) -> Table:
+def _per_phase(report: Report, convention: str) -> ReportTable:
+    results = [run.phases.get(HEAD, {}).get(convention) for run in report.runs]
+    metrics = [metric for metric in metrics_of(one for one in results if one) if metric != "accuracy"]
     rows = []
     for phase in report.truth.spec.phases:
         cells = []
-        for run, intervals in zip(report.runs, report.intervals, strict=True):
-            entry = run.phases.get(HEAD, {}).get(convention, {}).get("per_phase", {}).get(phase)
-            for metric in METRICS:
-                interval = intervals.per_phase[convention][phase][metric] if intervals else None
-                cells.append(_cell(entry[metric] if entry else None, interval))
-            cells.append(Cell(str(entry["videos"]) if entry else "-"))
+        for result, intervals in zip(results, report.intervals, strict=True):
+            entry = result.per_phase.get(phase) if result and result.per_phase else None
+            known = intervals.per_phase[convention][phase] if intervals else {}
+            cells += [_cell(entry.scores.get(metric) if entry else None, known.get(metric)) for metric in metrics]
+            cells.append(Cell(str(entry.videos) if entry else "-"))
         rows.append((phase, cells))
-    columns = [*(METRIC_TITLES[metric] for metric in METRICS), "Videos"] * len(report.runs)
-    groups = _groups(report.runs, [len(METRICS) + 1] * len(report.runs))
-    caption = f"A phase at a time, {HEAD_TITLES[HEAD].lower()}, {convention}"
+    columns = [*map(metric_title, metrics), "Videos"] * len(report.runs)
+    groups = _groups(report.runs, [len(metrics) + 1] * len(report.runs))
+    caption = f"Each phase, {HEAD_TITLES[HEAD].lower()}, {convention}"
     notes = ["Videos: how many have the phase in their truth. ± here: over the videos that count."]
-    return Table(caption, "Phase", groups, columns, rows, notes)
+    return ReportTable(caption, "Phase", groups, columns, rows, notes)
 
 
-def _segments(report: Report) -> Table:
-    results = [run.phases.get(head, {}).get("segmental") for run in report.runs for head in _heads(run)]
-    known = next(result for result in results if result)
-    rows = [("Accuracy", [_cell(result["accuracy"] if result else None) for result in results])]
-    rows.append(("Edit score", [_cell(result["edit"] if result else None) for result in results]))
-    for key in (key for key in known if key.startswith("f1@")):
-        title = key.replace("f1", "F1")
-        rows.append((f"{title}, pooled", [Cell(number_text(r[key]["pooled"]) if r else "-") for r in results]))
-        rows.append((f"{title}, over videos", [_cell(result[key] if result else None) for result in results]))
-    columns = [HEAD_TITLES.get(head, head) for run in report.runs for head in _heads(run)]
-    groups = _groups(report.runs, (len(_heads(run)) for run in report.runs))
-    return Table("Segments, segmental", "Score", groups, columns, rows, [])
-
-
-def _cell(entry: Mapping[str, float | None] | None, interval: Mapping[str, float | None] | None = None) -> Cell:
-    if entry is None:
-        return Cell("-")
-    known = interval is not None and interval["low"] is not None and interval["high"] is not None
-    more = f"[{interval['low']:.1f}, {interval['high']:.1f}]" if known and interval is not None else ""
-    return Cell(mean_std_text(entry), more)
-
-
-def _tools(runs: Sequence[RunResults]) -> Table:
-    about = next(run.tools["about"] for run in runs if run.tools)
-    at_threshold = all("at_threshold" in run.tools for run in runs if run.tools)
-    extra = ("precision", "recall", "f1") if at_threshold else ()
+def _segments(report: Report, convention: str, known: PhaseResults) -> ReportTable:
     rows = []
-    for tool in runs[0].truth.spec.tools:
-        cells = []
-        for run in runs:
-            entry = run.tools["per_tool"].get(tool) if run.tools else None
-            cells += [_number(entry, "ap_pooled"), _cell(entry["ap_video"] if entry else None)]
-            cells += [_number(entry, metric) for metric in extra]
-        rows.append((tool, cells))
-    means = []
-    for run in runs:
-        means += [_number(run.tools, "map_pooled"), _number(run.tools, "map_video")]
-        means += [_number(run.tools["at_threshold"] if run.tools else None, metric) for metric in extra]
-    rows.append(("Mean (mAP)", means))
+    for metric, example in known.scores.items():
+        title, scores = (
+            metric_title(metric),
+            [one.scores.get(metric) if one else None for _, one in _head_columns(report, convention)],
+        )
+        if isinstance(example, PooledScore):
+            pooled = [one.pooled if isinstance(one, PooledScore) else None for one in scores]
+            rows.append((f"{title}, pooled", [Cell(number_text(value)) for value in pooled]))
+            title += ", over videos"
+        rows.append((title, [_cell(score) for score in scores]))
+    return _head_table(report, f"Segments, {convention}", "Score", rows)
+
+
+def _cell(score: Score | None, interval: Interval | None = None) -> Cell:
+    if score is None:
+        return Cell("-")
+    known = interval is not None and interval.low is not None and interval.high is not None
+    return Cell(mean_std_text(score), f"[{interval.low:.1f}, {interval.high:.1f}]" if known and interval else "")
+
+
+def _tools(runs: Sequence[RunResults]) -> ReportTable:
+    found = [run.evaluation.tools for run in runs]
+    about = next(tools.about for tools in found if tools)
+    extra = THRESHOLD_TITLES if all(tools.at_threshold for tools in found if tools) else ()
+    columns = ["AP pooled", "AP over videos", *extra]
+    cells = [tool_cells(tools) if tools else {} for tools in found]
+    rows = []
+    for name in (*runs[0].truth.spec.tools, MEAN_AP):
+        texts = [text for one in cells for text in one.get(name, ["-"] * len(columns))[: len(columns)]]
+        rows.append((name[:1].upper() + name[1:] if name == MEAN_AP else name, [Cell(text) for text in texts]))
+    rate = "at an unknown rate" if about.fps is None else f"at {about.fps:g} fps"
     notes = [
-        f"AP pooled: {about['map_pooled']}. AP over videos: {about['map_video']}; ± {about['std']}.",
-        f"Absent tools: {about['absent_tool']}.",
+        f"AP pooled: {about.map_pooled}. AP over videos: {about.map_video}; ± {about.std}.",
+        f"Absent tools: {about.absent_tool}.",
         *(["Precision, recall and F1 at thresholds chosen on the validation videos."] if extra else []),
-        f"{_count(about['videos'], 'video')} of split {about['split']} at {about['fps']:g} fps; "
-        f"{_count(about['seeds'], 'seed')} a run. Percent.",
+        f"{_count(about.videos, 'video')} of split {about.split} {rate}; "
+        f"{_count(about.seeds, 'seed')} per run. Percent.",
+        *_mapped(runs),
     ]
-    columns = ["AP pooled", "AP over videos", *(METRIC_TITLES[metric] for metric in extra)]
-    return Table(
-        "Average precision", "Tool", _groups(runs, [len(columns)] * len(runs)), columns * len(runs), rows,
-        notes + _mapped(runs),
-    )  # fmt: skip
+    groups = _groups(runs, [len(columns)] * len(runs))
+    return ReportTable("Average precision", "Tool", groups, columns * len(runs), rows, notes)
 
 
 def _mapped(runs: Sequence[RunResults]) -> list[str]:
     """mAP of tools mapped from the phase branch, for joint nets that have it."""
-    found = [(run.name, run.metrics.get("mapped_tools")) for run in runs]
+    found = [(run.name, run.evaluation.joint and run.evaluation.joint.mapped_tools) for run in runs]
     return [
-        f"{name}: tools mapped from the phase branch, mAP {number_text(tools['map_pooled'])}."
+        f"{name}: tools mapped from the phase branch, mAP {number_text(tools.map_pooled)}."
         for name, tools in found
         if tools
     ]
 
 
-def _number(entry: Mapping[str, Any] | None, key: str) -> Cell:
-    return Cell(number_text(entry[key]) if entry else "-")
-
-
-def _provenance(runs: Sequence[RunResults]) -> Table:
+def _provenance(runs: Sequence[RunResults]) -> ReportTable:
     rows = [(title, [Cell(_text(value(run))) for run in runs]) for title, value in _PROVENANCE.items()]
     shown = [(title, cells) for title, cells in rows if any(cell.text != "-" for cell in cells)]
-    return Table("Where the numbers come from", "", [], [run.name for run in runs], shown, [])
+    return ReportTable("Where the numbers come from", "", [], [run.name for run in runs], shown, [])
 
 
 def _text(value: Any) -> str:
@@ -249,22 +251,22 @@ _PROVENANCE = {
     "Data set": lambda run: (run.truth.spec.title or run.truth.spec.name) + (" (SIMULATED)" if run.simulated else ""),
     "Videos (train/val/test)": lambda run: run.summary.get("split"),
     "Evaluated on": lambda run: f"{run.scored}, split {run.truth.split}",
-    "Frames a second": lambda run: f"{run.truth.fps:g}",
+    "Frames per second": lambda run: f"{run.truth.fps:g}",
     "Model": _model,
-    "Imported from": lambda run: run.metrics.get("imported"),
-    "Fine-tuned from": lambda run: run.metrics.get("fine_tuned_from"),
+    "Imported from": lambda run: run.evaluation.imported,
+    "Fine-tuned from": lambda run: run.evaluation.fine_tuned_from,
     "Seed": lambda run: settings_of(run, "seed"),
     "Revision": lambda run: run.environment.get("git_revision"),
     "Versions": _versions,
     "Machine": _machine,
     "Cost": _seconds,
-    "Evaluation": lambda run: (run.metrics.get("identity_sha256") or "")[:16],
+    "Evaluation": lambda run: (run.evaluation.identity_sha256 or "")[:16],
 }
 
 
-def _settings(runs: Sequence[RunResults]) -> Table | None:
-    """None where there is nothing in which they differ, one run alone included."""
+def _settings(runs: Sequence[RunResults]) -> ReportTable | None:
+    """None where the settings do not differ, as for a single run."""
     rows = [(key, [Cell(value) for value in values]) for key, values in differing_settings(runs)]
     if not rows:
         return None
-    return Table("Settings in which the runs differ", "Setting", [], [run.name for run in runs], rows, [])
+    return ReportTable("Settings in which the runs differ", "Setting", [], [run.name for run in runs], rows, [])

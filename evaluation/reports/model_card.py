@@ -11,7 +11,10 @@ import yaml
 from configs.load import read_yaml
 from configs.schema import DataSetSpec
 from engine.files import read_json_object, write_text
-from evaluation.reports.summary import NONE_UNLABELLED, scored_words, settings_behind, used_videos
+from evaluation.metrics.results import Evaluation, Score
+from evaluation.metrics.scores import metric_title
+from evaluation.reports.summary import scored_words, settings_behind, used_videos
+from evaluation.reports.tables import mean_std_text, metrics_of, number_text
 from evaluation.reports.templates import template_environment
 from features.dataset.index import Index
 
@@ -35,42 +38,40 @@ def write_model_card(
     run: Path,
     stage: str,
     index: Index,
-    metrics: Mapping[str, Any],
+    evaluation: Evaluation,
     *,
     trained_in: Path | None = None,
 ) -> Path:
     """Write `RUN/MODEL_CARD.md` for the net of `stage` (`temporal` or `joint`) from what evaluation found.
 
-    Settings and versions are those in `trained_in`, by default `RUN/<stage>`. `metrics` is what `metrics.json` holds:
-    whether the data is `simulated`, the `tasks` of a joint net, and the file that a net was `imported` or
-    `fine_tuned_from`. On which videos that one was trained is then not known, and the card says so.
+    Settings and versions are those in `trained_in`, by default `RUN/<stage>`. Which videos a net of another program
+    was trained on is not known, and the card says so.
     """
-    imported = metrics.get("imported")
     folder = trained_in or run / stage
     environment = folder / "environment.json"
     settings = read_yaml(folder / "config.yaml") if (folder / "config.yaml").exists() else {}
-    settings = settings_behind(run, settings, metrics.get("encoder"))
+    settings = settings_behind(run, settings, evaluation.encoder)
     chosen = {key: settings[key] for key in _SECTIONS[stage] if key in settings}
     for section, key in _PARTS[stage]:
         if key in settings.get(section, {}):
             chosen[section] = {key: settings[section][key]}
-    if imported is not None:  # what it was fed with and what it is; how it was trained is another program's
+    if evaluation.imported is not None:  # its input and its parts; how it was trained is not known
         chosen = {key: chosen[key] for key in ("preprocess", "cnn", "temporal") if key in chosen}
     text = render_model_card(
         {
             "name": run.name,
-            "kind": _kind(stage, index.dataset, settings, metrics),
-            "simulated": metrics["simulated"],
+            "kind": _kind(stage, index.dataset, settings, evaluation),
+            "simulated": evaluation.simulated,
             "dataset": index.dataset.model_dump(mode="json"),
-            "fps": metrics["fps"],
-            "split": used_videos(index, metrics)[0],
+            "fps": evaluation.fps,
+            "split": used_videos(index, evaluation)[0],
             "left_out": index.left_out_records(),
-            "without_labels": metrics.get("videos_without_labels", NONE_UNLABELLED),
+            "without_labels": evaluation.videos_without_labels,
             "settings": yaml.safe_dump(chosen, sort_keys=False, width=1 << 20) if chosen else "",
             "environment": _made_with(read_json_object(environment) if environment.exists() else {}),
-            "imported": imported,
-            "fine_tuned_from": metrics.get("fine_tuned_from"),
-            "metrics": metrics,
+            "imported": evaluation.imported,
+            "fine_tuned_from": evaluation.fine_tuned_from,
+            "metrics": evaluation,
         }
     )
     write_text(run / CARD_FILE, text)
@@ -80,20 +81,23 @@ def write_model_card(
 def render_model_card(facts: Mapping[str, Any]) -> str:
     """The card as Markdown, from plain values: name, kind, simulated, dataset, fps, split ({train, val, test: ids
     used}), left_out (id and reason each), without_labels ({phases, tools: ids}), settings (YAML), environment (a
-    phrase), imported and fine_tuned_from (a file or None) and metrics. A missing fact is an error, never an empty
-    place."""
+    phrase), imported and fine_tuned_from (a file or None) and metrics (an `Evaluation`). A missing fact is an error."""
     environment = template_environment(html=False)
-    environment.filters["number"] = _number
-    phases = facts["metrics"]["phases"]
-    baselines = {title: phases[head] for head, title in _BASELINES.items() if head in phases}
+    environment.filters["number"] = lambda value: (
+        mean_std_text(value) if isinstance(value, Score) else number_text(value)
+    )
+    environment.filters["title_of"] = metric_title
+    evaluation: Evaluation = facts["metrics"]
+    baselines = {title: evaluation.phases[head] for head, title in _BASELINES.items() if head in evaluation.phases}
     template = environment.get_template("model_card.md.j2")
-    scored = scored_words(facts["metrics"])
-    return template.render(**facts, results=phases.get("temporal"), baselines=baselines, scored=scored)
+    results, scored = evaluation.phases.get("temporal"), scored_words(evaluation)
+    columns = metrics_of(result for result in (results or {}).values() if result.of_frames)
+    return template.render(**facts, results=results, columns=columns, baselines=baselines, scored=scored)
 
 
-def _kind(stage: str, spec: DataSetSpec, settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    """What the net is and what it tells: not tools where the data set or the net has none."""
-    tasks = metrics.get("tasks", "both")
+def _kind(stage: str, spec: DataSetSpec, settings: Mapping[str, Any], evaluation: Evaluation) -> str:
+    """What the net is and what it recognises: not tools where the data set or the net has none."""
+    tasks = evaluation.tasks
     untrained = stage == "temporal" and settings.get("extract", {}).get("encoder") == "initial"
     if not spec.tools or untrained:
         tasks = "phase"
@@ -108,11 +112,3 @@ def _made_with(environment: Mapping[str, Any]) -> str:
     if environment.get("git_revision"):
         parts.append(f"revision {environment['git_revision'][:12]}")
     return ", ".join(parts) or "versions that were not recorded"
-
-
-def _number(value: Any) -> str:
-    """One number or {mean, std} in percent with one digit."""
-    if isinstance(value, Mapping):
-        spread = "" if value.get("std") is None else f" ± {value['std']:.1f}"
-        return _number(value["mean"]) + spread
-    return "-" if value is None else f"{value:.1f}"

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from engine.files import write_text
+from evaluation.metrics.scores import metric_title
 from evaluation.reports import html_tables as report_tables
 from evaluation.reports import plotly_figures as report_figures
 from evaluation.reports.gather import Report
@@ -37,12 +38,14 @@ def render(report: Report) -> str:
     environment.filters["clock"] = report_figures.clock
     environment.filters["data_uri"] = lambda jpeg: f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
     figures = report_figures.all_figures(report)
+    known = next(filter(None, report.intervals), None)
     # In an inline script nothing may read as its end; the hashes are taken from exactly what stands between the tags.
     scripts = [_script(get_plotlyjs()), _script((TEMPLATES / "report.js").read_text(encoding="utf-8"))]
     return environment.get_template("report.html.j2").render(
         report=report,
         tables=report_tables.all_tables(report),
         figures=figures,
+        metrics=[(metric, metric_title(metric)) for metric in known.metrics] if known else [],
         stages=list(dict.fromkeys(stage for run in report.runs for stage in run.curves)),
         unlabelled=any((video.phase < 0).any() for video in report.truth.videos.values()),
         phases=report_figures.legend(report.truth.spec.phases),

@@ -1,7 +1,7 @@
 """The report's figures as Plotly specifications: plain dictionaries, drawn by the page's own plotly.js.
 
-Ribbons and timelines hold one bar a stretch, never one point a frame. Times are milliseconds from the start of the
-video on a plain axis with our own ticks: Plotly's date axes take the numbers 1000 to 9999 for years.
+Ribbons and timelines hold one bar per run of frames, never one point per frame. Times are milliseconds from the start
+of the video on a plain axis with our own ticks: Plotly's date axes take the numbers 1000 to 9999 for years.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.metrics.phases import METRICS
+from evaluation.metrics.results import Interval
+from evaluation.metrics.scores import metric_title
+from evaluation.metrics.tools import DEFAULT_THRESHOLD
 from evaluation.reports.gather import TRUTH_NAME, Report, RunResults
 from evaluation.reports.paper_figures import UNLABELLED, confusion_counts, phase_colours, sample_edges_s, short_name
-from evaluation.reports.tables import METRIC_TITLES
 
 # Okabe and Ito's darker colours, which stand out from a white page; a pattern and a dash go with each.
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#222222", "#E69F00")
@@ -229,18 +230,19 @@ def tool_presence(report: Report, video: str) -> Iterator[tuple[str, NDArray[np.
 
 
 def _threshold(run: RunResults, tool: str) -> float:
-    entry = run.tools["per_tool"].get(tool, {}) if run.tools else {}
-    return float(entry.get("threshold", 0.5))
+    tools = run.evaluation.tools
+    entry = tools.per_tool.get(tool) if tools else None
+    return DEFAULT_THRESHOLD if entry is None or entry.threshold is None else entry.threshold
 
 
 # ---------------------------------------------------------------------------------------------- all videos
 
 
 def bars(report: Report) -> Iterator[Figure]:
-    """A bar a phase and run with its interval, for each convention and metric."""
-    known = [intervals for intervals in report.intervals if intervals]
-    for convention in known[0].per_phase if known else ():
-        for metric in METRICS:
+    """One bar per phase and run with its interval, for each convention and metric."""
+    known = next(filter(None, report.intervals), None)
+    for convention in known.per_phase if known else ():
+        for metric in known.metrics if known else ():
             yield _bars(report, convention, metric)
 
 
@@ -251,7 +253,7 @@ def _bars(report: Report, convention: str, metric: str) -> Figure:
             continue
         entries = [intervals.per_phase[convention][phase][metric] for phase in phases]
         data.append(_run_bars(run, number, phases, entries))
-    title = METRIC_TITLES[metric]
+    title = plain(metric_title(metric))
     layout = _layout(
         barmode="group",
         bargap=0.3,
@@ -267,16 +269,15 @@ def _bars(report: Report, convention: str, metric: str) -> Figure:
     return Figure(f"bars-{convention}-{metric}", alt, height, {"data": data, "layout": layout})
 
 
-def _run_bars(run: RunResults, number: int, phases: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> dict:
-    def reach(entry: Mapping[str, Any], end: str) -> float | None:
-        """None draws no whisker: one of no length would say that nothing is uncertain."""
-        known = entry[end] is not None and entry["mean"] is not None
-        return abs(entry[end] - entry["mean"]) if known else None
+def _run_bars(run: RunResults, number: int, phases: Sequence[str], entries: Sequence[Interval]) -> dict[str, Any]:
+    def reach(entry: Interval, end: float | None) -> float | None:
+        """None draws no whisker: one of no length would mean that nothing is uncertain."""
+        return None if end is None or entry.mean is None else abs(end - entry.mean)
 
     words = [
-        f"{e['mean']:.1f} %" + (f" [{e['low']:.1f}, {e['high']:.1f}]" if e["low"] is not None else "")
-        if e["mean"] is not None
-        else "-"
+        "-"
+        if e.mean is None
+        else f"{e.mean:.1f} %" + (f" [{e.low:.1f}, {e.high:.1f}]" if e.low is not None and e.high is not None else "")
         for e in entries
     ]
     return {
@@ -284,12 +285,12 @@ def _run_bars(run: RunResults, number: int, phases: Sequence[str], entries: Sequ
         "orientation": "h",
         "name": plain(run.name, 30),
         "y": list(range(len(phases))),
-        "x": [entry["mean"] for entry in entries],
+        "x": [entry.mean for entry in entries],
         "error_x": {
             "type": "data",
             "symmetric": False,
-            "array": [reach(entry, "high") for entry in entries],
-            "arrayminus": [reach(entry, "low") for entry in entries],
+            "array": [reach(entry, entry.high) for entry in entries],
+            "arrayminus": [reach(entry, entry.low) for entry in entries],
             "color": "#222222",
             "thickness": 1.2,
             "width": 4,

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from engine.files import make_folder
+from evaluation.metrics.conventions import MAIN_CONVENTION
+from evaluation.metrics.scores import metric_title
 from evaluation.reports.gather import TRUTH_NAME, Report, RunResults
 from evaluation.reports.paper_figures import (
     confusion_counts,
@@ -27,10 +29,8 @@ from evaluation.reports.plotly_figures import (
     tool_presence,
     training_scores,
 )
-from evaluation.reports.tables import METRIC_TITLES
 
 SUFFIXES = (".pdf", ".png")
-CONVENTION = "phase_mean"
 _DASHES = ("-", "--", ":", "-.", (0, (8, 2)), (0, (5, 1, 1, 1)))
 _SMALL = {"fontsize": 8, "parse_math": False}  # a dollar sign in a name starts no formula
 
@@ -58,8 +58,8 @@ def _drawings(report: Report) -> dict[str, Callable[[Path], None]]:
     for number, run in enumerate(report.runs, start=1):
         if run.labelled[0]:
             found[f"confusion-{number}"] = partial(_confusion, run=run)
-    if any(report.intervals):
-        for metric in ("precision", "recall", "jaccard", "f1"):
+    if known := next(filter(None, report.intervals), None):
+        for metric in known.metrics:
             found[f"phases-{metric}"] = partial(phase_bars, report=report, metric=metric)
     if any(curve_points(run, k) for run in report.runs for k in range(len(run.truth.spec.tools))):
         found["precision-recall"] = partial(precision_recall, report=report)
@@ -88,7 +88,7 @@ def _ribbons(path: Path, report: Report, videos: list[str]) -> None:
     phase_ribbons(path, rows, report.truth.fps, spec.phases, title, times_s)
 
 
-def phase_bars(path: Path, report: Report, metric: str, convention: str = CONVENTION) -> None:
+def phase_bars(path: Path, report: Report, metric: str, convention: str = MAIN_CONVENTION) -> None:
     """One metric a phase and run with its 95 % interval (bootstrap over videos)."""
     phases, runs = (
         report.truth.spec.phases,
@@ -99,7 +99,7 @@ def phase_bars(path: Path, report: Report, metric: str, convention: str = CONVEN
     for number, (run, intervals) in enumerate(runs):
         assert intervals is not None
         entries = [intervals.per_phase[convention][phase][metric] for phase in phases]
-        table = np.array([[e[key] for key in ("mean", "low", "high")] for e in entries], dtype=float)  # (C, 3)
+        table = np.array([[e.mean, e.low, e.high] for e in entries], dtype=float)  # (C, 3)
         reach = np.abs(table[:, 1:] - table[:, :1]).T  # NaN draws no whisker
         axes.barh(
             np.arange(len(phases)) - 0.4 + (number + 0.5) * height,
@@ -114,7 +114,7 @@ def phase_bars(path: Path, report: Report, metric: str, convention: str = CONVEN
         )
     axes.set_yticks(range(len(phases)), [short_name(phase, 28) for phase in phases], **_SMALL)
     axes.set(xlim=(0, 104), ylim=(len(phases) - 0.5, -0.5))
-    axes.set_xlabel(f"{METRIC_TITLES[metric]} in percent, {convention}", **_SMALL)
+    axes.set_xlabel(f"{metric_title(metric)} in percent, {convention}", **_SMALL)
     _finish(figure, path, axes if len(runs) > 1 else None)
 
 

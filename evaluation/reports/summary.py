@@ -1,4 +1,4 @@
-"""What a run is known by: its few numbers, as fractions, for `summary.json`, and the settings that led to them."""
+"""The few numbers of a run, as fractions, for `summary.json`, and the settings that led to them."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any
 from configs.load import read_yaml
 from engine.files import read_json_object
 from engine.runs import RESULT_FILE
+from evaluation.metrics.conventions import MAIN_CONVENTION
+from evaluation.metrics.results import ByConvention, Evaluation, ToolResults
 from features.dataset.index import SPLITS, Index
 
-NONE_UNLABELLED: Mapping[str, list[str]] = {"phases": [], "tools": []}
 
-
-def summarise(
-    phase_results: Mapping[str, Any] | None, tool_results: Mapping[str, Any] | None
-) -> dict[str, float | None]:
-    """Fractions from what `evaluate_phases` and `evaluate_tools` return; None where a task was not evaluated.
+def summarise(phases: ByConvention | None, tools: ToolResults | None) -> dict[str, float | None]:
+    """Fractions; None where a task was not evaluated.
 
     `phase_accuracy` is the mean over videos, `phase_f1` the F1 of the convention `phase_mean`, `tool_map` the mean
     average precision pooled over frames.
     """
-    strict = (phase_results or {}).get("phase_mean")
+    strict = phases[MAIN_CONVENTION].scores if phases and MAIN_CONVENTION in phases else {}
+    accuracy, f1 = strict.get("accuracy"), strict.get("f1")
     return {
-        "phase_accuracy": _fraction(strict["accuracy"]["mean"] if strict else None),
-        "phase_f1": _fraction(strict["f1"]["mean"] if strict else None),
-        "tool_map": _fraction(tool_results["map_pooled"] if tool_results else None),
+        "phase_accuracy": _fraction(accuracy.mean if accuracy else None),
+        "phase_f1": _fraction(f1.mean if f1 else None),
+        "tool_map": _fraction(tools.map_pooled if tools else None),
     }
 
 
 def settings_behind(run: Path, settings: Mapping[str, Any], encoder: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Settings of stage two, with what made its features in place of what they say of stage one.
+    """Settings of stage two; those of stage one are replaced by what made the features.
 
-    `encoder` is what the features say of it, with its `digest`; None where that is not known. Settings name a backbone
-    also where features were named by their folder; those of a run's own stage one count where they made these features.
+    `encoder` is what is recorded in the features, with its `digest`; None where it is not known. Settings name a
+    backbone also where features were named by their folder; those of a run's own stage one count only where they made
+    these features.
     """
     if encoder is None:
         return dict(settings)
@@ -47,27 +47,28 @@ def settings_behind(run: Path, settings: Mapping[str, Any], encoder: Mapping[str
     return found
 
 
-def used_videos(index: Index, metrics: Mapping[str, Any]) -> tuple[dict[str, list[str]], list[str]]:
+def used_videos(index: Index, evaluation: Evaluation) -> tuple[dict[str, list[str]], list[str]]:
     """The videos of train, val and test that have labels of some task, by split, and those that have none."""
-    without = metrics.get("videos_without_labels", NONE_UNLABELLED)
-    empty = set(without["phases"]) & set(without["tools"] if index.dataset.tools else without["phases"])
+    without = {task: set(evaluation.videos_without_labels.get(task, ())) for task in ("phases", "tools")}
+    empty = without["phases"] & without["tools" if index.dataset.tools else "phases"]
     parts = {part: [entry.id for entry in index.by_split(part)] for part in SPLITS if part != "none"}
     used = {str(part): [name for name in ids if name not in empty] for part, ids in parts.items()}
     return used, [name for ids in parts.values() for name in ids if name in empty]
 
 
-def scored_words(metrics: Mapping[str, Any]) -> str:
-    """How many videos numbers are over: `2 videos`, or by task where the tasks differ. Of `metrics.json`."""
-    counts = {task: len(ids) for task, ids in metrics.get("scored", {}).items() if metrics[task]}
+def scored_words(evaluation: Evaluation) -> str:
+    """How many videos the numbers are over: `2 videos`, or by task where the tasks differ."""
+    evaluated = {"phases": evaluation.phases, "tools": evaluation.tools}
+    counts = {task: len(ids) for task, ids in evaluation.scored.items() if evaluated[task]}
     if len(set(counts.values())) < 2:
-        return _counted(next(iter(counts.values()), len(metrics["videos"])))
+        return _counted(next(iter(counts.values()), len(evaluation.videos)))
     return " and ".join(f"{task} of {_counted(count)}" for task, count in counts.items())
 
 
-def left_out_lines(metrics: Mapping[str, Any]) -> list[str]:
-    """What `metrics.json` says of videos that no number is over, one line each, those without labels by task."""
-    lines = [f"{video['id']}: {video['reason']}" for video in metrics.get("left_out", ())]
-    without = metrics.get("videos_without_labels", NONE_UNLABELLED)
+def left_out_lines(evaluation: Evaluation) -> list[str]:
+    """The videos that no number is over, one line each, those without labels by task."""
+    lines = [f"{video['id']}: {video['reason']}" for video in evaluation.left_out]
+    without = evaluation.videos_without_labels
     return lines + [f"{', '.join(ids)}: no labels of {task}" for task, ids in without.items() if ids]
 
 

@@ -2,157 +2,170 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from configs.errors import UserError
+from evaluation.metrics.conventions import MAIN_CONVENTION
+from evaluation.metrics.results import (
+    ByConvention,
+    Interval,
+    PhaseAbout,
+    PhaseResults,
+    PooledScore,
+    Score,
+    ThresholdScores,
+    ToolResults,
+)
+from evaluation.metrics.scores import metric_title
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-METRIC_TITLES = {"accuracy": "Accuracy", "precision": "Precision", "recall": "Recall", "jaccard": "Jaccard", "f1": "F1"}
+    from evaluation.comparison import ComparisonAbout, ModelPair
+    from evaluation.metrics.results import ToolAbout
 
 
-def phase_table(results: Mapping[str, Any], convention: str = "phase_mean") -> Table:
-    """Precision, recall, Jaccard and F1 a phase and over all, percent, from what `evaluate_phases` returns.
+def phase_table(results: ByConvention, convention: str = MAIN_CONVENTION) -> Table:
+    """The metrics of each phase and over all, percent.
 
     A phase's row is mean ± standard deviation over the videos that have it; the last row follows the convention.
     Raises UserError where `results` lack the convention or it is not one of frames.
     """
     result = _of_frames(results, convention)
-    about, metrics = result["about"], [metric for metric in METRIC_TITLES if metric != "accuracy"]
-    table = _table(
-        f"Phases, {about['title']} [{convention}], percent",
-        "Phase",
-        [*map(METRIC_TITLES.__getitem__, metrics), "Videos"],
-    )
-    for phase, entry in result["per_phase"].items():
-        _add_row(table, phase, *(mean_std_text(entry[metric]) for metric in metrics), str(entry["videos"]))
+    about, metrics = result.about, [metric for metric in result.scores if metric != "accuracy"]
+    table = _table(f"Phases, {about.title} [{convention}], percent", "Phase", [*map(metric_title, metrics), "Videos"])
+    for phase, entry in (result.per_phase or {}).items():
+        _add_row(table, phase, *(mean_std_text(entry.scores.get(metric)) for metric in metrics), str(entry.videos))
     table.add_section()
-    _add_row(table, "all", *(mean_std_text(result[metric]) for metric in metrics), str(about["videos"]), style="bold")
-    table.caption = f"Accuracy {mean_std_text(result['accuracy'])} %. Deviation: {about['std']}. {_setting(about)}."
+    _add_row(table, "all", *(mean_std_text(result.scores[m]) for m in metrics), str(about.videos), style="bold")
+    table.caption = f"Accuracy {mean_std_text(result.scores['accuracy'])} %. Deviation: {about.std}. {_setting(about)}."
     return table
 
 
-def conventions_table(results: Mapping[str, Any]) -> Table:
-    """A row a convention of frames: the same predictions under each, from what `evaluate_phases` returns."""
-    table = _table("Phases under every convention, percent", "Convention", list(METRIC_TITLES.values()))
-    about: Mapping[str, Any] = {}
-    for name, result in results.items():
-        if name != "segmental":
-            about = result["about"]
-            _add_row(table, name, *(mean_std_text(result[metric]) for metric in METRIC_TITLES))
-    if about:
+def conventions_table(results: ByConvention) -> Table:
+    """One row per convention of frames: the same predictions under each."""
+    shown = {name: result for name, result in results.items() if result.of_frames}
+    table = _scores_table("Phases under every convention, percent", "Convention", shown)
+    if shown:
+        about = list(shown.values())[-1].about
         table.caption = f"Deviation: over videos or phases, as the convention has it. {_setting(about)}."
-    if found := results.get("relaxed_matlab", {}).get("f1_surgformer"):
+    if "relaxed_matlab" in shown and (found := shown["relaxed_matlab"].extra.get("f1_surgformer")):
         table.caption = f"{table.caption} F1 as Surgformer's copy of relaxed_matlab has it: {mean_std_text(found)}."
     return table
 
 
-def intervals_table(results: Mapping[str, Any]) -> Table:
-    """A row a convention of frames: 95 % bootstrap intervals over videos (`intervals` of each result)."""
-    table = _table("95 % intervals, bootstrap over videos, percent", "Convention", list(METRIC_TITLES.values()))
-    for name, result in results.items():
-        if name != "segmental":
-            _add_row(table, name, *(interval_text(result["intervals"][metric]) for metric in METRIC_TITLES))
-    return table
-
-
-def interval_text(entry: Mapping[str, float | None], sign: str = "") -> str:
-    """`low to high` with one digit; `-` where there is none."""
-    if entry["low"] is None or entry["high"] is None:
-        return "-"
-    return f"{entry['low']:{sign}.1f} to {entry['high']:{sign}.1f}"
-
-
-def segment_table(results: Mapping[str, Any]) -> Table:
-    """Edit score and F1 at the overlaps, percent, from what `evaluate_phases` returns."""
-    if "segmental" not in results:
-        raise UserError("no results under the convention segmental; evaluate with it first")
-    result = results["segmental"]
-    table = _table("Segments [segmental], percent", "Score", ["Pooled", "Mean over videos"])
-    _add_row(table, "Edit", "", mean_std_text(result["edit"]))
-    for name in (key for key in result if key.startswith("f1@")):
-        _add_row(table, name.replace("f1", "F1"), number_text(result[name]["pooled"]), mean_std_text(result[name]))
-    table.caption = f"{_setting(result['about'])}."
-    if background := result["about"].get("background"):
-        table.caption = f"{table.caption} Left out as background: {', '.join(background)}."
-    return table
-
-
-def tool_table(results: Mapping[str, Any]) -> Table:
-    """Average precision a tool and mAP, percent, from what `evaluate_tools` returns; scores at thresholds if any."""
-    extra = ("precision", "recall", "f1") if "at_threshold" in results else ()
-    columns = ["Pooled", "Per video", "Present", *(METRIC_TITLES[metric] for metric in extra)]
-    table = _table("Tools, average precision, percent", "Tool", columns)
-    for tool, entry in results["per_tool"].items():
-        scores = (number_text(entry[metric]) for metric in extra)
-        _add_row(
-            table,
-            tool,
-            number_text(entry["ap_pooled"]),
-            mean_std_text(entry["ap_video"]),
-            f"{entry['present']:,}",
-            *scores,
-        )
-    table.add_section()
-    means = (number_text(results["at_threshold"][metric]) for metric in extra)
-    _add_row(
-        table,
-        "mean (mAP)",
-        number_text(results["map_pooled"]),
-        number_text(results["map_video"]),
-        "",
-        *means,
-        style="bold",
-    )
-    about = results["about"]
-    table.caption = f"Pooled: over all frames. Per video: mean ± deviation over videos. {_setting(about)}."
+def intervals_table(results: ByConvention) -> Table:
+    """One row per convention of frames: 95 % bootstrap intervals over videos (`intervals` of each result)."""
+    shown = {name: result for name, result in results.items() if result.of_frames}
+    metrics = metrics_of(shown.values())
+    table = _table("95 % intervals, bootstrap over videos, percent", "Convention", [*map(metric_title, metrics)])
+    for name, result in shown.items():
+        _add_row(table, name, *(interval_text((result.intervals or {}).get(metric)) for metric in metrics))
     return table
 
 
 def comparison_table(
-    models: Mapping[str, Mapping[str, Any]], convention: str = "phase_mean", title: str = "Models on the same videos"
+    models: Mapping[str, ByConvention], convention: str = MAIN_CONVENTION, title: str = "Models on the same videos"
 ) -> Table:
-    """A row a model (a head, a baseline): `models` maps names to what `evaluate_phases` returns."""
-    table = _table(f"{title} [{convention}], percent", "Model", list(METRIC_TITLES.values()))
-    about: Mapping[str, Any] = {}
-    for name, results in models.items():
-        result = _of_frames(results, convention)
-        about = result["about"]
-        _add_row(table, name, *(mean_std_text(result[metric]) for metric in METRIC_TITLES))
-    if about:
-        table.caption = f"Deviation: {about['std']}. {_setting(about)}."
+    """One row per model (a head, a baseline) under one convention of frames."""
+    shown = {name: _of_frames(results, convention) for name, results in models.items()}
+    table = _scores_table(f"{title} [{convention}], percent", "Model", shown)
+    if shown:
+        about = list(shown.values())[-1].about
+        table.caption = f"Deviation: {about.std}. {_setting(about)}."
     return table
 
 
-def difference_table(comparison: Mapping[str, Any], about: Mapping[str, Any]) -> Table:
-    """Two models on the same videos, a row a metric, from what `evaluation.comparison.compare_models` returns."""
+def _scores_table(title: str, name: str, rows: Mapping[str, PhaseResults]) -> Table:
+    metrics = metrics_of(rows.values())
+    table = _table(title, name, [*map(metric_title, metrics)])
+    for row, result in rows.items():
+        _add_row(table, row, *(mean_std_text(result.scores.get(metric)) for metric in metrics))
+    return table
+
+
+def metrics_of(results: Iterable[PhaseResults]) -> list[str]:
+    """The metrics over all videos that any of the results has."""
+    return list(dict.fromkeys(metric for result in results for metric in result.scores))
+
+
+def segment_table(results: ByConvention, convention: str = "segmental") -> Table:
+    """Edit score and F1 at the overlaps, percent. Raises UserError where `results` lack the convention."""
+    if convention not in results:
+        raise UserError(f"no results under the convention {convention}; evaluate with it first")
+    result = results[convention]
+    table = _table(f"Segments [{convention}], percent", "Score", ["Pooled", "Mean over videos"])
+    for name, score in result.scores.items():
+        if name != "accuracy":
+            pooled = number_text(score.pooled) if isinstance(score, PooledScore) else ""
+            _add_row(table, metric_title(name), pooled, mean_std_text(score))
+    table.caption = f"{_setting(result.about)}."
+    if result.about.background:
+        table.caption = f"{table.caption} Left out as background: {', '.join(result.about.background)}."
+    return table
+
+
+MEAN_AP = "mean (mAP)"
+THRESHOLD_TITLES = ("Precision", "Recall", "F1")
+
+
+def tool_table(results: ToolResults) -> Table:
+    """Average precision of each tool and mAP, percent; scores at thresholds if there are any."""
+    extra = THRESHOLD_TITLES if results.at_threshold else ()
+    table = _table("Tools, average precision, percent", "Tool", ["Pooled", "Per video", "Present", *extra])
+    for name, (pooled, over_videos, *scores) in tool_cells(results).items():
+        if name == MEAN_AP:
+            table.add_section()
+        present = f"{results.per_tool[name].present:,}" if name in results.per_tool else ""
+        _add_row(table, name, pooled, over_videos, present, *scores, style="bold" if name == MEAN_AP else None)
+    spread = "mean ± standard deviation over videos"
+    table.caption = f"Pooled: over all frames. Per video: {spread}. {_setting(results.about)}."
+    return table
+
+
+def tool_cells(results: ToolResults) -> dict[str, list[str]]:
+    """Average precision pooled and over videos as text, then precision, recall and F1 at the threshold if there is one:
+    of each tool, and last, as `MEAN_AP`, the means over tools."""
+    rows: dict[str, tuple[float | None, str, ThresholdScores | None]] = {
+        tool: (entry.ap_pooled, mean_std_text(entry.ap_video), entry.at_threshold)
+        for tool, entry in results.per_tool.items()
+    }
+    rows[MEAN_AP] = (results.map_pooled, number_text(results.map_video), results.at_threshold)
+    return {
+        name: [number_text(pooled), text, *(map(number_text, vars(scores).values()) if scores else ())]
+        for name, (pooled, text, scores) in rows.items()
+    }
+
+
+def difference_table(pair: ModelPair, about: ComparisonAbout) -> Table:
+    """Two models on the same videos, one row per metric."""
     columns = ["A", "B", "A - B", "95 % interval", "p", "p (Holm)"]
-    table = _table(f"A = {comparison['first']}, B = {comparison['second']} [{about['convention']}]", "Metric", columns)
-    for metric, entry in comparison["metrics"].items():
+    table = _table(f"A = {pair.first}, B = {pair.second} [{about.convention}]", "Metric", columns)
+    for metric, entry in pair.metrics.items():
         _add_row(
             table,
-            METRIC_TITLES.get(metric, metric),
-            mean_std_text(entry["first"]),
-            mean_std_text(entry["second"]),
-            f"{entry['difference']:+.1f}",
-            interval_text(entry, "+"),
-            f"{entry['p_value']:.4f}",
-            f"{entry['p_holm']:.4f}",
+            metric_title(metric),
+            mean_std_text(entry.first),
+            mean_std_text(entry.second),
+            f"{entry.difference:+.1f}",
+            interval_text(Interval(entry.difference, entry.low, entry.high), "+"),
+            f"{entry.p_value:.4f}",
+            f"{entry.p_holm:.4f}",
         )
-    spread = " Deviation: over seeds." if max(about["seeds"]) > 1 else ""
+    spread = " Deviation: over seeds." if max(about.seeds) > 1 else ""
     table.caption = (
-        f"Percent, means over videos.{spread} Interval and test: over videos; {about['correction']}. {_setting(about)}."
+        f"Percent, means over videos.{spread} Interval and test: over videos; {about.correction}. {_setting(about)}."
     )
     return table
 
 
-def _of_frames(results: Mapping[str, Any], convention: str) -> Mapping[str, Any]:
-    if convention not in results or convention == "segmental":
-        known = ", ".join(name for name in results if name != "segmental") or "none"
+def _of_frames(results: ByConvention, convention: str) -> PhaseResults:
+    of_frames = {name: result for name, result in results.items() if result.of_frames}
+    if convention not in of_frames:
+        known = ", ".join(of_frames) or "none"
         raise UserError(f"no table under the convention {convention!r}; these results have {known}")
-    return results[convention]
+    return of_frames[convention]
 
 
 def _table(title: str, name: str, numbers: Sequence[str]) -> Table:
@@ -190,18 +203,24 @@ def number_text(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def mean_std_text(entry: Mapping[str, float | None]) -> str:
-    """`mean ± std` with one digit; the mean alone where there is no deviation."""
-    if entry["mean"] is None or entry["std"] is None:
-        return number_text(entry["mean"])
-    return f"{entry['mean']:.1f} ± {entry['std']:.1f}"
+def mean_std_text(score: Score | None) -> str:
+    """`mean ± std` with one digit; the mean alone where there is no standard deviation."""
+    if score is None or score.mean is None or score.std is None:
+        return number_text(score.mean if score else None)
+    return f"{score.mean:.1f} ± {score.std:.1f}"
 
 
-def _setting(about: Mapping[str, Any]) -> str:
+def interval_text(interval: Interval | None, sign: str = "") -> str:
+    """`low to high` with one digit; `-` where there is none."""
+    if interval is None or interval.low is None or interval.high is None:
+        return "-"
+    return f"{interval.low:{sign}.1f} to {interval.high:{sign}.1f}"
+
+
+def _setting(about: PhaseAbout | ToolAbout | ComparisonAbout) -> str:
     """Split, number of videos and rate, as far as known."""
-    parts = [f"{about['videos']} videos" if about["videos"] != 1 else "1 video"]
-    if about["split"]:
-        parts.insert(0, f"split {about['split']}")
-    if about["fps"]:
-        parts.append(f"{about['fps']:g} fps")
+    parts = [f"split {about.split}"] if about.split else []
+    parts.append(f"{about.videos} videos" if about.videos != 1 else "1 video")
+    if about.fps:
+        parts.append(f"{about.fps:g} fps")
     return ", ".join(parts).capitalize()

@@ -1,15 +1,13 @@
-"""Evaluate a joint net from pictures: the same tables and files as the two stages have, and the mapped tools beside."""
+"""Evaluate a joint net on frames: tables and files as of two stages, and the tools mapped from its phase branch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys, load_config
@@ -19,16 +17,23 @@ from engine.files import read_json_object
 from engine.progress import say
 from engine.runs import IDENTITY_FILE, RESULT_FILE, update_summary
 from engine.stopping import StopRequest
-from evaluation.metrics.tools import choose_thresholds, evaluate_tools, sigmoid
+from evaluation.metrics.results import METRICS_FILE, Evaluation, JointDetails, ToolResults
+from evaluation.metrics.tools import choose_thresholds, evaluate_tools
 from evaluation.reports.model_card import write_model_card
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Index
 from features.dataset.sampling import frame_times_s
 from features.frames.preprocess import require_preprocess_of
 from features.frames.source import frames_identity, recorded_faults
-from features.store import VideoFeatures
-from stage2_temporal.evaluate import METRICS_FILE, Material, print_metrics, score_and_write, summary_of
-from stage2_temporal.joint.net import IMPORTED, JointNet, joint_checkpoint, load_joint, require_same_classes
+from stage2_temporal.evaluate import (
+    GroundTruth,
+    SampledLabels,
+    labelled_scores,
+    print_evaluation,
+    score_and_write,
+    summary_of,
+)
+from stage2_temporal.joint.net import IMPORTED, joint_checkpoint, load_joint, require_same_classes
 from stage2_temporal.joint.predict import LabelledVideo, Prediction, gap_nats, labelled_videos, predict_videos
 from stage2_temporal.predict import Inference, chosen_inference
 
@@ -44,8 +49,8 @@ def evaluate_joint(
     other: bool = False,
     stop: StopRequest,
     given: GivenKeys = NO_KEYS,
-) -> dict[str, Any]:
-    """Score a run's joint net on one split of the index; returns the metrics (percent) that `metrics.json` holds.
+) -> Evaluation:
+    """Score a run's joint net on one split of the index.
 
     Writes into `RUN/evaluate/`, and the outcome on the test split into `RUN/summary.json` and `RUN/MODEL_CARD.md`; for
     another index than the run's (`other`, or as `data.index` has it) into a folder with its name in front, and nowhere
@@ -64,50 +69,67 @@ def evaluate_joint(
     other = other or _is_another(path.parent, config, index)
     entries = index.entries_of(split, config.data.index)
     way = chosen_inference(inference, about["inference"], net.phase, path)
-    predictor = _Predictor(config, net, root, index, way, about["frames"], stop)
+    device = choose_device(config.device)
+    precision = choose_precision("extract.precision", config.extract.precision, device, training=False)
+    faults: list[tuple[str, str]] = []  # videos that could not be read, and why
+    predict = partial(
+        predict_videos,
+        net.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
+        config,
+        root=root,
+        index=index,
+        inference=way,
+        frames=about["frames"],
+        check_stop=stop.raise_if_set,
+        autocast=partial(lower_precision, device, precision),
+        faults=faults,
+    )
     videos = labelled_videos(config, index, root, entries)
-    found = predictor(videos)
-    thresholds = _thresholds(predictor, labelled_videos(config, index, root, index.by_split("val")), index)
-    index = index.without(predictor.faults)
+    found = predict(videos)
+    thresholds = _thresholds(predict, labelled_videos(config, index, root, index.by_split("val")), index)
+    index = index.without(faults)
     index.entries_of(split, config.data.index)
     videos = [video for video in videos if video.entry.id in found]
     say_left_out(index)
-    features = {video.entry.id: _as_features(video, found, config) for video in videos}
-    material = Material(path, index, features, split, root)
     probabilities = {name: one.phase for name, one in found.items() if one.phase is not None}
     imported = (net.imported_from or path.name) if about["step"] == IMPORTED else None
-    chosen = {
-        "checkpoint": str(path),
-        "tasks": net.net_config.tasks,
-        "imported": imported,
-        "fine_tuned_from": net.imported_from if imported is None else None,
-        "inference": predictor.inference,
-        "crops": config.joint.crops,
-        "precision": predictor.precision,
-        "mapped_tools": _mapped_tools(videos, found, index, config, split),
-        "gap_nats": gap_nats(found.values()),
-    }
     name = _folder_name(split, inference, config)
     out = run / "evaluate" / (f"{config.data.index.stem}-{name}" if other else name)
-    metrics = score_and_write(
+    truth = GroundTruth(index, split, config.data.fps, {video.entry.id: _labels(video) for video in videos}, root)
+    evaluation = score_and_write(
         out,
-        material,
+        truth,
         {"temporal": probabilities} if probabilities else {},
-        _majority(path),
-        thresholds,
-        chosen,
+        {name: one.tools for name, one in found.items() if one.tools is not None},
+        majority=_majority(path),
+        thresholds=thresholds,
+        joint=JointDetails(
+            checkpoint=str(path),
+            tasks=net.net_config.tasks,
+            imported=imported,
+            fine_tuned_from=net.imported_from if imported is None else None,
+            inference=way,
+            crops=config.joint.crops,
+            precision=precision,
+            mapped_tools=_mapped_tools(truth, found),
+            gap_nats=gap_nats(found.values()),
+        ),
     )
-    print_metrics(metrics)
-    if metrics["mapped_tools"] is not None:
-        say(
-            f"tools mapped from the phase branch: mAP {metrics['mapped_tools']['map_pooled']:.1f} %; "
-            f"gap to the tool branch {metrics['gap_nats']:.4f} nats a tool and frame"
-        )
+    print_evaluation(evaluation)
+    _say_mapped(evaluation.joint)
     if split == "test" and out.name == "test":
-        update_summary(run, summary_of(run, material, metrics))
-        write_model_card(run, "joint", index, metrics, trained_in=path.parent)
+        update_summary(run, summary_of(run, truth, evaluation))
+        write_model_card(run, "joint", index, evaluation, trained_in=path.parent)
     say(f"written: {out / METRICS_FILE}" + (", predictions/, ribbons.png" if probabilities else ", tool_predictions/"))
-    return metrics
+    return evaluation
+
+
+def _say_mapped(joint: JointDetails | None) -> None:
+    if joint and joint.mapped_tools:
+        say(
+            f"tools mapped from the phase branch: mAP {joint.mapped_tools.map_pooled:.1f} %; "
+            f"gap to the tool branch {joint.gap_nats:.4f} nats per tool and frame"
+        )
 
 
 def _is_another(trained_in: Path, config: Config, index: Index) -> bool:
@@ -126,91 +148,32 @@ def _folder_name(split: str, inference: str | None, config: Config) -> str:
     return "-".join(part for part in parts if part)
 
 
-class _Predictor:
-    """Predicts lists of videos with one net, in one way."""
-
-    def __init__(
-        self,
-        config: Config,
-        net: JointNet,
-        root: Path,
-        index: Index,
-        inference: Inference,
-        frames: int,
-        stop: StopRequest,
-    ) -> None:
-        device = choose_device(config.device)
-        self.precision = choose_precision("extract.precision", config.extract.precision, device, training=False)
-        self.inference, self.frames = inference, frames
-        self.faults: list[tuple[str, str]] = []  # videos that could not be read, and why
-        self._config, self._root, self._index, self._stop = config, root, index, stop
-        self._net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._autocast = partial(lower_precision, device, self.precision)
-
-    def __call__(self, videos: list[LabelledVideo]) -> dict[str, Prediction]:
-        return predict_videos(
-            self._net,
-            self._config,
-            videos,
-            self._root,
-            self._index,
-            inference=self.inference,
-            frames=self.frames,
-            check_stop=self._stop.raise_if_set,
-            autocast=self._autocast,
-            faults=self.faults,
-        )
-
-
 def _require_same_world(path: Path, about: Mapping[str, Any], index: Index, fps: float) -> None:
     spec = index.dataset
     require_same_classes(path, "phases", about["phases"], spec.phases)
     require_same_classes(path, "tools", about["tools"], spec.tools)
     if float(about["fps"]) != fps:
-        raise UserError(f"{path}: trained at {about['fps']:g} frames a second; set data.fps={about['fps']:g}")
+        raise UserError(f"{path}: trained at {about['fps']:g} frames per second; set data.fps={about['fps']:g}")
 
 
-def _as_features(video: LabelledVideo, found: Mapping[str, Prediction], config: Config) -> VideoFeatures:
-    """Labels and tool logits in the form that evaluation takes them; no embeddings."""
-    frames, tools = len(video.frame_index), found[video.entry.id].tools
-    return VideoFeatures(
-        features=np.zeros((frames, 0), np.float32),
-        frame_index=video.frame_index,
-        time_s=frame_times_s(video.entry, video.frame_index),
-        phase=video.phase,
-        tools=video.tools,
-        tool_logits=tools if tools is not None else np.full(video.tools.shape, np.nan, np.float32),
-        attributes={"fps": config.data.fps},
-    )
+def _labels(video: LabelledVideo) -> SampledLabels:
+    return SampledLabels(video.frame_index, frame_times_s(video.entry, video.frame_index), video.phase, video.tools)
 
 
-def _probabilities_by_video(
-    videos: list[LabelledVideo], logits: Mapping[str, NDArray[np.float32] | None]
-) -> tuple[dict[str, NDArray[np.int8]], dict[str, NDArray[np.float64]]] | None:
-    """Truth and probabilities of the videos with tool labels; None where there are none."""
-    truth = {video.entry.id: video.tools for video in videos if (video.tools >= 0).any()}
-    scores = {name: sigmoid(value) for name, value in logits.items() if name in truth and value is not None}
-    return (truth, scores) if truth and scores else None
+def _mapped_tools(truth: GroundTruth, found: Mapping[str, Prediction]) -> ToolResults | None:
+    labels = {name: video.tools for name, video in truth.videos.items()}
+    known = labelled_scores(labels, {name: one.mapped for name, one in found.items() if one.mapped is not None})
+    return evaluate_tools(*known, truth.index.dataset.tools, split=truth.split, fps=truth.fps) if known else None
 
 
-def _mapped_tools(
-    videos: list[LabelledVideo], found: Mapping[str, Prediction], index: Index, config: Config, split: str
-) -> dict[str, Any] | None:
-    pair = _probabilities_by_video(videos, {name: one.mapped for name, one in found.items()})
-    if pair is None:
-        return None
-    return evaluate_tools(*pair, index.dataset.tools, split=split, fps=config.data.fps)
-
-
-def _thresholds(predictor: _Predictor, val: list[LabelledVideo], index: Index) -> Mapping[str, float] | None:
+def _thresholds(
+    predict: Callable[[list[LabelledVideo]], dict[str, Prediction]], val: Sequence[LabelledVideo], index: Index
+) -> Mapping[str, float] | None:
     """Chosen on the validation videos; None where there are none with tool labels, or no tool branch."""
-    labelled = [video for video in val if (video.tools >= 0).any()]
-    if not labelled:
-        return None
-    found = predictor(labelled)
-    labelled = [video for video in labelled if video.entry.id in found]
-    pair = _probabilities_by_video(labelled, {name: one.tools for name, one in found.items()})
-    return choose_thresholds(*pair, index.dataset.tools) if pair else None
+    labels = {video.entry.id: video.tools for video in val if (video.tools >= 0).any()}
+    found = predict([video for video in val if video.entry.id in labels]) if labels else {}
+    known = labelled_scores(labels, {name: one.tools for name, one in found.items() if one.tools is not None})
+    return choose_thresholds(*known, index.dataset.tools) if known else None
 
 
 def _majority(checkpoint: Path) -> int | None:

@@ -399,7 +399,7 @@ def _mean_average_precision(
     scores = {name: value for name, value in logits.items() if name in truth and value is not None}
     if not truth or len(scores) < len(truth):
         return None
-    percent = evaluate_tools(truth, scores, tools)["map_pooled"]
+    percent = evaluate_tools(truth, scores, tools).map_pooled
     return None if percent is None else percent / 100
 
 

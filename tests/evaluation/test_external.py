@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from configs.errors import UserError
 from configs.load import load_dataset
-from evaluation.external import Reading, evaluate_folder, read_pairs, score_folder
+from evaluation.external import Reading, evaluate_folder, read_pairs
 from evaluation.files.predictions import write_prediction_csv
-from evaluation.metrics.phases import CONVENTIONS, evaluate_phases
+from evaluation.metrics.conventions import CONVENTIONS
+from tests.evaluation.in_json import evaluate_phases, score_folder
 
 CHOLEC80 = load_dataset("cholec80")
 
@@ -57,7 +58,7 @@ def test_the_form_of_the_files_changes_nothing(shared_data, tmp_path):
     first, _ = score_folder(published / "phase", reading, CHOLEC80)
     second, _ = score_folder(tmp_path / "csv", reading, CHOLEC80)
     assert without_paths(first) == without_paths(second)
-    assert set(first) == set(CONVENTIONS)
+    assert set(first) == set(CONVENTIONS.names())
 
 
 def test_names_and_order_of_files_change_nothing(shared_data, tmp_path):
@@ -377,7 +378,7 @@ def test_relaxed_conventions_of_unknown_rates_or_other_phases(tmp_path):
     plain = folder(tmp_path / "a", **{"1": rows([0, 1])})
     with pytest.raises(UserError, match=r"relaxed_fixed: its window of 10 s needs the rate of the rows.*add --fps"):
         score_folder(plain, Reading(plain), CHOLEC80, ["relaxed_fixed"])
-    assert set(score_folder(plain, Reading(plain, fps=1.0), CHOLEC80)[0]) == set(CONVENTIONS)
+    assert set(score_folder(plain, Reading(plain, fps=1.0), CHOLEC80)[0]) == set(CONVENTIONS.names())
     m2cai = load_dataset("m2cai16-workflow")
     results, notes = score_folder(plain, Reading(plain, fps=1.0), m2cai)
     assert set(results) == {"phase_mean", "video_macro", "pooled", "segmental"}

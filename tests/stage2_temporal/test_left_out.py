@@ -78,9 +78,9 @@ def test_numbers_are_counted_by_task(folder: Path, config: Config, tmp_path: Pat
     train_temporal(config, tmp_path / "run", folder, StopRequest())
     (tmp_path / "run/cnn").mkdir()
     (tmp_path / "run/cnn/result.json").write_text('{"left_out": [{"id": "v2", "reason": "v2.mp4: no such file"}]}')
-    metrics = evaluate_run(config, tmp_path / "run", features=folder, stop=StopRequest())
-    assert metrics["scored"] == {"phases": ["v4"], "tools": ["v4", "v5"]}
-    assert metrics["phases"]["temporal"]["pooled"]["about"]["videos_without_labels"] == ["v5"]
+    evaluation = evaluate_run(config, tmp_path / "run", features=folder, stop=StopRequest())
+    assert evaluation.scored == {"phases": ["v4"], "tools": ["v4", "v5"]}
+    assert evaluation.phases["temporal"]["pooled"].about.videos_without_labels == ["v5"]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["test_videos"], summary["scored_videos"]) == (1, {"phases": 1, "tools": 2})
     assert {"id": "v2", "reason": "train-cnn: v2.mp4: no such file"} in summary["left_out"]
@@ -98,9 +98,9 @@ def test_an_evaluation_is_made_again_when_what_it_depends_on_changes(
 
     def thresholds_after(redone: bool) -> float:
         capsys.readouterr()
-        metrics = evaluate_run(config, run, features=folder, stop=StopRequest(), redo=False)
+        evaluation = evaluate_run(config, run, features=folder, stop=StopRequest(), redo=False)
         assert ("unchanged" in capsys.readouterr().err) != redone
-        return metrics["tools"]["per_tool"]["t0"]["threshold"]
+        return evaluation.tools.per_tool["t0"].threshold
 
     first = thresholds_after(redone=True)
     assert thresholds_after(redone=False) == first

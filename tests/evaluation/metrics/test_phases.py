@@ -15,17 +15,14 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, precision_recall_fscore_support
 
 from configs.errors import UserError
-from evaluation.metrics.counts import (
-    CHOLEC80_PHASES,
-    NO_PREDICTION,
-    LabelledVideo,
-    relaxed_right,
-    relaxed_window_frames,
-)
-from evaluation.metrics.phases import CONVENTIONS, evaluate_phases, majority_phase, unavailable_conventions
+from evaluation.metrics.conventions import CONVENTIONS
+from evaluation.metrics.counts import NO_PREDICTION, PhasePair
+from evaluation.metrics.phases import unavailable_conventions
+from evaluation.metrics.relaxed import CHOLEC80, relaxed_right, relaxed_window_frames
+from tests.evaluation.in_json import evaluate_phases
 
+CHOLEC80_PHASES = CHOLEC80.phases
 ABC = ("A", "B", "C")
-FRAME_CONVENTIONS = [name for name in CONVENTIONS if name != "segmental"]
 METRICS = ("precision", "recall", "jaccard", "f1")
 
 # The worked example of docs/evaluation.md.
@@ -62,7 +59,7 @@ def test_published_model_gives_the_official_numbers(shared_data, rows, skip):
     expected = json.loads((shared_data / "predictions/tmrnet/expected.json").read_text())[rows]
     truth, predicted = tmrnet(shared_data, "gt-phase", skip), tmrnet(shared_data, "phase", skip)
     results = evaluate_phases(truth, predicted, CHOLEC80_PHASES, 1.0)
-    assert set(results) == set(CONVENTIONS)
+    assert list(results) == CONVENTIONS.names()
     for convention, metrics in expected.items():
         for metric, (mean, std) in metrics.items():
             found = results[convention][metric]
@@ -293,7 +290,7 @@ def test_f1_as_in_circulation_by_hand():
 
 def relaxed(truth: str, predicted: str, window: int, mask_fault: bool) -> str:
     """Which samples count as right, as a string of 1 and 0."""
-    video = LabelledVideo("v", ids(truth).astype(np.int16), ids(predicted).astype(np.int16))
+    video = PhasePair("v", ids(truth).astype(np.int16), ids(predicted).astype(np.int16))
     return "".join(map(str, relaxed_right(video, window / 10, mask_fault).astype(int)))
 
 
@@ -549,15 +546,6 @@ def test_relaxed_windows_need_a_rate():
         evaluate_phases(track, track, CHOLEC80_PHASES, None, ["relaxed_matlab"])
 
 
-def test_majority_phase():
-    assert majority_phase([ids("AAB-"), ids("BB---")]) == 1
-    assert majority_phase([ids("BA")]) == 0
-    with pytest.raises(UserError, match="no training video has phase labels"):
-        majority_phase([ids("--")])
-    with pytest.raises(UserError, match="no training video has phase labels"):
-        majority_phase([])
-
-
 @pytest.mark.parametrize(
     ("truth", "predicted", "options", "message"),
     [
@@ -588,8 +576,8 @@ def test_forty_videos_under_all_conventions_are_counted_whole_not_frame_by_frame
     """Lines that the room executes, which do not depend on the machine: far fewer than there are frames."""
     program = """
 import sys, numpy as np
-from evaluation.metrics.counts import CHOLEC80_PHASES
 from evaluation.metrics.phases import evaluate_phases
+from evaluation.metrics.relaxed import CHOLEC80
 rng = np.random.default_rng(0)
 truth, predicted = {}, {}
 for v in range(40):
@@ -600,12 +588,12 @@ for v in range(40):
 lines = 0
 def count(frame, event, argument):
     global lines
-    if "evaluation" not in frame.f_code.co_filename:
+    if "/evaluation/metrics/" not in frame.f_code.co_filename:
         return None
     lines += event == "line"
     return count
 sys.settrace(count)
-found = evaluate_phases(truth, predicted, CHOLEC80_PHASES, 1.0)
+found = evaluate_phases(truth, predicted, CHOLEC80.phases, 1.0)
 sys.settrace(None)
 assert len(found) == 6
 assert "sklearn" not in __import__("sys").modules and "torch" not in __import__("sys").modules

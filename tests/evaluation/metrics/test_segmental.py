@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from evaluation.metrics.phases import evaluate_phases
 from evaluation.metrics.segmental import OVERLAPS_PERCENT, edit_distance, edit_score, overlap_hits, segments
+from tests.evaluation.in_json import evaluate_phases
 
 tracks = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6)), min_size=1, max_size=12).map(
     lambda runs: np.repeat([p for p, _ in runs], [n for _, n in runs]).astype(np.int16)

@@ -9,16 +9,8 @@ import pytest
 from scipy.stats import permutation_test
 
 from configs.errors import UserError
-from evaluation.metrics.phases import evaluate_phases
-from evaluation.metrics.statistics import (
-    bootstrap_intervals,
-    compare,
-    holm,
-    over_seeds,
-    paired_interval,
-    paired_permutation,
-    phase_intervals,
-)
+from evaluation.metrics.statistics import holm, paired_permutation
+from tests.evaluation.in_json import bootstrap_intervals, evaluate_phases, paired_interval, phase_intervals
 
 PHASES = ("A", "B", "C")
 
@@ -85,8 +77,8 @@ def named(values) -> dict[str, float]:
 def test_permutation_by_hand():
     # All three differences positive: of eight sign patterns two are as extreme.
     result = paired_permutation(named([3, 5, 9]), named([2, 3, 5]))
-    assert result == {"difference": pytest.approx(7 / 3), "p_value": 2 / 8, "videos": 3, "exact": True}
-    assert paired_permutation(named([1, 2]), named([1, 2]))["p_value"] == 1
+    assert (result.difference, result.p_value, result.videos, result.exact) == (pytest.approx(7 / 3), 2 / 8, 3, True)
+    assert paired_permutation(named([1, 2]), named([1, 2])).p_value == 1
 
 
 def test_permutation_equals_scipy():
@@ -101,17 +93,18 @@ def test_permutation_equals_scipy():
             n_resamples=np.inf,
         ).pvalue
         found = paired_permutation(named(a), named(b), resamples=20_000)
-        assert found["exact"] is (count == 6)
-        assert found["p_value"] == pytest.approx(wanted, abs=1e-9 if count == 6 else 0.015)
+        assert found.exact is (count == 6)
+        assert found.p_value == pytest.approx(wanted, abs=1e-9 if count == 6 else 0.015)
 
 
 def test_random_permutations_never_give_zero():
     result = paired_permutation(named(range(100, 130)), named(range(30)), resamples=99)
-    assert (result["p_value"], result["exact"]) == (0.01, False)
+    assert (result.p_value, result.exact) == (0.01, False)
 
 
 def test_permutation_leaves_out_videos_without_a_number_and_refuses_different_videos():
-    assert paired_permutation({"a": 1.0, "b": None}, {"a": 0.0, "b": 2.0})["videos"] == 1
+    assert paired_permutation({"a": 1.0, "b": None}, {"a": 0.0, "b": 2.0}).videos == 1
+    assert paired_permutation({"a": 1.0, "b": None}, {"a": 0.0, "b": 2.0}).per_video == {"a": 1.0, "b": None}
     with pytest.raises(UserError, match="c: only one of the two has this video"):
         paired_permutation({"a": 1.0, "c": 1.0}, {"a": 1.0})
     with pytest.raises(UserError, match="nothing to compare"):
@@ -135,37 +128,7 @@ def test_holm_by_hand():
     assert holm({}) == {}
 
 
-def test_compare_two_results():
-    truth, good = corpus(8, 0.2)
-    _, bad = corpus(8, 0.9)
-    first, second = (evaluate_phases(truth, predicted, PHASES, 1.0) for predicted in (good, bad))
-    result = compare(first, second)
-    for metric, entry in result.items():
-        assert entry["difference"] == pytest.approx(np.mean(list(entry["per_video"].values())))
-        assert set(entry) == {"difference", "p_value", "videos", "exact", "per_video"}, metric
-    means = [results["phase_mean"]["accuracy"]["mean"] for results in (first, second)]
-    assert result["accuracy"]["difference"] == pytest.approx(means[0] - means[1])
-    assert result["accuracy"]["difference"] > 0
-    with pytest.raises(UserError, match="no results under the convention 'relaxed_fixed'"):
-        compare(first, second, "relaxed_fixed")
-
-
-def test_over_seeds():
-    truth, _ = corpus(4, 0.5)
-    runs = [evaluate_phases(truth, corpus(4, 0.5, seed)[1], PHASES, 1.0) for seed in range(3)]
-    values = [run["pooled"]["f1"]["mean"] for run in runs]
-    result = over_seeds(runs)
-    assert result["pooled"]["f1"] == {
-        "mean": pytest.approx(np.mean(values)),
-        "std": pytest.approx(np.std(values, ddof=1)),
-    }
-    assert result["segmental"]["seeds"] == 3
-    assert over_seeds(runs[:1])["pooled"]["f1"]["std"] is None
-    with pytest.raises(UserError, match="no runs"):
-        over_seeds([])
-
-
-def test_intervals_a_phase_are_around_the_results_a_phase():
+def test_intervals_of_a_phase_are_around_its_results():
     rng = np.random.default_rng(5)
     truth = {f"v{i}": np.sort(rng.integers(0, 3, 50)) for i in range(6)}
     truth["v0"] = np.minimum(truth["v0"], 1)  # one video lacks the last phase
@@ -181,7 +144,7 @@ def test_intervals_a_phase_are_around_the_results_a_phase():
                 assert entry["high"] >= entry["mean"] - 1e-9
 
 
-def test_one_video_has_no_interval_a_phase():
+def test_one_video_has_no_interval_per_phase():
     track = np.array([0, 0, 1, 1])
     entry = phase_intervals({"v": track}, {"v": track}, "AB", 1.0)["pooled"]["A"]["f1"]
     assert entry == {"mean": 100.0, "low": None, "high": None}

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, f1_score
 
 from configs.errors import UserError
-from evaluation.metrics.tools import choose_thresholds, evaluate_tools
+from evaluation.metrics.tools import choose_thresholds
+from tests.evaluation.in_json import evaluate_tools
 
 TOOLS = ("Grasper", "Hook")
 

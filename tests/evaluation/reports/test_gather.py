@@ -22,7 +22,7 @@ from evaluation.files.truth import TRUTH_FILE, Truth, VideoTruth, read_truth, wr
 from evaluation.metrics.counts import stretches
 from evaluation.reports import html_tables as report_tables
 from evaluation.reports import plotly_figures as report_figures
-from evaluation.reports.gather import Report, Thumbnail, gather, partings
+from evaluation.reports.gather import Report, Thumbnail, disagreements, gather
 from evaluation.reports.page import render, safe_json, write_report
 from evaluation.reports.paper_figures import PALETTE
 from evaluation.reports.static_files import phase_bars, write_figures
@@ -84,7 +84,7 @@ def test_tables_say_what_metrics_say(two: Report, folders: list[Path]) -> None:
     assert tables.tools is not None
     assert len(tables.tools.rows) == 8
     about = " ".join(tables.conventions["relaxed_fixed"].about)
-    for said in ("relaxed by 10 s", "Absent phases", "standard deviation", "1 fps", "3 videos", "1 seed a run"):
+    for said in ("relaxed by 10 s", "Absent phases", "standard deviation", "1 fps", "3 videos", "1 seed per run"):
         assert said in about
 
 
@@ -125,8 +125,8 @@ def test_bars_have_the_intervals_of_the_bootstrap(two: Report) -> None:
     assert intervals is not None
     entry = intervals.per_phase["video_macro"]["GallbladderPackaging"]["recall"]
     trace = spec["data"][1]
-    assert trace["x"][4] == entry["mean"]
-    assert trace["x"][4] - trace["error_x"]["arrayminus"][4] == pytest.approx(entry["low"])
+    assert trace["x"][4] == entry.mean
+    assert trace["x"][4] - trace["error_x"]["arrayminus"][4] == pytest.approx(entry.low)
     assert trace["marker"]["color"] != spec["data"][0]["marker"]["color"]
     assert trace["marker"]["pattern"]["shape"]
 
@@ -141,8 +141,8 @@ def test_curves_end_where_everything_is_called_present(two: Report) -> None:
     assert (recall[-1], precision[-1]) == (100.0, pytest.approx(100 * present))
 
 
-def test_partings_are_the_longest_wrong_stretches(two: Report) -> None:
-    found = partings(two, videos=1, frames=2)
+def test_disagreements_are_the_longest_wrong_stretches(two: Report) -> None:
+    found = disagreements(two, videos=1, frames=2)
     video = two.videos[0]
     wrong = two.truth.videos[video].phase != two.runs[0].predictions[video].phase
     assert {part.video for part in found} == {video}
@@ -189,7 +189,7 @@ def test_data_cannot_end_its_script(text: str) -> None:
 
 
 def test_pictures_are_inside_the_page(two: Report) -> None:
-    part = partings(two)[0]
+    part = disagreements(two)[0]
     picture = Thumbnail(part, jpeg(np.full((480, 854, 3), 90, np.uint8)))
     assert len(picture.jpeg) < 20_000
     page = Page(render(dataclasses.replace(two, thumbnails=[picture])))
@@ -231,7 +231,7 @@ def test_what_a_run_lacks_is_left_out(missing: str, tmp_path: Path) -> None:
     assert "videos" in headings
     if missing == "labels":
         assert "no phase metrics" in page.text
-        assert partings(report) == []
+        assert disagreements(report) == []
 
 
 def test_one_video_has_no_whiskers(tmp_path: Path) -> None:

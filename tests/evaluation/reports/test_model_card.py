@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -13,9 +14,11 @@ import pytest
 from configs.errors import printable
 from configs.load import load_config, load_dataset, to_yaml
 from evaluation.metrics.phases import evaluate_phases
+from evaluation.metrics.results import Evaluation, JointDetails, ToolAbout, ToolResults
 from evaluation.reports.model_card import render_model_card, write_model_card
 from evaluation.reports.templates import markdown
 from features.dataset.index import Index, VideoEntry
+from tests.report_material import JOINT
 
 
 def index(dataset: str = "cholec80") -> Index:
@@ -36,23 +39,31 @@ def index(dataset: str = "cholec80") -> Index:
     return Index(dataset=load_dataset(dataset), videos=tuple(entry(k, split) for k, split in enumerate(splits, 1)))
 
 
-def metrics(phases: bool = True, tools: bool = True, **more: object) -> dict:
+def metrics(phases: bool = True, tools: bool = True, joint: dict | None = None, **more: Any) -> Evaluation:
     truth = {"video04": np.repeat([0, 1], 20), "video05": np.repeat([1, 2], 20)}
     spec = load_dataset("cholec80")
     found = {
         head: evaluate_phases(truth, {n: np.roll(t, k) for n, t in truth.items()}, spec.phases, 1.0, split="test")
         for head, k in (("temporal", 1), ("frame", 3))
     }
-    return {
+    about = ToolAbout("percent", "", "", "", "", "test", 1.0, 2, [], 1)
+    numbers = ToolResults(map_pooled=51.25, map_video=None, per_tool={}, per_video={}, about=about)
+    known: dict[str, Any] = {
         "split": "test",
         "fps": 1.0,
+        "simulated": False,
         "videos": list(truth),
+        "scored": {},
+        "videos_without_labels": {},
+        "left_out": [],
         "convention": "phase_mean",
         "phases": found if phases else {},
-        "tools": {"map_pooled": 51.25, "map_video": None} if tools else None,
-        "simulated": False,
-        **more,
+        "tools": ToolResults(map_pooled=51.25, map_video=None, per_tool={}, per_video={}, about=about)
+        if tools
+        else None,
+        "joint": JointDetails(**(JOINT | joint)) if joint else None,
     }
+    return Evaluation(**known | more)
 
 
 def test_the_card_of_a_run(tmp_path):
@@ -75,17 +86,17 @@ def test_the_card_of_a_run(tmp_path):
         "torch 2.14.1, Python 3.11.2, revision aaaaaaaaaaaa",
         "seed: 7",
         "backbone: resnet50",
-        f"| `phase_mean` | {numbers['phases']['temporal']['phase_mean']['accuracy']['mean']:.1f} ± ",
+        f"| `phase_mean` | {numbers.phases['temporal']['phase_mean'].scores['accuracy'].mean:.1f} ± ",
         "| per-frame head on the same features |",
         "Tools: mAP 51.2 pooled over frames, - a video at a time",
         "## Intended use",
         "**Not a medical device**",
     ):
         assert text in card, text
-    for convention, result in numbers["phases"]["temporal"].items():
+    for convention, result in numbers.phases["temporal"].items():
         assert f"- `{convention}`: " in card
-        assert result["about"]["absent_phase"] in card
-        assert result["about"]["std"] in card
+        assert result.about.absent_phase in card
+        assert result.about.std in card
     assert "SIMULATED" not in card
     assert "/secret/place" not in card
     assert "\n\n\n" not in card
@@ -139,7 +150,7 @@ def test_an_imported_net_is_not_said_to_be_trained_here(tmp_path):
     (tmp_path / "joint" / "config.yaml").write_text(to_yaml(load_config("mtrcnet")))
     (tmp_path / "joint" / "environment.json").write_text(json.dumps({"packages": {"torch": "2.14.1"}}))
     for spec in ("cholec80", "simulated"):
-        numbers = metrics(imported="theirs.pth", simulated=spec == "simulated")
+        numbers = metrics(joint={"imported": "theirs.pth"}, simulated=spec == "simulated")
         card = write_model_card(tmp_path, "joint", index(spec), numbers).read_text()
         assert "Imported from `theirs.pth`" in card
         assert "Which videos it was trained on is not in the\nfile" in card
@@ -154,7 +165,7 @@ def test_a_net_fine_tuned_from_an_imported_one_says_so(tmp_path):
     """Its first training may have seen the test videos, whatever the second one's split is."""
     (tmp_path / "joint").mkdir()
     (tmp_path / "joint" / "config.yaml").write_text(to_yaml(load_config("mtrcnet")))
-    numbers = metrics(fine_tuned_from="theirs.pth")
+    numbers = metrics(joint={"fine_tuned_from": "theirs.pth"})
     card = write_model_card(tmp_path, "joint", index(), numbers).read_text()
     assert "Fine-tuned from `theirs.pth`" in card
     assert "test videos may be among them" in card
@@ -173,7 +184,7 @@ def test_a_net_fine_tuned_from_an_imported_one_says_so(tmp_path):
     ],
 )
 def test_the_card_names_what_the_net_tells(tmp_path, stage, tasks, said):
-    card = write_model_card(tmp_path, stage, index(), metrics(**({"tasks": tasks} if tasks else {}))).read_text()
+    card = write_model_card(tmp_path, stage, index(), metrics(joint={"tasks": tasks} if tasks else None)).read_text()
     assert said in card
 
 
@@ -207,7 +218,7 @@ def test_names_are_text_in_a_card(tmp_path, name):
     tools, videos = (name, *spec.tools[1:]), index().videos
     changed = spec.model_copy(update={"title": name, "source": name, "tools": tools})
     hostile = Index(dataset=changed, videos=videos)
-    card = write_model_card(tmp_path, "joint", hostile, metrics(imported=f"{name}.pth")).read_text()
+    card = write_model_card(tmp_path, "joint", hostile, metrics(joint={"imported": f"{name}.pth"})).read_text()
     (file,) = re.findall(r"Imported from `([^`]*)`, a file", card)
     assert file.endswith(".pth")
     card = card.replace(f"`{file}`", "")  # between backticks nothing but a backtick means anything

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from configs.errors import UserError
-from evaluation.metrics.counts import CHOLEC80_PHASES
+from evaluation.metrics.relaxed import CHOLEC80
 from evaluation.reports.paper_figures import (
     PALETTE,
     UNLABELLED,
@@ -40,7 +40,7 @@ def ribbon_rows(path: Path, colour: str) -> int:
 
 def test_ribbons_show_truth_and_each_prediction(tmp_path):
     truth, predicted = np.zeros(600, int), {"lstm": np.zeros(600, int), "majority": np.ones(600, int)}
-    phase_ribbons(tmp_path / "one.png", [("video01", truth, predicted)], 1.0, CHOLEC80_PHASES, "One video")
+    phase_ribbons(tmp_path / "one.png", [("video01", truth, predicted)], 1.0, CHOLEC80.phases, "One video")
     first, second = (ribbon_rows(tmp_path / "one.png", PALETTE[k]) for k in (0, 1))
     assert first == pytest.approx(2 * second, abs=2)  # truth and lstm in the first colour, majority in the second
     assert second > 20
@@ -61,7 +61,7 @@ def test_height_grows_with_videos_and_width_stays(tmp_path):
     for count in (1, 5, 40):
         videos = [(f"video{k:02d}", np.arange(300) // 50, {"lstm": np.arange(300) // 50}) for k in range(count)]
         path = tmp_path / f"{count}.png"
-        phase_ribbons(path, videos, 1.0, CHOLEC80_PHASES)
+        phase_ribbons(path, videos, 1.0, CHOLEC80.phases)
         sizes.append(Image.open(path).size)
     assert len({width for width, _ in sizes}) == 1
     per_video = (sizes[1][1] - sizes[0][1]) / 4
@@ -72,7 +72,7 @@ def test_height_grows_with_videos_and_width_stays(tmp_path):
 def test_equal_input_gives_equal_bytes_and_pdf_follows_the_suffix(tmp_path):
     video = [("v", np.arange(60) // 10, {"lstm": np.arange(60) // 12})]
     for name in ("a.png", "b.png", "a.pdf", "b.pdf"):
-        phase_ribbons(tmp_path / name, video, 1.0, CHOLEC80_PHASES)
+        phase_ribbons(tmp_path / name, video, 1.0, CHOLEC80.phases)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert (tmp_path / "a.pdf").read_bytes() == (tmp_path / "b.pdf").read_bytes()
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from configs.errors import UserError
-from evaluation.metrics.counts import CHOLEC80_PHASES
 from evaluation.metrics.phases import evaluate_phases
+from evaluation.metrics.relaxed import CHOLEC80
 from evaluation.metrics.tools import evaluate_tools
 from evaluation.reports.tables import comparison_table, phase_table, segment_table, tool_table
 
@@ -28,7 +28,7 @@ def results():
     rng = np.random.default_rng(0)
     truth = {f"v{k}": np.sort(rng.integers(0, 7, 300)) for k in range(4)}
     predicted = {k: np.where(rng.random(300) < 0.3, rng.integers(0, 7, 300), track) for k, track in truth.items()}
-    return evaluate_phases(truth, predicted, CHOLEC80_PHASES, 1.0, split="test")
+    return evaluate_phases(truth, predicted, CHOLEC80.phases, 1.0, split="test")
 
 
 @pytest.mark.parametrize("convention", ["phase_mean", "video_macro", "pooled", "relaxed_matlab", "relaxed_fixed"])
@@ -37,13 +37,13 @@ def test_phase_table_names_its_convention_and_fits(results, convention):
     assert f"[{convention}]" in text
     assert "Split test, 4 videos, 1 fps" in " ".join(text.split())
     assert "…" not in text
-    for phase, entry in results[convention]["per_phase"].items():
+    for phase, entry in results[convention].per_phase.items():
         row = next(line for line in text.splitlines() if line.startswith(phase))
-        assert f"{entry['jaccard']['mean']:.1f}" in row
+        assert f"{entry.scores['jaccard'].mean:.1f}" in row
         assert row.split()[-1] == "4"
     total = next(line for line in text.splitlines() if line.startswith("all"))
-    recall = results[convention]["recall"]
-    assert f"{recall['mean']:.1f} ± {recall['std']:.1f}" in total
+    recall = results[convention].scores["recall"]
+    assert f"{recall.mean:.1f} ± {recall.std:.1f}" in total
 
 
 def test_long_names_shrink_and_numbers_do_not():
@@ -70,16 +70,16 @@ def test_absent_phase_shows_a_dash():
     assert "1 video," in " ".join(text.split())
 
 
-def test_comparison_has_a_row_a_model(results):
+def test_comparison_has_one_row_per_model(results):
     text = shown(comparison_table({"lstm": results, "per-frame linear": results, "majority phase": results}))
-    accuracy = results["phase_mean"]["accuracy"]
-    rows = [line for line in text.splitlines() if f"{accuracy['mean']:.1f} ± {accuracy['std']:.1f}" in line]
+    accuracy = results["phase_mean"].scores["accuracy"]
+    rows = [line for line in text.splitlines() if f"{accuracy.mean:.1f} ± {accuracy.std:.1f}" in line]
     assert [row.split()[0] for row in rows] == ["lstm", "per-frame", "majority"]
 
 
 def test_segment_table(results):
     text = shown(segment_table(results))
-    assert f"{results['segmental']['f1@25']['pooled']:.1f}" in text
+    assert f"{results['segmental'].scores['f1@25'].pooled:.1f}" in text
     assert "F1@50" in text
 
 
@@ -89,7 +89,7 @@ def test_tool_table_with_and_without_thresholds():
     scores = {name: rng.random(labels.shape) for name, labels in truth.items()}
     plain = evaluate_tools(truth, scores, ("Grasper", "Hook"))
     text = shown(tool_table(plain))
-    assert f"{plain['map_pooled']:.1f}" in next(line for line in text.splitlines() if line.startswith("mean (mAP)"))
+    assert f"{plain.map_pooled:.1f}" in next(line for line in text.splitlines() if line.startswith("mean (mAP)"))
     assert next(line for line in text.splitlines() if line.startswith("Hook")).split() == ["Hook", "-", "-", "0"]
     assert "F1" not in text
     text = shown(tool_table(evaluate_tools(truth, scores, ("Grasper", "Hook"), threshold=0.5)))

@@ -159,9 +159,9 @@ def test_stopped_anywhere_and_started_again_it_ends_the_same(stages: World, mode
 def test_single_task_nets_train_and_evaluate(stages: World, tasks: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings(stages, JOINT | {"net": {"tasks": tasks}, "crops": "five"})
     run = joint(stages, config, tasks)
-    metrics = evaluate_joint(config, run, stages.index(), stages.root, stop=StopRequest())
-    assert (metrics["tools"] is not None) == (tasks == "tool")
-    assert bool(metrics["phases"].get("temporal")) == (tasks == "phase")
+    evaluation = evaluate_joint(config, run, stages.index(), stages.root, stop=StopRequest())
+    assert (evaluation.tools is not None) == (tasks == "tool")
+    assert bool(evaluation.phases.get("temporal")) == (tasks == "phase")
     assert (run / "evaluate" / "test-five" / "metrics.json").exists()
     assert not (run / "summary.json").exists()  # not the usual way of evaluating
 
@@ -211,11 +211,11 @@ def test_features_of_the_joint_backbone_and_a_head_that_starts_from_its_lstm(sta
 def test_an_evaluation_knows_the_way_it_ran(stages: World) -> None:
     config = settings(stages, CL)
     run = joint(stages, config, "cl")  # finished above, or trained now
-    metrics = evaluate_joint(config, run, stages.index(), stages.root, stop=StopRequest())
+    evaluation = evaluate_joint(config, run, stages.index(), stages.root, stop=StopRequest())
     carried = evaluate_joint(config, run, stages.index(), stages.root, inference="carried", stop=StopRequest())
-    assert (metrics["inference"], carried["inference"]) == ("clip", "carried")
-    assert metrics["mapped_tools"]["map_pooled"] is not None
-    assert metrics["gap_nats"] > 0
+    assert (evaluation.joint.inference, carried.joint.inference) == ("clip", "carried")
+    assert evaluation.joint.mapped_tools.map_pooled is not None
+    assert evaluation.joint.gap_nats > 0
     assert (run / "evaluate/test/predictions/video04.csv").exists()
     assert (run / "evaluate/test-carried/metrics.json").exists()
     with pytest.raises(UserError, match=r"set data\.fps=5"):

@@ -1,0 +1,220 @@
+"""Conventions: the same words (accuracy, F1) stand for different computations, so each computation has a name.
+
+A convention counts, averages, and names its rules. What is registered in `CONVENTIONS` is offered by `evaluate` and
+`compare` and shown by the report. This file has the kind that compares frames and the three strict conventions;
+`evaluation.metrics.relaxed` and `evaluation.metrics.segmental` have the others. Formulas, sources and worked examples:
+docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+import numpy as np
+
+from configs.registry import Registry
+from evaluation.metrics.counts import BoolArray, FloatArray, PhasePair, PhaseTable, count, strict_right
+from evaluation.metrics.results import OnePhase, PhaseAbout, PhaseResults, Score, json_number
+from evaluation.metrics.scores import phase_scores
+
+MAIN_CONVENTION = "phase_mean"  # where one number is shown, it is this convention's
+
+LEFT_OUT = "a phase absent from a video's truth is left out of that video, even where it is predicted"
+DROPPED = f"{LEFT_OUT}; one never predicted has no precision there (0/0 is left out), and recall, Jaccard and F1 0"
+OVER_PHASES = "accuracy: over videos; the rest: over phases, of their means over videos (n - 1)"
+
+Table = TypeVar("Table")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convention(ABC, Generic[Table]):
+    """A way of counting and averaging, with the words that go with its numbers: title, rule for absent phases, what the
+    standard deviation is taken over, source, and the window of relaxed boundaries in seconds."""
+
+    title: str
+    absent_phase: str
+    std: str
+    source: str
+    window_s: float | None = None
+    of_frames: ClassVar[bool] = False  # whether frames are compared, and not segments
+
+    def unavailable(self, phases: Sequence[str], fps: float | None) -> str | None:
+        """Why it cannot be computed for these phases at this rate (None: not known), and what to do; None if it can."""
+        return None
+
+    @abstractmethod
+    def count(self, videos: Sequence[PhasePair], classes: int, fps: float | None, background: Sequence[int]) -> Table:
+        """The counts that are averaged, one row per video; `background` holds ids of phases where nothing goes on."""
+
+    @abstractmethod
+    def means(self, table: Table, weights: FloatArray) -> dict[str, FloatArray]:
+        """The numbers with video v counted `weights[b, v]` times: {metric: (B,)} in percent.
+
+        A row of ones is the estimate itself; rows drawn at random are its bootstrap (`evaluation.metrics.statistics`).
+        """
+
+    def phase_means(self, table: Table, weights: FloatArray) -> dict[str, FloatArray]:
+        """The same of each phase: {metric: (B, C)}; empty where segments are compared."""
+        return {}
+
+    @abstractmethod
+    def results(
+        self, table: Table, videos: Sequence[PhasePair], phases: Sequence[str], about: PhaseAbout
+    ) -> PhaseResults:
+        """All numbers of the convention."""
+
+
+CONVENTIONS: Registry[Convention[Any]] = Registry("convention", "surgstage.conventions")
+
+
+def _no_reason(phases: Sequence[str], fps: float | None) -> str | None:
+    return None
+
+
+def _no_more(table: PhaseTable) -> dict[str, Score]:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameConvention(Convention[PhaseTable]):
+    """Averages over a (videos x phases) table of frame counts.
+
+    `order` is what is averaged first: `phases` = each phase over videos, then over phases; `videos` = each video over
+    its phases, then over videos; `pooled` = the frames of all videos as one, then over phases. `right` decides which
+    frames of a video at a rate are right, `refuses` gives the reason of `unavailable`, `extra` adds scores of this
+    convention alone.
+    """
+
+    of_frames: ClassVar[bool] = True
+    order: Literal["phases", "videos", "pooled"]
+    right: Callable[[PhasePair, float | None], BoolArray] = strict_right
+    refuses: Callable[[Sequence[str], float | None], str | None] = _no_reason
+    extra: Callable[[PhaseTable], dict[str, Score]] = _no_more
+
+    def unavailable(self, phases: Sequence[str], fps: float | None) -> str | None:
+        """See `Convention.unavailable`."""
+        return self.refuses(phases, fps)
+
+    def count(
+        self, videos: Sequence[PhasePair], classes: int, fps: float | None, background: Sequence[int]
+    ) -> PhaseTable:
+        """See `Convention.count`; background counts as any other phase."""
+        return count(videos, classes, lambda video: self.right(video, fps))
+
+    def means(self, table: PhaseTable, weights: FloatArray) -> dict[str, FloatArray]:
+        """See `Convention.means`."""
+        if self.order == "videos":
+            scores = phase_scores(table, absent_is_zero=True)
+            means = {metric: over_videos(mean_known(values, axis=1), weights) for metric, values in scores.items()}
+        else:
+            single = self.phase_means(table, weights)
+            means = {metric: mean_known(values, axis=1) for metric, values in single.items()}
+        pooled = self.order == "pooled"
+        accuracy = _accuracy(table.pooled(weights)) if pooled else over_videos(_accuracy(table), weights)
+        return {"accuracy": accuracy, **means}
+
+    def phase_means(self, table: PhaseTable, weights: FloatArray) -> dict[str, FloatArray]:
+        """See `Convention.phase_means`."""
+        if self.order == "pooled":  # each row of weights makes one long video
+            return phase_scores(table.pooled(weights), absent_is_zero=True)
+        scores = phase_scores(table, absent_is_zero=self.order == "videos")
+        return {metric: over_videos(values, weights) for metric, values in scores.items()}
+
+    def results(
+        self, table: PhaseTable, videos: Sequence[PhasePair], phases: Sequence[str], about: PhaseAbout
+    ) -> PhaseResults:
+        """See `Convention.results`."""
+        once, pooled = np.ones((1, len(videos))), self.order == "pooled"
+        means = {metric: float(value[0]) for metric, value in self.means(table, once).items()}
+        cells = phase_scores(table.pooled(once) if pooled else table, self.order != "phases")  # (1 or V, C)
+        accuracy = _accuracy(table)
+        # What the standard deviation is taken over: videos (V,) or phases (C,).
+        spread = {"accuracy": np.empty(0) if pooled else accuracy}
+        spread |= {m: mean_known(values, axis=int(self.order == "videos")) for m, values in cells.items()}
+        per_video, extra = {"accuracy": accuracy}, self.extra(table)
+        if pooled:
+            per_video["balanced_accuracy"] = mean_known(phase_scores(table, absent_is_zero=False)["recall"], axis=1)
+            extra |= {f"video_{m}": Score.of(float(values.mean()), values) for m, values in per_video.items()}
+        else:
+            per_video |= {metric: mean_known(values, axis=1) for metric, values in cells.items()}
+        return PhaseResults(
+            scores={metric: Score.of(mean, spread[metric]) for metric, mean in means.items()},
+            f1_of_means=_f1_of_means(means["precision"], means["recall"]),
+            extra=extra,
+            per_phase={
+                phase: OnePhase(
+                    {m: Score.of(mean_known(values[:, c], axis=0), values[:, c]) for m, values in cells.items()},
+                    int((table.truth[:, c] > 0).sum()),
+                )
+                for c, phase in enumerate(phases)
+            },
+            per_video=numbers_by_video(videos, {**per_video, "frames": table.frames}),
+            about=about,
+        )
+
+
+for _name, _convention in {
+    MAIN_CONVENTION: FrameConvention(
+        title="strict, per phase over videos, then over phases",
+        order="phases",
+        absent_phase=DROPPED,
+        std=OVER_PHASES,
+        source="the averaging of the M2CAI 2016 workflow script, without relaxed boundaries",
+    ),
+    "video_macro": FrameConvention(
+        title="strict, per video over its phases, then over videos",
+        order="videos",
+        absent_phase="a phase in neither truth nor prediction of a video is left out; one falsely predicted scores 0",
+        std="over videos (n - 1)",
+        source="scikit-learn's macro average on each video (labels in truth or prediction, zero_division=0)",
+    ),
+    "pooled": FrameConvention(
+        title="strict, the frames of all videos as one, then over phases",
+        order="pooled",
+        absent_phase="a phase in neither truth nor prediction of any video is left out; one falsely predicted scores 0",
+        std="over phases (n - 1); video_accuracy and video_balanced_accuracy: over videos (n - 1)",
+        source="scikit-learn's macro average on the concatenated videos",
+    ),
+}.items():
+    CONVENTIONS.register(_name, _convention)
+
+
+# ------------------------------------------------------------------------------------- means of what is known
+
+
+def _accuracy(table: PhaseTable) -> FloatArray:
+    """(V,) percent of a video's labelled frames that are right."""
+    return np.asarray(100.0 * table.right / table.frames)
+
+
+def _f1_of_means(precision: float, recall: float) -> float | None:
+    """What several papers print as F1: the harmonic mean of the averaged precision and recall."""
+    return json_number(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
+
+
+def over_videos(values: FloatArray, weights: FloatArray) -> FloatArray:
+    """Mean of `values` (V, ...) over the videos where they are known: (B, ...), NaN where none is."""
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        return np.asarray((weights @ np.where(known, values, 0.0)) / (weights @ known))
+
+
+def mean_known(values: FloatArray, axis: int) -> FloatArray:
+    """Mean along `axis` of what is not NaN; NaN where nothing is."""
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(known, values, 0.0).sum(axis) / known.sum(axis))
+
+
+def numbers_by_video(videos: Sequence[PhasePair], columns: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """{video: {column: number}} from columns (V,); counts stay whole numbers, NaN becomes None."""
+    return {
+        video.id: {
+            name: json_number(values[v]) if values.dtype.kind == "f" else int(values[v])
+            for name, values in columns.items()
+        }
+        for v, video in enumerate(videos)
+    }
