@@ -141,9 +141,11 @@ class FrameConvention(Convention[PhaseTable]):
         else:
             per_video |= {metric: mean_known(values, axis=1) for metric, values in cells.items()}
         return PhaseResults(
-            scores={metric: Score.of(mean, spread[metric]) for metric, mean in means.items()},
-            f1_of_means=_f1_of_means(means["precision"], means["recall"]),
-            extra=extra,
+            scores={
+                **{metric: Score.of(mean, spread[metric]) for metric, mean in means.items()},
+                "f1_of_means": _f1_of_means(means["precision"], means["recall"]),
+                **extra,
+            },
             per_phase={
                 phase: OnePhase(
                     {m: Score.of(mean_known(values[:, c], axis=0), values[:, c]) for m, values in cells.items()},

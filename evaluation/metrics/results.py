@@ -1,42 +1,75 @@
 """Results as values, and their JSON (docs/evaluation.md, "JSON").
 
-`evaluate_phases` gives one `PhaseResults` per convention, `evaluate_tools` a `ToolResults`; an `Evaluation` is what a
-run's `metrics.json` holds. All numbers are in percent; None stands for what is undefined, since JSON has no NaN.
-`to_json` and `from_json` are the only places that know the keys of the files.
+`evaluate_phases` gives one `PhaseResults` per convention, `evaluate_tools` a `ToolResults`; an `Evaluation` is the
+content of a run's `metrics.json`. All numbers are in percent; None stands for what is undefined, since JSON has no NaN.
+The fields are the keys of the files, in their order.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import GetCoreSchemaHandler, TypeAdapter
+from pydantic_core import CoreSchema, core_schema
 
 from configs.errors import UserError, one_line
 from engine.files import read_json
 
 METRICS_FILE = "metrics.json"
+FLAT = {"flat": True}  # metadata of a field whose own keys are keys of the whole JSON object
 
 T = TypeVar("T", bound="Record")
 
 
 class Record:
-    """A dataclass that is a JSON object; an optional field (one with a default) is left out where it is None."""
+    """A dataclass that is a JSON object. A field whose default is None is left out where it is None."""
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object, its keys in the order of the fields."""
-        known = {field: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        return {f.name: as_json(v) for f, v in known.items() if v is not None or f.default is MISSING}
+        tree: dict[str, Any] = {}
+        for one in _fields(type(self)):
+            value = as_json(getattr(self, one.name))
+            if value is not None or one.default is not None:
+                tree |= value if one.metadata == FLAT else {one.name: value}
+        return tree
 
     @classmethod
-    def from_json(cls: type[T], tree: Mapping[str, Any]) -> T:
-        """What `to_json` gave; other keys are ignored. Raises KeyError where a required one is missing."""
-        found = [f for f in fields(cls) if f.name in tree or f.default is MISSING]  # type: ignore[arg-type]
-        return cls(**{f.name: tree[f.name] for f in found})
+    def from_json(cls: type[T], tree: Any) -> T:
+        """The value that `to_json` gave, here or in an earlier version. Raises ValueError where it is not one."""
+        found: T = _adapter(cls).validate_python(tree)  # type: ignore[arg-type]  # a class is hashable
+        return found
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(cls._by_field, handler(source))
+
+    @classmethod
+    def _by_field(cls, tree: Any) -> Any:
+        """The fields' values in a JSON object: keys of no field go to the flat one, and what is missing is None."""
+        if not isinstance(tree, Mapping):
+            return tree
+        flat = next((one.name for one in _fields(cls) if one.metadata == FLAT), None)
+        named = [one for one in _fields(cls) if one.name != flat]
+        rest = {key: value for key, value in tree.items() if key not in {one.name for one in named}}
+        required = [one.name for one in named if one.default is MISSING and one.default_factory is MISSING]
+        found = {one.name: tree[one.name] for one in named if one.name in tree}
+        return dict.fromkeys(required) | found | ({flat: rest} if flat and rest else {})
+
+
+def _fields(cls: Any) -> tuple[Field[Any], ...]:
+    return fields(cls)
+
+
+@cache
+def _adapter(cls: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
 
 
 def as_json(value: Any) -> Any:
@@ -75,7 +108,11 @@ class PooledScore(Score):
 
     def to_json(self) -> dict[str, Any]:
         """{pooled, mean, std}."""
-        return {"pooled": self.pooled, "mean": self.mean, "std": self.std}
+        return {"pooled": self.pooled, **Score(self.mean, self.std).to_json()}
+
+    @classmethod
+    def _by_field(cls, tree: Any) -> Any:
+        return tree  # without `pooled` it is a plain `Score`
 
 
 @dataclass(frozen=True)
@@ -87,11 +124,6 @@ class Interval(Record):
     high: float | None
 
 
-def _scores(tree: Mapping[str, Any]) -> dict[str, Score]:
-    found = {name: entry for name, entry in tree.items() if isinstance(entry, Mapping) and "mean" in entry}
-    return {name: (PooledScore if "pooled" in one else Score).from_json(one) for name, one in found.items()}
-
-
 # ---------------------------------------------------------------------------------------------- phases
 
 
@@ -99,20 +131,15 @@ def _scores(tree: Mapping[str, Any]) -> dict[str, Score]:
 class OnePhase(Record):
     """One phase: mean and standard deviation of each metric over the `videos` whose truth has the phase."""
 
-    scores: Mapping[str, Score]
+    scores: Mapping[str, Score] = field(metadata=FLAT)
     videos: int
-
-    def to_json(self) -> dict[str, Any]:
-        """{metric: {mean, std}, videos}."""
-        return {**as_json(self.scores), "videos": self.videos}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseAbout(Record):
     """What a result's numbers are: the rules they follow, and what they were computed from.
 
-    `background` names the phases that were left out of segments, `files` what was read for them (predictions of other
-    programs).
+    `background` names the phases that were left out of segments, `files` what was read (predictions of other programs).
     """
 
     convention: str
@@ -127,39 +154,24 @@ class PhaseAbout(Record):
     videos: int
     frames: int
     truth_sha256: str | None
-    seeds: int
-    videos_without_labels: Sequence[str]
+    seeds: int = 1
+    videos_without_labels: Sequence[str] = ()
     background: Sequence[str] | None = None
-    files: Mapping[str, Any] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object; the entries of `files` are keys of it."""
-        tree = super().to_json()
-        return tree | tree.pop("files", {})
-
-    @classmethod
-    def from_json(cls, tree: Mapping[str, Any]) -> PhaseAbout:
-        """What `to_json` gave, here or in an earlier version."""
-        names = [field.name for field in fields(cls)]
-        missing = {"split": None, "fps": None, "window_s": None, "truth_sha256": None, "seeds": 1}
-        known = {**missing, "videos_without_labels": [], **{name: tree[name] for name in names if name in tree}}
-        return cls(**known, files={name: tree[name] for name in tree if name not in names} or None)
+    files: Mapping[str, Any] | None = field(default=None, metadata=FLAT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseResults(Record):
     """Phases under one convention.
 
-    `scores` are the numbers over all videos, accuracy first; `extra` are those that this convention alone has.
-    `per_phase` is None where segments are compared, and not frames. `per_video` is {video: {metric: number}}, counts
-    of frames or segments among them. `intervals` are 95 % bootstrap intervals over videos.
+    `scores` are the numbers over all videos, accuracy first, with those that this convention alone has. `per_phase` is
+    None where segments are compared, and not frames. `per_video` is {video: {metric: number}}, counts of frames or
+    segments among them. `intervals` are 95 % bootstrap intervals over videos.
     """
 
-    scores: Mapping[str, Score]
-    f1_of_means: float | None = None
-    extra: Mapping[str, Score]
-    per_phase: Mapping[str, OnePhase] | None
-    per_video: Mapping[str, Mapping[str, float | None]]
+    scores: Mapping[str, PooledScore | Score | float | None] = field(metadata=FLAT)
+    per_phase: Mapping[str, OnePhase] | None = None
+    per_video: Mapping[str, Mapping[str, int | float | None]]
     about: PhaseAbout
     intervals: Mapping[str, Interval] | None = None
 
@@ -168,30 +180,16 @@ class PhaseResults(Record):
         """Whether frames are compared, and not segments."""
         return self.per_phase is not None
 
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object: every score is a key of it."""
-        tree = super().to_json()
-        frames = {"f1_of_means": self.f1_of_means, **tree.pop("extra"), "per_phase": tree.pop("per_phase")}
-        tree.pop("f1_of_means", None)
-        return tree.pop("scores") | (frames if self.of_frames else {}) | tree
+    @property
+    def metrics(self) -> list[str]:
+        """Accuracy and the metrics of each phase, or those of segments; what one convention alone has is not in it."""
+        per_phase = next(iter((self.per_phase or {}).values()), None)
+        return ["accuracy", *per_phase.scores] if per_phase else list(self.scores)
 
-    @classmethod
-    def from_json(cls, tree: Mapping[str, Any]) -> PhaseResults:
-        """What `to_json` gave."""
-        names = list(tree)
-        cut = names.index("f1_of_means") if "f1_of_means" in tree else len(names)
-        per_phase, intervals = tree.get("per_phase"), tree.get("intervals")
-        return cls(
-            scores=_scores({name: tree[name] for name in names[:cut]}),
-            f1_of_means=tree.get("f1_of_means"),
-            extra=_scores({name: tree[name] for name in names[cut:]}),
-            per_phase=None
-            if per_phase is None
-            else {p: OnePhase(_scores(e), e["videos"]) for p, e in per_phase.items()},
-            per_video=dict(tree["per_video"]),
-            about=PhaseAbout.from_json(tree["about"]),
-            intervals=None if intervals is None else {m: Interval.from_json(e) for m, e in intervals.items()},
-        )
+    def score(self, metric: str) -> Score | None:
+        """Mean and standard deviation of a metric; None where the results do not have it."""
+        found = self.scores.get(metric)
+        return found if isinstance(found, Score) else None
 
 
 ByConvention = Mapping[str, PhaseResults]
@@ -220,18 +218,7 @@ class OneTool(Record):
     present: int
     frames: int
     threshold: float | None = None
-    at_threshold: ThresholdScores | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object; the scores at the threshold are keys of it."""
-        tree = super().to_json()
-        return tree | tree.pop("at_threshold", {})
-
-    @classmethod
-    def from_json(cls, tree: Mapping[str, Any]) -> OneTool:
-        """What `to_json` gave."""
-        scores = {"at_threshold": ThresholdScores.from_json(tree)} if "threshold" in tree else {}
-        return super().from_json({**tree, "ap_video": Score.from_json(tree["ap_video"]), **scores})
+    at_threshold: ThresholdScores | None = field(default=None, metadata=FLAT)
 
 
 @dataclass(frozen=True)
@@ -242,15 +229,15 @@ class ToolVideo(Record):
     ap: Mapping[str, float | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ToolAbout(Record):
     """What the numbers are, as `PhaseAbout` says it of phases."""
 
-    unit: str
-    map_pooled: str
-    map_video: str
-    absent_tool: str
-    std: str
+    unit: str = "percent"
+    map_pooled: str = "average precision of each tool over the frames of all videos, then the mean over tools"
+    map_video: str = "average precision of each tool a video, mean over videos, then the mean over tools"
+    absent_tool: str = "a tool that never appears (in a video, or at all) has no average precision and is left out"
+    std: str = "over videos (n - 1)"
     split: str | None
     fps: float | None
     videos: int
@@ -269,42 +256,29 @@ class ToolResults(Record):
     at_threshold: ThresholdScores | None = None
     about: ToolAbout
 
-    @classmethod
-    def from_json(cls, tree: Mapping[str, Any]) -> ToolResults:
-        """What `to_json` gave."""
-        at_threshold = tree.get("at_threshold")
-        return cls(
-            map_pooled=tree["map_pooled"],
-            map_video=tree["map_video"],
-            per_tool={tool: OneTool.from_json(entry) for tool, entry in tree["per_tool"].items()},
-            per_video={video: ToolVideo.from_json(entry) for video, entry in tree["per_video"].items()},
-            at_threshold=None if at_threshold is None else ThresholdScores.from_json(at_threshold),
-            about=ToolAbout.from_json(tree["about"]),
-        )
-
 
 # ---------------------------------------------------------------------------------------------- a run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JointDetails(Record):
     """What is recorded of a joint net: its file, the other program's file that it was `imported` or `fine_tuned_from`,
     how it was run, and the tools mapped from its phase branch with their divergence from the tool branch."""
 
     checkpoint: str | None
-    tasks: str
+    tasks: str = "both"
     imported: str | None
     fine_tuned_from: str | None
-    inference: str
-    crops: str
-    precision: str
+    inference: str | None
+    crops: str | None
+    precision: str | None
     mapped_tools: ToolResults | None
     gap_nats: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Record):
-    """What `metrics.json` holds.
+    """The content of `metrics.json`.
 
     `phases` is {head: {convention: results}}; the head of a run's own predictions is `temporal`. `scored` and
     `videos_without_labels` are {"phases", "tools": video ids}, `left_out` are the index's records of videos. `encoder`
@@ -313,17 +287,17 @@ class Evaluation(Record):
 
     split: str
     fps: float
-    simulated: bool | None
+    simulated: bool | None = None
     videos: Sequence[str]
-    scored: Mapping[str, Sequence[str]]
-    videos_without_labels: Mapping[str, Sequence[str]]
-    left_out: Sequence[dict[str, Any]]
-    convention: str
+    scored: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    videos_without_labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    left_out: Sequence[dict[str, Any]] = ()
+    convention: str = "phase_mean"
     phases: Mapping[str, ByConvention]
     tools: ToolResults | None
     identity_sha256: str | None = None
     encoder: Mapping[str, Any] | None = None
-    joint: JointDetails | None = None
+    joint: JointDetails | None = field(default=None, metadata=FLAT)
 
     @property
     def imported(self) -> str | None:
@@ -340,44 +314,10 @@ class Evaluation(Record):
         """`both`, `phase` or `tool`: the branches of the net."""
         return self.joint.tasks if self.joint else "both"
 
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object; what is recorded of a joint net are keys of it."""
-        tree = super().to_json()
-        return tree | tree.pop("joint", {})
-
-    @classmethod
-    def from_json(cls, tree: Mapping[str, Any]) -> Evaluation:
-        """What `to_json` gave, here or in an earlier version."""
-        tools, mapped = (
-            None if tree.get(key) is None else ToolResults.from_json(tree[key]) for key in ("tools", "mapped_tools")
-        )
-        joint = dict.fromkeys(field.name for field in fields(JointDetails)) | {"tasks": "both"}
-        found = {key: tree[key] for key in joint if key in tree}
-        earlier: dict[str, Any] = {
-            "simulated": None,
-            "scored": {},
-            "videos_without_labels": {},
-            "left_out": [],
-            "convention": "phase_mean",
-        }
-        return super().from_json(
-            {
-                **earlier,
-                **tree,
-                "phases": {
-                    head: {name: PhaseResults.from_json(result) for name, result in results.items()}
-                    for head, results in tree["phases"].items()
-                },
-                "tools": tools,
-                "joint": JointDetails(**{**joint, **found, "mapped_tools": mapped}) if found else None,
-            }
-        )
-
 
 def read_evaluation(path: Path, again: str = "run evaluate again") -> Evaluation:
     """Read a `metrics.json`. Raises UserError where it is missing or not that, with `again` as what to do."""
-    tree = read_json(path)
     try:
-        return Evaluation.from_json(tree)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return Evaluation.from_json(read_json(path))
+    except ValueError as error:
         raise UserError(f"{path}: not the metrics of an evaluation ({one_line(error)}); {again}") from error

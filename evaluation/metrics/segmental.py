@@ -123,7 +123,7 @@ class SegmentConvention(Convention[SegmentTable]):
             scores[name] = PooledScore(score.mean, score.std, json_number(means[f"{name}_pooled"]))
         counts = {"segments_truth": table.truth, "segments_predicted": table.predicted}
         per_video = numbers_by_video(videos, {"edit": table.edit, **single, **counts})
-        return PhaseResults(scores=scores, extra={}, per_phase=None, per_video=per_video, about=about)
+        return PhaseResults(scores=scores, per_video=per_video, about=about)
 
 
 CONVENTIONS.register(

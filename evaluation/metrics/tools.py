@@ -73,11 +73,6 @@ def evaluate_tools(
         },
         at_threshold=_threshold_scores(mean_known(np.array(at_threshold), axis=0)) if at_threshold else None,
         about=ToolAbout(
-            unit="percent",
-            map_pooled="average precision of each tool over the frames of all videos, then the mean over tools",
-            map_video="average precision of each tool a video, mean over videos, then the mean over tools",
-            absent_tool="a tool that never appears (in a video, or at all) has no average precision and is left out",
-            std="over videos (n - 1)",
             split=split,
             fps=fps,
             videos=len(videos),

@@ -131,7 +131,7 @@ def _overall(report: Report, convention: str) -> ReportTable:
              for run, i in zip(report.runs, report.intervals, strict=True) for head in _heads(run)]  # fmt: skip
     rows = []
     for metric in metrics_of(one for _, one in results if one):
-        scores = [one.scores.get(metric) if one else None for _, one in results]
+        scores = [one.score(metric) if one else None for _, one in results]
         rows.append((metric_title(metric), [_cell(s, i.get(metric)) for s, i in zip(scores, known, strict=True)]))
     return _head_table(report, f"Phases over all, {convention}", "Metric", rows)
 
@@ -157,12 +157,10 @@ def _per_phase(report: Report, convention: str) -> ReportTable:
 
 def _segments(report: Report, convention: str, known: PhaseResults) -> ReportTable:
     rows = []
-    for metric, example in known.scores.items():
-        title, scores = (
-            metric_title(metric),
-            [one.scores.get(metric) if one else None for _, one in _head_columns(report, convention)],
-        )
-        if isinstance(example, PooledScore):
+    for metric in known.metrics:
+        title, results = metric_title(metric), _head_columns(report, convention)
+        scores = [one.score(metric) if one else None for _, one in results]
+        if isinstance(known.score(metric), PooledScore):
             pooled = [one.pooled if isinstance(one, PooledScore) else None for one in scores]
             rows.append((f"{title}, pooled", [Cell(number_text(value)) for value in pooled]))
             title += ", over videos"

@@ -20,8 +20,8 @@ def summarise(phases: ByConvention | None, tools: ToolResults | None) -> dict[st
     `phase_accuracy` is the mean over videos, `phase_f1` the F1 of the convention `phase_mean`, `tool_map` the mean
     average precision pooled over frames.
     """
-    strict = phases[MAIN_CONVENTION].scores if phases and MAIN_CONVENTION in phases else {}
-    accuracy, f1 = strict.get("accuracy"), strict.get("f1")
+    strict = phases.get(MAIN_CONVENTION) if phases else None
+    accuracy, f1 = (strict.score("accuracy"), strict.score("f1")) if strict else (None, None)
     return {
         "phase_accuracy": _fraction(accuracy.mean if accuracy else None),
         "phase_f1": _fraction(f1.mean if f1 else None),

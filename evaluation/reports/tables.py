@@ -33,13 +33,13 @@ def phase_table(results: ByConvention, convention: str = MAIN_CONVENTION) -> Tab
     Raises UserError where `results` lack the convention or it is not one of frames.
     """
     result = _of_frames(results, convention)
-    about, metrics = result.about, [metric for metric in result.scores if metric != "accuracy"]
+    about, metrics = result.about, result.metrics[1:]
     table = _table(f"Phases, {about.title} [{convention}], percent", "Phase", [*map(metric_title, metrics), "Videos"])
     for phase, entry in (result.per_phase or {}).items():
         _add_row(table, phase, *(mean_std_text(entry.scores.get(metric)) for metric in metrics), str(entry.videos))
     table.add_section()
-    _add_row(table, "all", *(mean_std_text(result.scores[m]) for m in metrics), str(about.videos), style="bold")
-    table.caption = f"Accuracy {mean_std_text(result.scores['accuracy'])} %. Deviation: {about.std}. {_setting(about)}."
+    _add_row(table, "all", *(mean_std_text(result.score(m)) for m in metrics), str(about.videos), style="bold")
+    table.caption = f"Accuracy {mean_std_text(result.score('accuracy'))} %. Deviation: {about.std}. {_setting(about)}."
     return table
 
 
@@ -50,7 +50,7 @@ def conventions_table(results: ByConvention) -> Table:
     if shown:
         about = list(shown.values())[-1].about
         table.caption = f"Deviation: over videos or phases, as the convention has it. {_setting(about)}."
-    if "relaxed_matlab" in shown and (found := shown["relaxed_matlab"].extra.get("f1_surgformer")):
+    if "relaxed_matlab" in shown and (found := shown["relaxed_matlab"].score("f1_surgformer")):
         table.caption = f"{table.caption} F1 as Surgformer's copy of relaxed_matlab has it: {mean_std_text(found)}."
     return table
 
@@ -81,13 +81,13 @@ def _scores_table(title: str, name: str, rows: Mapping[str, PhaseResults]) -> Ta
     metrics = metrics_of(rows.values())
     table = _table(title, name, [*map(metric_title, metrics)])
     for row, result in rows.items():
-        _add_row(table, row, *(mean_std_text(result.scores.get(metric)) for metric in metrics))
+        _add_row(table, row, *(mean_std_text(result.score(metric)) for metric in metrics))
     return table
 
 
 def metrics_of(results: Iterable[PhaseResults]) -> list[str]:
     """The metrics over all videos that any of the results has."""
-    return list(dict.fromkeys(metric for result in results for metric in result.scores))
+    return list(dict.fromkeys(metric for result in results for metric in result.metrics))
 
 
 def segment_table(results: ByConvention, convention: str = "segmental") -> Table:
@@ -96,10 +96,10 @@ def segment_table(results: ByConvention, convention: str = "segmental") -> Table
         raise UserError(f"no results under the convention {convention}; evaluate with it first")
     result = results[convention]
     table = _table(f"Segments [{convention}], percent", "Score", ["Pooled", "Mean over videos"])
-    for name, score in result.scores.items():
-        if name != "accuracy":
-            pooled = number_text(score.pooled) if isinstance(score, PooledScore) else ""
-            _add_row(table, metric_title(name), pooled, mean_std_text(score))
+    for name in result.metrics[1:]:
+        score = result.score(name)
+        pooled = number_text(score.pooled) if isinstance(score, PooledScore) else ""
+        _add_row(table, metric_title(name), pooled, mean_std_text(score))
     table.caption = f"{_setting(result.about)}."
     if result.about.background:
         table.caption = f"{table.caption} Left out as background: {', '.join(result.about.background)}."

@@ -46,7 +46,7 @@ def metrics(phases: bool = True, tools: bool = True, joint: dict | None = None, 
         head: evaluate_phases(truth, {n: np.roll(t, k) for n, t in truth.items()}, spec.phases, 1.0, split="test")
         for head, k in (("temporal", 1), ("frame", 3))
     }
-    about = ToolAbout("percent", "", "", "", "", "test", 1.0, 2, [], 1)
+    about = ToolAbout(split="test", fps=1.0, videos=2, videos_without_labels=[], seeds=1)
     numbers = ToolResults(map_pooled=51.25, map_video=None, per_tool={}, per_video={}, about=about)
     known: dict[str, Any] = {
         "split": "test",
@@ -58,9 +58,7 @@ def metrics(phases: bool = True, tools: bool = True, joint: dict | None = None, 
         "left_out": [],
         "convention": "phase_mean",
         "phases": found if phases else {},
-        "tools": ToolResults(map_pooled=51.25, map_video=None, per_tool={}, per_video={}, about=about)
-        if tools
-        else None,
+        "tools": numbers if tools else None,
         "joint": JointDetails(**(JOINT | joint)) if joint else None,
     }
     return Evaluation(**known | more)
