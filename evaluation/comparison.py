@@ -72,20 +72,20 @@ class ModelPair(Record):
     metrics: Mapping[str, MetricComparison]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ComparisonAbout(Record):
     """What the numbers are; `seeds` has one number per model."""
 
     convention: str
     title: str
-    unit: str
+    unit: str = "percent points"
     split: str | None
     fps: float | None
     absent_phase: str
-    mean: str
-    std: str
-    interval: str
-    test: str
+    mean: str = "over videos, of each video's own number averaged over seeds"
+    std: str = "over seeds (n - 1)"
+    interval: str = "95 %, percentile bootstrap of the paired difference, over videos"
+    test: str = "two-sided paired permutation test over videos"
     correction: str
     videos: int
     frames: int
@@ -281,14 +281,9 @@ def _about(models: Sequence[Model], convention: str, tests: int) -> ComparisonAb
     return ComparisonAbout(
         convention=convention,
         title=CONVENTIONS.find(convention).title,
-        unit="percent points",
         split=about.split,
         fps=about.fps,
         absent_phase=CONVENTIONS.find(convention).absent_phase,
-        mean="over videos, of each video's own number averaged over seeds",
-        std="over seeds (n - 1)",
-        interval="95 %, percentile bootstrap of the paired difference, over videos",
-        test="two-sided paired permutation test over videos",
         correction=f"Holm over {tests} tests",
         videos=len(models[0].results[0].per_video),
         frames=about.frames,

@@ -27,6 +27,7 @@ DROPPED = f"{LEFT_OUT}; one never predicted has no precision there (0/0 is left 
 OVER_PHASES = "accuracy: over videos; the rest: over phases, of their means over videos (n - 1)"
 
 Table = TypeVar("Table")
+Videos = Sequence[PhasePair]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Convention(ABC, Generic[Table]):
         return None
 
     @abstractmethod
-    def count(self, videos: Sequence[PhasePair], classes: int, fps: float | None, background: Sequence[int]) -> Table:
+    def count(self, videos: Videos, classes: int, fps: float | None, background: Sequence[int]) -> Table:
         """The counts that are averaged, one row per video; `background` holds ids of phases where nothing goes on."""
 
     @abstractmethod
@@ -61,21 +62,11 @@ class Convention(ABC, Generic[Table]):
         return {}
 
     @abstractmethod
-    def results(
-        self, table: Table, videos: Sequence[PhasePair], phases: Sequence[str], about: PhaseAbout
-    ) -> PhaseResults:
+    def results(self, table: Table, videos: Videos, phases: Sequence[str], about: PhaseAbout) -> PhaseResults:
         """All numbers of the convention."""
 
 
 CONVENTIONS: Registry[Convention[Any]] = Registry("convention", "surgstage.conventions")
-
-
-def _no_reason(phases: Sequence[str], fps: float | None) -> str | None:
-    return None
-
-
-def _no_more(table: PhaseTable) -> dict[str, Score]:
-    return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,16 +82,14 @@ class FrameConvention(Convention[PhaseTable]):
     of_frames: ClassVar[bool] = True
     order: Literal["phases", "videos", "pooled"]
     right: Callable[[PhasePair, float | None], BoolArray] = strict_right
-    refuses: Callable[[Sequence[str], float | None], str | None] = _no_reason
-    extra: Callable[[PhaseTable], dict[str, Score]] = _no_more
+    refuses: Callable[[Sequence[str], float | None], str | None] | None = None
+    extra: Callable[[PhaseTable], dict[str, Score]] | None = None
 
     def unavailable(self, phases: Sequence[str], fps: float | None) -> str | None:
         """See `Convention.unavailable`."""
-        return self.refuses(phases, fps)
+        return self.refuses(phases, fps) if self.refuses else None
 
-    def count(
-        self, videos: Sequence[PhasePair], classes: int, fps: float | None, background: Sequence[int]
-    ) -> PhaseTable:
+    def count(self, videos: Videos, classes: int, fps: float | None, background: Sequence[int]) -> PhaseTable:
         """See `Convention.count`; background counts as any other phase."""
         return count(videos, classes, lambda video: self.right(video, fps))
 
@@ -123,9 +112,7 @@ class FrameConvention(Convention[PhaseTable]):
         scores = phase_scores(table, absent_is_zero=self.order == "videos")
         return {metric: over_videos(values, weights) for metric, values in scores.items()}
 
-    def results(
-        self, table: PhaseTable, videos: Sequence[PhasePair], phases: Sequence[str], about: PhaseAbout
-    ) -> PhaseResults:
+    def results(self, table: PhaseTable, videos: Videos, phases: Sequence[str], about: PhaseAbout) -> PhaseResults:
         """See `Convention.results`."""
         once, pooled = np.ones((1, len(videos))), self.order == "pooled"
         means = {metric: float(value[0]) for metric, value in self.means(table, once).items()}
@@ -134,7 +121,7 @@ class FrameConvention(Convention[PhaseTable]):
         # What the standard deviation is taken over: videos (V,) or phases (C,).
         spread = {"accuracy": np.empty(0) if pooled else accuracy}
         spread |= {m: mean_known(values, axis=int(self.order == "videos")) for m, values in cells.items()}
-        per_video, extra = {"accuracy": accuracy}, self.extra(table)
+        per_video, extra = {"accuracy": accuracy}, self.extra(table) if self.extra else {}
         if pooled:
             per_video["balanced_accuracy"] = mean_known(phase_scores(table, absent_is_zero=False)["recall"], axis=1)
             extra |= {f"video_{m}": Score.of(float(values.mean()), values) for m, values in per_video.items()}
@@ -211,12 +198,10 @@ def mean_known(values: FloatArray, axis: int) -> FloatArray:
         return np.asarray(np.where(known, values, 0.0).sum(axis) / known.sum(axis))
 
 
-def numbers_by_video(videos: Sequence[PhasePair], columns: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+def numbers_by_video(videos: Videos, columns: Mapping[str, Any]) -> dict[str, dict[str, int | float | None]]:
     """{video: {column: number}} from columns (V,); counts stay whole numbers, NaN becomes None."""
-    return {
-        video.id: {
-            name: json_number(values[v]) if values.dtype.kind == "f" else int(values[v])
-            for name, values in columns.items()
-        }
-        for v, video in enumerate(videos)
-    }
+
+    def number(value: Any) -> int | float | None:
+        return int(value) if isinstance(value, np.integer) else json_number(value)
+
+    return {video.id: {name: number(values[v]) for name, values in columns.items()} for v, video in enumerate(videos)}

@@ -131,6 +131,6 @@ for _name, _fault, _title, _source in (
         window_s=WINDOW_S,
         right=partial(relaxed_right, mask_fault=_fault),
         refuses=refuses,
-        **({"extra": _f1_surgformer} if _fault else {}),
+        extra=_f1_surgformer if _fault else None,
     )
     CONVENTIONS.register(_name, _convention)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.metrics.conventions import CONVENTIONS, Convention, numbers_by_video, over_videos
-from evaluation.metrics.counts import Counts, FloatArray, IntArray, PhasePair, stretches
+from evaluation.metrics.conventions import CONVENTIONS, Convention, Videos, numbers_by_video, over_videos
+from evaluation.metrics.counts import Counts, FloatArray, IntArray, stretches
 from evaluation.metrics.results import PhaseAbout, PhaseResults, PooledScore, Score, json_number
 
 OVERLAPS_PERCENT = (10, 25, 50)
@@ -87,9 +87,7 @@ class SegmentConvention(Convention[SegmentTable]):
     """Compares runs of phases. Unlabelled frames are taken out, and the gap is closed before segments are cut; those of
     the background are left out of edit score and F1. `right` and `frames` count all labelled frames."""
 
-    def count(
-        self, videos: Sequence[PhasePair], classes: int, fps: float | None, background: Sequence[int]
-    ) -> SegmentTable:
+    def count(self, videos: Videos, classes: int, fps: float | None, background: Sequence[int]) -> SegmentTable:
         """See `Convention.count`."""
         rows = []
         for video in videos:
@@ -110,9 +108,7 @@ class SegmentConvention(Convention[SegmentTable]):
             means |= {f"f1@{percent}": single[:, k], f"f1@{percent}_pooled": pooled[:, k]}
         return means
 
-    def results(
-        self, table: SegmentTable, videos: Sequence[PhasePair], phases: Sequence[str], about: PhaseAbout
-    ) -> PhaseResults:
+    def results(self, table: SegmentTable, videos: Videos, phases: Sequence[str], about: PhaseAbout) -> PhaseResults:
         """See `Convention.results`."""
         means = {name: value[0] for name, value in self.means(table, np.ones((1, len(videos)))).items()}
         f1 = segment_f1(table.hits, table.predicted, table.truth).T  # (3, V)

@@ -1,4 +1,4 @@
-"""The band below a picture that says what was recognised: phase and confidence, tools, the phases so far."""
+"""The band below a frame that shows what was recognised: phase and confidence, tools, the phases so far."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation.metrics.counts import stretches
+from evaluation.metrics.tools import DEFAULT_THRESHOLD
 from evaluation.reports.paper_figures import phase_colours
 
 _BACKGROUND, _TEXT, _FAINT = (24, 24, 24), (240, 240, 240), (110, 110, 110)
 _SMALLEST_BAND_PX = 48
-_SHARE = 0.14  # of the picture's height
-TOOL_THRESHOLD = 0.5
+_FRACTION = 0.14  # of the frame's height
 
 
 class Overlay:
-    """Draws one video's predictions under its pictures of `width_px` x `height_px`.
+    """Draws one video's predictions below its frames of `width_px` x `height_px`.
 
-    `probabilities` (T, C) and `tools` (T, K) or None are those of T samples; only samples up to the shown one are
-    drawn, as an observer in the room would know them.
+    `probabilities` is (T, C), `tools` (T, K) or None. Only samples up to the shown one are drawn, as they are known
+    during the operation.
     """
 
     def __init__(
@@ -35,31 +36,31 @@ class Overlay:
     ) -> None:
         self._size = (height_px, width_px)
         self.width_px = width_px + width_px % 2  # H.264 halves both sides
-        band = max(_SMALLEST_BAND_PX, round(_SHARE * height_px))
+        band = max(_SMALLEST_BAND_PX, round(_FRACTION * height_px))
         self.band_px = band + (band + height_px) % 2
         self._probabilities, self._tools = probabilities, tools
         self._phase = probabilities.argmax(axis=1)
         self._phases, self._tool_names = phases, tool_names
         self._colours = [_rgb(colour) for colour in phase_colours(len(phases))]
-        self._fonts = [_font(round(self.band_px * share)) for share in (0.32, 0.22)]
+        self._fonts = [_font(round(self.band_px * fraction)) for fraction in (0.32, 0.22)]
         self._drawn: tuple[int, NDArray[np.uint8]] | None = None
 
-    def add(self, picture: NDArray[np.uint8], sample: int) -> NDArray[np.uint8]:
-        """The picture (H, W, 3) with the band of one sample below, both sides even.
+    def add(self, frame: NDArray[np.uint8], sample: int) -> NDArray[np.uint8]:
+        """The frame (H, W, 3) with the band of one sample below, both sides even.
 
-        A picture of another size than the first (folders may hold several) is scaled to it: a video has one.
+        A frame of another size than the first (a folder of images may hold several) is scaled to it.
         """
-        if picture.shape[:2] != self._size:
-            picture = self._scaled(picture)
-        if picture.shape[1] != self.width_px:
-            picture = np.pad(picture, ((0, 0), (0, self.width_px - picture.shape[1]), (0, 0)), mode="edge")
-        return np.concatenate([picture, self.band(sample)])
+        if frame.shape[:2] != self._size:
+            frame = self._scaled(frame)
+        if frame.shape[1] != self.width_px:
+            frame = np.pad(frame, ((0, 0), (0, self.width_px - frame.shape[1]), (0, 0)), mode="edge")
+        return np.concatenate([frame, self.band(sample)])
 
-    def _scaled(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def _scaled(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
         from PIL import Image
 
         height_px, width_px = self._size
-        return np.array(Image.fromarray(picture).resize((width_px, height_px), Image.Resampling.BILINEAR))
+        return np.array(Image.fromarray(frame).resize((width_px, height_px), Image.Resampling.BILINEAR))
 
     def band(self, sample: int) -> NDArray[np.uint8]:
         """The band (`band_px`, `width_px`, 3) of one sample."""
@@ -82,12 +83,12 @@ class Overlay:
         return np.asarray(image)
 
     def _draw_tools(self, draw: Any, sample: int, place: tuple[int, int], gap: int) -> None:
-        """Tools that are seen, bright and with their probability, between the others' names where there is room."""
+        """Present tools bright and with their probability; the names of the others faint, where there is room."""
         if self._tools is None:
             return
         font = self._fonts[1]
         labels = [
-            (f"{name} {100 * probability:.0f} %", True) if probability >= TOOL_THRESHOLD else (name, False)
+            (f"{name} {100 * probability:.0f} %", True) if probability >= DEFAULT_THRESHOLD else (name, False)
             for name, probability in zip(self._tool_names, self._tools[sample].tolist(), strict=True)
         ]
         if sum(draw.textlength(text, font=font) + 2 * gap for text, _ in labels) > self.width_px:
@@ -100,15 +101,8 @@ class Overlay:
     def _draw_past(self, draw: Any, sample: int, top: int) -> None:
         """A line of phases from the start to now, over the length of the whole video."""
         edges = np.linspace(0, self.width_px, len(self._phase) + 1)
-        for start, stop in _runs(self._phase[: sample + 1]):
-            box = (edges[start], top, edges[stop], self.band_px)
-            draw.rectangle(box, fill=self._colours[int(self._phase[start])])
-
-
-def _runs(labels: NDArray[Any]) -> list[tuple[int, int]]:
-    """Start and end of each run of equal labels."""
-    starts = np.flatnonzero(np.r_[True, labels[1:] != labels[:-1]])
-    return list(zip(starts.tolist(), [*starts[1:].tolist(), len(labels)], strict=True))
+        for start, stop, phase in zip(*stretches(self._phase[: sample + 1]), strict=True):
+            draw.rectangle((edges[start], top, edges[stop], self.band_px), fill=self._colours[phase])
 
 
 def _rgb(colour: str) -> tuple[int, int, int]:
@@ -116,7 +110,7 @@ def _rgb(colour: str) -> tuple[int, int, int]:
 
 
 def _font(size_px: int) -> Any:
-    """A font that is there on every machine: matplotlib carries it."""
+    """A font that is available on every machine, since it comes with matplotlib."""
     import matplotlib
     from PIL import ImageFont
 

@@ -18,7 +18,7 @@ from configs.errors import UserError
 from engine.files import atomic_path
 from evaluation.metrics.counts import label_pairs, stretches
 
-# Okabe and Ito's colours, told apart under every common colour blindness, ordered so that neighbours in Cholec80's
+# Okabe and Ito's colours, distinguishable under every common colour blindness, ordered so that neighbours in Cholec80's
 # sequence differ in lightness too; then one of Paul Tol's.
 PALETTE = (
     "#56B4E9",
@@ -34,7 +34,7 @@ UNLABELLED: dict[str, Any] = {"facecolor": "#E6E6E6", "hatch": "////", "edgecolo
 _TEXT_COLOUR = "#222222"
 _WIDTH_INCH = 9.0
 _RIBBON_INCH = 0.17
-_BAR = 0.86  # share of a ribbon's height that is coloured
+_BAR = 0.86  # fraction of a ribbon's height that is coloured
 _GAP_INCH = 0.13  # between videos
 _RIGHT_INCH = 0.55  # room for the accuracies
 _LEGEND_COLUMNS = 4
@@ -45,8 +45,8 @@ Ribbon = tuple[str, NDArray[Any], "float | None"]  # name, track, accuracy in pe
 
 
 def phase_colours(classes: int) -> list[str]:
-    """One colour a phase, the same in every figure: the palette, and for more phases steps of a perceptually even map,
-    light and dark by turns."""
+    """One colour per phase, the same in every figure: the palette, and for more phases steps of a perceptually uniform
+    colour map, light and dark alternating."""
     if classes <= len(PALETTE):
         return list(PALETTE[:classes])
     from matplotlib import colormaps
@@ -57,7 +57,7 @@ def phase_colours(classes: int) -> list[str]:
 
 
 def sample_edges_s(time_s: NDArray[np.float64] | None, samples: int, fps: float) -> NDArray[np.float64]:
-    """(T + 1,) when each of so many samples begins, and when the last one ends; `time_s` None where `fps` says it."""
+    """(T + 1,) when each sample begins, and when the last one ends; `time_s` None where only `fps` is known."""
     return np.arange(samples + 1) / fps if time_s is None else np.append(time_s, time_s[-1] + 1.0 / fps)
 
 
@@ -132,7 +132,7 @@ def _draw_video(
             begin, end = edges_min[start[runs]], edges_min[stop[runs]]
             bars = np.stack([begin, end - begin], axis=1)
             style = UNLABELLED if phase < 0 else {"facecolor": colours[phase]}
-            # Without antialiasing neighbouring bars meet without a seam.
+            # With antialiasing there would be seams between adjacent bars.
             axes.broken_barh(bars, (y, _RIBBON_INCH * _BAR), antialiased=False, linewidth=0, **style)
         middle = y + _RIBBON_INCH * _BAR / 2
         _text(axes, -margin_min, middle, short_name(name, 16), axes.transData, fontsize=7, ha="right")
@@ -142,7 +142,7 @@ def _draw_video(
 
 
 def _text(parent: Any, x: float, y: float, text: str, transform: Any, **style: Any) -> None:
-    """Text as it is: a dollar sign in a name starts no formula."""
+    """Literal text: a dollar sign in a name does not start a formula."""
     style = {"fontsize": 8, "color": _TEXT_COLOUR, "va": "center", **style}
     parent.text(x, y, text, transform=transform, parse_math=False, **style)
 
@@ -177,9 +177,7 @@ def confusion_matrix(path: Path, counts: NDArray[Any], phases: Sequence[str], ti
     from matplotlib.figure import Figure
 
     classes = len(phases)
-    counts = np.asarray(counts)
-    total = counts.sum(axis=1, keepdims=True)
-    percent = np.divide(100.0 * counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
+    percent = row_percent(counts)
     size = 2.6 + 0.62 * classes
     figure = Figure(figsize=(size, size * 0.9), layout="constrained")
     axes = figure.add_subplot()
@@ -213,8 +211,14 @@ def confusion_counts(
     return np.bincount(np.concatenate(cells), minlength=classes**2).reshape(classes, classes)
 
 
+def row_percent(counts: NDArray[Any]) -> NDArray[np.float64]:
+    """(C, C) percent of each row's sum; NaN in an empty row."""
+    total = counts.sum(axis=1, keepdims=True)
+    return np.divide(100.0 * counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
+
+
 def short_name(name: str, letters: int) -> str:
-    """The name, cut to so many letters."""
+    """The name, cut to that many letters."""
     return name if len(name) <= letters else f"{name[: letters - 1]}…"
 
 
@@ -226,6 +230,6 @@ def save_figure(figure: Any, path: Path) -> None:
     # Without a date equal figures are equal bytes.
     metadata = {"CreationDate": None} if kind == "pdf" else {"Software": None}
     with atomic_path(path) as temporary, warnings.catch_warnings():
-        # A name in a script that the font lacks is drawn as boxes; the tables and the page show it.
+        # Letters that the font lacks are drawn as boxes; the tables and the page show them.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.savefig(temporary, format=kind, dpi=200, metadata=metadata)

@@ -17,7 +17,14 @@ from evaluation.metrics.results import Interval
 from evaluation.metrics.scores import metric_title
 from evaluation.metrics.tools import DEFAULT_THRESHOLD
 from evaluation.reports.gather import TRUTH_NAME, Report, RunResults
-from evaluation.reports.paper_figures import UNLABELLED, confusion_counts, phase_colours, sample_edges_s, short_name
+from evaluation.reports.paper_figures import (
+    UNLABELLED,
+    confusion_counts,
+    phase_colours,
+    row_percent,
+    sample_edges_s,
+    short_name,
+)
 
 # Okabe and Ito's darker colours, which stand out from a white page; a pattern and a dash go with each.
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#222222", "#E69F00")
@@ -32,7 +39,7 @@ _NAME_LETTERS = 14
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure: what `spec` holds is for `Plotly.newPlot`; `alt` says in words what is drawn."""
+    """A figure: `spec` is the input of `Plotly.newPlot`, `alt` describes in words what is drawn."""
 
     id: str
     alt: str
@@ -41,32 +48,32 @@ class Figure:
 
 
 def clock(seconds: float) -> str:
-    """`1:02:03`, as figures and captions write a time in a video."""
+    """A time in a video as `1:02:03`, for figures and captions."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def plain(name: str, letters: int | None = None) -> str:
-    """A name as Plotly shows it literally: its texts know some HTML, and templates know %{...}."""
+    """A name that Plotly shows literally: its texts interpret some HTML, and its templates %{...}."""
     text = short_name(name, letters) if letters else name
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return text.replace("%{", "%\u200b{")
 
 
 def legend(phases: Sequence[str]) -> list[tuple[str, str, str]]:
-    """(name, colour, colour of text on it) a phase; figures name phases by their numbers from 1."""
+    """(name, colour, colour of text on it) of each phase; figures show phases by their numbers from 1."""
     return [(name, colour, text_on(colour)) for name, colour in zip(phases, phase_colours(len(phases)), strict=True)]
 
 
 def text_on(colour: str) -> str:
-    """Black or white, whichever is read better on `colour` (WCAG 2 relative luminance)."""
+    """Black or white, whichever is more legible on `colour` (WCAG 2 relative luminance)."""
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return "#000000" if 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.18 else "#FFFFFF"
 
 
 def all_figures(report: Report) -> dict[str, Figure]:
-    """Every figure of the report by its id: `ribbon-0`, `tools-0` (a video each, in the report's order),
+    """Every figure of the report by its id: `ribbon-0`, `tools-0` (one per video, in the report's order),
     `bars-<convention>-<metric>`, `confusion-<run>`, `curve-<tool>`, `training-<number>`."""
     found: list[Figure] = []
     for number, video in enumerate(report.videos):
@@ -79,7 +86,7 @@ def all_figures(report: Report) -> dict[str, Figure]:
 
 
 def _layout(**more: Any) -> dict[str, Any]:
-    """What all figures share: no dragging, so that a finger scrolls the page, and the page's own letters."""
+    """The layout that all figures share: no dragging, so that a finger scrolls the page, and the page's own font."""
     return {
         "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#222222"},
         "paper_bgcolor": "rgba(0,0,0,0)",
@@ -90,6 +97,14 @@ def _layout(**more: Any) -> dict[str, Any]:
         "showlegend": False,
         **more,
     }
+
+
+def _margin(bottom_px: int, right_px: int = 14) -> dict[str, int]:
+    return {"l": 10, "r": right_px, "t": 4, "b": bottom_px}
+
+
+def _legend(**place: Any) -> dict[str, Any]:
+    return {"orientation": "h", "itemclick": False, "itemdoubleclick": False, **place}
 
 
 def _axis(**more: Any) -> dict[str, Any]:
@@ -122,7 +137,7 @@ def edges_ms(report: Report, video: str) -> NDArray[np.int64] | None:
 
 
 def ribbon(report: Report, number: int, video: str) -> Figure | None:
-    """Truth above predictions over time, a bar a stretch with the phase's number in it."""
+    """Truth above predictions over time, one bar per run of a phase with the phase's number in it."""
     edges = edges_ms(report, video)
     if edges is None or not any(video in run.predictions for run in report.runs):
         return None
@@ -132,34 +147,18 @@ def ribbon(report: Report, number: int, video: str) -> Figure | None:
     data = []
     for phase, (title, colour, text) in enumerate([*legend(phases), ("no label", UNLABELLED["facecolor"], "#000000")]):
         value = phase if phase < len(phases) else -1
-        bars = [(row, *span) for row, (_, track) in enumerate(rows) for span in _spans(track == value, edges)]
-        if not bars:
-            continue
-        number_text = str(phase + 1) if value >= 0 else ""
-        data.append(
-            {
-                "type": "bar",
-                "orientation": "h",
-                "meta": plain(title),
-                "y": [names[row] for row, _, _ in bars],
-                "base": [start for _, start, _ in bars],
-                "x": [stop - start for _, start, stop in bars],
-                "marker": {"color": colour, "line": {"width": 0}},
-                "text": [number_text] * len(bars),
-                "textposition": "inside",
-                "insidetextanchor": "middle",
-                "textangle": 0,
-                "insidetextfont": {"color": text, "size": 11},
-                "width": 0.86,
-                "customdata": [_from_to(start, stop) for _, start, stop in bars],
-                "hovertemplate": f"%{{y}}: <b>{plain(title)}</b><br>%{{customdata}}<extra></extra>",
-            }
-        )
+        bars = [(names[row], *span) for row, (_, track) in enumerate(rows) for span in _spans(track == value, edges)]
+        if bars:
+            hover = f"%{{y}}: <b>{plain(title)}</b><br>%{{customdata}}<extra></extra>"
+            trace = _span_bars(bars, colour, hover) | {"meta": plain(title), "width": 0.86}
+            inside = {"textposition": "inside", "insidetextanchor": "middle", "textangle": 0}
+            digits = [str(phase + 1) if value >= 0 else ""] * len(bars)
+            data.append(trace | inside | {"text": digits, "insidetextfont": {"color": text, "size": 11}})
     layout = _layout(
         barmode="overlay",
         xaxis=_time_axis(int(edges[-1])),
         yaxis=_axis(type="category", categoryarray=names, range=[len(names) - 0.5, -0.5], showgrid=False),
-        margin={"l": 10, "r": 14, "t": 4, "b": 26},
+        margin=_margin(26),
         uniformtext={"mode": "hide", "minsize": 9},
     )
     duration = clock(edges[-1] / 1000)
@@ -167,8 +166,22 @@ def ribbon(report: Report, number: int, video: str) -> Figure | None:
     return Figure(f"ribbon-{number}", alt, 36 + _ROW_PX * len(rows), {"data": data, "layout": layout})
 
 
+def _span_bars(bars: Sequence[tuple[str, int, int]], colour: str, hover: str) -> dict[str, Any]:
+    """A trace of bars over time, from (row's name, start, stop) in ms each."""
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "y": [name for name, _, _ in bars],
+        "base": [start for _, start, _ in bars],
+        "x": [stop - start for _, start, stop in bars],
+        "marker": {"color": colour, "line": {"width": 0}},
+        "customdata": [_from_to(start, stop) for _, start, stop in bars],
+        "hovertemplate": hover,
+    }
+
+
 def _spans(mask: NDArray[np.bool_], edges: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """(start, stop) in ms of each stretch of frames in which `mask` (T,) holds."""
+    """(start, stop) in ms of each run of frames in which `mask` (T,) is true."""
     change = np.flatnonzero(np.diff(np.r_[False, mask, False].astype(np.int8)))
     return [(int(edges[start]), int(edges[stop])) for start, stop in change.reshape(-1, 2)]
 
@@ -178,7 +191,7 @@ def _from_to(start_ms: int, stop_ms: int) -> str:
 
 
 def tool_timeline(report: Report, number: int, video: str) -> Figure | None:
-    """When each tool is seen: truth above, and what each run says at its thresholds below."""
+    """When each tool is present: truth above, and the predictions of each run at its thresholds below."""
     edges, tools = edges_ms(report, video), report.truth.spec.tools
     presence = list(tool_presence(report, video))
     if edges is None or not presence:
@@ -187,30 +200,18 @@ def tool_timeline(report: Report, number: int, video: str) -> Figure | None:
     height = 0.8 / len(presence)
     data = []
     for row, (name, present) in enumerate(presence):
-        bars = [(k, *span) for k in range(len(tools)) for span in _spans(present[:, k], edges)]
+        bars = [(names[k], *span) for k in range(len(tools)) for span in _spans(present[:, k], edges)]
         colour = "#222222" if name == TRUTH_NAME else RUN_COLOURS[(row - 1) % len(RUN_COLOURS)]
-        data.append(
-            {
-                "type": "bar",
-                "orientation": "h",
-                "name": plain(name, _NAME_LETTERS),
-                "y": [names[k] for k, _, _ in bars],
-                "base": [start for _, start, _ in bars],
-                "x": [stop - start for _, start, stop in bars],
-                "offset": -0.4 + row * height,
-                "width": height * 0.9,
-                "marker": {"color": colour, "line": {"width": 0}},
-                "customdata": [_from_to(start, stop) for _, start, stop in bars],
-                "hovertemplate": "%{fullData.name}: <b>%{y}</b><br>%{customdata}<extra></extra>",
-            }
-        )
+        trace = _span_bars(bars, colour, "%{fullData.name}: <b>%{y}</b><br>%{customdata}<extra></extra>")
+        place = {"offset": -0.4 + row * height, "width": height * 0.9}
+        data.append(trace | place | {"name": plain(name, _NAME_LETTERS)})
     layout = _layout(
         barmode="overlay",
         xaxis=_time_axis(int(edges[-1])),
         yaxis=_axis(type="category", categoryarray=names, range=[len(names) - 0.5, -0.5]),
-        margin={"l": 10, "r": 14, "t": 4, "b": 26},
+        margin=_margin(26),
         showlegend=True,
-        legend={"orientation": "h", "y": -0.12, "itemclick": False, "itemdoubleclick": False},
+        legend=_legend(y=-0.12),
     )
     alt = f"Tools in {video} over time: " + ", ".join(name for name, _ in presence)
     return Figure(f"tools-{number}", alt, 80 + 9 * len(tools) * (1 + len(presence)), {"data": data, "layout": layout})
@@ -260,11 +261,11 @@ def _bars(report: Report, convention: str, metric: str) -> Figure:
         xaxis=_axis(range=[0, 104], ticksuffix=" %", title={"text": title, "standoff": 6}),
         yaxis=_axis(tickvals=list(range(len(phases))), ticktext=[_numbered(i, p) for i, p in enumerate(phases)],
                     range=[len(phases) - 0.5, -0.5], showgrid=False),
-        margin={"l": 10, "r": 14, "t": 4, "b": 40},
+        margin=_margin(40),
         showlegend=len(data) > 1,
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "itemclick": False, "itemdoubleclick": False},
+        legend=_legend(y=1.02, yanchor="bottom"),
     )  # fmt: skip
-    alt = f"{title} a phase with 95 % intervals, {convention}; the numbers stand in the table above"
+    alt = f"{title} of each phase with 95 % intervals, {convention}; the numbers are in the table above"
     height = 90 + len(phases) * (18 + 14 * len(data))
     return Figure(f"bars-{convention}-{metric}", alt, height, {"data": data, "layout": layout})
 
@@ -320,9 +321,7 @@ def confusion(run: RunResults, number: int) -> Figure | None:
     if not truth:
         return None
     counts = confusion_counts(truth, predicted, len(phases))
-    total = counts.sum(axis=1, keepdims=True)
-    percent = np.divide(100.0 * counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
-    cells = [[None if np.isnan(value) else round(float(value), 2) for value in row] for row in percent]
+    cells = [[None if np.isnan(value) else round(float(value), 2) for value in row] for row in row_percent(counts)]
     digits = [str(c + 1) for c in range(len(phases))]
     trace = {
         "type": "heatmap",
@@ -349,7 +348,7 @@ def confusion(run: RunResults, number: int) -> Figure | None:
     layout = _layout(
         xaxis=_axis(**ticks, ticktext=digits, side="bottom", title={"text": "predicted", "standoff": 4}),
         yaxis=_axis(**ticks, ticktext=[_numbered(i, name) for i, name in enumerate(phases)], autorange="reversed"),
-        margin={"l": 10, "r": 10, "t": 4, "b": 40},
+        margin=_margin(40, right_px=10),
     )
     right = 100.0 * float(np.trace(counts)) / max(int(counts.sum()), 1)
     alt = f"Confusion matrix of {run.name}: {right:.1f} % of {int(counts.sum()):,} frames on the diagonal"
@@ -357,7 +356,7 @@ def confusion(run: RunResults, number: int) -> Figure | None:
 
 
 def precision_recall(runs: Sequence[RunResults]) -> Iterator[Figure]:
-    """A figure a tool that appears, a curve a run."""
+    """One figure per tool that appears, with one curve per run."""
     for k, tool in enumerate(runs[0].truth.spec.tools):
         data = [_curve(run, number, k) for number, run in enumerate(runs)]
         lines = [line for line in data if line]
@@ -367,13 +366,13 @@ def precision_recall(runs: Sequence[RunResults]) -> Iterator[Figure]:
         layout = _layout(
             xaxis={**percent, "title": {"text": "recall", "standoff": 4}},
             yaxis={**percent, "title": {"text": "precision", "standoff": 4}},
-            margin={"l": 10, "r": 14, "t": 4, "b": 40},
+            margin=_margin(40),
         )
         yield Figure(f"curve-{k}", f"Precision against recall of {tool}", 230, {"data": lines, "layout": layout})
 
 
 def curve_points(run: RunResults, k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-    """(recall, precision) in percent of tool `k` over the pooled labelled frames, thinned to what can be seen."""
+    """(recall, precision) in percent of tool `k` over the pooled labelled frames, reduced to what is visible."""
     pairs = [
         (run.truth.videos[name].tools[:, k], found.probabilities[:, k])
         for name, found in run.tool_scores.items()
@@ -409,16 +408,16 @@ def _curve(run: RunResults, number: int, k: int) -> dict[str, Any] | None:
 
 
 def training(runs: Sequence[RunResults]) -> Iterator[Figure]:
-    """A figure a training that any run has: the loss above, validation scores below, over epochs."""
+    """One figure per training that any run has: the loss above, validation scores below, over epochs."""
     for number, stage in enumerate(dict.fromkeys(stage for run in runs for stage in run.curves)):
         data = [line for i, run in enumerate(runs) for line in _training_lines(run, i, stage, len(runs) > 1)]
         scores = any(line["yaxis"] == "y2" for line in data)
         layout = _layout(
             xaxis=_axis(title={"text": "epoch", "standoff": 4}, anchor="y2" if scores else "y", rangemode="tozero"),
             yaxis=_axis(title={"text": "loss", "standoff": 4}, domain=[0.56, 1] if scores else [0, 1]),
-            margin={"l": 10, "r": 14, "t": 4, "b": 40},
+            margin=_margin(40),
             showlegend=True,
-            legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "itemclick": False, "itemdoubleclick": False},
+            legend=_legend(y=1.02, yanchor="bottom"),
         )
         if scores:
             layout["yaxis2"] = _axis(title={"text": "validation", "standoff": 4}, domain=[0, 0.46], range=[0, 1.02])

@@ -32,7 +32,7 @@ from evaluation.reports.plotly_figures import (
 
 SUFFIXES = (".pdf", ".png")
 _DASHES = ("-", "--", ":", "-.", (0, (8, 2)), (0, (5, 1, 1, 1)))
-_SMALL = {"fontsize": 8, "parse_math": False}  # a dollar sign in a name starts no formula
+_SMALL = {"fontsize": 8, "parse_math": False}  # a dollar sign in a name does not start a formula
 
 
 def write_figures(folder: Path, report: Report) -> list[Path]:
@@ -50,7 +50,7 @@ def write_figures(folder: Path, report: Report) -> list[Path]:
 
 
 def _drawings(report: Report) -> dict[str, Callable[[Path], None]]:
-    """What can be drawn of this report, by file name."""
+    """Functions that draw the figures of this report, by file name."""
     found: dict[str, Callable[[Path], None]] = {}
     predicted = [video for video in report.videos if any(video in run.predictions for run in report.runs)]
     if predicted:
@@ -89,15 +89,12 @@ def _ribbons(path: Path, report: Report, videos: list[str]) -> None:
 
 
 def phase_bars(path: Path, report: Report, metric: str, convention: str = MAIN_CONVENTION) -> None:
-    """One metric a phase and run with its 95 % interval (bootstrap over videos)."""
-    phases, runs = (
-        report.truth.spec.phases,
-        [pair for pair in zip(report.runs, report.intervals, strict=True) if pair[1]],
-    )
+    """One metric of each phase and run with its 95 % interval (bootstrap over videos)."""
+    phases = report.truth.spec.phases
+    runs = [(run, intervals) for run, intervals in zip(report.runs, report.intervals, strict=True) if intervals]
     figure, (axes,) = _figure(6.5, 1.0 + 0.24 * len(phases) * (len(runs) + 0.6))
     height = 0.8 / len(runs)
     for number, (run, intervals) in enumerate(runs):
-        assert intervals is not None
         entries = [intervals.per_phase[convention][phase][metric] for phase in phases]
         table = np.array([[e.mean, e.low, e.high] for e in entries], dtype=float)  # (C, 3)
         reach = np.abs(table[:, 1:] - table[:, :1]).T  # NaN draws no whisker
@@ -119,7 +116,7 @@ def phase_bars(path: Path, report: Report, metric: str, convention: str = MAIN_C
 
 
 def precision_recall(path: Path, report: Report) -> None:
-    """Precision against recall of each tool that appears, a curve a run."""
+    """Precision against recall of each tool that appears, one curve per run."""
     tools = report.truth.spec.tools
     shown = [k for k in range(len(tools)) if any(curve_points(run, k) for run in report.runs)]
     columns = min(4, len(shown))
@@ -161,7 +158,7 @@ def training_curves(path: Path, report: Report, stage: str) -> None:
 
 
 def tool_timeline(path: Path, report: Report, video: str) -> None:
-    """When each tool is seen: truth above, and below it what each run says at its thresholds."""
+    """When each tool is present: truth above, and the predictions of each run at its thresholds below."""
     tools, presence = report.truth.spec.tools, list(tool_presence(report, video))
     figure, (axes,) = _figure(7.5, 0.9 + 0.13 * len(tools) * (1 + len(presence)))
     height = 0.8 / len(presence)
@@ -202,7 +199,7 @@ def _line(number: int) -> dict[str, Any]:
 
 
 def _finish(figure: Any, path: Path, legend_of: Any) -> None:
-    """Add one legend below the figure where there is more than one thing to tell apart, and write the file."""
+    """Add one legend below the figure of the curves or bars of `legend_of` (None: no legend), and write the file."""
     if legend_of is not None:
         handles, labels = legend_of.get_legend_handles_labels()
         legend = figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
