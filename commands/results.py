@@ -73,12 +73,12 @@ def evaluate(
 
             config = settings.changed({"data.index": index_file})
             index, root = open_dataset(config)
-            metrics = evaluate_joint(config, run, index, root, other=index_file is not None, **common)
+            evaluation = evaluate_joint(config, run, index, root, other=index_file is not None, **common)
         else:
             from stage2_temporal.evaluate import evaluate_run
 
-            metrics = evaluate_run(settings.config, run, features=features, index_file=index_file, **common)
-    options.end_with_left_out(metrics["left_out"])
+            evaluation = evaluate_run(settings.config, run, features=features, index_file=index_file, **common)
+    options.end_with_left_out(evaluation.left_out)
 
 
 def evaluate_predictions(
