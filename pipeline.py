@@ -94,27 +94,27 @@ class Group(click.Group):
             context.exit(130)
         except Exception as error:
             from engine.files import as_user_error
-            from engine.processes import may_tell
+            from engine.processes import is_reporting_rank
 
             known = as_user_error(error, Path(str(error.filename or "output"))) if isinstance(error, OSError) else error
             line, code = _ending(known)
             if code is None:
                 raise
-            if may_tell(known):  # one of several processes reports why all of them end
+            if is_reporting_rank(known):  # one of several processes reports why all of them end
                 click.echo(line, err=True)
             context.exit(code)
 
 
 def _ending(error: Exception) -> tuple[str, int | None]:
     """The line to print for an expected error, and the exit code; no code for a bug, which needs its traceback."""
-    from engine.processes import lost_another
+    from engine.processes import peer_died
     from engine.stopping import Stopped
 
     if isinstance(error, UserError):
         return f"error: {error}", EXIT_BAD_INPUT
     if isinstance(error, Stopped):
         return f"{error}; what was done is saved: the same command resumes there", error.exit_code
-    if lost_another(error):
+    if peer_died(error):
         line = str(error).splitlines()[0][:160]
         return f"error: another process of this training has ended ({line})", EXIT_LOST_ANOTHER
     return "", None

@@ -174,9 +174,9 @@ def several_devices(command: Callback) -> Callback:
 
     @functools.wraps(command)
     def started(*arguments: Any, devices: int | None, **options: Any) -> Any:
-        from engine.processes import COPY_OF, launch, run_copies
+        from engine.launch import LAUNCHER_PID, launch, run_copies
 
-        if devices is None or COPY_OF in os.environ:
+        if devices is None or LAUNCHER_PID in os.environ:
             return command(*arguments, **options)
         if launch().count > 1:
             raise UserError("--devices: torchrun or srun has started several processes already; leave it out")
@@ -247,7 +247,7 @@ def uses_joint(model: str, run: Path) -> bool:
 
 def require_one_process(command: str) -> None:
     """Raise UserError where a launcher has started several processes for a command that only one can do."""
-    from engine.processes import launch, speak_torchrun
+    from engine.launch import launch, set_torchrun_variables
 
     count = launch().count
     if count == 1:
@@ -257,7 +257,7 @@ def require_one_process(command: str) -> None:
         raise UserError(
             f"{command} runs as one process, and a launcher has started {count}; several can share {shared}"
         )
-    speak_torchrun()
+    set_torchrun_variables()
 
 
 def watch_signals() -> AbstractContextManager[StopRequest]:
@@ -269,9 +269,9 @@ def watch_signals() -> AbstractContextManager[StopRequest]:
 
 def say_once(text: str) -> None:
     """Print a line, in one of several processes."""
-    from engine.processes import speaks
+    from engine.launch import is_main_process
 
-    if speaks():
+    if is_main_process():
         click.echo(text)
 
 
@@ -291,8 +291,8 @@ def end_with_failures(sentence: str, failed: Sequence[tuple[str, object]]) -> No
 
 def end_with_left_out(left_out: Sequence[Mapping[str, Any]]) -> None:
     """Exit code 1 where videos of a split are left out, except those in data.exclude and those without labels."""
-    from engine.processes import speaks
+    from engine.launch import is_main_process
 
     missed = [video for video in left_out if not (video.get("excluded") or video.get("unlabelled"))]
     # of several processes one: a launcher ends all of them when one fails
-    exit_partly_if(any(video.get("split") != "none" for video in missed) and speaks())
+    exit_partly_if(any(video.get("split") != "none" for video in missed) and is_main_process())

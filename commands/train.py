@@ -80,7 +80,7 @@ def shard_of_process(text: str) -> tuple[int, int]:
 
     Raises UserError unless I and N are integers with 0 <= I < N.
     """
-    from engine.processes import launch
+    from engine.launch import launch
 
     first, slash, second = text.partition("/")
     if not (slash and first.isdigit() and second.isdigit() and int(first) < int(second)):

@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, the previous kept until the next is whole, read without running their content."""
+"""Checkpoints: written atomically, the previous one kept until the next is whole, read without executing content."""
 
 from __future__ import annotations
 
@@ -19,39 +19,32 @@ import torch
 
 from configs.errors import UserError, listed
 from engine.files import atomic_path, fsync_file
-from engine.processes import speaks
+from engine.launch import is_main_process
 from engine.progress import say
 from engine.sniff import what_it_is
 
 FORMAT = 1
-# `weights_only=True` could be bypassed before this release (CVE-2025-32434, CVE-2026-24747): files that somebody else
-# made are loaded with an older torch only when the user vouches for them.
+# `weights_only=True` could be bypassed before this release (CVE-2025-32434, CVE-2026-24747): with an older torch, files
+# of unknown origin are loaded only if the user vouches for them.
 SAFE_TORCH = (2, 10)
 _ZIP_MAGIC = b"PK\x03\x04"
 _FORBIDDEN_NAME = re.compile(r"GLOBAL ([\w.]{1,80})")
-_MOST_OBJECTS = 64  # kinds of Python objects in a foreign file
+_MAX_OBJECT_TYPES = 64  # of Python objects in a foreign file
 _REMEDY = "load it where it was made and save model.state_dict()"
-_NOT_RUN = f"that could run anything; nothing in it was run: {_REMEDY}"
+_NOT_RUN = f"that could run any code; nothing in it was run: {_REMEDY}"
 
 
-def save_checkpoint(path: Path, content: dict[str, Any], keep_previous: bool = False) -> None:
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write `content` (tensors and plain containers) to `path`.
 
-    With `keep_previous` the file that stood there stays beside it as `<name>.previous`, so that there is a whole one at
-    every moment: that gives way once the new one is on the disk, and never to a damaged one. Raises UserError when the
-    disk is full or the folder cannot be written.
+    Raises UserError when the disk is full or the folder cannot be written.
     """
     with atomic_path(path) as temporary:
         _save({"format": FORMAT, **content}, temporary, path)
-        if keep_previous and path.exists():
-            fsync_file(temporary)
-            if path in _whole or _is_sound(path):
-                os.replace(path, previous_of(path))
-    _whole.add(path)
 
 
 def save_foreign_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """Write a plain state dict for other programs, in the layout that PyTorch before 1.6 reads too.
+    """Write a plain state dict for other programs, in the layout that PyTorch before 1.6 can also read.
 
     Raises UserError when the disk is full or the folder cannot be written.
     """
@@ -66,27 +59,10 @@ def _save(content: Any, temporary: Path, path: Path, **options: Any) -> None:
         raise UserError(f"{path}: cannot be written (is the disk full?): {_first_line(error)}") from error
 
 
-# Checkpoints that this process has written or read whole, which need no second look before they are kept as previous.
-_whole: set[Path] = set()
-
-
-def _is_sound(path: Path) -> bool:
-    try:
-        load_checkpoint(path)
-    except UserError:
-        return False
-    return True
-
-
-def previous_of(path: Path) -> Path:
-    """Where the checkpoint before `path` is kept."""
-    return path.with_name(path.name + ".previous")
-
-
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read one of the project's checkpoints onto the CPU.
 
-    Raises UserError when it is missing, damaged (every entry's CRC is checked) or not a checkpoint of this project.
+    Raises UserError if it is missing, damaged (every entry's CRC is checked) or not a checkpoint of this project.
     """
     content = _load(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -94,31 +70,59 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_latest(path: Path) -> dict[str, Any] | None:
-    """`path` or, where it is damaged or missing, the one before it (with a warning); None where neither exists.
+class RollingCheckpoint:
+    """A checkpoint that is written again and again; the one before it is kept as `<name>.previous`."""
 
-    Raises UserError where nothing is left to go on from.
-    """
-    candidates = [candidate for candidate in (path, previous_of(path)) if candidate.exists()]
-    for candidate in candidates:
+    def __init__(self, path: Path) -> None:
+        self.path, self.previous = path, path.with_name(path.name + ".previous")
+        self._verified = False  # whether the file at `path` is known to be whole, since it was written or read here
+
+    def save(self, content: dict[str, Any]) -> None:
+        """Write `content` to `path`, so that at every moment one whole checkpoint exists.
+
+        The previous one is replaced only once the new one is on the disk, and never by a damaged one. Raises UserError
+        when the disk is full or the folder cannot be written.
+        """
+        with atomic_path(self.path) as temporary:
+            _save({"format": FORMAT, **content}, temporary, self.path)
+            if self.path.exists():
+                fsync_file(temporary)
+                if self._verified or self._is_whole():
+                    os.replace(self.path, self.previous)
+        self._verified = True
+
+    def load(self) -> dict[str, Any] | None:
+        """The checkpoint or, if it is damaged or missing, the previous one (with a warning); None if neither exists.
+
+        Raises UserError if every file that exists is damaged.
+        """
+        candidates = [path for path in (self.path, self.previous) if path.exists()]
+        for path in candidates:
+            try:
+                content = load_checkpoint(path)
+            except UserError as error:
+                if path == candidates[-1]:
+                    others = f"{self.path.name} is damaged too: delete both" if len(candidates) > 1 else "delete it"
+                    raise UserError(f"{error}; {others} to train from the start") from error
+                warnings.warn(f"{error}; resuming from {self.previous.name}", stacklevel=2)
+            else:
+                self._verified = path == self.path
+                return content
+        return None
+
+    def _is_whole(self) -> bool:
         try:
-            content = load_checkpoint(candidate)
-        except UserError as error:
-            if candidate == candidates[-1]:
-                others = f"{path.name} is damaged too: delete both" if len(candidates) > 1 else "delete it"
-                raise UserError(f"{error}; {others} to train from the start") from error
-            warnings.warn(f"{error}; going on from {previous_of(path).name}", stacklevel=2)
-        else:
-            _whole.add(candidate)
-            return content
-    return None
+            load_checkpoint(self.path)
+        except UserError:
+            return False
+        return True
 
 
 class _Inert(OrderedDict[str, Any]):
-    """Stands for any Python object in a foreign file that is no tensor or plain container; nothing of it is run."""
+    """Replaces any Python object in a foreign file that is not a tensor or plain container; none of it is executed."""
 
     def __new__(cls, *_: object, **__: object) -> Any:
-        return OrderedDict()  # torch's reader fills and adorns these
+        return OrderedDict()  # torch's reader sets items and attributes of these
 
 
 class _InertNumber:
@@ -132,10 +136,10 @@ class _InertNumber:
 
 
 def load_foreign_state(path: Path, trusted: bool = False) -> dict[str, torch.Tensor]:
-    """Every tensor of a file that somebody else made, by its place: `state_dict.module.conv1.weight`.
+    """Every tensor of a file of unknown origin, by its path in it: `state_dict.module.conv1.weight`.
 
-    Python objects beside them are named and left out; nothing of them is run. Raises UserError when there is no tensor
-    with a name, or when this torch cannot load foreign files safely and the user has not vouched for the file.
+    Python objects beside them are reported and left out; none of them is executed. Raises UserError if there is no
+    tensor with a name, or if this torch cannot load foreign files safely and the user has not vouched for the file.
     """
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < SAFE_TORCH and not trusted:
@@ -152,15 +156,15 @@ def load_foreign_state(path: Path, trusted: bool = False) -> dict[str, torch.Ten
         raise UserError(f"{path}: not a state dict (a mapping from names to tensors); {_REMEDY}")
     if not all(name.isprintable() for name in tensors):  # they appear in messages
         raise UserError(f"{path}: not a state dict: some of its keys are no names")
-    if objects and speaks():
-        say(f"{path}: Python objects beside the tensors ({named}) were left out, nothing of them was run")
+    if objects and is_main_process():
+        say(f"{path}: Python objects beside the tensors ({named}) were left out; none of them was run")
     return tensors
 
 
 def _load_without_objects(path: Path) -> tuple[Any, list[str]]:
-    """A file's content with inert things in place of Python objects, whose names are given too.
+    """A file's content with inert objects in place of Python objects, and the names of those.
 
-    Raises UserError for what torch allows under no circumstances: functions of Python itself and of the system.
+    Raises UserError for what torch never allows: functions of Python itself and of the operating system.
     """
     objects: dict[str, type] = {}
     while True:
@@ -169,18 +173,18 @@ def _load_without_objects(path: Path) -> tuple[Any, list[str]]:
                 return _load(path, checked=bool(objects)), list(objects)
         except UserError as error:
             found = _FORBIDDEN_NAME.search(str(error.__cause__))
-            if found is None or found[1] in objects or len(objects) == _MOST_OBJECTS:
+            if found is None or found[1] in objects or len(objects) == _MAX_OBJECT_TYPES:
                 raise
             objects[found[1]] = _InertNumber if found[1].startswith("numpy.") else _Inert
 
 
 def _named_tensors(content: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors in mappings and lists at any depth, each container once: files may hold one that holds itself."""
+    """Tensors in mappings and lists at any depth; each container once, since files may contain cycles."""
     waiting, seen = [("", content)], set()
     while waiting:
         place, value = waiting.pop()
         if isinstance(value, torch.Tensor):
-            if place and value.device.type == "cpu":  # one of the device `meta` has a shape and no data
+            if place and value.device.type == "cpu":  # on the device `meta` it would have a shape and no data
                 yield place[1:], value
         elif isinstance(value, dict | list | tuple) and id(value) not in seen:
             seen.add(id(value))
@@ -200,13 +204,13 @@ def _load(path: Path, checked: bool = False) -> Any:
             if broken:
                 raise UserError(f"{path}: damaged (checksum of {broken} is wrong)")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle's protocol: what is wrong is said below, in one line
+            warnings.simplefilter("ignore")  # about the pickle's protocol: the errors below name the fault
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except MemoryError as error:
         raise UserError(f"{path}: too large to load") from error
-    except Exception as error:  # whatever a damaged or hostile file makes the reader say
+    except Exception as error:  # a damaged or hostile file can make the reader raise anything
         if _ends_early(error):
             raise UserError(
                 f"{path}: damaged or not a checkpoint: it ends too early; copy or download it again"
@@ -225,15 +229,15 @@ def _load(path: Path, checked: bool = False) -> Any:
 
 
 def _ends_early(error: Exception) -> bool:
-    """Whether that is what torch's reader of files without an archive says of one that was cut off: in a storage, in a
-    number, within an instruction, or within a name that it then takes for none."""
+    """Whether torch's reader of files that are no archive raises this for a truncated one: inside a storage, a number,
+    an instruction or a name."""
     if isinstance(error, EOFError | IndexError | struct.error):
         return True
     return "unexpected EOF" in str(error) or re.search(r"GLOBAL [\w.]*\. ", str(error)) is not None
 
 
 def _refuse_programs(archive: zipfile.ZipFile, path: Path) -> None:
-    """Raise UserError for zip archives that hold no pickle of torch.save's, or a program beside it."""
+    """Raise UserError for zip archives without a pickle of torch.save, or with a program beside it."""
     names = archive.namelist()
     if any(name.endswith("/constants.pkl") for name in names):
         raise UserError(
@@ -242,19 +246,19 @@ def _refuse_programs(archive: zipfile.ZipFile, path: Path) -> None:
         )
     if not any(name.endswith("data.pkl") for name in names):
         first = names[0][:60] if names and names[0].isprintable() else "nothing"
-        raise UserError(f"{path}: a zip archive that is no checkpoint (it holds {first}); unpack it or {_REMEDY}")
+        raise UserError(f"{path}: a zip archive that is not a checkpoint (it contains {first}); unpack it or {_REMEDY}")
 
 
 def _refuse_bombs(archive: zipfile.ZipFile, path: Path) -> None:
-    """Raise UserError where entries say that they come to more than the file holds: torch compresses nothing."""
+    """Raise UserError if the entries claim to be larger than the file; torch never compresses them."""
     entries = archive.infolist()
     stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
     if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise UserError(f"{path}: compressed, or claims more than it holds; no program of ours or PyTorch writes that")
+        raise UserError(f"{path}: compressed, or claims to be larger than it is; PyTorch writes no such files")
 
 
 def _is_whole_archive(path: Path) -> bool:
-    """Whether it is a zip archive, as torch writes since 1.6. Raises UserError for what the first bytes give away."""
+    """Whether it is a zip archive, as torch writes since 1.6. Raises UserError if it is empty or truncated."""
     with path.open("rb") as stream:
         head = stream.read(len(_ZIP_MAGIC))
     if not head:
@@ -271,7 +275,7 @@ def _first_line(error: Exception) -> str:
 
 
 def random_states() -> dict[str, Any]:
-    """States of every generator a training step may draw from, as plain containers and tensors."""
+    """States of every random generator that a training step may use, as plain containers and tensors."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()
     states: dict[str, Any] = {
@@ -285,7 +289,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Put every generator back to where `random_states` found it."""
+    """Restore every random generator to what `random_states` returned."""
     torch.set_rng_state(states["torch"])
     name, keys, position, has_gauss, gauss = states["numpy"]
     np.random.set_state((name, np.asarray(keys, dtype=np.uint32), position, has_gauss, gauss))

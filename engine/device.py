@@ -23,9 +23,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises UserError for a device that is not there.
+    """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises UserError for a device that is not available.
 
-    On CUDA, whatever computes asks for deterministic kernels: which command came before makes no difference.
+    On CUDA, deterministic kernels are selected for the whole process, whichever command uses the device first.
     """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
@@ -42,11 +42,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(setting: str, name: str, device: torch.device, training: bool) -> str:
-    """The arithmetic (fp32, bf16 or fp16) that `name`, the value of `setting`, comes to on `device`.
+    """The arithmetic (fp32, bf16 or fp16) that `name`, the value of `setting`, resolves to on `device`.
 
-    `auto`: bf16 on GPUs that compute it (fp16 on others), and for inference on CPUs that do so natively; otherwise
-    fp32. `native`: bf16 wherever the hardware computes it, in training on a CPU too, otherwise fp32. Raises UserError,
-    naming `setting`, for what this device does not compute.
+    `auto`: bf16 on GPUs that support it (fp16 on others), and for inference on CPUs with native bf16; otherwise fp32.
+    `native`: bf16 wherever the hardware supports it, also for training on a CPU; otherwise fp32. Raises UserError,
+    naming `setting`, for a precision that this device does not support.
     """
     if name in ("native", "auto"):
         cpu, cuda = device.type == "cpu", device.type == "cuda"
@@ -63,7 +63,7 @@ def choose_precision(setting: str, name: str, device: torch.device, training: bo
 
 
 def require_bf16(setting: str, device: torch.device) -> None:
-    """Raise UserError where `setting` asks for bf16 on a CPU that does not multiply it."""
+    """Raise UserError if `setting` asks for bf16 on a CPU without native bf16."""
     if device.type == "cpu" and not cpu_has_bf16():
         raise UserError(
             f"{setting}=bf16: this CPU does not multiply bf16 (no AVX512-BF16 or AMX); set {setting}=fp32 or auto"
@@ -72,9 +72,9 @@ def require_bf16(setting: str, device: torch.device) -> None:
 
 @contextmanager
 def lower_precision(device: torch.device, precision: str) -> Iterator[None]:
-    """Inference in `precision` (fp32, bf16 or fp16) on `device`: autocast, and for fp32 nothing less on CUDA either.
+    """Inference in `precision` (fp32, bf16 or fp16) on `device`: autocast, or true fp32.
 
-    There cuDNN may take TF32 otherwise, which keeps 10 bits of 23. That switch is the process's: it is put back.
+    On CUDA, cuDNN would otherwise use TF32, which keeps 10 of 23 bits. The switch is global and is restored afterwards.
     """
     if precision != "fp32":
         with torch.autocast(device.type, DTYPES[precision]):
@@ -92,7 +92,7 @@ def lower_precision(device: torch.device, precision: str) -> Iterator[None]:
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """torch computes with `count` threads on the CPU, and afterwards with as many as before."""
+    """torch computes with `count` threads on the CPU; the previous number is restored afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -105,8 +105,8 @@ def cpu_threads(count: int) -> Iterator[None]:
 def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 natively (AVX512-BF16 or AMX; BF16 on ARM).
 
-    Emulated, it is slower than fp32, and oneDNN has no LSTM in it; `ONEDNN_MAX_CPU_ISA=AVX2`, by which it leaves newer
-    instructions alone, counts as a CPU without.
+    Emulated bf16 is slower than fp32, and oneDNN has no LSTM for it. A CPU on which oneDNN is limited by
+    `ONEDNN_MAX_CPU_ISA=AVX2` counts as one without.
     """
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -117,7 +117,7 @@ def cpu_has_bf16() -> bool:
 
 
 def _runs_lstm_in_bf16() -> bool:
-    lstm = torch.nn.LSTM(1, 1, device="meta").to_empty(device="cpu")  # without a draw from the random generator
+    lstm = torch.nn.LSTM(1, 1, device="meta").to_empty(device="cpu")  # leaves the random generator as it is
     try:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             lstm(torch.zeros(1, 1, 1))
@@ -127,7 +127,7 @@ def _runs_lstm_in_bf16() -> bool:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch: first of all that a training does."""
+    """Seed Python, NumPy and torch; the first thing that a training does."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -136,14 +136,14 @@ def seed_everything(seed: int) -> None:
 def make_accelerator(
     device: str, precision: str, setting: str = "precision", unused_parameters: bool = False
 ) -> tuple[Accelerator, str]:
-    """The one object that knows processes, device and autocast; also returns the precision that `auto` came to.
+    """The object that knows ranks, device and autocast, and the precision that `auto` resolves to.
 
-    `unused_parameters`: some get no gradient in a step, which several processes must expect. Raises UserError, naming
-    `setting`, for a precision that the device does not compute.
+    `unused_parameters`: some parameters get no gradient in some steps, which DistributedDataParallel must know. Raises
+    UserError, naming `setting`, for a precision that the device does not support.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    keep_freed_memory()  # what trains makes the same large tensors step after step
+    keep_freed_memory()  # training allocates the same large tensors at every step
     chosen = choose_device(device)
     resolved = choose_precision(setting, precision, chosen, training=True)
     mixed = {"fp32": "no"}.get(resolved, resolved)
@@ -153,9 +153,15 @@ def make_accelerator(
 
 
 def _forget_other_settings(mixed: str, device: torch.device) -> None:
-    """Accelerate keeps its first settings for the whole process; a `run` trains twice, perhaps differently."""
-    from accelerate.state import AcceleratorState, PartialState
+    """Reset Accelerate's global settings where they differ: one process may train twice, in different precisions.
 
-    state = AcceleratorState._shared_state
-    if state and (state.get("_mixed_precision") != mixed or PartialState().device.type != device.type):
-        AcceleratorState._reset_state(reset_partial_state=PartialState().device.type != device.type)
+    Accelerate has no public function for that. Without `_reset_state` the settings stay, and `Accelerator` itself
+    raises ValueError for a second precision.
+    """
+    from accelerate.state import AcceleratorState, PartialState, is_initialized
+
+    if not is_initialized():
+        return
+    other_device = PartialState().device.type != device.type
+    if (other_device or AcceleratorState().mixed_precision != mixed) and hasattr(AcceleratorState, "_reset_state"):
+        AcceleratorState._reset_state(reset_partial_state=other_device)

@@ -1,4 +1,4 @@
-"""Metric logs: one JSON object a line, and the same scalars as TensorBoard events."""
+"""Metric logs: one JSON object per line, and the same scalars as TensorBoard events."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from typing import Any
 from engine.files import as_user_error, atomic_path, make_folder, read_bounded
 
 METRICS_FILE = "metrics.jsonl"
-MAX_METRICS_BYTES = 1 << 30  # a step is some 200 bytes
+MAX_METRICS_BYTES = 1 << 30  # a step takes about 200 bytes
 
 
 class MetricLog:
     """Appends to `metrics.jsonl` and to TensorBoard events in `folder`.
 
-    A resumed run first drops the lines after its checkpoint (`rewind`), so that the file reads as if nothing had
-    happened; what lies before a checkpoint must be on the disk first (`sync`). Every method raises UserError when the
-    disk is full, and the log takes nothing more then. TensorBoard is imported when there is something to write for it:
-    the first training step should not wait.
+    A resumed run first drops the lines after its checkpoint (`rewind`), so that the file is that of an uninterrupted
+    run; everything logged before a checkpoint is written must be on the disk first (`sync`). Every method raises
+    UserError when the disk is full, after which nothing more is logged. TensorBoard is imported at the first `sync`, so
+    that the first training step need not wait for it.
     """
 
     def __init__(self, folder: Path, enabled: bool = True) -> None:
@@ -34,9 +34,10 @@ class MetricLog:
         self._waiting: list[dict[str, Any]] = []
 
     def rewind(self, global_step: int, epoch: int) -> None:
-        """Forget every line of a step after `global_step`, and those of epochs from `epoch` on as wholes.
+        """Drop every line of a step after `global_step`, and the lines of whole epochs from `epoch` on.
 
-        A run killed while it ended an epoch has logged it and resumes at its last step, which has the same number.
+        A run that was killed at the end of an epoch may have logged it, and resumes at its last step, which has the
+        same number.
         """
         if not self.enabled or not self.path.exists():
             return
@@ -48,10 +49,10 @@ class MetricLog:
         with atomic_path(self.path) as temporary:
             temporary.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
         self._purge_step = global_step
-        self._waiting = [row for row in kept if row["global_step"] == global_step]  # purged too, and written again
+        self._waiting = [row for row in kept if row["global_step"] == global_step]  # purged as well, so written again
 
     def log(self, kind: str, global_step: int, values: dict[str, Any]) -> None:
-        """Write one line: `kind` (step or epoch), the step, the values (None for a number that does not exist)."""
+        """Write one line: `kind` (step or epoch), the step, the values (None for one that does not exist)."""
         if not self.enabled:
             return
         row = {"kind": kind, "global_step": global_step, **values}
@@ -61,7 +62,7 @@ class MetricLog:
         self._waiting.append(row)
 
     def sync(self) -> None:
-        """Bring everything logged so far to the disk."""
+        """Write everything logged so far to the disk (fsync)."""
         if not self.enabled or not self._waiting:
             return
         with self._writing(self.path), self.path.open("rb") as stream:
@@ -72,7 +73,7 @@ class MetricLog:
         self._waiting.clear()
 
     def close(self) -> None:
-        """Bring everything logged so far to the disk; what is logged after that goes to new events."""
+        """As `sync`; later lines go to a new events file."""
         self.sync()
         if self._events is not None:
             self._events.close()
@@ -83,22 +84,22 @@ class MetricLog:
         try:
             yield
         except OSError as error:
-            self.enabled = False  # whatever came next would fail again, and hide this
+            self.enabled = False  # later lines would fail too, and hide this error
             raise as_user_error(error, path) from error
 
 
 class _Events:
-    """One TensorBoard file, written where it is asked for: TensorBoard's own writer does so in a thread, whose errors
-    are printed as tracebacks, and keeps what it has for minutes, which a killed run never sees again.
+    """One TensorBoard file, written synchronously.
 
-    What older files hold from `purge_step` on, TensorBoard then does not show.
+    `SummaryWriter` writes in a thread, which prints a traceback when the disk is full, and without fsync. TensorBoard
+    does not show what older files contain from `purge_step` on.
     """
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         make_folder(folder)
-        # read in the order of their names; fractions of a second keep it where starts follow each other quickly
+        # read in the order of their names; fractions of a second keep that order when starts follow quickly
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._stream = (folder / name).open("wb", buffering=0)
         first = [Event(wall_time=time.time(), file_version="brain.Event:2")]
@@ -108,7 +109,7 @@ class _Events:
         self._append(first)
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """The numbers of log rows as scalars, named `<kind>/<name>`; on the disk when this returns."""
+        """Write the numbers of log rows as scalars named `<kind>/<name>`; they are on the disk when this returns."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -130,19 +131,19 @@ class _Events:
         for event in events:
             records.write(event.SerializeToString())
         rest = memoryview(buffer.getvalue())
-        while rest:  # a disk that is nearly full takes a part, then nothing
+        while rest:  # a disk that is nearly full accepts a part, then nothing
             rest = rest[self._stream.write(rest) or 0 :]
         os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        """Nothing is left to be written."""
+        """Close the file; everything has been written."""
         self._stream.close()
 
 
 def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Rows of a `metrics.jsonl`, of one kind or all; lines that a crash or a bad disk left broken are left out.
+    """Rows of a `metrics.jsonl`, of one kind or all, without lines that a crash or a bad disk has damaged.
 
-    Raises UserError when the file cannot be read.
+    Raises UserError if the file cannot be read.
     """
     rows = [json.loads(line) for line in _lines(path) if _step_of(line) < _BROKEN]
     return [row for row in rows if kind is None or row["kind"] == kind]

@@ -1,8 +1,8 @@
-"""Private operations of torch's oneDNN that are faster than public ones: named, called and probed here alone.
+"""Private oneDNN operations of torch that are faster than the public ones; called and probed in this file only.
 
-A torch release may change them without notice, and not every CPU computes them in bf16. `multiplies` and `convolves`
-say, once per process and type, whether a tiny computation gives what the public operations give; where it does not,
-callers take the public way.
+A torch release may change them without notice, and not every CPU supports them in bf16. `multiplies` and `convolves`
+report, once per process and type, whether a tiny computation gives the same as the public operations; if not, callers
+use the public operations.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 def pack_linear(weights: Tensor, rows: int) -> Tensor:
-    """Weights (O, I) laid out as oneDNN reads them in products with tables of about `rows` rows."""
+    """Weights (O, I) in oneDNN's own memory layout for products with matrices of about `rows` rows."""
     found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weights, rows)
     return found
 
 
 def linear(x: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear for weights packed or not."""
+    """F.linear for packed or plain weights."""
     found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weights, bias, "none", [], "")
     return found
 
 
 def pack_convolution(weights: Tensor, geometry: Geometry, shape: list[int]) -> Tensor:
-    """Weights (O, C, kh, kw) laid out for `convolution_relu` of batches of about this shape (N, C, H, W)."""
+    """Weights (O, C, kh, kw) in oneDNN's layout for `convolution_relu` on batches of about `shape` (N, C, H, W)."""
     found: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weights, *geometry, shape)
     return found
 
@@ -41,7 +41,7 @@ def pack_convolution(weights: Tensor, geometry: Geometry, shape: list[int]) -> T
 def convolution_relu(
     x: Tensor, other: Tensor | None, packed: Tensor, bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
-    """max(0, convolution of x (N, C, H, W) + `other`) in one pass."""
+    """ReLU of a convolution of x (N, C, H, W) plus `other`, in one operation."""
     operation: Any = torch.ops.mkldnn._convolution_pointwise
     if other is None:
         found: Tensor = operation(x, packed, bias, *geometry, "relu", [], "")
@@ -62,7 +62,7 @@ def convolves(dtype: torch.dtype) -> bool:
 
 
 def _operations(*names: str) -> list[Any]:
-    """What a probe's answer is kept for; None where there is no operation of that name."""
+    """The operations that a probe's cached answer belongs to; None for a name that this torch does not have."""
     return [getattr(torch.ops.mkldnn, name, None) for name in names]
 
 
@@ -70,9 +70,9 @@ def _operations(*names: str) -> list[Any]:
 def _multiply(dtype: torch.dtype, *operations: Any) -> bool:
     x, weights, bias = _table(dtype, 4, 8), _table(dtype, 6, 8), _table(dtype, 6)
     return (
-        _alike(lambda: linear(x, pack_linear(weights, len(x)), bias), lambda: F.linear(x, weights, bias))
-        and _alike(lambda: linear(x, weights), lambda: F.linear(x, weights))
-        and _alike(lambda: linear(x.t(), _table(dtype, 4, 6).t()), lambda: x.t() @ _table(dtype, 4, 6))
+        _equal_to_rounding(lambda: linear(x, pack_linear(weights, len(x)), bias), lambda: F.linear(x, weights, bias))
+        and _equal_to_rounding(lambda: linear(x, weights), lambda: F.linear(x, weights))
+        and _equal_to_rounding(lambda: linear(x.t(), _table(dtype, 4, 6).t()), lambda: x.t() @ _table(dtype, 4, 6))
     )
 
 
@@ -85,23 +85,23 @@ def _convolve(dtype: torch.dtype, *operations: Any) -> bool:
         return convolution_relu(x, added, pack_convolution(weights, geometry, list(x.shape)), bias, geometry)
 
     plain = functools.partial(F.conv2d, x, weights, bias, padding=1)
-    return _alike(lambda: fused(None), lambda: F.relu(plain())) and _alike(
+    return _equal_to_rounding(lambda: fused(None), lambda: F.relu(plain())) and _equal_to_rounding(
         lambda: fused(other), lambda: F.relu(plain() + other)
     )
 
 
 def _table(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Numbers of both signs, no two rows or columns of which are the same."""
+    """Numbers of both signs, with no two rows or columns equal."""
     count = torch.Size(shape).numel()
     return torch.arange(count).mul(0.7).sin().view(shape).to(dtype)
 
 
-def _alike(private: Callable[[], Tensor], public: Callable[[], Tensor]) -> bool:
-    """Whether both give the same, up to rounding."""
+def _equal_to_rounding(private: Callable[[], Tensor], public: Callable[[], Tensor]) -> bool:
+    """Whether both give the same tensor up to rounding."""
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             found, expected = private(), public()
             close = torch.allclose(found, expected, rtol=0, atol=_TOLERANCE[expected.dtype])
         return found.dtype == expected.dtype and found.shape == expected.shape and close
-    except Exception:  # no such operation, other arguments, a type that this CPU lacks: whatever it is
+    except Exception:  # no such operation, other arguments, or a type that this CPU lacks
         return False

@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules by the names the settings give them."""
+"""Optimisers and learning-rate schedules by their names in the settings."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from configs.schema import OptimConfig, ScheduleConfig
 
 
 def build_optimizer(groups: Iterable[dict[str, Any]], config: OptimConfig) -> Optimizer:
-    """SGD, Adam or AdamW over parameter groups; a group's `lr_factor` scales its learning rate (0 leaves it out).
+    """SGD, Adam or AdamW over parameter groups; a group's `lr_factor` scales its learning rate (0 excludes the group).
 
-    Batch norm's and biases' parameters decay as all others do, as in the reference.
+    Weight decay applies to the parameters of batch norm and to biases too, as in the reference implementation.
     """
     scaled = []
     for group in groups:
@@ -39,7 +39,7 @@ def build_optimizer(groups: Iterable[dict[str, Any]], config: OptimConfig) -> Op
 def _eager(kind: type[Optimizer]) -> type[Any]:
     """The same optimiser without the wrappers that import torch's compiler on first use (1.4 s and 150 MB).
 
-    Only compiled steps need them, and nothing here is compiled. Where a torch has no such wrappers, nothing changes.
+    Only compiled steps need them, and nothing here is compiled. If a torch has no such wrappers, nothing changes.
     """
     methods: dict[str, Any] = {}
     for name in ("step", "zero_grad", "add_param_group", "state_dict", "load_state_dict"):
@@ -50,11 +50,12 @@ def _eager(kind: type[Optimizer]) -> type[Any]:
 
 
 class Schedule:
-    """Learning rate of every group as a factor on its first value.
+    """The learning rate of every group: its initial value times a factor, and never below `min_lr`.
 
-    `warmup_steps` rise linearly, step by step; the rest moves once an epoch: `step` (gamma every `step_epochs`),
-    `cosine` (to zero at the last epoch), `plateau` (gamma after `patience_epochs` without a better score), `constant`.
-    Never below `min_lr`.
+    The factor rises linearly over the first `warmup_steps` and otherwise changes once per epoch: `step` (gamma every
+    `step_epochs`), `cosine` (to zero at the last epoch), `plateau` (gamma after `patience_epochs` without a better
+    score), `constant`. torch's schedulers cannot combine `plateau` with a warm-up, and their state is not that of
+    existing checkpoints.
     """
 
     def __init__(self, optimizer: Optimizer, config: ScheduleConfig, epochs: int) -> None:
@@ -73,17 +74,17 @@ class Schedule:
             self._apply()
 
     def end_epoch(self, epoch: int, score: float | None) -> None:
-        """After epoch `epoch` (from 0) with validation score `score` (more is better; None where there is none)."""
+        """After epoch `epoch` (from 0) with validation score `score` (higher is better; None if there is none)."""
         config = self.config
         if config.name == "step":
             self.epoch_factor = config.gamma ** ((epoch + 1) // config.step_epochs)
         elif config.name == "cosine":
             self.epoch_factor = 0.5 * (1 + math.cos(math.pi * min(1.0, (epoch + 1) / self.epochs)))
         elif config.name == "plateau" and score is not None:
-            self._wait_for_better(score)
+            self._plateau(score)
         self._apply()
 
-    def _wait_for_better(self, score: float) -> None:
+    def _plateau(self, score: float) -> None:
         if self.best is None or score > self.best:
             self.best, self.waited = score, 0
             return
@@ -99,7 +100,7 @@ class Schedule:
             group["lr"] = max(self.config.min_lr, base * factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs to go on, as plain values."""
+        """Everything that `load_state_dict` needs, as plain values."""
         return {
             "base": self.base,
             "steps": self.steps,
@@ -109,7 +110,7 @@ class Schedule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
+        """Continue from `state`."""
         self.base = list(state["base"])
         self.steps, self.epoch_factor = state["steps"], state["epoch_factor"]
         self.best, self.waited = state["best"], state["waited"]

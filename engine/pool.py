@@ -19,7 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from configs.errors import UserError, one_line
 from engine.files import NoRoomError
-from engine.processes import available_cores
+from engine.launch import available_cores
 from engine.progress import progress_bar
 from engine.stopping import StopRequest
 

@@ -1,26 +1,24 @@
-"""One training on several processes: who is who, what they must agree on, and how a machine's own copies are started.
+"""One training on several processes (ranks): what they exchange, in step and out of step.
 
-A launcher (torchrun, srun, `--devices`) says in the environment how many processes there are. Everything here costs
-nothing where there is one: no more of torch.distributed is imported then than torch itself does.
+With a single process everything here is free: nothing of torch.distributed is imported beyond what torch imports.
 
-Whatever can go wrong on one process alone (a video it cannot read, a signal that only it got, a loss that is not a
-number) is exchanged before anybody goes on, so that all processes end at the same step with the same words.
+Whatever can go wrong on one rank alone (a video that it cannot read, a signal that only it received, a loss that is not
+finite) is exchanged before any rank continues, so that all ranks end at the same step with the same message.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from configs.errors import UserError
+from configs.errors import UserError, one_line
+from engine.launch import AGENT_STORE, Launch, launch, launcher_died, set_torchrun_variables
 
 if TYPE_CHECKING:
     import torch
@@ -30,111 +28,28 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-# How long a process waits for another one that is alive, for the longest thing that can be waited for: its part of the
-# videos. One that has died is noticed at once, by its closed connections.
-WAIT = timedelta(days=1)
-MEETING_S = 600.0  # for all to have started
-ANSWER_S = 5.0  # for a word about an error, where perhaps nobody keeps them
-LOOK_EVERY_S = 1.0
-FIRST_PORT, PORTS = 15000, 20000
-COPY_OF = "SURGSTAGE_COPY_OF"  # number of the process that started this one with --devices
-AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # set by torchrun, and by --devices
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What a launcher says: this process's number among all, their count, its number on this machine."""
-
-    rank: int
-    count: int
-    local_rank: int
-
-
-def launch(environment: Mapping[str, str] | None = None) -> Launch:
-    """What torchrun (or `--devices`) or srun says; one process alone where neither does.
-
-    `SLURM_STEP_NUM_TASKS` is set by srun only: a batch script that runs beside its steps is one process, whatever it
-    asked for. Raises UserError for numbers that make no sense.
-    """
-    found = os.environ if environment is None else environment
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if not all(name in found for name in names):
-        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-    if not all(name in found for name in names):
-        return Launch(0, 1, 0)
-    try:
-        rank, count, local = (int(found[name]) for name in names)
-    except ValueError:
-        rank, count, local = -1, 0, 0
-    if not 0 <= rank < count:
-        raise UserError(", ".join(f"{name}={found[name]}" for name in names) + ": not what a launcher sets; unset them")
-    return Launch(rank, count, local)
-
-
-def permitted_cores() -> int:
-    """Cores that this process may run on, with others or alone."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def available_cores(environment: Mapping[str, str] | None = None) -> int:
-    """Cores for this process: those it may run on, divided among the processes that a launcher started beside it.
-
-    torchrun and `--devices` bind none to a core. A task of srun is bound to cores of its own.
-    """
-    found = os.environ if environment is None else environment
-    beside = found.get("LOCAL_WORLD_SIZE", "1") if AGENT_STORE in found else "1"
-    return max(1, permitted_cores() // max(1, int(beside) if beside.isdecimal() else 1))
-
-
-def speak_torchrun(environment: MutableMapping[str, str] | None = None) -> None:
-    """Add to a srun task's environment what torchrun would have set, so that libraries find it.
-
-    Every task comes to the same address and port: the step's first machine, and a port that two jobs on one machine
-    are unlikely to share. Variables that are set already stay (MASTER_ADDR, for a second network).
-    """
-    found = os.environ if environment is None else environment
-    here = launch(found)
-    if here.count == 1 or "RANK" in found:
-        return
-    job, step = (int(found.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    machines = int(found.get("SLURM_STEP_NUM_NODES", "1"))
-    said = {
-        "MASTER_ADDR": first_host(found.get("SLURM_STEP_NODELIST", "localhost")),
-        "MASTER_PORT": str(FIRST_PORT + (job * 31 + step) % PORTS),
-        "RANK": str(here.rank),
-        "WORLD_SIZE": str(here.count),
-        "LOCAL_RANK": str(here.local_rank),
-        "LOCAL_WORLD_SIZE": str(-(-here.count // machines)),
-        "OMP_NUM_THREADS": found.get("SLURM_CPUS_PER_TASK", "1"),
-    }
-    for name, value in said.items():
-        found.setdefault(name, value)
-
-
-def first_host(hosts: str) -> str:
-    """The first machine of a Slurm list: `gpu[03-05,09],big1` gives gpu03."""
-    first = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\])?([^,\[]*)", hosts.strip())
-    assert first is not None  # every part may be empty
-    return first.group(1) + (first.group(2) or "") + first.group(3)
-
-
-# ---------------------------------------------------------------------------------------------- together
+# How long a rank waits for another that is alive: at most for its share of the videos. A rank that has died is noticed
+# at once, by its closed connections.
+EXCHANGE_TIMEOUT = timedelta(days=1)
+JOIN_TIMEOUT_S = 600.0  # for all ranks to start
+ERROR_STORE_TIMEOUT_S = 5.0  # the process that hosts it may have ended
+POLL_INTERVAL_S = 1.0
 
 
 def one_process(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over one process."""
+    """The sum over a single process."""
     return tensor
 
 
 class Failed(UserError):
-    """An error that every process raises in the same words."""
+    """An error that every rank raises with the same message."""
 
 
 class Processes:
-    """The processes of one training. With one, every method is the identity.
+    """The ranks of one training. With a single one, every method is the identity.
 
-    Exchanges go through a gloo group of their own, on the CPU, so that they never wait for a GPU's queue; only `total`
-    works where its tensor is.
+    Exchanges use a gloo group of their own, on the CPU, so that they never wait for a GPU's queue; only `total` reduces
+    on the device of its tensor.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, group: Any = None, stop: StopRequest | None = None) -> None:
@@ -142,19 +57,19 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes."""
+        """Whether this is rank 0, which alone writes."""
         return self.rank == 0
 
     def share(self, items: list[Value]) -> list[Value]:
-        """This process's part of what is divided: every `count`-th item."""
+        """This rank's share of the items: every `count`-th one."""
         return items[self.rank :: self.count]
 
     def merged(self, shares: list[list[Value]]) -> list[Value]:
-        """Items in order again, from what `share` gave each process."""
+        """All items in their original order, from the shares of all ranks (the inverse of `share`)."""
         return [shares[place % self.count][place // self.count] for place in range(sum(map(len, shares)))]
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor (no gradient) over processes."""
+        """The sum of a tensor over ranks, without gradient."""
         if self.count == 1:
             return tensor
         import torch.distributed as dist
@@ -164,7 +79,7 @@ class Processes:
         return summed
 
     def sums(self, *values: float) -> list[float]:
-        """Sums of plain numbers over processes, in float64."""
+        """Sums of plain numbers over ranks, in float64."""
         if self.count == 1:
             return list(values)
         import torch
@@ -176,7 +91,7 @@ class Processes:
         return found
 
     def gather(self, value: Value) -> list[Value]:
-        """Every process's value, in order, on every process."""
+        """Every rank's value, in rank order, on every rank."""
         if self.count == 1:
             return [value]
         import torch.distributed as dist
@@ -186,31 +101,31 @@ class Processes:
         return found
 
     def from_first(self, work: Callable[[], Value]) -> Value:
-        """What `work` gives on the first process, which alone does it; its UserError is everybody's."""
+        """The result of `work`, which runs on rank 0 only. Raises its UserError on every rank."""
         if self.count == 1:
             return work()
         import torch.distributed as dist
 
-        said: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]  # the result, the error
         if self.first:
             try:
-                said[0] = work()
+                outcome[0] = work()
             except UserError as error:
-                said[1] = str(error)
-        dist.broadcast_object_list(said, src=0, group=self._group)
-        if said[1] is not None:
-            raise Failed(said[1])
-        result: Value = said[0]
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[1] is not None:
+            raise Failed(outcome[1])
+        result: Value = outcome[0]
         return result
 
     def each(self, work: Callable[[], Value]) -> Value:
-        """What `work` gives here, once it is done on every process; failures as in `together`."""
+        """This rank's result of `work`, once every rank has finished it; failures as in `together`."""
         mine: list[Value] = []
         self.together(lambda: mine.append(work()))
         return mine[0]
 
     def together(self, work: Callable[[], Value]) -> list[Value]:
-        """What `work` gives on each process, in order; a UserError or a stop of one ends the others' work, too."""
+        """The results of `work` on every rank, in rank order; a UserError or Stopped on one rank ends it on all."""
         if self.count == 1:
             return [work()]
         from engine.stopping import Stopped
@@ -223,7 +138,7 @@ class Processes:
         except UserError as problem:
             error = str(problem)
             if self._stop is not None:
-                self._stop.ask_others(signal.SIGTERM)  # the others leave their parts, and hear why below
+                self._stop.ask_others(signal.SIGTERM)  # the others stop working, and get the reason below
         except Stopped as stop:
             stopped = stop.number
         self._wait_for_all()
@@ -237,20 +152,21 @@ class Processes:
         return [value for value, _, _ in found]
 
     def _wait_for_all(self) -> None:
-        """Wait in Python, where a signal is noticed and told to those who still work on their parts."""
+        """Wait in Python, where signals are handled and passed on to ranks that are still working."""
         import torch
         import torch.distributed as dist
 
         waiting = dist.all_reduce(torch.zeros(1), group=self._group, async_op=True)
         pause_s = 0.001
         while not waiting.is_completed():
-            bool(self._stop)
+            if self._stop is not None:
+                self._stop.poll()
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.1)
         waiting.wait()
 
     def send_buffers(self, model: torch.nn.Module) -> None:
-        """Running statistics of the first process to all: what checkpoints hold is what is validated."""
+        """Broadcast running statistics from rank 0, so that what is validated is what checkpoints contain."""
         if self.count == 1:
             return
         import torch.distributed as dist
@@ -260,15 +176,15 @@ class Processes:
 
 
 def join(device: str, stop: StopRequest | None = None) -> Processes:
-    """Meet the other processes that the launcher started; at once where there are none.
+    """Join the other ranks that the launcher started; returns at once if there are none.
 
-    From then on `stop` hears of signals that only another process got, also while each works on its own part. Raises
-    UserError where they do not come together, with the words of the one that cannot come where there is one.
+    From then on `stop` also reports signals that only another rank received, even between exchanges. Raises UserError
+    if not all ranks join, with the error of the rank that failed if there is one.
     """
     here = launch()
     if here.count == 1:
         return Processes()
-    speak_torchrun()
+    set_torchrun_variables()
     import torch.distributed as dist
     from accelerate import PartialState
 
@@ -276,16 +192,16 @@ def join(device: str, stop: StopRequest | None = None) -> Processes:
 
     chosen = choose_device(device)
     try:
-        board = _board(MEETING_S)
+        store = error_store(JOIN_TIMEOUT_S)
         if stop is not None:
-            stop.ask_others = _exchange_of_signals(board)
-        _meet(board, here, stop)
+            stop.ask_others = _signal_exchange(store)
+        _wait_for_ranks(store, here, stop)
         PartialState(cpu=chosen.type == "cpu")
-        group = dist.new_group(backend="gloo", timeout=WAIT)
+        group = dist.new_group(backend="gloo", timeout=EXCHANGE_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
-            f"process {here.rank} of {here.count} did not meet the others at {where}: {_line(error)}"
+            f"rank {here.rank} of {here.count} could not join the others at {where}: {one_line(error)}"
         ) from error
     return Processes(here.rank, here.count, group, stop)
 
@@ -294,73 +210,64 @@ def join(device: str, stop: StopRequest | None = None) -> Processes:
 
 
 @cache
-def _board(patience_s: float) -> Any:
-    """The launcher's key-value store: words for processes that are not in step, or have not met.
+def error_store(timeout_s: float) -> Any:
+    """The key-value store for ranks that are not in step or have not joined: stop signals, and the first error.
 
-    torchrun and `--devices` keep it; where srun started them, the first process does. Raises RuntimeError where there
-    is none.
+    torchrun and `--devices` host it; under srun rank 0 does. Raises RuntimeError if it cannot be reached.
     """
     import torch.distributed as dist
 
-    kept = os.environ.get(AGENT_STORE) == "True"
+    hosted = os.environ.get(AGENT_STORE) == "True"
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        is_master=not kept and launch().rank == 0,
-        timeout=timedelta(seconds=patience_s),
+        is_master=not hosted and launch().rank == 0,
+        timeout=timedelta(seconds=timeout_s),
         wait_for_workers=False,
-        multi_tenant=True,  # the same server that torch will ask for
+        multi_tenant=True,  # the server that torch will ask for, too
     )
     return dist.PrefixStore(f"surgstage/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _meet(board: Any, here: Launch, stop: StopRequest | None) -> None:
-    """Wait for all to be here, so that one that never comes need not be waited for inside torch."""
-    board.add("here", 1)
-    deadline = time.monotonic() + MEETING_S
-    while (found := board.add("here", 0)) < here.count:
+def _wait_for_ranks(store: Any, here: Launch, stop: StopRequest | None) -> None:
+    """Wait for every rank in Python: torch's own rendezvous would wait in vain for one that has failed."""
+    store.add("here", 1)
+    deadline = time.monotonic() + JOIN_TIMEOUT_S
+    while (found := store.add("here", 0)) < here.count:
         if stop is not None:
             stop.raise_if_set()
-        if board.check(["error"]) and not board.check(["stop"]):
-            raise Failed(board.get("error").decode())
+        if store.check(["error"]) and not store.check(["stop"]):
+            raise Failed(store.get("error").decode())
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{found} of {here.count} came within {MEETING_S:.0f} s")
+            raise RuntimeError(f"{found} of {here.count} started within {JOIN_TIMEOUT_S:.0f} s")
         time.sleep(0.1)
 
 
-def _exchange_of_signals(board: Any) -> Callable[[int | None], int | None]:
-    """A function that tells the others of this process's signal, or asks for theirs, now and then."""
-    looked_at = 0.0
-    told = False
+def _signal_exchange(store: Any) -> Callable[[int | None], int | None]:
+    """A `StopRequest.ask_others` that publishes this rank's signal once, or looks for another's every second."""
+    polled_at = 0.0
+    published = False
 
     def exchange(own: int | None) -> int | None:
-        nonlocal looked_at, told
-        if told or (own is None and time.monotonic() - looked_at < LOOK_EVERY_S):
+        nonlocal polled_at, published
+        if published or (own is None and time.monotonic() - polled_at < POLL_INTERVAL_S):
             return own
-        looked_at = time.monotonic()
-        with suppress(RuntimeError):  # whoever kept the board is gone, which the next exchange will tell
+        polled_at = time.monotonic()
+        with suppress(RuntimeError):  # the host of the store has ended, which the next exchange will report
             if own is not None:
-                board.set("stop", str(own))
-                told = True
-            elif board.check(["stop"]):
-                return int(board.get("stop"))
-        return signal.SIGTERM if own is None and parent_is_gone() else own
+                store.set("stop", str(own))
+                published = True
+            elif store.check(["stop"]):
+                return int(store.get("stop"))
+        return signal.SIGTERM if own is None and launcher_died() else own
 
     return exchange
 
 
-def speaks() -> bool:
-    """Whether this process says what all have done: the first one, or the only one."""
-    try:
-        return launch().rank == 0
-    except UserError:
-        return True
+def is_reporting_rank(problem: BaseException) -> bool:
+    """Whether this rank prints why the training ends: the first one that asks, which records its error for the others.
 
-
-def may_tell(problem: BaseException) -> bool:
-    """Whether this process is to say why it ends: of several, the first that asks, which the others hear of.
-
-    Where nobody keeps the board any more, each says its own; the first one what all say in the same words.
+    If the store's host has ended, every rank prints errors of its own, and rank 0 those that all share.
     """
     from engine.stopping import Stopped
 
@@ -371,135 +278,33 @@ def may_tell(problem: BaseException) -> bool:
     if here.count == 1:
         return True
     try:
-        speak_torchrun()
-        board = _board(ANSWER_S)
-        mine = board.add("told", 1) == 1
-        if mine:
-            board.set("error", str(problem))
+        set_torchrun_variables()
+        store = error_store(ERROR_STORE_TIMEOUT_S)
+        first: bool = store.add("told", 1) == 1
+        if first:
+            store.set("error", str(problem))
         if here.rank == 0:
-            _stay_for(board, here.count)
+            _linger(store, here.count)
     except (RuntimeError, ValueError):
         return here.rank == 0 or not isinstance(problem, (Failed, Stopped))
-    return bool(mine)
+    return first
 
 
-def _stay_for(board: Any, count: int) -> None:
-    """The first process may be the one that keeps the board: stay until all have asked, if they do soon."""
-    deadline = time.monotonic() + LOOK_EVERY_S
-    while board.add("told", 0) < count and time.monotonic() < deadline:
+def _linger(store: Any, count: int) -> None:
+    """Keep rank 0, which may host the store, until every rank has asked, for at most a second."""
+    deadline = time.monotonic() + POLL_INTERVAL_S
+    while store.add("told", 0) < count and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
-def lost_another(error: BaseException) -> bool:
-    """Whether an error of the exchange means that another process has ended.
+def peer_died(error: BaseException) -> bool:
+    """Whether an error of an exchange means that another rank has ended.
 
-    torch has a type for what NCCL and its stores raise; gloo's errors are plain RuntimeErrors that begin with the place
-    in its source.
+    torch has a type for errors of NCCL and of stores; gloo's are plain RuntimeErrors that begin with their place in its
+    source.
     """
     if not isinstance(error, RuntimeError) or launch().count == 1:
         return False
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or "gloo/transport/" in str(error)
-
-
-def parent_is_gone() -> bool:
-    """Whether the process that started this copy with `--devices` has died without telling."""
-    return COPY_OF in os.environ and os.getppid() != int(os.environ[COPY_OF])
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-# ---------------------------------------------------------------------------------------------- copies of this program
-
-
-def run_copies(command: list[str], count: int) -> int:
-    """Run `command` as `count` processes that find one another, and return the exit code that says most.
-
-    torch's elastic machinery starts and ends them; signals that come here go to each of them. Where one fails, the
-    others get SIGTERM and, if they do not end, SIGKILL. Of the codes of those that had failed when that was noticed,
-    that of one that was killed (128 and the signal's number) says most, then the smallest.
-    """
-    import tempfile
-
-    import torch.distributed as dist
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
-
-    from engine.stopping import STOP_SIGNALS
-
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # any free port
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, permitted_cores() // count))
-    said = {
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(store.port),
-        AGENT_STORE: "True",
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "OMP_NUM_THREADS": threads,
-        COPY_OF: str(os.getpid()),
-    }
-    numbers = range(count)
-    waiting: list[int] = []
-    taken = [getattr(signal, name) for name in ("SIGHUP", "SIGQUIT") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, *taken)}
-
-    def catch() -> None:
-        for number in STOP_SIGNALS:
-            signal.signal(number, lambda got, _: waiting.append(got))
-
-    catch()
-    try:
-        with tempfile.TemporaryDirectory() as logs:
-            running = start_processes(
-                name="surgstage",
-                entrypoint=command[0],
-                args={rank: tuple(command[1:]) for rank in numbers},
-                envs={rank: {**os.environ, **said, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in numbers},
-                logs_specs=DefaultLogsSpecs(log_dir=logs),
-            )
-            catch()  # again: the machinery puts handlers of its own in their place, which end in a traceback
-            for number in taken:
-                signal.signal(number, before[number])
-            try:
-                return _attend(running, waiting)
-            finally:
-                running.close(signal.SIGTERM)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _attend(running: Any, waiting: list[int]) -> int:
-    """Hand on signals until the processes have ended; their exit code."""
-    while True:
-        while waiting:
-            number = waiting.pop(0)
-            for pid in running.pids().values():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, number)
-        ended = _look(running)
-        if ended is not None:
-            return ended
-
-
-def _look(running: Any) -> int | None:
-    """Wait a moment: the exit code once all have ended or one has failed, otherwise None."""
-    time.sleep(0.1)
-    handlers = running.subprocess_handlers
-    codes = {rank: handler.proc.poll() for rank, handler in handlers.items()}
-    if all(code == 0 for code in codes.values()):
-        return 0
-    failed = [code for code in codes.values() if code]
-    if not failed:
-        return None
-    # the others know by now, or will soon: they end by themselves with the code that says why
-    deadline = time.monotonic() + GRACE_S
-    while time.monotonic() < deadline and any(handler.proc.poll() is None for handler in handlers.values()):
-        time.sleep(0.05)
-    own = min(failed, key=lambda code: (code > 0, code))  # a process that was killed says more than those it took along
-    return 128 - own if own < 0 else own
-
-
-GRACE_S = 30.0

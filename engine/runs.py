@@ -1,22 +1,26 @@
-"""Run folders: `runs/<name>/<stage>/`, what is in them, and when a second start resumes, is skipped or is refused."""
+"""Run folders `runs/<name>/<stage>/`: their contents, and whether a second start resumes, is skipped or is refused."""
 
 from __future__ import annotations
 
 import functools
+import json
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from configs.errors import UserError
 from configs.load import differences, to_yaml
 from configs.schema import Config
 from engine.files import make_folder, read_json_object, remove_stale_temporaries, sha256_json, write_json, write_text
-from engine.processes import permitted_cores
+from engine.launch import permitted_cores
 
 IDENTITY_FILE = "identity.json"
 RESULT_FILE = "result.json"
@@ -35,34 +39,83 @@ PACKAGES = (
 
 
 def run_folder(config: Config, name: str) -> Path:
-    """`<runs>/<name>`. Raises UserError for a name that is no plain folder name."""
+    """`<runs>/<name>`. Raises UserError for a name that is not a plain folder name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(f"run name {name!r}: use letters, digits, '.', '_' and '-' only")
     return config.runs / name
 
 
+ABSENT: Any = object()
+
+
+@dataclass(frozen=True)
+class StageIdentity:
+    """Everything that a stage's numbers depend on: settings, seeds, digests of inputs; plain values in `fields`.
+
+    A later release adds a field without changing the identity of runs that it does not concern: a field whose value is
+    `ABSENT` is not recorded (it is given where the numbers are other than before), and runs that were begun without a
+    field of `later` are compared without it.
+    """
+
+    fields: Mapping[str, Any]
+    later: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fields", {key: value for key, value in self.fields.items() if value is not ABSENT})
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the fields, in whatever order they are."""
+        return sha256_json(self.fields)
+
+    def compared_with(self, recorded: Mapping[str, Any]) -> StageIdentity:
+        """This identity without the fields of `later` that `recorded`, an earlier run's fields, does not have."""
+        kept = {key: value for key, value in self.fields.items() if key in recorded or key not in self.later}
+        return replace(self, fields=kept)
+
+    def differences(self, recorded: Mapping[str, Any]) -> list[str]:
+        """`key: old there, new now` for every field in which `recorded` (as read from JSON) differs."""
+        return differences(recorded, json.loads(json.dumps(self.fields, default=str)))
+
+
+def settings_without(settings: BaseModel, *names: str) -> dict[str, Any]:
+    """Settings as plain values for a `StageIdentity`, without those that change no number."""
+    return settings.model_dump(mode="json", exclude=set(names))
+
+
+def require_same_classes(
+    where: Path, what: str, found: Sequence[str] | None, expected: Sequence[str], other: str | Path = "the index"
+) -> None:
+    """Raise UserError unless the classes (`what`: tools or phases) of `where` are those of `other`, in order."""
+    if list(found or ()) != list(expected):
+        raise UserError(
+            f"{where}: its {what} are {', '.join(found or ()) or 'none'}; {other} has {', '.join(expected) or 'none'}: "
+            "names and order must be the same"
+        )
+
+
 class StageFolder:
     """One stage of one run.
 
-    `identity` is everything the stage's numbers depend on (settings, inputs' digests). It is written on the first start
-    and compared on every later one: equal means resume, or nothing to do where a result stands; different is an error
-    that names the difference, since nothing is ever overwritten silently. Keys that came `later` than runs without them
-    are not asked of those.
+    Its identity is written on the first start and compared on every later one: an equal one means resuming, or nothing
+    to do if there is a result; a different one is an error that names the difference, since nothing is ever overwritten
+    silently.
     """
 
-    def __init__(
-        self, run: Path, stage: str, config: Config, identity: Mapping[str, Any], later: Collection[str] = ()
-    ) -> None:
-        self.run, self.stage = run, stage
+    def __init__(self, run: Path, stage: str, config: Config, identity: StageIdentity) -> None:
         self.path = run / stage
-        known = read_json_object(self.path / IDENTITY_FILE) if (self.path / IDENTITY_FILE).exists() else identity
-        self.identity = {key: value for key, value in identity.items() if key in known or key not in later}
-        self.digest = sha256_json(self.identity)
+        known = self.path / IDENTITY_FILE
+        self.identity = identity.compared_with(read_json_object(known)) if known.exists() else identity
         self._config = config
 
     @property
+    def digest(self) -> str:
+        """The identity's."""
+        return self.identity.digest
+
+    @property
     def result(self) -> dict[str, Any] | None:
-        """What the finished stage wrote, or None. A result of another identity is not a result."""
+        """The finished stage's result; None if there is none, or one of another identity."""
         path = self.path / RESULT_FILE
         if not path.exists():
             return None
@@ -70,10 +123,10 @@ class StageFolder:
         return found if found.get("identity_sha256") == self.digest else None
 
     def check(self) -> None:
-        """Raise UserError when the folder holds another configuration."""
+        """Raise UserError if the folder contains another configuration."""
         known = self.path / IDENTITY_FILE
         if known.exists():
-            changed = differences(read_json_object(known), _plain_tree(self.identity))
+            changed = self.identity.differences(read_json_object(known))
             if changed:
                 shown = "; ".join(changed[:4]) + (f" (and {len(changed) - 4} more)" if len(changed) > 4 else "")
                 raise UserError(
@@ -82,7 +135,7 @@ class StageFolder:
                 )
 
     def open(self) -> None:
-        """Create the folder or accept it for resuming. Raises UserError when it holds another configuration."""
+        """Create the folder, or accept it for resuming. Raises UserError if it contains another configuration."""
         self.check()
         known = self.path / IDENTITY_FILE
         make_folder(self.path)
@@ -90,31 +143,24 @@ class StageFolder:
         if not known.exists():
             write_text(self.path / "config.yaml", to_yaml(self._config))
             write_json(self.path / "environment.json", environment())
-            write_json(known, self.identity)
+            write_json(known, self.identity.fields)
 
     def begin(self) -> dict[str, Any] | None:
-        """The result of a finished stage; otherwise None, with the folder open."""
+        """The result of a finished stage; otherwise None, after opening the folder."""
         found = self.result
         if found is None:
             self.open()
         return found
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the stage's result, last of all its files, and return it."""
+        """Write the stage's result, the last of its files, and return it."""
         complete = {"identity_sha256": self.digest, **result}
         write_json(self.path / RESULT_FILE, complete)
         return complete
 
 
-def _plain_tree(tree: Mapping[str, Any]) -> Any:
-    """`tree` as it comes back from JSON (tuples become lists, paths text), so that comparing is fair."""
-    import json
-
-    return json.loads(json.dumps(tree, default=str))
-
-
 def update_summary(run: Path, values: Mapping[str, Any], seconds: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Merge `values` into `RUN/summary.json`, the one place to read a run's outcome; returns the whole summary."""
+    """Merge `values` into `RUN/summary.json`, a run's outcome in one place; returns the whole summary."""
     path = run / "summary.json"
     summary: dict[str, Any] = dict.fromkeys(SUMMARY_KEYS) | {"seconds": {}}
     if path.exists():
@@ -143,7 +189,7 @@ SUMMARY_KEYS = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions, revision and machine: what a number needs beside it."""
+    """Package versions, revision and machine, recorded with every result."""
     found: dict[str, Any] = {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -168,7 +214,7 @@ def package_version(name: str) -> str | None:
 
 @functools.cache
 def git_revision() -> str | None:
-    """Commit of the checkout the program runs from (`+` when files differ from it), or None outside a checkout."""
+    """Commit of the checkout that the program runs from (with `+` if files differ), or None outside a checkout."""
     folder = Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str:
@@ -179,7 +225,7 @@ def git_revision() -> str | None:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != folder:
-            return None  # installed inside somebody else's repository
+            return None  # installed inside another repository
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,6 +1,6 @@
 """What every training loop shares: steps, accumulation, checkpoints, exact resume, early stopping, stopping on signals.
 
-A loop stays in its stage and reads from top to bottom:
+The loop itself is in its stage and reads from top to bottom:
 
     for epoch in session.epochs():
         for batch in session.batches(loader(epoch, start=session.position.step), steps):
@@ -29,18 +29,12 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import LoopConfig
-from engine.checkpoints import (
-    load_checkpoint,
-    load_latest,
-    previous_of,
-    random_states,
-    restore_random_states,
-    save_checkpoint,
-)
+from engine.checkpoints import RollingCheckpoint, load_checkpoint, random_states, restore_random_states
 from engine.files import remove_stale_temporaries, sha256_json
+from engine.launch import launcher_died
 from engine.logs import MetricLog
 from engine.optim import Schedule, build_optimizer
-from engine.processes import Failed, Processes, parent_is_gone
+from engine.processes import Failed, Processes
 from engine.progress import progress_bar, say
 from engine.stopping import Stopped, StopRequest
 
@@ -51,7 +45,7 @@ _EXTRA = "_extra_state"
 
 @dataclass
 class Position:
-    """Where training stands; saved in every checkpoint. `step` counts batches done in the epoch in hand."""
+    """How far a training is; saved in every checkpoint. `step` counts the finished batches of the current epoch."""
 
     epoch: int = 0
     step: int = 0
@@ -66,13 +60,15 @@ class Position:
 class TrainingSession:
     """Drives one model's training inside one folder (`last.pt`, `best.pt`, `metrics.jsonl`, events).
 
-    `describe` is written into both checkpoints (plain values): what is needed to build the model again. Everything a
-    step depends on besides the batch is in `last.pt`, and batches depend on (seed, epoch, step) alone, so a run that is
-    stopped anywhere and started again computes what the uninterrupted one does, bit for bit on a CPU.
+    `describe` (plain values) is written into both checkpoints: what is needed to build the model again. Everything that
+    a step depends on besides its batch is in `last.pt`, and batches depend on (seed, epoch, step) alone, so a run that
+    is stopped anywhere and resumed computes what the uninterrupted one does, on a CPU bit for bit.
 
-    On several `processes` each passes `update` its part of the batch's mean loss: a sum over its own entries divided by
-    the count over all (`Processes.total`). The steps are then those of one process with the whole batch. `last.pt`
-    holds what each process needs of its own (random states, carried state).
+    With several ranks (`processes`), each passes `update` its part of the batch's mean loss: the sum over its own
+    entries divided by the count over all ranks (`Processes.total`). The steps then equal those of a single process with
+    the whole batch. `last.pt` also contains each rank's own random states and carried state.
+
+    `reads_late`: losses are read in groups, so that steps need not wait for the device; by default on GPUs.
     """
 
     def __init__(
@@ -87,38 +83,41 @@ class TrainingSession:
         accumulate_steps: int = 1,
         bar: bool = True,
         processes: Processes | None = None,
+        reads_late: bool | None = None,
     ) -> None:
         self.folder, self.accelerator, self.config, self.describe = folder, accelerator, config, describe
         optimizer = build_optimizer(groups, config.optim)
-        self.raw_model = model  # without distribution wrappers; Accelerate's way to it costs importing torch's compiler
-        # told where they go, Accelerate need not import torch.distributed.tensor (0.5 s) to find out
+        self.raw_model = model  # without DDP; Accelerate's `unwrap_model` would import torch's compiler
+        # with explicit placement Accelerate need not import torch.distributed.tensor (0.5 s)
         self.model, self.optimizer = accelerator.prepare(model, optimizer, device_placement=[True, True])
         self.schedule = Schedule(self.optimizer, config.schedule, config.epochs)
         self.log = MetricLog(folder, enabled=accelerator.is_main_process)
         self.position = Position()
+        self._last, self._best = RollingCheckpoint(folder / "last.pt"), RollingCheckpoint(folder / "best.pt")
         self.processes = Processes() if processes is None else processes
         self._stop, self._accumulate = stop, accumulate_steps
         self._bar_wanted = bar and self.processes.first
         self._sharing = False
         if not self.processes.first:
-            torch.manual_seed((torch.initial_seed() * 1_000_003 + self.processes.rank) % 2**63)  # dropout of its own
+            torch.manual_seed((torch.initial_seed() * 1_000_003 + self.processes.rank) % 2**63)  # its own dropout
         self._identity = sha256_json(describe)
         self._steps_in_epoch = 0
         self._name_batch: Callable[[], str] = lambda: ""
-        self._reads_late = self.processes.count == 1 and _works_behind(accelerator.device)
+        asynchronous = accelerator.device.type != "cpu" if reads_late is None else reads_late
+        self._reads_late = asynchronous and self.processes.count == 1
         self._unread: list[tuple[Tensor, Callable[[], str]]] = []
         self._saved_at = self._epoch_started_at = time.monotonic()
 
     # ------------------------------------------------------------------------------------------ resume
 
     def resume(self) -> bool:
-        """Go on from `last.pt` (or the one before it) where there is one; whether there was."""
+        """Resume from `last.pt` (or the previous one), if there is one; returns whether there was."""
         content = self.processes.from_first(self._latest)
         if content is None:
-            self.log.rewind(0, 0)  # what a start logged that was killed before its first checkpoint
+            self.log.rewind(0, 0)  # the log of a start that was killed before its first checkpoint
             return False
         if content["identity"] != self._identity:
-            raise UserError(f"{self.folder / 'last.pt'}: belongs to another configuration; delete the folder")
+            raise UserError(f"{self._last.path}: belongs to another configuration; delete the folder")
         own = self._own_part(content)
         self.raw_model.load_state_dict(content["model"] | own["extra"])
         self.optimizer.load_state_dict(content["optimizer"])
@@ -134,13 +133,13 @@ class TrainingSession:
 
     def _latest(self) -> dict[str, Any] | None:
         remove_stale_temporaries(self.folder)
-        return load_latest(self.folder / "last.pt")
+        return self._last.load()
 
     def _own_part(self, content: dict[str, Any]) -> dict[str, Any]:
-        """What `last.pt` holds for this process alone: random states and the model's extra state (carried state).
+        """What `last.pt` contains for this rank alone: random states and the model's extra state (carried state).
 
-        With another number of processes than it was written by, steps are the same but for what dropout draws; only
-        state that is carried from chunk to chunk stays with the processes that made it.
+        With another number of ranks than it was written with, the steps are the same except for dropout. State that is
+        carried from chunk to chunk cannot be divided among other ranks.
         """
         parts: list[dict[str, Any]] = [{"random": content["random"], "extra": {}}, *content.get("others", [])]
         count = self.processes.count
@@ -148,38 +147,37 @@ class TrainingSession:
             return parts[self.processes.rank]
         if any(state for part in (content["model"], *(other["extra"] for other in parts)) for state in _carried(part)):
             raise UserError(
-                f"{self.folder / 'last.pt'}: stopped inside a video by {len(parts)} process(es), whose carried state "
-                f"cannot be divided anew; go on with as many, not with {count}"
+                f"{self._last.path}: stopped inside a video on {len(parts)} process(es), whose carried state cannot be "
+                f"divided among {count}; resume with {len(parts)}"
             )
         if self.processes.first:
-            say(f"note: going on with {count} process(es) after {len(parts)}: the same steps, but dropout draws anew")
+            say(f"note: resuming with {count} process(es) after {len(parts)}: the same steps, but other dropout masks")
         return parts[self.processes.rank] if self.processes.rank < len(parts) else {"random": None, "extra": {}}
 
     def _keep_best_of_position(self) -> None:
-        """Undo a `best.pt` that was written just before the process was killed: `last.pt` knows nothing of it."""
-        best = self.folder / "best.pt"
-        before = previous_of(best)
-        if not before.exists():
+        """Undo a `best.pt` that was written just before the process was killed, after the `last.pt` resumed from."""
+        best, previous = self._best.path, self._best.previous
+        if not previous.exists():
             return
-        if self.position.best_epoch == _epoch_of(before) != _epoch_of(best):
-            os.replace(before, best)
+        if self.position.best_epoch == _epoch_of(previous) != _epoch_of(best):
+            os.replace(previous, best)
         else:
-            before.unlink()
+            previous.unlink()
 
     # ------------------------------------------------------------------------------------------ the loop
 
     def epochs(self) -> Iterator[int]:
-        """Numbers of the epochs still to run; ends early when the score has stopped rising."""
+        """The remaining epochs (from 0); ends early once the score has stopped rising."""
         try:
             while self.position.epoch < self.config.epochs and not self.position.finished:
                 yield self.position.epoch
             self.position.finished = True
-        finally:  # what checkpoints stand for is on the disk; if this fails, so did what ended the loop, which is told
+        finally:  # checkpoints are on the disk already; an error here would hide the one that ended the loop
             with suppress(UserError, OSError):
                 self.log.close()
 
     def batches(self, source: Iterable[Batch], steps_in_epoch: int) -> Iterator[Batch]:
-        """The epoch's remaining batches with progress; `source` starts at `position.step`."""
+        """The epoch's remaining batches with a progress bar; `source` starts at `position.step`."""
         self.model.train()
         self._steps_in_epoch = steps_in_epoch
         self._epoch_started_at = time.monotonic()
@@ -187,7 +185,7 @@ class TrainingSession:
         with progress_bar(
             steps_in_epoch, title, "step", initial=self.position.step, disable=not self._bar_wanted
         ) as bar:
-            for batch in self._agreed(source):
+            for batch in self._in_step(source):
                 self.stop_if_asked()
                 yield batch
                 bar.update(1)
@@ -195,7 +193,7 @@ class TrainingSession:
 
     @property
     def mean_loss(self) -> float:
-        """Mean loss over the epoch's steps so far, as far as they are read."""
+        """Mean loss over the epoch's steps so far, of those whose loss has been read."""
         return self.position.loss_sum / max(1, self.position.step - len(self._unread))
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -203,15 +201,15 @@ class TrainingSession:
         return self.accelerator.autocast()
 
     def gradient_sync(self) -> AbstractContextManager[Any]:
-        """Skip the exchange of gradients on all but a group's last batch (multi-process accumulation)."""
+        """Exchange gradients between ranks on a group's last batch only."""
         return nullcontext() if self._group_ends() else self.accelerator.no_sync(self.model)
 
     def update(self, loss: Tensor, name_batch: Callable[[], str] = lambda: "") -> None:
-        """Backward and, at the end of an accumulation group, an optimiser step.
+        """Backward pass and, at the end of an accumulation group, an optimiser step.
 
-        `loss` is the batch's mean loss (on several processes, this one's part of it). Raises UserError naming the batch
-        when it is not finite; `last.pt` then still holds the last good state. A GPU is not waited for at every step:
-        there the error may come up to `LOG_EVERY_STEPS` later, but before anything is saved.
+        `loss` is the batch's mean loss (with several ranks, this rank's part of it). Raises UserError naming the batch
+        if it is not finite; `last.pt` then still contains the last good state. Losses on a GPU are read in groups, so
+        that steps need not wait for it: the error may come up to `LOG_EVERY_STEPS` later, but before anything is saved.
         """
         self._name_batch = name_batch
         due = time.monotonic() - self._saved_at > 60 * self.config.checkpoint_minutes
@@ -222,7 +220,7 @@ class TrainingSession:
         else:
             value, save = self._value(loss, due, name_batch)
             self.position.loss_sum += value
-        parts = self.processes.count  # DistributedDataParallel takes the mean over processes, but parts add up
+        parts = self.processes.count  # DistributedDataParallel averages over ranks, but these parts are summed
         self.accelerator.backward((loss * parts if parts > 1 else loss) / self._group_size())
         ends = self._group_ends()
         if ends:
@@ -242,9 +240,9 @@ class TrainingSession:
             self._save_last()
 
     def finish_epoch(self, scores: dict[str, float | None], score: float | None) -> bool:
-        """Log the epoch, keep the best (more is better), write `last.pt`; whether this epoch was the best.
+        """Log the epoch, update `best.pt`, write `last.pt`; returns whether this epoch is the best so far.
 
-        Without a score (no validation videos) the last epoch counts as the best.
+        A higher score is better. Without a score (no validation videos) the last epoch counts as the best.
         """
         self._read_losses()
         self._require_finite_weights()
@@ -262,17 +260,17 @@ class TrainingSession:
         self.log.log("epoch", position.global_step, values)
         position.epoch, position.step, position.loss_sum = position.epoch + 1, 0, 0.0
         if better and self.accelerator.is_main_process:
-            save_checkpoint(self.folder / "best.pt", self._content(values), keep_previous=True)
+            self._best.save(self._content(values))
         self._save_last()
         if self.processes.first:
-            previous_of(self.folder / "best.pt").unlink(missing_ok=True)
+            self._best.previous.unlink(missing_ok=True)
         self._stop_together()
         return better
 
     def validate(self, work: Callable[[], Any]) -> list[Any]:
-        """What `work` gives on each process, in order, for its part of the validation data.
+        """The results of `work` on each rank, in rank order, for its share of the validation data.
 
-        A stop inside is saved as the end of the epoch's steps: resuming begins with validation.
+        A stop inside is saved as the end of the epoch's steps: resuming starts with validation.
         """
         self.processes.send_buffers(self.raw_model)
         self._sharing = self.processes.count > 1
@@ -285,31 +283,25 @@ class TrainingSession:
         finally:
             self._sharing = False
 
-    def load_best(self) -> dict[str, Any]:
-        """Put the best epoch's weights into the model; returns the checkpoint."""
-        content = load_checkpoint(self.folder / "best.pt")
-        self.raw_model.load_state_dict(content["model"])
-        return content
-
     def stop_if_asked(self) -> None:
-        """Save and raise Stopped where a signal came; between optimiser steps only, since half a group is not saved.
+        """Save and raise Stopped on a signal; between optimiser steps only, since half a group is not saved.
 
-        With several processes nothing is saved here: they stop together, between steps or at the end of validation.
+        With several ranks nothing is saved here: they stop together, between steps or at the end of validation.
         """
         if self.processes.count > 1:
             if self._sharing:
                 self._stop.raise_if_set()
             return
-        if self._stop and self.position.step % self._accumulate == 0:
+        if self._stop.poll() is not None and self.position.step % self._accumulate == 0:
             self._save_last()
             self._stop.raise_if_set()
 
     def _stop_together(self, problem: str | None = None) -> None:
-        """Stop all processes where a signal came to one of them, or where one has a problem that it names."""
+        """Stop all ranks if one has received a signal or has a problem, which it names."""
         if self.processes.count == 1:
             self.stop_if_asked()
             return
-        if parent_is_gone() and self._stop.number is None:
+        if launcher_died() and self._stop.number is None:
             self._stop.number = signal.SIGTERM
         asked = float(self._stop.number or 0)
         numbers, problems = self.processes.sums(asked, float(problem is not None))
@@ -319,27 +311,27 @@ class TrainingSession:
             self._save_last()
             raise Stopped(max(number or 0 for number in self.processes.gather(self._stop.number)))
 
-    def _agreed(self, source: Iterable[Batch]) -> Iterator[Batch]:
-        """The source's batches, each once every process has its own and nobody was asked to stop."""
+    def _in_step(self, source: Iterable[Batch]) -> Iterator[Batch]:
+        """The source's batches, each once every rank has its own and none has been asked to stop."""
         if self.processes.count == 1:
             yield from source
             return
-        waiting, end = iter(source), object()
+        remaining, end = iter(source), object()
         while True:
             problem, batch = None, end
             try:
-                batch = next(waiting, end)
+                batch = next(remaining, end)
             except UserError as error:
                 problem = str(error)
             if batch is end and problem is None:
-                return  # every process has as many
+                return  # every rank has the same number of batches
             self._stop_together(problem)
             yield batch  # type: ignore[misc]
 
     # ------------------------------------------------------------------------------------------ inside
 
     def _value(self, loss: Tensor, due: bool, name_batch: Callable[[], str]) -> tuple[float, float]:
-        """The step's loss over all processes, and whether the first one wants to save."""
+        """The step's loss over all ranks, and whether a checkpoint is due on rank 0 (0 or 1)."""
         own = float(loss.detach())
         value, save = self.processes.sums(own, float(due and self.processes.first))
         if not math.isfinite(value):
@@ -348,7 +340,7 @@ class TrainingSession:
         return value, save
 
     def _read_losses(self) -> float:
-        """Wait for the steps whose losses are not read yet, add them, and return the last one's."""
+        """Read and add up the losses that have not been read yet; returns that of the last step."""
         unread, self._unread = self._unread, []
         if not unread:
             return 0.0
@@ -361,21 +353,21 @@ class TrainingSession:
         return values[-1]
 
     def _require_finite_weights(self) -> None:
-        """Raise UserError before weights that nothing can be learned from any more become a checkpoint."""
+        """Raise UserError before non-finite weights are written to a checkpoint."""
         tensors = itertools.chain(self.raw_model.parameters(), self.raw_model.buffers())
         bad = not all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
-        if self.processes.sums(float(bad))[0]:  # running statistics may be one process's own
-            self._refuse("the weights are not finite any more after", self.position.step, self._name_batch())
+        if self.processes.sums(float(bad))[0]:  # running statistics may differ between ranks
+            self._refuse("the weights are no longer finite after", self.position.step, self._name_batch())
 
     def _refuse(self, what: str, step: int, batch: str) -> NoReturn:
         where = f"epoch {self.position.epoch + 1}, step {step}{f' ({batch})' if batch else ''}"
         raise Failed(
-            f"{self.folder}: {what} {where}; lower the learning rate or look at that input; "
+            f"{self.folder}: {what} {where}; lower the learning rate or check that input; "
             "the last good checkpoint is kept"
         )
 
     def _group_size(self) -> int:
-        """Batches in the accumulation group in hand; the epoch's last group may be smaller."""
+        """Batches in the current accumulation group; the epoch's last group may be smaller."""
         first = self.position.step - self.position.step % self._accumulate
         return min(self._accumulate, max(1, self._steps_in_epoch - first))
 
@@ -410,16 +402,11 @@ class TrainingSession:
             "random": own["random"],
             "others": others,
         }
-        save_checkpoint(self.folder / "last.pt", content, keep_previous=True)
-
-
-def _works_behind(device: torch.device) -> bool:
-    """Whether steps are only queued when their call returns, so that reading a number waits for all before it."""
-    return device.type != "cpu"
+        self._last.save(content)
 
 
 def _extra_state(model: nn.Module) -> dict[str, Any]:
-    """The entries of a state dict that modules add of their own (`get_extra_state`)."""
+    """The entries of a state dict that modules add by `get_extra_state`."""
     return {name: value for name, value in model.state_dict().items() if name.endswith(_EXTRA)}
 
 
@@ -436,7 +423,7 @@ def _epoch_of(best: Path) -> int | None:
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """The generator that orders an epoch: a function of seed and epoch alone, so that resume needs no history."""
+    """The generator that shuffles an epoch: a function of seed and epoch alone, so that resuming needs no history."""
     generator = torch.Generator()
     generator.manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return generator

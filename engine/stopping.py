@@ -1,4 +1,4 @@
-"""Signals that ask for the machine back: finish the step in hand, write `last.pt`, leave with a code that says why."""
+"""Signals that ask a process to stop: it finishes the step, writes `last.pt` and exits with a code that says why."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# EX_TEMPFAIL of sysexits.h: nothing is wrong, start again and it goes on. Ctrl-C keeps the shell's 130.
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command resumes. Ctrl-C keeps the shell's 130.
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))
 
 
 class Stopped(Exception):
-    """The work was asked to stop and has saved what it had; start the same command again to go on."""
+    """The work was asked to stop and has saved its state; the same command resumes it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -25,42 +25,40 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Remembers the first signal that came; loops look at it between steps.
+    """Remembers the first signal that arrived; loops poll it between steps.
 
-    `ask_others` is given this process's signal, if any, and returns it or that of another process of the same work.
+    `ask_others` takes this process's signal, if any, and returns it or that of another rank.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
         self.ask_others: Callable[[int | None], int | None] = lambda own: own
 
-    def __bool__(self) -> bool:
-        return self._look() is not None
-
-    def raise_if_set(self) -> None:
-        """Raise Stopped when a signal has come."""
-        number = self._look()
-        if number is not None:
-            raise Stopped(number)
-
-    def _look(self) -> int | None:
+    def poll(self) -> int | None:
+        """The first signal that this process or, as `ask_others` reports it, another rank received; otherwise None."""
         found = self.ask_others(self.number)
-        if found is not None and self.number is None:  # a signal may have come meanwhile
+        if found is not None and self.number is None:  # a signal may have arrived in the meantime
             self.number = found
         return self.number
+
+    def raise_if_set(self) -> None:
+        """Poll, and raise Stopped if a signal has arrived."""
+        number = self.poll()
+        if number is not None:
+            raise Stopped(number)
 
 
 @contextmanager
 def watch_signals(leaving: bool = False) -> Iterator[StopRequest]:
     """Catch SIGTERM, SIGUSR1 and SIGINT while the body runs.
 
-    They only set the yielded request: an exception raised by a handler can land in a library's destructor or weak
-    reference callback, where Python prints it and goes on. A second SIGINT raises KeyboardInterrupt all the same, for
-    those who cannot wait. Outside the main thread, where Python allows no handlers, nothing is caught.
+    The handlers only set the yielded request: an exception raised in a handler could surface in a library's destructor
+    or weak-reference callback, where Python prints and ignores it. A second SIGINT raises KeyboardInterrupt at once.
+    Outside the main thread, where Python allows no handlers, nothing is caught.
 
-    Afterwards signals do what they did before. With `leaving`, nothing but the process's end comes after the body, and
-    where that went well they are ignored: a process that has written its result must not end by a signal as if it had
-    not. One that was stopped keeps its exit code, too, when the same signal comes again.
+    Afterwards the previous handlers are restored. With `leaving`, the process exits after the body. If the body
+    succeeded, signals are ignored from then on, so that a process that has written its result does not exit as if
+    stopped; if it was stopped, a repeated signal does not change its exit code.
     """
     request = StopRequest()
     interrupted = False
@@ -82,7 +80,7 @@ def watch_signals(leaving: bool = False) -> Iterator[StopRequest]:
         if leaving:
             afterwards = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
     except Stopped:
-        if leaving:  # schedulers repeat themselves; Ctrl-C still ends a process that hangs at its end
+        if leaving:  # schedulers send signals repeatedly; Ctrl-C still ends a process that hangs while it exits
             afterwards |= {number: signal.SIG_IGN for number in STOP_SIGNALS if number != signal.SIGINT}
         raise
     finally:

@@ -16,7 +16,7 @@ from configs.schema import Config, DataSetSpec, HeadConfig, LstmHead, Preprocess
 from engine.checkpoints import load_foreign_state, save_checkpoint, save_foreign_weights
 from engine.files import read_json_object, sha256_file
 from engine.progress import say
-from engine.runs import RESULT_FILE, StageFolder
+from engine.runs import RESULT_FILE, StageFolder, StageIdentity, require_same_classes
 from features.dataset.phase_order import describe_order, parse_phase_order
 from features.frames.preprocess import require_preprocess_of
 from interop.mtrcnet_checkpoints import (
@@ -46,7 +46,6 @@ from stage2_temporal.joint.net import (
     describe_joint,
     joint_checkpoint,
     load_joint,
-    require_same_classes,
 )
 
 
@@ -226,9 +225,9 @@ def _write_run(run: Path, config: Config, net: JointNet, about: Mapping[str, Any
     if trained:
         raise UserError(f"{run / FOLDER / trained[0]}: this run has a trained joint net; choose another --name")
     content = {key: value for key, value in about.items() if key not in ("format", "identity", "scores")}
-    identity = {key: value for key, value in content.items() if key != "unused"}  # whose file `original` names
-    identity["weights_sha256"] = weights_sha256(net)
-    stage = StageFolder(run, f"{FOLDER}/{IMPORTED}", config, identity)
+    weights = weights_sha256(net)
+    named = {key: value for key, value in content.items() if key != "unused"}  # whose file `original` names
+    stage = StageFolder(run, f"{FOLDER}/{IMPORTED}", config, StageIdentity({**named, "weights_sha256": weights}))
     path = stage.path / "best.pt"
     found = stage.result
     if found is not None and path.is_file():
@@ -242,7 +241,7 @@ def _write_run(run: Path, config: Config, net: JointNet, about: Mapping[str, Any
             "step": IMPORTED,
             "checkpoint": str(path),
             "original": about["original"],
-            "weights_sha256": identity["weights_sha256"],
+            "weights_sha256": weights,
             "sentence": f"{path}; next: evaluate --model joint --name {run.name}",
         }
     )
@@ -280,7 +279,7 @@ def _order_of_export(
     if net.phase is None:
         return None
     spec: DataSetSpec = load_dataset(config.data.dataset)
-    require_same_classes(path, "phases", about["phases"], spec.phases, where=spec.name)
+    require_same_classes(path, "phases", about["phases"], spec.phases, spec.name)
     return parse_phase_order(phase_order, spec, str(file))
 
 

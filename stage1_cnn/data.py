@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from configs.errors import UserError
 from configs.schema import AugmentConfig, Config
+from engine.launch import available_cores
 from engine.pool import failure_reason, serve_parent
-from engine.processes import available_cores
 from engine.session import epoch_generator
 from engine.stopping import Stopped, StopRequest
 from features.dataset.index import Index, VideoEntry

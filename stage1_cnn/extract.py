@@ -32,11 +32,11 @@ from engine.files import (
     sha256_json,
     write_json,
 )
+from engine.launch import is_main_process
 from engine.memory import keep_freed_memory
 from engine.pool import Advance, VideoFault, processes_for, work_through
-from engine.processes import speaks
 from engine.progress import say
-from engine.runs import StageFolder
+from engine.runs import StageFolder, StageIdentity, settings_without
 from engine.stopping import StopRequest
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Index, VideoEntry
@@ -137,9 +137,9 @@ def extract(
     stage = StageFolder(run, STAGE, config, _identity(config, index)) if run and folder is None else None
     encoder = load_encoder(config, run, index.dataset.tools, trusted)
     target = folder or config.extract.store / encoder.spec.folder_name
-    _require_same_world(target, index, encoder.spec)
+    _require_compatible(target, index, encoder.spec)
     report = ExtractReport(target, left_out=index.left_out_records())
-    if speaks():
+    if is_main_process():
         say_left_out(index)
     jobs = _sort_out(config, index, root, target, encoder.spec, shard, report)
     if not jobs:
@@ -228,23 +228,25 @@ def _merged(parts: Sequence[Mapping[str, Any]], index: Index) -> dict[str, Any]:
     }
 
 
-def _identity(config: Config, index: Index) -> dict[str, Any]:
-    """Settings that a run's features depend on; the weights of a finetuned encoder are the run's own."""
+def _identity(config: Config, index: Index) -> StageIdentity:
+    """Settings that a run's features depend on; the weights of a fine-tuned encoder are the run's own."""
     chosen = config.extract
     initial = {
         "weights": weights_identity(config.cnn, config.runs),
         "zero_init_residual": config.cnn.zero_init_residual,
         "seed": config.seed,
     }
-    return {
-        "dataset": index.dataset.name,
-        "fps": config.data.fps,
-        "preprocess": config.preprocess.model_dump(mode="json"),
-        "backbone": config.cnn.backbone,
-        "extract": chosen.model_dump(mode="json", include={"encoder", "precision", "storage", "compile"}),
-        "initial": initial if chosen.encoder == "initial" else None,
-        "checkpoint_sha256": sha256_file(chosen.checkpoint) if chosen.checkpoint else None,
-    }
+    return StageIdentity(
+        {
+            "dataset": index.dataset.name,
+            "fps": config.data.fps,
+            "preprocess": settings_without(config.preprocess),
+            "backbone": config.cnn.backbone,
+            "extract": chosen.model_dump(mode="json", include={"encoder", "precision", "storage", "compile"}),
+            "initial": initial if chosen.encoder == "initial" else None,
+            "checkpoint_sha256": sha256_file(chosen.checkpoint) if chosen.checkpoint else None,
+        }
+    )
 
 
 def _result(report: ExtractReport, encoder: Encoder, shard: tuple[int, int]) -> dict[str, Any]:
@@ -264,8 +266,8 @@ def _result(report: ExtractReport, encoder: Encoder, shard: tuple[int, int]) -> 
     }
 
 
-def _require_same_world(folder: Path, index: Index, spec: EncoderSpec) -> None:
-    """A feature folder holds one data set and one encoder. Raises UserError where another one is there."""
+def _require_compatible(folder: Path, index: Index, spec: EncoderSpec) -> None:
+    """Raise UserError if a feature folder holds another data set or was made by another encoder."""
     if (folder / INDEX_FILE).exists():
         there = Index.load(folder / INDEX_FILE)
         if there.dataset.name != index.dataset.name:

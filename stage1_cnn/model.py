@@ -26,7 +26,7 @@ from configs.errors import UserError
 from configs.schema import CnnConfig, Config, DataSetSpec
 from engine.checkpoints import load_checkpoint, load_foreign_state
 from engine.files import sha256_file
-from engine.processes import speaks
+from engine.launch import is_main_process
 from engine.progress import say
 from stage1_cnn.encoders.weights import Found, describe_match, find_weights
 
@@ -179,7 +179,7 @@ def build_backbone(name: str, weights: str, seed: int, *, trusted: bool = False,
     known = weights == "imagenet" or weights.startswith("run:")
     tensors = load_foreign_state(path, trusted or known)
     found = _load_backbone(backbone, tensors, path)
-    if not known and speaks():
+    if not known and is_main_process():
         say(f"{path}: {describe_match(found, tensors, name)}")
     return backbone
 

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.schema import CnnConfig, Config
 from engine.device import make_accelerator, seed_everything
+from engine.launch import is_main_process
 from engine.logs import METRICS_FILE, read_metrics
-from engine.processes import Processes, join, one_process, speaks
+from engine.processes import Processes, join, one_process
 from engine.progress import progress_bar, say
-from engine.runs import StageFolder
+from engine.runs import StageFolder, StageIdentity, settings_without
 from engine.session import TrainingSession
 from engine.stopping import StopRequest
 from evaluation.metrics.tools import evaluate_tools
@@ -131,16 +132,15 @@ def train_cnn(
     return processes.from_first(lambda: stage.finish(summarise(stage.path, config, index, precision, train, val)))
 
 
-def identity(config: Config, index: Index) -> dict[str, Any]:
-    """Everything the numbers depend on: frames and labels (see `frames_identity`), settings, initial weights.
-
-    Loader processes and how often checkpoints are written are not part.
-    """
-    return {
-        **frames_identity(config, index),
-        "cnn": config.cnn.model_dump(mode="json", exclude={"weights", "workers", "checkpoint_minutes"}),
-        "weights": weights_identity(config.cnn, config.runs),
-    }
+def identity(config: Config, index: Index) -> StageIdentity:
+    """What the numbers depend on: frames and labels (see `frames_identity`), settings, initial weights."""
+    return StageIdentity(
+        {
+            **frames_identity(config, index),
+            "cnn": settings_without(config.cnn, "weights", "workers", "checkpoint_minutes"),
+            "weights": weights_identity(config.cnn, config.runs),
+        }
+    )
 
 
 def load_frames(config: Config, index: Index, root: Path) -> tuple[LabelledFrames, LabelledFrames]:
@@ -160,10 +160,10 @@ def load_frames(config: Config, index: Index, root: Path) -> tuple[LabelledFrame
         wanted = "tool or phase" if cnn.phase_head else "tool"
         hint = "" if cnn.phase_head else ", or set cnn.phase_head=true to train on phases"
         raise UserError(f"{config.data.index}: no training frame has a {wanted} label; add annotations{hint}")
-    if not len(val) and speaks():
+    if not len(val) and is_main_process():
         say("no labelled validation frames: every epoch is trained, and the last one counts as the best")
     sampled = sum(len(sampled_frames(entry, config.data.fps)) for entry in index.by_split("train"))
-    if len(train) < sampled and speaks():
+    if len(train) < sampled and is_main_process():
         say(f"note: {sampled - len(train):,} of {sampled:,} training frames have no label and are left out")
     return train, val
 

@@ -22,6 +22,7 @@ from configs.errors import UserError
 from configs.schema import SequenceConfig
 from engine.files import sha256_json
 from engine.progress import say
+from engine.runs import require_same_classes
 from engine.session import epoch_generator
 from features.dataset.index import Index
 from features.dataset.labels import unlabelled_note
@@ -349,7 +350,8 @@ def _check(folder: Path, videos: Mapping[str, VideoFeatures], phases: Sequence[s
     width: tuple[int, Any] | None = None
     for video_id, video in videos.items():
         path = feature_path(folder, video_id)
-        require_same_phases(video.attributes.get("phases"), phases, str(path), str(folder / INDEX_FILE))
+        if recorded := video.attributes.get("phases"):
+            require_same_classes(path, "phases", json.loads(recorded), phases, folder / INDEX_FILE)
         if len(video) and int(video.phase.max()) >= len(phases):
             raise FeatureFileError(
                 f"{path}: phase {int(video.phase.max())} at sample {int(video.phase.argmax())}, but "
@@ -361,15 +363,3 @@ def _check(folder: Path, videos: Mapping[str, VideoFeatures], phases: Sequence[s
             raise FeatureFileError(
                 f"{path}: features {found[0]} wide, {found[1]}; the others are {width[0]}, {width[1]}"
             )
-
-
-def require_same_phases(found: Any, expected: Sequence[str], where: str, other: str) -> None:
-    """Raise UserError unless two lists of phases are the same, in the same order. None (not recorded) passes."""
-    if found is None:
-        return
-    names = json.loads(found) if isinstance(found, str) else [str(name) for name in found]
-    if list(names) != list(expected):
-        raise UserError(
-            f"{where}: phases are {', '.join(names)}; {other} has {', '.join(expected)}: "
-            "names and order must be the same"
-        )

@@ -16,7 +16,7 @@ from configs.load import NO_KEYS, GivenKeys
 from configs.schema import Config
 from engine.files import make_folder, read_json_object, sha256_file, sha256_json, write_json
 from engine.progress import say
-from engine.runs import RESULT_FILE, update_summary
+from engine.runs import RESULT_FILE, StageIdentity, require_same_classes, update_summary
 from engine.stopping import StopRequest
 from evaluation.files.predictions import TOOLS_ALONE, write_prediction_csv, write_tool_csv
 from evaluation.files.truth import TRUTH_FILE, Truth, VideoTruth, is_simulated, write_truth
@@ -127,12 +127,12 @@ def evaluate_run(
     else:
         folder, index = _other_features(config, run, index_file, out / "features", features, stop)
     videos = _load(folder, index, split)
-    _require_same_world(about, folder, index, videos, temporal)
+    _require_compatible(about, folder, index, videos, temporal)
     say_left_out(index)
 
-    majority = _majority(temporal / "result.json")
+    majority = recorded_majority(temporal / RESULT_FILE, required=True)
     thresholds = _thresholds(folder, index)
-    identity = _identity(temporal, videos, index, split, inference, majority, thresholds)
+    identity = _identity(temporal, videos, index, split, inference, majority, thresholds).digest
     fps = float(next(iter(videos.values())).attributes["fps"])
     labels = {name: SampledLabels(v.frame_index, v.time_s, v.phase, v.tools) for name, v in videos.items()}
     truth = GroundTruth(index, split, fps, labels, known_root(config))
@@ -205,21 +205,13 @@ def _other_features(
     return report.folder, usable_index(report.folder)
 
 
-def _require_same_world(
+def _require_compatible(
     about: Mapping[str, Any], folder: Path, index: Index, videos: Mapping[str, VideoFeatures], temporal: Path
 ) -> None:
-    """Classes, their order and the encoder of the data are those the model was trained with."""
-    spec = index.dataset
-    if tuple(about["phases"]) != spec.phases:
-        raise UserError(
-            f"{temporal}: trained on phases {', '.join(about['phases'])}; "
-            f"{folder / INDEX_FILE} has {', '.join(spec.phases)}"
-        )
-    if about["tool_inputs"] and tuple(about["tool_inputs"]) != spec.tools:
-        raise UserError(
-            f"{temporal}: reads the logits of the tools {', '.join(about['tool_inputs'])}; "
-            f"{folder / INDEX_FILE} has {', '.join(spec.tools) or 'none'}"
-        )
+    """Raise UserError unless the data have the classes, in order, and the encoder that the model was trained with."""
+    require_same_classes(temporal, "phases", about["phases"], index.dataset.phases, folder / INDEX_FILE)
+    if about["tool_inputs"]:
+        require_same_classes(temporal, "tools", about["tool_inputs"], index.dataset.tools, folder / INDEX_FILE)
     found = require_one_encoder({folder / f"{n}.h5": v.attributes for n, v in videos.items()})
     if found == about["encoder_digest"]:
         return
@@ -238,9 +230,9 @@ def _identity(
     index: Index,
     split: str,
     inference: Inference | None,
-    majority: int,
+    majority: int | None,
     thresholds: Mapping[str, float] | None,
-) -> str:
+) -> StageIdentity:
     """What an evaluation depends on: both heads' weights, the features' encoder and sources, labels, the majority
     phase of training, thresholds (and through them the validation videos), and which videos are left out and why."""
     weights = [sha256_file(path) for path in (temporal / "best.pt", temporal / "frame" / "best.pt") if path.exists()]
@@ -252,7 +244,7 @@ def _identity(
         ]
         for name, video in videos.items()
     }
-    return sha256_json(
+    return StageIdentity(
         {
             "weights": weights,
             "videos": labels,
@@ -265,11 +257,15 @@ def _identity(
     )
 
 
-def _majority(result: Path) -> int:
-    """The training videos' longest phase, as the run noted it. Raises UserError where it did not."""
-    found = read_json_object(result).get("majority_phase")
-    if type(found) is not int:
-        raise UserError(f"{result}: damaged: says no majority phase; delete it and run train-temporal again")
+def recorded_majority(result: Path, required: bool = False) -> int | None:
+    """The most frequent phase of the training videos as the training's `result.json` records it.
+
+    None where it records none (imported nets, nets for tools alone). Raises UserError if the file is damaged, and if a
+    `required` phase is missing.
+    """
+    found = read_json_object(result).get("majority_phase") if required or result.exists() else None
+    if type(found) is not int and (required or found is not None):
+        raise UserError(f"{result}: damaged: records no majority phase; delete it and run the training again")
     return found
 
 

@@ -23,7 +23,7 @@ from engine.device import choose_device, choose_precision, lower_precision
 from engine.files import NoRoomError, atomic_path, inside, make_folder, read_json, sha256_file, write_json
 from engine.pool import VIDEO_ERRORS, failure_reason
 from engine.progress import progress_bar, say
-from engine.runs import package_version
+from engine.runs import package_version, require_same_classes
 from engine.stopping import StopRequest
 from evaluation.files.predictions import write_prediction_csv
 from evaluation.metrics.tools import sigmoid
@@ -41,7 +41,7 @@ from stage1_cnn.extract import crop_batches
 from stage1_cnn.model import CHECKPOINT_STAGE
 from stage2_temporal.data import with_tool_logits
 from stage2_temporal.heads.base import require_causal
-from stage2_temporal.joint.net import FOLDER, joint_checkpoint, load_joint, require_same_classes
+from stage2_temporal.joint.net import FOLDER, joint_checkpoint, load_joint
 from stage2_temporal.model import PhaseModel
 from stage2_temporal.predict import Inference, OnlinePredictor, chosen_inference, load_temporal, other_encoder
 

@@ -29,9 +29,10 @@ from engine.logs import METRICS_FILE, read_metrics
 from engine.memory import give_back_freed_memory
 from engine.processes import Processes, join, one_process
 from engine.progress import progress_bar, say
-from engine.runs import StageFolder
+from engine.runs import ABSENT, StageFolder, StageIdentity, require_same_classes, settings_without
 from engine.session import TrainingSession
 from engine.stopping import StopRequest
+from evaluation.metrics.phases import majority_phase
 from features.dataset.catalogue import say_left_out
 from features.frames.preprocess import require_features_of
 from stage2_temporal.data import (
@@ -41,7 +42,6 @@ from stage2_temporal.data import (
     TrainingData,
     epoch_batches,
     read_training_data,
-    require_same_phases,
 )
 from stage2_temporal.heads.base import build_head, detach_state, first_rows
 from stage2_temporal.heads.recurrent import LstmHead
@@ -80,7 +80,7 @@ def train_temporal(
     data = data.with_tool_logits() if config.temporal.tool_logits else data
     if processes.first:
         say_left_out(data.index)
-    stage = StageFolder(run, "temporal", config, _identity(config, data), later={"sources_sha256"})
+    stage = StageFolder(run, "temporal", config, _identity(config, data))
     finished = processes.from_first(lambda: stage.result)
     if finished is not None:
         return finished | {"left_out": data.index.left_out_records()}
@@ -96,14 +96,14 @@ def train_temporal(
     if config.temporal.baseline:
         linear = schema.LinearHead(name="linear")
         frame = train_head(stage.path / FRAME_FOLDER, linear, config, data, constants, accelerator, stop, processes)
-    majority, majority_accuracy = _majority(data)
+    majority = majority_phase([data.truth_of(span).cpu().numpy() for span in data.train])
     result = {
         "score": SCORE,
         **outcome,
         "frame": frame,
         "majority_phase": majority,
         "majority_name": data.phases[majority],
-        "majority_val_accuracy": majority_accuracy,
+        "majority_val_accuracy": _constant_accuracy(data, majority),
         "train_videos": len(data.train),
         "train_frames": _labelled_frames(data.bank, data.train),
         "val_videos": len(data.val),
@@ -264,13 +264,12 @@ def _labelled_frames(bank: FeatureBank, spans: Sequence[Span]) -> int:
     return sum(int((bank.phase_of(span) != NO_LABEL).sum()) for span in spans)
 
 
-def _majority(data: TrainingData) -> tuple[int, float | None]:
-    """The most frequent phase of the training videos, and the `SCORE` of always saying it."""
-    phase = int(count_phases(data.bank, data.train, len(data.phases)).argmax())
+def _constant_accuracy(data: TrainingData, phase: int) -> float | None:
+    """`SCORE` of always predicting `phase`; None without validation videos."""
     if not data.val:
-        return phase, None
+        return None
     always = [torch.full((span.frames,), phase) for span in data.val]
-    return phase, statistics.fmean(_accuracies(data, data.val, always))
+    return statistics.fmean(_accuracies(data, data.val, always))
 
 
 def _constants(config: Config, data: TrainingData) -> tuple[Tensor, Tensor]:
@@ -323,7 +322,7 @@ def _start_weights(path: Path, head: schema.HeadSettings, data: TrainingData) ->
     from stage2_temporal.joint.net import phase_model_of
 
     model, about = phase_model_of(path)
-    require_same_phases(about["phases"], data.phases, str(path), "the features' index")
+    require_same_classes(path, "phases", about["phases"], data.phases, "the features' index")
     changed = differences(about["head"], head.model_dump(mode="json"))
     if changed:
         raise UserError(f"{path}: another head than temporal.head ({'; '.join(changed)}); set temporal.head to it")
@@ -334,23 +333,24 @@ def _start_weights(path: Path, head: schema.HeadSettings, data: TrainingData) ->
     return model.state_dict()
 
 
-def _identity(config: Config, data: TrainingData) -> dict[str, Any]:
-    """Everything that the numbers of this stage depend on."""
-    start = config.temporal.start_from
-    scored = {} if data.scored is None else {"scored_sha256": sha256(data.scored.numpy().tobytes()).hexdigest()}
-    return {
-        "seed": config.seed,
-        "temporal": config.temporal.model_dump(mode="json", exclude={"start_from"}),
-        "start_sha256": sha256_file(start) if start is not None and start.is_file() else None,
-        "encoder_digest": data.encoder_digest,
-        "dataset": data.dataset,
-        "phases": list(data.phases),
-        "split": data.split,
-        "labels_sha256": data.labels_sha256,
-        "sources_sha256": data.sources_sha256,
-        **({"sampled": "by time"} if data.by_time else {}),  # earlier versions took other frames there
-        **scored,
-    }
+def _identity(config: Config, data: TrainingData) -> StageIdentity:
+    start, scored = config.temporal.start_from, data.scored
+    return StageIdentity(
+        {
+            "seed": config.seed,
+            "temporal": settings_without(config.temporal, "start_from"),
+            "start_sha256": sha256_file(start) if start is not None and start.is_file() else None,
+            "encoder_digest": data.encoder_digest,
+            "dataset": data.dataset,
+            "phases": list(data.phases),
+            "split": data.split,
+            "labels_sha256": data.labels_sha256,
+            "sources_sha256": data.sources_sha256,
+            "sampled": "by time" if data.by_time else ABSENT,  # earlier versions took other frames there
+            "scored_sha256": ABSENT if scored is None else sha256(scored.numpy().tobytes()).hexdigest(),
+        },
+        later={"sources_sha256"},
+    )
 
 
 def _describe(head: schema.HeadSettings, config: Config, data: TrainingData) -> dict[str, Any]:

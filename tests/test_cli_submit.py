@@ -32,7 +32,7 @@ def test_a_dry_run_prints_the_script_and_apart_from_it_the_command(tmp_path: Pat
 def test_the_stage_s_devices_are_started_by_the_job_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     started = []
-    monkeypatch.setattr("engine.processes.run_copies", lambda *words: started.append(words))
+    monkeypatch.setattr("engine.launch.run_copies", lambda *words: started.append(words))
     done = submit("train-cnn", "--dry-run", "--", "--devices", "2")
     assert done.exit_code == 0, done.output
     assert "pipeline.py train-cnn --devices 2\n" in done.stderr

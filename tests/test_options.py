@@ -69,7 +69,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
     for mode in MODES:
         if mode.command != "submit":
             note_work(monkeypatch, noted, mode)
-    replace(monkeypatch, "engine.processes", "run_copies", noted.noting("run_copies", end=True))
+    replace(monkeypatch, "engine.launch", "run_copies", noted.noting("run_copies", end=True))
     replace(monkeypatch, "engine.processes", "join", lambda *_: SimpleNamespace(each=lambda work: work()))
     replace(monkeypatch, "features.dataset.catalogue", "open_dataset", lambda config: (config.data, "root"))
     replace(monkeypatch, "features.store", "find_feature_folder", lambda *where: where)

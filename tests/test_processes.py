@@ -268,7 +268,7 @@ def test_another_number_of_processes_goes_on_between_videos(bench: Path) -> None
     running.send_signal(signal.SIGTERM)
     code, said = ended(running)
     assert code == 75, said
-    assert "note: going on with 1 process(es) after 2" in alone(temporal(bench, "fewer", sequence, 40))
+    assert "note: resuming with 1 process(es) after 2" in alone(temporal(bench, "fewer", sequence, 40))
     alone(temporal(bench, "never-two", sequence, 40))
     assert_same_losses(*(bench / "runs" / name / "temporal" for name in ("never-two", "fewer")))
 
@@ -284,7 +284,7 @@ def test_a_mistake_is_said_once(bench: Path) -> None:
 def test_other_commands_refuse_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("engine.processes.may_tell", lambda problem: True)  # there is nobody to ask
+    monkeypatch.setattr("engine.processes.is_reporting_rank", lambda problem: True)  # there is nobody to ask
     said = alone(["config", "show"], code=2)
     assert "error: config runs as one process, and a launcher has started 2" in said
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from configs.errors import one_line, printable
-from engine.processes import permitted_cores
+from engine.launch import permitted_cores
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement

@@ -82,6 +82,18 @@ def unavailable_conventions(phases: Sequence[str], fps: float | None = 1.0) -> d
     return {name: reason for name, reason in reasons.items() if reason}
 
 
+def majority_phase(tracks: Sequence[NDArray[Any]]) -> int:
+    """The phase with most labelled frames in `tracks` ((T,) ids, -1 = no label); the lowest id on a tie.
+
+    Raises UserError if no frame has a label.
+    """
+    labels = np.concatenate([np.empty(0, np.int64), *tracks])
+    labels = labels[labels >= 0]
+    if not labels.size:
+        raise UserError("no training video has phase labels, so there is no majority phase; check the split")
+    return int(np.bincount(labels).argmax())
+
+
 def chosen_conventions(conventions: Sequence[str] | None, phases: Sequence[str], fps: float | None) -> list[str]:
     """The conventions asked for, checked; all that can be computed for `phases` at `fps` where None is asked for."""
     unavailable = unavailable_conventions(phases, fps)

@@ -26,10 +26,11 @@ from engine.files import (
     sha256_ends,
     sha256_file,
 )
+from engine.launch import is_main_process
 from engine.pool import Advance, VideoFault, choose_processes, work_through
-from engine.processes import Processes, speaks
+from engine.processes import Processes
 from engine.progress import say
-from engine.runs import IDENTITY_FILE
+from engine.runs import ABSENT, IDENTITY_FILE
 from engine.stopping import StopRequest
 from features.dataset.frame_folders import frame_folder, scan_folder
 from features.dataset.index import Index, VideoEntry
@@ -188,16 +189,17 @@ def frame_batches(frames: Iterable[NDArray[np.uint8]], batch_frames: int) -> Ite
 def frames_identity(config: Config, index: Index) -> dict[str, Any]:
     """What training on frames depends on besides its net: settings, labels, sources and splits of the videos used.
 
-    Paths, the reader (readers are bit-identical) and a lossless cache's codec are not part of it. Videos that this
-    training could not read are (`recorded_faults` reads them back); those that were never indexed are not.
+    Fields of a `StageIdentity`. Paths, the reader (readers are bit-identical) and a lossless cache's codec are not part
+    of it. Videos that this training could not read are (`recorded_faults` reads them back); those that were never
+    indexed are not.
     """
     used = index.model_copy(update={"videos": (*index.by_split("train"), *index.by_split("val"))})
     fps = config.data.fps
     by_time = not all(in_whole_steps(video, fps, sampled_frames(video, fps)) for video in used.videos)
     faults = {video.id: {"reason": video.reason, "source": video.source} for video in index.left_out if video.source}
     return {
-        **({"left_out": faults} if faults else {}),
-        **({"sampled": "by time"} if by_time else {}),  # earlier versions sampled other frames there
+        "left_out": faults or ABSENT,
+        "sampled": "by time" if by_time else ABSENT,  # earlier versions sampled other frames there
         "seed": config.seed,
         "videos_sha256": used.digest(),
         "fps": fps,
@@ -235,7 +237,7 @@ def recorded_faults(folder: Path, index: Index) -> list[tuple[str, str]]:
         for entry in index.videos
         if entry.id in left_out and left_out[entry.id]["source"] == entry.sha256_ends
     ]
-    if found and speaks():
+    if found and is_main_process():
         say(f"{folder}: was started without {len(found)} of these videos; another --name tries them again")
     return found
 

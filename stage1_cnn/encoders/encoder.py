@@ -16,7 +16,7 @@ from configs.schema import Config, PreprocessConfig
 from engine import onednn
 from engine.device import DTYPES, choose_device, choose_precision, lower_precision
 from engine.progress import say
-from engine.runs import RESULT_FILE
+from engine.runs import RESULT_FILE, require_same_classes
 from features.frames.preprocess import crop_frames, normalise, preprocess_json
 from features.store import EncoderSpec
 from stage1_cnn.encoders.folding import fold_batch_norm
@@ -130,11 +130,7 @@ def _load_checkpoint(config: Config, path: Path, tools: Sequence[str]) -> Encode
 def _require_fitting(path: Path, meta: Mapping[str, Any], config: Config, tools: Sequence[str]) -> None:
     if meta["backbone"] != config.cnn.backbone:
         raise UserError(f"{path}: holds {meta['backbone']}, but cnn.backbone={config.cnn.backbone}")
-    if tuple(meta["tools"]) != tuple(tools):
-        raise UserError(
-            f"{path}: trained on the tools {', '.join(meta['tools']) or 'none'}; the index has "
-            f"{', '.join(tools) or 'none'}"
-        )
+    require_same_classes(path, "tools", meta["tools"], tools)
 
 
 def _load_finetuned(config: Config, run: Path | None, tools: Sequence[str]) -> ToolNet:

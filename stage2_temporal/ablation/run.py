@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,10 +27,10 @@ from configs.load import differences, keys_given, load_ablation, load_config, to
 from configs.schema import FEATURE_KEYS, AblationConfig, Config
 from engine.device import choose_device, cpu_threads
 from engine.files import read_json_object, sha256_json, sole_worker, write_text
+from engine.launch import available_cores
 from engine.pool import Advance, choose_processes, work_through
-from engine.processes import available_cores
 from engine.progress import no_bars, say
-from engine.runs import RESULT_FILE, StageFolder
+from engine.runs import ABSENT, RESULT_FILE, StageFolder, StageIdentity, settings_without
 from engine.stopping import StopRequest
 from evaluation.reports.ablation import (
     ABLATION_PAGE,
@@ -110,18 +111,18 @@ class UnitTask:
 
 
 class _StopWithParent(StopRequest):
-    """Asks the parent process, between steps, whether to stop."""
+    """Polls the parent process between steps."""
 
     def __init__(self, advance: Advance) -> None:
         super().__init__()
         self._advance = advance
 
-    def __bool__(self) -> bool:
+    def poll(self) -> int | None:
         try:
             self._advance(0)
-        except Exception:  # whatever the pool unwinds its jobs with; `raise_if_set` lets it through
-            return True
-        return False
+        except Exception:  # whatever the pool ends its jobs with; `raise_if_set` passes it on
+            return signal.SIGTERM
+        return None
 
     def raise_if_set(self) -> None:
         self._advance(0)
@@ -405,14 +406,15 @@ def _result(run: Path) -> dict[str, Any] | None:
 def _claim_folder(folder: Path, spec: AblationConfig, base: Config, shared: SharedFeatures) -> None:
     """Raise UserError where the folder holds another ablation. More budget is no other ablation."""
     data = shared.of(shared.base, False)
-    identity: dict[str, Any] = {
-        "ablation": spec.model_dump(mode="json", exclude={"budget", "title"}),
-        "temporal": base.temporal.model_dump(mode="json"),
-        "encoder_digest": data.encoder_digest,
-        "labels_sha256": data.labels_sha256,
-    }
-    if shared.others:
-        identity["other_features"] = sorted(shared.others.values())
+    identity = StageIdentity(
+        {
+            "ablation": settings_without(spec, "budget", "title"),
+            "temporal": settings_without(base.temporal),
+            "encoder_digest": data.encoder_digest,
+            "labels_sha256": data.labels_sha256,
+            "other_features": sorted(shared.others.values()) or ABSENT,
+        }
+    )
     StageFolder(folder.parent, folder.name, base, identity).open()
 
 

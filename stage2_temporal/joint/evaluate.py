@@ -15,7 +15,7 @@ from configs.schema import Config, PreprocessConfig
 from engine.device import choose_device, choose_precision, lower_precision
 from engine.files import read_json_object
 from engine.progress import say
-from engine.runs import IDENTITY_FILE, RESULT_FILE, update_summary
+from engine.runs import IDENTITY_FILE, RESULT_FILE, require_same_classes, update_summary
 from engine.stopping import StopRequest
 from evaluation.metrics.results import METRICS_FILE, Evaluation, JointDetails, ToolResults
 from evaluation.metrics.tools import choose_thresholds, evaluate_tools
@@ -30,10 +30,11 @@ from stage2_temporal.evaluate import (
     SampledLabels,
     labelled_scores,
     print_evaluation,
+    recorded_majority,
     score_and_write,
     summary_of,
 )
-from stage2_temporal.joint.net import IMPORTED, joint_checkpoint, load_joint, require_same_classes
+from stage2_temporal.joint.net import IMPORTED, joint_checkpoint, load_joint
 from stage2_temporal.joint.predict import LabelledVideo, Prediction, gap_nats, labelled_videos, predict_videos
 from stage2_temporal.predict import Inference, chosen_inference
 
@@ -61,7 +62,7 @@ def evaluate_joint(
     """
     path = joint_checkpoint(run)
     net, about = load_joint(path)
-    _require_same_world(path, about, index, config.data.fps)
+    _require_compatible(path, about, index, config.data.fps)
     preprocess = PreprocessConfig(**about["preprocess"])
     require_preprocess_of(preprocess, config, given, path, backbone=about["backbone"])
     config = config.model_copy(update={"preprocess": preprocess})
@@ -101,7 +102,7 @@ def evaluate_joint(
         truth,
         {"temporal": probabilities} if probabilities else {},
         {name: one.tools for name, one in found.items() if one.tools is not None},
-        majority=_majority(path),
+        majority=recorded_majority(path.parent / RESULT_FILE),
         thresholds=thresholds,
         joint=JointDetails(
             checkpoint=str(path),
@@ -148,7 +149,7 @@ def _folder_name(split: str, inference: str | None, config: Config) -> str:
     return "-".join(part for part in parts if part)
 
 
-def _require_same_world(path: Path, about: Mapping[str, Any], index: Index, fps: float) -> None:
+def _require_compatible(path: Path, about: Mapping[str, Any], index: Index, fps: float) -> None:
     spec = index.dataset
     require_same_classes(path, "phases", about["phases"], spec.phases)
     require_same_classes(path, "tools", about["tools"], spec.tools)
@@ -174,9 +175,3 @@ def _thresholds(
     found = predict([video for video in val if video.entry.id in labels]) if labels else {}
     known = labelled_scores(labels, {name: one.tools for name, one in found.items() if one.tools is not None})
     return choose_thresholds(*known, index.dataset.tools) if known else None
-
-
-def _majority(checkpoint: Path) -> int | None:
-    result = checkpoint.parent / RESULT_FILE
-    found = read_json_object(result).get("majority_phase") if result.exists() else None
-    return None if found is None else int(found)

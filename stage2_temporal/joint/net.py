@@ -27,6 +27,7 @@ from configs.load import differences
 from configs.schema import Config, DataSetSpec, HeadConfig, JointLossConfig, JointNetConfig
 from engine.checkpoints import load_checkpoint
 from engine.processes import one_process
+from engine.runs import require_same_classes
 from stage1_cnn.model import (
     Backbone,
     best_checkpoint,
@@ -236,17 +237,6 @@ def attach_joint(
                 f"{path}: its {name} does not fit the settings ({str(error).splitlines()[-1].strip()})"
             ) from error
     return about
-
-
-def require_same_classes(
-    path: Path, what: str, found: Sequence[str] | None, expected: Sequence[str], where: str = "the index"
-) -> None:
-    """Raise UserError unless a checkpoint's classes (`what`: tools or phases) are the index's, in the same order."""
-    if list(found or ()) != list(expected):
-        raise UserError(
-            f"{path}: trained on the {what} {', '.join(found or ()) or 'none'}; {where} has "
-            f"{', '.join(expected) or 'none'}"
-        )
 
 
 # ---------------------------------------------------------------------------------------------- loss

@@ -22,12 +22,14 @@ from configs.schema import Config, JointStepConfig
 from engine.checkpoints import load_checkpoint
 from engine.device import choose_device, choose_precision, make_accelerator, seed_everything
 from engine.files import sha256_file
+from engine.launch import is_main_process
 from engine.logs import METRICS_FILE, read_metrics
-from engine.processes import Processes, join, speaks
+from engine.processes import Processes, join
 from engine.progress import say
-from engine.runs import StageFolder
+from engine.runs import ABSENT, StageFolder, StageIdentity, settings_without
 from engine.session import TrainingSession
 from engine.stopping import StopRequest
+from evaluation.metrics.phases import majority_phase
 from evaluation.metrics.tools import evaluate_tools
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Index
@@ -157,11 +159,8 @@ def train_joint(
 
 def _stages(config: Config, run: Path, index: Index, files: Mapping[str, Path]) -> dict[str, StageFolder]:
     """The folder of each step, with everything that its numbers depend on."""
-    common = _identity(config, index, files)
-    return {
-        step: StageFolder(run, f"{FOLDER}/{step}", config, _step_identity(common, config, step))
-        for step in schedule(config)
-    }
+    identities = _identities(config, index, files)
+    return {step: StageFolder(run, f"{FOLDER}/{step}", config, identity) for step, identity in identities.items()}
 
 
 def _require_precisions(config: Config, stages: Mapping[str, StageFolder]) -> None:
@@ -209,7 +208,7 @@ def initial_net(config: Config, index: Index, start: Start, *, trusted: bool = F
 def _note_other_pictures(path: Path, preprocess: Mapping[str, Any], config: Config) -> None:
     """Another normalisation, above all, is rarely meant."""
     changed = differences(preprocess, config.preprocess.model_dump(mode="json"))
-    if changed and speaks():
+    if changed and is_main_process():
         say(f"note: {path} was trained on pictures prepared otherwise (preprocess: {'; '.join(changed)})")
 
 
@@ -243,11 +242,11 @@ def _load(config: Config, index: Index, root: Path) -> JointData:
         if tasks in (task, "both") and not (labels >= 0).any():
             raise UserError(f"{config.data.index}: no training frame has a {task} label; set joint.net.tasks")
     phases = {name: train.phase[train.video == number] for number, name in enumerate(train.videos)}
-    if tasks != "tool" and speaks():
+    if tasks != "tool" and is_main_process():
         for note in unlabelled_note(phases, "do not count in train"):
             say(note)
     val = labelled_videos(config, index, root, index.by_split("val"))
-    if not val and speaks():
+    if not val and is_main_process():
         say("no validation videos: every epoch is trained, and the last one counts as the best")
     return JointData(train, val, index, root)
 
@@ -426,37 +425,35 @@ _SCORE_NAMES = {
 # ---------------------------------------------------------------------------------------------- identity, result
 
 
-def _identity(config: Config, index: Index, files: Mapping[str, Path]) -> dict[str, Any]:
+def _identities(config: Config, index: Index, files: Mapping[str, Path]) -> dict[str, StageIdentity]:
+    """One per step, which depends on the steps before it too, and on the correlation only where it is computed."""
     joint = config.joint
-    return {
+    common = {
         **frames_identity(config, index),
         "backbone": config.cnn.backbone,
         "weights": weights_identity(config.cnn, config.runs),
         "zero_init_residual": config.cnn.zero_init_residual,
         "head": config.temporal.head.model_dump(mode="json"),
-        "joint": joint.model_dump(mode="json", exclude={"workers", *STEPS, "loss"}),
+        "joint": settings_without(joint, "workers", *STEPS, "loss"),
         # the first release rounded up to whole batches
-        **({"clips_counted": "exactly"} if (joint.clips_per_epoch or 0) % joint.sequence.batch else {}),
+        "clips_counted": "exactly" if (joint.clips_per_epoch or 0) % joint.sequence.batch else ABSENT,
         "tool_weight": joint.loss.tool_weight,
         "phase_frames": joint.loss.phase_frames,
         "start": {name: sha256_file(path) for name, path in files.items()},
     }
-
-
-def _step_identity(common: Mapping[str, Any], config: Config, step: str) -> dict[str, Any]:
-    """A step depends on the settings of those before it too, and on the correlation only where it is computed."""
-    steps = {}
-    for name, settings in schedule(config).items():
-        steps[name] = settings.model_dump(mode="json", exclude={"checkpoint_minutes"})
-        if name == step:
-            break
-    loss = config.joint.loss.model_dump(mode="json") if step == "correlation" else None
-    return {**common, "steps": steps, "correlation": loss}
+    found: dict[str, StageIdentity] = {}
+    steps: dict[str, Any] = {}
+    for step, settings in schedule(config).items():
+        steps[step] = settings_without(settings, "checkpoint_minutes")
+        loss = settings_without(joint.loss) if step == "correlation" else None
+        found[step] = StageIdentity({**common, "steps": dict(steps), "correlation": loss})
+    return found
 
 
 def _result(folder: Path, step: str, config: Config, data: JointData, net: JointNet) -> dict[str, Any]:
     best = load_checkpoint(folder / "best.pt")["scores"]
     epochs = read_metrics(folder / METRICS_FILE, "epoch")
+    has_phases = net.phases and (data.train.phase >= 0).any()
     result: dict[str, Any] = {
         "step": step,
         **{key: best.get(key) for key in _SCORE_NAMES},
@@ -467,7 +464,7 @@ def _result(folder: Path, step: str, config: Config, data: JointData, net: Joint
         "train_frames": len(data.train),
         "train_videos": len(data.train.videos),
         "val_videos": len(data.val),
-        "majority_phase": _majority(data.train, net.phases),
+        "majority_phase": majority_phase([data.train.phase]) if has_phases else None,
         "backbone": config.cnn.backbone,
         "weights_sha256": weights_sha256(net),
         "checkpoint": str(folder / "best.pt"),
@@ -482,8 +479,3 @@ def _result(folder: Path, step: str, config: Config, data: JointData, net: Joint
 
 def _finish(stage: StageFolder, step: str, config: Config, data: JointData, net: JointNet) -> dict[str, Any]:
     return stage.finish(_result(stage.path, step, config, data, net))
-
-
-def _majority(train: LabelledFrames, phases: int) -> int | None:
-    labelled = train.phase[train.phase >= 0]
-    return int(np.bincount(labelled, minlength=phases).argmax()) if phases and len(labelled) else None

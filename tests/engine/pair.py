@@ -14,7 +14,8 @@ from torch import nn
 from configs.errors import UserError
 from configs.schema import LoopConfig
 from engine.device import make_accelerator, seed_everything
-from engine.processes import Processes, join, speaks
+from engine.launch import is_main_process
+from engine.processes import Processes, join
 from engine.session import TrainingSession
 from engine.stopping import StopRequest, watch_signals
 from pipeline import Group
@@ -103,7 +104,7 @@ def mistake(folder: Path) -> None:
 @click.argument("folder", type=Path)
 def late(folder: Path) -> None:
     """The second process finds something wrong before they meet."""
-    if not speaks():
+    if not is_main_process():
         raise UserError("weights.pth: not on this machine; copy it there")
     join("cpu")
 

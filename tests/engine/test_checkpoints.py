@@ -20,10 +20,9 @@ import engine.checkpoints
 import engine.files
 from configs.errors import UserError
 from engine.checkpoints import (
+    RollingCheckpoint,
     load_checkpoint,
     load_foreign_state,
-    load_latest,
-    previous_of,
     random_states,
     restore_random_states,
     save_checkpoint,
@@ -33,18 +32,20 @@ from engine.checkpoints import (
 
 def test_round_trip_and_the_previous_one_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
+    rolling = RollingCheckpoint(path)
     for step in (1, 2):
-        save_checkpoint(path, {"model": {"w": torch.full((2,), float(step))}, "step": step}, keep_previous=True)
+        rolling.save({"model": {"w": torch.full((2,), float(step))}, "step": step})
     assert load_checkpoint(path)["step"] == 2
-    assert load_checkpoint(previous_of(path))["step"] == 1
+    assert load_checkpoint(rolling.previous)["step"] == 1
     assert sorted(os.listdir(tmp_path)) == ["last.pt", "last.pt.previous"]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "zero", "missing"])
 def test_a_damaged_last_checkpoint_falls_back_with_a_warning(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "last.pt"
+    rolling = RollingCheckpoint(path)
     for step in (1, 2):
-        save_checkpoint(path, {"w": torch.arange(5000.0), "step": step}, keep_previous=True)
+        rolling.save({"w": torch.arange(5000.0), "step": step})
     content = bytearray(path.read_bytes())
     if damage == "truncate":
         path.write_bytes(content[: len(content) // 2])
@@ -56,19 +57,20 @@ def test_a_damaged_last_checkpoint_falls_back_with_a_warning(tmp_path: Path, dam
     else:
         path.unlink()
     if damage == "missing":
-        latest = load_latest(path)
+        latest = rolling.load()
     else:
         with pytest.warns(UserWarning, match=r"last\.pt: damaged.*previous"):
-            latest = load_latest(path)
+            latest = rolling.load()
     assert latest is not None
     assert latest["step"] == 1
 
 
 def test_both_damaged_is_an_error_and_none_is_none(tmp_path: Path) -> None:
-    assert load_latest(tmp_path / "last.pt") is None
-    (tmp_path / "last.pt").write_bytes(b"junk")
+    rolling = RollingCheckpoint(tmp_path / "last.pt")
+    assert rolling.load() is None
+    rolling.path.write_bytes(b"junk")
     with pytest.raises(UserError, match="damaged or not a checkpoint"):
-        load_latest(tmp_path / "last.pt")
+        rolling.load()
 
 
 def test_a_damaged_checkpoint_never_takes_the_place_of_the_whole_one_before(
@@ -76,12 +78,13 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_whole_one_before(
 ) -> None:
     """Killed in the middle of the first save after a fall-back, there must still be one to go on from."""
     path = tmp_path / "last.pt"
+    rolling = RollingCheckpoint(path)
     for step in (1, 2):
-        save_checkpoint(path, {"step": step}, keep_previous=True)
+        rolling.save({"step": step})
     path.write_bytes(path.read_bytes()[:100])
-    monkeypatch.setattr(engine.checkpoints, "_whole", set())  # as in a new process
-    with pytest.warns(UserWarning, match="going on from"):
-        load_latest(path)
+    rolling = RollingCheckpoint(path)  # as in a new process
+    with pytest.warns(UserWarning, match="resuming from"):
+        rolling.load()
 
     def killed(source: Path, target: Path) -> None:
         if target == path:
@@ -91,9 +94,9 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_whole_one_before(
     replace = os.replace
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(path, {"step": 3}, keep_previous=True)
-    with pytest.warns(UserWarning, match="going on from"):
-        latest = load_latest(path)
+        rolling.save({"step": 3})
+    with pytest.warns(UserWarning, match="resuming from"):
+        latest = rolling.load()
     assert latest is not None
     assert latest["step"] == 1
 
@@ -102,8 +105,9 @@ def test_the_one_before_gives_way_only_to_one_that_is_on_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "last.pt"
+    rolling = RollingCheckpoint(path)
     for step in (1, 2):
-        save_checkpoint(path, {"step": step}, keep_previous=True)
+        rolling.save({"step": step})
 
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -111,16 +115,17 @@ def test_the_one_before_gives_way_only_to_one_that_is_on_the_disk(
     monkeypatch.setattr(engine.files, "fsync_file", full)  # where a network file system says that the disk is full
     monkeypatch.setattr(engine.checkpoints, "fsync_file", full)
     with pytest.raises(UserError, match="no room left"):
-        save_checkpoint(path, {"step": 3}, keep_previous=True)
-    assert [load_checkpoint(name)["step"] for name in (path, previous_of(path))] == [2, 1]
+        rolling.save({"step": 3})
+    assert [load_checkpoint(name)["step"] for name in (path, rolling.previous)] == [2, 1]
 
 
 def test_both_damaged_says_what_to_do(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
-    for name in (path, previous_of(path)):
+    rolling = RollingCheckpoint(path)
+    for name in (path, rolling.previous):
         name.write_bytes(b"")
     with pytest.warns(UserWarning, match=r"last\.pt: damaged"), pytest.raises(UserError) as caught:
-        load_latest(path)
+        rolling.load()
     assert re.fullmatch(
         r".*last\.pt\.previous: damaged.*; last\.pt is damaged too: delete both to train from the start",
         str(caught.value),
@@ -213,8 +218,8 @@ def test_files_of_other_kinds_are_called_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "packed.pth").write_bytes(gzip.compress(b"x" * 1000))
     for name, what in {
         "script.pt": r"script\.pt: a TorchScript archive, .* torch\.jit\.load where it was made",
-        "arrays.npz": r"arrays\.npz: a zip archive that is no checkpoint \(it holds w\.npy\)",
-        "packed.zip": r"packed\.zip: a zip archive that is no checkpoint \(it holds net\.pth\); unpack it",
+        "arrays.npz": r"arrays\.npz: a zip archive that is not a checkpoint \(it contains w\.npy\)",
+        "packed.zip": r"packed\.zip: a zip archive that is not a checkpoint \(it contains net\.pth\); unpack it",
         "pointer.pth": r"pointer\.pth: not a checkpoint but a Git LFS pointer",
         "packed.pth": r"packed\.pth: not a checkpoint but gzip-compressed",
     }.items():
@@ -304,9 +309,9 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "last.pt", {"step": 1})
     program = (
         "import resource, signal, sys, torch\nfrom pathlib import Path\n"
-        "from engine.checkpoints import save_checkpoint\n"
+        "from engine.checkpoints import RollingCheckpoint\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
-        "save_checkpoint(Path(sys.argv[1]), {'step': 2, 'w': torch.zeros(1_000_000)}, keep_previous=True)"
+        "RollingCheckpoint(Path(sys.argv[1])).save({'step': 2, 'w': torch.zeros(1_000_000)})"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "last.pt")], capture_output=True, text=True, check=False

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from configs.errors import UserError
+from engine.launch import available_cores
 from engine.pool import WORTH_A_PROCESS_FRAMES, Advance, choose_processes, work_through
-from engine.processes import available_cores
 from engine.stopping import Stopped, StopRequest
 from tests.cli import PROJECT, group_members
 

@@ -17,17 +17,16 @@ from hypothesis import strategies as st
 
 from configs.errors import UserError
 from engine.checkpoints import load_checkpoint
-from engine.processes import (
+from engine.launch import (
     Launch,
-    Processes,
     available_cores,
     first_host,
     launch,
-    lost_another,
     permitted_cores,
     run_copies,
-    speak_torchrun,
+    set_torchrun_variables,
 )
+from engine.processes import Processes, peer_died
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -58,16 +57,16 @@ def test_numbers_that_make_no_sense_are_one_line(rank: str) -> None:
 
 def test_a_task_of_srun_hears_what_torchrun_would_say() -> None:
     found = dict(TASK)
-    speak_torchrun(found)
+    set_torchrun_variables(found)
     assert found["MASTER_ADDR"] == "gpu07"
     assert 15000 <= int(found["MASTER_PORT"]) < 35000
     assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"], found["LOCAL_WORLD_SIZE"]) == ("5", "8", "1", "4")
     other = {**TASK, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "MASTER_ADDR": "10.0.0.1"}
-    speak_torchrun(other)
+    set_torchrun_variables(other)
     assert other["MASTER_PORT"] == found["MASTER_PORT"]
     assert other["MASTER_ADDR"] == "10.0.0.1"
     alone: dict[str, str] = {}
-    speak_torchrun(alone)
+    set_torchrun_variables(alone)
     assert not alone
 
 
@@ -94,7 +93,7 @@ def test_processes_that_share_a_machine_share_its_cores(monkeypatch: pytest.Monk
     assert available_cores({**torchrun, "LOCAL_WORLD_SIZE": "16"}) == 1
     assert available_cores({**torchrun, "LOCAL_WORLD_SIZE": "none"}) == 8
     task = dict(TASK)
-    speak_torchrun(task)
+    set_torchrun_variables(task)
     assert available_cores(task) == 8  # of its own
 
 
@@ -106,7 +105,7 @@ def test_copies_share_the_cores_that_they_may_run_on(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     program = (
         "import os, pathlib, sys; os.sched_getaffinity = lambda process: set(range(6))\n"
-        "from engine.processes import available_cores\n"
+        "from engine.launch import available_cores\n"
         "found = f\"{available_cores()} {os.environ['OMP_NUM_THREADS']}\"\n"
         "pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(found)"
     )
@@ -140,13 +139,13 @@ def test_one_process_imports_no_launcher() -> None:
 def test_only_what_the_exchange_says_is_a_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:
     gloo = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer")
     nccl = torch.distributed.DistBackendError("NCCL communicator was aborted")
-    assert not lost_another(gloo)  # there is no other
+    assert not peer_died(gloo)  # there is no other
     for name, value in TASK.items():
         monkeypatch.setenv(name, value)
-    assert lost_another(gloo)
-    assert lost_another(nccl)
-    assert not lost_another(RuntimeError("mat1 and mat2 shapes cannot be multiplied (NCCL or gloo or not)"))
-    assert not lost_another(ValueError("gloo/transport/"))
+    assert peer_died(gloo)
+    assert peer_died(nccl)
+    assert not peer_died(RuntimeError("mat1 and mat2 shapes cannot be multiplied (NCCL or gloo or not)"))
+    assert not peer_died(ValueError("gloo/transport/"))
 
 
 # ---------------------------------------------------------------------------------------------- two of them

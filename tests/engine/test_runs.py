@@ -9,29 +9,62 @@ import pytest
 
 from configs.errors import UserError
 from configs.schema import Config
-from engine.runs import SUMMARY_KEYS, StageFolder, environment, run_folder, update_summary
+from engine.runs import (
+    ABSENT,
+    SUMMARY_KEYS,
+    StageFolder,
+    StageIdentity,
+    environment,
+    require_same_classes,
+    run_folder,
+    update_summary,
+)
 
 
 def test_the_same_name_with_other_settings_is_refused_by_name_of_the_difference(tmp_path: Path) -> None:
-    StageFolder(tmp_path, "temporal", Config(), {"head": {"hidden": 512}, "seed": (1, 2)}).open()
-    StageFolder(tmp_path, "temporal", Config(), {"head": {"hidden": 512}, "seed": [1, 2]}).open()
+    StageFolder(tmp_path, "temporal", Config(), StageIdentity({"head": {"hidden": 512}, "seed": (1, 2)})).open()
+    StageFolder(tmp_path, "temporal", Config(), StageIdentity({"head": {"hidden": 512}, "seed": [1, 2]})).open()
     with pytest.raises(UserError, match=r"head\.hidden: 512 there, 256 now.*--name"):
-        StageFolder(tmp_path, "temporal", Config(), {"head": {"hidden": 256}, "seed": [1, 2]}).open()
+        StageFolder(tmp_path, "temporal", Config(), StageIdentity({"head": {"hidden": 256}, "seed": [1, 2]})).open()
     assert json.loads((tmp_path / "temporal" / "identity.json").read_text())["head"]["hidden"] == 512
 
 
 def test_a_result_counts_only_for_the_identity_it_was_made_with(tmp_path: Path) -> None:
-    stage = StageFolder(tmp_path, "cnn", Config(), {"seed": 1})
+    stage = StageFolder(tmp_path, "cnn", Config(), StageIdentity({"seed": 1}))
     stage.open()
     assert stage.result is None
     stage.finish({"map": 0.5})
     assert stage.result is not None
     assert stage.result["map"] == 0.5
-    assert StageFolder(tmp_path, "cnn", Config(), {"seed": 2}).result is None
+    assert StageFolder(tmp_path, "cnn", Config(), StageIdentity({"seed": 2})).result is None
+
+
+def test_a_field_that_came_later_changes_no_identity_that_it_does_not_concern(tmp_path: Path) -> None:
+    before = StageIdentity({"seed": 1})
+    assert StageIdentity({"seed": 1, "sampled": ABSENT}).digest == before.digest
+    StageFolder(tmp_path, "cnn", Config(), before).open()
+    now = StageIdentity({"seed": 1, "sources": "a"}, later={"sources"})
+    older, newer = StageFolder(tmp_path, "cnn", Config(), now), StageFolder(tmp_path, "new", Config(), now)
+    older.open()
+    newer.open()
+    assert (older.digest, newer.digest) == (before.digest, now.digest)
+    other = StageFolder(tmp_path, "new", Config(), StageIdentity({"seed": 1, "sources": "b"}, later={"sources"}))
+    with pytest.raises(UserError, match=r"sources: a there, b now"):
+        other.check()
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [(["b", "a"], "its tools are b, a; the index has a, b"), (None, "its tools are none; the index has a, b")],
+)
+def test_classes_must_be_the_same_in_the_same_order(found: list[str] | None, message: str) -> None:
+    require_same_classes(Path("x.h5"), "tools", ["a", "b"], ("a", "b"))
+    with pytest.raises(UserError, match=rf"^x\.h5: {message}: names and order must be the same$"):
+        require_same_classes(Path("x.h5"), "tools", found, ("a", "b"))
 
 
 def test_a_stage_folder_holds_settings_and_environment(tmp_path: Path) -> None:
-    StageFolder(tmp_path, "cnn", Config(), {}).open()
+    StageFolder(tmp_path, "cnn", Config(), StageIdentity({})).open()
     assert sorted(path.name for path in (tmp_path / "cnn").iterdir()) == [
         "config.yaml",
         "environment.json",

@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import engine.checkpoints
 import engine.session
 from configs.errors import UserError
 from configs.schema import LoopConfig, OptimConfig
-from engine.checkpoints import load_checkpoint, save_checkpoint
+from engine.checkpoints import RollingCheckpoint, load_checkpoint
 from engine.device import make_accelerator, seed_everything
 from engine.logs import read_metrics
 from engine.session import TrainingSession, epoch_generator
@@ -45,6 +44,7 @@ def train(
     poison: int | None = None,
     break_weights: tuple[int, float] | None = None,
     kill_after: int | None = None,
+    reads_late: bool = False,
 ) -> nn.Module:
     """A small regression with dropout (so that random states matter), stopped by a signal after `stop_after` steps."""
     seed_everything(3)
@@ -62,6 +62,7 @@ def train(
         stop,
         accumulate,
         bar=False,
+        reads_late=reads_late,
     )
     session.resume()
     steps = len(INPUTS) // batch
@@ -141,7 +142,7 @@ def test_a_crash_without_warning_resumes_from_the_last_checkpoint(tmp_path: Path
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_weights_that_are_not_finite_never_become_a_checkpoint(tmp_path: Path, value: float) -> None:
     """The last step of an epoch can break the weights with a loss that is finite still."""
-    with pytest.raises(UserError, match=r"weights are not finite any more after epoch 2, step 5 \(rows \[.*is kept"):
+    with pytest.raises(UserError, match=r"weights are no longer finite after epoch 2, step 5 \(rows \[.*is kept"):
         train(tmp_path, CONFIG, break_weights=(2 * STEPS, value))
     for name, epoch in (("last.pt", 1), ("best.pt", None)):
         content = load_checkpoint(tmp_path / name)
@@ -178,13 +179,15 @@ def test_an_epoch_that_was_logged_and_not_saved_is_logged_once(tmp_path: Path, m
     )  # fmt: skip
     train(whole, config)
 
-    def killed_at_best(path: Path, content: dict[str, Any], keep_previous: bool = False) -> None:
-        if path.name == "best.pt" and content["scores"]["epoch"] == 1:
+    save = RollingCheckpoint.save
+
+    def killed_at_best(checkpoint: RollingCheckpoint, content: dict[str, Any]) -> None:
+        if checkpoint.path.name == "best.pt" and content["scores"]["epoch"] == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        save_checkpoint(path, content, keep_previous)
+        save(checkpoint, content)
 
     with monkeypatch.context() as patched:
-        patched.setattr(engine.session, "save_checkpoint", killed_at_best)
+        patched.setattr(RollingCheckpoint, "save", killed_at_best)
         assert in_a_fork(lambda: train(killed, config)) == -signal.SIGKILL
     assert len(read_metrics(killed / "metrics.jsonl", "epoch")) == 2
     assert in_a_fork(lambda: train(killed, config)) == 0
@@ -203,8 +206,7 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path: Pat
     weights = load_checkpoint(path)["model"]["0.weight"].numpy().tobytes()
     content[content.index(weights) + 5] ^= 4
     path.write_bytes({"cut": content[:-300], "flip": content, "empty": b""}[damage])
-    engine.checkpoints._whole.clear()  # as in a new process
-    with pytest.warns(UserWarning, match=r"last\.pt: damaged.*; going on from last\.pt\.previous"):
+    with pytest.warns(UserWarning, match=r"last\.pt: damaged.*; resuming from last\.pt\.previous"):
         found = train(damaged, CONFIG).state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert log_without_times(whole) == log_without_times(damaged)
@@ -264,9 +266,9 @@ class Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def reads(folder: Path, config: LoopConfig) -> int:
+def reads(folder: Path, config: LoopConfig, late: bool) -> int:
     with Reads() as mode:
-        train(folder, config)
+        train(folder, config, reads_late=late)
     return mode.count
 
 
@@ -274,36 +276,30 @@ def test_a_gpu_is_not_waited_for_at_every_step(tmp_path: Path, monkeypatch: pyte
     """As on a GPU, here on a CPU: the same log, the same weights, none of the reads that each step has."""
     config = CONFIG.model_copy(update={"optim": OptimConfig(name="sgd", lr=1e-3)})
     monkeypatch.setattr(engine.session, "LOG_EVERY_STEPS", 3)
-    exact = reads(tmp_path / "exact", config)
-    monkeypatch.setattr(engine.session, "_works_behind", lambda device: True)
-    assert exact - reads(tmp_path / "late", config) == 3 * STEPS
+    assert reads(tmp_path / "exact", config, late=False) - reads(tmp_path / "late", config, late=True) == 3 * STEPS
     assert log_without_times(tmp_path / "exact") == log_without_times(tmp_path / "late")
     left, right = (load_checkpoint(tmp_path / name / "last.pt") for name in ("exact", "late"))
     assert left["position"] == right["position"]
     assert all(torch.equal(left["model"][name], right["model"][name]) for name in left["model"])
 
 
-def test_read_late_a_stopped_run_goes_on_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_late_a_stopped_run_resumes_the_same(tmp_path: Path) -> None:
     train(tmp_path / "exact", CONFIG)
-    monkeypatch.setattr(engine.session, "_works_behind", lambda device: True)
     for stop_after in (2, STEPS + 1):
         with pytest.raises(Stopped):
-            train(tmp_path / "late", CONFIG, stop_after=stop_after)
-    train(tmp_path / "late", CONFIG)
+            train(tmp_path / "late", CONFIG, stop_after=stop_after, reads_late=True)
+    train(tmp_path / "late", CONFIG, reads_late=True)
     assert log_without_times(tmp_path / "exact") == log_without_times(tmp_path / "late")
 
 
 @pytest.mark.parametrize("minutes", [20.0, 1e-9])
-def test_read_late_a_loss_that_is_not_finite_names_its_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float
-) -> None:
+def test_read_late_a_loss_that_is_not_finite_names_its_batch(tmp_path: Path, minutes: float) -> None:
     """Steps later, and yet before anything is saved that it has spoilt."""
     config = CONFIG.model_copy(update={"checkpoint_minutes": minutes})
     expected = tmp_path / "exact", tmp_path / "late"
     for folder in expected:
         with pytest.raises(UserError, match=r"loss is nan in epoch 2, step 2 \(rows \[.*lower the learning rate"):
-            train(folder, config, poison=STEPS + 1)
-        monkeypatch.setattr(engine.session, "_works_behind", lambda device: True)
+            train(folder, config, poison=STEPS + 1, reads_late=folder.name == "late")
     left, right = (load_checkpoint(folder / "last.pt") for folder in expected)
     assert left["position"] == right["position"]
     assert all(torch.equal(left["model"][name], right["model"][name]) for name in left["model"])

@@ -13,7 +13,7 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from engine.logs import MetricLog, read_metrics
-from engine.runs import StageFolder, update_summary
+from engine.runs import StageFolder, StageIdentity, update_summary
 from features.dataset.build import build_index
 from features.dataset.catalogue import print_summary
 from features.dataset.index import Index
@@ -103,7 +103,7 @@ def test_a_header_with_an_impossible_rate_is_a_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["[]", "3", '"text"', "null"])
 def test_a_result_that_is_no_object(tmp_path: Path, content: str) -> None:
     """AttributeError: a list has no `get`."""
-    stage = StageFolder(tmp_path, "cnn", Config(), {"a": 1})
+    stage = StageFolder(tmp_path, "cnn", Config(), StageIdentity({"a": 1}))
     stage.path.mkdir()
     for path, call in (
         (stage.path / "result.json", lambda: stage.result),

@@ -127,24 +127,17 @@ def make_world(base: Path, root: Path) -> World:
 
 
 class StopAfter(StopRequest):
-    """A signal that comes when somebody has asked `times` times whether one has come."""
+    """A signal that arrives after `times` polls."""
 
     def __init__(self, times: int) -> None:
         super().__init__()
         self.left = times
 
-    def _ask(self) -> None:
+    def poll(self) -> int | None:
         self.left -= 1
         if self.left < 0:
             self.number = signal.SIGTERM
-
-    def __bool__(self) -> bool:
-        self._ask()
-        return super().__bool__()
-
-    def raise_if_set(self) -> None:
-        self._ask()
-        super().raise_if_set()
+        return super().poll()
 
 
 def truncate(path: Path, share: float) -> None:

@@ -483,7 +483,7 @@ def test_checkpoints_of_something_else(world: World) -> None:
         dump(world, world.set(cnn={"backbone": "resnet18"}))
     index = world.index()
     swapped = index.model_copy(update={"dataset": index.dataset.model_copy(update={"tools": ("Hook", "Grasper")})})
-    with pytest.raises(UserError, match=r"trained on the tools Grasper, Hook; the index has Hook, Grasper"):
+    with pytest.raises(UserError, match=r"its tools are Grasper, Hook; the index has Hook, Grasper"):
         dump(world, world.config, index=swapped)
 
 

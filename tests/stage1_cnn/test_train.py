@@ -99,9 +99,9 @@ def test_what_changes_no_number_is_no_part_of_the_identity(world: World) -> None
 
 def test_frames_that_earlier_versions_took_otherwise_are_another_training(world: World) -> None:
     index = world.index()
-    assert "sampled" not in identity(world.config, index)  # every fifth of 25 fps, now as then
+    assert "sampled" not in identity(world.config, index).fields  # every fifth of 25 fps, now as then
     ntsc = tuple(entry.model_copy(update={"fps": 30000 / 1001}) for entry in index.videos)
-    assert identity(world.config, index.model_copy(update={"videos": ntsc}))["sampled"] == "by time"
+    assert identity(world.config, index.model_copy(update={"videos": ntsc})).fields["sampled"] == "by time"
 
 
 @pytest.mark.parametrize(("steps", "accumulate"), [(2, 1), (8, 1), (3, 2)])

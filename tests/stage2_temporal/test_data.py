@@ -254,7 +254,7 @@ def test_phases_in_another_order(tmp_path: Path) -> None:
     other = write_folder(tmp_path / "other", toy(), phases=("Early", "Late", "Middle"))
     (folder / "index.json").write_bytes((other / "index.json").read_bytes())
     with pytest.raises(
-        UserError, match=r"v0\.h5: phases are Early, Middle, Late; .*index\.json has Early, Late, Middle"
+        UserError, match=r"v0\.h5: its phases are Early, Middle, Late; .*index\.json has Early, Late, Middle"
     ):
         read_training_data(folder)
 

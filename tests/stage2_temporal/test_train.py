@@ -45,17 +45,17 @@ DROPOUT = {"head": {"name": "lstm", "hidden": 12, "layers": 2, "dropout": 0.4}}
 
 
 class StopAfter(StopRequest):
-    """As if SIGTERM came after the session has looked `times` times."""
+    """A SIGTERM that arrives after `times` polls."""
 
     def __init__(self, times: int) -> None:
         super().__init__()
         self.left = times
 
-    def __bool__(self) -> bool:
+    def poll(self) -> int | None:
         self.left -= 1
         if self.left < 0:
             self.number = int(signal.SIGTERM)
-        return super().__bool__()
+        return super().poll()
 
 
 def weights(folder: Path, which: str = "best.pt") -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, precision_r
 from configs.errors import UserError
 from evaluation.metrics.conventions import CONVENTIONS
 from evaluation.metrics.counts import NO_PREDICTION, PhasePair
-from evaluation.metrics.phases import unavailable_conventions
+from evaluation.metrics.phases import majority_phase, unavailable_conventions
 from evaluation.metrics.relaxed import CHOLEC80, relaxed_right, relaxed_window_frames
 from tests.evaluation.in_json import evaluate_phases
 
@@ -602,3 +602,11 @@ print(lines)
     project = Path(__file__).resolve().parents[3]
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=project)
     assert 0 < int(done.stdout) < 40 * 2455 / 2
+
+
+def test_majority_phase() -> None:
+    assert majority_phase([ids("AAB-"), ids("BB---")]) == 1
+    assert majority_phase([ids("BA")]) == 0
+    for tracks in ([ids("--")], []):
+        with pytest.raises(UserError, match="no training video has phase labels"):
+            majority_phase(tracks)

@@ -1,0 +1,182 @@
+"""How ranks are started: what launchers (torchrun, srun, `--devices`) set, and the launcher behind `--devices`."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from configs.errors import UserError
+
+GRACE_S = 30.0  # for ranks to end by themselves after one has failed, and again after SIGTERM
+FIRST_PORT, PORTS = 15000, 20000
+LAUNCHER_PID = "SURGSTAGE_LAUNCHER_PID"  # of the process that started this one with --devices
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # set by torchrun, and by --devices
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher sets: this process's rank, the world size, its rank on this machine."""
+
+    rank: int
+    count: int
+    local_rank: int
+
+
+def launch(environment: Mapping[str, str] | None = None) -> Launch:
+    """Ranks as torchrun (or `--devices`) or srun sets them; a single process if neither does.
+
+    `SLURM_STEP_NUM_TASKS` is set by srun only: a batch script outside its steps is one process, however many tasks it
+    requested. Raises UserError if the rank is not below the world size.
+    """
+    found = os.environ if environment is None else environment
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if not all(name in found for name in names):
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    if not all(name in found for name in names):
+        return Launch(0, 1, 0)
+    try:
+        rank, count, local = (int(found[name]) for name in names)
+    except ValueError:
+        rank, count, local = -1, 0, 0
+    if not 0 <= rank < count:
+        raise UserError(", ".join(f"{name}={found[name]}" for name in names) + ": not what a launcher sets; unset them")
+    return Launch(rank, count, local)
+
+
+def permitted_cores() -> int:
+    """Cores that this process may run on, shared with others or not."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_cores(environment: Mapping[str, str] | None = None) -> int:
+    """Cores for this process: those it may run on, divided by the number of ranks on this machine.
+
+    torchrun and `--devices` do not bind ranks to cores; srun gives each task cores of its own.
+    """
+    found = os.environ if environment is None else environment
+    beside = found.get("LOCAL_WORLD_SIZE", "1") if AGENT_STORE in found else "1"
+    return max(1, permitted_cores() // max(1, int(beside) if beside.isdecimal() else 1))
+
+
+def set_torchrun_variables(environment: MutableMapping[str, str] | None = None) -> None:
+    """Set the variables of torchrun in the environment of an srun task, for libraries that read them.
+
+    Every task computes the same address and port: the step's first machine, and a port that two jobs on one machine
+    are unlikely to share. Variables that are already set are kept (MASTER_ADDR, for a second network).
+    """
+    found = os.environ if environment is None else environment
+    here = launch(found)
+    if here.count == 1 or "RANK" in found:
+        return
+    job, step = (int(found.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    machines = int(found.get("SLURM_STEP_NUM_NODES", "1"))
+    variables = {
+        "MASTER_ADDR": first_host(found.get("SLURM_STEP_NODELIST", "localhost")),
+        "MASTER_PORT": str(FIRST_PORT + (job * 31 + step) % PORTS),
+        "RANK": str(here.rank),
+        "WORLD_SIZE": str(here.count),
+        "LOCAL_RANK": str(here.local_rank),
+        "LOCAL_WORLD_SIZE": str(-(-here.count // machines)),
+        "OMP_NUM_THREADS": found.get("SLURM_CPUS_PER_TASK", "1"),
+    }
+    for name, value in variables.items():
+        found.setdefault(name, value)
+
+
+def first_host(hosts: str) -> str:
+    """The first machine of a Slurm node list: `gpu[03-05,09],big1` gives gpu03."""
+    first = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\])?([^,\[]*)", hosts.strip())
+    assert first is not None  # every part may be empty
+    return first.group(1) + (first.group(2) or "") + first.group(3)
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0 (or the only process), which prints for all."""
+    try:
+        return launch().rank == 0
+    except UserError:
+        return True
+
+
+def launcher_died() -> bool:
+    """Whether the process that started this rank with `--devices` has died without a signal to it."""
+    return LAUNCHER_PID in os.environ and os.getppid() != int(os.environ[LAUNCHER_PID])
+
+
+def run_copies(command: list[str], count: int) -> int:
+    """Run `command` as `count` ranks on this machine and return the exit code that explains most.
+
+    Signals that arrive here are passed on to every rank. When a rank fails, the others have `GRACE_S` to end by
+    themselves, then get SIGTERM and at last SIGKILL. The returned code is 128 + the signal's number if a rank was
+    killed, otherwise the smallest of those that had failed when the first failure was noticed.
+    """
+    import torch.distributed as dist
+
+    from engine.stopping import STOP_SIGNALS
+
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # any free port
+    shared = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        AGENT_STORE: "True",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, permitted_cores() // count)),
+        LAUNCHER_PID: str(os.getpid()),
+    }
+    pending: list[int] = []
+    before = {number: signal.signal(number, lambda got, _: pending.append(got)) for number in STOP_SIGNALS}
+    ranks: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(count):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # a session of its own: Ctrl-C reaches it once, through this process
+            ranks.append(subprocess.Popen(command, env={**os.environ, **shared, **own}, start_new_session=True))
+        code = None
+        while code is None:
+            time.sleep(0.1)
+            while pending:
+                number = pending.pop(0)
+                for running in ranks:
+                    running.send_signal(number)
+            code = _exit_code(ranks)
+        return code
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            _end(ranks, number)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit_code(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """The exit code once all have ended well or one has failed; otherwise None."""
+    codes = [running.poll() for running in ranks]
+    failed = [code for code in codes if code]
+    if not failed:
+        return 0 if all(code == 0 for code in codes) else None
+    _wait(ranks, GRACE_S)  # the others notice, and end with the code that says why
+    own = min(failed, key=lambda code: (code > 0, code))  # a killed rank explains more than those that it ended
+    return 128 - own if own < 0 else own
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], timeout_s: float) -> None:
+    """Wait until all have ended, for at most `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    with suppress(subprocess.TimeoutExpired):
+        for running in ranks:
+            running.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _end(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    """Send a signal to what is left of the ranks and their own children, and wait for them."""
+    left = [running for running in ranks if running.poll() is None]
+    for running in left:
+        with suppress(ProcessLookupError):
+            os.killpg(running.pid, number)
+    _wait(left, GRACE_S)
