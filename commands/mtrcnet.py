@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -28,15 +29,7 @@ from configs.errors import UserError
 )
 @click.option("--into", "into_run", metavar="RUN", help="For a mapping alone: the run whose net it belongs to.")
 @options.TRUSTED
-def import_checkpoint(
-    file: Path,
-    settings: Settings,
-    phase_order: str | None,
-    normalisation: str | None,
-    variant: str | None,
-    into_run: str | None,
-    trusted: bool,
-) -> None:
+def import_checkpoint(file: Path, settings: Settings, into_run: str | None, **chosen: Any) -> None:
     """Turn a file of the MTRCNet programs into a run.
 
     FILE.pth becomes the run --name, which evaluate, extract and train-joint accept. Prints what the file contains and
@@ -46,8 +39,7 @@ def import_checkpoint(
 
     if settings.name is None:
         raise UserError("import-checkpoint: give the new run a name with --name RUN")
-    into = settings.other_run(into_run)
-    request = ImportRequest(file, phase_order, normalisation, variant, into, trusted, settings.given())
+    request = ImportRequest(file, into=settings.other_run(into_run), given=settings.given(), **chosen)
     click.echo(f"imported: {import_original(settings.config, settings.run(), request)['sentence']}")
 
 

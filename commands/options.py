@@ -67,8 +67,8 @@ INFERENCE = click.option(
 PHASE_ORDER = click.option(
     "--phase-order",
     metavar="ORDER",
-    help="Which phase is 0, 1, ... in a file of numbers: a name (mtrcnet, tf-cholec80), a file with one phase per "
-    "line, or comma-separated names. Never guessed: required where a file holds numbers.",
+    help="Which phase is 0, 1, ... in files of numbers: a name (mtrcnet, tf-cholec80), a file with one phase per line, "
+    "or comma-separated names.",
 )
 TRUSTED = click.option(
     "--trusted", is_flag=True, help="Vouch for third-party weights, which torch before 2.10 cannot load safely."
@@ -84,11 +84,7 @@ READING = (
     click.option(
         "--skip-first-row", is_flag=True, help="Leave out each video's first row, as the official script does."
     ),
-    click.option(
-        "--phase-order",
-        metavar="ORDER",
-        help="What ids and columns in the files mean: a name (mtrcnet, tf-cholec80), a file or a list.",
-    ),
+    PHASE_ORDER,
     click.option("--allow-missing", is_flag=True, help="Leave out videos that only one of the folders has."),
     click.option(
         "--background",

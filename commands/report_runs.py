@@ -1,4 +1,4 @@
-"""The `report` command: one HTML file of one run or several, with frames where truth and prediction part."""
+"""The `report` command: one HTML file of one run or several, with frames where prediction and annotation disagree."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def report_runs(
     figures: Path | None = None,
     thumbnails: bool = True,
 ) -> Path:
-    """Write the report of `runs` (evaluated before) to `out`, by default into the first run's folder; returns its path.
+    """Write the report of evaluated `runs` to `out`, by default into the first run's folder; returns its path.
 
-    `figures` names a folder for the same figures as PDF and PNG. Raises UserError where a run is not evaluated or runs
-    cannot stand side by side; videos that are not at hand only cost the thumbnails.
+    `figures` is a folder for the same figures as PDF and PNG. Raises UserError if a run is not evaluated or the runs
+    cannot be compared. If the videos are not available, the report only lacks the thumbnails.
     """
     from evaluation.reports.page import write_report
 
@@ -54,7 +54,7 @@ def report_runs(
 
 
 def with_thumbnails(report: Report, run: Path) -> Report:
-    """The report with frames of its worst videos, or with a sentence that says why there are none."""
+    """The report with frames of its worst videos, or with a note that says why there are none."""
     wanted = disagreements(report)
     if not wanted:
         return report
@@ -74,14 +74,14 @@ def with_thumbnails(report: Report, run: Path) -> Report:
 
 
 def _note(error: UserError) -> str:
-    return f"No frames are shown where the videos are not at hand: {error}"
+    return f"No frames are shown of videos that are not available: {error}"
 
 
 def _recordings(run: Path) -> tuple[Config, Index, Path]:
     """Settings, index and data root as the run's last stage had them."""
     files = sorted(run.rglob("config.yaml"), key=lambda path: path.stat().st_mtime)
     if not files:
-        raise UserError(f"{run}: holds no config.yaml, so it is not known where its videos are")
+        raise UserError(f"{run}: has no config.yaml, which names the place of its videos")
     config = load_config(files[-1])
     root = data_root(config)
     if config.data.index.exists():
@@ -96,17 +96,17 @@ def _read(
 
     entry = index.entry(video)
     if entry.sha256_ends != report.truth.videos[video].source:
-        raise UserError(f"{video}: the index has another recording of this name than the one that was evaluated")
+        raise UserError(f"{video}: the index has a different recording with this id than the evaluation")
     by_frame = {part.frame: part for part in parts}
     with open_source(config, entry, root, index) as reader:
-        pictures = list(reader.read(sorted(by_frame)))
-    return [Thumbnail(by_frame[f], jpeg(rgb)) for f, rgb in zip(sorted(by_frame), pictures, strict=True)]
+        images = list(reader.read(sorted(by_frame)))
+    return [Thumbnail(by_frame[f], jpeg(rgb)) for f, rgb in zip(sorted(by_frame), images, strict=True)]
 
 
 def jpeg(rgb: NDArray[np.uint8]) -> bytes:
     """A frame (H, W, 3) as a small JPEG."""
-    picture = Image.fromarray(rgb)
-    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    image = Image.fromarray(rgb)
+    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=75)
+    image.save(buffer, "JPEG", quality=75)
     return buffer.getvalue()

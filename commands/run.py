@@ -1,4 +1,4 @@
-"""All stages from one file of settings, in order, each skipped where its inputs have not changed."""
+"""All stages from one file of settings, in order; a stage whose inputs have not changed is skipped."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Value = TypeVar("Value")
 def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
     """index, train-cnn (unless features come from the initial backbone), extract, train-temporal, evaluate.
 
-    Returns the summary that `RUN/summary.json` holds: fractions on the test videos, seconds per stage, and what any
-    stage left out, with reasons. Seconds of a stage that had nothing to do stay those of the start that did the work.
-    Raises UserError at the first stage that cannot go on; what came before it is kept.
+    Returns the summary in `RUN/summary.json`: fractions on the test videos, seconds per stage, and the videos that any
+    stage left out, with reasons. A skipped stage keeps the seconds of the start that did its work. Raises UserError at
+    the first stage that fails, Stopped when asked to stop; the results of earlier stages are kept.
     """
     started = time.monotonic()
     _require_precisions(config, run)
@@ -58,12 +58,12 @@ def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
         say(line)
     for video in summary["left_out"]:
         say(f"left out: {video['id']}: {video['reason']}")
-    passed_over = [one.model_dump(mode="json") for one in index.passed_over]  # `index` has named them
+    passed_over = [one.model_dump(mode="json") for one in index.passed_over]  # `index` has reported them
     return {**summary, "left_out": [*summary["left_out"], *passed_over]}
 
 
 def _require_precisions(config: Config, run: Path) -> None:
-    """Raise UserError for a precision that a stage to come does not compute in here, before hours of work."""
+    """Raise UserError, before hours of work, if this device cannot compute a later stage in its precision."""
     device, cnn, extract, temporal = choose_device(config.device), config.cnn, config.extract, config.temporal
     if extract.encoder == "finetuned" and not _finished(run / "cnn"):
         choose_precision("cnn.precision", cnn.precision, device, training=True)
@@ -73,7 +73,7 @@ def _require_precisions(config: Config, run: Path) -> None:
 
 
 def closing_lines(run: Path, summary: Mapping[str, Any], now_s: float) -> list[str]:
-    """What was done, what it cost, where to look."""
+    """The lines that `run` ends with: results on the test videos, seconds per stage, where to look."""
 
     def percent(key: str) -> str:
         return "none" if summary[key] is None else f"{100 * summary[key]:.1f} %"
@@ -82,13 +82,13 @@ def closing_lines(run: Path, summary: Mapping[str, Any], now_s: float) -> list[s
     return [
         f"== {run.name}: {summary['test_videos']} test videos of {summary['dataset']}, split {summary['split']}",
         f"tools: mAP {percent('tool_map')}",
-        f"phases: accuracy {percent('phase_accuracy_temporal')} with time, {percent('phase_accuracy_frame')} frame by "
-        f"frame on the same features, {percent('phase_accuracy_majority')} always saying the longest phase; "
+        f"phases: accuracy {percent('phase_accuracy_temporal')} of stage two, {percent('phase_accuracy_frame')} of the "
+        f"per-frame head on the same features, {percent('phase_accuracy_majority')} of the most frequent phase alone; "
         f"F1 {percent('phase_f1_temporal')} ({summary['convention']})",
-        f"cost: {costs}; {now_s:.0f} s this time",
-        f"look at: {run / 'evaluate/test/ribbons.png'} (truth and predictions), {run / 'evaluate/test/metrics.json'} "
+        f"time: {costs}; {now_s:.0f} s in this start",
+        f"see: {run / 'evaluate/test/ribbons.png'} (truth and predictions), {run / 'evaluate/test/metrics.json'} "
         f"(every convention), {run / 'summary.json'}",
-        f"one page of it all: python pipeline.py report {run}",
+        f"HTML report: python pipeline.py report {run}",
     ]
 
 

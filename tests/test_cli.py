@@ -340,7 +340,7 @@ def test_extract_killed_and_started_again_leaves_the_same_files(workplace: Path,
 def test_the_report_of_a_run_opens_in_chromium(workplace: Path, chromium: Any) -> None:
     output = succeed(["report", "runs/tiny"], workplace)
     assert "report: runs/tiny/report.html" in output
-    assert "not at hand" not in output
+    assert "not available" not in output
     with Visit(chromium, workplace / "runs/tiny/report.html") as visit:
         visit.walk_through()
         assert visit.page.locator("h1").inner_text() == "tiny"

@@ -75,7 +75,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
     replace(monkeypatch, "features.store", "find_feature_folder", lambda *where: where)
     replace(monkeypatch, "stage2_temporal.joint.net", "joint_checkpoint", lambda run: run / "best.pt")
     replace(monkeypatch, "stage2_temporal.joint.train", "Start", lambda *runs: runs)
-    replace(monkeypatch, "interop.mtrcnet_runs", "ImportRequest", lambda *said: said)
+    replace(monkeypatch, "interop.mtrcnet_runs", "ImportRequest", lambda *said, **more: (said, more))
     replace(
         monkeypatch,
         "stage2_temporal.ablation.run",

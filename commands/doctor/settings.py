@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ _VERDICTS: dict[str, tuple[Level, str]] = {
     "FAIL": ("FAIL", "reinstall with `pip install -U av`"),
 }
 # Decoding runs in its own process, since a decoder may crash or hang.
-_DECODE = """
+DECODE = """
 import sys
 from pathlib import Path
 from commands.doctor.settings import compare_readers
@@ -37,7 +38,7 @@ def diagnose(load: Callable[[], Config]) -> Iterator[Finding]:
 
     Raises nothing. If the settings are wrong, the checks that need none run all the same.
     """
-    checks: tuple[tuple[str, Check], ...] = (("decoders", check_decoders),)
+    checks: list[tuple[str, Check]] = [("decoders", check_decoders)]
     try:
         config = load()
     except UserError as error:
@@ -46,43 +47,32 @@ def diagnose(load: Callable[[], Config]) -> Iterator[Finding]:
         yield Finding("FAIL", "settings", f"cannot be read ({type_and_text(error)})", "see the packages below")
     else:
         yield Finding("ok", "settings", "read")
-        checks = _checks(config)
+        of_settings = {"weights": check_weights, "data": check_data, "folders": check_folders}
+        checks += [(what, partial(check, config)) for what, check in of_settings.items()]
     for what, check in (*machine_checks(), *checks):
         yield from examined(what, check)
-
-
-def _checks(config: Config) -> tuple[tuple[str, Check], ...]:
-    def of(check: Callable[[Config], Iterable[Finding]]) -> Check:
-        return lambda: check(config)
-
-    return (
-        ("decoders", check_decoders),
-        ("weights", of(check_weights)),
-        ("data", of(check_data)),
-        ("folders", of(check_folders)),
-    )
 
 
 # ---------------------------------------------------------------------------------------------- decoders
 
 
-def check_decoders() -> Iterable[Finding]:
-    """Write a small video and read it with both readers, in a process that may take a minute."""
+def check_decoders(program: str = DECODE, limit_s: float = READER_LIMIT_S) -> Iterable[Finding]:
+    """Write a small video and read it with both readers, in a process that runs `program` for at most `limit_s`."""
     folder = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
     with tempfile.TemporaryDirectory(prefix="surgstage-doctor-") as place:
         try:
             done = subprocess.run(
-                [sys.executable, "-c", _DECODE, place],
+                [sys.executable, "-c", program, place],
                 env=environment,
                 capture_output=True,
                 text=True,
-                timeout=READER_LIMIT_S,
+                timeout=limit_s,
                 check=False,
             )
         except subprocess.TimeoutExpired:
             to_do = "set data.reader=pyav, or reinstall av and decord"
-            yield Finding("FAIL", "decoders", f"no frame within {READER_LIMIT_S:g} s", to_do)
+            yield Finding("FAIL", "decoders", f"no frame within {limit_s:g} s", to_do)
             return
     answer = (done.stdout.strip().splitlines() or [""])[-1]
     if done.returncode == 0 and answer:

@@ -226,12 +226,8 @@ def test_a_folder_that_cannot_be_accessed_is_named(monkeypatch: pytest.MonkeyPat
         ("import time; time.sleep(60)", "FAIL", "no frame within 1 s"),
     ],
 )
-def test_a_decoder_that_crashes_or_hangs_is_a_finding(
-    monkeypatch: pytest.MonkeyPatch, program: str, level: str, words: str
-) -> None:
-    monkeypatch.setattr(ours, "_DECODE", program)
-    monkeypatch.setattr(ours, "READER_LIMIT_S", 1.0 if "sleep" in program else 60.0)
-    finding = only(check_decoders())
+def test_a_decoder_that_crashes_or_hangs_is_a_finding(program: str, level: str, words: str) -> None:
+    finding = only(check_decoders(program, limit_s=1.0 if "sleep" in program else 60.0))
     assert (finding.level, words in finding.found) == (level, True), finding.line()
 
 

@@ -204,10 +204,10 @@ def test_videos_that_are_not_at_hand_cost_the_pictures_only(
 ) -> None:
     monkeypatch.delenv("SURGSTAGE_DATA", raising=False)
     report_runs(folders, out=tmp_path / "report.html")
-    assert "not at hand: no data root is set" in " ".join(capsys.readouterr().err.split())
-    assert "not at hand" in Page((tmp_path / "report.html").read_text()).text
+    assert "not available: no data root is set" in " ".join(capsys.readouterr().err.split())
+    assert "not available" in Page((tmp_path / "report.html").read_text()).text
     report_runs(folders, out=tmp_path / "report.html", thumbnails=False)
-    assert "not at hand" not in capsys.readouterr().err
+    assert "not available" not in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- missing parts, errors
