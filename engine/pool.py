@@ -117,7 +117,7 @@ def failure_reason(error: BaseException) -> str:
 def _in_processes(
     task: Task[AnyJob], jobs: Sequence[AnyJob], processes: int, stop: StopRequest, bar: Any
 ) -> Iterator[tuple[AnyJob, str | None]]:
-    """A broken pool does not tell whose process died: the videos that were in work are tried again, each alone."""
+    """A broken pool does not report whose process died: the videos that were in work are tried again, each alone."""
     waiting = list(jobs)
     while waiting:
         pool = _Pool(task, waiting, processes)

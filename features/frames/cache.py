@@ -50,7 +50,7 @@ _LOSSLESS: dict[str, dict[str, Any]] = {
     "webp": {"format": "WEBP", "lossless": True, "method": 0, "quality": 0},
 }
 # Upper estimates of a compressed frame's size as a fraction of its raw bytes, for the check of free disk space.
-_SHARE_LOSSLESS, _SHARE_JPEG = 0.5, 0.25
+_FRACTION_LOSSLESS, _FRACTION_JPEG = 0.5, 0.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +82,8 @@ class FrameCache:
 
     def estimate_bytes(self, frame_count: int) -> int:
         """Upper estimate of the disk space of `frame_count` frames, for material like Cholec80."""
-        share = _SHARE_LOSSLESS if self.config.codec in _LOSSLESS else _SHARE_JPEG
-        return int(frame_count * (3 * self.preprocess.resize_px**2 * share + 32)) + 64_000
+        fraction = _FRACTION_LOSSLESS if self.config.codec in _LOSSLESS else _FRACTION_JPEG
+        return int(frame_count * (3 * self.preprocess.resize_px**2 * fraction + 32)) + 64_000
 
     def find(self, request: CacheRequest, deep: bool = False) -> CachedFrames | None:
         """The video's frames if the cache holds all of them, from this source; otherwise None."""

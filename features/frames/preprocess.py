@@ -85,7 +85,7 @@ _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 MARGIN_FRAMES = 12
 # Black of an 8-bit recording with compression noise; a row or column belongs to the field when 5 % of it is brighter.
 _BLACK_LEVEL = 24
-_BRIGHT_SHARE = 0.05
+_BRIGHT_FRACTION = 0.05
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Geometry:
     def of_video(cls, config: PreprocessConfig, reader: FrameReader) -> Geometry:
         """The geometry of the video behind `reader`; reads a few of its frames where the margin is to be cut.
 
-        The box depends on the video alone (not on sampling rate, epoch or worker), so every mode cuts the same.
+        The box depends only on the video (not on sampling rate, epoch or worker), so every mode cuts the same.
         """
         if not config.cut_margin:
             return cls(config.resize_px)
@@ -130,8 +130,8 @@ def find_margin(frames: Iterable[np.ndarray]) -> Box | None:
     boxes, size = [], (0, 0)
     for frame in frames:
         bright = frame.max(axis=-1) > _BLACK_LEVEL
-        rows = np.flatnonzero(bright.mean(axis=1) > _BRIGHT_SHARE)
-        columns = np.flatnonzero(bright.mean(axis=0) > _BRIGHT_SHARE)
+        rows = np.flatnonzero(bright.mean(axis=1) > _BRIGHT_FRACTION)
+        columns = np.flatnonzero(bright.mean(axis=0) > _BRIGHT_FRACTION)
         size = frame.shape[:2]
         if len(rows) > size[0] / 4 and len(columns) > size[1] / 4:
             boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
@@ -280,7 +280,7 @@ def _normalised(pixels: torch.Tensor, config: PreprocessConfig, channels_last: b
     """`normalise` for floats 0..255, which are overwritten."""
     import torch
 
-    # Whole rows of pixels at once: broadcasting over three channels alone is 15 times slower on a CPU.
+    # Entire rows of pixels at once: broadcasting over the three channels only is 15 times slower on a CPU.
     width = pixels.shape[2]
     mean = torch.tensor(config.mean, device=pixels.device).repeat(width)
     std = torch.tensor(config.std, device=pixels.device).repeat(width)
@@ -311,7 +311,7 @@ def preprocess_from_json(recorded: Any, where: str) -> PreprocessConfig:
 
 def geometry_json(config: PreprocessConfig) -> dict[str, Any]:
     """The steps before the crop: the identity of cached frames."""
-    margin = {"frames": MARGIN_FRAMES, "black_level": _BLACK_LEVEL, "bright_share": _BRIGHT_SHARE}
+    margin = {"frames": MARGIN_FRAMES, "black_level": _BLACK_LEVEL, "bright_share": _BRIGHT_FRACTION}
     return {
         "resize_px": config.resize_px,
         "resize": "Pillow bilinear, antialiased, aspect not kept",

@@ -1,6 +1,6 @@
 """Label sequences of simulated cholecystectomies, drawn from a small table of aggregate statistics.
 
-The table (`configs/simulation/cholec80.yaml`) says which phases occur, in which order, for how long, which sets of
+The table (`configs/simulation/cholec80.yaml`) gives which phases occur, in which order, for how long, which sets of
 tools a phase shows and how long a tool stays. An operation is drawn with one label per second of operating time:
 
 - phases: a walk over the table's transitions in which every phase that occurs does so once (as in Cholec80), with
@@ -207,11 +207,11 @@ def tool_set_p(phase: str) -> np.ndarray:
     return p / p.sum()
 
 
-def _fit_marginals(start: np.ndarray, member: np.ndarray, share: np.ndarray, sweeps: int = 200) -> np.ndarray:
-    """The distribution closest to `start` in which tool k has the probability `share[k]`."""
+def _fit_marginals(start: np.ndarray, member: np.ndarray, marginal: np.ndarray, sweeps: int = 200) -> np.ndarray:
+    """The distribution closest to `start` in which tool k has the probability `marginal[k]`."""
     p = start / start.sum()
     for _ in range(sweeps):
-        for k, wanted in enumerate(share):
+        for k, wanted in enumerate(marginal):
             now = p[member[:, k]].sum()
             p = np.where(member[:, k], p * (wanted / max(now, 1e-12)), p * ((1 - wanted) / max(1 - now, 1e-12)))
     return p / p.sum()

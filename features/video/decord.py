@@ -39,7 +39,7 @@ from features.video.scan import VideoScan
 def why_not_decord(scan: VideoScan) -> str | None:
     """Why decord would return other frames than PyAV on this video, or None where it returns the same.
 
-    Decided by the packets alone, then by comparing the first frame.
+    Decided by the packets, then by comparing the first frame.
     """
     idr_only = scan.idr[0] and scan.key_count == scan.idr.sum()
     reasons = {

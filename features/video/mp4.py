@@ -53,7 +53,7 @@ def overclaim(path: Path) -> str | None:
 def frame_times(path: Path) -> NDArray[np.int64] | None:
     """When the frames of an MP4 file's video are shown, (N,) ticks of its track in decoding order, from its tables.
 
-    None where the tables alone do not tell: several video tracks, fragments, edits that cut or pause, empty frames,
+    None where the tables do not suffice: several video tracks, fragments, edits that cut or pause, empty frames,
     other files.
     """
     size = path.stat().st_size

@@ -109,11 +109,11 @@ class PyavReader(FrameReader):
         if not self._scan.numbered:
             yield from self._counted(decoded_from(container, stream, self._scan.first))
             return
-        fed, whole = self._plan(wanted)
+        needed, requested = self._plan(wanted)
         last = int(self._scan.position[wanted].max())
         for at, packet in packets:
-            if fed[at]:
-                context.skip_frame = "DEFAULT" if whole[at] else "NONREF"
+            if needed[at]:
+                context.skip_frame = "DEFAULT" if requested[at] else "NONREF"
                 yield from self._numbered(packet.decode())
             if at == last:
                 break

@@ -42,7 +42,7 @@ _HIDDEN, _KEY, _IDR, _B = 1, 2, 4, 8
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What the container says.
+    """Rate, frame count and times of a video.
 
     `times` holds the times of frames without a constant rate; `fps` is then their mean rate. `notes` report
     irregularities of the container and how they were handled.
@@ -59,7 +59,7 @@ def probe_video(path: Path) -> VideoInfo:
 
     An MP4 file's own tables are used where they agree with its duration and its rate is constant; otherwise (other
     containers have no such tables, edit lists hide frames) the packets are read. Raises ReaderError for a file that is
-    not a video, one that ends before its container says, and where frames or their times cannot be determined.
+    not a video, one that is shorter than its container claims, and where frames or their times cannot be determined.
     """
     info, shown_pts = _from_tables(path)
     if info is None or info.times is not None:  # varying times may be a damaged table, which the packets show
@@ -130,7 +130,7 @@ def _rate_and_times(
 
 
 def count_packets(path: Path) -> int:
-    """How many whole frames the file holds (packets that are shown), found without decoding.
+    """How many complete frames the file holds (packets that are shown), found without decoding.
 
     Equal to the frame count of an intact video and smaller for one cut short. Raises ReaderError for a file that is not
     a video.
@@ -172,7 +172,7 @@ class Packets:
 
 @dataclass(frozen=True)
 class VideoScan:
-    """What one pass over a video's packets tells, nothing decoded. Arrays run over packets in decoding order.
+    """What one pass over a video's packets reveals, without decoding. Arrays run over packets in decoding order.
 
     `tick_s` is the unit of the packets' times. `shown` (N,) bool: not hidden by an edit list, and nothing is missing
     that the packet depends on. `times_known`: every shown packet has a time. `damage`: why frames are missing, of which
@@ -257,7 +257,7 @@ class VideoScan:
     def numbered(self) -> bool:
         """Whether a frame's time stamp alone determines its number, so that frames may be left undecoded.
 
-        Holds for H.264 in containers that carry every presentation time; anything else is decoded whole and counted.
+        Holds for H.264 in containers that carry every presentation time; everything else is decoded fully and counted.
         """
         if self.codec != "h264" or self.container not in {"mp4", "matroska", "mpegts"}:
             return False
@@ -272,7 +272,7 @@ class VideoScan:
 def scan_video(path: Path) -> VideoScan:
     """Read a video's packets once, decoding nothing; memory is 10 bytes per frame.
 
-    Raises ReaderError for a file that is not a video, holds no frame, or ends before its container says.
+    Raises ReaderError for a file that is not a video, holds no frame, or is shorter than its container claims.
     """
     scan = _scan(path)
     if scan.frame_count == 0:
@@ -385,17 +385,17 @@ def _in_presentation_order(packets: Packets, first: int) -> bool:
 
 
 def _read_packets(container: Any, stream: Any) -> Packets:
-    """All packets up to the first that is not whole. A time that the container does not give is the packet's number."""
+    """All packets up to the first incomplete one. A time that the container does not give is the packet's number."""
     pts, flags, untimed = array("q"), bytearray(), bytearray()
     last_dts, back_at, damage = None, None, None
     counts_chunks = container.format.name == "avi"
     length_bytes = h264.nal_length_bytes(stream.codec_context.extradata)
     is_h264 = stream.codec_context.name == "h264"
     try:
-        whole = packets_of(container, stream)
-        for packet in whole:
+        packets = packets_of(container, stream)
+        for packet in packets:
             if packet.is_corrupt:
-                after = [packet, *itertools.islice(whole, _FIRST_FRAMES)]
+                after = [packet, *itertools.islice(packets, _FIRST_FRAMES)]
                 damage = "cut short or damaged" if len(after) == 1 else "damaged, or parts joined"
                 back = (
                     n for n, other in enumerate(after) if None not in (other.dts, last_dts) and other.dts < last_dts
