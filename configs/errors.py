@@ -32,13 +32,22 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
-def one_line(error: BaseException, most: int = 160) -> str:
-    """What an exception of another library says, on one line of at most `most` characters; its type
-    where it says nothing."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
+def one_line(error: BaseException | str, most: int | None = 160) -> str:
+    """The text of an exception, or any other text, on one line of at most `most` characters (None: all of it).
+
+    An exception without a text gives the name of its type.
+    """
+    text = " ".join(str(error).split())[:most]
+    return text or (type(error).__name__ if isinstance(error, BaseException) else "")
+
+
+def type_and_line(error: BaseException, most: int = 160) -> str:
+    """`OSError: [Errno 5] Input/output error`: the type of an exception, and its text on one line."""
+    text = one_line(str(error), most)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean resnet50?`, or nothing where no known name is near."""
+    """`; did you mean resnet50?`, or an empty text where no known name is similar."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""

@@ -1,8 +1,7 @@
-"""Reading settings: a preset or a file, then `--set a.b=c`, checked against the schema; errors name the key."""
+"""Load settings: a preset or a YAML file, with `--set a.b=c` on top, validated by the schema; errors name the key."""
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,12 +11,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from configs.errors import UserError
+from configs.errors import UserError, did_you_mean, one_line
 from configs.schema import HEAD_SETTINGS, AblationConfig, Config, DataSetSpec, HeadSettings, head_kind
 
 PRESETS = Path(__file__).resolve().parent
 DEFAULT_PRESET = "cholec80"
-MAX_YAML_BYTES = 256 << 10  # ours have 5 kB; PyYAML takes about 5 s for so many
+MAX_YAML_BYTES = 256 << 10  # the presets have 5 kB; PyYAML needs about 5 s for this many
 MAX_YAML_VALUES = 50_000
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -25,35 +24,35 @@ Model = TypeVar("Model", bound=BaseModel)
 def load_config(
     source: str | Path | None = None, overrides: Iterable[str] = (), changes: Mapping[str, object] | None = None
 ) -> Config:
-    """Settings from a YAML file or the name of a preset, with `a.b=c` overrides and typed `changes` laid over it.
+    """Settings from a YAML file or the name of a preset, with `a.b=c` overrides and typed `changes` applied to them.
 
-    The order of overrides and changes never matters: a block is the same as its values one by one, the name of a head
+    The order of overrides and changes never matters: a block is equivalent to its values one by one, the name of a head
     is applied before the head's other settings, and two values for one key are refused. The text of an override is YAML
-    (numbers, booleans, `null`, `[lists]`); where the setting is a path or a text, it is taken verbatim. Raises
-    UserError for a missing or broken file and for every unknown key or wrong value, naming the key and, for unknown
-    ones, the nearest right key.
+    (numbers, booleans, `null`, `[lists]`); if the setting is a path or a string, it is taken literally. Raises
+    UserError if the file is missing, unreadable or not YAML, and for every unknown key or invalid value, naming the key
+    and, for an unknown one, the most similar key.
     """
     path = preset_path(source or DEFAULT_PRESET, PRESETS, "preset")
     tree = read_yaml(path)
-    config = _validate(Config, tree, str(path))  # before the overrides, so that an error is blamed on the right place
-    _require_switches(config, tree, str(path))
+    config = _validate(Config, tree, str(path))  # before the overrides, so that an error in the file names the file
+    _require_no_bool_as_number(config, tree, str(path))
     given = _given_values(overrides, changes or {})
     if not given:
         return config
-    _lay_over(tree, given)
+    _apply(tree, given)
     config = _validate(Config, tree, "--set")
-    _require_switches(config, tree, "--set")
+    _require_no_bool_as_number(config, tree, "--set")
     return config
 
 
 class GivenKeys(NamedTuple):
-    """Dotted keys that the user gave, by `--set` and in a file that is no shipped preset."""
+    """Dotted keys that the user set, with `--set` and in a file other than the presets of this project."""
 
     by_set: frozenset[str] = frozenset()
     in_file: frozenset[str] = frozenset()
 
     def any_of(self, *keys: str) -> list[str]:
-        """Those of some keys that were given, either way."""
+        """Those of `keys` that the user set, either way."""
         return [key for key in keys if key in self.by_set | self.in_file]
 
 
@@ -61,26 +60,29 @@ NO_KEYS = GivenKeys()
 
 
 def keys_given(source: str | Path | None, overrides: Iterable[str]) -> GivenKeys:
-    """Which settings `load_config` would take from the user."""
+    """The keys that the user sets with the arguments of `load_config`."""
     path = preset_path(source or DEFAULT_PRESET, PRESETS, "preset")
     own = {} if path.resolve().parent == PRESETS else flatten(read_yaml(path))
     return GivenKeys(frozenset(".".join(keys) for keys in _given_values(overrides, {})), frozenset(own))
 
 
 def load_dataset(name: str) -> DataSetSpec:
-    """A data set's description, from the name of one shipped or from a YAML file."""
+    """The description of a data set, by its name in `configs/datasets` or from a YAML file. Raises UserError."""
     path = preset_path(name, PRESETS / "datasets", "data set")
     return _validate(DataSetSpec, read_yaml(path), str(path))
 
 
 def load_ablation(source: str | Path) -> AblationConfig:
-    """An ablation, from the name of one shipped or from a YAML file."""
+    """An ablation, by its name in `configs/ablations` or from a YAML file. Raises UserError."""
     path = preset_path(source, PRESETS / "ablations", "ablation")
     return _validate(AblationConfig, read_yaml(path), str(path))
 
 
 def preset_path(source: str | Path, folder: Path, what: str) -> Path:
-    """The file that `source` means: an existing file as it is, otherwise a name below `folder`."""
+    """The file `source` if it exists, otherwise the YAML file of that name in `folder`.
+
+    Raises UserError naming the most similar name if there is neither.
+    """
     path = Path(source)
     if path.is_file():
         return path
@@ -88,23 +90,27 @@ def preset_path(source: str | Path, folder: Path, what: str) -> Path:
     if named.is_file() and path.name == str(source):
         return named
     known = sorted(entry.stem for entry in folder.glob("*.yaml"))
-    hint = _nearest(str(source), known)
-    raise UserError(f"{source}: no such {what} file, and no {what} of that name{hint} (shipped: {', '.join(known)})")
+    hint = did_you_mean(str(source), known)
+    raise UserError(f"{source}: no such {what} file, and no {what} of that name{hint} (known: {', '.join(known)})")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping. Raises UserError naming the line of a syntax error."""
+    """The mapping in a YAML file; an empty file is an empty mapping.
+
+    Raises UserError if the file is missing, unreadable, larger than MAX_YAML_BYTES, not YAML (naming the line) or not a
+    mapping.
+    """
     try:
         with path.open("rb") as stream:
             content = stream.read(MAX_YAML_BYTES + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if len(content) > MAX_YAML_BYTES:
-        raise UserError(f"{path}: larger than {MAX_YAML_BYTES >> 10} KiB, which no file of settings is; name another")
+        raise UserError(f"{path}: larger than {MAX_YAML_BYTES >> 10} KiB, the limit for settings; choose another file")
     try:
         tree = _parse_yaml(content.decode("utf-8-sig"))
     except ValueError as error:
-        raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: not a YAML file: {one_line(error, most=None)}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -113,44 +119,42 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parse_yaml(text: str, kind: type[yaml.SafeLoader | yaml.BaseLoader] = yaml.SafeLoader) -> Any:
-    """Plain values of a YAML text. Raises ValueError for anything else, and for aliases that multiply what is there."""
+    """The plain values in a YAML text.
+
+    Raises ValueError for tags of other types, for a key that occurs twice in a mapping, and for aliases that contain
+    themselves or expand to more than MAX_YAML_VALUES values.
+    """
     try:
         loader = kind(text)
         node = loader.get_single_node()
         if node is None:
             return None
-        _require_small(node)
+        _expanded_size(node, {})
         return loader.construct_document(node)
-    except Exception as error:  # PyYAML raises KeyError, AttributeError and more on values that belie their tags
+    except Exception as error:  # PyYAML raises KeyError, AttributeError and others if a value contradicts its tag
         raise ValueError(str(error) or type(error).__name__) from error
 
 
-def _require_small(root: yaml.Node) -> None:
-    """Raise ValueError where aliases, written out, make a tree that no file of settings has, or one without end."""
-    sizes: dict[int, int] = {}  # by node, written out; 0 while what is below it is being counted
-    waiting = [root]
-    while waiting:
-        node = waiting[-1]
-        below: list[yaml.Node] = []
+def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """The number of values below a node with aliases expanded; `sizes` keeps the nodes seen, 0 while being counted."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in sizes:
+        sizes[id(node)] = 0
+        children = node.value
         if isinstance(node, yaml.MappingNode):
-            below = [part for pair in node.value for part in pair]
-            _require_each_key_once([key for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
-        elif isinstance(node, yaml.SequenceNode):
-            below = node.value
-        if id(node) not in sizes:
-            sizes[id(node)] = 0
-            if any(sizes.get(id(part)) == 0 for part in below):
-                raise ValueError("an alias that holds itself")
-            waiting += (part for part in below if id(part) not in sizes)
-            continue
-        waiting.pop()
-        sizes[id(node)] = 1 + sum(sizes[id(part)] for part in below)
-        if sizes[id(node)] > MAX_YAML_VALUES:
-            raise ValueError(f"aliases that come to more than {MAX_YAML_VALUES:,} values")
+            _require_unique_keys([key for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+            children = [child for pair in node.value for child in pair]
+        sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in children)
+    if not sizes[id(node)]:
+        raise ValueError("an alias contains itself")
+    if sizes[id(node)] > MAX_YAML_VALUES:
+        raise ValueError(f"its aliases expand to more than {MAX_YAML_VALUES:,} values")
+    return sizes[id(node)]
 
 
-def _require_each_key_once(keys: Sequence[yaml.ScalarNode]) -> None:
-    """Raise ValueError for a key that stands twice in a mapping: PyYAML would drop the first with all that is in it."""
+def _require_unique_keys(keys: Sequence[yaml.ScalarNode]) -> None:
+    """Raise ValueError for a key that occurs twice in a mapping: PyYAML would silently drop the first value."""
     lines: dict[tuple[str, str], int] = {}
     for key in keys:
         line = key.start_mark.line + 1
@@ -160,7 +164,7 @@ def _require_each_key_once(keys: Sequence[yaml.ScalarNode]) -> None:
 
 
 def to_yaml(model: BaseModel) -> str:
-    """Every setting, defaults included, as YAML in the schema's order."""
+    """Every setting, defaults included, as YAML in the order of the schema."""
     return yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -177,7 +181,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`key: old there, new now` for every setting in which two trees of settings differ."""
+    """`key: OLD there, NEW now` for every setting in which two nested mappings of settings differ."""
     old, new = flatten(there), flatten(now)
     return [
         f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
@@ -187,7 +191,7 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _given_values(overrides: Iterable[str], changes: Mapping[str, object]) -> dict[tuple[str, ...], object]:
-    """Values by key, sorted; what is given as a block is given by its values. Raises UserError for contradictions."""
+    """The given values by key, sorted, blocks split into their values. Raises UserError if two of them conflict."""
     given: dict[tuple[str, ...], object] = {}
     pairs = [_read_override(override) for override in sorted(overrides)]
     pairs += [(tuple(key.split(".")), value) for key, value in changes.items()]
@@ -213,59 +217,59 @@ def _read_override(override: str) -> tuple[tuple[str, ...], object]:
     if not equals or not all(keys):
         raise UserError(f"--set {override}: expected key=value, for example --set temporal.head.hidden=256")
     try:
-        return keys, _read_value(text, {kind for field in _fields_at(keys) for kind in _kinds_in(field.annotation)})
+        return keys, _read_value(text, {kind for field in _fields_at(keys) for kind in _types_in(field.annotation)})
     except ValueError as error:
-        raise UserError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"--set {override}: the value is not YAML: {one_line(error, most=None)}") from error
 
 
 def _read_value(text: str, kinds: set[Any]) -> object:
-    """What a text means for a setting of these types; in a path or a name, nothing but quotes and `null` is special."""
+    """The value of a text for a setting of these types: literal for paths and names, except for quotes and `null`."""
     word = text.strip()
     if word in {"", "null"}:
         return None
     quoted = len(word) > 1 and word[0] == word[-1] and word[0] in "'\""
     if not quoted and (kinds & {str, Path} or word in kinds):
         return text
-    words = kinds & {tuple[str, ...], dict[str, str]}  # of which none is a number, a date or a switch
+    words = kinds & {tuple[str, ...], dict[str, str]}  # strings only: no numbers, dates or booleans
     return _parse_yaml(text, yaml.BaseLoader if words else yaml.SafeLoader)
 
 
 def _leaves(keys: tuple[str, ...], value: object) -> list[tuple[tuple[str, ...], object]]:
-    """A block's values one by one; the block itself where it is empty. Any other value as it is."""
+    """The values of a block with their keys; an empty block or any other value with its own key."""
     if not (isinstance(value, Mapping) and value and _is_block(keys)):
         return [(keys, value)]
     return [leaf for name, child in value.items() for leaf in _leaves((*keys, str(name)), child)]
 
 
-def _lay_over(tree: dict[str, Any], given: Mapping[tuple[str, ...], object]) -> None:
+def _apply(tree: dict[str, Any], given: Mapping[tuple[str, ...], object]) -> None:
     names = {keys: default for keys in given if (default := _default_tag(keys)) is not None}
     for keys in (*names, *(keys for keys in given if keys not in names)):
         node = tree
         for name in keys[:-1]:
-            child = {} if node.get(name) is None else node[name]  # an optional block may be left out
+            child = {} if node.get(name) is None else node[name]  # an optional block may be absent
             if not isinstance(child, dict):
-                raise UserError(f"--set {'.'.join(keys)}: {name} holds a value, not keys")
-            node[name] = node = dict(child)  # a copy: through an alias in the file, other blocks may be the same
-        # Another kind of head has other settings: those of the preset's head do not carry over.
+                raise UserError(f"--set {'.'.join(keys)}: {name} is a value, not a block")
+            node[name] = node = dict(child)  # a copy, since a YAML alias may share it with other blocks
+        # Another kind of head has other settings, so those of the file's head do not carry over.
         if keys in names and node.get(keys[-1], names[keys]) != given[keys]:
             node.clear()
         if not (given[keys] == {} and _is_block(keys) and node.get(keys[-1])):
             node[keys[-1]] = given[keys]
 
 
-def _require_switches(config: Config, tree: Mapping[str, Any], where: str) -> None:
-    """Raise UserError for a number given as true or false (YAML's `yes` and `on` too), which pydantic takes as one."""
+def _require_no_bool_as_number(config: Config, tree: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for a boolean (also YAML's `yes` and `on`) given for a number, which pydantic would accept."""
     for key, value in flatten(tree).items():
         if isinstance(value, bool):
-            taken: object = config
+            parsed: object = config
             for name in key.split("."):
-                taken = getattr(taken, name, value)
-            if not isinstance(taken, bool):
+                parsed = getattr(parsed, name, value)
+            if not isinstance(parsed, bool):
                 raise UserError(f"{where}: {key}: expected a number, got {str(value).lower()}")
 
 
 def _default_tag(keys: tuple[str, ...]) -> object:
-    """For a key that names the kind of its block (`temporal.head.name`): the default kind, else None."""
+    """The default kind of a block, for the key that selects it (`temporal.head.name`); None for other keys."""
     for field in _fields_at(keys[:-1]):
         if field.annotation is HeadSettings and keys[-1] == "name":
             return field.default.name
@@ -278,7 +282,7 @@ def _is_block(keys: tuple[str, ...]) -> bool:
 
 @functools.cache
 def _fields_at(keys: tuple[str, ...]) -> Sequence[FieldInfo]:
-    """The schema's fields of a dotted key: none for an unknown one, several where several kinds of block have it."""
+    """The schema's fields for a dotted key: none if it is unknown, several if several kinds of block have it."""
     if not keys:
         return ()
     models = [model for field in _fields_at(keys[:-1]) for model in _models_in(field.annotation)]
@@ -289,11 +293,11 @@ def _fields_at(keys: tuple[str, ...]) -> Sequence[FieldInfo]:
     ]
 
 
-def _kinds_in(annotation: Any) -> list[Any]:
-    """The types that a setting may have, and the words that it may be."""
+def _types_in(annotation: Any) -> list[Any]:
+    """The types that a setting can have, and the values of a Literal."""
     if get_origin(annotation) in {tuple, list, dict}:
         return [annotation]
-    return [kind for part in get_args(annotation) for kind in _kinds_in(part)] or [annotation]
+    return [kind for part in get_args(annotation) for kind in _types_in(part)] or [annotation]
 
 
 def _validate(model: type[Model], tree: dict[str, Any], where: str) -> Model:
@@ -308,21 +312,21 @@ def _validate(model: type[Model], tree: dict[str, Any], where: str) -> Model:
 
 
 def _explain(model: type[BaseModel], tree: Mapping[str, Any], problem: Mapping[str, Any]) -> str:
-    keys, tag, fields = _place(model, tree, problem["loc"])
+    keys, tag, fields = _locate(model, tree, problem["loc"])
     key = ".".join(keys)
     if problem["type"] != "extra_forbidden":
         given = problem.get("input")
         shown = f", got {given!r}" if isinstance(given, str | int | float | bool) else ""
         return f"{key or 'settings'}: {problem['msg'].removeprefix('Value error, ')}{shown}"
     if tag:
-        near = _nearest(keys[-1], fields).replace("mean ", f"mean {'.'.join(keys[:-1])}.")
+        near = did_you_mean(keys[-1], fields).replace("mean ", f"mean {'.'.join(keys[:-1])}.")
         return f"unknown key {key}{near or f': {tag} has ' + (', '.join(fields) or 'no settings')}"
     known = _key_names(model)
     same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == keys[-1]]
-    return f"unknown key {key}{_nearest(key, same_leaf or known)}"
+    return f"unknown key {key}{did_you_mean(key, same_leaf or known)}"
 
 
-def _place(
+def _locate(
     model: type[BaseModel], tree: Mapping[str, Any], loc: Sequence[int | str]
 ) -> tuple[list[str], str, list[str]]:
     """The dotted key of a problem; inside a head, also the head's name and settings."""
@@ -346,7 +350,7 @@ def _place(
 
 @functools.cache
 def _key_names(model: type[BaseModel]) -> Sequence[str]:
-    """Every settable key of a schema, dotted."""
+    """Every key of a schema, dotted."""
     names: list[str] = []
     for name, field in model.model_fields.items():
         names.append(name)
@@ -356,14 +360,9 @@ def _key_names(model: type[BaseModel]) -> Sequence[str]:
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    parts = get_args(annotation)  # first: on Python 3.10 `tuple[str, ...]` counts as a type, but not for issubclass
+    parts = get_args(annotation)  # before isinstance: in Python 3.10, `tuple[str, ...]` is an instance of type
     if annotation is HeadSettings:
         return [HEAD_SETTINGS.find(name) for name in HEAD_SETTINGS.names()]
     if not parts and isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in parts for model in _models_in(part)]
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""

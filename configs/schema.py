@@ -1,10 +1,10 @@
-"""The schema of every setting. Unknown keys are refused; units are in the names.
+"""The schema of all settings. Unknown keys are errors; units are part of the names.
 
-The default of a block is that block with its own defaults and nothing else, so that a value given inside it changes
-that value alone; a place with other defaults (`joint.sequence`) has a block of its own.
+The default of a block is always the block's class with its own defaults, so that setting one value in it changes that
+value alone; a block with other defaults (`joint.sequence`) has a class of its own.
 
-`Config` is the whole of a run; `DataSetSpec` describes a data set (class names and order, file name patterns, rate,
-usual splits). Both are read from YAML by `configs.load`.
+`Config` contains all settings of a run; `DataSetSpec` describes a data set (class names and order, file name patterns,
+rate, published splits). `configs.load` reads both from YAML.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from pydantic import (
 from configs.errors import UserError
 from configs.registry import Registry
 
-MAX_FPS = 10_000.0  # cameras of a thousand frames per second exist; what lies beyond is damage
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # of a cell of a CSV file that a spreadsheet would compute
+MAX_FPS = 10_000.0  # cameras with a thousand frames per second exist; larger rates are damaged values
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet evaluates CSV cells that start with one of these
 Precision = Literal["auto", "native", "fp32", "bf16", "fp16"]
 
 
 class Strict(BaseModel):
-    """Base of every block: unknown keys are errors, values cannot be changed after reading."""
+    """Base class of all blocks: unknown keys are errors, and instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class OmitsDefaults(Strict):
-    """A model that is written without the fields in OMITTED where these have their defaults.
+    """A model that is serialised without those fields in OMITTED that have their default.
 
-    They came after the first release: what needs none of them keeps the bytes and digests that it had.
+    These fields are newer than the first release: files that do not need them keep their bytes and digests.
     """
 
     OMITTED: ClassVar[frozenset[str]] = frozenset()
@@ -69,9 +69,9 @@ _BREAK = re.compile(r"[\s_\-\u2010-\u2015/,.]+")
 
 
 def folded_name(name: str) -> str:
-    """A class name without what spellings differ in: case, blanks, hyphens, underscores, "and" and "&".
+    """A class name without the differences between spellings: case, blanks, hyphens, underscores, "and" and "&".
 
-    "clipping & cutting", "Clipping-and-cutting" and "ClippingCutting" are one; "Step 1-1" and "Step 11" stay two.
+    "clipping & cutting", "Clipping-and-cutting" and "ClippingCutting" are equal; "Step 1-1" and "Step 11" are not.
     """
     text = _HUMP.sub(" ", unicodedata.normalize("NFKC", name).replace("&", " and ")).casefold()
     words = [word for word in _BREAK.split(text) if word]
@@ -80,13 +80,13 @@ def folded_name(name: str) -> str:
 
 
 def class_ids(names: Sequence[str], aliases: Mapping[str, str]) -> dict[str, int]:
-    """The number of each class by its `folded_name`, aliases included."""
+    """The number of each class by `folded_name`, aliases included."""
     numbers = {name: number for number, name in enumerate(names)}
     spellings = [*numbers.items(), *((alias, numbers[name]) for alias, name in aliases.items())]
     return {folded_name(spelling): number for spelling, number in spellings}
 
 
-# Endings of the containers that the readers read to the last frame.
+# File name extensions of the containers that are read to the last frame.
 VIDEO_ENDINGS = (
     *("mp4", "m4v", "mov", "qt", "f4v", "3gp", "3g2", "avi", "divx", "mkv", "webm", "ogv", "flv", "mxf", "dv"),
     *("mpg", "mpeg", "mod", "vob", "ts", "mts", "m2ts", "m2t", "wmv", "asf"),
@@ -95,18 +95,18 @@ IMAGE_ENDINGS = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff")
 
 
 def file_pattern(pattern: str) -> re.Pattern[str]:
-    """A pattern for file names, compiled; `{video}` and `{image}` in it are any ending that the readers read."""
+    """A compiled pattern for file names, in which `{video}` and `{image}` match any extension that can be read."""
     for name, endings in (("{video}", VIDEO_ENDINGS), ("{image}", IMAGE_ENDINGS)):
         pattern = pattern.replace(name, f"({'|'.join(endings)})")
     return re.compile(pattern, re.IGNORECASE)
 
 
 class FilePatterns(Strict):
-    """Regular expressions for file names (never whole paths), matched in full and without regard to case.
+    """Regular expressions for file names (never whole paths), which must match in full, ignoring case.
 
-    Folder names differ between mirrors, so files are found by name anywhere below the root. `video`, `frames`, `phase`
-    and `tool` must hold a group `id`, `tfrecord` too where it is given; `frame` (an image inside a frame folder) must
-    hold a group `frame`. `{video}` and `{image}` stand for every ending that the readers read (`file_pattern`).
+    Folder names differ between copies of a data set, so files are found by name anywhere below the root. `video`,
+    `frames`, `phase`, `tool` and `tfrecord` need a group `id`; `frame` (an image in a frame folder) needs a group
+    `frame`. `{video}` and `{image}` match every extension that can be read (`file_pattern`).
     """
 
     video: str
@@ -135,12 +135,12 @@ class FilePatterns(Strict):
         return pattern
 
     def compiled(self, role: str) -> re.Pattern[str]:
-        """The pattern of one role (`video`, `frames`, ...); one that is not given matches nothing."""
+        """The pattern of a role (`video`, `frames`, ...); one that is not given matches nothing."""
         return file_pattern(getattr(self, role) or "(?!)")
 
 
 class NamedSplit(Strict):
-    """A published split: video ids or shell patterns (`workflow_video_*`), matched in full."""
+    """A published split: video ids or shell patterns (`workflow_video_*`) that match in full."""
 
     train: tuple[str, ...] = ()
     val: tuple[str, ...] = ()
@@ -148,7 +148,7 @@ class NamedSplit(Strict):
 
 
 class DataSetSpec(OmitsDefaults):
-    """A data set: everything that distinguishes one from another, so that a new one is a file and no code."""
+    """The description of a data set, so that adding one takes a YAML file and no code."""
 
     OMITTED = frozenset({"background"})
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -160,13 +160,14 @@ class DataSetSpec(OmitsDefaults):
     phase_aliases: dict[str, str] = {}
     tool_aliases: dict[str, str] = {}
     background: tuple[str, ...] = Field(
-        (), description="phases that stand for nothing going on; left out of segments (edit score, F1 at an overlap)"
+        (),
+        description="phases in which nothing happens; excluded from segmental metrics (edit score, F1 at an overlap)",
     )
     phase_orders: dict[str, tuple[str, ...]] = Field(
-        {}, description="other numberings of the phases in circulation, by name; for files that hold numbers, not names"
+        {}, description="other orders of the phases in use, by name; for files that contain numbers instead of names"
     )
     id_format: str = Field(
-        "video{number:02d}", description="video id from the number that the patterns' group id holds"
+        "video{number:02d}", description="format of the video id, for ids that are numbers in file names"
     )
     patterns: FilePatterns
     splits: dict[str, NamedSplit] = Field({}, description="published splits that `data.split.rule` can name")
@@ -183,7 +184,7 @@ class DataSetSpec(OmitsDefaults):
             for name in names:
                 if name.startswith(FORMULA_STARTS):
                     raise ValueError(
-                        f"{kind} name {name[:40]!r} would be a formula to a spreadsheet; start it otherwise"
+                        f"{kind} name {name[:40]!r} would be a formula to a spreadsheet; let it start with a letter"
                     )
             for alias, target in aliases.items():
                 if target not in names:
@@ -191,10 +192,12 @@ class DataSetSpec(OmitsDefaults):
             meant: dict[str, str] = {}
             for spelling, name in [*((name, name) for name in names), *aliases.items()]:
                 if meant.setdefault(folded_name(spelling), name) != name:
-                    raise ValueError(f"{spelling!r} of the {kind} is spelled like {meant[folded_name(spelling)]!r}")
+                    raise ValueError(
+                        f"{spelling!r} of the {kind} cannot be told apart from {meant[folded_name(spelling)]!r}"
+                    )
         for name, order in self.phase_orders.items():
             if sorted(order) != sorted(self.phases):
-                raise ValueError(f"phase_orders.{name} does not hold each phase once")
+                raise ValueError(f"phase_orders.{name} does not contain each phase exactly once")
         if unknown := [name for name in self.background if name not in self.phases]:
             raise ValueError(f"background {unknown[0]!r} is not one of the phases")
         return self
@@ -204,11 +207,11 @@ class DataSetSpec(OmitsDefaults):
 
 
 class SplitConfig(Strict):
-    """Which videos train, validate and test.
+    """The videos for training, validation and test.
 
-    `rule`: `A/B/C` (train/val/test) or `A/B` (train/test) counts in the order of video numbers; `lists` takes the
-    three lists below; `kfold` and `leave_one_out` take `fold` of the videos as test, `val_videos` of the rest as val.
-    `null` takes the data set's default.
+    `rule`: numbers or percentages `A/B/C` (train/val/test) or `A/B` (train/test) in the order of video numbers; `lists`
+    for the three lists below; `kfold` and `leave_one_out` to test on fold number `fold` and validate on `val_videos` of
+    the other videos; the name of a published split; `null` for the data set's default.
     """
 
     rule: str | None = None
@@ -223,55 +226,59 @@ class SplitConfig(Strict):
 
 def _known_sources(sources: str) -> str:
     if not re.fullmatch(r"auto|(video|frames|tfrecord)(:.+)?", sources):
-        raise ValueError("must be auto, video, frames or tfrecord, or such a kind and a folder: frames:FOLDER")
+        raise ValueError("must be auto, video, frames, tfrecord or one of these kinds with a folder: frames:FOLDER")
     return sources
 
 
 class DataConfig(Strict):
     dataset: str = Field("cholec80", description="name in configs/datasets, or the path of a YAML file")
-    root: Path | None = Field(None, description="folder of videos and annotations; also the variable SURGSTAGE_DATA")
+    root: Path | None = Field(
+        None, description="folder of videos and annotations; also environment variable SURGSTAGE_DATA"
+    )
     index: Path = Path("artifacts/index.json")
     sources: Annotated[str, AfterValidator(_known_sources)] = Field(
         "auto",
-        description="which to take where the root holds several of one video: video, frames or tfrecord, or of these "
-        "those below one folder of the root, such as frames:frames_cutmargin",
+        description="which source to use if the root contains several of one video: video, frames or tfrecord, or "
+        "those of one kind in one folder of the root, such as frames:frames_cutmargin",
     )
-    follow_links: bool = Field(False, description="take links that lead out of the root")
-    fps: float = Field(1.0, gt=0, le=MAX_FPS, description="sampling rate: the frames on screen every 1 / fps seconds")
+    follow_links: bool = Field(False, description="follow links that point outside the root")
+    fps: float = Field(1.0, gt=0, le=MAX_FPS, description="sampling rate: the frame on screen every 1 / fps seconds")
     split: SplitConfig = SplitConfig()
     tools_between_rows: Literal["mask", "hold"] = Field(
-        "mask", description="sampling faster than tool rows: mask frames between them, or hold the last row"
+        "mask",
+        description="if sampling is faster than tool annotations: mask frames between them, or repeat the last one",
     )
     reader: Literal["auto", "decord", "pyav"] = "auto"
     frame_numbering: Literal["auto", "source", "sample"] = Field(
-        "auto", description="frame folders: do file names count source frames or samples"
+        "auto", description="frame folders: whether file names count source frames or samples"
     )
     frame_base: Literal["auto", "first", 0, 1] = Field(
-        "auto", description="frame folders: number of the video's first frame; first takes each folder's first image"
+        "auto",
+        description="frame folders: number of the video's first frame; first: the number of each folder's first image",
     )
     folder_fps: float | None = Field(
         None, gt=0, le=MAX_FPS, description="frame folders numbered by sample: samples per second"
     )
     row_fps: Literal["auto", "source"] | Annotated[float, Field(ge=1e-3, le=MAX_FPS)] = Field(
         "auto",
-        description="what the Frame column of annotation files counts: numbers per second (1 = seconds), or source for "
-        "the video's own frames; auto infers it from the lengths of each video and its lists",
+        description="rate of the Frame column of annotation files: numbers per second (1 = seconds), or source for "
+        "the video's own frames; auto infers it from the lengths of each video and its annotations",
     )
-    row_base: Literal["auto", 0, 1] = Field("auto", description="annotation files: number of the first frame's row")
+    row_base: Literal["auto", 0, 1] = Field("auto", description="annotation files: frame number of the first row")
     min_labelled: float = Field(
         0.5,
         ge=0,
         le=1,
-        description="leave out videos whose phase or tool list labels less than this fraction; 0 insists",
+        description="leave out videos of which less than this fraction has phases, or tools; 0: none for this reason",
     )
     tfrecord_phase_order: str | None = Field(
         None,
-        description="TFRecord files: which phase each number means; a name in the data set's phase_orders, a file, or "
-        "comma-separated names; asked for when they are indexed, since the files do not say",
+        description="TFRecord files: the phase of each number; a name in the data set's phase_orders, a file, or "
+        "comma-separated names; required to index such files, which do not contain the names",
     )
-    full_hash: bool = Field(False, description="hash whole source files, not only their first and last MiB")
+    full_hash: bool = Field(False, description="hash whole source files instead of their first and last MiB")
     exclude: dict[str, str] = Field(
-        {}, description="videos left out for good: ids or shell patterns, each with the reason; or a list of them"
+        {}, description="videos to leave out: ids or shell patterns, each with the reason; or a list without reasons"
     )
 
     @field_validator("exclude", mode="before")
@@ -284,9 +291,9 @@ class DataConfig(Strict):
 
 
 class PreprocessConfig(Strict):
-    """Geometry and colour of every frame the backbone sees; one piece of code in all modes."""
+    """Geometry and normalisation of every input frame of the backbone, the same in all modes."""
 
-    cut_margin: bool = Field(False, description="cut the endoscope's black margin before resizing")
+    cut_margin: bool = Field(False, description="crop the black margin of the endoscope image before resizing")
     resize_px: int = Field(250, ge=16, le=2048)
     crop_px: int = Field(224, ge=16, le=2048)
     mean: tuple[float, float, float] = (0.3456, 0.2281, 0.2233)
@@ -302,14 +309,14 @@ class PreprocessConfig(Strict):
 
 
 class CacheConfig(Strict):
-    """Frames decoded once, after the resize and before the crop."""
+    """Decoded frames on disk, after resizing and before cropping."""
 
     dir: Path = Path("artifacts/frames")
     codec: Literal["webp", "png", "jpeg"] = Field(
-        "webp", description="webp and png are lossless; jpeg, for small disks, changes the numbers (and the digest)"
+        "webp", description="webp and png are lossless; jpeg saves disk space and changes features (and their digest)"
     )
     jpeg_quality: int = Field(95, ge=1, le=100)
-    use_for_extract: bool = Field(True, description="read frames from the cache where it already holds them")
+    use_for_extract: bool = Field(True, description="read frames that the cache already contains from it")
 
 
 class OptimConfig(Strict):
@@ -328,7 +335,7 @@ class OptimConfig(Strict):
 
     @property
     def unused(self) -> dict[str, str]:
-        """Settings without an effect here, with the reason."""
+        """Settings that have no effect with the others as they are, with the reason."""
         return {} if self.name == "sgd" else dict.fromkeys(("momentum", "dampening", "nesterov"), f"name={self.name}")
 
 
@@ -342,21 +349,23 @@ class ScheduleConfig(Strict):
 
     @property
     def unused(self) -> dict[str, str]:
-        """Settings without an effect here, with the reason."""
+        """Settings that have no effect with the others as they are, with the reason."""
         users = {"step_epochs": ("step",), "gamma": ("step", "plateau"), "patience_epochs": ("plateau",)}
         return {key: f"name={self.name}" for key, names in users.items() if self.name not in names}
 
 
 class LoopConfig(Strict):
-    """What both training loops have."""
+    """Settings of every training loop."""
 
     epochs: int = Field(25, ge=1)
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    early_stop_epochs: int | None = Field(None, ge=1, description="stop after so many epochs without a better score")
+    early_stop_epochs: int | None = Field(None, ge=1, description="stop after this many epochs without a better score")
     grad_clip_norm: float | None = Field(None, gt=0)
     precision: Precision = "auto"
-    checkpoint_minutes: float = Field(10.0, gt=0, description="also write last.pt inside an epoch this often")
+    checkpoint_minutes: float = Field(
+        10.0, gt=0, description="interval at which last.pt is also written within an epoch"
+    )
 
 
 class AugmentConfig(Strict):
@@ -373,48 +382,51 @@ class CnnConfig(LoopConfig):
     backbone: str = Field("resnet50", description="a torchvision classification net, or efficientnet_lite0")
     weights: str = Field(
         "imagenet",
-        description="imagenet | random | cached (imagenet where it is on this machine, otherwise random) | "
-        "a state-dict file | run:NAME (an earlier run's backbone)",
+        description="imagenet | random | cached (imagenet if it is on this machine, otherwise random) | "
+        "a state-dict file | run:NAME (the backbone of an earlier run)",
     )
     zero_init_residual: bool = Field(
-        False, description="random weights of ResNets: every residual branch starts at zero (Goyal et al. 2017)"
+        False, description="ResNets with random weights: initialise every residual branch to zero (Goyal et al. 2017)"
     )
-    phase_head: bool = Field(False, description="train a second per-frame head on phases")
+    phase_head: bool = Field(False, description="train a second, per-frame head for phases")
     phase_loss_weight: float = Field(1.0, gt=0)
     class_weighting: Literal["none", "inverse_frequency"] = "none"
     backbone_lr_factor: float = Field(0.1, ge=0, le=1)
-    freeze_batch_norm: bool = Field(False, description="keep running statistics and affine parameters as loaded")
-    sync_batch_norm: bool = Field(False, description="several processes on CUDA: statistics over the whole batch")
+    freeze_batch_norm: bool = Field(False, description="do not train running statistics and affine parameters")
+    sync_batch_norm: bool = Field(False, description="several processes on CUDA: statistics over the global batch")
     batch_frames: int = Field(64, ge=1)
     accumulate_steps: int = Field(1, ge=1)
-    workers: int = Field(-1, ge=-1, description="loader processes; -1 picks by cores")
-    frames_per_epoch: int | None = Field(None, ge=1, description="random subset of frames an epoch; null takes all")
+    workers: int = Field(-1, ge=-1, description="loader processes; -1: by the number of cores")
+    frames_per_epoch: int | None = Field(
+        None, ge=1, description="size of a random subset of frames per epoch; null: all"
+    )
     augment: AugmentConfig = AugmentConfig()
 
 
 class ExtractConfig(Strict):
     store: Path = Path("artifacts/features")
     encoder: Literal["finetuned", "initial"] = Field(
-        "finetuned", description="backbone of the run's train-cnn, or the one cnn.weights names, untrained further"
+        "finetuned",
+        description="the backbone trained by the run's train-cnn, or the weights of cnn.weights as they are",
     )
     checkpoint: Path | None = Field(
-        None, description="a joint net's checkpoint that encodes instead (`extract --from-joint RUN` sets it)"
+        None, description="checkpoint of a joint net whose backbone is used instead (set by `extract --from-joint RUN`)"
     )
     precision: Precision = Field("auto", description="arithmetic of the forward pass")
     storage: Literal["float16", "float32"] = "float16"
     batch_frames: int | None = Field(
-        None, ge=1, description="frames at a time, may change last bits; none picks 8 on a CPU, 64 elsewhere"
+        None, ge=1, description="frames per batch, can change the last bits of features; null: 8 on a CPU, 64 elsewhere"
     )
-    workers: int = Field(-1, ge=-1, description="processes at work; -1 picks one a core where there is enough to do")
-    segments: bool = Field(True, description="a video may be split among processes, at batches; features are the same")
-    segment_frames: int = Field(128, ge=1, description="a part of a split video has at least so many samples")
+    workers: int = Field(-1, ge=-1, description="worker processes; -1: one per core, fewer for small inputs")
+    segments: bool = Field(True, description="split videos among processes at batch boundaries; features are identical")
+    segment_frames: int = Field(128, ge=1, description="smallest part of a split video, in samples")
     decode_ahead: Literal["auto", "on", "off"] = Field(
-        "auto", description="processes only decode, for one that computes; auto: on a GPU"
+        "auto", description="worker processes decode for one process that computes; auto: if it computes on a GPU"
     )
     hardware_decoding: str | None = Field(
-        None, description="a device that decodes by PyAV (cuda, qsv, ...); refused unless it gives the software's bytes"
+        None, description="PyAV hardware decoder (cuda, qsv, ...); refused unless its frames equal those of software"
     )
-    compile: bool = Field(False, description="torch.compile the backbone; part of the features' identity")
+    compile: bool = Field(False, description="torch.compile the backbone; part of the features' digest")
 
 
 class HeadSettings(Strict):
@@ -497,20 +509,20 @@ for _kind in (LstmHead, GruHead, TcnHead, LinearHead):
 
 
 class SequenceConfig(Strict):
-    """How training sequences are cut. Order inside a video is always kept; no sequence spans two videos."""
+    """How videos are cut into training sequences. Frames stay in order, and no sequence spans two videos."""
 
     mode: Literal["full", "chunked", "clips"] = "full"
     frames: int = Field(256, ge=1, description="length of a chunk or clip")
     stride: int = Field(1, ge=1, description="distance between clip starts")
-    batch: int = Field(8, ge=1, description="videos (full, chunked) or clips a step")
+    batch: int = Field(8, ge=1, description="videos (full, chunked) or clips per step")
     inference: Literal["carried", "clip"] = Field(
         "carried",
-        description="evaluation: state carried through the video, or a zero state at each clip as in training",
+        description="evaluation: state carried through the video, or reset at each clip as in training",
     )
 
     @property
     def unused(self) -> dict[str, str]:
-        """Settings without an effect here, with the reason."""
+        """Settings that have no effect with the others as they are, with the reason."""
         no_clips = {} if self.mode == "clips" else {"stride": f"mode={self.mode}"}
         whole = self.mode == "full" and self.inference == "carried"
         return no_clips | ({"frames": "mode=full and inference=carried"} if whole else {})
@@ -523,28 +535,32 @@ class TemporalConfig(LoopConfig):
     sequence: SequenceConfig = SequenceConfig()
     class_weighting: Literal["none", "inverse_frequency"] = "none"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    standardise: bool = Field(True, description="scale features by mean and deviation of the training videos")
-    tool_logits: bool = Field(False, description="stage one's tool logits as more input, beside the embedding")
+    standardise: bool = Field(
+        True, description="standardise features by mean and standard deviation over the training videos"
+    )
+    tool_logits: bool = Field(False, description="append the tool logits of stage one to the embedding")
     projection: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="arithmetic of the LSTM's input projection while it trains on a CPU; bf16 is faster where the CPU "
-        "has it; auto: fp32",
+        description="arithmetic of the LSTM's input projection in training on a CPU; bf16 is faster on CPUs that "
+        "support it; auto: fp32",
     )
     start_from: Path | None = Field(
         None,
-        description="a joint net's checkpoint whose phase branch the head starts from (`--from-joint RUN` sets it)",
+        description="checkpoint of a joint net whose phase branch initialises the head (set by `--from-joint RUN`)",
     )
-    baseline: bool = Field(True, description="also train the per-frame linear head, same features, epochs and choice")
+    baseline: bool = Field(
+        True, description="also train the per-frame linear head, on the same features with the same settings"
+    )
 
 
 class JointNetConfig(Strict):
-    """The joint net's branches; its backbone is `cnn.backbone`, its phase branch `temporal.head`."""
+    """The branches of the joint net; its backbone is `cnn.backbone`, its phase branch `temporal.head`."""
 
     tasks: Literal["both", "tool", "phase"] = "both"
     tool_hidden: int | None = Field(
-        None, ge=1, description="width of the tool branch's hidden layer (MTRCNet-CL: 512); null: one linear layer"
+        None, ge=1, description="width of the hidden layer in the tool branch (MTRCNet-CL: 512); null: one linear layer"
     )
-    mapping: bool = Field(False, description="predict tools from the phase branch too (MTRCNet-CL)")
+    mapping: bool = Field(False, description="also predict tools from the phase branch (MTRCNet-CL)")
 
     @model_validator(mode="after")
     def _mapping_needs_both(self) -> JointNetConfig:
@@ -557,31 +573,31 @@ class JointLossConfig(Strict):
     """Cross-entropy on phases + tool_weight x binary cross-entropy on tools + alpha x correlation; docs/method.md."""
 
     tool_weight: float = Field(1.0, ge=0)
-    phase_frames: Literal["all", "last"] = Field("all", description="phase loss on every frame of a clip, or its last")
+    phase_frames: Literal["all", "last"] = Field("all", description="frames of a clip that the phase loss covers")
     alpha: float = Field(1.0, ge=0, description="weight of the correlation term in step `correlation`")
     direction: Literal["mapped_branch", "branch_mapped"] = Field(
         "mapped_branch",
-        description="KL(mapped || branch): the mapped prediction is the target; or KL(branch || mapped)",
+        description="KL(mapped || branch), where the mapped prediction is the target, or KL(branch || mapped)",
     )
     detach: Literal["none", "mapped", "branch"] = Field(
-        "mapped", description="which of the two predictions the correlation term sends no gradient into"
+        "mapped", description="prediction that receives no gradient from the correlation term"
     )
 
 
 class JointOptimConfig(OptimConfig):
-    """The optimiser of a step of the joint net."""
+    """The optimiser of one step of the joint schedule."""
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
 
 
 class JointSequenceConfig(SequenceConfig):
-    """How the joint net's clips are cut."""
+    """How videos are cut into clips for the joint net."""
 
     mode: Literal["full", "chunked", "clips"] = "clips"
     frames: int = Field(10, ge=1, description="length of a chunk or clip")
-    batch: int = Field(10, ge=1, description="videos (chunked) or clips a step")
+    batch: int = Field(10, ge=1, description="videos (chunked) or clips per step")
     inference: Literal["carried", "clip"] = Field(
-        "clip", description="evaluation: zero state at each clip as in training, or state carried through the video"
+        "clip", description="evaluation: state reset at each clip as in training, or carried through the video"
     )
 
 
@@ -590,44 +606,50 @@ class JointStepConfig(LoopConfig):
 
     optim: JointOptimConfig = JointOptimConfig()
     backbone_lr_factor: float = Field(0.1, ge=0, le=1)
-    freeze_mapping: bool = Field(False, description="step `correlation`: keep the mapping as step `mapping` left it")
+    freeze_mapping: bool = Field(False, description="step `correlation`: do not train the mapping further")
 
 
 class JointConfig(Strict):
-    """The joint mode: both stages in one net, end to end (MTRCNet and MTRCNet-CL)."""
+    """The joint mode: both stages as one net, trained end to end (MTRCNet and MTRCNet-CL)."""
 
     net: JointNetConfig = JointNetConfig()
     sequence: JointSequenceConfig = JointSequenceConfig()
     loss: JointLossConfig = JointLossConfig()
     multitask: JointStepConfig = JointStepConfig()
-    mapping: JointStepConfig | None = Field(None, description="second step: the mapping alone, all else frozen")
-    correlation: JointStepConfig | None = Field(None, description="third step: all together, with the correlation")
+    mapping: JointStepConfig | None = Field(None, description="second step: train the mapping only")
+    correlation: JointStepConfig | None = Field(
+        None, description="third step: train everything, with the correlation term"
+    )
     accumulate_steps: int = Field(1, ge=1)
     freeze_batch_norm: bool = False
-    sync_batch_norm: bool = Field(False, description="several processes on CUDA: statistics over the whole batch")
-    gradient_checkpointing: bool = Field(False, description="compute the backbone twice and keep less in memory")
-    clips_per_epoch: int | None = Field(None, ge=1, description="random subset of clips an epoch; null takes all")
-    workers: int = Field(-1, ge=-1, description="loader processes; -1 picks by cores")
+    sync_batch_norm: bool = Field(False, description="several processes on CUDA: statistics over the global batch")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute the backbone in the backward pass to save memory"
+    )
+    clips_per_epoch: int | None = Field(None, ge=1, description="size of a random subset of clips per epoch; null: all")
+    workers: int = Field(-1, ge=-1, description="loader processes; -1: by the number of cores")
     augment: AugmentConfig = AugmentConfig()
-    crops: Literal["centre", "random", "five", "ten"] = Field("centre", description="evaluation; several are averaged")
+    crops: Literal["centre", "random", "five", "ten"] = Field(
+        "centre", description="crops in evaluation; predictions of several are averaged"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> JointConfig:
         if self.sequence.mode == "full":
-            raise ValueError("sequence.mode=full would hold the images of whole videos; use clips or chunked")
+            raise ValueError("sequence.mode=full would load the images of whole videos; use clips or chunked")
         if (self.mapping or self.correlation) and not self.net.mapping:
             raise ValueError("steps mapping and correlation need net.mapping=true")
         if self.correlation and not self.mapping:
-            raise ValueError("step correlation comes after step mapping; give joint.mapping too")
+            raise ValueError("step correlation needs step mapping before it; give joint.mapping too")
         return self
 
 
 class RangeConfig(Strict):
-    """A range of an ablation's space; whole numbers where both ends are."""
+    """A range of values in the space of an ablation, of integers if both ends are."""
 
     low: int | FiniteFloat
     high: int | FiniteFloat
-    log: bool = Field(False, description="draw evenly on a logarithmic scale")
+    log: bool = Field(False, description="draw uniformly on a logarithmic scale")
 
     @model_validator(mode="after")
     def _is_range(self) -> RangeConfig:
@@ -637,24 +659,26 @@ class RangeConfig(Strict):
 
 
 Choice = None | bool | int | FiniteFloat | str
-# Keys of an ablation that name other features than the base's: a folder, or the run whose `extract` made them.
+# Keys of an ablation that select other features than its base: a folder, or the run whose `extract` wrote them.
 FEATURE_KEYS = ("features", "features_of_run")
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class BudgetConfig(Strict):
-    trials: int | None = Field(None, ge=1, description="trainings in all: each setting, the base too, with each seed")
-    minutes: float | None = Field(None, gt=0, description="no new setting is begun after so long")
+    trials: int | None = Field(
+        None, ge=1, description="total number of trainings: each setting, the base included, with each seed"
+    )
+    minutes: float | None = Field(None, gt=0, description="time after which no further setting is started")
 
 
 class AblationConfig(Strict):
-    """What `ablate` tries: every combination of `space` (lists) or as many draws as the budget has (ranges)."""
+    """The trials of `ablate`: every combination of `space` (lists), or as many draws as the budget allows (ranges)."""
 
     title: str = ""
-    base: str = Field(description="preset or file of settings that every trial starts from")
+    base: str = Field(description="preset or file of settings that all trials are based on")
     space: dict[str, list[Choice] | RangeConfig] = Field({}, description="settings by dotted key")
     settings: dict[str, dict[str, Choice]] = Field(
-        {}, description="named settings, each a set of changes, tried with every point of the space"
+        {}, description="named sets of changes, each combined with every point of the space"
     )
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
     budget: BudgetConfig = BudgetConfig()
@@ -664,13 +688,13 @@ class AblationConfig(Strict):
         if not (self.space or self.settings):
             raise ValueError("nothing to try: give space or settings")
         if any(isinstance(values, list) and not values for values in self.space.values()):
-            raise ValueError("space: an empty list")
+            raise ValueError("space: a list is empty")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds repeat")
         tried: list[Sequence[object]] = [values for values in self.space.values() if isinstance(values, list)]
         tried.append([*self.settings.values()])
         if any(value in values[:place] for values in tried for place, value in enumerate(values)):
-            raise ValueError("space or settings: the same is tried twice")
+            raise ValueError("space or settings: two trials are identical")
         keys = [*self.space, *(key for changes in self.settings.values() for key in changes)]
         if foreign := [key for key in keys if not key.startswith("temporal.") and key not in FEATURE_KEYS]:
             raise ValueError(
@@ -679,13 +703,13 @@ class AblationConfig(Strict):
         self._names_features()
         for name, changes in self.settings.items():
             if twice := [key for key in changes if key in self.space]:
-                raise ValueError(f"settings.{name}: {twice[0]} is in the space too; give it in one place")
+                raise ValueError(f"settings.{name}: {twice[0]} is also in space; give it in one of them")
         if self.has_ranges and self.budget.trials is None and self.budget.minutes is None:
-            raise ValueError("ranges have no end: give budget.trials or budget.minutes")
+            raise ValueError("ranges need a limit: give budget.trials or budget.minutes")
         return self
 
     def _names_features(self) -> None:
-        """Raise ValueError where features are named by something that is no name, or twice."""
+        """Raise ValueError if features are named twice, or by something other than a name."""
         for changes in self.settings.values():
             named = [key for key in FEATURE_KEYS if key in changes or key in self.space]
             if len(named) > 1 or any(key in changes and key in self.space for key in named):
@@ -702,12 +726,12 @@ class AblationConfig(Strict):
 
     @property
     def has_ranges(self) -> bool:
-        """Whether settings are drawn, not counted through."""
+        """Whether settings are drawn from ranges rather than enumerated."""
         return any(isinstance(values, RangeConfig) for values in self.space.values())
 
 
 class Config(Strict):
-    """Everything a run depends on."""
+    """All settings of a run."""
 
     seed: int = Field(0, ge=0, lt=2**32)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from configs.errors import UserError, listed
+from configs.errors import UserError, listed, type_and_line
 from engine.files import atomic_path, fsync_file
 from engine.launch import is_main_process
 from engine.progress import say
-from engine.sniff import what_it_is
+from engine.sniff import recognise_file
 
 FORMAT = 1
 # `weights_only=True` could be bypassed before this release (CVE-2025-32434, CVE-2026-24747): with an older torch, files
@@ -56,7 +56,7 @@ def _save(content: Any, temporary: Path, path: Path, **options: Any) -> None:
     try:
         torch.save(content, temporary, **options)
     except RuntimeError as error:  # torch's zip writer hides the system's error number
-        raise UserError(f"{path}: cannot be written (is the disk full?): {_first_line(error)}") from error
+        raise UserError(f"{path}: cannot be written (is the disk full?): {type_and_line(error)}") from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def _load(path: Path, checked: bool = False) -> Any:
             raise UserError(
                 f"{path}: damaged or not a checkpoint: it ends too early; copy or download it again"
             ) from error
-        what = what_it_is(path)
+        what = recognise_file(path)
         if what is not None and "pickle" not in what and "PyTorch" not in what:
             raise UserError(f"{path}: not a checkpoint but {what}") from error
         if isinstance(error, pickle.UnpicklingError):
@@ -225,7 +225,7 @@ def _load(path: Path, checked: bool = False) -> Any:
                 f"{path}: damaged or not a checkpoint, or it holds more than tensors and plain containers{named}; "
                 f"nothing in it was run; if it is whole, {_REMEDY}"
             ) from error
-        raise UserError(f"{path}: damaged or not a checkpoint ({_first_line(error)})") from error
+        raise UserError(f"{path}: damaged or not a checkpoint ({type_and_line(error)})") from error
 
 
 def _ends_early(error: Exception) -> bool:
@@ -267,11 +267,6 @@ def _is_whole_archive(path: Path) -> bool:
     if head.startswith(_ZIP_MAGIC) and not whole:
         raise UserError(f"{path}: damaged: its end is missing; copy or download it again")
     return whole
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
 
 
 def random_states() -> dict[str, Any]:

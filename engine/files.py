@@ -1,7 +1,8 @@
-"""Writing files so that a name without `.tmp` is always whole, and knowing files by their content.
+"""Atomic writing, bounded reading, locks and content hashes of files.
 
-Every file the project writes goes through `atomic_path`: temporary file in the same folder (unique per process, so two
-writers of one file are harmless and no lock is needed), close, fsync, `os.replace`, fsync of the folder.
+Every file of the project is written through `atomic_path`: a temporary file in the same folder (unique per process, so
+that two writers of one file need no lock), close, fsync, `os.replace`, fsync of the folder. A file whose name does not
+end in `.tmp` is therefore always complete.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from filelock import FileLock, Timeout
 from configs.errors import UserError
 
 HASH_SPAN_BYTES = 1 << 20
-# Far above any index, label or result; the memory that a JSON file takes is a small multiple of its size.
+# Far larger than any index, label or result file; a parsed JSON file takes a small multiple of its size in memory.
 MAX_JSON_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
-# What a system answers when there is no room: a full disk, a quota, a file-size limit.
+# Error numbers of a full disk, an exhausted quota and a file-size limit.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# What a file system without locks answers (Lustre mounted without `flock`, NFS without a lock service).
+# Error numbers of file systems without locks (Lustre mounted without `flock`, NFS without a lock service).
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable. Systems that cannot open a folder are left alone."""
+    """Make a rename in `folder` durable, on systems that can open a folder."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -44,13 +45,13 @@ def fsync_folder(folder: Path) -> None:
     try:
         os.fsync(handle)
     except OSError:
-        pass  # some network file systems refuse fsync on folders; the rename itself stays atomic
+        pass  # some network file systems refuse fsync on folders; the rename is still atomic
     finally:
         os.close(handle)
 
 
 def fsync_file(path: Path) -> None:
-    """Force the content of a closed file to the disk."""
+    """Write the content of a closed file through to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -59,7 +60,7 @@ def fsync_file(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> Path:
-    """Create `folder` and its parents. Raises UserError where that is not allowed."""
+    """Create `folder` and its parents if necessary. Raises UserError if that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -68,16 +69,16 @@ def make_folder(folder: Path) -> Path:
 
 
 class NoRoomError(UserError):
-    """The disk is full: whatever else is waiting to be written would meet the same."""
+    """The disk is full, so that every further write would fail too."""
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on a clean exit it becomes `path`, otherwise it is removed.
+    """Yield a temporary path beside `path`; it replaces `path` on success and is removed after an exception.
 
-    The body writes and closes the file (and may reopen it to check it). Any exception, Ctrl-C included, leaves `path`
-    as it was. What dead writers left of the same file goes when it is whole. Raises UserError when the disk is full or
-    the folder cannot be written.
+    The body writes and closes the file (and may reopen it to verify it). Any exception, KeyboardInterrupt included,
+    leaves `path` unchanged. On success, temporary files that killed writers of the same file left are removed. Raises
+    UserError if the disk is full or the folder is not writable.
     """
     make_folder(path.parent)
     temporary = temporary_path(path)
@@ -94,19 +95,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def temporary_path(path: Path) -> Path:
-    """A name beside `path` that nobody else has, and that says which process it belongs to.
+    """A unique path beside `path` whose name identifies this process.
 
-    Whoever makes the file removes it; `remove_stale_temporaries` does when that process is dead.
+    The caller removes the file; after the death of this process, `remove_stale_temporaries` does.
     """
     return path.with_name(f".{_stem(path)}.{process_mark()}-{uuid.uuid4().hex[:8]}.tmp")
 
 
 def _stem(path: Path) -> str:
-    return path.name.encode()[:120].decode(errors="ignore")  # names have 255 bytes at most
+    return path.name.encode()[:120].decode(errors="ignore")  # file names are limited to 255 bytes
 
 
 def as_user_error(error: OSError, path: Path) -> Exception:
-    """What a failed write means to the user; errors that are not the user's to mend come back unchanged."""
+    """The UserError for a failed write; errors that the user cannot fix are returned unchanged."""
     if is_no_room(error):
         return NoRoomError(f"{path}: no room left on the disk; free some or choose another folder")
     if isinstance(error, IsADirectoryError) or error.errno == errno.ENAMETOOLONG:
@@ -118,7 +119,7 @@ def as_user_error(error: OSError, path: Path) -> Exception:
 
 
 def is_no_room(error: BaseException) -> bool:
-    """Whether an OSError (h5py's included, which only carry the number in their text) says the disk is full."""
+    """Whether an exception is an OSError of a full disk (h5py gives the error number in the text only)."""
     if not isinstance(error, OSError):
         return False
     if error.errno in _NO_ROOM:
@@ -127,11 +128,11 @@ def is_no_room(error: BaseException) -> bool:
 
 
 def remove_stale_temporaries(folder: Path, older_than_s: float = 3600.0, of: str = "") -> int:
-    """Delete the temporary files that killed writers left in `folder`, of all files or of one; returns how many.
+    """Delete temporary files that killed writers left in `folder`, for all files or for the one named `of`.
 
-    A file goes at once when its writer ran here (same boot, same process namespace) and is dead, and otherwise when
-    nobody has touched it for `older_than_s`: on a shared file system a process number of another machine says nothing,
-    but a writer that still runs writes all the time.
+    A file is deleted at once if its writer ran on this machine (same boot, same process namespace) and is dead, and
+    otherwise after `older_than_s` seconds without a write: on a shared file system the process number of another
+    machine means nothing, but a live writer writes continually. Returns the number of deleted files.
     """
     removed = 0
     for path in folder.glob(".*.tmp"):
@@ -148,30 +149,30 @@ def remove_stale_temporaries(folder: Path, older_than_s: float = 3600.0, of: str
 
 @functools.cache
 def _place() -> str:
-    """Short name of what process numbers here belong to: machine, boot and process namespace."""
+    """Identifier of the scope of process numbers: machine, boot and process namespace."""
     parts = [socket.gethostname()]
     try:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
         parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
     except OSError:
-        parts.append(uuid.uuid4().hex)  # not known here: never take another process for one of ours
+        parts.append(uuid.uuid4().hex)  # scope unknown: matches no other process
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:8]
 
 
 def process_mark() -> str:
-    """What to leave on something this process has in work, for `process_is_dead` to ask about later."""
+    """Identifier of this process, to be passed to `process_is_dead` later."""
     return f"{_place()}-{os.getpid()}"
 
 
 def process_is_dead(mark: str) -> bool:
-    """Whether the process that left `mark` ran here (same boot, same process namespace) and runs no more."""
+    """Whether the process with this `process_mark` ran on this machine since its boot and has ended."""
     place, _, rest = mark.partition("-")
     number = rest.partition("-")[0]
     if place != _place() or not number.isdigit():
         return False
     try:
         os.kill(int(number), 0)
-        # one that nobody has waited for answers signals, and in a container without an init process it does so for good
+        # A zombie still accepts signals, and in a container without an init process zombies are never reaped.
         return Path(f"/proc/{number}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "ZX"
     except ProcessLookupError:
         return True
@@ -180,11 +181,11 @@ def process_is_dead(mark: str) -> bool:
 
 
 @contextmanager
-def sole_worker(folder: Path, what: str) -> Iterator[None]:
-    """Let one process at a time work in `folder`; raises UserError naming `what` and the process where another does.
+def exclusive_lock(folder: Path, what: str) -> Iterator[None]:
+    """Hold `folder` for this process alone. Raises UserError naming `what` and the holder if another process has it.
 
-    The lock is the kernel's on the file `.lock`, which stays: a process that is killed loses it at that moment, and no
-    process ever judges from a file whether another lives. Where the file system has no locks, a warning says so.
+    The lock is a kernel lock on the file `.lock`, which is not deleted: the kernel releases it when its holder is
+    killed. File systems without locks cause a warning.
     """
     lock, note = FileLock(make_folder(folder) / ".lock", timeout=0), folder / "in-work"
     try:
@@ -194,13 +195,13 @@ def sole_worker(folder: Path, what: str) -> Iterator[None]:
         with suppress(OSError):
             holder = note.read_text(errors="replace")[:200]
         raise UserError(
-            f"{folder}: another process works on this {what} ({holder}); wait for it, or give --name for another"
+            f"{folder}: another process works on this {what} ({holder}); wait for it, or choose another --name"
         ) from None
-    except (OSError, NotImplementedError) as error:  # the latter is how filelock before 3.29 says ENOSYS
+    except (OSError, NotImplementedError) as error:  # filelock before 3.29 raises the latter for ENOSYS
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             known = as_user_error(error, folder / ".lock")
             if not isinstance(known, UserError):
-                hint = "delete it, or give --name for another"
+                hint = "delete it, or choose another --name"
                 known = UserError(f"{folder / '.lock'}: cannot be locked ({error.strerror}); {hint}")
             raise known from error
         warnings.warn(f"{folder}: no locks on this file system; start no second process on this {what}", stacklevel=3)
@@ -220,7 +221,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: sorted nowhere (order is meaning), indented, NaN refused (JSON has none)."""
+    """Write JSON atomically: indented, in the order given, NumPy and torch values as plain ones.
+
+    Raises ValueError for NaN, which JSON lacks, and TypeError for values that JSON cannot represent.
+    """
     write_text(path, json.dumps(value, indent=1, allow_nan=False, default=_plain) + "\n")
 
 
@@ -231,48 +235,48 @@ def _plain(value: Any) -> Any:
         return value.item()
     if hasattr(value, "tolist"):
         return value.tolist()
-    raise TypeError(f"{type(value).__name__} does not go into JSON")
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 def require_replaceable_json(path: Path) -> None:
-    """Raise UserError where `path`, given for results, holds something else than results written before."""
+    """Raise UserError if `path` exists and does not contain the JSON of earlier results."""
     if path.exists() and (path.is_dir() or not path.read_bytes()[:1].startswith(b"{")):
-        raise UserError(f"{path}: exists and holds no results; give another file")
+        raise UserError(f"{path}: exists and does not contain results; choose another file")
 
 
 def read_bounded(path: Path, most_bytes: int) -> bytes:
-    """A file's bytes. Raises UserError when it is missing, unreadable, or larger than any such file is."""
+    """The content of a file. Raises UserError if it is missing, unreadable or larger than `most_bytes`."""
     try:
         with path.open("rb") as stream:
             content = stream.read(most_bytes + 1)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:  # a name with a NUL in it is a ValueError
+    except (OSError, ValueError) as error:  # ValueError: the name contains a NUL character
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if len(content) > most_bytes:
-        raise UserError(f"{path}: larger than {most_bytes:,} bytes, which no such file is; name another")
+        raise UserError(f"{path}: larger than {most_bytes:,} bytes, the limit for such files; choose another")
     return content
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object. Raises UserError for anything else."""
+    """Read a JSON file that contains an object. Raises UserError as `read_json`, and for any other JSON value."""
     value = read_json(path)
     if not isinstance(value, dict):
-        raise UserError(f"{path}: damaged: holds no JSON object; delete it or restore it")
+        raise UserError(f"{path}: damaged: contains no JSON object; delete it or restore it")
     return value
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises UserError when it is missing, unreadable, too large or not JSON."""
+    """Read a JSON file. Raises UserError if it is missing, unreadable, larger than 64 MiB or not JSON."""
     content = read_bounded(path, MAX_JSON_BYTES)
     try:
         return json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a ValueError too
+    except (ValueError, RecursionError) as error:  # ValueError: also for integers of thousands of digits
         raise UserError(f"{path}: not a JSON file ({error})") from error
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a whole file, hexadecimal."""
+    """SHA-256 of a whole file as hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(_READ_BYTES):
@@ -281,7 +285,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_ends(path: Path) -> str:
-    """SHA-256 over size, first and last MiB of a file: cheap on a 2 GB video, and enough to notice a replacement."""
+    """SHA-256 over the size, the first and the last MiB of a file: fast for large videos, and detects replacement."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as stream:
@@ -293,13 +297,13 @@ def sha256_ends(path: Path) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """SHA-256 of a JSON-able value in one canonical spelling."""
+    """SHA-256 of a value in canonical JSON (keys sorted, no blanks)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def require_free_bytes(folder: Path, needed: int, purpose: str) -> None:
-    """Raise UserError before the work starts when `folder` has not `needed` bytes free."""
+    """Raise NoRoomError, a UserError, if the disk of `folder` has fewer than `needed` bytes free for `purpose`."""
     probe = folder
     while not probe.exists():
         probe = probe.parent
@@ -312,31 +316,31 @@ def require_free_bytes(folder: Path, needed: int, purpose: str) -> None:
 
 
 def below_root(message: str, root: Path) -> str:
-    """A message whose paths begin at the data root: a file that keeps it can move with the data."""
+    """A message with its paths made relative to the data root, so that a file containing it can move with the data."""
     return message.replace(f"{root}{os.sep}", "")
 
 
 class LinkedRoot(type(Path())):  # type: ignore[misc]
-    """A data root whose links may lead out of it, as the user's settings allow (`data.follow_links`).
+    """A data root whose symbolic links may point outside it (`data.follow_links`).
 
-    The permission is the root's own: no path that a file names can carry it, and a copy as a plain `Path` loses it.
+    The permission belongs to this object: no path in a file can grant it, and a plain `Path` made of it lacks it.
     """
 
 
 def inside(root: Path, relative: str) -> Path:
-    """The path `relative` below `root`; UserError when it is absolute, climbs out or is a link that leads out.
+    """The path `relative` below `root`.
 
-    Below a `LinkedRoot` a link may lead out; what is absolute or climbs may not.
+    Raises UserError if it is absolute, leaves the root by `..` or, unless `root` is a `LinkedRoot`, by a symbolic link.
     """
     if Path(relative).is_absolute() or "\x00" in relative:
-        raise UserError(f"{relative!r}: paths in an index are relative to the data root")
+        raise UserError(f"{relative!r}: paths in an index must be relative to the data root")
     if isinstance(root, LinkedRoot) and ".." in Path(relative).parts:
         raise UserError(f"{relative!r}: leads out of the data root {root}")
     path = root / relative
     try:
         target = path.resolve()
-    except (OSError, RuntimeError) as error:  # a link that points to itself
-        raise UserError(f"{relative!r}: cannot be followed below {root} ({error})") from error
+    except (OSError, RuntimeError) as error:  # a symbolic link that points to itself
+        raise UserError(f"{relative!r}: cannot be resolved below {root} ({error})") from error
     if not (isinstance(root, LinkedRoot) or target.is_relative_to(root.resolve())):
         raise UserError(f"{relative!r}: leads out of the data root {root} (links may with data.follow_links=true)")
     return path

@@ -17,7 +17,7 @@ from multiprocessing import connection, get_context, parent_process
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Generic, Protocol, TypeVar
 
-from configs.errors import UserError, one_line
+from configs.errors import UserError, one_line, type_and_line
 from engine.files import NoRoomError
 from engine.launch import available_cores
 from engine.progress import progress_bar
@@ -106,9 +106,7 @@ def _attempt(task: Task[AnyJob], job: AnyJob, advance: Advance) -> str | None:
 
 def failure_reason(error: BaseException) -> str:
     """One of `VIDEO_ERRORS` in one line, as a user reads it; a UserError is the video's fault."""
-    if isinstance(error, UserError):
-        return VideoFault(" ".join(str(error).split()))
-    return f"{type(error).__name__}: {one_line(error, 300)}"
+    return VideoFault(one_line(error, most=None)) if isinstance(error, UserError) else type_and_line(error, most=300)
 
 
 # ---------------------------------------------------------------------------------------------- processes

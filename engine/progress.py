@@ -1,10 +1,11 @@
-"""Progress on long work: a bar on a terminal, a line now and then in a log file."""
+"""Progress of long tasks: a bar on a terminal, a line every 15 s in a log file."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from tqdm import tqdm
@@ -12,11 +13,14 @@ from tqdm import tqdm
 from configs.errors import printable
 
 LOG_INTERVAL_S = 15.0
-_bars_shown = True
+_bars_hidden = ContextVar("_bars_hidden", default=False)
 
 
 def progress_bar(total: int | None, description: str, unit: str, **options: Any) -> tqdm:
-    """A tqdm bar on standard error: `unit`/s and time left. Where that is a file, at most a line in 15 s."""
+    """A tqdm bar on standard error with `unit`/s and the time left. In a log file, at most one line in 15 s.
+
+    `options` are those of tqdm.
+    """
     interactive = sys.stderr.isatty()
     return tqdm(
         total=total,
@@ -27,21 +31,20 @@ def progress_bar(total: int | None, description: str, unit: str, **options: Any)
         dynamic_ncols=interactive,
         ascii=not interactive,
         leave=options.pop("leave", False),
-        **options | ({} if _bars_shown else {"disable": True}),
+        **options | ({"disable": True} if _bars_hidden.get() else {}),
     )
 
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """For work whose progress somebody else shows, several times at once perhaps."""
-    global _bars_shown
-    before, _bars_shown = _bars_shown, False
+    """Hide the bars of the body, whose progress the caller shows."""
+    token = _bars_hidden.set(True)
     try:
         yield
     finally:
-        _bars_shown = before
+        _bars_hidden.reset(token)
 
 
 def say(text: str) -> None:
-    """A line for the user, above any bar; what file names put into it is made printable."""
+    """Print a line for the user on standard error, above any bar, with unprintable characters escaped."""
     tqdm.write(printable(text), file=sys.stderr)

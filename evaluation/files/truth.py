@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.errors import UserError
+from configs.errors import UserError, one_line
 from configs.schema import DataSetSpec
 from engine.files import read_json, write_json
 from evaluation.metrics.counts import stretches
@@ -83,8 +83,7 @@ def read_truth(path: Path) -> Truth:
                 raise ValueError(f"more than {MAX_LABELS:,} labels")
         return Truth(spec, str(tree["split"]), float(tree["fps"]), videos)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, MemoryError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: not the labels of an evaluation ({reason}); run evaluate again") from error
+        raise UserError(f"{path}: not the labels of an evaluation ({one_line(error)}); run evaluate again") from error
 
 
 def _video(entry: Any, spec: DataSetSpec) -> VideoTruth:

@@ -21,7 +21,7 @@ import numpy as np
 from configs.errors import UserError, did_you_mean
 from configs.schema import DataSetSpec, class_ids, folded_name
 from engine.files import read_bounded, write_text
-from engine.sniff import what_begins_so
+from engine.sniff import recognise_start
 
 _WHOLE_NUMBER = re.compile(r"[0-9]+")
 MAX_FILE_BYTES = 64 << 20  # twenty hours of phases, one row per frame
@@ -83,7 +83,7 @@ def read_tool_file(path: Path, spec: DataSetSpec) -> ToolTrack:
 def read_content(path: Path) -> bytes:
     """A file's bytes. Raises UserError when it cannot be read, is not text or is larger than annotations are."""
     content = read_bounded(path, MAX_FILE_BYTES)
-    if what := what_begins_so(content):
+    if what := recognise_start(content):
         raise UserError(f"{path}: is {what}")
     return content
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from configs.errors import UserError, printable
 from configs.schema import DataConfig, DataSetSpec
 from engine.files import below_root
-from engine.sniff import what_it_is
+from engine.sniff import recognise_file
 from features.dataset.annotations import parse_phases, parse_tools
 from features.dataset.discover import Discovery, FoundVideo, find_videos
 from features.dataset.frame_folders import LabelEnd, infer_layout, require_one_base, scan_folder
@@ -165,7 +165,7 @@ def _build_entry(
     try:
         entry = VideoEntry(id=video.id, kind=video.kind, source=video.source, split="none", **vars(facts))
     except ValidationError as error:  # a header may claim any rate and any number of frames
-        what = what_it_is(path) if video.kind == "video" else None
+        what = recognise_file(path) if video.kind == "video" else None
         problem = f"is {what}" if what else f"{first_fault(error)}; re-encode it or leave it out"
         raise UserError(f"{path}: {problem}") from error
     extent = extent_of(entry, spec)

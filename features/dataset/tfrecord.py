@@ -27,7 +27,7 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.schema import DataSetSpec
-from engine.sniff import what_it_is
+from engine.sniff import recognise_file
 from features.dataset.layouts import RecordLayout
 from features.ids import id_key
 from features.video.base import FrameReader, ReaderError, checked_frames
@@ -73,7 +73,7 @@ def record_spans(stream: BinaryIO, path: Path) -> Iterator[RecordSpan]:
         header = _read_at(stream, offset, _HEADER.size, f"{path}: record {number}")
         length, checksum = _HEADER.unpack(header)
         if masked_crc32c(header[:8]) != checksum:
-            if number == 0 and (found := what_it_is(path)):
+            if number == 0 and (found := recognise_file(path)):
                 raise ReaderError(f"{path}: is {found}")
             what = "is no TFRecord file, or its" if number == 0 else f"record {number}: its"
             raise ReaderError(f"{path}: {what} length does not fit its checksum; {_WAY_OUT}")

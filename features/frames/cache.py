@@ -22,7 +22,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.errors import UserError
+from configs.errors import UserError, one_line
 from configs.schema import CacheConfig, PreprocessConfig
 from engine.files import (
     atomic_path,
@@ -190,7 +190,7 @@ def _problem(path: Path, attributes: dict[str, Any], frame_index: NDArray[np.int
                     if zlib.crc32(blob) != checksum:
                         return f"frame {number} is damaged"
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        return f"damaged or cut short ({' '.join(str(error).split())[:120]})"
+        return f"damaged or cut short ({one_line(error, most=120)})"
     return None
 
 
@@ -240,7 +240,7 @@ class CachedFrames:
                 self._file, self._process = h5py.File(self.path, "r", locking=False), os.getpid()
             return self._file[name][selection]
         except (OSError, RuntimeError, KeyError, ValueError) as error:
-            raise self._damaged(" ".join(str(error).split())[:120]) from error
+            raise self._damaged(one_line(error, most=120)) from error
 
     def _damaged(self, what: str) -> UserError:
         return UserError(f"{self.path}: damaged or missing ({what}); delete it, and it is created again")

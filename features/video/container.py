@@ -9,7 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
-from engine.sniff import what_it_is
+from configs.errors import one_line
+from engine.sniff import recognise_file
 from features.video import mp4
 from features.video.base import MAX_PIXELS, REMEDY, ReaderError
 
@@ -34,7 +35,7 @@ def open_container(path: Path, hardware: str | None = None) -> Any:
     av = import_av()
     try:
         if path.stat().st_size == 0:
-            raise ReaderError(f"{path}: is {what_it_is(path)}")
+            raise ReaderError(f"{path}: is {recognise_file(path)}")
         if claim := mp4.overclaim(path):
             raise ReaderError(f"{path}: {claim}; {REMEDY}")
         # `file:` and the white list keep odd names and disguised playlists from reaching other files or the network.
@@ -49,9 +50,9 @@ def open_container(path: Path, hardware: str | None = None) -> Any:
     except (av.error.FFmpegError, ImportError, OSError, RuntimeError) as error:
         what = getattr(error, "strerror", None)
         if hardware is not None:
-            what = what or " ".join(str(error).split()) or type(error).__name__
+            what = what or one_line(error, most=None)
             refusal = f"cannot be decoded by {hardware} ({what}); leave extract.hardware_decoding unset"
-        elif found := what_it_is(path):
+        elif found := recognise_file(path):
             refusal = f"not a video that can be read: it is {found}"
         elif ends_early(path):
             refusal = "cut short, not even frame 0 can be read; copy it again or leave it out"

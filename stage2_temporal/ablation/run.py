@@ -26,7 +26,7 @@ from configs.errors import UserError
 from configs.load import differences, keys_given, load_ablation, load_config, to_yaml
 from configs.schema import FEATURE_KEYS, AblationConfig, Config
 from engine.device import choose_device, cpu_threads
-from engine.files import read_json_object, sha256_json, sole_worker, write_text
+from engine.files import exclusive_lock, read_json_object, sha256_json, write_text
 from engine.launch import available_cores
 from engine.pool import Advance, choose_processes, work_through
 from engine.progress import no_bars, say
@@ -171,7 +171,7 @@ def ablate(
     threads = max(1, available_cores() // max(1, cores))
     task = UnitTask(spec.base, tuple(overrides), folder / "trials", shared, threads)
     failed: list[tuple[str, str]] = []
-    with sole_worker(folder, "ablation"), _live_table() as live:
+    with exclusive_lock(folder, "ablation"), _live_table() as live:
         plan = _Plan(spec, base, tuple(overrides), folder, shared)
         plan.trials(folder)  # before anything is trained, since it may refuse what is there
         for units in plan.rounds(cores, started):

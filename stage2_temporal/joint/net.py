@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from configs.errors import UserError
+from configs.errors import UserError, one_line
 from configs.load import differences
 from configs.schema import Config, DataSetSpec, HeadConfig, JointLossConfig, JointNetConfig
 from engine.checkpoints import load_checkpoint
@@ -233,9 +233,7 @@ def attach_joint(
         try:
             mine.load_state_dict(theirs.state_dict())
         except RuntimeError as error:
-            raise UserError(
-                f"{path}: its {name} does not fit the settings ({str(error).splitlines()[-1].strip()})"
-            ) from error
+            raise UserError(f"{path}: its {name} does not fit the settings ({one_line(error)})") from error
     return about
 
 
@@ -345,7 +343,7 @@ def load_joint(path: Path) -> tuple[JointNet, dict[str, Any]]:
         net = build_joint(backbone, settings, head, len(content["tools"]), len(content["phases"]))
         net.load_state_dict(weights)
     except (ValidationError, KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path}: damaged, or of another version ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: damaged, or of another version ({one_line(error)})") from error
     net.unused = content.pop("unused", {})
     net.imported_from = content.get("imported_from") or (content.get("original") or {}).get("file")
     return net.eval(), content

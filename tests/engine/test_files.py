@@ -1,4 +1,4 @@
-"""Atomic writes: whole or not at all, whatever happens in the middle."""
+"""Atomic writes: a file is complete or absent, whatever fails in between."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import pytest
 from configs.errors import UserError
 from engine.files import (
     atomic_path,
+    exclusive_lock,
     inside,
     read_json,
     remove_stale_temporaries,
     require_free_bytes,
     require_replaceable_json,
     sha256_ends,
-    sole_worker,
     write_json,
     write_text,
 )
@@ -132,11 +132,11 @@ CONTENDER = """
 import sys, time
 from pathlib import Path
 from configs.errors import UserError
-from engine.files import sole_worker
+from engine.files import exclusive_lock
 folder, rounds, refused = Path(sys.argv[1]), int(sys.argv[2]), 0
 for _ in range(rounds):
     try:
-        with sole_worker(folder, "ablation"):
+        with exclusive_lock(folder, "ablation"):
             (folder / "inside").mkdir()  # fails where another is inside
             (folder / "inside").rmdir()
     except UserError:
@@ -157,19 +157,19 @@ def test_of_processes_that_contend_one_is_inside(tmp_path: Path) -> None:
 
 def test_a_killed_holder_is_named_while_it_lives_and_forgotten_at_once(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from engine.files import sole_worker\n"
-        "with sole_worker(Path(sys.argv[1]), 'ablation'):\n    print('in', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from engine.files import exclusive_lock\n"
+        "with exclusive_lock(Path(sys.argv[1]), 'ablation'):\n    print('in', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
     holder = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "in\n"
-    named = rf"this ablation \(process {holder.pid} on .+\); wait for it, or give --name"
-    with pytest.raises(UserError, match=named), sole_worker(tmp_path, "ablation"):
+    named = rf"this ablation \(process {holder.pid} on .+\); wait for it, or choose another --name"
+    with pytest.raises(UserError, match=named), exclusive_lock(tmp_path, "ablation"):
         pass
     holder.kill()
     holder.communicate(timeout=280)
-    with sole_worker(tmp_path, "ablation"):
+    with exclusive_lock(tmp_path, "ablation"):
         assert f"process {os.getpid()} on" in (tmp_path / "in-work").read_text()
     assert not (tmp_path / "in-work").exists()
 
@@ -181,13 +181,16 @@ def test_without_locks_on_the_file_system_the_work_goes_on_with_a_warning(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
-    with pytest.warns(UserWarning, match="no locks on this file system"), sole_worker(tmp_path, "ablation"):
+    with pytest.warns(UserWarning, match="no locks on this file system"), exclusive_lock(tmp_path, "ablation"):
         assert (tmp_path / "in-work").exists()
 
 
 def test_a_lock_that_cannot_be_taken_is_one_line(tmp_path: Path) -> None:
     (tmp_path / ".lock").mkdir()
-    with pytest.raises(UserError, match=r"\.lock: cannot be written: is a folder"), sole_worker(tmp_path, "ablation"):
+    with (
+        pytest.raises(UserError, match=r"\.lock: cannot be written"),
+        exclusive_lock(tmp_path, "ablation"),
+    ):
         pass
 
 
@@ -243,7 +246,7 @@ def test_json_with_endless_numbers_or_of_somebody_else(tmp_path: Path) -> None:
     path.write_text("9" * 5000)
     with pytest.raises(UserError, match="not a JSON file"):
         read_json(path)
-    with pytest.raises(UserError, match="holds no results"):
+    with pytest.raises(UserError, match="does not contain results"):
         require_replaceable_json(path)
     path.write_text("{}")
     require_replaceable_json(path)

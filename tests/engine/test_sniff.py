@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from configs.errors import UserError
 from configs.load import load_dataset
-from engine.sniff import what_it_is
+from engine.sniff import recognise_file
 from features.dataset.annotations import read_phase_file
 from features.dataset.tfrecord import scan_records
 from features.video.scan import probe_video
@@ -55,7 +55,7 @@ FILES = {
     "pdf": (b"%PDF-1.7\n%", "a PDF document", ""),
     "utf-16": (PHASES.decode().encode("utf-16"), "text in UTF-16", "save it as UTF-8"),
     "pickle": (pickle.dumps([1, 2]), "a Python pickle", ""),
-    "apple double": (b"\0\5\x16\7\0\2\0\0Mac OS X", "what macOS keeps beside a file", "copy that"),
+    "apple double": (b"\0\5\x16\7\0\2\0\0Mac OS X", "metadata that macOS keeps beside a file", "copy that"),
     "zeros": (b"\0" * 9000, "filled with zeros", "copy it again"),
     "empty": (b"", "an empty file", "copy it again"),
     "server's answer": (b'{"error": {"code": 403}}', "a text that begins with", "error message"),
@@ -110,10 +110,10 @@ def test_an_interrupted_recording_is_not_to_be_encoded_again(tmp_path: Path, kep
 
 
 def test_sound_files_and_noise_are_not_called_anything(tmp_path: Path) -> None:
-    assert what_it_is(write_video(tmp_path / "video01.mp4", VideoSpec(count=10))) is None
+    assert recognise_file(write_video(tmp_path / "video01.mp4", VideoSpec(count=10))) is None
     (tmp_path / "noise").write_bytes(bytes(range(7, 256)) * 40)
-    assert what_it_is(tmp_path / "noise") is None
-    assert what_it_is(tmp_path / "nothing") is None
+    assert recognise_file(tmp_path / "noise") is None
+    assert recognise_file(tmp_path / "nothing") is None
 
 
 @given(st.binary(max_size=200))
@@ -121,5 +121,5 @@ def test_any_bytes_get_one_printable_line_or_none(tmp_path_factory: pytest.TempP
     path = tmp_path_factory.getbasetemp() / "any"
     for start in (b"", b"\0\0\0\x10ftyp", b"<html", b"PK\x03\x04"):
         path.write_bytes(start + content)
-        what = what_it_is(path)
+        what = recognise_file(path)
         assert what is None or (what.isprintable() and len(what) < 300)

@@ -498,7 +498,7 @@ def mend_zip(content: bytes) -> bytes:
 
 
 def _read_pickle(path: Path) -> object:
-    from interop.pickled_index import read_pickled_index
+    from interop.pickled_videos import read_pickled_index
     from interop.safe_pickle import load_plain
     from interop.text_files import read_predictions
 
@@ -524,9 +524,9 @@ def _pickle_seeds() -> list[bytes]:
 
 
 def _read_what_it_is(path: Path) -> object:
-    from engine.sniff import what_it_is
+    from engine.sniff import recognise_file
 
-    what = what_it_is(path)
+    what = recognise_file(path)
     assert what is None or (what and "\n" not in what), repr(what)
     return what
 

@@ -52,7 +52,7 @@ def test_a_file_becomes_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     said = capsys.readouterr().err
     for words in (
         "MTRCNet-CL: phases, tools and the mapping (resnet18, LSTM 16, 7 phases, 7 tools; keys with `module.`)",
-        "its name says: epoch 25, clips of 4 frames, Adam",
+        "file name: epoch 25, clips of 4 frames, Adam",
         "validation phases 88.64 %",
         "4 GallbladderRetraction, 5 CleaningCoagulation, 6 GallbladderPackaging",
         "0 Grasper",
@@ -131,9 +131,9 @@ def test_the_mapping_alone_goes_into_a_new_run(tmp_path: Path) -> None:
     alone = {name: whole[f"module.fc_p2t.{name}"] for name in ("weight", "bias")}
     file = tmp_path / f"fc_epoch_25_length_4{REST}_p2t.pth"
     torch.save(alone, file)
-    with pytest.raises(UserError, match=r"the mapping alone; .* --into RUN"):
+    with pytest.raises(UserError, match=r"only the mapping; .* --into RUN"):
         bring_in(tmp_path, file)
-    with pytest.raises(UserError, match=r"--phase-order: .* the mapping alone"):
+    with pytest.raises(UserError, match=r"--phase-order: .* only the mapping"):
         bring_in(tmp_path, file, into=tmp_path)
     first = bring_in(tmp_path, tmp_path / TWO_LAYER, "first")
     run = bring_in(tmp_path, file, "both", order=None, into=first)
@@ -147,15 +147,15 @@ def test_the_mapping_alone_goes_into_a_new_run(tmp_path: Path) -> None:
     assert written.name.startswith("cnn_lstm1_p2t_epoch_")
     back = load_foreign_state(written)
     assert all(torch.equal(back[name], tensor) for name, tensor in whole.items())
-    with pytest.raises(UserError, match="has no mapping yet"):
+    with pytest.raises(UserError, match="without a mapping"):
         bring_in(tmp_path, file, "third", order=None, into=run)
     torch.save({"weight": torch.zeros(7, 12), "bias": torch.zeros(7)}, tmp_path / "narrow.pth")
-    with pytest.raises(UserError, match=r"narrow\.pth: this mapping does not belong to .*weight is 7x12, not 7x16"):
+    with pytest.raises(UserError, match=r"narrow\.pth: this mapping does not fit .*weight is 7x12, not 7x16"):
         bring_in(tmp_path, tmp_path / "narrow.pth", "third", order=None, into=first)
     plain = bring_in(tmp_path, write(tmp_path, "plain.pth", "multitask"), "plain")
-    with pytest.raises(UserError, match="reads the ReLU"):
+    with pytest.raises(UserError, match="needs a ReLU"):
         bring_in(tmp_path, file, "third", order=None, into=plain)
-    with pytest.raises(UserError, match="--into is for the mapping alone"):
+    with pytest.raises(UserError, match="--into is for files with the mapping only"):
         bring_in(tmp_path, tmp_path / TWO_LAYER, "third", order=None, into=first)
 
 
@@ -167,7 +167,7 @@ def test_layers_that_a_net_for_tools_does_not_use_come_back(tmp_path: Path, caps
     with pytest.raises(UserError, match="phase-order"):
         bring_in(tmp_path, file, order=None)  # by its layers it is the net for both
     run = bring_in(tmp_path, file, order=None, variant="tool")
-    assert "kept for export alone, since a net for tools does not use them: fc, lstm" in capsys.readouterr().err
+    assert "kept only for export, since a net for tools does not use them: fc, lstm" in capsys.readouterr().err
     net, about = load_joint(joint_checkpoint(run))
     assert (net.phase, "unused" in about) == (None, False)
     written = export_original(settings(tmp_path), run, tmp_path / "out", None)
@@ -229,16 +229,16 @@ def test_the_users_normalisation_wins_over_what_a_file_suggests(
     assert about["original"]["normalisation"] == "given"
     said = capsys.readouterr().err
     assert "normalisation given: mean (0.5, 0.4, 0.3)" in said
-    assert "pytorch1.2.0 would be taken otherwise: fc_h stands in" in said
+    assert "otherwise it would be pytorch1.2.0: only files of" in said
     by_preset = import_with(tmp_path, file, GivenKeys(), "preset")  # what a preset says is nobody's word
     assert by_preset["original"]["normalisation"] == "pytorch1.2.0"
 
 
 def test_two_words_for_one_normalisation_are_refused(tmp_path: Path) -> None:
     file = write(tmp_path, "net.pth", "cl")
-    with pytest.raises(UserError, match=r"preprocess\.std is given alone; give preprocess\.mean and preprocess\.std"):
+    with pytest.raises(UserError, match=r"preprocess\.std is given alone; give both preprocess\.mean"):
         import_with(tmp_path, file, given("preprocess.std"))
-    with pytest.raises(UserError, match=r"--normalisation main and --set preprocess\.mean differ; give one of them"):
+    with pytest.raises(UserError, match=r"--normalisation main and --set preprocess\.mean differ; give only one"):
         import_with(tmp_path, file, given(*BOTH), normalisation="main")
     about = import_with(tmp_path, file, given(*BOTH, in_file=True), normalisation="main")
     assert about["original"]["normalisation"] == "main"  # an option is nearer than a file
@@ -249,7 +249,7 @@ def test_what_set_says_is_taken_at_import_or_refused(tmp_path: Path) -> None:
     """The file's name says clips of 4 frames and its layers say 16 units."""
     file = write(tmp_path, CL)
     blocks = {"joint": {"sequence": {"mode": "clips", "frames": 6, "batch": 2}}, "temporal": {"head": {"hidden": 32}}}
-    with pytest.raises(UserError, match=r"temporal\.head\.hidden=32 is given, and the file's net has 16; leave it out"):
+    with pytest.raises(UserError, match=r"temporal\.head\.hidden=32 is given, but the file has 16; omit this setting"):
         import_with(tmp_path, file, given("joint.sequence.frames", "temporal.head.hidden"), blocks=blocks)
     assert import_with(tmp_path, file, given("joint.sequence.frames"), blocks=blocks)["frames"] == 6
     assert import_with(tmp_path, file, GivenKeys(), "plain", blocks=blocks)["frames"] == 4

@@ -22,7 +22,8 @@ from features.dataset.check import check_index
 from features.dataset.index import Index
 from features.dataset.labels import load_labels
 from features.dataset.sampling import sampled_frames
-from interop.pickled_index import index_from_pickles, pickle_from_index, read_pickled_index
+from interop.pickled_index import index_from_pickles, pickle_from_index
+from interop.pickled_videos import read_pickled_index
 from interop.safe_pickle import load_plain
 
 SPEC = load_dataset("cholec80")
@@ -190,11 +191,11 @@ def test_a_validation_part_within_the_test_part_is_test(root: Path, tmp_path: Pa
     file = write(tmp_path / "x.pkl", in_parts([videos[:2], videos[2:3], videos[2:]]))
     index = index_from_pickles(config_of(root), [file], phase_order="mtrcnet")
     assert [entry.split for entry in index.videos] == ["train"] * 2 + ["test"] * (len(videos) - 2)
-    assert f"in the parts val and test, taken as test: {index.videos[2].id}" in capsys.readouterr().err
+    assert f"in the parts val and test, used for test: {index.videos[2].id}" in capsys.readouterr().err
     changed = [*videos[2][:-1], [*videos[2][-1][:-1], (videos[2][-1][-1] + 1) % 7]]
     for parts in ([videos[:2], [changed], videos[2:]], [videos[:2], videos[1:2], videos[2:]]):
         write(file, in_parts(parts))
-        assert "was there before" in refusal(
+        assert "occurs twice" in refusal(
             lambda: index_from_pickles(config_of(root), [file], phase_order="mtrcnet", replace=True)
         )
 
@@ -308,7 +309,7 @@ def test_frames_that_lack_a_label_are_left_out_and_said(
     assert written == [videos[0][:-1], videos[1], videos[3]]
     said = capsys.readouterr().err
     assert "left out: 37 sampled frames that lack a label" in said
-    assert "1 videos in no part of it or without labels: video03" in said
+    assert "1 videos outside its parts or without labels: video03" in said
     message = refusal(lambda: pickle_from_index(config, out, layout="cholec80", phase_order="tf-cholec80"))
     assert "--force" in message
 
@@ -353,22 +354,22 @@ def set_cell(video: int, row: int, cell: int, value: Any) -> Callable[[Any], Non
         (set_cell(1, 2, 8, 7), "video 2, row 3: phase 7; cholec80 has phases 0 to 6"),
         (set_cell(1, 2, 8, -1), "video 2, row 3: phase -1"),
         (set_cell(1, 2, 8, 2**63), "video 2, row 3: phase 9223372036854775808"),
-        (set_cell(1, 2, 8, True), "video 2, row 3: a label is not a whole number"),
-        (set_cell(1, 2, 3, 2), "video 2, row 3: a tool's label is neither 0 nor 1"),
-        (set_cell(1, 2, 3, "1"), "video 2, row 3: a label is not a whole number"),
-        (set_cell(1, 2, 0, 5), "video 2, row 3: its path is not a name"),
-        (set_cell(1, 2, 0, "x/2/2-3.jpg\n"), "video 2, row 3: its path is not a name"),
+        (set_cell(1, 2, 8, True), "video 2, row 3: a label is not an integer"),
+        (set_cell(1, 2, 3, 2), "video 2, row 3: a tool label is neither 0 nor 1"),
+        (set_cell(1, 2, 3, "1"), "video 2, row 3: a label is not an integer"),
+        (set_cell(1, 2, 0, 5), "video 2, row 3: its path is not a file name"),
+        (set_cell(1, 2, 0, "x/2/2-3.jpg\n"), "video 2, row 3: its path is not a file name"),
         (set_cell(1, 2, 0, "x/3/2-3.jpg"), "video 2: images of several folders (2, 3) in one video"),
         (set_cell(1, 2, 0, "x/2/2-2.jpg"), "2-2.jpg comes after 2-2.jpg: not in the order of time"),
         (set_cell(1, 2, 0, "x/2/notes.txt"), "'notes.txt' is not named like an image"),
-        (lambda v: [v[0], v[1], v[0]], "video 3: video01 was there before"),
+        (lambda v: [v[0], v[1], v[0]], "video 3: video01 occurs twice"),
         (lambda v: [rows_of("x/5", 5, 9)], "no video05 (folder '5') below"),
         (lambda v: [rows_of("../../etc", 5, 9)], "folder 'etc' is not named like a video"),
         (lambda v: [rows_of("x/..", 5, 9)], "folder '..' is not named like a video"),
         (lambda v: [rows_of("x/1", 1, 41)], "41 rows, but"),
-        (lambda v: in_parts([v[:1], v[1:2], v[2:3]])[:8], "holds 8 lists, where 9, 6 or 3 are known"),
+        (lambda v: in_parts([v[:1], v[1:2], v[2:3]])[:8], "contains 8 lists instead of 9, 6 or 3"),
         (lambda v: [*in_parts([v])[:2], [40, 31, 36, 43]], "151 paths, 151 labels and 150 frames in 4 videos"),
-        (lambda v: [*in_parts([v])[:2], [40, 31, 36, -44]], "frames a video are not whole numbers"),
+        (lambda v: [*in_parts([v])[:2], [40, 31, 36, -44]], "frames per video are not integers"),
     ],
 )
 def test_what_is_wrong_is_named_and_nothing_written(

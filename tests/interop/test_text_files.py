@@ -186,7 +186,7 @@ def test_phases_a_clip(
     for name in ("video02", "video03"):
         expected = [[str(25 * frame), names[(frame + 1) % 7]] for frame in range(sequence - 1, FRAMES[name])]
         assert read_rows(tmp_path / f"out/{name}-phase.txt") == expected
-    assert ("left out" in capsys.readouterr().err) == (sequence > 1)
+    assert ("have no prediction" in capsys.readouterr().err) == (sequence > 1)
 
 
 def test_the_first_frames_are_filled_only_when_asked(
@@ -197,7 +197,7 @@ def test_the_first_frames_are_filled_only_when_asked(
     rows = read_rows(tmp_path / "out/video02-phase.txt")
     assert [int(row[0]) for row in rows] == [25 * frame for frame in range(31)]
     assert {row[1] for row in rows[:4]} == {SPEC.phases[4]}
-    assert "which has seen later frames" in capsys.readouterr().err
+    assert "which depends on later frames" in capsys.readouterr().err
 
 
 def test_a_video_shorter_than_a_clip_has_no_prediction(config: Config, tmp_path: Path) -> None:
@@ -243,18 +243,18 @@ def test_frames_without_tools_do_not_count_where_the_original_left_them_out(conf
     [
         ([0] * 61, {"sequence": 4, "phase_order": None}, "--phase-order"),
         ([0] * 61, {"sequence": None}, "--sequence"),
-        ([0] * 60, {"sequence": 4}, "holds 60 predictions, but the 2 videos of split test have 67 frames"),
-        ([0] * 60, {"sequence": 4}, "that is 61 at --sequence 4"),
+        ([0] * 60, {"sequence": 4}, "contains 60 predictions, but the 2 videos of split test have 67 frames"),
+        ([0] * 60, {"sequence": 4}, "that is 61 with --sequence 4"),
         ([0] * 61, {"sequence": 4, "split": "val"}, "no video in split val"),
         ([0] * 60 + [7], {"sequence": 4}, "prediction 61 is '7', neither a phase from 0 to 6"),
         ([0] * 60 + [True], {"sequence": 4}, "prediction 61"),
         ([0.25] * 61, {"sequence": 4}, "scores are not predictions"),
         ([[0.0] * 6] * 67, {}, "prediction 1 is not a list of 7 numbers"),
         ([[0.0] * 7] * 66 + [[float("nan")] * 7], {}, "prediction 67"),
-        ([[0.0] * 7] * 66, {"phase_order": None}, "holds 66 predictions"),
+        ([[0.0] * 7] * 66, {"phase_order": None}, "contains 66 predictions"),
         ([[0.0] * 7] * 67, {}, "--phase-order"),
         ([0] * 61, {"sequence": 4, "probabilities": True}, "--probabilities"),
-        ([[0.0] * 7] * 67, {"phase_order": None, "fill_first": True}, "--fill-first: say how many frames"),
+        ([[0.0] * 7] * 67, {"phase_order": None, "fill_first": True}, "--fill-first: give the number of frames"),
         ([[[0.0] * 7] * 67], {}, "prediction 1"),
         ({"a": 1}, {}, "not a list of predictions"),
         ([], {}, "not a list of predictions"),

@@ -209,9 +209,12 @@ def test_a_tool_without_a_label_leaves_the_others_theirs() -> None:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"phases": ("Clip and cut", "ClipCut")}, "'ClipCut' of the phases is spelled like 'Clip and cut'"),
-        ({"tools": ("Hook", "hook")}, "'hook' of the tools is spelled like 'Hook'"),
-        ({"phase_aliases": {"preparation": "ClippingCutting"}}, "'preparation' of the phases is spelled like 'Prep"),
+        ({"phases": ("Clip and cut", "ClipCut")}, "'ClipCut' of the phases cannot be told apart from 'Clip and cut'"),
+        ({"tools": ("Hook", "hook")}, "'hook' of the tools cannot be told apart from 'Hook'"),
+        (
+            {"phase_aliases": {"preparation": "ClippingCutting"}},
+            "'preparation' of the phases cannot be told apart from 'Prep",
+        ),
     ],
 )
 def test_a_description_whose_names_are_one_is_refused(changes: dict, problem: str) -> None:

@@ -21,7 +21,7 @@ import yaml
 from configs.errors import UserError
 from configs.load import load_ablation, load_config
 from configs.schema import FEATURE_KEYS
-from engine.files import sole_worker
+from engine.files import exclusive_lock
 from engine.stopping import Stopped, StopRequest
 from evaluation.reports.ablation import Trial, ablation_page, ablation_rows, write_ablation_csv
 from features.dataset.index import Index
@@ -181,7 +181,7 @@ def test_a_precision_that_is_not_computed_here_is_refused_before_any_training(wo
 
 def test_one_process_at_a_time_conducts(world: Path) -> None:
     file = write_ablation(world, space={"temporal.head.hidden": [6]})
-    with sole_worker(world / "runs" / "wide", "ablation"), pytest.raises(UserError, match="another process works"):
+    with exclusive_lock(world / "runs" / "wide", "ablation"), pytest.raises(UserError, match="another process works"):
         run(world, file)
     run(world, file)
     assert not (world / "runs" / "wide" / "in-work").exists()
@@ -415,7 +415,7 @@ def test_the_head_s_name_and_its_settings_are_trained_as_the_table_says(world: P
         ({"settings": {"a": {"temporal.sequence.stride": 2}}}, [], "stride has no effect with mode="),
         ({"space": {"temporal.epochs": [2, 2.0]}}, [], "tried twice"),
         ({"settings": {"a": {"temporal.epochs": 2}, "b": {"temporal.epochs": 2.0}}}, [], "tried twice"),
-        ({"settings": {"a": {"temporal.epochs": 2}}, "space": {"temporal.epochs": [3]}}, [], "is in the space too"),
+        ({"settings": {"a": {"temporal.epochs": 2}}, "space": {"temporal.epochs": [3]}}, [], "is also in space"),
         (
             {"space": {"temporal.head.dropout": {"low": 0.1, "high": 1.5}}, "budget": {"trials": 4}},
             [],

@@ -228,7 +228,7 @@ def test_no_labels_cost_nothing() -> None:
     [
         ({"sequence": {"mode": "full"}}, "sequence.mode=full"),
         ({"mapping": {"epochs": 1}}, "need net.mapping=true"),
-        ({"net": {"mapping": True}, "correlation": {"epochs": 1}}, "comes after step mapping"),
+        ({"net": {"mapping": True}, "correlation": {"epochs": 1}}, "needs step mapping before it"),
         ({"net": {"mapping": True, "tasks": "tool"}}, "needs tasks=both"),
     ],
 )
