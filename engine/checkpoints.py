@@ -49,7 +49,10 @@ def save_foreign_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
     Raises UserError when the disk is full or the folder cannot be written.
     """
     with atomic_path(path) as temporary:
-        _save(state, temporary, path, _use_new_zipfile_serialization=False)
+        try:
+            _save(state, temporary, path, _use_new_zipfile_serialization=False)
+        except TypeError:  # a torch that no longer writes the old layout
+            _save(state, temporary, path)
 
 
 def _save(content: Any, temporary: Path, path: Path, **options: Any) -> None:

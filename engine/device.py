@@ -147,21 +147,27 @@ def make_accelerator(
     chosen = choose_device(device)
     resolved = choose_precision(setting, precision, chosen, training=True)
     mixed = {"fp32": "no"}.get(resolved, resolved)
-    _forget_other_settings(mixed, chosen)
+    _forget_other_settings(mixed, chosen, setting)
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if unused_parameters else None
     return Accelerator(cpu=chosen.type == "cpu", mixed_precision=mixed, kwargs_handlers=handlers), resolved
 
 
-def _forget_other_settings(mixed: str, device: torch.device) -> None:
-    """Reset Accelerate's global settings where they differ: one process may train twice, in different precisions.
+def _forget_other_settings(mixed: str, device: torch.device, setting: str) -> None:
+    """Reset Accelerate's global settings if they differ: one process may train twice, in different precisions.
 
-    Accelerate has no public function for that. Without `_reset_state` the settings stay, and `Accelerator` itself
-    raises ValueError for a second precision.
+    Accelerate has no public function for that. Raises UserError if this release has no private one either.
     """
     from accelerate.state import AcceleratorState, PartialState, is_initialized
 
     if not is_initialized():
         return
     other_device = PartialState().device.type != device.type
-    if (other_device or AcceleratorState().mixed_precision != mixed) and hasattr(AcceleratorState, "_reset_state"):
-        AcceleratorState._reset_state(reset_partial_state=other_device)
+    if not other_device and AcceleratorState().mixed_precision == mixed:
+        return
+    reset = getattr(AcceleratorState, "_reset_state", None)
+    if reset is None:
+        raise UserError(
+            f"{setting}: this release of accelerate keeps the precision and device of the first training in a process; "
+            "start the trainings one by one"
+        )
+    reset(reset_partial_state=other_device)
