@@ -88,7 +88,11 @@ class Watch:
 
 
 def run(words: list[str], timeout: float, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command; its output goes to $OUT/log.txt. Raises RuntimeError if it fails and `check` is set."""
+    """Run a command; its output goes to $OUT/log.txt. Raises RuntimeError if it fails and `check` is set.
+
+    A rehearsal may take four times `timeout` (seconds).
+    """
+    timeout *= 4 if REHEARSE else 1
     try:
         done = subprocess.run(
             words, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env={**os.environ, **environment}
@@ -111,8 +115,13 @@ def log(words: list[str], output: str) -> None:
 
 
 def settings(*lines: str) -> list[str]:
-    """`--set` before each of them."""
-    return [word for line in lines for word in ("--set", line)]
+    """`--set` before each KEY=VALUE; a later one replaces earlier ones with the same key or with keys below it."""
+    chosen: dict[str, str] = {}
+    for line in lines:
+        key = line.partition("=")[0]
+        chosen = {known: one for known, one in chosen.items() if known != key and not known.startswith(f"{key}.")}
+        chosen[key] = line
+    return [word for line in chosen.values() for word in ("--set", line)]
 
 
 def pipeline(command: str, *words: str, timeout: float = 120, check: bool = True, timed: Path | None = None) -> Any:

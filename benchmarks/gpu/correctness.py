@@ -40,7 +40,10 @@ def about() -> None:
 
         major, minor = torch.cuda.get_device_capability()
         figure("gpu", torch.cuda.get_device_name(), capability=f"{major}.{minor}", cudnn=torch.backends.cudnn.version())
-        precision = {training: choose_precision("auto", torch.device("cuda"), training) for training in (True, False)}
+        precision = {
+            training: choose_precision("cnn.precision", "auto", torch.device("cuda"), training=training)
+            for training in (True, False)
+        }
         figure("precision of auto", precision[True], extraction=precision[False])
     shm = shutil.disk_usage("/dev/shm").total / 2**30 if Path("/dev/shm").is_dir() else 0
     figure("shared memory, GiB", round(shm, 1))
@@ -141,7 +144,7 @@ def material() -> None:
         "--workers",
         str(CORES),
         *size,
-        timeout=60 if not REHEARSE else 200,
+        timeout=60,
     )
     figure("simulated videos", VIDEOS, seconds=round(time.perf_counter() - started, 1))
     pipeline("index", *settings(*base("data")), timeout=30)
@@ -261,7 +264,7 @@ def parity() -> None:
     model, _ = load_temporal(run_of / "temporal")
     device = choose_device(config.device)
     for precision in ("fp32",) if REHEARSE else ("fp32", "auto"):
-        resolved = choose_precision(precision, device, training=False)
+        resolved = choose_precision("extract.precision", precision, device, training=False)
         for tf32 in (False, True) if precision == "fp32" else (True,):
             torch.backends.cudnn.allow_tf32 = tf32
             expected = predict_phases(model, stored, "carried", 10, device.type)[entries[0].id]
@@ -358,7 +361,7 @@ def nccl() -> None:
     """One process under torchrun (NCCL, DistributedDataParallel) against none; two on one GPU must be refused."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     one = [sys.executable, *launcher, str(ROOT / "pipeline.py")]
-    done = run([*one, "train-cnn", "--name", "torchrun", *settings(*small())], 60 if not REHEARSE else 200, check=False)
+    done = run([*one, "train-cnn", "--name", "torchrun", *settings(*small())], 60, check=False)
     figure("torchrun with one process: exit code", done.returncode, 0)
     lines = done.stderr.splitlines()
     warned = [line[:200] for line in lines if "destroy_process_group" in line or "Warning" in line]

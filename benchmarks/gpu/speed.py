@@ -129,7 +129,7 @@ def stage_two() -> None:
                 str(WORK / "random_features"),
                 *settings(*chosen),
                 timed=WORK / f"{tag}.json",
-                timeout=40 if not REHEARSE else 120,
+                timeout=40,
             )
         rows = [
             json.loads(line) for line in (WORK / "runs" / tag / "temporal" / "metrics.jsonl").read_text().splitlines()
@@ -209,7 +209,7 @@ def extract() -> None:
         pipeline("index", *settings(*chosen), timeout=60)
         started = time.perf_counter()
         with Watch() as watch:
-            pipeline("extract", "--name", f"long{turns}", *settings(*chosen), timeout=75 if not REHEARSE else 200)
+            pipeline("extract", "--name", f"long{turns}", *settings(*chosen), timeout=75)
         seconds[turns] = time.perf_counter() - started
         result = json.loads((WORK / "runs" / f"long{turns}" / "extract" / "result.json").read_text())
         frames[turns], use[turns] = result["frames"], watch.means()
@@ -286,7 +286,7 @@ def joint() -> None:
                 tag,
                 *settings(*chosen),
                 timed=WORK / f"{tag}.json",
-                timeout=60 if not REHEARSE else 250,
+                timeout=60,
             )
         found = timed_rate(WORK / f"{tag}.json", batch, 5)
         figure(
@@ -376,14 +376,7 @@ def waits() -> None:
         f"cnn.batch_frames={batch}",
         f"cnn.frames_per_epoch={frames}",
     ]
-    pipeline(
-        "train-cnn",
-        "--name",
-        "waits",
-        *settings(*chosen),
-        timed=WORK / "waits.json",
-        timeout=30 if not REHEARSE else 120,
-    )
+    pipeline("train-cnn", "--name", "waits", *settings(*chosen), timed=WORK / "waits.json", timeout=30)
     found = json.loads((WORK / "waits.json").read_text())["waits"]
     figure("train-cnn: waits for the GPU in 20 steps", sum(found.values()), 0, where=found)
     chosen = [*base("data"), "temporal.epochs=1", "temporal.baseline=false"]
@@ -395,7 +388,7 @@ def waits() -> None:
         str(WORK / "random_features"),
         *settings(*chosen),
         timed=WORK / "waits2.json",
-        timeout=30 if not REHEARSE else 120,
+        timeout=30,
     )
     found = json.loads((WORK / "waits2.json").read_text())["waits"]
     figure("train-temporal: waits for the GPU in 20 steps", sum(found.values()), 0, where=found)
