@@ -93,7 +93,7 @@ def note_work(monkeypatch: pytest.MonkeyPatch, work: Work, mode: Mode) -> None:
 
 def replace(monkeypatch: pytest.MonkeyPatch, module: str, name: str, by: Any) -> None:
     """Put `by` into a module, which for the stages is an empty one: nothing here needs torch."""
-    if module.startswith(("stage", "interop")):
+    if module.startswith(("stage", "interop", "commands.run")):
         if not isinstance(sys.modules.get(module), SimpleNamespace):
             monkeypatch.setitem(sys.modules, module, SimpleNamespace())
         setattr(sys.modules[module], name, by)
