@@ -454,8 +454,10 @@ def head_kind(settings: Mapping[Any, Any]) -> type[HeadSettings]:
 
 def read_head(value: Any) -> HeadSettings:
     """Settings of any kind of head. Raises ValueError for an unknown kind, unknown keys and wrong values."""
+    if isinstance(value, HeadSettings):
+        return value
     if not isinstance(value, Mapping):
-        return value  # type: ignore[no-any-return]
+        raise ValueError("expected keys and values")
     try:
         kind = head_kind(value)
     except UserError as error:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from configs.errors import UserError, one_line
+from configs.load import differences
+from configs.schema import HeadSettings, read_head
 from stage2_temporal.heads.base import Head, HeadOutput, State
 from stage2_temporal.heads.standardise import Standardise
 
@@ -58,3 +63,20 @@ class PhaseModel(nn.Module):
         """Part of `load_state_dict`."""
         device = self.standardise.mean.device
         self.carried = tuple(tensor.to(device) for tensor in state["carried"])
+
+
+def saved_head(found: Mapping[str, Any], path: Path) -> HeadSettings:
+    """The head's settings as a checkpoint holds them.
+
+    Raises UserError if the head is not registered (a plug-in's, perhaps) or if the settings are not a head's.
+    """
+    try:
+        return read_head(found)
+    except ValueError as error:
+        raise UserError(f"{path}: damaged, or of another version ({one_line(error)})") from error
+
+
+def require_same_head(path: Path, found: Mapping[str, Any], head: HeadSettings) -> None:
+    """Raise UserError if a checkpoint's head differs from the settings': equal shapes may compute different things."""
+    if changed := differences(saved_head(found, path).model_dump(), head.model_dump()):
+        raise UserError(f"{path}: its head differs from temporal.head ({'; '.join(changed)}); set temporal.head to it")

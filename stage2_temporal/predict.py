@@ -1,4 +1,4 @@
-"""Phase probabilities from a trained model: whole videos, clips as in training, or frame by frame as they come."""
+"""Phase probabilities from a trained model: whole videos, clips as in training, or frame by frame in real time."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from configs.errors import UserError, one_line
 from configs.load import differences
-from configs.schema import HeadConfig
 from engine.checkpoints import load_checkpoint
 from engine.device import choose_device
 from engine.progress import say
@@ -24,20 +22,20 @@ from stage2_temporal.data import Batch, FeatureBank, Span, chunk_batches, clip_b
 from stage2_temporal.heads.base import HeadOutput, State, build_head, first_rows, require_causal
 from stage2_temporal.heads.linear import LinearHead
 from stage2_temporal.heads.standardise import Standardise
-from stage2_temporal.model import PhaseModel
+from stage2_temporal.model import PhaseModel, saved_head
 
 Inference = Literal["carried", "clip"]
 KIND = "temporal"
-# Videos that advance together, and by how many frames: what bounds memory, whatever the videos' lengths.
+# Videos that advance together, and by how many frames. Both bound memory, whatever the videos' lengths.
 _VIDEOS, _CHUNK_FRAMES, _CLIP_BATCH_FRAMES = 8, 1024, 8192
 
 
 def load_temporal(folder: Path) -> tuple[PhaseModel, dict[str, Any]]:
-    """The chosen model (`best.pt`) of a stage folder, on the CPU in evaluation mode, and what is known about it.
+    """The best model (`best.pt`) of a stage folder, on the CPU in evaluation mode, and its description.
 
-    That is `head`, `embedding_dim`, `tool_inputs` (the tools whose logits it reads beside the embedding), `phases`,
-    `encoder_digest`, `backbone`, `fps`, `dataset`, `inference`, `frames`, `seed` and the validation `scores`. Raises
-    UserError when there is no such checkpoint or it is of another stage.
+    The description has `head`, `embedding_dim`, `tool_inputs` (the tools whose logits it reads beside the embedding),
+    `phases`, `encoder_digest`, `backbone`, `fps`, `dataset`, `inference`, `frames`, `seed` and the validation `scores`.
+    Raises UserError if the checkpoint is missing, damaged or of another stage.
     """
     path = folder / "best.pt"
     if not path.is_file():
@@ -47,27 +45,27 @@ def load_temporal(folder: Path) -> tuple[PhaseModel, dict[str, Any]]:
         raise UserError(f"{path}: not a checkpoint of train-temporal")
     weights = content.pop("model")
     try:
-        head = TypeAdapter(HeadConfig).validate_python(content["head"])
+        head = saved_head(content["head"], path)
         content.setdefault("tool_inputs", [])
         width = int(content["embedding_dim"]) + len(content["tool_inputs"])
         model = PhaseModel(Standardise.identity(width), build_head(head, width, len(content["phases"])))
         model.load_state_dict(weights)
-    except (ValidationError, KeyError, RuntimeError, TypeError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged, or of another version ({one_line(error)})") from error
     return model.eval(), content
 
 
 def chosen_inference(asked: Inference | None, trained: Inference, phase: PhaseModel | None, where: Path) -> Inference:
-    """How to run through time: as asked for, else as trained. Raises UserError where both ways are the same."""
+    """The inference asked for, else the one of training. Raises UserError for a model on which it has no effect."""
     if asked is not None and (phase is None or isinstance(phase.head, LinearHead)):
         raise UserError(f"--inference: {where} recognises each frame by itself, without a state; leave it out")
     return asked or trained
 
 
 def other_encoder(trained: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
-    """How the encoder that a model was trained with (`about["encoder"]`) and another one (JSON) differ.
+    """The first difference between the encoder that a model was trained with (`about["encoder"]`) and another (JSON).
 
-    None where they do not, or in their arithmetic alone, which a machine may not offer; a note then says so.
+    None if there is none, or only in arithmetic, which a machine may not support; a note then reports it.
     """
     changed = differences({**found, **trained}, dict(found))
     if different := [line for line in changed if not line.startswith(("precision", "arithmetic"))]:
@@ -87,23 +85,23 @@ def predict_phases(
     stop: StopRequest | None = None,
     tool_logits: bool = False,
 ) -> dict[str, NDArray[np.float32]]:
-    """Probabilities (T, C) fp32 of every video; see `run_spans`. `tool_logits`: the model reads them too.
+    """Probabilities (T, C) fp32 of every video; see `run_spans`. With `tool_logits` the model reads them, too.
 
-    Raises UserError for features of another width or without tool logits, Stopped when asked to stop.
+    Raises UserError for features of another width or without tool logits, Stopped when `stop` is set.
     """
     width = len(model.standardise.mean)
     for video_id, video in videos.items():
         found = video.features.shape[1] + tool_logits * video.tool_logits.shape[1]
         if found != width:
             raise UserError(
-                f"{video_id}: features are {found} wide, the model was trained on {width}; "
+                f"{video_id}: features have width {found}, the model was trained on {width}; "
                 "use the features of the encoder that it was trained with"
             )
     place = choose_device(device)
     model = model.to(place)
     predicted: dict[str, NDArray[np.float32]] = {}
     filled = sorted((name for name, video in videos.items() if len(video)), key=lambda name: -len(videos[name]))
-    for start in range(0, len(filled), _VIDEOS):  # a table of all videos would double what they take
+    for start in range(0, len(filled), _VIDEOS):  # a table of all videos would double their memory
         if stop is not None:
             stop.raise_if_set()
         ids = filled[start : start + _VIDEOS]
@@ -135,10 +133,9 @@ def run_spans(
 ) -> list[Tensor]:
     """Logits (T, width) that `forward` (embeddings, state, lengths) computes for each video, on the CPU.
 
-    `carried`: the state runs through the video from its first frame. `clip`: each frame is the last of the clip of
-    `frames` frames that ends there, computed from zero state; the first `frames` - 1 have shorter pasts, taken from the
-    positions inside the first clip. With a causal head neither looks ahead. A head that is not causal sees the whole
-    video (`carried`) or the clip.
+    `carried`: the state is carried through the video from its first frame. `clip`: each frame is the last one of the
+    clip of `frames` frames that ends there, computed from zero state; the first `frames` - 1 frames are those of the
+    first clip and see shorter pasts. A head that is not causal sees the whole video (`carried`) or the clip.
     """
     training = model.training
     model.eval()
@@ -173,10 +170,10 @@ def _batches(
 
 
 class OnlinePredictor:
-    """Phases while the operation goes on: one frame's embedding in, its phase probabilities out.
+    """Recognition in real time: one frame's embedding in, its phase probabilities out.
 
-    What it says after frame t is what `predict_phases` says about frame t of the whole video, to rounding. Raises
-    UserError for a head that looks into the future.
+    The output for frame t equals that of `predict_phases` on the whole video, to rounding. Raises UserError for a head
+    that looks into the future.
     """
 
     def __init__(

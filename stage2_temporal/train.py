@@ -1,7 +1,7 @@
-"""Stage two: train a head on features in memory, the per-frame baseline beside it, and say what both come to.
+"""Stage two: train a head, and a per-frame baseline, on features in memory.
 
 `train_head` is the loop; it runs once for the head of the settings and once for the linear one, on the same features,
-for as many epochs, with the same optimiser and the same choice on validation.
+for the same number of epochs, with the same optimiser and the same selection on validation videos.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from configs import schema
 from configs.errors import UserError
-from configs.load import NO_KEYS, GivenKeys, differences
+from configs.load import NO_KEYS, GivenKeys
 from configs.schema import Config
 from engine.device import choose_precision, make_accelerator, require_bf16, seed_everything
 from engine.files import make_folder, sha256_file
@@ -46,11 +46,11 @@ from stage2_temporal.data import (
 from stage2_temporal.heads.base import build_head, detach_state, first_rows
 from stage2_temporal.heads.recurrent import LstmHead
 from stage2_temporal.heads.standardise import Standardise
-from stage2_temporal.model import PhaseModel
+from stage2_temporal.model import PhaseModel, require_same_head
 from stage2_temporal.predict import KIND, predict_spans
 
 FRAME_FOLDER = "frame"
-TIDY_EVERY_S = 60.0  # mapping memory anew makes the next epoch some percent slower
+TRIM_INTERVAL_S = 60.0  # mapping memory again makes the next epoch a few percent slower
 SCORE = "frame accuracy, mean over the validation videos"
 
 
@@ -63,14 +63,15 @@ def train_temporal(
     *,
     given: GivenKeys = NO_KEYS,
 ) -> dict[str, Any]:
-    """Train on the feature folder `folder` into `RUN/temporal` and return its result.
+    """Train on the feature folder `folder` into `RUN/temporal` and return the content of its result.json.
 
-    `data` is what `read_training_data(folder)` gives, where several trainings share it.
+    `data` is the return value of `read_training_data(folder)`, for trainings that share it. `given` holds the settings
+    that the user gave, which must not contradict the features.
 
-    The chosen epoch is the one with the highest `SCORE`. A finished run of the same settings, features and labels is
-    returned as it stands; an unfinished one goes on where it was stopped. Raises UserError when there is nothing to
-    train on, when settings do not fit together or (`given`) the features, or when the run's name is taken by another
-    configuration; `Stopped` when `stop` was set, with everything saved.
+    The selected epoch is the one with the highest `SCORE`. A finished run of the same settings, features and labels is
+    not repeated; an unfinished one resumes where it stopped. Raises UserError if there is nothing to train on, if
+    settings contradict each other or the features, or if the run's name is taken by another configuration; raises
+    Stopped, with everything saved, when `stop` is set.
     """
     _require_sensible(config.temporal)
     processes = join(config.device, stop)
@@ -88,7 +89,7 @@ def train_temporal(
     _require_projection(config.temporal, accelerator.device)
     processes.from_first(stage.open)  # only now: settings that cannot be trained with leave no folder behind
     if not data.val and processes.first:
-        say(f"{folder}: no validation videos with phases, so the last epoch is kept and none is chosen")
+        say(f"{folder}: no validation videos with phases, so the last epoch is kept instead of the best")
     constants = _constants(config, data)
     data = data.to(accelerator.device)
     outcome = train_head(stage.path, config.temporal.head, config, data, constants, accelerator, stop, processes)
@@ -129,7 +130,7 @@ def train_head(
     """Train one head into `folder` (`best.pt`, `last.pt`, `metrics.jsonl`): the loop of stage two."""
     settings, bank = config.temporal, data.bank
     give_back_freed_memory()
-    tidied = time.monotonic()
+    trimmed = time.monotonic()
     seed_everything(config.seed)
     model = PhaseModel(Standardise(*constants), build_head(head, bank.embedding_dim, len(data.phases)))
     if isinstance(model.head, LstmHead):
@@ -140,16 +141,9 @@ def train_head(
     groups = [{"params": model.head.parameters(), "name": "head"}]
     make_folder(folder)
     steps_take_long = settings.sequence.mode == "clips"
+    about = _describe(head, config, data)
     session = TrainingSession(
-        folder,
-        accelerator,
-        model,
-        groups,
-        settings,
-        _describe(head, config, data),
-        stop,
-        bar=steps_take_long,
-        processes=processes,
+        folder, accelerator, model, groups, settings, about, stop, bar=steps_take_long, processes=processes
     )
     session.resume()
     frames_in_epoch = _labelled_frames(bank, data.train)
@@ -173,9 +167,9 @@ def train_head(
                 session.update(criterion(output.logits_per_stage, phase), partial(bank.names, batch))
             model.carried = ()
             seconds = max(time.monotonic() - started, 1e-9)
-            if time.monotonic() - tidied > TIDY_EVERY_S:
+            if time.monotonic() - trimmed > TRIM_INTERVAL_S:
                 give_back_freed_memory()
-                tidied = time.monotonic()
+                trimmed = time.monotonic()
             speed = frames_in_epoch * len(remaining) / len(batches) / seconds
             accuracy = validate(model, data, settings.sequence, session)
             bar.set_postfix(loss=f"{session.mean_loss:.4f}", val_accuracy=accuracy, refresh=False)
@@ -188,9 +182,9 @@ def train_head(
 class PhaseLoss:
     """Cross-entropy over labelled frames, summed over a head's stages; 0 where no frame has a label.
 
-    A mean over the batch's labelled frames (`over_all` adds their counts over processes, and each process's part of the
-    mean is what it gets), weighted where classes are: `inverse_frequency` gives phase c the weight
-    N / (P n_c), with n_c of the N labelled training frames and P phases that occur; those that do not weigh 0.
+    The mean over the batch's labelled frames, weighted by class: `inverse_frequency` gives phase c the weight
+    N / (P n_c), for n_c of the N labelled training frames and P phases that occur, and 0 to phases that do not occur.
+    With several processes, `over_all` sums the counts of labelled frames, and each process gets its part of the mean.
     """
 
     def __init__(
@@ -232,7 +226,7 @@ class PhaseLoss:
 def validate(
     model: PhaseModel, data: TrainingData, sequence: schema.SequenceConfig, session: TrainingSession
 ) -> float | None:
-    """`SCORE` of the model as it stands, videos divided over processes; None without validation videos."""
+    """`SCORE` of the current model, videos divided among the processes; None without validation videos."""
     if not data.val:
         return None
     mine = session.processes.share(data.val)
@@ -246,12 +240,10 @@ def validate(
 
 
 def _accuracies(data: TrainingData, spans: Sequence[Span], predicted: Sequence[Tensor]) -> list[float]:
-    """Share of right frames among the labelled ones of each video."""
-    shares = []
-    for span, guess in zip(spans, predicted, strict=True):
-        truth = data.truth_of(span)
-        shares.append(float((guess == truth)[truth != NO_LABEL].double().mean()))
-    return shares
+    """Fraction of each video's labelled frames that are predicted correctly."""
+    truths = [data.truth_of(span) for span in spans]
+    pairs = zip(predicted, truths, strict=True)
+    return [float((guess == truth)[truth != NO_LABEL].double().mean()) for guess, truth in pairs]
 
 
 def count_phases(bank: FeatureBank, spans: Sequence[Span], phases: int) -> Tensor:
@@ -273,7 +265,7 @@ def _constant_accuracy(data: TrainingData, phase: int) -> float | None:
 
 
 def _constants(config: Config, data: TrainingData) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (D,) of the training frames, or 0 and 1 where features go in as they are."""
+    """Mean and standard deviation (D,) of the training frames; 0 and 1 where features are not standardised."""
     if config.temporal.standardise:
         return data.bank.statistics(data.train)
     width = data.bank.embedding_dim
@@ -281,54 +273,48 @@ def _constants(config: Config, data: TrainingData) -> tuple[Tensor, Tensor]:
 
 
 def _require_sensible(settings: schema.TemporalConfig) -> None:
-    if (
-        isinstance(settings.head, schema.LstmHead)
-        and settings.head.bidirectional
-        and settings.sequence.mode == "chunked"
-    ):
+    if not settings.head.causal and settings.sequence.mode == "chunked":
         raise UserError(
-            "temporal.head.bidirectional=true is offline only and has no state to carry from chunk to chunk; "
-            "use temporal.sequence.mode=full or clips"
+            "temporal.head: a head that looks into the future (such as bidirectional=true) is offline only and has no "
+            "state to carry from chunk to chunk; use temporal.sequence.mode=full or clips"
         )
     if settings.tool_logits and settings.start_from is not None:
         raise UserError(
-            "temporal.tool_logits=true: a joint net's phase branch has no such input to start from; leave out one of "
-            "the two"
+            "temporal.tool_logits=true cannot be combined with temporal.start_from: a joint net's phase branch does "
+            "not read tool logits; leave out one of the two"
         )
 
 
 def require_arithmetic(settings: schema.TemporalConfig, device: torch.device) -> None:
-    """Raise UserError for a precision or a projection that stage two does not train in on `device`."""
+    """Raise UserError for a precision or a projection that stage two does not support on `device`."""
     choose_precision("temporal.precision", settings.precision, device, training=True)
     _require_projection(settings, device)
 
 
 def _require_projection(settings: schema.TemporalConfig, device: torch.device) -> None:
-    """Raise UserError where `projection: bf16` would change nothing, or is not computed."""
+    """Raise UserError where `projection: bf16` has no effect or is not supported."""
     if settings.projection != "bf16":
         return
     if not isinstance(settings.head, schema.LstmHead) or settings.head.bidirectional:
-        raise UserError("temporal.projection=bf16 is of the LSTM that reads forwards alone; leave it at auto")
+        raise UserError("temporal.projection=bf16 applies to the unidirectional LSTM only; leave it at auto")
     if device.type != "cpu":
         raise UserError(f"temporal.projection=bf16 is for CPUs, not {device.type}; set temporal.precision=bf16 instead")
     require_bf16("temporal.projection", device)
 
 
 def _start_weights(path: Path, head: schema.HeadSettings, data: TrainingData) -> dict[str, Any]:
-    """The phase branch of a joint net, constants of its standardisation included.
+    """The state dict of a joint net's phase branch, constants of standardisation included.
 
-    Raises UserError when it has another head, other phases or another width than these features.
+    Raises UserError if its head, phases or embedding width differ from those of the settings and features.
     """
     from stage2_temporal.joint.net import phase_model_of
 
     model, about = phase_model_of(path)
     require_same_classes(path, "phases", about["phases"], data.phases, "the features' index")
-    changed = differences(about["head"], head.model_dump(mode="json"))
-    if changed:
-        raise UserError(f"{path}: another head than temporal.head ({'; '.join(changed)}); set temporal.head to it")
+    require_same_head(path, about["head"], head)
     if len(model.standardise.mean) != data.bank.embedding_dim:
         raise UserError(
-            f"{path}: takes embeddings {len(model.standardise.mean)} wide, these are {data.bank.embedding_dim}"
+            f"{path}: takes embeddings of width {len(model.standardise.mean)}, these have {data.bank.embedding_dim}"
         )
     return model.state_dict()
 
@@ -354,7 +340,7 @@ def _identity(config: Config, data: TrainingData) -> StageIdentity:
 
 
 def _describe(head: schema.HeadSettings, config: Config, data: TrainingData) -> dict[str, Any]:
-    """What a checkpoint says about its model; see `load_temporal`."""
+    """What a checkpoint holds besides weights; see `load_temporal`."""
     return {
         "kind": KIND,
         "head": head.model_dump(mode="json"),
@@ -378,7 +364,7 @@ def _tool_inputs(data: TrainingData) -> list[str]:
 
 
 def _outcome(folder: Path, session: TrainingSession, model: PhaseModel) -> dict[str, Any]:
-    """What one head came to, read from its log, so that it is the same however often training was stopped."""
+    """One head's figures, read from its log, so that they do not depend on how often training was interrupted."""
     rows = read_metrics(folder / METRICS_FILE, "epoch")
     return {
         "val_accuracy": session.position.best_score,

@@ -104,7 +104,7 @@ def test_settings_of_another_net_are_refused_and_other_pictures_noted(
     plain = ["--set", "temporal.head.hidden=16"]  # of the same shapes, but without the ReLU
     done = call("train-joint", *settings, *plain, "--name", "tuned", "--from-joint", "old")
     assert done.exit_code == 2
-    assert "another head than temporal.head (relu: True there, False now)" in done.output
+    assert "its head differs from temporal.head (relu: True there, False now)" in done.output
     plain += ["--set", "temporal.head.relu=true"]
     done = call("train-joint", *settings, *plain, "--name", "tuned", "--from-joint", "old")
     assert "tool_head does not fit the settings" in done.output

@@ -97,6 +97,6 @@ def require_causal(head: Head) -> None:
     """Raise UserError for a head that looks into the future where frames arrive one after the other."""
     if not head.causal:
         raise UserError(
-            "temporal.head.bidirectional=true is offline only: it needs whole videos or clips, and takes neither "
-            "chunks with carried state nor single frames"
+            "temporal.head: a head that looks into the future (such as bidirectional=true) is offline only: it needs "
+            "whole videos or clips, and takes neither chunks with carried state nor single frames"
         )

@@ -18,13 +18,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.errors import UserError, one_line
-from configs.load import differences
-from configs.schema import Config, DataSetSpec, HeadConfig, JointLossConfig, JointNetConfig
+from configs.schema import Config, DataSetSpec, HeadSettings, JointLossConfig, JointNetConfig
 from engine.checkpoints import load_checkpoint
 from engine.processes import one_process
 from engine.runs import require_same_classes
@@ -41,7 +40,7 @@ from stage1_cnn.train import tool_loss
 from stage2_temporal.data import NO_LABEL
 from stage2_temporal.heads.base import State, build_head, require_causal
 from stage2_temporal.heads.standardise import Standardise
-from stage2_temporal.model import PhaseModel
+from stage2_temporal.model import PhaseModel, require_same_head, saved_head
 from stage2_temporal.predict import load_temporal
 
 KIND = "joint"
@@ -145,7 +144,7 @@ def _still_statistics(backbone: Backbone) -> Iterator[None]:
 
 
 def build_joint(
-    backbone: Backbone, config: JointNetConfig, head: HeadConfig | None, tools: int, phases: int
+    backbone: Backbone, config: JointNetConfig, head: HeadSettings | None, tools: int, phases: int
 ) -> JointNet:
     """A net with fresh branches on a backbone; embeddings go into the phase branch as they are."""
     phase = None
@@ -179,7 +178,7 @@ def attach_cnn(net: JointNet, run: Path, tools: Sequence[str]) -> None:
         net.tool_head.load_state_dict(stage_one.tool_head.state_dict())
 
 
-def attach_temporal(net: JointNet, run: Path, phases: Sequence[str], head: HeadConfig) -> None:
+def attach_temporal(net: JointNet, run: Path, phases: Sequence[str], head: HeadSettings) -> None:
     """Take the whole phase branch, constants of standardisation included, of stage two's best epoch.
 
     Raises UserError for other phases, another width of embeddings, or another head than the settings'.
@@ -199,19 +198,12 @@ def attach_temporal(net: JointNet, run: Path, phases: Sequence[str], head: HeadC
             f"{folder / 'best.pt'}: takes embeddings {len(model.standardise.mean)} wide, "
             f"{net.backbone.name} gives {net.backbone.embedding_dim}"
         )
-    _require_same_head(folder / "best.pt", about["head"], head)
+    require_same_head(folder / "best.pt", about["head"], head)
     net.phase.load_state_dict(model.state_dict())
 
 
-def _require_same_head(path: Path, found: Any, head: HeadConfig) -> None:
-    settings = TypeAdapter(HeadConfig).validate_python(found)
-    if settings != head:
-        differing = ", ".join(differences(settings.model_dump(), head.model_dump()))
-        raise UserError(f"{path}: another head than temporal.head ({differing}); set temporal.head to it")
-
-
 def attach_joint(
-    net: JointNet, path: Path, tools: Sequence[str], phases: Sequence[str], head: HeadConfig
+    net: JointNet, path: Path, tools: Sequence[str], phases: Sequence[str], head: HeadSettings
 ) -> dict[str, Any]:
     """Take every branch of another joint checkpoint that this net has too (an imported one, for example).
 
@@ -223,7 +215,7 @@ def attach_joint(
     if about["backbone"] != net.backbone.name:
         raise UserError(f"{path}: holds {about['backbone']}, but cnn.backbone={net.backbone.name}")
     if net.phase is not None and other.phase is not None:
-        _require_same_head(path, about["head"], head)  # two heads of the same shapes may still compute different things
+        require_same_head(path, about["head"], head)  # two heads of the same shapes may still compute different things
     net.backbone.load_state_dict(other.backbone.state_dict())
     net.imported_from, net.unused = other.imported_from, other.unused
     for name in ("tool_head", "phase", "mapping"):
@@ -304,7 +296,7 @@ def _last_only(phase: Tensor, lengths: Tensor) -> Tensor:
 
 
 def describe_joint(
-    net: JointNet, head: HeadConfig | None, config: Config, spec: DataSetSpec, step: str
+    net: JointNet, head: HeadSettings | None, config: Config, spec: DataSetSpec, step: str
 ) -> dict[str, Any]:
     """What a checkpoint says besides tensors, so that the net can be built again and fed rightly."""
     return {
@@ -337,7 +329,7 @@ def load_joint(path: Path) -> tuple[JointNet, dict[str, Any]]:
         raise UserError(f"{path}: not a checkpoint of train-joint")
     weights = content.pop("model")
     try:
-        head = TypeAdapter(HeadConfig).validate_python(content["head"]) if content["head"] else None
+        head = saved_head(content["head"], path) if content["head"] else None
         settings = JointNetConfig(**content["net"])
         backbone = build_backbone(content["backbone"], "random", 0)
         net = build_joint(backbone, settings, head, len(content["tools"]), len(content["phases"]))

@@ -123,7 +123,7 @@ def test_an_empty_video_has_no_probabilities() -> None:
 
 
 def test_features_of_another_width() -> None:
-    with pytest.raises(UserError, match="v: features are 9 wide, the model was trained on 5"):
+    with pytest.raises(UserError, match="v: features have width 9, the model was trained on 5"):
         predict_phases(model_of("lstm"), {"v": video(np.zeros((3, 9), np.float16))}, "carried", 1, "cpu")
 
 

@@ -256,7 +256,7 @@ def test_bf16_is_of_training_alone(train: Any, tmp_path: Path, cue_folder: Path,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"head": {"name": "gru"}}, r"projection=bf16 is of the LSTM that reads forwards alone; leave it at auto"),
+        ({"head": {"name": "gru"}}, r"projection=bf16 applies to the unidirectional LSTM only; leave it at auto"),
         ({"head": {"name": "lstm", "bidirectional": True}}, r"of the LSTM that reads forwards alone"),
         ({}, r"^temporal\.projection=bf16: this CPU .* set temporal\.projection=fp32 or auto$"),
         ({"precision": "bf16"}, r"^temporal\.precision=bf16: this CPU .* set temporal\.precision=fp32 or auto$"),

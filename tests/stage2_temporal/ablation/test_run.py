@@ -534,7 +534,7 @@ def test_tool_logits_are_more_input(tmp_path: Path) -> None:
     found = predict_phases(model, features, "carried", 1, "cpu", tool_logits=True)
     right = [(found[name].argmax(1) == video.phase).mean() for name, video in features.items()]
     assert np.mean(right) == pytest.approx(accuracy, abs=1e-9)
-    with pytest.raises(UserError, match="features are 6 wide, the model was trained on 9"):
+    with pytest.raises(UserError, match="features have width 6, the model was trained on 9"):
         predict_phases(model, features, "carried", 1, "cpu")
 
 

@@ -238,7 +238,7 @@ def test_another_index_in_the_settings_leaves_the_run_s_own_evaluation_alone(sta
 def test_runs_that_do_not_fit_are_refused(stages: World) -> None:
     index = stages.index()
     config = settings(stages, JOINT)
-    with pytest.raises(UserError, match="another head than"):
+    with pytest.raises(UserError, match="its head differs"):
         other = settings(stages, JOINT, temporal={"head": HEAD | {"hidden": 9}})
         initial_net(other, index, Start(temporal=stages.run))
     with pytest.raises(UserError, match="holds shufflenet_v2_x0_5, but"):
