@@ -1,8 +1,8 @@
 """Features in memory, and how an epoch cuts them into sequences.
 
-Every training video's features stand one after the other in one table of rows (`FeatureBank`); a batch is a set of runs
-of rows (`Batch`), none longer than its video, so order is kept and two videos never meet in a sequence. What an epoch
-consists of is a function of (seed, epoch) alone.
+The features of all videos are concatenated in one table (`FeatureBank`); a batch is a set of ranges of its rows
+(`Batch`), each within one video, so that order is kept and no sequence spans two videos. The batches of an epoch are a
+function of (seed, epoch).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from features.store import FeatureFileError, VideoFeatures, feature_path, record
 from features.store_folder import INDEX_FILE, load_feature_set, usable_index
 
 NO_LABEL = -1
-# Videos of one batch have lengths within about this factor: little padding, and yet other company every epoch.
+# Videos of one batch have lengths within about this factor: little padding, but other combinations in every epoch.
 LENGTH_JITTER = 1.5
 _STATISTICS_ROWS = 256
 
@@ -46,9 +46,9 @@ class Span:
 
 @dataclass(frozen=True)
 class FeatureBank:
-    """Features and phases of several videos, one after the other.
+    """Features and phases of several videos, concatenated.
 
-    Features stay as stored (fp16 by default): half the memory, and widening a batch costs less than 2 % of its step.
+    Features stay as stored (fp16 by default): half the memory, and converting a batch costs less than 2 % of its step.
     """
 
     features: Tensor  # (N, D) as stored
@@ -58,9 +58,9 @@ class FeatureBank:
 
     @classmethod
     def of(cls, videos: Mapping[str, VideoFeatures], tool_logits: bool = False) -> FeatureBank:
-        """Copy the videos' arrays into one table on the CPU, with `tool_logits` as `with_tool_logits` has them.
+        """Copy the videos' arrays into one table on the CPU, with `tool_logits` as in `with_tool_logits`.
 
-        Raises UserError for a video without tool logits where they are wanted.
+        Raises UserError for a video without tool logits if they are requested.
         """
         spans, first = [], 0
         for video in videos.values():
@@ -104,7 +104,7 @@ class FeatureBank:
         return x, phase.masked_fill(rows < 0, NO_LABEL)
 
     def names(self, batch: Batch) -> str:
-        """The videos that a batch's sequences come from, for messages."""
+        """The ids of the videos in a batch, comma-separated."""
         first = [span.first for span in self.spans]
         found = {self.ids[sum(row >= start for start in first) - 1] for row in batch.first.tolist()}
         return ", ".join(sorted(found))
@@ -112,8 +112,8 @@ class FeatureBank:
     def statistics(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (D,) over the spans' frames, in float64.
 
-        NumPy on one thread: a fifth of a second on a whole data set, also where other programs hold the other cores
-        (small parallel blocks wait for each other there, for seconds).
+        Uses NumPy on one thread: 0.2 s for a whole data set, even on a machine whose other cores are busy, where
+        small parallel blocks would wait for each other for seconds.
         """
         total, squares = np.zeros(self.embedding_dim), np.zeros(self.embedding_dim)
         for span in spans:
@@ -129,9 +129,9 @@ class FeatureBank:
 
 
 def with_tool_logits(features: Tensor, tool_logits: Tensor, where: str) -> Tensor:
-    """Stage two's input with `temporal.tool_logits`: (T, D) as stored, (T, K) -> (T, D + K), rounded as the former are.
+    """Stage two's input with `temporal.tool_logits`: (T, D) as stored, (T, K) -> (T, D + K) in the type of the former.
 
-    Raises UserError where there are no logits, or ones that do not fit.
+    Raises UserError if there are no logits, or if some are not finite.
     """
     stored = tool_logits.to(features.dtype)
     if not stored.shape[1] or not bool(torch.isfinite(stored).all()):
@@ -147,8 +147,11 @@ def with_tool_logits(features: Tensor, tool_logits: Tensor, where: str) -> Tenso
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences that are computed together. `fresh`: they start with zero state; otherwise they go on from the batch
-    before, sequence i from sequence i (there may be fewer of them: videos end)."""
+    """Sequences that are computed together.
+
+    If `fresh`, they start with zero state; otherwise sequence i continues sequence i of the batch before, which may
+    have had more sequences, since videos end.
+    """
 
     first: Tensor  # (B,) int64, row of each sequence's first frame
     lengths: Tensor  # (B,) int64
@@ -164,11 +167,11 @@ class Batch:
         return len(self.first)
 
     def share(self, rank: int, count: int) -> tuple[Batch, bool]:
-        """Process `rank`'s part of the batch, and whether it has one.
+        """Rank `rank`'s part of the batch, and whether its frames count.
 
-        Every `count`-th sequence: similar lengths for all, and as videos end (they are the last ones) each process
-        keeps its own. Where there are fewer sequences than processes, one without a part gets the batch's first
-        sequence, whose frames must not count: all processes take part in every step.
+        Every `count`-th sequence: lengths are similar on all ranks, and since the shortest videos come last, each rank
+        keeps its own videos until they end. With fewer sequences than ranks, a rank without a part gets the batch's
+        first sequence, whose frames must not count: all ranks take part in every step.
         """
         if rank >= len(self):
             return Batch(self.first[:1], self.lengths[:1]), False
@@ -176,11 +179,11 @@ class Batch:
 
 
 def epoch_batches(spans: Sequence[Span], config: SequenceConfig, seed: int, epoch: int) -> list[Batch]:
-    """The batches of one epoch, in order: a function of (seed, epoch) and of what is given.
+    """The batches of one epoch, in order: a function of the arguments alone.
 
     `full`: whole videos. `chunked`: `batch` videos advance together, `frames` at a time, and are dropped as they end.
-    `clips`: runs of `frames` frames at every `stride`-th start 0, stride, ... <= T - frames of every video, shuffled
-    (the reference has stride 1); a video shorter than that is one shorter clip. In `full` and `chunked` every frame is
+    `clips`: `frames` consecutive frames from every start 0, stride, 2 stride, ... <= T - frames, shuffled (the
+    reference has stride 1); a video shorter than that is one shorter clip. In `full` and `chunked` every frame is
     used exactly once.
     """
     generator = epoch_generator(seed, epoch)
@@ -195,7 +198,8 @@ def epoch_batches(spans: Sequence[Span], config: SequenceConfig, seed: int, epoc
 def group_by_length(spans: Sequence[Span], size: int, generator: torch.Generator | None) -> list[list[Span]]:
     """Groups of at most `size` videos of similar length, longest first inside.
 
-    With a generator, lengths are taken for up to `LENGTH_JITTER` times what they are, and the groups shuffled.
+    With a generator, videos are sorted by their lengths times random factors of up to `LENGTH_JITTER`, and the groups
+    are shuffled.
     """
     length = torch.tensor([float(span.frames) for span in spans])
     if generator is not None:
@@ -210,7 +214,7 @@ def group_by_length(spans: Sequence[Span], size: int, generator: torch.Generator
 
 
 def chunk_batches(group: Sequence[Span], frames: int) -> Iterator[Batch]:
-    """Videos (longest first) that advance together, `frames` at a time; those that have ended are left out."""
+    """Batches of videos (longest first) that advance together, `frames` at a time, without those that have ended."""
     for start in range(0, group[0].frames, frames):
         active = [Span(span.first + start, min(frames, span.frames - start)) for span in group if span.frames > start]
         yield _batch(active, fresh=start == 0)
@@ -238,7 +242,7 @@ def _batch(spans: Sequence[Span], fresh: bool = True) -> Batch:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What stage two learns from: the videos of a feature folder that have phases, in memory."""
+    """The training and validation videos of a feature folder that have phase labels, in memory."""
 
     bank: FeatureBank
     train: list[Span]
@@ -247,7 +251,7 @@ class TrainingData:
     phases: tuple[str, ...]
     dataset: str
     encoder_digest: str
-    encoder: dict[str, Any]  # what made the features, for `predict`; the digest is over it
+    encoder: dict[str, Any]  # the encoder's description, for `predict`; `encoder_digest` is its digest
     backbone: str
     fps: float
     labels_sha256: str
@@ -257,23 +261,23 @@ class TrainingData:
     frame_index: Tensor  # (N,) int64, frame of the source video
     index: Index  # of the folder, without videos that extract could not read
     sources_sha256: str
-    by_time: bool = False  # whether frames were sampled where earlier versions took others
-    has_tool_logits: bool = False  # whether the bank's rows end with them
-    scored: Tensor | None = None  # (N,) bool, rows that validation counts; None: all that have a label
+    by_time: bool = False  # whether earlier versions would have sampled other frames
+    has_tool_logits: bool = False  # whether the last K columns of the bank are the tool logits
+    scored: Tensor | None = None  # (N,) bool, rows that validation counts; None: all labelled ones
 
     def to(self, device: torch.device) -> TrainingData:
         """The same data with features and phases on another device."""
         return replace(self, bank=self.bank.to(device))
 
     def with_tool_logits(self) -> TrainingData:
-        """The same data with stage one's tool logits as the last K columns. Raises UserError where there are none."""
+        """The same data with stage one's tool logits as the last K columns. Raises UserError if there are none."""
         if self.has_tool_logits:
             return self
         features = with_tool_logits(self.bank.features, self.tool_logits, str(self.folder))
         return replace(self, bank=replace(self.bank, features=features), has_tool_logits=True)
 
     def truth_of(self, span: Span) -> Tensor:
-        """Phases (T,) that validation holds predictions against, on the CPU, -1 = does not count."""
+        """Phases (T,) that validation compares predictions with, on the CPU; -1 = not counted."""
         rows = slice(span.first, span.first + span.frames)
         truth = self.bank.phase[rows].cpu()
         return truth if self.scored is None else truth.masked_fill(~self.scored[rows], NO_LABEL)
@@ -282,8 +286,8 @@ class TrainingData:
 def read_training_data(folder: Path) -> TrainingData:
     """Read the training and validation videos of a feature folder, as its index splits them.
 
-    Raises UserError where there is nothing to train on, where a file is missing, damaged or of another encoder, and
-    where labels or shapes do not fit the index.
+    Raises UserError if there is nothing to train on, if a file is missing, damaged or of another encoder, or if labels
+    or shapes do not match the index.
     """
     where = folder / INDEX_FILE
     index = usable_index(folder)
@@ -335,7 +339,7 @@ def _digest(videos: Mapping[str, VideoFeatures]) -> str:
 
 
 def _labelled(ids: Sequence[str], videos: Mapping[str, VideoFeatures], split: str, where: Path) -> list[str]:
-    """The videos with at least one labelled frame; the others are named and left out."""
+    """The videos with at least one labelled frame; the others are reported and left out."""
     without = [video_id for video_id in ids if not (videos[video_id].phase >= 0).any()]
     if without:
         say(f"{where}: no phase labels in {', '.join(without)}: left out of {split}")
@@ -346,7 +350,7 @@ def _labelled(ids: Sequence[str], videos: Mapping[str, VideoFeatures], split: st
 
 
 def _check(folder: Path, videos: Mapping[str, VideoFeatures], phases: Sequence[str]) -> None:
-    """Labels must be ones the index names; widths and types must be one encoder's."""
+    """Raise UserError unless the index names all labels, and widths and types are the same in all videos."""
     width: tuple[int, Any] | None = None
     for video_id, video in videos.items():
         path = feature_path(folder, video_id)
@@ -361,5 +365,5 @@ def _check(folder: Path, videos: Mapping[str, VideoFeatures], phases: Sequence[s
         width = width or found
         if found != width:
             raise FeatureFileError(
-                f"{path}: features {found[0]} wide, {found[1]}; the others are {width[0]}, {width[1]}"
+                f"{path}: features of width {found[0]}, {found[1]}; the others have {width[0]}, {width[1]}"
             )

@@ -1,7 +1,7 @@
-"""Phases and tools of videos that nobody has labelled, straight from pictures.
+"""Phases and tools of unlabelled videos, from frames to prediction files.
 
-A pair of stages or a joint net runs over the sampled frames in order, a batch of pictures in memory at a time and the
-state of the LSTM carried along: memory does not grow with the length of a video, but for its probabilities.
+A pair of stages or a joint net runs over the sampled frames in order, with one batch of frames in memory and the state
+of the head carried along: apart from the probabilities, memory does not grow with the length of a video.
 """
 
 from __future__ import annotations
@@ -45,25 +45,35 @@ from stage2_temporal.joint.net import FOLDER, joint_checkpoint, load_joint
 from stage2_temporal.model import PhaseModel
 from stage2_temporal.predict import Inference, OnlinePredictor, chosen_inference, load_temporal, other_encoder
 
-# Fast to write and good enough to look at; the picture is somebody's evidence in a discussion, not an archive.
+# Fast, and good enough to look at: the drawn video illustrates a prediction and is no archive.
 _ENCODER = {"preset": "veryfast", "crf": "23"}
 
 
 @dataclass(frozen=True)
 class Recogniser:
-    """A trained net, ready for pictures.
+    """A trained net, ready for frames.
 
-    `encode` takes crops (N, S, S, 3) uint8 and gives what `phase` reads, (N, D) or (N, D + K) fp32, and tool logits
-    (N, K), None without a tool branch. `identity` is what a prediction depends on besides the video.
+    `encode` maps crops (N, S, S, 3) uint8 to the input of `phase`, (N, D) or (N, D + K) fp32, and to tool logits
+    (N, K), or None without a tool branch. `weights` names what made the net by SHA-256. Raises UserError for a head
+    that looks into the future.
     """
 
     encode: Callable[[NDArray[np.uint8]], tuple[Tensor, NDArray[np.float32] | None]]
     phase: PhaseModel
     inference: Inference
     clip_frames: int
-    config: Config  # preprocess and data.fps as the net was trained
+    config: Config  # with the preprocessing and data.fps of the training
     spec: DataSetSpec
-    identity: dict[str, Any]
+    weights: dict[str, str]
+
+    def __post_init__(self) -> None:
+        require_causal(self.phase.head)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a prediction depends on besides the video."""
+        clip_frames = self.clip_frames if self.inference == "clip" else None
+        return {**self.weights, "inference": self.inference, "clip_frames": clip_frames, "fps": self.config.data.fps}
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ class NewPrediction:
 
 @dataclass
 class PredictReport:
-    """What one call did: videos by outcome, failures with their reasons."""
+    """Videos by outcome, failures with their reasons."""
 
     out: Path
     done: list[str] = field(default_factory=list)
@@ -105,17 +115,16 @@ def pair_of_stages(
 ) -> Recogniser:
     """Stage two of `run` behind the encoder that its features came from.
 
-    That is `cnn_run`'s stage one (by default the same run's), or what `extract.checkpoint` or `extract.encoder` say.
-
-    Raises UserError when the two were not trained together, the head needs whole videos, or the user gave another
-    preparation of pictures, sampling rate or backbone (`given`).
+    The encoder is stage one of `cnn_run` (by default of the same run), unless `extract.checkpoint` or `extract.encoder`
+    name another. Raises UserError if the two were not trained together, if the head needs whole videos, or if the user
+    gave (`given`) another preprocessing, sampling rate or backbone.
     """
     folder = run / "temporal"
     model, about = load_temporal(folder)
     inference = chosen_inference(inference, about["inference"], model, folder)
     recorded = about.get("encoder")
     if not recorded:
-        raise UserError(f"{folder / 'best.pt'}: does not say what made its features; train it again")
+        raise UserError(f"{folder / 'best.pt'}: does not record the encoder of its features; train it again")
     preprocess = preprocess_from_json(recorded["preprocess"], str(folder / "best.pt"))
     require_preprocess_of(preprocess, config, given, folder / "best.pt", recorded["fps"], recorded["backbone"])
     config = _as_trained(config, preprocess, recorded["fps"], recorded)
@@ -140,24 +149,24 @@ def pair_of_stages(
             stored = with_tool_logits(stored, torch.from_numpy(logits), str(folder))
         return stored.float(), logits if encoder.tool_head is not None else None
 
-    identity = {"temporal": sha256_file(folder / "best.pt"), "encoder": encoder.spec.digest}
-    return _recogniser(encode, model, inference, about["frames"], config, spec, identity)
+    weights = {"temporal": sha256_file(folder / "best.pt"), "encoder": encoder.spec.digest}
+    return Recogniser(encode, model, inference, about["frames"], config, spec, weights)
 
 
 def _with_other_ways(error: UserError, run: Path, cnn_run: Path | None) -> UserError:
-    """The error, with what a run that has a joint net beside stage two, and no stage one, offers instead."""
+    """The error, with the alternatives of a run that has stage two, perhaps a joint net, and no stage one."""
     if cnn_run is not None or (run / CHECKPOINT_STAGE).is_dir():
         return error
     if not (run / FOLDER).is_dir():
         return UserError(f"{error}; or name the run whose stage one made the features with --from-cnn")
     return UserError(
-        f"{error}; this run has a joint net too: --model joint predicts with it, and --from-joint {run.name} puts "
-        "stage two behind its backbone, where that made the features"
+        f"{error}; this run also has a joint net: --model joint predicts with it, and --from-joint {run.name} uses its "
+        "backbone as the encoder of stage two, if that made the features"
     )
 
 
 def joint_net(config: Config, run: Path, inference: Inference | None = None, given: GivenKeys = NO_KEYS) -> Recogniser:
-    """The joint net of `run`. Raises UserError for one without a phase branch or with other classes or pictures."""
+    """The joint net of `run`. Raises UserError if it has no phase branch, other classes or other preprocessing."""
     path = joint_checkpoint(run)
     net, about = load_joint(path)
     if net.phase is None:
@@ -180,12 +189,12 @@ def joint_net(config: Config, run: Path, inference: Inference | None = None, giv
             embedding = net.embed(normalise(crops, config.preprocess, device)).float()  # (N, D)
         return embedding, net.tool_head(embedding).cpu().numpy() if net.tool_head is not None else None
 
-    identity = {"joint": sha256_file(path)}
-    return _recogniser(encode, net.phase, inference, about["frames"], config, spec, identity)
+    weights = {"joint": sha256_file(path)}
+    return Recogniser(encode, net.phase, inference, about["frames"], config, spec, weights)
 
 
 def _as_trained(config: Config, preprocess: PreprocessConfig, fps: float, about: dict[str, Any]) -> Config:
-    """The settings with everything that a net was trained with, whatever they say."""
+    """The settings, with the preprocessing, rate and backbone of the training."""
     extract = config.extract.model_copy(update={"storage": about.get("storage", config.extract.storage)})
     return config.model_copy(
         update={
@@ -197,31 +206,17 @@ def _as_trained(config: Config, preprocess: PreprocessConfig, fps: float, about:
     )
 
 
-def _recogniser(
-    encode: Callable[[NDArray[np.uint8]], tuple[Tensor, NDArray[np.float32] | None]],
-    phase: PhaseModel,
-    inference: Inference,
-    frames: int,
-    config: Config,
-    spec: DataSetSpec,
-    identity: dict[str, Any],
-) -> Recogniser:
-    require_causal(phase.head)
-    identity |= {"inference": inference, "clip_frames": frames if inference == "clip" else None, "fps": config.data.fps}
-    return Recogniser(encode, phase, inference, frames, config, spec, identity)
-
-
 # ---------------------------------------------------------------------------------------------- the videos
 
 
 def predict_new_videos(
     recogniser: Recogniser, sources: Sequence[Path], out: Path, *, draw: bool = False, stop: StopRequest
 ) -> PredictReport:
-    """Write `<video>.csv`, `<video>.png` (ribbon), with `draw` `<video>.mp4`, and `<video>.json` into `out`.
+    """Write `<video>.csv`, `<video>.png` (ribbon), `<video>.json` and, with `draw`, `<video>.mp4` into `out`.
 
-    The last says what made them. A video whose files are there, from the same net and source, is skipped. One that
-    cannot be read is reported and the others go on. Raises UserError when nothing can be done at all or two sources
-    have one name, Stopped when asked to stop.
+    The JSON file records what made them. A video whose files exist, from the same net and source, is skipped. One that
+    cannot be read is reported and does not stop the others. Raises UserError if no video can be predicted or if two
+    sources have the same name, Stopped when `stop` is set.
     """
     indices, report = {}, PredictReport(make_folder(out))
     for path in sources:
@@ -258,7 +253,7 @@ def _require_some(report: PredictReport, good: int) -> None:
 
 
 def _one_video(recogniser: Recogniser, index: Index, root: Path, out: Path, draw: bool, stop: StopRequest) -> bool:
-    """Whether there was anything to do."""
+    """Predict one video; False if its files were there already."""
     entry, spec = index.videos[0], recogniser.spec
     files = {kind: out / f"{file_stem(entry.id)}.{kind}" for kind in ("csv", "png", "mp4", "json")}
     wanted = ["csv", "png", *(["mp4"] if draw else [])]
@@ -266,7 +261,7 @@ def _one_video(recogniser: Recogniser, index: Index, root: Path, out: Path, draw
     if _is_done(files, wanted, made_by, inside(root, entry.source)):
         return False
     about = {"source": entry.source, "surgstage": package_version("surgstage"), "made_by": made_by}
-    write_json(files["json"], {**about, "complete": False})  # whose the other files are, should this be interrupted
+    write_json(files["json"], {**about, "complete": False})  # claims the other files if this is interrupted
     prediction = predict_video(recogniser, index, root, stop)
     phase = prediction.phase.argmax(axis=1).astype(np.int8)
     time_s = frame_times_s(entry, prediction.frame_index)
@@ -281,7 +276,7 @@ def _one_video(recogniser: Recogniser, index: Index, root: Path, out: Path, draw
 
 
 def _identity_of_source(entry: VideoEntry) -> dict[str, Any]:
-    """What a prediction depends on of its video, the meaning of a folder's numbers included."""
+    """What a prediction depends on in its video, including the meaning of a frame folder's numbers."""
     return {
         "source_sha256_ends": entry.sha256_ends,
         "source_bytes": entry.size_bytes,
@@ -293,14 +288,16 @@ def _identity_of_source(entry: VideoEntry) -> dict[str, Any]:
 
 
 def _is_done(files: Mapping[str, Path], wanted: Sequence[str], made_by: Mapping[str, Any], source: Path) -> bool:
-    """Whether all that is wanted is there. Raises UserError before anything that is not ours would be replaced."""
+    """Whether all requested files exist. Raises UserError before a file of another origin would be replaced."""
     for kind in (*wanted, "json"):
         if files[kind].exists() and files[kind].samefile(source):
             raise UserError(f"{source}: would be replaced by its own prediction; name another folder with --out")
     if not files["json"].exists():
         foreign = [kind for kind in wanted if files[kind].exists()]
         if foreign:
-            raise UserError(f"{files[foreign[0]]}: exists and is no prediction of ours; name another folder with --out")
+            raise UserError(
+                f"{files[foreign[0]]}: exists and is not a prediction of this program; name another folder with --out"
+            )
         return False
     found = read_json(files["json"])
     if not isinstance(found, dict) or found.get("made_by") != made_by:
@@ -309,7 +306,7 @@ def _is_done(files: Mapping[str, Path], wanted: Sequence[str], made_by: Mapping[
 
 
 def predict_video(recogniser: Recogniser, index: Index, root: Path, stop: StopRequest) -> NewPrediction:
-    """Predict the one video of an index, a batch of pictures at a time."""
+    """Predict the only video of an index, one batch of frames at a time."""
     config, entry = recogniser.config, index.videos[0]
     frame_index = sampled_frames(entry, config.data.fps)
     online = OnlinePredictor(recogniser.phase, recogniser.inference, recogniser.clip_frames, config.device)
@@ -330,7 +327,7 @@ def predict_video(recogniser: Recogniser, index: Index, root: Path, stop: StopRe
 def _draw(
     recogniser: Recogniser, prediction: NewPrediction, index: Index, root: Path, path: Path, stop: StopRequest
 ) -> None:
-    """Every frame of the source with what was known by then below it."""
+    """Write every frame of the source with the predictions up to it drawn below."""
     entry, spec = index.videos[0], recogniser.spec
     with open_source(recogniser.config, entry, root, index) as reader:
         shown = entry.image_frames[entry.image_frames >= prediction.frame_index[0]]

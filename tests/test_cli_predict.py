@@ -120,7 +120,7 @@ def test_nothing_that_is_not_a_prediction_is_replaced(workplace: Path, unknown: 
     (workplace / "new").mkdir()
     mine = workplace / "new" / f"{unknown.stem}.csv"
     mine.write_text("my own notes")
-    assert "is no prediction of ours" in refuse([*PREDICT, str(unknown), "--out", "new"], workplace)
+    assert "is not a prediction of this program" in refuse([*PREDICT, str(unknown), "--out", "new"], workplace)
     assert mine.read_text() == "my own notes"
 
 

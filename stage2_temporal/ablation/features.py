@@ -1,4 +1,4 @@
-"""The features that an ablation's trainings share: each folder read once, comparable, in shared memory."""
+"""The features that an ablation's trainings share: each folder is read once, checked, and put in shared memory."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from engine.runs import run_folder
 from features.store_folder import find_feature_folder
 from stage2_temporal.data import NO_LABEL, TrainingData, read_training_data
 
-Settings = Mapping[str, Any]  # what a setting changes, by key
+Settings = Mapping[str, Any]  # changed values by dotted key
 
 
 @dataclass(frozen=True)
 class SharedFeatures:
-    """Features by folder, and by whether tool logits stand beside the embedding. Pickled, the tables stay shared."""
+    """Features by folder and by whether they include tool logits. Pickling keeps the tables in shared memory."""
 
     base: Path
     tables: dict[tuple[Path, bool], TrainingData]
 
     def of(self, folder: Path, tool_logits: bool) -> TrainingData:
-        """What a training on a folder of `folder_of` reads."""
+        """The data of a training on a folder."""
         return self.tables.get((folder, tool_logits)) or self.tables[folder, False]
 
     def digest(self, folder: Path) -> str:
-        """SHA-256 of the encoder of a folder."""
+        """Digest of a folder's encoder."""
         return self.tables[folder, False].encoder_digest
 
     def is_base(self, folder: Path) -> bool:
-        """Whether a folder holds the base's features."""
+        """Whether a folder's features are those of the base."""
         return self.digest(folder) == self.digest(self.base)
 
     @property
     def others(self) -> dict[str, str]:
-        """The encoders of the folders besides the base's, by folder."""
+        """Encoder digests of the folders other than the base's, by folder."""
         folders = dict.fromkeys(folder for folder, _ in self.tables)
         return {str(folder): self.digest(folder) for folder in folders if folder != self.base}
 
 
 def folder_of(changes: Settings, base: Path, config: Config) -> Path:
-    """The feature folder that a setting names, or the base's. Raises UserError for a run without features."""
+    """The feature folder that a setting names, else the base's. Raises UserError for a run without features."""
     if "features" in changes:
         return find_feature_folder(Path(changes["features"]), base, config.extract.store)
     if "features_of_run" in changes:
@@ -60,8 +60,8 @@ def folder_of(changes: Settings, base: Path, config: Config) -> Path:
 def share_features(base: Path, wanted: Mapping[tuple[Path, bool], object]) -> SharedFeatures:
     """Read every folder once and put what is `wanted` (folders, with tool logits or without) into shared memory.
 
-    Raises UserError for a folder without validation videos, without the tool logits that are wanted, and for two that
-    cannot be compared. Where they were sampled at different moments, validation counts those that all have.
+    If folders were sampled at different times, validation counts the frames that all have. Raises UserError for a
+    folder without validation videos or without the tool logits that are wanted, and for two that cannot be compared.
     """
     folders = dict.fromkeys([base, *(folder for folder, _ in wanted)])
     found = {folder: read_training_data(folder) for folder in folders}
@@ -81,7 +81,7 @@ def share_features(base: Path, wanted: Mapping[tuple[Path, bool], object]) -> Sh
 
 
 def _require_comparable(base: TrainingData, other: TrainingData) -> None:
-    """Raise UserError unless two folders hold the same videos in the same split, with the same classes and labels."""
+    """Raise UserError unless two folders have the same videos in the same split, the same classes and labels."""
     for what, mine, theirs in (
         ("phases", base.phases, other.phases),
         ("training videos", base.split["train"], other.split["train"]),
@@ -90,8 +90,8 @@ def _require_comparable(base: TrainingData, other: TrainingData) -> None:
         if sorted(mine) != sorted(theirs) or (what == "phases" and mine != theirs):
             differing = sorted(set(mine) ^ set(theirs)) or list(theirs)
             raise UserError(
-                f"{other.folder}: other {what} than {base.folder} ({', '.join(differing[:4])}); settings are compared "
-                "on the same videos only: extract both from one index"
+                f"{other.folder}: its {what} differ from those of {base.folder} ({', '.join(differing[:4])}); settings "
+                "are compared on the same videos only: extract both from one index"
             )
     for video_id in base.split["train"] + base.split["val"]:
         ours, others = _labels(base, video_id), _labels(other, video_id)
@@ -101,7 +101,7 @@ def _require_comparable(base: TrainingData, other: TrainingData) -> None:
         if (frame := next((frame for frame in shared if ours[frame] != others[frame]), None)) is not None:
             raise UserError(
                 f"{other.folder}: {video_id} has another phase at frame {frame} than in {base.folder}; run extract for "
-                "both, which renews labels"
+                "both, which updates labels"
             )
 
 
@@ -113,7 +113,7 @@ def _labels(data: TrainingData, video_id: str) -> dict[int, int]:
 
 
 def _common_moments(data: TrainingData, everyone: list[TrainingData]) -> torch.Tensor | None:
-    """Rows (N,) whose frame every folder has; None where that is all of the validation videos' labelled rows."""
+    """Rows (N,) whose frames are in every folder; None if these include all labelled rows of the validation videos."""
     scored = torch.zeros(len(data.bank.features), dtype=torch.bool)
     for video_id, span in zip(data.split["val"], data.val, strict=True):
         rows = slice(span.first, span.first + span.frames)

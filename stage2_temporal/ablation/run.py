@@ -1,8 +1,8 @@
-"""Ablations of stage two: many trainings on one copy of the features, a training a core, resumable at any moment.
+"""Ablations of stage two: many trainings on one copy of the features, one per core, resumable at any moment.
 
-A setting (one point of the space, or a named one) is a trial of an Optuna study, kept in a journal beside the runs;
-each of its seeds is an ordinary run folder `<ablation>/trials/<setting>-seed<k>`, so a training that is finished is
-never done again, and one that was stopped goes on. One process conducts, with as many workers as it has cores.
+A setting (one point of the space, or a named one) is a trial of an Optuna study, which is kept in a journal beside the
+runs; each of its seeds is an ordinary run folder `<ablation>/trials/<setting>-seed<k>`, so that finished trainings are
+never repeated and interrupted ones resume. A coordinator process runs one worker per core.
 """
 
 from __future__ import annotations
@@ -43,27 +43,27 @@ from evaluation.reports.ablation import (
 from features.frames.preprocess import require_features_of
 from features.store_folder import find_feature_folder
 from stage2_temporal.ablation.features import SharedFeatures, folder_of, share_features
-from stage2_temporal.ablation.study import NAMED, TrialFolders, corners, distributions, open_study
+from stage2_temporal.ablation.study import NAMED, TrialFolders, corners, distributions, open_study, point_of
 from stage2_temporal.data import TrainingData
 from stage2_temporal.train import SCORE, require_arithmetic, train_temporal
 
 BASE = "base"
-# Trainings claimed at once, a core: many where settings are known (processes start once), few where they are drawn, so
-# that the sampler learns from the ones before.
+# Trainings claimed at once per core: many if settings are known (processes start once), few if they are drawn, so
+# that the sampler learns from earlier ones.
 _CLAIM_KNOWN, _CLAIM_DRAWN = 8, 2
-# On a GPU a training waits for its own steps most of the time, and several share it; each takes a context of its own.
+# A training leaves a GPU idle most of the time, so several share it; each has a CUDA context of its own.
 _MOST_ON_ONE_GPU = 4
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One training: a setting with a seed. `trial` is the study's number, None for the base settings."""
+    """One training: a setting with a seed. `trial` is its number in the study, None for the base settings."""
 
     trial: int | None
     changes: tuple[tuple[str, Any], ...]
     seed: int
     features: Path = Path()
-    encoder_digest: str = ""  # of features that the setting names
+    encoder_digest: str = ""  # of the features, if the setting names some
 
     @property
     def frames(self) -> int:
@@ -72,7 +72,7 @@ class Unit:
 
     @property
     def folder(self) -> str:
-        """Name of its run: the same setting always has the same."""
+        """Name of its run, a function of the setting and the seed."""
         known = [pair for pair in self.changes if pair[0] not in FEATURE_KEYS]
         known += [("features", self.encoder_digest)] if self.encoder_digest else []
         name = BASE if not known else sha256_json(sorted(known))[:10]
@@ -81,7 +81,7 @@ class Unit:
 
 @dataclass
 class UnitTask:
-    """Trains one unit. Goes to each process once, with the features in shared memory."""
+    """Trains one unit. Sent to each worker process once, with the features in shared memory."""
 
     source: str
     overrides: tuple[str, ...]
@@ -91,21 +91,21 @@ class UnitTask:
     _resident: tuple[tuple[Path, bool], TrainingData] | None = None
 
     def __call__(self, unit: Unit, advance: Advance) -> None:
-        """Raises UserError for settings that do not fit together."""
+        """Raises UserError for settings that contradict each other."""
         config = unit_config(self.source, self.overrides, unit)
         data = self._data(unit.features, config)
-        with cpu_threads(self.threads), no_bars():  # the table shows what is done
+        with cpu_threads(self.threads), no_bars():  # the table shows the progress
             train_temporal(config, self.trials / unit.folder, unit.features, _StopWithParent(advance), data)
         advance(1)
 
     def _data(self, features: Path, config: Config) -> TrainingData:
-        """The shared table; on another device a copy that this process keeps until a training needs another table."""
+        """The shared table; on a GPU, a copy that this process keeps until a training needs another table."""
         key = (features, config.temporal.tool_logits)
         device = choose_device(config.device)
         if device.type == "cpu":
             return self.shared.of(*key)
         if self._resident is None or self._resident[0] != key:
-            self._resident = None  # first room, then the next table
+            self._resident = None  # frees its memory before the next table is copied
             self._resident = (key, self.shared.of(*key).to(device))
         return self._resident[1]
 
@@ -139,7 +139,7 @@ def unit_config(source: str, overrides: Sequence[str], unit: Unit) -> Config:
 
 
 def read_ablation(source: str, base: str | None = None) -> AblationConfig:
-    """An ablation file, or one shipped by name, with another base where one is given."""
+    """An ablation from a file or, by name, a shipped one; `base` replaces its base settings."""
     spec = load_ablation(source)
     return spec.model_copy(update={"base": base}) if base else spec
 
@@ -154,12 +154,13 @@ def ablate(
     workers: int = -1,
     stop: StopRequest,
 ) -> list[tuple[str, str]]:
-    """Try everything that an ablation asks for; returns what failed and which videos are left out, with reasons.
+    """Run all trainings of an ablation; returns failed trainings and videos that are left out, each with the reason.
 
-    `folder` takes the trials, the study's journal and the outcome: `ablation.csv` (a row a training), `ablation.html`
-    (the ranked table and Optuna's plots), `best.yaml` (the winner's settings, ready to train). `run` is where features
-    are looked for where none are named. Raises UserError for an ablation of another configuration in `folder`, features
-    without validation videos, and settings that are wrong from the start; Stopped, with everything kept, when asked to.
+    `folder` receives the trials, the study's journal and the results: `ablation.csv` (one row per training),
+    `ablation.html` (the ranked table and Optuna's plots) and `best.yaml` (the settings of the winner). Features are
+    those of `run` unless `features` names a folder. Raises UserError if `folder` holds an ablation of another
+    configuration, for features without validation videos and for wrong settings; raises Stopped, with everything kept,
+    when `stop` is set.
     """
     started = time.monotonic()
     base = load_config(spec.base, overrides)
@@ -173,7 +174,7 @@ def ablate(
     failed: list[tuple[str, str]] = []
     with exclusive_lock(folder, "ablation"), _live_table() as live:
         plan = _Plan(spec, base, tuple(overrides), folder, shared)
-        plan.trials(folder)  # before anything is trained, since it may refuse what is there
+        plan.trials(folder)  # refuses trainings of other settings before any new one starts
         for units in plan.rounds(cores, started):
             processes = choose_processes(cores, units) if len(units) > 1 else 1
             for unit, reason in work_through(task, units, processes, "trainings", stop, unit="training", disable=True):
@@ -189,15 +190,15 @@ def ablate(
 
 
 def trainings_at_once(device: str) -> int:
-    """One a core; on a GPU as many, up to a few, since they share it."""
+    """One per core; on a GPU at most `_MOST_ON_ONE_GPU`."""
     cores = available_cores()
     return cores if choose_device(device).type == "cpu" else min(cores, _MOST_ON_ONE_GPU)
 
 
 def _read_features(spec: AblationConfig, base: Config, overrides: Sequence[str], where: Path) -> SharedFeatures:
-    """The features of every setting; what a range may draw is among them.
+    """The features of every setting, including those that a range may draw.
 
-    Raises UserError for a setting that is wrong, and for two names of one training.
+    Raises UserError for wrong settings, and for two settings that mean the same training.
     """
     for seed in spec.seeds:
         unit_config(spec.base, overrides, Unit(None, (), seed))
@@ -218,7 +219,7 @@ def _read_features(spec: AblationConfig, base: Config, overrides: Sequence[str],
 
 
 def _require_effect(config: Config, unit: Unit) -> None:
-    """Raise UserError where a setting that is tried changes nothing: the table would name what made no difference."""
+    """Raise UserError if a tried setting has no effect: the table would list it as if it made a difference."""
     for key, _ in unit.changes:
         if key not in FEATURE_KEYS:
             *above, leaf = key.split(".")
@@ -228,7 +229,7 @@ def _require_effect(config: Config, unit: Unit) -> None:
 
 
 def changes_of(spec: AblationConfig, point: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """What a point of the space changes: (key, value) pairs."""
+    """The settings that a point of the space changes: (key, value) pairs."""
     named = spec.settings.get(point.get(NAMED, ""), {}) if spec.settings else {}
     return (*((key, value) for key, value in point.items() if key != NAMED), *named.items())
 
@@ -237,22 +238,16 @@ def changes_of(spec: AblationConfig, point: Mapping[str, Any]) -> tuple[tuple[st
 
 
 class _Plan:
-    """Which settings there are, and what became of them."""
+    """The settings to try, their state in the study, and their results."""
 
     def __init__(
-        self,
-        spec: AblationConfig,
-        base: Config,
-        overrides: tuple[str, ...],
-        folder: Path,
-        shared: SharedFeatures,
+        self, spec: AblationConfig, base: Config, overrides: tuple[str, ...], folder: Path, shared: SharedFeatures
     ) -> None:
         self.spec, self.base, self.overrides, self.shared = spec, base, overrides, shared
         self.study = open_study(folder, spec, TrialFolders(folder / "trials", spec, self._folder))
         self.results: dict[Unit, dict[str, Any]] = {}
-        self._left: dict[int, set[int]] = {}  # seeds still to come, of each trial in work
-        self._scores: dict[int, dict[int, float]] = {}
-        self._as_named: set[Unit] = set()  # those whose settings have been compared with what the table names
+        self._scores: dict[int, dict[int, float | None]] = {}  # by trial and seed; None: the training failed
+        self._as_named: set[Unit] = set()  # finished trainings whose settings are known to be those of the table
         failed = [trial.params for trial in self._trials(TrialState.FAIL)]
         self._queue(failed if spec.has_ranges else corners(spec))
 
@@ -263,16 +258,16 @@ class _Plan:
         return self.study.get_trials(deepcopy=False, states=states)
 
     def _queue(self, points: Iterable[Mapping[str, Any]]) -> None:
-        """Let the study ask for these points, but those that are done, begun or queued; what failed is tried again."""
+        """Enqueue these points, except those that are finished, running or queued; failed ones are tried again."""
         known = [trial.params for trial in self._trials(TrialState.COMPLETE, TrialState.RUNNING)]
-        known += [trial.system_attrs.get("fixed_params", {}) for trial in self._trials(TrialState.WAITING)]
+        known += [point_of(trial) for trial in self._trials(TrialState.WAITING)]
         for point in points:
             if point and point not in known:
                 self.study.enqueue_trial(dict(point))
                 known.append(dict(point))
 
     def rounds(self, cores: int, started: float) -> Iterator[list[Unit]]:
-        """Trainings to do now, until nothing is left or the budget is spent. The base settings come first."""
+        """Batches of trainings, until none is left or the budget is spent. The base settings come first."""
         first = [] if self._base_is_in_grid() else [self._unit(None, (), seed) for seed in self.spec.seeds]
         seeds = len(self.spec.seeds)
         most = max(1, (_CLAIM_DRAWN if self.spec.has_ranges else _CLAIM_KNOWN) * cores // seeds)
@@ -285,13 +280,13 @@ class _Plan:
             yield units
 
     def _claims(self, started: float) -> Iterator[FrozenTrial | optuna.Trial]:
-        """Trials that an earlier process left, then waiting ones or, for ranges, new ones as far as the budget goes."""
+        """Trials left by an earlier process, then queued ones or, for ranges, new ones, within the budget."""
         for trial in self._trials(TrialState.RUNNING):
-            if trial.number in self._left:
+            if trial.number in self._scores:
                 continue
             if trial.params.keys() == distributions(self.spec).keys():
                 yield trial
-            else:  # stopped before its settings were drawn
+            else:  # interrupted before its settings were drawn
                 self.study.tell(trial.number, state=TrialState.FAIL)
         while self._budget_left(started) and (self.spec.has_ranges or self._trials(TrialState.WAITING)):
             yield self.study.ask(distributions(self.spec))
@@ -306,7 +301,6 @@ class _Plan:
         return budget.minutes is None or time.monotonic() - started < 60 * budget.minutes
 
     def _units(self, trial: FrozenTrial | optuna.Trial) -> list[Unit]:
-        self._left[trial.number] = set(self.spec.seeds)
         self._scores[trial.number] = {}
         changes = changes_of(self.spec, trial.params)
         return [self._unit(trial.number, changes, seed) for seed in self.spec.seeds]
@@ -317,7 +311,7 @@ class _Plan:
         return Unit(trial, changes, seed, folder, self.shared.digest(folder) if named else "")
 
     def label(self, changes: Sequence[tuple[str, Any]]) -> str:
-        """A setting in words: its named setting, or the ends of its keys with their values."""
+        """A setting's label: the last parts of its keys with their values, and its named setting."""
         if not changes:
             return BASE
         names = {name: tuple(what.items()) for name, what in self.spec.settings.items()}
@@ -326,38 +320,37 @@ class _Plan:
         return ", ".join([*parts, *([named] if named else [])])
 
     def _base_is_in_grid(self) -> bool:
-        """Whether one of the settings is the base itself, so that it need not be trained twice."""
+        """Whether one of the settings equals the base, which then need not be trained twice."""
         if self.spec.has_ranges:
             return False
         return any(self.is_base(changes_of(self.spec, point)) for point in corners(self.spec))
 
     def is_base(self, changes: Sequence[tuple[str, Any]]) -> bool:
-        """Whether these changes change nothing."""
+        """Whether these changes leave the base settings as they are."""
         unit = self._unit(None, tuple(changes), self.base.seed)
         tried = unit_config(self.spec.base, self.overrides, unit)
         return tried.temporal == self.base.temporal and self.shared.is_base(unit.features)
 
     def ended(self, unit: Unit, result: dict[str, Any] | None, reason: str | None) -> None:
-        """Note a training's outcome; tell the study when it was its setting's last."""
+        """Record a training's outcome; report the mean score to the study after a setting's last seed."""
         if result is not None and reason is None:
             self.results[unit] = result
         if unit.trial is None:
             return
-        self._left[unit.trial].discard(unit.seed)
-        if reason is None and result is not None:
-            self._scores[unit.trial][unit.seed] = result["val_accuracy"]
-        if self._left[unit.trial]:
-            return
         scores = self._scores[unit.trial]
+        scores[unit.seed] = result["val_accuracy"] if reason is None and result is not None else None
         if len(scores) < len(self.spec.seeds):
+            return
+        known = [score for score in scores.values() if score is not None]
+        if len(known) < len(scores):
             self.study.tell(unit.trial, state=TrialState.FAIL)
         else:
-            self.study.tell(unit.trial, sum(scores.values()) / len(scores))
+            self.study.tell(unit.trial, sum(known) / len(known))
 
     def trials(self, folder: Path) -> list[Trial]:
-        """Every training there is a result of, whoever did it, for tables.
+        """Every training with a result, including those of earlier processes, for tables.
 
-        Raises UserError for one that was trained with other settings than the table would name.
+        Raises UserError for one whose settings differ from those that the table would show.
         """
         points = [trial.params for trial in self.study.get_trials(deepcopy=False) if trial.params]
         settings = dict.fromkeys([(), *(changes_of(self.spec, point) for point in points)])
@@ -380,8 +373,8 @@ class _Plan:
         named = unit_config(self.spec.base, self.overrides, unit).temporal.model_dump()
         if changed := differences(trained, named):
             raise UserError(
-                f"{run}: trained with other settings than the table would name ({'; '.join(changed[:3])}); give the "
-                "ablation another --name, which trains anew"
+                f"{run}: its settings differ from those that the table would show ({'; '.join(changed[:3])}); give the "
+                "ablation another --name, which trains again"
             )
         self._as_named.add(unit)
 
@@ -397,14 +390,14 @@ def _result(run: Path) -> dict[str, Any] | None:
     try:
         return read_json_object(path) if path.exists() else None
     except UserError as error:
-        raise UserError(f"{error}; delete {run}, and it is trained again") from error
+        raise UserError(f"{error}; delete {run} to train it again") from error
 
 
 # ---------------------------------------------------------------------------------------------- the folder
 
 
 def _claim_folder(folder: Path, spec: AblationConfig, base: Config, shared: SharedFeatures) -> None:
-    """Raise UserError where the folder holds another ablation. More budget is no other ablation."""
+    """Raise UserError if the folder holds another ablation. A different budget does not make another ablation."""
     data = shared.of(shared.base, False)
     identity = StageIdentity(
         {
@@ -423,7 +416,7 @@ def _claim_folder(folder: Path, spec: AblationConfig, base: Config, shared: Shar
 
 @contextmanager
 def _live_table() -> Iterator[Live | None]:
-    """A place for the ranked table that is redrawn after each training; None where no terminal is."""
+    """A display of the ranked table that is redrawn after each training; None without a terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield None
@@ -435,7 +428,7 @@ def _live_table() -> Iterator[Live | None]:
 def _show(
     live: Live | None, trials: Sequence[Trial], label: str, result: Mapping[str, Any] | None, reason: str | None
 ) -> None:
-    """The table on a terminal, a line a training in a log."""
+    """Redraw the table on a terminal; without one, print one line per training."""
     if live is not None and reason is None:
         live.update(ablation_table(trials, SCORE), refresh=True)
         return
@@ -463,7 +456,7 @@ def _write_outcome(folder: Path, plan: _Plan) -> None:
 
 
 def _figures(study: optuna.Study) -> list[Any]:
-    """Optuna's own plots, those that the study has enough trials for."""
+    """Optuna's own plots, as far as the study has enough trials for them."""
     from optuna import visualization
 
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

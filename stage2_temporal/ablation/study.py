@@ -1,4 +1,4 @@
-"""The Optuna study of an ablation, in a journal file; made again from the trainings' folders where that is damaged."""
+"""The Optuna study of an ablation, in a journal file; rebuilt from the trainings' folders if that is damaged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from configs.errors import UserError
 from configs.load import flatten, read_yaml
@@ -25,11 +25,11 @@ from engine.files import as_user_error, make_folder, read_json_object
 from engine.progress import say
 from engine.runs import RESULT_FILE
 
-NAMED = "setting"  # the parameter that chooses among the named settings
+NAMED = "setting"  # the parameter that selects one of the named settings
 
 
 def corners(spec: AblationConfig, drawn: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-    """Every combination of the lists and named settings; a range stands with its two ends, or with what was `drawn`."""
+    """Every combination of the lists and named settings; a range has its two ends, or the value in `drawn`."""
     axes: dict[str, Sequence[Any]] = {}
     for key, values in spec.space.items():
         ends = values if isinstance(values, list) else [values.low, values.high]
@@ -42,14 +42,14 @@ def corners(spec: AblationConfig, drawn: Mapping[str, Any] | None = None) -> Ite
 
 @dataclass(frozen=True)
 class TrialFolders:
-    """What the trainings' own folders, below `trials`, say of what was tried; `name_of` gives a training's folder."""
+    """The trainings' folders below `trials` as a record of what was tried; `name_of` gives a training's folder."""
 
     trials: Path
     spec: AblationConfig
     name_of: Callable[[Mapping[str, Any], int], str]
 
     def scores(self, point: Mapping[str, Any]) -> dict[int, float]:
-        """The score of each seed of a point that is finished."""
+        """Scores of the finished seeds of a point."""
         found = {}
         for seed in self.spec.seeds:
             path = self.trials / self.name_of(point, seed) / "temporal" / RESULT_FILE
@@ -58,7 +58,7 @@ class TrialFolders:
         return found
 
     def finished_but(self, points: Iterable[Mapping[str, Any]]) -> bool:
-        """Whether there are finished trainings of points of the space besides these."""
+        """Whether there are finished trainings of other points of the space than these."""
         known = {self.name_of(point, seed) for point in points for seed in self.spec.seeds}
         strange = {path.parent.parent.name for path in self.trials.glob(f"*/temporal/{RESULT_FILE}")} - known
         return bool(strange) and not {self.name_of(p, s) for p in self.points() for s in self.spec.seeds} <= known
@@ -66,7 +66,8 @@ class TrialFolders:
     def points(self) -> list[dict[str, Any]]:
         """The points that have folders.
 
-        A folder's settings tell what a range gave; its name, which is a digest of the point, proves it.
+        A value drawn from a range is read from the folder's settings and verified by the folder's name, a digest of the
+        point.
         """
         if not self.spec.has_ranges:
             known = {path.name for path in self.trials.glob("*")}
@@ -74,7 +75,7 @@ class TrialFolders:
         found: dict[str, dict[str, Any]] = {}
         for path in sorted(self.trials.glob("*/temporal/config.yaml"), key=lambda path: (path.stat().st_mtime, path)):
             run = path.parent.parent.name
-            with suppress(UserError):  # settings that cannot be read tell nothing
+            with suppress(UserError):  # a damaged settings file is skipped
                 drawn = flatten(read_yaml(path))
                 of_run = (p for p in corners(self.spec, drawn) if run in [self.name_of(p, s) for s in self.spec.seeds])
                 found |= {key_of(point): point for point in of_run}
@@ -82,7 +83,7 @@ class TrialFolders:
 
 
 def distributions(spec: AblationConfig) -> dict[str, BaseDistribution]:
-    """What Optuna draws each key of the space from, and the named setting."""
+    """The distribution of each key of the space and of the named settings."""
     found: dict[str, BaseDistribution] = {}
     for key, values in spec.space.items():
         if isinstance(values, list):
@@ -95,15 +96,15 @@ def distributions(spec: AblationConfig) -> dict[str, BaseDistribution]:
 
 
 def open_study(folder: Path, spec: AblationConfig, folders: TrialFolders) -> optuna.Study:
-    """The study of the ablation in `folder`, which this process alone works on.
+    """The study of the ablation in `folder`; only one process may have it open.
 
-    A journal that cannot be read, or that disagrees with the trainings' folders, is kept as `study.journal.damaged`,
-    one line says so, and a new one gets what the folders hold. Raises UserError where it cannot be written.
+    A journal that is damaged or disagrees with the trainings' folders is renamed to `study.journal.damaged`, which is
+    reported in one line, and replaced by a new one made from the folders. Raises UserError if it cannot be written.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     journal = make_folder(folder) / "study.journal"
     with suppress(OSError):
-        os.unlink(f"{journal}.lock")  # a killed process left it; waiting for it to be abandoned takes half a minute
+        os.unlink(f"{journal}.lock")  # left by a killed process; Optuna would wait for half a minute
     study = _load(journal, folder.name)
     if study is None or not _agrees(study, folders):
         old = [p for p in _points_of(study) if p.keys() == distributions(spec).keys()] if study is not None else []
@@ -115,15 +116,15 @@ def open_study(folder: Path, spec: AblationConfig, folders: TrialFolders) -> opt
         done = sum(_tell(study, folders, point) for point in points.values())
         made = f"kept as {aside.name} and made again from the {done} finished trainings there"
         say(f"{journal}: damaged, or at odds with trials/; {made}")
-    # Another process must not draw what the one before it has drawn.
+    # A later process must not repeat the draws of an earlier one.
     study.sampler = optuna.samplers.TPESampler(seed=spec.seeds[0] + 1000 * len(study.get_trials(deepcopy=False)))
     return study
 
 
 def _load(journal: Path, name: str) -> optuna.Study | None:
-    """The study in a journal, a new one where there is no file; None for a journal that is damaged."""
+    """The study in a journal, or a new one if there is no file; None for a damaged journal."""
     try:
-        # Optuna overlooks a last line that was cut off, and then writes on behind it.
+        # Optuna ignores a truncated last line and then appends to it.
         if journal.exists() and not journal.is_file():
             return None
         content = journal.read_bytes() if journal.exists() else b""
@@ -136,7 +137,7 @@ def _load(journal: Path, name: str) -> optuna.Study | None:
         study.get_trials(deepcopy=False)
     except OSError as error:
         raise as_user_error(error, journal) from error
-    except Exception:  # whatever Optuna stumbles over while it replays the records
+    except Exception:  # whatever Optuna raises while it replays damaged records
         return None
     return study
 
@@ -153,13 +154,17 @@ def _agrees(study: optuna.Study, folders: TrialFolders) -> bool:
 
 
 def _points_of(study: optuna.Study) -> list[dict[str, Any]]:
-    """Points of the space that a study has drawn or is to ask for."""
-    trials = study.get_trials(deepcopy=False)
-    return [trial.params or trial.system_attrs.get("fixed_params", {}) for trial in trials]
+    """Points of the space that a study has drawn or that are queued."""
+    return [point_of(trial) for trial in study.get_trials(deepcopy=False)]
+
+
+def point_of(trial: FrozenTrial) -> dict[str, Any]:
+    """The point of a trial; of a queued one, what `enqueue_trial` stored (no public method reads it)."""
+    return trial.params or trial.system_attrs.get("fixed_params", {})
 
 
 def _tell(study: optuna.Study, folders: TrialFolders, point: Mapping[str, Any]) -> int:
-    """Give a new study a point that is finished, or let it ask for one that is not; returns the trainings done."""
+    """Add a finished point to a new study, or enqueue an unfinished one; returns the number of finished trainings."""
     scores, drawn_from = folders.scores(point), distributions(folders.spec)
     if len(scores) == len(folders.spec.seeds):
         study.add_trial(create_trial(params=dict(point), distributions=drawn_from, value=_mean(scores)))
@@ -173,5 +178,5 @@ def _mean(scores: Mapping[int, float]) -> float:
 
 
 def key_of(point: Mapping[str, Any]) -> str:
-    """A point of the space as text, whatever the order of its keys."""
+    """A point of the space as text, independent of the order of its keys."""
     return json.dumps(point, sort_keys=True)

@@ -265,5 +265,5 @@ def test_a_file_that_lies_about_its_width(tmp_path: Path) -> None:
         del file["features"]
         file["features"] = np.zeros((13, 4), np.float16)
     seal(feature_path(folder, "v1"))
-    with pytest.raises(UserError, match=r"v1\.h5: features 4 wide, float16; the others are 6, float16"):
+    with pytest.raises(UserError, match=r"v1\.h5: features of width 4, float16; the others have 6, float16"):
         read_training_data(folder)

@@ -499,7 +499,7 @@ def test_features_that_cannot_be_compared_are_refused(rates: Path) -> None:
     rng = np.random.default_rng(2)
     videos = {f"v{i}": cue_video(rng, "train" if i < 4 else "val", 30) for i in range(5)}
     settings = {"other": {"features": str(write_folder(rates / "other", videos))}}
-    with pytest.raises(UserError, match=r"other: other training videos than .*features \(v3\)"):
+    with pytest.raises(UserError, match=r"other: its training videos differ from those of .*features \(v3\)"):
         run(rates, write_ablation(rates, settings=settings))
     videos["v3"] = ("val", *videos["v3"][1:])
     settings = {"other": {"features": str(write_folder(rates / "relabelled", videos))}}
