@@ -43,6 +43,11 @@ class Span:
     first: int
     frames: int
 
+    @property
+    def rows(self) -> slice:
+        """The rows as a slice."""
+        return slice(self.first, self.first + self.frames)
+
 
 @dataclass(frozen=True)
 class FeatureBank:
@@ -86,14 +91,13 @@ class FeatureBank:
         """Width of a row: D, or D + K with tool logits."""
         return self.features.shape[1]
 
-    def spans_of(self, ids: Sequence[str]) -> list[Span]:
-        """Where the named videos are."""
-        place = dict(zip(self.ids, self.spans, strict=True))
-        return [place[video_id] for video_id in ids]
+    def span_of(self, video_id: str) -> Span:
+        """The rows of one video."""
+        return self.spans[self.ids.index(video_id)]
 
     def phase_of(self, span: Span) -> Tensor:
         """Phases (T,) of one video."""
-        return self.phase[span.first : span.first + span.frames]
+        return self.phase[span.rows]
 
     def gather(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """A batch's features (B, T, D) as stored and phases (B, T); padding has phase -1 and arbitrary features."""
@@ -117,7 +121,7 @@ class FeatureBank:
         """
         total, squares = np.zeros(self.embedding_dim), np.zeros(self.embedding_dim)
         for span in spans:
-            values = self.features[span.first : span.first + span.frames].cpu().numpy()
+            values = self.features[span.rows].cpu().numpy()
             for start in range(0, span.frames, _STATISTICS_ROWS):
                 wide = values[start : start + _STATISTICS_ROWS].astype(np.float64)
                 total += wide.sum(axis=0)
@@ -278,9 +282,8 @@ class TrainingData:
 
     def truth_of(self, span: Span) -> Tensor:
         """Phases (T,) that validation compares predictions with, on the CPU; -1 = not counted."""
-        rows = slice(span.first, span.first + span.frames)
-        truth = self.bank.phase[rows].cpu()
-        return truth if self.scored is None else truth.masked_fill(~self.scored[rows], NO_LABEL)
+        truth = self.bank.phase_of(span).cpu()
+        return truth if self.scored is None else truth.masked_fill(~self.scored[span.rows], NO_LABEL)
 
 
 def read_training_data(folder: Path) -> TrainingData:
@@ -307,8 +310,8 @@ def read_training_data(folder: Path) -> TrainingData:
     bank = FeatureBank.of(videos)
     return TrainingData(
         bank=bank,
-        train=bank.spans_of(split["train"]),
-        val=bank.spans_of(split["val"]),
+        train=[bank.span_of(video_id) for video_id in split["train"]],
+        val=[bank.span_of(video_id) for video_id in split["val"]],
         split=split,
         phases=phases,
         dataset=index.dataset.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +26,17 @@ from stage2_temporal.model import PhaseModel, saved_head
 
 Inference = Literal["carried", "clip"]
 KIND = "temporal"
-# Videos that advance together, and by how many frames. Both bound memory, whatever the videos' lengths.
-_VIDEOS, _CHUNK_FRAMES, _CLIP_BATCH_FRAMES = 8, 1024, 8192
+
+
+class BatchSizes(NamedTuple):
+    """What bounds memory, whatever the videos' lengths."""
+
+    videos: int = 8  # that advance together
+    chunk_frames: int = 1024  # by which they advance
+    clip_frames: int = 8192  # of all clips in one batch
+
+
+USUAL_SIZES = BatchSizes()
 
 
 def load_temporal(folder: Path) -> tuple[PhaseModel, dict[str, Any]]:
@@ -84,6 +93,7 @@ def predict_phases(
     device: str = "auto",
     stop: StopRequest | None = None,
     tool_logits: bool = False,
+    sizes: BatchSizes = USUAL_SIZES,
 ) -> dict[str, NDArray[np.float32]]:
     """Probabilities (T, C) fp32 of every video; see `run_spans`. With `tool_logits` the model reads them, too.
 
@@ -101,12 +111,12 @@ def predict_phases(
     model = model.to(place)
     predicted: dict[str, NDArray[np.float32]] = {}
     filled = sorted((name for name, video in videos.items() if len(video)), key=lambda name: -len(videos[name]))
-    for start in range(0, len(filled), _VIDEOS):  # a table of all videos would double their memory
+    for start in range(0, len(filled), sizes.videos):  # a table of all videos would double their memory
         if stop is not None:
             stop.raise_if_set()
-        ids = filled[start : start + _VIDEOS]
+        ids = filled[start : start + sizes.videos]
         bank = FeatureBank.of({video_id: videos[video_id] for video_id in ids}, tool_logits).to(place)
-        found = predict_spans(model, bank, bank.spans, inference, frames)
+        found = predict_spans(model, bank, bank.spans, inference, frames, sizes)
         predicted |= {video_id: values.numpy() for video_id, values in zip(ids, found, strict=True)}
     none = np.zeros((0, model.phases), np.float32)
     return {video_id: predicted.get(video_id, none) for video_id in videos}
@@ -114,10 +124,15 @@ def predict_phases(
 
 @torch.no_grad()
 def predict_spans(
-    model: PhaseModel, bank: FeatureBank, spans: Sequence[Span], inference: Inference, frames: int
+    model: PhaseModel,
+    bank: FeatureBank,
+    spans: Sequence[Span],
+    inference: Inference,
+    frames: int,
+    sizes: BatchSizes = USUAL_SIZES,
 ) -> list[Tensor]:
     """Probabilities (T, C) of each video, fp32, on the CPU; see `run_spans`."""
-    logits = run_spans(model, model, model.phases, bank, spans, inference, frames)
+    logits = run_spans(model, model, model.phases, bank, spans, inference, frames, sizes)
     return [values.softmax(dim=1) for values in logits]
 
 
@@ -130,6 +145,7 @@ def run_spans(
     spans: Sequence[Span],
     inference: Inference,
     frames: int,
+    sizes: BatchSizes = USUAL_SIZES,
 ) -> list[Tensor]:
     """Logits (T, width) that `forward` (embeddings, state, lengths) computes for each video, on the CPU.
 
@@ -142,28 +158,28 @@ def run_spans(
     device = bank.features.device
     found = torch.empty(len(bank.features), width, device=device)
     state: State = ()
-    for batch, wanted in _batches(model, spans, inference, frames):
+    for batch, wanted in _batches(model, spans, inference, frames, sizes):
         x, _ = bank.gather(batch)
         output = forward(x, None if batch.fresh else first_rows(state, len(batch)), batch.lengths)
         state = output.state
         rows = batch.rows[wanted].to(device)
         found[rows] = output.logits[wanted.to(device)].float()
     model.train(training)
-    return [found[span.first : span.first + span.frames].cpu() for span in spans]
+    return [found[span.rows].cpu() for span in spans]
 
 
 def _batches(
-    model: PhaseModel, spans: Sequence[Span], inference: Inference, frames: int
+    model: PhaseModel, spans: Sequence[Span], inference: Inference, frames: int, sizes: BatchSizes
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Batches with a mask (B, T) of the outputs to keep: every frame of every video exactly once."""
     if inference == "clip":
         starts = torch.tensor([span.first for span in spans])
-        for batch in clip_batches(spans, frames, 1, max(1, _CLIP_BATCH_FRAMES // frames), None):
+        for batch in clip_batches(spans, frames, 1, max(1, sizes.clip_frames // frames), None):
             position = torch.arange(int(batch.lengths.max()))
             last = position == batch.lengths[:, None] - 1
             yield batch, (batch.rows >= 0) & (last | torch.isin(batch.first, starts)[:, None])
         return
-    at_once, length = (_VIDEOS, _CHUNK_FRAMES) if model.causal else (1, max(span.frames for span in spans))
+    at_once, length = sizes[:2] if model.causal else (1, max(span.frames for span in spans))
     for group in group_by_length(spans, at_once, None):
         for batch in chunk_batches(group, length):
             yield batch, batch.rows >= 0

@@ -94,34 +94,27 @@ def _require_comparable(base: TrainingData, other: TrainingData) -> None:
                 "are compared on the same videos only: extract both from one index"
             )
     for video_id in base.split["train"] + base.split["val"]:
-        ours, others = _labels(base, video_id), _labels(other, video_id)
-        shared = sorted(ours.keys() & others.keys())
-        if not shared:
+        rows, other_rows = base.bank.span_of(video_id).rows, other.bank.span_of(video_id).rows
+        frames, other_frames = base.frame_index[rows].numpy(), other.frame_index[other_rows].numpy()
+        shared, at, other_at = np.intersect1d(frames, other_frames, return_indices=True)
+        if not len(shared):
             raise UserError(f"{other.folder}: no frame of {video_id} is also in {base.folder}: nothing to compare")
-        if (frame := next((frame for frame in shared if ours[frame] != others[frame]), None)) is not None:
+        differing = shared[base.bank.phase[rows].numpy()[at] != other.bank.phase[other_rows].numpy()[other_at]]
+        if len(differing):
             raise UserError(
-                f"{other.folder}: {video_id} has another phase at frame {frame} than in {base.folder}; run extract for "
-                "both, which updates labels"
+                f"{other.folder}: {video_id} has another phase at frame {differing[0]} than in {base.folder}; run "
+                "extract for both, which updates labels"
             )
-
-
-def _labels(data: TrainingData, video_id: str) -> dict[int, int]:
-    """Phase by frame of the source video."""
-    span = data.bank.spans_of([video_id])[0]
-    rows = slice(span.first, span.first + span.frames)
-    return dict(zip(data.frame_index[rows].tolist(), data.bank.phase[rows].tolist(), strict=True))
 
 
 def _common_moments(data: TrainingData, everyone: list[TrainingData]) -> torch.Tensor | None:
     """Rows (N,) whose frames are in every folder; None if these include all labelled rows of the validation videos."""
     scored = torch.zeros(len(data.bank.features), dtype=torch.bool)
     for video_id, span in zip(data.split["val"], data.val, strict=True):
-        rows = slice(span.first, span.first + span.frames)
-        common = data.frame_index[rows].numpy()
+        frames = data.frame_index[span.rows].numpy()
+        scored[span.rows] = True
         for other in everyone:
-            place = other.bank.spans_of([video_id])[0]
-            common = np.intersect1d(common, other.frame_index[place.first : place.first + place.frames].numpy())
-        scored[rows] = torch.from_numpy(np.isin(data.frame_index[rows].numpy(), common))
-    labelled = torch.cat([data.bank.phase_of(span) != NO_LABEL for span in data.val])
-    counted = torch.cat([scored[span.first : span.first + span.frames] for span in data.val])
-    return None if bool(counted[labelled].all()) else scored
+            present = np.isin(frames, other.frame_index[other.bank.span_of(video_id).rows].numpy())
+            scored[span.rows] &= torch.from_numpy(present)
+    complete = all(bool(scored[span.rows][data.bank.phase_of(span) != NO_LABEL].all()) for span in data.val)
+    return None if complete else scored

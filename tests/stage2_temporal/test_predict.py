@@ -14,11 +14,10 @@ from configs import schema
 from configs.errors import UserError
 from engine.checkpoints import save_checkpoint
 from features.store import VideoFeatures
-from stage2_temporal import predict
 from stage2_temporal.heads.base import build_head
 from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.model import PhaseModel
-from stage2_temporal.predict import OnlinePredictor, chosen_inference, load_temporal, predict_phases
+from stage2_temporal.predict import BatchSizes, OnlinePredictor, chosen_inference, load_temporal, predict_phases
 
 D, C = 5, 4
 HEADS: dict[str, Any] = {
@@ -52,19 +51,13 @@ def alone(model: PhaseModel, features: NDArray[Any]) -> NDArray[np.float32]:
     return model(torch.from_numpy(features)[None]).logits[0].softmax(1).numpy()
 
 
-@pytest.fixture
-def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits so small that every video is cut."""
-    monkeypatch.setattr(predict, "_VIDEOS", 2)
-    monkeypatch.setattr(predict, "_CHUNK_FRAMES", 9)
-    monkeypatch.setattr(predict, "_CLIP_BATCH_FRAMES", 20)
+SMALL = BatchSizes(videos=2, chunk_frames=9, clip_frames=20)  # every video is cut
 
 
-@pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize("name", HEADS)
 def test_carried_is_the_whole_video_at_once(name: str) -> None:
     model, given = model_of(name), videos()
-    predicted = predict_phases(model, given, "carried", 16, "cpu")
+    predicted = predict_phases(model, given, "carried", 16, "cpu", sizes=SMALL)
     assert list(predicted) == list(given)
     for video_id, probabilities in predicted.items():
         assert probabilities.dtype == np.float32
@@ -73,12 +66,11 @@ def test_carried_is_the_whole_video_at_once(name: str) -> None:
         np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-6)
 
 
-@pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize("frames", [1, 4, 30])
 @pytest.mark.parametrize("name", HEADS)
 def test_clip_is_zero_state_before_each_frame(name: str, frames: int) -> None:
     model, given = model_of(name), videos()
-    predicted = predict_phases(model, given, "clip", frames, "cpu")
+    predicted = predict_phases(model, given, "clip", frames, "cpu", sizes=SMALL)
     for video_id, item in given.items():
         for t in range(len(item)):
             if t >= frames - 1:
