@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from configs.registry import PLUGINS_VARIABLE
-from tests.cli import run
+from tests.cli import ONE_THREAD, PROJECT, run
 from tests.stage2_temporal.toy import cue_video, write_folder
 
 EXAMPLE = Path(__file__).with_name("head_example.py")
@@ -25,6 +28,33 @@ ABLATION = """
 base: settings.yaml
 space: {temporal.head.decay: [0.5, 0.8]}
 seeds: [0]
+"""
+# What no command of this test does: other processes get the settings, the joint net takes the head, frames come singly.
+ELSEWHERE = """
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+import numpy as np
+from configs.load import load_config
+from configs.schema import JointNetConfig
+from features.store import load_feature_set
+from stage1_cnn.model import build_backbone
+from stage2_temporal.joint.net import build_joint
+from stage2_temporal.predict import OnlinePredictor, load_temporal, predict_phases
+
+if __name__ == "__main__":
+    config = load_config("settings.yaml")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(repr, config.temporal.head).result() == "AverageSettings(name='average', decay=0.5)"
+    backbone = build_backbone("resnet18", "random", 0)
+    net = build_joint(backbone, JointNetConfig(mapping=True), config.temporal.head, tools=2, phases=3)
+    assert net.phase.head.decay == 0.5
+    model, about = load_temporal(Path("runs/outside/temporal"))
+    videos = load_feature_set(Path("features"), ["video04"])
+    whole = predict_phases(model, videos, "carried", 1, "cpu")["video04"]
+    online = OnlinePredictor(model, "carried", 1, "cpu")
+    single = np.stack([online.step(frame) for frame in videos["video04"].features])
+    np.testing.assert_allclose(single, whole, atol=1e-6)
 """
 
 
@@ -54,6 +84,14 @@ def test_it_trains_resumes_and_is_evaluated(workplace: Path) -> None:
     succeed(workplace, "train-temporal", *words, "--features", "features")  # the same settings: finished before
     succeed(workplace, "evaluate", *words, "--features", "features")
     assert (workplace / "runs/outside/evaluate/test/metrics.json").is_file()
+
+
+def test_it_runs_in_other_processes_in_the_joint_net_and_frame_by_frame(workplace: Path) -> None:
+    (workplace / "elsewhere.py").write_text(ELSEWHERE)
+    variables = {**os.environ, PLUGINS_VARIABLE: str(EXAMPLE), "PYTHONPATH": str(PROJECT), **ONE_THREAD}
+    command = [sys.executable, "elsewhere.py"]
+    done = subprocess.run(command, cwd=workplace, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_workers_of_an_ablation_know_it(workplace: Path) -> None:
