@@ -97,7 +97,7 @@ def train_temporal(
     if config.temporal.baseline:
         linear = schema.LinearHead(name="linear")
         frame = train_head(stage.path / FRAME_FOLDER, linear, config, data, constants, accelerator, stop, processes)
-    majority = majority_phase([data.truth_of(span).cpu().numpy() for span in data.train])
+    majority = majority_phase([data.bank.phase_of(span).cpu().numpy() for span in data.train])
     result = {
         "score": SCORE,
         **outcome,
