@@ -1,1 +1,1 @@
-"""What a data set's files say: which videos there are, their labels, splits and phase order."""
+"""A data set on disk: its videos, their labels and splits, and the index that records them."""

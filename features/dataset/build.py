@@ -62,7 +62,7 @@ def build_index(
     return Index(
         dataset=spec,
         videos=tuple(entry.model_copy(update={"split": splits[entry.id]}) for entry in entries),
-        notes=tuple(map(printable, notes)),  # file names may hold bytes that are no text
+        notes=tuple(map(printable, notes)),  # file names may contain bytes that are not text
         left_out=tuple(
             LeftOut(id=name, reason=reason, split=splits[name], excluded=name in excluded)
             for name, reason in reasons.items()

@@ -23,7 +23,9 @@ def check_index(index: Index, root: Path, progress: Progress | None = None) -> l
     Raises UserError when the root is missing.
     """
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; set data.root (or SURGSTAGE_DATA) to where the indexed videos lie")
+        raise UserError(
+            f"{root}: no such folder; set data.root (or SURGSTAGE_DATA) to the folder of the indexed videos"
+        )
     problems = [f"{video.id}: left out of the index: {video.reason}" for video in index.left_out if not video.excluded]
     problems += [f"{one.id}: passed over: {one.reason}" for one in index.passed_over if not one.excluded]
     for done, entry in enumerate(index.videos):

@@ -1,4 +1,4 @@
-"""How the images of a folder, or the labels of a TFRecord file, lie on the video's timeline, as an index records it."""
+"""What an index records of a folder of images and of a TFRecord file: their frames and labels on the timeline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Numbering = Literal["source", "sample"]
 
 
 class FolderLayout(OmitsDefaults):
-    """How the images of a folder lie on the source's timeline.
+    """The images of a folder on the source's timeline.
 
     Image i of `count` is source frame `first` + i * `stride`. The numbers in the names count source frames or samples
     (`numbering`), and the video's first has the number `base`. `missing` are the runs of images that are lost, each as

@@ -39,7 +39,7 @@ MAX_RECORD_BYTES = 1 << 27
 _HEADER = struct.Struct("<QI")
 _CHECKSUM = struct.Struct("<I")
 _PNG = b"\x89PNG\r\n\x1a\n"
-_WAY_OUT = "copy the file again or leave it out"
+_REMEDY = "copy the file again or leave it out"
 _ID = re.compile(r"(\D*?)[ _-]?(\d{1,9})")
 
 
@@ -54,7 +54,7 @@ def masked_crc32c(content: bytes) -> int:
 
 @dataclass(frozen=True)
 class RecordSpan:
-    """Where a record's data lies in its file, in bytes."""
+    """The position of a record's data in its file, in bytes."""
 
     offset: int
     length: int
@@ -75,14 +75,14 @@ def record_spans(stream: BinaryIO, path: Path) -> Iterator[RecordSpan]:
         if masked_crc32c(header[:8]) != checksum:
             if number == 0 and (found := recognise_file(path)):
                 raise ReaderError(f"{path}: is {found}")
-            what = "is no TFRecord file, or its" if number == 0 else f"record {number}: its"
-            raise ReaderError(f"{path}: {what} length does not fit its checksum; {_WAY_OUT}")
+            what = "is not a TFRecord file, or its" if number == 0 else f"record {number}: its"
+            raise ReaderError(f"{path}: {what} length does not fit its checksum; {_REMEDY}")
         span = RecordSpan(offset + _HEADER.size, length)
         offset = span.offset + length + _CHECKSUM.size
         if offset > size:
-            raise ReaderError(f"{path}: record {number} is cut short: the file ends within it; {_WAY_OUT}")
+            raise ReaderError(f"{path}: record {number} is cut short: the file ends within it; {_REMEDY}")
         if length > MAX_RECORD_BYTES:
-            raise ReaderError(f"{path}: record {number} has {length:,} bytes, too many for a frame; {_WAY_OUT}")
+            raise ReaderError(f"{path}: record {number} has {length:,} bytes, too many for a frame; {_REMEDY}")
         yield span
 
 
@@ -91,7 +91,7 @@ def read_record(stream: BinaryIO, span: RecordSpan, place: str) -> bytes:
     content = _read_at(stream, span.offset, span.length + _CHECKSUM.size, place)
     data = content[: span.length]
     if masked_crc32c(data) != _CHECKSUM.unpack(content[span.length :])[0]:
-        raise ReaderError(f"{place} is damaged: its data does not fit its checksum; {_WAY_OUT}")
+        raise ReaderError(f"{place} is damaged: its data does not fit its checksum; {_REMEDY}")
     return data
 
 
@@ -100,9 +100,9 @@ def _read_at(stream: BinaryIO, offset: int, count: int, place: str) -> bytes:
         stream.seek(offset)
         content = stream.read(count)
     except OSError as error:
-        raise ReaderError(f"{place} cannot be read ({error.strerror}); {_WAY_OUT}") from error
+        raise ReaderError(f"{place} cannot be read ({error.strerror}); {_REMEDY}") from error
     if len(content) != count:
-        raise ReaderError(f"{place} is cut short: the file ends within it; {_WAY_OUT}")
+        raise ReaderError(f"{place} is cut short: the file ends within it; {_REMEDY}")
     return content
 
 
@@ -111,7 +111,7 @@ def _open(path: Path) -> BinaryIO:
     try:
         return path.open("rb", buffering=64)
     except OSError as error:
-        raise ReaderError(f"{path}: cannot be read ({error.strerror}); {_WAY_OUT}") from error
+        raise ReaderError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from error
 
 
 # ---------------------------------------------------------------------------------------------- one record
@@ -136,10 +136,10 @@ def parse_record(content: bytes, place: str) -> FrameRecord:
     try:
         features = example_class().FromString(content).features.feature
     except DecodeError as error:
-        raise ReaderError(f"{place} is no tf.train.Example; its file is no TF-Cholec80") from error
+        raise ReaderError(f"{place} is not a tf.train.Example; not a TF-Cholec80 file") from error
     frame = bytes(_one_value(features, "frame", "bytes_list", place))
     if not frame.startswith(_PNG):
-        raise ReaderError(f"{place}: its frame is no PNG; {_WAY_OUT}")
+        raise ReaderError(f"{place}: its frame is not a PNG; {_REMEDY}")
     return FrameRecord(
         frame=frame,
         video_id=_one_value(features, "video_id", "bytes_list", place).decode("utf-8", "replace"),
@@ -153,9 +153,9 @@ def parse_record(content: bytes, place: str) -> FrameRecord:
 def _values(features: Any, key: str, kind: Literal["bytes_list", "int64_list"], place: str) -> Sequence[Any]:
     found = features[key].WhichOneof("kind") if key in features else None
     if found is None:
-        raise ReaderError(f"{place} lacks the key {key!r}; its file is no TF-Cholec80")
+        raise ReaderError(f"{place} lacks the key {key!r}; not a TF-Cholec80 file")
     if found != kind:
-        raise ReaderError(f"{place} holds a {found} under {key!r}, not a {kind}; its file is no TF-Cholec80")
+        raise ReaderError(f"{place} holds a {found} under {key!r}, not a {kind}; not a TF-Cholec80 file")
     values: Sequence[Any] = getattr(features[key], kind).value
     return values
 
@@ -163,7 +163,7 @@ def _values(features: Any, key: str, kind: Literal["bytes_list", "int64_list"], 
 def _one_value(features: Any, key: str, kind: Literal["bytes_list", "int64_list"], place: str) -> Any:
     values = _values(features, key, kind, place)
     if len(values) != 1:
-        raise ReaderError(f"{place} holds {len(values)} values under {key!r}, not one; its file is no TF-Cholec80")
+        raise ReaderError(f"{place} holds {len(values)} values under {key!r}, not one; not a TF-Cholec80 file")
     return values[0]
 
 
@@ -237,13 +237,11 @@ def scan_records(path: Path, video_id: str, spec: DataSetSpec) -> RecordScan:
             phase.append(record.phase)
             tools.append(record.instruments)
     if first is None:
-        raise ReaderError(f"{path}: holds no record; {_WAY_OUT}")
+        raise ReaderError(f"{path}: holds no record; {_REMEDY}")
     base: Literal[0, 1] = 1 if first.frame_id else 0
     # TF-Cholec80's own loader takes total_frames as the last frame_id, one less than the count with frames from 0.
     if first.total_frames not in {len(phase), len(phase) - 1 + base}:
-        raise ReaderError(
-            f"{path}: holds {len(phase)} records where total_frames says {first.total_frames}; {_WAY_OUT}"
-        )
+        raise ReaderError(f"{path}: holds {len(phase)} records where total_frames says {first.total_frames}; {_REMEDY}")
     labels = np.array(phase, dtype=np.int64), np.array(tools, dtype=np.int8).reshape(len(phase), len(spec.tools))
     return RecordScan(first.video_id, base, first.total_frames, *labels)
 
@@ -254,13 +252,13 @@ def _problem(record: FrameRecord, first: FrameRecord, number: int, video_id: str
     if number == 0 and not _same_video(record.video_id, video_id):
         return f"{of_video}, its file is named {video_id}; rename the file"
     if number == 0 and record.frame_id not in (0, 1):
-        return f" is frame {record.frame_id}, not 0 or 1: the video's start is missing; {_WAY_OUT}"
+        return f" is frame {record.frame_id}, not 0 or 1: the video's start is missing; {_REMEDY}"
     if record.video_id != first.video_id:
-        return f"{of_video}, the first of {first.video_id!r}; {_WAY_OUT}"
+        return f"{of_video}, the first of {first.video_id!r}; {_REMEDY}"
     if record.frame_id != first.frame_id + number:
-        return f" is frame {record.frame_id} where frame {first.frame_id + number} was expected; {_WAY_OUT}"
+        return f" is frame {record.frame_id} where frame {first.frame_id + number} was expected; {_REMEDY}"
     if record.total_frames != first.total_frames:
-        return f": total_frames is {record.total_frames}, {first.total_frames} before; {_WAY_OUT}"
+        return f": total_frames is {record.total_frames}, {first.total_frames} before; {_REMEDY}"
     return None
 
 
@@ -305,7 +303,7 @@ def require_one_numbering(layouts: Sequence[tuple[str, RecordLayout]]) -> None:
     if len(first) > 1:
         one, other = list(first.values())[:2]
         raise UserError(
-            f"{other}: frame_id and total_frames are counted differently than in {one}: a frame is lost; {_WAY_OUT}"
+            f"{other}: frame_id and total_frames are counted differently than in {one}: a frame is lost; {_REMEDY}"
         )
 
 

@@ -339,7 +339,7 @@ def test_a_compressed_or_other_file_is_named_as_such(tmp_path: Path) -> None:
     path.write_bytes(b"\x1f\x8b" + bytes(100))
     assert "is gzip-compressed; unpack it with gunzip" in scan_refusal(path)
     path.write_bytes(bytes(range(7, 107)))
-    assert "is no TFRecord file, or its length does not fit its checksum" in scan_refusal(path)
+    assert "is not a TFRecord file, or its length does not fit its checksum" in scan_refusal(path)
 
 
 # ---------------------------------------------------------------------------------------------- wrong content
@@ -379,7 +379,7 @@ def test_missing_keys_and_other_types_are_refused(tmp_path: Path, key: str) -> N
         ({"frame_id": (3, "int")}, "is frame 3 where frame 1 was expected"),
         ({"frame_id": (0, "int")}, "is frame 0 where frame 1 was expected"),
         ({"total_frames": (4, "int")}, "total_frames is 4, 3 before"),
-        ({"frame": (b"\xff\xd8\xff\xe0JFIF", "byte")}, "its frame is no PNG"),
+        ({"frame": (b"\xff\xd8\xff\xe0JFIF", "byte")}, "its frame is not a PNG"),
     ],
 )
 def test_wrong_content_is_named_with_its_record(tmp_path: Path, changes: Datum, reason: str) -> None:
