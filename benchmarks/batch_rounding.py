@@ -3,7 +3,7 @@
     python benchmarks/batch_rounding.py --json FILE
 
 Random weights, random pixels, one thread on a CPU, the arithmetic of `extract`. Keys `<backbone>_<precision>`: for each
-batch size the largest difference to one batch of all frames, as a share of the largest value (0: the same bits).
+batch size the largest difference to one batch of all frames, as a fraction of the largest value (0: the same bits).
 """
 
 from __future__ import annotations

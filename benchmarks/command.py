@@ -1,4 +1,4 @@
-"""What the benchmarks share: their options, the figures they leave, and the command line as a user would call it."""
+"""What the benchmarks share: their options, the output of figures, and calls of the command line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def options(doc: str | None, repeat: int | None = 3) -> argparse.ArgumentParser:
 
 
 def say(figures: Mapping[str, Any], file: Path | None) -> None:
-    """The figures as JSON, printed and, where a file is named, written."""
+    """Print the figures as JSON and, if a file is given, write them."""
     text = json.dumps(figures, indent=1)
     print(text)
     if file:
@@ -36,7 +36,7 @@ def say(figures: Mapping[str, Any], file: Path | None) -> None:
 
 
 def pipeline(command: str, config: str, name: str, settings: Iterable[str], more: Sequence[str] = ()) -> None:
-    """Run one command for the run `name`; raises CalledProcessError where it fails."""
+    """Run one command for the run `name`; raises CalledProcessError if it fails."""
     arguments = [command, "--config", config, "--name", name, *more]
     for setting in settings:
         arguments += ["--set", setting]

@@ -1,7 +1,7 @@
-"""Process time of `evaluate --predictions` as a user types it: forty videos of 2,455 s at 1 fps, all conventions.
+"""Process time of `evaluate --predictions` as a command: forty videos of 2,455 s at 1 fps, all conventions.
 
-The whole command counts, from the start of the interpreter over reading eighty text files to tables, bootstrap
-intervals and JSON. Labels are made up: seven phases in order, predictions with 300 random slips a video.
+The whole command counts: starting the interpreter, reading eighty text files, tables, bootstrap intervals and JSON.
+Labels are synthetic: seven phases in order, predictions with 300 random errors per video.
 
     python benchmarks/evaluate.py --json FILE
 

@@ -2,28 +2,28 @@
 
     python benchmarks/extract.py --json FILE [--repeat N]
 
-Every figure is in sampled frames a second (one a second of video), the median of `--repeat` rounds; in a round the
-sides take turns, so that a busy machine is busy for all of them. Beside each `*_fps`, by the clock, stands
-`*_processor_fps`, frames a second of processor time of one core, which says more where others compute too; ratios are
-given by both. About five minutes on two cores that are free.
+Figures are in sampled frames per second (one frame per second of video), medians of `--repeat` rounds; all programs run
+in each round, so that other load affects all of them. `*_fps` is per second of wall time, `*_processor_fps` per second
+of processor time of one core, which is more reliable on a busy machine; ratios are given for both. About five minutes
+on two free cores.
 
-- `ours_fps`: `pipeline.py extract` as typed, a process a core, random ResNet50 weights, in `precision`. It is done for
-  short videos and for the same ones several times as long, and the rate is that of the difference, in which start-up
-  cancels, and what a video costs besides its frames: real ones have some two thousand. `ours_with_start_up_fps` is the
-  long ones, start of the interpreter and of the processes included.
-- `usual_fps`: decode to 250x250 JPEG files, PIL and DataLoader, ResNet50 in fp32; imports and the net's building are
+- `ours_fps`: the command `extract`, one process per core, random ResNet50 weights, in `precision`. It runs on short
+  videos and on the same ones repeated several times; the rate is that of the difference, which excludes start-up and
+  the constant cost of a video (real ones have about 2,000 sampled frames). `ours_with_start_up_fps` is that of the long
+  videos with the start of the interpreter and of the processes.
+- `usual_fps`: decode to 250x250 JPEG files, PIL and DataLoader, ResNet50 in fp32; imports and building the network are
   not counted.
-- `decode_fps`: selective decoding to RGB alone, a process a core. `forward_fps`: folded ResNet50 in the same precision
-  alone, a process and a thread a core, with 8 or 32 frames at a time, whichever is faster. `bound_fps` is
-  1 / (1 / decode + 1 / forward): work that needs both. That net is made of torch's own layers; the project computes
-  ReLU with the convolutions, and may pass this bound. `own_forward_fps` and `own_bound_fps` are the same with the
-  project's net (`extract_own.py`).
-- `cosine_mean`, `cosine_worst`: between `extract`'s features and fp32 features of the same weights and frames that a
-  plain loop makes.
+- `decode_fps`: selective decoding to RGB alone, one process per core. `forward_fps`: folded ResNet50 in the same
+  precision alone, one process with one thread per core, with 8 or 32 frames at a time, whichever is faster. `bound_fps`
+  is 1 / (1 / decode + 1 / forward): both one after the other. That network consists of torch's layers; the project
+  fuses ReLU with the convolutions, and may exceed this bound. `own_forward_fps` and `own_bound_fps` are the same with
+  the project's network (`extract_own.py`).
+- `cosine_mean`, `cosine_worst`: between `extract`'s features and those of a plain fp32 loop with the same weights and
+  frames.
 
-Input: as many of the real clips (SURGSTAGE_SHARED, by default `shared` beside the checkout) as divide evenly over
-the cores, where there are any, otherwise a simulated video of 854x480 at 25 fps, H.264 with B-frames; `input` says
-which. Longer ones are the same packets several times in a row (`turns`), not encoded again. The compared sides
+Input: real clips (SURGSTAGE_SHARED, by default `shared` beside the checkout), as many as divide evenly over the cores,
+or if there are none a simulated video of 854x480 at 25 fps, H.264 with B-frames; `input` names it. Longer videos are
+the same packets repeated (`turns`), not encoded again. The programs to compare with
 (`extract_reference.py`) import nothing from the project.
 """
 
@@ -130,7 +130,7 @@ def data_set(root: Path, videos: Sequence[Path], turns: int) -> Path:
 
 
 def ours(folder: Path, sets: Sequence[Path], weights: Path) -> tuple[Figures, str]:
-    """`extract` on short and on long videos: frames a second between them, and of the long ones from start to exit."""
+    """`extract`: frames per second of the difference of long and short videos, and of the long ones alone."""
     frames, seconds, busy, precision = [], [], [], ""
     for root in sets:
         count = root.name.removeprefix("data")
@@ -170,7 +170,7 @@ def rows(path: Path) -> int:
 
 
 def together(commands: Sequence[Sequence[str]]) -> tuple[float, float]:
-    """The summed rate of processes that start their work at the same moment, and frames a second of processor time."""
+    """Total frames per second of processes that start at the same moment, of wall time and of processor time."""
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if len(commands) > 1 else {})}
     running = [
         subprocess.Popen(

@@ -1,8 +1,8 @@
-"""The sides that `benchmarks/extract.py` compares with: plain loops, nothing from the project.
+"""The programs that `benchmarks/extract.py` compares with: plain loops that import nothing from the project.
 
     python benchmarks/extract_reference.py decode|forward|usual|features ARGUMENTS
 
-Each prints `ready` when it is set up, waits for a line on its input, works, and prints its figures as JSON.
+Each prints `ready` when it is set up, waits for a line of input, runs, and prints its figures as JSON.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ MEAN, STD = (0.3456, 0.2281, 0.2233), (0.2528, 0.2135, 0.2104)
 
 
 def wait_for_start() -> None:
-    """Everybody starts together."""
+    """Wait for the line of input, so that all processes start together."""
     print("ready", flush=True)
     sys.stdin.readline()
 
 
 def processor_seconds() -> float:
-    """User and system time of this process and of those that it has waited for."""
+    """User and system time of this process and of its finished child processes."""
     return sum(os.times()[:4])
 
 
 def decode(paths: list[str]) -> dict[str, float]:
-    """Every 25th frame as RGB of full size, one thread, pictures that nothing refers to left out."""
+    """Every 25th frame as full-size RGB, one thread, without decoding non-reference frames."""
     wait_for_start()
     started, before, count = time.perf_counter(), processor_seconds(), 0
     for path in paths:
@@ -51,15 +51,15 @@ def decode(paths: list[str]) -> dict[str, float]:
             for packet in container.demux(stream):
                 wanted = packet.pts is None or round(packet.pts / step) % EVERY == 0
                 stream.codec_context.skip_frame = "DEFAULT" if wanted else "NONREF"
-                for picture in packet.decode():
-                    if round(picture.pts / step) % EVERY == 0:
-                        picture.to_ndarray(format="rgb24")
+                for frame in packet.decode():
+                    if round(frame.pts / step) % EVERY == 0:
+                        frame.to_ndarray(format="rgb24")
                         count += 1
     return figures(count, started, before)
 
 
 def figures(frames: int, started: float, before: float) -> dict[str, float]:
-    """Frames, and the time since a start on the clock and on the processor."""
+    """Frames, and wall time and processor time since the start, in seconds."""
     return {
         "frames": frames,
         "seconds": time.perf_counter() - started,
@@ -89,21 +89,21 @@ def fold(net: torch.nn.Module) -> torch.nn.Module:
 
 
 def forward(precision: str, weights: str) -> dict[str, float]:
-    """Pictures through the folded net, channels last, one thread, in the batches that suit it best."""
+    """Images through the folded network, channels last, one thread, in the fastest batch size."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     return time_batches(fold(resnet50(weights)).to(dtype).to(memory_format=torch.channels_last), dtype)
 
 
 def time_batches(net: torch.nn.Module, dtype: torch.dtype) -> dict[str, float]:
-    """The net alone, with batches of the size that suits it best."""
+    """The network alone, in the fastest batch size."""
     torch.set_num_threads(1)
-    pictures = torch.randn(max(FORWARD_BATCHES), 3, 224, 224).to(dtype)
+    batch = torch.randn(max(FORWARD_BATCHES), 3, 224, 224).to(dtype)
     found = []
     with torch.inference_mode():
-        net(pictures.contiguous(memory_format=torch.channels_last))
+        net(batch.contiguous(memory_format=torch.channels_last))
         wait_for_start()
         for size in FORWARD_BATCHES:
-            images = pictures[:size].contiguous(memory_format=torch.channels_last)
+            images = batch[:size].contiguous(memory_format=torch.channels_last)
             net(images)
             started, before = time.perf_counter(), processor_seconds()
             for _ in range(FORWARD_FRAMES // size):
@@ -113,7 +113,7 @@ def time_batches(net: torch.nn.Module, dtype: torch.dtype) -> dict[str, float]:
 
 
 class JpegFiles(Dataset):
-    """Pictures as everybody reads them: open, centre crop, tensor, normalise."""
+    """Images in the usual way: open, centre crop, tensor, normalise."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
@@ -143,10 +143,10 @@ def usual(weights: str, *paths: str) -> dict[str, float]:
         for path in paths:
             with av.open(path) as container:
                 container.streams.video[0].thread_type = "AUTO"
-                for number, picture in enumerate(container.decode(video=0)):
+                for number, frame in enumerate(container.decode(video=0)):
                     if number % EVERY == 0:
                         files.append(Path(folder) / f"{len(files):06d}.jpg")
-                        small = Image.fromarray(picture.to_ndarray(format="rgb24")).resize((250, 250))
+                        small = Image.fromarray(frame.to_ndarray(format="rgb24")).resize((250, 250))
                         small.save(files[-1], quality=95)
         decoded = time.perf_counter()
         with torch.inference_mode():
@@ -165,9 +165,9 @@ def features(weights: str, target: str, *paths: str) -> dict[str, float]:
     for path in paths:
         images = []
         with av.open(path) as container:
-            for number, picture in enumerate(container.decode(video=0)):
+            for number, frame in enumerate(container.decode(video=0)):
                 if number % EVERY == 0:
-                    image = Image.fromarray(picture.to_ndarray(format="rgb24")).resize((250, 250), Image.BILINEAR)
+                    image = Image.fromarray(frame.to_ndarray(format="rgb24")).resize((250, 250), Image.BILINEAR)
                     pixels = torch.from_numpy(np.array(image)[13:237, 13:237]).permute(2, 0, 1)
                     images.append((pixels.float() / 255 - mean) / std)
         with torch.inference_mode():

@@ -1,9 +1,9 @@
-"""What end-to-end fine-tuning after two stages is worth, with a control: the table of `docs/results.md`.
+"""The gain of end-to-end fine-tuning after two stages, with a control: the table of `docs/results.md`.
 
 For each seed: both stages (`two stages`), then the joint net from them through its three steps (`joint`), the same with
 alpha = 0 in the third step (`control`: it shares the first two steps and has as many epochs), and stage two trained
 anew on features of the fine-tuned backbone (`again`). Everything is evaluated over whole videos with the state carried,
-on the validation videos and on the test videos. Stopped and started again, it goes on where it was.
+on the validation videos and on the test videos. Started again, it resumes where it stopped.
 
     python benchmarks/joint_finetuning.py --data demo --json FILE               (SIMULATED operations)
     python benchmarks/joint_finetuning.py --data mini --root DIR --json FILE
@@ -39,7 +39,7 @@ class Trial:
 
     @property
     def settings(self) -> list[str]:
-        """What every command gets. A seed's simulated operations are its own; the real ones are the same for all."""
+        """Settings of every command. Each seed has its own simulated operations; the real ones are the same for all."""
         index = f"artifacts/{self.data}/index-{self.seed if self.data == 'demo' else 'all'}.json"
         return [f"seed={self.seed}", f"data.root={self.root}", f"data.index={index}", f"runs={self.runs}"]
 
@@ -104,7 +104,7 @@ def _trial(trial: Trial) -> Iterator[dict[str, Any]]:
 
 
 def _share_steps(trial: Trial) -> None:
-    """The control starts from the very same first two steps; only whole ones are copied."""
+    """The control starts from the same first two steps; only complete ones are copied."""
     for step in ("multitask", "mapping"):
         source, target = (trial.folder(row) / "joint" / step for row in ("joint", "control"))
         if not (target / "result.json").exists():
@@ -124,7 +124,7 @@ def _measures(metrics: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and deviation (n - 1) over seeds for each row, split and measure; percent, the gap in nats."""
+    """Mean and standard deviation (n - 1) over seeds for each row, split and measure; percent, the gap in nats."""
     table = []
     for split in SPLITS:
         for name in ROWS:
@@ -137,8 +137,8 @@ def _spread(values: list[float | None]) -> dict[str, Any] | None:
     known = [value for value in values if value is not None]
     if not known:
         return None
-    deviation = statistics.stdev(known) if len(known) > 1 else None
-    return {"mean": statistics.fmean(known), "std": deviation, "seeds": known}
+    std = statistics.stdev(known) if len(known) > 1 else None
+    return {"mean": statistics.fmean(known), "std": std, "seeds": known}
 
 
 def _print(report: dict[str, Any]) -> None:

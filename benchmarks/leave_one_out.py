@@ -1,9 +1,9 @@
 """Leave-one-video-out on a small data set, through the command line: the tables of `docs/results.md`.
 
-A fold tests one video, chooses epochs on another and trains on the rest. Stage one is fine-tuned once a fold (seed 0);
-stage two and the per-frame head are trained with several seeds a fold, on the fine-tuned features and on those of the
-initial backbone. Means and deviations over folds (of the mean over seeds) and over seeds (of the mean over folds) are
-kept apart. Stopped and started again, it goes on where it was: every run it makes is an ordinary run folder.
+A fold tests one video, chooses epochs on another and trains on the rest. Stage one is fine-tuned once per fold (seed
+0); stage two and the per-frame head are trained with several seeds per fold, on the fine-tuned features and on those of
+the initial backbone. Means and standard deviations over folds (of the mean over seeds) and over seeds (of the mean over
+folds) are given separately. Started again, it resumes where it stopped: its runs are ordinary run folders.
 
     python benchmarks/leave_one_out.py --root DIR --json FILE [--config FILE] [--folds N] [--seeds N]
 """
@@ -96,7 +96,7 @@ def _pipeline(
 
 
 def _table(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, Any]:
-    """Mean, deviation (n - 1) over folds of seed means, and over seeds of fold means, in percent."""
+    """Mean, and standard deviation (n - 1) over folds of seed means and over seeds of fold means, in percent."""
     mine = [row for row in rows if row["features"] == kind]
     keys = (*KEYS, "tool_map") if kind == "finetuned" else KEYS
     return {key: _spread(mine, key, per_seed=key != "tool_map") for key in keys}

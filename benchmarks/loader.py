@@ -1,14 +1,14 @@
-"""How fast pictures reach the net: the loaders of stage one and of the joint net alone, by number of processes.
+"""Images per second of the loaders of stage one and of the joint net alone, by number of processes.
 
     python benchmarks/loader.py --json FILE
 
 Frames are simulated noise of the real size (250x250, lossless WebP, in the project's frame cache), which compress worse
-than pictures, so the figures are on the careful side; `--real FOLDER` takes JPEG or PNG files instead. Keys:
+than real frames, so the figures are conservative; `--real FOLDER` uses JPEG or PNG files instead. Keys:
 `images_per_s` and `clips_per_s` (clips of 10 frames), by number of processes (0: in the training process itself);
-`device_images_per_s`, mirroring, colours and normalisation of whole batches on this CPU, one thread a core;
+`device_images_per_s`, mirroring, colours and normalisation of whole batches on this CPU, one thread per core;
 `train_step_images_per_s`, forward and backward of ResNet50 in fp32 on this CPU; `gpu_needs_images_per_s`, an
 assumption and not a measurement: 1,300, what a data-centre GPU may train of ResNet50 at 224x224 in bf16;
-`processes_for_gpu`, how many loader processes that would take, by the rate of one.
+`processes_for_gpu`, how many loader processes that would take, from the rate of one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
     parser = options(__doc__, repeat=None)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="loader processes")
     parser.add_argument("--batches", type=int, default=12, help="batches of 64 frames a figure")
-    parser.add_argument("--real", type=Path, metavar="FOLDER", help="pictures to load in place of noise")
+    parser.add_argument("--real", type=Path, metavar="FOLDER", help="images to load instead of noise")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder), given.workers, given.batches, given.real)
@@ -76,17 +76,17 @@ def cached_frames(folder: Path, real: Path | None) -> tuple[Any, str]:
     from features.frames.cache import CachedFrames
     from stage1_cnn.data import LabelledFrames
 
-    pictures = real_pictures(real) if real else noise()
+    images = real_images(real) if real else noise()
     path = folder / "video01.h5"
-    write_cache(path, pictures)
-    count = len(pictures)
+    write_cache(path, images)
+    count = len(images)
     labels = np.zeros(count, np.int8), np.zeros((count, 7), np.int8)
     frames = LabelledFrames(("video01",), (CachedFrames(path),), np.zeros(count, np.int64), np.arange(count), *labels)
-    return frames, f"{count} pictures of {real.name}" if real else f"{count} simulated"
+    return frames, f"{count} images of {real.name}" if real else f"{count} simulated"
 
 
-def real_pictures(folder: Path) -> list[np.ndarray]:
-    """Up to 200 pictures below a folder, resized as the project resizes them."""
+def real_images(folder: Path) -> list[np.ndarray]:
+    """Up to 200 images below a folder, resized as in the project."""
     from PIL import Image
 
     from features.frames.preprocess import Geometry
@@ -98,17 +98,17 @@ def real_pictures(folder: Path) -> list[np.ndarray]:
 
 
 def noise(count: int = 200) -> list[np.ndarray]:
-    """Blurred fields with grain: they compress about as a laparoscopic picture does, or worse."""
+    """Blurred fields with grain: they compress about as well as laparoscopic frames, or worse."""
     rng = np.random.default_rng(0)
-    pictures = []
+    images = []
     for _ in range(count):
         coarse = rng.integers(20, 220, (26, 26, 3)).repeat(10, axis=0).repeat(10, axis=1)[:RESIZE_PX, :RESIZE_PX]
-        pictures.append((coarse + rng.integers(-3, 4, coarse.shape)).astype(np.uint8))
-    return pictures
+        images.append((coarse + rng.integers(-3, 4, coarse.shape)).astype(np.uint8))
+    return images
 
 
-def write_cache(path: Path, pictures: Sequence[np.ndarray]) -> None:
-    """A cache file as `train-cnn` leaves it, as far as reading frames needs it."""
+def write_cache(path: Path, images: Sequence[np.ndarray]) -> None:
+    """A cache file in the format of `train-cnn`, with what reading frames needs."""
     import io
     import zlib
 
@@ -116,9 +116,9 @@ def write_cache(path: Path, pictures: Sequence[np.ndarray]) -> None:
     from PIL import Image
 
     blobs = []
-    for picture in pictures:
+    for image in images:
         stream = io.BytesIO()
-        Image.fromarray(picture).save(stream, format="WEBP", lossless=True, method=0, quality=0)
+        Image.fromarray(image).save(stream, format="WEBP", lossless=True, method=0, quality=0)
         blobs.append(stream.getvalue())
     with h5py.File(path, "w") as file:
         stored = file.create_dataset("blobs", (len(blobs),), dtype=h5py.vlen_dtype(np.uint8))
@@ -129,7 +129,7 @@ def write_cache(path: Path, pictures: Sequence[np.ndarray]) -> None:
 
 
 def rate(dataset: Any, requests: Sequence[Any], workers: int, unit: str) -> float:
-    """Rows or clips a second that a loader delivers, after the batches that were prefetched while it started."""
+    """Rows or clips per second of a loader, not counting the batches that were prefetched while it started."""
     import torch
 
     from engine.stopping import StopRequest
@@ -146,7 +146,7 @@ def rate(dataset: Any, requests: Sequence[Any], workers: int, unit: str) -> floa
 
 
 def device_rate(batch: Any, repeat: int = 5) -> float:
-    """Images a second that are mirrored, coloured and normalised; median."""
+    """Images per second that are mirrored, coloured and normalised; median."""
     from configs.schema import PreprocessConfig
     from features.frames.preprocess import changed_images
 
@@ -157,7 +157,7 @@ def device_rate(batch: Any, repeat: int = 5) -> float:
 
 
 def step_rate(batch: Any, repeat: int = 3) -> float:
-    """Images a second that ResNet50 learns from, forward and backward, fp32, channels last; median."""
+    """Images per second that ResNet50 learns from, forward and backward, fp32, channels last; median."""
     import torch
     from torchvision.models import resnet50
 
@@ -175,7 +175,7 @@ def step_rate(batch: Any, repeat: int = 3) -> float:
 
 
 def median_s(work: Any, repeat: int) -> float:
-    """Seconds, after a first time that does not count."""
+    """Seconds, after a first call that does not count."""
     work()
     seconds = []
     for _ in range(repeat):

@@ -15,7 +15,7 @@ _EVERY_S = 0.1
 
 @dataclass
 class Cost:
-    """What a command took. Shared pages count in every process that maps them in `tree_mb`, which is thus too high."""
+    """Time and memory of a command. `tree_mb` counts shared pages once per process, and is thus too high."""
 
     seconds: float
     tree_mb: float  # highest sum of resident memory over the processes alive at one moment
@@ -23,7 +23,7 @@ class Cost:
 
 
 def run_measured(words: Sequence[str], folder: Path) -> Cost:
-    """Run a Python program in `folder`; exits with its messages where it fails. MB are 10^6 bytes."""
+    """Run a Python program in `folder`; exits with its messages if it fails. MB are 10^6 bytes."""
     started = time.perf_counter()
     with subprocess.Popen(
         [sys.executable, *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -55,7 +55,7 @@ def _watch(pid: int, peaks: list[float], ended: threading.Event) -> None:
 
 
 def _tree(pid: int) -> list[int]:
-    """A process and all below it."""
+    """A process and all its descendants."""
     found = [pid]
     for member in found:
         try:

@@ -3,8 +3,8 @@
     python benchmarks/projection.py --root DIR --json FILE [--work DIR]
 
 Features come from the initial backbone of `configs/mini.yaml`, extracted once; `train-temporal` then runs with each
-seed and projection, and `fp32` and `bf16` in the JSON hold the validation accuracies with mean and deviation (n - 1).
-Stopped and started again with the same `--work`, it goes on where it was.
+seed and projection, and `fp32` and `bf16` in the JSON hold the validation accuracies with mean and standard deviation
+(n - 1). With the same `--work`, it resumes where it stopped.
 """
 
 from __future__ import annotations

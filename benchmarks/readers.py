@@ -1,12 +1,12 @@
-"""How fast each reader gives sampled frames: the choice of the default (`reader=auto`) rests on this.
+"""Speed of the readers on sampled frames, on which the default (`reader=auto`) is based.
 
     python benchmarks/readers.py --json FILE [--repeat N]
 
-Every 25th frame of each video as RGB of full size, one thread, by the project's own readers: opening, the scan of the
-packets and every check included. Readers take turns, figures are medians of the rounds:
+Every 25th frame of each video as full-size RGB, one thread, through the project's readers: opening, the scan of the
+packets and every check are included. Both readers run in each round, figures are medians over rounds:
 
-- `pyav_fps`, `decord_fps`: frames a second by the clock; `*_processor_fps`: a second of processor time, which says more
-  where others compute too. `pyav_over_decord` is the ratio of the latter.
+- `pyav_fps`, `decord_fps`: frames per second of wall time; `*_processor_fps`: per second of processor time, which is
+  more reliable on a busy machine. `pyav_over_decord` is the ratio of the latter.
 - `same_bytes`: whether both gave the same frames in the first round.
 
 Without decord (it has wheels for x86-64 alone) its keys are missing. Input: the real clips (SURGSTAGE_SHARED, by
@@ -46,7 +46,7 @@ def measure(videos: Sequence[Path], repeat: int) -> dict[str, object]:
     rounds: dict[str, list[float]] = {}
     digests = {}
     names = [name for name in READERS if name != "decord" or has_decord()]
-    for name in names:  # what is imported and compared once in a process
+    for name in names:  # not timed: what is imported and compared once per process
         digests[name] = read_all(videos, name, hashed=True)[2]
     for _ in range(repeat):
         for name in names:
@@ -69,7 +69,7 @@ def has_decord() -> bool:
 
 
 def read_all(videos: Sequence[Path], name: Literal["pyav", "decord"], hashed: bool = False) -> tuple[float, float, str]:
-    """Frames a second by the clock and by the processor, and with `hashed` a hash of all of them (not for timing)."""
+    """Frames per second of wall time and of processor time, and with `hashed` a hash of all frames (not for timing)."""
     from features.video.open import open_video
 
     digest, count = hashlib.sha256(), 0

@@ -1,10 +1,10 @@
-"""How long `report` takes: forty videos of Cholec80's mean length, made-up labels and predictions.
+"""Time of `report`: forty videos of Cholec80's mean length, synthetic labels and predictions.
 
     python benchmarks/report.py --json FILE
 
-Keys: `report_s` is the command line from start to exit, the median over fresh processes, and `report_cpu_s` what of it
-was spent computing (the two part where others use the machine); `two_runs_s`, the same with two runs side by side;
-`figures_s`, with `--figures` (PDF and PNG) beside; `report_mb`, the size of the page.
+Keys: `report_s` is the command line from start to exit, the median over fresh processes, and `report_cpu_s` its
+processor time (the two differ on a busy machine); `two_runs_s`, the same with two runs side by side;
+`figures_s`, with `--figures` (PDF and PNG); `report_mb`, the size of the page.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Time and memory of `extract` against the length of a video, and of `train-temporal` against the number of videos.
+"""Time and memory of `extract` by length of a video, and of `train-temporal` by number of videos.
 
     python benchmarks/scaling.py --json FILE
 
-Both are run as a user would, as command lines with their default processes. Videos are simulated: one clip of 854x480
+Both run as commands with their default number of processes. Videos are simulated: one clip of 854x480
 at 25 fps, H.264 with B-frames, whose packets are repeated without decoding until the video is 10 min, 1 h and 4 h long.
 The question is memory, not speed, so the backbone is a small one with random weights (decoding is real). Features for
 `train-temporal` are random, 2048 wide, 1 to 80 videos of 2,158 frames (Cholec80's mean), one epoch.
@@ -90,7 +90,7 @@ def measure_extract(folder: Path, minutes: int, fps: float, settings: list[str])
 
 
 def write_clip(path: Path) -> None:
-    """A moving picture with grain, as x264 makes it by default (B-frames, closed groups of pictures)."""
+    """A moving image with grain, in x264's default settings (B-frames, closed groups of pictures)."""
     rng = np.random.default_rng(0)
     field = rng.integers(0, 256, (HEIGHT_PX // 8, WIDTH_PX // 8 + CLIP_S * FPS, 3)).astype(np.uint8)
     with av.open(str(path), "w") as container:
@@ -98,8 +98,8 @@ def write_clip(path: Path) -> None:
         stream.width, stream.height, stream.pix_fmt = WIDTH_PX, HEIGHT_PX, "yuv420p"
         for number in range(CLIP_S * FPS):
             small = field[:, number // 4 : number // 4 + WIDTH_PX // 8 + 1]
-            picture = small.repeat(8, axis=0).repeat(8, axis=1)[:HEIGHT_PX, :WIDTH_PX]
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+            image = small.repeat(8, axis=0).repeat(8, axis=1)[:HEIGHT_PX, :WIDTH_PX]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
         container.mux(stream.encode())
 
 
@@ -123,7 +123,7 @@ def repeat_packets(clip: Path, out: Path, times: int) -> None:
 
 
 def measure_training(folder: Path, videos: int) -> dict[str, float]:
-    """`train-temporal` for one epoch over so many videos (a fifth of them, at least none, to choose by)."""
+    """`train-temporal` for one epoch over so many videos (a fifth of them, rounded down, for validation)."""
     features = folder / f"features{videos}"
     phases = [np.repeat(np.arange(7, dtype=np.int8), FRAMES_A_VIDEO // 7 + 1)[:FRAMES_A_VIDEO]] * videos
     write_feature_set(features, phases)

@@ -1,12 +1,12 @@
-"""How long until something happens: `--help`, and `train-temporal` up to its first optimiser step.
+"""Start-up time: `--help`, and `train-temporal` up to its first optimiser step.
 
-Every figure is the median over fresh processes, taken in turn so that a busy machine is busy for all of them. The
-features are random, 2048 wide, fp16, of the lengths of Cholec80's forty training videos where they are known.
+Figures are medians over fresh processes; all programs run in each round, so that other load affects all of them. The
+features are random, 2048 wide, fp16, with the lengths of Cholec80's forty training videos where they are known.
 
     python benchmarks/start_up.py --json FILE
 
 Keys, in seconds: `import_torch_s` is `python -c "import torch"` from start to exit; `read_s`, plain h5py reading every
-feature file in a process of its own, disk cache warm; `begin_s` and `first_step_s`, from the start of `train-temporal`
+feature file in its own process, disk cache warm; `begin_s` and `first_step_s`, from the start of `train-temporal`
 to its first batch and to the end of its first optimiser step; `over_torch_s` is `first_step_s` less the first two.
 """
 
@@ -81,7 +81,7 @@ def training_options(doc: str | None) -> argparse.ArgumentParser:
 
 
 def phases_of(file: Path | None) -> list[np.ndarray]:
-    """Phases (T,) a video: the real ones, or forty videos of one length."""
+    """Phases (T,) per video: the real ones, or forty videos of one length."""
     file = lengths_file(file)
     if not file.is_file():
         return [np.repeat(np.arange(7, dtype=np.int8), 309)[:2158] for _ in range(40)]
@@ -90,7 +90,7 @@ def phases_of(file: Path | None) -> list[np.ndarray]:
 
 
 def lengths_file(file: Path | None) -> Path:
-    """Where the real phases are looked for."""
+    """The file with the real lengths."""
     return file or SHARED / "data" / "labels" / "train40_1fps.npz"
 
 

@@ -1,14 +1,14 @@
-"""What a feature file costs beside plain files: writing and reading (2300, 2048) float16, 38 minutes at 1 fps.
+"""Time of feature files beside plain files: writing and reading (2300, 2048) float16, 38 minutes at 1 fps.
 
     python benchmarks/store.py --json FILE
 
-Three ways, in turn, disk cache warm: `store` is this project (chunks with checksums, sealed, read back after writing,
-renamed when whole), `npy` is numpy.save and numpy.load, `h5py` the same chunks and checksums without a seal, without
-reading back. Every file is flushed to the disk (fsync). Keys `<way>_write_ms`, `<way>_read_ms`, `<way>_write_mb_per_s`,
-`<way>_read_mb_per_s`: medians; MB are those of the features, 10^6 bytes.
+Three formats, each in every round, disk cache warm: `store` is this project's (chunks with checksums, sealed, read back
+after writing, renamed when complete), `npy` is numpy.save and numpy.load, `h5py` the same chunks and checksums without
+a seal, without reading back. Every file is flushed to the disk (fsync). Keys `<way>_write_ms`, `<way>_read_ms`,
+`<way>_write_mb_per_s`, `<way>_read_mb_per_s`: medians; MB are those of the features, 10^6 bytes.
 
 `cache_find_ms`: what a frame cache file of 2,300 frames of 50 kB (random bytes; `cache_mb` in all) costs each time it
-is found again, above all its whole checksum; `cache_find_unsealed_ms` is the same without that one.
+is opened, mostly for the checksum of the whole file; `cache_find_unsealed_ms` is the same without that checksum.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def measure(folder: Path, repeat: int) -> dict[str, object]:
 
 
 def measure_cache(folder: Path, repeat: int) -> dict[str, object]:
-    """Finding a cache file of the length of an operation, with and without its seal being looked at."""
+    """Opening a cache file of the length of an operation, with and without verifying its seal."""
     from features.frames import cache as module
     from features.frames.cache import FrameCache
 
@@ -103,16 +103,16 @@ def _cache(folder: Path) -> FrameCache:
 
 
 def _request(folder: Path) -> CacheRequest:
-    """An operation's frames from a folder with one small picture for all of them."""
+    """The frames of an operation from a folder in which all are the same small image."""
     from features.frames.cache import CacheRequest
     from features.store import SourceIdentity
 
-    class OnePicture:
-        """A reader that gives the same picture whatever is asked."""
+    class OneImage:
+        """A reader that returns the same image for every frame."""
 
         name, version, width_px, height_px, frame_count, fps = "none", "0", 64, 48, 25 * SHAPE[0], 25.0
 
-        def __enter__(self) -> OnePicture:
+        def __enter__(self) -> OneImage:
             return self
 
         def __exit__(self, *error: object) -> None:
@@ -122,7 +122,7 @@ def _request(folder: Path) -> CacheRequest:
             return (np.zeros((48, 64, 3), np.uint8) for _ in wanted)
 
     index = np.arange(SHAPE[0], dtype=np.int64) * 25
-    return CacheRequest(SourceIdentity("video01", "0" * 64, 1, 25.0), index, OnePicture)  # type: ignore[arg-type]
+    return CacheRequest(SourceIdentity("video01", "0" * 64, 1, 25.0), index, OneImage)  # type: ignore[arg-type]
 
 
 def write_store(path: Path, features: np.ndarray) -> None:

@@ -1,28 +1,28 @@
-"""How fast stage two trains: against plain nn.LSTM, against the matrix product, against clips, against end to end.
+"""Training speed of stage two, beside plain nn.LSTM, the matrix product, clips and end-to-end training.
 
     python benchmarks/temporal.py --json FILE [--repeat N]
 
-Figures are in labelled frames a second of training, on all cores of the CPU, medians of `--repeat` rounds; in a round
-the sides take turns, each in a process of its own, so that a busy machine is busy for all of them.
+Figures are in labelled frames per second of training, on all cores of the CPU, medians of `--repeat` rounds; all
+programs run in each round, each in its own process, so that other load affects all of them.
 
-- `frames_per_s`, `frames_per_s_bf16`: `train-temporal` as typed on forty videos of Cholec80's lengths (`lengths` says
-  whether they are the real ones) with random features, 86,304 x 2048 fp16 where they are; LSTM of 512, whole videos,
-  eight a step, `temporal.projection` fp32 and bf16. It is what the run's result says: an epoch's steps from the first
-  batch to the last update, without reading, validation and checkpoints, the median of three epochs (the other sides
-  leave out their first steps).
+- `frames_per_s`, `frames_per_s_bf16`: the command `train-temporal` on forty videos of Cholec80's lengths (`lengths`
+  says whether they are the real ones) with random features, 86,304 x 2048 fp16 where they are; LSTM of 512, whole
+  videos, eight per step, `temporal.projection` fp32 and bf16. It is the rate in the run's result: from the first batch
+  of an epoch to its last update, without reading, validation and checkpoints, the median of three epochs (the other
+  programs do not count their first steps).
 - `ratio_to_nn_lstm`, `ratio_to_nn_lstm_bf16`: to nn.LSTM in fp32 on a batch of 8 x 1000 frames, nothing padded, from
   fp32 features (`nn_lstm_frames_per_s`).
-- `ratio_to_bound`: of the fp32 figure to the fp32 matrix product (`product_gflops`) over 23.1 MFLOP a frame.
-- `ratio_to_clips`: of the fp32 figure to clips of 10 with stride 1, where every clip is one labelled frame more. The
-  faster of two ways counts: `train-temporal` on fewer videos (`clips_frames_per_s`), and nn.LSTM
+- `ratio_to_bound`: of the fp32 figure to the fp32 matrix product (`product_gflops`) over 23.1 MFLOP per frame.
+- `ratio_to_clips`: of the fp32 figure to clips of 10 with stride 1, where each clip adds one labelled frame. The faster
+  of two ways counts: `train-temporal` on fewer videos (`clips_frames_per_s`), and nn.LSTM
   (`nn_lstm_clips_frames_per_s`).
-- `ratio_to_end_to_end`: of the fp32 figure to ResNet50 and LSTM in one net from 224x224 images, forward and backward
-  in fp32, every frame of a clip counted (`end_to_end_frames_per_s`); at stride 1 it would be a tenth.
-- `peak_rss_mb`, `peak_rss_mb_bf16`: the most memory (VmHWM) of the process that trained, in MB of 10^6 bytes, start to
-  exit, the per-frame baseline and checkpoints included.
+- `ratio_to_end_to_end`: of the fp32 figure to ResNet50 and LSTM in one net from 224x224 images, forward and backward in
+  fp32, every frame of a clip counted (`end_to_end_frames_per_s`); at stride 1 it would be a tenth.
+- `peak_rss_mb`, `peak_rss_mb_bf16`: the peak memory (VmHWM) of the process that trained, in MB of 10^6 bytes, start to
+  exit, with the per-frame baseline and checkpoints.
 
-Without native bf16 the figures of bf16 are null. The compared sides (`temporal_reference.py`) import nothing from the
-project.
+Without native bf16 the figures of bf16 are null. The programs to compare with (`temporal_reference.py`) import nothing
+from the project.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def measure(folder: Path, phases: Sequence[np.ndarray], repeat: int, settings: S
 
 
 def train(runs: Path, name: str, features: Path, settings: Sequence[str]) -> tuple[float, float]:
-    """Labelled frames a second of `train-temporal`, and the most memory of its process in MB."""
+    """Labelled frames per second of `train-temporal`, and the peak memory of its process in MB."""
     every = [f"runs={runs}", "device=cpu", "temporal.epochs=3", *settings]
     words = ["train-temporal", "--name", name, "--features", str(features)]
     said = output(["-c", TRAIN, *words, *(word for setting in every for word in ("--set", setting))])

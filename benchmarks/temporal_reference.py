@@ -1,8 +1,8 @@
-"""The sides that `benchmarks/temporal.py` compares with: plain loops, nothing from the project.
+"""The programs that `benchmarks/temporal.py` compares with: plain loops that import nothing from the project.
 
     python benchmarks/temporal_reference.py lstm|clips|product|end-to-end
 
-Each works on made-up data on all cores and prints its figure as JSON: labelled frames a second, for `product` fp32
+Each uses random data and all cores and prints its figure as JSON: labelled frames per second, for `product` fp32
 GFLOP/s.
 """
 
@@ -21,7 +21,7 @@ WIDTH, HIDDEN, PHASES, TOOLS, CLIP = 2048, 512, 7, 7, 10
 
 
 class Lstm(nn.Module):
-    """nn.LSTM and a linear layer, as everybody writes it."""
+    """nn.LSTM and a linear layer, in the usual way."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,12 +57,12 @@ def lstm() -> float:
 
 
 def clips() -> float:
-    """Clips of 10 frames, 800 a batch. At stride 1 each clip is one labelled frame more: only that one counts."""
+    """Clips of 10 frames, 800 per batch. At stride 1 each clip adds one labelled frame, and only that one counts."""
     return sequences(800, CLIP, steps=4) / CLIP
 
 
 def sequences(batch: int, frames: int, steps: int) -> float:
-    """Frames a second of forward, cross-entropy, backward and a step of SGD, fp32, from fp32 features."""
+    """Frames per second of forward, cross-entropy, backward and a step of SGD, fp32, from fp32 features."""
     model = Lstm()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     x, phase = torch.randn(batch, frames, WIDTH), torch.randint(PHASES, (batch, frames))
@@ -85,7 +85,7 @@ def product() -> float:
 
 
 def end_to_end() -> float:
-    """Images of 224x224 in clips of 10, 2 a batch, fp32 channels last; every frame counts, once."""
+    """Images of 224x224 in clips of 10, 2 per batch, fp32 channels last; every frame counts, once."""
     model = EndToEnd().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     images = torch.randn(2, CLIP, 3, 224, 224)
@@ -102,7 +102,7 @@ def end_to_end() -> float:
 
 
 def seconds(work: Callable[[], object], times: int) -> float:
-    """How long `work` takes `times` times, after a first time that does not count."""
+    """How long `work` takes `times` times, after a first call that does not count."""
     work()
     started = time.perf_counter()
     for _ in range(times):

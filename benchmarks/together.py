@@ -2,15 +2,15 @@
 
     python benchmarks/together.py --json FILE [--repeat N]
 
-Every training is the command as typed, with as many threads as it takes by itself. A round trains alone, then two of
-the same at once, as the project sets it (`GOMP_SPINCOUNT=1000`); the first round also does both as libgomp would by
-itself (`GOMP_SPINCOUNT=300000`), where two at once take minutes. Figures are medians over rounds. A training's time is
+Each training is the command, with its default number of threads. A round trains alone, then two of the same
+at once, with the project's `GOMP_SPINCOUNT=1000`; the first round also does both with libgomp's default
+(`GOMP_SPINCOUNT=300000`), where two at once take minutes. Figures are medians over rounds. A training's time is
 that of its epochs after the first; of two at once, that of the slower.
 
-- `train_cnn`: ResNet50 from 224x224 frames, eight a step, fp32. `train_temporal`: LSTM of 512 over whole videos, eight
-  a step, random features, fp32.
+- `train_cnn`: ResNet50 from 224x224 frames, eight per step, fp32. `train_temporal`: LSTM of 512 over whole videos,
+  eight per step, random features, fp32.
 - `alone_s`, `together_s`, `ratio` of each; the same with `spinning_` in front.
-- `alone_ratio_to_spinning`: what the setting costs, or gains, who trains alone.
+- `alone_ratio_to_spinning`: the effect of the setting on a training alone.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def measure(folder: Path, words: Sequence[str], repeat: int) -> dict[str, float]
 
 
 def train(folder: Path, commands: Sequence[Sequence[str]], environment: dict[str, str], stage: str) -> float:
-    """Seconds of the slowest of some trainings that begin at once."""
+    """Seconds of the slowest of several trainings started at once."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     with tempfile.TemporaryDirectory(dir=folder) as runs:
         running = []
