@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from configs.schema import DataSetSpec
+from features.runs import true_spans
 from features.simulation import anatomy, instruments
 from features.simulation.anatomy import smoothstep
 
@@ -264,17 +265,11 @@ def _leak(source: np.ndarray, fps: float, rise_s: float, fall_s: float) -> np.nd
     return course
 
 
-def true_runs(mask: np.ndarray) -> Iterator[tuple[int, int]]:
-    """First and one past the last index of each run of True in `mask` (T,)."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
-    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
-
-
 def _draw_outside(rng: np.random.Generator, phase: np.ndarray, tools: np.ndarray, spec: DataSetSpec) -> np.ndarray:
     """The image outside the body that each frame shows, (T,), -1 for none: only runs without a tool may, because the
     labels give what is visible."""
     outside = np.full(len(phase), -1)
-    for start, end in true_runs(~_any_tool(tools, range(len(spec.tools)))):
+    for start, end in true_spans(~_any_tool(tools, range(len(spec.tools)))):
         chance = _OUTSIDE_P.get(spec.phases[phase[start]], _OUTSIDE_P_ELSEWHERE)
         if rng.random() < chance:
             outside[start:end] = rng.choice(len(_OUTSIDE_KINDS), p=_OUTSIDE_KINDS)
@@ -336,7 +331,7 @@ def _tools(
             continue
         entry = math.radians(_ENTRY_DEG[name] + rng.normal(0, 15))
         work = home + (0.06 * math.cos(entry), 0.06 * math.sin(entry)) + 0.11 * course[:, :2]
-        for start, end in true_runs(tools[:, k]):
+        for start, end in true_spans(tools[:, k]):
             turned = entry + math.radians(rng.normal(0, 8))
             trocar = _TROCAR_UNITS * np.array([math.cos(turned), math.sin(turned)])
             age_s = (np.minimum(np.arange(end - start), np.arange(end - start)[::-1]) + 0.5) / fps

@@ -25,10 +25,11 @@ from configs.schema import DataConfig, SplitConfig
 from engine.stopping import Stopped, watch_signals
 from features.dataset.annotations import read_phase_file, read_tool_file
 from features.dataset.build import build_index
+from features.runs import true_spans
 from features.simulation import Operation, Scene, draw_operation, frame_seconds, load_table, simulate
 from features.simulation.instruments import Materials, draw_tool
 from features.simulation.procedure import tool_set_p
-from features.simulation.scene import Plan, true_runs
+from features.simulation.scene import Plan
 
 SPEC = load_dataset("cholec80")
 TABLE = load_table()
@@ -82,7 +83,7 @@ def phase_order(operation: Operation) -> list[str]:
 
 
 def lengths(mask: np.ndarray) -> list[int]:
-    return [end - start for start, end in true_runs(mask)]
+    return [end - start for start, end in true_spans(mask)]
 
 
 def test_phases_occur_as_often_as_in_the_table(operations: list[Operation]) -> None:
