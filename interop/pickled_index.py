@@ -349,7 +349,7 @@ def _pickled(
 ) -> list[list[Any]]:
     """Rows `[path, tool..., phase]` of strings and integers."""
     layout = entry.frames
-    names = dict(frame_folder(root, entry.source, index.dataset, layout).files) if layout else None
+    names = frame_folder(root, entry.source, index.dataset, layout) if layout else None
     source = inside(root, entry.source)
     folder = source if names else source.parent / file_stem(entry.id)
     result = []

@@ -18,7 +18,6 @@ from engine.files import inside, sha256_file
 from features.dataset.discover import checked_path, sorted_entries
 from features.dataset.layouts import FolderLayout, Numbering
 from features.dataset.row_numbers import Track, track_end
-from features.video.images import FrameFolder
 from features.video.times import same_rate
 
 
@@ -275,8 +274,8 @@ def require_one_base(layouts: Sequence[tuple[str, FolderLayout]], data: DataConf
         )
 
 
-def frame_folder(root: Path, relative: str, spec: DataSetSpec, layout: FolderLayout) -> FrameFolder:
-    """The images of an indexed folder, for `FolderReader`. Raises UserError when they are not those indexed."""
+def frame_folder(root: Path, relative: str, spec: DataSetSpec, layout: FolderLayout) -> dict[int, str]:
+    """File names of an indexed folder's images by source frame. Raises UserError when they are not those indexed."""
     scan = scan_folder(root, relative, spec)
     indices = source_frames(scan, layout)
-    return FrameFolder(files=tuple(zip(indices.tolist(), scan.names, strict=True)), fps=spec.annotation_fps)
+    return dict(zip(indices.tolist(), scan.names, strict=True))

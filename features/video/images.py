@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,28 +16,23 @@ _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 _IMAGE_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 
 
-@dataclass(frozen=True)
-class FrameFolder:
-    """The images of a folder of frames: `files` holds (source frame number, file name), sorted by number."""
-
-    files: tuple[tuple[int, str], ...]
-    fps: float
-
-
 class FolderReader(FrameReader):
-    """Reads the images of a folder (PNG, JPEG; any size, which may change) with Pillow."""
+    """Reads the images of a folder (PNG, JPEG; any size, which may change) with Pillow.
+
+    `names` has the file name of each source frame that has an image, in the order of their numbers.
+    """
 
     name = "pillow"
 
-    def __init__(self, folder: Path, frames: FrameFolder) -> None:
+    def __init__(self, folder: Path, names: Mapping[int, str]) -> None:
         import PIL
 
-        if not frames.files:
+        if not names:
             raise ReaderError(f"{folder}: holds no images; leave it out")
         self.version = PIL.__version__
-        self.frame_count = frames.files[-1][0] + 1
+        self.frame_count = max(names) + 1
         self._folder = folder
-        self._names = dict(frames.files)
+        self._names = names
 
     def read(self, frame_index: Sequence[int]) -> Iterator[np.ndarray]:
         """See FrameReader; only source frames that have an image can be read."""

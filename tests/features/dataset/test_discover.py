@@ -704,10 +704,9 @@ def test_images_lie_where_their_layout_says(
     wanted = [i * stride for i in range(count)]
     assert source_frames(scan, found_layout).tolist() == wanted
     images = frame_folder(root, "frames/video01", SPEC, found_layout)
-    assert [frame for frame, _ in images.files] == wanted
-    assert [name for _, name in images.files] == sorted(path.name for path in (root / "frames/video01").iterdir())
-    assert images.fps == 25
+    assert list(images) == wanted
+    assert list(images.values()) == sorted(path.name for path in (root / "frames/video01").iterdir())
     assert found_layout.frame_count == count * stride
-    (root / "frames/video01" / images.files[-1][1]).unlink()
+    (root / "frames/video01" / images[wanted[-1]]).unlink()
     with pytest.raises(UserError, match="its images are not those in the index"):
         frame_folder(root, "frames/video01", SPEC, found_layout)

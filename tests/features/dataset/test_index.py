@@ -140,9 +140,7 @@ def test_the_real_frame_folders_need_no_setting_and_no_picture_is_opened(
         assert (entry.frames.numbering, entry.frames.base, entry.frames.stride) == ("source", 0, 100)
         frames = sampled_frames(entry, 0.25)
         total += len(frames)
-        assert [
-            frame for frame, _ in frame_folder(root, entry.source, index.dataset, entry.frames).files
-        ] == frames.tolist()
+        assert list(frame_folder(root, entry.source, index.dataset, entry.frames)) == frames.tolist()
         phase, tools = load_labels(entry, root, index, frames)
         assert np.array_equal(phase, published[f"{entry.id}_phase"][::4])
         assert np.array_equal(tools, published[f"{entry.id}_tools"][::4])
@@ -306,7 +304,7 @@ def test_images_that_are_missing_are_frames_that_are_not_there(tmp_path: Path) -
     there = [k * 25 for k in range(40) if k not in (5, 6, 19)]
     assert sampled_frames(entry, 1).tolist() == there
     assert sampled_frames(entry, 0.5).tolist() == [frame for frame in there if frame % 50 == 0]
-    assert [frame for frame, _ in frame_folder(root, entry.source, SPEC, entry.frames).files] == there
+    assert list(frame_folder(root, entry.source, SPEC, entry.frames)) == there
     phase, _ = load_labels(entry, root, again, there)
     assert phase.tolist() == [frame * 7 // 1000 for frame in there]
     assert index_summary(again, count_frames(again, root, 1.0))[3] == ["frames", 37]

@@ -26,7 +26,7 @@ from features.frames.preprocess import (
     normalise,
     preprocess_json,
 )
-from features.video.images import FolderReader, FrameFolder
+from features.video.images import FolderReader
 from features.video.open import open_video
 
 rng = np.random.default_rng(0)
@@ -120,7 +120,7 @@ def test_geometry_of_a_video_reads_frames_only_where_needed(tmp_path):
     for number in range(0, 2000, 100):
         Image.fromarray(endoscope()).save(tmp_path / f"{number}.png")
         files.append((number, f"{number}.png"))
-    reader = FolderReader(tmp_path, FrameFolder(tuple(files), 25.0))
+    reader = FolderReader(tmp_path, dict(files))
     assert Geometry.of_video(PreprocessConfig(cut_margin=True, resize_px=64, crop_px=48), reader).box is not None
     for path in tmp_path.iterdir():
         path.unlink()

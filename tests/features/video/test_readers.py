@@ -21,7 +21,7 @@ from PIL import Image
 from features.video import container, images
 from features.video.base import ReaderError
 from features.video.decord import DecordReader, why_not_decord
-from features.video.images import FolderReader, FrameFolder
+from features.video.images import FolderReader
 from features.video.open import open_video, require_same_pixels
 from features.video.pyav import PyavReader
 from features.video.scan import count_packets, probe_video, scan_video
@@ -591,23 +591,19 @@ def test_importing_the_module_imports_no_decoder_and_no_torch():
 # ------------------------------------------------------------------------------------------ frame folders
 
 
-def save_images(folder: Path, numbers, size=(40, 30)) -> FrameFolder:
+def save_images(folder: Path, numbers, size=(40, 30)) -> dict[int, str]:
     folder.mkdir(exist_ok=True)
     files = []
     for number in numbers:
         name = f"video01_{number:06d}.png"
         Image.fromarray(videos.painted_frame(number, *size)).save(folder / name)
         files.append((number, name))
-    return FrameFolder(tuple(files), 25.0)
-
-
-def open_folder(folder: Path, frames: FrameFolder):
-    return FolderReader(folder, frames)
+    return dict(files)
 
 
 def test_folder_gives_the_image_of_each_source_frame(tmp_path):
     frames = save_images(tmp_path, range(0, 500, 100), size=(96, 64))
-    with open_folder(tmp_path, frames) as source:
+    with FolderReader(tmp_path, frames) as source:
         assert (source.name, source.frame_count) == ("pillow", 401)
         assert [frame_number(frame) for frame in source.read([100, 300, 400])] == [100, 300, 400]
         assert source.spread(3) == [0, 200, 400]
@@ -622,7 +618,7 @@ def test_folder_images_may_change_in_size_and_kind(tmp_path):
     for number, (mode, suffix) in enumerate([("L", "png"), ("P", "png"), ("RGBA", "png"), ("RGB", "jpg")], start=1):
         rgb.convert(mode).save(tmp_path / f"f{number}.{suffix}")
         extra.append((number, f"f{number}.{suffix}"))
-    with open_folder(tmp_path, FrameFolder((*frames.files, *extra), 25.0)) as source:
+    with FolderReader(tmp_path, {**frames, **dict(extra)}) as source:
         shapes = [frame.shape for frame in source.read(range(5))]
         assert shapes == [(30, 40, 3), *[(37, 51, 3)] * 4]
         assert np.array_equal(next(source.read([3])), np.asarray(rgb))
@@ -633,7 +629,7 @@ def test_folder_applies_the_camera_rotation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned clockwise by a quarter
     Image.fromarray(rgb).save(tmp_path / "a.png", exif=exif)
-    with open_folder(tmp_path, FrameFolder(((0, "a.png"),), 25.0)) as source:
+    with FolderReader(tmp_path, {0: "a.png"}) as source:
         assert np.array_equal(next(source.read([0])), np.rot90(rgb, -1))
 
 
@@ -653,7 +649,7 @@ def test_half_an_image_is_refused_in_one_line_that_names_it(tmp_path, suffix, ke
     Image.fromarray(videos.painted_frame(9, 200, 150)).save(path)
     videos.truncate(path, keep)
     with (
-        open_folder(tmp_path, FrameFolder(((100, path.name),), 25.0)) as source,
+        FolderReader(tmp_path, {100: path.name}) as source,
         pytest.raises(ReaderError, match="frame 100 cannot be read") as caught,
     ):
         next(source.read([100]))
@@ -677,7 +673,7 @@ def test_images_that_are_refused(tmp_path, monkeypatch):
         ("gone.png", "no such image"),
     ):
         with (
-            open_folder(tmp_path, FrameFolder(((0, name),), 25.0)) as source,
+            FolderReader(tmp_path, {0: name}) as source,
             pytest.raises(ReaderError, match=what) as caught,
         ):
             next(source.read([0]))
@@ -686,7 +682,7 @@ def test_images_that_are_refused(tmp_path, monkeypatch):
 
 def test_folder_without_images_is_an_error(tmp_path):
     with pytest.raises(ReaderError, match="holds no images"):
-        open_folder(tmp_path, FrameFolder((), 25.0))
+        FolderReader(tmp_path, {})
 
 
 # ---------------------------------------------------------------------------------------------- hardware
