@@ -36,8 +36,8 @@ def main() -> None:
 def differences(backbone: str, precision: str, frames: int, batches: list[int]) -> dict[str, object]:
     """The arithmetic chosen and the largest difference by batch size."""
     from configs.schema import Config
+    from stage1_cnn.encoders.backbone import initial_backbone
     from stage1_cnn.encoders.encoder import Encoder
-    from stage1_cnn.model import initial_backbone
 
     settings = {
         "device": "cpu",

@@ -16,7 +16,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from configs.errors import UserError, did_you_mean, one_line
+from configs.errors import UserError, did_you_mean, listed, one_line
 
 PLUGINS_VARIABLE = "SURGSTAGE_PLUGINS"
 
@@ -43,7 +43,7 @@ class Registry(Generic[T]):
         if name not in self._entries:
             self._load_plugins()
         if name not in self._entries:
-            hint = did_you_mean(name, self._entries) or f" (known: {', '.join(self._entries)})"
+            hint = did_you_mean(name, self._entries) or f" (known: {listed(list(self._entries), 12)})"
             raise UserError(f"unknown {self.kind} {name}{hint}")
         return self._entries[name]
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.schema import DataSetSpec, HeadConfig, JointNetConfig, LstmHead
 from features.dataset.phase_order import ids_of_order
+from stage1_cnn.encoders.backbone import build_backbone
 from stage1_cnn.encoders.weights import misfits
-from stage1_cnn.model import build_backbone
 from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.joint.net import JointNet, build_joint
 

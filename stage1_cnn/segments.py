@@ -1,6 +1,6 @@
-"""A long video on several cores: parts that begin at batches, computed apart and put together as if by one process.
+"""A long video on several cores: parts that begin at batches, computed separately and put together in order.
 
-Batches are cut by sample number, so a part that begins at one sees the same batches as whoever does the whole video.
+Batches are cut by sample number, so a part that begins at a batch computes the same batches as one process would.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _GOOD_BALANCE = 1.1
 
 @dataclass(frozen=True)
 class VideoJob:
-    """One video to do, or with `part` (where its rows go meanwhile) the `frames` samples of it from `first` on.
+    """One video to extract, or with `part` (the file of its rows) the `frames` samples of it from `first` on.
 
-    `frames` are those to compute, none where only labels are new.
+    `frames` is the number of samples to compute, 0 where only labels are new.
     """
 
     video_id: str
@@ -48,7 +48,7 @@ class VideoJob:
 
 
 class Rows(Protocol):
-    """What takes a video's rows, or a part's, from the first on."""
+    """A destination of a video's or a part's rows, from the first on."""
 
     def append(self, features: NDArray[Any], tool_logits: NDArray[np.float32]) -> None: ...
 
@@ -65,8 +65,8 @@ def split_among(
 ) -> list[VideoJob]:
     """The jobs, longest first, some of them cut at batches so that `processes` end at about the same time.
 
-    Only as many cuts as that takes, and no part under `least_frames` or one batch; `may_split` is asked about
-    candidates alone. Parts have no place yet.
+    There are no more cuts than that takes, and no part is shorter than `least_frames` or one batch; `may_split` is
+    called for candidates only. Parts have no place yet.
     """
     counts = dict.fromkeys(jobs, 1)
     if processes > 1:
@@ -82,7 +82,7 @@ def _balance(
     least_frames: int,
     may_split: Callable[[VideoJob], bool],
 ) -> None:
-    """Raise the number of parts of the job with the longest ones until the processes are balanced, or nothing helps."""
+    """Cut the job with the longest parts into one more part until the processes are balanced, or no cut helps."""
     ideal = sum(job.frames for job in counts) / processes
     best, best_counts = math.inf, dict(counts)
 
@@ -106,7 +106,7 @@ def _balance(
 
 
 def _makespan(lengths: Sequence[float], processes: int) -> float:
-    """When the last process ends, where each takes the longest piece that is left."""
+    """When the last process ends, where each takes the longest remaining piece."""
     ends = [0.0] * processes
     for length in sorted(lengths, reverse=True):
         heapq.heapreplace(ends, ends[0] + length)
@@ -114,7 +114,7 @@ def _makespan(lengths: Sequence[float], processes: int) -> float:
 
 
 def _cut(job: VideoJob, count: int, batch_frames: int) -> Iterator[VideoJob]:
-    """Parts of nearly as many whole batches each; what is left goes to the last one."""
+    """Parts with nearly equal numbers of whole batches; remaining samples go to the last one."""
     if count == 1:
         yield job
         return
@@ -134,7 +134,7 @@ class _PartWriter:
         self._stream, self._path = stream, path
 
     def append(self, features: NDArray[Any], tool_logits: NDArray[np.float32]) -> None:
-        """The next rows. Raises UserError when the part is not wanted any more."""
+        """Write the next rows. Raises UserError when an earlier part has failed and this one's file was removed."""
         if not self._path.exists():
             raise UserError("given up, an earlier part of the video has failed")
         self._stream.write(np.concatenate([features, tool_logits], axis=1).astype(np.float32).tobytes())
@@ -143,9 +143,9 @@ class _PartWriter:
 
 @contextmanager
 def write_part(path: Path, video_path: Path, provenance: Mapping[str, str]) -> Iterator[Rows]:
-    """Fill the part that waits, empty, at `path`. Raises UserError, naming the video's own file, for a full disk."""
+    """Fill the empty part at `path`. Raises UserError, naming the video's own file, for a full disk."""
     try:
-        with path.open("r+b") as stream:  # never makes a file: whoever placed it may have removed it
+        with path.open("r+b") as stream:  # creates no file: the process that placed it may have removed it
             stream.truncate()
             stream.write(json.dumps(dict(provenance)).encode() + b"\n")
             yield _PartWriter(stream, path)
@@ -160,7 +160,7 @@ def write_part(path: Path, video_path: Path, provenance: Mapping[str, str]) -> I
 
 
 def read_provenance(path: Path) -> dict[str, str]:
-    """Where a part's frames came from."""
+    """The reader and source of a part's frames."""
     with path.open("rb") as stream:
         found: dict[str, str] = json.loads(stream.readline())
     return found
@@ -177,84 +177,77 @@ def read_part(path: Path, dim: int, tools: int, batch_frames: int) -> Iterator[t
 
 
 class Assembly:
-    """Gives parts their places, waits for the last one of each video, and lets `finish` put them together.
+    """Gives parts their places, waits for the last one of each video, and calls `finish` to put them together.
 
-    A context manager: whatever happens, no part is left. The places are files of this process, empty until somebody
-    fills them, which `remove_stale_temporaries` sweeps when this process was killed.
+    A context manager that leaves no part behind. The places are files of this process, empty until another process
+    fills them, which `remove_stale_temporaries` removes when this process was killed.
     """
 
     def __init__(
         self, folder: Path, pieces: Iterable[VideoJob], finish: Callable[[VideoJob, Sequence[VideoJob]], None]
     ) -> None:
-        self._finish = finish
-        whole: dict[str, list[VideoJob]] = {}
-        for piece in pieces:
-            whole.setdefault(piece.video_id, []).append(piece)
+        self.finish = finish
         self.pieces: list[VideoJob] = []
         self._parts: dict[str, list[VideoJob]] = {}
-        for video_id, found in whole.items():
+        videos: dict[str, list[VideoJob]] = {}
+        for piece in sorted(pieces, key=lambda piece: piece.first):
+            videos.setdefault(piece.video_id, []).append(piece)
+        for video_id, found in videos.items():
             if len(found) > 1:
-                place = feature_path(folder, video_id)
-                found = [replace(piece, part=temporary_path(place)) for piece in sorted(found, key=lambda p: p.first)]
-                self._parts[video_id] = found
+                path = feature_path(folder, video_id)
+                found = self._parts[video_id] = [replace(piece, part=temporary_path(path)) for piece in found]
             self.pieces.extend(found)
         self.pieces.sort(key=lambda piece: -piece.frames if self._parts else 0)
-        self._left = {video_id: {part.first for part in parts} for video_id, parts in self._parts.items()}
-        self._reasons: dict[str, dict[int, str]] = {video_id: {} for video_id in self._parts}
+        self._places = places_of(self.pieces)
+        # reason of each part that has ended, by its first sample; None where it was computed
+        self._ended: dict[str, dict[int, str | None]] = {video_id: {} for video_id in self._parts}
 
     def __enter__(self) -> Assembly:
-        for parts in self._parts.values():
-            for part in parts:
-                _place(part).touch()
+        for place in self._places:
+            place.touch()
         return self
 
     def __exit__(self, *error: object) -> None:
-        for parts in self._parts.values():
-            _remove(parts)
+        _remove(self._places)
 
     def ended(self, piece: VideoJob, reason: str | None) -> tuple[VideoJob, str | None] | None:
-        """A piece has ended: where it was the last one, the video and the reason of its first part that failed.
+        """Note that a piece has ended; where it was the last one, the video and the reason of its first failed part.
 
         Raises NoRoomError when the disk is full.
         """
         if piece.part is None:
             return piece, reason
-        self._keep_alive()
-        parts, reasons = self._parts[piece.video_id], self._reasons[piece.video_id]
+        for place in self._places:  # another machine that removes stale files judges by the time of the last change
+            if place.exists():
+                os.utime(place)
+        parts, ended = self._parts[piece.video_id], self._ended[piece.video_id]
+        ended[piece.first] = reason
         if reason is not None:
-            reasons[piece.first] = reason
-            _remove(part for part in parts if part.first > piece.first)
-        left = self._left[piece.video_id]
-        left.discard(piece.first)
-        if left:
+            _remove(places_of(part for part in parts if part.first > piece.first))
+        if len(ended) < len(parts):
             return None
         video = replace(piece, frames=sum(part.frames for part in parts), first=0, part=None)
-        reason = reasons[min(reasons)] if reasons else self._put_together(video, parts)
-        _remove(parts)
+        reason = next((why for _, why in sorted(ended.items()) if why is not None), None)
+        if reason is None:
+            reason = self._put_together(video, parts)
+        _remove(places_of(parts))
         return video, reason
 
     def _put_together(self, video: VideoJob, parts: Sequence[VideoJob]) -> str | None:
         try:
-            self._finish(video, parts)
+            self.finish(video, parts)
         except NoRoomError:
             raise
         except VIDEO_ERRORS as error:
             return failure_reason(error)
         return None
 
-    def _keep_alive(self) -> None:
-        """Another machine that sweeps this folder goes by the time of the last change."""
-        for parts in self._parts.values():
-            for part in parts:
-                if _place(part).exists():
-                    os.utime(_place(part))
+
+def places_of(parts: Iterable[VideoJob]) -> list[Path]:
+    """Where the rows of parts are; nothing for jobs that are whole videos."""
+    return [part.part for part in parts if part.part is not None]
 
 
-def _place(part: VideoJob) -> Path:
-    assert part.part is not None  # only parts are here
-    return part.part
-
-
-def _remove(parts: Iterable[VideoJob]) -> None:
-    for part in parts:
-        _place(part).unlink(missing_ok=True)
+def _remove(places: Iterable[Path]) -> None:
+    for place in places:
+        place.unlink(missing_ok=True)

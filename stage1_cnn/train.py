@@ -1,28 +1,27 @@
-"""Training of stage one: tool presence (and, on demand, phases) a frame at a time.
+"""Training of stage one: tool presence (and, on request, phases) of single frames.
 
-Loss: binary cross-entropy over labelled tool entries + `phase_loss_weight` x cross-entropy over labelled phases. The
-best epoch is the one with the highest validation mAP (pooled over frames; see evaluation.metrics.tools).
+The loss is `stage1_cnn.loss.FrameLoss`. The best epoch is the one with the highest validation mAP (pooled over frames;
+see evaluation.metrics.tools).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from configs.errors import UserError
-from configs.schema import CnnConfig, Config
+from configs.schema import Config
 from engine.device import make_accelerator, seed_everything
 from engine.launch import is_main_process
 from engine.logs import METRICS_FILE, read_metrics
-from engine.processes import Processes, join, one_process
+from engine.processes import Processes, join
 from engine.progress import progress_bar, say
 from engine.runs import StageFolder, StageIdentity, settings_without
 from engine.session import TrainingSession
@@ -40,22 +39,13 @@ from stage1_cnn.data import (
     LabelledFrames,
     choose_workers,
     labelled_frames,
-    share_request,
     training_requests,
     validation_requests,
 )
-from stage1_cnn.model import (
-    CHECKPOINT_STAGE,
-    NetOutput,
-    ToolNet,
-    build_net,
-    describe,
-    rebuild_from_checkpoint,
-    require_image_size,
-    settled_weights,
-    weights_identity,
-    weights_sha256,
-)
+from stage1_cnn.encoders.backbone import require_image_size
+from stage1_cnn.encoders.pretrained import CHECKPOINT_STAGE, settled_weights, weights_identity
+from stage1_cnn.loss import FrameLoss
+from stage1_cnn.model import build_net, describe, rebuild_from_checkpoint, weights_sha256
 
 
 def train_cnn(
@@ -85,47 +75,36 @@ def train_cnn(
     device = accelerator.device
     net = processes.each(lambda: build_net(config, index.dataset, trusted=trusted))
     require_image_size(net.backbone, config.preprocess.crop_px)
-    processes.each(lambda: load_frames(config, index, root))  # before hours of decoding, as the next line
+    processes.each(lambda: load_frames(config, index, root))  # before hours of decoding, like the next line
     processes.from_first(stage.check)
     index = cache_readable(config, index, root, processes, stop)
     if processes.first:
         say_left_out(index)
     train, val = processes.each(lambda: load_frames(config, index, root))
-    # only now: settings that cannot be trained with leave no folder that binds the name to them
+    # only now, so that settings that cannot be trained with do not occupy the run's name
     stage = StageFolder(run, CHECKPOINT_STAGE, config, identity(config, index))
     processes.from_first(stage.open)
-    loss = Loss(cnn, train, len(index.dataset.phases), processes.total).to(device)
+    loss = FrameLoss(cnn, train, len(index.dataset.phases), processes.total).to(device)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if cnn.sync_batch_norm:
         synchronise_batch_norm(net, processes, device)
+    groups, about = parameter_groups(net, cnn.backbone_lr_factor), describe(net, index.dataset)
     session = TrainingSession(
-        stage.path,
-        accelerator,
-        net,
-        parameter_groups(net, cnn),
-        cnn,
-        describe(net, index.dataset),
-        stop,
-        cnn.accumulate_steps,
-        processes=processes,
+        stage.path, accelerator, net, groups, cnn, about, stop, cnn.accumulate_steps, processes=processes
     )
     if cnn.weights == "cached" and processes.first:
-        say(
-            f"initial weights: {settled_weights(cnn)} (cnn.weights=cached takes ImageNet's where this machine has them)"
-        )
+        say(f"initial weights: {settled_weights(cnn)} (cnn.weights=cached: ImageNet's where this machine has them)")
     session.resume()
     dataset = FrameDataset({"train": train, "val": val}, config.preprocess.crop_px, cnn.augment, config.seed)
     with FrameLoader[FrameBatch](dataset, choose_workers(cnn.workers, device), device, stop) as loader:
         for epoch in session.epochs():
-            requests = training_requests(config.seed, epoch, len(train), cnn.batch_frames, cnn.frames_per_epoch)
-            shares = [share_request(one, processes.rank, processes.count) for one in requests]
-            mine = [request for request, _ in shares]
-            for batch in session.batches(loader.batches(mine[session.position.step :]), len(mine)):
-                counts = shares[session.position.step][1]
+            whole = training_requests(config.seed, epoch, len(train), cnn.batch_frames, cnn.frames_per_epoch)
+            requests = [request.share(processes.rank, processes.count) for request in whole]
+            for batch in session.batches(loader.batches(requests[session.position.step :]), len(requests)):
                 with session.gradient_sync():
                     with session.autocast():
                         output = session.model(to_input(batch, config, device))
-                        value = loss(output, batch if counts else without_labels(batch))
+                        value = loss(output, batch)
                     session.update(value, partial(_name_batch, train, batch))
             scores = validate(session, loader, val, config, index)
             session.finish_epoch(scores, score=deciding_score(scores)[1])
@@ -168,26 +147,22 @@ def load_frames(config: Config, index: Index, root: Path) -> tuple[LabelledFrame
     return train, val
 
 
-def parameter_groups(net: ToolNet, cnn: CnnConfig) -> list[dict[str, Any]]:
-    """Backbone and heads with their learning-rate factors; a backbone with factor 0 needs no gradients either."""
-    if cnn.backbone_lr_factor == 0:
-        net.backbone.requires_grad_(False)
-    heads = [parameter for head in net.heads() for parameter in head.parameters()]
+def parameter_groups(net: nn.Module, backbone_lr_factor: float, others: str = "head") -> list[dict[str, Any]]:
+    """The net's `backbone`, with its learning-rate factor, and all `others`; a factor of 0 also needs no gradients."""
+    backbone = net.get_submodule("backbone")
+    if backbone_lr_factor == 0:
+        backbone.requires_grad_(False)
+    inside = {id(parameter) for parameter in backbone.parameters()}
     return [
-        {"name": "backbone", "params": list(net.backbone.parameters()), "lr_factor": cnn.backbone_lr_factor},
-        {"name": "head", "params": heads},
+        {"name": "backbone", "params": list(backbone.parameters()), "lr_factor": backbone_lr_factor},
+        {"name": others, "params": [one for one in net.parameters() if id(one) not in inside]},
     ]
 
 
-def without_labels(batch: FrameBatch) -> FrameBatch:
-    """The batch of a process that has no part in a step."""
-    return batch._replace(phase=torch.full_like(batch.phase, -1), tools=torch.full_like(batch.tools, -1))
-
-
 def synchronise_batch_norm(net: nn.Module, processes: Processes, device: torch.device) -> None:
-    """Let batch norm take mean and variance over all processes, in place, under the same names.
+    """Compute batch norm's mean and variance over all processes; in place, under the same names.
 
-    Raises UserError where torch has none: on CPUs.
+    Raises UserError on CPUs, for which torch has no synchronised batch norm.
     """
     if processes.count == 1:
         return
@@ -205,86 +180,6 @@ def to_input(batch: FrameBatch, config: Config, device: torch.device) -> Tensor:
     return changed_images(batch.images, batch.flip, batch.colour, config.preprocess, device)
 
 
-# ---------------------------------------------------------------------------------------------- loss
-
-
-class Loss(nn.Module):
-    """Binary cross-entropy on tools plus weighted cross-entropy on phases, over the labelled entries of a batch.
-
-    With `class_weighting=inverse_frequency`, a tool's positive entries weigh (frames without it) / (frames with it) in
-    the training videos, so that presence and absence add up to the same weight; and a phase weighs
-    frames / (phases x frames of it), the "balanced" weights of scikit-learn. What never appears weighs 1.
-    """
-
-    positive_weight: Tensor | None  # (K,)
-    class_weight: Tensor | None  # (C,)
-
-    def __init__(
-        self,
-        cnn: CnnConfig,
-        train: LabelledFrames,
-        phases: int = 0,
-        over_all: Callable[[Tensor], Tensor] = one_process,
-    ) -> None:
-        super().__init__()
-        self.over_all = over_all
-        self.phase_weight = cnn.phase_loss_weight
-        weighted = cnn.class_weighting == "inverse_frequency"
-        self.register_buffer("positive_weight", positive_weights(train.tools) if weighted else None)
-        self.register_buffer("class_weight", phase_weights(train.phase, phases) if weighted else None)
-
-    def forward(self, output: NetOutput, batch: FrameBatch) -> Tensor:
-        """Mean loss of a batch, a scalar in float32; on several processes this one's part of it."""
-        device = output.tool_logits.device
-        tools = batch.tools.to(device, non_blocking=True)
-        loss = tool_loss(output.tool_logits, tools, self.positive_weight, self.over_all)
-        if output.phase_logits is not None:
-            phase = batch.phase.to(device, non_blocking=True)
-            summed = F.cross_entropy(
-                output.phase_logits.float(), phase, weight=self.class_weight, ignore_index=-1, reduction="sum"
-            )
-            loss = loss + self.phase_weight * summed / self._phase_total(phase)
-        return loss
-
-    def _phase_total(self, phase: Tensor) -> Tensor:
-        """What the labelled frames weigh together."""
-        labelled = (phase >= 0).float()
-        weights = labelled if self.class_weight is None else self.class_weight[phase.clamp(min=0)] * labelled
-        return self.over_all(weights.sum()).clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def tool_loss(
-    logits: Tensor,
-    tools: Tensor,
-    positive_weight: Tensor | None = None,
-    over_all: Callable[[Tensor], Tensor] = one_process,
-) -> Tensor:
-    """Binary cross-entropy of logits (..., K) on labels (..., K), -1 = no label: mean over labelled entries, float32.
-
-    0 where nothing is labelled. `positive_weight` (K,) scales the entries of tools that are there. `over_all` adds the
-    count over processes, so that each gets its part of the mean.
-    """
-    labelled = tools >= 0
-    entries = F.binary_cross_entropy_with_logits(
-        logits.float(), tools.clamp(min=0), pos_weight=positive_weight, reduction="none"
-    )
-    return (entries * labelled).sum() / over_all(labelled.sum()).clamp(min=1)
-
-
-def positive_weights(tools: NDArray[np.int8]) -> Tensor:
-    """Weights (K,) of positive tool entries from labels (R, K), -1 = no label."""
-    present, absent = (tools == 1).sum(axis=0), (tools == 0).sum(axis=0)
-    usable = (present > 0) & (absent > 0)
-    return torch.from_numpy(np.where(usable, absent / np.maximum(present, 1), 1.0).astype(np.float32))
-
-
-def phase_weights(phase: NDArray[np.int8], phases: int) -> Tensor:
-    """Weights (C,) of phases from labels (R,), -1 = no label."""
-    counts = np.bincount(phase[phase >= 0], minlength=phases)
-    balanced = counts.sum() / (max(1, (counts > 0).sum()) * np.maximum(counts, 1))
-    return torch.from_numpy(np.where(counts > 0, balanced, 1.0).astype(np.float32))
-
-
 # ---------------------------------------------------------------------------------------------- validation
 
 
@@ -293,7 +188,7 @@ def validate(
 ) -> dict[str, float | None]:
     """Scores on the validation videos, centre crop: tool mAP (fraction) and, with a phase head, phase accuracy.
 
-    None for what cannot be said: no videos, no labels, or no tool that ever appears.
+    None where there are no videos, no labels, or no tool that ever appears.
     """
     scores: dict[str, float | None] = {"val_map": None}
     if session.raw_model.phase_head is not None:
@@ -302,13 +197,25 @@ def validate(
         return scores
     predicted = session.validate(lambda: predict(session, loader, val, config))
     tool_logits, phase_logits = (_in_order(parts, session.processes) for parts in zip(*predicted, strict=True))
-    if tool_logits is not None and (val.tools >= 0).any():
-        results = evaluate_tools(_by_video(val, val.tools), _by_video(val, tool_logits), index.dataset.tools)
-        scores["val_map"] = None if results.map_pooled is None else results.map_pooled / 100
+    if tool_logits is not None:
+        scores["val_map"] = pooled_map(_by_video(val, val.tools), _by_video(val, tool_logits), index.dataset.tools)
     labelled = val.phase >= 0
     if phase_logits is not None and labelled.any():
         scores["val_phase_accuracy"] = float((phase_logits.argmax(axis=1) == val.phase)[labelled].mean())
     return scores
+
+
+def pooled_map(
+    truth: Mapping[str, NDArray[np.int8]], logits: Mapping[str, NDArray[np.float32] | None], tools: Sequence[str]
+) -> float | None:
+    """Tool mAP as a fraction, pooled over the frames of all videos with tool labels, by id.
+
+    None without labels or logits, and where no tool ever appears.
+    """
+    labelled = {name: labels for name, labels in truth.items() if (labels >= 0).any()}
+    scores = {name: one for name in labelled if (one := logits[name]) is not None}
+    percent = evaluate_tools(labelled, scores, tools).map_pooled if scores else None
+    return None if percent is None else percent / 100
 
 
 Logits = list[NDArray[np.float32]]
@@ -351,18 +258,10 @@ def _by_video(frames: LabelledFrames, values: NDArray[Any]) -> dict[str, NDArray
 def summarise(
     folder: Path, config: Config, index: Index, precision: str, train: LabelledFrames, val: LabelledFrames
 ) -> dict[str, Any]:
-    """What a finished training says of itself, from its best checkpoint and its log."""
+    """The content of `result.json`, from the best checkpoint and the log."""
     net, meta = rebuild_from_checkpoint(folder / "best.pt")
-    best = meta["scores"]
-    epochs = read_metrics(folder / METRICS_FILE, "epoch")
-    seconds = sum(row["seconds"] for row in epochs)
     result: dict[str, Any] = {
-        "val_map": best["val_map"],
-        "val_phase_accuracy": best.get("val_phase_accuracy"),
-        "best_epoch": best["epoch"] + 1,
-        "epochs": len(epochs),
-        "chosen_by": deciding_score(best)[0],
-        "seconds": round(seconds, 2),
+        **training_outcome(folder, meta["scores"], _SCORE_NAMES, deciding_score(meta["scores"])[0]),
         "train_frames": len(train),
         "val_frames": len(val),
         "train_videos": len(train.videos),
@@ -375,12 +274,35 @@ def summarise(
         "checkpoint": str(folder / "best.pt"),
         "left_out": index.left_out_records(),
     }
-    result["sentence"] = _sentence(result)
+    result["sentence"] = outcome_sentence(result, _SCORE_NAMES)
     return result
 
 
+def training_outcome(
+    folder: Path, best: Mapping[str, Any], score_names: Mapping[str, str], chosen_by: str
+) -> dict[str, Any]:
+    """The scores of the best epoch (counted from 1) and the length of a training, from its log in `folder`."""
+    epochs = read_metrics(folder / METRICS_FILE, "epoch")
+    return {
+        **{key: best.get(key) for key in score_names},
+        "best_epoch": best["epoch"] + 1,
+        "epochs": len(epochs),
+        "chosen_by": chosen_by,
+        "seconds": round(sum(row["seconds"] for row in epochs), 2),
+    }
+
+
+def outcome_sentence(result: Mapping[str, Any], score_names: Mapping[str, str]) -> str:
+    """The result of a training in one line."""
+    scores = [f"{words} {result[key]:.3f}" for key, words in score_names.items() if result[key] is not None]
+    return (
+        f"{', '.join(scores) or 'no validation score'} at epoch {result['best_epoch']} of {result['epochs']}; "
+        f"{result['train_frames']:,} training frames, {result['seconds']:.0f} s; {result['checkpoint']}"
+    )
+
+
 def deciding_score(scores: Mapping[str, Any]) -> tuple[str, float | None]:
-    """What the best epoch is chosen by, in words, and its value: mAP, else phase accuracy, else nothing."""
+    """The name and value of the score that chooses the best epoch: tool mAP, else phase accuracy, else none."""
     for key, words in _SCORE_NAMES.items():
         if scores.get(key) is not None:
             return words, scores[key]
@@ -388,11 +310,3 @@ def deciding_score(scores: Mapping[str, Any]) -> tuple[str, float | None]:
 
 
 _SCORE_NAMES = {"val_map": "validation mAP", "val_phase_accuracy": "validation phase accuracy"}
-
-
-def _sentence(result: Mapping[str, Any]) -> str:
-    scores = [f"{words} {result[key]:.3f}" for key, words in _SCORE_NAMES.items() if result[key] is not None]
-    return (
-        f"{', '.join(scores) or 'no validation score'} at epoch {result['best_epoch']} of {result['epochs']}; "
-        f"{result['train_frames']:,} training frames, {result['seconds']:.0f} s; {result['checkpoint']}"
-    )

@@ -37,8 +37,8 @@ from features.frames.source import encoded_at_once, open_source, source_frames
 from features.ids import file_stem
 from features.video.write import encode_mp4
 from stage1_cnn.encoders.encoder import load_encoder
-from stage1_cnn.extract import crop_batches
-from stage1_cnn.model import CHECKPOINT_STAGE
+from stage1_cnn.encoders.pretrained import CHECKPOINT_STAGE
+from stage1_cnn.video_features import crop_batches
 from stage2_temporal.data import with_tool_logits
 from stage2_temporal.heads.base import require_causal
 from stage2_temporal.joint.net import FOLDER, joint_checkpoint, load_joint

@@ -111,7 +111,7 @@ def test_settings_of_another_net_are_refused_and_other_pictures_noted(
     other = load_config(tmp_path / "runs/old/joint/imported/config.yaml", ["preprocess.mean=[0.5, 0.5, 0.5]"])
     capsys.readouterr()
     initial_net(other, Index.load(other.data.index), Start(joint=tmp_path / "runs/old"))
-    assert "was trained on pictures prepared otherwise (preprocess: mean:" in capsys.readouterr().err
+    assert "was trained on frames preprocessed differently (preprocess: mean:" in capsys.readouterr().err
 
 
 class Payload:

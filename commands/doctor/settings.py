@@ -119,19 +119,20 @@ def compare_readers(folder: Path) -> str:
 
 def check_weights(config: Config) -> Iterable[Finding]:
     """Whether the initial weights of the backbone are on this machine. Downloads nothing."""
-    from stage1_cnn.model import settled_weights, weights_file
+    from stage1_cnn.encoders.pretrained import published_weights, settled_weights, weights_file
 
     cnn = config.cnn
     try:
         weights = settled_weights(cnn)
         path = None if weights == "random" else weights_file(cnn.backbone, weights, config.runs)
+        trained_on = f", {published_weights(cnn.backbone).trained_on}" if weights == "imagenet" else ""
     except UserError as error:
         yield Finding("FAIL", "weights", str(error))
         return
     if path is None:
         yield Finding("ok", "weights", f"{cnn.backbone} starts from random weights (cnn.weights={cnn.weights})")
     elif path.is_file():
-        yield Finding("ok", "weights", f"{path} ({path.stat().st_size / 1e6:,.0f} MB)")
+        yield Finding("ok", "weights", f"{path} ({path.stat().st_size / 1e6:,.0f} MB{trained_on})")
     else:
         found = f"{path} does not exist; it is downloaded when it is first needed"
         to_do = "without internet copy the file there, or set cnn.weights=FILE or cnn.weights=random"
@@ -217,7 +218,7 @@ def _check_store(config: Config) -> Iterable[Finding]:
     """Space for the features of all videos; which of them exist already is not known without the encoder's digest."""
     from features.store import EncoderSpec, feature_path
     from features.store_folder import estimate_bytes
-    from stage1_cnn.model import build_backbone
+    from stage1_cnn.encoders.backbone import build_backbone
 
     store, frames = config.extract.store, _sampled_frames(config)
     name, storage = config.cnn.backbone, config.extract.storage

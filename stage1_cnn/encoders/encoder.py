@@ -1,10 +1,9 @@
-"""The encoder of extraction: a backbone in the arithmetic that suits the device, and the name of what it computes."""
+"""The encoder of extraction: a backbone in the arithmetic that suits the device, and its identity."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,27 +18,26 @@ from engine.progress import say
 from engine.runs import RESULT_FILE, require_same_classes
 from features.frames.preprocess import crop_frames, normalise, preprocess_json
 from features.store import EncoderSpec
+from stage1_cnn.encoders.backbone import Backbone, initial_backbone, require_image_size
 from stage1_cnn.encoders.folding import fold_batch_norm
 from stage1_cnn.encoders.fusing import fuse_relu
+from stage1_cnn.encoders.pretrained import best_checkpoint
 from stage1_cnn.model import (
-    Backbone,
     ToolNet,
-    best_checkpoint,
-    initial_backbone,
     rebuild_encoder,
     rebuild_from_checkpoint,
-    require_image_size,
+    require_same_backbone,
     weights_sha256,
 )
 
 
 class Encoder:
-    """A net in evaluation mode on its device, and the specification that names what it computes.
+    """A net in evaluation mode on its device, and the specification that identifies its features.
 
     `tool_head` is None for an encoder that was not trained; its tool logits are NaN. Only the backbone runs in the
-    lower precision; the head, whose logits are ranked, takes float32. In the lower precision batch norm is folded into
-    the convolutions before it (on a CPU that can, ReLU is fused with them, too), and what could be folded has such
-    weights itself; other nets run under autocast.
+    lower precision; the head, whose logits are ranked, computes in float32. In the lower precision batch norm is folded
+    into the convolutions before it (and ReLU fused with them on a CPU that supports it), and the folded net's weights
+    are stored in that precision; nets that cannot be folded run under autocast.
     """
 
     def __init__(
@@ -48,7 +46,7 @@ class Encoder:
         self.device = choose_device(config.device)
         precision = choose_precision("extract.precision", config.extract.precision, self.device, training=False)
         require_image_size(backbone, config.preprocess.crop_px)
-        # fp32 is what others are compared with, the joint net among them: it computes the layers as they are
+        # fp32 is the reference that the joint net is compared with: layers are computed as they are
         folded = fold_batch_norm(backbone, config.preprocess.crop_px) if precision != "fp32" else None
         may_fuse = self.device.type == "cpu" and not config.extract.compile and onednn.convolves(DTYPES[precision])
         fused = fuse_relu(folded, config.preprocess.crop_px) if folded is not None and may_fuse else None
@@ -76,19 +74,16 @@ class Encoder:
 
     @property
     def device_name(self) -> str:
-        """For the record: the kind of device, and which GPU."""
+        """The kind of device, or the GPU's name, as it is recorded in feature files."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
-    def __call__(self, crops: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Frames (N, S, S, 3) uint8 to embeddings (N, D) and tool logits (N, K), both float32."""
-        return self._encode(torch.as_tensor(crops))
+    def __call__(self, frames: NDArray[np.uint8] | torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Embeddings (N, D) and tool logits (N, K), both float32, of the centre crops of frames (N, R, R, 3) uint8.
 
-    def encode_pictures(self, pictures: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Resized frames (N, R, R, 3) uint8, pinned or not, cropped in the centre on the device; as `__call__`."""
-        pixels = pictures.to(self.device, non_blocking=True)
-        return self._encode(crop_frames(pixels, self.preprocess.crop_px)[:, 0])
-
-    def _encode(self, crops: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        R is the resized size, or the crop's size S where the frames are cropped already.
+        """
+        pixels = torch.as_tensor(frames).to(self.device, non_blocking=True)
+        crops = crop_frames(pixels, self.preprocess.crop_px)[:, 0]
         with torch.inference_mode():
             images = normalise(crops, self.preprocess, self.device).to(self._dtype)  # (N, 3, S, S)
             with lower_precision(self.device, self.spec.precision if self._dtype == torch.float32 else "fp32"):
@@ -116,21 +111,17 @@ def load_encoder(config: Config, run: Path | None, tools: Sequence[str], trusted
 
 
 def _load_checkpoint(config: Config, path: Path, tools: Sequence[str]) -> Encoder:
-    """Backbone and tool branch of a joint net, fed as it was trained."""
+    """Backbone and tool branch of a joint net. Raises UserError unless frames are prepared as in its training."""
     backbone, tool_head, meta = rebuild_encoder(path)
-    _require_fitting(path, meta, config, tools if tool_head is not None else meta["tools"])
+    require_same_backbone(path, meta["backbone"], config.cnn.backbone)
+    if tool_head is not None:
+        require_same_classes(path, "tools", meta["tools"], tools)
     trained_on = PreprocessConfig(**meta["preprocess"])
     if trained_on != config.preprocess:
         changed = "; ".join(differences(trained_on.model_dump(), config.preprocess.model_dump()))
-        raise UserError(f"{path}: trained with another preprocess ({changed}); set these to the former")
+        raise UserError(f"{path}: trained with another preprocess ({changed}); set preprocess to the first values")
     parts = torch.nn.ModuleDict({"backbone": backbone} | ({"tool_head": tool_head} if tool_head is not None else {}))
     return Encoder(config, backbone, tool_head, weights_sha256(parts), len(tools))
-
-
-def _require_fitting(path: Path, meta: Mapping[str, Any], config: Config, tools: Sequence[str]) -> None:
-    if meta["backbone"] != config.cnn.backbone:
-        raise UserError(f"{path}: holds {meta['backbone']}, but cnn.backbone={config.cnn.backbone}")
-    require_same_classes(path, "tools", meta["tools"], tools)
 
 
 def _load_finetuned(config: Config, run: Path | None, tools: Sequence[str]) -> ToolNet:
@@ -142,7 +133,8 @@ def _load_finetuned(config: Config, run: Path | None, tools: Sequence[str]) -> T
     except UserError as error:
         raise UserError(f"{error} (or set extract.encoder=initial for the backbone as it comes)") from error
     net, meta = rebuild_from_checkpoint(path)
-    _require_fitting(path, meta, config, tools)
+    require_same_backbone(path, meta["backbone"], config.cnn.backbone)
+    require_same_classes(path, "tools", meta["tools"], tools)
     if not (path.parent / RESULT_FILE).exists():
         say(f"{path.parent}: training is not finished; taking its best epoch so far")
     return net

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from stage1_cnn.model import replace_layer
+from stage1_cnn.encoders.backbone import replace_layer
 
 # Folding moves a product from one rounding to another; a net that moves further than this was folded wrongly.
 _TOLERANCE = 1e-3

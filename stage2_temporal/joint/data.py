@@ -1,7 +1,7 @@
-"""Clips of pictures for the joint net: cut as stage two cuts features, loaded and augmented as stage one loads frames.
+"""Clips of frames for the joint net: cut as stage two cuts features, loaded and augmented as stage one loads frames.
 
-What a step sees is a function of (seed, epoch, step) alone. One augmentation draw a clip; where state is carried from
-clip to clip (`chunked`), one a video and epoch, so that the picture does not jump where a clip ends.
+The batch of a step is a function of (seed, epoch, step) alone. One augmentation is drawn per clip; where state is
+carried from clip to clip (`chunked`), one per video and epoch, so that the image does not jump where a clip ends.
 """
 
 from __future__ import annotations
@@ -23,19 +23,24 @@ from stage2_temporal.data import NO_LABEL, Batch, Span, epoch_batches
 
 
 class ClipRequest(NamedTuple):
-    """One batch of clips to make: rows of each clip's first frame, clip lengths, and rows whose draw each clip has."""
+    """One batch of clips to make: rows of each clip's first frame, clip lengths, and rows that seed each clip's draw.
+
+    Without `counts` its frames have no labels: a process that has no part in a step computes, and learns nothing.
+    """
 
     epoch: int
     first: tuple[int, ...]
     lengths: tuple[int, ...]
     draws: tuple[int, ...]
     fresh: bool
+    counts: bool = True
 
-    def share(self, rank: int, count: int) -> tuple[ClipRequest, bool]:
-        """Process `rank`'s clips and whether it has any; see `Batch.share`."""
-        mine = slice(rank, None, count) if rank < len(self.first) else slice(1)
+    def share(self, rank: int, count: int) -> ClipRequest:
+        """The part of process `rank` of `count`; see `Batch.share`."""
+        counts = rank < len(self.first)
+        mine = slice(rank, None, count) if counts else slice(1)
         part = self._replace(first=self.first[mine], lengths=self.lengths[mine], draws=self.draws[mine])
-        return (part, True) if rank < len(self.first) else (part._replace(fresh=True), False)
+        return part._replace(fresh=self.fresh or not counts, counts=counts)
 
 
 class ClipBatch(NamedTuple):
@@ -48,7 +53,8 @@ class ClipBatch(NamedTuple):
     first: Tensor  # (B,) int64, row of each clip's first frame
     flip: Tensor  # (B,) bool, still to be mirrored
     colour: Tensor  # (B, 3) float32, factors still to be applied; (0, 3) = none
-    fresh: bool  # zero state at the start; otherwise clip i goes on from clip i of the batch before
+    fresh: bool  # zero state at the start; otherwise clip i continues clip i of the batch before
+    counts: bool  # False: no labels, and no clip changes the carried state
 
 
 def spans_of(frames: LabelledFrames) -> list[Span]:
@@ -61,7 +67,7 @@ def spans_of(frames: LabelledFrames) -> list[Span]:
 def clip_requests(
     spans: Sequence[Span], config: SequenceConfig, seed: int, epoch: int, subset: int | None
 ) -> list[ClipRequest]:
-    """The epoch's batches in order (see `epoch_batches`); with `subset`, so many random clips of mode `clips` only."""
+    """The epoch's batches in order (see `epoch_batches`); `subset` (mode `clips` only) takes that many random clips."""
     batches = epoch_batches(spans, config, seed, epoch)
     if subset is not None and config.mode == "clips":
         whole, rest = divmod(subset, config.batch)
@@ -81,7 +87,7 @@ def _video_start(spans: Sequence[Span], row: int) -> int:
 
 
 class ClipDataset(Dataset):
-    """Makes whole batches: `dataset[request]` is a ClipBatch, or the UserError that stood in its way."""
+    """Makes whole batches: `dataset[request]` is a ClipBatch, or the UserError that prevented it."""
 
     def __init__(self, frames: LabelledFrames, sizes_px: tuple[int, int], augment: AugmentConfig, seed: int) -> None:
         self.frames, self.augment, self.seed = frames, augment, seed
@@ -97,8 +103,9 @@ class ClipDataset(Dataset):
         try:
             for n, (first, length) in enumerate(zip(request.first, request.lengths, strict=True)):
                 rows = slice(first, first + length)
-                images[n, :length] = drawn[n].crop(self._pictures(rows), self.crop_px)
-                phase[n, :length], tools[n, :length] = frames.phase[rows], frames.tools[rows]
+                images[n, :length] = drawn[n].crop(self._images(rows), self.crop_px)
+                if request.counts:
+                    phase[n, :length], tools[n, :length] = frames.phase[rows], frames.tools[rows]
         except UserError as error:
             return error
         return ClipBatch(
@@ -110,14 +117,15 @@ class ClipDataset(Dataset):
             flip=torch.tensor([draw.flip for draw in drawn]),
             colour=colour_factors([draw.colour for draw in drawn], self.augment, training=True),
             fresh=request.fresh,
+            counts=request.counts,
         )
 
     def _draw(self, request: ClipRequest, n: int) -> Draw:
-        """The change of a batch's clip `n`."""
+        """The augmentation of a batch's clip `n`."""
         generator = augment_generator(self.seed, request.epoch, request.draws[n])
         return draw_change(generator, self.augment, self.resize_px, self.crop_px)
 
-    def _pictures(self, rows: slice) -> NDArray[np.uint8]:
+    def _images(self, rows: slice) -> NDArray[np.uint8]:
         """(T, R, R, 3)."""
         frames = self.frames
         cache = frames.caches[frames.video[rows.start]]

@@ -10,34 +10,24 @@ what the two give one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.errors import UserError, one_line
-from configs.schema import Config, DataSetSpec, HeadSettings, JointLossConfig, JointNetConfig
+from configs.schema import Config, DataSetSpec, HeadSettings, JointNetConfig
 from engine.checkpoints import load_checkpoint
-from engine.processes import one_process
 from engine.runs import require_same_classes
-from stage1_cnn.model import (
-    Backbone,
-    best_checkpoint,
-    build_backbone,
-    freeze_batch_norm,
-    linear,
-    rebuild_from_checkpoint,
-    tool_branch,
-)
-from stage1_cnn.train import tool_loss
-from stage2_temporal.data import NO_LABEL
+from stage1_cnn.encoders.backbone import Backbone, batch_norms, build_backbone, freeze_batch_norm
+from stage1_cnn.encoders.pretrained import best_checkpoint
+from stage1_cnn.model import linear, rebuild_from_checkpoint, require_same_backbone, tool_branch
 from stage2_temporal.heads.base import State, build_head, require_causal
 from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.model import PhaseModel, require_same_head, saved_head
@@ -131,7 +121,7 @@ def _recomputing(backbone: Backbone) -> tuple[AbstractContextManager[None], Abst
 
 @contextmanager
 def _still_statistics(backbone: Backbone) -> Iterator[None]:
-    layers = [layer for layer in backbone.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    layers = list(batch_norms(backbone))
     before = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
     for layer in layers:
         layer.momentum = 0.0
@@ -166,11 +156,7 @@ def attach_cnn(net: JointNet, run: Path, tools: Sequence[str]) -> None:
     """
     path = best_checkpoint(run)
     stage_one, about = rebuild_from_checkpoint(path)
-    if stage_one.backbone.name != net.backbone.name:
-        raise UserError(
-            f"{path}: holds {stage_one.backbone.name}, but cnn.backbone={net.backbone.name}; "
-            f"add --set cnn.backbone={stage_one.backbone.name}"
-        )
+    require_same_backbone(path, stage_one.backbone.name, net.backbone.name)
     if net.tool_head is not None:
         require_same_classes(path, "tools", about["tools"], tools)
     net.backbone.load_state_dict(stage_one.backbone.state_dict())
@@ -212,8 +198,7 @@ def attach_joint(
     other, about = load_joint(path)
     require_same_classes(path, "phases", about["phases"], phases if other.phase is not None else about["phases"])
     require_same_classes(path, "tools", about["tools"], tools if other.tool_head is not None else about["tools"])
-    if about["backbone"] != net.backbone.name:
-        raise UserError(f"{path}: holds {about['backbone']}, but cnn.backbone={net.backbone.name}")
+    require_same_backbone(path, about["backbone"], net.backbone.name)
     if net.phase is not None and other.phase is not None:
         require_same_head(path, about["head"], head)  # two heads of the same shapes may still compute different things
     net.backbone.load_state_dict(other.backbone.state_dict())
@@ -227,69 +212,6 @@ def attach_joint(
         except RuntimeError as error:
             raise UserError(f"{path}: its {name} does not fit the settings ({one_line(error)})") from error
     return about
-
-
-# ---------------------------------------------------------------------------------------------- loss
-
-
-class JointLoss(nn.Module):
-    """Cross-entropy on phases + tool_weight x binary cross-entropy on tools [+ alpha x correlation].
-
-    Means over the labelled frames or entries of a batch; the correlation is over every frame, labelled or not. On
-    several processes `over_all` adds the counts, and each gets its part of the means.
-    """
-
-    def __init__(self, config: JointLossConfig, step: str, over_all: Callable[[Tensor], Tensor] = one_process) -> None:
-        super().__init__()
-        self.config, self.step, self.over_all = config, step, over_all
-
-    def forward(self, output: JointOutput, phase: Tensor, tools: Tensor, lengths: Tensor) -> Tensor:
-        """Logits of B clips, phases (B, T), tools (B, T, K), lengths (B,) -> scalar. -1: no label, or padding."""
-        if self.step == "mapping":
-            assert output.mapped_logits is not None
-            return tool_loss(output.mapped_logits, tools, over_all=self.over_all)
-        terms = []
-        if output.phase_stages is not None:
-            wanted = phase if self.config.phase_frames == "all" else _last_only(phase, lengths)
-            terms += [phase_loss(logits, wanted, self.over_all) for logits in output.phase_stages]
-        if output.tool_logits is not None:
-            terms.append(self.config.tool_weight * tool_loss(output.tool_logits, tools, over_all=self.over_all))
-        if self.step == "correlation" and self.config.alpha > 0:
-            assert output.tool_logits is not None
-            assert output.mapped_logits is not None
-            inside = torch.arange(phase.shape[1], device=phase.device) < lengths.to(phase.device)[:, None]  # (B, T)
-            apart = self.correlation(output.tool_logits, output.mapped_logits)[inside]
-            terms.append(self.config.alpha * apart.sum() / self.over_all(inside.sum()).clamp(min=1))
-        return torch.stack(terms).sum()
-
-    def correlation(self, branch: Tensor, mapped: Tensor) -> Tensor:
-        """KL divergence (...) between the Bernoulli distributions of two sets of logits (..., K), mean over tools."""
-        branch = branch.detach() if self.config.detach == "branch" else branch
-        mapped = mapped.detach() if self.config.detach == "mapped" else mapped
-        pair = (mapped, branch) if self.config.direction == "mapped_branch" else (branch, mapped)
-        return bernoulli_kl(*pair).mean(dim=-1)
-
-
-def bernoulli_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p || q) in nats of Bernoulli distributions given by logits, element by element; never negative, never NaN.
-
-    With a = logit p and b = logit q it is sigma(a) (a - b) + softplus(b) - softplus(a): no logarithm of a probability
-    that may have been rounded to 0.
-    """
-    a, b = p_logits.float(), q_logits.float()
-    return (torch.sigmoid(a) * (a - b) + F.softplus(b) - F.softplus(a)).clamp(min=0)
-
-
-def phase_loss(logits: Tensor, phase: Tensor, over_all: Callable[[Tensor], Tensor] = one_process) -> Tensor:
-    """Cross-entropy (mean over labelled frames) of logits (B, T, C); 0 where no frame has a label."""
-    labelled = over_all((phase != NO_LABEL).sum()).clamp(min=1)
-    summed = F.cross_entropy(logits.flatten(0, 1).float(), phase.flatten(), ignore_index=NO_LABEL, reduction="sum")
-    return summed / labelled
-
-
-def _last_only(phase: Tensor, lengths: Tensor) -> Tensor:
-    position = torch.arange(phase.shape[1], device=phase.device)
-    return phase.masked_fill(position != lengths.to(phase.device)[:, None] - 1, NO_LABEL)
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints

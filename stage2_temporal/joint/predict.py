@@ -1,4 +1,4 @@
-"""What a joint net says about whole videos: the backbone over every frame once, then stage two's ways of running time.
+"""Predictions of a joint net for whole videos: the backbone over every frame once, then stage two's inference.
 
 The backbone sees single frames, so its embeddings do not depend on how frames are cut into clips; `clip` and `carried`
 inference are those of stage two on these embeddings.
@@ -28,7 +28,8 @@ from features.frames.preprocess import CropCount, augment, augment_generator, cr
 from features.frames.source import encoded_at_once, frame_batches, open_frames
 from stage2_temporal.data import FeatureBank, Span
 from stage2_temporal.heads.base import HeadOutput, State
-from stage2_temporal.joint.net import JointNet, bernoulli_kl
+from stage2_temporal.joint.loss import bernoulli_kl
+from stage2_temporal.joint.net import JointNet
 from stage2_temporal.predict import Inference, predict_spans, run_spans
 
 _CROP_COUNTS: dict[str, CropCount] = {"centre": 1, "five": 5, "ten": 10}
@@ -37,7 +38,7 @@ _RANDOM = AugmentConfig(crop="random", flip=False)
 
 @dataclass(frozen=True)
 class Prediction:
-    """A joint net on one video of T frames, averaged over crops; None for what it has no branch for."""
+    """A joint net's outputs for one video of T frames, averaged over crops; None without the branch."""
 
     phase: NDArray[np.float32] | None  # (T, C) probabilities
     tools: NDArray[np.float32] | None  # (T, K) logits
@@ -46,7 +47,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class LabelledVideo:
-    """One video's labels and where its samples are."""
+    """One video's labels at its sampled frames."""
 
     entry: VideoEntry
     frame_index: NDArray[np.int64]  # (T,)
@@ -55,7 +56,7 @@ class LabelledVideo:
 
 
 def labelled_videos(config: Config, index: Index, root: Path, entries: Sequence[VideoEntry]) -> list[LabelledVideo]:
-    """The entries with their labels at the sampled frames."""
+    """The entries with their labels. Raises UserError naming the video whose labels cannot be read."""
     videos = []
     for entry in entries:
         frame_index = sampled_frames(entry, config.data.fps)
@@ -80,8 +81,8 @@ def predict_videos(
     """Predictions of every video, by id; frames come from the cache where it holds them, otherwise from the source.
 
     `frames` is the length of a clip for `inference` clip. The net is put into evaluation mode and back. Raises
-    UserError naming the video or cache file that cannot be read (with `faults` it is added there, with the reason, and
-    costs no other video), and whatever `check_stop` raises, before each batch.
+    UserError naming the video or cache file that cannot be read (with `faults`, its id and the reason are added there
+    and the other videos are predicted), and whatever `check_stop` raises, before each batch.
     """
     training = net.training
     net.eval()
@@ -124,7 +125,7 @@ def embed_crops(
 ) -> list[Tensor]:
     """Embeddings (T, D) fp32, on the net's device, of each crop of a video's resized frames (N, R, R, 3).
 
-    `centre`, `five` and `ten` as `crop_frames` has them; `random` is one crop, drawn once for the video.
+    `centre`, `five` and `ten` are the crops of `crop_frames`; `random` is one crop, drawn once for the video.
     """
     device = next(net.parameters()).device
     parts: list[list[Tensor]] = []
@@ -145,28 +146,22 @@ def _crops(batch: NDArray[np.uint8], crops: str, crop_px: int, seed: int) -> lis
 
 
 def _over_crops(net: JointNet, embedded: Sequence[Tensor], inference: Inference, frames: int) -> Prediction:
-    """Probabilities averaged over crops, as the reference does; tools go back to logits."""
+    """Probabilities averaged over crops, as the reference does; those of tools are returned as logits."""
     each = [predict_embeddings(net, crop, inference, frames) for crop in embedded]
+    if len(each) == 1:
+        return each[0]
+    phase = [one.phase for one in each if one.phase is not None]
     return Prediction(
-        phase=_mean([one.phase for one in each]),
-        tools=_mean_logits([one.tools for one in each]),
-        mapped=_mean_logits([one.mapped for one in each]),
+        phase=np.stack(phase).mean(axis=0, dtype=np.float64).astype(np.float32) if phase else None,
+        tools=_mean_logits([one.tools for one in each if one.tools is not None]),
+        mapped=_mean_logits([one.mapped for one in each if one.mapped is not None]),
     )
 
 
-def _mean(values: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
-    there = [value for value in values if value is not None]
-    if not there:
+def _mean_logits(logits: Sequence[NDArray[np.float32]]) -> NDArray[np.float32] | None:
+    if not logits:
         return None
-    mean: NDArray[np.float32] = np.stack(there).mean(axis=0, dtype=np.float64).astype(np.float32)
-    return mean
-
-
-def _mean_logits(logits: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
-    there = [value for value in logits if value is not None]
-    if len(there) < 2:
-        return there[0] if there else None
-    mean = torch.stack([torch.from_numpy(value).double().sigmoid() for value in there]).mean(dim=0)
+    mean = torch.stack([torch.from_numpy(value).double().sigmoid() for value in logits]).mean(dim=0)
     result: NDArray[np.float32] = torch.logit(mean, eps=1e-12).float().numpy()
     return result
 
@@ -197,17 +192,17 @@ def _mapped(net: JointNet) -> Callable[[Tensor, State | None, Tensor], HeadOutpu
 
 
 def phase_accuracy(videos: Sequence[LabelledVideo], found: Mapping[str, Prediction]) -> float | None:
-    """Share of right frames among the labelled ones of each video, then the mean; None where nothing is labelled."""
-    shares = []
+    """Fraction of correct frames among the labelled ones, mean over videos; None where nothing is labelled."""
+    accuracies = []
     for video in videos:
         predicted, labelled = found[video.entry.id].phase, video.phase >= 0
         if predicted is not None and labelled.any():
-            shares.append(float((predicted.argmax(axis=1) == video.phase)[labelled].mean()))
-    return float(np.mean(shares)) if shares else None
+            accuracies.append(float((predicted.argmax(axis=1) == video.phase)[labelled].mean()))
+    return float(np.mean(accuracies)) if accuracies else None
 
 
 def gap_nats(found: Iterable[Prediction]) -> float | None:
-    """Mean KL divergence (nats a tool and frame) of the tool branch from the mapped prediction; None without both."""
+    """Mean KL divergence (nats per tool and frame) of the tool branch from the mapped prediction; None without both."""
     gaps = [
         bernoulli_kl(torch.from_numpy(one.mapped), torch.from_numpy(one.tools))
         for one in found

@@ -1,7 +1,7 @@
 """Training of the joint net: `multitask`, then with a mapping `mapping` and `correlation`, each a resumable step.
 
-`train_step` is the loop; it runs once a step of the schedule (Jin et al. 2020, section 3.3): both tasks; the mapping
-alone, all else frozen; all together with the correlation term. Each step starts from the best epoch of the one before.
+`train_step` is the loop; it runs once per step of the schedule (Jin et al. 2020, section 3.3): both tasks; the mapping
+alone, everything else frozen; everything with the correlation term. Each step starts from the previous best epoch.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.load import differences
@@ -23,38 +21,34 @@ from engine.checkpoints import load_checkpoint
 from engine.device import choose_device, choose_precision, make_accelerator, seed_everything
 from engine.files import sha256_file
 from engine.launch import is_main_process
-from engine.logs import METRICS_FILE, read_metrics
 from engine.processes import Processes, join
 from engine.progress import say
 from engine.runs import ABSENT, StageFolder, StageIdentity, settings_without
 from engine.session import TrainingSession
 from engine.stopping import StopRequest
 from evaluation.metrics.phases import majority_phase
-from evaluation.metrics.tools import evaluate_tools
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Index
 from features.dataset.labels import unlabelled_note
 from features.frames.preprocess import changed_images
 from features.frames.source import cache_readable, frames_identity, recorded_faults
 from stage1_cnn.data import FrameLoader, LabelledFrames, choose_workers, labelled_frames
-from stage1_cnn.model import (
+from stage1_cnn.encoders.backbone import (
     Backbone,
-    best_checkpoint,
     build_backbone,
     freeze_batch_norm,
     initial_backbone,
     require_image_size,
-    weights_identity,
-    weights_sha256,
 )
-from stage1_cnn.train import synchronise_batch_norm
-from stage2_temporal.data import NO_LABEL
+from stage1_cnn.encoders.pretrained import best_checkpoint, weights_identity
+from stage1_cnn.model import weights_sha256
+from stage1_cnn.train import outcome_sentence, parameter_groups, pooled_map, synchronise_batch_norm, training_outcome
 from stage2_temporal.heads.base import detach_state, first_rows
 from stage2_temporal.joint.data import ClipBatch, ClipDataset, clip_requests, spans_of
+from stage2_temporal.joint.loss import JointLoss
 from stage2_temporal.joint.net import (
     FOLDER,
     STEPS,
-    JointLoss,
     JointNet,
     attach_cnn,
     attach_joint,
@@ -75,7 +69,7 @@ from stage2_temporal.joint.predict import (
 
 @dataclass(frozen=True)
 class Start:
-    """Where the net's weights come from, besides `cnn.weights`: runs of the two stages, or another joint net."""
+    """Runs that the net's initial weights come from, besides `cnn.weights`: of the two stages, or of a joint net."""
 
     cnn: Path | None = None
     temporal: Path | None = None
@@ -83,26 +77,25 @@ class Start:
 
     def __post_init__(self) -> None:
         if self.joint and (self.cnn or self.temporal):
-            raise UserError("--from-joint gives every branch; leave --from-cnn and --from-temporal out")
+            raise UserError("--from-joint gives every branch and cannot be combined with --from-cnn or --from-temporal")
 
     def files(self) -> dict[str, Path]:
-        """The checkpoint behind each."""
-        found = {}
-        if self.cnn:
-            found["cnn"] = best_checkpoint(self.cnn)
-        if self.temporal:
-            found["temporal"] = self.temporal / "temporal" / "best.pt"
-        if self.joint:
-            found["joint"] = joint_checkpoint(self.joint)
-        for path in found.values():
+        """The checkpoint of each run. Raises UserError naming one that does not exist."""
+        found = {
+            "cnn": self.cnn and best_checkpoint(self.cnn),
+            "temporal": self.temporal and self.temporal / "temporal" / "best.pt",
+            "joint": self.joint and joint_checkpoint(self.joint),
+        }
+        files = {name: path for name, path in found.items() if path is not None}
+        for path in files.values():
             if not path.is_file():
                 raise UserError(f"{path}: no such checkpoint; name a finished run")
-        return found
+        return files
 
 
 @dataclass(frozen=True)
 class JointData:
-    """What a joint net learns from and is chosen on."""
+    """Training frames, and the validation videos that choose the best epoch."""
 
     train: LabelledFrames
     val: list[LabelledVideo]
@@ -115,7 +108,7 @@ def train_joint(
 ) -> dict[str, Any]:
     """Train every step of the schedule into `RUN/joint/<step>/`; returns the last step's result.
 
-    Finished steps are not done again, an unfinished one resumes where it stopped. Videos that cannot be read are left
+    Finished steps are not repeated, an unfinished one resumes where it stopped. Videos that cannot be read are left
     out, reported and listed in the result as `left_out`. Raises UserError for settings, labels or checkpoints that do
     not fit, and Stopped, with everything saved, when asked to stop.
     """
@@ -147,8 +140,7 @@ def train_joint(
             if processes.first:
                 say(f"== {step}: {settings.epochs} epochs")
             train_step(stage.path, step, settings, net, config, data, stop, processes)
-            finish = partial(_finish, stage, step, config, data, net)
-            result = processes.from_first(finish)
+            result = processes.from_first(partial(_finish, stage, step, config, data, net))
         else:
             if processes.first:
                 say(f"{stage.path}: finished before with these settings, nothing to do")
@@ -158,13 +150,13 @@ def train_joint(
 
 
 def _stages(config: Config, run: Path, index: Index, files: Mapping[str, Path]) -> dict[str, StageFolder]:
-    """The folder of each step, with everything that its numbers depend on."""
+    """The folder of each step, with the identity of its numbers."""
     identities = _identities(config, index, files)
     return {step: StageFolder(run, f"{FOLDER}/{step}", config, identity) for step, identity in identities.items()}
 
 
 def _require_precisions(config: Config, stages: Mapping[str, StageFolder]) -> None:
-    """Raise UserError for a precision that a step to come does not train in here, before an earlier one is trained."""
+    """Raise UserError, before any training, where a later step's precision is not available on this device."""
     device = choose_device(config.device)
     for step, settings in schedule(config).items():
         if stages[step].result is None:
@@ -172,32 +164,29 @@ def _require_precisions(config: Config, stages: Mapping[str, StageFolder]) -> No
 
 
 def schedule(config: Config) -> dict[str, JointStepConfig]:
-    """The steps that the settings ask for, in order."""
+    """The steps of training that the settings contain, in order."""
     joint = config.joint
     steps = zip(STEPS, (joint.multitask, joint.mapping, joint.correlation), strict=True)
     return {name: settings for name, settings in steps if settings is not None}
 
 
 def initial_net(config: Config, index: Index, start: Start, *, trusted: bool = False) -> JointNet:
-    """The net before the first update: `cnn.weights` and fresh branches, then whatever `start` names."""
-    spec = index.dataset
-    _require_classes(config, len(spec.tools))
-    net = build_joint(
-        _first_backbone(config, start, trusted=trusted),
-        config.joint.net,
-        config.temporal.head,
-        len(spec.tools),
-        len(spec.phases),
-    )
+    """The net before the first update: `cnn.weights` and new branches, then the weights that `start` names."""
+    spec, head = index.dataset, config.temporal.head
+    if config.joint.net.tasks != "phase" and not spec.tools:
+        raise UserError(f"joint.net.tasks={config.joint.net.tasks}: the data set has no tools; set tasks to phase")
+    backbone = first_backbone(config, start, trusted=trusted)
+    net = build_joint(backbone, config.joint.net, head, len(spec.tools), len(spec.phases))
     if start.joint:
         path = joint_checkpoint(start.joint)
-        _note_other_pictures(
-            path, attach_joint(net, path, spec.tools, spec.phases, config.temporal.head)["preprocess"], config
-        )
+        about = attach_joint(net, path, spec.tools, spec.phases, head)
+        changed = differences(about["preprocess"], config.preprocess.model_dump(mode="json"))
+        if changed and is_main_process():
+            say(f"note: {path} was trained on frames preprocessed differently (preprocess: {'; '.join(changed)})")
     if start.cnn:
         attach_cnn(net, start.cnn, spec.tools)
     if start.temporal:
-        attach_temporal(net, start.temporal, spec.phases, config.temporal.head)
+        attach_temporal(net, start.temporal, spec.phases, head)
     net.gradient_checkpointing = config.joint.gradient_checkpointing
     if config.joint.freeze_batch_norm:
         freeze_batch_norm(net.backbone)
@@ -205,15 +194,8 @@ def initial_net(config: Config, index: Index, start: Start, *, trusted: bool = F
     return net
 
 
-def _note_other_pictures(path: Path, preprocess: Mapping[str, Any], config: Config) -> None:
-    """Another normalisation, above all, is rarely meant."""
-    changed = differences(preprocess, config.preprocess.model_dump(mode="json"))
-    if changed and is_main_process():
-        say(f"note: {path} was trained on pictures prepared otherwise (preprocess: {'; '.join(changed)})")
-
-
-def _first_backbone(config: Config, start: Start, *, trusted: bool) -> Backbone:
-    """`cnn.weights`, which need not be on the machine where another run gives the backbone."""
+def first_backbone(config: Config, start: Start, *, trusted: bool = False) -> Backbone:
+    """`cnn.weights`, which need not be on this machine where another run gives the backbone."""
     if start.cnn or start.joint:
         return build_backbone(config.cnn.backbone, "random", config.seed)
     return initial_backbone(config, trusted=trusted)
@@ -226,11 +208,6 @@ def _require_effect(config: Config) -> None:
             f"joint.clips_per_epoch={config.joint.clips_per_epoch}: has no effect with joint.sequence.mode={mode}, "
             "which takes every frame; set it to null, or joint.sequence.mode=clips"
         )
-
-
-def _require_classes(config: Config, tools: int) -> None:
-    if config.joint.net.tasks != "phase" and not tools:
-        raise UserError(f"joint.net.tasks={config.joint.net.tasks}: the data set has no tools; set tasks to phase")
 
 
 def _load(config: Config, index: Index, root: Path) -> JointData:
@@ -273,16 +250,9 @@ def train_step(
         synchronise_batch_norm(net, processes, accelerator.device)
     net.train_only("mapping" if step == "mapping" else "all", freeze_mapping=settings.freeze_mapping)
     describe = describe_joint(net, config.temporal.head, config, data.index.dataset, step)
+    groups = parameter_groups(net, settings.backbone_lr_factor, "branches")
     session = TrainingSession(
-        folder,
-        accelerator,
-        net,
-        parameter_groups(net, settings),
-        settings,
-        describe,
-        stop,
-        joint.accumulate_steps,
-        processes=processes,
+        folder, accelerator, net, groups, settings, describe, stop, joint.accumulate_steps, processes=processes
     )
     session.resume()
     criterion, phase = JointLoss(joint.loss, step, processes.total), net.phase
@@ -291,22 +261,19 @@ def train_step(
     workers = choose_workers(joint.workers, accelerator.device)
     with FrameLoader[ClipBatch](dataset, workers, accelerator.device, stop) as loader:
         for epoch in session.epochs():
-            requests = clip_requests(spans, joint.sequence, config.seed, epoch, joint.clips_per_epoch)
-            shares = [request.share(processes.rank, processes.count) for request in requests]
-            mine = [request for request, _ in shares]
-            for batch in session.batches(loader.batches(mine[session.position.step :]), len(mine)):
-                counts = shares[session.position.step][1]
+            whole = clip_requests(spans, joint.sequence, config.seed, epoch, joint.clips_per_epoch)
+            requests = [request.share(processes.rank, processes.count) for request in whole]
+            for batch in session.batches(loader.batches(requests[session.position.step :]), len(requests)):
                 carried = None if batch.fresh or phase is None else first_rows(phase.carried, len(batch.first))
                 with session.gradient_sync():
                     with session.autocast():
                         output = session.model(to_clips(batch, config, accelerator.device), carried, batch.lengths)
-                        told = batch if counts else without_labels(batch)
-                        labels = (part.to(accelerator.device, non_blocking=True) for part in (told.phase, told.tools))
-                        loss = criterion(output, *labels, told.lengths)
+                        labels = (part.to(accelerator.device, non_blocking=True) for part in (batch.phase, batch.tools))
+                        lengths = batch.lengths if batch.counts else torch.zeros_like(batch.lengths)
+                        loss = criterion(output, *labels, lengths)
                     if phase is not None:
-                        phase.carried = (
-                            detach_state(output.state) if joint.sequence.mode == "chunked" and counts else ()
-                        )
+                        keeps_state = joint.sequence.mode == "chunked" and batch.counts
+                        phase.carried = detach_state(output.state) if keeps_state else ()
                     session.update(loss, partial(_name_batch, data.train, batch))
             if phase is not None:
                 phase.carried = ()
@@ -315,32 +282,11 @@ def train_step(
 
 
 def to_clips(batch: ClipBatch, config: Config, device: torch.device) -> torch.Tensor:
-    """A batch's pictures on the device, mirrored, coloured, normalised: (B, T, 3, S, S) float32."""
+    """A batch's frames on the device, mirrored, coloured, normalised: (B, T, 3, S, S) float32."""
     frames = batch.images.shape[1]
     flip, colour = (part.repeat_interleave(frames, dim=0) for part in (batch.flip, batch.colour))  # (B T, ...)
     images = changed_images(batch.images.flatten(0, 1), flip, colour, config.preprocess, device)  # (B T, 3, S, S)
     return images.unflatten(0, batch.images.shape[:2])
-
-
-def parameter_groups(net: JointNet, settings: JointStepConfig) -> list[dict[str, Any]]:
-    """Backbone and branches with their learning-rate factors; a backbone with factor 0 needs no gradients either."""
-    if settings.backbone_lr_factor == 0:
-        net.backbone.requires_grad_(False)
-    backbone = list(net.backbone.parameters())
-    inside = {id(parameter) for parameter in backbone}
-    return [
-        {"name": "backbone", "params": backbone, "lr_factor": settings.backbone_lr_factor},
-        {"name": "branches", "params": [p for p in net.parameters() if id(p) not in inside]},
-    ]
-
-
-def without_labels(batch: ClipBatch) -> ClipBatch:
-    """The batch of a process that has no part in a step: no labels, and all of it padding."""
-    return batch._replace(
-        phase=torch.full_like(batch.phase, NO_LABEL),
-        tools=torch.full_like(batch.tools, NO_LABEL),
-        lengths=torch.zeros_like(batch.lengths),
-    )
 
 
 def _name_batch(train: LabelledFrames, batch: ClipBatch) -> str:
@@ -351,7 +297,7 @@ def _name_batch(train: LabelledFrames, batch: ClipBatch) -> str:
 
 
 def validate(net: JointNet, config: Config, data: JointData, session: TrainingSession) -> dict[str, float | None]:
-    """Scores on whole validation videos, in the way of running that `joint.sequence.inference` names."""
+    """Scores on whole validation videos, with the inference that `joint.sequence.inference` names."""
     if not data.val:
         return {}
     sequence = config.joint.sequence
@@ -377,33 +323,21 @@ def validate(net: JointNet, config: Config, data: JointData, session: TrainingSe
 def score_videos(
     net: JointNet, videos: Sequence[LabelledVideo], found: Mapping[str, Prediction], tools: Sequence[str]
 ) -> dict[str, float | None]:
-    """Phase accuracy, tool mAP (pooled), that of the mapped prediction, as fractions, and the gap between the two."""
+    """Phase accuracy, tool mAP (pooled), mAP of the mapped prediction, as fractions, and `gap_nats` between the two."""
+    truth = {video.entry.id: video.tools for video in videos}
     scores: dict[str, float | None] = {}
     if net.phase is not None:
         scores["val_accuracy"] = phase_accuracy(videos, found)
     if net.tool_head is not None:
-        scores["val_map"] = _mean_average_precision(videos, {name: one.tools for name, one in found.items()}, tools)
+        scores["val_map"] = pooled_map(truth, {name: one.tools for name, one in found.items()}, tools)
     if net.mapping is not None:
-        scores["val_map_mapped"] = _mean_average_precision(
-            videos, {name: one.mapped for name, one in found.items()}, tools
-        )
+        scores["val_map_mapped"] = pooled_map(truth, {name: one.mapped for name, one in found.items()}, tools)
         scores["val_gap_nats"] = gap_nats(found.values())
     return scores
 
 
-def _mean_average_precision(
-    videos: Sequence[LabelledVideo], logits: Mapping[str, NDArray[np.float32] | None], tools: Sequence[str]
-) -> float | None:
-    truth = {video.entry.id: video.tools for video in videos if (video.tools >= 0).any()}
-    scores = {name: value for name, value in logits.items() if name in truth and value is not None}
-    if not truth or len(scores) < len(truth):
-        return None
-    percent = evaluate_tools(truth, scores, tools).map_pooled
-    return None if percent is None else percent / 100
-
-
 def deciding_score(scores: Mapping[str, float | None], step: str) -> tuple[str, float | None]:
-    """What the best epoch is chosen by, in words, and its value.
+    """The name and value of the score that chooses the best epoch.
 
     The mapping step: mAP of the mapped prediction. Otherwise phase accuracy and tool mAP, or the mean of both.
     """
@@ -450,32 +384,21 @@ def _identities(config: Config, index: Index, files: Mapping[str, Path]) -> dict
     return found
 
 
-def _result(folder: Path, step: str, config: Config, data: JointData, net: JointNet) -> dict[str, Any]:
-    best = load_checkpoint(folder / "best.pt")["scores"]
-    epochs = read_metrics(folder / METRICS_FILE, "epoch")
+def _finish(stage: StageFolder, step: str, config: Config, data: JointData, net: JointNet) -> dict[str, Any]:
+    """Write the step's result, from its best checkpoint and its log."""
+    checkpoint = stage.path / "best.pt"
+    best = load_checkpoint(checkpoint)["scores"]
     has_phases = net.phases and (data.train.phase >= 0).any()
     result: dict[str, Any] = {
         "step": step,
-        **{key: best.get(key) for key in _SCORE_NAMES},
-        "best_epoch": best["epoch"] + 1,
-        "epochs": len(epochs),
-        "chosen_by": deciding_score(best, step)[0],
-        "seconds": round(sum(row["seconds"] for row in epochs), 2),
+        **training_outcome(stage.path, best, _SCORE_NAMES, deciding_score(best, step)[0]),
         "train_frames": len(data.train),
         "train_videos": len(data.train.videos),
         "val_videos": len(data.val),
         "majority_phase": majority_phase([data.train.phase]) if has_phases else None,
         "backbone": config.cnn.backbone,
         "weights_sha256": weights_sha256(net),
-        "checkpoint": str(folder / "best.pt"),
+        "checkpoint": str(checkpoint),
     }
-    scores = [f"{words} {result[key]:.3f}" for key, words in _SCORE_NAMES.items() if result[key] is not None]
-    result["sentence"] = (
-        f"{step}: {', '.join(scores) or 'no validation score'} at epoch {result['best_epoch']} of {result['epochs']}; "
-        f"{result['train_frames']:,} training frames, {result['seconds']:.0f} s; {result['checkpoint']}"
-    )
-    return result
-
-
-def _finish(stage: StageFolder, step: str, config: Config, data: JointData, net: JointNet) -> dict[str, Any]:
-    return stage.finish(_result(stage.path, step, config, data, net))
+    result["sentence"] = f"{step}: {outcome_sentence(result, _SCORE_NAMES)}"
+    return stage.finish(result)

@@ -24,7 +24,7 @@ from interop.mtrcnet_checkpoints import (
     to_original,
     variant_of,
 )
-from stage1_cnn.model import build_backbone
+from stage1_cnn.encoders.backbone import build_backbone
 from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.joint.net import JointNet, build_joint
 from tests.interop.originals import LINEAR, original_state, restated

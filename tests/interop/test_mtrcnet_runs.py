@@ -16,7 +16,7 @@ from engine.checkpoints import load_checkpoint, load_foreign_state, save_checkpo
 from engine.files import sha256_file
 from features.dataset.phase_order import ids_of_order
 from interop.mtrcnet_runs import ImportRequest, export_original, import_original
-from stage1_cnn.model import build_backbone
+from stage1_cnn.encoders.backbone import build_backbone
 from stage2_temporal.joint.net import attach_joint, build_joint, describe_joint, joint_checkpoint, load_joint
 from stage2_temporal.new_videos import joint_net
 from tests.interop.originals import LINEAR, original_state, restated

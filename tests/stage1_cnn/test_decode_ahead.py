@@ -1,4 +1,4 @@
-"""One process computes, others decode: what it makes of their ends, and of a full disk."""
+"""One process computes, others decode: when one of them dies, when a video fails, and when the disk is full."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-import stage1_cnn.decode_ahead as module
 from configs.errors import UserError
 from configs.schema import Config
 from engine.files import NoRoomError
 from engine.stopping import StopRequest
 from features.dataset.index import Index
+from stage1_cnn.decode_ahead import work_ahead
 from stage1_cnn.segments import VideoJob
 
-PICTURES = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
+IMAGES = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
 
 
 class Task:
-    """Raises what it is told to, where it is told to; notes what was opened and done."""
+    """Raises a given error at a given step; notes the steps."""
 
     config, index, root = Config(), Index.model_construct(videos=()), Path()
 
@@ -47,33 +47,30 @@ class Task:
         yield self
         self._step("finished")
 
-    def encode(self, pictures: torch.Tensor) -> Any:
+    def encode(self, images: torch.Tensor) -> Any:
         return np.zeros((1, 2), np.float32), np.zeros((1, 1), np.float32)
 
     def append(self, *rows: Any) -> None:
         self._step("appended")
 
 
-def fed(task: Task, monkeypatch: pytest.MonkeyPatch, messages: Any) -> list[tuple[str, str | None]]:
+def outcomes(task: Task, messages: Any) -> list[tuple[str, str | None]]:
     """What becomes of two videos when decoding processes send these messages."""
-    monkeypatch.setattr(module, "DataLoader", lambda *_, **__: messages)
     jobs = [VideoJob("video01", 1), VideoJob("video02", 1)]
-    work = module.work_ahead(task, jobs, 1, "test", StopRequest(), pinned=False)
+    work = work_ahead(task, jobs, 1, "test", StopRequest(), pinned=False, decode=lambda *_: messages)
     return [(job.video_id, reason) for job, reason in work]
 
 
 def whole() -> Iterator[tuple[int, Any]]:
     for number in (0, 1):
-        for message in ({"reader": "x"}, PICTURES, None):
+        for message in ({"reader": "x"}, IMAGES, None):
             yield number, message
 
 
 @pytest.mark.parametrize(
     "error", [EOFError(), ConnectionResetError("reset"), RuntimeError("DataLoader worker (pid 7) exited")]
 )
-def test_a_decoding_process_that_died_is_done_without_however_it_shows(
-    monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_the_work_continues_without_a_decoding_process_that_died(error: Exception) -> None:
     def messages() -> Iterator[tuple[int, Any]]:
         for number, message in whole():
             if number == 1:
@@ -81,19 +78,19 @@ def test_a_decoding_process_that_died_is_done_without_however_it_shows(
             yield number, message
 
     task = Task()
-    assert fed(task, monkeypatch, messages()) == [("video01", None), ("video02", None)]
+    assert outcomes(task, messages()) == [("video01", None), ("video02", None)]
     assert task.noted == ["required", "opened", "appended", "finished", "video02"]
 
 
 @pytest.mark.parametrize("where", ["required", "opened", "appended", "finished"])
-def test_a_full_disk_ends_the_work_and_other_errors_their_video(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_a_full_disk_ends_the_work_and_other_errors_their_video(where: str) -> None:
     with pytest.raises(NoRoomError):
-        fed(Task(where, NoRoomError("store: no room left")), monkeypatch, whole())
-    found = fed(Task(where, UserError("labels.txt: cannot be read")), monkeypatch, whole())
+        outcomes(Task(where, NoRoomError("store: no room left")), whole())
+    found = outcomes(Task(where, UserError("labels.txt: cannot be read")), whole())
     assert found == [("video01", "labels.txt: cannot be read"), ("video02", "labels.txt: cannot be read")]
 
 
-def test_labels_and_room_are_looked_at_before_a_file_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_and_room_are_checked_before_a_file_is_opened() -> None:
     task = Task("required", UserError("labels.txt: cannot be read"))
-    fed(task, monkeypatch, whole())
+    outcomes(task, whole())
     assert task.noted == ["required", "required"]

@@ -29,9 +29,10 @@ from features.dataset.build import build_index
 from features.dataset.index import Index
 from features.store import read_features
 from features.store_folder import load_feature_set, usable_index, verify_folder
-from stage1_cnn.extract import ExtractReport, crop_batches, extract
-from stage1_cnn.model import build_backbone
+from stage1_cnn.encoders.backbone import build_backbone
+from stage1_cnn.extract import ExtractReport, extract
 from stage1_cnn.train import train_cnn
+from stage1_cnn.video_features import crop_batches
 from tests.stage1_cnn.material import (
     FRAMES,
     SPEC,

@@ -132,7 +132,7 @@ def test_a_net_that_cannot_be_sent_is_loaded_there(long_world: World, tmp_path: 
     task.encoder._net.own = lambda: None  # type: ignore[assignment]
     sent = pickle.loads(pickle.dumps(task))  # noqa: S301
     assert sent.encoder is None
-    assert sent._encoder().spec == task.spec
+    assert sent.loaded_encoder().spec == task.spec
 
 
 def test_frames_at_a_time_follow_the_device_unless_they_are_set() -> None:
@@ -186,7 +186,7 @@ def test_no_room_for_the_video_that_parts_make_ends_the_work(long_world: World, 
     def finish(video: VideoJob, parts: object) -> None:
         raise NoRoomError("video01.h5: no room left")
 
-    assembly._finish = finish
+    assembly.finish = finish
     with pytest.raises(NoRoomError), assembly:
         for piece in assembly.pieces:
             task(piece, lambda frames: None)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -10,21 +9,17 @@ import torch
 from torch import nn
 
 from configs.errors import UserError
-from configs.schema import CnnConfig, Config
+from configs.schema import Config
 from engine.checkpoints import load_checkpoint
 from engine.logs import read_metrics
 from engine.processes import Processes
 from engine.stopping import Stopped, StopRequest
-from stage1_cnn.data import LabelledFrames
-from stage1_cnn.model import NetOutput, build_backbone, rebuild_from_checkpoint, weights_sha256
+from stage1_cnn.encoders.backbone import build_backbone
+from stage1_cnn.model import rebuild_from_checkpoint, weights_sha256
 from stage1_cnn.train import (
-    FrameBatch,
-    Loss,
     deciding_score,
     identity,
     parameter_groups,
-    phase_weights,
-    positive_weights,
     synchronise_batch_norm,
     train_cnn,
 )
@@ -219,61 +214,14 @@ def test_bf16_trains_too(world: World) -> None:
 # ---------------------------------------------------------------------------------------------- pieces
 
 
-def some_frames(phase: list[int], tools: list[list[int]]) -> LabelledFrames:
-    rows = np.arange(len(tools))
-    return LabelledFrames(("a",), (), 0 * rows, rows, np.array(phase, np.int8), np.array(tools, np.int8))
-
-
-def a_batch(phase: list[int], tools: list[list[float]]) -> FrameBatch:
-    rows = torch.arange(len(tools))
-    return FrameBatch(
-        images=torch.zeros(len(tools), 2, 2, 3, dtype=torch.uint8),
-        phase=torch.tensor(phase),
-        tools=torch.tensor(tools),
-        rows=rows,
-        flip=torch.zeros(len(tools), dtype=torch.bool),
-        colour=torch.zeros(0, 3),
-    )
-
-
-def test_loss_counts_labelled_entries_alone() -> None:
-    loss = Loss(CnnConfig(), some_frames([0], [[1]]))
-    logits = torch.tensor([[2.0, -1.0], [0.5, 9.0]], requires_grad=True)
-    value = loss(NetOutput(torch.zeros(2, 1), logits, None), a_batch([-1, -1], [[1.0, 0.0], [0.0, -1.0]]))
-    expected = (math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)) + math.log1p(math.exp(0.5))) / 3
-    assert value.item() == pytest.approx(expected, rel=1e-6)
-    value.backward()
-    assert logits.grad[1, 1] == 0
-
-
-def test_phase_loss_is_added_with_its_weight() -> None:
-    loss = Loss(CnnConfig(phase_head=True, phase_loss_weight=0.5), some_frames([0], [[1]]))
-    phases = torch.tensor([[1.0, 0.0], [3.0, 3.0]])
-    output = NetOutput(torch.zeros(2, 1), torch.zeros(2, 1), phases)
-    both = loss(output, a_batch([0, -1], [[1.0], [0.0]]))
-    assert both.item() == pytest.approx(math.log(2) + 0.5 * math.log1p(math.exp(-1)), rel=1e-6)
-    none = loss(output, a_batch([-1, -1], [[1.0], [0.0]]))
-    assert none.item() == pytest.approx(math.log(2), rel=1e-6)
-
-
-def test_inverse_frequency_weights() -> None:
-    tools = np.array([[1, 0, 1], [0, 0, 1], [0, 0, 1], [0, -1, 1]], np.int8)
-    assert positive_weights(tools).tolist() == [3.0, 1.0, 1.0]
-    phase = np.array([0, 0, 0, 2, -1], np.int8)
-    assert phase_weights(phase, 4).tolist() == pytest.approx([4 / 6, 1.0, 2.0, 1.0])
-    loss = Loss(CnnConfig(class_weighting="inverse_frequency"), some_frames([0] * 4, tools.tolist()))
-    output = NetOutput(torch.zeros(1, 1), torch.zeros(1, 3), None)
-    assert loss(output, a_batch([0], [[1.0, -1.0, -1.0]])).item() == pytest.approx(3 * math.log(2), rel=1e-6)
-
-
 def test_learning_rates(world: World) -> None:
     from stage1_cnn.model import build_net
 
     net = build_net(world.set(cnn={"phase_head": True}), world.index().dataset)
-    groups = parameter_groups(net, CnnConfig(backbone_lr_factor=0.1))
+    groups = parameter_groups(net, 0.1)
     assert [(group["name"], group.get("lr_factor", 1.0)) for group in groups] == [("backbone", 0.1), ("head", 1.0)]
     assert sum(len(group["params"]) for group in groups) == len(list(net.parameters()))
-    parameter_groups(net, CnnConfig(backbone_lr_factor=0))
+    parameter_groups(net, 0)
     assert not any(parameter.requires_grad for parameter in net.backbone.parameters())
     assert all(parameter.requires_grad for head in net.heads() for parameter in head.parameters())
 

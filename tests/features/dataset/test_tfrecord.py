@@ -36,7 +36,7 @@ from features.frames.source import open_source
 from features.store import read_attributes, read_features
 from features.video.base import ReaderError
 from features.video.open import open_video
-from stage1_cnn.extract import label_attributes
+from stage1_cnn.video_features import label_attributes
 from tests.cli import succeed
 from tests.test_cli import SETTINGS, joint_file, refuse
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from stage1_cnn.encoders.backbone import build_backbone
 from stage1_cnn.encoders.folding import fold_batch_norm
-from stage1_cnn.model import build_backbone
 
 
 def awakened(name: str) -> nn.Module:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.schema import CnnConfig, Config, ExtractConfig, PreprocessConfig
 from engine import onednn
+from stage1_cnn.encoders.backbone import build_backbone
 from stage1_cnn.encoders.encoder import Encoder
 from stage1_cnn.encoders.folding import fold_batch_norm
 from stage1_cnn.encoders.fusing import ConvRelu, fuse_relu
-from stage1_cnn.model import build_backbone
 from tests.onednn import broken_operations, cpu_with_bf16, other_operations, public_operations
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")

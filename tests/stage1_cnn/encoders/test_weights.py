@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from engine.checkpoints import load_foreign_state
+from stage1_cnn.encoders.backbone import build_backbone
 from stage1_cnn.encoders.weights import Found, describe_match, find_weights
-from stage1_cnn.model import build_backbone
 
 State = dict[str, Tensor]
 

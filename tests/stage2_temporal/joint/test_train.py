@@ -246,7 +246,7 @@ def test_runs_that_do_not_fit_are_refused(stages: World) -> None:
         initial_net(other, index, Start(cnn=stages.run))
     with pytest.raises(UserError, match="no such checkpoint"):
         Start(temporal=stages.config.runs / "nowhere").files()
-    with pytest.raises(UserError, match="leave --from-cnn"):
+    with pytest.raises(UserError, match="cannot be combined with --from-cnn"):
         Start(cnn=stages.run, joint=stages.run)
     with pytest.raises(UserError, match="other settings"):
         joint(stages, config, "named")
@@ -267,4 +267,4 @@ def test_a_net_that_comes_from_a_run_needs_no_downloaded_weights(monkeypatch: py
     monkeypatch.setattr(joint_train, "initial_backbone", no_network)
     config = Config(cnn=CnnConfig(backbone="resnet18", weights="imagenet"))
     for start in (Start(cnn=Path("one")), Start(joint=Path("other"))):
-        assert joint_train._first_backbone(config, start, trusted=False).name == "resnet18"
+        assert joint_train.first_backbone(config, start).name == "resnet18"

@@ -1,0 +1,142 @@
+"""An encoder as a module: a network of the registry without its classifier, with weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from configs.errors import UserError, one_line
+from configs.schema import Config
+from engine.checkpoints import load_foreign_state
+from engine.launch import is_main_process
+from engine.progress import say
+from stage1_cnn.encoders.pretrained import fetch, published_weights, settled_weights, weights_file
+from stage1_cnn.encoders.registry import find_encoder
+from stage1_cnn.encoders.weights import describe_match, find_weights
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class Backbone(nn.Module):
+    """Images (N, 3, S, S) -> embeddings (N, D).
+
+    `net` is the network with its own children's names (for ResNets conv1, bn1, relu, maxpool, layer1..4, avgpool).
+    Where `embedding_dim` is None it is a classification network: its last linear layer, `head_name`, is replaced by
+    the identity, and D is the width of that layer's input. Raises UserError where there is no such layer.
+    """
+
+    def __init__(self, name: str, net: nn.Module, embedding_dim: int | None = None) -> None:
+        super().__init__()
+        self.name = name
+        self.net = net
+        self.head_name = ""
+        if embedding_dim is None:
+            layers = [(path, layer) for path, layer in net.named_modules() if isinstance(layer, nn.Linear)]
+            if not layers:
+                raise UserError(f"cnn.backbone={name}: has no last linear layer to cut off; resnet50 is the default")
+            self.head_name, last = layers[-1]
+            embedding_dim = last.in_features
+            replace_layer(net, self.head_name, nn.Identity())
+        self.embedding_dim = embedding_dim
+        self.batch_norm_frozen = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 3, S, S), normalised, to embeddings (N, D)."""
+        embedding: Tensor = self.net(images)  # (N, D)
+        return embedding
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Training or evaluation mode; frozen batch norm stays in evaluation mode."""
+        super().train(mode)
+        if self.batch_norm_frozen:
+            for layer in batch_norms(self):
+                layer.eval()
+        return self
+
+
+def replace_layer(net: nn.Module, path: str, layer: nn.Module) -> None:
+    """Put `layer` where `path` (a dotted name, as in `named_modules`) is."""
+    parent, _, leaf = path.rpartition(".")
+    setattr(net.get_submodule(parent), leaf, layer)
+
+
+def batch_norms(module: nn.Module) -> Iterator[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm]:
+    """Every batch norm layer of a module."""
+    return (layer for layer in module.modules() if isinstance(layer, _BATCH_NORMS))
+
+
+def freeze_batch_norm(backbone: Backbone) -> None:
+    """Keep running statistics and affine parameters of every batch norm as they are, in training mode too.
+
+    The reasons: "On the Pitfalls of Batch Normalization for End-to-End Video Learning" (arXiv 2203.07976).
+    """
+    backbone.batch_norm_frozen = True
+    for layer in batch_norms(backbone):
+        layer.requires_grad_(False)
+    backbone.train(backbone.training)
+
+
+def require_image_size(backbone: Backbone, size_px: int) -> None:
+    """Raise UserError when the network cannot take images of `size_px` (too small, or transformers of a fixed size)."""
+    training = backbone.training
+    device = next(backbone.parameters()).device
+    try:
+        with torch.inference_mode():
+            backbone.eval()(torch.zeros(1, 3, size_px, size_px, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(
+            f"cnn.backbone={backbone.name} cannot take images of preprocess.crop_px={size_px} "
+            f"({one_line(error)}); most nets take 224"
+        ) from error
+    finally:
+        backbone.train(training)
+
+
+def build_backbone(name: str, weights: str, seed: int, *, trusted: bool = False, runs: Path = Path("runs")) -> Backbone:
+    """A backbone by name, with weights.
+
+    `weights`: `imagenet` (those that the registry's entry names), `random` (a function of `seed` alone), `run:NAME`
+    (`<runs>/NAME/cnn/best.pt`), or a file with a state dict under any prefix and wrapper (`find_weights`); the match is
+    reported. `trusted` vouches for a file where torch is too old to load foreign ones safely. Raises UserError naming
+    the choices where the weights are missing, or what does not fit.
+    """
+    entry = find_encoder(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = Backbone(name, entry.build(), entry.embedding_dim)
+    if weights == "random":
+        return backbone
+    if weights == "imagenet":
+        fetch(name, published_weights(name))
+    path = weights_file(name, weights, runs)
+    # Published weights and those of an earlier run are not a stranger's file.
+    known = weights == "imagenet" or weights.startswith("run:")
+    tensors = load_foreign_state(path, trusted or known)
+    if entry.rename is not None:
+        tensors = {entry.rename(key): tensor for key, tensor in tensors.items()}
+    found = find_weights(backbone.net, backbone.head_name, tensors, name, path)
+    backbone.net.load_state_dict({**backbone.net.state_dict(), **found.state})
+    if not known and is_main_process():
+        say(f"{path}: {describe_match(found, tensors, name)}")
+    return backbone
+
+
+def initial_backbone(config: Config, *, trusted: bool = False) -> Backbone:
+    """The backbone that `config.cnn` names, as it is before any training."""
+    cnn = config.cnn
+    weights = settled_weights(cnn)
+    backbone = build_backbone(cnn.backbone, weights, config.seed, trusted=trusted, runs=config.runs)
+    if cnn.zero_init_residual and weights == "random":
+        _zero_residuals(backbone)
+    return backbone
+
+
+def _zero_residuals(backbone: Backbone) -> None:
+    """Every residual block starts as the identity (Goyal et al., arXiv 1706.02677, section 5.1)."""
+    for block in backbone.modules():
+        if isinstance(block, BasicBlock | Bottleneck):
+            nn.init.zeros_((block.bn3 if isinstance(block, Bottleneck) else block.bn2).weight)

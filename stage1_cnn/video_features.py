@@ -1,0 +1,171 @@
+"""One video's feature file: its frames through the encoder, with its labels, whole or in parts."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+from configs.schema import Config
+from engine.device import cpu_threads
+from engine.files import require_free_bytes, sha256_json
+from engine.memory import keep_freed_memory
+from engine.pool import Advance
+from features.dataset.index import Index, VideoEntry
+from features.dataset.labels import load_labels
+from features.dataset.sampling import frame_times_s, sampled_frames
+from features.frames.preprocess import crop_frames
+from features.frames.source import can_start_inside, encoded_at_once, frame_batches, open_frames, source_identity
+from features.store import EncoderSpec, FeatureWriter, feature_path, rewrite_labels, write_features
+from features.store_folder import estimate_bytes
+from stage1_cnn.encoders.encoder import Encoder, load_encoder
+from stage1_cnn.segments import Rows, VideoJob, places_of, read_part, read_provenance, write_part
+
+
+@dataclass
+class ExtractTask:
+    """Writes one video's feature file, or its labels alone.
+
+    Another process is sent the encoder, folded and hashed once, or loads its own where the encoder cannot be sent.
+    """
+
+    config: Config
+    run: Path | None
+    index: Index
+    root: Path
+    folder: Path
+    spec: EncoderSpec
+    trusted: bool
+    encoder: Encoder | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "encoder": self._sent_encoder()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        encoder = None
+        if state["encoder"] is not None:
+            # the module of a plug-in's network exists only once the registry has imported it: load the encoder then
+            with suppress(ImportError, AttributeError):
+                encoder = pickle.loads(state["encoder"])  # noqa: S301 - made below
+        self.__dict__.update({**state, "encoder": encoder})
+
+    def _sent_encoder(self) -> bytes | None:
+        """As bytes: tensors would go through shared memory, of which a container may have less than a net takes."""
+        if self.encoder is None or self.config.extract.compile:
+            return None
+        try:
+            return pickle.dumps(self.encoder)
+        except (pickle.PicklingError, AttributeError, TypeError):  # a network from outside this project
+            return None
+
+    def __call__(self, job: VideoJob, advance: Advance) -> None:
+        """Do one job. Raises UserError naming the frame or file at fault, and then leaves no file behind."""
+        entry = self.index.entry(job.video_id)
+        if job.labels_only:
+            labels = label_attributes(self.config, self.index, entry)
+            rewrite_labels(feature_path(self.folder, entry.id), *self._labels(entry)[1:], labels)
+            return
+        keep_freed_memory()  # here, since each process does so for itself
+        encoder = self.loaded_encoder()
+        self.require_sound_labels_and_room(job)
+        pictures_of = open_frames(self.config, entry, self.root, self.index, job.samples)
+        with _one_thread(encoder.device), pictures_of as pictures, self.sink(job, pictures.provenance) as rows:
+            for batch in frame_batches(pictures.frames, encoded_at_once(self.config)):
+                with np.errstate(over="ignore"):  # the writer reports what does not fit
+                    rows.append(*encoder(batch))
+                advance(len(batch))
+
+    def encode(self, frames: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Resized frames (N, R, R, 3) uint8 to embeddings (N, D) and tool logits (N, K)."""
+        encoder = self.loaded_encoder()
+        with _one_thread(encoder.device):
+            return encoder(frames)
+
+    def sink(self, job: VideoJob, provenance: Mapping[str, str]) -> AbstractContextManager[Rows]:
+        """Where a job's rows go: the video's own file, or the part's place."""
+        if job.part is not None:
+            return write_part(job.part, feature_path(self.folder, job.video_id), provenance)
+        return self._file(job, provenance)
+
+    def assemble(self, video: VideoJob, parts: Sequence[VideoJob]) -> None:
+        """Write a video's file from the rows of its parts, as if one process had computed them. Raises UserError."""
+        places = places_of(parts)
+        dim, tools, at_once = self.spec.embedding_dim, len(self.index.dataset.tools), encoded_at_once(self.config)
+        with self._file(video, read_provenance(places[0])) as rows:
+            for place in places:
+                for features, logits in read_part(place, dim, tools, at_once):
+                    rows.append(features, logits)
+
+    def may_split(self, job: VideoJob) -> bool:
+        """Whether a part of this video can be read without decoding all that comes before it."""
+        return can_start_inside(self.index.entry(job.video_id), self.root)
+
+    def _file(self, video: VideoJob, provenance: Mapping[str, str]) -> AbstractContextManager[FeatureWriter]:
+        entry = self.index.entry(video.video_id)
+        frame_index, phase, tools = self._labels(entry)
+        attributes = {**label_attributes(self.config, self.index, entry), **provenance}
+        attributes["device"] = self.loaded_encoder().device_name
+        path, source = feature_path(self.folder, entry.id), source_identity(entry)
+        time_s = frame_times_s(entry, frame_index)
+        return write_features(path, self.spec, source, frame_index, phase, tools, attributes, time_s)
+
+    def _labels(self, entry: VideoEntry) -> tuple[NDArray[np.int64], NDArray[np.int8], NDArray[np.int8]]:
+        """Sampled frames (T,), phase (T,), tools (T, K)."""
+        frame_index = sampled_frames(entry, self.config.data.fps)
+        return frame_index, *load_labels(entry, self.root, self.index, frame_index, self.config.data.tools_between_rows)
+
+    def require_sound_labels_and_room(self, job: VideoJob) -> None:
+        """Raise UserError, before anything is computed, for unreadable labels or a disk with too little room."""
+        self._labels(self.index.entry(job.video_id))
+        needed = estimate_bytes([job.frames], self.spec) * (3 if job.part else 1)  # parts are float32, and copied
+        require_free_bytes(self.folder, needed, "the features")
+
+    def loaded_encoder(self) -> Encoder:
+        """The encoder, loaded on first use where none was sent. Raises UserError where it is not the expected one."""
+        if self.encoder is None:
+            self.encoder = load_encoder(self.config, self.run, self.index.dataset.tools, self.trusted)
+            if self.encoder.spec.digest != self.spec.digest:
+                raise UserError("the encoder's weights have changed since the start; start again")
+        return self.encoder
+
+
+def label_attributes(config: Config, index: Index, entry: VideoEntry) -> dict[str, str]:
+    """The attributes that identify a file's labels; `labels_sha256` is over everything that they depend on."""
+    spec = index.dataset
+    own = entry.records.labels_sha256() if entry.records else ""  # a TFRecord file's
+    hashes = {
+        "phase_sha256": entry.phase_file.sha256 if entry.phase_file else own,
+        "tool_sha256": entry.tool_file.sha256 if entry.tool_file else own,
+    }
+    described = {"annotation_fps", "phases", "tools", "phase_aliases", "tool_aliases"}
+    meaning = spec.model_dump(mode="json", include=described)
+    numbered = [file and [file.row_fps, file.row_base] for file in (entry.phase_file, entry.tool_file)]
+    numbered = numbered if any(file and any(file) for file in numbered) else []
+    return {
+        **hashes,
+        "dataset": spec.name,
+        "phases": json.dumps(spec.phases),
+        "tools": json.dumps(spec.tools),
+        "tools_between_rows": config.data.tools_between_rows,
+        "labels_sha256": sha256_json([hashes, meaning, config.data.tools_between_rows, *numbered]),
+    }
+
+
+def crop_batches(pictures: Iterable[NDArray[np.uint8]], batch_frames: int, crop_px: int) -> Iterator[NDArray[np.uint8]]:
+    """Centre crops (N, S, S, 3) of resized frames (R, R, 3), cut every `batch_frames` from the first one on."""
+    for batch in frame_batches(pictures, batch_frames):
+        yield crop_frames(batch, crop_px)[:, 0]
+
+
+def _one_thread(device: torch.device) -> AbstractContextManager[None]:
+    """One thread on a CPU, for any number of processes, so that sums are always added in the same order."""
+    return cpu_threads(1) if device.type == "cpu" else nullcontext()
