@@ -1,7 +1,7 @@
-"""Evaluate anyone's predictions: two folders of phase files, paired by video number, under every convention.
+"""Evaluate predictions of any program: two folders of phase files, paired by video number, under every convention.
 
-Needs no run, no settings and no torch. What the files were taken to mean (the rate, ids, missing rows) is printed and
-recorded in every result's `about`.
+Needs no run, no settings and no torch. How the files were interpreted (rate, ids, missing rows) is printed and recorded
+in every result's `about`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ Tracks = dict[str, NDArray[np.int16]]
 
 @dataclass(frozen=True)
 class Reading:
-    """How folders of phase files are read: what the options of the command line say.
+    """How folders of phase files are read: the options of the command line.
 
-    `fps` is the rate of the compared rows, `prediction_fps` that of the prediction files (None: what the files say).
+    `fps` is the rate of the compared rows, `prediction_fps` that of the prediction files (None: as in the files).
     `phase_order` names ids as `features.dataset.phase_order.parse_phase_order` takes it (None: the data set's own).
     `background` names phases that are left out of segments, beside those of the data set.
     """
@@ -51,8 +51,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Paired:
-    """Truth and prediction (T,) per video at `fps` (None: not known); `about` goes into every result, `notes` to the
-    user. A prediction is NO_PREDICTION where the truth has a label and the files have none."""
+    """Truth and prediction (T,) per video at `fps` (None: not known); `about` is recorded in every result, `notes` are
+    printed. A prediction is NO_PREDICTION where the truth has a label and the files have none."""
 
     truth: Tracks
     predicted: Tracks
@@ -205,11 +205,11 @@ def _unpaired(
 
 
 def _rate(given: float | None, pairs: Collection[_Pair]) -> tuple[float | None, str | None]:
-    """Rate of the compared rows, and what it follows from; None where nothing says it.
+    """The rate of the compared rows and its source; None where it is unknown.
 
-    What is given must agree with seconds in the files and with `--prediction-fps`; frame numbers give way to it. Where
-    nothing is given, all that the files say must agree. Frame numbers that make an operation last days count something
-    else (milliseconds).
+    A given rate must agree with seconds in the files and with `--prediction-fps`; frame numbers may differ from it.
+    Without a given rate those of all files must agree. Frame numbers by which an operation would last days count
+    something else (milliseconds).
     """
     said = [(pair.guess.path, pair.rows.fps, pair.rows.fps_from) for pair in pairs if pair.rows.fps]
     said.sort(key=lambda one: one[2] == "frame numbers")
@@ -242,7 +242,7 @@ def _notes(
     fps: float | None,
     fps_from: str | None,
 ) -> list[str]:
-    """What a reader of the numbers should know, one line each."""
+    """Notes on how the files were interpreted, one line each."""
     notes = []
     if order is not None:
         whose = f"--phase-order {reading.phase_order}" if reading.phase_order else f"the data set {spec.name}"
@@ -252,7 +252,7 @@ def _notes(
         notes.append("--phase-order was not needed: the files hold names")
     how = {pair.rows.how for pair in pairs.values()} - {"row by row"}
     if how:
-        notes.append(f"rows are matched {' and '.join(sorted(how))} where the two files have not as many")
+        notes.append(f"rows are matched {' and '.join(sorted(how))} where the two files differ in length")
     for name, files in (
         ("ground truth", [p.true for p in pairs.values()]),
         ("prediction", [p.guess for p in pairs.values()]),

@@ -73,7 +73,7 @@ class GroundTruth:
 
     @property
     def without_labels(self) -> dict[str, list[str]]:
-        """Videos without labels, by task: of this split as their labels are, of others as far as the index tells."""
+        """Videos without labels, by task: of this split by their labels, of others by the files in the index."""
         known = self.videos
         phases = [name for name, video in known.items() if not (video.phase >= 0).any()]
         tools = [name for name, video in known.items() if not (video.tools >= 0).any()]
@@ -102,10 +102,10 @@ def evaluate_run(
     inference: Inference | None = None,
     given: GivenKeys = NO_KEYS,
 ) -> Evaluation:
-    """Score a run's heads and tools on one split and write what a reader needs below `RUN/evaluate/<name>/`.
+    """Score a run's heads and tools on one split, and write the results below `RUN/evaluate/<name>/`.
 
     Writes `metrics.json`, `truth.json`, `predictions/<video>.csv`, `ribbons.png`, and for the run's own test videos
-    the outcome into `RUN/summary.json` and `RUN/MODEL_CARD.md`; prints tables. With `index_file`, another data set
+    a summary into `RUN/summary.json` and `RUN/MODEL_CARD.md`; prints tables. With `index_file`, another data set
     with the same classes is evaluated; its features are extracted into the run's folder where missing. `inference`
     overrides how the run was trained to process time. Without `redo`, an evaluation of the same model and features is
     printed again, not computed. Raises UserError when the run is not trained, its classes differ from the data's, the
@@ -452,7 +452,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def _left_out_of_stage_one(run: Path, known: Sequence[str]) -> list[dict[str, Any]]:
-    """What train-cnn could not read and extract could, later perhaps."""
+    """Videos that train-cnn could not read, but extract could."""
     result = run / "cnn" / RESULT_FILE
     videos = read_json_object(result).get("left_out", []) if result.exists() else []
     return [{**video, "reason": f"train-cnn: {video['reason']}"} for video in videos if video["id"] not in known]

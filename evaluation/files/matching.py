@@ -1,10 +1,10 @@
 """Which rows of a ground truth and of a prediction are the same frames, and how many of them there are per second.
 
-Rows belong together one by one where the files have as many and start together, by their frame numbers where both have
-some, and by their rates where the prediction's is given. Nothing else is assumed. Numbers that are one apart may count
-source frames or samples, so they say nothing about the rate; numbers further apart are taken to count source frames at
-the rate of the data set's annotations. A frame that one side alone covers is not scored where it has no label, and
-wrong where it has no prediction.
+Rows are matched one by one where both files have the same number of rows and start together, by frame number where both
+have frame numbers, and by rate where the prediction's rate is given. Nothing else is assumed. Numbers that are one
+apart may count source frames or samples, so they do not determine the rate; numbers further apart are taken to count
+source frames at the rate of the data set's annotations. A frame that only one file covers is not scored where it has no
+label, and wrong where it has no prediction.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from evaluation.metrics.counts import NO_PREDICTION
 _COMMON_FPS = (1.0, 5.0, 25.0, 2.0, 10.0, 12.5, 15.0, 30.0)
 _DENSE_FPS = (30.0, 50.0, 60.0)
 _TOLERANCE = 0.03  # 24 and 25 rows per second stay apart
-_HALF = 0.5  # of the compared rows may be absent at the ends where the unit of the numbers is beyond doubt
+_HALF = 0.5  # of the compared rows may be absent at the ends where the unit of the numbers is certain
 
 
 @dataclass(frozen=True, eq=False)
 class Matched:
     """Truth and prediction (T,) int16 of one video on the rows that are compared.
 
-    `fps` is the rate of these rows, None where nothing says it; `fps_from` what it follows from: `time_s` (a column of
-    seconds), `frame numbers` or `--prediction-fps`. `how`: `row by row`, `by frame number` or `by rate`. `unscored`:
+    `fps` is the rate of these rows, None where it is unknown; `fps_from` is its source: `time_s` (a column of seconds),
+    `frame numbers` or `--prediction-fps`. `how`: `row by row`, `by frame number` or `by rate`. `unscored`:
     predictions for frames before or after the ground truth.
     """
 
@@ -44,7 +44,7 @@ class Matched:
 def match_rows(
     truth: PhaseFile, predicted: PhaseFile, annotation_fps: float, prediction_fps: float | None = None
 ) -> Matched:
-    """Match the rows of one video's two files. Raises UserError naming both files where they do not cover the same."""
+    """Match the rows of one video's two files. Raises UserError naming both files where they cover different frames."""
     if prediction_fps is not None:
         return _by_rate(truth, predicted, annotation_fps, prediction_fps)
     t, p = truth.frame, predicted.frame
@@ -67,14 +67,14 @@ def match_rows(
     if len(said) == 2 and said[0][1] == said[1][1] and abs(said[0][0] - said[1][0]) > 0.02 * said[0][0]:
         why = f"by their {said[0][1]} these are {said[0][0]:g} per second there and {said[1][0]:g} here"
         raise _unmatched(truth, predicted, annotation_fps, why)
-    said.sort(key=lambda one: one[1] != "time_s")  # seconds are seconds, numbers are interpreted
+    said.sort(key=lambda one: one[1] != "time_s")  # a column of seconds first, since numbers are interpreted
     if said and said[0][1] == "frame numbers" and said[0][0] < 0.999:  # milliseconds as likely as a row every minute
         said = []
     return _matched(truth.phase, predicted.phase, said[0] if said else None, "row by row")
 
 
 def stated_fps(file: PhaseFile, annotation_fps: float) -> tuple[float, str] | None:
-    """What a file says about the rate of its rows, and by what."""
+    """The rate of a file's rows and its source; None where the file does not determine it."""
     if file.fps is not None:
         return round(file.fps, 3), "time_s"
     step = file.step
@@ -184,15 +184,15 @@ def _taken(phase: NDArray[np.int16], row: NDArray[np.int64]) -> NDArray[np.int16
 
 
 def _lead(file: PhaseFile) -> int:
-    """Rows that the numbers leave out before the first; 0 where they start at the first or second row's number."""
+    """Rows that are missing before the first by its number; 0 where it is that of the first or second row."""
     if file.frame is None or file.step is None or file.frame[0] <= 1.001 * file.step:
         return 0
     return int(file.frame[0] // file.step)
 
 
 def _truth_fps(truth: PhaseFile, predicted: PhaseFile, annotation_fps: float, prediction_fps: float) -> float | None:
-    """Rows per second of the truth where the prediction has `prediction_fps`: what the file says, else the same rate,
-    the annotations', or that of every k-th row (once a second or faster), if the lengths agree; None where not."""
+    """Rows per second of the truth where the prediction has `prediction_fps`: the rate in the file, else the same rate,
+    that of the annotations, or that of every k-th row (at least one per second), if the lengths agree; else None."""
     rows_t, rows_p = _lead(truth) + len(truth.phase), _lead(predicted) + len(predicted.phase)
     said = stated_fps(truth, annotation_fps)
     every = max(round(rows_p / rows_t), 1)

@@ -1,4 +1,4 @@
-"""Prediction files: one CSV a video, `frame,time_s,phase,phase_name,p_<Phase>...,p_<Tool>...`.
+"""Prediction files: one CSV per video, `frame,time_s,phase,phase_name,p_<Phase>...,p_<Tool>...`.
 
 `frame` is the frame's number in the source video from 0, `phase` the predicted id from 0, the rest probabilities.
 Probabilities are written with the fewest digits that read back as the same float32, so that a file evaluates to the
@@ -22,10 +22,10 @@ from configs.errors import UserError
 from configs.schema import DataSetSpec
 from engine.files import read_bounded, write_text
 
-TOOLS_ALONE = "tool_predictions"  # folder for nets without a phase branch, beside `predictions`
+TOOLS_ALONE = "tool_predictions"  # folder for nets without a phase branch, in place of `predictions`
 MAX_FILE_BYTES = 256 << 20  # 14 float32 numbers a row, a million rows
 _FRAME_LIMIT = 2**53  # beyond it a frame number would not survive the float columns
-_ROUNDING = 1e-5  # by how much a computed probability may pass 0 or 1
+_ROUNDING = 1e-5  # by how much a computed probability may lie outside 0 to 1
 
 
 class ToolScores(NamedTuple):
@@ -64,8 +64,8 @@ def write_prediction_csv(
 ) -> None:
     """Write one video's prediction atomically: (T,), (T,), (T,), (T, C), and (T, K) or None.
 
-    `time_s` goes to the millisecond. Raises UserError when the disk is full, the folder cannot be written or a
-    probability is none (NaN included).
+    `time_s` is rounded to the millisecond. Raises UserError when the disk is full, the folder cannot be written or a
+    value is not a probability (NaN included).
     """
     columns = np.asarray(probabilities, dtype=np.float32)
     if tool_probabilities is not None:
@@ -83,13 +83,13 @@ def tool_columns(spec: DataSetSpec) -> list[str]:
 def write_tool_csv(
     path: Path, frame_index: NDArray[Any], time_s: NDArray[Any], tool_probabilities: NDArray[Any], spec: DataSetSpec
 ) -> None:
-    """Write one video's prediction of a net for tools alone: (T,), (T,), (T, K). As `write_prediction_csv`."""
+    """Write one video's prediction of a net for tools alone: (T,), (T,), (T, K). Raises UserError as for phases."""
     columns = np.asarray(tool_probabilities, dtype=np.float32)
     _write_csv(path, tool_columns(spec), frame_index, time_s, [[] for _ in columns], columns)
 
 
 def read_tool_csv(path: Path, spec: DataSetSpec) -> ToolScores:
-    """Read a prediction file of tools alone. Raises UserError."""
+    """Read a prediction file of tools alone. Raises UserError naming the file and what is wrong in it."""
     rows = _rows(path)
     header = tool_columns(spec)
     if rows[0] != header:
@@ -120,7 +120,7 @@ def _write_csv(
     if not (len(time_s) == len(labels) == frames and columns.shape == (frames, named)):
         raise ValueError(f"shapes do not agree: {frames} frames, probabilities {columns.shape}")
     if not ((columns >= -_ROUNDING) & (columns <= 1 + _ROUNDING)).all():  # NaN fails it too
-        raise UserError(f"{path}: not written, for the model gave a probability outside 0 to 1; it has diverged")
+        raise UserError(f"{path}: not written: the model gave a probability outside 0 to 1, so it has diverged")
     buffer = io.StringIO(newline="")
     rows = csv.writer(buffer, lineterminator="\n")
     rows.writerow(header)
@@ -171,7 +171,7 @@ def _rows(path: Path) -> list[list[str]]:
 
 
 def _has_tools(path: Path, rows: Sequence[list[str]], spec: DataSetSpec) -> bool:
-    """Whether the header has the tool columns; UserError when it is neither of the two possible headers."""
+    """Whether the header has the tool columns. Raises UserError when it is neither of the two possible headers."""
     header = rows[0]
     for tools in (True, False):
         if header == prediction_columns(spec, tools):
@@ -199,7 +199,7 @@ def _numbers(where: str, row: Sequence[str], width: int, spec: DataSetSpec) -> l
     except ValueError as error:
         raise UserError(f"{where}: {error}; every column but phase_name is a number") from error
     if not (0 <= frame < _FRAME_LIMIT and math.isfinite(time_s) and time_s >= 0):
-        raise UserError(f"{where}: frame {row[0]} at {row[1]} s is not a place in a video; write the file again")
+        raise UserError(f"{where}: frame {row[0]} at {row[1]} s is not a position in a video; write the file again")
     if not 0 <= phase < len(spec.phases):
         raise UserError(f"{where}: phase {phase}; data set {spec.name} has ids 0 to {len(spec.phases) - 1}")
     if row[3] != spec.phases[phase]:

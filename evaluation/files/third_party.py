@@ -34,17 +34,17 @@ _NAME_WORD = "phase_name"  # beside ids, as in our own files: names are safe, so
 _PHASE_WORDS = (_NAME_WORD, "phase", "phase_id", "label", "prediction", "predicted", "pred", "gt", "truth", "class")
 _START_WORDS = ("start", "start_frame", "start_time", "start_s", "onset", "begin", "from")
 _MARKS = ("\t", ",", ";")
-_RECOGNITION = "###"  # how MS-TCN's recognition files begin
+_RECOGNITION = "###"  # the first characters of MS-TCN's recognition files
 _NUMBER, _GAP = r"[0-9.:]+", r"[\t ,;]+"
 _SEGMENT = re.compile(rf"{_NUMBER}{_GAP}{_NUMBER}{_GAP}[^\W\d].*|[^\W\d].*?{_GAP}{_NUMBER}{_GAP}{_NUMBER}")
 
 
 @dataclass(frozen=True, eq=False)
 class PhaseFile:
-    """One video's phases as a file has them.
+    """The phases of one video in a file.
 
     `phase` (T,) int16 in the data set's order, -1 where there is none. `frame` (T,) float64 rising, in a unit of the
-    file's own; None without such a column. `fps` is the rate of the rows where the file says it (a column of seconds).
+    file's own; None without such a column. `fps` is the rate of the rows where the file has a column of seconds.
     `numbered`: the file held ids or a column per phase, not names. `missing`: rows of `phase` and `frame` that were
     filled in because the frame numbers skip them.
     """
@@ -59,7 +59,7 @@ class PhaseFile:
 
     @property
     def step(self) -> float | None:
-        """The distance between rows in the file's own unit; None without a frame column or with a single row."""
+        """The mean distance between rows in the file's own unit; None without a frame column or with a single row."""
         if self.frame is None or len(self.frame) < 2:
             return None
         return float(self.frame[-1] - self.frame[0]) / (len(self.frame) - 1)
@@ -71,9 +71,9 @@ class PhaseFile:
 def find_phase_files(folder: Path, spec: DataSetSpec) -> tuple[dict[str, Path], list[str]]:
     """The phase files of a folder by video id, and the names of files without a video number or of another kind.
 
-    The number comes from names like `video41-phase.txt`, `video_41.csv` or `41.txt`; a name without one number is an id
-    where the data set's annotation files are called so. Raises UserError when the folder holds none, when a name has
-    several numbers, or two files have the same.
+    The number comes from names like `video41-phase.txt`, `video_41.csv` or `41.txt`; a name without a number is an id
+    where the data set's annotation files are named by ids. Raises UserError when the folder has no such file, a name
+    has several numbers, or two files have the same.
     """
     try:
         paths = sorted((path for path in folder.iterdir() if _may_hold_phases(path)), key=lambda p: natural_key(p.name))
@@ -153,7 +153,7 @@ def read_foreign_phases(path: Path, spec: DataSetSpec, order: Sequence[str] | No
 
 @dataclass(frozen=True)
 class _Place:
-    """Where in a file: rows are those below the header, lines count from 1; `lines` False: rows are no lines."""
+    """Positions in a file for messages: rows below the header, lines from 1; `lines` False: rows are not lines."""
 
     path: Path
     header: bool
@@ -326,7 +326,7 @@ def _number(cell: str) -> float | None:
 
 
 def _rising(where: _Place, cells: Sequence[str]) -> NDArray[np.float64]:
-    """A column of frames or times (T,): numbers that rise."""
+    """A column of frames or times (T,). Raises UserError for a cell that is no number or does not rise."""
     values = [_number(cell) for cell in cells]
     if None in values:
         row = values.index(None)
@@ -342,17 +342,17 @@ def _rising(where: _Place, cells: Sequence[str]) -> NDArray[np.float64]:
 def _with_missing_rows(
     where: _Place, phase: NDArray[np.int16], frame: NDArray[np.float64], time_s: NDArray[np.float64] | None
 ) -> tuple[NDArray[np.int16], NDArray[np.float64]]:
-    """Rows (T,) that the numbers skip filled in without a label, and their numbers.
+    """Phases (T,) with the rows that the numbers skip filled in without a label, and the numbers of all rows.
 
-    Frames of a variable rate are uneven; where there are times too, rows are missing only if both skip them. Raises
-    UserError where frames alone are not even, and where more rows are missing than there are.
+    Frame numbers of a variable rate are uneven; where there are times too, rows are missing only if both skip them.
+    Raises UserError where frame numbers without times are uneven, and where more rows are missing than present.
     """
     rows, usual, uneven = _rows_passed(frame)
     if time_s is not None:
         rows, uneven = np.minimum(rows, _rows_passed(time_s)[0]), np.zeros_like(uneven)
     if uneven.any() or rows.sum() > 2 * len(frame):
         row = int(uneven.argmax() if uneven.any() else rows.argmax()) + 1
-        many = "" if uneven.any() else "; more rows are missing than there are"
+        many = "" if uneven.any() else "; more rows are missing than present"
         apart = f"has frame {frame[row]:g} after {frame[row - 1]:g}, where rows are {usual:g} apart{many}"
         raise where.error(row, apart)
     position = np.r_[0, np.cumsum(rows)].astype(np.int64)
@@ -362,7 +362,7 @@ def _with_missing_rows(
 
 
 def _rows_passed(numbers: NDArray[np.float64]) -> tuple[NDArray[np.float64], float, NDArray[np.bool_]]:
-    """How many rows each number is after the one before it (T - 1,), the usual distance, and where it fits neither.
+    """Rows from each number to the next (T - 1,), the usual distance, and which distances are no whole number of rows.
 
     Sampling 25 fps at 10 gives steps of 2 and 3 (and 30 at 20 as many of 1 as of 2), so only a step of about a whole
     number of usual ones skips rows.
@@ -387,8 +387,8 @@ def _usual_step(steps: NDArray[np.float64]) -> tuple[float, NDArray[np.bool_]]:
 def _phases(
     where: _Place, cells: Sequence[str], spec: DataSetSpec, order: Sequence[str]
 ) -> tuple[NDArray[np.int16], bool]:
-    """Our ids of a column of phases (T,), -1 where there is none, and whether it held ids. Each distinct cell is looked
-    at once."""
+    """Our ids of a column of phases (T,), -1 where there is none, and whether it held ids. Each distinct cell is
+    parsed once."""
     distinct = dict.fromkeys(cells)
     numbers = {cell: value for cell in distinct if (value := _number(cell)) is not None}
     none = [cell for cell in distinct if cell in NO_LABEL or numbers.get(cell) == -1]
@@ -420,7 +420,7 @@ def _of_ids(
 
 
 def _of_names(where: _Place, cells: Sequence[str], names: Iterable[str], spec: DataSetSpec) -> dict[str, int]:
-    """Names as in the data set or one of its aliases, however they are spelled (`folded_name`)."""
+    """Ids of names of the data set or its aliases, in any spelling that `folded_name` equates."""
     known = class_ids(spec.phases, spec.phase_aliases)
     for name in names:
         if folded_name(name) not in known:

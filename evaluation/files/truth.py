@@ -1,7 +1,7 @@
 """The labels an evaluation was made against: `truth.json` beside its metrics.
 
-With it a run folder alone is enough to draw truth and prediction, whatever has become of the features and the
-annotations since.
+With it a run folder alone is enough to draw truth and prediction, even if features or annotations have changed or are
+missing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from configs.errors import UserError, one_line
 from configs.schema import DataSetSpec
 from engine.files import read_json, write_json
-from evaluation.metrics.counts import stretches
+from features.runs import runs
 from features.video.mp4 import MAX_FRAMES
 
 TRUTH_FILE = "truth.json"
@@ -37,7 +37,7 @@ class VideoTruth:
 
 @dataclass(frozen=True)
 class Truth:
-    """What was evaluated: data set, split, frames a second, and the labels a video."""
+    """What was evaluated: data set, split, frames per second, and the labels of each video."""
 
     spec: DataSetSpec
     split: str
@@ -46,8 +46,8 @@ class Truth:
 
 
 def is_simulated(spec: DataSetSpec, root: Path | None) -> bool:
-    """Whether videos are drawn by the simulator: the data set is called so, or the data root (where it is known) holds
-    the simulator's settings. `evaluate` asks once and keeps the answer as `simulated` in `metrics.json`."""
+    """Whether the videos are simulated: by the data set's name, or because the data root (where it is known) holds the
+    simulator's settings. `evaluate` records the answer as `simulated` in `metrics.json`."""
     from features.simulation.write import SETTINGS_FILE
 
     named = "simulated" in f"{spec.name} {spec.title}".lower()
@@ -55,7 +55,7 @@ def is_simulated(spec: DataSetSpec, root: Path | None) -> bool:
 
 
 def write_truth(path: Path, truth: Truth) -> None:
-    """Write labels atomically, as `[frames, value]` pairs. Raises UserError where there is no room."""
+    """Write labels atomically, as `[frames, value]` pairs. Raises UserError when the disk is full."""
     videos = {
         name: {
             "source_sha256_ends": video.source,
@@ -69,7 +69,7 @@ def write_truth(path: Path, truth: Truth) -> None:
 
 
 def read_truth(path: Path) -> Truth:
-    """Read what `write_truth` wrote. Raises UserError when it is missing or not that."""
+    """Read a file of `write_truth`. Raises UserError when it is missing, unreadable or not such a file."""
     tree = read_json(path)
     try:
         if tree["format_version"] != FORMAT_VERSION:
@@ -90,22 +90,21 @@ def _video(entry: Any, spec: DataSetSpec) -> VideoTruth:
     phase = _unpacked(entry["phase"], len(spec.phases))
     tools = [_unpacked(track, 2) for track in entry["tools"]]
     if len(tools) not in (0, len(spec.tools)) or any(len(track) != len(phase) for track in tools):
-        raise ValueError("tool labels that do not fit the data set or the phases")
+        raise ValueError("tool labels that do not match the data set or the phases")
     columns = np.stack(tools, axis=1) if tools else np.zeros((len(phase), 0), np.int8)
     return VideoTruth(phase, columns, str(entry["source_sha256_ends"]))
 
 
 def _packed(track: NDArray[Any]) -> list[list[int]]:
-    start, stop, value = stretches(track)
-    return np.stack([stop - start, value], axis=1).tolist()
+    return [[run.end - run.start, run.value] for run in runs(track)]
 
 
 def _unpacked(pairs: Sequence[Sequence[int]], classes: int) -> NDArray[np.int8]:
     table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
     lengths = table[:, 0]
-    # each before their sum, which otherwise could wrap
+    # each length is checked first, since their sum could overflow
     if table.size and (lengths.min() < 1 or lengths.max() > MAX_FRAMES or lengths.sum() > MAX_FRAMES):
-        raise ValueError("a stretch of labels without a sensible length")
+        raise ValueError("a run of labels without a plausible length")
     if table.size and (table[:, 1].min() < -1 or table[:, 1].max() >= classes):
         raise ValueError(f"labels outside -1 to {classes - 1}")
     return np.repeat(table[:, 1].astype(np.int8), lengths)

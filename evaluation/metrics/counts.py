@@ -20,7 +20,7 @@ BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 Counts = IntArray | FloatArray
 
-NO_PREDICTION = -2  # in a prediction: none was made. Unlike a frame without a label, one without a prediction is wrong
+NO_PREDICTION = -2  # in a prediction: none was made. Such a frame is wrong, unlike one without a label
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class PhaseTable:
     frames: IntArray
 
     def pooled(self, weights: FloatArray) -> PhaseTable:
-        """Each row of `weights` (B, V) says how often a video is taken: a (B, C) table of the weighted sums."""
+        """A (B, C) table of weighted sums; each row of `weights` (B, V) holds how often each video is counted."""
         return PhaseTable(*(weights @ getattr(self, name) for name in self.__dataclass_fields__))
 
 
@@ -100,14 +100,8 @@ def _pair(video: str, truth: NDArray[Any], predicted: NDArray[Any], classes: int
 
 
 def strict_right(video: PhasePair, fps: float | None = None) -> BoolArray:
-    """(T,) whether a labelled frame is predicted exactly, whatever the rate."""
+    """(T,) whether a labelled frame is predicted exactly; the rate does not matter."""
     return video.labelled & (video.truth == video.predicted)
-
-
-def stretches(track: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any]]:
-    """Runs of one value in `track` (T,): their starts, stops and values (N,) each; no label is a value too."""
-    start = np.flatnonzero(np.r_[True, track[1:] != track[:-1]][: len(track)])
-    return start, np.r_[start[1:], len(track)][: len(start)], track[start]
 
 
 # ------------------------------------------------------------------------------------------------- the table

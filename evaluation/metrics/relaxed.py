@@ -17,6 +17,7 @@ from configs.schema import folded_name
 from evaluation.metrics.conventions import CONVENTIONS, DROPPED, OVER_PHASES, FrameConvention, mean_known
 from evaluation.metrics.counts import BoolArray, FloatArray, IntArray, PhasePair, PhaseTable, strict_right
 from evaluation.metrics.results import Score
+from features.runs import runs
 
 WINDOW_S = 10.0
 
@@ -54,10 +55,7 @@ def phase_runs(truth: IntArray) -> list[tuple[int, int, int]]:
     where it differs. Windows are therefore in time even where only some frames have a label.
     """
     labelled = np.flatnonzero(truth >= 0)
-    phase = truth[labelled]
-    first = np.flatnonzero(np.r_[True, phase[1:] != phase[:-1]])
-    last = np.r_[first[1:] - 1, len(labelled) - 1]
-    return list(zip(labelled[first].tolist(), (labelled[last] + 1).tolist(), phase[first].tolist(), strict=True))
+    return [(int(labelled[r.start]), int(labelled[r.end - 1]) + 1, r.value) for r in runs(truth[labelled])]
 
 
 def relaxed_window_frames(fps: float) -> int:

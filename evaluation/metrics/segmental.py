@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluation.metrics.conventions import CONVENTIONS, Convention, Videos, numbers_by_video, over_videos
-from evaluation.metrics.counts import Counts, FloatArray, IntArray, stretches
+from evaluation.metrics.counts import Counts, FloatArray, IntArray
 from evaluation.metrics.results import PhaseAbout, PhaseResults, PooledScore, Score, json_number
+from features.runs import runs
 
 OVERLAPS_PERCENT = (10, 25, 50)
 
@@ -35,14 +36,14 @@ class SegmentTable:
 
 
 def segments(labels: IntArray, background: Sequence[int] = ()) -> tuple[IntArray, IntArray, IntArray]:
-    """Runs of equal labels but those of `background`: (S,) label, start and stop of each."""
-    start, stop, label = stretches(labels)
-    kept = ~np.isin(label, background)
-    return label[kept], start[kept], stop[kept]
+    """Runs of equal labels, without those of `background`: (S,) label, start and stop of each."""
+    kept = [run for run in runs(labels) if run.value not in background]
+    start, stop, label = np.array(kept, dtype=np.int64).reshape(-1, 3).T
+    return label, start, stop
 
 
 def edit_distance(first: IntArray, second: IntArray) -> int:
-    """Levenshtein distance of two label sequences, a row at a time."""
+    """Levenshtein distance of two label sequences, row by row."""
     column = np.arange(len(second) + 1)
     row = column.copy()
     for i, label in enumerate(first, start=1):
@@ -60,10 +61,10 @@ def edit_score(predicted: IntArray, truth: IntArray, background: Sequence[int] =
 
 
 def overlap_hits(predicted: IntArray, truth: IntArray, background: Sequence[int] = ()) -> tuple[list[int], int, int]:
-    """True positives at each overlap, and how many segments either side has, those of `background` left out.
+    """True positives at each overlap, and the numbers of predicted and true segments, without those of `background`.
 
-    A predicted segment goes to the true one of its label with the greatest intersection over union; it is a hit when
-    that reaches the overlap and no earlier segment has hit the same one.
+    A predicted segment is assigned to the true one of its label with the greatest intersection over union; it is a hit
+    when that reaches the overlap and no earlier segment has hit the same one.
     """
     label_p, start_p, stop_p = segments(predicted, background)
     label_t, start_t, stop_t = segments(truth, background)

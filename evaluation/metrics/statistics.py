@@ -90,7 +90,7 @@ def phase_intervals(
 
 
 def _draws(videos: int, resamples: int, confidence: float, seed: int) -> tuple[FloatArray, FloatArray, list[float]]:
-    """Weights of the videos as they are (1, V) and in each draw (B, V), and the percentiles of the interval."""
+    """Weights of the videos: all once (1, V), and in each draw (B, V); and the percentiles of the interval."""
     once = np.ones((1, videos))
     draws = np.random.default_rng(seed).multinomial(videos, once[0] / videos, size=resamples).astype(float)
     return once, draws, _tails(confidence)

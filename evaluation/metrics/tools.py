@@ -1,6 +1,6 @@
 """Tool presence: average precision per tool, pooled over frames and video by video, and scores at a threshold.
 
-Both averages are in use under the one name mAP, so both are always given. Definitions: docs/evaluation.md.
+Both averages are called mAP in papers, so both are always given. Definitions: docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def evaluate_tools(
 ) -> ToolResults:
     """Score tool presence, percent.
 
-    `truth` maps video ids to (T, K) presence (1, 0; -1 = no label, not counted), `scores` to (T, K) numbers that rise
-    with the belief in presence (probabilities or logits). `threshold`, one for all or one per tool, adds precision,
+    `truth` maps video ids to (T, K) presence (1, 0; -1 = no label, not counted), `scores` to (T, K) probabilities
+    or logits. `threshold`, one for all or one per tool, adds precision,
     recall and F1 over the pooled frames: choose it on validation videos (`choose_thresholds`), never on these.
 
     A tool that never appears has no average precision (None) and is left out of the means. Raises UserError naming the
@@ -182,7 +182,7 @@ def _checked(
 
 
 def logit(probabilities: NDArray[Any]) -> NDArray[np.float64]:
-    """The inverse of `sigmoid`, cut at +-16.6, which is as far as a float32 probability can tell."""
+    """The inverse of `sigmoid`, cut at +-16.6, the largest value that a float32 probability can represent."""
     half_step = 2.0**-24
     inner = np.clip(probabilities.astype(np.float64), half_step, 1 - half_step)
     value: NDArray[np.float64] = np.log(inner) - np.log1p(-inner)

@@ -1,4 +1,4 @@
-"""What an ablation came to: a ranked table with deviations over seeds, differences against the base, CSV and a page."""
+"""The outcome of an ablation: a table of ranked settings, with standard deviations over seeds; CSV and a page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TEMPLATE = "ablation.html.j2"
 
 @dataclass(frozen=True)
 class Trial:
-    """One training of a setting: its label, what it changes, the seed, and stage two's result."""
+    """One training of a setting: its label, its changes, the seed, and stage two's result."""
 
     label: str
     changes: Mapping[str, Any]
@@ -34,13 +34,13 @@ class Trial:
 
     @property
     def score(self) -> float:
-        """What settings are ranked by: a fraction, on the validation videos."""
+        """The score by which settings are ranked: a fraction, on the validation videos."""
         return float(self.result["val_accuracy"])
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting over its seeds, percent. Differences are paired: the same seed of the base is taken off each."""
+    """One setting over its seeds, percent. Differences are paired: they are to the base with the same seed."""
 
     label: str
     is_base: bool
@@ -54,7 +54,7 @@ class Row:
 
 
 def ablation_rows(trials: Sequence[Trial]) -> list[Row]:
-    """The settings, best mean first, those with fewer seeds than others (some failed, or are to come) after the rest.
+    """The settings, best mean first; those with fewer seeds than others (some failed or are not done yet) come last.
 
     Standard deviations are over seeds (n - 1); None below two.
     """
@@ -107,8 +107,8 @@ def _cells(row: Row) -> list[str]:
 
 
 def ablation_table(trials: Sequence[Trial], score: str) -> Table:
-    """The ranked table for a terminal; `score` says what the numbers are."""
-    table = Table(title=Text(f"{score}, percent; deviations over seeds"), title_justify="left")
+    """The ranked table for a terminal; `score` describes the numbers."""
+    table = Table(title=Text(f"{score}, percent; standard deviations over seeds"), title_justify="left")
     for number, header in enumerate(_HEADERS):
         table.add_column(header, justify="right" if number else "left", overflow="fold")
     for row in ablation_rows(trials):
@@ -117,7 +117,7 @@ def ablation_table(trials: Sequence[Trial], score: str) -> Table:
 
 
 def write_ablation_csv(path: Path, trials: Sequence[Trial]) -> None:
-    """A row a training: setting, changes, seed, score (a fraction), epochs, speed, folder; written atomically."""
+    """One row per training: setting, changes, seed, score (a fraction), epochs, speed, folder; written atomically."""
     keys = list(dict.fromkeys(key for trial in trials for key in trial.changes))
     numbers = ("val_accuracy", "best_epoch", "epochs", "parameters", "seconds", "frames_per_s")
     buffer = io.StringIO(newline="")
@@ -132,7 +132,7 @@ def write_ablation_csv(path: Path, trials: Sequence[Trial]) -> None:
 
 
 def _no_formula(cell: Any) -> Any:
-    """Text that a spreadsheet would compute gets the apostrophe in front with which spreadsheets mark text."""
+    """Text that a spreadsheet would evaluate, with the leading apostrophe by which spreadsheets mark text."""
     text = isinstance(cell, str) and cell.startswith(FORMULA_STARTS)
     return f"'{cell}" if text else cell
 

@@ -22,13 +22,13 @@ from engine.logs import read_metrics
 from evaluation.files.predictions import TOOLS_ALONE, PredictionFile, ToolScores, read_prediction_csv, read_tool_csv
 from evaluation.files.truth import TRUTH_FILE, Truth, is_simulated, read_truth
 from evaluation.metrics.conventions import MAIN_CONVENTION
-from evaluation.metrics.counts import stretches
 from evaluation.metrics.results import METRICS_FILE, ByConvention, Evaluation, Interval, read_evaluation
 from evaluation.metrics.statistics import bootstrap_intervals, phase_intervals
 from evaluation.reports.ablation import ABLATION_PAGE
 from evaluation.reports.paper_figures import sample_edges_s
 from evaluation.reports.summary import left_out_lines, scored_words, settings_behind
 from features.ids import file_stem
+from features.runs import runs
 
 EVALUATE_FOLDER = "evaluate"
 HEAD = "temporal"  # the head whose predictions are in files
@@ -108,7 +108,7 @@ class Intervals:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A stretch of a video in which truth and prediction part; `frame` is the source frame in its middle."""
+    """A run of frames in which prediction and truth disagree; `frame` is the source frame in its middle."""
 
     video: str
     frame: int
@@ -120,7 +120,7 @@ class Disagreement:
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A frame (JPEG bytes) where truth and prediction part."""
+    """A frame (JPEG bytes) at which prediction and truth disagree."""
 
     disagreement: Disagreement
     jpeg: bytes
@@ -128,7 +128,7 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class Report:
-    """What the page shows: runs, videos from worst to best, intervals a run; pictures, and a sentence about them."""
+    """The content of the page: runs, videos from worst to best, intervals per run; frames, and a note about them."""
 
     runs: list[RunResults]
     videos: list[str]
@@ -138,11 +138,11 @@ class Report:
 
     @property
     def truth(self) -> Truth:
-        """Labels and data set, the same for every run."""
+        """Labels and data set, which are the same for every run."""
         return self.runs[0].truth
 
     def times_s(self, video: str) -> NDArray[np.float64] | None:
-        """(T,) when a video's samples are shown; None where no run has predictions."""
+        """(T,) the times of a video's samples; None where no run has predictions."""
         scores = (run.predictions.get(video) or run.tool_scores.get(video) for run in self.runs)
         return next((found.time_s for found in scores if found is not None), None)
 
@@ -153,7 +153,7 @@ class Report:
 def gather(folders: Sequence[Path], split: str = "test") -> Report:
     """Read the runs' evaluations in `RUN/evaluate/<split>/`.
 
-    Raises UserError naming the command to run where a run is not evaluated, and the videos where two runs differ.
+    Raises UserError naming the command to run where a run is not evaluated, and the videos in which two runs differ.
     """
     names = _names(folders)
     runs = [_gather_run(folder, name, split) for folder, name in zip(folders, names, strict=True)]
@@ -168,7 +168,7 @@ def _or_last(accuracy: float | None) -> float:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Folder names; whole paths where two are the same or one could be taken for the truth."""
+    """Folder names; whole paths where two are equal or one is the name that the truth has in figures."""
     names = [folder.resolve().name for folder in folders]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{folders[0]}: a run is named twice; name each once")
@@ -237,7 +237,7 @@ def _evaluation(folder: Path, evaluated: Path, split: str) -> Evaluation:
 
 
 def _tools_alone(evaluated: Path, truth: Truth) -> dict[str, ToolScores]:
-    """What a net without a phase branch says; empty where it left no such files."""
+    """The predictions of a net without a phase branch; empty where there are no such files."""
     folder = evaluated / TOOLS_ALONE
     if not folder.is_dir():
         return {}
@@ -245,7 +245,7 @@ def _tools_alone(evaluated: Path, truth: Truth) -> dict[str, ToolScores]:
 
 
 def _stage_of(folder: Path, evaluation: Evaluation) -> Path | None:
-    """Where the net that was evaluated was trained: its joint step, else stage two, else what was started last."""
+    """The folder in which the evaluated net was trained: its joint step, else stage two, else the last one started."""
     if evaluation.joint and evaluation.joint.checkpoint:
         named = folder / "joint" / Path(evaluation.joint.checkpoint).parent.name
     else:
@@ -257,8 +257,8 @@ def _stage_of(folder: Path, evaluation: Evaluation) -> Path | None:
 
 
 def without_training(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the settings beside an imported net say of it: which pictures it takes and what it is. How it was trained is
-    another program's affair, and the rest of these settings was never used."""
+    """The settings that describe an imported net: the images that it takes and its parts. It was trained by another
+    program, so the other settings were never used."""
     parts = {"preprocess": None, "cnn": "backbone", "temporal": "head", "joint": "net"}
     return {
         name: {key: settings[name][key]} if key else settings[name]
@@ -288,12 +288,12 @@ def _require_comparable(first: RunResults, other: RunResults) -> None:
         shown = ", ".join(odd[:6]) + (f" and {len(odd) - 6} more" if len(odd) > 6 else "")
         raise UserError(
             f"{first.name} and {other.name} were evaluated on different videos ({shown} in one only); "
-            "only runs on the same videos stand side by side"
+            "only runs on the same videos can be compared"
         )
     for what, a, b in (
         ("phases", one.spec.phases, two.spec.phases),
         ("tools", one.spec.tools, two.spec.tools),
-        ("frames a second", one.fps, two.fps),
+        ("frames per second", one.fps, two.fps),
     ):
         if a != b:
             raise UserError(f"{first.name} and {other.name} differ in {what} ({a} and {b}); report them one by one")
@@ -323,30 +323,30 @@ def differing_settings(runs: Sequence[RunResults]) -> list[tuple[str, list[str]]
 
 
 def disagreements(report: Report, videos: int = 3, frames: int = 4) -> list[Disagreement]:
-    """The longest stretches in which the first run's prediction is wrong, in its worst videos, in order of time."""
+    """The longest runs of frames in which the first run is wrong, in its worst videos, in order of time."""
     run, found = report.runs[0], []
     wrong = [video for video in report.videos if (run.accuracy(video) or 0.0) < 100.0 and video in run.labelled[0]]
     for video in wrong[:videos]:
-        longest = sorted(_wrong_stretches(run, video), key=lambda part: -part.length_s)[:frames]
+        longest = sorted(_wrong_runs(run, video), key=lambda part: -part.length_s)[:frames]
         found += sorted(longest, key=lambda part: part.time_s)
     return found
 
 
-def _wrong_stretches(run: RunResults, video: str) -> list[Disagreement]:
+def _wrong_runs(run: RunResults, video: str) -> list[Disagreement]:
     prediction, truth = run.predictions[video], run.truth.videos[video].phase
     classes = len(run.truth.spec.phases)
     edges_s = sample_edges_s(prediction.time_s, len(truth), run.truth.fps)
-    # One number a pair of truth and prediction; right and unlabelled frames are -1.
+    # One number per pair of truth and prediction; right and unlabelled frames are -1.
     pair = np.where((truth >= 0) & (truth != prediction.phase), truth.astype(int) * classes + prediction.phase, -1)
     return [
         Disagreement(
             video,
-            int(prediction.frame_index[(start + stop) // 2]),
-            float(prediction.time_s[(start + stop) // 2]),
-            float(edges_s[stop] - edges_s[start]),
-            *divmod(int(value), classes),
+            int(prediction.frame_index[(start + end) // 2]),
+            float(prediction.time_s[(start + end) // 2]),
+            float(edges_s[end] - edges_s[start]),
+            *divmod(value, classes),
         )
-        for start, stop, value in zip(*stretches(pair), strict=True)
+        for start, end, value in runs(pair)
         if value >= 0
     ]
 

@@ -25,7 +25,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class ReportTable:
-    """`groups` are (title, columns below it); `rows` are (name, cells); `notes` stand below."""
+    """`groups` are (title, columns below it); `rows` are (name, cells); `notes` are shown below."""
 
     caption: str
     corner: str
@@ -36,7 +36,7 @@ class ReportTable:
 
     @property
     def group_starts(self) -> set[int]:
-        """Columns where a group begins, for a line in front of it."""
+        """Columns at which a group begins, which have a line on their left."""
         starts, column = set(), 0
         for _, width in self.groups if len(self.groups) > 1 else ():
             starts.add(column)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.metrics.counts import stretches
 from evaluation.metrics.tools import DEFAULT_THRESHOLD
 from evaluation.reports.paper_figures import phase_colours
+from features.runs import runs
 
 _BACKGROUND, _TEXT, _FAINT = (24, 24, 24), (240, 240, 240), (110, 110, 110)
 _SMALLEST_BAND_PX = 48
@@ -101,8 +101,8 @@ class Overlay:
     def _draw_past(self, draw: Any, sample: int, top: int) -> None:
         """A line of phases from the start to now, over the length of the whole video."""
         edges = np.linspace(0, self.width_px, len(self._phase) + 1)
-        for start, stop, phase in zip(*stretches(self._phase[: sample + 1]), strict=True):
-            draw.rectangle((edges[start], top, edges[stop], self.band_px), fill=self._colours[phase])
+        for run in runs(self._phase[: sample + 1]):
+            draw.rectangle((edges[run.start], top, edges[run.end], self.band_px), fill=self._colours[run.value])
 
 
 def _rgb(colour: str) -> tuple[int, int, int]:

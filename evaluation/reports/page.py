@@ -1,7 +1,7 @@
 """The report as one HTML file that needs no network: plotly.js, style and data are inside.
 
-A content security policy lets nothing else in. Names are escaped by Jinja in the page and by `report_figures.plain` in
-figures.
+A content security policy blocks everything else. Names are escaped by Jinja in the page and by `plotly_figures.plain`
+in figures.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def render(report: Report) -> str:
     environment.filters["data_uri"] = lambda jpeg: f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
     figures = report_figures.all_figures(report)
     known = next(filter(None, report.intervals), None)
-    # In an inline script nothing may read as its end; the hashes are taken from exactly what stands between the tags.
+    # Nothing in an inline script may look like its end; the hashes are of exactly the text between the tags.
     scripts = [_script(get_plotlyjs()), _script((TEMPLATES / "report.js").read_text(encoding="utf-8"))]
     return environment.get_template("report.html.j2").render(
         report=report,
@@ -58,7 +58,7 @@ def render(report: Report) -> str:
 
 
 def safe_json(value: Any) -> str:
-    """JSON that may stand in a script element: nothing in it can end the element or open a comment."""
+    """JSON that is safe in a script element: nothing in it can end the element or open a comment."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # ASCII only
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -70,7 +70,7 @@ def _script(text: str) -> str:
 
 
 def _policy(scripts: Sequence[str]) -> str:
-    """What the page may load: its own two scripts by their hashes, inline styles, pictures inside the page."""
+    """The content security policy: the page's two scripts by their hashes, inline styles, images inside the page."""
     hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts)
     sources = " ".join(f"'sha256-{digest}'" for digest in hashes)
     return (

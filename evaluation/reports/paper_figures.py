@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from engine.files import atomic_path
-from evaluation.metrics.counts import label_pairs, stretches
+from evaluation.metrics.counts import label_pairs
+from features.runs import true_spans
 
 # Okabe and Ito's colours, distinguishable under every common colour blindness, ordered so that neighbours in Cholec80's
 # sequence differ in lightness too; then one of Paul Tol's.
@@ -126,10 +127,8 @@ def _draw_video(
     margin_min: float,
 ) -> None:
     for name, track, accuracy in ribbons:
-        start, stop, value = stretches(track)
         for phase in np.unique(track):
-            runs = value == phase
-            begin, end = edges_min[start[runs]], edges_min[stop[runs]]
+            begin, end = edges_min[np.array(true_spans(track == phase))].T
             bars = np.stack([begin, end - begin], axis=1)
             style = UNLABELLED if phase < 0 else {"facecolor": colours[phase]}
             # With antialiasing there would be seams between adjacent bars.

@@ -25,6 +25,7 @@ from evaluation.reports.paper_figures import (
     sample_edges_s,
     short_name,
 )
+from features.runs import true_spans
 
 # Okabe and Ito's darker colours, which stand out from a white page; a pattern and a dash go with each.
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#222222", "#E69F00")
@@ -182,8 +183,7 @@ def _span_bars(bars: Sequence[tuple[str, int, int]], colour: str, hover: str) ->
 
 def _spans(mask: NDArray[np.bool_], edges: NDArray[np.int64]) -> list[tuple[int, int]]:
     """(start, stop) in ms of each run of frames in which `mask` (T,) is true."""
-    change = np.flatnonzero(np.diff(np.r_[False, mask, False].astype(np.int8)))
-    return [(int(edges[start]), int(edges[stop])) for start, stop in change.reshape(-1, 2)]
+    return [(int(edges[start]), int(edges[stop])) for start, stop in true_spans(mask)]
 
 
 def _from_to(start_ms: int, stop_ms: int) -> str:

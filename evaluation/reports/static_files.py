@@ -29,6 +29,7 @@ from evaluation.reports.plotly_figures import (
     tool_presence,
     training_scores,
 )
+from features.runs import true_spans
 
 SUFFIXES = (".pdf", ".png")
 _DASHES = ("-", "--", ":", "-.", (0, (8, 2)), (0, (5, 1, 1, 1)))
@@ -167,8 +168,7 @@ def tool_timeline(path: Path, report: Report, video: str) -> None:
     for row, (name, present) in enumerate(presence):
         colour = "#222222" if name == TRUTH_NAME else RUN_COLOURS[(row - 1) % len(RUN_COLOURS)]
         for k in range(len(tools)):
-            edges = np.flatnonzero(np.diff(np.r_[False, present[:, k], False].astype(np.int8))).reshape(-1, 2)
-            begin, end = edges_min[edges].T
+            begin, end = edges_min[np.array(true_spans(present[:, k]), dtype=int).reshape(-1, 2)].T
             spans = np.stack([begin, end - begin], axis=1)
             label = short_name(name, 30) if k == 0 else None
             axes.broken_barh(spans, (k - 0.4 + row * height, height * 0.9), facecolor=colour, linewidth=0, label=label)

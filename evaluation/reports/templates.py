@@ -32,9 +32,9 @@ def template_environment(*, html: bool) -> Environment:
 
 
 def markdown(name: object) -> str:
-    """A name as Markdown shows it literally, in a table too: no HTML, link, picture, emphasis or line break of it.
+    """A name that Markdown shows literally, in tables too: as no HTML, link, image, emphasis or line break.
 
-    Web and mail addresses are no links by the rules of CommonMark and of GitHub's extensions, but can still be read.
+    Web and mail addresses do not become links by the rules of CommonMark and of GitHub's extensions, but stay legible.
     """
     text = " ".join(printable(str(name)).split())
     text = re.sub(r"([\\`*_~\[\]|])", r"\\\1", text)
@@ -44,5 +44,5 @@ def markdown(name: object) -> str:
 
 
 def markdown_code(name: object) -> str:
-    """A name between backticks, where nothing but a backtick means anything."""
+    """A name between backticks, where only a backtick has a meaning."""
     return " ".join(printable(str(name)).split()).replace("`", "'")

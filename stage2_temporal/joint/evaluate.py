@@ -53,10 +53,10 @@ def evaluate_joint(
 ) -> Evaluation:
     """Score a run's joint net on one split of the index.
 
-    Writes into `RUN/evaluate/`, and the outcome on the test split into `RUN/summary.json` and `RUN/MODEL_CARD.md`; for
-    another index than the run's (`other`, or as `data.index` has it) into a folder with its name in front, and nowhere
-    else. Videos that cannot be read are left out and reported. Images are prepared as in training, whatever a preset
-    says; crops are `joint.crops`.
+    Writes into `RUN/evaluate/`, and for the test split a summary into `RUN/summary.json` and `RUN/MODEL_CARD.md`. For
+    another index than the run's (`other`, or where `data.index` is another file) it writes only into a folder that
+    begins with the name of the index. Videos that cannot be read are left out and reported. Images are prepared as in
+    training, and not as in a preset; crops are `joint.crops`.
     Raises UserError where the user gave another preparation (`given`) and when the net's classes or sampling rate are
     not the data's, Stopped when asked to stop.
     """
@@ -134,11 +134,11 @@ def _say_mapped(joint: JointDetails | None) -> None:
 
 
 def _is_another(trained_in: Path, config: Config, index: Index) -> bool:
-    """Whether `data.index` is another file than the net was trained with, and holds other videos to learn from."""
+    """Whether `data.index` is another file than the net was trained with, and has other training videos."""
     identity, settings = trained_in / IDENTITY_FILE, trained_in / "config.yaml"
     if not (identity.is_file() and settings.is_file()):
         return False
-    known = read_json_object(identity).get("videos_sha256")  # an imported net has seen none of ours
+    known = read_json_object(identity).get("videos_sha256")  # an imported net was not trained on these videos
     if known is None or load_config(settings).data.index == config.data.index:
         return False
     return bool(known != frames_identity(config, index)["videos_sha256"])

@@ -19,13 +19,13 @@ from PIL import Image
 from commands.report_runs import jpeg, report_runs
 from configs.errors import UserError
 from evaluation.files.truth import TRUTH_FILE, Truth, VideoTruth, read_truth, write_truth
-from evaluation.metrics.counts import stretches
 from evaluation.reports import html_tables as report_tables
 from evaluation.reports import plotly_figures as report_figures
 from evaluation.reports.gather import Report, Thumbnail, disagreements, gather
 from evaluation.reports.page import render, safe_json, write_report
 from evaluation.reports.paper_figures import PALETTE
 from evaluation.reports.static_files import phase_bars, write_figures
+from features.runs import runs
 from tests.report_material import SPEC, write_run
 
 
@@ -95,12 +95,12 @@ def test_settings_in_which_runs_differ_are_listed(two: Report) -> None:
     assert dict(tables.provenance.rows)["Revision"][0].text == two.runs[0].environment["git_revision"]
 
 
-def test_ribbons_hold_a_bar_a_stretch(two: Report) -> None:
+def test_ribbons_hold_one_bar_per_run(two: Report) -> None:
     video = two.videos[0]
     figure = report_figures.ribbon(two, 0, video)
     assert figure is not None
     bars = sum(len(trace["x"]) for trace in figure.spec["data"])
-    assert bars == sum(len(stretches(track)[0]) for _, track in report_figures.tracks(two, video))
+    assert bars == sum(len(runs(track)) for _, track in report_figures.tracks(two, video))
     covered = sum(sum(trace["x"]) for trace in figure.spec["data"])
     assert covered == 3 * 300_000  # truth and two predictions of 300 s
     used = {trace["marker"]["color"] for trace in figure.spec["data"]}
@@ -141,7 +141,7 @@ def test_curves_end_where_everything_is_called_present(two: Report) -> None:
     assert (recall[-1], precision[-1]) == (100.0, pytest.approx(100 * present))
 
 
-def test_disagreements_are_the_longest_wrong_stretches(two: Report) -> None:
+def test_disagreements_are_the_longest_wrong_runs(two: Report) -> None:
     found = disagreements(two, videos=1, frames=2)
     video = two.videos[0]
     wrong = two.truth.videos[video].phase != two.runs[0].predictions[video].phase
@@ -188,7 +188,7 @@ def test_data_cannot_end_its_script(text: str) -> None:
     assert json.loads(said) == {"x": [text]}
 
 
-def test_pictures_are_inside_the_page(two: Report) -> None:
+def test_frames_are_inside_the_page(two: Report) -> None:
     part = disagreements(two)[0]
     picture = Thumbnail(part, jpeg(np.full((480, 854, 3), 90, np.uint8)))
     assert len(picture.jpeg) < 20_000
@@ -199,7 +199,7 @@ def test_pictures_are_inside_the_page(two: Report) -> None:
     assert f"truth {SPEC.phases[part.truth]}" in page.text
 
 
-def test_videos_that_are_not_at_hand_cost_the_pictures_only(
+def test_videos_that_are_missing_cost_the_frames_only(
     folders: list[Path], tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     monkeypatch.delenv("SURGSTAGE_DATA", raising=False)
@@ -310,7 +310,7 @@ def test_runs_that_differ_in_nothing_have_no_empty_table(tmp_path: Path) -> None
     assert "Settings in which the runs differ" not in Page(render(report)).text
 
 
-def test_runs_on_other_videos_do_not_stand_side_by_side(folders: list[Path], tmp_path: Path) -> None:
+def test_runs_on_other_videos_are_not_compared(folders: list[Path], tmp_path: Path) -> None:
     other = write_run(tmp_path / "other", ["video01", "video02", "video09"])
     with pytest.raises(UserError, match=r"video03, video09 in one only"):
         gather([folders[0], other])
@@ -337,7 +337,7 @@ def test_a_run_that_is_not_evaluated_says_which_command_to_run(folders: list[Pat
 
 
 @pytest.mark.parametrize("broken", ["[]", '{"phases": 1}', "nothing"])
-def test_metrics_that_are_none(broken: str, folders: list[Path], tmp_path: Path) -> None:
+def test_damaged_metrics_are_refused(broken: str, folders: list[Path], tmp_path: Path) -> None:
     shutil.copytree(folders[0], tmp_path / "run")
     (tmp_path / "run/evaluate/test/metrics.json").write_text(broken)
     with pytest.raises(UserError, match=r"metrics.json: not"):
