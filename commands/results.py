@@ -105,7 +105,8 @@ def evaluate_predictions(
     "metrics",
     multiple=True,
     metavar="NAME",
-    help="accuracy, precision, recall, jaccard, f1; of segmental edit, f1@10, f1@25, f1@50. Repeatable. Default: all.",
+    help="accuracy, precision, recall, jaccard, f1 or a registered metric; of segmental edit, f1@10, f1@25, f1@50. "
+    "Repeatable. Default: all.",
 )
 @options.reading_options
 @options.JSON_FILE
