@@ -234,7 +234,7 @@ def test_recognition_files_of_ms_tcn(tmp_path):
         ("0\t1\t2\t3\n", r"has 4 columns and no header .*a column for each of the 7 phases"),
         (
             "0\t0\n1\t0\n900\t0\n",
-            "has frame 900 after 1, where rows are 450 apart|more rows are missing than there are",
+            "has frame 900 after 1, where rows are 450 apart|more rows are missing than present",
         ),
         ("### Frame level recognition: ###\n", "holds no rows"),
         ("1\n2\n7\n", r"row 3 .*seems to count from 1: write Preparation as 0"),
