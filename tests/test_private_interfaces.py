@@ -41,7 +41,7 @@ PRIVATE = {
     r"_make_submission|_submitit_command": "commands/slurm.py",
 }
 # Others that were used once, or might be.
-NOWHERE = r"subprocess_handlers|torch\._(?!_)(?!utils _rebuild)|torch\.distributed\.elastic"
+NOWHERE = r"subprocess_handlers|_BatchNorm\b|HASH_REGEX|torch\._(?!_)(?!utils _rebuild)|torch\.distributed\.elastic"
 
 
 @pytest.fixture(scope="module")
