@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from configs.errors import UserError, did_you_mean
 from configs.schema import DataSetSpec, class_ids, folded_name
@@ -39,8 +40,8 @@ class PhaseTrack:
     stride.
     """
 
-    frame_index: np.ndarray
-    phase: np.ndarray
+    frame_index: NDArray[np.int64]
+    phase: NDArray[np.int8]
     stride: int
 
     def head(self, rows: int) -> PhaseTrack:
@@ -52,8 +53,8 @@ class PhaseTrack:
 class ToolTrack:
     """Tools of one video: `frame_index` (R,) int64, `tools` (R, K) int8 in the data set's order; -1 = no label."""
 
-    frame_index: np.ndarray
-    tools: np.ndarray
+    frame_index: NDArray[np.int64]
+    tools: NDArray[np.int8]
     stride: int
 
     def head(self, rows: int) -> ToolTrack:
@@ -168,7 +169,7 @@ def _count_tabs(line: str) -> int:
     return line.count("\t")
 
 
-def _zeros_and_ones(cells: Sequence[str], name: str, path: Path) -> np.ndarray:
+def _zeros_and_ones(cells: Sequence[str], name: str, path: Path) -> NDArray[np.int8]:
     values = {"0": 0, "0.0": 0, "1": 1, "1.0": 1, **dict.fromkeys((*NO_LABEL, *_MISSING), -1)}
     if not values.keys() >= set(cells):
         row = next(row for row, cell in enumerate(cells) if cell not in values)
@@ -198,7 +199,7 @@ def _tool_columns(header: Sequence[str], path: Path, spec: DataSetSpec) -> list[
     return columns
 
 
-def _frame_column(cells: Sequence[str], path: Path) -> tuple[np.ndarray, int]:
+def _frame_column(cells: Sequence[str], path: Path) -> tuple[NDArray[np.int64], int]:
     """The Frame column (R,) int64 and its stride: whole numbers of 0 or more, evenly spaced; some may be missing."""
     digits = "".join(cells)
     if not (digits.isascii() and digits.isdigit() and all(cells) and max(map(len, cells)) <= _MAX_DIGITS):
@@ -209,7 +210,7 @@ def _frame_column(cells: Sequence[str], path: Path) -> tuple[np.ndarray, int]:
     return frame_index, _stride(frame_index, path)
 
 
-def _stride(frame_index: np.ndarray, path: Path) -> int:
+def _stride(frame_index: NDArray[np.int64], path: Path) -> int:
     """The usual distance between rows. Raises UserError naming the first row that is not a multiple of it further on.
 
     Rows may be missing. A difference from rounding a distance that is not a whole number (29 among 30s) is accepted.
@@ -263,7 +264,7 @@ def write_tool_file(path: Path, track: ToolTrack, spec: DataSetSpec) -> None:
     _write_rows(path, ("Frame", *spec.tools), track.frame_index, (map(str, row) for row in track.tools.tolist()))
 
 
-def _write_rows(path: Path, header: Iterable[str], frames: np.ndarray, rows: Iterable[Iterable[str]]) -> None:
+def _write_rows(path: Path, header: Iterable[str], frames: NDArray[np.int64], rows: Iterable[Iterable[str]]) -> None:
     lines = ["\t".join(header)]
     lines += ["\t".join((str(frame), *cells)) for frame, cells in zip(frames.tolist(), rows, strict=True)]
     write_text(path, "\n".join(lines) + "\n")

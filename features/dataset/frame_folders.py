@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import DataConfig, DataSetSpec
@@ -26,7 +27,7 @@ class FolderScan:
     """The images of a folder in the order of their numbers: `numbers` (N,) int64, names, sizes, newest change."""
 
     path: Path
-    numbers: np.ndarray
+    numbers: NDArray[np.int64]
     names: tuple[str, ...]
     sizes_bytes: tuple[int, ...]
     modified_ns: int
@@ -253,7 +254,7 @@ def _ask(scan: FolderScan) -> str:
     )
 
 
-def source_frames(scan: FolderScan, layout: FolderLayout) -> np.ndarray:
+def source_frames(scan: FolderScan, layout: FolderLayout) -> NDArray[np.int64]:
     """Source frame (N,) int64 of each image. Raises UserError when numbers and layout do not agree."""
     unit = layout.stride if layout.numbering == "sample" else 1
     indices = (scan.numbers - layout.base) * unit

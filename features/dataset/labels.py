@@ -21,6 +21,7 @@ from features.dataset.sampling import frame_times_s
 
 BetweenRows = Literal["mask", "hold"]
 Labels = tuple[NDArray[np.int8], NDArray[np.int8]]  # phase (T,), tools (T, K)
+Rows = tuple[NDArray[np.int64], NDArray[np.bool_]]  # the row of each frame, and whether there is one: (T,) each
 
 
 def load_labels(
@@ -145,14 +146,14 @@ def sample_labels(
     return phase_labels, tool_labels
 
 
-def _rows_at(frames: np.ndarray, track: Track) -> tuple[np.ndarray, np.ndarray]:
+def _rows_at(frames: NDArray[np.int64], track: Track) -> Rows:
     """The row (T,) that holds at each frame, and whether there is one (T,); the first of two rows of one frame."""
     starts = track.frame_index
     row = np.searchsorted(starts, starts[np.searchsorted(starts, frames, "right") - 1])
     return row, (frames >= starts[0]) & (frames < starts[row] + track.stride)
 
 
-def _rows_next_to(frames: np.ndarray, track: Track) -> tuple[np.ndarray, np.ndarray]:
+def _rows_next_to(frames: NDArray[np.int64], track: Track) -> Rows:
     """The row (T,) nearest to each frame, and whether it labels the frame (T,).
 
     It does where the two are nearest to each other and near enough: the same frame where samples are evenly spaced,
@@ -167,14 +168,14 @@ def _rows_next_to(frames: np.ndarray, track: Track) -> tuple[np.ndarray, np.ndar
     return row, (_nearest(frames, track.frame_index)[row] == np.arange(len(frames))) & (2 * distance <= apart)
 
 
-def _nearest(places: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def _nearest(places: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
     """The position in `places` (increasing) of the value nearest to each of `wanted`; the first of two equally near."""
     after = np.searchsorted(places, wanted).clip(0, len(places) - 1)
     before = (after - 1).clip(0)
     return np.where(wanted - places[before] <= np.abs(places[after] - wanted), before, after)
 
 
-def unlabelled_note(phases: Mapping[str, np.ndarray], means: str) -> list[str]:
+def unlabelled_note(phases: Mapping[str, NDArray[np.int8]], means: str) -> list[str]:
     """A note on frames without a phase (`phases`: id to (T,)) and what that `means`; empty where all have one."""
     bare = {video_id: int((phase < 0).sum()) for video_id, phase in phases.items() if (phase < 0).any()}
     if not bare:
@@ -207,7 +208,7 @@ def fit_tracks(
     return FittedTracks(cut_phase, cut_tools, tuple(notes))
 
 
-def labelled_fractions(frames: np.ndarray, phase: PhaseTrack | None, tools: ToolTrack | None) -> list[float]:
+def labelled_fractions(frames: NDArray[np.int64], phase: PhaseTrack | None, tools: ToolTrack | None) -> list[float]:
     """The fraction of `frames` (T,) that each given track labels, where tool rows hold too."""
     labels, tool_labels = sample_labels(frames, phase, tools, "hold", 0 if tools is None else tools.tools.shape[1])
     covered = [labels >= 0] * (phase is not None) + [(tool_labels >= 0).any(axis=1)] * (tools is not None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import DataConfig
@@ -44,20 +45,20 @@ class Extent:
     row_fps: float
     stride: int = 1
     base: int = 0
-    times_s: np.ndarray | None = None
+    times_s: NDArray[np.float64] | None = None
 
     @property
     def duration_s(self) -> float:
         return self.frame_count / self.fps
 
-    def on_screen(self, time_s: np.ndarray) -> np.ndarray:
+    def on_screen(self, time_s: NDArray[np.float64]) -> NDArray[np.int64]:
         """The frame (T,) int64 on screen at each time (T,); after the last frame, counting continues at the rate."""
         last_s = 0.0 if self.times_s is None else float(self.times_s[-1])
         # a file may contain any number: clip it where float64 can no longer represent every integer
         after = np.floor(np.minimum((time_s - last_s + ROUNDING_S) * self.fps, 2.0**53)).astype(np.int64)
         if self.times_s is None:
             return after
-        shown: np.ndarray = np.searchsorted(self.times_s, time_s + ROUNDING_S, side="right") - 1
+        shown: NDArray[np.int64] = np.searchsorted(self.times_s, time_s + ROUNDING_S, side="right") - 1
         return shown + np.maximum(after, 0)
 
 

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, Literal
 
 import google_crc32c
 import numpy as np
+from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import DataSetSpec
@@ -215,8 +216,8 @@ class RecordScan:
     video_id: str
     frame_base: Literal[0, 1]
     total_frames: int
-    phase: np.ndarray
-    tools: np.ndarray
+    phase: NDArray[np.int64]
+    tools: NDArray[np.int8]
 
 
 def scan_records(path: Path, video_id: str, spec: DataSetSpec) -> RecordScan:
@@ -329,11 +330,11 @@ class TfrecordReader(FrameReader):
                 f"{path}: holds {self.frame_count} records, indexed as {layout.frame_count}; run index again"
             )
 
-    def read(self, frame_index: Sequence[int]) -> Iterator[np.ndarray]:
+    def read(self, frame_index: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         """See FrameReader; the file is open only while frames are read."""
         return self._frames(checked_frames(frame_index, self.frame_count, self._path))
 
-    def _frames(self, wanted: Sequence[int]) -> Iterator[np.ndarray]:
+    def _frames(self, wanted: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         with _open(self._path) as stream:
             for number in wanted:
                 place = f"{self._path}: record {number}"
