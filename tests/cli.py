@@ -1,5 +1,4 @@
-"""Commands as a user types them, in processes of their own: run to their end, or stopped at any moment (forked where
-that will do, or afresh)."""
+"""Commands in their own processes, run to the end or stopped at any moment; forked or started afresh."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_
 
 
 def run(arguments: Sequence[str | Path], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`python pipeline.py ...` in `folder` to its end: one thread, 80 columns, no data but what the words name."""
+    """`python pipeline.py ...` in `folder` to its end: one thread, 80 columns, no default data root."""
     inherited = {name: value for name, value in os.environ.items() if name != "SURGSTAGE_DATA"}
     return subprocess.run(
         [sys.executable, str(PROJECT / "pipeline.py"), *map(str, arguments)],
@@ -35,7 +34,7 @@ def run(arguments: Sequence[str | Path], folder: Path, **variables: str) -> subp
 
 
 def succeed(arguments: Sequence[str | Path], folder: Path) -> str:
-    """The same, where nothing may go wrong; all that it prints."""
+    """The same for a command that must succeed; all its output."""
     done = run(arguments, folder)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
@@ -65,18 +64,18 @@ class Command:
         return self.code
 
     def send(self, number: int, group: bool) -> None:
-        """A signal to the process, or to all of its group."""
+        """Send a signal to the process, or to its whole group."""
         (os.killpg if group else os.kill)(self.pid, number)
 
     def end(self) -> None:
-        """Leave nothing of it, whatever happened."""
+        """Kill every process of its group."""
         for process in group_members(self.pid):
             os.kill(process, signal.SIGKILL)
         self.wait(10)
 
 
 def group_members(group: int) -> list[int]:
-    """Processes of a process group that run."""
+    """Running processes of a process group."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -100,14 +99,14 @@ def start_fresh(arguments: Sequence[str], folder: Path, log: Path) -> Command:
             stderr=stream,
             start_new_session=True,
         )
-    process.returncode = 0  # whoever asks `Command` reaps it
+    process.returncode = 0  # `Command.poll` reaps it
     return Command(process.pid, log)
 
 
 def start_forked(
     arguments: Sequence[str], folder: Path, log: Path, prepare: Callable[[], None] = lambda: None
 ) -> Command:
-    """The same command line in a fork of this process, which has imported everything: three seconds less a start.
+    """The same command line in a fork of this process, which has imported everything: saves three seconds per start.
 
     `prepare` runs first in the new process. This process must not have started threads.
     """
@@ -126,7 +125,7 @@ def start_forked(
     except BaseException:
         traceback.print_exc()
     finally:
-        atexit._run_exitfuncs()  # as an interpreter does at its end: semaphores of processes go then
+        atexit._run_exitfuncs()  # as an interpreter does at its end; releases semaphores
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -151,7 +150,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 class Forks:
-    """Another process that forks commands: for tests, whose own process has threads by then."""
+    """A process that forks commands, for tests whose own process has started threads."""
 
     def __init__(self) -> None:
         self._server = subprocess.Popen(
@@ -210,7 +209,7 @@ def _serve() -> None:
 
 
 def import_everything() -> None:
-    """What the commands import as they go, here and now, so that forks have it."""
+    """Import what the commands import when they run, so that forks have it."""
     os.environ.update(ONE_THREAD)
     import accelerate  # noqa: F401
     import av  # noqa: F401

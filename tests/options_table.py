@@ -1,4 +1,4 @@
-"""What each option of each command does in each mode of it: reaches the work, or is refused (tests/test_options.py).
+"""The effect of each option of each command in each mode: it reaches the work, or is refused (tests/test_options.py).
 
 `python -m tests.options_table` writes docs/options.md.
 """
@@ -40,14 +40,14 @@ SUBMIT = {
     "--slurm": "account=x",
     "--max-requeues": "3",
 }
-POSITIONAL = {"models", "arguments"}  # a command's own words, as many as wanted
+POSITIONAL = {"models", "arguments"}  # arguments of any number
 INTRODUCTION = """# Options
 
-What each option does in each way of using a command: it has an effect (`yes`), is `refused` in one line with exit code
-2, or is `given`, where it is what makes that way. Made by `python -m tests.options_table` from the table of which
-`tests/test_options.py` runs every row. What depends on the contents of files is refused where they are read:
-`--inference` for a head without a state, `--phase-order` and `--probabilities` for files without numbered phases or
-tools, `--ground-truth` where every model is an evaluated run.
+The effect of each option in each mode of a command: it has one (`yes`), is `refused` in one line with exit code 2, or
+is `given`, because it selects the mode. Written by `python -m tests.options_table` from the table whose rows
+`tests/test_options.py` verifies. What depends on the contents of files is refused when they are read: `--inference` for
+a head without a state, `--phase-order` and `--probabilities` for files without numbered phases or tools,
+`--ground-truth` if every model is an evaluated run.
 """
 INITIAL = [*WEIGHTS, "--set", "extract.encoder=initial"]
 JOINT = ["--model", "joint"]
@@ -55,7 +55,7 @@ JOINT = ["--model", "joint"]
 
 @dataclass(frozen=True)
 class Mode:
-    """One way of using a command. `words` make it this mode; options among them are given, and so not tried again.
+    """One mode of a command. `words` select it; options among them are not tried again.
 
     Of the other options, those in `does` reach `work` (module:function; the last one ends the command), and those in
     `refused` are errors.
@@ -423,19 +423,19 @@ MODES = [
 
 
 def options_of(command: click.Command) -> list[click.Parameter]:
-    """Everything that may be left out of a command's words."""
+    """The optional parameters of a command."""
     return [parameter for parameter in command.params if not parameter.required and parameter.name not in POSITIONAL]
 
 
 def spelled(parameter: click.Parameter) -> str:
-    """An option as it is written, an argument by its name."""
+    """An option as it is written on the command line, an argument by its name."""
     if isinstance(parameter, click.Argument):
         return str(parameter.metavar or parameter.name).strip("[]")
     return max(parameter.opts, key=len)
 
 
 def commands(group: click.Group = cli, above: str = "") -> Iterator[tuple[str, click.Command]]:
-    """Every command by the words that name it."""
+    """Every command with its name, subcommands included."""
     context = click.Context(group)
     for name in group.list_commands(context):
         command = group.get_command(context, name)

@@ -511,7 +511,7 @@ def test_files_that_are_no_videos(content: bytes, tmp_path: Path) -> None:
 
 
 def test_pickles_go_in_and_out_and_predictions_become_text(tmp_path: Path) -> None:
-    """The original programs' files, from an index to text, without anything being run that stands in them."""
+    """The original programs' files, from an index to text; no code in them is run."""
     rows = [[f"/far/away/17/17-{number}.jpg", *[number % 2] * 7, number % 7] for number in range(1, 31)]
     for number in range(1, 31):
         image = tmp_path / f"data/video17/video17-{number}.jpg"

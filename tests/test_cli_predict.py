@@ -50,12 +50,12 @@ def test_a_new_video_gets_the_numbers_that_evaluate_gives(workplace: Path, unkno
         shown = drawn.streams.video[0]
         assert shown.average_rate == source.streams.video[0].average_rate
         assert (shown.codec_context.width, shown.codec_context.height) == (96, 144)
-        pictures = [frame.to_ndarray(format="rgb24") for frame in drawn.decode(video=0)]
-        assert len(pictures) == sum(1 for _ in source.decode(video=0))
+        frames = [frame.to_ndarray(format="rgb24") for frame in drawn.decode(video=0)]
+        assert len(frames) == sum(1 for _ in source.decode(video=0))
     with av.open(str(unknown)) as source:
         first = next(source.decode(video=0)).to_ndarray(format="rgb24")
-    assert np.abs(pictures[0][:96].astype(int) - first).mean() < 12  # the picture is above, the band below
-    assert pictures[0][96:].max() > 150  # and the band says something
+    assert np.abs(frames[0][:96].astype(int) - first).mean() < 12  # the frame is above, the band below
+    assert frames[0][96:].max() > 150  # and the band is not empty
     assert no_temporaries(out)
 
     assert "0 video(s) predicted, 1 unchanged" in succeed([*PREDICT, str(unknown), "--video"], workplace)

@@ -1,4 +1,4 @@
-"""The table of (command, mode, option) in tests/options_table.py is whole, and every row is true."""
+"""The table of (command, mode, option) in tests/options_table.py is complete, and every row is true."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RUNNER = CliRunner()
 
 
 class Work:
-    """What the functions that do the work were called with."""
+    """The arguments of the calls of the functions that do the work."""
 
     def __init__(self) -> None:
         self.called: list[Any] = []
@@ -41,7 +41,7 @@ class Work:
 
 
 def shown(value: Any) -> Any:
-    """A value as something that compares: fields of objects, but no addresses."""
+    """A value in a form that can be compared: fields of objects, without addresses."""
     if isinstance(value, str | int | float | bool | Path | None):
         return repr(value)
     if isinstance(value, BaseModel):
@@ -60,7 +60,7 @@ def shown(value: Any) -> Any:
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
-    """A folder with what the rows name, and the functions that do the work replaced by notes of their arguments."""
+    """A folder with what the rows name, and the functions that do the work replaced by recorders of their arguments."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.yaml").write_text("{runs: elsewhere, seed: 9, data: {dataset: m2cai16-workflow}}")
     for run in ("a", "b"):
@@ -113,7 +113,7 @@ def words_of(mode: Mode, option: str, value: str) -> list[str]:
     return [*mode.command.split(), *mode.words, *([option] if option.startswith("--") else []), *given]
 
 
-def test_the_table_is_whole() -> None:
+def test_the_table_is_complete() -> None:
     for name, command in commands():
         modes = [mode for mode in MODES if mode.command == name]
         assert modes, f"{name}: not in tests/options_table.py"

@@ -208,7 +208,7 @@ def wait_until_gone(pids: Sequence[int]) -> None:
 
 @pytest.mark.timeout(600)  # five trainings, on a machine that may be busy
 def test_a_signal_to_any_process_stops_all_and_going_on_gives_the_same_bits(bench: Path) -> None:
-    """SIGTERM to one, SIGINT to the launcher, SIGUSR1 to the other; each time the same command goes on."""
+    """SIGTERM to one, SIGINT to the launcher, SIGUSR1 to the other; each time the same command resumes."""
     head = {"name": "lstm", "hidden": 12, "layers": 2, "dropout": 0.3}  # each process draws its own
     whole, parts = (bench / "runs" / name / "temporal" for name in ("whole", "parts"))
     succeed([*PIPELINE, *temporal(bench, "whole", CHUNKED, 40, head=head), *DEVICES], bench)
@@ -284,7 +284,7 @@ def test_a_mistake_is_said_once(bench: Path) -> None:
 def test_other_commands_refuse_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("engine.processes.is_reporting_rank", lambda problem: True)  # there is nobody to ask
+    monkeypatch.setattr("engine.processes.is_reporting_rank", lambda problem: True)  # no store to ask
     said = alone(["config", "show"], code=2)
     assert "error: config runs as one process, and a launcher has started 2" in said
 

@@ -243,7 +243,7 @@ def test_the_limit_of_requeues_ends_the_job_with_the_stage_s_code(tmp_path: Path
     assert (tmp_path / "saved").exists()
 
 
-def test_a_stage_that_somebody_else_stopped_waits_for_slurm_and_is_not_requeued(tmp_path: Path) -> None:
+def test_a_stage_stopped_from_outside_waits_for_slurm_and_is_not_requeued(tmp_path: Path) -> None:
     code, out, errors = send_when_ready(start_job(tmp_path, STAGE, hold_s=0.2), signal.SIGTERM)
     assert (code, out) == (75, ""), errors
     assert "Slurm did nothing" in errors

@@ -93,7 +93,7 @@ def test_an_imported_net_is_evaluated_trained_on_encoded_with_and_exported(tmp_p
 
 
 @pytest.mark.slow
-def test_settings_of_another_net_are_refused_and_other_pictures_noted(
+def test_settings_of_another_net_are_refused_and_other_preprocessing_is_noted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_dataset(tmp_path / "data")
