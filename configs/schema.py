@@ -166,9 +166,7 @@ class DataSetSpec(OmitsDefaults):
     phase_orders: dict[str, tuple[str, ...]] = Field(
         {}, description="other orders of the phases in use, by name; for files that contain numbers instead of names"
     )
-    id_format: str = Field(
-        "video{number:02d}", description="format of the video id, for ids that are numbers in file names"
-    )
+    id_format: str = Field("video{number:02d}", description="format of the video id, for numeric ids")
     patterns: FilePatterns
     splits: dict[str, NamedSplit] = Field({}, description="published splits that `data.split.rule` can name")
     default_split: str = "60%/20%/20%"
@@ -232,9 +230,7 @@ def _known_sources(sources: str) -> str:
 
 class DataConfig(Strict):
     dataset: str = Field("cholec80", description="name in configs/datasets, or the path of a YAML file")
-    root: Path | None = Field(
-        None, description="folder of videos and annotations; also environment variable SURGSTAGE_DATA"
-    )
+    root: Path | None = Field(None, description="folder of videos and annotations; also the variable SURGSTAGE_DATA")
     index: Path = Path("artifacts/index.json")
     sources: Annotated[str, AfterValidator(_known_sources)] = Field(
         "auto",
@@ -245,16 +241,14 @@ class DataConfig(Strict):
     fps: float = Field(1.0, gt=0, le=MAX_FPS, description="sampling rate: the frame on screen every 1 / fps seconds")
     split: SplitConfig = SplitConfig()
     tools_between_rows: Literal["mask", "hold"] = Field(
-        "mask",
-        description="if sampling is faster than tool annotations: mask frames between them, or repeat the last one",
+        "mask", description="sampling faster than tool rows: mask frames between rows, or repeat the last row"
     )
     reader: Literal["auto", "decord", "pyav"] = "auto"
     frame_numbering: Literal["auto", "source", "sample"] = Field(
         "auto", description="frame folders: whether file names count source frames or samples"
     )
     frame_base: Literal["auto", "first", 0, 1] = Field(
-        "auto",
-        description="frame folders: number of the video's first frame; first: the number of each folder's first image",
+        "auto", description="frame folders: number of the first frame; first: that of each folder's first image"
     )
     folder_fps: float | None = Field(
         None, gt=0, le=MAX_FPS, description="frame folders numbered by sample: samples per second"
@@ -266,10 +260,7 @@ class DataConfig(Strict):
     )
     row_base: Literal["auto", 0, 1] = Field("auto", description="annotation files: frame number of the first row")
     min_labelled: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="leave out videos of which less than this fraction has phases, or tools; 0: none for this reason",
+        0.5, ge=0, le=1, description="leave out videos whose phases or tools cover less than this fraction; 0: none"
     )
     tfrecord_phase_order: str | None = Field(
         None,
@@ -363,9 +354,7 @@ class LoopConfig(Strict):
     early_stop_epochs: int | None = Field(None, ge=1, description="stop after this many epochs without a better score")
     grad_clip_norm: float | None = Field(None, gt=0)
     precision: Precision = "auto"
-    checkpoint_minutes: float = Field(
-        10.0, gt=0, description="interval at which last.pt is also written within an epoch"
-    )
+    checkpoint_minutes: float = Field(10.0, gt=0, description="how often last.pt is also written within an epoch")
 
 
 class AugmentConfig(Strict):
@@ -397,17 +386,14 @@ class CnnConfig(LoopConfig):
     batch_frames: int = Field(64, ge=1)
     accumulate_steps: int = Field(1, ge=1)
     workers: int = Field(-1, ge=-1, description="loader processes; -1: by the number of cores")
-    frames_per_epoch: int | None = Field(
-        None, ge=1, description="size of a random subset of frames per epoch; null: all"
-    )
+    frames_per_epoch: int | None = Field(None, ge=1, description="random subset of frames per epoch; null: all")
     augment: AugmentConfig = AugmentConfig()
 
 
 class ExtractConfig(Strict):
     store: Path = Path("artifacts/features")
     encoder: Literal["finetuned", "initial"] = Field(
-        "finetuned",
-        description="the backbone trained by the run's train-cnn, or the weights of cnn.weights as they are",
+        "finetuned", description="backbone of the run's train-cnn, or the weights of cnn.weights as they are"
     )
     checkpoint: Path | None = Field(
         None, description="checkpoint of a joint net whose backbone is used instead (set by `extract --from-joint RUN`)"
@@ -518,8 +504,7 @@ class SequenceConfig(Strict):
     stride: int = Field(1, ge=1, description="distance between clip starts")
     batch: int = Field(8, ge=1, description="videos (full, chunked) or clips per step")
     inference: Literal["carried", "clip"] = Field(
-        "carried",
-        description="evaluation: state carried through the video, or reset at each clip as in training",
+        "carried", description="evaluation: carry state through the video, or reset it at each clip as in training"
     )
 
     @property
@@ -537,22 +522,15 @@ class TemporalConfig(LoopConfig):
     sequence: SequenceConfig = SequenceConfig()
     class_weighting: Literal["none", "inverse_frequency"] = "none"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    standardise: bool = Field(
-        True, description="standardise features by mean and standard deviation over the training videos"
-    )
+    standardise: bool = Field(True, description="standardise features by mean and std of the training videos")
     tool_logits: bool = Field(False, description="append the tool logits of stage one to the embedding")
     projection: Literal["auto", "fp32", "bf16"] = Field(
-        "auto",
-        description="arithmetic of the LSTM's input projection in training on a CPU; bf16 is faster on CPUs that "
-        "support it; auto: fp32",
+        "auto", description="LSTM input projection in training on a CPU; bf16 is faster where supported; auto: fp32"
     )
     start_from: Path | None = Field(
-        None,
-        description="checkpoint of a joint net whose phase branch initialises the head (set by `--from-joint RUN`)",
+        None, description="checkpoint of a joint net that initialises the head (set by `--from-joint RUN`)"
     )
-    baseline: bool = Field(
-        True, description="also train the per-frame linear head, on the same features with the same settings"
-    )
+    baseline: bool = Field(True, description="also train the per-frame linear head, in the same way")
 
 
 class JointNetConfig(Strict):
@@ -578,8 +556,7 @@ class JointLossConfig(Strict):
     phase_frames: Literal["all", "last"] = Field("all", description="frames of a clip that the phase loss covers")
     alpha: float = Field(1.0, ge=0, description="weight of the correlation term in step `correlation`")
     direction: Literal["mapped_branch", "branch_mapped"] = Field(
-        "mapped_branch",
-        description="KL(mapped || branch), where the mapped prediction is the target, or KL(branch || mapped)",
+        "mapped_branch", description="KL(mapped || branch), with the mapped prediction as target; or the reverse"
     )
     detach: Literal["none", "mapped", "branch"] = Field(
         "mapped", description="prediction that receives no gradient from the correlation term"
@@ -599,7 +576,7 @@ class JointSequenceConfig(SequenceConfig):
     frames: int = Field(10, ge=1, description="length of a chunk or clip")
     batch: int = Field(10, ge=1, description="videos (chunked) or clips per step")
     inference: Literal["carried", "clip"] = Field(
-        "clip", description="evaluation: state reset at each clip as in training, or carried through the video"
+        "clip", description="evaluation: reset state at each clip as in training, or carry it through the video"
     )
 
 
@@ -619,20 +596,16 @@ class JointConfig(Strict):
     loss: JointLossConfig = JointLossConfig()
     multitask: JointStepConfig = JointStepConfig()
     mapping: JointStepConfig | None = Field(None, description="second step: train the mapping only")
-    correlation: JointStepConfig | None = Field(
-        None, description="third step: train everything, with the correlation term"
-    )
+    correlation: JointStepConfig | None = Field(None, description="third step: everything, with the correlation term")
     accumulate_steps: int = Field(1, ge=1)
     freeze_batch_norm: bool = False
     sync_batch_norm: bool = Field(False, description="several processes on CUDA: statistics over the global batch")
-    gradient_checkpointing: bool = Field(
-        False, description="recompute the backbone in the backward pass to save memory"
-    )
-    clips_per_epoch: int | None = Field(None, ge=1, description="size of a random subset of clips per epoch; null: all")
+    gradient_checkpointing: bool = Field(False, description="recompute the backbone in backward to save memory")
+    clips_per_epoch: int | None = Field(None, ge=1, description="random subset of clips per epoch; null: all")
     workers: int = Field(-1, ge=-1, description="loader processes; -1: by the number of cores")
     augment: AugmentConfig = AugmentConfig()
     crops: Literal["centre", "random", "five", "ten"] = Field(
-        "centre", description="crops in evaluation; predictions of several are averaged"
+        "centre", description="evaluation crops; several are averaged"
     )
 
     @model_validator(mode="after")
@@ -667,9 +640,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class BudgetConfig(Strict):
-    trials: int | None = Field(
-        None, ge=1, description="total number of trainings: each setting, the base included, with each seed"
-    )
+    trials: int | None = Field(None, ge=1, description="number of trainings: settings, the base included, times seeds")
     minutes: float | None = Field(None, gt=0, description="time after which no further setting is started")
 
 
@@ -712,17 +683,14 @@ class AblationConfig(Strict):
 
     def _names_features(self) -> None:
         """Raise ValueError if features are named twice, or by something other than a name."""
-        for changes in self.settings.values():
-            named = [key for key in FEATURE_KEYS if key in changes or key in self.space]
-            if len(named) > 1 or any(key in changes and key in self.space for key in named):
-                raise ValueError(f"{' and '.join(named)}: features are named twice; give one of them")
-        if all(key in self.space for key in FEATURE_KEYS):
-            raise ValueError(f"{' and '.join(FEATURE_KEYS)}: features are named twice; give one of them")
+        for changes in (*self.settings.values(), {}):
+            named = [key for place in (changes, self.space) for key in FEATURE_KEYS if key in place]
+            if len(named) > 1:
+                raise ValueError(f"{' and '.join(dict.fromkeys(named))}: features are named twice; give one of them")
         for key in FEATURE_KEYS:
             values: list[object] = [changes[key] for changes in self.settings.values() if key in changes]
-            if key in self.space:
-                listed = self.space[key]
-                values += listed if isinstance(listed, list) else [listed]
+            space = self.space.get(key, [])
+            values += space if isinstance(space, list) else [space]
             if wrong := [value for value in values if not (isinstance(value, str) and value)]:
                 raise ValueError(f"{key}: expected a name, got {wrong[0]!r}")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,8 +50,7 @@ PROTOCOL = 2  # the newest pickle protocol of Python 2, which the original progr
 # ---------------------------------------------------------------------------------------------- pickles to an index
 
 
-@dataclass(frozen=True, eq=False)
-class _Labels:
+class _Labels(NamedTuple):
     """The labels of a pickled video as tracks on the timeline of its source below the root."""
 
     phase: PhaseTrack
@@ -206,27 +205,20 @@ def _require_images(
 
 def _require_agreement(root: Path, found: FoundVideo, video: PickledVideo, labels: _Labels, spec: DataSetSpec) -> None:
     """Raise UserError if an annotation file below the root disagrees with the pickle."""
-    frames = labels.phase.frame_index
-    if found.phase is not None:
-        there = read_phase_file(inside(root, found.phase), spec)
-        phase, _ = sample_labels(frames, there, None, "mask", len(spec.tools))
-        _require_same(root / found.phase, video, phase[:, None], labels.phase.phase[:, None], frames)
-    if found.tool is not None and labels.tools is not None:
-        there_tools = read_tool_file(inside(root, found.tool), spec)
-        _, tools = sample_labels(frames, None, there_tools, "mask", len(spec.tools))
-        _require_same(root / found.tool, video, tools, labels.tools.tools, frames)
-
-
-def _require_same(
-    path: Path, video: PickledVideo, there: NDArray[np.int8], here: NDArray[np.int8], frames: NDArray[np.int64]
-) -> None:
-    different = np.flatnonzero((there != here).any(axis=1))
-    if len(different):
-        row = int(different[0])
-        raise UserError(
-            f"{video.where}, row {row + 1}: differs from {path} at frame {frames[row]} ({len(different)} of "
-            f"{len(frames)} rows do); check --phase-order, or move the annotation file out of the data root"
-        )
+    frames, tool_file = labels.phase.frame_index, found.tool if labels.tools is not None else None
+    phase_track = read_phase_file(inside(root, found.phase), spec) if found.phase else None
+    tool_track = read_tool_file(inside(root, tool_file), spec) if tool_file else None
+    phase, tools = sample_labels(frames, phase_track, tool_track, "mask", len(spec.tools))
+    differing = {found.phase: phase != labels.phase.phase}
+    if labels.tools is not None:
+        differing[tool_file] = (tools != labels.tools.tools).any(axis=1)
+    for name, rows in differing.items():
+        if name is not None and rows.any():
+            row = int(rows.argmax())
+            raise UserError(
+                f"{video.where}, row {row + 1}: differs from {root / name} at frame {frames[row]} ({rows.sum()} of "
+                f"{len(frames)} rows do); check --phase-order, or move the annotation file out of the data root"
+            )
 
 
 @contextmanager
