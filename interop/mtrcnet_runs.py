@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys, flatten, load_config, load_dataset
-from configs.schema import Config, DataSetSpec, HeadConfig, LstmHead, PreprocessConfig
+from configs.schema import Config, DataSetSpec, HeadConfig, LstmHead, PreprocessConfig, read_head
 from engine.checkpoints import load_foreign_state, save_checkpoint, save_foreign_weights
 from engine.files import read_json_object, sha256_file
 from engine.progress import say
@@ -214,7 +213,7 @@ def _import_mapping(
 
 
 def _head_of(about: Mapping[str, Any]) -> HeadConfig | None:
-    return TypeAdapter(HeadConfig).validate_python(about["head"]) if about["head"] else None
+    return read_head(about["head"]) if about["head"] else None
 
 
 def _write_run(run: Path, config: Config, net: JointNet, about: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,21 +49,21 @@ def test_overrides_are_yaml() -> None:
 
 
 @pytest.mark.parametrize("text", ["/data/set #2", "2024", "on", "~", "a: b", "[x]", "1e3", "None", "don't", "@x", " x"])
-def test_paths_and_names_are_taken_as_they_stand(text: str) -> None:
+def test_paths_and_names_are_literal(text: str) -> None:
     config = load_config("mini", [f"data.root={text}", f"cnn.weights={text}", f"data.split.rule={text}"])
     assert config.data.root == Path(text)
     assert config.cnn.weights == config.data.split.rule == text
     assert load_config("mini", changes={"data.root": Path(text)}).data.root == Path(text)
 
 
-def test_null_and_quotes_mean_in_paths_what_they_mean_in_yaml() -> None:
+def test_null_and_quotes_in_paths_are_yaml() -> None:
     assert load_config("demo", ["data.root=null"]).data.root is None
     assert load_config("demo", ["data.root="]).data.root is None
     assert load_config("demo", ["data.root='null'"]).data.root == Path("null")
     assert load_config("demo", ['data.root="a #b"']).data.root == Path("a #b")
 
 
-def test_a_table_of_one_s_own_keys_is_a_value_as_a_whole(tmp_path: Path) -> None:
+def test_a_mapping_with_free_keys_is_one_value(tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     file.write_text("data: {exclude: {video01: torn}}\n")
     assert load_config(file, ["data.exclude={}"]).data.exclude == {}
@@ -71,13 +71,13 @@ def test_a_table_of_one_s_own_keys_is_a_value_as_a_whole(tmp_path: Path) -> None
     assert load_config(file, ["data.exclude=[03]"]).data.exclude == {"03": ""}
 
 
-def test_words_of_a_choice_are_words() -> None:
+def test_words_of_a_choice_are_strings() -> None:
     assert load_config("mini", ["extract.decode_ahead=on"]).extract.decode_ahead == "on"
     assert load_config("mini", ["data.frame_base=1"]).data.frame_base == 1
 
 
 @pytest.mark.parametrize("orders", [(0, 1), (1, 0)])
-def test_another_head_drops_the_preset_s_settings_of_the_first_in_any_order(orders: tuple[int, int]) -> None:
+def test_another_head_drops_the_settings_of_the_preset_in_any_order(orders: tuple[int, int]) -> None:
     given = ["temporal.head.name=tcn", "temporal.head.maps=16"]
     config = load_config("mini", [given[place] for place in orders])
     assert config.temporal.head.model_dump() == {"name": "tcn", "stages": 2, "layers": 8, "maps": 16, "dropout": 0.5}
@@ -141,7 +141,7 @@ def test_broken_files_name_the_file(text: str, tmp_path: Path) -> None:
         load_config(path)
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+def test_a_key_that_occurs_twice_is_refused(tmp_path: Path) -> None:
     """The second block would drop all that the first one says."""
     path = tmp_path / "own.yaml"
     path.write_text("temporal: {epochs: 5}\nseed: 1\ntemporal: {head: {name: gru}}\n")
@@ -181,7 +181,7 @@ def test_any_tree_is_a_config_or_a_user_error(tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", "@SUM(A1)", "+1", "-1", "\tx"])
 @pytest.mark.parametrize("kind", ["phases", "tools"])
-def test_a_class_that_a_spreadsheet_would_compute_is_refused(kind: str, name: str) -> None:
+def test_class_names_that_are_spreadsheet_formulas_are_refused(kind: str, name: str) -> None:
     """Prediction files have a column `phase_name`, and people open CSV files with spreadsheets."""
     tree = load_dataset("cholec80").model_dump() | {"phase_orders": {}}
     tree[kind] = (name, *tree[kind][1:])

@@ -95,7 +95,7 @@ def other_value(preset: str, key: str, field: FieldInfo, now: Any) -> str:
 
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)
-def test_a_value_alone_changes_itself_alone(preset: str) -> None:
+def test_one_value_changes_nothing_else(preset: str) -> None:
     before = load_config(preset).model_dump(mode="json")
     flat = leaves(before)
     given = {key: other_value(preset, key, field, flat.get(key)) for key, field in fields_of(Config, before)}
@@ -128,7 +128,7 @@ def assert_order_never_matters(preset: str, given: list[str]) -> None:
         assert outcome(preset, one, other) == outcome(preset, other, one)
 
 
-def test_every_block_stands_with_its_own_defaults() -> None:
+def test_every_block_has_its_own_defaults() -> None:
     """Else a value given inside would bring those of the class, not of the place."""
     waiting: list[type[BaseModel]] = [Config]
     while waiting:
@@ -160,7 +160,7 @@ def test_a_contradiction_is_refused_in_either_order(pair: tuple[str, str]) -> No
     assert outcome("cholec80", *reversed(pair)) == result
 
 
-def test_a_block_is_its_values_one_by_one() -> None:
+def test_a_block_equals_its_values_one_by_one() -> None:
     values = ["temporal.optim.lr=0.2", "temporal.optim.name=sgd"]
     assert load_config("cholec80", ["temporal.optim={name: sgd, lr: 0.2}"]) == load_config("cholec80", values)
     mapping = load_config("cholec80", ["joint.net.mapping=true", "joint.mapping={}"])

@@ -22,12 +22,12 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> Registry[int]:
     return registry
 
 
-def test_what_is_registered_is_found(shapes: Registry[int]) -> None:
+def test_registered_entries_are_found(shapes: Registry[int]) -> None:
     assert shapes.find("square") == 4
     assert shapes.names() == ["square", "triangle"]
 
 
-def test_an_unknown_name_is_answered_with_the_nearest(shapes: Registry[int]) -> None:
+def test_an_unknown_name_is_refused_with_the_nearest(shapes: Registry[int]) -> None:
     with pytest.raises(UserError, match=r"unknown shape sqare; did you mean square\?"):
         shapes.find("sqare")
     with pytest.raises(UserError, match=r"unknown shape xyz \(known: square, triangle\)"):

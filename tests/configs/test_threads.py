@@ -34,7 +34,7 @@ def run(code: str, **variables: str) -> str:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_every_room_tells_libgomp(room: str) -> None:
+def test_every_package_sets_the_spin_count(room: str) -> None:
     code = f"import {room}, os, sys; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
     assert run(code) == "1000 False"
 
@@ -42,7 +42,7 @@ def test_every_room_tells_libgomp(room: str) -> None:
 @pytest.mark.parametrize(
     "module", ["stage2_temporal.train", "stage1_cnn.extract", "engine.device", "evaluation.metrics.tools"]
 )
-def test_it_is_told_before_torch_is_looked_for(module: str) -> None:
+def test_the_spin_count_is_set_before_torch_is_imported(module: str) -> None:
     found = run(FIRST + f"import {module}\nimport sklearn")
     assert found.split()[1] == "1000"
 
@@ -56,15 +56,15 @@ def test_it_is_told_before_torch_is_looked_for(module: str) -> None:
         ({"OMP_NUM_THREADS": "2"}, "1000 None"),
     ],
 )
-def test_what_the_user_says_holds(variables: dict[str, str], expected: str) -> None:
+def test_the_user_s_value_has_precedence(variables: dict[str, str], expected: str) -> None:
     code = "import pipeline, os; print(*map(os.environ.get, ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')))"
     assert run(code, **variables) == expected.strip()
 
 
-def test_processes_that_are_started_inherit_it() -> None:
+def test_child_processes_inherit_the_spin_count() -> None:
     code = "import subprocess, pipeline; subprocess.run(['printenv', 'GOMP_SPINCOUNT'], check=True)"
     assert run(code) == "1000"
 
 
-def test_these_tests_run_so_too() -> None:
+def test_the_tests_run_with_the_spin_count() -> None:
     assert {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()

@@ -29,7 +29,7 @@ from engine.files import (
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-def test_a_file_appears_whole_and_no_temporary_stays(tmp_path: Path) -> None:
+def test_a_file_appears_complete_without_temporaries(tmp_path: Path) -> None:
     with atomic_path(tmp_path / "new" / "a.txt") as temporary:
         temporary.write_text("whole")
         assert not (tmp_path / "new" / "a.txt").exists()
@@ -75,7 +75,7 @@ def test_free_space_is_checked_before_the_work(tmp_path: Path) -> None:
         require_free_bytes(tmp_path, 1 << 60, "the features")
 
 
-def test_old_temporaries_go_and_young_ones_stay(tmp_path: Path) -> None:
+def test_old_temporaries_are_removed_and_recent_ones_kept(tmp_path: Path) -> None:
     old, young = tmp_path / ".a.h5.1-x.tmp", tmp_path / ".b.h5.2-y.tmp"
     old.touch()
     young.touch()
@@ -84,7 +84,7 @@ def test_old_temporaries_go_and_young_ones_stay(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == [young.name]
 
 
-def test_a_dead_writers_temporary_goes_at_once_and_a_living_ones_stays(tmp_path: Path) -> None:
+def test_temporaries_of_dead_writers_are_removed_and_of_live_ones_kept(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys; from pathlib import Path; from engine.files import atomic_path\n"
         "with atomic_path(Path(sys.argv[1])) as temporary:\n"
@@ -110,14 +110,14 @@ def killed_writer(path: Path) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_a_dead_process_that_nobody_waited_for_is_dead(tmp_path: Path) -> None:
+def test_a_zombie_is_dead(tmp_path: Path) -> None:
     """In containers without an init process such processes stay for good, and answer signals like living ones."""
     process = killed_writer(tmp_path / "dead.h5")
     assert remove_stale_temporaries(tmp_path) == 1
     process.wait()
 
 
-def test_a_file_takes_what_killed_writers_left_of_it_along(tmp_path: Path) -> None:
+def test_writing_a_file_removes_its_stale_temporaries(tmp_path: Path) -> None:
     """The writer may have died after the folder was swept: a pool's worker, or one of the run killed just now."""
     for name in ("a.h5", "b.h5"):
         killed_writer(tmp_path / name).wait()
@@ -145,7 +145,7 @@ print(rounds - refused)
 """
 
 
-def test_of_processes_that_contend_one_is_inside(tmp_path: Path) -> None:
+def test_only_one_of_several_processes_gets_the_lock(tmp_path: Path) -> None:
     (tmp_path / "in-work").write_text("00000000-999999")  # as a crashed process of the first release left it
     command = [sys.executable, "-c", CONTENDER, str(tmp_path), "150"]
     started = [subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -155,7 +155,7 @@ def test_of_processes_that_contend_one_is_inside(tmp_path: Path) -> None:
     assert not (tmp_path / "in-work").exists()
 
 
-def test_a_killed_holder_is_named_while_it_lives_and_forgotten_at_once(tmp_path: Path) -> None:
+def test_the_holder_is_named_and_its_lock_is_free_once_it_is_killed(tmp_path: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path; from engine.files import exclusive_lock\n"
         "with exclusive_lock(Path(sys.argv[1]), 'ablation'):\n    print('in', flush=True); time.sleep(60)"
@@ -174,9 +174,7 @@ def test_a_killed_holder_is_named_while_it_lives_and_forgotten_at_once(tmp_path:
     assert not (tmp_path / "in-work").exists()
 
 
-def test_without_locks_on_the_file_system_the_work_goes_on_with_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_system_without_locks_causes_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*_: object, **__: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -206,7 +204,7 @@ def test_json_round_trip_and_errors(tmp_path: Path) -> None:
     assert not (tmp_path / "b.json").exists()
 
 
-def test_ends_hash_notices_size_first_and_last_mebibyte(tmp_path: Path) -> None:
+def test_the_hash_of_the_ends_covers_size_first_and_last_mebibyte(tmp_path: Path) -> None:
     path = tmp_path / "v.mp4"
     content = bytearray(3 << 20)
     seen = set()
@@ -231,7 +229,7 @@ def test_paths_of_an_index_stay_below_the_root(tmp_path: Path) -> None:
             inside(tmp_path / "root", path)
 
 
-def test_what_a_file_name_can_do_is_one_line(tmp_path: Path) -> None:
+def test_errors_caused_by_file_names_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="is a folder"):
         write_text(tmp_path / "folder", "x")
@@ -241,7 +239,7 @@ def test_what_a_file_name_can_do_is_one_line(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
 
 
-def test_json_with_endless_numbers_or_of_somebody_else(tmp_path: Path) -> None:
+def test_json_with_huge_numbers_or_of_another_program(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text("9" * 5000)
     with pytest.raises(UserError, match="not a JSON file"):

@@ -33,7 +33,7 @@ def test_pages_are_mapped_once() -> None:
     assert found["keep"] * 2 < found["default"]
 
 
-def test_other_c_libraries_do_as_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
     assert not memory.keep_freed_memory()
     memory.give_back_freed_memory()
@@ -41,6 +41,6 @@ def test_other_c_libraries_do_as_they_do(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not memory.keep_freed_memory()
 
 
-def test_gives_back() -> None:
+def test_memory_is_returned() -> None:
     memory.give_back_freed_memory()
     assert not memory.sys.platform.startswith("linux") or memory._glibc("free") is not None

@@ -63,7 +63,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_no_video_is_called_what_it_is(tmp_path: Path, name: str) -> None:
+def test_a_refused_video_file_is_recognised(tmp_path: Path, name: str) -> None:
     content, called, remedy = FILES[name]
     path = tmp_path / "video01.mp4"
     path.write_bytes(content)
@@ -77,7 +77,7 @@ def test_a_file_that_is_no_video_is_called_what_it_is(tmp_path: Path, name: str)
 
 
 @pytest.mark.parametrize("name", ["page", "lfs", "gzip", "xlsx", "utf-16", "pdf"])
-def test_an_annotation_file_is_called_what_it_is(tmp_path: Path, name: str) -> None:
+def test_a_refused_annotation_file_is_recognised(tmp_path: Path, name: str) -> None:
     content, called, remedy = FILES[name]
     path = tmp_path / "video01-phase.txt"
     path.write_bytes(content)
@@ -88,7 +88,7 @@ def test_an_annotation_file_is_called_what_it_is(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize("name", ["page", "lfs", "gzip", "zlib"])
-def test_a_tfrecord_file_is_called_what_it_is(tmp_path: Path, name: str) -> None:
+def test_a_refused_tfrecord_file_is_recognised(tmp_path: Path, name: str) -> None:
     content, called, _ = FILES[name]
     path = tmp_path / "video01.tfrecord"
     path.write_bytes(content)
@@ -98,7 +98,7 @@ def test_a_tfrecord_file_is_called_what_it_is(tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("kept", ["all but the table", "half of the pictures"])
-def test_an_interrupted_recording_is_not_to_be_encoded_again(tmp_path: Path, kept: str) -> None:
+def test_an_interrupted_recording_is_recognised(tmp_path: Path, kept: str) -> None:
     path = write_video(tmp_path / "video01.mp4", VideoSpec(count=40))
     content = path.read_bytes()
     table = content.rindex(b"moov") - 4
@@ -109,7 +109,7 @@ def test_an_interrupted_recording_is_not_to_be_encoded_again(tmp_path: Path, kep
     assert "re-encode" not in str(caught.value)
 
 
-def test_sound_files_and_noise_are_not_called_anything(tmp_path: Path) -> None:
+def test_intact_files_and_noise_are_not_recognised(tmp_path: Path) -> None:
     assert recognise_file(write_video(tmp_path / "video01.mp4", VideoSpec(count=10))) is None
     (tmp_path / "noise").write_bytes(bytes(range(7, 256)) * 40)
     assert recognise_file(tmp_path / "noise") is None

@@ -78,7 +78,7 @@ def test_the_published_size() -> None:
 
 
 @pytest.mark.parametrize("backbone", ["resnet34", "resnet101", "resnet152"])
-def test_other_resnets_are_told_from_their_blocks(backbone: str) -> None:
+def test_other_resnets_are_recognised_by_their_blocks(backbone: str) -> None:
     assert recognise(original_state("tool", backbone), FILE).backbone == backbone
 
 
@@ -94,12 +94,12 @@ def test_export_gives_the_same_keys_and_numbers_back(variant: str, order: Any) -
     assert not any(name.startswith("module.") for name in to_original(net, VARIANTS[variant], SPEC.phases, None, False))
 
 
-def test_files_from_before_counters_of_batch_norm() -> None:
+def test_files_without_batch_norm_counters() -> None:
     state = {name: value for name, value in original_state("phase").items() if "num_batches" not in name}
     assert_same_outputs(imported(state), "phase", state, MTRCNET, "resnet18")
 
 
-def test_a_net_for_tools_with_an_lstm_that_takes_no_part() -> None:
+def test_a_net_for_tools_with_an_unused_lstm() -> None:
     state = original_state("multitask")
     guess = recognise(state, FILE)
     assert (guess.variant.name, guess.guessed) == ("multitask", True)
@@ -116,7 +116,7 @@ def test_a_net_for_tools_with_an_lstm_that_takes_no_part() -> None:
     assert (named.variant.name, named.guessed) == ("multitask", False)
 
 
-def test_standardisation_becomes_part_of_the_lstm() -> None:
+def test_standardisation_is_folded_into_the_lstm() -> None:
     net = imported(original_state("multitask"))
     generator = torch.Generator().manual_seed(3)
     assert net.phase is not None
@@ -173,7 +173,7 @@ def test_anything_else_is_refused_with_the_reason(state: Any, reason: str) -> No
     assert "\n" not in str(caught.value)
 
 
-def test_a_variant_that_the_layers_are_not() -> None:
+def test_a_variant_that_does_not_fit_the_layers_is_refused() -> None:
     with pytest.raises(UserError, match="--variant cl: its layers are those of tool or multitask"):
         recognise(original_state("multitask"), FILE, "cl")
 
@@ -190,7 +190,9 @@ def test_a_variant_that_the_layers_are_not() -> None:
         (LstmHead(relu=True), {"tasks": "phase"}, "resnet18", "no original net has these branches"),
     ],
 )
-def test_what_has_no_counterpart_is_not_exported(head: Any, net: dict[str, Any], backbone: str, reason: str) -> None:
+def test_nets_without_an_original_counterpart_are_not_exported(
+    head: Any, net: dict[str, Any], backbone: str, reason: str
+) -> None:
     built = build_joint(build_backbone(backbone, "random", 0), JointNetConfig(**net), head, 7, 7)
     with pytest.raises(UserError, match=reason):
         variant_of(built, head, FILE)
@@ -214,13 +216,13 @@ _REST = "_opt_1_mulopt_1_flip_0_crop_1_batch_400_train1_9991_train2_9958_val1_97
         (f"fc_epoch_25_length_4{_REST}_p2t.pth", None, 4),
     ],
 )
-def test_file_names_carry_the_run(name: str, variant: str | None, frames: int) -> None:
+def test_file_names_describe_the_run(name: str, variant: str | None, frames: int) -> None:
     found = parse_file_name(name)
     assert found is not None
     assert (found.variant, found.frames) == (variant, frames)
 
 
-def test_what_a_name_says_in_words() -> None:
+def test_the_sentence_for_a_file_name() -> None:
     found = parse_file_name(f"cnn_lstm_epoch_25_length_10{_REST}.pth")
     assert found is not None
     assert found.sentence() == (
@@ -234,12 +236,12 @@ def test_what_a_name_says_in_words() -> None:
 @pytest.mark.parametrize(
     "name", ["best.pth", "cnn_lstm.pth", "cnn_lstm_epoch_x_length_4.pth", "x_epoch_1_length_0.pth"]
 )
-def test_other_names_say_nothing(name: str) -> None:
+def test_other_file_names_are_ignored(name: str) -> None:
     assert parse_file_name(name) is None
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_composed_names_are_read_back(variant: str) -> None:
+def test_composed_file_names_are_parsed_back(variant: str) -> None:
     found = parse_file_name(compose_file_name(VARIANTS[variant], {"epoch": 3, "length": 5}))
     assert found is not None
     assert (found.variant, found.frames) == (variant, 5)
@@ -265,7 +267,7 @@ def test_normalisation_follows_the_release(variant: str, prefix: bool, asked: st
     assert reason
 
 
-def test_the_mapping_alone_is_known_by_its_keys() -> None:
+def test_a_mapping_is_recognised_by_its_keys() -> None:
     assert is_mapping({"weight": torch.zeros(7, 512), "bias": torch.zeros(7)})
     assert is_mapping({"module.weight": torch.zeros(7, 512), "module.bias": torch.zeros(7)})
     assert not is_mapping({"weight": torch.zeros(7, 512)})

@@ -80,7 +80,7 @@ def test_a_file_becomes_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert fitting.temporal.head.model_dump() == about["head"]
 
 
-def test_the_other_release_carries_its_normalisation(tmp_path: Path) -> None:
+def test_files_of_the_other_release_use_its_normalisation(tmp_path: Path) -> None:
     file = write(tmp_path, "latest_model_3.pth", "pytorch1.2.0", prefix=False)
     about = load_checkpoint(joint_checkpoint(bring_in(tmp_path, file)))
     assert about["preprocess"]["mean"] == pytest.approx((0.44893518, 0.3226702, 0.34424525))
@@ -89,7 +89,7 @@ def test_the_other_release_carries_its_normalisation(tmp_path: Path) -> None:
     assert load_checkpoint(joint_checkpoint(main))["preprocess"]["mean"] == pytest.approx((0.3456, 0.2281, 0.2233))
 
 
-def test_the_same_file_again_is_nothing_to_do_and_another_is_refused(
+def test_importing_the_same_file_again_does_nothing_and_another_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = bring_in(tmp_path, write(tmp_path, CL))
@@ -103,14 +103,14 @@ def test_the_same_file_again_is_nothing_to_do_and_another_is_refused(
     assert joint_checkpoint(run).read_bytes() == before
 
 
-def test_a_run_with_a_trained_net_is_left_alone(tmp_path: Path) -> None:
+def test_a_run_with_a_trained_net_is_not_changed(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "runs/old/joint/multitask/best.pt", {"kind": "joint"})
     with pytest.raises(UserError, match="has a trained joint net; choose another --name"):
         bring_in(tmp_path, write(tmp_path, CL))
 
 
 @pytest.mark.parametrize("variant", ["cl", "phase"])
-def test_phases_are_asked_for(tmp_path: Path, variant: str) -> None:
+def test_a_phase_order_is_required(tmp_path: Path, variant: str) -> None:
     file = write(tmp_path, "net.pth", variant)
     with pytest.raises(UserError, match=r"net\.pth: holds numbers of phases.* --phase-order"):
         bring_in(tmp_path, file, order=None)
@@ -125,7 +125,7 @@ def test_a_net_for_tools_needs_no_order(tmp_path: Path) -> None:
     assert load_foreign_state(tmp_path / "out/net.pth").keys() == load_foreign_state(tmp_path / "net.pth").keys()
 
 
-def test_the_mapping_alone_goes_into_a_new_run(tmp_path: Path) -> None:
+def test_a_mapping_is_added_to_the_net_of_another_run(tmp_path: Path) -> None:
     whole = original_state("cl")
     torch.save({k: v for k, v in whole.items() if "p2t" not in k}, tmp_path / TWO_LAYER)
     alone = {name: whole[f"module.fc_p2t.{name}"] for name in ("weight", "bias")}
@@ -159,7 +159,9 @@ def test_the_mapping_alone_goes_into_a_new_run(tmp_path: Path) -> None:
         bring_in(tmp_path, tmp_path / TWO_LAYER, "third", order=None, into=first)
 
 
-def test_layers_that_a_net_for_tools_does_not_use_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unused_layers_of_a_net_for_tools_are_exported_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The original tool program has them, and its strict load asks for them."""
     state = original_state("multitask")
     file = tmp_path / "net.pth"
@@ -220,7 +222,7 @@ BOTH = ("preprocess.mean", "preprocess.std")
 
 
 @pytest.mark.parametrize("in_file", [True, False])
-def test_the_users_normalisation_wins_over_what_a_file_suggests(
+def test_the_users_normalisation_has_precedence_over_that_of_the_file(
     tmp_path: Path, in_file: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write(tmp_path, "net.pth", "pytorch1.2.0", prefix=False)
@@ -234,7 +236,7 @@ def test_the_users_normalisation_wins_over_what_a_file_suggests(
     assert by_preset["original"]["normalisation"] == "pytorch1.2.0"
 
 
-def test_two_words_for_one_normalisation_are_refused(tmp_path: Path) -> None:
+def test_contradictory_normalisations_are_refused(tmp_path: Path) -> None:
     file = write(tmp_path, "net.pth", "cl")
     with pytest.raises(UserError, match=r"preprocess\.std is given alone; give both preprocess\.mean"):
         import_with(tmp_path, file, given("preprocess.std"))
@@ -245,7 +247,7 @@ def test_two_words_for_one_normalisation_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "runs/old/joint/multitask").exists()
 
 
-def test_what_set_says_is_taken_at_import_or_refused(tmp_path: Path) -> None:
+def test_settings_of_the_user_are_used_at_import_or_refused(tmp_path: Path) -> None:
     """The file's name says clips of 4 frames and its layers say 16 units."""
     file = write(tmp_path, CL)
     blocks = {"joint": {"sequence": {"mode": "clips", "frames": 6, "batch": 2}}, "temporal": {"head": {"hidden": 32}}}
@@ -279,7 +281,7 @@ def mapping_alone(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("variant", LINEAR)
-def test_out_and_in_again_is_the_identity(tmp_path: Path, variant: str) -> None:
+def test_export_and_import_are_inverse(tmp_path: Path, variant: str) -> None:
     file = write(tmp_path, "net.pth", variant, prefix=variant not in ("tool", "pytorch1.2.0"))
     order = None if variant == "tool" else "tf-cholec80"
     run = bring_in(tmp_path, file, order=order)
@@ -297,7 +299,7 @@ def test_out_and_in_again_is_the_identity(tmp_path: Path, variant: str) -> None:
     assert all(torch.equal(value, two["model"][name]) for name, value in tensors.items())
 
 
-def test_export_in_another_order_moves_rows_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_in_another_phase_order_only_permutes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = bring_in(tmp_path, write(tmp_path, CL))
     with pytest.raises(UserError, match="--phase-order"):
         export_original(settings(tmp_path), run, tmp_path / "out", None)

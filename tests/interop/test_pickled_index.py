@@ -97,7 +97,7 @@ def videos_of(root: Path, phases_only: bool = False) -> list[list[list[Any]]]:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_labels_come_out_of_the_pickle_and_phases_by_name(root: Path, tmp_path: Path, order: str) -> None:
+def test_labels_come_from_the_pickle_and_phases_by_name(root: Path, tmp_path: Path, order: str) -> None:
     rows = [rows_of(f"/research/cholec80/data_resize/{n}", n, count) for n, count in VIDEOS]
     file = write(tmp_path / "x.pkl", rows)
     index = index_from_pickles(config_of(root), [file], phase_order=order)
@@ -117,7 +117,7 @@ def test_labels_come_out_of_the_pickle_and_phases_by_name(root: Path, tmp_path: 
     assert Index.load(tmp_path / "index.json") == index
 
 
-def test_splits_of_the_parts_hold_until_settings_say_otherwise(root: Path, tmp_path: Path) -> None:
+def test_parts_determine_the_split_unless_settings_do(root: Path, tmp_path: Path) -> None:
     videos = [rows_of(f"./data/video{n}", n, count) for n, count in VIDEOS]
     file = write(tmp_path / "x.pkl", in_parts([videos[:2], videos[2:3], videos[3:]]))
     config = config_of(root)
@@ -134,7 +134,7 @@ def test_splits_of_the_parts_hold_until_settings_say_otherwise(root: Path, tmp_p
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_later_files_hold_phases_alone_and_come_in_two(root: Path, tmp_path: Path, protocol: int) -> None:
+def test_files_with_phases_only_and_in_two_pickles(root: Path, tmp_path: Path, protocol: int) -> None:
     videos = [rows_of(f"C:\\data\\{n}".replace("\\", "/"), n, count, True) for n, count in VIDEOS]
     for video in videos:
         for row in video:
@@ -153,7 +153,7 @@ def test_later_files_hold_phases_alone_and_come_in_two(root: Path, tmp_path: Pat
     assert index.made_from == "b.pkl, a.pkl"
 
 
-def test_structure_decides_not_the_name(tmp_path: Path) -> None:
+def test_layouts_are_recognised_by_structure(tmp_path: Path) -> None:
     video = rows_of("a/1", 1, 5)
     for content, splits in (
         ([video, video, video], ["none"] * 3),
@@ -292,7 +292,7 @@ def test_index_to_pickle_to_index_is_the_same(tmp_path: Path, layout: str) -> No
     assert "--phase-order" in message
 
 
-def test_frames_that_lack_a_label_are_left_out_and_said(
+def test_frames_without_a_label_are_left_out_and_reported(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     videos = videos_of(root)
@@ -314,7 +314,7 @@ def test_frames_that_lack_a_label_are_left_out_and_said(
     assert "--force" in message
 
 
-def test_real_frames_there_and_back(shared_data: Path, tmp_path: Path) -> None:
+def test_round_trip_with_real_frames(shared_data: Path, tmp_path: Path) -> None:
     config = Config(
         data=DataConfig(
             root=shared_data / "mini-cholec80", index=tmp_path / "a.json", fps=0.25, split={"rule": "3/1/1"}
@@ -372,7 +372,7 @@ def set_cell(video: int, row: int, cell: int, value: Any) -> Callable[[Any], Non
         (lambda v: [*in_parts([v])[:2], [40, 31, 36, -44]], "frames per video are not integers"),
     ],
 )
-def test_what_is_wrong_is_named_and_nothing_written(
+def test_errors_are_named_and_nothing_is_written(
     root: Path, tmp_path: Path, change: Callable[[Any], Any], expected: str
 ) -> None:
     value = change(videos := [rows_of(f"x/{n}", n, count) for n, count in VIDEOS])
@@ -384,7 +384,7 @@ def test_what_is_wrong_is_named_and_nothing_written(
     assert [path.name for path in root.iterdir()] == ["frames"]
 
 
-def test_phase_orders_are_asked_for(root: Path, tmp_path: Path) -> None:
+def test_phase_orders_are_required(root: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "x.pkl", videos_of(root))
     config = config_of(root)
     assert "--phase-order" in refusal(lambda: index_from_pickles(config, [file], phase_order=None))
@@ -395,7 +395,7 @@ def test_phase_orders_are_asked_for(root: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_labels_stay_below_the_root_in_a_folder_of_their_own(root: Path, tmp_path: Path) -> None:
+def test_labels_are_written_to_a_subfolder_of_the_root_only(root: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "x.pkl", videos_of(root))
     for folder in (tmp_path / "labels", root, root / "frames/..", root / "../data", root / ".labels"):
         message = refusal(
@@ -408,7 +408,7 @@ def test_labels_stay_below_the_root_in_a_folder_of_their_own(root: Path, tmp_pat
     assert index.videos[0].phase_file.path == "mine/video01-phase.txt"
 
 
-def test_an_index_that_is_not_kept_leaves_no_labels(root: Path, tmp_path: Path) -> None:
+def test_no_labels_are_left_if_the_index_is_not_written(root: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "x.pkl", videos_of(root))
     config = config_of(root)
     index_from_pickles(config, [write(tmp_path / "y.pkl", videos_of(root)[:1])], phase_order="mtrcnet")
@@ -425,7 +425,7 @@ def test_an_index_that_is_not_kept_leaves_no_labels(root: Path, tmp_path: Path) 
     assert not (tmp_path / "elsewhere.txt").exists()
 
 
-def test_an_image_more_than_rows_has_no_label(root: Path, tmp_path: Path) -> None:
+def test_an_image_without_a_row_has_no_label(root: Path, tmp_path: Path) -> None:
     videos = videos_of(root)
     file = write(tmp_path / "x.pkl", [videos[0][:-1], *videos[1:]])
     index = index_from_pickles(config_of(root), [file], phase_order="mtrcnet")
@@ -433,7 +433,7 @@ def test_an_image_more_than_rows_has_no_label(root: Path, tmp_path: Path) -> Non
     assert phase.tolist() == [*labels_of(1, 40)[0][:-1], -1]
 
 
-def test_a_folder_is_no_place_for_a_pickle(root: Path, tmp_path: Path) -> None:
+def test_a_pickle_cannot_replace_a_folder(root: Path, tmp_path: Path) -> None:
     index_from_pickles(config_of(root), [write(tmp_path / "x.pkl", videos_of(root))], phase_order="mtrcnet")
     assert "is a folder" in refusal(
         lambda: pickle_from_index(config_of(root), root, layout="cholec80", phase_order="mtrcnet", replace=True)

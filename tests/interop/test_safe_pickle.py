@@ -57,7 +57,7 @@ def refusal(call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
 
 @settings(max_examples=150, deadline=None)
 @given(value=VALUES, protocol=st.integers(0, pickle.HIGHEST_PROTOCOL), tensors=st.booleans())
-def test_plain_values_come_back_whatever_the_protocol(
+def test_plain_values_are_equal_in_every_protocol(
     tmp_path_factory: pytest.TempPathFactory, value: Any, protocol: int, tensors: bool
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "value.pkl"
@@ -65,7 +65,7 @@ def test_plain_values_come_back_whatever_the_protocol(
     assert repr(load_plain(path, tensors=tensors)) == repr(value)  # types too: True is not 1
 
 
-def test_what_python_2_wrote(load: Callable[..., Any]) -> None:
+def test_pickles_of_python_2(load: Callable[..., Any]) -> None:
     text = b"(lp0\n(lp1\nS'/data/17/17-1.jpg'\np2\naI1\naI01\naL3L\naF0.5\naNa(I1\nI2\ntp3\naV\\u00e9\np4\naa."
     assert load(text) == [["/data/17/17-1.jpg", 1, True, 3, 0.5, None, (1, 2), "é"]]
     assert load(b"\x80\x02]q\x00U\x05a\xe9.jpq\x01a.") == ["aé.jp"]

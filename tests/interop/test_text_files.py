@@ -98,7 +98,7 @@ def test_a_run_becomes_text_files(run: Path, capsys: pytest.CaptureFixture[str])
     assert np.array_equal(tools.astype(np.float32), expected.astype(np.float32))
 
 
-def test_nothing_is_replaced_unasked(run: Path) -> None:
+def test_existing_files_are_replaced_only_on_request(run: Path) -> None:
     export_run(Config(), run, run / "out")
     export_run(Config(), run, run / "out")
     (run / "out/video02-phase.txt").write_text("mine")
@@ -115,7 +115,7 @@ def test_a_run_without_predictions_is_one_line(run: Path, tmp_path: Path) -> Non
     assert "leads out" in refusal(lambda: export_run(Config(), run, None, split="../.."))
 
 
-def test_a_net_for_tools_alone_gives_tool_files_alone(tmp_path: Path) -> None:
+def test_a_net_for_tools_only_gives_tool_files_only(tmp_path: Path) -> None:
     values = np.random.default_rng(0).random((5, 7)).astype(np.float32)
     for name in ("video09", "video10"):
         path = tmp_path / f"run/evaluate/test/{TOOLS_ALONE}/{name}.csv"
@@ -175,7 +175,7 @@ def clip_predictions(sequence: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("sequence", [1, 4, 10])
 @pytest.mark.parametrize("tensors", [False, True])
-def test_phases_a_clip(
+def test_phases_per_clip(
     config: Config, tmp_path: Path, sequence: int, tensors: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values: list[Any] = [*chain(*clip_predictions(sequence))]
@@ -189,7 +189,7 @@ def test_phases_a_clip(
     assert ("have no prediction" in capsys.readouterr().err) == (sequence > 1)
 
 
-def test_the_first_frames_are_filled_only_when_asked(
+def test_first_frames_are_filled_only_on_request(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write(tmp_path / "p.pkl", [*chain(*clip_predictions(4))])
@@ -210,7 +210,7 @@ def test_a_video_shorter_than_a_clip_has_no_prediction(config: Config, tmp_path:
 
 
 @pytest.mark.parametrize("first", [0, 3])
-def test_tools_a_frame_or_a_clip_with_phases_beside(config: Config, tmp_path: Path, first: int) -> None:
+def test_tools_per_frame_or_per_clip_beside_phases(config: Config, tmp_path: Path, first: int) -> None:
     count = sum(FRAMES[name] - first for name in ("video02", "video03"))
     logits = np.random.default_rng(0).normal(size=(count, 7))
     files = [write(tmp_path / "p.pkl", [*chain(*clip_predictions(4))]), write(tmp_path / "t.pkl", logits.tolist())]
@@ -224,7 +224,7 @@ def test_tools_a_frame_or_a_clip_with_phases_beside(config: Config, tmp_path: Pa
     assert np.allclose([[float(cell) for cell in row[1:8]] for row in rows], sigmoid(logits[: len(rows)]))
 
 
-def test_frames_without_tools_do_not_count_where_the_original_left_them_out(config: Config, tmp_path: Path) -> None:
+def test_frames_without_tools_do_not_count_if_the_original_left_them_out(config: Config, tmp_path: Path) -> None:
     folder = tmp_path / "data/labels-from-pickle"
     text = (folder / "video02-tool.txt").read_text().splitlines(True)
     (folder / "video02-tool.txt").write_text("".join(text[:-1]))
