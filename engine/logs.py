@@ -14,7 +14,7 @@ from typing import Any
 
 from engine.files import as_user_error, atomic_path, make_folder, read_bounded
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_LOG = "metrics.jsonl"
 MAX_METRICS_BYTES = 1 << 30  # a step takes about 200 bytes
 
 
@@ -28,7 +28,7 @@ class MetricLog:
     """
 
     def __init__(self, folder: Path, enabled: bool = True) -> None:
-        self.folder, self.path, self.enabled = folder, folder / METRICS_FILE, enabled
+        self.folder, self.path, self.enabled = folder, folder / METRICS_LOG, enabled
         self._events: _Events | None = None
         self._purge_step: int | None = None
         self._waiting: list[dict[str, Any]] = []

@@ -20,7 +20,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from engine.device import make_accelerator, seed_everything
 from engine.launch import is_main_process
-from engine.logs import METRICS_FILE, read_metrics
+from engine.logs import METRICS_LOG, read_metrics
 from engine.processes import Processes, join
 from engine.progress import progress_bar, say
 from engine.runs import StageFolder, StageIdentity, settings_without
@@ -282,7 +282,7 @@ def training_outcome(
     folder: Path, best: Mapping[str, Any], score_names: Mapping[str, str], chosen_by: str
 ) -> dict[str, Any]:
     """The scores of the best epoch (counted from 1) and the length of a training, from its log in `folder`."""
-    epochs = read_metrics(folder / METRICS_FILE, "epoch")
+    epochs = read_metrics(folder / METRICS_LOG, "epoch")
     return {
         **{key: best.get(key) for key in score_names},
         "best_epoch": best["epoch"] + 1,

@@ -25,7 +25,7 @@ from configs.load import NO_KEYS, GivenKeys
 from configs.schema import Config
 from engine.device import choose_precision, make_accelerator, require_bf16, seed_everything
 from engine.files import make_folder, sha256_file
-from engine.logs import METRICS_FILE, read_metrics
+from engine.logs import METRICS_LOG, read_metrics
 from engine.memory import give_back_freed_memory
 from engine.processes import Processes, join, one_process
 from engine.progress import progress_bar, say
@@ -365,7 +365,7 @@ def _tool_inputs(data: TrainingData) -> list[str]:
 
 def _outcome(folder: Path, session: TrainingSession, model: PhaseModel) -> dict[str, Any]:
     """One head's figures, read from its log, so that they do not depend on how often training was interrupted."""
-    rows = read_metrics(folder / METRICS_FILE, "epoch")
+    rows = read_metrics(folder / METRICS_LOG, "epoch")
     return {
         "val_accuracy": session.position.best_score,
         "best_epoch": session.position.best_epoch,

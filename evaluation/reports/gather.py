@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from configs.errors import UserError
 from configs.load import flatten, read_yaml
 from engine.files import read_json_object
-from engine.logs import METRICS_FILE as LOG_FILE
-from engine.logs import read_metrics
+from engine.logs import METRICS_LOG, read_metrics
 from evaluation.files.predictions import TOOLS_ALONE, PredictionFile, ToolScores, read_prediction_csv, read_tool_csv
 from evaluation.files.truth import TRUTH_FILE, Truth, is_simulated, read_truth
 from evaluation.metrics.conventions import MAIN_CONVENTION
@@ -277,7 +276,7 @@ def _read_if_there(path: Path) -> dict[str, Any]:
 
 
 def _curves(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    found = {path.parent.relative_to(folder).as_posix(): path for path in sorted(folder.rglob(LOG_FILE))}
+    found = {path.parent.relative_to(folder).as_posix(): path for path in sorted(folder.rglob(METRICS_LOG))}
     curves = {name: read_metrics(path, "epoch") for name, path in found.items()}
     return {name: rows for name, rows in curves.items() if rows}
 
