@@ -86,7 +86,7 @@ def train_temporal(
     if finished is not None:
         return finished | {"left_out": data.index.left_out_records()}
     accelerator, precision = make_accelerator(config.device, config.temporal.precision, "temporal.precision")
-    _require_projection(config.temporal, accelerator.device)
+    require_arithmetic(config.temporal, accelerator.device)
     processes.from_first(stage.open)  # only now: settings that cannot be trained with leave no folder behind
     if not data.val and processes.first:
         say(f"{folder}: no validation videos with phases, so the last epoch is kept instead of the best")
@@ -164,7 +164,9 @@ def train_head(
                 with session.autocast():
                     output = session.model(x, state, batch.lengths)
                 model.carried = detach_state(output.state) if settings.sequence.mode == "chunked" and counts else ()
-                session.update(criterion(output.logits_per_stage, phase), partial(bank.names, batch))
+                loss = criterion(output.logits_per_stage, phase)
+                del output  # its hidden features would take memory through the backward pass
+                session.update(loss, partial(bank.names, batch))
             model.carried = ()
             seconds = max(time.monotonic() - started, 1e-9)
             if time.monotonic() - trimmed > TRIM_INTERVAL_S:
@@ -286,13 +288,8 @@ def _require_sensible(settings: schema.TemporalConfig) -> None:
 
 
 def require_arithmetic(settings: schema.TemporalConfig, device: torch.device) -> None:
-    """Raise UserError for a precision or a projection that stage two does not support on `device`."""
+    """Raise UserError for a precision or a projection that has no effect or is not supported on `device`."""
     choose_precision("temporal.precision", settings.precision, device, training=True)
-    _require_projection(settings, device)
-
-
-def _require_projection(settings: schema.TemporalConfig, device: torch.device) -> None:
-    """Raise UserError where `projection: bf16` has no effect or is not supported."""
     if settings.projection != "bf16":
         return
     if not isinstance(settings.head, schema.LstmHead) or settings.head.bidirectional:

@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 from configs.load import load_config
 from configs.schema import JointNetConfig
-from features.store import load_feature_set
+from features.store_folder import load_feature_set
 from stage1_cnn.model import build_backbone
 from stage2_temporal.joint.net import build_joint
 from stage2_temporal.predict import OnlinePredictor, load_temporal, predict_phases
