@@ -36,7 +36,6 @@ PRIVATE = {
     r"TORCHELASTIC_USE": "engine/launch.py",
     r"ForkingPickler": "engine/pool.py",
     r"_shutdown_workers": "stage1_cnn/data.py",
-    r"fixed_params": "stage2_temporal/ablation/study.py",
     r"decord\.libs": "features/video/decord.py",
     r"fixed_params": "stage2_temporal/ablation/study.py",
     r"_make_submission|_submitit_command": "commands/slurm.py",

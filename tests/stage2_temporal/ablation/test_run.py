@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optuna
 import pytest
 import yaml
 
@@ -29,7 +28,6 @@ from features.dataset.index import Index
 from features.store_folder import load_feature_set
 from stage2_temporal.ablation import run as ablate_module
 from stage2_temporal.ablation.run import ablate, read_ablation
-from stage2_temporal.ablation.study import point_of
 from stage2_temporal.predict import load_temporal, predict_phases
 from tests.onednn import cpu_with_bf16
 from tests.stage2_temporal.toy import cue_video, small, write_folder
@@ -556,12 +554,3 @@ def test_nothing_in_the_csv_is_a_formula_to_a_spreadsheet(tmp_path: Path) -> Non
         _, row = csv.reader(stream)
     assert row[:4] == ["'@SUM(A1)", "'=cmd|' /C calc'!A0", "-1.5", "a,b"]
     assert row[-2:] == ["-0.5", "'+1+1"]
-
-
-def test_queued_points_without_their_private_key_are_unknown() -> None:
-    study = optuna.create_study()
-    study.enqueue_trial({"hidden": 4})
-    (queued,) = study.get_trials()
-    assert point_of(queued) == {"hidden": 4}
-    queued.system_attrs.clear()
-    assert point_of(queued) == {}
