@@ -368,7 +368,10 @@ class AugmentConfig(Strict):
 class CnnConfig(LoopConfig):
     """Stage one."""
 
-    backbone: str = Field("resnet50", description="a torchvision classification net, or efficientnet_lite0")
+    backbone: str = Field(
+        "resnet50",
+        description="a torchvision classification net, efficientnet_lite0, or a plug-in's",
+    )
     weights: str = Field(
         "imagenet",
         description="imagenet | random | cached (imagenet if it is on this machine, otherwise random) | "

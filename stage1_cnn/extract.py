@@ -1,8 +1,8 @@
-"""The embedding dump: sampled frames of every video through the encoder, one feature file a video.
+"""Extraction: sampled frames of every video through the encoder, one feature file per video.
 
-On a CPU a process a core decodes and computes, with one thread; on a GPU processes decode for one that computes. What
-comes out does not depend on the number of processes, nor on a video being split among them: batches are cut by sample
-number, and on a CPU sums are always made in the same order.
+On a CPU one process per core decodes and computes, with one thread; on a GPU several processes decode for one that
+computes. The features depend neither on the number of processes nor on a video being split among them: batches are cut
+by sample number, and on a CPU sums are always added in the same order.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SHARDS = "shards"  # folder of each shard's own report
 
 @dataclass
 class ExtractReport:
-    """What one call did: video ids by outcome; `frames` and `seconds` of the work done now; `left_out` by the index."""
+    """What one call did: video ids by outcome; `frames` and `seconds` of this call; `left_out` by the index."""
 
     folder: Path
     done: list[str] = field(default_factory=list)
@@ -60,7 +60,7 @@ class ExtractReport:
     seconds: float = 0.0
 
     def require_others_done(self) -> None:
-        """Raise UserError where a video failed and it is not the video's fault, so that starting again may help."""
+        """Raise UserError where a video failed for a reason outside its files, so that starting again may help."""
         lost = [(video_id, reason) for video_id, reason in self.failed if not isinstance(reason, VideoFault)]
         if lost:
             raise UserError(
@@ -113,12 +113,12 @@ def extract(
 ) -> ExtractReport:
     """Write the features of every video of the index, or of every `shard[1]`-th one from `shard[0]`.
 
-    They go to `folder`, by default `<extract.store>/<backbone>-<digest12>`, with the index and the encoder's
-    description. Files that verify and were made from the same source are left alone; where only annotations changed,
-    labels alone are rewritten. A video that cannot be read is reported and the others go on; why is kept beside the
-    features, so that stage two leaves it out too, until a later call can read it. With a run and no `folder`,
-    `RUN/extract/result.json` points to the features. Raises UserError when nothing (more) can be done: no
-    weights, no room, a folder of another data set or encoder, not one usable video.
+    They are written to `folder`, by default `<extract.store>/<backbone>-<digest12>`, with the index and the encoder's
+    description. Files that verify and were made from the same source are kept; where only annotations changed, only
+    labels are rewritten. A video that cannot be read is reported and the others are extracted; the reason is kept
+    beside the features, so that stage two leaves the video out, too, until a later call can read it. With a run and no
+    `folder`, `RUN/extract/result.json` names the features' folder. Raises UserError where there are no weights, no
+    space, not one usable video, or the folder belongs to another data set or encoder.
     """
     started = time.monotonic()
     stage = StageFolder(run, STAGE, config, _identity(config, index)) if run and folder is None else None
@@ -128,7 +128,7 @@ def extract(
     report = ExtractReport(target, left_out=index.left_out_records())
     if is_main_process():
         say_left_out(index)
-    jobs = _sort_out(config, index, root, target, encoder.spec, shard, report)
+    jobs = _plan(config, index, root, target, encoder.spec, shard, report)
     if not jobs:
         _require_one_usable(report, shard)
     if stage:
@@ -169,7 +169,7 @@ def _require_one_usable(report: ExtractReport, shard: tuple[int, int]) -> None:
 
 
 def _record_faults(report: ExtractReport, index: Index, root: Path) -> None:
-    """Keep beside the features which videos have none for a fault of theirs, and forget it of those that have."""
+    """Record beside the features why a video has none, and remove the record of videos that have them now."""
     for video_id, reason in report.failed:
         if isinstance(reason, VideoFault):
             record_fault(report.folder, video_id, index.entry(video_id).sha256_ends, below_root(reason, root))
@@ -178,10 +178,7 @@ def _record_faults(report: ExtractReport, index: Index, root: Path) -> None:
 
 
 def _finish(stage: StageFolder, result: dict[str, Any], shard: tuple[int, int], index: Index) -> None:
-    """Write the result of all videos: at once where one call did them all, otherwise from every shard's own file.
-
-    Whoever ends last finds all of them; nobody writes a part for the whole.
-    """
+    """Write the result of all videos: of the only call, or the shards' merged results by the shard that ends last."""
     number, count = shard
     if count == 1:
         stage.finish(result)
@@ -257,7 +254,7 @@ def _require_compatible(folder: Path, index: Index, spec: EncoderSpec) -> None:
 def _work(
     task: ExtractTask, jobs: Sequence[VideoJob], encoder: Encoder, stop: StopRequest
 ) -> Iterator[tuple[VideoJob, str | None]]:
-    """Do the jobs with as many processes as there are; yields each video as it ends, and why where it failed."""
+    """Do the jobs in parallel processes; yields each video as it ends, with the reason where it failed."""
     chosen = task.config.extract
     ahead = encoder.device.type != "cpu" if chosen.decode_ahead == "auto" else chosen.decode_ahead == "on"
     processes = processes_for(chosen.workers, sum(job.frames for job in jobs))
@@ -281,7 +278,7 @@ def _work(
                     yield video
 
 
-def _sort_out(
+def _plan(
     config: Config,
     index: Index,
     root: Path,
@@ -290,7 +287,7 @@ def _sort_out(
     shard: tuple[int, int],
     report: ExtractReport,
 ) -> list[VideoJob]:
-    """Look at every video of the shard: skipped and hopeless ones go into the report, the rest are returned."""
+    """The jobs of the shard's videos; those that are complete or cannot be read go into the report."""
     first, of = shard
     if not 0 <= first < of:
         raise UserError(f"shard {first}/{of}: expected I/N with I from 0 to N-1")
@@ -314,8 +311,8 @@ def _sort_out(
 def _state(
     path: Path, entry: VideoEntry, frame_index: NDArray[np.int64], spec: EncoderSpec, labels: Mapping[str, str]
 ) -> str:
-    """`new`, `relabel` or `current`: whether a video's file is whole, of this source, these frames and this encoder,
-    and labelled so."""
+    """`new`, `relabel` or `current`: whether a video's file is complete, of this source, these frames and this
+    encoder, and has these labels."""
     if not path.exists():
         return "new"
     problem = verify_file(path, spec, source_identity(entry))
@@ -325,6 +322,6 @@ def _state(
         same = np.array_equal(video.frame_index, frame_index) and np.array_equal(video.time_s, times)
         problem = None if same else "holds other frames, or other times of them"
     if problem is not None:
-        say(f"{path.name}: {problem}; done again")
+        say(f"{path.name}: {problem}; extracted again")
         return "new"
     return "current" if all(video.attributes.get(key) == value for key, value in labels.items()) else "relabel"

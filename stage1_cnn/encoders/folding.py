@@ -13,15 +13,15 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from stage1_cnn.encoders.backbone import replace_layer
 
-# Folding moves a product from one rounding to another; a net that moves further than this was folded wrongly.
+# Folding changes where products are rounded; an embedding that changes by more than this was folded wrongly.
 _TOLERANCE = 1e-3
 
 
 def fold_batch_norm(net: nn.Module, size_px: int) -> nn.Module | None:
     """A copy of `net`, in evaluation mode, without the batch norms that follow a convolution; None where there is none.
 
-    Found by running one image (3, `size_px`, `size_px`) through it, so nets that cannot be traced are folded too. The
-    copy must give the net's embeddings of that image, otherwise it is dropped: the net then stays as it is.
+    The pairs are found by running one image (3, `size_px`, `size_px`) through the net, so that nets that cannot be
+    traced are folded, too. None as well where the copy does not give the net's embedding of that image.
     """
     folded = copy.deepcopy(net).eval()
     image = torch.randn(1, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))
@@ -45,7 +45,7 @@ def _pairs(net: nn.Module, image: Tensor) -> Iterator[tuple[str, str]]:
     calls: Counter[str] = Counter()
     made_by: dict[int, str] = {}
     fed_by: dict[str, str] = {}
-    alive: list[Tensor] = []  # an address says which tensor it is only as long as the tensor lives
+    alive: list[Tensor] = []  # an id identifies a tensor only while the tensor exists
 
     def watch(name: str, module: nn.Module) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

@@ -1,7 +1,7 @@
-"""ReLU, and the addition of a residual before it, computed with the convolution whose output they take.
+"""ReLU, and the addition of a residual before it, fused with the convolution whose output they take.
 
-oneDNN applies both to sums that still lie in registers. PyTorch's layers write every output, and read it again to
-rectify it; in bf16 they also round it in between.
+oneDNN applies both to sums that are still in registers. PyTorch's separate layers write every output to memory and
+read it again; in bf16 they also round it in between.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from engine import onednn
 
-# Fewer roundings move an embedding by less than this share of the largest; a net that moves further was fused wrongly.
+# Fewer roundings change an embedding by less than this fraction of its largest value; more means a wrong fusion.
 _TOLERANCE = 1e-3
 _LAYOUT_FRAMES = 8
 _SUMS = (operator.add, torch.add)  # tracing makes the former of a sum in place, too
@@ -22,7 +22,7 @@ _RELUS = (torch.relu, torch.relu_, nn.functional.relu)
 
 
 class ConvRelu(nn.Module):
-    """max(0, convolution + `other`) in one pass; weights are the convolution's, and must stay as they are."""
+    """max(0, convolution + `other`) in one pass; shares the convolution's weights, which must not change."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -32,15 +32,15 @@ class ConvRelu(nn.Module):
         self._laid_out: Tensor | None = None
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """x (N, C, H, W), and what is added: (N, C', H', W')."""
-        if self._laid_out is None:  # else it would be done anew for every batch
-            # the same whichever batch comes first, and so the sums' order
+        """x (N, C, H, W) and the addend `other` (N, C', H', W')."""
+        if self._laid_out is None:  # once, and not for every batch
+            # a fixed shape, so that the layout, and with it the order of sums, does not depend on the first batch
             shape = [_LAYOUT_FRAMES, *x.shape[1:]]
             self._laid_out = onednn.pack_convolution(self.weight.detach(), self.geometry, shape)
         return onednn.convolution_relu(x, other, self._laid_out, self.bias, self.geometry)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Goes to other processes without what they lay out themselves, and cannot be sent."""
+        """Without the packed weights, which cannot be pickled; other processes pack their own."""
         return self.__dict__ | {"_laid_out": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> ConvRelu:
@@ -52,14 +52,14 @@ class ConvRelu(nn.Module):
 def fuse_relu(net: nn.Module, size_px: int) -> nn.Module | None:
     """The same net, with the same weights, for inference on a CPU; None where nothing could be fused.
 
-    Nets that cannot be traced are left alone, and so is one whose embedding of an image (3, `size_px`, `size_px`)
-    would not be the same, or would not be had at all.
+    None, too, for nets that cannot be traced, and where the fused net fails on an image (3, `size_px`, `size_px`) or
+    does not give its embedding.
     """
     if not onednn.convolves(torch.float32):
         return None
     try:
         traced = fx.symbolic_trace(net)
-    except Exception:  # whatever a net's own code makes of a tensor without numbers
+    except Exception:  # any error of the net's own code with a symbolic tensor
         return None
     image = torch.randn(1, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -78,7 +78,7 @@ def fuse_relu(net: nn.Module, size_px: int) -> nn.Module | None:
 
 
 def _drop_identities(traced: fx.GraphModule) -> None:
-    """What folding has left where a batch norm was."""
+    """Remove the identities that folding has put in place of batch norms."""
     for node in list(traced.graph.nodes):
         if node.op == "call_module" and node.args and isinstance(traced.get_submodule(node.target), nn.Identity):
             node.replace_all_uses_with(node.args[0])
@@ -86,7 +86,7 @@ def _drop_identities(traced: fx.GraphModule) -> None:
 
 
 def _fused(traced: fx.GraphModule, relu: fx.Node) -> bool:
-    """Whether `relu` is one, and now computed by the convolution before it."""
+    """Fuse a node that is a ReLU with the convolution before it; whether that was possible."""
     if not relu.args or not _is_relu(traced, relu):  # without, its input goes by name
         return False
     before: Any = relu.args[0]
@@ -111,7 +111,7 @@ def _is_relu(traced: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _is_conv(traced: fx.GraphModule, node: Any) -> bool:
-    """Whether `node` is a convolution of its own, with zeros around the picture."""
+    """Whether `node` is a convolution that is called once, with zero padding."""
     if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.args) != 1:
         return False
     layer = traced.get_submodule(str(node.target))

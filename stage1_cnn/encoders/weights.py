@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from configs.errors import UserError, listed
 
-# What wraps a module, or any layer of one, without being part of its design.
+# Names that wrappers insert for a module, or for any of its layers.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-# Of two encoders in one file, the one that is not meant: a running average or momentum encoder beside what was trained;
-# of student and teacher the student, since the teacher is what DINO and its kin evaluate.
+# The second of two encoders in one file, which is not loaded: a running average or momentum encoder beside the trained
+# one; the student beside its teacher, since DINO and similar methods evaluate the teacher.
 _SECOND = re.compile(r"(?:^|[._])(?:ema|k|key|momentum|target|averaged|student)(?=[._])")
 # Where files in circulation, this project's checkpoints and MTRCNet's have a backbone.
 _USUAL = re.compile(r"(?:state_dict\.)?(?:model\.)?(?:module\.)?(?:backbone\.net\.|net\.|share\.)?")
 
 
 class Found(NamedTuple):
-    """Weights under a net's own names; `place` is what stands before these in the file."""
+    """Weights under a net's own names; `place` is their prefix in the file."""
 
     place: str
     state: dict[str, Tensor]
@@ -33,16 +33,16 @@ class Found(NamedTuple):
 
     @property
     def rank(self) -> tuple[int, bool]:
-        """Of several, the smallest is meant."""
+        """Of several matches, the one with the smallest rank is loaded."""
         return len(_SECOND.findall(self.place)), not _USUAL.fullmatch(self.place)
 
 
 def find_weights(net: nn.Module, head: str, tensors: Mapping[str, Tensor], what: str, source: Path) -> Found:
-    """All weights of `net` (`what`, in words) among a file's tensors, whatever stands before their names.
+    """All weights of `net` (named `what` in messages) among a file's tensors, under any prefix.
 
-    Children may have their numbers for names, as in an `nn.Sequential` of them. The layer `head`, which was cut off,
-    and all outside the net's children are left alone. Raises UserError where no place has every tensor in its shape,
-    naming the closest, and where several have, with other values, none of which is the one that is usually meant.
+    Children may be numbered, as in an `nn.Sequential` of them. The layer `head`, which was cut off, and tensors outside
+    the net's children are ignored. Raises UserError where no prefix has every tensor in its shape, naming the closest,
+    and where several prefixes have them with different values and equal rank.
     """
     wanted = net.state_dict()
     numbers = {name: str(number) for number, (name, _) in enumerate(net.named_children())}
@@ -72,7 +72,7 @@ def find_weights(net: nn.Module, head: str, tensors: Mapping[str, Tensor], what:
 
 
 def choose(found: Sequence[Found], what: str, source: Path) -> Found:
-    """Of weights that fit, those that are meant. Raises UserError where two that differ are equally likely."""
+    """Of several matches, the one to load. Raises UserError where two with different values have the same rank."""
     distinct: list[Found] = []
     for one in found:
         if not any(_same(one.state, other.state) for other in distinct):
@@ -81,13 +81,13 @@ def choose(found: Sequence[Found], what: str, source: Path) -> Found:
     if rest and rest[0].rank == best.rank:
         raise UserError(
             f"{source}: holds {what} twice with other values, under `{best.place}` and `{rest[0].place}`; "
-            "load it where it was made and save the one that is meant alone"
+            "load it where it was made and save only the one to use"
         )
     return best._replace(passed_over=tuple(one.place for one in rest))
 
 
 def describe_match(found: Found, tensors: Mapping[str, Tensor], what: str) -> str:
-    """One line: where the weights stood, how many they are, and what of the file was not taken."""
+    """One line: the prefix and number of the weights, and which other tensors of the file were not used."""
     taken = {id(tensor) for tensor in found.state.values()}
     others = Counter(_group(name, found.place) for name, tensor in tensors.items() if id(tensor) not in taken)
     kinds = sorted({str(t.dtype).removeprefix("torch.") for t in found.state.values() if t.is_floating_point()})
@@ -101,9 +101,9 @@ def describe_match(found: Found, tensors: Mapping[str, Tensor], what: str) -> st
 
 
 def below(layer: str, tensors: Mapping[str, Tensor], what: str, source: Path) -> dict[str, Tensor]:
-    """The tensors of the one net among them that has a child `layer`, without what stands before them but `module.`.
+    """The tensors of the net that has a child `layer`, without their prefix, except `module.`.
 
-    Where there is none, all of them. Raises UserError where there are several that differ.
+    All tensors where no net has one. Raises UserError where there are several with different values.
     """
     at = re.compile(rf"((?:.*?\.)??)(?:module\.)?{layer}\.")
     places = dict.fromkeys(found[1] for name in tensors if (found := at.match(name)))
@@ -115,7 +115,7 @@ def below(layer: str, tensors: Mapping[str, Tensor], what: str, source: Path) ->
 
 
 def _starts(names: Iterable[str], wanted: set[str]) -> list[tuple[str, int]]:
-    """What stands before wanted names, with how many of them follow it, the most first."""
+    """Prefixes of wanted names, with the number of names that follow each, the most first."""
     hits: Counter[str] = Counter()
     for name in names:
         cuts = [0, *(place + 1 for place, letter in enumerate(name) if letter == ".")]
@@ -129,13 +129,13 @@ def _renamed(name: str, children: Mapping[str, str]) -> str:
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Names without wrappers at any depth, with the names they had; nothing where two become one."""
+    """Names without wrappers at any depth, mapped to the original names; empty where two names become equal."""
     short = {".".join(part for part in name.split(".") if part not in _WRAPPERS): name for name in tensors}
     return short if len(short) == len(tensors) else {}
 
 
 def _inside(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], head: str) -> dict[str, Tensor]:
-    """What belongs to the net's own children: a tensor there that it does not know means that it is another net."""
+    """The tensors of the net's own children; an unknown tensor among them means that it is another net."""
     children = {name.partition(".")[0] for name in wanted}
     return {
         name: tensor
@@ -149,7 +149,7 @@ def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def _group(name: str, place: str) -> str:
-    """As much of a name as tells it from the place: what they share, and one part more."""
+    """The part of a name that distinguishes it from the place: their common parts and one more."""
     shared = 0
     parts, stem = name.split("."), place.split(".")[:-1]
     while shared < min(len(parts) - 1, len(stem)) and parts[shared] == stem[shared]:
@@ -158,9 +158,9 @@ def _group(name: str, place: str) -> str:
 
 
 def misfits(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """Why a state dict does not fit, one entry per problem; empty where it does.
+    """Why a state dict does not fit, one entry per problem; empty where it fits.
 
-    Counters of batch norm are missing in old files, harmlessly.
+    Old files may lack batch norm's counters.
     """
     problems = []
     for name, tensor in wanted.items():

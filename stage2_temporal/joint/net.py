@@ -4,8 +4,8 @@
                                      +-> standardise -> LSTM -+-> last layer -> phases
                                                               +-> mapping ---> tools, as the phase branch sees them
 
-The backbone is stage one's, the phase branch is stage two's whole model: built from a checkpoint of each, the net gives
-what the two give one after the other.
+The backbone is stage one's, the phase branch is stage two's whole model: built from a checkpoint of each, the net
+computes what the two stages compute one after the other.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ IMPORTED = "imported"
 
 
 class JointOutput(NamedTuple):
-    """What the net says about B clips of T frames; None for what it has no branch for."""
+    """The outputs for B clips of T frames; None without the branch."""
 
     tool_logits: Tensor | None  # (B, T, K)
     phase_stages: list[Tensor] | None  # [(B, T, C), ...]
@@ -49,7 +49,7 @@ class JointOutput(NamedTuple):
 
 
 class JointNet(nn.Module):
-    """Shared backbone, a tool branch a frame, a phase branch over time, and the mapping from phases to tools.
+    """Shared backbone, a tool branch per frame, a phase branch over time, and the mapping from phases to tools.
 
     `tools` is 0 for a net without a tool branch, `phase` None for one without a phase branch (see `build_joint`).
     New layers start as in the reference: Xavier uniform with zero bias, drawn from torch's global generator.
@@ -62,12 +62,12 @@ class JointNet(nn.Module):
         self.phase = phase
         self.mapping = linear(phase.head.hidden_dim, tools) if phase is not None and config.mapping else None
         self.gradient_checkpointing = False
-        self.imported_from: str | None = None  # the file of the original programs that its weights go back to
-        self.unused: dict[str, Tensor] = {}  # of that file, by its names: layers without a part in the net
+        self.imported_from: str | None = None  # the original programs' file that the weights come from
+        self.unused: dict[str, Tensor] = {}  # that file's layers, by name, that the net does not have
         self._part = "all"
 
     def forward(self, images: Tensor, state: State | None = None, lengths: Tensor | None = None) -> JointOutput:
-        """Normalised clips (B, T, 3, S, S) -> logits a frame; `state` and `lengths` as for the heads of stage two."""
+        """Normalised clips (B, T, 3, S, S) -> logits per frame; `state` and `lengths` as for the heads of stage two."""
         embedding = self.embed(images.flatten(0, 1))  # (B T, D)
         return self.branches(embedding.unflatten(0, images.shape[:2]), state, lengths)
 
@@ -80,7 +80,7 @@ class JointNet(nn.Module):
         return self.backbone(images)  # type: ignore[no-any-return]
 
     def branches(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> JointOutput:
-        """Embeddings (B, T, D) -> what `forward` gives."""
+        """As `forward`, from embeddings (B, T, D)."""
         tool_logits = self.tool_head(x) if self.tool_head is not None else None  # (B, T, K)
         if self.phase is None:
             return JointOutput(tool_logits, None, None, ())
@@ -89,7 +89,7 @@ class JointNet(nn.Module):
         return JointOutput(tool_logits, output.logits_per_stage, mapped, output.state)
 
     def train_only(self, part: Literal["all", "mapping"], freeze_mapping: bool = False) -> None:
-        """Choose what learns. With `mapping`, all else stays bit by bit as it is, running statistics too."""
+        """Choose what is trained. With `mapping`, everything else is frozen, running statistics included."""
         self._part = part
         for name, parameter in self.named_parameters():
             if name.startswith("mapping."):
@@ -101,7 +101,7 @@ class JointNet(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> JointNet:
-        """Training or evaluation mode, as far as `train_only` lets."""
+        """Training or evaluation mode; what `train_only` has frozen stays in evaluation mode."""
         super().train(mode)
         if mode and self._part == "mapping":
             for name, module in self.named_children():
@@ -115,12 +115,12 @@ class JointNet(nn.Module):
 
 
 def _recomputing(backbone: Backbone) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts of the first pass, and of the second one for the gradient, which must not move running statistics."""
-    return nullcontext(), _still_statistics(backbone)
+    """Contexts of the first pass and of the recomputation, which must not update running statistics again."""
+    return nullcontext(), _fixed_statistics(backbone)
 
 
 @contextmanager
-def _still_statistics(backbone: Backbone) -> Iterator[None]:
+def _fixed_statistics(backbone: Backbone) -> Iterator[None]:
     layers = list(batch_norms(backbone))
     before = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
     for layer in layers:
@@ -136,7 +136,7 @@ def _still_statistics(backbone: Backbone) -> Iterator[None]:
 def build_joint(
     backbone: Backbone, config: JointNetConfig, head: HeadSettings | None, tools: int, phases: int
 ) -> JointNet:
-    """A net with fresh branches on a backbone; embeddings go into the phase branch as they are."""
+    """A net with new branches on a backbone; embeddings enter the phase branch unstandardised."""
     phase = None
     if config.tasks != "tool":
         assert head is not None
@@ -150,7 +150,7 @@ def build_joint(
 
 
 def attach_cnn(net: JointNet, run: Path, tools: Sequence[str]) -> None:
-    """Take backbone and, where it has the same shape, tool head of stage one's best epoch.
+    """Copy the backbone and, where it has the same shape, the tool head of stage one's best epoch.
 
     Raises UserError for another backbone or other tools.
     """
@@ -165,7 +165,7 @@ def attach_cnn(net: JointNet, run: Path, tools: Sequence[str]) -> None:
 
 
 def attach_temporal(net: JointNet, run: Path, phases: Sequence[str], head: HeadSettings) -> None:
-    """Take the whole phase branch, constants of standardisation included, of stage two's best epoch.
+    """Copy the whole phase branch, standardisation constants included, of stage two's best epoch.
 
     Raises UserError for other phases, another width of embeddings, or another head than the settings'.
     """
@@ -191,9 +191,9 @@ def attach_temporal(net: JointNet, run: Path, phases: Sequence[str], head: HeadS
 def attach_joint(
     net: JointNet, path: Path, tools: Sequence[str], phases: Sequence[str], head: HeadSettings
 ) -> dict[str, Any]:
-    """Take every branch of another joint checkpoint that this net has too (an imported one, for example).
+    """Copy every branch of another joint checkpoint that this net has too (an imported one, for example).
 
-    Returns what the checkpoint says. Raises UserError where classes, backbone, head or a branch's shape differ.
+    Returns the checkpoint's other content. Raises UserError where classes, backbone, head or a branch's shape differ.
     """
     other, about = load_joint(path)
     require_same_classes(path, "phases", about["phases"], phases if other.phase is not None else about["phases"])
@@ -220,7 +220,7 @@ def attach_joint(
 def describe_joint(
     net: JointNet, head: HeadSettings | None, config: Config, spec: DataSetSpec, step: str
 ) -> dict[str, Any]:
-    """What a checkpoint says besides tensors, so that the net can be built again and fed rightly."""
+    """Everything besides tensors that a checkpoint needs so that the net can be rebuilt and its input prepared."""
     return {
         "kind": KIND,
         "step": step,
@@ -242,7 +242,7 @@ def describe_joint(
 
 
 def load_joint(path: Path) -> tuple[JointNet, dict[str, Any]]:
-    """The net of a joint checkpoint, on the CPU in evaluation mode, and what the file says of it.
+    """The net of a joint checkpoint, on the CPU in evaluation mode, and the file's other content.
 
     Raises UserError when the file is missing, damaged, or of another stage.
     """
@@ -264,7 +264,7 @@ def load_joint(path: Path) -> tuple[JointNet, dict[str, Any]]:
 
 
 def joint_checkpoint(run: Path) -> Path:
-    """The best epoch of the last step that a run's joint net has been trained in, or what was imported.
+    """The best epoch of the last step that a run's joint net was trained in, or the imported net.
 
     Raises UserError when there is none.
     """
@@ -276,7 +276,7 @@ def joint_checkpoint(run: Path) -> Path:
 
 
 def phase_model_of(path: Path) -> tuple[PhaseModel, Mapping[str, Any]]:
-    """The phase branch of a joint checkpoint, as stage two takes it. Raises UserError where there is none."""
+    """The phase branch of a joint checkpoint as a model of stage two. Raises UserError where there is none."""
     net, about = load_joint(path)
     if net.phase is None:
         raise UserError(f"{path}: a net for tools alone has no phase branch")

@@ -46,7 +46,7 @@ def test_the_example_takes_part_in_every_command(tmp_path: Path, forks: Forks) -
         assert ended.code == 0, ended.output
         return ended.output
 
-    assert f"{NAME} starts at random" in succeed("doctor", *settings)
+    assert f"weights: {NAME} " in succeed("doctor", *settings)
     succeed("index", *settings)
     succeed("run", *settings, "--name", "first")  # train-cnn, extract in two processes, train-temporal, evaluate
     [encoder] = world.config.extract.store.glob(f"{NAME}-*/encoder.json")

@@ -103,6 +103,24 @@ def test_validation_takes_every_row_in_order() -> None:
     assert {request.epoch for request in requests} == {None}
 
 
+@given(rows=st.integers(1, 40), count=st.integers(1, 9))
+@settings(deadline=None, max_examples=60)
+def test_processes_share_the_rows_of_a_batch(rows: int, count: int) -> None:
+    request = Request("train", 0, tuple(range(rows)))
+    shares = [request.share(rank, count) for rank in range(count)]
+    assert sorted(row for share in shares if share.counts for row in share.rows) == list(range(rows))
+    assert all(share.rows == shares[0].rows for share in shares if not share.counts)
+    assert rows == 1 or min(len(share.rows) for share in shares) > 1 or rows >= 2 * count - 1
+
+
+def test_rows_that_do_not_count_have_no_labels(world: World) -> None:
+    dataset = dataset_of(world)
+    batch = dataset[Request("train", 0, (0, 1), counts=False)]
+    assert torch.equal(batch.images, dataset[Request("train", 0, (0, 1))].images)
+    assert (batch.phase == -1).all()
+    assert (batch.tools == -1).all()
+
+
 # ---------------------------------------------------------------------------------------------- batches
 
 
