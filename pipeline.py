@@ -30,7 +30,7 @@ for _package in PACKAGES:  # these names are common: a package of the same name 
         )
         sys.exit(2)
 
-from configs.errors import UserError  # noqa: E402 - only once it is known to be this program's
+from configs.errors import UserError, one_line  # noqa: E402 - only once it is known to be this program's
 
 EXIT_BAD_INPUT = 2
 EXIT_LOST_ANOTHER = 70  # EX_SOFTWARE of sysexits.h: another process of the same training has failed
@@ -115,8 +115,7 @@ def _ending(error: Exception) -> tuple[str, int | None]:
     if isinstance(error, Stopped):
         return f"{error}; what was done is saved: the same command resumes there", error.exit_code
     if peer_died(error):
-        line = str(error).splitlines()[0][:160]
-        return f"error: another process of this training has ended ({line})", EXIT_LOST_ANOTHER
+        return f"error: another process of this training has ended ({one_line(error)})", EXIT_LOST_ANOTHER
     return "", None
 
 

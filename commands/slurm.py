@@ -256,7 +256,7 @@ def _why_nothing_was_submitted(error: Exception) -> str | None:
 
 
 def _message(error: Exception) -> str:
-    return " ".join(str(error).replace("sbatch: error:", "").split())
+    return one_line(str(error).replace("sbatch: error:", ""), most=None)
 
 
 def _remove_unused(folder: Path, run: Path) -> None:
