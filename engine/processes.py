@@ -280,7 +280,7 @@ def is_reporting_rank(problem: BaseException) -> bool:
     try:
         set_torchrun_variables()
         store = error_store(ERROR_STORE_TIMEOUT_S)
-        first: bool = store.add("told", 1) == 1
+        first: bool = store.add("reported", 1) == 1
         if first:
             store.set("error", str(problem))
         if here.rank == 0:
@@ -293,7 +293,7 @@ def is_reporting_rank(problem: BaseException) -> bool:
 def _linger(store: Any, count: int) -> None:
     """Keep rank 0, which may host the store, until every rank has asked, for at most a second."""
     deadline = time.monotonic() + POLL_INTERVAL_S
-    while store.add("told", 0) < count and time.monotonic() < deadline:
+    while store.add("reported", 0) < count and time.monotonic() < deadline:
         time.sleep(0.05)
 
 

@@ -76,7 +76,7 @@ def test_both_damaged_is_an_error_and_none_is_none(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_never_takes_the_place_of_the_whole_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the middle of the first save after a fall-back, there must still be one to go on from."""
+    """Killed in the middle of the first save after a fall-back, there must still be one to resume from."""
     path = tmp_path / "last.pt"
     rolling = RollingCheckpoint(path)
     for step in (1, 2):

@@ -83,36 +83,36 @@ def start_pair(what: str, folder: Path) -> list[subprocess.Popen[str]]:
 
 
 def ends_of(pair: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
-    """Exit codes and all that was said. That they end at all is the point."""
+    """Exit codes and everything that both printed. That they end at all is the point."""
     try:
-        said = "".join("".join(one.communicate(timeout=280)) for one in pair)
+        output = "".join("".join(one.communicate(timeout=280)) for one in pair)
     finally:
         for one in pair:
             one.kill()
-    return [one.returncode for one in pair], said
+    return [one.returncode for one in pair], output
 
 
 @pytest.mark.slow
 def test_a_loss_of_one_process_that_is_no_number_stops_all_with_the_batch_named(tmp_path: Path) -> None:
-    codes, said = ends_of(start_pair("nan", tmp_path))
-    assert codes == [2, 2], said
-    assert said.count("error:") == 1, said
-    assert "the loss is nan in epoch 1, step 3 (batch 2 of 1)" in said
+    codes, output = ends_of(start_pair("nan", tmp_path))
+    assert codes == [2, 2], output
+    assert output.count("error:") == 1, output
+    assert "the loss is nan in epoch 1, step 3 (batch 2 of 1)" in output
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "told"), [("apart", 0), ("apart", 1), ("cache", 0)])
-def test_a_signal_to_one_process_ends_the_own_work_of_another(tmp_path: Path, what: str, told: int) -> None:
-    """Minutes of validation or decoding are left, to the one that was told or to the other."""
+@pytest.mark.parametrize(("what", "signalled"), [("apart", 0), ("apart", 1), ("cache", 0)])
+def test_a_signal_to_one_process_ends_the_own_work_of_another(tmp_path: Path, what: str, signalled: int) -> None:
+    """Minutes of validation or decoding are left, to the rank that got the signal or to the other."""
     pair = start_pair(what, tmp_path)
     deadline = time.monotonic() + 280
     while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)):
         assert time.monotonic() < deadline, ends_of(pair)
         time.sleep(0.05)
-    pair[told].send_signal(signal.SIGINT)
-    codes, said = ends_of(pair)
-    assert codes == [130, 130], said
-    assert said.count("stopped by SIGINT") == 1, said
+    pair[signalled].send_signal(signal.SIGINT)
+    codes, output = ends_of(pair)
+    assert codes == [130, 130], output
+    assert output.count("stopped by SIGINT") == 1, output
     if what == "apart":
         assert len(load_checkpoint(tmp_path / "last.pt")["others"]) == 1
 
@@ -120,18 +120,18 @@ def test_a_signal_to_one_process_ends_the_own_work_of_another(tmp_path: Path, wh
 @pytest.mark.slow
 def test_a_mistake_in_the_own_work_of_one_ends_that_of_another(tmp_path: Path) -> None:
     """Minutes are left to the other; both end with what was wrong, not as stopped."""
-    codes, said = ends_of(start_pair("mistake", tmp_path))
-    assert codes == [2, 2], said
-    assert said.count("error:") == 1, said
-    assert "error: video07.mp4: damaged, frame 3" in said
-    assert "stopped" not in said
+    codes, output = ends_of(start_pair("mistake", tmp_path))
+    assert codes == [2, 2], output
+    assert output.count("error:") == 1, output
+    assert "error: video07.mp4: damaged, frame 3" in output
+    assert "stopped" not in output
     assert not (tmp_path / "all done").exists()
 
 
 @pytest.mark.slow
-def test_a_mistake_that_one_process_finds_alone_ends_all_and_is_said_once(tmp_path: Path) -> None:
+def test_a_mistake_that_one_process_finds_alone_ends_all_and_is_printed_once(tmp_path: Path) -> None:
     for what, codes in (("late", [2, 2]), ("outside", [70, 2])):
-        found, said = ends_of(start_pair(what, tmp_path))
-        assert found == codes, said
-        assert said.count("error:") == 1, said
-        assert "error: weights.pth: not on this machine" in said
+        found, output = ends_of(start_pair(what, tmp_path))
+        assert found == codes, output
+        assert output.count("error:") == 1, output
+        assert "error: weights.pth: not on this machine" in output
