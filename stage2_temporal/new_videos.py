@@ -313,8 +313,8 @@ def predict_video(recogniser: Recogniser, index: Index, root: Path, stop: StopRe
     phases: list[NDArray[np.float32]] = []
     tools: list[NDArray[np.float64]] = []
     bar = progress_bar(len(frame_index), entry.id, "frame")
-    with bar, source_frames(config, entry, root, index) as pictures:
-        for crops in crop_batches(pictures.frames, encoded_at_once(config), config.preprocess.crop_px):
+    with bar, source_frames(config, entry, root, index) as source:
+        for crops in crop_batches(source.frames, encoded_at_once(config), config.preprocess.crop_px):
             stop.raise_if_set()
             embedding, logits = recogniser.encode(crops)  # (N, D), (N, K)
             phases += [online.step(frame) for frame in embedding]
@@ -333,18 +333,18 @@ def _draw(
         shown = entry.image_frames[entry.image_frames >= prediction.frame_index[0]]
         samples = np.searchsorted(prediction.frame_index, shown, side="right") - 1
 
-        def pictures() -> Iterator[NDArray[np.uint8]]:
+        def drawn_frames() -> Iterator[NDArray[np.uint8]]:
             overlay = None
             with progress_bar(len(shown), f"{entry.id}, drawing", "frame") as bar:
-                for picture, sample in zip(reader.read(shown.tolist()), samples.tolist(), strict=True):
+                for frame, sample in zip(reader.read(shown.tolist()), samples.tolist(), strict=True):
                     if overlay is None:
-                        size = picture.shape[1], picture.shape[0]
+                        size = frame.shape[1], frame.shape[0]
                         overlay = Overlay(*size, prediction.phase, prediction.tools, spec.phases, spec.tools)
-                    yield overlay.add(picture, sample)
+                    yield overlay.add(frame, sample)
                     bar.update()
 
         with atomic_path(path) as temporary:
             uneven = entry.times or (entry.frames and entry.frames.missing)
             time_s = frame_times_s(entry, shown) if uneven else None
             rate = entry.fps / entry.image_stride
-            encode_mp4(temporary, pictures(), rate, _ENCODER, stop.raise_if_set, time_s)
+            encode_mp4(temporary, drawn_frames(), rate, _ENCODER, stop.raise_if_set, time_s)
