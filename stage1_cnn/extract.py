@@ -29,12 +29,7 @@ from features.dataset.catalogue import say_left_out
 from features.dataset.index import Index, VideoEntry
 from features.dataset.sampling import frame_times_s, sampled_frames
 from features.frames.source import encoded_at_once, require_indexed_annotations, require_indexed_source, source_identity
-from features.store import (
-    EncoderSpec,
-    feature_path,
-    read_features,
-    verify_file,
-)
+from features.store import EncoderSpec, feature_path, read_features, verify_file
 from features.store_folder import ENCODER_FILE, INDEX_FILE, clear_fault, prepare_folder, record_fault
 from stage1_cnn.decode_ahead import work_ahead
 from stage1_cnn.encoders.encoder import Encoder, load_encoder

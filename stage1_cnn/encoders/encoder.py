@@ -22,13 +22,7 @@ from stage1_cnn.encoders.backbone import Backbone, initial_backbone, require_ima
 from stage1_cnn.encoders.folding import fold_batch_norm
 from stage1_cnn.encoders.fusing import fuse_relu
 from stage1_cnn.encoders.pretrained import best_checkpoint
-from stage1_cnn.model import (
-    ToolNet,
-    rebuild_encoder,
-    rebuild_from_checkpoint,
-    require_same_backbone,
-    weights_sha256,
-)
+from stage1_cnn.model import ToolNet, rebuild_encoder, rebuild_from_checkpoint, require_same_backbone, weights_sha256
 
 
 class Encoder:
