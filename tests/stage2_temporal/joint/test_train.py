@@ -201,7 +201,7 @@ def test_features_of_the_joint_backbone_and_a_head_that_starts_from_its_lstm(sta
     tree["data"]["dataset"] = str(stages.run.parent / "tiny-set.yaml")
     pair_of_stages(Config.model_validate(tree), run)  # what `predict --from-joint back` asks for
     tree["extract"]["checkpoint"] = None
-    with pytest.raises(UserError, match=r"run train-cnn .* --model joint predicts .* --from-joint back puts"):
+    with pytest.raises(UserError, match=r"run train-cnn .* --model joint predicts .* --from-joint back uses"):
         pair_of_stages(Config.model_validate(tree), run)
     with pytest.raises(UserError, match="another head"):
         other = settings(stages, JOINT, temporal={"head": HEAD | {"hidden": 9}, "start_from": path})
