@@ -20,11 +20,11 @@ PROGRAM = Path(__file__).resolve().parent.parent / "pipeline.py"
 @click.argument("arguments", metavar="-- [OPTIONS OF THE STAGE]...", nargs=-1, type=click.UNPROCESSED)
 @click.option("--partition", metavar="P", help="Default: the cluster's.")
 @click.option("--gpus-per-node", type=click.IntRange(1), metavar="N", help="One process per GPU if N is above 1.")
-@click.option("--nodes", type=click.IntRange(1), default=1, metavar="N", help="Machines of the job.")
+@click.option("--nodes", type=click.IntRange(1), default=1, metavar="N", help="Number of nodes.")
 @click.option("--cpus-per-task", type=click.IntRange(1), metavar="N", help="Cores per process.")
 @click.option("--mem-gb", type=options.POSITIVE, metavar="N", help="Memory per node, in GiB.")
 @click.option("--time", "limit", default="4:00:00", metavar="LIMIT", help="H:MM:SS, D-HH:MM:SS or minutes.")
-@click.option("--array", type=click.IntRange(2, 10000), metavar="N", help="Of extract: N jobs, every N-th video each.")
+@click.option("--array", type=click.IntRange(2, 10000), metavar="N", help="For extract: N jobs of every N-th video.")
 @click.option("--slurm", "more", multiple=True, metavar="KEY=VALUE", help="Any other option of sbatch. Repeatable.")
 @click.option(
     "--max-requeues",
@@ -72,9 +72,9 @@ def run_of_stage(stage: str, arguments: tuple[str, ...], array: int | None, seve
     if stage == "extract":
         shard_of_process(given["shard"])
         if array and stage_context.get_parameter_source("shard") is click.core.ParameterSource.COMMANDLINE:
-            raise UserError("--array: gives each job its --shard; leave out the one given")
+            raise UserError("--array: sets --shard for each job; leave out --shard")
     if stage == "evaluate" and given["predictions"] is not None:
-        raise UserError("evaluate --predictions: takes a second and no run; run it without submit")
+        raise UserError("evaluate --predictions: takes seconds and needs no run; call it without submit")
     if stage == "ablate":
         from configs.load import load_ablation
 

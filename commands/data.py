@@ -32,9 +32,9 @@ from configs.errors import UserError, printable
     "--layout",
     type=click.Choice(["cholec80", "train_val_test", "train_val", "test"]),
     default="cholec80",
-    help="Of --to-pickle: one list of videos, or one list per part of the split.",
+    help="With --to-pickle: one list of videos, or one list per part of the split.",
 )
-@click.option("--phases-only", is_flag=True, help="Of --to-pickle: rows without tools (pytorch1.2.0).")
+@click.option("--phases-only", is_flag=True, help="With --to-pickle: rows without tools (pytorch1.2.0).")
 @options.PHASE_ORDER
 def index(
     settings: Settings,

@@ -85,7 +85,7 @@ READING = (
         "--skip-first-row", is_flag=True, help="Leave out each video's first row, as the official script does."
     ),
     PHASE_ORDER,
-    click.option("--allow-missing", is_flag=True, help="Leave out videos that only one of the folders has."),
+    click.option("--allow-missing", is_flag=True, help="Leave out videos that are in only one of the folders."),
     click.option(
         "--background",
         multiple=True,
@@ -184,7 +184,7 @@ def several_devices(command: Callback) -> Callback:
         "--devices",
         type=click.IntRange(1),
         metavar="N",
-        help="Work as N processes on this machine, one GPU per process. On several machines use torchrun or srun.",
+        help="Run as N processes on this machine, one GPU per process. On several machines use torchrun or srun.",
     )(started)
 
 

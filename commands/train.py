@@ -14,7 +14,7 @@ from configs.errors import UserError, printable
 
 
 def end_of_training(what: str, result: Mapping[str, Any]) -> None:
-    """Print what a training has reached; exit code 1 where it left videos out."""
+    """Print the result of a training; exit with 1 if it left videos out."""
     options.say_once(f"{what}: {result['sentence']}")
     options.end_with_left_out(result["left_out"])
 
@@ -43,7 +43,7 @@ def train_cnn(settings: Settings, trusted: bool) -> None:
 @click.command()
 @options.settings()
 @options.several_devices
-@click.option("--shard", default="0/1", metavar="I/N", help="Do every N-th video, from number I.")
+@click.option("--shard", default="0/1", metavar="I/N", help="Extract every N-th video, starting with number I.")
 @options.INDEX
 @click.option("--from-joint", "joint_run", metavar="RUN", help="Encode with the backbone of a run's joint net.")
 @options.TRUSTED

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 class UserError(Exception):
     """Bad input or a wrong setting: says which file or key, what is wrong and what to do, in one line.
 
-    The command line prints it without a traceback and exits with code 2. Every room raises this class or a
-    subclass of it for anything a user can fix; any other exception is a bug. Names of files and what they contain
-    may hold anything, so the message comes out printable.
+    The command line prints it without a traceback and exits with code 2. Every package raises this class or a
+    subclass for anything that a user can fix; any other exception is a bug. File names and contents may contain any
+    characters, so the message is made printable.
     """
 
     def __str__(self) -> str:
@@ -19,8 +19,8 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """`text` on one line that a terminal shows and does not obey: line breaks, escape sequences, marks that turn the
-    direction of writing and halves of characters are spelled out."""
+    """`text` as one printable line: line breaks, terminal sequences, bidirectional controls and lone surrogates are
+    escaped."""
     if text.isprintable():
         return text
     return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text)

@@ -226,7 +226,7 @@ def _load(path: Path, checked: bool = False) -> Any:
             named = f" (it asks for {found.group(1)})" if found else ""
             raise UserError(
                 f"{path}: damaged or not a checkpoint, or it holds more than tensors and plain containers{named}; "
-                f"nothing in it was run; if it is whole, {_REMEDY}"
+                f"nothing in it was run; if the file is intact, {_REMEDY}"
             ) from error
         raise UserError(f"{path}: damaged or not a checkpoint ({type_and_line(error)})") from error
 

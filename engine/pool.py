@@ -115,7 +115,7 @@ def failure_reason(error: BaseException) -> str:
 def _in_processes(
     task: Task[AnyJob], jobs: Sequence[AnyJob], processes: int, stop: StopRequest, bar: Any
 ) -> Iterator[tuple[AnyJob, str | None]]:
-    """A broken pool does not report whose process died: the videos that were in work are tried again, each alone."""
+    """A broken pool does not report whose process died: the videos in progress are tried again, each alone."""
     waiting = list(jobs)
     while waiting:
         pool = _Pool(task, waiting, processes)
@@ -209,7 +209,7 @@ class _Worker:
 
     def __init__(self, frames: Any, stopped: Any) -> None:
         self._frames, self._stopped = frames, stopped
-        self._busy = threading.Lock()  # held while a job is in work
+        self._busy = threading.Lock()  # held while a job runs
 
     def may_end(self) -> bool:
         """Whether the pool is stopped and no job is in work; none begins afterwards."""

@@ -45,7 +45,7 @@ _EXTRA = "_extra_state"
 
 @dataclass
 class Position:
-    """How far a training is; saved in every checkpoint. `step` counts the finished batches of the current epoch."""
+    """The progress of a training, saved in every checkpoint. `step` counts finished batches of the current epoch."""
 
     epoch: int = 0
     step: int = 0

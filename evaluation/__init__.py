@@ -1,3 +1,3 @@
-"""Numbers, tables, figures and files out: what a prediction is worth, under every published convention."""
+"""Metrics of predictions under every published convention, and their tables, figures and files."""
 
 import configs  # noqa: F401, which keeps idle threads from spinning if it comes before torch

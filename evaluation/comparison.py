@@ -205,7 +205,7 @@ def _load_results(text: str, place: Place, convention: str) -> PhaseResults:
         problem = f"holds no phase results under the convention {convention}; evaluate with it first"
         raise UserError(f"{file}: {problem}") from error
     if without := found.about.videos_without_labels:
-        say(f"{path}: not counted, for their ground truth holds no label: {', '.join(without)}")
+        say(f"{path}: not counted, since their ground truth has no labels: {', '.join(without)}")
     return found
 
 
@@ -215,7 +215,7 @@ def _require_same_frames(first: Model, other: Model) -> None:
     if odd := sorted(set(ours.per_video) ^ set(theirs.per_video)):
         has = first.name if odd[0] in ours.per_video else other.name
         raise UserError(
-            f"{first.name} and {other.name}: only {has} was evaluated on {odd[0]}; evaluate both on the same"
+            f"{first.name} and {other.name}: only {has} was evaluated on {odd[0]}; evaluate both on the same videos"
         )
     one, two = ours.about, theirs.about
     differing = [

@@ -112,7 +112,7 @@ def score_folder(
         notes.append(f"{' and '.join(left_out)}: left out, for {next(iter(left_out.values()))}")
     without = next(iter(results.values())).about.videos_without_labels
     if without:
-        notes.append(f"not counted, for their ground truth holds no label: {listed(without, 10)}")
+        notes.append(f"not counted, since their ground truth has no labels: {listed(without, 10)}")
     return results, notes
 
 
@@ -270,7 +270,7 @@ def _notes(
     notes.append(_rate_note(pairs, truth, fps, fps_from, spec))
     if reading.skip_first_row:
         headers = sum(pair.true.header + pair.guess.header for pair in pairs.values())
-        also = f"; {headers} files have a header, which alone is what the official script skips there"
+        also = f"; {headers} files have a header, and there the official script skips only the header"
         notes.append("the first row of every video is left out" + also * bool(headers))
     return notes
 

@@ -1,4 +1,4 @@
-"""Run-length encoding of label tracks: pure NumPy, for every room above."""
+"""Run-length encoding of label tracks: NumPy only, for every package above."""
 
 from __future__ import annotations
 

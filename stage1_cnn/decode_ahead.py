@@ -160,7 +160,7 @@ def _writer(task: ExtractTask, job: VideoJob) -> Generator[None, Message, None]:
 
 
 def _deliver(message: Message, writer: Generator[None, Message, None]) -> tuple[bool, str | None]:
-    """Pass a message on: whether the job has ended, and why where it failed. Raises NoRoomError."""
+    """Pass a message on; returns whether the job has ended, and the reason if it failed. Raises NoRoomError."""
     if isinstance(message, str):
         _abandon(writer)
         return True, message
@@ -176,6 +176,6 @@ def _deliver(message: Message, writer: Generator[None, Message, None]) -> tuple[
 
 
 def _abandon(writer: Generator[None, Message, None]) -> None:
-    """Remove a job's file; why is known already."""
+    """Remove a job's file; its failure has been reported already."""
     with suppress(*VIDEO_ERRORS):
         writer.close()

@@ -110,7 +110,7 @@ def rebuild_from_checkpoint(path: Path) -> tuple[ToolNet, dict[str, Any]]:
         net = ToolNet(backbone, len(meta["tools"]), len(meta["phases"]) if meta["phases"] else None)
         net.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path}: does not hold what it says ({one_line(error)})") from error
+        raise UserError(f"{path}: its tensors do not match its description ({one_line(error)})") from error
     return net.eval(), meta
 
 

@@ -136,7 +136,7 @@ class _PartWriter:
     def append(self, features: NDArray[Any], tool_logits: NDArray[np.float32]) -> None:
         """Write the next rows. Raises UserError when an earlier part has failed and this one's file was removed."""
         if not self._path.exists():
-            raise UserError("given up, an earlier part of the video has failed")
+            raise UserError("abandoned: an earlier part of the video has failed")
         self._stream.write(np.concatenate([features, tool_logits], axis=1).astype(np.float32).tobytes())
         self._stream.flush()  # a full disk is noticed here
 
@@ -154,7 +154,7 @@ def write_part(path: Path, video_path: Path, provenance: Mapping[str, str]) -> I
     except FileNotFoundError as error:
         if error.filename != str(path):
             raise
-        raise UserError("given up, an earlier part of the video has failed") from error
+        raise UserError("abandoned: an earlier part of the video has failed") from error
     except OSError as error:
         raise as_user_error(error, video_path) from error
 

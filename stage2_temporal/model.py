@@ -34,7 +34,7 @@ class PhaseModel(nn.Module):
 
     @property
     def phases(self) -> int:
-        """C."""
+        """Number of phases C."""
         return self.head.phases
 
     def forward(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> HeadOutput:

@@ -98,8 +98,8 @@ def test_settings_of_pictures_that_a_net_or_its_features_do_not_have_are_refused
     monkeypatch.chdir(released)
     done = CliRunner().invoke(cli, [*command, "--set", f"{key}={other}"])
     assert (done.exit_code, done.output.count("\n")) == (2, 1), done.output
-    assert f"{key}={other} given, and " in done.output
-    assert own in done.output.partition(" given, and ")[2]
+    assert f"{key}={other} given, but " in done.output
+    assert own in done.output.partition(" given, but ")[2]
     assert not (released / "other").exists()
     assert not (released / "runs/other").exists()
 

@@ -71,7 +71,7 @@ def label_pairs(
     """
     for ids, other, what in ((truth, predicted, "prediction"), (predicted, truth, "ground truth")):
         if missing := sorted(set(ids) - set(other)):
-            raise UserError(f"{missing[0]}: no {what} for this video ({len(missing)} such); give both or leave it out")
+            raise UserError(f"{missing[0]}: no {what} for this video ({len(missing)} in all); give both or omit it")
     videos = [_pair(video, truth[video], predicted[video], classes) for video in sorted(truth)]
     without = [video.id for video in videos if not video.labelled.any()]
     if len(without) == len(videos):
@@ -83,7 +83,7 @@ def _pair(video: str, truth: NDArray[Any], predicted: NDArray[Any], classes: int
     truth, predicted = np.asarray(truth), np.asarray(predicted)
     if truth.shape != predicted.shape or truth.ndim != 1:
         raise UserError(
-            f"{video}: truth has {len(truth)} frames and the prediction {len(predicted)}; both must cover the same"
+            f"{video}: truth has {len(truth)} frames and the prediction {len(predicted)}; both need the same frames"
         )
     if truth.size and (truth.min() < -1 or truth.max() >= classes):
         raise UserError(

@@ -1,4 +1,4 @@
-"""How sure a number is: bootstrap intervals over videos, and paired tests between models.
+"""Uncertainty: bootstrap intervals over videos, and paired tests between models.
 
 A bootstrap draws videos: would the number hold on other patients? Frames are never drawn, since those of one video are
 not independent. The spread over training seeds is another question (`evaluation.comparison`).

@@ -162,7 +162,7 @@ def _checked(
     """The videos that carry any label, in the order of their ids."""
     for ids, other, what in ((truth, scores, "tool scores"), (scores, truth, "tool labels")):
         if missing := sorted(set(ids) - set(other)):
-            raise UserError(f"{missing[0]}: no {what} for this video ({len(missing)} such); give both or leave it out")
+            raise UserError(f"{missing[0]}: no {what} for this video ({len(missing)} in all); give both or omit it")
     videos: dict[str, LabelsAndScores] = {}
     for video in sorted(truth):
         labels, values = np.asarray(truth[video]), np.asarray(scores[video], dtype=np.float64)

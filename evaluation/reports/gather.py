@@ -71,12 +71,12 @@ class RunResults:
 
     @property
     def scored(self) -> str:
-        """How many videos the numbers are over, in words."""
+        """How many videos were scored, in words."""
         return scored_words(self.evaluation)
 
     @property
     def left_out(self) -> list[str]:
-        """One line for each video that no number is over."""
+        """One line for each video that is not scored."""
         return left_out_lines(self.evaluation)
 
     @property

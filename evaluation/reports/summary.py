@@ -57,7 +57,7 @@ def used_videos(index: Index, evaluation: Evaluation) -> tuple[dict[str, list[st
 
 
 def scored_words(evaluation: Evaluation) -> str:
-    """How many videos the numbers are over: `2 videos`, or by task where the tasks differ."""
+    """How many videos were scored: `2 videos`, or by task where the tasks differ."""
     evaluated = {"phases": evaluation.phases, "tools": evaluation.tools}
     counts = {task: len(ids) for task, ids in evaluation.scored.items() if evaluated[task]}
     if len(set(counts.values())) < 2:
@@ -66,7 +66,7 @@ def scored_words(evaluation: Evaluation) -> str:
 
 
 def left_out_lines(evaluation: Evaluation) -> list[str]:
-    """The videos that no number is over, one line each, those without labels by task."""
+    """The videos that are not scored, one line each; those without labels by task."""
     lines = [f"{video['id']}: {video['reason']}" for video in evaluation.left_out]
     without = evaluation.videos_without_labels
     return lines + [f"{', '.join(ids)}: no labels of {task}" for task, ids in without.items() if ids]

@@ -69,7 +69,7 @@ def _require_same(
         values = ", ".join(f"{key}={_plain(asked[key])}" for key in differing)
         own = ", ".join(str(_plain(made[key])) for key in differing)
         raise UserError(
-            f"{path}: {values} given, and {words[0]} {own}; leave it out, or {words[1]} under another --name"
+            f"{path}: {values} given, but {words[0]} {own}; leave it out, or {words[1]} under another --name"
         )
 
 

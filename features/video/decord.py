@@ -1,4 +1,4 @@
-"""The reader for decord 0.6.0, which only `reader="decord"` selects and which only then is imported.
+"""The reader for decord 0.6.0, selected, and imported, only with `reader="decord"`.
 
 PyAV is the reference, and what `reader="auto"` uses: on real operations it returns nearly twice as many sampled frames
 per second (`benchmarks/readers.py`, docs/performance.md). decord is used where it provably returns the same bytes and

@@ -159,7 +159,7 @@ class PyavReader(FrameReader):
     def _seek_times(self, first: int) -> Iterator[int]:
         """Where to seek for packet `first`, an IDR picture: its time, then those of earlier ones.
 
-        An index by decoding time may lead behind it.
+        With an index by decoding time, a seek may land after it.
         """
         if first and self._scan.container in {"mp4", "matroska"}:
             starts = np.flatnonzero(self._scan.idr[: first + 1])

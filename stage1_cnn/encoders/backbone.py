@@ -113,7 +113,7 @@ def build_backbone(name: str, weights: str, seed: int, *, trusted: bool = False,
     if weights == "imagenet":
         fetch(name, published_weights(name))
     path = weights_file(name, weights, runs)
-    # Published weights and those of an earlier run are not a stranger's file.
+    # Published weights and those of an earlier run are not third-party files.
     known = weights == "imagenet" or weights.startswith("run:")
     tensors = load_foreign_state(path, trusted or known)
     if entry.rename is not None:

@@ -113,7 +113,7 @@ def _load_checkpoint(config: Config, path: Path, tools: Sequence[str]) -> Encode
     trained_on = PreprocessConfig(**meta["preprocess"])
     if trained_on != config.preprocess:
         changed = "; ".join(differences(trained_on.model_dump(), config.preprocess.model_dump()))
-        raise UserError(f"{path}: trained with another preprocess ({changed}); set preprocess to the first values")
+        raise UserError(f"{path}: trained with another preprocess ({changed}); use the values marked 'there'")
     parts = torch.nn.ModuleDict({"backbone": backbone} | ({"tool_head": tool_head} if tool_head is not None else {}))
     return Encoder(config, backbone, tool_head, weights_sha256(parts), len(tools))
 

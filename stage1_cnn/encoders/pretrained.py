@@ -90,7 +90,7 @@ def fetch(name: str, weights: Pretrained) -> None:
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         if getattr(error, "errno", None) in _CANNOT_KEEP:
             raise UserError(
-                f"{path.parent}: ImageNet weights of {name} cannot be put here ({one_line(error)}): set the "
+                f"{path.parent}: ImageNet weights of {name} cannot be saved here ({one_line(error)}): set the "
                 "environment variable TORCH_HOME to a folder that can be written, or cnn.weights=FILE (a state dict)"
             ) from error
         raise UserError(

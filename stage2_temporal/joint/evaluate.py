@@ -1,4 +1,4 @@
-"""Evaluate a joint net on frames: tables and files as of two stages, and the tools mapped from its phase branch."""
+"""Evaluate a joint net on frames: tables and files as for two stages, and the tools mapped from its phase branch."""
 
 from __future__ import annotations
 

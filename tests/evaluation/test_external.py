@@ -364,7 +364,7 @@ def test_files_without_any_label_or_prediction(tmp_path):
     results, notes = score_folder(predicted, Reading(tmp_path / "truth"), CHOLEC80)
     about = results["pooled"]["about"]
     assert (about["videos"], about["frames"], about["videos_without_labels"]) == (2, 3, ["video02"])
-    assert "not counted, for their ground truth holds no label: video02" in notes
+    assert "not counted, since their ground truth has no labels: video02" in notes
     assert "relaxed_matlab and relaxed_fixed: left out, for its window of 10 s needs the rate" in "\n".join(notes)
     (predicted / "1.txt").write_text(rows([-1, -1]))
     with pytest.raises(UserError, match=r"1\.txt: holds no prediction; leave the video out with --allow-missing"):

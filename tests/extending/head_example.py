@@ -13,7 +13,7 @@ from stage2_temporal.heads.base import Head, HeadOutput, State, register_head
 
 
 class AverageSettings(HeadSettings):
-    """What stands below temporal.head in the settings."""
+    """The settings below temporal.head."""
 
     decay: float = Field(0.9, ge=0, lt=1, description="weight of the past in each average")
 

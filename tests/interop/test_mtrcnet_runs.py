@@ -268,7 +268,7 @@ def test_a_given_normalisation_is_never_overruled_when_a_net_is_used(tmp_path: P
     ):
         with pytest.raises(UserError) as error:
             use(given(*BOTH))
-        assert "preprocess.mean=[0.5, 0.4, 0.3], preprocess.std=[0.25, 0.24, 0.23] given, and this net takes" in str(
+        assert "preprocess.mean=[0.5, 0.4, 0.3], preprocess.std=[0.25, 0.24, 0.23] given, but this net takes" in str(
             error.value
         )
         assert str(error.value).endswith("leave it out, or import or train the net with it under another --name")

@@ -75,5 +75,5 @@ def test_checkpoint_of_another_stage_or_with_other_tensors(tmp_path: Path) -> No
         rebuild_from_checkpoint(path)
     net = ToolNet(build_backbone(SMALL, "random", 0), 7)
     save_checkpoint(path, {"model": {}, **describe(net, load_dataset("cholec80"))})
-    with pytest.raises(UserError, match=r"best.pt: does not hold what it says"):
+    with pytest.raises(UserError, match=r"best.pt: its tensors do not match its description"):
         rebuild_from_checkpoint(path)

@@ -163,7 +163,7 @@ def test_a_part_that_failed_ends_the_later_ones_and_names_the_first_reason(long_
     with assembly:
         first, second, third = sorted(assembly.pieces, key=lambda piece: piece.first)
         assert assembly.ended(second, "second") is None
-        with pytest.raises(module.UserError, match="given up, an earlier part"):
+        with pytest.raises(module.UserError, match="abandoned: an earlier part"):
             task(third, lambda frames: None)
         assert assembly.ended(third, "given up") is None
         task(first, lambda frames: None)

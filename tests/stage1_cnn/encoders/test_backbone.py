@@ -166,7 +166,7 @@ def test_a_cache_of_weights_that_cannot_be_written_names_two_ways_out(
         monkeypatch.setenv("TORCH_HOME", str(home))
         with pytest.raises(UserError) as error:
             build_backbone(SMALL, "imagenet", 0)
-        assert str(error.value).startswith(f"{home}/hub/checkpoints: ImageNet weights of {SMALL} cannot be put here")
+        assert str(error.value).startswith(f"{home}/hub/checkpoints: ImageNet weights of {SMALL} cannot be saved here")
         assert "TORCH_HOME to a folder that can be written, or cnn.weights=FILE" in str(error.value)
         assert "\n" not in str(error.value)
     build_backbone(SMALL, str(tmp_path / "own.pth"), 0, trusted=True)
