@@ -9,6 +9,7 @@ of each kind.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import sys
@@ -56,7 +57,6 @@ class Registry(Generic[T]):
         """Import what others bring; their modules call `register`, as this project's do."""
         if self._complete:
             return
-        self._complete = True
         for point in entry_points(group=self.group):
             try:
                 point.load()
@@ -66,11 +66,12 @@ class Registry(Generic[T]):
                 ) from error
         for place in filter(None, os.environ.get(PLUGINS_VARIABLE, "").split(os.pathsep)):
             import_file(Path(place))
+        self._complete = True
 
 
 def import_file(path: Path) -> None:
     """Import a Python file as a module, once per process. Raises UserError naming it where it cannot be imported."""
-    name = f"surgstage_plugin_{path.stem}_{abs(hash(path.resolve()))}"
+    name = f"surgstage_plugin_{path.stem}_{hashlib.sha256(bytes(path.resolve())).hexdigest()[:8]}"
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path)
