@@ -12,7 +12,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import sys
+from collections.abc import Callable, Collection
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -24,16 +27,27 @@ PLUGINS_VARIABLE = "SURGSTAGE_PLUGINS"
 T = TypeVar("T")
 
 
-class Registry(Generic[T]):
-    """Entries of type T by name. `kind` is the word for one entry in messages, `group` that of its entry points."""
+# Names become parts of folder names and keys of files.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9@._+-]*")
+# What failed to import, and why: it is not tried again, since what it registered before it failed is still there.
+_failed: dict[str, UserError] = {}
 
-    def __init__(self, kind: str, group: str) -> None:
-        self.kind, self.group = kind, group
+
+class Registry(Generic[T]):
+    """Entries of type T by name.
+
+    `kind` is the word for one entry in messages, `group` that of its entry points; names in `reserved` are refused.
+    """
+
+    def __init__(self, kind: str, group: str, reserved: Collection[str] = ()) -> None:
+        self.kind, self.group, self.reserved = kind, group, reserved
         self._entries: dict[str, T] = {}
-        self._complete = False
+        self._loading = self._complete = False
 
     def register(self, name: str, entry: T) -> T:
-        """Add `entry`, and return it. Raises UserError where another entry has the name."""
+        """Add `entry`, and return it. Raises UserError where the name is taken, reserved or malformed."""
+        if not _NAME.fullmatch(name) or name in self.reserved:
+            raise UserError(f"{self.kind} name {name!r} cannot be used; use letters, digits and @._+- for another")
         known = self._entries.setdefault(name, entry)
         if known is not entry:
             raise UserError(f"{self.kind} {name} is registered twice; give one of the two another name")
@@ -48,39 +62,50 @@ class Registry(Generic[T]):
             raise UserError(f"unknown {self.kind} {name}{hint}")
         return self._entries[name]
 
-    def names(self) -> list[str]:
-        """All names, this project's first."""
-        self._load_plugins()
+    def names(self, plugins: bool = True) -> list[str]:
+        """All names, this project's first; without `plugins`, those that are registered so far."""
+        if plugins:
+            self._load_plugins()
         return list(self._entries)
 
     def _load_plugins(self) -> None:
         """Import what others bring; their modules call `register`, as this project's do."""
-        if self._complete:
+        if self._complete or self._loading:
             return
-        for point in entry_points(group=self.group):
-            try:
-                point.load()
-            except Exception as error:
-                raise UserError(
-                    f"entry point {point.name} of {self.group} ({point.value}): {one_line(error)}"
-                ) from error
-        for place in filter(None, os.environ.get(PLUGINS_VARIABLE, "").split(os.pathsep)):
-            import_file(Path(place))
+        self._loading = True
+        try:
+            for point in entry_points(group=self.group):
+                _import_once(f"entry point {point.name} of {self.group} ({point.value})", point.load)
+            for place in filter(None, os.environ.get(PLUGINS_VARIABLE, "").split(os.pathsep)):
+                _import_once(f"{PLUGINS_VARIABLE}: {place}", partial(import_file, Path(place)))
+        finally:
+            self._loading = False
         self._complete = True
 
 
+def _import_once(what: str, load: Callable[[], object]) -> None:
+    """Import a plug-in. Raises UserError saying what failed and why, the same one however often it is asked for."""
+    if what not in _failed:
+        try:
+            load()
+            return
+        except Exception as error:
+            _failed[what] = UserError(f"{what}: {one_line(error)}")
+    raise _failed[what]
+
+
 def import_file(path: Path) -> None:
-    """Import a Python file as a module, once per process. Raises UserError naming it where it cannot be imported."""
+    """Import a Python file as a module, once per process. Raises whatever it raises, and UserError for other files."""
     name = f"surgstage_plugin_{path.stem}_{hashlib.sha256(bytes(path.resolve())).hexdigest()[:8]}"
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
-        raise UserError(f"{PLUGINS_VARIABLE}: {path} is not a Python file")
+        raise UserError("not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except BaseException:
         del sys.modules[name]
-        raise UserError(f"{PLUGINS_VARIABLE}: {path}: {one_line(error)}") from error
+        raise

@@ -151,7 +151,7 @@ def run_copies(command: list[str], count: int) -> int:
         for number in (signal.SIGTERM, signal.SIGKILL):
             _end(ranks, number)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _exit_code(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:

@@ -191,14 +191,14 @@ def _unpaired(
     predicted: Mapping[str, Path], truth: Mapping[str, Path], predictions: Path, reading: Reading
 ) -> list[Path]:
     """Files whose video is in one folder only: an error unless allowed, and always one when no video is in both."""
-    lonely = [(path, predictions) for video, path in truth.items() if video not in predicted]
-    lonely += [(path, reading.ground_truth) for video, path in predicted.items() if video not in truth]
-    if lonely and not (reading.allow_missing and set(predicted) & set(truth)):
-        path, other = lonely[0]
-        many = f" ({len(lonely)} such files)" if len(lonely) > 1 else ""
+    unpaired = [(path, predictions) for video, path in truth.items() if video not in predicted]
+    unpaired += [(path, reading.ground_truth) for video, path in predicted.items() if video not in truth]
+    if unpaired and not (reading.allow_missing and set(predicted) & set(truth)):
+        path, other = unpaired[0]
+        many = f" ({len(unpaired)} such files)" if len(unpaired) > 1 else ""
         advice = "no video is in both" if reading.allow_missing else "add it, or leave it out with --allow-missing"
         raise UserError(f"{path}: {other} has no file for this video{many}; {advice}")
-    return [path for path, _ in lonely]
+    return [path for path, _ in unpaired]
 
 
 # ---------------------------------------------------------------------------------------------- the rate, notes
@@ -211,25 +211,25 @@ def _rate(given: float | None, pairs: Collection[_Pair]) -> tuple[float | None, 
     Without a given rate those of all files must agree. Frame numbers by which an operation would last days count
     something else (milliseconds).
     """
-    said = [(pair.guess.path, pair.rows.fps, pair.rows.fps_from) for pair in pairs if pair.rows.fps]
-    said.sort(key=lambda one: one[2] == "frame numbers")
+    stated = [(pair.guess.path, pair.rows.fps, pair.rows.fps_from) for pair in pairs if pair.rows.fps]
+    stated.sort(key=lambda one: one[2] == "frame numbers")
     if given is not None:
-        for path, fps, source in said:
+        for path, fps, source in stated:
             if source != "frame numbers" and abs(fps - given) > 0.02 * given:
                 what = "its column time_s means" if source == "time_s" else "--prediction-fps means"
                 raise UserError(f"{path}: {what} {fps:.4g} rows per second, but --fps says {given:g}")
         return given, "--fps"
-    for path, fps, source in said[1:]:
-        if abs(fps - said[0][1]) > 0.02 * said[0][1]:
+    for path, fps, source in stated[1:]:
+        if abs(fps - stated[0][1]) > 0.02 * stated[0][1]:
             fix = "name the rate with --fps if the rows of all videos have the same"
             fix = fix if source == "frame numbers" else "evaluate videos of one rate at a time"
             raise UserError(
-                f"{path}: {fps:g} rows per second by its {source}, but {said[0][0]} has {said[0][1]:g}; {fix}"
+                f"{path}: {fps:g} rows per second by its {source}, but {stated[0][0]} has {stated[0][1]:g}; {fix}"
             )
     longest = max(len(pair.rows.truth) for pair in pairs)
-    if not said or (said[0][2] == "frame numbers" and longest / said[0][1] > _LONGEST_S):
+    if not stated or (stated[0][2] == "frame numbers" and longest / stated[0][1] > _LONGEST_S):
         return None, None
-    return said[0][1], said[0][2]
+    return stated[0][1], stated[0][2]
 
 
 def _notes(

@@ -128,8 +128,8 @@ def training_requests(seed: int, epoch: int, frames: int, batch_frames: int, sub
     """
     order = torch.randperm(frames, generator=epoch_generator(seed, epoch))[: subset or frames].tolist()
     requests = [Request("train", epoch, rows) for rows in _cut(order, batch_frames)]
-    lonely = batch_frames > 1 and len(requests) > 1 and len(requests[-1].rows) == 1
-    return requests[:-1] if lonely else requests
+    single = batch_frames > 1 and len(requests) > 1 and len(requests[-1].rows) == 1
+    return requests[:-1] if single else requests
 
 
 def validation_requests(frames: int, batch_frames: int) -> list[Request]:

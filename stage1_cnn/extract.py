@@ -205,6 +205,7 @@ def _merged(parts: Sequence[Mapping[str, Any]], index: Index) -> dict[str, Any]:
 def _identity(config: Config, index: Index) -> StageIdentity:
     """Settings that a run's features depend on; the weights of a fine-tuned encoder are the run's own."""
     chosen = config.extract
+    file = chosen.checkpoint
     initial = {
         "weights": weights_identity(config.cnn, config.runs),
         "zero_init_residual": config.cnn.zero_init_residual,
@@ -218,7 +219,7 @@ def _identity(config: Config, index: Index) -> StageIdentity:
             "backbone": config.cnn.backbone,
             "extract": chosen.model_dump(mode="json", include={"encoder", "precision", "storage", "compile"}),
             "initial": initial if chosen.encoder == "initial" else None,
-            "checkpoint_sha256": sha256_file(chosen.checkpoint) if chosen.checkpoint else None,
+            "checkpoint_sha256": sha256_file(file) if file and file.is_file() else None,
         }
     )
 

@@ -16,10 +16,11 @@ from configs.load import NO_KEYS, GivenKeys
 from configs.schema import Config
 from engine.files import make_folder, read_json_object, sha256_file, sha256_json, write_json
 from engine.progress import say
-from engine.runs import RESULT_FILE, StageIdentity, require_same_classes, update_summary
+from engine.runs import ABSENT, RESULT_FILE, StageIdentity, require_same_classes, update_summary
 from engine.stopping import StopRequest
 from evaluation.files.predictions import TOOLS_ALONE, write_prediction_csv, write_tool_csv
 from evaluation.files.truth import TRUTH_FILE, Truth, VideoTruth, is_simulated, write_truth
+from evaluation.metrics import plugin_names
 from evaluation.metrics.conventions import MAIN_CONVENTION
 from evaluation.metrics.phases import evaluate_phases
 from evaluation.metrics.results import METRICS_FILE, Evaluation, JointDetails, ToolResults, read_evaluation
@@ -234,7 +235,8 @@ def _identity(
     thresholds: Mapping[str, float] | None,
 ) -> StageIdentity:
     """What an evaluation depends on: both heads' weights, the features' encoder and sources, labels, the majority
-    phase of training, thresholds (and through them the validation videos), and which videos are left out and why."""
+    phase of training, thresholds (and through them the validation videos), which videos are left out and why, and
+    metrics and conventions from outside."""
     weights = [sha256_file(path) for path in (temporal / "best.pt", temporal / "frame" / "best.pt") if path.exists()]
     labels = {
         name: [
@@ -253,6 +255,7 @@ def _identity(
             "majority": majority,
             "thresholds": thresholds,
             "left_out": index.left_out_records(),
+            "plugins": plugin_names() or ABSENT,
         }
     )
 

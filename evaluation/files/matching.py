@@ -63,14 +63,14 @@ def match_rows(
                 f"{predicted.path}: starts at frame {p[0]:g}, but {truth.path} at {t[0]:g}; number the same "
                 "frames alike in both, and leave out rows that one lacks"
             )
-    said = [one for one in (stated_fps(truth, annotation_fps), stated_fps(predicted, annotation_fps)) if one]
-    if len(said) == 2 and said[0][1] == said[1][1] and abs(said[0][0] - said[1][0]) > 0.02 * said[0][0]:
-        why = f"by their {said[0][1]} these are {said[0][0]:g} per second there and {said[1][0]:g} here"
+    stated = [one for one in (stated_fps(truth, annotation_fps), stated_fps(predicted, annotation_fps)) if one]
+    if len(stated) == 2 and stated[0][1] == stated[1][1] and abs(stated[0][0] - stated[1][0]) > 0.02 * stated[0][0]:
+        why = f"by their {stated[0][1]} these are {stated[0][0]:g} per second there and {stated[1][0]:g} here"
         raise _unmatched(truth, predicted, annotation_fps, why)
-    said.sort(key=lambda one: one[1] != "time_s")  # a column of seconds first, since numbers are interpreted
-    if said and said[0][1] == "frame numbers" and said[0][0] < 0.999:  # milliseconds as likely as a row every minute
-        said = []
-    return _matched(truth.phase, predicted.phase, said[0] if said else None, "row by row")
+    stated.sort(key=lambda one: one[1] != "time_s")  # a column of seconds first, since numbers are interpreted
+    if stated and stated[0][1] == "frame numbers" and stated[0][0] < 0.999:  # perhaps milliseconds
+        stated = []
+    return _matched(truth.phase, predicted.phase, stated[0] if stated else None, "row by row")
 
 
 def stated_fps(file: PhaseFile, annotation_fps: float) -> tuple[float, str] | None:
@@ -86,11 +86,11 @@ def stated_fps(file: PhaseFile, annotation_fps: float) -> tuple[float, str] | No
 def _matched(
     truth: NDArray[np.int16],
     predicted: NDArray[np.int16],
-    said: tuple[float, str] | None,
+    stated: tuple[float, str] | None,
     how: str,
     unscored: int = 0,
 ) -> Matched:
-    fps, fps_from = said or (None, None)
+    fps, fps_from = stated or (None, None)
     known = np.where(predicted < 0, np.int16(NO_PREDICTION), predicted)
     return Matched(truth, known.astype(np.int16), fps, fps_from, how, unscored)
 
@@ -98,8 +98,8 @@ def _matched(
 def _unmatched(truth: PhaseFile, predicted: PhaseFile, annotation_fps: float, why: str) -> UserError:
     """The error with both counts and, where the counts fit a usual rate, the option that names it."""
     usual = _COMMON_FPS if len(predicted.phase) <= len(truth.phase) else (annotation_fps, *_DENSE_FPS)
-    if said := stated_fps(predicted, annotation_fps):
-        usual = (said[0], *usual)
+    if stated := stated_fps(predicted, annotation_fps):
+        usual = (stated[0], *usual)
     fits = [fps for fps in usual if _truth_fps(truth, predicted, annotation_fps, fps) is not None]
     hint = "; -1 stands for a frame without a label or prediction"
     rows = len(truth.phase), len(predicted.phase)
@@ -147,8 +147,8 @@ def _by_number(
     absent = int(((row_p < 0) & (labels >= 0)).sum())
     if off[(labels >= 0) & (guesses >= 0)].any() or max(absent, unscored) > allowed:
         raise _unmatched(truth, predicted, annotation_fps, why)
-    said = stated_fps(sparser, annotation_fps)
-    return _matched(labels[covered], guesses[covered], said, "by frame number", unscored)
+    stated = stated_fps(sparser, annotation_fps)
+    return _matched(labels[covered], guesses[covered], stated, "by frame number", unscored)
 
 
 def _rows_of(numbers: NDArray[np.float64], grid: NDArray[np.float64], small: float) -> NDArray[np.int64]:
@@ -194,12 +194,12 @@ def _truth_fps(truth: PhaseFile, predicted: PhaseFile, annotation_fps: float, pr
     """Rows per second of the truth where the prediction has `prediction_fps`: the rate in the file, else the same rate,
     that of the annotations, or that of every k-th row (at least one per second), if the lengths agree; else None."""
     rows_t, rows_p = _lead(truth) + len(truth.phase), _lead(predicted) + len(predicted.phase)
-    said = stated_fps(truth, annotation_fps)
+    stated = stated_fps(truth, annotation_fps)
     every = max(round(rows_p / rows_t), 1)
     sparser = (prediction_fps / every,) if prediction_fps / every > 0.999 else ()
-    for fps in (said[0],) if said else (prediction_fps, annotation_fps, *sparser):
+    for fps in (stated[0],) if stated else (prediction_fps, annotation_fps, *sparser):
         compared = min(fps, prediction_fps)
         lengths = rows_t * compared / fps, rows_p * compared / prediction_fps
-        if abs(lengths[0] - lengths[1]) <= max(1.0, max(lengths) * (_HALF if said else _TOLERANCE)):
+        if abs(lengths[0] - lengths[1]) <= max(1.0, max(lengths) * (_HALF if stated else _TOLERANCE)):
             return fps
     return None

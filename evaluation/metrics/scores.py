@@ -26,7 +26,9 @@ class Metric:
     cells: Callable[[PhaseTable], FloatArray]
 
 
-METRICS: Registry[Metric] = Registry("metric", "surgstage.metrics")
+# Other keys of a result, beside which a metric's name stands in JSON.
+RESERVED = {"accuracy", "videos", "frames", "segments", "about", "per_phase", "per_video", "intervals"}
+METRICS: Registry[Metric] = Registry("metric", "surgstage.metrics", RESERVED)
 
 
 def metric_title(name: str) -> str:

@@ -127,7 +127,7 @@ def _groups(runs: Sequence[RunResults], widths: Iterable[int]) -> list[tuple[str
 def _overall(report: Report, convention: str) -> ReportTable:
     results = _head_columns(report, convention)
     # Only the predictions of the head over time are in files, so only they have intervals.
-    known = [i.overall[convention] if i and head == HEAD else {}
+    known = [i.overall.get(convention, {}) if i and head == HEAD else {}
              for run, i in zip(report.runs, report.intervals, strict=True) for head in _heads(run)]  # fmt: skip
     rows = []
     for metric in metrics_of(one for _, one in results if one):
@@ -144,7 +144,7 @@ def _per_phase(report: Report, convention: str) -> ReportTable:
         cells = []
         for result, intervals in zip(results, report.intervals, strict=True):
             entry = result.per_phase.get(phase) if result and result.per_phase else None
-            known = intervals.per_phase[convention][phase] if intervals else {}
+            known = intervals.per_phase.get(convention, {}).get(phase, {}) if intervals else {}
             cells += [_cell(entry.scores.get(metric) if entry else None, known.get(metric)) for metric in metrics]
             cells.append(Cell(str(entry.videos) if entry else "-"))
         rows.append((phase, cells))

@@ -39,7 +39,9 @@ def phase_table(results: ByConvention, convention: str = MAIN_CONVENTION) -> Tab
         _add_row(table, phase, *(mean_std_text(entry.scores.get(metric)) for metric in metrics), str(entry.videos))
     table.add_section()
     _add_row(table, "all", *(mean_std_text(result.score(m)) for m in metrics), str(about.videos), style="bold")
-    table.caption = f"Accuracy {mean_std_text(result.score('accuracy'))} %. Deviation: {about.std}. {_setting(about)}."
+    table.caption = (
+        f"Accuracy {mean_std_text(result.score('accuracy'))} %. Standard deviation: {about.std}. {_setting(about)}."
+    )
     return table
 
 
@@ -49,7 +51,7 @@ def conventions_table(results: ByConvention) -> Table:
     table = _scores_table("Phases under every convention, percent", "Convention", shown)
     if shown:
         about = list(shown.values())[-1].about
-        table.caption = f"Deviation: over videos or phases, as the convention has it. {_setting(about)}."
+        table.caption = f"Standard deviation: over videos or phases, as the convention has it. {_setting(about)}."
     if "relaxed_matlab" in shown and (found := shown["relaxed_matlab"].score("f1_surgformer")):
         table.caption = f"{table.caption} F1 as Surgformer's copy of relaxed_matlab has it: {mean_std_text(found)}."
     return table
@@ -73,7 +75,7 @@ def comparison_table(
     table = _scores_table(f"{title} [{convention}], percent", "Model", shown)
     if shown:
         about = list(shown.values())[-1].about
-        table.caption = f"Deviation: {about.std}. {_setting(about)}."
+        table.caption = f"Standard deviation: {about.std}. {_setting(about)}."
     return table
 
 
@@ -153,7 +155,7 @@ def difference_table(pair: ModelPair, about: ComparisonAbout) -> Table:
             f"{entry.p_value:.4f}",
             f"{entry.p_holm:.4f}",
         )
-    spread = " Deviation: over seeds." if max(about.seeds) > 1 else ""
+    spread = " Standard deviation: over seeds." if max(about.seeds) > 1 else ""
     table.caption = (
         f"Percent, means over videos.{spread} Interval and test: over videos; {about.correction}. {_setting(about)}."
     )

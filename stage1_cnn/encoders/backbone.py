@@ -86,7 +86,7 @@ def require_image_size(backbone: Backbone, size_px: int) -> None:
     device = next(backbone.parameters()).device
     try:
         with torch.inference_mode():
-            backbone.eval()(torch.zeros(1, 3, size_px, size_px, device=device))
+            embedding = backbone.eval()(torch.zeros(1, 3, size_px, size_px, device=device))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(
             f"cnn.backbone={backbone.name} cannot take images of preprocess.crop_px={size_px} "
@@ -94,6 +94,12 @@ def require_image_size(backbone: Backbone, size_px: int) -> None:
         ) from error
     finally:
         backbone.train(training)
+    if embedding.shape != (1, backbone.embedding_dim):
+        shape = tuple(embedding.shape)
+        raise UserError(
+            f"cnn.backbone={backbone.name} gives {shape} for one image, not (1, {backbone.embedding_dim}); correct "
+            "embedding_dim of its registry entry, or its forward"
+        )
 
 
 def build_backbone(name: str, weights: str, seed: int, *, trusted: bool = False, runs: Path = Path("runs")) -> Backbone:

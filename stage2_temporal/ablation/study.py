@@ -60,8 +60,8 @@ class TrialFolders:
     def finished_but(self, points: Iterable[Mapping[str, Any]]) -> bool:
         """Whether there are finished trainings of other points of the space than these."""
         known = {self.name_of(point, seed) for point in points for seed in self.spec.seeds}
-        strange = {path.parent.parent.name for path in self.trials.glob(f"*/temporal/{RESULT_FILE}")} - known
-        return bool(strange) and not {self.name_of(p, s) for p in self.points() for s in self.spec.seeds} <= known
+        unknown = {path.parent.parent.name for path in self.trials.glob(f"*/temporal/{RESULT_FILE}")} - known
+        return bool(unknown) and not {self.name_of(p, s) for p in self.points() for s in self.spec.seeds} <= known
 
     def points(self) -> list[dict[str, Any]]:
         """The points that have folders.

@@ -85,6 +85,8 @@ class JointNet(nn.Module):
         if self.phase is None:
             return JointOutput(tool_logits, None, None, ())
         output = self.phase.with_hidden(x.float(), state, lengths)
+        if self.mapping is not None and output.hidden is None:
+            raise UserError("joint.net.mapping reads the head's hidden features, and this temporal.head gives none")
         mapped = self.mapping(output.hidden) if self.mapping is not None else None  # (B, T, K)
         return JointOutput(tool_logits, output.logits_per_stage, mapped, output.state)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_files_of_the_environment_are_imported_once(
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [(None, "is not a Python file"), ("1 / 0", "division by zero"), ("if", "invalid syntax")]
+    ("text", "message"), [(None, "not a Python file"), ("1 / 0", "division by zero"), ("if", "invalid syntax")]
 )
 def test_a_file_that_cannot_be_imported_is_named(
     shapes: Registry[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, message: str
@@ -65,3 +66,42 @@ def test_a_file_that_cannot_be_imported_is_named(
     for _ in range(2):  # a caller that carries on after the error does not lose the plug-in silently
         with pytest.raises(UserError, match=f"plugin.py.*{message}"):
             shapes.find("octagon")
+
+
+class Point:
+    """An entry point of an installed package, as `importlib.metadata` gives it."""
+
+    def __init__(self, name: str, load: Callable[[], object]) -> None:
+        self.name, self.value, self.load = name, f"package.{name}", load
+
+
+def test_entry_points_are_loaded_once_a_name_is_unknown(shapes: Registry[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def installed(group: str) -> list[Point]:
+        asked.append(group)
+        return [Point("heptagon", lambda: shapes.register("heptagon", 7))]
+
+    monkeypatch.setattr("configs.registry.entry_points", installed)
+    assert shapes.find("square") == 4
+    assert asked == []
+    assert shapes.find("heptagon") == 7
+    assert asked == ["surgstage.tests"]
+
+
+def test_a_plugin_that_fails_halfway_keeps_its_reason(shapes: Registry[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def load() -> None:
+        shapes.register("nonagon", 9)
+        raise ValueError("no such file")
+
+    monkeypatch.setattr("configs.registry.entry_points", lambda group: [Point("nonagon", load)])
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"entry point nonagon of surgstage.tests .*: no such file"):
+            shapes.find("decagon")
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", "two words", "frames"])
+def test_names_that_files_and_folders_could_not_take_are_refused(name: str) -> None:
+    registry: Registry[int] = Registry("shape", "surgstage.tests", reserved={"frames"})
+    with pytest.raises(UserError, match="cannot be used"):
+        registry.register(name, 1)

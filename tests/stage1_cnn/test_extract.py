@@ -450,6 +450,7 @@ def test_a_disk_without_room_is_noticed_before(world: World, monkeypatch: pytest
     ("changes", "message"),
     [
         ({}, r"runs/first/cnn/best.pt: no such checkpoint; run train-cnn .*extract.encoder=initial"),
+        ({"extract": {"checkpoint": "nowhere.pt"}}, "nowhere.pt: no such checkpoint"),
         ({"extract": {"encoder": "initial"}, "cnn": {"backbone": "vit_b_32"}}, "vit_b_32 cannot take images"),
         (
             {"extract": {"encoder": "initial"}, "data": {"fps": 50}},

@@ -344,6 +344,16 @@ def test_damaged_metrics_are_refused(broken: str, folders: list[Path], tmp_path:
         gather([tmp_path / "run"])
 
 
+def test_a_convention_that_is_not_registered_here_has_tables_without_intervals(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", frames=60)
+    file = folder / "evaluate/test/metrics.json"
+    metrics = json.loads(file.read_text(encoding="utf-8"))
+    for conventions in metrics["phases"].values():
+        conventions["lenient"] = conventions["phase_mean"]
+    file.write_text(json.dumps(metrics), encoding="utf-8")
+    assert "lenient" in Page(render(gather([folder]))).text
+
+
 # ---------------------------------------------------------------------------------------------- truth, small parts
 
 labels = st.lists(st.integers(-1, 6), max_size=60)

@@ -125,6 +125,9 @@ def test_an_entry_may_end_in_its_embedding_and_bring_its_weights(tmp_path: Path)
     assert settled_weights(CnnConfig(backbone="bare", weights="cached")) == "random"
     with pytest.raises(UserError, match=r"cnn.backbone=bare: has no ImageNet weights; set cnn.weights=random"):
         build_backbone("bare", "imagenet", 0)
+    ENCODERS.register("wide", EncoderEntry(build, 5))
+    with pytest.raises(UserError, match=r"cnn.backbone=wide gives \(1, 4\) for one image, not \(1, 5\)"):
+        require_image_size(build_backbone("wide", "random", 0), 32)
 
 
 # ---------------------------------------------------------------------------------------------- weights
