@@ -527,14 +527,14 @@ def test_pickles_go_in_and_out_and_predictions_become_text(tmp_path: Path) -> No
     assert [row[1:] for row in video] == [row[1:] for row in rows]
     assert video[0][0] == "data/video17/video17-1.jpg"
     arguments = ["export", *order, "--from-predictions", "predicted.pkl", "--sequence", "4", "--out", "text"]
-    assert "3 in all" in succeed(arguments, tmp_path)
+    assert "3 in total" in succeed(arguments, tmp_path)
     text = (tmp_path / "text/video17-phase.txt").read_text().splitlines()
     assert text[:2] == ["Frame Phase", "75\tGallbladderRetraction"]
     (tmp_path / "in.pkl").write_bytes(b"cos\nsystem\n(S'touch mark'\ntR.")
     done = run(["index", *order, "--force", "--from-pickle", "in.pkl"], tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert "in.pkl: asks for 'os.system'" in line
+    assert "in.pkl: refers to 'os.system'" in line
     assert not (tmp_path / "mark").exists()
 
 

@@ -56,7 +56,7 @@ def test_one_flipped_byte_among_eighty_files_is_found_and_redone_alone(extracted
 
     done = run(["features", "verify", str(store)], extracted)
     assert done.returncode == 1
-    named = [line for line in (done.stdout + done.stderr).splitlines() if "damaged" in line]
+    named = [line for line in (done.stdout + done.stderr).splitlines() if "damaged or cut short" in line]
     assert len(named) == 1
     assert victim.name in named[0]
 
