@@ -218,9 +218,9 @@ def git_revision() -> str | None:
     folder = Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True
-        )
+        # `git status` would refresh the index otherwise, and a kill would leave its lock behind.
+        command = ["git", "--no-optional-locks", "-C", str(folder), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         return done.stdout.strip()
 
     try:

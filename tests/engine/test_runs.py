@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from engine.runs import (
     StageFolder,
     StageIdentity,
     environment,
+    git_revision,
     require_same_classes,
     run_folder,
     update_summary,
@@ -85,3 +87,17 @@ def test_summaries_have_the_same_keys_whatever_ran(tmp_path: Path) -> None:
     assert list(summary) == [*SUMMARY_KEYS, "seconds"]
     assert summary["seconds"] == {"index": 1.23, "extract": 2.0}
     assert summary["name"] == "a"
+
+
+def test_reading_the_revision_leaves_the_checkout_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill during `git status` would leave a lock in the user's checkout, which then takes no commit."""
+    fake, log = tmp_path / "git", tmp_path / "log"
+    fake.write_text(f'#!/bin/sh\necho "$@" >> {log}\npwd\n', encoding="utf-8")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    git_revision.cache_clear()
+    git_revision()
+    git_revision.cache_clear()
+    commands = log.read_text(encoding="utf-8").splitlines()
+    assert commands
+    assert all(command.startswith("--no-optional-locks ") for command in commands)
