@@ -317,13 +317,13 @@ def test_a_kill_between_best_and_last_does_not_change_the_best_epoch(
     class Killed(BaseException):
         pass
 
-    def killed(self: TrainingSession) -> None:
-        if self.position.epoch == 2:
+    def killed(self: RollingCheckpoint, content: dict[str, Any]) -> None:
+        if self.path.name == "last.pt" and content["position"]["epoch"] == 2:
             raise Killed
-        save(self)
+        save(self, content)
 
-    save = TrainingSession._save_last
-    monkeypatch.setattr(TrainingSession, "_save_last", killed)
+    save = RollingCheckpoint.save
+    monkeypatch.setattr(RollingCheckpoint, "save", killed)
     with pytest.raises(Killed):
         train(tmp_path, CONFIG)
     monkeypatch.undo()
