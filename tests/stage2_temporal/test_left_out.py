@@ -91,7 +91,11 @@ def test_numbers_are_counted_by_task(folder: Path, config: Config, tmp_path: Pat
 
 
 def test_an_evaluation_is_made_again_when_what_it_depends_on_changes(
-    folder: Path, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    config: Config,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = tmp_path / "run"
     train_temporal(config, run, folder, StopRequest())
@@ -114,6 +118,9 @@ def test_an_evaluation_is_made_again_when_what_it_depends_on_changes(
     relabel(folder, "v4", source_sha256_ends="1" * 64)
     thresholds_after(redone=True)
     record_fault(folder, "v5", SOURCE, "damaged")
+    thresholds_after(redone=True)
+    thresholds_after(redone=False)
+    monkeypatch.setattr("stage2_temporal.evaluate.plugin_names", lambda: ["own"])  # a plug-in's metric
     thresholds_after(redone=True)
     thresholds_after(redone=False)
 

@@ -111,6 +111,15 @@ def test_gradient_checkpointing_changes_neither_gradients_nor_statistics(frozen:
         torch.testing.assert_close(states[1][name], states[0][name])
 
 
+def test_a_head_without_hidden_features_cannot_feed_the_mapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = net_of(mapping=True)
+    assert net.phase is not None
+    whole = net.phase.with_hidden
+    monkeypatch.setattr(net.phase, "with_hidden", lambda *given: whole(*given)._replace(hidden=None))
+    with pytest.raises(UserError, match=r"joint.net.mapping reads the head's hidden features"):
+        net(clips())
+
+
 def test_the_mapping_step_leaves_all_else_alone() -> None:
     net = net_of(**CL)
     net.train_only("mapping")
