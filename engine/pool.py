@@ -13,8 +13,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection, get_context, parent_process
-from multiprocessing.reduction import ForkingPickler
+from multiprocessing import connection, get_context, parent_process, reduction
 from typing import Any, Generic, Protocol, TypeVar
 
 from configs.errors import UserError, one_line, type_and_line
@@ -124,7 +123,7 @@ def _in_processes(
             yield job, reason
         if not pool.broken:
             return
-        for job in pool.in_work() or waiting[:1]:
+        for job in pool.in_progress() or waiting[:1]:
             alone = list(_Pool(task, [job], 1).outcomes(stop, bar))
             waiting.remove(job)
             yield alone[0] if alone else (job, "the process that worked on it died (out of memory, or killed)")
@@ -141,7 +140,8 @@ class _Packed:
         self._task = task
 
     def __getstate__(self) -> bytes:
-        return bytes(ForkingPickler.dumps(self._task))
+        pickler = getattr(reduction, "ForkingPickler", pickle)  # pickle would copy the tensors
+        return bytes(pickler.dumps(self._task))
 
     def __setstate__(self, content: bytes) -> None:
         self._content = content
@@ -190,7 +190,7 @@ class _Pool(Generic[AnyJob]):
             self._stopped.value = 1
             self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def in_work(self) -> list[AnyJob]:
+    def in_progress(self) -> list[AnyJob]:
         """Jobs that were started and have not ended."""
         return [self.jobs[slot] for slot in self._left.values() if self._frames[slot] != _NOT_STARTED]
 
@@ -212,7 +212,7 @@ class _Worker:
         self._busy = threading.Lock()  # held while a job runs
 
     def may_end(self) -> bool:
-        """Whether the pool is stopped and no job is in work; none begins afterwards."""
+        """Whether the pool is stopped and no job is in progress; none begins afterwards."""
         return bool(self._stopped.value) and self._busy.acquire(blocking=False)
 
     def work_on(self, slot: int, job: Any) -> str | None:
@@ -264,7 +264,7 @@ def serve_parent(worker: int = 0, may_end: Callable[[], bool] = lambda: False) -
 
 
 def _end_with_parent(may_end: Callable[[], bool]) -> None:
-    """A killed parent cannot call its processes back, and one that stops waits only for those with a job in work."""
+    """A killed parent cannot call its processes back; one that stops waits only for those with a job in progress."""
     parent = parent_process()
     if parent is None:
         return

@@ -7,15 +7,15 @@ video (or part) from a shared counter and sends resized frames; cropping, normal
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from configs.errors import UserError
 from configs.schema import Config
 from engine.files import NoRoomError
 from engine.pool import VIDEO_ERRORS, failure_reason, serve_parent, work_through
@@ -23,7 +23,7 @@ from engine.progress import progress_bar, say
 from engine.stopping import StopRequest
 from features.dataset.index import Index
 from features.frames.source import encoded_at_once, frame_batches, open_frames
-from stage1_cnn.segments import VideoJob
+from stage1_cnn.segments import Rows, VideoJob
 from stage1_cnn.video_features import ExtractTask
 
 # Batches that wait for the device, per decoding process.
@@ -57,9 +57,9 @@ class _DecodedFrames(IterableDataset[tuple[int, Message]]):
 
     def _messages(self, job: VideoJob) -> Iterator[Message]:
         entry = self._index.entry(job.video_id)
-        with open_frames(self._config, entry, self._root, self._index, job.samples) as pictures:
-            yield pictures.provenance
-            for batch in frame_batches(pictures.frames, encoded_at_once(self._config)):
+        with open_frames(self._config, entry, self._root, self._index, job.samples) as sampled:
+            yield sampled.provenance
+            for batch in frame_batches(sampled.frames, encoded_at_once(self._config)):
                 yield torch.from_numpy(batch)
 
 
@@ -114,7 +114,7 @@ class _DecoderDied(Exception):
 def _encode_decoded(
     task: ExtractTask, jobs: Sequence[VideoJob], decoded: Iterable[tuple[int, Message]], title: str, stop: StopRequest
 ) -> Iterator[tuple[VideoJob, str | None]]:
-    writers = {number: _writer(task, job) for number, job in enumerate(jobs)}
+    writers = {number: _JobWriter(task, job) for number, job in enumerate(jobs)}
     messages = iter(decoded)
     with progress_bar(sum(job.frames for job in jobs), title, "frame") as bar:
         try:
@@ -123,14 +123,14 @@ def _encode_decoded(
                 number, message = _next(messages)
                 if number not in writers:  # it has failed here, and its frames keep coming
                     continue
-                ended, reason = _deliver(message, writers[number])
+                reason = writers[number].take(message)
                 bar.update(len(message) if isinstance(message, torch.Tensor) else 0)
-                if ended:
+                if message is None or reason is not None:
                     del writers[number]
                     yield jobs[number], reason
         finally:
             for writer in writers.values():
-                _abandon(writer)
+                writer.take("abandoned")
             del messages  # ends the processes
 
 
@@ -143,39 +143,35 @@ def _next(messages: Iterator[tuple[int, Message]]) -> tuple[int, Message]:
         raise _DecoderDied(f"a decoding process died ({failure_reason(error)})") from error
 
 
-def _writer(task: ExtractTask, job: VideoJob) -> Generator[None, Message, None]:
-    """A coroutine that is sent a job's messages and writes its rows."""
+class _JobWriter:
+    """Writes one job's rows from its messages, which arrive between those of other jobs."""
 
-    def write() -> Generator[None, Any, None]:
-        provenance = yield
-        task.require_sound_labels_and_room(job)
-        with task.sink(job, provenance) as rows:
-            while (images := (yield)) is not None:
-                with np.errstate(over="ignore"):  # the writer reports what does not fit
-                    rows.append(*task.encode(images))
+    _rows: Rows
 
-    writer = write()
-    next(writer)  # up to where it waits for the first message
-    return writer
+    def __init__(self, task: ExtractTask, job: VideoJob) -> None:
+        self._task, self._job = task, job
+        self._file = ExitStack()  # what is open from the first message to the last
 
+    def take(self, message: Message) -> str | None:
+        """Write what a message contains; None in it completes the file.
 
-def _deliver(message: Message, writer: Generator[None, Message, None]) -> tuple[bool, str | None]:
-    """Pass a message on; returns whether the job has ended, and the reason if it failed. Raises NoRoomError."""
-    if isinstance(message, str):
-        _abandon(writer)
-        return True, message
-    try:
-        writer.send(message)
-    except StopIteration:
-        return True, None
-    except NoRoomError:
-        raise
-    except VIDEO_ERRORS as error:
-        return True, failure_reason(error)
-    return False, None
-
-
-def _abandon(writer: Generator[None, Message, None]) -> None:
-    """Remove a job's file; its failure has been reported already."""
-    with suppress(*VIDEO_ERRORS):
-        writer.close()
+        Returns the reason if the job has failed, after removing its file. Raises NoRoomError.
+        """
+        try:
+            with self._file as file:
+                if isinstance(message, str):
+                    raise UserError(message)
+                if isinstance(message, dict):
+                    self._task.require_sound_labels_and_room(self._job)
+                    self._rows = file.enter_context(self._task.sink(self._job, message))
+                elif message is not None:
+                    self._task.encode(message, self._rows)
+                if message is not None:
+                    self._file = file.pop_all()  # stays open for the next message
+        except VIDEO_ERRORS as error:
+            if isinstance(message, str):
+                return message
+            if isinstance(error, NoRoomError):
+                raise
+            return failure_reason(error)
+        return None

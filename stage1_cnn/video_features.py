@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,6 @@ from engine.pool import Advance
 from features.dataset.index import Index, VideoEntry
 from features.dataset.labels import load_labels
 from features.dataset.sampling import frame_times_s, sampled_frames
-from features.frames.preprocess import crop_frames
 from features.frames.source import can_start_inside, encoded_at_once, frame_batches, open_frames, source_identity
 from features.store import EncoderSpec, FeatureWriter, feature_path, rewrite_labels, write_features
 from features.store_folder import estimate_bytes
@@ -75,20 +74,21 @@ class ExtractTask:
             rewrite_labels(feature_path(self.folder, entry.id), *self._labels(entry)[1:], labels)
             return
         keep_freed_memory()  # here, since each process does so for itself
-        encoder = self.loaded_encoder()
+        self.loaded_encoder()  # before any work
         self.require_sound_labels_and_room(job)
-        pictures_of = open_frames(self.config, entry, self.root, self.index, job.samples)
-        with _one_thread(encoder.device), pictures_of as pictures, self.sink(job, pictures.provenance) as rows:
-            for batch in frame_batches(pictures.frames, encoded_at_once(self.config)):
-                with np.errstate(over="ignore"):  # the writer reports what does not fit
-                    rows.append(*encoder(batch))
+        source = open_frames(self.config, entry, self.root, self.index, job.samples)
+        with source as sampled, self.sink(job, sampled.provenance) as rows:
+            for batch in frame_batches(sampled.frames, encoded_at_once(self.config)):
+                self.encode(batch, rows)
                 advance(len(batch))
 
-    def encode(self, frames: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Resized frames (N, R, R, 3) uint8 to embeddings (N, D) and tool logits (N, K)."""
+    def encode(self, frames: NDArray[np.uint8] | torch.Tensor, rows: Rows) -> None:
+        """Append the embeddings and tool logits of resized frames (N, R, R, 3) uint8 to `rows`."""
         encoder = self.loaded_encoder()
-        with _one_thread(encoder.device):
-            return encoder(frames)
+        # One thread on a CPU, for any number of processes, so that sums are always added in the same order.
+        one_thread = cpu_threads(1) if encoder.device.type == "cpu" else nullcontext()
+        with one_thread, np.errstate(over="ignore"):  # `rows` reports what does not fit
+            rows.append(*encoder(frames))
 
     def sink(self, job: VideoJob, provenance: Mapping[str, str]) -> AbstractContextManager[Rows]:
         """Where a job's rows go: the video's own file, or the part's place."""
@@ -158,14 +158,3 @@ def label_attributes(config: Config, index: Index, entry: VideoEntry) -> dict[st
         "tools_between_rows": config.data.tools_between_rows,
         "labels_sha256": sha256_json([hashes, meaning, config.data.tools_between_rows, *numbered]),
     }
-
-
-def crop_batches(pictures: Iterable[NDArray[np.uint8]], batch_frames: int, crop_px: int) -> Iterator[NDArray[np.uint8]]:
-    """Centre crops (N, S, S, 3) of resized frames (R, R, 3), cut every `batch_frames` from the first one on."""
-    for batch in frame_batches(pictures, batch_frames):
-        yield crop_frames(batch, crop_px)[:, 0]
-
-
-def _one_thread(device: torch.device) -> AbstractContextManager[None]:
-    """One thread on a CPU, for any number of processes, so that sums are always added in the same order."""
-    return cpu_threads(1) if device.type == "cpu" else nullcontext()

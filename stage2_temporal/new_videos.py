@@ -32,13 +32,12 @@ from evaluation.reports.paper_figures import phase_ribbons
 from features.dataset.build import index_of_source
 from features.dataset.index import Index, VideoEntry
 from features.dataset.sampling import frame_times_s, sampled_frames
-from features.frames.preprocess import normalise, preprocess_from_json, require_preprocess_of
-from features.frames.source import encoded_at_once, open_source, source_frames
+from features.frames.preprocess import crop_frames, normalise, preprocess_from_json, require_preprocess_of
+from features.frames.source import encoded_at_once, frame_batches, open_source, source_frames
 from features.ids import file_stem
 from features.video.write import encode_mp4
 from stage1_cnn.encoders.encoder import load_encoder
 from stage1_cnn.encoders.pretrained import CHECKPOINT_STAGE
-from stage1_cnn.video_features import crop_batches
 from stage2_temporal.data import with_tool_logits
 from stage2_temporal.heads.base import require_causal
 from stage2_temporal.joint.net import FOLDER, joint_checkpoint, load_joint
@@ -314,8 +313,9 @@ def predict_video(recogniser: Recogniser, index: Index, root: Path, stop: StopRe
     tools: list[NDArray[np.float64]] = []
     bar = progress_bar(len(frame_index), entry.id, "frame")
     with bar, source_frames(config, entry, root, index) as source:
-        for crops in crop_batches(source.frames, encoded_at_once(config), config.preprocess.crop_px):
+        for batch in frame_batches(source.frames, encoded_at_once(config)):
             stop.raise_if_set()
+            crops = crop_frames(batch, config.preprocess.crop_px)[:, 0]  # (N, S, S, 3)
             embedding, logits = recogniser.encode(crops)  # (N, D), (N, K)
             phases += [online.step(frame) for frame in embedding]
             if logits is not None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,6 +96,12 @@ def test_tensors_in_shared_memory_are_not_copied_into_each_process() -> None:
     views = (shared[:1], shared[1:])  # as two tables may have labels in common
     assert outcomes(Marking(views), [Step("a", 3), Step("b", 4)], 2) == {"a": None, "b": None}
     assert shared.tolist() == [1, 1]
+
+
+def test_a_python_without_a_pickler_for_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors are copied then."""
+    monkeypatch.setattr("engine.pool.reduction", SimpleNamespace())
+    assert outcomes(Task(tmp_path), [Step("a"), Step("b")], 2) == {"a": None, "b": None}
 
 
 def test_a_bug_is_not_hidden(tmp_path: Path) -> None:

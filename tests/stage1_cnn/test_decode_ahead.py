@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,7 +18,7 @@ from features.dataset.index import Index
 from stage1_cnn.decode_ahead import work_ahead
 from stage1_cnn.segments import VideoJob
 
-IMAGES = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
+FRAMES = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
 
 
 class Task:
@@ -44,13 +43,14 @@ class Task:
     @contextmanager
     def sink(self, job: VideoJob, provenance: Any) -> Iterator[Any]:
         self._step("opened")
-        yield self
-        self._step("finished")
+        try:
+            yield self
+            self._step("finished")
+        except Exception:
+            self.noted.append("removed")
+            raise
 
-    def encode(self, images: torch.Tensor) -> Any:
-        return np.zeros((1, 2), np.float32), np.zeros((1, 1), np.float32)
-
-    def append(self, *rows: Any) -> None:
+    def encode(self, frames: torch.Tensor, rows: Any) -> None:
         self._step("appended")
 
 
@@ -63,7 +63,7 @@ def outcomes(task: Task, messages: Any) -> list[tuple[str, str | None]]:
 
 def whole() -> Iterator[tuple[int, Any]]:
     for number in (0, 1):
-        for message in ({"reader": "x"}, IMAGES, None):
+        for message in ({"reader": "x"}, FRAMES, None):
             yield number, message
 
 
@@ -80,6 +80,15 @@ def test_the_work_continues_without_a_decoding_process_that_died(error: Exceptio
     task = Task()
     assert outcomes(task, messages()) == [("video01", None), ("video02", None)]
     assert task.noted == ["required", "opened", "appended", "finished", "video02"]
+
+
+def test_no_unfinished_file_is_left() -> None:
+    def messages() -> Iterator[tuple[int, Any]]:
+        yield from [(0, {"reader": "x"}), (1, {"reader": "x"}), (1, FRAMES), (0, "video01.mp4: damaged"), (0, None)]
+
+    task = Task()
+    assert outcomes(task, messages()) == [("video01", "video01.mp4: damaged"), ("video02", None)]
+    assert task.noted == ["required", "opened", "required", "opened", "appended", "removed", "removed", "video02"]
 
 
 @pytest.mark.parametrize("where", ["required", "opened", "appended", "finished"])

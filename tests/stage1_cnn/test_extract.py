@@ -27,12 +27,12 @@ from configs.schema import CnnConfig, Config, DataConfig, ExtractConfig
 from engine.stopping import Stopped, StopRequest
 from features.dataset.build import build_index
 from features.dataset.index import Index
+from features.frames.source import frame_batches
 from features.store import read_features
 from features.store_folder import load_feature_set, usable_index, verify_folder
 from stage1_cnn.encoders.backbone import build_backbone
 from stage1_cnn.extract import ExtractReport, extract
 from stage1_cnn.train import train_cnn
-from stage1_cnn.video_features import crop_batches
 from tests.stage1_cnn.material import (
     FRAMES,
     SPEC,
@@ -544,8 +544,8 @@ def test_stopped_anywhere_nothing_is_half_written(world: World, asked: int) -> N
 @given(count=st.integers(1, 40), size=st.integers(1, 12))
 @settings(deadline=None, max_examples=30)
 def test_batches_are_cut_from_the_first_frame_on(count: int, size: int) -> None:
-    pictures = [np.full((6, 6, 3), number, np.uint8) for number in range(count)]
-    cut = list(crop_batches(iter(pictures), size, 4))
+    frames = [np.full((4, 4, 3), number, np.uint8) for number in range(count)]
+    cut = list(frame_batches(iter(frames), size))
     assert [len(batch) for batch in cut] == [size] * (count // size) + [count % size] * (count % size > 0)
     assert np.concatenate(cut)[:, 0, 0, 0].tolist() == list(range(count))
     assert all(batch.shape[1:] == (4, 4, 3) for batch in cut)
