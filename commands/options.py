@@ -138,11 +138,11 @@ class Settings:
         return run_folder(self.config, name or self.name or Path(self.source).stem)
 
     def other_run(self, name: str | None) -> Path | None:
-        """The folder of a run that an option names; None where it was not given."""
+        """The folder of a run that an option names; None if it was not given."""
         return self.run(name) if name else None
 
     def joint_checkpoint(self, name: str | None) -> Path | None:
-        """The checkpoint of another run's joint net; None where its option was not given."""
+        """The checkpoint of another run's joint net; None if its option was not given."""
         if name is None:
             return None
         from stage2_temporal.joint.net import joint_checkpoint
@@ -215,14 +215,14 @@ def refuse_trusted(trusted: bool, instead: str | None) -> None:
 
 
 def known_weights(config: Config) -> str | None:
-    """What the backbone starts from; None where that is a third-party file."""
+    """What the backbone starts from; None if that is a third-party file."""
     weights = config.cnn.weights
     known = weights in {"imagenet", "random", "cached"} or weights.startswith("run:")
     return f"cnn.weights={weights}" if known else None
 
 
 def known_encoder(config: Config) -> str | None:
-    """What the encoder is loaded from; None where that is a third-party file."""
+    """What the encoder is loaded from; None if that is a third-party file."""
     if config.extract.checkpoint is not None:
         return "extract.checkpoint, or --from-joint"
     return "extract.encoder=finetuned" if uses_stage_one(config) else known_weights(config)
@@ -242,7 +242,7 @@ def uses_joint(model: str, run: Path) -> bool:
 
 
 def require_one_process(command: str) -> None:
-    """Raise UserError where a launcher has started several processes for a command that only one can do."""
+    """Raise UserError if a launcher has started several processes for a command that only one can do."""
     from engine.launch import launch, set_torchrun_variables
 
     count = launch().count

@@ -48,6 +48,6 @@ def type_and_line(error: BaseException, most: int = 160) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean resnet50?`, or an empty text where no known name is similar."""
+    """`; did you mean resnet50?`, or an empty text if no known name is similar."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""

@@ -45,7 +45,7 @@ class Registry(Generic[T]):
         self._loading = self._complete = False
 
     def register(self, name: str, entry: T) -> T:
-        """Add `entry`, and return it. Raises UserError where the name is taken, reserved or malformed."""
+        """Add `entry`, and return it. Raises UserError if the name is taken, reserved or malformed."""
         if not _NAME.fullmatch(name) or name in self.reserved:
             raise UserError(f"{self.kind} name {name!r} cannot be used; use letters, digits and @._+- for another")
         known = self._entries.setdefault(name, entry)

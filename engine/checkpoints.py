@@ -37,7 +37,7 @@ _NOT_RUN = f"that could run any code; nothing in it was run: {_REMEDY}"
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write `content` (tensors and plain containers) to `path`.
 
-    Raises UserError when the disk is full or the folder cannot be written.
+    Raises UserError if the disk is full or the folder cannot be written.
     """
     with atomic_path(path) as temporary:
         _save({"format": FORMAT, **content}, temporary, path)
@@ -46,7 +46,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 def save_foreign_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
     """Write a plain state dict for other programs, in the layout that PyTorch before 1.6 can also read.
 
-    Raises UserError when the disk is full or the folder cannot be written.
+    Raises UserError if the disk is full or the folder cannot be written.
     """
     with atomic_path(path) as temporary:
         try:
@@ -84,7 +84,7 @@ class RollingCheckpoint:
         """Write `content` to `path`, so that at every moment one whole checkpoint exists.
 
         The previous one is replaced only once the new one is on the disk, and never by a damaged one. Raises UserError
-        when the disk is full or the folder cannot be written.
+        if the disk is full or the folder cannot be written.
         """
         with atomic_path(self.path) as temporary:
             _save({"format": FORMAT, **content}, temporary, self.path)

@@ -23,7 +23,7 @@ class MetricLog:
 
     A resumed run first drops the lines after its checkpoint (`rewind`), so that the file is that of an uninterrupted
     run; everything logged before a checkpoint is written must be on the disk first (`sync`). Every method raises
-    UserError when the disk is full, after which nothing more is logged. TensorBoard is imported at the first `sync`, so
+    UserError if the disk is full, after which nothing more is logged. TensorBoard is imported at the first `sync`, so
     that the first training step need not wait for it.
     """
 

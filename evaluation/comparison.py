@@ -113,7 +113,7 @@ def compare_models(
     """Compare the first of `names` with each other one, print tables and write the result as JSON to `out` if given.
 
     Differences are first - second in percent points. `metrics` None takes all that the convention has per video.
-    Raises UserError when models were not evaluated on the same frames.
+    Raises UserError if models were not evaluated on the same frames.
     """
     if len(names) < 2:
         raise UserError("compare: needs two models or more, for example compare RUN_A RUN_B")
@@ -173,7 +173,7 @@ def _parts(text: str) -> list[str]:
 
 
 def require_use(names: Sequence[str], runs: Path, *, reading: bool, split: bool) -> None:
-    """Raise UserError where a way of reading is given and no model is read, or a split and no model is a run."""
+    """Raise UserError if a way of reading is given and no model is read, or a split and no model is a run."""
     found = [runs / part if (runs / part).is_dir() else Path(part) for name in names for part in _parts(name)]
     if reading and all(p.is_file() or (p / "evaluate").is_dir() or (p / METRICS_FILE).is_file() for p in found):
         raise UserError("--ground-truth: every model here is evaluated already; leave it out")
@@ -260,7 +260,7 @@ def _compared(first: Model, second: Model, metric: str, test: PairedTest, p_holm
 
 
 def _seed_means(model: Model, metric: str) -> dict[str, float | None]:
-    """{video: mean over seeds}; None where a seed has no number."""
+    """{video: mean over seeds}; None if a seed has no number."""
 
     def mean(video: str) -> float | None:
         values = [result.per_video[video].get(metric) for result in model.results]

@@ -205,7 +205,7 @@ def _unpaired(
 
 
 def _rate(given: float | None, pairs: Collection[_Pair]) -> tuple[float | None, str | None]:
-    """The rate of the compared rows and its source; None where it is unknown.
+    """The rate of the compared rows and its source; None if it is unknown.
 
     A given rate must agree with seconds in the files and with `--prediction-fps`; frame numbers may differ from it.
     Without a given rate those of all files must agree. Frame numbers by which an operation would last days count

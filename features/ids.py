@@ -71,7 +71,7 @@ def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def numbered_id(number: int, spec: DataSetSpec) -> str:
-    """The id of the video with this number. Raises UserError where `id_format` does not take one."""
+    """The id of the video with this number. Raises UserError if `id_format` does not take one."""
     try:
         return spec.id_format.format(number=number)
     except (LookupError, ValueError, AttributeError) as error:

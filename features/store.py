@@ -145,7 +145,7 @@ def write_features(
     from the source's constant rate.
 
     The file appears under its name only when the body ended without an exception, all T rows were appended and the
-    reopened file verifies; otherwise nothing is left. Raises UserError when the disk is full.
+    reopened file verifies; otherwise nothing is left. Raises UserError if the disk is full.
     """
     with atomic_path(path) as temporary:
         options = {"libver": ("v110", "v110"), "userblock_size": USER_BLOCK_BYTES}
@@ -245,7 +245,7 @@ def read_features(path: Path, with_features: bool = True) -> VideoFeatures:
 
 
 def read_attributes(path: Path) -> dict[str, Any]:
-    """A feature file's root attributes. Raises FeatureFileError when it is not complete or not readable."""
+    """A feature file's root attributes. Raises FeatureFileError if it is not complete or not readable."""
     with _sound(path) as (_, attributes):
         return attributes
 
@@ -284,7 +284,7 @@ def rewrite_labels(path: Path, phase: NDArray[np.int8], tools: NDArray[np.int8],
     """Replace the labels of a feature file and keep its features: phase (T,), tools (T, K).
 
     The file is copied, changed and renamed: a reader sees either the old labels or the new ones. Raises
-    FeatureFileError when the file is damaged or has another number of frames.
+    FeatureFileError if the file is damaged or has another number of frames.
     """
     if len(phase) != len(read_features(path, with_features=False)):
         raise FeatureFileError(f"{path}: new labels have another length; run extract again")

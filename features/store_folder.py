@@ -50,14 +50,14 @@ def clear_fault(folder: Path, video_id: str) -> None:
 
 
 def _recorded_fault(folder: Path, video_id: str, source: str) -> str | None:
-    """Why this very source has no features; None where extract has not failed on it, or has not tried yet."""
+    """Why this very source has no features; None if extract has not failed on it, or has not tried yet."""
     path = _fault_path(folder, video_id)
     found = read_json_object(path) if path.exists() else {}
     return str(found.get("reason")) if found.get("source_sha256_ends") == source else None
 
 
 def feature_files(folder: Path) -> list[Path]:
-    """The feature files of a folder, by name. Raises UserError when there is none."""
+    """The feature files of a folder, by name. Raises UserError if there is none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such feature folder; run extract, or name another with --features")
     files = sorted(path for path in folder.glob("*.h5") if not path.name.startswith("."))
@@ -116,7 +116,7 @@ def estimate_bytes(lengths: Iterable[int], encoder: EncoderSpec) -> int:
 def prepare_folder(folder: Path, missing_lengths: Sequence[int], encoder: EncoderSpec) -> None:
     """Make the folder and delete the temporary files of killed writers.
 
-    `missing_lengths` are the sampled frames of each video still to be written. Raises UserError where the folder cannot
+    `missing_lengths` are the sampled frames of each video still to be written. Raises UserError if the folder cannot
     be written or the disk has no room for them.
     """
     make_folder(folder)
@@ -129,7 +129,7 @@ def prepare_folder(folder: Path, missing_lengths: Sequence[int], encoder: Encode
 def find_feature_folder(named: Path | None, run: Path, store: Path) -> Path:
     """The feature folder to use: the one named, the one the run's `extract` made, or the store's only one.
 
-    Raises UserError naming the choices where that leaves none or several.
+    Raises UserError naming the choices if that leaves none or several.
     """
     pointer = run / "extract" / "result.json"
     if named is None and pointer.exists():
@@ -171,7 +171,7 @@ def describe_folder(folder: Path) -> list[str]:
 def usable_index(folder: Path) -> Index:
     """The index of a feature folder without the videos that extract could not read.
 
-    A video that has not been extracted yet is kept. Raises UserError where there is no index.
+    A video that has not been extracted yet is kept. Raises UserError if there is no index.
     """
     where = folder / INDEX_FILE
     if not where.is_file():

@@ -185,7 +185,7 @@ class FrameDataset(Dataset):
 
 
 def colour_factors(drawn: Sequence[NDArray[np.float32]], config: AugmentConfig, training: bool) -> Tensor:
-    """Factors (N, 3) as a batch carries them: (0, 3) where no colour changes."""
+    """Factors (N, 3) as a batch carries them: (0, 3) if no colour changes."""
     return torch.from_numpy(np.stack(drawn)) if training and changes_colour(config) else torch.zeros(0, 3)
 
 
@@ -253,7 +253,7 @@ class FrameLoader(Generic[AnyBatch]):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Raises UserError where a loader process died; Stopped where this one was asked to stop as well.
+        """Raises UserError if a loader process died; Stopped where this one was asked to stop as well.
 
         torch raises an exception in whatever code runs at that moment; a process that died while it was sending a batch
         shows up as an error of the pipe first. A signal to the whole process group ends a loader process that has only
@@ -272,7 +272,7 @@ class FrameLoader(Generic[AnyBatch]):
 
 
 def choose_workers(wanted: int, device: torch.device) -> int:
-    """Loader processes for `cnn.workers`: -1 means none where the CPU itself trains, otherwise one per spare core."""
+    """Loader processes for `cnn.workers`: -1 means none if the CPU itself trains, otherwise one per spare core."""
     if wanted >= 0:
         return wanted
     return 0 if device.type == "cpu" else min(MOST_WORKERS, max(1, available_cores() - 1))

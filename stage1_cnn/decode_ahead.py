@@ -91,7 +91,7 @@ def work_ahead(
 ) -> Generator[tuple[VideoJob, str | None], None, None]:
     """Do the jobs in this process with frames from `decoders` other processes; yields as `work_through` does.
 
-    Where one of them dies, this process does the remaining jobs alone. Raises Stopped when asked to stop, and
+    If one of them dies, this process does the remaining jobs alone. Raises Stopped when asked to stop, and
     NoRoomError when the disk is full.
     """
     with_frames = [job for job in jobs if not job.labels_only]

@@ -55,7 +55,7 @@ class ExtractReport:
     seconds: float = 0.0
 
     def require_others_done(self) -> None:
-        """Raise UserError where a video failed for a reason outside its files, so that starting again may help."""
+        """Raise UserError if a video failed for a reason outside its files, so that starting again may help."""
         lost = [(video_id, reason) for video_id, reason in self.failed if not isinstance(reason, VideoFault)]
         if lost:
             raise UserError(
@@ -112,7 +112,7 @@ def extract(
     description. Files that verify and were made from the same source are kept; where only annotations changed, only
     labels are rewritten. A video that cannot be read is reported and the others are extracted; the reason is kept
     beside the features, so that stage two leaves the video out, too, until a later call can read it. With a run and no
-    `folder`, `RUN/extract/result.json` names the features' folder. Raises UserError where there are no weights, no
+    `folder`, `RUN/extract/result.json` names the features' folder. Raises UserError if there are no weights, no
     space, not one usable video, or the folder belongs to another data set or encoder.
     """
     started = time.monotonic()
@@ -157,7 +157,7 @@ def extract(
 
 
 def _require_one_usable(report: ExtractReport, shard: tuple[int, int]) -> None:
-    """Raise UserError where every video has failed."""
+    """Raise UserError if every video has failed."""
     if report.failed and shard[1] == 1 and not (report.done or report.skipped or report.relabelled):
         others = f" (and {len(report.failed) - 1} more videos)" if len(report.failed) > 1 else ""
         raise UserError(f"{report.failed[0][1]}{others}")

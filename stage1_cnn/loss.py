@@ -53,7 +53,7 @@ def tool_loss(
 ) -> Tensor:
     """Binary cross-entropy of logits (..., K) on labels (..., K), -1 = no label: mean over labelled entries, float32.
 
-    0 where nothing is labelled. `positive_weight` (K,) scales the entries of tools that are present. `over_all` adds
+    0 if nothing is labelled. `positive_weight` (K,) scales the entries of tools that are present. `over_all` adds
     the count over processes, so that each gets its part of the mean.
     """
     labelled = tools >= 0
@@ -68,7 +68,7 @@ def phase_loss(
 ) -> Tensor:
     """Cross-entropy of logits (..., C) on labels (...), -1 = no label: mean over labelled frames, float32.
 
-    0 where nothing is labelled. With `class_weight` (C,) the mean is weighted. `over_all` as for `tool_loss`.
+    0 if nothing is labelled. With `class_weight` (C,) the mean is weighted. `over_all` as for `tool_loss`.
     """
     labelled = (phase >= 0).float()
     weights = labelled if class_weight is None else class_weight[phase.clamp(min=0)] * labelled

@@ -32,7 +32,7 @@ class NetOutput(NamedTuple):
 class ToolNet(nn.Module):
     """Backbone, tool head and, on request, a phase head, for single frames.
 
-    `tools` may be 0 where a phase head is trained. Heads start as Xavier uniform with zero bias, drawn from torch's
+    `tools` may be 0 if a phase head is trained. Heads start as Xavier uniform with zero bias, drawn from torch's
     global generator.
     """
 
@@ -64,7 +64,7 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def tool_branch(embedding_dim: int, hidden: int | None, tools: int) -> nn.Module | None:
-    """One linear layer, or with `hidden` two and a ReLU between (MTRCNet-CL); None where there are no tools."""
+    """One linear layer, or with `hidden` two and a ReLU between (MTRCNet-CL); None if there are no tools."""
     if not tools:
         return None
     if hidden is None:
@@ -99,7 +99,7 @@ def describe(net: ToolNet, spec: DataSetSpec) -> dict[str, Any]:
 def rebuild_from_checkpoint(path: Path) -> tuple[ToolNet, dict[str, Any]]:
     """The net of a `best.pt` or `last.pt` of stage one, on the CPU in evaluation mode, and the file's other content.
 
-    Raises UserError when the file is missing, damaged, or of another stage.
+    Raises UserError if the file is missing, damaged, or of another stage.
     """
     meta = load_checkpoint(path)
     if meta.get("stage") != CHECKPOINT_STAGE:
@@ -117,7 +117,7 @@ def rebuild_from_checkpoint(path: Path) -> tuple[ToolNet, dict[str, Any]]:
 def rebuild_encoder(path: Path) -> tuple[Backbone, nn.Module | None, dict[str, Any]]:
     """Backbone and tool branch of a checkpoint of stage one or of a joint net, and the file's other content.
 
-    On the CPU in evaluation mode; the tool branch is None where the net has none. Raises UserError when the file is
+    On the CPU in evaluation mode; the tool branch is None if the net has none. Raises UserError if the file is
     missing, damaged, or has no backbone.
     """
     meta = load_checkpoint(path)

@@ -32,7 +32,7 @@ _GOOD_BALANCE = 1.1
 class VideoJob:
     """One video to extract, or with `part` (the file of its rows) the `frames` samples of it from `first` on.
 
-    `frames` is the number of samples to compute, 0 where only labels are new.
+    `frames` is the number of samples to compute, 0 if only labels are new.
     """
 
     video_id: str
@@ -134,7 +134,7 @@ class _PartWriter:
         self._stream, self._path = stream, path
 
     def append(self, features: NDArray[Any], tool_logits: NDArray[np.float32]) -> None:
-        """Write the next rows. Raises UserError when an earlier part has failed and this one's file was removed."""
+        """Write the next rows. Raises UserError if an earlier part has failed and this one's file was removed."""
         if not self._path.exists():
             raise UserError("abandoned: an earlier part of the video has failed")
         self._stream.write(np.concatenate([features, tool_logits], axis=1).astype(np.float32).tobytes())
@@ -199,7 +199,7 @@ class Assembly:
             self.pieces.extend(found)
         self.pieces.sort(key=lambda piece: -piece.frames if self._parts else 0)
         self._places = places_of(self.pieces)
-        # reason of each part that has ended, by its first sample; None where it was computed
+        # reason of each part that has ended, by its first sample; None if it was computed
         self._ended: dict[str, dict[int, str | None]] = {video_id: {} for video_id in self._parts}
 
     def __enter__(self) -> Assembly:
@@ -213,7 +213,7 @@ class Assembly:
     def ended(self, piece: VideoJob, reason: str | None) -> tuple[VideoJob, str | None] | None:
         """Note that a piece has ended; where it was the last one, the video and the reason of its first failed part.
 
-        Raises NoRoomError when the disk is full.
+        Raises NoRoomError if the disk is full.
         """
         if piece.part is None:
             return piece, reason

@@ -125,7 +125,7 @@ def identity(config: Config, index: Index) -> StageIdentity:
 def load_frames(config: Config, index: Index, root: Path) -> tuple[LabelledFrames, LabelledFrames]:
     """Labelled training and validation frames; nothing is decoded yet.
 
-    Raises UserError when there are no training videos or no frame of theirs has a label that a head could learn.
+    Raises UserError if there are no training videos or no frame of theirs has a label that a head could learn.
     """
     cnn = config.cnn
     if not index.by_split("train"):
@@ -188,7 +188,7 @@ def validate(
 ) -> dict[str, float | None]:
     """Scores on the validation videos, centre crop: tool mAP (fraction) and, with a phase head, phase accuracy.
 
-    None where there are no videos, no labels, or no tool that ever appears.
+    None if there are no videos, no labels, or no tool that ever appears.
     """
     scores: dict[str, float | None] = {"val_map": None}
     if session.raw_model.phase_head is not None:
@@ -222,7 +222,7 @@ Logits = list[NDArray[np.float32]]
 
 
 def _in_order(parts: Sequence[Logits], processes: Processes) -> NDArray[np.float32] | None:
-    """All frames' logits from the batches that each process has predicted; None where there is no such head."""
+    """All frames' logits from the batches that each process has predicted; None if there is no such head."""
     batches = processes.merged(list(parts))
     return np.concatenate(batches) if batches else None
 

@@ -130,7 +130,7 @@ class ExtractTask:
         require_free_bytes(self.folder, needed, "the features")
 
     def loaded_encoder(self) -> Encoder:
-        """The encoder, loaded on first use where none was sent. Raises UserError where it is not the expected one."""
+        """The encoder, loaded on first use where none was sent. Raises UserError if it is not the expected one."""
         if self.encoder is None:
             self.encoder = load_encoder(self.config, self.run, self.index.dataset.tools, self.trusted)
             if self.encoder.spec.digest != self.spec.digest:

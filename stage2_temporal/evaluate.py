@@ -68,7 +68,7 @@ class GroundTruth:
 
     @property
     def phases(self) -> dict[str, NDArray[np.int8]]:
-        """Phase labels of all videos; empty where no video has any."""
+        """Phase labels of all videos; empty if no video has any."""
         labels = {name: video.phase for name, video in self.videos.items()}
         return labels if any((phase >= 0).any() for phase in labels.values()) else {}
 
@@ -109,7 +109,7 @@ def evaluate_run(
     a summary into `RUN/summary.json` and `RUN/MODEL_CARD.md`; prints tables. With `index_file`, another data set
     with the same classes is evaluated; its features are extracted into the run's folder where missing. `inference`
     overrides how the run was trained to process time. Without `redo`, an evaluation of the same model and features is
-    printed again, not computed. Raises UserError when the run is not trained, its classes differ from the data's, the
+    printed again, not computed. Raises UserError if the run is not trained, its classes differ from the data's, the
     features come from another encoder, or the user gave settings of images that the features do not have (`given`).
     """
     temporal = run / "temporal"
@@ -160,7 +160,7 @@ def evaluate_run(
 
 
 def _require_own_index(config: Config, given: GivenKeys, index: Index, folder: Path) -> None:
-    """Raise UserError where `--set` names an index of other videos or splits than the features are of."""
+    """Raise UserError if `--set` names an index of other videos or splits than the features are of."""
     named = config.data.index
     if "data.index" not in given.by_set or not named.is_file():
         return
@@ -263,7 +263,7 @@ def _identity(
 def recorded_majority(result: Path, required: bool = False) -> int | None:
     """The most frequent phase of the training videos as the training's `result.json` records it.
 
-    None where it records none (imported nets, nets for tools alone). Raises UserError if the file is damaged, and if a
+    None if it records none (imported nets, nets for tools alone). Raises UserError if the file is damaged, and if a
     `required` phase is missing.
     """
     found = read_json_object(result).get("majority_phase") if required or result.exists() else None
@@ -273,7 +273,7 @@ def recorded_majority(result: Path, required: bool = False) -> int | None:
 
 
 def _made_before(out: Path, identity: str) -> Evaluation | None:
-    """The evaluation in the folder; None where it lacks files or has another identity."""
+    """The evaluation in the folder; None if it lacks files or has another identity."""
     path = out / METRICS_FILE
     if not all((out / name).exists() for name in (METRICS_FILE, TRUTH_FILE, "ribbons.png")):
         return None
@@ -302,7 +302,7 @@ def score_and_write(
 
     `probabilities` is {head: {video: (T, C)}}, `tool_logits` {video: (T, K)} of the videos with a trained tool head.
     `majority` is the most frequent phase of the training videos, scored as a head that predicts it everywhere. Tools
-    are scored at `thresholds` too. The rest is recorded. Raises UserError where the folder cannot be written.
+    are scored at `thresholds` too. The rest is recorded. Raises UserError if the folder cannot be written.
     """
     for note in unlabelled_note(truth.phases, "are not scored"):
         say(note)
@@ -382,7 +382,7 @@ def _tool_logits(videos: Mapping[str, VideoFeatures]) -> dict[str, NDArray[np.fl
 def _tools(
     truth: GroundTruth, logits: Mapping[str, NDArray[np.float32]], thresholds: Mapping[str, float] | None
 ) -> ToolResults | None:
-    """Tool scores at `thresholds`; None where there was no tool head or no labels."""
+    """Tool scores at `thresholds`; None if there was no tool head or no labels."""
     labels = {name: truth.videos[name].tools for name in logits}
     if not any((tools >= 0).any() for tools in labels.values()):
         return None
@@ -394,13 +394,13 @@ def _tools(
 def labelled_scores(
     labels: Mapping[str, NDArray[np.int8]], logits: Mapping[str, NDArray[np.float32]]
 ) -> tuple[dict[str, NDArray[np.int8]], dict[str, NDArray[np.float64]]] | None:
-    """Tool labels (T, K) and probabilities (T, K) of the videos that have both; None where none has."""
+    """Tool labels (T, K) and probabilities (T, K) of the videos that have both; None if none has."""
     names = [name for name, tools in labels.items() if name in logits and (tools >= 0).any()]
     return ({name: labels[name] for name in names}, {name: sigmoid(logits[name]) for name in names}) if names else None
 
 
 def _thresholds(folder: Path, index: Index) -> Mapping[str, float] | None:
-    """Chosen on the validation videos; None where there are none with features and tool labels."""
+    """Chosen on the validation videos; None if there are none with features and tool labels."""
     ids = [entry.id for entry in index.by_split("val")]
     if not ids or not all(feature_path(folder, video_id).exists() for video_id in ids):
         return None

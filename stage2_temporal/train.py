@@ -182,7 +182,7 @@ def train_head(
 
 
 class PhaseLoss:
-    """Cross-entropy over labelled frames, summed over a head's stages; 0 where no frame has a label.
+    """Cross-entropy over labelled frames, summed over a head's stages; 0 if no frame has a label.
 
     The mean over the batch's labelled frames, weighted by class: `inverse_frequency` gives phase c the weight
     N / (P n_c), for n_c of the N labelled training frames and P phases that occur, and 0 to phases that do not occur.
@@ -267,7 +267,7 @@ def _constant_accuracy(data: TrainingData, phase: int) -> float | None:
 
 
 def _constants(config: Config, data: TrainingData) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (D,) of the training frames; 0 and 1 where features are not standardised."""
+    """Mean and standard deviation (D,) of the training frames; 0 and 1 if features are not standardised."""
     if config.temporal.standardise:
         return data.bank.statistics(data.train)
     width = data.bank.embedding_dim

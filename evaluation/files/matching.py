@@ -28,7 +28,7 @@ _HALF = 0.5  # of the compared rows may be absent at the ends where the unit of 
 class Matched:
     """Truth and prediction (T,) int16 of one video on the rows that are compared.
 
-    `fps` is the rate of these rows, None where it is unknown; `fps_from` is its source: `time_s` (a column of seconds),
+    `fps` is the rate of these rows, None if it is unknown; `fps_from` is its source: `time_s` (a column of seconds),
     `frame numbers` or `--prediction-fps`. `how`: `row by row`, `by frame number` or `by rate`. `unscored`:
     predictions for frames before or after the ground truth.
     """
@@ -44,7 +44,7 @@ class Matched:
 def match_rows(
     truth: PhaseFile, predicted: PhaseFile, annotation_fps: float, prediction_fps: float | None = None
 ) -> Matched:
-    """Match the rows of one video's two files. Raises UserError naming both files where they cover different frames."""
+    """Match the rows of one video's two files. Raises UserError naming both files if they cover different frames."""
     if prediction_fps is not None:
         return _by_rate(truth, predicted, annotation_fps, prediction_fps)
     t, p = truth.frame, predicted.frame
@@ -74,7 +74,7 @@ def match_rows(
 
 
 def stated_fps(file: PhaseFile, annotation_fps: float) -> tuple[float, str] | None:
-    """The rate of a file's rows and its source; None where the file does not determine it."""
+    """The rate of a file's rows and its source; None if the file does not determine it."""
     if file.fps is not None:
         return round(file.fps, 3), "time_s"
     step = file.step
@@ -184,7 +184,7 @@ def _taken(phase: NDArray[np.int16], row: NDArray[np.int64]) -> NDArray[np.int16
 
 
 def _lead(file: PhaseFile) -> int:
-    """Rows that are missing before the first by its number; 0 where it is that of the first or second row."""
+    """Rows that are missing before the first by its number; 0 if it is that of the first or second row."""
     if file.frame is None or file.step is None or file.frame[0] <= 1.001 * file.step:
         return 0
     return int(file.frame[0] // file.step)

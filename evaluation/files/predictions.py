@@ -38,7 +38,7 @@ class ToolScores(NamedTuple):
 @dataclass(frozen=True)
 class PredictionFile:
     """One video's prediction: `frame_index`, `time_s`, `phase` (T,); `probabilities` (T, C); `tool_probabilities`
-    (T, K), None where the model has no tool branch."""
+    (T, K), None if the model has no tool branch."""
 
     frame_index: NDArray[np.int64]
     time_s: NDArray[np.float64]
@@ -64,7 +64,7 @@ def write_prediction_csv(
 ) -> None:
     """Write one video's prediction atomically: (T,), (T,), (T,), (T, C), and (T, K) or None.
 
-    `time_s` is rounded to the millisecond. Raises UserError when the disk is full, the folder cannot be written or a
+    `time_s` is rounded to the millisecond. Raises UserError if the disk is full, the folder cannot be written or a
     value is not a probability (NaN included).
     """
     columns = np.asarray(probabilities, dtype=np.float32)
@@ -171,7 +171,7 @@ def _rows(path: Path) -> list[list[str]]:
 
 
 def _has_tools(path: Path, rows: Sequence[list[str]], spec: DataSetSpec) -> bool:
-    """Whether the header has the tool columns. Raises UserError when it is neither of the two possible headers."""
+    """Whether the header has the tool columns. Raises UserError if it is neither of the two possible headers."""
     header = rows[0]
     for tools in (True, False):
         if header == prediction_columns(spec, tools):

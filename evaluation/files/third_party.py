@@ -72,7 +72,7 @@ def find_phase_files(folder: Path, spec: DataSetSpec) -> tuple[dict[str, Path], 
     """The phase files of a folder by video id, and the names of files without a video number or of another kind.
 
     The number comes from names like `video41-phase.txt`, `video_41.csv` or `41.txt`; a name without a number is an id
-    where the data set's annotation files are named by ids. Raises UserError when the folder has no such file, a name
+    where the data set's annotation files are named by ids. Raises UserError if the folder has no such file, a name
     has several numbers, or two files have the same.
     """
     try:
@@ -345,7 +345,7 @@ def _with_missing_rows(
     """Phases (T,) with the rows that the numbers skip filled in without a label, and the numbers of all rows.
 
     Frame numbers of a variable rate are uneven; where there are times too, rows are missing only if both skip them.
-    Raises UserError where frame numbers without times are uneven, and where more rows are missing than present.
+    Raises UserError if frame numbers without times are uneven, and if more rows are missing than present.
     """
     rows, usual, uneven = _rows_passed(frame)
     if time_s is not None:

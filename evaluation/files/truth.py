@@ -55,7 +55,7 @@ def is_simulated(spec: DataSetSpec, root: Path | None) -> bool:
 
 
 def write_truth(path: Path, truth: Truth) -> None:
-    """Write labels atomically, as `[frames, value]` pairs. Raises UserError when the disk is full."""
+    """Write labels atomically, as `[frames, value]` pairs. Raises UserError if the disk is full."""
     videos = {
         name: {
             "source_sha256_ends": video.source,
@@ -69,7 +69,7 @@ def write_truth(path: Path, truth: Truth) -> None:
 
 
 def read_truth(path: Path) -> Truth:
-    """Read a file of `write_truth`. Raises UserError when it is missing, unreadable or not such a file."""
+    """Read a file of `write_truth`. Raises UserError if it is missing, unreadable or not such a file."""
     tree = read_json(path)
     try:
         if tree["format_version"] != FORMAT_VERSION:

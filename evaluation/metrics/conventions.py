@@ -58,7 +58,7 @@ class Convention(ABC, Generic[Table]):
         """
 
     def phase_means(self, table: Table, weights: FloatArray) -> dict[str, FloatArray]:
-        """The same of each phase: {metric: (B, C)}; empty where segments are compared."""
+        """The same of each phase: {metric: (B, C)}; empty if segments are compared."""
         return {}
 
     @abstractmethod

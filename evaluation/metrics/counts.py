@@ -67,7 +67,7 @@ def label_pairs(
     """Check what is to be compared; the videos in the order of their ids, and the ids of those without any label.
 
     `truth` and `predicted` map video ids to (T,) phase ids, -1 in the truth where a frame has no label. Raises
-    UserError naming the video when the two sets differ, lengths differ or an id is out of range.
+    UserError naming the video if the two sets differ, lengths differ or an id is out of range.
     """
     for ids, other, what in ((truth, predicted, "prediction"), (predicted, truth, "ground truth")):
         if missing := sorted(set(ids) - set(other)):

@@ -52,7 +52,7 @@ def phase_runs(truth: IntArray) -> list[tuple[int, int, int]]:
     """Runs of one phase as (start, stop, phase), positions on the whole timeline.
 
     Unlabelled frames are skipped: they lie inside a run where the phase is the same on both sides and belong to none
-    where it differs. Windows are therefore in time even where only some frames have a label.
+    if it differs. Windows are therefore in time even where only some frames have a label.
     """
     labelled = np.flatnonzero(truth >= 0)
     return [(int(labelled[r.start]), int(labelled[r.end - 1]) + 1, r.value) for r in runs(truth[labelled])]

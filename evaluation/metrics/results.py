@@ -42,7 +42,7 @@ class Record:
 
     @classmethod
     def from_json(cls: type[T], tree: Any) -> T:
-        """The value that `to_json` gave, here or in an earlier version. Raises ValueError where it is not one."""
+        """The value that `to_json` gave, here or in an earlier version. Raises ValueError if it is not one."""
         found: T = _adapter(cls).validate_python(tree)  # type: ignore[arg-type]  # a class is hashable
         return found
 
@@ -82,7 +82,7 @@ def as_json(value: Any) -> Any:
 
 
 def json_number(value: float | np.floating[Any]) -> float | None:
-    """A plain float; None where there is no number."""
+    """A plain float; None if there is no number."""
     return float(value) if math.isfinite(value) else None
 
 
@@ -165,7 +165,7 @@ class PhaseResults(Record):
     """Phases under one convention.
 
     `scores` are the numbers over all videos, accuracy first, with those that this convention alone has. `per_phase` is
-    None where segments are compared, and not frames. `per_video` is {video: {metric: number}}, counts of frames or
+    None if segments are compared, and not frames. `per_video` is {video: {metric: number}}, counts of frames or
     segments among them. `intervals` are 95 % bootstrap intervals over videos.
     """
 
@@ -187,7 +187,7 @@ class PhaseResults(Record):
         return ["accuracy", *per_phase.scores] if per_phase else list(self.scores)
 
     def score(self, metric: str) -> Score | None:
-        """Mean and standard deviation of a metric; None where the results do not have it."""
+        """Mean and standard deviation of a metric; None if the results do not have it."""
         found = self.scores.get(metric)
         return found if isinstance(found, Score) else None
 
@@ -316,7 +316,7 @@ class Evaluation(Record):
 
 
 def read_evaluation(path: Path, again: str = "run evaluate again") -> Evaluation:
-    """Read a `metrics.json`. Raises UserError where it is missing or not that, with `again` as what to do."""
+    """Read a `metrics.json`. Raises UserError if it is missing or not that, with `again` as what to do."""
     try:
         return Evaluation.from_json(read_json(path))
     except ValueError as error:

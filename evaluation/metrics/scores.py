@@ -20,7 +20,7 @@ from evaluation.metrics.counts import Counts, FloatArray, PhaseTable
 @dataclass(frozen=True)
 class Metric:
     """`title` heads columns; `cells` gives percent from a table, shaped like its `hits` (videos or draws x phases), NaN
-    or infinity where it is undefined (0/0). Which cells count for a mean is the convention's rule for absent phases."""
+    or infinity if it is undefined (0/0). Which cells count for a mean is the convention's rule for absent phases."""
 
     title: str
     cells: Callable[[PhaseTable], FloatArray]
@@ -59,7 +59,7 @@ def jaccard(table: PhaseTable) -> FloatArray:
 
 
 def f1(table: PhaseTable) -> FloatArray:
-    """The harmonic mean of precision and recall, as they are after the cut; 0 where nothing is right."""
+    """The harmonic mean of precision and recall, as they are after the cut; 0 if nothing is right."""
     p, r = np.nan_to_num(precision(table)), np.nan_to_num(recall(table))
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.nan_to_num(2.0 * p * r / (p + r))
@@ -74,7 +74,7 @@ METRICS.register("f1", Metric("F1", f1))
 def phase_scores(table: PhaseTable, absent_is_zero: bool) -> dict[str, FloatArray]:
     """Every registered metric, shaped like the table's `hits`, NaN where a cell does not count.
 
-    A phase absent from the truth does not count; with `absent_is_zero` it counts 0 where it is predicted (and a phase
+    A phase absent from the truth does not count; with `absent_is_zero` it counts 0 if it is predicted (and a phase
     never predicted has precision 0 rather than 0/0). Raises UserError for a metric of another shape.
     """
     left_out = table.union == 0 if absent_is_zero else table.truth == 0

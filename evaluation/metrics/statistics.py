@@ -105,7 +105,7 @@ def _interval(mean: float, drawn: FloatArray, tails: Sequence[float]) -> Interva
 @dataclass(frozen=True)
 class PairedTest(Record):
     """The mean difference over `videos`, in percent points, and the p value of one test; `exact` where all sign
-    patterns were enumerated. `per_video` has None where one of the two has no number."""
+    patterns were enumerated. `per_video` has None if one of the two has no number."""
 
     difference: float
     p_value: float
@@ -122,7 +122,7 @@ def paired_permutation(
     `difference` is the mean of first - second over the videos that have both. Under the null hypothesis each video's
     difference could as well have the other sign; up to 13 videos all sign patterns are enumerated (`exact`), beyond
     that `resamples` random ones, the observed one counted among them (Phipson and Smyth, 2010). Raises UserError naming
-    a video that only one of the two has, and where no video has both numbers.
+    a video that only one of the two has, and if no video has both numbers.
     """
     if set(first) != set(second):
         odd = sorted(set(first) ^ set(second))[0]

@@ -40,7 +40,7 @@ def evaluate_tools(
     recall and F1 over the pooled frames: choose it on validation videos (`choose_thresholds`), never on these.
 
     A tool that never appears has no average precision (None) and is left out of the means. Raises UserError naming the
-    video for unequal shapes, scores that are not numbers and labels other than -1, 0, 1, and where nothing is labelled.
+    video for unequal shapes, scores that are not numbers and labels other than -1, 0, 1, and if nothing is labelled.
     """
     videos = _checked(truth, scores, len(tools))
     labels, values = _concatenated(videos)

@@ -38,7 +38,7 @@ TRUTH_NAME = "truth"
 class RunResults:
     """One run, read from its folder.
 
-    `settings` and `environment` are of the training of the net that was evaluated, empty where that was another
+    `settings` and `environment` are of the training of the net that was evaluated, empty if that was another
     program's; `curves` maps a training's folder below the run to its epochs; `predictions` is empty for a net of tools
     alone; the tool scores of every net are in `tool_scores`.
     """
@@ -55,7 +55,7 @@ class RunResults:
 
     @property
     def phases(self) -> Mapping[str, ByConvention]:
-        """Results of each head under each convention; empty where no video has phases."""
+        """Results of each head under each convention; empty if no video has phases."""
         return self.evaluation.phases
 
     @property
@@ -141,7 +141,7 @@ class Report:
         return self.runs[0].truth
 
     def times_s(self, video: str) -> NDArray[np.float64] | None:
-        """(T,) the times of a video's samples; None where no run has predictions."""
+        """(T,) the times of a video's samples; None if no run has predictions."""
         scores = (run.predictions.get(video) or run.tool_scores.get(video) for run in self.runs)
         return next((found.time_s for found in scores if found is not None), None)
 
@@ -152,7 +152,7 @@ class Report:
 def gather(folders: Sequence[Path], split: str = "test") -> Report:
     """Read the runs' evaluations in `RUN/evaluate/<split>/`.
 
-    Raises UserError naming the command to run where a run is not evaluated, and the videos in which two runs differ.
+    Raises UserError naming the command to run if a run is not evaluated, and the videos in which two runs differ.
     """
     names = _names(folders)
     runs = [_gather_run(folder, name, split) for folder, name in zip(folders, names, strict=True)]
@@ -236,7 +236,7 @@ def _evaluation(folder: Path, evaluated: Path, split: str) -> Evaluation:
 
 
 def _tools_alone(evaluated: Path, truth: Truth) -> dict[str, ToolScores]:
-    """The predictions of a net without a phase branch; empty where there are no such files."""
+    """The predictions of a net without a phase branch; empty if there are no such files."""
     folder = evaluated / TOOLS_ALONE
     if not folder.is_dir():
         return {}
@@ -351,7 +351,7 @@ def _wrong_runs(run: RunResults, video: str) -> list[Disagreement]:
 
 
 def settings_of(run: RunResults, *keys: str) -> Any:
-    """A nested setting, None where the run has none."""
+    """A nested setting, None if the run has none."""
     value: Any = run.settings
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None

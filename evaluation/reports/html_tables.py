@@ -263,7 +263,7 @@ _PROVENANCE = {
 
 
 def _settings(runs: Sequence[RunResults]) -> ReportTable | None:
-    """None where the settings do not differ, as for a single run."""
+    """None if the settings do not differ, as for a single run."""
     rows = [(key, [Cell(value) for value in values]) for key, values in differing_settings(runs)]
     if not rows:
         return None

@@ -26,7 +26,7 @@ from evaluation.reports.templates import TEMPLATES, template_environment
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write the page atomically. Raises UserError where there is no room or no right to write."""
+    """Write the page atomically. Raises UserError if there is no room or no right to write."""
     write_text(path, render(report))
 
 

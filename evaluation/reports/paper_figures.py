@@ -58,7 +58,7 @@ def phase_colours(classes: int) -> list[str]:
 
 
 def sample_edges_s(time_s: NDArray[np.float64] | None, samples: int, fps: float) -> NDArray[np.float64]:
-    """(T + 1,) when each sample begins, and when the last one ends; `time_s` None where only `fps` is known."""
+    """(T + 1,) when each sample begins, and when the last one ends; `time_s` None if only `fps` is known."""
     return np.arange(samples + 1) / fps if time_s is None else np.append(time_s, time_s[-1] + 1.0 / fps)
 
 

@@ -130,7 +130,7 @@ def tracks(report: Report, video: str) -> list[tuple[str, NDArray[Any]]]:
 
 
 def edges_ms(report: Report, video: str) -> NDArray[np.int64] | None:
-    """(T + 1,) when each frame begins, and when the last one ends; None where no run has predictions."""
+    """(T + 1,) when each frame begins, and when the last one ends; None if no run has predictions."""
     time_s = report.times_s(video)
     if time_s is None:
         return None

@@ -39,7 +39,7 @@ _SMALL = {"fontsize": 8, "parse_math": False}  # a dollar sign in a name does no
 def write_figures(folder: Path, report: Report) -> list[Path]:
     """Write every figure of the report into `folder`, each as PDF and PNG; returns the files.
 
-    Raises UserError where the folder cannot be written.
+    Raises UserError if the folder cannot be written.
     """
     make_folder(folder)
     written = []

@@ -15,7 +15,7 @@ from features.dataset.index import SPLITS, Index
 
 
 def summarise(phases: ByConvention | None, tools: ToolResults | None) -> dict[str, float | None]:
-    """Fractions; None where a task was not evaluated.
+    """Fractions; None if a task was not evaluated.
 
     `phase_accuracy` is the mean over videos, `phase_f1` the F1 of the convention `phase_mean`, `tool_map` the mean
     average precision pooled over frames.
@@ -32,7 +32,7 @@ def summarise(phases: ByConvention | None, tools: ToolResults | None) -> dict[st
 def settings_behind(run: Path, settings: Mapping[str, Any], encoder: Mapping[str, Any] | None) -> dict[str, Any]:
     """Settings of stage two; those of stage one are replaced by what made the features.
 
-    `encoder` is what is recorded in the features, with its `digest`; None where it is not known. Settings name a
+    `encoder` is what is recorded in the features, with its `digest`; None if it is not known. Settings name a
     backbone also where features were named by their folder; those of a run's own stage one count only where they made
     these features.
     """

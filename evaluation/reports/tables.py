@@ -30,7 +30,7 @@ def phase_table(results: ByConvention, convention: str = MAIN_CONVENTION) -> Tab
     """The metrics of each phase and over all, percent.
 
     A phase's row is mean ± standard deviation over the videos that have it; the last row follows the convention.
-    Raises UserError where `results` lack the convention or it is not one of frames.
+    Raises UserError if `results` lack the convention or it is not one of frames.
     """
     result = _of_frames(results, convention)
     about, metrics = result.about, result.metrics[1:]
@@ -93,7 +93,7 @@ def metrics_of(results: Iterable[PhaseResults]) -> list[str]:
 
 
 def segment_table(results: ByConvention, convention: str = "segmental") -> Table:
-    """Edit score and F1 at the overlaps, percent. Raises UserError where `results` lack the convention."""
+    """Edit score and F1 at the overlaps, percent. Raises UserError if `results` lack the convention."""
     if convention not in results:
         raise UserError(f"no results under the convention {convention}; evaluate with it first")
     result = results[convention]
@@ -201,7 +201,7 @@ def _add_row(table: Table, name: str, *cells: str, style: str | None = None) -> 
 
 
 def number_text(value: float | None) -> str:
-    """One digit after the point; a dash where there is no number."""
+    """One digit after the point; a dash if there is no number."""
     return "-" if value is None else f"{value:.1f}"
 
 

@@ -82,7 +82,7 @@ def read_tool_file(path: Path, spec: DataSetSpec) -> ToolTrack:
 
 
 def read_content(path: Path) -> bytes:
-    """A file's bytes. Raises UserError when it cannot be read, is not text or is larger than annotations are."""
+    """A file's bytes. Raises UserError if it cannot be read, is not text or is larger than annotations are."""
     content = read_bounded(path, MAX_FILE_BYTES)
     if what := recognise_start(content):
         raise UserError(f"{path}: is {what}")

@@ -74,7 +74,7 @@ def build_index(
 def index_of_source(path: Path, spec: DataSetSpec, data: DataConfig) -> tuple[Index, Path]:
     """The index of one video file or folder of frames without annotations, whatever its name, and the root it is below.
 
-    The id is the file's name without its extension. Raises UserError naming the file when it is missing or neither.
+    The id is the file's name without its extension. Raises UserError naming the file if it is missing or neither.
     """
     if not path.exists():
         raise UserError(f"{path}: no such video or folder of frames")
@@ -138,7 +138,7 @@ def _splits(
 
 
 def _phase_order(root: Path, found: Discovery, spec: DataSetSpec, data: DataConfig) -> tuple[str, ...]:
-    """The names of the phase numbers in TFRecord files; none where there are no such files."""
+    """The names of the phase numbers in TFRecord files; none if there are no such files."""
     sources = [video.source for video in found.videos if video.kind == "tfrecord"]
     if not sources:
         return ()

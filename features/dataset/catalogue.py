@@ -40,7 +40,7 @@ _ABOUT = {"title", "source", "patterns"}  # what an index does not depend on onc
 def data_root(config: Config) -> Path:
     """The folder of the videos: `data.root`, else the variable SURGSTAGE_DATA.
 
-    Raises UserError where neither is set or there is no such folder.
+    Raises UserError if neither is set or there is no such folder.
     """
     named = config.data.root or os.environ.get(ROOT_VARIABLE)
     if not named:
@@ -55,7 +55,7 @@ def data_root(config: Config) -> Path:
 
 
 def known_root(config: Config) -> Path | None:
-    """As `data_root`, None where there is none: for commands that can run without videos."""
+    """As `data_root`, None if there is none: for commands that can run without videos."""
     try:
         return data_root(config)
     except UserError:
@@ -65,7 +65,7 @@ def known_root(config: Config) -> Path | None:
 def open_dataset(config: Config) -> tuple[Index, Path]:
     """The index (made first where there is none) and the data root.
 
-    Raises UserError when the index was made for another data set, or with other sources, numbering, splits or
+    Raises UserError if the index was made for another data set, or with other sources, numbering, splits or
     exclusions than the settings ask for.
     """
     root, path = data_root(config), config.data.index
@@ -145,7 +145,7 @@ def _finds_more(index: Index, root: Path, spec: DataSetSpec, config: Config) -> 
 def check_dataset(config: Config) -> list[str]:
     """Check the existing index without decoding (`check_index`); one line per problem.
 
-    Raises UserError where there is no index.
+    Raises UserError if there is no index.
     """
     if not config.data.index.exists():
         raise UserError(f"{config.data.index}: no such index; run `index` first")
@@ -160,7 +160,7 @@ def index_dataset(config: Config, replace: bool = False) -> Index:
     """Find the data set, write `data.index` and print a summary.
 
     Videos that cannot be read are left out and reported. An existing index that was made from older index files stays
-    as it is without `replace`. Raises UserError where another existing index differs from what is found, without
+    as it is without `replace`. Raises UserError if another existing index differs from what is found, without
     `replace`.
     """
     root, path = data_root(config), config.data.index
@@ -177,7 +177,7 @@ def index_dataset(config: Config, replace: bool = False) -> Index:
 def keep_index(found: Index, config: Config, root: Path, replace: bool) -> Index:
     """Write what was found to `data.index` and print a summary.
 
-    Raises UserError where the file is a different index, without `replace`.
+    Raises UserError if the file is a different index, without `replace`.
     """
     path = config.data.index
     if path.exists() and not replace:

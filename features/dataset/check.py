@@ -20,7 +20,7 @@ def check_index(index: Index, root: Path, progress: Progress | None = None) -> l
 
     Sources: present, same size, time and hash of the ends (and of the whole, where recorded), same rate, as many
     packets as frames; of TFRecord files every checksum. Annotations: present, same hash, readable, fitting their video.
-    Raises UserError when the root is missing.
+    Raises UserError if the root is missing.
     """
     if not root.is_dir():
         raise UserError(

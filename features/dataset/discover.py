@@ -79,7 +79,7 @@ def find_videos(root: Path, spec: DataSetSpec, data: DataConfig | None = None, l
 
     Hidden files and folders and what archives leave behind are ignored; a link inside the root is not a second copy.
     Raises UserError for a missing or unreadable folder, a link that leads out of the root, two files of one kind for
-    one video, and when there is no video.
+    one video, and if there is no video.
     """
     data = data or DataConfig()
     if not root.is_dir():
@@ -199,7 +199,7 @@ class _Files:
             self.numbered.clear()
 
     def drop_excluded(self) -> None:
-        """Drop the files that `data.exclude` names by paths. Raises UserError where a video would lose its source."""
+        """Drop the files that `data.exclude` names by paths. Raises UserError if a video would lose its source."""
         entries = [one for one in map(normal_id, self.data.exclude) if not fnmatch.filter(self.ids.values(), one)]
         for role, found in self.by_role.items():
             for key, paths in found.items():
@@ -211,7 +211,7 @@ class _Files:
             self.by_role[role] = {key: paths for key, paths in found.items() if paths}
 
     def sources(self) -> dict[str, tuple[Kind, str]]:
-        """The one source of each video, by folded id. Raises UserError where a video has two."""
+        """The one source of each video, by folded id. Raises UserError if a video has two."""
         sources: dict[str, tuple[Kind, str]] = {}
         for kind in KINDS:
             for key, path in sorted(self.only_ones(kind).items()):
@@ -225,7 +225,7 @@ class _Files:
         return sources
 
     def only_ones(self, role: str) -> dict[str, str]:
-        """The one path of each id. Raises UserError where there are two; a link beside its target is not a second."""
+        """The one path of each id. Raises UserError if there are two; a link beside its target is not a second."""
         chosen = {}
         for key, paths in self.of(role).items():
             chosen[key] = min(paths, key=lambda path: ((self.root / path).is_symlink(), path))

@@ -111,7 +111,7 @@ class LabelEnd:
 
     @classmethod
     def of_tracks(cls, tracks: Sequence[Track]) -> LabelEnd | None:
-        """The end of the longest of a video's annotations, as they are numbered; None where there are none."""
+        """The end of the longest of a video's annotations, as they are numbered; None if there are none."""
         if not tracks:
             return None
         end = max(track_end(track) - int(track.frame_index[0] == 1) for track in tracks)
@@ -168,7 +168,7 @@ def _as_long(layout: FolderLayout, labels: LabelEnd, spec: DataSetSpec) -> bool:
 
 
 def _require_no_samples(scan: FolderScan, spec: DataSetSpec, data: DataConfig) -> None:
-    """Raise UserError asking for the setting, where images with one row each may be samples, most of them unused."""
+    """Raise UserError asking for the setting, if images with one row each may be samples, most of them unused."""
     used = -(-len(scan.names) * data.fps // spec.annotation_fps)
     if 2 * used < len(scan.names):
         raise UserError(
@@ -255,7 +255,7 @@ def _ask(scan: FolderScan) -> str:
 
 
 def source_frames(scan: FolderScan, layout: FolderLayout) -> NDArray[np.int64]:
-    """Source frame (N,) int64 of each image. Raises UserError when numbers and layout do not agree."""
+    """Source frame (N,) int64 of each image. Raises UserError if numbers and layout do not agree."""
     unit = layout.stride if layout.numbering == "sample" else 1
     indices = (scan.numbers - layout.base) * unit
     if not np.array_equal(indices, layout.frames()):
@@ -264,7 +264,7 @@ def source_frames(scan: FolderScan, layout: FolderLayout) -> NDArray[np.int64]:
 
 
 def require_one_base(layouts: Sequence[tuple[str, FolderLayout]], data: DataConfig) -> None:
-    """Raise UserError when folders start at different numbers: more likely a lost first image than two conventions."""
+    """Raise UserError if folders start at different numbers: more likely a lost first image than two conventions."""
     first: dict[int, str] = {}
     for path, layout in layouts:
         first.setdefault(layout.base, path)
@@ -276,7 +276,7 @@ def require_one_base(layouts: Sequence[tuple[str, FolderLayout]], data: DataConf
 
 
 def frame_folder(root: Path, relative: str, spec: DataSetSpec, layout: FolderLayout) -> dict[int, str]:
-    """File names of an indexed folder's images by source frame. Raises UserError when they are not those indexed."""
+    """File names of an indexed folder's images by source frame. Raises UserError if they are not those indexed."""
     scan = scan_folder(root, relative, spec)
     indices = source_frames(scan, layout)
     return dict(zip(indices.tolist(), scan.names, strict=True))

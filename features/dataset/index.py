@@ -136,7 +136,7 @@ class VideoEntry(OmitsDefaults):
 class LeftOut(OmitsDefaults):
     """A video that was found and is not used; `reason` is one line, with paths below the data root.
 
-    `split` is the one it would be in, None where that is unknown. `excluded`: the settings exclude it. `source` is the
+    `split` is the one it would be in, None if that is unknown. `excluded`: the settings exclude it. `source` is the
     hash of its ends where it was indexed and a later stage could not use it.
     """
 
@@ -211,7 +211,7 @@ class Index(OmitsDefaults):
         return any(not video.excluded for video in (*self.left_out, *self.passed_over))
 
     def require_excluded(self, exclude: Collection[str], where: Path) -> None:
-        """Raise UserError where this index, of the feature folder `where`, holds a video that `data.exclude` names."""
+        """Raise UserError if this index, of the feature folder `where`, holds a video that `data.exclude` names."""
         names = [normal_id(name) for name in exclude]
         kept = [v.id for v in self.videos if v.id in names or any(fnmatch.fnmatchcase(v.id, name) for name in names)]
         if kept:
@@ -225,7 +225,7 @@ class Index(OmitsDefaults):
         return tuple(video for video in self.left_out if not video.excluded and video.split != "none")
 
     def require_videos(self, *splits: Split) -> None:
-        """Raise UserError where every video of one of these splits was left out."""
+        """Raise UserError if every video of one of these splits was left out."""
         for split in splits:
             lost = [video for video in self.left_out if video.split == split]
             if lost and not self.by_split(split):
@@ -237,7 +237,7 @@ class Index(OmitsDefaults):
                 )
 
     def entries_of(self, split: str, where: Path) -> tuple[VideoEntry, ...]:
-        """The videos of a split, or of `all`; `where` is the index file. Raises UserError where there are none left."""
+        """The videos of a split, or of `all`; `where` is the index file. Raises UserError if there are none left."""
         self.require_videos(*(part for part in SPLITS if part == split))
         entries = tuple(entry for entry in self.videos if split in ("all", entry.split))
         if not entries:
@@ -245,7 +245,7 @@ class Index(OmitsDefaults):
         return entries
 
     def entry(self, video_id: str) -> VideoEntry:
-        """The video with this id. Raises UserError when there is none."""
+        """The video with this id. Raises UserError if there is none."""
         for entry in self.videos:
             if entry.id == normal_id(video_id):
                 return entry
@@ -296,7 +296,7 @@ class Index(OmitsDefaults):
 
     @classmethod
     def load(cls, path: Path) -> Index:
-        """Read an index. Raises UserError when the file is missing, unreadable, damaged or not an index."""
+        """Read an index. Raises UserError if the file is missing, unreadable, damaged or not an index."""
         return cls.from_json(read_json(path), str(path))
 
 

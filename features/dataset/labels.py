@@ -33,7 +33,7 @@ def load_labels(
 ) -> Labels:
     """Labels of source frames `frame_index` (T,): phase (T,) int8 and tools (T, K) int8, -1 where there is none.
 
-    Raises UserError when an annotation file is missing or is not the one that was indexed.
+    Raises UserError if an annotation file is missing or is not the one that was indexed.
     """
     tracks = load_tracks(entry, root, index.dataset)
     return sample_labels(frame_index, tracks.phase, tracks.tools, between_rows, len(index.dataset.tools))
@@ -71,7 +71,7 @@ class Annotation(Generic[AnyTrack]):
 def read_annotation(
     root: Path, relative: str | None, parse: Callable[[bytes, Path, DataSetSpec], AnyTrack], spec: DataSetSpec
 ) -> Annotation[AnyTrack] | None:
-    """Read and parse an annotation file; None where there is none. Raises UserError as `parse`."""
+    """Read and parse an annotation file; None if there is none. Raises UserError as `parse`."""
     if relative is None:
         return None
     path = inside(root, relative)
@@ -176,7 +176,7 @@ def _nearest(places: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np
 
 
 def unlabelled_note(phases: Mapping[str, NDArray[np.int8]], means: str) -> list[str]:
-    """A note on frames without a phase (`phases`: id to (T,)) and what that `means`; empty where all have one."""
+    """A note on frames without a phase (`phases`: id to (T,)) and what that `means`; empty if all have one."""
     bare = {video_id: int((phase < 0).sum()) for video_id, phase in phases.items() if (phase < 0).any()}
     if not bare:
         return []
@@ -216,7 +216,7 @@ def labelled_fractions(frames: NDArray[np.int64], phase: PhaseTrack | None, tool
 
 
 def _check_end(path: Path, track: Track, extent: Extent, slack: int) -> None:
-    """Raise UserError when rows lie beyond the video by more than `slack` frames."""
+    """Raise UserError if rows lie beyond the video by more than `slack` frames."""
     if track.frame_index[-1] < extent.frame_count + slack:
         return
     row = int(np.searchsorted(track.frame_index, extent.frame_count))

@@ -25,7 +25,7 @@ def parse_phase_order(text: str | None, spec: DataSetSpec, needed_by: str) -> tu
     """The names of phases 0, 1, ... in another program's file, from the user's `--phase-order`.
 
     `text` is one of the data set's `phase_orders`, a file (one name per line, numbered or not), or comma-separated
-    names. `needed_by` is the file with the numbers. Raises UserError when nothing was given or a phase is missing,
+    names. `needed_by` is the file with the numbers. Raises UserError if nothing was given or a phase is missing,
     unknown or repeated.
     """
     if not text:

@@ -103,7 +103,7 @@ def infer_numberings(lists: Sequence[tuple[Path, Track]], extent: Extent, data: 
     Possible are the video's own frames, the rate in the data set's description, a folder's images, and seconds, unless
     rows would continue after the end. The one whose rows last as long as the video is taken, otherwise the one that
     covers the video where all others cover hardly any of it. An ambiguous file is read as the video's other file.
-    Raises UserError naming the setting where both are ambiguous.
+    Raises UserError naming the setting if both are ambiguous.
     """
     numberings: dict[Path, RowNumbering] = {}
     slack = max((track.stride for _, track in lists), default=1)
@@ -154,7 +154,7 @@ def _covering(
 ) -> _Candidate:
     """The candidate that covers the video, or has a `stated` rate, where the others cover hardly any of it.
 
-    Raises UserError naming the choices where there is none.
+    Raises UserError naming the choices if there is none.
     """
     *rest, best = sorted(possible, key=lambda one: one.end_s)
     covers = best.fps in stated or best.end_s >= _COVERS * extent.duration_s
@@ -174,7 +174,7 @@ def _covering(
 def _base(
     path: Path, track: Track, extent: Extent, data: DataConfig, fps: float | None, other: RowNumbering | None
 ) -> int:
-    """The number of the first row. Raises UserError where that is ambiguous."""
+    """The number of the first row. Raises UserError if that is ambiguous."""
     if data.row_base != "auto":
         return data.row_base
     first, last = int(track.frame_index[0]), int(track.frame_index[-1])
@@ -203,7 +203,7 @@ def _base(
 
 
 def rate_of_rows(fps: float | Literal["source"], video_fps: float) -> float | None:
-    """`RowNumbering.fps` for a rate: None where numbers count the video's own frames."""
+    """`RowNumbering.fps` for a rate: None if numbers count the video's own frames."""
     return None if fps == "source" or same_rate(fps, video_fps) else fps
 
 
@@ -236,7 +236,7 @@ class _Candidate:
 
 
 def _refuse_common_rate(path: Path, track: Track, extent: Extent) -> None:
-    """Raise UserError where rows that fit no possible numbering last as long as the video at another common rate.
+    """Raise UserError if rows that fit no possible numbering last as long as the video at another common rate.
 
     As long means within a row and a half and an image. That is no evidence unless it is small against the difference
     which the rate makes, so short videos and coarse rows pass.

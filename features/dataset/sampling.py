@@ -16,7 +16,7 @@ def sampled_frames(entry: VideoEntry, fps: float) -> NDArray[np.int64]:
     """Source frames (T,) int64 of this video that sampling at `fps` takes, in increasing order.
 
     They are those on screen at the first frame's time and every 1 / fps seconds after it; a frame that is on screen at
-    several of these times is taken once. Raises UserError when `fps` is higher than the rate of the frames or images.
+    several of these times is taken once. Raises UserError if `fps` is higher than the rate of the frames or images.
     """
     stride = entry.image_stride
     held = f"{entry.fps:.4g} fps" if stride == 1 else f"images of one in {stride} frames at {entry.fps:g} fps"

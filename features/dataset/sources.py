@@ -34,7 +34,7 @@ class SourceFacts:
 
 
 def video_facts(root: Path, relative: str, full_hash: bool) -> tuple[SourceFacts, tuple[str, ...]]:
-    """A video file's facts, and notes on its container. Raises UserError when it cannot be read or has no frames."""
+    """A video file's facts, and notes on its container. Raises UserError if it cannot be read or has no frames."""
     path = inside(root, relative)
     info = probe_video(path)
     if info.frame_count < 1:

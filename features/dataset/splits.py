@@ -28,7 +28,7 @@ def assign_splits(ids: Sequence[str], spec: DataSetSpec, split: SplitConfig) -> 
     where that does not fit these videos, each gets "none" (`usual_split_problem` has the reason). Besides the rules of
     `SplitConfig` there are percentages (`60%/20%/20%`, by largest remainder, at least one video each) and the names of
     published splits in the data set's description, whose missing videos are ignored. Entries of lists are ids or shell
-    patterns; videos in no list get "none". Raises UserError when a rule that was asked for does not fit these videos.
+    patterns; videos in no list get "none". Raises UserError if a rule that was asked for does not fit these videos.
     """
     rule = _rule_asked_for(split)
     if rule is not None:
@@ -55,7 +55,7 @@ def split_is_asked_for(split: SplitConfig) -> bool:
 
 
 def _rule_asked_for(split: SplitConfig) -> str | None:
-    """The rule that the settings ask for. Raises UserError when they ask for two."""
+    """The rule that the settings ask for. Raises UserError if they ask for two."""
     listed = any((split.train, split.val, split.test))
     if listed and split.rule not in (None, "lists"):
         raise UserError(f"data.split: lists of videos are given, but data.split.rule is {split.rule}; set it to lists")

@@ -16,7 +16,7 @@ Counts = dict[str, list[int]]  # by video id, in the order of the summary's rows
 def count_frames(index: Index, root: Path, fps: float, between_rows: BetweenRows = "mask") -> Counts:
     """Frames of each video sampled at `fps`: all, those of each phase, of none, with each tool, without tool labels.
 
-    Raises UserError when a video cannot be sampled at `fps` (see `most_fps`) or its annotations have changed.
+    Raises UserError if a video cannot be sampled at `fps` (see `most_fps`) or its annotations have changed.
     """
     return {entry.id: _count_frames(entry, root, index, fps, between_rows) for entry in index.videos}
 

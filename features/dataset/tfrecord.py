@@ -64,7 +64,7 @@ class RecordSpan:
 def record_spans(stream: BinaryIO, path: Path) -> Iterator[RecordSpan]:
     """The positions of the records; headers are read and checked, data is not.
 
-    Raises ReaderError naming the record where a header is damaged or the file ends before its record does.
+    Raises ReaderError naming the record if a header is damaged or the file ends before its record does.
     """
     size = os.fstat(stream.fileno()).st_size
     offset = 0
@@ -297,7 +297,7 @@ def record_layout(scan: RecordScan, phase_order: tuple[str, ...]) -> RecordLayou
 
 
 def require_one_numbering(layouts: Sequence[tuple[str, RecordLayout]]) -> None:
-    """Raise UserError where files number frames in two ways: more likely a lost frame than two conventions."""
+    """Raise UserError if files number frames in two ways: more likely a lost frame than two conventions."""
     first: dict[tuple[int, int], str] = {}
     for path, layout in layouts:
         first.setdefault((layout.frame_base, layout.total_frames - layout.frame_count), path)

@@ -97,7 +97,7 @@ class FrameCache:
         """The video's frames, decoded now where the cache does not hold them; memory does not grow with the length.
 
         `on_frame` is called with the number of frames done after each decoded frame. Raises ReaderError for a source
-        that cannot be read and UserError when the disk is full or not writable; then, as after Ctrl-C, no unfinished
+        that cannot be read and UserError if the disk is full or not writable; then, as after Ctrl-C, no unfinished
         file is left.
         """
         found = self.find(request)
@@ -217,7 +217,7 @@ class CachedFrames:
         return len(self.frame_index)
 
     def __getitem__(self, position: int) -> np.ndarray:
-        """The frame at `position`, (R, R, 3) uint8. Raises UserError naming the file when it is damaged."""
+        """The frame at `position`, (R, R, 3) uint8. Raises UserError naming the file if it is damaged."""
         if not 0 <= position < len(self):
             raise IndexError(f"{self.path}: position {position} of {len(self)}")
         blob = np.asarray(self._read("blobs", position)).tobytes()

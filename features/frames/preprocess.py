@@ -34,7 +34,7 @@ CropCount = Literal[1, 5, 10]
 def require_preprocess_of(
     net: PreprocessConfig, config: Config, given: GivenKeys, path: Path, fps: float | None = None, backbone: str = ""
 ) -> None:
-    """Raise UserError where the user gave frame settings that differ from those of the net in `path`.
+    """Raise UserError if the user gave frame settings that differ from those of the net in `path`.
 
     Compared are the settings `preprocess.*` and, where known, the sampling rate `fps` and the backbone's name.
     """
@@ -44,7 +44,7 @@ def require_preprocess_of(
 
 
 def require_features_of(encoder: Mapping[str, Any], config: Config, given: GivenKeys, path: Path) -> None:
-    """Raise UserError where `--set` gives frame settings that differ from those of the features in `path`, or of the
+    """Raise UserError if `--set` gives frame settings that differ from those of the features in `path`, or of the
     features that its net was trained on; `encoder` is the record of how they were made. Settings in a file may be meant
     for other stages and are not compared."""
     if given.by_set.isdisjoint({*_of_preprocess(config.preprocess), "data.fps", "cnn.backbone"}):
@@ -121,7 +121,7 @@ class Geometry:
 
 
 def find_margin(frames: Iterable[np.ndarray]) -> Box | None:
-    """The bright field's bounding box (left, top, right, bottom) in pixels, or None where there is no margin.
+    """The bright field's bounding box (left, top, right, bottom) in pixels, or None if there is no margin.
 
     Each frame (H, W, 3) has its own box: the span of rows and columns of which 5 % are brighter than black. Frames
     without one (dark, scope outside) are ignored, as is a field of less than a quarter of either side. Each side is the

@@ -64,7 +64,7 @@ class ChangedSource(UserError):
 
 
 def require_indexed_source(entry: VideoEntry, root: Path, index: Index) -> None:
-    """Raise ChangedSource when a source differs from the indexed one, by size and time, then by the hash of its ends.
+    """Raise ChangedSource if a source differs from the indexed one, by size and time, then by the hash of its ends.
 
     A missing source passes: files made from it remain usable without it, and reading it reports that it is missing.
     Raises UserError for one that cannot be read.
@@ -86,7 +86,7 @@ def require_indexed_source(entry: VideoEntry, root: Path, index: Index) -> None:
 
 
 def require_indexed_annotations(entry: VideoEntry, root: Path) -> None:
-    """Raise UserError when an annotation file differs from the indexed one; a missing one passes."""
+    """Raise UserError if an annotation file differs from the indexed one; a missing one passes."""
     for file in (entry.phase_file, entry.tool_file):
         path = inside(root, file.path) if file else None
         if file is not None and path is not None and path.is_file() and sha256_file(path) != file.sha256:
@@ -99,7 +99,7 @@ def open_source(
     """Open an indexed source of frames: a video file, a folder of images, or a TFRecord file.
 
     Open it in the process that reads it. `hardware` is a kind of device that decodes video files (cuda, qsv, ...).
-    Raises UserError where the source has changed since it was indexed, and ReaderError where it cannot be read.
+    Raises UserError if the source has changed since it was indexed, and ReaderError if it cannot be read.
     """
     require_indexed_source(entry, root, index)
     path = inside(root, entry.source)
@@ -245,7 +245,7 @@ def recorded_faults(folder: Path, index: Index) -> list[tuple[str, str]]:
 def cache_readable(config: Config, index: Index, root: Path, processes: Processes, stop: StopRequest) -> Index:
     """Decode training and validation videos into the cache; the index without those that cannot be read.
 
-    Raises UserError where that leaves a split without videos, and for what `fill_cache` raises it.
+    Raises UserError if that leaves a split without videos, and for what `fill_cache` raises it.
     """
     videos = processes.share([*index.by_split("train"), *index.by_split("val")])
     parts = processes.together(lambda: fill_cache(config, index, root, videos, stop))
@@ -259,7 +259,7 @@ def fill_cache(
 ) -> list[tuple[str, str]]:
     """Decode those of `entries` that the cache does not hold, several videos at once, with progress.
 
-    Returns the videos that cannot be read, and why. Raises UserError where a video could not be decoded for a reason
+    Returns the videos that cannot be read, and why. Raises UserError if a video could not be decoded for a reason
     that does not lie in its files, and before any work when the disk is too full or a source has changed; Stopped when
     asked to stop. Videos that were finished by then are kept.
     """

@@ -109,7 +109,7 @@ def simulate(
 
     `speed_up` divides the length of everything: at 10, an operation of 35 minutes becomes a video of 3.5. Videos that
     are complete are not written again. Raises UserError for settings out of range, for a folder that holds other data
-    or was made with other settings, and where a video cannot be written; Stopped, with unfinished videos removed, when
+    or was made with other settings, and if a video cannot be written; Stopped, with unfinished videos removed, when
     asked to stop.
     """
     _check_numbers(

@@ -62,7 +62,7 @@ def open_container(path: Path, hardware: str | None = None) -> Any:
 
 
 def video_stream(container: Any, path: Path) -> Any:
-    """The stream that a player would show (cover images are not). Raises ReaderError where there is none."""
+    """The stream that a player would show (cover images are not). Raises ReaderError if there is none."""
     find_best = getattr(container.streams, "best", None)  # since PyAV 13
     stream = find_best("video") if find_best else next(iter(container.streams.video), None)
     format_name = container.format.name
@@ -97,7 +97,7 @@ def decoded_from(container: Any, stream: Any, first: int) -> Iterator[Any]:
 
 
 def header_rate(stream: Any) -> Fraction:
-    """Frames per second according to the container; 0 where it gives no rate."""
+    """Frames per second according to the container; 0 if it gives no rate."""
     return stream.average_rate or stream.guessed_rate or Fraction(0)
 
 

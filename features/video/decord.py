@@ -37,7 +37,7 @@ from features.video.scan import VideoScan
 
 
 def why_not_decord(scan: VideoScan) -> str | None:
-    """Why decord would return other frames than PyAV on this video, or None where it returns the same.
+    """Why decord would return other frames than PyAV on this video, or None if it returns the same.
 
     Decided by the packets, then by comparing the first frame.
     """
@@ -108,7 +108,7 @@ class _WatchedLog:
 
 @functools.cache
 def _watched_log() -> _WatchedLog | None:
-    """The watch on decord's log, one per process; None where decord does not bring its own libavutil with it."""
+    """The watch on decord's log, one per process; None if decord does not bring its own libavutil with it."""
     folder = Path(_import_decord().__file__ or "").parent.parent / "decord.libs"
     for path in sorted(folder.glob("libavutil*")):
         try:
@@ -160,7 +160,7 @@ class DecordReader(FrameReader):
             self._open.clear()
 
     def decode(self, batch: list[int]) -> np.ndarray | None:
-        """(N, H, W, 3) uint8 RGB; None where decord failed or its FFmpeg complained of damage."""
+        """(N, H, W, 3) uint8 RGB; None if decord failed or its FFmpeg complained of damage."""
         log = _watched_log()
         assert log is not None  # why_not_decord has checked it
         before = log.complaints

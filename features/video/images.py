@@ -50,7 +50,7 @@ class FolderReader(FrameReader):
 def decode_image(source: Path | BinaryIO, place: str, number: int) -> np.ndarray:
     """An image (PNG, JPEG) with its EXIF rotation applied, (H, W, 3) uint8 RGB.
 
-    `place` and the frame's `number` are for messages. Raises ReaderError where it is missing, damaged, too large or not
+    `place` and the frame's `number` are for messages. Raises ReaderError if it is missing, damaged, too large or not
     8-bit colour.
     """
     from PIL import Image, ImageOps

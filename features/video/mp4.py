@@ -29,7 +29,7 @@ _CONTAINERS = frozenset({b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b
 def overclaim(path: Path) -> str | None:
     """What a file's tables claim that it cannot hold, or None. Reads headers only; None for a file that is not MP4.
 
-    Raises OSError where the file cannot be read.
+    Raises OSError if the file cannot be read.
     """
     size = path.stat().st_size
     samples, sound = 0, False
@@ -53,7 +53,7 @@ def overclaim(path: Path) -> str | None:
 def frame_times(path: Path) -> NDArray[np.int64] | None:
     """When the frames of an MP4 file's video are shown, (N,) ticks of its track in decoding order, from its tables.
 
-    None where the tables do not suffice: several video tracks, fragments, edits that cut or pause, empty frames,
+    None if the tables do not suffice: several video tracks, fragments, edits that cut or pause, empty frames,
     other files.
     """
     size = path.stat().st_size
@@ -83,7 +83,7 @@ def frame_times(path: Path) -> NDArray[np.int64] | None:
 
 
 def _repeated(table: bytes) -> NDArray[np.int64]:
-    """The values of a table of (count, value), each repeated; an empty array where they exceed `MAX_FRAMES`."""
+    """The values of a table of (count, value), each repeated; an empty array if they exceed `MAX_FRAMES`."""
     counts, values = np.frombuffer(table, ">i4").astype(np.int64).reshape(-1, 2).T
     usable = (counts >= 0).all() and counts.sum() <= MAX_FRAMES
     return values.repeat(counts) if usable else values[:0]
@@ -144,6 +144,6 @@ def _header(stream: BinaryIO, offset: int) -> tuple[bytes, int, int]:
 
 
 def _read(stream: BinaryIO, offset: int, count: int) -> bytes:
-    """`count` bytes, zeros where the file ends before."""
+    """`count` bytes, zeros if the file ends before."""
     stream.seek(offset)
     return stream.read(count).ljust(count, b"\0")

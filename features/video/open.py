@@ -21,7 +21,7 @@ def open_video(
 
     Decoding takes one thread: reading several videos at once is faster than several threads on one. `hardware` is a
     kind of device that FFmpeg decodes on (cuda, qsv, ...), with PyAV only. Open a reader in the process that uses it.
-    Raises ReaderError when the video cannot be read, or when decord or hardware was requested and would return other
+    Raises ReaderError if the video cannot be read, or if decord or hardware was requested and would return other
     frames.
     """
     scan = scan_video(path)

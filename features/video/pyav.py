@@ -168,7 +168,7 @@ class PyavReader(FrameReader):
     def _packets_after(
         self, container: Any, stream: Any, first: int, time_stamp: int | None
     ) -> Iterator[tuple[int, Any]] | None:
-        """All packets (`time_stamp` None), or those from `first` on after a seek; None where that led elsewhere."""
+        """All packets (`time_stamp` None), or those from `first` on after a seek; None if that led elsewhere."""
         packets = packets_of(container, stream)
         if time_stamp is None:
             return enumerate(packets)

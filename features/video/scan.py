@@ -59,7 +59,7 @@ def probe_video(path: Path) -> VideoInfo:
 
     An MP4 file's own tables are used where they agree with its duration and its rate is constant; otherwise (other
     containers have no such tables, edit lists hide frames) the packets are read. Raises ReaderError for a file that is
-    not a video, one that is shorter than its container claims, and where frames or their times cannot be determined.
+    not a video, one that is shorter than its container claims, and if frames or their times cannot be determined.
     """
     info, shown_pts = _from_tables(path)
     if info is None or info.times is not None:  # varying times may be a damaged table, which the packets show
@@ -73,7 +73,7 @@ def probe_video(path: Path) -> VideoInfo:
 
 
 def _from_tables(path: Path) -> tuple[VideoInfo | None, np.ndarray | None]:
-    """What an MP4 file's tables say, and its frames' times (F,) in ticks; None where they do not suffice."""
+    """What an MP4 file's tables say, and its frames' times (F,) in ticks; None if they do not suffice."""
     with open_container(path) as container:
         stream = video_stream(container, path)
         promised, pts = promised_frames(stream), mp4.frame_times(path)
@@ -91,7 +91,7 @@ def _from_tables(path: Path) -> tuple[VideoInfo | None, np.ndarray | None]:
 def _check_first_frames(path: Path, shown_pts: np.ndarray | None, variable: bool) -> tuple[str, ...]:
     """A note where time stamps are not presentation times, judged on the first frames; these may be damaged.
 
-    Raises ReaderError where the rate varies too, so that no frame's time is known.
+    Raises ReaderError if the rate varies too, so that no frame's time is known.
     """
     with open_container(path) as container:
         seen: list[int] = []
@@ -116,7 +116,7 @@ def _rate_and_times(
 ) -> tuple[float, FrameTimes | None]:
     """The rate of frames shown at `shown_pts` (F,), increasing, and their times where that is not constant.
 
-    Raises ReaderError where there is no rate.
+    Raises ReaderError if there is no rate.
     """
     fps, span_s = float(rate), float((shown_pts[-1] - shown_pts[0]) * tick_s)
     mean = (len(shown_pts) - 1) / span_s if span_s > 0 else fps
@@ -229,7 +229,7 @@ class VideoScan:
 
     @property
     def fps(self) -> float:
-        """The rate; the mean rate where it varies. Raises ReaderError where there is none."""
+        """The rate; the mean rate where it varies. Raises ReaderError if there is none."""
         return self._rate_and_times[0]
 
     @property
@@ -364,7 +364,7 @@ def _start(path: Path, packets: Packets) -> tuple[int, np.ndarray]:
 def _held(path: Path, packets: Packets, shown: np.ndarray) -> tuple[int, np.ndarray | None]:
     """How many frames an AVI file holds, and which coded picture each (F,) shows where empty chunks repeat one.
 
-    Packets' times are their places among all chunks. Where these do not increase, or exceed what the file can hold,
+    Packets' times are their places among all chunks. If these do not increase, or exceed what the file can hold,
     each packet is one frame.
     """
     pts = packets.pts
@@ -378,7 +378,7 @@ def _held(path: Path, packets: Packets, shown: np.ndarray) -> tuple[int, np.ndar
 
 def _in_presentation_order(packets: Packets, first: int) -> bool:
     """Whether time stamps are the presentation times of H.264: exactly B pictures are shown before one that was decoded
-    earlier. Where the stamps are decoding times, none is."""
+    earlier. If the stamps are decoding times, none is."""
     timed = ~packets.untimed & (np.arange(len(packets.pts)) >= first)
     pts, is_b = packets.pts[timed], packets.flagged(_B)[timed]
     return bool(((pts < np.maximum.accumulate(pts)) == is_b).all()) if len(pts) else False

@@ -36,7 +36,7 @@ class FrameTimes(Strict):
 
     @classmethod
     def of_stream(cls, pts: NDArray[np.int64], tick_s: Fraction, fps: float) -> FrameTimes | None:
-        """The times of frames shown at `pts` (F,), increasing, in ticks; None where they follow the rate `fps`.
+        """The times of frames shown at `pts` (F,), increasing, in ticks; None if they follow the rate `fps`.
 
         They may deviate by one tick, the rounding of the container's clock. Raises ValueError for a pause of years.
         """
@@ -91,6 +91,6 @@ def same_rate(fps: float, other_fps: float) -> bool:
 
 
 def require_held(fps: float, most_fps: float, held: str) -> None:
-    """Raise UserError where sampling at `fps` needs more than `most_fps`, the most that `held` (a description) has."""
+    """Raise UserError if sampling at `fps` needs more than `most_fps`, the most that `held` (a description) has."""
     if fps > most_fps * (1 + RATE_TOLERANCE):
         raise UserError(f"data.fps={fps:g} asks for more than there is: {most_fps:.4g} is the most that {held} holds")

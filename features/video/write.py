@@ -27,7 +27,7 @@ def encode_mp4(
     """Encode frames (H, W, 3) uint8 RGB, all of the same size with even sides, at `fps` with libx264's `options`.
 
     One frame is in memory at a time. `time_s` gives each frame's time where the rate varies. `check_stop` is called
-    before each frame and may raise. The caller makes the writing atomic. Raises UserError when this PyAV has no H.264
+    before each frame and may raise. The caller makes the writing atomic. Raises UserError if this PyAV has no H.264
     encoder, OSError when the disk is full.
     """
     import av

@@ -25,8 +25,8 @@ class Backbone(nn.Module):
     """Images (N, 3, S, S) -> embeddings (N, D).
 
     `net` is the network with its own children's names (for ResNets conv1, bn1, relu, maxpool, layer1..4, avgpool).
-    Where `embedding_dim` is None it is a classification network: its last linear layer, `head_name`, is replaced by
-    the identity, and D is the width of that layer's input. Raises UserError where there is no such layer.
+    If `embedding_dim` is None it is a classification network: its last linear layer, `head_name`, is replaced by
+    the identity, and D is the width of that layer's input. Raises UserError if there is no such layer.
     """
 
     def __init__(self, name: str, net: nn.Module, embedding_dim: int | None = None) -> None:
@@ -81,7 +81,7 @@ def freeze_batch_norm(backbone: Backbone) -> None:
 
 
 def require_image_size(backbone: Backbone, size_px: int) -> None:
-    """Raise UserError when the network cannot take images of `size_px` (too small, or transformers of a fixed size)."""
+    """Raise UserError if the network cannot take images of `size_px` (too small, or transformers of a fixed size)."""
     training = backbone.training
     device = next(backbone.parameters()).device
     try:
@@ -108,7 +108,7 @@ def build_backbone(name: str, weights: str, seed: int, *, trusted: bool = False,
     `weights`: `imagenet` (those that the registry's entry names), `random` (a function of `seed` alone), `run:NAME`
     (`<runs>/NAME/cnn/best.pt`), or a file with a state dict under any prefix and wrapper (`find_weights`); the match is
     reported. `trusted` vouches for a file where torch is too old to load foreign ones safely. Raises UserError naming
-    the choices where the weights are missing, or what does not fit.
+    the choices if the weights are missing, or what does not fit.
     """
     entry = find_encoder(name)
     with torch.random.fork_rng(devices=[]):

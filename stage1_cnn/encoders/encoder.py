@@ -92,7 +92,7 @@ class Encoder:
 def load_encoder(config: Config, run: Path | None, tools: Sequence[str], trusted: bool = False) -> Encoder:
     """The encoder that `extract.encoder` asks for: the run's best epoch, or the initial weights untrained.
 
-    Raises UserError when there is no such checkpoint or it was trained on other tools or another backbone.
+    Raises UserError if there is no such checkpoint or it was trained on other tools or another backbone.
     """
     with torch.random.fork_rng(devices=[]):  # nets are built with weights drawn at random before they are loaded
         if config.extract.checkpoint is not None:

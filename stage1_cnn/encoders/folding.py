@@ -18,10 +18,10 @@ _TOLERANCE = 1e-3
 
 
 def fold_batch_norm(net: nn.Module, size_px: int) -> nn.Module | None:
-    """A copy of `net`, in evaluation mode, without the batch norms that follow a convolution; None where there is none.
+    """A copy of `net`, in evaluation mode, without the batch norms that follow a convolution; None if there is none.
 
     The pairs are found by running one image (3, `size_px`, `size_px`) through the net, so that nets that cannot be
-    traced are folded, too. None as well where the copy does not give the net's embedding of that image.
+    traced are folded, too. None as well if the copy does not give the net's embedding of that image.
     """
     folded = copy.deepcopy(net).eval()
     image = torch.randn(1, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))

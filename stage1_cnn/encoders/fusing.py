@@ -50,9 +50,9 @@ class ConvRelu(nn.Module):
 
 
 def fuse_relu(net: nn.Module, size_px: int) -> nn.Module | None:
-    """The same net, with the same weights, for inference on a CPU; None where nothing could be fused.
+    """The same net, with the same weights, for inference on a CPU; None if nothing could be fused.
 
-    None, too, for nets that cannot be traced, and where the fused net fails on an image (3, `size_px`, `size_px`) or
+    None, too, for nets that cannot be traced, and if the fused net fails on an image (3, `size_px`, `size_px`) or
     does not give its embedding.
     """
     if not onednn.convolves(torch.float32):
@@ -121,7 +121,7 @@ def _is_conv(traced: fx.GraphModule, node: Any) -> bool:
 
 
 def _conv_and_other(traced: fx.GraphModule, total: Any) -> tuple[Any, Any]:
-    """The convolution in a sum of two tensors, and what it is added to; (None, None) where it is no such sum."""
+    """The convolution in a sum of two tensors, and what it is added to; (None, None) if it is no such sum."""
     if not isinstance(total, fx.Node) or total.op != "call_function" or total.target not in _SUMS or total.kwargs:
         return None, None
     parts = list(total.args)

@@ -26,7 +26,7 @@ _CANNOT_KEEP |= {errno.ENOENT, errno.ENOTDIR, errno.EEXIST}
 
 
 def published_weights(name: str) -> Pretrained:
-    """An encoder's ImageNet weights. Raises UserError where there are none, or their package is not installed."""
+    """An encoder's ImageNet weights. Raises UserError if there are none, or their package is not installed."""
     entry = find_encoder(name)
     if entry.pretrained is None:
         raise UserError(f"cnn.backbone={name}: has no ImageNet weights; set cnn.weights=random or a state-dict file")
@@ -45,7 +45,7 @@ def settled_weights(cnn: CnnConfig) -> str:
 def weights_file(name: str, weights: str, runs: Path) -> Path:
     """The file that `weights` (not `random`) means for encoder `name`.
 
-    Raises UserError where a run or file of that name does not exist; published weights need not be there yet.
+    Raises UserError if a run or file of that name does not exist; published weights need not be there yet.
     """
     if weights == "imagenet":
         return published_weights(name).path
@@ -66,7 +66,7 @@ def weights_identity(cnn: CnnConfig, runs: Path) -> str:
 
 
 def best_checkpoint(run: Path) -> Path:
-    """Where stage one keeps a run's best epoch. Raises UserError when it is not there."""
+    """Where stage one keeps a run's best epoch. Raises UserError if it is not there."""
     path = run / CHECKPOINT_STAGE / "best.pt"
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; run train-cnn under that name first")
@@ -76,7 +76,7 @@ def best_checkpoint(run: Path) -> Path:
 def fetch(name: str, weights: Pretrained) -> None:
     """Download published weights unless they are on this machine, and check their hash.
 
-    Raises UserError naming the other choices where that fails.
+    Raises UserError naming the other choices if that fails.
     """
     path, url = weights.path, weights.url
     if url is None or _is_file(path):

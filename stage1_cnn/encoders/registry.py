@@ -43,7 +43,7 @@ class EncoderEntry:
 
     `build` returns it with random weights, drawn from torch's global generator: images (N, 3, S, S) to embeddings
     (N, `embedding_dim`). With `embedding_dim` None it is a classification network, which is cut before its last linear
-    layer. `pretrained` is called only when its weights are asked for, and raises UserError where a package is missing.
+    layer. `pretrained` is called only when its weights are asked for, and raises UserError if a package is missing.
     `rename` maps names in published state dicts to those of the module's tensors.
     """
 

@@ -41,8 +41,8 @@ def find_weights(net: nn.Module, head: str, tensors: Mapping[str, Tensor], what:
     """All weights of `net` (named `what` in messages) among a file's tensors, under any prefix.
 
     Children may be numbered, as in an `nn.Sequential` of them. The layer `head`, which was cut off, and tensors outside
-    the net's children are ignored. Raises UserError where no prefix has every tensor in its shape, naming the closest,
-    and where several prefixes have them with different values and equal rank.
+    the net's children are ignored. Raises UserError if no prefix has every tensor in its shape, naming the closest,
+    and if several prefixes have them with different values and equal rank.
     """
     wanted = net.state_dict()
     numbers = {name: str(number) for number, (name, _) in enumerate(net.named_children())}
@@ -72,7 +72,7 @@ def find_weights(net: nn.Module, head: str, tensors: Mapping[str, Tensor], what:
 
 
 def choose(found: Sequence[Found], what: str, source: Path) -> Found:
-    """Of several matches, the one to load. Raises UserError where two with different values have the same rank."""
+    """Of several matches, the one to load. Raises UserError if two with different values have the same rank."""
     distinct: list[Found] = []
     for one in found:
         if not any(_same(one.state, other.state) for other in distinct):
@@ -103,7 +103,7 @@ def describe_match(found: Found, tensors: Mapping[str, Tensor], what: str) -> st
 def below(layer: str, tensors: Mapping[str, Tensor], what: str, source: Path) -> dict[str, Tensor]:
     """The tensors of the net that has a child `layer`, without their prefix, except `module.`.
 
-    All tensors where no net has one. Raises UserError where there are several with different values.
+    All tensors where no net has one. Raises UserError if there are several with different values.
     """
     at = re.compile(rf"((?:.*?\.)??)(?:module\.)?{layer}\.")
     places = dict.fromkeys(found[1] for name in tensors if (found := at.match(name)))
@@ -129,7 +129,7 @@ def _renamed(name: str, children: Mapping[str, str]) -> str:
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Names without wrappers at any depth, mapped to the original names; empty where two names become equal."""
+    """Names without wrappers at any depth, mapped to the original names; empty if two names become equal."""
     short = {".".join(part for part in name.split(".") if part not in _WRAPPERS): name for name in tensors}
     return short if len(short) == len(tensors) else {}
 
@@ -158,7 +158,7 @@ def _group(name: str, place: str) -> str:
 
 
 def misfits(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """Why a state dict does not fit, one entry per problem; empty where it fits.
+    """Why a state dict does not fit, one entry per problem; empty if it fits.
 
     Old files may lack batch norm's counters.
     """

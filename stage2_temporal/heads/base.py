@@ -27,7 +27,7 @@ class HeadOutput(NamedTuple):
     """What a head computes from B sequences of T frames."""
 
     logits_per_stage: list[Tensor]  # [(B, T, C), ...]; the loss sums over them, the last is the prediction
-    hidden: Tensor | None  # (B, T, hidden_dim), what the last layer reads; None where it was never made as a whole
+    hidden: Tensor | None  # (B, T, hidden_dim), what the last layer reads; None if it was never made as a whole
     state: State  # after the last frame
 
     @property
@@ -94,7 +94,7 @@ def detach_state(state: State) -> State:
 
 
 def require_causal(head: Head) -> None:
-    """Raise UserError for a head that looks into the future where frames arrive one after the other."""
+    """Raise UserError for a head that looks into the future, where frames arrive one at a time."""
     if not head.causal:
         raise UserError(
             "temporal.head: a head that looks into the future (such as bidirectional=true) is offline only: it needs "

@@ -57,7 +57,7 @@ def evaluate_joint(
     another index than the run's (`other`, or where `data.index` is another file) it writes only into a folder that
     begins with the name of the index. Videos that cannot be read are left out and reported. Images are prepared as in
     training, and not as in a preset; crops are `joint.crops`.
-    Raises UserError where the user gave another preparation (`given`) and when the net's classes or sampling rate are
+    Raises UserError if the user gave another preparation (`given`) and if the net's classes or sampling rate are
     not the data's, Stopped when asked to stop.
     """
     path = joint_checkpoint(run)
@@ -170,7 +170,7 @@ def _mapped_tools(truth: GroundTruth, found: Mapping[str, Prediction]) -> ToolRe
 def _thresholds(
     predict: Callable[[list[LabelledVideo]], dict[str, Prediction]], val: Sequence[LabelledVideo], index: Index
 ) -> Mapping[str, float] | None:
-    """Chosen on the validation videos; None where there are none with tool labels, or no tool branch."""
+    """Chosen on the validation videos; None if there are none with tool labels, or no tool branch."""
     labels = {video.entry.id: video.tools for video in val if (video.tools >= 0).any()}
     found = predict([video for video in val if video.entry.id in labels]) if labels else {}
     known = labelled_scores(labels, {name: one.tools for name, one in found.items() if one.tools is not None})

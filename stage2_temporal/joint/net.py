@@ -195,7 +195,7 @@ def attach_joint(
 ) -> dict[str, Any]:
     """Copy every branch of another joint checkpoint that this net has too (an imported one, for example).
 
-    Returns the checkpoint's other content. Raises UserError where classes, backbone, head or a branch's shape differ.
+    Returns the checkpoint's other content. Raises UserError if classes, backbone, head or a branch's shape differ.
     """
     other, about = load_joint(path)
     require_same_classes(path, "phases", about["phases"], phases if other.phase is not None else about["phases"])
@@ -246,7 +246,7 @@ def describe_joint(
 def load_joint(path: Path) -> tuple[JointNet, dict[str, Any]]:
     """The net of a joint checkpoint, on the CPU in evaluation mode, and the file's other content.
 
-    Raises UserError when the file is missing, damaged, or of another stage.
+    Raises UserError if the file is missing, damaged, or of another stage.
     """
     content = load_checkpoint(path)
     if content.get("kind") != KIND:
@@ -268,7 +268,7 @@ def load_joint(path: Path) -> tuple[JointNet, dict[str, Any]]:
 def joint_checkpoint(run: Path) -> Path:
     """The best epoch of the last step that a run's joint net was trained in, or the imported net.
 
-    Raises UserError when there is none.
+    Raises UserError if there is none.
     """
     for step in (*reversed(STEPS), IMPORTED):
         path = run / FOLDER / step / "best.pt"
@@ -278,7 +278,7 @@ def joint_checkpoint(run: Path) -> Path:
 
 
 def phase_model_of(path: Path) -> tuple[PhaseModel, Mapping[str, Any]]:
-    """The phase branch of a joint checkpoint as a model of stage two. Raises UserError where there is none."""
+    """The phase branch of a joint checkpoint as a model of stage two. Raises UserError if there is none."""
     net, about = load_joint(path)
     if net.phase is None:
         raise UserError(f"{path}: a net for tools alone has no phase branch")

@@ -192,7 +192,7 @@ def _mapped(net: JointNet) -> Callable[[Tensor, State | None, Tensor], HeadOutpu
 
 
 def phase_accuracy(videos: Sequence[LabelledVideo], found: Mapping[str, Prediction]) -> float | None:
-    """Fraction of correct frames among the labelled ones, mean over videos; None where nothing is labelled."""
+    """Fraction of correct frames among the labelled ones, mean over videos; None if nothing is labelled."""
     accuracies = []
     for video in videos:
         predicted, labelled = found[video.entry.id].phase, video.phase >= 0

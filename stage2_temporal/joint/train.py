@@ -156,7 +156,7 @@ def _stages(config: Config, run: Path, index: Index, files: Mapping[str, Path]) 
 
 
 def _require_precisions(config: Config, stages: Mapping[str, StageFolder]) -> None:
-    """Raise UserError, before any training, where a later step's precision is not available on this device."""
+    """Raise UserError, before any training, if a later step's precision is not available on this device."""
     device = choose_device(config.device)
     for step, settings in schedule(config).items():
         if stages[step].result is None:
