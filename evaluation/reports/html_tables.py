@@ -9,7 +9,16 @@ from typing import Any
 from evaluation.metrics.results import Interval, PhaseAbout, PhaseResults, PooledScore, Score
 from evaluation.metrics.scores import metric_title
 from evaluation.reports.gather import HEAD, Report, RunResults, differing_settings, settings_of
-from evaluation.reports.tables import MEAN_AP, THRESHOLD_TITLES, mean_std_text, metrics_of, number_text, tool_cells
+from evaluation.reports.tables import (
+    IN_BRACKETS,
+    MEAN_AP,
+    THRESHOLD_TITLES,
+    interval_text,
+    mean_std_text,
+    metrics_of,
+    number_text,
+    tool_cells,
+)
 
 HEAD_TITLES = {HEAD: "With time", "frame": "Frame by frame", "majority": "Longest phase always"}
 PACKAGES = ("surgstage", "torch", "accelerate")
@@ -169,10 +178,7 @@ def _segments(report: Report, convention: str, known: PhaseResults) -> ReportTab
 
 
 def _cell(score: Score | None, interval: Interval | None = None) -> Cell:
-    if score is None:
-        return Cell("-")
-    known = interval is not None and interval.low is not None and interval.high is not None
-    return Cell(mean_std_text(score), f"[{interval.low:.1f}, {interval.high:.1f}]" if known and interval else "")
+    return Cell(mean_std_text(score), interval_text(interval, IN_BRACKETS) if score else "")
 
 
 def _tools(runs: Sequence[RunResults]) -> ReportTable:

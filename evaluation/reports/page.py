@@ -46,7 +46,6 @@ def render(report: Report) -> str:
         tables=report_tables.all_tables(report),
         figures=figures,
         metrics=[(metric, metric_title(metric)) for metric in known.metrics] if known else [],
-        stages=list(dict.fromkeys(stage for run in report.runs for stage in run.curves)),
         unlabelled=any((video.phase < 0).any() for video in report.truth.videos.values()),
         phases=report_figures.legend(report.truth.spec.phases),
         policy=Markup(_policy(scripts)),

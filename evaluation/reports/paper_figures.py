@@ -103,7 +103,7 @@ def phase_ribbons(
         y += video_height
     _style_time_axis(axes)
     unlabelled = any((track < 0).any() for ribbons in rows for _, track, _ in ribbons)
-    _add_legend(figure, phases, unlabelled, 1 - 0.28 * bool(title) / height)
+    _phase_legend(figure, phases, unlabelled, 1 - 0.28 * bool(title) / height)
     if title:
         _text(figure, 0.1 / _WIDTH_INCH, 1 - 0.18 / height, title, figure.transFigure, fontsize=10)
     save_figure(figure, path)
@@ -153,7 +153,7 @@ def _style_time_axis(axes: Any) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _add_legend(figure: Any, phases: Sequence[str], unlabelled: bool, top: float) -> None:
+def _phase_legend(figure: Any, phases: Sequence[str], unlabelled: bool, top: float) -> None:
     from matplotlib.patches import Patch
 
     handles = [Patch(facecolor=colour) for colour in phase_colours(len(phases))]
@@ -161,9 +161,12 @@ def _add_legend(figure: Any, phases: Sequence[str], unlabelled: bool, top: float
     if unlabelled:
         handles.append(Patch(**UNLABELLED))
         labels.append("no label")
-    legend = figure.legend(
-        handles, labels, loc="upper center", bbox_to_anchor=(0.5, top), ncols=_LEGEND_COLUMNS, fontsize=8, frameon=False
-    )
+    add_legend(figure, handles, labels, loc="upper center", bbox_to_anchor=(0.5, top))
+
+
+def add_legend(figure: Any, handles: Sequence[Any], labels: Sequence[str], **place: Any) -> None:
+    """A legend of a whole figure. Literal text: a dollar sign in a name does not start a formula."""
+    legend = figure.legend(handles, labels, ncols=_LEGEND_COLUMNS, fontsize=8, frameon=False, **place)
     for text in legend.get_texts():
         text.set_parse_math(False)
 

@@ -1,4 +1,5 @@
-"""The report's figures as Plotly specifications: plain dictionaries, drawn by the page's own plotly.js.
+"""The report's figures as Plotly specifications: plain dictionaries, drawn by the page's own plotly.js and, for papers,
+by `static_files`.
 
 Ribbons and timelines hold one bar per run of frames, never one point per frame. Times are milliseconds from the start
 of the video on a plain axis with our own ticks: Plotly's date axes take the numbers 1000 to 9999 for years.
@@ -8,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import unescape
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation.metrics.conventions import MAIN_CONVENTION
 from evaluation.metrics.results import Interval
 from evaluation.metrics.scores import metric_title
 from evaluation.metrics.tools import DEFAULT_THRESHOLD
@@ -25,6 +28,7 @@ from evaluation.reports.paper_figures import (
     sample_edges_s,
     short_name,
 )
+from evaluation.reports.tables import IN_BRACKETS, interval_text
 from features.runs import true_spans
 
 # Okabe and Ito's darker colours, which stand out from a white page; a pattern and a dash go with each.
@@ -36,16 +40,20 @@ _TICK_STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 
 _TICKS = 5
 _ROW_PX = 26
 _NAME_LETTERS = 14
+_ROW_LETTERS = 26
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure: `spec` is the input of `Plotly.newPlot`, `alt` describes in words what is drawn."""
+    """A figure: `spec` is the input of `Plotly.newPlot`, `alt` describes in words what is drawn. Figures with the same
+    `file` (a name without suffix) are panels of one file for papers; one without is in the page alone."""
 
     id: str
+    title: str
     alt: str
     height_px: int
     spec: dict[str, Any]
+    file: str = ""
 
 
 def clock(seconds: float) -> str:
@@ -61,9 +69,20 @@ def plain(name: str, letters: int | None = None) -> str:
     return text.replace("%{", "%\u200b{")
 
 
+def literal(text: str) -> str:
+    """The name that `plain` was given."""
+    return unescape(text.replace("\u200b", ""))
+
+
 def legend(phases: Sequence[str]) -> list[tuple[str, str, str]]:
     """(name, colour, colour of text on it) of each phase; figures show phases by their numbers from 1."""
     return [(name, colour, text_on(colour)) for name, colour in zip(phases, phase_colours(len(phases)), strict=True)]
+
+
+def run_line(number: int, dash: int | None = None) -> dict[str, str]:
+    """Colour and dash of a run's line, by the run's number."""
+    which = number if dash is None else dash
+    return {"color": RUN_COLOURS[number % len(RUN_COLOURS)], "dash": RUN_DASHES[which % len(RUN_DASHES)]}
 
 
 def text_on(colour: str) -> str:
@@ -86,30 +105,37 @@ def all_figures(report: Report) -> dict[str, Figure]:
     return {figure.id: figure for figure in found}
 
 
-def _layout(**more: Any) -> dict[str, Any]:
+def _layout(bottom_px: int, **more: Any) -> dict[str, Any]:
     """The layout that all figures share: no dragging, so that a finger scrolls the page, and the page's own font."""
     return {
         "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#222222"},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
+        "barmode": "overlay",  # bars have their own places
         "dragmode": False,
         "hovermode": "closest",
         "hoverlabel": {"align": "left", "bgcolor": "#FFFFFF", "bordercolor": "#222222", "font": {"color": "#222222"}},
+        "margin": {"l": 10, "r": 14, "t": 4, "b": bottom_px},
+        "legend": {"orientation": "h", "itemclick": False, "itemdoubleclick": False, "y": 1.02, "yanchor": "bottom"},
         "showlegend": False,
         **more,
     }
 
 
-def _margin(bottom_px: int, right_px: int = 14) -> dict[str, int]:
-    return {"l": 10, "r": right_px, "t": 4, "b": bottom_px}
-
-
-def _legend(**place: Any) -> dict[str, Any]:
-    return {"orientation": "h", "itemclick": False, "itemdoubleclick": False, **place}
-
-
 def _axis(**more: Any) -> dict[str, Any]:
     return {"fixedrange": True, "automargin": True, "zeroline": False, "gridcolor": "#E3E3E3", **more}
+
+
+def _rows_axis(names: Sequence[str]) -> dict[str, Any]:
+    """An axis of named rows, from the top."""
+    rows = {"tickvals": list(range(len(names))), "ticktext": list(names), "showgrid": False}
+    return _axis(**rows, range=[len(names) - 0.5, -0.5])
+
+
+def _place(number: int, count: int) -> dict[str, float]:
+    """The place in its row of one bar of `count`."""
+    height = 0.8 / count
+    return {"offset": number * height - 0.4, "width": 0.92 * height}
 
 
 def _time_axis(end_ms: int) -> dict[str, Any]:
@@ -156,23 +182,22 @@ def ribbon(report: Report, number: int, video: str) -> Figure | None:
             digits = [str(phase + 1) if value >= 0 else ""] * len(bars)
             data.append(trace | inside | {"text": digits, "insidetextfont": {"color": text, "size": 11}})
     layout = _layout(
-        barmode="overlay",
+        26,
         xaxis=_time_axis(int(edges[-1])),
         yaxis=_axis(type="category", categoryarray=names, range=[len(names) - 0.5, -0.5], showgrid=False),
-        margin=_margin(26),
         uniformtext={"mode": "hide", "minsize": 9},
     )
     duration = clock(edges[-1] / 1000)
     alt = f"Phases of {video} over {duration}: " + ", ".join(name for name, _ in rows) + ". Arrow keys step through it."
-    return Figure(f"ribbon-{number}", alt, 36 + _ROW_PX * len(rows), {"data": data, "layout": layout})
+    return Figure(f"ribbon-{number}", video, alt, 36 + _ROW_PX * len(rows), {"data": data, "layout": layout})
 
 
-def _span_bars(bars: Sequence[tuple[str, int, int]], colour: str, hover: str) -> dict[str, Any]:
-    """A trace of bars over time, from (row's name, start, stop) in ms each."""
+def _span_bars(bars: Sequence[tuple[Any, int, int]], colour: str, hover: str) -> dict[str, Any]:
+    """A trace of bars over time, from (row, start, stop in ms) each."""
     return {
         "type": "bar",
         "orientation": "h",
-        "y": [name for name, _, _ in bars],
+        "y": [row for row, _, _ in bars],
         "base": [start for _, start, _ in bars],
         "x": [stop - start for _, start, stop in bars],
         "marker": {"color": colour, "line": {"width": 0}},
@@ -193,41 +218,42 @@ def _from_to(start_ms: int, stop_ms: int) -> str:
 def tool_timeline(report: Report, number: int, video: str) -> Figure | None:
     """When each tool is present: truth above, and the predictions of each run at its thresholds below."""
     edges, tools = edges_ms(report, video), report.truth.spec.tools
-    presence = list(tool_presence(report, video))
+    presence = list(_tool_presence(report, video))
     if edges is None or not presence:
         return None
-    names = [plain(tool, _NAME_LETTERS) for tool in tools]
-    height = 0.8 / len(presence)
     data = []
-    for row, (name, present) in enumerate(presence):
-        bars = [(names[k], *span) for k in range(len(tools)) for span in _spans(present[:, k], edges)]
-        colour = "#222222" if name == TRUTH_NAME else RUN_COLOURS[(row - 1) % len(RUN_COLOURS)]
-        trace = _span_bars(bars, colour, "%{fullData.name}: <b>%{y}</b><br>%{customdata}<extra></extra>")
-        place = {"offset": -0.4 + row * height, "width": height * 0.9}
-        data.append(trace | place | {"name": plain(name, _NAME_LETTERS)})
+    for row, (name, colour, present) in enumerate(presence):
+        bars = [(k, *span) for k in range(len(tools)) for span in _spans(present[:, k], edges)]
+        trace = _span_bars(bars, colour, "%{fullData.name}: <b>%{text}</b><br>%{customdata}<extra></extra>")
+        words = {"text": [plain(tools[k]) for k, _, _ in bars], "textposition": "none", "name": plain(name, 30)}
+        data.append(trace | _place(row, len(presence)) | words)
     layout = _layout(
-        barmode="overlay",
+        26,
         xaxis=_time_axis(int(edges[-1])),
-        yaxis=_axis(type="category", categoryarray=names, range=[len(names) - 0.5, -0.5]),
-        margin=_margin(26),
+        yaxis=_rows_axis([plain(tool, _ROW_LETTERS) for tool in tools]),
         showlegend=True,
-        legend=_legend(y=-0.12),
     )
-    alt = f"Tools in {video} over time: " + ", ".join(name for name, _ in presence)
-    return Figure(f"tools-{number}", alt, 80 + 9 * len(tools) * (1 + len(presence)), {"data": data, "layout": layout})
+    alt = f"Tools in {video} over time: " + ", ".join(name for name, _, _ in presence)
+    height = 80 + 9 * len(tools) * (1 + len(presence))
+    return Figure(f"tools-{number}", video, alt, height, {"data": data, "layout": layout}, f"tools-{video}")
 
 
-def tool_presence(report: Report, video: str) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """(name, present (T, K)): labels where there are any, then each run's scores at its thresholds (0.5 without)."""
+def _tool_presence(report: Report, video: str) -> Iterator[tuple[str, str, NDArray[np.bool_]]]:
+    """(name, colour, present (T, K)): labels where there are any, then each run's scores at its thresholds (0.5
+    without)."""
     labels = report.truth.videos[video].tools
     if not report.truth.spec.tools or not labels.size:
         return
     if (labels >= 0).any():
-        yield TRUTH_NAME, labels == 1
-    for run in report.runs:
+        yield TRUTH_NAME, "#222222", labels == 1
+    for number, run in enumerate(report.runs):
         if video in run.tool_scores:
             scores = run.tool_scores[video].probabilities
-            yield run.name, scores >= np.array([_threshold(run, tool) for tool in run.truth.spec.tools])
+            yield (
+                run.name,
+                run_line(number)["color"],
+                scores >= np.array([_threshold(run, tool) for tool in run.truth.spec.tools]),
+            )
 
 
 def _threshold(run: RunResults, tool: str) -> float:
@@ -248,26 +274,24 @@ def bars(report: Report) -> Iterator[Figure]:
 
 
 def _bars(report: Report, convention: str, metric: str) -> Figure:
-    phases, data = report.truth.spec.phases, []
-    for number, (run, intervals) in enumerate(zip(report.runs, report.intervals, strict=True)):
-        if intervals is None:
-            continue
-        entries = [intervals.per_phase[convention][phase][metric] for phase in phases]
-        data.append(_run_bars(run, number, phases, entries))
+    phases = report.truth.spec.phases
+    known = [(n, run, found) for n, (run, found) in enumerate(zip(report.runs, report.intervals, strict=True)) if found]
+    data = [
+        _run_bars(run, number, phases, [found.per_phase[convention][phase][metric] for phase in phases])
+        | _place(place, len(known))
+        for place, (number, run, found) in enumerate(known)
+    ]
     title = plain(metric_title(metric))
     layout = _layout(
-        barmode="group",
-        bargap=0.3,
+        40,
         xaxis=_axis(range=[0, 104], ticksuffix=" %", title={"text": title, "standoff": 6}),
-        yaxis=_axis(tickvals=list(range(len(phases))), ticktext=[_numbered(i, p) for i, p in enumerate(phases)],
-                    range=[len(phases) - 0.5, -0.5], showgrid=False),
-        margin=_margin(40),
+        yaxis=_rows_axis([_numbered(i, phase) for i, phase in enumerate(phases)]),
         showlegend=len(data) > 1,
-        legend=_legend(y=1.02, yanchor="bottom"),
-    )  # fmt: skip
+    )
     alt = f"{title} of each phase with 95 % intervals, {convention}; the numbers are in the table above"
     height = 90 + len(phases) * (18 + 14 * len(data))
-    return Figure(f"bars-{convention}-{metric}", alt, height, {"data": data, "layout": layout})
+    file = f"phases-{metric}" if convention == MAIN_CONVENTION else ""
+    return Figure(f"bars-{convention}-{metric}", convention, alt, height, {"data": data, "layout": layout}, file)
 
 
 def _run_bars(run: RunResults, number: int, phases: Sequence[str], entries: Sequence[Interval]) -> dict[str, Any]:
@@ -276,10 +300,7 @@ def _run_bars(run: RunResults, number: int, phases: Sequence[str], entries: Sequ
         return None if end is None or entry.mean is None else abs(end - entry.mean)
 
     words = [
-        "-"
-        if e.mean is None
-        else f"{e.mean:.1f} %" + (f" [{e.low:.1f}, {e.high:.1f}]" if e.low is not None and e.high is not None else "")
-        for e in entries
+        "-" if one.mean is None else f"{one.mean:.1f} % {interval_text(one, IN_BRACKETS)}".rstrip() for one in entries
     ]
     return {
         "type": "bar",
@@ -297,7 +318,7 @@ def _run_bars(run: RunResults, number: int, phases: Sequence[str], entries: Sequ
             "width": 4,
         },
         "marker": {
-            "color": RUN_COLOURS[number % len(RUN_COLOURS)],
+            "color": run_line(number)["color"],
             "pattern": {
                 "shape": RUN_PATTERNS[number % len(RUN_PATTERNS)],
                 "fillmode": "overlay",
@@ -311,7 +332,7 @@ def _run_bars(run: RunResults, number: int, phases: Sequence[str], entries: Sequ
 
 
 def _numbered(phase: int, name: str) -> str:
-    return f"{phase + 1} {plain(name, 26)}"
+    return f"{phase + 1} {plain(name, _ROW_LETTERS)}"
 
 
 def confusion(run: RunResults, number: int) -> Figure | None:
@@ -346,13 +367,13 @@ def confusion(run: RunResults, number: int) -> Figure | None:
     }  # fmt: skip
     ticks = {"tickvals": list(range(len(phases))), "showgrid": False}
     layout = _layout(
+        40,
         xaxis=_axis(**ticks, ticktext=digits, side="bottom", title={"text": "predicted", "standoff": 4}),
-        yaxis=_axis(**ticks, ticktext=[_numbered(i, name) for i, name in enumerate(phases)], autorange="reversed"),
-        margin=_margin(40, right_px=10),
+        yaxis=_rows_axis([_numbered(i, name) for i, name in enumerate(phases)]),
     )
     right = 100.0 * float(np.trace(counts)) / max(int(counts.sum()), 1)
     alt = f"Confusion matrix of {run.name}: {right:.1f} % of {int(counts.sum()):,} frames on the diagonal"
-    return Figure(f"confusion-{number}", alt, 60 + 34 * len(phases), {"data": [trace], "layout": layout})
+    return Figure(f"confusion-{number}", run.name, alt, 60 + 34 * len(phases), {"data": [trace], "layout": layout})
 
 
 def precision_recall(runs: Sequence[RunResults]) -> Iterator[Figure]:
@@ -364,11 +385,12 @@ def precision_recall(runs: Sequence[RunResults]) -> Iterator[Figure]:
             continue
         percent = _axis(range=[0, 103], tickvals=[0, 50, 100], ticksuffix=" %")
         layout = _layout(
+            40,
             xaxis={**percent, "title": {"text": "recall", "standoff": 4}},
             yaxis={**percent, "title": {"text": "precision", "standoff": 4}},
-            margin=_margin(40),
         )
-        yield Figure(f"curve-{k}", f"Precision against recall of {tool}", 230, {"data": lines, "layout": layout})
+        alt = f"Precision against recall of {tool}"
+        yield Figure(f"curve-{k}", tool, alt, 230, {"data": lines, "layout": layout}, "precision-recall")
 
 
 def curve_points(run: RunResults, k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
@@ -402,7 +424,7 @@ def _curve(run: RunResults, number: int, k: int) -> dict[str, Any] | None:
         "name": plain(run.name, 30),
         "x": recall,
         "y": precision,
-        "line": {"color": RUN_COLOURS[number % len(RUN_COLOURS)], "dash": RUN_DASHES[number % len(RUN_DASHES)]},
+        "line": run_line(number),
         "hovertemplate": "%{fullData.name}<br>recall %{x:.1f} %, precision %{y:.1f} %<extra></extra>",
     }
 
@@ -413,15 +435,15 @@ def training(runs: Sequence[RunResults]) -> Iterator[Figure]:
         data = [line for i, run in enumerate(runs) for line in _training_lines(run, i, stage, len(runs) > 1)]
         scores = any(line["yaxis"] == "y2" for line in data)
         layout = _layout(
+            40,
             xaxis=_axis(title={"text": "epoch", "standoff": 4}, anchor="y2" if scores else "y", rangemode="tozero"),
             yaxis=_axis(title={"text": "loss", "standoff": 4}, domain=[0.56, 1] if scores else [0, 1]),
-            margin=_margin(40),
             showlegend=True,
-            legend=_legend(y=1.02, yanchor="bottom"),
         )
         if scores:
             layout["yaxis2"] = _axis(title={"text": "validation", "standoff": 4}, domain=[0, 0.46], range=[0, 1.02])
-        yield Figure(f"training-{number}", f"Training curves of {stage}", 320, {"data": data, "layout": layout})
+        alt, file = f"Training curves of {stage}", f"training-{stage.replace('/', '-')}"
+        yield Figure(f"training-{number}", stage, alt, 360, {"data": data, "layout": layout}, file)
 
 
 def training_scores(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -447,9 +469,6 @@ def _training_lines(run: RunResults, number: int, stage: str, named: bool) -> It
             "x": [int(row["epoch"]) + 1 for row in rows],
             "y": [row.get(key) for row in rows],
             "yaxis": "y" if key == "loss" else "y2",
-            "line": {
-                "color": RUN_COLOURS[(number if named else which) % len(RUN_COLOURS)],
-                "dash": RUN_DASHES[(number + which) % len(RUN_DASHES)],
-            },
+            "line": run_line(number if named else which, number + which),
             "hovertemplate": "%{fullData.name}<br>epoch %{x}: %{y:.4g}<extra></extra>",
         }

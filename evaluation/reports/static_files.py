@@ -1,8 +1,12 @@
-"""The report's figures for papers: the same numbers as PDF and PNG, drawn with matplotlib."""
+"""The report's figures for papers, as PDF and PNG by matplotlib.
+
+Phase ribbons and confusion matrices say more on paper than in the page (`paper_figures`); the others are drawn from the
+page's own specifications.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,30 +14,23 @@ from typing import Any
 import numpy as np
 
 from engine.files import make_folder
-from evaluation.metrics.conventions import MAIN_CONVENTION
-from evaluation.metrics.scores import metric_title
-from evaluation.reports.gather import TRUTH_NAME, Report, RunResults
+from evaluation.reports.gather import Report, RunResults
 from evaluation.reports.paper_figures import (
+    add_legend,
     confusion_counts,
     confusion_matrix,
     phase_ribbons,
-    sample_edges_s,
     save_figure,
     short_name,
 )
-from evaluation.reports.plotly_figures import (
-    RUN_COLOURS,
-    RUN_PATTERNS,
-    curve_points,
-    score_title,
-    tool_presence,
-    training_scores,
-)
-from features.runs import true_spans
+from evaluation.reports.plotly_figures import RUN_DASHES, Figure, all_figures, literal
 
 SUFFIXES = (".pdf", ".png")
-_DASHES = ("-", "--", ":", "-.", (0, (8, 2)), (0, (5, 1, 1, 1)))
+_DASHES = dict(zip(RUN_DASHES, ("-", "--", ":", "-.", (0, (8, 2)), (0, (5, 1, 1, 1))), strict=True))
 _SMALL = {"fontsize": 8, "parse_math": False}  # a dollar sign in a name does not start a formula
+_WIDTH_INCH = 7.5
+_PX_PER_INCH = 96  # as a browser prints
+_COLUMNS = 3
 
 
 def write_figures(folder: Path, report: Report) -> list[Path]:
@@ -59,18 +56,10 @@ def _drawings(report: Report) -> dict[str, Callable[[Path], None]]:
     for number, run in enumerate(report.runs, start=1):
         if run.labelled[0]:
             found[f"confusion-{number}"] = partial(_confusion, run=run)
-    if known := next(filter(None, report.intervals), None):
-        for metric in known.metrics:
-            found[f"phases-{metric}"] = partial(phase_bars, report=report, metric=metric)
-    if any(curve_points(run, k) for run in report.runs for k in range(len(run.truth.spec.tools))):
-        found["precision-recall"] = partial(precision_recall, report=report)
-    for stage in dict.fromkeys(stage for run in report.runs for stage in run.curves):
-        name = f"training-{stage.replace('/', '-')}"
-        found[name] = partial(training_curves, report=report, stage=stage)
-    for video in (video for video in report.videos if any(video in run.tool_scores for run in report.runs)):
-        if list(tool_presence(report, video)):
-            found[f"tools-{video}"] = partial(tool_timeline, report=report, video=video)
-    return found
+    panels: dict[str, list[Figure]] = {}
+    for figure in all_figures(report).values():
+        panels.setdefault(figure.file, []).append(figure)
+    return found | {name: partial(draw_panels, figures=figures) for name, figures in panels.items() if name}
 
 
 def _confusion(path: Path, run: RunResults) -> None:
@@ -89,120 +78,59 @@ def _ribbons(path: Path, report: Report, videos: list[str]) -> None:
     phase_ribbons(path, rows, report.truth.fps, spec.phases, title, times_s)
 
 
-def phase_bars(path: Path, report: Report, metric: str, convention: str = MAIN_CONVENTION) -> None:
-    """One metric of each phase and run with its 95 % interval (bootstrap over videos)."""
-    phases = report.truth.spec.phases
-    runs = [(run, intervals) for run, intervals in zip(report.runs, report.intervals, strict=True) if intervals]
-    figure, (axes,) = _figure(6.5, 1.0 + 0.24 * len(phases) * (len(runs) + 0.6))
-    height = 0.8 / len(runs)
-    for number, (run, intervals) in enumerate(runs):
-        entries = [intervals.per_phase[convention][phase][metric] for phase in phases]
-        table = np.array([[e.mean, e.low, e.high] for e in entries], dtype=float)  # (C, 3)
-        reach = np.abs(table[:, 1:] - table[:, :1]).T  # NaN draws no whisker
-        axes.barh(
-            np.arange(len(phases)) - 0.4 + (number + 0.5) * height,
-            np.nan_to_num(table[:, 0]),
-            height * 0.92,
-            xerr=reach,
-            label=short_name(run.name, 30),
-            color=RUN_COLOURS[number % len(RUN_COLOURS)],
-            hatch=RUN_PATTERNS[number % len(RUN_PATTERNS)],
-            edgecolor="white",
-            error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#222222"},
-        )
-    axes.set_yticks(range(len(phases)), [short_name(phase, 28) for phase in phases], **_SMALL)
-    axes.set(xlim=(0, 104), ylim=(len(phases) - 0.5, -0.5))
-    axes.set_xlabel(f"{metric_title(metric)} in percent, {convention}", **_SMALL)
-    _finish(figure, path, axes if len(runs) > 1 else None)
+def draw_panels(path: Path, figures: Sequence[Figure]) -> None:
+    """Draw figures of the page beside each other in one file, a panel for each y axis, and one legend below."""
+    from matplotlib.figure import Figure as Canvas
 
-
-def precision_recall(path: Path, report: Report) -> None:
-    """Precision against recall of each tool that appears, one curve per run."""
-    tools = report.truth.spec.tools
-    shown = [k for k in range(len(tools)) if any(curve_points(run, k) for run in report.runs)]
-    columns = min(4, len(shown))
-    rows = -(-len(shown) // columns)
-    figure, panels = _figure(2.1 * columns, 2.1 * rows + 0.3, rows, columns)
-    for k, axes in zip(shown, panels, strict=False):
-        for number, run in enumerate(report.runs):
-            points = curve_points(run, k)
-            if points is not None:
-                axes.plot(*points, label=short_name(run.name, 30), **_line(number))
-        axes.set(xlim=(0, 103), ylim=(0, 103), xticks=(0, 50, 100), yticks=(0, 50, 100))
-        axes.set_title(short_name(tools[k], 26), **_SMALL)
-    for axes in panels[len(shown) :]:
-        axes.set_visible(False)
-    panels[0].set_xlabel("Recall in percent", **_SMALL)
-    panels[0].set_ylabel("Precision in percent", **_SMALL)
-    _finish(figure, path, panels[0] if len(report.runs) > 1 else None)
-
-
-def training_curves(path: Path, report: Report, stage: str) -> None:
-    """Loss and validation scores of one training over its epochs."""
-    runs = [(number, run, run.curves[stage]) for number, run in enumerate(report.runs) if stage in run.curves]
-    scores = dict.fromkeys(key for _, _, rows in runs for key in training_scores(rows))
-    figure, panels = _figure(6.5, 2.2 * (1 + bool(scores)), 1 + bool(scores))
-    for number, run, rows in runs:
-        epochs = [int(row["epoch"]) + 1 for row in rows]
-        panels[0].plot(epochs, [row.get("loss") for row in rows], label=short_name(run.name, 30), **_line(number))
-        for which, key in enumerate(scores):
-            style = {**_line(number), "linestyle": _DASHES[(number + which) % len(_DASHES)]}
-            values = np.array([row.get(key) for row in rows], dtype=float)
-            panels[1].plot(epochs, values, label=f"{short_name(run.name, 20)}: {score_title(key)}", **style)
-    panels[0].set_ylabel("Loss", **_SMALL)
-    panels[0].set_title(stage, **_SMALL)
-    if scores:
-        panels[1].set(ylim=(0, 1.02))
-        panels[1].set_ylabel("Validation", **_SMALL)
-    panels[-1].set_xlabel("Epoch", **_SMALL)
-    _finish(figure, path, panels[-1])
-
-
-def tool_timeline(path: Path, report: Report, video: str) -> None:
-    """When each tool is present: truth above, and the predictions of each run at its thresholds below."""
-    tools, presence = report.truth.spec.tools, list(tool_presence(report, video))
-    figure, (axes,) = _figure(7.5, 0.9 + 0.13 * len(tools) * (1 + len(presence)))
-    height = 0.8 / len(presence)
-    samples = len(report.truth.videos[video].phase)
-    edges_min = sample_edges_s(report.times_s(video), samples, report.truth.fps) / 60
-    for row, (name, present) in enumerate(presence):
-        colour = "#222222" if name == TRUTH_NAME else RUN_COLOURS[(row - 1) % len(RUN_COLOURS)]
-        for k in range(len(tools)):
-            begin, end = edges_min[np.array(true_spans(present[:, k]), dtype=int).reshape(-1, 2)].T
-            spans = np.stack([begin, end - begin], axis=1)
-            label = short_name(name, 30) if k == 0 else None
-            axes.broken_barh(spans, (k - 0.4 + row * height, height * 0.9), facecolor=colour, linewidth=0, label=label)
-    axes.set_yticks(range(len(tools)), [short_name(tool, 26) for tool in tools], **_SMALL)
-    axes.set(xlim=(0, edges_min[-1]), ylim=(len(tools) - 0.5, -0.5))
-    axes.set_xlabel("Time (min)", **_SMALL)
-    axes.set_title(short_name(video, 60), **_SMALL)
-    _finish(figure, path, axes)
-
-
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
-    for axes in panels:
-        axes.tick_params(labelsize=8)
+    panels = [(figure, axis) for figure in figures for axis in ("yaxis", "yaxis2") if axis in figure.spec["layout"]]
+    columns = min(_COLUMNS, len(figures))
+    height_px = figures[0].height_px * -(-len(figures) // columns)
+    canvas = Canvas(figsize=(_WIDTH_INCH, height_px / _PX_PER_INCH), layout="constrained")
+    places = canvas.subplots(-(-len(panels) // columns), columns, squeeze=False).ravel()
+    handles: dict[str, Any] = {}
+    for axes, (figure, axis) in zip(places, panels, strict=False):
+        traces = [trace for trace in figure.spec["data"] if trace.get("yaxis", "y") == axis.replace("axis", "")]
+        handles |= {literal(trace["name"]): _draw_trace(axes, trace) for trace in traces}
+        axes.set_title(short_name(figure.title, 60) if axis == "yaxis" else "", **_SMALL)
         axes.spines[["top", "right"]].set_visible(False)
-    return figure, panels
+        _style_axis(axes, "x", figure.spec["layout"]["xaxis"])
+        _style_axis(axes, "y", figure.spec["layout"][axis])
+    for axes in places[len(panels) :]:
+        axes.set_visible(False)
+    if len(handles) > 1:
+        add_legend(canvas, list(handles.values()), list(handles), loc="outside lower center")
+    save_figure(canvas, path)
 
 
-def _line(number: int) -> dict[str, Any]:
-    return {
-        "color": RUN_COLOURS[number % len(RUN_COLOURS)],
-        "linestyle": _DASHES[number % len(_DASHES)],
-        "linewidth": 1.4,
-    }
+def _draw_trace(axes: Any, trace: dict[str, Any]) -> Any:
+    """Draw a line, bars with their intervals, or bars over time; returns what stands for it in a legend."""
+    from matplotlib.patches import Patch
+
+    if trace["type"] == "scatter":
+        line, values = trace["line"], np.array(trace["y"], dtype=float)  # None becomes NaN, a gap
+        return axes.plot(trace["x"], values, color=line["color"], linestyle=_DASHES[line["dash"]], linewidth=1.4)[0]
+    colour, low, height = trace["marker"]["color"], np.array(trace["y"]) + trace["offset"], trace["width"]
+    if "base" in trace:
+        spans = np.stack([trace["base"], trace["x"]], axis=1)
+        for edge in np.unique(low):
+            axes.broken_barh(spans[low == edge], (edge, height), facecolor=colour, linewidth=0)
+        return Patch(facecolor=colour)
+    style = {"facecolor": colour, "hatch": trace["marker"]["pattern"]["shape"], "edgecolor": "white"}
+    reach = np.array([trace["error_x"]["arrayminus"], trace["error_x"]["array"]], dtype=float)  # NaN draws no whisker
+    error: dict[str, Any] = {"elinewidth": 1, "capsize": 2, "ecolor": "#222222"}
+    lengths = np.nan_to_num(np.array(trace["x"], dtype=float))
+    axes.barh(low, lengths, height, align="edge", xerr=reach, error_kw=error, **style)
+    return Patch(**style)
 
 
-def _finish(figure: Any, path: Path, legend_of: Any) -> None:
-    """Add one legend below the figure of the curves or bars of `legend_of` (None: no legend), and write the file."""
-    if legend_of is not None:
-        handles, labels = legend_of.get_legend_handles_labels()
-        legend = figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-        for text in legend.get_texts():
-            text.set_parse_math(False)
-    save_figure(figure, path)
+def _style_axis(axes: Any, letter: str, spec: dict[str, Any]) -> None:
+    axis = getattr(axes, f"{letter}axis")
+    if "tickvals" in spec:
+        axis.set_ticks(spec["tickvals"])
+    if "ticktext" in spec:
+        axis.set_ticklabels([literal(text) for text in spec["ticktext"]], parse_math=False)
+    elif "ticksuffix" in spec:
+        axis.set_major_formatter(f"{{x:g}}{spec['ticksuffix']}")
+    axis.set_tick_params(labelsize=8)
+    axis.set_label_text(literal(spec.get("title", {}).get("text", "")), **_SMALL)
+    axes.set(**{f"{letter}lim": spec.get("range")})

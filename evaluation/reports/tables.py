@@ -63,7 +63,7 @@ def intervals_table(results: ByConvention) -> Table:
     metrics = metrics_of(shown.values())
     table = _table("95 % intervals, bootstrap over videos, percent", "Convention", [*map(metric_title, metrics)])
     for name, result in shown.items():
-        _add_row(table, name, *(interval_text((result.intervals or {}).get(metric)) for metric in metrics))
+        _add_row(table, name, *(interval_text((result.intervals or {}).get(metric)) or "-" for metric in metrics))
     return table
 
 
@@ -151,7 +151,7 @@ def difference_table(pair: ModelPair, about: ComparisonAbout) -> Table:
             mean_std_text(entry.first),
             mean_std_text(entry.second),
             f"{entry.difference:+.1f}",
-            interval_text(Interval(entry.difference, entry.low, entry.high), "+"),
+            interval_text(Interval(entry.difference, entry.low, entry.high), "{:+.1f} to {:+.1f}") or "-",
             f"{entry.p_value:.4f}",
             f"{entry.p_holm:.4f}",
         )
@@ -200,6 +200,9 @@ def _add_row(table: Table, name: str, *cells: str, style: str | None = None) -> 
         column.min_width = max(column.min_width or len(str(column.header)), len(cell))
 
 
+IN_BRACKETS = "[{:.1f}, {:.1f}]"  # a form of `interval_text`
+
+
 def number_text(value: float | None) -> str:
     """One digit after the point; a dash if there is no number."""
     return "-" if value is None else f"{value:.1f}"
@@ -212,11 +215,11 @@ def mean_std_text(score: Score | None) -> str:
     return f"{score.mean:.1f} ± {score.std:.1f}"
 
 
-def interval_text(interval: Interval | None, sign: str = "") -> str:
-    """`low to high` with one digit; `-` where there is none."""
+def interval_text(interval: Interval | None, form: str = "{:.1f} to {:.1f}") -> str:
+    """The ends of an interval, with one digit; empty where there is none."""
     if interval is None or interval.low is None or interval.high is None:
-        return "-"
-    return f"{interval.low:{sign}.1f} to {interval.high:{sign}.1f}"
+        return ""
+    return form.format(interval.low, interval.high)
 
 
 def _setting(about: PhaseAbout | ToolAbout | ComparisonAbout) -> str:

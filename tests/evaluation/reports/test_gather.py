@@ -24,7 +24,7 @@ from evaluation.reports import plotly_figures as report_figures
 from evaluation.reports.gather import Report, Thumbnail, disagreements, gather
 from evaluation.reports.page import render, safe_json, write_report
 from evaluation.reports.paper_figures import PALETTE
-from evaluation.reports.static_files import phase_bars, write_figures
+from evaluation.reports.static_files import draw_panels, write_figures
 from features.runs import runs
 from tests.report_material import SPEC, write_run
 
@@ -236,9 +236,9 @@ def test_what_a_run_lacks_is_left_out(missing: str, tmp_path: Path) -> None:
 
 def test_one_video_has_no_whiskers(tmp_path: Path) -> None:
     report = gather([write_run(tmp_path / "run", ["v"], frames=80)])
-    spec = report_figures.all_figures(report)["bars-phase_mean-f1"].spec
-    assert set(spec["data"][0]["error_x"]["array"]) == {None}
-    phase_bars(tmp_path / "bars.png", report, "f1")
+    bars = report_figures.all_figures(report)["bars-phase_mean-f1"]
+    assert set(bars.spec["data"][0]["error_x"]["array"]) == {None}
+    draw_panels(tmp_path / "bars.png", [bars])
 
 
 def test_a_net_of_tools_alone(tmp_path: Path) -> None:
