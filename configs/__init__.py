@@ -5,8 +5,8 @@ Importing it, as every other package does first, keeps idle threads from spinnin
 
 import os
 
-# libgomp, which torch and scikit-learn bring along, lets a thread that waits for work spin for a long time where there
-# are no more threads than cores; two programs on the same cores then take them from each other. It reads this once,
-# when it is loaded, and processes that are started inherit it.
+# In libgomp, which is part of torch and scikit-learn, a thread that waits for work spins for a long time if there are
+# no more threads than cores, so two programs on the same cores slow each other down. The variable is read once, when
+# libgomp is loaded, and is inherited by child processes.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "1000"

@@ -1,10 +1,9 @@
 """Registries: one name per head, encoder, metric or convention, open to code outside this project.
 
-A registry knows what this project's own files register when they are imported. A name that it does not know makes it
-import what others bring, once per process: the entry points of the registry's group (`surgstage.heads`, ...) of
-every installed package, and the Python files that the environment variable SURGSTAGE_PLUGINS lists, separated as in
-PATH. Importing runs code, so neither settings nor run folders can name such files. docs/extending.md has an example
-of each kind.
+This project's own files register their entries when they are imported. When a name is unknown, plug-ins are imported,
+once per process: the entry points of the registry's group (`surgstage.heads`, ...) in every installed package, and the
+Python files listed in the environment variable SURGSTAGE_PLUGINS, separated as in PATH. Importing runs code, so neither
+settings nor run folders can name such files. docs/extending.md has an example of each kind.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ T = TypeVar("T")
 
 # Names become parts of folder names and keys of files.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9@._+-]*")
-# What failed to import, and why: it is not tried again, since what it registered before it failed is still there.
+# Plug-ins that failed to import, and why; not tried again, since some of their entries may be registered already.
 _failed: dict[str, UserError] = {}
 
 
@@ -69,7 +68,7 @@ class Registry(Generic[T]):
         return list(self._entries)
 
     def _load_plugins(self) -> None:
-        """Import what others bring; their modules call `register`, as this project's do."""
+        """Import the plug-ins, whose modules call `register` as this project's do."""
         if self._complete or self._loading:
             return
         self._loading = True
@@ -84,7 +83,7 @@ class Registry(Generic[T]):
 
 
 def _import_once(what: str, load: Callable[[], object]) -> None:
-    """Import a plug-in. Raises UserError saying what failed and why, the same one however often it is asked for."""
+    """Import a plug-in. Raises UserError saying what failed and why; repeated calls raise the same error."""
     if what not in _failed:
         try:
             load()

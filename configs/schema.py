@@ -429,7 +429,7 @@ class HeadSettings(Strict):
         return True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process finds a kind of its own by its name."""
+        """Pickle by name, since a plug-in's class cannot be imported in another process."""
         return read_head, (self.model_dump(),)
 
 
@@ -437,7 +437,7 @@ HEAD_SETTINGS: Registry[type[HeadSettings]] = Registry("head", "surgstage.heads"
 
 
 def head_kind(settings: Mapping[Any, Any]) -> type[HeadSettings]:
-    """The kind that settings name, LSTM where they name none. Raises UserError for an unknown one."""
+    """The kind of head that the settings name; LSTM by default. Raises UserError for an unknown one."""
     return HEAD_SETTINGS.find(str(settings.get("name", "lstm")))
 
 
@@ -468,7 +468,7 @@ class LstmHead(HeadSettings):
 
     @property
     def causal(self) -> bool:
-        """Whether it reads forwards alone."""
+        """Whether it reads in one direction only, forwards."""
         return not self.bidirectional
 
 
@@ -490,7 +490,7 @@ class TcnHead(HeadSettings):
 
 
 class LinearHead(HeadSettings):
-    """One linear layer per frame: the baseline without time."""
+    """One linear layer per frame: the baseline without temporal context."""
 
     name: Literal["linear"]
 

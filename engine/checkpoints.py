@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, the previous one kept until the next is whole, read without executing content."""
+"""Checkpoints: writing is atomic, the previous one is kept until the next is complete, and reading executes nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FORMAT = 1
 SAFE_TORCH = (2, 10)
 _ZIP_MAGIC = b"PK\x03\x04"
 _FORBIDDEN_NAME = re.compile(r"GLOBAL ([\w.]{1,80})")
-_MAX_OBJECT_TYPES = 64  # of Python objects in a foreign file
+_MAX_OBJECT_TYPES = 64  # types of Python objects in a third-party file
 _REMEDY = "load it where it was made and save model.state_dict()"
 _NOT_RUN = f"that could run any code; nothing in it was run: {_REMEDY}"
 
@@ -74,16 +74,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class RollingCheckpoint:
-    """A checkpoint that is written again and again; the one before it is kept as `<name>.previous`."""
+    """A checkpoint that is overwritten regularly; the one before it is kept as `<name>.previous`."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.previous = path, path.with_name(path.name + ".previous")
         self._verified = False  # whether the file at `path` is known to be whole, since it was written or read here
 
     def save(self, content: dict[str, Any]) -> None:
-        """Write `content` to `path`, so that at every moment one whole checkpoint exists.
+        """Write `content` to `path`, so that a complete checkpoint exists at every moment.
 
-        The previous one is replaced only once the new one is on the disk, and never by a damaged one. Raises UserError
+        The previous one is replaced only after the new one is on the disk, and never by a damaged one. Raises UserError
         if the disk is full or the folder cannot be written.
         """
         with atomic_path(self.path) as temporary:
@@ -122,7 +122,7 @@ class RollingCheckpoint:
 
 
 class _Inert(OrderedDict[str, Any]):
-    """Replaces any Python object in a foreign file that is not a tensor or plain container; none of it is executed."""
+    """Replaces Python objects other than tensors and plain containers in a third-party file; executes nothing."""
 
     def __new__(cls, *_: object, **__: object) -> Any:
         return OrderedDict()  # torch's reader sets items and attributes of these
@@ -139,9 +139,9 @@ class _InertNumber:
 
 
 def load_foreign_state(path: Path, trusted: bool = False) -> dict[str, torch.Tensor]:
-    """Every tensor of a file of unknown origin, by its path in it: `state_dict.module.conv1.weight`.
+    """Every tensor of a file of unknown origin by its path in the file, for example `state_dict.module.conv1.weight`.
 
-    Python objects beside them are reported and left out; none of them is executed. Raises UserError if there is no
+    Python objects next to tensors are reported and left out; none of them is executed. Raises UserError if there is no
     tensor with a name, or if this torch cannot load foreign files safely and the user has not vouched for the file.
     """
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
@@ -158,7 +158,7 @@ def load_foreign_state(path: Path, trusted: bool = False) -> dict[str, torch.Ten
     if not tensors:
         raise UserError(f"{path}: not a state dict (a mapping from names to tensors); {_REMEDY}")
     if not all(name.isprintable() for name in tensors):  # they appear in messages
-        raise UserError(f"{path}: not a state dict: some of its keys are no names")
+        raise UserError(f"{path}: not a state dict: some of its keys are not names")
     if objects and is_main_process():
         say(f"{path}: Python objects beside the tensors ({named}) were left out; none of them was run")
     return tensors
@@ -167,7 +167,7 @@ def load_foreign_state(path: Path, trusted: bool = False) -> dict[str, torch.Ten
 def _load_without_objects(path: Path) -> tuple[Any, list[str]]:
     """A file's content with inert objects in place of Python objects, and the names of those.
 
-    Raises UserError for what torch never allows: functions of Python itself and of the operating system.
+    Raises UserError for what torch never allows: built-in functions of Python and functions of the operating system.
     """
     objects: dict[str, type] = {}
     while True:
@@ -207,7 +207,7 @@ def _load(path: Path, checked: bool = False) -> Any:
             if broken:
                 raise UserError(f"{path}: damaged (checksum of {broken} is wrong)")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle's protocol: the errors below name the fault
+            warnings.simplefilter("ignore")  # warnings about the pickle's protocol; the errors below are clearer
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
@@ -232,8 +232,8 @@ def _load(path: Path, checked: bool = False) -> Any:
 
 
 def _ends_early(error: Exception) -> bool:
-    """Whether torch's reader of files that are no archive raises this for a truncated one: inside a storage, a number,
-    an instruction or a name."""
+    """Whether torch's reader of the older, non-archive format raises this error for a file that is cut off inside a
+    storage, a number, an instruction or a name."""
     if isinstance(error, EOFError | IndexError | struct.error):
         return True
     return "unexpected EOF" in str(error) or re.search(r"GLOBAL [\w.]*\. ", str(error)) is not None

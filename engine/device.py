@@ -127,7 +127,7 @@ def _runs_lstm_in_bf16() -> bool:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch; the first thing that a training does."""
+    """Seed Python, NumPy and torch; every training starts with this."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

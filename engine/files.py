@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from configs.errors import UserError
 
 HASH_SPAN_BYTES = 1 << 20
-# Far larger than any index, label or result file; a parsed JSON file takes a small multiple of its size in memory.
+# Far more than any index, label or result file has; in memory, a parsed JSON file takes a small multiple of its size.
 MAX_JSON_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
 # Error numbers of a full disk, an exhausted quota and a file-size limit.
@@ -109,7 +109,7 @@ def _stem(path: Path) -> str:
 def as_user_error(error: OSError, path: Path) -> Exception:
     """The UserError for a failed write; errors that the user cannot fix are returned unchanged."""
     if is_no_room(error):
-        return NoRoomError(f"{path}: no room left on the disk; free some or choose another folder")
+        return NoRoomError(f"{path}: no room left on the disk; free some space or choose another folder")
     if isinstance(error, IsADirectoryError) or error.errno == errno.ENAMETOOLONG:
         what = "is a folder" if isinstance(error, IsADirectoryError) else "its name is too long"
         return UserError(f"{path}: cannot be written: {what}; choose another place or name")
@@ -311,7 +311,7 @@ def require_free_bytes(folder: Path, needed: int, purpose: str) -> None:
     if free < needed:
         raise NoRoomError(
             f"{folder}: {purpose} needs about {needed / 1e6:,.0f} MB and only {free / 1e6:,.0f} MB are free; "
-            "free some or choose another folder"
+            "free some space or choose another folder"
         )
 
 

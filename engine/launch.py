@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from configs.errors import UserError
 
-GRACE_S = 30.0  # for ranks to end by themselves after one has failed, and again after SIGTERM
+GRACE_S = 30.0  # time for ranks to exit by themselves after one has failed, and again after SIGTERM
 FIRST_PORT, PORTS = 15000, 20000
 LAUNCHER_PID = "SURGSTAGE_LAUNCHER_PID"  # of the process that started this one with --devices
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # set by torchrun, and by --devices
@@ -105,12 +105,12 @@ def is_main_process() -> bool:
 
 
 def launcher_died() -> bool:
-    """Whether the process that started this rank with `--devices` has died without a signal to it."""
+    """Whether the process that started this rank with `--devices` has died without stopping it by a signal."""
     return LAUNCHER_PID in os.environ and os.getppid() != int(os.environ[LAUNCHER_PID])
 
 
 def run_copies(command: list[str], count: int) -> int:
-    """Run `command` as `count` ranks on this machine and return the exit code that explains most.
+    """Run `command` as `count` ranks on this machine and return the most informative exit code.
 
     Signals that arrive here are passed on to every rank. When a rank fails, the others have `GRACE_S` to end by
     themselves, then get SIGTERM and at last SIGKILL. The returned code is 128 + the signal's number if a rank was
@@ -155,13 +155,13 @@ def run_copies(command: list[str], count: int) -> int:
 
 
 def _exit_code(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """The exit code once all have ended well or one has failed; otherwise None."""
+    """The exit code if all ranks have succeeded or one has failed; None while they run."""
     codes = [running.poll() for running in ranks]
     failed = [code for code in codes if code]
     if not failed:
         return 0 if all(code == 0 for code in codes) else None
-    _wait(ranks, GRACE_S)  # the others notice, and end with the code that says why
-    own = min(failed, key=lambda code: (code > 0, code))  # a killed rank explains more than those that it ended
+    _wait(ranks, GRACE_S)  # the others notice the failure and exit with the code of its cause
+    own = min(failed, key=lambda code: (code > 0, code))  # a killed rank is the cause of the others' failures
     return 128 - own if own < 0 else own
 
 
@@ -174,7 +174,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], timeout_s: float) -> None:
 
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
-    """Send a signal to what is left of the ranks and their own children, and wait for them."""
+    """Send a signal to the ranks that still run and to their children, and wait for them."""
     left = [running for running in ranks if running.poll() is None]
     for running in left:
         with suppress(ProcessLookupError):

@@ -62,7 +62,7 @@ def convolves(dtype: torch.dtype) -> bool:
 
 
 def _operations(*names: str) -> list[Any]:
-    """The operations that a probe's cached answer belongs to; None for a name that this torch does not have."""
+    """The operations for which a probe's result is cached; None for a name that this torch does not have."""
     return [getattr(torch.ops.mkldnn, name, None) for name in names]
 
 

@@ -37,9 +37,9 @@ def build_optimizer(groups: Iterable[dict[str, Any]], config: OptimConfig) -> Op
 
 
 def _eager(kind: type[Optimizer]) -> type[Any]:
-    """The same optimiser without the wrappers that import torch's compiler on first use (1.4 s and 150 MB).
+    """The same optimiser without the wrappers that import torch's compiler on the first step (1.4 s and 150 MB).
 
-    Only compiled steps need them, and nothing here is compiled. If a torch has no such wrappers, nothing changes.
+    Only compiled steps need them, and this project compiles none. A torch without such wrappers is left as it is.
     """
     methods: dict[str, Any] = {}
     for name in ("step", "zero_grad", "add_param_group", "state_dict", "load_state_dict"):
@@ -54,7 +54,7 @@ class Schedule:
 
     The factor rises linearly over the first `warmup_steps` and otherwise changes once per epoch: `step` (gamma every
     `step_epochs`), `cosine` (to zero at the last epoch), `plateau` (gamma after `patience_epochs` without a better
-    score), `constant`. torch's schedulers cannot combine `plateau` with a warm-up, and their state is not that of
+    score), `constant`. torch's schedulers cannot combine `plateau` with a warm-up, and their state differs from that in
     existing checkpoints.
     """
 

@@ -1,7 +1,7 @@
-"""Work on many videos: one after the other, or several at once in processes that can be stopped and may die.
+"""Process many videos, one after the other or in several worker processes, which can be stopped and may die.
 
-One process per core, each with a video (or a part of one) of its own and one thread, is faster than several threads on
-one video and than one process that decodes for the others.
+One single-threaded process per core, each with its own video (or part of one), is faster than several threads on one
+video, and faster than one process that decodes for the others.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from engine.stopping import StopRequest
 
 POLL_S = 0.3
 GRACE_S = 20
-# Fewer frames than this are done before a second process has imported torch.
+# One process finishes fewer frames than this before a second one has imported torch.
 WORTH_A_PROCESS_FRAMES = 300
-# What a video can make the programs that read it raise, besides the errors that they foresee.
+# Exceptions that a damaged video can cause in the libraries that read it, besides those that they document.
 VIDEO_ERRORS = (UserError, OSError, RuntimeError, MemoryError)
 _NOT_STARTED = -1
 
 
 class VideoFault(str):
-    """Why a video cannot be used, where the cause lies in its files; any other cause may be gone at the next start."""
+    """Why a video cannot be used, if its files are the cause; other causes may be gone at the next start."""
 
 
 class Job(Protocol):
@@ -53,7 +53,7 @@ def choose_processes(wanted: int, jobs: Sequence[Job]) -> int:
 
 
 def processes_for(wanted: int, frames: int) -> int:
-    """Processes for work that can be divided at will: `wanted`, or for -1 one per core, a single one for few frames."""
+    """Processes for divisible work: `wanted`, or for -1 one per core and a single one for few frames."""
     if wanted == -1:
         wanted = available_cores() if frames > WORTH_A_PROCESS_FRAMES else 1
     return max(1, wanted)
@@ -62,11 +62,11 @@ def processes_for(wanted: int, frames: int) -> int:
 def work_through(
     task: Task[AnyJob], jobs: Sequence[AnyJob], processes: int, title: str, stop: StopRequest, **bar_options: Any
 ) -> Generator[tuple[AnyJob, str | None], None, None]:
-    """Do `task(job, advance)` for every job, with progress; yields each job as it ends, and why where it failed.
+    """Call `task(job, advance)` for every job, with progress; yield each finished job, with the reason if it failed.
 
-    A failure that a video can cause does not end the other jobs. With `processes` > 1 the task goes to each process
-    once, pickled (tensors in shared memory stay shared), and keeps what it loads there; a process that dies takes only
-    its own video with it. Raises Stopped when asked to stop, and NoRoomError when the disk is full, after the task has
+    A failure caused by a video does not affect the other jobs. With `processes` > 1, the task is pickled to each
+    process once (tensors in shared memory stay shared) and keeps what it loads there; if a process dies, only its
+    own video is affected. Raises Stopped when asked to stop, and NoRoomError if the disk is full, after the task has
     cleaned up.
     """
     unit = bar_options.pop("unit", "frame")
@@ -88,12 +88,12 @@ def _one_by_one(
         stop.raise_if_set()
         before = bar.n
         reason = _attempt(task, job, advance)
-        bar.total -= job.frames - (bar.n - before)  # a failed video's rest does not count for the time left
+        bar.total -= job.frames - (bar.n - before)  # ignore the rest of a failed video in the time left
         yield job, reason
 
 
 def _attempt(task: Task[AnyJob], job: AnyJob, advance: Advance) -> str | None:
-    """Do one job; the reason in one line where that fails."""
+    """Do one job; returns the reason in one line if it fails."""
     try:
         task(job, advance)
     except NoRoomError:
@@ -104,7 +104,7 @@ def _attempt(task: Task[AnyJob], job: AnyJob, advance: Advance) -> str | None:
 
 
 def failure_reason(error: BaseException) -> str:
-    """One of `VIDEO_ERRORS` in one line, as a user reads it; a UserError is the video's fault."""
+    """One of `VIDEO_ERRORS` as one line for the user; a UserError counts as a fault of the video."""
     return VideoFault(one_line(error, most=None)) if isinstance(error, UserError) else type_and_line(error, most=300)
 
 
@@ -114,7 +114,7 @@ def failure_reason(error: BaseException) -> str:
 def _in_processes(
     task: Task[AnyJob], jobs: Sequence[AnyJob], processes: int, stop: StopRequest, bar: Any
 ) -> Iterator[tuple[AnyJob, str | None]]:
-    """A broken pool does not report whose process died: the videos in progress are tried again, each alone."""
+    """A broken pool does not report which process died, so every video in progress is tried again alone."""
     waiting = list(jobs)
     while waiting:
         pool = _Pool(task, waiting, processes)
@@ -130,10 +130,11 @@ def _in_processes(
 
 
 class _Packed:
-    """A task on its way into a process, which watches its parent before it imports what the task needs (torch, for
-    seconds).
+    """A task as it is sent to a process, which unpickles it only after it has started to watch its parent: the imports
+    that a task needs (torch) take seconds.
 
-    Pickled anew for each process: tensors in shared memory travel as file descriptors, which only that process has.
+    It is pickled separately for each process: tensors in shared memory are sent as file descriptors, which are valid
+    in one process only.
     """
 
     def __init__(self, task: Task[Any]) -> None:
@@ -147,14 +148,14 @@ class _Packed:
         self._content = content
 
     def unpack(self) -> Task[Any]:
-        """The task; once per process."""
-        task: Task[Any] = pickle.loads(self._content)  # noqa: S301, the parent has made it
+        """The task; called once per process."""
+        task: Task[Any] = pickle.loads(self._content)  # noqa: S301, made by the parent
         del self._content
         return task
 
 
 class _Pool(Generic[AnyJob]):
-    """Processes that do jobs, asked to stop through shared memory, and watched through one counter per job."""
+    """Worker processes; shared memory holds the request to stop, and one progress counter per job."""
 
     def __init__(self, task: Task[AnyJob], jobs: Sequence[AnyJob], processes: int) -> None:
         context = get_context("spawn")  # a fork would copy threads and open decoders
@@ -167,7 +168,7 @@ class _Pool(Generic[AnyJob]):
         self._executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=initargs)
 
     def outcomes(self, stop: StopRequest, bar: Any) -> Iterator[tuple[AnyJob, str | None]]:
-        """Jobs as they end. Ends early, `broken`, when a process died."""
+        """Yields jobs as they end; if a process died, ends early with `broken` set."""
         before = bar.n
         try:
             for slot, job in enumerate(self.jobs):
@@ -199,11 +200,11 @@ class _Pool(Generic[AnyJob]):
 
 
 class _StoppedByParent(Exception):
-    """Unwinds a job in a process whose parent has asked it to stop."""
+    """Ends a job in a worker process whose parent has asked it to stop."""
 
 
 class _Worker:
-    """What a process of the pool needs for its jobs; the executor hands its calls no other state."""
+    """The state of a worker process; the executor's calls can reach it only through a global variable."""
 
     task: Task[Any]
 
@@ -216,7 +217,7 @@ class _Worker:
         return bool(self._stopped.value) and self._busy.acquire(blocking=False)
 
     def work_on(self, slot: int, job: Any) -> str | None:
-        """Do one job; the reason where that fails."""
+        """Do one job; returns the reason if it fails."""
         self._frames[slot] = 0
 
         def advance(frames: int) -> None:
@@ -235,7 +236,7 @@ _worker: _Worker | None = None  # set once in each process of a pool
 
 
 def _begin(packed: _Packed, frames: Any, stopped: Any) -> None:
-    """First thing in a new process."""
+    """Initialise a new worker process."""
     global _worker
     _worker = _Worker(frames, stopped)
     serve_parent(may_end=_worker.may_end)
@@ -248,12 +249,12 @@ def _work_on(slot: int, job: Any) -> str | None:
 
 
 def serve_parent(worker: int = 0, may_end: Callable[[], bool] = lambda: False) -> None:
-    """Make this process depend on the one that started it: it leaves signals to its parent, and ends when the parent
-    ends, for whatever reason, or once `may_end()` is true.
+    """Tie this process to the one that started it: leave signals to the parent, and exit when the parent has exited for
+    any reason, or once `may_end()` is true.
 
-    Ctrl-C and a scheduler's signals reach the whole process group; the parent decides what becomes of the work. SIGTERM
-    ends this process only after `GRACE_S` seconds, in which the parent saves what it has: it is also how Python itself
-    ends processes that are left over. `worker` is the number that torch's DataLoader passes.
+    Ctrl-C and a scheduler's signals reach the whole process group, but the parent decides what to do. SIGTERM ends this
+    process only after `GRACE_S` seconds, in which the parent can save its work; Python itself also uses SIGTERM to end
+    remaining worker processes. `worker` is the number that torch's DataLoader passes.
     """
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):

@@ -1,6 +1,6 @@
 """One training on several processes (ranks): what they exchange, in step and out of step.
 
-With a single process everything here is free: nothing of torch.distributed is imported beyond what torch imports.
+With a single process everything here costs nothing: torch.distributed is imported only as far as torch itself does.
 
 Whatever can go wrong on one rank alone (a video that it cannot read, a signal that only it received, a loss that is not
 finite) is exchanged before any rank continues, so that all ranks end at the same step with the same message.

@@ -52,9 +52,9 @@ ABSENT: Any = object()
 class StageIdentity:
     """Everything that a stage's numbers depend on: settings, seeds, digests of inputs; plain values in `fields`.
 
-    A later release adds a field without changing the identity of runs that it does not concern: a field whose value is
-    `ABSENT` is not recorded (it is given where the numbers are other than before), and runs that were begun without a
-    field of `later` are compared without it.
+    A later release can add a field without changing the identity of runs that it does not affect: a field with the
+    value `ABSENT` is not recorded (another value is recorded only if it changes the numbers), and runs that were
+    started without a field in `later` are compared without it.
     """
 
     fields: Mapping[str, Any]
@@ -65,7 +65,7 @@ class StageIdentity:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of the fields, in whatever order they are."""
+        """SHA-256 of the fields, independent of their order."""
         return sha256_json(self.fields)
 
     def compared_with(self, recorded: Mapping[str, Any]) -> StageIdentity:
@@ -110,7 +110,7 @@ class StageFolder:
 
     @property
     def digest(self) -> str:
-        """The identity's."""
+        """The digest of the identity."""
         return self.identity.digest
 
     @property

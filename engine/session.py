@@ -68,7 +68,7 @@ class TrainingSession:
     entries divided by the count over all ranks (`Processes.total`). The steps then equal those of a single process with
     the whole batch. `last.pt` also contains each rank's own random states and carried state.
 
-    `reads_late`: losses are read in groups, so that steps need not wait for the device; by default on GPUs.
+    With `reads_late` (by default on GPUs), losses are read in groups, so that steps need not wait for the device.
     """
 
     def __init__(

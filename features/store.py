@@ -14,8 +14,8 @@
 Chunks carry a checksum (fletcher32) and are not compressed. Root attributes: schema version, video id, source (hash of
 its ends, size, rate), encoder (backbone, SHA-256 of the weights, preprocessing as JSON, sampled fps, precision,
 storage, arithmetic, digest over all of these), what the caller adds (reader, hashes of the labels, class names),
-package version, and last `complete`. The file is sealed (`features.hdf5`) and written atomically: a name without
-`.tmp` is whole.
+package version, and last `complete`. The file is sealed (`features.hdf5`) and written atomically: a file without
+`.tmp` in its name is complete.
 
 Nothing here imports torch, an image library or a decoder.
 """
@@ -164,7 +164,7 @@ def write_features(
             file.attrs["complete"] = True
         seal(temporary)
         if problem := verify_file(temporary, encoder, source):
-            raise UserError(f"{path}: what was written does not read back ({problem}); is the disk sound?")
+            raise UserError(f"{path}: what was written does not read back ({problem}); check the disk")
 
 
 @dataclass
@@ -233,7 +233,7 @@ def _write_labels(file: h5py.File, phase: NDArray[np.int8], tools: NDArray[np.in
 
 
 def read_features(path: Path, with_features: bool = True) -> VideoFeatures:
-    """Read one feature file whole, or without its features; its seal and every chunk's checksum are checked.
+    """Read one feature file completely, or without its features; its seal and every chunk's checksum are checked.
 
     Raises FeatureFileError naming the file and what is wrong with it.
     """
@@ -253,7 +253,7 @@ def read_attributes(path: Path) -> dict[str, Any]:
 def verify_file(path: Path, encoder: EncoderSpec | None = None, source: SourceIdentity | None = None) -> str | None:
     """What is wrong with a feature file, or None; every chunk is read and its checksum checked, one at a time.
 
-    With `encoder` and `source`, the file must also be of that encoder and of that very video.
+    With `encoder` and `source`, the file must also have been made by that encoder from that video.
     """
     try:
         with _sound(path) as (file, attributes):

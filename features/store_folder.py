@@ -50,7 +50,7 @@ def clear_fault(folder: Path, video_id: str) -> None:
 
 
 def _recorded_fault(folder: Path, video_id: str, source: str) -> str | None:
-    """Why this very source has no features; None if extract has not failed on it, or has not tried yet."""
+    """Why this source has no features; None if extract has not failed on it or has not tried it yet."""
     path = _fault_path(folder, video_id)
     found = read_json_object(path) if path.exists() else {}
     return str(found.get("reason")) if found.get("source_sha256_ends") == source else None
@@ -95,7 +95,7 @@ def require_one_encoder(attributes: Mapping[Path, Mapping[str, Any]]) -> str | N
 
 
 def verify_folder(folder: Path) -> Iterator[tuple[Path, str | None]]:
-    """Each feature file with what is wrong with it, or None; files of another encoder than the first are wrong too."""
+    """Each feature file with its problem, or None; it is also a problem if its encoder is not that of the first."""
     expected: str | None = None
     for path in feature_files(folder):
         problem = verify_file(path)

@@ -36,12 +36,13 @@ def build_index(
 ) -> Index:
     """The index of the data set below `root` (or of the videos `only`), with splits. Nothing is written.
 
-    With `leave_out`, a video that cannot be read, or whose annotations cannot, is left out and affects no other: the
-    splits of the others are those that they would have with it. So are the videos that `data.exclude` names, unread.
+    With `leave_out`, a video that cannot be read, or whose annotations cannot be read, is left out and affects no
+    other: the others keep the splits that they would have if it were present. Videos named in `data.exclude` are left
+    out in the same way, without being read.
 
-    Where `data.split` asks for nothing and the data set's usual split does not fit the videos found, no split is
-    assigned ("none") and a note says so. Raises UserError naming the file and row at fault; when several videos are at
-    fault, the message is that of the first and names the others.
+    If `data.split` is not set and the data set's usual split does not fit the videos found, no split is assigned
+    ("none") and a note says so. Raises UserError naming the file and row at fault; if several videos are at fault, the
+    message is that of the first and names the others.
     """
     found = find_videos(root, spec, data, leave_out)
     if only is not None:
@@ -90,7 +91,7 @@ def index_of_source(path: Path, spec: DataSetSpec, data: DataConfig) -> tuple[In
 
 
 def _kept(found: Discovery, keep: Callable[[str], bool]) -> Discovery:
-    """What was found of the videos whose ids are to be kept."""
+    """The same discovery, with only those videos whose ids are to be kept."""
     return replace(
         found,
         videos=tuple(video for video in found.videos if keep(video.id)),
@@ -101,7 +102,7 @@ def _kept(found: Discovery, keep: Callable[[str], bool]) -> Discovery:
 def _build_entries(
     root: Path, found: Discovery, spec: DataSetSpec, data: DataConfig, leave_out: bool, progress: Progress | None
 ) -> tuple[list[VideoEntry], list[str], list[tuple[str, UserError]]]:
-    """Entries without a split, notes, and the videos at fault. Raises UserError as `build_index` does."""
+    """Entries without a split, notes, and the faulty videos. Raises UserError as `build_index` does."""
     order = _phase_order(root, found, spec, data)
     entries: list[VideoEntry] = []
     notes, faults = list(found.notes), list(found.faults)
@@ -151,7 +152,7 @@ def _phase_order(root: Path, found: Discovery, spec: DataSetSpec, data: DataConf
 def _build_entry(
     root: Path, video: FoundVideo, spec: DataSetSpec, data: DataConfig, order: tuple[str, ...], leave_out: bool
 ) -> tuple[VideoEntry, list[str]]:
-    """One video's entry, without a split, and notes. With `leave_out`, one with few labels is at fault (UserError)."""
+    """One video's entry, without a split, and notes. With `leave_out`, too few labels are an error (UserError)."""
     annotation, path = video.phase or video.tool, root / video.source
     if video.kind == "tfrecord" and annotation:
         raise UserError(
@@ -184,7 +185,7 @@ def _build_entry(
 def _measure(
     root: Path, video: FoundVideo, spec: DataSetSpec, data: DataConfig, order: tuple[str, ...], tracks: Sequence[Track]
 ) -> tuple[SourceFacts, tuple[str, ...]]:
-    """The facts of a source, whatever its kind, and notes on it. `tracks` are its annotations."""
+    """The facts of a source of any kind, and notes on it. `tracks` are its annotations."""
     if video.kind == "video":
         return video_facts(root, video.source, data.full_hash)
     if video.kind == "tfrecord":

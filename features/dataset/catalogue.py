@@ -31,7 +31,7 @@ from features.ids import natural_key
 from features.video.times import same_rate
 
 ROOT_VARIABLE = "SURGSTAGE_DATA"
-_ABOUT = {"title", "source", "patterns"}  # what an index does not depend on once its files are found
+_ABOUT = {"title", "source", "patterns"}  # fields that do not affect an index once its files are found
 
 
 # ---------------------------------------------------------------------------------------------- using
@@ -112,7 +112,7 @@ def _disagreement(config: Config, index: Index, root: Path) -> str | None:
 
 
 def _is_numbered_differently(entry: VideoEntry, data: DataConfig) -> bool:
-    """Whether the settings ask for another meaning of row or image numbers than the video was indexed with."""
+    """Whether the settings give row or image numbers another meaning than the one that the video was indexed with."""
     layout = entry.frames
     if layout is not None and (
         (data.frame_numbering not in ("auto", layout.numbering))
@@ -128,7 +128,7 @@ def _is_numbered_differently(entry: VideoEntry, data: DataConfig) -> bool:
 
 
 def _finds_more(index: Index, root: Path, spec: DataSetSpec, config: Config) -> bool:
-    """Whether the present patterns find a file that the index lacks, which those of an older release did not find."""
+    """Whether the current patterns find a file that is not in the index, since an older release's did not match it."""
     try:
         found = find_videos(root, spec, config.data, leave_out=True).videos
     except UserError:
@@ -198,7 +198,7 @@ def keep_index(found: Index, config: Config, root: Path, replace: bool) -> Index
 
 
 def _content(index: Index) -> dict[str, Any]:
-    """What makes two indices differ: not the patterns by which files were found, nor how a note is worded."""
+    """The content by which indices are compared: all but the patterns that found the files and the wording of notes."""
     value = index.to_json()
     del value["notes"], value["dataset"]["patterns"]
     for video in value.get("left_out", ()):
@@ -208,7 +208,7 @@ def _content(index: Index) -> dict[str, Any]:
 
 @contextmanager
 def _shown(description: str) -> Iterator[Progress]:
-    """A progress bar over videos that appears only when the work takes long, as where files are read whole."""
+    """A progress bar over videos that appears only if the work takes long, for example if whole files are read."""
     with progress_bar(None, description, "video", delay=3.0) as bar:
 
         def show(done: int, total: int, video_id: str) -> None:
@@ -228,7 +228,7 @@ def say_left_out(index: Index) -> None:
 
 
 def _passed_over_lines(index: Index) -> list[str]:
-    """What was passed over, up to ten names for each reason."""
+    """The files and folders passed over, up to ten names for each reason."""
     paths: dict[str, list[str]] = {}
     for one in index.passed_over:
         paths.setdefault(one.reason, []).append(one.id)
@@ -249,7 +249,7 @@ def _note_lines(notes: Sequence[str]) -> list[str]:
 
 
 def _phase_orders(index: Index) -> list[tuple[str, ...]]:
-    """What each TFRecord file's phase numbers were taken to mean."""
+    """The phase order that was assumed for each TFRecord file."""
     return [entry.records.phase_order for entry in index.videos if entry.records]
 
 

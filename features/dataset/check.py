@@ -16,7 +16,7 @@ from features.video.scan import count_packets
 
 
 def check_index(index: Index, root: Path, progress: Progress | None = None) -> list[str]:
-    """What has changed since indexing, one line per problem; empty when all is well.
+    """The differences since indexing, one line per problem; empty if there is none.
 
     Sources: present, same size, time and hash of the ends (and of the whole, where recorded), same rate, as many
     packets as frames; of TFRecord files every checksum. Annotations: present, same hash, readable, fitting their video.

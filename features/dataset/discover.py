@@ -75,7 +75,7 @@ def find_videos(root: Path, spec: DataSetSpec, data: DataConfig | None = None, l
 
     `data.sources` selects the kind, and the folder below the root; folders of images named by a number only count
     where nothing else is found. Paths that `data.exclude` names are skipped. With `leave_out`, a file that leads out of
-    the root, is unreadable or has an unprintable name costs its own video alone.
+    the root, is unreadable or has an unprintable name excludes only its own video.
 
     Hidden files and folders and what archives leave behind are ignored; a link inside the root is not a second copy.
     Raises UserError for a missing or unreadable folder, a link that leads out of the root, two files of one kind for
@@ -125,7 +125,7 @@ class _Files:
     root: Path
     spec: DataSetSpec
     data: DataConfig
-    keep_faults: bool  # a faulty file costs its own video; otherwise the first fault is raised
+    keep_faults: bool  # a faulty file excludes only its own video; otherwise the first fault is raised
     ids: dict[str, str] = field(default_factory=dict)
     by_role: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     endings: Counter[str] = field(default_factory=Counter)
@@ -145,7 +145,7 @@ class _Files:
         return path.relative_to(self.root).as_posix()
 
     def collect(self) -> None:
-        """Look at every file and folder below the root."""
+        """Examine every file and folder below the root."""
         patterns = {role: self.spec.patterns.compiled(role) for role in FilePatterns.model_fields}
         for folder, entries in _walk(self.root):
             here = [kind for kind in KINDS if is_chosen(kind, self.relative(folder), self.data)]
@@ -192,7 +192,7 @@ class _Files:
         return False
 
     def place_numbered(self) -> None:
-        """Take folders named by a number as frame folders, but only where no video has another source."""
+        """Use folders named by a number as frame folders, but only if no video has another source."""
         if not any(self.of(kind) for kind in KINDS):
             for path, video_id in self.numbered.items():
                 self.add("frames", video_id, self.root / path)
@@ -225,7 +225,7 @@ class _Files:
         return sources
 
     def only_ones(self, role: str) -> dict[str, str]:
-        """The one path of each id. Raises UserError if there are two; a link beside its target is not a second."""
+        """The path of each id. Raises UserError if an id has two; a link next to its target does not count."""
         chosen = {}
         for key, paths in self.of(role).items():
             chosen[key] = min(paths, key=lambda path: ((self.root / path).is_symlink(), path))
@@ -330,7 +330,7 @@ def id_of_folder(name: str, spec: DataSetSpec) -> str | None:
 
 
 def _choices(role: str, first: str, second: str, found: dict[str, list[str]]) -> str:
-    """How to choose one of two files of one video; a folder is suggested only where it loses no other video."""
+    """How to choose one of two files of one video; a folder is suggested only if that loses no other video."""
     one, other = PurePosixPath(first).parent, PurePosixPath(second).parent
     folders = [folder for folder, rest in ((one, other), (other, one)) if not rest.is_relative_to(folder)]
     folders = [
@@ -346,7 +346,7 @@ def _choices(role: str, first: str, second: str, found: dict[str, list[str]]) ->
 
 
 def _nothing_found(files: _Files) -> str:
-    """The message where no video was found: the likeliest reason, and what there is instead."""
+    """The message for a root without videos: the most likely reason, and what was found instead."""
     root, spec, data = files.root, files.spec, files.data
     endings = sorted(files.endings.items(), key=lambda item: (-item[1], item[0]))[:5]
     seen = ", ".join(f"{count} {ending}" for ending, count in endings) or "no files"

@@ -68,7 +68,7 @@ def scan_folder(root: Path, relative: str, spec: DataSetSpec) -> FolderScan:
 
 
 def scan_names(where: Path, names: Sequence[str], spec: DataSetSpec) -> FolderScan:
-    """Images that a list names, in its order, as the scan of a folder; `where` is used in messages only.
+    """The images named in a list, in its order, as if scanned from a folder; `where` is used in messages only.
 
     Raises UserError for a name that is not an image's and for numbers that do not increase.
     """
@@ -121,10 +121,10 @@ class LabelEnd:
 def infer_layout(scan: FolderScan, spec: DataSetSpec, data: DataConfig, labels: LabelEnd | None) -> FolderLayout:
     """What the numbers in a folder's image names count.
 
-    Settings decide where they are given. Otherwise: the first number is the base; numbers more than one apart count
+    Settings take precedence. Without them: the first number is the base; numbers more than one apart count
     source frames; consecutive numbers count source frames or samples, by the one usual rate (divisors of the source's,
     and whole seconds) at which the images last as long as the labels. Images may be missing. Raises UserError asking
-    for the setting where this is ambiguous.
+    for the setting if this is ambiguous.
     """
     spacing = _spacing(scan)
     base = _base(scan, data)
@@ -168,7 +168,7 @@ def _as_long(layout: FolderLayout, labels: LabelEnd, spec: DataSetSpec) -> bool:
 
 
 def _require_no_samples(scan: FolderScan, spec: DataSetSpec, data: DataConfig) -> None:
-    """Raise UserError asking for the setting, if images with one row each may be samples, most of them unused."""
+    """Raise UserError asking for the setting if sampling would use less than half of images that have one row each."""
     used = -(-len(scan.names) * data.fps // spec.annotation_fps)
     if 2 * used < len(scan.names):
         raise UserError(

@@ -207,7 +207,7 @@ class Index(OmitsDefaults):
 
     @property
     def is_partial(self) -> bool:
-        """Whether a video, or a file that looks like one, is missing that the settings do not exclude."""
+        """Whether a video, or a file that looks like one, is missing although the settings do not exclude it."""
         return any(not video.excluded for video in (*self.left_out, *self.passed_over))
 
     def require_excluded(self, exclude: Collection[str], where: Path) -> None:
@@ -279,7 +279,7 @@ class Index(OmitsDefaults):
 
     @classmethod
     def from_json(cls, value: Any, name: str = "index") -> Index:
-        """The index of JSON values that `to_json` made. Raises UserError, naming `name`, for any others."""
+        """The index from JSON values made by `to_json`. Raises UserError, naming `name`, for any others."""
         version = value.get("format_version") if isinstance(value, dict) else None
         if not isinstance(version, int) or "videos" not in value:
             raise UserError(f"{name}: not an index; make one with the command index")

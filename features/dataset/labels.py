@@ -209,7 +209,7 @@ def fit_tracks(
 
 
 def labelled_fractions(frames: NDArray[np.int64], phase: PhaseTrack | None, tools: ToolTrack | None) -> list[float]:
-    """The fraction of `frames` (T,) that each given track labels, where tool rows hold too."""
+    """The fraction of `frames` (T,) that each given track labels; here a tool row, too, holds until the next one."""
     labels, tool_labels = sample_labels(frames, phase, tools, "hold", 0 if tools is None else tools.tools.shape[1])
     covered = [labels >= 0] * (phase is not None) + [(tool_labels >= 0).any(axis=1)] * (tools is not None)
     return [float(one.mean()) for one in covered]

@@ -1,4 +1,4 @@
-"""Which phase a number means in files with phase numbers instead of names: never assumed, always asked for.
+"""Which phase each number means in files with phase numbers instead of names: never assumed, always asked for.
 
 Checkpoints, pickles, TFRecords and exported ids number the phases, and the orders in use differ (Cholec80's
 GallbladderPackaging and GallbladderRetraction are 4 and 6, or 6 and 4).

@@ -18,8 +18,8 @@ from features.video.times import ROUNDING_S, same_rate
 Track = PhaseTrack | ToolTrack
 AnyTrack = TypeVar("AnyTrack", PhaseTrack, ToolTrack)
 
-# Fractions of a video's duration: rows that end this near its end fit exactly; of two numberings, the one taken must
-# cover at least the second and the other at most the third.
+# Fractions of a video's duration. Rows that end this close to its end fit exactly. Of two numberings, the chosen one
+# must cover at least the second fraction, and the other at most the third.
 _EXACT, _COVERS, _HARDLY_ANY = 0.02, 0.75, 0.1
 # Rates at which annotation programs number rows; 1 is one row per second, numbered consecutively.
 _COMMON_FPS = (1.0, 2.0, 5.0, 10.0, 12.5, 15.0, 24.0, 25.0, 30.0, 50.0, 60.0)
@@ -87,7 +87,7 @@ class RowNumbering:
         return replace(track, frame_index=starts, stride=max(int(spans.max()), 1))
 
     def notes(self, path: Path, extent: Extent) -> list[str]:
-        """Notes for the user where the numbers do not count the data set's usual rate from 0."""
+        """Notes for the user if the numbers do not start at 0 or do not have the data set's usual rate."""
         if self.fps is not None:
             what = [f"rows are numbered at {self.fps:g} fps"]
         elif not same_rate(extent.fps, extent.row_fps):
@@ -101,8 +101,8 @@ def infer_numberings(lists: Sequence[tuple[Path, Track]], extent: Extent, data: 
     """The numbering of each of a video's annotation files: as set, or inferred from how long the rows last.
 
     Possible are the video's own frames, the rate in the data set's description, a folder's images, and seconds, unless
-    rows would continue after the end. The one whose rows last as long as the video is taken, otherwise the one that
-    covers the video where all others cover hardly any of it. An ambiguous file is read as the video's other file.
+    rows would continue after the end. The one whose rows last as long as the video is chosen, otherwise the one that
+    covers the video if all others cover hardly any of it. An ambiguous file is read like the video's other file.
     Raises UserError naming the setting if both are ambiguous.
     """
     numberings: dict[Path, RowNumbering] = {}
@@ -152,7 +152,7 @@ def _infer_numbering(
 def _covering(
     path: Path, track: Track, extent: Extent, possible: Sequence[_Candidate], stated: Container[float | None]
 ) -> _Candidate:
-    """The candidate that covers the video, or has a `stated` rate, where the others cover hardly any of it.
+    """The candidate that covers the video, or has a `stated` rate, if the others cover hardly any of it.
 
     Raises UserError naming the choices if there is none.
     """
@@ -211,7 +211,7 @@ def rate_of_rows(fps: float | Literal["source"], video_fps: float) -> float | No
 class _Candidate:
     """A rate at which rows may be numbered, and when the last row would end.
 
-    It is possible where no more than the usual trailing row lies beyond the video.
+    It is possible if at most the usual trailing row lies beyond the video.
     """
 
     fps: float | None

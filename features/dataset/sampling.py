@@ -33,9 +33,9 @@ def sampled_frames(entry: VideoEntry, fps: float) -> NDArray[np.int64]:
 
 
 def in_whole_steps(entry: VideoEntry, fps: float, frame_index: NDArray[np.int64]) -> bool:
-    """Whether these sampled frames (T,) are every n-th frame, as earlier versions took them at all rates.
+    """Whether these sampled frames (T,) are every n-th frame, which earlier versions used at all rates.
 
-    Results of stages record it: work on other frames never resumes what an earlier version began.
+    Results of stages record it, so that a stage never resumes results of an earlier version on other frames.
     """
     first = entry.frames.first if entry.frames else 0
     return np.array_equal(frame_index, np.arange(first, entry.frame_count, max(round(entry.fps / fps), 1)))

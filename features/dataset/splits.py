@@ -24,8 +24,8 @@ _RULES = (
 def assign_splits(ids: Sequence[str], spec: DataSetSpec, split: SplitConfig) -> dict[str, Split]:
     """The split of each video; `ids` are in the order of video numbers.
 
-    `split.rule` decides. Without one, the lists are used where some are given, otherwise the data set's usual split;
-    where that does not fit these videos, each gets "none" (`usual_split_problem` has the reason). Besides the rules of
+    `split.rule` decides. Without one, the lists are used if any are given, otherwise the data set's usual split; if
+    that does not fit these videos, each gets "none" (`usual_split_problem` has the reason). Besides the rules of
     `SplitConfig` there are percentages (`60%/20%/20%`, by largest remainder, at least one video each) and the names of
     published splits in the data set's description, whose missing videos are ignored. Entries of lists are ids or shell
     patterns; videos in no list get "none". Raises UserError if a rule that was asked for does not fit these videos.

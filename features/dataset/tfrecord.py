@@ -248,7 +248,7 @@ def scan_records(path: Path, video_id: str, spec: DataSetSpec) -> RecordScan:
 
 
 def _problem(record: FrameRecord, first: FrameRecord, number: int, video_id: str) -> str | None:
-    """Why a record is not the one that belongs at this position, to follow the record's name; or None."""
+    """Why a record does not belong at this position, as text that follows the record's name; or None."""
     of_video = f" is of video {record.video_id[:60]!r}"
     if number == 0 and not _same_video(record.video_id, video_id):
         return f"{of_video}, its file is named {video_id}; rename the file"
@@ -264,7 +264,7 @@ def _problem(record: FrameRecord, first: FrameRecord, number: int, video_id: str
 
 
 def _label_problem(record: FrameRecord, spec: DataSetSpec) -> str | None:
-    """Why a record's labels are not the data set's, to follow the record's name; or None."""
+    """Why a record's labels are not the data set's, as text that follows the record's name; or None."""
     if not 0 <= record.phase < len(spec.phases):
         return f": phase {record.phase} is none of the {len(spec.phases)} of {spec.name}"
     if len(record.instruments) != len(spec.tools):

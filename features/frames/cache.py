@@ -3,7 +3,7 @@
 Random access into a video with seconds between key frames decodes a whole group per frame; a cached frame takes a
 millisecond. Files are `<cache.dir>/<digest12>/<video_id>.h5`; the digest covers what changes the pixels (geometry,
 sampling rate, and the codec with its quality where it is lossy), so different kinds never mix. Each frame is one
-compressed image with a CRC-32, read and checked on its own. Nothing here imports a video decoder.
+compressed image with a CRC-32, read and checked separately. Nothing here imports a video decoder.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from features.store import SourceIdentity
 from features.video.base import FrameReader
 from features.video.images import decode_image
 
-SCHEMA_VERSION = 3  # 2: sealed, so that damage is found before HDF5 looks; 3: frames of videos whose stamps mislead
+SCHEMA_VERSION = 3  # 2: sealed, so that damage is found before HDF5 opens it; 3: right frames with misleading stamps
 
 _DATASETS = ("frame_index", "blobs", "crc32")
 
@@ -94,7 +94,7 @@ class FrameCache:
         return _problem(self.path(request.source.video_id), self._attributes(request), request.frame_index, deep)
 
     def ensure(self, request: CacheRequest, on_frame: Callable[[int], None] | None = None) -> CachedFrames:
-        """The video's frames, decoded now where the cache does not hold them; memory does not grow with the length.
+        """The video's frames, decoded now if they are not in the cache; memory does not grow with the length.
 
         `on_frame` is called with the number of frames done after each decoded frame. Raises ReaderError for a source
         that cannot be read and UserError if the disk is full or not writable; then, as after Ctrl-C, no unfinished

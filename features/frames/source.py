@@ -49,7 +49,7 @@ _CPU_BATCH_FRAMES, _GPU_BATCH_FRAMES = 8, 64
 
 
 def encoded_at_once(config: Config) -> int:
-    """Frames per batch where nothing is trained: `extract.batch_frames`, or a size that suits the device."""
+    """Frames per batch in inference: `extract.batch_frames`, or a size that suits the device."""
     on_cpu = choose_device(config.device).type == "cpu"
     return config.extract.batch_frames or (_CPU_BATCH_FRAMES if on_cpu else _GPU_BATCH_FRAMES)
 
@@ -60,7 +60,7 @@ def source_identity(entry: VideoEntry) -> SourceIdentity:
 
 
 class ChangedSource(UserError):
-    """A source that differs from the one that was indexed: the index is out of date, the video is not at fault."""
+    """A source that differs from the one that was indexed: the index is out of date, but the video is not faulty."""
 
 
 def require_indexed_source(entry: VideoEntry, root: Path, index: Index) -> None:
@@ -148,7 +148,7 @@ class SampledFrames:
 def open_frames(
     config: Config, entry: VideoEntry, root: Path, index: Index, samples: slice = slice(None)
 ) -> Iterator[SampledFrames]:
-    """Sampled frames for extraction: from the cache where it holds them without loss, otherwise from the source.
+    """Sampled frames for extraction: from the cache if it holds them without loss, otherwise from the source.
 
     Both give the same pixels. `samples` selects a part of them by sample number. A JPEG cache is for training only, so
     that features never depend on it.

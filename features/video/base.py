@@ -6,16 +6,16 @@ time stamp, relative to frame 0. A rotation noted in the container (a multiple o
 reader, because annotators worked on what their player showed. In a folder of frames, frame k is the image of source
 frame k, with its EXIF rotation applied.
 
-**Time stamps and numbers.** Time stamps number the frames only where they are known to be presentation times: decoding
-times never decrease, and exactly the B pictures are shown before a picture that was decoded earlier. Otherwise (stamps
-that are decoding times, as after a copy from AVI to MP4; other codecs) frames are counted in the order in which the
-decoder returns them; where the rate varies too, each must arrive with the time stamp of its packet. `probe_video`
-checks this on the first frames, reading checks it on every frame. A recording that begins inside a group of pictures
-begins at the first frame that can be shown. An empty chunk of AVI shows the previous frame again. Files that were
+**Time stamps and numbers.** Time stamps number the frames only if they are known to be presentation times: decoding
+times never decrease, and only B-frames are shown before a frame that was decoded earlier. Otherwise (stamps that are
+decoding times, as after a copy from AVI to MP4; other codecs) frames are counted in the order in which the decoder
+returns them; if the rate varies too, each must have the time stamp of its packet. `probe_video` checks this on the
+first frames, reading checks it on every frame. If a recording starts inside a group of pictures, frame 0 is the first
+frame that can be shown. An empty chunk of AVI shows the previous frame again. Files that were
 joined without adjusting their clocks are refused.
 
-**Damage.** Where FFmpeg reports damage, the frames that depend on the damaged picture raise ReaderError; other pixels
-are never returned in their place. Bytes changed so that they still decode to a valid picture cannot be detected.
+**Damage.** If FFmpeg reports damage, the frames that depend on the damaged frame raise ReaderError; other pixels are
+never returned in their place. Changed bytes that still decode to a valid frame cannot be detected.
 Containers that claim to be longer than the file, or to hold more frames than they do (apart from a missing last one),
 are refused when opened.
 """

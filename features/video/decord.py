@@ -87,7 +87,7 @@ def _import_decord() -> ModuleType:
 
 
 class _WatchedLog:
-    """Counts the complaints of decord's own FFmpeg: decord returns damaged frames without reporting it.
+    """Counts the error messages of decord's own FFmpeg, since decord returns damaged frames without reporting them.
 
     FFmpeg hands every message of a process to one callback; errors (level 16 and below) and notes of concealed damage
     count.
@@ -108,7 +108,7 @@ class _WatchedLog:
 
 @functools.cache
 def _watched_log() -> _WatchedLog | None:
-    """The watch on decord's log, one per process; None if decord does not bring its own libavutil with it."""
+    """The log counter of decord, one per process; None if decord was installed without its own libavutil."""
     folder = Path(_import_decord().__file__ or "").parent.parent / "decord.libs"
     for path in sorted(folder.glob("libavutil*")):
         try:
@@ -119,8 +119,8 @@ def _watched_log() -> _WatchedLog | None:
 
 
 class DecordReader(FrameReader):
-    """Reads with decord 0.6.0, in batches small enough to keep memory flat; a batch that decord's FFmpeg complains
-    about is read again by PyAV (`arbiter`), which decides.
+    """Reads with decord 0.6.0, in batches small enough to keep memory flat; a batch for which decord's FFmpeg reports
+    an error is read again by PyAV (`arbiter`), whose result counts.
 
     decord's hazards and how they are met: its thread continues to decode after a batch, and memory grows (`seek(0)`
     after each batch); a video open at interpreter exit aborts the process, and one open across a fork can hang the

@@ -1,11 +1,11 @@
-"""What the first slice of an H.264 packet says about its picture, read without decoding (ITU-T H.264)."""
+"""The kind of frame in an H.264 packet, from the header of its first slice, without decoding (ITU-T H.264)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-# The first slice begins within this many bytes, after what precedes it (x264's notes on itself have 700 bytes).
+# The first slice starts within this many bytes; other units precede it (x264's description of itself has 700 bytes).
 _HEAD_BYTES = 1 << 14
 
 
@@ -17,10 +17,10 @@ def nal_length_bytes(extradata: bytes | None) -> int | None:
 
 
 def picture_kind(packet: Any, length_bytes: int | None) -> tuple[bool, bool]:
-    """Whether a packet holds an IDR picture, the only kind that no later picture refers back past, and whether it
-    holds a B picture.
+    """Whether a packet holds an IDR picture (no later frame refers to anything before it), and whether it holds a
+    B-frame.
 
-    Its first slice tells (7.3.1 to 7.3.3): NAL unit type 5, and `slice_type` 1 or 6.
+    The header of its first slice shows this (7.3.1 to 7.3.3): NAL unit type 5, and `slice_type` 1 or 6.
     """
     content = memoryview(packet)
     for at in _units(content, length_bytes):

@@ -26,14 +26,14 @@ from features.video.scan import MAX_REORDER, VideoScan
 class PyavReader(FrameReader):
     """Reads with PyAV, decoding only what the requested frames need.
 
-    In H.264 with known times, groups of pictures without a requested frame are not decoded at all, nor is what follows
-    the last requested frame of a group, nor are pictures that nothing refers to (FFmpeg's `skip_frame=NONREF`, set
-    before each packet); a reading that begins late seeks to the IDR picture it needs. All of this leaves the requested
-    pixels bit-identical to decoding everything. Elsewhere everything up to the last requested frame is decoded and
-    counted.
+    In H.264 with known times, three kinds of frames are not decoded: groups of pictures without a requested frame,
+    frames after the last requested one of a group, and frames to which no other refers (FFmpeg's `skip_frame=NONREF`,
+    set before each packet). A reading that starts late seeks to the IDR picture that it needs. The requested pixels
+    are bit-identical to those of decoding everything. In other videos, everything up to the last requested frame is
+    decoded and counted.
 
-    A frame is returned once everything decoded before it has left the decoder without an error flag ("settled"): damage
-    in a picture that it refers to may be reported only then.
+    A frame is returned only after every frame decoded before it has left the decoder without an error flag
+    ("settled"), since damage in a frame that it refers to may be reported as late as that.
     """
 
     name = "pyav"
@@ -62,13 +62,13 @@ class PyavReader(FrameReader):
             reading.close()
 
     def _repeated(self, pictures: np.ndarray) -> Iterator[np.ndarray]:
-        """The requested pictures (T,), some several times."""
+        """The requested coded frames (T,), some of them several times."""
         numbers, counts = np.unique(pictures, return_counts=True)
         for rgb, count in zip(self._frames(numbers.tolist()), counts.tolist(), strict=True):
             yield from itertools.repeat(rgb, count)
 
     def _frames(self, wanted: list[int]) -> Iterator[np.ndarray]:
-        """Hold each requested frame back until everything decoded before it has come out undamaged, then yield it."""
+        """Yield each requested frame once everything decoded before it has left the decoder undamaged."""
         if not wanted:
             return
         settled_at = self._settled_at(wanted)
@@ -104,7 +104,7 @@ class PyavReader(FrameReader):
     def _decoded(
         self, container: Any, stream: Any, packets: Iterator[tuple[int, Any]], wanted: list[int]
     ) -> Iterator[tuple[int, Any]]:
-        """Every frame that the decoder returns, with its number, fed with what the requested ones need."""
+        """Every frame that the decoder returns for the packets that the requested frames need, with its number."""
         context = stream.codec_context
         if not self._scan.numbered:
             yield from self._counted(decoded_from(container, stream, self._scan.first))
@@ -120,10 +120,10 @@ class PyavReader(FrameReader):
         yield from self._numbered(context.decode(None))
 
     def _counted(self, frames: Iterator[Any]) -> Iterator[tuple[int, Any]]:
-        """Every frame with its number, counted, and checked by its time as far as the container has times.
+        """Every frame with its number, found by counting, and checked by its time if the container has times.
 
-        At a constant rate times may come in another order, as where they are decoding times, but none may be missing:
-        the frames after it would have wrong numbers.
+        At a constant rate times may be in another order, for example if they are decoding times, but none may be
+        missing: the frames after it would have wrong numbers.
         """
         scan, awaited, top = self._scan, set[int](), 0
         for number, frame in enumerate(frames):
@@ -144,8 +144,8 @@ class PyavReader(FrameReader):
     def _opened(self, wanted: list[int]) -> Iterator[tuple[Any, Any, Iterator[tuple[int, Any]]]]:
         """Container, stream, and its numbered packets, starting at the first that a requested frame needs or earlier.
 
-        Seeks where the container has an index. The packets' time stamps tell where a seek has landed: up to the needed
-        packet, each must be the one that the scan has there, otherwise the next attempt opens the file anew.
+        Seeks if the container has an index. The packets' time stamps show where a seek has landed: up to the needed
+        packet, each must equal that of the scan, otherwise the next attempt opens the file again.
         """
         first = int(np.argmax(self._plan(wanted)[0])) if self._scan.numbered else 0
         for time_stamp in (*self._seek_times(first), None):
@@ -196,7 +196,7 @@ class PyavReader(FrameReader):
         return (number >= scan.first) & (number <= last_in_group[group]), np.isin(number, position)
 
     def _settled_at(self, wanted: list[int]) -> dict[int, int]:
-        """For each requested number, the number by whose arrival everything decoded before it has come out."""
+        """For each requested frame, the number of the frame whose arrival settles it (see `PyavReader`)."""
         if not self._scan.numbered:
             return {k: k + MAX_REORDER + 1 for k in wanted}
         number = np.full(len(self._scan.pts), -1)

@@ -1,4 +1,4 @@
-"""A video's frames as its packets describe them: how many, when each is shown, and what can be relied on.
+"""A video's frames according to its packets: how many, when each is shown, and whether these facts are reliable.
 
 One pass over the packets, nothing decoded but the first frames. `features.video.base` defines the terms.
 """
@@ -31,11 +31,11 @@ from features.video.container import (
 )
 from features.video.times import FrameTimes
 
-# No codec that FFmpeg decodes reorders over more pictures than this (H.264 and HEVC: 16).
+# No codec that FFmpeg decodes reorders over more frames than this (H.264 and HEVC: 16).
 MAX_REORDER = 16
 # Enough to see whether frames come in the order of their times.
 _FIRST_FRAMES = 3 * MAX_REORDER
-# A video with fewer pictures to start from is not worth splitting: each part decodes from the one before it.
+# A video with fewer IDR pictures is not worth splitting: each part must decode from the IDR picture before it.
 _MANY_STARTS = 4
 _HIDDEN, _KEY, _IDR, _B = 1, 2, 4, 8
 
@@ -73,7 +73,7 @@ def probe_video(path: Path) -> VideoInfo:
 
 
 def _from_tables(path: Path) -> tuple[VideoInfo | None, np.ndarray | None]:
-    """What an MP4 file's tables say, and its frames' times (F,) in ticks; None if they do not suffice."""
+    """The facts in an MP4 file's tables, and its frames' times (F,) in ticks; None if the tables do not suffice."""
     with open_container(path) as container:
         stream = video_stream(container, path)
         promised, pts = promised_frames(stream), mp4.frame_times(path)
@@ -177,7 +177,7 @@ class VideoScan:
     `tick_s` is the unit of the packets' times. `shown` (N,) bool: not hidden by an edit list, and nothing is missing
     that the packet depends on. `times_known`: every shown packet has a time. `damage`: why frames are missing, of which
     the first `certain_count` are certain. `first` is the packet where decoding begins. `repeats` (F,) int64: which
-    coded picture each frame shows, where some are shown again (empty chunks of AVI); None elsewhere.
+    coded frame each frame shows, if some are shown again (empty chunks of AVI); otherwise None.
     """
 
     path: Path
@@ -219,12 +219,12 @@ class VideoScan:
 
     @property
     def picture_count(self) -> int:
-        """How many coded pictures are shown; frames that repeat one are counted with it."""
+        """How many coded frames are shown; a frame that repeats another is counted with it."""
         return int(self.shown.sum())
 
     @property
     def timed(self) -> bool:
-        """Whether packets carry presentation times: in AVI they count chunks, and a clock only goes forward."""
+        """Whether packets carry presentation times: in AVI they count chunks, and a valid clock never goes back."""
         return self.times_known and self.container != "avi" and self.packets.back_at is None
 
     @property
@@ -287,7 +287,7 @@ def scan_video(path: Path) -> VideoScan:
 
 
 def _is_steady(scan: VideoScan) -> bool:
-    """Whether times follow the rate within half a second, as where a writer of MPEG-PS rounds its clock."""
+    """Whether times follow the rate within half a second, for example because a writer of MPEG-PS rounds its clock."""
     time_s = (scan.shown_pts - scan.shown_pts[:1]) * float(scan.tick_s)
     error = np.abs(time_s * float(scan.rate) - np.arange(len(time_s)))
     return scan.damage is None and bool((error < scan.rate / 2).all())
@@ -362,7 +362,7 @@ def _start(path: Path, packets: Packets) -> tuple[int, np.ndarray]:
 
 
 def _held(path: Path, packets: Packets, shown: np.ndarray) -> tuple[int, np.ndarray | None]:
-    """How many frames an AVI file holds, and which coded picture each (F,) shows where empty chunks repeat one.
+    """How many frames an AVI file holds, and which coded frame each (F,) shows if empty chunks repeat some.
 
     Packets' times are their places among all chunks. If these do not increase, or exceed what the file can hold,
     each packet is one frame.

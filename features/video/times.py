@@ -91,6 +91,6 @@ def same_rate(fps: float, other_fps: float) -> bool:
 
 
 def require_held(fps: float, most_fps: float, held: str) -> None:
-    """Raise UserError if sampling at `fps` needs more than `most_fps`, the most that `held` (a description) has."""
+    """Raise UserError if `fps` is higher than `most_fps`, the highest rate of `held` (for the message)."""
     if fps > most_fps * (1 + RATE_TOLERANCE):
-        raise UserError(f"data.fps={fps:g} asks for more than there is: {most_fps:.4g} is the most that {held} holds")
+        raise UserError(f"data.fps={fps:g} is too high for {held}; the most is {most_fps:.4g}")

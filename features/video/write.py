@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 
-_TICK_S = Fraction(1, 90_000)  # of videos whose rate varies
+_TICK_S = Fraction(1, 90_000)  # time base of videos with a variable rate
 
 
 def encode_mp4(

@@ -270,7 +270,7 @@ def test_foreign_tensors_hold_numbers(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"meta\.pth"):
         load_foreign_state(tmp_path / "meta.pth", trusted=True)
     torch.save({"two\nlines": torch.ones(2)}, tmp_path / "names.pth")
-    with pytest.raises(UserError, match=r"names\.pth: .* keys are no names"):
+    with pytest.raises(UserError, match=r"names\.pth: .* keys are not names"):
         load_foreign_state(tmp_path / "names.pth", trusted=True)
 
 

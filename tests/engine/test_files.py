@@ -64,7 +64,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         [sys.executable, "-c", program, str(tmp_path / "big.txt")], capture_output=True, text=True, check=False
     )
     assert done.returncode != 0
-    assert done.stderr.strip().splitlines()[-1].endswith("no room left on the disk; free some or choose another folder")
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .endswith("no room left on the disk; free some space or choose another folder")
+    )
     assert os.listdir(tmp_path) == []
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 4096
 

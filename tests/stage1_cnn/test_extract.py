@@ -454,7 +454,7 @@ def test_a_disk_without_room_is_noticed_before(world: World, monkeypatch: pytest
         ({"extract": {"encoder": "initial"}, "cnn": {"backbone": "vit_b_32"}}, "vit_b_32 cannot take images"),
         (
             {"extract": {"encoder": "initial"}, "data": {"fps": 50}},
-            r"data.fps=50 asks for more than there is.*3 more videos\)",
+            r"data.fps=50 is too high.*3 more videos\)",
         ),
     ],
 )

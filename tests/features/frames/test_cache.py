@@ -304,7 +304,9 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path, video, li
     command = [sys.executable, "-c", textwrap.dedent(script), str(video), str(tmp_path), str(limit)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=280, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.strip().endswith("video01.h5: no room left on the disk; free some or choose another folder")
+    assert done.stdout.strip().endswith(
+        "video01.h5: no room left on the disk; free some space or choose another folder"
+    )
     assert content(tmp_path) == []
 
 

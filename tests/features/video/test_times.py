@@ -118,12 +118,12 @@ def test_constant_rates_need_no_times_within_the_rounding_of_the_clock() -> None
 @pytest.mark.parametrize(
     ("frame_count", "fps", "more", "problem"),
     [
-        (1000, 30, {}, "data.fps=30 asks for more than there is: 25 is the most that 25 fps holds"),
+        (1000, 30, {}, "data.fps=30 is too high for 25 fps; the most is 25"),
         (
             1000,
             1,
             {"kind": "frames", "frames": {"numbering": "source", "base": 0, "stride": 100, "first": 0, "count": 10}},
-            "0.25 is the most that images of one in 100 frames at 25 fps holds",
+            "data.fps=1 is too high for images of one in 100 frames at 25 fps; the most is 0.25",
         ),
     ],
 )
@@ -131,7 +131,7 @@ def test_a_rate_above_the_available_one_is_refused_naming_one_that_works(
     frame_count: int, fps: float, more: dict, problem: str
 ) -> None:
     video = entry(frame_count, 25, **more)
-    with pytest.raises(UserError, match="asks for more") as caught:
+    with pytest.raises(UserError, match="is too high") as caught:
         sampled_frames(video, fps)
     assert problem in str(caught.value)
     offered = float(str(caught.value).split("there is: ")[1].split(" ")[0])
