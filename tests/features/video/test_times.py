@@ -134,7 +134,7 @@ def test_a_rate_above_the_available_one_is_refused_naming_one_that_works(
     with pytest.raises(UserError, match="is too high") as caught:
         sampled_frames(video, fps)
     assert problem in str(caught.value)
-    offered = float(str(caught.value).split("there is: ")[1].split(" ")[0])
+    offered = float(str(caught.value).split("the most is ")[1])
     assert len(sampled_frames(video, offered)) == frame_count // video.image_stride
 
 
