@@ -1,4 +1,4 @@
-"""The command line: the commands' names, where each one is, and which exit code an error becomes.
+"""The command line: the commands' names, the module of each, and the exit code of each kind of error.
 
 Nothing else is imported before a command runs, so that `python pipeline.py --help` answers at once.
 """
@@ -134,7 +134,7 @@ def cli(context: click.Context) -> None:
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
-    """The command line as a program: the process ends with the command. Use `cli` where the process continues."""
+    """The command line as a program: the process ends with the command. Use `cli` if the process continues."""
     atexit.register(gc.freeze)  # otherwise the interpreter's last collections walk through all of torch for a second
     cli(arguments, program, obj=True)  # obj: whether the process ends with the command
 

@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def differences(backbone: str, precision: str, frames: int, batches: list[int]) -> dict[str, object]:
-    """The arithmetic chosen and the largest difference by batch size."""
+    """The chosen precision, and the largest difference for each batch size."""
     from configs.schema import Config
     from stage1_cnn.encoders.backbone import initial_backbone
     from stage1_cnn.encoders.encoder import Encoder

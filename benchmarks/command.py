@@ -1,4 +1,4 @@
-"""What the benchmarks share: their options, the output of figures, and calls of the command line."""
+"""Shared by the benchmarks: their options, the output of figures, and calls of the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast `extract` is: against the usual way, and against the bound of decoding and computing on all cores.
+"""How fast `extract` is, compared with the usual way and with the bound of decoding and computing on all cores.
 
     python benchmarks/extract.py --json FILE [--repeat N]
 
@@ -100,7 +100,7 @@ def source_videos(folder: Path) -> tuple[list[Path], str]:
     """Real clips, or a simulated one, and what they are."""
     clips = sorted((SHARED / "data" / "clips" / "videos").glob("*.mp4"))
     if clips:
-        clips = clips[: len(clips) // CORES * CORES or None]  # no core ends before the others
+        clips = clips[: len(clips) // CORES * CORES or None]  # so that all cores finish at the same time
         return clips, f"real clips: {len(clips)}"
     command = ["simulate", str(folder / "simulated"), "--videos", "1", "--seed", "0", "--fps", "25"]
     size = ["--width", "854", "--height", "480", "--speed-up", "16", "--workers", str(CORES)]
@@ -109,7 +109,7 @@ def source_videos(folder: Path) -> tuple[list[Path], str]:
 
 
 def random_weights(path: Path) -> Path:
-    """A ResNet50's initial state, the same for all sides."""
+    """A ResNet50's initial state, the same for all programs."""
     import torch
     import torchvision
 
@@ -119,7 +119,7 @@ def random_weights(path: Path) -> Path:
 
 
 def data_set(root: Path, videos: Sequence[Path], turns: int) -> Path:
-    """The videos in Cholec80's layout, in order, each so many times as long as it is."""
+    """The videos in Cholec80's layout, in order, each repeated `turns` times."""
     (root / "videos").mkdir(parents=True)
     for number, video in enumerate(videos):
         repeat_packets(video, root / "videos" / f"video{number + 1:02d}.mp4", turns)

@@ -1,4 +1,4 @@
-"""The forward pass of `extract` alone, for `benchmarks/extract.py`: the project's own net, in the other side's loop.
+"""The forward pass of `extract` alone, for `benchmarks/extract.py`: the project's net in the reference's loop.
 
 python benchmarks/extract_own.py PRECISION WEIGHTS
 """
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def forward(precision: str, weights: str) -> dict[str, float]:
-    """Pictures through the net as the encoder has it on this machine's CPU."""
+    """Run images through the encoder's net as it is used on this machine's CPU."""
     import torch
 
     from engine.device import DTYPES

@@ -3,7 +3,7 @@
 For each seed: both stages (`two stages`), then the joint net from them through its three steps (`joint`), the same with
 alpha = 0 in the third step (`control`: it shares the first two steps and has as many epochs), and stage two trained
 anew on features of the fine-tuned backbone (`again`). Everything is evaluated over whole videos with the state carried,
-on the validation videos and on the test videos. Started again, it resumes where it stopped.
+on the validation videos and on the test videos. When started again, it resumes where it stopped.
 
     python benchmarks/joint_finetuning.py --data demo --json FILE               (SIMULATED operations)
     python benchmarks/joint_finetuning.py --data mini --root DIR --json FILE

@@ -3,7 +3,7 @@
 A fold tests one video, chooses epochs on another and trains on the rest. Stage one is fine-tuned once per fold (seed
 0); stage two and the per-frame head are trained with several seeds per fold, on the fine-tuned features and on those of
 the initial backbone. Means and standard deviations over folds (of the mean over seeds) and over seeds (of the mean over
-folds) are given separately. Started again, it resumes where it stopped: its runs are ordinary run folders.
+folds) are given separately. When started again, it resumes where it stopped: its runs are ordinary run folders.
 
     python benchmarks/leave_one_out.py --root DIR --json FILE [--config FILE] [--folds N] [--seeds N]
 """

@@ -7,7 +7,7 @@ than real frames, so the figures are conservative; `--real FOLDER` uses JPEG or 
 `images_per_s` and `clips_per_s` (clips of 10 frames), by number of processes (0: in the training process itself);
 `device_images_per_s`, mirroring, colours and normalisation of whole batches on this CPU, one thread per core;
 `train_step_images_per_s`, forward and backward of ResNet50 in fp32 on this CPU; `gpu_needs_images_per_s`, an
-assumption and not a measurement: 1,300, what a data-centre GPU may train of ResNet50 at 224x224 in bf16;
+assumption and not a measurement: 1,300, the rate at which a data-centre GPU might train ResNet50 at 224x224 in bf16;
 `processes_for_gpu`, how many loader processes that would take, from the rate of one.
 """
 
@@ -33,7 +33,7 @@ def main() -> None:
     """Parse, measure, print, write."""
     parser = options(__doc__, repeat=None)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="loader processes")
-    parser.add_argument("--batches", type=int, default=12, help="batches of 64 frames a figure")
+    parser.add_argument("--batches", type=int, default=12, help="batches of 64 frames per figure")
     parser.add_argument("--real", type=Path, metavar="FOLDER", help="images to load instead of noise")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +157,7 @@ def device_rate(batch: Any, repeat: int = 5) -> float:
 
 
 def step_rate(batch: Any, repeat: int = 3) -> float:
-    """Images per second that ResNet50 learns from, forward and backward, fp32, channels last; median."""
+    """Images per second in training ResNet50, forward and backward, fp32, channels last; median."""
     import torch
     from torchvision.models import resnet50
 

@@ -42,7 +42,7 @@ for path in sorted(Path(sys.argv[1]).glob("*.h5")):
         file["features"][...]
 print(time.perf_counter() - started)
 """
-# Runs the real command line, notes when the first batch reaches the model and when its step is done, and leaves.
+# Runs the real command line, records when the first batch reaches the model and when its step is done, and exits.
 FIRST_STEP = """
 import os, runpy, sys, time
 from torch.nn.modules.module import register_module_forward_pre_hook

@@ -1,4 +1,4 @@
-"""Time of feature files beside plain files: writing and reading (2300, 2048) float16, 38 minutes at 1 fps.
+"""Time of feature files compared with plain files: writing and reading (2300, 2048) float16, 38 minutes at 1 fps.
 
     python benchmarks/store.py --json FILE
 

@@ -1,4 +1,4 @@
-"""Training speed of stage two, beside plain nn.LSTM, the matrix product, clips and end-to-end training.
+"""Training speed of stage two, compared with plain nn.LSTM, the matrix product, clips and end-to-end training.
 
     python benchmarks/temporal.py --json FILE [--repeat N]
 
@@ -40,7 +40,7 @@ from start_up import lengths_file, output, phases_of, training_options, write_fe
 REFERENCE = Path(__file__).resolve().parent / "temporal_reference.py"
 MFLOP_A_FRAME = 23.1  # 2 x 4 x 512 x (2 x 2048 + 3 x 512) + 6 x 512 x 7: no gradient goes to stored features
 CLIP_VIDEOS = 2
-# Runs the real command line and says at the end how much memory it has had at most.
+# Runs the real command line and prints its peak memory at the end.
 TRAIN = """
 import re, runpy, sys
 from pathlib import Path

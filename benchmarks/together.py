@@ -1,4 +1,4 @@
-"""Two trainings at once on one machine, against one alone: with the project's waiting threads, and with spinning ones.
+"""Two trainings at once on one machine, compared with one alone, with threads that wait and with threads that spin.
 
     python benchmarks/together.py --json FILE [--repeat N]
 
@@ -10,7 +10,7 @@ that of its epochs after the first; of two at once, that of the slower.
 - `train_cnn`: ResNet50 from 224x224 frames, eight per step, fp32. `train_temporal`: LSTM of 512 over whole videos,
   eight per step, random features, fp32.
 - `alone_s`, `together_s`, `ratio` of each; the same with `spinning_` in front.
-- `alone_ratio_to_spinning`: the effect of the setting on a training alone.
+- `alone_ratio_to_spinning`: the effect of the setting on a single training.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 from command import CORES, PIPELINE, options, say
 from start_up import output, write_feature_set
 
-# libgomp's own value where nothing is set
+# libgomp's default
 SPINNING = {"GOMP_SPINCOUNT": "300000"}
 VIDEOS, FRAMES = 10, 2158
 

@@ -1,4 +1,4 @@
-"""What several commands share: their options, the settings that these give, refusals, and how a command ends."""
+"""Shared by several commands: options, the settings that these give, refusals, and how a command ends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Callback = Callable[..., Any]
 
-EXIT_PARTLY = 1  # the command has done what it could; some videos failed or were left out
+EXIT_PARTLY = 1  # the command has finished, but some videos failed or were left out
 # Commands that can be a Slurm job, and whether several processes may share the work of one.
 STAGES = {
     "train-cnn": True,
@@ -192,7 +192,7 @@ def several_devices(command: Callback) -> Callback:
 
 
 def given(*names: str) -> list[str]:
-    """Those of the options that are on the command line, as they are written there."""
+    """Those of the options that are on the command line, spelled as there."""
     context = click.get_current_context()
     source = click.core.ParameterSource.COMMANDLINE
     return [
@@ -203,13 +203,13 @@ def given(*names: str) -> list[str]:
 
 
 def refuse(what: str, options: Sequence[str]) -> None:
-    """Raise UserError for options that have no meaning beside `what`: they are never ignored."""
+    """Raise UserError for options that have no meaning together with `what`: options are never ignored."""
     if options:
         raise UserError(f"{', '.join(options)}: cannot be combined with {what}; leave it out")
 
 
 def refuse_trusted(trusted: bool, instead: str | None) -> None:
-    """Refuse `--trusted` where no third-party file is loaded but what `instead` names."""
+    """Refuse `--trusted` if no third-party file is loaded, but the one that `instead` names."""
     if trusted and instead:
         refuse(f"{instead}: no third-party file is loaded", ["--trusted"])
 
@@ -272,13 +272,13 @@ def say_once(text: str) -> None:
 
 
 def exit_partly_if(problems: object) -> None:
-    """End with exit code 1 where there are problems."""
+    """End with exit code 1 if there are problems."""
     if problems:
         sys.exit(EXIT_PARTLY)
 
 
 def end_with_failures(sentence: str, failed: Sequence[tuple[str, object]]) -> None:
-    """Print what was done and what failed; exit code 1 where something did."""
+    """Print what was done and what failed; exit with code 1 if something did."""
     click.echo(sentence)
     for name, reason in failed:
         click.echo(printable(f"failed: {name}: {reason}"), err=True)
@@ -286,9 +286,9 @@ def end_with_failures(sentence: str, failed: Sequence[tuple[str, object]]) -> No
 
 
 def end_with_left_out(left_out: Sequence[Mapping[str, Any]]) -> None:
-    """Exit code 1 where videos of a split are left out, except those in data.exclude and those without labels."""
+    """Exit code 1 if videos of a split are left out, except those in data.exclude and those without labels."""
     from engine.launch import is_main_process
 
     missed = [video for video in left_out if not (video.get("excluded") or video.get("unlabelled"))]
-    # of several processes one: a launcher ends all of them when one fails
+    # only one of several processes: a launcher ends all of them when one fails
     exit_partly_if(any(video.get("split") != "none" for video in missed) and is_main_process())

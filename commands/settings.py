@@ -1,4 +1,4 @@
-"""`config` and `doctor`: what the settings amount to, and whether this machine can do what they ask for."""
+"""`config` prints the resulting settings; `doctor` checks whether this machine can do what they ask for."""
 
 from __future__ import annotations
 

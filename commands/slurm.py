@@ -38,7 +38,7 @@ _REQUEUE_S = 10
 # How long a job stays after SIGTERM for Slurm, which ends or requeues it when its grace time is over. A job that exits
 # by itself during the grace time of a preemption counts as failed and is never requeued.
 HOLD_S = 300.0
-# Exit codes of a stage that can resume: it has saved, or was stopped before it had installed its signal handlers.
+# Exit codes of a stage that can resume: it has saved, or was stopped before its signal handlers were installed.
 _CAN_RESUME = (EXIT_PREEMPTED, -signal.SIGTERM)
 _SET_BY_SUBMIT = {"error", "job_id", "map_count", "no_requeue", "open_mode", "output", "requeue", "setup", "signal"}
 _SET_BY_SUBMIT |= {"srun_args", "teardown", "use_srun"}
@@ -352,7 +352,7 @@ def _submitit() -> Any:
 
 
 def _executor(submitit: Any, folder: Path, request: Request, parameters: Mapping[str, Any]) -> Any:
-    """submitit's executor for one submission; unlike its base class it can be created where there is no cluster."""
+    """submitit's executor for one submission; unlike its base class, it can be created without a cluster."""
 
     class Executor(submitit.SlurmExecutor):  # type: ignore[misc]
         @classmethod

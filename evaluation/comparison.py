@@ -1,8 +1,8 @@
 """Compare models video by video: paired differences with bootstrap intervals, permutation tests and Holm's correction.
 
 A model is a run, a folder of predictions or a file of results; several training seeds of one model are joined by commas
-and averaged video by video. Videos and seeds are kept apart: intervals and tests are over videos (other patients), the
-standard deviation beside a mean is over seeds (trained again).
+and averaged video by video. Videos and seeds are kept apart: intervals and tests are over videos (other patients); the
+standard deviation next to a mean is over seeds (repeated training).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from evaluation.metrics.results import METRICS_FILE, PhaseResults, Record, Score
 from evaluation.metrics.statistics import PairedTest, holm, paired_interval, paired_permutation
 from evaluation.reports.tables import difference_table
 
-# The one convention in which a model's number is the mean of its videos' numbers, so that the mean difference over
-# videos is the difference of the models.
+# The only convention in which a model's number is the mean of its videos' numbers, so that the mean difference over
+# videos is the difference between the models.
 DEFAULT_CONVENTION = "video_macro"
 _HEAD = "temporal"
 _COUNTS = ("frames", "segments_truth", "segments_predicted")
@@ -34,7 +34,7 @@ _COUNTS = ("frames", "segments_truth", "segments_predicted")
 
 @dataclass(frozen=True)
 class Place:
-    """Where models are looked for: runs below `runs`, evaluated on `split`; prediction folders as `reading` says."""
+    """Where models are found: runs below `runs`, evaluated on `split`; prediction folders are read as in `reading`."""
 
     runs: Path
     split: str
@@ -173,7 +173,7 @@ def _parts(text: str) -> list[str]:
 
 
 def require_use(names: Sequence[str], runs: Path, *, reading: bool, split: bool) -> None:
-    """Raise UserError if a way of reading is given and no model is read, or a split and no model is a run."""
+    """Raise UserError for reading options if no model is a prediction folder, and for a split if no model is a run."""
     found = [runs / part if (runs / part).is_dir() else Path(part) for name in names for part in _parts(name)]
     if reading and all(p.is_file() or (p / "evaluate").is_dir() or (p / METRICS_FILE).is_file() for p in found):
         raise UserError("--ground-truth: every model here is evaluated already; leave it out")

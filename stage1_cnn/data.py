@@ -62,7 +62,7 @@ class LabelledFrames:
 class Request(NamedTuple):
     """One batch to make: rows of a split; `epoch` seeds the augmentation, None means none.
 
-    Without `counts` its frames have no labels: a process that has no part in a step computes, and learns nothing.
+    Without `counts` its frames have no labels: a process without a part in a step computes but learns nothing.
     """
 
     split: str
@@ -73,7 +73,7 @@ class Request(NamedTuple):
     def share(self, rank: int, count: int) -> Request:
         """The part of process `rank` of `count`.
 
-        No part is a single frame where that can be avoided, since batch norm cannot learn from one: a small last batch
+        Parts of a single frame are avoided if possible, since batch norm cannot learn from one: a small last batch
         goes to fewer processes. Those without a part get rank 0's rows, which do not count.
         """
         parts = min(count, max(1, len(self.rows) // 2)) if len(self.rows) < 2 * count else count
@@ -185,7 +185,7 @@ class FrameDataset(Dataset):
 
 
 def colour_factors(drawn: Sequence[NDArray[np.float32]], config: AugmentConfig, training: bool) -> Tensor:
-    """Factors (N, 3) as a batch carries them: (0, 3) if no colour changes."""
+    """Factors (N, 3) in the form that a batch holds: (0, 3) if no colour changes."""
     return torch.from_numpy(np.stack(drawn)) if training and changes_colour(config) else torch.zeros(0, 3)
 
 
@@ -217,7 +217,7 @@ class FrameLoader(Generic[AnyBatch]):
             batch_size=None,
             num_workers=workers,
             pin_memory=device.type == "cuda",
-            # without its own, a loader draws from the generator that dropout draws from
+            # without a generator of its own, a loader draws from the one that dropout uses
             generator=torch.Generator(),
             **options,
         )

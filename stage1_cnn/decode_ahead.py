@@ -28,8 +28,8 @@ from stage1_cnn.video_features import ExtractTask
 
 # Batches that wait for the device, per decoding process.
 QUEUE_BATCHES = 4
-# What a decoding process sends about a job: where its frames come from (a dict), frames (a tensor), that it has ended
-# (None), or why it failed (a string).
+# What a decoding process sends about a job: the origin of its frames (a dict), frames (a tensor), the end of the job
+# (None), or the reason of its failure (a string).
 Message = dict[str, str] | torch.Tensor | str | None
 
 
@@ -39,7 +39,7 @@ class _DecodedFrames(IterableDataset[tuple[int, Message]]):
     def __init__(self, config: Config, index: Index, root: Path, jobs: Sequence[VideoJob], taken: Any) -> None:
         self._config, self._index, self._root = config, index, root
         self._jobs = list(jobs)
-        self._taken = taken  # number of jobs taken by all processes together
+        self._taken = taken  # number of jobs that all processes have taken so far
 
     def __iter__(self) -> Iterator[tuple[int, Message]]:
         while (number := self._take()) < len(self._jobs):
@@ -89,7 +89,7 @@ def work_ahead(
     pinned: bool,
     decode: Callable[[ExtractTask, Sequence[VideoJob], int, bool], Iterable[tuple[int, Message]]] = decoding_processes,
 ) -> Generator[tuple[VideoJob, str | None], None, None]:
-    """Do the jobs in this process with frames from `decoders` other processes; yields as `work_through` does.
+    """Do the jobs in this process with frames that `decoders` other processes decode; yields as `work_through` does.
 
     If one of them dies, this process does the remaining jobs alone. Raises Stopped when asked to stop, and
     NoRoomError when the disk is full.
@@ -121,7 +121,7 @@ def _encode_decoded(
             while writers:
                 stop.raise_if_set()
                 number, message = _next(messages)
-                if number not in writers:  # it has failed here, and its frames keep coming
+                if number not in writers:  # it has failed here, but its frames still arrive
                     continue
                 reason = writers[number].take(message)
                 bar.update(len(message) if isinstance(message, torch.Tensor) else 0)

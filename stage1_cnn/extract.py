@@ -109,7 +109,7 @@ def extract(
     """Write the features of every video of the index, or of every `shard[1]`-th one from `shard[0]`.
 
     They are written to `folder`, by default `<extract.store>/<backbone>-<digest12>`, with the index and the encoder's
-    description. Files that verify and were made from the same source are kept; where only annotations changed, only
+    description. Files that verify and were made from the same source are kept; if only annotations changed, only
     labels are rewritten. A video that cannot be read is reported and the others are extracted; the reason is kept
     beside the features, so that stage two leaves the video out, too, until a later call can read it. With a run and no
     `folder`, `RUN/extract/result.json` names the features' folder. Raises UserError if there are no weights, no
@@ -250,7 +250,7 @@ def _require_compatible(folder: Path, index: Index, spec: EncoderSpec) -> None:
 def _work(
     task: ExtractTask, jobs: Sequence[VideoJob], encoder: Encoder, stop: StopRequest
 ) -> Iterator[tuple[VideoJob, str | None]]:
-    """Do the jobs in parallel processes; yields each video as it ends, with the reason where it failed."""
+    """Do the jobs in parallel processes; yields each video as it ends, with the reason if it failed."""
     chosen = task.config.extract
     ahead = encoder.device.type != "cpu" if chosen.decode_ahead == "auto" else chosen.decode_ahead == "on"
     processes = processes_for(chosen.workers, sum(job.frames for job in jobs))

@@ -24,7 +24,7 @@ from engine.files import NoRoomError, as_user_error, temporary_path
 from engine.pool import VIDEO_ERRORS, failure_reason
 from features.store import feature_path
 
-# Splitting ends where the processes are this close to ending together: every part costs a scan of the packets.
+# Splitting stops once the processes would end this close together, since every part costs a scan of the packets.
 _GOOD_BALANCE = 1.1
 
 
@@ -65,8 +65,8 @@ def split_among(
 ) -> list[VideoJob]:
     """The jobs, longest first, some of them cut at batches so that `processes` end at about the same time.
 
-    There are no more cuts than that takes, and no part is shorter than `least_frames` or one batch; `may_split` is
-    called for candidates only. Parts have no place yet.
+    There are no more cuts than necessary, and no part is shorter than `least_frames` or one batch; `may_split` is
+    called for candidates only. Parts have no file yet.
     """
     counts = dict.fromkeys(jobs, 1)
     if processes > 1:
@@ -106,7 +106,7 @@ def _balance(
 
 
 def _makespan(lengths: Sequence[float], processes: int) -> float:
-    """When the last process ends, where each takes the longest remaining piece."""
+    """When the last process ends if each takes the longest remaining piece."""
     ends = [0.0] * processes
     for length in sorted(lengths, reverse=True):
         heapq.heapreplace(ends, ends[0] + length)
@@ -211,13 +211,14 @@ class Assembly:
         _remove(self._places)
 
     def ended(self, piece: VideoJob, reason: str | None) -> tuple[VideoJob, str | None] | None:
-        """Note that a piece has ended; where it was the last one, the video and the reason of its first failed part.
+        """Note that a piece has ended; returns the video if this was its last piece, and why its first failed part
+        failed.
 
         Raises NoRoomError if the disk is full.
         """
         if piece.part is None:
             return piece, reason
-        for place in self._places:  # another machine that removes stale files judges by the time of the last change
+        for place in self._places:  # another machine decides by the time of the last change whether a file is stale
             if place.exists():
                 os.utime(place)
         parts, ended = self._parts[piece.video_id], self._ended[piece.video_id]
@@ -244,7 +245,7 @@ class Assembly:
 
 
 def places_of(parts: Iterable[VideoJob]) -> list[Path]:
-    """Where the rows of parts are; nothing for jobs that are whole videos."""
+    """The files with the rows of parts; none for jobs that are whole videos."""
     return [part.part for part in parts if part.part is not None]
 
 

@@ -75,7 +75,7 @@ def train_cnn(
     device = accelerator.device
     net = processes.each(lambda: build_net(config, index.dataset, trusted=trusted))
     require_image_size(net.backbone, config.preprocess.crop_px)
-    processes.each(lambda: load_frames(config, index, root))  # before hours of decoding, like the next line
+    processes.each(lambda: load_frames(config, index, root))  # checked before hours of decoding, as in the next line
     processes.from_first(stage.check)
     index = cache_readable(config, index, root, processes, stop)
     if processes.first:

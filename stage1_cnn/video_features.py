@@ -34,7 +34,7 @@ from stage1_cnn.segments import Rows, VideoJob, places_of, read_part, read_prove
 class ExtractTask:
     """Writes one video's feature file, or its labels alone.
 
-    Another process is sent the encoder, folded and hashed once, or loads its own where the encoder cannot be sent.
+    Other processes are sent the encoder, folded and hashed once, or load their own if it cannot be sent.
     """
 
     config: Config
@@ -91,7 +91,7 @@ class ExtractTask:
             rows.append(*encoder(frames))
 
     def sink(self, job: VideoJob, provenance: Mapping[str, str]) -> AbstractContextManager[Rows]:
-        """Where a job's rows go: the video's own file, or the part's place."""
+        """The destination of a job's rows: the video's own file, or the file of the part."""
         if job.part is not None:
             return write_part(job.part, feature_path(self.folder, job.video_id), provenance)
         return self._file(job, provenance)
@@ -130,7 +130,7 @@ class ExtractTask:
         require_free_bytes(self.folder, needed, "the features")
 
     def loaded_encoder(self) -> Encoder:
-        """The encoder, loaded on first use where none was sent. Raises UserError if it is not the expected one."""
+        """The encoder, loaded on first use if none was sent. Raises UserError if it is not the expected one."""
         if self.encoder is None:
             self.encoder = load_encoder(self.config, self.run, self.index.dataset.tools, self.trusted)
             if self.encoder.spec.digest != self.spec.digest:

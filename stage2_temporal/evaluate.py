@@ -57,8 +57,8 @@ class SampledLabels(NamedTuple):
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """What predictions are scored against: one split's labels at `fps`, in the order of the index; `root` is the data
-    root where it is known."""
+    """The labels that predictions are scored against: one split at `fps`, in the order of the index; `root` is the data
+    root if it is known."""
 
     index: Index
     split: str
@@ -105,10 +105,10 @@ def evaluate_run(
 ) -> Evaluation:
     """Score a run's heads and tools on one split, and write the results below `RUN/evaluate/<name>/`.
 
-    Writes `metrics.json`, `truth.json`, `predictions/<video>.csv`, `ribbons.png`, and for the run's own test videos
-    a summary into `RUN/summary.json` and `RUN/MODEL_CARD.md`; prints tables. With `index_file`, another data set
-    with the same classes is evaluated; its features are extracted into the run's folder where missing. `inference`
-    overrides how the run was trained to process time. Without `redo`, an evaluation of the same model and features is
+    Writes `metrics.json`, `truth.json`, `predictions/<video>.csv`, `ribbons.png`, and for the run's own test videos a
+    summary into `RUN/summary.json` and `RUN/MODEL_CARD.md`; prints tables. With `index_file`, another data set with the
+    same classes is evaluated; missing features are extracted into the run's folder. `inference` overrides the inference
+    mode (clips or carried state) of the training. Without `redo`, an evaluation of the same model and features is
     printed again, not computed. Raises UserError if the run is not trained, its classes differ from the data's, the
     features come from another encoder, or the user gave settings of images that the features do not have (`given`).
     """
@@ -176,7 +176,7 @@ def _load(folder: Path, index: Index, split: str) -> dict[str, VideoFeatures]:
     ids = [
         entry.id
         for entry in index.entries_of(split, folder / INDEX_FILE)
-        if entry.split != "none" or feature_path(folder, entry.id).exists()  # those of the others are not needed
+        if entry.split != "none" or feature_path(folder, entry.id).exists()  # other splits are not needed
     ]
     return load_feature_set(folder, ids)
 
@@ -190,7 +190,7 @@ def _encoder(videos: Mapping[str, VideoFeatures]) -> dict[str, Any]:
 def _other_features(
     config: Config, run: Path, index_file: Path, out: Path, features: Path | None, stop: StopRequest
 ) -> tuple[Path, Index]:
-    """The feature folder of another index, extracted with the run's own encoder where files are missing."""
+    """The feature folder of another index; missing files are extracted with the run's own encoder."""
     from features.dataset.catalogue import open_dataset
     from stage1_cnn.extract import extract
 
@@ -263,7 +263,7 @@ def _identity(
 def recorded_majority(result: Path, required: bool = False) -> int | None:
     """The most frequent phase of the training videos as the training's `result.json` records it.
 
-    None if it records none (imported nets, nets for tools alone). Raises UserError if the file is damaged, and if a
+    None if it records none (imported nets, tool-only nets). Raises UserError if the file is damaged, and if a
     `required` phase is missing.
     """
     found = read_json_object(result).get("majority_phase") if required or result.exists() else None
@@ -341,7 +341,7 @@ def score_and_write(
     write_truth(out / TRUTH_FILE, truth.record())
     if "temporal" in probabilities:
         _write_predictions(out, truth, probabilities["temporal"], predicted, tool_logits)
-    else:  # a net for tools alone
+    else:  # a tool-only net
         for name, logits in tool_logits.items():
             video, path = truth.videos[name], out / TOOLS_ALONE / f"{file_stem(name)}.csv"
             write_tool_csv(path, video.frame_index, video.time_s, sigmoid(logits), spec)

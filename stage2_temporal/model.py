@@ -1,4 +1,4 @@
-"""The model of stage two, as a checkpoint holds it: standardisation and a head."""
+"""The model of stage two, in the form that a checkpoint holds: standardisation and a head."""
 
 from __future__ import annotations
 

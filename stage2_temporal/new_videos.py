@@ -44,7 +44,7 @@ from stage2_temporal.joint.net import FOLDER, joint_checkpoint, load_joint
 from stage2_temporal.model import PhaseModel
 from stage2_temporal.predict import Inference, OnlinePredictor, chosen_inference, load_temporal, other_encoder
 
-# Fast, and good enough to look at: the drawn video illustrates a prediction and is no archive.
+# Fast, with sufficient quality: the drawn video illustrates a prediction and is not an archive.
 _ENCODER = {"preset": "veryfast", "crf": "23"}
 
 
@@ -143,7 +143,7 @@ def pair_of_stages(
 
     def encode(crops: NDArray[np.uint8]) -> tuple[Tensor, NDArray[np.float32] | None]:
         embedding, logits = encoder(crops)
-        stored = torch.from_numpy(embedding.astype(encoder.spec.storage))  # as stage two has seen them
+        stored = torch.from_numpy(embedding.astype(encoder.spec.storage))  # as in the training of stage two
         if about["tool_inputs"]:
             stored = with_tool_logits(stored, torch.from_numpy(logits), str(folder))
         return stored.float(), logits if encoder.tool_head is not None else None
@@ -169,7 +169,7 @@ def joint_net(config: Config, run: Path, inference: Inference | None = None, giv
     path = joint_checkpoint(run)
     net, about = load_joint(path)
     if net.phase is None:
-        raise UserError(f"{path}: a net for tools alone; predict needs a phase branch, `extract --from-joint` does not")
+        raise UserError(f"{path}: a tool-only net; predict needs a phase branch, `extract --from-joint` does not")
     inference = chosen_inference(inference, about["inference"], net.phase, path)
     preprocess = PreprocessConfig(**about["preprocess"])
     require_preprocess_of(preprocess, config, given, path, about["fps"], about["backbone"])

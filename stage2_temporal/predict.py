@@ -29,7 +29,7 @@ KIND = "temporal"
 
 
 class BatchSizes(NamedTuple):
-    """What bounds memory, whatever the videos' lengths."""
+    """Limits of a batch, which bound memory for videos of any length."""
 
     videos: int = 8  # that advance together
     chunk_frames: int = 1024  # by which they advance

@@ -165,7 +165,7 @@ def train_head(
                     output = session.model(x, state, batch.lengths)
                 model.carried = detach_state(output.state) if settings.sequence.mode == "chunked" and counts else ()
                 loss = criterion(output.logits_per_stage, phase)
-                del output  # its hidden features would take memory through the backward pass
+                del output  # otherwise its hidden features would take up memory during the backward pass
                 session.update(loss, partial(bank.names, batch))
             model.carried = ()
             seconds = max(time.monotonic() - started, 1e-9)

@@ -1,4 +1,4 @@
-"""What the steps of the check share: sizes, settings, figures, commands of the project and a watch on the GPU."""
+"""Shared by the steps of the check: sizes, settings, figures, commands of the project and a monitor of the GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What surgstage does on a machine with a GPU, figure by figure: correctness first, then speed.
+"""Checks of surgstage on a machine with a GPU, figure by figure: correctness first, then speed.
 
     python benchmarks/gpu/gpu_check.py all [STEP...]    every step (or those), each in a process with a time limit
     python benchmarks/gpu/gpu_check.py step STEP        one step in this process
@@ -6,7 +6,7 @@
 
 A figure is a line {"step": ..., "figure": ..., "value": ..., "wanted": ...}; `wanted` is the value to reach, where
 there is one. The project is used through its command line, except for what has no command (the LSTM on two devices, the
-joint net before its first step). The sides that it is compared with are plain torch. gpu_check.sh runs all of it.
+joint net before its first step). The programs that it is compared with are plain torch. gpu_check.sh runs all of it.
 """
 
 from __future__ import annotations

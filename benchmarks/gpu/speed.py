@@ -1,4 +1,4 @@
-"""Steps that measure speed and memory, each beside a plain loop of torch on the same sizes."""
+"""Steps that measure speed and memory, each compared with a plain loop in torch of the same size."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def plain_lstm(dtype: str, batch: int) -> float:
 
 
 def require_clip() -> Path:
-    """The clip, made first where there is none."""
+    """The clip, which is made first if it does not exist."""
     if not CLIP.exists():
         CLIP.parent.mkdir(parents=True, exist_ok=True)
         make_clip(CLIP)
@@ -411,6 +411,8 @@ def together() -> None:
 
 
 def compiled() -> None:
-    """What torch.compile and a fused optimiser would add to stage one. The last step, since compiling takes long."""
+    """What torch.compile and a fused optimiser would gain in stage one. This step is last, since compiling takes
+    long.
+    """
     batch = 4 if REHEARSE else 100
     figure("plain loop, compiled, fused, images per second", plain_resnet(batch, True, False, optimised=True))

@@ -1,5 +1,5 @@
-"""pipeline.py with the time of every optimiser step: `timed.py FILE WORDS...` writes them, peak memory and, with
-GPU_CHECK_WAITS set, the places where steps 5 to 25 wait for the GPU into FILE."""
+"""Run pipeline.py and record it: `timed.py FILE WORDS...` writes to FILE the time of every optimiser step, peak memory
+and, with GPU_CHECK_WAITS set, the lines at which steps 5 to 25 wait for the GPU."""
 
 from __future__ import annotations
 

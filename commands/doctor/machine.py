@@ -225,7 +225,7 @@ def check_slurm() -> Iterable[Finding]:
 def check_folder(what: str, folder: Path, needed_bytes: int = 0, certain: bool = True) -> Iterable[Finding]:
     """Whether a folder (or its nearest existing parent) is writable and has `needed_bytes` free.
 
-    `certain` is false where some of what is needed may exist already; missing space is then a warning.
+    `certain` is false if some of the needed files may exist already; missing space is then a warning.
     """
     try:
         place = folder.absolute()

@@ -1,10 +1,10 @@
-"""Which rows of a ground truth and of a prediction are the same frames, and how many of them there are per second.
+"""Which rows of a ground truth and of a prediction are the same frames, and at which rate.
 
 Rows are matched one by one where both files have the same number of rows and start together, by frame number where both
 have frame numbers, and by rate where the prediction's rate is given. Nothing else is assumed. Numbers that are one
 apart may count source frames or samples, so they do not determine the rate; numbers further apart are taken to count
-source frames at the rate of the data set's annotations. A frame that only one file covers is not scored where it has no
-label, and wrong where it has no prediction.
+source frames at the rate of the data set's annotations. A frame in only one of the files is not scored if it has no
+label, and counts as wrong if it has no prediction.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from evaluation.metrics.counts import NO_PREDICTION
 _COMMON_FPS = (1.0, 5.0, 25.0, 2.0, 10.0, 12.5, 15.0, 30.0)
 _DENSE_FPS = (30.0, 50.0, 60.0)
 _TOLERANCE = 0.03  # 24 and 25 rows per second stay apart
-_HALF = 0.5  # of the compared rows may be absent at the ends where the unit of the numbers is certain
+_HALF = 0.5  # fraction of the compared rows that may be missing at the ends if the unit of the numbers is certain
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ def match_rows(
         return _by_number(truth, predicted, t, p, annotation_fps)
     step = truth.step or 0.0
     if t is not None and p is not None and step and np.isclose(step, predicted.step or 0.0, rtol=1e-3):
-        # Numbered from 0 in one and from 1 in the other is usual; further apart they are not the same frames.
+        # It is common that one file counts from 0 and the other from 1; starts further apart are not the same frame.
         if step > 1.0 + 1e-6 and abs(t[0] - p[0]) > 0.999 * step:
             return _by_number(truth, predicted, t, p, annotation_fps)
         if abs(t[0] - p[0]) > 1.001 * step:
@@ -121,7 +121,7 @@ def _by_number(
 ) -> Matched:
     step_t, step_p = truth.step, predicted.step
     why = f"the frame columns ({p[0]:g} to {p[-1]:g} and {t[0]:g} to {t[-1]:g}) are not those of the same frames"
-    # One row has no distance to another; and numbers that begin after the others end have no frame in common.
+    # A single row has no distance to another, and numbers that start after the others end share no frame with them.
     if step_t is None or step_p is None or max(t[0], p[0]) > min(t[-1], p[-1]) + 1:
         raise _unmatched(truth, predicted, annotation_fps, why)
     if np.isclose(step_t, step_p, rtol=1e-3) and t[0] != p[0]:

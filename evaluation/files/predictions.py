@@ -22,8 +22,8 @@ from configs.errors import UserError
 from configs.schema import DataSetSpec
 from engine.files import read_bounded, write_text
 
-TOOLS_ALONE = "tool_predictions"  # folder for nets without a phase branch, in place of `predictions`
-MAX_FILE_BYTES = 256 << 20  # 14 float32 numbers a row, a million rows
+TOOLS_ALONE = "tool_predictions"  # replaces `predictions` for nets without a phase branch
+MAX_FILE_BYTES = 256 << 20  # 14 float32 numbers per row, a million rows
 _FRAME_LIMIT = 2**53  # beyond it a frame number would not survive the float columns
 _ROUNDING = 1e-5  # by how much a computed probability may lie outside 0 to 1
 
@@ -76,20 +76,20 @@ def write_prediction_csv(
 
 
 def tool_columns(spec: DataSetSpec) -> list[str]:
-    """The header of the prediction file of a net for tools alone."""
+    """The header of a tool-only net's prediction file."""
     return ["frame", "time_s", *(f"p_{name}" for name in spec.tools)]
 
 
 def write_tool_csv(
     path: Path, frame_index: NDArray[Any], time_s: NDArray[Any], tool_probabilities: NDArray[Any], spec: DataSetSpec
 ) -> None:
-    """Write one video's prediction of a net for tools alone: (T,), (T,), (T, K). Raises UserError as for phases."""
+    """Write one video's prediction of a tool-only net: (T,), (T,), (T, K). Raises UserError as for phases."""
     columns = np.asarray(tool_probabilities, dtype=np.float32)
     _write_csv(path, tool_columns(spec), frame_index, time_s, [[] for _ in columns], columns)
 
 
 def read_tool_csv(path: Path, spec: DataSetSpec) -> ToolScores:
-    """Read a prediction file of tools alone. Raises UserError naming the file and what is wrong in it."""
+    """Read a prediction file of a tool-only net. Raises UserError naming the file and what is wrong in it."""
     rows = _rows(path)
     header = tool_columns(spec)
     if rows[0] != header:

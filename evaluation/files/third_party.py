@@ -112,7 +112,7 @@ def _numbers(path: Path, spec: DataSetSpec) -> set[int]:
 
 
 def _named_id(path: Path, spec: DataSetSpec) -> str | None:
-    """The id in a file's name, where the data set's annotation files hold such ids."""
+    """The id in a file's name, if the data set's annotation files are named by ids."""
     names = (f"{id_of_stem(path.stem)}{tail}" for tail in (".txt", "-phase.txt"))
     match = next(filter(None, map(spec.patterns.compiled("phase").fullmatch, names)), None)
     return normal_id(match["id"]) if match and not (match["id"] or "0").isdecimal() else None
@@ -185,7 +185,7 @@ def _table(path: Path, spec: DataSetSpec) -> tuple[list[str] | None, list[list[s
             cells.pop()
         if len(cells) != width or (width > 1 and not any(cells)):
             what = f"has {len(cells)} column(s), not {width}" if any(cells) else "is blank"
-            raise place.error(row, f"{what}; every row of the file is wanted in the same form")
+            raise place.error(row, f"{what}; every row of the file must have the same form")
     return header, rows, place
 
 
@@ -226,7 +226,7 @@ def _split(line: str, mark: str | None) -> list[str]:
 
 
 def _header(line: str, mark: str | None, spec: DataSetSpec) -> list[str] | None:
-    """The first line's cells where it is a header, which may be delimited in another way than the rows."""
+    """The cells of the first line if it is a header, whose delimiter may differ from that of the rows; else None."""
     cells = line.strip().split(mark) if mark and mark in line else re.split(r"[\t,; ]+", line.strip())
     words = [cell.strip(' "').casefold() for cell in cells]
     known = any(word in _FRAME_WORDS or word in _PHASE_WORDS for word in words) or _score_columns(words, spec)
@@ -246,7 +246,7 @@ def _score_columns(header: Sequence[str], spec: DataSetSpec) -> list[int]:
 def _columns(
     where: _Place, header: Sequence[str] | None, rows: Sequence[Sequence[str]], spec: DataSetSpec
 ) -> dict[str, Any]:
-    """The columns that matter: `phase`, and where there are such `frame`, `time_s` and `name` (names beside ids).
+    """The columns that matter: `phase` and, if present, `frame`, `time_s` and `name` (names next to ids).
 
     `phase` is a tuple of cells, or a `_Scores` where there is one column per phase.
     """
@@ -281,7 +281,7 @@ def _columns_without_header(where: _Place, table: Sequence[tuple[str, ...]], spe
     if width not in (classes, classes + 1):
         raise where.error(
             0,
-            f"has {width} columns and no header that names them; wanted, in one row per frame: frame and phase, or a "
+            f"has {width} columns and no header that names them; expected, in one row per frame: frame and phase, or a "
             f"column for each of the {classes} phases of {spec.name}",
         )
     scores = {"phase": _Scores(table[width - classes :], False)}
@@ -305,7 +305,7 @@ def _of_scores(where: _Place, scores: _Scores, spec: DataSetSpec, order: Sequenc
     ones = values.sum(axis=1)
     one_hot = bool(np.isin(values, (0.0, 1.0)).all())
     if one_hot and (ones > 1).any():
-        raise where.error(int((ones > 1).argmax()), "has several ones, as tools have; wanted: one phase per frame")
+        raise where.error(int((ones > 1).argmax()), "has several ones, like tool labels; expected one phase per frame")
     if order is None and not scores.named:
         kind = "one-hot rows" if one_hot else "probabilities or scores"
         raise UserError(
@@ -344,7 +344,7 @@ def _with_missing_rows(
 ) -> tuple[NDArray[np.int16], NDArray[np.float64]]:
     """Phases (T,) with the rows that the numbers skip filled in without a label, and the numbers of all rows.
 
-    Frame numbers of a variable rate are uneven; where there are times too, rows are missing only if both skip them.
+    Frame numbers of a variable rate are uneven; if there are times too, rows are missing only if both skip them.
     Raises UserError if frame numbers without times are uneven, and if more rows are missing than present.
     """
     rows, usual, uneven = _rows_passed(frame)

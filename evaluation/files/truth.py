@@ -1,7 +1,7 @@
-"""The labels an evaluation was made against: `truth.json` beside its metrics.
+"""The labels that an evaluation used: `truth.json` next to its metrics.
 
-With it a run folder alone is enough to draw truth and prediction, even if features or annotations have changed or are
-missing.
+With this file, truth and prediction can be drawn from the run folder alone, even if features or annotations have
+changed or are missing.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from evaluation.metrics.counts import BoolArray, FloatArray, PhasePair, PhaseTab
 from evaluation.metrics.results import OnePhase, PhaseAbout, PhaseResults, Score, json_number
 from evaluation.metrics.scores import phase_scores
 
-MAIN_CONVENTION = "phase_mean"  # where one number is shown, it is this convention's
+MAIN_CONVENTION = "phase_mean"  # the convention used if only one number is shown
 
 LEFT_OUT = "a phase absent from a video's truth is left out of that video, even where it is predicted"
 DROPPED = f"{LEFT_OUT}; one never predicted has no precision there (0/0 is left out), and recall, Jaccard and F1 0"
@@ -48,7 +48,7 @@ class Convention(ABC, Generic[Table]):
 
     @abstractmethod
     def count(self, videos: Videos, classes: int, fps: float | None, background: Sequence[int]) -> Table:
-        """The counts that are averaged, one row per video; `background` holds ids of phases where nothing goes on."""
+        """The counts that are averaged, one row per video; `background` holds ids of phases without activity."""
 
     @abstractmethod
     def means(self, table: Table, weights: FloatArray) -> dict[str, FloatArray]:
@@ -180,19 +180,19 @@ def _accuracy(table: PhaseTable) -> FloatArray:
 
 
 def _f1_of_means(precision: float, recall: float) -> float | None:
-    """What several papers print as F1: the harmonic mean of the averaged precision and recall."""
+    """The number that several papers print as F1: the harmonic mean of the averaged precision and recall."""
     return json_number(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
 
 
 def over_videos(values: FloatArray, weights: FloatArray) -> FloatArray:
-    """Mean of `values` (V, ...) over the videos where they are known: (B, ...), NaN where none is."""
+    """Mean of `values` (V, ...) over the videos in which they are known: (B, ...), NaN if they are known in none."""
     known = np.isfinite(values)
     with np.errstate(invalid="ignore"):
         return np.asarray((weights @ np.where(known, values, 0.0)) / (weights @ known))
 
 
 def mean_known(values: FloatArray, axis: int) -> FloatArray:
-    """Mean along `axis` of what is not NaN; NaN where nothing is."""
+    """Mean along `axis` of the values that are not NaN; NaN if all are NaN."""
     known = np.isfinite(values)
     with np.errstate(invalid="ignore"):
         return np.asarray(np.where(known, values, 0.0).sum(axis) / known.sum(axis))

@@ -1,4 +1,4 @@
-"""Counting: one (videos x phases) table per way of deciding which frames are right.
+"""Counting: one (videos x phases) table for each rule that decides which frames are right.
 
 Every convention that compares frames is an average over such a table. `strict_right` decides by equality;
 `evaluation.metrics.relaxed` forgives errors near phase boundaries. Formulas with worked examples: docs/evaluation.md.
@@ -20,7 +20,7 @@ BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 Counts = IntArray | FloatArray
 
-NO_PREDICTION = -2  # in a prediction: none was made. Such a frame is wrong, unlike one without a label
+NO_PREDICTION = -2  # in a prediction: none was made; counts as wrong, whereas a frame without a label does not count
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class PhasePair:
 
 @dataclass(frozen=True)
 class PhaseTable:
-    """Frame counts of V videos and C phases under one way of deciding which frames are right.
+    """Frame counts of V videos and C phases under one rule that decides which frames are right.
 
     `hits`, `predicted`, `truth`, `union` are (V, C): right frames in truth or prediction, frames predicted, frames in
     the truth, frames in either. `right` and `frames` are (V,).
@@ -108,7 +108,7 @@ def strict_right(video: PhasePair, fps: float | None = None) -> BoolArray:
 
 
 def count(videos: Sequence[PhasePair], classes: int, decide: Callable[[PhasePair], BoolArray]) -> PhaseTable:
-    """The table over `videos` (V rows) and `classes` phases, `decide` giving each frame's verdict."""
+    """The table over `videos` (V rows) and `classes` phases; `decide` says which frames are right."""
     return PhaseTable(
         *(np.stack(column) for column in zip(*(_row(v, classes, decide(v)) for v in videos), strict=True))
     )
@@ -120,8 +120,8 @@ def _row(video: PhasePair, classes: int, right: BoolArray) -> tuple[IntArray, ..
 
     truth, predicted, right = video.truth[video.labelled], video.predicted[video.labelled], right[video.labelled]
     same = truth == predicted
-    # A forgiven frame counts for two phases, the true and the predicted one: this is how the script's precision and
-    # recall can pass 100.
+    # A forgiven frame counts for two phases, the true and the predicted one, so the script's precision and recall can
+    # exceed 100.
     hits = frames_of(truth[right]) + frames_of(predicted[right & ~same])
     in_truth, in_prediction = frames_of(truth), frames_of(predicted)
     union = in_truth + in_prediction - frames_of(truth[same])

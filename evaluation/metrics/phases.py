@@ -113,7 +113,7 @@ def require_convention(name: str) -> str:
 
 
 def _truth_sha256(videos: Sequence[PhasePair]) -> str:
-    """A hash of the truth, video by video: numbers are only comparable where this is the same."""
+    """A hash of the truth, video by video: numbers are only comparable if it is the same."""
     digest = sha256()
     for video in videos:
         digest.update(f"{video.id} {len(video.truth)} ".encode() + np.asarray(video.truth, np.int8).tobytes())

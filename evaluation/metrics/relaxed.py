@@ -51,8 +51,8 @@ CHOLEC80 = Rules(
 def phase_runs(truth: IntArray) -> list[tuple[int, int, int]]:
     """Runs of one phase as (start, stop, phase), positions on the whole timeline.
 
-    Unlabelled frames are skipped: they lie inside a run where the phase is the same on both sides and belong to none
-    if it differs. Windows are therefore in time even where only some frames have a label.
+    Unlabelled frames are skipped: they are part of a run if the phase is the same on both sides, and of none if it
+    differs. So windows are measured in time even if only some frames have a label.
     """
     labelled = np.flatnonzero(truth >= 0)
     return [(int(labelled[r.start]), int(labelled[r.end - 1]) + 1, r.value) for r in runs(truth[labelled])]
@@ -97,7 +97,7 @@ def refuses(phases: Sequence[str], fps: float | None, rules: Rules = CHOLEC80) -
 
 
 def surgformer_cells(table: PhaseTable) -> FloatArray:
-    """(V, C) F1 in percent as Surgformer's copy of the official script has it, NaN where it drops a cell.
+    """(V, C) F1 in percent as in Surgformer's copy of the official script, NaN where it drops a cell.
 
     2PR / (P + R) of precision and recall *before* they are cut, then cut to 100. A phase absent from the truth, never
     predicted, or without a right frame (0/0) is dropped.

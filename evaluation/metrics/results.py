@@ -29,7 +29,7 @@ T = TypeVar("T", bound="Record")
 
 
 class Record:
-    """A dataclass that is a JSON object. A field whose default is None is left out where it is None."""
+    """A dataclass that is a JSON object. A field whose default is None is omitted if it is None."""
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object, its keys in the order of the fields."""
@@ -52,7 +52,7 @@ class Record:
 
     @classmethod
     def _by_field(cls, tree: Any) -> Any:
-        """The fields' values in a JSON object: keys of no field go to the flat one, and what is missing is None."""
+        """The fields' values in a JSON object: unknown keys go to the flat field, and missing ones are None."""
         if not isinstance(tree, Mapping):
             return tree
         flat = next((one.name for one in _fields(cls) if one.metadata == FLAT), None)
@@ -231,7 +231,7 @@ class ToolVideo(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ToolAbout(Record):
-    """What the numbers are, as `PhaseAbout` says it of phases."""
+    """What the numbers are; see `PhaseAbout`, which does the same for phases."""
 
     unit: str = "percent"
     map_pooled: str = "average precision of each tool over the frames of all videos, then the mean over tools"

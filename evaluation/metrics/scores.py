@@ -26,13 +26,13 @@ class Metric:
     cells: Callable[[PhaseTable], FloatArray]
 
 
-# Other keys of a result, beside which a metric's name stands in JSON.
+# Other keys of a result in JSON, which a metric's name must not repeat.
 RESERVED = {"accuracy", "videos", "frames", "segments", "about", "per_phase", "per_video", "intervals"}
 METRICS: Registry[Metric] = Registry("metric", "surgstage.metrics", RESERVED)
 
 
 def metric_title(name: str) -> str:
-    """The title of a metric; the name itself where a result has a metric that is not registered here."""
+    """The title of a metric; its name if a result has a metric that is not registered here."""
     known = METRICS.find(name).title if name in METRICS.names() else name.replace("f1@", "F1@")
     return {"accuracy": "Accuracy", "edit": "Edit score"}.get(name, known)
 

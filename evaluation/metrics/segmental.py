@@ -63,8 +63,8 @@ def edit_score(predicted: IntArray, truth: IntArray, background: Sequence[int] =
 def overlap_hits(predicted: IntArray, truth: IntArray, background: Sequence[int] = ()) -> tuple[list[int], int, int]:
     """True positives at each overlap, and the numbers of predicted and true segments, without those of `background`.
 
-    A predicted segment is assigned to the true one of its label with the greatest intersection over union; it is a hit
-    when that reaches the overlap and no earlier segment has hit the same one.
+    A predicted segment is assigned to the true segment of its label with the greatest intersection over union. It is a
+    hit if that reaches the overlap and no earlier segment has hit the same one.
     """
     label_p, start_p, stop_p = segments(predicted, background)
     label_t, start_t, stop_t = segments(truth, background)

@@ -1,7 +1,7 @@
 """Uncertainty: bootstrap intervals over videos, and paired tests between models.
 
-A bootstrap draws videos: would the number hold on other patients? Frames are never drawn, since those of one video are
-not independent. The spread over training seeds is another question (`evaluation.comparison`).
+A bootstrap draws videos, to show how far the number would vary on other patients. Frames are never drawn, since those
+of one video are not independent. The spread over training seeds is a different question (`evaluation.comparison`).
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class Report:
-    """The content of the page: runs, videos from worst to best, intervals per run; frames, and a note about them."""
+    """The content of the page: runs, videos from worst to best, intervals per run, frames and a note about them."""
 
     runs: list[RunResults]
     videos: list[str]
@@ -167,7 +167,7 @@ def _or_last(accuracy: float | None) -> float:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Folder names; whole paths where two are equal or one is the name that the truth has in figures."""
+    """Folder names; whole paths if two names are equal or one is the name of the truth in figures."""
     names = [folder.resolve().name for folder in folders]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{folders[0]}: a run is named twice; name each once")
@@ -256,8 +256,8 @@ def _stage_of(folder: Path, evaluation: Evaluation) -> Path | None:
 
 
 def without_training(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that describe an imported net: the images that it takes and its parts. It was trained by another
-    program, so the other settings were never used."""
+    """The settings that describe an imported net: its input images and its parts. Another program trained it, so the
+    other settings were never used."""
     parts = {"preprocess": None, "cnn": "backbone", "temporal": "head", "joint": "net"}
     return {
         name: {key: settings[name][key]} if key else settings[name]

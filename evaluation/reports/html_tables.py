@@ -55,7 +55,7 @@ class ReportTable:
 
 @dataclass(frozen=True)
 class ConventionSection:
-    """Everything under one convention: what a reader must know of the numbers, and their tables."""
+    """Everything under one convention: what a reader must know about the numbers, and their tables."""
 
     title: str
     about: list[str]

@@ -1,4 +1,4 @@
-"""A run's model card: what it was trained on, how, what it reaches under which convention, and what it is not for."""
+"""A run's model card: training data, training, results with their conventions, and what the model is not for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _KINDS = {
     "tool": "A CNN, frame by frame,",
 }
 _TASKS = {"both": "phases and tools", "phase": "phases", "tool": "tools"}
-# What the numbers depend on. Folders and paths of one machine are not among it.
+# Settings that the numbers depend on; folders and paths of a machine are not among them.
 _SECTIONS = {
     "temporal": ("seed", "preprocess", "encoder", "cnn", "extract", "temporal"),
     "joint": ("seed", "preprocess", "joint"),

@@ -1,4 +1,4 @@
-"""The band below a frame that shows what was recognised: phase and confidence, tools, the phases so far."""
+"""The band below a frame with the predictions: phase and confidence, tools, the phases so far."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ class Overlay:
         return np.asarray(image)
 
     def _draw_tools(self, draw: Any, sample: int, place: tuple[int, int], gap: int) -> None:
-        """Present tools bright and with their probability; the names of the others faint, where there is room."""
+        """Draw present tools brightly, with their probabilities, and the names of the others faintly, if there is
+        room.
+        """
         if self._tools is None:
             return
         font = self._fonts[1]

@@ -296,7 +296,7 @@ def _bars(report: Report, convention: str, metric: str) -> Figure:
 
 def _run_bars(run: RunResults, number: int, phases: Sequence[str], entries: Sequence[Interval]) -> dict[str, Any]:
     def reach(entry: Interval, end: float | None) -> float | None:
-        """None draws no whisker: one of no length would mean that nothing is uncertain."""
+        """The length of a whisker; None draws none, since a length of 0 would suggest that there is no uncertainty."""
         return None if end is None or entry.mean is None else abs(end - entry.mean)
 
     words = [

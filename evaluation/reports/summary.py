@@ -32,9 +32,9 @@ def summarise(phases: ByConvention | None, tools: ToolResults | None) -> dict[st
 def settings_behind(run: Path, settings: Mapping[str, Any], encoder: Mapping[str, Any] | None) -> dict[str, Any]:
     """Settings of stage two; those of stage one are replaced by what made the features.
 
-    `encoder` is what is recorded in the features, with its `digest`; None if it is not known. Settings name a
-    backbone also where features were named by their folder; those of a run's own stage one count only where they made
-    these features.
+    `encoder` is the record in the features, with its `digest`; None if it is not known. The settings name a backbone
+    even if features were named by their folder, so a run's settings of stage one count only if they made these
+    features.
     """
     if encoder is None:
         return dict(settings)
@@ -57,7 +57,7 @@ def used_videos(index: Index, evaluation: Evaluation) -> tuple[dict[str, list[st
 
 
 def scored_words(evaluation: Evaluation) -> str:
-    """How many videos were scored: `2 videos`, or by task where the tasks differ."""
+    """How many videos were scored: `2 videos`, or by task if the tasks differ."""
     evaluated = {"phases": evaluation.phases, "tools": evaluation.tools}
     counts = {task: len(ids) for task, ids in evaluation.scored.items() if evaluated[task]}
     if len(set(counts.values())) < 2:

@@ -171,7 +171,7 @@ def _of_frames(results: ByConvention, convention: str) -> PhaseResults:
 
 
 def _table(title: str, name: str, numbers: Sequence[str]) -> Table:
-    """An empty table; where the terminal is narrow the names are shortened, never the numbers."""
+    """An empty table; on a narrow terminal the names are shortened, never the numbers."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -192,7 +192,7 @@ def _table(title: str, name: str, numbers: Sequence[str]) -> Table:
 
 
 def _add_row(table: Table, name: str, *cells: str, style: str | None = None) -> None:
-    """Names go in as they are: square brackets in one are no markup."""
+    """Add names literally: square brackets in a name are not markup."""
     from rich.text import Text
 
     table.add_row(Text(name), *cells, style=style)

@@ -40,7 +40,7 @@ class Encoder:
         self.device = choose_device(config.device)
         precision = choose_precision("extract.precision", config.extract.precision, self.device, training=False)
         require_image_size(backbone, config.preprocess.crop_px)
-        # fp32 is the reference that the joint net is compared with: layers are computed as they are
+        # fp32 is the reference for the joint net, so layers are neither folded nor fused
         folded = fold_batch_norm(backbone, config.preprocess.crop_px) if precision != "fp32" else None
         may_fuse = self.device.type == "cpu" and not config.extract.compile and onednn.convolves(DTYPES[precision])
         fused = fuse_relu(folded, config.preprocess.crop_px) if folded is not None and may_fuse else None

@@ -72,7 +72,7 @@ def fuse_relu(net: nn.Module, size_px: int) -> nn.Module | None:
     try:
         with torch.inference_mode():
             moved = (traced(image) - expected).abs().max()
-    except Exception:  # whatever oneDNN does not add: other types, other shapes
+    except Exception:  # sums that oneDNN does not support: other types, other shapes
         return None
     return traced if bool(moved <= _TOLERANCE * expected.abs().max()) else None
 
@@ -86,8 +86,8 @@ def _drop_identities(traced: fx.GraphModule) -> None:
 
 
 def _fused(traced: fx.GraphModule, relu: fx.Node) -> bool:
-    """Fuse a node that is a ReLU with the convolution before it; whether that was possible."""
-    if not relu.args or not _is_relu(traced, relu):  # without, its input goes by name
+    """Fuse a ReLU node with the convolution before it; returns whether that was possible."""
+    if not relu.args or not _is_relu(traced, relu):  # without positional arguments, its input is passed by name
         return False
     before: Any = relu.args[0]
     conv, other = (before, None) if _is_conv(traced, before) else _conv_and_other(traced, before)

@@ -20,7 +20,7 @@ from stage1_cnn.encoders.registry import Pretrained, find_encoder
 
 CHECKPOINT_STAGE = "cnn"
 DOWNLOAD_TIMEOUT_S = 20.0
-# What a system answers where the cache of weights cannot take a file: read-only, another's, full, or below a file.
+# Errors of a weights cache that cannot store a file: read-only, owned by another user, full, or below a file.
 _CANNOT_KEEP = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 _CANNOT_KEEP |= {errno.ENOENT, errno.ENOTDIR, errno.EEXIST}
 

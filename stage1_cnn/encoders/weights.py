@@ -19,7 +19,7 @@ _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoi
 # The second of two encoders in one file, which is not loaded: a running average or momentum encoder beside the trained
 # one; the student beside its teacher, since DINO and similar methods evaluate the teacher.
 _SECOND = re.compile(r"(?:^|[._])(?:ema|k|key|momentum|target|averaged|student)(?=[._])")
-# Where files in circulation, this project's checkpoints and MTRCNet's have a backbone.
+# Prefixes of a backbone in published files, in this project's checkpoints and in MTRCNet's.
 _USUAL = re.compile(r"(?:state_dict\.)?(?:model\.)?(?:module\.)?(?:backbone\.net\.|net\.|share\.)?")
 
 
@@ -38,7 +38,7 @@ class Found(NamedTuple):
 
 
 def find_weights(net: nn.Module, head: str, tensors: Mapping[str, Tensor], what: str, source: Path) -> Found:
-    """All weights of `net` (named `what` in messages) among a file's tensors, under any prefix.
+    """Find all weights of `net` (`what` in messages) among a file's tensors, under any prefix.
 
     Children may be numbered, as in an `nn.Sequential` of them. The layer `head`, which was cut off, and tensors outside
     the net's children are ignored. Raises UserError if no prefix has every tensor in its shape, naming the closest,
@@ -47,7 +47,7 @@ def find_weights(net: nn.Module, head: str, tensors: Mapping[str, Tensor], what:
     wanted = net.state_dict()
     numbers = {name: str(number) for number, (name, _) in enumerate(net.named_children())}
     found: list[Found] = []
-    closest = (len(wanted) // 4, "", misfits(wanted, {}))  # how many names fit, where, and what does not
+    closest = (len(wanted) // 4, "", misfits(wanted, {}))  # how many names fit, under which prefix, and which do not
     for names in ({name: name for name in tensors}, _unwrapped(tensors)):
         for children in ({}, numbers):
             back = {number: name for name, number in children.items()}

@@ -105,7 +105,7 @@ class UnitTask:
         if device.type == "cpu":
             return self.shared.of(*key)
         if self._resident is None or self._resident[0] != key:
-            self._resident = None  # frees its memory before the next table is copied
+            self._resident = None  # free its memory before the next table is copied
             self._resident = (key, self.shared.of(*key).to(device))
         return self._resident[1]
 
@@ -229,7 +229,7 @@ def _require_effect(config: Config, unit: Unit) -> None:
 
 
 def changes_of(spec: AblationConfig, point: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """The settings that a point of the space changes: (key, value) pairs."""
+    """The settings that a point of the space changes, as (key, value) pairs."""
     named = spec.settings.get(point.get(NAMED, ""), {}) if spec.settings else {}
     return (*((key, value) for key, value in point.items() if key != NAMED), *named.items())
 

@@ -42,7 +42,7 @@ def corners(spec: AblationConfig, drawn: Mapping[str, Any] | None = None) -> Ite
 
 @dataclass(frozen=True)
 class TrialFolders:
-    """The trainings' folders below `trials` as a record of what was tried; `name_of` gives a training's folder."""
+    """The folders of trainings below `trials`, which record what was tried; `name_of` gives a training's folder."""
 
     trials: Path
     spec: AblationConfig

@@ -18,7 +18,7 @@ from configs.errors import UserError
 from configs.registry import Registry
 from configs.schema import HEAD_SETTINGS, HeadSettings
 
-# What a head remembers between two calls: tensors with the batch first, so that finished videos can be dropped.
+# A head's memory between two calls: tensors with the batch dimension first, so that finished videos can be dropped.
 State = tuple[Tensor, ...]
 HeadClass = TypeVar("HeadClass", bound="type[Head]")
 
@@ -27,7 +27,7 @@ class HeadOutput(NamedTuple):
     """What a head computes from B sequences of T frames."""
 
     logits_per_stage: list[Tensor]  # [(B, T, C), ...]; the loss sums over them, the last is the prediction
-    hidden: Tensor | None  # (B, T, hidden_dim), what the last layer reads; None if it was never made as a whole
+    hidden: Tensor | None  # (B, T, hidden_dim), input of the last layer; None if it never existed as a whole
     state: State  # after the last frame
 
     @property

@@ -1,4 +1,4 @@
-"""One linear layer per frame: the baseline without time."""
+"""One linear layer per frame: the baseline without temporal context."""
 
 from __future__ import annotations
 

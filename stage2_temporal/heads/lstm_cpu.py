@@ -115,7 +115,7 @@ def run_lstm(
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """How one layer is computed: every argument that is no tensor to differentiate."""
+    """How one layer is computed: all arguments other than the tensors that are differentiated."""
 
     layout: Layout
     save_for_backward: bool
@@ -160,7 +160,7 @@ class _Layer(torch.autograd.Function):
             gates = _product(inputs, packed_ih, bias).to(w_hh.dtype)  # (rows, 4 H)
             if spec.save_for_backward:
                 saved_gates.append(gates)
-                saved_inputs += [inputs] if spec.bf16 else []  # half as large as in fp32, where they are made again
+                saved_inputs += [inputs] if spec.bf16 else []  # half the size of fp32, where they are computed again
             tables = (gates, gates[:, : 2 * width], *gates.chunk(4, dim=1), cells[rows], tanh_cells[rows], out[rows])
             per_step = zip(sizes, *(table.split(sizes) for table in tables), strict=True)
             for size, all_gates, i_f, i, f, g, o, cell, tanh_c, hidden in per_step:

@@ -64,7 +64,7 @@ class RecurrentHead(Head):
     ) -> HeadOutput:
         """See `Head`. With `lengths`, padding is never computed: neither result nor state depends on it.
 
-        `input_transform` is applied to x, block by block where `heads.lstm_cpu` computes the recurrence.
+        `input_transform` is applied to x, block by block if `heads.lstm_cpu` computes the recurrence.
         """
         if state is not None:
             require_causal(self)
@@ -128,7 +128,7 @@ def _run(rnn: nn.LSTM | nn.GRU, x: Tensor, hidden: State | None) -> tuple[Tensor
 
 
 def _as_given(hidden: State | None) -> State | Tensor | None:
-    """The state as torch's networks take it: a pair for an LSTM, one tensor for a GRU."""
+    """The state in the form that torch's networks take: a pair for an LSTM, one tensor for a GRU."""
     given = None if hidden is None else tuple(part.contiguous() for part in hidden)
     return given[0] if given and len(given) == 1 else given
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# A standard deviation below this fraction of the median one is replaced by it: a channel that hardly moved on the
-# training videos must not be thousands of standard deviations away on another one.
+# A standard deviation below this fraction of the median one is raised to it: a channel that hardly varies on the
+# training videos must not be thousands of standard deviations away on another video.
 LEAST_DEVIATION = 0.01
 
 
@@ -26,7 +26,7 @@ class Standardise(nn.Module):
 
     @classmethod
     def identity(cls, embedding_dim: int) -> Standardise:
-        """Changes nothing, until a state dict with other constants is loaded."""
+        """A layer that changes nothing until a state dict with other constants is loaded."""
         return cls(torch.zeros(embedding_dim), torch.ones(embedding_dim))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Clips of frames for the joint net: cut as stage two cuts features, loaded and augmented as stage one loads frames.
+"""Clips of frames for the joint net: cut like features in stage two, loaded and augmented like frames in stage one.
 
-The batch of a step is a function of (seed, epoch, step) alone. One augmentation is drawn per clip; where state is
-carried from clip to clip (`chunked`), one per video and epoch, so that the image does not jump where a clip ends.
+The batch of a step is a function of (seed, epoch, step) alone. One augmentation is drawn per clip; if state is
+carried from clip to clip (`chunked`), one per video and epoch, so that the image does not jump at the end of a clip.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stage2_temporal.data import NO_LABEL, Batch, Span, epoch_batches
 class ClipRequest(NamedTuple):
     """One batch of clips to make: rows of each clip's first frame, clip lengths, and rows that seed each clip's draw.
 
-    Without `counts` its frames have no labels: a process that has no part in a step computes, and learns nothing.
+    Without `counts` its frames have no labels: a process without a part in a step computes but learns nothing.
     """
 
     epoch: int

@@ -54,9 +54,9 @@ def evaluate_joint(
     """Score a run's joint net on one split of the index.
 
     Writes into `RUN/evaluate/`, and for the test split a summary into `RUN/summary.json` and `RUN/MODEL_CARD.md`. For
-    another index than the run's (`other`, or where `data.index` is another file) it writes only into a folder that
-    begins with the name of the index. Videos that cannot be read are left out and reported. Images are prepared as in
-    training, and not as in a preset; crops are `joint.crops`.
+    another index than the run's (`other`, or another file in `data.index`) it writes only into a folder whose name
+    begins with that of the index. Videos that cannot be read are left out and reported. Images are preprocessed as in
+    training, regardless of the preset; crops are `joint.crops`.
     Raises UserError if the user gave another preparation (`given`) and if the net's classes or sampling rate are
     not the data's, Stopped when asked to stop.
     """

@@ -281,5 +281,5 @@ def phase_model_of(path: Path) -> tuple[PhaseModel, Mapping[str, Any]]:
     """The phase branch of a joint checkpoint as a model of stage two. Raises UserError if there is none."""
     net, about = load_joint(path)
     if net.phase is None:
-        raise UserError(f"{path}: a net for tools alone has no phase branch")
+        raise UserError(f"{path}: a tool-only net has no phase branch")
     return net.phase, about

@@ -78,7 +78,7 @@ def predict_videos(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     faults: list[tuple[str, str]] | None = None,
 ) -> dict[str, Prediction]:
-    """Predictions of every video, by id; frames come from the cache where it holds them, otherwise from the source.
+    """Predictions of every video, by id; frames come from the cache if it holds them, otherwise from the source.
 
     `frames` is the length of a clip for `inference` clip. The net is put into evaluation mode and back. Raises
     UserError naming the video or cache file that cannot be read (with `faults`, its id and the reason are added there

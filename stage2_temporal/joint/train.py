@@ -195,7 +195,7 @@ def initial_net(config: Config, index: Index, start: Start, *, trusted: bool = F
 
 
 def first_backbone(config: Config, start: Start, *, trusted: bool = False) -> Backbone:
-    """`cnn.weights`, which need not be on this machine where another run gives the backbone."""
+    """`cnn.weights`, which need not be on this machine if another run provides the backbone."""
     if start.cnn or start.joint:
         return build_backbone(config.cnn.backbone, "random", config.seed)
     return initial_backbone(config, trusted=trusted)
@@ -360,7 +360,9 @@ _SCORE_NAMES = {
 
 
 def _identities(config: Config, index: Index, files: Mapping[str, Path]) -> dict[str, StageIdentity]:
-    """One per step, which depends on the steps before it too, and on the correlation only where it is computed."""
+    """One identity per step. It includes the earlier steps; the settings of the correlation only if that is
+    computed.
+    """
     joint = config.joint
     common = {
         **frames_identity(config, index),
@@ -369,7 +371,7 @@ def _identities(config: Config, index: Index, files: Mapping[str, Path]) -> dict
         "zero_init_residual": config.cnn.zero_init_residual,
         "head": config.temporal.head.model_dump(mode="json"),
         "joint": settings_without(joint, "workers", *STEPS, "loss"),
-        # the first release rounded up to whole batches
+        # the first release rounded this up to whole batches
         "clips_counted": "exactly" if (joint.clips_per_epoch or 0) % joint.sequence.batch else ABSENT,
         "tool_weight": joint.loss.tool_weight,
         "phase_frames": joint.loss.phase_frames,

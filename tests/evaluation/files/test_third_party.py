@@ -229,7 +229,7 @@ def test_recognition_files_of_ms_tcn(tmp_path):
         ("[1. 0. 0. 0. 0. 0. 0.]\n", "holds JSON or lists in brackets"),
         ('[{"frame": 0, "phase": 1}]\n', "holds JSON or lists in brackets, which"),
         ("0 video41 0 [0.1, 0.9] 1\n1 video41 1 [0.1, 0.9] 1\n", "holds JSON or lists in brackets"),
-        ("0,0,0,1,1,0,0\n", r"row 1 .*has several ones, as tools have"),
+        ("0,0,0,1,1,0,0\n", r"row 1 .*has several ones, like tool labels"),
         ("0.1,nan,0,1,1,0,0\n", r"row 1 .*has score 'nan'"),
         ("0\t1\t2\t3\n", r"has 4 columns and no header .*a column for each of the 7 phases"),
         (
