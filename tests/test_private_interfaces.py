@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from optuna.trial import TrialState, create_trial
 
 from configs.errors import UserError
 from configs.schema import OptimConfig
@@ -37,7 +36,6 @@ PRIVATE = {
     r"ForkingPickler": "engine/pool.py",
     r"_shutdown_workers": "stage1_cnn/data.py",
     r"decord\.libs": "features/video/decord.py",
-    r"fixed_params": "stage2_temporal/ablation/study.py",
     r"_make_submission|_submitit_command": "commands/slurm.py",
 }
 # Others that were used once, or might be.
@@ -134,12 +132,3 @@ def test_a_loader_that_fails_with_another_message() -> None:
         raise RuntimeError("a worker ended")
     with pytest.raises(UserError, match="frames died"), FrameLoader[Any](dataset, 0, CPU, StopRequest()):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-
-
-def test_a_queued_trial_without_its_point() -> None:
-    """No error: its point counts as unknown."""
-    from stage2_temporal.ablation.study import point_of
-
-    queued = create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": {"temporal.head.hidden": 8}})
-    assert point_of(queued) == {"temporal.head.hidden": 8}
-    assert point_of(create_trial(state=TrialState.WAITING)) == {}

@@ -1,8 +1,9 @@
 """Ablations of stage two: many trainings on one copy of the features, one per core, resumable at any moment.
 
-A setting (one point of the space, or a named one) is a trial of an Optuna study, which is kept in a journal beside the
-runs; each of its seeds is an ordinary run folder `<ablation>/trials/<setting>-seed<k>`, so that finished trainings are
-never repeated and interrupted ones resume. A coordinator process runs one worker per core.
+A setting (one point of the space, or a named one) is a trial of an Optuna study; each of its seeds is an ordinary run
+folder `<ablation>/trials/<setting>-seed<k>`, so that finished trainings are never repeated and interrupted ones resume.
+These folders are the only record: the study is made from them at each start. A coordinator process runs one worker per
+core.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import itertools
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +27,11 @@ from configs.errors import UserError
 from configs.load import differences, keys_given, load_ablation, load_config, to_yaml
 from configs.schema import FEATURE_KEYS, AblationConfig, Config
 from engine.device import choose_device, cpu_threads
-from engine.files import exclusive_lock, read_json_object, sha256_json, write_text
+from engine.files import exclusive_lock, sha256_json, write_text
 from engine.launch import available_cores
 from engine.pool import Advance, choose_processes, work_through
 from engine.progress import no_bars, say
-from engine.runs import ABSENT, RESULT_FILE, StageFolder, StageIdentity, settings_without
+from engine.runs import ABSENT, StageFolder, StageIdentity, settings_without
 from engine.stopping import StopRequest
 from evaluation.reports.ablation import (
     ABLATION_PAGE,
@@ -43,7 +44,7 @@ from evaluation.reports.ablation import (
 from features.frames.preprocess import require_features_of
 from features.store_folder import find_feature_folder
 from stage2_temporal.ablation.features import SharedFeatures, folder_of, share_features
-from stage2_temporal.ablation.study import NAMED, TrialFolders, corners, distributions, open_study, point_of
+from stage2_temporal.ablation.study import NAMED, TrialFolders, corners, distributions, open_study, size
 from stage2_temporal.data import TrainingData
 from stage2_temporal.train import SCORE, require_arithmetic, train_temporal
 
@@ -156,11 +157,10 @@ def ablate(
 ) -> list[tuple[str, str]]:
     """Run all trainings of an ablation; returns failed trainings and videos that are left out, each with the reason.
 
-    `folder` receives the trials, the study's journal and the results: `ablation.csv` (one row per training),
-    `ablation.html` (the ranked table and Optuna's plots) and `best.yaml` (the settings of the winner). Features are
-    those of `run` unless `features` names a folder. Raises UserError if `folder` holds an ablation of another
-    configuration, for features without validation videos and for wrong settings; raises Stopped, with everything kept,
-    when `stop` is set.
+    `folder` receives the trials and the results: `ablation.csv` (one row per training), `ablation.html` (the ranked
+    table and Optuna's plots) and `best.yaml` (the settings of the winner). Features are those of `run` unless
+    `features` names a folder. Raises UserError if `folder` holds an ablation of another configuration, for features
+    without validation videos and for wrong settings; raises Stopped, with everything kept, when `stop` is set.
     """
     started = time.monotonic()
     base = load_config(spec.base, overrides)
@@ -174,16 +174,16 @@ def ablate(
     failed: list[tuple[str, str]] = []
     with exclusive_lock(folder, "ablation"), _live_table() as live:
         plan = _Plan(spec, base, tuple(overrides), folder, shared)
-        plan.trials(folder)  # refuses trainings of other settings before any new one starts
+        plan.trials()  # refuses trainings of other settings before any new one starts
         for units in plan.rounds(cores, started):
             processes = choose_processes(cores, units) if len(units) > 1 else 1
             for unit, reason in work_through(task, units, processes, "trainings", stop, unit="training", disable=True):
                 label = f"{plan.label(unit.changes)}, seed {unit.seed}"
                 if reason is not None:
                     failed.append((label, reason))
-                result = _result(folder / "trials" / unit.folder)
+                result = plan.folders.result(unit.folder)
                 plan.ended(unit, result, reason)
-                _show(live, plan.trials(folder), label, result, reason)
+                _show(live, plan.trials(), label, result, reason)
         _write_outcome(folder, plan)
     left_out = shared.of(shared.base, False).index.missing
     return failed + [(f"{video.id} is left out", video.reason) for video in left_out]
@@ -244,12 +244,13 @@ class _Plan:
         self, spec: AblationConfig, base: Config, overrides: tuple[str, ...], folder: Path, shared: SharedFeatures
     ) -> None:
         self.spec, self.base, self.overrides, self.shared = spec, base, overrides, shared
-        self.study = open_study(folder, spec, TrialFolders(folder / "trials", spec, self._folder))
-        self.results: dict[Unit, dict[str, Any]] = {}
+        self.folders = TrialFolders(folder / "trials", spec, self._folder)
+        self._points = self.folders.points()
+        self.study = open_study(self.folders, self._points)
         self._scores: dict[int, dict[int, float | None]] = {}  # by trial and seed; None: the training failed
         self._as_named: set[Unit] = set()  # finished trainings whose settings are known to be those of the table
-        failed = [trial.params for trial in self._trials(TrialState.FAIL)]
-        self._queue(failed if spec.has_ranges else corners(spec))
+        for name in self.folders.strays(self._points):
+            say(f"note: {self.folders.trials / name}: not a training of this ablation; it is left out of the table")
 
     def _folder(self, point: Mapping[str, Any], seed: int) -> str:
         return self._unit(None, changes_of(self.spec, point), seed).folder
@@ -257,18 +258,9 @@ class _Plan:
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states)
 
-    def _queue(self, points: Iterable[Mapping[str, Any]]) -> None:
-        """Enqueue these points, except those that are finished, running or queued; failed ones are tried again."""
-        known = [trial.params for trial in self._trials(TrialState.COMPLETE, TrialState.RUNNING)]
-        known += [point_of(trial) for trial in self._trials(TrialState.WAITING)]
-        for point in points:
-            if point and point not in known:
-                self.study.enqueue_trial(dict(point))
-                known.append(dict(point))
-
     def rounds(self, cores: int, started: float) -> Iterator[list[Unit]]:
         """Batches of trainings, until none is left or the budget is spent. The base settings come first."""
-        first = [] if self._base_is_in_grid() else [self._unit(None, (), seed) for seed in self.spec.seeds]
+        first = [] if self._base_is_in_grid else [self._unit(None, (), seed) for seed in self.spec.seeds]
         seeds = len(self.spec.seeds)
         most = max(1, (_CLAIM_DRAWN if self.spec.has_ranges else _CLAIM_KNOWN) * cores // seeds)
         while True:
@@ -279,28 +271,23 @@ class _Plan:
             first = []
             yield units
 
-    def _claims(self, started: float) -> Iterator[FrozenTrial | optuna.Trial]:
-        """Trials left by an earlier process, then queued ones or, for ranges, new ones, within the budget."""
-        for trial in self._trials(TrialState.RUNNING):
-            if trial.number in self._scores:
-                continue
-            if trial.params.keys() == distributions(self.spec).keys():
-                yield trial
-            else:  # interrupted before its settings were drawn
-                self.study.tell(trial.number, state=TrialState.FAIL)
+    def _claims(self, started: float) -> Iterator[optuna.Trial]:
+        """Queued points or, for ranges, new ones, within the budget."""
         while self._budget_left(started) and (self.spec.has_ranges or self._trials(TrialState.WAITING)):
             yield self.study.ask(distributions(self.spec))
 
     def _budget_left(self, started: float) -> bool:
         budget, seeds = self.spec.budget, len(self.spec.seeds)
         trials = self._trials(TrialState.COMPLETE, TrialState.RUNNING, TrialState.FAIL)
-        begun = len({tuple(sorted(trial.params.items(), key=str)) for trial in trials if trial.params})
-        begun += not self._base_is_in_grid()
+        begun = len({tuple(sorted(trial.params.items(), key=str)) for trial in trials})
+        if begun >= size(self.spec):  # a range of integers is drawn from again and again
+            return False
+        begun += not self._base_is_in_grid
         if budget.trials is not None and (begun + 1) * seeds > budget.trials:
             return False
         return budget.minutes is None or time.monotonic() - started < 60 * budget.minutes
 
-    def _units(self, trial: FrozenTrial | optuna.Trial) -> list[Unit]:
+    def _units(self, trial: optuna.Trial) -> list[Unit]:
         self._scores[trial.number] = {}
         changes = changes_of(self.spec, trial.params)
         return [self._unit(trial.number, changes, seed) for seed in self.spec.seeds]
@@ -319,6 +306,7 @@ class _Plan:
         parts = [f"{_leaf(key, self.spec.space)}={value}" for key, value in changes[: len(self.spec.space)]]
         return ", ".join([*parts, *([named] if named else [])])
 
+    @functools.cached_property
     def _base_is_in_grid(self) -> bool:
         """Whether one of the settings equals the base, which then need not be trained twice."""
         if self.spec.has_ranges:
@@ -333,8 +321,6 @@ class _Plan:
 
     def ended(self, unit: Unit, result: dict[str, Any] | None, reason: str | None) -> None:
         """Record a training's outcome; report the mean score to the study after a setting's last seed."""
-        if result is not None and reason is None:
-            self.results[unit] = result
         if unit.trial is None:
             return
         scores = self._scores[unit.trial]
@@ -347,21 +333,21 @@ class _Plan:
         else:
             self.study.tell(unit.trial, sum(known) / len(known))
 
-    def trials(self, folder: Path) -> list[Trial]:
+    def trials(self) -> list[Trial]:
         """Every training with a result, including those of earlier processes, for tables.
 
         Raises UserError for one whose settings differ from those that the table would show.
         """
-        points = [trial.params for trial in self.study.get_trials(deepcopy=False) if trial.params]
-        settings = dict.fromkeys([(), *(changes_of(self.spec, point) for point in points)])
+        asked = self._trials(TrialState.COMPLETE, TrialState.RUNNING, TrialState.FAIL)
+        points: list[Mapping[str, Any]] = [{}, *self._points, *(trial.params for trial in asked)]
         found = []
-        for changes in settings:
-            is_base = self.is_base(changes)
+        for changes in dict.fromkeys(changes_of(self.spec, point) for point in points):
             for seed in self.spec.seeds:
                 unit = self._unit(None, changes, seed)
-                result = self.results.get(unit) or _result(folder / "trials" / unit.folder)
+                result = self.folders.result(unit.folder)
                 if result is not None:
-                    self._require_as_named(unit, folder / "trials" / unit.folder)
+                    self._require_as_named(unit, self.folders.trials / unit.folder)
+                    is_base = self.is_base(changes)
                     found.append(Trial(self.label(changes), dict(changes), seed, is_base, result, unit.folder))
         return found
 
@@ -383,14 +369,6 @@ def _leaf(key: str, keys: Mapping[str, Any]) -> str:
     """The last part of a dotted key, unless two keys share it."""
     leaf = key.rsplit(".", 1)[-1]
     return leaf if sum(other.rsplit(".", 1)[-1] == leaf for other in keys) == 1 else key
-
-
-def _result(run: Path) -> dict[str, Any] | None:
-    path = run / "temporal" / RESULT_FILE
-    try:
-        return read_json_object(path) if path.exists() else None
-    except UserError as error:
-        raise UserError(f"{error}; delete {run} to train it again") from error
 
 
 # ---------------------------------------------------------------------------------------------- the folder
@@ -437,7 +415,7 @@ def _show(
 
 
 def _write_outcome(folder: Path, plan: _Plan) -> None:
-    trials = plan.trials(folder)
+    trials = plan.trials()
     if not trials:
         return
     write_ablation_csv(folder / "ablation.csv", trials)

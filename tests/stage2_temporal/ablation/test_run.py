@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -188,53 +187,42 @@ def test_one_process_at_a_time_conducts(world: Path) -> None:
 
 
 LR = {"temporal.optim.lr": {"low": 0.001, "high": 0.05, "log": True}}
-DAMAGES: dict[str, Callable[[bytes], bytes]] = {
-    "cut in a record": lambda sound: sound[: len(sound) - 9],
-    "cut between records": lambda sound: b"".join(sound.splitlines(keepends=True)[:3]),
-    "two records in a line": lambda sound: sound.replace(b"\n", b"", 5)[:-1] + b"\n",
-    "a record of zeros": lambda sound: sound[:200] + bytes(100) + sound[300:],
-    "empty": lambda sound: b"",
-    "another kind of file": lambda sound: b"SQLite format 3\0" + sound,
-    "no records of a study": lambda sound: b'{"a": 1}\n[2]\n',
-    "another score": lambda sound: re.sub(rb'"values":\[[0-9.]+\]', b'"values":[0.123]', sound),
-}
 
 
-def test_a_damaged_journal_is_made_again_from_the_folders(world: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_earlier_starts_drew_is_read_from_the_folders(world: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """There is no other record; a journal that an earlier version left is neither read nor touched."""
     file = write_ablation(world, space=LR, seeds=[0], budget={"trials": 3})
     run(world, file)
-    journal, before, rows = world / "runs/wide/study.journal", trained(world), table(world)
-    sound = journal.read_bytes()
+    before, rows = trained(world), table(world)
     assert len(rows) == 3
-    capfd.readouterr()
-    for number, (name, damage) in enumerate(DAMAGES.items()):
-        journal.write_bytes(damage(sound))
-        Path(f"{journal}.lock").symlink_to(journal)  # as a killed process leaves it
-        assert run(world, file) == [], name
-        assert trained(world) == before, name
-        assert sorted(map(tuple, map(dict.values, table(world)))) == sorted(map(tuple, map(dict.values, rows))), name
-        kept = f"study.journal.damaged{number or ''}"
-        (line,) = [line for line in capfd.readouterr().err.splitlines() if "study.journal" in line]
-        assert line == (
-            f"{journal}: damaged, or at odds with trials/; kept as {kept} and made again from the 2 finished trainings "
-            "there"
-        ), name
-        assert (world / "runs/wide" / kept).read_bytes().startswith(damage(sound))
+    journal = world / "runs/wide/study.journal"
+    assert not journal.exists()
+    journal.symlink_to("nowhere")
+    run(world, file)
+    assert (trained(world), table(world)) == (before, rows)
     journal.unlink()
-    journal.mkdir()
-    more = write_ablation(world, space=LR, seeds=[0], budget={"trials": 5})
-    assert run(world, more) == []
-    assert journal.is_file()
+    journal.write_bytes(b"SQLite format 3\0")
+    assert run(world, write_ablation(world, space=LR, seeds=[0], budget={"trials": 5})) == []
+    assert journal.read_bytes() == b"SQLite format 3\0"
     after = trained(world)
     assert len(after) == len(table(world)) == 5
     assert all(after[name] == moment for name, moment in before.items())
     assert len({row["temporal.optim.lr"] for row in table(world)}) == 5  # what is drawn next is new
-    capfd.readouterr()
-    run(world, more)
-    assert "at odds" not in capfd.readouterr().err
+    assert "note: " not in capfd.readouterr().err
 
 
-def test_with_its_journal_damaged_an_unfinished_training_goes_on(world: Path) -> None:
+def test_drawn_integers_are_known_again_and_each_is_trained_once(world: Path) -> None:
+    """Also where the setting is a float, and where the budget is larger than the range."""
+    space = {"temporal.optim.weight_decay": {"low": 0, "high": 1}}
+    file = write_ablation(world, space=space, seeds=[0], budget={"trials": 20})
+    run(world, file)
+    before, rows = trained(world), table(world)
+    assert {row["temporal.optim.weight_decay"] for row in rows} == {"", "0", "1"}
+    run(world, file)
+    assert (trained(world), table(world)) == (before, rows)
+
+
+def test_an_interrupted_training_of_a_drawn_setting_goes_on(world: Path) -> None:
     space = {**LR, "temporal.head.hidden": [6, 12]}
     file = write_ablation(world, space=space, budget={"trials": 6}, settings={"slow": {"temporal.epochs": 4}})
     run(world, file)
@@ -243,20 +231,33 @@ def test_with_its_journal_damaged_an_unfinished_training_goes_on(world: Path) ->
     result = world / "runs/wide/trials" / unfinished / "temporal/result.json"
     then = json.loads(result.read_text())
     result.unlink()
-    (world / "runs/wide/study.journal").write_bytes(b"")
     assert run(world, file) == []
     assert json.loads(result.read_text())["val_accuracy"] == then["val_accuracy"]
     assert {row["folder"] for row in table(world)} == {row["folder"] for row in rows}
     assert sum(trained(world)[name] != moment for name, moment in before.items()) == 1
 
 
-def test_a_stray_folder_among_the_trainings_is_no_damage(world: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["config.yaml", "result.json"])
+def test_a_damaged_file_of_a_training_is_named(world: Path, name: str) -> None:
+    file = write_ablation(world, space=LR, seeds=[0], budget={"trials": 2})
+    run(world, file)
+    (folder,) = (row["folder"] for row in table(world) if row["setting"] != "base")
+    damaged = world / "runs/wide/trials" / folder / "temporal" / name
+    damaged.write_bytes(b"{\0")
+    with pytest.raises(UserError, match=rf"{name}: .*; delete .*/trials/{folder} to train it again"):
+        run(world, file)
+
+
+def test_a_stray_folder_among_the_trainings_is_named(world: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = write_ablation(world, space={"temporal.head.hidden": [6]}, seeds=[0])
     run(world, file)
+    rows = table(world)
     shutil.copytree(world / "runs/wide/trials/base-seed0", world / "runs/wide/trials/backup-seed0")
     capfd.readouterr()
     run(world, file)
-    assert "at odds" not in capfd.readouterr().err
+    assert table(world) == rows
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert "trials/backup-seed0: not a training of this ablation" in line
 
 
 def test_stopped_between_trainings_it_goes_on(world: Path) -> None:
