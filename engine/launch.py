@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 
 from configs.errors import UserError
 
 GRACE_S = 30.0  # time for ranks to exit by themselves after one has failed, and again after SIGTERM
+LAST_WORDS_S = 2.0  # for ranks to remove their temporary files after a second Ctrl-C
 FIRST_PORT, PORTS = 15000, 20000
 LAUNCHER_PID = "SURGSTAGE_LAUNCHER_PID"  # of the process that started this one with --devices
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # set by torchrun, and by --devices
@@ -113,12 +115,13 @@ def run_copies(command: list[str], count: int) -> int:
     """Run `command` as `count` ranks on this machine and return the most informative exit code.
 
     Signals that arrive here are passed on to every rank. When a rank fails, the others have `GRACE_S` to end by
-    themselves, then get SIGTERM and at last SIGKILL. The returned code is 128 + the signal's number if a rank was
-    killed, otherwise the smallest of those that had failed when the first failure was noticed.
+    themselves, then get SIGTERM and at last SIGKILL; after a second Ctrl-C all have `LAST_WORDS_S`. The returned code
+    is 128 + the signal's number if a rank was killed, otherwise the smallest of those that had failed when the first
+    failure was noticed, or 130 after a second Ctrl-C.
     """
     import torch.distributed as dist
 
-    from engine.stopping import STOP_SIGNALS
+    from engine.stopping import EXIT_INTERRUPTED, STOP_SIGNALS
 
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # any free port
     shared = {
@@ -130,53 +133,77 @@ def run_copies(command: list[str], count: int) -> int:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, permitted_cores() // count)),
         LAUNCHER_PID: str(os.getpid()),
     }
-    pending: list[int] = []
-    before = {number: signal.signal(number, lambda got, _: pending.append(got)) for number in STOP_SIGNALS}
-    ranks: list[subprocess.Popen[bytes]] = []
+    ranks = _Ranks()
+    before = {number: signal.signal(number, ranks.hear) for number in STOP_SIGNALS}
     try:
         for rank in range(count):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # a session of its own: Ctrl-C reaches it once, through this process
-            ranks.append(subprocess.Popen(command, env={**os.environ, **shared, **own}, start_new_session=True))
-        code = None
-        while code is None:
-            time.sleep(0.1)
-            while pending:
-                number = pending.pop(0)
-                for running in ranks:
-                    running.send_signal(number)
-            code = _exit_code(ranks)
-        return code
+            ranks.start(command, {**os.environ, **shared, **own})
+        failed = [code for code in ranks.wait(lambda codes: any(codes) or None not in codes) if code]
+        codes = ranks.wait(_all_ended, GRACE_S)  # the others notice, and end with the code that says why
+        if ranks.interrupted_twice and any(code != 0 for code in codes):
+            return EXIT_INTERRUPTED
+        # a killed rank is the cause of the others' failures
+        code = min(failed, key=lambda one: (one > 0, one), default=0)
+        return 128 - code if code < 0 else code
     finally:
         for number in (signal.SIGTERM, signal.SIGKILL):
-            _end(ranks, number)
+            ranks.end(number)
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def _exit_code(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """The exit code if all ranks have succeeded or one has failed; None while they run."""
-    codes = [running.poll() for running in ranks]
-    failed = [code for code in codes if code]
-    if not failed:
-        return 0 if all(code == 0 for code in codes) else None
-    _wait(ranks, GRACE_S)  # the others notice the failure and exit with the code of its cause
-    own = min(failed, key=lambda code: (code > 0, code))  # a killed rank is the cause of the others' failures
-    return 128 - own if own < 0 else own
+Codes = list[int | None]  # exit codes of the ranks; None: still running
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], timeout_s: float) -> None:
-    """Wait until all have ended, for at most `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    with suppress(subprocess.TimeoutExpired):
-        for running in ranks:
-            running.wait(max(0.0, deadline - time.monotonic()))
+def _all_ended(codes: Codes) -> bool:
+    return None not in codes
 
 
-def _end(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
-    """Send a signal to the ranks that still run and to their children, and wait for them."""
-    left = [running for running in ranks if running.poll() is None]
-    for running in left:
-        with suppress(ProcessLookupError):
-            os.killpg(running.pid, number)
-    _wait(left, GRACE_S)
+class _Ranks:
+    """The ranks that `run_copies` has started, and the signals that arrive for them."""
+
+    def __init__(self) -> None:
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._arrived: list[int] = []
+        self._interrupts = 0
+        self._leave_by = math.inf
+
+    @property
+    def interrupted_twice(self) -> bool:
+        """Whether a second Ctrl-C has arrived, after which nothing is waited for."""
+        return self._interrupts > 1
+
+    def start(self, command: list[str], environment: Mapping[str, str]) -> None:
+        """Start a rank, in a session of its own: Ctrl-C reaches it once, through this process."""
+        self._running.append(subprocess.Popen(command, env=environment, start_new_session=True))
+
+    def hear(self, number: int, frame: object) -> None:
+        """The handler of signals, which `wait` passes on."""
+        self._arrived.append(number)
+        self._interrupts += number == signal.SIGINT
+        if number == signal.SIGINT and self._interrupts == 2:
+            self._leave_by = time.monotonic() + LAST_WORDS_S
+
+    def wait(self, done: Callable[[Codes], bool], timeout_s: float = math.inf) -> Codes:
+        """Pass signals on until `done`, the time is over or, after a second Ctrl-C, the ranks have had their time."""
+        deadline = time.monotonic() + timeout_s
+        while not done(codes := [rank.poll() for rank in self._running]):
+            if time.monotonic() > min(deadline, self._leave_by):
+                break
+            while self._arrived:
+                number = self._arrived.pop(0)
+                for rank in self._running:
+                    rank.send_signal(number)
+            time.sleep(0.1)
+        return codes
+
+    def end(self, number: int) -> None:
+        """Send a signal to the ranks that still run and to their children, and wait for them."""
+        for rank in self._running:
+            if rank.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(rank.pid, number)
+        if number == signal.SIGKILL:
+            self._leave_by = math.inf  # it takes no time to obey
+        self.wait(_all_ended, GRACE_S)

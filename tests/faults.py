@@ -156,3 +156,11 @@ FAULTS: dict[str, Callable[[Any], None]] = {
         told_to_stop_when_done,
     )
 }
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs (Linux); one that has ended and waits for its parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from configs.errors import UserError
 from engine.launch import (
+    GRACE_S,
     Launch,
     available_cores,
     first_host,
@@ -18,6 +22,7 @@ from engine.launch import (
     run_copies,
     set_torchrun_variables,
 )
+from tests.faults import is_alive
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -102,3 +107,40 @@ def test_ranks_share_the_cores_that_they_may_run_on(monkeypatch: pytest.MonkeyPa
     )
     assert run_copies([sys.executable, "-c", program, str(tmp_path)], 2) == 0
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "3 3", "1": "3 3"}
+
+
+STUBBORN = """
+import os, pathlib, signal, subprocess, sys, time
+rank, folder = os.environ["RANK"], pathlib.Path(sys.argv[1])
+if rank == "1":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+own = subprocess.Popen(["sleep", "300"])
+(folder / f"{rank}.tmp").write_text(f"{os.getpid()} {own.pid}")
+(folder / f"{rank}.tmp").rename(folder / rank)
+try:
+    time.sleep(300)
+except KeyboardInterrupt:
+    own.kill()
+    sys.exit(130)
+"""
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_the_ranks_at_once(tmp_path: Path) -> None:
+    """Also while the others have time to end by themselves after one has failed."""
+    ranks = [sys.executable, "-c", STUBBORN, str(tmp_path)]
+    launcher = f"import sys; from engine.launch import run_copies; sys.exit(run_copies({ranks}, 2))"
+    process = subprocess.Popen([sys.executable, "-c", launcher], cwd=PROJECT, start_new_session=True)
+    deadline = time.monotonic() + 280
+    while not {"0", "1"} <= {path.name for path in tmp_path.iterdir()} and time.monotonic() < deadline:
+        time.sleep(0.05)
+    pids = {rank: [int(pid) for pid in (tmp_path / rank).read_text().split()] for rank in ("0", "1")}
+    process.send_signal(signal.SIGINT)
+    while is_alive(pids["0"][0]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    second = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=280) == 130
+    assert time.monotonic() - second < GRACE_S / 2
+    assert not any(is_alive(pid) for both in pids.values() for pid in both)

@@ -28,6 +28,7 @@ from features.store_folder import load_feature_set
 from stage2_temporal.ablation import run as ablate_module
 from stage2_temporal.ablation.run import ablate, read_ablation
 from stage2_temporal.predict import load_temporal, predict_phases
+from tests.faults import is_alive
 from tests.onednn import cpu_with_bf16
 from tests.stage2_temporal.toy import cue_video, small, write_folder
 
@@ -284,13 +285,6 @@ def below(pid: int) -> list[int]:
         tasks = Path(f"/proc/{member}/task")
         found += [int(child) for task in tasks.glob("*/children") for child in task.read_text().split()]
     return found[1:]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.mark.slow
