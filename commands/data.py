@@ -16,7 +16,7 @@ from configs.errors import UserError, printable
 @options.settings(name=None)
 @click.option("--root", type=PATH, help="Folder of the videos; the same as --set data.root=DIR.")
 @click.option("--out", type=PATH, help="Where to write the index; the same as --set data.index=FILE.")
-@click.option("--force", is_flag=True, help="Replace an index that differs from what is found now.")
+@click.option("--force", "replace", is_flag=True, help="Replace an index that differs from what is found now.")
 @click.option("--check", is_flag=True, help="Check the existing index against the files, without decoding videos.")
 @click.option(
     "--from-pickle",
@@ -40,14 +40,13 @@ def index(
     settings: Settings,
     root: Path | None,
     out: Path | None,
-    force: bool,
+    replace: bool,
     check: bool,
     pickles: tuple[Path, ...],
     labels_to: Path | None,
     to_pickle: Path | None,
-    layout: str,
-    phases_only: bool,
     phase_order: str | None,
+    **layout: Any,
 ) -> None:
     """Find the videos and annotations below a folder, and split them.
 
@@ -66,23 +65,21 @@ def index(
     from interop.pickled_index import index_from_pickles, pickle_from_index
 
     if check:
-        options.refuse("--check", options.given("force", "pickles", "to_pickle", "phase_order"))
+        options.refuse("--check", options.given("replace", "pickles", "to_pickle", "phase_order"))
     if not pickles:
         options.refuse("an index without --from-pickle", options.given("labels_to"))
     if not to_pickle:
-        options.refuse("an index without --to-pickle", options.given("layout", "phases_only"))
+        options.refuse("an index without --to-pickle", options.given(*layout))
     numbering = None if pickles or to_pickle else phase_order
     config = settings.changed({"data.root": root, "data.index": out, "data.tfrecord_phase_order": numbering})
     if pickles:
-        index_from_pickles(config, pickles, phase_order=phase_order, labels_to=labels_to, replace=force)
+        index_from_pickles(config, pickles, phase_order=phase_order, labels_to=labels_to, replace=replace)
     if to_pickle:
-        pickle_from_index(
-            config, to_pickle, layout=layout, phase_order=phase_order, phases_only=phases_only, replace=force
-        )
+        pickle_from_index(config, to_pickle, phase_order=phase_order, replace=replace, **layout)
     if pickles or to_pickle:
         return
     if not check:
-        found = index_dataset(config, replace=force)
+        found = index_dataset(config, replace=replace)
         if phase_order is not None and not any(entry.records for entry in found.videos):
             raise UserError("--phase-order: only TFRecord files number phases, and none was found; leave it out")
         options.exit_partly_if(found.is_partial)

@@ -24,16 +24,8 @@ if TYPE_CHECKING:
 Callback = Callable[..., Any]
 
 EXIT_PARTLY = 1  # the command has finished, but some videos failed or were left out
-# Commands that can be a Slurm job, and whether several processes may share the work of one.
-STAGES = {
-    "train-cnn": True,
-    "extract": True,
-    "train-temporal": True,
-    "train-joint": True,
-    "evaluate": False,
-    "run": False,
-    "ablate": False,
-}
+SHARED_STAGES = ("train-cnn", "extract", "train-temporal", "train-joint")  # several processes may share the work
+STAGES = (*SHARED_STAGES, "evaluate", "run", "ablate")  # commands that can be a Slurm job
 PATH = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, dir_okay=False)
 POSITIVE = click.FloatRange(min=0, min_open=True)
@@ -248,10 +240,10 @@ def require_one_process(command: str) -> None:
     count = launch().count
     if count == 1:
         return
-    if not STAGES.get(command):
-        shared = ", ".join(name for name, several in STAGES.items() if several)
+    if command not in SHARED_STAGES:
         raise UserError(
-            f"{command} runs as one process, and a launcher has started {count}; several can share {shared}"
+            f"{command} runs as one process, and a launcher has started {count}; several can share "
+            + ", ".join(SHARED_STAGES)
         )
     set_torchrun_variables()
 

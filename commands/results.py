@@ -209,7 +209,7 @@ def predict(
 @click.option("--split", default="test", help="Folder in RUN/evaluate, or part of the index.")
 @click.option("--out", type=PATH, help="Folder of the text files. Default: RUN/export/SPLIT.")
 @click.option("--probabilities", is_flag=True, help="Tools as probabilities (pytorch1.2.0) instead of logits.")
-@click.option("--force", is_flag=True, help="Replace files with other contents.")
+@click.option("--force", "replace", is_flag=True, help="Replace files with other contents.")
 @click.option(
     "--from-predictions",
     type=PATH,
@@ -225,16 +225,10 @@ def predict(
 def export(
     settings: Settings,
     run_name: str | None,
-    split: str,
-    out: Path | None,
-    probabilities: bool,
-    force: bool,
     from_predictions: Path | None,
     tools_from: Path | None,
     index_file: Path | None,
-    sequence: int | None,
-    fill_first: bool,
-    phase_order: str | None,
+    **chosen: Any,
 ) -> None:
     """Write predictions as the original MTRCNet programs' text files.
 
@@ -248,22 +242,10 @@ def export(
     config = settings.changed({"data.index": index_file})
     if from_predictions:
         options.refuse("--from-predictions", [*(["RUN"] if run_name else []), *options.given("name")])
-        export_predictions(
-            config,
-            [file for file in (from_predictions, tools_from) if file],
-            out,
-            split=split,
-            sequence=sequence,
-            phase_order=phase_order,
-            fill_first=fill_first,
-            probabilities=probabilities,
-            replace=force,
-        )
+        export_predictions(config, [file for file in (from_predictions, tools_from) if file], **chosen)
         return
-    options.refuse(
-        "a run (no --from-predictions)",
-        options.given("tools_from", "index_file", "sequence", "fill_first", "phase_order"),
-    )
+    of_pickles = ("sequence", "fill_first", "phase_order")
+    options.refuse("a run (no --from-predictions)", options.given("tools_from", "index_file", *of_pickles))
     if run_name:
         options.refuse("RUN, which is the same", options.given("name"))
-    export_run(config, settings.run(run_name), out, split=split, probabilities=probabilities, replace=force)
+    export_run(config, settings.run(run_name), **{key: chosen[key] for key in chosen if key not in of_pickles})

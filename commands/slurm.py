@@ -26,7 +26,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from commands.options import STAGES
+from commands.options import SHARED_STAGES
 from configs.errors import UserError, one_line
 from engine.files import make_folder, write_json
 from engine.runs import git_revision
@@ -46,17 +46,17 @@ _SUBMITIT_KNOWS = {"account", "array_parallelism", "comment", "constraint", "cpu
 _SUBMITIT_KNOWS |= {"exclusive", "gres", "job_name", "mem_per_cpu", "mem_per_gpu", "nodelist", "qos", "signal_delay_s"}
 _SUBMITIT_KNOWS |= {"wckey"}
 _AS_OPTIONS = {
-    "partition": "--partition",
-    "gpus_per_node": "--gpus-per-node",
-    "nodes": "--nodes",
-    "cpus_per_task": "--cpus-per-task",
-    "mem": "--mem-gb",
-    "mem_gb": "--mem-gb",
-    "time": "--time",
-    "timeout_min": "--time",
-    "ntasks_per_node": "--gpus-per-node",
-    "tasks_per_node": "--gpus-per-node",
-    "array": "--array",
+    "--partition": ("partition",),
+    "--gpus-per-node": ("gpus_per_node", "ntasks_per_node", "tasks_per_node"),
+    "--nodes": ("nodes",),
+    "--cpus-per-task": ("cpus_per_task",),
+    "--mem-gb": ("mem", "mem_gb"),
+    "--time": ("time", "timeout_min"),
+    "--array": ("array",),
+}
+# Why `--slurm KEY=VALUE` is refused, by key.
+_REFUSED = dict.fromkeys(_SET_BY_SUBMIT, "is set by submit itself; leave it out") | {
+    key: f"has an option of its own, {option}" for option, keys in _AS_OPTIONS.items() for key in keys
 }
 
 
@@ -272,17 +272,12 @@ def parse_time_limit(text: str) -> int:
 
     Raises UserError for anything else, and for zero.
     """
-    match = re.fullmatch(r"(?:(\d{1,3})-)?(\d{1,6})(?::(\d{1,2}))?(?::(\d{1,2}))?", text.strip())
+    match = re.fullmatch(r"(?:(\d{1,3})-)?(\d{1,6}(?::\d{1,2}){0,2})", text.strip())
     if match is None:
         raise UserError(f"--time {text}: expected minutes, H:MM:SS or D-HH:MM:SS, for example 4:00:00")
-    days, *parts = (int(part) if part else None for part in match.groups())
-    first, second, third = parts
-    if days is not None:  # days-hours[:minutes[:seconds]]
-        seconds = ((days * 24 + (first or 0)) * 60 + (second or 0)) * 60 + (third or 0)
-    elif third is not None:
-        seconds = ((first or 0) * 60 + (second or 0)) * 60 + third
-    else:
-        seconds = (first or 0) * 60 + (second or 0)
+    days, clock = match[1], [int(part) for part in match[2].split(":")]
+    units_s = (3600, 60, 1) if days or len(clock) == 3 else (60, 1)
+    seconds = 86400 * int(days or 0) + sum(part * unit_s for part, unit_s in zip(clock, units_s, strict=False))
     if seconds == 0:
         raise UserError(f"--time {text}: a job needs at least a minute")
     return -(-seconds // 60)
@@ -290,11 +285,9 @@ def parse_time_limit(text: str) -> int:
 
 def _parameters(request: Request) -> dict[str, Any]:
     """The request as submitit's parameters. Raises UserError for contradictory options."""
-    if request.stage not in STAGES:
-        raise UserError(f"submit {request.stage}: cannot be a job; choose {', '.join(STAGES)}")
     tasks = request.gpus_per_node or 1
     if tasks * request.nodes > 1:
-        if not STAGES[request.stage]:
+        if request.stage not in SHARED_STAGES:
             raise UserError(f"{request.stage} is one process: leave out --nodes, and --gpus-per-node above 1")
         if request.array:
             raise UserError("--array: each task is one process; leave out --nodes, and --gpus-per-node above 1")
@@ -334,10 +327,8 @@ def _more(options: Sequence[str]) -> dict[str, Any]:
         key = name.strip().lstrip("-").replace("-", "_")
         if not re.fullmatch(r"[a-z][a-z0-9_]*", key) or not text.isprintable() or (equals and not text):
             raise UserError(f"--slurm {option!r}: expected KEY=VALUE, an option of sbatch, for example qos=high")
-        if key in _AS_OPTIONS:
-            raise UserError(f"--slurm {option}: has an option of its own, {_AS_OPTIONS[key]}")
-        if key in _SET_BY_SUBMIT:
-            raise UserError(f"--slurm {option}: is set by submit itself; leave it out")
+        if key in _REFUSED:
+            raise UserError(f"--slurm {option}: {_REFUSED[key]}")
         value: Any = True if not equals else int(text) if text.isdecimal() else text
         (found if key in _SUBMITIT_KNOWS else rest)[key] = value
     return found | {"additional_parameters": rest}

@@ -16,6 +16,7 @@ from engine.files import as_user_error, atomic_path, make_folder, read_bounded
 
 METRICS_LOG = "metrics.jsonl"
 MAX_METRICS_BYTES = 1 << 30  # a step takes about 200 bytes
+_LAST_STEP = 1 << 62
 
 
 class MetricLog:
@@ -145,22 +146,16 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
     Raises UserError if the file cannot be read.
     """
-    rows = [json.loads(line) for line in _lines(path) if _step_of(line) < _BROKEN]
+    lines = read_bounded(path, MAX_METRICS_BYTES).decode("utf-8", "replace").splitlines()
+    rows = [row for line in lines if (row := _row(line)) is not None]
     return [row for row in rows if kind is None or row["kind"] == kind]
 
 
-def _lines(path: Path) -> list[str]:
-    return read_bounded(path, MAX_METRICS_BYTES).decode("utf-8", "replace").splitlines()
-
-
-_BROKEN = 1 << 62
-
-
-def _step_of(line: str) -> int:
+def _row(line: str) -> dict[str, Any] | None:
+    """The row in a line; None for a damaged one."""
     try:
-        row = json.loads(line)
-        if not isinstance(row["kind"], str) or (row["kind"] == "epoch" and type(row["epoch"]) is not int):
-            return _BROKEN
-        return int(row["global_step"])
+        row: dict[str, Any] = json.loads(line)
+        whole = isinstance(row["kind"], str) and (row["kind"] != "epoch" or type(row["epoch"]) is int)
+        return row if whole and int(row["global_step"]) < _LAST_STEP else None
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return _BROKEN
+        return None

@@ -9,7 +9,7 @@ import click
 import pytest
 
 import pipeline
-from commands.options import STAGES
+from commands.options import SHARED_STAGES, STAGES
 from tests.cli import PROJECT
 
 
@@ -30,8 +30,8 @@ def test_stages_are_commands_and_those_with_devices_can_be_shared() -> None:
     for name in pipeline.COMMANDS:
         command = pipeline.cli.get_command(context, name)
         assert command is not None
-        assert any(parameter.name == "devices" for parameter in command.params) == STAGES.get(name, False)
-    assert STAGES.keys() <= pipeline.COMMANDS.keys()
+        assert any(parameter.name == "devices" for parameter in command.params) == (name in SHARED_STAGES)
+    assert set(STAGES) <= pipeline.COMMANDS.keys()
 
 
 def test_nothing_but_click_and_the_error_class_is_imported_at_the_top() -> None:
