@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,18 +19,29 @@ from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+LIMIT_S = 280
 
 
-def run(arguments: Sequence[str | Path], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`python pipeline.py ...` in `folder` to its end: one thread, 80 columns, no default data root."""
+def environment() -> dict[str, str]:
+    """One thread, 80 columns, no default data root."""
     inherited = {name: value for name, value in os.environ.items() if name != "SURGSTAGE_DATA"}
+    return {**inherited, **ONE_THREAD, "COLUMNS": "80"}
+
+
+def run(arguments: Sequence[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
+    """`python pipeline.py ...` in `folder` to its end, in a fork of a process that has imported everything."""
+    return shared_forks().complete(arguments, folder)
+
+
+def run_fresh(arguments: Sequence[str | Path], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The same as a user starts it, under more variables: where what is imported, and when, is the point."""
     return subprocess.run(
         [sys.executable, str(PROJECT / "pipeline.py"), *map(str, arguments)],
         cwd=folder,
-        env={**inherited, **ONE_THREAD, "COLUMNS": "80", **variables},
+        env={**environment(), **variables},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=LIMIT_S,
         check=False,
     )
 
@@ -104,11 +117,16 @@ def start_fresh(arguments: Sequence[str], folder: Path, log: Path) -> Command:
 
 
 def start_forked(
-    arguments: Sequence[str], folder: Path, log: Path, prepare: Callable[[], None] = lambda: None
+    arguments: Sequence[str],
+    folder: Path,
+    log: Path,
+    prepare: Callable[[], None] = lambda: None,
+    errors: Path | None = None,
 ) -> Command:
     """The same command line in a fork of this process, which has imported everything: saves three seconds per start.
 
-    `prepare` runs first in the new process. This process must not have started threads.
+    `prepare` runs first in the new process. Standard error goes to `log` too, or to `errors`. This process must not
+    have started threads.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -119,7 +137,7 @@ def start_forked(
     try:
         os.setsid()
         os.chdir(folder)
-        _redirect(log)
+        _redirect(log, errors or log)
         prepare()
         code = _run(arguments)
     except BaseException:
@@ -131,11 +149,10 @@ def start_forked(
         os._exit(code)
 
 
-def _redirect(log: Path) -> None:
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for source, target in ((nothing, 0), (written, 1), (written, 2)):
-        os.dup2(source, target)
+def _redirect(log: Path, errors: Path) -> None:
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for path, target in ((log, 1), (errors, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), target)
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -152,11 +169,12 @@ def _run(arguments: Sequence[str]) -> int:
 class Forks:
     """A process that forks commands, for tests whose own process has started threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, **variables: str) -> None:
+        self._variables = variables
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.cli"],
             cwd=PROJECT,
-            env={**os.environ, **ONE_THREAD},
+            env={**environment(), **variables},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -166,17 +184,43 @@ class Forks:
         """Run a command line in `folder` to its end, under `faults` (names and values of `tests.faults.FAULTS`)."""
         log = folder.with_suffix(".log")
         log.unlink(missing_ok=True)
-        request = {"arguments": list(arguments), "folder": str(folder), "log": str(log), "faults": faults}
+        code = self._code_of(arguments, folder, log, log, faults)
+        return Ended(code, log.read_text(errors="replace"))
+
+    def complete(self, arguments: Sequence[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
+        """The same without faults, and with the two outputs apart."""
+        with tempfile.TemporaryDirectory(prefix="command-") as place:
+            out, err = Path(place, "out"), Path(place, "err")
+            code = self._code_of(arguments, folder, out, err, {})
+            return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
+
+    def _code_of(
+        self, arguments: Sequence[str | Path], folder: Path, out: Path, err: Path, faults: dict[str, Any]
+    ) -> int:
+        request = {
+            "arguments": [str(argument) for argument in arguments],
+            "folder": folder,
+            "files": (out, err),
+            "environment": {**environment(), **self._variables},
+            "faults": faults,
+        }
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.write(json.dumps(request, default=str) + "\n")
         self._server.stdin.flush()
         code = json.loads(self._server.stdout.readline())
-        return Ended(code, log.read_text(errors="replace"))
+        assert code is not None, f"{arguments}: still running after {LIMIT_S} s"
+        return int(code)
 
     def close(self) -> None:
         """End the process."""
         self._server.communicate()
+
+
+@functools.cache
+def shared_forks() -> Forks:
+    """One process for all tests of this one; it ends when this one does."""
+    return Forks()
 
 
 @dataclass(frozen=True)
@@ -198,12 +242,15 @@ def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
 
-        def prepare(faults: dict[str, Any] = request["faults"]) -> None:
+        def prepare(variables: dict[str, str] = request["environment"], faults: Any = request["faults"]) -> None:
+            os.environ.clear()
+            os.environ.update(variables)
             for name, value in faults.items():
                 FAULTS[name](value)
 
-        command = start_forked(request["arguments"], Path(request["folder"]), Path(request["log"]), prepare)
-        code = command.wait(200)
+        out, err = map(Path, request["files"])
+        command = start_forked(request["arguments"], Path(request["folder"]), out, prepare, err)
+        code = command.wait(LIMIT_S)
         command.end()
         print(json.dumps(code), flush=True)
 

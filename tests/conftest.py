@@ -12,12 +12,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import configs  # noqa: F401, before any test imports torch: idle threads do not spin, as in every command
+from tests.cli import PROJECT, Forks, shared_forks
 
 # A test says nothing about how fast a machine is, or how busy.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
-
-PROJECT = Path(__file__).resolve().parent.parent
 
 
 def find_shared_data() -> Path | None:
@@ -36,6 +35,12 @@ def shared_data() -> Path:
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Forks:
+    """A process that forks commands."""
+    return shared_forks()
 
 
 # Without these a fresh Chromium calls home before it has opened a page.

@@ -23,7 +23,7 @@ from engine.logs import read_metrics
 from features.store import read_features
 from interop.safe_pickle import load_plain
 from tests.browser import Visit
-from tests.cli import PROJECT, run, succeed
+from tests.cli import PROJECT, run, run_fresh, succeed
 
 SETTINGS = {
     "data": {"fps": 1.0, "index": "artifacts/index.json", "split": {"rule": "3/1/1"}},
@@ -81,7 +81,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, videos: Path) -> Path:
     """A folder in which `run` has gone through once; tests copy it before they change anything."""
     folder = tmp_path_factory.mktemp("finished")
     settings_file(folder, videos)
-    succeed(["run", "--config", "tiny.yaml"], folder)
+    done = run_fresh(["run", "--config", "tiny.yaml"], folder)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -182,7 +183,7 @@ def test_stage_two_needs_the_feature_folder_alone(workplace: Path, videos: Path,
         (blocked / module / "__init__.py").write_text("raise ImportError('stage two must not need this')\n")
     arguments = ["--config", "tiny.yaml", "--features", "features"]
     for step in ("train-temporal", "evaluate"):
-        done = run([step, *arguments], elsewhere, PYTHONPATH=str(blocked))
+        done = run_fresh([step, *arguments], elsewhere, PYTHONPATH=str(blocked))
         assert done.returncode == 0, done.stderr
     here = json.loads((elsewhere / "runs/tiny/temporal/result.json").read_text())
     there = json.loads((workplace / "runs/tiny/temporal/result.json").read_text())
@@ -419,6 +420,7 @@ def test_every_task_from_scratch(workplace: Path, tasks: str) -> None:
     assert written == {"tool": {"tool.txt"}, "phase": {"phase.txt"}, "both": {"phase.txt", "tool.txt"}}[tasks]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

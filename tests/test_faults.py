@@ -45,13 +45,6 @@ RUN = ("run", "--config", "tiny.json", "--name", "r")
 
 
 @pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    server = Forks()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Path:
     """A folder with simulated videos in `data`; work folders lie beside it."""
     folder = tmp_path_factory.mktemp("faults")

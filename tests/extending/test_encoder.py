@@ -18,9 +18,8 @@ NAME = "colour_histogram"
 
 
 @pytest.fixture
-def forks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Forks]:
-    monkeypatch.setenv(PLUGINS_VARIABLE, str(EXAMPLE))
-    server = Forks()
+def forks() -> Iterator[Forks]:
+    server = Forks(**{PLUGINS_VARIABLE: str(EXAMPLE)})
     yield server
     server.close()
 

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from configs.registry import PLUGINS_VARIABLE
-from tests.cli import ONE_THREAD, PROJECT, run
+from tests.cli import ONE_THREAD, PROJECT, Forks, run
 from tests.stage2_temporal.toy import cue_video, write_folder
 
 EXAMPLE = Path(__file__).with_name("head_example.py")
@@ -70,19 +71,30 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def succeed(folder: Path, *words: str) -> str:
-    done = run(words, folder, **{PLUGINS_VARIABLE: str(EXAMPLE)})
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    server = Forks(**{PLUGINS_VARIABLE: str(EXAMPLE)})
+    yield server
+    server.close()
 
 
-def test_it_trains_resumes_and_is_evaluated(workplace: Path) -> None:
+@pytest.fixture
+def succeed(workplace: Path, forks: Forks) -> Callable[..., str]:
+    def command(*words: str) -> str:
+        done = forks.run(words, workplace)
+        assert done.code == 0, done.output
+        return done.output
+
+    return command
+
+
+def test_it_trains_resumes_and_is_evaluated(workplace: Path, succeed: Callable[..., str]) -> None:
     words = ["--config", "settings.yaml", "--name", "outside"]
-    succeed(workplace, "train-temporal", *words, "--features", "features")
+    succeed("train-temporal", *words, "--features", "features")
     recorded = json.loads((workplace / "runs/outside/temporal/identity.json").read_text())
     assert recorded["temporal"]["head"] == {"name": "average", "decay": 0.5}
-    succeed(workplace, "train-temporal", *words, "--features", "features")  # the same settings: finished before
-    succeed(workplace, "evaluate", *words, "--features", "features")
+    succeed("train-temporal", *words, "--features", "features")  # the same settings: finished before
+    succeed("evaluate", *words, "--features", "features")
     assert (workplace / "runs/outside/evaluate/test/metrics.json").is_file()
 
 
@@ -94,15 +106,15 @@ def test_it_runs_in_other_processes_in_the_joint_net_and_frame_by_frame(workplac
     assert done.returncode == 0, done.stderr
 
 
-def test_workers_of_an_ablation_know_it(workplace: Path) -> None:
-    succeed(workplace, "ablate", "ablation.yaml", "--features", "features", "--name", "space", "--workers", "2")
+def test_workers_of_an_ablation_know_it(workplace: Path, succeed: Callable[..., str]) -> None:
+    succeed("ablate", "ablation.yaml", "--features", "features", "--name", "space", "--workers", "2")
     assert (workplace / "runs/space/ablation.csv").read_text().count("decay") > 2
 
 
-def test_its_settings_are_checked(workplace: Path) -> None:
+def test_its_settings_are_checked(workplace: Path, forks: Forks, succeed: Callable[..., str]) -> None:
     show = ["config", "show", "--config", "settings.yaml"]
-    assert "decay: 0.25" in succeed(workplace, *show, "--set", "temporal.head.decay=0.25")
-    wrong = run([*show, "--set", "temporal.head.deacy=0.25"], workplace, **{PLUGINS_VARIABLE: str(EXAMPLE)})
+    assert "decay: 0.25" in succeed(*show, "--set", "temporal.head.decay=0.25")
+    wrong = forks.complete([*show, "--set", "temporal.head.deacy=0.25"], workplace)
     assert wrong.stderr.strip() == "error: --set: unknown key temporal.head.deacy; did you mean temporal.head.decay?"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli import run
+from tests.cli import run, run_fresh
 
 EXAMPLE = Path(__file__).with_name("metric_example.py")
 CONVENTION = """
@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_metric_is_one_file(folder: Path) -> None:
     plugins = {"SURGSTAGE_PLUGINS": str(EXAMPLE)}
-    done = run(["evaluate", *FOLDERS, "--json", "results.json"], folder, **plugins)
+    done = run_fresh(["evaluate", *FOLDERS, "--json", "results.json"], folder, **plugins)
     assert done.returncode == 0, done.stderr
     assert "Specificity" in done.stdout
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -46,7 +46,8 @@ def test_a_metric_is_one_file(folder: Path) -> None:
     assert [pooled[phase]["specificity"]["mean"] for phase in ("Preparation", "CalotTriangleDissection")] == [
         100, pytest.approx(100 * 5 / 6)
     ]  # fmt: skip
-    done = run(["compare", "results.json", "predicted", *FOLDERS[2:], "--metric", "specificity"], folder, **plugins)
+    options = ["--metric", "specificity"]
+    done = run_fresh(["compare", "results.json", "predicted", *FOLDERS[2:], *options], folder, **plugins)
     assert done.returncode == 0, done.stderr
     assert "Specificity" in done.stdout
     without = run(["evaluate", *FOLDERS], folder)
@@ -57,7 +58,7 @@ def test_a_convention_is_one_file(folder: Path) -> None:
     (folder / "lenient.py").write_text(CONVENTION, encoding="utf-8")
     plugins = {"SURGSTAGE_PLUGINS": os.pathsep.join([str(folder / "lenient.py"), str(EXAMPLE)])}
     options = ["--convention", "lenient", "--json", "results.json"]
-    done = run(["evaluate", *FOLDERS, *options], folder, **plugins)
+    done = run_fresh(["evaluate", *FOLDERS, *options], folder, **plugins)
     assert done.returncode == 0, done.stderr
     assert list(json.loads((folder / "results.json").read_text(encoding="utf-8"))) == ["lenient"]
     assert "lenient" in done.stdout
@@ -81,7 +82,7 @@ def test_a_convention_is_one_file(folder: Path) -> None:
 )
 def test_a_file_that_does_not_work_is_named_in_one_line(folder: Path, text: str, message: str) -> None:
     (folder / "bad.py").write_text(text, encoding="utf-8")
-    done = run(["evaluate", *FOLDERS], folder, SURGSTAGE_PLUGINS="bad.py")
+    done = run_fresh(["evaluate", *FOLDERS], folder, SURGSTAGE_PLUGINS="bad.py")
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

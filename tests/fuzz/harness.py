@@ -49,6 +49,7 @@ class Child:
         self.parser = parser
         self._process: Any = None
         self._pipe: Any = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None  # this process removes it: the other is killed
         self.refused = 0
 
     def __enter__(self) -> Child:
@@ -90,7 +91,8 @@ class Child:
         context = get_context("forkserver")  # forks of a process that has imported what takes long
         context.set_forkserver_preload(["torch", "h5py", "av", "PIL.Image"])
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(self.parser, theirs), daemon=True)
+        self._folder = tempfile.TemporaryDirectory(prefix="fuzz-")
+        self._process = context.Process(target=_serve, args=(self.parser, theirs, self._folder.name), daemon=True)
         self._process.start()
         theirs.close()
         answer = self._pipe.recv_bytes() if self._pipe.poll(START_LIMIT_S) else b"not started"
@@ -103,7 +105,8 @@ class Child:
             self._process.kill()
             self._process.join()
             self._pipe.close()
-        self._process = self._pipe = None
+            self._folder.cleanup()
+        self._process = self._pipe = self._folder = None
 
 
 # ---------------------------------------------------------------------------------------------- in the child
@@ -129,33 +132,32 @@ class _Watch:
                 self.seen = self.seen or f"wrote to {path!r}"
 
 
-def _serve(name: str, pipe: Any) -> None:
+def _serve(name: str, pipe: Any, folder: str) -> None:
     parser = PARSERS[name]
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries' own complaints
-        watch = _Watch(folder)
-        path = Path(folder) / parser.file_name
-        read = parser.prepare(Path(folder))
-        for content in parser.seeds():
-            if (answer := _attempt(read, path, content)) != "read":
-                pipe.send_bytes(f"a sound file: {answer}".encode())
-                return
-        limit = _address_space_bytes() + ADDRESS_SPACE_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        pipe.send_bytes(b"ready")
-        while True:
-            content = pipe.recv_bytes()
-            _forget_peak()
-            before = _peak_bytes()
-            watch.armed = True
-            answer = _attempt(read, path, content)
-            watch.armed = False
-            if watch.seen:
-                answer = f"not only read: {watch.seen}"
-            grown = _peak_bytes() - before
-            if grown > MEMORY_BOUND_BYTES:
-                answer = f"took {grown >> 20} MiB of memory"
-            pipe.send_bytes(answer.encode("utf-8", "backslashreplace"))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries' own complaints
+    watch = _Watch(folder)
+    path = Path(folder) / parser.file_name
+    read = parser.prepare(Path(folder))
+    for content in parser.seeds():
+        if (answer := _attempt(read, path, content)) != "read":
+            pipe.send_bytes(f"a sound file: {answer}".encode())
+            return
+    limit = _address_space_bytes() + ADDRESS_SPACE_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    pipe.send_bytes(b"ready")
+    while True:
+        content = pipe.recv_bytes()
+        _forget_peak()
+        before = _peak_bytes()
+        watch.armed = True
+        answer = _attempt(read, path, content)
+        watch.armed = False
+        if watch.seen:
+            answer = f"not only read: {watch.seen}"
+        grown = _peak_bytes() - before
+        if grown > MEMORY_BOUND_BYTES:
+            answer = f"took {grown >> 20} MiB of memory"
+        pipe.send_bytes(answer.encode("utf-8", "backslashreplace"))
 
 
 def _attempt(read: Any, path: Path, content: bytes) -> str:

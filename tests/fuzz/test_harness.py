@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 from tests.cli import PROJECT
 
@@ -19,10 +20,10 @@ def eat(path):
 
 PARSERS["glutton"] = Parser("a.txt", lambda folder: eat, lambda: [b"1"])
 ours, theirs = multiprocessing.Pipe()
-threading.Thread(target=harness._serve, args=("glutton", theirs), daemon=True).start()
+threading.Thread(target=harness._serve, args=("glutton", theirs, sys.argv[1]), daemon=True).start()
 assert ours.recv_bytes() == b"ready"
 answers = []
-for size_mib in map(int, sys.argv[1:]):
+for size_mib in map(int, sys.argv[2:]):
     ours.send_bytes(str(size_mib).encode())
     answers.append(ours.recv_bytes().decode())
 print(json.dumps(answers), flush=True)
@@ -30,9 +31,9 @@ os._exit(0)
 """
 
 
-def test_memory_of_one_input_does_not_hide_that_of_the_next() -> None:
+def test_memory_of_one_input_does_not_hide_that_of_the_next(tmp_path: Path) -> None:
     """The peak of a process never falls by itself: after 450 MiB, 900 MiB were 450 more, and then none."""
-    words = [sys.executable, "-c", GLUTTON, "450", "900", "900", "1"]
+    words = [sys.executable, "-c", GLUTTON, str(tmp_path), "450", "900", "900", "1"]
     done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, timeout=280, check=True)
     small, large, again, none = json.loads(done.stdout)
     assert (small, none) == ("read", "read")
