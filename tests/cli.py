@@ -220,7 +220,9 @@ class Forks:
 @functools.cache
 def shared_forks() -> Forks:
     """One process for all tests of this one; it ends when this one does."""
-    return Forks()
+    forks = Forks()
+    atexit.register(forks.close)
+    return forks
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,11 @@ from tests.stage2_temporal.toy import cue_video, small, write_folder
 
 PROJECT = Path(__file__).resolve().parent.parent
 PIPELINE = [sys.executable, str(PROJECT / "pipeline.py")]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(PROJECT / "pipeline.py")]
+TORCHRUN = [
+    *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+    *("--log-dir", "torchrun"),  # in the folder of the test, for it stays when a process fails
+    str(PROJECT / "pipeline.py"),
+]
 STEPS = 20
 
 pytestmark = pytest.mark.slow
