@@ -49,7 +49,7 @@ class Child:
         self.parser = parser
         self._process: Any = None
         self._pipe: Any = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None  # this process removes it: the other is killed
+        self.folder: tempfile.TemporaryDirectory[str] | None = None  # this process removes it: the other is killed
         self.refused = 0
 
     def __enter__(self) -> Child:
@@ -91,8 +91,8 @@ class Child:
         context = get_context("forkserver")  # forks of a process that has imported what takes long
         context.set_forkserver_preload(["torch", "h5py", "av", "PIL.Image"])
         self._pipe, theirs = context.Pipe()
-        self._folder = tempfile.TemporaryDirectory(prefix="fuzz-")
-        self._process = context.Process(target=_serve, args=(self.parser, theirs, self._folder.name), daemon=True)
+        self.folder = tempfile.TemporaryDirectory(prefix="fuzz-")
+        self._process = context.Process(target=_serve, args=(self.parser, theirs, self.folder.name), daemon=True)
         self._process.start()
         theirs.close()
         answer = self._pipe.recv_bytes() if self._pipe.poll(START_LIMIT_S) else b"not started"
@@ -105,8 +105,8 @@ class Child:
             self._process.kill()
             self._process.join()
             self._pipe.close()
-            self._folder.cleanup()
-        self._process = self._pipe = self._folder = None
+            self.folder.cleanup()
+        self._process = self._pipe = self.folder = None
 
 
 # ---------------------------------------------------------------------------------------------- in the child

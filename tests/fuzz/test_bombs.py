@@ -313,3 +313,12 @@ def test_the_user_block_is_where_the_seal_expects_it() -> None:
     with Child("feature file") as child:
         assert child.read(content) is None
         assert child.refused == 0
+
+
+def test_a_child_that_is_ended_leaves_no_folder() -> None:
+    with Child("phase annotations") as child:
+        assert child.read(b"") is None
+        assert child.folder is not None
+        folder = Path(child.folder.name)
+        assert list(folder.iterdir()) != []
+    assert not folder.exists()
