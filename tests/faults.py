@@ -128,7 +128,7 @@ def renames_within_folders(yes: bool) -> None:
         setattr(os, name, watched(name))
 
 
-def told_to_stop_when_done(number: int) -> None:
+def stop_when_done(number: int) -> None:
     """A signal comes with the first line on standard output, which is a command's result."""
     import click
 
@@ -153,7 +153,7 @@ FAULTS: dict[str, Callable[[Any], None]] = {
         no_privileges,
         no_locks,
         renames_within_folders,
-        told_to_stop_when_done,
+        stop_when_done,
     )
 }
 

@@ -153,7 +153,7 @@ def test_export_writes_the_original_text_files(workplace: Path) -> None:
 
 
 @pytest.mark.slow
-def test_run_again_does_nothing_again(workplace: Path) -> None:
+def test_run_again_repeats_nothing(workplace: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in workplace.rglob("*") if path.suffix in (".pt", ".h5", ".png")}
     output = succeed(["run", "--config", "tiny.yaml"], workplace)
     assert "unchanged" in output
@@ -194,7 +194,7 @@ def test_stage_two_needs_the_feature_folder_alone(workplace: Path, videos: Path,
 
 
 @pytest.mark.slow
-def test_a_flipped_byte_is_found_named_and_redone_alone(workplace: Path) -> None:
+def test_only_the_file_with_the_flipped_byte_is_reported_and_extracted_again(workplace: Path) -> None:
     folder = feature_folder(workplace)
     path = folder / "video03.h5"
     whole, others = read_features(path), {p: p.stat().st_mtime_ns for p in folder.glob("*.h5") if p != path}
@@ -293,7 +293,7 @@ def kill_during(arguments: Sequence[str], folder: Path, ready: Path, number: int
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]
 )
-def test_training_killed_and_started_again_ends_like_one_left_alone(workplace: Path, number: int, code: int) -> None:
+def test_a_killed_and_resumed_training_equals_an_undisturbed_one(workplace: Path, number: int, code: int) -> None:
     arguments = ["train-temporal", "--config", "tiny.yaml", "--set", "temporal.epochs=60", "--name"]
     succeed([*arguments, "alone"], workplace)
     ready = workplace / "runs/killed/temporal/last.pt"
@@ -352,7 +352,7 @@ def test_the_report_of_a_run_opens_in_chromium(workplace: Path, chromium: Any) -
     assert no_temporaries(workplace)
 
 
-def test_help_teaches_and_imports_nothing_heavy() -> None:
+def test_help_is_complete_and_imports_nothing_heavy() -> None:
     program = (
         "import sys; from click.testing import CliRunner; import pipeline\n"
         "result = CliRunner().invoke(pipeline.cli, ['--help'])\n"

@@ -51,7 +51,7 @@ def test_one_convention_alone(convention, tmp_path):
     assert (result["about"]["convention"], result["about"]["split"]) == (convention, "val")
 
 
-def test_annotations_at_25_fps_and_predictions_once_a_second(tmp_path):
+def test_annotations_at_25_fps_and_predictions_at_1_fps(tmp_path):
     """By sample number: refused with the option that helps, which then gives the rate too."""
     truth = [phase for phase in (0, 1, 2, 3) for _ in range(500)]
     phase_files(tmp_path / "t", "Frame\tPhase\n" + "".join(f"{k}\t{phase}\n" for k, phase in enumerate(truth)))

@@ -183,7 +183,7 @@ def test_a_harmful_file_in_a_process_of_its_own(tmp_path: Path) -> None:
         (["export-checkpoint", "nowhere", "out", "--phase-order", "mtrcnet"], "run train-joint"),
     ],
 )
-def test_what_is_missing_is_said(
+def test_missing_parts_are_named(
     arguments: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -18,7 +18,7 @@ def submit(*words: str) -> Result:
     return CliRunner().invoke(cli, ["submit", *words])
 
 
-def test_a_dry_run_prints_the_script_and_apart_from_it_the_command(tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_script_and_the_command_to_separate_streams(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(f"runs: {tmp_path / 'runs'}\n")
     done = submit("train-temporal", "--time", "30", "--dry-run", "--", "--config", str(tmp_path / "own.yaml"))
     assert done.exit_code == 0, done.output
@@ -29,7 +29,7 @@ def test_a_dry_run_prints_the_script_and_apart_from_it_the_command(tmp_path: Pat
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_stage_s_devices_are_started_by_the_job_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_job_starts_the_processes_of_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     started = []
     monkeypatch.setattr("engine.launch.run_copies", lambda *words: started.append(words))

@@ -22,7 +22,7 @@ def anchors(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(document: Path) -> None:
+def test_links_have_targets(document: Path) -> None:
     for link in LINK.findall(document.read_text(encoding="utf-8")):
         if link.startswith(("http:", "https:")):
             continue

@@ -97,7 +97,7 @@ def one_line(ended: Ended) -> str:
 
 
 @pytest.mark.slow
-def test_every_file_of_a_pipeline_meets_a_full_disk_once(finished: Path, work: Path, forks: Forks) -> None:
+def test_a_full_disk_at_every_file_of_the_pipeline(finished: Path, work: Path, forks: Forks) -> None:
     """One file after the other, in the order of their first writing; the same command then goes on."""
     lines = finished.with_name("written").read_text().splitlines()
     names = list(dict.fromkeys(Path(line).relative_to(finished) for line in lines))
@@ -213,7 +213,7 @@ def own_data(base: Path, finished: Path, work: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_replaced_video_is_noticed_and_done_alone(base: Path, finished: Path, work: Path, forks: Forks) -> None:
+def test_only_a_replaced_video_is_extracted_again(base: Path, finished: Path, work: Path, forks: Forks) -> None:
     data = own_data(base, finished, work)
     options = ("--config", "tiny.json", "--name", "r", "--set", f"data.root={data}")
     negative = [255 - frame for frame in decode_everything(data / "videos/video03.mp4")]
@@ -281,7 +281,7 @@ def test_a_folder_that_may_only_be_read_is_one_line(
 
 
 @pytest.mark.slow
-def test_an_extraction_outlives_a_worker_that_was_killed(finished: Path, work: Path, forks: Forks) -> None:
+def test_an_extraction_survives_a_killed_worker(finished: Path, work: Path, forks: Forks) -> None:
     """A killed process of the pool breaks the pool: what it had in work is done again, and nothing of it stays."""
     shutil.rmtree(work)
     shutil.copytree(finished, work)
@@ -298,7 +298,7 @@ def test_an_extraction_outlives_a_worker_that_was_killed(finished: Path, work: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["train-cnn", "train-joint"])
-def test_a_training_whose_loader_was_killed_says_so_and_goes_on(
+def test_a_training_whose_loader_was_killed_is_one_line_and_resumes(
     finished: Path, work: Path, stage: str, forks: Forks
 ) -> None:
     shutil.copytree(finished / "cache", work / "cache")

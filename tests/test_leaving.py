@@ -18,15 +18,15 @@ SIMULATE = ["simulate", "data", "--videos", "1", "--fps", "5", "--width", "96", 
 INSTALLED = """
 import sys
 from importlib.metadata import EntryPoint
-from tests.faults import told_to_stop_when_done
-told_to_stop_when_done(int(sys.argv.pop(1)))
+from tests.faults import stop_when_done
+stop_when_done(int(sys.argv.pop(1)))
 place = sys.argv.pop(1)
 sys.exit(EntryPoint("surgstage", place, "console_scripts").load()())
 """
 AS_A_FILE = """
 import runpy, sys
-from tests.faults import told_to_stop_when_done
-told_to_stop_when_done(int(sys.argv.pop(1)))
+from tests.faults import stop_when_done
+stop_when_done(int(sys.argv.pop(1)))
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -34,9 +34,9 @@ FORKED = """
 import sys
 from pathlib import Path
 from tests.cli import start_forked
-from tests.faults import told_to_stop_when_done
+from tests.faults import stop_when_done
 number, log = int(sys.argv[1]), Path(sys.argv[2])
-command = start_forked(sys.argv[3:], Path.cwd(), log, lambda: told_to_stop_when_done(number))
+command = start_forked(sys.argv[3:], Path.cwd(), log, lambda: stop_when_done(number))
 code = command.wait(200)
 print(log.read_text())
 sys.exit(code)
@@ -72,7 +72,9 @@ def test_a_finished_command_is_not_ended_by_a_late_signal(
     assert (done.returncode, "data: 1 simulated videos made" in done.stdout) == (0, True), done.stdout + done.stderr
 
 
-def test_in_a_process_that_goes_on_signals_do_what_they_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_handlers_are_restored_in_a_process_that_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pipeline
 
     monkeypatch.chdir(tmp_path)

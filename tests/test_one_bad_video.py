@@ -202,7 +202,7 @@ def test_the_only_video_of_a_split_ends_the_work(work: Work) -> None:
     assert "error: no video is left in split val" in work.do("train-temporal", code=2)
 
 
-def test_an_interrupted_extract_is_not_taken_for_bad_videos(work: Work) -> None:
+def test_an_interrupted_extract_is_not_mistaken_for_bad_videos(work: Work) -> None:
     work.do("extract", "--set", "extract.encoder=initial", "--shard", "0/2")
     said = work.do("train-temporal", code=2)
     assert "no features of" in said
@@ -211,7 +211,7 @@ def test_an_interrupted_extract_is_not_taken_for_bad_videos(work: Work) -> None:
     work.do("train-temporal")
 
 
-def test_features_are_asked_for_only_of_videos_in_a_split(work: Work) -> None:
+def test_features_are_required_only_for_videos_in_a_split(work: Work) -> None:
     """A video that lists leave out of every split may be broken."""
     work.damage("case 3")
     part = ("--set", "data.split.train=[case 1, case 2]", "--set", "extract.encoder=initial")

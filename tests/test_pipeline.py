@@ -14,7 +14,7 @@ from tests.cli import PROJECT
 
 
 @pytest.mark.parametrize("name", pipeline.COMMANDS)
-def test_the_list_of_commands_says_what_the_command_says_of_itself(name: str) -> None:
+def test_the_list_of_commands_equals_their_own_help(name: str) -> None:
     command = pipeline.cli.get_command(click.Context(pipeline.cli), name)
     assert command is not None
     assert command.name == name

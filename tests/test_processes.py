@@ -211,7 +211,7 @@ def wait_until_gone(pids: Sequence[int]) -> None:
 
 
 @pytest.mark.timeout(600)  # five trainings, on a machine that may be busy
-def test_a_signal_to_any_process_stops_all_and_going_on_gives_the_same_bits(bench: Path) -> None:
+def test_a_signal_to_any_process_stops_all_and_resuming_gives_the_same_bits(bench: Path) -> None:
     """SIGTERM to one, SIGINT to the launcher, SIGUSR1 to the other; each time the same command resumes."""
     head = {"name": "lstm", "hidden": 12, "layers": 2, "dropout": 0.3}  # each process draws its own
     whole, parts = (bench / "runs" / name / "temporal" for name in ("whole", "parts"))
@@ -264,7 +264,7 @@ def test_a_process_that_dies_ends_the_others(bench: Path) -> None:
     assert load_checkpoint(folder / "last.pt")["position"]["epoch"] > reached
 
 
-def test_another_number_of_processes_goes_on_between_videos(bench: Path) -> None:
+def test_another_number_of_processes_can_resume_between_videos(bench: Path) -> None:
     """`full` carries nothing from step to step, so one process can take over from two; it says so."""
     sequence = {"mode": "full", "batch": 2}
     running = start([*PIPELINE, *temporal(bench, "fewer", sequence, 40), *DEVICES], bench)
@@ -277,7 +277,7 @@ def test_another_number_of_processes_goes_on_between_videos(bench: Path) -> None
     assert_same_losses(*(bench / "runs" / name / "temporal" for name in ("never-two", "fewer")))
 
 
-def test_a_mistake_is_said_once(bench: Path) -> None:
+def test_an_error_is_printed_once(bench: Path) -> None:
     words = temporal(bench, "wrong", CHUNKED, 1)[:-1]
     code, said = call([*PIPELINE, *words, str(bench / "nothing"), *DEVICES], bench)
     assert code == 2

@@ -92,7 +92,7 @@ def test_new_videos_are_predicted_the_same(released: Path) -> None:
     ids=lambda command: command[0],
 )
 @pytest.mark.parametrize(("key", "other", "own"), [("data.fps", "2", "1"), ("cnn.backbone", "resnet18", "shufflenet")])
-def test_settings_of_pictures_that_a_net_or_its_features_do_not_have_are_refused(
+def test_frame_settings_that_contradict_the_net_or_features_are_refused(
     released: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], key: str, other: str, own: str
 ) -> None:
     monkeypatch.chdir(released)

@@ -38,7 +38,7 @@ def visit(chromium: Any, report: Path) -> Iterator[Visit]:
         yield opened
 
 
-def test_nothing_is_fetched_and_nothing_complains(visit: Visit) -> None:
+def test_the_page_makes_no_requests_and_logs_no_errors(visit: Visit) -> None:
     visit.walk_through()
     assert visit.page.locator(".main-svg").count() > 20
     assert visit.complaints == []

@@ -128,7 +128,7 @@ def test_a_user_without_a_name_is_recorded_by_number(
     assert (record["user"], record["job_ids"]) == (str(os.getuid()), ["7"])
 
 
-def test_what_is_never_submitted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_submission_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sbatch(tmp_path, monkeypatch, "echo 'sbatch: error: no such partition' >&2; exit 1")
     with pytest.raises(UserError, match=r"^sbatch refused: no such partition$"):
         submit(request(), tmp_path / "run", PROGRAM)
@@ -139,7 +139,7 @@ def test_what_is_never_submitted_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "run").exists()
 
 
-def test_what_may_have_been_submitted_keeps_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_kept_if_a_job_may_have_been_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sbatch(tmp_path, monkeypatch, "echo Welcome to the cluster")
     with pytest.raises(UserError, match=r"named no job .*squeue --me"):
         submit(request(), tmp_path / "said", PROGRAM)
@@ -257,7 +257,7 @@ def test_a_stage_that_fails_gives_the_job_its_code(tmp_path: Path, ends: str, co
     assert job.returncode == code, errors
 
 
-def test_a_stage_that_ends_well_while_it_is_told_to_stop_has_ended_well(tmp_path: Path) -> None:
+def test_a_stage_that_succeeds_while_being_stopped_has_succeeded(tmp_path: Path) -> None:
     stage = """
     import signal, sys, time
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))

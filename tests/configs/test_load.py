@@ -87,7 +87,7 @@ def test_another_head_drops_the_settings_of_the_preset_in_any_order(orders: tupl
     assert load_config("mini", [given[place] for place in orders]).temporal.head == GruHead(name="gru", hidden=32)
 
 
-def test_a_value_given_in_a_file_keeps_its_siblings(tmp_path: Path) -> None:
+def test_a_value_in_a_file_does_not_change_others_of_its_block(tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     file.write_text(
         "joint: {sequence: {batch: 4}, multitask: {optim: {lr: 0.01}}, net: {mapping: true}, mapping: {epochs: 3}}\n"

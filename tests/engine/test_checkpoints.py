@@ -73,9 +73,7 @@ def test_both_damaged_is_an_error_and_none_is_none(tmp_path: Path) -> None:
         rolling.load()
 
 
-def test_a_damaged_checkpoint_never_takes_the_place_of_the_whole_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_checkpoint_never_replaces_a_complete_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in the middle of the first save after a fall-back, there must still be one to resume from."""
     path = tmp_path / "last.pt"
     rolling = RollingCheckpoint(path)
@@ -171,7 +169,7 @@ def test_foreign_tensors_are_named_by_their_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("new_form", [True, False])
-def test_python_objects_beside_the_tensors_are_named_and_left_out(
+def test_python_objects_next_to_tensors_are_named_and_left_out(
     tmp_path: Path, new_form: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     beside = {
@@ -195,7 +193,7 @@ class Settings(dict):
 
 
 @pytest.mark.parametrize("new_form", [True, False])
-def test_a_whole_module_is_called_so_and_the_way_out_works(tmp_path: Path, new_form: bool) -> None:
+def test_a_whole_module_is_identified_and_the_remedy_works(tmp_path: Path, new_form: bool) -> None:
     net = torch.nn.Sequential(torch.nn.Linear(2, 2))
     torch.save({"model": net}, tmp_path / "net.pth", _use_new_zipfile_serialization=new_form)
     with pytest.raises(UserError, match=r"net\.pth: .* nothing in it was run") as error:
@@ -244,7 +242,7 @@ def test_a_cut_off_file_is_called_damaged(tmp_path: Path, before_1_6: bool, shar
     assert "\n" not in str(caught.value)
 
 
-def test_a_cut_off_file_of_the_older_form_speaks_no_torch(tmp_path: Path) -> None:
+def test_a_truncated_file_of_the_older_format_gives_one_line(tmp_path: Path) -> None:
     """torch's own words (`index out of range`, `expected 15973 more bytes`) stood inside the line."""
     path = tmp_path / "old.pth"
     torch.save({f"layer{k}.w": torch.ones(50) for k in range(5)}, path, _use_new_zipfile_serialization=False)
@@ -265,7 +263,7 @@ def test_a_web_page_is_called_one(tmp_path: Path, page: str) -> None:
         load_foreign_state(tmp_path / "net.pth", trusted=True)
 
 
-def test_foreign_tensors_hold_numbers(tmp_path: Path) -> None:
+def test_third_party_tensors_hold_numbers(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2, device="meta")}, tmp_path / "meta.pth")
     with pytest.raises(UserError, match=r"meta\.pth"):
         load_foreign_state(tmp_path / "meta.pth", trusted=True)

@@ -37,7 +37,7 @@ def test_on_a_cpu(name: str, training: bool, with_bf16: str, without: str) -> No
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_bf16_asked_for_by_name(training: bool) -> None:
+def test_bf16_on_request(training: bool) -> None:
     with cpu_with_bf16(True):
         assert choose_precision("x.precision", "bf16", CPU, training) == "bf16"
     with cpu_with_bf16(False):
@@ -75,7 +75,7 @@ def probed(**variables: str) -> str:
     return done.stdout.strip()
 
 
-def test_onednn_told_to_leave_newer_instructions_alone_is_a_cpu_without() -> None:
+def test_a_cpu_with_limited_onednn_counts_as_one_without_bf16() -> None:
     assert probed(ONEDNN_MAX_CPU_ISA="AVX2") == "False True"
 
 
@@ -91,7 +91,7 @@ def test_onednn_told_to_leave_newer_instructions_alone_is_a_cpu_without() -> Non
         (None, False),
     ],
 )
-def test_the_kernel_says_what_the_processor_has(
+def test_bf16_support_is_read_from_the_kernel(
     monkeypatch: pytest.MonkeyPatch, cpuinfo: str | None, expected: bool
 ) -> None:
     def read(path: Path, **_: Any) -> str:

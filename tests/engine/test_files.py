@@ -114,7 +114,7 @@ def killed_writer(path: Path) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_a_zombie_is_dead(tmp_path: Path) -> None:
+def test_a_zombie_process_counts_as_dead(tmp_path: Path) -> None:
     """In containers without an init process such processes stay for good, and answer signals like living ones."""
     process = killed_writer(tmp_path / "dead.h5")
     assert remove_stale_temporaries(tmp_path) == 1

@@ -24,7 +24,7 @@ def test_what_does_the_same_is_used(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", BROKEN)
 @pytest.mark.parametrize("dtype", TYPES)
-def test_what_was_changed_is_not_used(case: str, dtype: torch.dtype) -> None:
+def test_changed_private_operations_are_not_used(case: str, dtype: torch.dtype) -> None:
     with other_operations(**BROKEN[case]):
         assert multiplies(dtype) == ("linear" not in case)
         assert convolves(dtype) == ("convolution" not in case)

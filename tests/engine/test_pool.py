@@ -109,7 +109,7 @@ def test_a_bug_is_not_hidden(tmp_path: Path) -> None:
         outcomes(Task(tmp_path), [None], 1)  # type: ignore[list-item]
 
 
-def test_a_process_that_dies_takes_only_its_own_video_with_it(tmp_path: Path) -> None:
+def test_a_process_that_dies_affects_only_its_own_video(tmp_path: Path) -> None:
     jobs = [Step("a"), Step("deadly"), Step("slow", 20), Step("b"), Step("c")]
     found = outcomes(Task(tmp_path), jobs, 2)
     assert found.pop("deadly") == "the process that worked on it died (out of memory, or killed)"

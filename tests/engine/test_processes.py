@@ -45,7 +45,7 @@ def test_one_process_imports_no_launcher() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_only_what_the_exchange_says_is_a_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_errors_of_the_exchange_mean_a_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:
     gloo = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer")
     nccl = torch.distributed.DistBackendError("NCCL communicator was aborted")
     assert not peer_died(gloo)  # there is no other
@@ -102,7 +102,7 @@ def test_a_loss_of_one_process_that_is_no_number_stops_all_with_the_batch_named(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "signalled"), [("apart", 0), ("apart", 1), ("cache", 0)])
-def test_a_signal_to_one_process_ends_the_own_work_of_another(tmp_path: Path, what: str, signalled: int) -> None:
+def test_a_signal_to_one_rank_stops_the_separate_work_of_another(tmp_path: Path, what: str, signalled: int) -> None:
     """Minutes of validation or decoding are left, to the rank that got the signal or to the other."""
     pair = start_pair(what, tmp_path)
     deadline = time.monotonic() + 280
@@ -118,7 +118,7 @@ def test_a_signal_to_one_process_ends_the_own_work_of_another(tmp_path: Path, wh
 
 
 @pytest.mark.slow
-def test_a_mistake_in_the_own_work_of_one_ends_that_of_another(tmp_path: Path) -> None:
+def test_an_error_on_one_rank_stops_the_separate_work_of_another(tmp_path: Path) -> None:
     """Minutes are left to the other; both end with what was wrong, not as stopped."""
     codes, output = ends_of(start_pair("mistake", tmp_path))
     assert codes == [2, 2], output
@@ -129,7 +129,7 @@ def test_a_mistake_in_the_own_work_of_one_ends_that_of_another(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_mistake_that_one_process_finds_alone_ends_all_and_is_printed_once(tmp_path: Path) -> None:
+def test_an_error_on_one_process_ends_all_and_is_printed_once(tmp_path: Path) -> None:
     for what, codes in (("late", [2, 2]), ("outside", [70, 2])):
         found, output = ends_of(start_pair(what, tmp_path))
         assert found == codes, output

@@ -156,7 +156,7 @@ def test_weights_that_are_not_finite_never_become_a_checkpoint(tmp_path: Path, v
 
 
 @pytest.mark.parametrize("poison", [2, STEPS + 3, 2 * STEPS + 1])
-def test_killed_without_any_clean_up_log_and_events_end_like_those_left_alone(
+def test_after_a_kill_without_clean_up_log_and_events_equal_undisturbed_ones(
     tmp_path: Path, poison: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a checkpoint has behind it is on the disk before the checkpoint is, and what it has not is forgotten."""
@@ -196,7 +196,7 @@ def test_an_epoch_that_was_logged_and_not_saved_is_logged_once(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
-def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path: Path, damage: str) -> None:
+def test_training_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path: Path, damage: str) -> None:
     whole, damaged = tmp_path / "whole", tmp_path / "damaged"
     expected = train(whole, CONFIG).state_dict()
     with pytest.raises(UserError):
@@ -212,7 +212,7 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path: Pat
     assert log_without_times(whole) == log_without_times(damaged)
 
 
-def test_temporary_files_of_killed_starts_go(tmp_path: Path) -> None:
+def test_temporary_files_of_killed_starts_are_removed(tmp_path: Path) -> None:
     """Heads and steps train in folders of their own inside the stage's."""
     dead = subprocess.Popen([sys.executable, "-c", "import engine.files; print(engine.files.process_mark())"],
                             stdout=subprocess.PIPE, text=True, cwd=PROJECT)  # fmt: skip
@@ -221,7 +221,7 @@ def test_temporary_files_of_killed_starts_go(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
+def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     train(tmp_path, CONFIG)
     before = (tmp_path / "metrics.jsonl").read_text()
     train(tmp_path, CONFIG)
@@ -272,7 +272,7 @@ def reads(folder: Path, config: LoopConfig, late: bool) -> int:
     return mode.count
 
 
-def test_a_gpu_is_not_waited_for_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_do_not_wait_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, here on a CPU: the same log, the same weights, none of the reads that each step has."""
     config = CONFIG.model_copy(update={"optim": OptimConfig(name="sgd", lr=1e-3)})
     monkeypatch.setattr(engine.session, "LOG_EVERY_STEPS", 3)
@@ -293,7 +293,7 @@ def test_read_late_a_stopped_run_resumes_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("minutes", [20.0, 1e-9])
-def test_read_late_a_loss_that_is_not_finite_names_its_batch(tmp_path: Path, minutes: float) -> None:
+def test_a_non_finite_loss_read_late_names_its_batch(tmp_path: Path, minutes: float) -> None:
     """Steps later, and yet before anything is saved that it has spoilt."""
     config = CONFIG.model_copy(update={"checkpoint_minutes": minutes})
     expected = tmp_path / "exact", tmp_path / "late"

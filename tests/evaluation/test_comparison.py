@@ -63,7 +63,7 @@ def test_two_runs_as_the_statistics_have_them(place, tmp_path):
     assert (found["about"]["split"], found["about"]["videos"], found["about"]["seeds"]) == ("test", 8, [1, 1])
 
 
-def test_seeds_are_averaged_a_video_and_their_deviation_stands_apart(place):
+def test_seeds_are_averaged_per_video_and_their_std_is_separate(place):
     found = compare_models(["good-0,good-1, good-2", "bad-0,bad-1,bad-2"], place, metrics=["accuracy"])
     (pair,) = found["comparisons"]
     entry = pair["metrics"]["accuracy"]

@@ -86,7 +86,7 @@ def test_truth_at_25_fps_is_matched_by_frame_number(tmp_path):
     assert "rows are matched by frame number" in " ".join(found.notes)
 
 
-def test_real_annotations_at_25_fps_serve_predictions_at_1_fps(shared_data, tmp_path):
+def test_real_annotations_at_25_fps_match_predictions_at_1_fps(shared_data, tmp_path):
     annotations = shared_data / "mini-cholec80/phase_annotations"
     predicted = folder(tmp_path / "p")
     for path in annotations.iterdir():
@@ -99,7 +99,7 @@ def test_real_annotations_at_25_fps_serve_predictions_at_1_fps(shared_data, tmp_
         assert np.array_equal(track, found.predicted[video])
 
 
-def test_truth_at_1_fps_takes_what_it_needs_of_dense_predictions(tmp_path):
+def test_truth_at_1_fps_selects_from_dense_predictions(tmp_path):
     found = pairs(tmp_path, {"1": rows(np.repeat([0, 1], 50))}, {"1": rows([0, 0, 1, 2], 25)})
     assert found.predicted["video01"].tolist() == [0, 0, 1, 1]
     assert found.truth["video01"].tolist() == [0, 0, 1, 2]
@@ -195,7 +195,7 @@ def test_ids_are_numbered_as_asked_and_never_silently(tmp_path):
     assert "not needed" in names.notes[0]
 
 
-def test_the_rate_is_given_or_read_and_always_said(tmp_path):
+def test_the_rate_is_given_or_read_and_always_reported(tmp_path):
     plain = {"1": rows([0, 1])}
     unknown = pairs(tmp_path / "a", plain, plain)
     assert (unknown.fps, unknown.about["fps_from"]) == (None, None)
@@ -247,7 +247,7 @@ def test_predictions_at_another_rate_are_matched_by_it(tmp_path, truth, fps, num
     assert (found.fps, found.about["fps_from"]) == (fps, "--prediction-fps")
 
 
-def test_dense_predictions_by_row_against_truth_once_a_second(tmp_path):
+def test_dense_predictions_by_row_against_truth_at_1_fps(tmp_path):
     dense = np.repeat([0, 1, 2, 3], 25)
     for k, truth in enumerate((rows([0, 1, 2, 3], 25), rows([0, 1, 2, 3]), "0\n1\n2\n3\n")):
         found = pairs(tmp_path / str(k), {"1": "".join(f"{p}\n" for p in dense)}, {"1": truth}, prediction_fps=25.0)
@@ -298,7 +298,7 @@ def test_frames_that_one_side_lacks(tmp_path):
 
 @given(st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
-def test_whatever_rows_are_lost_no_frame_is_compared_with_another(tmp_path, data):
+def test_with_any_rows_lost_only_equal_frames_are_compared(tmp_path, data):
     """Each compared pair is of one source frame; a lost truth row is not scored, a lost prediction is wrong."""
     k, count, unit = data.draw(st.sampled_from([(1, 40, 25), (5, 120, 1), (25, 400, 1)]))
     truth = data.draw(st.lists(st.integers(0, 6), min_size=count, max_size=count))
@@ -341,14 +341,14 @@ def test_as_many_rows_that_start_later_are_matched_by_number(tmp_path):
 
 
 @pytest.mark.parametrize("count", [40, 41])
-def test_numbers_of_another_epoch_are_not_those_of_the_same_frames(tmp_path, count):
+def test_frame_numbers_far_apart_are_not_the_same_frames(tmp_path, count):
     """Milliseconds since 1970: the rows between them and the truth's would not fit into memory."""
     stamps = rows([0] * count, step=40, first=1.7e12)
     with pytest.raises(UserError, match=r"\d+ rows, but .*truth/1.txt has 40; the frame columns .* are not those of"):
         pairs(tmp_path, {"1": stamps}, {"1": rows([0] * 40, step=40)})
 
 
-def test_one_row_more_or_less_is_said_and_counts(tmp_path):
+def test_one_row_more_or_less_is_reported_and_counted(tmp_path):
     ten, nine = {"1": rows([0] * 10)}, {"1": rows([0] * 9)}
     short = pairs(tmp_path / "a", nine, ten)
     assert short.predicted["video01"].tolist() == [0] * 9 + [-2]
@@ -411,7 +411,7 @@ def test_background_of_the_data_set_and_of_the_command(tmp_path):
         score_folder(files, Reading(files, background=("x",)), spec)
 
 
-def test_numbers_that_cannot_be_source_frames_say_nothing_about_the_rate(tmp_path):
+def test_numbers_that_cannot_be_source_frames_do_not_determine_the_rate(tmp_path):
     """Milliseconds, of a long video and of a short one, against frames numbered one by one too."""
     for k, count in enumerate((30_000, 500)):
         milliseconds = {"1": rows([0, 1] * count, 40)}

@@ -59,7 +59,7 @@ def test_plain_names_and_letters_of_any_script_stay_as_they_are(video_id: str, s
     assert file_stem(video_id) == stem
 
 
-def test_ids_are_one_whatever_their_unicode_form_and_case() -> None:
+def test_ids_are_equal_in_any_unicode_form_and_case() -> None:
     composed, apart = "Größe É", unicodedata.normalize("NFD", "Größe É")
     assert composed != apart
     assert id_key(composed) == id_key(apart) == id_key("GRÖSSE é")
@@ -70,7 +70,7 @@ def test_ids_are_one_whatever_their_unicode_form_and_case() -> None:
     ("video_id", "problem"),
     [("", "empty"), ("a/b", "slash"), ("a\nb", "printed"), ("x" * 241, "240 bytes"), ("病" * 81, "240 bytes")],
 )
-def test_what_cannot_be_an_id_is_said(video_id: str, problem: str) -> None:
+def test_invalid_ids_are_described(video_id: str, problem: str) -> None:
     assert problem in (id_problem(video_id) or "")
     assert id_problem("病" * 80) is None
 

@@ -16,7 +16,7 @@ def test_runs_are_those_of_groupby_and_cover_the_track(track: list[int]) -> None
     assert [value for run in found for value in [run.value] * (run.end - run.start)] == track
 
 
-def test_a_mask_gives_the_spans_where_it_holds() -> None:
+def test_a_mask_gives_the_spans_where_it_is_true() -> None:
     assert runs(np.array([True, False])) == [Run(0, 1, True), Run(1, 2, False)]
     assert true_spans(np.array([False, True, True, False, True])) == [(1, 3), (4, 5)]
     assert true_spans(np.array([], dtype=bool)) == true_spans(np.zeros(3, dtype=bool)) == []

@@ -102,7 +102,7 @@ def test_whatever_changes_the_numbers_changes_the_folder(change: dict[str, Any])
 
 @given(position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 @settings(deadline=None, max_examples=200)
-def test_every_flipped_bit_is_found_before_hdf5_looks(
+def test_every_flipped_bit_is_found_before_hdf5_opens_the_file(
     tmp_path_factory: pytest.TempPathFactory, position: float, bit: int
 ) -> None:
     """Some flips inside HDF5's structures send the library into an endless loop, so it must never see them."""
@@ -229,7 +229,7 @@ def test_a_file_of_another_source_or_encoder_does_not_verify(tmp_path: Path) -> 
     assert verify_file(path, ENCODER, source("video02")) == "holds video video01"
 
 
-def test_the_recorded_encoder_tells_its_arithmetic(tmp_path: Path) -> None:
+def test_the_recorded_encoder_includes_its_arithmetic(tmp_path: Path) -> None:
     path = tmp_path / "video01.h5"
     write(path, encoder=replace(ENCODER, arithmetic="folded"))
     found = recorded_encoder(read_attributes(path))
@@ -307,7 +307,7 @@ def test_the_folder_of_folders_points_to_the_one_with_features(tmp_path: Path) -
         feature_files(tmp_path)
 
 
-def test_a_run_whose_extract_names_no_folder_says_so(tmp_path: Path) -> None:
+def test_a_run_whose_extract_names_no_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run/extract").mkdir(parents=True)
     for content in ('{"videos": 3}', '{"folder": null}', '{"folder": 7}'):
         (tmp_path / "run/extract/result.json").write_text(content)

@@ -39,7 +39,7 @@ from tests.videos import VideoSpec, write_video
         "&a {*a : 1}",
     ],
 )
-def test_yaml_whose_values_belie_their_tags(tmp_path: Path, text: str) -> None:
+def test_yaml_values_that_contradict_their_tags(tmp_path: Path, text: str) -> None:
     """AttributeError, KeyError and IndexError came out of PyYAML."""
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(UserError, match=r"a\.yaml: "):
@@ -89,7 +89,7 @@ def test_a_video_that_ends_within_its_first_bytes(tmp_path: Path, content: bytes
         probe_video(tmp_path / "video01.mp4")
 
 
-def test_a_header_with_an_impossible_rate_is_a_line(tmp_path: Path) -> None:
+def test_a_header_with_an_impossible_rate_gives_one_line(tmp_path: Path) -> None:
     """A flipped bit in the times of pictures: 12,800 frames a second were a ValidationError with a traceback."""
     root = write_dataset(tmp_path / "data", 1)
     content = bytearray((root / "video01.mp4").read_bytes())
@@ -137,7 +137,7 @@ def test_square_brackets_in_a_class_name_are_no_markup(tmp_path: Path, capsys: p
 
 
 @pytest.mark.parametrize("kind", ["EPS", "GIF", "PPM"])
-def test_pictures_of_kinds_that_nobody_needs_are_refused(tmp_path: Path, kind: str) -> None:
+def test_unsupported_image_formats_are_refused(tmp_path: Path, kind: str) -> None:
     """Pillow starts Ghostscript for EPS, whatever the file is called."""
     from PIL import Image
 
@@ -168,7 +168,7 @@ def test_a_damaged_table_of_times_is_indexed_as_it_is_read(tmp_path: Path) -> No
         assert (reader.frame_count, reader.times) == (info.frame_count, info.times)
 
 
-def test_a_world_and_a_video_serve_as_before(tmp_path: Path) -> None:
+def test_a_valid_data_set_and_video_still_work(tmp_path: Path) -> None:
     """The bounds above turn nothing sound away."""
     write_video(tmp_path / "video01.mp4", VideoSpec(count=10))
     assert probe_video(tmp_path / "video01.mp4").frame_count == 10

@@ -235,7 +235,7 @@ def test_a_storage_with_code_in_it_is_refused(load: Callable[..., Any], tmp_path
         (0, [1], [1]),
     ],
 )
-def test_a_tensor_reads_nothing_outside_its_storage(load: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def test_a_tensor_cannot_read_outside_its_storage(load: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     storage = torch.tensor([5]).storage()
     content = pickle.dumps(Calls(torch._utils._rebuild_tensor, storage, *arguments), 2)
     refusal(load, content, tensors=True)

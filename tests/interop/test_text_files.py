@@ -115,7 +115,7 @@ def test_a_run_without_predictions_is_one_line(run: Path, tmp_path: Path) -> Non
     assert "leads out" in refusal(lambda: export_run(Config(), run, None, split="../.."))
 
 
-def test_a_net_for_tools_only_gives_tool_files_only(tmp_path: Path) -> None:
+def test_a_tool_only_net_gives_tool_files_only(tmp_path: Path) -> None:
     values = np.random.default_rng(0).random((5, 7)).astype(np.float32)
     for name in ("video09", "video10"):
         path = tmp_path / f"run/evaluate/test/{TOOLS_ALONE}/{name}.csv"

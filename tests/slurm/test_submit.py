@@ -82,7 +82,7 @@ def test_what_sbatch_refuses_is_one_line_and_leaves_nothing(place: Path) -> None
     assert not (place / "runs/refused").exists()
 
 
-def test_the_script_of_a_dry_run_is_one_that_sbatch_takes(place: Path, tmp_path: Path) -> None:
+def test_the_script_of_a_dry_run_is_accepted_by_sbatch(place: Path, tmp_path: Path) -> None:
     before = slurm("squeue", "-h", "-o", "%i")
     for options in (
         ["--array", "2", "--cpus-per-task", "1", "--mem-gb", "1"],
@@ -100,7 +100,7 @@ def test_the_script_of_a_dry_run_is_one_that_sbatch_takes(place: Path, tmp_path:
 
 
 @pytest.mark.parametrize("how", ["requeued", "preempted"])
-def test_a_training_taken_off_in_the_middle_ends_like_one_left_alone(place: Path, undisturbed: str, how: str) -> None:
+def test_a_preempted_training_equals_an_undisturbed_one(place: Path, undisturbed: str, how: str) -> None:
     partition = {"requeued": "tests", "preempted": "scavenge"}[how]
     (name,) = submit(["train-cnn", "--partition", partition, "--time", "30", "--", *TRAIN, how], place)
     wait_for("two epochs are done", lambda: epochs_done(place, how) >= 2)

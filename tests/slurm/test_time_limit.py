@@ -80,7 +80,7 @@ def ended(place: Path, options: list[str], script: Path) -> Iterator[dict[str, d
 
 @pytest.mark.timeout(1000)
 @pytest.mark.parametrize("how", ["submitted", "scripted"])
-def test_a_training_longer_than_its_limit_goes_on_by_itself(
+def test_a_training_longer_than_its_time_limit_resumes_by_itself(
     place: Path, ended: dict[str, dict[str, str]], how: str
 ) -> None:
     log = (
@@ -97,5 +97,5 @@ def test_a_training_longer_than_its_limit_goes_on_by_itself(
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("how", ["submitted", "scripted"])
-def test_and_ends_like_one_left_alone(place: Path, ended: dict[str, dict[str, str]], how: str) -> None:
+def test_and_equals_an_undisturbed_one(place: Path, ended: dict[str, dict[str, str]], how: str) -> None:
     assert_equal_trainings(place, how, "alone")

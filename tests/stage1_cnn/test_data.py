@@ -138,7 +138,7 @@ def test_batches_hold_what_they_say(world: World) -> None:
     assert batch.rows.tolist() == [3, 20]
 
 
-def test_augmentation_is_a_frames_own(world: World) -> None:
+def test_augmentation_depends_on_the_frame_and_epoch_only(world: World) -> None:
     """A frame looks the same whichever batch it is in, and different in another epoch."""
     dataset = dataset_of(world, AugmentConfig(brightness=0.2, contrast=0.2, saturation=0.2))
     together = dataset[Request("train", 1, tuple(range(10)))]
@@ -248,7 +248,7 @@ def test_a_changed_source_is_not_cached_under_the_old_name(own_world: World) -> 
 @pytest.mark.parametrize(
     "error", [EOFError(), ConnectionResetError("reset"), RuntimeError("DataLoader worker (pid 7) is")]
 )
-def test_a_loader_process_that_died_is_told_however_it_shows(world: World, error: Exception) -> None:
+def test_a_dead_loader_process_is_reported_in_every_way_it_can_show(world: World, error: Exception) -> None:
     stop = StopRequest()
     with (
         pytest.raises(UserError, match="a process that loads frames died"),
@@ -265,7 +265,7 @@ def test_a_signal_to_the_group_that_ends_a_loader_process_is_a_stop(world: World
         raise RuntimeError("DataLoader worker (pid(s) 15843) exited unexpectedly")
 
 
-def test_a_loader_that_closes_beside_a_dead_process_says_nothing(world: World) -> None:
+def test_closing_a_loader_with_a_dead_process_prints_nothing(world: World) -> None:
     """torch raises again wherever a further process ends; in a destructor that would be a traceback."""
 
     class Ending:

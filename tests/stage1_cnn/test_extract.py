@@ -360,7 +360,9 @@ def test_one_bad_video_does_not_end_the_others(own_world: World) -> None:
     assert "3 failed" in report.sentence()
 
 
-def test_what_is_not_the_videos_fault_is_no_fault_of_it(own_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_outside_a_video_are_not_recorded_as_its_fault(
+    own_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A device without memory, say: nothing is recorded, so that stage two asks for `extract` to be run again."""
 
     def encoder_without_memory(*_: object) -> None:
@@ -384,7 +386,7 @@ def test_what_is_not_the_videos_fault_is_no_fault_of_it(own_world: World, monkey
     assert [path.name for path in report.folder.glob("*.left_out.json")] == ["video01.left_out.json"]
 
 
-def test_batches_change_roundings_and_nothing_else(world: World, tmp_path: Path) -> None:
+def test_batch_sizes_change_rounding_only(world: World, tmp_path: Path) -> None:
     """Which is why their size is no part of the digest."""
     reports = [
         dump(world, world.set(extract={"encoder": "initial", "batch_frames": size}), folder=tmp_path / str(size))
@@ -565,7 +567,7 @@ def test_several_processes_give_the_same_bytes(world: World) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_every_name_is_whole(world: World) -> None:
+def test_killed_at_any_moment_every_named_file_is_complete(world: World) -> None:
     """SIGKILL in the middle of the work: what has a name verifies, and the next start finishes."""
     script = (
         "import sys; from pathlib import Path; from tests.stage1_cnn.material import make_world\n"

@@ -85,7 +85,7 @@ def test_the_same_name_with_other_settings_is_refused(world: World) -> None:
     assert tensors_of(world.run / "cnn/best.pt") == before
 
 
-def test_what_changes_no_number_is_no_part_of_the_identity(world: World) -> None:
+def test_settings_that_change_no_number_are_not_part_of_the_identity(world: World) -> None:
     same = world.set(cnn={"workers": 3, "checkpoint_minutes": 1}, cache={"dir": "elsewhere"}, data={"reader": "pyav"})
     assert identity(same, world.index()) == identity(world.config, world.index())
     other = world.set(cache={"codec": "jpeg"})
@@ -192,7 +192,7 @@ def test_a_loss_that_is_not_finite_names_the_frames(world: World, tmp_path: Path
         train(world, config)
 
 
-def test_weights_of_a_run_serve_the_next(world: World) -> None:
+def test_weights_of_a_run_initialise_the_next(world: World) -> None:
     train(world)
     config = world.set(cnn={"weights": "run:first", "epochs": 1, "backbone_lr_factor": 0.0, "freeze_batch_norm": True})
     train(world, config, "second")

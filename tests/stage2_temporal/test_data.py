@@ -196,7 +196,7 @@ def test_no_phases_in_training_videos(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "no phase labels in v0, v1: left out of train" in capsys.readouterr().err
 
 
-def test_frames_without_a_phase_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_frames_without_a_phase_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     videos = toy()
     videos["v1"][2][2:4] = -1
     read_training_data(write_folder(tmp_path / "set", videos))

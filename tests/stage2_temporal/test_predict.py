@@ -84,7 +84,7 @@ def test_clip_is_zero_state_before_each_frame(name: str, frames: int) -> None:
 
 @pytest.mark.parametrize(("inference", "frames"), [("carried", 7), ("clip", 7), ("clip", 1)])
 @pytest.mark.parametrize("name", [name for name in HEADS if name != "bidirectional"])
-def test_online_says_what_offline_says(name: str, inference: Any, frames: int) -> None:
+def test_online_equals_offline(name: str, inference: Any, frames: int) -> None:
     model, given = model_of(name), videos()
     predicted = predict_phases(model, given, inference, frames, "cpu")
     online = OnlinePredictor(model, inference, frames, "cpu")
@@ -135,7 +135,7 @@ def test_what_is_not_a_checkpoint_of_this_stage(train: Any, tmp_path: Path) -> N
     assert "\n" not in str(error.value)
 
 
-def test_what_a_checkpoint_says(train: Any, tmp_path: Path) -> None:
+def test_description_in_a_checkpoint(train: Any, tmp_path: Path) -> None:
     result = train(temporal={"sequence": {"mode": "clips", "frames": 6, "inference": "clip"}, "epochs": 1})
     model, about = load_temporal(tmp_path / "run/temporal")
     assert not model.training
@@ -156,7 +156,7 @@ def test_what_a_checkpoint_says(train: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", ["clip", "carried"])
-def test_a_way_through_time_is_refused_for_a_net_without_a_state(asked: str) -> None:
+def test_inference_is_refused_for_a_net_without_a_state(asked: str) -> None:
     each_frame = PhaseModel(Standardise.identity(3), build_head(HEADS["linear"], 3, 4))
     recurrent = PhaseModel(Standardise.identity(3), build_head(HEADS["lstm"], 3, 4))
     for phase in (each_frame, None):

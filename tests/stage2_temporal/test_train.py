@@ -242,7 +242,7 @@ def test_resumed_equals_uninterrupted_with_the_bf16_projection(train: Any, tmp_p
 
 
 @pytest.mark.usefixtures("native_bf16")
-def test_bf16_is_of_training_alone(train: Any, tmp_path: Path, cue_folder: Path, videos_of: Any) -> None:
+def test_bf16_applies_to_training_only(train: Any, tmp_path: Path, cue_folder: Path, videos_of: Any) -> None:
     """The score that chose the epoch is that of the fp32 model which everybody loads."""
     result = train(temporal=LEARN | {"projection": "bf16", "epochs": 4, "baseline": False})
     model, about = load_temporal(tmp_path / "run/temporal")

@@ -96,7 +96,7 @@ def test_real_annotations_read_as_the_strict_reader_does(shared_data):
         assert not found.numbered
 
 
-def test_our_prediction_file_tells_its_rate_and_is_safe_with_any_order(tmp_path):
+def test_our_prediction_files_determine_the_rate_and_ignore_the_order(tmp_path):
     path = tmp_path / "video07.csv"
     phase = np.array([0, 4, 6], np.int8)
     write_prediction_csv(path, np.arange(3) * 25, np.arange(3) / 2, phase, np.eye(7)[phase], None, CHOLEC80)

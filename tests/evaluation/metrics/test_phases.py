@@ -253,7 +253,7 @@ def surgformer_f1(truths, predictions, window):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_f1_as_in_circulation_equals_a_restatement_of_it(seed):
+def test_surgformer_f1_equals_a_restatement(seed):
     rng = np.random.default_rng(seed)
     truths = [np.repeat(rng.integers(0, 7, 10), rng.integers(1, 30, 10)) for _ in range(4)]
     slips = [np.where(rng.random(len(t)) < 0.5, rng.integers(-3, 4, len(t)), 0) for t in truths]
@@ -269,7 +269,7 @@ def test_f1_as_in_circulation_equals_a_restatement_of_it(seed):
     assert [name for name, result in results.items() if "f1_surgformer" in result] == ["relaxed_matlab"]
 
 
-def test_f1_as_in_circulation_by_hand():
+def test_surgformer_f1_by_hand():
     """The example of docs/evaluation.md, and beside it a video whose second phase is never right."""
     results = score({"v1": "11112222"}, {"v1": "11121222"}, 0.2, CHOLEC80_PHASES)["relaxed_matlab"]
     # Phase 1: H 4 of P 4 and G 4: 100. Phase 2: H 4 (sample 5 counts for it too) of P 4 and G 4: 100.
@@ -572,7 +572,7 @@ def test_what_cannot_be_compared_is_one_clear_line(truth, predicted, options, me
     assert "\n" not in str(caught.value)
 
 
-def test_forty_videos_under_all_conventions_are_counted_whole_not_frame_by_frame():
+def test_counting_is_vectorised_over_frames():
     """Lines that the room executes, which do not depend on the machine: far fewer than there are frames."""
     program = """
 import sys, numpy as np

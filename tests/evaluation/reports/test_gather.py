@@ -241,7 +241,7 @@ def test_one_video_has_no_whiskers(tmp_path: Path) -> None:
     draw_panels(tmp_path / "bars.png", [bars])
 
 
-def test_a_net_of_tools_alone(tmp_path: Path) -> None:
+def test_a_tool_only_net_has_a_report(tmp_path: Path) -> None:
     """Its scores are in `tool_predictions/`: curves and timelines are there, and no phase model is named."""
     run = write_run(tmp_path / "run", frames=60, tools_alone=True)
     assert (run / "evaluate/test/tool_predictions/video01.csv").is_file()
@@ -278,7 +278,7 @@ def test_simulated_operations_are_called_so_whatever_the_data_set_is_called(tmp_
     )
 
 
-def test_an_imported_net_is_not_said_to_be_trained_here(tmp_path: Path) -> None:
+def test_an_imported_net_is_not_described_as_trained_here(tmp_path: Path) -> None:
     """Seed, versions and machine beside it are those of the import."""
     imported = gather([write_run(tmp_path / "old", ["v"], frames=60, more={"imported": "theirs.pth"})])
     rows = dict(report_tables.all_tables(imported).provenance.rows)
@@ -319,7 +319,7 @@ def test_runs_on_other_videos_are_not_compared(folders: list[Path], tmp_path: Pa
         gather([folders[0], longer])
 
 
-def test_runs_of_one_name_are_told_apart(folders: list[Path], tmp_path: Path) -> None:
+def test_runs_with_the_same_name_are_distinguished(folders: list[Path], tmp_path: Path) -> None:
     shutil.copytree(folders[1], tmp_path / "first")
     names = [run.name for run in gather([folders[0], tmp_path / "first"]).runs]
     assert names == [str(folders[0]), str(tmp_path / "first")]
@@ -361,7 +361,7 @@ labels = st.lists(st.integers(-1, 6), max_size=60)
 
 @given(labels, st.randoms(use_true_random=False))
 @settings(max_examples=50, deadline=None)
-def test_truth_comes_back_as_it_went(tmp_path_factory: Any, phase: list[int], random: Any) -> None:
+def test_truth_round_trip(tmp_path_factory: Any, phase: list[int], random: Any) -> None:
     path = tmp_path_factory.mktemp("truth") / TRUTH_FILE
     tools = np.array([[random.randint(-1, 1) for _ in SPEC.tools] for _ in phase], np.int8).reshape(-1, 7)
     write_truth(path, Truth(SPEC, "test", 0.25, {"v": VideoTruth(np.array(phase, np.int8), tools, "ab")}))

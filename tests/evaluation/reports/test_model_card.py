@@ -102,7 +102,7 @@ def test_the_card_of_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_the_card_names_what_made_the_features(tmp_path, own):
+def test_the_card_names_the_encoder_of_the_features(tmp_path, own):
     """Settings name a backbone also where features came by `--features`; stage one may have had others since."""
     for stage, overrides in (("temporal", []), ("cnn", ["cnn.epochs=3"]), ("extract", ["extract.storage=float32"])):
         (tmp_path / stage).mkdir()
@@ -143,7 +143,7 @@ def test_the_card_of_a_joint_net_says_what_it_is_made_of(tmp_path):
         assert text in card, text
 
 
-def test_an_imported_net_is_not_said_to_be_trained_here(tmp_path):
+def test_an_imported_net_is_not_described_as_trained_here(tmp_path):
     (tmp_path / "joint").mkdir()
     (tmp_path / "joint" / "config.yaml").write_text(to_yaml(load_config("mtrcnet")))
     (tmp_path / "joint" / "environment.json").write_text(json.dumps({"packages": {"torch": "2.14.1"}}))
@@ -193,7 +193,7 @@ def test_the_card_names_what_the_net_tells(tmp_path, stage, tasks, said):
     assert said in card
 
 
-def test_features_of_a_backbone_that_was_not_trained_tell_no_tools(tmp_path):
+def test_features_of_an_untrained_backbone_have_no_tool_logits(tmp_path):
     (tmp_path / "temporal").mkdir()
     (tmp_path / "temporal/config.yaml").write_text(to_yaml(load_config("cholec80", ["extract.encoder=initial"])))
     card = write_model_card(tmp_path, "temporal", index(), metrics(tools=False)).read_text()

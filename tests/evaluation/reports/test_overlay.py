@@ -25,7 +25,7 @@ def colours_in(band: np.ndarray) -> set[str]:
 
 @pytest.mark.parametrize(("width_px", "height_px"), [(96, 96), (95, 97), (854, 480), (480, 853)])
 @pytest.mark.parametrize("tools", [True, False])
-def test_sides_are_even_and_the_picture_is_untouched(width_px: int, height_px: int, tools: bool) -> None:
+def test_sides_are_even_and_the_frame_is_unchanged(width_px: int, height_px: int, tools: bool) -> None:
     picture = np.random.default_rng(0).integers(0, 255, (height_px, width_px, 3), dtype=np.uint8)
     shown = overlay(width_px, height_px, tools).add(picture, 0)
     assert shown.shape[0] % 2 == shown.shape[1] % 2 == 0
@@ -48,7 +48,7 @@ def test_tools_that_are_seen_are_bright() -> None:
     assert without[rows].max() == 24
 
 
-def test_pictures_of_another_size_are_scaled_to_the_first() -> None:
+def test_frames_of_another_size_are_scaled_to_the_first() -> None:
     drawn = overlay(96, 96)
     for shape in ((64, 80, 3), (200, 300, 3), (96, 97, 3)):
         assert drawn.add(np.zeros(shape, np.uint8), 0).shape == drawn.add(np.zeros((96, 96, 3), np.uint8), 0).shape

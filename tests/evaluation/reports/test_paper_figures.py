@@ -78,7 +78,7 @@ def test_equal_input_gives_equal_bytes_and_pdf_follows_the_suffix(tmp_path):
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_names_are_drawn_as_they_are(tmp_path):
+def test_names_are_drawn_literally(tmp_path):
     """A lone dollar sign or a broken formula would raise if it were read as mathematics."""
     names = (r"a$\frac$", "b$b$", "c^{")
     track = np.array([0, 1, 2] * 20)
@@ -125,7 +125,7 @@ def lab(linear: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("vision", VISIONS)
-def test_palette_is_told_apart_under_colour_blindness(vision):
+def test_palette_is_distinguishable_under_colour_blindness(vision):
     """A CIE76 distance of 15 is far above what is just noticeable (2.3)."""
     channels = [np.array(rgb(colour)) / 255 for colour in PALETTE]
     linear = [np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) for c in channels]

@@ -201,7 +201,7 @@ def test_missing_values_as_pandas_and_r_write_them_are_no_label() -> None:
     assert tools(TOOL_HEADER + rows).tools.tolist() == [[1, -1, 0, 0, 0, 0, 0]]
 
 
-def test_a_tool_without_a_label_leaves_the_others_theirs() -> None:
+def test_a_missing_label_of_one_tool_does_not_affect_the_others() -> None:
     rows = "\n0\t1\t-1\t0\t0\t0\t0\t0\n25\t1\t0\t0\t0\t0\t0\t\n"
     assert tools(TOOL_HEADER + rows).tools.tolist() == [[1, -1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, -1]]
 
@@ -352,7 +352,7 @@ VALID = b"Frame\tPhase\n0\tPreparation\n25\tClippingCutting\n50\tClippingCutting
 
 @settings(deadline=None, max_examples=400)
 @given(st.lists(st.tuples(st.integers(0, len(VALID)), st.integers(0, 3), st.binary(max_size=4)), max_size=3))
-def test_damaged_files_parse_to_something_sound_or_raise_user_errors(damage: list[tuple[int, int, bytes]]) -> None:
+def test_damaged_files_parse_to_valid_values_or_raise_user_errors(damage: list[tuple[int, int, bytes]]) -> None:
     content = VALID
     for at, removed, inserted in damage:
         content = content[:at] + inserted + content[at + removed :]

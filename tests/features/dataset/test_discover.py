@@ -202,7 +202,7 @@ def test_images_are_found_by_the_names_in_use(tmp_path: Path, form: str, taken: 
         assert scan_folder(tmp_path, "frames/video02", SPEC).numbers.tolist() == [1, 2]
 
 
-def test_a_number_alone_is_a_name_only_where_no_folder_has_a_better_one(tmp_path: Path) -> None:
+def test_folders_named_by_a_number_are_used_only_without_better_names(tmp_path: Path) -> None:
     make(tmp_path, "1/1.jpg", "1/2.jpg", "videos/video01.mp4", "videos/video02.mp4")
     assert list(found(tmp_path)) == ["video01", "video02"]
     discovery = find_videos(tmp_path, SPEC)
@@ -237,7 +237,7 @@ def test_the_setting_chooses_kind_and_folder(tmp_path: Path, sources: str, taken
     assert found(tmp_path, data=DataConfig(sources=sources)) == {"video01": (taken, phase, None)}
 
 
-def test_what_is_not_clear_names_the_setting_that_answers(tmp_path: Path) -> None:
+def test_ambiguous_sources_name_the_setting_that_decides(tmp_path: Path) -> None:
     make(tmp_path, *SURGFORMER)
     assert refusal(tmp_path).endswith(
         "two frame folders for one video; choose one with data.sources=frames:frames or "
@@ -338,7 +338,7 @@ NAMES = st.text(st.characters(categories=("L", "N", "Zs", "P")), min_size=1, max
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(NAMES, min_size=1, max_size=4, unique=True), st.sampled_from(["video", "frames", "frame"]))
-def test_the_pattern_that_is_proposed_takes_the_names(names: list[str], role: str) -> None:
+def test_the_proposed_pattern_matches_the_names(names: list[str], role: str) -> None:
     names = [name.replace("/", "_") + {"video": ".mov", "frames": "", "frame": ".png"}[role] for name in names]
     names = [name for name in names if role != "frame" or any(character.isdecimal() for character in name)]
     if names:
@@ -368,7 +368,7 @@ def test_no_videos_says_what_was_looked_for_and_what_is_there(tmp_path: Path) ->
     assert r"rename it like video01.mp4, or set patterns.video to 'case(?P<id>\d+)\.{video}'" in message
 
 
-def test_a_video_whose_name_does_not_say_so_is_passed_over_aloud(tmp_path: Path) -> None:
+def test_a_video_without_a_video_extension_is_reported(tmp_path: Path) -> None:
     make(tmp_path, "video01.mp4", "video02", "video03.data", "video04.mpeg4", "notes", "picture.heif")
     for name in ("video02", "video04.mpeg4"):
         (tmp_path / name).write_bytes(b"\0\0\0\x18ftypisom")
@@ -538,7 +538,7 @@ def test_numbers_from_one_count_from_one(tmp_path: Path) -> None:
         (12, 1190, "sample", 100),
     ],
 )
-def test_consecutive_numbers_are_told_by_the_labels_length(
+def test_consecutive_numbers_are_inferred_from_the_length_of_the_labels(
     tmp_path: Path, base: int, count: int, end: int, numbering: str, stride: int
 ) -> None:
     folder(tmp_path, range(base, base + count))
@@ -634,7 +634,7 @@ def test_an_image_out_of_step_is_refused(tmp_path: Path) -> None:
     assert "video01_000250.jpg is out of step: it follows video01_000200.jpg" in ask(tmp_path)
 
 
-def test_a_row_for_each_image_is_asked_about_where_sampling_would_drop_most(tmp_path: Path) -> None:
+def test_one_row_per_image_is_asked_about_if_sampling_would_drop_most(tmp_path: Path) -> None:
     folder(tmp_path, range(180))
     rows = LabelEnd(180, 1)
     message = ask(tmp_path, rows)

@@ -38,7 +38,7 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_one_flipped_byte_among_eighty_files_is_found_and_redone_alone(extracted: Path) -> None:
+def test_one_flipped_byte_among_eighty_files_is_found_and_only_that_file_redone(extracted: Path) -> None:
     (store,) = (extracted / "features").iterdir()
     files = sorted(store.glob("*.h5"))
     assert len(files) == VIDEOS

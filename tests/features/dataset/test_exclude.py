@@ -87,7 +87,7 @@ def test_another_exclusion_than_the_indexs_is_noticed(settings, first: list[str]
     open_dataset(asked)
 
 
-def test_an_excluded_video_keeps_its_place_where_a_folder_passed_over_has_its_name(tmp_path: Path) -> None:
+def test_an_excluded_video_keeps_its_place_if_an_unused_folder_has_its_name(tmp_path: Path) -> None:
     patterns = SPEC.patterns.model_copy(update={"video": r"(?P<id>\w+)\.mp4", "frames": r"case(?P<id>\d+)"})
     spec = SPEC.model_copy(update={"patterns": patterns, "tools": ()})
     for name in ("a", "b", "c"):

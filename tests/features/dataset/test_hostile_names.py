@@ -77,7 +77,7 @@ def test_folders_of_any_name_are_indexed_or_named_in_one_line(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_video_of_any_name_is_taken_or_refused_in_one_line(tmp_path: Path, name: str) -> None:
+def test_a_video_of_any_name_is_accepted_or_refused_in_one_line(tmp_path: Path, name: str) -> None:
     stem = NAMES[name][:240]
     path = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), stem + b".mp4")))
     try:
@@ -135,7 +135,7 @@ def indexed(root: Path) -> dict[str, Any]:
     return build_index(root, SPEC, DataConfig()).to_json()
 
 
-def test_backslashes_are_part_of_a_name_and_no_separators(tmp_path: Path) -> None:
+def test_backslashes_are_part_of_a_name_not_separators(tmp_path: Path) -> None:
     root = write_dataset(tmp_path / "data", 1)
     write_video(tmp_path / "outside.mp4", VideoSpec(count=10))
     tree = indexed(root)

@@ -121,7 +121,7 @@ def test_the_real_clips_are_indexed_as_they_are(shared_data: Path, tmp_path: Pat
     assert str(shared_data) not in (tmp_path / "index.json").read_text()
 
 
-def test_the_real_frame_folders_need_no_setting_and_no_picture_is_opened(
+def test_the_real_frame_folders_need_no_setting_and_no_image_is_opened(
     shared_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = shared_data / "mini-cholec80"
@@ -251,7 +251,7 @@ def label_a_second(root: Path, rows: int = 20) -> Path:
     return root
 
 
-def test_rows_a_second_are_kept_as_read_and_loaded_so(tmp_path: Path) -> None:
+def test_rows_in_seconds_are_stored_and_loaded_as_read(tmp_path: Path) -> None:
     index = index_of(label_a_second(tmp_path))
     again = Index.from_json(json.loads(json.dumps(index.to_json())))
     assert again == index
@@ -280,7 +280,7 @@ def test_what_rows_count_is_left_out_where_they_count_the_videos_frames(tmp_path
     assert index_of(tmp_path, row_fps="source", row_base=0).to_json() == index.to_json()
 
 
-def test_a_folder_of_a_row_for_each_image_is_read_when_told_its_rate(tmp_path: Path) -> None:
+def test_a_folder_with_one_row_per_image_is_read_once_its_rate_is_given(tmp_path: Path) -> None:
     root = folder_data_set(tmp_path, list(range(1, 181)), rows=180)
     message = refusal(lambda: index_of(root))
     assert "source frames or samples? Set data.frame_numbering=source, or data.folder_fps" in message
@@ -379,7 +379,7 @@ def test_the_summary_counts_what_is_there(tmp_path: Path) -> None:
     assert index_summary(index, count_frames(index, root, 25.0))[2] == ["hours", 0.0, 0.0, 0.0, 0.0]
 
 
-def test_progress_tells_each_video(tmp_path: Path) -> None:
+def test_progress_names_each_video(tmp_path: Path) -> None:
     root = small_data_set(tmp_path)
     calls: list[tuple[int, int, str]] = []
     index = build_index(root, SPEC, DataConfig(), lambda *call: calls.append(call))

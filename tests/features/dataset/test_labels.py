@@ -139,7 +139,7 @@ def asked(track: PhaseTrack | ToolTrack, frame_count: int, fps: float, described
     return str(caught.value)
 
 
-def test_a_rate_next_to_the_videos_own_is_taken_to_the_letter_where_only_that_fits() -> None:
+def test_a_rate_close_to_the_videos_own_is_literal_if_only_that_fits() -> None:
     ntsc = 30000 / 1001
     with pytest.raises(UserError, match=r"set data\.row_fps if they count something else"):
         fit(phase_track(18_000), None, 17_982, ntsc)
@@ -182,7 +182,7 @@ def test_rows_that_start_after_the_video_are_cut_with_a_note() -> None:
     )
 
 
-def test_a_second_of_phase_rows_beyond_the_video_is_one_row_of_the_tool_list() -> None:
+def test_one_tool_row_beyond_the_video_allows_a_second_of_phase_rows() -> None:
     phase, _, notes = fit(phase_track(825), tool_track(32), 800)
     assert phase is not None
     assert phase.frame_index[-1] == 799
@@ -271,7 +271,7 @@ def test_rows_may_number_a_folders_images() -> None:
         (24_000, 25_000, 25.0, 25.0, "set data.row_fps=24, or data.row_fps=source"),
     ],
 )
-def test_what_lengths_leave_open_is_asked_and_the_settings_answer(
+def test_ambiguous_lengths_are_asked_about_and_settings_answer(
     rows: int, frame_count: int, fps: float, described: float, wanted: str
 ) -> None:
     message = asked(phase_track(rows), frame_count, fps, described)
@@ -308,7 +308,7 @@ def test_rows_may_be_numbered_from_one(track: PhaseTrack, frame_count: int, want
     assert int(placed.frame_index[0]) == (0 if wanted.base else 100)
 
 
-def test_a_first_number_that_may_mean_two_things_is_asked_about() -> None:
+def test_an_ambiguous_first_number_is_asked_about() -> None:
     for rows in (349, 300):
         message = asked(phase_track(rows, first=1), 350, 25, 25)
         assert message.startswith(
@@ -364,7 +364,7 @@ def test_rows_at_any_rate_label_the_frames_on_screen_at_their_times(
             assert labels[frame] == -1
 
 
-def test_rows_a_second_label_what_is_sampled_a_second_whatever_the_rate() -> None:
+def test_rows_in_seconds_label_the_frames_sampled_at_1_fps_at_any_rate() -> None:
     for fps, frame_count in ((25.0, 2500), (30_000 / 1001, 2997), (50.0, 5000)):
         phase, tools, notes = fit(phase_track(100), tool_track(100, 1), frame_count, fps)
         sampled = np.floor(np.arange(100) * fps + 1e-6).astype(int)
@@ -428,7 +428,7 @@ def test_what_is_fitted_lies_inside_the_video_and_both_lists(
     assert fitted_tools.frame_index.tolist() == [frame for frame in tools.frame_index if frame < end]
 
 
-def test_frames_without_a_phase_are_said() -> None:
+def test_frames_without_a_phase_are_reported() -> None:
     phases = {f"video{n}": np.array([0, 1, -1 if n != 2 else 1]) for n in range(6)}
     assert unlabelled_note(phases, "are not scored") == [
         "note: 5 of 18 frames have no phase label (video0, video1, video3 and 2 more) and are not scored"

@@ -37,7 +37,7 @@ def test_names_with_commas_translate_there_and_back(order: list[str]) -> None:
 
 
 @pytest.mark.parametrize("number", ["", "{i} ", "{i}: ", "{i}\t", "{i}, "])
-def test_a_file_holds_a_name_a_line_numbered_or_not(tmp_path: Path, number: str) -> None:
+def test_a_file_holds_one_name_per_line_with_or_without_numbers(tmp_path: Path, number: str) -> None:
     order = CHOLEC80.phases[::-1]
     path = tmp_path / "phases.txt"
     path.write_text("# our lab\n" + "".join(f"{number.format(i=i)}{name.lower()}\n" for i, name in enumerate(order)))

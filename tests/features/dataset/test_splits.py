@@ -45,7 +45,7 @@ def test_the_usual_split_needs_no_setting() -> None:
     assert usual_split_problem(ids(80), CHOLEC80, SplitConfig()) is None
 
 
-def test_where_the_usual_split_does_not_fit_none_is_assigned_and_the_reason_told() -> None:
+def test_without_a_fitting_usual_split_none_is_assigned_with_a_reason() -> None:
     assert by_rule(5, None) == dict.fromkeys(ids(5), "none")
     problem = usual_split_problem(ids(5), CHOLEC80, SplitConfig())
     assert problem is not None
@@ -74,7 +74,7 @@ def test_counts_that_do_not_sum_to_the_videos_are_refused_with_numbers() -> None
         (4, "100%/0%/0%", (4, 0, 0)),
     ],
 )
-def test_shares_are_rounded_by_largest_remainder_and_leave_no_part_empty(
+def test_percentages_are_rounded_by_largest_remainder_and_leave_no_part_empty(
     count: int, rule: str, counts: tuple[int, int, int]
 ) -> None:
     splits = by_rule(count, rule)
@@ -84,7 +84,7 @@ def test_shares_are_rounded_by_largest_remainder_and_leave_no_part_empty(
 
 @settings(deadline=None, max_examples=200)
 @given(count=st.integers(3, 200), train=st.integers(1, 98), val=st.integers(1, 98))
-def test_shares_give_every_video_one_split_and_stay_within_one_of_exact(count: int, train: int, val: int) -> None:
+def test_percentages_give_every_video_one_split_within_one_of_exact(count: int, train: int, val: int) -> None:
     if train + val >= 100:
         train, val = 100 - train, 100 - val
         if train + val >= 100:
@@ -145,12 +145,12 @@ def test_lists_with_unknown_or_repeated_videos_are_refused(lists: dict[str, tupl
     assert problem in str(caught.value)
 
 
-def test_lists_beside_another_rule_are_refused() -> None:
+def test_lists_together_with_another_rule_are_refused() -> None:
     with pytest.raises(UserError, match=r"lists of videos are given, but data.split.rule is 3/1/1"):
         by_rule(5, "3/1/1", train=("video01",))
 
 
-def test_a_published_split_goes_by_name_and_passes_over_what_is_missing() -> None:
+def test_a_published_split_is_selected_by_name_and_skips_missing_videos() -> None:
     names = [f"test_workflow_video_{n:02d}" for n in range(1, 15)] + [f"workflow_video_{n:02d}" for n in range(1, 28)]
     splits = assign_splits(names, M2CAI, SplitConfig())
     assert members(splits, "test") == names[:14]

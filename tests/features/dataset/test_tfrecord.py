@@ -138,7 +138,7 @@ def test_frames_and_labels_come_out_as_they_went_in(tmp_path: Path, base: int) -
     assert (rows["videos"], rows["frames"], rows["no phase label"], rows["GallbladderPackaging"]) == (3, 42, 0, 6)
 
 
-def test_real_pictures_in_full_size_are_the_same_bits(tmp_path: Path, shared_data: Path) -> None:
+def test_real_frames_in_full_size_are_the_same_bits(tmp_path: Path, shared_data: Path) -> None:
     source = shared_data / "clips/videos/video05.mp4"
     with open_video(source, "pyav") as reader:
         frames = list(reader.read([0, 25, 50]))
@@ -153,7 +153,7 @@ def test_real_pictures_in_full_size_are_the_same_bits(tmp_path: Path, shared_dat
     assert path.stat().st_size > 400_000
 
 
-def test_the_same_numbers_mean_what_the_order_says(tmp_path: Path) -> None:
+def test_the_order_gives_numbers_their_meaning(tmp_path: Path) -> None:
     video(tmp_path / "video01.tfrecord")
     swapped, plain = index_of(tmp_path), index_of(tmp_path, "mtrcnet")
     named = index_of(tmp_path, ",".join(SPEC.phase_orders["tf-cholec80"]))
@@ -177,7 +177,7 @@ def test_indices_without_tfrecords_keep_the_digest_that_they_had(tmp_path: Path)
     assert index.digest() == "899acce9671080287670b0d7d589dd8c50128e4050f4abaa32e2254e10aac8c2"
 
 
-def test_a_stray_file_shifts_nothing(tmp_path: Path) -> None:
+def test_a_stray_file_changes_nothing(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         video(tmp_path / f"video{number:02d}.tfrecord", frames=7 + number)
     before = index_of(tmp_path)
@@ -204,12 +204,12 @@ def test_a_stray_file_shifts_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recorded", ["video01", "video1", "Video_01", "1", "01", "video 1"])
-def test_a_video_may_spell_its_id_otherwise(tmp_path: Path, recorded: str) -> None:
+def test_a_record_may_spell_the_video_id_differently(tmp_path: Path, recorded: str) -> None:
     path = write(tmp_path / "video01.tfrecord", [example(k, 3, recorded) for k in range(3)])
     assert scan_records(path, "video01", SPEC).video_id == recorded
 
 
-def test_unpacked_numbers_and_keys_that_nobody_asked_for_are_read(tmp_path: Path) -> None:
+def test_unpacked_numbers_and_additional_keys_are_read(tmp_path: Path) -> None:
     """Protocol buffers allow a list of numbers one by one; TensorFlow reads both."""
 
     def field(number: int, content: bytes) -> bytes:
@@ -321,9 +321,7 @@ def test_an_example_with_any_bytes_changed_is_a_frame_or_refused(at: int, remove
         assert outcome.frame.startswith(b"\x89PNG")
 
 
-def test_nothing_is_allocated_for_a_length_that_the_file_has_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_allocated_for_a_length_beyond_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = video(tmp_path / "video01.tfrecord", frames=3)
     sound = path.read_bytes()
     header = struct.pack("<Q", 1 << 62)
@@ -414,7 +412,7 @@ def test_total_frames_may_be_the_last_frame_id_if_it_is_so_in_all_files(tmp_path
     assert "video02.tfrecord: frame_id and total_frames are counted differently than in" in text
 
 
-def test_a_picture_that_pillow_cannot_decode_is_an_error_of_its_frame(tmp_path: Path) -> None:
+def test_a_frame_that_pillow_cannot_decode_is_an_error_with_its_number(tmp_path: Path) -> None:
     broken = png(picture(1))[:40]
     write(tmp_path / "video01.tfrecord", [example(0, 2), example(1, 2, frame=(broken, "byte"))])
     index = index_of(tmp_path)  # decodes nothing

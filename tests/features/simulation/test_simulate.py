@@ -125,7 +125,7 @@ def test_tools_are_present_as_often_as_in_the_table(operations: list[Operation])
         assert share == pytest.approx(TABLE.tools_given_phase[name], abs=0.03), name
 
 
-def test_tools_come_in_the_sets_of_the_table(operations: list[Operation]) -> None:
+def test_tools_occur_in_the_sets_of_the_table(operations: list[Operation]) -> None:
     phase = np.concatenate([operation.phase for operation in operations])
     tools = np.concatenate([operation.tools for operation in operations])
     for name, sets in TABLE.tool_sets_given_phase.items():

@@ -189,7 +189,7 @@ def test_a_corpus_of_broken_videos_loses_no_intact_one(tmp_path: Path, sound: by
     assert failed | written == {entry.id for entry in index.videos}
 
 
-def test_a_video_left_out_moves_no_other_to_another_split(tmp_path: Path) -> None:
+def test_leaving_out_a_video_does_not_change_the_splits_of_others(tmp_path: Path) -> None:
     root = write_dataset(tmp_path / "data", 4)
     (root / "video02.mp4").write_bytes(b"no video")
     described = tmp_path / "tiny-set.yaml"

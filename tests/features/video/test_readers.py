@@ -121,7 +121,7 @@ def test_frame_k_is_frame_k(make, name):
 
 @needs_decord
 @pytest.mark.parametrize("name", EQUAL)
-def test_decord_is_taken_where_it_gives_the_same_bytes(make, name):
+def test_decord_is_accepted_where_it_gives_the_same_bytes(make, name):
     path, truth = make(name)
     for frame_index in some_indices(60):
         for reader, taken in (("auto", "pyav"), ("decord", "decord")):
@@ -379,7 +379,7 @@ def test_a_file_that_is_not_a_video_is_refused_in_one_line(tmp_path, capfd, name
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_image_sound_a_missing_file_and_a_folder_are_not_videos(tmp_path):
+def test_images_audio_missing_files_and_folders_are_not_videos(tmp_path):
     image = tmp_path / "image.mp4"
     Image.new("RGB", (64, 48)).save(image, format="PNG")
     sound = tmp_path / "sound.mp4"
@@ -458,7 +458,7 @@ def test_damage_never_yields_a_wrong_frame(tmp_path, capfd, name, reader):
 
 
 @needs_decord
-def test_decord_hands_a_damaged_batch_to_pyav(tmp_path, capfd):
+def test_pyav_reads_what_decord_reports_as_damaged(tmp_path, capfd):
     """decord returns concealed damage; its log reveals it."""
     path = write_video(tmp_path / "broken.mp4", SOUND["b_frames.mp4"])
     truth = decode_everything(path)
@@ -708,7 +708,7 @@ def test_hardware_that_gives_the_same_bytes_decodes_and_is_named(make):
     assert opened == ["cuda", "cuda"]  # the first frame, and the reading
 
 
-def test_hardware_that_gives_other_pixels_is_refused(make):
+def test_hardware_that_gives_different_pixels_is_refused(make):
     path, other = make("b_frames.mp4")[0], make("no_b_frames.mp4")[0]
     with pytest.raises(ReaderError, match="cuda does not return the software's pixels; leave extract"):
         require_same_pixels(PyavReader(scan_video(other)), on_hardware(path, []), path)

@@ -53,7 +53,7 @@ def test_fused_net_is_the_same_function(name: str, relus: int) -> None:
 
 
 @pytest.mark.parametrize("missing", ["_reorder_convolution_weight", "_convolution_pointwise"])
-def test_a_torch_without_one_of_the_private_operations_keeps_the_net_it_has(missing: str) -> None:
+def test_without_a_private_operation_the_net_is_left_unfused(missing: str) -> None:
     with other_operations(**{missing: None}):
         assert fuse_relu(folded("resnet18"), 64) is None
 

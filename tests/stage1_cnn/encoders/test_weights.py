@@ -125,7 +125,7 @@ FORMS: dict[str, tuple[Callable[[State, State], Any], str]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_weights_are_found_and_the_match_is_said(tmp_path: Path, form: str) -> None:
+def test_weights_are_found_and_the_match_is_reported(tmp_path: Path, form: str) -> None:
     make, words = FORMS[form]
     mine = weights()
     found, said = find(tmp_path / "net.pth", make(mine, weights(4)))

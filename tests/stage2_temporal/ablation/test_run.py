@@ -112,7 +112,7 @@ def test_the_same_ablation_again_trains_nothing(world: Path) -> None:
     assert table(world) == rows
 
 
-def test_more_budget_goes_on_and_another_ablation_is_refused(world: Path) -> None:
+def test_more_budget_resumes_and_another_ablation_is_refused(world: Path) -> None:
     run(world, write_ablation(world, space={"temporal.head.hidden": [6, 12, 24]}, budget={"trials": 4}))
     assert len(table(world)) == 4
     before = trained(world)
@@ -261,7 +261,7 @@ def test_a_stray_folder_among_the_trainings_is_named(world: Path, capfd: pytest.
     assert "trials/backup-seed0: not a training of this ablation" in line
 
 
-def test_stopped_between_trainings_it_goes_on(world: Path) -> None:
+def test_stopped_between_trainings_it_resumes(world: Path) -> None:
     class StopAfterTwo(StopRequest):
         def raise_if_set(self) -> None:
             if len(trained(world)) >= 2:

@@ -96,7 +96,7 @@ def test_agreement_at_the_default_sizes(config: Any) -> None:
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_the_future_changes_nothing(name: str) -> None:
+def test_later_frames_change_nothing(name: str) -> None:
     head, x = head_of(CAUSAL[name]), frames(1, 40)
     changed = x.clone()
     changed[:, 25:] += 10

@@ -96,7 +96,7 @@ def test_correlation_direction_and_detaching(detach: Any, gets: tuple[bool, bool
     torch.testing.assert_close(value, expected)
 
 
-def test_no_labels_cost_nothing() -> None:
+def test_no_labels_give_a_loss_of_zero() -> None:
     nothing = torch.full((1, 2), -1)
     assert float(phase_loss(torch.randn(1, 2, PHASES), nothing)) == 0
     assert float(tool_loss(torch.randn(1, 2, TOOLS), torch.full((1, 2, TOOLS), -1.0))) == 0

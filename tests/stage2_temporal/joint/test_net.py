@@ -120,7 +120,7 @@ def test_a_head_without_hidden_features_cannot_feed_the_mapping(monkeypatch: pyt
         net(clips())
 
 
-def test_the_mapping_step_leaves_all_else_alone() -> None:
+def test_the_mapping_step_changes_only_the_mapping() -> None:
     net = net_of(**CL)
     net.train_only("mapping")
     net.train()

@@ -100,7 +100,7 @@ def test_before_the_first_update_it_is_stage_one_followed_by_stage_two(
         assert np.abs(found[name].phase - phases[name]).max() < 1e-5  # type: ignore[operator]
 
 
-def test_the_schedule_goes_through_and_the_mapping_step_moves_the_mapping_alone(stages: World) -> None:
+def test_the_schedule_finishes_and_the_mapping_step_trains_only_the_mapping(stages: World) -> None:
     run = joint(stages, settings(stages, CL), "cl")
     before, mapped, after = (
         tensors(run / "joint" / step / "best.pt") for step in ("multitask", "mapping", "correlation")
@@ -208,7 +208,7 @@ def test_features_of_the_joint_backbone_and_a_head_that_starts_from_its_lstm(sta
         train_temporal(other, stages.config.runs / "other", folder, StopRequest())
 
 
-def test_an_evaluation_knows_the_way_it_ran(stages: World) -> None:
+def test_an_evaluation_records_its_inference(stages: World) -> None:
     config = settings(stages, CL)
     run = joint(stages, config, "cl")  # finished above, or trained now
     evaluation = evaluate_joint(config, run, stages.index(), stages.root, stop=StopRequest())
