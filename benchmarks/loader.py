@@ -44,26 +44,25 @@ def main() -> None:
 def measure(folder: Path, workers: Sequence[int], batches: int, real: Path | None) -> dict[str, object]:
     """All figures."""
     from configs.schema import AugmentConfig, SequenceConfig
-    from stage1_cnn.data import FrameDataset, Request
+    from stage1_cnn.data import ClipDataset, Request
     from stage2_temporal.data import Span
-    from stage2_temporal.joint.data import ClipDataset, clip_requests
+    from stage2_temporal.joint.data import clip_requests
 
     frames, source = cached_frames(folder, real)
     augment = AugmentConfig(brightness=0.2, contrast=0.2, saturation=0.2)
-    single = FrameDataset({"train": frames}, CROP_PX, augment, 0)
+    dataset = ClipDataset({"train": frames}, CROP_PX, augment, 0)
     rows = np.random.default_rng(0).integers(0, len(frames), (batches + 2 * max(1, *workers), BATCH))
-    requests = [Request("train", 0, tuple(batch)) for batch in rows.tolist()]
-    clips = ClipDataset(frames, (RESIZE_PX, CROP_PX), augment, 0)
+    requests = [Request.of_frames("train", 0, batch) for batch in rows.tolist()]
     sequence = SequenceConfig(mode="clips", frames=CLIP, batch=BATCH // CLIP, inference="clip")
     in_clips = clip_requests([Span(0, len(frames))], sequence, 0, 0, None)[: len(requests)]
-    images = {str(count): round(rate(single, requests, count, "rows"), 1) for count in workers}
-    found = {str(count): round(rate(clips, in_clips, count, "first"), 1) for count in workers}
+    images = {str(count): round(rate(dataset, requests, count), 1) for count in workers}
+    found = {str(count): round(rate(dataset, in_clips, count), 1) for count in workers}
     alone = images.get("1") or images[str(workers[0])]
     return {
         "images_per_s": images,
         "clips_per_s": found,
-        "device_images_per_s": round(device_rate(single[requests[0]]), 1),
-        "train_step_images_per_s": round(step_rate(single[requests[0]]), 1),
+        "device_images_per_s": round(device_rate(dataset[requests[0]]), 1),
+        "train_step_images_per_s": round(step_rate(dataset[requests[0]]), 1),
         "gpu_needs_images_per_s": GPU_NEEDS,
         "processes_for_gpu": round(GPU_NEEDS / alone, 1),
         "frames": source,
@@ -128,7 +127,7 @@ def write_cache(path: Path, images: Sequence[np.ndarray]) -> None:
         file["frame_index"] = np.arange(len(blobs), dtype=np.int64)
 
 
-def rate(dataset: Any, requests: Sequence[Any], workers: int, unit: str) -> float:
+def rate(dataset: Any, requests: Sequence[Any], workers: int) -> float:
     """Rows or clips per second of a loader, not counting the batches that were prefetched while it started."""
     import torch
 
@@ -136,22 +135,23 @@ def rate(dataset: Any, requests: Sequence[Any], workers: int, unit: str) -> floa
     from stage1_cnn.data import PREFETCH_BATCHES, FrameLoader
 
     warm = max(1, PREFETCH_BATCHES * workers)
-    with FrameLoader[Any](dataset, workers, torch.device("cpu"), StopRequest()) as loader:
+    with FrameLoader(dataset, workers, torch.device("cpu"), StopRequest()) as loader:
         batches = loader.batches(requests)
         for _ in range(warm):
             next(batches)
         started = time.perf_counter()
-        delivered = sum(len(getattr(batch, unit)) for batch in batches)
+        delivered = sum(len(batch.first) for batch in batches)
         return delivered / (time.perf_counter() - started)
 
 
 def device_rate(batch: Any, repeat: int = 5) -> float:
     """Images per second that are mirrored, coloured and normalised; median."""
+    import torch
+
     from configs.schema import PreprocessConfig
-    from features.frames.preprocess import changed_images
 
     def once() -> None:
-        changed_images(batch.images, batch.flip, batch.colour, PreprocessConfig())
+        batch.inputs(PreprocessConfig(), torch.device("cpu"))
 
     return len(batch.images) / median_s(once, repeat)
 
@@ -162,10 +162,9 @@ def step_rate(batch: Any, repeat: int = 3) -> float:
     from torchvision.models import resnet50
 
     from configs.schema import PreprocessConfig
-    from features.frames.preprocess import changed_images
 
     net = resnet50(weights=None).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = changed_images(batch.images, batch.flip, batch.colour, PreprocessConfig())[:16]
+    images = batch.inputs(PreprocessConfig(), torch.device("cpu"))[:16]
 
     def once() -> None:
         net(images).square().mean().backward()

@@ -151,6 +151,29 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     return [row for row in rows if kind is None or row["kind"] == kind]
 
 
+def training_outcome(
+    folder: Path, best: Mapping[str, Any], score_names: Mapping[str, str], chosen_by: str
+) -> dict[str, Any]:
+    """The scores of the best epoch (counted from 1) and the length of a training, from its log in `folder`."""
+    epochs = read_metrics(folder / METRICS_LOG, "epoch")
+    return {
+        **{key: best.get(key) for key in score_names},
+        "best_epoch": best["epoch"] + 1,
+        "epochs": len(epochs),
+        "chosen_by": chosen_by,
+        "seconds": round(sum(row["seconds"] for row in epochs), 2),
+    }
+
+
+def outcome_sentence(result: Mapping[str, Any], score_names: Mapping[str, str]) -> str:
+    """The result of a training in one line."""
+    scores = [f"{words} {result[key]:.3f}" for key, words in score_names.items() if result[key] is not None]
+    return (
+        f"{', '.join(scores) or 'no validation score'} at epoch {result['best_epoch']} of {result['epochs']}; "
+        f"{result['train_frames']:,} training frames, {result['seconds']:.0f} s; {result['checkpoint']}"
+    )
+
+
 def _row(line: str) -> dict[str, Any] | None:
     """The row in a line; None for a damaged one."""
     try:

@@ -1,8 +1,8 @@
-"""Frames for stage one: labelled samples from the frame cache, their order in an epoch, augmentation, loading.
+"""Training on frames: labelled samples from the frame cache, their order in an epoch, augmentation, loading.
 
-Loader processes decode, draw and crop; mirroring, colour changes and normalisation run on the device, on whole batches.
-The batch of a step is a function of (seed, epoch, step) alone: resuming needs no history, and the number of loader
-processes changes nothing.
+Everything is loaded as batches of clips; a frame of stage one is a clip of length 1. Loader processes decode, draw and
+crop; mirroring, colour changes and normalisation run on the device, on whole batches. The batch of a step is a function
+of (seed, epoch, step) alone: resuming needs no history, and the number of loader processes changes nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from configs.errors import UserError
-from configs.schema import AugmentConfig, Config
+from configs.schema import AugmentConfig, Config, PreprocessConfig
 from engine.launch import available_cores
 from engine.pool import failure_reason, serve_parent
 from engine.session import epoch_generator
@@ -30,13 +30,14 @@ from features.dataset.index import Index, VideoEntry
 from features.dataset.labels import load_labels
 from features.dataset.sampling import sampled_frames
 from features.frames.cache import CachedFrames
-from features.frames.preprocess import augment_generator, changes_colour, crop_frames, draw_change
+from features.frames.preprocess import augment_generator, changed_images, changes_colour, draw_change
 from features.frames.source import frame_cache
 
 PREFETCH_BATCHES = 2
 MOST_WORKERS = 8
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid")
-AnyBatch = TypeVar("AnyBatch")
+_CENTRE = AugmentConfig(crop="centre", flip=False)
+NO_LABEL = -1
 
 
 @dataclass(frozen=True)
@@ -58,38 +59,73 @@ class LabelledFrames:
         video = int(self.video[row])
         return f"{self.videos[video]}, frame {int(self.caches[video].frame_index[self.sample[row]])}"
 
+    def start_of(self, batch: ClipBatch) -> str:
+        """The first frame of a batch, for messages."""
+        return f"first {'frame' if batch.images.shape[1] == 1 else 'clip'}: {self.name(int(batch.first[0]))}"
+
 
 class Request(NamedTuple):
-    """One batch to make: rows of a split; `epoch` seeds the augmentation, None means none.
+    """One batch to make: clips of consecutive rows of a split.
 
-    Without `counts` its frames have no labels: a process without a part in a step computes but learns nothing.
+    Each clip has its first row, its length, and the row that seeds its augmentation in `epoch`; None means none.
     """
 
     split: str
     epoch: int | None
-    rows: tuple[int, ...]
+    first: tuple[int, ...]
+    lengths: tuple[int, ...]
+    draws: tuple[int, ...]
+    fresh: bool = True
     counts: bool = True
 
-    def share(self, rank: int, count: int) -> Request:
-        """The part of process `rank` of `count`.
+    @classmethod
+    def of_frames(cls, split: str, epoch: int | None, rows: Sequence[int]) -> Request:
+        """A batch of single frames, each with a draw of its own."""
+        return cls(split, epoch, tuple(rows), (1,) * len(rows), tuple(rows))
 
-        Parts of a single frame are avoided if possible, since batch norm cannot learn from one: a small last batch
-        goes to fewer processes. Those without a part get rank 0's rows, which do not count.
+    def share(self, rank: int, count: int, smallest: int = 1) -> Request:
+        """The part of process `rank` of `count`: every `count`-th clip, as in `stage2_temporal.data.Batch.share`.
+
+        No part has fewer than `smallest` clips where that can be avoided (batch norm cannot learn from a single frame):
+        a small last batch goes to fewer processes. Those without a part get rank 0's, which does not count.
         """
-        parts = min(count, max(1, len(self.rows) // 2)) if len(self.rows) < 2 * count else count
-        place = rank if rank < parts else 0
-        return self._replace(rows=self.rows[place::parts], counts=rank < parts)
+        parts = min(count, max(1, len(self.first) // smallest))
+        counts = rank < parts
+        mine = slice(rank if counts else 0, None, parts)
+        part = self._replace(first=self.first[mine], lengths=self.lengths[mine], draws=self.draws[mine])
+        return part._replace(fresh=self.fresh or not counts, counts=counts)
 
 
-class FrameBatch(NamedTuple):
-    """N frames and their labels."""
+class ClipBatch(NamedTuple):
+    """B clips of up to T frames. Padding, at the end only, is black and has no labels."""
 
-    images: Tensor  # (N, S, S, 3) uint8, cropped
-    phase: Tensor  # (N,) int64, -1 = no label
-    tools: Tensor  # (N, K) float32, -1 = no label
-    rows: Tensor  # (N,) int64
-    flip: Tensor  # (N,) bool, still to be mirrored
-    colour: Tensor  # (N, 3) float32, factors still to be applied; (0, 3) = none
+    images: Tensor  # (B, T, S, S, 3) uint8, cropped
+    phase: Tensor  # (B, T) int64, -1 = no label
+    tools: Tensor  # (B, T, K) float32, -1 = no label
+    lengths: Tensor  # (B,) int64
+    first: Tensor  # (B,) int64, row of each clip's first frame
+    flip: Tensor  # (B,) bool, still to be mirrored
+    colour: Tensor  # (B, 3) float32, factors still to be applied; (0, 3) = none
+    fresh: bool  # zero state at the start; otherwise clip i continues clip i of the batch before
+    counts: bool  # False: this process has no part in the step, so that no frame has labels and no state is kept
+
+    def inputs(self, config: PreprocessConfig, device: torch.device) -> Tensor:
+        """The frames on the device, mirrored, coloured, normalised: (B T, 3, S, S) float32, channels last."""
+        flip, colour = (
+            part.to(device, non_blocking=True).repeat_interleave(self.images.shape[1], dim=0)
+            for part in (self.flip, self.colour)
+        )
+        return changed_images(self.images.flatten(0, 1), flip, colour, config, device)
+
+    def labels(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Phases (B, T) and tools (B, T, K) on the device."""
+        return self.phase.to(device, non_blocking=True), self.tools.to(device, non_blocking=True)
+
+
+def require_training_videos(config: Config, index: Index) -> None:
+    """Raise UserError where the index has no training videos."""
+    if not index.by_split("train"):
+        raise UserError(f"{config.data.index}: no training videos; set data.split.rule and run index again")
 
 
 def labelled_frames(
@@ -127,25 +163,25 @@ def training_requests(seed: int, epoch: int, frames: int, batch_frames: int, sub
     A single frame left over at the end is left out, since batch norm cannot learn from one.
     """
     order = torch.randperm(frames, generator=epoch_generator(seed, epoch))[: subset or frames].tolist()
-    requests = [Request("train", epoch, rows) for rows in _cut(order, batch_frames)]
-    single = batch_frames > 1 and len(requests) > 1 and len(requests[-1].rows) == 1
+    requests = _frame_requests("train", epoch, order, batch_frames)
+    single = batch_frames > 1 and len(requests) > 1 and len(requests[-1].first) == 1
     return requests[:-1] if single else requests
 
 
 def validation_requests(frames: int, batch_frames: int) -> list[Request]:
     """All rows of the validation videos, in order."""
-    return [Request("val", None, rows) for rows in _cut(range(frames), batch_frames)]
+    return _frame_requests("val", None, range(frames), batch_frames)
 
 
-def _cut(order: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
-    return (tuple(order[start : start + size]) for start in range(0, len(order), size))
+def _frame_requests(split: str, epoch: int | None, rows: Sequence[int], size: int) -> list[Request]:
+    return [Request.of_frames(split, epoch, rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 # ---------------------------------------------------------------------------------------------- frames
 
 
-class FrameDataset(Dataset):
-    """Makes whole batches: `dataset[request]` is a FrameBatch, or the UserError that prevented it.
+class ClipDataset(Dataset):
+    """Makes whole batches: `dataset[request]` is a ClipBatch, or the UserError that prevented it.
 
     Errors are returned as values because a loader process would wrap them into a traceback.
     """
@@ -153,55 +189,55 @@ class FrameDataset(Dataset):
     def __init__(self, splits: dict[str, LabelledFrames], crop_px: int, augment: AugmentConfig, seed: int) -> None:
         self.splits, self.crop_px, self.augment, self.seed = splits, crop_px, augment, seed
 
-    def __getitem__(self, request: Request) -> FrameBatch | UserError:
+    def __getitem__(self, request: Request) -> ClipBatch | UserError:
         frames = self.splits[request.split]
-        try:
-            images, flip, colour = zip(*(self._image(frames, row, request.epoch) for row in request.rows), strict=True)
-        except UserError as error:
-            return error
-        rows = np.array(request.rows, dtype=np.int64)
-        phase, tools = frames.phase[rows].astype(np.int64), frames.tools[rows].astype(np.float32)
-        if not request.counts:
-            phase[:], tools[:] = -1, -1
-        return FrameBatch(
-            images=torch.from_numpy(np.stack(images)),
+        augment = _CENTRE if request.epoch is None else self.augment
+        shape = (len(request.first), max(request.lengths))
+        images = np.zeros((*shape, self.crop_px, self.crop_px, 3), dtype=np.uint8)
+        phase = np.full(shape, NO_LABEL, dtype=np.int64)
+        tools = np.full((*shape, frames.tools.shape[1]), NO_LABEL, dtype=np.float32)
+        drawn = []
+        for n, (first, length, draw) in enumerate(zip(request.first, request.lengths, request.draws, strict=True)):
+            rows = slice(first, first + length)
+            cache = frames.caches[frames.video[first]]
+            try:
+                clip = np.stack([cache[int(sample)] for sample in frames.sample[rows]])  # (T, R, R, 3)
+            except UserError as error:
+                return error
+            generator = augment_generator(self.seed, request.epoch or 0, draw)
+            drawn.append(draw_change(generator, augment, clip.shape[1], self.crop_px))
+            images[n, :length] = drawn[n].crop(clip, self.crop_px)
+            if request.counts:
+                phase[n, :length], tools[n, :length] = frames.phase[rows], frames.tools[rows]
+        colour = np.stack([draw.colour for draw in drawn])
+        return ClipBatch(
+            images=torch.from_numpy(images),
             phase=torch.from_numpy(phase),
             tools=torch.from_numpy(tools),
-            rows=torch.from_numpy(rows),
-            flip=torch.tensor(flip),
-            colour=colour_factors(colour, self.augment, request.epoch is not None),
+            lengths=torch.tensor(request.lengths),
+            first=torch.tensor(request.first),
+            flip=torch.tensor([draw.flip for draw in drawn]),
+            colour=torch.from_numpy(colour) if changes_colour(augment) else torch.zeros(0, 3),
+            fresh=request.fresh,
+            counts=request.counts,
         )
-
-    def _image(
-        self, frames: LabelledFrames, row: int, epoch: int | None
-    ) -> tuple[NDArray[np.uint8], bool, NDArray[np.float32]]:
-        """The crop (S, S, 3), whether to mirror it, and colour factors (3,)."""
-        image = frames.caches[frames.video[row]][int(frames.sample[row])][None]  # (1, R, R, 3)
-        if epoch is None:
-            return crop_frames(image, self.crop_px)[0, 0], False, np.ones(3, np.float32)
-        generator = augment_generator(self.seed, epoch, row)
-        draw = draw_change(generator, self.augment, image.shape[1], self.crop_px)
-        return draw.crop(image, self.crop_px)[0], draw.flip, draw.colour
-
-
-def colour_factors(drawn: Sequence[NDArray[np.float32]], config: AugmentConfig, training: bool) -> Tensor:
-    """Factors (N, 3) in the form that a batch holds: (0, 3) if no colour changes."""
-    return torch.from_numpy(np.stack(drawn)) if training and changes_colour(config) else torch.zeros(0, 3)
 
 
 # ---------------------------------------------------------------------------------------------- loading
 
 
-class FrameLoader(Generic[AnyBatch]):
-    """Loads requests in order, ahead of time in `workers` processes, which live until the loader is closed.
+class FrameLoader:
+    """Loads requests in order, ahead of time in loader processes, which live until the loader is closed.
 
-    `dataset[request]` is a batch or the UserError that prevented it. `stop` is the training's stop request.
+    `dataset[request]` is a batch or the UserError that prevented it. `workers` as in `choose_workers`. `stop` is the
+    training's stop request.
     """
 
     def __init__(self, dataset: Dataset, workers: int, device: torch.device, stop: StopRequest) -> None:
         self._stop = stop
-        self._requests: list[Any] = []
-        self._running: Generator[AnyBatch, None, None] | None = None
+        self._requests: list[Request] = []
+        self._running: Generator[ClipBatch, None, None] | None = None
+        workers = choose_workers(workers, device)
         options: dict[str, Any] = {}
         if workers:
             options = {
@@ -222,13 +258,13 @@ class FrameLoader(Generic[AnyBatch]):
             **options,
         )
 
-    def batches(self, requests: Iterable[Any]) -> Iterator[AnyBatch]:
+    def batches(self, requests: Iterable[Request]) -> Iterator[ClipBatch]:
         """The batches of `requests`, one each. Raises UserError naming the frame that cannot be read."""
         self._requests[:] = requests
         self._running = self._batches()
         return self._running
 
-    def _batches(self) -> Generator[AnyBatch, None, None]:
+    def _batches(self) -> Generator[ClipBatch, None, None]:
         assert self._loader is not None
         for batch in self._loader:
             if isinstance(batch, UserError):
@@ -249,7 +285,7 @@ class FrameLoader(Generic[AnyBatch]):
                 shut_down()
         self._running = self._loader = None
 
-    def __enter__(self) -> FrameLoader[AnyBatch]:
+    def __enter__(self) -> FrameLoader:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -272,7 +308,7 @@ class FrameLoader(Generic[AnyBatch]):
 
 
 def choose_workers(wanted: int, device: torch.device) -> int:
-    """Loader processes for `cnn.workers`: -1 means none if the CPU itself trains, otherwise one per spare core."""
+    """Loader processes for a setting `workers`: -1 means none where the CPU itself trains, else one per spare core."""
     if wanted >= 0:
         return wanted
     return 0 if device.type == "cpu" else min(MOST_WORKERS, max(1, available_cores() - 1))

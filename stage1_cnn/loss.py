@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from configs.schema import CnnConfig
 from engine.processes import one_process
-from stage1_cnn.data import FrameBatch, LabelledFrames
+from stage1_cnn.data import LabelledFrames
 from stage1_cnn.model import NetOutput
 
 Total = Callable[[Tensor], Tensor]  # the sum of a tensor over processes
@@ -37,13 +37,10 @@ class FrameLoss(nn.Module):
         self.register_buffer("positive_weight", positive_weights(train.tools) if weighted else None)
         self.register_buffer("class_weight", phase_weights(train.phase, phases) if weighted else None)
 
-    def forward(self, output: NetOutput, batch: FrameBatch) -> Tensor:
-        """Mean loss of a batch, a scalar in float32; on several processes this process's part of it."""
-        device = output.tool_logits.device
-        tools = batch.tools.to(device, non_blocking=True)
+    def forward(self, output: NetOutput, phase: Tensor, tools: Tensor) -> Tensor:
+        """Mean loss, a scalar in float32, for phases (N,) and tools (N, K); on several processes this one's part."""
         loss = tool_loss(output.tool_logits, tools, self.positive_weight, self.over_all)
         if output.phase_logits is not None:
-            phase = batch.phase.to(device, non_blocking=True)
             loss = loss + self.phase_weight * phase_loss(output.phase_logits, phase, self.class_weight, self.over_all)
         return loss
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from configs.errors import UserError, one_line
 from configs.schema import Config, DataSetSpec
 from engine.checkpoints import load_checkpoint
+from engine.processes import Processes
 from stage1_cnn.encoders.backbone import Backbone, build_backbone, freeze_batch_norm, initial_backbone
 from stage1_cnn.encoders.pretrained import CHECKPOINT_STAGE
 
@@ -70,6 +71,33 @@ def tool_branch(embedding_dim: int, hidden: int | None, tools: int) -> nn.Module
     if hidden is None:
         return linear(embedding_dim, tools)
     return nn.Sequential(linear(embedding_dim, hidden), nn.ReLU(), linear(hidden, tools))
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def parameter_groups(net: nn.Module, backbone_lr_factor: float, others: str = "head") -> list[dict[str, Any]]:
+    """The net's `backbone`, with its learning-rate factor, and all `others`; a factor of 0 also needs no gradients."""
+    backbone = net.get_submodule("backbone")
+    if backbone_lr_factor == 0:
+        backbone.requires_grad_(False)
+    inside = {id(parameter) for parameter in backbone.parameters()}
+    return [
+        {"name": "backbone", "params": list(backbone.parameters()), "lr_factor": backbone_lr_factor},
+        {"name": others, "params": [one for one in net.parameters() if id(one) not in inside]},
+    ]
+
+
+def synchronise_batch_norm(net: nn.Module, processes: Processes, device: torch.device) -> None:
+    """Compute batch norm's mean and variance over all processes; in place, under the same names.
+
+    Raises UserError on CPUs, for which torch has no synchronised batch norm.
+    """
+    if processes.count == 1:
+        return
+    if device.type != "cuda":
+        raise UserError(f"sync_batch_norm=true: torch synchronises batch norm on CUDA only, not on {device.type}")
+    nn.SyncBatchNorm.convert_sync_batchnorm(net)
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints

@@ -1,51 +1,67 @@
-"""Training of stage one: tool presence (and, on request, phases) of single frames.
+"""Stage one: train a net on tool presence (and, on request, phases) of single frames.
 
-The loss is `stage1_cnn.loss.FrameLoss`. The best epoch is the one with the highest validation mAP (pooled over frames;
-see evaluation.metrics.tools).
+`train_net` is the loop. The loss is `stage1_cnn.loss.FrameLoss`. The best epoch is the one with the highest validation
+mAP (pooled over frames; see evaluation.metrics.tools).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import Config
 from engine.device import make_accelerator, seed_everything
 from engine.launch import is_main_process
-from engine.logs import METRICS_LOG, read_metrics
+from engine.logs import outcome_sentence, training_outcome
 from engine.processes import Processes, join
 from engine.progress import progress_bar, say
 from engine.runs import StageFolder, StageIdentity, settings_without
 from engine.session import TrainingSession
 from engine.stopping import StopRequest
-from evaluation.metrics.tools import evaluate_tools
+from evaluation.metrics.tools import pooled_map
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Index
 from features.dataset.sampling import sampled_frames
-from features.frames.preprocess import changed_images
 from features.frames.source import cache_readable, frames_identity, recorded_faults
 from stage1_cnn.data import (
-    FrameBatch,
-    FrameDataset,
+    ClipDataset,
     FrameLoader,
     LabelledFrames,
-    choose_workers,
     labelled_frames,
+    require_training_videos,
     training_requests,
     validation_requests,
 )
 from stage1_cnn.encoders.backbone import require_image_size
 from stage1_cnn.encoders.pretrained import CHECKPOINT_STAGE, settled_weights, weights_identity
 from stage1_cnn.loss import FrameLoss
-from stage1_cnn.model import build_net, describe, rebuild_from_checkpoint, weights_sha256
+from stage1_cnn.model import (
+    ToolNet,
+    build_net,
+    describe,
+    parameter_groups,
+    rebuild_from_checkpoint,
+    synchronise_batch_norm,
+    weights_sha256,
+)
+
+
+@dataclass(frozen=True)
+class FrameData:
+    """Labelled training frames, and the validation frames that choose the best epoch."""
+
+    train: LabelledFrames
+    val: LabelledFrames
+    index: Index
 
 
 def train_cnn(
@@ -72,7 +88,6 @@ def train_cnn(
 
     seed_everything(config.seed)
     accelerator, precision = make_accelerator(config.device, cnn.precision, "cnn.precision")
-    device = accelerator.device
     net = processes.each(lambda: build_net(config, index.dataset, trusted=trusted))
     require_image_size(net.backbone, config.preprocess.crop_px)
     processes.each(lambda: load_frames(config, index, root))  # checked before hours of decoding, as in the next line
@@ -80,35 +95,14 @@ def train_cnn(
     index = cache_readable(config, index, root, processes, stop)
     if processes.first:
         say_left_out(index)
-    train, val = processes.each(lambda: load_frames(config, index, root))
+    data = processes.each(lambda: load_frames(config, index, root))
     # only now, so that settings that cannot be trained with do not occupy the run's name
     stage = StageFolder(run, CHECKPOINT_STAGE, config, identity(config, index))
     processes.from_first(stage.open)
-    loss = FrameLoss(cnn, train, len(index.dataset.phases), processes.total).to(device)
-    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if cnn.sync_batch_norm:
-        synchronise_batch_norm(net, processes, device)
-    groups, about = parameter_groups(net, cnn.backbone_lr_factor), describe(net, index.dataset)
-    session = TrainingSession(
-        stage.path, accelerator, net, groups, cnn, about, stop, cnn.accumulate_steps, processes=processes
-    )
     if cnn.weights == "cached" and processes.first:
         say(f"initial weights: {settled_weights(cnn)} (cnn.weights=cached: ImageNet's where this machine has them)")
-    session.resume()
-    dataset = FrameDataset({"train": train, "val": val}, config.preprocess.crop_px, cnn.augment, config.seed)
-    with FrameLoader[FrameBatch](dataset, choose_workers(cnn.workers, device), device, stop) as loader:
-        for epoch in session.epochs():
-            whole = training_requests(config.seed, epoch, len(train), cnn.batch_frames, cnn.frames_per_epoch)
-            requests = [request.share(processes.rank, processes.count) for request in whole]
-            for batch in session.batches(loader.batches(requests[session.position.step :]), len(requests)):
-                with session.gradient_sync():
-                    with session.autocast():
-                        output = session.model(to_input(batch, config, device))
-                        value = loss(output, batch)
-                    session.update(value, partial(_name_batch, train, batch))
-            scores = validate(session, loader, val, config, index)
-            session.finish_epoch(scores, score=deciding_score(scores)[1])
-    return processes.from_first(lambda: stage.finish(summarise(stage.path, config, index, precision, train, val)))
+    train_net(stage.path, net, config, data, accelerator, stop, processes)
+    return processes.from_first(lambda: stage.finish(summarise(stage.path, config, data, precision)))
 
 
 def identity(config: Config, index: Index) -> StageIdentity:
@@ -122,14 +116,13 @@ def identity(config: Config, index: Index) -> StageIdentity:
     )
 
 
-def load_frames(config: Config, index: Index, root: Path) -> tuple[LabelledFrames, LabelledFrames]:
+def load_frames(config: Config, index: Index, root: Path) -> FrameData:
     """Labelled training and validation frames; nothing is decoded yet.
 
     Raises UserError if there are no training videos or no frame of theirs has a label that a head could learn.
     """
     cnn = config.cnn
-    if not index.by_split("train"):
-        raise UserError(f"{config.data.index}: no training videos; set data.split.rule and run index again")
+    require_training_videos(config, index)
     if not index.dataset.tools and not cnn.phase_head:
         raise UserError(f"data set {index.dataset.name} has no tools; set cnn.phase_head=true to train on phases")
     train, val = (
@@ -144,78 +137,70 @@ def load_frames(config: Config, index: Index, root: Path) -> tuple[LabelledFrame
     sampled = sum(len(sampled_frames(entry, config.data.fps)) for entry in index.by_split("train"))
     if len(train) < sampled and is_main_process():
         say(f"note: {sampled - len(train):,} of {sampled:,} training frames have no label and are left out")
-    return train, val
+    return FrameData(train, val, index)
 
 
-def parameter_groups(net: nn.Module, backbone_lr_factor: float, others: str = "head") -> list[dict[str, Any]]:
-    """The net's `backbone`, with its learning-rate factor, and all `others`; a factor of 0 also needs no gradients."""
-    backbone = net.get_submodule("backbone")
-    if backbone_lr_factor == 0:
-        backbone.requires_grad_(False)
-    inside = {id(parameter) for parameter in backbone.parameters()}
-    return [
-        {"name": "backbone", "params": list(backbone.parameters()), "lr_factor": backbone_lr_factor},
-        {"name": others, "params": [one for one in net.parameters() if id(one) not in inside]},
-    ]
+# ---------------------------------------------------------------------------------------------- the loop
 
 
-def synchronise_batch_norm(net: nn.Module, processes: Processes, device: torch.device) -> None:
-    """Compute batch norm's mean and variance over all processes; in place, under the same names.
-
-    Raises UserError on CPUs, for which torch has no synchronised batch norm.
-    """
-    if processes.count == 1:
-        return
-    if device.type != "cuda":
-        raise UserError(f"sync_batch_norm=true: torch synchronises batch norm on CUDA only, not on {device.type}")
-    nn.SyncBatchNorm.convert_sync_batchnorm(net)
-
-
-def _name_batch(train: LabelledFrames, batch: FrameBatch) -> str:
-    return f"first frame: {train.name(int(batch.rows[0]))}"
-
-
-def to_input(batch: FrameBatch, config: Config, device: torch.device) -> Tensor:
-    """A batch's images on the device, mirrored, coloured, normalised: (N, 3, S, S) float32, channels last."""
-    return changed_images(batch.images, batch.flip, batch.colour, config.preprocess, device)
+def train_net(
+    folder: Path,
+    net: ToolNet,
+    config: Config,
+    data: FrameData,
+    accelerator: Accelerator,
+    stop: StopRequest,
+    processes: Processes,
+) -> None:
+    """Train the net into `folder` (`best.pt`, `last.pt`, `metrics.jsonl`): the loop of stage one."""
+    cnn, device, spec = config.cnn, accelerator.device, data.index.dataset
+    criterion = FrameLoss(cnn, data.train, len(spec.phases), processes.total).to(device)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if cnn.sync_batch_norm:
+        synchronise_batch_norm(net, processes, device)
+    groups, about = parameter_groups(net, cnn.backbone_lr_factor), describe(net, spec)
+    session = TrainingSession(
+        folder, accelerator, net, groups, cnn, about, stop, cnn.accumulate_steps, processes=processes
+    )
+    session.resume()
+    dataset = ClipDataset({"train": data.train, "val": data.val}, config.preprocess.crop_px, cnn.augment, config.seed)
+    with FrameLoader(dataset, cnn.workers, device, stop) as loader:
+        for epoch in session.epochs():
+            whole = training_requests(config.seed, epoch, len(data.train), cnn.batch_frames, cnn.frames_per_epoch)
+            requests = [request.share(processes.rank, processes.count, smallest=2) for request in whole]
+            for batch in session.batches(loader.batches(requests[session.position.step :]), len(requests)):
+                phase, tools = batch.labels(device)  # (N, 1), (N, 1, K): a frame is a clip of length 1
+                with session.gradient_sync():
+                    with session.autocast():
+                        output = session.model(batch.inputs(config.preprocess, device))
+                        loss = criterion(output, phase.squeeze(1), tools.squeeze(1))
+                    session.update(loss, partial(data.train.start_of, batch))
+            scores = validate(session, loader, data, config)
+            session.finish_epoch(scores, score=deciding_score(scores)[1])
 
 
 # ---------------------------------------------------------------------------------------------- validation
 
 
-def validate(
-    session: TrainingSession, loader: FrameLoader[FrameBatch], val: LabelledFrames, config: Config, index: Index
-) -> dict[str, float | None]:
+def validate(session: TrainingSession, loader: FrameLoader, data: FrameData, config: Config) -> dict[str, float | None]:
     """Scores on the validation videos, centre crop: tool mAP (fraction) and, with a phase head, phase accuracy.
 
     None if there are no videos, no labels, or no tool that ever appears.
     """
+    val, tools = data.val, data.index.dataset.tools
     scores: dict[str, float | None] = {"val_map": None}
     if session.raw_model.phase_head is not None:
         scores["val_phase_accuracy"] = None
     if not len(val):
         return scores
-    predicted = session.validate(lambda: predict(session, loader, val, config))
+    predicted = session.validate(lambda: predict(session, loader, len(val), config))
     tool_logits, phase_logits = (_in_order(parts, session.processes) for parts in zip(*predicted, strict=True))
     if tool_logits is not None:
-        scores["val_map"] = pooled_map(_by_video(val, val.tools), _by_video(val, tool_logits), index.dataset.tools)
+        scores["val_map"] = pooled_map(_by_video(val, val.tools), _by_video(val, tool_logits), tools)
     labelled = val.phase >= 0
     if phase_logits is not None and labelled.any():
         scores["val_phase_accuracy"] = float((phase_logits.argmax(axis=1) == val.phase)[labelled].mean())
     return scores
-
-
-def pooled_map(
-    truth: Mapping[str, NDArray[np.int8]], logits: Mapping[str, NDArray[np.float32] | None], tools: Sequence[str]
-) -> float | None:
-    """Tool mAP as a fraction, pooled over the frames of all videos with tool labels, by id.
-
-    None without labels or logits, and where no tool ever appears.
-    """
-    labelled = {name: labels for name, labels in truth.items() if (labels >= 0).any()}
-    scores = {name: one for name in labelled if (one := logits[name]) is not None}
-    percent = evaluate_tools(labelled, scores, tools).map_pooled if scores else None
-    return None if percent is None else percent / 100
 
 
 Logits = list[NDArray[np.float32]]
@@ -227,11 +212,9 @@ def _in_order(parts: Sequence[Logits], processes: Processes) -> NDArray[np.float
     return np.concatenate(batches) if batches else None
 
 
-def predict(
-    session: TrainingSession, loader: FrameLoader[FrameBatch], val: LabelledFrames, config: Config
-) -> tuple[Logits, Logits]:
+def predict(session: TrainingSession, loader: FrameLoader, frames: int, config: Config) -> tuple[Logits, Logits]:
     """Tool logits (N, K) and phase logits (N, C), the latter none without a head, of this process's batches."""
-    requests = session.processes.share(validation_requests(len(val), config.cnn.batch_frames))
+    requests = session.processes.share(validation_requests(frames, config.cnn.batch_frames))
     tools, phases = [], []
     session.model.eval()
     net = session.raw_model
@@ -240,7 +223,7 @@ def predict(
         for batch in loader.batches(requests):
             session.stop_if_asked()  # the epoch's steps are saved then, and resuming begins with validation
             with session.autocast():
-                output = net(to_input(batch, config, session.accelerator.device))
+                output = net(batch.inputs(config.preprocess, session.accelerator.device))
             tools.append(output.tool_logits.float().cpu().numpy())
             if output.phase_logits is not None:
                 phases.append(output.phase_logits.float().cpu().numpy())
@@ -255,50 +238,25 @@ def _by_video(frames: LabelledFrames, values: NDArray[Any]) -> dict[str, NDArray
 # ---------------------------------------------------------------------------------------------- result
 
 
-def summarise(
-    folder: Path, config: Config, index: Index, precision: str, train: LabelledFrames, val: LabelledFrames
-) -> dict[str, Any]:
+def summarise(folder: Path, config: Config, data: FrameData, precision: str) -> dict[str, Any]:
     """The content of `result.json`, from the best checkpoint and the log."""
     net, meta = rebuild_from_checkpoint(folder / "best.pt")
     result: dict[str, Any] = {
         **training_outcome(folder, meta["scores"], _SCORE_NAMES, deciding_score(meta["scores"])[0]),
-        "train_frames": len(train),
-        "val_frames": len(val),
-        "train_videos": len(train.videos),
-        "val_videos": len(val.videos),
+        "train_frames": len(data.train),
+        "val_frames": len(data.val),
+        "train_videos": len(data.train.videos),
+        "val_videos": len(data.val.videos),
         "backbone": config.cnn.backbone,
         "embedding_dim": net.backbone.embedding_dim,
         "weights_sha256": weights_sha256(net),
         "precision": precision,
-        "dataset": index.dataset.name,
+        "dataset": data.index.dataset.name,
         "checkpoint": str(folder / "best.pt"),
-        "left_out": index.left_out_records(),
+        "left_out": data.index.left_out_records(),
     }
     result["sentence"] = outcome_sentence(result, _SCORE_NAMES)
     return result
-
-
-def training_outcome(
-    folder: Path, best: Mapping[str, Any], score_names: Mapping[str, str], chosen_by: str
-) -> dict[str, Any]:
-    """The scores of the best epoch (counted from 1) and the length of a training, from its log in `folder`."""
-    epochs = read_metrics(folder / METRICS_LOG, "epoch")
-    return {
-        **{key: best.get(key) for key in score_names},
-        "best_epoch": best["epoch"] + 1,
-        "epochs": len(epochs),
-        "chosen_by": chosen_by,
-        "seconds": round(sum(row["seconds"] for row in epochs), 2),
-    }
-
-
-def outcome_sentence(result: Mapping[str, Any], score_names: Mapping[str, str]) -> str:
-    """The result of a training in one line."""
-    scores = [f"{words} {result[key]:.3f}" for key, words in score_names.items() if result[key] is not None]
-    return (
-        f"{', '.join(scores) or 'no validation score'} at epoch {result['best_epoch']} of {result['epochs']}; "
-        f"{result['train_frames']:,} training frames, {result['seconds']:.0f} s; {result['checkpoint']}"
-    )
 
 
 def deciding_score(scores: Mapping[str, Any]) -> tuple[str, float | None]:

@@ -122,13 +122,13 @@ def test_a_torch_without_the_old_layout(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_loader_without_a_private_shutdown() -> None:
-    with FrameLoader[Any](torch.utils.data.TensorDataset(torch.zeros(1)), 0, CPU, StopRequest()) as loader:
+    with FrameLoader(torch.utils.data.TensorDataset(torch.zeros(1)), 0, CPU, StopRequest()) as loader:
         loader._loader._iterator = SimpleNamespace()
 
 
 def test_a_loader_that_fails_with_another_message() -> None:
     dataset = torch.utils.data.TensorDataset(torch.zeros(1))
-    with pytest.raises(RuntimeError, match=r"^a worker ended$"), FrameLoader[Any](dataset, 0, CPU, StopRequest()):
+    with pytest.raises(RuntimeError, match=r"^a worker ended$"), FrameLoader(dataset, 0, CPU, StopRequest()):
         raise RuntimeError("a worker ended")
-    with pytest.raises(UserError, match="frames died"), FrameLoader[Any](dataset, 0, CPU, StopRequest()):
+    with pytest.raises(UserError, match="frames died"), FrameLoader(dataset, 0, CPU, StopRequest()):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")

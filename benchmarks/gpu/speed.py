@@ -88,22 +88,22 @@ def loaders(batch: int) -> None:
     from configs.load import load_config
     from engine.stopping import StopRequest
     from features.dataset.index import Index
-    from stage1_cnn.data import FrameDataset, FrameLoader, Request, choose_workers, labelled_frames
+    from stage1_cnn.data import ClipDataset, FrameLoader, Request, choose_workers, labelled_frames
 
     config = load_config("cholec80", base("data"))
     index = Index.load(config.data.index)
     frames = labelled_frames(config, index, WORK / "data", index.by_split("train"), with_phases=False)
-    dataset = FrameDataset({"train": frames}, SIDE_PX, config.cnn.augment, 0)
+    dataset = ClipDataset({"train": frames}, SIDE_PX, config.cnn.augment, 0)
     device = torch.device(DEVICE)
     usual = choose_workers(-1, device)
     for workers in dict.fromkeys([usual, max(1, CORES - 1)]):
         rows = np.random.default_rng(0).integers(0, len(frames), (4 * workers + (4 if REHEARSE else 40), batch))
-        with FrameLoader[Any](dataset, workers, device, StopRequest()) as loader:
-            batches = loader.batches([Request("train", 0, tuple(row)) for row in rows.tolist()])
+        with FrameLoader(dataset, workers, device, StopRequest()) as loader:
+            batches = loader.batches([Request.of_frames("train", 0, row) for row in rows.tolist()])
             for _ in range(3 * workers):
                 next(batches)
             started = time.perf_counter()
-            delivered = sum(len(one.rows) for one in batches)
+            delivered = sum(len(one.first) for one in batches)
             seconds = time.perf_counter() - started
         figure("loader alone, images per second", delivered / seconds, "more than train-cnn", workers=workers)
 

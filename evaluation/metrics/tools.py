@@ -82,6 +82,19 @@ def evaluate_tools(
     )
 
 
+def pooled_map(
+    truth: Mapping[str, NDArray[np.int8]], logits: Mapping[str, NDArray[np.float32] | None], tools: Sequence[str]
+) -> float | None:
+    """Tool mAP as a fraction, pooled over the frames of all videos with tool labels, by id.
+
+    None without labels or logits, and where no tool ever appears.
+    """
+    labelled = {name: labels for name, labels in truth.items() if (labels >= 0).any()}
+    scores = {name: one for name in labelled if (one := logits[name]) is not None}
+    percent = evaluate_tools(labelled, scores, tools).map_pooled if scores else None
+    return None if percent is None else percent / 100
+
+
 def sigmoid(logits: NDArray[Any]) -> NDArray[np.float64]:
     """Logistic function, safe for large logits of either sign."""
     value: NDArray[np.float64] = 0.5 * (1.0 + np.tanh(0.5 * logits.astype(np.float64)))

@@ -21,18 +21,19 @@ from engine.checkpoints import load_checkpoint
 from engine.device import choose_device, choose_precision, make_accelerator, seed_everything
 from engine.files import sha256_file
 from engine.launch import is_main_process
+from engine.logs import outcome_sentence, training_outcome
 from engine.processes import Processes, join
 from engine.progress import say
 from engine.runs import ABSENT, StageFolder, StageIdentity, settings_without
 from engine.session import TrainingSession
 from engine.stopping import StopRequest
 from evaluation.metrics.phases import majority_phase
+from evaluation.metrics.tools import pooled_map
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Index
 from features.dataset.labels import unlabelled_note
-from features.frames.preprocess import changed_images
 from features.frames.source import cache_readable, frames_identity, recorded_faults
-from stage1_cnn.data import FrameLoader, LabelledFrames, choose_workers, labelled_frames
+from stage1_cnn.data import ClipDataset, FrameLoader, LabelledFrames, labelled_frames, require_training_videos
 from stage1_cnn.encoders.backbone import (
     Backbone,
     build_backbone,
@@ -41,10 +42,9 @@ from stage1_cnn.encoders.backbone import (
     require_image_size,
 )
 from stage1_cnn.encoders.pretrained import best_checkpoint, weights_identity
-from stage1_cnn.model import weights_sha256
-from stage1_cnn.train import outcome_sentence, parameter_groups, pooled_map, synchronise_batch_norm, training_outcome
+from stage1_cnn.model import parameter_groups, synchronise_batch_norm, weights_sha256
 from stage2_temporal.heads.base import detach_state, first_rows
-from stage2_temporal.joint.data import ClipBatch, ClipDataset, clip_requests, spans_of
+from stage2_temporal.joint.data import clip_requests, spans_of
 from stage2_temporal.joint.loss import JointLoss
 from stage2_temporal.joint.net import (
     FOLDER,
@@ -211,8 +211,7 @@ def _require_effect(config: Config) -> None:
 
 
 def _load(config: Config, index: Index, root: Path) -> JointData:
-    if not index.by_split("train"):
-        raise UserError(f"{config.data.index}: no training videos; set data.split.rule and run index again")
+    require_training_videos(config, index)
     train = labelled_frames(config, index, root, index.by_split("train"), with_phases=True, every_frame=True)
     tasks = config.joint.net.tasks
     for task, labels in (("tool", train.tools), ("phase", train.phase)):
@@ -246,8 +245,9 @@ def train_step(
     seed_everything(config.seed)
     name = f"joint.{step}.precision"
     accelerator, _ = make_accelerator(config.device, settings.precision, name, unused_parameters=True)
+    device = accelerator.device
     if joint.sync_batch_norm:
-        synchronise_batch_norm(net, processes, accelerator.device)
+        synchronise_batch_norm(net, processes, device)
     net.train_only("mapping" if step == "mapping" else "all", freeze_mapping=settings.freeze_mapping)
     describe = describe_joint(net, config.temporal.head, config, data.index.dataset, step)
     groups = parameter_groups(net, settings.backbone_lr_factor, "branches")
@@ -256,41 +256,27 @@ def train_step(
     )
     session.resume()
     criterion, phase = JointLoss(joint.loss, step, processes.total), net.phase
-    sizes_px = (config.preprocess.resize_px, config.preprocess.crop_px)
-    dataset = ClipDataset(data.train, sizes_px, joint.augment, config.seed)
-    workers = choose_workers(joint.workers, accelerator.device)
-    with FrameLoader[ClipBatch](dataset, workers, accelerator.device, stop) as loader:
+    dataset = ClipDataset({"train": data.train}, config.preprocess.crop_px, joint.augment, config.seed)
+    with FrameLoader(dataset, joint.workers, device, stop) as loader:
         for epoch in session.epochs():
             whole = clip_requests(spans, joint.sequence, config.seed, epoch, joint.clips_per_epoch)
             requests = [request.share(processes.rank, processes.count) for request in whole]
             for batch in session.batches(loader.batches(requests[session.position.step :]), len(requests)):
-                carried = None if batch.fresh or phase is None else first_rows(phase.carried, len(batch.first))
+                labels = batch.labels(device)  # (B, T), (B, T, K)
+                state = None if batch.fresh or phase is None else first_rows(phase.carried, len(batch.first))
                 with session.gradient_sync():
                     with session.autocast():
-                        output = session.model(to_clips(batch, config, accelerator.device), carried, batch.lengths)
-                        labels = (part.to(accelerator.device, non_blocking=True) for part in (batch.phase, batch.tools))
-                        lengths = batch.lengths if batch.counts else torch.zeros_like(batch.lengths)
-                        loss = criterion(output, *labels, lengths)
+                        images = batch.inputs(config.preprocess, device).unflatten(0, batch.phase.shape)
+                        output = session.model(images, state, batch.lengths)
+                        loss = criterion(output, *labels, batch.lengths * batch.counts)
                     if phase is not None:
                         keeps_state = joint.sequence.mode == "chunked" and batch.counts
                         phase.carried = detach_state(output.state) if keeps_state else ()
-                    session.update(loss, partial(_name_batch, data.train, batch))
+                    session.update(loss, partial(data.train.start_of, batch))
             if phase is not None:
                 phase.carried = ()
             scores = validate(net, config, data, session)
             session.finish_epoch(scores, score=deciding_score(scores, step)[1])
-
-
-def to_clips(batch: ClipBatch, config: Config, device: torch.device) -> torch.Tensor:
-    """A batch's frames on the device, mirrored, coloured, normalised: (B, T, 3, S, S) float32."""
-    frames = batch.images.shape[1]
-    flip, colour = (part.repeat_interleave(frames, dim=0) for part in (batch.flip, batch.colour))  # (B T, ...)
-    images = changed_images(batch.images.flatten(0, 1), flip, colour, config.preprocess, device)  # (B T, 3, S, S)
-    return images.unflatten(0, batch.images.shape[:2])
-
-
-def _name_batch(train: LabelledFrames, batch: ClipBatch) -> str:
-    return f"first clip: {train.name(int(batch.first[0]))}"
 
 
 # ---------------------------------------------------------------------------------------------- validation

@@ -20,7 +20,7 @@ from features.dataset.sampling import sampled_frames
 from features.frames.preprocess import Geometry, crop_frames
 from features.frames.source import cache_request, fill_cache, frame_cache, open_frames
 from stage1_cnn.data import (
-    FrameDataset,
+    ClipDataset,
     FrameLoader,
     LabelledFrames,
     Request,
@@ -42,9 +42,9 @@ def frames_of(world: World, config: Config | None = None, with_phases: bool = Fa
     return labelled_frames(config, world.index(), world.root, entries, with_phases)
 
 
-def dataset_of(world: World, augment: AugmentConfig | None = None) -> FrameDataset:
+def dataset_of(world: World, augment: AugmentConfig | None = None) -> ClipDataset:
     frames = frames_of(world)
-    return FrameDataset({"train": frames, "val": frames}, 32, augment or AugmentConfig(), seed=0)
+    return ClipDataset({"train": frames, "val": frames}, 32, augment or AugmentConfig(), seed=0)
 
 
 # ---------------------------------------------------------------------------------------------- rows and order
@@ -82,41 +82,41 @@ def test_frames_between_tool_rows(own_world: World) -> None:
 @settings(deadline=None, max_examples=60)
 def test_an_epoch_is_a_permutation_cut_into_batches(frames: int, size: int, subset: int | None, seed: int) -> None:
     requests = training_requests(seed, 3, frames, size, subset)
-    rows = [row for request in requests for row in request.rows]
+    rows = [row for request in requests for row in request.first]
     wanted = min(subset or frames, frames)
     alone = size > 1 and wanted > size and wanted % size == 1
     assert len(rows) == len(set(rows)) == wanted - alone
     assert set(rows) <= set(range(frames))
-    assert all(len(request.rows) == size for request in requests[:-1])
+    assert all(len(request.first) == size for request in requests[:-1])
     assert {(request.split, request.epoch) for request in requests} == {("train", 3)}
     assert requests == training_requests(seed, 3, frames, size, subset)
 
 
 def test_epochs_differ_in_order_and_seeds_too() -> None:
-    orders = {training_requests(seed, epoch, 50, 50, None)[0].rows for seed in range(3) for epoch in range(3)}
+    orders = {training_requests(seed, epoch, 50, 50, None)[0].first for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
 
 
 def test_validation_takes_every_row_in_order() -> None:
     requests = validation_requests(10, 4)
-    assert [request.rows for request in requests] == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
+    assert [request.first for request in requests] == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
     assert {request.epoch for request in requests} == {None}
 
 
 @given(rows=st.integers(1, 40), count=st.integers(1, 9))
 @settings(deadline=None, max_examples=60)
 def test_processes_share_the_rows_of_a_batch(rows: int, count: int) -> None:
-    request = Request("train", 0, tuple(range(rows)))
-    shares = [request.share(rank, count) for rank in range(count)]
-    assert sorted(row for share in shares if share.counts for row in share.rows) == list(range(rows))
-    assert all(share.rows == shares[0].rows for share in shares if not share.counts)
-    assert rows == 1 or min(len(share.rows) for share in shares) > 1 or rows >= 2 * count - 1
+    request = Request.of_frames("train", 0, tuple(range(rows)))
+    shares = [request.share(rank, count, smallest=2) for rank in range(count)]
+    assert sorted(row for share in shares if share.counts for row in share.first) == list(range(rows))
+    assert all(share.first == shares[0].first for share in shares if not share.counts)
+    assert rows == 1 or min(len(share.first) for share in shares) > 1 or rows >= 2 * count - 1
 
 
 def test_rows_that_do_not_count_have_no_labels(world: World) -> None:
     dataset = dataset_of(world)
-    batch = dataset[Request("train", 0, (0, 1), counts=False)]
-    assert torch.equal(batch.images, dataset[Request("train", 0, (0, 1))].images)
+    batch = dataset[Request.of_frames("train", 0, (0, 1))._replace(counts=False)]
+    assert torch.equal(batch.images, dataset[Request.of_frames("train", 0, (0, 1))].images)
     assert (batch.phase == -1).all()
     assert (batch.tools == -1).all()
 
@@ -126,31 +126,34 @@ def test_rows_that_do_not_count_have_no_labels(world: World) -> None:
 
 def test_batches_hold_what_they_say(world: World) -> None:
     dataset = dataset_of(world)
-    batch = dataset[Request("val", None, (3, 20))]
-    assert batch.images.shape == (2, 32, 32, 3)
+    batch = dataset[Request.of_frames("val", None, (3, 20))]
+    assert batch.images.shape == (2, 1, 32, 32, 3)  # a frame is a clip of length 1
     assert batch.images.dtype == torch.uint8
     frames = dataset.splits["val"]
     for place, row in enumerate((3, 20)):
         picture = frames.caches[frames.video[row]][int(frames.sample[row])]
-        np.testing.assert_array_equal(batch.images[place], crop_frames(picture[None], 32)[0, 0])
-    assert batch.tools.tolist() == frames.tools[[3, 20]].tolist()
-    assert batch.phase.tolist() == frames.phase[[3, 20]].tolist()
-    assert batch.rows.tolist() == [3, 20]
+        np.testing.assert_array_equal(batch.images[place, 0], crop_frames(picture[None], 32)[0, 0])
+    assert batch.tools[:, 0].tolist() == frames.tools[[3, 20]].tolist()
+    assert batch.phase[:, 0].tolist() == frames.phase[[3, 20]].tolist()
+    assert batch.first.tolist() == [3, 20]
+    assert frames.start_of(batch) == f"first frame: {frames.name(3)}"
 
 
 def test_augmentation_depends_on_the_frame_and_epoch_only(world: World) -> None:
     """A frame looks the same whichever batch it is in, and different in another epoch."""
     dataset = dataset_of(world, AugmentConfig(brightness=0.2, contrast=0.2, saturation=0.2))
-    together = dataset[Request("train", 1, tuple(range(10)))]
-    alone = [dataset[Request("train", 1, (row,))] for row in range(10)]
-    other = dataset[Request("train", 2, tuple(range(10)))]
+    together = dataset[Request.of_frames("train", 1, tuple(range(10)))]
+    alone = [dataset[Request.of_frames("train", 1, (row,))] for row in range(10)]
+    other = dataset[Request.of_frames("train", 2, tuple(range(10)))]
     for part in ("images", "flip", "colour"):
         assert torch.equal(getattr(together, part), torch.cat([getattr(batch, part) for batch in alone]))
         assert not torch.equal(getattr(together, part), getattr(other, part))
-    evaluated = dataset[Request("val", None, (4,))]
+    evaluated = dataset[Request.of_frames("val", None, (4,))]
     assert (evaluated.flip.any(), len(evaluated.colour)) == (False, 0)
-    assert len(dataset_of(world)[Request("train", 1, (0, 1))].colour) == 0  # no strength, nothing to travel
-    assert torch.equal(dataset[Request("val", None, (4,))].images, dataset[Request("val", None, (4,))].images)
+    assert len(dataset_of(world)[Request.of_frames("train", 1, (0, 1))].colour) == 0  # no strength, nothing to travel
+    assert torch.equal(
+        dataset[Request.of_frames("val", None, (4,))].images, dataset[Request.of_frames("val", None, (4,))].images
+    )
 
 
 @pytest.mark.slow
@@ -168,7 +171,9 @@ def test_loader_processes_change_nothing(world: World) -> None:
                     continue
                 assert len(batches) == len(expected[epoch])
                 for batch, other in zip(batches, expected[epoch], strict=True):
-                    assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
+                    assert all(
+                        torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(batch, other, strict=True)
+                    )
         assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -197,9 +202,9 @@ def test_closing_ends_processes_while_batches_are_half_read(world: World) -> Non
 
 def test_dataset_travels_to_a_process_without_open_files(world: World) -> None:
     dataset = dataset_of(world)
-    expected = dataset[Request("val", None, (0,))]
+    expected = dataset[Request.of_frames("val", None, (0,))]
     twin = pickle.loads(pickle.dumps(dataset))  # noqa: S301 - made a line above
-    assert torch.equal(twin[Request("val", None, (0,))].images, expected.images)
+    assert torch.equal(twin[Request.of_frames("val", None, (0,))].images, expected.images)
 
 
 def test_number_of_loader_processes() -> None:

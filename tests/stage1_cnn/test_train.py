@@ -15,14 +15,8 @@ from engine.logs import read_metrics
 from engine.processes import Processes
 from engine.stopping import Stopped, StopRequest
 from stage1_cnn.encoders.backbone import build_backbone
-from stage1_cnn.model import rebuild_from_checkpoint, weights_sha256
-from stage1_cnn.train import (
-    deciding_score,
-    identity,
-    parameter_groups,
-    synchronise_batch_norm,
-    train_cnn,
-)
+from stage1_cnn.model import parameter_groups, rebuild_from_checkpoint, synchronise_batch_norm, weights_sha256
+from stage1_cnn.train import deciding_score, identity, train_cnn
 from tests.onednn import cpu_with_bf16
 from tests.stage1_cnn.material import StopAfter, World, write_labels
 

@@ -14,9 +14,9 @@ from configs.schema import AugmentConfig, SequenceConfig
 from engine.stopping import StopRequest
 from features.frames.preprocess import augment_generator, draw_change
 from features.frames.source import fill_cache
-from stage1_cnn.data import labelled_frames
+from stage1_cnn.data import ClipDataset, labelled_frames
 from stage2_temporal.data import Span
-from stage2_temporal.joint.data import ClipDataset, clip_requests, spans_of
+from stage2_temporal.joint.data import clip_requests, spans_of
 from tests.stage1_cnn.material import World, make_world, truncate, write_dataset
 
 
@@ -30,7 +30,7 @@ def dataset_of(world: World) -> ClipDataset:
     index = world.index()
     fill_cache(world.config, index, world.root, index.videos, StopRequest())
     frames = labelled_frames(world.config, index, world.root, index.videos, True, every_frame=True)
-    return ClipDataset(frames, (40, 32), AugmentConfig(brightness=0.3), seed=3)
+    return ClipDataset({"train": frames}, 32, AugmentConfig(brightness=0.3), seed=3)
 
 
 @given(
@@ -72,7 +72,7 @@ def test_a_subset_of_clips_has_as_many_as_it_says(subset: int, batches: list[int
 
 def test_a_batch_holds_its_clips_with_one_draw_each(world: World) -> None:
     dataset = dataset_of(world)
-    spans = spans_of(dataset.frames)
+    spans = spans_of(dataset.splits["train"])
     assert [span.frames for span in spans] == [13, 13, 13, 13]
     request = clip_requests(spans, SequenceConfig(mode="chunked", frames=9, batch=2), 3, 1, None)[1]
     batch = dataset[request]
@@ -80,20 +80,22 @@ def test_a_batch_holds_its_clips_with_one_draw_each(world: World) -> None:
     assert batch.images.shape == (len(request.first), 4, 32, 32, 3)
     assert not batch.fresh
     for n, first in enumerate(request.first):
-        cache = dataset.frames.caches[dataset.frames.video[first]]
-        pictures = np.stack([cache[int(dataset.frames.sample[first + k])] for k in range(4)])
+        cache = dataset.splits["train"].caches[dataset.splits["train"].video[first]]
+        pictures = np.stack([cache[int(dataset.splits["train"].sample[first + k])] for k in range(4)])
         draw = augment_generator(3, 1, request.draws[n])
         wanted = draw_change(draw, dataset.augment, 40, 32)
         assert np.array_equal(batch.images[n].numpy(), wanted.crop(pictures, 32))
         assert bool(batch.flip[n]) == wanted.flip
         assert np.array_equal(batch.colour[n].numpy(), wanted.colour)
-        assert batch.phase[n].tolist() == dataset.frames.phase[first : first + 4].tolist()
-        assert batch.tools[n].tolist() == dataset.frames.tools[first : first + 4].tolist()
+        assert batch.phase[n].tolist() == dataset.splits["train"].phase[first : first + 4].tolist()
+        assert batch.tools[n].tolist() == dataset.splits["train"].tools[first : first + 4].tolist()
 
 
 def test_padding_is_black_and_has_no_labels(world: World) -> None:
     dataset = dataset_of(world)
-    requests = clip_requests(spans_of(dataset.frames), SequenceConfig(mode="clips", frames=5, batch=2), 0, 0, None)
+    requests = clip_requests(
+        spans_of(dataset.splits["train"]), SequenceConfig(mode="clips", frames=5, batch=2), 0, 0, None
+    )
     request = requests[0]._replace(lengths=(5, 2))
     batch = dataset[request]
     assert not isinstance(batch, Exception)
@@ -105,8 +107,8 @@ def test_padding_is_black_and_has_no_labels(world: World) -> None:
 def test_a_damaged_cache_file_is_named(tmp_path: Path) -> None:
     world = make_world(tmp_path, write_dataset(tmp_path / "data"))
     dataset = dataset_of(world)
-    truncate(dataset.frames.caches[1].path, 0.3)
-    first = int(np.flatnonzero(dataset.frames.video == 1)[0])
+    truncate(dataset.splits["train"].caches[1].path, 0.3)
+    first = int(np.flatnonzero(dataset.splits["train"].video == 1)[0])
     request = clip_requests([Span(first, 4)], SequenceConfig(mode="clips", frames=2, batch=1), 0, 0, None)[0]
     found = dataset[request]
     assert isinstance(found, Exception)
