@@ -35,9 +35,10 @@ demo-joint: demo ## then both stages as one net, fine-tuned end to end with the 
 	$(BIN)/python pipeline.py evaluate --config configs/demo_joint.yaml --name $(DEMO_NAME)-joint --set seed=$(SEED) \
 		--set data.root=artifacts/demo/videos-$(SEED) --set data.index=artifacts/demo/index-$(SEED).json
 
-# One process per core with one thread each; the tests of a file stay together, since they share fixtures.
+# One process per core with one thread each; the tests of a file stay together, since they share fixtures. The order of
+# the files is that of tests/conftest.py.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP) lint types ## install, lint, type-check, run every test
 	$(PYTEST)

@@ -109,6 +109,7 @@ def work(tmp_path: Path, sound: Path, forks: Forks) -> Work:
     return Work(tmp_path / "work", sound, forks)
 
 
+@pytest.mark.slow
 def test_run_trains_and_evaluates_on_what_is_usable(work: Work) -> None:
     """One of the videos is broken in the middle, one has no labels, one has a name in Chinese."""
     work.damage("case 2")
@@ -146,6 +147,7 @@ def test_run_trains_and_evaluates_on_what_is_usable(work: Work) -> None:
     assert (work.folder / "runs/r/cnn/best.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_stages_agree_on_a_video_that_extract_cannot_read(work: Work) -> None:
     """A test video, which stage one never reads; whole again, it is extracted and scored."""
     work.damage("case 5")
@@ -165,6 +167,7 @@ def test_stages_agree_on_a_video_that_extract_cannot_read(work: Work) -> None:
     assert work.json("runs/r/summary.json")["left_out"] == []
 
 
+@pytest.mark.slow
 def test_training_again_with_a_repaired_video_is_another_run(work: Work) -> None:
     work.damage("case 1")
     work.do("index")
@@ -246,6 +249,7 @@ def test_folders_of_images_some_of_them_cut_short(work: Work) -> None:
     assert (summary["split"], summary["test_videos"]) == ("1/1/1", 1)
 
 
+@pytest.mark.slow
 def test_the_joint_net_leaves_out_what_it_cannot_read(work: Work) -> None:
     for name in ("case 1", "case 5"):
         work.damage(name)

@@ -16,6 +16,8 @@ from features.runs import runs
 from tests.browser import Visit
 from tests.report_material import SPEC, write_run
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = "<img src=x onerror=alert(1)>"
 # A phase, a video and a run that would like to be HTML.
 SPEC_HOSTILE = SPEC.model_copy(

@@ -88,6 +88,7 @@ def succeed(workplace: Path, forks: Forks) -> Callable[..., str]:
     return command
 
 
+@pytest.mark.slow
 def test_it_trains_resumes_and_is_evaluated(workplace: Path, succeed: Callable[..., str]) -> None:
     words = ["--config", "settings.yaml", "--name", "outside"]
     succeed("train-temporal", *words, "--features", "features")
@@ -98,6 +99,7 @@ def test_it_trains_resumes_and_is_evaluated(workplace: Path, succeed: Callable[.
     assert (workplace / "runs/outside/evaluate/test/metrics.json").is_file()
 
 
+@pytest.mark.slow
 def test_it_runs_in_other_processes_in_the_joint_net_and_frame_by_frame(workplace: Path) -> None:
     (workplace / "elsewhere.py").write_text(ELSEWHERE)
     variables = {**os.environ, PLUGINS_VARIABLE: str(EXAMPLE), "PYTHONPATH": str(PROJECT), **ONE_THREAD}
@@ -106,11 +108,13 @@ def test_it_runs_in_other_processes_in_the_joint_net_and_frame_by_frame(workplac
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_workers_of_an_ablation_know_it(workplace: Path, succeed: Callable[..., str]) -> None:
     succeed("ablate", "ablation.yaml", "--features", "features", "--name", "space", "--workers", "2")
     assert (workplace / "runs/space/ablation.csv").read_text().count("decay") > 2
 
 
+@pytest.mark.slow
 def test_its_settings_are_checked(workplace: Path, forks: Forks, succeed: Callable[..., str]) -> None:
     show = ["config", "show", "--config", "settings.yaml"]
     assert "decay: 0.25" in succeed(*show, "--set", "temporal.head.decay=0.25")

@@ -38,6 +38,7 @@ def tensors_of(path: Path) -> str:
     return weights_sha256(rebuild_from_checkpoint(path)[0])
 
 
+@pytest.mark.slow
 def test_training_learns_and_says_what_it_did(world: World) -> None:
     config = world.set(cnn={"epochs": 16, "phase_head": True, "optim": {"lr": 0.01}})
     result = train(world, config)
@@ -93,7 +94,10 @@ def test_frames_that_earlier_versions_took_otherwise_are_another_training(world:
     assert identity(world.config, index.model_copy(update={"videos": ntsc})).fields["sampled"] == "by time"
 
 
-@pytest.mark.parametrize(("steps", "accumulate"), [(2, 1), (8, 1), (3, 2)])
+@pytest.mark.parametrize(
+    ("steps", "accumulate"),
+    [(2, 1), pytest.param(8, 1, marks=pytest.mark.slow), pytest.param(3, 2, marks=pytest.mark.slow)],
+)
 def test_resumed_equals_uninterrupted(world: World, steps: int, accumulate: int) -> None:
     # inside an epoch, in validation, between two halves of a step; dropout and random subsets take part
     config = world.set(

@@ -506,6 +506,7 @@ def two_hours(tmp_path_factory) -> Path:
     return videos.repeat_video(write_video(folder / "short.mp4", VideoSpec(count=600)), folder / "long.mp4", times=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", ["pyav", pytest.param("decord", marks=needs_decord)])
 def test_memory_is_flat_over_two_hours(two_hours, reader):
     script = """

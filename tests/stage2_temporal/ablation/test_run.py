@@ -480,6 +480,7 @@ def test_settings_with_other_features_are_scored_at_the_moments_that_all_have(ra
     assert "# Its features: train-temporal --features" in best
 
 
+@pytest.mark.slow
 def test_a_setting_can_take_another_runs_features(rates: Path) -> None:
     settings = {"fast": {"features_of_run": "fast"}}
     with pytest.raises(UserError, match=r"runs/fast: no features of this run; make them with `extract --name fast`"):
