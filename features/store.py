@@ -39,6 +39,7 @@ from engine.files import atomic_path, sha256_json
 from engine.runs import package_version
 from features.hdf5 import USER_BLOCK_BYTES, Hdf5Sink, broken_seal, is_self_contained, seal
 from features.ids import file_stem
+from features.video_labels import VideoLabels
 
 SCHEMA_VERSION = 1
 CHUNK_FRAMES = 256
@@ -112,15 +113,11 @@ class SourceIdentity:
     fps: float
 
 
-@dataclass
-class VideoFeatures:
-    """One video's features and labels. -1 in `phase` and `tools`: no label; NaN in `tool_logits`: no tool head."""
+@dataclass(frozen=True, eq=False)
+class VideoFeatures(VideoLabels):
+    """One video's features and labels. NaN in `tool_logits`: no tool head."""
 
     features: NDArray[Any]  # (T, D) float16 or float32
-    frame_index: NDArray[np.int64]  # (T,) frame of the source video
-    time_s: NDArray[np.float64]  # (T,)
-    phase: NDArray[np.int8]  # (T,)
-    tools: NDArray[np.int8]  # (T, K)
     tool_logits: NDArray[np.float32]  # (T, K)
     attributes: dict[str, Any] = field(default_factory=dict)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +20,7 @@ from configs.schema import Config, DataConfig, DataSetSpec, SplitConfig
 from engine.files import atomic_path, inside
 from engine.progress import say
 from features.dataset.annotations import (
-    PhaseTrack,
-    ToolTrack,
+    LabelTrack,
     read_phase_file,
     read_tool_file,
     write_phase_file,
@@ -33,7 +31,7 @@ from features.dataset.catalogue import data_root, keep_index, open_dataset
 from features.dataset.discover import FoundVideo, find_videos, id_of_folder
 from features.dataset.frame_folders import LabelEnd, frame_folder, infer_layout, scan_folder, scan_names, source_frames
 from features.dataset.index import Index, VideoEntry
-from features.dataset.labels import load_labels, sample_labels
+from features.dataset.labels import sample_labels, sampled_labels
 from features.dataset.layouts import FolderLayout
 from features.dataset.phase_order import describe_order, ids_of_order, parse_phase_order
 from features.dataset.row_numbers import Extent
@@ -41,6 +39,7 @@ from features.dataset.sampling import sampled_frames
 from features.dataset.splits import split_is_asked_for
 from features.ids import file_stem
 from features.video.scan import probe_video
+from features.video_labels import VideoLabels
 from interop.pickled_videos import LAYOUTS, PickledVideo, read_pickled_index
 
 LABELS_FOLDER = "labels-from-pickle"
@@ -53,8 +52,8 @@ PROTOCOL = 2  # the newest pickle protocol of Python 2, which the original progr
 class _Labels(NamedTuple):
     """The labels of a pickled video as tracks on the timeline of its source below the root."""
 
-    phase: PhaseTrack
-    tools: ToolTrack | None
+    phase: LabelTrack
+    tools: LabelTrack | None
 
 
 def index_from_pickles(
@@ -138,7 +137,7 @@ def _check_video(
         _require_images(root, found, video, frames, stride, spec, data)
     phase = ids_of_order(order, spec.phases)[video.phase].astype(np.int8)
     labels = _Labels(
-        PhaseTrack(frames, phase, stride), None if video.tools is None else ToolTrack(frames, video.tools, stride)
+        LabelTrack(frames, phase, stride), None if video.tools is None else LabelTrack(frames, video.tools, stride)
     )
     _require_agreement(root, found, video, labels, spec)
     return labels
@@ -209,9 +208,9 @@ def _require_agreement(root: Path, found: FoundVideo, video: PickledVideo, label
     phase_track = read_phase_file(inside(root, found.phase), spec) if found.phase else None
     tool_track = read_tool_file(inside(root, tool_file), spec) if tool_file else None
     phase, tools = sample_labels(frames, phase_track, tool_track, "mask", len(spec.tools))
-    differing = {found.phase: phase != labels.phase.phase}
+    differing = {found.phase: phase != labels.phase.labels}
     if labels.tools is not None:
-        differing[tool_file] = (tools != labels.tools.tools).any(axis=1)
+        differing[tool_file] = (tools != labels.tools.labels).any(axis=1)
     for name, rows in differing.items():
         if name is not None and rows.any():
             row = int(rows.argmax())
@@ -277,27 +276,17 @@ def _label_file(folder: Path, video_id: str, kind: str, spec: DataSetSpec) -> Pa
 # ---------------------------------------------------------------------------------------------- an index to a pickle
 
 
-@dataclass(frozen=True, eq=False)
-class LabelledRows:
-    """The sampled frames of a video that have labels: the frames of the original programs."""
-
-    frame_index: NDArray[np.int64]  # (R,)
-    phase: NDArray[np.int8]  # (R,)
-    tools: NDArray[np.int8]  # (R, K)
-    left_out: int
-
-
-def labelled_rows(entry: VideoEntry, root: Path, index: Index, data: DataConfig, phases_only: bool) -> LabelledRows:
-    """The frames sampled at `data.fps` that have a phase and (unless `phases_only`) tools.
+def labelled_rows(entry: VideoEntry, root: Path, index: Index, data: DataConfig, phases_only: bool) -> VideoLabels:
+    """The frames sampled at `data.fps` that have a phase and (unless `phases_only`) tools: those of the original
+    programs.
 
     Raises UserError if annotation files have changed since the index was written.
     """
-    frames = sampled_frames(entry, data.fps)
-    phase, tools = load_labels(entry, root, index, frames, data.tools_between_rows)
-    kept = phase >= 0
+    labels = sampled_labels(entry, root, index, data)
+    kept = labels.phase >= 0
     if not phases_only:
-        kept &= (tools >= 0).all(axis=1)
-    return LabelledRows(frames[kept], phase[kept], tools[kept], int((~kept).sum()))
+        kept &= (labels.tools >= 0).all(axis=1)
+    return VideoLabels(labels.frame_index[kept], labels.time_s[kept], labels.phase[kept], labels.tools[kept])
 
 
 def pickle_from_index(
@@ -333,11 +322,11 @@ def pickle_from_index(
         raise UserError(f"{path}: not written: no frame of the index has the labels")
     value = _arranged(index, videos, layout)
     _write(path, pickle.dumps(value, protocol=PROTOCOL), replace)
-    _say_what_is_left_out(index, entries, rows, videos, path)
+    _say_what_is_left_out(index, entries, rows, config.data.fps, videos, path)
 
 
 def _pickled(
-    entry: VideoEntry, root: Path, index: Index, rows: LabelledRows, numbers: NDArray[np.int64], phases_only: bool
+    entry: VideoEntry, root: Path, index: Index, rows: VideoLabels, numbers: NDArray[np.int64], phases_only: bool
 ) -> list[list[Any]]:
     """Rows `[path, tool..., phase]` of strings and integers."""
     layout = entry.frames
@@ -381,13 +370,14 @@ def _write(path: Path, content: bytes, replace: bool) -> None:
 def _say_what_is_left_out(
     index: Index,
     entries: Sequence[VideoEntry],
-    rows: Mapping[str, LabelledRows],
+    rows: Mapping[str, VideoLabels],
+    fps: float,
     videos: Mapping[str, Any],
     path: Path,
 ) -> None:
     kept = sum(len(one.frame_index) for one in rows.values())
     say(f"{path.name}: {len(videos)} videos, {kept} rows")
-    if left := sum(one.left_out for one in rows.values()):
+    if left := sum(len(sampled_frames(entry, fps)) for entry in entries) - kept:
         say(f"left out: {left} sampled frames that lack a label")
     if absent := [entry.id for entry in index.videos if entry.id not in videos]:
         say(f"left out: {len(absent)} videos outside its parts or without labels: {listed(absent)}")

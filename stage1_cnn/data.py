@@ -27,8 +27,7 @@ from engine.pool import failure_reason, serve_parent
 from engine.session import epoch_generator
 from engine.stopping import Stopped, StopRequest
 from features.dataset.index import Index, VideoEntry
-from features.dataset.labels import load_labels
-from features.dataset.sampling import sampled_frames
+from features.dataset.labels import sampled_labels
 from features.frames.cache import CachedFrames
 from features.frames.preprocess import augment_generator, changed_images, changes_colour, draw_change
 from features.frames.source import frame_cache
@@ -144,10 +143,9 @@ def labelled_frames(
     tools = np.zeros((0, len(index.dataset.tools)), dtype=np.int8)
     parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int8), tools)]
     for number, entry in enumerate(entries):
-        frame_index = sampled_frames(entry, config.data.fps)
-        phase, tools = load_labels(entry, root, index, frame_index, config.data.tools_between_rows)
-        usable = np.flatnonzero((tools >= 0).any(axis=1) | ((phase >= 0) & with_phases) | every_frame)
-        parts.append((np.full(len(usable), number), usable, phase[usable], tools[usable]))
+        labels = sampled_labels(entry, root, index, config.data)
+        usable = np.flatnonzero((labels.tools >= 0).any(axis=1) | ((labels.phase >= 0) & with_phases) | every_frame)
+        parts.append((np.full(len(usable), number), usable, labels.phase[usable], labels.tools[usable]))
     video, sample, phase, tools = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     cache = frame_cache(config)
     caches = tuple(CachedFrames(cache.path(entry.id)) for entry in entries)

@@ -21,11 +21,11 @@ from engine.files import require_free_bytes, sha256_json
 from engine.memory import keep_freed_memory
 from engine.pool import Advance
 from features.dataset.index import Index, VideoEntry
-from features.dataset.labels import load_labels
-from features.dataset.sampling import frame_times_s, sampled_frames
+from features.dataset.labels import sampled_labels
 from features.frames.source import can_start_inside, encoded_at_once, frame_batches, open_frames, source_identity
 from features.store import EncoderSpec, FeatureWriter, feature_path, rewrite_labels, write_features
 from features.store_folder import estimate_bytes
+from features.video_labels import VideoLabels
 from stage1_cnn.encoders.encoder import Encoder, load_encoder
 from stage1_cnn.segments import Rows, VideoJob, places_of, read_part, read_provenance, write_part
 
@@ -70,8 +70,8 @@ class ExtractTask:
         """Do one job. Raises UserError naming the frame or file at fault, and then leaves no file behind."""
         entry = self.index.entry(job.video_id)
         if job.labels_only:
-            labels = label_attributes(self.config, self.index, entry)
-            rewrite_labels(feature_path(self.folder, entry.id), *self._labels(entry)[1:], labels)
+            labels, attributes = self._labels(entry), label_attributes(self.config, self.index, entry)
+            rewrite_labels(feature_path(self.folder, entry.id), labels.phase, labels.tools, attributes)
             return
         keep_freed_memory()  # here, since each process does so for itself
         self.loaded_encoder()  # before any work
@@ -111,17 +111,16 @@ class ExtractTask:
 
     def _file(self, video: VideoJob, provenance: Mapping[str, str]) -> AbstractContextManager[FeatureWriter]:
         entry = self.index.entry(video.video_id)
-        frame_index, phase, tools = self._labels(entry)
+        labels = self._labels(entry)
         attributes = {**label_attributes(self.config, self.index, entry), **provenance}
         attributes["device"] = self.loaded_encoder().device_name
         path, source = feature_path(self.folder, entry.id), source_identity(entry)
-        time_s = frame_times_s(entry, frame_index)
-        return write_features(path, self.spec, source, frame_index, phase, tools, attributes, time_s)
+        return write_features(
+            path, self.spec, source, labels.frame_index, labels.phase, labels.tools, attributes, labels.time_s
+        )
 
-    def _labels(self, entry: VideoEntry) -> tuple[NDArray[np.int64], NDArray[np.int8], NDArray[np.int8]]:
-        """Sampled frames (T,), phase (T,), tools (T, K)."""
-        frame_index = sampled_frames(entry, self.config.data.fps)
-        return frame_index, *load_labels(entry, self.root, self.index, frame_index, self.config.data.tools_between_rows)
+    def _labels(self, entry: VideoEntry) -> VideoLabels:
+        return sampled_labels(entry, self.root, self.index, self.config.data)
 
     def require_sound_labels_and_room(self, job: VideoJob) -> None:
         """Raise UserError, before anything is computed, for unreadable labels or a disk with too little room."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,16 +43,8 @@ from features.store_folder import (
     usable_index,
     with_recorded_faults,
 )
+from features.video_labels import VideoLabels
 from stage2_temporal.predict import Inference, chosen_inference, load_temporal, other_encoder, predict_phases
-
-
-class SampledLabels(NamedTuple):
-    """One video's samples: frame numbers (T,), times in seconds (T,), phases (T,) and tools (T, K), -1 = no label."""
-
-    frame_index: NDArray[np.int64]
-    time_s: NDArray[np.float64]
-    phase: NDArray[np.int8]
-    tools: NDArray[np.int8]
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,7 @@ class GroundTruth:
     index: Index
     split: str
     fps: float
-    videos: Mapping[str, SampledLabels]
+    videos: Mapping[str, VideoLabels]
     root: Path | None = None
 
     @property
@@ -135,8 +127,7 @@ def evaluate_run(
     thresholds = _thresholds(folder, index)
     identity = _identity(temporal, videos, index, split, inference, majority, thresholds).digest
     fps = float(next(iter(videos.values())).attributes["fps"])
-    labels = {name: SampledLabels(v.frame_index, v.time_s, v.phase, v.tools) for name, v in videos.items()}
-    truth = GroundTruth(index, split, fps, labels, known_root(config))
+    truth = GroundTruth(index, split, fps, videos, known_root(config))
     evaluation = None if redo else _made_before(out, identity)
     if evaluation is not None:
         say(f"{out}: unchanged")

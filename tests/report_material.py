@@ -17,7 +17,8 @@ from engine.files import write_json, write_text
 from engine.runs import environment, update_summary
 from evaluation.metrics.results import JointDetails
 from features.dataset.index import Index, VideoEntry
-from stage2_temporal.evaluate import GroundTruth, SampledLabels, score_and_write, summary_of
+from features.video_labels import VideoLabels
+from stage2_temporal.evaluate import GroundTruth, score_and_write, summary_of
 
 SPEC = load_dataset("cholec80")
 JOINT: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(JointDetails)) | {"tasks": "both"}
@@ -51,7 +52,7 @@ def write_run(
         if not labelled:
             phase, tools = np.full_like(phase, -1), np.full_like(tools, -1)
         frame_index, time_s = np.arange(frames, dtype=np.int64) * 25, np.arange(frames, dtype=np.float64)
-        found[name], tool_logits[name] = SampledLabels(frame_index, time_s, phase, tools), logits
+        found[name], tool_logits[name] = VideoLabels(frame_index, time_s, phase, tools), logits
     truth = GroundTruth(_index(videos, frames, spec), "test", 1.0, found, root)
     tasks = {"tasks": "tool"} if tools_alone else {}
     evaluation = score_and_write(

@@ -251,7 +251,7 @@ def parity() -> None:
     from engine.device import choose_device, choose_precision, lower_precision
     from features.dataset.index import Index
     from features.store_folder import find_feature_folder, load_feature_set
-    from stage2_temporal.joint.predict import labelled_videos, predict_videos
+    from stage2_temporal.joint.predict import predict_videos
     from stage2_temporal.joint.train import Start, initial_net
     from stage2_temporal.predict import load_temporal, predict_phases
 
@@ -272,7 +272,7 @@ def parity() -> None:
             found = predict_videos(
                 net,
                 config,
-                labelled_videos(config, index, WORK / "data", entries),
+                entries,
                 WORK / "data",
                 index,
                 inference="carried",

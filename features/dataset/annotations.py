@@ -33,39 +33,31 @@ _MAX_DIGITS = 15  # far beyond any video, and safely inside int64
 
 
 @dataclass(frozen=True, eq=False)
-class PhaseTrack:
-    """Phases of one video: `frame_index` (R,) int64, `phase` (R,) int8, -1 without a label.
+class LabelTrack:
+    """The rows of one video's annotation file: `frame_index` (R,) int64 and their labels, int8, -1 without a label.
 
-    `stride` is the usual distance between rows, 1 for a single row. A row holds until the next one, for at most a
-    stride.
+    `labels` is (R,) for phases and (R, K) for tools, both in the data set's order. `stride` is the usual distance
+    between rows, 1 for a single row. A row holds until the next one, for at most a stride.
     """
 
     frame_index: NDArray[np.int64]
-    phase: NDArray[np.int8]
+    labels: NDArray[np.int8]
     stride: int
 
-    def head(self, rows: int) -> PhaseTrack:
+    @property
+    def end(self) -> int:
+        """The first frame after the last row's span."""
+        return int(self.frame_index[-1]) + self.stride
+
+    def head(self, rows: int) -> LabelTrack:
         """The first `rows` rows."""
-        return PhaseTrack(self.frame_index[:rows], self.phase[:rows], self.stride)
-
-
-@dataclass(frozen=True, eq=False)
-class ToolTrack:
-    """Tools of one video: `frame_index` (R,) int64, `tools` (R, K) int8 in the data set's order; -1 = no label."""
-
-    frame_index: NDArray[np.int64]
-    tools: NDArray[np.int8]
-    stride: int
-
-    def head(self, rows: int) -> ToolTrack:
-        """The first `rows` rows."""
-        return ToolTrack(self.frame_index[:rows], self.tools[:rows], self.stride)
+        return LabelTrack(self.frame_index[:rows], self.labels[:rows], self.stride)
 
 
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def read_phase_file(path: Path, spec: DataSetSpec) -> PhaseTrack:
+def read_phase_file(path: Path, spec: DataSetSpec) -> LabelTrack:
     """Read a phase annotation file.
 
     Raises UserError if the file is missing, unreadable or not a phase file of the data set, naming file and row.
@@ -73,7 +65,7 @@ def read_phase_file(path: Path, spec: DataSetSpec) -> PhaseTrack:
     return parse_phases(read_content(path), path, spec)
 
 
-def read_tool_file(path: Path, spec: DataSetSpec) -> ToolTrack:
+def read_tool_file(path: Path, spec: DataSetSpec) -> LabelTrack:
     """Read a tool annotation file; columns are matched by name, in any order.
 
     Raises UserError if the file is missing, unreadable or not a tool file of the data set, naming file and row.
@@ -89,7 +81,7 @@ def read_content(path: Path) -> bytes:
     return content
 
 
-def parse_phases(content: bytes, path: Path, spec: DataSetSpec) -> PhaseTrack:
+def parse_phases(content: bytes, path: Path, spec: DataSetSpec) -> LabelTrack:
     """A phase file's bytes as a track; `path` is used in messages only. Raises UserError as `read_phase_file`."""
     header, lines = _lines(content, path)
     if [name.casefold() for name in header] != ["frame", "phase"]:
@@ -105,10 +97,10 @@ def parse_phases(content: bytes, path: Path, spec: DataSetSpec) -> PhaseTrack:
     for row, name in enumerate(names if None in numbers.values() else ()):
         if numbers[name] is None:
             raise row_error(path, row, unknown_class("phase", name, spec))
-    return PhaseTrack(frame_index, np.array([numbers[name] for name in names], dtype=np.int8), stride)
+    return LabelTrack(frame_index, np.array([numbers[name] for name in names], dtype=np.int8), stride)
 
 
-def parse_tools(content: bytes, path: Path, spec: DataSetSpec) -> ToolTrack:
+def parse_tools(content: bytes, path: Path, spec: DataSetSpec) -> LabelTrack:
     """A tool file's bytes as a track; `path` is used in messages only. Raises UserError as `read_tool_file`."""
     if not spec.tools:
         raise UserError(f"{path}: data set {spec.name} has no tools; remove the file or add them to its description")
@@ -121,7 +113,7 @@ def parse_tools(content: bytes, path: Path, spec: DataSetSpec) -> ToolTrack:
     tools = np.empty((len(frame_index), len(columns)), dtype=np.int8)
     for position, column in enumerate(columns, start=1):
         tools[:, column] = _zeros_and_ones(cells[position :: len(header)], header[position], path)
-    return ToolTrack(frame_index, tools, stride)
+    return LabelTrack(frame_index, tools, stride)
 
 
 def text_lines(content: bytes, path: Path) -> list[str]:
@@ -253,15 +245,15 @@ def shown_cell(cell: str) -> str:
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def write_phase_file(path: Path, track: PhaseTrack, spec: DataSetSpec) -> None:
+def write_phase_file(path: Path, track: LabelTrack, spec: DataSetSpec) -> None:
     """Write phases in Cholec80's format: tab-separated, a header, LF, a newline at the end."""
-    names = (spec.phases[phase] if phase >= 0 else NO_LABEL[0] for phase in track.phase.tolist())
+    names = (spec.phases[phase] if phase >= 0 else NO_LABEL[0] for phase in track.labels.tolist())
     _write_rows(path, ("Frame", "Phase"), track.frame_index, ([name] for name in names))
 
 
-def write_tool_file(path: Path, track: ToolTrack, spec: DataSetSpec) -> None:
+def write_tool_file(path: Path, track: LabelTrack, spec: DataSetSpec) -> None:
     """Write tools in Cholec80's format: tab-separated, a header, LF, a newline at the end."""
-    _write_rows(path, ("Frame", *spec.tools), track.frame_index, (map(str, row) for row in track.tools.tolist()))
+    _write_rows(path, ("Frame", *spec.tools), track.frame_index, (map(str, row) for row in track.labels.tolist()))
 
 
 def _write_rows(path: Path, header: Iterable[str], frames: NDArray[np.int64], rows: Iterable[Iterable[str]]) -> None:

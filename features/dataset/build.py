@@ -13,13 +13,13 @@ from configs.errors import UserError, printable
 from configs.schema import DataConfig, DataSetSpec
 from engine.files import below_root
 from engine.sniff import recognise_file
-from features.dataset.annotations import parse_phases, parse_tools
+from features.dataset.annotations import LabelTrack, parse_phases, parse_tools
 from features.dataset.discover import Discovery, FoundVideo, find_videos
 from features.dataset.frame_folders import LabelEnd, infer_layout, require_one_base, scan_folder
 from features.dataset.index import Index, LeftOut, Progress, VideoEntry, exclusions, first_fault
 from features.dataset.labels import extent_of, fit_annotations, labelled_fractions, read_annotation
 from features.dataset.phase_order import parse_phase_order
-from features.dataset.row_numbers import Track, infer_numberings
+from features.dataset.row_numbers import infer_numberings
 from features.dataset.sources import SourceFacts, folder_facts, record_facts, video_facts
 from features.dataset.splits import Split, assign_splits, usual_split_problem
 from features.dataset.tfrecord import require_one_numbering
@@ -161,7 +161,7 @@ def _build_entry(
         )
     phase = read_annotation(root, video.phase, parse_phases, spec)
     tools = read_annotation(root, video.tool, parse_tools, spec)
-    lists: list[tuple[Path, Track]] = [(one.path, one.track) for one in (phase, tools) if one]
+    lists: list[tuple[Path, LabelTrack]] = [(one.path, one.track) for one in (phase, tools) if one]
     facts, source_notes = _measure(root, video, spec, data, order, [track for _, track in lists])
     try:
         entry = VideoEntry(id=video.id, kind=video.kind, source=video.source, split="none", **vars(facts))
@@ -183,7 +183,12 @@ def _build_entry(
 
 
 def _measure(
-    root: Path, video: FoundVideo, spec: DataSetSpec, data: DataConfig, order: tuple[str, ...], tracks: Sequence[Track]
+    root: Path,
+    video: FoundVideo,
+    spec: DataSetSpec,
+    data: DataConfig,
+    order: tuple[str, ...],
+    tracks: Sequence[LabelTrack],
 ) -> tuple[SourceFacts, tuple[str, ...]]:
     """The facts of a source of any kind, and notes on it. `tracks` are its annotations."""
     if video.kind == "video":

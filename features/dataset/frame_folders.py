@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from configs.errors import UserError
 from configs.schema import DataConfig, DataSetSpec
 from engine.files import inside, sha256_file
+from features.dataset.annotations import LabelTrack
 from features.dataset.discover import checked_path, sorted_entries
 from features.dataset.layouts import FolderLayout, Numbering
-from features.dataset.row_numbers import Track, track_end
 from features.video.times import same_rate
 
 
@@ -110,11 +110,11 @@ class LabelEnd:
     first: int = 0
 
     @classmethod
-    def of_tracks(cls, tracks: Sequence[Track]) -> LabelEnd | None:
+    def of_tracks(cls, tracks: Sequence[LabelTrack]) -> LabelEnd | None:
         """The end of the longest of a video's annotations, as they are numbered; None if there are none."""
         if not tracks:
             return None
-        end = max(track_end(track) - int(track.frame_index[0] == 1) for track in tracks)
+        end = max(track.end - int(track.frame_index[0] == 1) for track in tracks)
         return cls(end, max(track.stride for track in tracks), min(int(track.frame_index[0]) for track in tracks))
 
 

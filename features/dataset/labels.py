@@ -6,21 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Generic, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError, listed
-from configs.schema import DataSetSpec
+from configs.schema import DataConfig, DataSetSpec
 from engine.files import inside
-from features.dataset.annotations import PhaseTrack, ToolTrack, parse_phases, parse_tools, read_content, row_error
+from features.dataset.annotations import LabelTrack, parse_phases, parse_tools, read_content, row_error
 from features.dataset.index import AnnotationFile, Index, VideoEntry
-from features.dataset.row_numbers import AnyTrack, Extent, RowNumbering, Track, track_end
-from features.dataset.sampling import frame_times_s
+from features.dataset.row_numbers import Extent, RowNumbering
+from features.dataset.sampling import frame_times_s, sampled_frames
+from features.video_labels import VideoLabels
 
 BetweenRows = Literal["mask", "hold"]
 Labels = tuple[NDArray[np.int8], NDArray[np.int8]]  # phase (T,), tools (T, K)
+Parse = Callable[[bytes, Path, DataSetSpec], LabelTrack]
 Rows = tuple[NDArray[np.int64], NDArray[np.bool_]]  # the row of each frame, and whether there is one: (T,) each
 
 
@@ -39,38 +41,43 @@ def load_labels(
     return sample_labels(frame_index, tracks.phase, tracks.tools, between_rows, len(index.dataset.tools))
 
 
+def sampled_labels(entry: VideoEntry, root: Path, index: Index, data: DataConfig) -> VideoLabels:
+    """The frames of a video that `data.fps` samples, their times and labels. Raises UserError as `load_labels`."""
+    frame_index = sampled_frames(entry, data.fps)
+    phase, tools = load_labels(entry, root, index, frame_index, data.tools_between_rows)
+    return VideoLabels(frame_index, frame_times_s(entry, frame_index), phase, tools)
+
+
 # ---------------------------------------------------------------------------------------------- annotation files
 
 
 class FittedTracks(NamedTuple):
     """A video's tracks on its timeline, and notes on frames without a label."""
 
-    phase: PhaseTrack | None
-    tools: ToolTrack | None
+    phase: LabelTrack | None
+    tools: LabelTrack | None
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Annotation(Generic[AnyTrack]):
+class Annotation:
     """An annotation file that was read: what goes into the index, and its rows as they are numbered."""
 
     path: Path
     file: AnnotationFile
-    track: AnyTrack
+    track: LabelTrack
 
-    def with_numbering(self, numbering: RowNumbering) -> Annotation[AnyTrack]:
+    def with_numbering(self, numbering: RowNumbering) -> Annotation:
         """The same file with the meaning of its rows' numbers."""
         update = {"row_fps": numbering.fps, "row_base": numbering.base}
         return replace(self, file=self.file.model_copy(update=update))
 
-    def placed(self, extent: Extent) -> tuple[Path, AnyTrack]:
+    def placed(self, extent: Extent) -> tuple[Path, LabelTrack]:
         """The file's path and its rows on the video's timeline."""
         return self.path, self.file.numbering.place(self.path, self.track, extent)
 
 
-def read_annotation(
-    root: Path, relative: str | None, parse: Callable[[bytes, Path, DataSetSpec], AnyTrack], spec: DataSetSpec
-) -> Annotation[AnyTrack] | None:
+def read_annotation(root: Path, relative: str | None, parse: Parse, spec: DataSetSpec) -> Annotation | None:
     """Read and parse an annotation file; None if there is none. Raises UserError as `parse`."""
     if relative is None:
         return None
@@ -90,16 +97,12 @@ def load_tracks(entry: VideoEntry, root: Path, spec: DataSetSpec) -> FittedTrack
     return fit_annotations(phase, tools, extent_of(entry, spec))
 
 
-def fit_annotations(
-    phase: Annotation[PhaseTrack] | None, tools: Annotation[ToolTrack] | None, extent: Extent
-) -> FittedTracks:
+def fit_annotations(phase: Annotation | None, tools: Annotation | None, extent: Extent) -> FittedTracks:
     """A video's annotations on its timeline, fitted to it (`fit_tracks`)."""
     return fit_tracks(phase.placed(extent) if phase else None, tools.placed(extent) if tools else None, extent)
 
 
-def _reread_annotation(
-    root: Path, file: AnnotationFile | None, parse: Callable[[bytes, Path, DataSetSpec], AnyTrack], spec: DataSetSpec
-) -> Annotation[AnyTrack] | None:
+def _reread_annotation(root: Path, file: AnnotationFile | None, parse: Parse, spec: DataSetSpec) -> Annotation | None:
     if file is None:
         return None
     path = root / file.path
@@ -123,8 +126,8 @@ def extent_of(entry: VideoEntry, spec: DataSetSpec) -> Extent:
 
 def sample_labels(
     frame_index: NDArray[np.int64] | Sequence[int],
-    phase: PhaseTrack | None,
-    tools: ToolTrack | None,
+    phase: LabelTrack | None,
+    tools: LabelTrack | None,
     between_rows: BetweenRows,
     tool_count: int,
 ) -> Labels:
@@ -139,21 +142,21 @@ def sample_labels(
     tool_labels = np.full((len(frames), tool_count), -1, dtype=np.int8)
     if phase is not None:
         row, covered = _rows_at(frames, phase)
-        phase_labels[covered] = phase.phase[row[covered]]
+        phase_labels[covered] = phase.labels[row[covered]]
     if tools is not None:
         row, covered = _rows_at(frames, tools) if between_rows == "hold" else _rows_next_to(frames, tools)
-        tool_labels[covered] = tools.tools[row[covered]]
+        tool_labels[covered] = tools.labels[row[covered]]
     return phase_labels, tool_labels
 
 
-def _rows_at(frames: NDArray[np.int64], track: Track) -> Rows:
+def _rows_at(frames: NDArray[np.int64], track: LabelTrack) -> Rows:
     """The row (T,) that holds at each frame, and whether there is one (T,); the first of two rows of one frame."""
     starts = track.frame_index
     row = np.searchsorted(starts, starts[np.searchsorted(starts, frames, "right") - 1])
     return row, (frames >= starts[0]) & (frames < starts[row] + track.stride)
 
 
-def _rows_next_to(frames: NDArray[np.int64], track: Track) -> Rows:
+def _rows_next_to(frames: NDArray[np.int64], track: LabelTrack) -> Rows:
     """The row (T,) nearest to each frame, and whether it labels the frame (T,).
 
     It does where the two are nearest to each other and near enough: the same frame where samples are evenly spaced,
@@ -185,7 +188,7 @@ def unlabelled_note(phases: Mapping[str, NDArray[np.int8]], means: str) -> list[
 
 
 def fit_tracks(
-    phase: tuple[Path, PhaseTrack] | None, tools: tuple[Path, ToolTrack] | None, extent: Extent
+    phase: tuple[Path, LabelTrack] | None, tools: tuple[Path, LabelTrack] | None, extent: Extent
 ) -> FittedTracks:
     """Both tracks, already on the video's timeline, cut to the video and to each other, and notes on missing labels.
 
@@ -193,12 +196,12 @@ def fit_tracks(
     of the coarsest stride among the files and the images. Raises UserError naming file and row for rows further beyond
     the video. Labels that start late, lack rows or end early leave frames without labels, with a note.
     """
-    given: list[tuple[Path, Track]] = [pair for pair in (phase, tools) if pair is not None]
+    given: list[tuple[Path, LabelTrack]] = [pair for pair in (phase, tools) if pair is not None]
     slack = max([extent.stride, *(track.stride for _, track in given)])
     notes: list[str] = []
     for path, track in given:
         _check_end(path, track, extent, slack)
-    end = min([extent.frame_count, *(track_end(track) for _, track in given)])
+    end = min([extent.frame_count, *(track.end for _, track in given)])
     if any(track.frame_index[-1] >= end + slack for _, track in given):  # one file ends early
         end = extent.frame_count
     cut_phase = _cut(phase, end, extent, notes)
@@ -208,14 +211,14 @@ def fit_tracks(
     return FittedTracks(cut_phase, cut_tools, tuple(notes))
 
 
-def labelled_fractions(frames: NDArray[np.int64], phase: PhaseTrack | None, tools: ToolTrack | None) -> list[float]:
+def labelled_fractions(frames: NDArray[np.int64], phase: LabelTrack | None, tools: LabelTrack | None) -> list[float]:
     """The fraction of `frames` (T,) that each given track labels; here a tool row, too, holds until the next one."""
-    labels, tool_labels = sample_labels(frames, phase, tools, "hold", 0 if tools is None else tools.tools.shape[1])
+    labels, tool_labels = sample_labels(frames, phase, tools, "hold", 0 if tools is None else tools.labels.shape[1])
     covered = [labels >= 0] * (phase is not None) + [(tool_labels >= 0).any(axis=1)] * (tools is not None)
     return [float(one.mean()) for one in covered]
 
 
-def _check_end(path: Path, track: Track, extent: Extent, slack: int) -> None:
+def _check_end(path: Path, track: LabelTrack, extent: Extent, slack: int) -> None:
     """Raise UserError if rows lie beyond the video by more than `slack` frames."""
     if track.frame_index[-1] < extent.frame_count + slack:
         return
@@ -224,12 +227,12 @@ def _check_end(path: Path, track: Track, extent: Extent, slack: int) -> None:
         path,
         row,
         f"is frame {int(track.frame_index[row])}, beyond the {extent.frame_count} frames ({extent.duration_s:.1f} s at "
-        f"{extent.fps:g} fps) of {extent.name}: as they are numbered, the rows last {track_end(track) / extent.fps:.1f}"
+        f"{extent.fps:g} fps) of {extent.name}: as they are numbered, the rows last {track.end / extent.fps:.1f}"
         " s; set data.row_fps if they count something else",
     )
 
 
-def _cut(pair: tuple[Path, AnyTrack] | None, end: int, extent: Extent, notes: list[str]) -> AnyTrack | None:
+def _cut(pair: tuple[Path, LabelTrack] | None, end: int, extent: Extent, notes: list[str]) -> LabelTrack | None:
     """The track without rows at or after `end`; a note is added when there were any."""
     if pair is None:
         return None
@@ -243,7 +246,7 @@ def _cut(pair: tuple[Path, AnyTrack] | None, end: int, extent: Extent, notes: li
     return track.head(kept)
 
 
-def _uncovered(path: Path, track: Track, extent: Extent, slack: int) -> list[str]:
+def _uncovered(path: Path, track: LabelTrack, extent: Extent, slack: int) -> list[str]:
     """Notes on frames without a label: before the first row, between rows, in rows and after the last row."""
     notes = []
     first = int(track.frame_index[0])
@@ -257,10 +260,10 @@ def _uncovered(path: Path, track: Track, extent: Extent, slack: int) -> list[str
         notes.append(
             f"{path.name}: rows are missing, first from frame {first_hole}; {_count(frames, 'frame')} without a label"
         )
-    unlabelled = int((track.phase < 0).sum() if isinstance(track, PhaseTrack) else (track.tools < 0).any(axis=1).sum())
+    unlabelled = int((track.labels < 0).reshape(len(track.labels), -1).any(axis=1).sum())
     if unlabelled:
         notes.append(f"{path.name}: {_count(unlabelled, 'row')} without a label (-1 or empty)")
-    missing = extent.frame_count - track_end(track)
+    missing = extent.frame_count - track.end
     if missing >= slack:
         fraction = missing / extent.frame_count
         notes.append(f"{path.name}: ends early; the last {_count(missing, 'frame')} ({fraction:.1%}) have no label")

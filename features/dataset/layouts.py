@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from configs.schema import DataSetSpec, OmitsDefaults, Strict
 from engine.files import sha256_json
-from features.dataset.annotations import PhaseTrack, ToolTrack
+from features.dataset.annotations import LabelTrack
 from features.dataset.phase_order import ids_of_order
 from features.video.mp4 import MAX_FRAMES
 
@@ -84,7 +84,7 @@ class RecordLayout(Strict):
         beyond = max(numbers) >= len(spec.phases) or max(tools, default=-1) >= len(spec.tools)
         return f"labels name a phase or tool that {spec.name} lacks" if beyond else None
 
-    def tracks(self, spec: DataSetSpec) -> tuple[PhaseTrack, ToolTrack | None]:
+    def tracks(self, spec: DataSetSpec) -> tuple[LabelTrack, LabelTrack | None]:
         """The labels in the data set's numbers, one row per frame."""
         frames = np.array([frames for frames, _, _ in self._runs()], dtype=np.int64)
         numbers = np.array([phase for _, phase, _ in self._runs()], dtype=np.int64)
@@ -93,8 +93,8 @@ class RecordLayout(Strict):
             present[row, list(tools)] = 1
         frame_index = np.arange(frames.sum(), dtype=np.int64)
         phase = ids_of_order(self.phase_order, spec.phases)[numbers].astype(np.int8)
-        tool_track = ToolTrack(frame_index, present.repeat(frames, axis=0), 1) if spec.tools else None
-        return PhaseTrack(frame_index, phase.repeat(frames), 1), tool_track
+        tool_track = LabelTrack(frame_index, present.repeat(frames, axis=0), 1) if spec.tools else None
+        return LabelTrack(frame_index, phase.repeat(frames), 1), tool_track
 
     def labels_sha256(self) -> str:
         """SHA-256 over what the labels depend on, in place of an annotation file's hash."""

@@ -5,29 +5,21 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import DataConfig
-from features.dataset.annotations import PhaseTrack, ToolTrack, row_error
+from features.dataset.annotations import LabelTrack, row_error
 from features.video.times import ROUNDING_S, same_rate
-
-Track = PhaseTrack | ToolTrack
-AnyTrack = TypeVar("AnyTrack", PhaseTrack, ToolTrack)
 
 # Fractions of a video's duration. Rows that end this close to its end fit exactly. Of two numberings, the chosen one
 # must cover at least the second fraction, and the other at most the third.
 _EXACT, _COVERS, _HARDLY_ANY = 0.02, 0.75, 0.1
 # Rates at which annotation programs number rows; 1 is one row per second, numbered consecutively.
 _COMMON_FPS = (1.0, 2.0, 5.0, 10.0, 12.5, 15.0, 24.0, 25.0, 30.0, 50.0, 60.0)
-
-
-def track_end(track: Track) -> int:
-    """The first frame after the last row's span."""
-    return int(track.frame_index[-1]) + track.stride
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,7 @@ class RowNumbering:
     fps: float | None = None
     base: int = 0
 
-    def place(self, path: Path, track: AnyTrack, extent: Extent) -> AnyTrack:
+    def place(self, path: Path, track: LabelTrack, extent: Extent) -> LabelTrack:
         """The track on the video's timeline: each row at the frame on screen at its time.
 
         Raises UserError, naming `path` and row, for a number below `base`.
@@ -97,7 +89,7 @@ class RowNumbering:
         return [f"{path.name}: {text}" for text in (*what, *[f"rows are numbered from {self.base}"] * bool(self.base))]
 
 
-def infer_numberings(lists: Sequence[tuple[Path, Track]], extent: Extent, data: DataConfig) -> list[RowNumbering]:
+def infer_numberings(lists: Sequence[tuple[Path, LabelTrack]], extent: Extent, data: DataConfig) -> list[RowNumbering]:
     """The numbering of each of a video's annotation files: as set, or inferred from how long the rows last.
 
     Possible are the video's own frames, the rate in the data set's description, a folder's images, and seconds, unless
@@ -122,7 +114,7 @@ def infer_numberings(lists: Sequence[tuple[Path, Track]], extent: Extent, data: 
 
 
 def _infer_numbering(
-    path: Path, track: Track, slack: int, extent: Extent, data: DataConfig, other: RowNumbering | None
+    path: Path, track: LabelTrack, slack: int, extent: Extent, data: DataConfig, other: RowNumbering | None
 ) -> RowNumbering:
     rates: list[float | None] = [None, rate_of_rows(extent.row_fps, extent.fps)]
     if track.stride == 1:
@@ -150,7 +142,7 @@ def _infer_numbering(
 
 
 def _covering(
-    path: Path, track: Track, extent: Extent, possible: Sequence[_Candidate], stated: Container[float | None]
+    path: Path, track: LabelTrack, extent: Extent, possible: Sequence[_Candidate], stated: Container[float | None]
 ) -> _Candidate:
     """The candidate that covers the video, or has a `stated` rate, if the others cover hardly any of it.
 
@@ -172,7 +164,7 @@ def _covering(
 
 
 def _base(
-    path: Path, track: Track, extent: Extent, data: DataConfig, fps: float | None, other: RowNumbering | None
+    path: Path, track: LabelTrack, extent: Extent, data: DataConfig, fps: float | None, other: RowNumbering | None
 ) -> int:
     """The number of the first row. Raises UserError if that is ambiguous."""
     if data.row_base != "auto":
@@ -220,7 +212,7 @@ class _Candidate:
     exact: bool
 
     @classmethod
-    def of(cls, fps: float | None, track: Track, slack: int, extent: Extent, data: DataConfig) -> _Candidate:
+    def of(cls, fps: float | None, track: LabelTrack, slack: int, extent: Extent, data: DataConfig) -> _Candidate:
         rate, image_s = fps or extent.fps, extent.stride / extent.fps
         first = int(track.frame_index[0])
         base = data.row_base if data.row_base != "auto" else first if first in (1, extent.base) else 0
@@ -235,17 +227,16 @@ class _Candidate:
         )
 
 
-def _refuse_common_rate(path: Path, track: Track, extent: Extent) -> None:
+def _refuse_common_rate(path: Path, track: LabelTrack, extent: Extent) -> None:
     """Raise UserError if rows that fit no possible numbering last as long as the video at another common rate.
 
     As long means within a row and a half and an image. That is no evidence unless it is small against the difference
     which the rate makes, so short videos and coarse rows pass.
     """
-    end = track_end(track)
     for rate in _COMMON_FPS:
         tolerance_s = 1.5 * track.stride / rate + extent.stride / extent.fps
         difference_s = abs(extent.frame_count - extent.duration_s * rate) / extent.fps
-        if abs(end / rate - extent.duration_s) <= tolerance_s and difference_s > 10 * tolerance_s:
+        if abs(track.end / rate - extent.duration_s) <= tolerance_s and difference_s > 10 * tolerance_s:
             last = len(track.frame_index) - 1
             raise row_error(
                 path,

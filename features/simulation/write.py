@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -32,8 +32,7 @@ from engine.files import (
 from engine.pool import Advance, VideoFault, work_through
 from engine.stopping import StopRequest
 from features.dataset.annotations import (
-    PhaseTrack,
-    ToolTrack,
+    LabelTrack,
     read_phase_file,
     read_tool_file,
     write_phase_file,
@@ -61,7 +60,6 @@ _ENCODER = {
 }
 _BYTES_PER_PIXEL = 0.08
 _SMALLEST_PX, _LARGEST_PX = 48, 4096
-_Track = TypeVar("_Track", PhaseTrack, ToolTrack)
 
 
 @dataclass(frozen=True)
@@ -217,9 +215,9 @@ class _Content:
     """The files of one video and what they hold; `tools` (T, K) int8 of every frame, `rng` for its images."""
 
     phase_file: Path
-    phases: PhaseTrack
+    phases: LabelTrack
     tool_file: Path
-    tool_rows: ToolTrack
+    tool_rows: LabelTrack
     video_file: Path
     tools: np.ndarray
     rng: np.random.Generator
@@ -248,7 +246,7 @@ class _Writer:
         write_phase_file(content.phase_file, content.phases, settings.spec)
         write_tool_file(content.tool_file, content.tool_rows, settings.spec)
         size_px = settings.width_px, settings.height_px
-        scene = Scene(content.rng, content.phases.phase, content.tools, settings.spec, settings.fps, size_px)
+        scene = Scene(content.rng, content.phases.labels, content.tools, settings.spec, settings.fps, size_px)
         path = content.video_file
         with atomic_path(path) as temporary:
             encode_mp4(temporary, scene, settings.fps, _ENCODER, lambda: advance(1))
@@ -266,16 +264,16 @@ class _Writer:
         rows = slice(None, None, settings.fps)
         return _Content(
             self.out / _PHASES / f"{name}-phase.txt",
-            PhaseTrack(frame_index, phase, stride=1),
+            LabelTrack(frame_index, phase, stride=1),
             self.out / _TOOLS / f"{name}-tool.txt",
-            ToolTrack(frame_index[rows], tools[rows], stride=settings.fps),
+            LabelTrack(frame_index[rows], tools[rows], stride=settings.fps),
             self.out / _VIDEOS / f"{name}.mp4",
             tools,
             image_rng,
         )
 
 
-def _holds(path: Path, track: _Track, spec: DataSetSpec, read: Callable[[Path, DataSetSpec], _Track]) -> bool:
+def _holds(path: Path, track: LabelTrack, spec: DataSetSpec, read: Callable[[Path, DataSetSpec], LabelTrack]) -> bool:
     """Whether an annotation file holds the rows of `track`."""
     with suppress(UserError):
         found, wanted = vars(read(path, spec)), vars(track)

@@ -11,7 +11,7 @@ import torch
 
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys, load_config
-from configs.schema import Config, PreprocessConfig
+from configs.schema import Config, DataConfig, PreprocessConfig
 from engine.device import choose_device, choose_precision, lower_precision
 from engine.files import read_json_object
 from engine.progress import say
@@ -21,13 +21,12 @@ from evaluation.metrics.results import METRICS_FILE, Evaluation, JointDetails, T
 from evaluation.metrics.tools import choose_thresholds, evaluate_tools
 from evaluation.reports.model_card import write_model_card
 from features.dataset.catalogue import say_left_out
-from features.dataset.index import Index
-from features.dataset.sampling import frame_times_s
+from features.dataset.index import Index, VideoEntry
+from features.dataset.labels import sampled_labels
 from features.frames.preprocess import require_preprocess_of
 from features.frames.source import frames_identity, recorded_faults
 from stage2_temporal.evaluate import (
     GroundTruth,
-    SampledLabels,
     labelled_scores,
     print_evaluation,
     recorded_majority,
@@ -35,7 +34,7 @@ from stage2_temporal.evaluate import (
     summary_of,
 )
 from stage2_temporal.joint.net import IMPORTED, joint_checkpoint, load_joint
-from stage2_temporal.joint.predict import LabelledVideo, Prediction, gap_nats, labelled_videos, predict_videos
+from stage2_temporal.joint.predict import Prediction, gap_nats, predict_videos
 from stage2_temporal.predict import Inference, chosen_inference
 
 
@@ -85,18 +84,17 @@ def evaluate_joint(
         autocast=partial(lower_precision, device, precision),
         faults=faults,
     )
-    videos = labelled_videos(config, index, root, entries)
-    found = predict(videos)
-    thresholds = _thresholds(predict, labelled_videos(config, index, root, index.by_split("val")), index)
+    labels = {entry.id: sampled_labels(entry, root, index, config.data) for entry in entries}
+    found = predict(entries)
+    thresholds = _thresholds(predict, index, root, config.data)
     index = index.without(faults)
     index.entries_of(split, config.data.index)
-    videos = [video for video in videos if video.entry.id in found]
     say_left_out(index)
     probabilities = {name: one.phase for name, one in found.items() if one.phase is not None}
     imported = (net.imported_from or path.name) if about["step"] == IMPORTED else None
     name = _folder_name(split, inference, config)
     out = run / "evaluate" / (f"{config.data.index.stem}-{name}" if other else name)
-    truth = GroundTruth(index, split, config.data.fps, {video.entry.id: _labels(video) for video in videos}, root)
+    truth = GroundTruth(index, split, config.data.fps, {name: labels[name] for name in found}, root)
     evaluation = score_and_write(
         out,
         truth,
@@ -157,10 +155,6 @@ def _require_compatible(path: Path, about: Mapping[str, Any], index: Index, fps:
         raise UserError(f"{path}: trained at {about['fps']:g} frames per second; set data.fps={about['fps']:g}")
 
 
-def _labels(video: LabelledVideo) -> SampledLabels:
-    return SampledLabels(video.frame_index, frame_times_s(video.entry, video.frame_index), video.phase, video.tools)
-
-
 def _mapped_tools(truth: GroundTruth, found: Mapping[str, Prediction]) -> ToolResults | None:
     labels = {name: video.tools for name, video in truth.videos.items()}
     known = labelled_scores(labels, {name: one.mapped for name, one in found.items() if one.mapped is not None})
@@ -168,10 +162,12 @@ def _mapped_tools(truth: GroundTruth, found: Mapping[str, Prediction]) -> ToolRe
 
 
 def _thresholds(
-    predict: Callable[[list[LabelledVideo]], dict[str, Prediction]], val: Sequence[LabelledVideo], index: Index
+    predict: Callable[[Sequence[VideoEntry]], dict[str, Prediction]], index: Index, root: Path, data: DataConfig
 ) -> Mapping[str, float] | None:
     """Chosen on the validation videos; None if there are none with tool labels, or no tool branch."""
-    labels = {video.entry.id: video.tools for video in val if (video.tools >= 0).any()}
-    found = predict([video for video in val if video.entry.id in labels]) if labels else {}
+    val = index.by_split("val")
+    labels = {entry.id: sampled_labels(entry, root, index, data).tools for entry in val}
+    labels = {name: tools for name, tools in labels.items() if (tools >= 0).any()}
+    found = predict([entry for entry in val if entry.id in labels]) if labels else {}
     known = labelled_scores(labels, {name: one.tools for name, one in found.items() if one.tools is not None})
     return choose_thresholds(*known, index.dataset.tools) if known else None

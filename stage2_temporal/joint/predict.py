@@ -22,10 +22,10 @@ from configs.schema import AugmentConfig, Config, PreprocessConfig
 from engine.files import below_root
 from engine.progress import progress_bar
 from features.dataset.index import Index, VideoEntry
-from features.dataset.labels import load_labels
 from features.dataset.sampling import sampled_frames
 from features.frames.preprocess import CropCount, augment, augment_generator, crop_frames, normalise
 from features.frames.source import encoded_at_once, frame_batches, open_frames
+from features.video_labels import VideoLabels
 from stage2_temporal.data import FeatureBank, Span
 from stage2_temporal.heads.base import HeadOutput, State
 from stage2_temporal.joint.loss import bernoulli_kl
@@ -45,30 +45,10 @@ class Prediction:
     mapped: NDArray[np.float32] | None  # (T, K) logits, from the phase branch
 
 
-@dataclass(frozen=True)
-class LabelledVideo:
-    """One video's labels at its sampled frames."""
-
-    entry: VideoEntry
-    frame_index: NDArray[np.int64]  # (T,)
-    phase: NDArray[np.int8]  # (T,) -1 = no label
-    tools: NDArray[np.int8]  # (T, K) -1 = no label
-
-
-def labelled_videos(config: Config, index: Index, root: Path, entries: Sequence[VideoEntry]) -> list[LabelledVideo]:
-    """The entries with their labels. Raises UserError naming the video whose labels cannot be read."""
-    videos = []
-    for entry in entries:
-        frame_index = sampled_frames(entry, config.data.fps)
-        phase, tools = load_labels(entry, root, index, frame_index, config.data.tools_between_rows)
-        videos.append(LabelledVideo(entry, frame_index, phase, tools))
-    return videos
-
-
 def predict_videos(
     net: JointNet,
     config: Config,
-    videos: Sequence[LabelledVideo],
+    entries: Sequence[VideoEntry],
     root: Path,
     index: Index,
     *,
@@ -87,11 +67,12 @@ def predict_videos(
     training = net.training
     net.eval()
     found = {}
+    total = sum(len(sampled_frames(entry, config.data.fps)) for entry in entries)
     try:
-        with progress_bar(sum(len(video.frame_index) for video in videos), "frames", "frame") as bar:
-            for video in videos:
+        with progress_bar(total, "frames", "frame") as bar:
+            for entry in entries:
                 try:
-                    with open_frames(config, video.entry, root, index) as pictures:
+                    with open_frames(config, entry, root, index) as pictures:
                         batches = _watched(frame_batches(pictures.frames, encoded_at_once(config)), bar, check_stop)
                         embedded = embed_crops(
                             net, batches, config.preprocess, config.joint.crops, config.seed, autocast
@@ -99,9 +80,9 @@ def predict_videos(
                 except UserError as error:
                     if faults is None:
                         raise
-                    faults.append((video.entry.id, below_root(str(error), root)))
+                    faults.append((entry.id, below_root(str(error), root)))
                     continue
-                found[video.entry.id] = _over_crops(net, embedded, inference, frames)
+                found[entry.id] = _over_crops(net, embedded, inference, frames)
     finally:
         net.train(training)
     return found
@@ -191,11 +172,11 @@ def _mapped(net: JointNet) -> Callable[[Tensor, State | None, Tensor], HeadOutpu
     return forward
 
 
-def phase_accuracy(videos: Sequence[LabelledVideo], found: Mapping[str, Prediction]) -> float | None:
+def phase_accuracy(videos: Mapping[str, VideoLabels], found: Mapping[str, Prediction]) -> float | None:
     """Fraction of correct frames among the labelled ones, mean over videos; None if nothing is labelled."""
     accuracies = []
-    for video in videos:
-        predicted, labelled = found[video.entry.id].phase, video.phase >= 0
+    for name, video in videos.items():
+        predicted, labelled = found[name].phase, video.phase >= 0
         if predicted is not None and labelled.any():
             accuracies.append(float((predicted.argmax(axis=1) == video.phase)[labelled].mean()))
     return float(np.mean(accuracies)) if accuracies else None

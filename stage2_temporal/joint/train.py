@@ -31,8 +31,9 @@ from evaluation.metrics.phases import majority_phase
 from evaluation.metrics.tools import pooled_map
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Index
-from features.dataset.labels import unlabelled_note
+from features.dataset.labels import sampled_labels, unlabelled_note
 from features.frames.source import cache_readable, frames_identity, recorded_faults
+from features.video_labels import VideoLabels
 from stage1_cnn.data import ClipDataset, FrameLoader, LabelledFrames, labelled_frames, require_training_videos
 from stage1_cnn.encoders.backbone import (
     Backbone,
@@ -58,10 +59,8 @@ from stage2_temporal.joint.net import (
     joint_checkpoint,
 )
 from stage2_temporal.joint.predict import (
-    LabelledVideo,
     Prediction,
     gap_nats,
-    labelled_videos,
     phase_accuracy,
     predict_videos,
 )
@@ -98,7 +97,7 @@ class JointData:
     """Training frames, and the validation videos that choose the best epoch."""
 
     train: LabelledFrames
-    val: list[LabelledVideo]
+    val: dict[str, VideoLabels]
     index: Index
     root: Path
 
@@ -221,7 +220,7 @@ def _load(config: Config, index: Index, root: Path) -> JointData:
     if tasks != "tool" and is_main_process():
         for note in unlabelled_note(phases, "do not count in train"):
             say(note)
-    val = labelled_videos(config, index, root, index.by_split("val"))
+    val = {entry.id: sampled_labels(entry, root, index, config.data) for entry in index.by_split("val")}
     if not val and is_main_process():
         say("no validation videos: every epoch is trained, and the last one counts as the best")
     return JointData(train, val, index, root)
@@ -287,7 +286,7 @@ def validate(net: JointNet, config: Config, data: JointData, session: TrainingSe
     if not data.val:
         return {}
     sequence = config.joint.sequence
-    mine = session.processes.share(data.val)
+    mine = session.processes.share([data.index.entry(name) for name in data.val])
     parts = session.validate(
         lambda: predict_videos(
             net,
@@ -302,15 +301,15 @@ def validate(net: JointNet, config: Config, data: JointData, session: TrainingSe
         )
     )
     together = {name: one for part in parts for name, one in part.items()}
-    found = {video.entry.id: together[video.entry.id] for video in data.val}
+    found = {name: together[name] for name in data.val}
     return score_videos(net, data.val, found, data.index.dataset.tools)
 
 
 def score_videos(
-    net: JointNet, videos: Sequence[LabelledVideo], found: Mapping[str, Prediction], tools: Sequence[str]
+    net: JointNet, videos: Mapping[str, VideoLabels], found: Mapping[str, Prediction], tools: Sequence[str]
 ) -> dict[str, float | None]:
     """Phase accuracy, tool mAP (pooled), mAP of the mapped prediction, as fractions, and `gap_nats` between the two."""
-    truth = {video.entry.id: video.tools for video in videos}
+    truth = {name: video.tools for name, video in videos.items()}
     scores: dict[str, float | None] = {}
     if net.phase is not None:
         scores["val_accuracy"] = phase_accuracy(videos, found)

@@ -131,7 +131,7 @@ def features(frames: int, first: float, dtype: type = np.float16) -> VideoFeatur
     values = (first + np.arange(frames * 3).reshape(frames, 3)).astype(dtype)
     phase = np.arange(frames, dtype=np.int8) % 4 - 1
     none: Any = np.zeros((frames, 0))
-    return VideoFeatures(values, np.arange(frames), np.arange(frames) / 1.0, phase, none, none)
+    return VideoFeatures(np.arange(frames), np.arange(frames) / 1.0, phase, none, values, none)
 
 
 def test_gather_keeps_storage_and_marks_padding() -> None:
@@ -150,7 +150,7 @@ def test_statistics_are_those_of_the_given_videos_in_double() -> None:
     rng = np.random.default_rng(0)
     videos = {name: features(n, 0) for name, n in (("a", 700), ("b", 300), ("c", 5))}
     for video in videos.values():
-        video.features = (100 + rng.normal(0, 0.5, video.features.shape)).astype(np.float16)
+        video.features[:] = 100 + rng.normal(0, 0.5, video.features.shape)
     bank = FeatureBank.of(videos)
     mean, deviation = bank.statistics([bank.span_of("a"), bank.span_of("c")])
     together = np.concatenate([videos["a"].features, videos["c"].features]).astype(np.float64)

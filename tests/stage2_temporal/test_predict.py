@@ -43,7 +43,7 @@ def videos() -> dict[str, VideoFeatures]:
 def video(features: NDArray[Any]) -> VideoFeatures:
     count = len(features)
     empty: Any = np.zeros((count, 0))
-    return VideoFeatures(features, np.arange(count), np.arange(count) / 1.0, np.zeros(count, np.int8), empty, empty)
+    return VideoFeatures(np.arange(count), np.arange(count) / 1.0, np.zeros(count, np.int8), empty, features, empty)
 
 
 @torch.no_grad()

@@ -15,8 +15,7 @@ from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import DataSetSpec
 from features.dataset.annotations import (
-    PhaseTrack,
-    ToolTrack,
+    LabelTrack,
     parse_phases,
     parse_tools,
     read_phase_file,
@@ -31,11 +30,11 @@ TOOL_FILE = Path("video01-tool.txt")
 TOOL_HEADER = "Frame\t" + "\t".join(SPEC.tools)
 
 
-def phases(text: str, spec: DataSetSpec = SPEC) -> PhaseTrack:
+def phases(text: str, spec: DataSetSpec = SPEC) -> LabelTrack:
     return parse_phases(text.encode(), PHASE_FILE, spec)
 
 
-def tools(text: str, spec: DataSetSpec = SPEC) -> ToolTrack:
+def tools(text: str, spec: DataSetSpec = SPEC) -> LabelTrack:
     return parse_tools(text.encode(), TOOL_FILE, spec)
 
 
@@ -52,14 +51,14 @@ def test_phases_survive_writing_and_reading(
     tmp_path_factory: pytest.TempPathFactory, phase: list[int], stride: int, late: int
 ) -> None:
     first = 0 if late == 0 else late * stride + 1
-    track = PhaseTrack(first + stride * np.arange(len(phase)), np.array(phase, dtype=np.int8), stride)
+    track = LabelTrack(first + stride * np.arange(len(phase)), np.array(phase, dtype=np.int8), stride)
     path = tmp_path_factory.mktemp("round") / "video01-phase.txt"
     write_phase_file(path, track, SPEC)
     back = read_phase_file(path, SPEC)
     assert back.frame_index.tolist() == track.frame_index.tolist()
     assert back.frame_index.dtype == np.int64
-    assert back.phase.tolist() == phase
-    assert back.phase.dtype == np.int8
+    assert back.labels.tolist() == phase
+    assert back.labels.dtype == np.int8
     assert back.stride == stride
 
 
@@ -73,19 +72,19 @@ def test_tools_survive_writing_and_are_found_by_name(
     tmp_path_factory: pytest.TempPathFactory, rows: list[list[int]], stride: int, order: list[int]
 ) -> None:
     path = tmp_path_factory.mktemp("round") / "video01-tool.txt"
-    track = ToolTrack(stride * np.arange(len(rows)), np.array(rows, dtype=np.int8), stride)
+    track = LabelTrack(stride * np.arange(len(rows)), np.array(rows, dtype=np.int8), stride)
     shuffled = SPEC.model_copy(update={"tools": tuple(SPEC.tools[i] for i in order)})
-    write_tool_file(path, ToolTrack(track.frame_index, track.tools[:, order], stride), shuffled)
+    write_tool_file(path, LabelTrack(track.frame_index, track.labels[:, order], stride), shuffled)
     back = read_tool_file(path, SPEC)
-    assert back.tools.tolist() == rows
-    assert back.tools.dtype == np.int8
+    assert back.labels.tolist() == rows
+    assert back.labels.dtype == np.int8
     assert (back.frame_index.tolist(), back.stride) == (track.frame_index.tolist(), stride)
 
 
 def test_files_are_written_as_cholec80_has_them(tmp_path: Path) -> None:
-    write_phase_file(tmp_path / "p.txt", PhaseTrack(np.array([0, 1]), np.array([0, 6]), 1), SPEC)
+    write_phase_file(tmp_path / "p.txt", LabelTrack(np.array([0, 1]), np.array([0, 6]), 1), SPEC)
     assert (tmp_path / "p.txt").read_bytes() == b"Frame\tPhase\n0\tPreparation\n1\tGallbladderRetraction\n"
-    write_tool_file(tmp_path / "t.txt", ToolTrack(np.array([0, 25]), np.eye(2, 7, dtype=np.int8), 25), SPEC)
+    write_tool_file(tmp_path / "t.txt", LabelTrack(np.array([0, 25]), np.eye(2, 7, dtype=np.int8), 25), SPEC)
     rows = b"0\t1\t0\t0\t0\t0\t0\t0\n25\t0\t1\t0\t0\t0\t0\t0\n"
     assert (tmp_path / "t.txt").read_bytes() == TOOL_HEADER.encode() + b"\n" + rows
 
@@ -136,7 +135,7 @@ def test_a_long_video_is_parsed_with_little_work_a_row(shared_data: Path) -> Non
 def test_what_editors_add_changes_nothing(text: str) -> None:
     track = phases(text)
     assert track.frame_index.tolist() == [0, 25]
-    assert track.phase.tolist() == [0, 2]
+    assert track.labels.tolist() == [0, 2]
     assert track.stride == 25
 
 
@@ -152,9 +151,9 @@ def test_other_spellings_are_read_where_the_data_set_names_them() -> None:
     spec = SPEC.model_copy(
         update={"phase_aliases": {"Trocar placement": "Preparation"}, "tool_aliases": {"Bag": "SpecimenBag"}}
     )
-    assert phases("Frame\tPhase\n0\tTrocar placement\n", spec).phase.tolist() == [0]
+    assert phases("Frame\tPhase\n0\tTrocar placement\n", spec).labels.tolist() == [0]
     header = TOOL_HEADER.replace("SpecimenBag", "Bag")
-    assert tools(f"{header}\n0\t0\t0\t0\t0\t0\t0\t1\n", spec).tools.tolist() == [[0, 0, 0, 0, 0, 0, 1]]
+    assert tools(f"{header}\n0\t0\t0\t0\t0\t0\t0\t1\n", spec).labels.tolist() == [[0, 0, 0, 0, 0, 0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -172,12 +171,12 @@ def test_other_spellings_are_read_where_the_data_set_names_them() -> None:
     ],
 )
 def test_class_names_are_known_however_they_are_spelled(spelled: str, phase: int) -> None:
-    assert phases(f"Frame\tPhase\n0\t{spelled}\n").phase.tolist() == [phase]
+    assert phases(f"Frame\tPhase\n0\t{spelled}\n").labels.tolist() == [phase]
 
 
 def test_tool_names_are_known_however_they_are_spelled() -> None:
     header = TOOL_HEADER.replace("SpecimenBag", "specimen bag").replace("Hook", "HOOK")
-    assert tools(f"{header}\n0\t0\t0\t1\t0\t0\t0\t1\n").tools.tolist() == [[0, 0, 1, 0, 0, 0, 1]]
+    assert tools(f"{header}\n0\t0\t0\t1\t0\t0\t0\t1\n").labels.tolist() == [[0, 0, 1, 0, 0, 0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -190,20 +189,20 @@ def test_tool_names_are_known_however_they_are_spelled() -> None:
 )
 def test_minus_one_and_an_empty_cell_are_no_label(text: str, tmp_path: Path) -> None:
     track = phases(text)
-    assert track.phase.tolist() == [0, -1, -1]
+    assert track.labels.tolist() == [0, -1, -1]
     write_phase_file(tmp_path / "video01-phase.txt", track, SPEC)
-    assert read_phase_file(tmp_path / "video01-phase.txt", SPEC).phase.tolist() == [0, -1, -1]
+    assert read_phase_file(tmp_path / "video01-phase.txt", SPEC).labels.tolist() == [0, -1, -1]
 
 
 def test_missing_values_as_pandas_and_r_write_them_are_no_label() -> None:
-    assert phases("Frame\tPhase\n0\tPreparation\n1\tnan\n2\tNA\n").phase.tolist() == [0, -1, -1]
+    assert phases("Frame\tPhase\n0\tPreparation\n1\tnan\n2\tNA\n").labels.tolist() == [0, -1, -1]
     rows = "\n0\t1.0\tNaN\t0.0\t0\t0\t0\t0\n"
-    assert tools(TOOL_HEADER + rows).tools.tolist() == [[1, -1, 0, 0, 0, 0, 0]]
+    assert tools(TOOL_HEADER + rows).labels.tolist() == [[1, -1, 0, 0, 0, 0, 0]]
 
 
 def test_a_missing_label_of_one_tool_does_not_affect_the_others() -> None:
     rows = "\n0\t1\t-1\t0\t0\t0\t0\t0\n25\t1\t0\t0\t0\t0\t0\t\n"
-    assert tools(TOOL_HEADER + rows).tools.tolist() == [[1, -1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, -1]]
+    assert tools(TOOL_HEADER + rows).labels.tolist() == [[1, -1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, -1]]
 
 
 @pytest.mark.parametrize(
@@ -225,7 +224,7 @@ def test_a_description_whose_names_are_one_is_refused(changes: dict, problem: st
 def test_numbers_in_names_stay_apart() -> None:
     names = ("Step 1-1", "Step 11", "Step 1", "Band", "B")
     spec = SPEC.model_copy(update={"phases": names})
-    assert phases("Frame\tPhase\n0\tstep_1_1\n1\tSTEP 11\n2\tband\n", spec).phase.tolist() == [0, 1, 3]
+    assert phases("Frame\tPhase\n0\tstep_1_1\n1\tSTEP 11\n2\tband\n", spec).labels.tolist() == [0, 1, 3]
 
 
 @pytest.mark.parametrize(
@@ -366,6 +365,6 @@ def test_damaged_files_parse_to_valid_values_or_raise_user_errors(damage: list[t
         assert refusal.startswith(f"{PHASE_FILE}: ")
         assert len(refusal.splitlines()) == 1
         return
-    assert len(track.frame_index) == len(track.phase) >= 1
+    assert len(track.frame_index) == len(track.labels) >= 1
     assert (np.diff(track.frame_index) > 0).all()
-    assert ((track.phase >= -1) & (track.phase < 7)).all()
+    assert ((track.labels >= -1) & (track.labels < 7)).all()

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from configs.errors import UserError
 from configs.load import load_config, load_dataset
 from configs.schema import DataConfig, DataSetSpec, SplitConfig
-from features.dataset.annotations import PhaseTrack, ToolTrack, read_content, write_phase_file, write_tool_file
+from features.dataset.annotations import LabelTrack, read_content, write_phase_file, write_tool_file
 from features.dataset.build import build_index
 from features.dataset.catalogue import open_dataset
 from features.dataset.check import check_index
@@ -52,15 +52,17 @@ def write_video(path: Path, frames: int, fps: float = 25) -> Path:
     return path
 
 
-def write_phases(path: Path, rows: int, stride: int = 1, spec: DataSetSpec = SPEC) -> PhaseTrack:
+def write_phases(path: Path, rows: int, stride: int = 1, spec: DataSetSpec = SPEC) -> LabelTrack:
     phase = np.arange(rows) * len(spec.phases) // rows
-    track = PhaseTrack(np.arange(rows) * stride, phase.astype(np.int8), stride)
+    track = LabelTrack(np.arange(rows) * stride, phase.astype(np.int8), stride)
     write_phase_file(path, track, spec)
     return track
 
 
-def write_tools(path: Path, rows: int, stride: int = 25) -> ToolTrack:
-    track = ToolTrack(np.arange(rows) * stride, (np.arange(rows * 7).reshape(rows, 7) % 3 == 0).astype(np.int8), stride)
+def write_tools(path: Path, rows: int, stride: int = 25) -> LabelTrack:
+    track = LabelTrack(
+        np.arange(rows) * stride, (np.arange(rows * 7).reshape(rows, 7) % 3 == 0).astype(np.int8), stride
+    )
     write_tool_file(path, track, SPEC)
     return track
 
@@ -478,12 +480,12 @@ def test_rows_that_begin_with_the_number_of_a_folders_first_image_begin_with_it(
     """Images and rows are numbered on from folder to folder."""
     numbers = list(range(50, 50 + 40 * step, step))
     root = folder_data_set(tmp_path, numbers, rows=40)
-    track = PhaseTrack(np.array(numbers), (np.arange(40) * 7 // 40).astype(np.int8), step)
+    track = LabelTrack(np.array(numbers), (np.arange(40) * 7 // 40).astype(np.int8), step)
     write_phase_file(root / "phase_annotations/video01-phase.txt", track, SPEC)
     index = index_of(root, frame_base="first", folder_fps=1 if step == 1 else None)
     assert index.to_json()["videos"][0]["phase_file"]["row_base"] == 50
     phase, _ = load_labels(index.videos[0], root, index, sampled_frames(index.videos[0], 1))
-    assert phase.tolist() == track.phase.tolist()
+    assert phase.tolist() == track.labels.tolist()
 
 
 def test_every_video_at_fault_is_named(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import DataConfig
-from features.dataset.annotations import PhaseTrack, ToolTrack, read_phase_file, read_tool_file
+from features.dataset.annotations import LabelTrack, read_phase_file, read_tool_file
 from features.dataset.labels import fit_tracks, sample_labels, unlabelled_note
 from features.dataset.row_numbers import Extent, RowNumbering, infer_numberings
 
@@ -21,25 +21,25 @@ PHASES = Path("root/video01-phase.txt")
 TOOLS = Path("root/video01-tool.txt")
 
 
-def phase_track(rows: int, stride: int = 1, first: int = 0) -> PhaseTrack:
+def phase_track(rows: int, stride: int = 1, first: int = 0) -> LabelTrack:
     frames = first + stride * np.arange(rows, dtype=np.int64)
-    return PhaseTrack(frames, (np.arange(rows) % 7).astype(np.int8), stride)
+    return LabelTrack(frames, (np.arange(rows) % 7).astype(np.int8), stride)
 
 
-def tool_track(rows: int, stride: int = 25, first: int = 0, tools: int = 7) -> ToolTrack:
+def tool_track(rows: int, stride: int = 25, first: int = 0, tools: int = 7) -> LabelTrack:
     frames = first + stride * np.arange(rows, dtype=np.int64)
-    return ToolTrack(frames, (np.arange(rows * tools).reshape(rows, tools) % 2).astype(np.int8), stride)
+    return LabelTrack(frames, (np.arange(rows * tools).reshape(rows, tools) % 2).astype(np.int8), stride)
 
 
 # ---------------------------------------------------------------------------------------------- rows to frames
 
 
 def slow_labels(
-    frames: list[int], phase: PhaseTrack | None, tools: ToolTrack | None, between_rows: str, tool_count: int
+    frames: list[int], phase: LabelTrack | None, tools: LabelTrack | None, between_rows: str, tool_count: int
 ) -> tuple[list[int], list[list[int]]]:
     """The rules in words: a row holds until the next, for a stride at most; a tool row may label its frame alone."""
 
-    def row_at(frame: int, track: PhaseTrack | ToolTrack, hold: bool) -> int | None:
+    def row_at(frame: int, track: LabelTrack, hold: bool) -> int | None:
         before = [row for row, start in enumerate(track.frame_index.tolist()) if start <= frame]
         start = int(track.frame_index[before[-1]]) if before else frame + 1
         return before[-1] if start == frame or (hold and start < frame < start + track.stride) else None
@@ -47,18 +47,16 @@ def slow_labels(
     phase_labels, tool_labels = [], []
     for frame in frames:
         row = None if phase is None else row_at(frame, phase, hold=True)
-        phase_labels.append(-1 if phase is None or row is None else int(phase.phase[row]))
+        phase_labels.append(-1 if phase is None or row is None else int(phase.labels[row]))
         row = None if tools is None else row_at(frame, tools, hold=between_rows == "hold")
-        tool_labels.append([-1] * tool_count if tools is None or row is None else tools.tools[row].tolist())
+        tool_labels.append([-1] * tool_count if tools is None or row is None else tools.labels[row].tolist())
     return phase_labels, tool_labels
 
 
-def with_gaps(track: PhaseTrack | ToolTrack, lost: set[int]) -> PhaseTrack | ToolTrack:
+def with_gaps(track: LabelTrack, lost: set[int]) -> LabelTrack:
     """The track without some of its rows, but for the first."""
     kept = [row for row in range(len(track.frame_index)) if row == 0 or row not in lost]
-    if isinstance(track, PhaseTrack):
-        return PhaseTrack(track.frame_index[kept], track.phase[kept], track.stride)
-    return ToolTrack(track.frame_index[kept], track.tools[kept], track.stride)
+    return LabelTrack(track.frame_index[kept], track.labels[kept], track.stride)
 
 
 GAPS = st.sets(st.integers(1, 30), max_size=12)
@@ -76,7 +74,7 @@ GAPS = st.sets(st.integers(1, 30), max_size=12)
     between_rows=st.sampled_from(["mask", "hold"]),
 )
 def test_labels_are_what_the_obvious_restatement_gives(
-    phase: PhaseTrack | None, tools: ToolTrack | None, frames: list[int], between_rows: str
+    phase: LabelTrack | None, tools: LabelTrack | None, frames: list[int], between_rows: str
 ) -> None:
     phase_labels, tool_labels = sample_labels(frames, phase, tools, between_rows, 4)
     assert phase_labels.dtype == tool_labels.dtype == np.int8
@@ -107,14 +105,14 @@ def test_real_labels_at_one_fps_are_the_published_ones(shared_data: Path) -> Non
 
 
 def fit(
-    phase: PhaseTrack | None,
-    tools: ToolTrack | None,
+    phase: LabelTrack | None,
+    tools: LabelTrack | None,
     frame_count: int,
     fps: float = 25.0,
     described: float = 25.0,
     stride: int = 1,
     **data: Any,
-) -> tuple[PhaseTrack | None, ToolTrack | None, tuple[str, ...]]:
+) -> tuple[LabelTrack | None, LabelTrack | None, tuple[str, ...]]:
     """The lists read, placed and fitted as `index` does it."""
     extent = Extent("video01.mp4", frame_count, fps, described, stride)
     lists = [(path, track) for path, track in ((PHASES, phase), (TOOLS, tools)) if track is not None]
@@ -127,12 +125,12 @@ def fit(
     return fitted_phase, fitted_tools, (*notes, *fit_notes)
 
 
-def reading(track: PhaseTrack | ToolTrack, frame_count: int, fps: float, described: float, **data: Any) -> RowNumbering:
+def reading(track: LabelTrack, frame_count: int, fps: float, described: float, **data: Any) -> RowNumbering:
     extent = Extent("video01.mp4", frame_count, fps, described, stride=int(data.pop("stride", 1)))
     return infer_numberings([(PHASES, track)], extent, DataConfig(**data))[0]
 
 
-def asked(track: PhaseTrack | ToolTrack, frame_count: int, fps: float, described: float, **data: Any) -> str:
+def asked(track: LabelTrack, frame_count: int, fps: float, described: float, **data: Any) -> str:
     with pytest.raises(UserError) as caught:
         reading(track, frame_count, fps, described, **data)
     assert len(str(caught.value).splitlines()) == 1
@@ -200,7 +198,7 @@ def test_one_tool_row_beyond_the_video_allows_a_second_of_phase_rows() -> None:
     ],
 )
 def test_labels_beyond_the_video_are_refused_naming_the_first_row_outside(
-    phase: PhaseTrack | None, tools: ToolTrack | None, frame_count: int, file: Path, row: str
+    phase: LabelTrack | None, tools: LabelTrack | None, frame_count: int, file: Path, row: str
 ) -> None:
     with pytest.raises(UserError) as caught:
         fit(phase, tools, frame_count)
@@ -301,7 +299,7 @@ def test_the_lists_of_a_video_may_count_different_things() -> None:
         (phase_track(250, first=100), 350, RowNumbering(None, 0)),
     ],
 )
-def test_rows_may_be_numbered_from_one(track: PhaseTrack, frame_count: int, wanted: RowNumbering) -> None:
+def test_rows_may_be_numbered_from_one(track: LabelTrack, frame_count: int, wanted: RowNumbering) -> None:
     assert reading(track, frame_count, 25, 25) == wanted
     extent = Extent("video01.mp4", frame_count, 25, 25)
     placed = wanted.place(PHASES, track, extent)
@@ -354,11 +352,11 @@ def test_rows_at_any_rate_label_the_frames_on_screen_at_their_times(
         on_screen = [row for row, start_s in enumerate(starts_s) if shown_s[0] <= start_s < shown_s[1] - 1e-6]
         before = [row for row, start_s in enumerate(starts_s) if start_s < shown_s[0]]
         if on_screen:
-            assert labels[frame] == track.phase[on_screen[0]]
+            assert labels[frame] == track.labels[on_screen[0]]
         elif before and constant:
             held = shown_s[0] < starts_s[before[-1]] + stride / row_fps - 1 / fps
             gone = shown_s[0] > starts_s[before[-1]] + stride / row_fps + 1 / fps
-            assert labels[frame] == track.phase[before[-1]] or not held
+            assert labels[frame] == track.labels[before[-1]] or not held
             assert labels[frame] == -1 or not gone
         elif not before:
             assert labels[frame] == -1
@@ -369,13 +367,13 @@ def test_rows_in_seconds_label_the_frames_sampled_at_1_fps_at_any_rate() -> None
         phase, tools, notes = fit(phase_track(100), tool_track(100, 1), frame_count, fps)
         sampled = np.floor(np.arange(100) * fps + 1e-6).astype(int)
         phase_labels, tool_labels = sample_labels(sampled, phase, tools, "mask", 7)
-        assert phase_labels.tolist() == phase_track(100).phase.tolist()
-        assert tool_labels.tolist() == tool_track(100, 1).tools.tolist()
+        assert phase_labels.tolist() == phase_track(100).labels.tolist()
+        assert tool_labels.tolist() == tool_track(100, 1).labels.tolist()
         assert notes[:2] == tuple(f"{path.name}: rows are numbered at 1 fps" for path in (PHASES, TOOLS))
 
 
 def test_numbers_beyond_any_video_are_refused_at_any_rate() -> None:
-    track = PhaseTrack(np.array([0, 1, 10**15 - 1]), np.zeros(3, dtype=np.int8), 1)
+    track = LabelTrack(np.array([0, 1, 10**15 - 1]), np.zeros(3, dtype=np.int8), 1)
     for row_fps in ("auto", "source", 0.001, 1, 10_000):
         with pytest.raises(UserError, match="beyond the 350 frames"):
             fit(track, None, 350, row_fps=row_fps)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from configs.errors import UserError
-from features.dataset.annotations import ToolTrack
+from features.dataset.annotations import LabelTrack
 from features.dataset.index import VideoEntry
 from features.dataset.labels import sample_labels
 from features.dataset.layouts import FolderLayout
@@ -147,7 +147,7 @@ def test_a_folder_of_samples_is_sampled_from_its_first_image() -> None:
 def test_tool_rows_label_the_sample_next_to_them() -> None:
     frames = sampled_frames(entry(2000, 30000 / 1001), 1.0)
     rows = np.arange(0, 2000, 30)
-    tools = ToolTrack(rows, np.ones((len(rows), 2), np.int8), 30)
+    tools = LabelTrack(rows, np.ones((len(rows), 2), np.int8), 30)
     _, labels = sample_labels(frames, None, tools, "mask", 2)
     assert (labels == 1).all()
     _, sparse = sample_labels(sampled_frames(entry(2000, 30000 / 1001), 5.0), None, tools, "mask", 2)

@@ -22,7 +22,7 @@ from stage1_cnn.train import train_cnn
 from stage2_temporal.joint import train as joint_train
 from stage2_temporal.joint.evaluate import evaluate_joint
 from stage2_temporal.joint.net import joint_checkpoint, load_joint
-from stage2_temporal.joint.predict import embed_crops, labelled_videos, predict_videos
+from stage2_temporal.joint.predict import embed_crops, predict_videos
 from stage2_temporal.joint.train import Start, initial_net, train_joint
 from stage2_temporal.new_videos import pair_of_stages
 from stage2_temporal.predict import load_temporal, predict_phases
@@ -87,9 +87,8 @@ def test_before_the_first_update_it_is_stage_one_followed_by_stage_two(
 ) -> None:
     index, config = stages.index(), stages.config
     net = initial_net(config, index, Start(cnn=stages.run, temporal=stages.run)).eval()
-    videos = labelled_videos(config, index, stages.root, index.videos)
     found = predict_videos(
-        net, config, videos, stages.root, index, inference=inference, frames=4, check_stop=lambda: None
+        net, config, index.videos, stages.root, index, inference=inference, frames=4, check_stop=lambda: None
     )
     folder = extract(config, stages.run, index, stages.root, stop=StopRequest()).folder  # float32 features
     features = load_feature_set(folder, [entry.id for entry in index.videos])
