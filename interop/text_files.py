@@ -21,7 +21,7 @@ from configs.load import load_dataset
 from configs.schema import Config, DataSetSpec
 from engine.files import inside, make_folder, write_text
 from engine.progress import say
-from evaluation.files.predictions import TOOLS_ALONE, read_prediction_csv, read_tool_csv
+from evaluation.files.predictions import TOOLS_ALONE, read_prediction_csv
 from evaluation.metrics.tools import logit, sigmoid
 from features.dataset.catalogue import open_dataset
 from features.dataset.index import Index, VideoEntry
@@ -68,22 +68,21 @@ def export_run(
     """
     spec = load_dataset(config.data.dataset)
     folder = inside(run / "evaluate", split)
-    files = [_csv_files(folder / "predictions"), _csv_files(folder / TOOLS_ALONE)]
-    if not any(files):
+    files = [*_csv_files(folder / "predictions"), *_csv_files(folder / TOOLS_ALONE)]
+    if not files:
         raise UserError(f"{folder}: no predictions; run `evaluate` first, or choose another evaluation with --split")
     texts: dict[str, str] = {}
     bare = 0
-    for file in files[0]:
-        prediction = read_prediction_csv(file, spec)
+    for file in files:
+        phases = file.parent.name != TOOLS_ALONE
+        prediction = read_prediction_csv(file, spec, phases)
         frames = _annotation_frames(prediction.time_s, spec)
-        texts[f"{file.stem}-phase.txt"] = phase_text(frames, [spec.phases[phase] for phase in prediction.phase])
+        if phases:
+            texts[f"{file.stem}-phase.txt"] = phase_text(frames, [spec.phases[phase] for phase in prediction.phase])
         if prediction.tool_probabilities is None:
             bare += 1
         else:
             texts[f"{file.stem}-tool.txt"] = _tools(frames, prediction.tool_probabilities, probabilities)
-    for file in files[1]:
-        time_s, tools = read_tool_csv(file, spec)
-        texts[f"{file.stem}-tool.txt"] = _tools(_annotation_frames(time_s, spec), tools, probabilities)
     if probabilities and not any(name.endswith("-tool.txt") for name in texts):
         raise UserError(f"--probabilities: there are no tools in {folder}; omit this option")
     written = _write_texts(out or run / "export" / split, texts, replace)

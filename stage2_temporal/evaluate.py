@@ -18,7 +18,7 @@ from engine.files import make_folder, read_json_object, sha256_file, sha256_json
 from engine.progress import say
 from engine.runs import ABSENT, RESULT_FILE, StageIdentity, require_same_classes, update_summary
 from engine.stopping import StopRequest
-from evaluation.files.predictions import TOOLS_ALONE, write_prediction_csv, write_tool_csv
+from evaluation.files.predictions import TOOLS_ALONE, write_prediction_csv
 from evaluation.files.truth import TRUTH_FILE, Truth, VideoTruth, is_simulated, write_truth
 from evaluation.metrics import plugin_names
 from evaluation.metrics.conventions import MAIN_CONVENTION
@@ -330,12 +330,7 @@ def score_and_write(
     )
     make_folder(out)
     write_truth(out / TRUTH_FILE, truth.record())
-    if "temporal" in probabilities:
-        _write_predictions(out, truth, probabilities["temporal"], predicted, tool_logits)
-    else:  # a tool-only net
-        for name, logits in tool_logits.items():
-            video, path = truth.videos[name], out / TOOLS_ALONE / f"{file_stem(name)}.csv"
-            write_tool_csv(path, video.frame_index, video.time_s, sigmoid(logits), spec)
+    _write_predictions(out, truth, probabilities.get("temporal", {}), predicted, tool_logits)
     write_json(out / METRICS_FILE, evaluation.to_json())
     return evaluation
 
@@ -410,19 +405,21 @@ def _write_predictions(
     predicted: Mapping[str, Mapping[str, NDArray[np.int8]]],
     tool_logits: Mapping[str, NDArray[np.float32]],
 ) -> None:
-    """Predictions of `temporal` as CSV, and ribbons of it and of `frame`."""
+    """Predictions of `temporal` as CSV, and ribbons of it and of `frame`; of a net for tools alone, CSV files only."""
     spec = truth.index.dataset
-    make_folder(out / "predictions")
-    for name, video in truth.videos.items():
+    phases = predicted.get("temporal", {})
+    for name in truth.videos if phases else tool_logits:
         write_prediction_csv(
-            out / "predictions" / f"{file_stem(name)}.csv",
-            video.frame_index,
-            video.time_s,
-            predicted["temporal"][name],
-            probabilities[name],
+            out / ("predictions" if phases else TOOLS_ALONE) / f"{file_stem(name)}.csv",
+            truth.videos[name].frame_index,
+            truth.videos[name].time_s,
+            phases.get(name),
+            probabilities.get(name),
             sigmoid(tool_logits[name]) if name in tool_logits else None,
             spec,
         )
+    if not phases:
+        return
     heads = [head for head in ("temporal", "frame") if head in predicted]
     drawn = [(name, v.phase, {head: predicted[head][name] for head in heads}) for name, v in truth.videos.items()]
     title = f"{spec.title or spec.name}, split {truth.split}: truth and predictions"

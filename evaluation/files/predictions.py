@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,17 +28,10 @@ _FRAME_LIMIT = 2**53  # beyond it a frame number would not survive the float col
 _ROUNDING = 1e-5  # by how much a computed probability may lie outside 0 to 1
 
 
-class ToolScores(NamedTuple):
-    """One video's tools over time: `time_s` (T,), `probabilities` (T, K)."""
-
-    time_s: NDArray[np.float64]
-    probabilities: NDArray[np.float32]
-
-
 @dataclass(frozen=True)
 class PredictionFile:
     """One video's prediction: `frame_index`, `time_s`, `phase` (T,); `probabilities` (T, C); `tool_probabilities`
-    (T, K), None if the model has no tool branch."""
+    (T, K), None if the model has no tool branch. Of a net for tools alone, `phase` is -1 and C is 0."""
 
     frame_index: NDArray[np.int64]
     time_s: NDArray[np.float64]
@@ -47,76 +40,31 @@ class PredictionFile:
     tool_probabilities: NDArray[np.float32] | None
 
 
-def prediction_columns(spec: DataSetSpec, tools: bool) -> list[str]:
-    """The header of a prediction file."""
-    names = [*spec.phases, *(spec.tools if tools else ())]
-    return ["frame", "time_s", "phase", "phase_name", *(f"p_{name}" for name in names)]
+def prediction_columns(spec: DataSetSpec, tools: bool, phases: bool = True) -> list[str]:
+    """The header of a prediction file; without `phases`, of a net for tools alone."""
+    names = [*(spec.phases if phases else ()), *(spec.tools if tools else ())]
+    return ["frame", "time_s", *(["phase", "phase_name"] if phases else []), *(f"p_{name}" for name in names)]
 
 
 def write_prediction_csv(
     path: Path,
     frame_index: NDArray[Any],
     time_s: NDArray[Any],
-    phase: NDArray[Any],
-    probabilities: NDArray[Any],
+    phase: NDArray[Any] | None,
+    probabilities: NDArray[Any] | None,
     tool_probabilities: NDArray[Any] | None,
     spec: DataSetSpec,
 ) -> None:
     """Write one video's prediction atomically: (T,), (T,), (T,), (T, C), and (T, K) or None.
 
-    `time_s` is rounded to the millisecond. Raises UserError if the disk is full, the folder cannot be written or a
-    value is not a probability (NaN included).
+    `phase` and `probabilities` are None for a net for tools alone. `time_s` is rounded to the millisecond. Raises
+    UserError if the disk is full, the folder cannot be written or a value is not a probability (NaN included).
     """
-    columns = np.asarray(probabilities, dtype=np.float32)
-    if tool_probabilities is not None:
-        columns = np.concatenate([columns, np.asarray(tool_probabilities, dtype=np.float32)], axis=1)
-    header = prediction_columns(spec, tool_probabilities is not None)
-    labels = [[int(label), spec.phases[int(label)]] for label in phase]
-    _write_csv(path, header, frame_index, time_s, labels, columns)
-
-
-def tool_columns(spec: DataSetSpec) -> list[str]:
-    """The header of a tool-only net's prediction file."""
-    return ["frame", "time_s", *(f"p_{name}" for name in spec.tools)]
-
-
-def write_tool_csv(
-    path: Path, frame_index: NDArray[Any], time_s: NDArray[Any], tool_probabilities: NDArray[Any], spec: DataSetSpec
-) -> None:
-    """Write one video's prediction of a tool-only net: (T,), (T,), (T, K). Raises UserError as for phases."""
-    columns = np.asarray(tool_probabilities, dtype=np.float32)
-    _write_csv(path, tool_columns(spec), frame_index, time_s, [[] for _ in columns], columns)
-
-
-def read_tool_csv(path: Path, spec: DataSetSpec) -> ToolScores:
-    """Read a prediction file of a tool-only net. Raises UserError naming the file and what is wrong in it."""
-    rows = _rows(path)
-    header = tool_columns(spec)
-    if rows[0] != header:
-        raise UserError(f"{path}: row 1 is not {','.join(header)}; evaluate it with the data set it was made for")
-    numbers = np.empty((len(rows) - 1, len(header)))
-    for number, row in enumerate(rows[1:], start=2):
-        try:
-            numbers[number - 2] = [float(cell) for cell in row]
-        except ValueError as error:
-            raise UserError(f"{path}: row {number} is not {len(header)} numbers; write it again") from error
-    values = numbers[:, 2:]
-    if not (np.isfinite(numbers).all() and ((values >= -_ROUNDING) & (values <= 1 + _ROUNDING)).all()):
-        raise UserError(f"{path}: a probability lies outside 0 to 1")
-    return ToolScores(numbers[:, 1].copy(), values.astype(np.float32))
-
-
-def _write_csv(
-    path: Path,
-    header: Sequence[str],
-    frame_index: NDArray[Any],
-    time_s: NDArray[Any],
-    labels: Sequence[Sequence[Any]],
-    columns: NDArray[np.float32],
-) -> None:
-    """Rows of frame, time, labels and probabilities (T, C + K), written atomically."""
-    frames = len(frame_index)
-    named = sum(name.startswith("p_") for name in header)
+    given = [np.asarray(values, np.float32) for values in (probabilities, tool_probabilities) if values is not None]
+    columns = np.concatenate(given, axis=1)  # (T, C + K)
+    header = prediction_columns(spec, tool_probabilities is not None, phase is not None)
+    labels = [[] for _ in columns] if phase is None else [[int(label), spec.phases[int(label)]] for label in phase]
+    frames, named = len(frame_index), sum(name.startswith("p_") for name in header)
     if not (len(time_s) == len(labels) == frames and columns.shape == (frames, named)):
         raise ValueError(f"shapes do not agree: {frames} frames, probabilities {columns.shape}")
     if not ((columns >= -_ROUNDING) & (columns <= 1 + _ROUNDING)).all():  # NaN fails it too
@@ -130,21 +78,24 @@ def _write_csv(
     write_text(path, buffer.getvalue())
 
 
-def read_prediction_csv(path: Path, spec: DataSetSpec) -> PredictionFile:
-    """Read a prediction file of this data set. Raises UserError naming file and row for anything not as written."""
+def read_prediction_csv(path: Path, spec: DataSetSpec, phases: bool = True) -> PredictionFile:
+    """Read a prediction file of this data set; without `phases`, one of a net for tools alone.
+
+    Raises UserError naming file and row for anything not as written.
+    """
     rows = _rows(path)
-    tools = _has_tools(path, rows, spec)
-    width = len(prediction_columns(spec, tools))
-    numbers = np.empty((len(rows) - 1, width - 1))
+    tools = _has_tools(path, rows[0], spec, phases)
+    width = len(rows[0])
+    numbers = np.empty((len(rows) - 1, width - 1 if phases else width + 1))
     for number, row in enumerate(rows[1:], start=2):
-        numbers[number - 2] = _numbers(f"{path}: row {number}", row, width, spec)
+        numbers[number - 2] = _numbers(f"{path}: row {number}", row, width, spec, phases)
     frame_index = numbers[:, 0].astype(np.int64)
     if (late := np.flatnonzero(np.diff(frame_index) <= 0)).size:
         raise UserError(f"{path}: row {int(late[0]) + 3}: frame numbers must rise; sort the rows and drop repeats")
     outside = ~((numbers[:, 3:] >= -_ROUNDING) & (numbers[:, 3:] <= 1.0 + _ROUNDING)).all(axis=1)  # NaN is outside too
     if outside.any():
         raise UserError(f"{path}: row {int(outside.argmax()) + 2}: a probability lies outside 0 to 1")
-    values, classes = numbers[:, 3:].astype(np.float32), len(spec.phases)
+    values, classes = numbers[:, 3:].astype(np.float32), len(spec.phases) if phases else 0
     return PredictionFile(
         frame_index=frame_index,
         time_s=numbers[:, 1].copy(),
@@ -170,13 +121,12 @@ def _rows(path: Path) -> list[list[str]]:
     return rows
 
 
-def _has_tools(path: Path, rows: Sequence[list[str]], spec: DataSetSpec) -> bool:
-    """Whether the header has the tool columns. Raises UserError if it is neither of the two possible headers."""
-    header = rows[0]
-    for tools in (True, False):
-        if header == prediction_columns(spec, tools):
+def _has_tools(path: Path, header: Sequence[str], spec: DataSetSpec, phases: bool) -> bool:
+    """Whether the header has the tool columns. Raises UserError if it is none of the possible headers."""
+    for tools in (True, False) if phases else (True,):
+        if header == prediction_columns(spec, tools, phases):
             return tools and bool(spec.tools)
-    expected = prediction_columns(spec, tools=len(header) != 4 + len(spec.phases))
+    expected = prediction_columns(spec, not phases or len(header) != 4 + len(spec.phases), phases)
     for column, (found, wanted) in enumerate(zip(header, expected, strict=False), start=1):
         if found != wanted:
             raise UserError(
@@ -189,20 +139,20 @@ def _has_tools(path: Path, rows: Sequence[list[str]], spec: DataSetSpec) -> bool
     )
 
 
-def _numbers(where: str, row: Sequence[str], width: int, spec: DataSetSpec) -> list[float]:
-    """The row without its phase name, checked."""
+def _numbers(where: str, row: Sequence[str], width: int, spec: DataSetSpec, phases: bool) -> list[float]:
+    """Frame, time, phase (-1 without `phases`) and probabilities of a row, checked."""
     if len(row) != width:
         raise UserError(f"{where}: {len(row)} columns instead of {width}; the file is damaged, write it again")
     try:
-        frame, phase = int(row[0]), int(row[2])
-        time_s, *probabilities = map(float, (row[1], *row[4:]))
+        frame, phase = int(row[0]), int(row[2]) if phases else -1
+        time_s, *probabilities = map(float, (row[1], *row[4 if phases else 2 :]))
     except ValueError as error:
         raise UserError(f"{where}: {error}; every column but phase_name is a number") from error
     if not (0 <= frame < _FRAME_LIMIT and math.isfinite(time_s) and time_s >= 0):
         raise UserError(f"{where}: frame {row[0]} at {row[1]} s is not a position in a video; write the file again")
-    if not 0 <= phase < len(spec.phases):
+    if phases and not 0 <= phase < len(spec.phases):
         raise UserError(f"{where}: phase {phase}; data set {spec.name} has ids 0 to {len(spec.phases) - 1}")
-    if row[3] != spec.phases[phase]:
+    if phases and row[3] != spec.phases[phase]:
         raise UserError(
             f"{where}: phase {phase} is called {row[3]!r} where data set {spec.name} has {spec.phases[phase]!r}; "
             "the file was written with another order of phases"

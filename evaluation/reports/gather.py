@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from configs.errors import UserError
 from configs.load import flatten, read_yaml
 from engine.files import read_json_object
 from engine.logs import METRICS_LOG, read_metrics
-from evaluation.files.predictions import TOOLS_ALONE, PredictionFile, ToolScores, read_prediction_csv, read_tool_csv
+from evaluation.files.predictions import TOOLS_ALONE, PredictionFile, read_prediction_csv
 from evaluation.files.truth import TRUTH_FILE, Truth, is_simulated, read_truth
 from evaluation.metrics.conventions import MAIN_CONVENTION
 from evaluation.metrics.results import METRICS_FILE, ByConvention, Evaluation, Interval, read_evaluation
@@ -32,6 +32,13 @@ from features.runs import runs
 EVALUATE_FOLDER = "evaluate"
 HEAD = "temporal"  # the head whose predictions are in files
 TRUTH_NAME = "truth"
+
+
+class ToolScores(NamedTuple):
+    """One video's tools over time: `time_s` (T,), `probabilities` (T, K)."""
+
+    time_s: NDArray[np.float64]
+    probabilities: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -189,19 +196,15 @@ def _gather_run(folder: Path, name: str, split: str) -> RunResults:
     truth = read_truth(evaluated / TRUTH_FILE)
     files = {video: evaluated / "predictions" / f"{file_stem(video)}.csv" for video in truth.videos}
     has_phases = HEAD in evaluation.phases or any(path.exists() for path in files.values())
-    predictions = {v: read_prediction_csv(path, truth.spec) for v, path in files.items()} if has_phases else {}
-    tool_scores = {
-        video: ToolScores(found.time_s, found.tool_probabilities)
-        for video, found in predictions.items()
-        if found.tool_probabilities is not None
-    } or _tools_alone(evaluated, truth)
-    rows = {video: len(scores.time_s) for video, scores in tool_scores.items()}
-    rows |= {video: len(found.time_s) for video, found in predictions.items()}
-    for video, count in rows.items():
-        if count != len(truth.videos[video].phase):
+    if not has_phases:
+        alone = evaluated / TOOLS_ALONE
+        files = {video: alone / path.name for video, path in files.items()} if alone.is_dir() else {}
+    predictions = {video: read_prediction_csv(path, truth.spec, has_phases) for video, path in files.items()}
+    for video, found in predictions.items():
+        if len(found.phase) != len(truth.videos[video].phase):
             raise UserError(
-                f"{evaluated}: {video} has {count} predictions, but another number of labels in {TRUTH_FILE}; "
-                "run evaluate again"
+                f"{evaluated}: {video} has {len(found.phase)} predictions, but another number of labels in "
+                f"{TRUTH_FILE}; run evaluate again"
             )
     stage = _stage_of(folder, evaluation)
     environment = stage / "environment.json" if stage else None
@@ -212,8 +215,12 @@ def _gather_run(folder: Path, name: str, split: str) -> RunResults:
         name=name,
         evaluation=evaluation,
         truth=truth,
-        predictions=predictions,
-        tool_scores=tool_scores,
+        predictions=predictions if has_phases else {},
+        tool_scores={
+            video: ToolScores(found.time_s, found.tool_probabilities)
+            for video, found in predictions.items()
+            if found.tool_probabilities is not None
+        },
         summary=_read_if_there(folder / "summary.json"),
         settings=without_training(settings) if imported else settings,
         environment=_read_if_there(environment) if environment and not imported else {},
@@ -234,13 +241,6 @@ def _evaluation(folder: Path, evaluated: Path, split: str) -> Evaluation:
         raise UserError(f"{evaluated}: evaluated without {TRUTH_FILE}; run `{command}` with the run's --config again")
     return read_evaluation(path, f"run `{command}` with the run's --config again")
 
-
-def _tools_alone(evaluated: Path, truth: Truth) -> dict[str, ToolScores]:
-    """The predictions of a net without a phase branch; empty if there are no such files."""
-    folder = evaluated / TOOLS_ALONE
-    if not folder.is_dir():
-        return {}
-    return {video: read_tool_csv(folder / f"{file_stem(video)}.csv", truth.spec) for video in truth.videos}
 
 
 def _stage_of(folder: Path, evaluation: Evaluation) -> Path | None:

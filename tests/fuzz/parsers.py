@@ -246,16 +246,19 @@ def _prediction_seeds() -> list[bytes]:
 
 
 def _read_tool_prediction(path: Path) -> object:
-    from evaluation.files.predictions import read_tool_csv
+    from evaluation.files.predictions import read_prediction_csv
 
-    return read_tool_csv(path, SPEC)
+    return read_prediction_csv(path, SPEC, phases=False)
 
 
 def _tool_prediction_seeds() -> list[bytes]:
-    from evaluation.files.predictions import write_tool_csv
+    from evaluation.files.predictions import write_prediction_csv
 
-    values = np.full((20, 7), 0.25, np.float32)
-    return [_written(lambda path: write_tool_csv(path, np.arange(20) * 25, np.arange(20), values, SPEC))]
+    def write(path: Path) -> None:
+        values = np.full((20, 7), 0.25, np.float32)
+        write_prediction_csv(path, np.arange(20) * 25, np.arange(20), None, None, values, SPEC)
+
+    return [_written(write)]
 
 
 def _read_truth(path: Path) -> object:

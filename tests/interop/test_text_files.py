@@ -15,7 +15,7 @@ import torch
 from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import Config, DataConfig
-from evaluation.files.predictions import TOOLS_ALONE, read_tool_csv, write_prediction_csv, write_tool_csv
+from evaluation.files.predictions import TOOLS_ALONE, read_prediction_csv, write_prediction_csv
 from evaluation.metrics.tools import logit, sigmoid
 from features.dataset.catalogue import index_dataset
 from interop.pickled_index import index_from_pickles
@@ -119,8 +119,8 @@ def test_a_tool_only_net_gives_tool_files_only(tmp_path: Path) -> None:
     values = np.random.default_rng(0).random((5, 7)).astype(np.float32)
     for name in ("video09", "video10"):
         path = tmp_path / f"run/evaluate/test/{TOOLS_ALONE}/{name}.csv"
-        write_tool_csv(path, np.arange(5) * 25, np.arange(5.0), values, SPEC)
-        assert np.array_equal(read_tool_csv(path, SPEC)[1], values)
+        write_prediction_csv(path, np.arange(5) * 25, np.arange(5.0), None, None, values, SPEC)
+        assert np.array_equal(read_prediction_csv(path, SPEC, phases=False).tool_probabilities, values)
     written = export_run(Config(), tmp_path / "run", None, probabilities=True)
     assert [path.name for path in written] == ["video09-tool.txt", "video10-tool.txt"]
     assert written[0].read_text().splitlines()[1] == "0\t" + "".join(f"{cell}\t" for cell in values[0].astype(str))
@@ -129,9 +129,9 @@ def test_a_tool_only_net_gives_tool_files_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda text: text.replace("p_Hook", "p_Hock"), "row 1 is not frame,time_s,p_Grasper"),
-        (lambda text: text.replace("25,1.000", "25,1.000,0.5"), "row 3 is not 9 numbers"),
-        (lambda text: text.replace("25,1.000", "25,x"), "row 3 is not 9 numbers"),
+        (lambda text: text.replace("p_Hook", "p_Hock"), "row 1: column 5 is 'p_Hock'"),
+        (lambda text: text.replace("25,1.000", "25,1.000,0.5"), "row 3: 10 columns instead of 9"),
+        (lambda text: text.replace("25,1.000", "25,x"), "row 3: could not convert string to float: 'x'"),
         (lambda text: text.replace("0.5", "1.5"), "outside 0 to 1"),
         (lambda text: text.replace("0.5", "nan"), "outside 0 to 1"),
         (lambda text: text[:-1], "cut off"),
@@ -139,9 +139,9 @@ def test_a_tool_only_net_gives_tool_files_only(tmp_path: Path) -> None:
 )
 def test_damaged_tool_predictions(tmp_path: Path, change: Callable[[str], str], expected: str) -> None:
     path = tmp_path / "a.csv"
-    write_tool_csv(path, np.arange(3) * 25, np.arange(3.0), np.full((3, 7), 0.5), SPEC)
+    write_prediction_csv(path, np.arange(3) * 25, np.arange(3.0), None, None, np.full((3, 7), 0.5), SPEC)
     path.write_text(change(path.read_text()))
-    assert expected in refusal(lambda: read_tool_csv(path, SPEC))
+    assert expected in refusal(lambda: read_prediction_csv(path, SPEC, phases=False))
 
 
 # ---------------------------------------------------------------------------------------------- of pickles
