@@ -242,7 +242,6 @@ def _evaluation(folder: Path, evaluated: Path, split: str) -> Evaluation:
     return read_evaluation(path, f"run `{command}` with the run's --config again")
 
 
-
 def _stage_of(folder: Path, evaluation: Evaluation) -> Path | None:
     """The folder in which the evaluated net was trained: its joint step, else stage two, else the last one started."""
     if evaluation.joint and evaluation.joint.checkpoint:
