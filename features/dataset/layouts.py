@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterable, Iterator
+from itertools import groupby, pairwise
 from typing import Literal
 
 import numpy as np
@@ -70,6 +70,19 @@ class RecordLayout(Strict):
     total_frames: int = Field(ge=0)
     phase_order: tuple[str, ...]
     labels: str = Field(pattern=rf"^{_RUN}( {_RUN})*$")
+
+    @classmethod
+    def of_rows(
+        cls,
+        frame_base: Literal[0, 1],
+        total_frames: int,
+        phase_order: tuple[str, ...],
+        rows: Iterable[tuple[int, tuple[int, ...]]],
+    ) -> RecordLayout:
+        """The layout of a file whose frames have these `rows`: each the phase and the tools that are present."""
+        runs = ((len(list(run)), *row) for row, run in groupby(rows))
+        labels = " ".join(f"{frames}x{phase}:{','.join(map(str, tools)) or '-'}" for frames, phase, tools in runs)
+        return cls(frame_base=frame_base, total_frames=total_frames, phase_order=phase_order, labels=labels)
 
     @property
     def frame_count(self) -> int:

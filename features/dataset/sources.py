@@ -13,7 +13,7 @@ from configs.schema import DataSetSpec
 from engine.files import inside, sha256_ends, sha256_file
 from features.dataset.frame_folders import FolderScan
 from features.dataset.layouts import FolderLayout, RecordLayout
-from features.dataset.tfrecord import FPS, record_layout, scan_records
+from features.dataset.tfrecord import FPS, scan_records
 from features.video.scan import probe_video
 from features.video.times import FrameTimes
 
@@ -47,7 +47,7 @@ def record_facts(
 ) -> SourceFacts:
     """A TFRecord file's facts, its labels included. Every byte is read and checked: raises UserError for damage."""
     path = inside(root, relative)
-    layout = record_layout(scan_records(path, video_id, spec), order)
+    layout = scan_records(path, video_id, spec, order)
     return SourceFacts(*_file_state(path, full_hash), FPS, layout.frame_count, records=layout)
 
 

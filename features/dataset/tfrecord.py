@@ -168,39 +168,37 @@ def _one_value(features: Any, key: str, kind: Literal["bytes_list", "int64_list"
     return values[0]
 
 
+# tensorflow/core/example/{example,feature}.proto, as a descriptor
+_EXAMPLE = """
+name: "surgstage/example.proto" package: "tensorflow" syntax: "proto3"
+message_type { name: "BytesList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
+message_type { name: "FloatList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_FLOAT } }
+message_type { name: "Int64List" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
+message_type { name: "Feature" oneof_decl { name: "kind" }
+  field { name: "bytes_list" number: 1 type: TYPE_MESSAGE type_name: ".tensorflow.BytesList" oneof_index: 0 }
+  field { name: "float_list" number: 2 type: TYPE_MESSAGE type_name: ".tensorflow.FloatList" oneof_index: 0 }
+  field { name: "int64_list" number: 3 type: TYPE_MESSAGE type_name: ".tensorflow.Int64List" oneof_index: 0 } }
+message_type { name: "Features"
+  field { name: "feature" number: 1 type: TYPE_MESSAGE label: LABEL_REPEATED
+    type_name: ".tensorflow.Features.FeatureEntry" }
+  nested_type { name: "FeatureEntry" options { map_entry: true }
+    field { name: "key" number: 1 type: TYPE_STRING }
+    field { name: "value" number: 2 type: TYPE_MESSAGE type_name: ".tensorflow.Feature" } } }
+message_type { name: "Example"
+  field { name: "features" number: 1 type: TYPE_MESSAGE type_name: ".tensorflow.Features" } }
+"""
+
+
 @functools.cache
 def example_class() -> Any:
     """The message class of `tf.train.Example` (TensorFlow, `core/example/example.proto` and `feature.proto`).
 
     It is built in a descriptor pool of its own, so that it does not collide with a TensorFlow in the same process.
     """
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-
-    kinds = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(name="surgstage/example.proto", package="tensorflow", syntax="proto3")
-
-    def add(message: Any, name: str, number: int, kind: int, of: str = "", **more: Any) -> None:
-        target = {"type_name": f".tensorflow.{of}"} if of else {}
-        label = kinds.LABEL_REPEATED if more.pop("repeated", False) else kinds.LABEL_OPTIONAL
-        message.field.add(name=name, number=number, type=kind, label=label, **target, **more)
-
-    lists = {"BytesList": kinds.TYPE_BYTES, "FloatList": kinds.TYPE_FLOAT, "Int64List": kinds.TYPE_INT64}
-    for name, kind in lists.items():
-        add(file.message_type.add(name=name), "value", 1, kind, repeated=True)
-    feature = file.message_type.add(name="Feature")
-    feature.oneof_decl.add(name="kind")
-    for number, name in enumerate(lists, start=1):
-        add(feature, f"{name[:-4].lower()}_list", number, kinds.TYPE_MESSAGE, name, oneof_index=0)
-    features = file.message_type.add(name="Features")
-    entry = features.nested_type.add(name="FeatureEntry")
-    entry.options.map_entry = True
-    add(entry, "key", 1, kinds.TYPE_STRING)
-    add(entry, "value", 2, kinds.TYPE_MESSAGE, "Feature")
-    add(features, "feature", 1, kinds.TYPE_MESSAGE, "Features.FeatureEntry", repeated=True)
-    add(file.message_type.add(name="Example"), "features", 1, kinds.TYPE_MESSAGE, "Features")
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
+    pool.Add(text_format.Parse(_EXAMPLE, descriptor_pb2.FileDescriptorProto()))
     descriptor = pool.FindMessageTypeByName("tensorflow.Example")
     get_class = getattr(message_factory, "GetMessageClass", None)  # since protobuf 4.22
     return get_class(descriptor) if get_class else message_factory.MessageFactory(pool).GetPrototype(descriptor)
@@ -209,25 +207,15 @@ def example_class() -> Any:
 # ---------------------------------------------------------------------------------------------- one file
 
 
-@dataclass(frozen=True, eq=False)
-class RecordScan:
-    """A whole file, read and checked: `phase` (T,) int64 in the file's numbers, `tools` (T, K) int8."""
-
-    video_id: str
-    frame_base: Literal[0, 1]
-    total_frames: int
-    phase: NDArray[np.int64]
-    tools: NDArray[np.int8]
-
-
-def scan_records(path: Path, video_id: str, spec: DataSetSpec) -> RecordScan:
+def scan_records(path: Path, video_id: str, spec: DataSetSpec, phase_order: tuple[str, ...]) -> RecordLayout:
     """Read a file once, one record in memory: every checksum, key and number is checked, no image is decoded.
 
-    `video_id` is the id in the file's name. Raises ReaderError naming the record for damage, records of another video,
-    frames that are missing, repeated or out of order, and labels that the data set lacks.
+    `video_id` is the id in the file's name, `phase_order` names the file's phase numbers. Raises ReaderError naming the
+    record for damage, records of another video, frames that are missing, repeated or out of order, and labels that the
+    data set lacks.
     """
     first: FrameRecord | None = None
-    phase, tools = [], []
+    rows = []
     with _open(path) as stream:
         for number, span in enumerate(record_spans(stream, path)):
             place = f"{path}: record {number}"
@@ -235,16 +223,14 @@ def scan_records(path: Path, video_id: str, spec: DataSetSpec) -> RecordScan:
             first = first or record
             if problem := _problem(record, first, number, video_id) or _label_problem(record, spec):
                 raise ReaderError(f"{place}{problem}")
-            phase.append(record.phase)
-            tools.append(record.instruments)
+            rows.append((record.phase, tuple(tool for tool, present in enumerate(record.instruments) if present)))
     if first is None:
         raise ReaderError(f"{path}: holds no record; {_REMEDY}")
     base: Literal[0, 1] = 1 if first.frame_id else 0
     # TF-Cholec80's own loader takes total_frames as the last frame_id, one less than the count with frames from 0.
-    if first.total_frames not in {len(phase), len(phase) - 1 + base}:
-        raise ReaderError(f"{path}: holds {len(phase)} records where total_frames says {first.total_frames}; {_REMEDY}")
-    labels = np.array(phase, dtype=np.int64), np.array(tools, dtype=np.int8).reshape(len(phase), len(spec.tools))
-    return RecordScan(first.video_id, base, first.total_frames, *labels)
+    if first.total_frames not in {len(rows), len(rows) - 1 + base}:
+        raise ReaderError(f"{path}: holds {len(rows)} records where total_frames says {first.total_frames}; {_REMEDY}")
+    return RecordLayout.of_rows(base, first.total_frames, phase_order, rows)
 
 
 def _problem(record: FrameRecord, first: FrameRecord, number: int, video_id: str) -> str | None:
@@ -284,16 +270,6 @@ def _same_video(recorded: str, video_id: str) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------- in the index
-
-
-def record_layout(scan: RecordScan, phase_order: tuple[str, ...]) -> RecordLayout:
-    """What the index records of a scanned file; `phase_order` names its phase numbers."""
-    rows = [(phase, *np.flatnonzero(tools).tolist()) for phase, tools in zip(scan.phase, scan.tools, strict=True)]
-    runs = ((len(list(run)), row) for row, run in itertools.groupby(rows))
-    text = " ".join(f"{frames}x{row[0]}:{','.join(map(str, row[1:])) or '-'}" for frames, row in runs)
-    return RecordLayout(
-        frame_base=scan.frame_base, total_frames=scan.total_frames, phase_order=phase_order, labels=text
-    )
 
 
 def require_one_numbering(layouts: Sequence[tuple[str, RecordLayout]]) -> None:

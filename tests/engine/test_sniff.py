@@ -93,7 +93,7 @@ def test_a_refused_tfrecord_file_is_recognised(tmp_path: Path, name: str) -> Non
     path = tmp_path / "video01.tfrecord"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        scan_records(path, "video01", SPEC)
+        scan_records(path, "video01", SPEC, SPEC.phases)
     assert str(caught.value).startswith(f"{path}: is {called}")
 
 

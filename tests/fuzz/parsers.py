@@ -398,10 +398,9 @@ def mend_png(content: bytes) -> bytes:
 
 
 def _read_records(path: Path) -> object:
-    from features.dataset.tfrecord import TfrecordReader, record_layout, scan_records
+    from features.dataset.tfrecord import TfrecordReader, scan_records
 
-    scan = scan_records(path, "video01", SPEC)
-    layout = record_layout(scan, SPEC.phases)
+    layout = scan_records(path, "video01", SPEC, SPEC.phases)
     layout.tracks(SPEC)
     with TfrecordReader(path, layout) as reader:
         return list(reader.read(range(reader.frame_count)))

@@ -91,7 +91,7 @@ def test_real_annotations_read_as_the_strict_reader_does(shared_data):
     for path in sorted((shared_data / "clips/phase_annotations").iterdir()):
         strict = read_phase_file(path, CHOLEC80)
         found = read(path)
-        assert np.array_equal(found.phase, strict.phase)
+        assert np.array_equal(found.phase, strict.labels)
         assert np.array_equal(found.frame, strict.frame_index)
         assert not found.numbered
 

@@ -31,7 +31,7 @@ from features.dataset.labels import load_labels
 from features.dataset.layouts import RecordLayout
 from features.dataset.sampling import sampled_frames
 from features.dataset.summary import count_frames, index_summary
-from features.dataset.tfrecord import FrameRecord, TfrecordReader, parse_record, record_layout, scan_records
+from features.dataset.tfrecord import FrameRecord, TfrecordReader, parse_record, scan_records
 from features.frames.source import open_source
 from features.store import read_attributes, read_features
 from features.video.base import ReaderError
@@ -100,8 +100,12 @@ def refusal(call: Callable[[], object]) -> str:
     return str(caught.value)
 
 
+def scan(path: Path) -> RecordLayout:
+    return scan_records(path, "video01", SPEC, SPEC.phase_orders["mtrcnet"])
+
+
 def scan_refusal(path: Path) -> str:
-    text = refusal(lambda: scan_records(path, "video01", SPEC))
+    text = refusal(lambda: scan(path))
     assert text.startswith(str(path))
     return text
 
@@ -206,7 +210,7 @@ def test_a_stray_file_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("recorded", ["video01", "video1", "Video_01", "1", "01", "video 1"])
 def test_a_record_may_spell_the_video_id_differently(tmp_path: Path, recorded: str) -> None:
     path = write(tmp_path / "video01.tfrecord", [example(k, 3, recorded) for k in range(3)])
-    assert scan_records(path, "video01", SPEC).video_id == recorded
+    assert scan(path).frame_count == 3
 
 
 def test_unpacked_numbers_and_additional_keys_are_read(tmp_path: Path) -> None:
@@ -241,8 +245,10 @@ def test_unpacked_numbers_and_additional_keys_are_read(tmp_path: Path) -> None:
 def test_labels_survive_the_index(rows: list[tuple[int, set[int]]]) -> None:
     phase = np.array([phase for phase, _ in rows])
     tools = np.array([[int(tool in present) for tool in range(7)] for _, present in rows], dtype=np.int8)
-    scan = tfrecord.RecordScan("video01", 0, len(rows), phase, tools)
-    layout = RecordLayout.model_validate_json(record_layout(scan, SPEC.phase_orders["mtrcnet"]).model_dump_json())
+    layout = RecordLayout.of_rows(
+        0, len(rows), SPEC.phase_orders["mtrcnet"], [(phase, tuple(sorted(present))) for phase, present in rows]
+    )
+    layout = RecordLayout.model_validate_json(layout.model_dump_json())
     assert (layout.frame_count, layout.problem(SPEC)) == (len(rows), None)
     phase_track, tool_track = layout.tracks(SPEC)
     assert tool_track is not None
@@ -257,20 +263,20 @@ def test_labels_survive_the_index(rows: list[tuple[int, set[int]]]) -> None:
 def test_a_flipped_byte_is_found_wherever_it_is(tmp_path: Path) -> None:
     path = video(tmp_path / "video01.tfrecord", frames=3)
     sound = path.read_bytes()
-    layout = record_layout(scan_records(path, "video01", SPEC), SPEC.phase_orders["mtrcnet"])
+    layout = scan(path)
     for position in range(len(sound)):
         damaged = bytearray(sound)
         damaged[position] ^= 1 << position % 8
         path.write_bytes(damaged)
         with pytest.raises(ReaderError, match=r"video01\.tfrecord"):
-            scan_records(path, "video01", SPEC)
+            scan(path)
         with pytest.raises(ReaderError, match=r"video01\.tfrecord"), TfrecordReader(path, layout) as reader:
             list(reader.read(range(3)))
 
 
 def test_damage_that_no_wanted_frame_needs_is_none(tmp_path: Path) -> None:
     path = video(tmp_path / "video01.tfrecord", frames=3)
-    layout = record_layout(scan_records(path, "video01", SPEC), SPEC.phase_orders["mtrcnet"])
+    layout = scan(path)
     damaged = bytearray(path.read_bytes())
     damaged[-10] ^= 1
     path.write_bytes(damaged)
