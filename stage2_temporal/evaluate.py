@@ -18,7 +18,7 @@ from engine.files import make_folder, read_json_object, sha256_file, sha256_json
 from engine.progress import say
 from engine.runs import ABSENT, RESULT_FILE, StageIdentity, require_same_classes, update_summary
 from engine.stopping import StopRequest
-from evaluation.files.predictions import TOOLS_ALONE, write_prediction_csv
+from evaluation.files.predictions import TOOLS_ALONE, PredictionFile, write_prediction_csv
 from evaluation.files.truth import TRUTH_FILE, Truth, VideoTruth, is_simulated, write_truth
 from evaluation.metrics import plugin_names
 from evaluation.metrics.conventions import MAIN_CONVENTION
@@ -305,7 +305,7 @@ def score_and_write(
         tracks = {name: np.full(len(video.frame_index), majority, np.int8) for name, video in truth.videos.items()}
         predicted["majority"] = tracks
     spec, without = truth.index.dataset, truth.without_labels
-    labels, tools = truth.phases, _tools(truth, tool_logits, thresholds)
+    labels, tools = truth.phases, tool_results(truth, tool_logits, thresholds)
     evaluation = Evaluation(
         split=truth.split,
         fps=truth.fps,
@@ -365,8 +365,8 @@ def _tool_logits(videos: Mapping[str, VideoFeatures]) -> dict[str, NDArray[np.fl
     return {name: logits for name, logits in found.items() if logits.size and np.isfinite(logits).all()}
 
 
-def _tools(
-    truth: GroundTruth, logits: Mapping[str, NDArray[np.float32]], thresholds: Mapping[str, float] | None
+def tool_results(
+    truth: GroundTruth, logits: Mapping[str, NDArray[np.float32]], thresholds: Mapping[str, float] | None = None
 ) -> ToolResults | None:
     """Tool scores at `thresholds`; None if there was no tool head or no labels."""
     labels = {name: truth.videos[name].tools for name in logits}
@@ -377,12 +377,13 @@ def _tools(
     return evaluate_tools(labels, scores, names, threshold=thresholds, split=truth.split, fps=truth.fps)
 
 
-def labelled_scores(
-    labels: Mapping[str, NDArray[np.int8]], logits: Mapping[str, NDArray[np.float32]]
-) -> tuple[dict[str, NDArray[np.int8]], dict[str, NDArray[np.float64]]] | None:
-    """Tool labels (T, K) and probabilities (T, K) of the videos that have both; None if none has."""
-    names = [name for name, tools in labels.items() if name in logits and (tools >= 0).any()]
-    return ({name: labels[name] for name in names}, {name: sigmoid(logits[name]) for name in names}) if names else None
+def validation_thresholds(
+    labels: Mapping[str, NDArray[np.int8]], logits: Mapping[str, NDArray[np.float32]], tools: Sequence[str]
+) -> dict[str, float] | None:
+    """Chosen on the validation videos with tool labels (T, K) and logits (T, K); None if there are none."""
+    names = [name for name, known in labels.items() if name in logits and (known >= 0).any()]
+    scores = {name: sigmoid(logits[name]) for name in names}
+    return choose_thresholds({name: labels[name] for name in names}, scores, tools) if names else None
 
 
 def _thresholds(folder: Path, index: Index) -> Mapping[str, float] | None:
@@ -391,8 +392,8 @@ def _thresholds(folder: Path, index: Index) -> Mapping[str, float] | None:
     if not ids or not all(feature_path(folder, video_id).exists() for video_id in ids):
         return None
     videos = load_feature_set(folder, ids)
-    known = labelled_scores({name: video.tools for name, video in videos.items()}, _tool_logits(videos))
-    return choose_thresholds(*known, index.dataset.tools) if known else None
+    labels = {name: video.tools for name, video in videos.items()}
+    return validation_thresholds(labels, _tool_logits(videos), index.dataset.tools)
 
 
 # ---------------------------------------------------------------------------------------------- what is written
@@ -409,15 +410,15 @@ def _write_predictions(
     spec = truth.index.dataset
     phases = predicted.get("temporal", {})
     for name in truth.videos if phases else tool_logits:
-        write_prediction_csv(
-            out / ("predictions" if phases else TOOLS_ALONE) / f"{file_stem(name)}.csv",
-            truth.videos[name].frame_index,
-            truth.videos[name].time_s,
-            phases.get(name),
-            probabilities.get(name),
-            sigmoid(tool_logits[name]) if name in tool_logits else None,
-            spec,
+        video, path = truth.videos[name], out / ("predictions" if phases else TOOLS_ALONE) / f"{file_stem(name)}.csv"
+        prediction = PredictionFile(
+            video.frame_index,
+            video.time_s,
+            phases.get(name, np.full(len(video.phase), -1, np.int8)),
+            probabilities.get(name, np.zeros((len(video.phase), 0), np.float32)),
+            sigmoid(tool_logits[name]).astype(np.float32) if name in tool_logits else None,
         )
+        write_prediction_csv(path, prediction, spec)
     if not phases:
         return
     heads = [head for head in ("temporal", "frame") if head in predicted]

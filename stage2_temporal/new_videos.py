@@ -25,7 +25,7 @@ from engine.pool import VIDEO_ERRORS, failure_reason
 from engine.progress import progress_bar, say
 from engine.runs import package_version, require_same_classes
 from engine.stopping import StopRequest
-from evaluation.files.predictions import write_prediction_csv
+from evaluation.files.predictions import PredictionFile, write_prediction_csv
 from evaluation.metrics.tools import sigmoid
 from evaluation.reports.overlay import Overlay
 from evaluation.reports.paper_figures import phase_ribbons
@@ -73,15 +73,6 @@ class Recogniser:
         """What a prediction depends on besides the video."""
         clip_frames = self.clip_frames if self.inference == "clip" else None
         return {**self.weights, "inference": self.inference, "clip_frames": clip_frames, "fps": self.config.data.fps}
-
-
-@dataclass(frozen=True)
-class NewPrediction:
-    """One video of T samples: probabilities (T, C), tool probabilities (T, K) or None."""
-
-    frame_index: NDArray[np.int64]
-    phase: NDArray[np.float32]
-    tools: NDArray[np.float32] | None
 
 
 @dataclass
@@ -262,9 +253,8 @@ def _one_video(recogniser: Recogniser, index: Index, root: Path, out: Path, draw
     about = {"source": entry.source, "surgstage": package_version("surgstage"), "made_by": made_by}
     write_json(files["json"], {**about, "complete": False})  # claims the other files if this is interrupted
     prediction = predict_video(recogniser, index, root, stop)
-    phase = prediction.phase.argmax(axis=1).astype(np.int8)
-    time_s = frame_times_s(entry, prediction.frame_index)
-    write_prediction_csv(files["csv"], prediction.frame_index, time_s, phase, prediction.phase, prediction.tools, spec)
+    phase, time_s = prediction.phase, prediction.time_s
+    write_prediction_csv(files["csv"], prediction, spec)
     drawn = [(entry.id, np.full(len(phase), -1, np.int8), {"predicted": phase})]
     title = f"{entry.id}: predicted phases ({spec.title or spec.name})"
     phase_ribbons(files["png"], drawn, recogniser.config.data.fps, spec.phases, title, {entry.id: time_s})
@@ -304,7 +294,7 @@ def _is_done(files: Mapping[str, Path], wanted: Sequence[str], made_by: Mapping[
     return bool(found.get("complete")) and all(files[kind].exists() for kind in wanted)
 
 
-def predict_video(recogniser: Recogniser, index: Index, root: Path, stop: StopRequest) -> NewPrediction:
+def predict_video(recogniser: Recogniser, index: Index, root: Path, stop: StopRequest) -> PredictionFile:
     """Predict the only video of an index, one batch of frames at a time."""
     config, entry = recogniser.config, index.videos[0]
     frame_index = sampled_frames(entry, config.data.fps)
@@ -321,17 +311,25 @@ def predict_video(recogniser: Recogniser, index: Index, root: Path, stop: StopRe
             if logits is not None:
                 tools.append(sigmoid(logits))
             bar.update(len(crops))
-    return NewPrediction(frame_index, np.stack(phases), np.concatenate(tools).astype(np.float32) if tools else None)
+    probabilities = np.stack(phases)  # (T, C)
+    return PredictionFile(
+        frame_index,
+        frame_times_s(entry, frame_index),
+        probabilities.argmax(axis=1).astype(np.int8),
+        probabilities,
+        np.concatenate(tools).astype(np.float32) if tools else None,
+    )
 
 
 def _draw(
-    recogniser: Recogniser, prediction: NewPrediction, index: Index, root: Path, path: Path, stop: StopRequest
+    recogniser: Recogniser, prediction: PredictionFile, index: Index, root: Path, path: Path, stop: StopRequest
 ) -> None:
     """Write every frame of the source with the predictions up to it drawn below."""
     entry, spec = index.videos[0], recogniser.spec
     with open_source(recogniser.config, entry, root, index) as reader:
         shown = entry.image_frames[entry.image_frames >= prediction.frame_index[0]]
         samples = np.searchsorted(prediction.frame_index, shown, side="right") - 1
+        scores = prediction.probabilities, prediction.tool_probabilities
 
         def drawn_frames() -> Iterator[NDArray[np.uint8]]:
             overlay = None
@@ -339,7 +337,7 @@ def _draw(
                 for frame, sample in zip(reader.read(shown.tolist()), samples.tolist(), strict=True):
                     if overlay is None:
                         size = frame.shape[1], frame.shape[0]
-                        overlay = Overlay(*size, prediction.phase, prediction.tools, spec.phases, spec.tools)
+                        overlay = Overlay(*size, *scores, spec.phases, spec.tools)
                     yield overlay.add(frame, sample)
                     bar.update()
 

@@ -13,7 +13,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,26 +45,17 @@ def prediction_columns(spec: DataSetSpec, tools: bool, phases: bool = True) -> l
     return ["frame", "time_s", *(["phase", "phase_name"] if phases else []), *(f"p_{name}" for name in names)]
 
 
-def write_prediction_csv(
-    path: Path,
-    frame_index: NDArray[Any],
-    time_s: NDArray[Any],
-    phase: NDArray[Any] | None,
-    probabilities: NDArray[Any] | None,
-    tool_probabilities: NDArray[Any] | None,
-    spec: DataSetSpec,
-) -> None:
-    """Write one video's prediction atomically: (T,), (T,), (T,), (T, C), and (T, K) or None.
+def write_prediction_csv(path: Path, prediction: PredictionFile, spec: DataSetSpec) -> None:
+    """Write one video's prediction atomically; `time_s` is rounded to the millisecond.
 
-    `phase` and `probabilities` are None for a net for tools alone. `time_s` is rounded to the millisecond. Raises
-    UserError if the disk is full, the folder cannot be written or a value is not a probability (NaN included).
+    Raises UserError if the disk is full, the folder cannot be written or a value is not a probability (NaN included).
     """
-    given = [np.asarray(values, np.float32) for values in (probabilities, tool_probabilities) if values is not None]
-    columns = np.concatenate(given, axis=1)  # (T, C + K)
-    header = prediction_columns(spec, tool_probabilities is not None, phase is not None)
-    labels = [[] for _ in columns] if phase is None else [[int(label), spec.phases[int(label)]] for label in phase]
-    frames, named = len(frame_index), sum(name.startswith("p_") for name in header)
-    if not (len(time_s) == len(labels) == frames and columns.shape == (frames, named)):
+    phases, tools = prediction.probabilities, prediction.tool_probabilities
+    columns = np.concatenate([phases] if tools is None else [phases, tools], axis=1).astype(np.float32)  # (T, C + K)
+    header = prediction_columns(spec, tools is not None, phases.shape[1] > 0)
+    labels = [[int(phase), spec.phases[phase]] if phases.shape[1] else [] for phase in prediction.phase.astype(int)]
+    frames, named = len(prediction.frame_index), sum(name.startswith("p_") for name in header)
+    if not (len(prediction.time_s) == len(labels) == frames and columns.shape == (frames, named)):
         raise ValueError(f"shapes do not agree: {frames} frames, probabilities {columns.shape}")
     if not ((columns >= -_ROUNDING) & (columns <= 1 + _ROUNDING)).all():  # NaN fails it too
         raise UserError(f"{path}: not written: the model gave a probability outside 0 to 1, so it has diverged")
@@ -73,7 +63,7 @@ def write_prediction_csv(
     rows = csv.writer(buffer, lineterminator="\n")
     rows.writerow(header)
     texts = columns.astype(str)  # shortest text that reads back as the same float32
-    for frame, seconds, cells, numbers in zip(frame_index, time_s, labels, texts, strict=True):
+    for frame, seconds, cells, numbers in zip(prediction.frame_index, prediction.time_s, labels, texts, strict=True):
         rows.writerow([int(frame), f"{seconds:.3f}", *cells, *numbers])
     write_text(path, buffer.getvalue())
 

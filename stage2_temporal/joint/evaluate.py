@@ -18,7 +18,6 @@ from engine.progress import say
 from engine.runs import IDENTITY_FILE, RESULT_FILE, require_same_classes, update_summary
 from engine.stopping import StopRequest
 from evaluation.metrics.results import METRICS_FILE, Evaluation, JointDetails, ToolResults
-from evaluation.metrics.tools import choose_thresholds, evaluate_tools
 from evaluation.reports.model_card import write_model_card
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Index, VideoEntry
@@ -27,11 +26,12 @@ from features.frames.preprocess import require_preprocess_of
 from features.frames.source import frames_identity, recorded_faults
 from stage2_temporal.evaluate import (
     GroundTruth,
-    labelled_scores,
     print_evaluation,
     recorded_majority,
     score_and_write,
     summary_of,
+    tool_results,
+    validation_thresholds,
 )
 from stage2_temporal.joint.net import IMPORTED, joint_checkpoint, load_joint
 from stage2_temporal.joint.predict import Prediction, gap_nats, predict_videos
@@ -156,9 +156,9 @@ def _require_compatible(path: Path, about: Mapping[str, Any], index: Index, fps:
 
 
 def _mapped_tools(truth: GroundTruth, found: Mapping[str, Prediction]) -> ToolResults | None:
-    labels = {name: video.tools for name, video in truth.videos.items()}
-    known = labelled_scores(labels, {name: one.mapped for name, one in found.items() if one.mapped is not None})
-    return evaluate_tools(*known, truth.index.dataset.tools, split=truth.split, fps=truth.fps) if known else None
+    mapped = {name: one.mapped for name, one in found.items() if one.mapped is not None}
+    labelled = {name: logits for name, logits in mapped.items() if (truth.videos[name].tools >= 0).any()}
+    return tool_results(truth, labelled)
 
 
 def _thresholds(
@@ -169,5 +169,5 @@ def _thresholds(
     labels = {entry.id: sampled_labels(entry, root, index, data).tools for entry in val}
     labels = {name: tools for name, tools in labels.items() if (tools >= 0).any()}
     found = predict([entry for entry in val if entry.id in labels]) if labels else {}
-    known = labelled_scores(labels, {name: one.tools for name, one in found.items() if one.tools is not None})
-    return choose_thresholds(*known, index.dataset.tools) if known else None
+    logits = {name: one.tools for name, one in found.items() if one.tools is not None}
+    return validation_thresholds(labels, logits, index.dataset.tools)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from configs.errors import UserError
 from configs.load import load_dataset
 from evaluation.external import Reading, evaluate_folder, read_pairs
-from evaluation.files.predictions import write_prediction_csv
+from evaluation.files.predictions import PredictionFile, write_prediction_csv
 from evaluation.metrics.conventions import CONVENTIONS
 from tests.evaluation.in_json import evaluate_phases, score_folder
 
@@ -206,7 +206,9 @@ def test_the_rate_is_given_or_read_and_always_reported(tmp_path):
     for number in (1, 2):
         phase = np.zeros(3, np.int8)
         write_prediction_csv(
-            shown / f"{number}.csv", np.arange(3) * 5, np.arange(3) / 5, phase, np.eye(7)[phase], None, CHOLEC80
+            shown / f"{number}.csv",
+            PredictionFile(np.arange(3) * 5, np.arange(3) / 5, phase, np.eye(7)[phase], None),
+            CHOLEC80,
         )
     truth = folder(tmp_path / "c", **{"1": rows([0] * 3), "2": rows([0] * 3)})
     found = read_pairs(shown, Reading(truth), CHOLEC80)
@@ -326,7 +328,9 @@ def test_predictions_of_a_variable_rate_against_annotations_of_every_frame(tmp_p
     truth = np.repeat([0, 1, 2], [51, 60, 120])
     shown = folder(tmp_path / "p")
     write_prediction_csv(
-        shown / "1.csv", frame, time_s, truth[frame].astype(np.int8), np.eye(7)[truth[frame]], None, CHOLEC80
+        shown / "1.csv",
+        PredictionFile(frame, time_s, truth[frame].astype(np.int8), np.eye(7)[truth[frame]], None),
+        CHOLEC80,
     )
     found = read_pairs(shown, Reading(folder(tmp_path / "t", **{"1": rows(truth)})), CHOLEC80)
     assert found.predicted["video01"].tolist() == [0, 0, 0, 1, 1, 1, 2, -2, 2, 2, 2]

@@ -236,11 +236,13 @@ def _read_prediction(path: Path) -> object:
 
 
 def _prediction_seeds() -> list[bytes]:
-    from evaluation.files.predictions import write_prediction_csv
+    from evaluation.files.predictions import PredictionFile, write_prediction_csv
 
     def write(path: Path) -> None:
         values = np.full((20, 7), 0.25, np.float32)
-        write_prediction_csv(path, np.arange(20) * 25, np.arange(20), np.arange(20) % 7, values, values, SPEC)
+        write_prediction_csv(
+            path, PredictionFile(np.arange(20) * 25, np.arange(20), np.arange(20) % 7, values, values), SPEC
+        )
 
     return [_written(write)]
 
@@ -252,11 +254,13 @@ def _read_tool_prediction(path: Path) -> object:
 
 
 def _tool_prediction_seeds() -> list[bytes]:
-    from evaluation.files.predictions import write_prediction_csv
+    from evaluation.files.predictions import PredictionFile, write_prediction_csv
 
     def write(path: Path) -> None:
         values = np.full((20, 7), 0.25, np.float32)
-        write_prediction_csv(path, np.arange(20) * 25, np.arange(20), None, None, values, SPEC)
+        write_prediction_csv(
+            path, PredictionFile(np.arange(20) * 25, np.arange(20), np.full(20, -1), np.zeros((20, 0)), values), SPEC
+        )
 
     return [_written(write)]
 

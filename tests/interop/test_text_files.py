@@ -15,7 +15,7 @@ import torch
 from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import Config, DataConfig
-from evaluation.files.predictions import TOOLS_ALONE, read_prediction_csv, write_prediction_csv
+from evaluation.files.predictions import TOOLS_ALONE, PredictionFile, read_prediction_csv, write_prediction_csv
 from evaluation.metrics.tools import logit, sigmoid
 from features.dataset.catalogue import index_dataset
 from interop.pickled_index import index_from_pickles
@@ -65,11 +65,7 @@ def run(tmp_path: Path) -> Path:
         tools = None if name == "video03" else rng.random((frames, 7)).astype(np.float32)
         write_prediction_csv(
             tmp_path / f"run/evaluate/test/predictions/{name}.csv",
-            frame_index,
-            frame_index / 30,
-            phases.argmax(axis=1),
-            phases,
-            tools,
+            PredictionFile(frame_index, frame_index / 30, phases.argmax(axis=1), phases, tools),
             SPEC,
         )
     return tmp_path / "run"
@@ -119,7 +115,9 @@ def test_a_tool_only_net_gives_tool_files_only(tmp_path: Path) -> None:
     values = np.random.default_rng(0).random((5, 7)).astype(np.float32)
     for name in ("video09", "video10"):
         path = tmp_path / f"run/evaluate/test/{TOOLS_ALONE}/{name}.csv"
-        write_prediction_csv(path, np.arange(5) * 25, np.arange(5.0), None, None, values, SPEC)
+        write_prediction_csv(
+            path, PredictionFile(np.arange(5) * 25, np.arange(5.0), np.full(5, -1), np.zeros((5, 0)), values), SPEC
+        )
         assert np.array_equal(read_prediction_csv(path, SPEC, phases=False).tool_probabilities, values)
     written = export_run(Config(), tmp_path / "run", None, probabilities=True)
     assert [path.name for path in written] == ["video09-tool.txt", "video10-tool.txt"]
@@ -139,7 +137,11 @@ def test_a_tool_only_net_gives_tool_files_only(tmp_path: Path) -> None:
 )
 def test_damaged_tool_predictions(tmp_path: Path, change: Callable[[str], str], expected: str) -> None:
     path = tmp_path / "a.csv"
-    write_prediction_csv(path, np.arange(3) * 25, np.arange(3.0), None, None, np.full((3, 7), 0.5), SPEC)
+    write_prediction_csv(
+        path,
+        PredictionFile(np.arange(3) * 25, np.arange(3.0), np.full(3, -1), np.zeros((3, 0)), np.full((3, 7), 0.5)),
+        SPEC,
+    )
     path.write_text(change(path.read_text()))
     assert expected in refusal(lambda: read_prediction_csv(path, SPEC, phases=False))
 

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from configs.errors import UserError
 from configs.schema import DataSetSpec
-from evaluation.files.predictions import prediction_columns, read_prediction_csv, write_prediction_csv
+from evaluation.files.predictions import PredictionFile, prediction_columns, read_prediction_csv, write_prediction_csv
 
 PATTERNS = {
     "video": r"v(?P<id>\d+)\.mp4",
@@ -38,7 +38,9 @@ def write(path, spec=SPEC, tools=True, frames=2):
     tool_probabilities = rng.random((frames, len(spec.tools))).astype(np.float32) if tools else None
     frame_index = np.arange(frames) * 25
     write_prediction_csv(
-        path, frame_index, frame_index / 25, probabilities.argmax(1), probabilities, tool_probabilities, spec
+        path,
+        PredictionFile(frame_index, frame_index / 25, probabilities.argmax(1), probabilities, tool_probabilities),
+        spec,
     )
     return probabilities, tool_probabilities
 
@@ -47,11 +49,13 @@ def test_exact_text(tmp_path):
     path = tmp_path / "new" / "video01.csv"
     write_prediction_csv(
         path,
-        np.array([0, 25]),
-        np.array([0.0, 1.0]),
-        np.array([0, 1], dtype=np.int8),
-        np.array([[0.9, 0.1], [0.0001, 0.9999]]),
-        np.array([[0.25], [1.0]]),
+        PredictionFile(
+            np.array([0, 25]),
+            np.array([0.0, 1.0]),
+            np.array([0, 1], dtype=np.int8),
+            np.array([[0.9, 0.1], [0.0001, 0.9999]]),
+            np.array([[0.25], [1.0]]),
+        ),
         SPEC,
     )
     assert path.read_bytes() == TEXT.encode()
@@ -75,7 +79,9 @@ def test_round_trip_is_exact(tmp_path_factory, data):
     probabilities = data.draw(hnp.arrays(np.float32, (frames, 3), elements=unit))
     tool_probabilities = data.draw(hnp.arrays(np.float32, (frames, 2), elements=unit)) if tools else None
     folder = tmp_path_factory.mktemp("csv")
-    write_prediction_csv(folder / "a.csv", frame_index, time_s, phase, probabilities, tool_probabilities, spec)
+    write_prediction_csv(
+        folder / "a.csv", PredictionFile(frame_index, time_s, phase, probabilities, tool_probabilities), spec
+    )
     read = read_prediction_csv(folder / "a.csv", spec)
     np.testing.assert_array_equal(read.frame_index, frame_index)
     np.testing.assert_array_equal(read.time_s, time_s)
@@ -86,7 +92,9 @@ def test_round_trip_is_exact(tmp_path_factory, data):
     else:
         assert read.tool_probabilities is None
     write_prediction_csv(
-        folder / "b.csv", read.frame_index, read.time_s, read.phase, read.probabilities, read.tool_probabilities, spec
+        folder / "b.csv",
+        PredictionFile(read.frame_index, read.time_s, read.phase, read.probabilities, read.tool_probabilities),
+        spec,
     )
     assert (folder / "a.csv").read_bytes() == (folder / "b.csv").read_bytes()
 
@@ -151,7 +159,7 @@ def test_model_that_has_diverged_writes_nothing_and_rounding_is_forgiven(tmp_pat
     def attempt(value: float) -> None:
         probabilities = np.array([[value, 0.0]], dtype=np.float32)
         write_prediction_csv(
-            tmp_path / "v.csv", np.array([0]), np.array([0.0]), np.array([0]), probabilities, None, SPEC
+            tmp_path / "v.csv", PredictionFile(np.array([0]), np.array([0.0]), np.array([0]), probabilities, None), SPEC
         )
 
     for value in (np.nan, np.inf, 1.01, -0.5):
@@ -166,7 +174,9 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
     path = tmp_path / "v.csv"
     path.write_text("old")
     with pytest.raises(ValueError, match="shapes do not agree"):
-        write_prediction_csv(path, np.arange(2), np.arange(3), np.zeros(2), np.zeros((2, 2)), np.zeros((2, 1)), SPEC)
+        write_prediction_csv(
+            path, PredictionFile(np.arange(2), np.arange(3), np.zeros(2), np.zeros((2, 2)), np.zeros((2, 1))), SPEC
+        )
 
     def full(*_):
         raise OSError(28, "No space left on device")

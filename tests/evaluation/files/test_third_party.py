@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from configs.errors import UserError
 from configs.load import load_dataset
-from evaluation.files.predictions import write_prediction_csv
+from evaluation.files.predictions import PredictionFile, write_prediction_csv
 from evaluation.files.third_party import find_phase_files, read_foreign_phases
 from features.dataset.annotations import read_phase_file
 from features.dataset.phase_order import parse_phase_order
@@ -99,7 +99,9 @@ def test_real_annotations_read_as_the_strict_reader_does(shared_data):
 def test_our_prediction_files_determine_the_rate_and_ignore_the_order(tmp_path):
     path = tmp_path / "video07.csv"
     phase = np.array([0, 4, 6], np.int8)
-    write_prediction_csv(path, np.arange(3) * 25, np.arange(3) / 2, phase, np.eye(7)[phase], None, CHOLEC80)
+    write_prediction_csv(
+        path, PredictionFile(np.arange(3) * 25, np.arange(3) / 2, phase, np.eye(7)[phase], None), CHOLEC80
+    )
     found = read(path)
     assert found.phase.tolist() == [0, 4, 6]
     assert found.fps == pytest.approx(2)
@@ -153,7 +155,9 @@ def test_frames_of_a_variable_rate_are_rows_of_their_own(tmp_path):
     )  # a pause of five seconds before 75, then a lost row before 175
     time_s = np.array([0, 1.01, 1.98, 2.99, 8, 9, 10, 12])
     path = tmp_path / "video41.csv"
-    write_prediction_csv(path, frame, time_s, np.zeros(8, np.int8), np.eye(7)[np.zeros(8, int)], None, CHOLEC80)
+    write_prediction_csv(
+        path, PredictionFile(frame, time_s, np.zeros(8, np.int8), np.eye(7)[np.zeros(8, int)], None), CHOLEC80
+    )
     found = read(path)
     assert found.phase.tolist() == [0] * 7 + [-1, 0]
     assert found.frame.tolist() == [*frame[:7], 150.5, 175]
