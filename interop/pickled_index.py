@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,7 @@ from features.dataset.annotations import (
     LabelTrack,
     read_phase_file,
     read_tool_file,
-    write_phase_file,
-    write_tool_file,
+    write_label_file,
 )
 from features.dataset.build import build_index
 from features.dataset.catalogue import data_root, keep_index, open_dataset
@@ -49,11 +48,8 @@ PROTOCOL = 2  # the newest pickle protocol of Python 2, which the original progr
 # ---------------------------------------------------------------------------------------------- pickles to an index
 
 
-class _Labels(NamedTuple):
-    """The labels of a pickled video as tracks on the timeline of its source below the root."""
-
-    phase: LabelTrack
-    tools: LabelTrack | None
+_Labels = dict[str, LabelTrack]  # `phase` and perhaps `tool` of a pickled video, on the timeline of its source
+_READERS = {"phase": read_phase_file, "tool": read_tool_file}
 
 
 def index_from_pickles(
@@ -136,9 +132,9 @@ def _check_video(
         stride = layout.stride
         _require_images(root, found, video, frames, stride, spec, data)
     phase = ids_of_order(order, spec.phases)[video.phase].astype(np.int8)
-    labels = _Labels(
-        LabelTrack(frames, phase, stride), None if video.tools is None else LabelTrack(frames, video.tools, stride)
-    )
+    labels = {"phase": LabelTrack(frames, phase, stride)}
+    if video.tools is not None:
+        labels["tool"] = LabelTrack(frames, video.tools, stride)
     _require_agreement(root, found, video, labels, spec)
     return labels
 
@@ -204,16 +200,16 @@ def _require_images(
 
 def _require_agreement(root: Path, found: FoundVideo, video: PickledVideo, labels: _Labels, spec: DataSetSpec) -> None:
     """Raise UserError if an annotation file below the root disagrees with the pickle."""
-    frames, tool_file = labels.phase.frame_index, found.tool if labels.tools is not None else None
-    phase_track = read_phase_file(inside(root, found.phase), spec) if found.phase else None
-    tool_track = read_tool_file(inside(root, tool_file), spec) if tool_file else None
-    phase, tools = sample_labels(frames, phase_track, tool_track, "mask", len(spec.tools))
-    differing = {found.phase: phase != labels.phase.labels}
-    if labels.tools is not None:
-        differing[tool_file] = (tools != labels.tools.labels).any(axis=1)
-    for name, rows in differing.items():
-        if name is not None and rows.any():
-            row = int(rows.argmax())
+    frames = labels["phase"].frame_index
+    files = {role: name for role in labels if (name := getattr(found, role))}
+    tracks = {role: _READERS[role](inside(root, name), spec) for role, name in files.items()}
+    sampled = sample_labels(frames, tracks.get("phase"), tracks.get("tool"), "mask", len(spec.tools))
+    for role, here in zip(("phase", "tool"), sampled, strict=True):
+        if role not in files:
+            continue
+        rows = (here != labels[role].labels).reshape(len(frames), -1).any(axis=1)
+        if rows.any():
+            row, name = int(rows.argmax()), files[role]
             raise UserError(
                 f"{video.where}, row {row + 1}: differs from {root / name} at frame {frames[row]} ({rows.sum()} of "
                 f"{len(frames)} rows do); check --phase-order, or move the annotation file out of the data root"
@@ -225,27 +221,26 @@ def _written_labels(
     root: Path, folder: Path, found: Mapping[str, FoundVideo], labels: Mapping[str, _Labels], spec: DataSetSpec
 ) -> Iterator[None]:
     """Write annotation files for the videos without any below the root; deleted again if the body raises."""
-    phases = {_label_file(folder, i, "phase", spec): one.phase for i, one in labels.items() if found[i].phase is None}
-    tools = {
-        _label_file(folder, i, "tool", spec): one.tools
-        for i, one in labels.items()
-        if found[i].tool is None and one.tools is not None
+    files = {
+        _label_file(folder, video_id, role, spec): track
+        for video_id, tracks in labels.items()
+        for role, track in tracks.items()
+        if getattr(found[video_id], role) is None
     }
-    if not phases and not tools:
+    if not files:
         say(f"annotation files below {root} agree with the pickles and are used")
         yield
         return
     _require_folder(root, folder)
     existed = folder.exists()
     try:
-        for path, phase in phases.items():
-            write_phase_file(path, phase, spec)
-        for path, tool in tools.items():
-            write_tool_file(path, tool, spec)
-        say(f"{folder}: {len(phases)} phase and {len(tools)} tool annotation files written")
+        for path, track in files.items():
+            write_label_file(path, track, spec)
+        phases = sum(track.labels.ndim == 1 for track in files.values())
+        say(f"{folder}: {phases} phase and {len(files) - phases} tool annotation files written")
         yield
     except BaseException:
-        for path in (*phases, *tools):
+        for path in files:
             path.unlink(missing_ok=True)
         if not existed and folder.exists():
             folder.rmdir()

@@ -11,7 +11,7 @@ of a line. Everything else is an error that names file, row (the first row below
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -245,18 +245,13 @@ def shown_cell(cell: str) -> str:
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def write_phase_file(path: Path, track: LabelTrack, spec: DataSetSpec) -> None:
-    """Write phases in Cholec80's format: tab-separated, a header, LF, a newline at the end."""
-    names = (spec.phases[phase] if phase >= 0 else NO_LABEL[0] for phase in track.labels.tolist())
-    _write_rows(path, ("Frame", "Phase"), track.frame_index, ([name] for name in names))
-
-
-def write_tool_file(path: Path, track: LabelTrack, spec: DataSetSpec) -> None:
-    """Write tools in Cholec80's format: tab-separated, a header, LF, a newline at the end."""
-    _write_rows(path, ("Frame", *spec.tools), track.frame_index, (map(str, row) for row in track.labels.tolist()))
-
-
-def _write_rows(path: Path, header: Iterable[str], frames: NDArray[np.int64], rows: Iterable[Iterable[str]]) -> None:
+def write_label_file(path: Path, track: LabelTrack, spec: DataSetSpec) -> None:
+    """Write phases or tools in Cholec80's format: tab-separated, a header, LF, a newline at the end."""
+    if track.labels.ndim == 1:
+        header = ["Frame", "Phase"]
+        rows = [[spec.phases[phase] if phase >= 0 else NO_LABEL[0]] for phase in track.labels.tolist()]
+    else:
+        header, rows = ["Frame", *spec.tools], track.labels.astype(str).tolist()
     lines = ["\t".join(header)]
-    lines += ["\t".join((str(frame), *cells)) for frame, cells in zip(frames.tolist(), rows, strict=True)]
+    lines += ["\t".join((str(frame), *cells)) for frame, cells in zip(track.frame_index.tolist(), rows, strict=True)]
     write_text(path, "\n".join(lines) + "\n")

@@ -35,8 +35,7 @@ from features.dataset.annotations import (
     LabelTrack,
     read_phase_file,
     read_tool_file,
-    write_phase_file,
-    write_tool_file,
+    write_label_file,
 )
 from features.simulation.procedure import check_spec, draw_operation, frame_seconds, load_table
 from features.simulation.scene import Scene
@@ -243,8 +242,8 @@ class _Writer:
 
     def __call__(self, job: _Video, advance: Advance) -> None:
         content, settings = self._draw(job.number), self.settings
-        write_phase_file(content.phase_file, content.phases, settings.spec)
-        write_tool_file(content.tool_file, content.tool_rows, settings.spec)
+        write_label_file(content.phase_file, content.phases, settings.spec)
+        write_label_file(content.tool_file, content.tool_rows, settings.spec)
         size_px = settings.width_px, settings.height_px
         scene = Scene(content.rng, content.phases.labels, content.tools, settings.spec, settings.fps, size_px)
         path = content.video_file

@@ -16,7 +16,7 @@ import pytest
 from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import Config, DataConfig, SplitConfig
-from features.dataset.annotations import LabelTrack, write_phase_file, write_tool_file
+from features.dataset.annotations import LabelTrack, write_label_file
 from features.dataset.catalogue import index_dataset, open_dataset
 from features.dataset.check import check_index
 from features.dataset.index import Index
@@ -276,9 +276,9 @@ def test_index_to_pickle_to_index_is_the_same(tmp_path: Path, layout: str) -> No
         make_images(root, number, rows)
         phase, tools = labels_of(number, rows)
         dense = np.repeat(np.array(phase, np.int8), 25)
-        write_phase_file(root / f"p/video{number:02d}-phase.txt", LabelTrack(np.arange(len(dense)), dense, 1), SPEC)
+        write_label_file(root / f"p/video{number:02d}-phase.txt", LabelTrack(np.arange(len(dense)), dense, 1), SPEC)
         track = LabelTrack(np.arange(rows) * 25, np.array(tools, np.int8), 25)
-        write_tool_file(root / f"t/video{number:02d}-tool.txt", track, SPEC)
+        write_label_file(root / f"t/video{number:02d}-tool.txt", track, SPEC)
     config = config_of(root, split={"rule": "2/1/1"})
     index = index_dataset(config)
     out = tmp_path / "out.pkl"

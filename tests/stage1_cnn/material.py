@@ -21,7 +21,7 @@ from configs.schema import (
     SplitConfig,
 )
 from engine.stopping import StopRequest
-from features.dataset.annotations import LabelTrack, write_phase_file, write_tool_file
+from features.dataset.annotations import LabelTrack, write_label_file
 from features.dataset.build import build_index
 from features.dataset.index import Index
 from tests.videos import VideoSpec, write_video
@@ -66,11 +66,11 @@ def write_labels(root: Path, number: int, tools: bool = True, phases: bool = Tru
     if tools:
         index = np.arange(0, FRAMES, STRIDE)
         rows = np.array([tools_at(frame) for frame in index], dtype=np.int8)
-        write_tool_file(root / f"video{number:02d}-tool.txt", LabelTrack(index, rows, STRIDE), SPEC)
+        write_label_file(root / f"video{number:02d}-tool.txt", LabelTrack(index, rows, STRIDE), SPEC)
     if phases:
         index = np.arange(FRAMES)
         rows = np.array([phase_at(frame) for frame in index], dtype=np.int8)
-        write_phase_file(root / f"video{number:02d}-phase.txt", LabelTrack(index, rows, 1), SPEC)
+        write_label_file(root / f"video{number:02d}-phase.txt", LabelTrack(index, rows, 1), SPEC)
 
 
 def write_dataset(root: Path, count: int = 4) -> Path:

@@ -20,8 +20,7 @@ from features.dataset.annotations import (
     parse_tools,
     read_phase_file,
     read_tool_file,
-    write_phase_file,
-    write_tool_file,
+    write_label_file,
 )
 
 SPEC = load_dataset("cholec80")
@@ -53,7 +52,7 @@ def test_phases_survive_writing_and_reading(
     first = 0 if late == 0 else late * stride + 1
     track = LabelTrack(first + stride * np.arange(len(phase)), np.array(phase, dtype=np.int8), stride)
     path = tmp_path_factory.mktemp("round") / "video01-phase.txt"
-    write_phase_file(path, track, SPEC)
+    write_label_file(path, track, SPEC)
     back = read_phase_file(path, SPEC)
     assert back.frame_index.tolist() == track.frame_index.tolist()
     assert back.frame_index.dtype == np.int64
@@ -74,7 +73,7 @@ def test_tools_survive_writing_and_are_found_by_name(
     path = tmp_path_factory.mktemp("round") / "video01-tool.txt"
     track = LabelTrack(stride * np.arange(len(rows)), np.array(rows, dtype=np.int8), stride)
     shuffled = SPEC.model_copy(update={"tools": tuple(SPEC.tools[i] for i in order)})
-    write_tool_file(path, LabelTrack(track.frame_index, track.labels[:, order], stride), shuffled)
+    write_label_file(path, LabelTrack(track.frame_index, track.labels[:, order], stride), shuffled)
     back = read_tool_file(path, SPEC)
     assert back.labels.tolist() == rows
     assert back.labels.dtype == np.int8
@@ -82,9 +81,9 @@ def test_tools_survive_writing_and_are_found_by_name(
 
 
 def test_files_are_written_as_cholec80_has_them(tmp_path: Path) -> None:
-    write_phase_file(tmp_path / "p.txt", LabelTrack(np.array([0, 1]), np.array([0, 6]), 1), SPEC)
+    write_label_file(tmp_path / "p.txt", LabelTrack(np.array([0, 1]), np.array([0, 6]), 1), SPEC)
     assert (tmp_path / "p.txt").read_bytes() == b"Frame\tPhase\n0\tPreparation\n1\tGallbladderRetraction\n"
-    write_tool_file(tmp_path / "t.txt", LabelTrack(np.array([0, 25]), np.eye(2, 7, dtype=np.int8), 25), SPEC)
+    write_label_file(tmp_path / "t.txt", LabelTrack(np.array([0, 25]), np.eye(2, 7, dtype=np.int8), 25), SPEC)
     rows = b"0\t1\t0\t0\t0\t0\t0\t0\n25\t0\t1\t0\t0\t0\t0\t0\n"
     assert (tmp_path / "t.txt").read_bytes() == TOOL_HEADER.encode() + b"\n" + rows
 
@@ -96,12 +95,12 @@ def test_real_files_are_rewritten_to_the_byte(shared_data: Path, tmp_path: Path,
     for path in phase_files:
         track = read_phase_file(path, SPEC)
         assert track.stride == 1
-        write_phase_file(tmp_path / path.name, track, SPEC)
+        write_label_file(tmp_path / path.name, track, SPEC)
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
     for path in sorted((shared_data / part / "tool_annotations").iterdir()):
         tool_track = read_tool_file(path, SPEC)
         assert tool_track.stride == 25
-        write_tool_file(tmp_path / path.name, tool_track, SPEC)
+        write_label_file(tmp_path / path.name, tool_track, SPEC)
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
@@ -190,7 +189,7 @@ def test_tool_names_are_known_however_they_are_spelled() -> None:
 def test_minus_one_and_an_empty_cell_are_no_label(text: str, tmp_path: Path) -> None:
     track = phases(text)
     assert track.labels.tolist() == [0, -1, -1]
-    write_phase_file(tmp_path / "video01-phase.txt", track, SPEC)
+    write_label_file(tmp_path / "video01-phase.txt", track, SPEC)
     assert read_phase_file(tmp_path / "video01-phase.txt", SPEC).labels.tolist() == [0, -1, -1]
 
 

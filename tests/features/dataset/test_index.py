@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from configs.errors import UserError
 from configs.load import load_config, load_dataset
 from configs.schema import DataConfig, DataSetSpec, SplitConfig
-from features.dataset.annotations import LabelTrack, read_content, write_phase_file, write_tool_file
+from features.dataset.annotations import LabelTrack, read_content, write_label_file
 from features.dataset.build import build_index
 from features.dataset.catalogue import open_dataset
 from features.dataset.check import check_index
@@ -55,7 +55,7 @@ def write_video(path: Path, frames: int, fps: float = 25) -> Path:
 def write_phases(path: Path, rows: int, stride: int = 1, spec: DataSetSpec = SPEC) -> LabelTrack:
     phase = np.arange(rows) * len(spec.phases) // rows
     track = LabelTrack(np.arange(rows) * stride, phase.astype(np.int8), stride)
-    write_phase_file(path, track, spec)
+    write_label_file(path, track, spec)
     return track
 
 
@@ -63,7 +63,7 @@ def write_tools(path: Path, rows: int, stride: int = 25) -> LabelTrack:
     track = LabelTrack(
         np.arange(rows) * stride, (np.arange(rows * 7).reshape(rows, 7) % 3 == 0).astype(np.int8), stride
     )
-    write_tool_file(path, track, SPEC)
+    write_label_file(path, track, SPEC)
     return track
 
 
@@ -481,7 +481,7 @@ def test_rows_that_begin_with_the_number_of_a_folders_first_image_begin_with_it(
     numbers = list(range(50, 50 + 40 * step, step))
     root = folder_data_set(tmp_path, numbers, rows=40)
     track = LabelTrack(np.array(numbers), (np.arange(40) * 7 // 40).astype(np.int8), step)
-    write_phase_file(root / "phase_annotations/video01-phase.txt", track, SPEC)
+    write_label_file(root / "phase_annotations/video01-phase.txt", track, SPEC)
     index = index_of(root, frame_base="first", folder_fps=1 if step == 1 else None)
     assert index.to_json()["videos"][0]["phase_file"]["row_base"] == 50
     phase, _ = load_labels(index.videos[0], root, index, sampled_frames(index.videos[0], 1))

@@ -23,7 +23,7 @@ from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import Config, DataConfig
 from features.dataset import tfrecord
-from features.dataset.annotations import LabelTrack, write_phase_file, write_tool_file
+from features.dataset.annotations import LabelTrack, write_label_file
 from features.dataset.build import build_index
 from features.dataset.check import check_index
 from features.dataset.index import Index
@@ -439,7 +439,7 @@ def test_two_sources_or_two_sets_of_labels_are_refused(tmp_path: Path) -> None:
     video(tmp_path / "b/video1.tfrecords")
     assert "two TFRecord files for one video" in refusal(lambda: index_of(tmp_path))
     (tmp_path / "b/video1.tfrecords").unlink()
-    write_phase_file(tmp_path / "video01-phase.txt", LabelTrack(np.arange(3), np.zeros(3, dtype=np.int8), 1), SPEC)
+    write_label_file(tmp_path / "video01-phase.txt", LabelTrack(np.arange(3), np.zeros(3, dtype=np.int8), 1), SPEC)
     assert "both hold labels of video01" in refusal(lambda: index_of(tmp_path))
 
 
@@ -493,8 +493,8 @@ def two_editions(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert min(phase.min(), tools.min()) == 0
         seen |= set(phase.tolist())
         rows = np.arange(len(frames)) * 25
-        write_phase_file(folder / f"png/{entry.id}-phase.txt", LabelTrack(rows, phase, 25), SPEC)
-        write_tool_file(folder / f"png/{entry.id}-tool.txt", LabelTrack(rows, tools, 25), SPEC)
+        write_label_file(folder / f"png/{entry.id}-phase.txt", LabelTrack(rows, phase, 25), SPEC)
+        write_label_file(folder / f"png/{entry.id}-tool.txt", LabelTrack(rows, tools, 25), SPEC)
         (folder / "png" / entry.id).mkdir()
         examples = []
         with open_source(Config(), entry, folder / "videos", index) as reader:
