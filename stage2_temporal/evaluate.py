@@ -406,7 +406,7 @@ def _write_predictions(
     predicted: Mapping[str, Mapping[str, NDArray[np.int8]]],
     tool_logits: Mapping[str, NDArray[np.float32]],
 ) -> None:
-    """Predictions of `temporal` as CSV, and ribbons of it and of `frame`; of a net for tools alone, CSV files only."""
+    """Predictions of `temporal` as CSV, and ribbons of it and of `frame`; of a tool-only net, CSV files only."""
     spec = truth.index.dataset
     phases = predicted.get("temporal", {})
     for name in truth.videos if phases else tool_logits:

@@ -30,7 +30,7 @@ _ROUNDING = 1e-5  # by how much a computed probability may lie outside 0 to 1
 @dataclass(frozen=True)
 class PredictionFile:
     """One video's prediction: `frame_index`, `time_s`, `phase` (T,); `probabilities` (T, C); `tool_probabilities`
-    (T, K), None if the model has no tool branch. Of a net for tools alone, `phase` is -1 and C is 0."""
+    (T, K), None if the model has no tool branch. Of a tool-only net, `phase` is -1 and C is 0."""
 
     frame_index: NDArray[np.int64]
     time_s: NDArray[np.float64]
@@ -40,7 +40,7 @@ class PredictionFile:
 
 
 def prediction_columns(spec: DataSetSpec, tools: bool, phases: bool = True) -> list[str]:
-    """The header of a prediction file; without `phases`, of a net for tools alone."""
+    """The header of a prediction file; without `phases`, of a tool-only net."""
     names = [*(spec.phases if phases else ()), *(spec.tools if tools else ())]
     return ["frame", "time_s", *(["phase", "phase_name"] if phases else []), *(f"p_{name}" for name in names)]
 
@@ -69,7 +69,7 @@ def write_prediction_csv(path: Path, prediction: PredictionFile, spec: DataSetSp
 
 
 def read_prediction_csv(path: Path, spec: DataSetSpec, phases: bool = True) -> PredictionFile:
-    """Read a prediction file of this data set; without `phases`, one of a net for tools alone.
+    """Read a prediction file of this data set; without `phases`, one of a tool-only net.
 
     Raises UserError naming file and row for anything not as written.
     """
