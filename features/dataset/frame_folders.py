@@ -21,6 +21,8 @@ from features.dataset.discover import checked_path, sorted_entries
 from features.dataset.layouts import FolderLayout, Numbering
 from features.video.times import same_rate
 
+_SOURCE_FPS = (24.0, 25.0, 30000 / 1001, 30.0, 50.0, 60000 / 1001, 60.0)
+
 
 @dataclass(frozen=True, eq=False)
 class FolderScan:
@@ -150,7 +152,11 @@ def infer_layout(scan: FolderScan, spec: DataSetSpec, data: DataConfig, labels: 
             _require_no_samples(scan, spec, data)
         return _layout("source" if step == 1 else "sample", base, step, offset * step, spacing, scan)
     layout = _layout("source", base, spacing, offset, spacing, scan)
-    if data.frame_numbering == "auto" and labels and not _as_long(layout, labels, spec):
+    if labels is None or _as_long(layout, labels, spec):
+        return layout
+    if data.row_fps == "auto":
+        _refuse_common_rate(scan, layout, labels, spec)
+    if data.frame_numbering == "auto":
         raise UserError(
             f"{scan.path}: images numbered up to {int(scan.numbers[-1])} in steps of {spacing} do not last as long as "
             f"labels up to frame {labels.frame - 1} at {spec.annotation_fps:g} fps; set data.frame_numbering=source if "
@@ -165,6 +171,25 @@ def _as_long(layout: FolderLayout, labels: LabelEnd, spec: DataSetSpec) -> bool:
     if labels.stride == 1:
         counted += [(layout.frame_count // layout.stride, 2), (round(layout.frame_count / spec.annotation_fps), 2)]
     return any(abs(length - labels.frame) <= slack for length, slack in counted)
+
+
+def _refuse_common_rate(scan: FolderScan, layout: FolderLayout, labels: LabelEnd, spec: DataSetSpec) -> None:
+    """Raise UserError if the images last as long as the labels at another common rate of videos.
+
+    As long means within a second, or a row or an image and a half. That is evidence only if it is small against the
+    difference that the rate makes.
+    """
+    labelled_s = labels.frame / spec.annotation_fps
+    ends = {rate: abs(layout.frame_count / rate - labelled_s) for rate in _SOURCE_FPS}
+    rate = min(ends, key=lambda rate: ends[rate])
+    tolerance_s = max(1.0, 1.5 * layout.stride / rate, 1.5 * labels.stride / spec.annotation_fps)
+    difference_s = abs(layout.frame_count / spec.annotation_fps - layout.frame_count / rate)
+    if ends[rate] <= tolerance_s and difference_s >= 10 * tolerance_s:
+        raise UserError(
+            f"{scan.path}: as source frames, images numbered up to {int(scan.numbers[-1])} last as long as the labels "
+            f"at {rate:.4g} fps, not at {spec.annotation_fps:g} fps; set data.row_fps={spec.annotation_fps:g}, and "
+            f"annotation_fps to {rate:.4g} in a copy of the description that data.dataset names if that is their rate"
+        )
 
 
 def _require_no_samples(scan: FolderScan, spec: DataSetSpec, data: DataConfig) -> None:

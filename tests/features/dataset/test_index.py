@@ -296,6 +296,20 @@ def test_a_folder_with_one_row_per_image_is_read_once_its_rate_is_given(tmp_path
     assert len(sampled_frames(as_source, 1)) == 8
 
 
+@pytest.mark.parametrize(("stride", "seconds"), [(30, 100), (1, 60)])
+def test_images_numbered_at_another_rate_than_the_rows_are_refused(tmp_path: Path, stride: int, seconds: int) -> None:
+    """Frames of a video at 30 fps and rows at 25: matched by number, frames get the labels of later moments."""
+    root = folder_data_set(tmp_path, list(range(0, seconds * 30, stride)), rows=seconds * 25)
+    message = refusal(lambda: index_of(root, frame_numbering="source"))
+    assert "last as long as the labels at 30 fps, not at 25 fps" in message
+    index = index_of(root, SPEC.model_copy(update={"annotation_fps": 30.0}), frame_numbering="source", row_fps=25)
+    frames = sampled_frames(index.videos[0], 1)
+    phase, _ = load_labels(index.videos[0], root, index, frames)
+    assert frames.tolist() == list(range(0, seconds * 30, 30))
+    assert phase.tolist() == (np.arange(seconds) * 7 // seconds).tolist()
+    index_of(root, frame_numbering="source", row_fps=25)  # labels that do end early
+
+
 def test_images_that_are_missing_are_frames_that_are_not_there(tmp_path: Path) -> None:
     root = folder_data_set(tmp_path, [number for number in range(1, 41) if number not in (6, 7, 20)], rows=1000)
     index = index_of(root)
