@@ -146,8 +146,8 @@ def _print(report: dict[str, Any]) -> None:
         if value is None:
             return "-"
         seeds = ", ".join(f"{one:.{digits}f}" for one in value["seeds"])
-        deviation = "" if value["std"] is None else f" ± {value['std']:.{digits}f}"
-        return f"{value['mean']:.{digits}f}{deviation} ({seeds})"
+        std = "" if value["std"] is None else f" ± {value['std']:.{digits}f}"
+        return f"{value['mean']:.{digits}f}{std} ({seeds})"
 
     print(f"| videos | net | {' | '.join(MEASURES)} |\n|---|---|{'---|' * len(MEASURES)}")
     for row in report["table"]:

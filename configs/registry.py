@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import pkgutil
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -91,6 +92,12 @@ def _import_once(what: str, load: Callable[[], object]) -> None:
         except Exception as error:
             _failed[what] = UserError(f"{what}: {one_line(error)}")
     raise _failed[what]
+
+
+def import_each_file(package: str, folders: Iterable[str]) -> None:
+    """Import every module of a package of this project, whose modules register what they define."""
+    for name in sorted(module.name for module in pkgutil.iter_modules(folders)):
+        importlib.import_module(f"{package}.{name}")
 
 
 def import_file(path: Path) -> None:

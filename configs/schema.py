@@ -495,7 +495,7 @@ class LinearHead(HeadSettings):
     name: Literal["linear"]
 
 
-for _kind in (LstmHead, GruHead, TcnHead, LinearHead):
+for _kind in HeadSettings.__subclasses__():  # those above; a plug-in's are registered with its class
     HEAD_SETTINGS.register(get_args(_kind.model_fields["name"].annotation)[0], _kind)
 
 
@@ -672,9 +672,9 @@ class AblationConfig(Strict):
         if any(value in values[:place] for values in tried for place, value in enumerate(values)):
             raise ValueError("space or settings: two trials are identical")
         keys = [*self.space, *(key for changes in self.settings.values() for key in changes)]
-        if foreign := [key for key in keys if not key.startswith("temporal.") and key not in FEATURE_KEYS]:
+        if other := [key for key in keys if not key.startswith("temporal.") and key not in FEATURE_KEYS]:
             raise ValueError(
-                f"{foreign[0]}: only settings of stage two (temporal) can be compared, and {' or '.join(FEATURE_KEYS)}"
+                f"{other[0]}: only settings of stage two (temporal) can be compared, and {' or '.join(FEATURE_KEYS)}"
             )
         self._names_features()
         for name, changes in self.settings.items():

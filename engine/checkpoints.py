@@ -43,7 +43,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         _save({"format": FORMAT, **content}, temporary, path)
 
 
-def save_foreign_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
+def save_external_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
     """Write a plain state dict for other programs, in the layout that PyTorch before 1.6 can also read.
 
     Raises UserError if the disk is full or the folder cannot be written.
@@ -138,16 +138,16 @@ class _InertNumber:
         pass
 
 
-def load_foreign_state(path: Path, trusted: bool = False) -> dict[str, torch.Tensor]:
+def load_external_state(path: Path, trusted: bool = False) -> dict[str, torch.Tensor]:
     """Every tensor of a file of unknown origin by its path in the file, for example `state_dict.module.conv1.weight`.
 
     Python objects next to tensors are reported and left out; none of them is executed. Raises UserError if there is no
-    tensor with a name, or if this torch cannot load foreign files safely and the user has not vouched for the file.
+    tensor with a name, or if this torch cannot load third-party files safely and the user has not vouched for the file.
     """
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < SAFE_TORCH and not trusted:
         raise UserError(
-            f"{path}: torch {torch.__version__} cannot load foreign files safely (CVE-2026-24747); "
+            f"{path}: torch {torch.__version__} cannot load third-party files safely (CVE-2026-24747); "
             "upgrade to 2.10 or newer, or pass --trusted if you know where the file comes from"
         )
     content, objects = _load_without_objects(path)

@@ -19,7 +19,7 @@ from configs.schema import DataSetSpec
 from engine.files import require_replaceable_json, write_json
 from engine.progress import say
 from evaluation.files.matching import Matched, match_rows
-from evaluation.files.third_party import PhaseFile, find_phase_files, read_foreign_phases
+from evaluation.files.third_party import PhaseFile, find_phase_files, read_external_phases
 from evaluation.metrics.counts import NO_PREDICTION
 from evaluation.metrics.phases import chosen_conventions, evaluate_phases, unavailable_conventions
 from evaluation.metrics.results import PhaseResults, as_json
@@ -142,8 +142,8 @@ def read_pairs(predictions: Path, reading: Reading, spec: DataSetSpec) -> Paired
     left_out = _unpaired(predicted_files, truth_files, predictions, reading)
     pairs: dict[str, _Pair] = {}
     for video in (name for name in truth_files if name in predicted_files):
-        true = read_foreign_phases(truth_files[video], spec, order)
-        guess = read_foreign_phases(predicted_files[video], spec, order)
+        true = read_external_phases(truth_files[video], spec, order)
+        guess = read_external_phases(predicted_files[video], spec, order)
         if (true.phase >= 0).any() and not (guess.phase >= 0).any():
             if not reading.allow_missing:
                 raise UserError(f"{guess.path}: holds no prediction; leave the video out with --allow-missing")

@@ -12,7 +12,7 @@ import torch
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys, flatten, load_config, load_dataset
 from configs.schema import Config, DataSetSpec, HeadConfig, LstmHead, PreprocessConfig, read_head
-from engine.checkpoints import load_foreign_state, save_checkpoint, save_foreign_weights
+from engine.checkpoints import load_external_state, save_checkpoint, save_external_weights
 from engine.files import read_json_object, sha256_file
 from engine.progress import say
 from engine.runs import RESULT_FILE, StageFolder, StageIdentity, require_same_classes
@@ -69,7 +69,7 @@ def import_original(config: Config, run: Path, request: ImportRequest) -> dict[s
     the result as written to `result.json`. Raises UserError if the file is missing, unreadable or not such a
     checkpoint, if it contradicts the data set or the user's settings, and if RUN contains another joint net.
     """
-    tensors = load_foreign_state(request.file, request.trusted)
+    tensors = load_external_state(request.file, request.trusted)
     state = below("share", tensors, "a net of the original programs", request.file)
     if is_mapping(state):
         return _import_mapping(config, run, request, state)
@@ -262,7 +262,7 @@ def export_original(config: Config, run: Path, out: Path, phase_order: str | Non
     order = _order_of_export(config, net, about, path, phase_order, file)
     if prefix is None:
         prefix = bool((about.get("original") or {}).get("prefixed", variant.name != "pytorch1.2.0"))
-    save_foreign_weights(file, to_original(net, variant, about["phases"], order, prefix))
+    save_external_weights(file, to_original(net, variant, about["phases"], order, prefix))
     for line in _notes_of_export(net, variant, about, order):
         say(line)
     return file

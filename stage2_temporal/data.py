@@ -128,8 +128,8 @@ class FeatureBank:
                 squares += np.einsum("td,td->d", wide, wide)
         frames = sum(span.frames for span in spans)
         mean = total / frames
-        deviation = np.sqrt(np.maximum(squares / frames - mean**2, 0))
-        return torch.from_numpy(mean), torch.from_numpy(deviation)
+        std = np.sqrt(np.maximum(squares / frames - mean**2, 0))
+        return torch.from_numpy(mean), torch.from_numpy(std)
 
 
 def with_tool_logits(features: Tensor, tool_logits: Tensor, where: str) -> Tensor:

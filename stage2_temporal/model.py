@@ -38,14 +38,8 @@ class PhaseModel(nn.Module):
         return self.head.phases
 
     def forward(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> HeadOutput:
-        """As `Head.forward`, for x (B, T, D) as stored.
-
-        A head that sets `transforms_input` gets the standardisation as an argument and applies it to one block of
-        frames after the other, so that the table in fp32 never exists as a whole.
-        """
-        if self.head.transforms_input:
-            return self.head(x, state, lengths, input_transform=self.standardise)  # type: ignore[no-any-return]
-        return self.head(self.standardise(x), state, lengths)  # type: ignore[no-any-return]
+        """As `Head.forward_stored`: x (B, T, D) as stored."""
+        return self.head.forward_stored(x, self.standardise, state, lengths)
 
     def with_hidden(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> HeadOutput:
         """As `forward`, with `hidden` from every head; the standardised input exists as a whole."""

@@ -17,7 +17,7 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import OptimConfig
-from engine.checkpoints import load_foreign_state, save_foreign_weights
+from engine.checkpoints import load_external_state, save_external_weights
 from engine.optim import build_optimizer
 from engine.stopping import StopRequest
 from stage1_cnn.data import FrameLoader
@@ -116,8 +116,8 @@ def test_a_torch_without_the_old_layout(tmp_path: Path, monkeypatch: pytest.Monk
         save(content, path)
 
     monkeypatch.setattr(torch, "save", without)
-    save_foreign_weights(tmp_path / "net.pth", {"weight": torch.arange(3.0)})
-    assert load_foreign_state(tmp_path / "net.pth", trusted=True)["weight"].tolist() == [0.0, 1.0, 2.0]
+    save_external_weights(tmp_path / "net.pth", {"weight": torch.arange(3.0)})
+    assert load_external_state(tmp_path / "net.pth", trusted=True)["weight"].tolist() == [0.0, 1.0, 2.0]
     assert [path.name for path in tmp_path.iterdir()] == ["net.pth"]
 
 

@@ -121,7 +121,7 @@ def _named_id(path: Path, spec: DataSetSpec) -> str | None:
 # ---------------------------------------------------------------------------------------------- one file
 
 
-def read_foreign_phases(path: Path, spec: DataSetSpec, order: Sequence[str] | None) -> PhaseFile:
+def read_external_phases(path: Path, spec: DataSetSpec, order: Sequence[str] | None) -> PhaseFile:
     """Read one video's phases, of a ground truth or a prediction.
 
     `order` names ids 0, 1, ... and the columns of one-hot rows and scores; None takes ids in the data set's order and

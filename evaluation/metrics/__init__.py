@@ -1,12 +1,9 @@
 """The metrics, under every published convention. Each file here that registers a metric or a convention is imported."""
 
-from importlib import import_module
-from pkgutil import iter_modules
-
+from configs.registry import import_each_file
 from evaluation.metrics import conventions, scores
 
-for _module in sorted(module.name for module in iter_modules(__path__)):
-    import_module(f"{__name__}.{_module}")
+import_each_file(__name__, __path__)
 
 
 def plugin_names() -> list[str]:

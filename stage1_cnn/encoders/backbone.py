@@ -11,7 +11,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from configs.errors import UserError, one_line
 from configs.schema import Config
-from engine.checkpoints import load_foreign_state
+from engine.checkpoints import load_external_state
 from engine.launch import is_main_process
 from engine.progress import say
 from stage1_cnn.encoders.pretrained import fetch, published_weights, settled_weights, weights_file
@@ -107,8 +107,8 @@ def build_backbone(name: str, weights: str, seed: int, *, trusted: bool = False,
 
     `weights`: `imagenet` (those that the registry's entry names), `random` (a function of `seed` alone), `run:NAME`
     (`<runs>/NAME/cnn/best.pt`), or a file with a state dict under any prefix and wrapper (`find_weights`); the match is
-    reported. `trusted` vouches for a file where torch is too old to load foreign ones safely. Raises UserError naming
-    the choices if the weights are missing, or what does not fit.
+    reported. `trusted` vouches for a file where torch is too old to load it safely. Raises UserError naming the choices
+    if the weights are missing, or what does not fit.
     """
     entry = find_encoder(name)
     with torch.random.fork_rng(devices=[]):
@@ -121,7 +121,7 @@ def build_backbone(name: str, weights: str, seed: int, *, trusted: bool = False,
     path = weights_file(name, weights, runs)
     # Published weights and those of an earlier run are not third-party files.
     known = weights == "imagenet" or weights.startswith("run:")
-    tensors = load_foreign_state(path, trusted or known)
+    tensors = load_external_state(path, trusted or known)
     if entry.rename is not None:
         tensors = {entry.rename(key): tensor for key, tensor in tensors.items()}
     found = find_weights(backbone.net, backbone.head_name, tensors, name, path)

@@ -15,7 +15,7 @@ import torch
 from configs.errors import UserError, one_line
 from configs.schema import CnnConfig
 from engine.files import sha256_file
-from stage1_cnn.encoders.efficientnet_lite import LITE0
+from stage1_cnn.encoders.networks.efficientnet_lite import LITE0
 from stage1_cnn.encoders.registry import Pretrained, find_encoder
 
 CHECKPOINT_STAGE = "cnn"

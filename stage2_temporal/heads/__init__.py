@@ -1,6 +1,5 @@
-"""Temporal heads, one file per head: from a sequence of embeddings to phase logits. Importing this package registers
-every head of this project."""
+"""Temporal heads: from a sequence of embeddings to phase logits. Each file here is imported and registers its heads."""
 
-from stage2_temporal.heads import linear, recurrent, tcn
+from configs.registry import import_each_file
 
-__all__ = ["linear", "recurrent", "tcn"]
+import_each_file(__name__, __path__)

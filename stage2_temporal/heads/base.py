@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.registry import Registry
 from configs.schema import HEAD_SETTINGS, HeadSettings
+from stage2_temporal.heads.standardise import Standardise
 
 # A head's memory between two calls: tensors with the batch dimension first, so that finished videos can be dropped.
 State = tuple[Tensor, ...]
@@ -40,7 +41,6 @@ class Head(nn.Module, ABC):
     """Interface of all heads. Subclasses set `hidden_dim`, the width of `HeadOutput.hidden`."""
 
     hidden_dim: int
-    transforms_input = False  # whether `forward` takes `input_transform`, see `PhaseModel`
 
     def __init__(self, config: HeadSettings, embedding_dim: int, phases: int) -> None:
         super().__init__()
@@ -53,6 +53,16 @@ class Head(nn.Module, ABC):
         `lengths` (B,), on the CPU, counts the frames of each sequence that are not padding (which is at the end).
         Outputs on padding are undefined, and so is the state after it, except in recurrent heads.
         """
+
+    def forward_stored(
+        self, x: Tensor, standardise: Standardise, state: State | None = None, lengths: Tensor | None = None
+    ) -> HeadOutput:
+        """As `forward`, for x (B, T, D) as it is stored, in any float type and not yet standardised.
+
+        A head that overrides this standardises one block of frames after the other, so that the table in fp32, the
+        largest of a whole training, never exists as a whole. `hidden` may then be None.
+        """
+        return self(standardise(x), state, lengths)  # type: ignore[no-any-return]
 
     def step(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
         """One frame: x (B, D) -> logits (B, C) and the state after it. Raises UserError if the head is not causal."""

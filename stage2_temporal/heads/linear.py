@@ -15,7 +15,6 @@ from stage2_temporal.heads.standardise import Standardise
 class LinearHead(Head):
     """Logits from a frame's embedding alone. No state."""
 
-    transforms_input = True
     block_frames = 2048
 
     def __init__(self, config: schema.LinearHead, embedding_dim: int, phases: int) -> None:
@@ -24,26 +23,23 @@ class LinearHead(Head):
         self.fc = nn.Linear(embedding_dim, phases)
         nn.init.xavier_uniform_(self.fc.weight)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: State | None = None,
-        lengths: Tensor | None = None,
-        input_transform: Standardise | None = None,
-    ) -> HeadOutput:
-        """See `Head`. With `lengths` and `input_transform`, logits on padding are 0 and `hidden` is None.
+    def forward(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> HeadOutput:
+        """See `Head`."""
+        return HeadOutput([self.fc(x)], x, ())
 
-        The transformed features would be the largest table of a whole training. So padding is left out, and blocks
-        of frames are transformed one at a time, once more for the backward pass.
+    def forward_stored(
+        self, x: Tensor, standardise: Standardise, state: State | None = None, lengths: Tensor | None = None
+    ) -> HeadOutput:
+        """See `Head`. With `lengths`, padding is left out, where logits are 0, and `hidden` is None.
+
+        Blocks of frames are standardised one at a time, once more for the backward pass.
         """
-        if input_transform is None:
-            return HeadOutput([self.fc(x)], x, ())
         if lengths is None:
-            return self(input_transform(x))  # type: ignore[no-any-return]
+            return self(standardise(x))  # type: ignore[no-any-return]
         real = torch.arange(x.shape[1], device=x.device) < lengths.to(x.device)[:, None]  # (B, T)
 
         def block_logits(block: Tensor) -> Tensor:
-            logits: Tensor = self.fc(input_transform(block))
+            logits: Tensor = self.fc(standardise(block))
             return logits
 
         blocks = x[real].split(self.block_frames)  # (N, D) each

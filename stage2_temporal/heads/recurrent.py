@@ -23,7 +23,6 @@ class RecurrentHead(Head):
     """
 
     rnn: nn.LSTM | nn.GRU
-    transforms_input = True
     relu = False
     bf16_projection = False  # of the LSTM while it trains on a CPU; evaluation is always in fp32
 
@@ -55,28 +54,25 @@ class RecurrentHead(Head):
             if name.startswith("weight"):
                 nn.init.xavier_normal_(parameter)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: State | None = None,
-        lengths: Tensor | None = None,
-        input_transform: Standardise | None = None,
-    ) -> HeadOutput:
-        """See `Head`. With `lengths`, padding is never computed: neither result nor state depends on it.
+    def forward(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> HeadOutput:
+        """See `Head`. With `lengths`, padding is never computed: neither result nor state depends on it."""
+        return self.forward_stored(x, None, state, lengths)
 
-        `input_transform` is applied to x, block by block if `heads.lstm_cpu` computes the recurrence.
-        """
+    def forward_stored(
+        self, x: Tensor, standardise: Standardise | None, state: State | None = None, lengths: Tensor | None = None
+    ) -> HeadOutput:
+        """See `Head`. If `heads.lstm_cpu` computes the recurrence, x is standardised block by block."""
         if state is not None:
             require_causal(self)
         hidden = None if state is None else tuple(part.transpose(0, 1) for part in state)  # (layers, B, H) each
         last: State
         if isinstance(self.rnn, nn.LSTM) and self._runs_on_cpu_kernel(x):
-            constants = None if input_transform is None else (input_transform.mean, input_transform.scale)
+            constants = None if standardise is None else (standardise.mean, standardise.scale)
             counts = [x.shape[1]] * len(x) if lengths is None else lengths.tolist()
             pair = None if hidden is None else (hidden[0], hidden[1])
             out, last = run_lstm(self.rnn, x, pair, counts, constants, self.bf16_projection and self.training)
         else:
-            out, last = run_torch(self.rnn, x if input_transform is None else input_transform(x), hidden, lengths)
+            out, last = run_torch(self.rnn, x if standardise is None else standardise(x), hidden, lengths)
         out = F.relu(out) if self.relu else out  # (B, T, H)
         before_last = out if self.fc_hidden is None else F.relu(self.fc_hidden(out))
         return HeadOutput([self.fc(self.dropout(before_last))], out, tuple(part.transpose(0, 1) for part in last))

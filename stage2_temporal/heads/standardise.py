@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 # A standard deviation below this fraction of the median one is raised to it: a channel that hardly varies on the
 # training videos must not be thousands of standard deviations away on another video.
-LEAST_DEVIATION = 0.01
+LEAST_STD = 0.01
 
 
 class Standardise(nn.Module):
@@ -16,13 +16,13 @@ class Standardise(nn.Module):
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, mean: Tensor, deviation: Tensor) -> None:
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
         super().__init__()
-        deviation = deviation.double()
-        least = LEAST_DEVIATION * float(deviation.median())
-        deviation = torch.where(deviation > least, deviation, torch.full_like(deviation, least or 1.0))
+        std = std.double()
+        least = LEAST_STD * float(std.median())
+        std = torch.where(std > least, std, torch.full_like(std, least or 1.0))
         self.register_buffer("mean", mean.float())
-        self.register_buffer("scale", deviation.reciprocal().float())
+        self.register_buffer("scale", std.reciprocal().float())
 
     @classmethod
     def identity(cls, embedding_dim: int) -> Standardise:

@@ -22,11 +22,11 @@ from configs.errors import UserError
 from engine.checkpoints import (
     RollingCheckpoint,
     load_checkpoint,
-    load_foreign_state,
+    load_external_state,
     random_states,
     restore_random_states,
     save_checkpoint,
-    save_foreign_weights,
+    save_external_weights,
 )
 
 
@@ -147,7 +147,7 @@ def test_a_harmful_pickle_is_refused_and_not_run(tmp_path: Path, writer: str) ->
         torch.save({"w": Payload(target)}, path, _use_new_zipfile_serialization=False)
     else:
         path.write_bytes(pickle.dumps({"w": Payload(target)}))
-    for load in (load_checkpoint, lambda file: load_foreign_state(file, trusted=True)):
+    for load in (load_checkpoint, lambda file: load_external_state(file, trusted=True)):
         with pytest.raises(UserError) as caught:
             load(path)
         assert "evil.pth" in str(caught.value)
@@ -155,17 +155,17 @@ def test_a_harmful_pickle_is_refused_and_not_run(tmp_path: Path, writer: str) ->
     assert not target.exists()
 
 
-def test_foreign_tensors_are_named_by_their_place(tmp_path: Path) -> None:
+def test_third_party_tensors_are_named_by_their_place(tmp_path: Path) -> None:
     held: dict = {"module.conv1.weight": torch.ones(2), 3: [torch.zeros(1)]}
     held["self"] = held
     torch.save({"state_dict": held, "epoch": 4}, tmp_path / "a.pth")
-    found = load_foreign_state(tmp_path / "a.pth", trusted=True)
+    found = load_external_state(tmp_path / "a.pth", trusted=True)
     assert list(found) == ["state_dict.module.conv1.weight", "state_dict.3.0"]
     torch.save([1, 2], tmp_path / "b.pth")
     (tmp_path / "page.pth").write_text("<html>not found</html>")
     for name in ("b.pth", "page.pth", "missing.pth"):
         with pytest.raises(UserError, match=name):
-            load_foreign_state(tmp_path / name, trusted=True)
+            load_external_state(tmp_path / name, trusted=True)
 
 
 @pytest.mark.parametrize("new_form", [True, False])
@@ -181,7 +181,7 @@ def test_python_objects_next_to_tensors_are_named_and_left_out(
     }
     content = {"state_dict": {"w": torch.ones(2)}, **beside}
     torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=new_form)
-    assert list(load_foreign_state(tmp_path / "a.pth", trusted=True)) == ["state_dict.w"]
+    assert list(load_external_state(tmp_path / "a.pth", trusted=True)) == ["state_dict.w"]
     said = capsys.readouterr().err
     assert re.search(r"a\.pth: Python objects beside the tensors \(numpy\S+, .* and \d+ more\) were left out", said)
     with pytest.raises(UserError, match=r"it asks for numpy\S+\); nothing in it was run"):
@@ -197,13 +197,13 @@ def test_a_whole_module_is_identified_and_the_remedy_works(tmp_path: Path, new_f
     net = torch.nn.Sequential(torch.nn.Linear(2, 2))
     torch.save({"model": net}, tmp_path / "net.pth", _use_new_zipfile_serialization=new_form)
     with pytest.raises(UserError, match=r"net\.pth: .* nothing in it was run") as error:
-        load_foreign_state(tmp_path / "net.pth", trusted=True)
+        load_external_state(tmp_path / "net.pth", trusted=True)
     if new_form:
         assert "a whole model or other Python objects (torch.nn.modules.container.Sequential, " in str(error.value)
     assert str(error.value).endswith("load it where it was made and save model.state_dict()")
     made = torch.load(tmp_path / "net.pth", weights_only=False)["model"]  # made above: what the message advises
     torch.save(made.state_dict(), tmp_path / "weights.pth")
-    assert list(load_foreign_state(tmp_path / "weights.pth", trusted=True)) == ["0.weight", "0.bias"]
+    assert list(load_external_state(tmp_path / "weights.pth", trusted=True)) == ["0.weight", "0.bias"]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -221,13 +221,13 @@ def test_files_of_other_kinds_are_called_what_they_are(tmp_path: Path) -> None:
         "pointer.pth": r"pointer\.pth: not a checkpoint but a Git LFS pointer",
         "packed.pth": r"packed\.pth: not a checkpoint but gzip-compressed",
     }.items():
-        for load in (load_checkpoint, lambda path: load_foreign_state(path, trusted=True)):
+        for load in (load_checkpoint, lambda path: load_external_state(path, trusted=True)):
             with pytest.raises(UserError, match=what) as error:
                 load(tmp_path / name)
             assert "\n" not in str(error.value)
     safe = pytest.importorskip("safetensors.torch")
     safe.save_file({"conv1.weight": torch.ones(2)}, tmp_path / "net.safetensors")
-    assert list(load_foreign_state(tmp_path / "net.safetensors", trusted=True)) == ["conv1.weight"]
+    assert list(load_external_state(tmp_path / "net.safetensors", trusted=True)) == ["conv1.weight"]
 
 
 @pytest.mark.parametrize("before_1_6", [False, True])
@@ -238,7 +238,7 @@ def test_a_cut_off_file_is_called_damaged(tmp_path: Path, before_1_6: bool, shar
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(UserError, match=r"cut\.pth: damaged") as caught:
-        load_foreign_state(path, trusted=True)
+        load_external_state(path, trusted=True)
     assert "\n" not in str(caught.value)
 
 
@@ -250,7 +250,7 @@ def test_a_truncated_file_of_the_older_format_gives_one_line(tmp_path: Path) -> 
     for cut in range(1, len(content), 7):
         path.write_bytes(content[:cut])
         with pytest.raises(UserError) as caught:
-            load_foreign_state(path, trusted=True)
+            load_external_state(path, trusted=True)
         early = str(caught.value).endswith("damaged or not a checkpoint: it ends too early; copy or download it again")
         # Cut within a name, the rest of it is a name that is not allowed, for all that can be known.
         assert early or re.search(r"\(it asks for [\w.]+\w\); nothing in it was run", str(caught.value))
@@ -260,24 +260,24 @@ def test_a_truncated_file_of_the_older_format_gives_one_line(tmp_path: Path) -> 
 def test_a_web_page_is_called_one(tmp_path: Path, page: str) -> None:
     (tmp_path / "net.pth").write_text(page + "<body>sign in</body></html>")
     with pytest.raises(UserError, match=r"net\.pth: not a checkpoint but a web page"):
-        load_foreign_state(tmp_path / "net.pth", trusted=True)
+        load_external_state(tmp_path / "net.pth", trusted=True)
 
 
 def test_third_party_tensors_hold_numbers(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2, device="meta")}, tmp_path / "meta.pth")
     with pytest.raises(UserError, match=r"meta\.pth"):
-        load_foreign_state(tmp_path / "meta.pth", trusted=True)
+        load_external_state(tmp_path / "meta.pth", trusted=True)
     torch.save({"two\nlines": torch.ones(2)}, tmp_path / "names.pth")
     with pytest.raises(UserError, match=r"names\.pth: .* keys are not names"):
-        load_foreign_state(tmp_path / "names.pth", trusted=True)
+        load_external_state(tmp_path / "names.pth", trusted=True)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_weights_for_other_programs_come_back(tmp_path: Path, prefix: str) -> None:
     state = {f"{prefix}w": torch.randn(3), f"{prefix}n": torch.tensor(4)}
-    save_foreign_weights(tmp_path / "out" / "net.pth", state)
+    save_external_weights(tmp_path / "out" / "net.pth", state)
     assert not (tmp_path / "out" / "net.pth").read_bytes().startswith(b"PK")  # PyTorch 1.2 reads no zip archives
-    back = load_foreign_state(tmp_path / "out" / "net.pth", trusted=True)
+    back = load_external_state(tmp_path / "out" / "net.pth", trusted=True)
     assert list(back) == list(state)
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
 
@@ -286,8 +286,8 @@ def test_old_torch_needs_the_users_word(tmp_path: Path, monkeypatch: pytest.Monk
     torch.save({"w": torch.ones(1)}, tmp_path / "a.pth")
     monkeypatch.setattr(torch, "__version__", "2.6.0+cu118")
     with pytest.raises(UserError, match="--trusted"):
-        load_foreign_state(tmp_path / "a.pth")
-    assert load_foreign_state(tmp_path / "a.pth", trusted=True)["w"].item() == 1
+        load_external_state(tmp_path / "a.pth")
+    assert load_external_state(tmp_path / "a.pth", trusted=True)["w"].item() == 1
 
 
 def test_random_states_survive_a_checkpoint(tmp_path: Path) -> None:

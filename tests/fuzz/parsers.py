@@ -211,13 +211,13 @@ def _read_ablation(path: Path) -> object:
 # ---------------------------------------------------------------------------------------------- predictions
 
 
-def _read_foreign(path: Path) -> object:
-    from evaluation.files.third_party import read_foreign_phases
+def _read_external(path: Path) -> object:
+    from evaluation.files.third_party import read_external_phases
 
-    return read_foreign_phases(path, SPEC, SPEC.phases)
+    return read_external_phases(path, SPEC, SPEC.phases)
 
 
-def _foreign_seeds() -> list[bytes]:
+def _external_seeds() -> list[bytes]:
     return [
         *_phase_seeds(),
         "".join(f"{frame // 10}\n" for frame in range(60)).encode(),
@@ -458,7 +458,7 @@ def _read_checkpoint(folder: Path) -> Read:
 
     def read(path: Path) -> None:
         try:
-            checkpoints.load_foreign_state(path)
+            checkpoints.load_external_state(path)
         except UserError:
             checkpoints.load_checkpoint(path)
 
@@ -483,10 +483,10 @@ def _checkpoint_seeds() -> list[bytes]:
 def _legacy_seeds() -> list[bytes]:
     import torch
 
-    from engine.checkpoints import save_foreign_weights
+    from engine.checkpoints import save_external_weights
 
     state = {"module.fc.weight": torch.ones(3, 4), "module.fc.bias": torch.zeros(3), "n": torch.tensor(1)}
-    return [_written(lambda path: save_foreign_weights(path, state), "a.pth")]
+    return [_written(lambda path: save_external_weights(path, state), "a.pth")]
 
 
 def mend_zip(content: bytes) -> bytes:
@@ -616,8 +616,8 @@ PARSERS: dict[str, Parser] = {
     ),
     "anyone's predictions": Parser(
         "video41.txt",
-        _plainly(_read_foreign),
-        _foreign_seeds,
+        _plainly(_read_external),
+        _external_seeds,
         (*_NAMES, "time_s", "phase_name"),
         ("\t", ",", ";", " ", "\n"),
     ),

@@ -12,7 +12,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.load import GivenKeys, load_config, load_dataset
 from configs.schema import Config, LstmHead
-from engine.checkpoints import load_checkpoint, load_foreign_state, save_checkpoint
+from engine.checkpoints import load_checkpoint, load_external_state, save_checkpoint
 from engine.files import sha256_file
 from features.dataset.phase_order import ids_of_order
 from interop.mtrcnet_runs import ImportRequest, export_original, import_original
@@ -70,7 +70,7 @@ def test_a_file_becomes_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "normalisation": "main",
     }
     assert (about["kind"], about["step"], about["inference"], about["frames"]) == ("joint", "imported", "clip", 4)
-    expected = restated("cl", load_foreign_state(file), clip())
+    expected = restated("cl", load_external_state(file), clip())
     with torch.no_grad():
         found = net(clip()[None])
     ids = torch.from_numpy(ids_of_order(SPEC.phase_orders["tf-cholec80"], SPEC.phases))
@@ -122,7 +122,7 @@ def test_a_net_for_tools_needs_no_order(tmp_path: Path) -> None:
     net, about = load_joint(joint_checkpoint(run))
     assert (net.phase, about["head"], about["original"]["phase_order"]) == (None, None, None)
     export_original(settings(tmp_path), run, tmp_path / "out", None)
-    assert load_foreign_state(tmp_path / "out/net.pth").keys() == load_foreign_state(tmp_path / "net.pth").keys()
+    assert load_external_state(tmp_path / "out/net.pth").keys() == load_external_state(tmp_path / "net.pth").keys()
 
 
 def test_a_mapping_is_added_to_the_net_of_another_run(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_mapping_is_added_to_the_net_of_another_run(tmp_path: Path) -> None:
     torch.testing.assert_close(found, restated("cl", whole, clip()).mapped, rtol=1e-5, atol=1e-5)
     written = export_original(settings(tmp_path), run, tmp_path / "out", "mtrcnet")
     assert written.name.startswith("cnn_lstm1_p2t_epoch_")
-    back = load_foreign_state(written)
+    back = load_external_state(written)
     assert all(torch.equal(back[name], tensor) for name, tensor in whole.items())
     with pytest.raises(UserError, match="without a mapping"):
         bring_in(tmp_path, file, "third", order=None, into=run)
@@ -173,7 +173,7 @@ def test_unused_layers_of_a_net_for_tools_are_exported_again(
     net, about = load_joint(joint_checkpoint(run))
     assert (net.phase, "unused" in about) == (None, False)
     written = export_original(settings(tmp_path), run, tmp_path / "out", None)
-    back = load_foreign_state(written)
+    back = load_external_state(written)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
     assert "strict=False" not in capsys.readouterr().err
@@ -182,7 +182,7 @@ def test_unused_layers_of_a_net_for_tools_are_exported_again(
     content = {"model": tuned.state_dict(), "scores": {}}
     content |= describe_joint(tuned, None, settings(tmp_path), SPEC, "multitask")
     save_checkpoint(tmp_path / "runs/tuned/joint/multitask/best.pt", content)
-    back = load_foreign_state(export_original(settings(tmp_path), tmp_path / "runs/tuned", tmp_path / "tuned", None))
+    back = load_external_state(export_original(settings(tmp_path), tmp_path / "runs/tuned", tmp_path / "tuned", None))
     assert back.keys() == state.keys()
 
 
@@ -287,7 +287,7 @@ def test_export_and_import_are_inverse(tmp_path: Path, variant: str) -> None:
     run = bring_in(tmp_path, file, order=order)
     written = export_original(settings(tmp_path), run, tmp_path / "out", order)
     assert written == tmp_path / "out/net.pth"
-    state, back = load_foreign_state(file), load_foreign_state(written)
+    state, back = load_external_state(file), load_external_state(written)
     assert list(back) == list(state)
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
     with pytest.raises(UserError, match=r"net\.pth: exists; choose another folder"):
@@ -307,7 +307,7 @@ def test_export_in_another_phase_order_only_permutes_rows(tmp_path: Path, capsys
     capsys.readouterr()
     file = export_original(settings(tmp_path), run, tmp_path / "out", "tf-cholec80", prefix=False)
     assert "6 GallbladderPackaging" in capsys.readouterr().err
-    old, new = load_foreign_state(tmp_path / CL), load_foreign_state(file)
+    old, new = load_external_state(tmp_path / CL), load_external_state(file)
     moved = {name for name, value in new.items() if not torch.equal(value, old[f"module.{name}"])}
     assert moved == {"fc.weight", "fc.bias"}
     assert torch.equal(new["fc.bias"], old["module.fc.bias"][[0, 1, 2, 3, 6, 5, 4]])

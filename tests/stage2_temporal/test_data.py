@@ -152,10 +152,10 @@ def test_statistics_are_those_of_the_given_videos_in_double() -> None:
     for video in videos.values():
         video.features[:] = 100 + rng.normal(0, 0.5, video.features.shape)
     bank = FeatureBank.of(videos)
-    mean, deviation = bank.statistics([bank.span_of("a"), bank.span_of("c")])
+    mean, std = bank.statistics([bank.span_of("a"), bank.span_of("c")])
     together = np.concatenate([videos["a"].features, videos["c"].features]).astype(np.float64)
     np.testing.assert_allclose(mean.numpy(), together.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(deviation.numpy(), together.std(0), rtol=1e-8)
+    np.testing.assert_allclose(std.numpy(), together.std(0), rtol=1e-8)
 
 
 # ---------------------------------------------------------------------------------------------- bad input

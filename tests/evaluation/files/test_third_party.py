@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from configs.errors import UserError
 from configs.load import load_dataset
 from evaluation.files.predictions import PredictionFile, write_prediction_csv
-from evaluation.files.third_party import find_phase_files, read_foreign_phases
+from evaluation.files.third_party import find_phase_files, read_external_phases
 from features.dataset.annotations import read_phase_file
 from features.dataset.phase_order import parse_phase_order
 
@@ -21,7 +21,7 @@ PHASES = CHOLEC80.phases
 
 
 def read(path: Path, order=PHASES, **options):
-    return read_foreign_phases(path, CHOLEC80, order, **options)
+    return read_external_phases(path, CHOLEC80, order, **options)
 
 
 def text_file(folder: Path, text: str | bytes, name: str = "video41.txt") -> Path:

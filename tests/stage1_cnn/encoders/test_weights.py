@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 
 from configs.errors import UserError
-from engine.checkpoints import load_foreign_state
+from engine.checkpoints import load_external_state
 from stage1_cnn.encoders.backbone import build_backbone
 from stage1_cnn.encoders.weights import Found, describe_match, find_weights
 
@@ -39,7 +39,7 @@ def weights(seed: int = 3) -> State:
 
 def find(path: Path, content: Any) -> tuple[Found, str]:
     torch.save(content, path)
-    tensors = load_foreign_state(path, trusted=True)
+    tensors = load_external_state(path, trusted=True)
     net = small()
     net.fc = nn.Identity()
     found = find_weights(net, "fc", tensors, "small", path)

@@ -197,8 +197,8 @@ def test_tcn_is_the_published_one_written_out() -> None:
 
 
 def test_standardise_scales_and_does_not_explode() -> None:
-    deviation = torch.tensor([2.0, 1.0, 0.0, 1e-9, 4.0])
-    layer = Standardise(torch.tensor([1.0, 0.0, 3.0, 3.0, 0.0]), deviation)
+    std = torch.tensor([2.0, 1.0, 0.0, 1e-9, 4.0])
+    layer = Standardise(torch.tensor([1.0, 0.0, 3.0, 3.0, 0.0]), std)
     x = torch.tensor([[3.0, 2.0, 3.0, 4.0, 8.0]]).half()
     out = layer(x)
     assert out.dtype == torch.float32
