@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin
@@ -18,6 +20,8 @@ PRESETS = Path(__file__).resolve().parent
 DEFAULT_PRESET = "cholec80"
 MAX_YAML_BYTES = 256 << 10  # the presets have 5 kB; PyYAML needs about 5 s for this many
 MAX_YAML_VALUES = 50_000
+_NUMBER_TAGS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
+_OTHER_BASE = re.compile(r"[-+]?(0[0-7_]*[1-7]_*[0-7][0-7_]*|.*:.*)")  # 010 would be 8, and 1:30 would be 90
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -121,8 +125,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _parse_yaml(text: str, kind: type[yaml.SafeLoader | yaml.BaseLoader] = yaml.SafeLoader) -> Any:
     """The plain values in a YAML text.
 
-    Raises ValueError for tags of other types, for a key that occurs twice in a mapping, and for aliases that contain
-    themselves or expand to more than MAX_YAML_VALUES values.
+    Raises ValueError for tags of other types, for a key that occurs twice in a mapping, for numbers in base 8 or 60,
+    and for aliases that contain themselves or expand to more than MAX_YAML_VALUES values.
     """
     try:
         loader = kind(text)
@@ -138,6 +142,8 @@ def _parse_yaml(text: str, kind: type[yaml.SafeLoader | yaml.BaseLoader] = yaml.
 def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
     """The number of values below a node with aliases expanded; `sizes` keeps the nodes seen, 0 while being counted."""
     if isinstance(node, yaml.ScalarNode):
+        if node.tag in _NUMBER_TAGS and node.style is None and _OTHER_BASE.fullmatch(node.value):
+            raise ValueError(f"{node.value} is a number in base 8 or 60 to YAML; write it in base 10, or quote a name")
         return 1
     if id(node) not in sizes:
         sizes[id(node)] = 0
@@ -281,16 +287,13 @@ def _is_block(keys: tuple[str, ...]) -> bool:
 
 
 @functools.cache
-def _fields_at(keys: tuple[str, ...]) -> Sequence[FieldInfo]:
+def _fields_at(keys: tuple[str, ...], schema: type[BaseModel] = Config) -> Sequence[FieldInfo]:
     """The schema's fields for a dotted key: none if it is unknown, several if several kinds of block have it."""
     if not keys:
         return ()
-    models = [model for field in _fields_at(keys[:-1]) for model in _models_in(field.annotation)]
-    return [
-        model.model_fields[keys[-1]]
-        for model in (models if len(keys) > 1 else [Config])
-        if keys[-1] in model.model_fields
-    ]
+    above = _fields_at(keys[:-1], schema)
+    models = [model for field in above for model in _models_in(field.annotation)] if keys[1:] else [schema]
+    return [model.model_fields[keys[-1]] for model in models if keys[-1] in model.model_fields]
 
 
 def _types_in(annotation: Any) -> list[Any]:
@@ -312,40 +315,21 @@ def _validate(model: type[Model], tree: dict[str, Any], where: str) -> Model:
 
 
 def _explain(model: type[BaseModel], tree: Mapping[str, Any], problem: Mapping[str, Any]) -> str:
-    keys, tag, fields = _locate(model, tree, problem["loc"])
-    key = ".".join(keys)
+    keys = [str(part) for part in problem["loc"]]
+    key, block = ".".join(keys), ".".join(keys[:-1])
     if problem["type"] != "extra_forbidden":
         given = problem.get("input")
         shown = f", got {given!r}" if isinstance(given, str | int | float | bool) else ""
         return f"{key or 'settings'}: {problem['msg'].removeprefix('Value error, ')}{shown}"
-    if tag:
-        near = did_you_mean(keys[-1], fields).replace("mean ", f"mean {'.'.join(keys[:-1])}.")
-        return f"unknown key {key}{near or f': {tag} has ' + (', '.join(fields) or 'no settings')}"
+    if any(field.annotation is HeadSettings for field in _fields_at(tuple(keys[:-1]), model)):
+        head = functools.reduce(operator.getitem, keys[:-1], tree)
+        fields = [name for name in head_kind(head).model_fields if name != "name"]
+        near = did_you_mean(keys[-1], fields).replace("mean ", f"mean {block}.")
+        has = f": {head.get('name', 'lstm')} has {', '.join(fields) or 'no settings'}"
+        return f"unknown key {key}{near or has}"
     known = _key_names(model)
     same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == keys[-1]]
     return f"unknown key {key}{did_you_mean(key, same_leaf or known)}"
-
-
-def _locate(
-    model: type[BaseModel], tree: Mapping[str, Any], loc: Sequence[int | str]
-) -> tuple[list[str], str, list[str]]:
-    """The dotted key of a problem; inside a head, also the head's name and settings."""
-    keys: list[str] = []
-    fields: list[str] = []
-    models, node, tag = [model], tree, ""
-    for part in loc:
-        keys.append(str(part))
-        found = [kind.model_fields[str(part)] for kind in models if str(part) in kind.model_fields]
-        models = [child for field in found for child in _models_in(field.annotation)]
-        node = node.get(str(part), {}) if isinstance(node, Mapping) else {}
-        if (
-            any(field.annotation is HeadSettings for field in found)
-            and isinstance(node, Mapping)
-            and len(keys) < len(loc)
-        ):
-            tag, models = node.get("name", "lstm"), [head_kind(node)]
-            fields = [name for name in models[0].model_fields if name != "name"]
-    return keys, tag, fields
 
 
 @functools.cache

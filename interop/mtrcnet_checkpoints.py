@@ -180,17 +180,10 @@ def compose_file_name(variant: Variant, values: Mapping[str, int]) -> str:
 # ---------------------------------------------------------------------------------------------- normalisation
 
 
-@dataclass(frozen=True)
-class Normalisation:
-    """Mean and standard deviation of red, green and blue (0 to 1) for the normalisation of images."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
+# By release, the values of `preprocess` by which images are normalised: red, green and blue, each from 0 to 1.
 NORMALISATIONS = {
-    "main": Normalisation((0.3456, 0.2281, 0.2233), (0.2528, 0.2135, 0.2104)),
-    "pytorch1.2.0": Normalisation((0.44893518, 0.3226702, 0.34424525), (0.22357443, 0.18503027, 0.1900281)),
+    "main": {"mean": (0.3456, 0.2281, 0.2233), "std": (0.2528, 0.2135, 0.2104)},
+    "pytorch1.2.0": {"mean": (0.44893518, 0.3226702, 0.34424525), "std": (0.22357443, 0.18503027, 0.1900281)},
 }
 
 
@@ -299,7 +292,7 @@ def recognise(state: Mapping[str, Tensor], source: Path, asked: str | None = Non
 
 
 def _what_else(tensors: Mapping[str, Tensor]) -> str:
-    if tensors.keys() == MAPPING_KEYS:
+    if is_mapping(tensors):
         return "only the mapping; give the run of its net with --into RUN"
     if "conv1.weight" in tensors and "layer1.0.conv1.weight" in tensors:
         return "only a ResNet, not a net of the original programs; train from it with --set cnn.weights=FILE"

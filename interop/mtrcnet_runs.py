@@ -11,7 +11,7 @@ import torch
 
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys, flatten, load_config, load_dataset
-from configs.schema import Config, DataSetSpec, HeadConfig, LstmHead, PreprocessConfig, read_head
+from configs.schema import Config, LstmHead, PreprocessConfig
 from engine.checkpoints import load_external_state, save_checkpoint, save_external_weights
 from engine.files import read_json_object, sha256_file
 from engine.progress import say
@@ -46,6 +46,7 @@ from stage2_temporal.joint.net import (
     joint_checkpoint,
     load_joint,
 )
+from stage2_temporal.model import saved_head
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,10 @@ def import_original(config: Config, run: Path, request: ImportRequest) -> dict[s
     """
     tensors = load_external_state(request.file, request.trusted)
     state = below("share", tensors, "a net of the original programs", request.file)
-    if is_mapping(state):
-        return _import_mapping(config, run, request, state)
     if request.into is not None:
-        raise UserError(f"{request.file}: --into is for files with the mapping only, and this is a whole net")
+        if not is_mapping(state):
+            raise UserError(f"{request.file}: --into is for files with the mapping only, and this is a whole net")
+        return _import_mapping(config, run, request, request.into, state)
     original = recognise(state, request.file, request.variant)
     spec = load_dataset(config.data.dataset)
     _require_phases(original.phases, request.phase_order, request.file)
@@ -105,8 +106,7 @@ def _normalisation(config: Config, original: Original, request: ImportRequest) -
     """The key in `NORMALISATIONS`, or `given` for values of the user, and the reason in words."""
     name, reason = choose_normalisation(original, request.normalisation)
     keys = request.given.any_of("preprocess.mean", "preprocess.std")
-    found, asked = NORMALISATIONS[name], config.preprocess
-    if not keys or (found.mean, found.std) == (asked.mean, asked.std):
+    if not keys or config.preprocess == config.preprocess.model_copy(update=NORMALISATIONS[name]):
         return name, reason
     if request.normalisation is not None:
         if request.given.by_set.isdisjoint(keys):
@@ -134,8 +134,7 @@ def _fitting_settings(config: Config, original: Original, request: ImportRequest
     by_set = request.given.by_set
     tree["joint"]["sequence"] |= {key: clips[key] for key in clips if f"joint.sequence.{key}" not in by_set}
     if normalisation != "given":
-        chosen = NORMALISATIONS[normalisation]
-        tree["preprocess"] |= {"mean": chosen.mean, "std": chosen.std}
+        tree["preprocess"] |= NORMALISATIONS[normalisation]
     fitting = Config.model_validate(tree)
     asked, settled = flatten(config.model_dump()), flatten(fitting.model_dump())
     if overruled := [key for key in sorted(by_set) if key in asked and asked[key] != settled.get(key)]:
@@ -176,20 +175,18 @@ def _findings(
 
 
 def _import_mapping(
-    config: Config, run: Path, request: ImportRequest, state: Mapping[str, torch.Tensor]
+    config: Config, run: Path, request: ImportRequest, into: Path, state: Mapping[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """Write a new run with the net of `--into` and the mapping of the file."""
+    """Write a new run with the net of `into` and the mapping of the file."""
     file = request.file
-    if request.into is None:
-        raise UserError(f"{file}: only the mapping; give the run of its net with --into RUN")
     for option in ("phase_order", "normalisation", "variant"):
         if getattr(request, option) is not None:
             given = f"--{option.replace('_', '-')}"
             raise UserError(f"{given}: {file} contains only the mapping; omit this option, the net of --into decides")
-    path = joint_checkpoint(request.into)
+    path = joint_checkpoint(into)
     net, about = load_joint(path)
     require_preprocess_of(PreprocessConfig(**about["preprocess"]), config, request.given, path)
-    head = _head_of(about)
+    head = saved_head(about["head"], path) if about["head"] else None
     if net.phase is None or not net.tools or net.mapping is not None:
         raise UserError(f"{path}: --into needs a net for phases and tools without a mapping")
     if not isinstance(head, LstmHead) or not head.relu:
@@ -210,10 +207,6 @@ def _import_mapping(
         | {"mapping": {"file": file.name, "sha256": sha256_file(file), "into_sha256": sha256_file(path)}},
     }
     return _write_run(run, fitting, net, about)
-
-
-def _head_of(about: Mapping[str, Any]) -> HeadConfig | None:
-    return read_head(about["head"]) if about["head"] else None
 
 
 def _write_run(run: Path, config: Config, net: JointNet, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,28 +248,22 @@ def export_original(config: Config, run: Path, out: Path, phase_order: str | Non
     """
     path = joint_checkpoint(run)
     net, about = load_joint(path)
-    variant = variant_of(net, _head_of(about), path)
+    variant = variant_of(net, saved_head(about["head"], path) if about["head"] else None, path)
     file = out / _file_name(variant, about, path)
     if file.exists():
         raise UserError(f"{file}: exists; choose another folder")
-    order = _order_of_export(config, net, about, path, phase_order, file)
+    _require_phases(net.phase, phase_order, path)
+    order = None
+    if net.phase is not None:
+        spec = load_dataset(config.data.dataset)
+        require_same_classes(path, "phases", about["phases"], spec.phases, spec.name)
+        order = parse_phase_order(phase_order, spec, str(file))
     if prefix is None:
         prefix = bool((about.get("original") or {}).get("prefixed", variant.name != "pytorch1.2.0"))
     save_external_weights(file, to_original(net, variant, about["phases"], order, prefix))
     for line in _notes_of_export(net, variant, about, order):
         say(line)
     return file
-
-
-def _order_of_export(
-    config: Config, net: JointNet, about: Mapping[str, Any], path: Path, phase_order: str | None, file: Path
-) -> tuple[str, ...] | None:
-    _require_phases(net.phase, phase_order, path)
-    if net.phase is None:
-        return None
-    spec: DataSetSpec = load_dataset(config.data.dataset)
-    require_same_classes(path, "phases", about["phases"], spec.phases, spec.name)
-    return parse_phase_order(phase_order, spec, str(file))
 
 
 def _file_name(variant: Variant, about: Mapping[str, Any], path: Path) -> str:

@@ -151,6 +151,25 @@ def test_a_key_that_occurs_twice_is_refused(tmp_path: Path) -> None:
         load_config("mini", ["temporal.optim={lr: 0.1, lr: 0.2}"])
 
 
+@pytest.mark.parametrize("number", ["012", "-0_17", "1:30", "1:30.5"])
+def test_numbers_that_yaml_reads_in_another_base_are_refused(number: str, tmp_path: Path) -> None:
+    """YAML 1.1 reads 012 as 10 and 1:30 as 90."""
+    path = tmp_path / "own.yaml"
+    path.write_text(f"temporal: {{epochs: {number}}}\n")
+    with pytest.raises(UserError, match=rf"own\.yaml: .*{number} is a number in base 8 or 60 .* base 10"):
+        load_config(path)
+    with pytest.raises(UserError, match=rf"--set temporal\.epochs={number}: .*base 8 or 60"):
+        load_config("mini", [f"temporal.epochs={number}"])
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("1.5e-3", 1.5e-3), (".5", 0.5), ("0", 0), ("0.05", 0.05)])
+def test_numbers_are_read_as_everywhere_else(text: str, value: float) -> None:
+    """`1e-4` is a string to YAML 1.1."""
+    assert load_config("mini", [f"temporal.optim.weight_decay={text}"]).temporal.optim.weight_decay == value
+    assert load_config("mini", ["temporal.epochs=08", "seed=007"]).temporal.epochs == 8
+    assert load_config("mini", ["data.exclude={'012': blurred}"]).data.exclude == {"012": "blurred"}
+
+
 def test_unknown_preset_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean cholec80"):
         load_config("cholec8")
