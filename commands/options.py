@@ -200,6 +200,15 @@ def refuse(what: str, options: Sequence[str]) -> None:
         raise UserError(f"{', '.join(options)}: cannot be combined with {what}; leave it out")
 
 
+def note_unused(settings: Settings, *blocks: str) -> None:
+    """Say on standard error which keys of `--set` are in blocks that only the training of that name uses."""
+    from engine.launch import is_main_process
+
+    for key in sorted(settings.given().by_set) if is_main_process() else ():
+        if (block := key.partition(".")[0]) in blocks:
+            click.echo(f"note: --set {printable(key)} has no effect here; train-{block} uses it", err=True)
+
+
 def refuse_trusted(trusted: bool, instead: str | None) -> None:
     """Refuse `--trusted` if no third-party file is loaded, but the one that `instead` names."""
     if trusted and instead:

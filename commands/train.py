@@ -33,6 +33,7 @@ def train_cnn(settings: Settings, trusted: bool) -> None:
     from stage1_cnn.train import train_cnn as train
 
     config = settings.config
+    options.note_unused(settings, "temporal", "joint")
     options.refuse_trusted(trusted, options.known_weights(config))
     with options.watch_signals() as stop:
         index, root = open_dataset(config)
@@ -61,6 +62,7 @@ def extract(settings: Settings, shard: str, index_file: Path | None, joint_run: 
 
     checkpoint = settings.joint_checkpoint(joint_run)
     config = settings.changed({"data.index": index_file, "extract.checkpoint": checkpoint})
+    options.note_unused(settings, "temporal", "joint")
     options.refuse_trusted(trusted, options.known_encoder(config))
     run = settings.run()
     with options.watch_signals() as stop:
@@ -104,6 +106,7 @@ def train_temporal(settings: Settings, features: Path | None, joint_run: str | N
     from stage2_temporal.train import train_temporal as train
 
     config = settings.changed({"temporal.start_from": settings.joint_checkpoint(joint_run)})
+    options.note_unused(settings, "joint")
     run = settings.run()
     folder = find_feature_folder(features, run, config.extract.store)
     with options.watch_signals() as stop:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,12 +13,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from configs.errors import UserError, did_you_mean, one_line
-from configs.schema import HEAD_SETTINGS, AblationConfig, Config, DataSetSpec, HeadSettings, head_kind
+from configs.schema import DEFAULT_HEAD, HEAD_SETTINGS, AblationConfig, Config, DataSetSpec, HeadSettings
 
 PRESETS = Path(__file__).resolve().parent
 DEFAULT_PRESET = "cholec80"
 MAX_YAML_BYTES = 256 << 10  # the presets have 5 kB; PyYAML needs about 5 s for this many
 MAX_YAML_VALUES = 50_000
+_HEAD_NAME = ("temporal", "head", "name")
 _NUMBER_TAGS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
 _OTHER_BASE = re.compile(r"[-+]?(0[0-7_]*[1-7]_*[0-7][0-7_]*|.*:.*)")  # 010 would be 8, and 1:30 would be 90
 Model = TypeVar("Model", bound=BaseModel)
@@ -248,8 +248,7 @@ def _leaves(keys: tuple[str, ...], value: object) -> list[tuple[tuple[str, ...],
 
 
 def _apply(tree: dict[str, Any], given: Mapping[tuple[str, ...], object]) -> None:
-    names = {keys: default for keys in given if (default := _default_tag(keys)) is not None}
-    for keys in (*names, *(keys for keys in given if keys not in names)):
+    for keys in sorted(given, key=lambda keys: (keys != _HEAD_NAME, keys)):  # the head's name first
         node = tree
         for name in keys[:-1]:
             child = {} if node.get(name) is None else node[name]  # an optional block may be absent
@@ -257,7 +256,7 @@ def _apply(tree: dict[str, Any], given: Mapping[tuple[str, ...], object]) -> Non
                 raise UserError(f"--set {'.'.join(keys)}: {name} is a value, not a block")
             node[name] = node = dict(child)  # a copy, since a YAML alias may share it with other blocks
         # Another kind of head has other settings, so those of the file's head do not carry over.
-        if keys in names and node.get(keys[-1], names[keys]) != given[keys]:
+        if keys == _HEAD_NAME and node.get("name", DEFAULT_HEAD) != given[keys]:
             node.clear()
         if not (given[keys] == {} and _is_block(keys) and node.get(keys[-1])):
             node[keys[-1]] = given[keys]
@@ -274,26 +273,18 @@ def _require_no_bool_as_number(config: Config, tree: Mapping[str, Any], where: s
                 raise UserError(f"{where}: {key}: expected a number, got {str(value).lower()}")
 
 
-def _default_tag(keys: tuple[str, ...]) -> object:
-    """The default kind of a block, for the key that selects it (`temporal.head.name`); None for other keys."""
-    for field in _fields_at(keys[:-1]):
-        if field.annotation is HeadSettings and keys[-1] == "name":
-            return field.default.name
-    return None
-
-
 def _is_block(keys: tuple[str, ...]) -> bool:
     return any(_models_in(field.annotation) for field in _fields_at(keys))
 
 
 @functools.cache
-def _fields_at(keys: tuple[str, ...], schema: type[BaseModel] = Config) -> Sequence[FieldInfo]:
+def _fields_at(keys: tuple[str, ...]) -> Sequence[FieldInfo]:
     """The schema's fields for a dotted key: none if it is unknown, several if several kinds of block have it."""
-    if not keys:
-        return ()
-    above = _fields_at(keys[:-1], schema)
-    models = [model for field in above for model in _models_in(field.annotation)] if keys[1:] else [schema]
-    return [model.model_fields[keys[-1]] for model in models if keys[-1] in model.model_fields]
+    models: Sequence[type[BaseModel]] = [Config]
+    for key in keys:
+        fields = [model.model_fields[key] for model in models if key in model.model_fields]
+        models = [model for field in fields for model in _models_in(field.annotation)]
+    return fields
 
 
 def _types_in(annotation: Any) -> list[Any]:
@@ -316,17 +307,16 @@ def _validate(model: type[Model], tree: dict[str, Any], where: str) -> Model:
 
 def _explain(model: type[BaseModel], tree: Mapping[str, Any], problem: Mapping[str, Any]) -> str:
     keys = [str(part) for part in problem["loc"]]
-    key, block = ".".join(keys), ".".join(keys[:-1])
+    key = ".".join(keys)
     if problem["type"] != "extra_forbidden":
         given = problem.get("input")
         shown = f", got {given!r}" if isinstance(given, str | int | float | bool) else ""
         return f"{key or 'settings'}: {problem['msg'].removeprefix('Value error, ')}{shown}"
-    if any(field.annotation is HeadSettings for field in _fields_at(tuple(keys[:-1]), model)):
-        head = functools.reduce(operator.getitem, keys[:-1], tree)
-        fields = [name for name in head_kind(head).model_fields if name != "name"]
-        near = did_you_mean(keys[-1], fields).replace("mean ", f"mean {block}.")
-        has = f": {head.get('name', 'lstm')} has {', '.join(fields) or 'no settings'}"
-        return f"unknown key {key}{near or has}"
+    if model is Config and keys[:-1] == [*_HEAD_NAME[:-1]]:
+        head = str(tree["temporal"]["head"].get("name", DEFAULT_HEAD))
+        fields = [name for name in HEAD_SETTINGS.find(head).model_fields if name != "name"]
+        near = did_you_mean(keys[-1], fields).replace("mean ", "mean temporal.head.")
+        return f"unknown key {key}{near or f': {head} has ' + (', '.join(fields) or 'no settings')}"
     known = _key_names(model)
     same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == keys[-1]]
     return f"unknown key {key}{did_you_mean(key, same_leaf or known)}"

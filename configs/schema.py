@@ -434,11 +434,7 @@ class HeadSettings(Strict):
 
 
 HEAD_SETTINGS: Registry[type[HeadSettings]] = Registry("head", "surgstage.heads")
-
-
-def head_kind(settings: Mapping[Any, Any]) -> type[HeadSettings]:
-    """The kind of head that the settings name; LSTM by default. Raises UserError for an unknown one."""
-    return HEAD_SETTINGS.find(str(settings.get("name", "lstm")))
+DEFAULT_HEAD = "lstm"  # where settings name none
 
 
 def read_head(value: Any) -> HeadSettings:
@@ -447,11 +443,12 @@ def read_head(value: Any) -> HeadSettings:
         return value
     if not isinstance(value, Mapping):
         raise ValueError("expected keys and values")
+    settings = {"name": DEFAULT_HEAD, **value}
     try:
-        kind = head_kind(value)
+        kind = HEAD_SETTINGS.find(str(settings["name"]))
     except UserError as error:
         raise ValueError(str(error)) from error
-    return kind.model_validate({"name": "lstm", **value})
+    return kind.model_validate(settings)
 
 
 HeadConfig = Annotated[SerializeAsAny[HeadSettings], BeforeValidator(read_head)]

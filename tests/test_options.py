@@ -161,3 +161,19 @@ def test_another_package_of_the_same_name_is_named_at_the_start(tmp_path: Path) 
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path.resolve() / 'features'} is found where")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "key", "user"),
+    [
+        ("train-cnn", "joint.workers=1", "train-joint"),
+        ("extract", "temporal.epochs=1", "train-temporal"),
+        ("train-temporal", "joint.workers=1", "train-joint"),
+        ("train-cnn", "cnn.epochs=1", None),
+        ("train-temporal", "extract.store=there", None),
+    ],
+)
+def test_a_setting_of_another_training_is_noted(command: str, key: str, user: str | None, tmp_path: Path) -> None:
+    told = RUNNER.invoke(cli, [command, "--set", key, "--set", f"data.index={tmp_path / 'none'}"]).output
+    note = f"note: --set {key.partition('=')[0]} has no effect here; {user} uses it"
+    assert (note in told) if user else ("note:" not in told)
