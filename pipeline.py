@@ -103,6 +103,10 @@ class Group(click.Group):
             if is_reporting_rank(known):  # one of several processes reports why all of them end
                 click.echo(line, err=True)
             context.exit(code)
+        finally:
+            from engine.processes import leave
+
+            leave()
 
 
 def _ending(error: Exception) -> tuple[str, int | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -204,6 +205,17 @@ def join(device: str, stop: StopRequest | None = None) -> Processes:
             f"rank {here.rank} of {here.count} could not join the others at {where}: {one_line(error)}"
         ) from error
     return Processes(here.rank, here.count, group, stop)
+
+
+def leave() -> None:
+    """Leave the other ranks, if this process has joined any.
+
+    The threads of an exchange would otherwise be alive when the interpreter exits, which can abort the process.
+    """
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        with suppress(RuntimeError):  # the others may have ended already
+            dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------- out of step

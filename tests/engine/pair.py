@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 import time
 from collections.abc import Callable
@@ -119,5 +120,14 @@ def outside(folder: Path) -> None:
     processes.gather(1)
 
 
+@cli.command()
+@click.argument("folder", type=Path)
+def sound(folder: Path) -> None:
+    """Nothing is wrong."""
+    assert join("cpu").gather(1) == [1, 1]
+
+
 if __name__ == "__main__":
+    # threads of an exchange that are alive at the interpreter's exit can abort it
+    atexit.register(lambda: torch.distributed.is_initialized() and print("STILL JOINED"))
     cli(sys.argv[1:])

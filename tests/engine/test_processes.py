@@ -89,7 +89,14 @@ def ends_of(pair: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
     finally:
         for one in pair:
             one.kill()
+    assert "STILL JOINED" not in output
     return [one.returncode for one in pair], output
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_command_that_succeeds_have_left_the_group_at_their_exit(tmp_path: Path) -> None:
+    """As those of every other command here."""
+    assert ends_of(start_pair("sound", tmp_path)) == ([0, 0], "")
 
 
 @pytest.mark.slow
