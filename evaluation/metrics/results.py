@@ -299,6 +299,13 @@ class Evaluation(Record):
     encoder: Mapping[str, Any] | None = None
     joint: JointDetails | None = field(default=None, metadata=FLAT)
 
+    @classmethod
+    def _by_field(cls, tree: Any) -> Any:
+        """As every record, it ignores unknown keys, which a later version may write: they do not make a joint net."""
+        known = {one.name for one in (*_fields(cls), *_fields(JointDetails))}
+        own = {key: value for key, value in tree.items() if key in known} if isinstance(tree, Mapping) else tree
+        return super()._by_field(own)
+
     @property
     def imported(self) -> str | None:
         """The other program's file that the net comes from."""

@@ -64,6 +64,15 @@ def metrics(phases: bool = True, tools: bool = True, joint: dict | None = None, 
     return Evaluation(**known | more)
 
 
+def test_a_key_of_a_later_version_does_not_make_a_joint_net() -> None:
+    """It is ignored, as it is inside every other part of the results."""
+    for of_joint in (None, {"crops": "five"}):
+        written = metrics(joint=of_joint)
+        tree = written.to_json() | {"said_later": 1}
+        assert Evaluation.from_json(tree).to_json() == written.to_json()
+    assert Evaluation.from_json(metrics().to_json() | {"said_later": 1}).joint is None
+
+
 def test_the_card_of_a_run(tmp_path):
     run = tmp_path / "lstm"
     (run / "temporal").mkdir(parents=True)
