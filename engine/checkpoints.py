@@ -19,7 +19,6 @@ import torch
 
 from configs.errors import UserError, listed, type_and_line
 from engine.files import atomic_path, fsync_file
-from engine.launch import is_main_process
 from engine.progress import say
 from engine.sniff import recognise_file
 
@@ -159,7 +158,7 @@ def load_external_state(path: Path, trusted: bool = False) -> dict[str, torch.Te
         raise UserError(f"{path}: not a state dict (a mapping from names to tensors); {_REMEDY}")
     if not all(name.isprintable() for name in tensors):  # they appear in messages
         raise UserError(f"{path}: not a state dict: some of its keys are not names")
-    if objects and is_main_process():
+    if objects:
         say(f"{path}: Python objects beside the tensors ({named}) were left out; none of them was run")
     return tensors
 

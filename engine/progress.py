@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from configs.errors import printable
+from engine.launch import is_main_process
 
 LOG_INTERVAL_S = 15.0
 _bars_hidden = ContextVar("_bars_hidden", default=False)
@@ -45,6 +46,10 @@ def no_bars() -> Iterator[None]:
         _bars_hidden.reset(token)
 
 
-def say(text: str) -> None:
-    """Print a line for the user on standard error, above any bar, with unprintable characters escaped."""
-    tqdm.write(printable(text), file=sys.stderr)
+def say(text: str, *, every_rank: bool = False) -> None:
+    """Print a line for the user on standard error, above any bar, with unprintable characters escaped.
+
+    Of several ranks only rank 0 prints, unless the line is about each rank's own work (`every_rank`).
+    """
+    if every_rank or is_main_process():
+        tqdm.write(printable(text), file=sys.stderr)

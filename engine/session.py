@@ -150,8 +150,7 @@ class TrainingSession:
                 f"{self._last.path}: stopped inside a video on {len(parts)} process(es), whose carried state cannot be "
                 f"divided among {count}; resume with {len(parts)}"
             )
-        if self.processes.first:
-            say(f"note: resuming with {count} process(es) after {len(parts)}: the same steps, but other dropout masks")
+        say(f"note: resuming with {count} process(es) after {len(parts)}: the same steps, but other dropout masks")
         return parts[self.processes.rank] if self.processes.rank < len(parts) else {"random": None, "extra": {}}
 
     def _keep_best_of_position(self) -> None:

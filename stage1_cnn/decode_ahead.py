@@ -103,7 +103,7 @@ def work_ahead(
                 left.remove(job)
                 yield job, reason
     except _DecoderDied as error:
-        say(f"{error}; continuing without decoding processes")
+        say(f"{error}; continuing without decoding processes", every_rank=True)
     yield from work_through(task, left, 1, title, stop)
 
 

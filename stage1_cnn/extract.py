@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from configs.errors import UserError
 from configs.schema import Config
 from engine.files import below_root, read_json_object, remove_stale_temporaries, sha256_file, write_json
-from engine.launch import is_main_process
 from engine.pool import VideoFault, processes_for, work_through
 from engine.progress import say
 from engine.runs import StageFolder, StageIdentity, settings_without
@@ -121,8 +120,7 @@ def extract(
     target = folder or config.extract.store / encoder.spec.folder_name
     _require_compatible(target, index, encoder.spec)
     report = ExtractReport(target, left_out=index.left_out_records())
-    if is_main_process():
-        say_left_out(index)
+    say_left_out(index)
     jobs = _plan(config, index, root, target, encoder.spec, shard, report)
     if not jobs:
         _require_one_usable(report, shard)
@@ -234,7 +232,7 @@ def _require_compatible(folder: Path, index: Index, spec: EncoderSpec) -> None:
                 "choose another extract.store"
             )
         if there.digest() != index.digest():
-            say(f"{folder / INDEX_FILE}: replaced, the index has changed since")
+            say(f"{folder / INDEX_FILE}: replaced, the index has changed since", every_rank=True)
     if (folder / ENCODER_FILE).exists():
         digest = str(read_json_object(folder / ENCODER_FILE).get("digest"))
         if digest != spec.digest:
@@ -318,6 +316,6 @@ def _state(
         same = np.array_equal(video.frame_index, frame_index) and np.array_equal(video.time_s, times)
         problem = None if same else "holds other frames, or other times of them"
     if problem is not None:
-        say(f"{path.name}: {problem}; extracted again")
+        say(f"{path.name}: {problem}; extracted again", every_rank=True)
         return "new"
     return "current" if all(video.attributes.get(key) == value for key, value in labels.items()) else "relabel"

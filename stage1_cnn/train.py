@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from configs.errors import UserError
 from configs.schema import Config
 from engine.device import make_accelerator, seed_everything
-from engine.launch import is_main_process
 from engine.logs import outcome_sentence, training_outcome
 from engine.processes import Processes, join
 from engine.progress import progress_bar, say
@@ -81,9 +80,8 @@ def train_cnn(
     stage = StageFolder(run, CHECKPOINT_STAGE, config, identity(config, index))
     finished = processes.from_first(lambda: stage.result)
     if finished is not None:
-        if processes.first:
-            say(f"{stage.path}: finished before with these settings, nothing to do")
-            say_left_out(index)
+        say(f"{stage.path}: finished before with these settings, nothing to do")
+        say_left_out(index)
         return finished | {"left_out": index.left_out_records()}
 
     seed_everything(config.seed)
@@ -93,13 +91,12 @@ def train_cnn(
     processes.each(lambda: load_frames(config, index, root))  # checked before hours of decoding, as in the next line
     processes.from_first(stage.check)
     index = cache_readable(config, index, root, processes, stop)
-    if processes.first:
-        say_left_out(index)
+    say_left_out(index)
     data = processes.each(lambda: load_frames(config, index, root))
     # only now, so that settings that cannot be trained with do not occupy the run's name
     stage = StageFolder(run, CHECKPOINT_STAGE, config, identity(config, index))
     processes.from_first(stage.open)
-    if cnn.weights == "cached" and processes.first:
+    if cnn.weights == "cached":
         say(f"initial weights: {settled_weights(cnn)} (cnn.weights=cached: ImageNet's where this machine has them)")
     train_net(stage.path, net, config, data, accelerator, stop, processes)
     return processes.from_first(lambda: stage.finish(summarise(stage.path, config, data, precision)))
@@ -132,10 +129,10 @@ def load_frames(config: Config, index: Index, root: Path) -> FrameData:
         wanted = "tool or phase" if cnn.phase_head else "tool"
         hint = "" if cnn.phase_head else ", or set cnn.phase_head=true to train on phases"
         raise UserError(f"{config.data.index}: no training frame has a {wanted} label; add annotations{hint}")
-    if not len(val) and is_main_process():
+    if not len(val):
         say("no labelled validation frames: every epoch is trained, and the last one counts as the best")
     sampled = sum(len(sampled_frames(entry, config.data.fps)) for entry in index.by_split("train"))
-    if len(train) < sampled and is_main_process():
+    if len(train) < sampled:
         say(f"note: {sampled - len(train):,} of {sampled:,} training frames have no label and are left out")
     return FrameData(train, val, index)
 

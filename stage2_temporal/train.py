@@ -79,8 +79,7 @@ def train_temporal(
     require_features_of(data.encoder, config, given, folder)
     data.index.require_excluded(config.data.exclude, folder)
     data = data.with_tool_logits() if config.temporal.tool_logits else data
-    if processes.first:
-        say_left_out(data.index)
+    say_left_out(data.index)
     stage = StageFolder(run, "temporal", config, _identity(config, data))
     finished = processes.from_first(lambda: stage.result)
     if finished is not None:
@@ -88,7 +87,7 @@ def train_temporal(
     accelerator, precision = make_accelerator(config.device, config.temporal.precision, "temporal.precision")
     require_arithmetic(config.temporal, accelerator.device)
     processes.from_first(stage.open)  # only now: settings that cannot be trained with leave no folder behind
-    if not data.val and processes.first:
+    if not data.val:
         say(f"{folder}: no validation videos with phases, so the last epoch is kept instead of the best")
     constants = _constants(config, data)
     data = data.to(accelerator.device)

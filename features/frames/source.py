@@ -26,7 +26,6 @@ from engine.files import (
     sha256_ends,
     sha256_file,
 )
-from engine.launch import is_main_process
 from engine.pool import Advance, VideoFault, choose_processes, work_through
 from engine.processes import Processes
 from engine.progress import say
@@ -237,7 +236,7 @@ def recorded_faults(folder: Path, index: Index) -> list[tuple[str, str]]:
         for entry in index.videos
         if entry.id in left_out and left_out[entry.id]["source"] == entry.sha256_ends
     ]
-    if found and is_main_process():
+    if found:
         say(f"{folder}: was started without {len(found)} of these videos; another --name tries them again")
     return found
 

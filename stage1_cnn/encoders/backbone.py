@@ -12,7 +12,6 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from configs.errors import UserError, one_line
 from configs.schema import Config
 from engine.checkpoints import load_external_state
-from engine.launch import is_main_process
 from engine.progress import say
 from stage1_cnn.encoders.pretrained import fetch, published_weights, settled_weights, weights_file
 from stage1_cnn.encoders.registry import find_encoder
@@ -126,7 +125,7 @@ def build_backbone(name: str, weights: str, seed: int, *, trusted: bool = False,
         tensors = {entry.rename(key): tensor for key, tensor in tensors.items()}
     found = find_weights(backbone.net, backbone.head_name, tensors, name, path)
     backbone.net.load_state_dict({**backbone.net.state_dict(), **found.state})
-    if not known and is_main_process():
+    if not known:
         say(f"{path}: {describe_match(found, tensors, name)}")
     return backbone
 

@@ -20,7 +20,6 @@ from configs.schema import Config, JointStepConfig
 from engine.checkpoints import load_checkpoint
 from engine.device import choose_device, choose_precision, make_accelerator, seed_everything
 from engine.files import sha256_file
-from engine.launch import is_main_process
 from engine.logs import outcome_sentence, training_outcome
 from engine.processes import Processes, join
 from engine.progress import say
@@ -129,20 +128,17 @@ def train_joint(
         if readable is not index:
             index, stages = readable, _stages(config, run, readable, files)
             data = processes.each(lambda: _load(config, readable, root))
-    if processes.first:
-        say_left_out(index)
+    say_left_out(index)
     result: dict[str, Any] = {}
     for step, settings in schedule(config).items():
         stage = stages[step]
         finished = processes.from_first(stage.begin)
         if finished is None:
-            if processes.first:
-                say(f"== {step}: {settings.epochs} epochs")
+            say(f"== {step}: {settings.epochs} epochs")
             train_step(stage.path, step, settings, net, config, data, stop, processes)
             result = processes.from_first(partial(_finish, stage, step, config, data, net))
         else:
-            if processes.first:
-                say(f"{stage.path}: finished before with these settings, nothing to do")
+            say(f"{stage.path}: finished before with these settings, nothing to do")
             result = finished
         net.load_state_dict(load_checkpoint(stage.path / "best.pt")["model"])
     return result | {"left_out": index.left_out_records()}
@@ -180,7 +176,7 @@ def initial_net(config: Config, index: Index, start: Start, *, trusted: bool = F
         path = joint_checkpoint(start.joint)
         about = attach_joint(net, path, spec.tools, spec.phases, head)
         changed = differences(about["preprocess"], config.preprocess.model_dump(mode="json"))
-        if changed and is_main_process():
+        if changed:
             say(f"note: {path} was trained on frames preprocessed differently (preprocess: {'; '.join(changed)})")
     if start.cnn:
         attach_cnn(net, start.cnn, spec.tools)
@@ -217,11 +213,11 @@ def _load(config: Config, index: Index, root: Path) -> JointData:
         if tasks in (task, "both") and not (labels >= 0).any():
             raise UserError(f"{config.data.index}: no training frame has a {task} label; set joint.net.tasks")
     phases = {name: train.phase[train.video == number] for number, name in enumerate(train.videos)}
-    if tasks != "tool" and is_main_process():
+    if tasks != "tool":
         for note in unlabelled_note(phases, "do not count in train"):
             say(note)
     val = {entry.id: sampled_labels(entry, root, index, config.data) for entry in index.by_split("val")}
-    if not val and is_main_process():
+    if not val:
         say("no validation videos: every epoch is trained, and the last one counts as the best")
     return JointData(train, val, index, root)
 
