@@ -58,9 +58,8 @@ _MOST_ON_ONE_GPU = 4
 
 @dataclass(frozen=True)
 class Unit:
-    """One training: a setting with a seed. `trial` is its number in the study, None for the base settings."""
+    """One training: a setting with a seed."""
 
-    trial: int | None
     changes: tuple[tuple[str, Any], ...]
     seed: int
     features: Path = Path()
@@ -182,7 +181,6 @@ def ablate(
                 if reason is not None:
                     failed.append((label, reason))
                 result = plan.folders.result(unit.folder)
-                plan.ended(unit, result, reason)
                 _show(live, plan.trials(), label, result, reason)
         _write_outcome(folder, plan)
     left_out = shared.of(shared.base, False).index.missing
@@ -201,11 +199,11 @@ def _read_features(spec: AblationConfig, base: Config, overrides: Sequence[str],
     Raises UserError for wrong settings, and for two settings that mean the same training.
     """
     for seed in spec.seeds:
-        unit_config(spec.base, overrides, Unit(None, (), seed))
+        unit_config(spec.base, overrides, Unit((), seed))
     wanted = dict.fromkeys([(where, base.temporal.tool_logits)])
     named: dict[tuple[str, Path], str] = {}
     for point in corners(spec):
-        unit = Unit(None, changes_of(spec, point), spec.seeds[0])
+        unit = Unit(changes_of(spec, point), spec.seeds[0])
         config = unit_config(spec.base, overrides, unit)
         require_arithmetic(config.temporal, choose_device(config.device))
         features = folder_of(dict(unit.changes), where, base)
@@ -247,29 +245,32 @@ class _Plan:
         self.folders = TrialFolders(folder / "trials", spec, self._folder)
         self._points = self.folders.points()
         self.study = open_study(self.folders, self._points)
-        self._scores: dict[int, dict[int, float | None]] = {}  # by trial and seed; None: the training failed
         self._as_named: set[Unit] = set()  # finished trainings whose settings are known to be those of the table
         for name in self.folders.strays(self._points):
             say(f"note: {self.folders.trials / name}: not a training of this ablation; it is left out of the table")
 
     def _folder(self, point: Mapping[str, Any], seed: int) -> str:
-        return self._unit(None, changes_of(self.spec, point), seed).folder
+        return self._unit(changes_of(self.spec, point), seed).folder
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states)
 
     def rounds(self, cores: int, started: float) -> Iterator[list[Unit]]:
         """Batches of trainings, until none is left or the budget is spent. The base settings come first."""
-        first = [] if self._base_is_in_grid else [self._unit(None, (), seed) for seed in self.spec.seeds]
+        first = [] if self._base_is_in_grid else [self._unit((), seed) for seed in self.spec.seeds]
         seeds = len(self.spec.seeds)
         most = max(1, (_CLAIM_DRAWN if self.spec.has_ranges else _CLAIM_KNOWN) * cores // seeds)
         while True:
             claimed = list(itertools.islice(self._claims(started), most))
-            units = first + [unit for trial in claimed for unit in self._units(trial)]
+            settings = [changes_of(self.spec, trial.params) for trial in claimed]
+            units = first + [self._unit(changes, seed) for changes in settings for seed in self.spec.seeds]
             if not units:
                 return
             first = []
-            yield units
+            yield list(dict.fromkeys(units))  # integers may be drawn twice
+            for trial in claimed:  # without a score, one of its trainings has failed
+                score = self.folders.score(trial.params)
+                self.study.tell(trial, score, state=TrialState.FAIL if score is None else TrialState.COMPLETE)
 
     def _claims(self, started: float) -> Iterator[optuna.Trial]:
         """Queued points or, for ranges, new ones, within the budget."""
@@ -287,15 +288,10 @@ class _Plan:
             return False
         return budget.minutes is None or time.monotonic() - started < 60 * budget.minutes
 
-    def _units(self, trial: optuna.Trial) -> list[Unit]:
-        self._scores[trial.number] = {}
-        changes = changes_of(self.spec, trial.params)
-        return [self._unit(trial.number, changes, seed) for seed in self.spec.seeds]
-
-    def _unit(self, trial: int | None, changes: tuple[tuple[str, Any], ...], seed: int) -> Unit:
+    def _unit(self, changes: tuple[tuple[str, Any], ...], seed: int) -> Unit:
         folder = folder_of(dict(changes), self.shared.base, self.base)
         named = any(key in FEATURE_KEYS for key, _ in changes)
-        return Unit(trial, changes, seed, folder, self.shared.digest(folder) if named else "")
+        return Unit(changes, seed, folder, self.shared.digest(folder) if named else "")
 
     def label(self, changes: Sequence[tuple[str, Any]]) -> str:
         """A setting's label: the last parts of its keys with their values, and its named setting."""
@@ -315,23 +311,9 @@ class _Plan:
 
     def is_base(self, changes: Sequence[tuple[str, Any]]) -> bool:
         """Whether these changes leave the base settings as they are."""
-        unit = self._unit(None, tuple(changes), self.base.seed)
+        unit = self._unit(tuple(changes), self.base.seed)
         tried = unit_config(self.spec.base, self.overrides, unit)
         return tried.temporal == self.base.temporal and self.shared.is_base(unit.features)
-
-    def ended(self, unit: Unit, result: dict[str, Any] | None, reason: str | None) -> None:
-        """Record a training's outcome; report the mean score to the study after a setting's last seed."""
-        if unit.trial is None:
-            return
-        scores = self._scores[unit.trial]
-        scores[unit.seed] = result["val_accuracy"] if reason is None and result is not None else None
-        if len(scores) < len(self.spec.seeds):
-            return
-        known = [score for score in scores.values() if score is not None]
-        if len(known) < len(scores):
-            self.study.tell(unit.trial, state=TrialState.FAIL)
-        else:
-            self.study.tell(unit.trial, sum(known) / len(known))
 
     def trials(self) -> list[Trial]:
         """Every training with a result, including those of earlier processes, for tables.
@@ -343,7 +325,7 @@ class _Plan:
         found = []
         for changes in dict.fromkeys(changes_of(self.spec, point) for point in points):
             for seed in self.spec.seeds:
-                unit = self._unit(None, changes, seed)
+                unit = self._unit(changes, seed)
                 result = self.folders.result(unit.folder)
                 if result is not None:
                     self._require_as_named(unit, self.folders.trials / unit.folder)
@@ -423,7 +405,7 @@ def _write_outcome(folder: Path, plan: _Plan) -> None:
     write_text(folder / ABLATION_PAGE, ablation_page(plan.spec.title or folder.name, trials, SCORE, figures))
     winner = ablation_rows(trials)[0].label
     best = next(trial for trial in trials if trial.label == winner)
-    config = unit_config(plan.spec.base, plan.overrides, Unit(None, tuple(best.changes.items()), best.seed))
+    config = unit_config(plan.spec.base, plan.overrides, Unit(tuple(best.changes.items()), best.seed))
     features = folder_of(best.changes, plan.shared.base, plan.base)
     header = f"# The best setting of the ablation {folder.name} on the validation videos: {best.label}.\n"
     header += f"# Its features: train-temporal --features {features}\n"

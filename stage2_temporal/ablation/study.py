@@ -58,13 +58,19 @@ class TrialFolders:
     def result(self, name: str) -> dict[str, Any] | None:
         """The result of the training in the folder `name`; None if there is none."""
         path = self.trials / name / "temporal" / RESULT_FILE
+        if not path.exists():
+            return None
         with self._read(name):
-            return read_json_object(path) if path.exists() else None
+            found: dict[str, Any] = read_json_object(path)
+            if not isinstance(found.get("val_accuracy"), int | float):
+                raise UserError(f"{path}: has no val_accuracy")
+            return found
 
-    def scores(self, point: Mapping[str, Any]) -> list[float]:
-        """Scores of the finished seeds of a point."""
+    def score(self, point: Mapping[str, Any]) -> float | None:
+        """Mean score of a point over its seeds; None if one of them has not finished."""
         results = [self.result(self.name_of(point, seed)) for seed in self.spec.seeds]
-        return [result["val_accuracy"] for result in results if result is not None]
+        scores = [result["val_accuracy"] for result in results if result is not None]
+        return sum(scores) / len(scores) if len(scores) == len(results) else None
 
     def points(self) -> list[dict[str, Any]]:
         """The points to try or, if there are ranges, those that have folders, in the order of their first start.
@@ -132,10 +138,8 @@ def open_study(folders: TrialFolders, points: Sequence[Mapping[str, Any]]) -> op
     sampler = optuna.samplers.TPESampler(seed=spec.seeds[0] + 1000 * len(points))
     study = optuna.create_study(sampler=sampler, direction="maximize")
     for point in points:
-        scores = folders.scores(point)
-        if len(scores) == len(spec.seeds):
-            mean = sum(scores) / len(scores)
-            study.add_trial(create_trial(params=dict(point), distributions=distributions(spec), value=mean))
-        else:
+        if (score := folders.score(point)) is None:
             study.enqueue_trial(dict(point))
+        else:
+            study.add_trial(create_trial(params=dict(point), distributions=distributions(spec), value=score))
     return study
