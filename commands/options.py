@@ -264,14 +264,6 @@ def watch_signals() -> AbstractContextManager[StopRequest]:
     return stopping.watch_signals(leaving=click.get_current_context().obj is True)
 
 
-def say_once(text: str) -> None:
-    """Print a line, in one of several processes."""
-    from engine.launch import is_main_process
-
-    if is_main_process():
-        click.echo(text)
-
-
 def exit_partly_if(problems: object) -> None:
     """End with exit code 1 if there are problems."""
     if problems:

@@ -15,7 +15,10 @@ from configs.errors import UserError, printable
 
 def end_of_training(what: str, result: Mapping[str, Any]) -> None:
     """Print the result of a training; exit with 1 if it left videos out."""
-    options.say_once(f"{what}: {result['sentence']}")
+    from engine.launch import is_main_process
+
+    if is_main_process():
+        click.echo(f"{what}: {result['sentence']}")
     options.end_with_left_out(result["left_out"])
 
 

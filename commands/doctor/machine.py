@@ -6,7 +6,6 @@ installation gives a line and not a traceback. Checks import what they examine o
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import platform
@@ -83,13 +82,7 @@ def check_packages() -> Iterable[Finding]:
         yield Finding("FAIL", "surgstage", "not installed", "run `pip install -e .` in the project's folder")
         return
     wanted = [one for one in map(Requirement, lines) if one.marker is None or one.marker.evaluate({"extra": ""})]
-    collects = gc.isenabled()
-    gc.disable()  # imports create many objects and hardly any garbage, so that collecting only costs time
-    try:
-        found = [_package(one) for one in wanted]
-    finally:
-        if collects:
-            gc.enable()
+    found = [_package(one) for one in wanted]
     yield from (finding for finding in found if finding.level != "ok")
     if sound := sorted((finding.found for finding in found if finding.level == "ok"), key=str.casefold):
         yield Finding("ok", "packages", ", ".join(sound))
