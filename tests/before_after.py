@@ -1,12 +1,12 @@
 """Do two checkouts compute the same, byte for byte? `python -m tests.before_after BEFORE AFTER [--keep DIR]`.
 
-Both checkouts run the same fixed small commands on the same simulated videos; what they leave is compared as
-`tests.sameness` does (times apart), and `encoder.json`, `identity.json` and the feature folders' names byte by byte.
-Then AFTER goes over a copy of what BEFORE left: finished stages are skipped, an interrupted one resumes to the same
+Both checkouts run the same fixed small commands on the same simulated videos; their output is compared as in
+`tests.sameness` (except times), and `encoder.json`, `identity.json` and the feature folders' names byte by byte. Then
+AFTER runs on a copy of the output of BEFORE: finished stages are skipped, an interrupted one resumes to the same
 weights, features verify and are not extracted again, evaluation gives the same numbers.
 
 It needs a checkout of the other version, so it is a command for a refactoring and not one of the tests; what released
-versions wrote is in `tests/released`. Exit code 1 where anything differs.
+versions wrote is in `tests/released`. Exit code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ COMMANDS: list[list[str]] = [
      *OLD[:2], "--json", "theirs.json"],
 ]  # fmt: skip
 
-# Checkpoints hold seconds, so what names a checkpoint by its hash differs in two trainings; the identities of these
-# stages are compared where AFTER goes over what BEFORE left. Tables of ablations hold times, and older ones had a
-# journal. Model cards are prose; their numbers are those of metrics.json.
+# Checkpoints contain times, so files that name a checkpoint by its hash differ between two trainings; the identities of
+# these stages are compared when AFTER runs on the output of BEFORE. Tables of ablations contain times, and older ones
+# had a journal. Model cards are prose; their numbers are those of metrics.json.
 HASHES_OF_CHECKPOINTS = re.compile(
     r"runs/joint/joint/\w+/identity\.json: (start\.(cnn|temporal)|other bytes)"
     r"|.*/result\.json: (features|identity_sha256)"
@@ -127,7 +127,7 @@ def compare(before: Path, after: Path) -> list[str]:
 
 
 def carry_on(checkout: Path, before: Path, work: Path) -> list[str]:
-    """The newer checkout over what the older one left: nothing is done again, and what was cut off resumes."""
+    """Run the newer checkout on the output of the older one: nothing is repeated, and the interrupted stage resumes."""
     found = []
     features = {path: path.stat().st_mtime_ns for path in work.rglob("*.h5")}
     stage = work / "runs/old/temporal"

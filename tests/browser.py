@@ -1,4 +1,4 @@
-"""Opening a page in a real browser, and everything it asked for or complained about on the way."""
+"""Open a page in a real browser, and collect its requests, errors and warnings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands in their own processes, run to the end or stopped at any moment; forked or started afresh."""
+"""Commands in their own processes, run to the end or stopped at any moment; forked, or in a fresh interpreter."""
 
 from __future__ import annotations
 
@@ -123,7 +123,8 @@ def start_forked(
     prepare: Callable[[], None] = lambda: None,
     errors: Path | None = None,
 ) -> Command:
-    """The same command line in a fork of this process, which has imported everything: saves three seconds per start.
+    """Run the same command line in a fork of this process, which has imported everything: saves three seconds per
+    start.
 
     `prepare` runs first in the new process. Standard error goes to `log` too, or to `errors`. This process must not
     have started threads.

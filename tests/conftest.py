@@ -1,4 +1,4 @@
-"""What every test may use: the real material beside the project, and where it is not, a reason to skip."""
+"""Shared by all tests: the real data next to the project, or a reason to skip if there are none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 import configs  # noqa: F401, before any test imports torch: idle threads do not spin, as in every command
 from tests.cli import PROJECT, Forks, shared_forks
 
-# A test says nothing about how fast a machine is, or how busy.
+# A test must not depend on the speed or load of the machine.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
@@ -28,7 +28,7 @@ def find_shared_data() -> Path | None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real material; a user's machine skips without it, CI must have it."""
+    """Real data; without it tests are skipped on a user's machine and fail in CI."""
     data = find_shared_data()
     if data is not None:
         return data
@@ -50,7 +50,7 @@ def forks() -> Forks:
     return shared_forks()
 
 
-# Without these a fresh Chromium calls home before it has opened a page.
+# Without these a fresh Chromium connects to its vendor before it has opened a page.
 CHROMIUM_OPTIONS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -64,7 +64,7 @@ CHROMIUM_OPTIONS = [
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """A headless Chromium, the machine's own; a user's machine skips without it, CI must have it."""
+    """The machine's own Chromium, headless; without it tests are skipped on a user's machine and fail in CI."""
     program = shutil.which("chromium")
     if program is None:
         reason = "no chromium on this machine: install Debian's package chromium"

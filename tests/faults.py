@@ -1,4 +1,4 @@
-"""Faults of disks and systems, brought about in a process that then runs a command (see `tests.cli.Forks`)."""
+"""Faults of disks and systems, injected into a process that then runs a command (see `tests.cli.Forks`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.cli import group_members
 
 
 def full_at(target: str) -> None:
-    """The disk is full for the file whose path ends in `target`, when it is to be brought to the disk."""
+    """The disk is full for the file whose path ends in `target`, when it is flushed to the disk."""
     written = os.fsync
 
     def fsync(handle: int) -> None:
@@ -32,7 +32,7 @@ def full_at(target: str) -> None:
 
 
 def note_writes(log: str) -> None:
-    """Write the final path of every file that is brought to the disk into `log`, a line each, in order."""
+    """Write the final path of every file that is flushed to the disk to `log`, one per line, in order."""
     written = os.fsync
 
     def fsync(handle: int) -> None:
@@ -53,17 +53,17 @@ def final_name(handle: int) -> str:
 
 
 def largest_file(size: int) -> None:
-    """No file may grow beyond so many bytes: writing answers EFBIG there, as a quota answers EDQUOT."""
+    """No file may grow beyond this many bytes: writing fails with EFBIG, as it does with EDQUOT at a quota."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def blind(yes: bool) -> None:
-    """Free space is not seen beforehand, so that the disk fills up in the middle of the work."""
+    """Hide that the disk has too little space, so that it fills up in the middle of the work."""
     shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 50, 0, 1 << 50)  # type: ignore[attr-defined]
 
 
 def kill_a_worker(pattern: str) -> None:
-    """SIGKILL to a process that works for this one, as the system's out-of-memory killer does it, once a file fits."""
+    """Send SIGKILL to a worker of this process, as when memory runs out, once a file matches `pattern`."""
 
     def kill_one() -> None:
         while not any(Path().glob(pattern)):
@@ -81,7 +81,7 @@ def command_line(pid: int) -> str:
 
 
 def no_privileges(yes: bool) -> None:
-    """Modes of files hold for root too: every capability is given up."""
+    """File modes apply to root too, since every capability is dropped."""
     if os.geteuid() != 0:
         return
     libc = ctypes.CDLL(None, use_errno=True)
@@ -91,7 +91,7 @@ def no_privileges(yes: bool) -> None:
 
 
 def no_locks(yes: bool) -> None:
-    """A file system without locks, where the attempt is an error; HDF5 files only opened without."""
+    """A file system on which locking is an error, and so is opening an HDF5 file with locks."""
     import fcntl
 
     import h5py
@@ -112,7 +112,7 @@ def no_locks(yes: bool) -> None:
 
 
 def renames_within_folders(yes: bool) -> None:
-    """Renaming from one folder to another is an error, as it is between file systems."""
+    """Renaming a file into another folder is an error, as between file systems."""
 
     def watched(name: str) -> Callable[..., None]:
         real = getattr(os, name)
@@ -129,7 +129,7 @@ def renames_within_folders(yes: bool) -> None:
 
 
 def stop_when_done(number: int) -> None:
-    """A signal comes with the first line on standard output, which is a command's result."""
+    """Send a signal at the first line on standard output, which is a command's result."""
     import click
 
     say = click.echo

@@ -1,4 +1,4 @@
-"""Other machines than this one: a CPU with or without bf16, a torch whose oneDNN has other private operations."""
+"""Simulated machines: a CPU with or without bf16, a torch whose oneDNN has other private operations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPERATIONS = (
 
 @contextmanager
 def other_operations(**changed: Any) -> Iterator[None]:
-    """As if `torch.ops.mkldnn` had these in place of its own; None: no operation of this name."""
+    """Replace operations of `torch.ops.mkldnn`; None: no operation of this name."""
     there = {name: changed.get(name, getattr(torch.ops.mkldnn, name, None)) for name in OPERATIONS} | changed
     with pytest.MonkeyPatch.context() as patch:
         ops = SimpleNamespace(**{name: found for name, found in there.items() if found is not None})
@@ -33,7 +33,7 @@ def other_operations(**changed: Any) -> Iterator[None]:
 
 
 def public_operations() -> dict[str, Any]:
-    """The private operations as any CPU computes them, in every type."""
+    """The private operations computed by public ones, which work on any CPU in every type."""
 
     def convolution(x: Tensor, weights: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         padding, stride, dilation, groups = rest[:4]
@@ -55,7 +55,7 @@ def public_operations() -> dict[str, Any]:
 
 
 def broken_operations() -> dict[str, dict[str, Any]]:
-    """By name, ways in which another torch may have changed them."""
+    """By name, possible changes of them in another torch."""
 
     def raises(*rest: Any) -> Tensor:
         raise RuntimeError("unknown function")
@@ -84,7 +84,7 @@ def broken_operations() -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def cpu_with_bf16(there: bool) -> Iterator[None]:
-    """As on a CPU that multiplies bf16, or on one that does not, whichever this is."""
+    """Simulate a CPU that multiplies bf16, or one that does not, on any CPU."""
     able = device.cpu_has_bf16()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "cpu_has_bf16", lambda: there)

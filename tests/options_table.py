@@ -1,4 +1,4 @@
-"""The effect of each option of each command in each mode: it reaches the work, or is refused (tests/test_options.py).
+"""The effect of each option of each command in each mode: it is passed on or refused (tests/test_options.py).
 
 `python -m tests.options_table` writes docs/options.md.
 """

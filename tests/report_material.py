@@ -1,4 +1,4 @@
-"""Runs as `evaluate` leaves them, with made-up predictions: what a report is made of."""
+"""Runs in the form that `evaluate` writes, with made-up predictions, for tests of the report."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _write_training(folder: Path, seed: int, random: np.random.Generator) -> Non
 
 
 def _wander(random: np.random.Generator, frames: int, columns: int) -> NDArray[np.float64]:
-    """(frames, columns) of slow noise of about unit size, so that stretches are as long as real ones."""
+    """Slow noise of about unit size, (frames, columns), so that runs are as long as real ones."""
     steps = np.repeat(random.normal(size=(frames // 20 + 1, columns)), 20, axis=0)[:frames]
     return steps + 0.1 * random.normal(size=(frames, columns))
 

@@ -1,4 +1,4 @@
-"""Whether two runs of one command left the same, wall times apart, and nothing that is half done."""
+"""Whether two runs of one command left the same files, except wall times, and nothing unfinished."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import torch
 
-# What no two runs share: times, and how the work was divided between the starts of a command.
+# What always differs between runs: times, and how the work was divided between the starts of a command.
 WALL_TIMES = {"seconds", "frames_per_s", "sentence"}
 PER_START = {"done", "skipped", "relabelled", "frames"}
 EVENTS = "events"
@@ -24,7 +24,7 @@ _REVISION = re.compile(r", revision \w+")
 def differences(expected: Path, found: Path) -> list[str]:
     """Every difference between two working folders, file by file; files of TensorBoard events are compared as scalars.
 
-    A file that only one of them has is a difference, a temporary file or a mark of work in hand above all.
+    A file that only one of them has is a difference, in particular a temporary file or a mark of work in progress.
     """
     here, there = _files(expected), _files(found)
     lines = [f"{name}: missing" for name in sorted(here.keys() - there.keys()) if not _is_spare(name)]
@@ -39,13 +39,13 @@ def differences(expected: Path, found: Path) -> list[str]:
 
 
 def left_half_done(folder: Path) -> list[str]:
-    """Temporary files and marks of work in hand below `folder`."""
+    """Temporary files and marks of work in progress below `folder`."""
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(str(name) for name in names if name.name.endswith(".tmp") or name.name == "in-work")
 
 
 def _is_spare(name: str) -> bool:
-    """The checkpoint before the last is there where the last was written twice or more, in whatever starts."""
+    """Whether it is a previous checkpoint, which exists if the last one was written at least twice, in any starts."""
     return name.endswith("/last.pt.previous")
 
 
@@ -60,7 +60,7 @@ def _compare(expected: Path, found: Path) -> Iterator[str]:
     elif expected.suffix == ".pt":
         left, right = (torch.load(path, weights_only=True) for path in (expected, found))
         yield from _compare_values(left, right)
-    elif expected.suffix == ".previous":  # of another step, where the last start began in the middle of an epoch
+    elif expected.suffix == ".previous":  # it is of another step if the last start began in the middle of an epoch
         torch.load(found, weights_only=True)
     elif expected.suffix == ".html":  # it shows seconds
         if not found.read_text().rstrip().endswith("</html>"):
@@ -122,10 +122,10 @@ def _equal(left: Any, right: Any) -> bool:
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows of a folder of event files: steps and values a name, those of wall times left out."""
+    """What TensorBoard shows for a folder of event files: steps and values per name, without wall times."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it says what it leaves out, as it should
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports what it leaves out, as expected
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     names = [tag for tag in events.Tags()["scalars"] if tag.rpartition("/")[2] not in WALL_TIMES]
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}

@@ -78,7 +78,7 @@ def settings_file(folder: Path, videos: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, videos: Path) -> Path:
-    """A folder in which `run` has gone through once; tests copy it before they change anything."""
+    """A folder in which `run` has finished once; tests copy it before they change anything."""
     folder = tmp_path_factory.mktemp("finished")
     settings_file(folder, videos)
     done = run_fresh(["run", "--config", "tiny.yaml"], folder)
@@ -173,7 +173,7 @@ def test_the_same_name_with_other_settings_is_refused_and_another_name_is_anothe
 
 @pytest.mark.slow
 def test_stage_two_needs_the_feature_folder_alone(workplace: Path, videos: Path, tmp_path: Path) -> None:
-    """No video, no frame cache, no decoder, no torchvision: only the folder, on another machine."""
+    """On another machine with only this folder: no video, no frame cache, no decoder, no torchvision."""
     elsewhere = tmp_path / "laptop"
     shutil.copytree(feature_folder(workplace), elsewhere / "features")
     settings_file(elsewhere, Path("nowhere"))
@@ -188,7 +188,7 @@ def test_stage_two_needs_the_feature_folder_alone(workplace: Path, videos: Path,
     here = json.loads((elsewhere / "runs/tiny/temporal/result.json").read_text())
     there = json.loads((workplace / "runs/tiny/temporal/result.json").read_text())
     assert here["val_accuracy"] == there["val_accuracy"]
-    # by itself as after the other stages of `run`, which leave nothing changed in the process
+    # alone it gives the same as after the other stages of `run`, which leave the process unchanged
     one, other = (load_checkpoint(place / "runs/tiny/temporal/last.pt")["model"] for place in (elsewhere, workplace))
     assert [name for name, value in one.items() if name.startswith("head") and not value.equal(other[name])] == []
 

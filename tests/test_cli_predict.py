@@ -1,4 +1,4 @@
-"""`predict` through the command line: new videos, the very numbers that `evaluate` writes for known ones."""
+"""`predict` through the command line: new videos get exactly the numbers that `evaluate` writes for known ones."""
 
 from __future__ import annotations
 

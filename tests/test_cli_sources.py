@@ -1,4 +1,4 @@
-"""What `index` takes and passes over, and which sources later commands use: the command line and the catalogue."""
+"""What `index` uses and passes over, and which sources later commands use: the command line and the catalogue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`submit` as a user types it where there is no cluster: what is refused at the desk, and the dry run."""
+"""`submit` as a user types it, without a cluster: what is refused before submission, and the dry run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documents: links lead somewhere, and the tests and files that they name exist."""
+"""The documents: links have targets, and the tests and files that they name exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Full disks, folders that cannot be written, dead workers, file systems without locks: by the real command line."""
+"""Full disks, folders that cannot be written, dead workers, file systems without locks, with the real command line."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ RUN = ("run", "--config", "tiny.json", "--name", "r")
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Path:
-    """A folder with simulated videos in `data`; work folders lie beside it."""
+    """A folder with simulated videos in `data`; work folders are next to it."""
     folder = tmp_path_factory.mktemp("faults")
     must(forks, folder, "simulate", "data", *SIMULATE)
     return folder
@@ -98,7 +98,7 @@ def one_line(ended: Ended) -> str:
 
 @pytest.mark.slow
 def test_a_full_disk_at_every_file_of_the_pipeline(finished: Path, work: Path, forks: Forks) -> None:
-    """One file after the other, in the order of their first writing; the same command then goes on."""
+    """One file after the other, in the order of their first write; the same command then resumes."""
     lines = finished.with_name("written").read_text().splitlines()
     names = list(dict.fromkeys(Path(line).relative_to(finished) for line in lines))
     patterns = {"best.pt", "last.pt", "metrics.jsonl", "events", "index.json", "encoder.json", "result.json",
@@ -116,7 +116,7 @@ def test_a_full_disk_at_every_file_of_the_pipeline(finished: Path, work: Path, f
 
 @pytest.mark.slow
 def test_files_that_may_not_grow_are_one_line_at_any_size(base: Path, finished: Path, work: Path, forks: Forks) -> None:
-    """A limit on the size of files, as a quota: whatever grows beyond it fails in the middle, by the system's word."""
+    """A limit on the size of files, like a quota: the system refuses in the middle of files that grow beyond it."""
     failed = []
     for size in (15_000, 40_000, 100_000, 300_000, 1_000_000, 3_000_000):
         ended = forks.run(RUN, work, largest_file=size)
@@ -135,7 +135,7 @@ def test_files_that_may_not_grow_are_one_line_at_any_size(base: Path, finished: 
 def test_a_small_disk_that_fills_up_again_and_again(
     base: Path, finished: Path, work: Path, forks: Forks, command: str
 ) -> None:
-    """A tmpfs that is a little larger at each start; every start goes on from what the one before it left."""
+    """A tmpfs that is a little larger at each start; every start resumes the one before."""
     expected = base / "data" if command == "simulate" else finished
     arguments = ("simulate", "data", *SIMULATE) if command == "simulate" else RUN
     shutil.rmtree(work)
@@ -160,7 +160,7 @@ def test_a_small_disk_that_fills_up_again_and_again(
 
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[None]:
-    """A tmpfs of so many bytes at `folder`; skips where mounting is not allowed."""
+    """A tmpfs of this many bytes at `folder`; skips if mounting is not allowed."""
     folder.mkdir(exist_ok=True)
     options = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if subprocess.run(options, capture_output=True, check=False).returncode != 0:
@@ -185,7 +185,7 @@ def test_predictions_that_do_not_fit_are_made_by_the_next_start(finished: Path, 
 
 
 def test_labels_that_do_not_fit_leave_the_old_ones(finished: Path, base: Path, work: Path, forks: Forks) -> None:
-    """New labels are written beside the features, which nothing happens to."""
+    """New labels are written to a copy, so the features are not touched."""
     data = own_data(base, finished, work)
     path = data / "phase_annotations/video02-phase.txt"
     path.write_text(path.read_text().replace("ClippingCutting", "CalotTriangleDissection"))
@@ -282,7 +282,7 @@ def test_a_folder_that_may_only_be_read_is_one_line(
 
 @pytest.mark.slow
 def test_an_extraction_survives_a_killed_worker(finished: Path, work: Path, forks: Forks) -> None:
-    """A killed process of the pool breaks the pool: what it had in work is done again, and nothing of it stays."""
+    """A killed process breaks the pool: the unfinished videos are done again, and no partial file remains."""
     shutil.rmtree(work)
     shutil.copytree(finished, work)
     shutil.rmtree(work / "features")

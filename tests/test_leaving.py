@@ -1,4 +1,4 @@
-"""A signal that comes when the result is written and the process only has to end, through each way in."""
+"""A signal that arrives after the result was written, while the process exits, for each way to start a command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One bad video costs one video, in every command: who leaves out what, what is said of it, and exit codes."""
+"""One bad video affects only itself in every command: what is left out, what is reported, and exit codes."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ CLINIC = {
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six sound videos with a phase for every frame."""
-    folder = tmp_path_factory.mktemp("sound")
+def valid_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six valid videos with a phase for every frame."""
+    folder = tmp_path_factory.mktemp("valid")
     write_video(folder / "one.mp4", VideoSpec(count=FRAMES, width_px=64, height_px=48, paint=paint))
     rows = "".join(f"{frame}\t{SPEC.phases[phase_at(frame)]}\n" for frame in range(FRAMES))
     for name in (name for names in NAMES.values() for name in names):
@@ -75,14 +75,14 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Work:
     """A folder with settings and videos, and the commands that run there."""
 
-    def __init__(self, folder: Path, sound: Path, forks: Forks) -> None:
-        self.folder, self._sound, self._forks = folder, sound, forks
-        shutil.copytree(sound, folder / "data")
+    def __init__(self, folder: Path, valid_videos: Path, forks: Forks) -> None:
+        self.folder, self._valid_videos, self._forks = folder, valid_videos, forks
+        shutil.copytree(valid_videos, folder / "data")
         (folder / "clinic.yaml").write_text(yaml.safe_dump(CLINIC))
         (folder / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS, allow_unicode=True))
 
     def damage(self, name: str) -> None:
-        """Zero some bytes in the middle of the pictures: the container is sound, and decoding fails."""
+        """Zero some bytes in the middle of the frames: the container is valid, but decoding fails."""
         path = self.folder / "data" / f"{name}.mp4"
         content = bytearray(path.read_bytes())
         start = content.index(b"mdat") + 8 + (len(content) - content.index(b"mdat")) // 3
@@ -90,7 +90,7 @@ class Work:
         path.write_bytes(content)
 
     def repair(self, name: str) -> None:
-        shutil.copy(self._sound / f"{name}.mp4", self.folder / "data")
+        shutil.copy(self._valid_videos / f"{name}.mp4", self.folder / "data")
 
     def do(self, command: str, *arguments: str, code: int = 0) -> str:
         """Everything that a command prints, which ends with `code`."""
@@ -105,8 +105,8 @@ class Work:
 
 
 @pytest.fixture
-def work(tmp_path: Path, sound: Path, forks: Forks) -> Work:
-    return Work(tmp_path / "work", sound, forks)
+def work(tmp_path: Path, valid_videos: Path, forks: Forks) -> Work:
+    return Work(tmp_path / "work", valid_videos, forks)
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_run_trains_and_evaluates_on_what_is_usable(work: Work) -> None:
 
 @pytest.mark.slow
 def test_stages_agree_on_a_video_that_extract_cannot_read(work: Work) -> None:
-    """A test video, which stage one never reads; whole again, it is extracted and scored."""
+    """A test video, which stage one never reads; once repaired, it is extracted and scored."""
     work.damage("case 5")
     work.do("index")
     work.do("train-cnn")
@@ -226,7 +226,7 @@ def test_features_are_required_only_for_videos_in_a_split(work: Work) -> None:
 
 
 def test_folders_of_images_some_of_them_cut_short(work: Work) -> None:
-    """One image a label row, as demonstration data comes; a cut image costs its folder and no other."""
+    """One image per label row, as in demonstration data; a truncated image affects only its own folder."""
     shutil.rmtree(work.folder / "data")
     for number in range(1, 6):
         folder = work.folder / f"data/case {number}"

@@ -60,7 +60,7 @@ def shown(value: Any) -> Any:
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
-    """A folder with what the rows name, and the functions that do the work replaced by recorders of their arguments."""
+    """A folder with the files that the rows name; functions that do the work are replaced by recorders of arguments."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.yaml").write_text("{runs: elsewhere, seed: 9, data: {dataset: m2cai16-workflow}}")
     for run in ("a", "b"):
@@ -92,7 +92,7 @@ def note_work(monkeypatch: pytest.MonkeyPatch, work: Work, mode: Mode) -> None:
 
 
 def replace(monkeypatch: pytest.MonkeyPatch, module: str, name: str, by: Any) -> None:
-    """Put `by` into a module, which for the stages is an empty one: nothing here needs torch."""
+    """Put `by` into a module; modules of the stages are empty ones, so that nothing here needs torch."""
     if module.startswith(("stage", "interop", "commands.run")):
         if not isinstance(sys.modules.get(module), SimpleNamespace):
             monkeypatch.setitem(sys.modules, module, SimpleNamespace())

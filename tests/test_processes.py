@@ -1,7 +1,7 @@
-"""Several processes through the launchers themselves: the steps of one process, one end for all, one voice.
+"""Several processes with the real launchers: the steps of one process, a common end, one message.
 
-Training here is held to one process with the same global batches; sizes are chosen so that batches and validation
-videos do not divide evenly and one process goes without a part now and then.
+Trainings are compared with one process with the same global batches; sizes are chosen so that batches and validation
+videos do not divide evenly and one process sometimes has no part.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def start(words: Sequence[str], folder: Path) -> subprocess.Popen[str]:
 
 
 def call(words: Sequence[str], folder: Path) -> tuple[int, str]:
-    """Exit code and everything it said."""
+    """Exit code and output."""
     running = start(words, folder)
     return ended(running)
 
 
 def ended(running: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and everything it said, once it has ended; that it does is what is tested."""
+    """Exit code and output, once it has ended; that it ends at all is part of the test."""
     try:
         out, err = running.communicate(timeout=280)
     except subprocess.TimeoutExpired:
@@ -88,7 +88,7 @@ def assert_same_losses(one: Path, two: Path, steps: int = STEPS) -> None:
     assert len(expected) == len(found)
     assert read_metrics(one / "metrics.jsonl", "epoch")[-1]["global_step"] >= steps
     assert found == pytest.approx(expected, rel=1e-4)
-    assert expected[0] != pytest.approx(expected[-1], rel=1e-2)  # it learns: equal is not for want of steps
+    assert expected[0] != pytest.approx(expected[-1], rel=1e-2)  # it learns, so equality is not due to missing steps
 
 
 def scores(folder: Path, key: str) -> list[float]:
@@ -100,7 +100,7 @@ def scores(folder: Path, key: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A feature folder: five training videos in groups of two, three to choose on; some frames have no label."""
+    """A feature folder: five training videos in groups of two, three for validation; some frames have no label."""
     base = tmp_path_factory.mktemp("bench")
     rng = np.random.default_rng(0)
     lengths = {"train": (70, 41, 55, 90, 33), "val": (80, 45, 20)}
@@ -115,7 +115,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def temporal(bench: Path, name: str, sequence: dict[str, Any], epochs: int, **more: Any) -> list[str]:
-    """Words of a `train-temporal` whose settings stand in a file."""
+    """The command line of a `train-temporal` with settings in a file."""
     settings = {
         "device": "cpu",
         "runs": str(bench / "runs"),
@@ -147,7 +147,7 @@ def test_two_processes_train_stage_two_as_one(
     folders = [bench / "runs" / name / "temporal" for name in (one, two)]
     assert_same_losses(*folders)
     accuracies = [scores(folder, "val_accuracy") for folder in folders]
-    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.02)  # a frame on the edge may fall to either side
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.02)  # a frame on the boundary may get either class
     models = [load_checkpoint(folder / "last.pt")["model"] for folder in folders]
     for name, tensor in models[0].items():
         if isinstance(tensor, torch.Tensor):
@@ -155,7 +155,7 @@ def test_two_processes_train_stage_two_as_one(
 
 
 def test_one_process_imports_nothing_for_several(bench: Path) -> None:
-    """What several processes need (and torch's compiler, which Accelerate likes to ask about) is not read for one."""
+    """Modules for several processes (and torch's compiler, which Accelerate may import) are not imported for one."""
     words = temporal(bench, "plain", CHUNKED, 1)
     program = (
         "import sys, torch; before = set(sys.modules)\n"
@@ -179,7 +179,7 @@ def children(parent: int) -> list[int]:
 
 
 def copies(parent: int) -> list[int]:
-    """The copies that `--devices` has started: children that run the command line, by number."""
+    """The processes that `--devices` has started: children that run the command line, by rank."""
     found = {}
     for pid in children(parent):
         try:
@@ -252,8 +252,8 @@ def test_a_process_that_dies_ends_the_others(bench: Path) -> None:
     assert "another process of this training has ended" in said
     assert "Traceback" not in said
     reached = load_checkpoint(folder / "last.pt")["position"]["epoch"]
-    assert reached >= 1  # an epoch's line is written before the checkpoint that knows it
-    lines = len(losses(folder))  # perhaps one more than that: it proves nothing of the next start
+    assert reached >= 1  # an epoch's line is written before the checkpoint that includes it
+    lines = len(losses(folder))  # perhaps one more: not evidence of the next start
 
     running = start([*PIPELINE, *words, *DEVICES], bench)  # now the one that started them
     wait_for_epochs(folder, lines + 1, running)
@@ -265,7 +265,7 @@ def test_a_process_that_dies_ends_the_others(bench: Path) -> None:
 
 
 def test_another_number_of_processes_can_resume_between_videos(bench: Path) -> None:
-    """`full` carries nothing from step to step, so one process can take over from two; it says so."""
+    """`full` carries no state from step to step, so one process can resume after two; a note says so."""
     sequence = {"mode": "full", "batch": 2}
     running = start([*PIPELINE, *temporal(bench, "fewer", sequence, 40), *DEVICES], bench)
     wait_for_epochs(bench / "runs" / "fewer" / "temporal", 1, running)
@@ -304,12 +304,12 @@ FRAME_STEP = {
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return new_pictures(tmp_path_factory.mktemp("pictures"))
+def frame_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return new_frame_world(tmp_path_factory.mktemp("frames"))
 
 
-def new_pictures(base: Path) -> World:
-    """Five tiny videos, three to train and two to choose, with settings that two processes can follow exactly."""
+def new_frame_world(base: Path) -> World:
+    """Five tiny videos, three for training and two for validation, with settings that two processes can reproduce."""
     world = make_world(base, write_dataset(base / "data", 5))
     tree = world.config.model_dump(mode="json")
     tree["data"] |= {"split": {"rule": "3/2/0"}, "dataset": str(base / "tiny.yaml")}
@@ -337,19 +337,19 @@ def words_of(world: World, command: str, name: str) -> list[str]:
     return [command, "--config", str(world.base / "settings.yaml"), "--name", name]
 
 
-def test_two_processes_train_stage_one_as_one(pictures: World) -> None:
-    alone(words_of(pictures, "train-cnn", "one"))
-    succeed([*PIPELINE, *words_of(pictures, "train-cnn", "two"), *DEVICES], pictures.base)
-    runs = pictures.config.runs
+def test_two_processes_train_stage_one_as_one(frame_world: World) -> None:
+    alone(words_of(frame_world, "train-cnn", "one"))
+    succeed([*PIPELINE, *words_of(frame_world, "train-cnn", "two"), *DEVICES], frame_world.base)
+    runs = frame_world.config.runs
     assert_same_losses(runs / "one" / "cnn", runs / "two" / "cnn")
     assert scores(runs / "one" / "cnn", "val_map") == pytest.approx(scores(runs / "two" / "cnn", "val_map"), abs=0.01)
 
 
-def test_two_processes_train_the_joint_net_as_one(pictures: World) -> None:
-    """Groups of batches, clips that do not divide evenly, and three steps of a schedule that freeze this and that."""
-    alone(words_of(pictures, "train-joint", "joint-one"))
-    succeed([*PIPELINE, *words_of(pictures, "train-joint", "joint-two"), *DEVICES], pictures.base)
-    folders = [pictures.config.runs / name / "joint" for name in ("joint-one", "joint-two")]
+def test_two_processes_train_the_joint_net_as_one(frame_world: World) -> None:
+    """Groups of batches, clips that do not divide evenly, and three steps that freeze different parts."""
+    alone(words_of(frame_world, "train-joint", "joint-one"))
+    succeed([*PIPELINE, *words_of(frame_world, "train-joint", "joint-two"), *DEVICES], frame_world.base)
+    folders = [frame_world.config.runs / name / "joint" for name in ("joint-one", "joint-two")]
     assert_same_losses(*(folder / "multitask" for folder in folders))
     for step in ("mapping", "correlation"):
         assert losses(folders[1] / step) == pytest.approx(losses(folders[0] / step), rel=1e-4)
@@ -358,8 +358,8 @@ def test_two_processes_train_the_joint_net_as_one(pictures: World) -> None:
 
 
 def test_two_processes_extract_the_same_bytes(tmp_path: Path) -> None:
-    """Two videos are damaged, all that the second process has: it waits, for launchers end all when one fails."""
-    world = new_pictures(tmp_path)
+    """Both videos of the second process are damaged: it waits for the first, since launchers end all when one fails."""
+    world = new_frame_world(tmp_path)
     words = [*words_of(world, "extract", "features"), "--set", "extract.encoder=initial"]
     for number in (2, 4):
         os.truncate(world.root / f"video{number:02d}.mp4", 900)

@@ -1,4 +1,4 @@
-"""What the last release wrote is read, resumed or left alone by today's commands (tests/released)."""
+"""Files of the last release are read, resumed or left alone by the current commands (tests/released)."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_joint_net_and_ablation_are_known(released: Path) -> None:
 
 
 def _part_of(then: dict, now: dict) -> dict:
-    """What `now` says of the settings that there were `then`."""
+    """The part of `now` for the settings that existed `then`."""
     return {
         key: _part_of(value, now[key]) if isinstance(value, dict) and isinstance(now.get(key), dict) else now.get(key)
         for key, value in then.items()

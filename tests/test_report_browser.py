@@ -1,4 +1,6 @@
-"""The report in a real headless Chromium: what a reader sees, points at and tabs to. Screenshots were looked at."""
+"""The report in a real headless Chromium: what a reader sees, points at and tabs to. Screenshots were checked by
+eye.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from tests.report_material import SPEC, write_run
 pytestmark = pytest.mark.slow
 
 HOSTILE = "<img src=x onerror=alert(1)>"
-# A phase, a video and a run that would like to be HTML.
+# Names of a phase, a video and a run that contain HTML.
 SPEC_HOSTILE = SPEC.model_copy(
     update={"phases": ("</script><script>alert(2)</script>", "%{x} $a$ <b>", *SPEC.phases[2:]), "phase_orders": {}}
 )

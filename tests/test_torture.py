@@ -1,4 +1,4 @@
-"""A short run of `make torture`: a few kills a place, at the same drawn moments each time."""
+"""A short run of `make torture`: a few kills per target, at the same random moments each time."""
 
 from __future__ import annotations
 

@@ -4,14 +4,14 @@ A place is a command and the folders it writes to. It first runs undisturbed, an
 write are noted. Then, for each attempt, it is started in an empty folder, killed with SIGKILL at a moment drawn evenly
 between the two (counted from its first write; trainings write for moments only, so three in four of their kills then
 wait for the next temporary file), perhaps stopped once or twice more (SIGKILL again, or SIGTERM, which must end it
-within 10 s, or `--stops-within`, with exit code 75), and started a last time and left alone. What stands there then
-must equal what the undisturbed run left: data sets, attributes, tensors, metrics, every file but for wall times, and no
-stray one.
+within 10 s, or `--stops-within`, with exit code 75), and started a last time and left alone. The final state
+must equal that of the undisturbed run: data sets, attributes, tensors, metrics and every other file except wall times,
+and no additional file.
 
-Half of the kills hit the process, half its group; where a place works in several processes, the orphans must end by
+Half of the kills hit the process, half its group; if a place uses several processes, the orphans must exit by
 themselves. Most starts are forks of this process, which has imported torch already; one in eight is a fresh
-interpreter. The exit code is 1 unless everything recovered, and for long runs also where fewer than 3 in 5 kills left a
-partial file, since kills that leave nothing prove nothing.
+interpreter. The exit code is 1 unless everything recovered, and for long runs also if fewer than 3 in 5 kills left a
+partial file, since kills that leave no partial file do not test recovery.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ POLL_S = 0.002
 LONGEST_S = 240.0  # for a command that runs undisturbed
 STOPS_WITHIN_S = 10.0
 ORPHANS_END_WITHIN_S = 60.0  # one that imports torch on a busy machine ends when it has done so
-ENOUGH_KILLS = 20  # from here on, the share that left a partial file counts
+ENOUGH_KILLS = 20  # from this many on, the fraction that left a partial file counts
 SHARE_PARTIAL = 0.6
 SAY_EVERY = 10  # attempts, for a run that is broken off
 FRESH, AGAIN, ONCE_MORE, GENTLE, WHOLE_GROUP = 1 / 8, 0.3, 0.3, 0.4, 0.5
@@ -86,7 +86,7 @@ class Variant:
     name: str
     arguments: tuple[str, ...]
     watched: tuple[str, ...]
-    result: str  # the file or pattern that stands at the end
+    result: str  # the file or pattern that exists at the end
     processes: int = 1
     aimed: bool = False  # most of its kills wait for the next temporary file
     parts: bool = False  # a video is split among its processes
@@ -94,7 +94,7 @@ class Variant:
 
 @dataclass
 class Undisturbed:
-    """What a variant leaves when nobody disturbs it, and for how long it writes."""
+    """The output of an undisturbed run of a variant, and for how long it writes."""
 
     folder: Path
     writing_s: float
@@ -102,7 +102,7 @@ class Undisturbed:
 
 @dataclass
 class Tally:
-    """What the attempts on one place came to."""
+    """The outcome of the attempts on one place."""
 
     place: str
     attempts: int = 0
@@ -172,7 +172,7 @@ PLACES = ("extract", "train", "cache")
 
 
 class Workshop:
-    """A folder with simulated data, shared inputs of trainings, and a work folder an attempt."""
+    """A folder with simulated data, shared inputs of trainings, and one work folder per attempt."""
 
     def __init__(self, base: Path, videos: int, stops_within_s: float) -> None:
         self.base, self.data, self.shared = base, base / "data", base / "shared"
@@ -207,7 +207,7 @@ class Workshop:
         return folder
 
     def undisturbed(self, variant: Variant) -> Undisturbed:
-        """The variant's run that nobody disturbs, made once; its folder also gets the index it makes on the way."""
+        """The undisturbed run of a variant, made once; its folder also gets the index that it writes."""
         if variant not in self._undisturbed:
             folder = self.new_folder()
             before = snapshot(folder, variant.watched)
@@ -230,7 +230,7 @@ class Workshop:
 
 
 def snapshot(folder: Path, watched: Sequence[str]) -> dict[str, tuple[int, int, int]]:
-    """Every file below the watched folders with what changes when it is written to."""
+    """Every file below the watched folders with its inode, size and time, which change when it is written."""
     found: dict[str, tuple[int, int, int]] = {}
     waiting = [str(folder / name) for name in watched]
     while waiting:
@@ -242,7 +242,7 @@ def snapshot(folder: Path, watched: Sequence[str]) -> dict[str, tuple[int, int, 
                     else:
                         state = entry.stat()
                         found[entry.path] = (state.st_ino, state.st_size, state.st_mtime_ns)
-        except OSError:  # gone in the meantime
+        except OSError:  # removed in the meantime
             continue
     return found
 
@@ -267,7 +267,7 @@ class Attempt:
         self.story: list[str] = []
 
     def go_through(self) -> None:
-        """Raises Failure where the end is not that of the undisturbed run."""
+        """Raises Failure if the final state differs from that of the undisturbed run."""
         from tests.sameness import differences
 
         while not self._stop_once(signal.SIGKILL, first=True):
@@ -315,7 +315,7 @@ class Attempt:
         self.tally.kills += 1
         if first:
             self._look_at_what_is_left()
-        if self.variant.processes > 1 and self.rng.random() < 0.5:  # otherwise the next start meets them
+        if self.variant.processes > 1 and self.rng.random() < 0.5:  # otherwise they still run during the next start
             self._await_orphans(command)
         return True
 
@@ -374,7 +374,7 @@ class Attempt:
 
 
 def torture(place: str, shop: Workshop, kills: int, seed: int, keep: bool) -> Tally:
-    """`kills` attempts on one place, each with a seed of its own that is printed where it fails."""
+    """`kills` attempts on one place, each with its own seed, which is printed if it fails."""
     tally = Tally(place)
     choices = variants(place, shop.data, shop.shared)
     for number in range(kills):

@@ -1,6 +1,6 @@
 """Writes small test videos whose frames carry their own number, so that 'frame k is frame k' can be proved.
 
-Each picture is a grid of bright and dark cells: sixteen bits of the frame number and, below, the same bits inverted.
+Each frame is a grid of bright and dark cells: sixteen bits of the frame number and, below, the same bits inverted.
 `frame_number` reads them back and fails on anything that is not exactly one number, such as a blend of two frames.
 The cells are tinted and a texture moves behind them, so that a wrong colour conversion or a wrong neighbour shows too.
 """
@@ -23,7 +23,7 @@ TIME_BASE = Fraction(1, 12800)
 
 
 def painted_frame(number: int, width_px: int = 96, height_px: int = 64) -> np.ndarray:
-    """The picture of frame `number`: (H, W, 3) uint8 RGB."""
+    """Frame `number`, (H, W, 3) uint8 RGB."""
     y, x = np.mgrid[:height_px, :width_px]
     bits = np.array([number >> bit & 1 for bit in range(BITS)])
     cells = np.concatenate([bits, 1 - bits]).reshape(_ROWS, _COLUMNS)
@@ -35,7 +35,7 @@ def painted_frame(number: int, width_px: int = 96, height_px: int = 64) -> np.nd
 
 
 def frame_number(rgb: np.ndarray) -> int:
-    """The number painted on an upright frame (H, W, 3); AssertionError where the picture holds no single number."""
+    """The number painted on an upright frame (H, W, 3); AssertionError if the frame does not show a single number."""
     height_px, width_px, _ = rgb.shape
     luma = rgb.astype(np.float64).mean(axis=-1)
     rows = np.linspace(0, height_px, _ROWS + 1)
@@ -47,8 +47,8 @@ def frame_number(rgb: np.ndarray) -> int:
             cell = luma[round(top + inset_y) : round(bottom - inset_y), round(left + inset_x) : round(right - inset_x)]
             cells.append(cell.mean())
     bits = np.array(cells) > 128
-    assert (np.abs(np.array(cells) - 128) > 30).all(), "the picture is a blend of frames"
-    assert (bits[:BITS] != bits[BITS:]).all(), "the picture holds no frame number"
+    assert (np.abs(np.array(cells) - 128) > 30).all(), "the frame is a blend of frames"
+    assert (bits[:BITS] != bits[BITS:]).all(), "the frame shows no number"
     return int(sum(1 << i for i, bit in enumerate(bits[:BITS]) if bit))
 
 
@@ -75,7 +75,7 @@ class VideoSpec:
 
 
 def write_video(path: Path, spec: VideoSpec | None = None) -> Path:
-    """Write a video as `spec` says; the container follows the suffix (.mp4, .mkv, .avi, .ts, .mov)."""
+    """Write the video that `spec` describes; the container follows the suffix (.mp4, .mkv, .avi, .ts, .mov)."""
     import av
 
     spec = spec or VideoSpec()
@@ -93,11 +93,11 @@ def write_video(path: Path, spec: VideoSpec | None = None) -> Path:
             context.colorspace = spec.colorspace
         if spec.color_range is not None:
             context.color_range = spec.color_range
-        sound = _add_silence(output) if spec.with_audio else None
+        audio = _add_silence(output) if spec.with_audio else None
         for frame in _frames(spec, variable):
             output.mux(stream.encode(frame))
-            if sound is not None:
-                output.mux(sound.encode(_silence()))
+            if audio is not None:
+                output.mux(audio.encode(_silence()))
         output.mux(stream.encode(None))
     return path
 
@@ -106,8 +106,8 @@ def _frames(spec: VideoSpec, variable: bool) -> Iterator:
     import av
 
     for number in range(spec.count):
-        picture = spec.paint(number, spec.width_px, spec.height_px)
-        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        pixels = spec.paint(number, spec.width_px, spec.height_px)
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
         if spec.colorspace is not None or spec.color_range is not None:
             frame = frame.reformat(
                 format=spec.pix_fmt, dst_colorspace=spec.colorspace, dst_color_range=spec.color_range
@@ -136,7 +136,7 @@ def open_gop(count: int = 60, gop: int = 12) -> VideoSpec:
 
 
 def variable_rate(count: int = 60) -> VideoSpec:
-    """Frames 20 to 220 ms apart: time and frame number part company."""
+    """Frames 20 to 220 ms apart, so that times do not follow from frame numbers."""
     gaps = np.random.default_rng(1).integers(1, 12, size=count) * 0.02
     return VideoSpec(count=count, times_s=tuple(np.concatenate([[0.0], np.cumsum(gaps)[:-1]])))
 
@@ -171,7 +171,7 @@ def _media_timescale(content: bytearray) -> int:
 
 
 def packet_spans(path: Path) -> list[tuple[int, int]]:
-    """(offset, size) in the file of each coded picture, in decoding order."""
+    """(offset, size) in the file of each coded frame, in decoding order."""
     import av
 
     with av.open(str(path)) as container:
@@ -179,7 +179,7 @@ def packet_spans(path: Path) -> list[tuple[int, int]]:
 
 
 def damage_packet(path: Path, number: int) -> Path:
-    """Overwrite the inside of one coded picture, so that it cannot be decoded to what it was."""
+    """Overwrite the inside of one coded frame, so that it cannot be decoded to the original."""
     offset, size = packet_spans(path)[number]
     content = bytearray(path.read_bytes())
     start = offset + size // 3
@@ -198,7 +198,7 @@ def repeat_video(source: Path, target: Path, times: int) -> Path:
         add = getattr(output, "add_stream_from_template", None)  # since PyAV 14
         copy = add(stream) if add else output.add_stream(template=stream)
         for turn in range(times):
-            with av.open(str(source)) as again:  # muxing rescales packets in place, so each turn reads new ones
+            with av.open(str(source)) as again:  # muxing rescales packets in place, so each repetition reads new ones
                 for packet in again.demux(video=0):
                     if packet.size:
                         packet.pts, packet.dts = packet.pts + turn * span, packet.dts + turn * span
@@ -208,14 +208,14 @@ def repeat_video(source: Path, target: Path, times: int) -> Path:
 
 
 def truncate(path: Path, share: float) -> Path:
-    """Keep the first `share` of the file's bytes."""
+    """Keep the first `share` (a fraction) of the file's bytes."""
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
     return path
 
 
 def decode_everything(path: Path) -> list[np.ndarray]:
-    """The plainest possible decoding, the tests' truth: each frame in the order the decoder gives it, RGB uint8."""
+    """The simplest possible decoding, the reference of the tests: every frame in the decoder's order, RGB uint8."""
     import av
 
     with av.open(str(path)) as container:
@@ -223,7 +223,7 @@ def decode_everything(path: Path) -> list[np.ndarray]:
 
 
 def rewrite(source: Path, target: Path, change: Callable[[list], list]) -> Path:
-    """Write a video's packets anew, after `change` has had the list of them; the container follows the suffix."""
+    """Write a video's packets again, after `change` has modified their list; the container follows the suffix."""
     import av
 
     with av.open(str(source)) as container, av.open(str(target), "w") as output:
@@ -237,19 +237,19 @@ def rewrite(source: Path, target: Path, change: Callable[[list], list]) -> Path:
 
 
 def decoding_times(packets: list) -> list:
-    """Decoding times in place of those of pictures, as where a program copies H.264 from AVI to MP4."""
+    """Decoding times instead of presentation times, as written by programs that copy H.264 from AVI to MP4."""
     for packet, time in zip(packets, sorted(packet.pts for packet in packets), strict=True):
         packet.pts = packet.dts = time
     return packets
 
 
 def without_start(packets: list, count: int = 5) -> list:
-    """What a recorder leaves that was started within a group of pictures: the first packets are missing."""
+    """A recording that was started within a group of pictures: the first packets are missing."""
     return packets[count:]
 
 
 def with_empty_chunks(source: Path, target: Path, after: Sequence[int]) -> Path:
-    """An AVI file without B-frames with an empty chunk after each of the pictures `after`, as where one was lost."""
+    """An AVI file without B-frames and with an empty chunk after each of the frames `after`, as if one was lost."""
     content = source.read_bytes()
     body, entries = bytearray(), bytearray()
     movi = content.index(b"movi")

@@ -1,4 +1,4 @@
-"""`run` looks at what its stages ask for before the first of them works for hours."""
+"""`run` checks the settings of all stages before the first one works for hours."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def test_a_precision_that_a_later_stage_does_not_compute_is_refused_first(tmp_pa
     with cpu_with_bf16(False), pytest.raises(UserError, match=f"^{setting}=bf16: .* set {setting}=fp32 or auto$"):
         run_all(config, world.run, StopRequest())
     assert list(tmp_path.iterdir()) == []
-    with cpu_with_bf16(True), pytest.raises(UserError, match="no such folder"):  # the next mistake: there is no data
+    with cpu_with_bf16(True), pytest.raises(UserError, match="no such folder"):  # the next error: there is no data
         run_all(config, world.run, StopRequest())

@@ -1,4 +1,4 @@
-"""What a Slurm job is made of, and what runs inside one, without a cluster; tests/slurm has a real one."""
+"""The content of a Slurm job, and the program inside it, without a cluster; tests/slurm uses a real one."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_files_are_kept_if_a_job_may_have_been_submitted(tmp_path: Path, monkeyp
     assert list(tmp_path.glob("run/slurm/*-extract/*.pkl"))
 
 
-# A job's process as submitit makes it: its own signal handler, and a cluster that only says what it is asked for.
+# A job's process as submitit starts it: with submitit's signal handler, and with a fake cluster.
 JOB = """
 import os, sys, threading, signal
 from pathlib import Path

@@ -142,7 +142,7 @@ def test_broken_files_name_the_file(text: str, tmp_path: Path) -> None:
 
 
 def test_a_key_that_occurs_twice_is_refused(tmp_path: Path) -> None:
-    """The second block would drop all that the first one says."""
+    """The second block would silently replace the first one."""
     path = tmp_path / "own.yaml"
     path.write_text("temporal: {epochs: 5}\nseed: 1\ntemporal: {head: {name: gru}}\n")
     with pytest.raises(UserError, match=r"own\.yaml: .*temporal is given twice, in lines 1 and 3"):

@@ -1,4 +1,4 @@
-"""A setting given alone changes that setting alone, whichever it is, and the order of two never matters."""
+"""Setting one value changes only that value, for every setting, and the order of two never matters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from configs.schema import Config, GruHead, JointStepConfig
 
 PRESET_NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 RANDOM_PAIRS = 500
-NAME = "temporal.head.name"  # chooses which other keys there are
+NAME = "temporal.head.name"  # determines which other keys exist
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +129,9 @@ def assert_order_never_matters(preset: str, given: list[str]) -> None:
 
 
 def test_every_block_has_its_own_defaults() -> None:
-    """Else a value given inside would bring those of the class, not of the place."""
+    """Otherwise a value given inside a block would bring the defaults of the class, not those of the block's
+    position.
+    """
     waiting: list[type[BaseModel]] = [Config]
     while waiting:
         model = waiting.pop()

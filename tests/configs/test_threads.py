@@ -1,4 +1,4 @@
-"""Idle threads do not spin: libgomp is told before torch loads it, unless the user has told it something."""
+"""Idle threads do not spin: libgomp's variable is set before torch loads it, unless the user has set it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.cli import PROJECT
 
 ROOMS = ("configs", "engine", "features", "evaluation", "stage1_cnn", "stage2_temporal", "pipeline")
-# What the first module that loads a libgomp would find; it is not loaded, which takes seconds.
+# The variables that the first module with libgomp would find; no such module is imported, since that takes seconds.
 FIRST = """
 import os, sys
 class Watch:
@@ -25,7 +25,7 @@ sys.meta_path.insert(0, Watch())
 
 
 def run(code: str, **variables: str) -> str:
-    """What it prints, in a fresh process with these of OpenMP's variables alone."""
+    """The output of a fresh process with only these of OpenMP's variables."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
     environment = {**kept, "PYTHONPATH": str(PROJECT), **variables}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=280)

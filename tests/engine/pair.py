@@ -1,4 +1,4 @@
-"""One of two processes that meet as srun's tasks do, for `test_processes`: `pair.py WHAT FOLDER`."""
+"""One of two processes that join like srun's tasks, for `test_processes`: `pair.py CASE FOLDER`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipeline import Group
 
 @click.group(cls=Group)
 def cli() -> None:
-    """With the one place that says why a command ends."""
+    """With the code that turns errors into one line and an exit code."""
 
 
 def session_in(folder: Path, processes: Processes, stop: StopRequest) -> TrainingSession:
@@ -37,7 +37,7 @@ def session_in(folder: Path, processes: Processes, stop: StopRequest) -> Trainin
 
 
 def take_minutes(look: Callable[[], None]) -> None:
-    """Work that asks between its steps whether to stop."""
+    """Work that polls between its steps whether to stop."""
     for _ in range(4000):
         look()
         time.sleep(0.05)
@@ -61,7 +61,7 @@ def nan(folder: Path) -> None:
 @cli.command()
 @click.argument("folder", type=Path)
 def apart(folder: Path) -> None:
-    """Validation that takes minutes; the first process has no part in it."""
+    """Validation that takes minutes, of which the first process has no part."""
     with watch_signals() as stop:
         processes = join("cpu", stop)
         session = session_in(folder, processes, stop)
@@ -77,7 +77,7 @@ def apart(folder: Path) -> None:
 @cli.command()
 @click.argument("folder", type=Path)
 def cache(folder: Path) -> None:
-    """Work before training, of which both have minutes left; only the first gets the signal."""
+    """Work before training that takes both processes minutes; only the first gets the signal."""
     with watch_signals() as stop:
         processes = join("cpu", stop)
 
@@ -88,7 +88,7 @@ def cache(folder: Path) -> None:
 @cli.command()
 @click.argument("folder", type=Path)
 def mistake(folder: Path) -> None:
-    """Work before training, of which the first has minutes left when the second finds a video that cannot be read."""
+    """Work before training: the first process still needs minutes when the second finds an unreadable video."""
     with watch_signals() as stop:
         processes = join("cpu", stop)
 
@@ -104,7 +104,7 @@ def mistake(folder: Path) -> None:
 @cli.command()
 @click.argument("folder", type=Path)
 def late(folder: Path) -> None:
-    """The second process finds something wrong before they meet."""
+    """The second process finds an error before the two have joined."""
     if not is_main_process():
         raise UserError("weights.pth: not on this machine; copy it there")
     join("cpu")
@@ -113,7 +113,7 @@ def late(folder: Path) -> None:
 @cli.command()
 @click.argument("folder", type=Path)
 def outside(folder: Path) -> None:
-    """The second process finds something wrong while the first waits for it in an exchange."""
+    """The second process finds an error while the first waits for it in an exchange."""
     processes = join("cpu")
     if not processes.first:
         raise UserError("weights.pth: not on this machine; copy it there")

@@ -1,4 +1,4 @@
-"""Checkpoints survive damage and never run what they contain."""
+"""Checkpoints survive damage, and reading them never runs their content."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_python_objects_next_to_tensors_are_named_and_left_out(
 
 
 class Settings(dict):
-    """As configurations in checkpoints are: a mapping of a class of their own."""
+    """Like configurations in checkpoints: a mapping with its own class."""
 
 
 @pytest.mark.parametrize("new_form", [True, False])
@@ -201,7 +201,7 @@ def test_a_whole_module_is_identified_and_the_remedy_works(tmp_path: Path, new_f
     if new_form:
         assert "a whole model or other Python objects (torch.nn.modules.container.Sequential, " in str(error.value)
     assert str(error.value).endswith("load it where it was made and save model.state_dict()")
-    made = torch.load(tmp_path / "net.pth", weights_only=False)["model"]  # made above: what the message advises
+    made = torch.load(tmp_path / "net.pth", weights_only=False)["model"]  # made above, as the message advises
     torch.save(made.state_dict(), tmp_path / "weights.pth")
     assert list(load_external_state(tmp_path / "weights.pth", trusted=True)) == ["0.weight", "0.bias"]
 
@@ -243,7 +243,7 @@ def test_a_cut_off_file_is_called_damaged(tmp_path: Path, before_1_6: bool, shar
 
 
 def test_a_truncated_file_of_the_older_format_gives_one_line(tmp_path: Path) -> None:
-    """torch's own words (`index out of range`, `expected 15973 more bytes`) stood inside the line."""
+    """Earlier, the line contained torch's own messages (`index out of range`, `expected 15973 more bytes`)."""
     path = tmp_path / "old.pth"
     torch.save({f"layer{k}.w": torch.ones(50) for k in range(5)}, path, _use_new_zipfile_serialization=False)
     content = path.read_bytes()
@@ -252,7 +252,7 @@ def test_a_truncated_file_of_the_older_format_gives_one_line(tmp_path: Path) -> 
         with pytest.raises(UserError) as caught:
             load_external_state(path, trusted=True)
         early = str(caught.value).endswith("damaged or not a checkpoint: it ends too early; copy or download it again")
-        # Cut within a name, the rest of it is a name that is not allowed, for all that can be known.
+        # If a file is cut off inside a name, the remaining name may be one that is not allowed.
         assert early or re.search(r"\(it asks for [\w.]+\w\); nothing in it was run", str(caught.value))
 
 

@@ -1,4 +1,4 @@
-"""Precision: what a device computes is taken, what it does not is refused with a way out; switches are put back."""
+"""Precision: supported ones are used, others are refused with alternatives; global switches are restored."""
 
 from __future__ import annotations
 

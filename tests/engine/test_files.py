@@ -54,7 +54,7 @@ def test_a_failure_in_the_middle_keeps_the_old_file(tmp_path: Path, failure: typ
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
-    """A file-size limit answers EFBIG where a full disk answers ENOSPC; both mean no room."""
+    """A file-size limit causes EFBIG, a full disk ENOSPC; both are reported as no room."""
     program = (
         "import resource, signal, sys; from pathlib import Path; from engine.files import write_text\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
@@ -103,7 +103,7 @@ def test_temporaries_of_dead_writers_are_removed_and_of_live_ones_kept(tmp_path:
 
 
 def killed_writer(path: Path) -> subprocess.Popen[bytes]:
-    """A process that was killed while it wrote `path`, and that nobody has waited for."""
+    """A process that was killed while it wrote `path`, and that has not been waited for."""
     program = (
         "import os, signal, sys; from pathlib import Path; from engine.files import atomic_path\n"
         "with atomic_path(Path(sys.argv[1])) as temporary:\n"
@@ -115,14 +115,16 @@ def killed_writer(path: Path) -> subprocess.Popen[bytes]:
 
 
 def test_a_zombie_process_counts_as_dead(tmp_path: Path) -> None:
-    """In containers without an init process such processes stay for good, and answer signals like living ones."""
+    """In containers without an init process, zombies remain forever, and accept signals like running processes."""
     process = killed_writer(tmp_path / "dead.h5")
     assert remove_stale_temporaries(tmp_path) == 1
     process.wait()
 
 
 def test_writing_a_file_removes_its_stale_temporaries(tmp_path: Path) -> None:
-    """The writer may have died after the folder was swept: a pool's worker, or one of the run killed just now."""
+    """The writer may have died after the folder was cleaned: a worker of a pool, or of a run that has just been
+    killed.
+    """
     for name in ("a.h5", "b.h5"):
         killed_writer(tmp_path / name).wait()
     with atomic_path(tmp_path / "a.h5") as other:
@@ -150,7 +152,7 @@ print(rounds - refused)
 
 
 def test_only_one_of_several_processes_gets_the_lock(tmp_path: Path) -> None:
-    (tmp_path / "in-work").write_text("00000000-999999")  # as a crashed process of the first release left it
+    (tmp_path / "in-work").write_text("00000000-999999")  # the file that a crashed process of the first release left
     command = [sys.executable, "-c", CONTENDER, str(tmp_path), "150"]
     started = [subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     entered = [int(process.communicate(timeout=280)[0]) for process in started]

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process where the C library can do that, and nothing breaks where it cannot."""
+"""Freed memory stays with the process if the C library supports that, and nothing breaks if it does not."""
 
 from __future__ import annotations
 

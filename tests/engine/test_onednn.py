@@ -1,4 +1,4 @@
-"""A private operation is used only where it does what the public one does, in this torch and on this CPU."""
+"""A private operation is used only if it gives the same as the public one, in this torch and on this CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work on many videos: failures, processes that die, and stopping."""
+"""Processing many videos: failures, processes that die, and stopping."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.cli import PROJECT, group_members
 
 @dataclass(frozen=True)
 class Step:
-    """A job whose behaviour is its name."""
+    """A job whose name determines its behaviour."""
 
     name: str
     frames: int = 3
@@ -32,7 +32,7 @@ class Step:
 
 @dataclass
 class Task:
-    """Counts frames into a file; may fail, or take its process down."""
+    """Counts frames in a file; may fail, or kill its process."""
 
     folder: Path
 
@@ -52,7 +52,7 @@ class Task:
 
 @dataclass
 class Importing(Task):
-    """Takes for ever to be unpickled in another process, like a task that imports torch on a busy machine."""
+    """Takes forever to be unpickled in another process, like a task that imports torch on a busy machine."""
 
     def __setstate__(self, state: dict[str, Path]) -> None:
         (state["folder"] / "importing").touch()
@@ -61,7 +61,7 @@ class Importing(Task):
 
 @dataclass
 class Marking:
-    """Leaves a mark for each job in one of two tensors."""
+    """Marks each job in one of two tensors."""
 
     views: tuple[Any, Any]
 
@@ -130,7 +130,7 @@ def test_stopping(tmp_path: Path, processes: int) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a"]  # and no slow job was waited for
 
 
-# A command whose processes are busy for longer than any test lasts: with importing, with a video, with a batch.
+# A command whose processes are busy for longer than any test: with imports, with a video, or with a batch.
 BUSY = """
 import os, sys, time
 from pathlib import Path

@@ -39,7 +39,7 @@ def test_one_process_changes_nothing() -> None:
 
 
 def test_one_process_imports_no_launcher() -> None:
-    """Starting up is to cost what it did: torch's elastic launcher is not read."""
+    """A single process must not start more slowly: torch's elastic launcher is not imported."""
     program = "import sys, engine.processes; print([n for n in sys.modules if n.startswith('torch')])"
     done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -61,7 +61,7 @@ def test_only_errors_of_the_exchange_mean_a_lost_process(monkeypatch: pytest.Mon
 
 
 def start_pair(what: str, folder: Path) -> list[subprocess.Popen[str]]:
-    """Two processes that find one another as the tasks of an srun step do."""
+    """Two processes that find each other like the tasks of an srun step."""
     folder.mkdir(exist_ok=True)
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -83,7 +83,7 @@ def start_pair(what: str, folder: Path) -> list[subprocess.Popen[str]]:
 
 
 def ends_of(pair: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
-    """Exit codes and everything that both printed. That they end at all is the point."""
+    """Exit codes and output of both. The main point is that they end at all."""
     try:
         output = "".join("".join(one.communicate(timeout=280)) for one in pair)
     finally:
@@ -110,7 +110,7 @@ def test_a_loss_of_one_process_that_is_no_number_stops_all_with_the_batch_named(
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "signalled"), [("apart", 0), ("apart", 1), ("cache", 0)])
 def test_a_signal_to_one_rank_stops_the_separate_work_of_another(tmp_path: Path, what: str, signalled: int) -> None:
-    """Minutes of validation or decoding are left, to the rank that got the signal or to the other."""
+    """Minutes of validation or decoding remain, on the rank that received the signal or on the other."""
     pair = start_pair(what, tmp_path)
     deadline = time.monotonic() + 280
     while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)):
@@ -126,7 +126,7 @@ def test_a_signal_to_one_rank_stops_the_separate_work_of_another(tmp_path: Path,
 
 @pytest.mark.slow
 def test_an_error_on_one_rank_stops_the_separate_work_of_another(tmp_path: Path) -> None:
-    """Minutes are left to the other; both end with what was wrong, not as stopped."""
+    """The other rank has minutes of work left; both end with the error, not as stopped."""
     codes, output = ends_of(start_pair("mistake", tmp_path))
     assert codes == [2, 2], output
     assert output.count("error:") == 1, output

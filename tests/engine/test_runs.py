@@ -90,7 +90,7 @@ def test_summaries_have_the_same_keys_whatever_ran(tmp_path: Path) -> None:
 
 
 def test_reading_the_revision_leaves_the_checkout_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill during `git status` would leave a lock in the user's checkout, which then takes no commit."""
+    """A kill during `git status` would leave a lock in the user's checkout, in which commits would then fail."""
     fake, log = tmp_path / "git", tmp_path / "log"
     fake.write_text(f'#!/bin/sh\necho "$@" >> {log}\npwd\n', encoding="utf-8")
     fake.chmod(0o755)

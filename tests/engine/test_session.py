@@ -1,4 +1,4 @@
-"""The training session: resumed equals uninterrupted, accumulation equals a larger batch, faults stop with a name."""
+"""The training session: resumed equals uninterrupted, accumulation equals a larger batch, errors name the batch."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ def log_without_times(folder: Path) -> list[dict[str, Any]]:
 
 
 def in_a_fork(work: Callable[[], object]) -> int:
-    """The exit code of a process of its own: names of event files hold the second and the process.
+    """The exit code of `body` in a fork, since the names of event files contain the second and the process.
 
-    With one thread: those that an earlier test had OpenMP start are not there in a fork, which would wait for them.
+    One thread only: OpenMP threads started by an earlier test do not exist in a fork, which would wait for them.
     """
     torch.set_num_threads(1)
     child = os.fork()
@@ -121,7 +121,7 @@ def test_resumed_equals_uninterrupted(
         try:
             train(parts, CONFIG, stop_after, accumulate)
         except Stopped as stopped:
-            assert stopped.exit_code == 75  # noqa: PT017 - stops that fall together end the run instead
+            assert stopped.exit_code == 75  # noqa: PT017 - two stops at the same moment end the run instead
     found = train(parts, CONFIG, accumulate=accumulate).state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert log_without_times(whole) == log_without_times(parts)
@@ -141,7 +141,7 @@ def test_a_crash_without_warning_resumes_from_the_last_checkpoint(tmp_path: Path
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_weights_that_are_not_finite_never_become_a_checkpoint(tmp_path: Path, value: float) -> None:
-    """The last step of an epoch can break the weights with a loss that is finite still."""
+    """The last step of an epoch can make weights non-finite while its loss is still finite."""
     with pytest.raises(UserError, match=r"weights are no longer finite after epoch 2, step 5 \(rows \[.*is kept"):
         train(tmp_path, CONFIG, break_weights=(2 * STEPS, value))
     for name, epoch in (("last.pt", 1), ("best.pt", None)):
@@ -159,7 +159,7 @@ def test_weights_that_are_not_finite_never_become_a_checkpoint(tmp_path: Path, v
 def test_after_a_kill_without_clean_up_log_and_events_equal_undisturbed_ones(
     tmp_path: Path, poison: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a checkpoint has behind it is on the disk before the checkpoint is, and what it has not is forgotten."""
+    """Everything logged before a checkpoint is on the disk before the checkpoint is; later lines are dropped."""
     monkeypatch.setattr(engine.session, "LOG_EVERY_STEPS", 1)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(whole, CONFIG)
@@ -172,7 +172,7 @@ def test_after_a_kill_without_clean_up_log_and_events_equal_undisturbed_ones(
 
 
 def test_an_epoch_that_was_logged_and_not_saved_is_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed between the two, it resumes at the epoch's last step and ends the epoch again."""
+    """After a kill between the two, training resumes at the epoch's last step and ends the epoch again."""
     monkeypatch.setattr(engine.session, "LOG_EVERY_STEPS", 1)
     whole, killed, config = tmp_path / "whole", tmp_path / "killed", CONFIG.model_copy(
         update={"checkpoint_minutes": 1e-9}
@@ -213,7 +213,7 @@ def test_training_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path: Pat
 
 
 def test_temporary_files_of_killed_starts_are_removed(tmp_path: Path) -> None:
-    """Heads and steps train in folders of their own inside the stage's."""
+    """Heads and steps train in subfolders of the stage's folder."""
     dead = subprocess.Popen([sys.executable, "-c", "import engine.files; print(engine.files.process_mark())"],
                             stdout=subprocess.PIPE, text=True, cwd=PROJECT)  # fmt: skip
     (tmp_path / f".best.pt.{dead.communicate()[0].strip()}-0.tmp").touch()
@@ -273,7 +273,7 @@ def reads(folder: Path, config: LoopConfig, late: bool) -> int:
 
 
 def test_steps_do_not_wait_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, here on a CPU: the same log, the same weights, none of the reads that each step has."""
+    """The code for GPUs, here on a CPU: the same log and weights, without a read at every step."""
     config = CONFIG.model_copy(update={"optim": OptimConfig(name="sgd", lr=1e-3)})
     monkeypatch.setattr(engine.session, "LOG_EVERY_STEPS", 3)
     assert reads(tmp_path / "exact", config, late=False) - reads(tmp_path / "late", config, late=True) == 3 * STEPS
@@ -294,7 +294,7 @@ def test_read_late_a_stopped_run_resumes_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("minutes", [20.0, 1e-9])
 def test_a_non_finite_loss_read_late_names_its_batch(tmp_path: Path, minutes: float) -> None:
-    """Steps later, and yet before anything is saved that it has spoilt."""
+    """It is noticed some steps later, but before anything is saved."""
     config = CONFIG.model_copy(update={"checkpoint_minutes": minutes})
     expected = tmp_path / "exact", tmp_path / "late"
     for folder in expected:
@@ -308,7 +308,7 @@ def test_a_non_finite_loss_read_late_names_its_batch(tmp_path: Path, minutes: fl
 def test_a_kill_between_best_and_last_does_not_change_the_best_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`best.pt` of an epoch that `last.pt` knows nothing of gives way to the one before."""
+    """If `best.pt` is of an epoch that `last.pt` does not contain, the previous one is used."""
     with pytest.raises(UserError):
         train(tmp_path, CONFIG, poison=STEPS + 2)
     known = load_checkpoint(tmp_path / "best.pt")

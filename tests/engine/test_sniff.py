@@ -1,4 +1,4 @@
-"""What a refused file is called, and that the readers say so."""
+"""The description of a refused file, and its use in the readers' messages."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_refused_tfrecord_file_is_recognised(tmp_path: Path, name: str) -> Non
     assert str(caught.value).startswith(f"{path}: is {called}")
 
 
-@pytest.mark.parametrize("kept", ["all but the table", "half of the pictures"])
+@pytest.mark.parametrize("kept", ["all but the table", "half of the frames"])
 def test_an_interrupted_recording_is_recognised(tmp_path: Path, kept: str) -> None:
     path = write_video(tmp_path / "video01.mp4", VideoSpec(count=40))
     content = path.read_bytes()

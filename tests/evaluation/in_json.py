@@ -1,4 +1,4 @@
-"""The functions that give results, as JSON: tests of numbers hold the keys of the files, too."""
+"""The functions that give results, as JSON, so that tests of numbers check the keys of the files, too."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _in_json(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def evaluate_phases(*arguments: Any, **options: Any) -> dict[str, dict[str, Any]]:
-    """As `evaluation.metrics.phases`; the results survive the way through a file."""
+    """As `evaluation.metrics.phases`; checks that the results survive a round trip through a file."""
     found = phases.evaluate_phases(*arguments, **options)
     for result in found.values():
         assert PhaseResults.from_json(json.loads(json.dumps(result.to_json(), allow_nan=False))) == result
@@ -28,7 +28,7 @@ def evaluate_phases(*arguments: Any, **options: Any) -> dict[str, dict[str, Any]
 
 
 def evaluate_tools(*arguments: Any, **options: Any) -> dict[str, Any]:
-    """As `evaluation.metrics.tools`; the results survive the way through a file."""
+    """As `evaluation.metrics.tools`; checks that the results survive a round trip through a file."""
     found = tools.evaluate_tools(*arguments, **options)
     assert ToolResults.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False))) == found
     return found.to_json()

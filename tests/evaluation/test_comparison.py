@@ -1,4 +1,4 @@
-"""Comparing models: where their results are found, seeds and videos kept apart, and what cannot be compared."""
+"""Comparing models: finding their results, keeping seeds and videos apart, and refusing what cannot be compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two folders of phase files: pairing of videos and rows, what is assumed, and what stands beside the numbers."""
+"""Two folders of phase files: pairing of videos and rows, assumptions, and what is recorded with the numbers."""
 
 from __future__ import annotations
 
@@ -280,7 +280,7 @@ def test_rates_that_do_not_fit_are_refused(tmp_path, predicted, options, message
 
 
 def test_frames_that_one_side_lacks(tmp_path):
-    """Without a label: not scored. Without a prediction: wrong. Either is said."""
+    """Without a label: not scored. Without a prediction: wrong. Both are reported."""
     truth = {"1": "0\t0\n25\t-1\n50\t1\n75\t1\n150\t2\n175\t2\n"}  # 100 and 125 are missing
     guess = {"1": "25\t0\n75\t1\n100\t1\n125\t2\n150\t\n200\t2\n225\t2\n"}  # 0 is missing, 50 and 175 too
     found = pairs(tmp_path, guess, truth)
@@ -322,7 +322,7 @@ def test_with_any_rows_lost_only_equal_frames_are_compared(tmp_path, data):
 
 
 def test_predictions_of_a_variable_rate_against_annotations_of_every_frame(tmp_path):
-    """Uneven frame numbers with times beside them, a row lost: the rows that are there meet their own frames."""
+    """Uneven frame numbers with times, and a lost row: the existing rows are compared with their own frames."""
     frame = np.array([0, 24, 50, 74, 75, 100, 126, 175, 200, 225])
     time_s = np.array([0, 1.01, 1.98, 2.99, 8, 9, 10, 12, 13, 14])
     truth = np.repeat([0, 1, 2], [51, 60, 120])
@@ -416,7 +416,7 @@ def test_background_of_the_data_set_and_of_the_command(tmp_path):
 
 
 def test_numbers_that_cannot_be_source_frames_do_not_determine_the_rate(tmp_path):
-    """Milliseconds, of a long video and of a short one, against frames numbered one by one too."""
+    """Milliseconds of a long and of a short video, also against frames numbered one by one."""
     for k, count in enumerate((30_000, 500)):
         milliseconds = {"1": rows([0, 1] * count, 40)}
         for truth in (milliseconds, {"1": rows([0, 1] * count)}):

@@ -1,4 +1,4 @@
-"""The encoder example, added from outside by a plug-in file, in every command that knows an encoder by its name."""
+"""The encoder example, added by a plug-in file, in every command that finds an encoder by its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A head from outside, `head_example.py`, goes everywhere that the project's own heads go."""
+"""A plug-in head, `head_example.py`, works everywhere that the project's own heads work."""
 
 from __future__ import annotations
 

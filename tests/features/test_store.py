@@ -1,4 +1,4 @@
-"""The feature store: what is written comes back, what is damaged is noticed, encoders never mix."""
+"""The feature store: files read back as written, damage is noticed, encoders never mix."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_whatever_changes_the_numbers_changes_the_folder(change: dict[str, Any])
 def test_every_flipped_bit_is_found_before_hdf5_opens_the_file(
     tmp_path_factory: pytest.TempPathFactory, position: float, bit: int
 ) -> None:
-    """Some flips inside HDF5's structures send the library into an endless loop, so it must never see them."""
+    """Some flips inside HDF5's structures send the library into an endless loop, so it must never open such a file."""
     path = tmp_path_factory.mktemp("flip") / "video01.h5"
     write(path)
     content = bytearray(path.read_bytes())
@@ -152,7 +152,7 @@ def test_files_that_are_not_feature_files(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "group.h5", "w", userblock_size=USER_BLOCK_BYTES) as file:
         file.attrs.update({"schema_version": 1, "complete": True})
         file.create_group("features")
-    for name in ("bomb.h5", "group.h5"):  # a forger can seal; what is inside is still looked at with suspicion
+    for name in ("bomb.h5", "group.h5"):  # an attacker can seal a file, so its content is still validated
         seal(tmp_path / name)
     for name in ("page.h5", "other.h5", "bomb.h5", "group.h5", "missing.h5"):
         with pytest.raises(FeatureFileError, match=name):
@@ -249,7 +249,7 @@ def test_the_recorded_encoder_includes_its_arithmetic(tmp_path: Path) -> None:
 def test_a_sealed_file_whose_attributes_are_not_what_stage_two_reads_is_one_line(
     tmp_path: Path, name: str, value: Any
 ) -> None:
-    """`train-temporal` ended in a traceback, after every check had passed."""
+    """Earlier, `train-temporal` ended in a traceback after every check had passed."""
     path = tmp_path / "video01.h5"
     write(path)
     with h5py.File(path, "r+") as file:

@@ -1,4 +1,4 @@
-"""`make fuzz`: many hostile inputs for every parser, with seeds and totals; exit code 1 where a promise is broken.
+"""`make fuzz`: many hostile inputs for every parser, with seeds and totals; exit code 1 if a promise is broken.
 
 python -m tests.fuzz.campaign [--inputs N] [--seed S] [--only NAME] [--findings DIR] [--json FILE]
 """
@@ -20,13 +20,13 @@ from tests.fuzz.harness import Child, Finding
 from tests.fuzz.inputs import hostile_inputs
 from tests.fuzz.parsers import PARSERS
 
-ROUND = 2500  # inputs a seed: hypothesis looks back over what it has tried
+ROUND = 2500  # inputs per seed, since hypothesis keeps track of what it has tried
 MOST_FINDINGS = 25
 
 
 @dataclass
 class Tally:
-    """What became of one parser's inputs."""
+    """The outcome of one parser's inputs."""
 
     parser: str
     seeds: list[int] = field(default_factory=list)
@@ -70,7 +70,7 @@ def attack(parser: str, inputs: int, first_seed: int) -> Tally:
                 tally.inputs += 1
                 try:
                     what = child.read(content)
-                except RuntimeError as error:  # it cannot even read sound files: the others are tried nevertheless
+                except RuntimeError as error:  # it cannot even read valid files; the other parsers are still tested
                     what, tally.broken = str(error), True
                 if what is not None and _kind(what) not in known:
                     known.add(_kind(what))
@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _kind(what: str) -> str:
-    """Findings that differ in numbers and texts alone are one: the exception and the place where it was raised."""
+    """Findings with the same exception raised at the same place count as one; their numbers and texts may differ."""
     return f"{what.partition(':')[0]} {what.rpartition('(')[2]}" if what.endswith(")") else what.partition(":")[0]
 
 

@@ -1,9 +1,9 @@
-"""Hostile input is read in a child process that is timed, weighed and watched, since C libraries cannot be interrupted.
+"""Hostile input is read in a child whose time, memory and actions are monitored, as C code cannot be interrupted.
 
 One child reads many inputs. The parent gives each 10 s of processor time, or a minute of waiting, and ends a child that
-has not answered by then (seconds on the clock would blame an input for what else the machine does); the child's memory
+has not answered by then (with wall-clock time, other work on the machine would make inputs fail); the child's memory
 is compared before and after (`MEMORY_BOUND_BYTES`), and an audit hook notes programs started, sockets opened and files
-written outside its own folder. A parser keeps its promise where it returns, or raises UserError with a message of one
+written outside its own folder. A parser keeps its promise if it returns, or raises UserError with a message of one
 printable line.
 """
 
@@ -27,15 +27,15 @@ from tests.fuzz.parsers import PARSERS
 TIME_LIMIT_S = 10.0
 WAITING_LIMIT_S = 60.0
 START_LIMIT_S = 120.0
-# What reading one input may add to a process that has read sound ones; inputs are a few hundred kB at most.
+# The memory that one input may add to a process that has read valid ones; inputs have at most a few hundred kB.
 MEMORY_BOUND_BYTES = 512 << 20
-# Above it an allocation fails in the child rather than on the whole machine.
+# Above this limit an allocation fails in the child instead of exhausting the machine.
 ADDRESS_SPACE_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A promise broken: which input, and how."""
+    """A broken promise: which input broke it, and how."""
 
     parser: str
     content: bytes
@@ -75,7 +75,7 @@ class Child:
         self.refused += answer == "refused"
         if answer in ("read", "refused"):
             return None
-        self._end()  # what it has done to the process must not be blamed on the next input
+        self._end()  # its effects on the process must not be attributed to the next input
         return answer
 
     def _answers(self) -> bool:
@@ -88,7 +88,7 @@ class Child:
         return True
 
     def _start(self) -> None:
-        context = get_context("forkserver")  # forks of a process that has imported what takes long
+        context = get_context("forkserver")  # forks of a process that has done the slow imports
         context.set_forkserver_preload(["torch", "h5py", "av", "PIL.Image"])
         self._pipe, theirs = context.Pipe()
         self.folder = tempfile.TemporaryDirectory(prefix="fuzz-")
@@ -134,13 +134,13 @@ class _Watch:
 
 def _serve(name: str, pipe: Any, folder: str) -> None:
     parser = PARSERS[name]
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries' own complaints
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # messages of libraries
     watch = _Watch(folder)
     path = Path(folder) / parser.file_name
     read = parser.prepare(Path(folder))
     for content in parser.seeds():
         if (answer := _attempt(read, path, content)) != "read":
-            pipe.send_bytes(f"a sound file: {answer}".encode())
+            pipe.send_bytes(f"a valid file: {answer}".encode())
             return
     limit = _address_space_bytes() + ADDRESS_SPACE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -174,7 +174,7 @@ def _attempt(read: Any, path: Path, content: bytes) -> str:
 
 
 def _processor_s(pid: int) -> float:
-    """Seconds that a process has computed; as long as ever for one that has ended."""
+    """The processor time of a process in seconds; infinite if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -183,7 +183,7 @@ def _processor_s(pid: int) -> float:
 
 
 def _forget_peak() -> None:
-    """Peak memory counts from here on, so that one input's does not hide the next one's; Linux alone can."""
+    """Reset the peak memory, so that one input's does not hide the next one's; possible on Linux only."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

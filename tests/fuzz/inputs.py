@@ -1,4 +1,4 @@
-"""Inputs nobody would write: random bytes, sound files with damage, and text made of a format's own words."""
+"""Hostile inputs: random bytes, valid files with damage, and text made of a format's own words."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from hypothesis import strategies as st
 
 MOST_BYTES = 400_000
-# Numbers, texts and bytes on which programs that read files usually stumble.
+# Numbers, texts and bytes that often break programs that read files.
 ODD_TEXTS = (
     "", " ", "\t", "\n", "\r\n", "\r", "\0", "\x1b[31m", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\ufeff",
     "\u202e", "\U0001f52a", "e\u0301", "\u0660\u0661", "\u00b2", "\uff11", "-1", "-0", "0", "1", "00", "1e400", "nan",
@@ -33,7 +33,7 @@ _CHANGES: st.SearchStrategy[Change] = st.tuples(
 
 
 def changed(content: bytes, changes: Sequence[Change]) -> bytes:
-    """`content` after each change in turn; places are shares of its length at the time."""
+    """`content` after all changes, one after the other; positions are fractions of its length at that point."""
     for kind, one, other, odd in changes:
         at, size = int(one * len(content)), max(1, int(other**4 * len(content) / 2))
         head, tail = content[:at], content[at:]
@@ -59,7 +59,7 @@ def changed(content: bytes, changes: Sequence[Change]) -> bytes:
 
 
 def _other_number(content: bytes, at: int, odd: bytes) -> bytes:
-    """The next run of digits from `at` on replaced, as a text format's field would be."""
+    """Replace the next run of digits from `at` on, like a field of a text format."""
     digits = b"0123456789"
     start = next((i for i in range(at, min(len(content), at + 200)) if content[i] in digits), None)
     if start is None:
@@ -71,12 +71,12 @@ def _other_number(content: bytes, at: int, odd: bytes) -> bytes:
 
 
 def mutations(seeds: Sequence[bytes]) -> st.SearchStrategy[bytes]:
-    """A sound file with one to four changes."""
+    """A valid file with one to four changes."""
     return st.builds(changed, st.sampled_from(seeds), st.lists(_CHANGES, min_size=1, max_size=4))
 
 
 def texts(words: Sequence[str], marks: Sequence[str]) -> st.SearchStrategy[bytes]:
-    """Text of a format's words and marks, with odd ones between."""
+    """Text of a format's words and marks, mixed with unusual ones."""
     word = st.one_of(st.sampled_from(words), st.sampled_from(ODD_TEXTS), st.integers(-2, 100).map(str))
     piece = st.tuples(word, st.sampled_from(marks)).map("".join)
     return st.lists(piece, max_size=30).map(lambda pieces: "".join(pieces).encode("utf-8", "surrogatepass"))
@@ -88,7 +88,7 @@ def hostile_inputs(
     marks: Sequence[str] = ("\t", "\n"),
     mend: Callable[[bytes], bytes] | None = None,
 ) -> st.SearchStrategy[bytes]:
-    """Everything above; with `mend` also damage whose checksums were made to fit again, as somebody hostile would."""
+    """All of the above; with `mend` also damage with corrected checksums, as an attacker would make it."""
     kinds = [mutations(seeds), mutations(seeds), st.binary(max_size=300)]
     if words:
         kinds.append(texts(words, marks))

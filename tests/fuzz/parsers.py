@@ -1,7 +1,7 @@
-"""Every parser of files that somebody else may have made, with sound files to start from.
+"""Every parser of files from other sources, with valid files to start from.
 
-A parser reads one file as the commands do, in a child process (`tests.fuzz.harness`); whatever it returns is thrown
-away. `mend` makes checksums fit again after damage: a disk does not do that, somebody hostile does.
+A parser reads one file as the commands do, in a child process (`tests.fuzz.harness`); its return value is discarded.
+`mend` corrects checksums after damage, as an attacker would.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Parser:
 
 
 def _allow_refusal(step: Callable[[], object]) -> object:
-    """Go on after a refusal in one printable line."""
+    """Continue after a refusal in one printable line."""
     try:
         return step()
     except UserError as error:
@@ -368,7 +368,7 @@ def _cache_seeds() -> list[bytes]:
         return [cache.path("video01").read_bytes()]
 
 
-# ---------------------------------------------------------------------------------------------- pictures and records
+# ---------------------------------------------------------------------------------------------- images and records
 
 
 def _read_image(path: Path) -> object:
@@ -381,17 +381,17 @@ def _read_image(path: Path) -> object:
 def _image_seeds() -> list[bytes]:
     from PIL import Image
 
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8))
     seeds = []
     for name in ("PNG", "JPEG", "WEBP", "BMP", "TIFF"):
         stream = io.BytesIO()
-        picture.save(stream, name)
+        image.save(stream, name)
         seeds.append(stream.getvalue())
     return seeds
 
 
 def mend_png(content: bytes) -> bytes:
-    """The chunks of a PNG with checksums that fit."""
+    """The chunks of a PNG with correct checksums."""
     out, at = content[:8], 8
     while at + 12 <= len(content):
         length = int.from_bytes(content[at : at + 4], "big")
@@ -410,17 +410,17 @@ def _read_records(path: Path) -> object:
         return list(reader.read(range(reader.frame_count)))
 
 
-def record_file(pictures: Sequence[bytes]) -> bytes:
-    """A TFRecord file of video01 with these pictures."""
+def record_file(images: Sequence[bytes]) -> bytes:
+    """A TFRecord file of video01 with these images."""
     from features.dataset.tfrecord import example_class
 
     content = b""
-    for number, picture in enumerate(pictures):
+    for number, image in enumerate(images):
         message = example_class()()
         keys = message.features.feature
-        keys["frame"].bytes_list.value.append(picture)
+        keys["frame"].bytes_list.value.append(image)
         keys["video_id"].bytes_list.value.append(b"video01")
-        numbers = {"frame_id": [number], "total_frames": [len(pictures)], "phase": [0], "instruments": [0, 1] + [0] * 5}
+        numbers = {"frame_id": [number], "total_frames": [len(images)], "phase": [0], "instruments": [0, 1] + [0] * 5}
         for key, values in numbers.items():
             keys[key].int64_list.value.extend(values)
         data = message.SerializeToString()
@@ -433,7 +433,7 @@ def _record_seeds() -> list[bytes]:
 
 
 def mend_records(content: bytes) -> bytes:
-    """The records of a TFRecord file with checksums that fit, as far as lengths lead."""
+    """The records of a TFRecord file with correct checksums, as far as their lengths can be followed."""
     from features.dataset.tfrecord import masked_crc32c
 
     out, at = b"", 0
@@ -490,7 +490,7 @@ def _legacy_seeds() -> list[bytes]:
 
 
 def mend_zip(content: bytes) -> bytes:
-    """The entries of a zip archive written anew, so that their checksums fit; others stay as they are."""
+    """The entries of a zip archive, written again with correct checksums; other files are returned unchanged."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             out = io.BytesIO()
@@ -499,7 +499,7 @@ def mend_zip(content: bytes) -> bytes:
                     start = entry.header_offset + 30 + len(entry.filename.encode()) + len(entry.extra)
                     written.writestr(entry.filename, content[start : start + min(entry.file_size, 1 << 20)])
             return out.getvalue()
-    except Exception:  # whatever the damage makes zipfile say: then the damage itself is the input
+    except Exception:  # zipfile may raise anything on damage; then the damaged file itself is the input
         return content
 
 
@@ -570,7 +570,7 @@ def _video_seeds() -> list[bytes]:
     return [_written(functools.partial(write_video, spec=spec), name) for name, spec in kinds.items()]
 
 
-# ---------------------------------------------------------------------------------------------- all of them
+# ---------------------------------------------------------------------------------------------- all parsers
 
 _NAMES = (*SPEC.phases, "Frame", "Phase")
 PARSERS: dict[str, Parser] = {
@@ -629,7 +629,7 @@ PARSERS: dict[str, Parser] = {
     "metrics.jsonl": Parser("metrics.jsonl", _plainly(_read_metrics), _metrics_seeds, _JSON_WORDS, _JSON_MARKS),
     "feature file": Parser("video01.h5", _plainly(_read_feature_file), _feature_seeds),
     "frame cache": Parser("cached.h5", _read_cache, _cache_seeds),
-    "picture": Parser("1.png", _plainly(_read_image), _image_seeds, mend=mend_png),
+    "image": Parser("1.png", _plainly(_read_image), _image_seeds, mend=mend_png),
     "TFRecord": Parser("video01.tfrecord", _plainly(_read_records), _record_seeds, mend=mend_records),
     "checkpoint": Parser("a.pt", _read_checkpoint, _checkpoint_seeds, mend=mend_zip),
     "older checkpoint": Parser("a.pth", _read_checkpoint, _legacy_seeds),

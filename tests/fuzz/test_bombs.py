@@ -1,4 +1,4 @@
-"""Files made to exhaust memory or time, to reach other files or to run something: refused, by what they claim."""
+"""Files made to exhaust memory or time, to reach other files or to run code: refused because of their claims."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png_bomb(width_px: int, height_px: int) -> bytes:
-    """A sound PNG of one colour: a few kB that come to gigabytes."""
+    """A valid PNG of one colour: a few kB that decode to gigabytes."""
     packer, body = zlib.compressobj(9), b""
     for _ in range(min(height_px, 100)):
         body += packer.compress(bytes(min(3 * width_px + 1, 1 << 20)))
@@ -50,12 +50,12 @@ def png_text_bomb() -> bytes:
     packer, text = zlib.compressobj(9), b""
     for _ in range(128):
         text += packer.compress(bytes(1 << 20))
-    sound = PARSERS["picture"].seeds()[0]
-    return sound[:33] + chunk(b"zTXt", b"Comment\0\0" + text + packer.flush()) + sound[33:]
+    intact = PARSERS["image"].seeds()[0]
+    return intact[:33] + chunk(b"zTXt", b"Comment\0\0" + text + packer.flush()) + intact[33:]
 
 
 def long_record() -> bytes:
-    """A record that claims a gigabyte, in a file that has it as a hole."""
+    """A record that claims a gigabyte, in a sparse file of that size."""
     head = struct.pack("<Q", GIGA)
     return head + struct.pack("<I", masked_crc32c(head)) + bytes(1000)
 
@@ -74,7 +74,7 @@ def sealed_file(seed: bytes) -> Iterator[tuple[Path, Callable[[], bytes]]]:
 
 
 def hdf5(parser: str, change: Callable[[h5py.File], None]) -> bytes:
-    """A sound file of this project, changed by somebody who knows HDF5 and the seal."""
+    """A valid file of this project, changed by someone who knows HDF5 and the seal."""
     with sealed_file(PARSERS[parser].seeds()[0]) as (path, content):
         with h5py.File(path, "r+") as file:
             change(file)
@@ -130,9 +130,9 @@ HDF5_BOMBS: dict[str, Callable[[h5py.File], None]] = {
 
 def zip_bomb(compression: int, name: str = "archive/data/0") -> bytes:
     """A checkpoint whose one storage is 64 MiB of zeros, compressed."""
-    sound = io.BytesIO(PARSERS["checkpoint"].seeds()[0])
+    intact = io.BytesIO(PARSERS["checkpoint"].seeds()[0])
     out = io.BytesIO()
-    with zipfile.ZipFile(sound) as archive, zipfile.ZipFile(out, "w", compression) as written:
+    with zipfile.ZipFile(intact) as archive, zipfile.ZipFile(out, "w", compression) as written:
         for entry in archive.infolist():
             written.writestr(entry.filename, archive.read(entry))
         with written.open(f"{archive.namelist()[0].split('/')[0]}/data/9", "w", force_zip64=True) as stream:
@@ -142,7 +142,7 @@ def zip_bomb(compression: int, name: str = "archive/data/0") -> bytes:
 
 
 def overlapping_zip() -> bytes:
-    """Hundreds of names for one stored entry: what a zip bomb without compression looks like."""
+    """Hundreds of names for one stored entry, as in a zip bomb without compression."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as written:
         written.writestr("a/data.pkl", bytes(100_000))
@@ -190,11 +190,11 @@ MERGES = b"a: &a {x: 1}\n" + b"".join(
     b"%c: &%c {<<: [%s]}\n" % (98 + k, 98 + k, b", ".join([b"*%c" % (97 + k)] * 9)) for k in range(20)
 )
 BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
-    "PNG of 30,000 x 30,000": ("picture", lambda: png_bomb(30_000, 30_000)),
-    "PNG of 2^31 pixels a side": ("picture", lambda: png_bomb(2**31 - 1, 1)),
-    "PNG with long text": ("picture", png_text_bomb),
+    "PNG of 30,000 x 30,000": ("image", lambda: png_bomb(30_000, 30_000)),
+    "PNG of 2^31 pixels a side": ("image", lambda: png_bomb(2**31 - 1, 1)),
+    "PNG with long text": ("image", png_text_bomb),
     "EPS, which Pillow hands to Ghostscript": (
-        "picture",
+        "image",
         lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) run\n%%EOF\n",
     ),
     "TFRecord with such a PNG": ("TFRecord", lambda: record_file([png_bomb(30_000, 30_000)])),
@@ -234,7 +234,7 @@ def endless_truth() -> bytes:
 
 @pytest.fixture(scope="module")
 def children() -> Iterator[dict[str, Child]]:
-    """One child a parser, for all bombs of its kind."""
+    """One child per parser, for all bombs of its kind."""
     started: dict[str, Child] = {}
     yield started
     for child in started.values():
@@ -251,7 +251,7 @@ def test_a_bomb_is_refused_without_going_off(name: str, children: dict[str, Chil
 
 
 def test_cached_frames_that_claim_gigabytes_are_not_used(children: dict[str, Child]) -> None:
-    """The frame cache says `not usable` and makes the file again, so nothing is refused; it must only stay small."""
+    """The frame cache makes an unusable file again, so nothing is refused; memory must stay small."""
     child = children.setdefault("frame cache", Child("frame cache"))
 
     def bomb(file: h5py.File) -> None:
@@ -307,7 +307,7 @@ def test_a_file_of_a_terabyte_is_refused_by_its_size(tmp_path: Path) -> None:
 
 
 def test_the_user_block_is_where_the_seal_expects_it() -> None:
-    """Bombs here are sealed as our files are: were the seal not theirs, they would be refused for that alone."""
+    """The bombs are sealed like our files; with a wrong seal they would be refused for that reason alone."""
     content = hdf5("feature file", lambda file: None)
     assert content[USER_BLOCK_BYTES:].startswith(b"\x89HDF")
     with Child("feature file") as child:

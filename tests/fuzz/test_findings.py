@@ -1,4 +1,4 @@
-"""What fuzzing found, each by its smallest input; every one ended in a traceback, a hang or a garbled line before."""
+"""Bugs that fuzzing found, each with its smallest input; before, each was a traceback, a hang or a garbled line."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ def test_messages_repeat_what_is_in_a_file_without_its_powers(tmp_path: Path, te
     ],
 )
 def test_metrics_with_a_broken_line_keep_the_others(tmp_path: Path, line: bytes) -> None:
-    sound = b'{"kind": "epoch", "global_step": 3, "epoch": 3, "loss": 1.0}\n'
+    intact = b'{"kind": "epoch", "global_step": 3, "epoch": 3, "loss": 1.0}\n'
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(sound + line + b"\n" + sound)
+    path.write_bytes(intact + line + b"\n" + intact)
     assert [row["global_step"] for row in read_metrics(path, "epoch")] == [3, 3]
     MetricLog(tmp_path).rewind(3, 4)
-    assert path.read_bytes() == sound + sound
+    assert path.read_bytes() == intact + intact
 
 
 @pytest.mark.parametrize("content", [b"RIFF", b"RIFF\0\0\0", b"\0\0\0\1ftyp", b"\x1a\x45\xdf\xa3"])
@@ -90,7 +90,7 @@ def test_a_video_that_ends_within_its_first_bytes(tmp_path: Path, content: bytes
 
 
 def test_a_header_with_an_impossible_rate_gives_one_line(tmp_path: Path) -> None:
-    """A flipped bit in the times of pictures: 12,800 frames a second were a ValidationError with a traceback."""
+    """A flipped bit in the frames' times gave 12,800 frames per second, and a ValidationError with a traceback."""
     root = write_dataset(tmp_path / "data", 1)
     content = bytearray((root / "video01.mp4").read_bytes())
     at = content.index(b"mdhd") + 16
@@ -138,7 +138,7 @@ def test_square_brackets_in_a_class_name_are_no_markup(tmp_path: Path, capsys: p
 
 @pytest.mark.parametrize("kind", ["EPS", "GIF", "PPM"])
 def test_unsupported_image_formats_are_refused(tmp_path: Path, kind: str) -> None:
-    """Pillow starts Ghostscript for EPS, whatever the file is called."""
+    """Pillow starts Ghostscript for EPS, regardless of the file's name."""
     from PIL import Image
 
     path = tmp_path / "1.png"
@@ -148,7 +148,7 @@ def test_unsupported_image_formats_are_refused(tmp_path: Path, kind: str) -> Non
 
 
 def test_runs_of_labels_whose_sum_overflows_are_refused() -> None:
-    """Four runs of 2**62 come to 0 in 64 bits: numpy then wrote beyond the end of an array, and the process died."""
+    """Four runs of 2**62 sum to 0 in 64 bits: numpy then wrote beyond the end of an array, and the process died."""
     tree = json.loads(PARSERS["truth.json"].seeds()[0])
     tree["videos"]["video41"] |= {"phase": [[1 << 62, 0]] * 4, "tools": []}
     with Child("truth.json") as child:
@@ -169,7 +169,7 @@ def test_a_damaged_table_of_times_is_indexed_as_it_is_read(tmp_path: Path) -> No
 
 
 def test_a_valid_data_set_and_video_still_work(tmp_path: Path) -> None:
-    """The bounds above turn nothing sound away."""
+    """The limits above refuse nothing valid."""
     write_video(tmp_path / "video01.mp4", VideoSpec(count=10))
     assert probe_video(tmp_path / "video01.mp4").frame_count == 10
     assert make_world(tmp_path, tmp_path).config.data.fps == 5

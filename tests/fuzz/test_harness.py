@@ -1,4 +1,4 @@
-"""The harness itself finds what it is there to find."""
+"""The harness itself finds each kind of broken promise."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ os._exit(0)
 
 
 def test_memory_of_one_input_does_not_hide_that_of_the_next(tmp_path: Path) -> None:
-    """The peak of a process never falls by itself: after 450 MiB, 900 MiB were 450 more, and then none."""
+    """A process's peak never falls by itself: after 450 MiB, a peak of 900 MiB would count as 450, and the next as
+    0.
+    """
     words = [sys.executable, "-c", GLUTTON, str(tmp_path), "450", "900", "900", "1"]
     done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, timeout=280, check=True)
     small, large, again, none = json.loads(done.stdout)

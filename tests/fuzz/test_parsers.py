@@ -1,4 +1,4 @@
-"""A short run of `make fuzz`: the same inputs each time, eighty a parser."""
+"""A short run of `make fuzz`: the same inputs each time, eighty per parser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nets of the original programs, made on the spot: state dicts with their keys, and what they compute, restated."""
+"""Nets of the original programs, made for the tests: state dicts with their keys, and their computations restated."""
 
 from __future__ import annotations
 

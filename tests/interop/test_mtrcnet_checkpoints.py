@@ -1,4 +1,4 @@
-"""Nets of the original programs come in as they are: the same outputs, and the same bytes when they go out again."""
+"""Nets of the original programs are imported exactly: the same outputs, and the same bytes when exported again."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_nets_without_an_original_counterpart_are_not_exported(
         variant_of(built, head, FILE)
 
 
-# ---------------------------------------------------------------------------------------------- names, pictures
+# ---------------------------------------------------------------------------------------------- names, images
 
 _REST = "_opt_1_mulopt_1_flip_0_crop_1_batch_400_train1_9991_train2_9958_val1_9725_val2_8864"
 

@@ -1,4 +1,4 @@
-"""Files of the original programs as runs: what is written, said and refused, and the way back."""
+"""Files of the original programs as runs: what is written, printed and refused, and the export back."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_unused_layers_of_a_net_for_tools_are_exported_again(
     file = tmp_path / "net.pth"
     torch.save(state, file)
     with pytest.raises(UserError, match="phase-order"):
-        bring_in(tmp_path, file, order=None)  # by its layers it is the net for both
+        bring_in(tmp_path, file, order=None)  # by its layers, it could be the net for both tasks
     run = bring_in(tmp_path, file, order=None, variant="tool")
     assert "kept only for export, since a net for tools does not use them: fc, lstm" in capsys.readouterr().err
     net, about = load_joint(joint_checkpoint(run))
@@ -232,7 +232,7 @@ def test_the_users_normalisation_has_precedence_over_that_of_the_file(
     said = capsys.readouterr().err
     assert "normalisation given: mean (0.5, 0.4, 0.3)" in said
     assert "otherwise it would be pytorch1.2.0: only files of" in said
-    by_preset = import_with(tmp_path, file, GivenKeys(), "preset")  # what a preset says is nobody's word
+    by_preset = import_with(tmp_path, file, GivenKeys(), "preset")  # a preset's value is not the user's
     assert by_preset["original"]["normalisation"] == "pytorch1.2.0"
 
 
@@ -243,12 +243,12 @@ def test_contradictory_normalisations_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--normalisation main and --set preprocess\.mean differ; give only one"):
         import_with(tmp_path, file, given(*BOTH), normalisation="main")
     about = import_with(tmp_path, file, given(*BOTH, in_file=True), normalisation="main")
-    assert about["original"]["normalisation"] == "main"  # an option is nearer than a file
+    assert about["original"]["normalisation"] == "main"  # an option takes precedence over a file
     assert not (tmp_path / "runs/old/joint/multitask").exists()
 
 
 def test_settings_of_the_user_are_used_at_import_or_refused(tmp_path: Path) -> None:
-    """The file's name says clips of 4 frames and its layers say 16 units."""
+    """By its name the file has clips of 4 frames, by its layers 16 units."""
     file = write(tmp_path, CL)
     blocks = {"joint": {"sequence": {"mode": "clips", "frames": 6, "batch": 2}}, "temporal": {"head": {"hidden": 32}}}
     with pytest.raises(UserError, match=r"temporal\.head\.hidden=32 is given, but the file has 16; omit this setting"):
@@ -272,7 +272,7 @@ def test_a_given_normalisation_is_never_overruled_when_a_net_is_used(tmp_path: P
             error.value
         )
         assert str(error.value).endswith("leave it out, or import or train the net with it under another --name")
-    assert joint_net(config, run).config.preprocess.mean == (0.3456, 0.2281, 0.2233)  # a preset's values give way
+    assert joint_net(config, run).config.preprocess.mean == (0.3456, 0.2281, 0.2233)  # a preset's values are overridden
 
 
 def mapping_alone(folder: Path) -> Path:

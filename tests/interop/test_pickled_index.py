@@ -1,4 +1,4 @@
-"""Index pickles: read by structure, held against what is below the root, and written as they were read."""
+"""Index pickles: read by structure, compared with the files below the root, and written as they were read."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def refusal(call: Callable[[], Any]) -> str:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Four folders of frames at one a second, no annotations."""
+    """Four folders of frames at one frame per second, no annotations."""
     for number, rows in ((1, 40), (2, 31), (3, 36), (4, 44)):
         make_images(tmp_path / "data", number, rows)
     return tmp_path / "data"
@@ -89,7 +89,7 @@ VIDEOS = ((1, 40), (2, 31), (3, 36), (4, 44))
 
 
 def videos_of(root: Path, phases_only: bool = False) -> list[list[list[Any]]]:
-    """All four as the pickle that the index writes has them."""
+    """All four, as in the pickle that the index writes."""
     return [rows_of((root / f"frames/video{n:02d}").as_posix(), n, rows, phases_only) for n, rows in VIDEOS]
 
 
@@ -124,7 +124,7 @@ def test_parts_determine_the_split_unless_settings_do(root: Path, tmp_path: Path
     index = index_from_pickles(config, [file], phase_order="mtrcnet")
     assert [entry.split for entry in index.videos] == ["train", "train", "val", "test"]
     assert open_dataset(config)[0] == index
-    assert index_dataset(config) == index  # as the command run does
+    assert index_dataset(config) == index  # like the command `run`
     assert index_from_pickles(config, [file], phase_order="mtrcnet") == index  # labels are there now, and the same
     other = config_of(root, split={"rule": "1/1/2"})
     assert "another split" in refusal(lambda: open_dataset(other))
@@ -186,7 +186,7 @@ def test_nine_lists_in_any_order_are_the_same_index(
 
 
 def test_a_validation_part_within_the_test_part_is_test(root: Path, tmp_path: Path, capsys) -> None:
-    """As in the 40/40 splits of TMRNet and Trans-SVNet; any other video that comes twice stays an error."""
+    """As in the 40/40 splits of TMRNet and Trans-SVNet; any other video that occurs twice is still an error."""
     videos = [rows_of(f"x/{n}", n, count) for n, count in VIDEOS]
     file = write(tmp_path / "x.pkl", in_parts([videos[:2], videos[2:3], videos[2:]]))
     index = index_from_pickles(config_of(root), [file], phase_order="mtrcnet")
@@ -224,8 +224,8 @@ def test_pickles_beside_videos(tmp_path: Path, rate: Fraction) -> None:
         stream.width = stream.height = 32
         stream.pix_fmt = "yuv420p"
         for _ in range(count := int(10 * rate)):
-            picture = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
-            container.mux(stream.encode(picture))
+            black = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+            container.mux(stream.encode(black))
         container.mux(stream.encode(None))
     file = write(tmp_path / "x.pkl", [rows_of("frames/video07", 7, 10)])
     config = config_of(root)

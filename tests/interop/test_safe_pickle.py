@@ -312,7 +312,7 @@ def doubled(levels: int) -> list[Any]:
         b"L" + b"9" * 4000 + b"L\n.",
         b"\x80\x02\x8a\x09" + b"\x7f" * 9 + b".",
         pickle.dumps(doubled(60), 2),
-        b"]q\x00h\x00a.",  # a list that holds itself
+        b"]q\x00h\x00a.",  # a list that contains itself
         b"]q\x00}q\x01K\x01h\x00sa.",
         b"(" * 100_000 + b".",
         b"]" * 300_000 + b"a" * 299_999 + b"a.",

@@ -1,4 +1,4 @@
-"""Text files of the original programs: their exact text, of a run and of the pickles that test programs leave."""
+"""Text files of the original programs: their exact text, from a run and from the pickles of the test programs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from interop.pickled_index import index_from_pickles
 from interop.text_files import export_predictions, export_run, phase_text, tool_text
 
 SPEC = load_dataset("cholec80")
-FRAMES = {"video01": 40, "video02": 31, "video03": 36}  # at one a second
+FRAMES = {"video01": 40, "video02": 31, "video03": 36}  # at one per second
 
 
 def refusal(call: Callable[[], Any]) -> str:
@@ -151,7 +151,7 @@ def test_damaged_tool_predictions(tmp_path: Path, change: Callable[[str], str], 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    """Three videos of frames at one a second, the last two for test."""
+    """Three videos of frames at one per second, the last two for testing."""
     root = tmp_path / "data"
     videos = []
     for name, frames in FRAMES.items():
@@ -171,7 +171,7 @@ def write(path: Path, value: Any) -> Path:
 
 
 def clip_predictions(sequence: int) -> list[list[int]]:
-    """A prediction a clip for the two test videos."""
+    """One prediction per clip for the two test videos."""
     return [[(frame + 1) % 7 for frame in range(sequence - 1, FRAMES[name])] for name in ("video02", "video03")]
 
 

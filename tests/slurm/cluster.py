@@ -1,7 +1,7 @@
 """A real Slurm cluster of one node on loopback, with its own configuration and state, for as long as tests run.
 
-munged, slurmctld and slurmd run in the foreground as children of this process, so that exactly they are ended, whatever
-happens; the machine's own Slurm or munge, where there is one, is neither used nor touched.
+munged, slurmctld and slurmd run in the foreground as children of this process, so that exactly these processes are
+ended in any case; the machine's own Slurm or munge, if there is one, is neither used nor changed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import time
 from pathlib import Path
 
-CPUS = 8  # more than many machines have: jobs of these tests are small, and array tasks must run side by side
+CPUS = 8  # more than many machines have: these jobs are small, and array tasks must run in parallel
 KILL_WAIT_S = 10
 GRACE_S = 20  # of the partition that is preempted: between SIGTERM and the end
 START_S = 60.0
@@ -166,7 +166,7 @@ PartitionName=urgent Nodes={host} MaxTime=60 State=UP PriorityTier=2 PreemptMode
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports that nobody listens on just now."""
+    """TCP ports that are free at this moment."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:

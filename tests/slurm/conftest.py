@@ -1,4 +1,4 @@
-"""What the tests on a cluster share; without one (`make test-slurm` starts it) nothing here is collected."""
+"""Fixtures of the tests on a cluster; without one (`make test-slurm` starts it) no test here is collected."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def wait_for(what: str, condition: Callable[[], object], limit_s: float = 240.0)
 
 
 def wait_until_ended(job_id: str, limit_s: float = 240.0) -> dict[str, str]:
-    """The job's last word."""
+    """The job's final state."""
     wait_for(f"job {job_id} has ended", lambda: job(job_id)["JobState"] in ENDED, limit_s)
     return job(job_id)
 
@@ -109,7 +109,7 @@ def epochs_done(folder: Path, run: str) -> int:
 
 
 def outcome(folder: Path, run: str) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], dict[str, Any]]:
-    """What a training came to: the best epoch's tensors, its metrics and its result, without wall times."""
+    """The outcome of a training: the best epoch's tensors, its metrics and its result, without wall times."""
     stage = folder / "runs" / run / "cnn"
     best = torch.load(stage / "best.pt", weights_only=True)["model"]
     rows = [

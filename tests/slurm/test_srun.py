@@ -1,4 +1,4 @@
-"""Two tasks of an srun step find one another and train as two copies on this machine do."""
+"""Two tasks of an srun step find each other and train like two processes of `--devices`."""
 
 from __future__ import annotations
 

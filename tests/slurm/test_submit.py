@@ -26,7 +26,7 @@ TRAIN = ["--config", "tiny.yaml", "--name"]
 
 @pytest.fixture(scope="module")
 def undisturbed(place: Path) -> str:
-    """The name of a training that nobody interrupted and that knew nothing of Slurm."""
+    """The name of a training that was not interrupted and ran without Slurm."""
     succeed(["train-cnn", *TRAIN, "undisturbed"], place)
     return "undisturbed"
 

@@ -31,7 +31,7 @@ DELAY_S = 20
 
 @pytest.fixture(scope="module")
 def options(place: Path) -> list[str]:
-    """A training that takes `TRAINING_S` at the least, told from this machine's fastest epoch."""
+    """A training that takes at least `TRAINING_S`, estimated from this machine's fastest epoch."""
     succeed(["train-cnn", "--config", "tiny.yaml", "--name", "measured", "--set", "cnn.epochs=4"], place)
     rows = read_metrics(place / "runs/measured/cnn/metrics.jsonl", "epoch")
     epochs = math.ceil(TRAINING_S / min(row["seconds"] for row in rows))
@@ -70,7 +70,7 @@ def ended(place: Path, options: list[str], script: Path) -> Iterator[dict[str, d
         (submitted,) = submit(["train-cnn", *limit, "--", *options, "submitted"], place)
         scripted = slurm("sbatch", "--parsable", str(script), folder=place).strip()
         jobs = {"submitted": wait_until_ended(submitted, 600), "scripted": wait_until_ended(scripted, 600)}
-        assert alone.wait(timeout=600) == 0  # the jobs may end first where other work has the cores
+        assert alone.wait(timeout=600) == 0  # the jobs may end first if other work uses the cores
         yield jobs
     finally:
         if alone.poll() is None:

@@ -24,12 +24,12 @@ def world(tmp_path: Path, tiny_videos: Path) -> World:
 
 @pytest.fixture
 def own_world(tmp_path: Path, tiny_videos: Path) -> World:
-    """The same with videos of its own, free to be damaged."""
+    """The same with its own copy of the videos, which tests may damage."""
     root = Path(shutil.copytree(tiny_videos, tmp_path / "data"))
     return make_world(tmp_path, root)
 
 
 @pytest.fixture(autouse=True)
 def _files_of_these_tests_are_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests write their weights themselves; what an old torch asks for is tested with the checkpoints."""
+    """The tests write their weights themselves; the refusal of an old torch is tested with the checkpoints."""
     monkeypatch.setattr("engine.checkpoints.SAFE_TORCH", (2, 0))

@@ -1,4 +1,4 @@
-"""A data set so small that stage one trains on it in a second: colour tells the tools, brightness the phase."""
+"""A data set so small that stage one trains on it in a second: colours show the tools, brightness shows the phase."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def paint(number: int, width_px: int, height_px: int) -> np.ndarray:
 
 
 def write_labels(root: Path, number: int, tools: bool = True, phases: bool = True) -> None:
-    """Annotations of one video: tools each 5th frame, phases each frame."""
+    """Annotations of one video: tools at every 5th frame, phases at every frame."""
     if tools:
         index = np.arange(0, FRAMES, STRIDE)
         rows = np.array([tools_at(frame) for frame in index], dtype=np.int8)

@@ -1,4 +1,4 @@
-"""What a training step sees: rows, order, augmentation, and that loader processes change nothing."""
+"""The input of a training step: rows, order, augmentation, and that loader processes change nothing."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_augmentation_depends_on_the_frame_and_epoch_only(world: World) -> None:
         assert not torch.equal(getattr(together, part), getattr(other, part))
     evaluated = dataset[Request.of_frames("val", None, (4,))]
     assert (evaluated.flip.any(), len(evaluated.colour)) == (False, 0)
-    assert len(dataset_of(world)[Request.of_frames("train", 1, (0, 1))].colour) == 0  # no strength, nothing to travel
+    assert len(dataset_of(world)[Request.of_frames("train", 1, (0, 1))].colour) == 0  # with strength 0, nothing is sent
     assert torch.equal(
         dataset[Request.of_frames("val", None, (4,))].images, dataset[Request.of_frames("val", None, (4,))].images
     )
@@ -263,7 +263,7 @@ def test_a_dead_loader_process_is_reported_in_every_way_it_can_show(world: World
 
 
 def test_a_signal_to_the_group_that_ends_a_loader_process_is_a_stop(world: World) -> None:
-    """One that has only begun still dies of SIGTERM; its death must not be taken for a lack of memory."""
+    """A process that has only just started still dies of SIGTERM; this must not be mistaken for a lack of memory."""
     stop = StopRequest()
     with pytest.raises(Stopped, match="SIGTERM"), FrameLoader(dataset_of(world), 0, CPU, stop):
         stop.number = signal.SIGTERM
@@ -271,7 +271,7 @@ def test_a_signal_to_the_group_that_ends_a_loader_process_is_a_stop(world: World
 
 
 def test_closing_a_loader_with_a_dead_process_prints_nothing(world: World) -> None:
-    """torch raises again wherever a further process ends; in a destructor that would be a traceback."""
+    """torch raises again whenever another process ends; in a destructor that would be a traceback."""
 
     class Ending:
         ended = 0

@@ -55,7 +55,7 @@ class Task:
 
 
 def outcomes(task: Task, messages: Any) -> list[tuple[str, str | None]]:
-    """What becomes of two videos when decoding processes send these messages."""
+    """The outcome of two videos when decoding processes send these messages."""
     jobs = [VideoJob("video01", 1), VideoJob("video02", 1)]
     work = work_ahead(task, jobs, 1, "test", StopRequest(), pinned=False, decode=lambda *_: messages)
     return [(job.video_id, reason) for job, reason in work]

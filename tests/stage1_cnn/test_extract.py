@@ -124,7 +124,7 @@ def test_the_file_holds_what_the_contract_lists(world: World) -> None:
 
 
 def test_the_process_is_left_as_it_was(world: World) -> None:
-    """What is trained after it, as in `run`, is the same as by itself."""
+    """A training after it in the same process, as in `run`, gives the same as a training alone."""
     train_cnn(world.set(cnn={"epochs": 1}), world.run, world.index(), world.root, StopRequest())
 
     def state() -> list[Any]:
@@ -164,7 +164,9 @@ def test_finetuned_logits_are_those_of_the_checkpoint(world: World) -> None:
 
 @pytest.mark.slow
 def test_real_clips_equal_a_restatement_that_shares_no_code(shared_data: Path, tmp_path: Path) -> None:
-    """Five clips, random ResNet50, fp32: PyAV decodes everything, each 25th frame, Pillow, torchvision."""
+    """Five clips, random ResNet50, fp32; the restatement decodes everything with PyAV, and uses Pillow and
+    torchvision.
+    """
     import av
     import torchvision
     from PIL import Image
@@ -387,7 +389,7 @@ def test_errors_outside_a_video_are_not_recorded_as_its_fault(
 
 
 def test_batch_sizes_change_rounding_only(world: World, tmp_path: Path) -> None:
-    """Which is why their size is no part of the digest."""
+    """Therefore their size is not part of the digest."""
     reports = [
         dump(world, world.set(extract={"encoder": "initial", "batch_frames": size}), folder=tmp_path / str(size))
         for size in (1, 3, 64)
@@ -519,7 +521,7 @@ def test_cache_and_video_give_the_same_features(own_world: World) -> None:
     assert_same(features(report.folder), expected)
     made_from = [read_features(report.folder / f"{name}.h5").attributes["frames_from"] for name in IDS]
     assert made_from == ["cache", "cache", "cache", "source"]
-    # a damaged cache is not trusted, and a JPEG cache never asked
+    # a damaged cache is not used, and a JPEG cache never read
     flip_bytes(next(own_world.config.cache.dir.glob("*/video02.h5")), 0.6, 2000)
     shutil.rmtree(report.folder)
     assert [video_id for video_id, _ in dump(own_world, config, index=index).failed] == ["video02"]
@@ -534,7 +536,7 @@ def test_stopped_anywhere_nothing_is_half_written(world: World, asked: int) -> N
         dump(world, stop=StopAfter(asked))
     (folder,) = world.config.extract.store.iterdir()
     assert not temporaries(folder)
-    if asked >= 5:  # one question before each video and one after each of its four batches
+    if asked >= 5:  # one poll before each video and one after each of its four batches
         assert all(problem is None for _, problem in verify_folder(folder))
     report = dump(world)
     assert sorted(report.done + report.skipped) == IDS
@@ -568,7 +570,7 @@ def test_several_processes_give_the_same_bytes(world: World) -> None:
 
 @pytest.mark.slow
 def test_killed_at_any_moment_every_named_file_is_complete(world: World) -> None:
-    """SIGKILL in the middle of the work: what has a name verifies, and the next start finishes."""
+    """SIGKILL in the middle of the work: every file with a final name verifies, and the next start finishes."""
     script = (
         "import sys; from pathlib import Path; from tests.stage1_cnn.material import make_world\n"
         "from engine.stopping import StopRequest; from stage1_cnn.extract import extract\n"

@@ -226,7 +226,7 @@ def test_damage_in_the_middle_fails_the_video_with_the_same_words(long_world: Wo
 @pytest.mark.slow
 @pytest.mark.parametrize(("ahead", "asked"), [("off", 0), ("on", 1)])
 def test_stopped_among_parts_nothing_is_left(long_world: World, ahead: str, asked: int) -> None:
-    """Parts of a busy machine's processes may all have ended when the parent first looks: it must ask even then."""
+    """On a busy machine all parts may have ended before the parent polls for the first time; it must still stop."""
     config = long_world.set(extract={**SPLIT, "decode_ahead": ahead})
     with pytest.raises(Stopped):
         dump(long_world, config, stop=StopAfter(asked))
@@ -236,7 +236,7 @@ def test_stopped_among_parts_nothing_is_left(long_world: World, ahead: str, aske
 
 
 class Full(module.ExtractTask):
-    """Finds the disk filled up since the start."""
+    """Raises because the disk has filled up since the start."""
 
     def require_sound_labels_and_room(self, job: VideoJob) -> None:
         raise NoRoomError(f"{self.folder}: no room left")

@@ -43,8 +43,9 @@ def test_training_learns_and_says_what_it_did(world: World) -> None:
     config = world.set(cnn={"epochs": 16, "phase_head": True, "optim": {"lr": 0.01}})
     result = train(world, config)
     folder = world.run / "cnn"
-    # Colour tells the tools; by chance mAP is about 0.5. What a training of 26 frames comes to hangs on the processor's
-    # arithmetic: over 16 seeds on two instruction sets it lay between 0.85 and 1.
+    # Colours show the tools; by chance mAP is about 0.5. The result of a training on 26 frames depends on the
+    # processor's
+    # arithmetic: over 16 seeds on two instruction sets it was between 0.85 and 1.
     assert result["val_map"] > 0.6
     losses = [row["loss"] for row in epochs_of(world.run)]
     assert losses[-1] < 0.5 * losses[0]

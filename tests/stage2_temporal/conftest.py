@@ -1,4 +1,4 @@
-"""A toy problem in which only the past tells the phase, and training on it."""
+"""A toy problem in which only earlier frames determine the phase, and training on it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from tests.stage2_temporal.toy import cue_video, small, write_folder
 
 @pytest.fixture(scope="session")
 def cue_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nine short videos of unequal lengths: six to train, two to choose, one to test. A few frames have no label."""
+    """Nine short videos of unequal lengths: six for training, two for validation, one for testing; few unlabelled
+    frames.
+    """
     rng = np.random.default_rng(0)
     lengths = {"train": (70, 41, 55, 90, 33, 62), "val": (80, 45), "test": (50,)}
     videos = {

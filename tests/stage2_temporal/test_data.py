@@ -1,4 +1,4 @@
-"""Sequences: every frame used as promised, order kept, one video a sequence, and the order a function of the epoch."""
+"""Sequences: every frame used as promised, order kept, one video per sequence, order a function of the epoch."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_chunks_follow_each_other_and_videos_never_mix(lengths: list[int], size:
             used.update(rows)
             if batch.fresh:
                 assert rows[0] in {span.first for span in spans}
-            else:  # sequence i goes on exactly where sequence i of the batch before stopped
+            else:  # sequence i continues exactly where sequence i of the batch before stopped
                 assert rows[0] == ends[i] + 1
                 assert rows[0] not in {span.first for span in spans}
         if not batch.fresh:  # only ended videos were dropped
@@ -106,7 +106,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(mode: str) -> None:
     config = SequenceConfig(mode=mode, batch=3, frames=5)  # type: ignore[arg-type]
 
     def order(seed: int, epoch: int) -> list[list[list[int]]]:
-        torch.manual_seed(epoch * 7 + 1)  # the global generator has no say
+        torch.manual_seed(epoch * 7 + 1)  # the global generator has no effect
         return [sequences(batch) for batch in epoch_batches(spans, config, seed, epoch)]
 
     assert order(0, 4) == order(0, 4)

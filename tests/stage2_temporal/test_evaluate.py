@@ -1,4 +1,4 @@
-"""A run is evaluated on features of its own encoder, whatever arithmetic the machine at hand makes them in."""
+"""A run is evaluated on features of its own encoder, in whatever precision this machine computes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Videos that stage two does without, what evaluation counts, and what its numbers depend on."""
+"""Videos that stage two leaves out, what evaluation counts, and what its numbers depend on."""
 
 from __future__ import annotations
 

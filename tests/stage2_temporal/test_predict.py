@@ -1,4 +1,4 @@
-"""Prediction: whole videos, clips and single frames say the same as the definition written out."""
+"""Prediction: whole videos, clips and single frames give the same as the definition written out."""
 
 from __future__ import annotations
 

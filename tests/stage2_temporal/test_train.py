@@ -1,4 +1,4 @@
-"""Training: learns what only the past tells, the same every time, and resumed equals uninterrupted, bit for bit."""
+"""Training learns from earlier frames, is reproducible, and resumed equals uninterrupted, bit for bit."""
 
 from __future__ import annotations
 
@@ -199,7 +199,9 @@ def test_resumed_equals_uninterrupted(train: Any, tmp_path: Path, mode: str, eve
 
 
 def test_carried_state_matters_for_resume(train: Any, tmp_path: Path) -> None:
-    """The test above would not see a lost state if state did nothing: a chunk's first checkpoint holds one."""
+    """If the state had no effect, the test above would not notice its loss; the first checkpoint in a video contains
+    one.
+    """
     with pytest.raises(Stopped):
         train("stopped", MODES["chunked"] | DROPOUT, stop=StopAfter(2))
     carried = load_checkpoint(tmp_path / "stopped/temporal/last.pt")["model"]["_extra_state"]["carried"]
@@ -243,7 +245,7 @@ def test_resumed_equals_uninterrupted_with_the_bf16_projection(train: Any, tmp_p
 
 @pytest.mark.usefixtures("native_bf16")
 def test_bf16_applies_to_training_only(train: Any, tmp_path: Path, cue_folder: Path, videos_of: Any) -> None:
-    """The score that chose the epoch is that of the fp32 model which everybody loads."""
+    """The score that selects the epoch is that of the fp32 model, which is also what is loaded later."""
     result = train(temporal=LEARN | {"projection": "bf16", "epochs": 4, "baseline": False})
     model, about = load_temporal(tmp_path / "run/temporal")
     assert not model.head.bf16_projection

@@ -1,4 +1,4 @@
-"""Feature folders made on the spot: an index, and one feature file a video, written by the store itself."""
+"""Feature folders made for the tests: an index, and one feature file per video, written by the store."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write_folder(
     precision: str = "fp32",
     arithmetic: str = "plain",
 ) -> Path:
-    """A feature folder as `extract` leaves it, a sample every `frame_step` frames of the source.
+    """A feature folder as `extract` writes it, with a sample every `frame_step` frames of the source.
 
     `weights` gives single videos another encoder, `tool_logits` (T, K) the data set tools `t0`, `t1`, ...
     """
@@ -77,7 +77,7 @@ def write_folder(
 
 
 def cue_video(rng: np.random.Generator, split: str, frames: int, width: int = 6) -> Video:
-    """Noise, and now and then a cue: the phase is what the last cue said, so a frame alone rarely tells it."""
+    """Noise with occasional cues: the phase is that of the last cue, so a single frame rarely determines it."""
     features = rng.normal(0, 0.3, (frames, width)).astype(np.float32)
     phase = np.zeros(frames, np.int8)
     current = 0

@@ -1,4 +1,4 @@
-"""Phase files in every form in use mean the same, and everything else is one line that names file and row."""
+"""Phase files in every common form give the same result, and everything else is one line that names file and row."""
 
 from __future__ import annotations
 
@@ -149,7 +149,9 @@ def test_rows_are_filled_in_at_their_own_numbers(tmp_path):
 
 
 def test_frames_of_a_variable_rate_are_rows_of_their_own(tmp_path):
-    """As our prediction files of such videos are: the times say the rate, and no row is missing but by both."""
+    """Like our prediction files of such videos: times give the rate, and a row is missing only if both columns skip
+    it.
+    """
     frame = np.array(
         [0, 24, 50, 74, 75, 100, 126, 175]
     )  # a pause of five seconds before 75, then a lost row before 175

@@ -153,9 +153,9 @@ def test_worked_example_relaxed():
     assert means(results["phase_mean"]) == pytest.approx(
         {"accuracy": 75, "precision": 75, "recall": 75, "jaccard": 60, "f1": 75}
     )
-    # Both slips forgiven: five right samples in four true ones, so 125 % is cut to 100.
+    # Both errors are forgiven: five right samples for four true ones, so 125 % is clipped to 100.
     assert means(results["relaxed_fixed"]) == pytest.approx(dict.fromkeys(("accuracy", *METRICS), 100.0))
-    # The script marks sample 2 in place of sample 4, so the early slip stays wrong.
+    # The script marks sample 2 instead of sample 4, so the early error still counts.
     assert means(results["relaxed_matlab"]) == pytest.approx(
         {"accuracy": 87.5, "precision": 100, "recall": 100, "jaccard": 80, "f1": 100}
     )
@@ -165,7 +165,7 @@ def test_worked_example_relaxed():
 
 
 def official_script(truth: np.ndarray, predicted: np.ndarray, window: int, mask_fault: bool):
-    """Evaluate.m line by line, with its indices from 1: Jaccard, precision, recall a phase, and accuracy."""
+    """Evaluate.m line by line, with its indices from 1: Jaccard, precision and recall per phase, and accuracy."""
     n = len(truth)
     gt = dict(enumerate((truth + 1).tolist(), start=1))
     pred = dict(enumerate((predicted + 1).tolist(), start=1))
@@ -218,7 +218,7 @@ def official_means(truths, predictions, window, mask_fault):
 @pytest.mark.parametrize("seed", range(30))
 @pytest.mark.parametrize("convention", ["relaxed_matlab", "relaxed_fixed"])
 def test_relaxed_equals_a_restatement_of_the_script(convention, seed):
-    """Random videos with short runs, missing and repeated phases and every kind of slip."""
+    """Random videos with short runs, missing and repeated phases and every kind of error."""
     rng = np.random.default_rng(seed)
     truths, predictions = [], []
     for _ in range(4):
@@ -299,9 +299,9 @@ def relaxed(truth: str, predicted: str, window: int, mask_fault: bool) -> str:
     [
         # Late and early transitions in the middle of the window.
         ("1111122222", "1111112222", "1111111111", "1111111111"),
-        # The mask fault: the early slip in sample 5, second of the last two, marks the second of the first two.
+        # The mask fault: the early transition in sample 5, second of the last two, marks the second of the first two.
         ("1111122222", "1111222222", "1111011111", "1111111111"),
-        # The mask fault credits a sample that is plainly wrong: sample 2 says phase 7.
+        # The mask fault counts a sample as right that is clearly wrong: sample 2 has phase 7.
         ("1111122222", "1711222222", "1111011111", "1011111111"),
         # A run shorter than the window: t is its length, and both rules see the whole of it.
         ("1112333", "1113333", "1111111", "1111111"),
@@ -338,7 +338,7 @@ def test_relaxed_phase_absent_in_truth_is_left_out_even_where_predicted():
     assert result["per_phase"]["GallbladderDissection"]["precision"]["mean"] is None
     assert result["precision"]["mean"] == 100
     assert result["recall"]["mean"] == 75
-    assert result["recall"]["std"] is None  # one phase has no deviation
+    assert result["recall"]["std"] is None  # one phase has no standard deviation
 
 
 def test_relaxed_window_is_in_seconds():
@@ -374,7 +374,7 @@ def test_unlabelled_frames_are_not_counted():
 
 
 def test_relaxed_windows_stay_in_time_where_only_some_frames_are_labelled():
-    """Every fifth frame labelled: the window reaches over ten frames, which hold two labels, not over ten labels."""
+    """With every fifth frame labelled, the window covers ten frames, which have two labels, and not ten labels."""
     truth, predicted = "----".join("1" * 10 + "2" * 10), "1" * 70 + "2" * 26
     sparse = relaxed(truth, predicted, 10, mask_fault=False)
     assert sparse[::5] == "1" * 10 + "11" + "00" + "1" * 6
@@ -392,7 +392,7 @@ def test_video_without_labels_is_left_out_and_named():
 @given(st.data())
 @settings(max_examples=30, deadline=None)
 def test_a_frame_without_a_prediction_is_wrong_under_every_convention(data):
-    """As if a phase were predicted there that the truth never has, but no phase's precision suffers."""
+    """Like a prediction of a phase that never occurs in the truth, except that no phase's precision is affected."""
     truth = np.repeat(data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=6)), data.draw(st.integers(1, 15)))
     holes = np.array(data.draw(st.lists(st.booleans(), min_size=len(truth), max_size=len(truth))))
     predicted = np.where(holes, NO_PREDICTION, truth)
@@ -506,7 +506,7 @@ def test_results_are_json_without_nan(pair):
     assert json.loads(json.dumps(results, allow_nan=False)) == results
 
 
-# ------------------------------------------------------------------------------------- what a result says
+# ------------------------------------------------------------------------------------- content of a result
 
 
 def test_every_result_says_what_it_is():
@@ -573,7 +573,7 @@ def test_what_cannot_be_compared_is_one_clear_line(truth, predicted, options, me
 
 
 def test_counting_is_vectorised_over_frames():
-    """Lines that the room executes, which do not depend on the machine: far fewer than there are frames."""
+    """Counts the executed lines of the package, which do not depend on the machine: far fewer than there are frames."""
     program = """
 import sys, numpy as np
 from evaluation.metrics.phases import evaluate_phases

@@ -1,4 +1,4 @@
-"""What the report says: tables, figures and files of runs as `evaluate` leaves them. How it looks and behaves in a
+"""The content of the report: tables, figures and files of runs evaluated by `evaluate`. How it looks and behaves in a
 browser is tests/test_report_browser.py."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.report_material import SPEC, write_run
 
 
 class Page(HTMLParser):
-    """Elements and text of a page, by a parser that is not ours."""
+    """Elements and text of a page, read by an independent parser."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -190,9 +190,9 @@ def test_data_cannot_end_its_script(text: str) -> None:
 
 def test_frames_are_inside_the_page(two: Report) -> None:
     part = disagreements(two)[0]
-    picture = Thumbnail(part, jpeg(np.full((480, 854, 3), 90, np.uint8)))
-    assert len(picture.jpeg) < 20_000
-    page = Page(render(dataclasses.replace(two, thumbnails=[picture])))
+    thumbnail = Thumbnail(part, jpeg(np.full((480, 854, 3), 90, np.uint8)))
+    assert len(thumbnail.jpeg) < 20_000
+    page = Page(render(dataclasses.replace(two, thumbnails=[thumbnail])))
     (image,) = (attributes for tag, attributes in page.tags if tag == "img")
     assert str(image["src"]).startswith("data:image/jpeg;base64,")
     assert part.video in str(image["alt"])
@@ -265,7 +265,7 @@ def test_a_tool_only_net_has_a_report(tmp_path: Path) -> None:
 
 
 def test_simulated_operations_are_called_so_whatever_the_data_set_is_called(tmp_path: Path) -> None:
-    """The model card and the report ask the same function; the page looked at the data set's name alone."""
+    """The model card and the report use the same function; the page used to check the data set's name only."""
     (tmp_path / "simulation.json").write_text("{}")
     for root, said in ((tmp_path, True), (tmp_path / "elsewhere", False), (None, False)):
         run = write_run(tmp_path / f"run-{said}-{root is None}", ["v"], frames=60, root=root, curves=False)
@@ -279,7 +279,7 @@ def test_simulated_operations_are_called_so_whatever_the_data_set_is_called(tmp_
 
 
 def test_an_imported_net_is_not_described_as_trained_here(tmp_path: Path) -> None:
-    """Seed, versions and machine beside it are those of the import."""
+    """The seed, versions and machine recorded next to it are those of the import."""
     imported = gather([write_run(tmp_path / "old", ["v"], frames=60, more={"imported": "theirs.pth"})])
     rows = dict(report_tables.all_tables(imported).provenance.rows)
     assert rows["Imported from"][0].text == "theirs.pth"
@@ -294,7 +294,7 @@ def test_an_imported_net_is_not_described_as_trained_here(tmp_path: Path) -> Non
 
 
 def test_settings_are_those_of_the_net_that_was_evaluated(tmp_path: Path) -> None:
-    """A stage that was started later is not what the numbers are of."""
+    """The numbers do not belong to a stage that was started later."""
     run = write_run(tmp_path / "run", ["v"], frames=60, seed=5)
     shutil.copytree(run / "temporal", run / "joint/multitask")
     (run / "joint/multitask/config.yaml").write_text("seed: 6\n")

@@ -1,4 +1,4 @@
-"""The model card: what it names, and that simulated data is called so."""
+"""The model card: its content, and that simulated data is called simulated."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_the_card_of_a_run(tmp_path):
 
 @pytest.mark.parametrize("own", [True, False])
 def test_the_card_names_the_encoder_of_the_features(tmp_path, own):
-    """Settings name a backbone also where features came by `--features`; stage one may have had others since."""
+    """Settings name a backbone even if features were given by `--features`, and stage one may have changed since."""
     for stage, overrides in (("temporal", []), ("cnn", ["cnn.epochs=3"]), ("extract", ["extract.storage=float32"])):
         (tmp_path / stage).mkdir()
         (tmp_path / stage / "config.yaml").write_text(to_yaml(load_config("cholec80", overrides)))
@@ -227,7 +227,7 @@ HOSTILE = (
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_are_text_in_a_card(tmp_path, name):
-    """Cards are shown as pages by hosts of models: names must neither run, load, nor break a table."""
+    """Model hosts show cards as web pages: names must not run or load anything, nor break a table."""
     spec = load_dataset("cholec80")
     tools, videos = (name, *spec.tools[1:]), index().videos
     changed = spec.model_copy(update={"title": name, "source": name, "tools": tools})
@@ -235,7 +235,7 @@ def test_names_are_text_in_a_card(tmp_path, name):
     card = write_model_card(tmp_path, "joint", hostile, metrics(joint={"imported": f"{name}.pth"})).read_text()
     (file,) = re.findall(r"Imported from `([^`]*)`, a file", card)
     assert file.endswith(".pth")
-    card = card.replace(f"`{file}`", "")  # between backticks nothing but a backtick means anything
+    card = card.replace(f"`{file}`", "")  # between backticks only a backtick has a meaning
     assert "<" not in card
     assert "\x1b" not in card
     assert "](" not in card.replace("\\](", "")

@@ -1,4 +1,4 @@
-"""The band under a picture: even sides, the phase's colour, nothing of the future."""
+"""The band below a frame: even sides, the phase's colour, nothing from later frames."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def colours_in(band: np.ndarray) -> set[str]:
 @pytest.mark.parametrize(("width_px", "height_px"), [(96, 96), (95, 97), (854, 480), (480, 853)])
 @pytest.mark.parametrize("tools", [True, False])
 def test_sides_are_even_and_the_frame_is_unchanged(width_px: int, height_px: int, tools: bool) -> None:
-    picture = np.random.default_rng(0).integers(0, 255, (height_px, width_px, 3), dtype=np.uint8)
-    shown = overlay(width_px, height_px, tools).add(picture, 0)
+    image = np.random.default_rng(0).integers(0, 255, (height_px, width_px, 3), dtype=np.uint8)
+    shown = overlay(width_px, height_px, tools).add(image, 0)
     assert shown.shape[0] % 2 == shown.shape[1] % 2 == 0
-    assert np.array_equal(shown[:height_px, :width_px], picture)
+    assert np.array_equal(shown[:height_px, :width_px], image)
 
 
 def test_only_phases_up_to_now_are_drawn() -> None:

@@ -1,4 +1,4 @@
-"""Figures: right file, right pixels, readable colours; what they look like was looked at."""
+"""Figures: right file, right pixels, readable colours; their appearance was checked by eye."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Terminal tables: what they say, and that nothing is cut at 80 columns."""
+"""Terminal tables: their content, and that nothing is cut at 80 columns."""
 
 from __future__ import annotations
 

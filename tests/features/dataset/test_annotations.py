@@ -1,4 +1,4 @@
-"""Annotation files: what is read, what is tolerated, what is refused and how the refusal reads."""
+"""Annotation files: what is read, what is tolerated, what is refused, and the messages."""
 
 from __future__ import annotations
 

@@ -309,7 +309,7 @@ def test_what_is_no_video_of_its_own_is_not_missed(tmp_path: Path) -> None:
         *("video01-phase.txt", "video01-tool.txt", "thumbnails/a.jpg", "thumbnails/b.jpg", "ribbons.png"),
     )
     (tmp_path / "best.mp4").symlink_to("video01.mp4")
-    (tmp_path / "later.mp4").symlink_to("later.mp4")  # leads nowhere
+    (tmp_path / "later.mp4").symlink_to("later.mp4")  # its target does not exist
     discovery = find_videos(tmp_path, SPEC)
     assert discovery.passed_over == ()
     assert discovery.notes == ("1 other folder(s) of images, not named like a video: thumbnails",)
@@ -406,7 +406,7 @@ def test_two_files_for_one_video_are_refused_naming_both(tmp_path: Path, paths: 
 
 
 def test_an_unreadable_folder_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """chmod does not stop root, so the refusal of the system is played."""
+    """chmod does not stop root, so the system's refusal is simulated."""
     make(tmp_path, "video01.mp4", "private/video02.mp4")
     scandir = os.scandir
 
@@ -431,7 +431,9 @@ def test_links_that_lead_out_are_refused(tmp_path: Path) -> None:
 
 
 def test_links_that_lead_out_are_followed_where_that_is_allowed(tmp_path: Path) -> None:
-    """A hub's cache: every file a link to a blob without an ending; links that lead back or nowhere end no walk."""
+    """A hub's cache: every file is a link to a blob without an extension; links back or to nowhere do not stop the
+    walk.
+    """
     make(tmp_path, "blobs/a1", "blobs/a2", "elsewhere/video03/000001.jpg", "elsewhere/video03/000002.jpg")
     root = make(tmp_path / "snapshots/r1", "video04.mp4")
     for name, target in (
@@ -581,7 +583,7 @@ def test_a_single_image_is_asked_about(tmp_path: Path) -> None:
 
 
 def test_numbers_that_do_not_last_as_long_as_the_labels_are_asked_about(tmp_path: Path) -> None:
-    """Names in milliseconds look like source frames far apart."""
+    """Names in milliseconds look like distant source frames."""
     folder(tmp_path, range(0, 40_000, 1000))
     assert "set data.frame_numbering=source if they do" in ask(tmp_path, LabelEnd(1000, 1))
     assert layout(tmp_path, LabelEnd(1000, 1), frame_numbering="source").stride == 1000
@@ -643,7 +645,7 @@ def test_one_row_per_image_is_asked_about_if_sampling_would_drop_most(tmp_path: 
     assert layout(tmp_path, rows, frame_numbering="source").stride == 1
     assert layout(tmp_path, rows, folder_fps=1).stride == 25
     assert layout(tmp_path, rows, fps=25).stride == 1
-    assert layout(tmp_path, LabelEnd(180, 25)).stride == 1  # a row of tools a second: they count source frames
+    assert layout(tmp_path, LabelEnd(180, 25)).stride == 1  # one row of tools per second: they count source frames
 
 
 @pytest.mark.parametrize("rows", [40, 41])

@@ -1,4 +1,4 @@
-"""Eighty videos' features with one flipped byte: found, named, and redone alone, through the command line."""
+"""One flipped byte in the features of eighty videos: found, named, and only that video redone, by the command line."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_one_flipped_byte_among_eighty_files_is_found_and_only_that_file_redone(
     content = bytearray(victim.read_bytes())
     content[chunk.byte_offset + chunk.size // 2] ^= 1
     victim.write_bytes(content)
-    os.utime(victim, ns=(before[victim][0],) * 2)  # as a disk does it: no time, no size tells
+    os.utime(victim, ns=(before[victim][0],) * 2)  # like disk damage: neither time nor size changes
 
     done = run(["features", "verify", str(store)], extracted)
     assert done.returncode == 1

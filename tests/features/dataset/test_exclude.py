@@ -1,4 +1,4 @@
-"""`data.exclude`: videos left out for good, by id or pattern, each with a reason; no other video's split moves."""
+"""`data.exclude`: videos left out permanently, by id or pattern, each with a reason; no other video's split changes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.videos import VideoSpec, write_video
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five videos, the third of which is no video."""
+    """Five video files, the third of which contains no video."""
     folder = tmp_path_factory.mktemp("videos")
     for number in range(1, 6):
         write_video(folder / f"video{number:02d}.mp4", VideoSpec(count=65, width_px=32, height_px=32))
@@ -92,7 +92,7 @@ def test_an_excluded_video_keeps_its_place_if_an_unused_folder_has_its_name(tmp_
     spec = SPEC.model_copy(update={"patterns": patterns, "tools": ()})
     for name in ("a", "b", "c"):
         write_video(tmp_path / f"{name}.mp4", VideoSpec(count=5, width_px=32, height_px=32))
-    for folder in ("case1", "b"):  # the second is passed over beside the first
+    for folder in ("case1", "b"):  # the second is passed over next to the first
         (tmp_path / folder).mkdir()
         for number in range(3):
             (tmp_path / folder / f"{number}.png").write_bytes(b"\x89PNG")

@@ -54,7 +54,7 @@ def one_printable_line_each(text: str) -> bool:
 
 @pytest.mark.slow
 def test_folders_of_any_name_are_indexed_or_named_in_one_line(tmp_path: Path) -> None:
-    """A video and an orphaned annotation file in a folder of each name; what cannot stand in JSON is left out."""
+    """A video and an orphaned annotation file in a folder of each name; names that JSON cannot hold are left out."""
     root = write_dataset(tmp_path / "data", 1)
     for number, name in enumerate(NAMES.values(), start=10):
         folder = os.path.join(os.fsencode(root), name)
@@ -161,7 +161,7 @@ def test_what_is_printed_is_one_line_that_a_terminal_does_not_obey(text: str, sh
 
 
 def test_an_id_that_is_no_text_is_left_out_too(tmp_path: Path) -> None:
-    """Where a data set's pattern takes any name, a line break in one was a ValidationError."""
+    """If a data set's pattern matches any name, a line break in a name caused a ValidationError."""
     root = write_dataset(tmp_path / "data", 1)
     shutil.copyfile(root / "video01.mp4", root / "video\n2.mp4")
     patterns = SPEC.patterns.model_copy(update={"video": r"video(?P<id>[\s\S]+)\.mp4"})

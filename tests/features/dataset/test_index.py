@@ -1,4 +1,4 @@
-"""The index: what it says of real and invented data sets, and that nothing false gets into or out of it."""
+"""The index: its content for real and invented data sets, and that nothing false gets into or out of it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CHECKSUM = "0" * 64
 
 
 def write_video(path: Path, frames: int, fps: float = 25) -> Path:
-    """A video of small pictures that are all different."""
+    """A video of small frames that are all different."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,8 +46,8 @@ def write_video(path: Path, frames: int, fps: float = 25) -> Path:
         stream.width = stream.height = 32
         stream.pix_fmt = "yuv420p"
         for number in range(frames):
-            picture = np.full((32, 32, 3), number % 250, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            pixels = np.full((32, 32, 3), number % 250, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode(None))
     return path
 
@@ -129,7 +129,7 @@ def test_the_real_frame_folders_need_no_setting_and_no_image_is_opened(
     root = shared_data / "mini-cholec80"
     read: list[Path] = []
     with monkeypatch.context() as patch:
-        patch.setattr("PIL.Image.open", lambda *_, **__: pytest.fail("a picture was opened"))
+        patch.setattr("PIL.Image.open", lambda *_, **__: pytest.fail("an image was opened"))
         patch.setattr("features.dataset.labels.read_content", lambda path: (read.append(path), read_content(path))[1])
         index = index_of(root, split={"rule": "3/1/1"})
     assert len(read) == len(set(read)) == 10  # each annotation file once
@@ -243,7 +243,7 @@ def test_a_folder_of_samples_from_one_is_read_with_its_labels(tmp_path: Path) ->
 
 
 def label_a_second(root: Path, rows: int = 20) -> Path:
-    """Two videos of 20 s at 25 and 30 fps with a row a second from 1, one row missing, one without a phase."""
+    """Two videos of 20 s at 25 and 30 fps with one row per second from 1, one row missing, one without a phase."""
     for number, fps in ((1, 25), (2, 30)):
         write_video(root / f"videos/video{number:02d}.mp4", 20 * fps, fps)
         lines = [f"{row}\t{SPEC.phases[row % 7] if row != 9 else -1}\n" for row in range(1, rows + 1) if row != 5]
@@ -415,7 +415,7 @@ def test_videos_are_found_by_split_and_id(tmp_path: Path) -> None:
 
 
 def damage_nothing(root: Path) -> None:
-    """No file at all to damage: the root is taken away."""
+    """Damages no file: the root is removed."""
     shutil.rmtree(root)
 
 
@@ -491,7 +491,7 @@ def test_bad_input_is_refused_naming_the_file(
 
 @pytest.mark.parametrize("step", [1, 25])
 def test_rows_that_begin_with_the_number_of_a_folders_first_image_begin_with_it(tmp_path: Path, step: int) -> None:
-    """Images and rows are numbered on from folder to folder."""
+    """Numbers of images and rows continue from folder to folder."""
     numbers = list(range(50, 50 + 40 * step, step))
     root = folder_data_set(tmp_path, numbers, rows=40)
     track = LabelTrack(np.array(numbers), (np.arange(40) * 7 // 40).astype(np.int8), step)

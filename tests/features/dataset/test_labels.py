@@ -1,4 +1,4 @@
-"""Which labels frames get, and what happens where labels and video disagree."""
+"""Which labels frames get, and what happens if labels and video disagree."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def tool_track(rows: int, stride: int = 25, first: int = 0, tools: int = 7) -> L
 def slow_labels(
     frames: list[int], phase: LabelTrack | None, tools: LabelTrack | None, between_rows: str, tool_count: int
 ) -> tuple[list[int], list[list[int]]]:
-    """The rules in words: a row holds until the next, for a stride at most; a tool row may label its frame alone."""
+    """The rules written out: a row holds until the next, for at most a stride; a tool row may label only its own
+    frame.
+    """
 
     def row_at(frame: int, track: LabelTrack, hold: bool) -> int | None:
         before = [row for row, start in enumerate(track.frame_index.tolist()) if start <= frame]
@@ -54,7 +56,7 @@ def slow_labels(
 
 
 def with_gaps(track: LabelTrack, lost: set[int]) -> LabelTrack:
-    """The track without some of its rows, but for the first."""
+    """The track without some of its rows, but always with the first."""
     kept = [row for row in range(len(track.frame_index)) if row == 0 or row not in lost]
     return LabelTrack(track.frame_index[kept], track.labels[kept], track.stride)
 
@@ -235,7 +237,7 @@ def test_one_list_may_end_before_the_other() -> None:
         (30_000, 30_000, 30.0, 25.0, None),
         (29_980, 30_000, 30.0, 25.0, None),
         (30_001, 30_000, 30.0, 25.0, None),
-        (27_000, 30_000, 30.0, 25.0, None),  # ends early; at 25 fps it would go on for 80 s after the end
+        (27_000, 30_000, 30.0, 25.0, None),  # ends early; at 25 fps it would continue for 80 s after the end
         (54_000, 60_000, 50.0, 25.0, None),
         (20_000, 25_000, 25.0, 25.0, None),
         (1_000, 25_000, 25.02, 25.0, 1.0),
@@ -415,7 +417,7 @@ def test_what_is_fitted_lies_inside_the_video_and_both_lists(
     try:
         fitted_phase, fitted_tools, _ = fit(phase, tools, frame_count, row_fps="source")
     except UserError:
-        assert max(phase.frame_index[-1], tools.frame_index[-1]) >= frame_count + 25, "none goes on after the end"
+        assert max(phase.frame_index[-1], tools.frame_index[-1]) >= frame_count + 25, "no track continues after the end"
         return
     assert fitted_phase is not None
     assert fitted_tools is not None

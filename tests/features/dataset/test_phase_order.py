@@ -1,4 +1,4 @@
-"""Numbers of phases get their names from the user, never from a guess."""
+"""The user gives phase numbers their names; they are never guessed."""
 
 from __future__ import annotations
 
@@ -73,6 +73,6 @@ def test_description_shows_numbers() -> None:
 
 
 def test_the_named_orders_hold_for_simulated_operations_too() -> None:
-    """They have Cholec80's phases: `--phase-order mtrcnet` was refused on the demo's data."""
+    """They have Cholec80's phases, but `--phase-order mtrcnet` used to be refused on the demo's data."""
     for name, order in load_dataset("cholec80").phase_orders.items():
         assert parse_phase_order(name, load_dataset("simulated"), "file") == order

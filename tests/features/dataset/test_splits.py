@@ -1,4 +1,4 @@
-"""Splits: every rule gives each video one split, and a rule that does not fit says what would."""
+"""Splits: every rule gives each video one split, and the message about a rule that does not fit names one that does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TFRecord files made by another library: labels and pictures read exactly, or refused with record and reason."""
+"""TFRecord files made by another library: labels and frames read exactly, or refused with record and reason."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def png(rgb: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def picture(number: int, height_px: int = 6, width_px: int = 8) -> np.ndarray:
+def frame_pixels(number: int, height_px: int = 6, width_px: int = 8) -> np.ndarray:
     return np.random.default_rng(number).integers(0, 256, (height_px, width_px, 3), dtype=np.uint8)
 
 
@@ -66,7 +66,7 @@ def tools_at(number: int) -> list[int]:
 def example(number: int, total: int, recorded: str = "video01", base: int = 0, **changes: Any) -> Datum:
     """A frame as TF-Cholec80 stores it; `changes` replace keys, None removes one."""
     datum: dict[str, Any] = {
-        "frame": (png(picture(number)), "byte"),
+        "frame": (png(frame_pixels(number)), "byte"),
         "video_id": (recorded.encode(), "byte"),
         "frame_id": (base + number, "int"),
         "total_frames": (total, "int"),
@@ -133,7 +133,7 @@ def test_frames_and_labels_come_out_as_they_went_in(tmp_path: Path, base: int) -
             assert (reader.frame_count, reader.spread(3)) == (14, [0, 6, 13])
             for wanted in ([*range(14)], [3, 7, 13], [5]):
                 for k, rgb in zip(wanted, reader.read(wanted), strict=True):
-                    np.testing.assert_array_equal(rgb, picture(k))
+                    np.testing.assert_array_equal(rgb, frame_pixels(k))
             assert "has 14 frames, so frame 14 cannot be read" in refusal(lambda reader=reader: reader.read([14]))
     index.save(tmp_path / "index.json")
     assert Index.load(tmp_path / "index.json") == index
@@ -214,7 +214,7 @@ def test_a_record_may_spell_the_video_id_differently(tmp_path: Path, recorded: s
 
 
 def test_unpacked_numbers_and_additional_keys_are_read(tmp_path: Path) -> None:
-    """Protocol buffers allow a list of numbers one by one; TensorFlow reads both."""
+    """Protocol buffers also allow lists of numbers that are stored one by one; TensorFlow reads both."""
 
     def field(number: int, content: bytes) -> bytes:
         return bytes([number << 3 | 2, len(content)]) + content
@@ -225,7 +225,7 @@ def test_unpacked_numbers_and_additional_keys_are_read(tmp_path: Path) -> None:
     def integers(*values: int) -> bytes:
         return b"".join(bytes([8, value]) for value in values)
 
-    small = png(picture(0, 2, 2))
+    small = png(frame_pixels(0, 2, 2))
     features = [
         entry("frame", 1, field(1, small)),
         entry("video_id", 1, field(1, b"video01")),
@@ -262,10 +262,10 @@ def test_labels_survive_the_index(rows: list[tuple[int, set[int]]]) -> None:
 
 def test_a_flipped_byte_is_found_wherever_it_is(tmp_path: Path) -> None:
     path = video(tmp_path / "video01.tfrecord", frames=3)
-    sound = path.read_bytes()
+    intact = path.read_bytes()
     layout = scan(path)
-    for position in range(len(sound)):
-        damaged = bytearray(sound)
+    for position in range(len(intact)):
+        damaged = bytearray(intact)
         damaged[position] ^= 1 << position % 8
         path.write_bytes(damaged)
         with pytest.raises(ReaderError, match=r"video01\.tfrecord"):
@@ -281,17 +281,17 @@ def test_damage_that_no_wanted_frame_needs_is_none(tmp_path: Path) -> None:
     damaged[-10] ^= 1
     path.write_bytes(damaged)
     with TfrecordReader(path, layout) as reader:
-        np.testing.assert_array_equal(next(reader.read([1])), picture(1))
+        np.testing.assert_array_equal(next(reader.read([1])), frame_pixels(1))
         got = reader.read([0, 2])
-        np.testing.assert_array_equal(next(got), picture(0))
+        np.testing.assert_array_equal(next(got), frame_pixels(0))
         assert "record 2 is damaged: its data does not fit its checksum" in refusal(lambda: next(got))
 
 
 def test_a_file_cut_short_anywhere_is_found(tmp_path: Path) -> None:
     path = video(tmp_path / "video01.tfrecord", frames=3)
-    sound = path.read_bytes()
-    for length in range(len(sound)):
-        path.write_bytes(sound[:length])
+    intact = path.read_bytes()
+    for length in range(len(intact)):
+        path.write_bytes(intact[:length])
         scan_refusal(path)
     assert "cut short" in scan_refusal(path)
     path.write_bytes(b"")
@@ -315,7 +315,7 @@ def test_bytes_that_are_something_else_are_refused_in_one_line(
 @settings(max_examples=300)
 @given(st.integers(0, 400), st.integers(0, 12), st.binary(max_size=12))
 def test_an_example_with_any_bytes_changed_is_a_frame_or_refused(at: int, removed: int, added: bytes) -> None:
-    """Checksums keep such out; somebody else's program may still write them."""
+    """Checksums exclude such records, but another program may still write them."""
     content = TFRecordWriter.serialize_tf_example(example(3, 7))
     changed = content[:at] + added + content[at + removed :]
     outcome = None
@@ -329,11 +329,11 @@ def test_an_example_with_any_bytes_changed_is_a_frame_or_refused(at: int, remove
 
 def test_nothing_is_allocated_for_a_length_beyond_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = video(tmp_path / "video01.tfrecord", frames=3)
-    sound = path.read_bytes()
+    intact = path.read_bytes()
     header = struct.pack("<Q", 1 << 62)
-    path.write_bytes(header + TFRecordWriter.masked_crc(header) + sound)
+    path.write_bytes(header + TFRecordWriter.masked_crc(header) + intact)
     assert "record 0 is cut short" in scan_refusal(path)
-    path.write_bytes(sound)
+    path.write_bytes(intact)
     monkeypatch.setattr(tfrecord, "MAX_RECORD_BYTES", 20)
     assert "too many for a frame" in scan_refusal(path)
 
@@ -419,7 +419,7 @@ def test_total_frames_may_be_the_last_frame_id_if_it_is_so_in_all_files(tmp_path
 
 
 def test_a_frame_that_pillow_cannot_decode_is_an_error_with_its_number(tmp_path: Path) -> None:
-    broken = png(picture(1))[:40]
+    broken = png(frame_pixels(1))[:40]
     write(tmp_path / "video01.tfrecord", [example(0, 2), example(1, 2, frame=(broken, "byte"))])
     index = index_of(tmp_path)  # decodes nothing
     with open_source(Config(), index.videos[0], tmp_path, index) as reader:
@@ -448,13 +448,13 @@ def test_a_changed_file_is_noticed(tmp_path: Path, full_hash: bool) -> None:
     path = video(tmp_path / "video01.tfrecord")
     index = index_of(tmp_path, full_hash=full_hash)
     entry = index.videos[0]
-    sound = path.read_bytes()
-    path.write_bytes(sound[:-100])
+    intact = path.read_bytes()
+    path.write_bytes(intact[:-100])
     assert "cut short" in check_index(index, tmp_path)[0]
     assert "has changed since it was indexed" in refusal(lambda: open_source(Config(), entry, tmp_path, index))
     video(path, frames=15)
     assert "its labels are not those that were indexed" in check_index(index, tmp_path)[0]
-    path.write_bytes(sound)
+    path.write_bytes(intact)
     os.utime(path, ns=(1, 1))
     assert len(check_index(index, tmp_path)) == (0 if full_hash else 1)
     open_source(Config(), entry, tmp_path, index).close()
@@ -556,7 +556,7 @@ def test_both_editions_give_the_same_features_and_labels(two_editions: Path) -> 
 
 @pytest.mark.slow
 def test_both_trainings_run_on_tfrecords(two_editions: Path) -> None:
-    """The setting in the file of settings in place of `--phase-order`; no index is made by hand."""
+    """With the setting in the settings file instead of `--phase-order`, and without an explicit `index`."""
     folder = two_editions
     joint_file(folder, mapping=None, correlation=None, net={"tasks": "both"})
     place = ["data.root=tf", "data.index=joint.json", "data.tfrecord_phase_order=tf-cholec80"]

@@ -1,4 +1,4 @@
-"""The frame cache: the pixels are the video's, files are complete or absent, and only what changed is made again."""
+"""The frame cache: its pixels are the video's, files are complete or absent, and only changed ones are made again."""
 
 from __future__ import annotations
 
@@ -228,9 +228,9 @@ def test_a_flipped_byte_is_found_when_read(tmp_path, video):
     whole = bytearray(cached.path.read_bytes())
     whole[whole.index(blob) + len(blob) // 2] ^= 1
     cached.path.write_bytes(bytes(whole))
-    assert cache.problem(request) == "damaged or cut short"  # by the seal, before HDF5 looks
+    assert cache.problem(request) == "damaged or cut short"  # by the seal, before HDF5 opens the file
     seal(cached.path)
-    assert cache.problem(request) is None  # the cheap check reads no picture
+    assert cache.problem(request) is None  # the cheap check reads no frame
     assert cache.problem(request, deep=True) == "frame 35 is damaged"
     cached[6]
     with pytest.raises(UserError, match=r"video01\.h5: .*frame 35 fails its checksum.*delete it") as caught:
@@ -245,11 +245,11 @@ def test_positions_outside_are_errors(tmp_path, video):
             cached[position]
 
 
-# ------------------------------------------------------------------------------------------ nothing half-written
+# ------------------------------------------------------------------------------------------ no partial files
 
 
 class Stop(BaseException):
-    """In place of Ctrl-C."""
+    """Stands for Ctrl-C."""
 
 
 @pytest.mark.parametrize("error", [Stop(), OSError(28, "No space left on device"), RuntimeError("a bug")])

@@ -57,7 +57,7 @@ def test_resize_is_pillows_bilinear(shape):
 
 
 def test_resize_is_antialiased_and_close_to_exact_arithmetic():
-    """Halving is a triangle filter of weights 1/8, 3/8, 3/8, 1/8 a side: restated in floats, off by rounding only."""
+    """Halving is a triangle filter with weights 1/8, 3/8, 3/8, 1/8 per axis; in floats it differs by rounding only."""
     frame = noise(64, 64, 3)
     kernel = np.array([1, 3, 3, 1]) / 8
 
@@ -148,7 +148,7 @@ def test_crops_are_torchvisions(kind, resized, crop):
 
     frames = noise(3, resized, resized, 3)
     images = torch.as_tensor(frames).permute(0, 3, 1, 2)
-    # torchvision rounds the centre's offset to even, ours down: where that may differ the centre is not compared.
+    # torchvision rounds the centre's offset to even, this project down; if they may differ, the centre is not compared.
     for count, reference in ((5, five_crop), (10, ten_crop)):
         got = crop_frames(kind(frames), crop, count)
         assert tuple(got.shape) == (3, count, crop, crop, 3)
@@ -250,7 +250,7 @@ def test_colour_change_is_as_stated():
 
 
 def test_changes_of_a_batch_are_those_of_its_frames():
-    """Mirrored where drawn, coloured frame by frame, and without changes exactly the numbers of evaluation."""
+    """Mirrored if drawn, coloured frame by frame, and without changes exactly the numbers of evaluation."""
     batch, config = torch.from_numpy(noise(4, 16, 16, 3)), PreprocessConfig()
     flip, none = torch.tensor([True, False, True, False]), torch.zeros(0, 3)
     mirrored = changed_images(batch, flip, none, config)

@@ -17,7 +17,7 @@ from features.frames.source import ChangedSource, can_start_inside, open_source
 from features.video.base import FrameReader
 from features.video.images import FolderReader
 from features.video.pyav import PyavReader
-from tests.features.dataset.test_tfrecord import picture as frame_of_record
+from tests.features.dataset.test_tfrecord import frame_pixels as frame_of_record
 from tests.features.dataset.test_tfrecord import video as write_records
 from tests.videos import VideoSpec, frame_number, painted_frame, write_video
 

@@ -1,4 +1,4 @@
-"""Simulated operations: labels that follow the table, frames that need time, files that are whole and reproducible."""
+"""Simulated operations: labels follow the table, phases need temporal context, files are complete and reproducible."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_tools_stay_as_long_as_in_the_table(operations: list[Operation]) -> None
         seconds = [n for operation in operations for n in lengths(operation.tools[:, k] == 1)]
         run = TABLE.tool_runs_s[tool]
         assert np.mean(seconds) == pytest.approx(run.mean, rel=0.2), tool
-        # Scissors and clipper stay for more even times than a chain without memory gives: their medians fall short.
+        # Presences of scissors and clipper vary less than a memoryless chain gives, so their medians are too low.
         assert np.median(seconds) == pytest.approx(run.median, rel=0.3), tool
         assert len(seconds) / OPERATIONS == pytest.approx(run.runs / TABLE.videos, rel=0.25), tool
 
@@ -176,7 +176,7 @@ def test_frames_show_the_operation_evenly_sped_up(fps: int, speed_up: float, len
     assert np.array_equal(second, np.minimum(np.floor(np.arange(len(second)) * speed_up / fps), length_s - 1))
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------- frames
 
 
 def scene(tools: np.ndarray, seed: int = 3, size_px: int = 96) -> Scene:
@@ -283,7 +283,7 @@ def files(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
 
 
-def pictures(path: Path) -> np.ndarray:
+def read_frames(path: Path) -> np.ndarray:
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
@@ -299,7 +299,7 @@ def test_the_layout_is_that_of_cholec80(small: Path) -> None:
         }
     assert set(files(small)) == expected
     for video in ids:
-        frames = pictures(small / "videos" / f"{video}.mp4")
+        frames = read_frames(small / "videos" / f"{video}.mp4")
         phase = read_phase_file(small / "phase_annotations" / f"{video}-phase.txt", SPEC)
         tools = read_tool_file(small / "tool_annotations" / f"{video}-tool.txt", SPEC)
         assert frames.shape[1:] == (64, 64, 3)
@@ -340,7 +340,7 @@ def test_the_index_reads_what_is_written(small: Path) -> None:
         ("video03", "test", 2),
     ]
     for entry in index.videos:
-        assert entry.frame_count == len(pictures(small / entry.source))
+        assert entry.frame_count == len(read_frames(small / entry.source))
 
 
 def test_one_seed_gives_the_same_labels_and_pixels_however_many_processes_write(small: Path, tmp_path: Path) -> None:
@@ -348,7 +348,7 @@ def test_one_seed_gives_the_same_labels_and_pixels_however_many_processes_write(
     one, other = files(small), files(tmp_path)
     for name in one:
         if name.endswith(".mp4"):
-            assert np.array_equal(pictures(small / name), pictures(tmp_path / name))
+            assert np.array_equal(read_frames(small / name), read_frames(tmp_path / name))
         else:
             assert one[name] == other[name]
 
@@ -357,7 +357,9 @@ def test_a_video_depends_on_its_number_not_on_how_many_there_are(small: Path, tm
     simulate(tmp_path, videos=1, first_number=2, **SMALL)
     one, other = files(small), files(tmp_path)
     assert all(one[name] == content for name, content in other.items() if name.endswith(".txt"))
-    assert np.array_equal(pictures(small / "videos" / "video02.mp4"), pictures(tmp_path / "videos" / "video02.mp4"))
+    assert np.array_equal(
+        read_frames(small / "videos" / "video02.mp4"), read_frames(tmp_path / "videos" / "video02.mp4")
+    )
 
 
 def test_another_seed_gives_other_operations(small: Path, tmp_path: Path) -> None:
@@ -408,7 +410,7 @@ def test_what_is_missing_or_damaged_is_made_again(one_video: Path, name: str, ha
 
 
 def test_a_folder_that_was_claimed_and_no_more_is_still_ours(one_video: Path) -> None:
-    """Killed, or out of room, between the first two files."""
+    """Killed, or out of disk space, between the first two files."""
     (one_video / "README.txt").unlink()
     assert simulate(one_video, videos=1, **SMALL).skipped == ("video01",)
     assert "SIMULATED" in (one_video / "README.txt").read_text()

@@ -1,7 +1,7 @@
 """Videos that are broken, mislabelled or misleading: `index`, `index --check` and `extract` lose only that file.
 
-Everything runs in this process with a time limit a file through the readers' own calls; the command line is tried on
-the whole corpus at once.
+Each file is read through the readers' interface in this process, with a time limit per file; the command line is run
+on the whole corpus at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COUNT = 30
 
 
 def box(content: bytes, kind: bytes) -> int:
-    """Where the body of the first MP4 box of a kind begins."""
+    """The start of the body of the first MP4 box of a kind."""
     return content.index(kind) + 4
 
 
@@ -88,7 +88,7 @@ def without_key_frame(folder: Path) -> bytes:
     return patched(path.read_bytes(), offset, bytes(size))
 
 
-def picture(folder: Path) -> bytes:
+def png_file(folder: Path) -> bytes:
     Image.new("RGB", (64, 48)).save(folder / "a.jpg")
     return (folder / "a.jpg").read_bytes()
 
@@ -99,8 +99,8 @@ def fragments(folder: Path) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return write_video(tmp_path_factory.mktemp("sound") / "a.mp4", VideoSpec(count=COUNT)).read_bytes()
+def intact(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return write_video(tmp_path_factory.mktemp("valid") / "a.mp4", VideoSpec(count=COUNT)).read_bytes()
 
 
 Make = Callable[[Path, bytes], bytes]
@@ -108,14 +108,14 @@ CORPUS: dict[str, Make] = {
     **{f"cut at {n} of 20": lambda f, s, n=n: s[: len(s) * n // 20] for n in range(20)},
     **{f"bits flipped at {n} of 12": lambda f, s, n=n: flipped(s, n / 12) for n in range(12)},
     "all zeros": lambda f, s: bytes(len(s)),
-    "a picture": lambda f, s: picture(f),
+    "an image": lambda f, s: png_file(f),
     "a text": lambda f, s: b"not a video at all\n" * 100,
     "a playlist": lambda f, s: b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n",
     "a concat script": lambda f, s: b"ffconcat version 1.0\nfile /etc/passwd\n",
     "65,535 x 65,535 in the header": lambda f, s: with_size(s, 65_535, 65_535),
     "no size in the header": lambda f, s: with_size(s, 0, 0),
-    "two billion pictures": lambda f, s: with_sample_count(s, 0x7FFFFFFF),
-    "50 million pictures": lambda f, s: with_sample_count(s, 50_000_000),
+    "two billion frames": lambda f, s: with_sample_count(s, 0x7FFFFFFF),
+    "50 million frames": lambda f, s: with_sample_count(s, 50_000_000),
     "long table of sizes": lambda f, s: with_entries(s, b"stsz", 0x0FFFFFFF),
     "long table of times": lambda f, s: with_entries(s, b"stts", 0x0FFFFFFF),
     "long table of chunks": lambda f, s: with_entries(s, b"stco", 0x0FFFFFFF),
@@ -123,11 +123,11 @@ CORPUS: dict[str, Make] = {
     "no index": lambda f, s: without_box(s, b"moov"),
     "no data": lambda f, s: without_box(s, b"mdat"),
     "no first key frame": lambda f, s: without_key_frame(f),
-    "no pictures": lambda f, s: with_sample_count(s, 0),
+    "no frames": lambda f, s: with_sample_count(s, 0),
     "more empty boxes than are counted": lambda f, s: s[:32] + struct.pack(">I4s", 8, b"free") * 600_000,
-    "50 million pictures behind 500,001 empty boxes": lambda f, s: padded(with_sample_count(s, 50_000_000), 500_001),
+    "50 million frames behind 500,001 empty boxes": lambda f, s: padded(with_sample_count(s, 50_000_000), 500_001),
     "a box that holds itself": lambda f, s: s.replace(b"trak", b"moov", 1),
-    "50 million pictures in a fragment": lambda f, s: with_entries(fragments(f), b"trun", 50_000_000),
+    "50 million frames in a fragment": lambda f, s: with_entries(fragments(f), b"trun", 50_000_000),
     "fragments cut short": lambda f, s: fragments(f)[:-500],
     "size changes half-way": lambda f, s: two_sizes(f),
 }
@@ -143,21 +143,21 @@ def children() -> Iterator[dict[str, Child]]:
 
 @pytest.mark.parametrize("name", CORPUS)
 def test_a_broken_video_is_read_or_refused_by_both_readers(
-    name: str, tmp_path: Path, sound: bytes, children: dict[str, Child]
+    name: str, tmp_path: Path, intact: bytes, children: dict[str, Child]
 ) -> None:
-    """Never a traceback, never 10 s, never half a gigabyte: the harness checks each."""
-    content = CORPUS[name](tmp_path, sound)
+    """The harness checks each: no traceback, less than 10 s, less than half a gigabyte."""
+    content = CORPUS[name](tmp_path, intact)
     for child in children.values():
         assert child.read(content) is None
 
 
 @pytest.mark.slow
-def test_a_corpus_of_broken_videos_loses_no_intact_one(tmp_path: Path, sound: bytes) -> None:
+def test_a_corpus_of_broken_videos_loses_no_intact_one(tmp_path: Path, intact: bytes) -> None:
     """`index`, `index --check` and `extract` through the command line: exit code 1, every broken file named."""
     root = write_dataset(tmp_path / "data", 3)
     broken = {}
     for number, (name, make) in enumerate(CORPUS.items(), start=10):
-        (root / f"video{number:02d}.mp4").write_bytes(make(tmp_path, sound))
+        (root / f"video{number:02d}.mp4").write_bytes(make(tmp_path, intact))
         broken[f"video{number:02d}"] = name
     (root / "video90.mp4").write_bytes(b"")
     (root / "video91.mp4").write_bytes(write_video(tmp_path / "a.mkv", VideoSpec(count=COUNT)).read_bytes())

@@ -1,4 +1,4 @@
-"""Frame k is frame k: in every kind of container, with both readers, or there is an error that names file and frame."""
+"""Frame k is the right frame in every kind of container, with both readers, or an error names file and frame."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PROJECT = Path(__file__).resolve().parents[3]
 FASTSTART = {"movflags": "faststart"}
 PYRAMID = {"x264-params": "bframes=7:b-pyramid=normal:b-adapt=0:ref=5"}
 
-# Where decord returns PyAV's bytes, and is accepted.
+# Videos for which decord returns PyAV's bytes, and is accepted.
 EQUAL = {
     "b_frames.mp4": VideoSpec(),
     "b_frames.mkv": VideoSpec(),
@@ -52,9 +52,9 @@ EQUAL = {
     "with_sound.mp4": VideoSpec(with_audio=True),
     "full_range.mp4": VideoSpec(color_range=2),
 }
-# Where older releases of PyAV round differently: comparing the first frame decides.
+# Videos that older releases of PyAV round differently: the comparison of the first frame decides.
 EITHER = {"bt709.mp4": VideoSpec(colorspace=1, color_range=1)}
-# Where decord returns other frames or other bytes, and must be refused.
+# Videos for which decord returns other frames or other bytes, and must be refused.
 DIFFERENT = {
     "open_gop.mp4": videos.open_gop(),
     "open_gop.mkv": videos.open_gop(),
@@ -167,7 +167,7 @@ def test_frames_hidden_by_an_edit_list_are_not_counted(tmp_path):
 )
 def test_leaving_frames_undecoded_changes_no_byte(make, name, wanted):
     path, truth = make(name)
-    assert scan_video(path).numbered  # the selective way is what is tested
+    assert scan_video(path).numbered  # selective decoding is tested
     assert_same(read(path, sorted(wanted), "pyav")[1], truth, sorted(wanted))
 
 
@@ -184,8 +184,8 @@ def decode_everything_lightly(path: Path, count: int) -> list[int]:
     import av
 
     with av.open(str(path)) as container:
-        pictures = container.decode(video=0)
-        return [checksum(next(pictures).to_ndarray(format="rgb24")) for _ in range(count)]
+        decoded = container.decode(video=0)
+        return [checksum(next(decoded).to_ndarray(format="rgb24")) for _ in range(count)]
 
 
 def checksum(frame: np.ndarray) -> int:
@@ -210,7 +210,7 @@ SHORT_GROUPS = {
 
 @pytest.mark.parametrize("name", [*EQUAL, *DIFFERENT, *SHORT_GROUPS])
 def test_reading_from_the_middle_gives_the_same_frames(make, name, tmp_path):
-    """Every start: a seek that lands anywhere else than the scan says would give other frames."""
+    """From every start: a seek that lands elsewhere than the scan says would give other frames."""
     if name in SHORT_GROUPS:
         path = write_video(tmp_path / name, SHORT_GROUPS[name])
         truth = decode_everything(path)
@@ -321,7 +321,7 @@ def test_cut_short_video_names_the_first_frame_that_cannot_be_read(tmp_path, nam
     assert count_packets(path) - 8 <= first_missing <= count_packets(path) < 60
     with pytest.raises(ReaderError, match="cut short"):
         probe_video(path)
-    if name != "cut.avi":  # H.264 in AVI carries no presentation times to tell by
+    if name != "cut.avi":  # H.264 in AVI has no presentation times
         assert [frame_number(frame) for frame in first_decodable(path, first_missing)] == list(range(first_missing))
 
 
@@ -330,8 +330,8 @@ def first_decodable(path: Path, count: int) -> list[np.ndarray]:
 
     got = []
     with av.open(str(path)) as container:
-        for picture in container.decode(video=0):
-            got.append(picture.to_ndarray(format="rgb24"))
+        for av_frame in container.decode(video=0):
+            got.append(av_frame.to_ndarray(format="rgb24"))
             if len(got) == count:
                 break
     return got
@@ -383,7 +383,7 @@ def test_images_audio_missing_files_and_folders_are_not_videos(tmp_path):
     image = tmp_path / "image.mp4"
     Image.new("RGB", (64, 48)).save(image, format="PNG")
     sound = tmp_path / "sound.mp4"
-    write_sound(sound)
+    write_audio(sound)
     headless = videos.truncate(write_video(tmp_path / "headless.mp4"), 0.5)
     for path, what in (
         (image, "an image"),
@@ -407,7 +407,7 @@ def test_odd_names_and_titles_are_no_obstacle(make, tmp_path):
         assert_same(read(path, [0, 30], reader)[1], truth, [0, 30])
 
 
-def write_sound(path: Path) -> None:
+def write_audio(path: Path) -> None:
     import av
 
     with av.open(str(path), "w") as output:
@@ -438,7 +438,9 @@ SOUND = {
     [(name, "pyav") for name in SOUND] + [pytest.param(name, "decord", marks=needs_decord) for name in list(SOUND)[:3]],
 )
 def test_damage_never_yields_a_wrong_frame(tmp_path, capfd, name, reader):
-    """Frames that do not depend on the damaged picture are returned; the first that does is an error, never pixels."""
+    """Frames that do not depend on the damaged one are returned; the first that does is an error, never wrong
+    pixels.
+    """
     path = write_video(tmp_path / name, SOUND[name])
     truth, sound = decode_everything(path), path.read_bytes()
     for damaged in (3, 26, 50):
@@ -628,7 +630,7 @@ def test_folder_images_may_change_in_size_and_kind(tmp_path):
 def test_folder_applies_the_camera_rotation(tmp_path):
     rgb = videos.painted_frame(5, 40, 30)
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned clockwise by a quarter
+    exif[0x0112] = 6  # shown rotated clockwise by 90 degrees
     Image.fromarray(rgb).save(tmp_path / "a.png", exif=exif)
     with FolderReader(tmp_path, {0: "a.png"}) as source:
         assert np.array_equal(next(source.read([0])), np.rot90(rgb, -1))

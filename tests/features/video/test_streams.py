@@ -1,4 +1,4 @@
-"""Whatever writes a video: frame k carries number k and its own time, or the video is refused at every rate."""
+"""For videos of any program: frame k has number k and its own time, or the video is refused at every rate."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_frame_k_carries_number_k_and_its_time(
     elif form == "cat":
         other = encoded(codec, b_frames, container, False, COUNT)
         target.write_bytes(source.read_bytes() + other.read_bytes())
-        may_be_refused = True  # FFmpeg reads on in some containers; in others the second part is no part of it
+        may_be_refused = True  # in some containers FFmpeg continues with the second part, in others it ignores it
         numbers, times_s = [*numbers, *range(COUNT, 2 * COUNT)], list(np.arange(2 * COUNT) / 25)
         if container not in {"ts", "avi"}:
             numbers, times_s = numbers[:COUNT], times_s[:COUNT]
@@ -194,8 +194,8 @@ def test_a_recording_begins_with_the_first_frame_that_can_be_shown(tmp_path: Pat
 
 def test_a_video_drawn_at_varying_times_keeps_them(tmp_path: Path) -> None:
     times_s = [0.0, 0.04, 0.08, 1.0, 1.04, 3.5]
-    pictures = (videos.painted_frame(k) for k in range(6))
-    encode_mp4(tmp_path / "drawn.mp4", pictures, 25.0, {"preset": "veryfast"}, lambda: None, times_s)
+    painted = (videos.painted_frame(k) for k in range(6))
+    encode_mp4(tmp_path / "drawn.mp4", painted, 25.0, {"preset": "veryfast"}, lambda: None, times_s)
     assert read_all(tmp_path / "drawn.mp4") == (list(range(6)), pytest.approx(times_s, abs=1e-4))
 
 

@@ -157,7 +157,7 @@ def test_imagenet_without_internet_names_the_choices(tmp_path: Path, monkeypatch
 def test_a_cache_of_weights_that_cannot_be_written_names_two_ways_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Homes are read-only or full on clusters; `put it into this folder` is then no advice."""
+    """Home folders on clusters can be read-only or full, so that `put it into this folder` does not help."""
 
     def read_only(url: str, target: str, *_: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system", target)

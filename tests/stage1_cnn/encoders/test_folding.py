@@ -9,7 +9,7 @@ from stage1_cnn.encoders.folding import fold_batch_norm
 
 
 def awakened(name: str) -> nn.Module:
-    """A backbone whose batch norms have seen something: fresh ones are nearly the identity."""
+    """A backbone with non-trivial batch norms, since fresh ones are nearly the identity."""
     net = build_backbone(name, "random", 0)
     generator = torch.Generator().manual_seed(1)
     for layer in net.modules():
@@ -41,7 +41,7 @@ def test_a_net_without_batch_norm_stays_as_it_is() -> None:
 
 
 class UsedTwice(nn.Module):
-    """A convolution whose output somebody else reads too: folding it would change the sum."""
+    """A convolution whose output is also used elsewhere, so that folding it would change the sum."""
 
     def __init__(self) -> None:
         super().__init__()

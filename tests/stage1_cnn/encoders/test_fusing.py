@@ -1,4 +1,4 @@
-"""ReLU and residual sums computed with their convolution: the same function, and only where nobody else reads them."""
+"""ReLU and residual sums fused with their convolution: the same function, and only if no other layer reads them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_without_a_private_operation_the_net_is_left_unfused(missing: str) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_is_sent_to_other_processes_and_does_not_depend_on_its_first_batch(dtype: torch.dtype) -> None:
-    # where oneDNN does not compute this type, public operations take the same way
+    # if oneDNN does not compute this type, the same code uses public operations
     with nullcontext() if onednn.convolves(dtype) else other_operations(**public_operations()):
         one = fuse_relu(folded("resnet18"), 64)
         assert one is not None
@@ -73,7 +73,7 @@ def test_is_sent_to_other_processes_and_does_not_depend_on_its_first_batch(dtype
 
 
 class Small(nn.Module):
-    """Two convolutions and what is done with their outputs."""
+    """Two convolutions and a function of their outputs."""
 
     def __init__(self, then: Callable[[Small, Tensor], Tensor]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Backbones in files that other programs made: under any prefix and wrapper, or one line that says why not."""
+"""Backbones in files of other programs: found under any prefix and wrapper, or one line that says why not."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def table(world: Path, name: str = "wide") -> list[dict[str, str]]:
 
 
 def trained(world: Path, name: str = "wide") -> dict[str, int]:
-    """When each training ended."""
+    """The time at which each training ended."""
     found = (world / "runs" / name / "trials").glob("*/temporal/result.json")
     return {path.parent.parent.name: path.stat().st_mtime_ns for path in found}
 
@@ -151,23 +151,23 @@ def test_a_setting_that_does_not_work_is_named_and_the_others_go_on(world: Path)
     assert {row["setting"] for row in table(world)} == {"base", "wide"}
     before = trained(world)
     again = run(world, write_ablation(world, settings=settings))
-    assert [label for label, _ in again] == [label for label, _ in failed]  # said again, not forgotten
+    assert [label for label, _ in again] == [label for label, _ in failed]  # reported again
     assert trained(world) == before
 
 
 def test_what_failed_for_a_passing_reason_is_done_the_next_time(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_ablation(world, space={"temporal.head.hidden": [6, 12]})
-    sound = ablate_module.train_temporal
+    original = ablate_module.train_temporal
 
     def fail_for_six(config: Any, *arguments: Any) -> Any:
         if config.temporal.head.hidden == 6 and config.seed == 1:
             raise UserError("no room left on the disk")
-        return sound(config, *arguments)
+        return original(config, *arguments)
 
     monkeypatch.setattr(ablate_module, "train_temporal", fail_for_six)
     assert run(world, file) == [("hidden=6, seed 1", "no room left on the disk")]
-    assert load_config(world / "runs/wide/best.yaml").temporal.head.hidden == 12  # one lucky seed wins nothing
-    monkeypatch.setattr(ablate_module, "train_temporal", sound)
+    assert load_config(world / "runs/wide/best.yaml").temporal.head.hidden == 12  # a single good seed must not win
+    monkeypatch.setattr(ablate_module, "train_temporal", original)
     assert run(world, file) == []
     assert len(table(world)) == 4
 
@@ -302,7 +302,7 @@ def test_killed_and_started_again_it_finishes_without_repeating(world: Path, num
     process.wait(timeout=280)
     while any(map(is_alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(map(is_alive, workers))  # nobody goes on training what a second start will train
+    assert not any(map(is_alive, workers))  # no process continues a training that a second start will run
     process.communicate()
     assert process.returncode == (75 if number == signal.SIGTERM else -signal.SIGKILL)
     before = trained(world)
@@ -361,7 +361,7 @@ def test_what_is_no_ablation_is_refused(world: Path, content: dict[str, Any], ma
 
 
 def test_trials_trained_with_other_settings_than_their_name_says_are_refused(world: Path) -> None:
-    """As those were whose head's name was applied after its other settings."""
+    """For example trials for which the head's name was applied after its other settings."""
     file = write_ablation(world, space={"temporal.head.hidden": [6, 12]}, seeds=[0])
     run(world, file)
     row = next(row for row in table(world) if row["temporal.head.hidden"] == "6")
@@ -507,7 +507,7 @@ def test_features_that_cannot_be_compared_are_refused(rates: Path) -> None:
 
 
 def test_tool_logits_are_more_input(tmp_path: Path) -> None:
-    """Features of noise, logits that tell the phase: only who reads them learns."""
+    """Features are noise and logits show the phase, so only a model that reads the logits learns."""
     rng = np.random.default_rng(0)
     videos, logits = {}, {}
     for i in range(5):
@@ -541,7 +541,7 @@ def test_an_encoder_without_tools_has_no_logits_to_read(world: Path) -> None:
 
 
 def test_nothing_in_the_csv_is_a_formula_to_a_spreadsheet(tmp_path: Path) -> None:
-    """Labels and values are whatever an ablation's file says; negative numbers stay numbers."""
+    """Labels and values can be any text in an ablation's file; negative numbers remain numbers."""
     keys = ("val_accuracy", "best_epoch", "epochs", "parameters", "seconds", "frames_per_s")
     changes = {"temporal.head.name": "=cmd|' /C calc'!A0", "x": -1.5, "y": "a,b"}
     trial = Trial("@SUM(A1)", changes, 0, False, dict.fromkeys(keys, -0.5), "+1+1")

@@ -1,4 +1,4 @@
-"""Heads: one model, three ways of running it; the past alone decides; padding is nothing."""
+"""Heads: the same numbers in three ways of running, no dependence on later frames, no effect of padding."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_standardise_scales_and_does_not_explode() -> None:
     x = torch.tensor([[3.0, 2.0, 3.0, 4.0, 8.0]]).half()
     out = layer(x)
     assert out.dtype == torch.float32
-    # constant channels count as moving by a hundredth of the median deviation (1.0)
+    # constant channels get a hundredth of the median standard deviation (1.0)
     assert out.tolist() == [[1.0, 2.0, 0.0, pytest.approx(100.0), 2.0]]
     assert torch.equal(x, torch.tensor([[3.0, 2.0, 3.0, 4.0, 8.0]]).half())
     alone = torch.tensor([[3.0, 2.0, 3.0, 4.0, 8.0]])

@@ -1,4 +1,4 @@
-"""The LSTM's own arithmetic is `nn.LSTM`'s: outputs, last state, every gradient, for all lengths, layers and states."""
+"""The project's LSTM equals `nn.LSTM`: outputs, last state, every gradient, for all lengths, layers and states."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_equals_the_library(lengths: list[int], layers: int, bias: bool, carried
 @pytest.mark.parametrize("width", [H, 64])
 @pytest.mark.parametrize("lengths", [[1], [5, 2, 9], [30] * 40])
 def test_equals_the_library_in_fp32(lengths: list[int], width: int) -> None:
-    """What is trained in practice, with weights laid out anew for the products of a step."""
+    """As used in training, with weights in oneDNN's layout for the products of a step."""
     torch.manual_seed(0)
     rnn = nn.LSTM(D, width, 2, batch_first=True)
     x, _ = inputs(lengths, 2)

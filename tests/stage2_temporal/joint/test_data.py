@@ -1,4 +1,4 @@
-"""Clips of pictures: order kept, one draw a clip, never two videos in one."""
+"""Clips of frames: order kept, one random draw per clip, never two videos in one clip."""
 
 from __future__ import annotations
 
@@ -81,10 +81,10 @@ def test_a_batch_holds_its_clips_with_one_draw_each(world: World) -> None:
     assert not batch.fresh
     for n, first in enumerate(request.first):
         cache = dataset.splits["train"].caches[dataset.splits["train"].video[first]]
-        pictures = np.stack([cache[int(dataset.splits["train"].sample[first + k])] for k in range(4)])
+        cached = np.stack([cache[int(dataset.splits["train"].sample[first + k])] for k in range(4)])
         draw = augment_generator(3, 1, request.draws[n])
         wanted = draw_change(draw, dataset.augment, 40, 32)
-        assert np.array_equal(batch.images[n].numpy(), wanted.crop(pictures, 32))
+        assert np.array_equal(batch.images[n].numpy(), wanted.crop(cached, 32))
         assert bool(batch.flip[n]) == wanted.flip
         assert np.array_equal(batch.colour[n].numpy(), wanted.colour)
         assert batch.phase[n].tolist() == dataset.splits["train"].phase[first : first + 4].tolist()

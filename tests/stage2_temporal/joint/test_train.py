@@ -1,4 +1,4 @@
-"""Joint training: reattached stages, the schedule, resume, and the way back to features."""
+"""Joint training: initialisation from two stages, the schedule, resuming, and extraction of features."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_a_frozen_mapping_stays_through_the_correlation_step(stages: World) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["clips", "chunked"])
 def test_stopped_anywhere_and_started_again_it_ends_the_same(stages: World, mode: str) -> None:
-    # 13 frames a video: chunks of 4 would end in batches of two pictures, on which batch norm blows up or not by chance
+    # 13 frames per video: chunks of 4 would end in batches of two frames, on which batch norm may diverge by chance
     sequence = JOINT["sequence"] | {"mode": mode, "inference": "carried", "frames": 5}
     config = settings(stages, CL | {"sequence": sequence})
     whole = joint(stages, config, f"whole-{mode}")
@@ -189,8 +189,8 @@ def test_features_of_the_joint_backbone_and_a_head_that_starts_from_its_lstm(sta
     entry = index.videos[0]
     from features.frames.source import open_frames
 
-    with open_frames(config, entry, stages.root, index) as pictures:
-        pixels = np.stack(list(pictures.frames))
+    with open_frames(config, entry, stages.root, index) as sampled:
+        pixels = np.stack(list(sampled.frames))
     expected = embed_crops(net, [pixels], config.preprocess, "centre", 0, torch.no_grad)[0].numpy()
     found = load_feature_set(folder, [entry.id])[entry.id]
     assert np.abs(found.features - expected).max() < 1e-4 * np.abs(expected).max()
