@@ -89,7 +89,7 @@ class Child:
 
     def _start(self) -> None:
         context = get_context("forkserver")  # forks of a process that has done the slow imports
-        context.set_forkserver_preload(["torch", "h5py", "av", "PIL.Image"])
+        context.set_forkserver_preload(["torch", "h5py", "av", "PIL.Image", "tests.fuzz.harness"])
         self._pipe, theirs = context.Pipe()
         self.folder = tempfile.TemporaryDirectory(prefix="fuzz-")
         self._process = context.Process(target=_serve, args=(self.parser, theirs, self.folder.name), daemon=True)
