@@ -51,7 +51,7 @@ def installed_as() -> str:
     return way_in
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("program", "place"),
     [(INSTALLED, installed_as()), (AS_A_FILE, str(PROJECT / "pipeline.py")), (FORKED, "command.log")],

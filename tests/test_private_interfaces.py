@@ -102,6 +102,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 def test_accelerate_that_cannot_be_reset() -> None:
     done = subprocess.run([sys.executable, "-c", ACCELERATE], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert re.fullmatch(

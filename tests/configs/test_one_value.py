@@ -19,6 +19,7 @@ from configs.load import PRESETS, load_config, read_yaml
 from configs.schema import Config, GruHead, JointStepConfig
 
 PRESET_NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+QUICK = ("cholec80", "mtrcnet_cl")
 RANDOM_PAIRS = 500
 NAME = "temporal.head.name"  # determines which other keys exist
 
@@ -94,7 +95,10 @@ def other_value(preset: str, key: str, field: FieldInfo, now: Any) -> str:
     return next((given for given in other if not isinstance(outcome(preset, given), str)), other[0])
 
 
-@pytest.mark.parametrize("preset", PRESET_NAMES)
+@pytest.mark.parametrize(
+    "preset",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PRESET_NAMES],
+)
 def test_one_value_changes_nothing_else(preset: str) -> None:
     before = load_config(preset).model_dump(mode="json")
     flat = leaves(before)

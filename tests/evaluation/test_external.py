@@ -86,6 +86,7 @@ def test_truth_at_25_fps_is_matched_by_frame_number(tmp_path):
     assert "rows are matched by frame number" in " ".join(found.notes)
 
 
+@pytest.mark.slow
 def test_real_annotations_at_25_fps_match_predictions_at_1_fps(shared_data, tmp_path):
     annotations = shared_data / "mini-cholec80/phase_annotations"
     predicted = folder(tmp_path / "p")

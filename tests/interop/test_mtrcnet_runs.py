@@ -280,7 +280,9 @@ def mapping_alone(folder: Path) -> Path:
     return folder / "mapping.pth"
 
 
-@pytest.mark.parametrize("variant", LINEAR)
+@pytest.mark.parametrize(
+    "variant", [name if name in ("cl", "phase") else pytest.param(name, marks=pytest.mark.slow) for name in LINEAR]
+)
 def test_export_and_import_are_inverse(tmp_path: Path, variant: str) -> None:
     file = write(tmp_path, "net.pth", variant, prefix=variant not in ("tool", "pytorch1.2.0"))
     order = None if variant == "tool" else "tf-cholec80"

@@ -314,6 +314,7 @@ def test_frames_without_a_label_are_left_out_and_reported(
     assert "--force" in message
 
 
+@pytest.mark.slow
 def test_round_trip_with_real_frames(shared_data: Path, tmp_path: Path) -> None:
     config = Config(
         data=DataConfig(

@@ -35,6 +35,7 @@ SPEC = load_dataset("cholec80")
 TABLE = load_table()
 OPERATIONS = 300
 SMALL: dict[str, Any] = {"spec": SPEC, "seed": 5, "fps": 2, "width_px": 64, "height_px": 64, "speed_up": 60}
+WORKERS = [1, pytest.param(2, marks=pytest.mark.slow)]
 
 
 # ---------------------------------------------------------------------------------------------- the table
@@ -434,7 +435,7 @@ def test_an_interrupted_video_leaves_nothing_behind_and_the_next_run_makes_it(
     assert simulate(tmp_path, videos=1, **SMALL).made == ("video01",)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_a_signal_stops_it_between_frames(tmp_path: Path, workers: int) -> None:
     def stop_once_a_video_exists() -> None:
         while not list((tmp_path / "videos").glob("*")):
@@ -450,7 +451,7 @@ def test_a_signal_stops_it_between_frames(tmp_path: Path, workers: int) -> None:
     assert not [name for name in files(tmp_path) if name.endswith(".tmp")]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_a_video_that_cannot_be_written_ends_it_with_one_line(tmp_path: Path, workers: int) -> None:
     simulate(tmp_path, videos=1, **SMALL)
     (tmp_path / "videos" / "video02.mp4").mkdir()

@@ -88,6 +88,7 @@ def read_all(path: Path) -> tuple[list[int], list[float]]:
 FORMS = ("as it is", "copied", "decoding times", "without start", "cat", "joined", "paused", "paused, decoding times")
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(
     codec=st.sampled_from(list(CODECS)),

@@ -506,6 +506,7 @@ def test_features_that_cannot_be_compared_are_refused(rates: Path) -> None:
         run(rates, write_ablation(rates, settings=settings))
 
 
+@pytest.mark.slow
 def test_tool_logits_are_more_input(tmp_path: Path) -> None:
     """Features are noise and logits show the phase, so only a model that reads the logits learns."""
     rng = np.random.default_rng(0)
