@@ -321,6 +321,27 @@ class Evaluation(Record):
         """`both`, `phase` or `tool`: the branches of the net."""
         return self.joint.tasks if self.joint else "both"
 
+    @property
+    def scored_words(self) -> str:
+        """How many videos were scored: `2 videos`, or by task if the tasks differ."""
+        counts = {task: len(ids) for task, ids in self.scored.items() if getattr(self, task)}
+        if len(set(counts.values())) < 2:
+            return counted(next(iter(counts.values()), len(self.videos)), "video")
+        return " and ".join(f"{task} of {counted(count, 'video')}" for task, count in counts.items())
+
+    @property
+    def left_out_lines(self) -> list[str]:
+        """The videos that are not scored, one line each; those without labels by task."""
+        lines = [f"{video['id']}: {video['reason']}" for video in self.left_out]
+        return lines + [
+            f"{', '.join(ids)}: no labels of {task}" for task, ids in self.videos_without_labels.items() if ids
+        ]
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 video`, `2 videos`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
 
 def read_evaluation(path: Path, again: str = "run evaluate again") -> Evaluation:
     """Read a `metrics.json`. Raises UserError if it is missing or not that, with `again` as what to do."""

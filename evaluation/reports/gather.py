@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from evaluation.metrics.results import METRICS_FILE, ByConvention, Evaluation, I
 from evaluation.metrics.statistics import bootstrap_intervals, phase_intervals
 from evaluation.reports.ablation import ABLATION_PAGE
 from evaluation.reports.paper_figures import sample_edges_s
-from evaluation.reports.summary import left_out_lines, scored_words, settings_behind
+from evaluation.reports.summary import settings_behind
 from features.ids import file_stem
 from features.runs import runs
 
@@ -77,21 +78,20 @@ class RunResults:
         return is_simulated(self.truth.spec, None) if known is None else known
 
     @property
-    def scored(self) -> str:
-        """How many videos were scored, in words."""
-        return scored_words(self.evaluation)
-
-    @property
-    def left_out(self) -> list[str]:
-        """One line for each video that is not scored."""
-        return left_out_lines(self.evaluation)
-
-    @property
     def labelled(self) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
         """Truth and predicted phases (T,) of the videos with both."""
         names = [name for name in self.predictions if (self.truth.videos[name].phase >= 0).any()]
         truth = {name: self.truth.videos[name].phase for name in names}
         return truth, {name: self.predictions[name].phase for name in names}
+
+    @cached_property
+    def intervals(self) -> Intervals:
+        """Bootstrap intervals of the head whose predictions are in files; empty without labels."""
+        truth, predicted = self.labelled
+        if not truth:
+            return Intervals({}, {})
+        arguments = (truth, predicted, self.truth.spec.phases, self.truth.fps)
+        return Intervals(bootstrap_intervals(*arguments), phase_intervals(*arguments))
 
     def accuracy(self, video: str) -> float | None:
         """Percent of the video's labelled frames that are right; None without labels."""
@@ -105,11 +105,6 @@ class Intervals:
 
     overall: Mapping[str, Mapping[str, Interval]]
     per_phase: Mapping[str, Mapping[str, Mapping[str, Interval]]]
-
-    @property
-    def metrics(self) -> list[str]:
-        """The metrics that each phase has."""
-        return list(next(iter(next(iter(self.per_phase.values())).values()))) if self.per_phase else []
 
 
 @dataclass(frozen=True)
@@ -134,11 +129,10 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class Report:
-    """The content of the page: runs, videos from worst to best, intervals per run, frames and a note about them."""
+    """The content of the page: runs, videos from worst to best, frames and a note about them."""
 
     runs: list[RunResults]
     videos: list[str]
-    intervals: list[Intervals | None]
     thumbnails: list[Thumbnail] = field(default_factory=list)
     thumbnails_note: str = ""
 
@@ -146,6 +140,12 @@ class Report:
     def truth(self) -> Truth:
         """Labels and data set, which are the same for every run."""
         return self.runs[0].truth
+
+    @property
+    def phase_metrics(self) -> dict[str, list[str]]:
+        """The metrics that each phase has with intervals, by convention; empty where no run has phases with labels."""
+        known = next((found for run in self.runs if (found := run.intervals.per_phase)), {})
+        return {name: list(next(iter(by_phase.values()))) for name, by_phase in known.items()}
 
     def times_s(self, video: str) -> NDArray[np.float64] | None:
         """(T,) the times of a video's samples; None if no run has predictions."""
@@ -165,12 +165,8 @@ def gather(folders: Sequence[Path], split: str = "test") -> Report:
     runs = [_gather_run(folder, name, split) for folder, name in zip(folders, names, strict=True)]
     for run in runs[1:]:
         _require_comparable(runs[0], run)
-    order = sorted(runs[0].truth.videos, key=lambda video: (_or_last(runs[0].accuracy(video)), video))
-    return Report(runs, order, [_intervals(run) for run in runs])
-
-
-def _or_last(accuracy: float | None) -> float:
-    return 101.0 if accuracy is None else accuracy
+    scores = {video: runs[0].accuracy(video) for video in runs[0].truth.videos}
+    return Report(runs, sorted(scores, key=lambda video: (scores[video] is None, scores[video], video)))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -302,14 +298,6 @@ def _require_comparable(first: RunResults, other: RunResults) -> None:
                 f"{video}: {first.name} and {other.name} were evaluated against different labels or recordings of it; "
                 "run evaluate again on both"
             )
-
-
-def _intervals(run: RunResults) -> Intervals | None:
-    truth, predicted = run.labelled
-    if not truth:
-        return None
-    arguments = (truth, predicted, run.truth.spec.phases, run.truth.fps)
-    return Intervals(bootstrap_intervals(*arguments), phase_intervals(*arguments))
 
 
 def differing_settings(runs: Sequence[RunResults]) -> list[tuple[str, list[str]]]:

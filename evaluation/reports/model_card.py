@@ -13,7 +13,7 @@ from configs.schema import DataSetSpec
 from engine.files import read_json_object, write_text
 from evaluation.metrics.results import Evaluation, Score
 from evaluation.metrics.scores import metric_title
-from evaluation.reports.summary import scored_words, settings_behind, used_videos
+from evaluation.reports.summary import settings_behind, used_videos
 from evaluation.reports.tables import mean_std_text, metrics_of, number_text
 from evaluation.reports.templates import template_environment
 from features.dataset.index import Index
@@ -61,16 +61,11 @@ def write_model_card(
         {
             "name": run.name,
             "kind": _kind(stage, index.dataset, settings, evaluation),
-            "simulated": evaluation.simulated,
             "dataset": index.dataset.model_dump(mode="json"),
-            "fps": evaluation.fps,
             "split": used_videos(index, evaluation)[0],
             "left_out": index.left_out_records(),
-            "without_labels": evaluation.videos_without_labels,
             "settings": yaml.safe_dump(chosen, sort_keys=False, width=1 << 20) if chosen else "",
             "environment": _made_with(read_json_object(environment) if environment.exists() else {}),
-            "imported": evaluation.imported,
-            "fine_tuned_from": evaluation.fine_tuned_from,
             "metrics": evaluation,
         }
     )
@@ -79,9 +74,9 @@ def write_model_card(
 
 
 def render_model_card(facts: Mapping[str, Any]) -> str:
-    """The card as Markdown, from plain values: name, kind, simulated, dataset, fps, split ({train, val, test: ids
-    used}), left_out (id and reason each), without_labels ({phases, tools: ids}), settings (YAML), environment (a
-    phrase), imported and fine_tuned_from (a file or None) and metrics (an `Evaluation`). A missing fact is an error."""
+    """The card as Markdown, from plain values: name, kind, dataset, split ({train, val, test: ids used}), left_out (id
+    and reason each), settings (YAML), environment (a phrase) and metrics (an `Evaluation`). A missing fact is an
+    error."""
     environment = template_environment(html=False)
     environment.filters["number"] = lambda value: (
         mean_std_text(value) if isinstance(value, Score) else number_text(value)
@@ -90,9 +85,9 @@ def render_model_card(facts: Mapping[str, Any]) -> str:
     evaluation: Evaluation = facts["metrics"]
     baselines = {title: evaluation.phases[head] for head, title in _BASELINES.items() if head in evaluation.phases}
     template = environment.get_template("model_card.md.j2")
-    results, scored = evaluation.phases.get("temporal"), scored_words(evaluation)
+    results = evaluation.phases.get("temporal")
     columns = metrics_of(result for result in (results or {}).values() if result.of_frames)
-    return template.render(**facts, results=results, columns=columns, baselines=baselines, scored=scored)
+    return template.render(**facts, results=results, columns=columns, baselines=baselines)
 
 
 def _kind(stage: str, spec: DataSetSpec, settings: Mapping[str, Any], evaluation: Evaluation) -> str:

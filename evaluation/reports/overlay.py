@@ -41,7 +41,7 @@ class Overlay:
         self._probabilities, self._tools = probabilities, tools
         self._phase = probabilities.argmax(axis=1)
         self._phases, self._tool_names = phases, tool_names
-        self._colours = [_rgb(colour) for colour in phase_colours(len(phases))]
+        self._colours = phase_colours(len(phases))
         self._fonts = [_font(round(self.band_px * fraction)) for fraction in (0.32, 0.22)]
         self._drawn: tuple[int, NDArray[np.uint8]] | None = None
 
@@ -105,10 +105,6 @@ class Overlay:
         edges = np.linspace(0, self.width_px, len(self._phase) + 1)
         for run in runs(self._phase[: sample + 1]):
             draw.rectangle((edges[run.start], top, edges[run.end], self.band_px), fill=self._colours[run.value])
-
-
-def _rgb(colour: str) -> tuple[int, int, int]:
-    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
 
 
 def _font(size_px: int) -> Any:

@@ -38,14 +38,13 @@ def render(report: Report) -> str:
     environment.filters["clock"] = report_figures.clock
     environment.filters["data_uri"] = lambda jpeg: f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
     figures = report_figures.all_figures(report)
-    known = next(filter(None, report.intervals), None)
     # Nothing in an inline script may look like its end; the hashes are of exactly the text between the tags.
     scripts = [_script(get_plotlyjs()), _script((TEMPLATES / "report.js").read_text(encoding="utf-8"))]
     return environment.get_template("report.html.j2").render(
         report=report,
         tables=report_tables.all_tables(report),
         figures=figures,
-        metrics=[(metric, metric_title(metric)) for metric in known.metrics] if known else [],
+        metrics=[(metric, metric_title(metric)) for metric in next(iter(report.phase_metrics.values()), ())],
         unlabelled=any((video.phase < 0).any() for video in report.truth.videos.values()),
         phases=report_figures.legend(report.truth.spec.phases),
         policy=Markup(_policy(scripts)),

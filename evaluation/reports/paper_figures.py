@@ -1,4 +1,4 @@
-"""Figures for papers and the README: phase ribbons and confusion matrices, as PNG or PDF by the file's suffix.
+"""Phase ribbons for papers and the README, and what other figures share: colours, names, files (PNG or PDF by suffix).
 
 Drawn with matplotlib's objects and without pyplot, so that nothing is shared between figures or threads and no display
 is needed. matplotlib is imported on the first figure, since it takes a second.
@@ -169,39 +169,6 @@ def add_legend(figure: Any, handles: Sequence[Any], labels: Sequence[str], **pla
     legend = figure.legend(handles, labels, ncols=_LEGEND_COLUMNS, fontsize=8, frameon=False, **place)
     for text in legend.get_texts():
         text.set_parse_math(False)
-
-
-def confusion_matrix(path: Path, counts: NDArray[Any], phases: Sequence[str], title: str = "") -> None:
-    """Draw `counts` (C, C), rows truth and columns prediction, as percent of each row with the frames below.
-
-    `path` ends in .png or .pdf; written atomically. A phase that the truth lacks has an empty row.
-    """
-    from matplotlib.figure import Figure
-
-    classes = len(phases)
-    percent = row_percent(counts)
-    size = 2.6 + 0.62 * classes
-    figure = Figure(figsize=(size, size * 0.9), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
-    for row, column in np.ndindex(counts.shape):
-        if not counts[row, column]:
-            continue
-        colour = "white" if percent[row, column] > 50 else "black"
-        text = f"{percent[row, column]:.1f}\n{counts[row, column]:,}"
-        axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
-    names = [short_name(name, 26) for name in phases]
-    axes.set_xticks(
-        range(classes), names, rotation=40, ha="right", rotation_mode="anchor", fontsize=8, parse_math=False
-    )
-    axes.set_yticks(range(classes), names, fontsize=8, parse_math=False)
-    axes.set_xlabel("Predicted", fontsize=9)
-    axes.set_ylabel("Truth", fontsize=9)
-    axes.set_title(title, fontsize=10, parse_math=False)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8)
-    bar.set_label("% of the true frames", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-    save_figure(figure, path)
 
 
 def confusion_counts(

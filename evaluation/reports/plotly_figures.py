@@ -7,7 +7,7 @@ of the video on a plain axis with our own ticks: Plotly's date axes take the num
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import unescape
 from typing import Any
@@ -126,10 +126,10 @@ def _axis(**more: Any) -> dict[str, Any]:
     return {"fixedrange": True, "automargin": True, "zeroline": False, "gridcolor": "#E3E3E3", **more}
 
 
-def _rows_axis(names: Sequence[str]) -> dict[str, Any]:
+def _rows_axis(names: Sequence[str], **more: Any) -> dict[str, Any]:
     """An axis of named rows, from the top."""
     rows = {"tickvals": list(range(len(names))), "ticktext": list(names), "showgrid": False}
-    return _axis(**rows, range=[len(names) - 0.5, -0.5])
+    return _axis(**rows, range=[len(names) - 0.5, -0.5], **more)
 
 
 def _place(number: int, count: int) -> dict[str, float]:
@@ -174,12 +174,12 @@ def ribbon(report: Report, number: int, video: str) -> Figure | None:
     data = []
     for phase, (title, colour, text) in enumerate([*legend(phases), ("no label", UNLABELLED["facecolor"], "#000000")]):
         value = phase if phase < len(phases) else -1
-        bars = [(names[row], *span) for row, (_, track) in enumerate(rows) for span in _spans(track == value, edges)]
-        if bars:
-            hover = f"%{{y}}: <b>{plain(title)}</b><br>%{{customdata}}<extra></extra>"
-            trace = _span_bars(bars, colour, hover) | {"meta": plain(title), "width": 0.86}
+        masks = [(name, track == value) for name, (_, track) in zip(names, rows, strict=True)]
+        hover = f"%{{y}}: <b>{plain(title)}</b><br>%{{customdata}}<extra></extra>"
+        trace = _span_bars(masks, edges, colour, hover) | {"meta": plain(title), "width": 0.86}
+        if trace["y"]:
             inside = {"textposition": "inside", "insidetextanchor": "middle", "textangle": 0}
-            digits = [str(phase + 1) if value >= 0 else ""] * len(bars)
+            digits = [str(phase + 1) if value >= 0 else ""] * len(trace["y"])
             data.append(trace | inside | {"text": digits, "insidetextfont": {"color": text, "size": 11}})
     layout = _layout(
         26,
@@ -192,27 +192,21 @@ def ribbon(report: Report, number: int, video: str) -> Figure | None:
     return Figure(f"ribbon-{number}", video, alt, 36 + _ROW_PX * len(rows), {"data": data, "layout": layout})
 
 
-def _span_bars(bars: Sequence[tuple[Any, int, int]], colour: str, hover: str) -> dict[str, Any]:
-    """A trace of bars over time, from (row, start, stop in ms) each."""
+def _span_bars(
+    rows: Iterable[tuple[Any, NDArray[np.bool_]]], edges: NDArray[np.int64], colour: str, hover: str
+) -> dict[str, Any]:
+    """A trace with one bar, in ms, for each run of frames in which a row's mask (T,) is true; `rows` are (y, mask)."""
+    bars = [(y, int(edges[start]), int(edges[stop])) for y, mask in rows for start, stop in true_spans(mask)]
     return {
         "type": "bar",
         "orientation": "h",
-        "y": [row for row, _, _ in bars],
+        "y": [y for y, _, _ in bars],
         "base": [start for _, start, _ in bars],
         "x": [stop - start for _, start, stop in bars],
         "marker": {"color": colour, "line": {"width": 0}},
-        "customdata": [_from_to(start, stop) for _, start, stop in bars],
+        "customdata": [f"{clock(start / 1000)} to {clock(stop / 1000)}" for _, start, stop in bars],
         "hovertemplate": hover,
     }
-
-
-def _spans(mask: NDArray[np.bool_], edges: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """(start, stop) in ms of each run of frames in which `mask` (T,) is true."""
-    return [(int(edges[start]), int(edges[stop])) for start, stop in true_spans(mask)]
-
-
-def _from_to(start_ms: int, stop_ms: int) -> str:
-    return f"{clock(start_ms / 1000)} to {clock(stop_ms / 1000)}"
 
 
 def tool_timeline(report: Report, number: int, video: str) -> Figure | None:
@@ -223,9 +217,9 @@ def tool_timeline(report: Report, number: int, video: str) -> Figure | None:
         return None
     data = []
     for row, (name, colour, present) in enumerate(presence):
-        bars = [(k, *span) for k in range(len(tools)) for span in _spans(present[:, k], edges)]
-        trace = _span_bars(bars, colour, "%{fullData.name}: <b>%{text}</b><br>%{customdata}<extra></extra>")
-        words = {"text": [plain(tools[k]) for k, _, _ in bars], "textposition": "none", "name": plain(name, 30)}
+        hover = "%{fullData.name}: <b>%{text}</b><br>%{customdata}<extra></extra>"
+        trace = _span_bars(enumerate(present.T), edges, colour, hover)
+        words = {"text": [plain(tools[k]) for k in trace["y"]], "textposition": "none", "name": plain(name, 30)}
         data.append(trace | _place(row, len(presence)) | words)
     layout = _layout(
         26,
@@ -248,12 +242,8 @@ def _tool_presence(report: Report, video: str) -> Iterator[tuple[str, str, NDArr
         yield TRUTH_NAME, "#222222", labels == 1
     for number, run in enumerate(report.runs):
         if video in run.tool_scores:
-            scores = run.tool_scores[video].probabilities
-            yield (
-                run.name,
-                run_line(number)["color"],
-                scores >= np.array([_threshold(run, tool) for tool in run.truth.spec.tools]),
-            )
+            limits = np.array([_threshold(run, tool) for tool in run.truth.spec.tools])
+            yield run.name, run_line(number)["color"], run.tool_scores[video].probabilities >= limits
 
 
 def _threshold(run: RunResults, tool: str) -> float:
@@ -267,19 +257,18 @@ def _threshold(run: RunResults, tool: str) -> float:
 
 def bars(report: Report) -> Iterator[Figure]:
     """One bar per phase and run with its interval, for each convention and metric."""
-    known = next(filter(None, report.intervals), None)
-    for convention in known.per_phase if known else ():
-        for metric in known.metrics if known else ():
+    for convention, metrics in report.phase_metrics.items():
+        for metric in metrics:
             yield _bars(report, convention, metric)
 
 
 def _bars(report: Report, convention: str, metric: str) -> Figure:
     phases = report.truth.spec.phases
-    known = [(n, run, found) for n, (run, found) in enumerate(zip(report.runs, report.intervals, strict=True)) if found]
+    known = [(number, run) for number, run in enumerate(report.runs) if run.intervals.per_phase]
     data = [
-        _run_bars(run, number, phases, [found.per_phase[convention][phase][metric] for phase in phases])
+        _run_bars(run, number, phases, [run.intervals.per_phase[convention][phase][metric] for phase in phases])
         | _place(place, len(known))
-        for place, (number, run, found) in enumerate(known)
+        for place, (number, run) in enumerate(known)
     ]
     title = plain(metric_title(metric))
     layout = _layout(
@@ -342,7 +331,7 @@ def confusion(run: RunResults, number: int) -> Figure | None:
     if not truth:
         return None
     counts = confusion_counts(truth, predicted, len(phases))
-    cells = [[None if np.isnan(value) else round(float(value), 2) for value in row] for row in row_percent(counts)]
+    cells = [[None if np.isnan(value) else float(value) for value in row] for row in row_percent(counts)]
     digits = [str(c + 1) for c in range(len(phases))]
     trace = {
         "type": "heatmap",
@@ -369,11 +358,12 @@ def confusion(run: RunResults, number: int) -> Figure | None:
     layout = _layout(
         40,
         xaxis=_axis(**ticks, ticktext=digits, side="bottom", title={"text": "predicted", "standoff": 4}),
-        yaxis=_rows_axis([_numbered(i, name) for i, name in enumerate(phases)]),
+        yaxis=_rows_axis([_numbered(i, name) for i, name in enumerate(phases)], title={"text": "truth"}),
     )
     right = 100.0 * float(np.trace(counts)) / max(int(counts.sum()), 1)
     alt = f"Confusion matrix of {run.name}: {right:.1f} % of {int(counts.sum()):,} frames on the diagonal"
-    return Figure(f"confusion-{number}", run.name, alt, 60 + 34 * len(phases), {"data": [trace], "layout": layout})
+    height, file = 60 + 40 * len(phases), f"confusion-{number + 1}"
+    return Figure(f"confusion-{number}", run.name, alt, height, {"data": [trace], "layout": layout}, file)
 
 
 def precision_recall(runs: Sequence[RunResults]) -> Iterator[Figure]:

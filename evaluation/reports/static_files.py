@@ -1,7 +1,7 @@
 """The report's figures for papers, as PDF and PNG by matplotlib.
 
-Phase ribbons and confusion matrices say more on paper than in the page (`paper_figures`); the others are drawn from the
-page's own specifications.
+Phase ribbons of all videos are one figure on paper (`paper_figures`); the others are drawn from the page's own
+specifications.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from typing import Any
 import numpy as np
 
 from engine.files import make_folder
-from evaluation.reports.gather import Report, RunResults
+from evaluation.reports.gather import Report
 from evaluation.reports.paper_figures import (
     add_legend,
-    confusion_counts,
-    confusion_matrix,
     phase_ribbons,
     save_figure,
     short_name,
@@ -53,18 +51,10 @@ def _drawings(report: Report) -> dict[str, Callable[[Path], None]]:
     predicted = [video for video in report.videos if any(video in run.predictions for run in report.runs)]
     if predicted:
         found["ribbons"] = partial(_ribbons, report=report, videos=predicted)
-    for number, run in enumerate(report.runs, start=1):
-        if run.labelled[0]:
-            found[f"confusion-{number}"] = partial(_confusion, run=run)
     panels: dict[str, list[Figure]] = {}
     for figure in all_figures(report).values():
         panels.setdefault(figure.file, []).append(figure)
     return found | {name: partial(draw_panels, figures=figures) for name, figures in panels.items() if name}
-
-
-def _confusion(path: Path, run: RunResults) -> None:
-    phases = run.truth.spec.phases
-    confusion_matrix(path, confusion_counts(*run.labelled, classes=len(phases)), phases, run.name)
 
 
 def _ribbons(path: Path, report: Report, videos: list[str]) -> None:
@@ -90,7 +80,7 @@ def draw_panels(path: Path, figures: Sequence[Figure]) -> None:
     handles: dict[str, Any] = {}
     for axes, (figure, axis) in zip(places, panels, strict=False):
         traces = [trace for trace in figure.spec["data"] if trace.get("yaxis", "y") == axis.replace("axis", "")]
-        handles |= {literal(trace["name"]): _draw_trace(axes, trace) for trace in traces}
+        handles |= {literal(trace.get("name", "")): _draw_trace(axes, trace) for trace in traces}
         axes.set_title(short_name(figure.title, 60) if axis == "yaxis" else "", **_SMALL)
         axes.spines[["top", "right"]].set_visible(False)
         _style_axis(axes, "x", figure.spec["layout"]["xaxis"])
@@ -103,9 +93,16 @@ def draw_panels(path: Path, figures: Sequence[Figure]) -> None:
 
 
 def _draw_trace(axes: Any, trace: dict[str, Any]) -> Any:
-    """Draw a line, bars with their intervals, or bars over time; returns what stands for it in a legend."""
+    """Draw a matrix, a line, bars with their intervals, or bars over time; returns what stands for it in a legend."""
     from matplotlib.patches import Patch
 
+    if trace["type"] == "heatmap":
+        percent = np.array(trace["z"], dtype=float)
+        for row, column in np.argwhere(percent > 0):
+            text = f"{percent[row, column]:.1f}\n{trace['customdata'][row][column][-1]}"
+            colour = "white" if percent[row, column] > 50 else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
+        return axes.imshow(percent, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     if trace["type"] == "scatter":
         line, values = trace["line"], np.array(trace["y"], dtype=float)  # None becomes NaN, a gap
         return axes.plot(trace["x"], values, color=line["color"], linestyle=_DASHES[line["dash"]], linewidth=1.4)[0]
@@ -115,10 +112,10 @@ def _draw_trace(axes: Any, trace: dict[str, Any]) -> Any:
         for edge in np.unique(low):
             axes.broken_barh(spans[low == edge], (edge, height), facecolor=colour, linewidth=0)
         return Patch(facecolor=colour)
-    style = {"facecolor": colour, "hatch": trace["marker"]["pattern"]["shape"], "edgecolor": "white"}
+    style: dict[str, Any] = {"facecolor": colour, "hatch": trace["marker"]["pattern"]["shape"], "edgecolor": "white"}
     reach = np.array([trace["error_x"]["arrayminus"], trace["error_x"]["array"]], dtype=float)  # NaN draws no whisker
-    error: dict[str, Any] = {"elinewidth": 1, "capsize": 2, "ecolor": "#222222"}
     lengths = np.nan_to_num(np.array(trace["x"], dtype=float))
+    error = {"elinewidth": 1, "capsize": 2, "ecolor": "#222222"}
     axes.barh(low, lengths, height, align="edge", xerr=reach, error_kw=error, **style)
     return Patch(**style)
 

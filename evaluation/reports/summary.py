@@ -56,25 +56,5 @@ def used_videos(index: Index, evaluation: Evaluation) -> tuple[dict[str, list[st
     return used, [name for ids in parts.values() for name in ids if name in empty]
 
 
-def scored_words(evaluation: Evaluation) -> str:
-    """How many videos were scored: `2 videos`, or by task if the tasks differ."""
-    evaluated = {"phases": evaluation.phases, "tools": evaluation.tools}
-    counts = {task: len(ids) for task, ids in evaluation.scored.items() if evaluated[task]}
-    if len(set(counts.values())) < 2:
-        return _counted(next(iter(counts.values()), len(evaluation.videos)))
-    return " and ".join(f"{task} of {_counted(count)}" for task, count in counts.items())
-
-
-def left_out_lines(evaluation: Evaluation) -> list[str]:
-    """The videos that are not scored, one line each; those without labels by task."""
-    lines = [f"{video['id']}: {video['reason']}" for video in evaluation.left_out]
-    without = evaluation.videos_without_labels
-    return lines + [f"{', '.join(ids)}: no labels of {task}" for task, ids in without.items() if ids]
-
-
-def _counted(videos: int) -> str:
-    return f"{videos} video{'s' * (videos != 1)}"
-
-
 def _fraction(percent: float | None) -> float | None:
     return None if percent is None else percent / 100.0

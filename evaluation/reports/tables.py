@@ -1,8 +1,12 @@
-"""Terminal tables of results, legible at 80 columns. Each names the convention its numbers follow."""
+"""Tables of results, for a terminal (legible at 80 columns) and for the report's page.
+
+Those of a terminal are made here; each names the convention its numbers follow.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from configs.errors import UserError
@@ -16,6 +20,7 @@ from evaluation.metrics.results import (
     Score,
     ThresholdScores,
     ToolResults,
+    counted,
 )
 from evaluation.metrics.scores import metric_title
 
@@ -26,65 +31,115 @@ if TYPE_CHECKING:
     from evaluation.metrics.results import ToolAbout
 
 
-def phase_table(results: ByConvention, convention: str = MAIN_CONVENTION) -> Table:
+@dataclass(frozen=True)
+class ResultTable:
+    """A table: `rows` are (name, cells), the last one set apart where it is the `total`; `notes` are shown below.
+
+    In the page a cell may have a second line in smaller letters, and `groups`, (title, columns below it), head columns.
+    """
+
+    title: str
+    corner: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[str]]]
+    notes: Sequence[str] = ()
+    groups: Sequence[tuple[str, int]] = ()
+    total: bool = False
+
+    @property
+    def group_starts(self) -> set[int]:
+        """Columns at which a group begins, which have a line on their left."""
+        widths = [width for _, width in self.groups]
+        return {sum(widths[:group]) for group in range(len(widths))} if len(widths) > 1 else set()
+
+    def __rich__(self) -> Table:
+        """For a terminal; on a narrow one the names are shortened, never the numbers.
+
+        Names are added literally: square brackets in a name are not markup.
+        """
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(
+            title=Text(self.title, style="bold"),
+            title_justify="left",
+            caption=Text(" ".join(self.notes), style="table.caption") if self.notes else None,
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+            padding=0,
+        )
+        table.add_column(self.corner, overflow="ellipsis")  # the only one that may wrap, so the only one to shrink
+        for texts in zip(self.columns, *(cells for _, cells in self.rows), strict=True):
+            table.add_column(texts[0], justify="right", no_wrap=True, min_width=max(map(len, texts)))
+        for row, (name, cells) in enumerate(self.rows, start=1):
+            total = self.total and row == len(self.rows)
+            if total:
+                table.add_section()
+            table.add_row(Text(name), *cells, style="bold" if total else None)
+        return table
+
+
+def phase_table(results: ByConvention, convention: str = MAIN_CONVENTION) -> ResultTable:
     """The metrics of each phase and over all, percent.
 
     A phase's row is mean ± standard deviation over the videos that have it; the last row follows the convention.
-    Raises UserError if `results` lack the convention or it is not one of frames.
+    Raises UserError where `results` lack the convention or it is not one of frames.
     """
     result = _of_frames(results, convention)
     about, metrics = result.about, result.metrics[1:]
-    table = _table(f"Phases, {about.title} [{convention}], percent", "Phase", [*map(metric_title, metrics), "Videos"])
-    for phase, entry in (result.per_phase or {}).items():
-        _add_row(table, phase, *(mean_std_text(entry.scores.get(metric)) for metric in metrics), str(entry.videos))
-    table.add_section()
-    _add_row(table, "all", *(mean_std_text(result.score(m)) for m in metrics), str(about.videos), style="bold")
-    table.caption = (
-        f"Accuracy {mean_std_text(result.score('accuracy'))} %. Standard deviation: {about.std}. {_setting(about)}."
+    found: dict[str, tuple[Callable[[str], Score | None], int]] = {
+        phase: (entry.scores.get, entry.videos) for phase, entry in (result.per_phase or {}).items()
+    }
+    found["all"] = (result.score, about.videos)
+    return ResultTable(
+        f"Phases, {about.title} [{convention}], percent",
+        "Phase",
+        [*map(metric_title, metrics), "Videos"],
+        [(name, [*(mean_std_text(score(m)) for m in metrics), str(videos)]) for name, (score, videos) in found.items()],
+        [f"Accuracy {mean_std_text(result.score('accuracy'))} %. Standard deviation: {about.std}. {_setting(about)}."],
+        total=True,
     )
-    return table
 
 
-def conventions_table(results: ByConvention) -> Table:
+def conventions_table(results: ByConvention) -> ResultTable:
     """One row per convention of frames: the same predictions under each."""
-    shown = {name: result for name, result in results.items() if result.of_frames}
-    table = _scores_table("Phases under every convention, percent", "Convention", shown)
-    if shown:
-        about = list(shown.values())[-1].about
-        table.caption = f"Standard deviation: over videos or phases, as the convention has it. {_setting(about)}."
+    shown = _frame_conventions(results)
+    about = next(iter(shown.values())).about
+    note = f"Standard deviation: over videos or phases, as the convention has it. {_setting(about)}."
     if "relaxed_matlab" in shown and (found := shown["relaxed_matlab"].score("f1_surgformer")):
-        table.caption = f"{table.caption} F1 as Surgformer's copy of relaxed_matlab has it: {mean_std_text(found)}."
-    return table
+        note += f" F1 as Surgformer's copy of relaxed_matlab has it: {mean_std_text(found)}."
+    return _scores_table("Phases under every convention, percent", "Convention", shown, note)
 
 
-def intervals_table(results: ByConvention) -> Table:
+def intervals_table(results: ByConvention) -> ResultTable:
     """One row per convention of frames: 95 % bootstrap intervals over videos (`intervals` of each result)."""
-    shown = {name: result for name, result in results.items() if result.of_frames}
+    shown = _frame_conventions(results)
     metrics = metrics_of(shown.values())
-    table = _table("95 % intervals, bootstrap over videos, percent", "Convention", [*map(metric_title, metrics)])
-    for name, result in shown.items():
-        _add_row(table, name, *(interval_text((result.intervals or {}).get(metric)) or "-" for metric in metrics))
-    return table
+    found = {name: result.intervals or {} for name, result in shown.items()}
+    rows = [(name, [interval_text(one.get(metric)) or "-" for metric in metrics]) for name, one in found.items()]
+    title = "95 % intervals, bootstrap over videos, percent"
+    return ResultTable(title, "Convention", [*map(metric_title, metrics)], rows)
 
 
-def comparison_table(
-    models: Mapping[str, ByConvention], convention: str = MAIN_CONVENTION, title: str = "Models on the same videos"
-) -> Table:
+def comparison_table(models: Mapping[str, ByConvention], convention: str = MAIN_CONVENTION) -> ResultTable:
     """One row per model (a head, a baseline) under one convention of frames."""
     shown = {name: _of_frames(results, convention) for name, results in models.items()}
-    table = _scores_table(f"{title} [{convention}], percent", "Model", shown)
-    if shown:
-        about = list(shown.values())[-1].about
-        table.caption = f"Standard deviation: {about.std}. {_setting(about)}."
-    return table
+    about = next(iter(shown.values())).about
+    note = f"Standard deviation: {about.std}. {_setting(about)}."
+    return _scores_table(f"Models on the same videos [{convention}], percent", "Model", shown, note)
 
 
-def _scores_table(title: str, name: str, rows: Mapping[str, PhaseResults]) -> Table:
-    metrics = metrics_of(rows.values())
-    table = _table(title, name, [*map(metric_title, metrics)])
-    for row, result in rows.items():
-        _add_row(table, row, *(mean_std_text(result.score(metric)) for metric in metrics))
-    return table
+def _scores_table(title: str, corner: str, results: Mapping[str, PhaseResults], note: str) -> ResultTable:
+    metrics = metrics_of(results.values())
+    rows = [(name, [mean_std_text(result.score(metric)) for metric in metrics]) for name, result in results.items()]
+    return ResultTable(title, corner, [*map(metric_title, metrics)], rows, [note])
+
+
+def _frame_conventions(results: ByConvention) -> ByConvention:
+    return {name: result for name, result in results.items() if result.of_frames}
 
 
 def metrics_of(results: Iterable[PhaseResults]) -> list[str]:
@@ -92,38 +147,37 @@ def metrics_of(results: Iterable[PhaseResults]) -> list[str]:
     return list(dict.fromkeys(metric for result in results for metric in result.metrics))
 
 
-def segment_table(results: ByConvention, convention: str = "segmental") -> Table:
-    """Edit score and F1 at the overlaps, percent. Raises UserError if `results` lack the convention."""
+def segment_table(results: ByConvention, convention: str = "segmental") -> ResultTable:
+    """Edit score and F1 at the overlaps, percent. Raises UserError where `results` lack the convention."""
     if convention not in results:
         raise UserError(f"no results under the convention {convention}; evaluate with it first")
     result = results[convention]
-    table = _table(f"Segments [{convention}], percent", "Score", ["Pooled", "Mean over videos"])
+    rows = []
     for name in result.metrics[1:]:
         score = result.score(name)
         pooled = number_text(score.pooled) if isinstance(score, PooledScore) else ""
-        _add_row(table, metric_title(name), pooled, mean_std_text(score))
-    table.caption = f"{_setting(result.about)}."
+        rows.append((metric_title(name), [pooled, mean_std_text(score)]))
+    notes = [f"{_setting(result.about)}."]
     if result.about.background:
-        table.caption = f"{table.caption} Left out as background: {', '.join(result.about.background)}."
-    return table
+        notes.append(f"Left out as background: {', '.join(result.about.background)}.")
+    return ResultTable(f"Segments [{convention}], percent", "Score", ["Pooled", "Mean over videos"], rows, notes)
 
 
 MEAN_AP = "mean (mAP)"
 THRESHOLD_TITLES = ("Precision", "Recall", "F1")
 
 
-def tool_table(results: ToolResults) -> Table:
+def tool_table(results: ToolResults) -> ResultTable:
     """Average precision of each tool and mAP, percent; scores at thresholds if there are any."""
-    extra = THRESHOLD_TITLES if results.at_threshold else ()
-    table = _table("Tools, average precision, percent", "Tool", ["Pooled", "Per video", "Present", *extra])
-    for name, (pooled, over_videos, *scores) in tool_cells(results).items():
-        if name == MEAN_AP:
-            table.add_section()
-        present = f"{results.per_tool[name].present:,}" if name in results.per_tool else ""
-        _add_row(table, name, pooled, over_videos, present, *scores, style="bold" if name == MEAN_AP else None)
+    columns = ["Pooled", "Per video", "Present", *(THRESHOLD_TITLES if results.at_threshold else ())]
+    present = {name: f"{entry.present:,}" for name, entry in results.per_tool.items()}
+    rows = [
+        (name, [pooled, over_videos, present.get(name, ""), *scores])
+        for name, (pooled, over_videos, *scores) in tool_cells(results).items()
+    ]
     spread = "mean ± standard deviation over videos"
-    table.caption = f"Pooled: over all frames. Per video: {spread}. {_setting(results.about)}."
-    return table
+    notes = [f"Pooled: over all frames. Per video: {spread}. {_setting(results.about)}."]
+    return ResultTable("Tools, average precision, percent", "Tool", columns, rows, notes, total=True)
 
 
 def tool_cells(results: ToolResults) -> dict[str, list[str]]:
@@ -140,64 +194,38 @@ def tool_cells(results: ToolResults) -> dict[str, list[str]]:
     }
 
 
-def difference_table(pair: ModelPair, about: ComparisonAbout) -> Table:
+def difference_table(pair: ModelPair, about: ComparisonAbout) -> ResultTable:
     """Two models on the same videos, one row per metric."""
-    columns = ["A", "B", "A - B", "95 % interval", "p", "p (Holm)"]
-    table = _table(f"A = {pair.first}, B = {pair.second} [{about.convention}]", "Metric", columns)
-    for metric, entry in pair.metrics.items():
-        _add_row(
-            table,
+    rows = [
+        (
             metric_title(metric),
-            mean_std_text(entry.first),
-            mean_std_text(entry.second),
-            f"{entry.difference:+.1f}",
-            interval_text(Interval(entry.difference, entry.low, entry.high), "{:+.1f} to {:+.1f}") or "-",
-            f"{entry.p_value:.4f}",
-            f"{entry.p_holm:.4f}",
+            [
+                mean_std_text(entry.first),
+                mean_std_text(entry.second),
+                f"{entry.difference:+.1f}",
+                interval_text(Interval(entry.difference, entry.low, entry.high), "{:+.1f} to {:+.1f}") or "-",
+                f"{entry.p_value:.4f}",
+                f"{entry.p_holm:.4f}",
+            ],
         )
+        for metric, entry in pair.metrics.items()
+    ]
     spread = " Standard deviation: over seeds." if max(about.seeds) > 1 else ""
-    table.caption = (
-        f"Percent, means over videos.{spread} Interval and test: over videos; {about.correction}. {_setting(about)}."
+    return ResultTable(
+        f"A = {pair.first}, B = {pair.second} [{about.convention}]",
+        "Metric",
+        ["A", "B", "A - B", "95 % interval", "p", "p (Holm)"],
+        rows,
+        [f"Percent, means over videos.{spread} Interval and test: over videos; {about.correction}. {_setting(about)}."],
     )
-    return table
 
 
 def _of_frames(results: ByConvention, convention: str) -> PhaseResults:
-    of_frames = {name: result for name, result in results.items() if result.of_frames}
+    of_frames = _frame_conventions(results)
     if convention not in of_frames:
         known = ", ".join(of_frames) or "none"
         raise UserError(f"no table under the convention {convention!r}; these results have {known}")
     return of_frames[convention]
-
-
-def _table(title: str, name: str, numbers: Sequence[str]) -> Table:
-    """An empty table; on a narrow terminal the names are shortened, never the numbers."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        title=Text(title, style="bold"),
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=0,
-    )
-    table.add_column(name, overflow="ellipsis")  # the only one that may wrap, so the only one to shrink
-    for column in numbers:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def _add_row(table: Table, name: str, *cells: str, style: str | None = None) -> None:
-    """Add names literally: square brackets in a name are not markup."""
-    from rich.text import Text
-
-    table.add_row(Text(name), *cells, style=style)
-    for column, cell in zip(table.columns[1:], cells, strict=True):
-        column.min_width = max(column.min_width or len(str(column.header)), len(cell))
 
 
 IN_BRACKETS = "[{:.1f}, {:.1f}]"  # a form of `interval_text`
@@ -225,7 +253,7 @@ def interval_text(interval: Interval | None, form: str = "{:.1f} to {:.1f}") -> 
 def _setting(about: PhaseAbout | ToolAbout | ComparisonAbout) -> str:
     """Split, number of videos and rate, as far as known."""
     parts = [f"split {about.split}"] if about.split else []
-    parts.append(f"{about.videos} videos" if about.videos != 1 else "1 video")
+    parts.append(counted(about.videos, "video"))
     if about.fps:
         parts.append(f"{about.fps:g} fps")
     return ", ".join(parts).capitalize()
