@@ -16,9 +16,9 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.schema import DataSetSpec
-from engine.files import read_json, require_replaceable_json, write_json
+from engine.files import read_json
 from engine.progress import say
-from evaluation.external import Reading, score_folder
+from evaluation.external import Reading, score_folder, write_results
 from evaluation.metrics.conventions import CONVENTIONS
 from evaluation.metrics.phases import require_convention
 from evaluation.metrics.results import METRICS_FILE, PhaseResults, Record, Score
@@ -115,6 +115,8 @@ def compare_models(
     Differences are first - second in percent points. `metrics` None takes all that the convention has per video.
     Raises UserError if models were not evaluated on the same frames.
     """
+    from rich.console import Console
+
     if len(names) < 2:
         raise UserError("compare: needs two models or more, for example compare RUN_A RUN_B")
     require_convention(convention)
@@ -123,7 +125,9 @@ def compare_models(
     for model in models:
         _require_same_frames(first, model)
     chosen = _chosen_metrics(first, convention, metrics)
-    tests = [_paired_tests(first, other, chosen) for other in models[1:]]
+    tests = [
+        {m: paired_permutation(_seed_means(first, m), _seed_means(other, m)) for m in chosen} for other in models[1:]
+    ]
     p_values = {(i, m): test.p_value for i, pair in enumerate(tests) for m, test in pair.items()}
     corrected = holm(p_values)
     result = Comparison(
@@ -136,21 +140,11 @@ def compare_models(
             for i, (other, pair) in enumerate(zip(models[1:], tests, strict=True))
         ],
     )
-    print_comparisons(result)
-    if out is not None:
-        require_replaceable_json(out)
-        write_json(out, result.to_json())
-        say(f"written: {out}")
-    return result
-
-
-def print_comparisons(result: Comparison) -> None:
-    """One table per comparison."""
-    from rich.console import Console
-
     console = Console()
     for pair in result.comparisons:
         console.print(difference_table(pair, result.about))
+    write_results(out, result)
+    return result
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -240,10 +234,6 @@ def _chosen_metrics(model: Model, convention: str, metrics: Sequence[str] | None
 
 
 # ---------------------------------------------------------------------------------------------- numbers
-
-
-def _paired_tests(first: Model, second: Model, metrics: Sequence[str]) -> dict[str, PairedTest]:
-    return {m: paired_permutation(_seed_means(first, m), _seed_means(second, m)) for m in metrics}
 
 
 def _compared(first: Model, second: Model, metric: str, test: PairedTest, p_holm: float) -> MetricComparison:

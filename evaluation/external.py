@@ -80,10 +80,7 @@ def evaluate_folder(
     for note in notes:
         say(note)
     print_results(results)
-    if out is not None:
-        require_replaceable_json(out)
-        write_json(out, as_json(results))
-        say(f"written: {out}")
+    write_results(out, results)
     return results
 
 
@@ -114,6 +111,14 @@ def score_folder(
     if without:
         notes.append(f"not counted, since their ground truth has no labels: {listed(without, 10)}")
     return results, notes
+
+
+def write_results(out: Path | None, results: Any) -> None:
+    """Write results as JSON to `out` if given. Raises UserError where something else is there."""
+    if out is not None:
+        require_replaceable_json(out)
+        write_json(out, as_json(results))
+        say(f"written: {out}")
 
 
 def print_results(results: Mapping[str, PhaseResults]) -> None:

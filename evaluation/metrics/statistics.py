@@ -43,16 +43,14 @@ def bootstrap_intervals(
     """
     videos, _ = label_pairs(truth, predicted, len(phases))
     once, draws, tails = _draws(len(videos), resamples, confidence, seed)
-    result = {}
     ids = background_ids(background, phases)
+    result = {}
     for name in chosen_conventions(conventions, phases, fps):
         convention = CONVENTIONS.find(name)
         table = convention.count(videos, len(phases), fps, ids)
-        estimates, drawn = convention.means(table, once), convention.means(table, draws)
-        result[name] = {
-            metric: _interval(float(estimates[metric][0]), drawn[metric] if len(videos) > 1 else np.empty(0), tails)
-            for metric in estimates
-        }
+        drawn = convention.means(table, draws)
+        estimates = convention.means(table, once)
+        result[name] = {m: _interval(float(value[0]), drawn[m], tails) for m, value in estimates.items()}
     return result
 
 
@@ -81,7 +79,7 @@ def phase_intervals(
             continue
         table = convention.count(videos, len(phases), fps, [])
         estimates = convention.phase_means(table, once)  # {metric: (1, C)}
-        drawn = convention.phase_means(table, draws if len(videos) > 1 else draws[:0])  # {metric: (B, C)}
+        drawn = convention.phase_means(table, draws)  # {metric: (B, C)}
         result[name] = {
             phase: {m: _interval(float(values[0, c]), drawn[m][:, c], tails) for m, values in estimates.items()}
             for c, phase in enumerate(phases)
@@ -90,10 +88,11 @@ def phase_intervals(
 
 
 def _draws(videos: int, resamples: int, confidence: float, seed: int) -> tuple[FloatArray, FloatArray, list[float]]:
-    """Weights of the videos: all once (1, V), and in each draw (B, V); and the percentiles of the interval."""
+    """Weights of the videos: all once (1, V), and in each draw (B, V), none for a single video; and the percentiles of
+    the interval."""
     once = np.ones((1, videos))
-    draws = np.random.default_rng(seed).multinomial(videos, once[0] / videos, size=resamples).astype(float)
-    return once, draws, _tails(confidence)
+    draws = np.random.default_rng(seed).multinomial(videos, once[0] / videos, size=resamples if videos > 1 else 0)
+    return once, draws.astype(float), [50.0 * (1.0 - confidence), 50.0 * (1.0 + confidence)]
 
 
 def _interval(mean: float, drawn: FloatArray, tails: Sequence[float]) -> Interval:
@@ -149,15 +148,10 @@ def paired_interval(
 ) -> Interval:
     """Percentile bootstrap of a mean difference over videos; one video has no interval (None)."""
     values = np.asarray(differences, dtype=float)
-    count = len(values)
-    if count < 2:
-        return Interval(json_number(values.mean()) if count else None, None, None)
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1.0 / count), size=resamples)
-    return _interval(float(values.mean()), draws @ values / count, _tails(confidence))
-
-
-def _tails(confidence: float) -> list[float]:
-    return [50.0 * (1.0 - confidence), 50.0 * (1.0 + confidence)]
+    if not values.size:
+        return Interval(None, None, None)
+    _, draws, tails = _draws(len(values), resamples, confidence, seed)
+    return _interval(float(values.mean()), draws @ values / len(values), tails)
 
 
 def holm(p_values: Mapping[T, float]) -> dict[T, float]:

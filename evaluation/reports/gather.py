@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.errors import UserError
+from configs.errors import UserError, listed
 from configs.load import flatten, read_yaml
 from engine.files import read_json_object
 from engine.logs import METRICS_LOG, read_metrics
@@ -246,8 +246,9 @@ def _stage_of(folder: Path, evaluation: Evaluation) -> Path | None:
         named = folder / HEAD
     if (named / "config.yaml").is_file():
         return named
-    stages = sorted((path.parent for path in folder.rglob("config.yaml")), key=_last_stage)
-    return stages[-1] if stages else None
+    # Stages in the order in which they were started.
+    stages = sorted(folder.rglob("config.yaml"), key=lambda path: (path.stat().st_mtime, str(path.parent)))
+    return stages[-1].parent if stages else None
 
 
 def without_training(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,27 +262,21 @@ def without_training(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _last_stage(stage: Path) -> tuple[float, str]:
-    """Stages in the order in which they were started."""
-    return (stage / "config.yaml").stat().st_mtime, str(stage)
-
-
 def _read_if_there(path: Path) -> dict[str, Any]:
     return read_json_object(path) if path.exists() else {}
 
 
 def _curves(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    found = {path.parent.relative_to(folder).as_posix(): path for path in sorted(folder.rglob(METRICS_LOG))}
-    curves = {name: read_metrics(path, "epoch") for name, path in found.items()}
+    files = sorted(folder.rglob(METRICS_LOG))
+    curves = {path.parent.relative_to(folder).as_posix(): read_metrics(path, "epoch") for path in files}
     return {name: rows for name, rows in curves.items() if rows}
 
 
 def _require_comparable(first: RunResults, other: RunResults) -> None:
     one, two = first.truth, other.truth
     if odd := sorted(set(one.videos) ^ set(two.videos)):
-        shown = ", ".join(odd[:6]) + (f" and {len(odd) - 6} more" if len(odd) > 6 else "")
         raise UserError(
-            f"{first.name} and {other.name} were evaluated on different videos ({shown} in one only); "
+            f"{first.name} and {other.name} were evaluated on different videos ({listed(odd, 6)} in one only); "
             "only runs on the same videos can be compared"
         )
     for what, a, b in (
