@@ -202,11 +202,11 @@ def refuse(what: str, options: Sequence[str]) -> None:
 
 def note_unused(settings: Settings, *blocks: str) -> None:
     """Say on standard error which keys of `--set` are in blocks that only the training of that name uses."""
-    from engine.launch import is_main_process
+    from engine.progress import say
 
-    for key in sorted(settings.given().by_set) if is_main_process() else ():
+    for key in sorted(settings.given().by_set):
         if (block := key.partition(".")[0]) in blocks:
-            click.echo(f"note: --set {printable(key)} has no effect here; train-{block} uses it", err=True)
+            say(f"note: --set {key} has no effect here; train-{block} uses it")
 
 
 def refuse_trusted(trusted: bool, instead: str | None) -> None:
@@ -270,9 +270,8 @@ def exit_partly_if(problems: object) -> None:
         sys.exit(EXIT_PARTLY)
 
 
-def end_with_failures(sentence: str, failed: Sequence[tuple[str, object]]) -> None:
-    """Print what was done and what failed; exit with code 1 if something did."""
-    click.echo(sentence)
+def end_with_failures(failed: Sequence[tuple[str, object]]) -> None:
+    """Print what failed and why; exit code 1 if something did."""
     for name, reason in failed:
         click.echo(printable(f"failed: {name}: {reason}"), err=True)
     exit_partly_if(failed)

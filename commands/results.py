@@ -200,7 +200,8 @@ def predict(
             encoder_run = settings.other_run(cnn_run)
             recogniser = pair_of_stages(config, run, encoder_run, inference, trusted=trusted, given=settings.given())
         done = predict_new_videos(recogniser, videos, out or run / "predict", draw=draw, stop=stop)
-    options.end_with_failures(done.sentence(), done.failed)
+    click.echo(done.sentence())
+    options.end_with_failures(done.failed)
 
 
 @click.command()

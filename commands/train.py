@@ -10,7 +10,7 @@ import click
 
 from commands import options
 from commands.options import PATH, Settings
-from configs.errors import UserError, printable
+from configs.errors import UserError
 
 
 def end_of_training(what: str, result: Mapping[str, Any]) -> None:
@@ -75,7 +75,8 @@ def extract(settings: Settings, shard: str, index_file: Path | None, joint_run: 
             lambda: extract_features(config, run, index, root, shard=part, stop=stop, trusted=trusted)
         )
         partly = any(processes.gather(bool(report.failed)))
-    options.end_with_failures(report.sentence(), report.failed)
+    click.echo(report.sentence())
+    options.end_with_failures(report.failed)
     options.exit_partly_if(partly)
     options.end_with_left_out(report.left_out)
 
@@ -183,9 +184,7 @@ def ablate(
         raise UserError(f"--workers {workers}: give a number of trainings at once, or -1 for one per core")
     with options.watch_signals() as stop:
         failed = run_ablation(spec, folder, overrides, features, settings.run(), workers=workers, stop=stop)
-    for label, reason in failed:
-        click.echo(printable(f"failed: {label}: {reason}"), err=True)
-    options.exit_partly_if(failed)
+    options.end_with_failures(failed)
 
 
 @click.command()
