@@ -434,7 +434,7 @@ class HeadSettings(Strict):
 
 
 HEAD_SETTINGS: Registry[type[HeadSettings]] = Registry("head", "surgstage.heads")
-DEFAULT_HEAD = "lstm"  # where settings name none
+DEFAULT_HEAD = "lstm"  # if settings name none
 
 
 def read_head(value: Any) -> HeadSettings:

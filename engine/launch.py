@@ -140,7 +140,7 @@ def run_copies(command: list[str], count: int) -> int:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             ranks.start(command, {**os.environ, **shared, **own})
         failed = [code for code in ranks.wait(lambda codes: any(codes) or None not in codes) if code]
-        codes = ranks.wait(_all_ended, GRACE_S)  # the others notice, and end with the code that says why
+        codes = ranks.wait(_all_ended, GRACE_S)  # the others notice the failure and exit with the code of its cause
         if ranks.interrupted_twice and any(code != 0 for code in codes):
             return EXIT_INTERRUPTED
         # a killed rank is the cause of the others' failures
@@ -171,11 +171,11 @@ class _Ranks:
 
     @property
     def interrupted_twice(self) -> bool:
-        """Whether a second Ctrl-C has arrived, after which nothing is waited for."""
+        """Whether a second Ctrl-C has arrived, after which no rank is waited for."""
         return self._interrupts > 1
 
     def start(self, command: list[str], environment: Mapping[str, str]) -> None:
-        """Start a rank, in a session of its own: Ctrl-C reaches it once, through this process."""
+        """Start a rank in its own session, so that Ctrl-C reaches it once only, through this process."""
         self._running.append(subprocess.Popen(command, env=environment, start_new_session=True))
 
     def hear(self, number: int, frame: object) -> None:

@@ -210,7 +210,7 @@ def join(device: str, stop: StopRequest | None = None) -> Processes:
 def leave() -> None:
     """Leave the other ranks, if this process has joined any.
 
-    The threads of an exchange would otherwise be alive when the interpreter exits, which can abort the process.
+    Otherwise the threads of an exchange would still run when the interpreter exits, which can abort the process.
     """
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():

@@ -79,13 +79,13 @@ class Request(NamedTuple):
 
     @classmethod
     def of_frames(cls, split: str, epoch: int | None, rows: Sequence[int]) -> Request:
-        """A batch of single frames, each with a draw of its own."""
+        """A batch of single frames, each with its own random draw."""
         return cls(split, epoch, tuple(rows), (1,) * len(rows), tuple(rows))
 
     def share(self, rank: int, count: int, smallest: int = 1) -> Request:
         """The part of process `rank` of `count`: every `count`-th clip, as in `stage2_temporal.data.Batch.share`.
 
-        No part has fewer than `smallest` clips where that can be avoided (batch norm cannot learn from a single frame):
+        No part has fewer than `smallest` clips if that can be avoided (batch norm cannot learn from a single frame):
         a small last batch goes to fewer processes. Those without a part get rank 0's, which does not count.
         """
         parts = min(count, max(1, len(self.first) // smallest))
@@ -122,7 +122,7 @@ class ClipBatch(NamedTuple):
 
 
 def require_training_videos(config: Config, index: Index) -> None:
-    """Raise UserError where the index has no training videos."""
+    """Raise UserError if the index has no training videos."""
     if not index.by_split("train"):
         raise UserError(f"{config.data.index}: no training videos; set data.split.rule and run index again")
 
@@ -306,7 +306,7 @@ class FrameLoader:
 
 
 def choose_workers(wanted: int, device: torch.device) -> int:
-    """Loader processes for a setting `workers`: -1 means none where the CPU itself trains, else one per spare core."""
+    """Loader processes for a setting `workers`: -1 means none if the CPU itself trains, else one per spare core."""
     if wanted >= 0:
         return wanted
     return 0 if device.type == "cpu" else min(MOST_WORKERS, max(1, available_cores() - 1))

@@ -244,7 +244,7 @@ def mean_std_text(score: Score | None) -> str:
 
 
 def interval_text(interval: Interval | None, form: str = "{:.1f} to {:.1f}") -> str:
-    """The ends of an interval, with one digit; empty where there is none."""
+    """The ends of an interval, with one digit; empty if there is none."""
     if interval is None or interval.low is None or interval.high is None:
         return ""
     return form.format(interval.low, interval.high)

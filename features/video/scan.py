@@ -377,7 +377,7 @@ def _held(path: Path, packets: Packets, shown: np.ndarray) -> tuple[int, np.ndar
 
 
 def _in_presentation_order(packets: Packets, first: int) -> bool:
-    """Whether time stamps are the presentation times of H.264: exactly B pictures are shown before one that was decoded
+    """Whether time stamps are the presentation times of H.264: only B-frames are shown before a frame that was decoded
     earlier. If the stamps are decoding times, none is."""
     timed = ~packets.untimed & (np.arange(len(packets.pts)) >= first)
     pts, is_b = packets.pts[timed], packets.flagged(_B)[timed]

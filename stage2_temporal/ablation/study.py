@@ -39,7 +39,7 @@ def corners(spec: AblationConfig, drawn: Mapping[str, Any] | None = None) -> Ite
 
 
 def _as_drawn(value: Any, values: RangeConfig) -> Any:
-    """A setting's value as it was drawn: the integers of a range are stored as 2.0 where the setting is a float."""
+    """A setting's value as it was drawn: the integers of a range are stored as 2.0 if the setting is a float."""
     integers = isinstance(values.low, int) and isinstance(values.high, int)
     return int(value) if integers and isinstance(value, float) and value.is_integer() else value
 

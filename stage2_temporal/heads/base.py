@@ -104,7 +104,7 @@ def detach_state(state: State) -> State:
 
 
 def require_causal(head: Head) -> None:
-    """Raise UserError for a head that looks into the future, where frames arrive one at a time."""
+    """Raise UserError for a head that looks into the future; called if frames arrive one at a time."""
     if not head.causal:
         raise UserError(
             "temporal.head: a head that looks into the future (such as bidirectional=true) is offline only: it needs "

@@ -10,7 +10,7 @@ import pytest
 
 from engine import memory
 
-# 30 tensors of 64 MiB, one after the other; every page that the kernel must map anew is counted.
+# 30 tensors of 64 MiB, one after the other; every page that the kernel must map again is counted.
 FAULTS = """
 import resource
 from engine.memory import keep_freed_memory

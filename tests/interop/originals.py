@@ -23,7 +23,7 @@ LINEAR = {
 
 
 class Outputs(NamedTuple):
-    """Logits of T frames; None where the net has no such branch."""
+    """Logits of T frames; None if the net has no such branch."""
 
     tools: Tensor | None
     phases: Tensor | None
