@@ -38,15 +38,12 @@ def load_config(
     """
     path = preset_path(source or DEFAULT_PRESET, PRESETS, "preset")
     tree = read_yaml(path)
-    config = _validate(Config, tree, str(path))  # before the overrides, so that an error in the file names the file
-    _require_no_bool_as_number(config, tree, str(path))
+    config = _read_config(tree, str(path))  # before the overrides, so that an error in the file names the file
     given = _given_values(overrides, changes or {})
     if not given:
         return config
     _apply(tree, given)
-    config = _validate(Config, tree, "--set")
-    _require_no_bool_as_number(config, tree, "--set")
-    return config
+    return _read_config(tree, "--set")
 
 
 class GivenKeys(NamedTuple):
@@ -262,8 +259,9 @@ def _apply(tree: dict[str, Any], given: Mapping[tuple[str, ...], object]) -> Non
             node[keys[-1]] = given[keys]
 
 
-def _require_no_bool_as_number(config: Config, tree: Mapping[str, Any], where: str) -> None:
-    """Raise UserError for a boolean (also YAML's `yes` and `on`) given for a number, which pydantic would accept."""
+def _read_config(tree: dict[str, Any], where: str) -> Config:
+    """The settings in a tree. Booleans for numbers (also YAML's `yes` and `on`) are refused; pydantic accepts them."""
+    config = _validate(Config, tree, where)
     for key, value in flatten(tree).items():
         if isinstance(value, bool):
             parsed: object = config
@@ -271,6 +269,7 @@ def _require_no_bool_as_number(config: Config, tree: Mapping[str, Any], where: s
                 parsed = getattr(parsed, name, value)
             if not isinstance(parsed, bool):
                 raise UserError(f"{where}: {key}: expected a number, got {str(value).lower()}")
+    return config
 
 
 def _is_block(keys: tuple[str, ...]) -> bool:

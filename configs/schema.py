@@ -369,8 +369,7 @@ class CnnConfig(LoopConfig):
     """Stage one."""
 
     backbone: str = Field(
-        "resnet50",
-        description="a torchvision classification net, efficientnet_lite0, or a plug-in's",
+        "resnet50", description="a torchvision classification net, efficientnet_lite0, or a plug-in's"
     )
     weights: str = Field(
         "imagenet",

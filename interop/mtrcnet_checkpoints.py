@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from configs.errors import UserError
-from configs.schema import DataSetSpec, HeadConfig, JointNetConfig, LstmHead
+from configs.schema import DataSetSpec, HeadSettings, JointNetConfig, LstmHead
 from features.dataset.phase_order import ids_of_order
 from stage1_cnn.encoders.backbone import build_backbone
 from stage1_cnn.encoders.weights import misfits
@@ -410,7 +410,7 @@ def mapping_tensors(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], s
 # ---------------------------------------------------------------------------------------------- to the original
 
 
-def variant_of(net: JointNet, head: HeadConfig | None, source: Path) -> Variant:
+def variant_of(net: JointNet, head: HeadSettings | None, source: Path) -> Variant:
     """The original net with the layers of a `JointNet`. Raises UserError with the reason if there is none."""
     if net.backbone.name not in _RESNETS.values():
         raise UserError(f"{source}: the original programs use ResNets only, this net has {net.backbone.name}")

