@@ -179,14 +179,16 @@ class _Ranks:
         self._running.append(subprocess.Popen(command, env=environment, start_new_session=True))
 
     def hear(self, number: int, frame: object) -> None:
-        """The handler of signals, which `wait` passes on."""
+        """The signal handler; `wait` passes the signals on."""
         self._arrived.append(number)
         self._interrupts += number == signal.SIGINT
         if number == signal.SIGINT and self._interrupts == 2:
             self._leave_by = time.monotonic() + LAST_WORDS_S
 
     def wait(self, done: Callable[[Codes], bool], timeout_s: float = math.inf) -> Codes:
-        """Pass signals on until `done`, the time is over or, after a second Ctrl-C, the ranks have had their time."""
+        """Pass signals on until `done`, until the time is over or, after a second Ctrl-C, until the ranks' time is
+        over.
+        """
         deadline = time.monotonic() + timeout_s
         while not done(codes := [rank.poll() for rank in self._running]):
             if time.monotonic() > min(deadline, self._leave_by):
