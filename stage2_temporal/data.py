@@ -102,10 +102,7 @@ class FeatureBank:
     def gather(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """A batch's features (B, T, D) as stored and phases (B, T); padding has phase -1 and arbitrary features."""
         rows = batch.rows.to(self.features.device)  # (B, T)
-        flat = rows.clamp(min=0).flatten()
-        x = self.features.index_select(0, flat).view(*rows.shape, -1)
-        phase = self.phase.index_select(0, flat).view(rows.shape)
-        return x, phase.masked_fill(rows < 0, NO_LABEL)
+        return take(self.features, rows), take(self.phase, rows).masked_fill(rows < 0, NO_LABEL)
 
     def names(self, batch: Batch) -> str:
         """The ids of the videos in a batch, comma-separated."""
@@ -130,6 +127,11 @@ class FeatureBank:
         mean = total / frames
         std = np.sqrt(np.maximum(squares / frames - mean**2, 0))
         return torch.from_numpy(mean), torch.from_numpy(std)
+
+
+def take(table: Tensor, rows: Tensor) -> Tensor:
+    """The rows (B, T) of a table (N, ...), as (B, T, ...); rows of padding (-1) have arbitrary values."""
+    return table.index_select(0, rows.clamp(min=0).flatten()).view(*rows.shape, *table.shape[1:])
 
 
 def with_tool_logits(features: Tensor, tool_logits: Tensor, where: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from configs.errors import UserError, one_line
 from configs.load import differences
 from configs.schema import HeadSettings, read_head
+from engine.runs import require_same_classes
 from stage2_temporal.heads.base import Head, HeadOutput, State
 from stage2_temporal.heads.standardise import Standardise
 
@@ -68,6 +69,22 @@ def saved_head(found: Mapping[str, Any], path: Path) -> HeadSettings:
         return read_head(found)
     except ValueError as error:
         raise UserError(f"{path}: damaged, or of another version ({one_line(error)})") from error
+
+
+def require_same_model(
+    path: Path,
+    model: PhaseModel,
+    about: Mapping[str, Any],
+    phases: Sequence[str],
+    head: HeadSettings,
+    width: int,
+    other: str = "the index",
+) -> None:
+    """Raise UserError unless a checkpoint's `model` has these phases, this head, and embeddings of this width."""
+    require_same_classes(path, "phases", about["phases"], phases, other)
+    require_same_head(path, about["head"], head)
+    if len(model.standardise.mean) != width:
+        raise UserError(f"{path}: takes embeddings of width {len(model.standardise.mean)}, not {width}")
 
 
 def require_same_head(path: Path, found: Mapping[str, Any], head: HeadSettings) -> None:

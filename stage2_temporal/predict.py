@@ -18,7 +18,7 @@ from engine.device import choose_device
 from engine.progress import say
 from engine.stopping import StopRequest
 from features.store import VideoFeatures
-from stage2_temporal.data import Batch, FeatureBank, Span, chunk_batches, clip_batches, group_by_length
+from stage2_temporal.data import Batch, FeatureBank, Span, chunk_batches, clip_batches, group_by_length, take
 from stage2_temporal.heads.base import HeadOutput, State, build_head, first_rows, require_causal
 from stage2_temporal.heads.linear import LinearHead
 from stage2_temporal.heads.standardise import Standardise
@@ -116,7 +116,7 @@ def predict_phases(
             stop.raise_if_set()
         ids = filled[start : start + sizes.videos]
         bank = FeatureBank.of({video_id: videos[video_id] for video_id in ids}, tool_logits).to(place)
-        found = predict_spans(model, bank, bank.spans, inference, frames, sizes)
+        found = predict_spans(model, bank.features, bank.spans, inference, frames, sizes)
         predicted |= {video_id: values.numpy() for video_id, values in zip(ids, found, strict=True)}
     none = np.zeros((0, model.phases), np.float32)
     return {video_id: predicted.get(video_id, none) for video_id in videos}
@@ -125,14 +125,14 @@ def predict_phases(
 @torch.no_grad()
 def predict_spans(
     model: PhaseModel,
-    bank: FeatureBank,
+    features: Tensor,
     spans: Sequence[Span],
     inference: Inference,
     frames: int,
     sizes: BatchSizes = USUAL_SIZES,
 ) -> list[Tensor]:
     """Probabilities (T, C) of each video, fp32, on the CPU; see `run_spans`."""
-    logits = run_spans(model, model, model.phases, bank, spans, inference, frames, sizes)
+    logits = run_spans(model, model, model.phases, features, spans, inference, frames, sizes)
     return [values.softmax(dim=1) for values in logits]
 
 
@@ -141,7 +141,7 @@ def run_spans(
     model: PhaseModel,
     forward: Callable[[Tensor, State | None, Tensor], HeadOutput],
     width: int,
-    bank: FeatureBank,
+    features: Tensor,
     spans: Sequence[Span],
     inference: Inference,
     frames: int,
@@ -149,17 +149,19 @@ def run_spans(
 ) -> list[Tensor]:
     """Logits (T, width) that `forward` (embeddings, state, lengths) computes for each video, on the CPU.
 
+    `spans` are the videos' rows in `features` (N, D), as stored.
+
     `carried`: the state is carried through the video from its first frame. `clip`: each frame is the last one of the
     clip of `frames` frames that ends there, computed from zero state; the first `frames` - 1 frames are those of the
     first clip and see shorter pasts. A head that is not causal sees the whole video (`carried`) or the clip.
     """
     training = model.training
     model.eval()
-    device = bank.features.device
-    found = torch.empty(len(bank.features), width, device=device)
+    device = features.device
+    found = torch.empty(len(features), width, device=device)
     state: State = ()
     for batch, wanted in _batches(model, spans, inference, frames, sizes):
-        x, _ = bank.gather(batch)
+        x = take(features, batch.rows.to(device))
         output = forward(x, None if batch.fresh else first_rows(state, len(batch)), batch.lengths)
         state = output.state
         rows = batch.rows[wanted].to(device)

@@ -29,7 +29,7 @@ from engine.logs import METRICS_LOG, read_metrics
 from engine.memory import give_back_freed_memory
 from engine.processes import Processes, join, one_process
 from engine.progress import progress_bar, say
-from engine.runs import ABSENT, StageFolder, StageIdentity, require_same_classes, settings_without
+from engine.runs import ABSENT, StageFolder, StageIdentity, settings_without
 from engine.session import TrainingSession
 from engine.stopping import StopRequest
 from evaluation.metrics.phases import majority_phase
@@ -46,7 +46,7 @@ from stage2_temporal.data import (
 from stage2_temporal.heads.base import build_head, detach_state, first_rows
 from stage2_temporal.heads.recurrent import LstmHead
 from stage2_temporal.heads.standardise import Standardise
-from stage2_temporal.model import PhaseModel, require_same_head
+from stage2_temporal.model import PhaseModel, require_same_model
 from stage2_temporal.predict import KIND, predict_spans
 
 FRAME_FOLDER = "frame"
@@ -233,7 +233,7 @@ def validate(
     mine = session.processes.share(data.val)
 
     def work() -> list[float]:
-        predicted = predict_spans(model, data.bank, mine, sequence.inference, sequence.frames) if mine else []
+        predicted = predict_spans(model, data.bank.features, mine, sequence.inference, sequence.frames) if mine else []
         return _accuracies(data, mine, [probabilities.argmax(dim=1) for probabilities in predicted])
 
     shares: list[list[Any]] = session.validate(work)
@@ -303,15 +303,10 @@ def _start_weights(path: Path, head: schema.HeadSettings, data: TrainingData) ->
 
     Raises UserError if its head, phases or embedding width differ from those of the settings and features.
     """
-    from stage2_temporal.joint.net import phase_model_of
+    from stage2_temporal.joint.net import phase_model_of  # the encoders of images, which no other start needs
 
     model, about = phase_model_of(path)
-    require_same_classes(path, "phases", about["phases"], data.phases, "the features' index")
-    require_same_head(path, about["head"], head)
-    if len(model.standardise.mean) != data.bank.embedding_dim:
-        raise UserError(
-            f"{path}: takes embeddings of width {len(model.standardise.mean)}, these have {data.bank.embedding_dim}"
-        )
+    require_same_model(path, model, about, data.phases, head, data.bank.embedding_dim, "the features' index")
     return model.state_dict()
 
 

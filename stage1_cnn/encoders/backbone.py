@@ -44,8 +44,20 @@ class Backbone(nn.Module):
         self.batch_norm_frozen = False
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (N, 3, S, S), normalised, to embeddings (N, D)."""
-        embedding: Tensor = self.net(images)  # (N, D)
+        """Images (N, 3, S, S), normalised, to embeddings (N, D).
+
+        Raises UserError where batch norm cannot learn: from a single image, where its maps are 1 x 1.
+        """
+        try:
+            embedding: Tensor = self.net(images)  # (N, D)
+        except ValueError as error:
+            if not self.training or len(images) > 1:
+                raise
+            raise UserError(
+                f"cnn.backbone={self.name}: batch norm cannot learn from a step with a single frame of "
+                f"{images.shape[-1]} pixels ({one_line(error)}); choose other numbers of frames or clips per step, a "
+                "larger preprocess.crop_px, or freeze_batch_norm=true"
+            ) from error
         return embedding
 
     def train(self, mode: bool = True) -> Backbone:

@@ -30,7 +30,7 @@ from stage1_cnn.encoders.pretrained import best_checkpoint
 from stage1_cnn.model import linear, rebuild_from_checkpoint, require_same_backbone, tool_branch
 from stage2_temporal.heads.base import State, build_head, require_causal
 from stage2_temporal.heads.standardise import Standardise
-from stage2_temporal.model import PhaseModel, require_same_head, saved_head
+from stage2_temporal.model import PhaseModel, require_same_head, require_same_model, saved_head
 from stage2_temporal.predict import load_temporal
 
 KIND = "joint"
@@ -171,22 +171,16 @@ def attach_temporal(net: JointNet, run: Path, phases: Sequence[str], head: HeadS
 
     Raises UserError for other phases, another width of embeddings, or another head than the settings'.
     """
-    folder = run / "temporal"
-    model, about = load_temporal(folder)
-    require_same_classes(folder / "best.pt", "phases", about["phases"], phases)
+    path = run / "temporal" / "best.pt"
+    model, about = load_temporal(path.parent)
     if net.phase is None:
         raise UserError("--from-temporal gives a phase branch, but joint.net.tasks=tool has none")
     if about["tool_inputs"]:
         raise UserError(
-            f"{folder / 'best.pt'}: reads stage one's tool logits beside the embedding, which the joint net's phase "
+            f"{path}: reads stage one's tool logits beside the embedding, which the joint net's phase "
             "branch does not; train stage two with temporal.tool_logits=false"
         )
-    if len(model.standardise.mean) != net.backbone.embedding_dim:
-        raise UserError(
-            f"{folder / 'best.pt'}: takes embeddings {len(model.standardise.mean)} wide, "
-            f"{net.backbone.name} gives {net.backbone.embedding_dim}"
-        )
-    require_same_head(folder / "best.pt", about["head"], head)
+    require_same_model(path, model, about, phases, head, net.backbone.embedding_dim)
     net.phase.load_state_dict(model.state_dict())
 
 

@@ -26,7 +26,7 @@ from features.dataset.sampling import sampled_frames
 from features.frames.preprocess import CropCount, augment, augment_generator, crop_frames, normalise
 from features.frames.source import encoded_at_once, frame_batches, open_frames
 from features.video_labels import VideoLabels
-from stage2_temporal.data import FeatureBank, Span
+from stage2_temporal.data import Span
 from stage2_temporal.heads.base import HeadOutput, State
 from stage2_temporal.joint.loss import bernoulli_kl
 from stage2_temporal.joint.net import JointNet
@@ -153,12 +153,11 @@ def predict_embeddings(net: JointNet, embedding: Tensor, inference: Inference, f
     tools = net.tool_head(embedding).float().cpu().numpy() if net.tool_head is not None else None
     if net.phase is None:
         return Prediction(None, tools, None)
-    nothing = torch.full((len(embedding),), -1, device=embedding.device)
-    bank = FeatureBank(embedding, nothing, (Span(0, len(embedding)),), ("video",))
-    phase = predict_spans(net.phase, bank, bank.spans, inference, frames)[0].numpy()
+    video = [Span(0, len(embedding))]
+    phase = predict_spans(net.phase, embedding, video, inference, frames)[0].numpy()
     if net.mapping is None:
         return Prediction(phase, tools, None)
-    mapped = run_spans(net.phase, _mapped(net), net.tools, bank, bank.spans, inference, frames)[0].numpy()
+    mapped = run_spans(net.phase, _mapped(net), net.tools, embedding, video, inference, frames)[0].numpy()
     return Prediction(phase, tools, mapped)
 
 
