@@ -6,7 +6,7 @@ mAP (pooled over frames; see evaluation.metrics.tools).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -88,14 +88,14 @@ def train_cnn(
     accelerator, precision = make_accelerator(config.device, cnn.precision, "cnn.precision")
     net = processes.each(lambda: build_net(config, index.dataset, trusted=trusted))
     require_image_size(net.backbone, config.preprocess.crop_px)
-    processes.each(lambda: load_frames(config, index, root))  # checked before hours of decoding, as in the next line
+    data = processes.each(lambda: load_frames(config, index, root))  # before hours of decoding, like the next line
     processes.from_first(stage.check)
-    index = cache_readable(config, index, root, processes, stop)
-    say_left_out(index)
-    data = processes.each(lambda: load_frames(config, index, root))
-    # only now, so that settings that cannot be trained with do not occupy the run's name
-    stage = StageFolder(run, CHECKPOINT_STAGE, config, identity(config, index))
-    processes.from_first(stage.open)
+    readable = cache_readable(config, index, root, processes, stop)
+    if readable is not index:
+        stage = StageFolder(run, CHECKPOINT_STAGE, config, identity(config, readable))
+        data = processes.each(lambda: load_frames(config, readable, root))
+    say_left_out(readable)
+    processes.from_first(stage.open)  # only now: settings that cannot be trained with leave no folder behind
     if cnn.weights == "cached":
         say(f"initial weights: {settled_weights(cnn)} (cnn.weights=cached: ImageNet's where this machine has them)")
     train_net(stage.path, net, config, data, accelerator, stop, processes)
@@ -190,42 +190,34 @@ def validate(session: TrainingSession, loader: FrameLoader, data: FrameData, con
         scores["val_phase_accuracy"] = None
     if not len(val):
         return scores
-    predicted = session.validate(lambda: predict(session, loader, len(val), config))
-    tool_logits, phase_logits = (_in_order(parts, session.processes) for parts in zip(*predicted, strict=True))
-    if tool_logits is not None:
-        scores["val_map"] = pooled_map(_by_video(val, val.tools), _by_video(val, tool_logits), tools)
+    shares = session.validate(lambda: predict(session, loader, len(val), config))
+    outputs = session.processes.merged(shares)  # of every batch, in order
+    tool_logits = np.concatenate([logits for logits, _ in outputs])
+    scores["val_map"] = pooled_map(_by_video(val, val.tools), _by_video(val, tool_logits), tools)
     labelled = val.phase >= 0
-    if phase_logits is not None and labelled.any():
-        scores["val_phase_accuracy"] = float((phase_logits.argmax(axis=1) == val.phase)[labelled].mean())
+    if "val_phase_accuracy" in scores and labelled.any():
+        phases = np.concatenate([logits.argmax(axis=1) for _, logits in outputs if logits is not None])
+        scores["val_phase_accuracy"] = float((phases == val.phase)[labelled].mean())
     return scores
 
 
-Logits = list[NDArray[np.float32]]
-
-
-def _in_order(parts: Sequence[Logits], processes: Processes) -> NDArray[np.float32] | None:
-    """All frames' logits from the batches that each process has predicted; None if there is no such head."""
-    batches = processes.merged(list(parts))
-    return np.concatenate(batches) if batches else None
-
-
-def predict(session: TrainingSession, loader: FrameLoader, frames: int, config: Config) -> tuple[Logits, Logits]:
-    """Tool logits (N, K) and phase logits (N, C), the latter none without a head, of this process's batches."""
+def predict(
+    session: TrainingSession, loader: FrameLoader, frames: int, config: Config
+) -> list[tuple[NDArray[np.float32], NDArray[np.float32] | None]]:
+    """Tool logits (N, K) and phase logits (N, C), None without such a head, of each of this process's batches."""
     requests = session.processes.share(validation_requests(frames, config.cnn.batch_frames))
-    tools, phases = [], []
+    outputs = []
     session.model.eval()
-    net = session.raw_model
     hidden = not session.processes.first
     with progress_bar(len(requests), "validation", "step", disable=hidden) as bar, torch.inference_mode():
         for batch in loader.batches(requests):
             session.stop_if_asked()  # the epoch's steps are saved then, and resuming begins with validation
             with session.autocast():
-                output = net(batch.inputs(config.preprocess, session.accelerator.device))
-            tools.append(output.tool_logits.float().cpu().numpy())
-            if output.phase_logits is not None:
-                phases.append(output.phase_logits.float().cpu().numpy())
+                output = session.raw_model(batch.inputs(config.preprocess, session.accelerator.device))
+            tools, phases = output.tool_logits.float().cpu().numpy(), output.phase_logits
+            outputs.append((tools, None if phases is None else phases.float().cpu().numpy()))
             bar.update(1)
-    return tools, phases
+    return outputs
 
 
 def _by_video(frames: LabelledFrames, values: NDArray[Any]) -> dict[str, NDArray[Any]]:

@@ -255,14 +255,12 @@ class TrainingData:
     val: list[Span]
     split: dict[str, list[str]]  # ids
     phases: tuple[str, ...]
-    dataset: str
     encoder_digest: str
     encoder: dict[str, Any]  # the encoder's description, for `predict`; `encoder_digest` is its digest
     backbone: str
     fps: float
     labels_sha256: str
     folder: Path
-    tools: tuple[str, ...]
     tool_logits: Tensor  # (N, K) fp32, NaN where the encoder has no tool head
     frame_index: Tensor  # (N,) int64, frame of the source video
     index: Index  # of the folder, without videos that extract could not read
@@ -316,14 +314,12 @@ def read_training_data(folder: Path) -> TrainingData:
         val=[bank.span_of(video_id) for video_id in split["val"]],
         split=split,
         phases=phases,
-        dataset=index.dataset.name,
         encoder_digest=str(attributes.get("encoder_digest")),
         encoder=recorded_encoder(attributes),
         backbone=str(attributes.get("backbone")),
         fps=fps,
         labels_sha256=_digest(videos),
         folder=folder,
-        tools=tuple(index.dataset.tools),
         tool_logits=torch.cat([torch.from_numpy(video.tool_logits) for video in videos.values()]),
         frame_index=torch.cat([torch.from_numpy(video.frame_index) for video in videos.values()]),
         index=index,

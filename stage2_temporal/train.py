@@ -105,7 +105,7 @@ def train_temporal(
         "majority_name": data.phases[majority],
         "majority_val_accuracy": _constant_accuracy(data, majority),
         "train_videos": len(data.train),
-        "train_frames": _labelled_frames(data.bank, data.train),
+        "train_frames": int(count_phases(data.bank, data.train, len(data.phases)).sum()),
         "val_videos": len(data.val),
         "device": str(accelerator.device),
         "precision": precision,
@@ -136,7 +136,8 @@ def train_head(
         model.head.bf16_projection = settings.projection == "bf16"
     if settings.start_from is not None and head == settings.head:
         model.load_state_dict(_start_weights(settings.start_from, head, data))
-    criterion = PhaseLoss(settings, bank, data.train, len(data.phases), processes.total)
+    labelled = count_phases(bank, data.train, len(data.phases))  # (C,)
+    criterion = PhaseLoss(settings, labelled, processes.total)
     groups = [{"params": model.head.parameters(), "name": "head"}]
     make_folder(folder)
     steps_take_long = settings.sequence.mode == "clips"
@@ -145,7 +146,6 @@ def train_head(
         folder, accelerator, model, groups, settings, about, stop, bar=steps_take_long, processes=processes
     )
     session.resume()
-    frames_in_epoch = _labelled_frames(bank, data.train)
 
     with progress_bar(
         settings.epochs, head.name, "epoch", initial=session.position.epoch, disable=not processes.first
@@ -171,7 +171,7 @@ def train_head(
             if time.monotonic() - trimmed > TRIM_INTERVAL_S:
                 give_back_freed_memory()
                 trimmed = time.monotonic()
-            speed = frames_in_epoch * len(remaining) / len(batches) / seconds
+            speed = int(labelled.sum()) * len(remaining) / len(batches) / seconds
             accuracy = validate(model, data, settings.sequence, session)
             bar.set_postfix(loss=f"{session.mean_loss:.4f}", val_accuracy=accuracy, refresh=False)
             bar.update(1)
@@ -189,18 +189,14 @@ class PhaseLoss:
     """
 
     def __init__(
-        self,
-        settings: schema.TemporalConfig,
-        bank: FeatureBank,
-        train: Sequence[Span],
-        phases: int,
-        over_all: Callable[[Tensor], Tensor] = one_process,
+        self, settings: schema.TemporalConfig, counts: Tensor, over_all: Callable[[Tensor], Tensor] = one_process
     ) -> None:
+        """`counts` (C,) are the labelled training frames of each phase."""
         self.over_all = over_all
         self.smoothing = settings.label_smoothing
-        self.weight = torch.ones(phases, device=bank.phase.device)
+        self.weight = torch.ones(len(counts), device=counts.device)
         if settings.class_weighting == "inverse_frequency":
-            counts = count_phases(bank, train, phases).to(self.weight)
+            counts = counts.to(self.weight)
             self.weight = counts.sum() / (counts > 0).sum() / counts
             self.weight[counts == 0] = 0.0
 
@@ -251,10 +247,6 @@ def count_phases(bank: FeatureBank, spans: Sequence[Span], phases: int) -> Tenso
     """Labelled frames of each phase (C,)."""
     labels = torch.cat([bank.phase_of(span) for span in spans])
     return torch.bincount(labels[labels != NO_LABEL], minlength=phases)
-
-
-def _labelled_frames(bank: FeatureBank, spans: Sequence[Span]) -> int:
-    return sum(int((bank.phase_of(span) != NO_LABEL).sum()) for span in spans)
 
 
 def _constant_accuracy(data: TrainingData, phase: int) -> float | None:
@@ -318,7 +310,7 @@ def _identity(config: Config, data: TrainingData) -> StageIdentity:
             "temporal": settings_without(config.temporal, "start_from"),
             "start_sha256": sha256_file(start) if start is not None and start.is_file() else None,
             "encoder_digest": data.encoder_digest,
-            "dataset": data.dataset,
+            "dataset": data.index.dataset.name,
             "phases": list(data.phases),
             "split": data.split,
             "labels_sha256": data.labels_sha256,
@@ -338,7 +330,7 @@ def _describe(head: schema.HeadSettings, config: Config, data: TrainingData) -> 
         "embedding_dim": data.bank.embedding_dim - len(_tool_inputs(data)),
         "tool_inputs": _tool_inputs(data),
         "phases": list(data.phases),
-        "dataset": data.dataset,
+        "dataset": data.index.dataset.name,
         "encoder_digest": data.encoder_digest,
         "encoder": data.encoder,
         "backbone": data.backbone,
@@ -351,7 +343,7 @@ def _describe(head: schema.HeadSettings, config: Config, data: TrainingData) -> 
 
 def _tool_inputs(data: TrainingData) -> list[str]:
     """The tools whose logits are the last columns of the input."""
-    return list(data.tools) if data.has_tool_logits else []
+    return list(data.index.dataset.tools) if data.has_tool_logits else []
 
 
 def _outcome(folder: Path, session: TrainingSession, model: PhaseModel) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, S, S), normalised, to embeddings (N, D).
 
-        Raises UserError where batch norm cannot learn: from a single image, where its maps are 1 x 1.
+        Raises UserError if batch norm cannot learn: from a single image, where its maps are 1 x 1.
         """
         try:
             embedding: Tensor = self.net(images)  # (N, D)

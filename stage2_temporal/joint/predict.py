@@ -109,14 +109,12 @@ def embed_crops(
     `centre`, `five` and `ten` are the crops of `crop_frames`; `random` is one crop, drawn once for the video.
     """
     device = next(net.parameters()).device
-    parts: list[list[Tensor]] = []
+    parts = []
     for batch in batches:
-        for number, cut in enumerate(_crops(batch, crops, preprocess.crop_px, seed)):
-            with autocast():
-                embedding = net.embed(normalise(cut, preprocess, device))  # (N, D)
-            parts += [[]] if number == len(parts) else []
-            parts[number].append(embedding.float())
-    return [torch.cat(crop) for crop in parts]
+        with autocast():
+            cuts = _crops(batch, crops, preprocess.crop_px, seed)
+            parts.append([net.embed(normalise(cut, preprocess, device)).float() for cut in cuts])  # (N, D) each
+    return [torch.cat(crop) for crop in zip(*parts, strict=True)]
 
 
 def _crops(batch: NDArray[np.uint8], crops: str, crop_px: int, seed: int) -> list[NDArray[np.uint8]]:

@@ -144,12 +144,6 @@ def train_joint(
     return result | {"left_out": index.left_out_records()}
 
 
-def _stages(config: Config, run: Path, index: Index, files: Mapping[str, Path]) -> dict[str, StageFolder]:
-    """The folder of each step, with the identity of its numbers."""
-    identities = _identities(config, index, files)
-    return {step: StageFolder(run, f"{FOLDER}/{step}", config, identity) for step, identity in identities.items()}
-
-
 def _require_precisions(config: Config, stages: Mapping[str, StageFolder]) -> None:
     """Raise UserError, before any training, if a later step's precision is not available on this device."""
     device = choose_device(config.device)
@@ -340,10 +334,8 @@ _SCORE_NAMES = {
 # ---------------------------------------------------------------------------------------------- identity, result
 
 
-def _identities(config: Config, index: Index, files: Mapping[str, Path]) -> dict[str, StageIdentity]:
-    """One identity per step. It includes the earlier steps; the settings of the correlation only if that is
-    computed.
-    """
+def _stages(config: Config, run: Path, index: Index, files: Mapping[str, Path]) -> dict[str, StageFolder]:
+    """The folder of each step, whose identity includes the steps before it, and the correlation only if computed."""
     joint = config.joint
     common = {
         **frames_identity(config, index),
@@ -358,12 +350,13 @@ def _identities(config: Config, index: Index, files: Mapping[str, Path]) -> dict
         "phase_frames": joint.loss.phase_frames,
         "start": {name: sha256_file(path) for name, path in files.items()},
     }
-    found: dict[str, StageIdentity] = {}
+    found: dict[str, StageFolder] = {}
     steps: dict[str, Any] = {}
     for step, settings in schedule(config).items():
         steps[step] = settings_without(settings, "checkpoint_minutes")
         loss = settings_without(joint.loss) if step == "correlation" else None
-        found[step] = StageIdentity({**common, "steps": dict(steps), "correlation": loss})
+        identity = StageIdentity({**common, "steps": dict(steps), "correlation": loss})
+        found[step] = StageFolder(run, f"{FOLDER}/{step}", config, identity)
     return found
 
 

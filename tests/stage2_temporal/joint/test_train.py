@@ -154,17 +154,6 @@ def test_stopped_anywhere_and_started_again_it_ends_the_same(stages: World, mode
         assert all(torch.equal(one[name], two[name]) for name in one), step
 
 
-def test_a_last_chunk_of_one_small_frame_is_refused_in_one_line(stages: World) -> None:
-    # 13 frames a video, so that the last chunk of 4 has one; at 32 pixels it has one value per channel at the end
-    sequence = {"mode": "chunked", "frames": 4, "batch": 1, "inference": "carried"}
-    with pytest.raises(
-        UserError, match=r"cannot learn from a step with a single frame of 32 pixels.*freeze_batch_norm"
-    ):
-        joint(stages, settings(stages, JOINT | {"sequence": sequence}), "chunks-of-one")
-    frozen = settings(stages, JOINT | {"sequence": sequence, "freeze_batch_norm": True})
-    assert joint_checkpoint(joint(stages, frozen, "chunks-of-one-frozen")).is_file()
-
-
 @pytest.mark.parametrize("tasks", ["tool", "phase"])
 def test_single_task_nets_train_and_evaluate(stages: World, tasks: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings(stages, JOINT | {"net": {"tasks": tasks}, "crops": "five"})
