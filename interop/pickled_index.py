@@ -309,21 +309,21 @@ def pickle_from_index(
     if not entries:
         parts = " or ".join(splits)
         raise UserError(f"{path}: not written: the index has no video in split {parts}; set data.split or --layout")
-    rows = {entry.id: labelled_rows(entry, root, index, config.data, phases_only) for entry in entries}
     numbers = np.argsort(ids_of_order(order, index.dataset.phases))  # number in the pickle of each phase id
-    videos = {entry.id: _pickled(entry, root, index, rows[entry.id], numbers, phases_only) for entry in entries}
+    videos = {entry.id: _pickled(entry, root, index, config.data, numbers, phases_only) for entry in entries}
     videos = {video_id: video for video_id, video in videos.items() if video}
     if not videos:
         raise UserError(f"{path}: not written: no frame of the index has the labels")
     value = _arranged(index, videos, layout)
     _write(path, pickle.dumps(value, protocol=PROTOCOL), replace)
-    _say_what_is_left_out(index, entries, rows, config.data.fps, videos, path)
+    _say_what_is_left_out(index, entries, config.data.fps, videos, path)
 
 
 def _pickled(
-    entry: VideoEntry, root: Path, index: Index, rows: VideoLabels, numbers: NDArray[np.int64], phases_only: bool
+    entry: VideoEntry, root: Path, index: Index, data: DataConfig, numbers: NDArray[np.int64], phases_only: bool
 ) -> list[list[Any]]:
     """Rows `[path, tool..., phase]` of strings and integers."""
+    rows = labelled_rows(entry, root, index, data, phases_only)
     layout = entry.frames
     names = frame_folder(root, entry.source, index.dataset, layout) if layout else None
     source = inside(root, entry.source)
@@ -363,14 +363,9 @@ def _write(path: Path, content: bytes, replace: bool) -> None:
 
 
 def _say_what_is_left_out(
-    index: Index,
-    entries: Sequence[VideoEntry],
-    rows: Mapping[str, VideoLabels],
-    fps: float,
-    videos: Mapping[str, Any],
-    path: Path,
+    index: Index, entries: Sequence[VideoEntry], fps: float, videos: Mapping[str, list[Any]], path: Path
 ) -> None:
-    kept = sum(len(one.frame_index) for one in rows.values())
+    kept = sum(map(len, videos.values()))
     say(f"{path.name}: {len(videos)} videos, {kept} rows")
     if left := sum(len(sampled_frames(entry, fps)) for entry in entries) - kept:
         say(f"left out: {left} sampled frames that lack a label")

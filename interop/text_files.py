@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,22 +119,10 @@ def _write_texts(out: Path, texts: Mapping[str, str], replace: bool) -> list[Pat
 # ---------------------------------------------------------------------------------------------- from pickles
 
 
-@dataclass(frozen=True, eq=False)
-class PickledPredictions:
-    """The content of a prediction pickle: N phase numbers in the program's numbering, or tool values of N frames."""
+def read_predictions(path: Path, spec: DataSetSpec) -> NDArray[Any]:
+    """A prediction pickle: (N,) int64 phases, one per clip and in the program's numbering, or (N, K) float64 tools.
 
-    path: Path
-    values: NDArray[Any]  # (N,) for phases, (N, K) for tools
-
-    @property
-    def are_phases(self) -> bool:
-        """Whether these are phases, not tools."""
-        return self.values.ndim == 1
-
-
-def read_predictions(path: Path, spec: DataSetSpec) -> PickledPredictions:
-    """Read a prediction pickle: one phase number per clip, or K tool values per frame, as numbers or tensors.
-
+    It holds them as numbers or tensors in lists.
     Nothing in it is executed. Raises UserError, naming the entry at fault, if the file is missing, unreadable or not a
     list of such predictions.
     """
@@ -153,7 +140,7 @@ def read_predictions(path: Path, spec: DataSetSpec) -> PickledPredictions:
                 f"{path}: prediction {number} is {str(entry)[:40]!r}, neither a phase from 0 to {len(spec.phases) - 1} "
                 f"nor a list of {len(spec.tools)} numbers (scores are not predictions)"
             )
-    return PickledPredictions(path, np.array(content, dtype=np.float64 if tools else np.int64))
+    return np.array(content, dtype=np.float64 if tools else np.int64)
 
 
 def _is_number(value: Any) -> bool:
@@ -198,31 +185,32 @@ def export_predictions(
     index, root = open_dataset(config)
     spec = index.dataset
     entries = index.entries_of(split, config.data.index)
-    pickles = [read_predictions(file, spec) for file in files]
-    if phase_order is not None and not any(predictions.are_phases for predictions in pickles):
+    pickles = {file: read_predictions(file, spec) for file in files}
+    of_phases = [values.ndim == 1 for values in pickles.values()]
+    if phase_order is not None and not any(of_phases):
         raise UserError(f"--phase-order: {files[0]} contains tools, not phases; omit this option")
-    if probabilities and all(predictions.are_phases for predictions in pickles):
+    if probabilities and all(of_phases):
         raise UserError(f"--probabilities: {files[0]} contains phases, not tools; omit this, or add --tools-from")
     if fill_first and sequence is None:
         raise UserError("--fill-first: give the number of frames per clip with --sequence")
     frames = _frames_by_rule(config, index, root, entries)
     texts: dict[str, str] = {}
-    for predictions in pickles:
-        videos = _by_video(predictions, frames, sequence, split)
+    for file, predictions in pickles.items():
+        videos = _by_video(file, predictions, frames, sequence, split)
         order: Sequence[str] = ()
-        if predictions.are_phases:
-            order = parse_phase_order(phase_order, spec, str(predictions.path))
-            say(f"phases in {predictions.path.name}: {describe_order(order)}")
+        if predictions.ndim == 1:
+            order = parse_phase_order(phase_order, spec, str(file))
+            say(f"phases in {file.name}: {describe_order(order)}")
         for entry, video in zip(entries, videos, strict=True):
             rows, missing, values = video.filled() if fill_first else video
             stem, shown = file_stem(entry.id), _annotation_frames(frame_times_s(entry, rows[missing:]), spec)
-            if predictions.are_phases:
+            if predictions.ndim == 1:
                 texts[f"{stem}-phase.txt"] = phase_text(shown, [order[phase] for phase in values.tolist()])
             else:
                 texts[f"{stem}-tool.txt"] = tool_text(shown, sigmoid(values) if probabilities else values)
         if missing := sum(video.missing for video in videos):
             what = "get the next prediction, which depends on later frames" if fill_first else "have no prediction"
-            say(f"{predictions.path.name}: the first frames of {len(videos)} videos ({missing} in total) {what}")
+            say(f"{file.name}: the first frames of {len(videos)} videos ({missing} in total) {what}")
     return _write_texts(out, texts, replace)
 
 
@@ -246,19 +234,23 @@ def _frames_by_rule(
 
 
 def _by_video(
-    predictions: PickledPredictions, frames: Mapping[str, list[NDArray[np.int64]]], sequence: int | None, split: str
+    path: Path,
+    predictions: NDArray[Any],
+    frames: Mapping[str, list[NDArray[np.int64]]],
+    sequence: int | None,
+    split: str,
 ) -> list[_VideoPredictions]:
     """Assign predictions to videos. Phases have one prediction per clip, tools one per frame or per clip."""
-    path, total = predictions.path, len(predictions.values)
-    if predictions.are_phases and sequence is None:
+    total, of_phases = len(predictions), predictions.ndim == 1
+    if of_phases and sequence is None:
         raise UserError(f"{path}: give the number of frames per clip with --sequence (`length_` in the model's name)")
     clip_losses = [] if sequence is None else [sequence - 1]
-    losses = clip_losses if predictions.are_phases else [0, *clip_losses]
+    losses = clip_losses if of_phases else [0, *clip_losses]
     for videos in frames.values():
         for missing in losses:
             counts = [max(len(rows) - missing, 0) for rows in videos]
             if sum(counts) == total:
-                parts = zip(videos, np.split(predictions.values, np.cumsum(counts)[:-1]), strict=True)
+                parts = zip(videos, np.split(predictions, np.cumsum(counts)[:-1]), strict=True)
                 return [_VideoPredictions(rows, min(missing, len(rows)), values) for rows, values in parts]
     rule, videos = next(iter(frames.items()))
     wanted = sum(max(len(rows) - losses[-1], 0) for rows in videos)

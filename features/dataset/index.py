@@ -165,14 +165,10 @@ class Index(OmitsDefaults):
     passed_over: tuple[LeftOut, ...] = ()  # files and folders that match no pattern, by path
 
     @model_validator(mode="after")
-    def _ids_differ(self) -> Index:
+    def _videos_are_sound(self) -> Index:
         ids = [id_key(video_id) for video_id in self.found_ids()]
         if len(set(ids)) != len(ids):
             raise ValueError("two videos have the same id")
-        return self
-
-    @model_validator(mode="after")
-    def _records_fit(self) -> Index:
         for entry in self.videos:
             if entry.records and (problem := entry.records.problem(self.dataset)):
                 raise ValueError(f"{entry.id}: {problem}")
