@@ -13,11 +13,11 @@ from configs.errors import UserError, printable
 from configs.schema import DataConfig, DataSetSpec
 from engine.files import below_root
 from engine.sniff import recognise_file
-from features.dataset.annotations import LabelTrack, parse_phases, parse_tools
+from features.dataset.annotations import LabelTrack
 from features.dataset.discover import Discovery, FoundVideo, find_videos
 from features.dataset.frame_folders import LabelEnd, infer_layout, require_one_base, scan_folder
 from features.dataset.index import Index, LeftOut, Progress, VideoEntry, exclusions, first_fault
-from features.dataset.labels import extent_of, fit_annotations, labelled_fractions, read_annotation
+from features.dataset.labels import Role, extent_of, fit_annotations, labelled_fractions, read_annotation
 from features.dataset.phase_order import parse_phase_order
 from features.dataset.row_numbers import infer_numberings
 from features.dataset.sources import SourceFacts, folder_facts, record_facts, video_facts
@@ -159,9 +159,9 @@ def _build_entry(
             f"{root / annotation} and {path}: both hold labels of {video.id}; keep only one of them below the data "
             "root, or take the TFRecord files' own with data.sources=tfrecord"
         )
-    phase = read_annotation(root, video.phase, parse_phases, spec)
-    tools = read_annotation(root, video.tool, parse_tools, spec)
-    lists: list[tuple[Path, LabelTrack]] = [(one.path, one.track) for one in (phase, tools) if one]
+    paths: dict[Role, str | None] = {"phase": video.phase, "tool": video.tool}
+    read = {role: read_annotation(root, relative, role, spec) for role, relative in paths.items() if relative}
+    lists = [(one.path, one.track) for one in read.values()]
     facts, source_notes = _measure(root, video, spec, data, order, [track for _, track in lists])
     try:
         entry = VideoEntry(id=video.id, kind=video.kind, source=video.source, split="none", **vars(facts))
@@ -170,15 +170,14 @@ def _build_entry(
         problem = f"is {what}" if what else f"{first_fault(error)}; re-encode it or leave it out"
         raise UserError(f"{path}: {problem}") from error
     extent = extent_of(entry, spec)
-    numberings = dict(zip([path for path, _ in lists], infer_numberings(lists, extent, data), strict=True))
-    phase = phase and phase.with_numbering(numberings[phase.path])
-    tools = tools and tools.with_numbering(numberings[tools.path])
-    fitted = fit_annotations(phase, tools, extent)
+    numberings = infer_numberings(lists, extent, data)
+    read = {role: one.with_numbering(way) for (role, one), way in zip(read.items(), numberings, strict=True)}
+    fitted = fit_annotations(read, extent)
     if leave_out:
         fractions = labelled_fractions(entry.image_frames, fitted.phase, fitted.tools)
         _require_labelled([path for path, _ in lists], fractions, video.source, data)
-    entry = entry.model_copy(update={"phase_file": phase and phase.file, "tool_file": tools and tools.file})
-    notes = [note for path, numbering in numberings.items() for note in numbering.notes(path, extent)]
+    entry = entry.model_copy(update={f"{role}_file": one.file for role, one in read.items()})
+    notes = [note for one in read.values() for note in one.file.numbering.notes(one.path, extent)]
     return entry, [*source_notes, *_missing_images(entry), *notes, *fitted.notes]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +22,7 @@ from features.video_labels import VideoLabels
 
 BetweenRows = Literal["mask", "hold"]
 Labels = tuple[NDArray[np.int8], NDArray[np.int8]]  # phase (T,), tools (T, K)
-Parse = Callable[[bytes, Path, DataSetSpec], LabelTrack]
+Role = Literal["phase", "tool"]
 Rows = tuple[NDArray[np.int64], NDArray[np.bool_]]  # the row of each frame, and whether there is one: (T,) each
 
 
@@ -77,13 +77,11 @@ class Annotation:
         return self.path, self.file.numbering.place(self.path, self.track, extent)
 
 
-def read_annotation(root: Path, relative: str | None, parse: Parse, spec: DataSetSpec) -> Annotation | None:
-    """Read and parse an annotation file; None if there is none. Raises UserError as `parse`."""
-    if relative is None:
-        return None
+def read_annotation(root: Path, relative: str, role: Role, spec: DataSetSpec) -> Annotation:
+    """Read and parse an annotation file. Raises UserError as `parse_phases` and `parse_tools`."""
     path = inside(root, relative)
     content = read_content(path)
-    track = parse(content, path, spec)
+    track = (parse_phases if role == "phase" else parse_tools)(content, path, spec)
     file = AnnotationFile(path=relative, sha256=sha256(content).hexdigest(), rows=len(track.frame_index))
     return Annotation(path, file, track)
 
@@ -92,26 +90,24 @@ def load_tracks(entry: VideoEntry, root: Path, spec: DataSetSpec) -> FittedTrack
     """The video's tracks, fitted to it. Raises UserError for annotation files that are missing or have changed."""
     if entry.records is not None:
         return FittedTracks(*entry.records.tracks(spec))
-    phase = _reread_annotation(root, entry.phase_file, parse_phases, spec)
-    tools = _reread_annotation(root, entry.tool_file, parse_tools, spec)
-    return fit_annotations(phase, tools, extent_of(entry, spec))
+    files: dict[Role, AnnotationFile | None] = {"phase": entry.phase_file, "tool": entry.tool_file}
+    read = {role: _reread_annotation(root, file, role, spec) for role, file in files.items() if file}
+    return fit_annotations(read, extent_of(entry, spec))
 
 
-def fit_annotations(phase: Annotation | None, tools: Annotation | None, extent: Extent) -> FittedTracks:
+def fit_annotations(read: Mapping[Role, Annotation], extent: Extent) -> FittedTracks:
     """A video's annotations on its timeline, fitted to it (`fit_tracks`)."""
-    return fit_tracks(phase.placed(extent) if phase else None, tools.placed(extent) if tools else None, extent)
+    return fit_tracks({role: one.placed(extent) for role, one in read.items()}, extent)
 
 
-def _reread_annotation(root: Path, file: AnnotationFile | None, parse: Parse, spec: DataSetSpec) -> Annotation | None:
-    if file is None:
-        return None
+def _reread_annotation(root: Path, file: AnnotationFile, role: Role, spec: DataSetSpec) -> Annotation:
     path = root / file.path
     if not path.exists():
         raise UserError(f"{path}: no such file; restore it, or run `index --force` to continue without its labels")
-    read = read_annotation(root, file.path, parse, spec)
-    if read and read.file.sha256 != file.sha256:
+    read = read_annotation(root, file.path, role, spec)
+    if read.file.sha256 != file.sha256:
         raise UserError(f"{path}: has changed since it was indexed; run `index --force`, then this again")
-    return read and read.with_numbering(file.numbering)
+    return read.with_numbering(file.numbering)
 
 
 def extent_of(entry: VideoEntry, spec: DataSetSpec) -> Extent:
@@ -187,28 +183,24 @@ def unlabelled_note(phases: Mapping[str, NDArray[np.int8]], means: str) -> list[
     return [f"note: {sum(bare.values()):,} of {total:,} frames have no phase label ({listed([*bare])}) and {means}"]
 
 
-def fit_tracks(
-    phase: tuple[Path, LabelTrack] | None, tools: tuple[Path, LabelTrack] | None, extent: Extent
-) -> FittedTracks:
-    """Both tracks, already on the video's timeline, cut to the video and to each other, and notes on missing labels.
+def fit_tracks(given: Mapping[Role, tuple[Path, LabelTrack]], extent: Extent) -> FittedTracks:
+    """The tracks, already on the video's timeline, cut to the video and to each other, and notes on missing labels.
 
     The usual trailing row is cut: one that starts after the end of the video, or of the other file, by at most one row
     of the coarsest stride among the files and the images. Raises UserError naming file and row for rows further beyond
     the video. Labels that start late, lack rows or end early leave frames without labels, with a note.
     """
-    given: list[tuple[Path, LabelTrack]] = [pair for pair in (phase, tools) if pair is not None]
-    slack = max([extent.stride, *(track.stride for _, track in given)])
+    slack = max([extent.stride, *(track.stride for _, track in given.values())])
     notes: list[str] = []
-    for path, track in given:
+    for path, track in given.values():
         _check_end(path, track, extent, slack)
-    end = min([extent.frame_count, *(track.end for _, track in given)])
-    if any(track.frame_index[-1] >= end + slack for _, track in given):  # one file ends early
+    end = min([extent.frame_count, *(track.end for _, track in given.values())])
+    if any(track.frame_index[-1] >= end + slack for _, track in given.values()):  # one file ends early
         end = extent.frame_count
-    cut_phase = _cut(phase, end, extent, notes)
-    cut_tools = _cut(tools, end, extent, notes)
-    for path, track in given:
+    cut = {role: _cut(path, track, end, extent, notes) for role, (path, track) in given.items()}
+    for path, track in given.values():
         notes += _uncovered(path, track, extent, slack)
-    return FittedTracks(cut_phase, cut_tools, tuple(notes))
+    return FittedTracks(cut.get("phase"), cut.get("tool"), tuple(notes))
 
 
 def labelled_fractions(frames: NDArray[np.int64], phase: LabelTrack | None, tools: LabelTrack | None) -> list[float]:
@@ -232,11 +224,8 @@ def _check_end(path: Path, track: LabelTrack, extent: Extent, slack: int) -> Non
     )
 
 
-def _cut(pair: tuple[Path, LabelTrack] | None, end: int, extent: Extent, notes: list[str]) -> LabelTrack | None:
+def _cut(path: Path, track: LabelTrack, end: int, extent: Extent, notes: list[str]) -> LabelTrack:
     """The track without rows at or after `end`; a note is added when there were any."""
-    if pair is None:
-        return None
-    path, track = pair
     rows = len(track.frame_index)
     kept = int(np.searchsorted(track.frame_index, end))
     if kept == 0:

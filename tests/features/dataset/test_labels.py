@@ -14,7 +14,7 @@ from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import DataConfig
 from features.dataset.annotations import LabelTrack, read_phase_file, read_tool_file
-from features.dataset.labels import fit_tracks, sample_labels, unlabelled_note
+from features.dataset.labels import Role, fit_tracks, sample_labels, unlabelled_note
 from features.dataset.row_numbers import Extent, RowNumbering, infer_numberings
 
 PHASES = Path("root/video01-phase.txt")
@@ -119,11 +119,12 @@ def fit(
     extent = Extent("video01.mp4", frame_count, fps, described, stride)
     lists = [(path, track) for path, track in ((PHASES, phase), (TOOLS, tools)) if track is not None]
     readings = infer_numberings(lists, extent, DataConfig(**data))
-    placed = {
-        path: (path, reading.place(path, track, extent)) for (path, track), reading in zip(lists, readings, strict=True)
+    placed: dict[Role, tuple[Path, LabelTrack]] = {
+        "phase" if path is PHASES else "tool": (path, reading.place(path, track, extent))
+        for (path, track), reading in zip(lists, readings, strict=True)
     }
     notes = [note for (path, _), reading in zip(lists, readings, strict=True) for note in reading.notes(path, extent)]
-    fitted_phase, fitted_tools, fit_notes = fit_tracks(placed.get(PHASES), placed.get(TOOLS), extent)
+    fitted_phase, fitted_tools, fit_notes = fit_tracks(placed, extent)
     return fitted_phase, fitted_tools, (*notes, *fit_notes)
 
 
