@@ -117,20 +117,8 @@ def _check_video(
     root: Path, found: FoundVideo, video: PickledVideo, order: Sequence[str], spec: DataSetSpec, data: DataConfig
 ) -> _Labels:
     """The labels of a pickled video on its timeline. Raises UserError if its source or annotations disagree."""
-    if found.kind == "video":
-        info = probe_video(inside(root, found.source))
-        times_s = info.times.seconds(info.frame_count) if info.times else None
-        extent = Extent(found.source, info.frame_count, info.fps, info.fps, times_s=times_s)
-        frames, stride = _rows_of_video(video, extent, spec.model_copy(update={"annotation_fps": info.fps}), data)
-        if frames[-1] >= info.frame_count:
-            raise UserError(
-                f"{video.where}: {len(frames)} rows reach frame {frames[-1]}, {root / found.source} has "
-                f"{info.frame_count} frames"
-            )
-    else:
-        frames, layout = _row_frames(video, spec, data)
-        stride = layout.stride
-        _require_images(root, found, video, frames, stride, spec, data)
+    rows_of = _rows_of_video if found.kind == "video" else _rows_of_folder
+    frames, stride = rows_of(root, found.source, video, spec, data)
     phase = ids_of_order(order, spec.phases)[video.phase].astype(np.int8)
     labels = {"phase": LabelTrack(frames, phase, stride)}
     if video.tools is not None:
@@ -159,43 +147,49 @@ def _row_frames(video: PickledVideo, spec: DataSetSpec, data: DataConfig) -> tup
 
 
 def _rows_of_video(
-    video: PickledVideo, extent: Extent, spec: DataSetSpec, data: DataConfig
+    root: Path, source: str, video: PickledVideo, spec: DataSetSpec, data: DataConfig
 ) -> tuple[NDArray[np.int64], int]:
     """Source frame (R,) of each row of a video file, and the largest distance between rows, in frames.
 
     Sampling is by time: at 29.97 fps, samples are not exactly 30 frames apart, and their numbers are not equidistant.
+    Raises UserError if rows lie beyond the end of the video.
     """
+    info = probe_video(inside(root, source))
+    times_s = info.times.seconds(info.frame_count) if info.times else None
+    extent = Extent(source, info.frame_count, info.fps, info.fps, times_s=times_s)
     rate = data.folder_fps or data.fps
     step = extent.fps / rate
-    numbers = scan_names(Path(video.where), video.file_names, spec).numbers
-    if abs(step - round(step)) > 1e-6 and np.array_equal(numbers, extent.on_screen(np.rint(numbers / step) / rate)):
-        return numbers, int(np.diff(numbers).max(initial=1))
+    frames = scan_names(Path(video.where), video.file_names, spec).numbers
+    if abs(step - round(step)) > 1e-6 and np.array_equal(frames, extent.on_screen(np.rint(frames / step) / rate)):
+        stride = int(np.diff(frames).max(initial=1))
+    else:
+        frames, layout = _row_frames(video, spec.model_copy(update={"annotation_fps": info.fps}), data)
+        stride = layout.stride
+        if layout.numbering == "sample":
+            frames = extent.on_screen(frames / stride / rate)
+            stride = int(np.diff(frames).max(initial=stride))
+    if frames[-1] >= info.frame_count:
+        raise UserError(
+            f"{video.where}: {len(frames)} rows reach frame {frames[-1]}, {root / source} has {info.frame_count} frames"
+        )
+    return frames, stride
+
+
+def _rows_of_folder(
+    root: Path, source: str, video: PickledVideo, spec: DataSetSpec, data: DataConfig
+) -> tuple[NDArray[np.int64], int]:
+    """Source frame (R,) of each row of a folder's images, and their distance. Raises UserError if one has no image."""
     frames, layout = _row_frames(video, spec, data)
-    if layout.numbering == "source":
-        return frames, layout.stride
-    frames = extent.on_screen(frames / layout.stride / rate)
-    return frames, int(np.diff(frames).max(initial=layout.stride))
-
-
-def _require_images(
-    root: Path,
-    found: FoundVideo,
-    video: PickledVideo,
-    frames: NDArray[np.int64],
-    stride: int,
-    spec: DataSetSpec,
-    data: DataConfig,
-) -> None:
-    """Raise UserError if a row has no image below the root."""
-    scan = scan_folder(root, found.source, spec)
-    counts = f"{video.where}: {len(frames)} rows, but {root / found.source} contains {len(scan.names)} images"
+    scan = scan_folder(root, source, spec)
+    counts = f"{video.where}: {len(frames)} rows, but {root / source} contains {len(scan.names)} images"
     if len(scan.names) < len(frames):
         raise UserError(f"{counts}; restore the missing ones")
-    layout = infer_layout(scan, spec, data, LabelEnd(int(frames[-1]) + stride, stride))
-    missing = np.flatnonzero(~np.isin(frames, source_frames(scan, layout)))
+    images = infer_layout(scan, spec, data, LabelEnd(int(frames[-1]) + layout.stride, layout.stride))
+    missing = np.flatnonzero(~np.isin(frames, source_frames(scan, images)))
     if len(missing):
         row = int(missing[0])
         raise UserError(f"{counts} and none of frame {frames[row]} (row {row + 1}, {video.file_names[row]})")
+    return frames, layout.stride
 
 
 def _require_agreement(root: Path, found: FoundVideo, video: PickledVideo, labels: _Labels, spec: DataSetSpec) -> None:

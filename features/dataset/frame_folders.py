@@ -179,12 +179,11 @@ def _refuse_common_rate(scan: FolderScan, layout: FolderLayout, labels: LabelEnd
     As long means within a second, or a row or an image and a half. That is evidence only if it is small against the
     difference that the rate makes.
     """
-    labelled_s = labels.frame / spec.annotation_fps
-    ends = {rate: abs(layout.frame_count / rate - labelled_s) for rate in _SOURCE_FPS}
-    rate = min(ends, key=lambda rate: ends[rate])
+    frames, labelled_s = layout.frame_count, labels.frame / spec.annotation_fps
+    rate = min(_SOURCE_FPS, key=lambda fps: abs(frames / fps - labelled_s))
     tolerance_s = max(1.0, 1.5 * layout.stride / rate, 1.5 * labels.stride / spec.annotation_fps)
-    difference_s = abs(layout.frame_count / spec.annotation_fps - layout.frame_count / rate)
-    if ends[rate] <= tolerance_s and difference_s >= 10 * tolerance_s:
+    difference_s = abs(frames / spec.annotation_fps - frames / rate)
+    if abs(frames / rate - labelled_s) <= tolerance_s and difference_s >= 10 * tolerance_s:
         raise UserError(
             f"{scan.path}: as source frames, images numbered up to {int(scan.numbers[-1])} last as long as the labels "
             f"at {rate:.4g} fps, not at {spec.annotation_fps:g} fps; set data.row_fps={spec.annotation_fps:g}, and "

@@ -18,7 +18,14 @@ def count_frames(index: Index, root: Path, fps: float, between_rows: BetweenRows
 
     Raises UserError if a video cannot be sampled at `fps` (see `most_fps`) or its annotations have changed.
     """
-    return {entry.id: _count_frames(entry, root, index, fps, between_rows) for entry in index.videos}
+    spec, counts = index.dataset, {}
+    for entry in index.videos:
+        phase, tools = load_labels(entry, root, index, sampled_frames(entry, fps), between_rows)
+        rows = [len(phase), *np.bincount(phase[phase >= 0], minlength=len(spec.phases)), (phase < 0).sum()]
+        if spec.tools:
+            rows += [*(tools > 0).sum(axis=0), (tools < 0).all(axis=1).sum()]
+        counts[entry.id] = list(map(int, rows))
+    return counts
 
 
 def coverage_table(index: Index, counts: Counts) -> list[list[str]]:
@@ -52,12 +59,3 @@ def index_summary(index: Index, counts: Counts) -> list[list[str | int | float]]
         ["hours", *(round(value, 2) for value in hours)],
         *([name, *cells] for name, cells in zip(names, zip(*columns, strict=True), strict=True)),
     ]
-
-
-def _count_frames(entry: VideoEntry, root: Path, index: Index, fps: float, between_rows: BetweenRows) -> list[int]:
-    """Sampled frames of one video in the order of the summary's rows: all, per phase, no phase, per tool, no tools."""
-    phase, tools = load_labels(entry, root, index, sampled_frames(entry, fps), between_rows)
-    counts = [len(phase), *np.bincount(phase[phase >= 0], minlength=len(index.dataset.phases)), (phase < 0).sum()]
-    if index.dataset.tools:
-        counts += [*(tools > 0).sum(axis=0), (tools < 0).all(axis=1).sum()]
-    return [int(count) for count in counts]

@@ -20,7 +20,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -53,8 +53,7 @@ def masked_crc32c(content: bytes) -> int:
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-@dataclass(frozen=True)
-class RecordSpan:
+class RecordSpan(NamedTuple):
     """The position of a record's data in its file, in bytes."""
 
     offset: int
