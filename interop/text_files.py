@@ -122,9 +122,8 @@ def _write_texts(out: Path, texts: Mapping[str, str], replace: bool) -> list[Pat
 def read_predictions(path: Path, spec: DataSetSpec) -> NDArray[Any]:
     """A prediction pickle: (N,) int64 phases, one per clip and in the program's numbering, or (N, K) float64 tools.
 
-    It holds them as numbers or tensors in lists.
-    Nothing in it is executed. Raises UserError, naming the entry at fault, if the file is missing, unreadable or not a
-    list of such predictions.
+    It holds them in lists, as numbers or tensors. Nothing in it is executed. Raises UserError, naming the entry at
+    fault, if the file is missing, unreadable or not a list of such predictions.
     """
     content = load_plain(path, tensors=True)
     if not (isinstance(content, (list, tuple)) and content):
@@ -214,9 +213,10 @@ def export_predictions(
     return _write_texts(out, texts, replace)
 
 
-def _frames_by_rule(
-    config: Config, index: Index, root: Path, entries: Sequence[VideoEntry]
-) -> dict[str, list[NDArray[np.int64]]]:
+FramesByRule = dict[str, list[NDArray[np.int64]]]  # the frames (T,) of each video, by the rule that selects them
+
+
+def _frames_by_rule(config: Config, index: Index, root: Path, entries: Sequence[VideoEntry]) -> FramesByRule:
     """The sampled frames of each video that a prediction pickle can cover, by rule.
 
     The original index contains the frames with both labels, the later one those with a phase. Each rule keeps all
@@ -234,11 +234,7 @@ def _frames_by_rule(
 
 
 def _by_video(
-    path: Path,
-    predictions: NDArray[Any],
-    frames: Mapping[str, list[NDArray[np.int64]]],
-    sequence: int | None,
-    split: str,
+    path: Path, predictions: NDArray[Any], frames: FramesByRule, sequence: int | None, split: str
 ) -> list[_VideoPredictions]:
     """Assign predictions to videos. Phases have one prediction per clip, tools one per frame or per clip."""
     total, of_phases = len(predictions), predictions.ndim == 1
