@@ -38,20 +38,16 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 def fsync_folder(folder: Path) -> None:
     """Make a rename in `folder` durable, on systems that can open a folder."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass  # some network file systems refuse fsync on folders; the rename is still atomic
-    finally:
-        os.close(handle)
+    with suppress(OSError):  # some network file systems refuse fsync on folders; the rename is still atomic
+        _fsync(folder)
 
 
 def fsync_file(path: Path) -> None:
     """Write the content of a closed file through to the disk."""
+    _fsync(path)
+
+
+def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

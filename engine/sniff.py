@@ -1,11 +1,13 @@
 """Recognise the content of a file that a reader refused: a failed download, an archive, an incomplete recording.
 
-Used in error messages only, to name the cause and a remedy; nothing here decides what is read.
+Used in error messages, to name the cause and a remedy.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -74,7 +76,7 @@ def recognise_file(path: Path) -> str | None:
         size = path.stat().st_size
         with path.open("rb") as stream:
             head = stream.read(HEAD_BYTES)
-            if head[4:8] in (b"ftyp", b"mdat", b"wide", b"skip") and not _has_moov(stream, size):
+            if head[4:8] in (b"ftyp", b"mdat", b"wide", b"skip") and b"moov" not in _top_level(stream, size):
                 return (
                     "an MP4 file without its table of frames (no moov box), as left by an interrupted recording or "
                     "copy; copy it again, or rebuild the table with a tool such as untrunc from an intact file of the "
@@ -111,20 +113,25 @@ def _text(head: bytes) -> str | None:
     return f"a text that begins with {first!r}; it may be a server's error message in place of a download"
 
 
-def _has_moov(stream: BinaryIO, size: int) -> bool:
-    """Whether an MP4 file has its table of frames at the top level, as far as its boxes can be followed."""
+def _top_level(stream: BinaryIO, size: int) -> list[bytes]:
+    """The kinds of an MP4 file's first boxes."""
+    return [kind for kind, _, _ in itertools.islice(mp4_boxes(stream, size), 10_000)]
+
+
+def mp4_boxes(
+    stream: BinaryIO, size: int, containers: frozenset[bytes] = frozenset()
+) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, start of the body, and end of every box of an MP4 file of `size` bytes (ISO/IEC 14496-12), in order.
+
+    At the top level, and inside boxes of the kinds `containers`. An end may lie beyond the file.
+    """
     offset = 0
-    for _ in range(10_000):
+    while offset + 8 <= size:
         stream.seek(offset)
-        head = stream.read(16)
-        if len(head) < 8:
-            return False
-        length, kind = int.from_bytes(head[:4], "big"), head[4:8]
-        if kind == b"moov":
-            return True
-        if length == 0 or not kind.isalnum():  # extends to the end of the file, or is not a box
-            return False
-        offset += int.from_bytes(head[8:16], "big") if length == 1 else max(length, 8)
-        if offset >= size:
-            return False
-    return True
+        head = stream.read(16).ljust(16, b"\0")
+        length, kind, body = int.from_bytes(head[:4], "big"), head[4:8], offset + 8
+        if length == 1:
+            length, body = int.from_bytes(head[8:], "big"), offset + 16
+        end = offset + max(length, 8) if length else size  # 0: runs to the end of the file
+        yield kind, body, end
+        offset = body if kind in containers else end

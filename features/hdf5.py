@@ -1,4 +1,4 @@
-"""Sealed HDF5 files, which are checked before the HDF5 library opens them, and writing to disks that fill up.
+"""Sealed HDF5 files: written whole or not at all, and checked before the HDF5 library opens them.
 
 A flipped bit in HDF5's own structures can send the library into an endless loop, so its checksums come too late. A
 sealed file has a user block (512 bytes before the HDF5 content, which every HDF5 program skips) with the size and CRC32
@@ -8,16 +8,58 @@ of the rest.
 from __future__ import annotations
 
 import io
-import os
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import h5py
 
+from configs.errors import UserError, one_line
+from engine.files import atomic_path
+
 USER_BLOCK_BYTES = 512
 _MAGIC = b"surgstage sealed HDF5"
 _BLOCK_BYTES = 1 << 20
+# What HDF5 raises for the contents of a damaged file.
+_HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, OverflowError)
+
+
+class DamagedFile(Exception):
+    """What is wrong with a sealed file, without its name."""
+
+
+@contextmanager
+def open_sealed(path: Path) -> Iterator[h5py.File]:
+    """A sealed file with the attribute `complete`, open for reading; its seal is checked first.
+
+    Raises DamagedFile where it is missing or damaged, also for what HDF5 raises in the body.
+    """
+    try:
+        if not path.is_file():
+            raise DamagedFile("no such file")
+        if problem := broken_seal(path):
+            raise DamagedFile(problem)
+        with h5py.File(path, "r", locking=False) as file:
+            if not file.attrs.get("complete"):
+                raise DamagedFile("not complete")
+            yield file
+    except _HDF5_ERRORS as error:
+        raise DamagedFile(f"damaged or cut short ({one_line(error)})") from error
+
+
+@contextmanager
+def sealed_path(path: Path, problem_of: Callable[[Path], str | None]) -> Iterator[Path]:
+    """`atomic_path` for an HDF5 file, which is sealed and then checked by `problem_of` before it replaces `path`.
+
+    Raises UserError where the check finds a problem, and for what `atomic_path` raises it.
+    """
+    with atomic_path(path) as temporary:
+        yield temporary
+        seal(temporary)
+        if problem := problem_of(temporary):
+            raise UserError(f"{path}: what was written does not read back ({problem}); check the disk")
 
 
 def seal(path: Path) -> None:
@@ -55,15 +97,16 @@ def is_self_contained(file: h5py.File, name: str) -> bool:
     return not elsewhere and set(filters) <= {h5py.h5z.FILTER_FLETCHER32}
 
 
-class Hdf5Sink(io.RawIOBase):
+class Hdf5Sink(io.FileIO):
     """A file object for HDF5 whose writes never fail: HDF5 sometimes crashes the process when a disk fills up.
 
     The first error is kept and later writes are dropped; `check` (or leaving the block) raises it.
     """
 
+    error: OSError | None = None
+
     def __init__(self, path: Path, mode: Literal["w+b", "r+b"] = "w+b") -> None:
-        self._file = path.open(mode, buffering=0)
-        self.error: OSError | None = None
+        super().__init__(path, mode)
 
     def check(self) -> None:
         """Raise the first error of a write, if there was one."""
@@ -75,7 +118,7 @@ class Hdf5Sink(io.RawIOBase):
         size = len(rest)
         try:
             while len(rest) and self.error is None:  # a nearly full disk takes a part, then nothing
-                rest = rest[self._file.write(rest) or 0 :]
+                rest = rest[super().write(rest) or 0 :]
         except OSError as error:
             self.error = error
         return size
@@ -83,21 +126,12 @@ class Hdf5Sink(io.RawIOBase):
     def truncate(self, size: int | None = None) -> int:
         try:
             if self.error is None:
-                self._file.truncate(size)
+                super().truncate(size)
         except OSError as error:
             self.error = error
         return size or 0
 
-    def readinto(self, buffer: Any) -> int:
-        return self._file.readinto(buffer) or 0
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._file.close()
+        super().__exit__(kind, error, trace)
         if error is None or isinstance(error, Exception):  # whatever HDF5 raised after it, this is the cause
             self.check()

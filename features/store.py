@@ -34,10 +34,10 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.errors import UserError, one_line
-from engine.files import atomic_path, sha256_json
+from configs.errors import UserError
+from engine.files import sha256_json
 from engine.runs import package_version
-from features.hdf5 import USER_BLOCK_BYTES, Hdf5Sink, broken_seal, is_self_contained, seal
+from features.hdf5 import USER_BLOCK_BYTES, DamagedFile, Hdf5Sink, is_self_contained, open_sealed, sealed_path
 from features.ids import file_stem
 from features.video_labels import VideoLabels
 
@@ -112,6 +112,15 @@ class SourceIdentity:
     size_bytes: int
     fps: float
 
+    def attributes(self) -> dict[str, Any]:
+        """What an HDF5 file made from the video records about it."""
+        return {
+            "video_id": self.video_id,
+            "source_sha256_ends": self.sha256_ends,
+            "source_size_bytes": self.size_bytes,
+            "source_fps": self.fps,
+        }
+
 
 @dataclass(frozen=True, eq=False)
 class VideoFeatures(VideoLabels):
@@ -144,7 +153,7 @@ def write_features(
     The file appears under its name only when the body ended without an exception, all T rows were appended and the
     reopened file verifies; otherwise nothing is left. Raises UserError if the disk is full.
     """
-    with atomic_path(path) as temporary:
+    with sealed_path(path, lambda written: verify_file(written, encoder, source)) as temporary:
         options = {"libver": ("v110", "v110"), "userblock_size": USER_BLOCK_BYTES}
         with Hdf5Sink(temporary) as sink, h5py.File(sink, "w", **options) as file:
             _create(file, "features", (len(frame_index), encoder.embedding_dim), encoder.storage)
@@ -159,9 +168,6 @@ def write_features(
             if writer.rows != len(frame_index):
                 raise UserError(f"{source.video_id}: {writer.rows} of {len(frame_index)} frames were computed")
             file.attrs["complete"] = True
-        seal(temporary)
-        if problem := verify_file(temporary, encoder, source):
-            raise UserError(f"{path}: what was written does not read back ({problem}); check the disk")
 
 
 @dataclass
@@ -199,10 +205,7 @@ class FeatureWriter:
 def _provenance(encoder: EncoderSpec, source: SourceIdentity) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
-        "video_id": source.video_id,
-        "source_sha256_ends": source.sha256_ends,
-        "source_size_bytes": source.size_bytes,
-        "source_fps": source.fps,
+        **source.attributes(),
         "fps": encoder.fps,
         "backbone": encoder.backbone,
         "weights_sha256": encoder.weights_sha256,
@@ -235,9 +238,9 @@ def read_features(path: Path, with_features: bool = True) -> VideoFeatures:
     Raises FeatureFileError naming the file and what is wrong with it.
     """
     with _sound(path) as (file, attributes):
-        values = {name: _dataset(file, name, path)[...] for name in _DATASETS if with_features or name != "features"}
+        values = {name: _dataset(file, name)[...] for name in _DATASETS if with_features or name != "features"}
         features = values.pop("features", np.zeros((len(values["frame_index"]), 0), np.float16))
-        _require_one_length({"features": features, **values}, path)
+        _require_one_length({"features": features, **values})
     return VideoFeatures(features=features, **values, attributes=attributes)
 
 
@@ -254,11 +257,11 @@ def verify_file(path: Path, encoder: EncoderSpec | None = None, source: SourceId
     """
     try:
         with _sound(path) as (file, attributes):
-            datasets = {name: _dataset(file, name, path) for name in _DATASETS}
+            datasets = {name: _dataset(file, name) for name in _DATASETS}
             for dataset in datasets.values():
                 for start in range(0, len(dataset), CHUNK_FRAMES):
                     dataset[start : start + CHUNK_FRAMES]
-            _require_one_length(datasets, path)
+            _require_one_length(datasets)
     except FeatureFileError as error:
         return str(error).removeprefix(f"{path}: ")
     if encoder is not None and attributes.get("encoder_digest") != encoder.digest:
@@ -285,55 +288,45 @@ def rewrite_labels(path: Path, phase: NDArray[np.int8], tools: NDArray[np.int8],
     """
     if len(phase) != len(read_features(path, with_features=False)):
         raise FeatureFileError(f"{path}: new labels have another length; run extract again")
-    with atomic_path(path) as temporary:
+    with sealed_path(path, verify_file) as temporary:
         shutil.copyfile(path, temporary)
         with Hdf5Sink(temporary, "r+b") as sink, h5py.File(sink, "r+") as file:
             _write_labels(file, phase, tools)
             file.attrs.update(dict(attributes))
-        seal(temporary)
-        if problem := verify_file(temporary):
-            raise FeatureFileError(f"{path}: {problem}")
 
 
 @contextmanager
 def _sound(path: Path) -> Iterator[tuple[h5py.File, dict[str, Any]]]:
-    """A complete feature file and its attributes; errors of HDF5 in the body are raised as FeatureFileError."""
+    """A complete feature file and its attributes; DamagedFile in the body is raised as FeatureFileError."""
     try:
-        if not path.is_file():
-            raise FeatureFileError(f"{path}: no such feature file; run extract")
-        if problem := broken_seal(path):
-            raise FeatureFileError(f"{path}: {problem}; run extract again")
-        with h5py.File(path, "r", locking=False) as file:
+        with open_sealed(path) as file:
             attributes = _attributes(file)
-            if attributes.get("schema_version") != SCHEMA_VERSION:
-                raise FeatureFileError(
-                    f"{path}: schema version {attributes.get('schema_version')}, this program reads {SCHEMA_VERSION}"
-                )
-            if not attributes.get("complete"):
-                raise FeatureFileError(f"{path}: not complete; run extract again")
+            version = attributes.get("schema_version")
+            if version != SCHEMA_VERSION:
+                raise DamagedFile(f"schema version {version}, this program reads {SCHEMA_VERSION}")
             yield file, attributes
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise FeatureFileError(f"{path}: damaged or cut short ({one_line(error)}); run extract again") from error
+    except DamagedFile as error:
+        raise FeatureFileError(f"{path}: {error}; run extract again") from error
 
 
-def _dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
-    """A data set of the contract. Raises FeatureFileError for anything else, before any of it is read."""
+def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
+    """A data set of the contract. Raises DamagedFile for anything else, before any of it is read."""
     found = file[name]
     dimensions, kind = _DATASETS[name]
     if not isinstance(found, h5py.Dataset) or found.ndim != dimensions or found.dtype.kind != kind:
-        raise FeatureFileError(f"{path}: {name} is not a data set of {dimensions} dimension(s); run extract again")
+        raise DamagedFile(f"{name} is not a data set of {dimensions} dimension(s)")
     # Values are stored uncompressed in this very file: a claim of more bytes than are stored is damage or a bomb.
     if found.nbytes > min(MAX_DATASET_BYTES, found.id.get_storage_size()):
-        raise FeatureFileError(f"{path}: {name} claims {found.nbytes:,} bytes; not a feature file of this project")
+        raise DamagedFile(f"{name} claims {found.nbytes:,} bytes, more than it has")
     if not is_self_contained(file, name):
-        raise FeatureFileError(f"{path}: {name} lies elsewhere or is compressed; not a feature file of this project")
+        raise DamagedFile(f"{name} lies elsewhere or is compressed, unlike in files of this project")
     return found
 
 
-def _require_one_length(values: Mapping[str, Any], path: Path) -> None:
+def _require_one_length(values: Mapping[str, Any]) -> None:
     lengths = {name: len(value) for name, value in values.items()}
     if len(set(lengths.values())) != 1:
-        raise FeatureFileError(f"{path}: damaged (lengths differ: {lengths}); run extract again")
+        raise DamagedFile(f"damaged (lengths differ: {lengths})")
 
 
 def _attributes(file: h5py.File) -> dict[str, Any]:

@@ -8,13 +8,12 @@ compressed image with a CRC-32, read and checked separately. Nothing here import
 
 from __future__ import annotations
 
-import functools
 import io
 import json
-import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,9 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError, one_line
 from configs.schema import CacheConfig, PreprocessConfig
-from engine.files import (
-    atomic_path,
-    make_folder,
-    remove_stale_temporaries,
-    require_free_bytes,
-    sha256_json,
-)
+from engine.files import make_folder, remove_stale_temporaries, require_free_bytes, sha256_json
 from features.frames.preprocess import Geometry, geometry_json
-from features.hdf5 import USER_BLOCK_BYTES, Hdf5Sink, broken_seal, is_self_contained, seal
+from features.hdf5 import USER_BLOCK_BYTES, DamagedFile, Hdf5Sink, is_self_contained, open_sealed, sealed_path
 from features.ids import file_stem
 from features.store import SourceIdentity
 from features.video.base import FrameReader
@@ -89,9 +82,30 @@ class FrameCache:
         """The video's frames if the cache holds all of them, from this source; otherwise None."""
         return CachedFrames(self.path(request.source.video_id)) if self.problem(request, deep) is None else None
 
-    def problem(self, request: CacheRequest, deep: bool = False) -> str | None:
-        """Why a video's cache file cannot be used, or None. `deep` also checks each frame's CRC."""
-        return _problem(self.path(request.source.video_id), self._attributes(request), request.frame_index, deep)
+    def problem(self, request: CacheRequest, deep: bool = False, path: Path | None = None) -> str | None:
+        """Why a video's cache file (at `path`, if not in its place yet) cannot be used, or None.
+
+        `deep` also checks each frame's CRC.
+        """
+        frame_index = request.frame_index
+        try:
+            with open_sealed(path or self.path(request.source.video_id)) as file:
+                for name, value in self._attributes(request).items():
+                    if file.attrs.get(name) != value:
+                        return f"{name} is {file.attrs.get(name)}, not {value}"
+                if not all(is_self_contained(file, name) and file[name].chunks is None for name in _DATASETS):
+                    return "not as this project writes it"
+                if not all(file[name].shape == frame_index.shape for name in _DATASETS):
+                    return "holds another number of frames"
+                if not np.array_equal(file["frame_index"][...], frame_index):
+                    return "holds other frames"
+                if deep:
+                    for number, blob, checksum in zip(frame_index, file["blobs"], file["crc32"][...], strict=True):
+                        if zlib.crc32(blob) != checksum:
+                            return f"frame {number} is damaged"
+        except DamagedFile as error:
+            return str(error)
+        return None
 
     def ensure(self, request: CacheRequest, on_frame: Callable[[int], None] | None = None) -> CachedFrames:
         """The video's frames, decoded now if they are not in the cache; memory does not grow with the length.
@@ -107,11 +121,8 @@ class FrameCache:
         make_folder(self.folder)
         remove_stale_temporaries(self.folder)
         require_free_bytes(self.folder, self.estimate_bytes(len(request.frame_index)), "caching these frames")
-        with atomic_path(path) as temporary:
+        with sealed_path(path, partial(self.problem, request, True)) as temporary:
             self._write(temporary, request, on_frame)
-            problem = _problem(temporary, self._attributes(request), request.frame_index, deep=True)
-            if problem is not None:
-                raise UserError(f"{path}: the written file cannot be read back ({problem}); check the disk")
         return CachedFrames(path)
 
     def _attributes(self, request: CacheRequest) -> dict[str, Any]:
@@ -119,10 +130,7 @@ class FrameCache:
         return {
             "schema_version": SCHEMA_VERSION,
             "digest": self.digest,
-            "video_id": request.source.video_id,
-            "source_sha256_ends": request.source.sha256_ends,
-            "source_size_bytes": request.source.size_bytes,
-            "source_fps": request.source.fps,
+            **request.source.attributes(),
             "fps": self.fps,
         }
 
@@ -146,7 +154,6 @@ class FrameCache:
             file["crc32"] = checksums
             file["frame_index"] = request.frame_index.astype(np.int64)
             file.attrs["complete"] = True
-        seal(temporary)
 
     def _provenance(self, geometry: Geometry, reader: FrameReader) -> dict[str, Any]:
         """Information about a file that does not decide whether it is the right one."""
@@ -167,48 +174,20 @@ class FrameCache:
         return stream.getvalue()
 
 
-def _problem(path: Path, attributes: dict[str, Any], frame_index: NDArray[np.int64], deep: bool) -> str | None:
-    if not path.is_file():
-        return "not cached yet"
-    try:
-        if unsound := broken_seal(path):
-            return unsound
-        with h5py.File(path, "r", locking=False) as file:
-            if not file.attrs.get("complete", False):
-                return "not complete"
-            for name, value in attributes.items():
-                if file.attrs.get(name) != value:
-                    return f"{name} is {file.attrs.get(name)}, not {value}"
-            if not all(is_self_contained(file, name) and file[name].chunks is None for name in _DATASETS):
-                return "not as this project writes it"
-            if not all(file[name].shape == frame_index.shape for name in _DATASETS):
-                return "holds another number of frames"
-            if not np.array_equal(file["frame_index"][...], frame_index):
-                return "holds other frames"
-            if deep:
-                for number, blob, checksum in zip(frame_index, file["blobs"], file["crc32"][...], strict=True):
-                    if zlib.crc32(blob) != checksum:
-                        return f"frame {number} is damaged"
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        return f"damaged or cut short ({one_line(error, most=120)})"
-    return None
-
-
 @dataclass
 class CachedFrames:
     """A video's cached frames by position. Picklable; each process opens the file itself at its first frame."""
 
     path: Path
     _file: h5py.File | None = field(default=None, init=False, repr=False, compare=False)
-    _process: int = field(default=0, init=False, repr=False, compare=False)
 
-    @functools.cached_property
+    @cached_property
     def frame_index(self) -> NDArray[np.int64]:
         """(T,) source frame numbers."""
         index: NDArray[np.int64] = self._read("frame_index", ...)
         return index
 
-    @functools.cached_property
+    @cached_property
     def _checksums(self) -> NDArray[np.uint32]:
         checksums: NDArray[np.uint32] = self._read("crc32", ...)
         return checksums
@@ -226,18 +205,18 @@ class CachedFrames:
         return decode_image(io.BytesIO(blob), f"{self.path}: cached frame", int(self.frame_index[position]))
 
     def close(self) -> None:
-        """Close this process's handle; the next frame opens it again."""
-        file, self._file = self._file, None
-        if file is not None and self._process == os.getpid():
-            file.close()
+        """Close the file; the next frame opens it again."""
+        if self._file is not None:
+            self._file.close()
+        self._file = None
 
     def __reduce__(self) -> tuple[type[CachedFrames], tuple[Path]]:
         return CachedFrames, (self.path,)
 
     def _read(self, name: str, selection: Any) -> Any:
         try:
-            if self._file is None or self._process != os.getpid():
-                self._file, self._process = h5py.File(self.path, "r", locking=False), os.getpid()
+            if self._file is None:
+                self._file = h5py.File(self.path, "r", locking=False)
             return self._file[name][selection]
         except (OSError, RuntimeError, KeyError, ValueError) as error:
             raise self._damaged(one_line(error, most=120)) from error

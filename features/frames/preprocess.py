@@ -9,7 +9,7 @@ resized size, S crop size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -145,7 +145,7 @@ def find_margin(frames: Iterable[np.ndarray]) -> Box | None:
 
 
 def crop_frames(frames: Frames, crop_px: int, count: CropCount = 1) -> Frames:
-    """Crops for evaluation, (N, R, R, 3) -> (N, count, S, S, 3), arrays or tensors, any dtype.
+    """Crops for evaluation, (N, R, R, 3) -> (N, count, S, S, 3), any dtype; of tensors only the centre, as a view.
 
     1: the centre, with offset (R - S) // 2. 5: top left, top right, bottom left, bottom right, centre.
     10: those of the frame, then those of the frame mirrored left to right (torchvision's order).
@@ -153,10 +153,12 @@ def crop_frames(frames: Frames, crop_px: int, count: CropCount = 1) -> Frames:
     rest = frames.shape[1] - crop_px
     if rest < 0:
         raise ValueError(f"cannot crop {crop_px} from {frames.shape[1]} pixels")
-    corners: list[tuple[int, int]] = [(0, 0), (0, rest), (rest, 0), (rest, rest)] if count > 1 else []
+    if count == 1:
+        return _cut(frames, rest // 2, rest // 2, crop_px)[:, None]  # type: ignore[no-any-return]
+    offsets = [(0, 0), (0, rest), (rest, 0), (rest, rest), (rest // 2, rest // 2)]
     sources = [frames, _mirrored(frames)] if count == 10 else [frames]
-    offsets = [*corners, (rest // 2, rest // 2)]
-    return _stacked([_cut(source, top, left, crop_px) for source in sources for top, left in offsets])
+    crops: Any = np.stack([_cut(source, top, left, crop_px) for source in sources for top, left in offsets], axis=1)
+    return crops
 
 
 def _cut(frames: Any, top: int, left: int, crop_px: int) -> Any:
@@ -164,15 +166,7 @@ def _cut(frames: Any, top: int, left: int, crop_px: int) -> Any:
 
 
 def _mirrored(frames: Any) -> Any:
-    return frames[..., ::-1, :] if isinstance(frames, np.ndarray) else frames.flip(-2)
-
-
-def _stacked(crops: Sequence[Any]) -> Any:
-    if isinstance(crops[0], np.ndarray):
-        return np.stack(crops, axis=1)
-    import torch
-
-    return torch.stack(list(crops), dim=1)
+    return frames[..., ::-1, :]
 
 
 def augment_generator(seed: int, epoch: int, sample: int) -> np.random.Generator:

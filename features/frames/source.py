@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -156,11 +156,9 @@ def open_frames(
     lossless = config.cache.use_for_extract and config.cache.codec != "jpeg"
     cached = frame_cache(config).find(request, deep=True) if lossless else None
     if cached is not None:
-        try:
+        with closing(cached):
             numbers = range(len(cached))[samples]
             yield SampledFrames((cached[number] for number in numbers), _provenance_of_cache(cached.path))
-        finally:
-            cached.close()
         return
     with source_frames(config, entry, root, index, samples) as frames:
         yield frames

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+from engine.sniff import mp4_boxes
 
 MAX_FRAMES = 20_000_000  # of one video: nine days at 25 fps; sound may have more samples
 MAX_BOXES = 500_000  # hours of fragments have some 100,000; more is a file made to exhaust its reader
@@ -34,7 +35,7 @@ def overclaim(path: Path) -> str | None:
     size = path.stat().st_size
     samples, sound = 0, False
     with path.open("rb") as stream:
-        for number, (kind, body) in enumerate(_boxes(stream, size)):
+        for number, (kind, body, _) in enumerate(mp4_boxes(stream, size, _CONTAINERS)):
             if number == MAX_BOXES:  # what follows has not been checked
                 return f"its tables have more than {MAX_BOXES:,} parts"
             if kind == b"hdlr":
@@ -59,7 +60,7 @@ def frame_times(path: Path) -> NDArray[np.int64] | None:
     size = path.stat().st_size
     tracks: list[dict[bytes, bytes]] = []
     with path.open("rb") as stream:
-        for kind, body in itertools.islice(_boxes(stream, size), MAX_BOXES):
+        for kind, body, _ in itertools.islice(mp4_boxes(stream, size, _CONTAINERS), MAX_BOXES):
             if kind == b"moof":
                 return None
             if kind == b"trak":
@@ -109,38 +110,12 @@ def empty_tail(path: Path) -> int:
 
 def end(stream: BinaryIO, size: int) -> int:
     """Where the boxes of a file of `size` bytes end, according to the headers of its top level."""
-    offset = 0
-    for _ in range(MAX_BOXES):
-        if offset + 8 > size:
+    last = 0
+    for kind, _, stop in itertools.islice(mp4_boxes(stream, size), MAX_BOXES):
+        if kind not in TOP_LEVEL:  # trailing bytes that are not a box
             break
-        kind, _, length = _header(stream, offset)
-        if kind not in TOP_LEVEL or length == 0:  # trailing bytes that are not a box, or a box that runs to the end
-            return offset
-        offset += max(length, 8)
-    return offset
-
-
-def _boxes(stream: BinaryIO, size: int) -> Iterator[tuple[bytes, int]]:
-    """Kind and start of the body of every box, those inside containers included, in the order of the file."""
-    offset = 0
-    while offset + 8 <= size:
-        kind, body, length = _header(stream, offset)
-        yield kind, body
-        if kind in _CONTAINERS:
-            offset = body
-        elif length == 0:  # runs to the end of the file
-            return
-        else:
-            offset += max(length, 8)
-
-
-def _header(stream: BinaryIO, offset: int) -> tuple[bytes, int, int]:
-    """Kind, start of the body, and length of the box at `offset` (0: it runs to the end of the file)."""
-    head = _read(stream, offset, 16)
-    length, kind = struct.unpack(">I4s", head[:8])
-    if length == 1:
-        return kind, offset + 16, int.from_bytes(head[8:], "big")
-    return kind, offset + 8, length
+        last = stop
+    return last
 
 
 def _read(stream: BinaryIO, offset: int, count: int) -> bytes:
