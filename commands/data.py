@@ -109,7 +109,7 @@ def simulate(out: Path, **chosen: Any) -> None:
     operations.
     """
     from configs.load import load_dataset
-    from features.simulation import simulate as write_videos
+    from features.simulation.write import simulate as write_videos
 
     with options.watch_signals() as stop:
         made = write_videos(out, spec=load_dataset("cholec80"), stop=stop, **chosen)

@@ -39,15 +39,11 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 def fsync_folder(folder: Path) -> None:
     """Make a rename in `folder` durable, on systems that can open a folder."""
     with suppress(OSError):  # some network file systems refuse fsync on folders; the rename is still atomic
-        _fsync(folder)
+        fsync_file(folder)
 
 
 def fsync_file(path: Path) -> None:
     """Write the content of a closed file through to the disk."""
-    _fsync(path)
-
-
-def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -104,7 +100,7 @@ def _stem(path: Path) -> str:
 
 def as_user_error(error: OSError, path: Path) -> Exception:
     """The UserError for a failed write; errors that the user cannot fix are returned unchanged."""
-    if is_no_room(error):
+    if _is_no_room(error):
         return NoRoomError(f"{path}: no room left on the disk; free some space or choose another folder")
     if isinstance(error, IsADirectoryError) or error.errno == errno.ENAMETOOLONG:
         what = "is a folder" if isinstance(error, IsADirectoryError) else "its name is too long"
@@ -114,13 +110,10 @@ def as_user_error(error: OSError, path: Path) -> Exception:
     return error
 
 
-def is_no_room(error: BaseException) -> bool:
-    """Whether an exception is an OSError of a full disk (h5py gives the error number in the text only)."""
-    if not isinstance(error, OSError):
-        return False
-    if error.errno in _NO_ROOM:
-        return True
-    return error.errno is None and any(f"errno = {number}," in str(error) for number in _NO_ROOM)
+def _is_no_room(error: OSError) -> bool:
+    """Whether it is the error of a full disk (h5py gives the error number in the text only)."""
+    in_text = error.errno is None and any(f"errno = {number}," in str(error) for number in _NO_ROOM)
+    return in_text or error.errno in _NO_ROOM
 
 
 def remove_stale_temporaries(folder: Path, older_than_s: float = 3600.0, of: str = "") -> int:
@@ -195,11 +188,9 @@ def exclusive_lock(folder: Path, what: str) -> Iterator[None]:
         ) from None
     except (OSError, NotImplementedError) as error:  # filelock before 3.29 raises the latter for ENOSYS
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-            known = as_user_error(error, folder / ".lock")
-            if not isinstance(known, UserError):
-                hint = "delete it, or choose another --name"
-                known = UserError(f"{folder / '.lock'}: cannot be locked ({error.strerror}); {hint}")
-            raise known from error
+            raise UserError(
+                f"{folder / '.lock'}: cannot be locked ({error.strerror}); delete it, or choose another --name"
+            ) from error
         warnings.warn(f"{folder}: no locks on this file system; start no second process on this {what}", stacklevel=3)
     try:
         write_text(note, f"process {os.getpid()} on {socket.gethostname()}")
@@ -227,9 +218,7 @@ def write_json(path: Path, value: Any) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # NumPy and torch scalars
-        return value.item()
-    if hasattr(value, "tolist"):
+    if hasattr(value, "tolist"):  # NumPy's and torch's arrays and scalars
         return value.tolist()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 

@@ -87,15 +87,15 @@ def _one_by_one(
     for job in jobs:
         stop.raise_if_set()
         before = bar.n
-        reason = _attempt(task, job, advance)
+        reason = attempt(task, job, advance)
         bar.total -= job.frames - (bar.n - before)  # ignore the rest of a failed video in the time left
         yield job, reason
 
 
-def _attempt(task: Task[AnyJob], job: AnyJob, advance: Advance) -> str | None:
-    """Do one job; returns the reason in one line if it fails."""
+def attempt(work: Callable[..., None], *arguments: Any) -> str | None:
+    """Call `work`; returns the reason in one line if it fails as a video can make it fail. Raises NoRoomError."""
     try:
-        task(job, advance)
+        work(*arguments)
     except NoRoomError:
         raise
     except VIDEO_ERRORS as error:
@@ -227,7 +227,7 @@ class _Worker:
 
         with self._busy:
             try:
-                return _attempt(self.task, job, advance)
+                return attempt(self.task, job, advance)
             except _StoppedByParent:
                 return "stopped"
 

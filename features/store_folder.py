@@ -6,7 +6,6 @@ It holds one feature file per video (`features.store`), the `index.json` that th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,11 +116,9 @@ def prepare_folder(folder: Path, missing_lengths: Sequence[int], encoder: Encode
     """Make the folder and delete the temporary files of killed writers.
 
     `missing_lengths` are the sampled frames of each video still to be written. Raises UserError if the folder cannot
-    be written or the disk has no room for them.
+    be made or the disk has no room for them.
     """
     make_folder(folder)
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder}: not allowed to write here; choose another folder")
     remove_stale_temporaries(folder)
     require_free_bytes(folder, estimate_bytes(missing_lengths, encoder), "the features")
 

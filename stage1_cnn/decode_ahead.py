@@ -7,7 +7,7 @@ video (or part) from a shared counter and sends resized frames; cropping, normal
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from configs.errors import UserError
 from configs.schema import Config
-from engine.files import NoRoomError
-from engine.pool import VIDEO_ERRORS, failure_reason, serve_parent, work_through
+from engine.pool import VIDEO_ERRORS, attempt, failure_reason, serve_parent, work_through
 from engine.progress import progress_bar, say
 from engine.stopping import StopRequest
 from features.dataset.index import Index
@@ -130,7 +129,7 @@ def _encode_decoded(
                     yield jobs[number], reason
         finally:
             for writer in writers.values():
-                writer.take("abandoned")
+                writer.abandon()
             del messages  # ends the processes
 
 
@@ -157,21 +156,22 @@ class _JobWriter:
 
         Returns the reason if the job has failed, after removing its file. Raises NoRoomError.
         """
-        try:
-            with self._file as file:
-                if isinstance(message, str):
-                    raise UserError(message)
-                if isinstance(message, dict):
-                    self._task.require_sound_labels_and_room(self._job)
-                    self._rows = file.enter_context(self._task.sink(self._job, message))
-                elif message is not None:
-                    self._task.encode(message, self._rows)
-                if message is not None:
-                    self._file = file.pop_all()  # stays open for the next message
-        except VIDEO_ERRORS as error:
-            if isinstance(message, str):
-                return message
-            if isinstance(error, NoRoomError):
-                raise
-            return failure_reason(error)
-        return None
+        if isinstance(message, str):
+            self.abandon()
+            return message
+        return attempt(self._write, message)
+
+    def abandon(self) -> None:
+        """Remove the file, if there is one."""
+        with suppress(*VIDEO_ERRORS), self._file:
+            raise UserError("abandoned")
+
+    def _write(self, message: dict[str, str] | torch.Tensor | None) -> None:
+        with self._file as file:
+            if isinstance(message, dict):
+                self._task.require_sound_labels_and_room(self._job)
+                self._rows = file.enter_context(self._task.sink(self._job, message))
+            elif message is not None:
+                self._task.encode(message, self._rows)
+            if message is not None:
+                self._file = file.pop_all()  # stays open for the next message

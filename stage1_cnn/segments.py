@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
-from engine.files import NoRoomError, as_user_error, temporary_path
-from engine.pool import VIDEO_ERRORS, failure_reason
+from engine.files import as_user_error, temporary_path
+from engine.pool import attempt
 from features.store import feature_path
 
 # Splitting stops once the processes would end this close together, since every part costs a scan of the packets.
@@ -230,18 +230,9 @@ class Assembly:
         video = replace(piece, frames=sum(part.frames for part in parts), first=0, part=None)
         reason = next((why for _, why in sorted(ended.items()) if why is not None), None)
         if reason is None:
-            reason = self._put_together(video, parts)
+            reason = attempt(self.finish, video, parts)
         _remove(places_of(parts))
         return video, reason
-
-    def _put_together(self, video: VideoJob, parts: Sequence[VideoJob]) -> str | None:
-        try:
-            self.finish(video, parts)
-        except NoRoomError:
-            raise
-        except VIDEO_ERRORS as error:
-            return failure_reason(error)
-        return None
 
 
 def places_of(parts: Iterable[VideoJob]) -> list[Path]:

@@ -192,7 +192,7 @@ def test_a_file_system_without_locks_causes_a_warning(tmp_path: Path, monkeypatc
 def test_a_lock_that_cannot_be_taken_is_one_line(tmp_path: Path) -> None:
     (tmp_path / ".lock").mkdir()
     with (
-        pytest.raises(UserError, match=r"\.lock: cannot be written"),
+        pytest.raises(UserError, match=r"\.lock: cannot be locked \(Is a directory\); delete it"),
         exclusive_lock(tmp_path, "ablation"),
     ):
         pass

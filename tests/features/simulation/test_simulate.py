@@ -26,10 +26,10 @@ from engine.stopping import Stopped, watch_signals
 from features.dataset.annotations import read_phase_file, read_tool_file
 from features.dataset.build import build_index
 from features.runs import true_spans
-from features.simulation import Operation, Scene, draw_operation, frame_seconds, load_table, simulate
 from features.simulation.instruments import Materials, draw_tool
-from features.simulation.procedure import tool_set_p
-from features.simulation.scene import Plan
+from features.simulation.procedure import Operation, draw_operation, frame_seconds, load_table, tool_set_p
+from features.simulation.scene import Plan, Scene
+from features.simulation.write import simulate
 
 SPEC = load_dataset("cholec80")
 TABLE = load_table()
