@@ -184,6 +184,7 @@ def test_predictions_that_do_not_fit_are_made_by_the_next_start(finished: Path, 
     assert "1 video(s) predicted" in must(forks, work, *line).output
 
 
+@pytest.mark.slow
 def test_labels_that_do_not_fit_leave_the_old_ones(finished: Path, base: Path, work: Path, forks: Forks) -> None:
     """New labels are written to a copy, so the features are not touched."""
     data = own_data(base, finished, work)
