@@ -271,8 +271,11 @@ def _is_whole_archive(path: Path) -> bool:
     return whole
 
 
-def random_states() -> dict[str, Any]:
-    """States of every random generator that a training step may use, as plain containers and tensors."""
+def random_states(device: torch.device) -> dict[str, Any]:
+    """States of every random generator that a training step on `device` may use, as plain containers and tensors.
+
+    Of several GPUs only the one that this process computes on counts; a process that computes on the CPU asks none.
+    """
     name, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()
     states: dict[str, Any] = {
@@ -280,17 +283,32 @@ def random_states() -> dict[str, Any]:
         "numpy": [str(name), [int(key) for key in np.asarray(keys)], int(position), int(has_gauss), float(gauss)],
         "python": [version, list(internal), gauss_next],
     }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
     return states
 
 
-def restore_random_states(states: dict[str, Any]) -> None:
-    """Restore every random generator to what `random_states` returned."""
+def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
+    """Restore every random generator to what `random_states` returned.
+
+    If it was not called for this kind of device, the device's generator stays as it was seeded, and a note says so.
+    """
     torch.set_rng_state(states["torch"])
     name, keys, position, has_gauss, gauss = states["numpy"]
     np.random.set_state((name, np.asarray(keys, dtype=np.uint32), position, has_gauss, gauss))
     version, internal, gauss_next = states["python"]
     random.setstate((version, tuple(internal), gauss_next))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if device.type == "cpu":
+        return
+    own = states.get(device.type)
+    if isinstance(own, list):  # of earlier versions: one for each GPU in sight
+        place = torch.cuda.current_device() if device.index is None else device.index
+        own = own[place] if place < len(own) else None
+    if own is None:
+        say(f"note: the checkpoint has no random state of {device}: the same steps, but other dropout masks")
+    elif device.type == "cuda":
+        torch.cuda.set_rng_state(own, device)
+    else:
+        torch.mps.set_rng_state(own)

@@ -126,7 +126,7 @@ class TrainingSession:
             self.accelerator.scaler.load_state_dict(content["scaler"])
         self.position = Position(**content["position"])
         if own["random"] is not None:
-            restore_random_states(own["random"])
+            restore_random_states(own["random"], self.accelerator.device)
         self.log.rewind(self.position.global_step, self.position.epoch)
         self.processes.from_first(self._keep_best_of_position)
         return True
@@ -387,7 +387,7 @@ class TrainingSession:
         self._read_losses()
         self._saved_at = time.monotonic()
         self._require_finite_weights()
-        own = {"random": random_states(), "extra": _extra_state(self.raw_model)}
+        own = {"random": random_states(self.accelerator.device), "extra": _extra_state(self.raw_model)}
         others = self.processes.gather(own)[1:]
         if not self.accelerator.is_main_process:
             return

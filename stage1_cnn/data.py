@@ -8,7 +8,7 @@ of (seed, epoch, step) alone: resuming needs no history, and the number of loade
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +58,10 @@ class LabelledFrames:
         video = int(self.video[row])
         return f"{self.videos[video]}, frame {int(self.caches[video].frame_index[self.sample[row]])}"
 
-    def start_of(self, batch: ClipBatch) -> str:
-        """The first frame of a batch, for messages."""
-        return f"first {'frame' if batch.images.shape[1] == 1 else 'clip'}: {self.name(int(batch.first[0]))}"
+    def start_of(self, batch: ClipBatch) -> Callable[[], str]:
+        """What names the first frame of a batch, for messages; it does not keep the batch in memory."""
+        what, row = "frame" if batch.images.shape[1] == 1 else "clip", int(batch.first[0])
+        return lambda: f"first {what}: {self.name(row)}"
 
 
 class Request(NamedTuple):

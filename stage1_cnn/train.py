@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +170,7 @@ def train_net(
                     with session.autocast():
                         output = session.model(batch.inputs(config.preprocess, device))
                         loss = criterion(output, phase.squeeze(1), tools.squeeze(1))
-                    session.update(loss, partial(data.train.start_of, batch))
+                    session.update(loss, data.train.start_of(batch))
             scores = validate(session, loader, data, config)
             session.finish_epoch(scores, score=deciding_score(scores)[1])
 

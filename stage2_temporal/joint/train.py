@@ -261,7 +261,7 @@ def train_step(
                     if phase is not None:
                         keeps_state = joint.sequence.mode == "chunked" and batch.counts
                         phase.carried = detach_state(output.state) if keeps_state else ()
-                    session.update(loss, partial(data.train.start_of, batch))
+                    session.update(loss, data.train.start_of(batch))
             if phase is not None:
                 phase.carried = ()
             scores = validate(net, config, data, session)

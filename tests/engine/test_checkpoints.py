@@ -290,14 +290,80 @@ def test_old_torch_needs_the_users_word(tmp_path: Path, monkeypatch: pytest.Monk
     assert load_external_state(tmp_path / "a.pth", trusted=True)["w"].item() == 1
 
 
+CPU = torch.device("cpu")
+
+
 def test_random_states_survive_a_checkpoint(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "r.pt", {"random": random_states()})
+    save_checkpoint(tmp_path / "r.pt", {"random": random_states(CPU)})
     first = (torch.rand(3), np.random.rand(3), random.random())
-    restore_random_states(load_checkpoint(tmp_path / "r.pt")["random"])
+    restore_random_states(load_checkpoint(tmp_path / "r.pt")["random"], CPU)
     again = (torch.rand(3), np.random.rand(3), random.random())
     assert torch.equal(first[0], again[0])
     assert np.array_equal(first[1], again[1])
     assert first[2] == again[2]
+
+
+class FakeGpus:
+    """The random states of some GPUs, of which the process uses one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int, current: int = 0) -> None:
+        self.states = [torch.tensor([number], dtype=torch.uint8) for number in range(count)]
+        self.current = current
+        for name in ("get_rng_state", "set_rng_state"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+
+    def get_rng_state(self, device: torch.device) -> torch.Tensor:
+        return self.states[self.current if device.index is None else device.index]
+
+    def set_rng_state(self, state: torch.Tensor, device: torch.device) -> None:
+        self.states[self.current if device.index is None else device.index] = state
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_of_several_gpus_only_the_process_s_own_has_its_random_state_kept(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    own = random_states(FakeGpus(monkeypatch, 3, current=1) and torch.device(name))
+    assert own["cuda"].tolist() == [1]
+    fewer = FakeGpus(monkeypatch, 1)
+    restore_random_states(own, torch.device("cuda"))
+    assert [state.tolist() for state in fewer.states] == [[1]]
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda:1", 11), ("cuda", 10), ("cuda:2", 2)])
+def test_a_checkpoint_with_the_random_states_of_all_gpus_gives_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: str, expected: int
+) -> None:
+    """As earlier versions wrote them, on a machine with more GPUs or fewer."""
+    gpus = FakeGpus(monkeypatch, 3)
+    older = random_states(CPU) | {"cuda": [torch.tensor([10 + number], dtype=torch.uint8) for number in range(2)]}
+    where = torch.device(device)
+    restore_random_states(older, where)
+    assert gpus.get_rng_state(where).tolist() == [expected]
+    assert ("no random state of cuda:2: the same steps" in capsys.readouterr().err) == (device == "cuda:2")
+
+
+def test_a_process_on_the_cpu_leaves_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking a GPU for its random state opens a context on it: hundreds of megabytes for each of several trainings."""
+
+    def context(*_: object) -> None:
+        raise AssertionError("a context is opened")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", context)
+    states = random_states(CPU)
+    assert "cuda" not in states
+    restore_random_states(states | {"cuda": [torch.zeros(1, dtype=torch.uint8)]}, CPU)
+
+
+def test_the_random_state_of_apple_s_gpu_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    restored: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: torch.tensor([7], dtype=torch.uint8))
+    monkeypatch.setattr(torch.mps, "set_rng_state", restored.append)
+    restore_random_states(random_states(torch.device("mps")), torch.device("mps"))
+    assert [state.tolist() for state in restored] == [[7]]
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_batches_hold_what_they_say(world: World) -> None:
     assert batch.tools[:, 0].tolist() == frames.tools[[3, 20]].tolist()
     assert batch.phase[:, 0].tolist() == frames.phase[[3, 20]].tolist()
     assert batch.first.tolist() == [3, 20]
-    assert frames.start_of(batch) == f"first frame: {frames.name(3)}"
+    assert frames.start_of(batch)() == f"first frame: {frames.name(3)}"
 
 
 def test_augmentation_depends_on_the_frame_and_epoch_only(world: World) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from configs.schema import Config
 from engine.checkpoints import load_checkpoint
 from engine.logs import read_metrics
 from engine.processes import Processes
+from engine.session import TrainingSession
 from engine.stopping import Stopped, StopRequest
+from stage1_cnn.data import ClipBatch
 from stage1_cnn.encoders.backbone import build_backbone
 from stage1_cnn.model import parameter_groups, rebuild_from_checkpoint, synchronise_batch_norm, weights_sha256
 from stage1_cnn.train import deciding_score, identity, train_cnn
@@ -59,6 +63,27 @@ def test_training_learns_and_says_what_it_did(world: World) -> None:
     assert result["best_epoch"] == 1 + int(np.argmax(scores))
     assert {"val_phase_accuracy", "lr_backbone", "lr_head", "loss"} <= set(epochs_of(world.run)[0])
     assert json.loads((folder / "result.json").read_text())["val_map"] == result["val_map"]
+
+
+def test_losses_that_are_not_read_yet_keep_no_batch_in_memory(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose losses are read in groups of twenty: each batch there is memory that cannot be swapped."""
+    session, inputs = TrainingSession.__init__, ClipBatch.inputs
+    images: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def late(self: TrainingSession, *arguments: Any, **options: Any) -> None:
+        session(self, *arguments, **options, reads_late=True)
+
+    def counted(batch: ClipBatch, *arguments: Any) -> torch.Tensor:
+        images.append(weakref.ref(batch.images))
+        alive.append(sum(found() is not None for found in images))
+        return inputs(batch, *arguments)
+
+    monkeypatch.setattr(TrainingSession, "__init__", late)
+    monkeypatch.setattr(ClipBatch, "inputs", counted)
+    train(world, world.set(cnn={"epochs": 1, "batch_frames": 2}))
+    assert len(alive) > 12
+    assert max(alive) <= 2
 
 
 def test_a_finished_run_is_not_done_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
