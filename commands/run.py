@@ -67,7 +67,7 @@ def _require_precisions(config: Config, run: Path) -> None:
     device, cnn, extract, temporal = choose_device(config.device), config.cnn, config.extract, config.temporal
     if extract.encoder == "finetuned" and not _finished(run / "cnn"):
         choose_precision("cnn.precision", cnn.precision, device, training=True)
-    choose_precision("extract.precision", extract.precision, device, training=False)
+    choose_precision("extract.precision", extract.torch_precision, device, training=False)
     if not _finished(run / "temporal"):
         require_arithmetic(temporal, device)
 

@@ -400,7 +400,13 @@ class ExtractConfig(Strict):
     checkpoint: Path | None = Field(
         None, description="checkpoint of a joint net whose backbone is used instead (set by `extract --from-joint RUN`)"
     )
-    precision: Precision = Field("auto", description="arithmetic of the forward pass")
+    engine: Literal["torch", "openvino"] = Field(
+        "torch", description="library that computes the backbone; openvino: on a CPU only, faster, part of the digest"
+    )
+    precision: Precision | Literal["int8"] = Field(
+        "auto", description="arithmetic of the forward pass; int8: with engine=openvino, calibrated on training frames"
+    )
+    calibration_frames: int = Field(300, ge=1, description="training frames that int8 is calibrated on")
     storage: Literal["float16", "float32"] = "float16"
     batch_frames: int | None = Field(
         None, ge=1, description="frames per batch, can change the last bits of features; null: 8 on a CPU, 64 elsewhere"
@@ -415,6 +421,21 @@ class ExtractConfig(Strict):
         None, description="PyAV hardware decoder (cuda, qsv, ...); refused unless its frames equal those of software"
     )
     compile: bool = Field(False, description="torch.compile the backbone; part of the features' digest")
+
+    @property
+    def torch_precision(self) -> Precision:
+        """`precision` where torch computes, whatever the engine of extraction: torch has no int8."""
+        return "auto" if self.precision == "int8" else self.precision
+
+    @model_validator(mode="after")
+    def _engine_computes_it(self) -> ExtractConfig:
+        if self.engine == "torch" and self.precision == "int8":
+            raise ValueError("precision: int8 needs engine=openvino")
+        if self.engine == "openvino" and self.precision == "fp16":
+            raise ValueError("precision: engine=openvino computes fp32, bf16 or int8, not fp16")
+        if self.engine == "openvino" and self.compile:
+            raise ValueError("compile: torch.compile cannot be combined with engine=openvino")
+        return self
 
 
 class HeadSettings(Strict):

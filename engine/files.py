@@ -170,13 +170,14 @@ def process_is_dead(mark: str) -> bool:
 
 
 @contextmanager
-def exclusive_lock(folder: Path, what: str) -> Iterator[None]:
-    """Hold `folder` for this process alone. Raises UserError naming `what` and the holder if another process has it.
+def exclusive_lock(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold `folder` for this process alone. Raises UserError naming `what` and the holder if another process has it;
+    with `wait` it waits for that one instead.
 
     The lock is a kernel lock on the file `.lock`, which is not deleted: the kernel releases it when its holder is
     killed. File systems without locks cause a warning.
     """
-    lock, note = FileLock(make_folder(folder) / ".lock", timeout=0), folder / "in-work"
+    lock, note = FileLock(make_folder(folder) / ".lock", timeout=-1 if wait else 0), folder / "in-work"
     try:
         lock.acquire()
     except Timeout:

@@ -31,6 +31,7 @@ from features.frames.source import encoded_at_once, require_indexed_annotations,
 from features.store import EncoderSpec, feature_path, read_features, verify_file
 from features.store_folder import ENCODER_FILE, INDEX_FILE, clear_fault, prepare_folder, record_fault
 from stage1_cnn.decode_ahead import work_ahead
+from stage1_cnn.encoders.calibration import FromTrainingFrames
 from stage1_cnn.encoders.encoder import Encoder, load_encoder
 from stage1_cnn.encoders.pretrained import weights_identity
 from stage1_cnn.segments import Assembly, VideoJob, split_among
@@ -116,7 +117,7 @@ def extract(
     """
     started = time.monotonic()
     stage = StageFolder(run, STAGE, config, _identity(config, index)) if run and folder is None else None
-    encoder = load_encoder(config, run, index.dataset.tools, trusted)
+    encoder = load_encoder(config, run, index.dataset.tools, trusted, FromTrainingFrames(config, index, root))
     target = folder or config.extract.store / encoder.spec.folder_name
     _require_compatible(target, index, encoder.spec)
     report = ExtractReport(target, left_out=index.left_out_records())
@@ -204,6 +205,9 @@ def _identity(config: Config, index: Index) -> StageIdentity:
     """Settings that a run's features depend on; the weights of a fine-tuned encoder are the run's own."""
     chosen = config.extract
     file = chosen.checkpoint
+    computed = {"encoder", "precision", "storage", "compile"}
+    computed |= {"engine"} if chosen.engine != "torch" else set()
+    computed |= {"calibration_frames"} if chosen.precision == "int8" else set()
     initial = {
         "weights": weights_identity(config.cnn, config.runs),
         "zero_init_residual": config.cnn.zero_init_residual,
@@ -215,7 +219,7 @@ def _identity(config: Config, index: Index) -> StageIdentity:
             "fps": config.data.fps,
             "preprocess": settings_without(config.preprocess),
             "backbone": config.cnn.backbone,
-            "extract": chosen.model_dump(mode="json", include={"encoder", "precision", "storage", "compile"}),
+            "extract": chosen.model_dump(mode="json", include=computed),
             "initial": initial if chosen.encoder == "initial" else None,
             "checkpoint_sha256": sha256_file(file) if file and file.is_file() else None,
         }

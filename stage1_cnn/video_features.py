@@ -26,6 +26,7 @@ from features.frames.source import can_start_inside, encoded_at_once, frame_batc
 from features.store import EncoderSpec, FeatureWriter, feature_path, rewrite_labels, write_features
 from features.store_folder import estimate_bytes
 from features.video_labels import VideoLabels
+from stage1_cnn.encoders.calibration import FromTrainingFrames
 from stage1_cnn.encoders.encoder import Encoder, load_encoder
 from stage1_cnn.segments import Rows, VideoJob, places_of, read_part, read_provenance, write_part
 
@@ -131,7 +132,8 @@ class ExtractTask:
     def loaded_encoder(self) -> Encoder:
         """The encoder, loaded on first use if none was sent. Raises UserError if it is not the expected one."""
         if self.encoder is None:
-            self.encoder = load_encoder(self.config, self.run, self.index.dataset.tools, self.trusted)
+            int8 = FromTrainingFrames(self.config, self.index, self.root)
+            self.encoder = load_encoder(self.config, self.run, self.index.dataset.tools, self.trusted, int8)
             if self.encoder.spec.digest != self.spec.digest:
                 raise UserError("the encoder's weights have changed since the start; start again")
         return self.encoder

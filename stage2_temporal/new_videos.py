@@ -36,6 +36,7 @@ from features.frames.preprocess import crop_frames, normalise, preprocess_from_j
 from features.frames.source import encoded_at_once, frame_batches, open_source, source_frames
 from features.ids import file_stem
 from features.video.write import encode_mp4
+from stage1_cnn.encoders.calibration import FromStore
 from stage1_cnn.encoders.encoder import load_encoder
 from stage1_cnn.encoders.pretrained import CHECKPOINT_STAGE
 from stage2_temporal.data import with_tool_logits
@@ -121,7 +122,8 @@ def pair_of_stages(
     spec = load_dataset(config.data.dataset)
     require_same_classes(folder / "best.pt", "phases", about["phases"], spec.phases)
     try:
-        encoder = load_encoder(config, cnn_run or run, spec.tools, trusted)
+        int8 = FromStore(config.extract.store, recorded)
+        encoder = load_encoder(config, cnn_run or run, spec.tools, trusted, int8)
     except UserError as error:
         raise _with_other_ways(error, run, cnn_run) from error
     if difference := other_encoder(recorded, encoder.spec.to_json()):
@@ -170,7 +172,7 @@ def joint_net(config: Config, run: Path, inference: Inference | None = None, giv
     if net.tool_head is not None:
         require_same_classes(path, "tools", about["tools"], spec.tools)
     device = choose_device(config.device)
-    precision = choose_precision("extract.precision", config.extract.precision, device, training=False)
+    precision = choose_precision("extract.precision", config.extract.torch_precision, device, training=False)
     net = net.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.no_grad()

@@ -19,37 +19,74 @@ from engine.runs import RESULT_FILE, require_same_classes
 from features.frames.preprocess import crop_frames, normalise, preprocess_json
 from features.store import EncoderSpec
 from stage1_cnn.encoders.backbone import Backbone, initial_backbone, require_image_size
+from stage1_cnn.encoders.calibration import Int8Source, int8_arithmetic
 from stage1_cnn.encoders.folding import fold_batch_norm
 from stage1_cnn.encoders.fusing import fuse_relu
+from stage1_cnn.encoders.openvino_net import OpenVinoNet, convert
 from stage1_cnn.encoders.pretrained import best_checkpoint
 from stage1_cnn.model import ToolNet, rebuild_encoder, rebuild_from_checkpoint, require_same_backbone, weights_sha256
+
+
+class _TorchNet:
+    """Crops (N, S, S, 3) uint8 -> embeddings (N, D) float32 on `device`, by torch.
+
+    In the lower precision batch norm is folded into the convolutions before it (and ReLU fused with them on a CPU that
+    supports it), and the folded net's weights are stored in that precision; nets that cannot be folded run under
+    autocast.
+    """
+
+    def __init__(self, config: Config, backbone: Backbone, precision: str, device: torch.device) -> None:
+        self.device, self.precision, self.preprocess = device, precision, config.preprocess
+        # fp32 is the reference for the joint net, so layers are neither folded nor fused
+        folded = fold_batch_norm(backbone, config.preprocess.crop_px) if precision != "fp32" else None
+        may_fuse = device.type == "cpu" and not config.extract.compile and onednn.convolves(DTYPES[precision])
+        fused = fuse_relu(folded, config.preprocess.crop_px) if folded is not None and may_fuse else None
+        net = (fused or folded or backbone).eval()
+        net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._dtype = DTYPES[precision] if folded is not None else torch.float32
+        self._net: torch.nn.Module = net.to(self._dtype)
+        if config.extract.compile:
+            self._net = torch.compile(self._net)  # type: ignore[assignment]
+        self.arithmetic = (
+            ("folded" if folded is not None else "plain")
+            + (", fused" if fused is not None else "")
+            + (", compiled" if config.extract.compile else "")
+        )
+
+    def __call__(self, crops: torch.Tensor) -> torch.Tensor:
+        images = normalise(crops, self.preprocess, self.device).to(self._dtype)  # (N, 3, S, S)
+        with lower_precision(self.device, self.precision if self._dtype == torch.float32 else "fp32"):
+            embedding: torch.Tensor = self._net(images).float()  # (N, D)
+        return embedding
 
 
 class Encoder:
     """A net in evaluation mode on its device, and the specification that identifies its features.
 
     `tool_head` is None for an encoder that was not trained; its tool logits are NaN. Only the backbone runs in the
-    lower precision; the head, whose logits are ranked, computes in float32. In the lower precision batch norm is folded
-    into the convolutions before it (and ReLU fused with them on a CPU that supports it), and the folded net's weights
-    are stored in that precision; nets that cannot be folded run under autocast.
+    lower precision; the head, whose logits are ranked, computes in float32. `int8` gives the net of that
+    precision.
     """
 
     def __init__(
-        self, config: Config, backbone: Backbone, tool_head: torch.nn.Module | None, sha256: str, tools: int
+        self,
+        config: Config,
+        backbone: Backbone,
+        tool_head: torch.nn.Module | None,
+        sha256: str,
+        tools: int,
+        int8: Int8Source | None = None,
     ) -> None:
         self.device = choose_device(config.device)
-        precision = choose_precision("extract.precision", config.extract.precision, self.device, training=False)
         require_image_size(backbone, config.preprocess.crop_px)
-        # fp32 is the reference for the joint net, so layers are neither folded nor fused
-        folded = fold_batch_norm(backbone, config.preprocess.crop_px) if precision != "fp32" else None
-        may_fuse = self.device.type == "cpu" and not config.extract.compile and onednn.convolves(DTYPES[precision])
-        fused = fuse_relu(folded, config.preprocess.crop_px) if folded is not None and may_fuse else None
-        net = (fused or folded or backbone).eval()
-        net = net.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._dtype = DTYPES[precision] if folded is not None else torch.float32
-        self._net: torch.nn.Module = net.to(self._dtype)
-        if config.extract.compile:
-            self._net = torch.compile(self._net)  # type: ignore[assignment]
+        self._net: _TorchNet | OpenVinoNet
+        if config.extract.engine == "openvino":
+            self._net, arithmetic = _openvino(config, backbone, sha256, self.device, int8)
+        else:
+            wanted = config.extract.torch_precision
+            precision = choose_precision("extract.precision", wanted, self.device, training=False)
+            self._net = _TorchNet(config, backbone, precision, self.device)
+            arithmetic = self._net.arithmetic
         self.tool_head = tool_head.eval().to(self.device) if tool_head is not None else None
         self.tools = tools
         self.preprocess: PreprocessConfig = config.preprocess
@@ -58,12 +95,10 @@ class Encoder:
             weights_sha256=sha256,
             preprocess=preprocess_json(config.preprocess),
             fps=config.data.fps,
-            precision=precision,
+            precision=self._net.precision,
             storage=config.extract.storage,
             embedding_dim=backbone.embedding_dim,
-            arithmetic=("folded" if folded is not None else "plain")
-            + (", fused" if fused is not None else "")
-            + (", compiled" if config.extract.compile else ""),
+            arithmetic=arithmetic,
         )
 
     @property
@@ -79,9 +114,7 @@ class Encoder:
         pixels = torch.as_tensor(frames).to(self.device, non_blocking=True)
         crops = crop_frames(pixels, self.preprocess.crop_px)[:, 0]
         with torch.inference_mode():
-            images = normalise(crops, self.preprocess, self.device).to(self._dtype)  # (N, 3, S, S)
-            with lower_precision(self.device, self.spec.precision if self._dtype == torch.float32 else "fp32"):
-                embedding = self._net(images).float()  # (N, D)
+            embedding = self._net(crops)  # (N, D)
             if self.tool_head is None:
                 logits = torch.full((len(crops), self.tools), torch.nan)  # (N, K)
             else:
@@ -89,22 +122,44 @@ class Encoder:
         return embedding.cpu().numpy(), logits.cpu().numpy()
 
 
-def load_encoder(config: Config, run: Path | None, tools: Sequence[str], trusted: bool = False) -> Encoder:
+def _openvino(
+    config: Config, backbone: Backbone, sha256: str, device: torch.device, int8: Int8Source | None
+) -> tuple[OpenVinoNet, str]:
+    """The net in OpenVINO, and the arithmetic that its features' digest names."""
+    if device.type != "cpu":
+        raise UserError(f"extract.engine=openvino computes on the CPU, and device is {device.type}; set device=cpu")
+    if config.extract.precision == "int8":
+        if int8 is None:
+            raise ValueError("no source of int8 nets")
+        net = int8(backbone, sha256)
+        return net, int8_arithmetic(net)
+    precision = choose_precision("extract.precision", config.extract.precision, device, training=False)
+    return convert(backbone, config.preprocess, precision), "openvino"
+
+
+def load_encoder(
+    config: Config,
+    run: Path | None,
+    tools: Sequence[str],
+    trusted: bool = False,
+    int8: Int8Source | None = None,
+) -> Encoder:
     """The encoder that `extract.encoder` asks for: the run's best epoch, or the initial weights untrained.
 
-    Raises UserError if there is no such checkpoint or it was trained on other tools or another backbone.
+    `int8` is where a net of that precision comes from. Raises UserError if there is no such checkpoint or it was
+    trained on other tools or another backbone.
     """
     with torch.random.fork_rng(devices=[]):  # nets are built with weights drawn at random before they are loaded
         if config.extract.checkpoint is not None:
-            return _load_checkpoint(config, config.extract.checkpoint, tools)
+            return _load_checkpoint(config, config.extract.checkpoint, tools, int8)
         if config.extract.encoder == "initial":
             backbone = initial_backbone(config, trusted=trusted)
-            return Encoder(config, backbone, None, weights_sha256(backbone), len(tools))
+            return Encoder(config, backbone, None, weights_sha256(backbone), len(tools), int8)
         net = _load_finetuned(config, run, tools)
-        return Encoder(config, net.backbone, net.tool_head, weights_sha256(net), len(tools))
+        return Encoder(config, net.backbone, net.tool_head, weights_sha256(net), len(tools), int8)
 
 
-def _load_checkpoint(config: Config, path: Path, tools: Sequence[str]) -> Encoder:
+def _load_checkpoint(config: Config, path: Path, tools: Sequence[str], int8: Int8Source | None) -> Encoder:
     """Backbone and tool branch of a joint net. Raises UserError unless frames are prepared as in its training."""
     backbone, tool_head, meta = rebuild_encoder(path)
     require_same_backbone(path, meta["backbone"], config.cnn.backbone)
@@ -115,7 +170,7 @@ def _load_checkpoint(config: Config, path: Path, tools: Sequence[str]) -> Encode
         changed = "; ".join(differences(trained_on.model_dump(), config.preprocess.model_dump()))
         raise UserError(f"{path}: trained with another preprocess ({changed}); use the values marked 'there'")
     parts = torch.nn.ModuleDict({"backbone": backbone} | ({"tool_head": tool_head} if tool_head is not None else {}))
-    return Encoder(config, backbone, tool_head, weights_sha256(parts), len(tools))
+    return Encoder(config, backbone, tool_head, weights_sha256(parts), len(tools), int8)
 
 
 def _load_finetuned(config: Config, run: Path | None, tools: Sequence[str]) -> ToolNet:

@@ -70,7 +70,7 @@ def evaluate_joint(
     entries = index.entries_of(split, config.data.index)
     way = chosen_inference(inference, about["inference"], net.phase, path)
     device = choose_device(config.device)
-    precision = choose_precision("extract.precision", config.extract.precision, device, training=False)
+    precision = choose_precision("extract.precision", config.extract.torch_precision, device, training=False)
     faults: list[tuple[str, str]] = []  # videos that could not be read, and why
     predict = partial(
         predict_videos,

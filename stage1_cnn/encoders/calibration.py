@@ -1,0 +1,139 @@
+"""int8 nets, each calibrated once: `<extract.store>/int8/<backbone>-<key>-<sha256>.pt`.
+
+Shards, resumed runs and predictions of new videos must compute with one net, and two machines' calibrations may differ
+in the last bits. So the net is kept beside the features, and its hash is part of their digest. The key is over what a
+calibration depends on: weights, preprocessing, sampling rate, and the training videos that frames were taken from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+from configs.schema import Config
+from engine.checkpoints import load_checkpoint, save_checkpoint
+from engine.files import exclusive_lock, sha256_json
+from engine.progress import progress_bar, say
+from features.dataset.index import Index, VideoEntry
+from features.dataset.sampling import sampled_frames
+from features.frames.preprocess import crop_frames, preprocess_json
+from features.frames.source import open_frames
+from features.video.base import spread_evenly
+from stage1_cnn.encoders.backbone import Backbone
+from stage1_cnn.encoders.openvino_net import OpenVinoNet, calibrate, openvino
+
+FOLDER = "int8"
+DIGITS = 12
+# The arithmetic of int8 features: their digest names the net that computed them.
+_ARITHMETIC = "openvino, int8 net "
+
+# Gives the int8 net of a backbone whose weights have this SHA-256. Raises UserError where there is none.
+Int8Source = Callable[[Backbone, str], OpenVinoNet]
+
+
+@dataclass(frozen=True)
+class FromTrainingFrames:
+    """Int8Source of an extraction: the store's net, or one calibrated on frames of the index's training videos."""
+
+    config: Config
+    index: Index
+    root: Path
+
+    def __call__(self, backbone: Backbone, weights_sha256: str) -> OpenVinoNet:
+        videos = self.index.by_split("train")
+        if not videos:
+            raise UserError(
+                "extract.precision=int8 is calibrated on frames of training videos, and the index has none; set "
+                "extract.precision=auto, or give the index training videos"
+            )
+        for module in ("openvino", "nncf"):  # before frames are read
+            openvino(module)
+        folder = self.config.extract.store / FOLDER
+        with exclusive_lock(folder, "calibration", wait=True):
+            name = f"{backbone.name}-{self._key(weights_sha256)}"
+            if found := sorted(folder.glob(f"{name}-*.pt")):
+                return _load(found[0])
+            net = calibrate(backbone, self.config.preprocess, self._crops(videos))
+            weights = torch.frombuffer(bytearray(net.weights), dtype=torch.uint8)
+            path = folder / f"{name}-{_sha256(net)}.pt"
+            save_checkpoint(path, {"graph": net.graph.decode(), "weights": weights})
+            return net
+
+    def _key(self, weights_sha256: str) -> str:
+        depends_on = {
+            "weights": weights_sha256,
+            "preprocess": preprocess_json(self.config.preprocess),
+            "fps": self.config.data.fps,
+            "frames": self.config.extract.calibration_frames,
+            "videos": [[video.id, video.sha256_ends] for video in self.index.by_split("train")],
+        }
+        return sha256_json(depends_on)[:DIGITS]
+
+    def _crops(self, videos: tuple[VideoEntry, ...]) -> list[NDArray[np.uint8]]:
+        """Centre crops (S, S, 3) of frames spread evenly over the training videos, and over each of them."""
+        wanted = self.config.extract.calibration_frames
+        chosen = [videos[number] for number in spread_evenly(range(len(videos)), wanted)]
+        crops: list[NDArray[np.uint8]] = []
+        with progress_bar(len(chosen), "calibrate int8", "video") as bar:
+            for entry in chosen:
+                try:
+                    crops += self._crops_of(entry, -(-wanted // len(chosen)))
+                except UserError as error:  # extraction leaves the video out and reports it again
+                    say(f"{entry.id}: not used for calibration: {error}")
+                bar.update(1)
+        if not crops:
+            raise UserError("extract.precision=int8: none of the training videos can be read for its calibration")
+        return crops
+
+    def _crops_of(self, entry: VideoEntry, count: int) -> list[NDArray[np.uint8]]:
+        total = len(sampled_frames(entry, self.config.data.fps))
+        step = max(1, total // count)
+        with open_frames(self.config, entry, self.root, self.index, slice((step - 1) // 2, None, step)) as opened:
+            frames = np.stack(list(itertools.islice(opened.frames, count)))
+        return list(crop_frames(frames, self.config.preprocess.crop_px)[:, 0])
+
+
+@dataclass(frozen=True)
+class FromStore:
+    """Int8Source of predictions: the net that the features of the training were computed by."""
+
+    store: Path
+    encoder: Mapping[str, Any]  # specification (JSON) of those features' encoder
+
+    def __call__(self, backbone: Backbone, weights_sha256: str) -> OpenVinoNet:
+        arithmetic = str(self.encoder.get("arithmetic"))
+        if not arithmetic.startswith(_ARITHMETIC):
+            raise UserError("extract.precision=int8: the net was trained on other features; set extract.precision=auto")
+        sha256 = arithmetic.removeprefix(_ARITHMETIC)
+        for path in (self.store / FOLDER).glob(f"{backbone.name}-*-{sha256}.pt"):
+            return _load(path)
+        raise UserError(
+            f"{self.store / FOLDER}: does not hold the int8 net {sha256} that the features were computed by; set "
+            "extract.store to where it is, or extract.engine=torch"
+        )
+
+
+def int8_arithmetic(net: OpenVinoNet) -> str:
+    """The arithmetic of features that this int8 net computes."""
+    return f"{_ARITHMETIC}{_sha256(net)}"
+
+
+def _sha256(net: OpenVinoNet) -> str:
+    return hashlib.sha256(net.graph + net.weights).hexdigest()[:DIGITS]
+
+
+def _load(path: Path) -> OpenVinoNet:
+    content = load_checkpoint(path)
+    net = OpenVinoNet(content["graph"].encode(), content["weights"].numpy().tobytes(), "int8")
+    if not path.stem.endswith(_sha256(net)):
+        raise UserError(f"{path}: is not the net that its name says; delete it, and extract calibrates it again")
+    return net

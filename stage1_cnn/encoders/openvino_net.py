@@ -1,0 +1,144 @@
+"""The backbone in OpenVINO, on a CPU: fp32, bf16, or int8 calibrated on training frames.
+
+int8 is post-training quantisation by NNCF: weights per channel, activations per tensor, their ranges measured on
+frames of training videos. Weights use half of the 8-bit range (NNCF's overflow fix): CPUs without VNNI add pairs of
+products in 16 bits, which saturate otherwise. The first convolution stays in fp32: it costs little, and rounding its
+weights costs more accuracy than all other layers together (docs/performance.md).
+
+OpenVINO's packages send usage data to Google Analytics unless the user has opted out; here they never do: the package
+that sends it is hidden from them before they are imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from configs.errors import UserError, one_line, type_and_line
+from configs.schema import PreprocessConfig
+
+_TELEMETRY = "openvino_telemetry"
+# One thread, since extraction runs one process per core; not pinned, since OpenVINO does not know the other processes.
+_COMPILE = {"INFERENCE_NUM_THREADS": 1, "ENABLE_CPU_PINNING": False, "PERFORMANCE_HINT": "LATENCY"}
+# What remains in floating point in an int8 graph (the first layer, the mean over the last map) is fp32 everywhere.
+_CONVOLUTIONS = {"Convolution", "GroupConvolution"}
+_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
+
+
+class OpenVinoNet:
+    """Crops (N, S, S, 3) uint8 -> embeddings (N, D) float32, on one CPU thread; normalisation is part of the graph.
+
+    `graph` and `weights` are OpenVINO's two files, so that another process can be sent the net.
+    """
+
+    def __init__(self, graph: bytes, weights: bytes, precision: str) -> None:
+        self.graph, self.weights, self.precision = graph, weights, precision
+
+    @functools.cached_property
+    def _compiled(self) -> Any:
+        core = openvino().Core()
+        model = core.read_model(self.graph, self.weights)
+        return core.compile_model(model, "CPU", {**_COMPILE, "INFERENCE_PRECISION_HINT": _HINTS[self.precision]})
+
+    def __call__(self, crops: Tensor) -> Tensor:
+        return torch.from_numpy(self._compiled(crops.numpy())[0])  # (N, D), a copy of the output
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"graph": self.graph, "weights": self.weights, "precision": self.precision}
+
+
+@functools.cache
+def openvino(module: str = "openvino") -> Any:
+    """OpenVINO's module, without usage data. Raises UserError where it is not installed or cannot be loaded."""
+    sys.modules.setdefault(_TELEMETRY, None)  # type: ignore[arg-type] # importing it raises ImportError from now on
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        raise UserError(
+            f"extract.engine=openvino: {module} cannot be imported ({one_line(error)}); run `pip install -e "
+            "'.[openvino]'`, or set extract.engine=torch"
+        ) from error
+
+
+def convert(backbone: nn.Module, preprocess: PreprocessConfig, precision: str) -> OpenVinoNet:
+    """The backbone, in evaluation mode, with normalisation in front of it, in fp32 or bf16.
+
+    Raises UserError where OpenVINO is missing or cannot convert the network.
+    """
+    return _packed(_model(backbone, preprocess), precision)
+
+
+def calibrate(backbone: nn.Module, preprocess: PreprocessConfig, crops: Sequence[NDArray[np.uint8]]) -> OpenVinoNet:
+    """The backbone in int8, its ranges measured on crops (S, S, 3) uint8 of training frames.
+
+    Raises UserError where OpenVINO or NNCF is missing or cannot quantise the network.
+    """
+    model, nncf = _model(backbone, preprocess), openvino("nncf")
+    nncf.set_log_level(logging.ERROR)
+    fix = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
+    frames = nncf.Dataset([crop[None] for crop in crops])
+    convolutions = (layer for layer in model.get_ordered_ops() if layer.get_type_name() in _CONVOLUTIONS)
+    first = [layer.get_friendly_name() for layer in itertools.islice(convolutions, 1)]
+    with _refusals("quantise"):
+        quantised = nncf.quantize(
+            model,
+            frames,
+            subset_size=len(crops),
+            preset=nncf.QuantizationPreset.MIXED,
+            fast_bias_correction=False,
+            ignored_scope=nncf.IgnoredScope(names=first),
+            advanced_parameters=fix,
+        )
+    return _packed(quantised, "int8")
+
+
+def _model(backbone: nn.Module, preprocess: PreprocessConfig) -> Any:
+    """An OpenVINO model (N, S, S, 3) uint8 -> (N, D) float32 for any N."""
+    ov, size = openvino(), preprocess.crop_px
+    steps = openvino("openvino.preprocess").PrePostProcessor
+    with _refusals("convert"), torch.inference_mode():
+        image = torch.zeros(1, 3, size, size)
+        model = ov.convert_model(backbone.eval(), example_input=image, input=[-1, 3, size, size])
+        graph = steps(model)
+        crops = graph.input()
+        crops.tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC"))
+        crops.model().set_layout(ov.Layout("NCHW"))
+        mean, std = ([255 * value for value in values] for values in (preprocess.mean, preprocess.std))
+        crops.preprocess().convert_element_type(ov.Type.f32).mean(mean).scale(std)
+        return graph.build()
+
+
+@contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """Libraries' progress goes to stderr, and an error that a network causes becomes a UserError."""
+    try:
+        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")  # torch's tracer warns of shapes that it takes for constants
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # a converter raises anything for a network that it does not know
+        raise UserError(
+            f"extract.engine=openvino: cannot {what} this network ({type_and_line(error)}); set extract.engine=torch"
+        ) from error
+
+
+def _packed(model: Any, precision: str) -> OpenVinoNet:
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder) / "net.xml"
+        openvino().save_model(model, graph, compress_to_fp16=False)
+        return OpenVinoNet(graph.read_bytes(), graph.with_suffix(".bin").read_bytes(), precision)
