@@ -19,6 +19,7 @@ from features.dataset.index import Index
 from features.frames.preprocess import normalise
 from features.store import read_features
 from stage1_cnn.encoders.backbone import Backbone, build_backbone
+from stage1_cnn.encoders.calibration import int8_arithmetic
 from stage1_cnn.encoders.openvino_net import calibrate, convert, openvino
 from stage1_cnn.extract import ExtractReport, extract
 from tests.stage1_cnn.material import World
@@ -49,7 +50,7 @@ def cosine(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 
 def dump(world: World, index: Index | None = None, **settings: object) -> ExtractReport:
-    config = world.set(extract={"encoder": "initial", "engine": "openvino", **settings})
+    config = world.set(extract={"encoder": "initial", "engine": "openvino", "calibration_frames": 4, **settings})
     run = world.run.with_name("-".join(map(str, settings.values())) or "first")
     return extract(config, run, index or world.index(), world.root, stop=StopRequest())
 
@@ -93,7 +94,7 @@ def test_weights_stay_in_half_the_range_of_8_bits(backbone: Backbone) -> None:
     rounded = [
         one.data
         for one in model.get_ordered_ops()
-        if one.get_type_name() == "Constant" and "i8" in str(one.get_element_type())
+        if one.get_type_name() == "Constant" and one.get_element_type() == openvino().Type.i8
     ]
     assert len(rounded) == 19  # all convolutions of a ResNet18 but the first
     assert max(np.abs(weights.astype(int)).max() for weights in rounded) <= 64
@@ -101,7 +102,8 @@ def test_weights_stay_in_half_the_range_of_8_bits(backbone: Backbone) -> None:
 
 def test_calibrating_twice_gives_the_same_net(backbone: Backbone) -> None:
     first, second = (calibrate(backbone, PREPROCESS, list(crops(4))) for _ in range(2))
-    assert (first.graph, first.weights) == (second.graph, second.weights)
+    assert first.weights == second.weights
+    assert int8_arithmetic(first) == int8_arithmetic(second)  # layers' names are numbered through a process
 
 
 def test_a_process_can_be_sent_the_net(backbone: Backbone) -> None:
@@ -113,7 +115,8 @@ def test_no_usage_data_is_sent() -> None:
     """OpenVINO and NNCF import the package that would send it, unless it cannot be imported."""
     program = (
         "import sys\n"
-        "from stage1_cnn.encoders.openvino_net import openvino\n"
+        "from stage1_cnn.encoders.calibration import int8_arithmetic
+from stage1_cnn.encoders.openvino_net import openvino\n"
         "openvino('nncf'), openvino('openvino.tools.ovc')\n"
         "assert sys.modules['openvino_telemetry'] is None\n"
         "assert not [name for name in sys.modules if name.startswith('openvino_telemetry.')]\n"
@@ -126,7 +129,7 @@ def test_no_usage_data_is_sent() -> None:
 def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch, backbone: Backbone) -> None:
     openvino.cache_clear()
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(UserError, match=r"openvino cannot be imported .* pip install -e '\.\[openvino\]'"):
+    with pytest.raises(UserError, match=r"openvino cannot be imported .*`pip install -e '\.\[openvino\]'"):
         convert(backbone, PREPROCESS, "fp32")
     openvino.cache_clear()
 
@@ -155,6 +158,7 @@ def test_fp32_features_are_torchs_to_rounding_and_another_encoders(world: World)
         assert cosine(found, expected[name]).min() > 0.99999
 
 
+@pytest.mark.slow
 def test_int8_features_do_not_depend_on_processes_and_segments(world: World) -> None:
     """Other processes compute with the one net that was calibrated."""
     whole = dump(world, precision="int8", workers=1)
@@ -186,7 +190,7 @@ def test_a_net_is_calibrated_once_and_on_training_frames_only(world: World, monk
 
 
 def test_other_calibration_frames_make_another_encoder(world: World) -> None:
-    few, many = (dump(world, precision="int8", calibration_frames=count) for count in (2, 20))
+    few, many = (dump(world, precision="int8", calibration_frames=count) for count in (1, 9))
     assert few.folder != many.folder
 
 
