@@ -18,8 +18,12 @@ on two free cores.
   is 1 / (1 / decode + 1 / forward): both one after the other. That network consists of torch's layers; the project
   fuses ReLU with the convolutions, and may exceed this bound. `own_forward_fps` and `own_bound_fps` are the same with
   the project's network (`extract_own.py`).
-- `cosine_mean`, `cosine_worst`: between `extract`'s features and those of a plain fp32 loop with the same weights and
-  frames.
+- `int8_fps`, `int8_forward_fps`, `int8_bound_fps`: the same with `extract.engine=openvino extract.precision=int8`, if
+  OpenVINO is installed (`pip install -e '.[openvino]'`). Its calibration, on 32 frames, is part of the start-up.
+  `ratio_int8_to_ours` compares the two engines, `ratio_int8_to_bound` the command with decoding and its own forward
+  pass one after the other.
+- `cosine_mean`, `cosine_worst` (`int8_cosine_*` for int8): between `extract`'s features and those of a plain fp32 loop
+  with the same weights and frames.
 
 Input: real clips (SURGSTAGE_SHARED, by default `shared` beside the checkout), as many as divide evenly over the cores,
 or if there are none a simulated video of 854x480 at 25 fps, H.264 with B-frames; `input` names it. Longer videos are
@@ -37,6 +41,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import h5py
@@ -47,6 +52,7 @@ from scaling import repeat_packets
 REFERENCE = Path(__file__).resolve().parent / "extract_reference.py"
 OWN = Path(__file__).resolve().parent / "extract_own.py"
 CONFIG = str(PROJECT / "configs" / "cholec80.yaml")
+INT8 = ("extract.engine=openvino", "extract.precision=int8", "extract.calibration_frames=32")
 Figures = dict[str, float]
 
 
@@ -67,16 +73,21 @@ def measure(folder: Path, repeat: int, turns: Sequence[int]) -> dict[str, object
     sets = [data_set(folder / f"data{count}", videos, count) for count in turns]
     paths = [str(path) for path in videos]
     rounds, precision = [], "fp32"
+    int8 = find_spec("openvino") is not None
     for number in range(repeat):
         found, precision = ours(folder / f"round{number}", sets, weights)
+        if int8:
+            ours8, _ = ours(folder / f"int8-round{number}", sets, weights, INT8)
+            found |= {key.replace("ours", "int8", 1): value for key, value in ours8.items()}
         for side, commands in (
+            *([("int8_forward", [[str(OWN), "int8", str(weights)]] * CORES)] if int8 else []),
             ("usual", [[str(REFERENCE), "usual", str(weights), *paths]]),
             ("decode", [[str(REFERENCE), "decode", *paths]] * CORES),
             ("forward", [[str(REFERENCE), "forward", precision, str(weights)]] * CORES),
             ("own_forward", [[str(OWN), precision, str(weights)]] * CORES),
         ):
             found[f"{side}_fps"], found[f"{side}_processor_fps"] = together(commands)
-        for own in ("", "own_"):
+        for own in ("", "own_", *(["int8_"] if int8 else [])):
             for unit in ("fps", "processor_fps"):
                 found[f"{own}bound_{unit}"] = 1 / (1 / found[f"decode_{unit}"] + 1 / found[f"{own}forward_{unit}"])
         rounds.append(found)
@@ -88,7 +99,14 @@ def measure(folder: Path, repeat: int, turns: Sequence[int]) -> dict[str, object
         for name, unit in (("", "fps"), ("_by_processor", "processor_fps"))
     }
     together([[str(REFERENCE), "features", str(weights), str(folder / "fp32.npz"), *paths]])
+    if int8:
+        for name, unit in (("", "fps"), ("_by_processor", "processor_fps")):
+            ratios[f"ratio_int8_to_ours{name}"] = middle[f"int8_{unit}"] / middle[f"ours_{unit}"]
+            ratios[f"ratio_int8_to_bound{name}"] = middle[f"int8_{unit}"] / middle[f"int8_bound_{unit}"]
     cosine = cosines(next((folder / "round0").rglob(f"*-{max(turns)}/resnet50-*")), folder / "fp32.npz")
+    if int8:
+        found8 = cosines(next((folder / "int8-round0").rglob(f"*-{max(turns)}/resnet50-*")), folder / "fp32.npz")
+        cosine |= {f"int8_{key}": value for key, value in found8.items()}
     rounded = {key: round(value, 5) for key, value in {**middle, **ratios, **cosine}.items()}
     return {**rounded, "precision": precision, "cores": CORES, "input": kind, "turns": list(turns), "rounds": rounds}
 
@@ -129,7 +147,7 @@ def data_set(root: Path, videos: Sequence[Path], turns: int) -> Path:
 # ---------------------------------------------------------------------------------------------- sides
 
 
-def ours(folder: Path, sets: Sequence[Path], weights: Path) -> tuple[Figures, str]:
+def ours(folder: Path, sets: Sequence[Path], weights: Path, more_settings: Sequence[str] = ()) -> tuple[Figures, str]:
     """`extract`: frames per second of the difference of long and short videos, and of the long ones alone."""
     frames, seconds, busy, precision = [], [], [], ""
     for root in sets:
@@ -146,6 +164,7 @@ def ours(folder: Path, sets: Sequence[Path], weights: Path) -> tuple[Figures, st
             f"runs={folder / 'runs'}",
             f"extract.workers={CORES}",
             "device=cpu",
+            *more_settings,
         ]
         pipeline("index", CONFIG, f"bench{count}", settings)
         started, before = time.perf_counter(), sum(os.times()[2:4])

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from extract_reference import resnet50, time_batches
+from extract_reference import FORWARD_BATCHES, resnet50, time_batches, time_calls
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -18,6 +18,8 @@ def forward(precision: str, weights: str) -> dict[str, float]:
     """Run images through the encoder's net as it is used on this machine's CPU."""
     import torch
 
+    if precision == "int8":
+        return int8_forward(weights)
     from engine.device import DTYPES
     from engine.memory import keep_freed_memory
     from stage1_cnn.encoders.folding import fold_batch_norm
@@ -29,6 +31,18 @@ def forward(precision: str, weights: str) -> dict[str, float]:
         net = fold_batch_norm(net, 224) or net
         net = fuse_relu(net, 224) or net
     return time_batches(net.to(DTYPES[precision]).to(memory_format=torch.channels_last), DTYPES[precision])
+
+
+def int8_forward(weights: str) -> dict[str, float]:
+    """The int8 net of OpenVINO, calibrated on noise: the time does not depend on the values."""
+    import torch
+
+    from configs.schema import PreprocessConfig
+    from stage1_cnn.encoders.openvino_net import calibrate
+
+    crops = torch.randint(0, 256, (max(FORWARD_BATCHES), 224, 224, 3), dtype=torch.uint8)
+    net = calibrate(resnet50(weights), PreprocessConfig(), list(crops[:4].numpy()))
+    return time_calls(net, [crops[:size] for size in FORWARD_BATCHES])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import av
@@ -98,17 +99,21 @@ def time_batches(net: torch.nn.Module, dtype: torch.dtype) -> dict[str, float]:
     """The network alone, in the fastest batch size."""
     torch.set_num_threads(1)
     batch = torch.randn(max(FORWARD_BATCHES), 3, 224, 224).to(dtype)
-    found = []
     with torch.inference_mode():
-        net(batch.contiguous(memory_format=torch.channels_last))
-        wait_for_start()
-        for size in FORWARD_BATCHES:
-            images = batch[:size].contiguous(memory_format=torch.channels_last)
+        return time_calls(net, [batch[:size].contiguous(memory_format=torch.channels_last) for size in FORWARD_BATCHES])
+
+
+def time_calls(net: Callable[[torch.Tensor], object], batches: Sequence[torch.Tensor]) -> dict[str, float]:
+    """`FORWARD_FRAMES` frames in each batch's size; the figures of the fastest."""
+    found = []
+    net(batches[-1])
+    wait_for_start()
+    for images in batches:
+        net(images)
+        started, before = time.perf_counter(), processor_seconds()
+        for _ in range(FORWARD_FRAMES // len(images)):
             net(images)
-            started, before = time.perf_counter(), processor_seconds()
-            for _ in range(FORWARD_FRAMES // size):
-                net(images)
-            found.append(figures(FORWARD_FRAMES, started, before))
+        found.append(figures(FORWARD_FRAMES, started, before))
     return min(found, key=lambda one: one["processor_seconds"])
 
 

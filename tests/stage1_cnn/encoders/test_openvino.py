@@ -171,6 +171,7 @@ def test_int8_features_do_not_depend_on_processes_and_segments(world: World) -> 
             np.testing.assert_array_equal(found, expected[name])
 
 
+@pytest.mark.slow
 def test_a_net_is_calibrated_once_and_on_training_frames_only(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     real = stage1_cnn.encoders.calibration.open_frames
@@ -188,11 +189,13 @@ def test_a_net_is_calibrated_once_and_on_training_frames_only(world: World, monk
     assert len(list((world.config.extract.store / "int8").glob("*.pt"))) == 1
 
 
+@pytest.mark.slow
 def test_other_calibration_frames_make_another_encoder(world: World) -> None:
     few, many = (dump(world, precision="int8", calibration_frames=count) for count in (1, 9))
     assert few.folder != many.folder
 
 
+@pytest.mark.slow
 def test_a_damaged_training_video_is_left_out_of_the_calibration(
     own_world: World, capsys: pytest.CaptureFixture
 ) -> None:
