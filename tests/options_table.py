@@ -405,7 +405,7 @@ MODES = [
         "simulate",
         "always",
         ["out"],
-        ("features.simulation:simulate",),
+        ("features.simulation.write:simulate",),
         {
             "--videos": "3",
             "--seed": "3",
