@@ -54,6 +54,11 @@ _AS_OPTIONS = {
     "--time": ("time", "timeout_min"),
     "--array": ("array",),
 }
+# A default number could exceed what the cluster allows per GPU, and sbatch would then refuse the job.
+_FEW_CORES = (
+    "note: no --cpus-per-task: most clusters then give each process one core, and frames then come too slowly for "
+    "a GPU; --cpus-per-task 8 or more is usual"
+)
 # Why `--slurm KEY=VALUE` is refused, by key.
 _REFUSED = dict.fromkeys(_SET_BY_SUBMIT, "is set by submit itself; leave it out") | {
     key: f"has an option of its own, {option}" for option, keys in _AS_OPTIONS.items() for key in keys
@@ -193,14 +198,21 @@ class Submission:
 
     def sentences(self) -> list[str]:
         """What a user needs to know: before submission the commands, afterwards how to follow and stop the jobs."""
+        notes = [_FEW_CORES] if self._leaves_cores_to_slurm() else []
         if not self.job_ids:
-            return [f"command: {shlex.join(command)}" for command in self.commands]
+            return [*notes, *(f"command: {shlex.join(command)}" for command in self.commands)]
         jobs = self.job_ids[0].partition("_")[0]
         return [
+            *notes,
             f"submitted: job {', '.join(self.job_ids)}; script, command and parameters in {self.folder}",
             f"follow:    squeue --jobs={jobs}; tail -F {shlex.quote(str(self.folder))}/*_log.*",
             f"stop:      scancel {jobs}",
         ]
+
+    def _leaves_cores_to_slurm(self) -> bool:
+        given = self.parameters.keys() | self.parameters["additional_parameters"].keys()
+        wants_gpus = any(key.startswith("gpus") or key == "gres" for key in given)
+        return wants_gpus and given.isdisjoint({"cpus_per_task", "cpus_per_gpu", "exclusive"})
 
 
 def submit(request: Request, run: Path, program: Path, *, dry_run: bool = False) -> Submission:

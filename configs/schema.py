@@ -387,7 +387,9 @@ class CnnConfig(LoopConfig):
     sync_batch_norm: bool = Field(False, description="several processes on CUDA: statistics over the global batch")
     batch_frames: int = Field(64, ge=1)
     accumulate_steps: int = Field(1, ge=1)
-    workers: int = Field(-1, ge=-1, description="loader processes; -1: by the number of cores")
+    workers: int = Field(
+        -1, ge=-1, description="loader processes; -1: none on a CPU, otherwise one per core but one, up to 16"
+    )
     frames_per_epoch: int | None = Field(None, ge=1, description="random subset of frames per epoch; null: all")
     augment: AugmentConfig = AugmentConfig()
 
@@ -622,7 +624,9 @@ class JointConfig(Strict):
     sync_batch_norm: bool = Field(False, description="several processes on CUDA: statistics over the global batch")
     gradient_checkpointing: bool = Field(False, description="recompute the backbone in backward to save memory")
     clips_per_epoch: int | None = Field(None, ge=1, description="random subset of clips per epoch; null: all")
-    workers: int = Field(-1, ge=-1, description="loader processes; -1: by the number of cores")
+    workers: int = Field(
+        -1, ge=-1, description="loader processes; -1: none on a CPU, otherwise one per core but one, up to 16"
+    )
     augment: AugmentConfig = AugmentConfig()
     crops: Literal["centre", "random", "five", "ten"] = Field(
         "centre", description="evaluation crops; several are averaged"

@@ -14,11 +14,15 @@ import numpy as np
 import torch
 
 from configs.errors import UserError
+from engine.launch import available_cores
 from engine.memory import keep_freed_memory
+from engine.progress import say
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+# Cores per process on a GPU below which frames are known to come too slowly: one core decodes some 60 frames/s.
+ENOUGH_CORES = 4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -67,6 +71,16 @@ def require_bf16(setting: str, device: torch.device) -> None:
     if device.type == "cpu" and not cpu_has_bf16():
         raise UserError(
             f"{setting}=bf16: this CPU does not multiply bf16 (no AVX512-BF16 or AMX); set {setting}=fp32 or auto"
+        )
+
+
+def say_few_cores(device: torch.device) -> None:
+    """A line for the user if a GPU's process has too few cores to decode or load its frames in time."""
+    cores = available_cores()
+    if device.type == "cuda" and cores < ENOUGH_CORES:
+        say(
+            f"note: {cores} core{'s' if cores > 1 else ''} for this GPU's process, which will wait for frames: 8 or "
+            "more are usual; in a Slurm job ask for them with --cpus-per-task 8"
         )
 
 

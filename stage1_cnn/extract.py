@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import Config
+from engine.device import say_few_cores
 from engine.files import below_root, read_json_object, remove_stale_temporaries, sha256_file, write_json
 from engine.pool import VideoFault, processes_for, work_through
 from engine.progress import say
@@ -125,6 +126,8 @@ def extract(
     jobs = _plan(config, index, root, target, encoder.spec, shard, report)
     if not jobs:
         _require_one_usable(report, shard)
+    if jobs:
+        say_few_cores(encoder.device)
     if stage:
         stage.open()
     prepare_folder(target, [job.frames for job in jobs if not job.labels_only], encoder.spec)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import Config
-from engine.device import make_accelerator, seed_everything
+from engine.device import make_accelerator, say_few_cores, seed_everything
 from engine.logs import outcome_sentence, training_outcome
 from engine.processes import Processes, join
 from engine.progress import progress_bar, say
@@ -85,6 +85,7 @@ def train_cnn(
 
     seed_everything(config.seed)
     accelerator, precision = make_accelerator(config.device, cnn.precision, "cnn.precision")
+    say_few_cores(accelerator.device)
     net = processes.each(lambda: build_net(config, index.dataset, trusted=trusted))
     require_image_size(net.backbone, config.preprocess.crop_px)
     data = processes.each(lambda: load_frames(config, index, root))  # before hours of decoding, like the next line

@@ -18,7 +18,7 @@ from configs.errors import UserError
 from configs.load import differences
 from configs.schema import Config, JointStepConfig
 from engine.checkpoints import load_checkpoint
-from engine.device import choose_device, choose_precision, make_accelerator, seed_everything
+from engine.device import choose_device, choose_precision, make_accelerator, say_few_cores, seed_everything
 from engine.files import sha256_file
 from engine.logs import outcome_sentence, training_outcome
 from engine.processes import Processes, join
@@ -123,6 +123,7 @@ def train_joint(
     processes.from_first(lambda: _require_precisions(config, stages))
     waiting = processes.from_first(lambda: [stage for stage in stages.values() if stage.result is None])
     if waiting:
+        say_few_cores(choose_device(config.device))
         processes.from_first(waiting[0].check)
         readable = cache_readable(config, index, root, processes, stop)
         if readable is not index:

@@ -66,6 +66,22 @@ def test_several_gpus_are_a_process_each(tmp_path: Path) -> None:
     assert "#SBATCH --nodes=3" in made.script
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"gpus_per_node": 1}, True),
+        ({"more": ("gres=gpu:1",)}, True),
+        ({"gpus_per_node": 1, "cpus_per_task": 8}, False),
+        ({"gpus_per_node": 1, "more": ("cpus-per-gpu=8",)}, False),
+        ({"gpus_per_node": 1, "more": ("exclusive",)}, False),
+        ({}, False),
+    ],
+)
+def test_gpus_without_a_number_of_cores_are_pointed_out(tmp_path: Path, changes: dict[str, object], said: bool) -> None:
+    made = submit(request(**changes), tmp_path, PROGRAM, dry_run=True)
+    assert any("--cpus-per-task" in line for line in made.sentences()) == said
+
+
 def test_a_submitit_that_does_not_show_its_script_refuses_the_dry_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

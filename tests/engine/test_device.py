@@ -13,7 +13,14 @@ import torch
 
 from configs.errors import UserError
 from engine import device
-from engine.device import choose_device, choose_precision, cpu_threads, lower_precision, seed_everything
+from engine.device import (
+    choose_device,
+    choose_precision,
+    cpu_threads,
+    lower_precision,
+    say_few_cores,
+    seed_everything,
+)
 from tests.onednn import cpu_with_bf16
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -153,3 +160,16 @@ def test_threads_are_put_back() -> None:
         assert torch.get_num_threads() == before + 1
         1 / 0  # noqa: B018
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "cores", "said"), [(CUDA, 1, True), (CUDA, 3, True), (CUDA, 4, False), (CPU, 1, False)]
+)
+def test_a_gpu_with_few_cores_is_pointed_out(
+    kind: torch.device, cores: int, said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(device, "available_cores", lambda: cores)
+    say_few_cores(kind)
+    found = capsys.readouterr().err
+    assert ("--cpus-per-task" in found) == said
+    assert found.count("\n") == said

@@ -210,7 +210,14 @@ def test_dataset_travels_to_a_process_without_open_files(world: World) -> None:
 def test_number_of_loader_processes() -> None:
     assert choose_workers(3, CPU) == 3
     assert choose_workers(-1, CPU) == 0
-    assert choose_workers(-1, torch.device("cuda")) >= 1
+
+
+@pytest.mark.parametrize(("cores", "loaders"), [(1, 1), (2, 1), (8, 7), (12, 11), (17, 16), (128, 16)])
+def test_a_gpu_gets_a_loader_process_for_every_core_but_one(
+    monkeypatch: pytest.MonkeyPatch, cores: int, loaders: int
+) -> None:
+    monkeypatch.setattr("stage1_cnn.data.available_cores", lambda: cores)
+    assert choose_workers(-1, torch.device("cuda")) == loaders
 
 
 # ---------------------------------------------------------------------------------------------- cache
