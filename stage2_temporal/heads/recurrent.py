@@ -99,13 +99,22 @@ class GruHead(RecurrentHead):
 def run_torch(rnn: nn.LSTM | nn.GRU, x: Tensor, hidden: State | None, lengths: Tensor | None) -> tuple[Tensor, State]:
     """x (B, T, D), hidden (layers, B, H) each -> outputs (B, T, H) and hidden, by torch's own network.
 
-    `lengths` as in `Head.forward`; outputs on padding are 0.
+    `lengths` as in `Head.forward`; outputs on padding are 0. Under bf16 autocast on CUDA everything is fp32: torch's
+    autocast would hand cuDNN fp16, whatever its own type is, and only with `fp16` are gradients scaled for that.
     """
+    if x.device.type == "cuda" and _autocast_without_scaler():
+        with torch.autocast("cuda", enabled=False):
+            given = None if hidden is None else tuple(part.float() for part in hidden)
+            return run_torch(rnn, x.float(), given, lengths)
     if lengths is None or int(lengths.min()) == x.shape[1]:
         return _run(rnn, x, hidden)
     if x.device.type == "cuda":
         return run_packed(rnn, x, hidden, lengths)
     return (_run_each_alone if rnn.bidirectional else _run_until_each_ends)(rnn, x, hidden, lengths.tolist())
+
+
+def _autocast_without_scaler() -> bool:
+    return torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != torch.float16
 
 
 def run_packed(rnn: nn.LSTM | nn.GRU, x: Tensor, hidden: State | None, lengths: Tensor) -> tuple[Tensor, State]:
