@@ -35,9 +35,9 @@ def say(figures: Mapping[str, Any], file: Path | None) -> None:
         file.write_text(text + "\n", encoding="utf-8")
 
 
-def pipeline(command: str, config: str, name: str, settings: Iterable[str], more: Sequence[str] = ()) -> None:
-    """Run one command for the run `name`; raises CalledProcessError if it fails."""
-    arguments = [command, "--config", config, "--name", name, *more]
+def pipeline(command: str, config: str, name: str | None, settings: Iterable[str], more: Sequence[str] = ()) -> None:
+    """Run one command, for the run `name` unless it belongs to none; raises CalledProcessError if it fails."""
+    arguments = [command, "--config", config, *(["--name", name] if name else []), *more]
     for setting in settings:
         arguments += ["--set", setting]
     subprocess.run([sys.executable, str(PIPELINE), *arguments], check=True)

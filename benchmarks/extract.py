@@ -166,7 +166,7 @@ def ours(folder: Path, sets: Sequence[Path], weights: Path, more_settings: Seque
             "device=cpu",
             *more_settings,
         ]
-        pipeline("index", CONFIG, f"bench{count}", settings)
+        pipeline("index", CONFIG, None, settings)
         started, before = time.perf_counter(), sum(os.times()[2:4])
         pipeline("extract", CONFIG, f"bench{count}", settings)
         seconds.append(time.perf_counter() - started)

@@ -67,7 +67,7 @@ def one_run(root: Path, work: Path, seed: int, precision: str, chosen: list[str]
         "device=cpu",
         *chosen,
     ]
-    pipeline("index", "mini", name, settings)
+    pipeline("index", "mini", None, settings)
     if name == first:
         pipeline("train-cnn", "mini", name, settings)
     elif not (runs / name / "cnn").exists():

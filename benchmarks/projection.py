@@ -38,7 +38,7 @@ def measure(root: Path, work: Path, seeds: int) -> dict[str, Any]:
         f"runs={work / 'runs'}",
         "device=cpu",
     ]
-    pipeline("index", "mini", "features", settings)
+    pipeline("index", "mini", None, settings)
     pipeline("extract", "mini", "features", settings)
     (features,) = (work / "features").iterdir()
     figures: dict[str, Any] = {}

@@ -10,9 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
-from pipeline import PACKAGES
+from pipeline import PACKAGES, cli
 from tests.cli import ONE_THREAD, PROJECT
 
 BENCHMARKS = sorted((PROJECT / "benchmarks").rglob("*.py"))
@@ -25,6 +26,19 @@ def test_what_a_benchmark_imports_from_the_product_exists(path: Path) -> None:
             module = importlib.import_module(str(node.module))
             for alias in node.names:
                 assert hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_a_benchmark_names_a_run_only_for_commands_that_have_one(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id != "pipeline":
+            continue
+        if isinstance(node.args[0], ast.Constant):
+            command = cli.get_command(click.Context(cli), node.args[0].value)
+            assert command is not None
+            named = any("--name" in option.opts for option in command.params)
+            without = isinstance(node.args[2], ast.Constant) and node.args[2].value is None
+            assert named != without, ast.unparse(node)
 
 
 @pytest.mark.slow
