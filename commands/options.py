@@ -210,7 +210,7 @@ def note_unused(settings: Settings, *blocks: str) -> None:
 
 
 def refuse_trusted(trusted: bool, instead: str | None) -> None:
-    """Refuse `--trusted` if no third-party file is loaded, but the one that `instead` names."""
+    """Refuse `--trusted` if the weights come from `instead`, which is not a third-party file."""
     if trusted and instead:
         refuse(f"{instead}: no third-party file is loaded", ["--trusted"])
 
@@ -282,5 +282,5 @@ def end_with_left_out(left_out: Sequence[Mapping[str, Any]]) -> None:
     from engine.launch import is_main_process
 
     missed = [video for video in left_out if not (video.get("excluded") or video.get("unlabelled"))]
-    # only one of several processes: a launcher ends all of them when one fails
+    # only rank 0: a launcher kills the other ranks when one fails
     exit_partly_if(any(video.get("split") != "none" for video in missed) and is_main_process())

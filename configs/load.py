@@ -140,7 +140,7 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
     """The number of values below a node with aliases expanded; `sizes` keeps the nodes seen, 0 while being counted."""
     if isinstance(node, yaml.ScalarNode):
         if node.tag in _NUMBER_TAGS and node.style is None and _OTHER_BASE.fullmatch(node.value):
-            raise ValueError(f"{node.value} is a number in base 8 or 60 to YAML; write it in base 10, or quote a name")
+            raise ValueError(f"YAML reads {node.value} as a number in base 8 or 60; write it in base 10, or quote it")
         return 1
     if id(node) not in sizes:
         sizes[id(node)] = 0

@@ -134,7 +134,7 @@ def run_copies(command: list[str], count: int) -> int:
         LAUNCHER_PID: str(os.getpid()),
     }
     ranks = _Ranks()
-    before = {number: signal.signal(number, ranks.hear) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, ranks.on_signal) for number in STOP_SIGNALS}
     try:
         for rank in range(count):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -178,7 +178,7 @@ class _Ranks:
         """Start a rank in its own session, so that Ctrl-C reaches it once only, through this process."""
         self._running.append(subprocess.Popen(command, env=environment, start_new_session=True))
 
-    def hear(self, number: int, frame: object) -> None:
+    def on_signal(self, number: int, frame: object) -> None:
         """The signal handler; `wait` passes the signals on."""
         self._arrived.append(number)
         self._interrupts += number == signal.SIGINT

@@ -48,7 +48,7 @@ Task = Callable[[AnyJob, Advance], None]
 
 
 def choose_processes(wanted: int, jobs: Sequence[Job]) -> int:
-    """Processes for whole videos: `wanted`, or for -1 one per core, fewer for few frames; at most one per video."""
+    """Number of worker processes: `wanted`, or for -1 one per core, fewer for few frames; never more than videos."""
     return max(1, min(processes_for(wanted, sum(job.frames for job in jobs)), len(jobs)))
 
 

@@ -256,7 +256,7 @@ def _wait_for_ranks(store: Any, here: Launch, stop: StopRequest | None) -> None:
 
 
 def _signal_exchange(store: Any) -> Callable[[int | None], int | None]:
-    """A `StopRequest.ask_others` that publishes this rank's signal once, or looks for another's every second."""
+    """For `StopRequest.ask_others`: publishes this rank's signal once, otherwise polls for others' every second."""
     polled_at = 0.0
     published = False
 

@@ -60,7 +60,7 @@ class LabelledFrames:
         return f"{self.videos[video]}, frame {int(self.caches[video].frame_index[self.sample[row]])}"
 
     def start_of(self, batch: ClipBatch) -> Callable[[], str]:
-        """What names the first frame of a batch, for messages; it does not keep the batch in memory."""
+        """A function that names the batch's first frame, for error messages; it does not keep the batch in memory."""
         what, row = "frame" if batch.images.shape[1] == 1 else "clip", int(batch.first[0])
         return lambda: f"first {what}: {self.name(row)}"
 

@@ -52,7 +52,7 @@ class ToolNet(nn.Module):
         return NetOutput(embedding, tool_logits, phase_logits)
 
     def heads(self) -> Iterator[nn.Module]:
-        """The heads there are."""
+        """The heads that exist."""
         yield from (head for head in (self.tool_head, self.phase_head) if head is not None)
 
 

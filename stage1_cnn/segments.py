@@ -43,7 +43,7 @@ class VideoJob:
 
     @property
     def samples(self) -> slice:
-        """Which of the video's samples."""
+        """The job's samples, as a slice of the video's."""
         return slice(self.first, self.first + self.frames)
 
 

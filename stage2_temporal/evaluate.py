@@ -66,7 +66,7 @@ class GroundTruth:
 
     @property
     def without_labels(self) -> dict[str, list[str]]:
-        """Videos without labels, by task: of this split by their labels, of others by the files in the index."""
+        """Videos without labels by task: this split's by their labels, others by whether the index names a file."""
         known = self.videos
         phases = [name for name, video in known.items() if not (video.phase >= 0).any()]
         tools = [name for name, video in known.items() if not (video.tools >= 0).any()]

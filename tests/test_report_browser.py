@@ -14,7 +14,7 @@ import pytest
 
 from evaluation.reports.gather import gather
 from evaluation.reports.page import write_report
-from features.runs import runs
+from features.run_lengths import runs
 from tests.browser import Visit
 from tests.report_material import SPEC, write_run
 

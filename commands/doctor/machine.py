@@ -258,7 +258,7 @@ def check_folder(what: str, folder: Path, needed_bytes: int = 0, certain: bool =
 
 
 def _write_problem(folder: Path) -> str | None:
-    """Why nothing can be written in a folder, or None. A file is written, since permissions alone do not tell."""
+    """Why nothing can be written in a folder, or None; tries it, since permissions do not settle it."""
     path = folder / f".doctor-{uuid.uuid4().hex[:8]}.tmp"
     try:
         with path.open("xb") as stream:

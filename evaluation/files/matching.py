@@ -184,7 +184,7 @@ def _taken(phase: NDArray[np.int16], row: NDArray[np.int64]) -> NDArray[np.int16
 
 
 def _lead(file: PhaseFile) -> int:
-    """Rows that are missing before the first by its number; 0 if it is that of the first or second row."""
+    """Number of rows missing before the first, by its frame number; 0 if that is at most one step."""
     if file.frame is None or file.step is None or file.frame[0] <= 1.001 * file.step:
         return 0
     return int(file.frame[0] // file.step)

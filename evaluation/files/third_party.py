@@ -376,7 +376,7 @@ def _rows_passed(numbers: NDArray[np.float64]) -> tuple[NDArray[np.float64], flo
 
 
 def _usual_step(steps: NDArray[np.float64]) -> tuple[float, NDArray[np.bool_]]:
-    """The mean of the steps that are about as long as most, and which (T - 1,) are."""
+    """Mean of the typical steps, and a mask (T - 1,) of them."""
     middle = float(np.sort(steps)[(len(steps) - 1) // 2])
     longer = steps == steps.min() + 1
     alternating = bool((longer | (steps == steps.min())).all()) and longer.mean() >= 0.25 and len(steps) > 3

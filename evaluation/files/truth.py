@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from configs.errors import UserError, one_line
 from configs.schema import DataSetSpec
 from engine.files import read_json, write_json
-from features.runs import runs
+from features.run_lengths import runs
 from features.video.mp4 import MAX_FRAMES
 
 TRUTH_FILE = "truth.json"

@@ -17,7 +17,7 @@ from configs.schema import folded_name
 from evaluation.metrics.conventions import CONVENTIONS, DROPPED, OVER_PHASES, FrameConvention, mean_known
 from evaluation.metrics.counts import BoolArray, FloatArray, IntArray, PhasePair, PhaseTable, strict_right
 from evaluation.metrics.results import Score
-from features.runs import runs
+from features.run_lengths import runs
 
 WINDOW_S = 10.0
 

@@ -182,7 +182,7 @@ class PhaseResults(Record):
 
     @property
     def metrics(self) -> list[str]:
-        """Accuracy and the metrics of each phase, or those of segments; what one convention alone has is not in it."""
+        """Accuracy and the per-phase (or segmental) metrics; scores that only one convention has are excluded."""
         per_phase = next(iter((self.per_phase or {}).values()), None)
         return ["accuracy", *per_phase.scores] if per_phase else list(self.scores)
 

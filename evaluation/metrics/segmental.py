@@ -15,7 +15,7 @@ import numpy as np
 from evaluation.metrics.conventions import CONVENTIONS, Convention, Videos, numbers_by_video, over_videos
 from evaluation.metrics.counts import Counts, FloatArray, IntArray
 from evaluation.metrics.results import PhaseAbout, PhaseResults, PooledScore, Score, json_number
-from features.runs import runs
+from features.run_lengths import runs
 
 OVERLAPS_PERCENT = (10, 25, 50)
 

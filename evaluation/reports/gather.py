@@ -28,7 +28,7 @@ from evaluation.reports.ablation import ABLATION_PAGE
 from evaluation.reports.paper_figures import sample_edges_s
 from evaluation.reports.summary import settings_behind
 from features.ids import file_stem
-from features.runs import runs
+from features.run_lengths import runs
 
 EVALUATE_FOLDER = "evaluate"
 HEAD = "temporal"  # the head whose predictions are in files

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from evaluation.metrics.tools import DEFAULT_THRESHOLD
 from evaluation.reports.paper_figures import phase_colours
-from features.runs import runs
+from features.run_lengths import runs
 
 _BACKGROUND, _TEXT, _FAINT = (24, 24, 24), (240, 240, 240), (110, 110, 110)
 _SMALLEST_BAND_PX = 48

@@ -19,8 +19,7 @@ from plotly.offline import get_plotlyjs
 
 from engine.files import write_text
 from evaluation.metrics.scores import metric_title
-from evaluation.reports import html_tables as report_tables
-from evaluation.reports import plotly_figures as report_figures
+from evaluation.reports import html_tables, plotly_figures
 from evaluation.reports.gather import Report
 from evaluation.reports.templates import TEMPLATES, template_environment
 
@@ -35,18 +34,18 @@ def render(report: Report) -> str:
     environment = template_environment(html=True)
     environment.tests["match_start"] = str.startswith
     environment.filters["yaml"] = lambda tree: yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-    environment.filters["clock"] = report_figures.clock
+    environment.filters["clock"] = plotly_figures.clock
     environment.filters["data_uri"] = lambda jpeg: f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
-    figures = report_figures.all_figures(report)
+    figures = plotly_figures.all_figures(report)
     # Nothing in an inline script may look like its end; the hashes are of exactly the text between the tags.
     scripts = [_script(get_plotlyjs()), _script((TEMPLATES / "report.js").read_text(encoding="utf-8"))]
     return environment.get_template("report.html.j2").render(
         report=report,
-        tables=report_tables.all_tables(report),
+        tables=html_tables.all_tables(report),
         figures=figures,
         metrics=[(metric, metric_title(metric)) for metric in next(iter(report.phase_metrics.values()), ())],
         unlabelled=any((video.phase < 0).any() for video in report.truth.videos.values()),
-        phases=report_figures.legend(report.truth.spec.phases),
+        phases=plotly_figures.legend(report.truth.spec.phases),
         policy=Markup(_policy(scripts)),
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         plotly=Markup(scripts[0]),

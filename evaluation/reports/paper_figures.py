@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from configs.errors import UserError
 from engine.files import atomic_path
 from evaluation.metrics.counts import label_pairs
-from features.runs import true_spans
+from features.run_lengths import true_spans
 
 # Okabe and Ito's colours, distinguishable under every common colour blindness, ordered so that neighbours in Cholec80's
 # sequence differ in lightness too; then one of Paul Tol's.

@@ -29,7 +29,7 @@ from evaluation.reports.paper_figures import (
     short_name,
 )
 from evaluation.reports.tables import IN_BRACKETS, interval_text
-from features.runs import true_spans
+from features.run_lengths import true_spans
 
 # Okabe and Ito's darker colours, which stand out from a white page; a pattern and a dash go with each.
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#222222", "#E69F00")

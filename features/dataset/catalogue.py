@@ -112,7 +112,7 @@ def _disagreement(config: Config, index: Index, root: Path) -> str | None:
 
 
 def _is_numbered_differently(entry: VideoEntry, data: DataConfig) -> bool:
-    """Whether the settings give row or image numbers another meaning than the one that the video was indexed with."""
+    """Whether the settings number rows or images differently from how the video was indexed."""
     layout = entry.frames
     if layout is not None and (
         (data.frame_numbering not in ("auto", layout.numbering))

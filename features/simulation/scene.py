@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from configs.schema import DataSetSpec
-from features.runs import true_spans
+from features.run_lengths import true_spans
 from features.simulation import anatomy, instruments
 from features.simulation.anatomy import smoothstep
 

@@ -186,7 +186,7 @@ class PyavReader(FrameReader):
         return itertools.chain([(first, packet)], enumerate(packets, first + 1))
 
     def _plan(self, wanted: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Which packets to decode, (N,) bool, and which of them even if nothing refers to them, (N,) bool."""
+        """Two masks (N,): packets to decode, and those to decode although no other frame refers to them."""
         scan = self._scan
         position = scan.position[wanted]
         group = np.cumsum(scan.idr)

@@ -224,7 +224,7 @@ class VideoScan:
 
     @property
     def timed(self) -> bool:
-        """Whether packets carry presentation times: in AVI they count chunks, and a valid clock never goes back."""
+        """Whether packets carry presentation times: not in AVI, where they count chunks, nor if the clock goes back."""
         return self.times_known and self.container != "avi" and self.packets.back_at is None
 
     @property
@@ -378,7 +378,7 @@ def _held(path: Path, packets: Packets, shown: np.ndarray) -> tuple[int, np.ndar
 
 def _in_presentation_order(packets: Packets, first: int) -> bool:
     """Whether time stamps are the presentation times of H.264: only B-frames are shown before a frame that was decoded
-    earlier. If the stamps are decoding times, none is."""
+    earlier. By decoding times, no frame is."""
     timed = ~packets.untimed & (np.arange(len(packets.pts)) >= first)
     pts, is_b = packets.pts[timed], packets.flagged(_B)[timed]
     return bool(((pts < np.maximum.accumulate(pts)) == is_b).all()) if len(pts) else False

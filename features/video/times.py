@@ -67,7 +67,7 @@ def _ticks(steps: str, frame_count: int) -> NDArray[np.int64]:
     except (binascii.Error, zlib.error) as error:
         raise ValueError("steps are not packed times") from error
     if len(unpacked) != size or not size:
-        raise ValueError("steps are not those of its frames")
+        raise ValueError("steps do not match the frame count")
     ticks = np.concatenate([[0], np.cumsum(np.frombuffer(unpacked, dtype="<u4"), dtype=np.int64)])
     ticks.flags.writeable = False
     return ticks

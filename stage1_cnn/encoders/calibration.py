@@ -104,7 +104,7 @@ class FromTrainingFrames:
 
 @dataclass(frozen=True)
 class FromStore:
-    """Int8Source of predictions: the net that the features of the training were computed by."""
+    """Int8Source of `predict`: the net that computed the features of the training."""
 
     store: Path
     encoder: Mapping[str, Any]  # specification (JSON) of those features' encoder

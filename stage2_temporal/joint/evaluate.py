@@ -68,7 +68,7 @@ def evaluate_joint(
     index = index.without(recorded_faults(path.parent, index))
     other = other or _is_another(path.parent, config, index)
     entries = index.entries_of(split, config.data.index)
-    way = chosen_inference(inference, about["inference"], net.phase, path)
+    mode = chosen_inference(inference, about["inference"], net.phase, path)
     device = choose_device(config.device)
     precision = choose_precision("extract.precision", config.extract.torch_precision, device, training=False)
     faults: list[tuple[str, str]] = []  # videos that could not be read, and why
@@ -78,7 +78,7 @@ def evaluate_joint(
         config,
         root=root,
         index=index,
-        inference=way,
+        inference=mode,
         frames=about["frames"],
         check_stop=stop.raise_if_set,
         autocast=partial(lower_precision, device, precision),
@@ -107,7 +107,7 @@ def evaluate_joint(
             tasks=net.net_config.tasks,
             imported=imported,
             fine_tuned_from=net.imported_from if imported is None else None,
-            inference=way,
+            inference=mode,
             crops=config.joint.crops,
             precision=precision,
             mapped_tools=_mapped_tools(truth, found),

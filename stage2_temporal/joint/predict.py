@@ -72,8 +72,8 @@ def predict_videos(
         with progress_bar(total, "frames", "frame") as bar:
             for entry in entries:
                 try:
-                    with open_frames(config, entry, root, index) as pictures:
-                        batches = _watched(frame_batches(pictures.frames, encoded_at_once(config)), bar, check_stop)
+                    with open_frames(config, entry, root, index) as sampled:
+                        batches = _watched(frame_batches(sampled.frames, encoded_at_once(config)), bar, check_stop)
                         embedded = embed_crops(
                             net, batches, config.preprocess, config.joint.crops, config.seed, autocast
                         )

@@ -156,7 +156,7 @@ def test_numbers_that_yaml_reads_in_another_base_are_refused(number: str, tmp_pa
     """YAML 1.1 reads 012 as 10 and 1:30 as 90."""
     path = tmp_path / "own.yaml"
     path.write_text(f"temporal: {{epochs: {number}}}\n")
-    with pytest.raises(UserError, match=rf"own\.yaml: .*{number} is a number in base 8 or 60 .* base 10"):
+    with pytest.raises(UserError, match=rf"own\.yaml: .*YAML reads {number} as a number in base 8 or 60; .* base 10"):
         load_config(path)
     with pytest.raises(UserError, match=rf"--set temporal\.epochs={number}: .*base 8 or 60"):
         load_config("mini", [f"temporal.epochs={number}"])

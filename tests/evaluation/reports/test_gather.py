@@ -25,7 +25,7 @@ from evaluation.reports.gather import Report, Thumbnail, disagreements, gather
 from evaluation.reports.page import render, safe_json, write_report
 from evaluation.reports.paper_figures import PALETTE
 from evaluation.reports.static_files import draw_panels, write_figures
-from features.runs import runs
+from features.run_lengths import runs
 from tests.report_material import SPEC, write_run
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from features.runs import Run, runs, true_spans
+from features.run_lengths import Run, runs, true_spans
 
 
 @given(st.lists(st.integers(-1, 2)))
