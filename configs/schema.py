@@ -724,11 +724,20 @@ class AblationConfig(Strict):
         return any(isinstance(values, RangeConfig) for values in self.space.values())
 
 
+class CudaConfig(Strict):
+    """Switches of torch on NVIDIA GPUs, the same in training, extraction and evaluation."""
+
+    deterministic: bool = Field(True, description="cuDNN's deterministic kernels only")
+    benchmark: bool = Field(False, description="time cuDNN's kernels and take the fastest, which can change last bits")
+    tf32: bool = Field(False, description="fp32 with 10 of 23 bits of the fraction (TF32); in the features' digest")
+
+
 class Config(Strict):
     """All settings of a run."""
 
     seed: int = Field(0, ge=0, lt=2**32)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    cuda: CudaConfig = CudaConfig()
     runs: Path = Path("runs")
     data: DataConfig = DataConfig()
     preprocess: PreprocessConfig = PreprocessConfig()

@@ -3,62 +3,138 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
 import re
+import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from configs.errors import UserError
+from configs.errors import UserError, one_line
 from engine.launch import available_cores
 from engine.memory import keep_freed_memory
-from engine.progress import say
+from engine.progress import bars_are_hidden, say
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from configs.schema import Config, CudaConfig
+
 # Cores per process on a GPU below which frames are known to come too slowly: one core decodes some 60 frames/s.
 ENOUGH_CORES = 4
+INSTALLING = "install a torch for its CUDA (README, Start)"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises UserError for a device that is not available.
+    """`auto` takes CUDA, then Apple's MPS, then the CPU.
 
-    On CUDA, deterministic kernels are selected for the whole process, whichever command uses the device first.
+    Raises UserError for a device that is not available, and for `auto` if there is an NVIDIA GPU that torch cannot use:
+    the CPU would need days for what was to be hours.
     """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-    if name not in available:
+    if name not in ("auto", *available):
         raise UserError(f"device={name}: choose auto, cpu, cuda or mps")
-    if not available[name]:
+    chosen = next(kind for kind in ("cuda", "mps", "cpu") if available[kind]) if name == "auto" else name
+    if name in ("auto", "cuda") and (problem := unusable_gpu()):
+        raise UserError(f"device={name}: {problem}; or set device=cpu")
+    if not available[chosen]:
         present = ", ".join(kind for kind, there in available.items() if there)
         raise UserError(f"device={name}: this machine (or this torch build) has none; present: {present}")
-    if name == "cuda":
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
-    return torch.device(name)
+    return torch.device(chosen)
+
+
+def unusable_gpu() -> str | None:
+    """Why torch cannot use the NVIDIA GPU of this machine, and what to do; None if it has no GPU or hides it."""
+    if torch.cuda.is_available() or gpus_are_hidden() or not driver_lists_gpu():
+        return None
+    if torch.version.cuda is None:
+        return f"there is an NVIDIA GPU, but this torch is built for CPUs; {INSTALLING}"
+    try:
+        torch.cuda.init()
+        reason = "no GPU in sight"
+    except (RuntimeError, AssertionError) as error:
+        reason = one_line(error, most=160)
+    built = f"torch {torch.__version__} (built for CUDA {torch.version.cuda})"
+    return f"there is an NVIDIA GPU, but {built} cannot use it ({reason}); update the driver, or {INSTALLING}"
+
+
+def gpus_are_hidden() -> bool:
+    """Whether CUDA_VISIBLE_DEVICES hides every GPU."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
+
+
+@functools.cache
+def driver_lists_gpu() -> bool:
+    """Whether the NVIDIA driver has a GPU for this process; in a job without one it has none."""
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    # after an update without a restart, the driver does not answer the library
+    return done.stdout.startswith("GPU ") or "version mismatch" in done.stdout + done.stderr
+
+
+def start_stage(stage: str, config: Config, device: torch.device, precision: str, others: str = "") -> None:
+    """What every stage begins with: the switches `cuda.*`, and one line on rank 0 about what it computes on.
+
+    `others` describes the processes that load or decode. Raises UserError if torch has no code for the GPU.
+    """
+    name = str(device)
+    if device.type == "cuda":
+        apply_switches(config.cuda)
+        require_kernels(device)
+        name += f" ({torch.cuda.get_device_name(device)})"
+    if not bars_are_hidden():
+        say(f"{stage}: {name}, {precision}" + (f", {others}" if others else ""))
+
+
+def apply_switches(cuda: CudaConfig) -> None:
+    """Set torch's global switches for CUDA. By default torch convolves in TF32 and multiplies in fp32."""
+    torch.backends.cudnn.deterministic = cuda.deterministic
+    torch.backends.cudnn.benchmark = cuda.benchmark
+    torch.backends.cudnn.allow_tf32 = cuda.tf32
+    torch.backends.cuda.matmul.allow_tf32 = cuda.tf32
+
+
+def require_kernels(device: torch.device) -> None:
+    """Run a first kernel on a GPU. Raises UserError if this torch was not built for it, as far as only that shows."""
+    try:
+        torch.ones(1, device=device).sum().item()
+    except RuntimeError as error:
+        if problem := missing_kernels(error, device):
+            raise UserError(f"{device}: {problem}; or set device=cpu") from error
+        raise
+
+
+def missing_kernels(error: Exception, device: torch.device | int) -> str | None:
+    """What to say about an error of a kernel if torch has none for this GPU."""
+    if "no kernel image" not in str(error):
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return (
+        f"this torch ({torch.__version__}) has no code for sm_{major}{minor}, {torch.cuda.get_device_name(device)}; "
+        f"{INSTALLING}"
+    )
 
 
 def choose_precision(setting: str, name: str, device: torch.device, training: bool) -> str:
     """The arithmetic (fp32, bf16 or fp16) that `name`, the value of `setting`, resolves to on `device`.
 
-    `auto`: bf16 on GPUs that support it (fp16 on others), and for inference on CPUs with native bf16; otherwise fp32.
-    `native`: bf16 wherever the hardware supports it, also for training on a CPU; otherwise fp32. Raises UserError,
-    naming `setting`, for a precision that this device does not support.
+    `auto` and `native`: on GPUs bf16 where the card computes it, otherwise fp16 (with a scaler in training); on CPUs
+    with native bf16 that, for `auto` in inference only; otherwise fp32. Raises UserError, naming `setting`, for a
+    precision that this device does not support.
     """
     if name in ("native", "auto"):
-        cpu, cuda = device.type == "cpu", device.type == "cuda"
-        if cuda and torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16"
-        if cuda and name == "auto":
-            return "fp16"
-        return "bf16" if cpu and (name == "native" or not training) and cpu_has_bf16() else "fp32"
+        if device.type == "cuda":
+            return "bf16" if _gpu_has_bf16() else "fp16"
+        wanted = device.type == "cpu" and (name == "native" or not training)
+        return "bf16" if wanted and cpu_has_bf16() else "fp32"
     if name == "fp16" and device.type != "cuda":
         raise UserError(f"{setting}=fp16 works on CUDA devices only, not on {device.type}; set {setting}=auto or fp32")
     if name == "bf16":
@@ -67,11 +143,18 @@ def choose_precision(setting: str, name: str, device: torch.device, training: bo
 
 
 def require_bf16(setting: str, device: torch.device) -> None:
-    """Raise UserError if `setting` asks for bf16 on a CPU without native bf16."""
+    """Raise UserError if `setting` asks for bf16 on a CPU or GPU that does not compute it natively."""
     if device.type == "cpu" and not cpu_has_bf16():
         raise UserError(
             f"{setting}=bf16: this CPU does not multiply bf16 (no AVX512-BF16 or AMX); set {setting}=fp32 or auto"
         )
+    if device.type == "cuda" and not _gpu_has_bf16():
+        raise UserError(f"{setting}=bf16: this GPU does not compute bf16, only sm_80 and newer do; set {setting}=auto")
+
+
+def _gpu_has_bf16() -> bool:
+    """By default torch counts every card that can hold a bf16 tensor, convolved many times more slowly than in fp32."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def say_few_cores(device: torch.device) -> None:
@@ -86,21 +169,8 @@ def say_few_cores(device: torch.device) -> None:
 
 @contextmanager
 def lower_precision(device: torch.device, precision: str) -> Iterator[None]:
-    """Inference in `precision` (fp32, bf16 or fp16) on `device`: autocast, or true fp32.
-
-    On CUDA, cuDNN would otherwise use TF32, which keeps 10 of 23 bits. The switch is global and is restored afterwards.
-    """
-    if precision != "fp32":
-        with torch.autocast(device.type, DTYPES[precision]):
-            yield
-    elif device.type == "cuda":
-        before = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = False
-        try:
-            yield
-        finally:
-            torch.backends.cudnn.allow_tf32 = before
-    else:
+    """Inference in `precision` (fp32, bf16 or fp16) on `device`: autocast, or nothing for fp32."""
+    with torch.autocast(device.type, DTYPES[precision]) if precision != "fp32" else nullcontext():
         yield
 
 

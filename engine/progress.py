@@ -32,7 +32,7 @@ def progress_bar(total: int | None, description: str, unit: str, **options: Any)
         dynamic_ncols=interactive,
         ascii=not interactive,
         leave=options.pop("leave", False),
-        **options | ({"disable": True} if _bars_hidden.get() else {}),
+        **options | ({"disable": True} if bars_are_hidden() else {}),
     )
 
 
@@ -44,6 +44,11 @@ def no_bars() -> Iterator[None]:
         yield
     finally:
         _bars_hidden.reset(token)
+
+
+def bars_are_hidden() -> bool:
+    """Whether a caller shows the progress (`no_bars`)."""
+    return _bars_hidden.get()
 
 
 def say(text: str, *, every_rank: bool = False) -> None:

@@ -142,7 +142,7 @@ class StageFolder:
         remove_stale_temporaries(self.path)
         if not known.exists():
             write_text(self.path / "config.yaml", to_yaml(self._config))
-            write_json(self.path / "environment.json", environment())
+            write_json(self.path / "environment.json", environment(self._config.device))
             write_json(known, self.identity.fields)
 
     def begin(self) -> dict[str, Any] | None:
@@ -188,8 +188,8 @@ SUMMARY_KEYS = (
 )
 
 
-def environment() -> dict[str, Any]:
-    """Package versions, revision and machine, recorded with every result."""
+def environment(device: str = "auto") -> dict[str, Any]:
+    """Package versions, revision and machine, recorded with every result; for `device=cpu` no GPU is asked."""
     found: dict[str, Any] = {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -199,7 +199,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: package_version(name) for name in PACKAGES},
     }
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
+    if torch is not None and device != "cpu" and torch.cuda.is_available():
         found["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return found
 

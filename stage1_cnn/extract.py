@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import Config
-from engine.device import say_few_cores
+from engine.device import say_few_cores, start_stage
 from engine.files import below_root, read_json_object, remove_stale_temporaries, sha256_file, write_json
 from engine.pool import VideoFault, processes_for, work_through
 from engine.progress import say
@@ -265,12 +265,14 @@ def _work(
         pieces = list(jobs)
     with Assembly(task.folder, pieces, task.assemble) as assembly:
         count = min(processes, max(1, len(assembly.pieces)))
+        computing = 1 if ahead or (encoder.device.type != "cpu" and chosen.workers <= 0) else count
+        others = f"{count} decoding process(es)" if ahead else f"{computing} process(es)"
+        start_stage(STAGE, task.config, encoder.device, encoder.spec.precision, others)
         outcomes: Generator[tuple[VideoJob, str | None], None, None]
         if ahead:
             pinned = encoder.device.type == "cuda"
             outcomes = work_ahead(task, assembly.pieces, count, STAGE, stop, pinned=pinned)
         else:
-            computing = count if encoder.device.type == "cpu" or chosen.workers > 0 else 1
             outcomes = work_through(task, assembly.pieces, computing, STAGE, stop)
         with closing(outcomes):
             for piece, reason in outcomes:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import Config
-from engine.device import make_accelerator, say_few_cores, seed_everything
+from engine.device import make_accelerator, say_few_cores, seed_everything, start_stage
 from engine.logs import outcome_sentence, training_outcome
 from engine.processes import Processes, join
 from engine.progress import progress_bar, say
@@ -34,6 +34,7 @@ from stage1_cnn.data import (
     ClipDataset,
     FrameLoader,
     LabelledFrames,
+    choose_workers,
     labelled_frames,
     require_training_videos,
     training_requests,
@@ -85,6 +86,8 @@ def train_cnn(
 
     seed_everything(config.seed)
     accelerator, precision = make_accelerator(config.device, cnn.precision, "cnn.precision")
+    loaders = choose_workers(cnn.workers, accelerator.device)
+    start_stage("train-cnn", config, accelerator.device, precision, f"{loaders} loader process(es)")
     say_few_cores(accelerator.device)
     net = processes.each(lambda: build_net(config, index.dataset, trusted=trusted))
     require_image_size(net.backbone, config.preprocess.crop_px)

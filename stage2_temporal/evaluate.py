@@ -14,6 +14,7 @@ from rich.console import Console
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys
 from configs.schema import Config
+from engine.device import choose_device, start_stage
 from engine.files import make_folder, read_json_object, sha256_file, sha256_json, write_json
 from engine.progress import say
 from engine.runs import ABSENT, RESULT_FILE, StageIdentity, require_same_classes, update_summary
@@ -342,6 +343,7 @@ def _probabilities(
     inference: Inference | None,
     stop: StopRequest,
 ) -> dict[str, dict[str, NDArray[np.float32]]]:
+    start_stage("evaluate", config, choose_device(config.device), "fp32")
     heads = {"temporal": temporal, "frame": temporal / "frame"}
     found = {}
     for head, folder in heads.items():

@@ -19,7 +19,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys, load_dataset
 from configs.schema import Config, DataSetSpec, PreprocessConfig
-from engine.device import choose_device, choose_precision, lower_precision
+from engine.device import choose_device, choose_precision, lower_precision, start_stage
 from engine.files import NoRoomError, atomic_path, inside, make_folder, read_json, sha256_file, write_json
 from engine.pool import VIDEO_ERRORS, failure_reason
 from engine.progress import progress_bar, say
@@ -133,6 +133,7 @@ def pair_of_stages(
         )
     if about["tool_inputs"]:
         require_same_classes(folder / "best.pt", "tools", about["tool_inputs"], spec.tools, spec.name)
+    start_stage("predict", config, encoder.device, encoder.spec.precision)
 
     def encode(crops: NDArray[np.uint8]) -> tuple[Tensor, NDArray[np.float32] | None]:
         embedding, logits = encoder(crops)
@@ -173,6 +174,7 @@ def joint_net(config: Config, run: Path, inference: Inference | None = None, giv
         require_same_classes(path, "tools", about["tools"], spec.tools)
     device = choose_device(config.device)
     precision = choose_precision("extract.precision", config.extract.torch_precision, device, training=False)
+    start_stage("predict", config, device, precision)
     net = net.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.no_grad()

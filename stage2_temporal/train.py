@@ -23,7 +23,7 @@ from configs import schema
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys
 from configs.schema import Config
-from engine.device import choose_precision, make_accelerator, require_bf16, seed_everything
+from engine.device import choose_precision, make_accelerator, require_bf16, seed_everything, start_stage
 from engine.files import make_folder, sha256_file
 from engine.logs import METRICS_LOG, read_metrics
 from engine.memory import give_back_freed_memory
@@ -86,6 +86,7 @@ def train_temporal(
         return finished | {"left_out": data.index.left_out_records()}
     accelerator, precision = make_accelerator(config.device, config.temporal.precision, "temporal.precision")
     require_arithmetic(config.temporal, accelerator.device)
+    start_stage("train-temporal", config, accelerator.device, precision)
     processes.from_first(stage.open)  # only now: settings that cannot be trained with leave no folder behind
     if not data.val:
         say(f"{folder}: no validation videos with phases, so the last epoch is kept instead of the best")

@@ -128,7 +128,7 @@ def check_torch_pair() -> Iterable[Finding]:
 
 
 def check_devices() -> Iterable[Finding]:
-    """The processor and the GPUs that torch can use; a driver that torch cannot use is a warning."""
+    """The processor and the GPUs that torch can use; one that it cannot use is a warning."""
     import torch
 
     from engine.device import cpu_has_bf16
@@ -141,7 +141,7 @@ def check_devices() -> Iterable[Finding]:
     elif torch.backends.mps.is_available():
         yield Finding("ok", "GPU", "Apple MPS")
     else:
-        yield no_gpu(torch.version.cuda)
+        yield _no_gpu()
         yield _openvino()
 
 
@@ -154,13 +154,24 @@ def _openvino() -> Finding:
 
 
 def _gpu(number: int) -> Iterable[Finding]:
-    """Name and memory of one GPU, and whether it computes."""
+    """Name, capability, arithmetic and memory of one GPU, and whether it computes."""
     import torch
 
+    from engine.device import choose_precision, missing_kernels
+
     free, total = torch.cuda.mem_get_info(number)
-    name = torch.cuda.get_device_name(number)
-    answer = float(torch.ones(8, device=f"cuda:{number}").sum())
-    held = f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    try:
+        answer = float(torch.ones(8, device=f"cuda:{number}").sum())
+    except RuntimeError as error:
+        if problem := missing_kernels(error, number):
+            yield Finding("FAIL", f"GPU {number}", problem, "or set device=cpu")
+            return
+        raise
+    major, minor = torch.cuda.get_device_capability(number)
+    with torch.cuda.device(number):
+        computes = choose_precision("precision", "auto", torch.device("cuda"), training=True)
+    held = f"{torch.cuda.get_device_name(number)}, sm_{major}{minor}, computes {computes} where precision is auto, "
+    held += f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
     if answer != 8.0:
         yield Finding("FAIL", f"GPU {number}", f"{held}, computes wrong sums", "exclude it with CUDA_VISIBLE_DEVICES")
     elif free < total / 2:
@@ -169,17 +180,13 @@ def _gpu(number: int) -> Iterable[Finding]:
         yield Finding("ok", f"GPU {number}", held)
 
 
-def no_gpu(built_for: str | None) -> Finding:
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    card = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
-    if card and hidden is not None and hidden.strip() in ("", "-1"):
+def _no_gpu() -> Finding:
+    from engine.device import driver_lists_gpu, gpus_are_hidden, unusable_gpu
+
+    if problem := unusable_gpu():
+        return Finding("warn", "GPU", problem)
+    if gpus_are_hidden() and driver_lists_gpu():
         return Finding("warn", "GPU", "hidden by CUDA_VISIBLE_DEVICES", "unset it to use the GPU")
-    if card and built_for is None:
-        problem = "there is a GPU, but this torch is built for CPUs"
-        return Finding("warn", "GPU", problem, "install a CUDA build of torch")
-    if card:
-        problem = f"there is a GPU, but torch (built for CUDA {built_for}) cannot use it"
-        return Finding("warn", "GPU", problem, "update the driver, or install a torch built for the driver's CUDA")
     return Finding("ok", "GPU", "none; everything runs on the CPU")
 
 

@@ -47,7 +47,7 @@ def diagnose(load: Callable[[], Config]) -> Iterator[Finding]:
         yield Finding("FAIL", "settings", f"cannot be read ({type_and_line(error)})", "see the packages below")
     else:
         yield Finding("ok", "settings", "read")
-        of_settings = {"weights": check_weights, "data": check_data, "folders": check_folders}
+        of_settings = {"device": check_device, "weights": check_weights, "data": check_data, "folders": check_folders}
         checks += [(what, partial(check, config)) for what, check in of_settings.items()]
     for what, check in (*machine_checks(), *checks):
         yield from examined(what, check)
@@ -115,6 +115,54 @@ def compare_readers(folder: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- settings
+
+
+def check_device(config: Config) -> Iterable[Finding]:
+    """Whether `device` is there, and whether its memory is enough for a training step of these settings."""
+    import torch
+
+    from engine.device import choose_device, choose_precision
+
+    try:
+        device = choose_device(config.device)
+    except UserError as error:
+        yield Finding("FAIL", "device", str(error))
+        return
+    yield Finding("ok", "device", f"device={config.device} is {device}")
+    if device.type != "cuda" or config.cnn.backbone != "resnet50":
+        return
+    free = min(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())) / 2**30
+    for stage, frames, precision, checkpointing, to_do in _training_steps(config):
+        try:
+            resolved = choose_precision("", precision, device, training=True)
+        except UserError:  # the stage refuses it
+            continue
+        needed = step_gib(frames, resolved, config.preprocess.crop_px, checkpointing)
+        found = f"{stage} needs about {needed:.1f} GiB ({frames} frames a step in {resolved}, one GPU), {free:.1f} free"
+        yield Finding("warn", "GPU memory", found, to_do) if needed > free else Finding("ok", "GPU memory", found)
+
+
+def _training_steps(config: Config) -> Iterator[tuple[str, int, str, bool, str]]:
+    """Trainings on images: stage, frames per step, precision, whether activations are recomputed, how to need less."""
+    lower = "lower {0} and raise {1}.accumulate_steps"
+    cnn, joint = config.cnn, config.joint
+    yield "train-cnn", cnn.batch_frames, cnn.precision, False, lower.format("cnn.batch_frames", "cnn")
+    less = lower.format("joint.sequence.batch", "joint")
+    if not joint.gradient_checkpointing:
+        less = f"set joint.gradient_checkpointing=true, or {less}"
+    frames = joint.sequence.batch * joint.sequence.frames
+    yield "train-joint", frames, joint.multitask.precision, joint.gradient_checkpointing, less
+
+
+def step_gib(frames: int, precision: str, crop_px: int, checkpointing: bool) -> float:
+    """GiB of GPU memory that a training step of ResNet50 needs, from live bytes that were counted at 224 pixels.
+
+    Activations are in proportion to frames and pixels; weights, gradients and momentum are 0.2 GiB, the context and
+    cuDNN's workspace about 1.5 GiB.
+    """
+    wide = precision == "fp32"
+    per_frame = (0.031 if wide else 0.0165) if checkpointing else (0.082 if wide else 0.042)
+    return 1.7 + frames * per_frame * (crop_px / 224) ** 2
 
 
 def check_weights(config: Config) -> Iterable[Finding]:

@@ -51,6 +51,7 @@ class _TorchNet:
             ("folded" if folded is not None else "plain")
             + (", fused" if fused is not None else "")
             + (", compiled" if config.extract.compile else "")
+            + (", tf32" if config.cuda.tf32 and device.type == "cuda" else "")
         )
 
     def __call__(self, crops: torch.Tensor) -> torch.Tensor:

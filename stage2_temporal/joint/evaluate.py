@@ -12,7 +12,7 @@ import torch
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys, load_config
 from configs.schema import Config, DataConfig, PreprocessConfig
-from engine.device import choose_device, choose_precision, lower_precision
+from engine.device import choose_device, choose_precision, lower_precision, start_stage
 from engine.files import read_json_object
 from engine.progress import say
 from engine.runs import IDENTITY_FILE, RESULT_FILE, require_same_classes, update_summary
@@ -71,6 +71,7 @@ def evaluate_joint(
     mode = chosen_inference(inference, about["inference"], net.phase, path)
     device = choose_device(config.device)
     precision = choose_precision("extract.precision", config.extract.torch_precision, device, training=False)
+    start_stage("evaluate", config, device, precision)
     faults: list[tuple[str, str]] = []  # videos that could not be read, and why
     predict = partial(
         predict_videos,

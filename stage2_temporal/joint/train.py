@@ -18,7 +18,14 @@ from configs.errors import UserError
 from configs.load import differences
 from configs.schema import Config, JointStepConfig
 from engine.checkpoints import load_checkpoint
-from engine.device import choose_device, choose_precision, make_accelerator, say_few_cores, seed_everything
+from engine.device import (
+    choose_device,
+    choose_precision,
+    make_accelerator,
+    say_few_cores,
+    seed_everything,
+    start_stage,
+)
 from engine.files import sha256_file
 from engine.logs import outcome_sentence, training_outcome
 from engine.processes import Processes, join
@@ -33,7 +40,14 @@ from features.dataset.index import Index
 from features.dataset.labels import sampled_labels, unlabelled_note
 from features.frames.source import cache_readable, frames_identity, recorded_faults
 from features.video_labels import VideoLabels
-from stage1_cnn.data import ClipDataset, FrameLoader, LabelledFrames, labelled_frames, require_training_videos
+from stage1_cnn.data import (
+    ClipDataset,
+    FrameLoader,
+    LabelledFrames,
+    choose_workers,
+    labelled_frames,
+    require_training_videos,
+)
 from stage1_cnn.encoders.backbone import (
     Backbone,
     build_backbone,
@@ -234,8 +248,10 @@ def train_step(
     joint, spans = config.joint, spans_of(data.train)
     seed_everything(config.seed)
     name = f"joint.{step}.precision"
-    accelerator, _ = make_accelerator(config.device, settings.precision, name, unused_parameters=True)
+    accelerator, precision = make_accelerator(config.device, settings.precision, name, unused_parameters=True)
     device = accelerator.device
+    loaders = choose_workers(joint.workers, device)
+    start_stage(f"train-joint, {step}", config, device, precision, f"{loaders} loader process(es)")
     if joint.sync_batch_norm:
         synchronise_batch_norm(net, processes, device)
     net.train_only("mapping" if step == "mapping" else "all", freeze_mapping=settings.freeze_mapping)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from commands.doctor import machine as doctor
 from commands.doctor import settings as ours
@@ -21,13 +22,16 @@ from commands.doctor.machine import (
     check_shared_memory,
     examined,
 )
-from commands.doctor.settings import check_data, check_decoders, check_folders, check_weights, diagnose
+from commands.doctor.settings import check_data, check_decoders, check_device, check_folders, check_weights, diagnose
 from configs.errors import UserError
+from configs.load import load_config
 from configs.schema import DataConfig
+from engine import device
 from features.dataset.build import build_index
 from features.dataset.sampling import sampled_frames
 from features.frames.source import frame_cache
 from tests.cli import run
+from tests.gpu import Gpu
 from tests.stage1_cnn.material import SPEC, make_world, write_dataset
 
 
@@ -170,21 +174,84 @@ def test_packages_must_have_a_version_that_setup_cfg_allows(
 
 
 @pytest.mark.parametrize(
-    ("torch", "vision", "level"),
+    ("ours", "vision", "level"),
     [("2.14.1", "0.29.1", "ok"), ("2.6.0+cu118", "0.21.0+cu118", "ok"), ("2.14.1", "0.28.0", "FAIL")],
 )
-def test_torch_and_torchvision_must_match(monkeypatch: pytest.MonkeyPatch, torch: str, vision: str, level: str) -> None:
-    monkeypatch.setattr(metadata, "version", {"torch": torch, "torchvision": vision}.__getitem__)
+def test_torch_and_torchvision_must_match(monkeypatch: pytest.MonkeyPatch, ours: str, vision: str, level: str) -> None:
+    monkeypatch.setattr(metadata, "version", {"torch": ours, "torchvision": vision}.__getitem__)
     assert only(doctor.check_torch_pair()).level == level
 
 
 def test_a_gpu_that_torch_cannot_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(device, "driver_lists_gpu", lambda: True)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert "built for CPUs" in doctor.no_gpu(None).found
-    assert "cannot use it" in doctor.no_gpu("12.8").found
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built for CPUs; install a torch" in gpu_finding().line()
+    for name, level in (("auto", "FAIL"), ("cuda", "FAIL"), ("cpu", "ok")):
+        assert only(check_device(load_config("mini", [f"device={name}"]))).level == level
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert "(built for CUDA 12.8) cannot use it" in gpu_finding().line()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "hidden" in doctor.no_gpu("12.8").found
+    assert "hidden" in gpu_finding().found
+    assert only(check_device(load_config("mini"))).level == "ok"
+
+
+def gpu_finding() -> Finding:
+    return only(finding for finding in doctor.check_devices() if finding.what.startswith("GPU"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "words"),
+    [
+        ((7, 5), "sm_75, computes fp16 where precision is auto"),
+        ((9, 0), "sm_90, computes bf16 where precision is auto"),
+    ],
+)
+def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], words: str) -> None:
+    Gpu(monkeypatch, capability, "Tesla T4")
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda size, device: ones(size))
+    assert gpu_finding().line() == f"ok    GPU 0: Tesla T4, {words}, 15.0 of 16.0 GiB free"
+
+
+def test_a_gpu_that_torch_was_not_built_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_kernel(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    Gpu(monkeypatch, (6, 0), "Tesla P100")
+    monkeypatch.setattr(torch, "ones", no_kernel)
+    assert gpu_finding().level == "FAIL"
+    assert "has no code for sm_60, Tesla P100; install a torch for its CUDA" in gpu_finding().line()
+    assert "pip install -e ." not in gpu_finding().line()
+
+
+def test_a_gpu_s_memory_is_compared_with_what_the_settings_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpu(monkeypatch, (7, 5))
+    found = {line.found.split()[0]: line for line in list(check_device(load_config("mtrcnet_cl")))[1:]}
+    assert (found["train-cnn"].level, found["train-joint"].level) == ("ok", "warn")
+    assert "joint.gradient_checkpointing=true, or lower joint.sequence.batch" in found["train-joint"].to_do
+    smaller = load_config("mtrcnet_cl", ["joint.gradient_checkpointing=true"])
+    assert levels(check_device(smaller)) == ["ok", "ok", "ok"]
+    Gpu(monkeypatch, (6, 0))
+    others = load_config("cholec80", ["cnn.backbone=resnet18"])  # whose need was not counted
+    assert levels(check_device(others)) == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("frames", "precision", "checkpointing", "counted"),
+    [
+        (100, "bf16", False, 4.4),
+        (100, "fp32", False, 8.3),
+        (50, "fp16", False, 2.3),
+        (400, "bf16", False, 16.8),
+        (400, "fp32", False, 32.5),
+        (400, "bf16", True, 6.8),
+        (400, "fp32", True, 12.7),
+    ],
+)
+def test_memory_of_a_step_is_what_was_counted(frames: int, precision: str, checkpointing: bool, counted: float) -> None:
+    """Live bytes, and 1.5 GiB for the context and cuDNN's workspace."""
+    assert ours.step_gib(frames, precision, 224, checkpointing) == pytest.approx(counted + 1.5, rel=0.05)
 
 
 def test_little_shared_memory_and_few_open_files_are_warnings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -242,8 +309,6 @@ def test_decoders_are_compared_on_a_real_video(tmp_path: Path) -> None:
 def test_weights_that_are_not_here_are_a_warning_and_a_missing_file_fails(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import torch
-
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     world = make_world(tmp_path, tmp_path)
     assert only(check_weights(world.config)).level == "ok"  # random
