@@ -87,12 +87,12 @@ class Group(click.Group):
             formatter.write_dl([(name, summary) for name, (_, summary) in self.lazy.items()])
 
     def invoke(self, context: click.Context) -> Any:
+        from engine.stopping import EXIT_INTERRUPTED, StoppedAtOnce, watch_signals
+
         try:
-            return super().invoke(context)
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            context.exit(130)
-        except Exception as error:
+            with watch_signals(leaving=context.obj is True, at_once=True):
+                return super().invoke(context)
+        except (Exception, StoppedAtOnce) as error:
             from engine.files import as_user_error
             from engine.processes import is_reporting_rank
 
@@ -103,21 +103,26 @@ class Group(click.Group):
             if is_reporting_rank(known):  # one of several processes reports why all of them end
                 click.echo(line, err=True)
             context.exit(code)
+        except KeyboardInterrupt:  # a second Ctrl-C, which does not wait
+            click.echo("interrupted", err=True)
+            context.exit(EXIT_INTERRUPTED)
         finally:
             from engine.processes import leave
 
             leave()
 
 
-def _ending(error: Exception) -> tuple[str, int | None]:
+def _ending(error: BaseException) -> tuple[str, int | None]:
     """The line to print for an expected error, and the exit code; no code for a bug, which needs its traceback."""
     from engine.processes import peer_died
-    from engine.stopping import Stopped
+    from engine.stopping import Stopped, StoppedAtOnce
 
     if isinstance(error, UserError):
         return f"error: {error}", EXIT_BAD_INPUT
     if isinstance(error, Stopped):
         return f"{error}; what was done is saved: the same command resumes there", error.exit_code
+    if isinstance(error, StoppedAtOnce):
+        return f"{error}; every file is complete or absent: start the same command again", error.exit_code
     if peer_died(error):
         return f"error: another process of this training has ended ({one_line(error)})", EXIT_LOST_ANOTHER
     return "", None

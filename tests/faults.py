@@ -128,6 +128,19 @@ def renames_within_folders(yes: bool) -> None:
         setattr(os, name, watched(name))
 
 
+def stop_at(target_and_number: tuple[str, int]) -> None:
+    """Send a signal when the file whose path ends in the target is flushed to the disk, before it gets its name."""
+    target, number = target_and_number
+    written = os.fsync
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISREG(os.fstat(handle).st_mode) and final_name(handle).endswith(target):
+            os.kill(os.getpid(), number)
+        written(handle)
+
+    os.fsync = fsync  # type: ignore[assignment]
+
+
 def stop_when_done(number: int) -> None:
     """Send a signal at the first line on standard output, which is a command's result."""
     import click
@@ -153,6 +166,7 @@ FAULTS: dict[str, Callable[[Any], None]] = {
         no_privileges,
         no_locks,
         renames_within_folders,
+        stop_at,
         stop_when_done,
     )
 }

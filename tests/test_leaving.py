@@ -1,17 +1,20 @@
-"""A signal that arrives after the result was written, while the process exits, for each way to start a command."""
+"""Signals: what ends a command that does not poll for them, and what no longer ends one that has its result."""
 
 from __future__ import annotations
 
 import configparser
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
-from tests.cli import PROJECT
+from tests.cli import PROJECT, Forks
+from tests.sameness import left_half_done
 
 SIMULATE = ["simulate", "data", "--videos", "1", "--fps", "5", "--width", "96", "--height", "96", "--speed-up", "200"]
 # Ways in, each given the signal, the place, and the command's words.
@@ -80,4 +83,34 @@ def test_signal_handlers_are_restored_in_a_process_that_continues(
     monkeypatch.chdir(tmp_path)
     before = signal.getsignal(signal.SIGTERM)
     assert CliRunner().invoke(pipeline.cli, SIMULATE).exit_code == 0
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_command_that_only_takes_a_moment(
+    tmp_path: Path, forks: Forks, number: signal.Signals, code: int
+) -> None:
+    (tmp_path / "work").mkdir()
+    assert forks.run(SIMULATE, tmp_path / "work").code == 0
+    ended = forks.run(["index", "--root", "data"], tmp_path / "work", stop_at=("index.json", int(number)))
+    assert (ended.code, ended.last_line) == (
+        code,
+        f"stopped by {number.name}; every file is complete or absent: start the same command again",
+    )
+    assert "Traceback" not in ended.output
+    assert not list((tmp_path / "work").rglob("index.json"))
+    assert left_half_done(tmp_path / "work") == []
+
+
+def test_a_signal_during_a_command_is_one_line_in_a_process_that_continues() -> None:
+    import pipeline
+
+    @click.command()
+    def waiting() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal came too late")
+
+    before = signal.getsignal(signal.SIGTERM)
+    done = CliRunner().invoke(pipeline.Group("cli", commands={"waiting": waiting}), ["waiting"])
+    assert (done.exit_code, done.output.count("\n")) == (75, 1), done.output
     assert signal.getsignal(signal.SIGTERM) == before
