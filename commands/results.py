@@ -21,8 +21,7 @@ from configs.errors import UserError
     "conventions",
     multiple=True,
     metavar="NAME",
-    help="One of phase_mean, video_macro, pooled, relaxed_matlab, relaxed_fixed, segmental (docs/evaluation.md), or "
-    "one from a plug-in. Repeatable. Default: all.",
+    help="One of the conventions in docs/evaluation.md, or one from a plug-in. Repeatable. Default: all.",
 )
 @options.JSON_FILE
 @click.option("--features", type=PATH, help="Feature folder. Default: the one of the run.")

@@ -450,6 +450,11 @@ class HeadSettings(Strict):
         """Whether outputs depend on the past alone, so that state can be carried from chunk to chunk."""
         return True
 
+    @property
+    def has_bf16_projection(self) -> bool:
+        """Whether `temporal.projection=bf16` applies to it."""
+        return False
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by name, since a plug-in's class cannot be imported in another process."""
         return read_head, (self.model_dump(),)
@@ -489,6 +494,11 @@ class LstmHead(HeadSettings):
     def causal(self) -> bool:
         """Whether it reads in one direction only, forwards."""
         return not self.bidirectional
+
+    @property
+    def has_bf16_projection(self) -> bool:
+        """See `HeadSettings`."""
+        return self.causal
 
 
 class GruHead(HeadSettings):

@@ -40,7 +40,6 @@ from features.store_folder import (
     INDEX_FILE,
     find_feature_folder,
     load_feature_set,
-    require_one_encoder,
     usable_index,
     with_recorded_faults,
 )
@@ -205,14 +204,14 @@ def _require_compatible(
     require_same_classes(temporal, "phases", about["phases"], index.dataset.phases, folder / INDEX_FILE)
     if about["tool_inputs"]:
         require_same_classes(temporal, "tools", about["tool_inputs"], index.dataset.tools, folder / INDEX_FILE)
-    found = require_one_encoder({folder / f"{n}.h5": v.attributes for n, v in videos.items()})
+    found = _encoder(videos)["digest"]  # of all, as loaded
     if found == about["encoder_digest"]:
         return
     trained = about.get("encoder")
     difference = other_encoder(trained, _encoder(videos)) if trained else "best.pt does not say how"
     if difference:
         raise UserError(
-            f"{folder}: features of encoder {str(found)[:12]}, but {temporal} was trained on those of "
+            f"{folder}: features of encoder {found[:12]}, but {temporal} was trained on those of "
             f"{about['encoder_digest'][:12]} ({difference}); name the right folder with --features"
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from configs.errors import UserError, one_line
@@ -32,6 +33,12 @@ class PhaseModel(nn.Module):
     def causal(self) -> bool:
         """Whether outputs depend on the past alone."""
         return self.head.causal
+
+    @property
+    def stateless(self) -> bool:
+        """Whether each frame is recognised by itself: nothing later counts, and nothing is carried to the next one."""
+        with torch.no_grad():
+            return self.causal and not self.head.step(torch.zeros_like(self.standardise.mean)[None], None)[1]
 
     @property
     def phases(self) -> int:

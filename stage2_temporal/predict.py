@@ -20,7 +20,6 @@ from engine.stopping import StopRequest
 from features.store import VideoFeatures
 from stage2_temporal.data import Batch, FeatureBank, Span, chunk_batches, clip_batches, group_by_length, take
 from stage2_temporal.heads.base import HeadOutput, State, build_head, first_rows, require_causal
-from stage2_temporal.heads.linear import LinearHead
 from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.model import PhaseModel, saved_head
 
@@ -66,7 +65,7 @@ def load_temporal(folder: Path) -> tuple[PhaseModel, dict[str, Any]]:
 
 def chosen_inference(asked: Inference | None, trained: Inference, phase: PhaseModel | None, where: Path) -> Inference:
     """The inference asked for, else the one of training. Raises UserError for a model on which it has no effect."""
-    if asked is not None and (phase is None or isinstance(phase.head, LinearHead)):
+    if asked is not None and (phase is None or phase.stateless):
         raise UserError(f"--inference: {where} recognises each frame by itself, without a state; leave it out")
     return asked or trained
 

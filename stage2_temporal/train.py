@@ -44,7 +44,6 @@ from stage2_temporal.data import (
     read_training_data,
 )
 from stage2_temporal.heads.base import build_head, detach_state, first_rows
-from stage2_temporal.heads.recurrent import LstmHead
 from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.model import PhaseModel, require_same_model
 from stage2_temporal.predict import KIND, predict_spans
@@ -133,8 +132,7 @@ def train_head(
     trimmed = time.monotonic()
     seed_everything(config.seed)
     model = PhaseModel(Standardise(*constants), build_head(head, bank.embedding_dim, len(data.phases)))
-    if isinstance(model.head, LstmHead):
-        model.head.bf16_projection = settings.projection == "bf16"
+    model.head.configure_training(settings)
     if settings.start_from is not None and head == settings.head:
         model.load_state_dict(_start_weights(settings.start_from, head, data))
     labelled = count_phases(bank, data.train, len(data.phases))  # (C,)
@@ -284,7 +282,7 @@ def require_arithmetic(settings: schema.TemporalConfig, device: torch.device) ->
     choose_precision("temporal.precision", settings.precision, device, training=True)
     if settings.projection != "bf16":
         return
-    if not isinstance(settings.head, schema.LstmHead) or settings.head.bidirectional:
+    if not settings.head.has_bf16_projection:
         raise UserError("temporal.projection=bf16 applies to the unidirectional LSTM only; leave it at auto")
     if device.type != "cpu":
         raise UserError(f"temporal.projection=bf16 is for CPUs, not {device.type}; set temporal.precision=bf16 instead")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.registry import Registry
-from configs.schema import HEAD_SETTINGS, HeadSettings
+from configs.schema import HEAD_SETTINGS, HeadSettings, TemporalConfig
 from stage2_temporal.heads.standardise import Standardise
 
 # A head's memory between two calls: tensors with the batch dimension first, so that finished videos can be dropped.
@@ -45,6 +45,9 @@ class Head(nn.Module, ABC):
     def __init__(self, config: HeadSettings, embedding_dim: int, phases: int) -> None:
         super().__init__()
         self.causal, self.phases = config.causal, phases
+
+    def configure_training(self, settings: TemporalConfig) -> None:
+        """Apply what training settings besides `head` mean for this head; by default nothing."""
 
     @abstractmethod
     def forward(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> HeadOutput:

@@ -90,6 +90,10 @@ class LstmHead(RecurrentHead):
         super().__init__(config, embedding_dim, phases, config.bidirectional, config.fc_hidden)
         self.relu = config.relu
 
+    def configure_training(self, settings: schema.TemporalConfig) -> None:
+        """See `Head`."""
+        self.bf16_projection = settings.projection == "bf16"
+
 
 @register_head("gru", schema.GruHead)
 class GruHead(RecurrentHead):

@@ -39,3 +39,14 @@ def test_features_made_in_another_precision_are_evaluated_with_a_note(
     assert (metrics["encoder"]["precision"], metrics["encoder"]["arithmetic"]) == ("fp32", "plain")
     with pytest.raises(UserError, match=r"features of encoder .*weights_sha256: 000.*name the right folder"):
         evaluate(another)
+
+
+def test_features_of_two_encoders_are_named_by_their_files(train: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    splits = {"video0": "train", "video1": "val", "video2": "test", "case:1": "test"}
+    videos = {name: cue_video(rng, split, 30) for name, split in splits.items()}
+    train(folder=write_folder(tmp_path / "one", videos), temporal={"epochs": 1, "baseline": False})
+    mixed = write_folder(tmp_path / "two", videos, weights={"case:1": "1" * 64})
+    config = Config.model_validate({"device": "cpu", "runs": tmp_path})
+    with pytest.raises(UserError, match=r"case%3A1\.h5: made by encoder"):
+        evaluate_run(config, tmp_path / "run", features=mixed, stop=StopRequest())

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from configs import schema
 from configs.errors import UserError
+from configs.schema import HeadSettings
 from engine.checkpoints import save_checkpoint
 from features.store import VideoFeatures
-from stage2_temporal.heads.base import build_head
+from stage2_temporal.heads.base import Head, HeadOutput, State, build_head
 from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.model import PhaseModel
 from stage2_temporal.predict import BatchSizes, OnlinePredictor, chosen_inference, load_temporal, predict_phases
@@ -164,3 +166,23 @@ def test_inference_is_refused_for_a_net_without_a_state(asked: str) -> None:
         with pytest.raises(UserError, match="--inference: net recognises each frame by itself"):
             chosen_inference(asked, "carried", phase, Path("net"))
     assert chosen_inference(asked, "carried", recurrent, Path("net")) == asked
+
+
+class _Outside(Head):
+    """A head as a plug-in may have it: its state is the sum of the past, or empty."""
+
+    def __init__(self, carries: bool) -> None:
+        super().__init__(HeadSettings(name="outside"), 3, 4)
+        self.fc, self.carries = torch.nn.Linear(3, 4), carries
+
+    def forward(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> HeadOutput:
+        return HeadOutput([self.fc(x)], x, (x.sum(dim=1),) if self.carries else ())
+
+
+def test_inference_is_refused_for_a_plugged_in_head_without_a_state() -> None:
+    each_frame, carrying = (PhaseModel(Standardise.identity(3), _Outside(carries)) for carries in (False, True))
+    with pytest.raises(UserError, match="--inference: net recognises each frame by itself"):
+        chosen_inference("clip", "carried", each_frame, Path("net"))
+    assert chosen_inference("clip", "carried", carrying, Path("net")) == "clip"
+    each_frame.head.causal = False  # sees whole videos or clips, for which it needs no state
+    assert chosen_inference("clip", "carried", each_frame, Path("net")) == "clip"
