@@ -18,7 +18,7 @@ PROGRAM = Path(__file__).resolve().parent.parent / "pipeline.py"
 @click.command()
 @click.argument("stage", metavar="STAGE", type=click.Choice(options.STAGES))
 @click.argument("arguments", metavar="-- [OPTIONS OF THE STAGE]...", nargs=-1, type=click.UNPROCESSED)
-@click.option("--partition", metavar="P", help="Default: the cluster's.")
+@click.option("--partition", metavar="P", help="Partition of the job. Default: the cluster's.")
 @click.option("--gpus-per-node", type=click.IntRange(1), metavar="N", help="One process per GPU if N is above 1.")
 @click.option("--nodes", type=click.IntRange(1), default=1, metavar="N", help="Number of nodes.")
 @click.option("--cpus-per-task", type=click.IntRange(1), metavar="N", help="Cores per process.")

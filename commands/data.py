@@ -124,7 +124,10 @@ def features() -> None:
 @features.command()
 @click.argument("folder", type=PATH)
 def verify(folder: Path) -> None:
-    """Read and check every feature file in FOLDER; the exit code is 1 if one is damaged."""
+    """Check every feature file in FOLDER.
+
+    Every file is read whole and compared with its checksums; the exit code is 1 if one is damaged.
+    """
     from features.store_folder import verify_folder
 
     bad = 0

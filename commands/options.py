@@ -29,14 +29,15 @@ STAGES = (*SHARED_STAGES, "evaluate", "run", "ablate")  # commands that can be a
 PATH = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, dir_okay=False)
 POSITIVE = click.FloatRange(min=0, min_open=True)
-RUN_NAME = "Name of the run, a folder below `runs/`. Default: the name of the preset."
+RUN_NAME = "Name of the run, a folder below `runs/`. Default: the name of the file of settings or preset."
+FEATURES_HELP = "Feature folder. Default: the one that the run's extract wrote, otherwise the only one there is."
 
 SET = click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Change one setting, for example --set temporal.head.hidden=256. Repeatable.",
+    help="Change one setting of those that `config show` prints, for example --set data.fps=5. Repeatable.",
 )
 CONFIG = click.option(
     "--config",
@@ -63,16 +64,20 @@ PHASE_ORDER = click.option(
     "or comma-separated names.",
 )
 TRUSTED = click.option(
-    "--trusted", is_flag=True, help="Vouch for third-party weights, which torch before 2.10 cannot load safely."
+    "--trusted",
+    is_flag=True,
+    help="Only for torch before 2.10, which cannot load third-party weights safely: load them anyway.",
 )
 INDEX = click.option("--index", "index_file", type=PATH, help="Use this index instead of data.index.")
 JSON_FILE = click.option("--json", "json_file", type=FILE, metavar="FILE", help="Write the results to this file.")
 READING = (
     click.option("--ground-truth", type=PATH, metavar="DIR", help="Folder of the annotations."),
     click.option(
-        "--fps", type=POSITIVE, help="Rows per second to compare, for relaxed conventions. Default: from the files."
+        "--fps",
+        type=POSITIVE,
+        help="Rate of the rows that are compared, in Hz; relaxed conventions need one. Default: as the files show.",
     ),
-    click.option("--prediction-fps", type=POSITIVE, help="Rows per second of the predictions, if it differs."),
+    click.option("--prediction-fps", type=POSITIVE, help="Rate of the rows of the predictions in Hz, if it differs."),
     click.option(
         "--skip-first-row", is_flag=True, help="Leave out each video's first row, as the official script does."
     ),

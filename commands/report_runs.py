@@ -15,7 +15,7 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from engine.progress import say
-from evaluation.reports.gather import Disagreement, Report, Thumbnail, disagreements, gather
+from evaluation.reports.gather import Disagreement, Report, Thumbnail, disagreements, find_run, gather
 from features.dataset.catalogue import data_root
 from features.dataset.index import Index
 from features.store_folder import INDEX_FILE, find_feature_folder
@@ -32,13 +32,15 @@ def report_runs(
     figures: Path | None = None,
     thumbnails: bool = True,
 ) -> Path:
-    """Write the report of evaluated `runs` to `out`, by default into the first run's folder; returns its path.
+    """Write the report of evaluated runs to `out`, by default into the first run's folder; returns its path.
 
+    `runs` are folders, or names of folders below `runs/`.
     `figures` is a folder for the same figures as PDF and PNG. Raises UserError if a run is not evaluated or the runs
     cannot be compared. If the videos are not available, the report only lacks the thumbnails.
     """
     from evaluation.reports.page import write_report
 
+    runs = [find_run(run) for run in runs]
     report = gather(runs, split)
     report = with_thumbnails(report, runs[0]) if thumbnails else report
     out = out or runs[0] / REPORT_FILE

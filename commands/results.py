@@ -24,7 +24,7 @@ from configs.errors import UserError
     help="One of the conventions in docs/evaluation.md, or one from a plug-in. Repeatable. Default: all.",
 )
 @options.JSON_FILE
-@click.option("--features", type=PATH, help="Feature folder. Default: the one of the run.")
+@click.option("--features", type=PATH, help=options.FEATURES_HELP)
 @options.MODEL
 @options.INFERENCE
 @click.option(
@@ -146,8 +146,8 @@ def compare(
 def report(runs: tuple[Path, ...], split: str, out: Path | None, figures: Path | None, no_thumbnails: bool) -> None:
     """Write one HTML file about a run, or about several side by side.
 
-    It needs no network and has tables under every convention, ribbons, curves, and the worst videos first. RUN is the
-    folder of an evaluated run, for example runs/cholec80.
+    It needs no network and has tables under every convention, ribbons, curves, and the worst videos first. RUN is an
+    evaluated run: its name, or its folder if that is not below `runs`.
     """
     from commands.report_runs import report_runs
 

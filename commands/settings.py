@@ -16,7 +16,10 @@ def config() -> None:
 @config.command("show")
 @options.settings(name=None)
 def show(settings: Settings) -> None:
-    """Print every setting as the commands use it: preset, file and --set combined."""
+    """Print every setting as commands use it.
+
+    Preset, file and --set are combined. The output can be saved and used as --config.
+    """
     from configs.load import to_yaml
 
     click.echo(to_yaml(settings.config), nl=False)

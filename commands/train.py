@@ -98,7 +98,7 @@ def shard_of_process(text: str) -> tuple[int, int]:
 @click.command("train-temporal")
 @options.settings()
 @options.several_devices
-@click.option("--features", type=PATH, help="Feature folder. Default: the one that `extract` wrote for the run.")
+@click.option("--features", type=PATH, help=options.FEATURES_HELP)
 @click.option("--from-joint", "joint_run", metavar="RUN", help="Start from the LSTM of a run's joint net.")
 def train_temporal(settings: Settings, features: Path | None, joint_run: str | None) -> None:
     """Stage two: train a phase model on whole videos of embeddings.
@@ -150,7 +150,9 @@ def train_joint(
 
 @click.command()
 @click.argument("ablation", metavar="FILE")
-@click.option("--features", type=PATH, help="Feature folder. Default: the one of --run.")
+@click.option(
+    "--features", type=PATH, help="Feature folder. Default: the one of --run, otherwise the only one there is."
+)
 @click.option("--name", help="Name of the ablation, a folder below `runs/`. Default: that of FILE.")
 @click.option("--run", "run_name", metavar="RUN", help="Run whose features are used. Default: the base preset's name.")
 @click.option("--workers", default=-1, help="Number of trainings at once; -1 is one per core.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import platform
 import re
 import subprocess
@@ -39,9 +40,13 @@ PACKAGES = (
 
 
 def run_folder(config: Config, name: str) -> Path:
-    """`<runs>/<name>`. Raises UserError for a name that is not a plain folder name."""
+    """`<runs>/<name>`; `name` may also be that path. Raises UserError if the name is no plain folder name."""
+    if os.path.abspath(Path(name).parent) == os.path.abspath(config.runs):
+        name = Path(name).name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UserError(f"run name {name!r}: use letters, digits, '.', '_' and '-' only")
+        raise UserError(
+            f"run name {name!r}: give the name of a folder below {config.runs}, of letters, digits, '.', '_' and '-'"
+        )
     return config.runs / name
 
 

@@ -177,7 +177,9 @@ def require_use(names: Sequence[str], runs: Path, *, reading: bool, split: bool)
 
 def _load_results(text: str, place: Place, convention: str) -> PhaseResults:
     """One source's results under `convention`: a JSON file, a run or its evaluation folder, or a prediction folder."""
-    path = place.runs / text if (place.runs / text / "evaluate").is_dir() or not Path(text).exists() else Path(text)
+    path, named = Path(text), place.runs / text
+    if (named / "evaluate").is_dir() or not (path.exists() or len(path.parts) > 1):
+        path = named
     files = (path, path / "evaluate" / place.split / METRICS_FILE, path / METRICS_FILE)
     file = next((file for file in files if file.is_file()), None)
     if file is None and path.is_dir() and not (path / "evaluate").is_dir() and place.reading is not None:

@@ -58,7 +58,7 @@ def _recorded_fault(folder: Path, video_id: str, source: str) -> str | None:
 def feature_files(folder: Path) -> list[Path]:
     """The feature files of a folder, by name. Raises UserError if there is none."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such feature folder; run extract, or name another with --features")
+        raise UserError(f"{folder}: no such feature folder; run extract, or name another folder")
     files = sorted(path for path in folder.glob("*.h5") if not path.name.startswith("."))
     if not files:
         inside = sorted(path.parent for path in folder.glob("*/*.h5"))

@@ -486,7 +486,7 @@ def test_without_features_one_line_says_what_to_do(tmp_path: Path) -> None:
         (["extract", "--shard", "4/4", "--set", "data.root=empty"], "--shard 4/4"),
         (["train-temporal", "--features", "nowhere"], "nowhere"),
         (["evaluate", "--name", "nowhere"], "nowhere"),
-        (["report", "nowhere"], "nowhere: no such run folder"),
+        (["report", "nowhere"], "nowhere: no such run"),
         (["evaluate", "--name", "nowhere"], "run train-temporal under that name first"),
         (["config", "show", "--set", "temporal.head.name=tnc"], "temporal.head: unknown head tnc; did you mean tcn?"),
         (["report", "empty"], "run `python pipeline.py evaluate --name empty --split test`"),

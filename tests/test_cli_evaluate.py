@@ -169,6 +169,7 @@ def test_compare_folders_of_predictions(shared_data, tmp_path):
     [
         (["a"], "needs two models or more"),
         (["a", "b"], "runs/a: no such run or folder"),
+        (["runs/a", "b"], "error: runs/a: no such run or folder"),
         (["a", "b", "--skip-first-row"], "--skip-first-row: cannot be combined with runs (no --ground-truth)"),
         (["t", "t", "--ground-truth", "no"], "no: not a folder that can be read"),
     ],

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError, listed
 from configs.load import flatten, read_yaml
+from configs.schema import Config
 from engine.files import read_json_object
 from engine.logs import METRICS_LOG, read_metrics
 from evaluation.files.predictions import TOOLS_ALONE, PredictionFile, read_prediction_csv
@@ -156,6 +157,12 @@ class Report:
 # ---------------------------------------------------------------------------------------------- gathering
 
 
+def find_run(named: Path) -> Path:
+    """The folder of a run that is named by its folder, or by its name below `runs`."""
+    folder = Config().runs / named
+    return folder if folder.is_dir() and not (named / EVALUATE_FOLDER).is_dir() else named
+
+
 def gather(folders: Sequence[Path], split: str = "test") -> Report:
     """Read the runs' evaluations in `RUN/evaluate/<split>/`.
 
@@ -182,9 +189,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _gather_run(folder: Path, name: str, split: str) -> RunResults:
     if not folder.is_dir():
-        known = Path("runs") / folder.name
-        instead = f"there is {known}" if known.is_dir() else "name the folder of a run that was evaluated"
-        raise UserError(f"{folder}: no such run folder; {instead}")
+        raise UserError(f"{folder}: no such run; give the name or the folder of an evaluated run")
     if (folder / ABLATION_PAGE).is_file():
         raise UserError(f"{folder}: an ablation and not a run; open {folder / ABLATION_PAGE}")
     evaluated = folder / EVALUATE_FOLDER / split

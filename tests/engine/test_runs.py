@@ -75,7 +75,14 @@ def test_a_stage_folder_holds_settings_and_environment(tmp_path: Path) -> None:
     assert environment()["packages"]["torch"]
 
 
-@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "a\nb"])
+@pytest.mark.parametrize("name", ["first", "runs/first", "runs/first/", "./runs/first"])
+def test_a_run_may_be_given_with_the_folder_of_runs(name: str) -> None:
+    assert run_folder(Config(), name) == Path("runs/first")
+
+
+@pytest.mark.parametrize(
+    "name", ["", "..", "runs/..", "runs/a/b", "other/first", "../x", "a/b", ".hidden", "a b", "a\nb"]
+)
 def test_run_names_are_plain(name: str) -> None:
     with pytest.raises(UserError, match="run name"):
         run_folder(Config(), name)

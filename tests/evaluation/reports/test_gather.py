@@ -21,7 +21,7 @@ from configs.errors import UserError
 from evaluation.files.truth import TRUTH_FILE, Truth, VideoTruth, read_truth, write_truth
 from evaluation.reports import html_tables as report_tables
 from evaluation.reports import plotly_figures as report_figures
-from evaluation.reports.gather import Report, Thumbnail, disagreements, gather
+from evaluation.reports.gather import Report, Thumbnail, disagreements, find_run, gather
 from evaluation.reports.page import render, safe_json, write_report
 from evaluation.reports.paper_figures import PALETTE
 from evaluation.reports.static_files import draw_panels, write_figures
@@ -435,10 +435,16 @@ def test_folders_that_are_no_run_say_what_is_meant(tmp_path: Path, monkeypatch: 
     (tmp_path / "runs" / "wide").mkdir()
     (tmp_path / "runs" / "wide" / "ablation.html").touch()
     for folder, message in (
-        ("first", "there is runs/first"),
-        ("other", "name the folder of a run that was evaluated"),
+        ("other", "no such run; give the name or the folder of an evaluated run"),
         ("runs/wide", r"an ablation and not a run; open runs/wide/ablation\.html"),
         ("runs/first", "not evaluated yet"),
     ):
         with pytest.raises(UserError, match=message):
             gather([Path(folder)])
+    assert [find_run(Path(name)) for name in ("first", "runs/first", "other")] == [
+        Path("runs/first"),
+        Path("runs/first"),
+        Path("other"),
+    ]
+    (tmp_path / "first" / "evaluate").mkdir(parents=True)
+    assert find_run(Path("first")) == Path("first")
