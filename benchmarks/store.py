@@ -75,7 +75,7 @@ def measure(folder: Path, repeat: int) -> dict[str, object]:
 
 def measure_cache(folder: Path, repeat: int) -> dict[str, object]:
     """Opening a cache file of the length of an operation, with and without verifying its seal."""
-    from features import hdf5 as module
+    from features import sealed_hdf5 as module
     from features.frames.cache import FrameCache
 
     blob = np.random.default_rng(0).bytes(FRAME_BYTES)

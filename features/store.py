@@ -14,7 +14,7 @@
 Chunks carry a checksum (fletcher32) and are not compressed. Root attributes: schema version, video id, source (hash of
 its ends, size, rate), encoder (backbone, SHA-256 of the weights, preprocessing as JSON, sampled fps, precision,
 storage, arithmetic, digest over all of these), what the caller adds (reader, hashes of the labels, class names),
-package version, and last `complete`. The file is sealed (`features.hdf5`) and written atomically: a file without
+package version, and last `complete`. The file is sealed (`features.sealed_hdf5`) and written atomically: a file without
 `.tmp` in its name is complete.
 
 Nothing here imports torch, an image library or a decoder.
@@ -37,8 +37,8 @@ from numpy.typing import NDArray
 from configs.errors import UserError
 from engine.files import sha256_json
 from engine.runs import package_version
-from features.hdf5 import USER_BLOCK_BYTES, DamagedFile, Hdf5Sink, is_self_contained, open_sealed, sealed_path
 from features.ids import file_stem
+from features.sealed_hdf5 import USER_BLOCK_BYTES, DamagedFile, Hdf5Sink, is_self_contained, open_sealed, sealed_path
 from features.video_labels import VideoLabels
 
 SCHEMA_VERSION = 1

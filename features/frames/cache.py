@@ -25,8 +25,8 @@ from configs.errors import UserError, one_line
 from configs.schema import CacheConfig, PreprocessConfig
 from engine.files import make_folder, remove_stale_temporaries, require_free_bytes, sha256_json
 from features.frames.preprocess import Geometry, geometry_json
-from features.hdf5 import USER_BLOCK_BYTES, DamagedFile, Hdf5Sink, is_self_contained, open_sealed, sealed_path
 from features.ids import file_stem
+from features.sealed_hdf5 import USER_BLOCK_BYTES, DamagedFile, Hdf5Sink, is_self_contained, open_sealed, sealed_path
 from features.store import SourceIdentity
 from features.video.base import FrameReader
 from features.video.images import decode_image

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from features.hdf5 import USER_BLOCK_BYTES, seal
+from features.sealed_hdf5 import USER_BLOCK_BYTES, seal
 from features.store import (
     EncoderSpec,
     FeatureFileError,

@@ -24,7 +24,7 @@ from engine.files import read_json
 from features.dataset.annotations import read_phase_file
 from features.dataset.phase_order import parse_phase_order
 from features.dataset.tfrecord import masked_crc32c
-from features.hdf5 import USER_BLOCK_BYTES, seal
+from features.sealed_hdf5 import USER_BLOCK_BYTES, seal
 from interop.safe_pickle import load_plain
 from tests.fuzz.harness import Child
 from tests.fuzz.parsers import PARSERS, SPEC, record_file

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from configs.errors import UserError
 from configs.schema import SequenceConfig
-from features.hdf5 import seal
+from features.sealed_hdf5 import seal
 from features.store import VideoFeatures, feature_path
 from stage2_temporal.data import Batch, FeatureBank, Span, epoch_batches, group_by_length, read_training_data
 from tests.stage2_temporal.toy import PHASES, Video, cue_video, write_folder
