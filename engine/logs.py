@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from configs.errors import one_line
 from engine.files import as_user_error, atomic_path, make_folder, read_bounded
+from engine.progress import say
 
 METRICS_LOG = "metrics.jsonl"
 MAX_METRICS_BYTES = 1 << 30  # a step takes about 200 bytes
@@ -31,6 +33,7 @@ class MetricLog:
     def __init__(self, folder: Path, enabled: bool = True) -> None:
         self.folder, self.path, self.enabled = folder, folder / METRICS_LOG, enabled
         self._events: _Events | None = None
+        self._events_wanted = True
         self._purge_step: int | None = None
         self._waiting: list[dict[str, Any]] = []
 
@@ -69,9 +72,18 @@ class MetricLog:
         with self._writing(self.path), self.path.open("rb") as stream:
             os.fsync(stream.fileno())
         with self._writing(self.folder / "events"):
-            self._events = self._events or _Events(self.folder / "events", self._purge_step)
-            self._events.write(self._waiting)
+            self._write_events()
         self._waiting.clear()
+
+    def _write_events(self) -> None:
+        if self._events is None and self._events_wanted:
+            try:
+                self._events = _Events(self.folder / "events", self._purge_step)
+            except ImportError as error:  # what is used of TensorBoard is not public
+                self._events_wanted = False
+                say(f"note: no events for TensorBoard, whose release does not fit: {one_line(error)}")
+        if self._events is not None:
+            self._events.write(self._waiting)
 
     def close(self) -> None:
         """As `sync`; later lines go to a new events file."""
@@ -98,7 +110,10 @@ class _Events:
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
+        self._event, self._summary, self._writer = Event, Summary, RecordWriter
         make_folder(folder)
         # read in the order of their names; fractions of a second keep that order when starts follow quickly
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
@@ -111,24 +126,20 @@ class _Events:
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the numbers of log rows as scalars named `<kind>/<name>`; they are on the disk when this returns."""
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         events = []
         for row in rows:
             values = [
-                Summary.Value(tag=f"{row['kind']}/{name}", simple_value=value)
+                self._summary.Value(tag=f"{row['kind']}/{name}", simple_value=value)
                 for name, value in row.items()
                 if isinstance(value, int | float) and not isinstance(value, bool) and name != "global_step"
             ]
-            events.append(Event(wall_time=time.time(), step=row["global_step"], summary=Summary(value=values)))
+            summary = self._summary(value=values)
+            events.append(self._event(wall_time=time.time(), step=row["global_step"], summary=summary))
         self._append(events)
 
     def _append(self, events: Iterable[Any]) -> None:
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
         buffer = io.BytesIO()
-        records = RecordWriter(buffer)
+        records = self._writer(buffer)
         for event in events:
             records.write(event.SerializeToString())
         rest = memoryview(buffer.getvalue())

@@ -40,7 +40,6 @@ from engine.stopping import Stopped, StopRequest
 
 Batch = TypeVar("Batch")
 LOG_EVERY_STEPS = 20
-_EXTRA = "_extra_state"
 
 
 @dataclass
@@ -405,12 +404,12 @@ class TrainingSession:
 
 
 def _extra_state(model: nn.Module) -> dict[str, Any]:
-    """The entries of a state dict that modules add by `get_extra_state`."""
-    return {name: value for name, value in model.state_dict().items() if name.endswith(_EXTRA)}
+    """The entries of a state dict that modules add by `get_extra_state`: all but parameters and buffers."""
+    return {name: value for name, value in model.state_dict().items() if not isinstance(value, Tensor)}
 
 
 def _carried(state: dict[str, Any]) -> list[Any]:
-    return [value["carried"] for name, value in state.items() if name.endswith(_EXTRA) and value.get("carried")]
+    return [value["carried"] for value in state.values() if not isinstance(value, Tensor) and value.get("carried")]
 
 
 def _epoch_of(best: Path) -> int | None:

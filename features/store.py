@@ -72,8 +72,9 @@ class EncoderSpec:
     `weights_sha256` is over the encoder's tensors, head included. `preprocess` is the whole preprocessing as JSON, crop
     included. `arithmetic` names how the net is computed in that precision: `folded` (batch norm folded into the
     convolutions, weights in the precision too) or `plain` (as it was trained, under autocast), and whether fused (ReLU)
-    or compiled. The reader is not part of the spec: readers are bit-identical. Nor are the device and
-    `extract.batch_frames`: they change only the rounding of sums.
+    or compiled; or `openvino`, in int8 with the hash of the net (`openvino, int8 net 0123456789ab`). The reader is not
+    part of the spec: readers are bit-identical. Nor are the device and `extract.batch_frames`: they change only the
+    rounding of sums.
     """
 
     backbone: str

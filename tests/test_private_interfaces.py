@@ -5,6 +5,7 @@ The table "Private interfaces" of docs/decisions.md names them; tests that are n
 
 from __future__ import annotations
 
+import pickle
 import re
 import subprocess
 import sys
@@ -18,9 +19,12 @@ import torch
 from configs.errors import UserError
 from configs.schema import OptimConfig
 from engine.checkpoints import load_external_state, save_external_weights
+from engine.files import NoRoomError, as_user_error
+from engine.logs import MetricLog, read_metrics
 from engine.optim import build_optimizer
 from engine.stopping import StopRequest
 from stage1_cnn.data import FrameLoader
+from stage1_cnn.encoders.openvino_net import openvino
 
 PROJECT = Path(__file__).resolve().parent.parent
 TABLE = (PROJECT / "docs" / "decisions.md").read_text(encoding="utf-8").partition("## Private interfaces")[2]
@@ -31,6 +35,10 @@ PRIVATE = {
     r"__wrapped__": "engine/optim.py",
     r"_reset_state|_shared_state": "engine/device.py",
     r"_use_new_zipfile": "engine/checkpoints.py",
+    r"GLOBAL \(|unexpected EOF": "engine/checkpoints.py",
+    r"errno = \{": "engine/files.py",
+    r"tensorboard\.(compat|summary)": "engine/logs.py",
+    r"openvino_telemetry": "stage1_cnn/encoders/openvino_net.py",
     r"gloo/": "engine/processes.py",
     r"TORCHELASTIC_USE": "engine/launch.py",
     r"ForkingPickler": "engine/pool.py",
@@ -39,7 +47,10 @@ PRIVATE = {
     r"_make_submission|_submitit_command": "commands/slurm.py",
 }
 # Others that were used once, or might be.
-NOWHERE = r"subprocess_handlers|_BatchNorm\b|HASH_REGEX|torch\._(?!_)(?!utils _rebuild)|torch\.distributed\.elastic"
+NOWHERE = (
+    r"subprocess_handlers|_BatchNorm\b|HASH_REGEX|torch\._(?!_)(?!utils _rebuild)|torch\.distributed\.elastic"
+    r"|def _apply\(self, fn|['\"]_extra_state"
+)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +131,45 @@ def test_a_torch_without_the_old_layout(tmp_path: Path, monkeypatch: pytest.Monk
     save_external_weights(tmp_path / "net.pth", {"weight": torch.arange(3.0)})
     assert load_external_state(tmp_path / "net.pth", trusted=True)["weight"].tolist() == [0.0, 1.0, 2.0]
     assert [path.name for path in tmp_path.iterdir()] == ["net.pth"]
+
+
+def test_a_torch_that_words_its_errors_differently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"weight": torch.ones(3)}, tmp_path / "net.pth")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise pickle.UnpicklingError("refused")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(UserError, match=r"^\S*net\.pth: damaged .* plain containers; nothing in it was run; "):
+        load_external_state(tmp_path / "net.pth", trusted=True)
+
+
+def test_an_h5py_that_does_not_name_the_error_number(tmp_path: Path) -> None:
+    known, unknown = OSError("Unable to write (errno = 28, no space)"), OSError("Unable to write (no space)")
+    assert isinstance(as_user_error(known, tmp_path), NoRoomError)
+    assert as_user_error(unknown, tmp_path) is unknown
+
+
+@pytest.mark.parametrize("missing", ["compat.proto.event_pb2", "summary.writer.record_writer"])
+def test_a_tensorboard_without_its_own_modules(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, f"tensorboard.{missing}", None)
+    log = MetricLog(tmp_path)
+    for step in (1, 2):
+        log.log("step", step, {"loss": 0.5})
+        log.sync()
+    log.close()
+    assert "".join(capsys.readouterr()).count("note: no events for TensorBoard") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_an_openvino_that_needs_its_telemetry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "needs_telemetry.py").write_text("import openvino_telemetry\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"extract\.engine=openvino: needs_telemetry cannot be imported"):
+        openvino("needs_telemetry")
 
 
 def test_a_loader_without_a_private_shutdown() -> None:

@@ -30,10 +30,13 @@ class ConvRelu(nn.Module):
         padding: Any = conv.padding  # never by name: `_is_conv`
         self.geometry: onednn.Geometry = (padding, conv.stride, conv.dilation, conv.groups)
         self._laid_out: Tensor | None = None
+        self._laid_out_for: tuple[torch.dtype, torch.device] | None = None
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """x (N, C, H, W) and the addend `other` (N, C', H', W')."""
-        if self._laid_out is None:  # once, and not for every batch
+        place = self.weight.dtype, self.weight.device
+        if self._laid_out is None or place != self._laid_out_for:  # once, and not for every batch
+            self._laid_out_for = place
             # a fixed shape, so that the layout, and with it the order of sums, does not depend on the first batch
             shape = [_LAYOUT_FRAMES, *x.shape[1:]]
             self._laid_out = onednn.pack_convolution(self.weight.detach(), self.geometry, shape)
@@ -42,11 +45,6 @@ class ConvRelu(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Without the packed weights, which cannot be pickled; other processes pack their own."""
         return self.__dict__ | {"_laid_out": None}
-
-    def _apply(self, fn: Any, recurse: bool = True) -> ConvRelu:
-        self._laid_out = None  # another device or type
-        super()._apply(fn, recurse)
-        return self
 
 
 def fuse_relu(net: nn.Module, size_px: int) -> nn.Module | None:
