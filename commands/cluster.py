@@ -24,7 +24,9 @@ PROGRAM = Path(__file__).resolve().parent.parent / "pipeline.py"
 @click.option("--cpus-per-task", type=click.IntRange(1), metavar="N", help="Cores per process.")
 @click.option("--mem-gb", type=options.POSITIVE, metavar="N", help="Memory per node, in GiB.")
 @click.option("--time", "limit", default="4:00:00", metavar="LIMIT", help="H:MM:SS, D-HH:MM:SS or minutes.")
-@click.option("--array", type=click.IntRange(2, 10000), metavar="N", help="For extract: N jobs of every N-th video.")
+@click.option(
+    "--array", type=click.IntRange(2, 10000), metavar="N", help="For extract: N jobs of every N-th video each."
+)
 @click.option("--slurm", "more", multiple=True, metavar="KEY=VALUE", help="Any other option of sbatch. Repeatable.")
 @click.option(
     "--max-requeues",

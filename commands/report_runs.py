@@ -83,7 +83,7 @@ def _recordings(run: Path) -> tuple[Config, Index, Path]:
     """Settings, index and data root as the run's last stage had them."""
     files = sorted(run.rglob("config.yaml"), key=lambda path: path.stat().st_mtime)
     if not files:
-        raise UserError(f"{run}: has no config.yaml, which names the place of its videos")
+        raise UserError(f"{run}: has no config.yaml, so the place of its videos is not known")
     config = load_config(files[-1])
     root = data_root(config)
     if config.data.index.exists():

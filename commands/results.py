@@ -28,7 +28,7 @@ from configs.errors import UserError
 @options.MODEL
 @options.INFERENCE
 @click.option(
-    "--split", default="test", type=click.Choice(["train", "val", "test", "all"]), help="Which videos of the index."
+    "--split", default="test", type=click.Choice(["train", "val", "test", "all"]), help="Which part of the index."
 )
 @click.option(
     "--index",
@@ -206,10 +206,10 @@ def predict(
 @click.command()
 @options.settings()
 @click.argument("run_name", metavar="[RUN]", required=False)
-@click.option("--split", default="test", help="Folder in RUN/evaluate, or part of the index.")
+@click.option("--split", default="test", help="Folder in RUN/evaluate; with --from-predictions the part of the index.")
 @click.option("--out", type=PATH, help="Folder of the text files. Default: RUN/export/SPLIT.")
 @click.option("--probabilities", is_flag=True, help="Tools as probabilities (pytorch1.2.0) instead of logits.")
-@click.option("--force", "replace", is_flag=True, help="Replace files with other contents.")
+@click.option("--force", "replace", is_flag=True, help="Replace files whose contents differ.")
 @click.option(
     "--from-predictions",
     type=PATH,

@@ -300,9 +300,9 @@ def _parameters(request: Request) -> dict[str, Any]:
     tasks = request.gpus_per_node or 1
     if tasks * request.nodes > 1:
         if request.stage not in SHARED_STAGES:
-            raise UserError(f"{request.stage} is one process: leave out --nodes, and --gpus-per-node above 1")
+            raise UserError(f"{request.stage} runs in one process: leave out --nodes; --gpus-per-node may be 1")
         if request.array:
-            raise UserError("--array: each task is one process; leave out --nodes, and --gpus-per-node above 1")
+            raise UserError("--array: each task runs in one process: leave out --nodes; --gpus-per-node may be 1")
     if request.array and request.stage != "extract":
         raise UserError(f"--array: only extract can be split into independent parts, not {request.stage}")
     parameters: dict[str, Any] = {

@@ -47,7 +47,7 @@ def train_cnn(settings: Settings, trusted: bool) -> None:
 @click.command()
 @options.settings()
 @options.several_devices
-@click.option("--shard", default="0/1", metavar="I/N", help="Extract every N-th video, starting with number I.")
+@click.option("--shard", default="0/1", metavar="I/N", help="Extract every N-th video, from number I (0 to N-1) on.")
 @options.INDEX
 @click.option("--from-joint", "joint_run", metavar="RUN", help="Encode with the backbone of a run's joint net.")
 @options.TRUSTED
@@ -70,7 +70,7 @@ def extract(settings: Settings, shard: str, index_file: Path | None, joint_run: 
     run = settings.run()
     with options.watch_signals() as stop:
         index, root = open_dataset(config)
-        processes = join(config.device, stop)  # launchers end all processes when one fails, so they end together
+        processes = join(config.device, stop)  # a launcher kills all ranks when one fails, so let all fail together
         report = processes.each(
             lambda: extract_features(config, run, index, root, shard=part, stop=stop, trusted=trusted)
         )

@@ -53,7 +53,7 @@ class GivenKeys(NamedTuple):
     in_file: frozenset[str] = frozenset()
 
     def any_of(self, *keys: str) -> list[str]:
-        """Those of `keys` that the user set, either way."""
+        """Those of `keys` that the user set, with `--set` or in a file."""
         return [key for key in keys if key in self.by_set | self.in_file]
 
 
@@ -137,7 +137,10 @@ def _parse_yaml(text: str, kind: type[yaml.SafeLoader | yaml.BaseLoader] = yaml.
 
 
 def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """The number of values below a node with aliases expanded; `sizes` keeps the nodes seen, 0 while being counted."""
+    """The number of values below a node with aliases expanded.
+
+    `sizes` memoises by node id; 0 marks a node that is still being counted, so that a cycle is noticed.
+    """
     if isinstance(node, yaml.ScalarNode):
         if node.tag in _NUMBER_TAGS and node.style is None and _OTHER_BASE.fullmatch(node.value):
             raise ValueError(f"YAML reads {node.value} as a number in base 8 or 60; write it in base 10, or quote it")
@@ -184,7 +187,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`key: OLD there, NEW now` for every setting in which two nested mappings of settings differ."""
+    """Texts `key: OLD there, NEW now`, one for each setting in which two nested mappings of settings differ."""
     old, new = flatten(there), flatten(now)
     return [
         f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"

@@ -47,7 +47,7 @@ class Registry(Generic[T]):
     def register(self, name: str, entry: T) -> T:
         """Add `entry`, and return it. Raises UserError if the name is taken, reserved or malformed."""
         if not _NAME.fullmatch(name) or name in self.reserved:
-            raise UserError(f"{self.kind} name {name!r} cannot be used; use letters, digits and @._+- for another")
+            raise UserError(f"{self.kind} name {name!r} cannot be used; choose another, of letters, digits and @._+-")
         known = self._entries.setdefault(name, entry)
         if known is not entry:
             raise UserError(f"{self.kind} {name} is registered twice; give one of the two another name")
@@ -101,7 +101,7 @@ def import_each_file(package: str, folders: Iterable[str]) -> None:
 
 
 def import_file(path: Path) -> None:
-    """Import a Python file as a module, once per process. Raises whatever it raises, and UserError for other files."""
+    """Import a file as a module, once per process. Raises what it raises, and UserError if it is no Python file."""
     name = f"surgstage_plugin_{path.stem}_{hashlib.sha256(bytes(path.resolve())).hexdigest()[:8]}"
     if name in sys.modules:
         return

@@ -1,7 +1,7 @@
 """The schema of all settings. Unknown keys are errors; units are part of the names.
 
-The default of a block is always the block's class with its own defaults, so that setting one value in it changes that
-value alone; a block with other defaults (`joint.sequence`) has a class of its own.
+The default of a block is its class called without arguments, so that setting one value in it changes that value alone;
+a block that needs other defaults (`joint.sequence`) has its own class.
 
 `Config` contains all settings of a run; `DataSetSpec` describes a data set (class names and order, file name patterns,
 rate, published splits). `configs.load` reads both from YAML.
@@ -235,7 +235,7 @@ class DataConfig(Strict):
     sources: Annotated[str, AfterValidator(_known_sources)] = Field(
         "auto",
         description="which source to use if the root contains several of one video: video, frames or tfrecord, or "
-        "those of one kind in one folder of the root, such as frames:frames_cutmargin",
+        "KIND:FOLDER for one folder of the root, such as frames:frames_cutmargin",
     )
     follow_links: bool = Field(False, description="follow links that point outside the root")
     fps: float = Field(1.0, gt=0, le=MAX_FPS, description="sampling rate: the frame on screen every 1 / fps seconds")
@@ -326,7 +326,7 @@ class OptimConfig(Strict):
 
     @property
     def unused(self) -> dict[str, str]:
-        """Settings that have no effect with the others as they are, with the reason."""
+        """Settings that the present values of others make irrelevant, and why."""
         return {} if self.name == "sgd" else dict.fromkeys(("momentum", "dampening", "nesterov"), f"name={self.name}")
 
 
@@ -340,7 +340,7 @@ class ScheduleConfig(Strict):
 
     @property
     def unused(self) -> dict[str, str]:
-        """Settings that have no effect with the others as they are, with the reason."""
+        """Settings that the present values of others make irrelevant, and why."""
         users = {"step_epochs": ("step",), "gamma": ("step", "plateau"), "patience_epochs": ("plateau",)}
         return {key: f"name={self.name}" for key, names in users.items() if self.name not in names}
 
@@ -426,7 +426,7 @@ class ExtractConfig(Strict):
 
     @property
     def torch_precision(self) -> Precision:
-        """`precision` where torch computes, whatever the engine of extraction: torch has no int8."""
+        """`precision` for the parts that torch computes; `auto` for int8, which only OpenVINO has."""
         return "auto" if self.precision == "int8" else self.precision
 
     @model_validator(mode="after")
@@ -441,7 +441,7 @@ class ExtractConfig(Strict):
 
 
 class HeadSettings(Strict):
-    """Settings of a temporal head, base of every kind's; `name` says which kind it is (`HEAD_SETTINGS`)."""
+    """Base class of the settings of all heads; `name` selects the head (`HEAD_SETTINGS`)."""
 
     name: str
 
@@ -541,7 +541,7 @@ class SequenceConfig(Strict):
 
     @property
     def unused(self) -> dict[str, str]:
-        """Settings that have no effect with the others as they are, with the reason."""
+        """Settings that the present values of others make irrelevant, and why."""
         no_clips = {} if self.mode == "clips" else {"stride": f"mode={self.mode}"}
         whole = self.mode == "full" and self.inference == "carried"
         return no_clips | ({"frames": "mode=full and inference=carried"} if whole else {})

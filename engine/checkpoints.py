@@ -159,7 +159,7 @@ def load_external_state(path: Path, trusted: bool = False) -> dict[str, torch.Te
     if not all(name.isprintable() for name in tensors):  # they appear in messages
         raise UserError(f"{path}: not a state dict: some of its keys are not names")
     if objects:
-        say(f"{path}: Python objects beside the tensors ({named}) were left out; none of them was run")
+        say(f"{path}: other Python objects ({named}) were ignored; none was executed")
     return tensors
 
 
@@ -252,7 +252,7 @@ def _refuse_programs(archive: zipfile.ZipFile, path: Path) -> None:
 
 
 def _refuse_bombs(archive: zipfile.ZipFile, path: Path) -> None:
-    """Raise UserError if the entries claim to be larger than the file; torch never compresses them."""
+    """torch never compresses, so entries larger than the file are a zip bomb: raise UserError."""
     entries = archive.infolist()
     stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
     if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
@@ -274,7 +274,7 @@ def _is_whole_archive(path: Path) -> bool:
 def random_states(device: torch.device) -> dict[str, Any]:
     """States of every random generator that a training step on `device` may use, as plain containers and tensors.
 
-    Of several GPUs only the one that this process computes on counts; a process that computes on the CPU asks none.
+    Of several GPUs only the one that this process computes on counts; a process that computes on the CPU queries none.
     """
     name, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()

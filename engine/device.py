@@ -113,7 +113,7 @@ def require_kernels(device: torch.device) -> None:
 
 
 def missing_kernels(error: Exception, device: torch.device | int) -> str | None:
-    """What to say about an error of a kernel if torch has none for this GPU."""
+    """The message for an error that means that torch has no kernels for this GPU; None for any other error."""
     if "no kernel image" not in str(error):
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -153,7 +153,7 @@ def require_bf16(setting: str, device: torch.device) -> None:
 
 
 def _gpu_has_bf16() -> bool:
-    """By default torch counts every card that can hold a bf16 tensor, convolved many times more slowly than in fp32."""
+    """Whether the card computes bf16; torch's default counts cards that only store it, many times slower than fp32."""
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -252,6 +252,6 @@ def _forget_other_settings(mixed: str, device: torch.device, setting: str) -> No
     if reset is None:
         raise UserError(
             f"{setting}: this release of accelerate keeps the precision and device of the first training in a process; "
-            "start the trainings one by one"
+            "run each training as a command of its own"
         )
     reset(reset_partial_state=other_device)

@@ -119,7 +119,7 @@ def _is_no_room(error: OSError) -> bool:
 def remove_stale_temporaries(folder: Path, older_than_s: float = 3600.0, of: str = "") -> int:
     """Delete temporary files that killed writers left in `folder`, for all files or for the one named `of`.
 
-    A file is deleted at once if its writer ran on this machine (same boot, same process namespace) and is dead, and
+    A file is deleted at once if its writer ran on this machine (same boot, same PID namespace) and is dead, and
     otherwise after `older_than_s` seconds without a write: on a shared file system the process number of another
     machine means nothing, but a live writer writes continually. Returns the number of deleted files.
     """
@@ -138,7 +138,7 @@ def remove_stale_temporaries(folder: Path, older_than_s: float = 3600.0, of: str
 
 @functools.cache
 def _place() -> str:
-    """Identifier of the scope of process numbers: machine, boot and process namespace."""
+    """Identifies the PID namespace (host, boot, namespace): a PID means the same process only where this matches."""
     parts = [socket.gethostname()]
     try:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))

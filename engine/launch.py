@@ -186,9 +186,7 @@ class _Ranks:
             self._leave_by = time.monotonic() + LAST_WORDS_S
 
     def wait(self, done: Callable[[Codes], bool], timeout_s: float = math.inf) -> Codes:
-        """Pass signals on until `done`, until the time is over or, after a second Ctrl-C, until the ranks' time is
-        over.
-        """
+        """Pass signals on until `done`, for at most `timeout_s`; after a second Ctrl-C for at most `LAST_WORDS_S`."""
         deadline = time.monotonic() + timeout_s
         while not done(codes := [rank.poll() for rank in self._running]):
             if time.monotonic() > min(deadline, self._leave_by):

@@ -50,12 +50,12 @@ def _eager(kind: type[Optimizer]) -> type[Any]:
 
 
 class Schedule:
-    """The learning rate of every group: its initial value times a factor, and never below `min_lr`.
+    """The learning rate of every group: its initial value times a factor, but at least `min_lr`.
 
     The factor rises linearly over the first `warmup_steps` and otherwise changes once per epoch: `step` (gamma every
-    `step_epochs`), `cosine` (to zero at the last epoch), `plateau` (gamma after `patience_epochs` without a better
-    score), `constant`. torch's schedulers cannot combine `plateau` with a warm-up, and their state differs from that in
-    existing checkpoints.
+    `step_epochs`), `cosine` (towards zero at the last epoch, but not below `min_lr`), `plateau` (gamma after
+    `patience_epochs` without a better score), `constant`. torch's schedulers cannot combine `plateau` with a warm-up,
+    and their state differs from that in existing checkpoints.
     """
 
     def __init__(self, optimizer: Optimizer, config: ScheduleConfig, epochs: int) -> None:
@@ -68,13 +68,13 @@ class Schedule:
         self._apply()
 
     def step(self) -> None:
-        """After every optimiser step."""
+        """To be called after every optimiser step."""
         self.steps += 1
         if self.steps <= self.config.warmup_steps:
             self._apply()
 
     def end_epoch(self, epoch: int, score: float | None) -> None:
-        """After epoch `epoch` (from 0) with validation score `score` (higher is better; None if there is none)."""
+        """To be called after epoch `epoch` (from 0); `score` (higher is better) is None without validation."""
         config = self.config
         if config.name == "step":
             self.epoch_factor = config.gamma ** ((epoch + 1) // config.step_epochs)

@@ -48,12 +48,12 @@ Task = Callable[[AnyJob, Advance], None]
 
 
 def choose_processes(wanted: int, jobs: Sequence[Job]) -> int:
-    """Number of worker processes: `wanted`, or for -1 one per core, fewer for few frames; never more than videos."""
+    """Number of worker processes, at most one per video: `wanted`, or for -1 one per core (one for few frames)."""
     return max(1, min(processes_for(wanted, sum(job.frames for job in jobs)), len(jobs)))
 
 
 def processes_for(wanted: int, frames: int) -> int:
-    """Processes for divisible work: `wanted`, or for -1 one per core and a single one for few frames."""
+    """Number of processes for divisible work: `wanted`, or for -1 one per core (one for few frames)."""
     if wanted == -1:
         wanted = available_cores() if frames > WORTH_A_PROCESS_FRAMES else 1
     return max(1, wanted)
@@ -114,7 +114,9 @@ def failure_reason(error: BaseException) -> str:
 def _in_processes(
     task: Task[AnyJob], jobs: Sequence[AnyJob], processes: int, stop: StopRequest, bar: Any
 ) -> Iterator[tuple[AnyJob, str | None]]:
-    """A broken pool does not report which process died, so every video in progress is tried again alone."""
+    """Run the jobs in worker processes. A broken pool does not report which process died, so every video in progress is
+    tried again alone.
+    """
     waiting = list(jobs)
     while waiting:
         pool = _Pool(task, waiting, processes)
@@ -265,7 +267,7 @@ def serve_parent(worker: int = 0, may_end: Callable[[], bool] = lambda: False) -
 
 
 def _end_with_parent(may_end: Callable[[], bool]) -> None:
-    """A killed parent cannot call its processes back; one that stops waits only for those with a job in progress."""
+    """Exit when the parent has died, which cannot end its workers, or once `may_end()`: no job is in progress then."""
     parent = parent_process()
     if parent is None:
         return

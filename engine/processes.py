@@ -38,7 +38,7 @@ POLL_INTERVAL_S = 1.0
 
 
 def one_process(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over a single process."""
+    """`Processes.total` of a single process."""
     return tensor
 
 
@@ -303,7 +303,7 @@ def is_reporting_rank(problem: BaseException) -> bool:
 
 
 def _linger(store: Any, count: int) -> None:
-    """Keep rank 0, which may host the store, until every rank has asked, for at most a second."""
+    """Keep rank 0, which may host the store, alive for up to a second until every rank has read the reported error."""
     deadline = time.monotonic() + POLL_INTERVAL_S
     while store.add("reported", 0) < count and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -312,8 +312,8 @@ def _linger(store: Any, count: int) -> None:
 def peer_died(error: BaseException) -> bool:
     """Whether an error of an exchange means that another rank has ended.
 
-    torch has a type for errors of NCCL and of stores; gloo's are plain RuntimeErrors that begin with their place in its
-    source.
+    torch has a type for errors of NCCL and of stores; gloo's are plain RuntimeErrors whose text begins with the
+    place in its source.
     """
     if not isinstance(error, RuntimeError) or launch().count == 1:
         return False

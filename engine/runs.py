@@ -79,7 +79,7 @@ class StageIdentity:
         return replace(self, fields=kept)
 
     def differences(self, recorded: Mapping[str, Any]) -> list[str]:
-        """`key: old there, new now` for every field in which `recorded` (as read from JSON) differs."""
+        """Texts `key: OLD there, NEW now`, one for each field in which `recorded` (as read from JSON) differs."""
         return differences(recorded, json.loads(json.dumps(self.fields, default=str)))
 
 
@@ -194,7 +194,7 @@ SUMMARY_KEYS = (
 
 
 def environment(device: str = "auto") -> dict[str, Any]:
-    """Package versions, revision and machine, recorded with every result; for `device=cpu` no GPU is asked."""
+    """Package versions, revision and machine, recorded with every result; with `device=cpu` no GPU is queried."""
     found: dict[str, Any] = {
         "python": sys.version.split()[0],
         "platform": platform.platform(),

@@ -110,7 +110,7 @@ class TrainingSession:
     # ------------------------------------------------------------------------------------------ resume
 
     def resume(self) -> bool:
-        """Resume from `last.pt` (or the previous one), if there is one; returns whether there was."""
+        """Resume from `last.pt` (or `last.pt.previous`) if it exists; returns whether it does."""
         content = self.processes.from_first(self._latest)
         if content is None:
             self.log.rewind(0, 0)  # the log of a start that was killed before its first checkpoint
@@ -175,7 +175,7 @@ class TrainingSession:
                 self.log.close()
 
     def batches(self, source: Iterable[Batch], steps_in_epoch: int) -> Iterator[Batch]:
-        """The epoch's remaining batches with a progress bar; `source` starts at `position.step`."""
+        """The epoch's remaining batches, with a progress bar; the first batch of `source` is number `position.step`."""
         self.model.train()
         self._steps_in_epoch = steps_in_epoch
         self._epoch_started_at = time.monotonic()
@@ -191,7 +191,7 @@ class TrainingSession:
 
     @property
     def mean_loss(self) -> float:
-        """Mean loss over the epoch's steps so far, of those whose loss has been read."""
+        """Mean loss over those of the epoch's steps so far whose loss has been read from the device."""
         return self.position.loss_sum / max(1, self.position.step - len(self._unread))
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -218,7 +218,7 @@ class TrainingSession:
         else:
             value, save = self._value(loss, due, name_batch)
             self.position.loss_sum += value
-        parts = self.processes.count  # DistributedDataParallel averages over ranks, but these parts are summed
+        parts = self.processes.count  # DDP averages gradients, but these are parts of a sum, so scale
         self.accelerator.backward((loss * parts if parts > 1 else loss) / self._group_size())
         ends = self._group_ends()
         if ends:

@@ -35,8 +35,9 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"\xfe\xff", "text in UTF-16; save it as UTF-8"),
     (b"\0\5\x16\7", "metadata that macOS keeps beside a file (AppleDouble), not the file itself; copy that"),
 )
-# Matroska, MPEG programme streams, ASF, Flash; brands of MP4 files that contain images or sound.
+# First bytes of Matroska, MPEG programme streams, ASF, Flash.
 _CONTAINERS = (b"\x1a\x45\xdf\xa3", b"\0\0\x01\xba", b"\x30\x26\xb2\x75", b"FLV\x01")
+# Brands of MP4 files that contain images or sound only.
 _NO_VIDEO = (b"heic", b"heix", b"mif1", b"avif", b"M4A ", b"M4B ")
 # Formats that are ZIP files, recognised by the names of their first members.
 _ZIP_SIGNATURE = b"PK\x03\x04"

@@ -206,7 +206,7 @@ def _load_results(text: str, place: Place, convention: str) -> PhaseResults:
 
 
 def _require_same_frames(first: Model, other: Model) -> None:
-    """Paired tests need the same videos, frame for frame."""
+    """Raise UserError unless both models were evaluated on the same videos, frame for frame."""
     ours, theirs = first.results[0], other.results[0]
     if odd := sorted(set(ours.per_video) ^ set(theirs.per_video)):
         has = first.name if odd[0] in ours.per_video else other.name

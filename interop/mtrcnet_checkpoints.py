@@ -383,7 +383,7 @@ def _require_class_counts(original: Original, spec: DataSetSpec, source: Path) -
 
 
 def _names(variant: Variant, ours: Mapping[str, Any]) -> dict[str, str]:
-    """The key in a `JointNet` by the original key, for every tensor of `ours`."""
+    """Maps each original key to its `JointNet` key, for every tensor of `ours`."""
     return {
         theirs + name.removeprefix(mine): name
         for theirs, mine in (_BACKBONE, *variant.layers.items())

@@ -182,7 +182,7 @@ def _import_mapping(
     for option in ("phase_order", "normalisation", "variant"):
         if getattr(request, option) is not None:
             given = f"--{option.replace('_', '-')}"
-            raise UserError(f"{given}: {file} contains only the mapping; omit this option, the net of --into decides")
+            raise UserError(f"{given}: {file} contains only the mapping; omit it: this is taken from the net of --into")
     path = joint_checkpoint(into)
     net, about = load_joint(path)
     require_preprocess_of(PreprocessConfig(**about["preprocess"]), config, request.given, path)

@@ -102,7 +102,7 @@ def _by_id(videos: Sequence[PickledVideo], spec: DataSetSpec) -> dict[str, Pickl
             shared.append(video_id)
         by_id[video_id] = video
     if shared:  # the 40/40 splits of TMRNet and Trans-SVNet validate on videos of the test part
-        say(f"in the parts val and test, used for test: {', '.join(shared)}; choose another split with data.split")
+        say(f"videos in both val and test are used for test: {', '.join(shared)}; choose another split with data.split")
     return by_id
 
 
@@ -307,7 +307,7 @@ def pickle_from_index(
     videos = {entry.id: _pickled(entry, root, index, config.data, numbers, phases_only) for entry in entries}
     videos = {video_id: video for video_id, video in videos.items() if video}
     if not videos:
-        raise UserError(f"{path}: not written: no frame of the index has the labels")
+        raise UserError(f"{path}: not written: no frame of the index has all the labels that the pickle needs")
     value = _arranged(index, videos, layout)
     _write(path, pickle.dumps(value, protocol=PROTOCOL), replace)
     _say_what_is_left_out(index, entries, config.data.fps, videos, path)
@@ -364,6 +364,6 @@ def _say_what_is_left_out(
     if left := sum(len(sampled_frames(entry, fps)) for entry in entries) - kept:
         say(f"left out: {left} sampled frames that lack a label")
     if absent := [entry.id for entry in index.videos if entry.id not in videos]:
-        say(f"left out: {len(absent)} videos outside its parts or without labels: {listed(absent)}")
+        say(f"left out: {len(absent)} videos that are not in this layout's splits, or without labels: {listed(absent)}")
     if any(entry.kind == "video" for entry in entries):
         say("images of video files do not exist yet: extract them to the paths in the pickle, numbered from frame 0")

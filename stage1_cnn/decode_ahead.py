@@ -65,7 +65,10 @@ class _DecodedFrames(IterableDataset[tuple[int, Message]]):
 def decoding_processes(
     task: ExtractTask, jobs: Sequence[VideoJob], decoders: int, pinned: bool
 ) -> Iterable[tuple[int, Message]]:
-    """Messages about the jobs from `decoders` processes, which end with the iterator; frames in pinned memory."""
+    """Start `decoders` processes and yield pairs (number of the job, message); `pinned`: frames in pinned memory.
+
+    The processes end when the iterator is deleted.
+    """
     taken = get_context("spawn").Value("q", 0)
     return DataLoader(
         _DecodedFrames(task.config, task.index, task.root, jobs, taken),
@@ -138,7 +141,7 @@ def _next(messages: Iterator[tuple[int, Message]]) -> tuple[int, Message]:
         return next(messages)
     except StopIteration as error:
         raise _DecoderDied("a decoding process ended early") from error
-    except (RuntimeError, EOFError, ConnectionError) as error:  # the latter two while it was sending something
+    except (RuntimeError, EOFError, ConnectionError) as error:  # EOFError, ConnectionError: it died while sending
         raise _DecoderDied(f"a decoding process died ({failure_reason(error)})") from error
 
 

@@ -361,7 +361,7 @@ def _probabilities(
 
 
 def _tool_logits(videos: Mapping[str, VideoFeatures]) -> dict[str, NDArray[np.float32]]:
-    """Those of the videos whose features were made with a trained tool head."""
+    """Tool logits of the videos whose features were made with a trained tool head."""
     found = {name: video.tool_logits for name, video in videos.items()}
     return {name: logits for name, logits in found.items() if logits.size and np.isfinite(logits).all()}
 
@@ -381,14 +381,14 @@ def tool_results(
 def validation_thresholds(
     labels: Mapping[str, NDArray[np.int8]], logits: Mapping[str, NDArray[np.float32]], tools: Sequence[str]
 ) -> dict[str, float] | None:
-    """Chosen on the validation videos with tool labels (T, K) and logits (T, K); None if there are none."""
+    """Thresholds (K,) chosen on validation videos with tool labels (T, K) and logits (T, K); None if there are none."""
     names = [name for name, known in labels.items() if name in logits and (known >= 0).any()]
     scores = {name: sigmoid(logits[name]) for name in names}
     return choose_thresholds({name: labels[name] for name in names}, scores, tools) if names else None
 
 
 def _thresholds(folder: Path, index: Index) -> Mapping[str, float] | None:
-    """Chosen on the validation videos; None if there are none with features and tool labels."""
+    """Thresholds (K,) chosen on the validation videos; None if none has features and tool labels."""
     ids = [entry.id for entry in index.by_split("val")]
     if not ids or not all(feature_path(folder, video_id).exists() for video_id in ids):
         return None

@@ -128,8 +128,8 @@ def pair_of_stages(
         raise _with_other_ways(error, run, cnn_run) from error
     if difference := other_encoder(recorded, encoder.spec.to_json()):
         raise UserError(
-            f"{folder / 'best.pt'}: trained on features of another encoder ({difference}); name the run of its stage "
-            "one with --from-cnn or --from-joint"
+            f"{folder / 'best.pt'}: trained on features of another encoder ({difference}); name the run "
+            "whose net made the features: --from-cnn or --from-joint"
         )
     if about["tool_inputs"]:
         require_same_classes(folder / "best.pt", "tools", about["tool_inputs"], spec.tools, spec.name)
@@ -147,14 +147,14 @@ def pair_of_stages(
 
 
 def _with_other_ways(error: UserError, run: Path, cnn_run: Path | None) -> UserError:
-    """The error, with the alternatives of a run that has stage two, perhaps a joint net, and no stage one."""
+    """The error with what to do instead, for a run that has stage two but not stage one."""
     if cnn_run is not None or (run / CHECKPOINT_STAGE).is_dir():
         return error
     if not (run / FOLDER).is_dir():
         return UserError(f"{error}; or name the run whose stage one made the features with --from-cnn")
     return UserError(
-        f"{error}; this run also has a joint net: --model joint predicts with it, and --from-joint {run.name} uses its "
-        "backbone as the encoder of stage two, if that made the features"
+        f"{error}; this run also has a joint net: add --model joint to predict with it or, if the features came from "
+        f"its backbone, --from-joint {run.name}"
     )
 
 

@@ -73,7 +73,7 @@ def chosen_inference(asked: Inference | None, trained: Inference, phase: PhaseMo
 def other_encoder(trained: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
     """The first difference between the encoder that a model was trained with (`about["encoder"]`) and another (JSON).
 
-    None if there is none, or only in arithmetic, which a machine may not support; a note then reports it.
+    None if there is none, or if only the arithmetic differs (this machine may lack the other); a note then says so.
     """
     changed = differences({**found, **trained}, dict(found))
     if different := [line for line in changed if not line.startswith(("precision", "arithmetic"))]:

@@ -117,7 +117,7 @@ except UserError as error:
 def test_accelerate_that_cannot_be_reset() -> None:
     done = subprocess.run([sys.executable, "-c", ACCELERATE], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert re.fullmatch(
-        r"cnn\.precision: this release of accelerate keeps .*; start the trainings one by one\n", done.stdout
+        r"cnn\.precision: this release of accelerate keeps .*; run each training as a command of its own\n", done.stdout
     )
 
 

@@ -98,7 +98,7 @@ def _package(wanted: Requirement) -> Finding:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
         return Finding(level, name, "not installed", optional or f"run `pip install '{name}{wanted.specifier}'`")
-    if not wanted.specifier.contains(Version(version).base_version):  # of pre-releases too, which vendors ship
+    if not wanted.specifier.contains(Version(version).base_version):  # base_version: vendors ship pre-releases
         to_do = f"run `pip install -U '{name}{wanted.specifier}'`"
         return Finding("FAIL", name, f"{version}, but {wanted.specifier} is required", to_do)
     try:

@@ -255,7 +255,7 @@ def _agreement(index: Index, root: Path, path: Path) -> Finding:
 
 
 def check_folders(config: Config) -> Iterable[Finding]:
-    """Whether the output folders are writable, with space for what these settings will write for the index."""
+    """Whether the output folders are writable, with enough space for what these settings make of the indexed videos."""
     yield from check_folder("runs", config.runs)
     yield from examined("features", lambda: _check_store(config))
     yield from examined("frame cache", lambda: _check_cache(config))

@@ -67,7 +67,7 @@ def match_rows(
     if len(stated) == 2 and stated[0][1] == stated[1][1] and abs(stated[0][0] - stated[1][0]) > 0.02 * stated[0][0]:
         why = f"by their {stated[0][1]} these are {stated[0][0]:g} per second there and {stated[1][0]:g} here"
         raise _unmatched(truth, predicted, annotation_fps, why)
-    stated.sort(key=lambda one: one[1] != "time_s")  # a column of seconds first, since numbers are interpreted
+    stated.sort(key=lambda one: one[1] != "time_s")  # time_s is trusted before a rate inferred from frame numbers
     if stated and stated[0][1] == "frame numbers" and stated[0][0] < 0.999:  # perhaps milliseconds
         stated = []
     return _matched(truth.phase, predicted.phase, stated[0] if stated else None, "row by row")

@@ -196,7 +196,7 @@ def _filled(path: Path, rows: list[list[str]]) -> list[list[str]]:
 
 
 def _refuse_other_forms(path: Path, lines: Sequence[str], spec: DataSetSpec) -> None:
-    """Name the forms that are known and not read."""
+    """Raise UserError for forms of files that are known but not read, naming the form."""
     first = lines[0].strip() if lines else ""
     words = re.split(r"[\t,; ]+", first.casefold())
     if _SEGMENT.fullmatch(first) and folded_name(first) not in class_ids(spec.phases, spec.phase_aliases):

@@ -52,7 +52,7 @@ class Record:
 
     @classmethod
     def _by_field(cls, tree: Any) -> Any:
-        """The fields' values in a JSON object: unknown keys go to the flat field, and missing ones are None."""
+        """The fields' values in a JSON object; keys that are no field are collected in the one marked FLAT, if any."""
         if not isinstance(tree, Mapping):
             return tree
         flat = next((one.name for one in _fields(cls) if one.metadata == FLAT), None)
@@ -301,7 +301,7 @@ class Evaluation(Record):
 
     @classmethod
     def _by_field(cls, tree: Any) -> Any:
-        """As every record, it ignores unknown keys, which a later version may write: they do not make a joint net."""
+        """Unknown keys, which a later version may write, are ignored and do not make it a joint net."""
         known = {one.name for one in (*_fields(cls), *_fields(JointDetails))}
         own = {key: value for key, value in tree.items() if key in known} if isinstance(tree, Mapping) else tree
         return super()._by_field(own)

@@ -132,7 +132,7 @@ def write_ablation_csv(path: Path, trials: Sequence[Trial]) -> None:
 
 
 def _no_formula(cell: Any) -> Any:
-    """Text that a spreadsheet would evaluate, with the leading apostrophe by which spreadsheets mark text."""
+    """Text that a spreadsheet would evaluate gets a leading apostrophe, which marks it as text."""
     text = isinstance(cell, str) and cell.startswith(FORMULA_STARTS)
     return f"'{cell}" if text else cell
 

@@ -215,6 +215,6 @@ _PROVENANCE = {
 
 
 def _settings(runs: Sequence[RunResults]) -> ResultTable | None:
-    """None if the settings do not differ, as for a single run."""
+    """The table of settings in which runs differ; None if there are none, as for a single run."""
     rows, names = differing_settings(runs), [run.name for run in runs]
     return ResultTable("Settings in which the runs differ", "Setting", names, rows) if rows else None

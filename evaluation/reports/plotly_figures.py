@@ -70,7 +70,7 @@ def plain(name: str, letters: int | None = None) -> str:
 
 
 def literal(text: str) -> str:
-    """The name that `plain` was given."""
+    """The inverse of `plain`."""
     return unescape(text.replace("\u200b", ""))
 
 
@@ -133,7 +133,7 @@ def _rows_axis(names: Sequence[str], **more: Any) -> dict[str, Any]:
 
 
 def _place(number: int, count: int) -> dict[str, float]:
-    """The place in its row of one bar of `count`."""
+    """The position within its row of one of `count` bars."""
     height = 0.8 / count
     return {"offset": number * height - 0.4, "width": 0.92 * height}
 
@@ -437,7 +437,7 @@ def training(runs: Sequence[RunResults]) -> Iterator[Figure]:
 
 
 def training_scores(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the validation scores in the epochs' rows that have a number anywhere."""
+    """Names of the validation scores that have a number in any epoch's row."""
     keys = dict.fromkeys(key for row in rows for key in row if key.startswith("val_"))
     return [key for key in keys if any(row.get(key) is not None for row in rows)]
 

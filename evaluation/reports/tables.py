@@ -1,6 +1,6 @@
-"""Tables of results, for a terminal (legible at 80 columns) and for the report's page.
+"""Tables of results for a terminal, legible at 80 columns; each names the convention that its numbers follow.
 
-Those of a terminal are made here; each names the convention its numbers follow.
+The tables of the report's page are in `html_tables`.
 """
 
 from __future__ import annotations

@@ -125,7 +125,8 @@ def find_margin(frames: Iterable[np.ndarray]) -> Box | None:
 
     Each frame (H, W, 3) has its own box: the span of rows and columns of which 5 % are brighter than black. Frames
     without one (dark, scope outside) are ignored, as is a field of less than a quarter of either side. Each side is the
-    quartile that cuts less, so that neither some dark frames nor a few wide ones move the box.
+    outer quartile over the frames (25 % for left and top, 75 % for right and bottom), so that neither some dark frames
+    nor a few wide ones move the box.
     """
     boxes, size = [], (0, 0)
     for frame in frames:

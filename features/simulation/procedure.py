@@ -147,7 +147,7 @@ def _draw_order(rng: np.random.Generator, table: ProcedureTable) -> list[str]:
     }
     candidates = {phase: count for phase, count in table.last_phase.items() if phase in occurs}
     last = _choose(rng, candidates)
-    # The first phase is the first that occurs in the table's order: no transition leads back to it.
+    # Start with the earliest phase in the table that occurs; no transition leads back to it.
     order = [next(phase for phase in table.phases if phase in occurs)]
     left = occurs - {order[0]}
     while left:

@@ -57,7 +57,7 @@ def decode_image(source: Path | BinaryIO, place: str, number: int) -> np.ndarray
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about large images (checked here) and odd camera notes
+            warnings.simplefilter("ignore")  # Pillow's, about large images (checked here) and odd EXIF
             with Image.open(source, formats=_IMAGE_FORMATS) as image:
                 _refuse_odd(image, place)
                 return np.array(ImageOps.exif_transpose(image).convert("RGB"))

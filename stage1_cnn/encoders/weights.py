@@ -80,8 +80,8 @@ def choose(found: Sequence[Found], what: str, source: Path) -> Found:
     best, *rest = sorted(distinct, key=lambda one: one.rank)
     if rest and rest[0].rank == best.rank:
         raise UserError(
-            f"{source}: holds {what} twice with other values, under `{best.place}` and `{rest[0].place}`; "
-            "load it where it was made and save only the one to use"
+            f"{source}: holds {what} twice, with different values, under `{best.place}` and "
+            f"`{rest[0].place}`; load it where it was made and save only one of them"
         )
     return best._replace(passed_over=tuple(one.place for one in rest))
 

@@ -49,8 +49,8 @@ from stage2_temporal.data import TrainingData
 from stage2_temporal.train import SCORE, require_arithmetic, train_temporal
 
 BASE = "base"
-# Trainings claimed at once per core: many if settings are known (processes start once), few if they are drawn, so
-# that the sampler learns from earlier ones.
+# Trainings per claim and core: many if the settings are known, which saves starts of processes; few if they are drawn,
+# so that the sampler learns from earlier ones.
 _CLAIM_KNOWN, _CLAIM_DRAWN = 8, 2
 # A training leaves a GPU idle most of the time, so several share it; each has a CUDA context of its own.
 _MOST_ON_ONE_GPU = 4
@@ -67,7 +67,7 @@ class Unit:
 
     @property
     def frames(self) -> int:
-        """Counts as one for the progress bar."""
+        """1: the progress bar counts trainings."""
         return 1
 
     @property
@@ -91,7 +91,7 @@ class UnitTask:
     _resident: tuple[tuple[Path, bool], TrainingData] | None = None
 
     def __call__(self, unit: Unit, advance: Advance) -> None:
-        """Raises UserError for settings that contradict each other."""
+        """Train the unit. Raises UserError for settings that contradict each other."""
         config = unit_config(self.source, self.overrides, unit)
         data = self._data(unit.features, config)
         with cpu_threads(self.threads), no_bars():  # the table shows the progress
@@ -273,7 +273,7 @@ class _Plan:
                 self.study.tell(trial, score, state=TrialState.FAIL if score is None else TrialState.COMPLETE)
 
     def _claims(self, started: float) -> Iterator[optuna.Trial]:
-        """Queued points or, for ranges, new ones, within the budget."""
+        """The points to train next, within the budget: queued ones or, for ranges, newly drawn ones."""
         while self._budget_left(started) and (self.spec.has_ranges or self._trials(TrialState.WAITING)):
             yield self.study.ask(distributions(self.spec))
 

@@ -25,7 +25,7 @@ NAMED = "setting"  # the parameter that selects one of the named settings
 
 
 def corners(spec: AblationConfig, drawn: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-    """Every combination of the lists and named settings; a range has its two ends, or the value in `drawn`."""
+    """Every combination of the lists and named settings; a range contributes its two ends, or the value in `drawn`."""
     axes: dict[str, Sequence[Any]] = {}
     for key, values in spec.space.items():
         if isinstance(values, list):

@@ -62,8 +62,8 @@ class Head(nn.Module, ABC):
     ) -> HeadOutput:
         """As `forward`, for x (B, T, D) as it is stored, in any float type and not yet standardised.
 
-        A head that overrides this standardises one block of frames after the other, so that the table in fp32, the
-        largest of a whole training, never exists as a whole. `hidden` may then be None.
+        A head that overrides this standardises one block of frames after the other, so that the full fp32 copy, the
+        largest tensor of a training, is never allocated. `hidden` may then be None.
         """
         return self(standardise(x), state, lengths)  # type: ignore[no-any-return]
 

@@ -50,7 +50,7 @@ class Layout:
 
     @classmethod
     def of(cls, lengths: Sequence[int], frames: int, block_rows: int) -> Layout:
-        """For `lengths` (each at least 1) of sequences padded to `frames`."""
+        """The layout of sequences of `lengths` (each at least 1) that are padded to `frames`."""
         length, order = torch.tensor(lengths).sort(descending=True, stable=True)
         running = torch.arange(int(length[0]))[:, None] < length  # (T, B)
         sizes = running.sum(dim=1)
@@ -242,10 +242,11 @@ def _before(table: Tensor, initial: Tensor, layout: Layout, block: Block) -> Ten
 
 
 def _local_gradients(gates: Tensor, tanh_c: Tensor, c_before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The factors of back-propagation, for all rows at once: (N, 4 H), (N, H), (N, H).
+    """The factors of back-propagation for all rows at once: `gate_grad` (N, 4 H), `cell_of_output` (N, H), `f` (N, H).
 
-    The first, times the gradient of the cell (i, f, g) or of the output (o), is the gradient before the activations;
-    the second leads from output to cell, the third from a cell to the one before.
+    `gate_grad` times the gradient of the cell (gates i, f, g) or of the output (gate o) is the gradient before the
+    activations. `cell_of_output` times the gradient of the output is its part of the cell's gradient. The forget gate
+    `f` times the gradient of a cell is the gradient of the cell one frame earlier.
     """
     i, f, g, o = gates.chunk(4, dim=1)
     gate_grad = torch.empty_like(gates)

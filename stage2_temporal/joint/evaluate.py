@@ -165,7 +165,7 @@ def _mapped_tools(truth: GroundTruth, found: Mapping[str, Prediction]) -> ToolRe
 def _thresholds(
     predict: Callable[[Sequence[VideoEntry]], dict[str, Prediction]], index: Index, root: Path, data: DataConfig
 ) -> Mapping[str, float] | None:
-    """Chosen on the validation videos; None if there are none with tool labels, or no tool branch."""
+    """Thresholds (K,) chosen on the validation videos; None if none has tool labels, or the net has no tool branch."""
     val = index.by_split("val")
     labels = {entry.id: sampled_labels(entry, root, index, data).tools for entry in val}
     labels = {name: tools for name, tools in labels.items() if (tools >= 0).any()}

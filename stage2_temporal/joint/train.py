@@ -199,7 +199,7 @@ def initial_net(config: Config, index: Index, start: Start, *, trusted: bool = F
 
 
 def first_backbone(config: Config, start: Start, *, trusted: bool = False) -> Backbone:
-    """`cnn.weights`, which need not be on this machine if another run provides the backbone."""
+    """The backbone with `cnn.weights`; with random ones, which need no file, if another run's will replace them."""
     if start.cnn or start.joint:
         return build_backbone(config.cnn.backbone, "random", config.seed)
     return initial_backbone(config, trusted=trusted)
@@ -244,7 +244,7 @@ def train_step(
     stop: StopRequest,
     processes: Processes,
 ) -> None:
-    """Train one step into `folder` (`best.pt`, `last.pt`, `metrics.jsonl`)."""
+    """Train the step `multitask`, `mapping` or `correlation` into `folder` (`best.pt`, `last.pt`, `metrics.jsonl`)."""
     joint, spans = config.joint, spans_of(data.train)
     seed_everything(config.seed)
     name = f"joint.{step}.precision"
@@ -331,7 +331,8 @@ def score_videos(
 def deciding_score(scores: Mapping[str, float | None], step: str) -> tuple[str, float | None]:
     """The name and value of the score that chooses the best epoch.
 
-    The mapping step: mAP of the mapped prediction. Otherwise phase accuracy and tool mAP, or the mean of both.
+    In the mapping step it is the mAP of the mapped prediction, otherwise phase accuracy or tool mAP; their mean if the
+    net has both.
     """
     keys = ("val_map_mapped",) if step == "mapping" else ("val_accuracy", "val_map")
     found = {key: value for key in keys if (value := scores.get(key)) is not None}
@@ -352,7 +353,7 @@ _SCORE_NAMES = {
 
 
 def _stages(config: Config, run: Path, index: Index, files: Mapping[str, Path]) -> dict[str, StageFolder]:
-    """The folder of each step, whose identity includes the steps before it, and the correlation only if computed."""
+    """The folder of each step. Its identity includes the steps before it, and the correlation loss where it is used."""
     joint = config.joint
     common = {
         **frames_identity(config, index),

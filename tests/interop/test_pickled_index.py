@@ -191,7 +191,7 @@ def test_a_validation_part_within_the_test_part_is_test(root: Path, tmp_path: Pa
     file = write(tmp_path / "x.pkl", in_parts([videos[:2], videos[2:3], videos[2:]]))
     index = index_from_pickles(config_of(root), [file], phase_order="mtrcnet")
     assert [entry.split for entry in index.videos] == ["train"] * 2 + ["test"] * (len(videos) - 2)
-    assert f"in the parts val and test, used for test: {index.videos[2].id}" in capsys.readouterr().err
+    assert f"videos in both val and test are used for test: {index.videos[2].id}" in capsys.readouterr().err
     changed = [*videos[2][:-1], [*videos[2][-1][:-1], (videos[2][-1][-1] + 1) % 7]]
     for parts in ([videos[:2], [changed], videos[2:]], [videos[:2], videos[1:2], videos[2:]]):
         write(file, in_parts(parts))
@@ -309,7 +309,7 @@ def test_frames_without_a_label_are_left_out_and_reported(
     assert written == [videos[0][:-1], videos[1], videos[3]]
     said = capsys.readouterr().err
     assert "left out: 37 sampled frames that lack a label" in said
-    assert "1 videos outside its parts or without labels: video03" in said
+    assert "1 videos that are not in this layout's splits, or without labels: video03" in said
     message = refusal(lambda: pickle_from_index(config, out, layout="cholec80", phase_order="tf-cholec80"))
     assert "--force" in message
 

@@ -158,7 +158,7 @@ def test_children_by_number_of_another_net_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda w, o: {"a": w, "b": o}, "holds small twice with other values, under `a.` and `b.`; load it where"),
+        (lambda w, o: {"a": w, "b": o}, "holds small twice, with different values, under `a.` and `b.`; load it where"),
         (
             lambda w, o: {"x": {n: t for n, t in w.items() if n != "bn1.weight"}},
             "does not hold weights of small (under `x.`: bn1.weight is missing; the file has x.conv1.weight",
