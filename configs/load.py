@@ -12,8 +12,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from configs.ablation import AblationConfig
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, did_you_mean, one_line
-from configs.schema import DEFAULT_HEAD, HEAD_SETTINGS, AblationConfig, Config, DataSetSpec, HeadSettings
+from configs.schema import DEFAULT_HEAD, HEAD_SETTINGS, Config, HeadSettings
 
 PRESETS = Path(__file__).resolve().parent
 DEFAULT_PRESET = "cholec80"

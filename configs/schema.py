@@ -3,15 +3,13 @@
 The default of a block is its class called without arguments, so that setting one value in it changes that value alone;
 a block that needs other defaults (`joint.sequence`) has its own class.
 
-`Config` contains all settings of a run; `DataSetSpec` describes a data set (class names and order, file name patterns,
-rate, published splits). `configs.load` reads both from YAML.
+`Config` contains all settings of a run; `configs.load` reads it from YAML.
 """
 
 from __future__ import annotations
 
 import re
-import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -21,10 +19,8 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    FiniteFloat,
     SerializeAsAny,
     SerializerFunctionWrapHandler,
-    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
@@ -34,7 +30,6 @@ from configs.errors import UserError
 from configs.registry import Registry
 
 MAX_FPS = 10_000.0  # cameras with a thousand frames per second exist; larger rates are damaged values
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet evaluates CSV cells that start with one of these
 Precision = Literal["auto", "native", "fp32", "bf16", "fp16"]
 
 
@@ -60,148 +55,6 @@ class OmitsDefaults(Strict):
             for name, value in dump(self).items()
             if name not in self.OMITTED or getattr(self, name) != fields[name].default
         }
-
-
-# ---------------------------------------------------------------------------------------------- data sets
-
-_HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
-_BREAK = re.compile(r"[\s_\-\u2010-\u2015/,.]+")
-
-
-def folded_name(name: str) -> str:
-    """A class name without the differences between spellings: case, blanks, hyphens, underscores, "and" and "&".
-
-    "clipping & cutting", "Clipping-and-cutting" and "ClippingCutting" are equal; "Step 1-1" and "Step 11" are not.
-    """
-    text = _HUMP.sub(" ", unicodedata.normalize("NFKC", name).replace("&", " and ")).casefold()
-    words = [word for word in _BREAK.split(text) if word]
-    kept = [word for word in words if word != "and"] or words
-    return re.sub(r"(?<!\d) | (?!\d)", "", " ".join(kept))
-
-
-def class_ids(names: Sequence[str], aliases: Mapping[str, str]) -> dict[str, int]:
-    """The number of each class by `folded_name`, aliases included."""
-    numbers = {name: number for number, name in enumerate(names)}
-    spellings = [*numbers.items(), *((alias, numbers[name]) for alias, name in aliases.items())]
-    return {folded_name(spelling): number for spelling, number in spellings}
-
-
-# File name extensions of the containers that are read to the last frame.
-VIDEO_ENDINGS = (
-    *("mp4", "m4v", "mov", "qt", "f4v", "3gp", "3g2", "avi", "divx", "mkv", "webm", "ogv", "flv", "mxf", "dv"),
-    *("mpg", "mpeg", "mod", "vob", "ts", "mts", "m2ts", "m2t", "wmv", "asf"),
-)
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff")
-
-
-def file_pattern(pattern: str) -> re.Pattern[str]:
-    """A compiled pattern for file names, in which `{video}` and `{image}` match any extension that can be read."""
-    for name, endings in (("{video}", VIDEO_ENDINGS), ("{image}", IMAGE_ENDINGS)):
-        pattern = pattern.replace(name, f"({'|'.join(endings)})")
-    return re.compile(pattern, re.IGNORECASE)
-
-
-class FilePatterns(Strict):
-    """Regular expressions for file names (never whole paths), which must match in full, ignoring case.
-
-    Folder names differ between copies of a data set, so files are found by name anywhere below the root. `video`,
-    `frames`, `phase`, `tool` and `tfrecord` need a group `id`; `frame` (an image in a frame folder) needs a group
-    `frame`. `{video}` and `{image}` match every extension that can be read (`file_pattern`).
-    """
-
-    video: str
-    frames: str
-    # video01_000025.jpg, 25.png, img00001.jpg, frame0.jpg; (1).jpg and frame (1).jpg, but not the copy 000001 (1).jpg
-    frame: str = (
-        r"((.*[_-])?(frame|image|img|im|picture|pic|output|out|f|i)? ?|(?P<bracket>\D*\())"
-        r"(?P<frame>\d+)(?(bracket)\))\.{image}"
-    )
-    phase: str
-    tool: str
-    tfrecord: str | None = None
-
-    @field_validator("video", "frames", "frame", "phase", "tool", "tfrecord")
-    @classmethod
-    def _compiles(cls, pattern: str | None, info: ValidationInfo) -> str | None:
-        if pattern is None:
-            return None
-        group = "frame" if info.field_name == "frame" else "id"
-        try:
-            names = file_pattern(pattern).groupindex
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from error
-        if group not in names:
-            raise ValueError(f"needs a named group (?P<{group}>...)")
-        return pattern
-
-    def compiled(self, role: str) -> re.Pattern[str]:
-        """The pattern of a role (`video`, `frames`, ...); one that is not given matches nothing."""
-        return file_pattern(getattr(self, role) or "(?!)")
-
-
-class NamedSplit(Strict):
-    """A published split: video ids or shell patterns (`workflow_video_*`) that match in full."""
-
-    train: tuple[str, ...] = ()
-    val: tuple[str, ...] = ()
-    test: tuple[str, ...] = ()
-
-
-class DataSetSpec(OmitsDefaults):
-    """The description of a data set, so that adding one takes a YAML file and no code."""
-
-    OMITTED = frozenset({"background"})
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    title: str = ""
-    source: str = ""
-    annotation_fps: float = Field(gt=0, le=MAX_FPS, description="rate at which annotation files number frames")
-    phases: tuple[str, ...] = Field(min_length=2, max_length=127)  # ids are int8
-    tools: tuple[str, ...] = Field((), max_length=127)
-    phase_aliases: dict[str, str] = {}
-    tool_aliases: dict[str, str] = {}
-    background: tuple[str, ...] = Field(
-        (),
-        description="phases in which nothing happens; excluded from segmental metrics (edit score, F1 at an overlap)",
-    )
-    phase_orders: dict[str, tuple[str, ...]] = Field(
-        {}, description="other orders of the phases in use, by name; for files that contain numbers instead of names"
-    )
-    id_format: str = Field("video{number:02d}", description="format of the video id, for numeric ids")
-    patterns: FilePatterns
-    splits: dict[str, NamedSplit] = Field({}, description="published splits that `data.split.rule` can name")
-    default_split: str = "60%/20%/20%"
-
-    @model_validator(mode="after")
-    def _names_are_consistent(self) -> DataSetSpec:
-        for kind, names, aliases in (
-            ("phases", self.phases, self.phase_aliases),
-            ("tools", self.tools, self.tool_aliases),
-        ):
-            if len(set(names)) != len(names):
-                raise ValueError(f"{kind} names repeat")
-            for name in names:
-                if name.startswith(FORMULA_STARTS):
-                    raise ValueError(
-                        f"{kind} name {name[:40]!r} would be a formula to a spreadsheet; let it start with a letter"
-                    )
-            for alias, target in aliases.items():
-                if target not in names:
-                    raise ValueError(f"alias {alias!r} points to {target!r}, which is not one of the {kind}")
-            meant: dict[str, str] = {}
-            for spelling, name in [*((name, name) for name in names), *aliases.items()]:
-                if meant.setdefault(folded_name(spelling), name) != name:
-                    raise ValueError(
-                        f"{spelling!r} of the {kind} cannot be told apart from {meant[folded_name(spelling)]!r}"
-                    )
-        for name, order in self.phase_orders.items():
-            if sorted(order) != sorted(self.phases):
-                raise ValueError(f"phase_orders.{name} does not contain each phase exactly once")
-        if unknown := [name for name in self.background if name not in self.phases]:
-            raise ValueError(f"background {unknown[0]!r} is not one of the phases")
-        return self
-
-
-# ---------------------------------------------------------------------------------------------- settings
 
 
 class SplitConfig(Strict):
@@ -651,87 +504,6 @@ class JointConfig(Strict):
         if self.correlation and not self.mapping:
             raise ValueError("step correlation needs step mapping before it; give joint.mapping too")
         return self
-
-
-class RangeConfig(Strict):
-    """A range of values in the space of an ablation, of integers if both ends are."""
-
-    low: int | FiniteFloat
-    high: int | FiniteFloat
-    log: bool = Field(False, description="draw uniformly on a logarithmic scale")
-
-    @model_validator(mode="after")
-    def _is_range(self) -> RangeConfig:
-        if not self.low < self.high or (self.log and self.low <= 0):
-            raise ValueError(f"low {self.low} must be below high {self.high}, and above 0 with log")
-        return self
-
-
-Choice = None | bool | int | FiniteFloat | str
-# Keys of an ablation that select other features than its base: a folder, or the run whose `extract` wrote them.
-FEATURE_KEYS = ("features", "features_of_run")
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
-
-class BudgetConfig(Strict):
-    trials: int | None = Field(None, ge=1, description="number of trainings: settings, the base included, times seeds")
-    minutes: float | None = Field(None, gt=0, description="time after which no further setting is started")
-
-
-class AblationConfig(Strict):
-    """The trials of `ablate`: every combination of `space` (lists), or as many draws as the budget allows (ranges)."""
-
-    title: str = ""
-    base: str = Field(description="preset or file of settings that all trials are based on")
-    space: dict[str, list[Choice] | RangeConfig] = Field({}, description="settings by dotted key")
-    settings: dict[str, dict[str, Choice]] = Field(
-        {}, description="named sets of changes, each combined with every point of the space"
-    )
-    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
-    budget: BudgetConfig = BudgetConfig()
-
-    @model_validator(mode="after")
-    def _says_what_to_try(self) -> AblationConfig:
-        if not (self.space or self.settings):
-            raise ValueError("nothing to try: give space or settings")
-        if any(isinstance(values, list) and not values for values in self.space.values()):
-            raise ValueError("space: a list is empty")
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError("seeds repeat")
-        tried: list[Sequence[object]] = [values for values in self.space.values() if isinstance(values, list)]
-        tried.append([*self.settings.values()])
-        if any(value in values[:place] for values in tried for place, value in enumerate(values)):
-            raise ValueError("space or settings: two trials are identical")
-        keys = [*self.space, *(key for changes in self.settings.values() for key in changes)]
-        if other := [key for key in keys if not key.startswith("temporal.") and key not in FEATURE_KEYS]:
-            raise ValueError(
-                f"{other[0]}: only settings of stage two (temporal) can be compared, and {' or '.join(FEATURE_KEYS)}"
-            )
-        self._names_features()
-        for name, changes in self.settings.items():
-            if twice := [key for key in changes if key in self.space]:
-                raise ValueError(f"settings.{name}: {twice[0]} is also in space; give it in one of them")
-        if self.has_ranges and self.budget.trials is None and self.budget.minutes is None:
-            raise ValueError("ranges need a limit: give budget.trials or budget.minutes")
-        return self
-
-    def _names_features(self) -> None:
-        """Raise ValueError if features are named twice, or by something other than a name."""
-        for changes in (*self.settings.values(), {}):
-            named = [key for place in (changes, self.space) for key in FEATURE_KEYS if key in place]
-            if len(named) > 1:
-                raise ValueError(f"{' and '.join(dict.fromkeys(named))}: features are named twice; give one of them")
-        for key in FEATURE_KEYS:
-            values: list[object] = [changes[key] for changes in self.settings.values() if key in changes]
-            space = self.space.get(key, [])
-            values += space if isinstance(space, list) else [space]
-            if wrong := [value for value in values if not (isinstance(value, str) and value)]:
-                raise ValueError(f"{key}: expected a name, got {wrong[0]!r}")
-
-    @property
-    def has_ranges(self) -> bool:
-        """Whether settings are drawn from ranges rather than enumerated."""
-        return any(isinstance(values, RangeConfig) for values in self.space.values())
 
 
 class CudaConfig(Strict):

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
-from configs.schema import DataSetSpec
 from engine.files import read_json
 from engine.progress import say
 from evaluation.external import Reading, score_folder, write_results

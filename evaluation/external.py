@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, listed
-from configs.schema import DataSetSpec
 from engine.files import require_replaceable_json, write_json
 from engine.progress import say
 from evaluation.files.matching import Matched, match_rows

@@ -6,8 +6,8 @@ import re
 import unicodedata
 from urllib.parse import unquote
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
-from configs.schema import DataSetSpec
 
 # Of a file name's 255 bytes, so that what is appended to an id (`-phase.txt`) still fits.
 MAX_STEM_BYTES = 240

@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
-from configs.schema import DataSetSpec, HeadSettings, JointNetConfig, LstmHead
+from configs.schema import HeadSettings, JointNetConfig, LstmHead
 from features.dataset.phase_order import ids_of_order
 from stage1_cnn.encoders.backbone import build_backbone
 from stage1_cnn.encoders.weights import misfits

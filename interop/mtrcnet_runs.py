@@ -17,7 +17,7 @@ from engine.files import read_json_object, sha256_file
 from engine.progress import say
 from engine.runs import RESULT_FILE, StageFolder, StageIdentity, require_same_classes
 from features.dataset.phase_order import describe_order, parse_phase_order
-from features.frames.preprocess import require_preprocess_of
+from features.frames.settings_match import require_preprocess_of
 from interop.mtrcnet_checkpoints import (
     NORMALISATIONS,
     UNITS,

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, listed
 from configs.load import load_dataset
-from configs.schema import Config, DataConfig, DataSetSpec, SplitConfig
+from configs.schema import Config, DataConfig, SplitConfig
 from engine.files import atomic_path, inside
 from engine.progress import say
 from features.dataset.annotations import (

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
-from configs.schema import DataSetSpec
 from engine.progress import say
 from features.dataset.splits import Split
 from interop.safe_pickle import load_plain

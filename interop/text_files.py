@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from configs.load import load_dataset
-from configs.schema import Config, DataSetSpec
+from configs.schema import Config
 from engine.files import inside, make_folder, write_text
 from engine.progress import say
 from evaluation.files.predictions import TOOLS_ALONE, read_prediction_csv

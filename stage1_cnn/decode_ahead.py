@@ -21,7 +21,8 @@ from engine.pool import VIDEO_ERRORS, attempt, failure_reason, serve_parent, wor
 from engine.progress import progress_bar, say
 from engine.stopping import StopRequest
 from features.dataset.index import Index
-from features.frames.source import encoded_at_once, frame_batches, open_frames
+from features.frames.source import frame_batches, open_frames
+from stage1_cnn.encoders.encoder import encoded_at_once
 from stage1_cnn.segments import Rows, VideoJob
 from stage1_cnn.video_features import ExtractTask
 

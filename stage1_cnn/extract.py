@@ -28,12 +28,12 @@ from engine.stopping import StopRequest
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Index, VideoEntry
 from features.dataset.sampling import frame_times_s, sampled_frames
-from features.frames.source import encoded_at_once, require_indexed_annotations, require_indexed_source, source_identity
+from features.frames.source import require_indexed_annotations, require_indexed_source, source_identity
 from features.store import EncoderSpec, feature_path, read_features, verify_file
 from features.store_folder import ENCODER_FILE, INDEX_FILE, clear_fault, prepare_folder, record_fault
 from stage1_cnn.decode_ahead import work_ahead
 from stage1_cnn.encoders.calibration import FromTrainingFrames
-from stage1_cnn.encoders.encoder import Encoder, load_encoder
+from stage1_cnn.encoders.encoder import Encoder, encoded_at_once, load_encoder
 from stage1_cnn.encoders.pretrained import weights_identity
 from stage1_cnn.segments import Assembly, VideoJob, split_among
 from stage1_cnn.video_features import ExtractTask, label_attributes

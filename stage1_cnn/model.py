@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, one_line
-from configs.schema import Config, DataSetSpec
+from configs.schema import Config
 from engine.checkpoints import load_checkpoint
 from engine.processes import Processes
 from stage1_cnn.encoders.backbone import Backbone, build_backbone, freeze_batch_norm, initial_backbone

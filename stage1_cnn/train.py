@@ -29,7 +29,7 @@ from evaluation.metrics.tools import pooled_map
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Index
 from features.dataset.sampling import sampled_frames
-from features.frames.source import cache_readable, frames_identity, recorded_faults
+from features.frames.training_cache import cache_readable, frames_identity, recorded_faults
 from stage1_cnn.data import (
     ClipDataset,
     FrameLoader,

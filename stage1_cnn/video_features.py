@@ -22,12 +22,12 @@ from engine.memory import keep_freed_memory
 from engine.pool import Advance
 from features.dataset.index import Index, VideoEntry
 from features.dataset.labels import sampled_labels
-from features.frames.source import can_start_inside, encoded_at_once, frame_batches, open_frames, source_identity
+from features.frames.source import can_start_inside, frame_batches, open_frames, source_identity
 from features.store import EncoderSpec, FeatureWriter, feature_path, rewrite_labels, write_features
 from features.store_folder import estimate_bytes
 from features.video_labels import VideoLabels
 from stage1_cnn.encoders.calibration import FromTrainingFrames
-from stage1_cnn.encoders.encoder import Encoder, load_encoder
+from stage1_cnn.encoders.encoder import Encoder, encoded_at_once, load_encoder
 from stage1_cnn.segments import Rows, VideoJob, places_of, read_part, read_provenance, write_part
 
 

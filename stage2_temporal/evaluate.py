@@ -33,7 +33,7 @@ from evaluation.reports.tables import comparison_table, phase_table, tool_table
 from features.dataset.catalogue import known_root, say_left_out
 from features.dataset.index import Index
 from features.dataset.labels import unlabelled_note
-from features.frames.preprocess import require_features_of
+from features.frames.settings_match import require_features_of
 from features.ids import file_stem, natural_key
 from features.store import VideoFeatures, feature_path, recorded_encoder
 from features.store_folder import (

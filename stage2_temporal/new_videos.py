@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys, load_dataset
-from configs.schema import Config, DataSetSpec, PreprocessConfig
+from configs.schema import Config, PreprocessConfig
 from engine.device import choose_device, choose_precision, lower_precision, start_stage
 from engine.files import NoRoomError, atomic_path, inside, make_folder, read_json, sha256_file, write_json
 from engine.pool import VIDEO_ERRORS, failure_reason
@@ -32,12 +33,13 @@ from evaluation.reports.paper_figures import phase_ribbons
 from features.dataset.build import index_of_source
 from features.dataset.index import Index, VideoEntry
 from features.dataset.sampling import frame_times_s, sampled_frames
-from features.frames.preprocess import crop_frames, normalise, preprocess_from_json, require_preprocess_of
-from features.frames.source import encoded_at_once, frame_batches, open_source, source_frames
+from features.frames.preprocess import crop_frames, normalise, preprocess_from_json
+from features.frames.settings_match import require_preprocess_of
+from features.frames.source import frame_batches, open_source, source_frames
 from features.ids import file_stem
 from features.video.write import encode_mp4
 from stage1_cnn.encoders.calibration import FromStore
-from stage1_cnn.encoders.encoder import load_encoder
+from stage1_cnn.encoders.encoder import encoded_at_once, load_encoder
 from stage1_cnn.encoders.pretrained import CHECKPOINT_STAGE
 from stage2_temporal.data import with_tool_logits
 from stage2_temporal.heads.base import require_causal

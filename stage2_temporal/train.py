@@ -34,7 +34,7 @@ from engine.session import TrainingSession
 from engine.stopping import StopRequest
 from evaluation.metrics.phases import majority_phase
 from features.dataset.catalogue import say_left_out
-from features.frames.preprocess import require_features_of
+from features.frames.settings_match import require_features_of
 from stage2_temporal.data import (
     NO_LABEL,
     FeatureBank,

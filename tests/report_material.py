@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.dataset_spec import DataSetSpec
 from configs.load import load_config, load_dataset, to_yaml
-from configs.schema import DataSetSpec
 from engine.files import write_json, write_text
 from engine.runs import environment, update_summary
 from evaluation.metrics.results import JointDetails

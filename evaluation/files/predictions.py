@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
-from configs.schema import DataSetSpec
 from engine.files import read_bounded, write_text
 
 TOOLS_ALONE = "tool_predictions"  # replaces `predictions` for nets without a phase branch

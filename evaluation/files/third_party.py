@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.dataset_spec import DataSetSpec, class_ids, folded_name
 from configs.errors import UserError
-from configs.schema import DataSetSpec, class_ids, folded_name
 from features.dataset.annotations import NO_LABEL, read_content, shown_cell, text_lines, unknown_class
 from features.dataset.phase_order import ids_of_order
 from features.ids import id_of_stem, natural_key, normal_id, numbered_id

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, one_line
-from configs.schema import DataSetSpec
 from engine.files import read_json, write_json
 from features.run_lengths import runs
 from features.video.mp4 import MAX_FRAMES

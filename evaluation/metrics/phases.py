@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.dataset_spec import class_ids, folded_name
 from configs.errors import UserError
-from configs.schema import class_ids, folded_name
 from evaluation.metrics.conventions import CONVENTIONS
 from evaluation.metrics.counts import PhasePair, label_pairs
 from evaluation.metrics.results import PhaseAbout, PhaseResults

@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from configs.schema import folded_name
+from configs.dataset_spec import folded_name
 from evaluation.metrics.conventions import CONVENTIONS, DROPPED, OVER_PHASES, FrameConvention, mean_known
 from evaluation.metrics.counts import BoolArray, FloatArray, IntArray, PhasePair, PhaseTable, strict_right
 from evaluation.metrics.results import Score

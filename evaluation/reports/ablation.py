@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from configs.schema import FORMULA_STARTS
+from configs.dataset_spec import FORMULA_STARTS
 from engine.files import write_text
 from evaluation.reports.templates import template_environment
 

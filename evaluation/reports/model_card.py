@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
+from configs.dataset_spec import DataSetSpec
 from configs.load import read_yaml
-from configs.schema import DataSetSpec
 from engine.files import read_json_object, write_text
 from evaluation.metrics.results import Evaluation, Score
 from evaluation.metrics.scores import metric_title

@@ -3,9 +3,9 @@
 A file is tab-separated UTF-8 text with a header: `Frame<TAB>Phase` and one phase name per row, or
 `Frame<TAB>Grasper<TAB>...` and a 0 or 1 per tool; -1 or an empty cell is no label. Frame numbers increase in fixed
 steps (the stride), which are inferred from the Frame column; rows may be missing. What the numbers count is decided in
-`features.dataset.row_numbers`. Class names are compared by `configs.schema.folded_name`. Tolerated is what editors and
-programs add without changing the meaning: a byte-order mark, CRLF, blank lines at the end, tabs and blanks at the end
-of a line. Everything else is an error that names file, row (the first row below the header is 1) and line.
+`features.dataset.row_numbers`. Class names are compared by `configs.dataset_spec.folded_name`. Tolerated is what
+editors and programs add without changing the meaning: a byte-order mark, CRLF, blank lines at the end, tabs and blanks
+at the end of a line. Everything else is an error that names file, row (the first row below the header is 1) and line.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.dataset_spec import DataSetSpec, class_ids, folded_name
 from configs.errors import UserError, did_you_mean
-from configs.schema import DataSetSpec, class_ids, folded_name
 from engine.files import read_bounded, write_text
 from engine.sniff import recognise_start
 

@@ -9,8 +9,9 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, printable
-from configs.schema import DataConfig, DataSetSpec
+from configs.schema import DataConfig
 from engine.files import below_root
 from engine.sniff import recognise_file
 from features.dataset.annotations import LabelTrack

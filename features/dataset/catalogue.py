@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, listed, printable
 from configs.load import load_dataset
-from configs.schema import Config, DataConfig, DataSetSpec
+from configs.schema import Config, DataConfig
 from engine.files import LinkedRoot
 from engine.progress import progress_bar, say
 from features.dataset.build import build_index

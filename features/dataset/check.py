@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
-from configs.schema import DataSetSpec
 from engine.files import inside
 from features.dataset.frame_folders import scan_folder, source_frames
 from features.dataset.index import Index, Progress, VideoEntry

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from configs.dataset_spec import DataSetSpec, FilePatterns
 from configs.errors import UserError, listed
-from configs.schema import DataConfig, DataSetSpec, FilePatterns
+from configs.schema import DataConfig
 from engine.files import LinkedRoot, inside
 from engine.sniff import holds_video
 from features.dataset.unmatched import (

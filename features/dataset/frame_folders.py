@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
-from configs.schema import DataConfig, DataSetSpec
+from configs.schema import DataConfig
 from engine.files import inside, sha256_file
 from features.dataset.annotations import LabelTrack
 from features.dataset.discover import checked_path, sorted_entries

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
-from configs.schema import MAX_FPS, DataSetSpec, OmitsDefaults
+from configs.schema import MAX_FPS, OmitsDefaults
 from engine.files import read_json, sha256_json, write_json
 from features.dataset.layouts import FolderLayout, RecordLayout
 from features.dataset.row_numbers import RowNumbering

@@ -11,8 +11,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, listed
-from configs.schema import DataConfig, DataSetSpec
+from configs.schema import DataConfig
 from engine.files import inside
 from features.dataset.annotations import LabelTrack, parse_phases, parse_tools, read_content, row_error
 from features.dataset.index import AnnotationFile, Index, VideoEntry

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from configs.schema import DataSetSpec, OmitsDefaults, Strict
+from configs.dataset_spec import DataSetSpec
+from configs.schema import OmitsDefaults, Strict
 from engine.files import sha256_json
 from features.dataset.annotations import LabelTrack
 from features.dataset.phase_order import ids_of_order

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.dataset_spec import DataSetSpec, class_ids, folded_name
 from configs.errors import UserError
-from configs.schema import DataSetSpec, class_ids, folded_name
 from engine.files import read_bounded
 
 MAX_FILE_BYTES = 1 << 16

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
-from configs.schema import DataSetSpec
 from engine.files import inside, sha256_ends, sha256_file
 from features.dataset.frame_folders import FolderScan
 from features.dataset.layouts import FolderLayout, RecordLayout

@@ -8,8 +8,9 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
+from configs.dataset_spec import DataSetSpec, NamedSplit
 from configs.errors import UserError, did_you_mean
-from configs.schema import DataSetSpec, NamedSplit, SplitConfig
+from configs.schema import SplitConfig
 from features.ids import normal_id
 
 Split = Literal["train", "val", "test", "none"]

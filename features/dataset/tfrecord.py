@@ -26,8 +26,8 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
-from configs.schema import DataSetSpec
 from engine.sniff import recognise_file
 from features.dataset.layouts import RecordLayout
 from features.ids import id_key

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
-from configs.schema import IMAGE_ENDINGS, VIDEO_ENDINGS, DataSetSpec, FilePatterns, file_pattern
+from configs.dataset_spec import IMAGE_ENDINGS, VIDEO_ENDINGS, DataSetSpec, FilePatterns, file_pattern
 
 # Video that is not read: streams without a container, and so without times, and containers that decode wrongly.
 _STREAMS = ("h264", "264", "avc", "h265", "265", "hevc", "m1v", "m2v", "mpv")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -16,24 +15,14 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import Config
-from engine.device import choose_device
 from engine.files import (
-    below_root,
     inside,
-    read_json_object,
-    remove_stale_temporaries,
-    require_free_bytes,
     sha256_ends,
     sha256_file,
 )
-from engine.pool import Advance, VideoFault, choose_processes, work_through
-from engine.processes import Processes
-from engine.progress import say
-from engine.runs import ABSENT, IDENTITY_FILE
-from engine.stopping import StopRequest
 from features.dataset.frame_folders import frame_folder, scan_folder
 from features.dataset.index import Index, VideoEntry
-from features.dataset.sampling import in_whole_steps, sampled_frames
+from features.dataset.sampling import sampled_frames
 from features.dataset.tfrecord import TfrecordReader
 from features.frames.cache import CacheRequest, FrameCache
 from features.frames.preprocess import Geometry
@@ -42,15 +31,6 @@ from features.video.base import FrameReader
 from features.video.images import FolderReader
 from features.video.open import open_video
 from features.video.scan import has_many_starts
-
-# A CPU's caches hold the activations of a small batch per core; a GPU needs many frames at once.
-_CPU_BATCH_FRAMES, _GPU_BATCH_FRAMES = 8, 64
-
-
-def encoded_at_once(config: Config) -> int:
-    """Frames per batch in inference: `extract.batch_frames`, or a size that suits the device."""
-    on_cpu = choose_device(config.device).type == "cpu"
-    return config.extract.batch_frames or (_CPU_BATCH_FRAMES if on_cpu else _GPU_BATCH_FRAMES)
 
 
 def source_identity(entry: VideoEntry) -> SourceIdentity:
@@ -183,104 +163,7 @@ def frame_batches(frames: Iterable[NDArray[np.uint8]], batch_frames: int) -> Ite
         yield np.stack(batch)
 
 
-def frames_identity(config: Config, index: Index) -> dict[str, Any]:
-    """What training on frames depends on besides its net: settings, labels, sources and splits of the videos used.
-
-    Fields of a `StageIdentity`. Paths, the reader (readers are bit-identical) and a lossless cache's codec are not part
-    of it. Videos that this training could not read are (`recorded_faults` reads them back); those that were never
-    indexed are not.
-    """
-    used = index.model_copy(update={"videos": (*index.by_split("train"), *index.by_split("val"))})
-    fps = config.data.fps
-    by_time = not all(in_whole_steps(video, fps, sampled_frames(video, fps)) for video in used.videos)
-    faults = {video.id: {"reason": video.reason, "source": video.source} for video in index.left_out if video.source}
-    return {
-        "left_out": faults or ABSENT,
-        "sampled": "by time" if by_time else ABSENT,  # earlier versions sampled other frames there
-        "seed": config.seed,
-        "videos_sha256": used.digest(),
-        "fps": fps,
-        "tools_between_rows": config.data.tools_between_rows,
-        "preprocess": config.preprocess.model_dump(mode="json"),
-        "frames": f"jpeg {config.cache.jpeg_quality}" if config.cache.codec == "jpeg" else "lossless",
-    }
-
-
 def _provenance_of_cache(path: Path) -> dict[str, str]:
     with h5py.File(path, "r", locking=False) as file:
         made_by = {name: str(file.attrs[name]) for name in ("reader", "reader_version")}
     return {**made_by, "frames_from": "cache"}
-
-
-@dataclass(frozen=True)
-class _CacheJob:
-    """One video to decode into the cache."""
-
-    entry: VideoEntry
-    frames: int
-
-
-def _decode_into_cache(config: Config, root: Path, index: Index, job: _CacheJob, advance: Advance) -> None:
-    request = cache_request(config, job.entry, root, index)
-    frame_cache(config).ensure(request, lambda done: advance(1))
-
-
-def recorded_faults(folder: Path, index: Index) -> list[tuple[str, str]]:
-    """Unreadable videos that the training in `folder` has left out, with reasons; changed sources are tried again."""
-    path = folder / IDENTITY_FILE
-    left_out = read_json_object(path).get("left_out", {}) if path.exists() else {}
-    found = [
-        (entry.id, left_out[entry.id]["reason"])
-        for entry in index.videos
-        if entry.id in left_out and left_out[entry.id]["source"] == entry.sha256_ends
-    ]
-    if found:
-        say(f"{folder}: was started without {len(found)} of these videos; another --name tries them again")
-    return found
-
-
-def cache_readable(config: Config, index: Index, root: Path, processes: Processes, stop: StopRequest) -> Index:
-    """Decode training and validation videos into the cache; the index without those that cannot be read.
-
-    Raises UserError if that leaves a split without videos, and for what `fill_cache` raises it.
-    """
-    videos = processes.share([*index.by_split("train"), *index.by_split("val")])
-    parts = processes.together(lambda: fill_cache(config, index, root, videos, stop))
-    index = index.without(fault for part in parts for fault in part)
-    index.require_videos("train", "val")
-    return index
-
-
-def fill_cache(
-    config: Config, index: Index, root: Path, entries: Sequence[VideoEntry], stop: StopRequest
-) -> list[tuple[str, str]]:
-    """Decode those of `entries` that the cache does not hold, several videos at once, with progress.
-
-    Returns the videos that cannot be read, and why. Raises UserError if a video could not be decoded for a reason
-    that does not lie in its files, and before any work when the disk is too full or a source has changed; Stopped when
-    asked to stop. Videos that were finished by then are kept.
-    """
-    cache = frame_cache(config)
-    jobs = []
-    for entry in entries:
-        request = cache_request(config, entry, root, index)
-        if cache.problem(request) is not None:
-            try:
-                require_indexed_source(entry, root, index)
-            except ChangedSource:
-                raise
-            except UserError:
-                pass  # the job reports it, and leaves out this video only
-            jobs.append(_CacheJob(entry, len(request.frame_index)))
-    if not jobs:
-        return []
-    needed = sum(cache.estimate_bytes(job.frames) for job in jobs)
-    require_free_bytes(cache.folder, needed, f"caching frames of {len(jobs)} video(s)")
-    task = partial(_decode_into_cache, config, root, index)
-    work = work_through(task, jobs, choose_processes(-1, jobs), "decode frames", stop)
-    failed = [(job.entry.id, reason) for job, reason in work if reason is not None]
-    remove_stale_temporaries(cache.folder)  # of processes that died
-    if lost := [fault for fault in failed if not isinstance(fault[1], VideoFault)]:
-        others = f" (and {len(lost) - 1} more video{'s' * (len(lost) > 2)})" if len(lost) > 1 else ""
-        raise UserError(f"{lost[0][0]}: {lost[0][1]}{others}; start again: it resumes where it stopped")
-    return [(video_id, below_root(reason, root)) for video_id, reason in failed]

@@ -23,8 +23,9 @@ import yaml
 from pydantic import Field
 
 import configs
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
-from configs.schema import DataSetSpec, Strict
+from configs.schema import Strict
 
 TABLE_PATH = Path(configs.__file__).parent / "simulation" / "cholec80.yaml"
 # The most tools in a set that the table does not list: there are four trocars.

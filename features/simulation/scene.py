@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from PIL import Image, ImageFilter
 
-from configs.schema import DataSetSpec
+from configs.dataset_spec import DataSetSpec
 from features.run_lengths import true_spans
 from features.simulation import anatomy, instruments
 from features.simulation.anatomy import smoothstep

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
-from configs.schema import DataSetSpec
 from engine.files import (
     atomic_path,
     make_folder,

@@ -26,6 +26,15 @@ from stage1_cnn.encoders.openvino_net import OpenVinoNet, convert
 from stage1_cnn.encoders.pretrained import best_checkpoint
 from stage1_cnn.model import ToolNet, rebuild_encoder, rebuild_from_checkpoint, require_same_backbone, weights_sha256
 
+# A CPU's caches hold the activations of a small batch per core; a GPU needs many frames at once.
+_CPU_BATCH_FRAMES, _GPU_BATCH_FRAMES = 8, 64
+
+
+def encoded_at_once(config: Config) -> int:
+    """Frames per batch in inference: `extract.batch_frames`, or a size that suits the device."""
+    on_cpu = choose_device(config.device).type == "cpu"
+    return config.extract.batch_frames or (_CPU_BATCH_FRAMES if on_cpu else _GPU_BATCH_FRAMES)
+
 
 class _TorchNet:
     """Crops (N, S, S, 3) uint8 -> embeddings (N, D) float32 on `device`, by torch.

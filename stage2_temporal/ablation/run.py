@@ -23,9 +23,10 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.live import Live
 
+from configs.ablation import FEATURE_KEYS, AblationConfig
 from configs.errors import UserError
 from configs.load import differences, keys_given, load_ablation, load_config, to_yaml
-from configs.schema import FEATURE_KEYS, AblationConfig, Config
+from configs.schema import Config
 from engine.device import choose_device, cpu_threads
 from engine.files import exclusive_lock, sha256_json, write_text
 from engine.launch import available_cores
@@ -41,7 +42,7 @@ from evaluation.reports.ablation import (
     ablation_table,
     write_ablation_csv,
 )
-from features.frames.preprocess import require_features_of
+from features.frames.settings_match import require_features_of
 from features.store_folder import find_feature_folder
 from stage2_temporal.ablation.features import SharedFeatures, folder_of, share_features
 from stage2_temporal.ablation.study import NAMED, TrialFolders, corners, distributions, open_study, size

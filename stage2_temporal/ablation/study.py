@@ -15,9 +15,9 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import create_trial
 
+from configs.ablation import AblationConfig, RangeConfig
 from configs.errors import UserError
 from configs.load import flatten, read_yaml
-from configs.schema import AblationConfig, RangeConfig
 from engine.files import read_json_object
 from engine.runs import RESULT_FILE
 

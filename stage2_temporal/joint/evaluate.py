@@ -22,8 +22,8 @@ from evaluation.reports.model_card import write_model_card
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Index, VideoEntry
 from features.dataset.labels import sampled_labels
-from features.frames.preprocess import require_preprocess_of
-from features.frames.source import frames_identity, recorded_faults
+from features.frames.settings_match import require_preprocess_of
+from features.frames.training_cache import frames_identity, recorded_faults
 from stage2_temporal.evaluate import (
     GroundTruth,
     print_evaluation,

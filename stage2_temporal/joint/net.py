@@ -21,8 +21,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, one_line
-from configs.schema import Config, DataSetSpec, HeadSettings, JointNetConfig
+from configs.schema import Config, HeadSettings, JointNetConfig
 from engine.checkpoints import load_checkpoint
 from engine.runs import require_same_classes
 from stage1_cnn.encoders.backbone import Backbone, batch_norms, build_backbone, freeze_batch_norm

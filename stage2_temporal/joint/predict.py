@@ -24,8 +24,9 @@ from engine.progress import progress_bar
 from features.dataset.index import Index, VideoEntry
 from features.dataset.sampling import sampled_frames
 from features.frames.preprocess import CropCount, augment, augment_generator, crop_frames, normalise
-from features.frames.source import encoded_at_once, frame_batches, open_frames
+from features.frames.source import frame_batches, open_frames
 from features.video_labels import VideoLabels
+from stage1_cnn.encoders.encoder import encoded_at_once
 from stage2_temporal.data import Span
 from stage2_temporal.heads.base import HeadOutput, State
 from stage2_temporal.joint.loss import bernoulli_kl

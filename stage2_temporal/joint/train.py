@@ -38,7 +38,7 @@ from evaluation.metrics.tools import pooled_map
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Index
 from features.dataset.labels import sampled_labels, unlabelled_note
-from features.frames.source import cache_readable, frames_identity, recorded_faults
+from features.frames.training_cache import cache_readable, frames_identity, recorded_faults
 from features.video_labels import VideoLabels
 from stage1_cnn.data import (
     ClipDataset,

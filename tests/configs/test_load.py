@@ -10,9 +10,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from configs.load import PRESETS, differences, load_config, load_dataset, to_yaml
-from configs.schema import Config, DataSetSpec, GruHead, JointStepConfig
+from configs.schema import Config, GruHead, JointStepConfig
 
 PRESET_NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 DATASET_NAMES = sorted(path.stem for path in (PRESETS / "datasets").glob("*.yaml"))

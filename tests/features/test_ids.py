@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs.dataset_spec import NamedSplit
 from configs.load import load_dataset
-from configs.schema import CacheConfig, DataConfig, NamedSplit, PreprocessConfig, SplitConfig
+from configs.schema import CacheConfig, DataConfig, PreprocessConfig, SplitConfig
 from features.dataset.build import build_index
 from features.dataset.index import Index
 from features.dataset.splits import assign_splits

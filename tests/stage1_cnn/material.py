@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from configs.dataset_spec import DataSetSpec, FilePatterns
 from configs.schema import (
     CacheConfig,
     CnnConfig,
     Config,
     DataConfig,
-    DataSetSpec,
     ExtractConfig,
-    FilePatterns,
     OptimConfig,
     PreprocessConfig,
     SplitConfig,

@@ -18,7 +18,8 @@ from configs.schema import AugmentConfig, Config
 from engine.stopping import Stopped, StopRequest
 from features.dataset.sampling import sampled_frames
 from features.frames.preprocess import Geometry, crop_frames
-from features.frames.source import cache_request, fill_cache, frame_cache, open_frames
+from features.frames.source import cache_request, frame_cache, open_frames
+from features.frames.training_cache import fill_cache
 from stage1_cnn.data import (
     ClipDataset,
     FrameLoader,

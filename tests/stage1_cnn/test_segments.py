@@ -17,8 +17,8 @@ from configs.schema import Config, ExtractConfig
 from engine.files import NoRoomError, remove_stale_temporaries, sha256_ends
 from engine.stopping import Stopped, StopRequest
 from features.dataset.index import Index
-from features.frames.source import encoded_at_once
 from features.store import read_features
+from stage1_cnn.encoders.encoder import encoded_at_once
 from stage1_cnn.extract import ExtractReport, extract
 from stage1_cnn.segments import Assembly, VideoJob, split_among
 from tests.stage1_cnn.material import FRAMES, SPEC, StopAfter, World, make_world, paint, write_labels

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.dataset_spec import DataSetSpec
 from configs.load import load_dataset
-from configs.schema import DataSetSpec
 from features.dataset.index import Index, VideoEntry
 from features.store import EncoderSpec, SourceIdentity, feature_path, write_features
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
-from configs.schema import DataSetSpec
 from evaluation.files.predictions import PredictionFile, prediction_columns, read_prediction_csv, write_prediction_csv
 
 PATTERNS = {

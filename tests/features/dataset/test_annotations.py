@@ -11,9 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from configs.load import load_dataset
-from configs.schema import DataSetSpec
 from features.dataset.annotations import (
     LabelTrack,
     parse_phases,

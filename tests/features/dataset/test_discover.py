@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from configs.dataset_spec import VIDEO_ENDINGS, DataSetSpec, file_pattern
 from configs.errors import UserError
 from configs.load import load_dataset
-from configs.schema import VIDEO_ENDINGS, DataConfig, DataSetSpec, file_pattern
+from configs.schema import DataConfig
 from engine.files import LinkedRoot, inside
 from features.dataset.discover import find_videos
 from features.dataset.frame_folders import (

@@ -17,9 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from configs.load import load_config, load_dataset
-from configs.schema import DataConfig, DataSetSpec, SplitConfig
+from configs.schema import DataConfig, SplitConfig
 from features.dataset.annotations import LabelTrack, read_content, write_label_file
 from features.dataset.build import build_index
 from features.dataset.catalogue import open_dataset

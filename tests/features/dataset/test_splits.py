@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from configs.load import load_dataset
-from configs.schema import DataSetSpec, SplitConfig
+from configs.schema import SplitConfig
 from features.dataset.splits import assign_splits, usual_split_problem
 
 CHOLEC80 = load_dataset("cholec80")

@@ -20,7 +20,7 @@ from configs.schema import CacheConfig, PreprocessConfig
 from engine.files import sha256_ends
 from features.frames.cache import CachedFrames, CacheRequest, FrameCache
 from features.frames.preprocess import Geometry
-from features.hdf5 import seal
+from features.sealed_hdf5 import seal
 from features.store import SourceIdentity
 from features.video.base import ReaderError
 from features.video.open import open_video

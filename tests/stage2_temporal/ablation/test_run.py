@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import yaml
 
+from configs.ablation import FEATURE_KEYS
 from configs.errors import UserError
 from configs.load import load_ablation, load_config
-from configs.schema import FEATURE_KEYS
 from engine.files import exclusive_lock
 from engine.stopping import Stopped, StopRequest
 from evaluation.reports.ablation import Trial, ablation_page, ablation_rows, write_ablation_csv

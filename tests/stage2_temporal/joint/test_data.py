@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from configs.schema import AugmentConfig, SequenceConfig
 from engine.stopping import StopRequest
 from features.frames.preprocess import augment_generator, draw_change
-from features.frames.source import fill_cache
+from features.frames.training_cache import fill_cache
 from stage1_cnn.data import ClipDataset, labelled_frames
 from stage2_temporal.data import Span
 from stage2_temporal.joint.data import clip_requests, spans_of
