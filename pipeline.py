@@ -114,7 +114,7 @@ class Group(click.Group):
 
 def _ending(error: BaseException) -> tuple[str, int | None]:
     """The line to print for an expected error, and the exit code; no code for a bug, which needs its traceback."""
-    from engine.processes import peer_died
+    from engine.processes import nccl_failure, peer_died
     from engine.stopping import Stopped, StoppedAtOnce
 
     if isinstance(error, UserError):
@@ -125,6 +125,8 @@ def _ending(error: BaseException) -> tuple[str, int | None]:
         return f"{error}; every file is complete or absent: start the same command again", error.exit_code
     if peer_died(error):
         return f"error: another process of this training has ended ({one_line(error)})", EXIT_LOST_ANOTHER
+    if failure := nccl_failure(error):
+        return f"error: {failure}", EXIT_BAD_INPUT
     return "", None
 
 

@@ -233,7 +233,20 @@ def make_accelerator(
     mixed = {"fp32": "no"}.get(resolved, resolved)
     _forget_other_settings(mixed, chosen, setting)
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if unused_parameters else None
-    return Accelerator(cpu=chosen.type == "cpu", mixed_precision=mixed, kwargs_handlers=handlers), resolved
+    with old_driver_of_rtx_40():
+        return Accelerator(cpu=chosen.type == "cpu", mixed_precision=mixed, kwargs_handlers=handlers), resolved
+
+
+@contextmanager
+def old_driver_of_rtx_40() -> Iterator[None]:
+    """Accelerate's refusal of several such GPUs, even if one process uses one of them, as a UserError."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise UserError(
+            f"accelerate: {one_line(error, most=100)}; update the driver to 550.40 or newer, or "
+            "`export NCCL_P2P_DISABLE=1 NCCL_IB_DISABLE=1`"
+        ) from error
 
 
 def _forget_other_settings(mixed: str, device: torch.device, setting: str) -> None:

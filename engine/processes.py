@@ -9,9 +9,12 @@ finite) is exchanged before any rank continues, so that all ranks end at the sam
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -35,6 +38,7 @@ EXCHANGE_TIMEOUT = timedelta(days=1)
 JOIN_TIMEOUT_S = 600.0  # for all ranks to start
 ERROR_STORE_TIMEOUT_S = 5.0  # the process that hosts it may have ended
 POLL_INTERVAL_S = 1.0
+_CONNECTION_LOST = re.compile(r"remote process exit|connection (closed|reset)|broken pipe", re.IGNORECASE)
 
 
 def one_process(tensor: torch.Tensor) -> torch.Tensor:
@@ -180,7 +184,7 @@ def join(device: str, stop: StopRequest | None = None) -> Processes:
     """Join the other ranks that the launcher started; returns at once if there are none.
 
     From then on `stop` also reports signals that only another rank received, even between exchanges. Raises UserError
-    if not all ranks join, with the error of the rank that failed if there is one.
+    if not all ranks join, with the error of the rank that failed if there is one, and if two ranks have the same GPU.
     """
     here = launch()
     if here.count == 1:
@@ -189,7 +193,7 @@ def join(device: str, stop: StopRequest | None = None) -> Processes:
     import torch.distributed as dist
     from accelerate import PartialState
 
-    from engine.device import choose_device
+    from engine.device import choose_device, old_driver_of_rtx_40
 
     chosen = choose_device(device)
     try:
@@ -197,14 +201,39 @@ def join(device: str, stop: StopRequest | None = None) -> Processes:
         if stop is not None:
             stop.ask_others = _signal_exchange(store)
         _wait_for_ranks(store, here, stop)
-        PartialState(cpu=chosen.type == "cpu")
+        if chosen.type == "cuda":
+            # By default Accelerate tells torch that a rank's GPU has its number on this machine; where a job sees only
+            # its own, that is number 0.
+            os.environ.setdefault("ACCELERATE_BYPASS_DEVICE_MAP", "true")
+        with old_driver_of_rtx_40():
+            PartialState(cpu=chosen.type == "cpu")
         group = dist.new_group(backend="gloo", timeout=EXCHANGE_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
             f"rank {here.rank} of {here.count} could not join the others at {where}: {one_line(error)}"
         ) from error
-    return Processes(here.rank, here.count, group, stop)
+    processes = Processes(here.rank, here.count, group, stop)
+    if chosen.type == "cuda":
+        _require_own_gpu(processes)
+    return processes
+
+
+def _require_own_gpu(processes: Processes) -> None:
+    """Raise Failed if two ranks have the same GPU, which NCCL would refuse at the first exchange.
+
+    Numbers do not tell: with one GPU bound to each task, every rank's is number 0.
+    """
+    import torch
+
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    own = (str(getattr(gpu, "uuid", processes.rank)), f"{gpu.name} of {socket.gethostname()}")
+    shared = [name for (_, name), count in Counter(processes.gather(own)).items() if count > 1]
+    if shared:
+        raise Failed(
+            f"two processes would compute on one GPU ({shared[0]}); start one process per GPU (--devices, "
+            "--nproc-per-node or --ntasks-per-node), or set device=cpu"
+        )
 
 
 def leave() -> None:
@@ -312,11 +341,25 @@ def _linger(store: Any, count: int) -> None:
 def peer_died(error: BaseException) -> bool:
     """Whether an error of an exchange means that another rank has ended.
 
-    torch has a type for errors of NCCL and of stores; gloo's are plain RuntimeErrors whose text begins with the
-    place in its source.
+    torch has types for errors of NCCL, many of which have other causes, and of stores; gloo's are plain RuntimeErrors
+    whose text begins with the place in its source.
     """
     if not isinstance(error, RuntimeError) or launch().count == 1:
         return False
     import torch.distributed as dist
 
+    if isinstance(error, dist.DistBackendError):
+        return _CONNECTION_LOST.search(str(error)) is not None
     return isinstance(error, dist.DistError) or "gloo/transport/" in str(error)
+
+
+def nccl_failure(error: BaseException) -> str | None:
+    """One line about an error of NCCL itself (a GPU or a network that it cannot use); None for other errors."""
+    if not isinstance(error, RuntimeError) or launch().count == 1:
+        return None
+    import torch.distributed as dist
+
+    if not isinstance(error, dist.DistBackendError):
+        return None
+    reason = str(error).rpartition("Last error:")[2]  # what comes before names a place in its source
+    return f"the processes cannot exchange on GPUs: {one_line(reason, most=300)}; NCCL_DEBUG=INFO prints details"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.live import Live
@@ -53,7 +55,7 @@ BASE = "base"
 # Trainings per claim and core: many if the settings are known, which saves starts of processes; few if they are drawn,
 # so that the sampler learns from earlier ones.
 _CLAIM_KNOWN, _CLAIM_DRAWN = 8, 2
-# A training leaves a GPU idle most of the time, so several share it; each has a CUDA context of its own.
+# A training leaves a GPU idle most of the time, so several share each; every process has a CUDA context of its own.
 _MOST_ON_ONE_GPU = 4
 
 
@@ -89,10 +91,13 @@ class UnitTask:
     trials: Path
     shared: SharedFeatures
     threads: int
+    gpus: GpuTurn | None = None
     _resident: tuple[tuple[Path, bool], TrainingData] | None = None
 
     def __call__(self, unit: Unit, advance: Advance) -> None:
         """Train the unit. Raises UserError for settings that contradict each other."""
+        if self.gpus is not None:
+            self.gpus.take()
         config = unit_config(self.source, self.overrides, unit)
         data = self._data(unit.features, config)
         with cpu_threads(self.threads), no_bars():  # the table shows the progress
@@ -109,6 +114,28 @@ class UnitTask:
             self._resident = None  # free its memory before the next table is copied
             self._resident = (key, self.shared.of(*key).to(device))
         return self._resident[1]
+
+
+class GpuTurn:
+    """Gives every worker process one of the GPUs in sight, in turn: it is pickled once for each.
+
+    The process that starts the others sees all of them.
+    """
+
+    def __init__(self, gpus: Sequence[str]) -> None:
+        self._turns = itertools.cycle(gpus)
+        self._own: str | None = None
+
+    def __getstate__(self) -> str:
+        return next(self._turns)
+
+    def __setstate__(self, gpu: str) -> None:
+        self._own = gpu
+
+    def take(self) -> None:
+        """Hide all GPUs but this process's, before it uses CUDA, which counts them once."""
+        if self._own is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self._own
 
 
 class _StopWithParent(StopRequest):
@@ -170,7 +197,10 @@ def ablate(
     _claim_folder(folder, spec, base, shared)
     cores = trainings_at_once(base.device) if workers == -1 else workers
     threads = max(1, available_cores() // max(1, cores))
-    task = UnitTask(spec.base, tuple(overrides), folder / "trials", shared, threads)
+    gpus = gpus_in_sight(base.device)
+    turn = GpuTurn(gpus) if len(gpus) > 1 else None
+    task = UnitTask(spec.base, tuple(overrides), folder / "trials", shared, threads, turn)
+    say(f"ablate: {cores} training(s) at once on {f'{len(gpus)} GPU(s)' if gpus else choose_device(base.device)}")
     failed: list[tuple[str, str]] = []
     with exclusive_lock(folder, "ablation"), _live_table() as live:
         plan = _Plan(spec, base, tuple(overrides), folder, shared)
@@ -189,9 +219,20 @@ def ablate(
 
 
 def trainings_at_once(device: str) -> int:
-    """One per core; on a GPU at most `_MOST_ON_ONE_GPU`."""
+    """One per core; on GPUs at most `_MOST_ON_ONE_GPU` on each."""
     cores = available_cores()
-    return cores if choose_device(device).type == "cpu" else min(cores, _MOST_ON_ONE_GPU)
+    if choose_device(device).type == "cpu":
+        return cores
+    return min(cores, _MOST_ON_ONE_GPU * max(1, len(gpus_in_sight(device))))
+
+
+def gpus_in_sight(device: str) -> list[str]:
+    """The NVIDIA GPUs that trainings on `device` can use, as CUDA_VISIBLE_DEVICES names them."""
+    if choose_device(device).type != "cuda":
+        return []
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    count = torch.cuda.device_count()  # counts those before the first name that is none
+    return named[:count] if any(named) else [str(number) for number in range(count)]
 
 
 def _read_features(spec: AblationConfig, base: Config, overrides: Sequence[str], where: Path) -> SharedFeatures:

@@ -231,6 +231,17 @@ def _load(config: Config, index: Index, root: Path) -> JointData:
     return JointData(train, val, index, root)
 
 
+def leaves_unused(config: Config, step: str) -> bool:
+    """Whether a step trains parameters that its loss does not depend on: those of a mapping outside its own step.
+
+    DistributedDataParallel then walks through the graph after every forward pass, which is not free.
+    """
+    joint, settings = config.joint, schedule(config)[step]
+    if not joint.net.mapping or settings.freeze_mapping or step == "mapping":
+        return False
+    return step == "multitask" or joint.loss.detach == "mapped" or joint.loss.alpha == 0
+
+
 # ---------------------------------------------------------------------------------------------- the loop
 
 
@@ -248,7 +259,7 @@ def train_step(
     joint, spans = config.joint, spans_of(data.train)
     seed_everything(config.seed)
     name = f"joint.{step}.precision"
-    accelerator, precision = make_accelerator(config.device, settings.precision, name, unused_parameters=True)
+    accelerator, precision = make_accelerator(config.device, settings.precision, name, leaves_unused(config, step))
     device = accelerator.device
     loaders = choose_workers(joint.workers, device)
     start_stage(f"train-joint, {step}", config, device, precision, f"{loaders} loader process(es)")

@@ -6,10 +6,15 @@ import atexit
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
 import click
 import torch
+from accelerate import Accelerator, PartialState
 from torch import nn
 
 from configs.errors import UserError
@@ -125,6 +130,44 @@ def outside(folder: Path) -> None:
 def sound(folder: Path) -> None:
     """Nothing is wrong."""
     assert join("cpu").gather(1) == [1, 1]
+
+
+def on_gpus(same: bool) -> list[dict[str, Any]]:
+    """Join as ranks that see a GPU each, with number 0; returns how torch is asked to train one of them."""
+    asked: list[dict[str, Any]] = []
+
+    def wrapped(net: nn.Module, **options: Any) -> nn.Module:
+        asked.append(options)
+        return net
+
+    gpu = SimpleNamespace(uuid="a" if same or is_main_process() else "b", name="a GPU")
+    with ExitStack() as stack:
+        for what, answer in {
+            "engine.device.choose_device": lambda name: torch.device("cuda"),
+            "torch.cuda.current_device": lambda: 0,
+            "torch.cuda.get_device_properties": lambda number: gpu,
+            "accelerate.PartialState": lambda cpu: PartialState(cpu=True),
+            "torch.nn.parallel.DistributedDataParallel": wrapped,
+        }.items():
+            stack.enter_context(patch(what, answer))
+        join("auto")
+        stack.enter_context(patch.object(Accelerator, "multi_device", True))
+        Accelerator(cpu=True).prepare_model(nn.Linear(1, 1))
+    return asked
+
+
+@cli.command("own-gpu")
+@click.argument("folder", type=Path)
+def own_gpu(folder: Path) -> None:
+    """Each process sees one GPU, its own."""
+    assert [options["device_ids"] for options in on_gpus(same=False)] == [None]
+
+
+@cli.command("same-gpu")
+@click.argument("folder", type=Path)
+def same_gpu(folder: Path) -> None:
+    """Both processes see the same GPU."""
+    on_gpus(same=True)
 
 
 if __name__ == "__main__":

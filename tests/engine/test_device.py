@@ -95,6 +95,18 @@ def test_fp16_is_trained_with_a_scaler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scalers == [True, False]
 
 
+def test_accelerate_s_refusal_of_gpus_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks the driver about pairs of RTX 40xx, though this process uses one of them."""
+    with monkeypatch.context() as patch:
+        Gpu(patch, (8, 9))
+        patch.setattr("accelerate.state.check_cuda_p2p_ib_support", lambda: False)
+        for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
+            patch.delenv(name, raising=False)
+        with pytest.raises(UserError, match=r"^accelerate: Using RTX 4000 series .*export NCCL_P2P_DISABLE=1 NCCL_IB"):
+            make_accelerator("cuda", "fp32")
+    make_accelerator("cpu", "fp32")  # Accelerate's state is one of the process
+
+
 # ---------------------------------------------------------------------------------------------- a GPU out of reach
 
 

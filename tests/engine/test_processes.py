@@ -10,15 +10,20 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.checkpoints import load_checkpoint
-from engine.processes import Processes, peer_died
+from engine.processes import Processes, nccl_failure, peer_died
+from pipeline import Group
 from tests.engine.test_launch import TASK
 
+# The form of NCCL's errors in torch: name and meaning of the code, then what it says last.
+NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, NCCL version 2.27.5\n{}\nLast error:\n{}"
 PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -47,7 +52,9 @@ def test_one_process_imports_no_launcher() -> None:
 
 def test_only_errors_of_the_exchange_mean_a_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:
     gloo = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer")
-    nccl = torch.distributed.DistBackendError("NCCL communicator was aborted")
+    nccl = torch.distributed.DistBackendError(
+        NCCL.format("ncclRemoteError: a remote process exited", "Connection closed")
+    )
     assert not peer_died(gloo)  # there is no other
     for name, value in TASK.items():
         monkeypatch.setenv(name, value)
@@ -55,6 +62,28 @@ def test_only_errors_of_the_exchange_mean_a_lost_process(monkeypatch: pytest.Mon
     assert peer_died(nccl)
     assert not peer_died(RuntimeError("mat1 and mat2 shapes cannot be multiplied (NCCL or gloo or not)"))
     assert not peer_died(ValueError("gloo/transport/"))
+
+
+def test_other_errors_of_nccl_have_their_own_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    last = "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 50"
+    error = torch.distributed.DistBackendError(NCCL.format("ncclInvalidUsage: invalid usage of NCCL library.", last))
+    assert nccl_failure(error) is None  # there is no other
+    for name, value in TASK.items():
+        monkeypatch.setenv(name, value)
+    assert not peer_died(error)
+    assert (nccl_failure(error) or "").startswith(f"the processes cannot exchange on GPUs: {last}; ")
+    assert nccl_failure(RuntimeError("NCCL")) is None
+    monkeypatch.setattr("engine.processes.is_reporting_rank", lambda problem: True)  # no store to ask
+
+    @click.command()
+    def failing() -> None:
+        raise error
+
+    group = Group()
+    group.add_command(failing)
+    ended = CliRunner().invoke(group, ["failing"])
+    assert (ended.exit_code, ended.output.count("\n")) == (2, 1)
+    assert last in ended.output
 
 
 # ---------------------------------------------------------------------------------------------- two of them
@@ -97,6 +126,21 @@ def ends_of(pair: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
 def test_the_processes_of_a_command_that_succeeds_have_left_the_group_at_their_exit(tmp_path: Path) -> None:
     """As those of every other command here."""
     assert ends_of(start_pair("sound", tmp_path)) == ([0, 0], "")
+
+
+@pytest.mark.slow
+def test_each_task_may_see_one_gpu(tmp_path: Path) -> None:
+    """As `srun --gpus-per-task=1` binds them: number 0 in every rank, by which torch is not told where to compute."""
+    codes, output = ends_of(start_pair("own-gpu", tmp_path))
+    assert (codes, output) == ([0, 0], ""), output
+
+
+@pytest.mark.slow
+def test_two_processes_on_one_gpu_are_refused_in_one_line(tmp_path: Path) -> None:
+    codes, output = ends_of(start_pair("same-gpu", tmp_path))
+    assert codes == [2, 2], output
+    assert output.count("error:") == output.count("\n") == 1, output
+    assert "error: two processes would compute on one GPU (a GPU of " in output
 
 
 @pytest.mark.slow

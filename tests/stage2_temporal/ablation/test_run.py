@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from configs.ablation import FEATURE_KEYS
 from configs.errors import UserError
 from configs.load import load_ablation, load_config
 from engine.files import exclusive_lock
+from engine.pool import work_through
 from engine.stopping import Stopped, StopRequest
 from evaluation.reports.ablation import Trial, ablation_page, ablation_rows, write_ablation_csv
 from features.dataset.index import Index
 from features.store_folder import load_feature_set
 from stage2_temporal.ablation import run as ablate_module
-from stage2_temporal.ablation.run import ablate, read_ablation
+from stage2_temporal.ablation.run import GpuTurn, ablate, read_ablation
 from stage2_temporal.predict import load_temporal, predict_phases
 from tests.faults import is_alive
 from tests.onednn import cpu_with_bf16
@@ -551,3 +555,60 @@ def test_nothing_in_the_csv_is_a_formula_to_a_spreadsheet(tmp_path: Path) -> Non
         _, row = csv.reader(stream)
     assert row[:4] == ["'@SUM(A1)", "'=cmd|' /C calc'!A0", "-1.5", "a,b"]
     assert row[-2:] == ["-0.5", "'+1+1"]
+
+
+# ---------------------------------------------------------------------------------------------- GPUs
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "expected"),
+    [(None, 2, ["0", "1"]), ("3,GPU-7a", 2, ["3", "GPU-7a"]), ("2", 1, ["2"]), ("0, 1,-1,5", 2, ["0", "1"])],
+)
+def test_trainings_share_the_gpus_in_sight(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, count: int, expected: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(ablate_module, "available_cores", lambda: 64)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert ablate_module.gpus_in_sight("auto") == expected
+    assert ablate_module.trainings_at_once("auto") == 4 * count
+    assert ablate_module.gpus_in_sight("cpu") == []
+    assert ablate_module.trainings_at_once("cpu") == 64
+    monkeypatch.setattr(ablate_module, "available_cores", lambda: 3)
+    assert ablate_module.trainings_at_once("auto") == 3
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A job that leaves the name of the GPU of its process behind, and waits until all processes have done so."""
+
+    folder: Path
+    processes: int
+    frames: int = 1
+
+
+@dataclass
+class ShowGpu:
+    turn: GpuTurn
+
+    def __call__(self, job: Shown, advance: Any) -> None:
+        for _ in range(2):  # a process keeps its own
+            self.turn.take()
+        (job.folder / f"{os.getpid()}").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+        while len(list(job.folder.iterdir())) < job.processes:
+            advance(0)
+            time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_every_process_has_one_gpu_and_every_gpu_as_many_processes(tmp_path: Path) -> None:
+    task, jobs = ShowGpu(GpuTurn(["0", "GPU-7a"])), [Shown(tmp_path, 4) for _ in range(4)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    assert [reason for _, reason in work_through(task, jobs, 4, "jobs", StopRequest())] == [None] * 4
+    assert sorted(path.read_text() for path in tmp_path.iterdir()) == ["0", "0", "GPU-7a", "GPU-7a"]
+    task.turn.take()  # in the process that starts the others
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible

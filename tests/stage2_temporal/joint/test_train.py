@@ -13,17 +13,19 @@ import torch
 import yaml
 
 from configs.errors import UserError
-from configs.schema import CnnConfig, Config
+from configs.schema import CnnConfig, Config, LstmHead
 from engine.checkpoints import load_checkpoint
 from engine.stopping import Stopped, StopRequest
 from features.store_folder import load_feature_set
+from stage1_cnn.encoders.backbone import build_backbone
 from stage1_cnn.extract import extract
 from stage1_cnn.train import train_cnn
 from stage2_temporal.joint import train as joint_train
 from stage2_temporal.joint.evaluate import evaluate_joint
-from stage2_temporal.joint.net import joint_checkpoint, load_joint
+from stage2_temporal.joint.loss import JointLoss
+from stage2_temporal.joint.net import build_joint, joint_checkpoint, load_joint
 from stage2_temporal.joint.predict import embed_crops, predict_videos
-from stage2_temporal.joint.train import Start, initial_net, train_joint
+from stage2_temporal.joint.train import Start, initial_net, leaves_unused, train_joint
 from stage2_temporal.new_videos import pair_of_stages
 from stage2_temporal.predict import load_temporal, predict_phases
 from stage2_temporal.train import train_temporal
@@ -267,3 +269,28 @@ def test_a_net_that_comes_from_a_run_needs_no_downloaded_weights(monkeypatch: py
     config = Config(cnn=CnnConfig(backbone="resnet18", weights="imagenet"))
     for start in (Start(cnn=Path("one")), Start(joint=Path("other"))):
         assert joint_train.first_backbone(config, start).name == "resnet18"
+
+
+@pytest.mark.parametrize("step", ["multitask", "mapping", "correlation"])
+@pytest.mark.parametrize("detach", ["none", "mapped", "branch"])
+@pytest.mark.parametrize(
+    ("mapping", "freeze", "alpha"), [(False, False, 1), (True, False, 1), (True, True, 1), (True, False, 0)]
+)
+def test_parameters_without_a_gradient_are_known_before(
+    step: str, detach: str, mapping: bool, freeze: bool, alpha: float
+) -> None:
+    """Several processes search for them where there are some, and nowhere else."""
+    if not mapping and step != "multitask":
+        return
+    settings = {"epochs": 1, "freeze_mapping": freeze and step != "mapping"}
+    steps = {name: settings for name in ("multitask", "mapping", "correlation") if mapping or name == "multitask"}
+    loss = {"detach": detach, "alpha": alpha}
+    config = Config.model_validate({"joint": {"net": {"mapping": mapping}, "loss": loss, **steps}})
+    net = build_joint(build_backbone("shufflenet_v2_x0_5", "random", 0), config.joint.net, LstmHead(hidden=6), 3, 4)
+    net.train_only("mapping" if step == "mapping" else "all", freeze_mapping=settings["freeze_mapping"])
+    output = net(torch.randn(2, 3, 3, 32, 32))
+    lengths = torch.tensor([3, 3])
+    labels = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3, 3)
+    JointLoss(config.joint.loss, step)(output, *labels, lengths).backward()
+    without = [name for name, one in net.named_parameters() if one.requires_grad and one.grad is None]
+    assert bool(without) == leaves_unused(config, step), without
