@@ -164,8 +164,8 @@ def _by_fold(ids: Sequence[str], folds: int, split: SplitConfig) -> dict[str, Sp
     rest = order[stop:] + order[:start]
     if split.val_videos >= len(rest):
         raise UserError(
-            f"data.split.val_videos: {split.val_videos} validation videos leave none of the {len(rest)} outside the "
-            "test fold for training; choose fewer"
+            f"data.split.val_videos: with {split.val_videos} for validation, none of the {len(rest)} videos outside "
+            "the test fold is left for training"
         )
     test, val = set(order[start:stop]), set(rest[: split.val_videos])
     return {video_id: "test" if video_id in test else "val" if video_id in val else "train" for video_id in ids}

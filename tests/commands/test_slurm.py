@@ -95,8 +95,8 @@ def test_a_submitit_that_does_not_show_its_script_refuses_the_dry_run(
     ("changes", "reason"),
     [
         ({"stage": "train-cnn", "array": 2}, "only extract"),
-        ({"array": 2, "gpus_per_node": 2}, "each task is one process"),
-        ({"stage": "evaluate", "nodes": 2}, "is one process"),
+        ({"array": 2, "gpus_per_node": 2}, "each task runs in one process"),
+        ({"stage": "evaluate", "nodes": 2}, "runs in one process"),
         ({"more": ("output=x",)}, "is set by submit itself"),
         ({"more": ("mem=4G",)}, "--mem-gb"),
         ({"more": ("comment=a\n#SBATCH --wrap=x",)}, "expected KEY=VALUE"),

@@ -183,7 +183,7 @@ def test_python_objects_next_to_tensors_are_named_and_left_out(
     torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=new_form)
     assert list(load_external_state(tmp_path / "a.pth", trusted=True)) == ["state_dict.w"]
     said = capsys.readouterr().err
-    assert re.search(r"a\.pth: Python objects beside the tensors \(numpy\S+, .* and \d+ more\) were left out", said)
+    assert re.search(r"a\.pth: other Python objects \(numpy\S+, .* and \d+ more\) were ignored", said)
     with pytest.raises(UserError, match=r"it asks for numpy\S+\); nothing in it was run"):
         load_checkpoint(tmp_path / "a.pth")  # in a checkpoint of ours there are none
 

@@ -179,7 +179,7 @@ def test_each_video_is_tested_in_exactly_one_fold(count: int, folds: int, val_vi
     for fold in range(folds):
         config = SplitConfig(rule="kfold", folds=folds, fold=fold, val_videos=val_videos, seed=seed)
         if val_videos >= count - (count * (fold + 1) // folds - count * fold // folds):
-            with pytest.raises(UserError, match="none to train"):
+            with pytest.raises(UserError, match="left for training"):
                 assign_splits(ids(count), CHOLEC80, config)
             return
         splits = assign_splits(ids(count), CHOLEC80, config)
@@ -222,8 +222,16 @@ def test_leave_one_out_tests_one_video() -> None:
         (4, {"rule": "kfold", "folds": 5}, "data.split.folds: 5 folds need at least as many videos, here are 4"),
         (6, {"rule": "kfold", "folds": 3, "fold": 3}, "data.split.fold: 3 is not one of the 3 folds 0 to 2"),
         (4, {"rule": "leave_one_out", "fold": 4}, "data.split.fold: 4 is not one of the 4 folds"),
-        (4, {"rule": "leave_one_out", "val_videos": 3}, "data.split.val_videos: 3 of 3 videos outside the test fold"),
-        (1, {"rule": "leave_one_out", "val_videos": 0}, "data.split.val_videos: 0 of 0 videos"),
+        (
+            4,
+            {"rule": "leave_one_out", "val_videos": 3},
+            "data.split.val_videos: with 3 for validation, none of the 3 videos outside the test fold",
+        ),
+        (
+            1,
+            {"rule": "leave_one_out", "val_videos": 0},
+            "data.split.val_videos: with 0 for validation, none of the 0 videos",
+        ),
     ],
 )
 def test_folds_that_cannot_be_are_refused(count: int, settings_: dict, problem: str) -> None:

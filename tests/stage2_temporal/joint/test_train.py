@@ -202,7 +202,7 @@ def test_features_of_the_joint_backbone_and_a_head_that_starts_from_its_lstm(sta
     tree["data"]["dataset"] = str(stages.run.parent / "tiny-set.yaml")
     pair_of_stages(Config.model_validate(tree), run)  # what `predict --from-joint back` asks for
     tree["extract"]["checkpoint"] = None
-    with pytest.raises(UserError, match=r"run train-cnn .* --model joint predicts .* --from-joint back uses"):
+    with pytest.raises(UserError, match=r"run train-cnn .* add --model joint to .* --from-joint back$"):
         pair_of_stages(Config.model_validate(tree), run)
     with pytest.raises(UserError, match="its head differs"):
         other = settings(stages, JOINT, temporal={"head": HEAD | {"hidden": 9}, "start_from": path})
