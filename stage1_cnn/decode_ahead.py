@@ -21,6 +21,7 @@ from engine.pool import VIDEO_ERRORS, attempt, failure_reason, serve_parent, wor
 from engine.progress import progress_bar, say
 from engine.stopping import StopRequest
 from features.dataset.index import Index
+from features.dataset.sampling import sampled_frames
 from features.frames.source import frame_batches, open_frames
 from stage1_cnn.encoders.encoder import encoded_at_once
 from stage1_cnn.segments import Rows, VideoJob
@@ -57,7 +58,8 @@ class _DecodedFrames(IterableDataset[tuple[int, Message]]):
 
     def _messages(self, job: VideoJob) -> Iterator[Message]:
         entry = self._index.entry(job.video_id)
-        with open_frames(self._config, entry, self._root, self._index, job.samples) as sampled:
+        frame_index = sampled_frames(entry, self._config.data.fps)
+        with open_frames(self._config, entry, self._root, self._index, frame_index, job.samples) as sampled:
             yield sampled.provenance
             for batch in frame_batches(sampled.frames, encoded_at_once(self._config)):
                 yield torch.from_numpy(batch)
@@ -173,8 +175,8 @@ class _JobWriter:
     def _write(self, message: dict[str, str] | torch.Tensor | None) -> None:
         with self._file as file:
             if isinstance(message, dict):
-                self._task.require_sound_labels_and_room(self._job)
-                self._rows = file.enter_context(self._task.sink(self._job, message))
+                labels = self._task.labels_and_room(self._job)
+                self._rows = file.enter_context(self._task.sink(self._job, labels, message))
             elif message is not None:
                 self._task.encode(message, self._rows)
             if message is not None:

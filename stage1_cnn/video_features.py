@@ -71,14 +71,14 @@ class ExtractTask:
         """Do one job. Raises UserError naming the frame or file at fault, and then leaves no file behind."""
         entry = self.index.entry(job.video_id)
         if job.labels_only:
-            labels, attributes = self._labels(entry), label_attributes(self.config, self.index, entry)
+            labels, attributes = self._labels(job), label_attributes(self.config, self.index, entry)
             rewrite_labels(feature_path(self.folder, entry.id), labels.phase, labels.tools, attributes)
             return
         keep_freed_memory()  # here, since each process does so for itself
         self.loaded_encoder()  # before any work
-        self.require_sound_labels_and_room(job)
-        source = open_frames(self.config, entry, self.root, self.index, job.samples)
-        with source as sampled, self.sink(job, sampled.provenance) as rows:
+        labels = self.labels_and_room(job)
+        source = open_frames(self.config, entry, self.root, self.index, labels.frame_index, job.samples)
+        with source as sampled, self.sink(job, labels, sampled.provenance) as rows:
             for batch in frame_batches(sampled.frames, encoded_at_once(self.config)):
                 self.encode(batch, rows)
                 advance(len(batch))
@@ -91,17 +91,17 @@ class ExtractTask:
         with one_thread, np.errstate(over="ignore"):  # `rows` reports what does not fit
             rows.append(*encoder(frames))
 
-    def sink(self, job: VideoJob, provenance: Mapping[str, str]) -> AbstractContextManager[Rows]:
+    def sink(self, job: VideoJob, labels: VideoLabels, provenance: Mapping[str, str]) -> AbstractContextManager[Rows]:
         """The destination of a job's rows: the video's own file, or the file of the part."""
         if job.part is not None:
             return write_part(job.part, feature_path(self.folder, job.video_id), provenance)
-        return self._file(job, provenance)
+        return self._file(job, labels, provenance)
 
     def assemble(self, video: VideoJob, parts: Sequence[VideoJob]) -> None:
         """Write a video's file from the rows of its parts, as if one process had computed them. Raises UserError."""
         places = places_of(parts)
         dim, tools, at_once = self.spec.embedding_dim, len(self.index.dataset.tools), encoded_at_once(self.config)
-        with self._file(video, read_provenance(places[0])) as rows:
+        with self._file(video, self._labels(video), read_provenance(places[0])) as rows:
             for place in places:
                 for features, logits in read_part(place, dim, tools, at_once):
                     rows.append(features, logits)
@@ -110,9 +110,10 @@ class ExtractTask:
         """Whether a part of this video can be read without decoding all that comes before it."""
         return can_start_inside(self.index.entry(job.video_id), self.root)
 
-    def _file(self, video: VideoJob, provenance: Mapping[str, str]) -> AbstractContextManager[FeatureWriter]:
+    def _file(
+        self, video: VideoJob, labels: VideoLabels, provenance: Mapping[str, str]
+    ) -> AbstractContextManager[FeatureWriter]:
         entry = self.index.entry(video.video_id)
-        labels = self._labels(entry)
         attributes = {**label_attributes(self.config, self.index, entry), **provenance}
         attributes["device"] = self.loaded_encoder().device_name
         path, source = feature_path(self.folder, entry.id), source_identity(entry)
@@ -120,14 +121,18 @@ class ExtractTask:
             path, self.spec, source, labels.frame_index, labels.phase, labels.tools, attributes, labels.time_s
         )
 
-    def _labels(self, entry: VideoEntry) -> VideoLabels:
-        return sampled_labels(entry, self.root, self.index, self.config.data)
+    def _labels(self, job: VideoJob) -> VideoLabels:
+        return sampled_labels(self.index.entry(job.video_id), self.root, self.index, self.config.data)
 
-    def require_sound_labels_and_room(self, job: VideoJob) -> None:
-        """Raise UserError, before anything is computed, for unreadable labels or a disk with too little room."""
-        self._labels(self.index.entry(job.video_id))
+    def labels_and_room(self, job: VideoJob) -> VideoLabels:
+        """The labels of the job's whole video.
+
+        Raises UserError, before anything is computed, for unreadable labels or a disk with too little room.
+        """
+        labels = self._labels(job)
         needed = estimate_bytes([job.frames], self.spec) * (3 if job.part else 1)  # parts are float32, and copied
         require_free_bytes(self.folder, needed, "the features")
+        return labels
 
     def loaded_encoder(self) -> Encoder:
         """The encoder, loaded on first use if none was sent. Raises UserError if it is not the expected one."""

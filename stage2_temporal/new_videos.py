@@ -308,7 +308,7 @@ def predict_video(recogniser: Recogniser, index: Index, root: Path, stop: StopRe
     phases: list[NDArray[np.float32]] = []
     tools: list[NDArray[np.float64]] = []
     bar = progress_bar(len(frame_index), entry.id, "frame")
-    with bar, source_frames(config, entry, root, index) as source:
+    with bar, source_frames(config, entry, root, index, frame_index) as source:
         for batch in frame_batches(source.frames, encoded_at_once(config)):
             stop.raise_if_set()
             crops = crop_frames(batch, config.preprocess.crop_px)[:, 0]  # (N, S, S, 3)

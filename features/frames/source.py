@@ -22,7 +22,6 @@ from engine.files import (
 )
 from features.dataset.frame_folders import frame_folder, scan_folder
 from features.dataset.index import Index, VideoEntry
-from features.dataset.sampling import sampled_frames
 from features.dataset.tfrecord import TfrecordReader
 from features.frames.cache import CacheRequest, FrameCache
 from features.frames.preprocess import Geometry
@@ -109,9 +108,10 @@ def frame_cache(config: Config) -> FrameCache:
     return FrameCache(config.cache, config.preprocess, config.data.fps)
 
 
-def cache_request(config: Config, entry: VideoEntry, root: Path, index: Index) -> CacheRequest:
-    """The request for a video's sampled frames to the cache."""
-    frame_index = sampled_frames(entry, config.data.fps)
+def cache_request(
+    config: Config, entry: VideoEntry, root: Path, index: Index, frame_index: NDArray[np.int64]
+) -> CacheRequest:
+    """The request for a video's sampled frames `frame_index` (T,) to the cache."""
     return CacheRequest(source_identity(entry), frame_index, partial(open_source, config, entry, root, index))
 
 
@@ -125,14 +125,19 @@ class SampledFrames:
 
 @contextmanager
 def open_frames(
-    config: Config, entry: VideoEntry, root: Path, index: Index, samples: slice = slice(None)
+    config: Config,
+    entry: VideoEntry,
+    root: Path,
+    index: Index,
+    frame_index: NDArray[np.int64],
+    samples: slice = slice(None),
 ) -> Iterator[SampledFrames]:
     """Sampled frames for extraction: from the cache if it holds them without loss, otherwise from the source.
 
-    Both give the same pixels. `samples` selects a part of them by sample number. A JPEG cache is for training only, so
-    that features never depend on it.
+    Both give the same pixels. `frame_index` (T,) are all of the video's sampled frames, as `sampled_frames` gives them;
+    `samples` selects a part of them. A JPEG cache is for training only, so that features never depend on it.
     """
-    request = cache_request(config, entry, root, index)
+    request = cache_request(config, entry, root, index, frame_index)
     lossless = config.cache.use_for_extract and config.cache.codec != "jpeg"
     cached = frame_cache(config).find(request, deep=True) if lossless else None
     if cached is not None:
@@ -140,19 +145,18 @@ def open_frames(
             numbers = range(len(cached))[samples]
             yield SampledFrames((cached[number] for number in numbers), _provenance_of_cache(cached.path))
         return
-    with source_frames(config, entry, root, index, samples) as frames:
+    with source_frames(config, entry, root, index, frame_index[samples]) as frames:
         yield frames
 
 
 @contextmanager
 def source_frames(
-    config: Config, entry: VideoEntry, root: Path, index: Index, samples: slice = slice(None)
+    config: Config, entry: VideoEntry, root: Path, index: Index, frame_index: NDArray[np.int64]
 ) -> Iterator[SampledFrames]:
-    """Sampled frames directly from the source, or a part of them by sample number."""
+    """The frames `frame_index` (N,) directly from the source."""
     with open_source(config, entry, root, index, config.extract.hardware_decoding) as reader:
         geometry = Geometry.of_video(config.preprocess, reader)
-        wanted = sampled_frames(entry, config.data.fps)[samples].tolist()
-        frames = (geometry.resize_frame(rgb) for rgb in reader.read(wanted))
+        frames = (geometry.resize_frame(rgb) for rgb in reader.read(frame_index.tolist()))
         yield SampledFrames(frames, {"reader": reader.name, "reader_version": reader.version, "frames_from": "source"})
 
 

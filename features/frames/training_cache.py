@@ -53,7 +53,7 @@ class _CacheJob:
 
 
 def _decode_into_cache(config: Config, root: Path, index: Index, job: _CacheJob, advance: Advance) -> None:
-    request = cache_request(config, job.entry, root, index)
+    request = cache_request(config, job.entry, root, index, sampled_frames(job.entry, config.data.fps))
     frame_cache(config).ensure(request, lambda done: advance(1))
 
 
@@ -95,7 +95,7 @@ def fill_cache(
     cache = frame_cache(config)
     jobs = []
     for entry in entries:
-        request = cache_request(config, entry, root, index)
+        request = cache_request(config, entry, root, index, sampled_frames(entry, config.data.fps))
         if cache.problem(request) is not None:
             try:
                 require_indexed_source(entry, root, index)

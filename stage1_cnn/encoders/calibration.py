@@ -95,9 +95,10 @@ class FromTrainingFrames:
         return crops
 
     def _crops_of(self, entry: VideoEntry, count: int) -> list[NDArray[np.uint8]]:
-        total = len(sampled_frames(entry, self.config.data.fps))
-        step = max(1, total // count)
-        with open_frames(self.config, entry, self.root, self.index, slice((step - 1) // 2, None, step)) as opened:
+        frame_index = sampled_frames(entry, self.config.data.fps)
+        step = max(1, len(frame_index) // count)
+        spread = slice((step - 1) // 2, None, step)
+        with open_frames(self.config, entry, self.root, self.index, frame_index, spread) as opened:
             frames = np.stack(list(itertools.islice(opened.frames, count)))
         return list(crop_frames(frames, self.config.preprocess.crop_px)[:, 0])
 

@@ -68,13 +68,13 @@ def predict_videos(
     training = net.training
     net.eval()
     found = {}
-    total = sum(len(sampled_frames(entry, config.data.fps)) for entry in entries)
+    sampled = [sampled_frames(entry, config.data.fps) for entry in entries]
     try:
-        with progress_bar(total, "frames", "frame") as bar:
-            for entry in entries:
+        with progress_bar(sum(map(len, sampled)), "frames", "frame") as bar:
+            for entry, frame_index in zip(entries, sampled, strict=True):
                 try:
-                    with open_frames(config, entry, root, index) as sampled:
-                        batches = _watched(frame_batches(sampled.frames, encoded_at_once(config)), bar, check_stop)
+                    with open_frames(config, entry, root, index, frame_index) as opened:
+                        batches = _watched(frame_batches(opened.frames, encoded_at_once(config)), bar, check_stop)
                         embedded = embed_crops(
                             net, batches, config.preprocess, config.joint.crops, config.seed, autocast
                         )

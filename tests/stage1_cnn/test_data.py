@@ -230,9 +230,10 @@ def test_the_cache_is_filled_once_and_whole(world: World, monkeypatch: pytest.Mo
     monkeypatch.setattr("features.frames.source.open_video", None)  # whoever decodes calls it
     fill_cache(world.config, index, world.root, index.videos, StopRequest())
     for entry in index.videos:
-        request = cache_request(world.config, entry, world.root, index)
+        frame_index = sampled_frames(entry, world.config.data.fps)
+        request = cache_request(world.config, entry, world.root, index, frame_index)
         assert frame_cache(world.config).problem(request, deep=True) is None
-        with open_frames(world.config, entry, world.root, index) as pictures:
+        with open_frames(world.config, entry, world.root, index, frame_index) as pictures:
             assert len(list(pictures.frames)) == 13
             assert pictures.provenance["frames_from"] == "cache"
 

@@ -37,11 +37,11 @@ class Task:
     def __call__(self, job: VideoJob, advance: Any) -> None:
         self._step(job.video_id)
 
-    def require_sound_labels_and_room(self, job: VideoJob) -> None:
+    def labels_and_room(self, job: VideoJob) -> None:
         self._step("required")
 
     @contextmanager
-    def sink(self, job: VideoJob, provenance: Any) -> Iterator[Any]:
+    def sink(self, job: VideoJob, labels: None, provenance: Any) -> Iterator[Any]:
         self._step("opened")
         try:
             yield self

@@ -251,6 +251,24 @@ def test_edited_labels_rewrite_labels_alone(own_world: World) -> None:
     assert held.relabelled == IDS
 
 
+@pytest.mark.parametrize("ahead", ["off", "on"])
+def test_annotation_files_are_parsed_once(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: str
+) -> None:
+    parsed: list[str] = []
+
+    def noting(path: Path) -> bytes:
+        parsed.append(path.name)
+        return path.read_bytes()
+
+    index = world.index()
+    index = index.model_copy(update={"videos": index.videos[:1]})
+    monkeypatch.setattr("features.dataset.labels.read_content", noting)
+    chosen = {"encoder": "initial", "workers": 1, "decode_ahead": ahead, "store": tmp_path}
+    assert dump(world, world.set(extract=chosen), index=index).done == ["video01"]
+    assert sorted(parsed) == ["video01-phase.txt", "video01-tool.txt"]
+
+
 def test_times_are_the_streams_own_and_an_index_without_them_is_refused(own_world: World) -> None:
     times_s = np.arange(FRAMES) * 0.04 + 1.5 * (np.arange(FRAMES) >= 30)
     spec = VideoSpec(count=FRAMES, width_px=64, height_px=48, times_s=tuple(times_s.tolist()))

@@ -18,6 +18,7 @@ from engine.files import NoRoomError, remove_stale_temporaries, sha256_ends
 from engine.stopping import Stopped, StopRequest
 from features.dataset.index import Index
 from features.store import read_features
+from features.video_labels import VideoLabels
 from stage1_cnn.encoders.encoder import encoded_at_once
 from stage1_cnn.extract import ExtractReport, extract
 from stage1_cnn.segments import Assembly, VideoJob, split_among
@@ -238,7 +239,7 @@ def test_stopped_among_parts_nothing_is_left(long_world: World, ahead: str, aske
 class Full(module.ExtractTask):
     """Raises because the disk has filled up since the start."""
 
-    def require_sound_labels_and_room(self, job: VideoJob) -> None:
+    def labels_and_room(self, job: VideoJob) -> VideoLabels:
         raise NoRoomError(f"{self.folder}: no room left")
 
 

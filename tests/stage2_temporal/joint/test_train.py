@@ -189,9 +189,10 @@ def test_features_of_the_joint_backbone_and_a_head_that_starts_from_its_lstm(sta
     assert folder != extract(config, stages.run, index, stages.root, stop=StopRequest()).folder
     net, _ = load_joint(path)
     entry = index.videos[0]
+    from features.dataset.sampling import sampled_frames
     from features.frames.source import open_frames
 
-    with open_frames(config, entry, stages.root, index) as sampled:
+    with open_frames(config, entry, stages.root, index, sampled_frames(entry, config.data.fps)) as sampled:
         pixels = np.stack(list(sampled.frames))
     expected = embed_crops(net, [pixels], config.preprocess, "centre", 0, torch.no_grad)[0].numpy()
     found = load_feature_set(folder, [entry.id])[entry.id]
