@@ -11,7 +11,7 @@ from configs.schema import Config
 from engine.device import choose_device, choose_precision
 from engine.files import read_json_object
 from engine.progress import say
-from engine.runs import update_summary
+from engine.runs import RESULT_FILE, update_summary
 from engine.stopping import StopRequest
 from features.dataset.catalogue import index_dataset, open_dataset
 from features.store_folder import usable_index
@@ -93,9 +93,9 @@ def closing_lines(run: Path, summary: Mapping[str, Any], now_s: float) -> list[s
 
 
 def _finished(folder: Path) -> bool:
-    return (folder / "result.json").exists()
+    return (folder / RESULT_FILE).exists()
 
 
 def _all_extracted(run: Path) -> bool:
-    pointer = run / "extract" / "result.json"
+    pointer = run / "extract" / RESULT_FILE
     return pointer.exists() and not read_json_object(pointer).get("failed")

@@ -21,14 +21,13 @@ from engine.progress import say
 from evaluation.external import Reading, score_folder, write_results
 from evaluation.metrics.conventions import CONVENTIONS
 from evaluation.metrics.phases import require_convention
-from evaluation.metrics.results import METRICS_FILE, PhaseResults, Record, Score
+from evaluation.metrics.results import HEAD, METRICS_FILE, PhaseResults, Record, Score
 from evaluation.metrics.statistics import PairedTest, holm, paired_interval, paired_permutation
 from evaluation.reports.tables import difference_table
 
 # The only convention in which a model's number is the mean of its videos' numbers, so that the mean difference over
 # videos is the difference between the models.
 DEFAULT_CONVENTION = "video_macro"
-_HEAD = "temporal"
 _COUNTS = ("frames", "segments_truth", "segments_predicted")
 
 
@@ -196,7 +195,7 @@ def _load_results(text: str, place: Place, convention: str) -> PhaseResults:
     tree = read_json(file)
     try:
         phases = tree.get("phases", tree)  # of a run, or of predictions of any program
-        found = PhaseResults.from_json(phases.get(_HEAD, phases)[convention])
+        found = PhaseResults.from_json(phases.get(HEAD, phases)[convention])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problem = f"holds no phase results under the convention {convention}; evaluate with it first"
         raise UserError(f"{file}: {problem}") from error

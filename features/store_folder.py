@@ -14,6 +14,7 @@ import numpy as np
 
 from configs.errors import UserError, listed
 from engine.files import make_folder, read_json_object, remove_stale_temporaries, require_free_bytes, write_json
+from engine.runs import RESULT_FILE
 from features.dataset.index import Index
 from features.ids import id_of_stem
 from features.store import (
@@ -128,7 +129,7 @@ def find_feature_folder(named: Path | None, run: Path, store: Path) -> Path:
 
     Raises UserError naming the choices if that leaves none or several.
     """
-    pointer = run / "extract" / "result.json"
+    pointer = run / "extract" / RESULT_FILE
     if named is None and pointer.exists():
         recorded = read_json_object(pointer).get("folder")
         if not isinstance(recorded, str):

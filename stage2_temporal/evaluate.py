@@ -24,7 +24,7 @@ from evaluation.files.truth import TRUTH_FILE, Truth, VideoTruth, is_simulated, 
 from evaluation.metrics import plugin_names
 from evaluation.metrics.conventions import MAIN_CONVENTION
 from evaluation.metrics.phases import evaluate_phases
-from evaluation.metrics.results import METRICS_FILE, Evaluation, JointDetails, ToolResults, read_evaluation
+from evaluation.metrics.results import HEAD, METRICS_FILE, Evaluation, JointDetails, ToolResults, read_evaluation
 from evaluation.metrics.tools import choose_thresholds, evaluate_tools, sigmoid
 from evaluation.reports.model_card import write_model_card
 from evaluation.reports.paper_figures import phase_ribbons
@@ -330,7 +330,7 @@ def score_and_write(
     )
     make_folder(out)
     write_truth(out / TRUTH_FILE, truth.record())
-    _write_predictions(out, truth, probabilities.get("temporal", {}), predicted, tool_logits)
+    _write_predictions(out, truth, probabilities.get(HEAD, {}), predicted, tool_logits)
     write_json(out / METRICS_FILE, evaluation.to_json())
     return evaluation
 
@@ -343,7 +343,7 @@ def _probabilities(
     stop: StopRequest,
 ) -> dict[str, dict[str, NDArray[np.float32]]]:
     start_stage("evaluate", config, choose_device(config.device), "fp32")
-    heads = {"temporal": temporal, "frame": temporal / "frame"}
+    heads = {HEAD: temporal, "frame": temporal / "frame"}
     found = {}
     for head, folder in heads.items():
         if (folder / "best.pt").exists():
@@ -409,7 +409,7 @@ def _write_predictions(
 ) -> None:
     """Predictions of `temporal` as CSV, and ribbons of it and of `frame`; of a tool-only net, CSV files only."""
     spec = truth.index.dataset
-    phases = predicted.get("temporal", {})
+    phases = predicted.get(HEAD, {})
     for name in truth.videos if phases else tool_logits:
         video, path = truth.videos[name], out / ("predictions" if phases else TOOLS_ALONE) / f"{file_stem(name)}.csv"
         prediction = PredictionFile(
@@ -422,7 +422,7 @@ def _write_predictions(
         write_prediction_csv(path, prediction, spec)
     if not phases:
         return
-    heads = [head for head in ("temporal", "frame") if head in predicted]
+    heads = [head for head in (HEAD, "frame") if head in predicted]
     drawn = [(name, v.phase, {head: predicted[head][name] for head in heads}) for name, v in truth.videos.items()]
     title = f"{spec.title or spec.name}, split {truth.split}: truth and predictions"
     times_s = {name: video.time_s for name, video in truth.videos.items()}
@@ -434,8 +434,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
     console = Console()
     if evaluation.phases:
         console.print(comparison_table(evaluation.phases))
-        if "temporal" in evaluation.phases:
-            console.print(phase_table(evaluation.phases["temporal"]))
+        if HEAD in evaluation.phases:
+            console.print(phase_table(evaluation.phases[HEAD]))
     else:
         say("note: no phase labels in these videos, so no phase metrics")
     if evaluation.tools:
@@ -470,5 +470,5 @@ def summary_of(run: Path, truth: GroundTruth, evaluation: Evaluation) -> dict[st
         "convention": evaluation.convention,
         "tool_map": summarise(None, evaluation.tools)["tool_map"],
         **{f"phase_accuracy_{head}": value["phase_accuracy"] for head, value in scores.items()},
-        **{f"phase_f1_{head}": scores[head]["phase_f1"] for head in ("frame", "temporal") if head in scores},
+        **{f"phase_f1_{head}": scores[head]["phase_f1"] for head in ("frame", HEAD) if head in scores},
     }

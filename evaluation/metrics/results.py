@@ -23,6 +23,7 @@ from configs.errors import UserError, one_line
 from engine.files import read_json
 
 METRICS_FILE = "metrics.json"
+HEAD = "temporal"  # the head whose predictions are in files, among others in a `metrics.json`
 FLAT = {"flat": True}  # metadata of a field whose own keys are keys of the whole JSON object
 
 T = TypeVar("T", bound="Record")

@@ -23,7 +23,7 @@ from engine.logs import METRICS_LOG, read_metrics
 from evaluation.files.predictions import TOOLS_ALONE, PredictionFile, read_prediction_csv
 from evaluation.files.truth import TRUTH_FILE, Truth, is_simulated, read_truth
 from evaluation.metrics.conventions import MAIN_CONVENTION
-from evaluation.metrics.results import METRICS_FILE, ByConvention, Evaluation, Interval, read_evaluation
+from evaluation.metrics.results import HEAD, METRICS_FILE, ByConvention, Evaluation, Interval, read_evaluation
 from evaluation.metrics.statistics import bootstrap_intervals, phase_intervals
 from evaluation.reports.ablation import ABLATION_PAGE
 from evaluation.reports.paper_figures import sample_edges_s
@@ -32,7 +32,6 @@ from features.ids import file_stem
 from features.run_lengths import runs
 
 EVALUATE_FOLDER = "evaluate"
-HEAD = "temporal"  # the head whose predictions are in files
 TRUTH_NAME = "truth"
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evaluation.metrics.results import Interval, PhaseAbout, PooledScore, Score, counted
+from evaluation.metrics.results import HEAD, Interval, PhaseAbout, PooledScore, Score, counted
 from evaluation.metrics.scores import metric_title
-from evaluation.reports.gather import HEAD, Report, RunResults, differing_settings, settings_of
+from evaluation.reports.gather import Report, RunResults, differing_settings, settings_of
 from evaluation.reports.tables import (
     IN_BRACKETS,
     MEAN_AP,

@@ -11,7 +11,7 @@ import yaml
 from configs.dataset_spec import DataSetSpec
 from configs.load import read_yaml
 from engine.files import read_json_object, write_text
-from evaluation.metrics.results import Evaluation, Score
+from evaluation.metrics.results import HEAD, Evaluation, Score
 from evaluation.metrics.scores import metric_title
 from evaluation.reports.summary import settings_behind, used_videos
 from evaluation.reports.tables import mean_std_text, metrics_of, number_text
@@ -85,7 +85,7 @@ def render_model_card(facts: Mapping[str, Any]) -> str:
     evaluation: Evaluation = facts["metrics"]
     baselines = {title: evaluation.phases[head] for head, title in _BASELINES.items() if head in evaluation.phases}
     template = environment.get_template("model_card.md.j2")
-    results = evaluation.phases.get("temporal")
+    results = evaluation.phases.get(HEAD)
     columns = metrics_of(result for result in (results or {}).values() if result.of_frames)
     return template.render(**facts, results=results, columns=columns, baselines=baselines)
 

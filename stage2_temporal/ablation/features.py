@@ -12,7 +12,7 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import Config
-from engine.runs import run_folder
+from engine.runs import RESULT_FILE, run_folder
 from features.store_folder import find_feature_folder
 from stage2_temporal.data import NO_LABEL, TrainingData, read_training_data
 
@@ -51,7 +51,7 @@ def folder_of(changes: Settings, base: Path, config: Config) -> Path:
         return find_feature_folder(Path(changes["features"]), base, config.extract.store)
     if "features_of_run" in changes:
         run = run_folder(config, changes["features_of_run"])
-        if not (run / "extract" / "result.json").is_file():
+        if not (run / "extract" / RESULT_FILE).is_file():
             raise UserError(f"{run}: no features of this run; make them with `extract --name {run.name}`")
         return find_feature_folder(None, run, config.extract.store)
     return base

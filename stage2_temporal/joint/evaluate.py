@@ -17,7 +17,7 @@ from engine.files import read_json_object
 from engine.progress import say
 from engine.runs import IDENTITY_FILE, RESULT_FILE, require_same_classes, update_summary
 from engine.stopping import StopRequest
-from evaluation.metrics.results import METRICS_FILE, Evaluation, JointDetails, ToolResults
+from evaluation.metrics.results import HEAD, METRICS_FILE, Evaluation, JointDetails, ToolResults
 from evaluation.reports.model_card import write_model_card
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Index, VideoEntry
@@ -99,7 +99,7 @@ def evaluate_joint(
     evaluation = score_and_write(
         out,
         truth,
-        {"temporal": probabilities} if probabilities else {},
+        {HEAD: probabilities} if probabilities else {},
         {name: one.tools for name, one in found.items() if one.tools is not None},
         majority=recorded_majority(path.parent / RESULT_FILE),
         thresholds=thresholds,

@@ -70,10 +70,9 @@ def _written(write: Callable[[Path], object], name: str = "file") -> bytes:
 def _read_phases(path: Path) -> object:
     from features.dataset.annotations import read_phase_file
     from features.dataset.labels import sample_labels
-    from features.dataset.row_numbers import track_end
 
     track = read_phase_file(path, SPEC)
-    return track_end(track), sample_labels(np.arange(0, 1000, 25), track, None, "mask", 7)
+    return track.end, sample_labels(np.arange(0, 1000, 25), track, None, "mask", 7)
 
 
 def _phase_seeds() -> list[bytes]:
