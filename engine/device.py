@@ -174,6 +174,13 @@ def lower_precision(device: torch.device, precision: str) -> Iterator[None]:
         yield
 
 
+def sent_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the CPU on `device`. A plain copy to a GPU would wait for everything that the GPU still has to do."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
     """torch computes with `count` threads on the CPU; the previous number is restored afterwards."""

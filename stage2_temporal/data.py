@@ -20,6 +20,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import SequenceConfig
+from engine.device import sent_to
 from engine.files import sha256_json
 from engine.progress import say
 from engine.runs import require_same_classes
@@ -101,7 +102,7 @@ class FeatureBank:
 
     def gather(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """A batch's features (B, T, D) as stored and phases (B, T); padding has phase -1 and arbitrary features."""
-        rows = batch.rows.to(self.features.device)  # (B, T)
+        rows = batch.rows_on(self.features.device)  # (B, T)
         return take(self.features, rows), take(self.phase, rows).masked_fill(rows < 0, NO_LABEL)
 
     def names(self, batch: Batch) -> str:
@@ -166,8 +167,13 @@ class Batch:
     @property
     def rows(self) -> Tensor:
         """Rows of the bank (B, T), -1 = padding (at the end only)."""
-        offsets = torch.arange(int(self.lengths.max()))
-        return torch.where(offsets < self.lengths[:, None], self.first[:, None] + offsets, -1)
+        return self.rows_on(torch.device("cpu"))
+
+    def rows_on(self, device: torch.device) -> Tensor:
+        """`rows`, made on `device`."""
+        first, lengths = (sent_to(device, values)[:, None] for values in (self.first, self.lengths))
+        offsets = torch.arange(int(self.lengths.max()), device=device)
+        return torch.where(offsets < lengths, first + offsets, -1)
 
     def __len__(self) -> int:
         return len(self.first)

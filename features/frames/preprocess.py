@@ -9,7 +9,7 @@ resized size, S crop size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -193,7 +193,7 @@ def changed_images(
 
 def _jittered(pixels: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
     """(N, S, S, 3) float32, changed in place where that is safe; (N, 3)."""
-    luma = pixels.new_tensor(_LUMA)
+    luma = _constants(_LUMA.tolist(), pixels.device)
     brightness, contrast, saturation = (factor[:, None, None, None] for factor in colour.unbind(1))
     pixels = pixels.mul_(brightness)
     mean = (pixels @ luma).mean(dim=(1, 2))[:, None, None, None]
@@ -221,14 +221,21 @@ def normalise(
     return _normalised(pixels.float(), config, channels_last)
 
 
+def _constants(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    """A float32 tensor made on the device: a copy of a list would wait for everything that a GPU still has to do."""
+    import torch
+
+    return torch.cat([torch.full((1,), value, dtype=torch.float32, device=device) for value in values])
+
+
 def _normalised(pixels: torch.Tensor, config: PreprocessConfig, channels_last: bool = True) -> torch.Tensor:
     """`normalise` for floats 0..255, which are overwritten."""
     import torch
 
     # Entire rows of pixels at once: broadcasting over the three channels only is 15 times slower on a CPU.
     width = pixels.shape[2]
-    mean = torch.tensor(config.mean, device=pixels.device).repeat(width)
-    std = torch.tensor(config.std, device=pixels.device).repeat(width)
+    mean = _constants(config.mean, pixels.device).repeat(width)
+    std = _constants(config.std, pixels.device).repeat(width)
     rows = pixels.reshape(-1, 3 * width)
     images = rows.div_(255).sub_(mean).div_(std).view(pixels.shape).permute(0, 3, 1, 2)
     return images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

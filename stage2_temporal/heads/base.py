@@ -12,11 +12,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.registry import Registry
 from configs.schema import HEAD_SETTINGS, HeadSettings, TemporalConfig
+from engine.device import sent_to
 from stage2_temporal.heads.standardise import Standardise
 
 # A head's memory between two calls: tensors with the batch dimension first, so that finished videos can be dropped.
@@ -94,6 +96,15 @@ def register_head(name: str, settings: type[HeadSettings]) -> Callable[[HeadClas
 def build_head(config: HeadSettings, embedding_dim: int, phases: int) -> Head:
     """The head that `config` names, for embeddings of width D, with fresh weights."""
     return HEADS.find(config.name)(config, embedding_dim, phases)
+
+
+def real_frames(lengths: Tensor, frames: int, device: torch.device) -> Tensor:
+    """The places (N,) in (B x T) of the frames that are not padding, on `device`.
+
+    `lengths` (B,) are on the CPU, so that nothing waits for a GPU, as an index by a mask would.
+    """
+    inside = torch.arange(frames) < lengths.cpu()[:, None]  # (B, T)
+    return sent_to(device, inside.flatten().nonzero().squeeze(1))
 
 
 def first_rows(state: State, count: int) -> State:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs import schema
-from stage2_temporal.heads.base import Head, HeadOutput, State, register_head
+from stage2_temporal.heads.base import Head, HeadOutput, State, real_frames, register_head
 from stage2_temporal.heads.standardise import Standardise
 
 
@@ -36,14 +36,13 @@ class LinearHead(Head):
         """
         if lengths is None:
             return self(standardise(x))  # type: ignore[no-any-return]
-        real = torch.arange(x.shape[1], device=x.device) < lengths.to(x.device)[:, None]  # (B, T)
+        real = real_frames(lengths, x.shape[1], x.device)  # (N,)
 
         def block_logits(block: Tensor) -> Tensor:
             logits: Tensor = self.fc(standardise(block))
             return logits
 
-        blocks = x[real].split(self.block_frames)  # (N, D) each
+        blocks = x.flatten(0, 1).index_select(0, real).split(self.block_frames)  # (N, D) in all
         logits = torch.cat([checkpoint(block_logits, block, use_reentrant=False) for block in blocks])  # (N, C)
-        return HeadOutput(
-            [logits.new_zeros(*real.shape, self.phases).masked_scatter(real.unsqueeze(-1), logits)], None, ()
-        )
+        padded = logits.new_zeros(len(x) * x.shape[1], self.phases).index_copy(0, real, logits)
+        return HeadOutput([padded.unflatten(0, x.shape[:2])], None, ())

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from configs import schema
+from engine.device import sent_to
 from stage2_temporal.heads.base import Head, HeadOutput, State, register_head, require_causal
 from stage2_temporal.heads.lstm_cpu import run_lstm
 from stage2_temporal.heads.standardise import Standardise
@@ -124,9 +125,16 @@ def _autocast_without_scaler() -> bool:
 def run_packed(rnn: nn.LSTM | nn.GRU, x: Tensor, hidden: State | None, lengths: Tensor) -> tuple[Tensor, State]:
     """As `run_torch`, in one call, which cuDNN computes without padding."""
     # DistributedDataParallel takes every tensor to the GPU, where `lengths` must not be
-    packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-    out, last = rnn(packed, _as_given(hidden))
-    padded, _ = pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])
+    lengths = lengths.cpu()
+    order = torch.argsort(lengths, descending=True, stable=True)
+    if not torch.equal(order, torch.arange(len(order))):  # `enforce_sorted=False` would wait for the GPU
+        there, back = sent_to(x.device, order), sent_to(x.device, torch.argsort(order))
+        given = None if hidden is None else tuple(part.index_select(1, there) for part in hidden)
+        out, last = run_packed(rnn, x.index_select(0, there), given, lengths[order])
+        return out.index_select(0, back), tuple(part.index_select(1, back) for part in last)
+    packed = pack_padded_sequence(x, lengths, batch_first=True)
+    packed_out, last = rnn(packed, _as_given(hidden))
+    padded, _ = pad_packed_sequence(packed_out, batch_first=True, total_length=x.shape[1])
     return padded, last if isinstance(last, tuple) else (last,)
 
 

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import JointLossConfig
+from engine.device import sent_to
 from engine.processes import one_process
 from stage1_cnn.loss import Total, phase_loss, tool_loss
 from stage2_temporal.data import NO_LABEL
+from stage2_temporal.heads.base import real_frames
 from stage2_temporal.joint.net import JointOutput
 
 
@@ -46,9 +48,10 @@ class JointLoss(nn.Module):
         if self.step == "correlation" and self.config.alpha > 0:
             assert output.tool_logits is not None
             assert output.mapped_logits is not None
-            inside = torch.arange(phase.shape[1], device=phase.device) < lengths.to(phase.device)[:, None]  # (B, T)
-            divergence = self.correlation(output.tool_logits, output.mapped_logits)[inside]
-            terms.append(self.config.alpha * divergence.sum() / self.over_all(inside.sum()).clamp(min=1))
+            real = real_frames(lengths, phase.shape[1], phase.device)
+            divergence = self.correlation(output.tool_logits, output.mapped_logits).flatten().index_select(0, real)
+            count = torch.full((), len(real), device=phase.device)
+            terms.append(self.config.alpha * divergence.sum() / self.over_all(count).clamp(min=1))
         return torch.stack(terms).sum()
 
     def correlation(self, branch: Tensor, mapped: Tensor) -> Tensor:
@@ -71,4 +74,4 @@ def bernoulli_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
 def _last_frame_only(phase: Tensor, lengths: Tensor) -> Tensor:
     position = torch.arange(phase.shape[1], device=phase.device)
-    return phase.masked_fill(position != lengths.to(phase.device)[:, None] - 1, NO_LABEL)
+    return phase.masked_fill(position != sent_to(phase.device, lengths)[:, None] - 1, NO_LABEL)
