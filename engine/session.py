@@ -67,7 +67,8 @@ class TrainingSession:
     entries divided by the count over all ranks (`Processes.total`). The steps then equal those of a single process with
     the whole batch. `last.pt` also contains each rank's own random states and carried state.
 
-    With `reads_late` (by default on GPUs), losses are read in groups, so that steps need not wait for the device.
+    With `reads_late` (by default on GPUs), losses are read in groups, so that steps need not wait for the device; ranks
+    then exchange them in groups, too.
     """
 
     def __init__(
@@ -87,8 +88,10 @@ class TrainingSession:
         self.folder, self.accelerator, self.config, self.describe = folder, accelerator, config, describe
         optimizer = build_optimizer(groups, config.optim)
         self.raw_model = model  # without DDP; Accelerate's `unwrap_model` would import torch's compiler
+        own = set(vars(model))
         # with explicit placement Accelerate need not import torch.distributed.tensor (0.5 s)
         self.model, self.optimizer = accelerator.prepare(model, optimizer, device_placement=[True, True])
+        self._accelerates = set(vars(model)) - own  # such as a `forward` in this run's precision
         self.schedule = Schedule(self.optimizer, config.schedule, config.epochs)
         self.log = MetricLog(folder, enabled=accelerator.is_main_process)
         self.position = Position()
@@ -102,9 +105,9 @@ class TrainingSession:
         self._identity = sha256_json(describe)
         self._steps_in_epoch = 0
         self._name_batch: Callable[[], str] = lambda: ""
-        asynchronous = accelerator.device.type != "cpu" if reads_late is None else reads_late
-        self._reads_late = asynchronous and self.processes.count == 1
-        self._unread: list[tuple[Tensor, Callable[[], str]]] = []
+        self._reads_late = accelerator.device.type != "cpu" if reads_late is None else reads_late
+        self._unread: list[tuple[int, Tensor, Callable[[], str]]] = []  # step, this rank's loss, what names its batch
+        self._save_agreed = False
         self._saved_at = self._epoch_started_at = time.monotonic()
 
     # ------------------------------------------------------------------------------------------ resume
@@ -171,6 +174,7 @@ class TrainingSession:
                 yield self.position.epoch
             self.position.finished = True
         finally:  # checkpoints are on the disk already; an error here would hide the one that ended the loop
+            self._give_back_model()
             with suppress(UserError, OSError):
                 self.log.close()
 
@@ -210,14 +214,10 @@ class TrainingSession:
         that steps need not wait for it: the error may come up to `LOG_EVERY_STEPS` later, but before anything is saved.
         """
         self._name_batch = name_batch
-        due = time.monotonic() - self._saved_at > 60 * self.config.checkpoint_minutes
+        save = self._save_agreed if self.processes.count > 1 else self._save_is_due()
         logs = (self.position.global_step + 1) % LOG_EVERY_STEPS == 0
-        if self._reads_late:
-            self._unread.append((loss.detach(), name_batch))
-            value, save = 0.0, float(due)
-        else:
-            value, save = self._value(loss, due, name_batch)
-            self.position.loss_sum += value
+        self._unread.append((self.position.step + 1, loss.detach(), name_batch))
+        value = 0.0 if self._reads_late else self._read_losses()
         parts = self.processes.count  # DDP averages gradients, but these are parts of a sum, so scale
         self.accelerator.backward((loss * parts if parts > 1 else loss) / self._group_size())
         ends = self._group_ends()
@@ -301,8 +301,9 @@ class TrainingSession:
             return
         if launcher_died() and self._stop.number is None:
             self._stop.number = signal.SIGTERM
-        asked = float(self._stop.number or 0)
-        numbers, problems = self.processes.sums(asked, float(problem is not None))
+        asked, due = float(self._stop.number or 0), self.processes.first and self._save_is_due()
+        numbers, problems, save = self.processes.sums(asked, float(problem is not None), float(due))
+        self._save_agreed = save > 0
         if problems:
             raise Failed(next(text for text in self.processes.gather(problem) if text is not None))
         if numbers and self.position.step % self._accumulate == 0:
@@ -328,25 +329,28 @@ class TrainingSession:
 
     # ------------------------------------------------------------------------------------------ inside
 
-    def _value(self, loss: Tensor, due: bool, name_batch: Callable[[], str]) -> tuple[float, float]:
-        """The step's loss over all ranks, and whether a checkpoint is due on rank 0 (0 or 1)."""
-        own = float(loss.detach())
-        value, save = self.processes.sums(own, float(due and self.processes.first))
-        if not math.isfinite(value):
-            names = self.processes.gather("" if math.isfinite(own) else name_batch())
-            self._refuse(f"the loss is {value} in", self.position.step + 1, next((name for name in names if name), ""))
-        return value, save
+    def _give_back_model(self) -> None:
+        """Remove what Accelerate has put on the model: it may be trained again, in another precision."""
+        while self._accelerates:
+            delattr(self.raw_model, self._accelerates.pop())
+
+    def _save_is_due(self) -> bool:
+        return time.monotonic() - self._saved_at > 60 * self.config.checkpoint_minutes
 
     def _read_losses(self) -> float:
-        """Read and add up the losses that have not been read yet; returns that of the last step."""
+        """Read and add up the losses that have not been read yet, over all ranks; returns that of the last step.
+
+        Every rank calls it at the same steps.
+        """
         unread, self._unread = self._unread, []
         if not unread:
             return 0.0
-        values: list[float] = torch.stack([loss for loss, _ in unread]).tolist()
-        first = self.position.step - len(unread) + 1
-        for step, (value, (_, name_batch)) in enumerate(zip(values, unread, strict=True), first):
+        own: list[float] = torch.stack([loss for _, loss, _ in unread]).tolist()
+        values = self.processes.sums(*own)
+        for (step, _, name_batch), mine, value in zip(unread, own, values, strict=True):
             if not math.isfinite(value):
-                self._refuse(f"the loss is {value} in", step, name_batch())
+                names = self.processes.gather("" if math.isfinite(mine) else name_batch())
+                self._refuse(f"the loss is {value} in", step, next((name for name in names if name), ""))
             self.position.loss_sum += value
         return values[-1]
 

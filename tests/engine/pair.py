@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import nn
 
+import engine.session
 from configs.errors import UserError
 from configs.schema import LoopConfig
 from engine.device import make_accelerator, seed_everything
@@ -32,13 +33,15 @@ def cli() -> None:
     """With the code that turns errors into one line and an exit code."""
 
 
-def session_in(folder: Path, processes: Processes, stop: StopRequest) -> TrainingSession:
+def session_in(folder: Path, processes: Processes, stop: StopRequest, **options: Any) -> TrainingSession:
     seed_everything(1)
     model = nn.Linear(3, 1)
     accelerator, _ = make_accelerator("cpu", "fp32")
     groups = [{"params": model.parameters()}]
-    config = LoopConfig(epochs=1)
-    return TrainingSession(folder, accelerator, model, groups, config, {}, stop, bar=False, processes=processes)
+    config = LoopConfig(epochs=1, checkpoint_minutes=options.pop("checkpoint_minutes", 20.0))
+    return TrainingSession(
+        folder, accelerator, model, groups, config, {}, stop, bar=False, processes=processes, **options
+    )
 
 
 def take_minutes(look: Callable[[], None]) -> None:
@@ -50,17 +53,57 @@ def take_minutes(look: Callable[[], None]) -> None:
 
 @cli.command()
 @click.argument("folder", type=Path)
-def nan(folder: Path) -> None:
+def nan(folder: Path, late: bool = False) -> None:
     """The third batch of the second process has a loss that is not a number."""
     stop = StopRequest()
     processes = join("cpu", stop)
-    session = session_in(folder, processes, stop)
+    session = session_in(folder, processes, stop, reads_late=late)
     for _ in session.epochs():
         for batch in session.batches(range(5), 5):
             loss = session.model(torch.ones(2, 3)).mean()
             bad = batch == 2 and not processes.first
             name = f"batch {batch} of {processes.rank}"
             session.update(loss * float("nan") if bad else loss, lambda name=name: name)  # type: ignore[misc]
+
+
+@cli.command()
+@click.argument("folder", type=Path)
+@click.pass_context
+def nan_late(context: click.Context, folder: Path) -> None:
+    """The same, with losses read in groups as on GPUs."""
+    context.invoke(nan, folder=folder, late=True)
+
+
+@cli.command()
+@click.argument("folder", type=Path)
+def steps(folder: Path) -> None:
+    """Three trainings, whose losses are read at every step, in groups, and in groups with a checkpoint at every step;
+    prints how often the processes exchanged something during each step.
+    """
+    engine.session.LOG_EVERY_STEPS = 3
+    stop = StopRequest()
+    processes = join("cpu", stop)
+    exchanges = []
+    sums, gather = processes.sums, processes.gather
+    processes.sums = lambda *values: exchanges.append("sums") or sums(*values)  # type: ignore[func-returns-value, method-assign]
+    processes.gather = lambda value: exchanges.append("gather") or gather(value)  # type: ignore[func-returns-value, method-assign]
+    for name, options in (
+        ("exact", {}),
+        ("late", {"reads_late": True}),
+        ("saved", {"reads_late": True, "checkpoint_minutes": 1e-9}),
+    ):
+        (folder / name).mkdir(exist_ok=True)
+        session = session_in(folder / name, processes, stop, **options)
+        counts = []
+        for _ in session.epochs():
+            for batch in session.batches(range(5), 5):
+                session.update(session.model(torch.full((2, 3), batch + 0.1 * processes.rank)).square().mean() / 2)
+                counts.append(len(exchanges))
+                exchanges.clear()
+            session.finish_epoch({}, None)
+            exchanges.clear()
+        if processes.first:
+            print(name, counts)
 
 
 @cli.command()

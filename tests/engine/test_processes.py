@@ -21,6 +21,7 @@ from engine.checkpoints import load_checkpoint
 from engine.processes import Processes, nccl_failure, peer_died
 from pipeline import Group
 from tests.engine.test_launch import TASK
+from tests.engine.test_session import log_without_times
 
 # The form of NCCL's errors in torch: name and meaning of the code, then what it says last.
 NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, NCCL version 2.27.5\n{}\nLast error:\n{}"
@@ -144,8 +145,24 @@ def test_two_processes_on_one_gpu_are_refused_in_one_line(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_loss_of_one_process_that_is_no_number_stops_all_with_the_batch_named(tmp_path: Path) -> None:
-    codes, output = ends_of(start_pair("nan", tmp_path))
+def test_ranks_on_gpus_exchange_once_a_step_and_log_the_same(tmp_path: Path) -> None:
+    """Losses are exchanged where they are read; that a checkpoint is due is exchanged with the requests to stop."""
+    codes, output = ends_of(start_pair("steps", tmp_path))
+    assert codes == [0, 0], output
+    # a logged step and the last one read losses; a checkpoint gathers states and checks the weights
+    assert output.splitlines() == ["exact [2, 2, 2, 2, 2]", "late [1, 1, 2, 1, 2]", "saved [4, 4, 4, 4, 4]"]
+    logs = [log_without_times(tmp_path / name) for name in ("exact", "late", "saved")]
+    assert len(logs[0]) == 2
+    assert logs[0] == logs[1] == logs[2]
+    saved = [load_checkpoint(tmp_path / name / "last.pt")["model"]["weight"] for name in ("exact", "late", "saved")]
+    assert torch.equal(saved[0], saved[1])
+    assert torch.equal(saved[0], saved[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["nan", "nan-late"])
+def test_a_loss_of_one_process_that_is_no_number_stops_all_with_the_batch_named(tmp_path: Path, what: str) -> None:
+    codes, output = ends_of(start_pair(what, tmp_path))
     assert codes == [2, 2], output
     assert output.count("error:") == 1, output
     assert "the loss is nan in epoch 1, step 3 (batch 2 of 1)" in output
