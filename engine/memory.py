@@ -1,11 +1,14 @@
-"""Freed memory: the C library keeps it for the next batch, or returns it to the kernel."""
+"""Freed memory, which the C library keeps or returns to the kernel; and a GPU with too little of it."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from configs.errors import UserError, one_line
 
 # Parameters of glibc's mallopt(3): the bytes kept at the end of the heap, and the size above which a block has a
 # mapping of its own. For the latter, glibc before 2.33 accepts 32 MiB at most and otherwise keeps its default.
@@ -34,3 +37,33 @@ def give_back_freed_memory() -> None:
 def _glibc(name: str) -> Callable[..., Any] | None:
     """A function of the C library, or None if it has none of that name."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
+
+
+@contextmanager
+def needs_gpu_memory(lower: str) -> Iterator[None]:
+    """Raise UserError, which names the settings to `lower`, where torch finds too little memory on the GPU.
+
+    As a decorator, it does so for a whole function.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "OutOfMemoryError" not in _types(error) and "out of memory" not in str(error):
+            raise
+        raise UserError(f"the GPU has too little memory: lower {lower} ({one_line(error, most=100)})") from error
+
+
+def is_gpu_error(error: BaseException) -> bool:
+    """Whether a device reports an error, its full memory included, after which most later calls on it fail as well.
+
+    torch before 2.8 has no type for most of these.
+    """
+    if _types(error) & {"AcceleratorError", "OutOfMemoryError"}:
+        return True
+    named = ("CUDA error", "cuDNN error", "CUDNN_STATUS", "CUBLAS_STATUS", "MPS backend out of memory")
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in named)
+
+
+def _types(error: BaseException) -> set[str]:
+    """The names of an exception's classes: to ask for them by object would import torch."""
+    return {kind.__name__ for kind in type(error).__mro__}

@@ -19,6 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from configs.errors import UserError, one_line, type_and_line
 from engine.files import NoRoomError
 from engine.launch import available_cores
+from engine.memory import is_gpu_error
 from engine.progress import progress_bar
 from engine.stopping import StopRequest
 
@@ -93,12 +94,17 @@ def _one_by_one(
 
 
 def attempt(work: Callable[..., None], *arguments: Any) -> str | None:
-    """Call `work`; returns the reason in one line if it fails as a video can make it fail. Raises NoRoomError."""
+    """Call `work`; returns the reason in one line if it fails as a video can make it fail.
+
+    Raises NoRoomError, and errors of a GPU: every other video would fail as well.
+    """
     try:
         work(*arguments)
     except NoRoomError:
         raise
     except VIDEO_ERRORS as error:
+        if is_gpu_error(error):
+            raise
         return failure_reason(error)
     return None
 

@@ -21,6 +21,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from engine.device import say_few_cores, start_stage
 from engine.files import below_root, read_json_object, remove_stale_temporaries, sha256_file, write_json
+from engine.memory import needs_gpu_memory
 from engine.pool import VideoFault, processes_for, work_through
 from engine.progress import say
 from engine.runs import StageFolder, StageIdentity, settings_without
@@ -96,6 +97,7 @@ class ExtractReport:
         }
 
 
+@needs_gpu_memory("extract.batch_frames")
 def extract(
     config: Config,
     run: Path | None,

@@ -20,6 +20,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from engine.device import make_accelerator, say_few_cores, seed_everything, start_stage
 from engine.logs import outcome_sentence, training_outcome
+from engine.memory import needs_gpu_memory
 from engine.processes import Processes, join
 from engine.progress import progress_bar, say
 from engine.runs import StageFolder, StageIdentity, settings_without
@@ -143,6 +144,7 @@ def load_frames(config: Config, index: Index, root: Path) -> FrameData:
 # ---------------------------------------------------------------------------------------------- the loop
 
 
+@needs_gpu_memory("cnn.batch_frames and raise cnn.accumulate_steps as much")
 def train_net(
     folder: Path,
     net: ToolNet,

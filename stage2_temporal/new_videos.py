@@ -22,6 +22,7 @@ from configs.load import NO_KEYS, GivenKeys, load_dataset
 from configs.schema import Config, PreprocessConfig
 from engine.device import choose_device, choose_precision, lower_precision, start_stage
 from engine.files import NoRoomError, atomic_path, inside, make_folder, read_json, sha256_file, write_json
+from engine.memory import is_gpu_error, needs_gpu_memory
 from engine.pool import VIDEO_ERRORS, failure_reason
 from engine.progress import progress_bar, say
 from engine.runs import package_version, require_same_classes
@@ -205,6 +206,7 @@ def _as_trained(config: Config, preprocess: PreprocessConfig, fps: float, about:
 # ---------------------------------------------------------------------------------------------- the videos
 
 
+@needs_gpu_memory("extract.batch_frames")
 def predict_new_videos(
     recogniser: Recogniser, sources: Sequence[Path], out: Path, *, draw: bool = False, stop: StopRequest
 ) -> PredictReport:
@@ -235,6 +237,8 @@ def predict_new_videos(
         except NoRoomError:
             raise
         except VIDEO_ERRORS as error:
+            if is_gpu_error(error):
+                raise
             report.failed.append((name, failure_reason(error)))
         else:
             (report.done if done else report.skipped).append(name)

@@ -26,7 +26,7 @@ from configs.schema import Config
 from engine.device import choose_precision, make_accelerator, require_bf16, seed_everything, start_stage
 from engine.files import make_folder, sha256_file
 from engine.logs import METRICS_LOG, read_metrics
-from engine.memory import give_back_freed_memory
+from engine.memory import give_back_freed_memory, needs_gpu_memory
 from engine.processes import Processes, join, one_process
 from engine.progress import progress_bar, say
 from engine.runs import ABSENT, StageFolder, StageIdentity, settings_without
@@ -116,6 +116,7 @@ def train_temporal(
     return processes.from_first(lambda: stage.finish(result | {"sentence": _sentence(result)}))
 
 
+@needs_gpu_memory("temporal.sequence.batch, or set temporal.sequence.mode=chunked with fewer temporal.sequence.frames")
 def train_head(
     folder: Path,
     head: schema.HeadSettings,

@@ -62,6 +62,8 @@ def noted_waits() -> Iterator[list[str]]:
 
     Neither cuDNN nor a backward pass takes fake tensors without a driver.
     """
+    # autograd counts devices at its first backward pass, and starts threads for a fake one: no test could fork then
+    torch.ones(1, requires_grad=True).sum().backward()
     waits = Waits()
     with torch.backends.cudnn.flags(enabled=False), FakeTensorMode(allow_non_fake_inputs=True), waits:
         yield waits.found

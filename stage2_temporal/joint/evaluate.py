@@ -14,6 +14,7 @@ from configs.load import NO_KEYS, GivenKeys, load_config
 from configs.schema import Config, DataConfig, PreprocessConfig
 from engine.device import choose_device, choose_precision, lower_precision, start_stage
 from engine.files import read_json_object
+from engine.memory import needs_gpu_memory
 from engine.progress import say
 from engine.runs import IDENTITY_FILE, RESULT_FILE, require_same_classes, update_summary
 from engine.stopping import StopRequest
@@ -38,6 +39,7 @@ from stage2_temporal.joint.predict import Prediction, gap_nats, predict_videos
 from stage2_temporal.predict import Inference, chosen_inference
 
 
+@needs_gpu_memory("extract.batch_frames")
 def evaluate_joint(
     config: Config,
     run: Path,

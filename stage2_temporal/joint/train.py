@@ -28,6 +28,7 @@ from engine.device import (
 )
 from engine.files import sha256_file
 from engine.logs import outcome_sentence, training_outcome
+from engine.memory import needs_gpu_memory
 from engine.processes import Processes, join
 from engine.progress import say
 from engine.runs import ABSENT, StageFolder, StageIdentity, settings_without
@@ -245,6 +246,9 @@ def leaves_unused(config: Config, step: str) -> bool:
 # ---------------------------------------------------------------------------------------------- the loop
 
 
+@needs_gpu_memory(
+    "joint.sequence.batch and raise joint.accumulate_steps as much, or set joint.gradient_checkpointing=true"
+)
 def train_step(
     folder: Path,
     step: str,

@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from configs.errors import UserError
 from engine import memory
 
 # 30 tensors of 64 MiB, one after the other; every page that the kernel must map again is counted.
@@ -42,6 +44,34 @@ def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
     memory.give_back_freed_memory()
     monkeypatch.setattr(memory.sys, "platform", "darwin")
     assert not memory.keep_freed_memory()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB."), RuntimeError("MPS backend out of memory (1)")],
+)
+def test_too_little_memory_on_a_gpu_is_one_line_that_says_what_to_lower(error: Exception) -> None:
+    expected = r"^the GPU has too little memory: lower x\.batch \(.*out of memory"
+    with pytest.raises(UserError, match=expected), memory.needs_gpu_memory("x.batch"):
+        raise error
+    with pytest.raises(RuntimeError, match="shapes differ"), memory.needs_gpu_memory("x.batch"):
+        raise RuntimeError("shapes differ")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (type("AcceleratorError", (RuntimeError,), {})("an illegal memory access was encountered"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), True),
+        (RuntimeError("shapes differ"), False),
+        (UserError("CUDA error.mp4: damaged"), False),
+        (MemoryError(), False),
+    ],
+)
+def test_errors_of_a_gpu_are_told_from_those_of_a_video(error: Exception, expected: bool) -> None:
+    assert memory.is_gpu_error(error) == expected
 
 
 def test_memory_is_returned() -> None:

@@ -103,3 +103,13 @@ def test_labels_and_room_are_checked_before_a_file_is_opened() -> None:
     task = Task("required", UserError("labels.txt: cannot be read"))
     outcomes(task, whole())
     assert task.noted == ["required", "required"]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: illegal")])
+def test_an_error_of_the_gpu_ends_the_work(error: Exception) -> None:
+    """The next video would fail as this one did."""
+    task = Task("appended", error)
+    with pytest.raises(type(error), match="CUDA"):
+        outcomes(task, iter([(0, {}), (0, FRAMES), (1, {}), (1, FRAMES)]))
+    assert task.noted.count("opened") == 1
+    assert "removed" in task.noted

@@ -65,6 +65,7 @@ def test_training_learns_and_says_what_it_did(world: World) -> None:
     assert json.loads((folder / "result.json").read_text())["val_map"] == result["val_map"]
 
 
+@pytest.mark.slow
 def test_losses_that_are_not_read_yet_keep_no_batch_in_memory(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, whose losses are read in groups of twenty: each batch there is memory that cannot be swapped."""
     session, inputs = TrainingSession.__init__, ClipBatch.inputs
@@ -84,6 +85,16 @@ def test_losses_that_are_not_read_yet_keep_no_batch_in_memory(world: World, monk
     train(world, world.set(cnn={"epochs": 1, "batch_frames": 2}))
     assert len(alive) > 12
     assert max(alive) <= 2
+
+
+def out_of_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+
+def test_too_little_memory_on_a_gpu_names_the_settings(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ClipBatch, "inputs", out_of_memory)
+    with pytest.raises(UserError, match=r"lower cnn\.batch_frames and raise cnn\.accumulate_steps .*2 GiB"):
+        train(world)
 
 
 def test_a_finished_run_is_not_done_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,9 +23,10 @@ from stage1_cnn.train import train_cnn
 from stage2_temporal.joint import train as joint_train
 from stage2_temporal.joint.evaluate import evaluate_joint
 from stage2_temporal.joint.loss import JointLoss
-from stage2_temporal.joint.net import build_joint, joint_checkpoint, load_joint
+from stage2_temporal.joint.net import JointNet, build_joint, joint_checkpoint, load_joint
 from stage2_temporal.joint.predict import embed_crops, predict_videos
 from stage2_temporal.joint.train import Start, initial_net, leaves_unused, train_joint
+from stage2_temporal.model import PhaseModel
 from stage2_temporal.new_videos import pair_of_stages
 from stage2_temporal.predict import load_temporal, predict_phases
 from stage2_temporal.train import train_temporal
@@ -115,6 +116,45 @@ def test_the_schedule_finishes_and_the_mapping_step_trains_only_the_mapping(stag
     net, about = load_joint(joint_checkpoint(run))
     assert about["step"] == "correlation"
     assert net.mapping is not None
+
+
+def test_too_little_memory_on_a_gpu_names_the_settings(stages: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(JointNet, "forward", out_of_memory)
+    with pytest.raises(UserError, match=r"lower joint\.sequence\.batch .*or set joint\.gradient_checkpointing=true"):
+        joint(stages, settings(stages, JOINT), "full")
+    monkeypatch.setattr(PhaseModel, "forward", out_of_memory)
+    folder = extract(stages.config, stages.run, stages.index(), stages.root, stop=StopRequest()).folder
+    with pytest.raises(UserError, match=r"lower temporal\.sequence\.batch, or set temporal\.sequence\.mode=chunked"):
+        train_temporal(stages.config, stages.config.runs / "full", folder, StopRequest())
+
+
+@pytest.mark.slow
+def test_every_step_computes_in_its_own_precision(stages: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later step trains the net that an earlier one has trained."""
+    found: dict[str, set[torch.dtype]] = {"multitask": set(), "correlation": set()}
+    branches, train_step = JointNet.branches, joint_train.train_step
+    step = ""
+
+    def noted(net: JointNet, x: torch.Tensor, *arguments: Any) -> Any:
+        if torch.is_grad_enabled() and step in found:
+            found[step].add(x.dtype)
+        return branches(net, x, *arguments)
+
+    def named(folder: Path, name: str, *arguments: Any) -> None:
+        nonlocal step
+        step = name
+        train_step(folder, name, *arguments)
+
+    monkeypatch.setattr(JointNet, "branches", noted)
+    monkeypatch.setattr(joint_train, "train_step", named)
+    tcn = {"name": "tcn", "stages": 1, "layers": 1, "maps": 4}  # a CPU without bf16 has no LSTM in it
+    schedule = CL | {"multitask": STEP | {"precision": "bf16"}}
+    with cpu_with_bf16(True):
+        joint(stages, settings(stages, schedule, temporal={"head": tcn}), "two precisions")
+    assert found == {"multitask": {torch.bfloat16}, "correlation": {torch.float32}}
 
 
 @pytest.mark.parametrize("step", ["multitask", "mapping", "correlation"])
