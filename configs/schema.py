@@ -485,7 +485,9 @@ class JointConfig(Strict):
     accumulate_steps: int = Field(1, ge=1)
     freeze_batch_norm: bool = False
     sync_batch_norm: bool = Field(False, description="several processes on CUDA: statistics over the global batch")
-    gradient_checkpointing: bool = Field(False, description="recompute the backbone in backward to save memory")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute the backbone's blocks in backward to save memory"
+    )
     clips_per_epoch: int | None = Field(None, ge=1, description="random subset of clips per epoch; null: all")
     workers: int = Field(
         -1, ge=-1, description="loader processes; -1: none on a CPU, otherwise one per core but one, up to 16"

@@ -10,27 +10,26 @@ computes what the two stages compute one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, one_line
 from configs.schema import Config, HeadSettings, JointNetConfig
 from engine.checkpoints import load_checkpoint
 from engine.runs import require_same_classes
-from stage1_cnn.encoders.backbone import Backbone, batch_norms, build_backbone, freeze_batch_norm
+from stage1_cnn.encoders.backbone import Backbone, build_backbone, freeze_batch_norm
 from stage1_cnn.encoders.pretrained import best_checkpoint
 from stage1_cnn.model import linear, rebuild_from_checkpoint, require_same_backbone, tool_branch
 from stage2_temporal.heads.base import State, build_head, require_causal
 from stage2_temporal.heads.standardise import Standardise
+from stage2_temporal.joint.recompute import recomputed_blocks
 from stage2_temporal.model import PhaseModel, require_same_head, require_same_model, saved_head
 from stage2_temporal.predict import load_temporal
 
@@ -74,11 +73,9 @@ class JointNet(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Frames (N, 3, S, S) -> embeddings (N, D)."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            contexts = partial(_recomputing, self.backbone)
-            embedding: Tensor = checkpoint(self.backbone, images, use_reentrant=False, context_fn=contexts)
-            return embedding
-        return self.backbone(images)  # type: ignore[no-any-return]
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
+        with recomputed_blocks(self.backbone) if again else nullcontext():
+            return self.backbone(images)  # type: ignore[no-any-return]
 
     def branches(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> JointOutput:
         """As `forward`, from embeddings (B, T, D)."""
@@ -115,25 +112,6 @@ class JointNet(nn.Module):
     def phases(self) -> int:
         """C; 0 without a phase branch."""
         return self.phase.phases if self.phase is not None else 0
-
-
-def _recomputing(backbone: Backbone) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts of the first pass and of the recomputation, which must not update running statistics again."""
-    return nullcontext(), _fixed_statistics(backbone)
-
-
-@contextmanager
-def _fixed_statistics(backbone: Backbone) -> Iterator[None]:
-    layers = list(batch_norms(backbone))
-    before = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
-    for layer in layers:
-        layer.momentum = 0.0
-        layer.num_batches_tracked = layer.num_batches_tracked.clone() if layer.num_batches_tracked is not None else None
-    try:
-        yield
-    finally:
-        for layer, (momentum, counted) in zip(layers, before, strict=True):
-            layer.momentum, layer.num_batches_tracked = momentum, counted
 
 
 def build_joint(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import Config, GruHead, JointNetConfig, LinearHead, LstmHead, TcnHead
-from stage1_cnn.encoders.backbone import build_backbone, freeze_batch_norm
+from stage1_cnn.encoders.backbone import build_backbone
 from stage2_temporal.joint.net import (
     JointNet,
     build_joint,
@@ -89,26 +89,6 @@ def test_tasks_choose_branches(tasks: str, has: tuple[bool, bool]) -> None:
 def test_a_head_that_looks_ahead_is_refused() -> None:
     with pytest.raises(UserError, match="bidirectional"):
         net_of(LstmHead(bidirectional=True))
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_gradient_checkpointing_changes_neither_gradients_nor_statistics(frozen: bool) -> None:
-    states, gradients = [], []
-    for again in (False, True):
-        net = net_of()
-        net.gradient_checkpointing = again
-        if frozen:
-            freeze_batch_norm(net.backbone)
-        net.train()
-        net(clips()).tool_logits.square().sum().backward()
-        gradients.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
-        states.append(net.state_dict())
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient)
-    tensors = [name for name, value in states[0].items() if isinstance(value, Tensor)]
-    for name in tensors:
-        torch.testing.assert_close(states[1][name], states[0][name])
 
 
 def test_a_head_without_hidden_features_cannot_feed_the_mapping(monkeypatch: pytest.MonkeyPatch) -> None:
