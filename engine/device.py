@@ -86,9 +86,9 @@ def start_stage(stage: str, config: Config, device: torch.device, precision: str
     `others` describes the processes that load or decode. Raises UserError if torch has no code for the GPU.
     """
     name = str(device)
+    require_kernels(device)
     if device.type == "cuda":
         apply_switches(config.cuda)
-        require_kernels(device)
         name += f" ({torch.cuda.get_device_name(device)})"
     if not bars_are_hidden():
         say(f"{stage}: {name}, {precision}" + (f", {others}" if others else ""))
@@ -103,7 +103,9 @@ def apply_switches(cuda: CudaConfig) -> None:
 
 
 def require_kernels(device: torch.device) -> None:
-    """Run a first kernel on a GPU. Raises UserError if this torch was not built for it, as far as only that shows."""
+    """Run a first kernel if the device is a CUDA GPU. Raises UserError if this torch was not built for it."""
+    if device.type != "cuda":
+        return
     try:
         torch.ones(1, device=device).sum().item()
     except RuntimeError as error:

@@ -40,6 +40,7 @@ PRIVATE = {
     r"tensorboard\.(compat|summary)": "engine/logs.py",
     r"openvino_telemetry": "stage1_cnn/encoders/openvino_net.py",
     r"gloo/": "engine/processes.py",
+    r"ACCELERATE_BYPASS": "engine/processes.py",
     r"TORCHELASTIC_USE": "engine/launch.py",
     r"ForkingPickler": "engine/pool.py",
     r"_shutdown_workers": "stage1_cnn/data.py",

@@ -13,7 +13,7 @@ from configs.errors import UserError
 from configs.load import differences
 from configs.schema import Config, PreprocessConfig
 from engine import onednn
-from engine.device import DTYPES, choose_device, choose_precision, lower_precision
+from engine.device import DTYPES, choose_device, choose_precision, lower_precision, require_kernels
 from engine.progress import say
 from engine.runs import RESULT_FILE, require_same_classes
 from features.frames.preprocess import crop_frames, normalise, preprocess_json
@@ -88,6 +88,7 @@ class Encoder:
         int8: Int8Source | None = None,
     ) -> None:
         self.device = choose_device(config.device)
+        require_kernels(self.device)
         require_image_size(backbone, config.preprocess.crop_px)
         self._net: _TorchNet | OpenVinoNet
         if config.extract.engine == "openvino":
