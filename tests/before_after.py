@@ -1,7 +1,8 @@
 """Do two checkouts compute the same, byte for byte? `python -m tests.before_after BEFORE AFTER [--keep DIR]`.
 
 Both checkouts run the same fixed small commands on the same simulated videos; their output is compared as in
-`tests.sameness` (except times), and `encoder.json`, `identity.json` and the feature folders' names byte by byte. Then
+`tests.sameness` (except times, and settings in YAML files that BEFORE does not have), and `encoder.json`,
+`identity.json` and the feature folders' names byte by byte. Then
 AFTER runs on a copy of the output of BEFORE: finished stages are skipped, an interrupted one resumes to the same
 weights, features verify and are not extracted again, evaluation gives the same numbers.
 
@@ -21,6 +22,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from tests.sameness import differences
 
@@ -123,7 +127,26 @@ def compare(before: Path, after: Path) -> list[str]:
             other = after / path.relative_to(before)
             if not other.is_file() or other.read_bytes() != path.read_bytes():
                 found.append(f"{path.relative_to(before)}: other bytes")
-    return [line for line in found if not HASHES_OF_CHECKPOINTS.match(line)]
+    return [
+        line
+        for line in found
+        if not HASHES_OF_CHECKPOINTS.match(line) and not only_adds_settings(before, after, line.split(":")[0])
+    ]
+
+
+def only_adds_settings(before: Path, after: Path, name: str) -> bool:
+    """Whether a YAML file of settings differs only in settings that the older version does not have."""
+    if not name.endswith(".yaml") or not (after / name).is_file():
+        return False
+    old, new = (yaml.safe_load((top / name).read_text(encoding="utf-8")) for top in (before, after))
+    return bool(old == _known_to(old, new))
+
+
+def _known_to(old: Any, new: Any) -> Any:
+    """`new` without the keys that `old` lacks, at any depth."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {key: _known_to(old[key], value) for key, value in new.items() if key in old}
+    return new
 
 
 def carry_on(checkout: Path, before: Path, work: Path) -> list[str]:
