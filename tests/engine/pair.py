@@ -26,6 +26,7 @@ from engine.processes import Processes, join
 from engine.session import TrainingSession
 from engine.stopping import StopRequest, watch_signals
 from pipeline import Group
+from tests.onednn import cpu_with_bf16
 
 
 @click.group(cls=Group)
@@ -104,6 +105,32 @@ def steps(folder: Path) -> None:
             exchanges.clear()
         if processes.first:
             print(name, counts)
+
+
+@cli.command()
+@click.argument("folder", type=Path)
+def twice(folder: Path) -> None:
+    """One net trained in bf16 and then in fp32; prints the types that it computes in."""
+    stop = StopRequest()
+    processes = join("cpu", stop)
+    net, types = nn.Sequential(nn.Linear(3, 1)), []
+    net[0].register_forward_hook(lambda module, given, output: types.append(output.dtype))
+    for precision in ("bf16", "fp32"):
+        with cpu_with_bf16(True):
+            accelerator, _ = make_accelerator("cpu", precision)
+        (folder / precision).mkdir(exist_ok=True)
+        session = TrainingSession(
+            folder / precision, accelerator, net, [{"params": net.parameters()}], LoopConfig(epochs=1), {}, stop,
+            bar=False, processes=processes,
+        )  # fmt: skip
+        assert session.model.module is net
+        for _ in session.epochs():
+            for _ in session.batches(range(2), 2):
+                with session.autocast():
+                    session.update(session.model(torch.ones(2, 3)).mean())
+            session.finish_epoch({}, None)
+    if processes.first:
+        print(*types)
 
 
 @cli.command()

@@ -160,6 +160,13 @@ def test_ranks_on_gpus_exchange_once_a_step_and_log_the_same(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_ranks_train_a_net_again_in_another_precision(tmp_path: Path) -> None:
+    codes, output = ends_of(start_pair("twice", tmp_path))
+    assert codes == [0, 0], output
+    assert output.split() == ["torch.bfloat16"] * 2 + ["torch.float32"] * 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["nan", "nan-late"])
 def test_a_loss_of_one_process_that_is_no_number_stops_all_with_the_batch_named(tmp_path: Path, what: str) -> None:
     codes, output = ends_of(start_pair(what, tmp_path))
