@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys, flatten, load_config, load_dataset
-from configs.schema import Config, LstmHead, PreprocessConfig
+from configs.schema import Config, LstmHead
 from engine.checkpoints import load_external_state, save_checkpoint, save_external_weights
 from engine.files import read_json_object, sha256_file
 from engine.progress import say
@@ -41,12 +41,11 @@ from stage2_temporal.joint.net import (
     FOLDER,
     IMPORTED,
     STEPS,
+    JointAbout,
     JointNet,
-    describe_joint,
     joint_checkpoint,
     load_joint,
 )
-from stage2_temporal.model import saved_head
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,8 @@ def import_original(config: Config, run: Path, request: ImportRequest) -> dict[s
         "prefixed": original.prefixed,
         "normalisation": normalisation,
     }
-    about = describe_joint(net, original.head, fitting, spec, IMPORTED) | {"original": provenance}
-    return _write_run(run, fitting, net, about)
+    about = JointAbout.of(net, original.head, fitting, spec, IMPORTED)
+    return _write_run(run, fitting, net, replace(about, original=provenance))
 
 
 def _require_phases(phases: object, phase_order: str | None, where: Path) -> None:
@@ -185,8 +184,8 @@ def _import_mapping(
             raise UserError(f"{given}: {file} contains only the mapping; omit it: this is taken from the net of --into")
     path = joint_checkpoint(into)
     net, about = load_joint(path)
-    require_preprocess_of(PreprocessConfig(**about["preprocess"]), config, request.given, path)
-    head = saved_head(about["head"], path) if about["head"] else None
+    require_preprocess_of(about.preprocess, config, request.given, path)
+    head = about.head
     if net.phase is None or not net.tools or net.mapping is not None:
         raise UserError(f"{path}: --into needs a net for phases and tools without a mapping")
     if not isinstance(head, LstmHead) or not head.relu:
@@ -200,20 +199,16 @@ def _import_mapping(
     say(f"{file}: the mapping from the phase branch (LSTM {head.hidden}) to {net.tools} tools")
     say(f"file name: {named.sentence()}" if named else "file name without settings")
     say(f"added to {path}")
-    about |= {
-        "step": IMPORTED,
-        "net": net.net_config.model_dump(mode="json"),
-        "original": (about.get("original") or {})
-        | {"mapping": {"file": file.name, "sha256": sha256_file(file), "into_sha256": sha256_file(path)}},
-    }
-    return _write_run(run, fitting, net, about)
+    mapping = {"file": file.name, "sha256": sha256_file(file), "into_sha256": sha256_file(path)}
+    original = about.provenance | {"mapping": mapping}
+    return _write_run(run, fitting, net, replace(about, step=IMPORTED, net=net.net_config, original=original))
 
 
-def _write_run(run: Path, config: Config, net: JointNet, about: Mapping[str, Any]) -> dict[str, Any]:
+def _write_run(run: Path, config: Config, net: JointNet, about: JointAbout) -> dict[str, Any]:
     trained = [step for step in STEPS if (run / FOLDER / step).exists()]
     if trained:
         raise UserError(f"{run / FOLDER / trained[0]}: this run has a trained joint net; choose another --name")
-    content = {key: value for key, value in about.items() if key not in ("format", "identity", "scores")}
+    content = replace(about, scores=None).to_json()
     weights = weights_sha256(net)
     named = {key: value for key, value in content.items() if key != "unused"}  # identified by the file in `original`
     stage = StageFolder(run, f"{FOLDER}/{IMPORTED}", config, StageIdentity({**named, "weights_sha256": weights}))
@@ -229,7 +224,7 @@ def _write_run(run: Path, config: Config, net: JointNet, about: Mapping[str, Any
         {
             "step": IMPORTED,
             "checkpoint": str(path),
-            "original": about["original"],
+            "original": about.provenance,
             "weights_sha256": weights,
             "sentence": f"{path}; next: evaluate --model joint --name {run.name}",
         }
@@ -248,7 +243,7 @@ def export_original(config: Config, run: Path, out: Path, phase_order: str | Non
     """
     path = joint_checkpoint(run)
     net, about = load_joint(path)
-    variant = variant_of(net, saved_head(about["head"], path) if about["head"] else None, path)
+    variant = variant_of(net, about.head, path)
     file = out / _file_name(variant, about, path)
     if file.exists():
         raise UserError(f"{file}: exists; choose another folder")
@@ -256,26 +251,25 @@ def export_original(config: Config, run: Path, out: Path, phase_order: str | Non
     order = None
     if net.phase is not None:
         spec = load_dataset(config.data.dataset)
-        require_same_classes(path, "phases", about["phases"], spec.phases, spec.name)
+        require_same_classes(path, "phases", about.phases, spec.phases, spec.name)
         order = parse_phase_order(phase_order, spec, str(file))
     if prefix is None:
-        prefix = bool((about.get("original") or {}).get("prefixed", variant.name != "pytorch1.2.0"))
-    save_external_weights(file, to_original(net, variant, about["phases"], order, prefix))
+        prefix = bool(about.provenance.get("prefixed", variant.name != "pytorch1.2.0"))
+    save_external_weights(file, to_original(net, variant, about.phases, order, prefix))
     for line in _notes_of_export(net, variant, about, order):
         say(line)
     return file
 
 
-def _file_name(variant: Variant, about: Mapping[str, Any], path: Path) -> str:
+def _file_name(variant: Variant, about: JointAbout, path: Path) -> str:
     """The file name before the import, or one composed of what is known about the training."""
-    original = about.get("original") or {}
-    if about["step"] == IMPORTED and original.get("variant") == variant.name:
-        return Path(original["file"]).name
-    values = {"length": int(about["frames"])}
+    if about.step == IMPORTED and about.provenance.get("variant") == variant.name:
+        return Path(about.provenance["file"]).name
+    values = {"length": about.frames}
     settings, result = path.parent / "config.yaml", path.parent / RESULT_FILE
-    if about["step"] != IMPORTED and settings.is_file():
+    if about.step != IMPORTED and settings.is_file():
         joint = load_config(settings).joint
-        step = getattr(joint, about["step"])
+        step = getattr(joint, about.step)
         values |= {
             "opt": int(step.optim.name != "sgd"),
             "mulopt": int(step.backbone_lr_factor != 1),
@@ -285,27 +279,26 @@ def _file_name(variant: Variant, about: Mapping[str, Any], path: Path) -> str:
         }
     if result.is_file():
         values["epoch"] = int(read_json_object(result).get("epochs", 0))
-    accuracy = (about.get("scores") or {}).get("val_accuracy")
+    accuracy = (about.scores or {}).get("val_accuracy")
     if accuracy is not None:
         values |= dict.fromkeys(("val", "val2", "valPhase"), round(10_000 * accuracy))
     return compose_file_name(variant, values)
 
 
-def _notes_of_export(
-    net: JointNet, variant: Variant, about: Mapping[str, Any], order: Sequence[str] | None
-) -> Iterator[str]:
+def _notes_of_export(net: JointNet, variant: Variant, about: JointAbout, order: Sequence[str] | None) -> Iterator[str]:
     yield f"{net.backbone.name}, {variant.title}"
-    if about["step"] != IMPORTED:
+    if about.step != IMPORTED:
         yield "0 in the file name means: not measured"
     if order:
         yield f"phases in the file: {describe_order(order)}"
     if net.phase is not None and standardises(net.phase.standardise):
         yield "the standardisation of embeddings is folded into the input weights and bias of the LSTM"
-    pixels = about["preprocess"]
-    yield f"the file has no normalisation of images: this net needs mean {pixels['mean']}, std {pixels['std']}"
+    mean, std = list(about.preprocess.mean), list(about.preprocess.std)
+    yield f"the file has no normalisation of images: this net needs mean {mean}, std {std}"
     if variant.unused and not net.unused:
         yield "the original tool program also has an unused LSTM: load the file with strict=False there"
-    head = about["head"] or {}
-    widths = {head.get("hidden", UNITS), head.get("fc_hidden") or UNITS, net.net_config.tool_hidden or UNITS}
+    widths = {net.net_config.tool_hidden or UNITS}
+    if isinstance(about.head, LstmHead):
+        widths |= {about.head.hidden, about.head.fc_hidden or UNITS}
     if net.backbone.name != "resnet50" or widths != {UNITS}:
         yield f"note: the original programs use ResNet50 and {UNITS} units; change them to load this net"

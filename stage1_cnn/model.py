@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, one_line
-from configs.schema import Config
+from configs.schema import Config, JointNetConfig, PreprocessConfig
 from engine.checkpoints import load_checkpoint
 from engine.processes import Processes
+from evaluation.metrics.results import Record
 from stage1_cnn.encoders.backbone import Backbone, build_backbone, freeze_batch_norm, initial_backbone
 from stage1_cnn.encoders.pretrained import CHECKPOINT_STAGE
 
@@ -113,56 +115,77 @@ def build_net(config: Config, spec: DataSetSpec, *, trusted: bool = False) -> To
     return ToolNet(backbone, len(spec.tools), len(spec.phases) if cnn.phase_head else None)
 
 
-def describe(net: ToolNet, spec: DataSetSpec) -> dict[str, Any]:
-    """Everything besides tensors that a checkpoint needs so that the net can be rebuilt (plain values)."""
-    return {
-        "stage": CHECKPOINT_STAGE,
-        "backbone": net.backbone.name,
-        "embedding_dim": net.backbone.embedding_dim,
-        "dataset": spec.name,
-        "tools": list(spec.tools),
-        "phases": list(spec.phases) if net.phases else None,
-    }
+@dataclass(frozen=True, kw_only=True)
+class CnnAbout(Record):
+    """What a checkpoint of stage one holds besides weights: the fields are its keys, in their order."""
+
+    stage: str = CHECKPOINT_STAGE
+    backbone: str
+    embedding_dim: int
+    dataset: str
+    tools: tuple[str, ...]
+    phases: tuple[str, ...] | None  # None without a phase head
+    scores: dict[str, Any] | None = None  # of the epoch, once there is one
+
+    @classmethod
+    def of(cls, net: ToolNet, spec: DataSetSpec) -> CnnAbout:
+        """The description of a net for these classes."""
+        return cls(
+            backbone=net.backbone.name,
+            embedding_dim=net.backbone.embedding_dim,
+            dataset=spec.name,
+            tools=spec.tools,
+            phases=spec.phases if net.phases else None,
+        )
 
 
-def rebuild_from_checkpoint(path: Path) -> tuple[ToolNet, dict[str, Any]]:
-    """The net of a `best.pt` or `last.pt` of stage one, on the CPU in evaluation mode, and the file's other content.
+@dataclass(frozen=True, kw_only=True)
+class EncoderAbout(Record):
+    """What `extract` needs of the description in a joint net's checkpoint."""
+
+    backbone: str
+    tools: tuple[str, ...]
+    preprocess: PreprocessConfig
+    net: JointNetConfig
+
+
+def rebuild_from_checkpoint(path: Path) -> tuple[ToolNet, CnnAbout]:
+    """The net of a `best.pt` or `last.pt` of stage one, on the CPU in evaluation mode, and its description.
 
     Raises UserError if the file is missing, damaged, or of another stage.
     """
-    meta = load_checkpoint(path)
-    if meta.get("stage") != CHECKPOINT_STAGE:
+    content = load_checkpoint(path)
+    if content.get("stage") != CHECKPOINT_STAGE:
         raise UserError(f"{path}: not a checkpoint of train-cnn")
-    tensors = meta.pop("model")
     try:
-        backbone = build_backbone(meta["backbone"], "random", 0)
-        net = ToolNet(backbone, len(meta["tools"]), len(meta["phases"]) if meta["phases"] else None)
-        net.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError) as error:
+        about = CnnAbout.from_json(content)
+        backbone = build_backbone(about.backbone, "random", 0)
+        net = ToolNet(backbone, len(about.tools), len(about.phases) if about.phases else None)
+        net.load_state_dict(content["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: its tensors do not match its description ({one_line(error)})") from error
-    return net.eval(), meta
+    return net.eval(), about
 
 
-def rebuild_encoder(path: Path) -> tuple[Backbone, nn.Module | None, dict[str, Any]]:
-    """Backbone and tool branch of a checkpoint of stage one or of a joint net, and the file's other content.
+def rebuild_encoder(path: Path) -> tuple[Backbone, nn.Module | None, EncoderAbout]:
+    """Backbone and tool branch of a joint net's checkpoint, and what belongs to them of its description.
 
     On the CPU in evaluation mode; the tool branch is None if the net has none. Raises UserError if the file is
     missing, damaged, or has no backbone.
     """
-    meta = load_checkpoint(path)
+    content = load_checkpoint(path)
     try:
-        tensors = meta.pop("model")
-        backbone = build_backbone(meta["backbone"], "random", 0)
-        hidden = (meta.get("net") or {}).get("tool_hidden")
-        head = tool_branch(backbone.embedding_dim, hidden, len(meta["tools"]))
+        about, tensors = EncoderAbout.from_json(content), content["model"]
+        backbone = build_backbone(about.backbone, "random", 0)
+        head = tool_branch(backbone.embedding_dim, about.net.tool_hidden, len(about.tools))
         backbone.load_state_dict(_below("backbone.", tensors))
         weights = _below("tool_head.", tensors)
         if head is None or not weights:
-            return backbone.eval(), None, meta
+            return backbone.eval(), None, about
         head.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path}: does not hold a backbone and its tools ({one_line(error)})") from error
-    return backbone.eval(), head.eval(), meta
+    return backbone.eval(), head.eval(), about
 
 
 def require_same_backbone(path: Path, found: str, expected: str) -> None:

@@ -45,9 +45,9 @@ from stage1_cnn.encoders.backbone import require_image_size
 from stage1_cnn.encoders.pretrained import CHECKPOINT_STAGE, settled_weights, weights_identity
 from stage1_cnn.loss import FrameLoss
 from stage1_cnn.model import (
+    CnnAbout,
     ToolNet,
     build_net,
-    describe,
     parameter_groups,
     rebuild_from_checkpoint,
     synchronise_batch_norm,
@@ -160,7 +160,7 @@ def train_net(
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if cnn.sync_batch_norm:
         synchronise_batch_norm(net, processes, device)
-    groups, about = parameter_groups(net, cnn.backbone_lr_factor), describe(net, spec)
+    groups, about = parameter_groups(net, cnn.backbone_lr_factor), CnnAbout.of(net, spec).to_json()
     session = TrainingSession(
         folder, accelerator, net, groups, cnn, about, stop, cnn.accumulate_steps, processes=processes
     )
@@ -234,9 +234,10 @@ def _by_video(frames: LabelledFrames, values: NDArray[Any]) -> dict[str, NDArray
 
 def summarise(folder: Path, config: Config, data: FrameData, precision: str) -> dict[str, Any]:
     """The content of `result.json`, from the best checkpoint and the log."""
-    net, meta = rebuild_from_checkpoint(folder / "best.pt")
+    net, about = rebuild_from_checkpoint(folder / "best.pt")
+    scores = about.scores or {}
     result: dict[str, Any] = {
-        **training_outcome(folder, meta["scores"], _SCORE_NAMES, deciding_score(meta["scores"])[0]),
+        **training_outcome(folder, scores, _SCORE_NAMES, deciding_score(scores)[0]),
         "train_frames": len(data.train),
         "val_frames": len(data.val),
         "train_videos": len(data.train.videos),

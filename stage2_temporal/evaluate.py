@@ -44,7 +44,14 @@ from features.store_folder import (
     with_recorded_faults,
 )
 from features.video_labels import VideoLabels
-from stage2_temporal.predict import Inference, chosen_inference, load_temporal, other_encoder, predict_phases
+from stage2_temporal.predict import (
+    Inference,
+    TemporalAbout,
+    chosen_inference,
+    load_temporal,
+    other_encoder,
+    predict_phases,
+)
 
 
 @dataclass(frozen=True)
@@ -106,9 +113,9 @@ def evaluate_run(
     """
     temporal = run / "temporal"
     model, about = load_temporal(temporal)
-    chosen_inference(inference, about["inference"], model, temporal)
-    if about.get("encoder"):
-        require_features_of(about["encoder"], config, given, temporal / "best.pt")
+    chosen_inference(inference, about.inference, model, temporal)
+    if about.encoder:
+        require_features_of(about.encoder, config, given, temporal / "best.pt")
     name = split if index_file is None else f"{index_file.stem}-{split}"
     name += f"-{inference}" if inference else ""
     out = run / "evaluate" / name
@@ -198,21 +205,20 @@ def _other_features(
 
 
 def _require_compatible(
-    about: Mapping[str, Any], folder: Path, index: Index, videos: Mapping[str, VideoFeatures], temporal: Path
+    about: TemporalAbout, folder: Path, index: Index, videos: Mapping[str, VideoFeatures], temporal: Path
 ) -> None:
     """Raise UserError unless the data have the classes, in order, and the encoder that the model was trained with."""
-    require_same_classes(temporal, "phases", about["phases"], index.dataset.phases, folder / INDEX_FILE)
-    if about["tool_inputs"]:
-        require_same_classes(temporal, "tools", about["tool_inputs"], index.dataset.tools, folder / INDEX_FILE)
+    require_same_classes(temporal, "phases", about.phases, index.dataset.phases, folder / INDEX_FILE)
+    if about.tool_inputs:
+        require_same_classes(temporal, "tools", about.tool_inputs, index.dataset.tools, folder / INDEX_FILE)
     found = _encoder(videos)["digest"]  # of all, as loaded
-    if found == about["encoder_digest"]:
+    if found == about.encoder_digest:
         return
-    trained = about.get("encoder")
-    difference = other_encoder(trained, _encoder(videos)) if trained else "best.pt does not say how"
+    difference = other_encoder(about.encoder, _encoder(videos)) if about.encoder else "best.pt does not say how"
     if difference:
         raise UserError(
             f"{folder}: features of encoder {found[:12]}, but {temporal} was trained on those of "
-            f"{about['encoder_digest'][:12]} ({difference}); name the right folder with --features"
+            f"{about.encoder_digest[:12]} ({difference}); name the right folder with --features"
         )
 
 
@@ -351,11 +357,11 @@ def _probabilities(
             found[head] = predict_phases(
                 model,
                 videos,
-                inference or about["inference"],
-                about["frames"],
+                inference or about.inference,
+                about.frames,
                 device=config.device,
                 stop=stop,
-                tool_logits=bool(about["tool_inputs"]),
+                tool_logits=bool(about.tool_inputs),
             )
     return found
 

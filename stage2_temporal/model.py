@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from configs.errors import UserError, one_line
+from configs.errors import UserError
 from configs.load import differences
-from configs.schema import HeadSettings, read_head
+from configs.schema import HeadSettings
 from engine.runs import require_same_classes
 from stage2_temporal.heads.base import Head, HeadOutput, State
 from stage2_temporal.heads.standardise import Standardise
@@ -67,34 +67,33 @@ class PhaseModel(nn.Module):
         self.carried = tuple(tensor.to(device) for tensor in state["carried"])
 
 
-def saved_head(found: Mapping[str, Any], path: Path) -> HeadSettings:
-    """The head's settings as a checkpoint holds them.
+class Describes(Protocol):
+    """The description of a checkpoint with a phase branch."""
 
-    Raises UserError if the head is not registered (a plug-in's, perhaps) or if the settings are not a head's.
-    """
-    try:
-        return read_head(found)
-    except ValueError as error:
-        raise UserError(f"{path}: damaged, or of another version ({one_line(error)})") from error
+    @property
+    def phases(self) -> tuple[str, ...]: ...
+
+    @property
+    def head(self) -> HeadSettings | None: ...
 
 
 def require_same_model(
     path: Path,
     model: PhaseModel,
-    about: Mapping[str, Any],
+    about: Describes,
     phases: Sequence[str],
     head: HeadSettings,
     width: int,
     other: str = "the index",
 ) -> None:
     """Raise UserError unless a checkpoint's `model` has these phases, this head, and embeddings of this width."""
-    require_same_classes(path, "phases", about["phases"], phases, other)
-    require_same_head(path, about["head"], head)
+    require_same_classes(path, "phases", about.phases, phases, other)
+    require_same_head(path, about.head, head)
     if len(model.standardise.mean) != width:
         raise UserError(f"{path}: takes embeddings of width {len(model.standardise.mean)}, not {width}")
 
 
-def require_same_head(path: Path, found: Mapping[str, Any], head: HeadSettings) -> None:
+def require_same_head(path: Path, found: HeadSettings | None, head: HeadSettings) -> None:
     """Raise UserError if a checkpoint's head differs from the settings': equal shapes may compute different things."""
-    if changed := differences(saved_head(found, path).model_dump(), head.model_dump()):
+    if changed := differences(found.model_dump() if found is not None else {}, head.model_dump()):
         raise UserError(f"{path}: its head differs from temporal.head ({'; '.join(changed)}); set temporal.head to it")

@@ -115,15 +115,15 @@ def pair_of_stages(
     """
     folder = run / "temporal"
     model, about = load_temporal(folder)
-    inference = chosen_inference(inference, about["inference"], model, folder)
-    recorded = about.get("encoder")
+    inference = chosen_inference(inference, about.inference, model, folder)
+    recorded = about.encoder
     if not recorded:
         raise UserError(f"{folder / 'best.pt'}: does not record the encoder of its features; train it again")
     preprocess = preprocess_from_json(recorded["preprocess"], str(folder / "best.pt"))
     require_preprocess_of(preprocess, config, given, folder / "best.pt", recorded["fps"], recorded["backbone"])
-    config = _as_trained(config, preprocess, recorded["fps"], recorded)
+    config = _as_trained(config, preprocess, recorded["fps"], recorded["backbone"], recorded.get("storage"))
     spec = load_dataset(config.data.dataset)
-    require_same_classes(folder / "best.pt", "phases", about["phases"], spec.phases)
+    require_same_classes(folder / "best.pt", "phases", about.phases, spec.phases)
     try:
         int8 = FromStore(config.extract.store, recorded)
         encoder = load_encoder(config, cnn_run or run, spec.tools, trusted, int8)
@@ -134,19 +134,19 @@ def pair_of_stages(
             f"{folder / 'best.pt'}: trained on features of another encoder ({difference}); name the run "
             "whose net made the features: --from-cnn or --from-joint"
         )
-    if about["tool_inputs"]:
-        require_same_classes(folder / "best.pt", "tools", about["tool_inputs"], spec.tools, spec.name)
+    if about.tool_inputs:
+        require_same_classes(folder / "best.pt", "tools", about.tool_inputs, spec.tools, spec.name)
     start_stage("predict", config, encoder.device, encoder.spec.precision)
 
     def encode(crops: NDArray[np.uint8]) -> tuple[Tensor, NDArray[np.float32] | None]:
         embedding, logits = encoder(crops)
         stored = torch.from_numpy(embedding.astype(encoder.spec.storage))  # as in the training of stage two
-        if about["tool_inputs"]:
+        if about.tool_inputs:
             stored = with_tool_logits(stored, torch.from_numpy(logits), str(folder))
         return stored.float(), logits if encoder.tool_head is not None else None
 
     weights = {"temporal": sha256_file(folder / "best.pt"), "encoder": encoder.spec.digest}
-    return Recogniser(encode, model, inference, about["frames"], config, spec, weights)
+    return Recogniser(encode, model, inference, about.frames, config, spec, weights)
 
 
 def _with_other_ways(error: UserError, run: Path, cnn_run: Path | None) -> UserError:
@@ -167,14 +167,13 @@ def joint_net(config: Config, run: Path, inference: Inference | None = None, giv
     net, about = load_joint(path)
     if net.phase is None:
         raise UserError(f"{path}: a tool-only net; predict needs a phase branch, `extract --from-joint` does not")
-    inference = chosen_inference(inference, about["inference"], net.phase, path)
-    preprocess = PreprocessConfig(**about["preprocess"])
-    require_preprocess_of(preprocess, config, given, path, about["fps"], about["backbone"])
-    config = _as_trained(config, preprocess, about["fps"], about)
+    inference = chosen_inference(inference, about.inference, net.phase, path)
+    require_preprocess_of(about.preprocess, config, given, path, about.fps, about.backbone)
+    config = _as_trained(config, about.preprocess, about.fps, about.backbone)
     spec = load_dataset(config.data.dataset)
-    require_same_classes(path, "phases", about["phases"], spec.phases)
+    require_same_classes(path, "phases", about.phases, spec.phases)
     if net.tool_head is not None:
-        require_same_classes(path, "tools", about["tools"], spec.tools)
+        require_same_classes(path, "tools", about.tools, spec.tools)
     device = choose_device(config.device)
     precision = choose_precision("extract.precision", config.extract.torch_precision, device, training=False)
     start_stage("predict", config, device, precision)
@@ -187,17 +186,19 @@ def joint_net(config: Config, run: Path, inference: Inference | None = None, giv
         return embedding, net.tool_head(embedding).cpu().numpy() if net.tool_head is not None else None
 
     weights = {"joint": sha256_file(path)}
-    return Recogniser(encode, net.phase, inference, about["frames"], config, spec, weights)
+    return Recogniser(encode, net.phase, inference, about.frames, config, spec, weights)
 
 
-def _as_trained(config: Config, preprocess: PreprocessConfig, fps: float, about: dict[str, Any]) -> Config:
-    """The settings, with the preprocessing, rate and backbone of the training."""
-    extract = config.extract.model_copy(update={"storage": about.get("storage", config.extract.storage)})
+def _as_trained(
+    config: Config, preprocess: PreprocessConfig, fps: float, backbone: str, storage: str | None = None
+) -> Config:
+    """The settings, with the preprocessing, rate, backbone and type of stored features (None: any) of the training."""
+    extract = config.extract.model_copy(update={"storage": storage or config.extract.storage})
     return config.model_copy(
         update={
             "preprocess": preprocess,
             "data": config.data.model_copy(update={"fps": float(fps)}),
-            "cnn": config.cnn.model_copy(update={"backbone": about["backbone"]}),
+            "cnn": config.cnn.model_copy(update={"backbone": backbone}),
             "extract": extract,
         }
     )

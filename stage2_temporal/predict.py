@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,15 +14,17 @@ from torch import Tensor
 
 from configs.errors import UserError, one_line
 from configs.load import differences
+from configs.schema import HeadConfig
 from engine.checkpoints import load_checkpoint
 from engine.device import choose_device
 from engine.progress import say
 from engine.stopping import StopRequest
+from evaluation.metrics.results import Record
 from features.store import VideoFeatures
 from stage2_temporal.data import Batch, FeatureBank, Span, chunk_batches, clip_batches, group_by_length, take
 from stage2_temporal.heads.base import HeadOutput, State, build_head, first_rows, require_causal
 from stage2_temporal.heads.standardise import Standardise
-from stage2_temporal.model import PhaseModel, saved_head
+from stage2_temporal.model import PhaseModel
 
 Inference = Literal["carried", "clip"]
 KIND = "temporal"
@@ -38,12 +41,31 @@ class BatchSizes(NamedTuple):
 USUAL_SIZES = BatchSizes()
 
 
-def load_temporal(folder: Path) -> tuple[PhaseModel, dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True)
+class TemporalAbout(Record):
+    """What a checkpoint of stage two holds besides weights: the fields are its keys, in their order."""
+
+    kind: str = KIND
+    head: HeadConfig
+    embedding_dim: int
+    tool_inputs: tuple[str, ...] = ()  # the tools whose logits are the last columns of the input
+    phases: tuple[str, ...]
+    dataset: str
+    encoder_digest: str
+    encoder: dict[str, Any] | None  # how the features were made; None in earlier versions' files
+    backbone: str
+    fps: float
+    inference: Inference
+    frames: int
+    seed: int
+    scores: dict[str, Any] | None = None  # of the epoch, once there is one
+
+
+def load_temporal(folder: Path) -> tuple[PhaseModel, TemporalAbout]:
     """The best model (`best.pt`) of a stage folder, on the CPU in evaluation mode, and its description.
 
-    The description has `head`, `embedding_dim`, `tool_inputs` (the tools whose logits it reads beside the embedding),
-    `phases`, `encoder_digest`, `backbone`, `fps`, `dataset`, `inference`, `frames`, `seed` and the validation `scores`.
-    Raises UserError if the checkpoint is missing, damaged or of another stage.
+    Raises UserError if the checkpoint is missing, damaged or of another stage, or if its head is not registered (a
+    plug-in's, perhaps).
     """
     path = folder / "best.pt"
     if not path.is_file():
@@ -51,16 +73,14 @@ def load_temporal(folder: Path) -> tuple[PhaseModel, dict[str, Any]]:
     content = load_checkpoint(path)
     if content.get("kind") != KIND:
         raise UserError(f"{path}: not a checkpoint of train-temporal")
-    weights = content.pop("model")
     try:
-        head = saved_head(content["head"], path)
-        content.setdefault("tool_inputs", [])
-        width = int(content["embedding_dim"]) + len(content["tool_inputs"])
-        model = PhaseModel(Standardise.identity(width), build_head(head, width, len(content["phases"])))
-        model.load_state_dict(weights)
+        about = TemporalAbout.from_json(content)
+        width = about.embedding_dim + len(about.tool_inputs)
+        model = PhaseModel(Standardise.identity(width), build_head(about.head, width, len(about.phases)))
+        model.load_state_dict(content["model"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged, or of another version ({one_line(error)})") from error
-    return model.eval(), content
+    return model.eval(), about
 
 
 def chosen_inference(asked: Inference | None, trained: Inference, phase: PhaseModel | None, where: Path) -> Inference:
@@ -71,7 +91,7 @@ def chosen_inference(asked: Inference | None, trained: Inference, phase: PhaseMo
 
 
 def other_encoder(trained: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
-    """The first difference between the encoder that a model was trained with (`about["encoder"]`) and another (JSON).
+    """The first difference between the encoder of a training (`TemporalAbout.encoder`) and another (JSON).
 
     None if there is none, or if only the arithmetic differs (this machine may lack the other); a note then says so.
     """

@@ -46,7 +46,7 @@ from stage2_temporal.data import (
 from stage2_temporal.heads.base import build_head, detach_state, first_rows
 from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.model import PhaseModel, require_same_model
-from stage2_temporal.predict import KIND, predict_spans
+from stage2_temporal.predict import TemporalAbout, predict_spans
 
 FRAME_FOLDER = "frame"
 TRIM_INTERVAL_S = 60.0  # mapping memory again makes the next epoch a few percent slower
@@ -141,7 +141,7 @@ def train_head(
     groups = [{"params": model.head.parameters(), "name": "head"}]
     make_folder(folder)
     steps_take_long = settings.sequence.mode == "clips"
-    about = _describe(head, config, data)
+    about = _describe(head, config, data).to_json()
     session = TrainingSession(
         folder, accelerator, model, groups, settings, about, stop, bar=steps_take_long, processes=processes
     )
@@ -322,28 +322,22 @@ def _identity(config: Config, data: TrainingData) -> StageIdentity:
     )
 
 
-def _describe(head: schema.HeadSettings, config: Config, data: TrainingData) -> dict[str, Any]:
-    """What a checkpoint holds besides weights; see `load_temporal`."""
-    return {
-        "kind": KIND,
-        "head": head.model_dump(mode="json"),
-        "embedding_dim": data.bank.embedding_dim - len(_tool_inputs(data)),
-        "tool_inputs": _tool_inputs(data),
-        "phases": list(data.phases),
-        "dataset": data.index.dataset.name,
-        "encoder_digest": data.encoder_digest,
-        "encoder": data.encoder,
-        "backbone": data.backbone,
-        "fps": data.fps,
-        "inference": config.temporal.sequence.inference,
-        "frames": config.temporal.sequence.frames,
-        "seed": config.seed,
-    }
-
-
-def _tool_inputs(data: TrainingData) -> list[str]:
-    """The tools whose logits are the last columns of the input."""
-    return list(data.index.dataset.tools) if data.has_tool_logits else []
+def _describe(head: schema.HeadSettings, config: Config, data: TrainingData) -> TemporalAbout:
+    tool_inputs = data.index.dataset.tools if data.has_tool_logits else ()
+    return TemporalAbout(
+        head=head,
+        embedding_dim=data.bank.embedding_dim - len(tool_inputs),
+        tool_inputs=tool_inputs,
+        phases=data.phases,
+        dataset=data.index.dataset.name,
+        encoder_digest=data.encoder_digest,
+        encoder=data.encoder,
+        backbone=data.backbone,
+        fps=data.fps,
+        inference=config.temporal.sequence.inference,
+        frames=config.temporal.sequence.frames,
+        seed=config.seed,
+    )
 
 
 def _outcome(folder: Path, session: TrainingSession, model: PhaseModel) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import GetCoreSchemaHandler, TypeAdapter
+from pydantic import BaseModel, GetCoreSchemaHandler, TypeAdapter
 from pydantic_core import CoreSchema, core_schema
 
 from configs.errors import UserError, one_line
@@ -74,9 +74,11 @@ def _adapter(cls: Any) -> TypeAdapter[Any]:
 
 
 def as_json(value: Any) -> Any:
-    """Records, also those inside mappings and sequences, as plain JSON values."""
+    """Records and settings, also those inside mappings and sequences, as plain JSON values."""
     if isinstance(value, Record):
         return value.to_json()
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
     if isinstance(value, Mapping):
         return {key: as_json(item) for key, item in value.items()}
     return [as_json(item) for item in value] if isinstance(value, list | tuple) else value

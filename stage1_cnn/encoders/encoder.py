@@ -172,13 +172,12 @@ def load_encoder(
 
 def _load_checkpoint(config: Config, path: Path, tools: Sequence[str], int8: Int8Source | None) -> Encoder:
     """Backbone and tool branch of a joint net. Raises UserError unless frames are prepared as in its training."""
-    backbone, tool_head, meta = rebuild_encoder(path)
-    require_same_backbone(path, meta["backbone"], config.cnn.backbone)
+    backbone, tool_head, about = rebuild_encoder(path)
+    require_same_backbone(path, about.backbone, config.cnn.backbone)
     if tool_head is not None:
-        require_same_classes(path, "tools", meta["tools"], tools)
-    trained_on = PreprocessConfig(**meta["preprocess"])
-    if trained_on != config.preprocess:
-        changed = "; ".join(differences(trained_on.model_dump(), config.preprocess.model_dump()))
+        require_same_classes(path, "tools", about.tools, tools)
+    if about.preprocess != config.preprocess:
+        changed = "; ".join(differences(about.preprocess.model_dump(), config.preprocess.model_dump()))
         raise UserError(f"{path}: trained with another preprocess ({changed}); use the values marked 'there'")
     parts = torch.nn.ModuleDict({"backbone": backbone} | ({"tool_head": tool_head} if tool_head is not None else {}))
     return Encoder(config, backbone, tool_head, weights_sha256(parts), len(tools), int8)
@@ -192,9 +191,9 @@ def _load_finetuned(config: Config, run: Path | None, tools: Sequence[str]) -> T
         path = best_checkpoint(run)
     except UserError as error:
         raise UserError(f"{error} (or set extract.encoder=initial for the backbone as it comes)") from error
-    net, meta = rebuild_from_checkpoint(path)
-    require_same_backbone(path, meta["backbone"], config.cnn.backbone)
-    require_same_classes(path, "tools", meta["tools"], tools)
+    net, about = rebuild_from_checkpoint(path)
+    require_same_backbone(path, about.backbone, config.cnn.backbone)
+    require_same_classes(path, "tools", about.tools, tools)
     if not (path.parent / RESULT_FILE).exists():
         say(f"{path.parent}: training is not finished; taking its best epoch so far")
     return net

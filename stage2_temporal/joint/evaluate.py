@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys, load_config
-from configs.schema import Config, DataConfig, PreprocessConfig
+from configs.schema import Config, DataConfig
 from engine.device import choose_device, choose_precision, lower_precision, start_stage
 from engine.files import read_json_object
 from engine.memory import needs_gpu_memory
@@ -34,7 +33,7 @@ from stage2_temporal.evaluate import (
     tool_results,
     validation_thresholds,
 )
-from stage2_temporal.joint.net import IMPORTED, joint_checkpoint, load_joint
+from stage2_temporal.joint.net import IMPORTED, JointAbout, joint_checkpoint, load_joint
 from stage2_temporal.joint.predict import Prediction, gap_nats, predict_videos
 from stage2_temporal.predict import Inference, chosen_inference
 
@@ -64,13 +63,12 @@ def evaluate_joint(
     path = joint_checkpoint(run)
     net, about = load_joint(path)
     _require_compatible(path, about, index, config.data.fps)
-    preprocess = PreprocessConfig(**about["preprocess"])
-    require_preprocess_of(preprocess, config, given, path, backbone=about["backbone"])
-    config = config.model_copy(update={"preprocess": preprocess})
+    require_preprocess_of(about.preprocess, config, given, path, backbone=about.backbone)
+    config = config.model_copy(update={"preprocess": about.preprocess})
     index = index.without(recorded_faults(path.parent, index))
     other = other or _is_another(path.parent, config, index)
     entries = index.entries_of(split, config.data.index)
-    mode = chosen_inference(inference, about["inference"], net.phase, path)
+    mode = chosen_inference(inference, about.inference, net.phase, path)
     device = choose_device(config.device)
     precision = choose_precision("extract.precision", config.extract.torch_precision, device, training=False)
     start_stage("evaluate", config, device, precision)
@@ -82,7 +80,7 @@ def evaluate_joint(
         root=root,
         index=index,
         inference=mode,
-        frames=about["frames"],
+        frames=about.frames,
         check_stop=stop.raise_if_set,
         autocast=partial(lower_precision, device, precision),
         faults=faults,
@@ -94,7 +92,7 @@ def evaluate_joint(
     index.entries_of(split, config.data.index)
     say_left_out(index)
     probabilities = {name: one.phase for name, one in found.items() if one.phase is not None}
-    imported = (net.imported_from or path.name) if about["step"] == IMPORTED else None
+    imported = (net.imported_from or path.name) if about.step == IMPORTED else None
     name = _folder_name(split, inference, config)
     out = run / "evaluate" / (f"{config.data.index.stem}-{name}" if other else name)
     truth = GroundTruth(index, split, config.data.fps, {name: labels[name] for name in found}, root)
@@ -150,12 +148,12 @@ def _folder_name(split: str, inference: str | None, config: Config) -> str:
     return "-".join(part for part in parts if part)
 
 
-def _require_compatible(path: Path, about: Mapping[str, Any], index: Index, fps: float) -> None:
+def _require_compatible(path: Path, about: JointAbout, index: Index, fps: float) -> None:
     spec = index.dataset
-    require_same_classes(path, "phases", about["phases"], spec.phases)
-    require_same_classes(path, "tools", about["tools"], spec.tools)
-    if float(about["fps"]) != fps:
-        raise UserError(f"{path}: trained at {about['fps']:g} frames per second; set data.fps={about['fps']:g}")
+    require_same_classes(path, "phases", about.phases, spec.phases)
+    require_same_classes(path, "tools", about.tools, spec.tools)
+    if about.fps != fps:
+        raise UserError(f"{path}: trained at {about.fps:g} frames per second; set data.fps={about.fps:g}")
 
 
 def _mapped_tools(truth: GroundTruth, found: Mapping[str, Prediction]) -> ToolResults | None:

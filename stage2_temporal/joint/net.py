@@ -10,28 +10,29 @@ computes what the two stages compute one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, one_line
-from configs.schema import Config, HeadSettings, JointNetConfig
+from configs.schema import Config, HeadConfig, HeadSettings, JointNetConfig, PreprocessConfig
 from engine.checkpoints import load_checkpoint
 from engine.runs import require_same_classes
+from evaluation.metrics.results import Record
 from stage1_cnn.encoders.backbone import Backbone, build_backbone, freeze_batch_norm
 from stage1_cnn.encoders.pretrained import best_checkpoint
 from stage1_cnn.model import linear, rebuild_from_checkpoint, require_same_backbone, tool_branch
 from stage2_temporal.heads.base import State, build_head, require_causal
 from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.joint.recompute import recomputed_blocks
-from stage2_temporal.model import PhaseModel, require_same_head, require_same_model, saved_head
-from stage2_temporal.predict import load_temporal
+from stage2_temporal.model import PhaseModel, require_same_head, require_same_model
+from stage2_temporal.predict import Inference, load_temporal
 
 KIND = "joint"
 FOLDER = "joint"
@@ -139,7 +140,7 @@ def attach_cnn(net: JointNet, run: Path, tools: Sequence[str]) -> None:
     stage_one, about = rebuild_from_checkpoint(path)
     require_same_backbone(path, stage_one.backbone.name, net.backbone.name)
     if net.tool_head is not None:
-        require_same_classes(path, "tools", about["tools"], tools)
+        require_same_classes(path, "tools", about.tools, tools)
     net.backbone.load_state_dict(stage_one.backbone.state_dict())
     if isinstance(net.tool_head, nn.Linear) and stage_one.tool_head is not None:
         net.tool_head.load_state_dict(stage_one.tool_head.state_dict())
@@ -154,7 +155,7 @@ def attach_temporal(net: JointNet, run: Path, phases: Sequence[str], head: HeadS
     model, about = load_temporal(path.parent)
     if net.phase is None:
         raise UserError("--from-temporal gives a phase branch, but joint.net.tasks=tool has none")
-    if about["tool_inputs"]:
+    if about.tool_inputs:
         raise UserError(
             f"{path}: reads stage one's tool logits beside the embedding, which the joint net's phase "
             "branch does not; train stage two with temporal.tool_logits=false"
@@ -165,17 +166,17 @@ def attach_temporal(net: JointNet, run: Path, phases: Sequence[str], head: HeadS
 
 def attach_joint(
     net: JointNet, path: Path, tools: Sequence[str], phases: Sequence[str], head: HeadSettings
-) -> dict[str, Any]:
+) -> JointAbout:
     """Copy every branch of another joint checkpoint that this net has too (an imported one, for example).
 
-    Returns the checkpoint's other content. Raises UserError if classes, backbone, head or a branch's shape differ.
+    Returns the checkpoint's description. Raises UserError if classes, backbone, head or a branch's shape differ.
     """
     other, about = load_joint(path)
-    require_same_classes(path, "phases", about["phases"], phases if other.phase is not None else about["phases"])
-    require_same_classes(path, "tools", about["tools"], tools if other.tool_head is not None else about["tools"])
-    require_same_backbone(path, about["backbone"], net.backbone.name)
+    require_same_classes(path, "phases", about.phases, phases if other.phase is not None else about.phases)
+    require_same_classes(path, "tools", about.tools, tools if other.tool_head is not None else about.tools)
+    require_same_backbone(path, about.backbone, net.backbone.name)
     if net.phase is not None and other.phase is not None:
-        require_same_head(path, about["head"], head)  # two heads of the same shapes may still compute different things
+        require_same_head(path, about.head, head)  # two heads of the same shapes may still compute different things
     net.backbone.load_state_dict(other.backbone.state_dict())
     net.imported_from, net.unused = other.imported_from, other.unused
     for name in ("tool_head", "phase", "mapping"):
@@ -192,50 +193,74 @@ def attach_joint(
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
-def describe_joint(
-    net: JointNet, head: HeadSettings | None, config: Config, spec: DataSetSpec, step: str
-) -> dict[str, Any]:
-    """Everything besides tensors that a checkpoint needs so that the net can be rebuilt and its input prepared."""
-    return {
-        "kind": KIND,
-        "step": step,
-        "imported_from": net.imported_from,
-        **({"unused": net.unused} if net.unused else {}),
-        "backbone": net.backbone.name,
-        "embedding_dim": net.backbone.embedding_dim,
-        "net": net.net_config.model_dump(mode="json"),
-        "head": head.model_dump(mode="json") if net.phase is not None and head is not None else None,
-        "tools": list(spec.tools),
-        "phases": list(spec.phases),
-        "dataset": spec.name,
-        "preprocess": config.preprocess.model_dump(mode="json"),
-        "fps": config.data.fps,
-        "inference": config.joint.sequence.inference,
-        "frames": config.joint.sequence.frames,
-        "seed": config.seed,
-    }
+@dataclass(frozen=True, kw_only=True)
+class JointAbout(Record):
+    """What a checkpoint of the joint net holds besides weights: the fields are its keys, in their order."""
+
+    kind: str = KIND
+    step: str
+    imported_from: str | None  # the original programs' file that the weights come from
+    unused: dict[str, Any] | None = None  # that file's layers (tensors) that the net does not have
+    backbone: str
+    embedding_dim: int
+    net: JointNetConfig
+    head: HeadConfig | None  # None without a phase branch
+    tools: tuple[str, ...]
+    phases: tuple[str, ...]
+    dataset: str
+    preprocess: PreprocessConfig
+    fps: float
+    inference: Inference
+    frames: int
+    seed: int
+    original: dict[str, Any] | None = None  # of an imported net: file, hash, variant, order of phases, normalisation
+    scores: dict[str, Any] | None = None  # of the epoch, once there is one
+
+    @classmethod
+    def of(cls, net: JointNet, head: HeadSettings | None, config: Config, spec: DataSetSpec, step: str) -> JointAbout:
+        """The description of a net that is trained, or imported, with these settings."""
+        return cls(
+            step=step,
+            imported_from=net.imported_from,
+            unused=net.unused or None,
+            backbone=net.backbone.name,
+            embedding_dim=net.backbone.embedding_dim,
+            net=net.net_config,
+            head=head if net.phase is not None else None,
+            tools=spec.tools,
+            phases=spec.phases,
+            dataset=spec.name,
+            preprocess=config.preprocess,
+            fps=config.data.fps,
+            inference=config.joint.sequence.inference,
+            frames=config.joint.sequence.frames,
+            seed=config.seed,
+        )
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """`original`, empty for a net that was not imported."""
+        return self.original or {}
 
 
-def load_joint(path: Path) -> tuple[JointNet, dict[str, Any]]:
-    """The net of a joint checkpoint, on the CPU in evaluation mode, and the file's other content.
+def load_joint(path: Path) -> tuple[JointNet, JointAbout]:
+    """The net of a joint checkpoint, on the CPU in evaluation mode, and its description.
 
     Raises UserError if the file is missing, damaged, or of another stage.
     """
     content = load_checkpoint(path)
     if content.get("kind") != KIND:
         raise UserError(f"{path}: not a checkpoint of train-joint")
-    weights = content.pop("model")
     try:
-        head = saved_head(content["head"], path) if content["head"] else None
-        settings = JointNetConfig(**content["net"])
-        backbone = build_backbone(content["backbone"], "random", 0)
-        net = build_joint(backbone, settings, head, len(content["tools"]), len(content["phases"]))
-        net.load_state_dict(weights)
-    except (ValidationError, KeyError, RuntimeError, TypeError) as error:
+        about = JointAbout.from_json(content)
+        backbone = build_backbone(about.backbone, "random", 0)
+        net = build_joint(backbone, about.net, about.head, len(about.tools), len(about.phases))
+        net.load_state_dict(content["model"])
+    except (ValueError, KeyError, RuntimeError, TypeError) as error:
         raise UserError(f"{path}: damaged, or of another version ({one_line(error)})") from error
-    net.unused = content.pop("unused", {})
-    net.imported_from = content.get("imported_from") or (content.get("original") or {}).get("file")
-    return net.eval(), content
+    net.unused = about.unused or {}
+    net.imported_from = about.imported_from or about.provenance.get("file")
+    return net.eval(), about
 
 
 def joint_checkpoint(run: Path) -> Path:
@@ -250,7 +275,7 @@ def joint_checkpoint(run: Path) -> Path:
     raise UserError(f"{run / FOLDER}: no joint net; run train-joint under that name first")
 
 
-def phase_model_of(path: Path) -> tuple[PhaseModel, Mapping[str, Any]]:
+def phase_model_of(path: Path) -> tuple[PhaseModel, JointAbout]:
     """The phase branch of a joint checkpoint as a model of stage two. Raises UserError if there is none."""
     net, about = load_joint(path)
     if net.phase is None:

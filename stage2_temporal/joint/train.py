@@ -64,12 +64,12 @@ from stage2_temporal.joint.loss import JointLoss
 from stage2_temporal.joint.net import (
     FOLDER,
     STEPS,
+    JointAbout,
     JointNet,
     attach_cnn,
     attach_joint,
     attach_temporal,
     build_joint,
-    describe_joint,
     joint_checkpoint,
 )
 from stage2_temporal.joint.predict import (
@@ -185,7 +185,7 @@ def initial_net(config: Config, index: Index, start: Start, *, trusted: bool = F
     if start.joint:
         path = joint_checkpoint(start.joint)
         about = attach_joint(net, path, spec.tools, spec.phases, head)
-        changed = differences(about["preprocess"], config.preprocess.model_dump(mode="json"))
+        changed = differences(about.preprocess.model_dump(mode="json"), config.preprocess.model_dump(mode="json"))
         if changed:
             say(f"note: {path} was trained on frames preprocessed differently (preprocess: {'; '.join(changed)})")
     if start.cnn:
@@ -270,10 +270,10 @@ def train_step(
     if joint.sync_batch_norm:
         synchronise_batch_norm(net, processes, device)
     net.train_only("mapping" if step == "mapping" else "all", freeze_mapping=settings.freeze_mapping)
-    describe = describe_joint(net, config.temporal.head, config, data.index.dataset, step)
+    about = JointAbout.of(net, config.temporal.head, config, data.index.dataset, step)
     groups = parameter_groups(net, settings.backbone_lr_factor, "branches")
     session = TrainingSession(
-        folder, accelerator, net, groups, settings, describe, stop, joint.accumulate_steps, processes=processes
+        folder, accelerator, net, groups, settings, about.to_json(), stop, joint.accumulate_steps, processes=processes
     )
     session.resume()
     criterion, phase = JointLoss(joint.loss, step, processes.total), net.phase

@@ -17,7 +17,7 @@ from engine.files import sha256_file
 from features.dataset.phase_order import ids_of_order
 from interop.mtrcnet_runs import ImportRequest, export_original, import_original
 from stage1_cnn.encoders.backbone import build_backbone
-from stage2_temporal.joint.net import attach_joint, build_joint, describe_joint, joint_checkpoint, load_joint
+from stage2_temporal.joint.net import JointAbout, attach_joint, build_joint, joint_checkpoint, load_joint
 from stage2_temporal.new_videos import joint_net
 from tests.interop.originals import LINEAR, original_state, restated
 
@@ -61,7 +61,7 @@ def test_a_file_becomes_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ):
         assert words in said, words
     net, about = load_joint(joint_checkpoint(run))
-    assert about["original"] == {
+    assert about.original == {
         "file": CL,
         "sha256": sha256_file(file),
         "variant": "cl",
@@ -69,7 +69,7 @@ def test_a_file_becomes_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "prefixed": True,
         "normalisation": "main",
     }
-    assert (about["kind"], about["step"], about["inference"], about["frames"]) == ("joint", "imported", "clip", 4)
+    assert (about.kind, about.step, about.inference, about.frames) == ("joint", "imported", "clip", 4)
     expected = restated("cl", load_external_state(file), clip())
     with torch.no_grad():
         found = net(clip()[None])
@@ -77,7 +77,7 @@ def test_a_file_becomes_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     torch.testing.assert_close(found.phase_stages[-1][0][:, ids], expected.phases, rtol=1e-5, atol=1e-5)
     fitting = load_config(run / "joint/imported/config.yaml")
     assert (fitting.cnn.backbone, fitting.joint.sequence.frames, fitting.joint.net.mapping) == ("resnet18", 4, True)
-    assert fitting.temporal.head.model_dump() == about["head"]
+    assert fitting.temporal.head == about.head
 
 
 def test_files_of_the_other_release_use_its_normalisation(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_phase_order_is_required(tmp_path: Path, variant: str) -> None:
 def test_a_net_for_tools_needs_no_order(tmp_path: Path) -> None:
     run = bring_in(tmp_path, write(tmp_path, "net.pth", "tool"), order=None)
     net, about = load_joint(joint_checkpoint(run))
-    assert (net.phase, about["head"], about["original"]["phase_order"]) == (None, None, None)
+    assert (net.phase, about.head, about.original["phase_order"]) == (None, None, None)
     export_original(settings(tmp_path), run, tmp_path / "out", None)
     assert load_external_state(tmp_path / "out/net.pth").keys() == load_external_state(tmp_path / "net.pth").keys()
 
@@ -139,7 +139,7 @@ def test_a_mapping_is_added_to_the_net_of_another_run(tmp_path: Path) -> None:
     run = bring_in(tmp_path, file, "both", order=None, into=first)
     assert load_joint(joint_checkpoint(first))[0].mapping is None
     net, about = load_joint(joint_checkpoint(run))
-    assert about["original"]["mapping"]["sha256"] == sha256_file(file)
+    assert about.original["mapping"]["sha256"] == sha256_file(file)
     with torch.no_grad():
         found = net(clip()[None]).mapped_logits[0]
     torch.testing.assert_close(found, restated("cl", whole, clip()).mapped, rtol=1e-5, atol=1e-5)
@@ -170,8 +170,8 @@ def test_unused_layers_of_a_net_for_tools_are_exported_again(
         bring_in(tmp_path, file, order=None)  # by its layers, it could be the net for both tasks
     run = bring_in(tmp_path, file, order=None, variant="tool")
     assert "kept only for export, since a net for tools does not use them: fc, lstm" in capsys.readouterr().err
-    net, about = load_joint(joint_checkpoint(run))
-    assert (net.phase, "unused" in about) == (None, False)
+    net, _ = load_joint(joint_checkpoint(run))
+    assert net.phase is None
     written = export_original(settings(tmp_path), run, tmp_path / "out", None)
     back = load_external_state(written)
     assert back.keys() == state.keys()
@@ -180,7 +180,7 @@ def test_unused_layers_of_a_net_for_tools_are_exported_again(
     tuned = build_joint(build_backbone("resnet18", "random", 0), net.net_config, None, 7, 7)
     attach_joint(tuned, joint_checkpoint(run), SPEC.tools, SPEC.phases, LstmHead())
     content = {"model": tuned.state_dict(), "scores": {}}
-    content |= describe_joint(tuned, None, settings(tmp_path), SPEC, "multitask")
+    content |= JointAbout.of(tuned, None, settings(tmp_path), SPEC, "multitask").to_json()
     save_checkpoint(tmp_path / "runs/tuned/joint/multitask/best.pt", content)
     back = load_external_state(export_original(settings(tmp_path), tmp_path / "runs/tuned", tmp_path / "tuned", None))
     assert back.keys() == state.keys()
@@ -197,7 +197,7 @@ def test_unused_layers_of_a_net_for_tools_are_exported_again(
 def test_wrappers_around_an_original_net_do_not_matter(tmp_path: Path, wrap: Any, prefixed: bool) -> None:
     torch.save(wrap(original_state("cl")), tmp_path / CL)
     run = bring_in(tmp_path, tmp_path / CL)
-    assert load_joint(joint_checkpoint(run))[1]["original"]["prefixed"] == prefixed
+    assert load_joint(joint_checkpoint(run))[1].original["prefixed"] == prefixed
     write(tmp_path, "plain.pth")
     plain = bring_in(tmp_path, tmp_path / "plain.pth", "plain")
     one, two = (load_checkpoint(joint_checkpoint(name))["model"] for name in (run, plain))

@@ -16,7 +16,7 @@ from stage1_cnn.encoders.backbone import (
     build_backbone,
 )
 from stage1_cnn.encoders.pretrained import best_checkpoint
-from stage1_cnn.model import ToolNet, build_net, describe, rebuild_from_checkpoint, weights_sha256
+from stage1_cnn.model import CnnAbout, ToolNet, build_net, rebuild_from_checkpoint, weights_sha256
 
 SMALL = "mobilenet_v3_small"
 
@@ -56,10 +56,10 @@ def test_checkpoint_round_trip_and_reuse_as_weights(tmp_path: Path) -> None:
     config = Config(runs=tmp_path, cnn=CnnConfig(backbone=SMALL, weights="random", phase_head=True))
     net = build_net(config, spec)
     path = tmp_path / "first" / "cnn" / "best.pt"
-    save_checkpoint(path, {"model": net.state_dict(), **describe(net, spec)})
+    save_checkpoint(path, {"model": net.state_dict(), **CnnAbout.of(net, spec).to_json()})
     again, meta = rebuild_from_checkpoint(path)
     assert weights_sha256(again) == weights_sha256(net)
-    assert (meta["backbone"], meta["tools"], meta["phases"]) == (SMALL, list(spec.tools), list(spec.phases))
+    assert (meta.backbone, meta.tools, meta.phases) == (SMALL, list(spec.tools), list(spec.phases))
     assert not again.training
     reused = build_backbone(SMALL, "run:first", 9, runs=tmp_path)
     assert weights_sha256(reused) == weights_sha256(net.backbone)
@@ -74,6 +74,6 @@ def test_checkpoint_of_another_stage_or_with_other_tensors(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"best.pt: not a checkpoint of train-cnn"):
         rebuild_from_checkpoint(path)
     net = ToolNet(build_backbone(SMALL, "random", 0), 7)
-    save_checkpoint(path, {"model": {}, **describe(net, load_dataset("cholec80"))})
+    save_checkpoint(path, {"model": {}, **CnnAbout.of(net, load_dataset("cholec80")).to_json()})
     with pytest.raises(UserError, match=r"best.pt: its tensors do not match its description"):
         rebuild_from_checkpoint(path)

@@ -141,7 +141,7 @@ def test_description_in_a_checkpoint(train: Any, tmp_path: Path) -> None:
     result = train(temporal={"sequence": {"mode": "clips", "frames": 6, "inference": "clip"}, "epochs": 1})
     model, about = load_temporal(tmp_path / "run/temporal")
     assert not model.training
-    assert about["head"] == {
+    assert about.head.model_dump() == {
         "name": "lstm",
         "hidden": 12,
         "layers": 1,
@@ -150,11 +150,11 @@ def test_description_in_a_checkpoint(train: Any, tmp_path: Path) -> None:
         "relu": False,
         "fc_hidden": None,
     }
-    assert (about["inference"], about["frames"], about["embedding_dim"], about["fps"]) == ("clip", 6, 6, 1.0)
-    assert about["phases"] == ["Early", "Middle", "Late"]
-    assert (about["dataset"], about["backbone"]) == ("toy", "toy")
-    assert about["scores"]["val_accuracy"] == result["val_accuracy"]
-    assert load_temporal(tmp_path / "run/temporal/frame")[1]["head"] == {"name": "linear"}
+    assert (about.inference, about.frames, about.embedding_dim, about.fps) == ("clip", 6, 6, 1.0)
+    assert about.phases == ("Early", "Middle", "Late")
+    assert (about.dataset, about.backbone) == ("toy", "toy")
+    assert about.scores["val_accuracy"] == result["val_accuracy"]
+    assert load_temporal(tmp_path / "run/temporal/frame")[1].head == schema.LinearHead(name="linear")
 
 
 @pytest.mark.parametrize("asked", ["clip", "carried"])

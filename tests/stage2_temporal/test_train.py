@@ -133,7 +133,7 @@ def test_the_score_is_that_of_the_chosen_model(
     for folder, score in (("temporal", result["val_accuracy"]), ("temporal/frame", result["frame"]["val_accuracy"])):
         model, about = load_temporal(tmp_path / "run" / folder)
         videos = videos_of(cue_folder, "val")
-        predicted = predict_phases(model, videos, about["inference"], about["frames"], "cpu")
+        predicted = predict_phases(model, videos, about.inference, about.frames, "cpu")
         shares = [(predicted[name].argmax(1) == video.phase)[video.phase >= 0].mean() for name, video in videos.items()]
         assert score == pytest.approx(np.mean(shares), abs=1e-12)
 
@@ -250,7 +250,7 @@ def test_bf16_applies_to_training_only(train: Any, tmp_path: Path, cue_folder: P
     model, about = load_temporal(tmp_path / "run/temporal")
     assert not model.head.bf16_projection
     videos = videos_of(cue_folder, "val")
-    predicted = predict_phases(model, videos, about["inference"], about["frames"], "cpu")
+    predicted = predict_phases(model, videos, about.inference, about.frames, "cpu")
     shares = [(predicted[name].argmax(1) == video.phase)[video.phase >= 0].mean() for name, video in videos.items()]
     assert result["val_accuracy"] == pytest.approx(np.mean(shares), abs=1e-12)
 
@@ -306,7 +306,7 @@ def test_another_name_leaves_the_first_alone_and_the_same_name_is_refused(train:
     train("first")
     before = {path: path.read_bytes() for path in (tmp_path / "first").rglob("*") if path.is_file()}
     train("second", {"head": {"name": "lstm", "hidden": 20}})
-    assert load_temporal(tmp_path / "second/temporal")[1]["head"]["hidden"] == 20
+    assert load_temporal(tmp_path / "second/temporal")[1].head.hidden == 20
     with pytest.raises(
         UserError, match=r"first/temporal: this run exists with other settings .*hidden: 12 there, 20 now"
     ):

@@ -474,7 +474,7 @@ def test_settings_with_other_features_are_scored_at_the_moments_that_all_have(ra
     model, about = load_temporal(folder)
     index = Index.load(rates / "fast/index.json")
     videos = load_feature_set(rates / "fast", [entry.id for entry in index.by_split("val")])
-    predicted = predict_phases(model, videos, "carried", about["frames"], "cpu")
+    predicted = predict_phases(model, videos, "carried", about.frames, "cpu")
     right = [(predicted[name].argmax(1) == video.phase)[::3].mean() for name, video in videos.items()]
     assert float(rows["fast", "0"]["val_accuracy"]) == pytest.approx(np.mean(right), abs=1e-9)
     before = trained(rates)
@@ -530,7 +530,7 @@ def test_tool_logits_are_more_input(tmp_path: Path) -> None:
     assert accuracy > 0.9
     assert float(rows["tool_logits=False"]["val_accuracy"]) < 0.8
     model, about = load_temporal(tmp_path / "runs/wide/trials" / rows["tool_logits=True"]["folder"] / "temporal")
-    assert (about["embedding_dim"], about["tool_inputs"]) == (6, ["t0", "t1", "t2"])
+    assert (about.embedding_dim, about.tool_inputs) == (6, ("t0", "t1", "t2"))
     features = load_feature_set(tmp_path / "features", ["v3", "v4"])
     found = predict_phases(model, features, "carried", 1, "cpu", tool_logits=True)
     right = [(found[name].argmax(1) == video.phase).mean() for name, video in features.items()]

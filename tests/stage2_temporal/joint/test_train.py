@@ -114,7 +114,7 @@ def test_the_schedule_finishes_and_the_mapping_step_trains_only_the_mapping(stag
     assert any(not torch.equal(mapped[name], after[name]) for name in mapped if name.startswith("backbone."))
     assert joint_checkpoint(run) == run / "joint" / "correlation" / "best.pt"
     net, about = load_joint(joint_checkpoint(run))
-    assert about["step"] == "correlation"
+    assert about.step == "correlation"
     assert net.mapping is not None
 
 
