@@ -400,6 +400,9 @@ class SequenceConfig(Strict):
         return no_clips | ({"frames": "mode=full and inference=carried"} if whole else {})
 
 
+FeaturesIn = Literal["auto", "memory", "stream"]
+
+
 class TemporalConfig(LoopConfig):
     """Stage two."""
 
@@ -416,6 +419,11 @@ class TemporalConfig(LoopConfig):
         None, description="checkpoint of a joint net that initialises the head (set by `--from-joint RUN`)"
     )
     baseline: bool = Field(True, description="also train the per-frame linear head, in the same way")
+    features: FeaturesIn = Field(
+        "auto",
+        description="hold features in memory, or read every batch from their files (stream); the same bits; auto: "
+        "stream where they would take more than 40 % of the memory available",
+    )
 
 
 class JointNetConfig(Strict):

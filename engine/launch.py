@@ -62,8 +62,13 @@ def available_cores(environment: Mapping[str, str] | None = None) -> int:
     torchrun and `--devices` do not bind ranks to cores; srun gives each task cores of its own.
     """
     found = os.environ if environment is None else environment
-    beside = found.get("LOCAL_WORLD_SIZE", "1") if AGENT_STORE in found else "1"
-    return max(1, permitted_cores() // max(1, int(beside) if beside.isdecimal() else 1))
+    return max(1, permitted_cores() // (ranks_here(found) if AGENT_STORE in found else 1))
+
+
+def ranks_here(environment: Mapping[str, str] | None = None) -> int:
+    """Number of ranks on this machine."""
+    found = (os.environ if environment is None else environment).get("LOCAL_WORLD_SIZE", "1")
+    return max(1, int(found) if found.isdecimal() else 1)
 
 
 def set_torchrun_variables(environment: MutableMapping[str, str] | None = None) -> None:

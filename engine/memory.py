@@ -1,11 +1,13 @@
-"""Freed memory, which the C library keeps or returns to the kernel; and a GPU with too little of it."""
+"""Memory: what is available, what is freed and kept by the C library, and a GPU with too little of it."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError, one_line
@@ -67,3 +69,44 @@ def is_gpu_error(error: BaseException) -> bool:
 def _types(error: BaseException) -> set[str]:
     """The names of an exception's classes: to ask for them by object would import torch."""
     return {kind.__name__ for kind in type(error).__mro__}
+
+
+# ---------------------------------------------------------------------------------------------- what is available
+
+# Files of a control group: the limit, the bytes in use, and the part of these that are pages of files, which are freed
+# when needed; of version 2, then of version 1 (the folder below the mount point comes first).
+_GROUP_FILES = {
+    "": ("memory.max", "memory.current", ("inactive_file", "active_file")),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+}
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory that this process can still take: of the machine and, on Linux, of its control groups (Slurm, containers).
+
+    On other systems it is all memory of the machine. `root` is the folder that holds `proc` and `sys`.
+    """
+    with suppress(OSError, ValueError, KeyError):
+        fields = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
+        return min(int(fields["MemAvailable"].split()[0]) * 1024, *_left_in_groups(root), sys.maxsize)
+    names = getattr(os, "sysconf_names", {})
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in names else sys.maxsize
+    return pages if pages > 0 else sys.maxsize
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """What each memory limit above this process leaves."""
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, place = line.split(":", 2)
+        mount = "memory" if "memory" in controllers.split(",") else controllers
+        if mount not in _GROUP_FILES:
+            continue
+        limit, used, of_files = _GROUP_FILES[mount]
+        folder = root / "sys/fs/cgroup" / mount
+        for group in (folder / place.lstrip("/"), *(folder / place.lstrip("/")).parents):
+            with suppress(OSError, ValueError, KeyError):  # no limit here ("max"), or none that can be seen from inside
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                freed = sum(int(stat[name]) for name in of_files)
+                yield int((group / limit).read_text()) - int((group / used).read_text()) + freed
+            if group == folder:
+                break

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,11 +123,50 @@ class SourceIdentity:
         }
 
 
+@dataclass(frozen=True)
+class StoredFeatures:
+    """The features (T, D) of a file whose seal was checked, read when they are used; NumPy's `asarray` reads all.
+
+    Every read checks the checksums of the chunks that it reads, and that the file has not been replaced since.
+    """
+
+    path: Path
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+    state: tuple[int, int, int]  # see `_state`
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        values = np.empty(self.shape, self.dtype)
+        self.read([(0, values)])
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+    def read(self, parts: Iterable[tuple[int, NDArray[Any]]]) -> None:
+        """Fill arrays (N, D) of the stored type, each with the rows from a given one on.
+
+        Raises FeatureFileError if the file is damaged or was replaced.
+        """
+        with _readable(self.path, check_seal=False) as file:
+            if _state(self.path) != self.state:
+                raise DamagedFile("replaced since this command opened it")
+            rows = _dataset(file, "features")
+            for first, values in parts:
+                rows.read_direct(values, np.s_[first : first + len(values)])
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is replaced or written to: its number, size and time of change."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 @dataclass(frozen=True, eq=False)
 class VideoFeatures(VideoLabels):
     """One video's features and labels. NaN in `tool_logits`: no tool head."""
 
-    features: NDArray[Any]  # (T, D) float16 or float32
+    features: NDArray[Any] | StoredFeatures  # (T, D) float16 or float32
     tool_logits: NDArray[np.float32]  # (T, K)
     attributes: dict[str, Any] = field(default_factory=dict)
 
@@ -234,21 +273,17 @@ def _write_labels(file: h5py.File, phase: NDArray[np.int8], tools: NDArray[np.in
 
 
 def read_features(path: Path, with_features: bool = True) -> VideoFeatures:
-    """Read one feature file completely, or without its features; its seal and every chunk's checksum are checked.
+    """Read one feature file completely, or all but its features, which `StoredFeatures` can read later.
 
-    Raises FeatureFileError naming the file and what is wrong with it.
+    The seal and the checksum of every chunk that is read are checked. Raises FeatureFileError naming the file and what
+    is wrong with it.
     """
     with _sound(path) as (file, attributes):
         values = {name: _dataset(file, name)[...] for name in _DATASETS if with_features or name != "features"}
-        features = values.pop("features", np.zeros((len(values["frame_index"]), 0), np.float16))
+        rows = _dataset(file, "features")
+        features = values.pop("features", StoredFeatures(path, rows.shape, rows.dtype, _state(path)))
         _require_one_length({"features": features, **values})
     return VideoFeatures(features=features, **values, attributes=attributes)
-
-
-def read_attributes(path: Path) -> dict[str, Any]:
-    """A feature file's root attributes. Raises FeatureFileError if it is not complete or not readable."""
-    with _sound(path) as (_, attributes):
-        return attributes
 
 
 def verify_file(path: Path, encoder: EncoderSpec | None = None, source: SourceIdentity | None = None) -> str | None:
@@ -257,12 +292,7 @@ def verify_file(path: Path, encoder: EncoderSpec | None = None, source: SourceId
     With `encoder` and `source`, the file must also have been made by that encoder from that video.
     """
     try:
-        with _sound(path) as (file, attributes):
-            datasets = {name: _dataset(file, name) for name in _DATASETS}
-            for dataset in datasets.values():
-                for start in range(0, len(dataset), CHUNK_FRAMES):
-                    dataset[start : start + CHUNK_FRAMES]
-            _require_one_length(datasets)
+        attributes = read_every_chunk(path)
     except FeatureFileError as error:
         return str(error).removeprefix(f"{path}: ")
     if encoder is not None and attributes.get("encoder_digest") != encoder.digest:
@@ -272,6 +302,20 @@ def verify_file(path: Path, encoder: EncoderSpec | None = None, source: SourceId
     if source is not None and attributes.get("source_sha256_ends") != source.sha256_ends:
         return "the source has changed since"
     return None
+
+
+def read_every_chunk(path: Path) -> dict[str, Any]:
+    """Read every chunk of a feature file, one at a time, and return the attributes.
+
+    Raises FeatureFileError naming the file and what is wrong with it.
+    """
+    with _sound(path) as (file, attributes):
+        datasets = {name: _dataset(file, name) for name in _DATASETS}
+        for dataset in datasets.values():
+            for start in range(0, len(dataset), CHUNK_FRAMES):
+                dataset[start : start + CHUNK_FRAMES]
+        _require_one_length(datasets)
+    return attributes
 
 
 def recorded_encoder(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -298,14 +342,21 @@ def rewrite_labels(path: Path, phase: NDArray[np.int8], tools: NDArray[np.int8],
 
 @contextmanager
 def _sound(path: Path) -> Iterator[tuple[h5py.File, dict[str, Any]]]:
-    """A complete feature file and its attributes; DamagedFile in the body is raised as FeatureFileError."""
+    """A complete feature file and its attributes, open as by `_readable`."""
+    with _readable(path) as file:
+        attributes = _attributes(file)
+        version = attributes.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise DamagedFile(f"schema version {version}, this program reads {SCHEMA_VERSION}")
+        yield file, attributes
+
+
+@contextmanager
+def _readable(path: Path, check_seal: bool = True) -> Iterator[h5py.File]:
+    """An open feature file; DamagedFile in the body is raised as FeatureFileError."""
     try:
-        with open_sealed(path) as file:
-            attributes = _attributes(file)
-            version = attributes.get("schema_version")
-            if version != SCHEMA_VERSION:
-                raise DamagedFile(f"schema version {version}, this program reads {SCHEMA_VERSION}")
-            yield file, attributes
+        with open_sealed(path, check_seal) as file:
+            yield file
     except DamagedFile as error:
         raise FeatureFileError(f"{path}: {error}; run extract again") from error
 
@@ -333,11 +384,12 @@ def _require_one_length(values: Mapping[str, Any]) -> None:
 def _attributes(file: h5py.File) -> dict[str, Any]:
     """The root's attributes as plain values. Raises ValueError for any of another shape or type."""
     found: dict[str, Any] = {}
-    for name in file.attrs:
-        attribute = file.attrs.get_id(name)
+    attributes = file.attrs  # every access to it opens the root anew
+    for name in attributes:
+        attribute = attributes.get_id(name)
         if attribute.shape != () or attribute.dtype.itemsize > MAX_ATTRIBUTE_BYTES:
             raise ValueError(f"attribute {name[:60]!r} is not a single value")
-        value = file.attrs[name]
+        value = attributes[name]
         value = value.item() if isinstance(value, np.generic) else value
         found[name] = value.decode() if isinstance(value, bytes) else value
     _from_json(found, "preprocess")

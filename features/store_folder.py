@@ -22,9 +22,8 @@ from features.store import (
     FeatureFileError,
     VideoFeatures,
     feature_path,
-    read_attributes,
+    read_every_chunk,
     read_features,
-    verify_file,
 )
 
 INDEX_FILE = "index.json"
@@ -68,15 +67,15 @@ def feature_files(folder: Path) -> list[Path]:
     return files
 
 
-def load_feature_set(folder: Path, video_ids: Sequence[str]) -> dict[str, VideoFeatures]:
-    """The named videos' features in memory, checksums checked; all of one encoder.
+def load_feature_set(folder: Path, video_ids: Sequence[str], in_memory: bool = True) -> dict[str, VideoFeatures]:
+    """The named videos, checked, all of one encoder; features in memory or, otherwise, read when they are used.
 
     Raises UserError naming the videos that are missing, and FeatureFileError for a damaged file or a second encoder.
     """
     missing = [video_id for video_id in video_ids if not feature_path(folder, video_id).is_file()]
     if missing:
         raise UserError(f"{folder}: no features of {listed(missing, 5)}; run extract to make them")
-    loaded = {video_id: read_features(feature_path(folder, video_id)) for video_id in video_ids}
+    loaded = {video_id: read_features(feature_path(folder, video_id), in_memory) for video_id in video_ids}
     require_one_encoder({feature_path(folder, name): video.attributes for name, video in loaded.items()})
     return loaded
 
@@ -98,13 +97,14 @@ def verify_folder(folder: Path) -> Iterator[tuple[Path, str | None]]:
     """Each feature file with its problem, or None; it is also a problem if its encoder is not that of the first."""
     expected: str | None = None
     for path in feature_files(folder):
-        problem = verify_file(path)
-        if problem is None:
-            digest = str(read_attributes(path)["encoder_digest"])
-            expected = expected or digest
-            if digest != expected:
-                problem = f"made by another encoder ({digest[:12]}, the first file's is {expected[:12]})"
-        yield path, problem
+        try:
+            digest = str(read_every_chunk(path)["encoder_digest"])
+        except FeatureFileError as error:
+            yield path, str(error).removeprefix(f"{path}: ")
+            continue
+        expected = expected or digest
+        other = f"made by another encoder ({digest[:12]}, the first file's is {expected[:12]})"
+        yield path, None if digest == expected else other
 
 
 def estimate_bytes(lengths: Iterable[int], encoder: EncoderSpec) -> int:

@@ -1,14 +1,14 @@
-"""Features in memory, and how an epoch cuts them into sequences.
+"""The features of a training, and how an epoch cuts them into sequences.
 
-The features of all videos are concatenated in one table (`FeatureBank`); a batch is a set of ranges of its rows
-(`Batch`), each within one video, so that order is kept and no sequence spans two videos. The batches of an epoch are a
-function of (seed, epoch).
+The features of all videos are concatenated in one table (`FeatureBank`), in memory or in their files. A batch is a set
+of ranges of its rows (`Batch`), each within one video, so that order is kept and no sequence spans two videos. The
+batches of an epoch are a function of (seed, epoch).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -18,20 +18,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from configs import schema
 from configs.errors import UserError
 from configs.schema import SequenceConfig
 from engine.device import sent_to
 from engine.files import sha256_json
+from engine.launch import ranks_here
+from engine.memory import available_bytes
 from engine.progress import say
 from engine.runs import require_same_classes
 from engine.session import epoch_generator
 from features.dataset.index import Index
 from features.dataset.labels import unlabelled_note
 from features.dataset.sampling import in_whole_steps
-from features.store import FeatureFileError, VideoFeatures, feature_path, recorded_encoder
+from features.store import FeatureFileError, StoredFeatures, VideoFeatures, feature_path, recorded_encoder
 from features.store_folder import INDEX_FILE, load_feature_set, usable_index
+from stage2_temporal.streaming import StreamedFeatures, ahead
 
 NO_LABEL = -1
+# Of the memory available, for features; reading them into memory takes twice as much for a moment.
+MEMORY_SHARE = 0.4
 # Videos of one batch have lengths within about this factor: little padding, but other combinations in every epoch.
 LENGTH_JITTER = 1.5
 _STATISTICS_ROWS = 256
@@ -57,7 +63,7 @@ class FeatureBank:
     Features stay as stored (fp16 by default): half the memory, and converting a batch costs less than 2 % of its step.
     """
 
-    features: Tensor  # (N, D) as stored
+    features: Tensor | StreamedFeatures  # (N, D) as stored
     phase: Tensor  # (N,) int64, -1 = no label
     spans: tuple[Span, ...]
     ids: tuple[str, ...]
@@ -68,16 +74,26 @@ class FeatureBank:
 
         Raises UserError for a video without tool logits if they are requested.
         """
+        arrays = [torch.from_numpy(np.asarray(video.features)) for video in videos.values()]
+        if tool_logits:
+            logits = [torch.from_numpy(video.tool_logits) for video in videos.values()]
+            arrays = [with_tool_logits(x, z, name) for x, z, name in zip(arrays, logits, videos, strict=True)]
+        return cls._with(torch.cat(arrays) if len(arrays) > 1 else arrays[0], videos)
+
+    @classmethod
+    def streamed(cls, videos: Mapping[str, VideoFeatures]) -> FeatureBank:
+        """A table whose features stay in the videos' files."""
+        stored = [video.features for video in videos.values() if isinstance(video.features, StoredFeatures)]
+        return cls._with(StreamedFeatures(stored), videos)
+
+    @classmethod
+    def _with(cls, features: Tensor | StreamedFeatures, videos: Mapping[str, VideoFeatures]) -> FeatureBank:
         spans, first = [], 0
         for video in videos.values():
             spans.append(Span(first, len(video)))
             first += len(video)
-        arrays = [torch.from_numpy(video.features) for video in videos.values()]
-        if tool_logits:
-            logits = [torch.from_numpy(video.tool_logits) for video in videos.values()]
-            arrays = [with_tool_logits(x, z, name) for x, z, name in zip(arrays, logits, videos, strict=True)]
         return cls(
-            features=torch.cat(arrays) if len(arrays) > 1 else arrays[0],
+            features=features,
             phase=torch.cat([torch.from_numpy(video.phase).long() for video in videos.values()]),
             spans=tuple(spans),
             ids=tuple(videos),
@@ -105,6 +121,12 @@ class FeatureBank:
         rows = batch.rows_on(self.features.device)  # (B, T)
         return take(self.features, rows), take(self.phase, rows).masked_fill(rows < 0, NO_LABEL)
 
+    def gathered(
+        self, shares: Iterable[tuple[Batch, bool]]
+    ) -> Iterator[tuple[tuple[Batch, bool], tuple[Tensor, Tensor]]]:
+        """Batches, as `Batch.share` gives them, each with what `gather` returns for it."""
+        return ahead(self.features, shares, lambda share: self.gather(share[0]))
+
     def names(self, batch: Batch) -> str:
         """The ids of the videos in a batch, comma-separated."""
         first = [span.first for span in self.spans]
@@ -130,8 +152,10 @@ class FeatureBank:
         return torch.from_numpy(mean), torch.from_numpy(std)
 
 
-def take(table: Tensor, rows: Tensor) -> Tensor:
+def take(table: Tensor | StreamedFeatures, rows: Tensor) -> Tensor:
     """The rows (B, T) of a table (N, ...), as (B, T, ...); rows of padding (-1) have arbitrary values."""
+    if isinstance(table, StreamedFeatures):
+        return table.take(rows)
     return table.index_select(0, rows.clamp(min=0).flatten()).view(*rows.shape, *table.shape[1:])
 
 
@@ -140,13 +164,18 @@ def with_tool_logits(features: Tensor, tool_logits: Tensor, where: str) -> Tenso
 
     Raises UserError if there are no logits, or if some are not finite.
     """
-    stored = tool_logits.to(features.dtype)
+    return torch.cat([features, fitting_tool_logits(tool_logits, features.dtype, where)], dim=1)
+
+
+def fitting_tool_logits(tool_logits: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    """Tool logits (T, K) in the type of the features. Raises UserError as `with_tool_logits`."""
+    stored = tool_logits.to(dtype)
     if not stored.shape[1] or not bool(torch.isfinite(stored).all()):
         raise UserError(
             f"{where}: no tool logits (its encoder has no trained tool head), which temporal.tool_logits=true needs; "
             "use features of a trained stage one, or set it to false"
         )
-    return torch.cat([features, stored], dim=1)
+    return stored
 
 
 # ---------------------------------------------------------------------------------------------- sequences
@@ -254,7 +283,7 @@ def _batch(spans: Sequence[Span], fresh: bool = True) -> Batch:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The training and validation videos of a feature folder that have phase labels, in memory."""
+    """The training and validation videos of a feature folder that have phase labels."""
 
     bank: FeatureBank
     train: list[Span]
@@ -283,7 +312,11 @@ class TrainingData:
         """The same data with stage one's tool logits as the last K columns. Raises UserError if there are none."""
         if self.has_tool_logits:
             return self
-        features = with_tool_logits(self.bank.features, self.tool_logits, str(self.folder))
+        features, logits, where = self.bank.features, self.tool_logits, str(self.folder)
+        if isinstance(features, StreamedFeatures):
+            features = features.with_columns(fitting_tool_logits(logits, features.dtype, where))
+        else:
+            features = with_tool_logits(features, logits, where)
         return replace(self, bank=replace(self.bank, features=features), has_tool_logits=True)
 
     def truth_of(self, span: Span) -> Tensor:
@@ -292,8 +325,10 @@ class TrainingData:
         return truth if self.scored is None else truth.masked_fill(~self.scored[span.rows], NO_LABEL)
 
 
-def read_training_data(folder: Path) -> TrainingData:
+def read_training_data(folder: Path, where_features: schema.FeaturesIn = "memory", device: str = "cpu") -> TrainingData:
     """Read the training and validation videos of a feature folder, as its index splits them.
+
+    `where_features` and `device` are the settings `temporal.features` and `device`.
 
     Raises UserError if there is nothing to train on, if a file is missing, damaged or of another encoder, or if labels
     or shapes do not match the index.
@@ -304,7 +339,9 @@ def read_training_data(folder: Path) -> TrainingData:
     split = {name: [entry.id for entry in index.by_split(name)] for name in ("train", "val")}
     if not split["train"]:
         raise UserError(f"{where}: no video is in the split train; run index with another data.split, then extract")
-    videos = load_feature_set(folder, [*split["train"], *split["val"]])
+    ids = [*split["train"], *split["val"]]
+    in_memory = where_features == "memory" or (where_features == "auto" and fit_in_memory(folder, ids, device))
+    videos = load_feature_set(folder, ids, in_memory)
     phases = tuple(index.dataset.phases)
     _check(folder, videos, phases)
     split = {name: _labelled(ids, videos, name, where) for name, ids in split.items()}
@@ -313,7 +350,7 @@ def read_training_data(folder: Path) -> TrainingData:
     videos = {video_id: videos[video_id] for ids in split.values() for video_id in ids}
     attributes = next(iter(videos.values())).attributes
     fps = float(attributes.get("fps", 0.0))
-    bank = FeatureBank.of(videos)
+    bank = FeatureBank.of(videos) if in_memory else FeatureBank.streamed(videos)
     return TrainingData(
         bank=bank,
         train=[bank.span_of(video_id) for video_id in split["train"]],
@@ -335,6 +372,24 @@ def read_training_data(folder: Path) -> TrainingData:
         by_time=fps > 0
         and not all(in_whole_steps(index.entry(name), fps, video.frame_index) for name, video in videos.items()),
     )
+
+
+def fit_in_memory(folder: Path, video_ids: Sequence[str], device: str) -> bool:
+    """Whether these videos' features fit into the memory of the machine and of the GPU in use; if not, says so.
+
+    Reading them takes twice their size for a moment, and every process of a machine has its own copy.
+    """
+    sizes = [path.stat().st_size for path in (feature_path(folder, name) for name in video_ids) if path.is_file()]
+    needed, room = sum(sizes) * ranks_here(), available_bytes()
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        room = min(room, torch.cuda.mem_get_info()[0] * ranks_here())
+    if needed <= MEMORY_SHARE * room:
+        return True
+    say(
+        f"{folder}: {needed / 1e9:.1f} GB of features are more than {MEMORY_SHARE:.0%} of the {room / 1e9:.1f} GB of "
+        "memory available, so every epoch reads them from their files (temporal.features=memory loads them)"
+    )
+    return False
 
 
 def _digest(videos: Mapping[str, VideoFeatures]) -> str:

@@ -176,7 +176,7 @@ def _load(folder: Path, index: Index, split: str) -> dict[str, VideoFeatures]:
         for entry in index.entries_of(split, folder / INDEX_FILE)
         if entry.split != "none" or feature_path(folder, entry.id).exists()  # other splits are not needed
     ]
-    return load_feature_set(folder, ids)
+    return load_feature_set(folder, ids, in_memory=False)
 
 
 def _encoder(videos: Mapping[str, VideoFeatures]) -> dict[str, Any]:
@@ -398,7 +398,7 @@ def _thresholds(folder: Path, index: Index) -> Mapping[str, float] | None:
     ids = [entry.id for entry in index.by_split("val")]
     if not ids or not all(feature_path(folder, video_id).exists() for video_id in ids):
         return None
-    videos = load_feature_set(folder, ids)
+    videos = load_feature_set(folder, ids, in_memory=False)
     labels = {name: video.tools for name, video in videos.items()}
     return validation_thresholds(labels, _tool_logits(videos), index.dataset.tools)
 

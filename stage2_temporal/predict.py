@@ -25,6 +25,7 @@ from stage2_temporal.data import Batch, FeatureBank, Span, chunk_batches, clip_b
 from stage2_temporal.heads.base import HeadOutput, State, build_head, first_rows, require_causal
 from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.model import PhaseModel
+from stage2_temporal.streaming import StreamedFeatures, ahead
 
 Inference = Literal["carried", "clip"]
 KIND = "temporal"
@@ -144,7 +145,7 @@ def predict_phases(
 @torch.no_grad()
 def predict_spans(
     model: PhaseModel,
-    features: Tensor,
+    features: Tensor | StreamedFeatures,
     spans: Sequence[Span],
     inference: Inference,
     frames: int,
@@ -160,7 +161,7 @@ def run_spans(
     model: PhaseModel,
     forward: Callable[[Tensor, State | None, Tensor], HeadOutput],
     width: int,
-    features: Tensor,
+    features: Tensor | StreamedFeatures,
     spans: Sequence[Span],
     inference: Inference,
     frames: int,
@@ -179,8 +180,8 @@ def run_spans(
     device = features.device
     found = torch.empty(len(features), width, device=device)
     state: State = ()
-    for batch, wanted in _batches(model, spans, inference, frames, sizes):
-        x = take(features, batch.rows.to(device))
+    batches = _batches(model, spans, inference, frames, sizes)
+    for (batch, wanted), x in ahead(features, batches, lambda item: take(features, item[0].rows.to(device))):
         output = forward(x, None if batch.fresh else first_rows(state, len(batch)), batch.lengths)
         state = output.state
         rows = batch.rows[wanted].to(device)

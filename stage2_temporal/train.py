@@ -1,4 +1,4 @@
-"""Stage two: train a head, and a per-frame baseline, on features in memory.
+"""Stage two: train a head, and a per-frame baseline, on features.
 
 `train_head` is the loop; it runs once for the head of the settings and once for the linear one, on the same features,
 for the same number of epochs, with the same optimiser and the same selection on validation videos.
@@ -74,7 +74,8 @@ def train_temporal(
     """
     _require_sensible(config.temporal)
     processes = join(config.device, stop)
-    data = processes.each(lambda: read_training_data(folder)) if data is None else data
+    if data is None:
+        data = processes.each(lambda: read_training_data(folder, config.temporal.features, config.device))
     require_features_of(data.encoder, config, given, folder)
     data.index.require_excluded(config.data.exclude, folder)
     data = data.with_tool_logits() if config.temporal.tool_logits else data
@@ -154,9 +155,10 @@ def train_head(
             batches = epoch_batches(data.train, settings.sequence, config.seed, epoch)
             remaining = batches[session.position.step :]
             started = time.monotonic()
-            for whole in session.batches(remaining, len(batches)):
-                batch, counts = whole.share(processes.rank, processes.count)
-                x, phase = bank.gather(batch)  # (B, T, D), (B, T)
+            shares = [whole.share(processes.rank, processes.count) for whole in remaining]
+            for (batch, counts), (x, phase) in session.batches(
+                bank.gathered(shares), len(batches)
+            ):  # (B, T, D), (B, T)
                 if not counts:
                     phase.fill_(NO_LABEL)
                 state = None if batch.fresh else first_rows(model.carried, len(batch))
@@ -307,7 +309,7 @@ def _identity(config: Config, data: TrainingData) -> StageIdentity:
     return StageIdentity(
         {
             "seed": config.seed,
-            "temporal": settings_without(config.temporal, "start_from"),
+            "temporal": settings_without(config.temporal, "start_from", "features"),
             "start_sha256": sha256_file(start) if start is not None and start.is_file() else None,
             "encoder_digest": data.encoder_digest,
             "dataset": data.index.dataset.name,

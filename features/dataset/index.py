@@ -243,8 +243,9 @@ class Index(OmitsDefaults):
 
     def entry(self, video_id: str) -> VideoEntry:
         """The video with this id. Raises UserError if there is none."""
+        wanted = normal_id(video_id)
         for entry in self.videos:
-            if entry.id == normal_id(video_id):
+            if entry.id == wanted:
                 return entry
         raise UserError(f"{video_id}: no such video in the index ({self.videos[0].id} to {self.videos[-1].id})")
 

@@ -404,7 +404,7 @@ def _claim_folder(folder: Path, spec: AblationConfig, base: Config, shared: Shar
     identity = StageIdentity(
         {
             "ablation": settings_without(spec, "budget", "title"),
-            "temporal": settings_without(base.temporal),
+            "temporal": settings_without(base.temporal, "features"),
             "encoder_digest": data.encoder_digest,
             "labels_sha256": data.labels_sha256,
             "other_features": sorted(shared.others.values()) or ABSENT,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,3 +78,37 @@ def test_errors_of_a_gpu_are_told_from_those_of_a_video(error: Exception, expect
 def test_memory_is_returned() -> None:
     memory.give_back_freed_memory()
     assert not memory.sys.platform.startswith("linux") or memory._glibc("free") is not None
+
+
+def _group(folder: Path, names: tuple[str, str, str], limit: str, used: int, of_files: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in zip(names, (limit, str(used), f"{PREFIX[names[0]]}inactive_file {of_files}\n"), strict=True):
+        (folder / name).write_text(value)
+    with (folder / names[2]).open("a") as stream:
+        stream.write(f"{PREFIX[names[0]]}active_file 0\n")
+
+
+V2 = ("memory.max", "memory.current", "memory.stat")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+PREFIX = {V2[0]: "", V1[0]: "total_"}
+
+
+def test_available_memory_is_that_of_the_machine_and_of_every_group_above(tmp_path: Path) -> None:
+    """A Slurm job's limit lies above its step's group, which has none."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    groups = tmp_path / "proc/self/cgroup"
+    groups.write_text("0::/\n")
+    assert memory.available_bytes(tmp_path) == 8000 * 1024
+    groups.write_text("0::/job_1/step_0\n")
+    top = tmp_path / "sys/fs/cgroup"
+    _group(top / "job_1/step_0", V2, "max", 2_000, 0)
+    _group(top / "job_1", V2, "1000000", 700_000, 200_000)
+    assert memory.available_bytes(tmp_path) == 500_000
+    groups.write_text("5:cpu,memory:/slurm/job_1\n1:name=systemd:/\n")
+    _group(top / "memory/slurm/job_1", V1, "900000", 100_000, 0)
+    assert memory.available_bytes(tmp_path) == 800_000
+
+
+def test_available_memory_without_proc(tmp_path: Path) -> None:
+    assert memory.available_bytes(tmp_path) > 0

@@ -21,7 +21,7 @@ from features.store import (
     EncoderSpec,
     FeatureFileError,
     SourceIdentity,
-    read_attributes,
+    read_every_chunk,
     read_features,
     recorded_encoder,
     rewrite_labels,
@@ -232,7 +232,7 @@ def test_a_file_of_another_source_or_encoder_does_not_verify(tmp_path: Path) -> 
 def test_the_recorded_encoder_includes_its_arithmetic(tmp_path: Path) -> None:
     path = tmp_path / "video01.h5"
     write(path, encoder=replace(ENCODER, arithmetic="folded"))
-    found = recorded_encoder(read_attributes(path))
+    found = recorded_encoder(read_features(path).attributes)
     assert found["arithmetic"] == "folded"
     assert found["preprocess"] == ENCODER.preprocess
     assert recorded_encoder({"backbone": "resnet50"})["arithmetic"] == "plain"  # files older than folding
@@ -256,7 +256,7 @@ def test_a_sealed_file_whose_attributes_are_not_what_stage_two_reads_is_one_line
         file.attrs[name] = value
     seal(path)
     assert "damaged" in (verify_file(path) or "")
-    for read in (read_attributes, read_features):
+    for read in (read_every_chunk, read_features):
         with pytest.raises(FeatureFileError, match=r"video01\.h5: damaged .*extract again") as caught:
             read(path)
         assert str(caught.value).isprintable()

@@ -296,10 +296,10 @@ def _metrics_seeds() -> list[bytes]:
 
 
 def _read_feature_file(path: Path) -> object:
-    from features.store import read_attributes, read_features, recorded_encoder, verify_file
+    from features.store import read_every_chunk, read_features, recorded_encoder, verify_file
 
     verify_file(path)
-    return read_features(path), recorded_encoder(read_attributes(path))
+    return read_features(path), recorded_encoder(read_every_chunk(path))
 
 
 @functools.cache

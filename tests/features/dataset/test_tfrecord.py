@@ -33,7 +33,7 @@ from features.dataset.sampling import sampled_frames
 from features.dataset.summary import count_frames, index_summary
 from features.dataset.tfrecord import FrameRecord, TfrecordReader, parse_record, scan_records
 from features.frames.source import open_source
-from features.store import read_attributes, read_features
+from features.store import read_features
 from features.video.base import ReaderError
 from features.video.open import open_video
 from stage1_cnn.video_features import label_attributes
@@ -546,12 +546,12 @@ def test_both_editions_give_the_same_features_and_labels(two_editions: Path) -> 
     other_order = ["extract", *options("tf"), "--set", "data.tfrecord_phase_order=mtrcnet"]
     assert "but the settings give mtrcnet" in refuse(other_order, folder)
     swapped = {video_id: read_features(path).phase for video_id, path in features("tf").items()}
-    before = {video_id: read_attributes(path)["labels_sha256"] for video_id, path in features("tf").items()}
+    before = {video_id: read_features(path).attributes["labels_sha256"] for video_id, path in features("tf").items()}
     succeed(["index", *options("tf"), "--phase-order", "mtrcnet", "--force"], folder)
     assert "3 with new labels only" in succeed(["extract", *options("tf")], folder)
     for video_id, path in features("tf").items():
         np.testing.assert_array_equal(np.array(SWAPPED)[read_features(path).phase], swapped[video_id])
-        assert read_attributes(path)["labels_sha256"] != before[video_id]
+        assert read_features(path).attributes["labels_sha256"] != before[video_id]
 
 
 @pytest.mark.slow
