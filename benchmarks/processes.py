@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import threading
@@ -20,11 +21,12 @@ class Cost:
     seconds: float
     tree_mb: float  # highest sum of resident memory over the processes alive at one moment
     biggest_mb: float  # highest resident memory of one process
+    processor_s: float  # processor time of all processes, which other load hardly changes
 
 
 def run_measured(words: Sequence[str], folder: Path) -> Cost:
     """Run a Python program in `folder`; exits with its messages if it fails. MB are 10^6 bytes."""
-    started = time.perf_counter()
+    started, used = time.perf_counter(), _processor_s()
     with subprocess.Popen(
         [sys.executable, *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
@@ -37,7 +39,13 @@ def run_measured(words: Sequence[str], folder: Path) -> Cost:
         watcher.join()
     if process.returncode:
         sys.exit(f"{' '.join(words[:3])}: exit code {process.returncode}\n{output[-3000:]}")
-    return Cost(time.perf_counter() - started, *peaks)
+    return Cost(time.perf_counter() - started, *peaks, _processor_s() - used)
+
+
+def _processor_s() -> float:
+    """Processor time of the processes that were started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _watch(pid: int, peaks: list[float], ended: threading.Event) -> None:

@@ -1,34 +1,45 @@
-"""Time and memory of `extract` by length of a video, and of `train-temporal` by number of videos.
+"""Time and memory by length of a video, by number of videos, and of features larger than memory.
 
     python benchmarks/scaling.py --json FILE
+    python benchmarks/scaling.py --only many streamed --json FILE
 
-Both run as commands with their default number of processes. Videos are simulated: one clip of 854x480
-at 25 fps, H.264 with B-frames, whose packets are repeated without decoding until the video is 10 min, 1 h and 4 h long.
-The question is memory, not speed, so the backbone is a small one with random weights (decoding is real). Features for
-`train-temporal` are random, 2048 wide, 1 to 80 videos of 2,158 frames (Cholec80's mean), one epoch.
+Everything runs as commands with their default number of processes. Parts (`--only`):
 
-Keys: `extract` and `train_temporal`, a list with `seconds`, `peak_mb` (highest sum of resident memory of the command
-and its processes at one moment) and `biggest_mb` (highest of one process) for each size; `peak_mb_4h_over_10min` and
-`biggest_mb_4h_over_10min`, the longest video over the shortest.
+extract: `extract` of one simulated video: one clip of 854x480 at 25 fps, H.264 with B-frames, whose packets are
+    repeated without decoding until the video is 10 min, 1 h and 4 h long. The question is memory, not speed, so the
+    backbone is a small one with random weights (decoding is real).
+train_temporal: one epoch over random features, 2048 wide, 1 to 80 videos of 2,158 frames (Cholec80's mean).
+many: `index` and `features verify` over 5,000 videos of 10 frames: hard links to one simulated video and to one file of
+    random features, with phase and tool files of their own. `read_s`: reading all these files, and nothing else.
+streamed: `train-temporal` on the same random features in memory and read from their files (`temporal.features`), disk
+    cache warm: an epoch (the difference of trainings of three epochs and of one, halved), whole videos, and the peak
+    memory of a linear head's epoch over a number of videos and over ten times as many.
+
+Keys: `seconds`, `processor_s` (of all processes: compare these if other jobs run), `peak_mb` (highest sum of resident
+memory of the command and its processes at one moment) and `biggest_mb` (highest of one process), in 10^6 bytes;
+`peak_mb_4h_over_10min` and `biggest_mb_4h_over_10min`, the longest video over the shortest; `stream_over_memory`.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
+import time
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 from command import PROJECT, options, say
-from processes import run_measured
+from processes import Cost, run_measured
 from start_up import write_feature_set
 
 sys.path.insert(0, str(PROJECT))
 WIDTH_PX, HEIGHT_PX, FPS = 854, 480, 25
 CLIP_S = 20
 FRAMES_A_VIDEO, EMBEDDING = 2158, 2048
+PARTS = ("extract", "train_temporal", "many", "streamed")
 
 
 def main() -> None:
@@ -40,21 +51,32 @@ def main() -> None:
         "--fps", type=float, default=0.5, help="rate of sampling; decoding goes through all in any case"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to extract")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure; default: all")
+    parser.add_argument("--many", type=int, default=5000, help="videos of the part `many`")
+    parser.add_argument("--streamed", type=int, default=8, help="videos of the part `streamed`, and ten times as many")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        figures = measure(Path(folder), given.minutes, given.videos, given.fps, given.set)
+    figures: dict[str, object] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if "extract" in given.only:
+            figures |= measure_lengths(folder, given.minutes, given.fps, given.set)
+        if "train_temporal" in given.only:
+            figures["train_temporal"] = [measure_training(folder, count) for count in given.videos]
+        if "many" in given.only:
+            figures["many"] = measure_many(folder, given.many)
+        if "streamed" in given.only:
+            figures["streamed"] = measure_streamed(folder, given.streamed)
     say(figures, given.json)
 
 
-def measure(folder: Path, minutes: list[int], videos: list[int], fps: float, settings: list[str]) -> dict[str, object]:
-    """All figures."""
+def measure_lengths(folder: Path, minutes: list[int], fps: float, settings: list[str]) -> dict[str, object]:
+    """The part `extract`."""
     extracted = [measure_extract(folder, length, fps, settings) for length in minutes]
-    trained = [measure_training(folder, count) for count in videos]
     ratios = {
         f"{key}_{minutes[-1] // 60}h_over_{minutes[0]}min": round(extracted[-1][key] / extracted[0][key], 3)
         for key in ("peak_mb", "biggest_mb")
     }
-    return {"extract": extracted, "train_temporal": trained, **ratios, "sampled_fps": fps, "settings": settings}
+    return {"extract": extracted, **ratios, "sampled_fps": fps, "settings": settings}
 
 
 def measure_extract(folder: Path, minutes: int, fps: float, settings: list[str]) -> dict[str, float]:
@@ -81,12 +103,7 @@ def measure_extract(folder: Path, minutes: int, fps: float, settings: list[str])
     run_measured([str(PROJECT / "pipeline.py"), "index", *words], place)
     cost = run_measured([str(PROJECT / "pipeline.py"), "extract", *words], place)
     (place / "data" / "video01.mp4").unlink()
-    return {
-        "minutes": minutes,
-        "seconds": round(cost.seconds, 1),
-        "peak_mb": round(cost.tree_mb),
-        "biggest_mb": round(cost.biggest_mb),
-    }
+    return {"minutes": minutes, **figures_of(cost)}
 
 
 def write_clip(path: Path) -> None:
@@ -122,22 +139,100 @@ def repeat_packets(clip: Path, out: Path, times: int) -> None:
                     container.mux(packet)
 
 
-def measure_training(folder: Path, videos: int) -> dict[str, float]:
-    """`train-temporal` for one epoch over so many videos (a fifth of them, rounded down, for validation)."""
-    features = folder / f"features{videos}"
-    phases = [np.repeat(np.arange(7, dtype=np.int8), FRAMES_A_VIDEO // 7 + 1)[:FRAMES_A_VIDEO]] * videos
-    write_feature_set(features, phases)
-    options = [f"runs={folder / f'runs{videos}'}", "temporal.epochs=1", "temporal.baseline=false"]
+def write_features_of(folder: Path, videos: int, frames: int = FRAMES_A_VIDEO) -> Path:
+    """Random features of so many videos (a fifth of them, rounded down, for validation)."""
+    phases = np.resize(np.repeat(np.arange(7, dtype=np.int8), frames // 7 + 1), frames)
+    write_feature_set(folder, [phases] * videos)
+    return folder
+
+
+def run_training(folder: Path, features: Path, *settings: str) -> Cost:
+    """`train-temporal` of one head in a new run."""
+    runs = tempfile.mkdtemp(dir=folder)
+    options = [f"runs={runs}", "temporal.baseline=false", *settings]
     words = [word for option in options for word in ("--set", option)]
-    cost = run_measured([str(PROJECT / "pipeline.py"), "train-temporal", "--features", str(features), *words], folder)
-    return {
+    return run_measured([str(PROJECT / "pipeline.py"), "train-temporal", "--features", str(features), *words], folder)
+
+
+def measure_training(folder: Path, videos: int) -> dict[str, float]:
+    """`train-temporal` for one epoch over so many videos."""
+    features = write_features_of(folder / f"features{videos}", videos)
+    return figures_of(run_training(folder, features, "temporal.epochs=1")) | {
         "videos": videos,
         "frames": videos * FRAMES_A_VIDEO,
         "features_mb": round(videos * FRAMES_A_VIDEO * EMBEDDING * 2 / 1e6),
+    }
+
+
+def figures_of(cost: Cost) -> dict[str, float]:
+    """The figures of one command."""
+    return {
         "seconds": round(cost.seconds, 1),
+        "processor_s": round(cost.processor_s, 1),
         "peak_mb": round(cost.tree_mb),
         "biggest_mb": round(cost.biggest_mb),
     }
+
+
+def measure_many(folder: Path, videos: int) -> dict[str, object]:
+    """`index` and `features verify` over many short videos."""
+    data, features = folder / "many", write_features_of(folder / "one", 1, frames=10)
+    write_many(data, videos)
+    stored = folder / "many-features"
+    stored.mkdir()
+    for number in range(1, videos + 1):
+        os.link(features / "video01.h5", stored / f"video{number:02d}.h5")
+    out = ["--root", str(data), "--out", str(folder / "many.json"), "--set", "data.split.rule=80%/10%/10%"]
+    commands = {"index": ["index", *out], "verify": ["features", "verify", str(stored)]}
+    found: dict[str, object] = {"videos": videos, "frames_each": 10}
+    for name, words in commands.items():
+        started = time.perf_counter()
+        for path in sorted((data if name == "index" else stored).iterdir()):
+            path.read_bytes()
+        read_s = time.perf_counter() - started
+        found[name] = figures_of(run_measured([str(PROJECT / "pipeline.py"), *words], folder)) | {
+            "read_s": round(read_s, 1)
+        }
+    return found
+
+
+def write_many(data: Path, videos: int) -> None:
+    """So many names of one simulated video of ten frames of noise, each with labels of its own."""
+    from configs.load import load_dataset
+    from features.video.write import encode_mp4
+
+    data.mkdir()
+    spec, rng = load_dataset("cholec80"), np.random.default_rng(0)
+    frames = rng.integers(0, 256, (10, 64, 64, 3)).astype(np.uint8)
+    encode_mp4(data / "clip", frames, FPS, {"preset": "ultrafast"}, lambda: None)
+    for number in range(1, videos + 1):
+        name = f"video{number:02d}"
+        os.link(data / "clip", data / f"{name}.mp4")
+        rows = [f"{frame}\t{spec.phases[(number + frame // 5) % len(spec.phases)]}" for frame in range(10)]
+        (data / f"{name}-phase.txt").write_text("\n".join(["Frame\tPhase", *rows, ""]))
+        present = "\t".join(str(int(number % len(spec.tools) == k)) for k in range(len(spec.tools)))
+        (data / f"{name}-tool.txt").write_text("\t".join(["Frame", *spec.tools]) + f"\n0\t{present}\n")
+    (data / "clip").unlink()
+
+
+def measure_streamed(folder: Path, videos: int) -> dict[str, object]:
+    """Features in memory and read from their files: an epoch, and peak memory by number of videos."""
+    sets = {count: write_features_of(folder / f"streamed{count}", count) for count in (videos, 10 * videos)}
+    found: dict[str, object] = {"videos": videos, "frames": videos * FRAMES_A_VIDEO}
+    epochs, memory = {}, {}
+    for where in ("memory", "stream"):
+        setting = f"temporal.features={where}"
+        one, three = (run_training(folder, sets[videos], setting, f"temporal.epochs={n}") for n in (1, 3))
+        epochs[where] = {
+            "epoch_s": round((three.seconds - one.seconds) / 2, 2),
+            "epoch_processor_s": round((three.processor_s - one.processor_s) / 2, 2),
+        }
+        memory[where] = {
+            count: figures_of(run_training(folder, path, setting, "temporal.epochs=1", "temporal.head.name=linear"))
+            for count, path in sets.items()
+        }
+    ratios = {key: round(epochs["stream"][key] / epochs["memory"][key], 3) for key in epochs["memory"]}
+    return found | {"epochs": epochs, "stream_over_memory": ratios, "linear_head_by_videos": memory}
 
 
 if __name__ == "__main__":
