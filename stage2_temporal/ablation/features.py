@@ -57,14 +57,16 @@ def folder_of(changes: Settings, base: Path, config: Config) -> Path:
     return base
 
 
-def share_features(base: Path, wanted: Mapping[tuple[Path, bool], object]) -> SharedFeatures:
+def share_features(base: Path, wanted: Mapping[tuple[Path, bool], object], config: Config) -> SharedFeatures:
     """Read every folder once and put what is `wanted` (folders, with tool logits or without) into shared memory.
+
+    With `temporal.features=stream` in `config`, features stay in their files.
 
     If folders were sampled at different times, validation counts the frames that all have. Raises UserError for a
     folder without validation videos or without the tool logits that are wanted, and for two that cannot be compared.
     """
     folders = dict.fromkeys([base, *(folder for folder, _ in wanted)])
-    found = {folder: read_training_data(folder) for folder in folders}
+    found = {folder: read_training_data(folder, config.temporal.features, config.device) for folder in folders}
     for folder, data in found.items():
         if not data.val:
             raise UserError(f"{folder}: no validation videos, so settings cannot be compared; index with another split")

@@ -255,7 +255,7 @@ def _read_features(spec: AblationConfig, base: Config, overrides: Sequence[str],
         if other != name:
             raise UserError(f"the ablation's settings: {other} and {name} are the same training; leave one out")
         wanted[features, config.temporal.tool_logits] = None
-    return share_features(where, wanted)
+    return share_features(where, wanted, base)
 
 
 def _require_effect(config: Config, unit: Unit) -> None:
