@@ -56,14 +56,18 @@ class Waits(TorchDispatchMode):
             return function(*args, **kwargs)
 
 
+def start_autograd() -> None:
+    """Autograd counts devices at its first backward pass and starts threads for a fake one: no test could then fork."""
+    torch.ones(1, requires_grad=True).sum().backward()
+
+
 @contextmanager
 def noted_waits() -> Iterator[list[str]]:
     """Tensors made on `GPU` are fake; gives the names of the operations that wait for them.
 
     Neither cuDNN nor a backward pass takes fake tensors without a driver.
     """
-    # autograd counts devices at its first backward pass, and starts threads for a fake one: no test could fork then
-    torch.ones(1, requires_grad=True).sum().backward()
+    start_autograd()
     waits = Waits()
     with torch.backends.cudnn.flags(enabled=False), FakeTensorMode(allow_non_fake_inputs=True), waits:
         yield waits.found

@@ -22,6 +22,7 @@ from stage2_temporal.heads.base import build_head
 from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.joint.net import build_joint
 from stage2_temporal.model import PhaseModel
+from tests.waits import start_autograd
 
 WIDTH, HIDDEN, PHASES = 8, 4, 3
 
@@ -34,6 +35,7 @@ class FakeCudnn(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        start_autograd()
         self.tensors = FakeTensorMode(allow_non_fake_inputs=True)
         self.types: set[torch.dtype] = set()
 
