@@ -59,7 +59,7 @@ def test_checkpoint_round_trip_and_reuse_as_weights(tmp_path: Path) -> None:
     save_checkpoint(path, {"model": net.state_dict(), **CnnAbout.of(net, spec).to_json()})
     again, meta = rebuild_from_checkpoint(path)
     assert weights_sha256(again) == weights_sha256(net)
-    assert (meta.backbone, meta.tools, meta.phases) == (SMALL, list(spec.tools), list(spec.phases))
+    assert (meta.backbone, meta.tools, meta.phases) == (SMALL, spec.tools, spec.phases)
     assert not again.training
     reused = build_backbone(SMALL, "run:first", 9, runs=tmp_path)
     assert weights_sha256(reused) == weights_sha256(net.backbone)
