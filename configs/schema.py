@@ -270,7 +270,9 @@ class ExtractConfig(Strict):
     segments: bool = Field(True, description="split videos among processes at batch boundaries; features are identical")
     segment_frames: int = Field(128, ge=1, description="smallest part of a split video, in samples")
     decode_ahead: Literal["auto", "on", "off"] = Field(
-        "auto", description="worker processes decode for one process that computes; auto: if it computes on a GPU"
+        "auto",
+        description="worker processes decode for one process that computes, in extract, in predict and for joint nets; "
+        "auto: if it computes on a GPU",
     )
     hardware_decoding: str | None = Field(
         None, description="PyAV hardware decoder (cuda, qsv, ...); refused unless its frames equal those of software"

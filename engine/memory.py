@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -34,6 +35,14 @@ def give_back_freed_memory() -> None:
     trim = _glibc("malloc_trim")
     if trim is not None:
         trim(ctypes.c_size_t(0))
+
+
+def free_shared_memory() -> int | None:
+    """Free bytes of /dev/shm, through which processes send tensors; None on systems without it."""
+    try:
+        return shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return None
 
 
 def _glibc(name: str) -> Callable[..., Any] | None:

@@ -6,10 +6,9 @@ video (or part) from a shared counter and sends resized frames; cropping, normal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,68 +16,110 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from configs.errors import UserError
 from configs.schema import Config
-from engine.pool import VIDEO_ERRORS, attempt, failure_reason, serve_parent, work_through
+from engine.device import choose_device
+from engine.launch import ranks_here
+from engine.memory import free_shared_memory
+from engine.pool import (
+    VIDEO_ERRORS,
+    WORTH_A_PROCESS_FRAMES,
+    attempt,
+    failure_reason,
+    processes_for,
+    serve_parent,
+    work_through,
+)
 from engine.progress import progress_bar, say
 from engine.stopping import StopRequest
-from features.dataset.index import Index
-from features.dataset.sampling import sampled_frames
-from features.frames.source import frame_batches, open_frames
+from features.frames.source import SampledFrames, frame_batches
 from stage1_cnn.encoders.encoder import encoded_at_once
 from stage1_cnn.segments import Rows, VideoJob
 from stage1_cnn.video_features import ExtractTask
 
 # Batches that wait for the device, per decoding process.
 QUEUE_BATCHES = 4
-# What a decoding process sends about a job: the origin of its frames (a dict), frames (a tensor), the end of the job
-# (None), or the reason of its failure (a string).
+HARDWARE_PROCESSES = 4
+# What a decoding process sends about a video: the origin of its frames (a dict), frames (a tensor), the end of the
+# video (None), or the reason of its failure (a string).
 Message = dict[str, str] | torch.Tensor | str | None
 
 
-class _DecodedFrames(IterableDataset[tuple[int, Message]]):
-    """The messages of one decoding process, each with its job's number; those of one job come in order."""
+# A picklable call that opens a video (or a part of one) in the process that decodes it.
+OpenVideo = Callable[[], AbstractContextManager[SampledFrames]]
 
-    def __init__(self, config: Config, index: Index, root: Path, jobs: Sequence[VideoJob], taken: Any) -> None:
-        self._config, self._index, self._root = config, index, root
-        self._jobs = list(jobs)
-        self._taken = taken  # number of jobs that all processes have taken so far
+
+class _DecodedFrames(IterableDataset[tuple[int, Message]]):
+    """The messages of one decoding process, each with its video's number; those of one video come in order."""
+
+    def __init__(self, videos: Sequence[OpenVideo], batch_frames: int, taken: Any) -> None:
+        self._videos, self._batch_frames = list(videos), batch_frames
+        self._taken = taken  # number of videos that all processes have taken so far
 
     def __iter__(self) -> Iterator[tuple[int, Message]]:
-        while (number := self._take()) < len(self._jobs):
-            try:
-                for message in self._messages(self._jobs[number]):
-                    yield number, message
-                yield number, None
-            except VIDEO_ERRORS as error:
-                yield number, failure_reason(error)
+        while (number := self._take()) < len(self._videos):
+            for message in _messages(self._videos[number], self._batch_frames):
+                yield number, message
 
     def _take(self) -> int:
         with self._taken.get_lock():
             self._taken.value += 1
             return int(self._taken.value) - 1
 
-    def _messages(self, job: VideoJob) -> Iterator[Message]:
-        entry = self._index.entry(job.video_id)
-        frame_index = sampled_frames(entry, self._config.data.fps)
-        with open_frames(self._config, entry, self._root, self._index, frame_index, job.samples) as sampled:
+
+def _messages(open_video: OpenVideo, batch_frames: int) -> Iterator[Message]:
+    try:
+        with open_video() as sampled:
             yield sampled.provenance
-            for batch in frame_batches(sampled.frames, encoded_at_once(self._config)):
+            for batch in frame_batches(sampled.frames, batch_frames):
                 yield torch.from_numpy(batch)
+        yield None
+    except VIDEO_ERRORS as error:
+        yield failure_reason(error)
+
+
+def decodes_ahead(config: Config, device: torch.device) -> bool:
+    """Whether other processes decode for this one, by `extract.decode_ahead`."""
+    chosen = config.extract.decode_ahead
+    return device.type != "cpu" if chosen == "auto" else chosen == "on"
+
+
+def decoders_for(config: Config, frames: int) -> int:
+    """Processes that decode so many frames, by `extract.workers`; on hardware `HARDWARE_PROCESSES` at most by default,
+    since each of them takes a context of the device's memory (some 300 to 500 MB on CUDA)."""
+    wanted = processes_for(config.extract.workers, frames)
+    by_default_on_hardware = config.extract.hardware_decoding is not None and config.extract.workers < 0
+    return min(wanted, HARDWARE_PROCESSES) if by_default_on_hardware else wanted
+
+
+def fitting_decoders(wanted: int, config: Config) -> int:
+    """As many of the wanted processes as /dev/shm has room for the frames of, at least one; a line says if fewer."""
+    free_bytes = free_shared_memory()
+    batch_bytes = encoded_at_once(config) * 3 * config.preprocess.resize_px**2
+    each = (QUEUE_BATCHES + 1) * batch_bytes  # one is being made
+    fitting = wanted if free_bytes is None else max(1, min(wanted, free_bytes // ranks_here() // each))
+    if fitting < wanted:
+        say(
+            f"note: /dev/shm has room for {fitting} of {wanted} decoding processes, {each / 1e6:.0f} MB each; in a "
+            "container give it more (docker run --shm-size), or set a smaller extract.batch_frames",
+            every_rank=True,
+        )
+    return fitting
 
 
 def decoding_processes(
-    task: ExtractTask, jobs: Sequence[VideoJob], decoders: int, pinned: bool
+    videos: Sequence[OpenVideo], batch_frames: int, decoders: int, pinned: bool
 ) -> Iterable[tuple[int, Message]]:
-    """Start `decoders` processes and yield pairs (number of the job, message); `pinned`: frames in pinned memory.
+    """Messages about the videos from `decoders` processes, which end with the iterator; frames in pinned memory.
 
-    The processes end when the iterator is deleted.
+    Messages are taken as they come: in turns, all processes would wait for the slowest.
     """
     taken = get_context("spawn").Value("q", 0)
     return DataLoader(
-        _DecodedFrames(task.config, task.index, task.root, jobs, taken),
+        _DecodedFrames(videos, batch_frames, taken),
         batch_size=None,
         num_workers=decoders,
         prefetch_factor=QUEUE_BATCHES,
         pin_memory=pinned,
+        in_order=False,
         worker_init_fn=serve_parent,
         multiprocessing_context="spawn",
     )
@@ -92,24 +133,75 @@ def work_ahead(
     stop: StopRequest,
     *,
     pinned: bool,
-    decode: Callable[[ExtractTask, Sequence[VideoJob], int, bool], Iterable[tuple[int, Message]]] = decoding_processes,
+    decode: Callable[[Sequence[OpenVideo], int, int, bool], Iterable[tuple[int, Message]]] = decoding_processes,
 ) -> Generator[tuple[VideoJob, str | None], None, None]:
-    """Do the jobs in this process with frames that `decoders` other processes decode; yields as `work_through` does.
+    """Do the jobs in this process with frames that up to `decoders` other processes decode; yields as `work_through`
+    does.
 
-    If one of them dies, this process does the remaining jobs alone. Raises Stopped when asked to stop, and
-    NoRoomError when the disk is full.
+    If one of them dies, the remaining jobs are done with half as many, at last by this process alone. Raises Stopped
+    when asked to stop, and NoRoomError when the disk is full.
     """
-    with_frames = [job for job in jobs if not job.labels_only]
     left = list(jobs)
-    try:
-        if with_frames:
-            messages = decode(task, with_frames, decoders, pinned)
+    decoders = fitting_decoders(decoders, task.config)
+    while decoders and (with_frames := [job for job in left if not job.labels_only]):
+        videos = [task.source(job) for job in with_frames]
+        try:
+            messages = decode(videos, encoded_at_once(task.config), decoders, pinned)
             for job, reason in _encode_decoded(task, with_frames, messages, title, stop):
                 left.remove(job)
                 yield job, reason
-    except _DecoderDied as error:
-        say(f"{error}; continuing without decoding processes", every_rank=True)
+        except _DecoderDied as error:
+            decoders = _fewer(decoders, error)
     yield from work_through(task, left, 1, title, stop)
+
+
+def _fewer(decoders: int, error: _DecoderDied) -> int:
+    """With how many decoding processes to continue after one has died: too many for the memory may have been it."""
+    fewer = decoders // 2
+    rest = f"with {fewer} instead of {decoders} decoding processes" if fewer else "without decoding processes, slowly"
+    say(f"{error}; continuing {rest}", every_rank=True)
+    return fewer
+
+
+def frames_of_videos(
+    videos: Sequence[OpenVideo], config: Config, frames: int, unwanted: Container[int] = ()
+) -> Generator[tuple[int, Message], None, None]:
+    """Messages about all videos (of `frames` samples together), each with its video's number.
+
+    Where `extract.decode_ahead` says so (`auto`: and there are many frames), other processes decode, and messages of
+    several videos alternate; otherwise videos are decoded here, one after the other. A video's messages come in order;
+    if its origin comes again, it begins again, because a process has died. Videos that the caller has added to
+    `unwanted` are of no more interest. Close the generator to end the processes.
+    """
+    device, at_once = choose_device(config.device), encoded_at_once(config)
+    left = list(range(len(videos)))
+    decoders = 0
+    if decodes_ahead(config, device) and (frames > WORTH_A_PROCESS_FRAMES or config.extract.decode_ahead == "on"):
+        decoders = fitting_decoders(min(decoders_for(config, frames), len(videos)), config)
+    while decoders and (given := [number for number in left if number not in unwanted]):
+        left = list(given)
+        opened = [videos[number] for number in given]
+        messages = iter(decoding_processes(opened, at_once, decoders, device.type == "cuda"))
+        try:
+            for _ in opened:
+                message: Message = {}
+                while not _ends(message):
+                    at, message = _next(messages)
+                    yield given[at], message
+                left.remove(given[at])
+        except _DecoderDied as error:
+            decoders = _fewer(decoders, error)
+        finally:
+            del messages  # ends the processes
+    for number in left:
+        for message in _messages(videos[number], at_once):
+            if number in unwanted:
+                break
+            yield number, message
+
+
+def _ends(message: Message) -> bool:
+    return message is None or isinstance(message, str)
 
 
 class _DecoderDied(Exception):

@@ -22,7 +22,7 @@ from configs.schema import Config
 from engine.device import say_few_cores, start_stage
 from engine.files import below_root, read_json_object, remove_stale_temporaries, sha256_file, write_json
 from engine.memory import needs_gpu_memory
-from engine.pool import VideoFault, processes_for, work_through
+from engine.pool import VideoFault, work_through
 from engine.progress import say
 from engine.runs import StageFolder, StageIdentity, settings_without
 from engine.stopping import StopRequest
@@ -32,7 +32,7 @@ from features.dataset.sampling import frame_times_s, sampled_frames
 from features.frames.source import require_indexed_annotations, require_indexed_source, source_identity
 from features.store import EncoderSpec, feature_path, read_features, verify_file
 from features.store_folder import ENCODER_FILE, INDEX_FILE, clear_fault, prepare_folder, record_fault
-from stage1_cnn.decode_ahead import work_ahead
+from stage1_cnn.decode_ahead import decoders_for, decodes_ahead, work_ahead
 from stage1_cnn.encoders.calibration import FromTrainingFrames
 from stage1_cnn.encoders.encoder import Encoder, encoded_at_once, load_encoder
 from stage1_cnn.encoders.pretrained import weights_identity
@@ -259,8 +259,8 @@ def _work(
 ) -> Iterator[tuple[VideoJob, str | None]]:
     """Do the jobs in parallel processes; yields each video as it ends, with the reason if it failed."""
     chosen = task.config.extract
-    ahead = encoder.device.type != "cpu" if chosen.decode_ahead == "auto" else chosen.decode_ahead == "on"
-    processes = processes_for(chosen.workers, sum(job.frames for job in jobs))
+    ahead = decodes_ahead(task.config, encoder.device)
+    processes = decoders_for(task.config, sum(job.frames for job in jobs))
     if chosen.segments and processes > 1:
         pieces = split_among(jobs, processes, encoded_at_once(task.config), chosen.segment_frames, task.may_split)
     else:

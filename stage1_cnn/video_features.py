@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from engine.memory import keep_freed_memory
 from engine.pool import Advance
 from features.dataset.index import Index, VideoEntry
 from features.dataset.labels import sampled_labels
-from features.frames.source import can_start_inside, frame_batches, open_frames, source_identity
+from features.dataset.sampling import sampled_frames
+from features.frames.source import SampledFrames, can_start_inside, frame_batches, open_frames, source_identity
 from features.store import EncoderSpec, FeatureWriter, feature_path, rewrite_labels, write_features
 from features.store_folder import estimate_bytes
 from features.video_labels import VideoLabels
@@ -83,6 +85,11 @@ class ExtractTask:
                 self.encode(batch, rows)
                 advance(len(batch))
 
+    def source(self, job: VideoJob) -> Callable[[], AbstractContextManager[SampledFrames]]:
+        """A picklable call that opens a job's frames, in the process that decodes them."""
+        entry = self.index.entry(job.video_id)
+        return partial(_open_samples, self.config, entry, self.root, self.index, job.samples)
+
     def encode(self, frames: NDArray[np.uint8] | torch.Tensor, rows: Rows) -> None:
         """Append the embeddings and tool logits of resized frames (N, R, R, 3) uint8 to `rows`."""
         encoder = self.loaded_encoder()
@@ -142,6 +149,12 @@ class ExtractTask:
             if self.encoder.spec.digest != self.spec.digest:
                 raise UserError("the encoder's weights have changed since the start; start again")
         return self.encoder
+
+
+def _open_samples(
+    config: Config, entry: VideoEntry, root: Path, index: Index, samples: slice
+) -> AbstractContextManager[SampledFrames]:
+    return open_frames(config, entry, root, index, sampled_frames(entry, config.data.fps), samples)
 
 
 def label_attributes(config: Config, index: Index, entry: VideoEntry) -> dict[str, str]:

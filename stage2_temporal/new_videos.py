@@ -1,13 +1,15 @@
 """Phases and tools of unlabelled videos, from frames to prediction files.
 
-A pair of stages or a joint net runs over the sampled frames in order, with one batch of frames in memory and the state
-of the head carried along: apart from the probabilities, memory does not grow with the length of a video.
+A pair of stages or a joint net runs over the sampled frames in order, batch by batch, with the state of the head
+carried along: apart from the probabilities, memory does not grow with the length of a video.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,9 @@ from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys, load_dataset
 from configs.schema import Config, PreprocessConfig
 from engine.device import choose_device, choose_precision, lower_precision, start_stage
-from engine.files import NoRoomError, atomic_path, inside, make_folder, read_json, sha256_file, write_json
-from engine.memory import is_gpu_error, needs_gpu_memory
-from engine.pool import VIDEO_ERRORS, failure_reason
+from engine.files import atomic_path, inside, make_folder, read_json, sha256_file, write_json
+from engine.memory import needs_gpu_memory
+from engine.pool import VIDEO_ERRORS, attempt, failure_reason
 from engine.progress import progress_bar, say
 from engine.runs import package_version, require_same_classes
 from engine.stopping import StopRequest
@@ -36,11 +38,12 @@ from features.dataset.index import Index, VideoEntry
 from features.dataset.sampling import frame_times_s, sampled_frames
 from features.frames.preprocess import crop_frames, normalise, preprocess_from_json
 from features.frames.settings_match import require_preprocess_of
-from features.frames.source import frame_batches, open_source, source_frames
+from features.frames.source import open_source, source_frames
 from features.ids import file_stem
 from features.video.write import encode_mp4
+from stage1_cnn.decode_ahead import frames_of_videos
 from stage1_cnn.encoders.calibration import FromStore
-from stage1_cnn.encoders.encoder import encoded_at_once, load_encoder
+from stage1_cnn.encoders.encoder import load_encoder
 from stage1_cnn.encoders.pretrained import CHECKPOINT_STAGE
 from stage2_temporal.data import with_tool_logits
 from stage2_temporal.heads.base import require_causal
@@ -56,12 +59,12 @@ _ENCODER = {"preset": "veryfast", "crf": "23"}
 class Recogniser:
     """A trained net, ready for frames.
 
-    `encode` maps crops (N, S, S, 3) uint8 to the input of `phase`, (N, D) or (N, D + K) fp32, and to tool logits
-    (N, K), or None without a tool branch. `weights` names what made the net by SHA-256. Raises UserError for a head
-    that looks into the future.
+    `encode` maps resized frames (N, R, R, 3) uint8 to the input of `phase`, (N, D) or (N, D + K) fp32, and to tool
+    logits (N, K), or None without a tool branch. `weights` names what made the net by SHA-256. Raises UserError for a
+    head that looks into the future.
     """
 
-    encode: Callable[[NDArray[np.uint8]], tuple[Tensor, NDArray[np.float32] | None]]
+    encode: Callable[[Tensor], tuple[Tensor, NDArray[np.float32] | None]]
     phase: PhaseModel
     inference: Inference
     clip_frames: int
@@ -138,8 +141,8 @@ def pair_of_stages(
         require_same_classes(folder / "best.pt", "tools", about.tool_inputs, spec.tools, spec.name)
     start_stage("predict", config, encoder.device, encoder.spec.precision)
 
-    def encode(crops: NDArray[np.uint8]) -> tuple[Tensor, NDArray[np.float32] | None]:
-        embedding, logits = encoder(crops)
+    def encode(frames: Tensor) -> tuple[Tensor, NDArray[np.float32] | None]:
+        embedding, logits = encoder(frames)
         stored = torch.from_numpy(embedding.astype(encoder.spec.storage))  # as in the training of stage two
         if about.tool_inputs:
             stored = with_tool_logits(stored, torch.from_numpy(logits), str(folder))
@@ -180,7 +183,8 @@ def joint_net(config: Config, run: Path, inference: Inference | None = None, giv
     net = net.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.no_grad()
-    def encode(crops: NDArray[np.uint8]) -> tuple[Tensor, NDArray[np.float32] | None]:
+    def encode(frames: Tensor) -> tuple[Tensor, NDArray[np.float32] | None]:
+        crops = crop_frames(frames.to(device, non_blocking=True), config.preprocess.crop_px)[:, 0]  # (N, S, S, 3)
         with lower_precision(device, precision):
             embedding = net.embed(normalise(crops, config.preprocess, device)).float()  # (N, D)
         return embedding, net.tool_head(embedding).cpu().numpy() if net.tool_head is not None else None
@@ -231,18 +235,16 @@ def predict_new_videos(
         for note in index.notes:
             say(f"note: {note}")
     _require_some(report, len(indices))
+    waiting = []
     for name, (index, root) in indices.items():
-        stop.raise_if_set()
         try:
-            done = _one_video(recogniser, index, root, out, draw, stop)
-        except NoRoomError:
-            raise
+            video = _Video(recogniser, index, root, out, draw, stop)
+            done = video.is_done()
         except VIDEO_ERRORS as error:
-            if is_gpu_error(error):
-                raise
             report.failed.append((name, failure_reason(error)))
         else:
-            (report.done if done else report.skipped).append(name)
+            report.skipped.append(name) if done else waiting.append(video)
+    _predict_all(waiting, recogniser.config, report, stop)
     _require_some(report, len(report.done) + len(report.skipped))
     return report
 
@@ -253,26 +255,84 @@ def _require_some(report: PredictReport, good: int) -> None:
         raise UserError(f"{report.failed[0][1]}{more}")
 
 
-def _one_video(recogniser: Recogniser, index: Index, root: Path, out: Path, draw: bool, stop: StopRequest) -> bool:
-    """Predict one video; False if its files were there already."""
-    entry, spec = index.videos[0], recogniser.spec
-    files = {kind: out / f"{file_stem(entry.id)}.{kind}" for kind in ("csv", "png", "mp4", "json")}
-    wanted = ["csv", "png", *(["mp4"] if draw else [])]
-    made_by = {**_identity_of_source(entry), **recogniser.identity}
-    if _is_done(files, wanted, made_by, inside(root, entry.source)):
-        return False
-    about = {"source": entry.source, "surgstage": package_version("surgstage"), "made_by": made_by}
-    write_json(files["json"], {**about, "complete": False})  # claims the other files if this is interrupted
-    prediction = predict_video(recogniser, index, root, stop)
-    phase, time_s = prediction.phase, prediction.time_s
-    write_prediction_csv(files["csv"], prediction, spec)
-    drawn = [(entry.id, np.full(len(phase), -1, np.int8), {"predicted": phase})]
-    title = f"{entry.id}: predicted phases ({spec.title or spec.name})"
-    phase_ribbons(files["png"], drawn, recogniser.config.data.fps, spec.phases, title, {entry.id: time_s})
-    if draw:
-        _draw(recogniser, prediction, index, root, files["mp4"], stop)
-    write_json(files["json"], {**about, "samples": len(phase), "complete": True})
-    return True
+def _predict_all(videos: Sequence[_Video], config: Config, report: PredictReport, stop: StopRequest) -> None:
+    """Predict videos, several at once where other processes decode them."""
+    total = sum(len(video.frame_index) for video in videos)
+    failed: set[int] = set()
+    messages = frames_of_videos([video.open_frames for video in videos], config, total, failed)
+    with progress_bar(total, "predict", "frame") as bar, closing(messages):
+        for number, message in messages:
+            stop.raise_if_set()
+            if number in failed:
+                continue
+            video = videos[number]
+            reason = message if isinstance(message, str) else attempt(video.take, message)
+            if reason is not None:
+                failed.add(number)
+                report.failed.append((video.entry.id, reason))
+            elif message is None:
+                report.done.append(video.entry.id)
+            elif isinstance(message, Tensor):
+                bar.update(len(message))
+
+
+class _Video:
+    """One video's prediction, made from its messages (`stage1_cnn.decode_ahead`) in order, and its files."""
+
+    def __init__(
+        self, recogniser: Recogniser, index: Index, root: Path, out: Path, draw: bool, stop: StopRequest
+    ) -> None:
+        self.entry, self._index, self._root = index.videos[0], index, root
+        self._recogniser, self._draw, self._stop = recogniser, draw, stop
+        self._files = {kind: out / f"{file_stem(self.entry.id)}.{kind}" for kind in ("csv", "png", "mp4", "json")}
+        self._made_by = {**_identity_of_source(self.entry), **recogniser.identity}
+        version = package_version("surgstage")
+        self._about = {"source": self.entry.source, "surgstage": version, "made_by": self._made_by}
+        self.frame_index = sampled_frames(self.entry, recogniser.config.data.fps)
+        self.open_frames = partial(source_frames, recogniser.config, self.entry, root, index, self.frame_index)
+
+    def is_done(self) -> bool:
+        """Whether all files exist. Raises UserError before a file of another origin would be replaced."""
+        wanted = ["csv", "png", *(["mp4"] if self._draw else [])]
+        return _is_done(self._files, wanted, self._made_by, inside(self._root, self.entry.source))
+
+    def take(self, message: dict[str, str] | Tensor | None) -> None:
+        """The origin of the frames, with which the prediction begins, then batches of frames, then None: the end."""
+        if isinstance(message, dict):
+            write_json(self._files["json"], {**self._about, "complete": False})  # claims the others if interrupted
+            known = self._recogniser
+            self._online = OnlinePredictor(known.phase, known.inference, known.clip_frames, known.config.device)
+            self._phases: list[NDArray[np.float32]] = []
+            self._tools: list[NDArray[np.float64]] = []
+        elif message is not None:
+            embedding, logits = self._recogniser.encode(message)  # (N, D), (N, K)
+            self._phases += [self._online.step(frame) for frame in embedding]
+            if logits is not None:
+                self._tools.append(sigmoid(logits))
+        else:
+            self._write()
+
+    def _prediction(self) -> PredictionFile:
+        probabilities = np.stack(self._phases)  # (T, C)
+        return PredictionFile(
+            self.frame_index,
+            frame_times_s(self.entry, self.frame_index),
+            probabilities.argmax(axis=1).astype(np.int8),
+            probabilities,
+            np.concatenate(self._tools).astype(np.float32) if self._tools else None,
+        )
+
+    def _write(self) -> None:
+        entry, spec, fps = self.entry, self._recogniser.spec, self._recogniser.config.data.fps
+        prediction = self._prediction()
+        phase, time_s = prediction.phase, prediction.time_s
+        write_prediction_csv(self._files["csv"], prediction, spec)
+        drawn = [(entry.id, np.full(len(phase), -1, np.int8), {"predicted": phase})]
+        title = f"{entry.id}: predicted phases ({spec.title or spec.name})"
+        phase_ribbons(self._files["png"], drawn, fps, spec.phases, title, {entry.id: time_s})
+        if self._draw:
+            _draw(self._recogniser, prediction, self._index, self._root, self._files["mp4"], self._stop)
+        write_json(self._files["json"], {**self._about, "samples": len(phase), "complete": True})
 
 
 def _identity_of_source(entry: VideoEntry) -> dict[str, Any]:
@@ -303,33 +363,6 @@ def _is_done(files: Mapping[str, Path], wanted: Sequence[str], made_by: Mapping[
     if not isinstance(found, dict) or found.get("made_by") != made_by:
         raise UserError(f"{files['json']}: made by another net or from another video; choose another --out")
     return bool(found.get("complete")) and all(files[kind].exists() for kind in wanted)
-
-
-def predict_video(recogniser: Recogniser, index: Index, root: Path, stop: StopRequest) -> PredictionFile:
-    """Predict the only video of an index, one batch of frames at a time."""
-    config, entry = recogniser.config, index.videos[0]
-    frame_index = sampled_frames(entry, config.data.fps)
-    online = OnlinePredictor(recogniser.phase, recogniser.inference, recogniser.clip_frames, config.device)
-    phases: list[NDArray[np.float32]] = []
-    tools: list[NDArray[np.float64]] = []
-    bar = progress_bar(len(frame_index), entry.id, "frame")
-    with bar, source_frames(config, entry, root, index, frame_index) as source:
-        for batch in frame_batches(source.frames, encoded_at_once(config)):
-            stop.raise_if_set()
-            crops = crop_frames(batch, config.preprocess.crop_px)[:, 0]  # (N, S, S, 3)
-            embedding, logits = recogniser.encode(crops)  # (N, D), (N, K)
-            phases += [online.step(frame) for frame in embedding]
-            if logits is not None:
-                tools.append(sigmoid(logits))
-            bar.update(len(crops))
-    probabilities = np.stack(phases)  # (T, C)
-    return PredictionFile(
-        frame_index,
-        frame_times_s(entry, frame_index),
-        probabilities.argmax(axis=1).astype(np.int8),
-        probabilities,
-        np.concatenate(tools).astype(np.float32) if tools else None,
-    )
 
 
 def _draw(

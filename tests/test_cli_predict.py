@@ -64,6 +64,22 @@ def test_a_new_video_gets_the_numbers_that_evaluate_gives(workplace: Path, unkno
 
 
 @pytest.mark.slow
+def test_videos_that_other_processes_decode_get_the_same_numbers(workplace: Path, unknown: Path) -> None:  # noqa: F811
+    second, broken = workplace / "case C.mp4", workplace / "broken.mp4"
+    shutil.copyfile(unknown, second)
+    broken.write_bytes(unknown.read_bytes()[:-2000])
+    sources = [str(unknown), str(second), str(broken)]
+    here, ahead = (
+        run([*PREDICT, *sources, "--out", f"predict-{choice}", "--set", f"extract.decode_ahead={choice}"], workplace)
+        for choice in ("off", "on")
+    )
+    assert (ahead.returncode, ahead.stdout) == (here.returncode, here.stdout.replace("predict-off", "predict-on"))
+    tables = {path.name: path.read_bytes() for path in (workplace / "predict-off").glob("*.csv")}
+    assert {path.name: path.read_bytes() for path in (workplace / "predict-on").glob("*.csv")} == tables
+    assert len(tables) >= 2
+
+
+@pytest.mark.slow
 def test_a_folder_of_frames_and_a_damaged_video_beside(workplace: Path, unknown: Path) -> None:  # noqa: F811
     frames = workplace / "case B"
     frames.mkdir()

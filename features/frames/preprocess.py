@@ -96,7 +96,7 @@ def find_margin(frames: Iterable[np.ndarray]) -> Box | None:
 
 
 def crop_frames(frames: Frames, crop_px: int, count: CropCount = 1) -> Frames:
-    """Crops for evaluation, (N, R, R, 3) -> (N, count, S, S, 3), any dtype; of tensors only the centre, as a view.
+    """Crops for evaluation, (N, R, R, 3) -> (N, count, S, S, 3), any dtype; the centre alone is a view.
 
     1: the centre, with offset (R - S) // 2. 5: top left, top right, bottom left, bottom right, centre.
     10: those of the frame, then those of the frame mirrored left to right (torchvision's order).
@@ -108,8 +108,12 @@ def crop_frames(frames: Frames, crop_px: int, count: CropCount = 1) -> Frames:
         return _cut(frames, rest // 2, rest // 2, crop_px)[:, None]  # type: ignore[no-any-return]
     offsets = [(0, 0), (0, rest), (rest, 0), (rest, rest), (rest // 2, rest // 2)]
     sources = [frames, _mirrored(frames)] if count == 10 else [frames]
-    crops: Any = np.stack([_cut(source, top, left, crop_px) for source in sources for top, left in offsets], axis=1)
-    return crops
+    crops: Any = [_cut(source, top, left, crop_px) for source in sources for top, left in offsets]
+    if isinstance(frames, np.ndarray):
+        return np.stack(crops, axis=1)  # type: ignore[return-value]
+    import torch
+
+    return torch.stack(crops, dim=1)  # type: ignore[return-value]
 
 
 def _cut(frames: Any, top: int, left: int, crop_px: int) -> Any:
@@ -117,7 +121,7 @@ def _cut(frames: Any, top: int, left: int, crop_px: int) -> Any:
 
 
 def _mirrored(frames: Any) -> Any:
-    return frames[..., ::-1, :]
+    return frames[..., ::-1, :] if isinstance(frames, np.ndarray) else frames.flip(-2)
 
 
 def augment_generator(seed: int, epoch: int, sample: int) -> np.random.Generator:
@@ -134,10 +138,9 @@ class Draw:
     flip: bool
     colour: NDArray[np.float32]  # (3,)
 
-    def crop(self, frames: np.ndarray, crop_px: int) -> np.ndarray:
+    def crop(self, frames: Frames, crop_px: int) -> Frames:
         """(T, R, R, 3) -> (T, S, S, 3), a view."""
-        cut: np.ndarray = _cut(frames, self.top, self.left, crop_px)
-        return cut
+        return _cut(frames, self.top, self.left, crop_px)  # type: ignore[no-any-return]
 
 
 def draw_change(generator: np.random.Generator, config: AugmentConfig, resize_px: int, crop_px: int) -> Draw:
@@ -161,11 +164,13 @@ def changes_colour(config: AugmentConfig) -> bool:
     return bool(config.brightness or config.contrast or config.saturation)
 
 
-def augment(frames: np.ndarray, generator: np.random.Generator, config: AugmentConfig, crop_px: int) -> np.ndarray:
+def augment(frames: Frames, generator: np.random.Generator, config: AugmentConfig, crop_px: int) -> Frames:
     """Crop and mirror all frames of a clip with one draw, colours unchanged: (T, R, R, 3) uint8 -> (T, S, S, 3)."""
     draw = draw_change(generator, config, frames.shape[1], crop_px)
     cut = draw.crop(frames, crop_px)
-    return np.ascontiguousarray(_mirrored(cut) if draw.flip else cut)
+    changed: Any = _mirrored(cut) if draw.flip else cut
+    dense: Any = np.ascontiguousarray(changed) if isinstance(changed, np.ndarray) else changed.contiguous()
+    return dense  # type: ignore[no-any-return]
 
 
 def changed_images(

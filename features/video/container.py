@@ -41,7 +41,8 @@ def open_container(path: Path, hardware: str | None = None) -> Any:
         # `file:` and the white list keep odd names and disguised playlists from reaching other files or the network.
         options: dict[str, Any] = {"metadata_errors": "replace", "options": {"protocol_whitelist": "file"}}
         if hardware is not None:
-            from av.codec.hwaccel import HWAccel  # since PyAV 14
+            _require_flags_from_hardware(av.__version__, path)
+            from av.codec.hwaccel import HWAccel
 
             options["hwaccel"] = HWAccel(device_type=hardware, allow_software_fallback=False)
         return av.open(f"file:{path}", **options)
@@ -59,6 +60,16 @@ def open_container(path: Path, hardware: str | None = None) -> Any:
         else:
             refusal = f"not a video that can be read ({what or type(error).__name__}); copy it again or leave it out"
         raise ReaderError(f"{path}: {refusal}") from error
+
+
+def _require_flags_from_hardware(version: str, path: Path) -> None:
+    """Raise ReaderError for a PyAV before 18, which loses a frame's flags on its way from the device: damage would be
+    taken for a picture."""
+    if int(version.partition(".")[0]) < 18:
+        raise ReaderError(
+            f"{path}: decoding by hardware needs PyAV 18 or newer, here is {version}; leave extract.hardware_decoding "
+            "unset"
+        )
 
 
 def video_stream(container: Any, path: Path) -> Any:

@@ -221,8 +221,11 @@ def upright(frame: Any, stream: Any) -> np.ndarray:
     """A decoded frame as a player shows it, (H, W, 3) uint8 RGB, turned by the container's display matrix.
 
     PyAV gives the angle with each frame since version 14, with the stream before. Angles between quarter turns are
-    ignored, as decord does.
+    ignored, as decord does. Hardware hands out NV12, the samples of yuv420p in another order, which FFmpeg converts to
+    RGB by another path with other roundings.
     """
+    if frame.format.name == "nv12":
+        frame = frame.reformat(format="yuv420p")
     rgb: np.ndarray = frame.to_ndarray(format="rgb24")
     side_data = getattr(stream, "side_data", None) or {}
     turns = getattr(frame, "rotation", side_data.get("DISPLAYMATRIX", 0)) / 90  # anticlockwise

@@ -6,9 +6,10 @@ inference are those of stage two on these embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.schema import AugmentConfig, Config, PreprocessConfig
 from engine.files import below_root
+from engine.pool import VideoFault
 from engine.progress import progress_bar
 from features.dataset.index import Index, VideoEntry
 from features.dataset.sampling import sampled_frames
 from features.frames.preprocess import CropCount, augment, augment_generator, crop_frames, normalise
-from features.frames.source import frame_batches, open_frames
+from features.frames.source import open_frames
 from features.video_labels import VideoLabels
-from stage1_cnn.encoders.encoder import encoded_at_once
+from stage1_cnn.decode_ahead import frames_of_videos
 from stage2_temporal.data import Span
 from stage2_temporal.heads.base import HeadOutput, State
 from stage2_temporal.joint.loss import bernoulli_kl
@@ -67,62 +69,65 @@ def predict_videos(
     """
     training = net.training
     net.eval()
-    found = {}
     sampled = [sampled_frames(entry, config.data.fps) for entry in entries]
+    total = sum(map(len, sampled))
+    videos = [
+        partial(open_frames, config, entry, root, index, frame_index)
+        for entry, frame_index in zip(entries, sampled, strict=True)
+    ]
+    embedded: dict[int, list[list[Tensor]]] = {}  # by video: of each batch, (N, D) of each crop
+    found, unread = {}, {}
+    messages = frames_of_videos(videos, config, total)
     try:
-        with progress_bar(sum(map(len, sampled)), "frames", "frame") as bar:
-            for entry, frame_index in zip(entries, sampled, strict=True):
-                try:
-                    with open_frames(config, entry, root, index, frame_index) as opened:
-                        batches = _watched(frame_batches(opened.frames, encoded_at_once(config)), bar, check_stop)
-                        embedded = embed_crops(
-                            net, batches, config.preprocess, config.joint.crops, config.seed, autocast
-                        )
-                except UserError as error:
-                    if faults is None:
-                        raise
-                    faults.append((entry.id, below_root(str(error), root)))
-                    continue
-                found[entry.id] = _over_crops(net, embedded, inference, frames)
+        with progress_bar(total, "frames", "frame") as bar, closing(messages):
+            for number, message in messages:
+                check_stop()
+                entry = entries[number]
+                if isinstance(message, dict):
+                    embedded[number] = []
+                elif isinstance(message, torch.Tensor):
+                    crops = embed_crops(net, message, config.preprocess, config.joint.crops, config.seed, autocast)
+                    embedded[number].append(crops)
+                    bar.update(len(message))
+                elif message is None:
+                    whole = [torch.cat(crop) for crop in zip(*embedded.pop(number), strict=True)]  # (T, D) each
+                    found[entry.id] = _over_crops(net, whole, inference, frames)
+                elif faults is not None and isinstance(message, VideoFault):
+                    unread[entry.id] = below_root(message, root)
+                else:
+                    raise UserError(message if isinstance(message, VideoFault) else f"{entry.id}: {message}")
     finally:
         net.train(training)
-    return found
-
-
-def _watched(batches: Iterable[Any], bar: Any, check_stop: Callable[[], None]) -> Iterator[Any]:
-    for batch in batches:
-        check_stop()
-        yield batch
-        bar.update(len(batch))
+    if faults is not None:
+        faults += [(entry.id, unread[entry.id]) for entry in entries if entry.id in unread]
+    return {entry.id: found[entry.id] for entry in entries if entry.id in found}
 
 
 @torch.no_grad()
 def embed_crops(
     net: JointNet,
-    batches: Iterable[NDArray[np.uint8]],
+    frames: NDArray[np.uint8] | Tensor,
     preprocess: PreprocessConfig,
     crops: str,
     seed: int,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> list[Tensor]:
-    """Embeddings (T, D) fp32, on the net's device, of each crop of a video's resized frames (N, R, R, 3).
+    """Embeddings (N, D) fp32, on the net's device, of each crop of a batch of a video's resized frames (N, R, R, 3).
 
-    `centre`, `five` and `ten` are the crops of `crop_frames`; `random` is one crop, drawn once for the video.
+    `centre`, `five` and `ten` are the crops of `crop_frames`; `random` is one crop, the same for all videos.
     """
     device = next(net.parameters()).device
-    parts = []
-    for batch in batches:
-        with autocast():
-            cuts = _crops(batch, crops, preprocess.crop_px, seed)
-            parts.append([net.embed(normalise(cut, preprocess, device)).float() for cut in cuts])  # (N, D) each
-    return [torch.cat(crop) for crop in zip(*parts, strict=True)]
+    pixels = torch.as_tensor(frames).to(device, non_blocking=True)
+    with autocast():
+        cuts = _crops(pixels, crops, preprocess.crop_px, seed)
+        return [net.embed(normalise(cut, preprocess, device)).float() for cut in cuts]
 
 
-def _crops(batch: NDArray[np.uint8], crops: str, crop_px: int, seed: int) -> list[NDArray[np.uint8]]:
+def _crops(pixels: Tensor, crops: str, crop_px: int, seed: int) -> Sequence[Tensor]:
+    """Each crop, (N, S, S, 3)."""
     if crops == "random":
-        return [augment(batch, augment_generator(seed, 0, 0), _RANDOM, crop_px)]
-    cut = crop_frames(batch, crop_px, _CROP_COUNTS[crops])  # (N, crops, S, S, 3)
-    return [np.ascontiguousarray(cut[:, number]) for number in range(cut.shape[1])]
+        return [augment(pixels, augment_generator(seed, 0, 0), _RANDOM, crop_px)]
+    return crop_frames(pixels, crop_px, _CROP_COUNTS[crops]).unbind(1)
 
 
 def _over_crops(net: JointNet, embedded: Sequence[Tensor], inference: Inference, frames: int) -> Prediction:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
+import os
+import shutil
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,8 +23,8 @@ from configs.errors import UserError
 from configs.schema import Config
 from engine.files import NoRoomError
 from engine.stopping import StopRequest
-from features.dataset.index import Index
-from stage1_cnn.decode_ahead import work_ahead
+from features.frames.source import SampledFrames
+from stage1_cnn.decode_ahead import decoders_for, decoding_processes, frames_of_videos, work_ahead
 from stage1_cnn.segments import VideoJob
 
 FRAMES = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
@@ -24,10 +33,13 @@ FRAMES = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
 class Task:
     """Raises a given error at a given step; notes the steps."""
 
-    config, index, root = Config(), Index.model_construct(videos=()), Path()
+    config = Config()
 
     def __init__(self, where: str = "", error: Exception | None = None) -> None:
         self._where, self._error, self.noted = where, error, list[str]()
+
+    def source(self, job: VideoJob) -> Any:
+        return job
 
     def _step(self, name: str) -> None:
         self.noted.append(name)
@@ -113,3 +125,156 @@ def test_an_error_of_the_gpu_ends_the_work(error: Exception) -> None:
         outcomes(task, iter([(0, {}), (0, FRAMES), (1, {}), (1, FRAMES)]))
     assert task.noted.count("opened") == 1
     assert "removed" in task.noted
+
+
+def counts_of_processes(wanted: int, dying: int) -> list[int]:
+    """With how many decoding processes the work is tried if one dies at the first `dying` tries."""
+    tried: list[int] = []
+
+    def decode(videos: Any, batch_frames: int, decoders: int, pinned: bool) -> Iterator[tuple[int, Any]]:
+        tried.append(decoders)
+        yield 0, {"reader": "x"}
+        if len(tried) <= dying:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error")
+        yield 0, FRAMES
+        yield 0, None
+
+    work = work_ahead(Task(), [VideoJob("video01", 1)], wanted, "test", StopRequest(), pinned=False, decode=decode)
+    assert [(job.video_id, reason) for job, reason in work] == [("video01", None)]
+    return tried
+
+
+def test_half_of_the_processes_continue_when_one_has_died(capsys: pytest.CaptureFixture[str]) -> None:
+    assert counts_of_processes(8, dying=1) == [8, 4]
+    assert "Bus error); continuing with 4 instead of 8 decoding processes" in capsys.readouterr().err
+    assert counts_of_processes(2, dying=9) == [2, 1]
+    assert "continuing without decoding processes" in capsys.readouterr().err
+
+
+def test_no_more_processes_than_shared_memory_has_room_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch = 8 * 250 * 250 * 3
+    for free, ranks, count in ((10**12, 1, 16), (5 * 5 * batch, 1, 5), (5 * 5 * batch, 2, 2), (batch, 1, 1)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert counts_of_processes(16, dying=0) == [count]
+        said = capsys.readouterr().err
+        assert (f"/dev/shm has room for {count} of 16 decoding processes" in said) == (count < 16)
+
+
+def test_few_processes_decode_on_hardware_unless_a_number_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.pool.available_cores", lambda: 64)
+    for extract, count in (
+        ({}, 64),
+        ({"hardware_decoding": "cuda"}, 4),
+        ({"hardware_decoding": "cuda", "workers": 9}, 9),
+    ):
+        config = Config.model_validate({"extract": extract})
+        assert decoders_for(config, 10_000) == count
+
+
+@contextmanager
+def numbered_frames(video: int, awaited: Path | None = None) -> Iterator[SampledFrames]:
+    """Twelve frames of one pixel that hold their number; from the fourth on once a file exists, or after a minute."""
+
+    def frames() -> Iterator[np.ndarray]:
+        until = time.monotonic() + 60
+        for number in range(12):
+            while number > 3 and awaited and not awaited.exists() and time.monotonic() < until:
+                time.sleep(0.02)
+            yield np.full((1, 1, 3), number, np.uint8)
+
+    yield SampledFrames(frames(), {"video": str(video)})
+
+
+@pytest.mark.slow
+def test_a_slow_process_does_not_hold_back_the_others(tmp_path: Path) -> None:
+    released = tmp_path / "released"
+    videos = [partial(numbered_frames, 0, released), *(partial(numbered_frames, video) for video in range(1, 6))]
+    ended, seen = list[int](), dict[int, list[Any]]()
+    begun = time.monotonic()
+    for video, message in decoding_processes(videos, 2, 2, pinned=False):
+        seen.setdefault(video, []).append(message)
+        if message is None:
+            ended.append(video)
+        if set(ended) == {1, 2, 3, 4, 5}:
+            released.touch()
+    assert ended == [1, 2, 3, 4, 5, 0]
+    assert time.monotonic() - begun < 60
+    for video, (origin, *batches, end) in seen.items():  # in order
+        assert (origin, end) == ({"video": str(video)}, None)
+        assert list(itertools.chain(*(batch[:, 0, 0, 0].tolist() for batch in batches))) == list(range(12))
+
+
+@contextmanager
+def damaged() -> Iterator[SampledFrames]:
+    raise UserError("video03.mp4: damaged")
+    yield
+
+
+@contextmanager
+def deadly(once: Path) -> Iterator[SampledFrames]:
+    """Ends its process after the first frames, the first time."""
+
+    def frames() -> Iterator[np.ndarray]:
+        for number in range(12):
+            if number == 5 and not once.exists():
+                once.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield np.full((1, 1, 3), number, np.uint8)
+
+    yield SampledFrames(frames(), {"video": "deadly"})
+
+
+def ahead(choice: str) -> Config:
+    return Config.model_validate(
+        {"device": "cpu", "extract": {"decode_ahead": choice, "workers": 2, "batch_frames": 5}}
+    )
+
+
+def content(messages: Iterator[tuple[int, Any]]) -> dict[int, list[Any]]:
+    """What each video's messages say, from its last beginning on."""
+    seen: dict[int, list[Any]] = {}
+    for video, message in messages:
+        if isinstance(message, dict):
+            seen[video] = []
+        said = message[:, 0, 0, 0].tolist() if isinstance(message, torch.Tensor) else message
+        seen.setdefault(video, []).append(said)
+    return seen
+
+
+def test_videos_are_decoded_in_turn_on_a_cpu() -> None:
+    videos = [partial(numbered_frames, video) for video in range(2)]
+    batches = [list(range(5)), list(range(5, 10)), [10, 11]]
+    expected = [[{"video": str(video)}, *batches, None] for video in range(2)]
+    assert content(frames_of_videos(videos, ahead("auto"), 24)) == dict(enumerate(expected))
+    unwanted: set[int] = set()
+    messages = frames_of_videos(videos, ahead("auto"), 24, unwanted)
+    next(messages)
+    unwanted.add(0)
+    assert {video for video, _ in messages} == {1}
+
+
+@pytest.mark.slow
+def test_videos_decoded_ahead_give_the_same_and_leave_no_process(tmp_path: Path) -> None:
+    videos = [*(partial(numbered_frames, video) for video in range(4)), damaged]
+    expected = content(frames_of_videos(videos, ahead("off"), 60))
+    assert expected[4] == ["video03.mp4: damaged"]
+    assert content(frames_of_videos(videos, ahead("on"), 60)) == expected
+    assert not multiprocessing.active_children()
+    messages = frames_of_videos(videos, ahead("on"), 60)
+    next(messages)
+    assert multiprocessing.active_children()
+    messages.close()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_video_begins_again_after_its_process_died(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    videos = [partial(numbered_frames, 0), partial(deadly, tmp_path / "once"), partial(numbered_frames, 2)]
+    found = content(frames_of_videos(videos, ahead("on"), 36))
+    (tmp_path / "once").touch()
+    assert found == content(frames_of_videos(videos, ahead("off"), 36))
+    assert "continuing with 1 instead of 2 decoding processes" in capsys.readouterr().err
+    assert not multiprocessing.active_children()

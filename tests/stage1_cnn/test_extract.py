@@ -581,9 +581,12 @@ def test_several_processes_give_the_same_bytes(world: World) -> None:
     one = dump(world, run=None)
     expected = content(one.folder)
     shutil.rmtree(one.folder)
-    several = dump(world, world.set(extract={"encoder": "initial", "workers": 2}), run=None)
-    assert several.done == IDS
-    assert content(several.folder) == expected
+    for decode_ahead in ("off", "on"):  # the processes encode too, or decode alone
+        chosen = {"encoder": "initial", "workers": 2, "decode_ahead": decode_ahead}
+        several = dump(world, world.set(extract=chosen), run=None)
+        assert several.done == IDS
+        assert content(several.folder) == expected
+        shutil.rmtree(several.folder)
 
 
 @pytest.mark.slow

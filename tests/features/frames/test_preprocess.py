@@ -151,6 +151,7 @@ def test_crops_are_torchvisions(resized, crop):
     for count, reference in ((5, five_crop), (10, ten_crop)):
         got = crop_frames(frames, crop, count)
         assert got.shape == (3, count, crop, crop, 3)
+        assert np.array_equal(crop_frames(torch.as_tensor(frames), crop, count), got)
         want = reference(images, [crop, crop])
         for number, image in enumerate(want):
             if number % 5 == 4 and (resized - crop) % 2:
@@ -220,6 +221,8 @@ def test_enabling_a_change_does_not_alter_the_other_draws():
     for sample in range(10):
         plain = augment(clip, augment_generator(0, 0, sample), AugmentConfig(flip=False), 16)
         flipped = augment(clip, augment_generator(0, 0, sample), AugmentConfig(flip=True), 16)
+        on_device = augment(torch.as_tensor(clip), augment_generator(0, 0, sample), AugmentConfig(flip=True), 16)
+        assert np.array_equal(on_device, flipped)
         assert np.array_equal(plain, flipped) or np.array_equal(plain, flipped[:, :, ::-1])
 
 

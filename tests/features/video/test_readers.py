@@ -691,18 +691,50 @@ def test_folder_without_images_is_an_error(tmp_path):
 # ---------------------------------------------------------------------------------------------- hardware
 
 
+class Nv12:
+    """A container, stream, codec or packet of PyAV whose decoded frames are NV12, as hardware hands them out."""
+
+    def __init__(self, real) -> None:
+        self.__dict__["real"] = real
+
+    def __getattr__(self, name: str):
+        found = getattr(self.real, name)
+        return Nv12(found) if name in ("streams", "codec_context") else found
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self.real, name, value)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.real.close()
+
+    def best(self, kind: str):
+        return Nv12(self.real.best(kind))
+
+    def demux(self, stream):
+        return map(Nv12, self.real.demux(stream.real))
+
+    def decode(self, *packet):
+        return [frame.reformat(format="nv12", dst_color_range=frame.color_range) for frame in self.real.decode(*packet)]
+
+
 def on_hardware(path: Path, opened: list[str | None]) -> PyavReader:
     """A reader that would decode on hardware, which is not available here: software decodes instead."""
 
     def opener(path, hardware):
         opened.append(hardware)
-        return container.open_container(path)
+        return Nv12(container.open_container(path))
 
     return PyavReader(scan_video(path), hardware="cuda", opener=opener)
 
 
-def test_hardware_that_gives_the_same_bytes_decodes_and_is_named(make):
-    path, truth = make("b_frames.mp4")
+@pytest.mark.parametrize(
+    "name", ["b_frames.mp4", "no_b_frames.mp4", "even_not_by_four.mp4", "bt709.mp4", "full_range.mp4"]
+)
+def test_hardware_that_gives_the_same_samples_in_nv12_decodes_and_is_named(make, name):
+    path, truth = make(name)
     opened: list[str | None] = []
     with on_hardware(path, opened) as reader:
         require_same_pixels(PyavReader(scan_video(path)), reader, path)
@@ -715,6 +747,12 @@ def test_hardware_that_gives_different_pixels_is_refused(make):
     path, other = make("b_frames.mp4")[0], make("no_b_frames.mp4")[0]
     with pytest.raises(ReaderError, match="cuda does not return the software's pixels; leave extract"):
         require_same_pixels(PyavReader(scan_video(other)), on_hardware(path, []), path)
+
+
+def test_hardware_needs_a_release_that_keeps_the_flags_of_damage(make, monkeypatch):
+    monkeypatch.setattr(container.import_av(), "__version__", "17.0.1")
+    with pytest.raises(ReaderError, match=r"needs PyAV 18 or newer, here is 17\.0\.1; leave extract"):
+        open_video(make("b_frames.mp4")[0], "auto", hardware="cuda")
 
 
 def test_missing_hardware_is_refused_in_one_line(make):

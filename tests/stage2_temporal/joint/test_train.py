@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,36 @@ def test_before_the_first_update_it_is_stage_one_followed_by_stage_two(
     for name, video in features.items():
         assert np.abs(found[name].tools - video.tool_logits).max() < 1e-5  # type: ignore[operator]
         assert np.abs(found[name].phase - phases[name]).max() < 1e-5  # type: ignore[operator]
+
+
+@pytest.mark.slow
+def test_frames_that_other_processes_decode_give_the_same_numbers(
+    stages: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; with ten crops, an unreadable video, and a request to stop."""
+    index = stages.index()
+    broken = index.videos[1].model_copy(update={"source": "videos/missing.mp4"})
+    index = index.model_copy(update={"videos": (index.videos[0], broken, *index.videos[2:])})
+    net = initial_net(stages.config, index, Start(cnn=stages.run, temporal=stages.run))
+
+    def predicted(choice: str, check_stop: Any = lambda: None) -> tuple[Any, list[tuple[str, str]]]:
+        more = {"extract": {"decode_ahead": choice, "workers": 2}, "cache": {"use_for_extract": False}}
+        config, faults = settings(stages, JOINT | {"crops": "ten"}, **more), list[tuple[str, str]]()
+        way = {"inference": "carried", "frames": 4, "check_stop": check_stop, "faults": faults}
+        return predict_videos(net, config, index.videos, stages.root, index, **way), faults
+
+    here, faults = predicted("off")
+    ahead, faults_ahead = predicted("on")
+    assert faults_ahead == faults
+    assert [name for name, _ in faults] == [broken.id]
+    assert list(ahead) == list(here) == [entry.id for entry in index.videos if entry is not broken]
+    for name, one in here.items():
+        assert np.array_equal(one.phase, ahead[name].phase)
+        assert np.array_equal(one.tools, ahead[name].tools)
+    assert net.training
+    with pytest.raises(Stopped):
+        predicted("on", StopAfter(3).raise_if_set)
+    assert not multiprocessing.active_children()
 
 
 def test_the_schedule_finishes_and_the_mapping_step_trains_only_the_mapping(stages: World) -> None:
@@ -234,7 +265,7 @@ def test_features_of_the_joint_backbone_and_a_head_that_starts_from_its_lstm(sta
 
     with open_frames(config, entry, stages.root, index, sampled_frames(entry, config.data.fps)) as sampled:
         pixels = np.stack(list(sampled.frames))
-    expected = embed_crops(net, [pixels], config.preprocess, "centre", 0, torch.no_grad)[0].numpy()
+    expected = embed_crops(net, pixels, config.preprocess, "centre", 0, torch.no_grad)[0].numpy()
     found = load_feature_set(folder, [entry.id])[entry.id]
     assert np.abs(found.features - expected).max() < 1e-4 * np.abs(expected).max()
     result = train_temporal(again, run, folder, StopRequest())
