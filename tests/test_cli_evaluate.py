@@ -182,7 +182,9 @@ def test_what_cannot_be_compared(arguments, message, tmp_path):
     assert message in done.stderr
 
 
-def test_help_names_every_convention(tmp_path):
+def test_help_refers_to_the_document_that_names_every_convention(tmp_path):
     done = run(["evaluate", "--help"], tmp_path)
+    assert "docs/evaluation.md" in " ".join(done.stdout.split())
+    document = (PROJECT / "docs/evaluation.md").read_text(encoding="utf-8")
     for name in CONVENTIONS.names():
-        assert name in done.stdout, name
+        assert f"`{name}`" in document, name

@@ -514,7 +514,8 @@ def _read_pickle(path: Path) -> object:
         lambda: read_pickled_index(path, SPEC),
         lambda: read_predictions(path, SPEC),
     ):
-        value = _allow_refusal(read) or value
+        found = _allow_refusal(read)
+        value = value if found is None else found
     return value
 
 

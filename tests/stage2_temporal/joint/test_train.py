@@ -217,7 +217,7 @@ def test_stopped_anywhere_and_started_again_it_ends_the_same(stages: World, mode
     while True:
         starts += 1
         try:
-            joint(stages, config, run.name, StopAfter(5))
+            joint(stages, config, run.name, StopAfter(12))  # more often than validation polls
             break
         except Stopped:
             assert starts < 60
