@@ -38,7 +38,7 @@ demo-joint: demo ## then both stages as one net, fine-tuned end to end with the 
 # One process per core with one thread each; the tests of a file stay together, since they share fixtures. The order of
 # the files is that of tests/conftest.py.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test: $(STAMP) lint types ## install, lint, type-check, run every test
 	$(PYTEST)
