@@ -138,7 +138,7 @@ def check_device(config: Config) -> Iterable[Finding]:
         except UserError:  # the stage refuses it
             continue
         needed = step_gib(frames, resolved, config.preprocess.crop_px, checkpointing)
-        found = f"{stage} needs about {needed:.1f} GiB ({frames} frames a step in {resolved}, one GPU), {free:.1f} free"
+        found = f"{stage} needs about {needed:.1f} GiB ({frames} frames per step, {resolved}, one GPU), {free:.1f} free"
         yield Finding("warn", "GPU memory", found, to_do) if needed > free else Finding("ok", "GPU memory", found)
 
 

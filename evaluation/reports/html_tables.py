@@ -120,7 +120,7 @@ def _per_phase(report: Report, convention: str) -> ResultTable:
 
 
 def _cells(scores: Iterable[Score | None], intervals: Iterable[Interval | None]) -> list[str]:
-    """Means and standard deviations, each with its interval below where there is one."""
+    """Means and standard deviations, each with its interval, if any, below."""
     pairs = zip(scores, intervals, strict=True)
     return [
         f"{mean_std_text(one)}\n{interval_text(found if one else None, IN_BRACKETS)}".rstrip() for one, found in pairs
