@@ -396,3 +396,41 @@ def half() -> None:
         ]
         losses = [row["loss"] for row in rows]
         figure(f"{precision} training, {stage}: last loss", losses[-1], "below the first", first=losses[0])
+
+
+def ahead() -> None:
+    """`predict` and `evaluate` of the joint net with decoding processes and crops cut on the GPU, against the CPU."""
+    import numpy as np
+
+    if not (WORK / "runs" / "joint" / "multitask" / "result.json").exists():
+        clips = ["joint.clips_per_epoch=8", "joint.sequence.batch=2", "joint.multitask.epochs=1"]
+        chosen = [*base("data"), "preprocess.cut_margin=false", *clips]
+        pipeline("train-joint", "--config", "mtrcnet", "--name", "joint", *settings(*chosen), timeout=60)
+    videos = [str(path) for path in sorted((WORK / "data" / "videos").glob("*.mp4"))[:3]]
+    words = ["--config", "mtrcnet", "--name", "joint", "--model", "joint"]
+    found, seconds = {}, {}
+    for device, choice in (("cpu", "off"), (DEVICE, "off"), (DEVICE, "on")):
+        chosen = [*base("data"), f"device={device}", "extract.precision=fp32", f"extract.decode_ahead={choice}"]
+        out, started = WORK / f"ahead-{device}-{choice}", time.perf_counter()
+        pipeline("predict", *words, "--out", str(out), *settings(*chosen), *videos, timeout=60)
+        seconds[device, choice] = round(time.perf_counter() - started, 1)
+        rows = [np.genfromtxt(path, delimiter=",", names=True, dtype=None) for path in sorted(out.glob("*.csv"))]
+        names = [name for name in rows[0].dtype.names if name.startswith("p_")]
+        found[device, choice] = np.concatenate([np.stack([table[name] for name in names], 1) for table in rows])
+    expected = found["cpu", "off"]
+    for key, values in found.items():
+        figure(
+            f"predict of the joint net on {key[0]}, decode_ahead={key[1]}: largest difference of a probability",
+            float(np.abs(values - expected).max()),
+            "under 1e-3",
+            frames=len(values),
+            seconds=seconds[key],
+        )
+    scores = {}
+    for choice in ("off", "on"):
+        chosen = [*base("data"), f"extract.decode_ahead={choice}"]
+        pipeline("evaluate", *words, *settings(*chosen), timeout=60)
+        scores[choice] = (WORK / "runs" / "joint" / "evaluate" / "test" / "metrics.json").read_text()
+    figure(
+        "evaluate of the joint net: the same results with and without decode_ahead", scores["off"] == scores["on"], True
+    )

@@ -39,6 +39,8 @@ STEPS = {
     correctness.resume: 80,
     correctness.nccl: 70,
     correctness.half: 60,
+    correctness.ahead: 60,
+    speed.switches: 90,
     speed.hardware: 45,
     speed.waits: 40,
     speed.together: 60,

@@ -52,6 +52,23 @@ def stage_one() -> None:
     loaders(batch)
 
 
+def switches() -> None:
+    """Images per second of `train-cnn` with other values of `cuda.*` and in fp32."""
+    batch, frames = (20, 60) if REHEARSE else (100, 4000)
+    small = ["cnn.epochs=1", f"cnn.batch_frames={batch}", f"cnn.frames_per_epoch={frames}"]
+    fast = ["cuda.deterministic=false", "cuda.benchmark=true"]
+    for name, more in (
+        ("the preset", []),
+        (", ".join(fast), fast),
+        ("cnn.precision=fp32", ["cnn.precision=fp32"]),
+        ("cnn.precision=fp32, cuda.tf32=true", ["cnn.precision=fp32", "cuda.tf32=true"]),
+    ):
+        file, chosen = WORK / f"switches-{len(name)}.json", settings(*base("data", *small, *more))
+        pipeline("train-cnn", "--name", file.stem, *chosen, timed=file, timeout=40)
+        found = timed_rate(file, batch, 10)
+        figure(f"train-cnn, {name}, images per second", found["rate"], **found)
+
+
 def plain_resnet(batch: int, benchmark: bool, deterministic: bool, optimised: bool = False) -> float:
     """Images per second of ResNet50 in bf16, channels last, SGD, on one batch in the GPU's memory.
 
