@@ -1,4 +1,4 @@
-"""The command line: the commands' names, the module of each, and the exit code of each kind of error.
+"""The command line: the commands' names and the module of each.
 
 Nothing else is imported before a command runs, so that `python pipeline.py --help` answers at once.
 """
@@ -12,7 +12,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -30,10 +29,6 @@ for _package in PACKAGES:  # these names are common: a package of the same name 
         )
         sys.exit(2)
 
-from configs.errors import UserError, one_line  # noqa: E402 - only once it is known to be this program's
-
-EXIT_BAD_INPUT = 2
-EXIT_LOST_ANOTHER = 70  # EX_SOFTWARE of sysexits.h: another process of the same training has failed
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 # Name: (module:function, first sentence of the command's help). The help lists the commands without importing them.
 COMMANDS = {
@@ -93,15 +88,11 @@ class Group(click.Group):
             with watch_signals(leaving=context.obj is True, at_once=True):
                 return super().invoke(context)
         except (Exception, StoppedAtOnce) as error:
-            from engine.files import as_user_error
-            from engine.processes import is_reporting_rank
+            from engine.ending import report
 
-            known = as_user_error(error, Path(str(error.filename or "output"))) if isinstance(error, OSError) else error
-            line, code = _ending(known)
+            code = report(error)
             if code is None:
                 raise
-            if is_reporting_rank(known):  # one of several processes reports why all of them end
-                click.echo(line, err=True)
             context.exit(code)
         except KeyboardInterrupt:  # a second Ctrl-C, which does not wait
             click.echo("interrupted", err=True)
@@ -110,24 +101,6 @@ class Group(click.Group):
             from engine.processes import leave
 
             leave()
-
-
-def _ending(error: BaseException) -> tuple[str, int | None]:
-    """The line to print for an expected error, and the exit code; no code for a bug, which needs its traceback."""
-    from engine.processes import nccl_failure, peer_died
-    from engine.stopping import Stopped, StoppedAtOnce
-
-    if isinstance(error, UserError):
-        return f"error: {error}", EXIT_BAD_INPUT
-    if isinstance(error, Stopped):
-        return f"{error}; what was done is saved: the same command resumes there", error.exit_code
-    if isinstance(error, StoppedAtOnce):
-        return f"{error}; every file is complete or absent: start the same command again", error.exit_code
-    if peer_died(error):
-        return f"error: another process of this training has ended ({one_line(error)})", EXIT_LOST_ANOTHER
-    if failure := nccl_failure(error):
-        return f"error: {failure}", EXIT_BAD_INPUT
-    return "", None
 
 
 @click.group(cls=Group, lazy=COMMANDS, context_settings=CONTEXT)
