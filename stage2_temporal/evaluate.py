@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys
 from configs.schema import Config
 from engine.device import choose_device, start_stage
-from engine.files import make_folder, read_json_object, sha256_file, sha256_json, write_json
+from engine.files import read_json_object, sha256_file, sha256_json
 from engine.progress import say
-from engine.runs import ABSENT, RESULT_FILE, StageIdentity, require_same_classes, update_summary
+from engine.runs import ABSENT, RESULT_FILE, StageIdentity, require_same_classes
 from engine.stopping import StopRequest
-from evaluation.files.predictions import TOOLS_ALONE, PredictionFile, write_prediction_csv
-from evaluation.files.truth import TRUTH_FILE, Truth, VideoTruth, is_simulated, write_truth
+from evaluation.files.truth import TRUTH_FILE
 from evaluation.metrics import plugin_names
-from evaluation.metrics.conventions import MAIN_CONVENTION
-from evaluation.metrics.phases import evaluate_phases
-from evaluation.metrics.results import HEAD, METRICS_FILE, Evaluation, JointDetails, ToolResults, read_evaluation
-from evaluation.metrics.tools import choose_thresholds, evaluate_tools, sigmoid
-from evaluation.reports.model_card import write_model_card
-from evaluation.reports.paper_figures import phase_ribbons
-from evaluation.reports.summary import summarise, used_videos
-from evaluation.reports.tables import comparison_table, phase_table, tool_table
+from evaluation.metrics.results import HEAD, METRICS_FILE, Evaluation, read_evaluation
 from features.dataset.catalogue import known_root, say_left_out
 from features.dataset.index import Index
-from features.dataset.labels import unlabelled_note
 from features.frames.settings_match import require_features_of
-from features.ids import file_stem, natural_key
 from features.store import VideoFeatures, feature_path, recorded_encoder
 from features.store_folder import (
     INDEX_FILE,
@@ -43,7 +31,6 @@ from features.store_folder import (
     usable_index,
     with_recorded_faults,
 )
-from features.video_labels import VideoLabels
 from stage2_temporal.predict import (
     Inference,
     TemporalAbout,
@@ -52,42 +39,15 @@ from stage2_temporal.predict import (
     other_encoder,
     predict_phases,
 )
-
-
-@dataclass(frozen=True)
-class GroundTruth:
-    """The labels that predictions are scored against: one split at `fps`, in the order of the index; `root` is the data
-    root if it is known."""
-
-    index: Index
-    split: str
-    fps: float
-    videos: Mapping[str, VideoLabels]
-    root: Path | None = None
-
-    @property
-    def phases(self) -> dict[str, NDArray[np.int8]]:
-        """Phase labels of all videos; empty if no video has any."""
-        labels = {name: video.phase for name, video in self.videos.items()}
-        return labels if any((phase >= 0).any() for phase in labels.values()) else {}
-
-    @property
-    def without_labels(self) -> dict[str, list[str]]:
-        """Videos without labels by task: this split's by their labels, others by whether the index names a file."""
-        known = self.videos
-        phases = [name for name, video in known.items() if not (video.phase >= 0).any()]
-        tools = [name for name, video in known.items() if not (video.tools >= 0).any()]
-        for entry in self.index.videos:
-            if entry.split != "none" and entry.id not in known and entry.records is None:
-                phases += [] if entry.phase_file else [entry.id]
-                tools += [] if entry.tool_file else [entry.id]
-        return {"phases": sorted(phases, key=natural_key), "tools": sorted(tools, key=natural_key)}
-
-    def record(self) -> Truth:
-        """The content of `truth.json`."""
-        hashes = {name: self.index.entry(name).sha256_ends for name in self.videos}
-        videos = {name: VideoTruth(video.phase, video.tools, hashes[name]) for name, video in self.videos.items()}
-        return Truth(self.index.dataset, self.split, self.fps, videos)
+from stage2_temporal.scoring import (
+    GroundTruth,
+    Predicted,
+    folder_name,
+    recorded_majority,
+    report,
+    score_and_write,
+    validation_thresholds,
+)
 
 
 def evaluate_run(
@@ -116,9 +76,7 @@ def evaluate_run(
     chosen_inference(inference, about.inference, model, temporal)
     if about.encoder:
         require_features_of(about.encoder, config, given, temporal / "best.pt")
-    name = split if index_file is None else f"{index_file.stem}-{split}"
-    name += f"-{inference}" if inference else ""
-    out = run / "evaluate" / name
+    out = run / "evaluate" / folder_name(split, inference, index_file)
     if index_file is None:
         folder = find_feature_folder(features, run, config.extract.store)
         index = usable_index(folder)
@@ -130,8 +88,7 @@ def evaluate_run(
     _require_compatible(about, folder, index, videos, temporal)
     say_left_out(index)
 
-    majority = recorded_majority(temporal / RESULT_FILE, required=True)
-    thresholds = _thresholds(folder, index)
+    majority, thresholds = recorded_majority(temporal / RESULT_FILE, required=True), _thresholds(folder, index)
     identity = _identity(temporal, videos, index, split, inference, majority, thresholds).digest
     fps = float(next(iter(videos.values())).attributes["fps"])
     truth = GroundTruth(index, split, fps, videos, known_root(config))
@@ -139,21 +96,14 @@ def evaluate_run(
     if evaluation is not None:
         say(f"{out}: unchanged")
     else:
-        evaluation = score_and_write(
-            out,
-            truth,
-            _probabilities(config, temporal, videos, inference, stop),
-            _tool_logits(videos),
+        predicted = Predicted(
+            probabilities=_probabilities(config, temporal, videos, inference, stop),
+            tool_logits=_tool_logits(videos),
             majority=majority,
             thresholds=thresholds,
-            identity_sha256=identity,
-            encoder=_encoder(videos),
         )
-    print_evaluation(evaluation)
-    if index_file is None and split == "test" and inference is None:
-        update_summary(run, summary_of(run, truth, evaluation))
-        write_model_card(run, "temporal", index, evaluation)
-    say(f"written: {out / METRICS_FILE}, predictions/, ribbons.png")
+        evaluation = score_and_write(out, truth, predicted, identity_sha256=identity, encoder=_encoder(videos))
+    report(run, out, truth, evaluation)
     return evaluation
 
 
@@ -257,18 +207,6 @@ def _identity(
     )
 
 
-def recorded_majority(result: Path, required: bool = False) -> int | None:
-    """The most frequent phase of the training videos as the training's `result.json` records it.
-
-    None if it records none (imported nets, tool-only nets). Raises UserError if the file is damaged, and if a
-    `required` phase is missing.
-    """
-    found = read_json_object(result).get("majority_phase") if required or result.exists() else None
-    if type(found) is not int and (required or found is not None):
-        raise UserError(f"{result}: damaged: records no majority phase; delete it and run the training again")
-    return found
-
-
 def _made_before(out: Path, identity: str) -> Evaluation | None:
     """The evaluation in the folder; None if it lacks files or has another identity."""
     path = out / METRICS_FILE
@@ -278,67 +216,6 @@ def _made_before(out: Path, identity: str) -> Evaluation | None:
         return None
     found = read_evaluation(path)
     return None if found.simulated is None else found
-
-
-# ---------------------------------------------------------------------------------------------- numbers
-
-
-def score_and_write(
-    out: Path,
-    truth: GroundTruth,
-    probabilities: Mapping[str, Mapping[str, NDArray[np.float32]]],
-    tool_logits: Mapping[str, NDArray[np.float32]],
-    *,
-    majority: int | None = None,
-    thresholds: Mapping[str, float] | None = None,
-    identity_sha256: str | None = None,
-    encoder: Mapping[str, Any] | None = None,
-    joint: JointDetails | None = None,
-) -> Evaluation:
-    """Metrics of every head and of the tools, written to `out` with truth, predictions and ribbons of `temporal`.
-
-    `probabilities` is {head: {video: (T, C)}}, `tool_logits` {video: (T, K)} of the videos with a trained tool head.
-    `majority` is the most frequent phase of the training videos, scored as a head that predicts it everywhere. Tools
-    are scored at `thresholds` too. The rest is recorded. Raises UserError if the folder cannot be written.
-    """
-    for note in unlabelled_note(truth.phases, "are not scored"):
-        say(note)
-    predicted = {
-        head: {name: values.argmax(axis=1).astype(np.int8) for name, values in videos.items()}
-        for head, videos in probabilities.items()
-    }
-    if majority is not None:
-        tracks = {name: np.full(len(video.frame_index), majority, np.int8) for name, video in truth.videos.items()}
-        predicted["majority"] = tracks
-    spec, without = truth.index.dataset, truth.without_labels
-    labels, tools = truth.phases, tool_results(truth, tool_logits, thresholds)
-    evaluation = Evaluation(
-        split=truth.split,
-        fps=truth.fps,
-        simulated=is_simulated(spec, truth.root),
-        videos=list(truth.videos),
-        scored={
-            "phases": [name for name in truth.videos if labels and predicted and name not in without["phases"]],
-            "tools": [] if tools is None else [name for name in truth.videos if name in tools.per_video],
-        },
-        videos_without_labels=without if spec.tools else {**without, "tools": []},
-        left_out=truth.index.left_out_records(),
-        convention=MAIN_CONVENTION,
-        phases={
-            head: evaluate_phases(labels, videos, spec.phases, truth.fps, split=truth.split, background=spec.background)
-            for head, videos in predicted.items()
-            if labels
-        },
-        tools=tools,
-        identity_sha256=identity_sha256,
-        encoder=encoder,
-        joint=joint,
-    )
-    make_folder(out)
-    write_truth(out / TRUTH_FILE, truth.record())
-    _write_predictions(out, truth, probabilities.get(HEAD, {}), predicted, tool_logits)
-    write_json(out / METRICS_FILE, evaluation.to_json())
-    return evaluation
 
 
 def _probabilities(
@@ -372,27 +249,6 @@ def _tool_logits(videos: Mapping[str, VideoFeatures]) -> dict[str, NDArray[np.fl
     return {name: logits for name, logits in found.items() if logits.size and np.isfinite(logits).all()}
 
 
-def tool_results(
-    truth: GroundTruth, logits: Mapping[str, NDArray[np.float32]], thresholds: Mapping[str, float] | None = None
-) -> ToolResults | None:
-    """Tool scores at `thresholds`; None if there was no tool head or no labels."""
-    labels = {name: truth.videos[name].tools for name in logits}
-    if not any((tools >= 0).any() for tools in labels.values()):
-        return None
-    scores = {name: sigmoid(values) for name, values in logits.items()}
-    names = truth.index.dataset.tools
-    return evaluate_tools(labels, scores, names, threshold=thresholds, split=truth.split, fps=truth.fps)
-
-
-def validation_thresholds(
-    labels: Mapping[str, NDArray[np.int8]], logits: Mapping[str, NDArray[np.float32]], tools: Sequence[str]
-) -> dict[str, float] | None:
-    """Thresholds (K,) chosen on validation videos with tool labels (T, K) and logits (T, K); None if there are none."""
-    names = [name for name, known in labels.items() if name in logits and (known >= 0).any()]
-    scores = {name: sigmoid(logits[name]) for name in names}
-    return choose_thresholds({name: labels[name] for name in names}, scores, tools) if names else None
-
-
 def _thresholds(folder: Path, index: Index) -> Mapping[str, float] | None:
     """Thresholds (K,) chosen on the validation videos; None if none has features and tool labels."""
     ids = [entry.id for entry in index.by_split("val")]
@@ -401,80 +257,3 @@ def _thresholds(folder: Path, index: Index) -> Mapping[str, float] | None:
     videos = load_feature_set(folder, ids, in_memory=False)
     labels = {name: video.tools for name, video in videos.items()}
     return validation_thresholds(labels, _tool_logits(videos), index.dataset.tools)
-
-
-# ---------------------------------------------------------------------------------------------- what is written
-
-
-def _write_predictions(
-    out: Path,
-    truth: GroundTruth,
-    probabilities: Mapping[str, NDArray[np.float32]],
-    predicted: Mapping[str, Mapping[str, NDArray[np.int8]]],
-    tool_logits: Mapping[str, NDArray[np.float32]],
-) -> None:
-    """Predictions of `temporal` as CSV, and ribbons of it and of `frame`; of a tool-only net, CSV files only."""
-    spec = truth.index.dataset
-    phases = predicted.get(HEAD, {})
-    for name in truth.videos if phases else tool_logits:
-        video, path = truth.videos[name], out / ("predictions" if phases else TOOLS_ALONE) / f"{file_stem(name)}.csv"
-        prediction = PredictionFile(
-            video.frame_index,
-            video.time_s,
-            phases.get(name, np.full(len(video.phase), -1, np.int8)),
-            probabilities.get(name, np.zeros((len(video.phase), 0), np.float32)),
-            sigmoid(tool_logits[name]).astype(np.float32) if name in tool_logits else None,
-        )
-        write_prediction_csv(path, prediction, spec)
-    if not phases:
-        return
-    heads = [head for head in (HEAD, "frame") if head in predicted]
-    drawn = [(name, v.phase, {head: predicted[head][name] for head in heads}) for name, v in truth.videos.items()]
-    title = f"{spec.title or spec.name}, split {truth.split}: truth and predictions"
-    times_s = {name: video.time_s for name, video in truth.videos.items()}
-    phase_ribbons(out / "ribbons.png", drawn, truth.fps, spec.phases, title, times_s)
-
-
-def print_evaluation(evaluation: Evaluation) -> None:
-    """Tables of phases and tools."""
-    console = Console()
-    if evaluation.phases:
-        console.print(comparison_table(evaluation.phases))
-        if HEAD in evaluation.phases:
-            console.print(phase_table(evaluation.phases[HEAD]))
-    else:
-        say("note: no phase labels in these videos, so no phase metrics")
-    if evaluation.tools:
-        console.print(tool_table(evaluation.tools))
-    else:
-        say("note: no tool labels or no trained tool head, so no tool metrics")
-
-
-def _left_out_of_stage_one(run: Path, known: Sequence[str]) -> list[dict[str, Any]]:
-    """Videos that train-cnn could not read, but extract could."""
-    result = run / "cnn" / RESULT_FILE
-    videos = read_json_object(result).get("left_out", []) if result.exists() else []
-    return [{**video, "reason": f"train-cnn: {video['reason']}"} for video in videos if video["id"] not in known]
-
-
-def summary_of(run: Path, truth: GroundTruth, evaluation: Evaluation) -> dict[str, Any]:
-    """The entries of `RUN/summary.json` for an evaluation on the test videos; counts are of videos used or scored."""
-    scores = {head: summarise(results, None) for head, results in evaluation.phases.items()}
-    scored = {task: len(videos) for task, videos in evaluation.scored.items()}
-    used, unlabelled = used_videos(truth.index, evaluation)
-    left_out = [{"id": name, "reason": "no phase or tool labels", "unlabelled": True} for name in unlabelled]
-    left_out += _left_out_of_stage_one(run, [video["id"] for video in evaluation.left_out])
-    return {
-        "name": run.name,
-        "dataset": truth.index.dataset.name,
-        "split": "/".join(str(len(used[part])) for part in ("train", "val", "test")),
-        "fps": truth.fps,
-        "test_videos": scored["phases"] or scored["tools"],
-        "scored_videos": scored,
-        "videos_without_labels": evaluation.videos_without_labels,
-        "left_out": [*evaluation.left_out, *left_out],
-        "convention": evaluation.convention,
-        "tool_map": summarise(None, evaluation.tools)["tool_map"],
-        **{f"phase_accuracy_{head}": value["phase_accuracy"] for head, value in scores.items()},
-        **{f"phase_f1_{head}": scores[head]["phase_f1"] for head in ("frame", HEAD) if head in scores},
-    }

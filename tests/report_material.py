@@ -18,7 +18,7 @@ from engine.runs import environment, update_summary
 from evaluation.metrics.results import JointDetails
 from features.dataset.index import Index, VideoEntry
 from features.video_labels import VideoLabels
-from stage2_temporal.evaluate import GroundTruth, score_and_write, summary_of
+from stage2_temporal.scoring import GroundTruth, Predicted, score_and_write, summary_of
 
 SPEC = load_dataset("cholec80")
 JOINT: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(JointDetails)) | {"tasks": "both"}
@@ -58,10 +58,12 @@ def write_run(
     evaluation = score_and_write(
         folder / "evaluate/test",
         truth,
-        {} if tools_alone else {"temporal": probabilities, "frame": probabilities},
-        tool_logits if spec.tools else {},
-        majority=None if tools_alone else 3,
-        thresholds=dict.fromkeys(spec.tools, 0.5),
+        Predicted(
+            probabilities={} if tools_alone else {"temporal": probabilities, "frame": probabilities},
+            tool_logits=tool_logits if spec.tools else {},
+            majority=None if tools_alone else 3,
+            thresholds=dict.fromkeys(spec.tools, 0.5),
+        ),
         identity_sha256="0" * 64,
         joint=JointDetails(**{**JOINT, **tasks, **(more or {})}) if tools_alone or more else None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,28 +15,29 @@ from configs.schema import Config, DataConfig
 from engine.device import choose_device, choose_precision, lower_precision, start_stage
 from engine.files import read_json_object
 from engine.memory import needs_gpu_memory
-from engine.progress import say
-from engine.runs import IDENTITY_FILE, RESULT_FILE, require_same_classes, update_summary
+from engine.runs import IDENTITY_FILE, RESULT_FILE, require_same_classes
 from engine.stopping import StopRequest
-from evaluation.metrics.results import HEAD, METRICS_FILE, Evaluation, JointDetails, ToolResults
-from evaluation.reports.model_card import write_model_card
+from evaluation.metrics.results import HEAD, Evaluation, JointDetails, ToolResults
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Index, VideoEntry
 from features.dataset.labels import sampled_labels
 from features.frames.settings_match import require_preprocess_of
 from features.frames.training_cache import frames_identity, recorded_faults
-from stage2_temporal.evaluate import (
+from stage2_temporal.joint.net import IMPORTED, JointAbout, JointNet, joint_checkpoint, load_joint
+from stage2_temporal.joint.predict import Prediction, gap_nats, predict_videos
+from stage2_temporal.predict import Inference, chosen_inference
+from stage2_temporal.scoring import (
     GroundTruth,
-    print_evaluation,
+    Predicted,
+    folder_name,
     recorded_majority,
+    report,
     score_and_write,
-    summary_of,
     tool_results,
     validation_thresholds,
 )
-from stage2_temporal.joint.net import IMPORTED, JointAbout, joint_checkpoint, load_joint
-from stage2_temporal.joint.predict import Prediction, gap_nats, predict_videos
-from stage2_temporal.predict import Inference, chosen_inference
+
+Predictor = Callable[[Sequence[VideoEntry]], dict[str, Prediction]]
 
 
 @needs_gpu_memory("extract.batch_frames")
@@ -60,76 +62,90 @@ def evaluate_joint(
     Raises UserError if the user gave another preparation (`given`) and if the net's classes or sampling rate are
     not the data's, Stopped when asked to stop.
     """
-    path = joint_checkpoint(run)
-    net, about = load_joint(path)
-    _require_compatible(path, about, index, config.data.fps)
-    require_preprocess_of(about.preprocess, config, given, path, backbone=about.backbone)
-    config = config.model_copy(update={"preprocess": about.preprocess})
-    index = index.without(recorded_faults(path.parent, index))
-    other = other or _is_another(path.parent, config, index)
+    joint = _open(run, config, index, inference, given)
+    config, trained_in = joint.config, joint.path.parent
+    index = index.without(recorded_faults(trained_in, index))
+    other = other or _is_another(trained_in, config, index)
     entries = index.entries_of(split, config.data.index)
-    mode = chosen_inference(inference, about.inference, net.phase, path)
-    device = choose_device(config.device)
-    precision = choose_precision("extract.precision", config.extract.torch_precision, device, training=False)
-    start_stage("evaluate", config, device, precision)
-    faults: list[tuple[str, str]] = []  # videos that could not be read, and why
-    predict = partial(
-        predict_videos,
-        net.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
-        config,
-        root=root,
-        index=index,
-        inference=mode,
-        frames=about.frames,
-        check_stop=stop.raise_if_set,
-        autocast=partial(lower_precision, device, precision),
-        faults=faults,
-    )
+    start_stage("evaluate", config, joint.device, joint.precision)
+    faults: list[tuple[str, str]] = []
+    predict = joint.predictor(index, root, stop, faults)
     labels = {entry.id: sampled_labels(entry, root, index, config.data) for entry in entries}
     found = predict(entries)
     thresholds = _thresholds(predict, index, root, config.data)
     index = index.without(faults)
     index.entries_of(split, config.data.index)
     say_left_out(index)
-    probabilities = {name: one.phase for name, one in found.items() if one.phase is not None}
-    imported = (net.imported_from or path.name) if about.step == IMPORTED else None
-    name = _folder_name(split, inference, config)
-    out = run / "evaluate" / (f"{config.data.index.stem}-{name}" if other else name)
     truth = GroundTruth(index, split, config.data.fps, {name: labels[name] for name in found}, root)
-    evaluation = score_and_write(
-        out,
-        truth,
-        {HEAD: probabilities} if probabilities else {},
-        {name: one.tools for name, one in found.items() if one.tools is not None},
-        majority=recorded_majority(path.parent / RESULT_FILE),
+    phases = {name: one.phase for name, one in found.items() if one.phase is not None}
+    predicted = Predicted(
+        probabilities={HEAD: phases} if phases else {},
+        tool_logits={name: one.tools for name, one in found.items() if one.tools is not None},
+        majority=recorded_majority(trained_in / RESULT_FILE),
         thresholds=thresholds,
-        joint=JointDetails(
-            checkpoint=str(path),
-            tasks=net.net_config.tasks,
-            imported=imported,
-            fine_tuned_from=net.imported_from if imported is None else None,
-            inference=mode,
-            crops=config.joint.crops,
-            precision=precision,
-            mapped_tools=_mapped_tools(truth, found),
-            gap_nats=gap_nats(found.values()),
-        ),
     )
-    print_evaluation(evaluation)
-    _say_mapped(evaluation.joint)
-    if split == "test" and out.name == "test":
-        update_summary(run, summary_of(run, truth, evaluation))
-        write_model_card(run, "joint", index, evaluation, trained_in=path.parent)
-    say(f"written: {out / METRICS_FILE}" + (", predictions/, ribbons.png" if probabilities else ", tool_predictions/"))
+    crops = [config.joint.crops] if config.joint.crops != "centre" else []
+    out = run / "evaluate" / folder_name(split, inference, config.data.index if other else None, *crops)
+    evaluation = score_and_write(out, truth, predicted, joint=joint.details(truth, found))
+    report(run, out, truth, evaluation, trained_in)
     return evaluation
 
 
-def _say_mapped(joint: JointDetails | None) -> None:
-    if joint and joint.mapped_tools:
-        say(
-            f"tools mapped from the phase branch: mAP {joint.mapped_tools.map_pooled:.1f} %; "
-            f"gap to the tool branch {joint.gap_nats:.4f} nats per tool and frame"
+@dataclass(frozen=True)
+class _Joint:
+    """A run's joint net and how it is run; `config` has the preprocessing of its training."""
+
+    path: Path
+    net: JointNet
+    about: JointAbout
+    config: Config
+    inference: Inference
+    device: torch.device
+    precision: str
+
+    def predictor(self, index: Index, root: Path, stop: StopRequest, faults: list[tuple[str, str]]) -> Predictor:
+        """Predicts videos of the index; those that it cannot read are added to `faults`, with the reason."""
+        return partial(
+            predict_videos,
+            self.net.to(self.device, memory_format=torch.channels_last),  # type: ignore[call-overload]
+            self.config,
+            root=root,
+            index=index,
+            inference=self.inference,
+            frames=self.about.frames,
+            check_stop=stop.raise_if_set,
+            autocast=partial(lower_precision, self.device, self.precision),
+            faults=faults,
         )
+
+    def details(self, truth: GroundTruth, found: Mapping[str, Prediction]) -> JointDetails:
+        """What `metrics.json` records of the net and of its predictions."""
+        original = self.net.imported_from
+        imported = (original or self.path.name) if self.about.step == IMPORTED else None
+        return JointDetails(
+            checkpoint=str(self.path),
+            tasks=self.net.net_config.tasks,
+            imported=imported,
+            fine_tuned_from=original if imported is None else None,
+            inference=self.inference,
+            crops=self.config.joint.crops,
+            precision=self.precision,
+            mapped_tools=_mapped_tools(truth, found),
+            gap_nats=gap_nats(found.values()),
+        )
+
+
+def _open(run: Path, config: Config, index: Index, inference: Inference | None, given: GivenKeys) -> _Joint:
+    """A run's joint net. Raises UserError if it does not fit the data or the settings."""
+    path = joint_checkpoint(run)
+    net, about = load_joint(path)
+    _require_compatible(path, about, index, config.data.fps)
+    require_preprocess_of(about.preprocess, config, given, path, backbone=about.backbone)
+    config = config.model_copy(update={"preprocess": about.preprocess})
+    mode = chosen_inference(inference, about.inference, net.phase, path)
+    device = choose_device(config.device)
+    precision = choose_precision("extract.precision", config.extract.torch_precision, device, training=False)
+    return _Joint(path, net, about, config, mode, device, precision)
 
 
 def _is_another(trained_in: Path, config: Config, index: Index) -> bool:
@@ -141,11 +157,6 @@ def _is_another(trained_in: Path, config: Config, index: Index) -> bool:
     if known is None or load_config(settings).data.index == config.data.index:
         return False
     return bool(known != frames_identity(config, index)["videos_sha256"])
-
-
-def _folder_name(split: str, inference: str | None, config: Config) -> str:
-    parts = [split, inference, config.joint.crops if config.joint.crops != "centre" else None]
-    return "-".join(part for part in parts if part)
 
 
 def _require_compatible(path: Path, about: JointAbout, index: Index, fps: float) -> None:
@@ -162,9 +173,7 @@ def _mapped_tools(truth: GroundTruth, found: Mapping[str, Prediction]) -> ToolRe
     return tool_results(truth, labelled)
 
 
-def _thresholds(
-    predict: Callable[[Sequence[VideoEntry]], dict[str, Prediction]], index: Index, root: Path, data: DataConfig
-) -> Mapping[str, float] | None:
+def _thresholds(predict: Predictor, index: Index, root: Path, data: DataConfig) -> Mapping[str, float] | None:
     """Thresholds (K,) chosen on the validation videos; None if none has tool labels, or the net has no tool branch."""
     val = index.by_split("val")
     labels = {entry.id: sampled_labels(entry, root, index, data).tools for entry in val}

@@ -1,0 +1,272 @@
+"""Score the predictions of a run against labels, and write, print and summarise the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from configs.errors import UserError
+from engine.files import make_folder, read_json_object, write_json
+from engine.progress import say
+from engine.runs import RESULT_FILE, update_summary
+from evaluation.files.predictions import TOOLS_ALONE, PredictionFile, write_prediction_csv
+from evaluation.files.truth import TRUTH_FILE, Truth, VideoTruth, is_simulated, write_truth
+from evaluation.metrics.conventions import MAIN_CONVENTION
+from evaluation.metrics.phases import evaluate_phases
+from evaluation.metrics.results import HEAD, METRICS_FILE, Evaluation, JointDetails, ToolResults
+from evaluation.metrics.tools import choose_thresholds, evaluate_tools, sigmoid
+from evaluation.reports.model_card import write_model_card
+from evaluation.reports.paper_figures import phase_ribbons
+from evaluation.reports.summary import summarise, used_videos
+from evaluation.reports.tables import comparison_table, phase_table, tool_table
+from features.dataset.index import Index
+from features.dataset.labels import unlabelled_note
+from features.ids import file_stem, natural_key
+from features.video_labels import VideoLabels
+from stage2_temporal.predict import (
+    Inference,
+)
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """The labels that predictions are scored against: one split at `fps`, in the order of the index; `root` is the data
+    root if it is known."""
+
+    index: Index
+    split: str
+    fps: float
+    videos: Mapping[str, VideoLabels]
+    root: Path | None = None
+
+    @property
+    def phases(self) -> dict[str, NDArray[np.int8]]:
+        """Phase labels of all videos; empty if no video has any."""
+        labels = {name: video.phase for name, video in self.videos.items()}
+        return labels if any((phase >= 0).any() for phase in labels.values()) else {}
+
+    @property
+    def without_labels(self) -> dict[str, list[str]]:
+        """Videos without labels by task: this split's by their labels, others by whether the index names a file."""
+        known = self.videos
+        phases = [name for name, video in known.items() if not (video.phase >= 0).any()]
+        tools = [name for name, video in known.items() if not (video.tools >= 0).any()]
+        for entry in self.index.videos:
+            if entry.split != "none" and entry.id not in known and entry.records is None:
+                phases += [] if entry.phase_file else [entry.id]
+                tools += [] if entry.tool_file else [entry.id]
+        return {"phases": sorted(phases, key=natural_key), "tools": sorted(tools, key=natural_key)}
+
+    def record(self) -> Truth:
+        """The content of `truth.json`."""
+        hashes = {name: self.index.entry(name).sha256_ends for name in self.videos}
+        videos = {name: VideoTruth(video.phase, video.tools, hashes[name]) for name, video in self.videos.items()}
+        return Truth(self.index.dataset, self.split, self.fps, videos)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """What is scored on the videos of a `GroundTruth`.
+
+    `probabilities` is {head: {video: (T, C)}}, `tool_logits` {video: (T, K)} of the videos with a trained tool head.
+    `majority` is the most frequent phase of the training videos, scored as a head that predicts it everywhere. Tools
+    are scored at `thresholds` too.
+    """
+
+    probabilities: Mapping[str, Mapping[str, NDArray[np.float32]]]
+    tool_logits: Mapping[str, NDArray[np.float32]]
+    majority: int | None = None
+    thresholds: Mapping[str, float] | None = None
+
+    def phases(self, truth: GroundTruth) -> dict[str, dict[str, NDArray[np.int8]]]:
+        """The most probable phases: {head: {video: (T,)}}, with those of the majority head if there is one."""
+        found = {
+            head: {name: values.argmax(axis=1).astype(np.int8) for name, values in videos.items()}
+            for head, videos in self.probabilities.items()
+        }
+        if self.majority is not None:
+            lengths = {name: len(video.frame_index) for name, video in truth.videos.items()}
+            found["majority"] = {name: np.full(length, self.majority, np.int8) for name, length in lengths.items()}
+        return found
+
+
+def recorded_majority(result: Path, required: bool = False) -> int | None:
+    """The most frequent phase of the training videos as the training's `result.json` records it.
+
+    None if it records none (imported nets, tool-only nets). Raises UserError if the file is damaged, and if a
+    `required` phase is missing.
+    """
+    found = read_json_object(result).get("majority_phase") if required or result.exists() else None
+    if type(found) is not int and (required or found is not None):
+        raise UserError(f"{result}: damaged: records no majority phase; delete it and run the training again")
+    return found
+
+
+def tool_results(
+    truth: GroundTruth, logits: Mapping[str, NDArray[np.float32]], thresholds: Mapping[str, float] | None = None
+) -> ToolResults | None:
+    """Tool scores at `thresholds`; None if there was no tool head or no labels."""
+    labels = {name: truth.videos[name].tools for name in logits}
+    if not any((tools >= 0).any() for tools in labels.values()):
+        return None
+    scores = {name: sigmoid(values) for name, values in logits.items()}
+    names = truth.index.dataset.tools
+    return evaluate_tools(labels, scores, names, threshold=thresholds, split=truth.split, fps=truth.fps)
+
+
+def validation_thresholds(
+    labels: Mapping[str, NDArray[np.int8]], logits: Mapping[str, NDArray[np.float32]], tools: Sequence[str]
+) -> dict[str, float] | None:
+    """Thresholds (K,) chosen on validation videos with tool labels (T, K) and logits (T, K); None if there are none."""
+    names = [name for name, known in labels.items() if name in logits and (known >= 0).any()]
+    scores = {name: sigmoid(logits[name]) for name in names}
+    return choose_thresholds({name: labels[name] for name in names}, scores, tools) if names else None
+
+
+def score_and_write(
+    out: Path,
+    truth: GroundTruth,
+    predicted: Predicted,
+    *,
+    identity_sha256: str | None = None,
+    encoder: Mapping[str, Any] | None = None,
+    joint: JointDetails | None = None,
+) -> Evaluation:
+    """Metrics of every head and of the tools, written to `out` with truth, predictions and ribbons of `temporal`.
+
+    The arguments by keyword are recorded. Raises UserError if the folder cannot be written.
+    """
+    for note in unlabelled_note(truth.phases, "are not scored"):
+        say(note)
+    phases = predicted.phases(truth)
+    spec, without = truth.index.dataset, truth.without_labels
+    labels, tools = truth.phases, tool_results(truth, predicted.tool_logits, predicted.thresholds)
+    evaluation = Evaluation(
+        split=truth.split,
+        fps=truth.fps,
+        simulated=is_simulated(spec, truth.root),
+        videos=list(truth.videos),
+        scored={
+            "phases": [name for name in truth.videos if labels and phases and name not in without["phases"]],
+            "tools": [] if tools is None else [name for name in truth.videos if name in tools.per_video],
+        },
+        videos_without_labels=without if spec.tools else {**without, "tools": []},
+        left_out=truth.index.left_out_records(),
+        convention=MAIN_CONVENTION,
+        phases={
+            head: evaluate_phases(labels, videos, spec.phases, truth.fps, split=truth.split, background=spec.background)
+            for head, videos in phases.items()
+            if labels
+        },
+        tools=tools,
+        identity_sha256=identity_sha256,
+        encoder=encoder,
+        joint=joint,
+    )
+    make_folder(out)
+    write_truth(out / TRUTH_FILE, truth.record())
+    _write_predictions(out, truth, predicted, phases)
+    write_json(out / METRICS_FILE, evaluation.to_json())
+    return evaluation
+
+
+def _write_predictions(
+    out: Path, truth: GroundTruth, predicted: Predicted, phases: Mapping[str, Mapping[str, NDArray[np.int8]]]
+) -> None:
+    """Predictions of `temporal` as CSV, and ribbons of it and of `frame`; of a tool-only net, CSV files only."""
+    spec = truth.index.dataset
+    own, probabilities, tool_logits = phases.get(HEAD, {}), predicted.probabilities.get(HEAD, {}), predicted.tool_logits
+    for name in truth.videos if own else tool_logits:
+        video, path = truth.videos[name], out / ("predictions" if own else TOOLS_ALONE) / f"{file_stem(name)}.csv"
+        prediction = PredictionFile(
+            video.frame_index,
+            video.time_s,
+            own.get(name, np.full(len(video.phase), -1, np.int8)),
+            probabilities.get(name, np.zeros((len(video.phase), 0), np.float32)),
+            sigmoid(tool_logits[name]).astype(np.float32) if name in tool_logits else None,
+        )
+        write_prediction_csv(path, prediction, spec)
+    if not own:
+        return
+    heads = [head for head in (HEAD, "frame") if head in phases]
+    drawn = [(name, v.phase, {head: phases[head][name] for head in heads}) for name, v in truth.videos.items()]
+    title = f"{spec.title or spec.name}, split {truth.split}: truth and predictions"
+    times_s = {name: video.time_s for name, video in truth.videos.items()}
+    phase_ribbons(out / "ribbons.png", drawn, truth.fps, spec.phases, title, times_s)
+
+
+def report(run: Path, out: Path, truth: GroundTruth, evaluation: Evaluation, trained_in: Path | None = None) -> None:
+    """Print an evaluation written to `out`; that of the run's test videos goes into its summary and model card.
+
+    `trained_in` is the folder of a joint net.
+    """
+    _print_tables(evaluation)
+    if out == run / "evaluate" / "test":
+        update_summary(run, summary_of(run, truth, evaluation))
+        stage = "temporal" if evaluation.joint is None else "joint"
+        write_model_card(run, stage, truth.index, evaluation, trained_in=trained_in)
+    files = f"{TOOLS_ALONE}/" if evaluation.tasks == "tool" else "predictions/, ribbons.png"
+    say(f"written: {out / METRICS_FILE}, {files}")
+
+
+def _print_tables(evaluation: Evaluation) -> None:
+    """Tables of phases and tools."""
+    console = Console()
+    if evaluation.phases:
+        console.print(comparison_table(evaluation.phases))
+        if HEAD in evaluation.phases:
+            console.print(phase_table(evaluation.phases[HEAD]))
+    else:
+        say("note: no phase labels in these videos, so no phase metrics")
+    if evaluation.tools:
+        console.print(tool_table(evaluation.tools))
+    else:
+        say("note: no tool labels or no trained tool head, so no tool metrics")
+    joint = evaluation.joint
+    if joint and joint.mapped_tools:
+        say(
+            f"tools mapped from the phase branch: mAP {joint.mapped_tools.map_pooled:.1f} %; "
+            f"gap to the tool branch {joint.gap_nats:.4f} nats per tool and frame"
+        )
+
+
+def _left_out_of_stage_one(run: Path, known: Sequence[str]) -> list[dict[str, Any]]:
+    """Videos that train-cnn could not read, but extract could."""
+    result = run / "cnn" / RESULT_FILE
+    videos = read_json_object(result).get("left_out", []) if result.exists() else []
+    return [{**video, "reason": f"train-cnn: {video['reason']}"} for video in videos if video["id"] not in known]
+
+
+def summary_of(run: Path, truth: GroundTruth, evaluation: Evaluation) -> dict[str, Any]:
+    """The entries of `RUN/summary.json` for an evaluation on the test videos; counts are of videos used or scored."""
+    scores = {head: summarise(results, None) for head, results in evaluation.phases.items()}
+    scored = {task: len(videos) for task, videos in evaluation.scored.items()}
+    used, unlabelled = used_videos(truth.index, evaluation)
+    left_out = [{"id": name, "reason": "no phase or tool labels", "unlabelled": True} for name in unlabelled]
+    left_out += _left_out_of_stage_one(run, [video["id"] for video in evaluation.left_out])
+    return {
+        "name": run.name,
+        "dataset": truth.index.dataset.name,
+        "split": "/".join(str(len(used[part])) for part in ("train", "val", "test")),
+        "fps": truth.fps,
+        "test_videos": scored["phases"] or scored["tools"],
+        "scored_videos": scored,
+        "videos_without_labels": evaluation.videos_without_labels,
+        "left_out": [*evaluation.left_out, *left_out],
+        "convention": evaluation.convention,
+        "tool_map": summarise(None, evaluation.tools)["tool_map"],
+        **{f"phase_accuracy_{head}": value["phase_accuracy"] for head, value in scores.items()},
+        **{f"phase_f1_{head}": scores[head]["phase_f1"] for head in ("frame", HEAD) if head in scores},
+    }
+
+
+def folder_name(split: str, inference: Inference | None, index_file: Path | None, *more: str) -> str:
+    """The folder of an evaluation in `RUN/evaluate`: what differs from the training's settings is in its name."""
+    parts = [index_file.stem if index_file else None, split, inference, *more]
+    return "-".join(part for part in parts if part)
