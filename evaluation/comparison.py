@@ -18,10 +18,11 @@ from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from engine.files import read_json
 from engine.progress import say
+from engine.records import Record
 from evaluation.external import Reading, score_folder, write_results
 from evaluation.metrics.conventions import CONVENTIONS
 from evaluation.metrics.phases import require_convention
-from evaluation.metrics.results import HEAD, METRICS_FILE, PhaseResults, Record, Score
+from evaluation.metrics.results import HEAD, METRICS_FILE, PhaseResults, Score
 from evaluation.metrics.statistics import PairedTest, holm, paired_interval, paired_permutation
 from evaluation.reports.tables import difference_table
 

@@ -18,11 +18,12 @@ from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, listed
 from engine.files import require_replaceable_json, write_json
 from engine.progress import say
+from engine.records import as_json
 from evaluation.files.matching import Matched, match_rows
 from evaluation.files.third_party import PhaseFile, find_phase_files, read_external_phases
 from evaluation.metrics.counts import NO_PREDICTION
 from evaluation.metrics.phases import chosen_conventions, evaluate_phases, unavailable_conventions
-from evaluation.metrics.results import PhaseResults, as_json
+from evaluation.metrics.results import PhaseResults
 from evaluation.metrics.statistics import bootstrap_intervals
 from evaluation.reports.tables import conventions_table, intervals_table, phase_table, segment_table
 from features.dataset.phase_order import describe_order, parse_phase_order

@@ -20,7 +20,7 @@ from configs.errors import UserError, one_line
 from configs.schema import Config, JointNetConfig, PreprocessConfig
 from engine.checkpoints import load_checkpoint
 from engine.processes import Processes
-from evaluation.metrics.results import Record
+from engine.records import Record
 from stage1_cnn.encoders.backbone import Backbone, build_backbone, freeze_batch_norm, initial_backbone
 from stage1_cnn.encoders.pretrained import CHECKPOINT_STAGE
 

@@ -18,8 +18,8 @@ from configs.schema import HeadConfig
 from engine.checkpoints import load_checkpoint
 from engine.device import choose_device
 from engine.progress import say
+from engine.records import Record
 from engine.stopping import StopRequest
-from evaluation.metrics.results import Record
 from features.store import VideoFeatures
 from stage2_temporal.data import Batch, FeatureBank, Span, chunk_batches, clip_batches, group_by_length, take
 from stage2_temporal.heads.base import HeadOutput, State, build_head, first_rows, require_causal

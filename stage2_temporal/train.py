@@ -45,7 +45,7 @@ from stage2_temporal.data import (
 )
 from stage2_temporal.heads.base import build_head, detach_state, first_rows
 from stage2_temporal.heads.standardise import Standardise
-from stage2_temporal.model import PhaseModel, require_same_model
+from stage2_temporal.model import PhaseModel
 from stage2_temporal.predict import TemporalAbout, predict_spans
 
 FRAME_FOLDER = "frame"
@@ -136,7 +136,9 @@ def train_head(
     model = PhaseModel(Standardise(*constants), build_head(head, bank.embedding_dim, len(data.phases)))
     model.head.configure_training(settings)
     if settings.start_from is not None and head == settings.head:
-        model.load_state_dict(_start_weights(settings.start_from, head, data))
+        from stage2_temporal.joint.net import phase_weights  # the encoders of images, which no other start needs
+
+        model.load_state_dict(phase_weights(settings.start_from, data.phases, head, bank.embedding_dim))
     labelled = count_phases(bank, data.train, len(data.phases))  # (C,)
     criterion = PhaseLoss(settings, labelled, processes.total)
     groups = [{"params": model.head.parameters(), "name": "head"}]
@@ -290,18 +292,6 @@ def require_arithmetic(settings: schema.TemporalConfig, device: torch.device) ->
     if device.type != "cpu":
         raise UserError(f"temporal.projection=bf16 is for CPUs, not {device.type}; set temporal.precision=bf16 instead")
     require_bf16("temporal.projection", device)
-
-
-def _start_weights(path: Path, head: schema.HeadSettings, data: TrainingData) -> dict[str, Any]:
-    """The state dict of a joint net's phase branch, constants of standardisation included.
-
-    Raises UserError if its head, phases or embedding width differ from those of the settings and features.
-    """
-    from stage2_temporal.joint.net import phase_model_of  # the encoders of images, which no other start needs
-
-    model, about = phase_model_of(path)
-    require_same_model(path, model, about, data.phases, head, data.bank.embedding_dim, "the features' index")
-    return model.state_dict()
 
 
 def _identity(config: Config, data: TrainingData) -> StageIdentity:

@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
+from engine.records import Record
 from evaluation.metrics.conventions import CONVENTIONS
 from evaluation.metrics.counts import FloatArray, label_pairs
 from evaluation.metrics.phases import background_ids, chosen_conventions
-from evaluation.metrics.results import Interval, Record, json_number
+from evaluation.metrics.results import Interval, json_number
 
 T = TypeVar("T")
 

@@ -57,12 +57,18 @@ class RecurrentHead(Head):
 
     def forward(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> HeadOutput:
         """See `Head`. With `lengths`, padding is never computed: neither result nor state depends on it."""
-        return self.forward_stored(x, None, state, lengths)
+        return self._compute(x, None, state, lengths)
 
     def forward_stored(
-        self, x: Tensor, standardise: Standardise | None, state: State | None = None, lengths: Tensor | None = None
+        self, x: Tensor, standardise: Standardise, state: State | None = None, lengths: Tensor | None = None
     ) -> HeadOutput:
         """See `Head`. If `heads.lstm_cpu` computes the recurrence, x is standardised block by block."""
+        return self._compute(x, standardise, state, lengths)
+
+    def _compute(
+        self, x: Tensor, standardise: Standardise | None, state: State | None, lengths: Tensor | None
+    ) -> HeadOutput:
+        """`forward_stored`, or with `standardise` None `forward`."""
         if state is not None:
             require_causal(self)
         hidden = None if state is None else tuple(part.transpose(0, 1) for part in state)  # (layers, B, H) each

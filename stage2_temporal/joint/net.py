@@ -23,8 +23,8 @@ from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, one_line
 from configs.schema import Config, HeadConfig, HeadSettings, JointNetConfig, PreprocessConfig
 from engine.checkpoints import load_checkpoint
+from engine.records import Record
 from engine.runs import require_same_classes
-from evaluation.metrics.results import Record
 from stage1_cnn.encoders.backbone import Backbone, build_backbone, freeze_batch_norm
 from stage1_cnn.encoders.pretrained import best_checkpoint
 from stage1_cnn.model import linear, rebuild_from_checkpoint, require_same_backbone, tool_branch
@@ -275,9 +275,14 @@ def joint_checkpoint(run: Path) -> Path:
     raise UserError(f"{run / FOLDER}: no joint net; run train-joint under that name first")
 
 
-def phase_model_of(path: Path) -> tuple[PhaseModel, JointAbout]:
-    """The phase branch of a joint checkpoint as a model of stage two. Raises UserError if there is none."""
+def phase_weights(path: Path, phases: Sequence[str], head: HeadSettings, width: int) -> dict[str, Any]:
+    """The state dict of a joint checkpoint's phase branch, constants of standardisation included, for stage two.
+
+    Raises UserError if there is none, or if its head, phases or embedding width are not these, which are those of the
+    settings and the features.
+    """
     net, about = load_joint(path)
     if net.phase is None:
         raise UserError(f"{path}: a tool-only net has no phase branch")
-    return net.phase, about
+    require_same_model(path, net.phase, about, phases, head, width, "the features' index")
+    return net.phase.state_dict()

@@ -6,9 +6,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from engine.records import as_json
 from evaluation import comparison, external
 from evaluation.metrics import phases, statistics, tools
-from evaluation.metrics.results import PhaseResults, ToolResults, as_json
+from evaluation.metrics.results import PhaseResults, ToolResults
 
 
 def _in_json(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,70 @@
+"""Dataclasses that are JSON objects: results, and the descriptions in checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
+from functools import cache
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, GetCoreSchemaHandler, TypeAdapter
+from pydantic_core import CoreSchema, core_schema
+
+FLAT = {"flat": True}  # metadata of a field whose own keys are keys of the whole JSON object
+
+T = TypeVar("T", bound="Record")
+
+
+class Record:
+    """A dataclass that is a JSON object. A field whose default is None is omitted if it is None."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object, its keys in the order of the fields."""
+        tree: dict[str, Any] = {}
+        for one in _fields(type(self)):
+            value = as_json(getattr(self, one.name))
+            if value is not None or one.default is not None:
+                tree |= value if one.metadata == FLAT else {one.name: value}
+        return tree
+
+    @classmethod
+    def from_json(cls: type[T], tree: Any) -> T:
+        """The value that `to_json` gave, here or in an earlier version. Raises ValueError if it is not one."""
+        found: T = _adapter(cls).validate_python(tree)  # type: ignore[arg-type]  # a class is hashable
+        return found
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(cls._by_field, handler(source))
+
+    @classmethod
+    def _by_field(cls, tree: Any) -> Any:
+        """The fields' values in a JSON object; keys that are no field are collected in the one marked FLAT, if any."""
+        if not isinstance(tree, Mapping):
+            return tree
+        flat = next((one.name for one in _fields(cls) if one.metadata == FLAT), None)
+        named = [one for one in _fields(cls) if one.name != flat]
+        rest = {key: value for key, value in tree.items() if key not in {one.name for one in named}}
+        required = [one.name for one in named if one.default is MISSING and one.default_factory is MISSING]
+        found = {one.name: tree[one.name] for one in named if one.name in tree}
+        return dict.fromkeys(required) | found | ({flat: rest} if flat and rest else {})
+
+
+def _fields(cls: Any) -> tuple[Field[Any], ...]:
+    return fields(cls)
+
+
+@cache
+def _adapter(cls: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
+
+
+def as_json(value: Any) -> Any:
+    """Records and settings, also those inside mappings and sequences, as plain JSON values."""
+    if isinstance(value, Record):
+        return value.to_json()
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {key: as_json(item) for key, item in value.items()}
+    return [as_json(item) for item in value] if isinstance(value, list | tuple) else value
