@@ -1,12 +1,12 @@
 """Typed configuration: one schema, YAML presets, and data sets described as YAML.
 
-Importing it, as every other package does first, keeps idle threads from spinning (`GOMP_SPINCOUNT`).
+Importing this package sets `GOMP_SPINCOUNT`, so that idle threads do not spin. Every other package imports it first.
 """
 
 import os
 
-# In libgomp, which is part of torch and scikit-learn, a thread that waits for work spins for a long time if there are
-# no more threads than cores, so two programs on the same cores slow each other down. The variable is read once, when
-# libgomp is loaded, and is inherited by child processes.
+# torch and scikit-learn contain libgomp. Its threads spin for a long time while they wait for work, unless there are
+# more threads than cores, so two programs on the same cores slow each other down. libgomp reads this variable once,
+# when it is loaded; child processes inherit the variable.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "1000"

@@ -1,4 +1,8 @@
-"""Checkpoints: writing is atomic, the previous one is kept until the next is complete, and reading executes nothing."""
+"""Write and read checkpoints.
+
+Writing is atomic, and an old checkpoint is kept until the new one is complete. Reading a file never executes code in
+it.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +28,11 @@ from engine.sniff import recognise_file
 
 FORMAT = 1
 # `weights_only=True` could be bypassed before this release (CVE-2025-32434, CVE-2026-24747): with an older torch, files
-# of unknown origin are loaded only if the user vouches for them.
+# of unknown origin are loaded only if the user says that they can be trusted.
 SAFE_TORCH = (2, 10)
 _ZIP_MAGIC = b"PK\x03\x04"
 _FORBIDDEN_NAME = re.compile(r"GLOBAL ([\w.]{1,80})")
-_MAX_OBJECT_TYPES = 64  # types of Python objects in a third-party file
+_MAX_OBJECT_TYPES = 64  # a third-party file with more types of Python objects is refused
 _REMEDY = "load it where it was made and save model.state_dict()"
 _NOT_RUN = f"that could run any code; nothing in it was run: {_REMEDY}"
 
@@ -73,17 +77,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class RollingCheckpoint:
-    """A checkpoint that is overwritten regularly; the one before it is kept as `<name>.previous`."""
+    """A checkpoint file that is overwritten regularly. The checkpoint before the last is kept as `<name>.previous`."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.previous = path, path.with_name(path.name + ".previous")
-        self._verified = False  # whether the file at `path` is known to be whole, since it was written or read here
+        self._verified = False  # True once this object has written or read `path`, which is then known to be complete
 
     def save(self, content: dict[str, Any]) -> None:
         """Write `content` to `path`, so that a complete checkpoint exists at every moment.
 
-        The previous one is replaced only after the new one is on the disk, and never by a damaged one. Raises UserError
-        if the disk is full or the folder cannot be written.
+        The old file becomes `<name>.previous` only after the new one is on the disk, and only if the old file is
+        intact. Raises UserError if the disk is full or the folder cannot be written.
         """
         with atomic_path(self.path) as temporary:
             _save({"format": FORMAT, **content}, temporary, self.path)
@@ -94,9 +98,9 @@ class RollingCheckpoint:
         self._verified = True
 
     def load(self) -> dict[str, Any] | None:
-        """The checkpoint or, if it is damaged or missing, the previous one (with a warning); None if neither exists.
+        """Return the checkpoint, or the previous one (with a warning) if it is damaged or missing.
 
-        Raises UserError if every file that exists is damaged.
+        Returns None if neither file exists. Raises UserError if every file that exists is damaged.
         """
         candidates = [path for path in (self.path, self.previous) if path.exists()]
         for path in candidates:
@@ -121,14 +125,17 @@ class RollingCheckpoint:
 
 
 class _Inert(OrderedDict[str, Any]):
-    """Replaces Python objects other than tensors and plain containers in a third-party file; executes nothing."""
+    """Stands in for a Python object in a third-party file that is neither a tensor nor a plain container.
+
+    Creating it executes nothing from the file.
+    """
 
     def __new__(cls, *_: object, **__: object) -> Any:
         return OrderedDict()  # torch's reader sets items and attributes of these
 
 
 class _InertNumber:
-    """The same for NumPy's scalars, arrays and dtypes, whose state is a tuple."""
+    """Stands in for a NumPy scalar, array or dtype, as `_Inert` does for other objects; their state is a tuple."""
 
     def __new__(cls, *_: object) -> _InertNumber:
         return object.__new__(cls)
@@ -138,10 +145,11 @@ class _InertNumber:
 
 
 def load_external_state(path: Path, trusted: bool = False) -> dict[str, torch.Tensor]:
-    """Every tensor of a file of unknown origin by its path in the file, for example `state_dict.module.conv1.weight`.
+    """Read all tensors of a file of unknown origin.
 
-    Python objects next to tensors are reported and left out; none of them is executed. Raises UserError if there is no
-    tensor with a name, or if this torch cannot load third-party files safely and the user has not vouched for the file.
+    The keys are the tensors' paths in the file, for example `state_dict.module.conv1.weight`. Other Python objects are
+    reported and left out; none of them is executed. Raises UserError if the file contains no named tensor. Also raises
+    UserError if this version of torch cannot load third-party files safely, unless the file is `trusted`.
     """
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < SAFE_TORCH and not trusted:
@@ -164,9 +172,9 @@ def load_external_state(path: Path, trusted: bool = False) -> dict[str, torch.Te
 
 
 def _load_without_objects(path: Path) -> tuple[Any, list[str]]:
-    """A file's content with inert objects in place of Python objects, and the names of those.
+    """Return a file's content, with each Python object replaced by an inert one, and the names of the replaced types.
 
-    Raises UserError for what torch never allows: built-in functions of Python and functions of the operating system.
+    Raises UserError if the file uses what torch never allows: Python's built-in functions and operating system calls.
     """
     objects: dict[str, type] = {}
     while True:
@@ -181,12 +189,15 @@ def _load_without_objects(path: Path) -> tuple[Any, list[str]]:
 
 
 def _named_tensors(content: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors in mappings and lists at any depth; each container once, since files may contain cycles."""
+    """Yield the tensors in mappings and lists at any depth, with their paths.
+
+    Each container is visited only once, since files may contain cycles.
+    """
     waiting, seen = [("", content)], set()
     while waiting:
         place, value = waiting.pop()
         if isinstance(value, torch.Tensor):
-            if place and value.device.type == "cpu":  # on the device `meta` it would have a shape and no data
+            if place and value.device.type == "cpu":  # a tensor on the device `meta` has a shape but no data
                 yield place[1:], value
         elif isinstance(value, dict | list | tuple) and id(value) not in seen:
             seen.add(id(value))
@@ -231,15 +242,17 @@ def _load(path: Path, checked: bool = False) -> Any:
 
 
 def _ends_early(error: Exception) -> bool:
-    """Whether torch's reader of the older, non-archive format raises this error for a file that is cut off inside a
-    storage, a number, an instruction or a name."""
+    """Whether this is an error that torch raises for a truncated file in its older format, which is not a zip archive.
+
+    The error depends on where the file ends: inside a tensor's storage, a number, a pickle instruction or a name.
+    """
     if isinstance(error, EOFError | IndexError | struct.error):
         return True
     return "unexpected EOF" in str(error) or re.search(r"GLOBAL [\w.]*\. ", str(error)) is not None
 
 
 def _refuse_programs(archive: zipfile.ZipFile, path: Path) -> None:
-    """Raise UserError for zip archives without a pickle of torch.save, or with a program beside it."""
+    """Raise UserError if a zip archive has no pickle written by torch.save, or contains a TorchScript program."""
     names = archive.namelist()
     if any(name.endswith("/constants.pkl") for name in names):
         raise UserError(
@@ -252,7 +265,7 @@ def _refuse_programs(archive: zipfile.ZipFile, path: Path) -> None:
 
 
 def _refuse_bombs(archive: zipfile.ZipFile, path: Path) -> None:
-    """torch never compresses, so entries larger than the file are a zip bomb: raise UserError."""
+    """Raise UserError for a zip bomb: torch writes uncompressed entries, which cannot be larger than the file."""
     entries = archive.infolist()
     stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
     if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
@@ -260,7 +273,10 @@ def _refuse_bombs(archive: zipfile.ZipFile, path: Path) -> None:
 
 
 def _is_whole_archive(path: Path) -> bool:
-    """Whether it is a zip archive, as torch writes since 1.6. Raises UserError if it is empty or truncated."""
+    """Whether the file is a zip archive, the format of torch.save since 1.6.
+
+    Raises UserError if the file is empty or a truncated archive.
+    """
     with path.open("rb") as stream:
         head = stream.read(len(_ZIP_MAGIC))
     if not head:
@@ -272,9 +288,10 @@ def _is_whole_archive(path: Path) -> bool:
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
-    """States of every random generator that a training step on `device` may use, as plain containers and tensors.
+    """Return the states of all random generators that a training step on `device` may use.
 
-    Of several GPUs only the one that this process computes on counts; a process that computes on the CPU queries none.
+    They consist of plain containers and tensors. Only the GPU that this process computes on is included; a process that
+    computes on the CPU does not query any GPU.
     """
     name, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()
@@ -291,9 +308,9 @@ def random_states(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
-    """Restore every random generator to what `random_states` returned.
+    """Restore all random generators from the `states` that `random_states` returned.
 
-    If it was not called for this kind of device, the device's generator stays as it was seeded, and a note says so.
+    If `states` come from another kind of device, the generator of `device` keeps its seed, and a note is printed.
     """
     torch.set_rng_state(states["torch"])
     name, keys, position, has_gauss, gauss = states["numpy"]
@@ -303,11 +320,11 @@ def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
     if device.type == "cpu":
         return
     own = states.get(device.type)
-    if isinstance(own, list):  # of earlier versions: one for each GPU in sight
+    if isinstance(own, list):  # earlier versions saved the state of every visible GPU
         place = torch.cuda.current_device() if device.index is None else device.index
         own = own[place] if place < len(own) else None
     if own is None:
-        say(f"note: the checkpoint has no random state of {device}: the same steps, but other dropout masks")
+        say(f"note: the checkpoint has no random state of {device}; training continues with other dropout masks")
     elif device.type == "cuda":
         torch.cuda.set_rng_state(own, device)
     else:

@@ -1,4 +1,4 @@
-"""Device, precision and seeds, chosen once for every training loop and for extraction."""
+"""Choose the device and the precision, and set the seeds, for every training loop and for extraction."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
     from configs.schema import Config, CudaConfig
 
-# Cores per process on a GPU below which frames are known to come too slowly: one core decodes some 60 frames/s.
+# With fewer cores per GPU process than this, decoding is slower than the GPU: one core decodes about 60 frames/s.
 ENOUGH_CORES = 4
 INSTALLING = "install a torch for its CUDA (README, Start)"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then Apple's MPS, then the CPU.
+    """Return the torch device for the setting `device`; `auto` prefers CUDA, then Apple's MPS, then the CPU.
 
-    Raises UserError for a device that is not available, and for `auto` if there is an NVIDIA GPU that torch cannot use:
-    the CPU would need days for what was to be hours.
+    Raises UserError if the device is not available. Also raises UserError for `auto` if the machine has an NVIDIA GPU
+    that torch cannot use, because training on the CPU instead could take days rather than hours.
     """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name not in ("auto", *available):
@@ -50,14 +50,17 @@ def choose_device(name: str) -> torch.device:
 
 
 def unusable_gpu() -> str | None:
-    """Why torch cannot use the NVIDIA GPU of this machine, and what to do; None if it has no GPU or hides it."""
+    """Explain why torch cannot use this machine's NVIDIA GPU, and what to do about it.
+
+    Returns None if torch can use a GPU, or if the machine has none, or if the environment hides all of them.
+    """
     if torch.cuda.is_available() or gpus_are_hidden() or not driver_lists_gpu():
         return None
     if torch.version.cuda is None:
         return f"there is an NVIDIA GPU, but this torch is built for CPUs; {INSTALLING}"
     try:
         torch.cuda.init()
-        reason = "no GPU in sight"
+        reason = "it finds no GPU"
     except (RuntimeError, AssertionError) as error:
         reason = one_line(error, most=160)
     built = f"torch {torch.__version__} (built for CUDA {torch.version.cuda})"
@@ -71,19 +74,20 @@ def gpus_are_hidden() -> bool:
 
 @functools.cache
 def driver_lists_gpu() -> bool:
-    """Whether the NVIDIA driver has a GPU for this process; in a job without one it has none."""
+    """Whether the NVIDIA driver lists a GPU for this process. It lists none in a cluster job that requested none."""
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.SubprocessError):
         return False
-    # after an update without a restart, the driver does not answer the library
+    # After a driver update without a restart, nvidia-smi reports a version mismatch, but there is a GPU.
     return done.stdout.startswith("GPU ") or "version mismatch" in done.stdout + done.stderr
 
 
 def start_stage(stage: str, config: Config, device: torch.device, precision: str, others: str = "") -> None:
-    """What every stage begins with: the switches `cuda.*`, and one line on rank 0 about what it computes on.
+    """Apply the settings `cuda.*` and print, on rank 0, which device and precision the stage uses.
 
-    `others` describes the processes that load or decode. Raises UserError if torch has no code for the GPU.
+    Every stage begins with this. `others` describes the processes that load or decode frames, if any. Raises UserError
+    if torch was built without code for the GPU.
     """
     name = str(device)
     require_kernels(device)
@@ -95,7 +99,10 @@ def start_stage(stage: str, config: Config, device: torch.device, precision: str
 
 
 def apply_switches(cuda: CudaConfig) -> None:
-    """Set torch's global switches for CUDA. By default torch convolves in TF32 and multiplies in fp32."""
+    """Set torch's global switches for CUDA.
+
+    torch's own defaults differ: it uses TF32 in convolutions, but fp32 in matrix products.
+    """
     torch.backends.cudnn.deterministic = cuda.deterministic
     torch.backends.cudnn.benchmark = cuda.benchmark
     torch.backends.cudnn.allow_tf32 = cuda.tf32
@@ -103,7 +110,7 @@ def apply_switches(cuda: CudaConfig) -> None:
 
 
 def require_kernels(device: torch.device) -> None:
-    """Run a first kernel if the device is a CUDA GPU. Raises UserError if this torch was not built for it."""
+    """Test a CUDA device with a first small kernel. Raises UserError if this torch has no code for the GPU."""
     if device.type != "cuda":
         return
     try:
@@ -115,7 +122,7 @@ def require_kernels(device: torch.device) -> None:
 
 
 def missing_kernels(error: Exception, device: torch.device | int) -> str | None:
-    """The message for an error that means that torch has no kernels for this GPU; None for any other error."""
+    """Return the message for the user if `error` says that torch has no kernels for this GPU, otherwise None."""
     if "no kernel image" not in str(error):
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -126,11 +133,11 @@ def missing_kernels(error: Exception, device: torch.device | int) -> str | None:
 
 
 def choose_precision(setting: str, name: str, device: torch.device, training: bool) -> str:
-    """The arithmetic (fp32, bf16 or fp16) that `name`, the value of `setting`, resolves to on `device`.
+    """Return the precision (fp32, bf16 or fp16) that `name`, the value of `setting`, stands for on `device`.
 
-    `auto` and `native`: on GPUs bf16 where the card computes it, otherwise fp16 (with a scaler in training); on CPUs
-    with native bf16 that, for `auto` in inference only; otherwise fp32. Raises UserError, naming `setting`, for a
-    precision that this device does not support.
+    On a GPU, `auto` and `native` select bf16 if the GPU computes it, otherwise fp16 (with a gradient scaler in
+    training). On a CPU that computes bf16 natively, `native` selects bf16 and `auto` does so in inference only. In all
+    other cases both select fp32. Raises UserError naming `setting` if the device does not support the precision.
     """
     if name in ("native", "auto"):
         if device.type == "cuda":
@@ -155,29 +162,32 @@ def require_bf16(setting: str, device: torch.device) -> None:
 
 
 def _gpu_has_bf16() -> bool:
-    """Whether the card computes bf16; torch's default counts cards that only store it, many times slower than fp32."""
+    """Whether the GPU computes bf16 in hardware.
+
+    By default torch also says yes for GPUs that emulate bf16, which is many times slower than fp32.
+    """
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def say_few_cores(device: torch.device) -> None:
-    """A line for the user if a GPU's process has too few cores to decode or load its frames in time."""
+    """Print a note if this process has too few cores to decode or load frames as fast as its GPU needs them."""
     cores = available_cores()
     if device.type == "cuda" and cores < ENOUGH_CORES:
         say(
-            f"note: {cores} core{'s' if cores > 1 else ''} for this GPU's process, which will wait for frames: 8 or "
-            "more are usual; in a Slurm job ask for them with --cpus-per-task 8"
+            f"note: this GPU's process has only {cores} core{'s' if cores > 1 else ''}, so the GPU will wait for "
+            "frames; 8 or more are usual (in a Slurm job: --cpus-per-task 8)"
         )
 
 
 @contextmanager
 def lower_precision(device: torch.device, precision: str) -> Iterator[None]:
-    """Inference in `precision` (fp32, bf16 or fp16) on `device`: autocast, or nothing for fp32."""
+    """Run the body, an inference on `device`, in `precision`: under autocast for bf16 and fp16, unchanged for fp32."""
     with torch.autocast(device.type, DTYPES[precision]) if precision != "fp32" else nullcontext():
         yield
 
 
 def sent_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the CPU on `device`. A plain copy to a GPU would wait for everything that the GPU still has to do."""
+    """Copy a CPU tensor to `device` without waiting; a plain copy waits for all work queued on the GPU."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -185,7 +195,7 @@ def sent_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """torch computes with `count` threads on the CPU; the previous number is restored afterwards."""
+    """Let torch use `count` CPU threads in the body, and restore the previous number afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -198,8 +208,8 @@ def cpu_threads(count: int) -> Iterator[None]:
 def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 natively (AVX512-BF16 or AMX; BF16 on ARM).
 
-    Emulated bf16 is slower than fp32, and oneDNN has no LSTM for it. A CPU on which oneDNN is limited by
-    `ONEDNN_MAX_CPU_ISA=AVX2` counts as one without.
+    Emulated bf16 is slower than fp32, and oneDNN has no LSTM for it. The answer is also no where the variable
+    `ONEDNN_MAX_CPU_ISA=AVX2` keeps oneDNN from using native bf16.
     """
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -210,7 +220,7 @@ def cpu_has_bf16() -> bool:
 
 
 def _runs_lstm_in_bf16() -> bool:
-    lstm = torch.nn.LSTM(1, 1, device="meta").to_empty(device="cpu")  # leaves the random generator as it is
+    lstm = torch.nn.LSTM(1, 1, device="meta").to_empty(device="cpu")  # draws no random numbers
     try:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             lstm(torch.zeros(1, 1, 1))
@@ -220,7 +230,7 @@ def _runs_lstm_in_bf16() -> bool:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch; every training starts with this."""
+    """Seed the random generators of Python, NumPy and torch. Every training starts with this."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -229,10 +239,11 @@ def seed_everything(seed: int) -> None:
 def make_accelerator(
     device: str, precision: str, setting: str = "precision", unused_parameters: bool = False
 ) -> tuple[Accelerator, str]:
-    """The object that knows ranks, device and autocast, and the precision that `auto` resolves to.
+    """Build the Accelerator, which handles ranks, device and autocast; also returns the precision it uses.
 
-    `unused_parameters`: some parameters get no gradient in some steps, which DistributedDataParallel must know. Raises
-    UserError, naming `setting`, for a precision that the device does not support.
+    The returned precision is never `auto`. Set `unused_parameters` if some parameters get no gradient in some steps:
+    DistributedDataParallel must know that. Raises UserError naming `setting` if the device does not support the
+    precision.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
@@ -248,7 +259,10 @@ def make_accelerator(
 
 @contextmanager
 def old_driver_of_rtx_40() -> Iterator[None]:
-    """Accelerate's refusal of several such GPUs, even if one process uses one of them, as a UserError."""
+    """Turn an error of Accelerate about several RTX 40 GPUs with an old driver into a UserError.
+
+    Accelerate raises it even if this process uses only one of the GPUs.
+    """
     try:
         yield
     except NotImplementedError as error:
@@ -259,9 +273,10 @@ def old_driver_of_rtx_40() -> Iterator[None]:
 
 
 def _forget_other_settings(mixed: str, device: torch.device, setting: str) -> None:
-    """Reset Accelerate's global settings if they differ: one process may train twice, in different precisions.
+    """Reset Accelerate's global settings if they differ from this precision or device.
 
-    Accelerate has no public function for that. Raises UserError if this release has no private one either.
+    This lets one process train twice in different precisions. Accelerate has no public function for the reset; raises
+    UserError if the installed release does not have the private one either.
     """
     from accelerate.state import AcceleratorState, PartialState, is_initialized
 

@@ -1,8 +1,9 @@
-"""Atomic writing, bounded reading, locks and content hashes of files.
+"""Write files atomically, read them up to a size limit, lock folders, and hash contents.
 
-Every file of the project is written through `atomic_path`: a temporary file in the same folder (unique per process, so
-that two writers of one file need no lock), close, fsync, `os.replace`, fsync of the folder. A file whose name does not
-end in `.tmp` is therefore always complete.
+Every file of the project is written through `atomic_path`: the content goes to a temporary file in the same folder,
+which is closed, flushed to the disk (fsync) and renamed with `os.replace`; then the folder is flushed too. A file whose
+name does not end in `.tmp` is therefore always complete. Temporary names are unique, so two processes can write the
+same file without a lock.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from filelock import FileLock, Timeout
 from configs.errors import UserError
 
 HASH_SPAN_BYTES = 1 << 20
-# Far more than any index, label or result file has; in memory, a parsed JSON file takes a small multiple of its size.
+# Far larger than any index, label or result file. A parsed JSON file takes a small multiple of its size in memory.
 MAX_JSON_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
 # Error numbers of a full disk, an exhausted quota and a file-size limit.
@@ -37,13 +38,13 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable, on systems that can open a folder."""
+    """Flush `folder` to the disk, so that a rename in it survives a crash; does nothing where that is unsupported."""
     with suppress(OSError):  # some network file systems refuse fsync on folders; the rename is still atomic
         fsync_file(folder)
 
 
 def fsync_file(path: Path) -> None:
-    """Write the content of a closed file through to the disk."""
+    """Flush the content of a closed file to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -66,11 +67,11 @@ class NoRoomError(UserError):
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it replaces `path` on success and is removed after an exception.
+    """Yield a temporary path beside `path`; the temporary file replaces `path` once the body has succeeded.
 
-    The body writes and closes the file (and may reopen it to verify it). Any exception, KeyboardInterrupt included,
-    leaves `path` unchanged. On success, temporary files that killed writers of the same file left are removed. Raises
-    UserError if the disk is full or the folder is not writable.
+    The body writes and closes the temporary file, and may reopen it to verify it. After any exception, including
+    KeyboardInterrupt, the temporary file is removed and `path` is unchanged. On success, temporary files left behind by
+    killed writers of the same file are removed too. Raises UserError if the disk is full or the folder is not writable.
     """
     make_folder(path.parent)
     temporary = temporary_path(path)
@@ -87,9 +88,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def temporary_path(path: Path) -> Path:
-    """A unique path beside `path` whose name identifies this process.
+    """Return a unique path beside `path` whose name identifies this process.
 
-    The caller removes the file; after the death of this process, `remove_stale_temporaries` does.
+    The caller must remove the file. If this process dies first, `remove_stale_temporaries` removes it later.
     """
     return path.with_name(f".{_stem(path)}.{process_mark()}-{uuid.uuid4().hex[:8]}.tmp")
 
@@ -99,7 +100,7 @@ def _stem(path: Path) -> str:
 
 
 def as_user_error(error: OSError, path: Path) -> Exception:
-    """The UserError for a failed write; errors that the user cannot fix are returned unchanged."""
+    """Return a UserError for a failed write to `path`, or `error` itself if the user cannot fix it."""
     if _is_no_room(error):
         return NoRoomError(f"{path}: no room left on the disk; free some space or choose another folder")
     if isinstance(error, IsADirectoryError) or error.errno == errno.ENAMETOOLONG:
@@ -111,17 +112,18 @@ def as_user_error(error: OSError, path: Path) -> Exception:
 
 
 def _is_no_room(error: OSError) -> bool:
-    """Whether it is the error of a full disk (h5py gives the error number in the text only)."""
+    """Whether the error means that the disk is full. h5py gives the error number only in the error's text."""
     in_text = error.errno is None and any(f"errno = {number}," in str(error) for number in _NO_ROOM)
     return in_text or error.errno in _NO_ROOM
 
 
 def remove_stale_temporaries(folder: Path, older_than_s: float = 3600.0, of: str = "") -> int:
-    """Delete temporary files that killed writers left in `folder`, for all files or for the one named `of`.
+    """Delete the temporary files that killed writers left in `folder`, and return how many were deleted.
 
-    A file is deleted at once if its writer ran on this machine (same boot, same PID namespace) and is dead, and
-    otherwise after `older_than_s` seconds without a write: on a shared file system the process number of another
-    machine means nothing, but a live writer writes continually. Returns the number of deleted files.
+    `of` limits this to the temporary files of the file with that name. If the writer ran on this machine (same boot,
+    same PID namespace) and is dead, its file is deleted at once. Any other file is deleted after `older_than_s` seconds
+    without a write: on a shared file system, process numbers of other machines mean nothing here, but a live writer
+    writes continually.
     """
     removed = 0
     for path in folder.glob(".*.tmp"):
@@ -138,23 +140,23 @@ def remove_stale_temporaries(folder: Path, older_than_s: float = 3600.0, of: str
 
 @functools.cache
 def _place() -> str:
-    """Identifies the PID namespace (host, boot, namespace): a PID means the same process only where this matches."""
+    """Return a hash of host, boot and PID namespace: two PIDs are comparable only if this value is the same."""
     parts = [socket.gethostname()]
     try:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
         parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
     except OSError:
-        parts.append(uuid.uuid4().hex)  # scope unknown: matches no other process
+        parts.append(uuid.uuid4().hex)  # not known here, so that no other process may match
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:8]
 
 
 def process_mark() -> str:
-    """Identifier of this process, to be passed to `process_is_dead` later."""
+    """Return an identifier of this process that `process_is_dead` accepts later."""
     return f"{_place()}-{os.getpid()}"
 
 
 def process_is_dead(mark: str) -> bool:
-    """Whether the process with this `process_mark` ran on this machine since its boot and has ended."""
+    """Whether the process with this `process_mark` ran on this machine since its last boot and has ended."""
     place, _, rest = mark.partition("-")
     number = rest.partition("-")[0]
     if place != _place() or not number.isdigit():
@@ -171,11 +173,11 @@ def process_is_dead(mark: str) -> bool:
 
 @contextmanager
 def exclusive_lock(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold `folder` for this process alone. Raises UserError naming `what` and the holder if another process has it;
-    with `wait` it waits for that one instead.
+    """Lock `folder` for this process while the body runs.
 
-    The lock is a kernel lock on the file `.lock`, which is not deleted: the kernel releases it when its holder is
-    killed. File systems without locks cause a warning.
+    If another process holds the lock, raises UserError naming `what` and that process, or waits for it with `wait`. The
+    lock is a kernel lock on the file `.lock`: the kernel releases it when its holder ends or is killed, so the file
+    itself is never deleted. On a file system without locks, the body runs without one, after a warning.
     """
     lock, note = FileLock(make_folder(folder) / ".lock", timeout=-1 if wait else 0), folder / "in-work"
     try:
@@ -192,7 +194,9 @@ def exclusive_lock(folder: Path, what: str, *, wait: bool = False) -> Iterator[N
             raise UserError(
                 f"{folder / '.lock'}: cannot be locked ({error.strerror}); delete it, or choose another --name"
             ) from error
-        warnings.warn(f"{folder}: no locks on this file system; start no second process on this {what}", stacklevel=3)
+        warnings.warn(
+            f"{folder}: this file system has no locks; do not start a second process on this {what}", stacklevel=3
+        )
     try:
         write_text(note, f"process {os.getpid()} on {socket.gethostname()}")
         yield
@@ -209,7 +213,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: indented, in the order given, NumPy and torch values as plain ones.
+    """Write JSON atomically, indented, with keys in the given order; NumPy and torch values become plain numbers.
 
     Raises ValueError for NaN, which JSON lacks, and TypeError for values that JSON cannot represent.
     """
@@ -225,7 +229,7 @@ def _plain(value: Any) -> Any:
 
 
 def require_replaceable_json(path: Path) -> None:
-    """Raise UserError if `path` exists and does not contain the JSON of earlier results."""
+    """Raise UserError if `path` exists and is not a JSON file of earlier results, so that no other file is lost."""
     if path.exists() and (path.is_dir() or not path.read_bytes()[:1].startswith(b"{")):
         raise UserError(f"{path}: exists and does not contain results; choose another file")
 
@@ -245,7 +249,10 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that contains an object. Raises UserError as `read_json`, and for any other JSON value."""
+    """Read a JSON file that contains an object.
+
+    Raises UserError where `read_json` does, and if the file contains another kind of JSON value.
+    """
     value = read_json(path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: damaged: contains no JSON object; delete it or restore it")
@@ -257,12 +264,12 @@ def read_json(path: Path) -> Any:
     content = read_bounded(path, MAX_JSON_BYTES)
     try:
         return json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # ValueError: also for integers of thousands of digits
+    except (ValueError, RecursionError) as error:  # integers of thousands of digits raise ValueError too
         raise UserError(f"{path}: not a JSON file ({error})") from error
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a whole file as hexadecimal digits."""
+    """Return the SHA-256 of a whole file as hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(_READ_BYTES):
@@ -271,7 +278,10 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_ends(path: Path) -> str:
-    """SHA-256 over the size, the first and the last MiB of a file: fast for large videos, and detects replacement."""
+    """Return the SHA-256 of a file's size, first MiB and last MiB.
+
+    It is fast for large videos, and changes if a file is replaced by another.
+    """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as stream:
@@ -283,13 +293,13 @@ def sha256_ends(path: Path) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """SHA-256 of a value in canonical JSON (keys sorted, no blanks)."""
+    """Return the SHA-256 of a value in canonical JSON (keys sorted, no blanks)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def require_free_bytes(folder: Path, needed: int, purpose: str) -> None:
-    """Raise NoRoomError, a UserError, if the disk of `folder` has fewer than `needed` bytes free for `purpose`."""
+    """Raise NoRoomError (a UserError) naming `purpose` if the disk of `folder` has fewer than `needed` bytes free."""
     probe = folder
     while not probe.exists():
         probe = probe.parent
@@ -302,21 +312,23 @@ def require_free_bytes(folder: Path, needed: int, purpose: str) -> None:
 
 
 def below_root(message: str, root: Path) -> str:
-    """A message with its paths made relative to the data root, so that a file containing it can move with the data."""
+    """Return `message` with paths relative to the data root, so that a file containing it can move with the data."""
     return message.replace(f"{root}{os.sep}", "")
 
 
 class LinkedRoot(type(Path())):  # type: ignore[misc]
     """A data root whose symbolic links may point outside it (`data.follow_links`).
 
-    The permission belongs to this object: no path in a file can grant it, and a plain `Path` made of it lacks it.
+    Only an object of this class grants the permission: a path read from a file cannot, and neither can a plain `Path`
+    made from such an object.
     """
 
 
 def inside(root: Path, relative: str) -> Path:
-    """The path `relative` below `root`.
+    """Return the path `relative` below `root`.
 
-    Raises UserError if it is absolute, leaves the root by `..` or, unless `root` is a `LinkedRoot`, by a symbolic link.
+    Raises UserError if `relative` is absolute or leads out of the root by `..`. A symbolic link out of the root also
+    raises UserError, unless `root` is a `LinkedRoot`.
     """
     if Path(relative).is_absolute() or "\x00" in relative:
         raise UserError(f"{relative!r}: paths in an index must be relative to the data root")

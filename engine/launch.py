@@ -1,4 +1,4 @@
-"""How ranks are started: what launchers (torchrun, srun, `--devices`) set, and the launcher behind `--devices`."""
+"""Read what launchers of several ranks (torchrun, srun, `--devices`) set, and start the ranks for `--devices`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from dataclasses import dataclass
 
 from configs.errors import UserError
 
-GRACE_S = 30.0  # time for ranks to exit by themselves after one has failed, and again after SIGTERM
-LAST_WORDS_S = 2.0  # for ranks to remove their temporary files after a second Ctrl-C
+GRACE_S = 30.0  # how long the other ranks may take to exit after one has failed, and again after SIGTERM
+LAST_WORDS_S = 2.0  # how long ranks may take to remove temporary files after a second Ctrl-C
 FIRST_PORT, PORTS = 15000, 20000
-LAUNCHER_PID = "SURGSTAGE_LAUNCHER_PID"  # of the process that started this one with --devices
-AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # set by torchrun, and by --devices
+LAUNCHER_PID = "SURGSTAGE_LAUNCHER_PID"  # variable with the PID of the process that started this rank (--devices)
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # variable that torchrun and --devices set
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher sets: this process's rank, the world size, its rank on this machine."""
+    """This process's rank, the number of ranks (world size), and its rank among those on this machine."""
 
     rank: int
     count: int
@@ -31,10 +31,10 @@ class Launch:
 
 
 def launch(environment: Mapping[str, str] | None = None) -> Launch:
-    """Ranks as torchrun (or `--devices`) or srun sets them; a single process if neither does.
+    """Read rank and world size as set by torchrun, `--devices` or srun; without these, this is a single process.
 
-    `SLURM_STEP_NUM_TASKS` is set by srun only: a batch script outside its steps is one process, however many tasks it
-    requested. Raises UserError if the rank is not below the world size.
+    A batch script of Slurm is a single process too, however many tasks it requested: only srun sets
+    `SLURM_STEP_NUM_TASKS`. Raises UserError if the variables are not numbers or the rank is not below the world size.
     """
     found = os.environ if environment is None else environment
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -52,14 +52,14 @@ def launch(environment: Mapping[str, str] | None = None) -> Launch:
 
 
 def permitted_cores() -> int:
-    """Cores that this process may run on, shared with others or not."""
+    """Return the number of cores that this process may run on, even if other processes share them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_cores(environment: Mapping[str, str] | None = None) -> int:
-    """Cores for this process: those it may run on, divided by the number of ranks on this machine.
+    """Return this process's share of the cores: those it may run on, divided by the ranks that share them.
 
-    torchrun and `--devices` do not bind ranks to cores; srun gives each task cores of its own.
+    Ranks of torchrun and `--devices` share all cores of the machine; srun gives each task its own.
     """
     found = os.environ if environment is None else environment
     return max(1, permitted_cores() // (ranks_here(found) if AGENT_STORE in found else 1))
@@ -72,10 +72,11 @@ def ranks_here(environment: Mapping[str, str] | None = None) -> int:
 
 
 def set_torchrun_variables(environment: MutableMapping[str, str] | None = None) -> None:
-    """Set the variables of torchrun in the environment of an srun task, for libraries that read them.
+    """Set torchrun's environment variables in an srun task, since torch and Accelerate read them.
 
-    Every task computes the same address and port: the step's first machine, and a port that two jobs on one machine
-    are unlikely to share. Variables that are already set are kept (MASTER_ADDR, for a second network).
+    Every task computes the same address and port: the address is that of the step's first machine, and the port depends
+    on the job, so that two jobs on one machine are unlikely to collide. Variables that are already set are kept, for
+    example MASTER_ADDR to select another network.
     """
     found = os.environ if environment is None else environment
     here = launch(found)
@@ -97,14 +98,14 @@ def set_torchrun_variables(environment: MutableMapping[str, str] | None = None) 
 
 
 def first_host(hosts: str) -> str:
-    """The first machine of a Slurm node list: `gpu[03-05,09],big1` gives gpu03."""
+    """Return the first machine of a Slurm node list: gpu03 for `gpu[03-05,09],big1`."""
     first = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\])?([^,\[]*)", hosts.strip())
     assert first is not None  # every part may be empty
     return first.group(1) + (first.group(2) or "") + first.group(3)
 
 
 def is_main_process() -> bool:
-    """Whether this is rank 0 (or the only process), which prints for all."""
+    """Whether this process is rank 0 (or the only process), which prints on behalf of all ranks."""
     try:
         return launch().rank == 0
     except UserError:
@@ -112,17 +113,19 @@ def is_main_process() -> bool:
 
 
 def launcher_died() -> bool:
-    """Whether the process that started this rank with `--devices` has died without stopping it by a signal."""
+    """Whether the parent process that started this rank with `--devices` has died."""
     return LAUNCHER_PID in os.environ and os.getppid() != int(os.environ[LAUNCHER_PID])
 
 
 def run_copies(command: list[str], count: int) -> int:
     """Run `command` as `count` ranks on this machine and return the most informative exit code.
 
-    Signals that arrive here are passed on to every rank. When a rank fails, the others have `GRACE_S` to end by
-    themselves, then get SIGTERM and at last SIGKILL; after a second Ctrl-C all have `LAST_WORDS_S`. The returned code
-    is 128 + the signal's number if a rank was killed, otherwise the smallest of those that had failed when the first
-    failure was noticed, or 130 after a second Ctrl-C.
+    Signals that this process receives are passed on to every rank. When a rank fails, the others have `GRACE_S` seconds
+    to exit by themselves; then they get SIGTERM, and later SIGKILL. After a second Ctrl-C they have `LAST_WORDS_S`.
+
+    The exit code is 0 if no rank failed, and 130 after a second Ctrl-C. If a rank was killed by a signal, it is 128 +
+    the signal's number. Otherwise it is the smallest exit code among the ranks that had failed when the first failure
+    was noticed.
     """
     import torch.distributed as dist
 
@@ -145,7 +148,7 @@ def run_copies(command: list[str], count: int) -> int:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             ranks.start(command, {**os.environ, **shared, **own})
         failed = [code for code in ranks.wait(lambda codes: any(codes) or None not in codes) if code]
-        codes = ranks.wait(_all_ended, GRACE_S)  # the others notice the failure and exit with the code of its cause
+        codes = ranks.wait(_all_ended, GRACE_S)  # the other ranks notice the failure and exit with the same code
         if ranks.interrupted_twice and any(code != 0 for code in codes):
             return EXIT_INTERRUPTED
         # a killed rank is the cause of the others' failures
@@ -158,7 +161,7 @@ def run_copies(command: list[str], count: int) -> int:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-Codes = list[int | None]  # exit codes of the ranks; None: still running
+Codes = list[int | None]  # exit codes of the ranks, None for a rank that is still running
 
 
 def _all_ended(codes: Codes) -> bool:
@@ -166,7 +169,7 @@ def _all_ended(codes: Codes) -> bool:
 
 
 class _Ranks:
-    """The ranks that `run_copies` has started, and the signals that arrive for them."""
+    """The ranks that `run_copies` has started, and the received signals that are still to be passed on to them."""
 
     def __init__(self) -> None:
         self._running: list[subprocess.Popen[bytes]] = []
@@ -176,22 +179,25 @@ class _Ranks:
 
     @property
     def interrupted_twice(self) -> bool:
-        """Whether a second Ctrl-C has arrived, after which no rank is waited for."""
+        """Whether a second Ctrl-C has arrived. Then the launcher no longer waits for ranks to save their work."""
         return self._interrupts > 1
 
     def start(self, command: list[str], environment: Mapping[str, str]) -> None:
-        """Start a rank in its own session, so that Ctrl-C reaches it once only, through this process."""
+        """Start a rank in a session of its own, so that it receives Ctrl-C only once, from this process."""
         self._running.append(subprocess.Popen(command, env=environment, start_new_session=True))
 
     def on_signal(self, number: int, frame: object) -> None:
-        """The signal handler; `wait` passes the signals on."""
+        """Record a received signal (the signal handler); `wait` passes it on to the ranks."""
         self._arrived.append(number)
         self._interrupts += number == signal.SIGINT
         if number == signal.SIGINT and self._interrupts == 2:
             self._leave_by = time.monotonic() + LAST_WORDS_S
 
     def wait(self, done: Callable[[Codes], bool], timeout_s: float = math.inf) -> Codes:
-        """Pass signals on until `done`, for at most `timeout_s`; after a second Ctrl-C for at most `LAST_WORDS_S`."""
+        """Pass signals on until `done` is true of the exit codes, and return the exit codes.
+
+        Returns early after `timeout_s` seconds, or `LAST_WORDS_S` seconds after a second Ctrl-C.
+        """
         deadline = time.monotonic() + timeout_s
         while not done(codes := [rank.poll() for rank in self._running]):
             if time.monotonic() > min(deadline, self._leave_by):
@@ -204,11 +210,11 @@ class _Ranks:
         return codes
 
     def end(self, number: int) -> None:
-        """Send a signal to the ranks that still run and to their children, and wait for them."""
+        """Send a signal to the ranks that are still running and to their children, and wait until they end."""
         for rank in self._running:
             if rank.poll() is None:
                 with suppress(ProcessLookupError):
                     os.killpg(rank.pid, number)
         if number == signal.SIGKILL:
-            self._leave_by = math.inf  # it takes no time to obey
+            self._leave_by = math.inf  # no time limit is needed: a killed process ends at once
         self.wait(_all_ended, GRACE_S)

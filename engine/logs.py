@@ -1,4 +1,4 @@
-"""Metric logs: one JSON object per line, and the same scalars as TensorBoard events."""
+"""Log the metrics of a training, as JSON (one object per line) and as TensorBoard events."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _LAST_STEP = 1 << 62
 class MetricLog:
     """Appends to `metrics.jsonl` and to TensorBoard events in `folder`.
 
-    A resumed run first drops the lines after its checkpoint (`rewind`), so that the file is that of an uninterrupted
-    run; everything logged before a checkpoint is written must be on the disk first (`sync`). Every method raises
-    UserError if the disk is full, after which nothing more is logged. TensorBoard is imported at the first `sync`, so
-    that the first training step need not wait for it.
+    A resumed run first calls `rewind`, which drops the lines written after its checkpoint, so that the file ends up
+    like that of an uninterrupted run. Call `sync` before writing a checkpoint, so that all earlier lines are on the
+    disk. Every method raises UserError if the disk is full; after that, nothing more is logged. TensorBoard is imported
+    only at the first `sync`, so that it does not delay the first training step.
     """
 
     def __init__(self, folder: Path, enabled: bool = True) -> None:
@@ -38,10 +38,10 @@ class MetricLog:
         self._waiting: list[dict[str, Any]] = []
 
     def rewind(self, global_step: int, epoch: int) -> None:
-        """Drop every line of a step after `global_step`, and the lines of whole epochs from `epoch` on.
+        """Drop the lines of all steps after `global_step`, and the `epoch` lines of `epoch` and later epochs.
 
-        A run that was killed at the end of an epoch may have logged it, and resumes at its last step, which has the
-        same number.
+        The second part matters if a run was killed after it had logged an epoch, but before the next checkpoint. It
+        then resumes at the epoch's last step, which has the same number as the epoch's line.
         """
         if not self.enabled or not self.path.exists():
             return
@@ -53,10 +53,11 @@ class MetricLog:
         with atomic_path(self.path) as temporary:
             temporary.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
         self._purge_step = global_step
-        self._waiting = [row for row in kept if row["global_step"] == global_step]  # purged as well, so written again
+        # TensorBoard will also hide the events of step `global_step` itself, so these are written again.
+        self._waiting = [row for row in kept if row["global_step"] == global_step]
 
     def log(self, kind: str, global_step: int, values: dict[str, Any]) -> None:
-        """Write one line: `kind` (step or epoch), the step, the values (None for one that does not exist)."""
+        """Append a line with `kind` (step or epoch), the step number and the values; a missing value is None."""
         if not self.enabled:
             return
         row = {"kind": kind, "global_step": global_step, **values}
@@ -79,14 +80,14 @@ class MetricLog:
         if self._events is None and self._events_wanted:
             try:
                 self._events = _Events(self.folder / "events", self._purge_step)
-            except ImportError as error:  # what is used of TensorBoard is not public
+            except ImportError as error:  # these parts of TensorBoard are not public and can change
                 self._events_wanted = False
-                say(f"note: no events for TensorBoard, whose release does not fit: {one_line(error)}")
+                say(f"note: no TensorBoard events: this release of TensorBoard is not supported ({one_line(error)})")
         if self._events is not None:
             self._events.write(self._waiting)
 
     def close(self) -> None:
-        """As `sync`; later lines go to a new events file."""
+        """Call `sync` and close the events file; lines that are logged later go to a new one."""
         self.sync()
         if self._events is not None:
             self._events.close()
@@ -97,15 +98,15 @@ class MetricLog:
         try:
             yield
         except OSError as error:
-            self.enabled = False  # later lines would fail too, and hide this error
+            self.enabled = False  # later writes would fail too, and their errors would hide this one
             raise as_user_error(error, path) from error
 
 
 class _Events:
-    """One TensorBoard file, written synchronously.
+    """A TensorBoard events file that is written synchronously.
 
-    `SummaryWriter` writes in a thread, which prints a traceback when the disk is full, and without fsync. TensorBoard
-    does not show what older files contain from `purge_step` on.
+    It replaces `SummaryWriter`, which writes in a thread that prints a traceback when the disk is full, and does not
+    call fsync. TensorBoard hides the events of older files from step `purge_step` on.
     """
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:
@@ -115,7 +116,8 @@ class _Events:
 
         self._event, self._summary, self._writer = Event, Summary, RecordWriter
         make_folder(folder)
-        # read in the order of their names; fractions of a second keep that order when starts follow quickly
+        # TensorBoard reads the files in the order of their names. Fractions of a second in the name keep this order
+        # chronological even if a training is started twice within a second.
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._stream = (folder / name).open("wb", buffering=0)
         first = [Event(wall_time=time.time(), file_version="brain.Event:2")]
@@ -125,7 +127,7 @@ class _Events:
         self._append(first)
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write the numbers of log rows as scalars named `<kind>/<name>`; they are on the disk when this returns."""
+        """Write the numbers of log rows as scalars named `<kind>/<name>`, and flush them to the disk."""
         events = []
         for row in rows:
             values = [
@@ -143,19 +145,19 @@ class _Events:
         for event in events:
             records.write(event.SerializeToString())
         rest = memoryview(buffer.getvalue())
-        while rest:  # a disk that is nearly full accepts a part, then nothing
+        while rest:  # a nearly full disk accepts only a part, and then raises an error
             rest = rest[self._stream.write(rest) or 0 :]
         os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        """Close the file; everything has been written."""
+        """Close the file; nothing is buffered, so nothing is left to write."""
         self._stream.close()
 
 
 def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Rows of a `metrics.jsonl`, of one kind or all, without lines that a crash or a bad disk has damaged.
+    """Read the rows of a `metrics.jsonl`: those of one `kind`, or all.
 
-    Raises UserError if the file cannot be read.
+    Damaged lines, as left by a crash or a bad disk, are skipped. Raises UserError if the file cannot be read.
     """
     lines = read_bounded(path, MAX_METRICS_BYTES).decode("utf-8", "replace").splitlines()
     rows = [row for line in lines if (row := _row(line)) is not None]
@@ -165,7 +167,10 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
 def training_outcome(
     folder: Path, best: Mapping[str, Any], score_names: Mapping[str, str], chosen_by: str
 ) -> dict[str, Any]:
-    """The scores of the best epoch (counted from 1) and the length of a training, from its log in `folder`."""
+    """Return a finished training's result: the best epoch (from 1), its scores, the number of epochs and the time.
+
+    `best` contains the scores of the best epoch; number and time of all epochs are read from the log in `folder`.
+    """
     epochs = read_metrics(folder / METRICS_LOG, "epoch")
     return {
         **{key: best.get(key) for key in score_names},
@@ -177,7 +182,7 @@ def training_outcome(
 
 
 def outcome_sentence(result: Mapping[str, Any], score_names: Mapping[str, str]) -> str:
-    """The result of a training in one line."""
+    """Describe the result of a training in one line for the user."""
     scores = [f"{words} {result[key]:.3f}" for key, words in score_names.items() if result[key] is not None]
     return (
         f"{', '.join(scores) or 'no validation score'} at epoch {result['best_epoch']} of {result['epochs']}; "
@@ -186,7 +191,7 @@ def outcome_sentence(result: Mapping[str, Any], score_names: Mapping[str, str]) 
 
 
 def _row(line: str) -> dict[str, Any] | None:
-    """The row in a line; None for a damaged one."""
+    """Parse one line of the log; returns None if the line is damaged."""
     try:
         row: dict[str, Any] = json.loads(line)
         whole = isinstance(row["kind"], str) and (row["kind"] != "epoch" or type(row["epoch"]) is int)

@@ -1,4 +1,4 @@
-"""Memory: what is available, what is freed and kept by the C library, and a GPU with too little of it."""
+"""Find out how much memory is available, control how the C library frees it, and report a GPU with too little."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from typing import Any
 
 from configs.errors import UserError, one_line
 
-# Parameters of glibc's mallopt(3): the bytes kept at the end of the heap, and the size above which a block has a
-# mapping of its own. For the latter, glibc before 2.33 accepts 32 MiB at most and otherwise keeps its default.
+# Parameters of glibc's mallopt(3). M_TRIM_THRESHOLD: how many unused bytes stay at the end of the heap.
+# M_MMAP_THRESHOLD: blocks larger than this are mapped separately; glibc before 2.33 ignores values above 32 MiB.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 2**30
 
 
 def keep_freed_memory() -> bool:
-    """Make the C library keep freed memory in this process; returns whether it does (glibc only).
+    """Let the C library keep freed memory in this process; returns whether that worked (it does with glibc only).
 
-    Every batch allocates large tensors of similar sizes. By default glibc returns them to the kernel after each batch,
-    and the kernel must clear and map every page again. If sizes vary, the heap fragments and grows beyond what was ever
-    in use at once; call `give_back_freed_memory` from time to time.
+    Every batch allocates large tensors of similar sizes. By default glibc returns their memory to the kernel after each
+    batch, and the kernel must clear and map every page again for the next one. If the sizes vary, the heap fragments
+    and becomes larger than the memory in use: then call `give_back_freed_memory` from time to time.
     """
     mallopt = _glibc("mallopt")
     return mallopt is not None and all(mallopt(name, _KEPT_BYTES) for name in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
 
 
 def give_back_freed_memory() -> None:
-    """Return unused pages of the heap to the kernel, those between blocks in use included (glibc only)."""
+    """Return all unused pages of the heap to the kernel, also those between blocks in use (glibc only)."""
     trim = _glibc("malloc_trim")
     if trim is not None:
         trim(ctypes.c_size_t(0))
 
 
 def free_shared_memory() -> int | None:
-    """Free bytes of /dev/shm, through which processes send tensors; None on systems without it."""
+    """Return the free bytes of /dev/shm, through which processes send tensors, or None on systems without it."""
     try:
         return shutil.disk_usage("/dev/shm").free
     except OSError:
@@ -52,9 +52,9 @@ def _glibc(name: str) -> Callable[..., Any] | None:
 
 @contextmanager
 def needs_gpu_memory(lower: str) -> Iterator[None]:
-    """Raise UserError, which names the settings to `lower`, where torch finds too little memory on the GPU.
+    """Turn torch's out-of-memory error on a GPU into a UserError that tells the user which settings to `lower`.
 
-    As a decorator, it does so for a whole function.
+    It can be used as a context manager, or as a decorator of a function.
     """
     try:
         yield
@@ -65,9 +65,9 @@ def needs_gpu_memory(lower: str) -> Iterator[None]:
 
 
 def is_gpu_error(error: BaseException) -> bool:
-    """Whether a device reports an error, its full memory included, after which most later calls on it fail as well.
+    """Whether the error comes from a GPU (out of memory included); most later calls on that GPU will fail too.
 
-    torch before 2.8 has no type for most of these.
+    Most of these errors are recognised by their text, since torch before 2.8 has no type for them.
     """
     if _types(error) & {"AcceleratorError", "OutOfMemoryError"}:
         return True
@@ -76,14 +76,14 @@ def is_gpu_error(error: BaseException) -> bool:
 
 
 def _types(error: BaseException) -> set[str]:
-    """The names of an exception's classes: to ask for them by object would import torch."""
+    """Return the names of an exception's classes; comparing names avoids importing torch for its classes."""
     return {kind.__name__ for kind in type(error).__mro__}
 
 
 # ---------------------------------------------------------------------------------------------- what is available
 
-# Files of a control group: the limit, the bytes in use, and the part of these that are pages of files, which are freed
-# when needed; of version 2, then of version 1 (the folder below the mount point comes first).
+# By folder below the mount point, for control groups of version 2 and of version 1: the file with the limit, the file
+# with the bytes in use, and the fields of memory.stat that count cached file pages, which the kernel frees when needed.
 _GROUP_FILES = {
     "": ("memory.max", "memory.current", ("inactive_file", "active_file")),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
@@ -91,9 +91,10 @@ _GROUP_FILES = {
 
 
 def available_bytes(root: Path = Path("/")) -> int:
-    """Memory that this process can still take: of the machine and, on Linux, of its control groups (Slurm, containers).
+    """Return how many bytes of memory this process can still use.
 
-    On other systems it is all memory of the machine. `root` is the folder that holds `proc` and `sys`.
+    On Linux this is the least of what the machine and the limits of control groups (Slurm, containers) leave; on other
+    systems it is the machine's whole memory. `root` is the folder that contains `proc` and `sys`.
     """
     with suppress(OSError, ValueError, KeyError):
         fields = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
@@ -104,7 +105,7 @@ def available_bytes(root: Path = Path("/")) -> int:
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """What each memory limit above this process leaves."""
+    """Yield, for each control group of this process that has a memory limit, the bytes that are left below it."""
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, place = line.split(":", 2)
         mount = "memory" if "memory" in controllers.split(",") else controllers
@@ -113,7 +114,7 @@ def _left_in_groups(root: Path) -> Iterator[int]:
         limit, used, of_files = _GROUP_FILES[mount]
         folder = root / "sys/fs/cgroup" / mount
         for group in (folder / place.lstrip("/"), *(folder / place.lstrip("/")).parents):
-            with suppress(OSError, ValueError, KeyError):  # no limit here ("max"), or none that can be seen from inside
+            with suppress(OSError, ValueError, KeyError):  # this group has no limit ("max"), or hides it from inside
                 stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
                 freed = sum(int(stat[name]) for name in of_files)
                 yield int((group / limit).read_text()) - int((group / used).read_text()) + freed

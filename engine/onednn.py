@@ -1,8 +1,8 @@
-"""Private oneDNN operations of torch that are faster than the public ones; called and probed in this file only.
+"""Wrap private oneDNN operations of torch, which are faster than the public ones. Only this file calls them.
 
 A torch release may change them without notice, and not every CPU supports them in bf16. `multiplies` and `convolves`
-report, once per process and type, whether a tiny computation gives the same as the public operations; if not, callers
-use the public operations.
+therefore test, once per process and data type, whether a tiny computation gives the same result as with the public
+operations. If not, callers use the public operations.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 def pack_linear(weights: Tensor, rows: int) -> Tensor:
-    """Weights (O, I) in oneDNN's own memory layout for products with matrices of about `rows` rows."""
+    """Convert weights (O, I) to oneDNN's own memory layout, for products with matrices of about `rows` rows."""
     found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weights, rows)
     return found
 
 
 def linear(x: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear for packed or plain weights."""
+    """Compute F.linear with packed or plain weights."""
     found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weights, bias, "none", [], "")
     return found
 
 
 def pack_convolution(weights: Tensor, geometry: Geometry, shape: list[int]) -> Tensor:
-    """Weights (O, C, kh, kw) in oneDNN's layout for `convolution_relu` on batches of about `shape` (N, C, H, W)."""
+    """Convert weights (O, C, kh, kw) to oneDNN's own memory layout, for `convolution_relu`.
+
+    `shape` (N, C, H, W) is the approximate shape of the batches.
+    """
     found: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weights, *geometry, shape)
     return found
 
@@ -41,7 +44,7 @@ def pack_convolution(weights: Tensor, geometry: Geometry, shape: list[int]) -> T
 def convolution_relu(
     x: Tensor, other: Tensor | None, packed: Tensor, bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
-    """ReLU of a convolution of x (N, C, H, W) plus `other`, in one operation."""
+    """Compute ReLU(convolution of x (N, C, H, W) + `other`) in one operation; without the addition if it is None."""
     operation: Any = torch.ops.mkldnn._convolution_pointwise
     if other is None:
         found: Tensor = operation(x, packed, bias, *geometry, "relu", [], "")
@@ -51,18 +54,21 @@ def convolution_relu(
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether `pack_linear` and `linear` work here for this type."""
+    """Whether `pack_linear` and `linear` work with this torch, CPU and data type."""
     return dtype in _TOLERANCE and _multiply(dtype, *_operations("_reorder_linear_weight", "_linear_pointwise"))
 
 
 def convolves(dtype: torch.dtype) -> bool:
-    """Whether `pack_convolution` and `convolution_relu` work here for this type."""
+    """Whether `pack_convolution` and `convolution_relu` work with this torch, CPU and data type."""
     names = ("_reorder_convolution_weight", "_convolution_pointwise")
     return dtype in _TOLERANCE and _convolve(dtype, *_operations(*names))
 
 
 def _operations(*names: str) -> list[Any]:
-    """The operations for which a probe's result is cached; None for a name that this torch does not have."""
+    """Return torch's oneDNN operations of these names, or None for a name that this torch does not have.
+
+    They are arguments of the cached tests below, so that a test is repeated if an operation changes.
+    """
     return [getattr(torch.ops.mkldnn, name, None) for name in names]
 
 
@@ -91,17 +97,17 @@ def _convolve(dtype: torch.dtype, *operations: Any) -> bool:
 
 
 def _table(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Numbers of both signs, with no two rows or columns equal."""
+    """Return a tensor with numbers of both signs in which no two rows or columns are equal."""
     count = torch.Size(shape).numel()
     return torch.arange(count).mul(0.7).sin().view(shape).to(dtype)
 
 
 def _equal_to_rounding(private: Callable[[], Tensor], public: Callable[[], Tensor]) -> bool:
-    """Whether both give the same tensor up to rounding."""
+    """Whether both functions return the same tensor up to rounding; False if the private one fails."""
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             found, expected = private(), public()
             close = torch.allclose(found, expected, rtol=0, atol=_TOLERANCE[expected.dtype])
         return found.dtype == expected.dtype and found.shape == expected.shape and close
-    except Exception:  # no such operation, other arguments, or a type that this CPU lacks
+    except Exception:  # the operation is missing, takes other arguments, or this CPU does not support the type
         return False

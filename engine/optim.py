@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules by their names in the settings."""
+"""Build optimisers and learning-rate schedules from the settings."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from configs.schema import OptimConfig, ScheduleConfig
 
 
 def build_optimizer(groups: Iterable[dict[str, Any]], config: OptimConfig) -> Optimizer:
-    """SGD, Adam or AdamW over parameter groups; a group's `lr_factor` scales its learning rate (0 excludes the group).
+    """Build SGD, Adam or AdamW over parameter groups.
 
-    Weight decay applies to the parameters of batch norm and to biases too, as in the reference implementation.
+    A group's `lr_factor` scales its learning rate; a group with factor 0 is not trained. As in the reference
+    implementation, weight decay applies to all parameters, including biases and those of batch norm.
     """
     scaled = []
     for group in groups:
@@ -37,9 +38,10 @@ def build_optimizer(groups: Iterable[dict[str, Any]], config: OptimConfig) -> Op
 
 
 def _eager(kind: type[Optimizer]) -> type[Any]:
-    """The same optimiser without the wrappers that import torch's compiler on the first step (1.4 s and 150 MB).
+    """Return a subclass of an optimiser without wrappers that import torch's compiler at the first step.
 
-    Only compiled steps need them, and this project compiles none. A torch without such wrappers is left as it is.
+    That import takes 1.4 s and 150 MB. Only compiled optimiser steps need the wrappers, and this project compiles none.
+    With a torch that has no such wrappers, the subclass is identical to the optimiser.
     """
     methods: dict[str, Any] = {}
     for name in ("step", "zero_grad", "add_param_group", "state_dict", "load_state_dict"):
@@ -50,12 +52,15 @@ def _eager(kind: type[Optimizer]) -> type[Any]:
 
 
 class Schedule:
-    """The learning rate of every group: its initial value times a factor, but at least `min_lr`.
+    """Set the learning rate of every parameter group to its initial value times a factor, but at least `min_lr`.
 
-    The factor rises linearly over the first `warmup_steps` and otherwise changes once per epoch: `step` (gamma every
-    `step_epochs`), `cosine` (towards zero at the last epoch, but not below `min_lr`), `plateau` (gamma after
-    `patience_epochs` without a better score), `constant`. torch's schedulers cannot combine `plateau` with a warm-up,
-    and their state differs from that in existing checkpoints.
+    During the first `warmup_steps`, the factor rises linearly. Apart from that it changes at the end of an epoch,
+    depending on the schedule: `step` multiplies it by gamma every `step_epochs`, `plateau` multiplies it by gamma after
+    `patience_epochs` without a better score, `cosine` lowers it along a half cosine that ends at zero after the last
+    epoch, and `constant` leaves it.
+
+    torch's schedulers are not used: they cannot combine `plateau` with a warm-up, and existing checkpoints contain the
+    state of this class.
     """
 
     def __init__(self, optimizer: Optimizer, config: ScheduleConfig, epochs: int) -> None:
@@ -68,13 +73,16 @@ class Schedule:
         self._apply()
 
     def step(self) -> None:
-        """To be called after every optimiser step."""
+        """Advance the warm-up. Call this after every optimiser step."""
         self.steps += 1
         if self.steps <= self.config.warmup_steps:
             self._apply()
 
     def end_epoch(self, epoch: int, score: float | None) -> None:
-        """To be called after epoch `epoch` (from 0); `score` (higher is better) is None without validation."""
+        """Update the factor. Call this after every epoch (counted from 0).
+
+        A higher `score` is better; it is None without validation.
+        """
         config = self.config
         if config.name == "step":
             self.epoch_factor = config.gamma ** ((epoch + 1) // config.step_epochs)
@@ -100,7 +108,7 @@ class Schedule:
             group["lr"] = max(self.config.min_lr, base * factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs, as plain values."""
+        """Return the schedule's state as plain values, for `load_state_dict`."""
         return {
             "base": self.base,
             "steps": self.steps,
@@ -110,7 +118,7 @@ class Schedule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`."""
+        """Restore a state that `state_dict` returned."""
         self.base = list(state["base"])
         self.steps, self.epoch_factor = state["steps"], state["epoch_factor"]
         self.best, self.waited = state["best"], state["waited"]

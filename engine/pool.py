@@ -1,7 +1,8 @@
-"""Process many videos, one after the other or in several worker processes, which can be stopped and may die.
+"""Process many videos, one after the other or in several worker processes.
 
-One single-threaded process per core, each with its own video (or part of one), is faster than several threads on one
-video, and faster than one process that decodes for the others.
+The work can be stopped at any time, and a worker process that dies does not end it. On a CPU, one single-threaded
+process per core, each with its own video (or part of a video), is faster than several threads that share a video, and
+faster than one process that decodes for the others.
 """
 
 from __future__ import annotations
@@ -25,36 +26,45 @@ from engine.stopping import StopRequest
 
 POLL_S = 0.3
 GRACE_S = 20
-# One process finishes fewer frames than this before a second one has imported torch.
+# With fewer frames than this, one process finishes before a second one would have imported torch.
 WORTH_A_PROCESS_FRAMES = 300
-# Exceptions that a damaged video can cause in the libraries that read it, besides those that they document.
+# Exceptions that a damaged video can cause in the libraries that read it, including undocumented ones.
 VIDEO_ERRORS = (UserError, OSError, RuntimeError, MemoryError)
 _NOT_STARTED = -1
 
 
 class VideoFault(str):
-    """Why a video cannot be used, if its files are the cause; other causes may be gone at the next start."""
+    """The reason why a video cannot be used, if its files are the cause.
+
+    Reasons with another cause are plain strings: they may have disappeared at the next start.
+    """
 
 
 class Job(Protocol):
-    """A video to work on; `frames` is its number of frames, for progress."""
+    """A video to work on. `frames` is its number of frames, from which progress is computed."""
 
     @property
     def frames(self) -> int: ...
 
 
 AnyJob = TypeVar("AnyJob", bound=Job)
-Advance = Callable[[int], None]  # reports how many more frames are done; raises to stop the work
+Advance = Callable[[int], None]  # takes the number of frames finished since the last call; raises to stop the work
 Task = Callable[[AnyJob, Advance], None]
 
 
 def choose_processes(wanted: int, jobs: Sequence[Job]) -> int:
-    """Number of worker processes, at most one per video: `wanted`, or for -1 one per core (one for few frames)."""
+    """Return the number of worker processes for `jobs`, at most one per video.
+
+    It is `wanted`, or with -1 the number of cores (1 if there are few frames).
+    """
     return max(1, min(processes_for(wanted, sum(job.frames for job in jobs)), len(jobs)))
 
 
 def processes_for(wanted: int, frames: int) -> int:
-    """Number of processes for divisible work: `wanted`, or for -1 one per core (one for few frames)."""
+    """Return the number of processes for work that can be divided between any number of processes.
+
+    It is `wanted`, or with -1 the number of cores (1 if there are few frames).
+    """
     if wanted == -1:
         wanted = available_cores() if frames > WORTH_A_PROCESS_FRAMES else 1
     return max(1, wanted)
@@ -63,12 +73,12 @@ def processes_for(wanted: int, frames: int) -> int:
 def work_through(
     task: Task[AnyJob], jobs: Sequence[AnyJob], processes: int, title: str, stop: StopRequest, **bar_options: Any
 ) -> Generator[tuple[AnyJob, str | None], None, None]:
-    """Call `task(job, advance)` for every job, with progress; yield each finished job, with the reason if it failed.
+    """Call `task(job, advance)` for every job, and yield each finished job with None, or with the reason if it failed.
 
-    A failure caused by a video does not affect the other jobs. With `processes` > 1, the task is pickled to each
-    process once (tensors in shared memory stay shared) and keeps what it loads there; if a process dies, only its
-    own video is affected. Raises Stopped when asked to stop, and NoRoomError if the disk is full, after the task has
-    cleaned up.
+    A progress bar is shown meanwhile. If a job fails because of its video, or its process dies, the other jobs
+    continue. With `processes` > 1, the task is pickled once for each process, so it can keep there what it loads;
+    tensors in shared memory stay shared. Raises Stopped when asked to stop, and NoRoomError if the disk is full; in
+    both cases the task has cleaned up before.
     """
     unit = bar_options.pop("unit", "frame")
     with progress_bar(sum(job.frames for job in jobs), title, unit, **bar_options) as bar:
@@ -89,14 +99,14 @@ def _one_by_one(
         stop.raise_if_set()
         before = bar.n
         reason = attempt(task, job, advance)
-        bar.total -= job.frames - (bar.n - before)  # ignore the rest of a failed video in the time left
+        bar.total -= job.frames - (bar.n - before)  # the remaining frames of a failed video take no more time
         yield job, reason
 
 
 def attempt(work: Callable[..., None], *arguments: Any) -> str | None:
-    """Call `work`; returns the reason in one line if it fails as a video can make it fail.
+    """Call `work`; returns None, or the reason in one line if it raised an error that a damaged video can cause.
 
-    Raises NoRoomError, and errors of a GPU: every other video would fail as well.
+    NoRoomError and errors of a GPU are raised instead, since every other video would fail as well.
     """
     try:
         work(*arguments)
@@ -110,7 +120,7 @@ def attempt(work: Callable[..., None], *arguments: Any) -> str | None:
 
 
 def failure_reason(error: BaseException) -> str:
-    """One of `VIDEO_ERRORS` as one line for the user; a UserError counts as a fault of the video."""
+    """Describe one of `VIDEO_ERRORS` in one line for the user; a UserError becomes a `VideoFault`."""
     return VideoFault(one_line(error, most=None)) if isinstance(error, UserError) else type_and_line(error, most=300)
 
 
@@ -120,8 +130,9 @@ def failure_reason(error: BaseException) -> str:
 def _in_processes(
     task: Task[AnyJob], jobs: Sequence[AnyJob], processes: int, stop: StopRequest, bar: Any
 ) -> Iterator[tuple[AnyJob, str | None]]:
-    """Run the jobs in worker processes. A broken pool does not report which process died, so every video in progress is
-    tried again alone.
+    """Run the jobs in worker processes, and yield them as `work_through` does.
+
+    If a process dies, Python's pool does not say which one, so every video that was in progress is tried again alone.
     """
     waiting = list(jobs)
     while waiting:
@@ -138,32 +149,31 @@ def _in_processes(
 
 
 class _Packed:
-    """A task as it is sent to a process, which unpickles it only after it has started to watch its parent: the imports
-    that a task needs (torch) take seconds.
+    """A pickled task that a worker process unpickles later, once it has begun to watch its parent.
 
-    It is pickled separately for each process: tensors in shared memory are sent as file descriptors, which are valid
-    in one process only.
+    Unpickling imports what the task needs (torch), which takes seconds in which the parent may die. The task is pickled
+    separately for each process: tensors in shared memory are sent as file descriptors, which only one process can use.
     """
 
     def __init__(self, task: Task[Any]) -> None:
         self._task = task
 
     def __getstate__(self) -> bytes:
-        pickler = getattr(reduction, "ForkingPickler", pickle)  # pickle would copy the tensors
+        pickler = getattr(reduction, "ForkingPickler", pickle)  # plain pickle would copy the tensors
         return bytes(pickler.dumps(self._task))
 
     def __setstate__(self, content: bytes) -> None:
         self._content = content
 
     def unpack(self) -> Task[Any]:
-        """The task; called once per process."""
+        """Unpickle and return the task. It can be called only once per process."""
         task: Task[Any] = pickle.loads(self._content)  # noqa: S301, made by the parent
         del self._content
         return task
 
 
 class _Pool(Generic[AnyJob]):
-    """Worker processes; shared memory holds the request to stop, and one progress counter per job."""
+    """A pool of worker processes. Shared memory contains the request to stop, and one progress counter per job."""
 
     def __init__(self, task: Task[AnyJob], jobs: Sequence[AnyJob], processes: int) -> None:
         context = get_context("spawn")  # a fork would copy threads and open decoders
@@ -176,7 +186,7 @@ class _Pool(Generic[AnyJob]):
         self._executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=initargs)
 
     def outcomes(self, stop: StopRequest, bar: Any) -> Iterator[tuple[AnyJob, str | None]]:
-        """Yields jobs as they end; if a process died, ends early with `broken` set."""
+        """Yield each job when it ends, with the reason if it failed. If a process dies, set `broken` and return."""
         before = bar.n
         try:
             for slot, job in enumerate(self.jobs):
@@ -200,7 +210,7 @@ class _Pool(Generic[AnyJob]):
             self._executor.shutdown(wait=True, cancel_futures=True)
 
     def in_progress(self) -> list[AnyJob]:
-        """Jobs that were started and have not ended."""
+        """Return the jobs that have started but not ended."""
         return [self.jobs[slot] for slot in self._left.values() if self._frames[slot] != _NOT_STARTED]
 
     def _frames_done(self, slots: Any) -> int:
@@ -208,11 +218,11 @@ class _Pool(Generic[AnyJob]):
 
 
 class _StoppedByParent(Exception):
-    """Ends a job in a worker process whose parent has asked it to stop."""
+    """Raised inside a job to end it, after the parent process has asked its workers to stop."""
 
 
 class _Worker:
-    """The state of a worker process; the executor's calls can reach it only through a global variable."""
+    """The state of a worker process. It is kept in a global variable, the only place where executor calls find it."""
 
     task: Task[Any]
 
@@ -221,11 +231,11 @@ class _Worker:
         self._busy = threading.Lock()  # held while a job runs
 
     def may_end(self) -> bool:
-        """Whether the pool is stopped and no job is in progress; none begins afterwards."""
+        """Whether the pool is stopped and no job is in progress. If true, no job can begin any more."""
         return bool(self._stopped.value) and self._busy.acquire(blocking=False)
 
     def work_on(self, slot: int, job: Any) -> str | None:
-        """Do one job; returns the reason if it fails."""
+        """Run one job; returns None, or the reason if it failed."""
         self._frames[slot] = 0
 
         def advance(frames: int) -> None:
@@ -257,12 +267,11 @@ def _work_on(slot: int, job: Any) -> str | None:
 
 
 def serve_parent(worker: int = 0, may_end: Callable[[], bool] = lambda: False) -> None:
-    """Tie this process to the one that started it: leave signals to the parent, and exit when the parent has exited for
-    any reason, or once `may_end()` is true.
+    """Make this worker process leave signals to its parent, and exit when the parent exits or `may_end()` is true.
 
-    Ctrl-C and a scheduler's signals reach the whole process group, but the parent decides what to do. SIGTERM ends this
-    process only after `GRACE_S` seconds, in which the parent can save its work; Python itself also uses SIGTERM to end
-    remaining worker processes. `worker` is the number that torch's DataLoader passes.
+    Ctrl-C and a scheduler's signals reach the whole process group, but only the parent decides what to do. This process
+    ignores them, except that SIGTERM ends it after `GRACE_S` seconds: the parent needs that time to save its work, and
+    Python ends remaining worker processes with SIGTERM. `worker` is not used; torch's DataLoader passes it.
     """
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
@@ -273,7 +282,10 @@ def serve_parent(worker: int = 0, may_end: Callable[[], bool] = lambda: False) -
 
 
 def _end_with_parent(may_end: Callable[[], bool]) -> None:
-    """Exit when the parent has died, which cannot end its workers, or once `may_end()`: no job is in progress then."""
+    """Exit when the parent has died, since it can no longer end its workers, or when `may_end()` is true.
+
+    `may_end` returns True only while no job is in progress.
+    """
     parent = parent_process()
     if parent is None:
         return

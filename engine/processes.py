@@ -1,9 +1,9 @@
-"""One training on several processes (ranks): what they exchange, in step and out of step.
+"""Exchange values, errors and stop signals between the processes (ranks) of one training.
 
-With a single process everything here costs nothing: torch.distributed is imported only as far as torch itself does.
+Some problems occur on one rank alone: it cannot read a video, receives a signal, or computes a loss that is not finite.
+Ranks tell each other about these before any of them continues, so that all end at the same step with the same message.
 
-Whatever can go wrong on one rank alone (a video that it cannot read, a signal that only it received, a loss that is not
-finite) is exchanged before any rank continues, so that all ranks end at the same step with the same message.
+With a single process, all of this costs nothing: torch.distributed is imported only where torch itself imports it.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-# How long a rank waits for another that is alive: at most for its share of the videos. A rank that has died is noticed
-# at once, by its closed connections.
+# How long a rank waits for another in an exchange. Processing a whole share of the videos can take that long; a rank
+# that has died is noticed at once, because its connections close.
 EXCHANGE_TIMEOUT = timedelta(days=1)
-JOIN_TIMEOUT_S = 600.0  # for all ranks to start
-ERROR_STORE_TIMEOUT_S = 5.0  # the process that hosts it may have ended
+JOIN_TIMEOUT_S = 600.0  # how long to wait until all ranks have started
+ERROR_STORE_TIMEOUT_S = 5.0  # how long to wait for the store, whose host process may have ended
 POLL_INTERVAL_S = 1.0
 _CONNECTION_LOST = re.compile(r"remote process exit|connection (closed|reset)|broken pipe", re.IGNORECASE)
 
 
 def one_process(tensor: torch.Tensor) -> torch.Tensor:
-    """`Processes.total` of a single process."""
+    """Return the tensor unchanged: the counterpart of `Processes.total` for a single process."""
     return tensor
 
 
@@ -51,10 +51,10 @@ class Failed(UserError):
 
 
 class Processes:
-    """The ranks of one training. With a single one, every method is the identity.
+    """The ranks of one training, seen from one of them. With a single rank, no method exchanges anything.
 
-    Exchanges use a gloo group of their own, on the CPU, so that they never wait for a GPU's queue; only `total` reduces
-    on the device of its tensor.
+    Values are exchanged through a separate gloo group on the CPU, so that an exchange never waits for work queued on a
+    GPU. Only `total` and `send_buffers` work on the device of their tensors.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, group: Any = None, stop: StopRequest | None = None) -> None:
@@ -62,19 +62,19 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, which alone writes."""
+        """Whether this is rank 0, the only rank that writes files."""
         return self.rank == 0
 
     def share(self, items: list[Value]) -> list[Value]:
-        """This rank's share of the items: every `count`-th one."""
+        """Return this rank's share of the items: every `count`-th item, starting from the rank's number."""
         return items[self.rank :: self.count]
 
     def merged(self, shares: list[list[Value]]) -> list[Value]:
-        """All items in their original order, from the shares of all ranks (the inverse of `share`)."""
+        """Return all items in their original order, given the shares of all ranks (the inverse of `share`)."""
         return [shares[place % self.count][place // self.count] for place in range(sum(map(len, shares)))]
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over ranks, without gradient."""
+        """Return the sum of a tensor over all ranks, without gradient."""
         if self.count == 1:
             return tensor
         import torch.distributed as dist
@@ -84,7 +84,7 @@ class Processes:
         return summed
 
     def sums(self, *values: float) -> list[float]:
-        """Sums of plain numbers over ranks, in float64."""
+        """Return the sum of each number over all ranks, computed in float64."""
         if self.count == 1:
             return list(values)
         import torch
@@ -96,7 +96,7 @@ class Processes:
         return found
 
     def gather(self, value: Value) -> list[Value]:
-        """Every rank's value, in rank order, on every rank."""
+        """Return the values of all ranks, in rank order; every rank gets the whole list."""
         if self.count == 1:
             return [value]
         import torch.distributed as dist
@@ -106,7 +106,7 @@ class Processes:
         return found
 
     def from_first(self, work: Callable[[], Value]) -> Value:
-        """The result of `work`, which runs on rank 0 only. Raises its UserError on every rank."""
+        """Run `work` on rank 0 only, and return its result on every rank. A UserError is raised on every rank."""
         if self.count == 1:
             return work()
         import torch.distributed as dist
@@ -124,13 +124,19 @@ class Processes:
         return result
 
     def each(self, work: Callable[[], Value]) -> Value:
-        """This rank's result of `work`, once every rank has finished it; failures as in `together`."""
+        """Run `work` on every rank, wait for all of them, and return this rank's result.
+
+        If it fails on one rank, every rank raises the same error, as in `together`.
+        """
         mine: list[Value] = []
         self.together(lambda: mine.append(work()))
         return mine[0]
 
     def together(self, work: Callable[[], Value]) -> list[Value]:
-        """The results of `work` on every rank, in rank order; a UserError or Stopped on one rank ends it on all."""
+        """Run `work` on every rank, and return all results in rank order.
+
+        If `work` raises UserError or Stopped on one rank, every rank raises it.
+        """
         if self.count == 1:
             return [work()]
         from engine.stopping import Stopped
@@ -143,7 +149,7 @@ class Processes:
         except UserError as problem:
             error = str(problem)
             if self._stop is not None:
-                self._stop.ask_others(signal.SIGTERM)  # the others stop working, and get the reason below
+                self._stop.ask_others(signal.SIGTERM)  # makes the other ranks stop; they get the reason below
         except Stopped as stop:
             stopped = stop.number
         self._wait_for_all()
@@ -157,7 +163,10 @@ class Processes:
         return [value for value, _, _ in found]
 
     def _wait_for_all(self) -> None:
-        """Wait in Python, where signals are handled and passed on to ranks that are still working."""
+        """Wait until every rank has arrived here.
+
+        It waits in a Python loop, in which signals are handled and passed on to ranks that are still working.
+        """
         import torch
         import torch.distributed as dist
 
@@ -171,7 +180,7 @@ class Processes:
         waiting.wait()
 
     def send_buffers(self, model: torch.nn.Module) -> None:
-        """Broadcast running statistics from rank 0, so that what is validated is what checkpoints contain."""
+        """Broadcast running statistics from rank 0, so that every rank validates the model that checkpoints contain."""
         if self.count == 1:
             return
         import torch.distributed as dist
@@ -181,10 +190,10 @@ class Processes:
 
 
 def join(device: str, stop: StopRequest | None = None) -> Processes:
-    """Join the other ranks that the launcher started; returns at once if there are none.
+    """Connect to the other ranks that the launcher started; returns at once if there are none.
 
-    From then on `stop` also reports signals that only another rank received, even between exchanges. Raises UserError
-    if not all ranks join, with the error of the rank that failed if there is one, and if two ranks have the same GPU.
+    Afterwards `stop` also reports signals that only another rank received, even between exchanges. Raises UserError if
+    two ranks have the same GPU, or if not all ranks join; if a rank failed, the message is that rank's error.
     """
     here = launch()
     if here.count == 1:
@@ -202,8 +211,8 @@ def join(device: str, stop: StopRequest | None = None) -> Processes:
             stop.ask_others = _signal_exchange(store)
         _wait_for_ranks(store, here, stop)
         if chosen.type == "cuda":
-            # By default Accelerate tells torch that a rank's GPU has its number on this machine; where a job sees only
-            # its own, that is number 0.
+            # By default Accelerate tells torch that the number of a rank's GPU is the rank's number on this machine.
+            # That is wrong where each task sees only its own GPU, as number 0.
             os.environ.setdefault("ACCELERATE_BYPASS_DEVICE_MAP", "true")
         with old_driver_of_rtx_40():
             PartialState(cpu=chosen.type == "cpu")
@@ -220,9 +229,9 @@ def join(device: str, stop: StopRequest | None = None) -> Processes:
 
 
 def _require_own_gpu(processes: Processes) -> None:
-    """Raise Failed if two ranks have the same GPU, which NCCL would refuse at the first exchange.
+    """Raise Failed if two ranks use the same GPU, which NCCL would refuse at the first exchange.
 
-    Numbers do not tell: with one GPU bound to each task, every rank's is number 0.
+    GPUs are compared by their UUID. Their numbers would not do: if each task sees only its own GPU, all have number 0.
     """
     import torch
 
@@ -237,9 +246,9 @@ def _require_own_gpu(processes: Processes) -> None:
 
 
 def leave() -> None:
-    """Leave the other ranks, if this process has joined any.
+    """Disconnect from the other ranks, if this process has joined any.
 
-    Otherwise the threads of an exchange would still run when the interpreter exits, which can abort the process.
+    Otherwise threads for the exchange would still run when the interpreter exits, which can abort the process.
     """
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
@@ -252,9 +261,10 @@ def leave() -> None:
 
 @cache
 def error_store(timeout_s: float) -> Any:
-    """The key-value store for ranks that are not in step or have not joined: stop signals, and the first error.
+    """Connect to the key-value store in which ranks publish a stop signal or the first error.
 
-    torchrun and `--devices` host it; under srun rank 0 does. Raises RuntimeError if it cannot be reached.
+    Ranks use it when they cannot exchange: before they have joined, or while they are at different steps. It is hosted
+    by torchrun or `--devices`, and under srun by rank 0. Raises RuntimeError if it cannot be reached.
     """
     import torch.distributed as dist
 
@@ -265,13 +275,16 @@ def error_store(timeout_s: float) -> Any:
         is_master=not hosted and launch().rank == 0,
         timeout=timedelta(seconds=timeout_s),
         wait_for_workers=False,
-        multi_tenant=True,  # the server that torch will ask for, too
+        multi_tenant=True,  # torch will use the same server
     )
     return dist.PrefixStore(f"surgstage/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _wait_for_ranks(store: Any, here: Launch, stop: StopRequest | None) -> None:
-    """Wait for every rank in Python: torch's own rendezvous would wait in vain for one that has failed."""
+    """Wait until every rank has started, or raise the error of a rank that has failed.
+
+    torch's own rendezvous would wait for the failed rank until its timeout.
+    """
     store.add("here", 1)
     deadline = time.monotonic() + JOIN_TIMEOUT_S
     while (found := store.add("here", 0)) < here.count:
@@ -285,7 +298,11 @@ def _wait_for_ranks(store: Any, here: Launch, stop: StopRequest | None) -> None:
 
 
 def _signal_exchange(store: Any) -> Callable[[int | None], int | None]:
-    """For `StopRequest.ask_others`: publishes this rank's signal once, otherwise polls for others' every second."""
+    """Return the function for `StopRequest.ask_others`.
+
+    It publishes this rank's signal once. As long as this rank has none, it checks once per second whether another rank
+    has published one.
+    """
     polled_at = 0.0
     published = False
 
@@ -294,7 +311,7 @@ def _signal_exchange(store: Any) -> Callable[[int | None], int | None]:
         if published or (own is None and time.monotonic() - polled_at < POLL_INTERVAL_S):
             return own
         polled_at = time.monotonic()
-        with suppress(RuntimeError):  # the host of the store has ended, which the next exchange will report
+        with suppress(RuntimeError):  # raised if the store's host has ended; the next exchange will report that
             if own is not None:
                 store.set("stop", str(own))
                 published = True
@@ -306,9 +323,10 @@ def _signal_exchange(store: Any) -> Callable[[int | None], int | None]:
 
 
 def is_reporting_rank(problem: BaseException) -> bool:
-    """Whether this rank prints why the training ends: the first one that asks, which records its error for the others.
+    """Whether this rank is the one that prints why the training ends.
 
-    If the store's host has ended, every rank prints errors of its own, and rank 0 those that all share.
+    It is the first rank that calls this function; its error is stored for the others. If the store's host has ended,
+    rank 0 prints, and so does every rank whose error is its own rather than one that all ranks raise.
     """
     from engine.stopping import Stopped
 
@@ -332,17 +350,17 @@ def is_reporting_rank(problem: BaseException) -> bool:
 
 
 def _linger(store: Any, count: int) -> None:
-    """Keep rank 0, which may host the store, alive for up to a second until every rank has read the reported error."""
+    """Wait on rank 0, which may host the store, until all ranks have called `is_reporting_rank`, for at most 1 s."""
     deadline = time.monotonic() + POLL_INTERVAL_S
     while store.add("reported", 0) < count and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
 def peer_died(error: BaseException) -> bool:
-    """Whether an error of an exchange means that another rank has ended.
+    """Whether an error in an exchange means that another rank has ended.
 
-    torch has types for errors of NCCL, many of which have other causes, and of stores; gloo's are plain RuntimeErrors
-    whose text begins with the place in its source.
+    An error of the store always means that. NCCL's errors have their own type but many causes, so their text is
+    searched. gloo raises a plain RuntimeError, which is recognised by the source file named in its text.
     """
     if not isinstance(error, RuntimeError) or launch().count == 1:
         return False
@@ -354,12 +372,15 @@ def peer_died(error: BaseException) -> bool:
 
 
 def nccl_failure(error: BaseException) -> str | None:
-    """One line about an error of NCCL itself (a GPU or a network that it cannot use); None for other errors."""
+    """Describe in one line an error of NCCL (for example a GPU or a network that it cannot use).
+
+    Returns None for any other error.
+    """
     if not isinstance(error, RuntimeError) or launch().count == 1:
         return None
     import torch.distributed as dist
 
     if not isinstance(error, dist.DistBackendError):
         return None
-    reason = str(error).rpartition("Last error:")[2]  # what comes before names a place in its source
+    reason = str(error).rpartition("Last error:")[2]  # the text before that only names a line of NCCL's source
     return f"the processes cannot exchange on GPUs: {one_line(reason, most=300)}; NCCL_DEBUG=INFO prints details"

@@ -1,4 +1,4 @@
-"""Progress of long tasks: a bar on a terminal, a line every 15 s in a log file."""
+"""Show the progress of long tasks, as a bar on a terminal and as a line every 15 s in a log file."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _bars_hidden = ContextVar("_bars_hidden", default=False)
 
 
 def progress_bar(total: int | None, description: str, unit: str, **options: Any) -> tqdm:
-    """A tqdm bar on standard error with `unit`/s and the time left. In a log file, at most one line in 15 s.
+    """Return a tqdm bar on standard error that shows `unit`/s and the time left.
 
-    `options` are those of tqdm.
+    If standard error is not a terminal, it prints at most one line every 15 s. `options` are passed to tqdm.
     """
     interactive = sys.stderr.isatty()
     return tqdm(
@@ -38,7 +38,7 @@ def progress_bar(total: int | None, description: str, unit: str, **options: Any)
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Hide the bars of the body, whose progress the caller shows."""
+    """Hide all progress bars in the body. Callers use this if they show the progress themselves."""
     token = _bars_hidden.set(True)
     try:
         yield
@@ -47,14 +47,14 @@ def no_bars() -> Iterator[None]:
 
 
 def bars_are_hidden() -> bool:
-    """Whether a caller shows the progress (`no_bars`)."""
+    """Whether progress bars are hidden by `no_bars`."""
     return _bars_hidden.get()
 
 
 def say(text: str, *, every_rank: bool = False) -> None:
-    """Print a line for the user on standard error, above any bar, with unprintable characters escaped.
+    """Print a line for the user on standard error, above any progress bar, with unprintable characters escaped.
 
-    Of several ranks only rank 0 prints, unless the line is about each rank's own work (`every_rank`).
+    If there are several ranks, only rank 0 prints. Set `every_rank` if the line is about each rank's own work.
     """
     if every_rank or is_main_process():
         tqdm.write(printable(text), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Run folders `runs/<name>/<stage>/`: their contents, and whether a second start resumes, is skipped or is refused."""
+"""Manage run folders `runs/<name>/<stage>/`: their files, and whether a new start resumes, is skipped or refused."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ PACKAGES = (
 
 
 def run_folder(config: Config, name: str) -> Path:
-    """`<runs>/<name>`; `name` may also be that path. Raises UserError if the name is no plain folder name."""
+    """Return the folder `<runs>/<name>` of a run; `name` may also be that whole path.
+
+    Raises UserError if the name is not a plain folder name.
+    """
     if os.path.abspath(Path(name).parent) == os.path.abspath(config.runs):
         name = Path(name).name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -55,11 +58,11 @@ ABSENT: Any = object()
 
 @dataclass(frozen=True)
 class StageIdentity:
-    """Everything that a stage's numbers depend on: settings, seeds, digests of inputs; plain values in `fields`.
+    """Everything that a stage's numbers depend on: settings, seeds and digests of inputs, as plain values in `fields`.
 
-    A later release can add a field without changing the identity of runs that it does not affect: a field with the
-    value `ABSENT` is not recorded (another value is recorded only if it changes the numbers), and runs that were
-    started without a field in `later` are compared without it.
+    A later release can add a field without changing the identity of runs that the field does not affect. A field whose
+    value is `ABSENT` is not recorded, so give it another value only where it changes the numbers. A field named in
+    `later` is ignored in the comparison with a run that was started before the field existed.
     """
 
     fields: Mapping[str, Any]
@@ -70,28 +73,34 @@ class StageIdentity:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of the fields, independent of their order."""
+        """The SHA-256 of the fields, independent of their order."""
         return sha256_json(self.fields)
 
     def compared_with(self, recorded: Mapping[str, Any]) -> StageIdentity:
-        """This identity without the fields of `later` that `recorded`, an earlier run's fields, does not have."""
+        """Return this identity without those fields of `later` that an earlier run did not record.
+
+        `recorded` are the fields of the earlier run.
+        """
         kept = {key: value for key, value in self.fields.items() if key in recorded or key not in self.later}
         return replace(self, fields=kept)
 
     def differences(self, recorded: Mapping[str, Any]) -> list[str]:
-        """Texts `key: OLD there, NEW now`, one for each field in which `recorded` (as read from JSON) differs."""
+        """Describe each field in which `recorded` (as read from JSON) differs, as `key: OLD there, NEW now`."""
         return differences(recorded, json.loads(json.dumps(self.fields, default=str)))
 
 
 def settings_without(settings: BaseModel, *names: str) -> dict[str, Any]:
-    """Settings as plain values for a `StageIdentity`, without those that change no number."""
+    """Return settings as plain values for a `StageIdentity`, without those in `names`, which change no number."""
     return settings.model_dump(mode="json", exclude=set(names))
 
 
 def require_same_classes(
     where: Path, what: str, found: Sequence[str] | None, expected: Sequence[str], other: str | Path = "the index"
 ) -> None:
-    """Raise UserError unless the classes (`what`: tools or phases) of `where` are those of `other`, in order."""
+    """Raise UserError unless `where` has the same classes in the same order as `other`.
+
+    `what` is "tools" or "phases". `found` are the classes of `where`, `expected` those of `other`.
+    """
     if list(found or ()) != list(expected):
         raise UserError(
             f"{where}: its {what} are {', '.join(found or ()) or 'none'}; {other} has {', '.join(expected) or 'none'}: "
@@ -100,11 +109,11 @@ def require_same_classes(
 
 
 class StageFolder:
-    """One stage of one run.
+    """The folder of one stage of a run.
 
-    Its identity is written on the first start and compared on every later one: an equal one means resuming, or nothing
-    to do if there is a result; a different one is an error that names the difference, since nothing is ever overwritten
-    silently.
+    The first start writes the stage's identity into the folder, and every later start compares it. If it is equal, the
+    stage resumes, or is skipped if its result exists. If it differs, the start is refused with an error that names the
+    difference, since nothing is ever overwritten silently.
     """
 
     def __init__(self, run: Path, stage: str, config: Config, identity: StageIdentity) -> None:
@@ -115,12 +124,12 @@ class StageFolder:
 
     @property
     def digest(self) -> str:
-        """The digest of the identity."""
+        """The digest of the stage's identity."""
         return self.identity.digest
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """The finished stage's result; None if there is none, or one of another identity."""
+        """The result of the finished stage; None if there is no result, or if it belongs to another identity."""
         path = self.path / RESULT_FILE
         if not path.exists():
             return None
@@ -128,7 +137,7 @@ class StageFolder:
         return found if found.get("identity_sha256") == self.digest else None
 
     def check(self) -> None:
-        """Raise UserError if the folder contains another configuration."""
+        """Raise UserError naming the differences if the folder belongs to a run with other settings."""
         known = self.path / IDENTITY_FILE
         if known.exists():
             changed = self.identity.differences(read_json_object(known))
@@ -140,7 +149,7 @@ class StageFolder:
                 )
 
     def open(self) -> None:
-        """Create the folder, or accept it for resuming. Raises UserError if it contains another configuration."""
+        """Create the folder, or prepare an existing one for resuming. Raises UserError as `check` does."""
         self.check()
         known = self.path / IDENTITY_FILE
         make_folder(self.path)
@@ -151,21 +160,21 @@ class StageFolder:
             write_json(known, self.identity.fields)
 
     def begin(self) -> dict[str, Any] | None:
-        """The result of a finished stage; otherwise None, after opening the folder."""
+        """Return the result if the stage is finished; otherwise call `open` and return None."""
         found = self.result
         if found is None:
             self.open()
         return found
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the stage's result, the last of its files, and return it."""
+        """Write the stage's result, which marks the stage as finished, and return it."""
         complete = {"identity_sha256": self.digest, **result}
         write_json(self.path / RESULT_FILE, complete)
         return complete
 
 
 def update_summary(run: Path, values: Mapping[str, Any], seconds: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Merge `values` into `RUN/summary.json`, a run's outcome in one place; returns the whole summary."""
+    """Merge `values` into `RUN/summary.json`, which sums up a run's results; returns the whole summary."""
     path = run / "summary.json"
     summary: dict[str, Any] = dict.fromkeys(SUMMARY_KEYS) | {"seconds": {}}
     if path.exists():
@@ -176,7 +185,7 @@ def update_summary(run: Path, values: Mapping[str, Any], seconds: Mapping[str, f
     return summary
 
 
-# Fractions, on the test videos; phase_f1 under the convention that summary["convention"] names.
+# Accuracies and F1 are fractions, computed on the test videos; F1 follows the convention in summary["convention"].
 SUMMARY_KEYS = (
     "name",
     "dataset",
@@ -194,7 +203,10 @@ SUMMARY_KEYS = (
 
 
 def environment(device: str = "auto") -> dict[str, Any]:
-    """Package versions, revision and machine, recorded with every result; with `device=cpu` no GPU is queried."""
+    """Return package versions, git revision and machine, which are recorded with every result.
+
+    With `device` "cpu", no GPU is queried.
+    """
     found: dict[str, Any] = {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -210,7 +222,7 @@ def environment(device: str = "auto") -> dict[str, Any]:
 
 
 def package_version(name: str) -> str | None:
-    """Installed version of a distribution, or None."""
+    """Return the installed version of a package, or None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -219,18 +231,21 @@ def package_version(name: str) -> str | None:
 
 @functools.cache
 def git_revision() -> str | None:
-    """Commit of the checkout that the program runs from (with `+` if files differ), or None outside a checkout."""
+    """Return the commit of the checkout that the program runs from, or None outside a checkout.
+
+    A `+` is appended if tracked files have been changed since.
+    """
     folder = Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str:
-        # `git status` would refresh the index otherwise, and a kill would leave its lock behind.
+        # Without this option, `git status` would rewrite git's index, and leave its lock file behind when killed.
         command = ["git", "--no-optional-locks", "-C", str(folder), *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         return done.stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != folder:
-            return None  # installed inside another repository
+            return None  # the program is installed inside another repository
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None

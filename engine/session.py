@@ -1,6 +1,7 @@
-"""What every training loop shares: steps, accumulation, checkpoints, exact resume, early stopping, stopping on signals.
+"""The parts that all training loops share: optimiser steps with accumulation, checkpoints, exact resume, early stopping
+and stopping on signals.
 
-The loop itself is in its stage and reads from top to bottom:
+Each stage contains its own loop, which has this form:
 
     for epoch in session.epochs():
         for batch in session.batches(loader(epoch, start=session.position.step), steps):
@@ -44,7 +45,7 @@ LOG_EVERY_STEPS = 20
 
 @dataclass
 class Position:
-    """The progress of a training, saved in every checkpoint. `step` counts finished batches of the current epoch."""
+    """The progress of a training, saved in `last.pt`. `step` is the number of finished batches in the current epoch."""
 
     epoch: int = 0
     step: int = 0
@@ -57,18 +58,20 @@ class Position:
 
 
 class TrainingSession:
-    """Drives one model's training inside one folder (`last.pt`, `best.pt`, `metrics.jsonl`, events).
+    """The training of one model in one folder, which gets `last.pt`, `best.pt`, `metrics.jsonl` and TensorBoard events.
 
-    `describe` (plain values) is written into both checkpoints: what is needed to build the model again. Everything that
-    a step depends on besides its batch is in `last.pt`, and batches depend on (seed, epoch, step) alone, so a run that
-    is stopped anywhere and resumed computes what the uninterrupted one does, on a CPU bit for bit.
+    `describe` contains, as plain values, what is needed to build the model again; it is written into both checkpoints.
+    `last.pt` contains everything that a step depends on except its batch, and batches depend on (seed, epoch, step)
+    alone. A run that is stopped anywhere and resumed therefore computes the same as an uninterrupted one (on a CPU, bit
+    for bit).
 
-    With several ranks (`processes`), each passes `update` its part of the batch's mean loss: the sum over its own
-    entries divided by the count over all ranks (`Processes.total`). The steps then equal those of a single process with
-    the whole batch. `last.pt` also contains each rank's own random states and carried state.
+    With several ranks (`processes`), each rank passes to `update` its part of the batch's mean loss: the sum over the
+    rank's own entries, divided by the number of entries on all ranks (`Processes.total`). The optimiser steps are then
+    the same as those of a single process with the whole batch. `last.pt` also contains each rank's own random states
+    and carried state.
 
-    With `reads_late` (by default on GPUs), losses are read in groups, so that steps need not wait for the device; ranks
-    then exchange them in groups, too.
+    With `reads_late` (the default on GPUs), losses are read from the device, and exchanged between ranks, for a group
+    of steps at once, so that a step need not wait for the device.
     """
 
     def __init__(
@@ -89,9 +92,9 @@ class TrainingSession:
         optimizer = build_optimizer(groups, config.optim)
         self.raw_model = model  # without DDP; Accelerate's `unwrap_model` would import torch's compiler
         own = set(vars(model))
-        # with explicit placement Accelerate need not import torch.distributed.tensor (0.5 s)
+        # explicit device_placement saves Accelerate the import of torch.distributed.tensor (0.5 s)
         self.model, self.optimizer = accelerator.prepare(model, optimizer, device_placement=[True, True])
-        self._accelerates = set(vars(model)) - own  # such as a `forward` in this run's precision
+        self._accelerates = set(vars(model)) - own  # attributes that Accelerate has added, such as `forward`
         self.schedule = Schedule(self.optimizer, config.schedule, config.epochs)
         self.log = MetricLog(folder, enabled=accelerator.is_main_process)
         self.position = Position()
@@ -101,22 +104,27 @@ class TrainingSession:
         self._bar_wanted = bar and self.processes.first
         self._sharing = False
         if not self.processes.first:
-            torch.manual_seed((torch.initial_seed() * 1_000_003 + self.processes.rank) % 2**63)  # its own dropout
+            # each rank draws its own dropout masks
+            torch.manual_seed((torch.initial_seed() * 1_000_003 + self.processes.rank) % 2**63)
         self._identity = sha256_json(describe)
         self._steps_in_epoch = 0
         self._name_batch: Callable[[], str] = lambda: ""
         self._reads_late = accelerator.device.type != "cpu" if reads_late is None else reads_late
-        self._unread: list[tuple[int, Tensor, Callable[[], str]]] = []  # step, this rank's loss, what names its batch
+        # per step whose loss is still to be read: its number, this rank's loss, the function that names its batch
+        self._unread: list[tuple[int, Tensor, Callable[[], str]]] = []
         self._save_agreed = False
         self._saved_at = self._epoch_started_at = time.monotonic()
 
     # ------------------------------------------------------------------------------------------ resume
 
     def resume(self) -> bool:
-        """Resume from `last.pt` (or `last.pt.previous`) if it exists; returns whether it does."""
+        """Resume from `last.pt` or `last.pt.previous`; returns False if neither exists.
+
+        Raises UserError if both are damaged or the checkpoint belongs to another configuration.
+        """
         content = self.processes.from_first(self._latest)
         if content is None:
-            self.log.rewind(0, 0)  # the log of a start that was killed before its first checkpoint
+            self.log.rewind(0, 0)  # an earlier start may have been killed before its first checkpoint
             return False
         if content["identity"] != self._identity:
             raise UserError(f"{self._last.path}: belongs to another configuration; delete the folder")
@@ -138,10 +146,11 @@ class TrainingSession:
         return self._last.load()
 
     def _own_part(self, content: dict[str, Any]) -> dict[str, Any]:
-        """What `last.pt` contains for this rank alone: random states and the model's extra state (carried state).
+        """Return the part of `last.pt` that belongs to this rank: random states and the model's extra (carried) state.
 
-        With another number of ranks than it was written with, the steps are the same except for dropout. State that is
-        carried from chunk to chunk cannot be divided among other ranks.
+        If `last.pt` was written with another number of ranks, training continues with the same steps, but with other
+        dropout masks. Raises UserError if it contains state carried from chunk to chunk, which cannot be divided among
+        another number of ranks.
         """
         parts: list[dict[str, Any]] = [{"random": content["random"], "extra": {}}, *content.get("others", [])]
         count = self.processes.count
@@ -149,14 +158,17 @@ class TrainingSession:
             return parts[self.processes.rank]
         if any(state for part in (content["model"], *(other["extra"] for other in parts)) for state in _carried(part)):
             raise UserError(
-                f"{self._last.path}: stopped inside a video on {len(parts)} process(es), whose carried state cannot be "
-                f"divided among {count}; resume with {len(parts)}"
+                f"{self._last.path}: the run was stopped inside a video on {len(parts)} process(es), and its carried "
+                f"state cannot be divided among {count}; resume with {len(parts)}"
             )
-        say(f"note: resuming with {count} process(es) after {len(parts)}: the same steps, but other dropout masks")
+        say(f"note: resuming with {count} process(es) instead of {len(parts)}: same steps, but other dropout masks")
         return parts[self.processes.rank] if self.processes.rank < len(parts) else {"random": None, "extra": {}}
 
     def _keep_best_of_position(self) -> None:
-        """Undo a `best.pt` that was written just before the process was killed, after the `last.pt` resumed from."""
+        """Make `best.pt` match the position that was read from `last.pt`.
+
+        If the process was killed between writing `best.pt` and `last.pt`, restore the earlier `best.pt`.
+        """
         best, previous = self._best.path, self._best.previous
         if not previous.exists():
             return
@@ -168,18 +180,18 @@ class TrainingSession:
     # ------------------------------------------------------------------------------------------ the loop
 
     def epochs(self) -> Iterator[int]:
-        """The remaining epochs (from 0); ends early once the score has stopped rising."""
+        """Yield the numbers of the remaining epochs (from 0), until early stopping or the last epoch."""
         try:
             while self.position.epoch < self.config.epochs and not self.position.finished:
                 yield self.position.epoch
             self.position.finished = True
-        finally:  # checkpoints are on the disk already; an error here would hide the one that ended the loop
+        finally:  # all checkpoints are on the disk; an error here must not hide the one that ended the loop
             self._give_back_model()
             with suppress(UserError, OSError):
                 self.log.close()
 
     def batches(self, source: Iterable[Batch], steps_in_epoch: int) -> Iterator[Batch]:
-        """The epoch's remaining batches, with a progress bar; the first batch of `source` is number `position.step`."""
+        """Yield the epoch's remaining batches, with a progress bar. `source` must begin at batch `position.step`."""
         self.model.train()
         self._steps_in_epoch = steps_in_epoch
         self._epoch_started_at = time.monotonic()
@@ -195,30 +207,30 @@ class TrainingSession:
 
     @property
     def mean_loss(self) -> float:
-        """Mean loss over those of the epoch's steps so far whose loss has been read from the device."""
+        """The mean loss of this epoch's steps, as far as their losses have been read from the device."""
         return self.position.loss_sum / max(1, self.position.step - len(self._unread))
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The forward pass in the run's precision."""
+        """Return a context in which the forward pass is computed in the run's precision."""
         return self.accelerator.autocast()
 
     def gradient_sync(self) -> AbstractContextManager[Any]:
-        """Exchange gradients between ranks on a group's last batch only."""
+        """Return a context in which ranks exchange gradients only for the last batch of an accumulation group."""
         return nullcontext() if self._group_ends() else self.accelerator.no_sync(self.model)
 
     def update(self, loss: Tensor, name_batch: Callable[[], str] = lambda: "") -> None:
-        """Backward pass and, at the end of an accumulation group, an optimiser step.
+        """Run the backward pass and, at the end of an accumulation group, an optimiser step.
 
         `loss` is the batch's mean loss (with several ranks, this rank's part of it). Raises UserError naming the batch
-        if it is not finite; `last.pt` then still contains the last good state. Losses on a GPU are read in groups, so
-        that steps need not wait for it: the error may come up to `LOG_EVERY_STEPS` later, but before anything is saved.
+        if the loss is not finite; `last.pt` then still contains the last good state. If losses are read in groups
+        (`reads_late`), this error may come up to `LOG_EVERY_STEPS` steps later, but before anything is saved.
         """
         self._name_batch = name_batch
         save = self._save_agreed if self.processes.count > 1 else self._save_is_due()
         logs = (self.position.global_step + 1) % LOG_EVERY_STEPS == 0
         self._unread.append((self.position.step + 1, loss.detach(), name_batch))
         value = 0.0 if self._reads_late else self._read_losses()
-        parts = self.processes.count  # DDP averages gradients, but these are parts of a sum, so scale
+        parts = self.processes.count  # DDP averages gradients over ranks, but the ranks' losses add up to the loss
         self.accelerator.backward((loss * parts if parts > 1 else loss) / self._group_size())
         ends = self._group_ends()
         if ends:
@@ -238,9 +250,9 @@ class TrainingSession:
             self._save_last()
 
     def finish_epoch(self, scores: dict[str, float | None], score: float | None) -> bool:
-        """Log the epoch, update `best.pt`, write `last.pt`; returns whether this epoch is the best so far.
+        """Log the epoch, update `best.pt` and write `last.pt`; returns whether this epoch is the best so far.
 
-        A higher score is better. Without a score (no validation videos) the last epoch counts as the best.
+        A higher score is better. Without validation videos, `score` is None and the last epoch counts as the best.
         """
         self._read_losses()
         self._require_finite_weights()
@@ -266,9 +278,10 @@ class TrainingSession:
         return better
 
     def validate(self, work: Callable[[], Any]) -> list[Any]:
-        """The results of `work` on each rank, in rank order, for its share of the validation data.
+        """Run `work` on every rank, for its share of the validation data; returns all results in rank order.
 
-        A stop inside is saved as the end of the epoch's steps: resuming starts with validation.
+        If the training is stopped meanwhile, the state after the epoch's last step is saved: it resumes with the
+        validation.
         """
         self.processes.send_buffers(self.raw_model)
         self._sharing = self.processes.count > 1
@@ -282,9 +295,10 @@ class TrainingSession:
             self._sharing = False
 
     def stop_if_asked(self) -> None:
-        """Save and raise Stopped on a signal; between optimiser steps only, since half a group is not saved.
+        """Save the state and raise Stopped if a signal has arrived.
 
-        With several ranks nothing is saved here: they stop together, between steps or at the end of validation.
+        Within an accumulation group this does nothing, since `last.pt` cannot contain half a group. With several ranks
+        nothing is saved here: they stop together, between steps or at the end of validation.
         """
         if self.processes.count > 1:
             if self._sharing:
@@ -295,7 +309,7 @@ class TrainingSession:
             self._stop.raise_if_set()
 
     def _stop_together(self, problem: str | None = None) -> None:
-        """Stop all ranks if one has received a signal or has a problem, which it names."""
+        """Stop all ranks if one of them has received a signal, or has a `problem` (its error message)."""
         if self.processes.count == 1:
             self.stop_if_asked()
             return
@@ -311,7 +325,7 @@ class TrainingSession:
             raise Stopped(max(number or 0 for number in self.processes.gather(self._stop.number)))
 
     def _in_step(self, source: Iterable[Batch]) -> Iterator[Batch]:
-        """The source's batches, each once every rank has its own and none has been asked to stop."""
+        """Yield the batches of `source`; each time, first wait until every rank has one, and stop if one must stop."""
         if self.processes.count == 1:
             yield from source
             return
@@ -330,7 +344,7 @@ class TrainingSession:
     # ------------------------------------------------------------------------------------------ inside
 
     def _give_back_model(self) -> None:
-        """Remove what Accelerate has put on the model: it may be trained again, in another precision."""
+        """Remove what Accelerate has added to the model, so that it can be trained again in another precision."""
         while self._accelerates:
             delattr(self.raw_model, self._accelerates.pop())
 
@@ -338,9 +352,9 @@ class TrainingSession:
         return time.monotonic() - self._saved_at > 60 * self.config.checkpoint_minutes
 
     def _read_losses(self) -> float:
-        """Read and add up the losses that have not been read yet, over all ranks; returns that of the last step.
+        """Read the losses that have not been read yet, summed over ranks, and add them to the epoch's sum.
 
-        Every rank calls it at the same steps.
+        Returns the loss of the last step. Every rank must call this at the same steps.
         """
         unread, self._unread = self._unread, []
         if not unread:
@@ -369,7 +383,7 @@ class TrainingSession:
         )
 
     def _group_size(self) -> int:
-        """Batches in the current accumulation group; the epoch's last group may be smaller."""
+        """Return the number of batches in the current accumulation group; the epoch's last group may be smaller."""
         first = self.position.step - self.position.step % self._accumulate
         return min(self._accumulate, max(1, self._steps_in_epoch - first))
 
@@ -408,7 +422,7 @@ class TrainingSession:
 
 
 def _extra_state(model: nn.Module) -> dict[str, Any]:
-    """The entries of a state dict that modules add by `get_extra_state`: all but parameters and buffers."""
+    """Return the entries of the state dict that modules add by `get_extra_state`, which are not tensors."""
     return {name: value for name, value in model.state_dict().items() if not isinstance(value, Tensor)}
 
 
@@ -425,7 +439,10 @@ def _epoch_of(best: Path) -> int | None:
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """The generator that shuffles an epoch: a function of seed and epoch alone, so that resuming needs no history."""
+    """Return the random generator that shuffles an epoch.
+
+    It depends on seed and epoch alone, so that a resumed training needs no generator state.
+    """
     generator = torch.Generator()
     generator.manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return generator

@@ -1,6 +1,6 @@
-"""Recognise the content of a file that a reader refused: a failed download, an archive, an incomplete recording.
+"""Recognise the content of a file that cannot be read, for example a failed download or an incomplete recording.
 
-Used in error messages, to name the cause and a remedy.
+Error messages use this to name the cause and a remedy.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"\xfe\xff", "text in UTF-16; save it as UTF-8"),
     (b"\0\5\x16\7", "metadata that macOS keeps beside a file (AppleDouble), not the file itself; copy that"),
 )
-# First bytes of Matroska, MPEG programme streams, ASF, Flash.
+# First bytes of the containers Matroska, MPEG program stream, ASF and Flash.
 _CONTAINERS = (b"\x1a\x45\xdf\xa3", b"\0\0\x01\xba", b"\x30\x26\xb2\x75", b"FLV\x01")
-# Brands of MP4 files that contain images or sound only.
+# Brands of MP4 files without video: images or sound only.
 _NO_VIDEO = (b"heic", b"heix", b"mif1", b"avif", b"M4A ", b"M4B ")
 # Formats that are ZIP files, recognised by the names of their first members.
 _ZIP_SIGNATURE = b"PK\x03\x04"
@@ -51,11 +51,11 @@ _PAGE = re.compile(
     rb"\s*(<!--.{0,200}-->\s*)?<(!doctype\s+html|html|head|body|script|meta)\b", re.IGNORECASE | re.DOTALL
 )
 _PICKLE = re.compile(rb"\x80[\x02-\x05]")
-_DV = re.compile(rb"\x1f\x07\x00[\x3f\xbf]")  # the header section of the first DIF block
+_DV = re.compile(rb"\x1f\x07\x00[\x3f\xbf]")  # start of a raw DV stream (header section of its first DIF block)
 
 
 def holds_video(path: Path) -> bool:
-    """Whether a file, whatever its name, starts with the signature of a video container."""
+    """Whether a file starts with the signature of a video container; its name does not matter."""
     try:
         with path.open("rb") as stream:
             head = stream.read(12)
@@ -69,9 +69,9 @@ def holds_video(path: Path) -> bool:
 
 
 def recognise_file(path: Path) -> str | None:
-    """A noun phrase for the content of a file, with a remedy if one is known; None if it is not recognised.
+    """Describe the content of a file as a noun phrase, with a remedy if one is known; None if it is not recognised.
 
-    Reads the first 4 KiB, and the headers of the top-level boxes of MP4 files.
+    Only the first 4 KiB are read, and the headers of the top-level boxes of an MP4 file.
     """
     try:
         size = path.stat().st_size
@@ -95,7 +95,7 @@ def recognise_file(path: Path) -> str | None:
 
 
 def recognise_start(head: bytes) -> str | None:
-    """The same for a file that starts with the bytes `head`, by the signatures of formats alone."""
+    """Describe a file that starts with the bytes `head`, as `recognise_file` does, by known format signatures alone."""
     for signature, what in _SIGNATURES:
         if head.startswith(signature):
             return what
@@ -115,16 +115,17 @@ def _text(head: bytes) -> str | None:
 
 
 def _top_level(stream: BinaryIO, size: int) -> list[bytes]:
-    """The kinds of an MP4 file's first boxes."""
+    """Return the kinds of an MP4 file's top-level boxes (at most the first 10,000)."""
     return [kind for kind, _, _ in itertools.islice(mp4_boxes(stream, size), 10_000)]
 
 
 def mp4_boxes(
     stream: BinaryIO, size: int, containers: frozenset[bytes] = frozenset()
 ) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, start of the body, and end of every box of an MP4 file of `size` bytes (ISO/IEC 14496-12), in order.
+    """Yield (kind, start of the body, end) of the boxes of an MP4 file of `size` bytes, in order (ISO/IEC 14496-12).
 
-    At the top level, and inside boxes of the kinds `containers`. An end may lie beyond the file.
+    These are the top-level boxes, and the boxes inside those whose kind is in `containers`. If the file is truncated,
+    an end may lie beyond it.
     """
     offset = 0
     while offset + 8 <= size:
@@ -133,6 +134,6 @@ def mp4_boxes(
         length, kind, body = int.from_bytes(head[:4], "big"), head[4:8], offset + 8
         if length == 1:
             length, body = int.from_bytes(head[8:], "big"), offset + 16
-        end = offset + max(length, 8) if length else size  # 0: runs to the end of the file
+        end = offset + max(length, 8) if length else size  # length 0: the box extends to the end of the file
         yield kind, body, end
         offset = body if kind in containers else end

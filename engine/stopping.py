@@ -1,7 +1,8 @@
-"""Signals that ask a process to stop (SIGTERM, SIGINT, SIGUSR1), and the exit codes that say so.
+"""Handle the signals that ask a process to stop (SIGTERM, SIGINT, SIGUSR1), and define the exit codes of a stop.
 
-Long work polls a `StopRequest` and keeps what it has finished: a training writes `last.pt` after the step, `extract`
-keeps the finished videos. Any other command is ended by `StoppedAtOnce`, as Ctrl-C ends a Python program.
+Commands with long work poll a `StopRequest` and save what is finished: a training writes `last.pt` after the current
+step, and `extract` keeps the finished videos. Any other command is ended by the exception `StoppedAtOnce`, as Ctrl-C
+ends a Python program.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command resumes. Ctrl-C keeps the shell's 130.
+# 75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command resumes. 130 is the shell's code for Ctrl-C.
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))
@@ -28,7 +29,10 @@ class Stopped(Exception):
 
 
 class StoppedAtOnce(KeyboardInterrupt):
-    """A signal arrived while nothing polled for it. Like Ctrl-C it passes `except Exception` and ends what runs."""
+    """Raised when a signal arrives in a command that does not poll for signals.
+
+    Like KeyboardInterrupt, it is not caught by `except Exception`, so it ends the command.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -36,14 +40,15 @@ class StoppedAtOnce(KeyboardInterrupt):
 
 
 def exit_code_of(number: int) -> int:
-    """The exit code of a command that this signal has stopped."""
+    """Return the exit code of a command that was stopped by signal `number`."""
     return EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
 
 
 class StopRequest:
-    """Remembers the first signal that arrived; loops poll it between steps.
+    """The first stop signal that has arrived, if any. Loops poll it between steps.
 
-    `ask_others` takes this process's signal, if any, and returns it or that of another rank.
+    `ask_others` is called with this process's signal, or None. It returns that signal or one that another rank
+    received.
     """
 
     def __init__(self) -> None:
@@ -51,9 +56,9 @@ class StopRequest:
         self.ask_others: Callable[[int | None], int | None] = lambda own: own
 
     def poll(self) -> int | None:
-        """The first signal that this process or, as `ask_others` reports it, another rank received; otherwise None."""
+        """Return the first signal that this process received, or one that another rank received, or None."""
         found = self.ask_others(self.number)
-        if found is not None and self.number is None:  # a signal may have arrived in the meantime
+        if found is not None and self.number is None:  # the handler may have set `number` during `ask_others`
             self.number = found
         return self.number
 
@@ -66,17 +71,18 @@ class StopRequest:
 
 @contextmanager
 def watch_signals(leaving: bool = False, at_once: bool = False) -> Iterator[StopRequest]:
-    """Catch SIGTERM, SIGUSR1 and SIGINT while the body runs.
+    """Catch SIGTERM, SIGUSR1 and SIGINT while the body runs, and yield the `StopRequest` that reports them.
 
-    The handlers only set the yielded request: an exception raised in a handler could surface in a library's destructor
-    or weak-reference callback, where Python prints and ignores it. A second SIGINT raises KeyboardInterrupt at once.
-    With `at_once`, for a body that cannot poll, the first signal raises StoppedAtOnce where the program happens to be;
-    further ones are ignored, so that they do not disturb the clean-up. A `watch_signals` inside the body takes over.
-    Outside the main thread, where Python allows no handlers, nothing is caught.
+    By default a handler only records the signal: an exception raised by a handler could occur inside a library's
+    destructor or weak-reference callback, where Python prints and ignores it. A second SIGINT raises KeyboardInterrupt
+    at once. `at_once` is for a body that cannot poll: the first signal raises StoppedAtOnce wherever the program is.
+    Further signals, other than a second SIGINT, are then ignored, so that they do not disturb the clean-up. A
+    `watch_signals` inside the body replaces these handlers until it ends. Outside the main thread Python allows no
+    handlers, so nothing is caught.
 
-    Afterwards the previous handlers are restored. With `leaving`, the process exits after the body. If the body
-    succeeded or called `sys.exit`, signals are ignored from then on, so that a process that has written its result does
-    not exit as if stopped; if it was stopped, a repeated signal does not change its exit code.
+    After the body, the previous handlers are restored. `leaving` says that the process will exit after the body. Then
+    signals are ignored once the body has succeeded or called `sys.exit`, so that a process that has written its result
+    does not exit as if it had been stopped. If the body was stopped, a repeated signal does not change the exit code.
     """
     request = StopRequest()
     interrupted = False
@@ -103,10 +109,10 @@ def watch_signals(leaving: bool = False, at_once: bool = False) -> Iterator[Stop
         ignored = set(STOP_SIGNALS)
         raise
     except (Stopped, StoppedAtOnce):
-        # schedulers send signals repeatedly; Ctrl-C still ends a process that hangs while it exits
+        # schedulers send signals repeatedly, so ignore those; Ctrl-C still ends a process that hangs while it exits
         ignored = {number for number in STOP_SIGNALS if number != signal.SIGINT}
         raise
     finally:
         for number, handler in before.items():
-            if signal.getsignal(number) is handle:  # otherwise a leaving `watch_signals` in the body ignores it
+            if signal.getsignal(number) is handle:  # otherwise an inner `watch_signals` with `leaving` now ignores it
                 signal.signal(number, signal.SIG_IGN if leaving and number in ignored else handler)

@@ -161,7 +161,7 @@ def test_a_tensorboard_without_its_own_modules(
         log.log("step", step, {"loss": 0.5})
         log.sync()
     log.close()
-    assert "".join(capsys.readouterr()).count("note: no events for TensorBoard") == 1
+    assert "".join(capsys.readouterr()).count("note: no TensorBoard events") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
 

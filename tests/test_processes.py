@@ -272,7 +272,7 @@ def test_another_number_of_processes_can_resume_between_videos(bench: Path) -> N
     running.send_signal(signal.SIGTERM)
     code, said = ended(running)
     assert code == 75, said
-    assert "note: resuming with 1 process(es) after 2" in alone(temporal(bench, "fewer", sequence, 40))
+    assert "note: resuming with 1 process(es) instead of 2" in alone(temporal(bench, "fewer", sequence, 40))
     alone(temporal(bench, "never-two", sequence, 40))
     assert_same_losses(*(bench / "runs" / name / "temporal" for name in ("never-two", "fewer")))
 

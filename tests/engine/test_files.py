@@ -185,7 +185,7 @@ def test_a_file_system_without_locks_causes_a_warning(tmp_path: Path, monkeypatc
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
-    with pytest.warns(UserWarning, match="no locks on this file system"), exclusive_lock(tmp_path, "ablation"):
+    with pytest.warns(UserWarning, match="this file system has no locks"), exclusive_lock(tmp_path, "ablation"):
         assert (tmp_path / "in-work").exists()
 
 
