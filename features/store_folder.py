@@ -17,14 +17,7 @@ from engine.files import make_folder, read_json_object, remove_stale_temporaries
 from engine.runs import RESULT_FILE
 from features.dataset.index import Index
 from features.ids import id_of_stem
-from features.store import (
-    EncoderSpec,
-    FeatureFileError,
-    VideoFeatures,
-    feature_path,
-    read_every_chunk,
-    read_features,
-)
+from features.store import EncoderSpec, FeatureFileError, VideoFeatures, feature_path, read_every_chunk, read_features
 
 INDEX_FILE = "index.json"
 ENCODER_FILE = "encoder.json"

@@ -37,15 +37,7 @@ from interop.mtrcnet_checkpoints import (
 )
 from stage1_cnn.encoders.weights import below
 from stage1_cnn.model import linear, weights_sha256
-from stage2_temporal.joint.net import (
-    FOLDER,
-    IMPORTED,
-    STEPS,
-    JointAbout,
-    JointNet,
-    joint_checkpoint,
-    load_joint,
-)
+from stage2_temporal.joint.net import FOLDER, IMPORTED, STEPS, JointAbout, JointNet, joint_checkpoint, load_joint
 
 
 @dataclass(frozen=True)

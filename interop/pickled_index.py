@@ -20,12 +20,7 @@ from configs.load import load_dataset
 from configs.schema import Config, DataConfig, SplitConfig
 from engine.files import atomic_path, inside
 from engine.progress import say
-from features.dataset.annotations import (
-    LabelTrack,
-    read_phase_file,
-    read_tool_file,
-    write_label_file,
-)
+from features.dataset.annotations import LabelTrack, read_phase_file, read_tool_file, write_label_file
 from features.dataset.build import build_index
 from features.dataset.catalogue import data_root, keep_index, open_dataset
 from features.dataset.discover import FoundVideo, find_videos, id_of_folder

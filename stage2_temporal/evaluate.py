@@ -24,13 +24,7 @@ from features.dataset.catalogue import known_root, say_left_out
 from features.dataset.index import Index
 from features.frames.settings_match import require_features_of
 from features.store import VideoFeatures, feature_path, recorded_encoder
-from features.store_folder import (
-    INDEX_FILE,
-    find_feature_folder,
-    load_feature_set,
-    usable_index,
-    with_recorded_faults,
-)
+from features.store_folder import INDEX_FILE, find_feature_folder, load_feature_set, usable_index, with_recorded_faults
 from stage2_temporal.predict import (
     Inference,
     TemporalAbout,

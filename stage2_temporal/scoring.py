@@ -29,9 +29,7 @@ from features.dataset.index import Index
 from features.dataset.labels import unlabelled_note
 from features.ids import file_stem, natural_key
 from features.video_labels import VideoLabels
-from stage2_temporal.predict import (
-    Inference,
-)
+from stage2_temporal.predict import Inference
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,7 @@ from engine.stopping import StopRequest
 from evaluation.metrics.phases import majority_phase
 from features.dataset.catalogue import say_left_out
 from features.frames.settings_match import require_features_of
-from stage2_temporal.data import (
-    NO_LABEL,
-    FeatureBank,
-    Span,
-    TrainingData,
-    epoch_batches,
-    read_training_data,
-)
+from stage2_temporal.data import NO_LABEL, FeatureBank, Span, TrainingData, epoch_batches, read_training_data
 from stage2_temporal.heads.base import build_head, detach_state, first_rows
 from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.model import PhaseModel

@@ -15,12 +15,7 @@ import numpy as np
 
 from engine.files import make_folder
 from evaluation.reports.gather import Report
-from evaluation.reports.paper_figures import (
-    add_legend,
-    phase_ribbons,
-    save_figure,
-    short_name,
-)
+from evaluation.reports.paper_figures import add_legend, phase_ribbons, save_figure, short_name
 from evaluation.reports.plotly_figures import RUN_DASHES, Figure, all_figures, literal
 
 SUFFIXES = (".pdf", ".png")

@@ -15,11 +15,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import Config
-from engine.files import (
-    inside,
-    sha256_ends,
-    sha256_file,
-)
+from engine.files import inside, sha256_ends, sha256_file
 from features.dataset.frame_folders import frame_folder, scan_folder
 from features.dataset.index import Index, VideoEntry
 from features.dataset.tfrecord import TfrecordReader

@@ -12,14 +12,7 @@ from typing import Any
 import numpy as np
 
 from features.video.base import REMEDY, FrameReader, ReaderError, checked_frames
-from features.video.container import (
-    Opener,
-    decoded_from,
-    import_av,
-    open_container,
-    packets_of,
-    video_stream,
-)
+from features.video.container import Opener, decoded_from, import_av, open_container, packets_of, video_stream
 from features.video.scan import MAX_REORDER, VideoScan
 
 

@@ -18,14 +18,7 @@ from configs.errors import UserError
 from configs.load import differences
 from configs.schema import Config, JointStepConfig
 from engine.checkpoints import load_checkpoint
-from engine.device import (
-    choose_device,
-    choose_precision,
-    make_accelerator,
-    say_few_cores,
-    seed_everything,
-    start_stage,
-)
+from engine.device import choose_device, choose_precision, make_accelerator, say_few_cores, seed_everything, start_stage
 from engine.files import sha256_file
 from engine.logs import outcome_sentence, training_outcome
 from engine.memory import needs_gpu_memory
@@ -72,12 +65,7 @@ from stage2_temporal.joint.net import (
     build_joint,
     joint_checkpoint,
 )
-from stage2_temporal.joint.predict import (
-    Prediction,
-    gap_nats,
-    phase_accuracy,
-    predict_videos,
-)
+from stage2_temporal.joint.predict import Prediction, gap_nats, phase_accuracy, predict_videos
 
 
 @dataclass(frozen=True)
