@@ -1,3 +1,3 @@
-"""Stage one: a backbone fine-tuned on tool presence, and the embeddings it gives each frame."""
+"""Stage one: fine-tuning a backbone on tool presence, and extracting one embedding per frame with it."""
 
-import configs  # noqa: F401, which keeps idle threads from spinning if it comes before torch
+import configs  # noqa: F401, imported before torch, since it keeps torch's idle threads from spinning

@@ -1,8 +1,9 @@
-"""Training on frames: labelled samples from the frame cache, their order in an epoch, augmentation, loading.
+"""Data for training on frames: labelled samples of the frame cache, their order in an epoch, augmentation, loading.
 
-Everything is loaded as batches of clips; a frame of stage one is a clip of length 1. Loader processes decode, draw and
-crop; mirroring, colour changes and normalisation run on the device, on whole batches. The batch of a step is a function
-of (seed, epoch, step) alone: resuming needs no history, and the number of loader processes changes nothing.
+Every batch is a batch of clips; the single frames of stage one are clips of length 1. Loader processes decode the
+cached frames, draw the random augmentation and crop. Mirroring, colour changes and normalisation run on the device, for
+a whole batch at once. The batch of a step depends on (seed, epoch, step) alone. So a training resumes without a record
+of earlier batches, and the number of loader processes does not change the result.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from features.frames.preprocess import augment_generator, changed_images, change
 from features.frames.source import frame_cache
 
 PREFETCH_BATCHES = 2
-# One core loads some 370 to 700 cached frames/s, and the fastest GPUs train on fewer than 16 times that.
+# One core loads about 370 to 700 cached frames/s. 16 cores load more than the fastest GPUs can train on.
 MOST_WORKERS = 16
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid")
 _CENTRE = AugmentConfig(crop="centre", flip=False)
@@ -42,7 +43,7 @@ NO_LABEL = -1
 
 @dataclass(frozen=True)
 class LabelledFrames:
-    """Samples of some videos that have a label, R of them; row r is sample `sample[r]` of video `videos[video[r]]`."""
+    """R labelled samples of several videos; row r is sample `sample[r]` of video `videos[video[r]]`."""
 
     videos: tuple[str, ...]
     caches: tuple[CachedFrames, ...]
@@ -55,20 +56,24 @@ class LabelledFrames:
         return len(self.video)
 
     def name(self, row: int) -> str:
-        """The video and frame of a row, for messages."""
+        """The video and frame number of a row, for messages."""
         video = int(self.video[row])
         return f"{self.videos[video]}, frame {int(self.caches[video].frame_index[self.sample[row]])}"
 
     def start_of(self, batch: ClipBatch) -> Callable[[], str]:
-        """A function that names the batch's first frame, for error messages; it does not keep the batch in memory."""
+        """A function that returns the name of the batch's first frame, for error messages.
+
+        It keeps no reference to the batch, so the batch's memory can be freed.
+        """
         what, row = "frame" if batch.images.shape[1] == 1 else "clip", int(batch.first[0])
         return lambda: f"first {what}: {self.name(row)}"
 
 
 class Request(NamedTuple):
-    """One batch to make: clips of consecutive rows of a split.
+    """Which clips a batch contains; each clip is a range of consecutive rows of a split.
 
-    Each clip has its first row, its length, and the row that seeds its augmentation in `epoch`; None means none.
+    Clip i begins at row `first[i]` and has `lengths[i]` rows. The row number `draws[i]` seeds its augmentation in
+    `epoch`; if `epoch` is None, nothing is augmented. `fresh` and `counts` are explained in `ClipBatch`.
     """
 
     split: str
@@ -81,14 +86,15 @@ class Request(NamedTuple):
 
     @classmethod
     def of_frames(cls, split: str, epoch: int | None, rows: Sequence[int]) -> Request:
-        """A batch of single frames, each with its own random draw."""
+        """The request for a batch of single frames, each of which is augmented independently."""
         return cls(split, epoch, tuple(rows), (1,) * len(rows), tuple(rows))
 
     def share(self, rank: int, count: int, smallest: int = 1) -> Request:
-        """The part of process `rank` of `count`: every `count`-th clip, as in `stage2_temporal.data.Batch.share`.
+        """The part of this batch for process `rank` of `count`: every `count`-th clip.
 
-        No part has fewer than `smallest` clips if that can be avoided (batch norm cannot learn from a single frame):
-        a small last batch goes to fewer processes. Those without a part get rank 0's, which does not count.
+        A small last batch is shared among fewer processes, so that each part has at least `smallest` clips where
+        possible (batch norm cannot learn from a single frame). The other processes repeat rank 0's part with
+        `counts=False`. `stage2_temporal.data.Batch.share` does the same.
         """
         parts = min(count, max(1, len(self.first) // smallest))
         counts = rank < parts
@@ -98,20 +104,20 @@ class Request(NamedTuple):
 
 
 class ClipBatch(NamedTuple):
-    """B clips of up to T frames. Padding, at the end only, is black and has no labels."""
+    """B clips of up to T frames. Shorter clips are padded at the end with black frames without labels."""
 
     images: Tensor  # (B, T, S, S, 3) uint8, cropped
     phase: Tensor  # (B, T) int64, -1 = no label
     tools: Tensor  # (B, T, K) float32, -1 = no label
     lengths: Tensor  # (B,) int64
     first: Tensor  # (B,) int64, row of each clip's first frame
-    flip: Tensor  # (B,) bool, still to be mirrored
-    colour: Tensor  # (B, 3) float32, factors still to be applied; (0, 3) = none
-    fresh: bool  # zero state at the start; otherwise clip i continues clip i of the batch before
-    counts: bool  # False: this process has no part in the step, so that no frame has labels and no state is kept
+    flip: Tensor  # (B,) bool, True = the clip is still to be mirrored
+    colour: Tensor  # (B, 3) float32, colour factors still to be applied; shape (0, 3) if colours do not change
+    fresh: bool  # True: the recurrent state starts at zero; False: clip i continues clip i of the previous batch
+    counts: bool  # False: this process has no part in the step, so its frames have no labels and its state is dropped
 
     def inputs(self, config: PreprocessConfig, device: torch.device) -> Tensor:
-        """The frames on the device, mirrored, coloured, normalised: (B T, 3, S, S) float32, channels last."""
+        """The frames on the device, mirrored, colour-changed and normalised: (B T, 3, S, S) float32, channels last."""
         flip, colour = (
             part.to(device, non_blocking=True).repeat_interleave(self.images.shape[1], dim=0)
             for part in (self.flip, self.colour)
@@ -119,7 +125,7 @@ class ClipBatch(NamedTuple):
         return changed_images(self.images.flatten(0, 1), flip, colour, config, device)
 
     def labels(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Phases (B, T) and tools (B, T, K) on the device."""
+        """The labels on the device: phases (B, T) and tools (B, T, K)."""
         return self.phase.to(device, non_blocking=True), self.tools.to(device, non_blocking=True)
 
 
@@ -137,10 +143,10 @@ def labelled_frames(
     with_phases: bool,
     every_frame: bool = False,
 ) -> LabelledFrames:
-    """All samples of `entries` with a tool label or, `with_phases`, a phase label; their frames need not be cached yet.
+    """All samples of `entries` that have a tool label or, if `with_phases`, a phase label.
 
-    `every_frame` keeps the others too, for clips without gaps. Raises UserError naming the video whose labels cannot be
-    read.
+    With `every_frame`, samples without a label are kept as well, so that clips have no gaps. The frames need not be in
+    the cache yet. Raises UserError naming the video whose labels cannot be read.
     """
     tools = np.zeros((0, len(index.dataset.tools)), dtype=np.int8)
     parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int8), tools)]
@@ -158,9 +164,9 @@ def labelled_frames(
 
 
 def training_requests(seed: int, epoch: int, frames: int, batch_frames: int, subset: int | None) -> list[Request]:
-    """The epoch's batches: a permutation of all rows (or a random `subset`), cut every `batch_frames`.
+    """The batches of an epoch: all rows (or `subset` random ones) in random order, `batch_frames` in each batch.
 
-    A single frame left over at the end is left out, since batch norm cannot learn from one.
+    If a single frame remains for the last batch, it is left out, since batch norm cannot learn from one frame.
     """
     order = torch.randperm(frames, generator=epoch_generator(seed, epoch))[: subset or frames].tolist()
     requests = _frame_requests("train", epoch, order, batch_frames)
@@ -169,7 +175,7 @@ def training_requests(seed: int, epoch: int, frames: int, batch_frames: int, sub
 
 
 def validation_requests(frames: int, batch_frames: int) -> list[Request]:
-    """All rows of the validation videos, in order."""
+    """Batches of all rows of the validation videos, in order."""
     return _frame_requests("val", None, range(frames), batch_frames)
 
 
@@ -181,9 +187,9 @@ def _frame_requests(split: str, epoch: int | None, rows: Sequence[int], size: in
 
 
 class ClipDataset(Dataset):
-    """Makes whole batches: `dataset[request]` is a ClipBatch, or the UserError that prevented it.
+    """A data set whose items are whole batches: `dataset[request]` is a ClipBatch, or the UserError that prevented it.
 
-    Errors are returned as values because a loader process would wrap them into a traceback.
+    The error is returned and not raised, because a loader process would add a traceback to a raised one.
     """
 
     def __init__(self, splits: dict[str, LabelledFrames], crop_px: int, augment: AugmentConfig, seed: int) -> None:
@@ -227,10 +233,10 @@ class ClipDataset(Dataset):
 
 
 class FrameLoader:
-    """Loads requests in order, ahead of time in loader processes, which live until the loader is closed.
+    """Loads requested batches in order, ahead of time, in loader processes that live until the loader is closed.
 
-    `dataset[request]` is a batch or the UserError that prevented it. `workers` as in `choose_workers`. `stop` is the
-    training's stop request.
+    `dataset[request]` is a batch or the UserError that prevented it. `workers` has the meaning of `wanted` in
+    `choose_workers`. `stop` is the training's stop request.
     """
 
     def __init__(self, dataset: Dataset, workers: int, device: torch.device, stop: StopRequest) -> None:
@@ -253,13 +259,13 @@ class FrameLoader:
             batch_size=None,
             num_workers=workers,
             pin_memory=device.type == "cuda",
-            # without a generator of its own, a loader draws from the one that dropout uses
+            # otherwise the loader draws from torch's global generator, which dropout uses
             generator=torch.Generator(),
             **options,
         )
 
     def batches(self, requests: Iterable[Request]) -> Iterator[ClipBatch]:
-        """The batches of `requests`, one each. Raises UserError naming the frame that cannot be read."""
+        """The batches of `requests`, one for each. Raises UserError naming a frame that cannot be read."""
         self._requests[:] = requests
         self._running = self._batches()
         return self._running
@@ -272,10 +278,10 @@ class FrameLoader:
             yield batch
 
     def close(self) -> None:
-        """End the loader's processes, also while batches are still being read.
+        """End the loader's processes, even while batches are still being read.
 
-        torch has no public call for it. Without its private one the iterator's destructor ends them, which prints a
-        traceback where a process has died.
+        torch has no public function for this, so a private one is called. Without it, the iterator's destructor ends
+        the processes, and prints a traceback if one of them has died.
         """
         if self._running is not None:
             self._running.close()
@@ -289,12 +295,12 @@ class FrameLoader:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Raises UserError if a loader process died; Stopped where this one was asked to stop as well.
+        """Close the loader. Raises UserError if a loader process died, or Stopped if a stop was requested as well.
 
-        torch raises an exception in whatever code runs at that moment; a process that died while it was sending a batch
-        shows up as an error of the pipe first. A signal to the whole process group ends a loader process that has only
-        just started and does not ignore signals yet: training then resumes from its last checkpoint, as after any
-        other stop.
+        When a loader process dies, torch raises a RuntimeError in whatever code is running at that moment; if it dies
+        while sending a batch, an error of the pipe comes first. A signal to the whole process group may also kill a
+        loader process that has only just started and does not ignore signals yet. That counts as a stop, after which
+        training resumes from its last checkpoint.
         """
         self.close()
         cut_off = isinstance(error, EOFError | ConnectionError)
@@ -302,14 +308,16 @@ class FrameLoader:
             if self._stop.number is not None:
                 raise Stopped(self._stop.number) from error
             raise UserError(
-                f"{failure_reason(error)}: a process that loads frames died (out of memory or of /dev/shm, or killed); "
-                "start again: it resumes from its last checkpoint; fewer workers or smaller batches need less memory"
+                f"{failure_reason(error)}: a process that loads frames died (killed, or no memory or /dev/shm left); "
+                "start again to resume from the last checkpoint, if need be with fewer workers or smaller batches"
             ) from error
 
 
 def choose_workers(wanted: int, device: torch.device) -> int:
-    """Loader processes for a setting `workers`: -1 means none if the CPU itself trains, else one per spare core,
-    up to `MOST_WORKERS`."""
+    """The number of loader processes for `wanted`, the value of a setting `workers`.
+
+    -1 means none if the net is trained on the CPU, otherwise one per spare core, `MOST_WORKERS` at most.
+    """
     if wanted >= 0:
         return wanted
     return 0 if device.type == "cpu" else min(MOST_WORKERS, max(1, available_cores() - 1))

@@ -1,7 +1,8 @@
-"""Processes that only decode, for one process that computes: how a GPU is kept busy.
+"""Decoding in other processes, ahead of the one process that computes, so that a GPU is kept busy.
 
-PyTorch's DataLoader is the bounded queue: it watches its worker processes and pins memory. Each worker takes the next
-video (or part) from a shared counter and sends resized frames; cropping, normalisation and the net run on the device.
+PyTorch's DataLoader serves as the bounded queue between them; it also watches its worker processes and pins memory.
+Each worker takes the number of the next video (or part of one) from a shared counter and sends the video's resized
+frames. Cropping, normalisation and the net run on the device.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from stage1_cnn.encoders.encoder import encoded_at_once
 from stage1_cnn.segments import Rows, VideoJob
 from stage1_cnn.video_features import ExtractTask
 
-# Batches that wait for the device, per decoding process.
+# How many batches of one decoding process may wait for the device.
 QUEUE_BATCHES = 4
 HARDWARE_PROCESSES = 4
-# What a decoding process sends about a video: the origin of its frames (a dict), frames (a tensor), the end of the
-# video (None), or the reason of its failure (a string).
+# What a decoding process sends about a video: which reader and source its frames come from (a dict), a batch of frames
+# (a tensor), the end of the video (None), or why it failed (a string).
 Message = dict[str, str] | torch.Tensor | str | None
 
 
@@ -48,11 +49,11 @@ OpenVideo = Callable[[], AbstractContextManager[SampledFrames]]
 
 
 class _DecodedFrames(IterableDataset[tuple[int, Message]]):
-    """The messages of one decoding process, each with its video's number; those of one video come in order."""
+    """The messages of one decoding process, each with its video's number; a video's messages come in order."""
 
     def __init__(self, videos: Sequence[OpenVideo], batch_frames: int, taken: Any) -> None:
         self._videos, self._batch_frames = list(videos), batch_frames
-        self._taken = taken  # number of videos that all processes have taken so far
+        self._taken = taken  # shared counter: how many videos all processes together have taken so far
 
     def __iter__(self) -> Iterator[tuple[int, Message]]:
         while (number := self._take()) < len(self._videos):
@@ -77,29 +78,35 @@ def _messages(open_video: OpenVideo, batch_frames: int) -> Iterator[Message]:
 
 
 def decodes_ahead(config: Config, device: torch.device) -> bool:
-    """Whether other processes decode for this one, by `extract.decode_ahead`."""
+    """Whether other processes decode for this one: the setting `extract.decode_ahead`; `auto` means on a GPU only."""
     chosen = config.extract.decode_ahead
     return device.type != "cpu" if chosen == "auto" else chosen == "on"
 
 
 def decoders_for(config: Config, frames: int) -> int:
-    """Processes that decode so many frames, by `extract.workers`; on hardware `HARDWARE_PROCESSES` at most by default,
-    since each of them takes a context of the device's memory (some 300 to 500 MB on CUDA)."""
+    """The number of processes that decode `frames` frames, from `extract.workers`.
+
+    With hardware decoding the default is `HARDWARE_PROCESSES` at most, since each process has a context of its own in
+    the device's memory (about 300 to 500 MB on CUDA).
+    """
     wanted = processes_for(config.extract.workers, frames)
     by_default_on_hardware = config.extract.hardware_decoding is not None and config.extract.workers < 0
     return min(wanted, HARDWARE_PROCESSES) if by_default_on_hardware else wanted
 
 
 def fitting_decoders(wanted: int, config: Config) -> int:
-    """As many of the wanted processes as /dev/shm has room for the frames of, at least one; a line says if fewer."""
+    """`wanted`, or fewer if /dev/shm has no room for the frames of so many processes; at least one.
+
+    Prints a note if the number is smaller than `wanted`.
+    """
     free_bytes = free_shared_memory()
     batch_bytes = encoded_at_once(config) * 3 * config.preprocess.resize_px**2
-    each = (QUEUE_BATCHES + 1) * batch_bytes  # one is being made
+    each = (QUEUE_BATCHES + 1) * batch_bytes  # one more batch is being decoded
     fitting = wanted if free_bytes is None else max(1, min(wanted, free_bytes // ranks_here() // each))
     if fitting < wanted:
         say(
             f"note: /dev/shm has room for {fitting} of {wanted} decoding processes, {each / 1e6:.0f} MB each; in a "
-            "container give it more (docker run --shm-size), or set a smaller extract.batch_frames",
+            "container enlarge it (docker run --shm-size), or set a smaller extract.batch_frames",
             every_rank=True,
         )
     return fitting
@@ -108,9 +115,10 @@ def fitting_decoders(wanted: int, config: Config) -> int:
 def decoding_processes(
     videos: Sequence[OpenVideo], batch_frames: int, decoders: int, pinned: bool
 ) -> Iterable[tuple[int, Message]]:
-    """Messages about the videos from `decoders` processes, which end with the iterator; frames in pinned memory.
+    """The messages about `videos` from `decoders` processes, which end when the iterator is deleted.
 
-    Messages are taken as they come: in turns, all processes would wait for the slowest.
+    `pinned` puts frames into pinned memory. Messages are taken in the order in which they arrive: if the processes were
+    read in turn, all would wait for the slowest.
     """
     taken = get_context("spawn").Value("q", 0)
     return DataLoader(
@@ -135,11 +143,11 @@ def work_ahead(
     pinned: bool,
     decode: Callable[[Sequence[OpenVideo], int, int, bool], Iterable[tuple[int, Message]]] = decoding_processes,
 ) -> Generator[tuple[VideoJob, str | None], None, None]:
-    """Do the jobs in this process with frames that up to `decoders` other processes decode; yields as `work_through`
-    does.
+    """Do the jobs in this process, with frames that up to `decoders` other processes decode.
 
-    If one of them dies, the remaining jobs are done with half as many, at last by this process alone. Raises Stopped
-    when asked to stop, and NoRoomError when the disk is full.
+    Yields each job that has ended, with the reason if it failed, as `work_through` does. If a decoding process dies,
+    the remaining jobs are done with half as many, and in the end by this process alone. Raises Stopped when asked to
+    stop, and NoRoomError when the disk is full.
     """
     left = list(jobs)
     decoders = fitting_decoders(decoders, task.config)
@@ -156,7 +164,7 @@ def work_ahead(
 
 
 def _fewer(decoders: int, error: _DecoderDied) -> int:
-    """With how many decoding processes to continue after one has died: too many for the memory may have been it."""
+    """The number of decoding processes to continue with after one has died: half, since memory may have run out."""
     fewer = decoders // 2
     rest = f"with {fewer} instead of {decoders} decoding processes" if fewer else "without decoding processes, slowly"
     say(f"{error}; continuing {rest}", every_rank=True)
@@ -166,12 +174,13 @@ def _fewer(decoders: int, error: _DecoderDied) -> int:
 def frames_of_videos(
     videos: Sequence[OpenVideo], config: Config, frames: int, unwanted: Container[int] = ()
 ) -> Generator[tuple[int, Message], None, None]:
-    """Messages about all videos (of `frames` samples together), each with its video's number.
+    """The messages about all videos, each with its video's number; the videos have `frames` samples in total.
 
-    Where `extract.decode_ahead` says so (`auto`: and there are many frames), other processes decode, and messages of
-    several videos alternate; otherwise videos are decoded here, one after the other. A video's messages come in order;
-    if its origin comes again, it begins again, because a process has died. Videos that the caller has added to
-    `unwanted` are of no more interest. Close the generator to end the processes.
+    Other processes decode if `decodes_ahead` says so and there are many frames (with `extract.decode_ahead=on`, for any
+    number of frames). Messages of several videos then alternate. Otherwise this process decodes one video after the
+    other. A video's messages come in order. If a video's first message, the dict, comes a second time, a process has
+    died and the video starts again. Videos that the caller has added to `unwanted` may be skipped. Close the generator
+    to end the processes.
     """
     device, at_once = choose_device(config.device), encoded_at_once(config)
     left = list(range(len(videos)))
@@ -218,7 +227,7 @@ def _encode_decoded(
             while writers:
                 stop.raise_if_set()
                 number, message = _next(messages)
-                if number not in writers:  # it has failed here, but its frames still arrive
+                if number not in writers:  # encoding this video has failed, but its frames still arrive
                     continue
                 reason = writers[number].take(message)
                 bar.update(len(message) if isinstance(message, torch.Tensor) else 0)
@@ -236,23 +245,24 @@ def _next(messages: Iterator[tuple[int, Message]]) -> tuple[int, Message]:
         return next(messages)
     except StopIteration as error:
         raise _DecoderDied("a decoding process ended early") from error
-    except (RuntimeError, EOFError, ConnectionError) as error:  # EOFError, ConnectionError: it died while sending
+    except (RuntimeError, EOFError, ConnectionError) as error:  # the last two if it died while sending
         raise _DecoderDied(f"a decoding process died ({failure_reason(error)})") from error
 
 
 class _JobWriter:
-    """Writes one job's rows from its messages, which arrive between those of other jobs."""
+    """Writes the rows of one job from the job's messages, which arrive mixed with those of other jobs."""
 
     _rows: Rows
 
     def __init__(self, task: ExtractTask, job: VideoJob) -> None:
         self._task, self._job = task, job
-        self._file = ExitStack()  # what is open from the first message to the last
+        self._file = ExitStack()  # holds the output file, which is open from the first message to the last
 
     def take(self, message: Message) -> str | None:
-        """Write what a message contains; None in it completes the file.
+        """Process one message: frames are encoded and written, None completes the file.
 
-        Returns the reason if the job has failed, after removing its file. Raises NoRoomError.
+        If the job fails, its file is removed and the reason is returned; otherwise returns None. Raises NoRoomError
+        when the disk is full.
         """
         if isinstance(message, str):
             self.abandon()

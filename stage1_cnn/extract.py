@@ -1,8 +1,8 @@
-"""Extraction: sampled frames of every video through the encoder, one feature file per video.
+"""Extraction: the encoder is applied to the sampled frames of every video and writes one feature file per video.
 
-On a CPU one process per core decodes and computes, with one thread; on a GPU several processes decode for one that
-computes. The features depend neither on the number of processes nor on a video being split among them: batches are cut
-by sample number, and on a CPU sums are always added in the same order.
+On a CPU one process per core decodes and computes, with one thread each. On a GPU several processes decode for the one
+process that computes. The features depend neither on the number of processes nor on whether a video is split among
+them, because batches always begin at the same sample numbers and a CPU always adds sums in the same order.
 """
 
 from __future__ import annotations
@@ -40,12 +40,15 @@ from stage1_cnn.segments import Assembly, VideoJob, split_among
 from stage1_cnn.video_features import ExtractTask, label_attributes
 
 STAGE = "extract"
-SHARDS = "shards"  # folder of each shard's own report
+SHARDS = "shards"  # folder with the report of each shard
 
 
 @dataclass
 class ExtractReport:
-    """What one call did: video ids by outcome; `frames` and `seconds` of this call; `left_out` by the index."""
+    """What one call of `extract` did: video ids by outcome, frames computed, and seconds.
+
+    `left_out` lists the videos that the index leaves out.
+    """
 
     folder: Path
     done: list[str] = field(default_factory=list)
@@ -57,12 +60,12 @@ class ExtractReport:
     seconds: float = 0.0
 
     def require_others_done(self) -> None:
-        """Raise UserError if a video failed for a reason outside its files, so that starting again may help."""
+        """Raise UserError if a video failed for a reason other than its own files, so that a retry may succeed."""
         lost = [(video_id, reason) for video_id, reason in self.failed if not isinstance(reason, VideoFault)]
         if lost:
             raise UserError(
-                f"extract: {len(lost)} video(s) were not done, first {lost[0][0]}: {lost[0][1]}; start again, what is "
-                "done is kept"
+                f"extract: {len(lost)} video(s) were not done, first {lost[0][0]}: {lost[0][1]}; start again: finished "
+                "videos are kept"
             )
 
     def sentence(self) -> str:
@@ -77,7 +80,7 @@ class ExtractReport:
         return f"{len(self.done)} video(s) extracted{rate}{others}; {self.folder}"
 
     def sort(self, index: Index) -> None:
-        """Videos in the order of the index, however the processes finished."""
+        """Put the videos into the order of the index, in whatever order they were finished."""
         order = {entry.id: number for number, entry in enumerate(index.videos)}
         for videos in (self.done, self.skipped, self.relabelled):
             videos.sort(key=order.__getitem__)
@@ -111,12 +114,13 @@ def extract(
 ) -> ExtractReport:
     """Write the features of every video of the index, or of every `shard[1]`-th one from `shard[0]`.
 
-    They are written to `folder`, by default `<extract.store>/<backbone>-<digest12>`, with the index and the encoder's
-    description. Files that verify and were made from the same source are kept; if only annotations changed, only
-    labels are rewritten. A video that cannot be read is reported and the others are extracted; the reason is kept
-    beside the features, so that stage two leaves the video out, too, until a later call can read it. With a run and no
-    `folder`, `RUN/extract/result.json` names the features' folder. Raises UserError if there are no weights, no
-    space, not one usable video, or the folder belongs to another data set or encoder.
+    The files go to `folder`, by default `<extract.store>/<backbone>-<digest12>`, together with the index and the
+    encoder's description. An existing file is kept if it passes its checks and was made from the same source; if only
+    annotations have changed, only the labels in it are rewritten. A video that cannot be read is reported, and the
+    others are extracted. The reason is stored beside the features, so that stage two leaves the video out as well,
+    until a later call can read it. With a run and no `folder`, `RUN/extract/result.json` names the folder of the
+    features. Raises UserError if there are no weights, the disk has too little space, no video can be used, or the
+    folder belongs to another data set or encoder.
     """
     started = time.monotonic()
     stage = StageFolder(run, STAGE, config, _identity(config, index)) if run and folder is None else None
@@ -168,7 +172,7 @@ def _require_one_usable(report: ExtractReport, shard: tuple[int, int]) -> None:
 
 
 def _record_faults(report: ExtractReport, index: Index, root: Path) -> None:
-    """Record beside the features why a video has none, and remove the record of videos that have them now."""
+    """Record beside the features why a video has no features, and delete the record once it has."""
     for video_id, reason in report.failed:
         if isinstance(reason, VideoFault):
             record_fault(report.folder, video_id, index.entry(video_id).sha256_ends, below_root(reason, root))
@@ -177,7 +181,7 @@ def _record_faults(report: ExtractReport, index: Index, root: Path) -> None:
 
 
 def _finish(stage: StageFolder, result: dict[str, Any], shard: tuple[int, int], index: Index) -> None:
-    """Write the result of all videos: of the only call, or the shards' merged results by the shard that ends last."""
+    """Write the result for all videos. With several shards, the last one to end merges the results of all."""
     number, count = shard
     if count == 1:
         stage.finish(result)
@@ -193,7 +197,7 @@ def _finish(stage: StageFolder, result: dict[str, Any], shard: tuple[int, int], 
 
 
 def _merged(parts: Sequence[Mapping[str, Any]], index: Index) -> dict[str, Any]:
-    """One result from those of all shards; seconds are the longest shard's."""
+    """The results of all shards merged into one; its `seconds` are those of the slowest shard."""
     whole = ExtractReport(Path(parts[0]["folder"]))
     for part in parts:
         whole.done += part["done"]
@@ -207,7 +211,10 @@ def _merged(parts: Sequence[Mapping[str, Any]], index: Index) -> dict[str, Any]:
 
 
 def _identity(config: Config, index: Index) -> StageIdentity:
-    """Settings that a run's features depend on; the weights of a fine-tuned encoder are the run's own."""
+    """The settings that a run's features depend on.
+
+    The weights of a fine-tuned encoder need no entry, since the run itself contains them.
+    """
     chosen = config.extract
     file = chosen.checkpoint
     computed = {"encoder", "precision", "storage", "compile"}
@@ -247,17 +254,17 @@ def _require_compatible(folder: Path, index: Index, spec: EncoderSpec) -> None:
         if digest != spec.digest:
             raise UserError(
                 f"{folder}: made by encoder {digest[:12]}, this one is {spec.digest[:12]}; "
-                "features of two encoders do not mix: choose another folder"
+                "features of two encoders cannot share a folder: choose another one"
             )
 
 
-# ---------------------------------------------------------------------------------------------- what is to do
+# ---------------------------------------------------------------------------------------------- jobs
 
 
 def _work(
     task: ExtractTask, jobs: Sequence[VideoJob], encoder: Encoder, stop: StopRequest
 ) -> Iterator[tuple[VideoJob, str | None]]:
-    """Do the jobs in parallel processes; yields each video as it ends, with the reason if it failed."""
+    """Do the jobs in parallel processes. Yields each video when it is finished, with the reason if it failed."""
     chosen = task.config.extract
     ahead = decodes_ahead(task.config, encoder.device)
     processes = decoders_for(task.config, sum(job.frames for job in jobs))
@@ -292,7 +299,7 @@ def _plan(
     shard: tuple[int, int],
     report: ExtractReport,
 ) -> list[VideoJob]:
-    """The jobs of the shard's videos; those that are complete or cannot be read go into the report."""
+    """The jobs of the shard. Videos that are complete or cannot be read get no job and are noted in the report."""
     first, of = shard
     if not 0 <= first < of:
         raise UserError(f"shard {first}/{of}: expected I/N with I from 0 to N-1")
@@ -316,8 +323,11 @@ def _plan(
 def _state(
     path: Path, entry: VideoEntry, frame_index: NDArray[np.int64], spec: EncoderSpec, labels: Mapping[str, str]
 ) -> str:
-    """`new`, `relabel` or `current`: whether a video's file is complete, of this source, these frames and this
-    encoder, and has these labels."""
+    """What a video's feature file needs: `new`, `relabel` or `current`.
+
+    `new` unless the file is complete and made from this source, these frames and by this encoder; `relabel` if only
+    its labels differ.
+    """
     if not path.exists():
         return "new"
     problem = verify_file(path, spec, source_identity(entry))

@@ -1,7 +1,7 @@
-"""The network of stage one: a backbone and per-frame heads on its embeddings, and how checkpoints describe it.
+"""The network of stage one: a backbone with heads that classify single frames, and its description in checkpoints.
 
-The backbone of Jin et al. (MTRCNet, Medical Image Analysis 2020) is ResNet50; its tool branch is one linear layer on
-the embedding, as in `ToolNet`.
+In MTRCNet (Jin et al., Medical Image Analysis 2020) the backbone is ResNet50, and the tool branch is one linear layer
+on the embedding; `ToolNet` has the same structure.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class NetOutput(NamedTuple):
 
 
 class ToolNet(nn.Module):
-    """Backbone, tool head and, on request, a phase head, for single frames.
+    """A backbone with a tool head and, if `phases` is given, a phase head, for single frames.
 
-    `tools` may be 0 if a phase head is trained. Heads start as Xavier uniform with zero bias, drawn from torch's
-    global generator.
+    `tools` may be 0 if there is a phase head. The heads' weights are Xavier uniform, drawn from torch's global
+    generator, and their biases are 0.
     """
 
     def __init__(self, backbone: Backbone, tools: int, phases: int | None = None) -> None:
@@ -48,7 +48,7 @@ class ToolNet(nn.Module):
         self.phase_head = linear(backbone.embedding_dim, phases) if phases else None
 
     def forward(self, images: Tensor) -> NetOutput:
-        """Images (N, 3, S, S), normalised, to embedding (N, D), tool logits (N, K), phase logits (N, C) or None."""
+        """Normalised images (N, 3, S, S) -> embedding (N, D), tool logits (N, K), phase logits (N, C) or None."""
         embedding = self.backbone(images)  # (N, D)
         tool_logits = self.tool_head(embedding) if self.tool_head is not None else embedding.new_zeros(len(images), 0)
         phase_logits = self.phase_head(embedding) if self.phase_head is not None else None
@@ -60,7 +60,7 @@ class ToolNet(nn.Module):
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer that starts as in the reference: Xavier uniform, zero bias."""
+    """A linear layer initialised as in the reference implementation of MTRCNet: Xavier uniform, zero bias."""
     layer = nn.Linear(inputs, outputs)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -68,7 +68,10 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def tool_branch(embedding_dim: int, hidden: int | None, tools: int) -> nn.Module | None:
-    """One linear layer, or with `hidden` two and a ReLU between (MTRCNet-CL); None if there are no tools."""
+    """The tool head: one linear layer or, with `hidden` (MTRCNet-CL), two with a ReLU between them.
+
+    None if there are no tools.
+    """
     if not tools:
         return None
     if hidden is None:
@@ -80,7 +83,10 @@ def tool_branch(embedding_dim: int, hidden: int | None, tools: int) -> nn.Module
 
 
 def parameter_groups(net: nn.Module, backbone_lr_factor: float, others: str = "head") -> list[dict[str, Any]]:
-    """The net's `backbone`, with its learning-rate factor, and all `others`; a factor of 0 also needs no gradients."""
+    """Two groups of parameters for the optimiser: the net's `backbone`, and all others under the name `others`.
+
+    A `backbone_lr_factor` of 0 also switches off the backbone's gradients.
+    """
     backbone = net.get_submodule("backbone")
     if backbone_lr_factor == 0:
         backbone.requires_grad_(False)
@@ -92,9 +98,9 @@ def parameter_groups(net: nn.Module, backbone_lr_factor: float, others: str = "h
 
 
 def synchronise_batch_norm(net: nn.Module, processes: Processes, device: torch.device) -> None:
-    """Compute batch norm's mean and variance over all processes; in place, under the same names.
+    """Replace batch norm layers in place by ones that compute mean and variance over all processes.
 
-    Raises UserError on CPUs, for which torch has no synchronised batch norm.
+    The names of their tensors stay the same. Raises UserError on CPUs, for which torch has no such layers.
     """
     if processes.count == 1:
         return
@@ -107,7 +113,7 @@ def synchronise_batch_norm(net: nn.Module, processes: Processes, device: torch.d
 
 
 def build_net(config: Config, spec: DataSetSpec, *, trusted: bool = False) -> ToolNet:
-    """The net that `config` names for a data set's classes, with its initial weights, in training mode."""
+    """The net that `config.cnn` describes, for the classes of a data set: with initial weights, in training mode."""
     cnn = config.cnn
     backbone = initial_backbone(config, trusted=trusted)
     if cnn.freeze_batch_norm:
@@ -117,7 +123,7 @@ def build_net(config: Config, spec: DataSetSpec, *, trusted: bool = False) -> To
 
 @dataclass(frozen=True, kw_only=True)
 class CnnAbout(Record):
-    """What a checkpoint of stage one holds besides weights: the fields are its keys, in their order."""
+    """The description in a checkpoint of stage one: its fields are the checkpoint's keys, in this order."""
 
     stage: str = CHECKPOINT_STAGE
     backbone: str
@@ -125,11 +131,11 @@ class CnnAbout(Record):
     dataset: str
     tools: tuple[str, ...]
     phases: tuple[str, ...] | None  # None without a phase head
-    scores: dict[str, Any] | None = None  # of the epoch, once there is one
+    scores: dict[str, Any] | None = None  # validation scores of the epoch; None before the first epoch has ended
 
     @classmethod
     def of(cls, net: ToolNet, spec: DataSetSpec) -> CnnAbout:
-        """The description of a net for these classes."""
+        """The description of `net`, trained for the classes of `spec`."""
         return cls(
             backbone=net.backbone.name,
             embedding_dim=net.backbone.embedding_dim,
@@ -141,7 +147,7 @@ class CnnAbout(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderAbout(Record):
-    """What `extract` needs of the description in a joint net's checkpoint."""
+    """The part of the description in a joint net's checkpoint that `extract` needs."""
 
     backbone: str
     tools: tuple[str, ...]
@@ -150,7 +156,7 @@ class EncoderAbout(Record):
 
 
 def rebuild_from_checkpoint(path: Path) -> tuple[ToolNet, CnnAbout]:
-    """The net of a `best.pt` or `last.pt` of stage one, on the CPU in evaluation mode, and its description.
+    """The net in a `best.pt` or `last.pt` of stage one, on the CPU in evaluation mode, and its description.
 
     Raises UserError if the file is missing, damaged, or of another stage.
     """
@@ -168,10 +174,10 @@ def rebuild_from_checkpoint(path: Path) -> tuple[ToolNet, CnnAbout]:
 
 
 def rebuild_encoder(path: Path) -> tuple[Backbone, nn.Module | None, EncoderAbout]:
-    """Backbone and tool branch of a joint net's checkpoint, and what belongs to them of its description.
+    """Backbone and tool branch of the joint net in a checkpoint, and the part of its description about them.
 
-    On the CPU in evaluation mode; the tool branch is None if the net has none. Raises UserError if the file is
-    missing, damaged, or has no backbone.
+    Both are on the CPU in evaluation mode. The tool branch is None if the net has none. Raises UserError if the file
+    is missing, damaged, or has no backbone.
     """
     content = load_checkpoint(path)
     try:
@@ -189,7 +195,7 @@ def rebuild_encoder(path: Path) -> tuple[Backbone, nn.Module | None, EncoderAbou
 
 
 def require_same_backbone(path: Path, found: str, expected: str) -> None:
-    """Raise UserError unless a checkpoint's backbone is the one that `cnn.backbone` names."""
+    """Raise UserError unless `found`, the backbone in checkpoint `path`, is `expected`, the value of `cnn.backbone`."""
     if found != expected:
         raise UserError(f"{path}: holds {found}, but cnn.backbone={expected}; add --set cnn.backbone={found}")
 
@@ -199,11 +205,11 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """SHA-256 over name, type, shape and bytes of every parameter and buffer, in the order of names."""
+    """SHA-256 over the name, type, shape and bytes of every parameter and buffer, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         if not isinstance(tensor, Tensor):
-            continue  # extra state of a module
+            continue  # extra state of a module (`get_extra_state`), which is no tensor
         flat = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {flat.dtype} {tuple(flat.shape)}\n".encode())
         digest.update(flat.reshape(-1).view(torch.uint8).numpy().tobytes())

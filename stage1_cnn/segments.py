@@ -1,6 +1,6 @@
-"""A long video on several cores: parts that begin at batches, computed separately and put together in order.
+"""A long video on several cores: it is split into parts, which are computed separately and joined in order.
 
-Batches are cut by sample number, so a part that begins at a batch computes the same batches as one process would.
+Every part begins at the boundary of a batch, so the parts compute the same batches as one process would.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from engine.files import as_user_error, temporary_path
 from engine.pool import attempt
 from features.store import feature_path
 
-# Splitting stops once the processes would end this close together, since every part costs a scan of the packets.
+# No more splitting once the slowest process takes at most this multiple of the ideal time, since every part costs one
+# more scan of the video's packets.
 _GOOD_BALANCE = 1.1
 
 
 @dataclass(frozen=True)
 class VideoJob:
-    """One video to extract, or with `part` (the file of its rows) the `frames` samples of it from `first` on.
+    """One video to extract, or one part of it: the `frames` samples from sample `first` on, stored in the file `part`.
 
-    `frames` is the number of samples to compute, 0 if only labels are new.
+    `frames` is 0 if only the labels are new and nothing is to be computed.
     """
 
     video_id: str
@@ -43,12 +44,12 @@ class VideoJob:
 
     @property
     def samples(self) -> slice:
-        """The job's samples, as a slice of the video's."""
+        """The job's samples, as a slice of the video's samples."""
         return slice(self.first, self.first + self.frames)
 
 
 class Rows(Protocol):
-    """A destination of a video's or a part's rows, from the first on."""
+    """A destination for the rows of a video or of a part, which are appended in order."""
 
     def append(self, features: NDArray[Any], tool_logits: NDArray[np.float32]) -> None: ...
 
@@ -63,10 +64,10 @@ def split_among(
     least_frames: int,
     may_split: Callable[[VideoJob], bool],
 ) -> list[VideoJob]:
-    """The jobs, longest first, some of them cut at batches so that `processes` end at about the same time.
+    """The jobs, longest first; some are split into parts so that all `processes` end at about the same time.
 
-    There are no more cuts than necessary, and no part is shorter than `least_frames` or one batch; `may_split` is
-    called for candidates only. Parts have no file yet.
+    Jobs are split no more than necessary, at the boundaries of batches, and no part is shorter than `least_frames` or
+    one batch. `may_split` is called only for jobs that would be split. The parts' field `part` is still None.
     """
     counts = dict.fromkeys(jobs, 1)
     if processes > 1:
@@ -82,7 +83,7 @@ def _balance(
     least_frames: int,
     may_split: Callable[[VideoJob], bool],
 ) -> None:
-    """Cut the job with the longest parts into one more part until the processes are balanced, or no cut helps."""
+    """Split the job with the longest parts once more, until the processes are balanced or no job can be split."""
     ideal = sum(job.frames for job in counts) / processes
     best, best_counts = math.inf, dict(counts)
 
@@ -106,7 +107,7 @@ def _balance(
 
 
 def _makespan(lengths: Sequence[float], processes: int) -> float:
-    """When the last process ends if each takes the longest remaining piece."""
+    """The time at which the last process ends if each process always takes the longest remaining piece."""
     ends = [0.0] * processes
     for length in sorted(lengths, reverse=True):
         heapq.heapreplace(ends, ends[0] + length)
@@ -114,7 +115,7 @@ def _makespan(lengths: Sequence[float], processes: int) -> float:
 
 
 def _cut(job: VideoJob, count: int, batch_frames: int) -> Iterator[VideoJob]:
-    """Parts with nearly equal numbers of whole batches; remaining samples go to the last one."""
+    """`count` parts of the job with nearly equal numbers of whole batches; the last also gets an incomplete batch."""
     if count == 1:
         yield job
         return
@@ -128,24 +129,27 @@ def _cut(job: VideoJob, count: int, batch_frames: int) -> Iterator[VideoJob]:
 
 
 class _PartWriter:
-    """Rows of a part: features and tool logits side by side, float32, after a line of JSON."""
+    """Writes the rows of a part: features and tool logits side by side, in float32, after a line of JSON."""
 
     def __init__(self, stream: BinaryIO, path: Path) -> None:
         self._stream, self._path = stream, path
 
     def append(self, features: NDArray[Any], tool_logits: NDArray[np.float32]) -> None:
-        """Write the next rows. Raises UserError if an earlier part has failed and this one's file was removed."""
+        """Write the next rows. Raises UserError if an earlier part has failed, so that this part's file is gone."""
         if not self._path.exists():
             raise UserError("abandoned: an earlier part of the video has failed")
         self._stream.write(np.concatenate([features, tool_logits], axis=1).astype(np.float32).tobytes())
-        self._stream.flush()  # a full disk is noticed here
+        self._stream.flush()  # so that a full disk raises its error here
 
 
 @contextmanager
 def write_part(path: Path, video_path: Path, provenance: Mapping[str, str]) -> Iterator[Rows]:
-    """Fill the empty part at `path`. Raises UserError, naming the video's own file, for a full disk."""
+    """Open the empty file at `path` for the rows of a part.
+
+    Raises UserError if an earlier part has failed, or, naming the feature file `video_path`, if it cannot be written.
+    """
     try:
-        with path.open("r+b") as stream:  # creates no file: the process that placed it may have removed it
+        with path.open("r+b") as stream:  # creates no file: if it is missing, the process that created it removed it
             stream.truncate()
             stream.write(json.dumps(dict(provenance)).encode() + b"\n")
             yield _PartWriter(stream, path)
@@ -160,14 +164,14 @@ def write_part(path: Path, video_path: Path, provenance: Mapping[str, str]) -> I
 
 
 def read_provenance(path: Path) -> dict[str, str]:
-    """The reader and source of a part's frames."""
+    """Which reader and source a part's frames come from, read from the first line of the part's file."""
     with path.open("rb") as stream:
         found: dict[str, str] = json.loads(stream.readline())
     return found
 
 
 def read_part(path: Path, dim: int, tools: int, batch_frames: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-    """Features (N, `dim`) and tool logits (N, `tools`) of a part, in the batches that they were computed in."""
+    """Features (N, `dim`) and tool logits (N, `tools`) of a part, in the same batches in which they were computed."""
     row_bytes = 4 * (dim + tools)
     with path.open("rb") as stream:
         stream.readline()
@@ -177,10 +181,11 @@ def read_part(path: Path, dim: int, tools: int, batch_frames: int) -> Iterator[t
 
 
 class Assembly:
-    """Gives parts their places, waits for the last one of each video, and calls `finish` to put them together.
+    """Creates a file for each part and, once all parts of a video are done, calls `finish` to join them.
 
-    A context manager that leaves no part behind. The places are files of this process, empty until another process
-    fills them, which `remove_stale_temporaries` removes when this process was killed.
+    This is a context manager that removes the files of all parts at the end. The files are temporary files of this
+    process and empty until another process fills them. If this process is killed, `remove_stale_temporaries` removes
+    them later.
     """
 
     def __init__(
@@ -199,7 +204,7 @@ class Assembly:
             self.pieces.extend(found)
         self.pieces.sort(key=lambda piece: -piece.frames if self._parts else 0)
         self._places = places_of(self.pieces)
-        # reason of each part that has ended, by its first sample; None if it was computed
+        # per video: why each ended part has failed (None if it has not), by the part's first sample
         self._ended: dict[str, dict[int, str | None]] = {video_id: {} for video_id in self._parts}
 
     def __enter__(self) -> Assembly:
@@ -211,14 +216,14 @@ class Assembly:
         _remove(self._places)
 
     def ended(self, piece: VideoJob, reason: str | None) -> tuple[VideoJob, str | None] | None:
-        """Note that a piece has ended; returns the video if this was its last piece, and why its first failed part
-        failed.
+        """Record that a piece has ended, and why if it has failed.
 
-        Raises NoRoomError if the disk is full.
+        If this was the last piece of its video, joins the parts and returns the video with None or, if it has failed,
+        the reason of the first part that failed. Otherwise returns None. Raises NoRoomError if the disk is full.
         """
         if piece.part is None:
             return piece, reason
-        for place in self._places:  # another machine decides by the time of the last change whether a file is stale
+        for place in self._places:  # keeps them from looking stale to other machines, which go by the last change
             if place.exists():
                 os.utime(place)
         parts, ended = self._parts[piece.video_id], self._ended[piece.video_id]
@@ -236,7 +241,7 @@ class Assembly:
 
 
 def places_of(parts: Iterable[VideoJob]) -> list[Path]:
-    """The files with the rows of parts; none for jobs that are whole videos."""
+    """The files with the rows of `parts`. Jobs that are whole videos have none."""
     return [part.part for part in parts if part.part is not None]
 
 

@@ -1,7 +1,7 @@
-"""Stage one: train a net on tool presence (and, on request, phases) of single frames.
+"""Stage one: train a net to recognise the tools (and, with `cnn.phase_head`, the phase) in single frames.
 
-`train_net` is the loop. The loss is `stage1_cnn.loss.FrameLoss`. The best epoch is the one with the highest validation
-mAP (pooled over frames; see evaluation.metrics.tools).
+`train_net` is the loop. The loss is `stage1_cnn.loss.FrameLoss`. The best epoch is the one with the highest mAP on the
+validation videos, computed over all their frames together (`evaluation.metrics.tools.pooled_map`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from stage1_cnn.model import (
 
 @dataclass(frozen=True)
 class FrameData:
-    """Labelled training frames, and the validation frames that choose the best epoch."""
+    """The labelled training frames, and the labelled validation frames that decide which epoch is the best."""
 
     train: LabelledFrames
     val: LabelledFrames
@@ -67,12 +67,12 @@ class FrameData:
 def train_cnn(
     config: Config, run: Path, index: Index, root: Path, stop: StopRequest, *, trusted: bool = False
 ) -> dict[str, Any]:
-    """Train stage one into `RUN/cnn/` (`best.pt`, `last.pt`, `metrics.jsonl`, `result.json`); returns the result.
+    """Train stage one, write `RUN/cnn/` (`best.pt`, `last.pt`, `metrics.jsonl`, `result.json`) and return the result.
 
-    A finished run with the same settings returns its result and does no work; an unfinished one resumes where it
-    stopped and ends with the same numbers. Videos that cannot be read are left out, reported and listed in the result
-    as `left_out`. Raises UserError for settings, labels or frames that do not allow training, and Stopped, with
-    everything saved, when asked to stop.
+    If the run is finished and has the same settings, its result is returned without any work. An unfinished run resumes
+    where it stopped and ends with the same numbers as an uninterrupted one. Videos that cannot be read are left out,
+    reported, and listed in the result as `left_out`. Raises UserError if settings, labels or frames do not allow
+    training. When asked to stop, saves everything and raises Stopped.
     """
     cnn = config.cnn
     processes = join(config.device, stop)
@@ -92,14 +92,15 @@ def train_cnn(
     say_few_cores(accelerator.device)
     net = processes.each(lambda: build_net(config, index.dataset, trusted=trusted))
     require_image_size(net.backbone, config.preprocess.crop_px)
-    data = processes.each(lambda: load_frames(config, index, root))  # before hours of decoding, like the next line
+    # these two lines find errors before hours of decoding
+    data = processes.each(lambda: load_frames(config, index, root))
     processes.from_first(stage.check)
     readable = cache_readable(config, index, root, processes, stop)
     if readable is not index:
         stage = StageFolder(run, CHECKPOINT_STAGE, config, identity(config, readable))
         data = processes.each(lambda: load_frames(config, readable, root))
     say_left_out(readable)
-    processes.from_first(stage.open)  # only now: settings that cannot be trained with leave no folder behind
+    processes.from_first(stage.open)  # not earlier, so that settings that do not allow training leave no folder behind
     if cnn.weights == "cached":
         say(f"initial weights: {settled_weights(cnn)} (cnn.weights=cached: ImageNet's where this machine has them)")
     train_net(stage.path, net, config, data, accelerator, stop, processes)
@@ -107,7 +108,7 @@ def train_cnn(
 
 
 def identity(config: Config, index: Index) -> StageIdentity:
-    """What the numbers depend on: frames and labels (see `frames_identity`), settings, initial weights."""
+    """Everything that the result depends on: frames and labels (`frames_identity`), settings and initial weights."""
     return StageIdentity(
         {
             **frames_identity(config, index),
@@ -118,9 +119,9 @@ def identity(config: Config, index: Index) -> StageIdentity:
 
 
 def load_frames(config: Config, index: Index, root: Path) -> FrameData:
-    """Labelled training and validation frames; nothing is decoded yet.
+    """The labelled training and validation frames, without decoding them.
 
-    Raises UserError if there are no training videos or no frame of theirs has a label that a head could learn.
+    Raises UserError if there are no training videos, or if none of their frames has a label for one of the heads.
     """
     cnn = config.cnn
     require_training_videos(config, index)
@@ -154,7 +155,7 @@ def train_net(
     stop: StopRequest,
     processes: Processes,
 ) -> None:
-    """Train the net into `folder` (`best.pt`, `last.pt`, `metrics.jsonl`): the loop of stage one."""
+    """The training loop of stage one; it writes `best.pt`, `last.pt` and `metrics.jsonl` into `folder`."""
     cnn, device, spec = config.cnn, accelerator.device, data.index.dataset
     criterion = FrameLoss(cnn, data.train, len(spec.phases), processes.total).to(device)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -185,9 +186,9 @@ def train_net(
 
 
 def validate(session: TrainingSession, loader: FrameLoader, data: FrameData, config: Config) -> dict[str, float | None]:
-    """Scores on the validation videos, centre crop: tool mAP (fraction) and, with a phase head, phase accuracy.
+    """Scores on centre crops of the validation videos: tool mAP and, with a phase head, phase accuracy, as fractions.
 
-    None if there are no videos, no labels, or no tool that ever appears.
+    A score is None if there are no validation videos or no labels for it; the mAP also if no tool ever appears.
     """
     val, tools = data.val, data.index.dataset.tools
     scores: dict[str, float | None] = {"val_map": None}
@@ -196,7 +197,7 @@ def validate(session: TrainingSession, loader: FrameLoader, data: FrameData, con
     if not len(val):
         return scores
     shares = session.validate(lambda: predict(session, loader, len(val), config))
-    outputs = session.processes.merged(shares)  # of every batch, in order
+    outputs = session.processes.merged(shares)  # the outputs of every batch, in order
     tool_logits = np.concatenate([logits for logits, _ in outputs])
     scores["val_map"] = pooled_map(_by_video(val, val.tools), _by_video(val, tool_logits), tools)
     labelled = val.phase >= 0
@@ -209,14 +210,17 @@ def validate(session: TrainingSession, loader: FrameLoader, data: FrameData, con
 def predict(
     session: TrainingSession, loader: FrameLoader, frames: int, config: Config
 ) -> list[tuple[NDArray[np.float32], NDArray[np.float32] | None]]:
-    """Tool logits (N, K) and phase logits (N, C), None without such a head, of each of this process's batches."""
+    """Tool logits (N, K) and phase logits (N, C) of each validation batch of this process.
+
+    The phase logits are None without a phase head.
+    """
     requests = session.processes.share(validation_requests(frames, config.cnn.batch_frames))
     outputs = []
     session.model.eval()
     hidden = not session.processes.first
     with progress_bar(len(requests), "validation", "step", disable=hidden) as bar, torch.inference_mode():
         for batch in loader.batches(requests):
-            session.stop_if_asked()  # the epoch's steps are saved then, and resuming begins with validation
+            session.stop_if_asked()  # saves the epoch's training steps, so that resuming begins with validation
             with session.autocast():
                 output = session.raw_model(batch.inputs(config.preprocess, session.accelerator.device))
             tools, phases = output.tool_logits.float().cpu().numpy(), output.phase_logits
@@ -233,7 +237,7 @@ def _by_video(frames: LabelledFrames, values: NDArray[Any]) -> dict[str, NDArray
 
 
 def summarise(folder: Path, config: Config, data: FrameData, precision: str) -> dict[str, Any]:
-    """The content of `result.json`, from the best checkpoint and the log."""
+    """The content of `result.json`, taken from the best checkpoint and the training log."""
     net, about = rebuild_from_checkpoint(folder / "best.pt")
     scores = about.scores or {}
     result: dict[str, Any] = {

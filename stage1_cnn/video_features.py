@@ -1,4 +1,4 @@
-"""One video's feature file: its frames through the encoder, with its labels, whole or in parts."""
+"""Writing one video's feature file: the embeddings of its frames and its labels, all at once or from parts."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ from stage1_cnn.segments import Rows, VideoJob, places_of, read_part, read_prove
 
 @dataclass
 class ExtractTask:
-    """Writes one video's feature file, or its labels alone.
+    """A callable that writes one video's feature file, or only the labels in it.
 
-    Other processes are sent the encoder, folded and hashed once, or load their own if it cannot be sent.
+    When the task is sent to another process, its encoder goes with it, so that it is folded and hashed only once. If
+    the encoder cannot be sent, the other process loads its own.
     """
 
     config: Config
@@ -55,13 +56,16 @@ class ExtractTask:
     def __setstate__(self, state: dict[str, Any]) -> None:
         encoder = None
         if state["encoder"] is not None:
-            # the module of a plug-in's network exists only once the registry has imported it: load the encoder then
+            # a plug-in's module exists only after the registry has imported it; `loaded_encoder` then loads the encoder
             with suppress(ImportError, AttributeError):
-                encoder = pickle.loads(state["encoder"])  # noqa: S301 - made below
+                encoder = pickle.loads(state["encoder"])  # noqa: S301 - pickled by `_sent_encoder`
         self.__dict__.update({**state, "encoder": encoder})
 
     def _sent_encoder(self) -> bytes | None:
-        """As bytes: tensors would go through shared memory, of which a container may have less than a net takes."""
+        """The encoder as bytes, or None if it cannot be sent.
+
+        Tensors would be sent through shared memory, and a container may have too little of it for a net.
+        """
         if self.encoder is None or self.config.extract.compile:
             return None
         try:
@@ -70,14 +74,14 @@ class ExtractTask:
             return None
 
     def __call__(self, job: VideoJob, advance: Advance) -> None:
-        """Do one job. Raises UserError naming the frame or file at fault, and then leaves no file behind."""
+        """Do one job. Raises UserError naming the frame or file at fault; no file is left behind in this case."""
         entry = self.index.entry(job.video_id)
         if job.labels_only:
             labels, attributes = self._labels(job), label_attributes(self.config, self.index, entry)
             rewrite_labels(feature_path(self.folder, entry.id), labels.phase, labels.tools, attributes)
             return
-        keep_freed_memory()  # here, since each process does so for itself
-        self.loaded_encoder()  # before any work
+        keep_freed_memory()  # must be called in every process
+        self.loaded_encoder()  # errors of the encoder come before any work
         labels = self.labels_and_room(job)
         source = open_frames(self.config, entry, self.root, self.index, labels.frame_index, job.samples)
         with source as sampled, self.sink(job, labels, sampled.provenance) as rows:
@@ -86,26 +90,29 @@ class ExtractTask:
                 advance(len(batch))
 
     def source(self, job: VideoJob) -> Callable[[], AbstractContextManager[SampledFrames]]:
-        """A picklable call that opens a job's frames, in the process that decodes them."""
+        """A picklable function that opens a job's frames; the process that decodes them calls it."""
         entry = self.index.entry(job.video_id)
         return partial(_open_samples, self.config, entry, self.root, self.index, job.samples)
 
     def encode(self, frames: NDArray[np.uint8] | torch.Tensor, rows: Rows) -> None:
         """Append the embeddings and tool logits of resized frames (N, R, R, 3) uint8 to `rows`."""
         encoder = self.loaded_encoder()
-        # One thread on a CPU, for any number of processes, so that sums are always added in the same order.
+        # On a CPU always one thread, whatever the number of processes, so that sums are added in the same order.
         one_thread = cpu_threads(1) if encoder.device.type == "cpu" else nullcontext()
-        with one_thread, np.errstate(over="ignore"):  # `rows` reports what does not fit
+        with one_thread, np.errstate(over="ignore"):  # `rows` reports values that float16 cannot hold
             rows.append(*encoder(frames))
 
     def sink(self, job: VideoJob, labels: VideoLabels, provenance: Mapping[str, str]) -> AbstractContextManager[Rows]:
-        """The destination of a job's rows: the video's own file, or the file of the part."""
+        """The destination of a job's rows: the video's feature file or, if the job is a part, the file of the part."""
         if job.part is not None:
             return write_part(job.part, feature_path(self.folder, job.video_id), provenance)
         return self._file(job, labels, provenance)
 
     def assemble(self, video: VideoJob, parts: Sequence[VideoJob]) -> None:
-        """Write a video's file from the rows of its parts, as if one process had computed them. Raises UserError."""
+        """Write a video's feature file from the rows of its parts, as if one process had computed them.
+
+        Raises UserError if labels cannot be read or the file cannot be written.
+        """
         places = places_of(parts)
         dim, tools, at_once = self.spec.embedding_dim, len(self.index.dataset.tools), encoded_at_once(self.config)
         with self._file(video, self._labels(video), read_provenance(places[0])) as rows:
@@ -114,7 +121,7 @@ class ExtractTask:
                     rows.append(features, logits)
 
     def may_split(self, job: VideoJob) -> bool:
-        """Whether a part of this video can be read without decoding all that comes before it."""
+        """Whether a part of this job's video can be read without decoding all frames before it."""
         return can_start_inside(self.index.entry(job.video_id), self.root)
 
     def _file(
@@ -132,17 +139,18 @@ class ExtractTask:
         return sampled_labels(self.index.entry(job.video_id), self.root, self.index, self.config.data)
 
     def labels_and_room(self, job: VideoJob) -> VideoLabels:
-        """The labels of the job's whole video.
+        """The labels of the job's whole video, after checking that the disk has room for the job's features.
 
-        Raises UserError, before anything is computed, for unreadable labels or a disk with too little room.
+        Raises UserError if the labels cannot be read or there is too little room.
         """
         labels = self._labels(job)
-        needed = estimate_bytes([job.frames], self.spec) * (3 if job.part else 1)  # parts are float32, and copied
+        # a part takes two more times the size of its features: it is stored in float32 first
+        needed = estimate_bytes([job.frames], self.spec) * (3 if job.part else 1)
         require_free_bytes(self.folder, needed, "the features")
         return labels
 
     def loaded_encoder(self) -> Encoder:
-        """The encoder, loaded on first use if none was sent. Raises UserError if it is not the expected one."""
+        """The encoder, loaded on first use if none was sent. Raises UserError if its weights have changed since."""
         if self.encoder is None:
             int8 = FromTrainingFrames(self.config, self.index, self.root)
             self.encoder = load_encoder(self.config, self.run, self.index.dataset.tools, self.trusted, int8)
@@ -158,9 +166,12 @@ def _open_samples(
 
 
 def label_attributes(config: Config, index: Index, entry: VideoEntry) -> dict[str, str]:
-    """The attributes that identify a file's labels; `labels_sha256` is over everything that they depend on."""
+    """The attributes that identify the labels of a feature file.
+
+    `labels_sha256` is a hash of everything on which the labels depend.
+    """
     spec = index.dataset
-    own = entry.records.labels_sha256() if entry.records else ""  # a TFRecord file's
+    own = entry.records.labels_sha256() if entry.records else ""  # a TFRecord file contains its labels
     hashes = {
         "phase_sha256": entry.phase_file.sha256 if entry.phase_file else own,
         "tool_sha256": entry.tool_file.sha256 if entry.tool_file else own,

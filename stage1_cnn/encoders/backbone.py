@@ -1,4 +1,4 @@
-"""An encoder as a module: a network of the registry without its classifier, with weights."""
+"""`Backbone`: a network of the registry without its classifier, built with weights."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 
 class Backbone(nn.Module):
-    """Images (N, 3, S, S) -> embeddings (N, D).
+    """A network that computes embeddings (N, D) of images (N, 3, S, S).
 
-    `net` is the network with its own children's names (for ResNets conv1, bn1, relu, maxpool, layer1..4, avgpool).
-    If `embedding_dim` is None it is a classification network: its last linear layer, `head_name`, is replaced by
+    The children of `net` keep their names (for ResNets conv1, bn1, relu, maxpool, layer1..4, avgpool). If
+    `embedding_dim` is None, `net` is a classification network. Its last linear layer, `head_name`, is then replaced by
     the identity, and D is the width of that layer's input. Raises UserError if there is no such layer.
     """
 
@@ -36,7 +36,7 @@ class Backbone(nn.Module):
         if embedding_dim is None:
             layers = [(path, layer) for path, layer in net.named_modules() if isinstance(layer, nn.Linear)]
             if not layers:
-                raise UserError(f"cnn.backbone={name}: has no last linear layer to cut off; resnet50 is the default")
+                raise UserError(f"cnn.backbone={name}: has no linear layer to remove; resnet50 is the default")
             self.head_name, last = layers[-1]
             embedding_dim = last.in_features
             replace_layer(net, self.head_name, nn.Identity())
@@ -44,9 +44,9 @@ class Backbone(nn.Module):
         self.batch_norm_frozen = False
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (N, 3, S, S), normalised, to embeddings (N, D).
+        """Normalised images (N, 3, S, S) -> embeddings (N, D).
 
-        Raises UserError if batch norm cannot learn: from a single image, where its maps are 1 x 1.
+        Raises UserError if batch norm cannot learn, which is so for a single image with feature maps of 1 x 1.
         """
         try:
             embedding: Tensor = self.net(images)  # (N, D)
@@ -55,13 +55,13 @@ class Backbone(nn.Module):
                 raise
             raise UserError(
                 f"cnn.backbone={self.name}: batch norm cannot learn from a step with a single frame of "
-                f"{images.shape[-1]} pixels ({one_line(error)}); choose other numbers of frames or clips per step, a "
+                f"{images.shape[-1]} pixels ({one_line(error)}); choose another number of frames or clips per step, a "
                 "larger preprocess.crop_px, or freeze_batch_norm=true"
             ) from error
         return embedding
 
     def train(self, mode: bool = True) -> Backbone:
-        """Training or evaluation mode; frozen batch norm stays in evaluation mode."""
+        """Switch to training or evaluation mode; frozen batch norm stays in evaluation mode."""
         super().train(mode)
         if self.batch_norm_frozen:
             for layer in batch_norms(self):
@@ -70,7 +70,7 @@ class Backbone(nn.Module):
 
 
 def replace_layer(net: nn.Module, path: str, layer: nn.Module) -> None:
-    """Put `layer` where `path` (a dotted name, as in `named_modules`) is."""
+    """Replace the layer of `net` at `path` (a dotted name, as in `named_modules`) by `layer`."""
     parent, _, leaf = path.rpartition(".")
     setattr(net.get_submodule(parent), leaf, layer)
 
@@ -81,9 +81,9 @@ def batch_norms(module: nn.Module) -> Iterator[nn.BatchNorm1d | nn.BatchNorm2d |
 
 
 def freeze_batch_norm(backbone: Backbone) -> None:
-    """Keep running statistics and affine parameters of every batch norm as they are, in training mode too.
+    """Keep running statistics and affine parameters of every batch norm unchanged, even in training mode.
 
-    The reasons: "On the Pitfalls of Batch Normalization for End-to-End Video Learning" (arXiv 2203.07976).
+    "On the Pitfalls of Batch Normalization for End-to-End Video Learning" (arXiv 2203.07976) gives the reasons.
     """
     backbone.batch_norm_frozen = True
     for layer in batch_norms(backbone):
@@ -92,7 +92,10 @@ def freeze_batch_norm(backbone: Backbone) -> None:
 
 
 def require_image_size(backbone: Backbone, size_px: int) -> None:
-    """Raise UserError if the network cannot take images of `size_px` (too small, or transformers of a fixed size)."""
+    """Raise UserError if the network does not accept images of `size_px`.
+
+    They may be too small for it, and transformers have a fixed size.
+    """
     training = backbone.training
     device = next(backbone.parameters()).device
     try:
@@ -114,12 +117,13 @@ def require_image_size(backbone: Backbone, size_px: int) -> None:
 
 
 def build_backbone(name: str, weights: str, seed: int, *, trusted: bool = False, runs: Path = Path("runs")) -> Backbone:
-    """A backbone by name, with weights.
+    """Build the backbone of the registry entry `name`, with weights.
 
-    `weights`: `imagenet` (those that the registry's entry names), `random` (a function of `seed` alone), `run:NAME`
-    (`<runs>/NAME/cnn/best.pt`), or a file with a state dict under any prefix and wrapper (`find_weights`); the match is
-    reported. `trusted` vouches for a file where torch is too old to load it safely. Raises UserError naming the choices
-    if the weights are missing, or what does not fit.
+    `weights` is `imagenet` (the weights that the registry entry names), `random` (which depend on `seed` alone),
+    `run:NAME` (`<runs>/NAME/cnn/best.pt`), or a file with a state dict, whose names may have any prefix (see
+    `find_weights`); which tensors of a file were used is printed. With `trusted` a file is loaded even if torch is too
+    old to load it safely. Raises UserError naming the choices if the weights are missing, or the tensors that do not
+    fit.
     """
     entry = find_encoder(name)
     with torch.random.fork_rng(devices=[]):
@@ -130,7 +134,7 @@ def build_backbone(name: str, weights: str, seed: int, *, trusted: bool = False,
     if weights == "imagenet":
         fetch(name, published_weights(name))
     path = weights_file(name, weights, runs)
-    # Published weights and those of an earlier run are not third-party files.
+    # Published weights, and those of an earlier run, need no `trusted`.
     known = weights == "imagenet" or weights.startswith("run:")
     tensors = load_external_state(path, trusted or known)
     if entry.rename is not None:
@@ -143,7 +147,7 @@ def build_backbone(name: str, weights: str, seed: int, *, trusted: bool = False,
 
 
 def initial_backbone(config: Config, *, trusted: bool = False) -> Backbone:
-    """The backbone that `config.cnn` names, as it is before any training."""
+    """The backbone that `config.cnn` names, in its state before any training."""
     cnn = config.cnn
     weights = settled_weights(cnn)
     backbone = build_backbone(cnn.backbone, weights, config.seed, trusted=trusted, runs=config.runs)
@@ -153,7 +157,7 @@ def initial_backbone(config: Config, *, trusted: bool = False) -> Backbone:
 
 
 def _zero_residuals(backbone: Backbone) -> None:
-    """Every residual block starts as the identity (Goyal et al., arXiv 1706.02677, section 5.1)."""
+    """Make every residual block start as the identity (Goyal et al., arXiv 1706.02677, section 5.1)."""
     for block in backbone.modules():
         if isinstance(block, BasicBlock | Bottleneck):
             nn.init.zeros_((block.bn3 if isinstance(block, Bottleneck) else block.bn2).weight)

@@ -1,8 +1,9 @@
-"""int8 nets, each calibrated once: `<extract.store>/int8/<backbone>-<key>-<sha256>.pt`.
+"""int8 nets, each calibrated once and stored as `<extract.store>/int8/<backbone>-<key>-<sha256>.pt`.
 
-Shards, resumed runs and predictions of new videos must compute with one net, and two machines' calibrations may differ
-in the last bits. So the net is kept beside the features, and its hash is part of their digest. The key is over what a
-calibration depends on: weights, preprocessing, sampling rate, and the training videos that frames were taken from.
+Shards, resumed runs and predictions for new videos must all use the same net, but calibrations on two machines may
+differ in the last bits. The net is therefore stored beside the features, and its hash is part of their digest. The key
+is a hash of everything that a calibration depends on: weights, preprocessing, sampling rate, number of frames, and the
+training videos from which the frames were taken.
 """
 
 from __future__ import annotations
@@ -33,16 +34,19 @@ from stage1_cnn.encoders.openvino_net import OpenVinoNet, calibrate, openvino
 
 FOLDER = "int8"
 DIGITS = 12
-# The arithmetic of int8 features: their digest names the net that computed them.
+# `arithmetic` of int8 features in an `EncoderSpec`; the hash of the net that computed them follows.
 _ARITHMETIC = "openvino, int8 net "
 
-# Gives the int8 net of a backbone whose weights have this SHA-256. Raises UserError where there is none.
+# A function of a backbone and its weights' SHA-256 that returns the int8 net. Raises UserError if there is none.
 Int8Source = Callable[[Backbone, str], OpenVinoNet]
 
 
 @dataclass(frozen=True)
 class FromTrainingFrames:
-    """Int8Source of an extraction: the store's net, or one calibrated on frames of the index's training videos."""
+    """The `Int8Source` of `extract`: the net in the store or, if there is none, a new one.
+
+    A new one is calibrated on frames of the index's training videos.
+    """
 
     config: Config
     index: Index
@@ -55,7 +59,7 @@ class FromTrainingFrames:
                 "extract.precision=int8 is calibrated on frames of training videos, and the index has none; set "
                 "extract.precision=auto, or give the index training videos"
             )
-        for module in ("openvino", "nncf"):  # before frames are read
+        for module in ("openvino", "nncf"):  # a missing package is reported before frames are read
             openvino(module)
         folder = self.config.extract.store / FOLDER
         with exclusive_lock(folder, "calibration", wait=True):
@@ -79,7 +83,7 @@ class FromTrainingFrames:
         return sha256_json(depends_on)[:DIGITS]
 
     def _crops(self, videos: tuple[VideoEntry, ...]) -> list[NDArray[np.uint8]]:
-        """Centre crops (S, S, 3) of frames spread evenly over the training videos, and over each of them."""
+        """Centre crops (S, S, 3) of frames that are spread evenly over the training videos and within each video."""
         wanted = self.config.extract.calibration_frames
         chosen = [videos[number] for number in spread_evenly(range(len(videos)), wanted)]
         crops: list[NDArray[np.uint8]] = []
@@ -87,7 +91,7 @@ class FromTrainingFrames:
             for entry in chosen:
                 try:
                     crops += self._crops_of(entry, -(-wanted // len(chosen)))
-                except UserError as error:  # extraction leaves the video out and reports it again
+                except UserError as error:  # extraction then leaves this video out, and reports the reason
                     say(f"{entry.id}: not used for calibration: {error}")
                 bar.update(1)
         if not crops:
@@ -105,10 +109,10 @@ class FromTrainingFrames:
 
 @dataclass(frozen=True)
 class FromStore:
-    """Int8Source of `predict`: the net that computed the features of the training."""
+    """The `Int8Source` of `predict`: the net that computed the features used in training."""
 
     store: Path
-    encoder: Mapping[str, Any]  # specification (JSON) of those features' encoder
+    encoder: Mapping[str, Any]  # the specification, as JSON, of the encoder of those features
 
     def __call__(self, backbone: Backbone, weights_sha256: str) -> OpenVinoNet:
         arithmetic = str(self.encoder.get("arithmetic"))
@@ -118,18 +122,21 @@ class FromStore:
         for path in (self.store / FOLDER).glob(f"{backbone.name}-*-{sha256}.pt"):
             return _load(path)
         raise UserError(
-            f"{self.store / FOLDER}: does not hold the int8 net {sha256} that the features were computed by; set "
-            "extract.store to where it is, or extract.engine=torch"
+            f"{self.store / FOLDER}: does not hold the int8 net {sha256}, which computed the features; set "
+            "extract.store to the folder that has it, or extract.engine=torch"
         )
 
 
 def int8_arithmetic(net: OpenVinoNet) -> str:
-    """The arithmetic of features that this int8 net computes."""
+    """The value of `EncoderSpec.arithmetic` for features that this int8 net computes."""
     return f"{_ARITHMETIC}{_sha256(net)}"
 
 
 def _sha256(net: OpenVinoNet) -> str:
-    """Over its constants: the graph's text has names of layers that are numbered through a process."""
+    """The hash of the net's constants only.
+
+    The graph cannot be hashed: the names of its layers contain numbers that differ from process to process.
+    """
     return hashlib.sha256(net.weights).hexdigest()[:DIGITS]
 
 
@@ -137,5 +144,5 @@ def _load(path: Path) -> OpenVinoNet:
     content = load_checkpoint(path)
     net = OpenVinoNet(content["graph"].encode(), content["weights"].numpy().tobytes(), "int8")
     if not path.stem.endswith(_sha256(net)):
-        raise UserError(f"{path}: is not the net that its name says; delete it, and extract calibrates it again")
+        raise UserError(f"{path}: does not hold the net that its name says; delete it, and extract makes a new one")
     return net

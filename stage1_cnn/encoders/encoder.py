@@ -1,4 +1,4 @@
-"""The encoder of extraction: a backbone in the arithmetic that suits the device, and its identity."""
+"""The encoder that extraction uses: a backbone in the precision that suits the device, and its specification."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from stage1_cnn.encoders.openvino_net import OpenVinoNet, convert
 from stage1_cnn.encoders.pretrained import best_checkpoint
 from stage1_cnn.model import ToolNet, rebuild_encoder, rebuild_from_checkpoint, require_same_backbone, weights_sha256
 
-# A CPU's caches hold the activations of a small batch per core; a GPU needs many frames at once.
+# The activations of a small batch fit into the caches of a CPU core; a GPU needs many frames at once.
 _CPU_BATCH_FRAMES, _GPU_BATCH_FRAMES = 8, 64
 
 
@@ -37,16 +37,16 @@ def encoded_at_once(config: Config) -> int:
 
 
 class _TorchNet:
-    """Crops (N, S, S, 3) uint8 -> embeddings (N, D) float32 on `device`, by torch.
+    """A backbone in torch: crops (N, S, S, 3) uint8 -> embeddings (N, D) float32 on `device`.
 
-    In the lower precision batch norm is folded into the convolutions before it (and ReLU fused with them on a CPU that
-    supports it), and the folded net's weights are stored in that precision; nets that cannot be folded run under
-    autocast.
+    In a precision below fp32, batch norm is folded into the convolution before it, ReLU is fused with the convolution
+    on CPUs that support this, and the weights are stored in the lower precision. A net that cannot be folded runs under
+    autocast instead.
     """
 
     def __init__(self, config: Config, backbone: Backbone, precision: str, device: torch.device) -> None:
         self.device, self.precision, self.preprocess = device, precision, config.preprocess
-        # fp32 is the reference for the joint net, so layers are neither folded nor fused
+        # the joint net is compared with fp32, so nothing is folded or fused in fp32
         folded = fold_batch_norm(backbone, config.preprocess.crop_px) if precision != "fp32" else None
         may_fuse = device.type == "cpu" and not config.extract.compile and onednn.convolves(DTYPES[precision])
         fused = fuse_relu(folded, config.preprocess.crop_px) if folded is not None and may_fuse else None
@@ -73,9 +73,9 @@ class _TorchNet:
 class Encoder:
     """A net in evaluation mode on its device, and the specification that identifies its features.
 
-    `tool_head` is None for an encoder that was not trained; its tool logits are NaN. Only the backbone runs in the
-    lower precision; the head, whose logits are ranked, computes in float32. `int8` gives the net of that
-    precision.
+    `tool_head` is None for an encoder that was not trained; its tool logits are NaN. The lower precision applies to the
+    backbone only; the tool head computes in float32, since mAP ranks its logits. `int8` provides the net if
+    `extract.precision=int8`.
     """
 
     def __init__(
@@ -114,13 +114,13 @@ class Encoder:
 
     @property
     def device_name(self) -> str:
-        """The kind of device, or the GPU's name, as it is recorded in feature files."""
+        """The kind of device or, for a GPU, its name, as recorded in feature files."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
     def __call__(self, frames: NDArray[np.uint8] | torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Embeddings (N, D) and tool logits (N, K), both float32, of the centre crops of frames (N, R, R, 3) uint8.
 
-        R is the resized size, or the crop's size S where the frames are cropped already.
+        R is the size to which frames are resized, or the crop size S if the frames are cropped already.
         """
         pixels = torch.as_tensor(frames).to(self.device, non_blocking=True)
         crops = crop_frames(pixels, self.preprocess.crop_px)[:, 0]
@@ -136,9 +136,9 @@ class Encoder:
 def _openvino(
     config: Config, backbone: Backbone, sha256: str, device: torch.device, int8: Int8Source | None
 ) -> tuple[OpenVinoNet, str]:
-    """The net in OpenVINO, and the arithmetic that its features' digest names."""
+    """The net in OpenVINO, and the value of `EncoderSpec.arithmetic` for it."""
     if device.type != "cpu":
-        raise UserError(f"extract.engine=openvino computes on the CPU, and device is {device.type}; set device=cpu")
+        raise UserError(f"extract.engine=openvino computes on the CPU, but device is {device.type}; set device=cpu")
     if config.extract.precision == "int8":
         if int8 is None:
             raise ValueError("no source of int8 nets")
@@ -155,12 +155,12 @@ def load_encoder(
     trusted: bool = False,
     int8: Int8Source | None = None,
 ) -> Encoder:
-    """The encoder that `extract.encoder` asks for: the run's best epoch, or the initial weights untrained.
+    """The encoder that `extract` uses: the checkpoint `extract.checkpoint`, the run's best epoch, or initial weights.
 
-    `int8` is where a net of that precision comes from. Raises UserError if there is no such checkpoint or it was
-    trained on other tools or another backbone.
+    `int8` provides the net if `extract.precision=int8`. Raises UserError if the checkpoint does not exist or was
+    trained on other tools or with another backbone.
     """
-    with torch.random.fork_rng(devices=[]):  # nets are built with weights drawn at random before they are loaded
+    with torch.random.fork_rng(devices=[]):  # building a net draws random weights, which the loaded ones replace
         if config.extract.checkpoint is not None:
             return _load_checkpoint(config, config.extract.checkpoint, tools, int8)
         if config.extract.encoder == "initial":
@@ -171,29 +171,32 @@ def load_encoder(
 
 
 def _load_checkpoint(config: Config, path: Path, tools: Sequence[str], int8: Int8Source | None) -> Encoder:
-    """Backbone and tool branch of a joint net. Raises UserError unless frames are prepared as in its training."""
+    """The encoder made of the backbone and tool branch of a joint net's checkpoint.
+
+    Raises UserError if `preprocess` differs from the one that the net was trained with.
+    """
     backbone, tool_head, about = rebuild_encoder(path)
     require_same_backbone(path, about.backbone, config.cnn.backbone)
     if tool_head is not None:
         require_same_classes(path, "tools", about.tools, tools)
     if about.preprocess != config.preprocess:
         changed = "; ".join(differences(about.preprocess.model_dump(), config.preprocess.model_dump()))
-        raise UserError(f"{path}: trained with another preprocess ({changed}); use the values marked 'there'")
+        raise UserError(f"{path}: trained with other preprocess settings ({changed}); use the values marked 'there'")
     parts = torch.nn.ModuleDict({"backbone": backbone} | ({"tool_head": tool_head} if tool_head is not None else {}))
     return Encoder(config, backbone, tool_head, weights_sha256(parts), len(tools), int8)
 
 
 def _load_finetuned(config: Config, run: Path | None, tools: Sequence[str]) -> ToolNet:
-    """The net of the run's best epoch so far, checked against settings and data set."""
+    """The net of the run's best epoch so far. Raises UserError if its backbone or tools are not those expected."""
     if run is None:
         raise UserError("extract.encoder=finetuned takes the CNN of a run: give --name, or set extract.encoder=initial")
     try:
         path = best_checkpoint(run)
     except UserError as error:
-        raise UserError(f"{error} (or set extract.encoder=initial for the backbone as it comes)") from error
+        raise UserError(f"{error} (or set extract.encoder=initial for the backbone without fine-tuning)") from error
     net, about = rebuild_from_checkpoint(path)
     require_same_backbone(path, about.backbone, config.cnn.backbone)
     require_same_classes(path, "tools", about.tools, tools)
     if not (path.parent / RESULT_FILE).exists():
-        say(f"{path.parent}: training is not finished; taking its best epoch so far")
+        say(f"{path.parent}: training is not finished; using its best epoch so far")
     return net

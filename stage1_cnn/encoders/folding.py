@@ -1,4 +1,4 @@
-"""Batch norm folded into the convolution before it, for inference: the same function in fewer passes over memory."""
+"""Folding batch norm into the convolution before it, for inference: same result, fewer passes over memory."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from stage1_cnn.encoders.backbone import replace_layer
 
-# Folding changes where products are rounded; an embedding that changes by more than this was folded wrongly.
+# Folding changes only roundings. If an embedding changes by more than this fraction, the net was folded wrongly.
 _TOLERANCE = 1e-3
 
 
 def fold_batch_norm(net: nn.Module, size_px: int) -> nn.Module | None:
-    """A copy of `net`, in evaluation mode, without the batch norms that follow a convolution; None if there is none.
+    """A copy of `net`, in evaluation mode, in which each batch norm after a convolution is folded into it.
 
-    The pairs are found by running one image (3, `size_px`, `size_px`) through the net, so that nets that cannot be
-    traced are folded, too. None as well if the copy does not give the net's embedding of that image.
+    The pairs of layers are found by running one image (3, `size_px`, `size_px`) through the net, which also works for
+    nets that cannot be traced. None if there are no such pairs, or if the copy computes another embedding of the image.
     """
     folded = copy.deepcopy(net).eval()
     image = torch.randn(1, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))
@@ -41,11 +41,14 @@ def fold_batch_norm(net: nn.Module, size_px: int) -> nn.Module | None:
 
 
 def _pairs(net: nn.Module, image: Tensor) -> Iterator[tuple[str, str]]:
-    """Names of convolutions and of the batch norms fed with exactly their output, each called once for an image."""
+    """Pairs of names: a convolution, and the batch norm whose input is the convolution's output.
+
+    Only pairs are returned whose layers are called once per image and in which no other batch norm has this input.
+    """
     calls: Counter[str] = Counter()
     made_by: dict[int, str] = {}
     fed_by: dict[str, str] = {}
-    alive: list[Tensor] = []  # an id identifies a tensor only while the tensor exists
+    alive: list[Tensor] = []  # keeps the tensors, since the id of a deleted one may be used again
 
     def watch(name: str, module: nn.Module) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

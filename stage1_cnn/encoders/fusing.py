@@ -1,7 +1,7 @@
-"""ReLU, and the addition of a residual before it, fused with the convolution whose output they take.
+"""Fusing a convolution with the ReLU after it, and with the addition of a residual between the two.
 
-oneDNN applies both to sums that are still in registers. PyTorch's separate layers write every output to memory and
-read it again; in bf16 they also round it in between.
+oneDNN applies both while the convolution's sums are still in registers. PyTorch's separate layers write every output to
+memory and read it again; in bf16 they also round it each time.
 """
 
 from __future__ import annotations
@@ -14,50 +14,54 @@ from torch import Tensor, fx, nn
 
 from engine import onednn
 
-# Fewer roundings change an embedding by less than this fraction of its largest value; more means a wrong fusion.
+# Fusing changes only roundings, which change an embedding by less than this fraction of its largest value. A larger
+# change means that the net was fused wrongly.
 _TOLERANCE = 1e-3
 _LAYOUT_FRAMES = 8
-_SUMS = (operator.add, torch.add)  # tracing makes the former of a sum in place, too
+_SUMS = (operator.add, torch.add)  # tracing turns `a += b` into operator.add as well
 _RELUS = (torch.relu, torch.relu_, nn.functional.relu)
 
 
 class ConvRelu(nn.Module):
-    """max(0, convolution + `other`) in one pass; shares the convolution's weights, which must not change."""
+    """Computes max(0, convolution + `other`) in one pass.
+
+    The module uses the weights of the given convolution, which must not change afterwards.
+    """
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
-        padding: Any = conv.padding  # never by name: `_is_conv`
+        padding: Any = conv.padding  # never a name such as "same": `_is_conv` excludes these
         self.geometry: onednn.Geometry = (padding, conv.stride, conv.dilation, conv.groups)
         self._laid_out: Tensor | None = None
         self._laid_out_for: tuple[torch.dtype, torch.device] | None = None
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """x (N, C, H, W) and the addend `other` (N, C', H', W')."""
+        """x (N, C, H, W) and the residual `other` (N, C', H', W'), if any, -> output (N, C', H', W')."""
         place = self.weight.dtype, self.weight.device
-        if self._laid_out is None or place != self._laid_out_for:  # once, and not for every batch
+        if self._laid_out is None or place != self._laid_out_for:  # the weights are packed once, not for every batch
             self._laid_out_for = place
-            # a fixed shape, so that the layout, and with it the order of sums, does not depend on the first batch
+            # a fixed shape, so that the layout and the order of additions do not depend on the first batch's size
             shape = [_LAYOUT_FRAMES, *x.shape[1:]]
             self._laid_out = onednn.pack_convolution(self.weight.detach(), self.geometry, shape)
         return onednn.convolution_relu(x, other, self._laid_out, self.bias, self.geometry)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the packed weights, which cannot be pickled; other processes pack their own."""
+        """The state without the packed weights, which cannot be pickled; another process packs them again."""
         return self.__dict__ | {"_laid_out": None}
 
 
 def fuse_relu(net: nn.Module, size_px: int) -> nn.Module | None:
-    """The same net, with the same weights, for inference on a CPU; None if nothing could be fused.
+    """The same net, with the same weights, with fused layers, for inference on a CPU; None if nothing could be fused.
 
-    None, too, for nets that cannot be traced, and if the fused net fails on an image (3, `size_px`, `size_px`) or
-    does not give its embedding.
+    Also None if the net cannot be traced, or if the fused net fails on an image (3, `size_px`, `size_px`) or computes
+    another embedding of it.
     """
     if not onednn.convolves(torch.float32):
         return None
     try:
         traced = fx.symbolic_trace(net)
-    except Exception:  # any error of the net's own code with a symbolic tensor
+    except Exception:  # the net's own code may raise any error for a symbolic tensor
         return None
     image = torch.randn(1, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -76,7 +80,7 @@ def fuse_relu(net: nn.Module, size_px: int) -> nn.Module | None:
 
 
 def _drop_identities(traced: fx.GraphModule) -> None:
-    """Remove the identities that folding has put in place of batch norms."""
+    """Remove the identity layers that replaced batch norms when they were folded."""
     for node in list(traced.graph.nodes):
         if node.op == "call_module" and node.args and isinstance(traced.get_submodule(node.target), nn.Identity):
             node.replace_all_uses_with(node.args[0])
@@ -84,8 +88,8 @@ def _drop_identities(traced: fx.GraphModule) -> None:
 
 
 def _fused(traced: fx.GraphModule, relu: fx.Node) -> bool:
-    """Fuse a ReLU node with the convolution before it; returns whether that was possible."""
-    if not relu.args or not _is_relu(traced, relu):  # without positional arguments, its input is passed by name
+    """Fuse a ReLU node with the convolution before it; returns whether this was possible."""
+    if not relu.args or not _is_relu(traced, relu):  # no args: the input is passed as a keyword argument
         return False
     before: Any = relu.args[0]
     conv, other = (before, None) if _is_conv(traced, before) else _conv_and_other(traced, before)
@@ -109,7 +113,7 @@ def _is_relu(traced: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _is_conv(traced: fx.GraphModule, node: Any) -> bool:
-    """Whether `node` is a convolution that is called once, with zero padding."""
+    """Whether `node` is a convolution that pads with zeros and is called only once."""
     if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.args) != 1:
         return False
     layer = traced.get_submodule(str(node.target))
@@ -119,7 +123,7 @@ def _is_conv(traced: fx.GraphModule, node: Any) -> bool:
 
 
 def _conv_and_other(traced: fx.GraphModule, total: Any) -> tuple[Any, Any]:
-    """The convolution in a sum of two tensors, and what it is added to; (None, None) if it is no such sum."""
+    """The convolution and the other tensor in the sum `total`; (None, None) if `total` is not a sum of such two."""
     if not isinstance(total, fx.Node) or total.op != "call_function" or total.target not in _SUMS or total.kwargs:
         return None, None
     parts = list(total.args)

@@ -1,12 +1,12 @@
 """The backbone in OpenVINO, on a CPU: fp32, bf16, or int8 calibrated on training frames.
 
-int8 is post-training quantisation by NNCF: weights per channel, activations per tensor, their ranges measured on
-frames of training videos. Weights use half of the 8-bit range (NNCF's overflow fix): CPUs without VNNI add pairs of
-products in 16 bits, which saturate otherwise. The first convolution stays in fp32: it costs little, and rounding its
-weights costs more accuracy than all other layers together (docs/performance.md).
+int8 means post-training quantisation by NNCF. Weights are quantised per channel, activations per tensor, with ranges
+measured on frames of training videos. Weights use half of the 8-bit range (NNCF's overflow fix), because CPUs without
+VNNI add pairs of products in 16 bits, which could overflow otherwise. The first convolution stays in fp32: this costs
+little time, while rounding its weights would cost more accuracy than rounding all other layers (docs/performance.md).
 
-OpenVINO's packages send usage data to Google Analytics unless the user has opted out; here they never do: the package
-that sends it is hidden from them before they are imported.
+OpenVINO's packages send usage data to Google Analytics unless the user has opted out. Here they never send any, because
+the package that does so is hidden from them before they are imported.
 """
 
 from __future__ import annotations
@@ -32,17 +32,19 @@ from configs.errors import UserError, one_line, type_and_line
 from configs.schema import PreprocessConfig
 
 _TELEMETRY = "openvino_telemetry"
-# One thread, since extraction runs one process per core; not pinned, since OpenVINO does not know the other processes.
+# One thread, since extraction runs one process per core. Not pinned to a core, since OpenVINO does not know about the
+# other processes.
 _COMPILE = {"INFERENCE_NUM_THREADS": 1, "ENABLE_CPU_PINNING": False, "PERFORMANCE_HINT": "LATENCY"}
-# What remains in floating point in an int8 graph (the first layer, the mean over the last map) is fp32 everywhere.
+# Parts of an int8 graph that stay in floating point (first layer, mean over the last map) use fp32 on every CPU.
 _CONVOLUTIONS = {"Convolution", "GroupConvolution"}
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 
 
 class OpenVinoNet:
-    """Crops (N, S, S, 3) uint8 -> embeddings (N, D) float32, on one CPU thread; normalisation is part of the graph.
+    """A net in OpenVINO: crops (N, S, S, 3) uint8 -> embeddings (N, D) float32, computed by one CPU thread.
 
-    `graph` and `weights` are OpenVINO's two files, so that another process can be sent the net.
+    Normalisation is part of the graph. `graph` and `weights` are the contents of OpenVINO's two files, so that the net
+    can be sent to another process.
     """
 
     def __init__(self, graph: bytes, weights: bytes, precision: str) -> None:
@@ -63,7 +65,7 @@ class OpenVinoNet:
 
 @functools.cache
 def openvino(module: str = "openvino") -> Any:
-    """OpenVINO's module, without usage data. Raises UserError where it is not installed or cannot be loaded."""
+    """Import a module of OpenVINO so that it sends no usage data. Raises UserError if it cannot be imported."""
     sys.modules.setdefault(_TELEMETRY, None)  # type: ignore[arg-type] # importing it raises ImportError from now on
     try:
         return importlib.import_module(module)
@@ -75,17 +77,17 @@ def openvino(module: str = "openvino") -> Any:
 
 
 def convert(backbone: nn.Module, preprocess: PreprocessConfig, precision: str) -> OpenVinoNet:
-    """The backbone, in evaluation mode, with normalisation in front of it, in fp32 or bf16.
+    """The backbone as an OpenVINO net in fp32 or bf16, with normalisation in front of it.
 
-    Raises UserError where OpenVINO is missing or cannot convert the network.
+    Raises UserError if OpenVINO is missing or cannot convert the network.
     """
     return _packed(_model(backbone, preprocess), precision)
 
 
 def calibrate(backbone: nn.Module, preprocess: PreprocessConfig, crops: Sequence[NDArray[np.uint8]]) -> OpenVinoNet:
-    """The backbone in int8, its ranges measured on crops (S, S, 3) uint8 of training frames.
+    """The backbone as an OpenVINO net in int8, with ranges measured on crops (S, S, 3) uint8 of training frames.
 
-    Raises UserError where OpenVINO or NNCF is missing or cannot quantise the network.
+    Raises UserError if OpenVINO or NNCF is missing or cannot quantise the network.
     """
     model, nncf = _model(backbone, preprocess), openvino("nncf")
     nncf.set_log_level(logging.ERROR)
@@ -124,14 +126,14 @@ def _model(backbone: nn.Module, preprocess: PreprocessConfig) -> Any:
 
 @contextmanager
 def _refusals(what: str) -> Iterator[None]:
-    """Libraries' progress goes to stderr, and an error that a network causes becomes a UserError."""
+    """Redirect the libraries' progress output to stderr, and turn an error that a network causes into a UserError."""
     try:
         with warnings.catch_warnings(), redirect_stdout(sys.stderr):
-            warnings.simplefilter("ignore")  # torch's tracer warns of shapes that it takes for constants
+            warnings.simplefilter("ignore")  # torch's tracer warns that it treats shapes as constants
             yield
     except UserError:
         raise
-    except Exception as error:  # a converter raises anything for a network that it does not know
+    except Exception as error:  # converters raise all kinds of exceptions for networks that they do not support
         raise UserError(
             f"extract.engine=openvino: cannot {what} this network ({type_and_line(error)}); set extract.engine=torch"
         ) from error

@@ -20,13 +20,13 @@ from stage1_cnn.encoders.registry import Pretrained, find_encoder
 
 CHECKPOINT_STAGE = "cnn"
 DOWNLOAD_TIMEOUT_S = 20.0
-# Errors of a weights cache that cannot store a file: read-only, owned by another user, full, or below a file.
+# Errors of a folder in which weights cannot be saved: read-only, owned by another user, full, or its parent is a file.
 _CANNOT_KEEP = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 _CANNOT_KEEP |= {errno.ENOENT, errno.ENOTDIR, errno.EEXIST}
 
 
 def published_weights(name: str) -> Pretrained:
-    """An encoder's ImageNet weights. Raises UserError if there are none, or their package is not installed."""
+    """Where an encoder's ImageNet weights are. Raises UserError if there are none or their package is missing."""
     entry = find_encoder(name)
     if entry.pretrained is None:
         raise UserError(f"cnn.backbone={name}: has no ImageNet weights; set cnn.weights=random or a state-dict file")
@@ -34,7 +34,7 @@ def published_weights(name: str) -> Pretrained:
 
 
 def settled_weights(cnn: CnnConfig) -> str:
-    """`cnn.weights`, with `cached` replaced by `imagenet` or `random`, whichever needs no network on this machine."""
+    """`cnn.weights`, with `cached` replaced by `imagenet` if these weights are on this machine, else by `random`."""
     if cnn.weights != "cached":
         return cnn.weights
     if find_encoder(cnn.backbone).pretrained is None:
@@ -43,9 +43,9 @@ def settled_weights(cnn: CnnConfig) -> str:
 
 
 def weights_file(name: str, weights: str, runs: Path) -> Path:
-    """The file that `weights` (not `random`) means for encoder `name`.
+    """The file that `weights`, a value of `cnn.weights` other than `random`, means for encoder `name`.
 
-    Raises UserError if a run or file of that name does not exist; published weights need not be there yet.
+    Raises UserError if the named run or file does not exist. Published weights may still have to be downloaded.
     """
     if weights == "imagenet":
         return published_weights(name).path
@@ -58,7 +58,7 @@ def weights_file(name: str, weights: str, runs: Path) -> Path:
 
 
 def weights_identity(cnn: CnnConfig, runs: Path) -> str:
-    """The initial weights as part of a run's identity: their name, or the content of the file they come from."""
+    """The initial weights as part of a run's identity: `imagenet`, `random`, or the hash of their file."""
     weights = settled_weights(cnn)
     if weights in ("imagenet", "random"):
         return weights
@@ -66,7 +66,7 @@ def weights_identity(cnn: CnnConfig, runs: Path) -> str:
 
 
 def best_checkpoint(run: Path) -> Path:
-    """Where stage one keeps a run's best epoch. Raises UserError if it is not there."""
+    """The checkpoint with the best epoch of a run's stage one. Raises UserError if it does not exist."""
     path = run / CHECKPOINT_STAGE / "best.pt"
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; run train-cnn under that name first")
@@ -74,9 +74,9 @@ def best_checkpoint(run: Path) -> Path:
 
 
 def fetch(name: str, weights: Pretrained) -> None:
-    """Download published weights unless they are on this machine, and check their hash.
+    """Download published weights, and check their hash, unless they are on this machine already.
 
-    Raises UserError naming the other choices if that fails.
+    Raises UserError naming the other choices if the download fails.
     """
     path, url = weights.path, weights.url
     if url is None or _is_file(path):
@@ -101,12 +101,12 @@ def fetch(name: str, weights: Pretrained) -> None:
 
 
 def _is_file(path: Path) -> bool:
-    return os.path.isfile(path)  # Path.is_file raises below a folder that may not be entered
+    return os.path.isfile(path)  # Path.is_file would raise if there is no permission for the folder
 
 
 @contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Without it, a firewall that drops packets would stall the download for minutes."""
+    """Set the timeout of new sockets, since a firewall that drops packets would otherwise stall a download."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

@@ -1,6 +1,7 @@
-"""The registry of encoders: what a family of networks says about each of them, by its name in `cnn.backbone`.
+"""The registry of encoders: an entry per network, under the name that `cnn.backbone` uses.
 
-One file per family registers its networks here; packages and files from outside do the same (`configs.registry`).
+Each family of networks has a file that registers its entries here. Plug-ins, which are installed packages or files
+outside this project, register theirs in the same way (`configs.registry`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from configs.registry import Registry
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Published ImageNet weights: a state dict at `path`, downloaded from `url` on first use.
+    """Published ImageNet weights: a state dict at `path`, which is downloaded from `url` on first use.
 
-    Without `url` the file comes with a package. `sha256` holds the first digits of the hash that a download must have.
-    `input_px`, `mean` and `std` say how the images were prepared that the weights were trained on; what this project
-    feeds is set by `preprocess`.
+    If `url` is None, the file is part of a package. `sha256` holds the first digits of the hash that a download must
+    have. `input_px`, `mean` and `std` describe the images that the weights were trained on; they do not set how this
+    project prepares its frames, which `preprocess` does.
     """
 
     path: Path
@@ -33,18 +34,18 @@ class Pretrained:
 
     @property
     def trained_on(self) -> str:
-        """The preparation of the images in words."""
+        """A phrase about the size and normalisation of the images that the weights were trained on."""
         return f"trained on images of {self.input_px} px, mean {self.mean}, std {self.std}"
 
 
 @dataclass(frozen=True)
 class EncoderEntry:
-    """One network.
+    """How to build one network, and where its weights are.
 
-    `build` returns it with random weights, drawn from torch's global generator: images (N, 3, S, S) to embeddings
-    (N, `embedding_dim`). With `embedding_dim` None it is a classification network, which is cut before its last linear
-    layer. `pretrained` is called only when its weights are asked for, and raises UserError if a package is missing.
-    `rename` maps names in published state dicts to those of the module's tensors.
+    `build` returns the network with random weights, drawn from torch's global generator. It maps images (N, 3, S, S) to
+    embeddings (N, `embedding_dim`). If `embedding_dim` is None, it is a classification network, whose last linear layer
+    is removed. `pretrained` is called only when ImageNet weights are requested, and raises UserError if a package is
+    missing. `rename` converts the names of tensors in published state dicts to the network's own names.
     """
 
     build: Callable[[], nn.Module]
@@ -57,7 +58,7 @@ ENCODERS: Registry[EncoderEntry] = Registry("encoder", "surgstage.encoders")
 
 
 def find_encoder(name: str) -> EncoderEntry:
-    """The entry that `cnn.backbone` names. Raises UserError naming the nearest known name."""
+    """The entry for a value of `cnn.backbone`. If there is none, raises UserError naming the nearest known name."""
     try:
         return ENCODERS.find(name)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Third-party weights: found under any prefix and wrapper, and the match in words."""
+"""Finding a net's weights in a third-party file, whatever prefixes and wrappers its names have."""
 
 from __future__ import annotations
 
@@ -14,40 +14,43 @@ from torch import Tensor, nn
 
 from configs.errors import UserError, listed
 
-# Names that wrappers insert for a module, or for any of its layers.
+# Parts of names that wrappers insert before the names of a module or of one of its layers.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-# The second of two encoders in one file, which is not loaded: a running average or momentum encoder beside the trained
-# one; the student beside its teacher, since DINO and similar methods evaluate the teacher.
+# Prefixes of the encoder that is not loaded if a file has two: a running average or momentum encoder beside the trained
+# one; a student beside its teacher, since DINO and similar methods evaluate the teacher.
 _SECOND = re.compile(r"(?:^|[._])(?:ema|k|key|momentum|target|averaged|student)(?=[._])")
-# Prefixes of a backbone in published files, in this project's checkpoints and in MTRCNet's.
+# The usual prefixes of a backbone: in published files, in this project's checkpoints and in those of MTRCNet.
 _USUAL = re.compile(r"(?:state_dict\.)?(?:model\.)?(?:module\.)?(?:backbone\.net\.|net\.|share\.)?")
 
 
 class Found(NamedTuple):
-    """Weights under a net's own names; `place` is their prefix in the file."""
+    """The weights of a net under the net's own names; `place` is their prefix in the file.
+
+    `numbered` says that the file numbers the net's children instead of naming them.
+    """
 
     place: str
     state: dict[str, Tensor]
     numbered: bool = False
-    passed_over: tuple[str, ...] = ()  # places of other weights that would fit
+    passed_over: tuple[str, ...] = ()  # prefixes of other weights in the file that would fit
 
     @property
     def rank(self) -> tuple[int, bool]:
-        """Of several matches, the one with the smallest rank is loaded."""
+        """The sort key of a match: of several matches, the one with the smallest rank is loaded."""
         return len(_SECOND.findall(self.place)), not _USUAL.fullmatch(self.place)
 
 
 def find_weights(net: nn.Module, head: str, tensors: Mapping[str, Tensor], what: str, source: Path) -> Found:
-    """Find all weights of `net` (`what` in messages) among a file's tensors, under any prefix.
+    """Find all weights of `net` (called `what` in messages) among a file's tensors, under any prefix.
 
-    Children may be numbered, as in an `nn.Sequential` of them. The layer `head`, which was cut off, and tensors outside
-    the net's children are ignored. Raises UserError if no prefix has every tensor in its shape, naming the closest,
-    and if several prefixes have them with different values and equal rank.
+    The net's children may be numbered, as in an `nn.Sequential`. The layer `head`, which was removed, and tensors
+    outside the net's children are ignored. Raises UserError naming the closest prefix if there is none under which
+    every tensor has the right shape, or naming two prefixes if both fit with different values and equal rank.
     """
     wanted = net.state_dict()
     numbers = {name: str(number) for number, (name, _) in enumerate(net.named_children())}
     found: list[Found] = []
-    closest = (len(wanted) // 4, "", misfits(wanted, {}))  # how many names fit, under which prefix, and which do not
+    closest = (len(wanted) // 4, "", misfits(wanted, {}))  # number of names that fit, the prefix, and the problems
     for names in ({name: name for name in tensors}, _unwrapped(tensors)):
         for children in ({}, numbers):
             back = {number: name for name, number in children.items()}
@@ -72,7 +75,7 @@ def find_weights(net: nn.Module, head: str, tensors: Mapping[str, Tensor], what:
 
 
 def choose(found: Sequence[Found], what: str, source: Path) -> Found:
-    """Of several matches, the one to load. Raises UserError if two with different values have the same rank."""
+    """The match to load out of several. Raises UserError if the two best have different values and the same rank."""
     distinct: list[Found] = []
     for one in found:
         if not any(_same(one.state, other.state) for other in distinct):
@@ -87,7 +90,7 @@ def choose(found: Sequence[Found], what: str, source: Path) -> Found:
 
 
 def describe_match(found: Found, tensors: Mapping[str, Tensor], what: str) -> str:
-    """One line: the prefix and number of the weights, and which other tensors of the file were not used."""
+    """One line for the user: number and prefix of the weights found, and which other tensors were not used."""
     taken = {id(tensor) for tensor in found.state.values()}
     others = Counter(_group(name, found.place) for name, tensor in tensors.items() if id(tensor) not in taken)
     kinds = sorted({str(t.dtype).removeprefix("torch.") for t in found.state.values() if t.is_floating_point()})
@@ -101,9 +104,10 @@ def describe_match(found: Found, tensors: Mapping[str, Tensor], what: str) -> st
 
 
 def below(layer: str, tensors: Mapping[str, Tensor], what: str, source: Path) -> dict[str, Tensor]:
-    """The tensors of the net that has a child `layer`, without their prefix, except `module.`.
+    """The tensors of the net that has a child `layer`, under names without their prefix; a `module.` is kept.
 
-    All tensors where no net has one. Raises UserError if there are several with different values.
+    If no name contains `layer`, these are all tensors, without the prefix that all names share. Raises UserError if
+    there are several such nets with different values.
     """
     at = re.compile(rf"((?:.*?\.)??)(?:module\.)?{layer}\.")
     places = dict.fromkeys(found[1] for name in tensors if (found := at.match(name)))
@@ -115,7 +119,7 @@ def below(layer: str, tensors: Mapping[str, Tensor], what: str, source: Path) ->
 
 
 def _starts(names: Iterable[str], wanted: set[str]) -> list[tuple[str, int]]:
-    """Prefixes of wanted names, with the number of names that follow each, the most first."""
+    """Prefixes after which wanted names follow, with the number of such names, largest number first."""
     hits: Counter[str] = Counter()
     for name in names:
         cuts = [0, *(place + 1 for place, letter in enumerate(name) if letter == ".")]
@@ -129,13 +133,13 @@ def _renamed(name: str, children: Mapping[str, str]) -> str:
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Names without wrappers at any depth, mapped to the original names; empty if two names become equal."""
+    """Names without the parts that wrappers inserted, mapped to the original names; empty if two become equal."""
     short = {".".join(part for part in name.split(".") if part not in _WRAPPERS): name for name in tensors}
     return short if len(short) == len(tensors) else {}
 
 
 def _inside(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], head: str) -> dict[str, Tensor]:
-    """The tensors of the net's own children; an unknown tensor among them means that it is another net."""
+    """The tensors of the net's own children without the head; an unknown name among them means another net."""
     children = {name.partition(".")[0] for name in wanted}
     return {
         name: tensor
@@ -149,7 +153,7 @@ def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def _group(name: str, place: str) -> str:
-    """The part of a name that distinguishes it from the place: their common parts and one more."""
+    """The shortest prefix of `name`, cut at a dot, that is not a prefix of `place`."""
     shared = 0
     parts, stem = name.split("."), place.split(".")[:-1]
     while shared < min(len(parts) - 1, len(stem)) and parts[shared] == stem[shared]:
@@ -158,9 +162,9 @@ def _group(name: str, place: str) -> str:
 
 
 def misfits(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """Why a state dict does not fit, one entry per problem; empty if it fits.
+    """The reasons why a state dict does not fit, one entry per problem; empty if it fits.
 
-    Old files may lack batch norm's counters.
+    Missing counters of batch norm are no problem, since old files do not have them.
     """
     problems = []
     for name, tensor in wanted.items():

@@ -312,7 +312,7 @@ def test_another_encoder_goes_elsewhere_and_never_into_the_same_folder(world: Wo
     other = world.set(extract={"encoder": "initial"}, top={"seed": 1})
     second = dump(world, other, run=None)
     assert second.folder != first.folder
-    with pytest.raises(UserError, match=r"features of two encoders do not mix"):
+    with pytest.raises(UserError, match=r"features of two encoders cannot share a folder"):
         dump(world, other, run=None, folder=first.folder)
     shutil.copy(second.folder / "video01.h5", first.folder / "video01.h5")
     with pytest.raises(UserError, match=r"video0[12].h5: made by encoder"):

@@ -1,4 +1,4 @@
-"""The networks, one file per family. Each file here is imported and registers its networks."""
+"""The networks, one file per family. Every file in this folder is imported and registers its networks."""
 
 from configs.registry import import_each_file
 

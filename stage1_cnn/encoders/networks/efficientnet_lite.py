@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0, whose ImageNet weights come with a package and need no network."""
+"""EfficientNet-Lite0, whose ImageNet weights are part of a Python package, so that nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LITE0 = "efficientnet_lite0"
 
 
 def _build() -> nn.Module:
-    """The network with padding computed from the image, so that any crop size is right."""
+    """The network with padding that is computed from the image, so that every crop size is padded correctly."""
     net: nn.Module = _package("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0", image_size=None)
     return net
 

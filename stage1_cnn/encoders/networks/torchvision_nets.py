@@ -13,9 +13,9 @@ from torch import nn
 from configs.errors import UserError
 from stage1_cnn.encoders.registry import ENCODERS, EncoderEntry, Pretrained
 
-# In training these return auxiliary outputs beside the main one.
+# In training mode these nets return auxiliary outputs beside the main one.
 _WITH_AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")
-# DenseNet's published files spell `norm.1` what the module calls `norm1`.
+# DenseNet's published files have `norm.1` where the module's own name is `norm1`.
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var))$")
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]+)\.")
 
@@ -28,7 +28,7 @@ def _build(name: str) -> nn.Module:
 
 
 def _pretrained(name: str) -> Pretrained:
-    """torchvision's first ImageNet weights, which the reference used, in torch's cache of downloads."""
+    """torchvision's first ImageNet weights, which MTRCNet used as well, in torch's download cache."""
     published = torchvision.models.get_model_weights(name)
     first = getattr(published, "IMAGENET1K_V1", None) or published.DEFAULT  # type: ignore[attr-defined]
     file = first.url.rsplit("/", 1)[-1]

@@ -81,7 +81,7 @@ def test_random_weights_are_a_function_of_the_seed_and_leave_the_generator_alone
     ("name", "message"),
     [
         ("resnet5", "did you mean resnet50?"),
-        ("squeezenet1_0", "no last linear layer"),
+        ("squeezenet1_0", "no linear layer"),
         ("googlenet", "auxiliary outputs"),
     ],
 )

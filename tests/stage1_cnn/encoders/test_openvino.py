@@ -219,7 +219,7 @@ def test_an_altered_net_in_the_store_is_refused(world: World) -> None:
     dump(world, precision="int8")
     (path,) = (world.config.extract.store / "int8").glob("*.pt")
     path.rename(path.with_name(path.name.replace(path.stem[-12:], "0" * 12)))
-    with pytest.raises(UserError, match="is not the net that its name says"):
+    with pytest.raises(UserError, match="does not hold the net that its name says"):
         dump(world, precision="int8")
 
 
