@@ -14,6 +14,7 @@ from configs.errors import printable
 from engine.launch import is_main_process
 
 LOG_INTERVAL_S = 15.0
+BAR_AFTER_S = 3.0  # `delay` of bars of work that is usually short
 _bars_hidden = ContextVar("_bars_hidden", default=False)
 
 

@@ -100,7 +100,7 @@ def score_folder(
     left_out = unavailable_conventions(spec.phases, pairs.fps) if conventions is None else {}
     truth, predicted, fps = pairs.truth, pairs.predicted, pairs.fps
     results = evaluate_phases(truth, predicted, spec.phases, fps, names, split=split, background=background)
-    intervals = bootstrap_intervals(truth, predicted, spec.phases, fps, names, background=background)
+    intervals = bootstrap_intervals(truth, predicted, spec.phases, fps, names, background=background).overall
     results = {
         name: replace(result, intervals=intervals[name], about=replace(result.about, files=pairs.about))
         for name, result in results.items()
@@ -181,8 +181,8 @@ def read_pairs(predictions: Path, reading: Reading, spec: DataSetSpec) -> Paired
         notes.append(f"left out, no video number in the name or no text: {listed([*stray, *stray_truth], 10)}")
     if left_out:
         notes.append(f"left out, in one folder only or empty: {listed([str(path) for path in left_out], 10)}")
-    notes += _notes(pairs, truth, holes, reading, spec, shown, fps, fps_from)
-    return Paired(truth, predicted, fps, about, notes)
+    paired = Paired(truth, predicted, fps, about, notes)
+    return replace(paired, notes=[*notes, *_notes(pairs, paired, reading, spec)])
 
 
 class _Pair(NamedTuple):
@@ -238,19 +238,10 @@ def _rate(given: float | None, pairs: Collection[_Pair]) -> tuple[float | None, 
     return stated[0][1], stated[0][2]
 
 
-def _notes(
-    pairs: Mapping[str, _Pair],
-    truth: Tracks,
-    holes: Mapping[str, int],
-    reading: Reading,
-    spec: DataSetSpec,
-    order: Sequence[str] | None,
-    fps: float | None,
-    fps_from: str | None,
-) -> list[str]:
+def _notes(pairs: Mapping[str, _Pair], paired: Paired, reading: Reading, spec: DataSetSpec) -> list[str]:
     """Notes on how the files were interpreted, one line each."""
-    notes = []
-    if order is not None:
+    notes, holes = [], paired.about["frames_without_prediction"]
+    if (order := paired.about["phase_order"]) is not None:
         whose = f"--phase-order {reading.phase_order}" if reading.phase_order else f"the data set {spec.name}"
         hint = "" if reading.phase_order else "; another one is named with --phase-order"
         notes.append(f"ids are numbered as in {whose}: {describe_order(order)}{hint}")
@@ -265,7 +256,7 @@ def _notes(
     ):
         if missing := sum(file.missing for file in files):
             notes.append(f"{missing} {name} rows are missing by the frame numbers of their files")
-    if unlabelled := sum(int((track < 0).sum()) for track in truth.values()):
+    if unlabelled := sum(int((track < 0).sum()) for track in paired.truth.values()):
         notes.append(f"{unlabelled} frames have no label in the ground truth and are not scored")
     if unscored := sum(pair.rows.unscored for pair in pairs.values()):
         notes.append(f"{unscored} predictions lie outside the frames of the ground truth and are not scored")
@@ -273,7 +264,7 @@ def _notes(
         notes.append(
             f"{sum(holes.values())} labelled frames have no prediction and count as wrong: {listed(list(holes), 10)}"
         )
-    notes.append(_rate_note(pairs, truth, fps, fps_from, spec))
+    notes.append(_rate_note(pairs, paired, spec))
     if reading.skip_first_row:
         headers = sum(pair.true.header + pair.guess.header for pair in pairs.values())
         also = f"; {headers} files have a header, and there the official script skips only the header"
@@ -281,14 +272,13 @@ def _notes(
     return notes
 
 
-def _rate_note(
-    pairs: Mapping[str, _Pair], truth: Tracks, fps: float | None, fps_from: str | None, spec: DataSetSpec
-) -> str:
+def _rate_note(pairs: Mapping[str, _Pair], paired: Paired, spec: DataSetSpec) -> str:
+    fps, fps_from = paired.fps, paired.about["fps_from"]
     if fps is None:
         return (
             "rate: not known (rows without numbers or numbered one by one may be frames or samples); name it with --fps"
         )
-    longest_h = max(map(len, truth.values())) / fps / 3600
+    longest_h = max(map(len, paired.truth.values())) / fps / 3600
     where = {
         "--fps": "given",
         "--prediction-fps": "by --prediction-fps",

@@ -321,11 +321,8 @@ def _storage_from_bytes(budget: _Budget, data: Any) -> np.ndarray:
         raise UserError("contains a tensor in an unknown format")
     at = len(_STORAGE_START)
     kinds: list[tuple[str, int]] = []
-    for allowed, classes in (
-        (_PLAIN, {}),
-        (_PLAIN | {"GLOBAL", "BINPERSID"}, _storage_types()),
-        (_PLAIN, {}),
-    ):
+    of_storage = _PLAIN | {"GLOBAL", "BINPERSID"}, _storage_types()
+    for allowed, classes in ((_PLAIN, {}), of_storage, (_PLAIN, {})):
         part = content[at : at + _STORAGE_HEADER_BYTES]
         at += _scan(part, allowed)
         _Reader(part, classes, lambda reference: kinds.append(_storage_kind(reference))).load()

@@ -213,11 +213,7 @@ def _made_before(out: Path, identity: str) -> Evaluation | None:
 
 
 def _probabilities(
-    config: Config,
-    temporal: Path,
-    videos: Mapping[str, VideoFeatures],
-    inference: Inference | None,
-    stop: StopRequest,
+    config: Config, temporal: Path, videos: Mapping[str, VideoFeatures], inference: Inference | None, stop: StopRequest
 ) -> dict[str, dict[str, NDArray[np.float32]]]:
     start_stage("evaluate", config, choose_device(config.device), "fp32")
     heads = {HEAD: temporal, "frame": temporal / "frame"}

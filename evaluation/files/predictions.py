@@ -117,16 +117,13 @@ def _has_tools(path: Path, header: Sequence[str], spec: DataSetSpec, phases: boo
         if header == prediction_columns(spec, tools, phases):
             return tools and bool(spec.tools)
     expected = prediction_columns(spec, not phases or len(header) != 4 + len(spec.phases), phases)
-    for column, (found, wanted) in enumerate(zip(header, expected, strict=False), start=1):
-        if found != wanted:
-            raise UserError(
-                f"{path}: row 1: column {column} is {found!r} where data set {spec.name} has {wanted!r}; "
-                "evaluate it with the data set it was made for"
-            )
-    raise UserError(
-        f"{path}: row 1: {len(header)} columns where data set {spec.name} has {len(expected)}; "
-        "evaluate it with the data set it was made for"
+    differing = (
+        f"column {column} is {found!r} where data set {spec.name} has {wanted!r}"
+        for column, (found, wanted) in enumerate(zip(header, expected, strict=False), start=1)
+        if found != wanted
     )
+    problem = next(differing, f"{len(header)} columns where data set {spec.name} has {len(expected)}")
+    raise UserError(f"{path}: row 1: {problem}; evaluate it with the data set it was made for")
 
 
 def _numbers(where: str, row: Sequence[str], width: int, spec: DataSetSpec, phases: bool) -> list[float]:

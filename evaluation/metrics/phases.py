@@ -24,7 +24,6 @@ def evaluate_phases(
     conventions: Sequence[str] | None = None,
     *,
     split: str | None = None,
-    seeds: int = 1,
     background: Sequence[str] = (),
 ) -> dict[str, PhaseResults]:
     """Score predicted phases against the truth; one result per convention, percent.
@@ -32,7 +31,7 @@ def evaluate_phases(
     `truth` and `predicted` map video ids to (T,) phase ids at `fps` frames per second (None: not known); truth -1 = no
     label, and such frames are not counted; prediction NO_PREDICTION (-2) = none was made, which counts as wrong.
     `phases` (C names) gives the order of ids; those in `background` are left out of segments. `conventions` None takes
-    all that phases and rate allow (see `unavailable_conventions`). `split` and `seeds` are only recorded.
+    all that phases and rate allow (see `unavailable_conventions`). `split` is only recorded.
 
     Videos without any label are left out and named in `about`. Raises UserError for an unknown or unavailable
     convention and for truth and prediction that do not match.
@@ -58,7 +57,6 @@ def evaluate_phases(
             videos=len(videos),
             frames=frames,
             truth_sha256=digest,
-            seeds=seeds,
             videos_without_labels=without,
             background=list(background) if ids and not convention.of_frames else None,
         )

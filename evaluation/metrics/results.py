@@ -185,7 +185,7 @@ class ToolAbout(Record):
     fps: float | None
     videos: int
     videos_without_labels: Sequence[str]
-    seeds: int
+    seeds: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

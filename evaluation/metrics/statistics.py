@@ -25,6 +25,15 @@ T = TypeVar("T")
 _EXACT_VIDEOS = 13  # up to here all sign patterns (8,192) are enumerated
 
 
+@dataclass(frozen=True)
+class Intervals:
+    """Bootstrap intervals over videos, percent: {convention: {metric: interval}}, and those of each phase, {convention:
+    {phase: {metric: interval}}}, which conventions of segments do not have."""
+
+    overall: Mapping[str, Mapping[str, Interval]]
+    per_phase: Mapping[str, Mapping[str, Mapping[str, Interval]]]
+
+
 def bootstrap_intervals(
     truth: Mapping[str, NDArray[Any]],
     predicted: Mapping[str, NDArray[Any]],
@@ -36,56 +45,30 @@ def bootstrap_intervals(
     resamples: int = 10_000,
     confidence: float = 0.95,
     seed: int = 0,
-) -> dict[str, dict[str, Interval]]:
-    """Percentile bootstrap over videos: {convention: {metric: interval}}, percent.
+) -> Intervals:
+    """Percentile bootstrap over videos.
 
     Arguments as in `evaluation.metrics.phases.evaluate_phases`. Each of `resamples` draws as many videos as there are,
-    with replacement, and averages them as the convention does. One video alone has no interval (None).
+    with replacement, and averages them as the convention does. Videos are drawn over all phases at once; draws without
+    any video that has a phase do not count for it. One video alone has no interval (None).
     """
     videos, _ = label_pairs(truth, predicted, len(phases))
     once, draws, tails = _draws(len(videos), resamples, confidence, seed)
     ids = background_ids(background, phases)
-    result = {}
+    overall, per_phase = {}, {}
     for name in chosen_conventions(conventions, phases, fps):
         convention = CONVENTIONS.find(name)
         table = convention.count(videos, len(phases), fps, ids)
-        drawn = convention.means(table, draws)
-        estimates = convention.means(table, once)
-        result[name] = {m: _interval(float(value[0]), drawn[m], tails) for m, value in estimates.items()}
-    return result
-
-
-def phase_intervals(
-    truth: Mapping[str, NDArray[Any]],
-    predicted: Mapping[str, NDArray[Any]],
-    phases: Sequence[str],
-    fps: float,
-    conventions: Sequence[str] | None = None,
-    *,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> dict[str, dict[str, dict[str, Interval]]]:
-    """`bootstrap_intervals` of each phase: {convention: {phase: {metric: interval}}}, percent.
-
-    Videos are drawn over all phases at once; draws without any video that has the phase do not count for it.
-    Conventions of segments have no numbers per phase and are left out.
-    """
-    videos, _ = label_pairs(truth, predicted, len(phases))
-    once, draws, tails = _draws(len(videos), resamples, confidence, seed)
-    result = {}
-    for name in chosen_conventions(conventions, phases, fps):
-        convention = CONVENTIONS.find(name)
+        means, drawn = (convention.means(table, weights) for weights in (once, draws))  # {metric: (1 or B,)}
+        overall[name] = {m: _interval(float(value[0]), drawn[m], tails) for m, value in means.items()}
         if not convention.of_frames:
             continue
-        table = convention.count(videos, len(phases), fps, [])
-        estimates = convention.phase_means(table, once)  # {metric: (1, C)}
-        drawn = convention.phase_means(table, draws)  # {metric: (B, C)}
-        result[name] = {
-            phase: {m: _interval(float(values[0, c]), drawn[m][:, c], tails) for m, values in estimates.items()}
+        means, drawn = (convention.phase_means(table, weights) for weights in (once, draws))  # {metric: (1 or B, C)}
+        per_phase[name] = {
+            phase: {m: _interval(float(values[0, c]), drawn[m][:, c], tails) for m, values in means.items()}
             for c, phase in enumerate(phases)
         }
-    return result
+    return Intervals(overall, per_phase)
 
 
 def _draws(videos: int, resamples: int, confidence: float, seed: int) -> tuple[FloatArray, FloatArray, list[float]]:

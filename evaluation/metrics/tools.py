@@ -31,7 +31,6 @@ def evaluate_tools(
     *,
     split: str | None = None,
     fps: float | None = None,
-    seeds: int = 1,
 ) -> ToolResults:
     """Score tool presence, percent.
 
@@ -77,7 +76,6 @@ def evaluate_tools(
             fps=fps,
             videos=len(videos),
             videos_without_labels=sorted(set(truth) - set(videos)),
-            seeds=seeds,
         ),
     )
 

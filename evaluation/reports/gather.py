@@ -23,8 +23,8 @@ from engine.logs import METRICS_LOG, read_metrics
 from evaluation.files.predictions import TOOLS_ALONE, PredictionFile, read_prediction_csv
 from evaluation.files.truth import TRUTH_FILE, Truth, is_simulated, read_truth
 from evaluation.metrics.conventions import MAIN_CONVENTION
-from evaluation.metrics.results import HEAD, METRICS_FILE, ByConvention, Evaluation, Interval, read_evaluation
-from evaluation.metrics.statistics import bootstrap_intervals, phase_intervals
+from evaluation.metrics.results import HEAD, METRICS_FILE, ByConvention, Evaluation, read_evaluation
+from evaluation.metrics.statistics import Intervals, bootstrap_intervals
 from evaluation.reports.ablation import ABLATION_PAGE
 from evaluation.reports.paper_figures import sample_edges_s
 from evaluation.reports.summary import settings_behind
@@ -90,21 +90,12 @@ class RunResults:
         truth, predicted = self.labelled
         if not truth:
             return Intervals({}, {})
-        arguments = (truth, predicted, self.truth.spec.phases, self.truth.fps)
-        return Intervals(bootstrap_intervals(*arguments), phase_intervals(*arguments))
+        return bootstrap_intervals(truth, predicted, self.truth.spec.phases, self.truth.fps)
 
     def accuracy(self, video: str) -> float | None:
         """Percent of the video's labelled frames that are right; None without labels."""
         results = self.phases.get(HEAD, {}).get(MAIN_CONVENTION)
         return results.per_video.get(video, {}).get("accuracy") if results else None
-
-
-@dataclass(frozen=True)
-class Intervals:
-    """Bootstrap over videos, 95 %: {convention: {metric: interval}} and {convention: {phase: {metric: interval}}}."""
-
-    overall: Mapping[str, Mapping[str, Interval]]
-    per_phase: Mapping[str, Mapping[str, Mapping[str, Interval]]]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evaluation.metrics.results import HEAD, Interval, PhaseAbout, PooledScore, Score, counted
+from evaluation.metrics.results import HEAD, Interval, PhaseAbout, PooledScore, Score, ToolAbout, counted
 from evaluation.metrics.scores import metric_title
 from evaluation.reports.gather import Report, RunResults, differing_settings, settings_of
 from evaluation.reports.tables import (
@@ -67,16 +67,20 @@ def _section(report: Report, name: str) -> ConventionSection:
 def _about(about: PhaseAbout) -> list[str]:
     """What a reader must know of the numbers."""
     window = f", boundaries relaxed by {about.window_s:g} s" if about.window_s else ""
-    rate = "at an unknown rate" if about.fps is None else f"at {about.fps:g} fps"
     lines = [
         f"Convention {about.convention}: {about.title}{window}. After {about.source}.",
         f"Absent phases: {about.absent_phase}.",
         f"±: standard deviation, {about.std}. In brackets: 95 % interval, bootstrap over videos.",
-        f"{counted(about.videos, 'video')} of split {about.split}, {about.frames:,} labelled frames {rate}; "
-        f"{counted(about.seeds, 'seed')} per run. Percent.",
+        _counts(about, f", {about.frames:,} labelled frames"),
     ]
     left_out = about.videos_without_labels
     return lines + ([f"Without labels and left out: {', '.join(left_out)}."] if left_out else [])
+
+
+def _counts(about: PhaseAbout | ToolAbout, frames: str = "") -> str:
+    rate = "at an unknown rate" if about.fps is None else f"at {about.fps:g} fps"
+    videos, seeds = counted(about.videos, "video"), counted(about.seeds, "seed")
+    return f"{videos} of split {about.split}{frames} {rate}; {seeds} per run. Percent."
 
 
 def _overall(report: Report, convention: str, title: str, corner: str) -> ResultTable:
@@ -137,13 +141,11 @@ def _tools(runs: Sequence[RunResults]) -> ResultTable:
     for name in (*runs[0].truth.spec.tools, MEAN_AP):
         texts = [text for one in cells for text in one.get(name, ["-"] * len(columns))[: len(columns)]]
         rows.append((name[:1].upper() + name[1:] if name == MEAN_AP else name, texts))
-    rate = "at an unknown rate" if about.fps is None else f"at {about.fps:g} fps"
     notes = [
         f"AP pooled: {about.map_pooled}. AP over videos: {about.map_video}; ± {about.std}.",
         f"Absent tools: {about.absent_tool}.",
         *(["Precision, recall and F1 at thresholds chosen on the validation videos."] if extra else []),
-        f"{counted(about.videos, 'video')} of split {about.split} {rate}; "
-        f"{counted(about.seeds, 'seed')} per run. Percent.",
+        _counts(about),
         *_mapped(runs),
     ]
     groups = [(run.name, len(columns)) for run in runs]

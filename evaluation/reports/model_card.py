@@ -35,12 +35,7 @@ _BASELINES = {"frame": "per-frame head on the same features", "majority": "alway
 
 
 def write_model_card(
-    run: Path,
-    stage: str,
-    index: Index,
-    evaluation: Evaluation,
-    *,
-    trained_in: Path | None = None,
+    run: Path, stage: str, index: Index, evaluation: Evaluation, *, trained_in: Path | None = None
 ) -> Path:
     """Write `RUN/MODEL_CARD.md` for the net of `stage` (`temporal` or `joint`) from what evaluation found.
 

@@ -21,16 +21,7 @@ from features.run_lengths import true_spans
 
 # Okabe and Ito's colours, distinguishable under every common colour blindness, ordered so that neighbours in Cholec80's
 # sequence differ in lightness too; then one of Paul Tol's.
-PALETTE = (
-    "#56B4E9",
-    "#0072B2",
-    "#F0E442",
-    "#009E73",
-    "#E69F00",
-    "#CC79A7",
-    "#D55E00",
-    "#882255",
-)
+PALETTE = ("#56B4E9", "#0072B2", "#F0E442", "#009E73", "#E69F00", "#CC79A7", "#D55E00", "#882255")
 UNLABELLED: dict[str, Any] = {"facecolor": "#E6E6E6", "hatch": "////", "edgecolor": "white"}
 _TEXT_COLOUR = "#222222"
 _WIDTH_INCH = 9.0

@@ -13,11 +13,12 @@ from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, printable
 from configs.schema import DataConfig
 from engine.files import below_root
+from engine.progress import BAR_AFTER_S, progress_bar
 from engine.sniff import recognise_file
 from features.dataset.annotations import LabelTrack
 from features.dataset.discover import Discovery, FoundVideo, find_videos
 from features.dataset.frame_folders import LabelEnd, infer_layout, require_one_base, scan_folder
-from features.dataset.index import Index, LeftOut, Progress, VideoEntry, exclusions, first_fault
+from features.dataset.index import Index, LeftOut, VideoEntry, exclusions, first_fault
 from features.dataset.labels import Role, extent_of, fit_annotations, labelled_fractions, read_annotation
 from features.dataset.phase_order import parse_phase_order
 from features.dataset.row_numbers import infer_numberings
@@ -31,7 +32,6 @@ def build_index(
     root: Path,
     spec: DataSetSpec,
     data: DataConfig,
-    progress: Progress | None = None,
     only: Collection[str] | None = None,
     leave_out: bool = False,
 ) -> Index:
@@ -55,7 +55,7 @@ def build_index(
     found = _kept(found, lambda name: printable(name) not in excluded)
     if not found.ids:
         raise UserError(f"{root}: data.exclude leaves out all {len(excluded)} videos; keep some")
-    entries, notes, faults = _build_entries(root, found, spec, data, leave_out, progress)
+    entries, notes, faults = _build_entries(root, found, spec, data, leave_out)
     passed_over = tuple(
         LeftOut(id=path, reason=named.get(path, reason), excluded=path in named) for path, reason in paths.items()
     )
@@ -101,22 +101,21 @@ def _kept(found: Discovery, keep: Callable[[str], bool]) -> Discovery:
 
 
 def _build_entries(
-    root: Path, found: Discovery, spec: DataSetSpec, data: DataConfig, leave_out: bool, progress: Progress | None
+    root: Path, found: Discovery, spec: DataSetSpec, data: DataConfig, leave_out: bool
 ) -> tuple[list[VideoEntry], list[str], list[tuple[str, UserError]]]:
     """Entries without a split, notes, and the faulty videos. Raises UserError as `build_index` does."""
     order = _phase_order(root, found, spec, data)
     entries: list[VideoEntry] = []
     notes, faults = list(found.notes), list(found.faults)
-    for done, video in enumerate(found.videos):
-        if progress:
-            progress(done, len(found.videos), video.id)
-        try:
-            entry, entry_notes = _build_entry(root, video, spec, data, order, leave_out)
-        except UserError as error:
-            faults.append((video.id, error))
-            continue
-        entries.append(entry)
-        notes += entry_notes
+    with progress_bar(None, "index", "video", iterable=found.videos, delay=BAR_AFTER_S) as videos:
+        for video in videos:
+            try:
+                entry, entry_notes = _build_entry(root, video, spec, data, order, leave_out)
+            except UserError as error:
+                faults.append((video.id, error))
+                continue
+            entries.append(entry)
+            notes += entry_notes
     if faults and not (leave_out and entries):
         others = f" (also at fault: {', '.join(video_id for video_id, _ in faults[1:])})" if faults[1:] else ""
         raise UserError(f"{faults[0][1]}{others}") from faults[0][1]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ from configs.errors import UserError, listed, printable
 from configs.load import load_dataset
 from configs.schema import Config, DataConfig
 from engine.files import LinkedRoot
-from engine.progress import progress_bar, say
+from engine.progress import say
 from features.dataset.build import build_index
 from features.dataset.check import check_index
 from features.dataset.discover import find_videos, is_chosen
-from features.dataset.index import Index, Progress, VideoEntry, exclusions
+from features.dataset.index import Index, VideoEntry, exclusions
 from features.dataset.phase_order import describe_order, parse_phase_order
 from features.dataset.row_numbers import rate_of_rows
 from features.dataset.sampling import most_fps
@@ -150,8 +149,7 @@ def check_dataset(config: Config) -> list[str]:
     """
     if not config.data.index.exists():
         raise UserError(f"{config.data.index}: no such index; run `index` first")
-    with _shown("check") as progress:
-        return check_index(Index.load(config.data.index), data_root(config), progress)
+    return check_index(Index.load(config.data.index), data_root(config))
 
 
 # ---------------------------------------------------------------------------------------------- making
@@ -170,8 +168,7 @@ def index_dataset(config: Config, replace: bool = False) -> Index:
         say(f"{path}: made from {index.made_from} and left as it is; --force makes one of what is found")
         print_summary(index, root, config.data.fps)
         return index
-    with _shown("index") as progress:
-        found = build_index(root, load_dataset(config.data.dataset), config.data, progress, leave_out=True)
+    found = build_index(root, load_dataset(config.data.dataset), config.data, leave_out=True)
     return keep_index(found, config, root, replace)
 
 
@@ -205,18 +202,6 @@ def _content(index: Index) -> dict[str, Any]:
     for video in value.get("left_out", ()):
         video.pop("split", None)  # older ones have none
     return value
-
-
-@contextmanager
-def _shown(description: str) -> Iterator[Progress]:
-    """A progress bar over videos that appears only if the work takes long, for example if whole files are read."""
-    with progress_bar(None, description, "video", delay=3.0) as bar:
-
-        def show(done: int, total: int, video_id: str) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
 
 
 # ---------------------------------------------------------------------------------------------- printing

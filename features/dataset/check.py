@@ -8,14 +8,15 @@ from pathlib import Path
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from engine.files import inside
+from engine.progress import BAR_AFTER_S, progress_bar
 from features.dataset.frame_folders import scan_folder, source_frames
-from features.dataset.index import Index, Progress, VideoEntry
+from features.dataset.index import Index, VideoEntry
 from features.dataset.labels import load_tracks
 from features.dataset.sources import SourceFacts, folder_facts, record_facts, video_facts
 from features.video.scan import count_packets
 
 
-def check_index(index: Index, root: Path, progress: Progress | None = None) -> list[str]:
+def check_index(index: Index, root: Path) -> list[str]:
     """The differences since indexing, one line per problem; empty if there is none.
 
     Sources: present, same size, time and hash of the ends (and of the whole, where recorded), same rate, as many
@@ -28,14 +29,13 @@ def check_index(index: Index, root: Path, progress: Progress | None = None) -> l
         )
     problems = [f"{video.id}: left out of the index: {video.reason}" for video in index.left_out if not video.excluded]
     problems += [f"{one.id}: passed over: {one.reason}" for one in index.passed_over if not one.excluded]
-    for done, entry in enumerate(index.videos):
-        if progress:
-            progress(done, len(index.videos), entry.id)
-        for check in (_check_source, load_tracks):
-            try:
-                check(entry, root, index.dataset)
-            except UserError as error:
-                problems.append(f"{entry.id}: {error}")
+    with progress_bar(None, "check", "video", iterable=index.videos, delay=BAR_AFTER_S) as videos:
+        for entry in videos:
+            for check in (_check_source, load_tracks):
+                try:
+                    check(entry, root, index.dataset)
+                except UserError as error:
+                    problems.append(f"{entry.id}: {error}")
     return problems
 
 

@@ -8,7 +8,7 @@ one here opens no video and imports no decoder.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -29,7 +29,6 @@ from features.video.times import FrameTimes
 
 FORMAT_VERSION = 1
 SPLITS: tuple[Split, ...] = ("train", "val", "test", "none")
-Progress = Callable[[int, int, str], None]  # videos done, videos in all, the id of the current one
 
 
 def _relative(path: str) -> str:

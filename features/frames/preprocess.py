@@ -208,22 +208,19 @@ def _jittered(pixels: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
 
 
 def normalise(
-    frames: np.ndarray | torch.Tensor,
-    config: PreprocessConfig,
-    device: torch.device | str = "cpu",
-    channels_last: bool = True,
+    frames: np.ndarray | torch.Tensor, config: PreprocessConfig, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """(N, S, S, 3) uint8 -> (N, 3, S, S) float32 on `device`: (x / 255 - mean) / std.
 
-    Bytes are copied to the device and converted there. `channels_last` is the memory layout that convolutions on CPUs
-    and newer GPUs prefer; the numbers are the same.
+    Bytes are copied to the device and converted there. The memory layout is `channels_last`, which convolutions on CPUs
+    and newer GPUs prefer.
     """
     import torch
 
     pixels = torch.as_tensor(frames).to(device, non_blocking=True)
     if pixels.dtype != torch.uint8:
         raise ValueError(f"frames must be uint8, not {pixels.dtype}")
-    return _normalised(pixels.float(), config, channels_last)
+    return _normalised(pixels.float(), config)
 
 
 def _constants(values: Sequence[float], device: torch.device) -> torch.Tensor:
@@ -233,7 +230,7 @@ def _constants(values: Sequence[float], device: torch.device) -> torch.Tensor:
     return torch.cat([torch.full((1,), value, dtype=torch.float32, device=device) for value in values])
 
 
-def _normalised(pixels: torch.Tensor, config: PreprocessConfig, channels_last: bool = True) -> torch.Tensor:
+def _normalised(pixels: torch.Tensor, config: PreprocessConfig) -> torch.Tensor:
     """`normalise` for floats 0..255, which are overwritten."""
     import torch
 
@@ -243,7 +240,7 @@ def _normalised(pixels: torch.Tensor, config: PreprocessConfig, channels_last: b
     std = _constants(config.std, pixels.device).repeat(width)
     rows = pixels.reshape(-1, 3 * width)
     images = rows.div_(255).sub_(mean).div_(std).view(pixels.shape).permute(0, 3, 1, 2)
-    return images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def preprocess_json(config: PreprocessConfig) -> dict[str, Any]:

@@ -13,9 +13,7 @@ from features.video.scan import scan_video
 
 
 def open_video(
-    path: Path,
-    reader: Literal["auto", "decord", "pyav"] = "auto",
-    hardware: str | None = None,
+    path: Path, reader: Literal["auto", "decord", "pyav"] = "auto", hardware: str | None = None
 ) -> FrameReader:
     """Open a video file. `auto` is PyAV (docs/performance.md has the speeds of both readers).
 

@@ -35,8 +35,16 @@ def evaluate_tools(*arguments: Any, **options: Any) -> dict[str, Any]:
     return found.to_json()
 
 
-bootstrap_intervals = _in_json(statistics.bootstrap_intervals)
+def bootstrap_intervals(*arguments: Any, **options: Any) -> dict[str, Any]:
+    """The intervals over all phases."""
+    return as_json(statistics.bootstrap_intervals(*arguments, **options).overall)
+
+
+def phase_intervals(*arguments: Any, **options: Any) -> dict[str, Any]:
+    """The intervals of each phase."""
+    return as_json(statistics.bootstrap_intervals(*arguments, **options).per_phase)
+
+
 compare_models = _in_json(comparison.compare_models)
 paired_interval = _in_json(statistics.paired_interval)
-phase_intervals = _in_json(statistics.phase_intervals)
 score_folder = _in_json(external.score_folder)
