@@ -1,6 +1,6 @@
-"""The command line: the commands' names and the module of each.
+"""The command line: the name and the module of each command.
 
-Nothing else is imported before a command runs, so that `python pipeline.py --help` answers at once.
+A command's module is imported only when the command runs, so that `python pipeline.py --help` answers at once.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from typing import Any
 import click
 
 PACKAGES = ("commands", "configs", "engine", "evaluation", "features", "interop", "stage1_cnn", "stage2_temporal")
-for _package in PACKAGES:  # these names are common: a package of the same name earlier on the path would be imported
+for _package in PACKAGES:  # the names are common, and Python would import another package that is earlier on the path
     _spec = importlib.util.find_spec(_package)
     _found = [os.path.realpath(place) for place in _spec.submodule_search_locations or ()] if _spec else []
     if os.path.join(os.path.dirname(os.path.realpath(__file__)), _package) not in _found:
         _where = _found[0] if _found else (_spec and _spec.origin)
         print(
-            f"error: {_where} is found where this program's own package {_package} should be; take its folder off "
+            f"error: Python finds {_where} instead of this program's own package {_package}; remove its folder from "
             "PYTHONPATH, or start from another folder",
             file=sys.stderr,
         )
         sys.exit(2)
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
-# Name: (module:function, first sentence of the command's help). The help lists the commands without importing them.
+# name: (module:function, first sentence of the command's help). --help lists the commands without importing them.
 COMMANDS = {
     "index": ("commands.data:index", "Find the videos and annotations below a folder, and split them"),
     "train-cnn": ("commands.train:train_cnn", "Stage one: fine-tune a CNN on the tools visible in single frames"),
@@ -61,7 +61,10 @@ COMMANDS = {
 
 
 class Group(click.Group):
-    """A group that imports a command of `lazy` when it is needed, and turns errors into one line and an exit code."""
+    """A command group that imports the commands of `lazy` only when needed.
+
+    An expected error in a command ends the program with one line and an exit code instead of a traceback.
+    """
 
     def __init__(self, *arguments: Any, lazy: Mapping[str, tuple[str, str]] | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -94,7 +97,7 @@ class Group(click.Group):
             if code is None:
                 raise
             context.exit(code)
-        except KeyboardInterrupt:  # a second Ctrl-C, which does not wait
+        except KeyboardInterrupt:  # a second Ctrl-C ends the command without waiting for it to save
             click.echo("interrupted", err=True)
             context.exit(EXIT_INTERRUPTED)
         finally:
@@ -109,8 +112,9 @@ class Group(click.Group):
 def cli(context: click.Context) -> None:
     """Surgical workflow recognition in two stages.
 
-    Commands with settings take --config FILE and --set KEY=VALUE; `config show` prints the result. The folder of the
-    videos is data.root: `--set data.root=DIR`, a line in the file, or the variable SURGSTAGE_DATA.
+    Most commands take settings with --config FILE and --set KEY=VALUE; `config show` prints the resulting settings. The
+    folder of the videos is data.root. Set it with `--set data.root=DIR`, in the file, or in the environment variable
+    SURGSTAGE_DATA.
     """
     from commands.options import require_one_process
 
@@ -118,9 +122,9 @@ def cli(context: click.Context) -> None:
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
-    """The command line as a program: the process ends with the command. Use `cli` if the process continues."""
-    atexit.register(gc.freeze)  # otherwise the interpreter's last collections walk through all of torch for a second
-    cli(arguments, program, obj=True)  # obj: whether the process ends with the command
+    """Run the command line and end the process. To run a command in a process that continues, call `cli`."""
+    atexit.register(gc.freeze)  # otherwise the interpreter's last garbage collection takes a second for torch's objects
+    cli(arguments, program, obj=True)  # obj tells the commands that the process ends with them
 
 
 if __name__ == "__main__":

@@ -1,3 +1,3 @@
-"""The commands of `pipeline.py`, by subject. What a command needs is imported when it runs."""
+"""The commands of `pipeline.py`, by subject. A command imports what it needs only when it runs."""
 
-import configs  # noqa: F401 - before torch, since it keeps idle OpenMP threads from spinning
+import configs  # noqa: F401 - sets GOMP_SPINCOUNT, which must happen before torch is imported

@@ -1,4 +1,4 @@
-"""The command `submit`: another command as a Slurm job."""
+"""The command `submit`, which runs another command as a Slurm job."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROGRAM = Path(__file__).resolve().parent.parent / "pipeline.py"
 @click.option("--mem-gb", type=options.POSITIVE, metavar="N", help="Memory per node, in GiB.")
 @click.option("--time", "limit", default="4:00:00", metavar="LIMIT", help="H:MM:SS, D-HH:MM:SS or minutes.")
 @click.option(
-    "--array", type=click.IntRange(2, 10000), metavar="N", help="For extract: N jobs of every N-th video each."
+    "--array", type=click.IntRange(2, 10000), metavar="N", help="For extract: N jobs, each with every N-th video."
 )
 @click.option("--slurm", "more", multiple=True, metavar="KEY=VALUE", help="Any other option of sbatch. Repeatable.")
 @click.option(
@@ -33,7 +33,7 @@ PROGRAM = Path(__file__).resolve().parent.parent / "pipeline.py"
     type=click.IntRange(0),
     default=30,
     metavar="N",
-    help="How often the job returns to the queue at its time limit or when preempted.",
+    help="How many times the job may return to the queue, at its time limit or when preempted.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the script; write and submit nothing.")
 def submit(stage: str, arguments: tuple[str, ...], limit: str, dry_run: bool, **chosen: Any) -> None:
@@ -41,9 +41,9 @@ def submit(stage: str, arguments: tuple[str, ...], limit: str, dry_run: bool, **
 
     For example: submit train-cnn --partition gpu --gpus-per-node 2 -- --name first
 
-    What follows -- is STAGE's own command line, which is checked before anything is submitted. Shortly before the time
-    limit, or when the cluster preempts the job, the stage saves, the job returns to the queue and resumes there.
-    Script, command, parameters and logs are kept in RUN/slurm. See docs/clusters.md.
+    The options after -- are those of STAGE; they are checked before anything is submitted. Shortly before the time
+    limit, or when the cluster preempts the job, the stage saves its state and the job returns to the queue. When it
+    starts again, it resumes. Script, command, parameters and logs are kept in RUN/slurm. See docs/clusters.md.
     """
     from commands import slurm
 
@@ -58,25 +58,28 @@ def submit(stage: str, arguments: tuple[str, ...], limit: str, dry_run: bool, **
 
 
 def run_of_stage(stage: str, arguments: tuple[str, ...], array: int | None, several: bool) -> Path:
-    """The run folder of a stage's command line. Raises UserError or click's errors for what is wrong in that line, as
-    far as it can be known without the data; `several`: whether the job has more than one process."""
+    """Check a stage's command line, and return its run folder.
+
+    `several` says whether the job will have more than one process. Raises UserError, or an error of click, for
+    everything wrong in the command line that can be noticed without the data.
+    """
     context = click.get_current_context().find_root()
     assert isinstance(context.command, click.Group)
     command = context.command.get_command(context, stage)
-    assert command is not None  # STAGES are commands
+    assert command is not None  # every name in STAGES is a command
     try:
         stage_context = command.make_context(stage, list(arguments))
     except click.exceptions.Exit:
         raise UserError(f"submit {stage}: --help runs no job; use `{stage} --help`") from None
     given = stage_context.params
     if given.get("devices") and several:
-        raise UserError("--devices: --nodes and --gpus-per-node start one process per GPU already; leave it out")
+        raise UserError("--devices: --nodes and --gpus-per-node already start one process per GPU; leave it out")
     if stage == "extract":
         shard_of_process(given["shard"])
         if array and stage_context.get_parameter_source("shard") is click.core.ParameterSource.COMMANDLINE:
-            raise UserError("--array: sets --shard for each job; leave out --shard")
+            raise UserError("--shard: --array sets it for each job; leave it out")
     if stage == "evaluate" and given["predictions"] is not None:
-        raise UserError("evaluate --predictions: takes seconds and needs no run; call it without submit")
+        raise UserError("evaluate --predictions: this takes only seconds and has no run folder; call it without submit")
     if stage == "ablate":
         from configs.load import load_ablation
 

@@ -23,7 +23,7 @@ from configs.errors import UserError, printable
     "pickles",
     multiple=True,
     type=PATH,
-    help="Take videos, labels and split from an index pickle of the original programs; no code in it is run. "
+    help="Read videos, labels and split from an index pickle of the original programs. No code in the pickle is run. "
     "Repeatable.",
 )
 @click.option("--labels-to", type=PATH, help="Folder below the data root for the labels of --from-pickle.")
@@ -32,9 +32,9 @@ from configs.errors import UserError, printable
     "--layout",
     type=click.Choice(["cholec80", "train_val_test", "train_val", "test"]),
     default="cholec80",
-    help="With --to-pickle: one list of videos, or one list per part of the split.",
+    help="With --to-pickle: cholec80 is one list of videos; the others have one list per part of the split.",
 )
-@click.option("--phases-only", is_flag=True, help="With --to-pickle: rows without tools (pytorch1.2.0).")
+@click.option("--phases-only", is_flag=True, help="With --to-pickle: write no tools, as release pytorch1.2.0 expects.")
 @options.PHASE_ORDER
 def index(
     settings: Settings,
@@ -50,15 +50,15 @@ def index(
 ) -> None:
     """Find the videos and annotations below a folder, and split them.
 
-    Videos may be files, folders of frames or TFRecords. Folder names do not matter, file names do (configs/datasets).
-    Only the first frames of each video are decoded. A video that cannot be used is left out, and a file whose name
-    matches no pattern is ignored; both are named, the others are indexed, and the exit code is then 1.
-    data.sources=video, frames, tfrecord or frames:FOLDER chooses between several sources of one video. data.exclude
-    leaves videos out permanently, by id, path or shell pattern, each with a reason:
-    --set 'data.exclude={video07: wrong patient, "case_*": no consent}'.
+    Videos may be files, folders of frames or TFRecords. They are recognised by their file names (configs/datasets), in
+    any folder. Only the first frames of each video are decoded. A video that cannot be used is left out and named, and
+    so is a file that looks like a video but matches no pattern; the exit code is then 1, and all other videos are
+    indexed. If there are several sources of one video, data.sources chooses one: video, frames, tfrecord or
+    frames:FOLDER. data.exclude leaves videos out permanently, by id, path or shell pattern, each with a reason: --set
+    'data.exclude={video07: wrong patient, "case_*": no consent}'.
 
-    Index pickles of the original MTRCNet programs (cholec80.pkl, train_val_test_paths_labels.pkl and the like) can be
-    read and written; --phase-order gives their numbering of phases, and that of TFRecords
+    Index pickles of the original MTRCNet programs (such as cholec80.pkl or train_val_test_paths_labels.pkl) can be read
+    and written. --phase-order says which phase each number in them means, and each number in TFRecord files
     (data.tfrecord_phase_order).
     """
     from features.dataset.catalogue import check_dataset, index_dataset
@@ -94,7 +94,7 @@ def index(
 @click.command()
 @click.argument("out", type=PATH)
 @click.option("--videos", default=10, help="Number of operations.")
-@click.option("--seed", default=0, help="The same seed and options give the same labels and pixels.")
+@click.option("--seed", default=0, help="Random seed: the same seed and options give the same labels and pixels.")
 @click.option("--fps", default=25, help="Frames per second of the videos.")
 @click.option("--width", "width_px", default=224, help="Width of a frame in pixels.")
 @click.option("--height", "height_px", default=224, help="Height of a frame in pixels.")
@@ -104,16 +104,17 @@ def index(
 def simulate(out: Path, **chosen: Any) -> None:
     """Write SIMULATED operations to try the pipeline on.
 
-    OUT gets Cholec80's layout. Label sequences follow aggregate statistics of Cholec80's training videos; the frames
-    are drawn by a program. Good for trying the pipeline and for tests; results on them say nothing about real
-    operations.
+    OUT is laid out like Cholec80. The label sequences follow aggregate statistics of Cholec80's training videos, and
+    the frames are drawn by a program. They are meant for trying the pipeline and for tests: results on them say nothing
+    about real operations.
     """
     from configs.load import load_dataset
     from features.simulation.write import simulate as write_videos
 
     with options.watch_signals() as stop:
         made = write_videos(out, spec=load_dataset("cholec80"), stop=stop, **chosen)
-    click.echo(f"{out}: {len(made.made)} simulated videos made ({made.video_s:.0f} s), {len(made.skipped)} were there")
+    counts = f"{len(made.made)} simulated videos made ({made.video_s:.0f} s), {len(made.skipped)} existed already"
+    click.echo(f"{out}: {counts}")
 
 
 @click.group()
@@ -126,7 +127,7 @@ def features() -> None:
 def verify(folder: Path) -> None:
     """Check every feature file in FOLDER.
 
-    Every file is read whole and compared with its checksums; the exit code is 1 if one is damaged.
+    Every file is read completely and its checksums are verified. The exit code is 1 if a file is damaged.
     """
     from features.store_folder import verify_folder
 
@@ -141,7 +142,7 @@ def verify(folder: Path) -> None:
 @features.command()
 @click.argument("folder", type=PATH)
 def info(folder: Path) -> None:
-    """Print what made the features in FOLDER, and what they contain."""
+    """Print which encoder made the features in FOLDER, and what they contain."""
     from features.store_folder import describe_folder
 
     for line in describe_folder(folder):

@@ -19,21 +19,23 @@ from configs.errors import UserError
 @click.option(
     "--normalisation",
     type=click.Choice(["main", "pytorch1.2.0"]),
-    help="Which release's mean and standard deviation its frames had. Default: preprocess.mean and preprocess.std "
-    "if --set or a file of your own gives them, otherwise inferred from its layers and keys.",
+    help="Release whose mean and standard deviation normalised the training frames. Default: preprocess.mean and "
+    "preprocess.std if --set or a file of your own gives them, otherwise inferred from the layers and keys of FILE.",
 )
 @click.option(
     "--variant",
     type=click.Choice(["tool", "phase", "multitask", "two-layer", "cl", "pytorch1.2.0"]),
-    help="Which network it is, if its layers leave that open.",
+    help="Which network FILE contains, if its layers do not show that.",
 )
-@click.option("--into", "into_run", metavar="RUN", help="For a mapping alone: the run whose net it belongs to.")
+@click.option(
+    "--into", "into_run", metavar="RUN", help="If FILE contains only a mapping: the run of the net it belongs to."
+)
 @options.TRUSTED
 def import_checkpoint(file: Path, settings: Settings, into_run: str | None, **chosen: Any) -> None:
     """Turn a file of the MTRCNet programs into a run.
 
-    FILE.pth becomes the run --name, which evaluate, extract and train-joint accept. Prints what the file contains and
-    what its name says about it; no code in it is run.
+    FILE.pth becomes the run --name, which evaluate, extract and train-joint accept. The command prints what the file
+    contains and what its name says. No code in the file is run.
     """
     from interop.mtrcnet_runs import ImportRequest, import_original
 
@@ -51,14 +53,14 @@ def import_checkpoint(file: Path, settings: Settings, into_run: str | None, **ch
 @click.option(
     "--prefix-module/--no-prefix-module",
     default=None,
-    help="Whether keys begin with `module.`. Default: yes, unless the imported file or its release has none.",
+    help="Whether keys begin with `module.`. Default: yes, unless those of the imported file or its release do not.",
 )
 def export_checkpoint(
     run_name: str, out: Path, settings: Settings, phase_order: str | None, prefix_module: bool | None
 ) -> None:
     """Write a run's joint net as the MTRCNet programs do.
 
-    OUT_DIR gets one file with their keys and their file name.
+    The command writes one file to OUT_DIR, with the keys and the file name that those programs use.
     """
     from interop.mtrcnet_runs import export_original
 

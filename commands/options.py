@@ -1,4 +1,4 @@
-"""Shared by several commands: options, the settings that these give, refusals, and how a command ends."""
+"""What several commands share: options, reading the settings, refusing combinations of options, and exit codes."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ PATH = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, dir_okay=False)
 POSITIVE = click.FloatRange(min=0, min_open=True)
 RUN_NAME = "Name of the run, a folder below `runs/`. Default: the name of the file of settings or preset."
-FEATURES_HELP = "Feature folder. Default: the one that the run's extract wrote, otherwise the only one there is."
+FEATURES_HELP = "Feature folder. Default: the one that the run's extract wrote, or else the only one in extract.store."
 
 SET = click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Change one setting of those that `config show` prints, for example --set data.fps=5. Repeatable.",
+    help="Change a setting (`config show` lists them), for example --set data.fps=5. Repeatable.",
 )
 CONFIG = click.option(
     "--config",
@@ -50,7 +50,7 @@ MODEL = click.option(
     "--model",
     type=click.Choice(["auto", "temporal", "joint"]),
     default="auto",
-    help="Which network of the run; auto takes the joint one if there is no other.",
+    help="Which network of the run to use; auto: the joint net only if the run has no other.",
 )
 INFERENCE = click.option(
     "--inference",
@@ -60,13 +60,13 @@ INFERENCE = click.option(
 PHASE_ORDER = click.option(
     "--phase-order",
     metavar="ORDER",
-    help="Which phase is 0, 1, ... in files of numbers: a name (mtrcnet, tf-cholec80), a file with one phase per line, "
-    "or comma-separated names.",
+    help="Which phase is 0, 1, ... in files that contain phase numbers: a name (mtrcnet, tf-cholec80), a file with one "
+    "phase per line, or comma-separated phases.",
 )
 TRUSTED = click.option(
     "--trusted",
     is_flag=True,
-    help="Only for torch before 2.10, which cannot load third-party weights safely: load them anyway.",
+    help="Load third-party weights even with torch before 2.10, which cannot load them safely.",
 )
 INDEX = click.option("--index", "index_file", type=PATH, help="Use this index instead of data.index.")
 JSON_FILE = click.option("--json", "json_file", type=FILE, metavar="FILE", help="Write the results to this file.")
@@ -75,9 +75,11 @@ READING = (
     click.option(
         "--fps",
         type=POSITIVE,
-        help="Rate of the rows that are compared, in Hz; relaxed conventions need one. Default: as the files show.",
+        help="Rate in Hz of the rows that are compared; relaxed conventions need it. Default: inferred from the files.",
     ),
-    click.option("--prediction-fps", type=POSITIVE, help="Rate of the rows of the predictions in Hz, if it differs."),
+    click.option(
+        "--prediction-fps", type=POSITIVE, help="Rate in Hz of the predictions' rows, if it differs from --fps."
+    ),
     click.option(
         "--skip-first-row", is_flag=True, help="Leave out each video's first row, as the official script does."
     ),
@@ -87,13 +89,13 @@ READING = (
         "--background",
         multiple=True,
         metavar="NAME",
-        help="Phase to ignore in segments (edit score, F1 at an overlap). Repeatable. Default: the data set's.",
+        help="Phase that segmental metrics (edit score, F1 at an overlap) ignore. Repeatable. Default: the data set's.",
     ),
 )
 
 
 def reading_options(command: Callback) -> Callback:
-    """How folders of phase files are read, for commands that take predictions of any program."""
+    """Add the options on how to read folders of phase files, for commands that score any program's predictions."""
     for option in reversed(READING):
         command = option(command)
     return command
@@ -104,7 +106,7 @@ def reading_options(command: Callback) -> Callback:
 
 @dataclass(frozen=True)
 class Settings:
-    """What `--config`, `--set` and `--name` give."""
+    """The values of `--config`, `--set` and `--name`."""
 
     source: str
     overrides: tuple[str, ...]
@@ -112,34 +114,37 @@ class Settings:
 
     @cached_property
     def config(self) -> Config:
-        """The settings. Raises UserError naming the file or key that is wrong."""
+        """The settings that result from file and `--set`. Raises UserError naming the file or key that is wrong."""
         return self.changed({})
 
     def changed(self, changes: Mapping[str, object]) -> Config:
-        """The settings with the values of other options by key; None: not given."""
+        """Return the settings with `changes`, the values of other options by settings key.
+
+        A value of None means that the option was not given.
+        """
         from configs.load import load_config
 
         given = {key: value for key, value in changes.items() if value is not None}
         return load_config(self.source, self.overrides, given)
 
     def given(self) -> GivenKeys:
-        """The keys that the user gave, as opposed to those of a preset."""
+        """Return the settings keys that the user gave, with `--set` or in a file, as opposed to those of a preset."""
         from configs.load import keys_given
 
         return keys_given(self.source, self.overrides)
 
     def run(self, name: str | None = None) -> Path:
-        """The folder of the run `name`; by default that of `--name`, or of the file of settings."""
+        """Return the folder of the run `name`. The default is `--name`, or else the name of the settings file."""
         from engine.runs import run_folder
 
         return run_folder(self.config, name or self.name or Path(self.source).stem)
 
     def other_run(self, name: str | None) -> Path | None:
-        """The folder of a run that an option names; None if it was not given."""
+        """Return the folder of a run that another option names, or None if that option was not given."""
         return self.run(name) if name else None
 
     def joint_checkpoint(self, name: str | None) -> Path | None:
-        """The checkpoint of another run's joint net; None if its option was not given."""
+        """Return the checkpoint of another run's joint net, or None if the option naming the run was not given."""
         if name is None:
             return None
         from stage2_temporal.joint.net import joint_checkpoint
@@ -148,7 +153,10 @@ class Settings:
 
 
 def settings(name: str | None = RUN_NAME) -> Callable[[Callback], Callback]:
-    """`--config`, `--set` and, with a help text, `--name`: the command gets them as one `settings: Settings`."""
+    """Add `--config`, `--set` and `--name` to a command, which gets their values as one argument `settings: Settings`.
+
+    `name` is the help text of `--name`; with None the command has no such option.
+    """
 
     def decorate(command: Callback) -> Callback:
         @functools.wraps(command)
@@ -163,7 +171,7 @@ def settings(name: str | None = RUN_NAME) -> Callable[[Callback], Callback]:
 
 
 def several_devices(command: Callback) -> Callback:
-    """`--devices N`: this process starts N others, which do the command, and ends with their exit code."""
+    """Add `--devices N` to a command: this process then starts N processes that run it, and exits with their code."""
 
     @functools.wraps(command)
     def started(*arguments: Any, devices: int | None, **options: Any) -> Any:
@@ -172,7 +180,7 @@ def several_devices(command: Callback) -> Callback:
         if devices is None or LAUNCHER_PID in os.environ:
             return command(*arguments, **options)
         if launch().count > 1:
-            raise UserError("--devices: torchrun or srun has started several processes already; leave it out")
+            raise UserError("--devices: torchrun or srun has already started several processes; leave it out")
         if devices == 1:
             return command(*arguments, **options)
         sys.exit(run_copies([sys.executable, *sys.argv], devices))
@@ -181,7 +189,7 @@ def several_devices(command: Callback) -> Callback:
         "--devices",
         type=click.IntRange(1),
         metavar="N",
-        help="Run as N processes on this machine, one GPU per process. On several machines use torchrun or srun.",
+        help="Run as N processes on this machine, one per GPU. On several machines use torchrun or srun.",
     )(started)
 
 
@@ -189,7 +197,7 @@ def several_devices(command: Callback) -> Callback:
 
 
 def given(*names: str) -> list[str]:
-    """Those of the options that are on the command line, spelled as there."""
+    """Return those options, out of the parameters `names`, that the user gave on the command line, as `--option`."""
     context = click.get_current_context()
     source = click.core.ParameterSource.COMMANDLINE
     return [
@@ -200,13 +208,13 @@ def given(*names: str) -> list[str]:
 
 
 def refuse(what: str, options: Sequence[str]) -> None:
-    """Raise UserError for options that have no meaning together with `what`: options are never ignored."""
+    """Raise UserError if any options are given that would have no effect with `what`; none is silently ignored."""
     if options:
         raise UserError(f"{', '.join(options)}: cannot be combined with {what}; leave it out")
 
 
 def note_unused(settings: Settings, *blocks: str) -> None:
-    """Say on standard error which keys of `--set` are in blocks that only the training of that name uses."""
+    """Print a note for each key of `--set` that belongs to one of `blocks`, which this command does not use."""
     from engine.progress import say
 
     for key in sorted(settings.given().by_set):
@@ -215,32 +223,32 @@ def note_unused(settings: Settings, *blocks: str) -> None:
 
 
 def refuse_trusted(trusted: bool, instead: str | None) -> None:
-    """Refuse `--trusted` if the weights come from `instead`, which is not a third-party file."""
+    """Raise UserError if `--trusted` is given but the weights come from `instead`, which is not a third-party file."""
     if trusted and instead:
         refuse(f"{instead}: no third-party file is loaded", ["--trusted"])
 
 
 def known_weights(config: Config) -> str | None:
-    """What the backbone starts from; None if that is a third-party file."""
+    """Return the setting that names the backbone's initial weights, or None if they are a third-party file."""
     weights = config.cnn.weights
     known = weights in {"imagenet", "random", "cached"} or weights.startswith("run:")
     return f"cnn.weights={weights}" if known else None
 
 
 def known_encoder(config: Config) -> str | None:
-    """What the encoder is loaded from; None if that is a third-party file."""
+    """Return the setting that says where the encoder comes from, or None if that is a third-party file."""
     if config.extract.checkpoint is not None:
         return "extract.checkpoint, or --from-joint"
     return "extract.encoder=finetuned" if uses_stage_one(config) else known_weights(config)
 
 
 def uses_stage_one(config: Config) -> bool:
-    """Whether the encoder is the one that train-cnn trained in a run."""
+    """Whether the encoder is one that train-cnn has trained."""
     return config.extract.checkpoint is None and config.extract.encoder == "finetuned"
 
 
 def uses_joint(model: str, run: Path) -> bool:
-    """Whether `--model` means the run's joint net: asked for, or the only one there."""
+    """Whether `--model` selects the run's joint net: it was asked for, or it is the run's only network."""
     return model == "joint" or (model == "auto" and (run / "joint").exists() and not (run / "temporal").exists())
 
 
@@ -248,7 +256,7 @@ def uses_joint(model: str, run: Path) -> bool:
 
 
 def require_one_process(command: str) -> None:
-    """Raise UserError if a launcher has started several processes for a command that only one can do."""
+    """Raise UserError if a launcher has started several processes for a command that runs in a single one."""
     from engine.launch import launch, set_torchrun_variables
 
     count = launch().count
@@ -256,36 +264,39 @@ def require_one_process(command: str) -> None:
         return
     if command not in SHARED_STAGES:
         raise UserError(
-            f"{command} runs as one process, and a launcher has started {count}; several can share "
+            f"{command} runs as one process, but a launcher has started {count}; only these can use several: "
             + ", ".join(SHARED_STAGES)
         )
     set_torchrun_variables()
 
 
 def watch_signals() -> AbstractContextManager[StopRequest]:
-    """Watch for signals that ask to stop, while the body runs."""
+    """Return a context that catches stop signals while its body runs, and yields the `StopRequest`."""
     from engine import stopping
 
     return stopping.watch_signals(leaving=click.get_current_context().obj is True)
 
 
 def exit_partly_if(problems: object) -> None:
-    """End with exit code 1 if there are problems."""
+    """Exit with code 1 if `problems` is true or not empty."""
     if problems:
         sys.exit(EXIT_PARTLY)
 
 
 def end_with_failures(failed: Sequence[tuple[str, object]]) -> None:
-    """Print what failed and why; exit code 1 if something did."""
+    """Print each failed video or training with its reason, and exit with code 1 if there is any."""
     for name, reason in failed:
         click.echo(printable(f"failed: {name}: {reason}"), err=True)
     exit_partly_if(failed)
 
 
 def end_with_left_out(left_out: Sequence[Mapping[str, Any]]) -> None:
-    """Exit code 1 if videos of a split are left out, except those in data.exclude and those without labels."""
+    """Exit with code 1 if videos of a split were left out.
+
+    Videos in data.exclude and videos without labels do not count.
+    """
     from engine.launch import is_main_process
 
     missed = [video for video in left_out if not (video.get("excluded") or video.get("unlabelled"))]
-    # only rank 0: a launcher kills the other ranks when one fails
+    # only rank 0 exits with 1: a launcher kills the other ranks as soon as one fails
     exit_partly_if(any(video.get("split") != "none" for video in missed) and is_main_process())

@@ -1,4 +1,4 @@
-"""The `report` command: one HTML file of one run or several, with frames where prediction and annotation disagree."""
+"""The `report` command: write an HTML file about runs, with frames on which prediction and annotation disagree."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def report_runs(
     figures: Path | None = None,
     thumbnails: bool = True,
 ) -> Path:
-    """Write the report of evaluated runs to `out`, by default into the first run's folder; returns its path.
+    """Write the report of evaluated runs to `out` (default: into the first run's folder), and return its path.
 
-    `runs` are folders, or names of folders below `runs/`.
-    `figures` is a folder for the same figures as PDF and PNG. Raises UserError if a run is not evaluated or the runs
-    cannot be compared. If the videos are not available, the report only lacks the thumbnails.
+    `runs` are folders, or names of folders below `runs/`. If `figures` is given, the figures are also written into that
+    folder as PDF and PNG. If the videos are not available, the report has no thumbnails. Raises UserError if a run has
+    not been evaluated or the runs cannot be compared.
     """
     from evaluation.reports.page import write_report
 
@@ -56,7 +56,7 @@ def report_runs(
 
 
 def with_thumbnails(report: Report, run: Path) -> Report:
-    """The report with frames of its worst videos, or with a note that says why there are none."""
+    """Add frames of the worst videos to the report, or a note that says why there are none."""
     wanted = disagreements(report)
     if not wanted:
         return report
@@ -76,14 +76,14 @@ def with_thumbnails(report: Report, run: Path) -> Report:
 
 
 def _note(error: UserError) -> str:
-    return f"No frames are shown of videos that are not available: {error}"
+    return f"Videos that are not available are shown without frames: {error}"
 
 
 def _recordings(run: Path) -> tuple[Config, Index, Path]:
-    """Settings, index and data root as the run's last stage had them."""
+    """Return the settings, index and data root that the run's last stage used."""
     files = sorted(run.rglob("config.yaml"), key=lambda path: path.stat().st_mtime)
     if not files:
-        raise UserError(f"{run}: has no config.yaml, so the place of its videos is not known")
+        raise UserError(f"{run}: has no config.yaml, so the location of its videos is not known")
     config = load_config(files[-1])
     root = data_root(config)
     if config.data.index.exists():
@@ -98,7 +98,7 @@ def _read(
 
     entry = index.entry(video)
     if entry.sha256_ends != report.truth.videos[video].source:
-        raise UserError(f"{video}: the index has a different recording with this id than the evaluation")
+        raise UserError(f"{video}: the index has another recording under this id than the evaluation had")
     by_frame = {part.frame: part for part in parts}
     with open_source(config, entry, root, index) as reader:
         images = list(reader.read(sorted(by_frame)))
@@ -106,7 +106,7 @@ def _read(
 
 
 def jpeg(rgb: NDArray[np.uint8]) -> bytes:
-    """A frame (H, W, 3) as a small JPEG."""
+    """Encode a frame (H, W, 3) as a small JPEG."""
     image = Image.fromarray(rgb)
     image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     buffer = io.BytesIO()

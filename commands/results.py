@@ -28,7 +28,7 @@ from configs.errors import UserError
 @options.MODEL
 @options.INFERENCE
 @click.option(
-    "--split", default="test", type=click.Choice(["train", "val", "test", "all"]), help="Which part of the index."
+    "--split", default="test", type=click.Choice(["train", "val", "test", "all"]), help="Part of the index to evaluate."
 )
 @click.option(
     "--index",
@@ -51,11 +51,11 @@ def evaluate(
     """Score phases and tools of a run, or predictions of any program.
 
     Writes tables, metrics.json, one prediction file per video, and ribbons as PNG. A joint net reads frames, so it
-    needs data.root; joint.crops=five or ten averages over crops.
+    needs data.root. With joint.crops=five or ten, it averages over several crops of each frame.
 
-    With --predictions DIR --ground-truth DIR it needs no run: it reads phases from text files of any program, paired by
-    video number. They may have a header, and hold names, ids from 0 or one column per phase, separated by tabs, commas
-    or spaces.
+    With --predictions DIR --ground-truth DIR, no run is needed: phases are read from text files of any program, and
+    files are matched by video number. They may have a header. Phases may be names, ids from 0, or one column per phase;
+    columns are separated by tabs, commas or spaces.
     """
     if predictions is not None:
         options.refuse("--predictions", options.given("name", "features", "model", "inference", "index_file"))
@@ -83,7 +83,7 @@ def evaluate(
 def evaluate_predictions(
     settings: Settings, predictions: Path, reading: Any, conventions: tuple[str, ...], out: Path | None, split: str
 ) -> None:
-    """`evaluate --predictions`: a folder of phase files against the annotations of `--ground-truth`."""
+    """Score a folder of phase files against the annotations of `--ground-truth` (`evaluate --predictions`)."""
     from configs.load import load_dataset
     from evaluation.external import Reading, evaluate_folder
 
@@ -104,8 +104,8 @@ def evaluate_predictions(
     "metrics",
     multiple=True,
     metavar="NAME",
-    help="accuracy, precision, recall, jaccard, f1 or a registered metric; of segmental edit, f1@10, f1@25, f1@50. "
-    "Repeatable. Default: all.",
+    help="accuracy, precision, recall, jaccard, f1 or a registered metric; with --convention segmental: edit, f1@10, "
+    "f1@25 or f1@50. Repeatable. Default: all.",
 )
 @options.reading_options
 @options.JSON_FILE
@@ -120,9 +120,9 @@ def compare(
 ) -> None:
     """Compare models on the same videos: differences, intervals, p values.
 
-    Each model is compared with the first. A model is an evaluated run, a JSON file of results, or with --ground-truth a
-    folder of predictions. Several training seeds of one model are joined by commas: compare lstm-0,lstm-1 tcn-0,tcn-1.
-    Differences are paired by video, and intervals are over videos.
+    Each model is compared with the first. A model is an evaluated run, a JSON file of results, or (with --ground-truth)
+    a folder of predictions. Runs of one model with several training seeds are joined by commas: compare lstm-0,lstm-1
+    tcn-0,tcn-1. Differences are paired by video, and confidence intervals are over videos.
     """
     from configs.load import load_dataset
     from evaluation.comparison import DEFAULT_CONVENTION, Place, compare_models, require_use
@@ -142,12 +142,12 @@ def compare(
 @click.option("--split", default="test", help="Which evaluation: a folder in RUN/evaluate.")
 @click.option("--out", type=FILE, help="File to write. Default: report.html in the first RUN.")
 @click.option("--figures", type=PATH, metavar="DIR", help="Also write the figures as PDF and PNG.")
-@click.option("--no-thumbnails", is_flag=True, help="Do not open the videos to show frames of them.")
+@click.option("--no-thumbnails", is_flag=True, help="Do not open the videos; the report then shows no frames.")
 def report(runs: tuple[Path, ...], split: str, out: Path | None, figures: Path | None, no_thumbnails: bool) -> None:
     """Write one HTML file about a run, or about several side by side.
 
-    It needs no network and has tables under every convention, ribbons, curves, and the worst videos first. RUN is an
-    evaluated run: its name, or its folder if that is not below `runs`.
+    The file has tables under every convention, ribbons, curves, and the worst videos first; it can be read without a
+    network. RUN is an evaluated run: its name, or its folder if that is not below `runs`.
     """
     from commands.report_runs import report_runs
 
@@ -162,7 +162,7 @@ def report(runs: tuple[Path, ...], split: str, out: Path | None, figures: Path |
 @click.option("--from-cnn", "cnn_run", metavar="RUN", help="Run whose stage one made the features. Default: this run.")
 @click.option("--from-joint", "joint_run", metavar="RUN", help="Run whose joint net made the features.")
 @options.INFERENCE
-@click.option("--video", "draw", is_flag=True, help="Also write an MP4 with phase, tools and confidence drawn in.")
+@click.option("--video", "draw", is_flag=True, help="Also write an MP4 with phase, tools and confidence drawn on it.")
 @options.TRUSTED
 def predict(
     settings: Settings,
@@ -178,8 +178,8 @@ def predict(
     """Recognise phases and tools in new videos: CSV, ribbon, annotated video.
 
     VIDEOS are files or folders of frames; they need no labels. Each frame is predicted from itself and earlier frames
-    only, as during an operation. Writes one CSV and one ribbon per video; frames are preprocessed as in training. A
-    video that cannot be read is reported and the others are predicted; the exit code is then 1. For research only, not
+    only, as during an operation, and preprocessed as in training. The command writes one CSV and one ribbon per video.
+    If a video cannot be read, it is reported, the others are predicted, and the exit code is 1. For research only, not
     a medical device.
     """
     from stage2_temporal.new_videos import joint_net, pair_of_stages, predict_new_videos
@@ -206,9 +206,11 @@ def predict(
 @click.command()
 @options.settings()
 @click.argument("run_name", metavar="[RUN]", required=False)
-@click.option("--split", default="test", help="Folder in RUN/evaluate; with --from-predictions the part of the index.")
+@click.option("--split", default="test", help="Folder in RUN/evaluate; with --from-predictions, the part of the index.")
 @click.option("--out", type=PATH, help="Folder of the text files. Default: RUN/export/SPLIT.")
-@click.option("--probabilities", is_flag=True, help="Tools as probabilities (pytorch1.2.0) instead of logits.")
+@click.option(
+    "--probabilities", is_flag=True, help="Write tools as probabilities, as release pytorch1.2.0 does, not as logits."
+)
 @click.option("--force", "replace", is_flag=True, help="Replace files whose contents differ.")
 @click.option(
     "--from-predictions",
@@ -217,9 +219,11 @@ def predict(
 )
 @click.option("--tools-from", type=PATH, help="A second prediction pickle: the tool logits.")
 @options.INDEX
-@click.option("--sequence", type=click.IntRange(1), help="Frames per clip (S) that the pickle was predicted with.")
+@click.option("--sequence", type=click.IntRange(1), help="Frames per clip (S) with which the pickle was predicted.")
 @click.option(
-    "--fill-first", is_flag=True, help="Give a video's first S-1 frames the next prediction, as the originals do."
+    "--fill-first",
+    is_flag=True,
+    help="Copy a video's first prediction to the S-1 frames before it, as the originals do.",
 )
 @options.PHASE_ORDER
 def export(
@@ -232,10 +236,10 @@ def export(
 ) -> None:
     """Write predictions as the original MTRCNet programs' text files.
 
-    These are videoNN-phase.txt and videoNN-tool.txt. For RUN they hold its evaluated predictions: every frame is
-    predicted from itself and earlier frames (except by bidirectional heads), the first S-1 frames of a video from the
-    fewer frames before them. A prediction pickle has no predictions for those frames; they are left out unless
-    --fill-first asks for a prediction that has seen later frames.
+    These files are videoNN-phase.txt and videoNN-tool.txt. For RUN, they contain its evaluated predictions. Each frame
+    is predicted from itself and earlier frames (except by bidirectional heads); a video's first S-1 frames have fewer
+    than S frames to be predicted from. A prediction pickle has no predictions for those frames. They are left out,
+    unless --fill-first gives them a prediction that has seen later frames.
     """
     from interop.text_files import export_predictions, export_run
 

@@ -1,4 +1,4 @@
-"""All stages from one file of settings, in order; a stage whose inputs have not changed is skipped."""
+"""Run all stages in order, from one file of settings. A stage whose inputs have not changed is skipped."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ Value = TypeVar("Value")
 
 
 def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
-    """index, train-cnn (unless features come from the initial backbone), extract, train-temporal, evaluate.
+    """Run index, train-cnn, extract, train-temporal and evaluate.
 
-    Returns the summary in `RUN/summary.json`: fractions on the test videos, seconds per stage, and the videos that any
-    stage left out, with reasons. A skipped stage keeps the seconds of the start that did its work. Raises UserError at
-    the first stage that fails, Stopped when asked to stop; the results of earlier stages are kept.
+    train-cnn is left out if the features come from the initial backbone. Returns the summary in `RUN/summary.json`:
+    results on the test videos, seconds per stage, and the videos that any stage left out, with reasons. For a skipped
+    stage, the summary keeps the seconds of the start that did the work. Raises UserError at the first stage that fails,
+    and Stopped when asked to stop; the results of earlier stages are kept.
     """
     started = time.monotonic()
     _require_precisions(config, run)
@@ -63,7 +64,7 @@ def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
 
 
 def _require_precisions(config: Config, run: Path) -> None:
-    """Raise UserError, before hours of work, if this device cannot compute a later stage in its precision."""
+    """Raise UserError if this device cannot compute a later stage in its precision, before hours of work are lost."""
     device, cnn, extract, temporal = choose_device(config.device), config.cnn, config.extract, config.temporal
     if extract.encoder == "finetuned" and not _finished(run / "cnn"):
         choose_precision("cnn.precision", cnn.precision, device, training=True)
@@ -73,7 +74,7 @@ def _require_precisions(config: Config, run: Path) -> None:
 
 
 def closing_lines(run: Path, summary: Mapping[str, Any], now_s: float) -> list[str]:
-    """The lines that `run` ends with: results on the test videos, seconds per stage, where to look."""
+    """Return the last lines that `run` prints: results on the test videos, seconds per stage, and result files."""
 
     def percent(key: str) -> str:
         return "none" if summary[key] is None else f"{100 * summary[key]:.1f} %"

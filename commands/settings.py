@@ -1,4 +1,4 @@
-"""`config` prints the resulting settings; `doctor` checks whether this machine can do what they ask for."""
+"""The commands `config`, which prints settings, and `doctor`, which checks whether this machine fits them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def config() -> None:
 @config.command("show")
 @options.settings(name=None)
 def show(settings: Settings) -> None:
-    """Print every setting as commands use it.
+    """Print every setting with the value that commands use.
 
-    Preset, file and --set are combined. The output can be saved and used as --config.
+    The values come from preset or file, and --set. The output can be saved and used as --config.
     """
     from configs.load import to_yaml
 
@@ -30,8 +30,8 @@ def show(settings: Settings) -> None:
 def doctor(settings: Settings) -> None:
     """Check whether this machine can do what the settings ask for.
 
-    Installation, devices, decoders, disks, weights and data: one line each, with what to do. Changes nothing. The exit
-    code is 0 if nothing fails, otherwise 1.
+    Prints one line each about installation, devices, decoders, disks, weights and data; where something is wrong, it
+    says what to do. Changes nothing. The exit code is 0 if nothing fails, otherwise 1.
     """
     from commands.doctor.settings import diagnose
 

@@ -1,9 +1,9 @@
-"""Stages as Slurm jobs through submitit: what is submitted, and what runs inside the job.
+"""Submit stages as Slurm jobs with submitit, and run them inside the job.
 
-Inside a job submitit handles SIGUSR2, which Slurm sends before the time limit (and before preemption on clusters that
-are configured so), and requeues the job. The stage runs as a child process under its usual signal handlers, so that it
-stops between steps and writes `last.pt` as everywhere else; a requeued job starts the same command, which resumes
-there. Nothing here imports torch.
+Slurm sends SIGUSR2 to a job before its time limit (and before preemption, on clusters that are configured so). Inside
+the job, submitit handles this signal and requeues the job. The stage itself runs as a child process with its usual
+signal handlers, so that it stops between steps and writes `last.pt`. The requeued job starts the same command, which
+resumes there. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from engine.files import make_folder, write_json
 from engine.runs import git_revision
 from engine.stopping import EXIT_PREEMPTED
 
-SIGNAL_DELAY_S = 90  # between Slurm's signal and the time limit; submitit's default
-# The part of the delay that is kept for requeueing after the stage has saved.
+SIGNAL_DELAY_S = 90  # time from Slurm's signal to the time limit; submitit's default
+# The part of that time that is reserved for requeueing, after the stage has saved.
 _REQUEUE_S = 10
-# How long a job stays after SIGTERM for Slurm, which ends or requeues it when its grace time is over. A job that exits
-# by itself during the grace time of a preemption counts as failed and is never requeued.
+# How long a job waits after SIGTERM for Slurm to end or requeue it when the grace time is over. If a job exits by
+# itself during the grace time of a preemption, Slurm counts it as failed and never requeues it.
 HOLD_S = 300.0
-# Exit codes of a stage that can resume: it has saved, or was stopped before its signal handlers were installed.
+# Exit codes of a stage that can resume: it has saved its state, or was stopped before it installed signal handlers.
 _CAN_RESUME = (EXIT_PREEMPTED, -signal.SIGTERM)
 _SET_BY_SUBMIT = {"error", "job_id", "map_count", "no_requeue", "open_mode", "output", "requeue", "setup", "signal"}
 _SET_BY_SUBMIT |= {"srun_args", "teardown", "use_srun"}
@@ -54,12 +54,12 @@ _AS_OPTIONS = {
     "--time": ("time", "timeout_min"),
     "--array": ("array",),
 }
-# A default number could exceed what the cluster allows per GPU, and sbatch would then refuse the job.
+# There is no default for --cpus-per-task: it could exceed what the cluster allows per GPU, and sbatch would refuse.
 _FEW_CORES = (
-    "note: no --cpus-per-task: most clusters then give each process one core, and frames then come too slowly for "
-    "a GPU; --cpus-per-task 8 or more is usual"
+    "note: without --cpus-per-task, most clusters give each process one core, which decodes frames too slowly for a "
+    "GPU; --cpus-per-task 8 or more is usual"
 )
-# Why `--slurm KEY=VALUE` is refused, by key.
+# For each key of `--slurm KEY=VALUE` that is refused, the reason.
 _REFUSED = dict.fromkeys(_SET_BY_SUBMIT, "is set by submit itself; leave it out") | {
     key: f"has an option of its own, {option}" for option, keys in _AS_OPTIONS.items() for key in keys
 }
@@ -70,10 +70,10 @@ _REFUSED = dict.fromkeys(_SET_BY_SUBMIT, "is set by submit itself; leave it out"
 
 @dataclass
 class StageCommand:
-    """What a job runs: a stage as a child process, in the folder from which it was submitted.
+    """The function that a job runs: a stage as a child process, in the folder from which the job was submitted.
 
-    submitit calls it in every process of the job, and `checkpoint` in a signal handler of the first. `patience_s` is
-    how long the stage may take to save. submitit pickles instances at submission and when it requeues.
+    submitit calls the object in every process of the job, and calls `checkpoint` from a signal handler in the first
+    one. `patience_s` is how long the stage may take to save. submitit pickles the object when it submits or requeues.
     """
 
     arguments: tuple[str, ...]
@@ -85,7 +85,7 @@ class StageCommand:
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __call__(self) -> None:
-        """Run the stage to its end and exit with its code (SystemExit), so that 2 does not requeue the job."""
+        """Run the stage to its end, and exit with its code (SystemExit): a job that exits with 2 is not requeued."""
         from submitit.core.utils import UncompletedJobError
 
         self._start()
@@ -94,16 +94,17 @@ class StageCommand:
             if self._exit_code() in _CAN_RESUME:
                 _say(f"the stage was stopped and can resume; waiting up to {self.hold_s:.0f} s for Slurm")
                 time.sleep(self.hold_s)
-                _say("Slurm did nothing, so the job ends here; submit it again to resume")
-        except UncompletedJobError:  # raised by submitit's handler where `checkpoint` returned None
+                _say("Slurm neither ended nor requeued the job, so it ends here; submit it again to resume")
+        except UncompletedJobError:  # raised by submitit's signal handler if `checkpoint` returned None
             if self._exit_code() is None:
                 raise
         self._leave()
 
     def checkpoint(self) -> Any:
-        """Stop the stage, wait until it has saved, and return what the requeued job runs; None not to requeue.
+        """Stop the stage, wait until it has saved, and return what the requeued job will run.
 
-        A stage that is still in a long step after `patience_s` resumes from its previous checkpoint.
+        Returns None if the job is not to be requeued. If the stage has not saved within `patience_s`, it will resume
+        from its previous checkpoint.
         """
         from submitit.helpers import DelayedSubmission
 
@@ -111,14 +112,14 @@ class StageCommand:
         if code is not None and code not in _CAN_RESUME:
             return None  # it has finished or failed: there is nothing to resume
         if self.requeues >= self.max_requeues:
-            _say(f"requeued {self.requeues} times, which is the limit; submit again to resume, or raise --max-requeues")
+            _say(f"requeued {self.requeues} times, which is the limit (--max-requeues); submit it again to resume")
             return None
         again = replace(self, requeues=self.requeues + 1)
         _say(f"the stage has {'not ended yet' if code is None else 'saved'}; requeue {again.requeues}")
         return DelayedSubmission(again)
 
     def _start(self) -> None:
-        """Start the child with SIGUSR2 blocked, which Slurm sends to every process of a job and which would end it."""
+        """Start the child with SIGUSR2 blocked, since Slurm sends it to all processes and it would end the child."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
         try:
             self._process = subprocess.Popen(self.arguments, cwd=self.folder)
@@ -126,12 +127,15 @@ class StageCommand:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _wait(self) -> None:
-        """Wait for the child without reaping it, so that the handler, which may interrupt this, can wait as well."""
+        """Wait for the child without reaping it, so that a signal handler that interrupts this can wait for it too."""
         assert self._process is not None
         os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
 
     def _exit_code(self) -> int | None:
-        """The child's exit code, or minus the number of the signal that ended it; None while it runs or before."""
+        """Return the child's exit code, or minus the number of the signal that ended it.
+
+        Returns None if the child is still running or has not been started.
+        """
         if self._process is None:
             return None
         ended = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
@@ -140,7 +144,7 @@ class StageCommand:
         return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
     def _stop(self) -> int | None:
-        """Ask the child to stop and wait for it: its exit code, or None if it still runs after `patience_s`."""
+        """Ask the child to stop, and return its exit code, or None if it is still running after `patience_s`."""
         if self._process is None:
             return EXIT_PREEMPTED
         code = self._exit_code()
@@ -168,7 +172,7 @@ def _say(text: str) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """What `submit` was given. `more` holds further options of sbatch as KEY=VALUE, or KEY for a flag."""
+    """The options of `submit`. `more` contains further options of sbatch as KEY=VALUE, or KEY for a flag."""
 
     stage: str
     arguments: tuple[str, ...]
@@ -185,9 +189,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Submission:
-    """A submission: the folder of its files, the command of each job (or task of an array), and job ids once known.
+    """A submission: the folder of its files, the command of each job (or array task), and the job ids once known.
 
-    `script` is what sbatch would be given, for a dry run alone; otherwise it is empty, and a file in `folder`.
+    After a dry run, `script` is the script that sbatch would get. Otherwise it is empty, and the script is in `folder`.
     """
 
     folder: Path
@@ -197,7 +201,7 @@ class Submission:
     job_ids: tuple[str, ...] = ()
 
     def sentences(self) -> list[str]:
-        """What a user needs to know: before submission the commands, afterwards how to follow and stop the jobs."""
+        """Return lines for the user: after a dry run the commands, otherwise how to follow and stop the jobs."""
         notes = [_FEW_CORES] if self._leaves_cores_to_slurm() else []
         if not self.job_ids:
             return [*notes, *(f"command: {shlex.join(command)}" for command in self.commands)]
@@ -216,12 +220,12 @@ class Submission:
 
 
 def submit(request: Request, run: Path, program: Path, *, dry_run: bool = False) -> Submission:
-    """Submit a stage as a Slurm job, or an array of N that extract every N-th video each.
+    """Submit a stage as a Slurm job, or as an array of N jobs that each extract every N-th video.
 
-    Each submission has its own folder `<run>/slurm/<time>-<stage>/` with the script, the pickled command,
-    `submission.json` (command, parameters, job ids) and, later, the logs. With `dry_run` nothing is written, and no
-    cluster is needed. Raises UserError for contradictory options, without submitit, outside a cluster, and with
-    sbatch's message if it refuses.
+    Each submission has its own folder `<run>/slurm/<time>-<stage>/`, with the script, the pickled command,
+    `submission.json` (command, parameters, job ids) and, later, the logs. With `dry_run`, nothing is written and no
+    cluster is needed. Raises UserError if options contradict each other, if submitit is not installed, or if this is
+    not a cluster. If sbatch refuses the job, the UserError contains its message.
     """
     parameters = _parameters(request)
     delay_s = parameters["signal_delay_s"]
@@ -238,7 +242,7 @@ def submit(request: Request, run: Path, program: Path, *, dry_run: bool = False)
         return submission
     patience_s = float(max(1, delay_s - _REQUEUE_S))
     jobs = [StageCommand(command, Path.cwd(), request.max_requeues, patience_s) for command in commands]
-    record = _record(request, submission)  # before there is a job, since it may fail
+    record = _record(request, submission)  # this may fail, so it comes before the job is submitted
     try:
         with redirect_stderr(StringIO()):  # submitit also prints what it raises
             job_ids = _send(executor, jobs)
@@ -250,7 +254,7 @@ def submit(request: Request, run: Path, program: Path, *, dry_run: bool = False)
         if type(error).__name__ not in ("FailedJobError", "FailedSubmissionError"):
             raise
         raise UserError(
-            f"sbatch named no job ({_message(error)}); check with `squeue --me` whether there is one and `scancel` it; "
+            f"sbatch reported no job id ({_message(error)}); if `squeue --me` lists the job, `scancel` it; "
             f"the script is in {folder}"
         ) from error
     write_json(folder / "submission.json", {"job_ids": list(job_ids), **record})
@@ -258,7 +262,7 @@ def submit(request: Request, run: Path, program: Path, *, dry_run: bool = False)
 
 
 def _why_nothing_was_submitted(error: Exception) -> str | None:
-    """Why sbatch submitted nothing, in one line; None for an error after which there may be a job."""
+    """Explain in one line why sbatch submitted nothing; None if there may be a job in spite of the error."""
     refused = isinstance(error.__cause__, subprocess.CalledProcessError)
     if type(error).__name__ == "FailedJobError" and refused:
         return f"sbatch refused: {_message(error)}"
@@ -272,7 +276,7 @@ def _message(error: Exception) -> str:
 
 
 def _remove_unused(folder: Path, run: Path) -> None:
-    """Delete the folder of a submission that failed, and the run's folder if that is empty now."""
+    """Delete the folder of a failed submission, and the run's folder if it is empty then."""
     shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):  # not empty
         folder.parent.rmdir()
@@ -280,9 +284,10 @@ def _remove_unused(folder: Path, run: Path) -> None:
 
 
 def parse_time_limit(text: str) -> int:
-    """Minutes, rounded up, of a limit in Slurm's formats: `90`, `4:00:00`, `30:00` (minutes), `2-12:00:00`, `2-12`.
+    """Return the minutes, rounded up, of a time limit in one of Slurm's formats.
 
-    Raises UserError for anything else, and for zero.
+    The formats are `90` (minutes), `30:00` (minutes:seconds), `4:00:00`, `2-12` (days-hours) and `2-12:00:00`. Raises
+    UserError for anything else, and for zero.
     """
     match = re.fullmatch(r"(?:(\d{1,3})-)?(\d{1,6}(?::\d{1,2}){0,2})", text.strip())
     if match is None:
@@ -296,13 +301,13 @@ def parse_time_limit(text: str) -> int:
 
 
 def _parameters(request: Request) -> dict[str, Any]:
-    """The request as submitit's parameters. Raises UserError for contradictory options."""
+    """Return submitit's parameters for a request. Raises UserError if options contradict each other."""
     tasks = request.gpus_per_node or 1
     if tasks * request.nodes > 1:
         if request.stage not in SHARED_STAGES:
-            raise UserError(f"{request.stage} runs in one process: leave out --nodes; --gpus-per-node may be 1")
+            raise UserError(f"{request.stage} runs in one process: leave out --nodes, and --gpus-per-node above 1")
         if request.array:
-            raise UserError("--array: each task runs in one process: leave out --nodes; --gpus-per-node may be 1")
+            raise UserError("--array: each task runs in one process: leave out --nodes, and --gpus-per-node above 1")
     if request.array and request.stage != "extract":
         raise UserError(f"--array: only extract can be split into independent parts, not {request.stage}")
     parameters: dict[str, Any] = {
@@ -317,21 +322,21 @@ def _parameters(request: Request) -> dict[str, Any]:
         "signal_delay_s": SIGNAL_DELAY_S,
     }
     parameters = {key: value for key, value in parameters.items() if value is not None}
-    parameters["wckey"] = None  # submitit's default is refused by clusters whose accounting has no such key
-    if request.cpus_per_task:  # srun no longer inherits it from sbatch since Slurm 22.05
+    parameters["wckey"] = None  # clusters whose accounting does not have submitit's default key would refuse the job
+    if request.cpus_per_task:  # since Slurm 22.05, srun does not inherit this option from sbatch
         parameters["srun_args"] = [f"--cpus-per-task={request.cpus_per_task}"]
     parameters |= _more(request.more)
     delay_s = parameters["signal_delay_s"]
     if not isinstance(delay_s, int) or not 0 < delay_s < 60 * request.time_min:
         raise UserError(
-            f"--time: {request.time_min} min leaves no room for the signal {delay_s} s before it; "
-            "set a longer limit, or fewer seconds with --slurm signal_delay_s=N"
+            f"--time: {request.time_min} min are too short, since the signal to stop is sent {delay_s} s before the "
+            "limit; set a longer limit, or fewer seconds with --slurm signal_delay_s=N"
         )
     return parameters
 
 
 def _more(options: Sequence[str]) -> dict[str, Any]:
-    """`--slurm KEY=VALUE` as a parameter of submitit if it has that one, otherwise of sbatch."""
+    """Return the options `--slurm KEY=VALUE` as parameters of submitit where it has them, otherwise of sbatch."""
     found: dict[str, Any] = {}
     rest: dict[str, Any] = {"requeue": True}
     for option in options:
@@ -355,14 +360,14 @@ def _submitit() -> Any:
 
 
 def _executor(submitit: Any, folder: Path, request: Request, parameters: Mapping[str, Any]) -> Any:
-    """submitit's executor for one submission; unlike its base class, it can be created without a cluster."""
+    """Return an executor of submitit for one submission, which also works on a machine without Slurm (dry run)."""
 
     class Executor(submitit.SlurmExecutor):  # type: ignore[misc]
         @classmethod
         def affinity(cls) -> int:
             return 2
 
-    # the job unpickles StageCommand, so it must import this checkout, wherever it was submitted from
+    # the job unpickles StageCommand, so this checkout must be on its path, from whichever folder it is submitted
     home = shlex.quote(str(Path(__file__).resolve().parent.parent))
     executor = Executor(folder=folder, max_num_timeout=request.max_requeues)
     executor.update_parameters(**parameters, setup=[f'export PYTHONPATH={home}"${{PYTHONPATH:+:$PYTHONPATH}}"'])
@@ -370,19 +375,22 @@ def _executor(submitit: Any, folder: Path, request: Request, parameters: Mapping
 
 
 def _script(executor: Any, array: int | None) -> str:
-    """The script that submitit will give to sbatch. Raises UserError if this release of submitit does not show it."""
+    """Return the script that submitit would give to sbatch.
+
+    Raises UserError if the installed release of submitit does not offer that.
+    """
     try:
         executor.parameters |= {"map_count": array} if array else {}
         return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
     except (AttributeError, TypeError) as error:
         raise UserError(
-            f"--dry-run: this release of submitit does not show its script ({one_line(error)}); submit without it, "
-            "the script is then in RUN/slurm"
+            f"--dry-run: this release of submitit does not show its script ({one_line(error)}); submit without "
+            "--dry-run and find the script in RUN/slurm"
         ) from error
 
 
 def _send(executor: Any, jobs: Sequence[StageCommand]) -> tuple[str, ...]:
-    """Submit; several become one array. Returns job ids."""
+    """Submit one job, or several as one array, and return the job ids."""
     if len(jobs) == 1:
         return (str(executor.submit(jobs[0]).job_id),)
     with executor.batch():
@@ -391,7 +399,10 @@ def _send(executor: Any, jobs: Sequence[StageCommand]) -> tuple[str, ...]:
 
 
 def _new_folder(parent: Path, stage: str, *, make: bool) -> Path:
-    """A folder for one submission: time and stage, and a number if several are made in one second."""
+    """Return a new folder for a submission, named by time and stage, and by a number if that name is taken.
+
+    With `make`, the folder is created.
+    """
     name = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{stage}"
     for number in range(1, 1000):
         folder = parent / (name if number == 1 else f"{name}-{number}")
@@ -407,7 +418,7 @@ def _new_folder(parent: Path, stage: str, *, make: bool) -> Path:
 
 
 def _user() -> str:
-    """The name of the user, or the number of a user without a name, as in containers."""
+    """Return the user's name, or the user's number if there is no name, as in some containers."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
@@ -415,7 +426,7 @@ def _user() -> str:
 
 
 def _record(request: Request, submission: Submission) -> dict[str, Any]:
-    """The contents of `submission.json` without the job ids."""
+    """Return the content of `submission.json`, except for the job ids."""
     return {
         "submitted": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "user": _user(),

@@ -14,7 +14,7 @@ from configs.errors import UserError
 
 
 def end_of_training(what: str, result: Mapping[str, Any]) -> None:
-    """Print the result of a training; exit with 1 if it left videos out."""
+    """Print the result of a training, and exit with code 1 if it left videos out."""
     from engine.launch import is_main_process
 
     if is_main_process():
@@ -29,8 +29,8 @@ def end_of_training(what: str, result: Mapping[str, Any]) -> None:
 def train_cnn(settings: Settings, trusted: bool) -> None:
     """Stage one: fine-tune a CNN on the tools visible in single frames.
 
-    Frames are decoded once into a cache (cache.dir). Training that was stopped resumes where it stopped. A video that
-    cannot be read is left out and named; the exit code is then 1.
+    Frames are decoded once into a cache (cache.dir). A training that was stopped resumes where it stopped. If a video
+    cannot be read, it is left out and named, and the exit code is 1.
     """
     from features.dataset.catalogue import open_dataset
     from stage1_cnn.train import train_cnn as train
@@ -47,16 +47,16 @@ def train_cnn(settings: Settings, trusted: bool) -> None:
 @click.command()
 @options.settings()
 @options.several_devices
-@click.option("--shard", default="0/1", metavar="I/N", help="Extract every N-th video, from number I (0 to N-1) on.")
+@click.option("--shard", default="0/1", metavar="I/N", help="Extract every N-th video, starting at I (0 to N-1).")
 @options.INDEX
-@click.option("--from-joint", "joint_run", metavar="RUN", help="Encode with the backbone of a run's joint net.")
+@click.option("--from-joint", "joint_run", metavar="RUN", help="Encode with the backbone of RUN's joint net.")
 @options.TRUSTED
 def extract(settings: Settings, shard: str, index_file: Path | None, joint_run: str | None, trusted: bool) -> None:
     """Compute one embedding per frame, in one HDF5 file per video.
 
-    The file holds tool logits and labels, too. Files that verify are skipped, so a second start only does what is
-    missing. A damaged video is reported and the others are extracted; the exit code is then 1, and later stages leave
-    that video out. The next start tries it again.
+    The file also contains tool logits and labels. Files that exist and pass verification are skipped, so a second start
+    only computes what is missing. If a video is damaged, it is reported, the others are extracted, and the exit code is
+    1. Later stages leave that video out; the next extract tries it again.
     """
     part = shard_of_process(shard)
     from engine.processes import join
@@ -70,7 +70,7 @@ def extract(settings: Settings, shard: str, index_file: Path | None, joint_run: 
     run = settings.run()
     with options.watch_signals() as stop:
         index, root = open_dataset(config)
-        processes = join(config.device, stop)  # a launcher kills all ranks when one fails, so let all fail together
+        processes = join(config.device, stop)  # ranks must end together, since a launcher kills all when one fails
         report = processes.each(
             lambda: extract_features(config, run, index, root, shard=part, stop=stop, trusted=trusted)
         )
@@ -82,7 +82,7 @@ def extract(settings: Settings, shard: str, index_file: Path | None, joint_run: 
 
 
 def shard_of_process(text: str) -> tuple[int, int]:
-    """`--shard I/N` divided further among the processes that a launcher started: this one's I and N.
+    """Divide `--shard I/N` among the processes that a launcher started; return this process's own I and N.
 
     Raises UserError unless I and N are integers with 0 <= I < N.
     """
@@ -99,12 +99,12 @@ def shard_of_process(text: str) -> tuple[int, int]:
 @options.settings()
 @options.several_devices
 @click.option("--features", type=PATH, help=options.FEATURES_HELP)
-@click.option("--from-joint", "joint_run", metavar="RUN", help="Start from the LSTM of a run's joint net.")
+@click.option("--from-joint", "joint_run", metavar="RUN", help="Start from the LSTM of RUN's joint net.")
 def train_temporal(settings: Settings, features: Path | None, joint_run: str | None) -> None:
     """Stage two: train a phase model on whole videos of embeddings.
 
-    No image is read. A linear per-frame head is trained on the same features for the same number of epochs, as the
-    baseline. Each experiment needs its own --name; the same name with other settings is refused.
+    No image is read. As a baseline, a linear per-frame head is trained on the same features for the same number of
+    epochs. Give each experiment its own --name; a name that exists with other settings is refused.
     """
     from features.store_folder import find_feature_folder
     from stage2_temporal.train import train_temporal as train
@@ -121,18 +121,18 @@ def train_temporal(settings: Settings, features: Path | None, joint_run: str | N
 @click.command("train-joint")
 @options.settings()
 @options.several_devices
-@click.option("--from-cnn", "cnn_run", metavar="RUN", help="Start from backbone and tool head of a run's train-cnn.")
-@click.option("--from-temporal", "temporal_run", metavar="RUN", help="Start from the LSTM of a run's train-temporal.")
-@click.option("--from-joint", "joint_run", metavar="RUN", help="Start from every branch of a run's joint net.")
+@click.option("--from-cnn", "cnn_run", metavar="RUN", help="Start from the backbone and tool head of RUN's train-cnn.")
+@click.option("--from-temporal", "temporal_run", metavar="RUN", help="Start from the LSTM of RUN's train-temporal.")
+@click.option("--from-joint", "joint_run", metavar="RUN", help="Start from all branches of RUN's joint net.")
 @options.TRUSTED
 def train_joint(
     settings: Settings, cnn_run: str | None, temporal_run: str | None, joint_run: str | None, trusted: bool
 ) -> None:
     """Train both stages as one network, end to end (MTRCNet, MTRCNet-CL).
 
-    Training reads clips of frames. Without --from options the backbone starts from cnn.weights and everything else from
-    random weights. The steps (multitask, and with joint.net.mapping the mapping and the correlation loss of MTRCNet-CL)
-    follow one another; training that was stopped resumes where it stopped.
+    Training reads clips of frames. Without a --from option, the backbone starts from cnn.weights and everything else
+    from random weights. The training steps run one after the other: multitask, and for MTRCNet-CL (joint.net.mapping)
+    mapping and correlation. A training that was stopped resumes where it stopped.
     """
     from features.dataset.catalogue import open_dataset
     from stage2_temporal.joint.train import Start
@@ -151,13 +151,13 @@ def train_joint(
 @click.command()
 @click.argument("ablation", metavar="FILE")
 @click.option(
-    "--features", type=PATH, help="Feature folder. Default: the one of --run, otherwise the only one there is."
+    "--features", type=PATH, help="Feature folder. Default: the one of --run, or else the only one in extract.store."
 )
-@click.option("--name", help="Name of the ablation, a folder below `runs/`. Default: that of FILE.")
+@click.option("--name", help="Name of the ablation, a folder below `runs/`. Default: the name of FILE.")
 @click.option("--run", "run_name", metavar="RUN", help="Run whose features are used. Default: the base preset's name.")
 @click.option("--workers", default=-1, help="Number of trainings at once; -1 is one per core.")
 @options.SET
-@click.option("--base", metavar="FILE", help="Replace the file's base: a preset or a file of settings.")
+@click.option("--base", metavar="FILE", help="Preset or file of settings to use instead of the base that FILE names.")
 def ablate(
     ablation: str,
     features: Path | None,
@@ -169,10 +169,11 @@ def ablate(
 ) -> None:
     """Compare settings of stage two over seeds: ranked table, plots, best settings.
 
-    FILE (a YAML file, or a name in configs/ablations) lists the settings and the seeds. All trainings share one copy of
-    the features, with one training per core. An ablation that was stopped resumes where it stopped, and what failed is
-    tried again. The results are a ranked table, ablation.csv, ablation.html with Optuna's plots, and best.yaml with the
-    best settings ready to train. Settings are compared on the validation videos; --set changes the base of all of them.
+    FILE (a YAML file, or a name in configs/ablations) lists the settings and the seeds. One training runs on each core,
+    and all share one copy of the features. An ablation that was stopped resumes where it stopped; trainings that failed
+    are tried again. The results are a ranked table, ablation.csv, ablation.html with Optuna's plots, and best.yaml, a
+    file of the best settings for --config. Settings are compared on the validation videos. --set changes the base that
+    all trainings start from.
     """
     from stage2_temporal.ablation.run import ablate as run_ablation
     from stage2_temporal.ablation.run import read_ablation

@@ -1,4 +1,4 @@
-"""Dataclasses that are JSON objects: results, and the descriptions in checkpoints."""
+"""Convert dataclasses to JSON objects and back. Results and the descriptions in checkpoints are such dataclasses."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, GetCoreSchemaHandler, TypeAdapter
 from pydantic_core import CoreSchema, core_schema
 
-FLAT = {"flat": True}  # metadata of a field whose own keys are keys of the whole JSON object
+FLAT = {"flat": True}  # metadata of a dictionary field whose keys are written directly into the JSON object
 
 T = TypeVar("T", bound="Record")
 
 
 class Record:
-    """A dataclass that is a JSON object. A field whose default is None is omitted if it is None."""
+    """Base class of dataclasses that are stored as JSON objects. A field with default None is omitted if it is None."""
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object, its keys in the order of the fields."""
+        """Return the JSON object, with keys in the order of the fields."""
         tree: dict[str, Any] = {}
         for one in _fields(type(self)):
             value = as_json(getattr(self, one.name))
@@ -29,7 +29,10 @@ class Record:
 
     @classmethod
     def from_json(cls: type[T], tree: Any) -> T:
-        """The value that `to_json` gave, here or in an earlier version. Raises ValueError if it is not one."""
+        """Build the dataclass from a JSON object that `to_json` made, in this version or an earlier one.
+
+        Raises ValueError for any other value.
+        """
         found: T = _adapter(cls).validate_python(tree)  # type: ignore[arg-type]  # a class is hashable
         return found
 
@@ -39,7 +42,10 @@ class Record:
 
     @classmethod
     def _by_field(cls, tree: Any) -> Any:
-        """The fields' values in a JSON object; keys that are no field are collected in the one marked FLAT, if any."""
+        """Return the values of the fields in a JSON object.
+
+        Keys that are not fields become the value of the field marked FLAT, if there is one.
+        """
         if not isinstance(tree, Mapping):
             return tree
         flat = next((one.name for one in _fields(cls) if one.metadata == FLAT), None)
@@ -60,7 +66,7 @@ def _adapter(cls: Any) -> TypeAdapter[Any]:
 
 
 def as_json(value: Any) -> Any:
-    """Records and settings, also those inside mappings and sequences, as plain JSON values."""
+    """Return `value` as plain JSON values; records and settings inside mappings and sequences are converted too."""
     if isinstance(value, Record):
         return value.to_json()
     if isinstance(value, BaseModel):

@@ -95,7 +95,7 @@ def test_a_signal_ends_a_command_that_only_takes_a_moment(
     ended = forks.run(["index", "--root", "data"], tmp_path / "work", stop_at=("index.json", int(number)))
     assert (ended.code, ended.last_line) == (
         code,
-        f"stopped by {number.name}; every file is complete or absent: start the same command again",
+        f"stopped by {number.name}; no file is left incomplete; start the same command again",
     )
     assert "Traceback" not in ended.output
     assert not list((tmp_path / "work").rglob("index.json"))

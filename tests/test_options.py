@@ -159,7 +159,9 @@ def test_another_package_of_the_same_name_is_named_at_the_start(tmp_path: Path) 
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {tmp_path.resolve() / 'features'} is found where")
+    assert done.stderr.startswith(
+        f"error: Python finds {tmp_path.resolve() / 'features'} instead of this program's own package"
+    )
     assert done.stderr.count("\n") == 1
 
 

@@ -225,7 +225,7 @@ def test_a_signal_to_any_process_stops_all_and_resuming_gives_the_same_bits(benc
         os.kill(running.pid if rank is None else copies(running.pid)[rank], number)
         code, said = ended(running)
         assert code == expected, said
-        assert said.count("what was done is saved") == 1, said
+        assert said.count("progress is saved") == 1, said
         assert "Traceback" not in said
         stopped = load_checkpoint(parts / "last.pt")
         done = stopped["position"]["epoch"]
@@ -260,7 +260,7 @@ def test_a_process_that_dies_ends_the_others(bench: Path) -> None:
     left = copies(running.pid)
     running.kill()
     wait_until_gone(left)
-    assert ended(running)[1].count("stopped by SIGTERM; what was done is saved") == 1
+    assert ended(running)[1].count("stopped by SIGTERM; progress is saved") == 1
     assert load_checkpoint(folder / "last.pt")["position"]["epoch"] > reached
 
 

@@ -1,1 +1,1 @@
-"""`doctor`: whether this machine can do what the settings ask for."""
+"""The command `doctor`, which checks whether this machine can do what the settings ask for."""

@@ -1,7 +1,8 @@
-"""What `doctor` checks about a machine: one line per finding, whatever is broken.
+"""The checks of `doctor` that concern the machine.
 
-A check is a function that returns findings. `examined` runs it and turns an exception into a finding, so that a broken
-installation gives a line and not a traceback. Checks import what they examine only when they run.
+A check is a function that returns findings, and `doctor` prints one line for each. `examined` runs a check and turns an
+exception into a finding, so that a broken installation gives a line and not a traceback. For the same reason, a check
+imports what it examines only when it runs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 Level = Literal["ok", "warn", "FAIL"]
-# Names of modules that differ from those of their distributions.
+# The module of each distribution whose module has another name.
 _MODULES = {"scikit-learn": "sklearn", "pyyaml": "yaml", "pillow": "PIL", "protobuf": "google.protobuf"}
 _FALLBACKS = {"decord": "PyAV reads all videos instead; reinstall with `pip install decord`"}
 MIN_SHARED_MEMORY_BYTES = 1 << 30
@@ -38,7 +39,7 @@ MIN_FREE_BYTES = 5 << 30
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: the level, what was checked, what was found, what to do (empty if nothing)."""
+    """One line of output: the level, what was checked, what was found, and what to do (empty if nothing)."""
 
     level: Level
     what: str
@@ -53,7 +54,7 @@ Check = Callable[[], Iterable[Finding]]
 
 
 def examined(what: str, check: Check) -> Iterator[Finding]:
-    """The findings of a check as they come; an exception that it raises is a finding, too."""
+    """Run a check and yield its findings; if the check raises an exception, yield a finding about that."""
     try:
         yield from check()
     except Exception as error:
@@ -64,7 +65,7 @@ def examined(what: str, check: Check) -> Iterator[Finding]:
 
 
 def check_python() -> Iterable[Finding]:
-    """The interpreter's version, and the machine it runs on."""
+    """Check the version of Python, and report the machine."""
     version = platform.python_version()
     where = f"{version} on {platform.system()} {platform.machine()} ({sys.executable})"
     if tuple(sys.version_info[:2]) < MIN_PYTHON:
@@ -74,7 +75,7 @@ def check_python() -> Iterable[Finding]:
 
 
 def check_packages() -> Iterable[Finding]:
-    """Whether every package that setup.cfg requires is installed, in a version that it allows, and can be imported."""
+    """Check that all packages required in setup.cfg are installed in an allowed version and can be imported."""
     from packaging.requirements import Requirement
 
     try:
@@ -98,7 +99,7 @@ def _package(wanted: Requirement) -> Finding:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
         return Finding(level, name, "not installed", optional or f"run `pip install '{name}{wanted.specifier}'`")
-    if not wanted.specifier.contains(Version(version).base_version):  # base_version: vendors ship pre-releases
+    if not wanted.specifier.contains(Version(version).base_version):  # base_version, since vendors ship pre-releases
         to_do = f"run `pip install -U '{name}{wanted.specifier}'`"
         return Finding("FAIL", name, f"{version}, but {wanted.specifier} is required", to_do)
     try:
@@ -106,13 +107,13 @@ def _package(wanted: Requirement) -> Finding:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # an extension module may raise anything, SystemExit included
-        problem = f"{version} is installed and cannot be imported ({type_and_line(error)})"
+        problem = f"{version} is installed but cannot be imported ({type_and_line(error)})"
         return Finding(level, name, problem, optional or f"run `pip install --force-reinstall '{name}'`")
     return Finding("ok", name, f"{name} {version}")
 
 
 def check_torch_pair() -> Iterable[Finding]:
-    """torch and torchvision are built for each other: 2.6 with 0.21, 2.7 with 0.22, and so on."""
+    """Check that torch and torchvision are built for each other: 2.6 with 0.21, 2.7 with 0.22, and so on."""
     from packaging.version import Version
 
     torch, vision = Version(metadata.version("torch")), Version(metadata.version("torchvision"))
@@ -128,7 +129,7 @@ def check_torch_pair() -> Iterable[Finding]:
 
 
 def check_devices() -> Iterable[Finding]:
-    """The processor and the GPUs that torch can use; one that it cannot use is a warning."""
+    """Report the processor and the GPUs; a GPU that torch cannot use is a warning."""
     import torch
 
     from engine.device import cpu_has_bf16
@@ -146,7 +147,7 @@ def check_devices() -> Iterable[Finding]:
 
 
 def _openvino() -> Finding:
-    """Whether the engine is installed that extracts faster on a CPU, and how it is chosen."""
+    """Report whether OpenVINO, which extracts faster on a CPU, is installed, and how to use it."""
     faster = "extract.engine=openvino extract.precision=int8 extracts faster on this CPU"
     if find_spec("openvino") is None or find_spec("nncf") is None:
         return Finding("ok", "OpenVINO", f"not installed; with `pip install -e '.[openvino]'`, {faster}")
@@ -154,7 +155,7 @@ def _openvino() -> Finding:
 
 
 def _gpu(number: int) -> Iterable[Finding]:
-    """Name, capability, arithmetic and memory of one GPU, and whether it computes."""
+    """Check that a GPU computes correctly, and report its name, compute capability, precision and memory."""
     import torch
 
     from engine.device import choose_precision, missing_kernels
@@ -173,7 +174,7 @@ def _gpu(number: int) -> Iterable[Finding]:
     held = f"{torch.cuda.get_device_name(number)}, sm_{major}{minor}, computes {computes} where precision is auto, "
     held += f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
     if answer != 8.0:
-        yield Finding("FAIL", f"GPU {number}", f"{held}, computes wrong sums", "exclude it with CUDA_VISIBLE_DEVICES")
+        yield Finding("FAIL", f"GPU {number}", f"{held}, adds wrongly", "exclude it with CUDA_VISIBLE_DEVICES")
     elif free < total / 2:
         yield Finding("warn", f"GPU {number}", held, "other programs use it; choose another GPU or smaller batches")
     else:
@@ -194,7 +195,7 @@ def _no_gpu() -> Finding:
 
 
 def check_shared_memory(folder: Path = Path("/dev/shm")) -> Iterable[Finding]:
-    """Size of the shared memory through which loader processes pass batches; containers often have 64 MB."""
+    """Check the size of the shared memory through which loader processes pass batches (in containers often 64 MB)."""
     if not folder.is_dir():
         return
     total = shutil.disk_usage(folder).total
@@ -207,7 +208,7 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Iterable[Finding]:
 
 
 def check_open_files() -> Iterable[Finding]:
-    """How many files a process may open at once."""
+    """Check how many files a process may open at once."""
     try:
         import resource
     except ImportError:  # Windows
@@ -220,7 +221,7 @@ def check_open_files() -> Iterable[Finding]:
 
 
 def check_slurm() -> Iterable[Finding]:
-    """Whether this machine belongs to a Slurm cluster, and whether this is a job."""
+    """Report whether this machine belongs to a Slurm cluster, and whether this process runs in a job."""
     if job := os.environ.get("SLURM_JOB_ID"):
         yield Finding("ok", "Slurm", f"job {job} on {os.environ.get('SLURM_JOB_PARTITION', 'a partition')}")
     elif shutil.which("sbatch"):
@@ -233,9 +234,9 @@ def check_slurm() -> Iterable[Finding]:
 
 
 def check_folder(what: str, folder: Path, needed_bytes: int = 0, certain: bool = True) -> Iterable[Finding]:
-    """Whether a folder (or its nearest existing parent) is writable and has `needed_bytes` free.
+    """Check that a folder (or its nearest existing parent) is writable and has `needed_bytes` free.
 
-    `certain` is false if some of the needed files may exist already; missing space is then a warning.
+    Pass `certain=False` if some of the needed files may exist already: too little space is then only a warning.
     """
     try:
         place = folder.absolute()
@@ -256,7 +257,7 @@ def check_folder(what: str, folder: Path, needed_bytes: int = 0, certain: bool =
     if needed_bytes > free and certain:
         yield Finding("FAIL", what, room + needed, "free some space or choose another folder")
     elif needed_bytes > free:
-        to_do = "some files exist already; if that is not enough, free some space or choose another folder"
+        to_do = "some of the files exist already; if space is still short, free some or choose another folder"
         yield Finding("warn", what, f"{room}{needed} in total", to_do)
     elif free < MIN_FREE_BYTES:
         yield Finding("warn", what, room, "checkpoints and features take some GB; free some space or choose another")
@@ -265,7 +266,10 @@ def check_folder(what: str, folder: Path, needed_bytes: int = 0, certain: bool =
 
 
 def _write_problem(folder: Path) -> str | None:
-    """Why nothing can be written in a folder, or None; tries it, since permissions do not settle it."""
+    """Return why nothing can be written into a folder, or None.
+
+    This writes a file, since permissions alone do not show whether writing works.
+    """
     path = folder / f".doctor-{uuid.uuid4().hex[:8]}.tmp"
     try:
         with path.open("xb") as stream:
@@ -284,7 +288,7 @@ def _reason(error: OSError) -> str:
 
 
 def machine_checks() -> Sequence[tuple[str, Check]]:
-    """The checks that need no settings, by name, in the order of their lines."""
+    """Return the names and functions of the checks that need no settings, in the order of their output."""
     return (
         ("Python", check_python),
         ("packages", check_packages),

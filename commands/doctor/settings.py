@@ -1,4 +1,4 @@
-"""What `doctor` checks about settings, decoders and networks; `commands.doctor.machine` checks the machine."""
+"""The checks of `doctor` that concern settings, decoders and networks; `commands.doctor.machine` has the others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _VERDICTS: dict[str, tuple[Level, str]] = {
     "warn": ("warn", "only PyAV is used; see data.reader"),
     "FAIL": ("FAIL", "reinstall with `pip install -U av`"),
 }
-# Decoding runs in its own process, since a decoder may crash or hang.
+# Program that decodes in a separate process, since a decoder may crash or hang.
 DECODE = """
 import sys
 from pathlib import Path
@@ -34,16 +34,17 @@ print(compare_readers(Path(sys.argv[1])))
 
 
 def diagnose(load: Callable[[], Config]) -> Iterator[Finding]:
-    """The findings of all checks as they come, in a fixed order. `load` reads the settings.
+    """Run all checks in a fixed order and yield their findings. `load` reads the settings.
 
-    Raises nothing. If the settings are wrong, the checks that need none run all the same.
+    No exception is raised. If the settings are wrong, that is a finding, and the checks that need no settings still
+    run.
     """
     checks: list[tuple[str, Check]] = [("decoders", check_decoders)]
     try:
         config = load()
     except UserError as error:
         yield Finding("FAIL", "settings", str(error), "weights, data and folders are checked once this is fixed")
-    except Exception as error:  # a broken pydantic or PyYAML, which the packages' line names
+    except Exception as error:  # pydantic or PyYAML is broken, which the check of the packages will report
         yield Finding("FAIL", "settings", f"cannot be read ({type_and_line(error)})", "see the packages below")
     else:
         yield Finding("ok", "settings", "read")
@@ -57,7 +58,10 @@ def diagnose(load: Callable[[], Config]) -> Iterator[Finding]:
 
 
 def check_decoders(program: str = DECODE, limit_s: float = READER_LIMIT_S) -> Iterable[Finding]:
-    """Write a small video and read it with both readers, in a process that runs `program` for at most `limit_s`."""
+    """Check both video readers: a separate process writes a small video and reads it, within `limit_s` seconds.
+
+    The process runs `program`.
+    """
     folder = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
     with tempfile.TemporaryDirectory(prefix="surgstage-doctor-") as place:
@@ -85,7 +89,10 @@ def check_decoders(program: str = DECODE, limit_s: float = READER_LIMIT_S) -> It
 
 
 def compare_readers(folder: Path) -> str:
-    """Level and finding, in one line: whether both readers decode a small H.264 video to the frames it was made of."""
+    """Check whether both readers decode a small H.264 video to the frames it was made from.
+
+    Returns the level and the finding in one line.
+    """
     import numpy as np
 
     from features.video.decord import why_not_decord
@@ -118,7 +125,7 @@ def compare_readers(folder: Path) -> str:
 
 
 def check_device(config: Config) -> Iterable[Finding]:
-    """Whether `device` is there, and whether its memory is enough for a training step of these settings."""
+    """Check that `device` is available, and that its memory is enough for a training step with these settings."""
     import torch
 
     from engine.device import choose_device, choose_precision
@@ -135,7 +142,7 @@ def check_device(config: Config) -> Iterable[Finding]:
     for stage, frames, precision, checkpointing, to_do in _training_steps(config):
         try:
             resolved = choose_precision("", precision, device, training=True)
-        except UserError:  # the stage refuses it
+        except UserError:  # the stage itself will refuse this precision
             continue
         needed = step_gib(frames, resolved, config.preprocess.crop_px, checkpointing)
         found = f"{stage} needs about {needed:.1f} GiB ({frames} frames per step, {resolved}, one GPU), {free:.1f} free"
@@ -143,7 +150,9 @@ def check_device(config: Config) -> Iterable[Finding]:
 
 
 def _training_steps(config: Config) -> Iterator[tuple[str, int, str, bool, str]]:
-    """Trainings on images: stage, frames per step, precision, whether activations are recomputed, how to need less."""
+    """Yield, for each training on images: the stage, its frames per step, its precision, whether it recomputes
+    activations, and how to make it need less memory.
+    """
     lower = "lower {0} and raise {1}.accumulate_steps"
     cnn, joint = config.cnn, config.joint
     yield "train-cnn", cnn.batch_frames, cnn.precision, False, lower.format("cnn.batch_frames", "cnn")
@@ -155,10 +164,11 @@ def _training_steps(config: Config) -> Iterator[tuple[str, int, str, bool, str]]
 
 
 def step_gib(frames: int, precision: str, crop_px: int, checkpointing: bool) -> float:
-    """GiB of GPU memory that a training step of ResNet50 needs, from live bytes that were counted at 224 pixels.
+    """Estimate the GPU memory, in GiB, that a training step of ResNet50 needs.
 
-    Activations are in proportion to frames and pixels; weights, gradients and momentum are 0.2 GiB, the context and
-    cuDNN's workspace about 1.5 GiB.
+    The estimate extrapolates from the bytes in use that were counted at 224 pixels. Activations are proportional to
+    frames and pixels. Weights, gradients and momentum take 0.2 GiB; the CUDA context and cuDNN's workspace take about
+    1.5 GiB.
     """
     wide = precision == "fp32"
     per_frame = (0.031 if wide else 0.0165) if checkpointing else (0.082 if wide else 0.042)
@@ -166,7 +176,7 @@ def step_gib(frames: int, precision: str, crop_px: int, checkpointing: bool) -> 
 
 
 def check_weights(config: Config) -> Iterable[Finding]:
-    """Whether the initial weights of the backbone are on this machine. Downloads nothing."""
+    """Check whether the backbone's initial weights are on this machine. Nothing is downloaded."""
     from stage1_cnn.encoders.pretrained import published_weights, settled_weights, weights_file
 
     cnn = config.cnn
@@ -183,19 +193,19 @@ def check_weights(config: Config) -> Iterable[Finding]:
         yield Finding("ok", "weights", f"{path} ({path.stat().st_size / 1e6:,.0f} MB{trained_on})")
     else:
         found = f"{path} does not exist; it is downloaded when it is first needed"
-        to_do = "without internet copy the file there, or set cnn.weights=FILE or cnn.weights=random"
+        to_do = "without internet access, copy the file there, or set cnn.weights=FILE or cnn.weights=random"
         yield Finding("warn", "weights", found, to_do)
 
 
 def check_data(config: Config) -> Iterable[Finding]:
-    """The data root, and whether the index matches the files' names, sizes and times. Opens no video."""
+    """Check the data root, and that names, sizes and times of the files match the index. No video is opened."""
     from features.dataset.catalogue import data_root
     from features.dataset.index import Index
 
     try:
         root = data_root(config)
     except UserError as error:
-        yield Finding("warn", "data root", str(error), "only stage two works without it, on features that exist")
+        yield Finding("warn", "data root", str(error), "without it only stage two works, on existing features")
         root = None
     if root is not None and not os.access(root, os.R_OK | os.X_OK):
         yield Finding("FAIL", "data root", f"{root} is not readable", "ask its owner for read permission")
@@ -233,7 +243,7 @@ def _found_videos(config: Config, root: Path) -> Iterable[Finding]:
 
 
 def _agreement(index: Index, root: Path, path: Path) -> Finding:
-    """Whether the sources exist with the sizes and times that the index has."""
+    """Check that the sources exist, with the sizes and times recorded in the index."""
     from engine.files import inside
 
     missing, changed = [], []
@@ -255,7 +265,7 @@ def _agreement(index: Index, root: Path, path: Path) -> Finding:
 
 
 def check_folders(config: Config) -> Iterable[Finding]:
-    """Whether the output folders are writable, with enough space for what these settings make of the indexed videos."""
+    """Check that the output folders are writable and have enough space for what the indexed videos will need."""
     yield from check_folder("runs", config.runs)
     yield from examined("features", lambda: _check_store(config))
     yield from examined("frame cache", lambda: _check_cache(config))
@@ -263,7 +273,10 @@ def check_folders(config: Config) -> Iterable[Finding]:
 
 
 def _check_store(config: Config) -> Iterable[Finding]:
-    """Space for the features of all videos; which of them exist already is not known without the encoder's digest."""
+    """Check the space for the features of all videos.
+
+    Which features exist already is not known here, since that needs the encoder's digest.
+    """
     from features.store import EncoderSpec, feature_path
     from features.store_folder import estimate_bytes
     from stage1_cnn.encoders.backbone import build_backbone
@@ -272,7 +285,7 @@ def _check_store(config: Config) -> Iterable[Finding]:
     name, storage = config.cnn.backbone, config.extract.storage
     try:
         dim = build_backbone(name, "random", 0).embedding_dim if frames else 0
-    except UserError:  # the finding about weights names it
+    except UserError:  # the check of the weights reports this error
         dim = 0
     needed = estimate_bytes(frames.values(), EncoderSpec(name, "", {}, config.data.fps, "fp32", storage, dim))
     some_exist = any(os.path.exists(feature_path(folder, one)) for folder in store.glob(f"{name}-*") for one in frames)
@@ -280,7 +293,7 @@ def _check_store(config: Config) -> Iterable[Finding]:
 
 
 def _check_cache(config: Config) -> Iterable[Finding]:
-    """Space for the frames that training will decode; existing files count as complete."""
+    """Check the space for the frames that training will decode; frames with an existing file need none."""
     from features.frames.source import frame_cache
 
     cache = frame_cache(config)
@@ -290,7 +303,10 @@ def _check_cache(config: Config) -> Iterable[Finding]:
 
 
 def _sampled_frames(config: Config, splits: tuple[str, ...] = ()) -> dict[str, int]:
-    """Number of sampled frames by video id, of some splits or all; empty without a usable index."""
+    """Return the number of sampled frames of each video (by id), for some splits or all.
+
+    The result is empty if there is no usable index.
+    """
     from features.dataset.index import Index
     from features.dataset.sampling import sampled_frames
 

@@ -101,8 +101,8 @@ def test_a_submitit_that_does_not_show_its_script_refuses_the_dry_run(
         ({"more": ("mem=4G",)}, "--mem-gb"),
         ({"more": ("comment=a\n#SBATCH --wrap=x",)}, "expected KEY=VALUE"),
         ({"more": ("qos=",)}, "expected KEY=VALUE"),
-        ({"time_min": 1}, "leaves no room for the signal 90 s before it"),
-        ({"more": ("signal_delay_s=x",)}, "leaves no room"),
+        ({"time_min": 1}, "the signal to stop is sent 90 s before"),
+        ({"more": ("signal_delay_s=x",)}, "are too short"),
     ],
 )
 def test_requests_that_make_no_sense(tmp_path: Path, changes: dict[str, object], reason: str) -> None:
@@ -157,7 +157,7 @@ def test_a_failed_submission_leaves_no_files(tmp_path: Path, monkeypatch: pytest
 
 def test_files_are_kept_if_a_job_may_have_been_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sbatch(tmp_path, monkeypatch, "echo Welcome to the cluster")
-    with pytest.raises(UserError, match=r"named no job .*squeue --me"):
+    with pytest.raises(UserError, match=r"reported no job id .*squeue --me"):
         submit(request(), tmp_path / "said", PROGRAM)
     assert list(tmp_path.glob("said/slurm/*-extract/*.pkl"))
 
@@ -261,7 +261,7 @@ def test_the_limit_of_requeues_ends_the_job_with_the_stage_s_code(tmp_path: Path
 def test_a_stage_stopped_from_outside_waits_for_slurm_and_is_not_requeued(tmp_path: Path) -> None:
     code, out, errors = send_when_ready(start_job(tmp_path, STAGE, hold_s=0.2), signal.SIGTERM)
     assert (code, out) == (75, ""), errors
-    assert "Slurm did nothing" in errors
+    assert "Slurm neither ended nor requeued" in errors
     assert (tmp_path / "saved").exists()
     assert HOLD_S > 60
 

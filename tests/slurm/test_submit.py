@@ -114,5 +114,5 @@ def test_a_preempted_training_equals_an_undisturbed_one(place: Path, undisturbed
     log = job_log(place, how)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), log
     assert int(ended["Restarts"]) == 1
-    assert "stopped by SIGTERM; what was done is saved" in log
+    assert "stopped by SIGTERM; progress is saved" in log
     assert_equal_trainings(place, how, undisturbed)

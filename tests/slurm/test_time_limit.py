@@ -91,7 +91,7 @@ def test_a_training_longer_than_its_time_limit_resumes_by_itself(
     assert (ended[how]["JobState"], ended[how]["ExitCode"]) == ("COMPLETED", "0:0"), log
     assert int(ended[how]["Restarts"]) >= 1
     signal_name = {"submitted": "SIGTERM", "scripted": "SIGUSR1"}[how]
-    assert f"stopped by {signal_name}; what was done is saved" in log
+    assert f"stopped by {signal_name}; progress is saved" in log
     assert epochs_done(place, how) > 4
 
 
