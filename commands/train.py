@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,14 +11,17 @@ from commands import options
 from commands.options import PATH, Settings
 from configs.errors import UserError
 
+if TYPE_CHECKING:
+    from engine.training_result import TrainingResult
 
-def end_of_training(what: str, result: Mapping[str, Any]) -> None:
+
+def end_of_training(what: str, result: TrainingResult) -> None:
     """Print the result of a training, and exit with code 1 if it left videos out."""
     from engine.launch import is_main_process
 
     if is_main_process():
-        click.echo(f"{what}: {result['sentence']}")
-    options.end_with_left_out(result["left_out"])
+        click.echo(f"{what}: {result.sentence}")
+    options.end_with_left_out(result.left_out or ())
 
 
 @click.command("train-cnn")

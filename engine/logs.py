@@ -164,32 +164,6 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     return [row for row in rows if kind is None or row["kind"] == kind]
 
 
-def training_outcome(
-    folder: Path, best: Mapping[str, Any], score_names: Mapping[str, str], chosen_by: str
-) -> dict[str, Any]:
-    """Return a finished training's result: the best epoch (from 1), its scores, the number of epochs and the time.
-
-    `best` contains the scores of the best epoch; number and time of all epochs are read from the log in `folder`.
-    """
-    epochs = read_metrics(folder / METRICS_LOG, "epoch")
-    return {
-        **{key: best.get(key) for key in score_names},
-        "best_epoch": best["epoch"] + 1,
-        "epochs": len(epochs),
-        "chosen_by": chosen_by,
-        "seconds": round(sum(row["seconds"] for row in epochs), 2),
-    }
-
-
-def outcome_sentence(result: Mapping[str, Any], score_names: Mapping[str, str]) -> str:
-    """Describe the result of a training in one line for the user."""
-    scores = [f"{words} {result[key]:.3f}" for key, words in score_names.items() if result[key] is not None]
-    return (
-        f"{', '.join(scores) or 'no validation score'} at epoch {result['best_epoch']} of {result['epochs']}; "
-        f"{result['train_frames']:,} training frames, {result['seconds']:.0f} s; {result['checkpoint']}"
-    )
-
-
 def _row(line: str) -> dict[str, Any] | None:
     """Parse one line of the log; returns None if the line is damaged."""
     try:

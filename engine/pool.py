@@ -124,6 +124,13 @@ def failure_reason(error: BaseException) -> str:
     return VideoFault(one_line(error, most=None)) if isinstance(error, UserError) else type_and_line(error, most=300)
 
 
+def require_one_usable(failed: Sequence[tuple[str, str]], usable: int) -> None:
+    """Raise UserError with the first reason if videos (id, reason) have failed and none is usable."""
+    if failed and not usable:
+        others = f" (and {len(failed) - 1} more videos)" if len(failed) > 1 else ""
+        raise UserError(f"{failed[0][1]}{others}")
+
+
 # ---------------------------------------------------------------------------------------------- processes
 
 

@@ -44,11 +44,11 @@ class Record:
     def _by_field(cls, tree: Any) -> Any:
         """Return the values of the fields in a JSON object.
 
-        Keys that are not fields become the value of the field marked FLAT, if there is one.
+        Keys that are not fields become the value of the last field marked FLAT, if there is one.
         """
         if not isinstance(tree, Mapping):
             return tree
-        flat = next((one.name for one in _fields(cls) if one.metadata == FLAT), None)
+        flat = next((one.name for one in reversed(_fields(cls)) if one.metadata == FLAT), None)
         named = [one for one in _fields(cls) if one.name != flat]
         rest = {key: value for key, value in tree.items() if key not in {one.name for one in named}}
         required = [one.name for one in named if one.default is MISSING and one.default_factory is MISSING]

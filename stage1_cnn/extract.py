@@ -22,7 +22,7 @@ from configs.schema import Config
 from engine.device import say_few_cores, start_stage
 from engine.files import below_root, read_json_object, remove_stale_temporaries, sha256_file, write_json
 from engine.memory import needs_gpu_memory
-from engine.pool import VideoFault, work_through
+from engine.pool import VideoFault, require_one_usable, work_through
 from engine.progress import say
 from engine.runs import StageFolder, StageIdentity, settings_without
 from engine.stopping import StopRequest
@@ -58,6 +58,11 @@ class ExtractReport:
     left_out: list[dict[str, Any]] = field(default_factory=list)
     frames: int = 0
     seconds: float = 0.0
+
+    def require_one_usable(self, waiting: int, shard: tuple[int, int]) -> None:
+        """Raise UserError if every video has failed, and none is `waiting`; other shards may have usable ones."""
+        if shard[1] == 1:
+            require_one_usable(self.failed, waiting + len(self.done) + len(self.skipped) + len(self.relabelled))
 
     def require_others_done(self) -> None:
         """Raise UserError if a video failed for a reason other than its own files, so that a retry may succeed."""
@@ -130,8 +135,7 @@ def extract(
     report = ExtractReport(target, left_out=index.left_out_records())
     say_left_out(index)
     jobs = _plan(config, index, root, target, encoder.spec, shard, report)
-    if not jobs:
-        _require_one_usable(report, shard)
+    report.require_one_usable(len(jobs), shard)
     if jobs:
         say_few_cores(encoder.device)
     if stage:
@@ -151,7 +155,7 @@ def extract(
             report.frames += job.frames
     remove_stale_temporaries(target)  # of processes that died
     report.sort(index)
-    _require_one_usable(report, shard)
+    report.require_one_usable(0, shard)
     _record_faults(report, index, root)
     report.seconds = round(time.monotonic() - started, 3)
     if stage:
@@ -162,13 +166,6 @@ def extract(
         }
         _finish(stage, report.to_json(f"{shard[0]}/{shard[1]}", made_by), shard, index)
     return report
-
-
-def _require_one_usable(report: ExtractReport, shard: tuple[int, int]) -> None:
-    """Raise UserError if every video has failed."""
-    if report.failed and shard[1] == 1 and not (report.done or report.skipped or report.relabelled):
-        others = f" (and {len(report.failed) - 1} more videos)" if len(report.failed) > 1 else ""
-        raise UserError(f"{report.failed[0][1]}{others}")
 
 
 def _record_faults(report: ExtractReport, index: Index, root: Path) -> None:

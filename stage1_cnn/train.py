@@ -6,8 +6,7 @@ validation videos, computed over all their frames together (`evaluation.metrics.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ from numpy.typing import NDArray
 from configs.errors import UserError
 from configs.schema import Config
 from engine.device import make_accelerator, say_few_cores, seed_everything, start_stage
-from engine.logs import outcome_sentence, training_outcome
 from engine.memory import needs_gpu_memory
 from engine.processes import Processes, join
 from engine.progress import progress_bar, say
 from engine.runs import StageFolder, StageIdentity, settings_without
 from engine.session import TrainingSession
 from engine.stopping import StopRequest
+from engine.training_result import TrainingResult, deciding_score, result_on_frames
 from evaluation.metrics.tools import pooled_map
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Index
@@ -54,6 +53,8 @@ from stage1_cnn.model import (
     weights_sha256,
 )
 
+CHOICES = (("val_map",), ("val_phase_accuracy",))  # of the score of an epoch: phases count without tools only
+
 
 @dataclass(frozen=True)
 class FrameData:
@@ -66,7 +67,7 @@ class FrameData:
 
 def train_cnn(
     config: Config, run: Path, index: Index, root: Path, stop: StopRequest, *, trusted: bool = False
-) -> dict[str, Any]:
+) -> TrainingResult:
     """Train stage one, write `RUN/cnn/` (`best.pt`, `last.pt`, `metrics.jsonl`, `result.json`) and return the result.
 
     If the run is finished and has the same settings, its result is returned without any work. An unfinished run resumes
@@ -83,7 +84,7 @@ def train_cnn(
     if finished is not None:
         say(f"{stage.path}: finished before with these settings, nothing to do")
         say_left_out(index)
-        return finished | {"left_out": index.left_out_records()}
+        return replace(TrainingResult.from_json(finished), left_out=index.left_out_records())
 
     seed_everything(config.seed)
     accelerator, precision = make_accelerator(config.device, cnn.precision, "cnn.precision")
@@ -104,7 +105,7 @@ def train_cnn(
     if cnn.weights == "cached":
         say(f"initial weights: {settled_weights(cnn)} (cnn.weights=cached: ImageNet's where this machine has them)")
     train_net(stage.path, net, config, data, accelerator, stop, processes)
-    return processes.from_first(lambda: stage.finish(summarise(stage.path, config, data, precision)))
+    return processes.from_first(lambda: _finish(stage, config, data, precision))
 
 
 def identity(config: Config, index: Index) -> StageIdentity:
@@ -179,7 +180,7 @@ def train_net(
                         loss = criterion(output, phase.squeeze(1), tools.squeeze(1))
                     session.update(loss, data.train.start_of(batch))
             scores = validate(session, loader, data, config)
-            session.finish_epoch(scores, score=deciding_score(scores)[1])
+            session.finish_epoch(scores, score=deciding_score(scores, CHOICES)[1])
 
 
 # ---------------------------------------------------------------------------------------------- validation
@@ -236,12 +237,11 @@ def _by_video(frames: LabelledFrames, values: NDArray[Any]) -> dict[str, NDArray
 # ---------------------------------------------------------------------------------------------- result
 
 
-def summarise(folder: Path, config: Config, data: FrameData, precision: str) -> dict[str, Any]:
-    """The content of `result.json`, taken from the best checkpoint and the training log."""
-    net, about = rebuild_from_checkpoint(folder / "best.pt")
-    scores = about.scores or {}
-    result: dict[str, Any] = {
-        **training_outcome(folder, scores, _SCORE_NAMES, deciding_score(scores)[0]),
+def _finish(stage: StageFolder, config: Config, data: FrameData, precision: str) -> TrainingResult:
+    """Write the result, from the best checkpoint and the log."""
+    checkpoint = stage.path / "best.pt"
+    net, about = rebuild_from_checkpoint(checkpoint)
+    facts = {
         "train_frames": len(data.train),
         "val_frames": len(data.val),
         "train_videos": len(data.train.videos),
@@ -251,19 +251,8 @@ def summarise(folder: Path, config: Config, data: FrameData, precision: str) -> 
         "weights_sha256": weights_sha256(net),
         "precision": precision,
         "dataset": data.index.dataset.name,
-        "checkpoint": str(folder / "best.pt"),
-        "left_out": data.index.left_out_records(),
+        "checkpoint": str(checkpoint),
     }
-    result["sentence"] = outcome_sentence(result, _SCORE_NAMES)
-    return result
-
-
-def deciding_score(scores: Mapping[str, Any]) -> tuple[str, float | None]:
-    """The name and value of the score that chooses the best epoch: tool mAP, else phase accuracy, else none."""
-    for key, words in _SCORE_NAMES.items():
-        if scores.get(key) is not None:
-            return words, scores[key]
-    return "no validation score, so the last epoch", None
-
-
-_SCORE_NAMES = {"val_map": "validation mAP", "val_phase_accuracy": "validation phase accuracy"}
+    scores, left_out = about.scores or {}, data.index.left_out_records()
+    names = ("val_map", "val_phase_accuracy")
+    return result_on_frames(stage.path, scores, names, CHOICES, facts, left_out=left_out).write(stage)

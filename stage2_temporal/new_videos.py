@@ -25,7 +25,7 @@ from configs.schema import Config, PreprocessConfig
 from engine.device import choose_device, choose_precision, lower_precision, start_stage
 from engine.files import atomic_path, inside, make_folder, read_json, sha256_file, write_json
 from engine.memory import needs_gpu_memory
-from engine.pool import VIDEO_ERRORS, attempt, failure_reason
+from engine.pool import VIDEO_ERRORS, attempt, failure_reason, require_one_usable
 from engine.progress import progress_bar, say
 from engine.runs import package_version, require_same_classes
 from engine.stopping import StopRequest
@@ -234,7 +234,7 @@ def predict_new_videos(
         indices[name] = (index, root)
         for note in index.notes:
             say(f"note: {note}")
-    _require_some(report, len(indices))
+    require_one_usable(report.failed, len(indices))
     waiting = []
     for name, (index, root) in indices.items():
         try:
@@ -245,14 +245,8 @@ def predict_new_videos(
         else:
             report.skipped.append(name) if done else waiting.append(video)
     _predict_all(waiting, recogniser.config, report, stop)
-    _require_some(report, len(report.done) + len(report.skipped))
+    require_one_usable(report.failed, len(report.done) + len(report.skipped))
     return report
-
-
-def _require_some(report: PredictReport, good: int) -> None:
-    if report.failed and not good:
-        more = f" (and {len(report.failed) - 1} more)" if len(report.failed) > 1 else ""
-        raise UserError(f"{report.failed[0][1]}{more}")
 
 
 def _predict_all(videos: Sequence[_Video], config: Config, report: PredictReport, stop: StopRequest) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -32,6 +33,7 @@ from engine.progress import progress_bar, say
 from engine.runs import ABSENT, StageFolder, StageIdentity, settings_without
 from engine.session import TrainingSession
 from engine.stopping import StopRequest
+from engine.training_result import TrainingResult
 from evaluation.metrics.phases import majority_phase
 from features.dataset.catalogue import say_left_out
 from features.frames.settings_match import require_features_of
@@ -54,8 +56,8 @@ def train_temporal(
     data: TrainingData | None = None,
     *,
     given: GivenKeys = NO_KEYS,
-) -> dict[str, Any]:
-    """Train on the feature folder `folder` into `RUN/temporal` and return the content of its result.json.
+) -> TrainingResult:
+    """Train on the feature folder `folder` into `RUN/temporal` and return the result, the content of its result.json.
 
     `data` is the return value of `read_training_data(folder)`, for trainings that share it. `given` holds the settings
     that the user gave, which must not contradict the features.
@@ -76,7 +78,7 @@ def train_temporal(
     stage = StageFolder(run, "temporal", config, _identity(config, data))
     finished = processes.from_first(lambda: stage.result)
     if finished is not None:
-        return finished | {"left_out": data.index.left_out_records()}
+        return replace(TrainingResult.from_json(finished), left_out=data.index.left_out_records())
     accelerator, precision = make_accelerator(config.device, config.temporal.precision, "temporal.precision")
     require_arithmetic(config.temporal, accelerator.device)
     start_stage("train-temporal", config, accelerator.device, precision)
@@ -90,24 +92,8 @@ def train_temporal(
     if config.temporal.baseline:
         linear = schema.LinearHead(name="linear")
         frame = train_head(stage.path / FRAME_FOLDER, linear, config, data, constants, accelerator, stop, processes)
-    majority = majority_phase([data.bank.phase_of(span).cpu().numpy() for span in data.train])
-    result = {
-        "score": SCORE,
-        **outcome,
-        "frame": frame,
-        "majority_phase": majority,
-        "majority_name": data.phases[majority],
-        "majority_val_accuracy": _constant_accuracy(data, majority),
-        "train_videos": len(data.train),
-        "train_frames": int(count_phases(data.bank, data.train, len(data.phases)).sum()),
-        "val_videos": len(data.val),
-        "device": str(accelerator.device),
-        "precision": precision,
-        "features": str(folder),
-        "left_out": data.index.left_out_records(),
-    }
-    result["seconds"] = round(outcome["seconds"] + (frame["seconds"] if frame else 0.0), 2)
-    return processes.from_first(lambda: stage.finish(result | {"sentence": _sentence(result)}))
+    computed = {"device": str(accelerator.device), "precision": precision, "features": str(folder)}
+    return processes.from_first(lambda: _combined(data, outcome, frame, computed).write(stage))
 
 
 @needs_gpu_memory("temporal.sequence.batch, or set temporal.sequence.mode=chunked with fewer temporal.sequence.frames")
@@ -120,7 +106,7 @@ def train_head(
     accelerator: Accelerator,
     stop: StopRequest,
     processes: Processes,
-) -> dict[str, Any]:
+) -> TrainingResult:
     """Train one head into `folder` (`best.pt`, `last.pt`, `metrics.jsonl`): the loop of stage two."""
     settings, bank = config.temporal, data.bank
     give_back_freed_memory()
@@ -325,27 +311,53 @@ def _describe(head: schema.HeadSettings, config: Config, data: TrainingData) -> 
     )
 
 
-def _outcome(folder: Path, session: TrainingSession, model: PhaseModel) -> dict[str, Any]:
+def _outcome(folder: Path, session: TrainingSession, model: PhaseModel) -> TrainingResult:
     """One head's figures, read from its log, so that they do not depend on how often training was interrupted."""
     rows = read_metrics(folder / METRICS_LOG, "epoch")
-    return {
-        "val_accuracy": session.position.best_score,
-        "best_epoch": session.position.best_epoch,
-        "epochs": session.position.epoch,
-        "steps": session.position.global_step,
-        "parameters": sum(parameter.numel() for parameter in model.head.parameters()),
-        "frames_per_s": statistics.median(row["frames_per_s"] for row in rows),
-        "seconds": round(sum(row["seconds"] for row in rows), 2),
-    }
+    position = session.position
+    return TrainingResult(
+        scores={"val_accuracy": position.best_score},
+        best_epoch=position.best_epoch,
+        epochs=position.epoch,
+        steps=position.global_step,
+        parameters=sum(parameter.numel() for parameter in model.head.parameters()),
+        frames_per_s=statistics.median(row["frames_per_s"] for row in rows),
+        seconds=round(sum(row["seconds"] for row in rows), 2),
+    )
 
 
-def _sentence(result: dict[str, Any]) -> str:
-    """The result in one line, epochs counted from 1."""
-    speed = f"{result['frames_per_s']:,.0f} frames/s"
-    if result["val_accuracy"] is None:
-        return f"{result['epochs']} epochs, no validation videos, {speed}"
-    frame = f"per-frame head {result['frame']['val_accuracy']:.3f}, " if result["frame"] else ""
+def _combined(
+    data: TrainingData, head: TrainingResult, frame: TrainingResult | None, computed: Mapping[str, str]
+) -> TrainingResult:
+    """The result of a training: that of the head with, in `about`, the baselines, the data and what is `computed`."""
+    majority = majority_phase([data.bank.phase_of(span).cpu().numpy() for span in data.train])
+    always = _constant_accuracy(data, majority)
+    return replace(
+        head,
+        score=SCORE,
+        seconds=round(head.seconds + (frame.seconds if frame else 0.0), 2),
+        about={
+            "frame": frame,
+            "majority_phase": majority,
+            "majority_name": data.phases[majority],
+            "majority_val_accuracy": always,
+            "train_videos": len(data.train),
+            "train_frames": int(count_phases(data.bank, data.train, len(data.phases)).sum()),
+            "val_videos": len(data.val),
+            **computed,
+        },
+        left_out=data.index.left_out_records(),
+        sentence=_sentence(head, frame, always),
+    )
+
+
+def _sentence(head: TrainingResult, frame: TrainingResult | None, majority: float | None) -> str:
+    """The result in one line, epochs counted from 1; `majority` is the accuracy of the most frequent phase."""
+    speed, accuracy = f"{head.frames_per_s:,.0f} frames/s", head.scores["val_accuracy"]
+    if accuracy is None:
+        return f"{head.epochs} epochs, no validation videos, {speed}"
+    others = f"per-frame head {frame.scores['val_accuracy']:.3f}, " if frame else ""
     return (
-        f"validation accuracy {result['val_accuracy']:.3f} ({frame}majority {result['majority_val_accuracy']:.3f}), "
-        f"epoch {result['best_epoch'] + 1} of {result['epochs']}, {speed}"
+        f"validation accuracy {accuracy:.3f} ({others}majority {majority:.3f}), "
+        f"epoch {head.best_epoch + 1} of {head.epochs}, {speed}"
     )

@@ -7,7 +7,7 @@ alone, everything else frozen; everything with the correlation term. Each step s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from configs.schema import Config, JointStepConfig
 from engine.checkpoints import load_checkpoint
 from engine.device import choose_device, choose_precision, make_accelerator, say_few_cores, seed_everything, start_stage
 from engine.files import sha256_file
-from engine.logs import outcome_sentence, training_outcome
 from engine.memory import needs_gpu_memory
 from engine.processes import Processes, join
 from engine.progress import say
 from engine.runs import ABSENT, StageFolder, StageIdentity, settings_without
 from engine.session import TrainingSession
 from engine.stopping import StopRequest
+from engine.training_result import Choices, TrainingResult, deciding_score, result_on_frames
 from evaluation.metrics.phases import majority_phase
 from evaluation.metrics.tools import pooled_map
 from features.dataset.catalogue import say_left_out
@@ -106,7 +106,7 @@ class JointData:
 
 def train_joint(
     config: Config, run: Path, index: Index, root: Path, stop: StopRequest, start: Start, *, trusted: bool = False
-) -> dict[str, Any]:
+) -> TrainingResult:
     """Train every step of the schedule into `RUN/joint/<step>/`; returns the last step's result.
 
     Finished steps are not repeated, an unfinished one resumes where it stopped. Videos that cannot be read are left
@@ -133,7 +133,6 @@ def train_joint(
             index, stages = readable, _stages(config, run, readable, files)
             data = processes.each(lambda: _load(config, readable, root))
     say_left_out(index)
-    result: dict[str, Any] = {}
     for step, settings in schedule(config).items():
         stage = stages[step]
         finished = processes.from_first(stage.begin)
@@ -143,9 +142,9 @@ def train_joint(
             result = processes.from_first(partial(_finish, stage, step, config, data, net))
         else:
             say(f"{stage.path}: finished before with these settings, nothing to do")
-            result = finished
+            result = TrainingResult.from_json(finished)
         net.load_state_dict(load_checkpoint(stage.path / "best.pt")["model"])
-    return result | {"left_out": index.left_out_records()}
+    return replace(result, left_out=index.left_out_records())
 
 
 def _require_precisions(config: Config, stages: Mapping[str, StageFolder]) -> None:
@@ -285,7 +284,7 @@ def train_step(
             if phase is not None:
                 phase.carried = ()
             scores = validate(net, config, data, session)
-            session.finish_epoch(scores, score=deciding_score(scores, step)[1])
+            session.finish_epoch(scores, score=deciding_score(scores, choices(step))[1])
 
 
 # ---------------------------------------------------------------------------------------------- validation
@@ -331,25 +330,13 @@ def score_videos(
     return scores
 
 
-def deciding_score(scores: Mapping[str, float | None], step: str) -> tuple[str, float | None]:
-    """The name and value of the score that chooses the best epoch.
+def choices(step: str) -> Choices:
+    """The scores that choose a step's best epoch (see `engine.training_result.deciding_score`).
 
     In the mapping step it is the mAP of the mapped prediction, otherwise phase accuracy or tool mAP; their mean if the
     net has both.
     """
-    keys = ("val_map_mapped",) if step == "mapping" else ("val_accuracy", "val_map")
-    found = {key: value for key in keys if (value := scores.get(key)) is not None}
-    if not found:
-        return "no validation score, so the last epoch", None
-    return " and ".join(_SCORE_NAMES[key] for key in found), sum(found.values()) / len(found)
-
-
-_SCORE_NAMES = {
-    "val_accuracy": "validation accuracy",
-    "val_map": "validation mAP",
-    "val_map_mapped": "validation mAP of the mapped tools",
-    "val_gap_nats": "gap in nats",
-}
+    return (("val_map_mapped",) if step == "mapping" else ("val_accuracy", "val_map"),)
 
 
 # ---------------------------------------------------------------------------------------------- identity, result
@@ -381,14 +368,11 @@ def _stages(config: Config, run: Path, index: Index, files: Mapping[str, Path]) 
     return found
 
 
-def _finish(stage: StageFolder, step: str, config: Config, data: JointData, net: JointNet) -> dict[str, Any]:
+def _finish(stage: StageFolder, step: str, config: Config, data: JointData, net: JointNet) -> TrainingResult:
     """Write the step's result, from its best checkpoint and its log."""
     checkpoint = stage.path / "best.pt"
-    best = load_checkpoint(checkpoint)["scores"]
     has_phases = net.phases and (data.train.phase >= 0).any()
-    result: dict[str, Any] = {
-        "step": step,
-        **training_outcome(stage.path, best, _SCORE_NAMES, deciding_score(best, step)[0]),
+    facts = {
         "train_frames": len(data.train),
         "train_videos": len(data.train.videos),
         "val_videos": len(data.val),
@@ -397,5 +381,6 @@ def _finish(stage: StageFolder, step: str, config: Config, data: JointData, net:
         "weights_sha256": weights_sha256(net),
         "checkpoint": str(checkpoint),
     }
-    result["sentence"] = f"{step}: {outcome_sentence(result, _SCORE_NAMES)}"
-    return stage.finish(result)
+    names = ("val_accuracy", "val_map", "val_map_mapped", "val_gap_nats")
+    best = load_checkpoint(checkpoint)["scores"]
+    return result_on_frames(stage.path, best, names, choices(step), facts, step=step).write(stage)

@@ -17,10 +17,11 @@ from engine.logs import read_metrics
 from engine.processes import Processes
 from engine.session import TrainingSession
 from engine.stopping import Stopped, StopRequest
+from engine.training_result import deciding_score
 from stage1_cnn.data import ClipBatch
 from stage1_cnn.encoders.backbone import build_backbone
 from stage1_cnn.model import parameter_groups, rebuild_from_checkpoint, synchronise_batch_norm, weights_sha256
-from stage1_cnn.train import deciding_score, identity, train_cnn
+from stage1_cnn.train import CHOICES, identity, train_cnn
 from tests.onednn import cpu_with_bf16
 from tests.stage1_cnn.material import StopAfter, World, write_labels
 
@@ -28,7 +29,7 @@ from tests.stage1_cnn.material import StopAfter, World, write_labels
 def train(world: World, config: Config | None = None, name: str = "first", stop: StopRequest | None = None) -> dict:
     config = config or world.config
     stop = StopRequest() if stop is None else stop
-    return train_cnn(config, config.runs / name, world.index(), world.root, stop)
+    return train_cnn(config, config.runs / name, world.index(), world.root, stop).to_json()
 
 
 def epochs_of(run: Path) -> list[dict]:
@@ -164,7 +165,7 @@ def test_without_validation_videos_the_last_epoch_counts(world: World) -> None:
     index = world.index().model_copy(
         update={"videos": tuple(v.model_copy(update={"split": "train"}) for v in world.index().videos)}
     )
-    result = train_cnn(config, world.run, index, world.root, StopRequest())
+    result = train_cnn(config, world.run, index, world.root, StopRequest()).to_json()
     assert result["val_map"] is None
     assert result["best_epoch"] == result["epochs"] == 2
     assert "last epoch" in result["chosen_by"]
@@ -186,7 +187,7 @@ def test_a_data_set_without_tools_trains_on_phases(own_world: World) -> None:
     with pytest.raises(UserError, match=r"tiny has no tools; set cnn.phase_head=true"):
         train_cnn(own_world.config, own_world.run, index, own_world.root, StopRequest())
     config = own_world.set(cnn={"phase_head": True})
-    result = train_cnn(config, config.runs / "phases", index, own_world.root, StopRequest())
+    result = train_cnn(config, config.runs / "phases", index, own_world.root, StopRequest()).to_json()
     assert result["val_map"] is None
     assert result["chosen_by"] == "validation phase accuracy"
     assert result["val_phase_accuracy"] > 0.3
@@ -262,9 +263,9 @@ def test_learning_rates(world: World) -> None:
 
 
 def test_deciding_score() -> None:
-    assert deciding_score({"val_map": 0.5, "val_phase_accuracy": 0.9}) == ("validation mAP", 0.5)
-    assert deciding_score({"val_map": None, "val_phase_accuracy": 0.9}) == ("validation phase accuracy", 0.9)
-    assert deciding_score({"val_map": None})[1] is None
+    assert deciding_score({"val_map": 0.5, "val_phase_accuracy": 0.9}, CHOICES) == ("validation mAP", 0.5)
+    assert deciding_score({"val_map": None, "val_phase_accuracy": 0.9}, CHOICES) == ("validation phase accuracy", 0.9)
+    assert deciding_score({"val_map": None}, CHOICES)[1] is None
 
 
 def test_batch_norm_over_several_processes_is_refused_where_torch_has_none() -> None:

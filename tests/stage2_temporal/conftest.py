@@ -50,7 +50,8 @@ def train(tmp_path: Path, cue_folder: Path) -> Train:
         config = Config.model_validate(
             {"seed": seed, "device": "cpu", "runs": tmp_path, "temporal": small(**(temporal or {}))}
         )
-        return train_temporal(config, tmp_path / name, folder or cue_folder, StopRequest() if stop is None else stop)
+        stop = StopRequest() if stop is None else stop
+        return train_temporal(config, tmp_path / name, folder or cue_folder, stop).to_json()
 
     return run
 

@@ -269,7 +269,7 @@ def test_features_of_the_joint_backbone_and_a_head_that_starts_from_its_lstm(sta
     found = load_feature_set(folder, [entry.id])[entry.id]
     assert np.abs(found.features - expected).max() < 1e-4 * np.abs(expected).max()
     result = train_temporal(again, run, folder, StopRequest())
-    assert result["epochs"] == 2
+    assert result.epochs == 2
     (stages.run.parent / "tiny-set.yaml").write_text(yaml.safe_dump(SPEC.model_dump(mode="json")))
     tree["data"]["dataset"] = str(stages.run.parent / "tiny-set.yaml")
     pair_of_stages(Config.model_validate(tree), run)  # what `predict --from-joint back` asks for
