@@ -1,3 +1,3 @@
-"""Other programs' files: MTRCNet's checkpoints, index pickles and text files."""
+"""Files of other programs: MTRCNet's checkpoints, index pickles and text files."""
 
-import configs  # noqa: F401, which keeps idle threads from spinning if it comes before torch
+import configs  # noqa: F401, imported before torch, since it keeps torch's idle threads from spinning

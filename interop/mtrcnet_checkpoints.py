@@ -29,11 +29,12 @@ from stage2_temporal.joint.net import JointNet, build_joint
 
 PREFIX = "module."
 MAPPING_KEYS = frozenset({"weight", "bias"})
-UNITS = 512  # width of every layer in the original programs
+UNITS = 512  # number of units of every layer in the original programs
 _BACKBONE = ("share", "backbone.net")
 _PHASE_LAYER = "fc"
 _MOST_UNITS = 1 << 14
-# By kind of block and number of blocks per layer. The original programs use ResNet50; the others fit their files too.
+# The name of a ResNet by its kind of block and number of blocks per layer. The original programs use ResNet50; their
+# files can hold the others as well.
 _RESNETS: dict[tuple[str, tuple[int, ...]], str] = {
     ("conv2", (2, 2, 2, 2)): "resnet18",
     ("conv2", (3, 4, 6, 3)): "resnet34",
@@ -45,10 +46,10 @@ _RESNETS: dict[tuple[str, tuple[int, ...]], str] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One net of the original programs.
+    """One of the nets that the original programs can train.
 
-    `layers` maps its layers besides `share` to modules of a `JointNet`; layers in `unused` may be in a file although
-    the net does not use them. File names start with `stem` and end with the measurements named in `accuracies`.
+    `layers` maps its layers except `share` to modules of a `JointNet`. Layers in `unused` may be in a file although the
+    net does not use them. File names start with `stem` and end with the accuracies whose keys are in `accuracies`.
     """
 
     name: str
@@ -62,7 +63,11 @@ class Variant:
 
     @property
     def form(self) -> tuple[str, bool, bool, bool, bool]:
-        """What identifies a variant: tasks, two-layer tool branch, mapping, ReLU after the LSTM, hidden layer."""
+        """What identifies a variant.
+
+        These are its tasks, and whether it has a two-layer tool branch, a mapping, a ReLU after the LSTM, and a hidden
+        layer before the phase layer.
+        """
         return self.tasks, "fc3" in self.layers, "fc_p2t" in self.layers, self.relu, "fc_h" in self.layers
 
 
@@ -117,26 +122,26 @@ _LAYERS = frozenset(layer for variant in VARIANTS.values() for layer in variant.
 
 @dataclass(frozen=True)
 class NamedRun:
-    """The description of a training run in a file name; `values` are the numbers in it."""
+    """The description of a training run that a file name contains; `values` holds the numbers in it by key."""
 
     stem: str
     values: Mapping[str, int]
 
     @property
     def frames(self) -> int:
-        """Length of a clip in frames."""
+        """The length of a clip in frames."""
         return self.values["length"]
 
     @property
     def variant(self) -> str | None:
-        """Name of the variant, None if the file name does not tell."""
+        """The name of the variant; None if the file name does not determine it."""
         if self.stem == "cnn_lstm" and "train1" in self.values and "train2" not in self.values:
-            return "tool"  # the tool program of the main release names its files like those of the net for both tasks
+            return "tool"  # the main release's tool program begins its file names like those of the net for both tasks
         stems = {variant.stem: variant.name for variant in VARIANTS.values()} | {"lstm": "phase"}
         return stems.get(self.stem)
 
     def sentence(self) -> str:
-        """A sentence with settings, then accuracies in percent."""
+        """A sentence for the user with the settings, and then the accuracies in percent."""
         known = self.values
         parts = [f"epoch {known['epoch']}", f"clips of {known['length']} frames"]
         parts += [words[known[key]] for key, words in _CODES.items() if known.get(key) in words]
@@ -181,7 +186,7 @@ def compose_file_name(variant: Variant, values: Mapping[str, int]) -> str:
 # ---------------------------------------------------------------------------------------------- normalisation
 
 
-# By release, the values of `preprocess` by which images are normalised: red, green and blue, each from 0 to 1.
+# The values of `preprocess` that normalise images, for each release: red, green and blue, on a scale from 0 to 1.
 NORMALISATIONS = {
     "main": {"mean": (0.3456, 0.2281, 0.2233), "std": (0.2528, 0.2135, 0.2104)},
     "pytorch1.2.0": {"mean": (0.44893518, 0.3226702, 0.34424525), "std": (0.22357443, 0.18503027, 0.1900281)},
@@ -189,7 +194,10 @@ NORMALISATIONS = {
 
 
 def choose_normalisation(original: Original, asked: str | None) -> tuple[str, str]:
-    """The key in `NORMALISATIONS`, `asked` or inferred from layers and key prefixes, and the reason in words."""
+    """The key in `NORMALISATIONS` and the reason for it in words.
+
+    The key is `asked` or, if this is None, inferred from the layers and the prefix of the keys.
+    """
     if asked is not None:
         return asked, "given by --normalisation"
     if original.variant.name == "pytorch1.2.0":
@@ -208,18 +216,18 @@ def choose_normalisation(original: Original, asked: str | None) -> tuple[str, st
 
 @dataclass(frozen=True)
 class Original:
-    """A recognised state dict, with keys without `module.`; unused layers are in `unused`."""
+    """A state dict of an original net that was recognised; its keys have no `module.`, and unused layers are apart."""
 
     variant: Variant
     backbone: str
     tensors: Mapping[str, Tensor] = field(repr=False)
     prefixed: bool
     unused: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    guessed: bool = False  # neither the layers nor the file name nor the user determined which of two nets it is
+    guessed: bool = False  # True if neither layers, file name nor user determine which of two nets this is
 
     @property
     def net(self) -> JointNetConfig:
-        """Settings of the branches."""
+        """The settings of the joint net's branches."""
         return JointNetConfig(
             tasks=self.variant.tasks,
             tool_hidden=self._units("fc2") if "fc3" in self.variant.layers else None,
@@ -228,7 +236,7 @@ class Original:
 
     @property
     def head(self) -> LstmHead | None:
-        """Settings of the phase branch; None for a net for tools."""
+        """The settings of the phase branch; None for a net for tools."""
         if "lstm" not in self.variant.layers:
             return None
         return LstmHead(
@@ -239,12 +247,12 @@ class Original:
 
     @property
     def phases(self) -> int:
-        """Number of phases C; 0 without a phase branch."""
+        """The number of phases, C; 0 without a phase branch."""
         return self._units(_PHASE_LAYER) if _PHASE_LAYER in self.variant.layers else 0
 
     @property
     def tools(self) -> int:
-        """Number of tools K; 0 without a tool branch."""
+        """The number of tools, K; 0 without a tool branch."""
         last = next((layer for layer in ("fc3", "fc2") if layer in self.variant.layers), None)
         return self._units(last) if last else 0
 
@@ -252,7 +260,7 @@ class Original:
         return len(self.tensors[f"{layer}.weight"])
 
     def sentence(self) -> str:
-        """A sentence with the content of the file."""
+        """A sentence for the user about the content of the file."""
         head = self.head
         parts = [self.backbone]
         parts += [f"LSTM {head.hidden}"] if head else []
@@ -269,8 +277,9 @@ def is_mapping(state: Mapping[str, Tensor]) -> bool:
 def recognise(state: Mapping[str, Tensor], source: Path, asked: str | None = None) -> Original:
     """Recognise which of the original nets a state dict contains.
 
-    If the layers fit several variants (a net for tools may contain an unused LSTM), `asked` chooses, otherwise the name
-    of the file `source`, otherwise the variant that uses every layer. Raises UserError with the reason if none fits.
+    The layers may fit several variants, since a net for tools may contain an unused LSTM. In this case `asked` decides;
+    without it, the name of the file `source`; if that does not tell, the variant that uses every layer is taken. Raises
+    UserError with the reason if no variant fits.
     """
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     layers = {name.partition(".")[0] for name in tensors}
@@ -318,7 +327,7 @@ def _fitting_variants(layers: set[str], source: Path) -> list[Variant]:
 
 
 def _choose(fitting: Sequence[Variant], source: Path, asked: str | None) -> tuple[Variant, bool]:
-    """The variant, and whether it is a guess."""
+    """The variant to take among those that fit, and whether it is a guess."""
     names = [variant.name for variant in fitting]
     if asked is not None and asked not in names:
         raise UserError(f"{source}: --variant {asked}: its layers are those of {' or '.join(names)}")
@@ -352,10 +361,10 @@ def _backbone_name(tensors: Mapping[str, Tensor]) -> str:
 
 
 def to_joint(original: Original, spec: DataSetSpec, order: Sequence[str] | None, source: Path) -> JointNet:
-    """The net as a `JointNet` in evaluation mode, with its phases in the order of `spec`.
+    """Convert a net to a `JointNet` in evaluation mode, with the phases in the order of `spec`.
 
-    `order` names the phases 0, 1, ... of the file; None for a net without phases. Raises UserError if the numbers of
-    classes are not those of the data set, or a tensor is missing, of another shape or not finite.
+    `order` names the phases 0, 1, ... of the file; None for a net without phases. Raises UserError if the file and the
+    data set have different numbers of classes, or if a tensor is missing, has another shape or is not finite.
     """
     _require_class_counts(original, spec, source)
     backbone = build_backbone(original.backbone, "random", 0)
@@ -384,7 +393,7 @@ def _require_class_counts(original: Original, spec: DataSetSpec, source: Path) -
 
 
 def _names(variant: Variant, ours: Mapping[str, Any]) -> dict[str, str]:
-    """Maps each original key to its `JointNet` key, for every tensor of `ours`."""
+    """A dictionary from original keys to `JointNet` keys, for every tensor in `ours`."""
     return {
         theirs + name.removeprefix(mine): name
         for theirs, mine in (_BACKBONE, *variant.layers.items())
@@ -394,17 +403,17 @@ def _names(variant: Variant, ours: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _reorder_phases(tensors: dict[str, Tensor], rows: NDArray[np.int64]) -> None:
-    """Replace the rows of the phase layer by those with the given numbers."""
+    """Rearrange the rows of the phase layer: new row i is the old row `rows[i]`."""
     for part in ("weight", "bias"):
         tensors[f"{_PHASE_LAYER}.{part}"] = tensors[f"{_PHASE_LAYER}.{part}"][torch.from_numpy(rows)]
 
 
 def mapping_tensors(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
-    """Weight (K, H) and bias (K,) of the mapping. Raises UserError if they do not have the shapes of `wanted`."""
+    """Weight (K, H) and bias (K,) of the mapping. Raises UserError unless they have the shapes in `wanted`."""
     found = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     problems = misfits(wanted, found)
     if problems:
-        raise UserError(f"{source}: this mapping does not fit the net of --into ({problems[0]})")
+        raise UserError(f"{source}: this mapping does not fit the net given by --into ({problems[0]})")
     return found
 
 
@@ -412,13 +421,13 @@ def mapping_tensors(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], s
 
 
 def variant_of(net: JointNet, head: HeadSettings | None, source: Path) -> Variant:
-    """The original net with the layers of a `JointNet`. Raises UserError with the reason if there is none."""
+    """The original net that has the same layers as a `JointNet`. Raises UserError with the reason if there is none."""
     if net.backbone.name not in _RESNETS.values():
-        raise UserError(f"{source}: the original programs use ResNets only, this net has {net.backbone.name}")
+        raise UserError(f"{source}: the original programs use ResNets only; this net has {net.backbone.name}")
     relu = fc_hidden = False
     if net.phase is not None:
         if not isinstance(head, LstmHead):
-            raise UserError(f"{source}: the original programs use an LSTM, this net has {head.name if head else '?'}")
+            raise UserError(f"{source}: the original programs use an LSTM; this net has {head.name if head else '?'}")
         if head.layers > 1 or head.bidirectional or head.dropout:
             raise UserError(
                 f"{source}: the original LSTM has one layer, one direction and no dropout; this one differs"
@@ -438,9 +447,10 @@ def variant_of(net: JointNet, head: HeadSettings | None, source: Path) -> Varian
 def to_original(
     net: JointNet, variant: Variant, phases: Sequence[str], order: Sequence[str] | None, prefix: bool
 ) -> dict[str, Tensor]:
-    """The state dict of a `JointNet` under the original keys, with its phases in the order `order`.
+    """The state dict of a `JointNet` under the original keys, with the phases in the order `order`.
 
-    The original has no standardisation; its constants are folded into the input weights and bias of the LSTM.
+    The original nets do not standardise embeddings, so the constants of standardisation are folded into the input
+    weights and the bias of the LSTM.
     """
     ours = net.state_dict()
     state = {theirs: ours[mine].detach().clone() for theirs, mine in _names(variant, ours).items()}
@@ -453,7 +463,7 @@ def to_original(
 
 
 def standardises(standardise: Standardise) -> bool:
-    """Whether the standardisation differs from the identity."""
+    """Whether the layer changes its input, that is, whether it is not the identity."""
     return bool((standardise.mean != 0).any() or (standardise.scale != 1).any())
 
 

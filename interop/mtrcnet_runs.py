@@ -1,4 +1,4 @@
-"""Import checkpoints of the original MTRCNet programs as runs, and export runs as such files."""
+"""Import checkpoints of the original MTRCNet programs as runs, and export runs as checkpoints of these programs."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ from stage2_temporal.joint.net import FOLDER, IMPORTED, STEPS, JointAbout, Joint
 
 @dataclass(frozen=True)
 class ImportRequest:
-    """A checkpoint of the original programs and the options of its import; None if not given."""
+    """A checkpoint of the original programs and the options of its import; an option is None if it is not given."""
 
     file: Path
     phase_order: str | None = None
     normalisation: str | None = None
     variant: str | None = None
-    into: Path | None = None  # run whose net receives the mapping, for files with the mapping only
+    into: Path | None = None  # for a file with the mapping only: the run whose net gets the mapping
     trusted: bool = False
-    given: GivenKeys = NO_KEYS  # settings given by the user rather than by a preset
+    given: GivenKeys = NO_KEYS  # the settings that come from the user and not from a preset
 
 
 def import_original(config: Config, run: Path, request: ImportRequest) -> dict[str, Any]:
-    """Convert a checkpoint of the original programs to `RUN/joint/imported/` and report its content.
+    """Convert a checkpoint of the original programs into a net in `RUN/joint/imported/`, and report its content.
 
-    `config` determines the data set, the sampling rate, the geometry of images and, if the user gave it, their
-    normalisation. Everything else comes from the file and is written beside the net as settings that fit it. Returns
-    the result as written to `result.json`. Raises UserError if the file is missing, unreadable or not such a
-    checkpoint, if it contradicts the data set or the user's settings, and if RUN contains another joint net.
+    `config` determines the data set, the sampling rate, the size of images and, if the user gave it, their
+    normalisation. All other settings come from the file and are written beside the net. Returns the content of
+    `result.json`. Raises UserError if the file is missing, unreadable or not such a checkpoint, if it contradicts the
+    data set or the user's settings, or if RUN contains another joint net.
     """
     tensors = load_external_state(request.file, request.trusted)
     state = below("share", tensors, "a net of the original programs", request.file)
@@ -94,7 +94,7 @@ def _require_phases(phases: object, phase_order: str | None, where: Path) -> Non
 
 
 def _normalisation(config: Config, original: Original, request: ImportRequest) -> tuple[str, str]:
-    """The key in `NORMALISATIONS`, or `given` for values of the user, and the reason in words."""
+    """The key in `NORMALISATIONS`, or `given` if the user gave the values, and the reason in words."""
     name, reason = choose_normalisation(original, request.normalisation)
     keys = request.given.any_of("preprocess.mean", "preprocess.std")
     if not keys or config.preprocess == config.preprocess.model_copy(update=NORMALISATIONS[name]):
@@ -109,9 +109,9 @@ def _normalisation(config: Config, original: Original, request: ImportRequest) -
 
 
 def _fitting_settings(config: Config, original: Original, request: ImportRequest, normalisation: str) -> Config:
-    """The settings with the values determined by the file, to be used by `train-joint --from-joint` and `extract`.
+    """The settings for `train-joint --from-joint` and `extract`, with the values that the file determines.
 
-    Raises UserError if `--set` gives another value for one of them.
+    Raises UserError if the user gave another one of these values with `--set`.
     """
     tree = config.model_dump()
     tree["cnn"] |= {"backbone": original.backbone, "weights": "random"}  # the file contains all weights
@@ -168,12 +168,12 @@ def _findings(
 def _import_mapping(
     config: Config, run: Path, request: ImportRequest, into: Path, state: Mapping[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """Write a new run with the net of `into` and the mapping of the file."""
+    """Write a new run whose net is that of the run `into` with the mapping of the file."""
     file = request.file
     for option in ("phase_order", "normalisation", "variant"):
         if getattr(request, option) is not None:
             given = f"--{option.replace('_', '-')}"
-            raise UserError(f"{given}: {file} contains only the mapping; omit it: this is taken from the net of --into")
+            raise UserError(f"{given}: {file} contains only the mapping, the rest is that of --into; omit this option")
     path = joint_checkpoint(into)
     net, about = load_joint(path)
     require_preprocess_of(about.preprocess, config, request.given, path)
@@ -202,7 +202,7 @@ def _write_run(run: Path, config: Config, net: JointNet, about: JointAbout) -> d
         raise UserError(f"{run / FOLDER / trained[0]}: this run has a trained joint net; choose another --name")
     content = replace(about, scores=None).to_json()
     weights = weights_sha256(net)
-    named = {key: value for key, value in content.items() if key != "unused"}  # identified by the file in `original`
+    named = {key: value for key, value in content.items() if key != "unused"}  # the file's hash in `original` covers it
     stage = StageFolder(run, f"{FOLDER}/{IMPORTED}", config, StageIdentity({**named, "weights_sha256": weights}))
     path = stage.path / "best.pt"
     found = stage.result
@@ -227,11 +227,12 @@ def _write_run(run: Path, config: Config, net: JointNet, about: JointAbout) -> d
 
 
 def export_original(config: Config, run: Path, out: Path, phase_order: str | None, prefix: bool | None = None) -> Path:
-    """Write the joint net of a run into the folder `out` under the original keys and file name; returns the path.
+    """Write the joint net of a run into the folder `out`, under the original keys and file name; returns the path.
 
-    `phase_order` is the order of the phases in the file; `prefix` adds `module.` to the keys (None: as in the imported
-    file, or as the original program of that net). Raises UserError if the original programs have no such net, if a net
-    for phases is exported without an order, and if the file exists.
+    `phase_order` is the order of the phases in the file. `prefix` says whether keys start with `module.`; if it is
+    None, they do if those of the imported file do or, for a net that was not imported, if those of the original program
+    do. Raises UserError if the original programs have no such net, if a net for phases is exported without an order, or
+    if the file exists.
     """
     path = joint_checkpoint(run)
     net, about = load_joint(path)
@@ -254,7 +255,7 @@ def export_original(config: Config, run: Path, out: Path, phase_order: str | Non
 
 
 def _file_name(variant: Variant, about: JointAbout, path: Path) -> str:
-    """The file name before the import, or one composed of what is known about the training."""
+    """The name of the imported file or, for a net that was not imported, one composed of the training's settings."""
     if about.step == IMPORTED and about.provenance.get("variant") == variant.name:
         return Path(about.provenance["file"]).name
     values = {"length": about.frames}

@@ -1,6 +1,6 @@
 """Convert index pickles of the original MTRCNet programs to an index, and an index to such a pickle.
 
-`interop.pickled_videos` describes the files. Videos are found below the data root by the names of their folders.
+`interop.pickled_videos` describes the files. A pickled video is found below the data root by its folder's name.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PROTOCOL = 2  # the newest pickle protocol of Python 2, which the original progr
 # ---------------------------------------------------------------------------------------------- pickles to an index
 
 
-_Labels = dict[str, LabelTrack]  # `phase` and perhaps `tool` of a pickled video, on the timeline of its source
+_Labels = dict[str, LabelTrack]  # the keys are `phase` and perhaps `tool`; the rows are source frames of the video
 _READERS = {"phase": read_phase_file, "tool": read_tool_file}
 
 
@@ -58,10 +58,10 @@ def index_from_pickles(
 ) -> Index:
     """Write `data.index` with the videos and labels of index pickles, and their split unless the settings name one.
 
-    Annotation files below the data root must agree with the pickle in every row and are used; for videos without them,
-    they are written to `labels_to`, a folder below the root (default: `labels-from-pickle`). Rows are `data.fps` apart.
-    Returns the index. Raises UserError naming file, video and row, and writes nothing, if a pickle cannot be read, a
-    video is not found, or labels disagree.
+    If there are annotation files below the data root, they are used, and they must agree with the pickle in every row.
+    For videos without them, they are written to `labels_to`, a folder below the root (default: `labels-from-pickle`).
+    The rows of a pickle must be sampled at `data.fps`. Returns the index. Raises UserError naming file, video and row,
+    and writes nothing, if a pickle cannot be read, a video is not found, or labels disagree.
     """
     root, spec = data_root(config), load_dataset(config.data.dataset)
     order = parse_phase_order(phase_order, spec, str(files[0]))
@@ -112,7 +112,7 @@ def _as_lists(pickled: Mapping[str, PickledVideo]) -> SplitConfig:
 def _check_video(
     root: Path, found: FoundVideo, video: PickledVideo, order: Sequence[str], spec: DataSetSpec, data: DataConfig
 ) -> _Labels:
-    """The labels of a pickled video on its timeline. Raises UserError if its source or annotations disagree."""
+    """The labels of a pickled video by source frame. Raises UserError if the video's source or annotations disagree."""
     rows_of = _rows_of_video if found.kind == "video" else _rows_of_folder
     frames, stride = rows_of(root, found.source, video, spec, data)
     phase = ids_of_order(order, spec.phases)[video.phase].astype(np.int8)
@@ -124,9 +124,9 @@ def _check_video(
 
 
 def _row_frames(video: PickledVideo, spec: DataSetSpec, data: DataConfig) -> tuple[NDArray[np.int64], FolderLayout]:
-    """Source frame (R,) of each row, from the numbers in image names, and the numbering of the images.
+    """The source frame (R,) of each row, derived from the numbers in image names, and the numbering of the images.
 
-    Consecutive numbers count samples at `data.fps`, unless the settings specify another numbering.
+    If the numbers are consecutive, they count the samples at `data.fps`, unless the settings specify another numbering.
     """
     scan = scan_names(Path(f"{video.where} ({video.folder})"), video.file_names, spec)
     consecutive = len(scan.numbers) < 2 or scan.numbers[1] == scan.numbers[0] + 1
@@ -145,10 +145,10 @@ def _row_frames(video: PickledVideo, spec: DataSetSpec, data: DataConfig) -> tup
 def _rows_of_video(
     root: Path, source: str, video: PickledVideo, spec: DataSetSpec, data: DataConfig
 ) -> tuple[NDArray[np.int64], int]:
-    """Source frame (R,) of each row of a video file, and the largest distance between rows, in frames.
+    """The source frame (R,) of each row of a video file, and the largest distance between rows, in frames.
 
-    Sampling is by time: at 29.97 fps, samples are not exactly 30 frames apart, and their numbers are not equidistant.
-    Raises UserError if rows lie beyond the end of the video.
+    Videos are sampled by time. At 29.97 fps, for example, samples are not always 30 frames apart. Raises UserError if
+    rows lie beyond the end of the video.
     """
     info = probe_video(inside(root, source))
     times_s = info.times.seconds(info.frame_count) if info.times else None
@@ -166,7 +166,8 @@ def _rows_of_video(
             stride = int(np.diff(frames).max(initial=stride))
     if frames[-1] >= info.frame_count:
         raise UserError(
-            f"{video.where}: {len(frames)} rows reach frame {frames[-1]}, {root / source} has {info.frame_count} frames"
+            f"{video.where}: its {len(frames)} rows end at frame {frames[-1]}, but {root / source} has "
+            f"{info.frame_count} frames"
         )
     return frames, stride
 
@@ -174,7 +175,10 @@ def _rows_of_video(
 def _rows_of_folder(
     root: Path, source: str, video: PickledVideo, spec: DataSetSpec, data: DataConfig
 ) -> tuple[NDArray[np.int64], int]:
-    """Source frame (R,) of each row of a folder's images, and their distance. Raises UserError if one has no image."""
+    """The source frame (R,) of each row of a folder of images, and the distance between rows, in frames.
+
+    Raises UserError if a row has no image.
+    """
     frames, layout = _row_frames(video, spec, data)
     scan = scan_folder(root, source, spec)
     counts = f"{video.where}: {len(frames)} rows, but {root / source} contains {len(scan.names)} images"
@@ -184,7 +188,7 @@ def _rows_of_folder(
     missing = np.flatnonzero(~np.isin(frames, source_frames(scan, images)))
     if len(missing):
         row = int(missing[0])
-        raise UserError(f"{counts} and none of frame {frames[row]} (row {row + 1}, {video.file_names[row]})")
+        raise UserError(f"{counts}, none of them for frame {frames[row]} (row {row + 1}, {video.file_names[row]})")
     return frames, layout.stride
 
 
@@ -210,7 +214,10 @@ def _require_agreement(root: Path, found: FoundVideo, video: PickledVideo, label
 def _written_labels(
     root: Path, folder: Path, found: Mapping[str, FoundVideo], labels: Mapping[str, _Labels], spec: DataSetSpec
 ) -> Iterator[None]:
-    """Write annotation files for the videos without any below the root; deleted again if the body raises."""
+    """A context that writes annotation files for the videos that have none below the root.
+
+    The files are deleted again if an exception leaves the context.
+    """
     files = {
         _label_file(folder, video_id, role, spec): track
         for video_id, tracks in labels.items()
@@ -247,7 +254,10 @@ def _require_folder(root: Path, folder: Path) -> None:
 
 
 def _label_file(folder: Path, video_id: str, kind: str, spec: DataSetSpec) -> Path:
-    """Path for the labels of a video. Raises UserError if the data set's pattern does not match it, or it exists."""
+    """The path to which a video's labels are written.
+
+    Raises UserError if the pattern of the data set does not match it, or if it exists.
+    """
     path = folder / f"{file_stem(video_id)}-{kind}.txt"
     if not spec.patterns.compiled(kind).fullmatch(path.name):
         raise UserError(
@@ -262,10 +272,10 @@ def _label_file(folder: Path, video_id: str, kind: str, spec: DataSetSpec) -> Pa
 
 
 def labelled_rows(entry: VideoEntry, root: Path, index: Index, data: DataConfig, phases_only: bool) -> VideoLabels:
-    """The frames sampled at `data.fps` that have a phase and (unless `phases_only`) tools: those of the original
-    programs.
+    """The labels of the frames that the original programs use.
 
-    Raises UserError if annotation files have changed since the index was written.
+    These are the frames sampled at `data.fps` that have a phase label and, unless `phases_only`, tool labels. Raises
+    UserError if annotation files have changed since the index was written.
     """
     labels = sampled_labels(entry, root, index, data)
     kept = labels.phase >= 0
@@ -285,9 +295,10 @@ def pickle_from_index(
 ) -> None:
     """Write the index as a pickle of the original programs, sampled at `data.fps`, phases numbered by `phase_order`.
 
-    Frames without one of the labels have no row; their number is reported. Paths are those of the images below the data
-    root; for a video file, those of images beside it, numbered by source frame, which do not exist. Raises UserError if
-    no row is left, and if another file exists at `path` and `replace` is false.
+    A frame that lacks one of the labels has no row; the number of such frames is reported. The paths are those of the
+    images below the data root. For a video file, they are paths of images beside it, numbered by source frame, which do
+    not exist yet. Raises UserError if there would be no rows, or if another file exists at `path` and `replace` is
+    false.
     """
     index, root = open_dataset(config)
     order = parse_phase_order(phase_order, index.dataset, str(path))
@@ -299,7 +310,7 @@ def pickle_from_index(
     if not entries:
         parts = " or ".join(splits)
         raise UserError(f"{path}: not written: the index has no video in split {parts}; set data.split or --layout")
-    numbers = np.argsort(ids_of_order(order, index.dataset.phases))  # number in the pickle of each phase id
+    numbers = np.argsort(ids_of_order(order, index.dataset.phases))  # phase id -> number in the pickle
     videos = {entry.id: _pickled(entry, root, index, config.data, numbers, phases_only) for entry in entries}
     videos = {video_id: video for video_id, video in videos.items() if video}
     if not videos:
@@ -312,7 +323,7 @@ def pickle_from_index(
 def _pickled(
     entry: VideoEntry, root: Path, index: Index, data: DataConfig, numbers: NDArray[np.int64], phases_only: bool
 ) -> list[list[Any]]:
-    """Rows `[path, tool..., phase]` of strings and integers."""
+    """The rows `[path, tool..., phase]` of one video, as strings and integers."""
     rows = labelled_rows(entry, root, index, data, phases_only)
     layout = entry.frames
     names = frame_folder(root, entry.source, index.dataset, layout) if layout else None
@@ -328,7 +339,10 @@ def _pickled(
 
 
 def _arranged(index: Index, videos: Mapping[str, list[list[Any]]], layout: str) -> list[Any]:
-    """The lists of a layout: videos, or paths per part, labels per part, frames per video of each part."""
+    """The content of the pickle in the given layout.
+
+    It is a list of videos, or the lists of paths, then of labels, then of frames per video, each for every part.
+    """
     if not LAYOUTS[layout]:
         return list(videos.values())
     parts = [[videos[entry.id] for entry in index.by_split(split) if entry.id in videos] for split in LAYOUTS[layout]]

@@ -1,10 +1,11 @@
 """Read the index pickles of the original MTRCNet programs: videos with image paths and labels.
 
-`cholec80.pkl` is a list of videos, each a list of rows `[path, tool 1, ..., tool 7, phase]`. The other files contain,
-for the parts train, val and test (or train and val, or test only), first one list of paths per part, then one list of
-labels (`[tool 1, ..., tool 7, phase]`) per part, then one list of the number of frames per video per part. Later files
-contain phases only: rows `[path, phase]`, labels `[phase]`. The form is recognised from the structure, never from the
-name of the file. The paths are those of another machine: only the names of an image and its folder are used.
+`cholec80.pkl` is a list of videos, each of which is a list of rows `[path, tool 1, ..., tool 7, phase]`. The other
+files have the parts train, val and test (or train and val, or test only). They contain first one list of paths per
+part, then one list of labels (`[tool 1, ..., tool 7, phase]`) per part, and then, per part, one list with the number of
+frames of each video. Newer files contain phases only: rows are `[path, phase]`, labels `[phase]`. The form is
+recognised from the structure, never from the name of the file. The paths are those of another machine, so only the
+names of an image and of its folder are used.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ LAYOUTS: dict[str, tuple[Split, ...]] = {
 
 @dataclass(frozen=True, eq=False)
 class PickledVideo:
-    """One video of an index pickle with R rows: image paths as in the file, labels in the numbering of the file."""
+    """One video of an index pickle, with R rows; paths, and the numbers of phases, are those in the file."""
 
     where: str  # file and number of the video, for messages
     paths: tuple[str, ...]
@@ -45,26 +46,26 @@ class PickledVideo:
 
     @property
     def folder(self) -> str:
-        """Name of the folder of all images. Raises UserError if there are several."""
+        """The name of the folder that contains the images. Raises UserError if there are several folders."""
         names = {folder_and_file(path)[0] for path in self.paths}
         if len(names) != 1:
-            raise UserError(f"{self.where}: images of several folders ({', '.join(sorted(names)[:3])}) in one video")
+            raise UserError(f"{self.where}: its images are in several folders ({', '.join(sorted(names)[:3])})")
         return names.pop()
 
     @property
     def file_names(self) -> list[str]:
-        """Names of the R image files, without folders."""
+        """The names of the R image files, without folders."""
         return [folder_and_file(path)[1] for path in self.paths]
 
 
 def folder_and_file(path: str) -> tuple[str, str]:
-    """Names of the folder and of the file in a path of any operating system."""
+    """The names of the folder and of the file in a path of any operating system."""
     parts = re.split(r"[/\\]", path)
     return (parts[-2] if len(parts) > 1 else "", parts[-1])
 
 
 def read_pickled_index(path: Path, spec: DataSetSpec) -> list[PickledVideo]:
-    """The videos of an index pickle, in its order.
+    """The videos of an index pickle, in the order of the file.
 
     Raises UserError naming the file, and the video and row at fault, if the file is missing, unreadable or not an index
     pickle with the classes of `spec`.
@@ -121,11 +122,11 @@ def _from_parts(path: Path, groups: Sequence[Any], spec: DataSetSpec) -> list[Pi
 
 
 def _order_of_lists(groups: Sequence[Any]) -> list[int]:
-    """Indices of the lists of paths of all parts, then of labels, then of frames per video.
+    """The positions of the lists: those of paths for all parts, then those of labels, then those of frames per video.
 
-    MTRCNet writes this order; Trans-SVNet writes the three lists of train and of val each in turn, then those of test.
-    The types of the entries decide; if some lists are empty, or if labels are integers like frames per video, it is one
-    of these two orders.
+    MTRCNet writes the lists in this order. Trans-SVNet writes the lists of paths, labels and frames per video for train
+    and val in turn, and then those of test. The types of the entries decide. If they cannot, because some lists are
+    empty or labels are integers like frames per video, the order must be one of these two.
     """
     kinds = [
         (str, list, int).index(type(group[0])) if group and type(group[0]) in (str, list, int) else 3

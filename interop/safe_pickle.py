@@ -2,12 +2,13 @@
 
 A pickle is a program for a small stack machine, and Python's `pickle.load` executes it. Here the instructions are first
 read without executing them: only those that build lists, tuples, dictionaries, strings and numbers are allowed, and
-their number is bounded. Only then is the file unpickled, by an `Unpickler` without classes, or, with `tensors`, with
-the few names that single numbers of PyTorch and NumPy are stored under. Each of these is rebuilt by code in this file;
-no function of either library is called.
+their number is limited. Only then is the file unpickled, by an `Unpickler` that knows no classes. With `tensors`, it
+knows the few names under which single numbers of PyTorch and NumPy are stored. Code in this file rebuilds these
+numbers; no function of either library is called.
 
-`Unpickler.find_class` alone would keep code out, but not memory bombs: it does not see memo slots, declared lengths,
-nested tuples as dictionary keys or shared parts. `torch.load(weights_only=True)` allows numbers, but has no bounds.
+An `Unpickler` with its own `find_class` would keep code out, but not files made to exhaust memory: it does not see memo
+slots, declared lengths, nested tuples as dictionary keys, or shared parts. `torch.load(weights_only=True)` allows
+numbers, but has no limits.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ MAX_VALUES = 16_000_000  # shared parts are counted at each reference
 MAX_INT_BYTES = 8
 # Tuples can be dictionary keys, and hashing deeply nested tuples exhausts the interpreter's stack.
 MAX_TUPLES_BESIDE_KEYS = 1000
-MAX_TENSOR_VALUES = 1024  # the tensor of one prediction is one number, or one row of logits
+MAX_TENSOR_VALUES = 1024  # the tensor of one prediction holds one number, or one row of logits
 
 
 def _names(text: str) -> frozenset[str]:
@@ -58,11 +59,11 @@ _SCALARS = frozenset({str, int, float, bool, bytes, type(None)})
 
 
 def load_plain(path: Path, *, tensors: bool = False) -> Any:
-    """The lists, tuples, dictionaries, strings and numbers in a pickle of any protocol, those of Python 2 included.
+    """The lists, tuples, dictionaries, strings and numbers in a pickle of any protocol, including those of Python 2.
 
-    With `tensors`, single numbers of PyTorch and NumPy are returned as numbers, and short rows of them as lists. Raises
-    UserError if the file is missing, unreadable, not a pickle or cut off, contains anything else (nothing in it is
-    executed), or exceeds the limits of this module.
+    With `tensors`, single numbers of PyTorch and NumPy are returned as numbers, and short rows of them as lists.
+    Nothing in the file is executed. Raises UserError if the file is missing, unreadable, not a pickle or cut off, if it
+    contains anything else, or if it exceeds the limits of this module.
     """
     content = read_bounded(path, MAX_FILE_BYTES)
     if (what := recognise_start(content[:HEAD_BYTES]) if content else "an empty file") not in (None, PICKLE):
@@ -131,11 +132,11 @@ def _shown(name: str) -> str:
 
 
 def _expanded_size(value: Any, sizes: dict[int, int]) -> int:
-    """How many values a container holds, shared parts counted at each reference.
+    """The number of values in a container; a part to which several references exist is counted at each of them.
 
-    `sizes` keeps the containers seen, 0 while one is being counted. Raises UserError if a part is neither a container
-    nor a string or number (a class that was named and never called), if a container contains itself, and if there are
-    more than MAX_VALUES values.
+    `sizes` holds the sizes of the containers counted so far; a container has size 0 while it is being counted. Raises
+    UserError if a part is neither a container nor a string or number (it may be a class that is named but never
+    called), if a container contains itself, or if there are more than MAX_VALUES values.
     """
     if type(value) in _SCALARS:
         return 1
@@ -192,7 +193,7 @@ class _Rebuilder:
 
 
 class _NumberType(_Rebuilder):
-    """A numeric type under its NumPy name; called with a flat list, it is PyTorch's legacy storage of that type."""
+    """A numeric type, identified by its NumPy name; called with a list, it rebuilds a legacy storage of PyTorch."""
 
     __slots__ = ("kind",)
 
@@ -208,7 +209,7 @@ class _NumberType(_Rebuilder):
 
 
 class _DType(_NumberType):
-    """`numpy.dtype("f8", ...)`, whose state contains the byte order."""
+    """What `numpy.dtype("f8", ...)` in a pickle is rebuilt as; its state contains the byte order."""
 
     def __setstate__(self, state: Any) -> None:
         if not (isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "=", "|")):
@@ -217,7 +218,10 @@ class _DType(_NumberType):
 
 
 class _Budget:
-    """Bytes that rebuilding may still allocate: a pickle can refer to one part of itself a thousand times."""
+    """The number of bytes that rebuilding may still allocate.
+
+    It is limited because a pickle can refer to the same part of itself a thousand times.
+    """
 
     def __init__(self, left: int) -> None:
         self._left = left
@@ -242,13 +246,13 @@ _STORAGES = {
 }
 _DTYPES = _names("f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 b1")
 _SPARE_BYTES = 1 << 20
-_STORAGE_HEADER_BYTES = 4096  # far more than the three pickles before the numbers take
+_STORAGE_HEADER_BYTES = 4096  # the three pickles before the numbers are far shorter
 # The start of a file of `torch.save` in its legacy format: a magic number, and the version of the format.
 _STORAGE_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
 
 
 def _classes(budget: _Budget) -> dict[str, Any]:
-    """By module and name, everything that a pickle with single numbers of PyTorch and NumPy may refer to."""
+    """Everything to which a pickle with single numbers of PyTorch and NumPy may refer, by "module name"."""
     functions: dict[str, Callable[..., Any]] = {
         "torch._utils _rebuild_tensor": partial(_tensor, budget),
         "torch._utils _rebuild_tensor_v2": partial(_tensor, budget),
@@ -269,14 +273,14 @@ def _storage_types() -> dict[str, Any]:
 
 
 def _no_hooks(*entries: Any) -> dict[Any, Any]:
-    """The backward hooks of a tensor: none."""
+    """The backward hooks of a tensor, which must be empty."""
     if entries not in ((), ([],)):
         raise UserError("contains a tensor with hooks; not loaded")
     return {}
 
 
 def _latin1(budget: _Budget, text: Any, encoding: Any) -> bytes:
-    """The form of bytes in protocols 0 to 2."""
+    """The bytes in a string: protocols 0 to 2 store bytes as text."""
     if not isinstance(text, str) or encoding != "latin1":
         raise UserError("contains bytes in an unknown encoding")
     budget.spend(len(text))
@@ -311,9 +315,10 @@ def _numbers(data: bytes, kind: str, count: int) -> np.ndarray:
 
 
 def _storage_from_bytes(budget: _Budget, data: Any) -> np.ndarray:
-    """The numbers (N,) of a storage as PyTorch embeds it in a pickle: a file in its legacy format.
+    """The numbers (N,) of a storage that PyTorch has embedded in a pickle as a file in its legacy format.
 
-    That is the start, three pickles (the machine; type and length of the storage; its key) and the numbers.
+    Such a file consists of a fixed start, three pickles (about the machine; with the type and length of the storage;
+    with its key) and the numbers.
     """
     budget.spend(len(data) if isinstance(data, str | bytes) else 0)
     content = _bytes(data)
@@ -335,7 +340,7 @@ def _storage_from_bytes(budget: _Budget, data: Any) -> np.ndarray:
 
 
 def _storage_kind(reference: Any) -> tuple[str, int]:
-    """Type and length from ("storage", type, key, device, length, view)."""
+    """The type and length of a storage, taken from ("storage", type, key, device, length, view)."""
     if not (isinstance(reference, tuple) and len(reference) in (5, 6) and reference[0] == "storage"):
         _damaged()
     kind, count = reference[1], reference[4]

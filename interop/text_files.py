@@ -1,8 +1,9 @@
 """Write predictions as text files of the original MTRCNet programs: `videoNN-phase.txt` and `videoNN-tool.txt`.
 
-Phases: the header `Frame Phase`, then rows `frame<TAB>name`. Tools: the header `Frame Tool1 ... Tool7`, then rows of
-`frame<TAB>` and seven logits (probabilities in the pytorch1.2.0 programs), each followed by a tab. Frames are numbered
-at the rate of the data set's annotation files: 0, 25, 50, ... for Cholec80 at one frame per second.
+A phase file has the header `Frame Phase` and then rows `frame<TAB>name`. A tool file has the header
+`Frame Tool1 ... Tool7` and then rows of `frame<TAB>` and seven logits (probabilities in the pytorch1.2.0 programs),
+each followed by a tab. Frames are numbered at the rate of the data set's annotation files: 0, 25, 50, ... for Cholec80
+at one frame per second.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def phase_text(frames: NDArray[Any], names: Sequence[str]) -> str:
 
 
 def tool_text(frames: NDArray[Any], values: NDArray[Any]) -> str:
-    """The text of a tool file, from frame numbers (T,) and logits or probabilities (T, K), printed exactly."""
+    """The text of a tool file, from frame numbers (T,) and logits or probabilities (T, K), with all their digits."""
     header = " ".join(["Frame", *(f"Tool{number + 1}" for number in range(values.shape[1]))])
     rows = zip(frames.tolist(), values.astype(str).tolist(), strict=True)
     return f"{header}\n" + "".join(
@@ -61,9 +62,9 @@ def export_run(
 ) -> list[Path]:
     """Write the predictions in `RUN/evaluate/<split>/` as text files to `out` (default: `RUN/export/<split>`).
 
-    The evaluation has a prediction for every frame, from this frame and earlier ones; the first frames of a video have
-    a shorter past. Logits are computed from the stored float32 probabilities and are therefore limited to +-16.6.
-    Returns the paths. Raises UserError if the run is not evaluated, and if a file with other content exists and
+    Every frame has a prediction, which depends on this frame and earlier ones; the first frames of a video simply have
+    fewer earlier ones. Logits are computed from the stored float32 probabilities and are therefore limited to +-16.6.
+    Returns the paths. Raises UserError if the run is not evaluated, or if a file with other content exists and
     `replace` is false.
     """
     spec = load_dataset(config.data.dataset)
@@ -96,7 +97,7 @@ def _csv_files(folder: Path) -> list[Path]:
 
 
 def _annotation_frames(time_s: NDArray[np.float64], spec: DataSetSpec) -> NDArray[np.int64]:
-    """Frame numbers (T,) as in the data set's annotation files, from times (T,)."""
+    """The frame numbers (T,) that the data set's annotation files have for the times (T,)."""
     return np.rint(time_s * spec.annotation_fps).astype(np.int64)
 
 
@@ -121,10 +122,10 @@ def _write_texts(out: Path, texts: Mapping[str, str], replace: bool) -> list[Pat
 
 
 def read_predictions(path: Path, spec: DataSetSpec) -> NDArray[Any]:
-    """A prediction pickle: (N,) int64 phases, one per clip and in the program's numbering, or (N, K) float64 tools.
+    """The content of a prediction pickle: phases (N,) int64, one per clip, or tool scores (N, K) float64.
 
-    It holds them in lists, as numbers or tensors. Nothing in it is executed. Raises UserError, naming the entry at
-    fault, if the file is missing, unreadable or not a list of such predictions.
+    Phases have the program's own numbering. The file is a list of numbers or tensors; nothing in it is executed. Raises
+    UserError naming the entry at fault, or if the file is missing, unreadable or not a list of such predictions.
     """
     content = load_plain(path, tensors=True)
     if not (isinstance(content, (list, tuple)) and content):
@@ -155,7 +156,7 @@ class _VideoPredictions(NamedTuple):
     values: NDArray[Any]  # (T - missing, ...)
 
     def filled(self) -> _VideoPredictions:
-        """The same with the first prediction for the missing ones; no frames if there are no predictions."""
+        """The same predictions with the first one repeated for the missing ones; no frames if there are none at all."""
         if not len(self.values):
             return _VideoPredictions(self.frames[:0], 0, self.values)
         values = np.concatenate([np.repeat(self.values[:1], self.missing, axis=0), self.values])
@@ -174,11 +175,12 @@ def export_predictions(
     probabilities: bool = False,
     replace: bool = False,
 ) -> list[Path]:
-    """Write the text files of prediction pickles, which cover the videos of one split of `data.index` in its order.
+    """Write prediction pickles as text files. They must cover the videos of one split of `data.index`, in its order.
 
     A clip of `sequence` frames has one prediction, for its last frame. The first `sequence` - 1 frames of a video have
-    none and are left out or, with `fill_first`, get the first prediction of the video, which depends on later frames.
-    Returns the paths. Raises UserError, naming both numbers, if the length of a pickle is not that of the split.
+    no prediction. They are left out or, with `fill_first`, get the first prediction of the video, which depends on
+    later frames. Returns the paths. Raises UserError naming both numbers if a pickle has not as many predictions as the
+    split needs.
     """
     if out is None:
         raise UserError("export --from-predictions: give the folder for the text files with --out")
@@ -214,14 +216,14 @@ def export_predictions(
     return _write_texts(out, texts, replace)
 
 
-FramesByRule = dict[str, list[NDArray[np.int64]]]  # the frames (T,) of each video, by the rule that selects them
+FramesByRule = dict[str, list[NDArray[np.int64]]]  # rule that selects frames -> frames (T,) of each video
 
 
 def _frames_by_rule(config: Config, index: Index, root: Path, entries: Sequence[VideoEntry]) -> FramesByRule:
-    """The sampled frames of each video that a prediction pickle can cover, by rule.
+    """The sampled frames of each video that a prediction pickle may cover, by rule.
 
-    The original index contains the frames with both labels, the later one those with a phase. Each rule keeps all
-    frames of the one before, so that equal totals mean equal frames.
+    The original index contains the frames with both labels, a newer one those with a phase. Each rule selects at least
+    the frames of the rule before it. So if two rules select equally many frames, they select the same ones.
     """
 
     def labelled(phases_only: bool) -> list[NDArray[np.int64]]:
@@ -237,7 +239,7 @@ def _frames_by_rule(config: Config, index: Index, root: Path, entries: Sequence[
 def _by_video(
     path: Path, predictions: NDArray[Any], frames: FramesByRule, sequence: int | None, split: str
 ) -> list[_VideoPredictions]:
-    """Assign predictions to videos. Phases have one prediction per clip, tools one per frame or per clip."""
+    """Divide predictions among videos. There is one phase prediction per clip; tools have one per frame or per clip."""
     total, of_phases = len(predictions), predictions.ndim == 1
     if of_phases and sequence is None:
         raise UserError(f"{path}: give the number of frames per clip with --sequence (`length_` in the model's name)")

@@ -1,1 +1,1 @@
-import configs  # noqa: F401, which keeps idle threads from spinning if it comes before torch
+import configs  # noqa: F401, imported before torch, since it keeps torch's idle threads from spinning

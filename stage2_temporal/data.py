@@ -1,8 +1,8 @@
-"""The features of a training, and how an epoch cuts them into sequences.
+"""The features that a training uses, and how an epoch divides them into sequences.
 
-The features of all videos are concatenated in one table (`FeatureBank`), in memory or in their files. A batch is a set
-of ranges of its rows (`Batch`), each within one video, so that order is kept and no sequence spans two videos. The
-batches of an epoch are a function of (seed, epoch).
+The features of all videos form one table (`FeatureBank`), in memory or in their files. A batch (`Batch`) is a set of
+ranges of the table's rows. Each range lies within one video, so that frames stay in order and no sequence spans two
+videos. The batches of an epoch depend on (seed, epoch) alone.
 """
 
 from __future__ import annotations
@@ -36,31 +36,33 @@ from features.store_folder import INDEX_FILE, load_feature_set, usable_index
 from stage2_temporal.streaming import StreamedFeatures, ahead
 
 NO_LABEL = -1
-# Of the memory available, for features; reading them into memory takes twice as much for a moment.
+# The part of the available memory that features may take. While they are read, they briefly take twice as much.
 MEMORY_SHARE = 0.4
-# Videos of one batch have lengths within about this factor: little padding, but other combinations in every epoch.
+# The lengths of the videos in a batch differ by about this factor at most. So there is little padding, but videos are
+# combined differently in every epoch.
 LENGTH_JITTER = 1.5
 _STATISTICS_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Span:
-    """One video's rows in the bank."""
+    """The range of rows in a `FeatureBank` that belong to one video."""
 
     first: int
     frames: int
 
     @property
     def rows(self) -> slice:
-        """The rows as a slice."""
+        """The rows as a slice of the table."""
         return slice(self.first, self.first + self.frames)
 
 
 @dataclass(frozen=True)
 class FeatureBank:
-    """Features and phases of several videos, concatenated.
+    """The features and phases of several videos, concatenated.
 
-    Features stay as stored (fp16 by default): half the memory, and converting a batch costs less than 2 % of its step.
+    Features keep the type in which they are stored (fp16 by default). This halves the memory, and converting a batch
+    costs less than 2 % of its step.
     """
 
     features: Tensor | StreamedFeatures  # (N, D) as stored
@@ -70,9 +72,10 @@ class FeatureBank:
 
     @classmethod
     def of(cls, videos: Mapping[str, VideoFeatures], tool_logits: bool = False) -> FeatureBank:
-        """Copy the videos' arrays into one table on the CPU, with `tool_logits` as in `with_tool_logits`.
+        """Copy the videos' arrays into one table on the CPU.
 
-        Raises UserError for a video without tool logits if they are requested.
+        With `tool_logits` each row ends with the frame's tool logits (see `with_tool_logits`); raises UserError naming
+        a video that has none.
         """
         arrays = [torch.from_numpy(np.asarray(video.features)) for video in videos.values()]
         if tool_logits:
@@ -105,7 +108,7 @@ class FeatureBank:
 
     @property
     def embedding_dim(self) -> int:
-        """Width of a row: D, or D + K with tool logits."""
+        """The width of a row: D, or D + K with tool logits."""
         return self.features.shape[1]
 
     def span_of(self, video_id: str) -> Span:
@@ -117,14 +120,17 @@ class FeatureBank:
         return self.phase[span.rows]
 
     def gather(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A batch's features (B, T, D) as stored and phases (B, T); padding has phase -1 and arbitrary features."""
+        """A batch's features (B, T, D), in the stored type, and phases (B, T).
+
+        Padding has phase -1 and arbitrary features.
+        """
         rows = batch.rows_on(self.features.device)  # (B, T)
         return take(self.features, rows), take(self.phase, rows).masked_fill(rows < 0, NO_LABEL)
 
     def gathered(
         self, shares: Iterable[tuple[Batch, bool]]
     ) -> Iterator[tuple[tuple[Batch, bool], tuple[Tensor, Tensor]]]:
-        """Batches, as `Batch.share` gives them, each with what `gather` returns for it."""
+        """Each of `shares` (return values of `Batch.share`) with the result of `gather` for its batch."""
         return ahead(self.features, shares, lambda share: self.gather(share[0]))
 
     def names(self, batch: Batch) -> str:
@@ -134,10 +140,10 @@ class FeatureBank:
         return ", ".join(sorted(found))
 
     def statistics(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (D,) over the spans' frames, in float64.
+        """Mean and standard deviation (D,) over all frames of `spans`, in float64.
 
-        Uses NumPy on one thread: 0.2 s for a whole data set, even on a machine whose other cores are busy, where
-        small parallel blocks would wait for each other for seconds.
+        Computed by NumPy on one thread, which takes 0.2 s for a whole data set. On a machine whose other cores are
+        busy, small blocks on several threads would wait for each other for seconds.
         """
         total, squares = np.zeros(self.embedding_dim), np.zeros(self.embedding_dim)
         for span in spans:
@@ -153,27 +159,31 @@ class FeatureBank:
 
 
 def take(table: Tensor | StreamedFeatures, rows: Tensor) -> Tensor:
-    """The rows (B, T) of a table (N, ...), as (B, T, ...); rows of padding (-1) have arbitrary values."""
+    """The values (B, T, ...) of the rows (B, T) of a table (N, ...); rows -1 (padding) get arbitrary values."""
     if isinstance(table, StreamedFeatures):
         return table.take(rows)
     return table.index_select(0, rows.clamp(min=0).flatten()).view(*rows.shape, *table.shape[1:])
 
 
 def with_tool_logits(features: Tensor, tool_logits: Tensor, where: str) -> Tensor:
-    """Stage two's input with `temporal.tool_logits`: (T, D) as stored, (T, K) -> (T, D + K) in the type of the former.
+    """The input of stage two with `temporal.tool_logits`: features (T, D) and tool logits (T, K) -> (T, D + K).
 
-    Raises UserError if there are no logits, or if some are not finite.
+    The result has the type of `features`. `where` names the features in messages. Raises UserError if there are no
+    logits, or if some are not finite.
     """
     return torch.cat([features, fitting_tool_logits(tool_logits, features.dtype, where)], dim=1)
 
 
 def fitting_tool_logits(tool_logits: Tensor, dtype: torch.dtype, where: str) -> Tensor:
-    """Tool logits (T, K) in the type of the features. Raises UserError as `with_tool_logits`."""
+    """Tool logits (T, K) converted to `dtype`, the type of the features.
+
+    Raises UserError if there are no logits, or if some are not finite.
+    """
     stored = tool_logits.to(dtype)
     if not stored.shape[1] or not bool(torch.isfinite(stored).all()):
         raise UserError(
-            f"{where}: no tool logits (its encoder has no trained tool head), which temporal.tool_logits=true needs; "
-            "use features of a trained stage one, or set it to false"
+            f"{where}: no tool logits, since its encoder has no trained tool head; use features of a trained stage "
+            "one, or set temporal.tool_logits=false"
         )
     return stored
 
@@ -185,8 +195,8 @@ def fitting_tool_logits(tool_logits: Tensor, dtype: torch.dtype, where: str) -> 
 class Batch:
     """Sequences that are computed together.
 
-    If `fresh`, they start with zero state; otherwise sequence i continues sequence i of the batch before, which may
-    have had more sequences, since videos end.
+    If `fresh`, they start with zero state. Otherwise sequence i continues sequence i of the previous batch. The
+    previous batch may have more sequences, whose videos have ended.
     """
 
     first: Tensor  # (B,) int64, row of each sequence's first frame
@@ -195,11 +205,11 @@ class Batch:
 
     @property
     def rows(self) -> Tensor:
-        """Rows of the bank (B, T), -1 = padding (at the end only)."""
+        """The rows (B, T) of the bank that the sequences consist of; -1 is padding, at the end of a sequence only."""
         return self.rows_on(torch.device("cpu"))
 
     def rows_on(self, device: torch.device) -> Tensor:
-        """`rows`, made on `device`."""
+        """The same as `rows`, computed on `device`."""
         first, lengths = (sent_to(device, values)[:, None] for values in (self.first, self.lengths))
         offsets = torch.arange(int(self.lengths.max()), device=device)
         return torch.where(offsets < lengths, first + offsets, -1)
@@ -208,11 +218,11 @@ class Batch:
         return len(self.first)
 
     def share(self, rank: int, count: int) -> tuple[Batch, bool]:
-        """Rank `rank`'s part of the batch, and whether its frames count.
+        """The part of the batch that rank `rank` of `count` computes, and whether its frames count.
 
-        Every `count`-th sequence: lengths are similar on all ranks, and since the shortest videos come last, each rank
-        keeps its own videos until they end. With fewer sequences than ranks, a rank without a part gets the batch's
-        first sequence, whose frames must not count: all ranks take part in every step.
+        The part is every `count`-th sequence, so lengths are similar on all ranks. Since the shortest videos come last,
+        each rank keeps its videos from chunk to chunk until they end. All ranks must take part in every step: a rank
+        without a part computes the batch's first sequence, and the frames of this one must not count.
         """
         if rank >= len(self):
             return Batch(self.first[:1], self.lengths[:1]), False
@@ -220,12 +230,12 @@ class Batch:
 
 
 def epoch_batches(spans: Sequence[Span], config: SequenceConfig, seed: int, epoch: int) -> list[Batch]:
-    """The batches of one epoch, in order: a function of the arguments alone.
+    """The batches of one epoch, in order; they depend on the arguments alone.
 
-    `full`: whole videos. `chunked`: `batch` videos advance together, `frames` at a time, and are dropped as they end.
-    `clips`: `frames` consecutive frames from every start 0, stride, 2 stride, ... <= T - frames, shuffled (the
-    reference has stride 1); a video shorter than that is one shorter clip. In `full` and `chunked` every frame is
-    used exactly once.
+    The sequences are defined by `config.mode`. `full`: whole videos. `chunked`: `batch` videos advance together,
+    `frames` at a time, and each leaves the batch when it ends. `clips`: clips of `frames` consecutive frames that start
+    at 0, stride, 2 stride, ... <= T - frames, in random order (MTRCNet has stride 1); a video shorter than `frames` is
+    one shorter clip. In `full` and `chunked` every frame is used exactly once.
     """
     generator = epoch_generator(seed, epoch)
     if config.mode == "clips":
@@ -237,10 +247,10 @@ def epoch_batches(spans: Sequence[Span], config: SequenceConfig, seed: int, epoc
 
 
 def group_by_length(spans: Sequence[Span], size: int, generator: torch.Generator | None) -> list[list[Span]]:
-    """Groups of at most `size` videos of similar length, longest first inside.
+    """Groups of at most `size` videos of similar length; in each group the longest video comes first.
 
-    With a generator, videos are sorted by their lengths times random factors of up to `LENGTH_JITTER`, and the groups
-    are shuffled.
+    With a generator, videos are sorted by their length times a random factor between 1 and `LENGTH_JITTER`, and the
+    groups are shuffled.
     """
     length = torch.tensor([float(span.frames) for span in spans])
     if generator is not None:
@@ -255,7 +265,7 @@ def group_by_length(spans: Sequence[Span], size: int, generator: torch.Generator
 
 
 def chunk_batches(group: Sequence[Span], frames: int) -> Iterator[Batch]:
-    """Batches of videos (longest first) that advance together, `frames` at a time, without those that have ended."""
+    """The batches of a group (longest video first): the next `frames` frames of all its videos that have not ended."""
     for start in range(0, group[0].frames, frames):
         active = [Span(span.first + start, min(frames, span.frames - start)) for span in group if span.frames > start]
         yield _batch(active, fresh=start == 0)
@@ -264,7 +274,7 @@ def chunk_batches(group: Sequence[Span], frames: int) -> Iterator[Batch]:
 def clip_batches(
     spans: Sequence[Span], frames: int, stride: int, size: int, generator: torch.Generator | None
 ) -> list[Batch]:
-    """All clips of the videos in batches of `size` clips, shuffled where there is a generator."""
+    """All clips of the videos, in batches of `size` clips; in random order if there is a generator."""
     starts = [torch.arange(span.first, span.first + max(1, span.frames - frames + 1), stride) for span in spans]
     first = torch.cat(starts)
     lengths = torch.cat([torch.full_like(s, min(frames, span.frames)) for s, span in zip(starts, spans, strict=True)])
@@ -288,7 +298,7 @@ class TrainingData:
     bank: FeatureBank
     train: list[Span]
     val: list[Span]
-    split: dict[str, list[str]]  # ids
+    split: dict[str, list[str]]  # the ids of the videos in "train" and "val"
     phases: tuple[str, ...]
     encoder_digest: str
     encoder: dict[str, Any]  # the encoder's description, for `predict`; `encoder_digest` is its digest
@@ -296,20 +306,23 @@ class TrainingData:
     fps: float
     labels_sha256: str
     folder: Path
-    tool_logits: Tensor  # (N, K) fp32, NaN where the encoder has no tool head
+    tool_logits: Tensor  # (N, K) fp32, NaN if the encoder has no tool head
     frame_index: Tensor  # (N,) int64, frame of the source video
-    index: Index  # of the folder, without videos that extract could not read
+    index: Index  # the folder's index, without videos that extract could not read
     sources_sha256: str
     by_time: bool = False  # whether earlier versions would have sampled other frames
     has_tool_logits: bool = False  # whether the last K columns of the bank are the tool logits
-    scored: Tensor | None = None  # (N,) bool, rows that validation counts; None: all labelled ones
+    scored: Tensor | None = None  # (N,) bool, the rows that count in validation; None: all labelled rows
 
     def to(self, device: torch.device) -> TrainingData:
         """The same data with features and phases on another device."""
         return replace(self, bank=self.bank.to(device))
 
     def with_tool_logits(self) -> TrainingData:
-        """The same data with stage one's tool logits as the last K columns. Raises UserError if there are none."""
+        """The same data with stage one's tool logits as the last K columns.
+
+        Raises UserError if the features have no tool logits.
+        """
         if self.has_tool_logits:
             return self
         features, logits, where = self.bank.features, self.tool_logits, str(self.folder)
@@ -320,13 +333,13 @@ class TrainingData:
         return replace(self, bank=replace(self.bank, features=features), has_tool_logits=True)
 
     def truth_of(self, span: Span) -> Tensor:
-        """Phases (T,) that validation compares predictions with, on the CPU; -1 = not counted."""
+        """The true phases (T,) of a video in validation, on the CPU; -1 = the frame does not count."""
         truth = self.bank.phase_of(span).cpu()
         return truth if self.scored is None else truth.masked_fill(~self.scored[span.rows], NO_LABEL)
 
 
 def read_training_data(folder: Path, where_features: schema.FeaturesIn = "memory", device: str = "cpu") -> TrainingData:
-    """Read the training and validation videos of a feature folder, as its index splits them.
+    """Read the training and validation videos of a feature folder; the index in the folder says which these are.
 
     `where_features` and `device` are the settings `temporal.features` and `device`.
 
@@ -375,9 +388,10 @@ def read_training_data(folder: Path, where_features: schema.FeaturesIn = "memory
 
 
 def fit_in_memory(folder: Path, video_ids: Sequence[str], device: str) -> bool:
-    """Whether these videos' features fit into the memory of the machine and of the GPU in use; if not, says so.
+    """Whether the features of these videos fit into the memory of the machine and, if one is used, of the GPU.
 
-    Reading them takes twice their size for a moment, and every process of a machine has its own copy.
+    While they are read, features briefly take twice their size, and every process on a machine has its own copy. Prints
+    a line if they do not fit.
     """
     sizes = [path.stat().st_size for path in (feature_path(folder, name) for name in video_ids) if path.is_file()]
     needed, room = sum(sizes) * ranks_here(), available_bytes()
@@ -387,7 +401,7 @@ def fit_in_memory(folder: Path, video_ids: Sequence[str], device: str) -> bool:
         return True
     say(
         f"{folder}: {needed / 1e9:.1f} GB of features are more than {MEMORY_SHARE:.0%} of the {room / 1e9:.1f} GB of "
-        "memory available, so every epoch reads them from their files (temporal.features=memory loads them)"
+        "memory available, so every epoch reads them from their files (temporal.features=memory loads them anyway)"
     )
     return False
 
@@ -401,7 +415,7 @@ def _digest(videos: Mapping[str, VideoFeatures]) -> str:
 
 
 def _labelled(ids: Sequence[str], videos: Mapping[str, VideoFeatures], split: str, where: Path) -> list[str]:
-    """The videos with at least one labelled frame; the others are reported and left out."""
+    """The ids of the videos with at least one labelled frame; the other videos are reported."""
     without = [video_id for video_id in ids if not (videos[video_id].phase >= 0).any()]
     if without:
         say(f"{where}: no phase labels in {', '.join(without)}: left out of {split}")
@@ -412,7 +426,7 @@ def _labelled(ids: Sequence[str], videos: Mapping[str, VideoFeatures], split: st
 
 
 def _check(folder: Path, videos: Mapping[str, VideoFeatures], phases: Sequence[str]) -> None:
-    """Raise UserError unless the index names all labels, and widths and types are the same in all videos."""
+    """Raise UserError unless the index names every phase, and all videos' features have the same width and type."""
     width: tuple[int, Any] | None = None
     for video_id, video in videos.items():
         path = feature_path(folder, video_id)

@@ -56,14 +56,15 @@ def evaluate_run(
     inference: Inference | None = None,
     given: GivenKeys = NO_KEYS,
 ) -> Evaluation:
-    """Score a run's heads and tools on one split, and write the results below `RUN/evaluate/<name>/`.
+    """Score a run's heads and tools on one split, print tables, and write the results to `RUN/evaluate/<name>/`.
 
-    Writes `metrics.json`, `truth.json`, `predictions/<video>.csv`, `ribbons.png`, and for the run's own test videos a
-    summary into `RUN/summary.json` and `RUN/MODEL_CARD.md`; prints tables. With `index_file`, another data set with the
-    same classes is evaluated; missing features are extracted into the run's folder. `inference` overrides the inference
-    mode (clips or carried state) of the training. Without `redo`, an evaluation of the same model and features is
-    printed again, not computed. Raises UserError if the run is not trained, its classes differ from the data's, the
-    features come from another encoder, or the user gave settings of images that the features do not have (`given`).
+    The files are `metrics.json`, `truth.json`, `predictions/<video>.csv` and `ribbons.png`. For the run's own test
+    videos, `RUN/summary.json` is updated and `RUN/MODEL_CARD.md` written as well. With `index_file`, another data set
+    with the same classes is evaluated, and missing features are extracted into the run's folder. `inference` overrides
+    the inference mode (clips or carried state) of the training. Without `redo`, an existing evaluation of the same
+    model and features is printed instead of being computed again. Raises UserError if the run is not trained, if the
+    data have other classes, if the features come from another encoder, or if image settings that the user gave
+    (`given`) contradict the features.
     """
     temporal = run / "temporal"
     model, about = load_temporal(temporal)
@@ -102,15 +103,15 @@ def evaluate_run(
 
 
 def _require_own_index(config: Config, given: GivenKeys, index: Index, folder: Path) -> None:
-    """Raise UserError if `--set` names an index of other videos or splits than the features are of."""
+    """Raise UserError if `--set` names an index whose videos or splits differ from those of the features."""
     named = config.data.index
     if "data.index" not in given.by_set or not named.is_file():
         return
     known, asked = ({v.id: (v.split, v.sha256_ends) for v in one.videos} for one in (index, Index.load(named)))
     if any(asked.get(name) != video for name, video in known.items()):
         raise UserError(
-            f"data.index={named}: has other videos or splits than the features in {folder}; name it with --index, and "
-            "features are extracted from it"
+            f"data.index={named}: has other videos or splits than the features in {folder}; give this index with "
+            "--index to extract features for it"
         )
 
 
@@ -118,13 +119,13 @@ def _load(folder: Path, index: Index, split: str) -> dict[str, VideoFeatures]:
     ids = [
         entry.id
         for entry in index.entries_of(split, folder / INDEX_FILE)
-        if entry.split != "none" or feature_path(folder, entry.id).exists()  # other splits are not needed
+        if entry.split != "none" or feature_path(folder, entry.id).exists()  # videos of split none may have no features
     ]
     return load_feature_set(folder, ids, in_memory=False)
 
 
 def _encoder(videos: Mapping[str, VideoFeatures]) -> dict[str, Any]:
-    """What is recorded of the encoder that made the features."""
+    """The description of the encoder that made the features, as the feature files record it, and its digest."""
     attributes = next(iter(videos.values())).attributes
     return {**recorded_encoder(attributes), "digest": str(attributes.get("encoder_digest"))}
 
@@ -132,7 +133,7 @@ def _encoder(videos: Mapping[str, VideoFeatures]) -> dict[str, Any]:
 def _other_features(
     config: Config, run: Path, index_file: Path, out: Path, features: Path | None, stop: StopRequest
 ) -> tuple[Path, Index]:
-    """The feature folder of another index; missing files are extracted with the run's own encoder."""
+    """The feature folder for another index, and this index; the run's encoder extracts missing features."""
     from features.dataset.catalogue import open_dataset
     from stage1_cnn.extract import extract
 
@@ -151,17 +152,17 @@ def _other_features(
 def _require_compatible(
     about: TemporalAbout, folder: Path, index: Index, videos: Mapping[str, VideoFeatures], temporal: Path
 ) -> None:
-    """Raise UserError unless the data have the classes, in order, and the encoder that the model was trained with."""
+    """Raise UserError unless the features have the classes (in order) and the encoder of the model's training."""
     require_same_classes(temporal, "phases", about.phases, index.dataset.phases, folder / INDEX_FILE)
     if about.tool_inputs:
         require_same_classes(temporal, "tools", about.tool_inputs, index.dataset.tools, folder / INDEX_FILE)
-    found = _encoder(videos)["digest"]  # of all, as loaded
+    found = _encoder(videos)["digest"]  # `load_feature_set` has checked that all videos have the same
     if found == about.encoder_digest:
         return
     difference = other_encoder(about.encoder, _encoder(videos)) if about.encoder else "best.pt does not say how"
     if difference:
         raise UserError(
-            f"{folder}: features of encoder {found[:12]}, but {temporal} was trained on those of "
+            f"{folder}: features of encoder {found[:12]}, but {temporal} was trained on features of encoder "
             f"{about.encoder_digest[:12]} ({difference}); name the right folder with --features"
         )
 
@@ -175,9 +176,12 @@ def _identity(
     majority: int | None,
     thresholds: Mapping[str, float] | None,
 ) -> StageIdentity:
-    """What an evaluation depends on: both heads' weights, the features' encoder and sources, labels, the majority
-    phase of training, thresholds (and through them the validation videos), which videos are left out and why, and
-    metrics and conventions from outside."""
+    """Everything that an evaluation depends on.
+
+    This is the weights of both heads, the encoder and sources of the features, the labels, the majority phase of the
+    training videos, the thresholds (which depend on the validation videos), which videos are left out and why, and the
+    metrics and conventions of plug-ins.
+    """
     weights = [sha256_file(path) for path in (temporal / "best.pt", temporal / "frame" / "best.pt") if path.exists()]
     labels = {
         name: [
@@ -202,7 +206,7 @@ def _identity(
 
 
 def _made_before(out: Path, identity: str) -> Evaluation | None:
-    """The evaluation in the folder; None if it lacks files or has another identity."""
+    """The evaluation that is already in the folder; None if files are missing or it has another identity."""
     path = out / METRICS_FILE
     if not all((out / name).exists() for name in (METRICS_FILE, TRUTH_FILE, "ribbons.png")):
         return None
@@ -234,13 +238,16 @@ def _probabilities(
 
 
 def _tool_logits(videos: Mapping[str, VideoFeatures]) -> dict[str, NDArray[np.float32]]:
-    """Tool logits of the videos whose features were made with a trained tool head."""
+    """The tool logits of the videos whose encoder had a trained tool head."""
     found = {name: video.tool_logits for name, video in videos.items()}
     return {name: logits for name, logits in found.items() if logits.size and np.isfinite(logits).all()}
 
 
 def _thresholds(folder: Path, index: Index) -> Mapping[str, float] | None:
-    """Thresholds (K,) chosen on the validation videos; None if none has features and tool labels."""
+    """A threshold per tool, chosen on the validation videos.
+
+    None if a validation video has no features, or if none has tool labels.
+    """
     ids = [entry.id for entry in index.by_split("val")]
     if not ids or not all(feature_path(folder, video_id).exists() for video_id in ids):
         return None

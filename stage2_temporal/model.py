@@ -1,4 +1,4 @@
-"""The model of stage two, in the form that a checkpoint holds: standardisation and a head."""
+"""The model of stage two, as it is stored in checkpoints: standardisation followed by a head."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from stage2_temporal.heads.standardise import Standardise
 
 
 class PhaseModel(nn.Module):
-    """From embeddings as they are stored (any float type) to phase logits.
+    """A net from embeddings, in the float type in which they are stored, to phase logits.
 
-    `carried` is the state after the last chunk of truncated back-propagation. It is saved with the weights, so that
-    training that stopped between two chunks of a video resumes with the same state.
+    `carried` is the state after the last chunk of truncated back-propagation. It is saved with the weights, so that a
+    training that was stopped between two chunks of a video resumes with the same state.
     """
 
     def __init__(self, standardise: Standardise, head: Head) -> None:
@@ -31,12 +31,12 @@ class PhaseModel(nn.Module):
 
     @property
     def causal(self) -> bool:
-        """Whether outputs depend on the past alone."""
+        """Whether the output for a frame depends on this frame and the past alone."""
         return self.head.causal
 
     @property
     def stateless(self) -> bool:
-        """Whether each frame is recognised by itself: nothing later counts, and nothing is carried to the next one."""
+        """Whether each frame is recognised by itself, so that its output depends on no other frame."""
         with torch.no_grad():
             return self.causal and not self.head.step(torch.zeros_like(self.standardise.mean)[None], None)[1]
 
@@ -46,29 +46,29 @@ class PhaseModel(nn.Module):
         return self.head.phases
 
     def forward(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> HeadOutput:
-        """As `Head.forward_stored`: x (B, T, D) as stored."""
+        """The output of the head for x (B, T, D), in the stored type; see `Head.forward_stored`."""
         return self.head.forward_stored(x, self.standardise, state, lengths)
 
     def with_hidden(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> HeadOutput:
-        """As `forward`, with `hidden` from every head; the standardised input exists as a whole."""
+        """The same as `forward`, but every head returns `hidden`, and the standardised input is kept as a whole."""
         return self.head(self.standardise(x), state, lengths)  # type: ignore[no-any-return]
 
     def step(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """One frame: x (B, D) -> logits (B, C) and the state, as `Head.step`."""
+        """One frame: x (B, D) -> logits (B, C) and the new state; see `Head.step`."""
         return self.head.step(self.standardise(x), state)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Part of `state_dict`."""
+        """What `state_dict` contains besides tensors' values: the carried state."""
         return {"carried": self.carried}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Part of `load_state_dict`."""
+        """Restore the carried state; called by `load_state_dict`."""
         device = self.standardise.mean.device
         self.carried = tuple(tensor.to(device) for tensor in state["carried"])
 
 
 class Describes(Protocol):
-    """The description of a checkpoint with a phase branch."""
+    """What the description of a checkpoint with a phase branch must have: `TemporalAbout` or `JointAbout`."""
 
     @property
     def phases(self) -> tuple[str, ...]: ...
@@ -86,7 +86,7 @@ def require_same_model(
     width: int,
     other: str = "the index",
 ) -> None:
-    """Raise UserError unless a checkpoint's `model` has these phases, this head, and embeddings of this width."""
+    """Raise UserError unless a checkpoint's `model` has these phases, this head and inputs of this width."""
     require_same_classes(path, "phases", about.phases, phases, other)
     require_same_head(path, about.head, head)
     if len(model.standardise.mean) != width:
@@ -94,6 +94,9 @@ def require_same_model(
 
 
 def require_same_head(path: Path, found: HeadSettings | None, head: HeadSettings) -> None:
-    """Raise UserError if a checkpoint's head differs from the settings': equal shapes may compute different things."""
+    """Raise UserError if a checkpoint's head has other settings than `head`.
+
+    Comparing the tensors' shapes would not be enough: heads with different settings may have the same shapes.
+    """
     if changed := differences(found.model_dump() if found is not None else {}, head.model_dump()):
         raise UserError(f"{path}: its head differs from temporal.head ({'; '.join(changed)}); set temporal.head to it")

@@ -1,7 +1,7 @@
-"""Phases and tools of unlabelled videos, from frames to prediction files.
+"""Predicting phases and tools of unlabelled videos: from frames to prediction files.
 
-A pair of stages or a joint net runs over the sampled frames in order, batch by batch, with the state of the head
-carried along: apart from the probabilities, memory does not grow with the length of a video.
+The two stages, or a joint net, process the sampled frames in order, batch by batch, and the head's state is carried
+from frame to frame. Only the probabilities take more memory for a longer video.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ from stage2_temporal.joint.net import FOLDER, joint_checkpoint, load_joint
 from stage2_temporal.model import PhaseModel
 from stage2_temporal.predict import Inference, OnlinePredictor, chosen_inference, load_temporal, other_encoder
 
-# Fast, with sufficient quality: the drawn video illustrates a prediction and is not an archive.
+# Encodes fast, with sufficient quality: the annotated video illustrates a prediction and is not an archive.
 _ENCODER = {"preset": "veryfast", "crf": "23"}
 
 
 @dataclass(frozen=True)
 class Recogniser:
-    """A trained net, ready for frames.
+    """A trained net that recognises phases and tools in frames.
 
-    `encode` maps resized frames (N, R, R, 3) uint8 to the input of `phase`, (N, D) or (N, D + K) fp32, and to tool
-    logits (N, K), or None without a tool branch. `weights` names what made the net by SHA-256. Raises UserError for a
-    head that looks into the future.
+    `encode` maps resized frames (N, R, R, 3) uint8 to the input of `phase`, which is (N, D) or (N, D + K) fp32, and to
+    tool logits (N, K), or None without a tool branch. `weights` holds the SHA-256 of each checkpoint or encoder.
+    Raises UserError for a head that looks into the future.
     """
 
     encode: Callable[[Tensor], tuple[Tensor, NDArray[np.float32] | None]]
@@ -77,14 +77,14 @@ class Recogniser:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a prediction depends on besides the video."""
+        """Everything that a prediction depends on, apart from the video."""
         clip_frames = self.clip_frames if self.inference == "clip" else None
         return {**self.weights, "inference": self.inference, "clip_frames": clip_frames, "fps": self.config.data.fps}
 
 
 @dataclass
 class PredictReport:
-    """Videos by outcome, failures with their reasons."""
+    """What one call of `predict` did: video ids by outcome, and the reason of each failure."""
 
     out: Path
     done: list[str] = field(default_factory=list)
@@ -110,11 +110,11 @@ def pair_of_stages(
     trusted: bool = False,
     given: GivenKeys = NO_KEYS,
 ) -> Recogniser:
-    """Stage two of `run` behind the encoder that its features came from.
+    """Stage two of `run`, preceded by the encoder that computed the features of its training.
 
     The encoder is stage one of `cnn_run` (by default of the same run), unless `extract.checkpoint` or `extract.encoder`
-    name another. Raises UserError if the two were not trained together, if the head needs whole videos, or if the user
-    gave (`given`) another preprocessing, sampling rate or backbone.
+    name another one. Raises UserError if stage two was trained on features of another encoder, if the head needs whole
+    videos, or if the user gave (`given`) another preprocessing, sampling rate or backbone.
     """
     folder = run / "temporal"
     model, about = load_temporal(folder)
@@ -143,7 +143,7 @@ def pair_of_stages(
 
     def encode(frames: Tensor) -> tuple[Tensor, NDArray[np.float32] | None]:
         embedding, logits = encoder(frames)
-        stored = torch.from_numpy(embedding.astype(encoder.spec.storage))  # as in the training of stage two
+        stored = torch.from_numpy(embedding.astype(encoder.spec.storage))  # rounded as in the training of stage two
         if about.tool_inputs:
             stored = with_tool_logits(stored, torch.from_numpy(logits), str(folder))
         return stored.float(), logits if encoder.tool_head is not None else None
@@ -153,7 +153,7 @@ def pair_of_stages(
 
 
 def _with_other_ways(error: UserError, run: Path, cnn_run: Path | None) -> UserError:
-    """The error with what to do instead, for a run that has stage two but not stage one."""
+    """The error with a hint what to do instead, if the run has stage two but not stage one."""
     if cnn_run is not None or (run / CHECKPOINT_STAGE).is_dir():
         return error
     if not (run / FOLDER).is_dir():
@@ -165,11 +165,14 @@ def _with_other_ways(error: UserError, run: Path, cnn_run: Path | None) -> UserE
 
 
 def joint_net(config: Config, run: Path, inference: Inference | None = None, given: GivenKeys = NO_KEYS) -> Recogniser:
-    """The joint net of `run`. Raises UserError if it has no phase branch, other classes or other preprocessing."""
+    """The joint net of `run`.
+
+    Raises UserError if it has no phase branch or other classes, or if the user gave (`given`) other image settings.
+    """
     path = joint_checkpoint(run)
     net, about = load_joint(path)
     if net.phase is None:
-        raise UserError(f"{path}: a tool-only net; predict needs a phase branch, `extract --from-joint` does not")
+        raise UserError(f"{path}: a net for tools only; predict needs a phase branch, `extract --from-joint` does not")
     inference = chosen_inference(inference, about.inference, net.phase, path)
     require_preprocess_of(about.preprocess, config, given, path, about.fps, about.backbone)
     config = _as_trained(config, about.preprocess, about.fps, about.backbone)
@@ -196,7 +199,10 @@ def joint_net(config: Config, run: Path, inference: Inference | None = None, giv
 def _as_trained(
     config: Config, preprocess: PreprocessConfig, fps: float, backbone: str, storage: str | None = None
 ) -> Config:
-    """The settings, with the preprocessing, rate, backbone and type of stored features (None: any) of the training."""
+    """The settings, with the training's preprocessing, sampling rate, backbone and type of stored features.
+
+    `storage` None keeps the type of stored features that `config` has.
+    """
     extract = config.extract.model_copy(update={"storage": storage or config.extract.storage})
     return config.model_copy(
         update={
@@ -217,9 +223,9 @@ def predict_new_videos(
 ) -> PredictReport:
     """Write `<video>.csv`, `<video>.png` (ribbon), `<video>.json` and, with `draw`, `<video>.mp4` into `out`.
 
-    The JSON file records what made them. A video whose files exist, from the same net and source, is skipped. One that
-    cannot be read is reported and does not stop the others. Raises UserError if no video can be predicted or if two
-    sources have the same name, Stopped when `stop` is set.
+    The JSON file records which net and source the others were made from. A video is skipped if its files exist and were
+    made from the same net and source. A video that cannot be read is reported, and the others are predicted. Raises
+    UserError if no video can be predicted or if two sources have the same name, and Stopped when `stop` is set.
     """
     indices, report = {}, PredictReport(make_folder(out))
     for path in sources:
@@ -230,7 +236,7 @@ def predict_new_videos(
             continue
         name = index.videos[0].id
         if name in indices:
-            raise UserError(f"{path}: another source is called {name} too; predict them into two folders with --out")
+            raise UserError(f"{path}: another source is called {name} too; predict each into its own folder with --out")
         indices[name] = (index, root)
         for note in index.notes:
             say(f"note: {note}")
@@ -250,7 +256,7 @@ def predict_new_videos(
 
 
 def _predict_all(videos: Sequence[_Video], config: Config, report: PredictReport, stop: StopRequest) -> None:
-    """Predict videos, several at once where other processes decode them."""
+    """Predict the videos; several at the same time if other processes decode them."""
     total = sum(len(video.frame_index) for video in videos)
     failed: set[int] = set()
     messages = frames_of_videos([video.open_frames for video in videos], config, total, failed)
@@ -271,7 +277,7 @@ def _predict_all(videos: Sequence[_Video], config: Config, report: PredictReport
 
 
 class _Video:
-    """One video's prediction, made from its messages (`stage1_cnn.decode_ahead`) in order, and its files."""
+    """The prediction of one video, computed from the messages of `stage1_cnn.decode_ahead`, and its files."""
 
     def __init__(
         self, recogniser: Recogniser, index: Index, root: Path, out: Path, draw: bool, stop: StopRequest
@@ -286,14 +292,18 @@ class _Video:
         self.open_frames = partial(source_frames, recogniser.config, self.entry, root, index, self.frame_index)
 
     def is_done(self) -> bool:
-        """Whether all files exist. Raises UserError before a file of another origin would be replaced."""
+        """Whether all files exist already. Raises UserError if a file exists that was made from something else."""
         wanted = ["csv", "png", *(["mp4"] if self._draw else [])]
         return _is_done(self._files, wanted, self._made_by, inside(self._root, self.entry.source))
 
     def take(self, message: dict[str, str] | Tensor | None) -> None:
-        """The origin of the frames, with which the prediction begins, then batches of frames, then None: the end."""
+        """Process the next message: first a dict (the frames' reader and source), then batches of frames, then None.
+
+        The dict starts the prediction (again), and None ends it and writes the files.
+        """
         if isinstance(message, dict):
-            write_json(self._files["json"], {**self._about, "complete": False})  # claims the others if interrupted
+            # written first, so that after an interruption the other files are known to be this program's
+            write_json(self._files["json"], {**self._about, "complete": False})
             known = self._recogniser
             self._online = OnlinePredictor(known.phase, known.inference, known.clip_frames, known.config.device)
             self._phases: list[NDArray[np.float32]] = []
@@ -330,7 +340,7 @@ class _Video:
 
 
 def _identity_of_source(entry: VideoEntry) -> dict[str, Any]:
-    """What a prediction depends on in its video, including the meaning of a frame folder's numbers."""
+    """Everything in the video that a prediction depends on, including how the numbers in a frame folder are read."""
     return {
         "source_sha256_ends": entry.sha256_ends,
         "source_bytes": entry.size_bytes,
@@ -342,7 +352,10 @@ def _identity_of_source(entry: VideoEntry) -> dict[str, Any]:
 
 
 def _is_done(files: Mapping[str, Path], wanted: Sequence[str], made_by: Mapping[str, Any], source: Path) -> bool:
-    """Whether all requested files exist. Raises UserError before a file of another origin would be replaced."""
+    """Whether all requested files exist already.
+
+    Raises UserError if a file would be replaced that is the source itself or was made from something else.
+    """
     for kind in (*wanted, "json"):
         if files[kind].exists() and files[kind].samefile(source):
             raise UserError(f"{source}: would be replaced by its own prediction; name another folder with --out")
@@ -362,7 +375,7 @@ def _is_done(files: Mapping[str, Path], wanted: Sequence[str], made_by: Mapping[
 def _draw(
     recogniser: Recogniser, prediction: PredictionFile, index: Index, root: Path, path: Path, stop: StopRequest
 ) -> None:
-    """Write every frame of the source with the predictions up to it drawn below."""
+    """Write a video of all frames of the source; below each frame the predictions up to it are drawn."""
     entry, spec = index.videos[0], recogniser.spec
     with open_source(recogniser.config, entry, root, index) as reader:
         shown = entry.image_frames[entry.image_frames >= prediction.frame_index[0]]

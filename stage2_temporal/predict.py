@@ -1,4 +1,4 @@
-"""Phase probabilities from a trained model: whole videos, clips as in training, or frame by frame in real time."""
+"""Phase probabilities from a trained model: for whole videos, for clips as in training, or frame by frame."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ KIND = "temporal"
 
 
 class BatchSizes(NamedTuple):
-    """Limits of a batch, which bound memory for videos of any length."""
+    """The maximum size of a batch, which limits the memory needed, however long the videos are."""
 
-    videos: int = 8  # that advance together
-    chunk_frames: int = 1024  # by which they advance
-    clip_frames: int = 8192  # of all clips in one batch
+    videos: int = 8  # number of videos that advance together
+    chunk_frames: int = 1024  # frames of each video in one chunk
+    clip_frames: int = 8192  # frames of all clips in a batch together
 
 
 USUAL_SIZES = BatchSizes()
@@ -44,7 +44,7 @@ USUAL_SIZES = BatchSizes()
 
 @dataclass(frozen=True, kw_only=True)
 class TemporalAbout(Record):
-    """What a checkpoint of stage two holds besides weights: the fields are its keys, in their order."""
+    """The description in a checkpoint of stage two: its fields are the checkpoint's keys, in this order."""
 
     kind: str = KIND
     head: HeadConfig
@@ -53,20 +53,20 @@ class TemporalAbout(Record):
     phases: tuple[str, ...]
     dataset: str
     encoder_digest: str
-    encoder: dict[str, Any] | None  # how the features were made; None in earlier versions' files
+    encoder: dict[str, Any] | None  # the encoder that made the features; None in files of earlier versions
     backbone: str
     fps: float
     inference: Inference
     frames: int
     seed: int
-    scores: dict[str, Any] | None = None  # of the epoch, once there is one
+    scores: dict[str, Any] | None = None  # validation scores of the epoch; None before the first epoch has ended
 
 
 def load_temporal(folder: Path) -> tuple[PhaseModel, TemporalAbout]:
     """The best model (`best.pt`) of a stage folder, on the CPU in evaluation mode, and its description.
 
-    Raises UserError if the checkpoint is missing, damaged or of another stage, or if its head is not registered (a
-    plug-in's, perhaps).
+    Raises UserError if the checkpoint is missing, damaged or of another stage, or if its head is not registered (which
+    may be because a plug-in is missing).
     """
     path = folder / "best.pt"
     if not path.is_file():
@@ -80,28 +80,32 @@ def load_temporal(folder: Path) -> tuple[PhaseModel, TemporalAbout]:
         model = PhaseModel(Standardise.identity(width), build_head(about.head, width, len(about.phases)))
         model.load_state_dict(content["model"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged, or of another version ({one_line(error)})") from error
+        raise UserError(f"{path}: damaged, or written by another version ({one_line(error)})") from error
     return model.eval(), about
 
 
 def chosen_inference(asked: Inference | None, trained: Inference, phase: PhaseModel | None, where: Path) -> Inference:
-    """The inference asked for, else the one of training. Raises UserError for a model on which it has no effect."""
+    """The inference mode that the user asked for or, if none, the one of training.
+
+    Raises UserError if the user asked for one and the model recognises each frame by itself.
+    """
     if asked is not None and (phase is None or phase.stateless):
-        raise UserError(f"--inference: {where} recognises each frame by itself, without a state; leave it out")
+        raise UserError(f"--inference: has no effect on {where}, which recognises each frame by itself; leave it out")
     return asked or trained
 
 
 def other_encoder(trained: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
-    """The first difference between the encoder of a training (`TemporalAbout.encoder`) and another (JSON).
+    """The first difference between the encoder of a training (`TemporalAbout.encoder`) and another one, both as JSON.
 
-    None if there is none, or if only the arithmetic differs (this machine may lack the other); a note then says so.
+    None if there is no difference. Also None, with a printed note, if only precision or arithmetic differ, since this
+    machine may not support those of the training.
     """
     changed = differences({**found, **trained}, dict(found))
     if different := [line for line in changed if not line.startswith(("precision", "arithmetic"))]:
         return different[0]
     if changed:
         then, now = (f"{spec['precision']} ({spec['arithmetic']})" for spec in (trained, found))
-        say(f"note: trained on features made in {then}; these are made in {now}")
+        say(f"note: the training's features were computed in {then}, these are computed in {now}")
     return None
 
 
@@ -115,9 +119,10 @@ def predict_phases(
     tool_logits: bool = False,
     sizes: BatchSizes = USUAL_SIZES,
 ) -> dict[str, NDArray[np.float32]]:
-    """Probabilities (T, C) fp32 of every video; see `run_spans`. With `tool_logits` the model reads them, too.
+    """Phase probabilities (T, C) fp32 of every video; `run_spans` explains `inference` and `frames`.
 
-    Raises UserError for features of another width or without tool logits, Stopped when `stop` is set.
+    With `tool_logits` they are part of the model's input. Raises UserError if features have another width than in
+    training or lack tool logits, and Stopped when `stop` is set.
     """
     width = len(model.standardise.mean)
     for video_id, video in videos.items():
@@ -131,7 +136,7 @@ def predict_phases(
     model = model.to(place)
     predicted: dict[str, NDArray[np.float32]] = {}
     filled = sorted((name for name, video in videos.items() if len(video)), key=lambda name: -len(videos[name]))
-    for start in range(0, len(filled), sizes.videos):  # a table of all videos would double their memory
+    for start in range(0, len(filled), sizes.videos):  # one table of all videos would need twice their memory
         if stop is not None:
             stop.raise_if_set()
         ids = filled[start : start + sizes.videos]
@@ -151,7 +156,7 @@ def predict_spans(
     frames: int,
     sizes: BatchSizes = USUAL_SIZES,
 ) -> list[Tensor]:
-    """Probabilities (T, C) of each video, fp32, on the CPU; see `run_spans`."""
+    """Phase probabilities (T, C) of each video, fp32, on the CPU; the arguments are those of `run_spans`."""
     logits = run_spans(model, model, model.phases, features, spans, inference, frames, sizes)
     return [values.softmax(dim=1) for values in logits]
 
@@ -169,11 +174,12 @@ def run_spans(
 ) -> list[Tensor]:
     """Logits (T, width) that `forward` (embeddings, state, lengths) computes for each video, on the CPU.
 
-    `spans` are the videos' rows in `features` (N, D), as stored.
+    `spans` are the videos' rows in `features` (N, D), which have the stored type.
 
-    `carried`: the state is carried through the video from its first frame. `clip`: each frame is the last one of the
-    clip of `frames` frames that ends there, computed from zero state; the first `frames` - 1 frames are those of the
-    first clip and see shorter pasts. A head that is not causal sees the whole video (`carried`) or the clip.
+    With `inference=carried` the state is carried through the whole video from its first frame. With `clip` the output
+    for a frame is the last output of the clip of `frames` frames that ends with it, computed from zero state; the first
+    `frames` - 1 outputs are those of the first clip, which have a shorter past. A head that is not causal sees the
+    whole video (`carried`) or the whole clip (`clip`).
     """
     training = model.training
     model.eval()
@@ -193,7 +199,7 @@ def run_spans(
 def _batches(
     model: PhaseModel, spans: Sequence[Span], inference: Inference, frames: int, sizes: BatchSizes
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """Batches with a mask (B, T) of the outputs to keep: every frame of every video exactly once."""
+    """Batches, each with a mask (B, T) of the outputs to keep, which has every frame of every video exactly once."""
     if inference == "clip":
         starts = torch.tensor([span.first for span in spans])
         for batch in clip_batches(spans, frames, 1, max(1, sizes.clip_frames // frames), None):
@@ -208,10 +214,10 @@ def _batches(
 
 
 class OnlinePredictor:
-    """Recognition in real time: one frame's embedding in, its phase probabilities out.
+    """Recognition frame by frame, in real time: takes the embedding of a frame and returns its phase probabilities.
 
-    The output for frame t equals that of `predict_phases` on the whole video, to rounding. Raises UserError for a head
-    that looks into the future.
+    The output for frame t equals that of `predict_phases` on the whole video, apart from rounding. Raises UserError for
+    a head that looks into the future.
     """
 
     def __init__(
@@ -224,13 +230,13 @@ class OnlinePredictor:
         self.reset()
 
     def reset(self) -> None:
-        """Start another video."""
+        """Start a new video: forget the frames so far."""
         self._state: State | None = None
         self._clip: Tensor | None = None
 
     @torch.no_grad()
     def step(self, x: Tensor | ArrayLike) -> NDArray[np.float32]:
-        """The next frame: embedding (D,), or (B, D) of B videos side by side -> probabilities (C,) or (B, C)."""
+        """The probabilities (C,) for the next frame's embedding (D,), or (B, C) for (B, D), B videos in parallel."""
         given = torch.as_tensor(x).to(self._device)
         frame = given.reshape(-1, given.shape[-1])  # (B, D)
         if self._clip_frames is None:

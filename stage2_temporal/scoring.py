@@ -1,4 +1,4 @@
-"""Score the predictions of a run against labels, and write, print and summarise the result."""
+"""Score the predictions of a run against labels, and write, print and summarise the results."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ from stage2_temporal.predict import Inference
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """The labels that predictions are scored against: one split at `fps`, in the order of the index; `root` is the data
-    root if it is known."""
+    """The labels against which predictions are scored: the videos of one split at `fps`, in the order of the index.
+
+    `root` is the data root, if it is known.
+    """
 
     index: Index
     split: str
@@ -45,13 +47,17 @@ class GroundTruth:
 
     @property
     def phases(self) -> dict[str, NDArray[np.int8]]:
-        """Phase labels of all videos; empty if no video has any."""
+        """The phase labels of all videos; empty if no video has any."""
         labels = {name: video.phase for name, video in self.videos.items()}
         return labels if any((phase >= 0).any() for phase in labels.values()) else {}
 
     @property
     def without_labels(self) -> dict[str, list[str]]:
-        """Videos without labels by task: this split's by their labels, others by whether the index names a file."""
+        """The videos without labels, for each task.
+
+        A video of this split has none if all its frames are unlabelled; a video of another split, if the index names no
+        annotation file for it.
+        """
         known = self.videos
         phases = [name for name, video in known.items() if not (video.phase >= 0).any()]
         tools = [name for name, video in known.items() if not (video.tools >= 0).any()]
@@ -70,11 +76,11 @@ class GroundTruth:
 
 @dataclass(frozen=True, kw_only=True)
 class Predicted:
-    """What is scored on the videos of a `GroundTruth`.
+    """The predictions that are scored against a `GroundTruth`.
 
-    `probabilities` is {head: {video: (T, C)}}, `tool_logits` {video: (T, K)} of the videos with a trained tool head.
-    `majority` is the most frequent phase of the training videos, scored as a head that predicts it everywhere. Tools
-    are scored at `thresholds` too.
+    `probabilities` is {head: {video: (T, C)}}. `tool_logits` is {video: (T, K)}, for the videos whose encoder has a
+    trained tool head. `majority` is the most frequent phase of the training videos; it is scored like a head that
+    always predicts this phase. `thresholds` holds a threshold per tool, at which tools are scored as well.
     """
 
     probabilities: Mapping[str, Mapping[str, NDArray[np.float32]]]
@@ -83,7 +89,7 @@ class Predicted:
     thresholds: Mapping[str, float] | None = None
 
     def phases(self, truth: GroundTruth) -> dict[str, dict[str, NDArray[np.int8]]]:
-        """The most probable phases: {head: {video: (T,)}}, with those of the majority head if there is one."""
+        """The predicted phases {head: {video: (T,)}}, which include a head "majority" if `majority` is given."""
         found = {
             head: {name: values.argmax(axis=1).astype(np.int8) for name, values in videos.items()}
             for head, videos in self.probabilities.items()
@@ -95,10 +101,10 @@ class Predicted:
 
 
 def recorded_majority(result: Path, required: bool = False) -> int | None:
-    """The most frequent phase of the training videos as the training's `result.json` records it.
+    """The most frequent phase of the training videos, as recorded in the training's `result.json`.
 
-    None if it records none (imported nets, tool-only nets). Raises UserError if the file is damaged, and if a
-    `required` phase is missing.
+    None if none is recorded, as for imported nets and tool-only nets. Raises UserError if the file is damaged, or if
+    the phase is `required` and missing.
     """
     found = read_json_object(result).get("majority_phase") if required or result.exists() else None
     if type(found) is not int and (required or found is not None):
@@ -109,7 +115,7 @@ def recorded_majority(result: Path, required: bool = False) -> int | None:
 def tool_results(
     truth: GroundTruth, logits: Mapping[str, NDArray[np.float32]], thresholds: Mapping[str, float] | None = None
 ) -> ToolResults | None:
-    """Tool scores at `thresholds`; None if there was no tool head or no labels."""
+    """The metrics of the tools, with binary ones at `thresholds`; None if there are no logits or no labels."""
     labels = {name: truth.videos[name].tools for name in logits}
     if not any((tools >= 0).any() for tools in labels.values()):
         return None
@@ -121,7 +127,10 @@ def tool_results(
 def validation_thresholds(
     labels: Mapping[str, NDArray[np.int8]], logits: Mapping[str, NDArray[np.float32]], tools: Sequence[str]
 ) -> dict[str, float] | None:
-    """Thresholds (K,) chosen on validation videos with tool labels (T, K) and logits (T, K); None if there are none."""
+    """A threshold per tool, chosen on the validation videos that have both tool labels (T, K) and logits (T, K).
+
+    None if there is no such video.
+    """
     names = [name for name, known in labels.items() if name in logits and (known >= 0).any()]
     scores = {name: sigmoid(logits[name]) for name in names}
     return choose_thresholds({name: labels[name] for name in names}, scores, tools) if names else None
@@ -136,9 +145,10 @@ def score_and_write(
     encoder: Mapping[str, Any] | None = None,
     joint: JointDetails | None = None,
 ) -> Evaluation:
-    """Metrics of every head and of the tools, written to `out` with truth, predictions and ribbons of `temporal`.
+    """Compute the metrics of every head and of the tools, and write them to `out`.
 
-    The arguments by keyword are recorded. Raises UserError if the folder cannot be written.
+    The truth, and the predictions and ribbons of the head `temporal`, are written there too. The keyword arguments are
+    only recorded in `metrics.json`. Raises UserError if the folder cannot be written.
     """
     for note in unlabelled_note(truth.phases, "are not scored"):
         say(note)
@@ -177,7 +187,10 @@ def score_and_write(
 def _write_predictions(
     out: Path, truth: GroundTruth, predicted: Predicted, phases: Mapping[str, Mapping[str, NDArray[np.int8]]]
 ) -> None:
-    """Predictions of `temporal` as CSV, and ribbons of it and of `frame`; of a tool-only net, CSV files only."""
+    """Write the predictions of the head `temporal` as CSV files, and draw ribbons of it and of the head `frame`.
+
+    For a net that recognises tools only, there are CSV files only.
+    """
     spec = truth.index.dataset
     own, probabilities, tool_logits = phases.get(HEAD, {}), predicted.probabilities.get(HEAD, {}), predicted.tool_logits
     for name in truth.videos if own else tool_logits:
@@ -200,9 +213,10 @@ def _write_predictions(
 
 
 def report(run: Path, out: Path, truth: GroundTruth, evaluation: Evaluation, trained_in: Path | None = None) -> None:
-    """Print an evaluation written to `out`; that of the run's test videos goes into its summary and model card.
+    """Print an evaluation that was written to `out`, and update the run's files with it.
 
-    `trained_in` is the folder of a joint net.
+    The files, `RUN/summary.json` and `RUN/MODEL_CARD.md`, are updated only if `out` is the evaluation of the run's own
+    test videos. `trained_in` is the folder in which a joint net was trained.
     """
     _print_tables(evaluation)
     if out == run / "evaluate" / "test":
@@ -214,7 +228,7 @@ def report(run: Path, out: Path, truth: GroundTruth, evaluation: Evaluation, tra
 
 
 def _print_tables(evaluation: Evaluation) -> None:
-    """Tables of phases and tools."""
+    """Print the tables of phase and tool metrics."""
     console = Console()
     if evaluation.phases:
         console.print(comparison_table(evaluation.phases))
@@ -235,14 +249,17 @@ def _print_tables(evaluation: Evaluation) -> None:
 
 
 def _left_out_of_stage_one(run: Path, known: Sequence[str]) -> list[dict[str, Any]]:
-    """Videos that train-cnn could not read, but extract could."""
+    """Records of the videos that train-cnn could not read and that are not among the ids `known`."""
     result = run / "cnn" / RESULT_FILE
     videos = read_json_object(result).get("left_out", []) if result.exists() else []
     return [{**video, "reason": f"train-cnn: {video['reason']}"} for video in videos if video["id"] not in known]
 
 
 def summary_of(run: Path, truth: GroundTruth, evaluation: Evaluation) -> dict[str, Any]:
-    """The entries of `RUN/summary.json` for an evaluation on the test videos; counts are of videos used or scored."""
+    """The entries of `RUN/summary.json` for an evaluation on the test videos.
+
+    Its numbers of videos count only videos that were used or scored.
+    """
     scores = {head: summarise(results, None) for head, results in evaluation.phases.items()}
     scored = {task: len(videos) for task, videos in evaluation.scored.items()}
     used, unlabelled = used_videos(truth.index, evaluation)
@@ -265,6 +282,7 @@ def summary_of(run: Path, truth: GroundTruth, evaluation: Evaluation) -> dict[st
 
 
 def folder_name(split: str, inference: Inference | None, index_file: Path | None, *more: str) -> str:
-    """The folder of an evaluation in `RUN/evaluate`: what differs from the training's settings is in its name."""
+    """The name of an evaluation's folder in `RUN/evaluate`: the index if it is another one, the split, the inference
+    mode if the user asked for one, and `more`."""
     parts = [index_file.stem if index_file else None, split, inference, *more]
     return "-".join(part for part in parts if part)

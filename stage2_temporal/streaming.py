@@ -1,4 +1,4 @@
-"""Features that stay in their files: a table larger than memory, and reading a batch ahead of the one in use."""
+"""Features that stay in their files: a table that may be larger than memory, and reading the next batch in advance."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Result = TypeVar("Result")
 
 
 class StreamedFeatures:
-    """The features (N, D) of several videos, with those parts of a tensor's interface that a `FeatureBank` uses.
+    """The features (N, D) of several videos, with the parts of a tensor's interface that a `FeatureBank` uses.
 
-    Only tool logits are in memory. A batch has the same values, in the same memory layout, as one taken from a tensor.
+    Only tool logits are in memory. A batch has the same values and memory layout as one taken from a tensor.
     """
 
     def __init__(self, videos: Sequence[StoredFeatures]) -> None:
-        """Videos of equal width and type, at least one of them with a frame."""
+        """The `videos` must have the same width and type, and at least one of them a frame."""
         self.device = torch.device("cpu")
         self._videos = tuple(videos)
         self._first = list(itertools.accumulate((len(video) for video in videos), initial=0))
@@ -52,13 +52,13 @@ class StreamedFeatures:
         return found
 
     def with_columns(self, columns: Tensor) -> StreamedFeatures:
-        """The same table with more columns (N, K) of its type, on the CPU."""
+        """The same table with `columns` (N, K), which are on the CPU and of the same type, added at the right."""
         found = copy.copy(self)
         found._columns = columns
         return found
 
     def share_memory_(self) -> StreamedFeatures:
-        """Put what is in memory into shared memory."""
+        """Move the part of the table that is in memory, the tool logits, into shared memory."""
         if self._columns is not None:
             self._columns.share_memory_()
         return self
@@ -68,7 +68,7 @@ class StreamedFeatures:
         return self.take(torch.arange(rows.start, rows.stop)[None])[0]
 
     def take(self, rows: Tensor) -> Tensor:
-        """Rows (B, T), each sequence within one video and -1 at its end, as (B, T, D).
+        """The features (B, T, D) of the rows (B, T). Each sequence lies within one video and may end with -1 (padding).
 
         Raises FeatureFileError naming a file that is damaged or was replaced.
         """
@@ -83,7 +83,7 @@ class StreamedFeatures:
         return found.to(self.device)
 
     def _read(self, first: Sequence[int], lengths: Sequence[int], longest: int) -> Tensor:
-        """Sequences (B, T, D) of these first rows and lengths; each file is opened once."""
+        """The sequences (B, T, D) with these first rows and lengths; each file is opened only once."""
         found = torch.empty(len(first), longest, self._width, dtype=self.dtype)
         parts: dict[int, list[tuple[int, NDArray[np.generic]]]] = {}
         for row, length, values in zip(first, lengths, found.numpy(), strict=True):
@@ -97,10 +97,10 @@ class StreamedFeatures:
 def ahead(
     features: Tensor | StreamedFeatures, items: Iterable[Item], work: Callable[[Item], Result]
 ) -> Iterator[tuple[Item, Result]]:
-    """Each item with `work(item)`, which reads `features`.
+    """Yield each item with the result of `work(item)`, which reads `features`.
 
-    If these are streamed, a thread works on the next item while the caller uses the one before, and two results exist
-    at a time. Otherwise there is no thread, which would only take time from the caller's.
+    If the features are streamed, a thread computes the next result while the caller uses the previous one, so that two
+    results exist at a time. Otherwise no thread is used, since it would only take computing time from the caller.
     """
     if not isinstance(features, StreamedFeatures):
         yield from ((item, work(item)) for item in items)

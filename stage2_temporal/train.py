@@ -1,7 +1,7 @@
 """Stage two: train a head, and a per-frame baseline, on features.
 
-`train_head` is the loop; it runs once for the head of the settings and once for the linear one, on the same features,
-for the same number of epochs, with the same optimiser and the same selection on validation videos.
+`train_head` is the loop. It runs once for the head in the settings and once for the baseline, a linear head. Both use
+the same features, number of epochs, optimiser, and selection of the best epoch on validation videos.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ from stage2_temporal.model import PhaseModel
 from stage2_temporal.predict import TemporalAbout, predict_spans
 
 FRAME_FOLDER = "frame"
-TRIM_INTERVAL_S = 60.0  # mapping memory again makes the next epoch a few percent slower
+# Freed memory is given back no more often, since mapping it again makes the next epoch a few percent slower.
+TRIM_INTERVAL_S = 60.0
 SCORE = "frame accuracy, mean over the validation videos"
 
 
@@ -57,15 +58,15 @@ def train_temporal(
     *,
     given: GivenKeys = NO_KEYS,
 ) -> TrainingResult:
-    """Train on the feature folder `folder` into `RUN/temporal` and return the result, the content of its result.json.
+    """Train on the features in `folder`, write `RUN/temporal`, and return the content of its `result.json`.
 
-    `data` is the return value of `read_training_data(folder)`, for trainings that share it. `given` holds the settings
-    that the user gave, which must not contradict the features.
+    `data` is the return value of `read_training_data(folder)`; several trainings can share it. `given` holds the
+    settings that the user gave, which must not contradict the features.
 
-    The selected epoch is the one with the highest `SCORE`. A finished run of the same settings, features and labels is
-    not repeated; an unfinished one resumes where it stopped. Raises UserError if there is nothing to train on, if
-    settings contradict each other or the features, or if the run's name is taken by another configuration; raises
-    Stopped, with everything saved, when `stop` is set.
+    The best epoch is the one with the highest `SCORE`. A finished run with the same settings, features and labels is
+    not repeated, and an unfinished one resumes where it stopped. Raises UserError if there is nothing to train on, if
+    settings contradict each other or the features, or if the run exists with other settings. When `stop` is set, saves
+    everything and raises Stopped.
     """
     _require_sensible(config.temporal)
     processes = join(config.device, stop)
@@ -82,7 +83,7 @@ def train_temporal(
     accelerator, precision = make_accelerator(config.device, config.temporal.precision, "temporal.precision")
     require_arithmetic(config.temporal, accelerator.device)
     start_stage("train-temporal", config, accelerator.device, precision)
-    processes.from_first(stage.open)  # only now: settings that cannot be trained with leave no folder behind
+    processes.from_first(stage.open)  # not earlier, so that settings that do not allow training leave no folder behind
     if not data.val:
         say(f"{folder}: no validation videos with phases, so the last epoch is kept instead of the best")
     constants = _constants(config, data)
@@ -107,7 +108,7 @@ def train_head(
     stop: StopRequest,
     processes: Processes,
 ) -> TrainingResult:
-    """Train one head into `folder` (`best.pt`, `last.pt`, `metrics.jsonl`): the loop of stage two."""
+    """The training loop of stage two for one head: writes `best.pt`, `last.pt` and `metrics.jsonl` into `folder`."""
     settings, bank = config.temporal, data.bank
     give_back_freed_memory()
     trimmed = time.monotonic()
@@ -166,15 +167,16 @@ def train_head(
 class PhaseLoss:
     """Cross-entropy over labelled frames, summed over a head's stages; 0 if no frame has a label.
 
-    The mean over the batch's labelled frames, weighted by class: `inverse_frequency` gives phase c the weight
-    N / (P n_c), for n_c of the N labelled training frames and P phases that occur, and 0 to phases that do not occur.
-    With several processes, `over_all` sums the counts of labelled frames, and each process gets its part of the mean.
+    It is the mean over the batch's labelled frames, weighted by class. With `inverse_frequency`, phase c has the weight
+    N / (P n_c), where n_c is the number of labelled training frames of phase c, N that of all phases, and P the number
+    of phases that occur. Phases that do not occur have weight 0. With several processes, `over_all` adds up the weights
+    of labelled frames over all of them, and each process returns its part of the mean.
     """
 
     def __init__(
         self, settings: schema.TemporalConfig, counts: Tensor, over_all: Callable[[Tensor], Tensor] = one_process
     ) -> None:
-        """`counts` (C,) are the labelled training frames of each phase."""
+        """`counts` (C,) holds the number of labelled training frames of each phase."""
         self.over_all = over_all
         self.smoothing = settings.label_smoothing
         self.weight = torch.ones(len(counts), device=counts.device)
@@ -184,7 +186,7 @@ class PhaseLoss:
             self.weight[counts == 0] = 0.0
 
     def __call__(self, stages: Sequence[Tensor], phase: Tensor) -> Tensor:
-        """Logits [(B, T, C), ...] and phases (B, T), -1 = no label -> the loss."""
+        """The loss, a scalar, of logits [(B, T, C), ...] per stage for phases (B, T), -1 = no label."""
         target = phase.flatten()
         labelled = target != NO_LABEL
         total = self.over_all((self.weight[target.clamp(min=0)] * labelled).sum())
@@ -206,7 +208,7 @@ class PhaseLoss:
 def validate(
     model: PhaseModel, data: TrainingData, sequence: schema.SequenceConfig, session: TrainingSession
 ) -> float | None:
-    """`SCORE` of the current model, videos divided among the processes; None without validation videos."""
+    """`SCORE` of the current model, or None without validation videos; the processes divide the videos among them."""
     if not data.val:
         return None
     mine = session.processes.share(data.val)
@@ -220,14 +222,14 @@ def validate(
 
 
 def _accuracies(data: TrainingData, spans: Sequence[Span], predicted: Sequence[Tensor]) -> list[float]:
-    """Fraction of each video's labelled frames that are predicted correctly."""
+    """For each video, the fraction of its labelled frames that are predicted correctly."""
     truths = [data.truth_of(span) for span in spans]
     pairs = zip(predicted, truths, strict=True)
     return [float((guess == truth)[truth != NO_LABEL].double().mean()) for guess, truth in pairs]
 
 
 def count_phases(bank: FeatureBank, spans: Sequence[Span], phases: int) -> Tensor:
-    """Labelled frames of each phase (C,)."""
+    """The number of labelled frames of each phase (C,)."""
     labels = torch.cat([bank.phase_of(span) for span in spans])
     return torch.bincount(labels[labels != NO_LABEL], minlength=phases)
 
@@ -241,7 +243,10 @@ def _constant_accuracy(data: TrainingData, phase: int) -> float | None:
 
 
 def _constants(config: Config, data: TrainingData) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (D,) of the training frames; 0 and 1 if features are not standardised."""
+    """The constants of standardisation: mean and standard deviation (D,) over the training frames.
+
+    They are 0 and 1 if features are not standardised.
+    """
     if config.temporal.standardise:
         return data.bank.statistics(data.train)
     width = data.bank.embedding_dim
@@ -262,7 +267,7 @@ def _require_sensible(settings: schema.TemporalConfig) -> None:
 
 
 def require_arithmetic(settings: schema.TemporalConfig, device: torch.device) -> None:
-    """Raise UserError for a precision or a projection that has no effect or is not supported on `device`."""
+    """Raise UserError if `device` does not support the precision or the projection, or the projection has no effect."""
     choose_precision("temporal.precision", settings.precision, device, training=True)
     if settings.projection != "bf16":
         return
@@ -286,7 +291,7 @@ def _identity(config: Config, data: TrainingData) -> StageIdentity:
             "split": data.split,
             "labels_sha256": data.labels_sha256,
             "sources_sha256": data.sources_sha256,
-            "sampled": "by time" if data.by_time else ABSENT,  # earlier versions took other frames there
+            "sampled": "by time" if data.by_time else ABSENT,  # earlier versions sampled other frames in this case
             "scored_sha256": ABSENT if scored is None else sha256(scored.numpy().tobytes()).hexdigest(),
         },
         later={"sources_sha256"},
@@ -312,7 +317,7 @@ def _describe(head: schema.HeadSettings, config: Config, data: TrainingData) -> 
 
 
 def _outcome(folder: Path, session: TrainingSession, model: PhaseModel) -> TrainingResult:
-    """One head's figures, read from its log, so that they do not depend on how often training was interrupted."""
+    """The result of one head. Times are read from its log, so that interruptions of the training do not change them."""
     rows = read_metrics(folder / METRICS_LOG, "epoch")
     position = session.position
     return TrainingResult(
@@ -329,7 +334,10 @@ def _outcome(folder: Path, session: TrainingSession, model: PhaseModel) -> Train
 def _combined(
     data: TrainingData, head: TrainingResult, frame: TrainingResult | None, computed: Mapping[str, str]
 ) -> TrainingResult:
-    """The result of a training: that of the head with, in `about`, the baselines, the data and what is `computed`."""
+    """The result of a whole training: that of the head, with the baselines and the data added in `about`.
+
+    `computed` holds further entries of `about`: the device, the precision and the feature folder.
+    """
     majority = majority_phase([data.bank.phase_of(span).cpu().numpy() for span in data.train])
     always = _constant_accuracy(data, majority)
     return replace(
@@ -352,7 +360,7 @@ def _combined(
 
 
 def _sentence(head: TrainingResult, frame: TrainingResult | None, majority: float | None) -> str:
-    """The result in one line, epochs counted from 1; `majority` is the accuracy of the most frequent phase."""
+    """The result in one line; `majority` is the accuracy of the most frequent phase. Epochs are counted from 1."""
     speed, accuracy = f"{head.frames_per_s:,.0f} frames/s", head.scores["val_accuracy"]
     if accuracy is None:
         return f"{head.epochs} epochs, no validation videos, {speed}"

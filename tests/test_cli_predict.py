@@ -182,4 +182,4 @@ def test_a_model_that_reads_tool_logits_gets_them_from_new_videos(workplace: Pat
     np.testing.assert_allclose(found.probabilities, known.probabilities, atol=2e-5)
     assert "tool_logits: true" in (workplace / "runs/logits/MODEL_CARD.md").read_text()
     joint = ["train-joint", "--config", "tiny.yaml", "--name", "end", "--from-cnn", "tiny", "--from-temporal", "logits"]
-    assert "reads stage one's tool logits beside the embedding" in refuse(joint, workplace)
+    assert "reads tool logits in addition to embeddings" in refuse(joint, workplace)

@@ -1,1 +1,1 @@
-"""Many trainings of stage two over a space of settings."""
+"""Ablations: many trainings of stage two with different settings."""

@@ -1,4 +1,4 @@
-"""The features that an ablation's trainings share: each folder is read once, checked, and put in shared memory."""
+"""The features that the trainings of an ablation share: each folder is read once, checked and put in shared memory."""
 
 from __future__ import annotations
 
@@ -16,37 +16,40 @@ from engine.runs import RESULT_FILE, run_folder
 from features.store_folder import find_feature_folder
 from stage2_temporal.data import NO_LABEL, TrainingData, read_training_data
 
-Settings = Mapping[str, Any]  # changed values by dotted key
+Settings = Mapping[str, Any]  # dotted key -> changed value
 
 
 @dataclass(frozen=True)
 class SharedFeatures:
-    """Features by folder and by whether they include tool logits. Pickling keeps the tables in shared memory."""
+    """The data of each feature folder, with and without tool logits as needed; pickling does not copy the features."""
 
     base: Path
     tables: dict[tuple[Path, bool], TrainingData]
 
     def of(self, folder: Path, tool_logits: bool) -> TrainingData:
-        """The data of a training on a folder."""
+        """The data for a training on a folder."""
         return self.tables.get((folder, tool_logits)) or self.tables[folder, False]
 
     def digest(self, folder: Path) -> str:
-        """Digest of a folder's encoder."""
+        """The digest of the encoder that made a folder's features."""
         return self.tables[folder, False].encoder_digest
 
     def is_base(self, folder: Path) -> bool:
-        """Whether a folder's features are those of the base."""
+        """Whether a folder's features come from the same encoder as those of the base settings."""
         return self.digest(folder) == self.digest(self.base)
 
     @property
     def others(self) -> dict[str, str]:
-        """Encoder digests of the folders other than the base's, by folder."""
+        """The encoder digests of all folders except the base settings' one, by folder."""
         folders = dict.fromkeys(folder for folder, _ in self.tables)
         return {str(folder): self.digest(folder) for folder in folders if folder != self.base}
 
 
 def folder_of(changes: Settings, base: Path, config: Config) -> Path:
-    """The feature folder that a setting names, else the base's. Raises UserError for a run without features."""
+    """The feature folder that a setting names, or `base` if it names none.
+
+    Raises UserError if it names a run that has no features.
+    """
     if "features" in changes:
         return find_feature_folder(Path(changes["features"]), base, config.extract.store)
     if "features_of_run" in changes:
@@ -58,12 +61,12 @@ def folder_of(changes: Settings, base: Path, config: Config) -> Path:
 
 
 def share_features(base: Path, wanted: Mapping[tuple[Path, bool], object], config: Config) -> SharedFeatures:
-    """Read every folder once and put what is `wanted` (folders, with tool logits or without) into shared memory.
+    """Read every feature folder once and put the features into shared memory.
 
-    With `temporal.features=stream` in `config`, features stay in their files.
-
-    If folders were sampled at different times, validation counts the frames that all have. Raises UserError for a
-    folder without validation videos or without the tool logits that are wanted, and for two that cannot be compared.
+    The keys of `wanted` are pairs of a folder and whether its tool logits are needed. With `temporal.features=stream`
+    in `config`, features stay in their files. If folders were sampled at different times, validation counts only frames
+    that are in all of them. Raises UserError for a folder that has no validation videos or lacks tool logits that are
+    needed, and for two folders that cannot be compared.
     """
     folders = dict.fromkeys([base, *(folder for folder, _ in wanted)])
     found = {folder: read_training_data(folder, config.temporal.features, config.device) for folder in folders}
@@ -83,7 +86,7 @@ def share_features(base: Path, wanted: Mapping[tuple[Path, bool], object], confi
 
 
 def _require_comparable(base: TrainingData, other: TrainingData) -> None:
-    """Raise UserError unless two folders have the same videos in the same split, the same classes and labels."""
+    """Raise UserError unless two folders have the same videos, splits, classes and labels."""
     for what, mine, theirs in (
         ("phases", base.phases, other.phases),
         ("training videos", base.split["train"], other.split["train"]),
@@ -100,7 +103,10 @@ def _require_comparable(base: TrainingData, other: TrainingData) -> None:
         frames, other_frames = base.frame_index[rows].numpy(), other.frame_index[other_rows].numpy()
         shared, at, other_at = np.intersect1d(frames, other_frames, return_indices=True)
         if not len(shared):
-            raise UserError(f"{other.folder}: no frame of {video_id} is also in {base.folder}: nothing to compare")
+            raise UserError(
+                f"{other.folder}: has no frame of {video_id} that is also in {base.folder}, so settings "
+                "cannot be compared; extract both at the same data.fps"
+            )
         differing = shared[base.bank.phase[rows].numpy()[at] != other.bank.phase[other_rows].numpy()[other_at]]
         if len(differing):
             raise UserError(
@@ -110,7 +116,7 @@ def _require_comparable(base: TrainingData, other: TrainingData) -> None:
 
 
 def _common_moments(data: TrainingData, everyone: list[TrainingData]) -> torch.Tensor | None:
-    """Rows (N,) whose frames are in every folder; None if these include all labelled rows of the validation videos."""
+    """A mask (N,) of the rows whose frames are in every folder; None if all labelled validation frames are."""
     scored = torch.zeros(len(data.bank.features), dtype=torch.bool)
     for video_id, span in zip(data.split["val"], data.val, strict=True):
         frames = data.frame_index[span.rows].numpy()

@@ -1,9 +1,9 @@
-"""Ablations of stage two: many trainings on one copy of the features, one per core, resumable at any moment.
+"""Ablations of stage two: many trainings on one copy of the features, one per core. They can be resumed at any time.
 
-A setting (one point of the space, or a named one) is a trial of an Optuna study; each of its seeds is an ordinary run
-folder `<ablation>/trials/<setting>-seed<k>`, so that finished trainings are never repeated and interrupted ones resume.
-These folders are the only record: the study is made from them at each start. A coordinator process runs one worker per
-core.
+A setting (a point of the space, or a named setting) is a trial of an Optuna study. It is trained with each seed, in an
+ordinary run folder `<ablation>/trials/<setting>-seed<k>`, so that finished trainings are never repeated and interrupted
+ones resume. Only these folders are kept: the study is built from them at each start. A coordinating process starts one
+worker process per core.
 """
 
 from __future__ import annotations
@@ -52,30 +52,31 @@ from stage2_temporal.data import TrainingData
 from stage2_temporal.train import SCORE, require_arithmetic, train_temporal
 
 BASE = "base"
-# Trainings per claim and core: many if the settings are known, which saves starts of processes; few if they are drawn,
-# so that the sampler learns from earlier ones.
+# Trainings per core in one round. If all settings are known, there are many, which saves starts of processes. If they
+# are drawn at random, there are few, so that the sampler learns from earlier trainings.
 _CLAIM_KNOWN, _CLAIM_DRAWN = 8, 2
-# A training leaves a GPU idle most of the time, so several share each; every process has a CUDA context of its own.
+# One training leaves a GPU idle most of the time, so several share it. There are not more, since each process has a
+# CUDA context of its own.
 _MOST_ON_ONE_GPU = 4
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One training: a setting with a seed."""
+    """One training: a setting and a seed."""
 
     changes: tuple[tuple[str, Any], ...]
     seed: int
     features: Path = Path()
-    encoder_digest: str = ""  # of the features, if the setting names some
+    encoder_digest: str = ""  # the digest of the features' encoder, if the setting names features
 
     @property
     def frames(self) -> int:
-        """1: the progress bar counts trainings."""
+        """What the progress bar counts for this unit: 1, since it counts trainings."""
         return 1
 
     @property
     def folder(self) -> str:
-        """Name of its run, a function of the setting and the seed."""
+        """The name of the unit's run folder, which depends on the setting and the seed alone."""
         known = [pair for pair in self.changes if pair[0] not in FEATURE_KEYS]
         known += [("features", self.encoder_digest)] if self.encoder_digest else []
         name = BASE if not known else sha256_json(sorted(known))[:10]
@@ -84,7 +85,7 @@ class Unit:
 
 @dataclass
 class UnitTask:
-    """Trains one unit. Sent to each worker process once, with the features in shared memory."""
+    """A callable that trains one unit; it is sent to each worker process once, with the features in shared memory."""
 
     source: str
     overrides: tuple[str, ...]
@@ -105,21 +106,22 @@ class UnitTask:
         advance(1)
 
     def _data(self, features: Path, config: Config) -> TrainingData:
-        """The shared table; on a GPU, a copy that this process keeps until a training needs another table."""
+        """The shared features. On a GPU, this process keeps a copy until a training needs other features."""
         key = (features, config.temporal.tool_logits)
         device = choose_device(config.device)
         if device.type == "cpu":
             return self.shared.of(*key)
         if self._resident is None or self._resident[0] != key:
-            self._resident = None  # free its memory before the next table is copied
+            self._resident = None  # frees the memory before the next copy is made
             self._resident = (key, self.shared.of(*key).to(device))
         return self._resident[1]
 
 
 class GpuTurn:
-    """Gives every worker process one of the GPUs in sight, in turn: it is pickled once for each.
+    """Assigns the visible GPUs to the worker processes in turn.
 
-    The process that starts the others sees all of them.
+    The object is pickled once for each worker, and each time the pickle contains the next GPU. The process that starts
+    the workers sees all GPUs.
     """
 
     def __init__(self, gpus: Sequence[str]) -> None:
@@ -133,13 +135,13 @@ class GpuTurn:
         self._own = gpu
 
     def take(self) -> None:
-        """Hide all GPUs but this process's, before it uses CUDA, which counts them once."""
+        """Hide all GPUs except this process's own. Call it before CUDA is used, which counts the GPUs only once."""
         if self._own is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = self._own
 
 
 class _StopWithParent(StopRequest):
-    """Polls the parent process between steps."""
+    """A stop request that asks the parent process, between steps, whether to stop."""
 
     def __init__(self, advance: Advance) -> None:
         super().__init__()
@@ -148,7 +150,7 @@ class _StopWithParent(StopRequest):
     def poll(self) -> int | None:
         try:
             self._advance(0)
-        except Exception:  # whatever the pool ends its jobs with; `raise_if_set` passes it on
+        except Exception:  # the pool ends jobs with various exceptions; `raise_if_set` raises the original one
             return signal.SIGTERM
         return None
 
@@ -167,7 +169,7 @@ def unit_config(source: str, overrides: Sequence[str], unit: Unit) -> Config:
 
 
 def read_ablation(source: str, base: str | None = None) -> AblationConfig:
-    """An ablation from a file or, by name, a shipped one; `base` replaces its base settings."""
+    """Read an ablation from a file, or one of the included ablations by name; `base` replaces its base settings."""
     spec = load_ablation(source)
     return spec.model_copy(update={"base": base}) if base else spec
 
@@ -182,12 +184,12 @@ def ablate(
     workers: int = -1,
     stop: StopRequest,
 ) -> list[tuple[str, str]]:
-    """Run all trainings of an ablation; returns failed trainings and videos that are left out, each with the reason.
+    """Run all trainings of an ablation; returns failed trainings and left-out videos, each with the reason.
 
-    `folder` receives the trials and the results: `ablation.csv` (one row per training), `ablation.html` (the ranked
-    table and Optuna's plots) and `best.yaml` (the settings of the winner). Features are those of `run` unless
-    `features` names a folder. Raises UserError if `folder` holds an ablation of another configuration, for features
-    without validation videos and for wrong settings; raises Stopped, with everything kept, when `stop` is set.
+    Trials and results are written to `folder`. The results are `ablation.csv` (one row per training), `ablation.html`
+    (the ranked table and Optuna's plots) and `best.yaml` (the best settings). The features are those of `run`, unless
+    `features` names a folder. Raises UserError if `folder` holds another ablation, if there are no validation videos,
+    or if settings are wrong. When `stop` is set, keeps everything and raises Stopped.
     """
     started = time.monotonic()
     base = load_config(spec.base, overrides)
@@ -204,7 +206,7 @@ def ablate(
     failed: list[tuple[str, str]] = []
     with exclusive_lock(folder, "ablation"), _live_table() as live:
         plan = _Plan(spec, base, tuple(overrides), folder, shared)
-        plan.trials()  # refuses trainings of other settings before any new one starts
+        plan.trials()  # raises UserError for folders with other settings before any training starts
         for units in plan.rounds(cores, started):
             processes = choose_processes(cores, units) if len(units) > 1 else 1
             for unit, reason in work_through(task, units, processes, "trainings", stop, unit="training", disable=True):
@@ -219,7 +221,7 @@ def ablate(
 
 
 def trainings_at_once(device: str) -> int:
-    """One per core; on GPUs at most `_MOST_ON_ONE_GPU` on each."""
+    """The number of trainings at the same time: one per core; on GPUs at most `_MOST_ON_ONE_GPU` on each."""
     cores = available_cores()
     if choose_device(device).type == "cpu":
         return cores
@@ -231,14 +233,14 @@ def gpus_in_sight(device: str) -> list[str]:
     if choose_device(device).type != "cuda":
         return []
     named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
-    count = torch.cuda.device_count()  # counts those before the first name that is none
+    count = torch.cuda.device_count()  # CUDA ignores the first invalid name and all after it
     return named[:count] if any(named) else [str(number) for number in range(count)]
 
 
 def _read_features(spec: AblationConfig, base: Config, overrides: Sequence[str], where: Path) -> SharedFeatures:
-    """The features of every setting, including those that a range may draw.
+    """The features of every setting, including settings that may be drawn from a range.
 
-    Raises UserError for wrong settings, and for two settings that mean the same training.
+    Raises UserError for wrong settings, and for two settings that are the same training.
     """
     for seed in spec.seeds:
         unit_config(spec.base, overrides, Unit((), seed))
@@ -259,7 +261,7 @@ def _read_features(spec: AblationConfig, base: Config, overrides: Sequence[str],
 
 
 def _require_effect(config: Config, unit: Unit) -> None:
-    """Raise UserError if a tried setting has no effect: the table would list it as if it made a difference."""
+    """Raise UserError if a setting has no effect, since the table would list it as if it made a difference."""
     for key, _ in unit.changes:
         if key not in FEATURE_KEYS:
             *above, leaf = key.split(".")
@@ -269,16 +271,16 @@ def _require_effect(config: Config, unit: Unit) -> None:
 
 
 def changes_of(spec: AblationConfig, point: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """The settings that a point of the space changes, as (key, value) pairs."""
+    """The settings that a point of the space changes, as pairs (key, value)."""
     named = spec.settings.get(point.get(NAMED, ""), {}) if spec.settings else {}
     return (*((key, value) for key, value in point.items() if key != NAMED), *named.items())
 
 
-# ---------------------------------------------------------------------------------------------- what to try
+# ---------------------------------------------------------------------------------------------- plan
 
 
 class _Plan:
-    """The settings to try, their state in the study, and their results."""
+    """The settings to train, their state in the study, and their results."""
 
     def __init__(
         self, spec: AblationConfig, base: Config, overrides: tuple[str, ...], folder: Path, shared: SharedFeatures
@@ -287,7 +289,7 @@ class _Plan:
         self.folders = TrialFolders(folder / "trials", spec, self._folder)
         self._points = self.folders.points()
         self.study = open_study(self.folders, self._points)
-        self._as_named: set[Unit] = set()  # finished trainings whose settings are known to be those of the table
+        self._as_named: set[Unit] = set()  # finished trainings that `_require_as_named` has checked
         for name in self.folders.strays(self._points):
             say(f"note: {self.folders.trials / name}: not a training of this ablation; it is left out of the table")
 
@@ -298,7 +300,7 @@ class _Plan:
         return self.study.get_trials(deepcopy=False, states=states)
 
     def rounds(self, cores: int, started: float) -> Iterator[list[Unit]]:
-        """Batches of trainings, until none is left or the budget is spent. The base settings come first."""
+        """Yield rounds of trainings until none is left or the budget is spent. The base settings come first."""
         first = [] if self._base_is_in_grid else [self._unit((), seed) for seed in self.spec.seeds]
         seeds = len(self.spec.seeds)
         most = max(1, (_CLAIM_DRAWN if self.spec.has_ranges else _CLAIM_KNOWN) * cores // seeds)
@@ -309,13 +311,13 @@ class _Plan:
             if not units:
                 return
             first = []
-            yield list(dict.fromkeys(units))  # integers may be drawn twice
-            for trial in claimed:  # without a score, one of its trainings has failed
+            yield list(dict.fromkeys(units))  # without repetitions: an integer may be drawn twice
+            for trial in claimed:  # a trial without a score has a training that failed
                 score = self.folders.score(trial.params)
                 self.study.tell(trial, score, state=TrialState.FAIL if score is None else TrialState.COMPLETE)
 
     def _claims(self, started: float) -> Iterator[optuna.Trial]:
-        """The points to train next, within the budget: queued ones or, for ranges, newly drawn ones."""
+        """The points to train next, within the budget: queued ones and, if there are ranges, newly drawn ones."""
         while self._budget_left(started) and (self.spec.has_ranges or self._trials(TrialState.WAITING)):
             yield self.study.ask(distributions(self.spec))
 
@@ -323,7 +325,7 @@ class _Plan:
         budget, seeds = self.spec.budget, len(self.spec.seeds)
         trials = self._trials(TrialState.COMPLETE, TrialState.RUNNING, TrialState.FAIL)
         begun = len({tuple(sorted(trial.params.items(), key=str)) for trial in trials})
-        if begun >= size(self.spec):  # a range of integers is drawn from again and again
+        if begun >= size(self.spec):  # otherwise a range of integers would be drawn from endlessly
             return False
         begun += not self._base_is_in_grid
         if budget.trials is not None and (begun + 1) * seeds > budget.trials:
@@ -336,7 +338,7 @@ class _Plan:
         return Unit(changes, seed, folder, self.shared.digest(folder) if named else "")
 
     def label(self, changes: Sequence[tuple[str, Any]]) -> str:
-        """A setting's label: the last parts of its keys with their values, and its named setting."""
+        """A setting's label in tables: the last part of each key with its value, and the name of a named setting."""
         if not changes:
             return BASE
         names = {name: tuple(what.items()) for name, what in self.spec.settings.items()}
@@ -346,7 +348,7 @@ class _Plan:
 
     @functools.cached_property
     def _base_is_in_grid(self) -> bool:
-        """Whether one of the settings equals the base, which then need not be trained twice."""
+        """Whether one of the settings equals the base settings, which then need not be trained separately."""
         if self.spec.has_ranges:
             return False
         return any(self.is_base(changes_of(self.spec, point)) for point in corners(self.spec))
@@ -358,9 +360,9 @@ class _Plan:
         return tried.temporal == self.base.temporal and self.shared.is_base(unit.features)
 
     def trials(self) -> list[Trial]:
-        """Every training with a result, including those of earlier processes, for tables.
+        """All trainings with a result, including those of earlier processes, for the tables.
 
-        Raises UserError for one whose settings differ from those that the table would show.
+        Raises UserError if a training's settings differ from those that the table would show.
         """
         asked = self._trials(TrialState.COMPLETE, TrialState.RUNNING, TrialState.FAIL)
         points: list[Mapping[str, Any]] = [{}, *self._points, *(trial.params for trial in asked)]
@@ -383,14 +385,14 @@ class _Plan:
         named = unit_config(self.spec.base, self.overrides, unit).temporal.model_dump()
         if changed := differences(trained, named):
             raise UserError(
-                f"{run}: its settings differ from those that the table would show ({'; '.join(changed[:3])}); give the "
-                "ablation another --name, which trains again"
+                f"{run}: trained with other settings than the table would show ({'; '.join(changed[:3])}); give the "
+                "ablation another --name to train them again"
             )
         self._as_named.add(unit)
 
 
 def _leaf(key: str, keys: Mapping[str, Any]) -> str:
-    """The last part of a dotted key, unless two keys share it."""
+    """The last part of a dotted key, or the whole key if two keys have the same last part."""
     leaf = key.rsplit(".", 1)[-1]
     return leaf if sum(other.rsplit(".", 1)[-1] == leaf for other in keys) == 1 else key
 
@@ -399,7 +401,7 @@ def _leaf(key: str, keys: Mapping[str, Any]) -> str:
 
 
 def _claim_folder(folder: Path, spec: AblationConfig, base: Config, shared: SharedFeatures) -> None:
-    """Raise UserError if the folder holds another ablation. A different budget does not make another ablation."""
+    """Raise UserError if the folder holds another ablation; a different budget alone does not count as another one."""
     data = shared.of(shared.base, False)
     identity = StageIdentity(
         {
@@ -413,7 +415,7 @@ def _claim_folder(folder: Path, spec: AblationConfig, base: Config, shared: Shar
     StageFolder(folder.parent, folder.name, base, identity).open()
 
 
-# ---------------------------------------------------------------------------------------------- what comes out
+# ---------------------------------------------------------------------------------------------- results
 
 
 @contextmanager
@@ -458,7 +460,7 @@ def _write_outcome(folder: Path, plan: _Plan) -> None:
 
 
 def _figures(study: optuna.Study) -> list[Any]:
-    """Optuna's own plots, as far as the study has enough trials for them."""
+    """Optuna's own plots, those for which the study has enough trials."""
     from optuna import visualization
 
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

@@ -1,4 +1,4 @@
-"""The Optuna study of an ablation, made at each start from the folders of its trainings, which are the only record."""
+"""The Optuna study of an ablation, which is built at each start from the folders of the trainings and not stored."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ NAMED = "setting"  # the parameter that selects one of the named settings
 
 
 def corners(spec: AblationConfig, drawn: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-    """Every combination of the lists and named settings; a range contributes its two ends, or the value in `drawn`."""
+    """Every combination of the values in lists and of the named settings.
+
+    A range contributes its two ends or, with `drawn`, the value that was drawn from it.
+    """
     axes: dict[str, Sequence[Any]] = {}
     for key, values in spec.space.items():
         if isinstance(values, list):
@@ -39,16 +42,17 @@ def corners(spec: AblationConfig, drawn: Mapping[str, Any] | None = None) -> Ite
 
 
 def _as_drawn(value: Any, values: RangeConfig) -> Any:
-    """A setting's value as it was drawn: the integers of a range are stored as 2.0 if the setting is a float."""
+    """The value as it was drawn: an integer of a range is stored as, for example, 2.0 if the setting is a float."""
     integers = isinstance(values.low, int) and isinstance(values.high, int)
     return int(value) if integers and isinstance(value, float) and value.is_integer() else value
 
 
 @dataclass(frozen=True)
 class TrialFolders:
-    """The folders of trainings below `trials`, the only record of what was tried; `name_of` gives a training's folder.
+    """The folders of the trainings below `trials`, from which the study is built.
 
-    Every method raises UserError for a damaged file in a folder, naming the folder to delete.
+    `name_of` returns the name of a training's folder. Every method raises UserError for a damaged file in a folder,
+    naming the folder to delete.
     """
 
     trials: Path
@@ -67,16 +71,16 @@ class TrialFolders:
             return found
 
     def score(self, point: Mapping[str, Any]) -> float | None:
-        """Mean score of a point over its seeds; None if one of them has not finished."""
+        """The mean score of a point over its seeds; None unless all of them are finished."""
         results = [self.result(self.name_of(point, seed)) for seed in self.spec.seeds]
         scores = [result["val_accuracy"] for result in results if result is not None]
         return sum(scores) / len(scores) if len(scores) == len(results) else None
 
     def points(self) -> list[dict[str, Any]]:
-        """The points to try or, if there are ranges, those that have folders, in the order of their first start.
+        """All points of the space or, if there are ranges, those that have folders, in the order of their first start.
 
-        A value drawn from a range is read from the folder's settings and verified by the folder's name, a digest of the
-        point.
+        A value drawn from a range is read from the settings in the folder. The folder's name, which is a digest of the
+        point, is used to check it.
         """
         if not self.spec.has_ranges:
             return list(corners(self.spec))
@@ -92,7 +96,7 @@ class TrialFolders:
         return list(found.values())
 
     def strays(self, points: Iterable[Mapping[str, Any]]) -> list[str]:
-        """Folders of finished trainings that belong to none of `points` and not to the base settings."""
+        """The folders of finished trainings that belong neither to one of `points` nor to the base settings."""
         known = {self.name_of(point, seed) for point in (*points, {}) for seed in self.spec.seeds}
         return sorted({path.parent.parent.name for path in self.trials.glob(f"*/temporal/{RESULT_FILE}")} - known)
 
@@ -118,7 +122,7 @@ def distributions(spec: AblationConfig) -> dict[str, BaseDistribution]:
 
 
 def size(spec: AblationConfig) -> float:
-    """How many points the space has; infinite with a range of fractions."""
+    """The number of points in the space; infinite if it has a range of fractions."""
     counts = (
         len(one.choices)
         if isinstance(one, CategoricalDistribution)
@@ -131,10 +135,10 @@ def size(spec: AblationConfig) -> float:
 
 
 def open_study(folders: TrialFolders, points: Sequence[Mapping[str, Any]]) -> optuna.Study:
-    """A study that knows the finished ones of these points; the others are queued in it."""
+    """A study with the scores of those `points` that are finished; the others are queued in it."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     spec = folders.spec
-    # A later process must not repeat the draws of an earlier one.
+    # The seed depends on the number of points, so that a later process does not draw the same values again.
     sampler = optuna.samplers.TPESampler(seed=spec.seeds[0] + 1000 * len(points))
     study = optuna.create_study(sampler=sampler, direction="maximize")
     for point in points:

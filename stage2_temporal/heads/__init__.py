@@ -1,4 +1,7 @@
-"""Temporal heads: from a sequence of embeddings to phase logits. Each file here is imported and registers its heads."""
+"""Temporal heads, which map a sequence of embeddings to phase logits.
+
+Every file in this folder is imported and registers its heads.
+"""
 
 from configs.registry import import_each_file
 

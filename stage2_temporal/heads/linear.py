@@ -13,7 +13,7 @@ from stage2_temporal.heads.standardise import Standardise
 
 @register_head("linear", schema.LinearHead)
 class LinearHead(Head):
-    """Logits from a frame's embedding alone. No state."""
+    """A head without state: the logits of a frame depend on its embedding alone."""
 
     block_frames = 2048
 
@@ -30,9 +30,9 @@ class LinearHead(Head):
     def forward_stored(
         self, x: Tensor, standardise: Standardise, state: State | None = None, lengths: Tensor | None = None
     ) -> HeadOutput:
-        """See `Head`. With `lengths`, padding is left out, where logits are 0, and `hidden` is None.
+        """See `Head`. With `lengths`, padding is not computed and its logits are 0; `hidden` is None.
 
-        Blocks of frames are standardised one at a time, once more for the backward pass.
+        Frames are standardised in blocks, one at a time, and again in the backward pass.
         """
         if lengths is None:
             return self(standardise(x))  # type: ignore[no-any-return]

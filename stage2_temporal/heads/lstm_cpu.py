@@ -1,15 +1,15 @@
-"""The LSTM's recurrence on a CPU, for sequences of unequal lengths and without padding; `nn.LSTM` holds the weights.
+"""The recurrence of an LSTM on a CPU, for sequences of different lengths, without padding; `nn.LSTM` has the weights.
 
-It trains 1.15 times as fast as nn.LSTM does without padding, 1.5 times with a bf16 input projection, and takes half
-the memory (docs/performance.md). Its matrix products are oneDNN's own (`engine.onednn`) and fall back to `F.linear`
-where these are missing or wrong; on other devices, under autocast and for bidirectional networks `heads.recurrent`
-calls nn.LSTM instead.
+Training is 1.15 times as fast as with nn.LSTM on sequences without padding, 1.5 times with a bf16 input projection,
+and takes half the memory (docs/performance.md). Matrix products are computed by oneDNN (`engine.onednn`), or by
+`F.linear` where oneDNN's are missing or wrong. On other devices, under autocast, and for bidirectional networks,
+`heads.recurrent` calls nn.LSTM instead.
 
-The frames of a batch form one table of rows, time first, longest sequence first (the order of `PackedSequence`), so
-that the sequences still running at a step are adjacent rows. The input projection of many frames is one matrix product,
-and so is the gradient of each weight; only the product with the last hidden state remains per step. Rows are processed
-in blocks of steps, so that apart from the gates no table as large as the input is ever made: stored features are
-converted and standardised one block at a time.
+The frames of a batch form one table of rows. Rows are sorted by time step, and within a step by the length of the
+sequence, longest first (the order of `PackedSequence`), so that the sequences still running at a step are adjacent
+rows. The input projection of many frames is one matrix product, and so is the gradient of each weight. Only the product
+with the previous hidden state has to be computed step by step. Rows are processed in blocks of several steps: stored
+features are converted and standardised one block at a time, so that only the gates need a table as long as the input.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from torch.autograd.function import once_differentiable
 
 from engine import onednn
 
-# A block's products run at full speed from about a thousand rows on, and its tables still fit the caches.
+# With about a thousand rows, the matrix products of a block run at full speed and its tables still fit into the caches.
 BLOCK_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive steps whose rows are projected together."""
+    """A block: consecutive steps whose rows are projected together."""
 
     steps: slice
     rows: slice
@@ -39,10 +39,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each frame of sequences of given lengths is in the table of rows."""
+    """The position of each frame of a batch in the table of rows."""
 
-    order: Tensor  # (B,) sequences, longest first
-    sizes: list[int]  # (T,) sequences still running at each step
+    order: Tensor  # (B,) numbers of the sequences, longest first
+    sizes: list[int]  # (T,) number of sequences still running at each step
     frame_of_row: Tensor  # (N,) row -> frame of the padded (B * T) table
     row_before: Tensor  # (N,) row -> row of the same sequence one step earlier; negative at the first step
     last_row: Tensor  # (B,) sequence in sorted order -> row of its last frame
@@ -50,7 +50,7 @@ class Layout:
 
     @classmethod
     def of(cls, lengths: Sequence[int], frames: int, block_rows: int) -> Layout:
-        """The layout of sequences of `lengths` (each at least 1) that are padded to `frames`."""
+        """The layout of sequences with these `lengths` (each at least 1), which are padded to `frames` frames."""
         length, order = torch.tensor(lengths).sort(descending=True, stable=True)
         running = torch.arange(int(length[0]))[:, None] < length  # (T, B)
         sizes = running.sum(dim=1)
@@ -85,11 +85,12 @@ def run_lstm(
     bf16: bool = False,
     block_rows: int = BLOCK_ROWS,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Outputs (B, T, H) and the last state of `rnn`, batch first and unidirectional, for x (B, T, D).
+    """Run the network `rnn`, which must be batch first and unidirectional, on x (B, T, D).
 
-    `state` is a pair (layers, B, H), None zero; `lengths` (B) counts frames that are not padding, where outputs are 0.
-    x may be fp16: it is converted to the weights' type, and standardised with `constants` (mean, scale), (D,) each.
-    `bf16` computes the first layer's input projection and the gradient of its weights in bfloat16.
+    Returns the outputs (B, T, H) and the last state. `state` is a pair of tensors (layers, B, H); None means zero.
+    `lengths` (B) holds the number of frames of each sequence without padding; outputs for padding are 0. x may be fp16.
+    It is converted to the type of the weights, and standardised with `constants` (mean, scale), (D,) each. `bf16`
+    computes the input projection of the first layer, and the gradient of its weights, in bfloat16.
     """
     layout = Layout.of(lengths, x.shape[1], block_rows)
     if state is None:
@@ -115,16 +116,19 @@ def run_lstm(
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """How one layer is computed: all arguments other than the tensors that are differentiated."""
+    """How one layer is computed: its arguments, apart from the tensors that have gradients."""
 
     layout: Layout
     save_for_backward: bool
-    input_row: Tensor | None = None  # (N,) row -> row of the input table; None: the same row
+    input_row: Tensor | None = None  # (N,) row -> row of the input table; None: both tables have the same rows
     constants: tuple[Tensor, Tensor] | None = None  # mean and scale (D,)
     bf16: bool = False
 
     def block_inputs(self, x: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Inputs of a block (N, D) as its matrix products take them; `dtype` is the weights' type."""
+        """The inputs (N, D) of a block, converted and standardised for its matrix products.
+
+        `dtype` is the type of the weights.
+        """
         block = x[rows] if self.input_row is None else x.index_select(0, self.input_row[rows])
         if self.constants is not None:
             block = torch.sub(block, self.constants[0]).mul_(self.constants[1])
@@ -132,7 +136,7 @@ class LayerSpec:
 
 
 class _Layer(torch.autograd.Function):
-    """One layer over all rows. Gates are in nn.LSTM's order, i, f, g, o."""
+    """One layer, for all rows. The gates are in the order of nn.LSTM: i, f, g, o."""
 
     @staticmethod
     def forward(
@@ -160,7 +164,7 @@ class _Layer(torch.autograd.Function):
             gates = _product(inputs, packed_ih, bias).to(w_hh.dtype)  # (rows, 4 H)
             if spec.save_for_backward:
                 saved_gates.append(gates)
-                saved_inputs += [inputs] if spec.bf16 else []  # half the size of fp32, where they are computed again
+                saved_inputs += [inputs] if spec.bf16 else []  # fp32 inputs, twice the size, are computed again instead
             tables = (gates, gates[:, : 2 * width], *gates.chunk(4, dim=1), cells[rows], tanh_cells[rows], out[rows])
             per_step = zip(sizes, *(table.split(sizes) for table in tables), strict=True)
             for size, all_gates, i_f, i, f, g, o, cell, tanh_c, hidden in per_step:
@@ -181,7 +185,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_h: Tensor, d_c: Tensor) -> tuple[Tensor | None, ...]:
-        """Back through time, block by block; a block's part of each weight's gradient is one product."""
+        """Back-propagation through time, block by block; each block adds one product to the gradient of each weight."""
         x, w_ih, w_hh, h0, c0, cells, tanh_cells, out, *saved = ctx.saved_tensors
         spec, width = ctx.spec, w_hh.shape[1]
         packed_hh = _packed(w_hh.t().contiguous(), spec.layout.sizes[0])  # (H, 4 H)
@@ -221,20 +225,21 @@ class _Layer(torch.autograd.Function):
 
 
 def _packed(weights: Tensor, rows: int) -> Tensor:
-    """Weights (O, I) for `_product`, laid out as oneDNN reads them: a step's product takes a third of the time."""
+    """Weights (O, I) for `_product` in oneDNN's own layout, with which a step's product takes a third of the time."""
     return onednn.pack_linear(weights, rows) if onednn.multiplies(weights.dtype) else weights
 
 
 def _product(x: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (N, I) times weights (O, I), packed or not, transposed, plus bias (O,).
+    """x (N, I) times the transpose of weights (O, I), which may be packed, plus bias (O,).
 
-    By oneDNN, as in the library's own LSTM: torch hands other fp32 products to MKL, which is slower on AMD processors.
+    It is computed by oneDNN, as torch does in its own LSTM. For other fp32 products torch calls MKL, which is slower on
+    AMD processors.
     """
     return onednn.linear(x, weights, bias) if onednn.multiplies(x.dtype) else F.linear(x, weights, bias)
 
 
 def _before(table: Tensor, initial: Tensor, layout: Layout, block: Block) -> Tensor:
-    """A block's rows of `table` (N, H) one step earlier; `initial` (B, H) precedes the first step."""
+    """The rows of `table` (N, H) one step before each row of a block; before the first step, those of `initial`."""
     before = layout.row_before[block.rows]
     if block.steps.start:
         return table.index_select(0, before)
@@ -242,11 +247,12 @@ def _before(table: Tensor, initial: Tensor, layout: Layout, block: Block) -> Ten
 
 
 def _local_gradients(gates: Tensor, tanh_c: Tensor, c_before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The factors of back-propagation for all rows at once: `gate_grad` (N, 4 H), `cell_of_output` (N, H), `f` (N, H).
+    """The factors of back-propagation, for all rows at once: `gate_grad` (N, 4 H), `cell_of_output` (N, H), `f` (N, H).
 
-    `gate_grad` times the gradient of the cell (gates i, f, g) or of the output (gate o) is the gradient before the
-    activations. `cell_of_output` times the gradient of the output is its part of the cell's gradient. The forget gate
-    `f` times the gradient of a cell is the gradient of the cell one frame earlier.
+    `gate_grad`, multiplied by the gradient of the cell (gates i, f, g) or of the output (gate o), is the gradient
+    before the activation functions. `cell_of_output`, multiplied by the gradient of the output, is the output's part of
+    the cell's gradient. The forget gate `f`, multiplied by a cell's gradient, is the gradient of the cell one frame
+    earlier.
     """
     i, f, g, o = gates.chunk(4, dim=1)
     gate_grad = torch.empty_like(gates)
@@ -254,5 +260,5 @@ def _local_gradients(gates: Tensor, tanh_c: Tensor, c_before: Tensor) -> tuple[T
     one = gates.new_ones(1)
     for gate, factor, target in ((i, g, i_grad), (f, c_before, f_grad), (o, tanh_c, o_grad)):
         torch.sub(one, gate, out=target).mul_(gate).mul_(factor)  # derivative of the sigmoid: y (1 - y)
-    torch.addcmul(one, g, g, value=-1, out=g_grad).mul_(i)  # of the hyperbolic tangent: 1 - y^2
+    torch.addcmul(one, g, g, value=-1, out=g_grad).mul_(i)  # derivative of the hyperbolic tangent: 1 - y^2
     return gate_grad, torch.addcmul(one, tanh_c, tanh_c, value=-1).mul_(o), f

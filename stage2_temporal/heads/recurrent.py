@@ -1,4 +1,4 @@
-"""LSTM and GRU over embeddings. The LSTM's recurrence on a CPU is `heads.lstm_cpu`; all else is torch's."""
+"""LSTM and GRU heads. An LSTM on a CPU is computed by `heads.lstm_cpu`, everything else by torch's own networks."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from stage2_temporal.heads.standardise import Standardise
 
 
 class RecurrentHead(Head):
-    """LSTM or GRU, dropout, one linear layer. State: (B, layers, H) for each of the network's state tensors.
+    """An LSTM or GRU followed by dropout and a linear layer. Each tensor of its state is (B, layers, H).
 
     Weights are initialised as in Jin et al. (Medical Image Analysis 2020): Xavier normal in the recurrent network,
-    Xavier uniform in the linear layers. Dropout acts between layers and before the linear layer. With `relu`, the
-    network's output is rectified (MTRCNet-CL); with `fc_hidden`, another linear layer and ReLU precede the last one (as
-    in the reference's pytorch1.2.0 release).
+    Xavier uniform in the linear layers. Dropout acts between layers and before the last linear layer. With `relu`, a
+    ReLU follows the recurrent network (MTRCNet-CL). With `fc_hidden`, another linear layer and a ReLU come before the
+    last layer (as in the pytorch1.2.0 release of MTRCNet).
     """
 
     rnn: nn.LSTM | nn.GRU
     relu = False
-    bf16_projection = False  # of the LSTM while it trains on a CPU; evaluation is always in fp32
+    bf16_projection = False  # whether an LSTM that trains on a CPU projects inputs in bf16; evaluation is always fp32
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class RecurrentHead(Head):
                 nn.init.xavier_normal_(parameter)
 
     def forward(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> HeadOutput:
-        """See `Head`. With `lengths`, padding is never computed: neither result nor state depends on it."""
+        """See `Head`. With `lengths`, padding is not computed, so neither outputs nor state depend on it."""
         return self._compute(x, None, state, lengths)
 
     def forward_stored(
@@ -68,7 +68,7 @@ class RecurrentHead(Head):
     def _compute(
         self, x: Tensor, standardise: Standardise | None, state: State | None, lengths: Tensor | None
     ) -> HeadOutput:
-        """`forward_stored`, or with `standardise` None `forward`."""
+        """Compute `forward_stored` or, if `standardise` is None, `forward`."""
         if state is not None:
             require_causal(self)
         hidden = None if state is None else tuple(part.transpose(0, 1) for part in state)  # (layers, B, H) each
@@ -85,13 +85,13 @@ class RecurrentHead(Head):
         return HeadOutput([self.fc(self.dropout(before_last))], out, tuple(part.transpose(0, 1) for part in last))
 
     def _runs_on_cpu_kernel(self, x: Tensor) -> bool:
-        """Whether `heads.lstm_cpu` computes an LSTM: a unidirectional one, on a CPU, in fp32."""
+        """Whether `heads.lstm_cpu` can compute an LSTM: it must be unidirectional, on a CPU, and without autocast."""
         return self.causal and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
 @register_head("lstm", schema.LstmHead)
 class LstmHead(RecurrentHead):
-    """LSTM (Jin et al., Medical Image Analysis 2020). Bidirectional: offline only."""
+    """The LSTM head (Jin et al., Medical Image Analysis 2020). A bidirectional one needs whole videos or clips."""
 
     def __init__(self, config: schema.LstmHead, embedding_dim: int, phases: int) -> None:
         super().__init__(config, embedding_dim, phases, config.bidirectional, config.fc_hidden)
@@ -104,14 +104,15 @@ class LstmHead(RecurrentHead):
 
 @register_head("gru", schema.GruHead)
 class GruHead(RecurrentHead):
-    """As `LstmHead`, with a GRU."""
+    """A head like `LstmHead` with a GRU in place of the LSTM."""
 
 
 def run_torch(rnn: nn.LSTM | nn.GRU, x: Tensor, hidden: State | None, lengths: Tensor | None) -> tuple[Tensor, State]:
-    """x (B, T, D), hidden (layers, B, H) each -> outputs (B, T, H) and hidden, by torch's own network.
+    """Run torch's own network: x (B, T, D), hidden (layers, B, H) each -> outputs (B, T, H) and the new hidden.
 
-    `lengths` as in `Head.forward`; outputs on padding are 0. Under bf16 autocast on CUDA everything is fp32: torch's
-    autocast would hand cuDNN fp16, whatever its own type is, and only with `fp16` are gradients scaled for that.
+    `lengths` is that of `Head.forward`; outputs for padding are 0. Under bf16 autocast on CUDA the network runs in
+    fp32: torch's autocast would pass fp16 to cuDNN even for bf16, and gradients are scaled for fp16 only if
+    `precision=fp16`.
     """
     if x.device.type == "cuda" and _autocast_without_scaler():
         with torch.autocast("cuda", enabled=False):
@@ -129,11 +130,11 @@ def _autocast_without_scaler() -> bool:
 
 
 def run_packed(rnn: nn.LSTM | nn.GRU, x: Tensor, hidden: State | None, lengths: Tensor) -> tuple[Tensor, State]:
-    """As `run_torch`, in one call, which cuDNN computes without padding."""
-    # DistributedDataParallel takes every tensor to the GPU, where `lengths` must not be
+    """The same as `run_torch`, in a single call of cuDNN, which skips the padding."""
+    # DistributedDataParallel moves every tensor to the GPU, but `lengths` must be on the CPU
     lengths = lengths.cpu()
     order = torch.argsort(lengths, descending=True, stable=True)
-    if not torch.equal(order, torch.arange(len(order))):  # `enforce_sorted=False` would wait for the GPU
+    if not torch.equal(order, torch.arange(len(order))):  # sorted here, since `enforce_sorted=False` waits for the GPU
         there, back = sent_to(x.device, order), sent_to(x.device, torch.argsort(order))
         given = None if hidden is None else tuple(part.index_select(1, there) for part in hidden)
         out, last = run_packed(rnn, x.index_select(0, there), given, lengths[order])
@@ -145,7 +146,7 @@ def run_packed(rnn: nn.LSTM | nn.GRU, x: Tensor, hidden: State | None, lengths: 
 
 
 def _run(rnn: nn.LSTM | nn.GRU, x: Tensor, hidden: State | None) -> tuple[Tensor, State]:
-    """As `run_torch`, for sequences of equal lengths."""
+    """The same as `run_torch`, for sequences of equal lengths."""
     out, last = rnn(x, _as_given(hidden))
     return out, last if isinstance(last, tuple) else (last,)
 
@@ -159,10 +160,10 @@ def _as_given(hidden: State | None) -> State | Tensor | None:
 def _run_until_each_ends(
     rnn: nn.LSTM | nn.GRU, x: Tensor, hidden: State | None, lengths: list[int]
 ) -> tuple[Tensor, State]:
-    """As `run_torch`: all sequences together up to the end of the shortest, the others up to the next end, and so on.
+    """The same as `run_torch`, in sections: all sequences up to the end of the shortest, the rest up to the next end.
 
-    `PackedSequence` would do the same, but its backward pass on a CPU fills a gradient as large as the whole input
-    for every single frame: two videos of 2,000 and 3,600 frames took 97 s where this takes 1.5 s.
+    `PackedSequence` would give the same result. But on a CPU its backward pass fills a gradient as large as the whole
+    input for every single frame: for two videos of 2,000 and 3,600 frames it took 97 s, and this function takes 1.5 s.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     if order != list(range(len(lengths))):
@@ -171,7 +172,7 @@ def _run_until_each_ends(
         out, last = _run_until_each_ends(rnn, x[order], given, [lengths[i] for i in order])
         return out[back], tuple(part[:, back] for part in last)
     pieces, ended, start = [], [], 0
-    for active in range(len(lengths), 0, -1):  # sequences still running; the last of them is the shortest
+    for active in range(len(lengths), 0, -1):  # number of sequences still running, of which the last is the shortest
         stop = lengths[active - 1]
         if stop > start:
             out, hidden = _run(rnn, x[:active, start:stop], hidden)
@@ -185,7 +186,10 @@ def _run_until_each_ends(
 
 
 def _run_each_alone(rnn: nn.LSTM | nn.GRU, x: Tensor, hidden: State | None, lengths: list[int]) -> tuple[Tensor, State]:
-    """As `run_torch`, one sequence after the other: the backward direction must start at each sequence's own end."""
+    """The same as `run_torch`, one sequence after the other.
+
+    This is for bidirectional networks, whose backward direction must start at the end of each sequence.
+    """
     runs = [_run(rnn, x[row : row + 1, :length], hidden) for row, length in enumerate(lengths)]
     out = torch.cat([F.pad(out, (0, 0, 0, x.shape[1] - out.shape[1])) for out, _ in runs])
     return out, tuple(torch.cat(parts, dim=1) for parts in zip(*(last for _, last in runs), strict=True))

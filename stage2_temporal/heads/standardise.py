@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# A standard deviation below this fraction of the median one is raised to it: a channel that hardly varies on the
-# training videos must not be thousands of standard deviations away on another video.
+# A standard deviation below this fraction of the channels' median is raised to it. Otherwise a channel that hardly
+# varies in the training videos could be thousands of standard deviations from its mean in another video.
 LEAST_STD = 0.01
 
 
 class Standardise(nn.Module):
-    """(x - mean) / standard deviation with constants (D,) that are saved in the checkpoint; the output is fp32."""
+    """A layer that computes (x - mean) / std in fp32; the constants (D,) are saved in the checkpoint."""
 
     mean: Tensor
     scale: Tensor
@@ -26,7 +26,7 @@ class Standardise(nn.Module):
 
     @classmethod
     def identity(cls, embedding_dim: int) -> Standardise:
-        """A layer that changes nothing until a state dict with other constants is loaded."""
+        """A layer that changes nothing, until a state dict with other constants is loaded."""
         return cls(torch.zeros(embedding_dim), torch.ones(embedding_dim))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,7 +11,10 @@ from stage2_temporal.heads.base import Head, HeadOutput, State, register_head
 
 
 class CausalLayer(nn.Module):
-    """Dilated residual layer, kernel 3, that sees the past only. Past inputs come in and go out as (B, M, 2 d)."""
+    """A dilated residual layer with kernel size 3 that sees the past only.
+
+    Its state, the last inputs (B, M, 2 d) for dilation d, is passed in and returned.
+    """
 
     def __init__(self, maps: int, dilation: int, dropout: float) -> None:
         super().__init__()
@@ -21,7 +24,7 @@ class CausalLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, M, T), past (B, M, 2 d) -> the same shapes."""
+        """x (B, M, T) and the past inputs (B, M, 2 d) -> output and new past inputs, of the same shapes."""
         seen = torch.cat([past, x], dim=2)  # (B, M, 2 d + T)
         y = x + self.dropout(self.mix(F.relu(self.dilated(seen))))
         return y, seen[:, :, seen.shape[2] - self.reach :]
@@ -29,11 +32,11 @@ class CausalLayer(nn.Module):
 
 @register_head("tcn", schema.TcnHead)
 class TcnHead(Head):
-    """The first stage maps D to M maps and stacks layers of dilation 1, 2, 4, ...; every further stage refines the
-    softmax of the one before.
+    """A multi-stage TCN: each stage has M feature maps and layers with dilations 1, 2, 4, ...
 
-    The loss is the sum over stages. State: each layer's past inputs, zero at the start of a video (the zero padding of
-    the whole-video form).
+    The first stage gets the embeddings, and every further stage refines the softmax of the one before. The loss is
+    summed over stages. The state holds the past inputs of each layer. They are zero at the start of a video, which is
+    the same as zero padding.
     """
 
     def __init__(self, config: schema.TcnHead, embedding_dim: int, phases: int) -> None:
@@ -48,7 +51,7 @@ class TcnHead(Head):
         self.maps = self.hidden_dim = config.maps
 
     def forward(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> HeadOutput:
-        """See `Head`. `lengths` is not needed: padding is at the end, and a causal convolution reads backwards only."""
+        """See `Head`. `lengths` is not needed: padding is at the end, and a causal convolution sees only the past."""
         y = x.transpose(1, 2)  # (B, D, T)
         past = iter(state or self._zero_state(x))
         after: list[Tensor] = []

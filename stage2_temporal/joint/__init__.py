@@ -1,1 +1,1 @@
-"""Both stages in one end-to-end multi-task net (MTRCNet, MTRCNet-CL)."""
+"""The joint net: both stages in one multi-task net that is trained end to end (MTRCNet, MTRCNet-CL)."""

@@ -1,7 +1,8 @@
-"""Clips of frames for the joint net: cut as stage two cuts features, loaded by `stage1_cnn.data`.
+"""Clips of frames for the joint net: chosen in the same way as in stage two, and loaded by `stage1_cnn.data`.
 
-The batch of a step is a function of (seed, epoch, step) alone. One augmentation is drawn per clip; if state is
-carried from clip to clip (`chunked`), one per video and epoch, so that the image does not jump at the end of a clip.
+The batch of a step depends on (seed, epoch, step) alone. Each clip is augmented as a whole. If state is carried from
+clip to clip (`chunked`), all clips of a video are augmented in the same way within an epoch, so that the image does not
+jump from one clip to the next.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from stage2_temporal.data import Batch, Span, epoch_batches
 
 
 def spans_of(frames: LabelledFrames) -> list[Span]:
-    """Each video's rows. `frames` must hold every sample of its videos, in order."""
+    """The rows of each video. `frames` must contain every sample of its videos, in order."""
     counts = np.bincount(frames.video, minlength=len(frames.videos))
     first = np.concatenate([[0], np.cumsum(counts)[:-1]])
     return [Span(int(start), int(count)) for start, count in zip(first, counts, strict=True) if count]
@@ -25,7 +26,10 @@ def spans_of(frames: LabelledFrames) -> list[Span]:
 def clip_requests(
     spans: Sequence[Span], config: SequenceConfig, seed: int, epoch: int, subset: int | None
 ) -> list[Request]:
-    """The epoch's batches in order (see `epoch_batches`); `subset` (mode `clips` only) takes that many random clips."""
+    """The batches of an epoch, in order (see `epoch_batches`).
+
+    With `subset`, which has an effect in mode `clips` only, the epoch has only so many random clips.
+    """
     batches = epoch_batches(spans, config, seed, epoch)
     if subset is not None and config.mode == "clips":
         whole, rest = divmod(subset, config.batch)

@@ -1,4 +1,7 @@
-"""Evaluate a joint net on frames: tables and files as for two stages, and the tools mapped from its phase branch."""
+"""Evaluate a joint net on frames.
+
+Tables and files are those of the two stages; the tools that the mapping predicts from the phase branch are added.
+"""
 
 from __future__ import annotations
 
@@ -53,14 +56,14 @@ def evaluate_joint(
     stop: StopRequest,
     given: GivenKeys = NO_KEYS,
 ) -> Evaluation:
-    """Score a run's joint net on one split of the index.
+    """Score a run's joint net on one split of the index, and write the results into `RUN/evaluate/`.
 
-    Writes into `RUN/evaluate/`, and for the test split a summary into `RUN/summary.json` and `RUN/MODEL_CARD.md`. For
-    another index than the run's (`other`, or another file in `data.index`) it writes only into a folder whose name
-    begins with that of the index. Videos that cannot be read are left out and reported. Images are preprocessed as in
-    training, regardless of the preset; crops are `joint.crops`.
-    Raises UserError if the user gave another preparation (`given`) and if the net's classes or sampling rate are
-    not the data's, Stopped when asked to stop.
+    For the run's own test videos, `RUN/summary.json` and `RUN/MODEL_CARD.md` are written as well. If the index is
+    another one than the run's (`other`, or another file in `data.index`), only a folder is written whose name begins
+    with that of the index. Videos that cannot be read are left out and reported. Images are preprocessed as in
+    training, whatever the preset says, and cropped as in `joint.crops`. Raises UserError if the user gave other image
+    settings (`given`), or if the data have other classes or another sampling rate than the net; raises Stopped when
+    asked to stop.
     """
     joint = _open(run, config, index, inference, given)
     config, trained_in = joint.config, joint.path.parent
@@ -93,7 +96,7 @@ def evaluate_joint(
 
 @dataclass(frozen=True)
 class _Joint:
-    """A run's joint net and how it is run; `config` has the preprocessing of its training."""
+    """A run's joint net and the settings of its inference; `config` has the preprocessing of the training."""
 
     path: Path
     net: JointNet
@@ -104,7 +107,7 @@ class _Joint:
     precision: str
 
     def predictor(self, index: Index, root: Path, stop: StopRequest, faults: list[tuple[str, str]]) -> Predictor:
-        """Predicts videos of the index; those that it cannot read are added to `faults`, with the reason."""
+        """A function that predicts videos of the index, and adds those that cannot be read to `faults` (id, reason)."""
         return partial(
             predict_videos,
             self.net.to(self.device, memory_format=torch.channels_last),  # type: ignore[call-overload]
@@ -119,7 +122,7 @@ class _Joint:
         )
 
     def details(self, truth: GroundTruth, found: Mapping[str, Prediction]) -> JointDetails:
-        """What `metrics.json` records of the net and of its predictions."""
+        """What `metrics.json` records about the joint net and its predictions."""
         original = self.net.imported_from
         imported = (original or self.path.name) if self.about.step == IMPORTED else None
         return JointDetails(
@@ -136,7 +139,7 @@ class _Joint:
 
 
 def _open(run: Path, config: Config, index: Index, inference: Inference | None, given: GivenKeys) -> _Joint:
-    """A run's joint net. Raises UserError if it does not fit the data or the settings."""
+    """Load a run's joint net. Raises UserError if the data or the settings do not fit it."""
     path = joint_checkpoint(run)
     net, about = load_joint(path)
     _require_compatible(path, about, index, config.data.fps)
@@ -149,11 +152,11 @@ def _open(run: Path, config: Config, index: Index, inference: Inference | None, 
 
 
 def _is_another(trained_in: Path, config: Config, index: Index) -> bool:
-    """Whether `data.index` is another file than the net was trained with, and has other training videos."""
+    """Whether `data.index` is not the file that the net was trained with, and has other training videos."""
     identity, settings = trained_in / IDENTITY_FILE, trained_in / "config.yaml"
     if not (identity.is_file() and settings.is_file()):
         return False
-    known = read_json_object(identity).get("videos_sha256")  # an imported net was not trained on these videos
+    known = read_json_object(identity).get("videos_sha256")  # None for an imported net, which was trained elsewhere
     if known is None or load_config(settings).data.index == config.data.index:
         return False
     return bool(known != frames_identity(config, index)["videos_sha256"])
@@ -174,7 +177,10 @@ def _mapped_tools(truth: GroundTruth, found: Mapping[str, Prediction]) -> ToolRe
 
 
 def _thresholds(predict: Predictor, index: Index, root: Path, data: DataConfig) -> Mapping[str, float] | None:
-    """Thresholds (K,) chosen on the validation videos; None if none has tool labels, or the net has no tool branch."""
+    """A threshold per tool, chosen on the validation videos.
+
+    None if no validation video has tool labels, or if the net has no tool branch.
+    """
     val = index.by_split("val")
     labels = {entry.id: sampled_labels(entry, root, index, data).tools for entry in val}
     labels = {name: tools for name, tools in labels.items() if (tools >= 0).any()}

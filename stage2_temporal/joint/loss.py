@@ -26,8 +26,9 @@ from stage2_temporal.joint.net import JointOutput
 class JointLoss(nn.Module):
     """The loss of one training step: `multitask`, `mapping` or `correlation` (see the module).
 
-    Phase and tool terms are means over the labelled frames or entries of a batch, the correlation term over every
-    frame, labelled or not. `over_all` adds counts over processes, so that each gets its part of the means.
+    Phase and tool terms are means over the labelled frames or entries of a batch. The correlation term is the mean over
+    all frames, labelled or not. `over_all` adds up the counts over all processes, so that each returns its part of the
+    means.
     """
 
     def __init__(self, config: JointLossConfig, step: str, over_all: Total = one_process) -> None:
@@ -35,7 +36,10 @@ class JointLoss(nn.Module):
         self.config, self.step, self.over_all = config, step, over_all
 
     def forward(self, output: JointOutput, phase: Tensor, tools: Tensor, lengths: Tensor) -> Tensor:
-        """Logits of B clips, phases (B, T), tools (B, T, K), lengths (B,) -> scalar. -1: no label, or padding."""
+        """The loss, a scalar, of the logits of B clips, for phases (B, T), tools (B, T, K) and lengths (B,).
+
+        -1 means no label, or padding.
+        """
         if self.step == "mapping":
             assert output.mapped_logits is not None
             return tool_loss(output.mapped_logits, tools, over_all=self.over_all)
@@ -55,7 +59,7 @@ class JointLoss(nn.Module):
         return torch.stack(terms).sum()
 
     def correlation(self, branch: Tensor, mapped: Tensor) -> Tensor:
-        """KL divergence (...) between the Bernoulli distributions of two sets of logits (..., K), mean over tools."""
+        """KL divergence (...), averaged over tools, of the Bernoulli distributions given by logits (..., K) each."""
         branch = branch.detach() if self.config.detach == "branch" else branch
         mapped = mapped.detach() if self.config.detach == "mapped" else mapped
         pair = (mapped, branch) if self.config.direction == "mapped_branch" else (branch, mapped)
@@ -63,10 +67,10 @@ class JointLoss(nn.Module):
 
 
 def bernoulli_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p || q) in nats of Bernoulli distributions given by logits, element by element; never negative, never NaN.
+    """KL(p || q), in nats, of Bernoulli distributions given by logits, element by element; never negative or NaN.
 
-    With a = logit p and b = logit q it is sigma(a) (a - b) + softplus(b) - softplus(a), which takes no logarithm of a
-    probability that may have been rounded to 0.
+    With a = logit p and b = logit q it is sigma(a) (a - b) + softplus(b) - softplus(a). This form avoids the logarithm
+    of a probability, which may have been rounded to 0.
     """
     a, b = p_logits.float(), q_logits.float()
     return (torch.sigmoid(a) * (a - b) + F.softplus(b) - F.softplus(a)).clamp(min=0)

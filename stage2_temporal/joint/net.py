@@ -4,8 +4,8 @@
                                      +-> standardise -> LSTM -+-> last layer -> phases
                                                               +-> mapping ---> tools, as the phase branch sees them
 
-The backbone is stage one's, the phase branch is stage two's whole model: built from a checkpoint of each, the net
-computes what the two stages compute one after the other.
+The backbone is that of stage one, and the phase branch is the whole model of stage two. Built from a checkpoint of each
+stage, the net computes the same as the two stages one after the other.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ IMPORTED = "imported"
 
 
 class JointOutput(NamedTuple):
-    """The outputs for B clips of T frames; None without the branch."""
+    """The outputs of a joint net for B clips of T frames; None for a branch that the net does not have."""
 
     tool_logits: Tensor | None  # (B, T, K)
     phase_stages: list[Tensor] | None  # [(B, T, C), ...]
@@ -50,10 +50,11 @@ class JointOutput(NamedTuple):
 
 
 class JointNet(nn.Module):
-    """Shared backbone, a tool branch per frame, a phase branch over time, and the mapping from phases to tools.
+    """A shared backbone, a tool branch per frame, a phase branch over time, and a mapping from phases to tools.
 
-    `tools` is 0 for a net without a tool branch, `phase` None for one without a phase branch (see `build_joint`).
-    New layers start as in the reference: Xavier uniform with zero bias, drawn from torch's global generator.
+    `tools` is 0 for a net without a tool branch, and `phase` is None for one without a phase branch (see
+    `build_joint`). New layers are initialised as in MTRCNet: weights Xavier uniform, drawn from torch's global
+    generator, and biases 0.
     """
 
     def __init__(self, backbone: Backbone, config: JointNetConfig, tools: int, phase: PhaseModel | None) -> None:
@@ -63,34 +64,34 @@ class JointNet(nn.Module):
         self.phase = phase
         self.mapping = linear(phase.head.hidden_dim, tools) if phase is not None and config.mapping else None
         self.gradient_checkpointing = False
-        self.imported_from: str | None = None  # the original programs' file that the weights come from
-        self.unused: dict[str, Tensor] = {}  # that file's layers, by name, that the net does not have
+        self.imported_from: str | None = None  # the file of MTRCNet's own programs that the weights come from
+        self.unused: dict[str, Tensor] = {}  # layers of this file, by name, that the net does not have
         self._part = "all"
 
     def forward(self, images: Tensor, state: State | None = None, lengths: Tensor | None = None) -> JointOutput:
-        """Normalised clips (B, T, 3, S, S) -> logits per frame; `state` and `lengths` as for the heads of stage two."""
+        """Normalised clips (B, T, 3, S, S) -> logits per frame; `Head.forward` explains `state` and `lengths`."""
         embedding = self.embed(images.flatten(0, 1))  # (B T, D)
         return self.branches(embedding.unflatten(0, images.shape[:2]), state, lengths)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Frames (N, 3, S, S) -> embeddings (N, D)."""
+        """Normalised frames (N, 3, S, S) -> embeddings (N, D)."""
         again = self.gradient_checkpointing and torch.is_grad_enabled()
         with recomputed_blocks(self.backbone) if again else nullcontext():
             return self.backbone(images)  # type: ignore[no-any-return]
 
     def branches(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> JointOutput:
-        """As `forward`, from embeddings (B, T, D)."""
+        """The same as `forward`, for embeddings (B, T, D) instead of images."""
         tool_logits = self.tool_head(x) if self.tool_head is not None else None  # (B, T, K)
         if self.phase is None:
             return JointOutput(tool_logits, None, None, ())
         output = self.phase.with_hidden(x.float(), state, lengths)
         if self.mapping is not None and output.hidden is None:
-            raise UserError("joint.net.mapping reads the head's hidden features, and this temporal.head gives none")
+            raise UserError("joint.net.mapping reads the head's hidden features, but this temporal.head returns none")
         mapped = self.mapping(output.hidden) if self.mapping is not None else None  # (B, T, K)
         return JointOutput(tool_logits, output.logits_per_stage, mapped, output.state)
 
     def train_only(self, part: Literal["all", "mapping"], freeze_mapping: bool = False) -> None:
-        """Choose what is trained. With `mapping`, everything else is frozen, running statistics included."""
+        """Choose which part is trained. With `mapping`, everything else is frozen, including running statistics."""
         self._part = part
         for name, parameter in self.named_parameters():
             if name.startswith("mapping."):
@@ -102,7 +103,7 @@ class JointNet(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> JointNet:
-        """Training or evaluation mode; what `train_only` has frozen stays in evaluation mode."""
+        """Switch to training or evaluation mode; parts that `train_only` has frozen stay in evaluation mode."""
         super().train(mode)
         if mode and self._part == "mapping":
             for name, module in self.named_children():
@@ -111,14 +112,14 @@ class JointNet(nn.Module):
 
     @property
     def phases(self) -> int:
-        """C; 0 without a phase branch."""
+        """The number of phases, C; 0 without a phase branch."""
         return self.phase.phases if self.phase is not None else 0
 
 
 def build_joint(
     backbone: Backbone, config: JointNetConfig, head: HeadSettings | None, tools: int, phases: int
 ) -> JointNet:
-    """A net with new branches on a backbone; embeddings enter the phase branch unstandardised."""
+    """A joint net with new branches on a backbone; its phase branch does not standardise embeddings."""
     phase = None
     if config.tasks != "tool":
         assert head is not None
@@ -132,9 +133,9 @@ def build_joint(
 
 
 def attach_cnn(net: JointNet, run: Path, tools: Sequence[str]) -> None:
-    """Copy the backbone and, where it has the same shape, the tool head of stage one's best epoch.
+    """Copy the backbone of stage one's best epoch into the net, and its tool head if the net's is one linear layer.
 
-    Raises UserError for another backbone or other tools.
+    Raises UserError if stage one has another backbone or other tools.
     """
     path = best_checkpoint(run)
     stage_one, about = rebuild_from_checkpoint(path)
@@ -147,9 +148,9 @@ def attach_cnn(net: JointNet, run: Path, tools: Sequence[str]) -> None:
 
 
 def attach_temporal(net: JointNet, run: Path, phases: Sequence[str], head: HeadSettings) -> None:
-    """Copy the whole phase branch, standardisation constants included, of stage two's best epoch.
+    """Copy stage two's best epoch, including the constants of standardisation, into the net's phase branch.
 
-    Raises UserError for other phases, another width of embeddings, or another head than the settings'.
+    Raises UserError if stage two has other phases, another width of embeddings, or a head other than `head`.
     """
     path = run / "temporal" / "best.pt"
     model, about = load_temporal(path.parent)
@@ -157,8 +158,8 @@ def attach_temporal(net: JointNet, run: Path, phases: Sequence[str], head: HeadS
         raise UserError("--from-temporal gives a phase branch, but joint.net.tasks=tool has none")
     if about.tool_inputs:
         raise UserError(
-            f"{path}: reads stage one's tool logits beside the embedding, which the joint net's phase "
-            "branch does not; train stage two with temporal.tool_logits=false"
+            f"{path}: reads tool logits in addition to embeddings, but the phase branch of a joint net does not; "
+            "train stage two with temporal.tool_logits=false"
         )
     require_same_model(path, model, about, phases, head, net.backbone.embedding_dim)
     net.phase.load_state_dict(model.state_dict())
@@ -167,9 +168,9 @@ def attach_temporal(net: JointNet, run: Path, phases: Sequence[str], head: HeadS
 def attach_joint(
     net: JointNet, path: Path, tools: Sequence[str], phases: Sequence[str], head: HeadSettings
 ) -> JointAbout:
-    """Copy every branch of another joint checkpoint that this net has too (an imported one, for example).
+    """Copy those branches of another joint checkpoint (for example an imported one) that this net has as well.
 
-    Returns the checkpoint's description. Raises UserError if classes, backbone, head or a branch's shape differ.
+    Returns the checkpoint's description. Raises UserError if classes, backbone, head or the shape of a branch differ.
     """
     other, about = load_joint(path)
     require_same_classes(path, "phases", about.phases, phases if other.phase is not None else about.phases)
@@ -195,12 +196,12 @@ def attach_joint(
 
 @dataclass(frozen=True, kw_only=True)
 class JointAbout(Record):
-    """What a checkpoint of the joint net holds besides weights: the fields are its keys, in their order."""
+    """The description in a checkpoint of the joint net: its fields are the checkpoint's keys, in this order."""
 
     kind: str = KIND
     step: str
-    imported_from: str | None  # the original programs' file that the weights come from
-    unused: dict[str, Any] | None = None  # that file's layers (tensors) that the net does not have
+    imported_from: str | None  # the file of MTRCNet's own programs that the weights come from
+    unused: dict[str, Any] | None = None  # layers of this file (tensors, by name) that the net does not have
     backbone: str
     embedding_dim: int
     net: JointNetConfig
@@ -214,11 +215,11 @@ class JointAbout(Record):
     frames: int
     seed: int
     original: dict[str, Any] | None = None  # of an imported net: file, hash, variant, order of phases, normalisation
-    scores: dict[str, Any] | None = None  # of the epoch, once there is one
+    scores: dict[str, Any] | None = None  # validation scores of the epoch; None before the first epoch has ended
 
     @classmethod
     def of(cls, net: JointNet, head: HeadSettings | None, config: Config, spec: DataSetSpec, step: str) -> JointAbout:
-        """The description of a net that is trained, or imported, with these settings."""
+        """The description of `net`, which is trained, or imported, with these settings."""
         return cls(
             step=step,
             imported_from=net.imported_from,
@@ -239,12 +240,12 @@ class JointAbout(Record):
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """`original`, empty for a net that was not imported."""
+        """The same as `original`, but empty, not None, for a net that was not imported."""
         return self.original or {}
 
 
 def load_joint(path: Path) -> tuple[JointNet, JointAbout]:
-    """The net of a joint checkpoint, on the CPU in evaluation mode, and its description.
+    """The net in a joint checkpoint, on the CPU in evaluation mode, and its description.
 
     Raises UserError if the file is missing, damaged, or of another stage.
     """
@@ -257,16 +258,16 @@ def load_joint(path: Path) -> tuple[JointNet, JointAbout]:
         net = build_joint(backbone, about.net, about.head, len(about.tools), len(about.phases))
         net.load_state_dict(content["model"])
     except (ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path}: damaged, or of another version ({one_line(error)})") from error
+        raise UserError(f"{path}: damaged, or written by another version ({one_line(error)})") from error
     net.unused = about.unused or {}
     net.imported_from = about.imported_from or about.provenance.get("file")
     return net.eval(), about
 
 
 def joint_checkpoint(run: Path) -> Path:
-    """The best epoch of the last step that a run's joint net was trained in, or the imported net.
+    """The checkpoint of a run's joint net: the best epoch of its last training step, or the imported net.
 
-    Raises UserError if there is none.
+    Raises UserError if the run has neither.
     """
     for step in (*reversed(STEPS), IMPORTED):
         path = run / FOLDER / step / "best.pt"
@@ -276,13 +277,13 @@ def joint_checkpoint(run: Path) -> Path:
 
 
 def phase_weights(path: Path, phases: Sequence[str], head: HeadSettings, width: int) -> dict[str, Any]:
-    """The state dict of a joint checkpoint's phase branch, constants of standardisation included, for stage two.
+    """The state dict of the phase branch in a joint checkpoint, from which stage two starts.
 
-    Raises UserError if there is none, or if its head, phases or embedding width are not these, which are those of the
-    settings and the features.
+    It includes the constants of standardisation. Raises UserError if the net has no phase branch, or if its phases,
+    head or embedding width are not the given ones, which are those of the features and the settings.
     """
     net, about = load_joint(path)
     if net.phase is None:
-        raise UserError(f"{path}: a tool-only net has no phase branch")
+        raise UserError(f"{path}: a net for tools only has no phase branch")
     require_same_model(path, net.phase, about, phases, head, width, "the features' index")
     return net.phase.state_dict()

@@ -1,7 +1,7 @@
-"""Predictions of a joint net for whole videos: the backbone over every frame once, then stage two's inference.
+"""Predictions of a joint net for whole videos: the backbone processes every frame once, then stage two's code follows.
 
-The backbone sees single frames, so its embeddings do not depend on how frames are cut into clips; `clip` and `carried`
-inference are those of stage two on these embeddings.
+The embedding of a frame depends on this frame alone, not on how frames are divided into clips. The inference modes
+`clip` and `carried` are therefore those of stage two, applied to the embeddings.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _RANDOM = AugmentConfig(crop="random", flip=False)
 
 @dataclass(frozen=True)
 class Prediction:
-    """A joint net's outputs for one video of T frames, averaged over crops; None without the branch."""
+    """A joint net's outputs for one video of T frames, averaged over crops; None for a branch that it does not have."""
 
     phase: NDArray[np.float32] | None  # (T, C) probabilities
     tools: NDArray[np.float32] | None  # (T, K) logits
-    mapped: NDArray[np.float32] | None  # (T, K) logits, from the phase branch
+    mapped: NDArray[np.float32] | None  # (T, K) logits of the tools, mapped from the phase branch
 
 
 def predict_videos(
@@ -61,11 +61,12 @@ def predict_videos(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     faults: list[tuple[str, str]] | None = None,
 ) -> dict[str, Prediction]:
-    """Predictions of every video, by id; frames come from the cache if it holds them, otherwise from the source.
+    """The predictions for every video, by id; frames come from the cache if it has them, otherwise from the source.
 
-    `frames` is the length of a clip for `inference` clip. The net is put into evaluation mode and back. Raises
-    UserError naming the video or cache file that cannot be read (with `faults`, its id and the reason are added there
-    and the other videos are predicted), and whatever `check_stop` raises, before each batch.
+    `frames` is the length of a clip for `inference=clip`. The net is in evaluation mode meanwhile. Raises UserError
+    naming a video or cache file that cannot be read; with `faults`, its id and the reason are added to this list
+    instead, and the other videos are predicted. `check_stop` is called before each batch, and its exceptions are passed
+    on.
     """
     training = net.training
     net.eval()
@@ -75,7 +76,7 @@ def predict_videos(
         partial(open_frames, config, entry, root, index, frame_index)
         for entry, frame_index in zip(entries, sampled, strict=True)
     ]
-    embedded: dict[int, list[list[Tensor]]] = {}  # by video: of each batch, (N, D) of each crop
+    embedded: dict[int, list[list[Tensor]]] = {}  # video -> batches -> crops -> embeddings (N, D)
     found, unread = {}, {}
     messages = frames_of_videos(videos, config, total)
     try:
@@ -112,9 +113,9 @@ def embed_crops(
     seed: int,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> list[Tensor]:
-    """Embeddings (N, D) fp32, on the net's device, of each crop of a batch of a video's resized frames (N, R, R, 3).
+    """Embeddings (N, D) fp32 of resized frames (N, R, R, 3), for each kind of crop, on the net's device.
 
-    `centre`, `five` and `ten` are the crops of `crop_frames`; `random` is one crop, the same for all videos.
+    `crops` is `centre`, `five` or `ten` (see `crop_frames`), or `random`, which is one random position for all videos.
     """
     device = next(net.parameters()).device
     pixels = torch.as_tensor(frames).to(device, non_blocking=True)
@@ -124,14 +125,14 @@ def embed_crops(
 
 
 def _crops(pixels: Tensor, crops: str, crop_px: int, seed: int) -> Sequence[Tensor]:
-    """Each crop, (N, S, S, 3)."""
+    """The crops, (N, S, S, 3) each."""
     if crops == "random":
         return [augment(pixels, augment_generator(seed, 0, 0), _RANDOM, crop_px)]
     return crop_frames(pixels, crop_px, _CROP_COUNTS[crops]).unbind(1)
 
 
 def _over_crops(net: JointNet, embedded: Sequence[Tensor], inference: Inference, frames: int) -> Prediction:
-    """Probabilities averaged over crops, as the reference does; those of tools are returned as logits."""
+    """Probabilities averaged over crops, as in MTRCNet; those of tools are converted back to logits."""
     each = [predict_embeddings(net, crop, inference, frames) for crop in embedded]
     if len(each) == 1:
         return each[0]
@@ -153,7 +154,7 @@ def _mean_logits(logits: Sequence[NDArray[np.float32]]) -> NDArray[np.float32] |
 
 @torch.no_grad()
 def predict_embeddings(net: JointNet, embedding: Tensor, inference: Inference, frames: int) -> Prediction:
-    """The branches on one video's embeddings (T, D)."""
+    """The outputs of all branches for one video's embeddings (T, D)."""
     tools = net.tool_head(embedding).float().cpu().numpy() if net.tool_head is not None else None
     if net.phase is None:
         return Prediction(None, tools, None)
@@ -176,7 +177,7 @@ def _mapped(net: JointNet) -> Callable[[Tensor, State | None, Tensor], HeadOutpu
 
 
 def phase_accuracy(videos: Mapping[str, VideoLabels], found: Mapping[str, Prediction]) -> float | None:
-    """Fraction of correct frames among the labelled ones, mean over videos; None if nothing is labelled."""
+    """The fraction of labelled frames that are predicted correctly, averaged over videos; None if none is labelled."""
     accuracies = []
     for name, video in videos.items():
         predicted, labelled = found[name].phase, video.phase >= 0
@@ -186,7 +187,10 @@ def phase_accuracy(videos: Mapping[str, VideoLabels], found: Mapping[str, Predic
 
 
 def gap_nats(found: Iterable[Prediction]) -> float | None:
-    """Mean KL divergence (nats per tool and frame) of the tool branch from the mapped prediction; None without both."""
+    """The mean KL divergence between tool branch and mapped prediction, in nats per tool and frame.
+
+    None if the net lacks one of the two.
+    """
     gaps = [
         bernoulli_kl(torch.from_numpy(one.mapped), torch.from_numpy(one.tools))
         for one in found

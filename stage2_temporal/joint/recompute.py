@@ -1,7 +1,7 @@
-"""Gradient checkpointing: a backbone's blocks keep their input only, and are computed again in the backward pass.
+"""Gradient checkpointing: each block of a backbone keeps only its input, and is computed again in the backward pass.
 
-One checkpoint around the whole backbone would save nothing: its backward pass would first compute everything again and
-then hold everything. Block by block it holds the inputs of all blocks and the activations of one
+One checkpoint around the whole backbone would save nothing, since its backward pass would compute all activations again
+and then hold all of them. With a checkpoint per block, it holds the inputs of all blocks and the activations of one
 (docs/performance.md has the figures).
 """
 
@@ -19,10 +19,10 @@ from stage1_cnn.encoders.backbone import Backbone, batch_norms
 
 @contextmanager
 def recomputed_blocks(backbone: Backbone) -> Iterator[None]:
-    """Forward passes inside keep the inputs of `blocks` only; without blocks, the input of the whole network.
+    """A context in which forward passes keep only the inputs of `blocks`, or of the whole network if it has no blocks.
 
     The random numbers of dropout and stochastic depth are the same in both computations, and running statistics are
-    updated once. Modules and names in the state dict stay as they are.
+    updated only once. Modules, and names in the state dict, do not change.
     """
     found = blocks(backbone.net) or [backbone.net]
     for block in found:
@@ -32,14 +32,15 @@ def recomputed_blocks(backbone: Backbone) -> Iterator[None]:
         yield
     finally:
         for block in found:
-            del block.forward  # the class's is visible again
+            del block.forward  # the method of the class is visible again
 
 
 def blocks(net: nn.Module) -> list[nn.Module]:
-    """The blocks of a network: the members of its outermost `Sequential`s and `ModuleList`s that have layers inside.
+    """The blocks of a network: the members of its outermost `Sequential`s and `ModuleList`s that consist of layers.
 
-    For example the residual blocks in `layer1` to `layer4` of a ResNet, the members of `features`, the layers of a
-    transformer. A member that is a `Sequential` of blocks counts block by block, one of single layers as a whole.
+    Examples are the residual blocks in `layer1` to `layer4` of a ResNet, the members of `features`, and the layers of a
+    transformer. A member that is itself a `Sequential` of blocks is divided into these blocks; one that consists of
+    single layers is one block.
     """
     return list(_blocks(net, inside=False))
 
@@ -60,7 +61,7 @@ def _has_layers(module: nn.Module) -> bool:
 
 
 def _recomputing(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts of the first pass and of the recomputation, which must not update running statistics again."""
+    """The contexts of the first pass and of the recomputation; the latter does not update running statistics."""
     return nullcontext(), _fixed_statistics(block)
 
 

@@ -1,7 +1,8 @@
-"""Training of the joint net: `multitask`, then with a mapping `mapping` and `correlation`, each a resumable step.
+"""Training of the joint net in up to three steps, each of which can be resumed.
 
-`train_step` is the loop; it runs once per step of the schedule (Jin et al. 2020, section 3.3): both tasks; the mapping
-alone, everything else frozen; everything with the correlation term. Each step starts from the previous best epoch.
+`train_step` is the loop; it runs once per step of the schedule (Jin et al. 2020, section 3.3). The step `multitask`
+trains both tasks. If the net has a mapping, `mapping` then trains the mapping alone, with everything else frozen, and
+`correlation` trains everything with the correlation loss. Each step starts from the best epoch of the one before.
 """
 
 from __future__ import annotations
@@ -70,7 +71,10 @@ from stage2_temporal.joint.predict import Prediction, gap_nats, phase_accuracy, 
 
 @dataclass(frozen=True)
 class Start:
-    """Runs that the net's initial weights come from, besides `cnn.weights`: of the two stages, or of a joint net."""
+    """The runs from which initial weights are taken: those of the two stages, or that of a joint net.
+
+    Parts without such a run start from `cnn.weights` and random weights.
+    """
 
     cnn: Path | None = None
     temporal: Path | None = None
@@ -78,7 +82,7 @@ class Start:
 
     def __post_init__(self) -> None:
         if self.joint and (self.cnn or self.temporal):
-            raise UserError("--from-joint gives every branch and cannot be combined with --from-cnn or --from-temporal")
+            raise UserError("--from-joint sets every branch and cannot be combined with --from-cnn or --from-temporal")
 
     def files(self) -> dict[str, Path]:
         """The checkpoint of each run. Raises UserError naming one that does not exist."""
@@ -96,7 +100,7 @@ class Start:
 
 @dataclass(frozen=True)
 class JointData:
-    """Training frames, and the validation videos that choose the best epoch."""
+    """The training frames, and the validation videos that decide which epoch is the best."""
 
     train: LabelledFrames
     val: dict[str, VideoLabels]
@@ -107,11 +111,11 @@ class JointData:
 def train_joint(
     config: Config, run: Path, index: Index, root: Path, stop: StopRequest, start: Start, *, trusted: bool = False
 ) -> TrainingResult:
-    """Train every step of the schedule into `RUN/joint/<step>/`; returns the last step's result.
+    """Train every step of the schedule, write `RUN/joint/<step>/`, and return the result of the last step.
 
-    Finished steps are not repeated, an unfinished one resumes where it stopped. Videos that cannot be read are left
-    out, reported and listed in the result as `left_out`. Raises UserError for settings, labels or checkpoints that do
-    not fit, and Stopped, with everything saved, when asked to stop.
+    Finished steps are not repeated, and an unfinished one resumes where it stopped. Videos that cannot be read are left
+    out, reported, and listed in the result as `left_out`. Raises UserError for settings, labels or checkpoints that do
+    not fit. When asked to stop, saves everything and raises Stopped.
     """
     processes = join(config.device, stop)
     files = start.files()
@@ -148,7 +152,7 @@ def train_joint(
 
 
 def _require_precisions(config: Config, stages: Mapping[str, StageFolder]) -> None:
-    """Raise UserError, before any training, if a later step's precision is not available on this device."""
+    """Raise UserError if the device does not support a step's precision; called before the first step is trained."""
     device = choose_device(config.device)
     for step, settings in schedule(config).items():
         if stages[step].result is None:
@@ -156,14 +160,14 @@ def _require_precisions(config: Config, stages: Mapping[str, StageFolder]) -> No
 
 
 def schedule(config: Config) -> dict[str, JointStepConfig]:
-    """The steps of training that the settings contain, in order."""
+    """The training steps in the settings, in order."""
     joint = config.joint
     steps = zip(STEPS, (joint.multitask, joint.mapping, joint.correlation), strict=True)
     return {name: settings for name, settings in steps if settings is not None}
 
 
 def initial_net(config: Config, index: Index, start: Start, *, trusted: bool = False) -> JointNet:
-    """The net before the first update: `cnn.weights` and new branches, then the weights that `start` names."""
+    """The net before the first update: with `cnn.weights`, new branches, and then the weights that `start` names."""
     spec, head = index.dataset, config.temporal.head
     if config.joint.net.tasks != "phase" and not spec.tools:
         raise UserError(f"joint.net.tasks={config.joint.net.tasks}: the data set has no tools; set tasks to phase")
@@ -187,7 +191,7 @@ def initial_net(config: Config, index: Index, start: Start, *, trusted: bool = F
 
 
 def first_backbone(config: Config, start: Start, *, trusted: bool = False) -> Backbone:
-    """The backbone with `cnn.weights`; with random ones, which need no file, if another run's will replace them."""
+    """The backbone with `cnn.weights`, or with random weights (which need no file) if `start` replaces them anyway."""
     if start.cnn or start.joint:
         return build_backbone(config.cnn.backbone, "random", config.seed)
     return initial_backbone(config, trusted=trusted)
@@ -220,9 +224,9 @@ def _load(config: Config, index: Index, root: Path) -> JointData:
 
 
 def leaves_unused(config: Config, step: str) -> bool:
-    """Whether a step trains parameters that its loss does not depend on: those of a mapping outside its own step.
+    """Whether a step trains parameters on which its loss does not depend, which may be those of the mapping.
 
-    DistributedDataParallel then walks through the graph after every forward pass, which is not free.
+    DistributedDataParallel must then search the graph after every forward pass, which costs time.
     """
     joint, settings = config.joint, schedule(config)[step]
     if not joint.net.mapping or settings.freeze_mapping or step == "mapping":
@@ -246,7 +250,10 @@ def train_step(
     stop: StopRequest,
     processes: Processes,
 ) -> None:
-    """Train the step `multitask`, `mapping` or `correlation` into `folder` (`best.pt`, `last.pt`, `metrics.jsonl`)."""
+    """The training loop of one step (`multitask`, `mapping` or `correlation`).
+
+    It writes `best.pt`, `last.pt` and `metrics.jsonl` into `folder`.
+    """
     joint, spans = config.joint, spans_of(data.train)
     seed_everything(config.seed)
     name = f"joint.{step}.precision"
@@ -317,7 +324,11 @@ def validate(net: JointNet, config: Config, data: JointData, session: TrainingSe
 def score_videos(
     net: JointNet, videos: Mapping[str, VideoLabels], found: Mapping[str, Prediction], tools: Sequence[str]
 ) -> dict[str, float | None]:
-    """Phase accuracy, tool mAP (pooled), mAP of the mapped prediction, as fractions, and `gap_nats` between the two."""
+    """The validation scores, as far as the net has the branches.
+
+    They are phase accuracy, pooled tool mAP and pooled mAP of the mapped tools, as fractions, and `gap_nats` between
+    tool branch and mapped tools.
+    """
     truth = {name: video.tools for name, video in videos.items()}
     scores: dict[str, float | None] = {}
     if net.phase is not None:
@@ -333,8 +344,8 @@ def score_videos(
 def choices(step: str) -> Choices:
     """The scores that choose a step's best epoch (see `engine.training_result.deciding_score`).
 
-    In the mapping step it is the mAP of the mapped prediction, otherwise phase accuracy or tool mAP; their mean if the
-    net has both.
+    In the mapping step this is the mAP of the mapped tools, otherwise phase accuracy or tool mAP, or the mean of the
+    two if the net has both.
     """
     return (("val_map_mapped",) if step == "mapping" else ("val_accuracy", "val_map"),)
 
@@ -343,7 +354,10 @@ def choices(step: str) -> Choices:
 
 
 def _stages(config: Config, run: Path, index: Index, files: Mapping[str, Path]) -> dict[str, StageFolder]:
-    """The folder of each step. Its identity includes the steps before it, and the correlation loss where it is used."""
+    """The folder of each step.
+
+    A step's identity includes the settings of the steps before it, and those of the correlation loss if it is used.
+    """
     joint = config.joint
     common = {
         **frames_identity(config, index),
@@ -352,7 +366,7 @@ def _stages(config: Config, run: Path, index: Index, files: Mapping[str, Path]) 
         "zero_init_residual": config.cnn.zero_init_residual,
         "head": config.temporal.head.model_dump(mode="json"),
         "joint": settings_without(joint, "workers", *STEPS, "loss"),
-        # the first release rounded this up to whole batches
+        # the first release rounded `clips_per_epoch` up to whole batches
         "clips_counted": "exactly" if (joint.clips_per_epoch or 0) % joint.sequence.batch else ABSENT,
         "tool_weight": joint.loss.tool_weight,
         "phase_frames": joint.loss.phase_frames,
@@ -369,7 +383,7 @@ def _stages(config: Config, run: Path, index: Index, files: Mapping[str, Path]) 
 
 
 def _finish(stage: StageFolder, step: str, config: Config, data: JointData, net: JointNet) -> TrainingResult:
-    """Write the step's result, from its best checkpoint and its log."""
+    """Write the result of a step, which is taken from its best checkpoint and its log."""
     checkpoint = stage.path / "best.pt"
     has_phases = net.phases and (data.train.phase >= 0).any()
     facts = {

@@ -181,8 +181,8 @@ def test_a_variant_that_does_not_fit_the_layers_is_refused() -> None:
 @pytest.mark.parametrize(
     ("head", "net", "backbone", "reason"),
     [
-        (LstmHead(), {}, "shufflenet_v2_x0_5", "ResNets only, this net has shufflenet"),
-        (GruHead(name="gru"), {}, "resnet18", "use an LSTM, this net has gru"),
+        (LstmHead(), {}, "shufflenet_v2_x0_5", "ResNets only; this net has shufflenet"),
+        (GruHead(name="gru"), {}, "resnet18", "use an LSTM; this net has gru"),
         (LstmHead(layers=2), {}, "resnet18", "one layer"),
         (LstmHead(dropout=0.5), {}, "resnet18", "no dropout"),
         (LstmHead(), {"mapping": True}, "resnet18", "no original net has these branches"),

@@ -238,7 +238,7 @@ def test_pickles_beside_videos(tmp_path: Path, rate: Fraction) -> None:
     assert again.videos == index.videos
     long = write(tmp_path / "long.pkl", [rows_of("frames/video07", 7, 11)])
     message = refusal(lambda: index_from_pickles(config, [long], phase_order="mtrcnet"))
-    assert f"11 rows reach frame {count}" in message
+    assert f"11 rows end at frame {count}" in message
     assert f"has {count} frames" in message
 
 
@@ -360,7 +360,7 @@ def set_cell(video: int, row: int, cell: int, value: Any) -> Callable[[Any], Non
         (set_cell(1, 2, 3, "1"), "video 2, row 3: a label is not an integer"),
         (set_cell(1, 2, 0, 5), "video 2, row 3: its path is not a file name"),
         (set_cell(1, 2, 0, "x/2/2-3.jpg\n"), "video 2, row 3: its path is not a file name"),
-        (set_cell(1, 2, 0, "x/3/2-3.jpg"), "video 2: images of several folders (2, 3) in one video"),
+        (set_cell(1, 2, 0, "x/3/2-3.jpg"), "video 2: its images are in several folders (2, 3)"),
         (set_cell(1, 2, 0, "x/2/2-2.jpg"), "2-2.jpg comes after 2-2.jpg: not in the order of time"),
         (set_cell(1, 2, 0, "x/2/notes.txt"), "'notes.txt' is not named like an image"),
         (lambda v: [v[0], v[1], v[0]], "video 3: video01 occurs twice"),

@@ -31,9 +31,10 @@ def test_features_made_in_another_precision_are_evaluated_with_a_note(
         evaluate_run(config, tmp_path / "run", features=features, stop=StopRequest())
         return "".join(capsys.readouterr())
 
-    assert "trained on features made in" not in evaluate(made_there)
-    assert "note: trained on features made in bf16 (folded, fused); these are made in fp32 (plain)" in evaluate(
-        made_here
+    assert "features were computed in" not in evaluate(made_there)
+    assert (
+        "note: the training's features were computed in bf16 (folded, fused), these are computed in fp32 (plain)"
+        in evaluate(made_here)
     )
     metrics = json.loads((tmp_path / "run/evaluate/test/metrics.json").read_text())
     assert (metrics["encoder"]["precision"], metrics["encoder"]["arithmetic"]) == ("fp32", "plain")

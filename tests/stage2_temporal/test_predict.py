@@ -132,7 +132,7 @@ def test_what_is_not_a_checkpoint_of_this_stage(train: Any, tmp_path: Path) -> N
 
     content = load_checkpoint(tmp_path / "run/temporal/best.pt")
     save_checkpoint(tmp_path / "best.pt", content | {"head": {"name": "lstm", "hidden": 99}})
-    with pytest.raises(UserError, match=r"best\.pt: damaged, or of another version") as error:
+    with pytest.raises(UserError, match=r"best\.pt: damaged, or written by another version") as error:
         load_temporal(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -163,7 +163,7 @@ def test_inference_is_refused_for_a_net_without_a_state(asked: str) -> None:
     recurrent = PhaseModel(Standardise.identity(3), build_head(HEADS["lstm"], 3, 4))
     for phase in (each_frame, None):
         assert chosen_inference(None, "carried", phase, Path("net")) == "carried"
-        with pytest.raises(UserError, match="--inference: net recognises each frame by itself"):
+        with pytest.raises(UserError, match="--inference: has no effect on net, which recognises each frame by itself"):
             chosen_inference(asked, "carried", phase, Path("net"))
     assert chosen_inference(asked, "carried", recurrent, Path("net")) == asked
 
@@ -181,7 +181,7 @@ class _Outside(Head):
 
 def test_inference_is_refused_for_a_plugged_in_head_without_a_state() -> None:
     each_frame, carrying = (PhaseModel(Standardise.identity(3), _Outside(carries)) for carries in (False, True))
-    with pytest.raises(UserError, match="--inference: net recognises each frame by itself"):
+    with pytest.raises(UserError, match="--inference: has no effect on net, which recognises each frame by itself"):
         chosen_inference("clip", "carried", each_frame, Path("net"))
     assert chosen_inference("clip", "carried", carrying, Path("net")) == "clip"
     each_frame.head.causal = False  # sees whole videos or clips, for which it needs no state

@@ -540,7 +540,7 @@ def test_tool_logits_are_more_input(tmp_path: Path) -> None:
 
 
 def test_an_encoder_without_tools_has_no_logits_to_read(world: Path) -> None:
-    with pytest.raises(UserError, match=r"features: no tool logits \(its encoder has no trained tool head\)"):
+    with pytest.raises(UserError, match=r"features: no tool logits, since its encoder has no trained tool head"):
         run(world, write_ablation(world, space={"temporal.tool_logits": [False, True]}))
     assert trained(world) == {}
 

@@ -142,5 +142,5 @@ def test_what_is_no_joint_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a checkpoint of train-joint"):
         load_joint(tmp_path / "best.pt")
     save_checkpoint(tmp_path / "best.pt", {"kind": "joint", "model": {}})
-    with pytest.raises(UserError, match="damaged, or of another version"):
+    with pytest.raises(UserError, match="damaged, or written by another version"):
         load_joint(tmp_path / "best.pt")
