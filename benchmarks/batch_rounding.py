@@ -2,8 +2,9 @@
 
     python benchmarks/batch_rounding.py --json FILE
 
-Random weights, random pixels, one thread on a CPU, the arithmetic of `extract`. Keys `<backbone>_<precision>`: for each
-batch size the largest difference to one batch of all frames, as a fraction of the largest value (0: the same bits).
+Weights and pixels are random. The features are computed on a CPU, by one thread, with the arithmetic of `extract`. The
+keys are `<backbone>_<precision>`. Each holds, for every batch size, the largest difference from the features of one
+batch of all frames, as a fraction of the largest value (0: the same bits).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ BACKBONES, PRECISIONS = ("resnet50", "shufflenet_v2_x0_5", "mobilenet_v3_small")
 
 
 def main() -> None:
-    """Parse, compare, print, write."""
+    """Parse the options, compare, and print and write the result."""
     parser = options(__doc__, repeat=None)
     parser.add_argument("--frames", type=int, default=32)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 3, 8, 16, 31])
@@ -34,7 +35,7 @@ def main() -> None:
 
 
 def differences(backbone: str, precision: str, frames: int, batches: list[int]) -> dict[str, object]:
-    """The chosen precision, and the largest difference for each batch size."""
+    """The arithmetic that was used, and the largest difference for each batch size."""
     from configs.schema import Config
     from stage1_cnn.encoders.backbone import initial_backbone
     from stage1_cnn.encoders.encoder import Encoder

@@ -2,16 +2,18 @@
 
     python benchmarks/checkpointing.py --json FILE [--frames 400] [--real 50]
 
-ResNet50 at 224x224 as in `configs/mtrcnet.yaml`, forward, backward and a step of SGD with momentum, the second of two
-steps. Three variants: `without`; `blocks`, which is the setting; `whole`, one checkpoint around the whole backbone.
+The step consists of the forward and backward pass of ResNet50 at 224x224, as in `configs/mtrcnet.yaml`, and an update
+by SGD with momentum. Two steps are run, and the second is measured. There are three variants: `without` checkpointing,
+`blocks` (a checkpoint per block, which is the setting), and `whole` (one checkpoint around the whole backbone).
 
-- `fake_gib_<bf16|fp32>`: peak of all tensors together, in GiB, for `--frames` frames as fake tensors, which have shapes
-  but no content, with autocast to bf16 and without. It holds for any device; cuDNN's workspace and the allocator's
-  fragmentation come on top. Without the phase branch (some 0.06 GiB, most of it weights): its kernel reads lengths.
-- `real_gib`: the same count for `--real` frames as real tensors on this CPU, in fp32, phase branch included.
-- `real_rss_gib`: by how much the peak memory (VmHWM) of that process exceeds its memory before the first step.
-- `real_seconds`: processor seconds of the second step.
-- `ratio_*`: `blocks` to `without`.
+- `fake_gib_<bf16|fp32>`: the peak size of all tensors together, in GiB, for `--frames` frames, with and without
+  autocast to bf16. The tensors are fake ones, which have shapes but no content, so the figure holds for any device.
+  cuDNN's workspace and the fragmentation of the allocator are not included. Neither is the phase branch (about
+  0.06 GiB, most of it weights), because its kernel needs the content of a tensor, the lengths.
+- `real_gib`: the same figure for `--real` frames as real tensors on this CPU, in fp32, including the phase branch.
+- `real_rss_gib`: by how much the peak memory (VmHWM) of this process exceeds its memory before the first step.
+- `real_seconds`: the processor time of the second step, in seconds.
+- `ratio_*`: the figure of `blocks` divided by that of `without`.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ SIZE_PX, CLIP, GIB = 224, 10, 2**30
 
 
 def main() -> None:
-    """Parse, measure each variant in its own process, print, write."""
+    """Parse the options, measure each variant in its own process, and print and write the figures."""
     parser = options(__doc__, repeat=None)
     parser.add_argument("--frames", type=int, default=400, metavar="N", help="fake frames in a step (default: 400)")
     parser.add_argument("--real", type=int, default=50, metavar="N", help="real frames in a step (default: 50)")
@@ -56,7 +58,7 @@ def main() -> None:
 
 
 def one(words: list[str]) -> dict[str, float]:
-    """What one process measures."""
+    """The figures that one process, started with these words, measures."""
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(words)}: failed\n{done.stderr}")
@@ -64,7 +66,7 @@ def one(words: list[str]) -> dict[str, float]:
 
 
 def fake(variant: str, frames: int, precision: str) -> dict[str, float]:
-    """Peak of the tensors of a step, as fake tensors."""
+    """The peak size of the tensors of a step, counted with fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -72,7 +74,7 @@ def fake(variant: str, frames: int, precision: str) -> dict[str, float]:
 
 
 def real(variant: str, frames: int) -> dict[str, float]:
-    """Peak of the tensors of a step and of the process, and processor seconds."""
+    """The peak size of the tensors of a step, the peak memory of the process, and the processor time in seconds."""
     marks: list[tuple[float, float]] = []
     mark = lambda: marks.append((time.process_time(), resident_gib("VmRSS")))  # noqa: E731
     peak = peak_of_tensors(variant, frames, "fp32", phase=True, before_step=mark)
@@ -83,7 +85,7 @@ def real(variant: str, frames: int) -> dict[str, float]:
 def peak_of_tensors(
     variant: str, frames: int, precision: str, phase: bool, before_step: Callable[[], None] = lambda: None
 ) -> float:
-    """GiB of the parameters, gradients, momentum and activations of a step at their peak."""
+    """The peak size, in GiB, of the parameters, gradients, momentum and activations of a step together."""
     import torch
     from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -125,7 +127,7 @@ def joint_net(variant: str, phase: bool) -> Any:
 
 
 def resident_gib(name: str) -> float:
-    """`VmRSS` or `VmHWM` of this process."""
+    """The memory of this process in GiB: the current one (`VmRSS`) or its peak (`VmHWM`)."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.search(rf"{name}:\s+(\d+)", status)[1]) * 1024 / GIB  # type: ignore[index]
 

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: their options, the output of figures, and calls of the command line."""
+"""Functions that the benchmarks share: their options, the output of figures, and calls of the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 
 def options(doc: str | None, repeat: int | None = 3) -> argparse.ArgumentParser:
-    """A parser with the docstring as help, `--json` and, unless that is None, `--repeat` with its default."""
+    """A parser with the module's docstring `doc` as help, and the options `--json` and `--repeat`.
+
+    `repeat` is the default of `--repeat`; with None there is no such option.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     if repeat is not None:
@@ -27,7 +30,7 @@ def options(doc: str | None, repeat: int | None = 3) -> argparse.ArgumentParser:
 
 
 def say(figures: Mapping[str, Any], file: Path | None) -> None:
-    """Print the figures as JSON and, if a file is given, write them."""
+    """Print the figures as JSON and, if a file is given, write them to it."""
     text = json.dumps(figures, indent=1)
     print(text)
     if file:
@@ -36,7 +39,10 @@ def say(figures: Mapping[str, Any], file: Path | None) -> None:
 
 
 def pipeline(command: str, config: str, name: str | None, settings: Iterable[str], more: Sequence[str] = ()) -> None:
-    """Run one command, for the run `name` unless it belongs to none; raises CalledProcessError if it fails."""
+    """Run one command of the pipeline, with `--name name` unless this is None.
+
+    Raises CalledProcessError if the command fails.
+    """
     arguments = [command, "--config", config, *(["--name", name] if name else []), *more]
     for setting in settings:
         arguments += ["--set", setting]

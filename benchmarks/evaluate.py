@@ -1,11 +1,12 @@
-"""Process time of `evaluate --predictions` as a command: forty videos of 2,455 s at 1 fps, all conventions.
+"""Processor time of the command `evaluate --predictions` for forty videos of 2,455 s at 1 fps, under all conventions.
 
-The whole command counts: starting the interpreter, reading eighty text files, tables, bootstrap intervals and JSON.
-Labels are synthetic: seven phases in order, predictions with 300 random errors per video.
+The whole command is measured: starting the interpreter, reading eighty text files, tables, bootstrap intervals and
+JSON. Labels are synthetic: every video has the seven phases in order, and predictions have 300 random errors per video.
 
     python benchmarks/evaluate.py --json FILE
 
-Keys, in seconds: `process_s` is user and system time of the command, `wall_s` its time from start to exit; medians.
+The figures are medians, in seconds: `process_s` is the user and system time of the command, `wall_s` its time from
+start to exit.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ VIDEOS, SECONDS, SLIPS = 40, 2455, 300
 
 
 def main() -> None:
-    """Parse, measure, print, write."""
+    """Parse the options, measure, and print and write the figures."""
     given = options(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder), given.repeat)
@@ -34,7 +35,7 @@ def main() -> None:
 
 
 def measure(folder: Path, repeat: int) -> dict[str, object]:
-    """Medians over fresh processes; the first one warms the disk cache and does not count."""
+    """The medians over several processes; the first one fills the disk cache and does not count."""
     write_labels(folder)
     command = [
         sys.executable,
@@ -53,7 +54,7 @@ def measure(folder: Path, repeat: int) -> dict[str, object]:
 
 
 def write_labels(folder: Path) -> None:
-    """Truth and predictions as `Frame<TAB>Phase` files with names, in the form of Cholec80."""
+    """Write truth and predictions as `Frame<TAB>Phase` files with phase names, in the format of Cholec80."""
     sys.path.insert(0, str(PROJECT))
     from configs.load import load_dataset
 
@@ -71,7 +72,7 @@ def write_labels(folder: Path) -> None:
 
 
 def timed(command: list[str]) -> tuple[float, float]:
-    """Process time and wall time of a command, in seconds."""
+    """The processor time and wall time of a command, in seconds."""
 
     def used() -> float:
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -2,32 +2,33 @@
 
     python benchmarks/extract.py --json FILE [--repeat N]
 
-Figures are in sampled frames per second (one frame per second of video), medians of `--repeat` rounds; all programs run
-in each round, so that other load affects all of them. `*_fps` is per second of wall time, `*_processor_fps` per second
-of processor time of one core, which is more reliable on a busy machine; ratios are given for both. About five minutes
-on two free cores.
+Figures are in sampled frames per second, with one sampled frame per second of video. They are medians of `--repeat`
+rounds; each round runs all programs, so that other load affects all of them. `*_fps` is per second of wall time, and
+`*_processor_fps` per second of processor time of one core, which is more reliable on a busy machine. Ratios are given
+for both. The benchmark takes about five minutes on two free cores.
 
-- `ours_fps`: the command `extract`, one process per core, random ResNet50 weights, in `precision`. It runs on short
-  videos and on the same ones repeated several times; the rate is that of the difference, which excludes start-up and
-  the constant cost of a video (real ones have about 2,000 sampled frames). `ours_with_start_up_fps` is that of the long
-  videos with the start of the interpreter and of the processes.
-- `usual_fps`: decode to 250x250 JPEG files, PIL and DataLoader, ResNet50 in fp32; imports and building the network are
-  not counted.
-- `decode_fps`: selective decoding to RGB alone, one process per core. `forward_fps`: folded ResNet50 in the same
-  precision alone, one process with one thread per core, with 8 or 32 frames at a time, whichever is faster. `bound_fps`
-  is 1 / (1 / decode + 1 / forward): both one after the other. That network consists of torch's layers; the project
-  fuses ReLU with the convolutions, and may exceed this bound. `own_forward_fps` and `own_bound_fps` are the same with
-  the project's network (`extract_own.py`).
+- `ours_fps`: the command `extract` with one process per core, random ResNet50 weights, and the precision in
+  `precision`. It runs on short videos, and on long ones that consist of the same frames several times. The rate is
+  computed from the difference of the two, which excludes start-up and the constant cost of a video (real ones have
+  about 2,000 sampled frames). `ours_with_start_up_fps` is the rate for the long videos, including the start of the
+  interpreter and of the processes.
+- `usual_fps`: decoding to JPEG files of 250x250, then PIL, a DataLoader and ResNet50 in fp32. Imports and building the
+  network are not counted.
+- `decode_fps`: decoding alone, to RGB, without the frames that are not needed; one process per core. `forward_fps`: the
+  forward pass alone of a folded ResNet50 in the same precision; one process with one thread per core, with 8 or 32
+  frames at a time, whichever is faster. `bound_fps` is 1 / (1 / decode + 1 / forward), the rate of both one after the
+  other. This network consists of torch's layers. The project's own network, with ReLU fused into the convolutions, may
+  exceed this bound; `own_forward_fps` and `own_bound_fps` are the figures for it (`extract_own.py`).
 - `int8_fps`, `int8_forward_fps`, `int8_bound_fps`: the same with `extract.engine=openvino extract.precision=int8`, if
   OpenVINO is installed (`pip install -e '.[openvino]'`). Its calibration, on 32 frames, is part of the start-up.
-  `ratio_int8_to_ours` compares the two engines, `ratio_int8_to_bound` the command with decoding and its own forward
-  pass one after the other.
-- `cosine_mean`, `cosine_worst` (`int8_cosine_*` for int8): between `extract`'s features and those of a plain fp32 loop
-  with the same weights and frames.
+  `ratio_int8_to_ours` compares the two engines. `ratio_int8_to_bound` compares the command with its own decoding and
+  forward pass one after the other.
+- `cosine_mean`, `cosine_worst` (`int8_cosine_*` for int8): the cosine similarity between the features of `extract` and
+  those of a plain fp32 loop with the same weights and frames.
 
-Input: real clips (SURGSTAGE_SHARED, by default `shared` beside the checkout), as many as divide evenly over the cores,
-or if there are none a simulated video of 854x480 at 25 fps, H.264 with B-frames; `input` names it. Longer videos are
-the same packets repeated (`turns`), not encoded again. The programs to compare with
+The input is real clips (SURGSTAGE_SHARED, by default `shared` beside the checkout), as many as divide evenly among the
+cores. If there are none, it is a simulated video of 854x480 at 25 fps, H.264 with B-frames. `input` says which. Longer
+videos repeat the same packets `turns` times and are not encoded again. The programs to compare with
 (`extract_reference.py`) import nothing from the project.
 """
 
@@ -57,7 +58,7 @@ Figures = dict[str, float]
 
 
 def main() -> None:
-    """Parse, measure, print, write."""
+    """Parse the options, measure, and print and write the figures."""
     parser = options(__doc__)
     parser.add_argument("--turns", type=int, nargs=2, default=(1, 7), metavar=("FEW", "MANY"))
     given = parser.parse_args()
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def measure(folder: Path, repeat: int, turns: Sequence[int]) -> dict[str, object]:
-    """All figures."""
+    """Measure all figures."""
     videos, kind = source_videos(folder)
     weights = random_weights(folder / "resnet50.pth")
     sets = [data_set(folder / f"data{count}", videos, count) for count in turns]
@@ -115,7 +116,7 @@ def measure(folder: Path, repeat: int, turns: Sequence[int]) -> dict[str, object
 
 
 def source_videos(folder: Path) -> tuple[list[Path], str]:
-    """Real clips, or a simulated one, and what they are."""
+    """The real clips or, if there are none, a simulated video, and a description of them."""
     clips = sorted((SHARED / "data" / "clips" / "videos").glob("*.mp4"))
     if clips:
         clips = clips[: len(clips) // CORES * CORES or None]  # so that all cores finish at the same time
@@ -127,7 +128,7 @@ def source_videos(folder: Path) -> tuple[list[Path], str]:
 
 
 def random_weights(path: Path) -> Path:
-    """A ResNet50's initial state, the same for all programs."""
+    """Write the initial weights of a ResNet50, which all programs use."""
     import torch
     import torchvision
 
@@ -137,18 +138,18 @@ def random_weights(path: Path) -> Path:
 
 
 def data_set(root: Path, videos: Sequence[Path], turns: int) -> Path:
-    """The videos in Cholec80's layout, in order, each repeated `turns` times."""
+    """Write the videos in Cholec80's layout, in order; each repeats its packets `turns` times."""
     (root / "videos").mkdir(parents=True)
     for number, video in enumerate(videos):
         repeat_packets(video, root / "videos" / f"video{number + 1:02d}.mp4", turns)
     return root
 
 
-# ---------------------------------------------------------------------------------------------- sides
+# ---------------------------------------------------------------------------------------------- programs
 
 
 def ours(folder: Path, sets: Sequence[Path], weights: Path, more_settings: Sequence[str] = ()) -> tuple[Figures, str]:
-    """`extract`: frames per second of the difference of long and short videos, and of the long ones alone."""
+    """Frames per second of `extract`: from the difference of long and short videos, and for the long ones alone."""
     frames, seconds, busy, precision = [], [], [], ""
     for root in sets:
         count = root.name.removeprefix("data")
@@ -189,7 +190,7 @@ def rows(path: Path) -> int:
 
 
 def together(commands: Sequence[Sequence[str]]) -> tuple[float, float]:
-    """Total frames per second of processes that start at the same moment, of wall time and of processor time."""
+    """Frames per second of all processes, which start together: per second of wall time and of processor time."""
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if len(commands) > 1 else {})}
     running = [
         subprocess.Popen(
@@ -214,7 +215,7 @@ def together(commands: Sequence[Sequence[str]]) -> tuple[float, float]:
 
 
 def cosines(store: Path, expected: Path) -> Figures:
-    """Similarity of the stored features with fp32 ones, over all frames."""
+    """The cosine similarity between the stored features and the `expected` fp32 ones, over all frames."""
     values = []
     with np.load(expected) as arrays:
         for number, name in enumerate(sorted(arrays.files)):

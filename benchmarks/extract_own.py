@@ -1,6 +1,8 @@
-"""The forward pass of `extract` alone, for `benchmarks/extract.py`: the project's net in the reference's loop.
+"""The forward pass of `extract` alone, for `benchmarks/extract.py`.
 
-python benchmarks/extract_own.py PRECISION WEIGHTS
+    python benchmarks/extract_own.py PRECISION WEIGHTS
+
+It runs the project's net in the loop of `extract_reference.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def forward(precision: str, weights: str) -> dict[str, float]:
-    """Run images through the encoder's net as it is used on this machine's CPU."""
+    """Run images through the encoder's net, in the form in which `extract` uses it on this CPU."""
     import torch
 
     if precision == "int8":
@@ -34,7 +36,7 @@ def forward(precision: str, weights: str) -> dict[str, float]:
 
 
 def int8_forward(weights: str) -> dict[str, float]:
-    """The int8 net of OpenVINO, calibrated on noise: the time does not depend on the values."""
+    """Run images through OpenVINO's int8 net, which is calibrated on noise, since values do not affect its speed."""
     import torch
 
     from configs.schema import PreprocessConfig

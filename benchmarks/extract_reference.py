@@ -2,7 +2,7 @@
 
     python benchmarks/extract_reference.py decode|forward|usual|features ARGUMENTS
 
-Each prints `ready` when it is set up, waits for a line of input, runs, and prints its figures as JSON.
+Each program prints `ready` when it is set up, waits for a line of input, runs, and prints its figures as JSON.
 """
 
 from __future__ import annotations
@@ -23,25 +23,24 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 EVERY = 25
-# A core's forward pass is fastest with few frames at a time on some machines and with more on others; the bound takes
-# the faster.
+# The forward pass is fastest with few frames at a time on some machines and with more on others; the faster one counts.
 FORWARD_BATCHES, FORWARD_FRAMES = (8, 32), 64
 MEAN, STD = (0.3456, 0.2281, 0.2233), (0.2528, 0.2135, 0.2104)
 
 
 def wait_for_start() -> None:
-    """Wait for the line of input, so that all processes start together."""
+    """Print `ready` and wait for a line of input, so that all processes start together."""
     print("ready", flush=True)
     sys.stdin.readline()
 
 
 def processor_seconds() -> float:
-    """User and system time of this process and of its finished child processes."""
+    """The user and system time, in seconds, of this process and of its child processes that have ended."""
     return sum(os.times()[:4])
 
 
 def decode(paths: list[str]) -> dict[str, float]:
-    """Every 25th frame as full-size RGB, one thread, without decoding non-reference frames."""
+    """Decode every 25th frame to full-size RGB with one thread, skipping frames to which no other frame refers."""
     wait_for_start()
     started, before, count = time.perf_counter(), processor_seconds(), 0
     for path in paths:
@@ -60,7 +59,7 @@ def decode(paths: list[str]) -> dict[str, float]:
 
 
 def figures(frames: int, started: float, before: float) -> dict[str, float]:
-    """Frames, and wall time and processor time since the start, in seconds."""
+    """The figures to print: the number of frames, and wall time and processor time since the start, in seconds."""
     return {
         "frames": frames,
         "seconds": time.perf_counter() - started,
@@ -69,7 +68,7 @@ def figures(frames: int, started: float, before: float) -> dict[str, float]:
 
 
 def resnet50(weights: str) -> torch.nn.Module:
-    """The embedding net, fp32."""
+    """ResNet50 without its classifier, in fp32."""
     net = torchvision.models.resnet50(weights=None)
     net.fc = torch.nn.Identity()
     net.load_state_dict(torch.load(weights, weights_only=True), strict=False)
@@ -77,7 +76,7 @@ def resnet50(weights: str) -> torch.nn.Module:
 
 
 def fold(net: torch.nn.Module) -> torch.nn.Module:
-    """Batch norm of a ResNet50 folded by hand into the convolutions before it."""
+    """Fold the batch norms of a ResNet50 into the convolutions before them."""
     fuse = torch.nn.utils.fusion.fuse_conv_bn_eval
     for block in [net, *(m for m in net.modules() if isinstance(m, torchvision.models.resnet.Bottleneck))]:
         for number in (1, 2, 3):
@@ -90,13 +89,13 @@ def fold(net: torch.nn.Module) -> torch.nn.Module:
 
 
 def forward(precision: str, weights: str) -> dict[str, float]:
-    """Images through the folded network, channels last, one thread, in the fastest batch size."""
+    """Run images through the folded network (channels last, one thread) with the batch size that is fastest."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     return time_batches(fold(resnet50(weights)).to(dtype).to(memory_format=torch.channels_last), dtype)
 
 
 def time_batches(net: torch.nn.Module, dtype: torch.dtype) -> dict[str, float]:
-    """The network alone, in the fastest batch size."""
+    """The figures of the network alone, with the batch size that is fastest."""
     torch.set_num_threads(1)
     batch = torch.randn(max(FORWARD_BATCHES), 3, 224, 224).to(dtype)
     with torch.inference_mode():
@@ -104,7 +103,7 @@ def time_batches(net: torch.nn.Module, dtype: torch.dtype) -> dict[str, float]:
 
 
 def time_calls(net: Callable[[torch.Tensor], object], batches: Sequence[torch.Tensor]) -> dict[str, float]:
-    """`FORWARD_FRAMES` frames in each batch's size; the figures of the fastest."""
+    """Run `FORWARD_FRAMES` frames in batches like each of `batches`; returns the figures of the fastest."""
     found = []
     net(batches[-1])
     wait_for_start()
@@ -118,7 +117,7 @@ def time_calls(net: Callable[[torch.Tensor], object], batches: Sequence[torch.Te
 
 
 class JpegFiles(Dataset):
-    """Images in the usual way: open, centre crop, tensor, normalise."""
+    """A data set of JPEG files, read in the usual way: open, centre crop, convert to a tensor, normalise."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
@@ -139,7 +138,7 @@ class JpegFiles(Dataset):
 
 
 def usual(weights: str, *paths: str) -> dict[str, float]:
-    """Decode to 250x250 JPEG files with all cores, then a DataLoader with two workers and the net in fp32."""
+    """Decode to JPEG files of 250x250 with all cores; then run the net in fp32 on a DataLoader with two workers."""
     net = resnet50(weights)
     wait_for_start()
     started, before = time.perf_counter(), processor_seconds()
@@ -161,7 +160,10 @@ def usual(weights: str, *paths: str) -> dict[str, float]:
 
 
 def features(weights: str, target: str, *paths: str) -> dict[str, float]:
-    """fp32 embeddings of every 25th frame of each video, everything decoded, into an .npz by the video's name."""
+    """Write the fp32 embeddings of every 25th frame of each video to an .npz file; every frame is decoded.
+
+    The names of the arrays are those of the videos.
+    """
     net = resnet50(weights)
     wait_for_start()
     started, before = time.perf_counter(), processor_seconds()

@@ -1,12 +1,12 @@
-"""What int8 features cost: tools and phases from int8 and from fp32 features of the five real operations.
+"""How much accuracy int8 features cost: results for tools and phases with int8 and with fp32 features.
 
     python benchmarks/int8.py --root DIR --json FILE [--work DIR] [--seeds N]
 
-For each seed stage one is trained once (`configs/mini.yaml`); its features are extracted by torch in fp32 and by
-OpenVINO in int8, and stage two is trained and evaluated on each. The JSON holds per precision and figure the seeds'
-values, mean and standard deviation (n - 1), in percent: tool mAP and phase accuracy of the test video, and the
-validation accuracy of stage two; `cosine` is that of int8 features to fp32 ones over all frames, mean and worst. With
-the same `--work`, it resumes where it stopped.
+The data are the five real operations. For each seed, stage one is trained once (`configs/mini.yaml`). Its features are
+extracted by torch in fp32 and by OpenVINO in int8, and stage two is trained and evaluated on either. For each precision
+the JSON holds tool mAP and phase accuracy of the test video, and the validation accuracy of stage two, in percent: the
+values of all seeds, their mean and standard deviation (n - 1). `cosine` is the cosine similarity between int8 and fp32
+features over all frames, mean and worst. With the same `--work`, the program resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PRECISIONS = {
 
 
 def main() -> None:
-    """Parse, measure, print, write."""
+    """Parse the options, measure, and print and write the figures."""
     parser = options(__doc__, repeat=None)
     parser.add_argument("--root", type=Path, required=True, help="data root of the five real operations")
     parser.add_argument("--work", type=Path, default=Path("artifacts/int8"), help="index, features and runs")
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def measure(root: Path, work: Path, seeds: int) -> dict[str, Any]:
-    """Figures by precision."""
+    """The figures for each precision."""
     found: dict[str, list[dict[str, float]]] = {precision: [] for precision in PRECISIONS}
     cosines = []
     for seed in range(seeds):
@@ -55,7 +55,7 @@ def measure(root: Path, work: Path, seeds: int) -> dict[str, Any]:
 
 
 def one_run(root: Path, work: Path, seed: int, precision: str, chosen: list[str]) -> tuple[dict[str, float], Path]:
-    """Figures of one seed and precision, and its feature folder."""
+    """The figures of one seed and precision, and the feature folder."""
     name, first = f"{precision}-{seed}", f"fp32-{seed}"
     runs = work / "runs"
     settings = [
@@ -89,13 +89,13 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def spread(values: list[float]) -> dict[str, Any]:
-    """Mean and standard deviation of the seeds' values."""
+    """The values of all seeds, and their mean and standard deviation."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"seeds": values, "mean": statistics.fmean(values), "std": deviation}
 
 
 def similarity(one: Path, other: Path) -> np.ndarray:
-    """Cosine of each frame's two embeddings."""
+    """The cosine similarity of the two embeddings of each frame."""
     values = []
     for path in sorted(one.glob("*.h5")):
         with h5py.File(path) as left, h5py.File(other / path.name) as right:

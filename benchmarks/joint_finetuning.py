@@ -1,9 +1,10 @@
-"""The gain of end-to-end fine-tuning after two stages, with a control: the table of `docs/results.md`.
+"""The gain of end-to-end fine-tuning after two stages, with a control: the table in `docs/results.md`.
 
-For each seed: both stages (`two stages`), then the joint net from them through its three steps (`joint`), the same with
-alpha = 0 in the third step (`control`: it shares the first two steps and has as many epochs), and stage two trained
-anew on features of the fine-tuned backbone (`again`). Everything is evaluated over whole videos with the state carried,
-on the validation videos and on the test videos. When started again, it resumes where it stopped.
+For each seed, four rows are measured. `two stages`: stage one and stage two. `joint`: the joint net, which starts from
+these and is trained in its three steps. `control`: the same with alpha = 0 in the third step; it shares the first two
+steps and has the same number of epochs. `again`: stage two, trained again on features of the fine-tuned backbone.
+Everything is evaluated over whole videos with carried state, on the validation videos and on the test videos. When
+started again, the program resumes where it stopped.
 
     python benchmarks/joint_finetuning.py --data demo --json FILE               (SIMULATED operations)
     python benchmarks/joint_finetuning.py --data mini --root DIR --json FILE
@@ -30,7 +31,7 @@ SPLITS = ("val", "test")
 
 @dataclass(frozen=True)
 class Trial:
-    """One seed of one data set."""
+    """The runs of one seed on one data set."""
 
     data: str
     seed: int
@@ -39,16 +40,19 @@ class Trial:
 
     @property
     def settings(self) -> list[str]:
-        """Settings of every command. Each seed has its own simulated operations; the real ones are the same for all."""
+        """The settings of every command.
+
+        Each seed has its own simulated operations; the real operations are the same for all seeds.
+        """
         index = f"artifacts/{self.data}/index-{self.seed if self.data == 'demo' else 'all'}.json"
         return [f"seed={self.seed}", f"data.root={self.root}", f"data.index={index}", f"runs={self.runs}"]
 
     def name(self, row: str) -> str:
-        """The run behind a row of the table."""
+        """The name of the run from which a row of the table is taken."""
         return f"{self.data}-seed{self.seed}-{row.replace(' ', '-')}"
 
     def folder(self, row: str) -> Path:
-        """The run folder behind a row."""
+        """The folder of the run from which a row of the table is taken."""
         return self.runs / self.name(row)
 
 
@@ -104,7 +108,7 @@ def _trial(trial: Trial) -> Iterator[dict[str, Any]]:
 
 
 def _share_steps(trial: Trial) -> None:
-    """The control starts from the same first two steps; only complete ones are copied."""
+    """Copy the first two steps of `joint`, as far as they are complete, to `control`, which shares them."""
     for step in ("multitask", "mapping"):
         source, target = (trial.folder(row) / "joint" / step for row in ("joint", "control"))
         if not (target / "result.json").exists():
@@ -124,7 +128,10 @@ def _measures(metrics: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation (n - 1) over seeds for each row, split and measure; percent, the gap in nats."""
+    """Mean and standard deviation (n - 1) over seeds, for each row, split and measure.
+
+    All are in percent, except the gap, which is in nats.
+    """
     table = []
     for split in SPLITS:
         for name in ROWS:

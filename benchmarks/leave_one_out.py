@@ -1,9 +1,10 @@
-"""Leave-one-video-out on a small data set, through the command line: the tables of `docs/results.md`.
+"""Leave-one-video-out cross-validation on a small data set: the tables in `docs/results.md`.
 
-A fold tests one video, chooses epochs on another and trains on the rest. Stage one is fine-tuned once per fold (seed
-0); stage two and the per-frame head are trained with several seeds per fold, on the fine-tuned features and on those of
-the initial backbone. Means and standard deviations over folds (of the mean over seeds) and over seeds (of the mean over
-folds) are given separately. When started again, it resumes where it stopped: its runs are ordinary run folders.
+Everything runs through the command line. In each fold one video is tested, another chooses the best epoch, and the rest
+are for training. Stage one is fine-tuned once per fold (seed 0). Stage two and the per-frame head are trained with
+several seeds per fold, on the fine-tuned features and on those of the initial backbone. The standard deviation over
+folds (of each fold's mean over seeds) and the one over seeds (of each seed's mean over folds) are given separately.
+When started again, the program resumes where it stopped, since its runs are ordinary run folders.
 
     python benchmarks/leave_one_out.py --root DIR --json FILE [--config FILE] [--folds N] [--seeds N]
 """
@@ -57,7 +58,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--config", default="configs/mini_folds.yaml")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--name", default="folds", help="prefix of the runs' names")
-    parser.add_argument("--folds", type=int, default=5, help="as many as there are videos")
+    parser.add_argument("--folds", type=int, default=5, help="number of folds: as many as there are videos")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path, default=Path("artifacts/bench/leave_one_out.json"))
     return parser.parse_args()
@@ -68,7 +69,10 @@ def _name(options: argparse.Namespace, fold: int, kind: str, seed: int) -> str:
 
 
 def _first_seed(options: argparse.Namespace, fold: int, kind: str) -> Path:
-    """The whole pipeline with seed 0 (without training stage one for the initial backbone); its feature folder."""
+    """Run the whole pipeline with seed 0 and return its feature folder.
+
+    With the initial backbone, stage one is not trained.
+    """
     name = _name(options, fold, kind, 0)
     _pipeline("run", options, fold, name, f"extract.encoder={kind}")
     pointer: dict[str, Any] = json.loads((options.runs / name / "extract" / "result.json").read_text())
@@ -96,7 +100,10 @@ def _pipeline(
 
 
 def _table(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, Any]:
-    """Mean, and standard deviation (n - 1) over folds of seed means and over seeds of fold means, in percent."""
+    """For each measure the mean and the standard deviations (n - 1) over folds and over seeds, in percent.
+
+    The first is that of the folds' means over seeds, the second that of the seeds' means over folds.
+    """
     mine = [row for row in rows if row["features"] == kind]
     keys = (*KEYS, "tool_map") if kind == "finetuned" else KEYS
     return {key: _spread(mine, key, per_seed=key != "tool_map") for key in keys}

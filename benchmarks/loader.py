@@ -1,14 +1,16 @@
-"""Images per second of the loaders of stage one and of the joint net alone, by number of processes.
+"""Images per second of the loaders of stage one and of the joint net, without training, by number of processes.
 
     python benchmarks/loader.py --json FILE
 
-Frames are simulated noise of the real size (250x250, lossless WebP, in the project's frame cache), which compress worse
-than real frames, so the figures are conservative; `--real FOLDER` uses JPEG or PNG files instead. Keys:
-`images_per_s` and `clips_per_s` (clips of 10 frames), by number of processes (0: in the training process itself);
-`device_images_per_s`, mirroring, colours and normalisation of whole batches on this CPU, one thread per core;
-`train_step_images_per_s`, forward and backward of ResNet50 in fp32 on this CPU; `gpu_needs_images_per_s`, an
-assumption and not a measurement: 1,300, the rate at which a data-centre GPU might train ResNet50 at 224x224 in bf16;
-`processes_for_gpu`, how many loader processes that would take, from the rate of one.
+Frames are simulated noise of the real size (250x250, lossless WebP, in the project's frame cache). They compress worse
+than real frames, so the figures are conservative. `--real FOLDER` uses JPEG or PNG files instead.
+
+- `images_per_s`, `clips_per_s` (clips of 10 frames): by number of processes (0: in the training process itself).
+- `device_images_per_s`: mirroring, colour changes and normalisation of whole batches on this CPU, one thread per core.
+- `train_step_images_per_s`: forward and backward pass of ResNet50 in fp32 on this CPU.
+- `gpu_needs_images_per_s`: an assumption, not a measurement: 1,300, the rate at which a data-centre GPU might train
+  ResNet50 at 224x224 in bf16.
+- `processes_for_gpu`: the number of loader processes needed for this rate, computed from the rate of one process.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ GPU_NEEDS = 1300
 
 
 def main() -> None:
-    """Parse, measure, print, write."""
+    """Parse the options, measure, and print and write the figures."""
     parser = options(__doc__, repeat=None)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="loader processes")
     parser.add_argument("--batches", type=int, default=12, help="batches of 64 frames per figure")
@@ -42,7 +44,7 @@ def main() -> None:
 
 
 def measure(folder: Path, workers: Sequence[int], batches: int, real: Path | None) -> dict[str, object]:
-    """All figures."""
+    """Measure all figures."""
     from configs.schema import AugmentConfig, SequenceConfig
     from stage1_cnn.data import ClipDataset, Request
     from stage2_temporal.data import Span
@@ -71,7 +73,7 @@ def measure(folder: Path, workers: Sequence[int], batches: int, real: Path | Non
 
 
 def cached_frames(folder: Path, real: Path | None) -> tuple[Any, str]:
-    """200 frames in the project's frame cache, and what they are."""
+    """200 frames in the project's frame cache, and a description of them."""
     from features.frames.cache import CachedFrames
     from stage1_cnn.data import LabelledFrames
 
@@ -85,7 +87,7 @@ def cached_frames(folder: Path, real: Path | None) -> tuple[Any, str]:
 
 
 def real_images(folder: Path) -> list[np.ndarray]:
-    """Up to 200 images below a folder, resized as in the project."""
+    """Up to 200 images from below a folder, resized in the same way as in the project."""
     from PIL import Image
 
     from features.frames.preprocess import Geometry
@@ -97,7 +99,7 @@ def real_images(folder: Path) -> list[np.ndarray]:
 
 
 def noise(count: int = 200) -> list[np.ndarray]:
-    """Blurred fields with grain: they compress about as well as laparoscopic frames, or worse."""
+    """Simulated frames: blurred noise with grain, which compresses no better than laparoscopic frames."""
     rng = np.random.default_rng(0)
     images = []
     for _ in range(count):
@@ -107,7 +109,7 @@ def noise(count: int = 200) -> list[np.ndarray]:
 
 
 def write_cache(path: Path, images: Sequence[np.ndarray]) -> None:
-    """A cache file in the format of `train-cnn`, with what reading frames needs."""
+    """Write a cache file in the format of `train-cnn`, with only what is needed to read frames."""
     import io
     import zlib
 
@@ -128,7 +130,7 @@ def write_cache(path: Path, images: Sequence[np.ndarray]) -> None:
 
 
 def rate(dataset: Any, requests: Sequence[Any], workers: int) -> float:
-    """Rows or clips per second of a loader, not counting the batches that were prefetched while it started."""
+    """Images or clips per second of a loader, not counting the batches that were prefetched while it started."""
     import torch
 
     from engine.stopping import StopRequest
@@ -145,7 +147,7 @@ def rate(dataset: Any, requests: Sequence[Any], workers: int) -> float:
 
 
 def device_rate(batch: Any, repeat: int = 5) -> float:
-    """Images per second that are mirrored, coloured and normalised; median."""
+    """How many images per second are mirrored, changed in colour and normalised; the median."""
     import torch
 
     from configs.schema import PreprocessConfig
@@ -157,7 +159,7 @@ def device_rate(batch: Any, repeat: int = 5) -> float:
 
 
 def step_rate(batch: Any, repeat: int = 3) -> float:
-    """Images per second in training ResNet50, forward and backward, fp32, channels last; median."""
+    """Images per second of the forward and backward pass of ResNet50, fp32, channels last; the median."""
     import torch
     from torchvision.models import resnet50
 
@@ -174,7 +176,7 @@ def step_rate(batch: Any, repeat: int = 3) -> float:
 
 
 def median_s(work: Any, repeat: int) -> float:
-    """Seconds, after a first call that does not count."""
+    """The median time of a call of `work`, in seconds, after a first call that does not count."""
     work()
     seconds = []
     for _ in range(repeat):

@@ -1,4 +1,4 @@
-"""Time and memory of a command together with the processes that it starts, from Linux's /proc."""
+"""Time and memory of a command, including the processes that it starts, read from Linux's /proc."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _EVERY_S = 0.1
 
 @dataclass
 class Cost:
-    """Time and memory of a command. `tree_mb` counts shared pages once per process, and is thus too high."""
+    """Time and memory of a command. `tree_mb` counts shared pages once for each process, so it is too high."""
 
     seconds: float
-    tree_mb: float  # highest sum of resident memory over the processes alive at one moment
+    tree_mb: float  # the peak, over time, of the sum of all processes' resident memory
     biggest_mb: float  # highest resident memory of one process
     processor_s: float  # processor time of all processes, which other load hardly changes
 
 
 def run_measured(words: Sequence[str], folder: Path) -> Cost:
-    """Run a Python program in `folder`; exits with its messages if it fails. MB are 10^6 bytes."""
+    """Run a Python program in `folder` and measure it; if it fails, exits with its output. MB are 10^6 bytes."""
     started, used = time.perf_counter(), _processor_s()
     with subprocess.Popen(
         [sys.executable, *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -43,7 +43,7 @@ def run_measured(words: Sequence[str], folder: Path) -> Cost:
 
 
 def _processor_s() -> float:
-    """Processor time of the processes that were started here and have ended."""
+    """The processor time, in seconds, of the processes that this one has started and that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -57,13 +57,13 @@ def _watch(pid: int, peaks: list[float], ended: threading.Event) -> None:
                 resident.append(int(fields["VmRSS"].split()[0]) * 1024 / 1e6)
                 highest.append(int(fields["VmHWM"].split()[0]) * 1024 / 1e6)
             except (OSError, KeyError, ValueError):
-                continue  # it has just ended
+                continue  # the process has just ended
         peaks[0] = max(peaks[0], sum(resident))
         peaks[1] = max(peaks[1], *highest, 0.0) if highest else peaks[1]
 
 
 def _tree(pid: int) -> list[int]:
-    """A process and all its descendants."""
+    """The ids of a process and of all its descendants."""
     found = [pid]
     for member in found:
         try:

@@ -1,10 +1,10 @@
-"""Whether `temporal.projection: bf16` costs accuracy: seeds in fp32 and in bf16 on the five real operations.
+"""Whether `temporal.projection: bf16` costs accuracy: trainings with fp32 and with bf16 on the five real operations.
 
     python benchmarks/projection.py --root DIR --json FILE [--work DIR]
 
-Features come from the initial backbone of `configs/mini.yaml`, extracted once; `train-temporal` then runs with each
-seed and projection, and `fp32` and `bf16` in the JSON hold the validation accuracies with mean and standard deviation
-(n - 1). With the same `--work`, it resumes where it stopped.
+Features of the initial backbone of `configs/mini.yaml` are extracted once. Then `train-temporal` runs with every
+combination of seed and projection. `fp32` and `bf16` in the JSON hold the validation accuracies of the seeds, with mean
+and standard deviation (n - 1). With the same `--work`, the program resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from command import options, pipeline, say
 
 
 def main() -> None:
-    """Parse, measure, print, write."""
+    """Parse the options, measure, and print and write the figures."""
     parser = options(__doc__, repeat=None)
     parser.add_argument("--root", type=Path, required=True, help="data root of the five real operations")
     parser.add_argument("--work", type=Path, default=Path("artifacts/projection"), help="index, features and runs")
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def measure(root: Path, work: Path, seeds: int) -> dict[str, Any]:
-    """Validation accuracies by projection."""
+    """The validation accuracies for each projection."""
     settings = [
         "extract.encoder=initial",
         f"data.root={root}",

@@ -1,16 +1,17 @@
-"""Speed of the readers on sampled frames, on which the default (`reader=auto`) is based.
+"""The speed of the readers on sampled frames, on which the choice of `reader=auto` is based.
 
     python benchmarks/readers.py --json FILE [--repeat N]
 
-Every 25th frame of each video as full-size RGB, one thread, through the project's readers: opening, the scan of the
-packets and every check are included. Both readers run in each round, figures are medians over rounds:
+The project's readers read every 25th frame of each video as full-size RGB, with one thread. Opening, the scan of the
+packets and every check are included. Both readers run in each round. The figures are medians over rounds:
 
 - `pyav_fps`, `decord_fps`: frames per second of wall time; `*_processor_fps`: per second of processor time, which is
   more reliable on a busy machine. `pyav_over_decord` is the ratio of the latter.
 - `same_bytes`: whether both gave the same frames in the first round.
 
-Without decord (it has wheels for x86-64 alone) its keys are missing. Input: the real clips (SURGSTAGE_SHARED, by
-default `shared` beside the checkout) where there are any, otherwise one simulated video; `input` says which.
+If decord is not installed (it has wheels for x86-64 only), its keys are missing. The input is the real clips
+(SURGSTAGE_SHARED, by default `shared` beside the checkout) or, if there are none, one simulated video; `input` says
+which.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ READERS: tuple[Literal["pyav", "decord"], ...] = ("pyav", "decord")
 
 
 def main() -> None:
-    """Parse, measure, print, write."""
+    """Parse the options, measure, and print and write the figures."""
     given = options(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         videos, kind = source_videos(Path(folder))
@@ -42,11 +43,11 @@ def main() -> None:
 
 
 def measure(videos: Sequence[Path], repeat: int) -> dict[str, object]:
-    """All figures."""
+    """Measure all figures."""
     rounds: dict[str, list[float]] = {}
     digests = {}
     names = [name for name in READERS if name != "decord" or has_decord()]
-    for name in names:  # not timed: what is imported and compared once per process
+    for name in names:  # imports and the comparison happen here and are not timed
         digests[name] = read_all(videos, name, hashed=True)[2]
     for _ in range(repeat):
         for name in names:
@@ -69,7 +70,10 @@ def has_decord() -> bool:
 
 
 def read_all(videos: Sequence[Path], name: Literal["pyav", "decord"], hashed: bool = False) -> tuple[float, float, str]:
-    """Frames per second of wall time and of processor time, and with `hashed` a hash of all frames (not for timing)."""
+    """Frames per second of wall time and of processor time, and with `hashed` a hash of all frames.
+
+    Hashing takes time, so such a call is not for timing.
+    """
     from features.video.open import open_video
 
     digest, count = hashlib.sha256(), 0

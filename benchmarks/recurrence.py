@@ -1,18 +1,20 @@
-"""The project's LSTM recurrence on a CPU against torch's on the same sequences, forward and backward.
+"""The speed of the project's own LSTM recurrence on a CPU compared with torch's, forward and backward pass.
 
     python benchmarks/recurrence.py --json FILE [--repeat N] [--frames 1000]
 
-LSTM of 512 over 2048 stored fp16 features, fp32 arithmetic, without head, loss and optimiser. Processor time, medians
-of `--repeat` rounds in which both ways alternate, after one that does not count: other programs affect both alike. For
-each case the frames per second of processor time of either (`own`, `torch`) and `ratio`, over 1 where the project's
-recurrence is faster. torch's way is the one that `heads.recurrent` takes otherwise: all sequences up to the end of the
-shortest, and so on.
+An LSTM with 512 units gets 2048 stored fp16 features per frame and computes in fp32, without head, loss and optimiser.
+The figures are medians of `--repeat` rounds, after one that does not count. The two alternate in each round, so that
+other programs affect both. For each case, `own` and `torch` are frames per second of processor time, and `ratio` is
+over 1 if the project's recurrence is faster. torch's recurrence is called in the way in which `heads.recurrent` calls
+it elsewhere: for all sequences up to the end of the shortest, then for the rest up to the next end, and so on.
 
-- `equal`: eight sequences of `--frames` frames. `unequal`: eight from half to all of it. `single`: one sequence.
-- `clips`: clips of 10 frames, `--frames` of them.
+- `equal`: eight sequences of `--frames` frames.
+- `unequal`: eight sequences of lengths from half of `--frames` to `--frames`.
+- `single`: one sequence of `--frames` frames.
+- `clips`: `--frames` clips of 10 frames.
 
-On a CPU with AVX512, `ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2` measures what one without it would run, on this
-CPU's caches.
+On a CPU with AVX512, `ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2` runs the code for a CPU without AVX512, though
+with the caches of this one.
 """
 
 from __future__ import annotations
@@ -37,9 +39,11 @@ SHARES = (1, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 
 
 def main() -> None:
-    """Parse, measure, print, write."""
+    """Parse the options, measure, and print and write the figures."""
     parser = options(__doc__)
-    parser.add_argument("--frames", type=int, default=1000, metavar="N", help="of the longest sequence (default: 1000)")
+    parser.add_argument(
+        "--frames", type=int, default=1000, metavar="N", help="frames of the longest sequence (default: 1000)"
+    )
     given = parser.parse_args()
     cases = {
         "equal": [given.frames] * len(SHARES),
@@ -52,7 +56,7 @@ def main() -> None:
 
 
 def compared(lengths: list[int], rounds: int) -> dict[str, float]:
-    """Frames per second of both ways over sequences of these lengths, and their ratio."""
+    """Frames per second of both recurrences for sequences of these lengths, and their ratio."""
     torch.manual_seed(0)
     rnn = nn.LSTM(WIDTH, HIDDEN, batch_first=True)
     x = torch.randn(len(lengths), max(lengths), WIDTH).half()

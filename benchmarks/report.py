@@ -1,10 +1,12 @@
-"""Time of `report`: forty videos of Cholec80's mean length, synthetic labels and predictions.
+"""The time that `report` takes for forty videos of Cholec80's mean length, with synthetic labels and predictions.
 
     python benchmarks/report.py --json FILE
 
-Keys: `report_s` is the command line from start to exit, the median over fresh processes, and `report_cpu_s` its
-processor time (the two differ on a busy machine); `two_runs_s`, the same with two runs side by side;
-`figures_s`, with `--figures` (PDF and PNG); `report_mb`, the size of the page.
+- `report_s`: wall time of the command from start to exit, the median over several calls; `report_cpu_s`: its processor
+  time (the two differ on a busy machine).
+- `two_runs_s`: wall time with two runs side by side.
+- `figures_s`: wall time with `--figures` (PDF and PNG).
+- `report_mb`: the size of the page.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ sys.path.insert(0, str(PROJECT))
 
 
 def main() -> None:
-    """Parse, measure, print, write."""
+    """Parse the options, measure, and print and write the figures."""
     parser = options(__doc__)
     parser.add_argument("--videos", type=int, default=40)
     parser.add_argument("--seconds", type=int, default=2455, help="length of each video, at 1 fps")
@@ -34,7 +36,7 @@ def main() -> None:
 
 
 def measure(folder: Path, videos: int, seconds: int, repeat: int) -> dict[str, object]:
-    """All figures."""
+    """Measure all figures."""
     from tests.report_material import write_run
 
     names = [f"video{number:02d}" for number in range(1, videos + 1)]
@@ -53,14 +55,14 @@ def measure(folder: Path, videos: int, seconds: int, repeat: int) -> dict[str, o
 
 
 def wall(arguments: list[str]) -> float:
-    """Seconds that a command of the pipeline takes."""
+    """The wall time that a command of the pipeline takes, in seconds."""
     started = time.perf_counter()
     subprocess.run([sys.executable, "pipeline.py", *arguments], cwd=PROJECT, check=True, capture_output=True)
     return time.perf_counter() - started
 
 
 def cpu_s() -> float:
-    """Processor seconds of all commands so far."""
+    """The processor time of all commands so far, in seconds."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

@@ -1,23 +1,26 @@
-"""Time and memory by length of a video, by number of videos, and of features larger than memory.
+"""Time and memory by length of a video and by number of videos, and with features that are read from their files.
 
     python benchmarks/scaling.py --json FILE
     python benchmarks/scaling.py --only many streamed --json FILE
 
-Everything runs as commands with their default number of processes. Parts (`--only`):
+Everything runs as commands with their default number of processes. The parts (`--only`) are:
 
-extract: `extract` of one simulated video: one clip of 854x480 at 25 fps, H.264 with B-frames, whose packets are
-    repeated without decoding until the video is 10 min, 1 h and 4 h long. The question is memory, not speed, so the
-    backbone is a small one with random weights (decoding is real).
-train_temporal: one epoch over random features, 2048 wide, 1 to 80 videos of 2,158 frames (Cholec80's mean).
-many: `index` and `features verify` over 5,000 videos of 10 frames: hard links to one simulated video and to one file of
-    random features, with phase and tool files of their own. `read_s`: reading all these files, and nothing else.
-streamed: `train-temporal` on the same random features in memory and read from their files (`temporal.features`), disk
-    cache warm: an epoch (the difference of trainings of three epochs and of one, halved), whole videos, and the peak
-    memory of a linear head's epoch over a number of videos and over ten times as many.
+extract: the command for one simulated video. A clip of 854x480 at 25 fps (H.264 with B-frames) is repeated, packet by
+    packet, until the video is 10 min, 1 h and 4 h long. Memory is measured rather than speed, so the backbone is a
+    small one with random weights.
+train_temporal: one epoch over random features of width 2048, for 1 to 80 videos of 2,158 frames (Cholec80's mean).
+many: `index` and `features verify` for 5,000 videos of 10 frames. They are hard links to one simulated video and to one
+    file of random features; each video has its own phase and tool files. `read_s` is the time of only reading all
+    these files.
+streamed: `train-temporal` on the same random features, once in memory and once read from their files
+    (`temporal.features`), when the files are in the disk cache. The time is that of an epoch over whole videos (half
+    the difference between a training of three epochs and one of one epoch). The peak memory is that of an epoch of a
+    linear head, for a number of videos and for ten times as many.
 
-Keys: `seconds`, `processor_s` (of all processes: compare these if other jobs run), `peak_mb` (highest sum of resident
-memory of the command and its processes at one moment) and `biggest_mb` (highest of one process), in 10^6 bytes;
-`peak_mb_4h_over_10min` and `biggest_mb_4h_over_10min`, the longest video over the shortest; `stream_over_memory`.
+The figures of a command are `seconds`, `processor_s` (processor time of all its processes, to be compared if other jobs
+run), `peak_mb` (peak, over time, of the sum of the resident memory of all processes) and `biggest_mb` (peak of the
+largest process); MB are 10^6 bytes. `peak_mb_4h_over_10min` and `biggest_mb_4h_over_10min` are the ratios of the
+longest video to the shortest, and `stream_over_memory` is the ratio of an epoch read from files to one in memory.
 """
 
 from __future__ import annotations
@@ -43,12 +46,12 @@ PARTS = ("extract", "train_temporal", "many", "streamed")
 
 
 def main() -> None:
-    """Parse, measure, print, write."""
+    """Parse the options, measure, and print and write the figures."""
     parser = options(__doc__, repeat=None)
     parser.add_argument("--minutes", type=int, nargs="+", default=[10, 60, 240], help="lengths of the video")
     parser.add_argument("--videos", type=int, nargs="+", default=[1, 5, 20, 80], help="videos of features")
     parser.add_argument(
-        "--fps", type=float, default=0.5, help="rate of sampling; decoding goes through all in any case"
+        "--fps", type=float, default=0.5, help="sampling rate; the decoder goes through the whole video in any case"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to extract")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure; default: all")
@@ -70,7 +73,7 @@ def main() -> None:
 
 
 def measure_lengths(folder: Path, minutes: list[int], fps: float, settings: list[str]) -> dict[str, object]:
-    """The part `extract`."""
+    """Measure the part `extract`."""
     extracted = [measure_extract(folder, length, fps, settings) for length in minutes]
     ratios = {
         f"{key}_{minutes[-1] // 60}h_over_{minutes[0]}min": round(extracted[-1][key] / extracted[0][key], 3)
@@ -80,7 +83,7 @@ def measure_lengths(folder: Path, minutes: list[int], fps: float, settings: list
 
 
 def measure_extract(folder: Path, minutes: int, fps: float, settings: list[str]) -> dict[str, float]:
-    """`index` and `extract` of one video; the time is that of `extract`."""
+    """Run `index` and `extract` for one video; the figures are those of `extract`."""
     place = folder / f"{minutes}min"
     (place / "data").mkdir(parents=True)
     clip = folder / "clip.mp4"
@@ -107,7 +110,7 @@ def measure_extract(folder: Path, minutes: int, fps: float, settings: list[str])
 
 
 def write_clip(path: Path) -> None:
-    """A moving image with grain, in x264's default settings (B-frames, closed groups of pictures)."""
+    """Write a video of a moving image with grain, in x264's default settings (B-frames, closed groups of pictures)."""
     rng = np.random.default_rng(0)
     field = rng.integers(0, 256, (HEIGHT_PX // 8, WIDTH_PX // 8 + CLIP_S * FPS, 3)).astype(np.uint8)
     with av.open(str(path), "w") as container:
@@ -121,7 +124,7 @@ def write_clip(path: Path) -> None:
 
 
 def repeat_packets(clip: Path, out: Path, times: int) -> None:
-    """The clip `times` times in a row, without encoding again: its packets, with later times."""
+    """Write the clip `times` times in a row; its packets are copied with later time stamps and not encoded again."""
     with av.open(str(clip)) as source:
         stream = source.streams.video[0]
         assert stream.time_base is not None
@@ -140,14 +143,14 @@ def repeat_packets(clip: Path, out: Path, times: int) -> None:
 
 
 def write_features_of(folder: Path, videos: int, frames: int = FRAMES_A_VIDEO) -> Path:
-    """Random features of so many videos (a fifth of them, rounded down, for validation)."""
+    """Write random features of so many videos, a fifth of which (rounded down) are for validation."""
     phases = np.resize(np.repeat(np.arange(7, dtype=np.int8), frames // 7 + 1), frames)
     write_feature_set(folder, [phases] * videos)
     return folder
 
 
 def run_training(folder: Path, features: Path, *settings: str) -> Cost:
-    """`train-temporal` of one head in a new run."""
+    """Run `train-temporal` for one head in a new run."""
     runs = tempfile.mkdtemp(dir=folder)
     options = [f"runs={runs}", "temporal.baseline=false", *settings]
     words = [word for option in options for word in ("--set", option)]
@@ -155,7 +158,7 @@ def run_training(folder: Path, features: Path, *settings: str) -> Cost:
 
 
 def measure_training(folder: Path, videos: int) -> dict[str, float]:
-    """`train-temporal` for one epoch over so many videos."""
+    """Measure `train-temporal` for one epoch over so many videos."""
     features = write_features_of(folder / f"features{videos}", videos)
     return figures_of(run_training(folder, features, "temporal.epochs=1")) | {
         "videos": videos,
@@ -175,7 +178,7 @@ def figures_of(cost: Cost) -> dict[str, float]:
 
 
 def measure_many(folder: Path, videos: int) -> dict[str, object]:
-    """`index` and `features verify` over many short videos."""
+    """Measure `index` and `features verify` for many short videos."""
     data, features = folder / "many", write_features_of(folder / "one", 1, frames=10)
     write_many(data, videos)
     stored = folder / "many-features"
@@ -197,7 +200,7 @@ def measure_many(folder: Path, videos: int) -> dict[str, object]:
 
 
 def write_many(data: Path, videos: int) -> None:
-    """So many names of one simulated video of ten frames of noise, each with labels of its own."""
+    """Write one video of ten frames of noise under so many names, each with its own label files."""
     from configs.load import load_dataset
     from features.video.write import encode_mp4
 
@@ -216,7 +219,7 @@ def write_many(data: Path, videos: int) -> None:
 
 
 def measure_streamed(folder: Path, videos: int) -> dict[str, object]:
-    """Features in memory and read from their files: an epoch, and peak memory by number of videos."""
+    """Measure features in memory and features read from their files: an epoch, and peak memory by number of videos."""
     sets = {count: write_features_of(folder / f"streamed{count}", count) for count in (videos, 10 * videos)}
     found: dict[str, object] = {"videos": videos, "frames": videos * FRAMES_A_VIDEO}
     epochs, memory = {}, {}

@@ -1,13 +1,18 @@
 """Start-up time: `--help`, and `train-temporal` up to its first optimiser step.
 
-Figures are medians over fresh processes; all programs run in each round, so that other load affects all of them. The
-features are random, 2048 wide, fp16, with the lengths of Cholec80's forty training videos where they are known.
+Every figure is a median over several rounds. Each round starts all programs, so that other load affects all of them.
+The features are random fp16 values of width 2048. The videos have the lengths of Cholec80's forty training videos if
+these are known.
 
     python benchmarks/start_up.py --json FILE
 
-Keys, in seconds: `import_torch_s` is `python -c "import torch"` from start to exit; `read_s`, plain h5py reading every
-feature file in its own process, disk cache warm; `begin_s` and `first_step_s`, from the start of `train-temporal`
-to its first batch and to the end of its first optimiser step; `over_torch_s` is `first_step_s` less the first two.
+All figures are in seconds:
+
+- `import_torch_s`: `python -c "import torch"` from start to exit.
+- `read_s`: reading every feature file with plain h5py, in a process of its own, when the files are in the disk cache.
+- `begin_s`, `first_step_s`: from the start of `train-temporal` to its first batch, and to the end of its first
+  optimiser step.
+- `over_torch_s`: `first_step_s` minus `import_torch_s` and `read_s`.
 """
 
 from __future__ import annotations
@@ -42,7 +47,7 @@ for path in sorted(Path(sys.argv[1]).glob("*.h5")):
         file["features"][...]
 print(time.perf_counter() - started)
 """
-# Runs the real command line, records when the first batch reaches the model and when its step is done, and exits.
+# Runs the real command line, records when the first batch reaches the model and when its step has ended, and exits.
 FIRST_STEP = """
 import os, runpy, sys, time
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -63,7 +68,7 @@ runpy.run_path("pipeline.py", run_name="__main__")
 
 
 def main() -> None:
-    """Parse, measure, print, write."""
+    """Parse the options, measure, and print and write the figures."""
     given = training_options(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder), phases_of(given.lengths), given.repeat, given.set)
@@ -71,17 +76,17 @@ def main() -> None:
 
 
 def training_options(doc: str | None) -> argparse.ArgumentParser:
-    """Options of a benchmark of `train-temporal`: which lengths, and settings."""
+    """The parser of a benchmark of `train-temporal`, with options for the lengths of videos and for settings."""
     parser = options(doc)
     parser.add_argument(
-        "--lengths", type=Path, metavar="NPZ", help="videoNN_phase arrays; default: those of SURGSTAGE_SHARED, if there"
+        "--lengths", type=Path, metavar="NPZ", help="arrays videoNN_phase; default: those in SURGSTAGE_SHARED, if any"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to train-temporal")
     return parser
 
 
 def phases_of(file: Path | None) -> list[np.ndarray]:
-    """Phases (T,) per video: the real ones, or forty videos of one length."""
+    """The phases (T,) of each video: the real ones or, if they are not known, those of forty videos of equal length."""
     file = lengths_file(file)
     if not file.is_file():
         return [np.repeat(np.arange(7, dtype=np.int8), 309)[:2158] for _ in range(40)]
@@ -90,12 +95,12 @@ def phases_of(file: Path | None) -> list[np.ndarray]:
 
 
 def lengths_file(file: Path | None) -> Path:
-    """The file with the real lengths."""
+    """The file with the real phases, and thus the real lengths; it may not exist."""
     return file or SHARED / "data" / "labels" / "train40_1fps.npz"
 
 
 def measure(folder: Path, phases: Sequence[np.ndarray], repeat: int, settings: Sequence[str]) -> dict[str, object]:
-    """All figures; the first round warms the disk cache and does not count."""
+    """Measure all figures; the first round fills the disk cache and does not count."""
     features = folder / "features"
     write_feature_set(features, phases)
     rounds = []
@@ -121,9 +126,10 @@ def measure(folder: Path, phases: Sequence[np.ndarray], repeat: int, settings: S
 def write_feature_set(
     folder: Path, phases: Sequence[np.ndarray], train_share: float = 0.8, encoder: EncoderSpec | None = None
 ) -> None:
-    """Random features in the format of `extract`; `train_share` of the videos are for training, the others to validate.
+    """Write random features in the format of `extract`.
 
-    `encoder` is recorded as what made them, by default a ResNet50.
+    `train_share` is the fraction of the videos that are for training; the others are for validation. `encoder` is
+    recorded as the encoder that made the features, by default a ResNet50.
     """
     from configs.load import load_dataset
     from features.dataset.index import Index, VideoEntry
@@ -157,14 +163,14 @@ def write_feature_set(
 
 
 def wall(words: Sequence[str]) -> float:
-    """Seconds that a fresh interpreter takes from start to exit."""
+    """The time that a new interpreter takes from start to exit, in seconds."""
     started = time.perf_counter()
     output(words)
     return time.perf_counter() - started
 
 
 def output(words: Sequence[str]) -> str:
-    """What a fresh interpreter prints."""
+    """What a new interpreter prints."""
     done = subprocess.run([sys.executable, *words], cwd=PROJECT, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(words[:2])[:60]}: failed\n{done.stderr}")

@@ -1,14 +1,16 @@
-"""Time of feature files compared with plain files: writing and reading (2300, 2048) float16, 38 minutes at 1 fps.
+"""The time of writing and reading feature files compared with plain files: 38 minutes at 1 fps, (2300, 2048) float16.
 
     python benchmarks/store.py --json FILE
 
-Three formats, each in every round, disk cache warm: `store` is this project's (chunks with checksums, sealed, read back
-after writing, renamed when complete), `npy` is numpy.save and numpy.load, `h5py` the same chunks and checksums without
-a seal, without reading back. Every file is flushed to the disk (fsync). Keys `<way>_write_ms`, `<way>_read_ms`,
-`<way>_write_mb_per_s`, `<way>_read_mb_per_s`: medians; MB are those of the features, 10^6 bytes.
+Three formats are compared, each in every round, when the files are in the disk cache. `store` is this project's format:
+chunks with checksums and a seal, read back after writing, and renamed when complete. `npy` is numpy.save and
+numpy.load. `h5py` has the same chunks and checksums, but no seal, and is not read back. Every file is flushed to the
+disk (fsync).
+The figures are the medians `<format>_write_ms`, `<format>_read_ms`, `<format>_write_mb_per_s` and
+`<format>_read_mb_per_s`; they count the features only, and MB are 10^6 bytes.
 
-`cache_find_ms`: what a frame cache file of 2,300 frames of 50 kB (random bytes; `cache_mb` in all) costs each time it
-is opened, mostly for the checksum of the whole file; `cache_find_unsealed_ms` is the same without that checksum.
+`cache_find_ms` is the time to open a frame cache file of 2,300 frames of 50 kB (random bytes, `cache_mb` in total),
+most of which goes into the checksum of the whole file. `cache_find_unsealed_ms` is the time without this checksum.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ Way = tuple[Callable[[Path, np.ndarray], None], Callable[[Path], np.ndarray]]
 
 
 def main() -> None:
-    """Parse, measure, print, write."""
+    """Parse the options, measure, and print and write the figures."""
     parser = options(__doc__, repeat=15)
     parser.add_argument("--folder", type=Path, help="measure the disk of this folder; default: that of temporary files")
     given = parser.parse_args()
@@ -45,7 +47,7 @@ def main() -> None:
 
 
 def measure(folder: Path, repeat: int) -> dict[str, object]:
-    """All figures; the first round warms up and does not count."""
+    """Measure all figures; the first round fills the disk cache and does not count."""
     features = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float16)
     ways: dict[str, Way] = {
         "store": (write_store, read_store),
@@ -74,7 +76,7 @@ def measure(folder: Path, repeat: int) -> dict[str, object]:
 
 
 def measure_cache(folder: Path, repeat: int) -> dict[str, object]:
-    """Opening a cache file of the length of an operation, with and without verifying its seal."""
+    """Measure opening a cache file as long as an operation, with and without verifying its seal."""
     from features import sealed_hdf5 as module
     from features.frames.cache import FrameCache
 
@@ -103,7 +105,7 @@ def _cache(folder: Path) -> FrameCache:
 
 
 def _request(folder: Path) -> CacheRequest:
-    """The frames of an operation from a folder in which all are the same small image."""
+    """A request for the frames of an operation, all of which are the same small image."""
     from features.frames.cache import CacheRequest
     from features.store import SourceIdentity
 
@@ -126,7 +128,7 @@ def _request(folder: Path) -> CacheRequest:
 
 
 def write_store(path: Path, features: np.ndarray) -> None:
-    """As `extract` writes, from float32 blocks of 32 frames."""
+    """Write features in the way of `extract`, from float32 blocks of 32 frames."""
     from features.store import EncoderSpec, SourceIdentity, write_features
 
     encoder = EncoderSpec("resnet50", "0" * 64, {}, 1.0, "fp32", "float16", SHAPE[1])
@@ -140,14 +142,14 @@ def write_store(path: Path, features: np.ndarray) -> None:
 
 
 def read_store(path: Path) -> np.ndarray:
-    """As `train-temporal` reads."""
+    """Read features in the way of `train-temporal`."""
     from features.store import read_features
 
     return read_features(path).features
 
 
 def write_npy(path: Path, features: np.ndarray) -> None:
-    """A plain file."""
+    """Write features with numpy.save."""
     with path.open("wb") as stream:
         np.save(stream, features)
         stream.flush()
@@ -155,7 +157,7 @@ def write_npy(path: Path, features: np.ndarray) -> None:
 
 
 def write_h5py(path: Path, features: np.ndarray) -> None:
-    """Chunks with checksums, and nothing else."""
+    """Write features with h5py, in chunks with checksums, and do nothing else."""
     with h5py.File(path, "w") as file:
         file.create_dataset("features", data=features, chunks=(CHUNK_FRAMES, SHAPE[1]), fletcher32=True)
     with path.open("rb") as stream:
@@ -163,7 +165,7 @@ def write_h5py(path: Path, features: np.ndarray) -> None:
 
 
 def read_h5py(path: Path) -> np.ndarray:
-    """All of it."""
+    """Read all features with h5py."""
     with h5py.File(path, "r") as file:
         found: np.ndarray = file["features"][...]
     return found

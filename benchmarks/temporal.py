@@ -2,27 +2,28 @@
 
     python benchmarks/temporal.py --json FILE [--repeat N]
 
-Figures are in labelled frames per second of training, on all cores of the CPU, medians of `--repeat` rounds; all
-programs run in each round, each in its own process, so that other load affects all of them.
+Speeds are labelled frames per second of training, on all cores of the CPU. They are medians of `--repeat` rounds. Each
+round runs all programs, each in its own process, so that other load affects all of them.
 
-- `frames_per_s`, `frames_per_s_bf16`: the command `train-temporal` on forty videos of Cholec80's lengths (`lengths`
-  says whether they are the real ones) with random features, 86,304 x 2048 fp16 where they are; LSTM of 512, whole
-  videos, eight per step, `temporal.projection` fp32 and bf16. It is the rate in the run's result: from the first batch
-  of an epoch to its last update, without reading, validation and checkpoints, the median of three epochs (the other
-  programs do not count their first steps).
-- `ratio_to_nn_lstm`, `ratio_to_nn_lstm_bf16`: to nn.LSTM in fp32 on a batch of 8 x 1000 frames, nothing padded, from
-  fp32 features (`nn_lstm_frames_per_s`).
-- `ratio_to_bound`: of the fp32 figure to the fp32 matrix product (`product_gflops`) over 23.1 MFLOP per frame.
-- `ratio_to_clips`: of the fp32 figure to clips of 10 with stride 1, where each clip adds one labelled frame. The faster
-  of two ways counts: `train-temporal` on fewer videos (`clips_frames_per_s`), and nn.LSTM
-  (`nn_lstm_clips_frames_per_s`).
-- `ratio_to_end_to_end`: of the fp32 figure to ResNet50 and LSTM in one net from 224x224 images, forward and backward in
-  fp32, every frame of a clip counted (`end_to_end_frames_per_s`); at stride 1 it would be a tenth.
-- `peak_rss_mb`, `peak_rss_mb_bf16`: the peak memory (VmHWM) of the process that trained, in MB of 10^6 bytes, start to
-  exit, with the per-frame baseline and checkpoints.
+- `frames_per_s`, `frames_per_s_bf16`: the command `train-temporal` with `temporal.projection` fp32 and bf16, for an
+  LSTM with 512 units on whole videos, eight per step. The features are random fp16 values for forty videos with
+  Cholec80's lengths (86,304 x 2048; `lengths` says whether these are the real lengths). The rate is the one in the
+  run's result: from the first batch of an epoch to its last update, without reading, validation and checkpoints, the
+  median of three epochs. (The other programs do not count their first steps.)
+- `ratio_to_nn_lstm`, `ratio_to_nn_lstm_bf16`: divided by the rate of nn.LSTM in fp32 on a batch of 8 x 1000 frames
+  without padding, from fp32 features (`nn_lstm_frames_per_s`).
+- `ratio_to_bound`: the fp32 rate divided by the rate that the speed of an fp32 matrix product (`product_gflops`) would
+  allow with 23.1 MFLOP per frame.
+- `ratio_to_clips`: the fp32 rate divided by that of clips of 10 frames with stride 1, in which each clip counts as one
+  labelled frame. The latter is measured with `train-temporal` on fewer videos (`clips_frames_per_s`) and with nn.LSTM
+  (`nn_lstm_clips_frames_per_s`), and the faster one is taken.
+- `ratio_to_end_to_end`: the fp32 rate divided by that of ResNet50 and LSTM in one net on images of 224x224, forward and
+  backward pass in fp32 (`end_to_end_frames_per_s`). Every frame of a clip counts; with stride 1 it would be a tenth.
+- `peak_rss_mb`, `peak_rss_mb_bf16`: the peak memory (VmHWM) of the process that trained, in MB of 10^6 bytes, from
+  start to exit, including the per-frame baseline and checkpoints.
 
-Without native bf16 the figures of bf16 are null. The programs to compare with (`temporal_reference.py`) import nothing
-from the project.
+On a CPU without native bf16 the figures for bf16 are null. The programs to compare with (`temporal_reference.py`)
+import nothing from the project.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from command import CORES, say
 from start_up import lengths_file, output, phases_of, training_options, write_feature_set
 
 REFERENCE = Path(__file__).resolve().parent / "temporal_reference.py"
-MFLOP_A_FRAME = 23.1  # 2 x 4 x 512 x (2 x 2048 + 3 x 512) + 6 x 512 x 7: no gradient goes to stored features
+MFLOP_A_FRAME = 23.1  # 2 x 4 x 512 x (2 x 2048 + 3 x 512) + 6 x 512 x 7; stored features need no gradient
 CLIP_VIDEOS = 2
 # Runs the real command line and prints its peak memory at the end.
 TRAIN = """
@@ -60,7 +61,7 @@ SIDES = {
 
 
 def main() -> None:
-    """Parse, measure, print, write."""
+    """Parse the options, measure, and print and write the figures."""
     given = training_options(__doc__).parse_args()
     phases = phases_of(given.lengths)
     with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +71,7 @@ def main() -> None:
 
 
 def measure(folder: Path, phases: Sequence[np.ndarray], repeat: int, settings: Sequence[str]) -> dict[str, object]:
-    """All figures."""
+    """Measure all figures."""
     whole, few = folder / "whole", folder / "few"
     write_feature_set(whole, phases, train_share=1.0)
     write_feature_set(few, phases[:CLIP_VIDEOS], train_share=1.0)
@@ -111,7 +112,7 @@ def train(runs: Path, name: str, features: Path, settings: Sequence[str]) -> tup
 
 
 def has_bf16() -> bool:
-    """Whether `temporal.projection=bf16` is allowed here."""
+    """Whether this CPU supports `temporal.projection=bf16`."""
     script = "import sys; sys.path.insert(0, ''); import engine.device; print(engine.device.cpu_has_bf16())"
     return output(["-c", script]).strip() == "True"
 

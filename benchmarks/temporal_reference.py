@@ -2,8 +2,8 @@
 
     python benchmarks/temporal_reference.py lstm|clips|product|end-to-end
 
-Each uses random data and all cores and prints its figure as JSON: labelled frames per second, for `product` fp32
-GFLOP/s.
+Each program uses random data and all cores, and prints its figure as JSON: labelled frames per second or, for
+`product`, GFLOP/s in fp32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WIDTH, HIDDEN, PHASES, TOOLS, CLIP = 2048, 512, 7, 7, 10
 
 
 class Lstm(nn.Module):
-    """nn.LSTM and a linear layer, in the usual way."""
+    """A net of nn.LSTM and a linear layer, in the usual way."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,12 +29,12 @@ class Lstm(nn.Module):
         self.fc = nn.Linear(HIDDEN, PHASES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, C)."""
+        """Features (B, T, D) -> phase logits (B, T, C)."""
         return self.fc(self.lstm(x)[0])  # type: ignore[no-any-return]
 
 
 class EndToEnd(nn.Module):
-    """ResNet50, tools from each frame, phases through the LSTM (MTRCNet)."""
+    """A net like MTRCNet: ResNet50, with tools recognised in each frame and phases by an LSTM."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,24 +45,24 @@ class EndToEnd(nn.Module):
         self.phase, self.tool = Lstm(), nn.Linear(WIDTH, TOOLS)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, 3, S, S) -> phases (B, T, C), tools (B, T, K)."""
+        """Images (B, T, 3, S, S) -> logits of phases (B, T, C) and of tools (B, T, K)."""
         flat = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         x = self.share(flat).unflatten(0, images.shape[:2])
         return self.phase(x), self.tool(x)
 
 
 def lstm() -> float:
-    """Batches of 8 sequences of 1,000 frames, nothing padded."""
+    """The speed for batches of 8 sequences of 1,000 frames, without padding."""
     return sequences(8, 1000, steps=4)
 
 
 def clips() -> float:
-    """Clips of 10 frames, 800 per batch. At stride 1 each clip adds one labelled frame, and only that one counts."""
+    """The speed for clips of 10 frames, 800 per batch. One frame per clip counts, as with stride 1."""
     return sequences(800, CLIP, steps=4) / CLIP
 
 
 def sequences(batch: int, frames: int, steps: int) -> float:
-    """Frames per second of forward, cross-entropy, backward and a step of SGD, fp32, from fp32 features."""
+    """Frames per second of forward pass, cross-entropy, backward pass and a step of SGD in fp32, from fp32 features."""
     model = Lstm()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     x, phase = torch.randn(batch, frames, WIDTH), torch.randint(PHASES, (batch, frames))
@@ -76,7 +76,7 @@ def sequences(batch: int, frames: int, steps: int) -> float:
 
 
 def product() -> float:
-    """GFLOP/s of the faster of torch's two fp32 products (MKL's, oneDNN's) of 4,096 rows with the LSTM's weights."""
+    """GFLOP/s of the fp32 product of 4,096 rows and the LSTM's weights, by MKL or oneDNN, whichever is faster."""
     x, weights = torch.randn(4096, WIDTH), torch.randn(4 * HIDDEN, WIDTH)
     ways: list[Callable[[], object]] = [lambda: F.linear(x, weights)]
     if torch.backends.mkldnn.is_available():
@@ -85,7 +85,10 @@ def product() -> float:
 
 
 def end_to_end() -> float:
-    """Images of 224x224 in clips of 10, 2 per batch, fp32 channels last; every frame counts, once."""
+    """Frames per second for images of 224x224 in clips of 10, 2 clips per batch, fp32, channels last.
+
+    Every frame of a clip counts once.
+    """
     model = EndToEnd().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     images = torch.randn(2, CLIP, 3, 224, 224)
@@ -102,7 +105,7 @@ def end_to_end() -> float:
 
 
 def seconds(work: Callable[[], object], times: int) -> float:
-    """How long `work` takes `times` times, after a first call that does not count."""
+    """The time of `times` calls of `work`, in seconds, after a first call that does not count."""
     work()
     started = time.perf_counter()
     for _ in range(times):

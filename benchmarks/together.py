@@ -1,15 +1,16 @@
-"""Two trainings at once on one machine, compared with one alone, with threads that wait and with threads that spin.
+"""Two trainings at the same time on one machine compared with one alone, with idle threads that wait and that spin.
 
     python benchmarks/together.py --json FILE [--repeat N]
 
-Each training is the command, with its default number of threads. A round trains alone, then two of the same
-at once, with the project's `GOMP_SPINCOUNT=1000`; the first round also does both with libgomp's default
-(`GOMP_SPINCOUNT=300000`), where two at once take minutes. Figures are medians over rounds. A training's time is
-that of its epochs after the first; of two at once, that of the slower.
+Each training is a command with its default number of threads. In a round, one training runs alone, and then two of the
+same run at the same time, with the project's setting `GOMP_SPINCOUNT=1000`. The first round also does both with
+libgomp's default (`GOMP_SPINCOUNT=300000`), with which two trainings take minutes. The figures are medians over rounds.
+The time of a training is that of its epochs after the first; of two trainings, the slower one counts.
 
-- `train_cnn`: ResNet50 from 224x224 frames, eight per step, fp32. `train_temporal`: LSTM of 512 over whole videos,
-  eight per step, random features, fp32.
-- `alone_s`, `together_s`, `ratio` of each; the same with `spinning_` in front.
+- `train_cnn`: ResNet50 on frames of 224x224, eight per step, fp32.
+- `train_temporal`: an LSTM with 512 units on random features of whole videos, eight per step, fp32.
+- `alone_s`, `together_s`, `ratio`: given for each of the two; names that begin with `spinning_` are those with
+  libgomp's default.
 - `alone_ratio_to_spinning`: the effect of the setting on a single training.
 """
 
@@ -34,7 +35,7 @@ VIDEOS, FRAMES = 10, 2158
 
 
 def main() -> None:
-    """Parse, measure, print, write."""
+    """Parse the options, measure, and print and write the figures."""
     given = options(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -44,7 +45,7 @@ def main() -> None:
 
 
 def cnn_words(folder: Path) -> list[str]:
-    """`train-cnn` on simulated frames, indexed and with its frames in the cache."""
+    """The words of a `train-cnn` command on simulated videos, which are indexed and whose frames are in the cache."""
     simulate = ["simulate", str(folder / "videos"), "--videos", "3", "--fps", "2", "--speed-up", "60"]
     output([str(PIPELINE), *simulate, "--width", "112", "--height", "112"])
     settings = [
@@ -66,7 +67,7 @@ def cnn_words(folder: Path) -> list[str]:
 
 
 def temporal_words(folder: Path) -> list[str]:
-    """`train-temporal` on random features."""
+    """The words of a `train-temporal` command on random features."""
     phases = [np.repeat(np.arange(7, dtype=np.int8), FRAMES // 7 + 1)[:FRAMES] for _ in range(VIDEOS)]
     write_feature_set(folder / "features", phases)
     settings = ["mode=full", "batch=8"]
@@ -76,7 +77,7 @@ def temporal_words(folder: Path) -> list[str]:
 
 
 def measure(folder: Path, words: Sequence[str], repeat: int) -> dict[str, float]:
-    """All figures of one kind of training."""
+    """Measure all figures of one kind of training."""
     stage = "cnn" if words[0] == "train-cnn" else "temporal"
     found: dict[str, list[float]] = {}
     for number in range(repeat):
@@ -91,7 +92,7 @@ def measure(folder: Path, words: Sequence[str], repeat: int) -> dict[str, float]
 
 
 def train(folder: Path, commands: Sequence[Sequence[str]], environment: dict[str, str], stage: str) -> float:
-    """Seconds of the slowest of several trainings started at once."""
+    """The time of the slowest of several trainings that are started together, in seconds."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     with tempfile.TemporaryDirectory(dir=folder) as runs:
         running = []
@@ -113,7 +114,7 @@ def train(folder: Path, commands: Sequence[Sequence[str]], environment: dict[str
 
 
 def epoch_seconds(stage: Path) -> float:
-    """Seconds of all epochs but the first."""
+    """The time of all epochs except the first, in seconds."""
     rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return float(sum([row["seconds"] for row in rows if "seconds" in row][1:]))
 
