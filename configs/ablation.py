@@ -1,4 +1,4 @@
-"""The description of an ablation: the settings that `ablate` tries. `configs.load` reads it from YAML."""
+"""The schema of an ablation file, which says what settings `ablate` tries. `configs.load` reads the file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from configs.schema import Strict
 
 
 class RangeConfig(Strict):
-    """A range of values in the space of an ablation, of integers if both ends are."""
+    """A range from which `ablate` draws values of a setting. They are integers if both ends are integers."""
 
     low: int | FiniteFloat
     high: int | FiniteFloat
@@ -20,23 +20,27 @@ class RangeConfig(Strict):
     @model_validator(mode="after")
     def _is_range(self) -> RangeConfig:
         if not self.low < self.high or (self.log and self.low <= 0):
-            raise ValueError(f"low {self.low} must be below high {self.high}, and above 0 with log")
+            raise ValueError(f"low {self.low} must be below high {self.high}, and above 0 if log is true")
         return self
 
 
 Choice = None | bool | int | FiniteFloat | str
-# Keys of an ablation that select other features than its base: a folder, or the run whose `extract` wrote them.
+# Keys of an ablation that select features other than those of its base: a folder, or the run that extracted them.
 FEATURE_KEYS = ("features", "features_of_run")
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class BudgetConfig(Strict):
-    trials: int | None = Field(None, ge=1, description="number of trainings: settings, the base included, times seeds")
-    minutes: float | None = Field(None, gt=0, description="time after which no further setting is started")
+    trials: int | None = Field(
+        None,
+        ge=1,
+        description="number of trainings, which is the number of settings (with the base) times that of seeds",
+    )
+    minutes: float | None = Field(None, gt=0, description="time after which no further setting is tried")
 
 
 class AblationConfig(Strict):
-    """The trials of `ablate`: every combination of `space` (lists), or as many draws as the budget allows (ranges)."""
+    """What `ablate` tries: all combinations of the lists in `space` or, if it has ranges, draws within the budget."""
 
     title: str = ""
     base: str = Field(description="preset or file of settings that all trials are based on")
@@ -73,11 +77,11 @@ class AblationConfig(Strict):
         return self
 
     def _names_features(self) -> None:
-        """Raise ValueError if features are named twice, or by something other than a name."""
+        """Raise ValueError if one trial names its features twice, or if the value is not a name."""
         for changes in (*self.settings.values(), {}):
             named = [key for place in (changes, self.space) for key in FEATURE_KEYS if key in place]
             if len(named) > 1:
-                raise ValueError(f"{' and '.join(dict.fromkeys(named))}: features are named twice; give one of them")
+                raise ValueError(f"{' and '.join(dict.fromkeys(named))}: features are given twice; give only one")
         for key in FEATURE_KEYS:
             values: list[object] = [changes[key] for changes in self.settings.values() if key in changes]
             space = self.space.get(key, [])
@@ -87,5 +91,5 @@ class AblationConfig(Strict):
 
     @property
     def has_ranges(self) -> bool:
-        """Whether settings are drawn from ranges rather than enumerated."""
+        """Whether values are drawn from ranges, rather than all listed combinations being tried."""
         return any(isinstance(values, RangeConfig) for values in self.space.values())

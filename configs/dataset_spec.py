@@ -1,6 +1,6 @@
-"""The description of a data set: class names and order, file name patterns, rate, published splits.
+"""The schema of a data set's description: class names, file name patterns, annotation rate and published splits.
 
-`configs.load` reads it from YAML.
+`configs.load` reads the description from YAML.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ _BREAK = re.compile(r"[\s_\-\u2010-\u2015/,.]+")
 
 
 def folded_name(name: str) -> str:
-    """A class name without the differences between spellings: case, blanks, hyphens, underscores, "and" and "&".
+    """Return a form of a class name that is the same for all its spellings.
 
-    "clipping & cutting", "Clipping-and-cutting" and "ClippingCutting" are equal; "Step 1-1" and "Step 11" are not.
+    Case, blanks, hyphens, underscores, "and" and "&" make no difference: "clipping & cutting", "Clipping-and-cutting"
+    and "ClippingCutting" are equal. Separated numbers stay separate: "Step 1-1" and "Step 11" differ.
     """
     text = _HUMP.sub(" ", unicodedata.normalize("NFKC", name).replace("&", " and ")).casefold()
     words = [word for word in _BREAK.split(text) if word]
@@ -30,13 +31,13 @@ def folded_name(name: str) -> str:
 
 
 def class_ids(names: Sequence[str], aliases: Mapping[str, str]) -> dict[str, int]:
-    """The number of each class by `folded_name`, aliases included."""
+    """Return the number of each class, with the `folded_name` of each name and alias as keys."""
     numbers = {name: number for number, name in enumerate(names)}
     spellings = [*numbers.items(), *((alias, numbers[name]) for alias, name in aliases.items())]
     return {folded_name(spelling): number for spelling, number in spellings}
 
 
-# File name extensions of the containers that are read to the last frame.
+# File name extensions of the video containers that can be read completely.
 VIDEO_ENDINGS = (
     *("mp4", "m4v", "mov", "qt", "f4v", "3gp", "3g2", "avi", "divx", "mkv", "webm", "ogv", "flv", "mxf", "dv"),
     *("mpg", "mpeg", "mod", "vob", "ts", "mts", "m2ts", "m2t", "wmv", "asf"),
@@ -45,18 +46,19 @@ IMAGE_ENDINGS = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff")
 
 
 def file_pattern(pattern: str) -> re.Pattern[str]:
-    """A compiled pattern for file names, in which `{video}` and `{image}` match any extension that can be read."""
+    """Compile a pattern for file names, in which `{video}` and `{image}` stand for any extension that can be read."""
     for name, endings in (("{video}", VIDEO_ENDINGS), ("{image}", IMAGE_ENDINGS)):
         pattern = pattern.replace(name, f"({'|'.join(endings)})")
     return re.compile(pattern, re.IGNORECASE)
 
 
 class FilePatterns(Strict):
-    """Regular expressions for file names (never whole paths), which must match in full, ignoring case.
+    """Regular expressions by which the files of a data set are found.
 
-    Folder names differ between copies of a data set, so files are found by name anywhere below the root. `video`,
-    `frames`, `phase`, `tool` and `tfrecord` need a group `id`; `frame` (an image in a frame folder) needs a group
-    `frame`. `{video}` and `{image}` match every extension that can be read (`file_pattern`).
+    A pattern must match the whole file name (not the path), ignoring case. Folder names differ between copies of a data
+    set, so files are found in any folder below the root. `video`, `frames`, `phase`, `tool` and `tfrecord` need a named
+    group `id`; `frame` (an image in a frame folder) needs a named group `frame`. `{video}` and `{image}` stand for
+    every extension that can be read (`file_pattern`).
     """
 
     video: str
@@ -85,12 +87,12 @@ class FilePatterns(Strict):
         return pattern
 
     def compiled(self, role: str) -> re.Pattern[str]:
-        """The pattern of a role (`video`, `frames`, ...); one that is not given matches nothing."""
+        """Return the compiled pattern of a role (`video`, `frames`, ...); a missing pattern matches nothing."""
         return file_pattern(getattr(self, role) or "(?!)")
 
 
 class NamedSplit(Strict):
-    """A published split: video ids or shell patterns (`workflow_video_*`) that match in full."""
+    """A published split: lists of video ids or shell patterns (`workflow_video_*`), which must match a whole id."""
 
     train: tuple[str, ...] = ()
     val: tuple[str, ...] = ()
@@ -98,7 +100,7 @@ class NamedSplit(Strict):
 
 
 class DataSetSpec(OmitsDefaults):
-    """The description of a data set, so that adding one takes a YAML file and no code."""
+    """The description of a data set. Adding a data set takes one such YAML file and no code."""
 
     OMITTED = frozenset({"background"})
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -114,9 +116,9 @@ class DataSetSpec(OmitsDefaults):
         description="phases in which nothing happens; excluded from segmental metrics (edit score, F1 at an overlap)",
     )
     phase_orders: dict[str, tuple[str, ...]] = Field(
-        {}, description="other orders of the phases in use, by name; for files that contain numbers instead of names"
+        {}, description="orders of the phases that are in use, by name, for files with phase numbers instead of names"
     )
-    id_format: str = Field("video{number:02d}", description="format of the video id, for numeric ids")
+    id_format: str = Field("video{number:02d}", description="format of a video id, if the file name has a number")
     patterns: FilePatterns
     splits: dict[str, NamedSplit] = Field({}, description="published splits that `data.split.rule` can name")
     default_split: str = "60%/20%/20%"
@@ -128,11 +130,11 @@ class DataSetSpec(OmitsDefaults):
             ("tools", self.tools, self.tool_aliases),
         ):
             if len(set(names)) != len(names):
-                raise ValueError(f"{kind} names repeat")
+                raise ValueError(f"a name occurs twice in {kind}")
             for name in names:
                 if name.startswith(FORMULA_STARTS):
                     raise ValueError(
-                        f"{kind} name {name[:40]!r} would be a formula to a spreadsheet; let it start with a letter"
+                        f"{kind}: a spreadsheet would read the name {name[:40]!r} as a formula; start it with a letter"
                     )
             for alias, target in aliases.items():
                 if target not in names:

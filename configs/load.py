@@ -1,4 +1,4 @@
-"""Load settings: a preset or a YAML file, with `--set a.b=c` on top, validated by the schema; errors name the key."""
+"""Load settings from a preset or a YAML file, apply `--set a.b=c`, and validate them. Errors name the wrong key."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ from configs.schema import DEFAULT_HEAD, HEAD_SETTINGS, Config, HeadSettings
 
 PRESETS = Path(__file__).resolve().parent
 DEFAULT_PRESET = "cholec80"
-MAX_YAML_BYTES = 256 << 10  # the presets have 5 kB; PyYAML needs about 5 s for this many
+MAX_YAML_BYTES = 256 << 10  # presets have up to 5 kB; PyYAML takes about 5 s for a file of this size
 MAX_YAML_VALUES = 50_000
 _HEAD_NAME = ("temporal", "head", "name")
 _NUMBER_TAGS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
-_OTHER_BASE = re.compile(r"[-+]?(0[0-7_]*[1-7]_*[0-7][0-7_]*|.*:.*)")  # 010 would be 8, and 1:30 would be 90
+_OTHER_BASE = re.compile(r"[-+]?(0[0-7_]*[1-7]_*[0-7][0-7_]*|.*:.*)")  # YAML reads 010 as 8, and 1:30 as 90
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_config(
     source: str | Path | None = None, overrides: Iterable[str] = (), changes: Mapping[str, object] | None = None
 ) -> Config:
-    """Settings from a YAML file or the name of a preset, with `a.b=c` overrides and typed `changes` applied to them.
+    """Load settings from a YAML file or a preset, and apply overrides (texts `a.b=c`) and typed `changes`.
 
-    The order of overrides and changes never matters: a block is equivalent to its values one by one, the name of a head
-    is applied before the head's other settings, and two values for one key are refused. The text of an override is YAML
-    (numbers, booleans, `null`, `[lists]`); if the setting is a path or a string, it is taken literally. Raises
-    UserError if the file is missing, unreadable or not YAML, and for every unknown key or invalid value, naming the key
-    and, for an unknown one, the most similar key.
+    The order of overrides and changes never matters: a block is the same as its values one by one, the name of a head
+    is applied before the head's other settings, and two values for one key are refused. The value in an override is
+    YAML (numbers, booleans, `null`, `[lists]`), except that it is taken literally if the setting is a path or a string.
+
+    Raises UserError if the file is missing, unreadable or not YAML. Also raises UserError naming the key for an invalid
+    value or an unknown key; for an unknown key, the message suggests the most similar one.
     """
     path = preset_path(source or DEFAULT_PRESET, PRESETS, "preset")
     tree = read_yaml(path)
-    config = _read_config(tree, str(path))  # before the overrides, so that an error in the file names the file
+    config = _read_config(tree, str(path))  # validate before the overrides, so that an error in the file names the file
     given = _given_values(overrides, changes or {})
     if not given:
         return config
@@ -49,13 +50,13 @@ def load_config(
 
 
 class GivenKeys(NamedTuple):
-    """Dotted keys that the user set, with `--set` and in a file other than the presets of this project."""
+    """The dotted keys that the user set with `--set`, and in a file that is not one of this project's presets."""
 
     by_set: frozenset[str] = frozenset()
     in_file: frozenset[str] = frozenset()
 
     def any_of(self, *keys: str) -> list[str]:
-        """Those of `keys` that the user set, with `--set` or in a file."""
+        """Return those of `keys` that the user set, with `--set` or in a file."""
         return [key for key in keys if key in self.by_set | self.in_file]
 
 
@@ -63,28 +64,34 @@ NO_KEYS = GivenKeys()
 
 
 def keys_given(source: str | Path | None, overrides: Iterable[str]) -> GivenKeys:
-    """The keys that the user sets with the arguments of `load_config`."""
+    """Return the keys that the user set, given the same arguments as `load_config`."""
     path = preset_path(source or DEFAULT_PRESET, PRESETS, "preset")
     own = {} if path.resolve().parent == PRESETS else flatten(read_yaml(path))
     return GivenKeys(frozenset(".".join(keys) for keys in _given_values(overrides, {})), frozenset(own))
 
 
 def load_dataset(name: str) -> DataSetSpec:
-    """The description of a data set, by its name in `configs/datasets` or from a YAML file. Raises UserError."""
+    """Load the description of a data set, by its name in `configs/datasets` or from a YAML file.
+
+    Raises UserError naming the file, and the key that is wrong.
+    """
     path = preset_path(name, PRESETS / "datasets", "data set")
     return _validate(DataSetSpec, read_yaml(path), str(path))
 
 
 def load_ablation(source: str | Path) -> AblationConfig:
-    """An ablation, by its name in `configs/ablations` or from a YAML file. Raises UserError."""
+    """Load an ablation, by its name in `configs/ablations` or from a YAML file.
+
+    Raises UserError naming the file, and the key that is wrong.
+    """
     path = preset_path(source, PRESETS / "ablations", "ablation")
     return _validate(AblationConfig, read_yaml(path), str(path))
 
 
 def preset_path(source: str | Path, folder: Path, what: str) -> Path:
-    """The file `source` if it exists, otherwise the YAML file of that name in `folder`.
+    """Return the file `source` if it exists, otherwise the YAML file with that name in `folder`.
 
-    Raises UserError naming the most similar name if there is neither.
+    Raises UserError with the most similar name if neither exists.
     """
     path = Path(source)
     if path.is_file():
@@ -98,7 +105,7 @@ def preset_path(source: str | Path, folder: Path, what: str) -> Path:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; an empty file is an empty mapping.
+    """Read the mapping in a YAML file; an empty file gives an empty mapping.
 
     Raises UserError if the file is missing, unreadable, larger than MAX_YAML_BYTES, not YAML (naming the line) or not a
     mapping.
@@ -122,7 +129,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parse_yaml(text: str, kind: type[yaml.SafeLoader | yaml.BaseLoader] = yaml.SafeLoader) -> Any:
-    """The plain values in a YAML text.
+    """Parse a YAML text that contains plain values only.
 
     Raises ValueError for tags of other types, for a key that occurs twice in a mapping, for numbers in base 8 or 60,
     and for aliases that contain themselves or expand to more than MAX_YAML_VALUES values.
@@ -134,14 +141,15 @@ def _parse_yaml(text: str, kind: type[yaml.SafeLoader | yaml.BaseLoader] = yaml.
             return None
         _expanded_size(node, {})
         return loader.construct_document(node)
-    except Exception as error:  # PyYAML raises KeyError, AttributeError and others if a value contradicts its tag
+    except Exception as error:  # PyYAML raises KeyError, AttributeError and others if a value does not fit its tag
         raise ValueError(str(error) or type(error).__name__) from error
 
 
 def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """The number of values below a node with aliases expanded.
+    """Count the values below a node, with aliases expanded.
 
-    `sizes` memoises by node id; 0 marks a node that is still being counted, so that a cycle is noticed.
+    `sizes` stores the counts by node id. A count of 0 marks a node that is still being counted: meeting such a node
+    again means that an alias contains itself.
     """
     if isinstance(node, yaml.ScalarNode):
         if node.tag in _NUMBER_TAGS and node.style is None and _OTHER_BASE.fullmatch(node.value):
@@ -172,12 +180,12 @@ def _require_unique_keys(keys: Sequence[yaml.ScalarNode]) -> None:
 
 
 def to_yaml(model: BaseModel) -> str:
-    """Every setting, defaults included, as YAML in the order of the schema."""
+    """Return all settings, including defaults, as YAML in the order of the schema."""
     return yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as `{"a.b": value}`."""
+    """Return nested mappings as one mapping with dotted keys: `{"a.b": value}`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -189,7 +197,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Texts `key: OLD there, NEW now`, one for each setting in which two nested mappings of settings differ."""
+    """Describe each setting in which two nested mappings differ, as `key: OLD there, NEW now`."""
     old, new = flatten(there), flatten(now)
     return [
         f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
@@ -199,7 +207,10 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _given_values(overrides: Iterable[str], changes: Mapping[str, object]) -> dict[tuple[str, ...], object]:
-    """The given values by key, sorted, blocks split into their values. Raises UserError if two of them conflict."""
+    """Return the given values by key, sorted, with blocks split into single values.
+
+    Raises UserError if two values conflict.
+    """
     given: dict[tuple[str, ...], object] = {}
     pairs = [_read_override(override) for override in sorted(overrides)]
     pairs += [(tuple(key.split(".")), value) for key, value in changes.items()]
@@ -231,19 +242,25 @@ def _read_override(override: str) -> tuple[tuple[str, ...], object]:
 
 
 def _read_value(text: str, kinds: set[Any]) -> object:
-    """The value of a text for a setting of these types: literal for paths and names, except for quotes and `null`."""
+    """Convert the text of an override to a value, for a setting with these types.
+
+    Paths and names are taken literally, except that quotes are removed and `null` means None; other types are YAML.
+    """
     word = text.strip()
     if word in {"", "null"}:
         return None
     quoted = len(word) > 1 and word[0] == word[-1] and word[0] in "'\""
     if not quoted and (kinds & {str, Path} or word in kinds):
         return text
-    words = kinds & {tuple[str, ...], dict[str, str]}  # strings only: no numbers, dates or booleans
+    words = kinds & {tuple[str, ...], dict[str, str]}  # contain strings, so do not parse numbers, dates or booleans
     return _parse_yaml(text, yaml.BaseLoader if words else yaml.SafeLoader)
 
 
 def _leaves(keys: tuple[str, ...], value: object) -> list[tuple[tuple[str, ...], object]]:
-    """The values of a block with their keys; an empty block or any other value with its own key."""
+    """Return the single values inside a block with their keys.
+
+    An empty block, or a value that is not a block, is returned unchanged with its own key.
+    """
     if not (isinstance(value, Mapping) and value and _is_block(keys)):
         return [(keys, value)]
     return [leaf for name, child in value.items() for leaf in _leaves((*keys, str(name)), child)]
@@ -256,8 +273,8 @@ def _apply(tree: dict[str, Any], given: Mapping[tuple[str, ...], object]) -> Non
             child = {} if node.get(name) is None else node[name]  # an optional block may be absent
             if not isinstance(child, dict):
                 raise UserError(f"--set {'.'.join(keys)}: {name} is a value, not a block")
-            node[name] = node = dict(child)  # a copy, since a YAML alias may share it with other blocks
-        # Another kind of head has other settings, so those of the file's head do not carry over.
+            node[name] = node = dict(child)  # copy the block, which other blocks may share through a YAML alias
+        # If the name of the head changes, drop the settings that the file gives for its own head.
         if keys == _HEAD_NAME and node.get("name", DEFAULT_HEAD) != given[keys]:
             node.clear()
         if not (given[keys] == {} and _is_block(keys) and node.get(keys[-1])):
@@ -265,7 +282,10 @@ def _apply(tree: dict[str, Any], given: Mapping[tuple[str, ...], object]) -> Non
 
 
 def _read_config(tree: dict[str, Any], where: str) -> Config:
-    """The settings in a tree. Booleans for numbers (also YAML's `yes` and `on`) are refused; pydantic accepts them."""
+    """Validate the settings in a tree of plain values.
+
+    Booleans (also YAML's `yes` and `on`) in place of numbers are refused, since pydantic would convert them.
+    """
     config = _validate(Config, tree, where)
     for key, value in flatten(tree).items():
         if isinstance(value, bool):
@@ -283,7 +303,7 @@ def _is_block(keys: tuple[str, ...]) -> bool:
 
 @functools.cache
 def _fields_at(keys: tuple[str, ...]) -> Sequence[FieldInfo]:
-    """The schema's fields for a dotted key: none if it is unknown, several if several kinds of block have it."""
+    """Return the schema's fields for a dotted key: none if the key is unknown, several if several heads have it."""
     models: Sequence[type[BaseModel]] = [Config]
     for key in keys:
         fields = [model.model_fields[key] for model in models if key in model.model_fields]
@@ -292,7 +312,7 @@ def _fields_at(keys: tuple[str, ...]) -> Sequence[FieldInfo]:
 
 
 def _types_in(annotation: Any) -> list[Any]:
-    """The types that a setting can have, and the values of a Literal."""
+    """Return the types that a setting can have, and for a Literal its values."""
     if get_origin(annotation) in {tuple, list, dict}:
         return [annotation]
     return [kind for part in get_args(annotation) for kind in _types_in(part)] or [annotation]
@@ -328,7 +348,7 @@ def _explain(model: type[BaseModel], tree: Mapping[str, Any], problem: Mapping[s
 
 @functools.cache
 def _key_names(model: type[BaseModel]) -> Sequence[str]:
-    """Every key of a schema, dotted."""
+    """Return all dotted keys of a schema."""
     names: list[str] = []
     for name, field in model.model_fields.items():
         names.append(name)

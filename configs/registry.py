@@ -1,9 +1,9 @@
-"""Registries: one name per head, encoder, metric or convention, open to code outside this project.
+"""Look up heads, encoders, metrics and conventions by name, including those of code outside this project.
 
-This project's own files register their entries when they are imported. When a name is unknown, plug-ins are imported,
-once per process: the entry points of the registry's group (`surgstage.heads`, ...) in every installed package, and the
-Python files listed in the environment variable SURGSTAGE_PLUGINS, separated as in PATH. Importing runs code, so neither
-settings nor run folders can name such files. docs/extending.md has an example of each kind.
+This project's own files register their entries when they are imported. If a name is unknown, plug-ins are imported,
+once per process: the entry points of the registry's group (`surgstage.heads`, ...) in all installed packages, and the
+Python files listed in the environment variable SURGSTAGE_PLUGINS (separated as in PATH). Since importing runs code,
+neither settings nor run folders can name plug-in files. docs/extending.md has an example of each kind.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ PLUGINS_VARIABLE = "SURGSTAGE_PLUGINS"
 T = TypeVar("T")
 
 
-# Names become parts of folder names and keys of files.
+# Allowed names, which become parts of folder names and keys in files.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9@._+-]*")
-# Plug-ins that failed to import, and why; not tried again, since some of their entries may be registered already.
+# Errors of plug-ins that failed to import. They are not imported again, since some entries may be registered already.
 _failed: dict[str, UserError] = {}
 
 
 class Registry(Generic[T]):
     """Entries of type T by name.
 
-    `kind` is the word for one entry in messages, `group` that of its entry points; names in `reserved` are refused.
+    `kind` is the word for an entry in messages, and `group` is the group of its entry points. Names in `reserved`
+    cannot be registered.
     """
 
     def __init__(self, kind: str, group: str, reserved: Collection[str] = ()) -> None:
@@ -50,11 +51,11 @@ class Registry(Generic[T]):
             raise UserError(f"{self.kind} name {name!r} cannot be used; choose another, of letters, digits and @._+-")
         known = self._entries.setdefault(name, entry)
         if known is not entry:
-            raise UserError(f"{self.kind} {name} is registered twice; give one of the two another name")
+            raise UserError(f"{self.kind} {name} is registered twice; rename one of the two")
         return entry
 
     def find(self, name: str) -> T:
-        """The entry of that name. Raises UserError naming the nearest known name."""
+        """Return the entry with this name. Raises UserError naming the most similar known name."""
         if name not in self._entries:
             self._load_plugins()
         if name not in self._entries:
@@ -63,13 +64,13 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def names(self, plugins: bool = True) -> list[str]:
-        """All names, this project's first; without `plugins`, those that are registered so far."""
+        """Return all names, this project's first. Without `plugins`, return only those registered so far."""
         if plugins:
             self._load_plugins()
         return list(self._entries)
 
     def _load_plugins(self) -> None:
-        """Import the plug-ins, whose modules call `register` as this project's do."""
+        """Import the plug-ins, whose modules call `register` like this project's own modules."""
         if self._complete or self._loading:
             return
         self._loading = True
@@ -84,7 +85,7 @@ class Registry(Generic[T]):
 
 
 def _import_once(what: str, load: Callable[[], object]) -> None:
-    """Import a plug-in. Raises UserError saying what failed and why; repeated calls raise the same error."""
+    """Import a plug-in with `load`. Raises UserError saying what failed and why, again in each later call."""
     if what not in _failed:
         try:
             load()
@@ -95,13 +96,16 @@ def _import_once(what: str, load: Callable[[], object]) -> None:
 
 
 def import_each_file(package: str, folders: Iterable[str]) -> None:
-    """Import every module of a package of this project, whose modules register what they define."""
+    """Import all modules of one of this project's packages, so that they register their entries."""
     for name in sorted(module.name for module in pkgutil.iter_modules(folders)):
         importlib.import_module(f"{package}.{name}")
 
 
 def import_file(path: Path) -> None:
-    """Import a file as a module, once per process. Raises what it raises, and UserError if it is no Python file."""
+    """Import a file as a module, once per process.
+
+    Raises UserError if it is not a Python file, and any exception that the file's code raises.
+    """
     name = f"surgstage_plugin_{path.stem}_{hashlib.sha256(bytes(path.resolve())).hexdigest()[:8]}"
     if name in sys.modules:
         return

@@ -1,9 +1,9 @@
 """The schema of all settings. Unknown keys are errors; units are part of the names.
 
-The default of a block is its class called without arguments, so that setting one value in it changes that value alone;
-a block that needs other defaults (`joint.sequence`) has its own class.
-
 `Config` contains all settings of a run; `configs.load` reads it from YAML.
+
+The default of every block is its class called without arguments, so that setting one value in a block changes no other
+value. A block whose defaults differ from those of its class (`joint.sequence`) therefore has a class of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pydantic import (
 from configs.errors import UserError
 from configs.registry import Registry
 
-MAX_FPS = 10_000.0  # cameras with a thousand frames per second exist; larger rates are damaged values
+MAX_FPS = 10_000.0  # cameras with 1,000 frames per second exist; rates above this limit come from damaged files
 Precision = Literal["auto", "native", "fp32", "bf16", "fp16"]
 
 
@@ -40,9 +40,9 @@ class Strict(BaseModel):
 
 
 class OmitsDefaults(Strict):
-    """A model that is serialised without those fields in OMITTED that have their default.
+    """A model that is serialised without the fields in OMITTED, as long as these have their default values.
 
-    These fields are newer than the first release: files that do not need them keep their bytes and digests.
+    Such fields were added after the first release. Files that do not need them keep the same bytes and digests.
     """
 
     OMITTED: ClassVar[frozenset[str]] = frozenset()
@@ -58,11 +58,12 @@ class OmitsDefaults(Strict):
 
 
 class SplitConfig(Strict):
-    """The videos for training, validation and test.
+    """Which videos are for training, validation and test.
 
-    `rule`: numbers or percentages `A/B/C` (train/val/test) or `A/B` (train/test) in the order of video numbers; `lists`
-    for the three lists below; `kfold` and `leave_one_out` to test on fold number `fold` and validate on `val_videos` of
-    the other videos; the name of a published split; `null` for the data set's default.
+    `rule` is one of these: numbers or percentages `A/B/C` (train/val/test) or `A/B` (train/test), in the order of the
+    video numbers; `lists`, for the lists `train`, `val` and `test` below; `kfold` or `leave_one_out`, which test on
+    fold number `fold` and validate on `val_videos` of the other videos; the name of a published split; or `null`, for
+    the data set's default.
     """
 
     rule: str | None = None
@@ -72,12 +73,12 @@ class SplitConfig(Strict):
     folds: int = Field(5, ge=2)
     fold: int = Field(0, ge=0)
     val_videos: int = Field(1, ge=0)
-    seed: int | None = Field(None, description="shuffle videos before k-fold splitting; null keeps their order")
+    seed: int | None = Field(None, description="seed for shuffling videos before k-fold splitting; null: no shuffling")
 
 
 def _known_sources(sources: str) -> str:
     if not re.fullmatch(r"auto|(video|frames|tfrecord)(:.+)?", sources):
-        raise ValueError("must be auto, video, frames, tfrecord or one of these kinds with a folder: frames:FOLDER")
+        raise ValueError("must be auto, video, frames or tfrecord, or a kind and a folder such as frames:FOLDER")
     return sources
 
 
@@ -87,42 +88,49 @@ class DataConfig(Strict):
     index: Path = Path("artifacts/index.json")
     sources: Annotated[str, AfterValidator(_known_sources)] = Field(
         "auto",
-        description="which source to use if the root contains several of one video: video, frames or tfrecord, or "
-        "KIND:FOLDER for one folder of the root, such as frames:frames_cutmargin",
+        description="which source to use if the root contains several sources of one video: video, frames, tfrecord, "
+        "or KIND:FOLDER to use one folder below the root, such as frames:frames_cutmargin",
     )
-    follow_links: bool = Field(False, description="follow links that point outside the root")
-    fps: float = Field(1.0, gt=0, le=MAX_FPS, description="sampling rate: the frame on screen every 1 / fps seconds")
+    follow_links: bool = Field(False, description="follow symbolic links that lead out of the root")
+    fps: float = Field(1.0, gt=0, le=MAX_FPS, description="sampling rate: take the frame on screen every 1/fps seconds")
     split: SplitConfig = SplitConfig()
     tools_between_rows: Literal["mask", "hold"] = Field(
-        "mask", description="sampling faster than tool rows: mask frames between rows, or repeat the last row"
+        "mask",
+        description="if frames are sampled faster than tools are labelled: give frames between two rows no label "
+        "(mask), or the label of the row before (hold)",
     )
     reader: Literal["auto", "decord", "pyav"] = "auto"
     frame_numbering: Literal["auto", "source", "sample"] = Field(
-        "auto", description="frame folders: whether file names count source frames or samples"
+        "auto", description="frame folders: whether the numbers in file names count source frames or samples"
     )
     frame_base: Literal["auto", "first", 0, 1] = Field(
-        "auto", description="frame folders: number of the first frame; first: that of each folder's first image"
+        "auto", description="frame folders: number of a video's first frame; first: the number of each first image"
     )
     folder_fps: float | None = Field(
-        None, gt=0, le=MAX_FPS, description="frame folders numbered by sample: samples per second"
+        None, gt=0, le=MAX_FPS, description="frame folders whose file names count samples: samples per second"
     )
     row_fps: Literal["auto", "source"] | Annotated[float, Field(ge=1e-3, le=MAX_FPS)] = Field(
         "auto",
-        description="rate of the Frame column of annotation files: numbers per second (1 = seconds), or source for "
-        "the video's own frames; auto infers it from the lengths of each video and its annotations",
+        description="what the Frame column of annotation files counts: a rate in numbers per second (1: seconds), or "
+        "source for the video's own frames; auto: inferred from the lengths of each video and its annotations",
     )
-    row_base: Literal["auto", 0, 1] = Field("auto", description="annotation files: frame number of the first row")
+    row_base: Literal["auto", 0, 1] = Field(
+        "auto", description="annotation files: the number that stands for the first frame"
+    )
     min_labelled: float = Field(
-        0.5, ge=0, le=1, description="leave out videos whose phases or tools cover less than this fraction; 0: none"
+        0.5,
+        ge=0,
+        le=1,
+        description="leave out videos whose phase or tool labels cover less than this fraction of them; 0: none",
     )
     tfrecord_phase_order: str | None = Field(
         None,
-        description="TFRecord files: the phase of each number; a name in the data set's phase_orders, a file, or "
-        "comma-separated names; required to index such files, which do not contain the names",
+        description="TFRecord files: which phase each number means. A name in the data set's phase_orders, a file, or "
+        "comma-separated phases. Required to index such files, since they contain no phase names",
     )
-    full_hash: bool = Field(False, description="hash whole source files instead of their first and last MiB")
+    full_hash: bool = Field(False, description="hash whole source files, not only their first and last MiB")
     exclude: dict[str, str] = Field(
-        {}, description="videos to leave out: ids or shell patterns, each with the reason; or a list without reasons"
+        {}, description="videos to leave out: ids or shell patterns, each with a reason; or a list without reasons"
     )
 
     @field_validator("exclude", mode="before")
@@ -135,9 +143,9 @@ class DataConfig(Strict):
 
 
 class PreprocessConfig(Strict):
-    """Geometry and normalisation of every input frame of the backbone, the same in all modes."""
+    """How frames are cropped, resized and normalised for the backbone, in the same way in all modes."""
 
-    cut_margin: bool = Field(False, description="crop the black margin of the endoscope image before resizing")
+    cut_margin: bool = Field(False, description="cut off the black margin around the endoscope image before resizing")
     resize_px: int = Field(250, ge=16, le=2048)
     crop_px: int = Field(224, ge=16, le=2048)
     mean: tuple[float, float, float] = (0.3456, 0.2281, 0.2233)
@@ -153,14 +161,14 @@ class PreprocessConfig(Strict):
 
 
 class CacheConfig(Strict):
-    """Decoded frames on disk, after resizing and before cropping."""
+    """The cache of decoded frames on disk. Frames are stored after resizing and before cropping."""
 
     dir: Path = Path("artifacts/frames")
     codec: Literal["webp", "png", "jpeg"] = Field(
-        "webp", description="webp and png are lossless; jpeg saves disk space and changes features (and their digest)"
+        "webp", description="webp and png are lossless; jpeg saves disk space, but changes features (and their digest)"
     )
     jpeg_quality: int = Field(95, ge=1, le=100)
-    use_for_extract: bool = Field(True, description="read frames that the cache already contains from it")
+    use_for_extract: bool = Field(True, description="let extract read the frames that are already in the cache")
 
 
 class OptimConfig(Strict):
@@ -179,7 +187,7 @@ class OptimConfig(Strict):
 
     @property
     def unused(self) -> dict[str, str]:
-        """Settings that the present values of others make irrelevant, and why."""
+        """The settings that have no effect, because of the values of others, each with that reason."""
         return {} if self.name == "sgd" else dict.fromkeys(("momentum", "dampening", "nesterov"), f"name={self.name}")
 
 
@@ -193,13 +201,13 @@ class ScheduleConfig(Strict):
 
     @property
     def unused(self) -> dict[str, str]:
-        """Settings that the present values of others make irrelevant, and why."""
+        """The settings that have no effect, because of the values of others, each with that reason."""
         users = {"step_epochs": ("step",), "gamma": ("step", "plateau"), "patience_epochs": ("plateau",)}
         return {key: f"name={self.name}" for key, names in users.items() if self.name not in names}
 
 
 class LoopConfig(Strict):
-    """Settings of every training loop."""
+    """The settings that all training loops have."""
 
     epochs: int = Field(25, ge=1)
     optim: OptimConfig = OptimConfig()
@@ -207,7 +215,9 @@ class LoopConfig(Strict):
     early_stop_epochs: int | None = Field(None, ge=1, description="stop after this many epochs without a better score")
     grad_clip_norm: float | None = Field(None, gt=0)
     precision: Precision = "auto"
-    checkpoint_minutes: float = Field(10.0, gt=0, description="how often last.pt is also written within an epoch")
+    checkpoint_minutes: float = Field(
+        10.0, gt=0, description="last.pt is written after each epoch, and within an epoch after this time"
+    )
 
 
 class AugmentConfig(Strict):
@@ -219,69 +229,83 @@ class AugmentConfig(Strict):
 
 
 class CnnConfig(LoopConfig):
-    """Stage one."""
+    """Stage one: training a CNN on single frames."""
 
     backbone: str = Field(
-        "resnet50", description="a torchvision classification net, efficientnet_lite0, or a plug-in's"
+        "resnet50", description="a torchvision classification net, efficientnet_lite0, or a net of a plug-in"
     )
     weights: str = Field(
         "imagenet",
-        description="imagenet | random | cached (imagenet if it is on this machine, otherwise random) | "
-        "a state-dict file | run:NAME (the backbone of an earlier run)",
+        description="imagenet | random | cached (imagenet if these weights are on this machine, otherwise random) | "
+        "a file with a state dict | run:NAME (the backbone of an earlier run)",
     )
     zero_init_residual: bool = Field(
-        False, description="ResNets with random weights: initialise every residual branch to zero (Goyal et al. 2017)"
+        False, description="ResNets with random weights: let residual branches start at zero (Goyal et al. 2017)"
     )
-    phase_head: bool = Field(False, description="train a second, per-frame head for phases")
+    phase_head: bool = Field(False, description="also train a head that predicts the phase of single frames")
     phase_loss_weight: float = Field(1.0, gt=0)
     class_weighting: Literal["none", "inverse_frequency"] = "none"
     backbone_lr_factor: float = Field(0.1, ge=0, le=1)
-    freeze_batch_norm: bool = Field(False, description="do not train running statistics and affine parameters")
-    sync_batch_norm: bool = Field(False, description="several processes on CUDA: statistics over the global batch")
+    freeze_batch_norm: bool = Field(
+        False, description="keep batch norm's running statistics and affine parameters as they are"
+    )
+    sync_batch_norm: bool = Field(
+        False, description="with several processes on CUDA: compute batch norm over the batches of all processes"
+    )
     batch_frames: int = Field(64, ge=1)
     accumulate_steps: int = Field(1, ge=1)
     workers: int = Field(
-        -1, ge=-1, description="loader processes; -1: none on a CPU, otherwise one per core but one, up to 16"
+        -1, ge=-1, description="loader processes; -1: none on a CPU, otherwise one less than the cores, at most 16"
     )
-    frames_per_epoch: int | None = Field(None, ge=1, description="random subset of frames per epoch; null: all")
+    frames_per_epoch: int | None = Field(
+        None, ge=1, description="train on a random subset of this many frames in each epoch; null: on all frames"
+    )
     augment: AugmentConfig = AugmentConfig()
 
 
 class ExtractConfig(Strict):
     store: Path = Path("artifacts/features")
     encoder: Literal["finetuned", "initial"] = Field(
-        "finetuned", description="backbone of the run's train-cnn, or the weights of cnn.weights as they are"
+        "finetuned",
+        description="finetuned: the backbone that the run's train-cnn trained; initial: cnn.weights as it is",
     )
     checkpoint: Path | None = Field(
-        None, description="checkpoint of a joint net whose backbone is used instead (set by `extract --from-joint RUN`)"
+        None, description="use the backbone of the joint net in this checkpoint (set by `extract --from-joint RUN`)"
     )
     engine: Literal["torch", "openvino"] = Field(
-        "torch", description="library that computes the backbone; openvino: on a CPU only, faster, part of the digest"
+        "torch", description="library that computes the backbone; openvino is faster, on CPUs only, and in the digest"
     )
     precision: Precision | Literal["int8"] = Field(
-        "auto", description="arithmetic of the forward pass; int8: with engine=openvino, calibrated on training frames"
+        "auto",
+        description="precision of the forward pass; int8 needs engine=openvino and is calibrated before extraction",
     )
-    calibration_frames: int = Field(300, ge=1, description="training frames that int8 is calibrated on")
+    calibration_frames: int = Field(300, ge=1, description="number of training frames on which int8 is calibrated")
     storage: Literal["float16", "float32"] = "float16"
     batch_frames: int | None = Field(
-        None, ge=1, description="frames per batch, can change the last bits of features; null: 8 on a CPU, 64 elsewhere"
+        None,
+        ge=1,
+        description="frames per batch, which can change the last bits of features; null: 8 on a CPU, 64 elsewhere",
     )
-    workers: int = Field(-1, ge=-1, description="worker processes; -1: one per core, fewer for small inputs")
-    segments: bool = Field(True, description="split videos among processes at batch boundaries; features are identical")
-    segment_frames: int = Field(128, ge=1, description="smallest part of a split video, in samples")
+    workers: int = Field(-1, ge=-1, description="worker processes; -1: one per core, fewer if there are few frames")
+    segments: bool = Field(
+        True, description="let several processes share one video, split between batches; features stay identical"
+    )
+    segment_frames: int = Field(128, ge=1, description="least number of samples in a part of a split video")
     decode_ahead: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="worker processes decode for one process that computes, in extract, in predict and for joint nets; "
-        "auto: if it computes on a GPU",
+        description="let worker processes decode frames for the process that computes (extract, predict, joint nets); "
+        "auto: only if that process computes on a GPU",
     )
     hardware_decoding: str | None = Field(
-        None, description="PyAV hardware decoder (cuda, qsv, ...); refused unless its frames equal those of software"
+        None,
+        description="PyAV hardware decoder (cuda, qsv, ...); refused unless it gives the same frames as decoding in "
+        "software",
     )
     compile: bool = Field(False, description="torch.compile the backbone; part of the features' digest")
 
     @property
     def torch_precision(self) -> Precision:
-        """`precision` for the parts that torch computes; `auto` for int8, which only OpenVINO has."""
+        """The precision of what torch computes: `precision`, or `auto` for int8, which only OpenVINO supports."""
         return "auto" if self.precision == "int8" else self.precision
 
     @model_validator(mode="after")
@@ -302,25 +326,25 @@ class HeadSettings(Strict):
 
     @property
     def causal(self) -> bool:
-        """Whether outputs depend on the past alone, so that state can be carried from chunk to chunk."""
+        """Whether outputs depend on past frames only, so that state can be carried from chunk to chunk."""
         return True
 
     @property
     def has_bf16_projection(self) -> bool:
-        """Whether `temporal.projection=bf16` applies to it."""
+        """Whether `temporal.projection=bf16` has an effect on this head."""
         return False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by name, since a plug-in's class cannot be imported in another process."""
+        """Pickle the settings as plain values with the head's name: a plug-in's class cannot be imported elsewhere."""
         return read_head, (self.model_dump(),)
 
 
 HEAD_SETTINGS: Registry[type[HeadSettings]] = Registry("head", "surgstage.heads")
-DEFAULT_HEAD = "lstm"  # if settings name none
+DEFAULT_HEAD = "lstm"  # used if the settings do not name a head
 
 
 def read_head(value: Any) -> HeadSettings:
-    """Settings of any kind of head. Raises ValueError for an unknown kind, unknown keys and wrong values."""
+    """Read the settings of any head. Raises ValueError for an unknown head, an unknown key or a wrong value."""
     if isinstance(value, HeadSettings):
         return value
     if not isinstance(value, Mapping):
@@ -341,13 +365,15 @@ class LstmHead(HeadSettings):
     hidden: int = Field(512, ge=1)
     layers: int = Field(1, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
-    bidirectional: bool = Field(False, description="offline only: looks into the future")
+    bidirectional: bool = Field(False, description="also read the video backwards, which needs frames of the future")
     relu: bool = Field(False, description="ReLU on the LSTM's output (MTRCNet-CL)")
-    fc_hidden: int | None = Field(None, ge=1, description="one more linear layer and ReLU before the last one")
+    fc_hidden: int | None = Field(
+        None, ge=1, description="width of an additional linear layer with ReLU before the last layer; null: none"
+    )
 
     @property
     def causal(self) -> bool:
-        """Whether it reads in one direction only, forwards."""
+        """Whether the LSTM reads forwards only."""
         return not self.bidirectional
 
     @property
@@ -374,29 +400,29 @@ class TcnHead(HeadSettings):
 
 
 class LinearHead(HeadSettings):
-    """One linear layer per frame: the baseline without temporal context."""
+    """One linear layer on single frames: the baseline without temporal context."""
 
     name: Literal["linear"]
 
 
-for _kind in HeadSettings.__subclasses__():  # those above; a plug-in's are registered with its class
+for _kind in HeadSettings.__subclasses__():  # the classes above; plug-ins register theirs together with the head
     HEAD_SETTINGS.register(get_args(_kind.model_fields["name"].annotation)[0], _kind)
 
 
 class SequenceConfig(Strict):
-    """How videos are cut into training sequences. Frames stay in order, and no sequence spans two videos."""
+    """How videos are divided into training sequences. Frames stay in order, and no sequence spans two videos."""
 
     mode: Literal["full", "chunked", "clips"] = "full"
     frames: int = Field(256, ge=1, description="length of a chunk or clip")
     stride: int = Field(1, ge=1, description="distance between clip starts")
     batch: int = Field(8, ge=1, description="videos (full, chunked) or clips per step")
     inference: Literal["carried", "clip"] = Field(
-        "carried", description="evaluation: carry state through the video, or reset it at each clip as in training"
+        "carried", description="in evaluation: carry the state through the whole video, or reset it at each clip"
     )
 
     @property
     def unused(self) -> dict[str, str]:
-        """Settings that the present values of others make irrelevant, and why."""
+        """The settings that have no effect, because of the values of others, each with that reason."""
         no_clips = {} if self.mode == "clips" else {"stride": f"mode={self.mode}"}
         whole = self.mode == "full" and self.inference == "carried"
         return no_clips | ({"frames": "mode=full and inference=carried"} if whole else {})
@@ -406,36 +432,40 @@ FeaturesIn = Literal["auto", "memory", "stream"]
 
 
 class TemporalConfig(LoopConfig):
-    """Stage two."""
+    """Stage two: training a phase model on sequences of embeddings."""
 
     head: HeadConfig = LstmHead()
     sequence: SequenceConfig = SequenceConfig()
     class_weighting: Literal["none", "inverse_frequency"] = "none"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    standardise: bool = Field(True, description="standardise features by mean and std of the training videos")
-    tool_logits: bool = Field(False, description="append the tool logits of stage one to the embedding")
+    standardise: bool = Field(
+        True, description="standardise features by the mean and standard deviation of the training videos"
+    )
+    tool_logits: bool = Field(False, description="append the tool logits of stage one to each embedding")
     projection: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="LSTM input projection in training on a CPU; bf16 is faster where supported; auto: fp32"
+        "auto",
+        description="precision of the LSTM's input projection, when training on a CPU; bf16 is faster on CPUs that "
+        "support it; auto: fp32",
     )
     start_from: Path | None = Field(
-        None, description="checkpoint of a joint net that initialises the head (set by `--from-joint RUN`)"
+        None, description="initialise the head from the joint net in this checkpoint (set by `--from-joint RUN`)"
     )
-    baseline: bool = Field(True, description="also train the per-frame linear head, in the same way")
+    baseline: bool = Field(True, description="also train a linear head on single frames in the same way, as a baseline")
     features: FeaturesIn = Field(
         "auto",
-        description="hold features in memory, or read every batch from their files (stream); the same bits; auto: "
-        "stream where they would take more than 40 % of the memory available",
+        description="keep all features in memory, or read each batch from the feature files (stream), with identical "
+        "results; auto: stream if the features would take more than 40 % of the available memory",
     )
 
 
 class JointNetConfig(Strict):
-    """The branches of the joint net; its backbone is `cnn.backbone`, its phase branch `temporal.head`."""
+    """The branches of the joint net. `cnn.backbone` sets its backbone, and `temporal.head` its phase branch."""
 
     tasks: Literal["both", "tool", "phase"] = "both"
     tool_hidden: int | None = Field(
-        None, ge=1, description="width of the hidden layer in the tool branch (MTRCNet-CL: 512); null: one linear layer"
+        None, ge=1, description="width of a hidden layer in the tool branch (MTRCNet-CL: 512); null: no hidden layer"
     )
-    mapping: bool = Field(False, description="also predict tools from the phase branch (MTRCNet-CL)")
+    mapping: bool = Field(False, description="also predict tools from the phase branch, with a mapping (MTRCNet-CL)")
 
     @model_validator(mode="after")
     def _mapping_needs_both(self) -> JointNetConfig:
@@ -445,42 +475,47 @@ class JointNetConfig(Strict):
 
 
 class JointLossConfig(Strict):
-    """Cross-entropy on phases + tool_weight x binary cross-entropy on tools + alpha x correlation; docs/method.md."""
+    """The joint net's loss (docs/method.md).
+
+    It is cross-entropy on phases + tool_weight * binary cross-entropy on tools + alpha * correlation.
+    """
 
     tool_weight: float = Field(1.0, ge=0)
     phase_frames: Literal["all", "last"] = Field("all", description="frames of a clip that the phase loss covers")
     alpha: float = Field(1.0, ge=0, description="weight of the correlation term in step `correlation`")
     direction: Literal["mapped_branch", "branch_mapped"] = Field(
-        "mapped_branch", description="KL(mapped || branch), with the mapped prediction as target; or the reverse"
+        "mapped_branch",
+        description="mapped_branch: KL(mapped || branch), with the mapped prediction as the target; branch_mapped: the "
+        "reverse",
     )
     detach: Literal["none", "mapped", "branch"] = Field(
-        "mapped", description="prediction that receives no gradient from the correlation term"
+        "mapped", description="which prediction receives no gradient from the correlation term"
     )
 
 
 class JointOptimConfig(OptimConfig):
-    """The optimiser of one step of the joint schedule."""
+    """The optimiser of one training step of the joint net (`multitask`, `mapping` or `correlation`)."""
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
 
 
 class JointSequenceConfig(SequenceConfig):
-    """How videos are cut into clips for the joint net."""
+    """How videos are divided into clips or chunks for the joint net."""
 
     mode: Literal["full", "chunked", "clips"] = "clips"
     frames: int = Field(10, ge=1, description="length of a chunk or clip")
     batch: int = Field(10, ge=1, description="videos (chunked) or clips per step")
     inference: Literal["carried", "clip"] = Field(
-        "clip", description="evaluation: reset state at each clip as in training, or carry it through the video"
+        "clip", description="in evaluation: reset the state at each clip, or carry it through the whole video"
     )
 
 
 class JointStepConfig(LoopConfig):
-    """One step of the joint schedule."""
+    """One training step of the joint net: `multitask`, `mapping` or `correlation`."""
 
     optim: JointOptimConfig = JointOptimConfig()
     backbone_lr_factor: float = Field(0.1, ge=0, le=1)
-    freeze_mapping: bool = Field(False, description="step `correlation`: do not train the mapping further")
+    freeze_mapping: bool = Field(False, description="in step `correlation`: keep the mapping as it is")
 
 
 class JointConfig(Strict):
@@ -490,21 +525,27 @@ class JointConfig(Strict):
     sequence: JointSequenceConfig = JointSequenceConfig()
     loss: JointLossConfig = JointLossConfig()
     multitask: JointStepConfig = JointStepConfig()
-    mapping: JointStepConfig | None = Field(None, description="second step: train the mapping only")
-    correlation: JointStepConfig | None = Field(None, description="third step: everything, with the correlation term")
+    mapping: JointStepConfig | None = Field(None, description="second step, which trains the mapping only")
+    correlation: JointStepConfig | None = Field(
+        None, description="third step, which trains all branches with the correlation term"
+    )
     accumulate_steps: int = Field(1, ge=1)
     freeze_batch_norm: bool = False
-    sync_batch_norm: bool = Field(False, description="several processes on CUDA: statistics over the global batch")
-    gradient_checkpointing: bool = Field(
-        False, description="recompute the backbone's blocks in backward to save memory"
+    sync_batch_norm: bool = Field(
+        False, description="with several processes on CUDA: compute batch norm over the batches of all processes"
     )
-    clips_per_epoch: int | None = Field(None, ge=1, description="random subset of clips per epoch; null: all")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute the backbone's activations in the backward pass, to save memory"
+    )
+    clips_per_epoch: int | None = Field(
+        None, ge=1, description="train on a random subset of this many clips in each epoch; null: on all clips"
+    )
     workers: int = Field(
-        -1, ge=-1, description="loader processes; -1: none on a CPU, otherwise one per core but one, up to 16"
+        -1, ge=-1, description="loader processes; -1: none on a CPU, otherwise one less than the cores, at most 16"
     )
     augment: AugmentConfig = AugmentConfig()
     crops: Literal["centre", "random", "five", "ten"] = Field(
-        "centre", description="evaluation crops; several are averaged"
+        "centre", description="crops of each frame in evaluation; predictions of several crops are averaged"
     )
 
     @model_validator(mode="after")
@@ -519,11 +560,13 @@ class JointConfig(Strict):
 
 
 class CudaConfig(Strict):
-    """Switches of torch on NVIDIA GPUs, the same in training, extraction and evaluation."""
+    """torch's switches for NVIDIA GPUs. They apply to training, extraction and evaluation alike."""
 
-    deterministic: bool = Field(True, description="cuDNN's deterministic kernels only")
-    benchmark: bool = Field(False, description="time cuDNN's kernels and take the fastest, which can change last bits")
-    tf32: bool = Field(False, description="fp32 with 10 of 23 bits of the fraction (TF32); in the features' digest")
+    deterministic: bool = Field(True, description="use only deterministic kernels of cuDNN")
+    benchmark: bool = Field(False, description="time cuDNN's kernels and use the fastest, which can change last bits")
+    tf32: bool = Field(
+        False, description="compute fp32 with 10 instead of 23 bits of the fraction (TF32); in the features' digest"
+    )
 
 
 class Config(Strict):

@@ -1,1 +1,1 @@
-import configs  # noqa: F401, which keeps idle threads from spinning if it comes before torch
+import configs  # noqa: F401 - sets GOMP_SPINCOUNT, which must happen before torch is imported

@@ -1,4 +1,4 @@
-"""Video ids: any printable text, compared in one spelling, with a file name for each."""
+"""Compare video ids, which can be any printable text, and convert them to file names and back."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from urllib.parse import unquote
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 
-# Of a file name's 255 bytes, so that what is appended to an id (`-phase.txt`) still fits.
+# A file name can have 255 bytes; the rest is reserved for what is appended to an id (such as `-phase.txt`).
 MAX_STEM_BYTES = 240
-# Separators, characters that some file systems refuse, and `%`, which escapes these.
+# Path separators, characters that some file systems refuse, and `%`, which marks an escaped character.
 _RESERVED = frozenset('/\\:*?"<>|%')
 
 
 def normal_id(text: str) -> str:
-    """The one spelling in which an id is kept: Unicode NFC (macOS writes file names in NFD)."""
+    """Return an id in Unicode form NFC, in which all ids are kept (macOS writes file names in NFD)."""
     return unicodedata.normalize("NFC", text)
 
 
 def id_key(text: str) -> str:
-    """The key by which ids are compared: ids that differ only in case or Unicode form are the same video."""
+    """Return the key by which ids are compared: it is equal for ids that differ only in case or Unicode form."""
     return normal_id(normal_id(text).casefold())
 
 
 def file_stem(video_id: str) -> str:
-    """The file name, without extension, of a video id; `id_of_stem` is the inverse.
+    """Return the file name, without extension, for a video id; `id_of_stem` is the inverse.
 
     Letters of any script, digits, blanks and most punctuation stay as they are. Separators, reserved characters, a
     leading dot, dash or blank, and a trailing dot or blank are percent-encoded by their UTF-8 bytes, as in URLs.
@@ -47,12 +47,12 @@ def file_stem(video_id: str) -> str:
 
 
 def id_of_stem(stem: str) -> str:
-    """The video id of a file named by `file_stem`."""
+    """Return the video id for a file name that `file_stem` made."""
     return normal_id(unquote(stem))
 
 
 def id_problem(video_id: str) -> str | None:
-    """Why a text cannot be a video id, or None."""
+    """Return why a text cannot be a video id, or None if it can."""
     if not video_id:
         return "is empty"
     if "/" in video_id:
@@ -65,13 +65,13 @@ def id_problem(video_id: str) -> str | None:
 
 
 def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key in which numbers count as numbers: video9 before video10."""
+    """Return a sort key that compares numbers inside texts by value, so that video9 comes before video10."""
     parts = re.split(r"([0-9]+)", text.casefold())
     return tuple((0, int(part), part) if part.isdigit() else (1, 0, part) for part in parts if part)
 
 
 def numbered_id(number: int, spec: DataSetSpec) -> str:
-    """The id of the video with this number. Raises UserError if `id_format` does not take one."""
+    """Return the id of the video with this number. Raises UserError if `id_format` cannot format a number."""
     try:
         return spec.id_format.format(number=number)
     except (LookupError, ValueError, AttributeError) as error:

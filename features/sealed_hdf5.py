@@ -1,8 +1,8 @@
-"""Sealed HDF5 files: written whole or not at all, and checked before the HDF5 library opens them.
+"""Read and write sealed HDF5 files, which are checked before the HDF5 library opens them.
 
-A flipped bit in HDF5's own structures can send the library into an endless loop, so its checksums come too late. A
-sealed file has a user block (512 bytes before the HDF5 content, which every HDF5 program skips) with the size and CRC32
-of the rest.
+A flipped bit in HDF5's own structures can send the library into an endless loop, before it verifies any of its own
+checksums. A sealed file therefore begins with the size and CRC32 of its content. They are in the file's user block, 512
+bytes before the HDF5 content that every HDF5 program skips.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from engine.files import atomic_path
 USER_BLOCK_BYTES = 512
 _MAGIC = b"surgstage sealed HDF5"
 _BLOCK_BYTES = 1 << 20
-# What HDF5 raises for the contents of a damaged file.
+# Exceptions that h5py raises when it reads a damaged file.
 _HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, OverflowError)
 
 
 class DamagedFile(Exception):
-    """What is wrong with a sealed file, without its name."""
+    """A sealed file is damaged. The message says how, without the file's name."""
 
 
 @contextmanager
 def open_sealed(path: Path, check_seal: bool = True) -> Iterator[h5py.File]:
-    """A sealed file with the attribute `complete`, open for reading; its seal is checked first unless told not to.
+    """Open a sealed file for reading, after checking its seal (unless `check_seal` is false).
 
-    Raises DamagedFile where it is missing or damaged, also for what HDF5 raises in the body.
+    Raises DamagedFile if the file is missing or damaged or lacks the attribute `complete`. Errors that HDF5 raises in
+    the body become DamagedFile too.
     """
     try:
         if not path.is_file():
@@ -51,15 +52,16 @@ def open_sealed(path: Path, check_seal: bool = True) -> Iterator[h5py.File]:
 
 @contextmanager
 def sealed_path(path: Path, problem_of: Callable[[Path], str | None]) -> Iterator[Path]:
-    """`atomic_path` for an HDF5 file, which is sealed and then checked by `problem_of` before it replaces `path`.
+    """Yield a temporary path for an HDF5 file, as `atomic_path` does; afterwards the file is sealed and checked.
 
-    Raises UserError where the check finds a problem, and for what `atomic_path` raises it.
+    It replaces `path` only if `problem_of`, the check, returns None. Raises UserError if the check finds a problem, and
+    as `atomic_path` does.
     """
     with atomic_path(path) as temporary:
         yield temporary
         seal(temporary)
         if problem := problem_of(temporary):
-            raise UserError(f"{path}: what was written does not read back ({problem}); check the disk")
+            raise UserError(f"{path}: the file that was just written cannot be read back ({problem}); check the disk")
 
 
 def seal(path: Path) -> None:
@@ -69,7 +71,7 @@ def seal(path: Path) -> None:
 
 
 def broken_seal(path: Path) -> str | None:
-    """What is wrong with a file's seal, or None. Reads the whole file, in constant memory."""
+    """Return what is wrong with a file's seal, or None. Reads the whole file, in constant memory."""
     with path.open("rb") as stream:
         found = stream.read(USER_BLOCK_BYTES)
         if not found.startswith(_MAGIC):
@@ -78,7 +80,7 @@ def broken_seal(path: Path) -> str | None:
 
 
 def _seal_of(stream: BinaryIO) -> bytes:
-    """The seal of an open file's content; leaves the position at the start."""
+    """Return the seal for an open file's content; afterwards the file's position is at the start."""
     stream.seek(USER_BLOCK_BYTES)
     checksum = size = 0
     while block := stream.read(_BLOCK_BYTES):
@@ -88,8 +90,10 @@ def _seal_of(stream: BinaryIO) -> bytes:
 
 
 def is_self_contained(file: h5py.File, name: str) -> bool:
-    """Whether a data set is stored in this file and uncompressed: no link to or storage in other files, and no filter
-    but the checksum, so that reading it takes no more memory than the file has bytes."""
+    """Whether a data set is stored uncompressed in this very file, so that reading it takes no more memory than that.
+
+    It must not be a link or be stored in another file, and must have no filter except the checksum.
+    """
     found = file[name]
     creation = found.id.get_create_plist()
     filters = [creation.get_filter(number)[0] for number in range(creation.get_nfilters())]
@@ -99,9 +103,9 @@ def is_self_contained(file: h5py.File, name: str) -> bool:
 
 
 class Hdf5Sink(io.FileIO):
-    """A file object for HDF5 whose writes never fail: HDF5 sometimes crashes the process when a disk fills up.
+    """A file object that hides write errors from HDF5, which sometimes crashes the process when a disk is full.
 
-    The first error is kept and later writes are dropped; `check` (or leaving the block) raises it.
+    After the first error, nothing more is written. `check`, or leaving the `with` block, raises that error.
     """
 
     error: OSError | None = None
@@ -110,7 +114,7 @@ class Hdf5Sink(io.FileIO):
         super().__init__(path, mode)
 
     def check(self) -> None:
-        """Raise the first error of a write, if there was one."""
+        """Raise the first write error, if there was one."""
         if self.error is not None:
             raise self.error
 
@@ -118,7 +122,7 @@ class Hdf5Sink(io.FileIO):
         rest = memoryview(data).cast("B")
         size = len(rest)
         try:
-            while len(rest) and self.error is None:  # a nearly full disk takes a part, then nothing
+            while len(rest) and self.error is None:  # a nearly full disk accepts only a part, and then raises an error
                 rest = rest[super().write(rest) or 0 :]
         except OSError as error:
             self.error = error
@@ -134,5 +138,5 @@ class Hdf5Sink(io.FileIO):
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         super().__exit__(kind, error, trace)
-        if error is None or isinstance(error, Exception):  # whatever HDF5 raised after it, this is the cause
+        if error is None or isinstance(error, Exception):  # the write error is the cause of what HDF5 raised later
             self.check()

@@ -1,21 +1,22 @@
-"""The feature file, which both stages share: one HDF5 file per video with its features, labels and provenance.
+"""Read and write feature files: one HDF5 file per video, with its features, its labels and where they come from.
 
-`<folder>/videoNN.h5` (`features.store_folder` describes the folder), T sampled frames, D embedding, K tools:
+Stage one writes these files and stage two reads them. A file `<folder>/videoNN.h5` (`features.store_folder` describes
+the folder) contains the following data sets, with T sampled frames, D embedding dimensions and K tools:
 
 | data set      | shape  | type               |                                                                     |
-|---------------|--------|--------------------|---------------------------------------------------------------------|
-| `features`    | (T, D) | float16 or float32 | one embedding per frame; chunks of 256 frames                       |
-| `tool_logits` | (T, K) | float32            | stage one's tool head; NaN without one                              |
-| `frame_index` | (T,)   | int64              | frame of the source video                                           |
-| `time_s`      | (T,)   | float64            | when it is shown, from the first frame                              |
-| `phase`       | (T,)   | int8               | -1 = no label                                                       |
-| `tools`       | (T, K) | int8               | 1 = present, 0 = absent, -1 = no label                              |
+|---------------|--------|--------------------|---------------------------------------------------------------------| |
+`features`    | (T, D) | float16 or float32 | one embedding per frame; chunks of 256 frames                       | |
+`tool_logits` | (T, K) | float32            | logits of stage one's tool head; NaN if it has none                 | |
+`frame_index` | (T,)   | int64              | number of the frame in the source video                             | |
+`time_s`      | (T,)   | float64            | time at which the frame is shown, counted from the first frame      | |
+`phase`       | (T,)   | int8               | -1 = no label                                                       | |
+`tools`       | (T, K) | int8               | 1 = present, 0 = absent, -1 = no label                              |
 
-Chunks carry a checksum (fletcher32) and are not compressed. Root attributes: schema version, video id, source (hash of
-its ends, size, rate), encoder (backbone, SHA-256 of the weights, preprocessing as JSON, sampled fps, precision,
-storage, arithmetic, digest over all of these), what the caller adds (reader, hashes of the labels, class names),
-package version, and last `complete`. The file is sealed (`features.sealed_hdf5`) and written atomically: a file without
-`.tmp` in its name is complete.
+Chunks have a checksum (fletcher32) and are not compressed. The root attributes are: schema version; video id; the
+source (hash of its ends, size, rate); the encoder (backbone, SHA-256 of the weights, preprocessing as JSON, sampled
+fps, precision, storage, arithmetic, and a digest of all of these); attributes that the caller adds (reader, hashes of
+the labels, class names); package version; and, written last, `complete`. The file is sealed (`features.sealed_hdf5`)
+and written atomically: a file without `.tmp` in its name is complete.
 
 Nothing here imports torch, an image library or a decoder.
 """
@@ -43,10 +44,10 @@ from features.video_labels import VideoLabels
 
 SCHEMA_VERSION = 1
 CHUNK_FRAMES = 256
-# A damaged file may claim any shape; nothing larger than this is allocated for one data set.
+# The largest data set that is read: a damaged file may claim to have any shape.
 MAX_DATASET_BYTES = 16 << 30
 MAX_ATTRIBUTE_BYTES = 1 << 16
-_DATASETS = {  # dimensions and NumPy's kind of type
+_DATASETS = {  # number of dimensions, and NumPy's code for the kind of data type
     "features": (2, "f"),
     "frame_index": (1, "i"),
     "time_s": (1, "f"),
@@ -57,24 +58,26 @@ _DATASETS = {  # dimensions and NumPy's kind of type
 
 
 def feature_path(folder: Path, video_id: str) -> Path:
-    """Where a video's features are."""
+    """Return the path of a video's feature file."""
     return folder / f"{file_stem(video_id)}.h5"
 
 
 class FeatureFileError(UserError):
-    """A feature file that is missing, cut short, damaged, of another schema or of another encoder."""
+    """A feature file is missing, truncated or damaged, or has another schema version or another encoder."""
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """Everything that changes a video's features besides its pixels.
+    """Everything that a video's features depend on, apart from its pixels.
 
-    `weights_sha256` is over the encoder's tensors, head included. `preprocess` is the whole preprocessing as JSON, crop
-    included. `arithmetic` names how the net is computed in that precision: `folded` (batch norm folded into the
-    convolutions, weights in the precision too) or `plain` (as it was trained, under autocast), and whether fused (ReLU)
-    or compiled; or `openvino`, in int8 with the hash of the net (`openvino, int8 net 0123456789ab`). The reader is not
-    part of the spec: readers are bit-identical. Nor are the device and `extract.batch_frames`: they change only the
-    rounding of sums.
+    `weights_sha256` is the hash of the encoder's tensors, including the head. `preprocess` is the whole preprocessing
+    as JSON values, including the crop. `arithmetic` says how the net is computed: `folded` (batch norm is folded into
+    the convolutions, whose weights have the precision too) or `plain` (as trained, under autocast), followed by whether
+    ReLUs are fused and whether the net is compiled; or `openvino`, for int8 with the hash of the net (`openvino, int8
+    net 0123456789ab`).
+
+    The reader is not part of the spec, since all readers give identical frames. Neither are the device and
+    `extract.batch_frames`, which change only the rounding of sums.
     """
 
     backbone: str
@@ -87,25 +90,25 @@ class EncoderSpec:
     arithmetic: str = "plain"
 
     def to_json(self) -> dict[str, Any]:
-        """The spec as plain values, with the schema version of the file."""
+        """Return the spec as plain values, together with the schema version of feature files."""
         return {"schema_version": SCHEMA_VERSION, **vars(self), "preprocess": dict(self.preprocess)}
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the whole spec."""
+        """The SHA-256 of the whole spec."""
         return sha256_json(self.to_json())
 
     @property
     def folder_name(self) -> str:
-        """`<backbone>-<first 12 digits of the digest>`."""
+        """The name of the encoder's feature folder: `<backbone>-<first 12 digits of the digest>`."""
         return f"{self.backbone}-{self.digest[:12]}"
 
 
 @dataclass(frozen=True)
 class SourceIdentity:
-    """The video that a feature file was made from; a file is current while they agree.
+    """Identifies the source video of a feature file. If it has changed, the file is out of date.
 
-    `sha256_ends` is over the size, the first and the last MiB of the source.
+    `sha256_ends` is the hash of the source's size, first MiB and last MiB.
     """
 
     video_id: str
@@ -114,7 +117,7 @@ class SourceIdentity:
     fps: float
 
     def attributes(self) -> dict[str, Any]:
-        """What an HDF5 file made from the video records about it."""
+        """Return the attributes by which an HDF5 file records the video that it was made from."""
         return {
             "video_id": self.video_id,
             "source_sha256_ends": self.sha256_ends,
@@ -125,9 +128,10 @@ class SourceIdentity:
 
 @dataclass(frozen=True)
 class StoredFeatures:
-    """The features (T, D) of a file whose seal was checked, read when they are used; NumPy's `asarray` reads all.
+    """Features (T, D) that stay in their file until they are used; NumPy's `asarray` reads all of them.
 
-    Every read checks the checksums of the chunks that it reads, and that the file has not been replaced since.
+    The file's seal was checked before. Each read verifies the checksums of the chunks it reads, and that the file has
+    not been replaced in the meantime.
     """
 
     path: Path
@@ -144,9 +148,10 @@ class StoredFeatures:
         return values if dtype is None else values.astype(dtype, copy=False)
 
     def read(self, parts: Iterable[tuple[int, NDArray[Any]]]) -> None:
-        """Fill arrays (N, D) of the stored type, each with the rows from a given one on.
+        """Fill arrays with features; `parts` are pairs of a first row and an array (N, D) of the stored type.
 
-        Raises FeatureFileError if the file is damaged or was replaced.
+        Each array gets the N rows from its first row on. Raises FeatureFileError if the file is damaged or was
+        replaced.
         """
         with _readable(self.path, check_seal=False) as file:
             if _state(self.path) != self.state:
@@ -157,14 +162,14 @@ class StoredFeatures:
 
 
 def _state(path: Path) -> tuple[int, int, int]:
-    """What changes when a file is replaced or written to: its number, size and time of change."""
+    """Return inode, size and modification time of a file, of which one changes if it is replaced or written to."""
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @dataclass(frozen=True, eq=False)
 class VideoFeatures(VideoLabels):
-    """One video's features and labels. NaN in `tool_logits`: no tool head."""
+    """One video's features and labels. If the encoder has no tool head, `tool_logits` is NaN."""
 
     features: NDArray[Any] | StoredFeatures  # (T, D) float16 or float32
     tool_logits: NDArray[np.float32]  # (T, K)
@@ -185,13 +190,13 @@ def write_features(
     attributes: Mapping[str, Any],
     time_s: NDArray[np.float64] | None = None,
 ) -> Iterator[FeatureWriter]:
-    """Write one feature file block by block; memory does not grow with the video's length.
+    """Write a feature file block by block, so that memory does not grow with the video's length.
 
-    `frame_index` and `phase` are (T,), `tools` is (T, K). `time_s` (T,) holds when frames are shown; None: as follows
-    from the source's constant rate.
+    The body appends rows with the yielded `FeatureWriter`. `frame_index` and `phase` are (T,), and `tools` is (T, K).
+    `time_s` (T,) contains the times at which frames are shown; with None they follow from the source's constant rate.
 
-    The file appears under its name only when the body ended without an exception, all T rows were appended and the
-    reopened file verifies; otherwise nothing is left. Raises UserError if the disk is full.
+    The file gets its name only if the body ends without an exception, all T rows were appended, and the reopened file
+    passes verification. Otherwise no file is left. Raises UserError if the disk is full.
     """
     with sealed_path(path, lambda written: verify_file(written, encoder, source)) as temporary:
         options = {"libver": ("v110", "v110"), "userblock_size": USER_BLOCK_BYTES}
@@ -212,7 +217,7 @@ def write_features(
 
 @dataclass
 class FeatureWriter:
-    """The data sets of an open feature file, filled from the first row on; `rows` counts the rows written."""
+    """Appends rows to the data sets of an open feature file. `rows` is the number of rows written so far."""
 
     file: h5py.File
     sink: Hdf5Sink
@@ -227,7 +232,7 @@ class FeatureWriter:
         Raises UserError naming the frame whose features are not finite or overflow the stored type.
         """
         stop = self.rows + len(features)
-        with np.errstate(over="ignore"):  # what overflows becomes infinite, and is refused below
+        with np.errstate(over="ignore"):  # values that overflow become infinite and are refused below
             stored = features.astype(self.storage)
         unfit = np.flatnonzero(~np.isfinite(stored).all(axis=1))
         if len(unfit):
@@ -238,7 +243,7 @@ class FeatureWriter:
             )
         self.file["features"][self.rows : stop] = stored
         self.file["tool_logits"][self.rows : stop] = tool_logits
-        self.sink.check()  # a full disk stops the work here, not at the end
+        self.sink.check()  # raise the error of a full disk here, not only at the end
         self.rows = stop
 
 
@@ -259,7 +264,7 @@ def _provenance(encoder: EncoderSpec, source: SourceIdentity) -> dict[str, Any]:
 
 
 def _create(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> h5py.Dataset:
-    """A data set with a checksum per chunk. An empty one (no tools) has no chunks, and so nothing to check."""
+    """Create a data set with a checksum per chunk. An empty data set (no tools) has no chunks, and so no checksum."""
     chunks = (min(CHUNK_FRAMES, shape[0]), *shape[1:]) if all(shape) else None
     return file.create_dataset(name, shape, dtype, chunks=chunks, fletcher32=chunks is not None)
 
@@ -273,10 +278,10 @@ def _write_labels(file: h5py.File, phase: NDArray[np.int8], tools: NDArray[np.in
 
 
 def read_features(path: Path, with_features: bool = True) -> VideoFeatures:
-    """Read one feature file completely, or all but its features, which `StoredFeatures` can read later.
+    """Read a feature file. Without `with_features`, the features stay in the file, as `StoredFeatures`.
 
-    The seal and the checksum of every chunk that is read are checked. Raises FeatureFileError naming the file and what
-    is wrong with it.
+    The seal and the checksums of all chunks that are read are verified. Raises FeatureFileError naming the file and
+    what is wrong with it.
     """
     with _sound(path) as (file, attributes):
         values = {name: _dataset(file, name)[...] for name in _DATASETS if with_features or name != "features"}
@@ -287,9 +292,9 @@ def read_features(path: Path, with_features: bool = True) -> VideoFeatures:
 
 
 def verify_file(path: Path, encoder: EncoderSpec | None = None, source: SourceIdentity | None = None) -> str | None:
-    """What is wrong with a feature file, or None; every chunk is read and its checksum checked, one at a time.
+    """Return what is wrong with a feature file, or None. Every chunk is read and its checksum verified.
 
-    With `encoder` and `source`, the file must also have been made by that encoder from that video.
+    If `encoder` and `source` are given, the file must also have been made by that encoder from that video.
     """
     try:
         attributes = read_every_chunk(path)
@@ -298,14 +303,14 @@ def verify_file(path: Path, encoder: EncoderSpec | None = None, source: SourceId
     if encoder is not None and attributes.get("encoder_digest") != encoder.digest:
         return "made by another encoder"
     if source is not None and attributes.get("video_id") != source.video_id:
-        return f"holds video {attributes.get('video_id')}"
+        return f"contains the features of video {attributes.get('video_id')}"
     if source is not None and attributes.get("source_sha256_ends") != source.sha256_ends:
-        return "the source has changed since"
+        return "the source video has changed since"
     return None
 
 
 def read_every_chunk(path: Path) -> dict[str, Any]:
-    """Read every chunk of a feature file, one at a time, and return the attributes.
+    """Verify a feature file by reading all its chunks, one at a time, and return its attributes.
 
     Raises FeatureFileError naming the file and what is wrong with it.
     """
@@ -319,20 +324,20 @@ def read_every_chunk(path: Path) -> dict[str, Any]:
 
 
 def recorded_encoder(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """The encoder that a feature file's attributes name, in plain values (`EncoderSpec.to_json` without schema)."""
+    """Return the encoder recorded in a feature file's attributes, as `EncoderSpec.to_json` without schema version."""
     found = {name: attributes.get(name) for name in ("backbone", "weights_sha256", "fps", "precision", "storage")}
-    found["arithmetic"] = attributes.get("arithmetic", "plain")  # files without it are older than folding
+    found["arithmetic"] = attributes.get("arithmetic", "plain")  # missing in files from before folding was introduced
     return {**found, "preprocess": _from_json(attributes, "preprocess")}
 
 
 def rewrite_labels(path: Path, phase: NDArray[np.int8], tools: NDArray[np.int8], attributes: Mapping[str, Any]) -> None:
-    """Replace the labels of a feature file and keep its features: phase (T,), tools (T, K).
+    """Replace the labels in a feature file by phase (T,) and tools (T, K), and keep its features.
 
-    The file is copied, changed and renamed: a reader sees either the old labels or the new ones. Raises
-    FeatureFileError if the file is damaged or has another number of frames.
+    A copy of the file is changed and then replaces the file, so that readers see either the old or the new labels.
+    Raises FeatureFileError if the file is damaged or has another number of frames.
     """
     if len(phase) != len(read_features(path, with_features=False)):
-        raise FeatureFileError(f"{path}: new labels have another length; run extract again")
+        raise FeatureFileError(f"{path}: has another number of frames than the new labels; run extract again")
     with sealed_path(path, verify_file) as temporary:
         shutil.copyfile(path, temporary)
         with Hdf5Sink(temporary, "r+b") as sink, h5py.File(sink, "r+") as file:
@@ -342,18 +347,18 @@ def rewrite_labels(path: Path, phase: NDArray[np.int8], tools: NDArray[np.int8],
 
 @contextmanager
 def _sound(path: Path) -> Iterator[tuple[h5py.File, dict[str, Any]]]:
-    """A complete feature file and its attributes, open as by `_readable`."""
+    """Open a complete feature file, and yield it with its attributes. Raises FeatureFileError if it is damaged."""
     with _readable(path) as file:
         attributes = _attributes(file)
         version = attributes.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise DamagedFile(f"schema version {version}, this program reads {SCHEMA_VERSION}")
+            raise DamagedFile(f"has schema version {version}, but this program reads {SCHEMA_VERSION}")
         yield file, attributes
 
 
 @contextmanager
 def _readable(path: Path, check_seal: bool = True) -> Iterator[h5py.File]:
-    """An open feature file; DamagedFile in the body is raised as FeatureFileError."""
+    """Open a feature file for reading, and turn DamagedFile, also from the body, into FeatureFileError."""
     try:
         with open_sealed(path, check_seal) as file:
             yield file
@@ -362,16 +367,17 @@ def _readable(path: Path, check_seal: bool = True) -> Iterator[h5py.File]:
 
 
 def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
-    """A data set of the contract. Raises DamagedFile for anything else, before any of it is read."""
+    """Return a data set of a feature file. Raises DamagedFile, before reading, if it is not as the format requires."""
     found = file[name]
     dimensions, kind = _DATASETS[name]
     if not isinstance(found, h5py.Dataset) or found.ndim != dimensions or found.dtype.kind != kind:
         raise DamagedFile(f"{name} is not a data set of {dimensions} dimension(s)")
-    # Values are stored uncompressed in this very file: a claim of more bytes than are stored is damage or a bomb.
+    # Values are stored uncompressed in this file, so a data set that claims more bytes than are stored is damaged, or
+    # made to exhaust the memory.
     if found.nbytes > min(MAX_DATASET_BYTES, found.id.get_storage_size()):
-        raise DamagedFile(f"{name} claims {found.nbytes:,} bytes, more than it has")
+        raise DamagedFile(f"{name} claims to have {found.nbytes:,} bytes, more than are stored")
     if not is_self_contained(file, name):
-        raise DamagedFile(f"{name} lies elsewhere or is compressed, unlike in files of this project")
+        raise DamagedFile(f"{name} is compressed or stored in another file, which this project never does")
     return found
 
 
@@ -382,9 +388,9 @@ def _require_one_length(values: Mapping[str, Any]) -> None:
 
 
 def _attributes(file: h5py.File) -> dict[str, Any]:
-    """The root's attributes as plain values. Raises ValueError for any of another shape or type."""
+    """Return the root attributes as plain values. Raises ValueError if one is of a wrong shape or type."""
     found: dict[str, Any] = {}
-    attributes = file.attrs  # every access to it opens the root anew
+    attributes = file.attrs  # stored in a variable, since each access to `file.attrs` opens the root again
     for name in attributes:
         attribute = attributes.get_id(name)
         if attribute.shape != () or attribute.dtype.itemsize > MAX_ATTRIBUTE_BYTES:
@@ -401,7 +407,7 @@ def _attributes(file: h5py.File) -> dict[str, Any]:
 
 
 def _from_json(attributes: Mapping[str, Any], name: str) -> Any:
-    """The value of a JSON text among the attributes; other values unchanged. Raises ValueError for invalid JSON."""
+    """Return an attribute, parsed if it is a JSON text. Raises ValueError for invalid JSON."""
     value = attributes.get(name)
     try:
         return json.loads(value) if isinstance(value, str) else value

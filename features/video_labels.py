@@ -1,4 +1,4 @@
-"""One video's labels at its samples: made from annotations, stored beside features, compared with predictions."""
+"""The labels of a video's sampled frames, which are made from annotations and stored in feature files."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, eq=False)
 class VideoLabels:
-    """The labels of one video's T samples; -1 in `phase` and `tools`: no label."""
+    """The labels of one video's T sampled frames. In `phase` and `tools`, -1 means no label."""
 
-    frame_index: NDArray[np.int64]  # (T,) frame of the source video
-    time_s: NDArray[np.float64]  # (T,) seconds from its first frame
+    frame_index: NDArray[np.int64]  # (T,) number of the frame in the source video
+    time_s: NDArray[np.float64]  # (T,) seconds from the source's first frame
     phase: NDArray[np.int8]  # (T,)
     tools: NDArray[np.int8]  # (T, K)

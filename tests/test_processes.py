@@ -290,7 +290,7 @@ def test_other_commands_refuse_a_launcher(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("engine.processes.is_reporting_rank", lambda problem: True)  # no store to ask
     said = alone(["config", "show"], code=2)
-    assert "error: config runs as one process, and a launcher has started 2" in said
+    assert "error: config runs as one process, but a launcher has started 2" in said
 
 
 # ---------------------------------------------------------------------------------------------- frames

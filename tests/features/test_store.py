@@ -216,7 +216,7 @@ def test_new_labels_keep_the_features(tmp_path: Path) -> None:
     assert (found.phase == 3).all()
     assert (found.tools == 1).all()
     assert found.attributes["phase_sha256"] == "new"
-    with pytest.raises(FeatureFileError, match="another length"):
+    with pytest.raises(FeatureFileError, match="another number of frames"):
         rewrite_labels(path, np.zeros(29), np.ones((29, 7)), {})
 
 
@@ -224,9 +224,9 @@ def test_a_file_of_another_source_or_encoder_does_not_verify(tmp_path: Path) -> 
     path = tmp_path / "video01.h5"
     write(path)
     assert verify_file(path, ENCODER, source()) is None
-    assert verify_file(path, ENCODER, replace(source(), sha256_ends="other")) == "the source has changed since"
+    assert verify_file(path, ENCODER, replace(source(), sha256_ends="other")) == "the source video has changed since"
     assert verify_file(path, replace(ENCODER, fps=5.0), source()) == "made by another encoder"
-    assert verify_file(path, ENCODER, source("video02")) == "holds video video01"
+    assert verify_file(path, ENCODER, source("video02")) == "contains the features of video video01"
 
 
 def test_the_recorded_encoder_includes_its_arithmetic(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_a_sealed_file_whose_attributes_are_not_what_stage_two_reads_is_one_line
 def test_mixed_encoders_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "video01.h5")
     write(tmp_path / "video02.h5", encoder=replace(ENCODER, weights_sha256="00" * 32))
-    with pytest.raises(FeatureFileError, match=r"video02\.h5: made by encoder .* do not mix"):
+    with pytest.raises(FeatureFileError, match=r"video02\.h5: made by encoder .* cannot be combined"):
         load_feature_set(tmp_path, ["video01", "video02"])
     problems = dict(verify_folder(tmp_path))
     assert problems[tmp_path / "video01.h5"] is None
@@ -274,7 +274,7 @@ def test_mixed_encoders_are_refused(tmp_path: Path) -> None:
 
 def test_missing_videos_are_named(tmp_path: Path) -> None:
     write(tmp_path / "video01.h5")
-    with pytest.raises(UserError, match="no features of video02, video03; run extract"):
+    with pytest.raises(UserError, match="features of video02, video03 are missing; run extract"):
         load_feature_set(tmp_path, ["video01", "video02", "video03"])
     with pytest.raises(UserError, match="no such feature folder"):
         list(verify_folder(tmp_path / "none"))
@@ -303,7 +303,7 @@ def test_the_folder_of_folders_points_to_the_one_with_features(tmp_path: Path) -
     with pytest.raises(UserError, match="run extract first"):
         feature_files(tmp_path)
     (inside / "video01.h5").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"but .*resnet50-abc does: name that one"):
+    with pytest.raises(UserError, match=r"but .*resnet50-abc does: name that folder"):
         feature_files(tmp_path)
 
 
@@ -311,5 +311,5 @@ def test_a_run_whose_extract_names_no_folder_is_one_line(tmp_path: Path) -> None
     (tmp_path / "run/extract").mkdir(parents=True)
     for content in ('{"videos": 3}', '{"folder": null}', '{"folder": 7}'):
         (tmp_path / "run/extract/result.json").write_text(content)
-        with pytest.raises(UserError, match=r"extract/result\.json: names no feature folder; run extract again"):
+        with pytest.raises(UserError, match=r"extract/result\.json: contains no feature folder; run extract again"):
             find_feature_folder(None, tmp_path / "run", tmp_path / "store")

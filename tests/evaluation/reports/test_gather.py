@@ -214,7 +214,7 @@ def test_videos_that_are_missing_cost_the_frames_only(
 ) -> None:
     monkeypatch.delenv("SURGSTAGE_DATA", raising=False)
     report_runs(folders, out=tmp_path / "report.html")
-    assert "not available: no data root is set" in " ".join(capsys.readouterr().err.split())
+    assert "without frames: no data root is set" in " ".join(capsys.readouterr().err.split())
     assert "not available" in Page((tmp_path / "report.html").read_text()).text
     report_runs(folders, out=tmp_path / "report.html", thumbnails=False)
     assert "not available" not in capsys.readouterr().err
