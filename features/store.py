@@ -106,24 +106,16 @@ class EncoderSpec:
 
 @dataclass(frozen=True)
 class SourceIdentity:
-    """Identifies the source video of a feature file. If it has changed, the file is out of date.
+    """Identifies the source video of an HDF5 file. If it has changed, the file is out of date.
 
-    `sha256_ends` is the hash of the source's size, first MiB and last MiB.
+    The fields are attributes of the file. `source_sha256_ends` is the hash of the source's size, first MiB and last
+    MiB.
     """
 
     video_id: str
-    sha256_ends: str
-    size_bytes: int
-    fps: float
-
-    def attributes(self) -> dict[str, Any]:
-        """Return the attributes by which an HDF5 file records the video that it was made from."""
-        return {
-            "video_id": self.video_id,
-            "source_sha256_ends": self.sha256_ends,
-            "source_size_bytes": self.size_bytes,
-            "source_fps": self.fps,
-        }
+    source_sha256_ends: str
+    source_size_bytes: int
+    source_fps: float
 
 
 @dataclass(frozen=True)
@@ -204,7 +196,7 @@ def write_features(
             _create(file, "features", (len(frame_index), encoder.embedding_dim), encoder.storage)
             _create(file, "tool_logits", tools.shape, "float32")
             _create(file, "frame_index", frame_index.shape, "int64")[...] = frame_index
-            times = frame_index / source.fps if time_s is None else time_s
+            times = frame_index / source.source_fps if time_s is None else time_s
             _create(file, "time_s", times.shape, "float64")[...] = times
             _write_labels(file, phase, tools)
             file.attrs.update({**_provenance(encoder, source), **attributes})
@@ -250,7 +242,7 @@ class FeatureWriter:
 def _provenance(encoder: EncoderSpec, source: SourceIdentity) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
-        **source.attributes(),
+        **vars(source),
         "fps": encoder.fps,
         "backbone": encoder.backbone,
         "weights_sha256": encoder.weights_sha256,
@@ -304,7 +296,7 @@ def verify_file(path: Path, encoder: EncoderSpec | None = None, source: SourceId
         return "made by another encoder"
     if source is not None and attributes.get("video_id") != source.video_id:
         return f"contains the features of video {attributes.get('video_id')}"
-    if source is not None and attributes.get("source_sha256_ends") != source.sha256_ends:
+    if source is not None and attributes.get("source_sha256_ends") != source.source_sha256_ends:
         return "the source video has changed since"
     return None
 

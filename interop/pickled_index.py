@@ -31,7 +31,7 @@ from features.dataset.layouts import FolderLayout
 from features.dataset.phase_order import describe_order, ids_of_order, parse_phase_order
 from features.dataset.row_numbers import Extent
 from features.dataset.sampling import sampled_frames
-from features.dataset.splits import split_is_asked_for
+from features.dataset.splits import rule_asked_for
 from features.ids import file_stem
 from features.video.scan import probe_video
 from features.video_labels import VideoLabels
@@ -74,7 +74,7 @@ def index_from_pickles(
             raise UserError(f"{video.where}: no {video_id} (folder {video.folder!r}) below {root}")
         labels[video_id] = _check_video(root, found[video_id], video, order, spec, config.data)
     data = config.data
-    if not split_is_asked_for(data.split) and any(video.split != "none" for video in pickled.values()):
+    if rule_asked_for(data.split) is None and any(video.split != "none" for video in pickled.values()):
         data = data.model_copy(update={"split": _as_lists(pickled)})
     if left := sorted(found.keys() - pickled.keys()):
         say(f"{len(left)} video(s) below {root} are in none of the pickles and left out: {listed(left)}")
@@ -325,17 +325,15 @@ def _pickled(
 ) -> list[list[Any]]:
     """The rows `[path, tool..., phase]` of one video, as strings and integers."""
     rows = labelled_rows(entry, root, index, data, phases_only)
-    layout = entry.frames
-    names = frame_folder(root, entry.source, index.dataset, layout) if layout else None
-    source = inside(root, entry.source)
-    folder = source if names else source.parent / file_stem(entry.id)
-    result = []
-    for frame, phase, tools in zip(
-        rows.frame_index.tolist(), numbers[rows.phase].tolist(), rows.tools.tolist(), strict=True
-    ):
-        name = names[frame] if names else f"{file_stem(entry.id)}_{frame:06d}.jpg"
-        result.append([(folder / name).as_posix(), *([] if phases_only else tools), phase])
-    return result
+    frames, source = rows.frame_index.tolist(), inside(root, entry.source)
+    if entry.frames is not None:
+        names = frame_folder(root, entry.source, index.dataset, entry.frames)
+        images = [source / names[frame] for frame in frames]
+    else:
+        stem = file_stem(entry.id)
+        images = [source.parent / stem / f"{stem}_{frame:06d}.jpg" for frame in frames]
+    labels = np.column_stack([*([] if phases_only else [rows.tools]), numbers[rows.phase]])
+    return [[image.as_posix(), *row] for image, row in zip(images, labels.tolist(), strict=True)]
 
 
 def _arranged(index: Index, videos: Mapping[str, list[list[Any]]], layout: str) -> list[Any]:

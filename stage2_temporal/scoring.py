@@ -121,7 +121,7 @@ def tool_results(
         return None
     scores = {name: sigmoid(values) for name, values in logits.items()}
     names = truth.index.dataset.tools
-    return evaluate_tools(labels, scores, names, threshold=thresholds, split=truth.split, fps=truth.fps)
+    return evaluate_tools(labels, scores, names, thresholds=thresholds, split=truth.split, fps=truth.fps)
 
 
 def validation_thresholds(

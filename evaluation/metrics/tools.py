@@ -19,7 +19,6 @@ from evaluation.metrics.results import OneTool, Score, ThresholdScores, ToolAbou
 
 DEFAULT_THRESHOLD = 0.5
 
-Thresholds = float | Mapping[str, float]
 LabelsAndScores = tuple[IntArray, FloatArray]  # (T, K) each
 
 
@@ -27,7 +26,7 @@ def evaluate_tools(
     truth: Mapping[str, NDArray[Any]],
     scores: Mapping[str, NDArray[Any]],
     tools: Sequence[str],
-    threshold: Thresholds | None = None,
+    thresholds: Mapping[str, float] | None = None,
     *,
     split: str | None = None,
     fps: float | None = None,
@@ -35,8 +34,8 @@ def evaluate_tools(
     """Score tool presence, percent.
 
     `truth` maps video ids to (T, K) presence (1, 0; -1 = no label, not counted), `scores` to (T, K) probabilities
-    or logits. `threshold`, one for all or one per tool, adds precision,
-    recall and F1 over the pooled frames: choose it on validation videos (`choose_thresholds`), never on these.
+    or logits. `thresholds`, one for each tool, add precision, recall and F1 over the pooled frames: choose them on
+    validation videos (`choose_thresholds`), never on these.
 
     A tool that never appears has no average precision (None) and is left out of the means. Raises UserError naming the
     video for unequal shapes, scores that are not numbers and labels other than -1, 0, 1, and if nothing is labelled.
@@ -46,8 +45,8 @@ def evaluate_tools(
     pooled = _average_precisions(labels, values)  # (K,)
     single = np.stack([_average_precisions(*pair) for pair in videos.values()])  # (V, K)
     over_videos = mean_known(single, axis=0)
-    limits = None if threshold is None else _limits(tools, threshold)
-    at_threshold = [_at_threshold(labels[:, k], values[:, k], limits[k]) for k in range(len(tools))] if limits else None
+    limits = [thresholds[tool] for tool in tools] if thresholds else []
+    at_threshold = [_at_threshold(labels[:, k], values[:, k], limits[k]) for k in range(len(limits))]
     return ToolResults(
         map_pooled=json_number(float(mean_known(pooled, axis=0))),
         map_video=json_number(float(mean_known(over_videos, axis=0))),
@@ -135,14 +134,6 @@ def choose_thresholds(
 def _average_precisions(labels: IntArray, values: FloatArray) -> FloatArray:
     """(K,) average precision of each column of (T, K)."""
     return np.array([average_precision(labels[:, k], values[:, k]) for k in range(labels.shape[1])])
-
-
-def _limits(tools: Sequence[str], threshold: Thresholds) -> list[float]:
-    if isinstance(threshold, int | float):
-        return [float(threshold)] * len(tools)
-    if missing := [tool for tool in tools if tool not in threshold]:
-        raise UserError(f"no threshold for tool {missing[0]!r}; give one per tool, or one number for all")
-    return [float(threshold[tool]) for tool in tools]
 
 
 def _at_threshold(labels: IntArray, values: FloatArray, limit: float) -> FloatArray:

@@ -98,7 +98,7 @@ def all_figures(report: Report) -> dict[str, Figure]:
     found: list[Figure] = []
     for number, video in enumerate(report.videos):
         found += filter(None, [ribbon(report, number, video), tool_timeline(report, number, video)])
-    found += bars(report)
+    found += [_bars(report, name, metric) for name, metrics in report.phase_metrics.items() for metric in metrics]
     found += filter(None, (confusion(run, number) for number, run in enumerate(report.runs)))
     found += precision_recall(report.runs)
     found += training(report.runs)
@@ -255,14 +255,8 @@ def _threshold(run: RunResults, tool: str) -> float:
 # ---------------------------------------------------------------------------------------------- all videos
 
 
-def bars(report: Report) -> Iterator[Figure]:
-    """One bar per phase and run with its interval, for each convention and metric."""
-    for convention, metrics in report.phase_metrics.items():
-        for metric in metrics:
-            yield _bars(report, convention, metric)
-
-
 def _bars(report: Report, convention: str, metric: str) -> Figure:
+    """One bar per phase and run with its interval, under one convention and metric."""
     phases = report.truth.spec.phases
     known = [(number, run) for number, run in enumerate(report.runs) if run.intervals.per_phase]
     data = [

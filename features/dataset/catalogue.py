@@ -25,7 +25,7 @@ from features.dataset.index import Index, VideoEntry, exclusions
 from features.dataset.phase_order import describe_order, parse_phase_order
 from features.dataset.row_numbers import rate_of_rows
 from features.dataset.sampling import most_fps
-from features.dataset.splits import assign_splits, split_is_asked_for
+from features.dataset.splits import assign_splits, rule_asked_for
 from features.dataset.summary import count_frames, coverage_table, index_summary
 from features.ids import natural_key
 from features.video.times import same_rate
@@ -93,7 +93,7 @@ def _disagreement(config: Config, index: Index, root: Path) -> str | None:
                 f"rows or images of {entry.id} were indexed as counting something else than data.row_fps, "
                 "data.row_base, data.frame_numbering, data.frame_base or data.folder_fps asks for"
             )
-    keeps_splits = index.made_from and not split_is_asked_for(data.split)  # those of the older files
+    keeps_splits = index.made_from and rule_asked_for(data.split) is None  # those of the older files
     if not keeps_splits:
         wanted = assign_splits(index.found_ids(), spec, data.split)
         for video in index.videos:

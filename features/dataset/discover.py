@@ -333,15 +333,14 @@ def id_of_folder(name: str, spec: DataSetSpec) -> str | None:
 def _choices(role: str, first: str, second: str, found: dict[str, list[str]]) -> str:
     """How to choose one of two files of one video; a folder is suggested only if that loses no other video."""
     one, other = PurePosixPath(first).parent, PurePosixPath(second).parent
-    folders = [folder for folder, rest in ((one, other), (other, one)) if not rest.is_relative_to(folder)]
     folders = [
         folder
-        for folder in folders
-        if all(any(PurePosixPath(path).is_relative_to(folder) for path in paths) for paths in found.values())
+        for folder, rest in ((one, other), (other, one))
+        if not rest.is_relative_to(folder)
+        and all(any(PurePosixPath(path).is_relative_to(folder) for path in paths) for paths in found.values())
     ]
     if role in KINDS and folders:
-        choices = " or ".join(f"data.sources={role}:{folder}" for folder in folders)
-        return f"choose one with {choices}"
+        return "choose one with " + " or ".join(f"data.sources={role}:{folder}" for folder in folders)
     excluded = json.dumps({second: "second copy"}, ensure_ascii=False)
     return f"remove one of them, or leave one out with --set 'data.exclude={excluded}'"
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from features.dataset.index import Index, VideoEntry
-from features.video.times import on_screen, require_held
+from features.video.times import RATE_TOLERANCE, on_screen
 
 
 def sampled_frames(entry: VideoEntry, fps: float) -> NDArray[np.int64]:
@@ -19,12 +19,10 @@ def sampled_frames(entry: VideoEntry, fps: float) -> NDArray[np.int64]:
     several of these times is taken once. Raises UserError if `fps` is higher than the rate of the frames or images.
     """
     stride = entry.image_stride
-    held = f"{entry.fps:.4g} fps" if stride == 1 else f"images of one in {stride} frames at {entry.fps:g} fps"
-    held += " on average" * (entry.times is not None)
-    try:
-        require_held(fps, entry.most_fps, held)
-    except UserError as error:
-        raise UserError(f"{entry.id}: {error}") from error
+    if fps > entry.most_fps * (1 + RATE_TOLERANCE):
+        held = f"{entry.fps:.4g} fps" if stride == 1 else f"images of one in {stride} frames at {entry.fps:g} fps"
+        held += " on average" * (entry.times is not None)
+        raise UserError(f"{entry.id}: data.fps={fps:g} is too high for {held}; the most is {entry.most_fps:.4g}")
     first = entry.frames.first if entry.frames else 0
     shown = np.arange(first, entry.frame_count, stride, dtype=np.int64)
     time_s = frame_times_s(entry, shown)

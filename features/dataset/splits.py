@@ -31,17 +31,14 @@ def assign_splits(ids: Sequence[str], spec: DataSetSpec, split: SplitConfig) -> 
     published splits in the data set's description, whose missing videos are ignored. Entries of lists are ids or shell
     patterns; videos in no list get "none". Raises UserError if a rule that was asked for does not fit these videos.
     """
-    rule = _rule_asked_for(split)
-    if rule is not None:
-        return _by_rule(rule, ids, spec, split)
     if usual_split_problem(ids, spec, split):
         return dict.fromkeys(ids, "none")
-    return _by_rule(spec.default_split, ids, spec, split)
+    return _by_rule(rule_asked_for(split) or spec.default_split, ids, spec, split)
 
 
 def usual_split_problem(ids: Sequence[str], spec: DataSetSpec, split: SplitConfig) -> str | None:
     """Why the data set's usual split does not fit; None when it does, or when the settings ask for another."""
-    if _rule_asked_for(split) is not None:
+    if rule_asked_for(split) is not None:
         return None
     try:
         _by_rule(spec.default_split, ids, spec, split)
@@ -50,13 +47,11 @@ def usual_split_problem(ids: Sequence[str], spec: DataSetSpec, split: SplitConfi
     return None
 
 
-def split_is_asked_for(split: SplitConfig) -> bool:
-    """Whether the settings name a split; otherwise the data set or the index decides."""
-    return _rule_asked_for(split) is not None
+def rule_asked_for(split: SplitConfig) -> str | None:
+    """The rule that the settings ask for; None where the data set or the index decides.
 
-
-def _rule_asked_for(split: SplitConfig) -> str | None:
-    """The rule that the settings ask for. Raises UserError if they ask for two."""
+    Raises UserError if they ask for two.
+    """
     listed = any((split.train, split.val, split.test))
     if listed and split.rule not in (None, "lists"):
         raise UserError(f"data.split: lists of videos are given, but data.split.rule is {split.rule}; set it to lists")

@@ -128,7 +128,7 @@ class FrameCache:
     def _attributes(self, request: CacheRequest) -> dict[str, Any]:
         """The attributes of a file that belongs to this request."""
         own = {"schema_version": SCHEMA_VERSION, "digest": self.digest}
-        return {**own, **request.source.attributes(), "fps": self.fps}
+        return {**own, **vars(request.source), "fps": self.fps}
 
     def _write(self, temporary: Path, request: CacheRequest, on_frame: Callable[[int], None] | None) -> None:
         count = len(request.frame_index)

@@ -128,19 +128,16 @@ def simulate(
     stop = StopRequest() if stop is None else stop
     writer = _Writer(out, settings)
     jobs: list[_Video] = []
-    skipped: list[str] = []
+    complete: list[_Video] = []
     for number in range(first_number, first_number + videos):
         stop.raise_if_set()
-        job, complete = writer.plan(number)
-        if complete:
-            skipped.append(job.name)
-        else:
-            jobs.append(job)
+        job, is_complete = writer.plan(number)
+        (complete if is_complete else jobs).append(job)
     for job, reason in work_through(writer, jobs, min(workers, len(jobs)), "simulating", stop):
         if reason is not None:
             raise UserError(reason if isinstance(reason, VideoFault) else f"{out}: {job.name}: {reason}; {_RESUME}")
-    made = tuple(sorted(job.name for job in jobs))
-    return SimulatedData(made, tuple(sorted(skipped)), sum(job.frames / fps for job in jobs))
+    made, skipped = (tuple(sorted(job.name for job in part)) for part in (jobs, complete))
+    return SimulatedData(made, skipped, sum(job.frames / fps for job in jobs))
 
 
 # ---------------------------------------------------------------------------------------------- before the first video

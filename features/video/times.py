@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from configs.errors import UserError
 from configs.schema import Strict
 
 RATE_TOLERANCE = 0.005  # 29.97 counts as 30, 23.976 as 24; 24 and 25 stay apart
@@ -88,9 +87,3 @@ def on_screen(time_s: NDArray[np.float64], end_s: float, fps: float) -> NDArray[
 def same_rate(fps: float, other_fps: float) -> bool:
     """Whether two rates are the same within `RATE_TOLERANCE`, such as 29.97 and 30."""
     return abs(fps - other_fps) <= RATE_TOLERANCE * other_fps
-
-
-def require_held(fps: float, most_fps: float, held: str) -> None:
-    """Raise UserError if `fps` is higher than `most_fps`, the highest rate of `held` (for the message)."""
-    if fps > most_fps * (1 + RATE_TOLERANCE):
-        raise UserError(f"data.fps={fps:g} is too high for {held}; the most is {most_fps:.4g}")

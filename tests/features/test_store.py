@@ -224,7 +224,8 @@ def test_a_file_of_another_source_or_encoder_does_not_verify(tmp_path: Path) -> 
     path = tmp_path / "video01.h5"
     write(path)
     assert verify_file(path, ENCODER, source()) is None
-    assert verify_file(path, ENCODER, replace(source(), sha256_ends="other")) == "the source video has changed since"
+    changed = replace(source(), source_sha256_ends="other")
+    assert verify_file(path, ENCODER, changed) == "the source video has changed since"
     assert verify_file(path, replace(ENCODER, fps=5.0), source()) == "made by another encoder"
     assert verify_file(path, ENCODER, source("video02")) == "contains the features of video video01"
 

@@ -54,7 +54,7 @@ def test_tool_absent_from_a_video_is_left_out_there_and_unlabelled_frames_everyw
 
 def test_tool_that_never_appears_has_no_number_and_no_weight():
     truth, scores = {"v": np.array([[1, 0], [0, 0]])}, {"v": np.array([[0.9, 0.9], [0.1, 0.2]])}
-    result = evaluate_tools(truth, scores, TOOLS, threshold=0.5)
+    result = evaluate_tools(truth, scores, TOOLS, dict.fromkeys(TOOLS, 0.5))
     assert result["per_tool"]["Hook"]["ap_pooled"] is None
     assert result["per_tool"]["Hook"]["precision"] is None
     assert result["per_tool"]["Hook"]["f1"] is None
@@ -72,12 +72,12 @@ def test_video_without_tool_labels_is_left_out_and_named():
 
 def test_threshold_scores_by_hand():
     truth, scores = {"v": column(1, 1, 0, 0, 1)}, {"v": column(0.9, 0.4, 0.6, 0.1, 0.7)}
-    hook = evaluate_tools(truth, scores, ("Hook",), threshold=0.5)["per_tool"]["Hook"]
+    hook = evaluate_tools(truth, scores, ("Hook",), {"Hook": 0.5})["per_tool"]["Hook"]
     assert hook["threshold"] == 0.5
     assert hook["precision"] == hook["recall"] == hook["f1"] == pytest.approx(200 / 3)
-    hook = evaluate_tools(truth, scores, ("Hook",), threshold={"Hook": 0.4})["per_tool"]["Hook"]
+    hook = evaluate_tools(truth, scores, ("Hook",), {"Hook": 0.4})["per_tool"]["Hook"]
     assert (hook["precision"], hook["recall"]) == (pytest.approx(75), 100)
-    nothing = evaluate_tools(truth, scores, ("Hook",), threshold=2.0)["per_tool"]["Hook"]
+    nothing = evaluate_tools(truth, scores, ("Hook",), {"Hook": 2.0})["per_tool"]["Hook"]
     assert (nothing["precision"], nothing["recall"], nothing["f1"]) == (None, 0, 0)
 
 
@@ -95,13 +95,13 @@ def test_pooled_equals_scikit_learn_and_chosen_thresholds_are_the_best(seed, fra
     for k, tool in enumerate(TOOLS):
         f1 = {limit: f1_score(labels[:, k], values[:, k] >= limit) for limit in np.unique(values[:, k])}
         assert f1[chosen[tool]] == pytest.approx(max(f1.values()))
-        at_best = evaluate_tools(truth, scores, TOOLS, threshold=chosen)
+        at_best = evaluate_tools(truth, scores, TOOLS, chosen)
         assert at_best["per_tool"][tool]["f1"] == pytest.approx(100 * max(f1.values()))
 
 
 def test_perfect_scores_are_100_and_logits_give_the_same_as_probabilities():
     truth = {"v1": np.array([[1, 0], [0, 1], [1, 1]]), "v2": np.array([[0, 1], [1, 0]])}
-    perfect = evaluate_tools(truth, truth, TOOLS, threshold=choose_thresholds(truth, truth, TOOLS))
+    perfect = evaluate_tools(truth, truth, TOOLS, choose_thresholds(truth, truth, TOOLS))
     assert perfect["map_pooled"] == perfect["map_video"] == perfect["at_threshold"]["f1"] == 100
     logits = {name: np.random.default_rng(0).normal(size=labels.shape) for name, labels in truth.items()}
     probabilities = {name: 1 / (1 + np.exp(-values)) for name, values in logits.items()}
@@ -113,18 +113,17 @@ def test_threshold_of_a_tool_that_never_appears_in_validation():
 
 
 @pytest.mark.parametrize(
-    ("truth", "scores", "threshold", "message"),
+    ("truth", "scores", "message"),
     [
-        ({"v1": column(1, 0)}, {}, None, "v1: no tool scores"),
-        ({"v1": column(1, 0)}, {"v1": column(1, 0), "v2": column(1)}, None, "v2: no tool labels"),
-        ({"v1": column(1, 0)}, {"v1": column(1, 0, 1)}, None, r"v1: tool labels \(2, 1\) and scores \(3, 1\)"),
-        ({"v1": column(1, 2)}, {"v1": column(1, 0)}, None, "v1: tool labels must be 1, 0 or -1"),
-        ({"v1": column(1, 0)}, {"v1": column(np.nan, 0)}, None, "v1: tool scores hold NaN"),
-        ({"v1": column(-1, -1)}, {"v1": column(1, 0)}, None, "no video has tool labels"),
-        ({"v1": column(1, 0)}, {"v1": column(1, 0)}, {"Grasper": 0.5}, "no threshold for tool 'Hook'"),
+        ({"v1": column(1, 0)}, {}, "v1: no tool scores"),
+        ({"v1": column(1, 0)}, {"v1": column(1, 0), "v2": column(1)}, "v2: no tool labels"),
+        ({"v1": column(1, 0)}, {"v1": column(1, 0, 1)}, r"v1: tool labels \(2, 1\) and scores \(3, 1\)"),
+        ({"v1": column(1, 2)}, {"v1": column(1, 0)}, "v1: tool labels must be 1, 0 or -1"),
+        ({"v1": column(1, 0)}, {"v1": column(np.nan, 0)}, "v1: tool scores hold NaN"),
+        ({"v1": column(-1, -1)}, {"v1": column(1, 0)}, "no video has tool labels"),
     ],
 )
-def test_what_cannot_be_scored_is_one_clear_line(truth, scores, threshold, message):
+def test_what_cannot_be_scored_is_one_clear_line(truth, scores, message):
     with pytest.raises(UserError, match=message) as caught:
-        evaluate_tools(truth, scores, ("Hook",), threshold)
+        evaluate_tools(truth, scores, ("Hook",))
     assert "\n" not in str(caught.value)

@@ -92,7 +92,7 @@ def test_tool_table_with_and_without_thresholds():
     assert f"{plain.map_pooled:.1f}" in next(line for line in text.splitlines() if line.startswith("mean (mAP)"))
     assert next(line for line in text.splitlines() if line.startswith("Hook")).split() == ["Hook", "-", "-", "0"]
     assert "F1" not in text
-    text = shown(tool_table(evaluate_tools(truth, scores, ("Grasper", "Hook"), threshold=0.5)))
+    text = shown(tool_table(evaluate_tools(truth, scores, ("Grasper", "Hook"), {"Grasper": 0.5, "Hook": 0.5})))
     assert "F1" in text
 
 

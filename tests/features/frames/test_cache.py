@@ -148,7 +148,7 @@ def test_a_file_records_its_identity(tmp_path, video):
         assert [file[name].shape for name in ("blobs", "crc32", "frame_index")] == [(12,)] * 3
     assert attributes["complete"]
     assert attributes["video_id"] == "video01"
-    assert attributes["source_sha256_ends"] == request.source.sha256_ends
+    assert attributes["source_sha256_ends"] == request.source.source_sha256_ends
     assert (attributes["source_fps"], attributes["fps"]) == (25.0, 5.0)
     assert attributes["reader"] == "pyav"
     assert '"box": [24, 0, 72, 64]' in attributes["geometry"]
