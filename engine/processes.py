@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from configs.errors import UserError, one_line
 from engine.launch import AGENT_STORE, Launch, launch, launcher_died, set_torchrun_variables
+from engine.stopping import Stopped, StopRequest
 
 if TYPE_CHECKING:
     import torch
-
-    from engine.stopping import StopRequest
 
 
 Value = TypeVar("Value")
@@ -58,7 +57,8 @@ class Processes:
     """
 
     def __init__(self, rank: int = 0, count: int = 1, group: Any = None, stop: StopRequest | None = None) -> None:
-        self.rank, self.count, self._group, self._stop = rank, count, group, stop
+        self.rank, self.count, self._group = rank, count, group
+        self.stop = StopRequest() if stop is None else stop
 
     @property
     def first(self) -> bool:
@@ -139,8 +139,6 @@ class Processes:
         """
         if self.count == 1:
             return [work()]
-        from engine.stopping import Stopped
-
         value: Any = None
         error: str | None = None
         stopped = 0
@@ -148,8 +146,7 @@ class Processes:
             value = work()
         except UserError as problem:
             error = str(problem)
-            if self._stop is not None:
-                self._stop.ask_others(signal.SIGTERM)  # makes the other ranks stop; they get the reason below
+            self.stop.ask_others(signal.SIGTERM)  # makes the other ranks stop; they get the reason below
         except Stopped as stop:
             stopped = stop.number
         self._wait_for_all()
@@ -173,8 +170,7 @@ class Processes:
         waiting = dist.all_reduce(torch.zeros(1), group=self._group, async_op=True)
         pause_s = 0.001
         while not waiting.is_completed():
-            if self._stop is not None:
-                self._stop.poll()
+            self.stop.poll()
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.1)
         waiting.wait()
@@ -196,8 +192,9 @@ def join(device: str, stop: StopRequest | None = None) -> Processes:
     two ranks have the same GPU, or if not all ranks join; if a rank failed, the message is that rank's error.
     """
     here = launch()
+    stop = StopRequest() if stop is None else stop
     if here.count == 1:
-        return Processes()
+        return Processes(stop=stop)
     set_torchrun_variables()
     import torch.distributed as dist
     from accelerate import PartialState
@@ -207,8 +204,7 @@ def join(device: str, stop: StopRequest | None = None) -> Processes:
     chosen = choose_device(device)
     try:
         store = error_store(JOIN_TIMEOUT_S)
-        if stop is not None:
-            stop.ask_others = _signal_exchange(store)
+        stop.ask_others = _signal_exchange(store)
         _wait_for_ranks(store, here, stop)
         if chosen.type == "cuda":
             # By default Accelerate tells torch that the number of a rank's GPU is the rank's number on this machine.
@@ -280,7 +276,7 @@ def error_store(timeout_s: float) -> Any:
     return dist.PrefixStore(f"surgstage/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _wait_for_ranks(store: Any, here: Launch, stop: StopRequest | None) -> None:
+def _wait_for_ranks(store: Any, here: Launch, stop: StopRequest) -> None:
     """Wait until every rank has started, or raise the error of a rank that has failed.
 
     torch's own rendezvous would wait for the failed rank until its timeout.
@@ -288,8 +284,7 @@ def _wait_for_ranks(store: Any, here: Launch, stop: StopRequest | None) -> None:
     store.add("here", 1)
     deadline = time.monotonic() + JOIN_TIMEOUT_S
     while (found := store.add("here", 0)) < here.count:
-        if stop is not None:
-            stop.raise_if_set()
+        stop.raise_if_set()
         if store.check(["error"]) and not store.check(["stop"]):
             raise Failed(store.get("error").decode())
         if time.monotonic() > deadline:

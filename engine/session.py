@@ -37,7 +37,7 @@ from engine.logs import MetricLog
 from engine.optim import Schedule, build_optimizer
 from engine.processes import Failed, Processes
 from engine.progress import progress_bar, say
-from engine.stopping import Stopped, StopRequest
+from engine.stopping import Stopped
 
 Batch = TypeVar("Batch")
 LOG_EVERY_STEPS = 20
@@ -82,10 +82,9 @@ class TrainingSession:
         groups: Iterable[dict[str, Any]],
         config: LoopConfig,
         describe: dict[str, Any],
-        stop: StopRequest,
+        processes: Processes,
         accumulate_steps: int = 1,
         bar: bool = True,
-        processes: Processes | None = None,
         reads_late: bool | None = None,
     ) -> None:
         self.folder, self.accelerator, self.config, self.describe = folder, accelerator, config, describe
@@ -99,9 +98,8 @@ class TrainingSession:
         self.log = MetricLog(folder, enabled=accelerator.is_main_process)
         self.position = Position()
         self._last, self._best = RollingCheckpoint(folder / "last.pt"), RollingCheckpoint(folder / "best.pt")
-        self.processes = Processes() if processes is None else processes
-        self._stop, self._accumulate = stop, accumulate_steps
-        self._bar_wanted = bar and self.processes.first
+        self.processes, self._stop, self._accumulate = processes, processes.stop, accumulate_steps
+        self._bar_wanted = bar and processes.first
         self._sharing = False
         if not self.processes.first:
             # each rank draws its own dropout masks

@@ -96,7 +96,7 @@ def train_cnn(
     # these two lines find errors before hours of decoding
     data = processes.each(lambda: load_frames(config, index, root))
     processes.from_first(stage.check)
-    readable = cache_readable(config, index, root, processes, stop)
+    readable = cache_readable(config, index, root, processes)
     if readable is not index:
         stage = StageFolder(run, CHECKPOINT_STAGE, config, identity(config, readable))
         data = processes.each(lambda: load_frames(config, readable, root))
@@ -104,7 +104,7 @@ def train_cnn(
     processes.from_first(stage.open)  # not earlier, so that settings that do not allow training leave no folder behind
     if cnn.weights == "cached":
         say(f"initial weights: {settled_weights(cnn)} (cnn.weights=cached: ImageNet's where this machine has them)")
-    train_net(stage.path, net, config, data, accelerator, stop, processes)
+    train_net(stage.path, net, config, data, accelerator, processes)
     return processes.from_first(lambda: _finish(stage, config, data, precision))
 
 
@@ -153,7 +153,6 @@ def train_net(
     config: Config,
     data: FrameData,
     accelerator: Accelerator,
-    stop: StopRequest,
     processes: Processes,
 ) -> None:
     """The training loop of stage one; it writes `best.pt`, `last.pt` and `metrics.jsonl` into `folder`."""
@@ -163,12 +162,10 @@ def train_net(
     if cnn.sync_batch_norm:
         synchronise_batch_norm(net, processes, device)
     groups, about = parameter_groups(net, cnn.backbone_lr_factor), CnnAbout.of(net, spec).to_json()
-    session = TrainingSession(
-        folder, accelerator, net, groups, cnn, about, stop, cnn.accumulate_steps, processes=processes
-    )
+    session = TrainingSession(folder, accelerator, net, groups, cnn, about, processes, cnn.accumulate_steps)
     session.resume()
     dataset = ClipDataset({"train": data.train, "val": data.val}, config.preprocess.crop_px, cnn.augment, config.seed)
-    with FrameLoader(dataset, cnn.workers, device, stop) as loader:
+    with FrameLoader(dataset, cnn.workers, device, processes.stop) as loader:
         for epoch in session.epochs():
             whole = training_requests(config.seed, epoch, len(data.train), cnn.batch_frames, cnn.frames_per_epoch)
             requests = [request.share(processes.rank, processes.count, smallest=2) for request in whole]

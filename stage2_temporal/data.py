@@ -296,14 +296,9 @@ class TrainingData:
     """The training and validation videos of a feature folder that have phase labels."""
 
     bank: FeatureBank
-    train: list[Span]
-    val: list[Span]
     split: dict[str, list[str]]  # the ids of the videos in "train" and "val"
-    phases: tuple[str, ...]
     encoder_digest: str
     encoder: dict[str, Any]  # the encoder's description, for `predict`; `encoder_digest` is its digest
-    backbone: str
-    fps: float
     labels_sha256: str
     folder: Path
     tool_logits: Tensor  # (N, K) fp32, NaN if the encoder has no tool head
@@ -313,6 +308,21 @@ class TrainingData:
     by_time: bool = False  # whether earlier versions would have sampled other frames
     has_tool_logits: bool = False  # whether the last K columns of the bank are the tool logits
     scored: Tensor | None = None  # (N,) bool, the rows that count in validation; None: all labelled rows
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """Names of the phases."""
+        return self.index.dataset.phases
+
+    @property
+    def train(self) -> list[Span]:
+        """Rows of the training videos."""
+        return [self.bank.span_of(video_id) for video_id in self.split["train"]]
+
+    @property
+    def val(self) -> list[Span]:
+        """Rows of the validation videos."""
+        return [self.bank.span_of(video_id) for video_id in self.split["val"]]
 
     def to(self, device: torch.device) -> TrainingData:
         """The same data with features and phases on another device."""
@@ -355,25 +365,18 @@ def read_training_data(folder: Path, where_features: schema.FeaturesIn = "memory
     ids = [*split["train"], *split["val"]]
     in_memory = where_features == "memory" or (where_features == "auto" and fit_in_memory(folder, ids, device))
     videos = load_feature_set(folder, ids, in_memory)
-    phases = tuple(index.dataset.phases)
-    _check(folder, videos, phases)
+    _check(folder, videos, index.dataset.phases)
     split = {name: _labelled(ids, videos, name, where) for name, ids in split.items()}
     if not split["train"]:
         raise UserError(f"{where}: no training video has phase labels; add phase annotations, then index and extract")
     videos = {video_id: videos[video_id] for ids in split.values() for video_id in ids}
     attributes = next(iter(videos.values())).attributes
     fps = float(attributes.get("fps", 0.0))
-    bank = FeatureBank.of(videos) if in_memory else FeatureBank.streamed(videos)
     return TrainingData(
-        bank=bank,
-        train=[bank.span_of(video_id) for video_id in split["train"]],
-        val=[bank.span_of(video_id) for video_id in split["val"]],
+        bank=FeatureBank.of(videos) if in_memory else FeatureBank.streamed(videos),
         split=split,
-        phases=phases,
         encoder_digest=str(attributes.get("encoder_digest")),
         encoder=recorded_encoder(attributes),
-        backbone=str(attributes.get("backbone")),
-        fps=fps,
         labels_sha256=_digest(videos),
         folder=folder,
         tool_logits=torch.cat([torch.from_numpy(video.tool_logits) for video in videos.values()]),

@@ -37,7 +37,7 @@ from engine.training_result import TrainingResult
 from evaluation.metrics.phases import majority_phase
 from features.dataset.catalogue import say_left_out
 from features.frames.settings_match import require_features_of
-from stage2_temporal.data import NO_LABEL, FeatureBank, Span, TrainingData, epoch_batches, read_training_data
+from stage2_temporal.data import NO_LABEL, Batch, FeatureBank, Span, TrainingData, epoch_batches, read_training_data
 from stage2_temporal.heads.base import build_head, detach_state, first_rows
 from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.model import PhaseModel
@@ -88,11 +88,11 @@ def train_temporal(
         say(f"{folder}: no validation videos with phases, so the last epoch is kept instead of the best")
     constants = _constants(config, data)
     data = data.to(accelerator.device)
-    outcome = train_head(stage.path, config.temporal.head, config, data, constants, accelerator, stop, processes)
+    outcome = train_head(stage.path, config.temporal.head, config, data, constants, accelerator, processes)
     frame = None
     if config.temporal.baseline:
         linear = schema.LinearHead(name="linear")
-        frame = train_head(stage.path / FRAME_FOLDER, linear, config, data, constants, accelerator, stop, processes)
+        frame = train_head(stage.path / FRAME_FOLDER, linear, config, data, constants, accelerator, processes)
     computed = {"device": str(accelerator.device), "precision": precision, "features": str(folder)}
     return processes.from_first(lambda: _combined(data, outcome, frame, computed).write(stage))
 
@@ -105,63 +105,77 @@ def train_head(
     data: TrainingData,
     constants: tuple[Tensor, Tensor],
     accelerator: Accelerator,
-    stop: StopRequest,
     processes: Processes,
 ) -> TrainingResult:
     """The training loop of stage two for one head: writes `best.pt`, `last.pt` and `metrics.jsonl` into `folder`."""
-    settings, bank = config.temporal, data.bank
+    settings = config.temporal
     give_back_freed_memory()
     trimmed = time.monotonic()
     seed_everything(config.seed)
-    model = PhaseModel(Standardise(*constants), build_head(head, bank.embedding_dim, len(data.phases)))
-    model.head.configure_training(settings)
-    if settings.start_from is not None and head == settings.head:
-        from stage2_temporal.joint.net import phase_weights  # the encoders of images, which no other start needs
-
-        model.load_state_dict(phase_weights(settings.start_from, data.phases, head, bank.embedding_dim))
-    labelled = count_phases(bank, data.train, len(data.phases))  # (C,)
+    model = _initial_model(head, config, data, constants)
+    labelled = count_phases(data.bank, data.train, len(data.phases))  # (C,)
     criterion = PhaseLoss(settings, labelled, processes.total)
     groups = [{"params": model.head.parameters(), "name": "head"}]
     make_folder(folder)
-    steps_take_long = settings.sequence.mode == "clips"
-    about = _describe(head, config, data).to_json()
-    session = TrainingSession(
-        folder, accelerator, model, groups, settings, about, stop, bar=steps_take_long, processes=processes
-    )
+    about, steps_take_long = _describe(head, config, data).to_json(), settings.sequence.mode == "clips"
+    session = TrainingSession(folder, accelerator, model, groups, settings, about, processes, bar=steps_take_long)
     session.resume()
-
     with progress_bar(
         settings.epochs, head.name, "epoch", initial=session.position.epoch, disable=not processes.first
     ) as bar:
         for epoch in session.epochs():
             batches = epoch_batches(data.train, settings.sequence, config.seed, epoch)
-            remaining = batches[session.position.step :]
+            remaining = len(batches) - session.position.step
             started = time.monotonic()
-            shares = [whole.share(processes.rank, processes.count) for whole in remaining]
-            for (batch, counts), (x, phase) in session.batches(
-                bank.gathered(shares), len(batches)
-            ):  # (B, T, D), (B, T)
-                if not counts:
-                    phase.fill_(NO_LABEL)
-                state = None if batch.fresh else first_rows(model.carried, len(batch))
-                with session.autocast():
-                    output = session.model(x, state, batch.lengths)
-                model.carried = detach_state(output.state) if settings.sequence.mode == "chunked" and counts else ()
-                loss = criterion(output.logits_per_stage, phase)
-                del output  # otherwise its hidden features would take up memory during the backward pass
-                session.update(loss, partial(bank.names, batch))
-            model.carried = ()
+            _train_epoch(session, model, criterion, data.bank, batches, settings.sequence.mode == "chunked")
             seconds = max(time.monotonic() - started, 1e-9)
             if time.monotonic() - trimmed > TRIM_INTERVAL_S:
                 give_back_freed_memory()
                 trimmed = time.monotonic()
-            speed = int(labelled.sum()) * len(remaining) / len(batches) / seconds
+            speed = int(labelled.sum()) * remaining / len(batches) / seconds
             accuracy = validate(model, data, settings.sequence, session)
             bar.set_postfix(loss=f"{session.mean_loss:.4f}", val_accuracy=accuracy, refresh=False)
             bar.update(1)
             session.finish_epoch({"val_accuracy": accuracy, "frames_per_s": round(speed, 1)}, accuracy)
-
     return processes.from_first(lambda: _outcome(folder, session, model))
+
+
+def _initial_model(
+    head: schema.HeadSettings, config: Config, data: TrainingData, constants: tuple[Tensor, Tensor]
+) -> PhaseModel:
+    """Return the model before the first step: new weights, or those of `temporal.start_from` if it has this head."""
+    settings, width = config.temporal, data.bank.embedding_dim
+    model = PhaseModel(Standardise(*constants), build_head(head, width, len(data.phases)))
+    model.head.configure_training(settings)
+    if settings.start_from is not None and head == settings.head:
+        from stage2_temporal.joint.net import phase_weights  # the encoders of images, which no other start needs
+
+        model.load_state_dict(phase_weights(settings.start_from, data.phases, head, width))
+    return model
+
+
+def _train_epoch(
+    session: TrainingSession,
+    model: PhaseModel,
+    criterion: PhaseLoss,
+    bank: FeatureBank,
+    batches: Sequence[Batch],
+    carries: bool,
+) -> None:
+    """Take the epoch's remaining steps; `carries`: the state is carried from a batch to its continuation."""
+    processes = session.processes
+    shares = [whole.share(processes.rank, processes.count) for whole in batches[session.position.step :]]
+    for (batch, counts), (x, phase) in session.batches(bank.gathered(shares), len(batches)):  # (B, T, D), (B, T)
+        if not counts:
+            phase.fill_(NO_LABEL)
+        state = None if batch.fresh else first_rows(model.carried, len(batch))
+        with session.autocast():
+            output = session.model(x, state, batch.lengths)
+        model.carried = detach_state(output.state) if carries and counts else ()
+        loss = criterion(output.logits_per_stage, phase)
+        del output  # otherwise its hidden features would take up memory during the backward pass
+        session.update(loss, partial(bank.names, batch))
+    model.carried = ()
 
 
 class PhaseLoss:
@@ -308,8 +322,8 @@ def _describe(head: schema.HeadSettings, config: Config, data: TrainingData) -> 
         dataset=data.index.dataset.name,
         encoder_digest=data.encoder_digest,
         encoder=data.encoder,
-        backbone=data.backbone,
-        fps=data.fps,
+        backbone=str(data.encoder["backbone"]),
+        fps=float(data.encoder["fps"] or 0.0),
         inference=config.temporal.sequence.inference,
         frames=config.temporal.sequence.frames,
         seed=config.seed,

@@ -71,13 +71,13 @@ def recorded_faults(folder: Path, index: Index) -> list[tuple[str, str]]:
     return found
 
 
-def cache_readable(config: Config, index: Index, root: Path, processes: Processes, stop: StopRequest) -> Index:
+def cache_readable(config: Config, index: Index, root: Path, processes: Processes) -> Index:
     """Decode training and validation videos into the cache; the index without those that cannot be read.
 
     Raises UserError if that leaves a split without videos, and for what `fill_cache` raises it.
     """
     videos = processes.share([*index.by_split("train"), *index.by_split("val")])
-    parts = processes.together(lambda: fill_cache(config, index, root, videos, stop))
+    parts = processes.together(lambda: fill_cache(config, index, root, videos, processes.stop))
     index = index.without(fault for part in parts for fault in part)
     index.require_videos("train", "val")
     return index

@@ -132,7 +132,7 @@ def train_joint(
     if waiting:
         say_few_cores(choose_device(config.device))
         processes.from_first(waiting[0].check)
-        readable = cache_readable(config, index, root, processes, stop)
+        readable = cache_readable(config, index, root, processes)
         if readable is not index:
             index, stages = readable, _stages(config, run, readable, files)
             data = processes.each(lambda: _load(config, readable, root))
@@ -142,7 +142,7 @@ def train_joint(
         finished = processes.from_first(stage.begin)
         if finished is None:
             say(f"== {step}: {settings.epochs} epochs")
-            train_step(stage.path, step, settings, net, config, data, stop, processes)
+            train_step(stage.path, step, net, config, data, processes)
             result = processes.from_first(partial(_finish, stage, step, config, data, net))
         else:
             say(f"{stage.path}: finished before with these settings, nothing to do")
@@ -243,18 +243,16 @@ def leaves_unused(config: Config, step: str) -> bool:
 def train_step(
     folder: Path,
     step: str,
-    settings: JointStepConfig,
     net: JointNet,
     config: Config,
     data: JointData,
-    stop: StopRequest,
     processes: Processes,
 ) -> None:
     """The training loop of one step (`multitask`, `mapping` or `correlation`).
 
     It writes `best.pt`, `last.pt` and `metrics.jsonl` into `folder`.
     """
-    joint, spans = config.joint, spans_of(data.train)
+    joint, settings, spans = config.joint, schedule(config)[step], spans_of(data.train)
     seed_everything(config.seed)
     name = f"joint.{step}.precision"
     accelerator, precision = make_accelerator(config.device, settings.precision, name, leaves_unused(config, step))
@@ -267,12 +265,12 @@ def train_step(
     about = JointAbout.of(net, config.temporal.head, config, data.index.dataset, step)
     groups = parameter_groups(net, settings.backbone_lr_factor, "branches")
     session = TrainingSession(
-        folder, accelerator, net, groups, settings, about.to_json(), stop, joint.accumulate_steps, processes=processes
+        folder, accelerator, net, groups, settings, about.to_json(), processes, joint.accumulate_steps
     )
     session.resume()
     criterion, phase = JointLoss(joint.loss, step, processes.total), net.phase
     dataset = ClipDataset({"train": data.train}, config.preprocess.crop_px, joint.augment, config.seed)
-    with FrameLoader(dataset, joint.workers, device, stop) as loader:
+    with FrameLoader(dataset, joint.workers, device, processes.stop) as loader:
         for epoch in session.epochs():
             whole = clip_requests(spans, joint.sequence, config.seed, epoch, joint.clips_per_epoch)
             requests = [request.share(processes.rank, processes.count) for request in whole]

@@ -34,15 +34,13 @@ def cli() -> None:
     """With the code that turns errors into one line and an exit code."""
 
 
-def session_in(folder: Path, processes: Processes, stop: StopRequest, **options: Any) -> TrainingSession:
+def session_in(folder: Path, processes: Processes, **options: Any) -> TrainingSession:
     seed_everything(1)
     model = nn.Linear(3, 1)
     accelerator, _ = make_accelerator("cpu", "fp32")
     groups = [{"params": model.parameters()}]
     config = LoopConfig(epochs=1, checkpoint_minutes=options.pop("checkpoint_minutes", 20.0))
-    return TrainingSession(
-        folder, accelerator, model, groups, config, {}, stop, bar=False, processes=processes, **options
-    )
+    return TrainingSession(folder, accelerator, model, groups, config, {}, processes, bar=False, **options)
 
 
 def take_minutes(look: Callable[[], None]) -> None:
@@ -58,7 +56,7 @@ def nan(folder: Path, late: bool = False) -> None:
     """The third batch of the second process has a loss that is not a number."""
     stop = StopRequest()
     processes = join("cpu", stop)
-    session = session_in(folder, processes, stop, reads_late=late)
+    session = session_in(folder, processes, reads_late=late)
     for _ in session.epochs():
         for batch in session.batches(range(5), 5):
             loss = session.model(torch.ones(2, 3)).mean()
@@ -94,7 +92,7 @@ def steps(folder: Path) -> None:
         ("saved", {"reads_late": True, "checkpoint_minutes": 1e-9}),
     ):
         (folder / name).mkdir(exist_ok=True)
-        session = session_in(folder / name, processes, stop, **options)
+        session = session_in(folder / name, processes, **options)
         counts = []
         for _ in session.epochs():
             for batch in session.batches(range(5), 5):
@@ -120,8 +118,8 @@ def twice(folder: Path) -> None:
             accelerator, _ = make_accelerator("cpu", precision)
         (folder / precision).mkdir(exist_ok=True)
         session = TrainingSession(
-            folder / precision, accelerator, net, [{"params": net.parameters()}], LoopConfig(epochs=1), {}, stop,
-            bar=False, processes=processes,
+            folder / precision, accelerator, net, [{"params": net.parameters()}], LoopConfig(epochs=1), {},
+            processes, bar=False,
         )  # fmt: skip
         assert session.model.module is net
         for _ in session.epochs():
@@ -139,7 +137,7 @@ def apart(folder: Path) -> None:
     """Validation that takes minutes, of which the first process has no part."""
     with watch_signals() as stop:
         processes = join("cpu", stop)
-        session = session_in(folder, processes, stop)
+        session = session_in(folder, processes)
 
         def work() -> None:
             if not processes.first:

@@ -24,6 +24,7 @@ from configs.schema import LoopConfig, OptimConfig
 from engine.checkpoints import RollingCheckpoint, load_checkpoint
 from engine.device import make_accelerator, seed_everything
 from engine.logs import read_metrics
+from engine.processes import Processes
 from engine.session import TrainingSession, epoch_generator
 from engine.stopping import Stopped, StopRequest
 from tests.onednn import cpu_with_bf16
@@ -60,7 +61,7 @@ def train(
         [{"params": model.parameters()}],
         config,
         {"kind": "test"},
-        stop,
+        Processes(stop=stop),
         accumulate,
         bar=False,
         reads_late=reads_late,
@@ -247,7 +248,7 @@ def test_a_net_that_is_trained_again_computes_in_the_precision_of_each_training(
             accelerator, _ = make_accelerator("cpu", precision)
             groups = [{"params": net.parameters()}]
             session = TrainingSession(
-                tmp_path, accelerator, net, groups, LoopConfig(epochs=1), {}, StopRequest(), bar=False
+                tmp_path, accelerator, net, groups, LoopConfig(epochs=1), {}, Processes(), bar=False
             )
             for _ in session.epochs():
                 for _ in session.batches(range(1), 1):
@@ -276,7 +277,7 @@ def test_accumulated_batches_step_like_one_large_batch(tmp_path: Path) -> None:
         model = nn.Linear(6, 1)
         accelerator, _ = make_accelerator("cpu", "fp32")
         session = TrainingSession(
-            tmp_path / str(batch), accelerator, model, [{"params": model.parameters()}], config, {}, StopRequest(),
+            tmp_path / str(batch), accelerator, model, [{"params": model.parameters()}], config, {}, Processes(),
             accumulate, bar=False,
         )  # fmt: skip
         (tmp_path / str(batch)).mkdir()
