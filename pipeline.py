@@ -29,6 +29,8 @@ for _package in PACKAGES:  # the names are common, and Python would import anoth
         )
         sys.exit(2)
 
+import configs  # noqa: E402, F401 - sets GOMP_SPINCOUNT, once `configs` is known to be this program's
+
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 # name: (module:function, first sentence of the command's help). --help lists the commands without importing them.
 COMMANDS = {

@@ -68,7 +68,7 @@ def load_feature_set(folder: Path, video_ids: Sequence[str], in_memory: bool = T
     """
     missing = [video_id for video_id in video_ids if not feature_path(folder, video_id).is_file()]
     if missing:
-        raise UserError(f"{folder}: features of {listed(missing, 5)} are missing; run extract to make them")
+        raise UserError(f"{folder}: no features of {listed(missing, 5)}; run extract to make them")
     loaded = {video_id: read_features(feature_path(folder, video_id), in_memory) for video_id in video_ids}
     require_one_encoder({feature_path(folder, name): video.attributes for name, video in loaded.items()})
     return loaded

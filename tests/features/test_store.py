@@ -275,7 +275,7 @@ def test_mixed_encoders_are_refused(tmp_path: Path) -> None:
 
 def test_missing_videos_are_named(tmp_path: Path) -> None:
     write(tmp_path / "video01.h5")
-    with pytest.raises(UserError, match="features of video02, video03 are missing; run extract"):
+    with pytest.raises(UserError, match="no features of video02, video03; run extract"):
         load_feature_set(tmp_path, ["video01", "video02", "video03"])
     with pytest.raises(UserError, match="no such feature folder"):
         list(verify_folder(tmp_path / "none"))

@@ -178,7 +178,7 @@ def test_reads_train_and_val_only(tmp_path: Path) -> None:
 def test_no_index(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "set", toy())
     (folder / "index.json").unlink()
-    with pytest.raises(UserError, match=r"set: holds no index\.json"):
+    with pytest.raises(UserError, match=r"set: contains no index\.json"):
         read_training_data(folder)
 
 

@@ -397,7 +397,7 @@ def test_bidirectional_trains_offline_but_not_in_chunks(train: Any, tmp_path: Pa
 
 
 def test_bad_features_leave_no_run_behind(train: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no index"):
+    with pytest.raises(UserError, match="contains no index"):
         train(folder=tmp_path / "nowhere")
     assert not (tmp_path / "run").exists()
 
