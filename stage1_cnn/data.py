@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from configs.errors import UserError
 from configs.schema import AugmentConfig, Config, PreprocessConfig
 from engine.launch import available_cores
-from engine.pool import failure_reason, serve_parent
+from engine.pool import Shared, failure_reason, serve_parent
 from engine.session import epoch_generator
 from engine.stopping import Stopped, StopRequest
 from features.dataset.index import Index, VideoEntry
@@ -232,6 +232,16 @@ class ClipDataset(Dataset):
 # ---------------------------------------------------------------------------------------------- loading
 
 
+class _SharedDataset(Dataset):
+    """A data set that loader processes receive in shared memory."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = Shared(dataset)
+
+    def __getitem__(self, request: Any) -> Any:
+        return self._dataset.value[request]
+
+
 class FrameLoader:
     """Loads requested batches in order, ahead of time, in loader processes that live until the loader is closed.
 
@@ -254,7 +264,7 @@ class FrameLoader:
                 "worker_init_fn": serve_parent,
             }
         self._loader: DataLoader | None = DataLoader(
-            dataset,
+            _SharedDataset(dataset) if workers else dataset,
             sampler=self._requests,
             batch_size=None,
             num_workers=workers,

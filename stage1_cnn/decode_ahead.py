@@ -23,6 +23,7 @@ from engine.memory import free_shared_memory
 from engine.pool import (
     VIDEO_ERRORS,
     WORTH_A_PROCESS_FRAMES,
+    Shared,
     attempt,
     failure_reason,
     processes_for,
@@ -52,12 +53,13 @@ class _DecodedFrames(IterableDataset[tuple[int, Message]]):
     """The messages of one decoding process, each with its video's number; a video's messages come in order."""
 
     def __init__(self, videos: Sequence[OpenVideo], batch_frames: int, taken: Any) -> None:
-        self._videos, self._batch_frames = list(videos), batch_frames
+        self._videos, self._batch_frames = Shared(list(videos)), batch_frames
         self._taken = taken  # shared counter: how many videos all processes together have taken so far
 
     def __iter__(self) -> Iterator[tuple[int, Message]]:
-        while (number := self._take()) < len(self._videos):
-            for message in _messages(self._videos[number], self._batch_frames):
+        videos = self._videos.value
+        while (number := self._take()) < len(videos):
+            for message in _messages(videos[number], self._batch_frames):
                 yield number, message
 
     def _take(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from common import (
     DEVICE,
     REHEARSE,
     ROOT,
+    SIMULATED,
     SPEED_UP,
     VIDEOS,
     WORK,
@@ -47,6 +49,14 @@ def about() -> None:
         figure("precision of auto", precision[True], extraction=precision[False])
     shm = shutil.disk_usage("/dev/shm").total / 2**30 if Path("/dev/shm").is_dir() else 0
     figure("shared memory, GiB", round(shm, 1))
+    importing = [sys.executable, "-c", "import torch"]
+    for count in dict.fromkeys([1, CORES]):
+        started = time.perf_counter()
+        running = [subprocess.Popen(importing) for _ in range(count)]
+        codes = {process.wait() for process in running}
+        figure(
+            f"seconds to import torch, {count} process(es) at once", time.perf_counter() - started, codes=list(codes)
+        )
     done = pipeline("doctor", timeout=40, check=False)
     lines = done.stdout.splitlines()
     bad = [line for line in lines if line.startswith(("FAIL", "warn"))]
@@ -136,7 +146,7 @@ def material() -> None:
         "simulate",
         str(WORK / "data"),
         "--videos",
-        str(VIDEOS),
+        str(SIMULATED),
         "--fps",
         "1",
         "--speed-up",
@@ -146,7 +156,15 @@ def material() -> None:
         *size,
         timeout=60,
     )
-    figure("simulated videos", VIDEOS, seconds=round(time.perf_counter() - started, 1))
+    for number in range(SIMULATED, VIDEOS):
+        for one in (
+            "videos/video{:02d}.mp4",
+            "phase_annotations/video{:02d}-phase.txt",
+            "tool_annotations/video{:02d}-tool.txt",
+        ):
+            first = WORK / "data" / one.format(number % SIMULATED + 1)
+            os.link(first, WORK / "data" / one.format(number + 1))
+    figure("simulated videos", SIMULATED, files=VIDEOS, seconds=round(time.perf_counter() - started, 1))
     pipeline("index", *settings(*base("data")), timeout=30)
     from start_up import phases_of, write_feature_set
 
@@ -188,7 +206,7 @@ def features() -> None:
             f"extract.precision={precision}",
             *net,
         ]
-        pipeline("extract", "--name", f"pair-{tag}", *settings(*chosen), timeout=60)
+        pipeline("extract", "--name", f"pair-{tag}", *settings(*chosen), timeout=120)
         parts = []
         for path in sorted(store.rglob("video*.h5")):
             with h5py.File(path, "r") as file:
@@ -230,19 +248,20 @@ def parity() -> None:
     chosen = [
         *base("data"),
         "cnn.epochs=1",
+        "cnn.workers=2",
         f"cnn.batch_frames={20 if REHEARSE else 100}",
         f"cnn.frames_per_epoch={60 if REHEARSE else 2000}",
     ]
-    pipeline("train-cnn", "--name", "two", *settings(*chosen), timeout=60)
+    pipeline("train-cnn", "--name", "two", *settings(*chosen), timeout=120)
     pipeline(
-        "extract", "--name", "two", *settings(*chosen, "extract.precision=fp32", "extract.storage=float32"), timeout=60
+        "extract", "--name", "two", *settings(*chosen, "extract.precision=fp32", "extract.storage=float32"), timeout=120
     )
     pipeline(
         "train-temporal",
         "--name",
         "two",
         *settings(*chosen, "temporal.epochs=2", "temporal.baseline=false"),
-        timeout=60,
+        timeout=120,
     )
 
     import torch
@@ -296,18 +315,22 @@ def small() -> list[str]:
         "cnn.epochs=2",
         f"cnn.batch_frames={batch}",
         f"cnn.frames_per_epoch={frames}",
+        "cnn.workers=2",
     ]
 
 
 def resume() -> None:
     """Training twice without a stop and once stopped by SIGTERM and resumed: largest difference of the weights."""
     for name in ("whole-a", "whole-b"):
-        pipeline("train-cnn", "--name", name, *settings(*small()), timeout=60)
+        pipeline("train-cnn", "--name", name, *settings(*small()), timeout=120)
     code = stopped("train-cnn", "stopped", small(), WORK / "runs" / "stopped" / "cnn" / "metrics.jsonl")
     figure("train-cnn: exit code after SIGTERM", code, 75)
-    pipeline("train-cnn", "--name", "stopped", *settings(*small()), timeout=60)
+    pipeline("train-cnn", "--name", "stopped", *settings(*small()), timeout=120)
     weights("train-cnn", "cnn", "whole-a", "whole-b", "stopped")
 
+
+def resume_temporal() -> None:
+    """The same for stage two, on chunks."""
     chosen = [
         *base("data"),
         "temporal.sequence.mode=chunked",
@@ -319,11 +342,11 @@ def resume() -> None:
     ]
     features_of = ["--features", str(WORK / "random_features")]
     for name in ("t-whole-a", "t-whole-b"):
-        pipeline("train-temporal", "--name", name, *features_of, *settings(*chosen), timeout=60)
+        pipeline("train-temporal", "--name", name, *features_of, *settings(*chosen), timeout=120)
     log = WORK / "runs" / "t-stopped" / "temporal" / "metrics.jsonl"
     code = stopped("train-temporal", "t-stopped", chosen, log, *features_of)
     figure("train-temporal: exit code after SIGTERM", code, 75)
-    pipeline("train-temporal", "--name", "t-stopped", *features_of, *settings(*chosen), timeout=60)
+    pipeline("train-temporal", "--name", "t-stopped", *features_of, *settings(*chosen), timeout=120)
     weights("train-temporal", "temporal", "t-whole-a", "t-whole-b", "t-stopped")
 
 
@@ -331,13 +354,13 @@ def stopped(command: str, name: str, chosen: list[str], log: Path, *words: str) 
     """Start a training, send SIGTERM after its first step; the exit code."""
     start = [sys.executable, str(ROOT / "pipeline.py"), command, "--name", name, *words, *settings(*chosen)]
     process = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if log.exists() and '"step"' in log.read_text(errors="replace"):
             process.send_signal(signal.SIGTERM)
             break
         time.sleep(0.02)
-    return process.wait(timeout=30)
+    return process.wait(timeout=120)
 
 
 def weights(what: str, stage: str, first: str, second: str, third: str) -> None:
@@ -361,16 +384,17 @@ def nccl() -> None:
     """One process under torchrun (NCCL, DistributedDataParallel) against none; two on one GPU must be refused."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     one = [sys.executable, *launcher, str(ROOT / "pipeline.py")]
-    done = run([*one, "train-cnn", "--name", "torchrun", *settings(*small())], 60, check=False)
+    done = run([*one, "train-cnn", "--name", "torchrun", *settings(*small())], 120, check=False)
     figure("torchrun with one process: exit code", done.returncode, 0)
     lines = done.stderr.splitlines()
     warned = [line[:200] for line in lines if "destroy_process_group" in line or "Warning" in line]
     figure("torchrun: warnings on stderr", len(warned), 0, lines=warned[:6])
     if done.returncode == 0:
-        if not (WORK / "runs" / "whole-a" / "cnn" / "result.json").exists():
-            pipeline("train-cnn", "--name", "whole-a", *settings(*small()), timeout=60)
-        weights("torchrun against one process", "cnn", "whole-a", "torchrun", "torchrun")
-    done = pipeline("train-cnn", "--name", "two-on-one", "--devices", "2", *settings(*small()), timeout=50, check=False)
+        pipeline("train-cnn", "--name", "no-torchrun", *settings(*small()), timeout=120)
+        weights("torchrun against one process", "cnn", "no-torchrun", "torchrun", "torchrun")
+    done = pipeline(
+        "train-cnn", "--name", "two-on-one", "--devices", "2", *settings(*small()), timeout=120, check=False
+    )
     last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [""]
     figure("--devices 2 on one GPU: exit code", done.returncode, 2, said=last[0][:300])
 
@@ -379,40 +403,39 @@ def half() -> None:
     """fp16 with a gradient scaler, which GPUs before Ampere need, in all three trainings."""
     precision = "fp32" if REHEARSE else "fp16"  # CPUs do not train in fp16
     batch, frames, clips = (2, 60, 4) if REHEARSE else (100, 6000, 100)
-    stage_one = [f"cnn.precision={precision}", "cnn.epochs=1"]
+    stage_one = [f"cnn.precision={precision}", "cnn.epochs=1", "cnn.workers=2"]
     stage_one += [f"cnn.batch_frames={batch}", f"cnn.frames_per_epoch={frames}"]
     stage_two = [f"temporal.precision={precision}", "temporal.epochs=3", "temporal.baseline=false"]
     both = [f"joint.multitask.precision={precision}", "joint.multitask.epochs=1", f"joint.clips_per_epoch={clips}"]
-    both += ["preprocess.cut_margin=false", "joint.sequence.batch=2"]
+    both += ["preprocess.cut_margin=false", "joint.sequence.batch=2", "joint.workers=2"]
     small_base = [*base("data"), "cnn.backbone=resnet18"]
-    pipeline("train-cnn", "--name", "half", *settings(*small_base, *stage_one), timeout=50)
+    pipeline("train-cnn", "--name", "half", *settings(*small_base, *stage_one), timeout=120)
     features_of = ["--features", str(WORK / "random_features")]
     chosen = settings(*base("data"), *stage_two, "temporal.sequence.batch=8")
-    pipeline("train-temporal", "--name", "half", *features_of, *chosen, timeout=50)
-    pipeline("train-joint", "--config", "mtrcnet", "--name", "half", *settings(*small_base, *both), timeout=50)
+    pipeline("train-temporal", "--name", "half", *features_of, *chosen, timeout=120)
+    pipeline("train-joint", "--config", "mtrcnet", "--name", "half", *settings(*small_base, *both), timeout=120)
     for stage in ("cnn", "temporal", "joint/multitask"):
         rows = [
             json.loads(line) for line in (WORK / "runs" / "half" / stage / "metrics.jsonl").read_text().splitlines()
         ]
         losses = [row["loss"] for row in rows]
-        figure(f"{precision} training, {stage}: last loss", losses[-1], "below the first", first=losses[0])
+        figure(f"{precision} training, {stage}: last loss", losses[-1], "finite", first=losses[0])
 
 
 def ahead() -> None:
     """`predict` and `evaluate` of the joint net with decoding processes and crops cut on the GPU, against the CPU."""
     import numpy as np
 
-    if not (WORK / "runs" / "joint" / "multitask" / "result.json").exists():
-        clips = ["joint.clips_per_epoch=8", "joint.sequence.batch=2", "joint.multitask.epochs=1"]
-        chosen = [*base("data"), "preprocess.cut_margin=false", *clips]
-        pipeline("train-joint", "--config", "mtrcnet", "--name", "joint", *settings(*chosen), timeout=60)
-    videos = [str(path) for path in sorted((WORK / "data" / "videos").glob("*.mp4"))[:3]]
-    words = ["--config", "mtrcnet", "--name", "joint", "--model", "joint"]
+    clips = ["joint.clips_per_epoch=8", "joint.sequence.batch=2", "joint.multitask.epochs=1", "joint.workers=2"]
+    chosen = settings(*base("data"), "preprocess.cut_margin=false", *clips)
+    pipeline("train-joint", "--config", "mtrcnet", "--name", "ahead", *chosen, timeout=90)
+    videos = [str(path) for path in sorted((WORK / "data" / "videos").glob("*.mp4"))[:1]]
+    words = ["--config", "mtrcnet", "--name", "ahead", "--model", "joint"]
     found, seconds = {}, {}
     for device, choice in (("cpu", "off"), (DEVICE, "off"), (DEVICE, "on")):
         chosen = [*base("data"), f"device={device}", "extract.precision=fp32", f"extract.decode_ahead={choice}"]
         out, started = WORK / f"ahead-{device}-{choice}", time.perf_counter()
-        pipeline("predict", *words, "--out", str(out), *settings(*chosen), *videos, timeout=60)
+        pipeline("predict", *words, "--out", str(out), *settings(*chosen), *videos, timeout=120)
         seconds[device, choice] = round(time.perf_counter() - started, 1)
         rows = [np.genfromtxt(path, delimiter=",", names=True, dtype=None) for path in sorted(out.glob("*.csv"))]
         names = [name for name in rows[0].dtype.names if name.startswith("p_")]
@@ -429,8 +452,8 @@ def ahead() -> None:
     scores = {}
     for choice in ("off", "on"):
         chosen = [*base("data"), f"extract.decode_ahead={choice}"]
-        pipeline("evaluate", *words, *settings(*chosen), timeout=60)
-        scores[choice] = (WORK / "runs" / "joint" / "evaluate" / "test" / "metrics.json").read_text()
+        pipeline("evaluate", *words, *settings(*chosen), timeout=120)
+        scores[choice] = (WORK / "runs" / "ahead" / "evaluate" / "test" / "metrics.json").read_text()
     figure(
         "evaluate of the joint net: the same results with and without decode_ahead", scores["off"] == scores["on"], True
     )

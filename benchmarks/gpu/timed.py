@@ -17,6 +17,8 @@ from typing import Any
 
 from common import HERE, ROOT
 
+STARTED = time.perf_counter()
+
 
 def main(file: Path, words: list[str]) -> None:
     """Run pipeline.py with `words` in this process."""
@@ -52,6 +54,8 @@ def main(file: Path, words: list[str]) -> None:
         if torch.cuda.is_available():
             more["peak_allocated_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             more["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+        if stamps:
+            more["seconds_to_first_step"] = round(stamps[0] - STARTED, 1)
         file.write_text(json.dumps({"stamps": stamps, "waits": waits, **more}))
 
     atexit.register(write)

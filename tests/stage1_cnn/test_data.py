@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -176,6 +179,38 @@ def test_loader_processes_change_nothing(world: World) -> None:
                         torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(batch, other, strict=True)
                     )
         assert torch.equal(torch.get_rng_state(), before)
+
+
+class Meeting:
+    """Waits, when a process unpickles it, until two have begun to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.complete = folder, False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.folder = state["folder"]
+        (self.folder / str(os.getpid())).touch()
+        until = time.monotonic() + 60
+        while not (complete := len(list(self.folder.iterdir())) == 2) and time.monotonic() < until:
+            time.sleep(0.02)
+        self.complete = complete
+
+
+class Meets(torch.utils.data.Dataset):
+    """Larger than what a pipe holds."""
+
+    def __init__(self, folder: Path) -> None:
+        self.meeting, self.ballast = Meeting(folder), np.zeros(1 << 20, np.uint8)
+
+    def __getitem__(self, request: int) -> bool:
+        return self.meeting.complete
+
+
+@pytest.mark.slow
+def test_loader_processes_start_at_the_same_time(tmp_path: Path) -> None:
+    """None waits until another has received the data set, which it does only after importing torch."""
+    with FrameLoader(Meets(tmp_path), 2, CPU, StopRequest()) as loader:
+        assert list(loader.batches([0, 1])) == [True, True]  # type: ignore[list-item]
 
 
 @pytest.mark.slow

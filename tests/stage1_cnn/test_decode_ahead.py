@@ -29,6 +29,7 @@ from features.frames.source import SampledFrames
 from stage1_cnn.decode_ahead import decoders_for, decoding_processes, frames_of_videos, work_ahead
 from stage1_cnn.segments import VideoJob
 from tests.cli import PROJECT
+from tests.stage1_cnn.test_data import Meeting
 
 FRAMES = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
 
@@ -301,3 +302,15 @@ def test_a_video_begins_again_after_its_process_died(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (0, "the same\n"), done.stderr
     assert "continuing with 1 instead of 2 decoding processes" in done.stderr
+
+
+@contextmanager
+def opened(meeting: Meeting, ballast: np.ndarray) -> Iterator[SampledFrames]:
+    yield SampledFrames(iter([np.full((1, 1, 3), meeting.complete, np.uint8)]), {})
+
+
+@pytest.mark.slow
+def test_decoding_processes_start_at_the_same_time(tmp_path: Path) -> None:
+    videos = [partial(opened, Meeting(tmp_path), np.zeros(1 << 20, np.uint8))] * 2
+    messages = content(iter(decoding_processes(videos, 1, 2, pinned=False)))
+    assert messages == {0: [{}, [1], None], 1: [{}, [1], None]}
