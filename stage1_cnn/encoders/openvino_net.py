@@ -11,6 +11,7 @@ the package that does so is hidden from them before they are imported.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import itertools
@@ -40,6 +41,26 @@ _CONVOLUTIONS = {"Convolution", "GroupConvolution"}
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 
 
+@contextmanager
+def _signal_stack_kept() -> Iterator[None]:
+    """This thread's alternate signal stack (sigaltstack(2)) is afterwards what it was before.
+
+    A CPU plugin of OpenVINO installs a stack of its own when it is loaded, and when it is freed it unmaps that stack
+    and puts its predecessor back. Plugins that are not freed in the reverse order leave a stack that is unmapped, and
+    the next signal that Python handles, such as SIGCHLD once a DataLoader has run, ends the process with SIGSEGV.
+    A plugin whose stack is no longer in use leaves the current one alone.
+    """
+    if not sys.platform.startswith("linux"):  # elsewhere OpenVINO installs no stack
+        yield
+        return
+    libc, before = ctypes.CDLL(None), ctypes.create_string_buffer(64)  # a stack_t is smaller
+    libc.sigaltstack(None, before)
+    try:
+        yield
+    finally:
+        libc.sigaltstack(before, None)
+
+
 class OpenVinoNet:
     """A net in OpenVINO: crops (N, S, S, 3) uint8 -> embeddings (N, D) float32, computed by one CPU thread.
 
@@ -51,6 +72,7 @@ class OpenVinoNet:
         self.graph, self.weights, self.precision = graph, weights, precision
 
     @functools.cached_property
+    @_signal_stack_kept()
     def _compiled(self) -> Any:
         core = openvino().Core()
         model = core.read_model(self.graph, self.weights)
@@ -95,7 +117,7 @@ def calibrate(backbone: nn.Module, preprocess: PreprocessConfig, crops: Sequence
     frames = nncf.Dataset([crop[None] for crop in crops])
     convolutions = (layer for layer in model.get_ordered_ops() if layer.get_type_name() in _CONVOLUTIONS)
     first = [layer.get_friendly_name() for layer in itertools.islice(convolutions, 1)]
-    with _refusals("quantise"):
+    with _refusals("quantise"), _signal_stack_kept():
         quantised = nncf.quantize(
             model,
             frames,

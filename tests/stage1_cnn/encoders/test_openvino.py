@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import pickle
 import subprocess
 import sys
@@ -109,6 +110,45 @@ def test_calibrating_twice_gives_the_same_net(backbone: Backbone) -> None:
 def test_a_process_can_be_sent_the_net(backbone: Backbone) -> None:
     net, images = convert(backbone, PREPROCESS, "fp32"), torch.from_numpy(crops(2))
     assert torch.equal(pickle.loads(pickle.dumps(net))(images), net(images))  # noqa: S301
+
+
+def signal_stack() -> bytes:
+    """This thread's alternate signal stack: address, flags and size."""
+    stack = ctypes.create_string_buffer(64)
+    assert ctypes.CDLL(None).sigaltstack(None, stack) == 0
+    return stack.raw
+
+
+def test_the_signal_stack_is_not_replaced(backbone: Backbone) -> None:
+    before, images = signal_stack(), torch.from_numpy(crops(2))
+    nets = convert(backbone, PREPROCESS, "fp32"), calibrate(backbone, PREPROCESS, list(crops(4)))
+    for net in nets:
+        net(images)
+        assert signal_stack() == before
+    del net, nets
+    assert signal_stack() == before
+
+
+def test_signals_are_handled_after_nets_are_freed_in_the_order_they_were_made() -> None:
+    """In a process of its own: it died of SIGSEGV, since OpenVINO put back a signal stack that was unmapped."""
+    program = (
+        "import signal, torch\n"
+        "from configs.schema import PreprocessConfig\n"
+        "from stage1_cnn.encoders.backbone import build_backbone\n"
+        "from stage1_cnn.encoders.openvino_net import convert\n"
+        "settings = PreprocessConfig(resize_px=40, crop_px=32)\n"
+        "backbone = build_backbone('resnet18', 'random', 0).eval()\n"
+        "nets = [convert(backbone, settings, 'fp32') for _ in range(2)]\n"
+        "for net in nets:\n"
+        "    net(torch.zeros(1, 32, 32, 3, dtype=torch.uint8))\n"
+        "del net\n"
+        "while nets:\n"
+        "    del nets[0]\n"
+        "signal.signal(signal.SIGCHLD, lambda *_: print('handled'))\n"
+        "signal.raise_signal(signal.SIGCHLD)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 def test_no_usage_data_is_sent() -> None:
