@@ -17,7 +17,7 @@ from configs.schema import Config
 from engine.progress import say
 from evaluation.reports.gather import Disagreement, Report, Thumbnail, disagreements, find_run, gather
 from features.dataset.catalogue import data_root
-from features.dataset.index import Index
+from features.dataset.index import Dataset, Index
 from features.store_folder import INDEX_FILE, find_feature_folder
 
 THUMBNAIL_PX = 240
@@ -61,7 +61,7 @@ def with_thumbnails(report: Report, run: Path) -> Report:
     if not wanted:
         return report
     try:
-        config, index, root = _recordings(run)
+        config, dataset = _recordings(run)
     except UserError as error:
         return dataclasses.replace(report, thumbnails_note=_note(error))
     found: list[Thumbnail] = []
@@ -69,7 +69,7 @@ def with_thumbnails(report: Report, run: Path) -> Report:
     for video in dict.fromkeys(part.video for part in wanted):
         parts = [part for part in wanted if part.video == video]
         try:
-            found += _read(report, config, index, root, video, parts)
+            found += _read(report, config, dataset, video, parts)
         except UserError as error:
             missing.append(error)
     return dataclasses.replace(report, thumbnails=found, thumbnails_note=_note(missing[0]) if missing else "")
@@ -79,28 +79,29 @@ def _note(error: UserError) -> str:
     return f"Videos that are not available are shown without frames: {error}"
 
 
-def _recordings(run: Path) -> tuple[Config, Index, Path]:
-    """Return the settings, index and data root that the run's last stage used."""
+def _recordings(run: Path) -> tuple[Config, Dataset]:
+    """Return the settings and the data set that the run's last stage used."""
     files = sorted(run.rglob("config.yaml"), key=lambda path: path.stat().st_mtime)
     if not files:
         raise UserError(f"{run}: has no config.yaml, so the location of its videos is not known")
     config = load_config(files[-1])
     root = data_root(config)
-    if config.data.index.exists():
-        return config, Index.load(config.data.index), root
-    return config, Index.load(find_feature_folder(None, run, config.extract.store) / INDEX_FILE), root
+    path = config.data.index
+    if not path.exists():
+        path = find_feature_folder(None, run, config.extract.store) / INDEX_FILE
+    return config, Dataset(Index.load(path), root)
 
 
 def _read(
-    report: Report, config: Config, index: Index, root: Path, video: str, parts: Sequence[Disagreement]
+    report: Report, config: Config, dataset: Dataset, video: str, parts: Sequence[Disagreement]
 ) -> list[Thumbnail]:
     from features.frames.source import open_source
 
-    entry = index.entry(video)
+    entry = dataset.index.entry(video)
     if entry.sha256_ends != report.truth.videos[video].source:
         raise UserError(f"{video}: the index has another recording under this id than the evaluation had")
     by_frame = {part.frame: part for part in parts}
-    with open_source(config, entry, root, index) as reader:
+    with open_source(config, dataset, entry) as reader:
         images = list(reader.read(sorted(by_frame)))
     return [Thumbnail(by_frame[f], jpeg(rgb)) for f, rgb in zip(sorted(by_frame), images, strict=True)]
 

@@ -71,8 +71,7 @@ def evaluate(
             from stage2_temporal.joint.evaluate import evaluate_joint
 
             config = settings.changed({"data.index": index_file})
-            index, root = open_dataset(config)
-            evaluation = evaluate_joint(config, run, index, root, other=index_file is not None, **common)
+            evaluation = evaluate_joint(config, run, open_dataset(config), other=index_file is not None, **common)
         else:
             from stage2_temporal.evaluate import evaluate_run
 

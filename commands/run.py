@@ -44,11 +44,11 @@ def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
         return value
 
     stage("index", lambda: index_dataset(config))
-    index, root = open_dataset(config)
-    index.require_videos("train", "val", "test")  # before hours of training
+    dataset = open_dataset(config)
+    dataset.index.require_videos("train", "val", "test")  # before hours of training
     if config.extract.encoder == "finetuned":
-        stage("train-cnn", lambda: train_cnn(config, run, index, root, stop), _finished(run / "cnn"))
-    report = stage("extract", lambda: extract(config, run, index, root, stop=stop), _all_extracted(run))
+        stage("train-cnn", lambda: train_cnn(config, run, dataset, stop), _finished(run / "cnn"))
+    report = stage("extract", lambda: extract(config, run, dataset, stop=stop), _all_extracted(run))
     report.require_others_done()
     say(report.sentence())
     usable_index(report.folder).require_videos("train", "val", "test")
@@ -59,7 +59,7 @@ def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
         say(line)
     for video in summary["left_out"]:
         say(f"left out: {video['id']}: {video['reason']}")
-    passed_over = [one.model_dump(mode="json") for one in index.passed_over]  # `index` has reported them
+    passed_over = [one.model_dump(mode="json") for one in dataset.index.passed_over]  # `index` has reported them
     return {**summary, "left_out": [*summary["left_out"], *passed_over]}
 
 

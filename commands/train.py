@@ -41,8 +41,8 @@ def train_cnn(settings: Settings, trusted: bool) -> None:
     options.note_unused(settings, "temporal", "joint")
     options.refuse_trusted(trusted, options.known_weights(config))
     with options.watch_signals() as stop:
-        index, root = open_dataset(config)
-        result = train(config, settings.run(), index, root, stop, trusted=trusted)
+        dataset = open_dataset(config)
+        result = train(config, settings.run(), dataset, stop, trusted=trusted)
     end_of_training("stage one", result)
 
 
@@ -71,11 +71,9 @@ def extract(settings: Settings, shard: str, index_file: Path | None, joint_run: 
     options.refuse_trusted(trusted, options.known_encoder(config))
     run = settings.run()
     with options.watch_signals() as stop:
-        index, root = open_dataset(config)
+        dataset = open_dataset(config)
         processes = join(config.device, stop)  # ranks must end together, since a launcher kills all when one fails
-        report = processes.each(
-            lambda: extract_features(config, run, index, root, shard=part, stop=stop, trusted=trusted)
-        )
+        report = processes.each(lambda: extract_features(config, run, dataset, shard=part, stop=stop, trusted=trusted))
         partly = any(processes.gather(bool(report.failed)))
     click.echo(report.sentence())
     options.end_with_failures(report.failed)
@@ -145,8 +143,8 @@ def train_joint(
     options.refuse_trusted(trusted, starts[0] if starts else options.known_weights(config))
     start = Start(*map(settings.other_run, (cnn_run, temporal_run, joint_run)))
     with options.watch_signals() as stop:
-        index, root = open_dataset(config)
-        result = train(config, settings.run(), index, root, stop, start, trusted=trusted)
+        dataset = open_dataset(config)
+        result = train(config, settings.run(), dataset, stop, start, trusted=trusted)
     end_of_training("joint net", result)
 
 

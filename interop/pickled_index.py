@@ -25,7 +25,7 @@ from features.dataset.build import build_index
 from features.dataset.catalogue import data_root, keep_index, open_dataset
 from features.dataset.discover import FoundVideo, find_videos, id_of_folder
 from features.dataset.frame_folders import LabelEnd, frame_folder, infer_layout, scan_folder, scan_names, source_frames
-from features.dataset.index import Index, VideoEntry
+from features.dataset.index import Dataset, Index, VideoEntry
 from features.dataset.labels import sample_labels, sampled_labels
 from features.dataset.layouts import FolderLayout
 from features.dataset.phase_order import describe_order, ids_of_order, parse_phase_order
@@ -81,7 +81,7 @@ def index_from_pickles(
     with _written_labels(root, labels_to or root / LABELS_FOLDER, found, labels, spec):
         index = build_index(root, spec, data, only=pickled.keys())
         index = index.model_copy(update={"made_from": ", ".join(file.name for file in files)})
-        return keep_index(index, config, root, replace)
+        return keep_index(config, Dataset(index, root), replace)
 
 
 def _by_id(videos: Sequence[PickledVideo], spec: DataSetSpec) -> dict[str, PickledVideo]:
@@ -271,13 +271,13 @@ def _label_file(folder: Path, video_id: str, kind: str, spec: DataSetSpec) -> Pa
 # ---------------------------------------------------------------------------------------------- an index to a pickle
 
 
-def labelled_rows(entry: VideoEntry, root: Path, index: Index, data: DataConfig, phases_only: bool) -> VideoLabels:
+def labelled_rows(dataset: Dataset, entry: VideoEntry, data: DataConfig, phases_only: bool) -> VideoLabels:
     """The labels of the frames that the original programs use.
 
     These are the frames sampled at `data.fps` that have a phase label and, unless `phases_only`, tool labels. Raises
     UserError if annotation files have changed since the index was written.
     """
-    labels = sampled_labels(entry, root, index, data)
+    labels = sampled_labels(dataset, entry, data)
     kept = labels.phase >= 0
     if not phases_only:
         kept &= (labels.tools >= 0).all(axis=1)
@@ -300,7 +300,8 @@ def pickle_from_index(
     not exist yet. Raises UserError if there would be no rows, or if another file exists at `path` and `replace` is
     false.
     """
-    index, root = open_dataset(config)
+    dataset = open_dataset(config)
+    index = dataset.index
     order = parse_phase_order(phase_order, index.dataset, str(path))
     say(f"phases in {path.name}: {describe_order(order)}")
     if index.dataset.tools == () and not phases_only:
@@ -311,7 +312,7 @@ def pickle_from_index(
         parts = " or ".join(splits)
         raise UserError(f"{path}: not written: the index has no video in split {parts}; set data.split or --layout")
     numbers = np.argsort(ids_of_order(order, index.dataset.phases))  # phase id -> number in the pickle
-    videos = {entry.id: _pickled(entry, root, index, config.data, numbers, phases_only) for entry in entries}
+    videos = {entry.id: _pickled(dataset, entry, config.data, numbers, phases_only) for entry in entries}
     videos = {video_id: video for video_id, video in videos.items() if video}
     if not videos:
         raise UserError(f"{path}: not written: no frame of the index has all the labels that the pickle needs")
@@ -321,13 +322,13 @@ def pickle_from_index(
 
 
 def _pickled(
-    entry: VideoEntry, root: Path, index: Index, data: DataConfig, numbers: NDArray[np.int64], phases_only: bool
+    dataset: Dataset, entry: VideoEntry, data: DataConfig, numbers: NDArray[np.int64], phases_only: bool
 ) -> list[list[Any]]:
     """The rows `[path, tool..., phase]` of one video, as strings and integers."""
-    rows = labelled_rows(entry, root, index, data, phases_only)
-    frames, source = rows.frame_index.tolist(), inside(root, entry.source)
+    rows = labelled_rows(dataset, entry, data, phases_only)
+    frames, source = rows.frame_index.tolist(), inside(dataset.root, entry.source)
     if entry.frames is not None:
-        names = frame_folder(root, entry.source, index.dataset, entry.frames)
+        names = frame_folder(dataset.root, entry.source, dataset.spec, entry.frames)
         images = [source / names[frame] for frame in frames]
     else:
         stem = file_stem(entry.id)

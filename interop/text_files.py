@@ -25,7 +25,7 @@ from engine.progress import say
 from evaluation.files.predictions import TOOLS_ALONE, read_prediction_csv
 from evaluation.metrics.tools import logit, sigmoid
 from features.dataset.catalogue import open_dataset
-from features.dataset.index import Index, VideoEntry
+from features.dataset.index import Dataset, VideoEntry
 from features.dataset.phase_order import describe_order, parse_phase_order
 from features.dataset.sampling import frame_times_s, sampled_frames
 from features.ids import file_stem, natural_key
@@ -184,9 +184,9 @@ def export_predictions(
     """
     if out is None:
         raise UserError("export --from-predictions: give the folder for the text files with --out")
-    index, root = open_dataset(config)
-    spec = index.dataset
-    entries = index.entries_of(split, config.data.index)
+    dataset = open_dataset(config)
+    spec = dataset.spec
+    entries = dataset.index.entries_of(split, config.data.index)
     pickles = {file: read_predictions(file, spec) for file in files}
     of_phases = [values.ndim == 1 for values in pickles.values()]
     if phase_order is not None and not any(of_phases):
@@ -195,7 +195,7 @@ def export_predictions(
         raise UserError(f"--probabilities: {files[0]} contains phases, not tools; omit this, or add --tools-from")
     if fill_first and sequence is None:
         raise UserError("--fill-first: give the number of frames per clip with --sequence")
-    frames = _frames_by_rule(config, index, root, entries)
+    frames = _frames_by_rule(config, dataset, entries)
     texts: dict[str, str] = {}
     for file, predictions in pickles.items():
         videos = _by_video(file, predictions, frames, sequence, split)
@@ -219,7 +219,7 @@ def export_predictions(
 FramesByRule = dict[str, list[NDArray[np.int64]]]  # rule that selects frames -> frames (T,) of each video
 
 
-def _frames_by_rule(config: Config, index: Index, root: Path, entries: Sequence[VideoEntry]) -> FramesByRule:
+def _frames_by_rule(config: Config, dataset: Dataset, entries: Sequence[VideoEntry]) -> FramesByRule:
     """The sampled frames of each video that a prediction pickle may cover, by rule.
 
     The original index contains the frames with both labels, a newer one those with a phase. Each rule selects at least
@@ -227,7 +227,7 @@ def _frames_by_rule(config: Config, index: Index, root: Path, entries: Sequence[
     """
 
     def labelled(phases_only: bool) -> list[NDArray[np.int64]]:
-        return [labelled_rows(entry, root, index, config.data, phases_only).frame_index for entry in entries]
+        return [labelled_rows(dataset, entry, config.data, phases_only).frame_index for entry in entries]
 
     return {
         "with phase and tool labels": labelled(phases_only=False),

@@ -12,14 +12,13 @@ import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from configs.errors import UserError
 from configs.schema import AugmentConfig, Config, PreprocessConfig
@@ -27,7 +26,7 @@ from engine.launch import available_cores
 from engine.pool import Shared, failure_reason, serve_parent
 from engine.session import epoch_generator
 from engine.stopping import Stopped, StopRequest
-from features.dataset.index import Index, VideoEntry
+from features.dataset.index import Dataset, Index, VideoEntry
 from features.dataset.labels import sampled_labels
 from features.frames.cache import CachedFrames
 from features.frames.preprocess import augment_generator, changed_images, changes_colour, draw_change
@@ -136,22 +135,17 @@ def require_training_videos(config: Config, index: Index) -> None:
 
 
 def labelled_frames(
-    config: Config,
-    index: Index,
-    root: Path,
-    entries: Sequence[VideoEntry],
-    with_phases: bool,
-    every_frame: bool = False,
+    config: Config, dataset: Dataset, entries: Sequence[VideoEntry], with_phases: bool, every_frame: bool = False
 ) -> LabelledFrames:
     """All samples of `entries` that have a tool label or, if `with_phases`, a phase label.
 
     With `every_frame`, samples without a label are kept as well, so that clips have no gaps. The frames need not be in
     the cache yet. Raises UserError naming the video whose labels cannot be read.
     """
-    tools = np.zeros((0, len(index.dataset.tools)), dtype=np.int8)
+    tools = np.zeros((0, len(dataset.spec.tools)), dtype=np.int8)
     parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int8), tools)]
     for number, entry in enumerate(entries):
-        labels = sampled_labels(entry, root, index, config.data)
+        labels = sampled_labels(dataset, entry, config.data)
         usable = np.flatnonzero((labels.tools >= 0).any(axis=1) | ((labels.phase >= 0) & with_phases) | every_frame)
         parts.append((np.full(len(usable), number), usable, labels.phase[usable], labels.tools[usable]))
     video, sample, phase, tools = (np.concatenate(columns) for columns in zip(*parts, strict=True))
@@ -186,7 +180,7 @@ def _frame_requests(split: str, epoch: int | None, rows: Sequence[int], size: in
 # ---------------------------------------------------------------------------------------------- frames
 
 
-class ClipDataset(Dataset):
+class ClipDataset(torch.utils.data.Dataset):
     """A data set whose items are whole batches: `dataset[request]` is a ClipBatch, or the UserError that prevented it.
 
     The error is returned and not raised, because a loader process would add a traceback to a raised one.
@@ -232,10 +226,10 @@ class ClipDataset(Dataset):
 # ---------------------------------------------------------------------------------------------- loading
 
 
-class _SharedDataset(Dataset):
+class _SharedDataset(torch.utils.data.Dataset):
     """A data set that loader processes receive in shared memory."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: torch.utils.data.Dataset) -> None:
         self._dataset = Shared(dataset)
 
     def __getitem__(self, request: Any) -> Any:
@@ -249,7 +243,9 @@ class FrameLoader:
     `choose_workers`. `stop` is the training's stop request.
     """
 
-    def __init__(self, dataset: Dataset, workers: int, device: torch.device, stop: StopRequest) -> None:
+    def __init__(
+        self, dataset: torch.utils.data.Dataset, workers: int, device: torch.device, stop: StopRequest
+    ) -> None:
         self._stop = stop
         self._requests: list[Request] = []
         self._running: Generator[ClipBatch, None, None] | None = None

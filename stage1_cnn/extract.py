@@ -27,7 +27,7 @@ from engine.progress import say
 from engine.runs import StageFolder, StageIdentity, settings_without
 from engine.stopping import StopRequest
 from features.dataset.catalogue import say_left_out
-from features.dataset.index import Index, VideoEntry
+from features.dataset.index import Dataset, Index, VideoEntry
 from features.dataset.sampling import frame_times_s, sampled_frames
 from features.frames.source import require_indexed_annotations, require_indexed_source, source_identity
 from features.store import EncoderSpec, feature_path, read_features, verify_file
@@ -84,6 +84,16 @@ class ExtractReport:
         others = "".join(f", {count} {word}" for word, count in counts.items() if count)
         return f"{len(self.done)} video(s) extracted{rate}{others}; {self.folder}"
 
+    def add(self, job: VideoJob, reason: str | None) -> None:
+        """Count a job that has ended, with the reason if it failed."""
+        if reason is not None:
+            self.failed.append((job.video_id, reason))
+        elif job.labels_only:
+            self.relabelled.append(job.video_id)
+        else:
+            self.done.append(job.video_id)
+            self.frames += job.frames
+
     def sort(self, index: Index) -> None:
         """Put the videos into the order of the index, in whatever order they were finished."""
         order = {entry.id: number for number, entry in enumerate(index.videos)}
@@ -109,8 +119,7 @@ class ExtractReport:
 def extract(
     config: Config,
     run: Path | None,
-    index: Index,
-    root: Path,
+    dataset: Dataset,
     *,
     shard: tuple[int, int] = (0, 1),
     folder: Path | None = None,
@@ -127,14 +136,14 @@ def extract(
     features. Raises UserError if there are no weights, the disk has too little space, no video can be used, or the
     folder belongs to another data set or encoder.
     """
-    started = time.monotonic()
+    started, index = time.monotonic(), dataset.index
     stage = StageFolder(run, STAGE, config, _identity(config, index)) if run and folder is None else None
-    encoder = load_encoder(config, run, index.dataset.tools, trusted, FromTrainingFrames(config, index, root))
+    encoder = load_encoder(config, run, dataset.spec.tools, trusted, FromTrainingFrames(config, dataset))
     target = folder or config.extract.store / encoder.spec.folder_name
     _require_compatible(target, index, encoder.spec)
     report = ExtractReport(target, left_out=index.left_out_records())
     say_left_out(index)
-    jobs = _plan(config, index, root, target, encoder.spec, shard, report)
+    jobs = _plan(config, dataset, encoder.spec, shard, report)
     report.require_one_usable(len(jobs), shard)
     if jobs:
         say_few_cores(encoder.device)
@@ -144,19 +153,13 @@ def extract(
     index.save(target / INDEX_FILE)
     write_json(target / ENCODER_FILE, {**encoder.spec.to_json(), "digest": encoder.spec.digest})
 
-    task = ExtractTask(config, run, index, root, target, encoder.spec, trusted, encoder)
+    task = ExtractTask(config, run, dataset, target, encoder.spec, trusted, encoder)
     for job, reason in _work(task, jobs, encoder, stop):
-        if reason is not None:
-            report.failed.append((job.video_id, reason))
-        elif job.labels_only:
-            report.relabelled.append(job.video_id)
-        else:
-            report.done.append(job.video_id)
-            report.frames += job.frames
+        report.add(job, reason)
     remove_stale_temporaries(target)  # of processes that died
     report.sort(index)
     report.require_one_usable(0, shard)
-    _record_faults(report, index, root)
+    _record_faults(report, dataset)
     report.seconds = round(time.monotonic() - started, 3)
     if stage:
         made_by = {
@@ -168,11 +171,12 @@ def extract(
     return report
 
 
-def _record_faults(report: ExtractReport, index: Index, root: Path) -> None:
+def _record_faults(report: ExtractReport, dataset: Dataset) -> None:
     """Record beside the features why a video has no features, and delete the record once it has."""
     for video_id, reason in report.failed:
         if isinstance(reason, VideoFault):
-            record_fault(report.folder, video_id, index.entry(video_id).sha256_ends, below_root(reason, root))
+            source = dataset.index.entry(video_id).sha256_ends
+            record_fault(report.folder, video_id, source, below_root(reason, dataset.root))
     for video_id in (*report.done, *report.skipped, *report.relabelled):
         clear_fault(report.folder, video_id)
 
@@ -288,25 +292,20 @@ def _work(
 
 
 def _plan(
-    config: Config,
-    index: Index,
-    root: Path,
-    folder: Path,
-    spec: EncoderSpec,
-    shard: tuple[int, int],
-    report: ExtractReport,
+    config: Config, dataset: Dataset, spec: EncoderSpec, shard: tuple[int, int], report: ExtractReport
 ) -> list[VideoJob]:
     """The jobs of the shard. Videos that are complete or cannot be read get no job and are noted in the report."""
     first, of = shard
     if not 0 <= first < of:
         raise UserError(f"shard {first}/{of}: expected I/N with I from 0 to N-1")
     jobs = []
-    for entry in index.videos[first::of]:
+    for entry in dataset.index.videos[first::of]:
         try:
             frames = sampled_frames(entry, config.data.fps)
-            require_indexed_source(entry, root, index)
-            require_indexed_annotations(entry, root)
-            state = _state(feature_path(folder, entry.id), entry, frames, spec, label_attributes(config, index, entry))
+            require_indexed_source(dataset, entry)
+            require_indexed_annotations(entry, dataset.root)
+            labels = label_attributes(config, dataset.spec, entry)
+            state = _state(feature_path(report.folder, entry.id), entry, frames, spec, labels)
         except UserError as error:
             report.failed.append((entry.id, VideoFault(error)))
             continue

@@ -27,7 +27,7 @@ from engine.stopping import StopRequest
 from engine.training_result import TrainingResult, deciding_score, result_on_frames
 from evaluation.metrics.tools import pooled_map
 from features.dataset.catalogue import say_left_out
-from features.dataset.index import Index
+from features.dataset.index import Dataset, Index
 from features.dataset.sampling import sampled_frames
 from features.frames.training_cache import cache_readable, frames_identity, recorded_faults
 from stage1_cnn.data import (
@@ -66,7 +66,7 @@ class FrameData:
 
 
 def train_cnn(
-    config: Config, run: Path, index: Index, root: Path, stop: StopRequest, *, trusted: bool = False
+    config: Config, run: Path, dataset: Dataset, stop: StopRequest, *, trusted: bool = False
 ) -> TrainingResult:
     """Train stage one, write `RUN/cnn/` (`best.pt`, `last.pt`, `metrics.jsonl`, `result.json`) and return the result.
 
@@ -77,7 +77,8 @@ def train_cnn(
     """
     cnn = config.cnn
     processes = join(config.device, stop)
-    index = index.without(recorded_faults(run / CHECKPOINT_STAGE, index))
+    dataset = dataset.without(recorded_faults(run / CHECKPOINT_STAGE, dataset.index))
+    index = dataset.index
     index.require_videos("train", "val")
     stage = StageFolder(run, CHECKPOINT_STAGE, config, identity(config, index))
     finished = processes.from_first(lambda: stage.result)
@@ -91,16 +92,16 @@ def train_cnn(
     loaders = choose_workers(cnn.workers, accelerator.device)
     start_stage("train-cnn", config, accelerator.device, precision, f"{loaders} loader process(es)")
     say_few_cores(accelerator.device)
-    net = processes.each(lambda: build_net(config, index.dataset, trusted=trusted))
+    net = processes.each(lambda: build_net(config, dataset.spec, trusted=trusted))
     require_image_size(net.backbone, config.preprocess.crop_px)
     # these two lines find errors before hours of decoding
-    data = processes.each(lambda: load_frames(config, index, root))
+    data = processes.each(lambda: load_frames(config, dataset))
     processes.from_first(stage.check)
-    readable = cache_readable(config, index, root, processes)
-    if readable is not index:
-        stage = StageFolder(run, CHECKPOINT_STAGE, config, identity(config, readable))
-        data = processes.each(lambda: load_frames(config, readable, root))
-    say_left_out(readable)
+    readable = cache_readable(config, dataset, processes)
+    if readable != dataset:
+        stage = StageFolder(run, CHECKPOINT_STAGE, config, identity(config, readable.index))
+        data = processes.each(lambda: load_frames(config, readable))
+    say_left_out(readable.index)
     processes.from_first(stage.open)  # not earlier, so that settings that do not allow training leave no folder behind
     if cnn.weights == "cached":
         say(f"initial weights: {settled_weights(cnn)} (cnn.weights=cached: ImageNet's where this machine has them)")
@@ -119,18 +120,16 @@ def identity(config: Config, index: Index) -> StageIdentity:
     )
 
 
-def load_frames(config: Config, index: Index, root: Path) -> FrameData:
+def load_frames(config: Config, dataset: Dataset) -> FrameData:
     """The labelled training and validation frames, without decoding them.
 
     Raises UserError if there are no training videos, or if none of their frames has a label for one of the heads.
     """
-    cnn = config.cnn
+    cnn, index = config.cnn, dataset.index
     require_training_videos(config, index)
-    if not index.dataset.tools and not cnn.phase_head:
-        raise UserError(f"data set {index.dataset.name} has no tools; set cnn.phase_head=true to train on phases")
-    train, val = (
-        labelled_frames(config, index, root, index.by_split(split), cnn.phase_head) for split in ("train", "val")
-    )
+    if not dataset.spec.tools and not cnn.phase_head:
+        raise UserError(f"data set {dataset.spec.name} has no tools; set cnn.phase_head=true to train on phases")
+    train, val = (labelled_frames(config, dataset, index.by_split(split), cnn.phase_head) for split in ("train", "val"))
     if not len(train):
         wanted = "tool or phase" if cnn.phase_head else "tool"
         hint = "" if cnn.phase_head else ", or set cnn.phase_head=true to train on phases"

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from configs.schema import Config
 from engine.device import cpu_threads
 from engine.files import require_free_bytes, sha256_json
 from engine.memory import keep_freed_memory
 from engine.pool import Advance
-from features.dataset.index import Index, VideoEntry
+from features.dataset.index import Dataset, VideoEntry
 from features.dataset.labels import sampled_labels
 from features.dataset.sampling import sampled_frames
 from features.frames.source import SampledFrames, can_start_inside, frame_batches, open_frames, source_identity
@@ -43,8 +44,7 @@ class ExtractTask:
 
     config: Config
     run: Path | None
-    index: Index
-    root: Path
+    dataset: Dataset
     folder: Path
     spec: EncoderSpec
     trusted: bool
@@ -75,15 +75,15 @@ class ExtractTask:
 
     def __call__(self, job: VideoJob, advance: Advance) -> None:
         """Do one job. Raises UserError naming the frame or file at fault; no file is left behind in this case."""
-        entry = self.index.entry(job.video_id)
+        entry = self.dataset.index.entry(job.video_id)
         if job.labels_only:
-            labels, attributes = self._labels(job), label_attributes(self.config, self.index, entry)
+            labels, attributes = self._labels(job), label_attributes(self.config, self.dataset.spec, entry)
             rewrite_labels(feature_path(self.folder, entry.id), labels.phase, labels.tools, attributes)
             return
         keep_freed_memory()  # must be called in every process
         self.loaded_encoder()  # errors of the encoder come before any work
         labels = self.labels_and_room(job)
-        source = open_frames(self.config, entry, self.root, self.index, labels.frame_index, job.samples)
+        source = open_frames(self.config, self.dataset, entry, labels.frame_index, job.samples)
         with source as sampled, self.sink(job, labels, sampled.provenance) as rows:
             for batch in frame_batches(sampled.frames, encoded_at_once(self.config)):
                 self.encode(batch, rows)
@@ -91,8 +91,9 @@ class ExtractTask:
 
     def source(self, job: VideoJob) -> Callable[[], AbstractContextManager[SampledFrames]]:
         """A picklable function that opens a job's frames; the process that decodes them calls it."""
-        entry = self.index.entry(job.video_id)
-        return partial(_open_samples, self.config, entry, self.root, self.index, job.samples)
+        entry = self.dataset.index.entry(job.video_id)
+        frame_index = sampled_frames(entry, self.config.data.fps)
+        return partial(open_frames, self.config, self.dataset, entry, frame_index, job.samples)
 
     def encode(self, frames: NDArray[np.uint8] | torch.Tensor, rows: Rows) -> None:
         """Append the embeddings and tool logits of resized frames (N, R, R, 3) uint8 to `rows`."""
@@ -114,7 +115,7 @@ class ExtractTask:
         Raises UserError if labels cannot be read or the file cannot be written.
         """
         places = places_of(parts)
-        dim, tools, at_once = self.spec.embedding_dim, len(self.index.dataset.tools), encoded_at_once(self.config)
+        dim, tools, at_once = self.spec.embedding_dim, len(self.dataset.spec.tools), encoded_at_once(self.config)
         with self._file(video, self._labels(video), read_provenance(places[0])) as rows:
             for place in places:
                 for features, logits in read_part(place, dim, tools, at_once):
@@ -122,13 +123,13 @@ class ExtractTask:
 
     def may_split(self, job: VideoJob) -> bool:
         """Whether a part of this job's video can be read without decoding all frames before it."""
-        return can_start_inside(self.index.entry(job.video_id), self.root)
+        return can_start_inside(self.dataset.index.entry(job.video_id), self.dataset.root)
 
     def _file(
         self, video: VideoJob, labels: VideoLabels, provenance: Mapping[str, str]
     ) -> AbstractContextManager[FeatureWriter]:
-        entry = self.index.entry(video.video_id)
-        attributes = {**label_attributes(self.config, self.index, entry), **provenance}
+        entry = self.dataset.index.entry(video.video_id)
+        attributes = {**label_attributes(self.config, self.dataset.spec, entry), **provenance}
         attributes["device"] = self.loaded_encoder().device_name
         path, source = feature_path(self.folder, entry.id), source_identity(entry)
         return write_features(
@@ -136,7 +137,7 @@ class ExtractTask:
         )
 
     def _labels(self, job: VideoJob) -> VideoLabels:
-        return sampled_labels(self.index.entry(job.video_id), self.root, self.index, self.config.data)
+        return sampled_labels(self.dataset, self.dataset.index.entry(job.video_id), self.config.data)
 
     def labels_and_room(self, job: VideoJob) -> VideoLabels:
         """The labels of the job's whole video, after checking that the disk has room for the job's features.
@@ -152,25 +153,18 @@ class ExtractTask:
     def loaded_encoder(self) -> Encoder:
         """The encoder, loaded on first use if none was sent. Raises UserError if its weights have changed since."""
         if self.encoder is None:
-            int8 = FromTrainingFrames(self.config, self.index, self.root)
-            self.encoder = load_encoder(self.config, self.run, self.index.dataset.tools, self.trusted, int8)
+            int8 = FromTrainingFrames(self.config, self.dataset)
+            self.encoder = load_encoder(self.config, self.run, self.dataset.spec.tools, self.trusted, int8)
             if self.encoder.spec.digest != self.spec.digest:
                 raise UserError("the encoder's weights have changed since the start; start again")
         return self.encoder
 
 
-def _open_samples(
-    config: Config, entry: VideoEntry, root: Path, index: Index, samples: slice
-) -> AbstractContextManager[SampledFrames]:
-    return open_frames(config, entry, root, index, sampled_frames(entry, config.data.fps), samples)
-
-
-def label_attributes(config: Config, index: Index, entry: VideoEntry) -> dict[str, str]:
+def label_attributes(config: Config, spec: DataSetSpec, entry: VideoEntry) -> dict[str, str]:
     """The attributes that identify the labels of a feature file.
 
     `labels_sha256` is a hash of everything on which the labels depend.
     """
-    spec = index.dataset
     own = entry.records.labels_sha256() if entry.records else ""  # a TFRecord file contains its labels
     hashes = {
         "phase_sha256": entry.phase_file.sha256 if entry.phase_file else own,

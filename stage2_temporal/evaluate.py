@@ -143,8 +143,7 @@ def _other_features(
         return features, with_recorded_faults(Index.load(index_file), features)
     data = config.data.model_copy(update={"index": index_file})
     other = config.model_copy(update={"data": data})
-    index, root = open_dataset(other)
-    report = extract(other, run, index, root, folder=out, stop=stop)
+    report = extract(other, run, open_dataset(other), folder=out, stop=stop)
     report.require_others_done()
     return report.folder, usable_index(report.folder)
 

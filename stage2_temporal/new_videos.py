@@ -33,8 +33,8 @@ from evaluation.files.predictions import PredictionFile, write_prediction_csv
 from evaluation.metrics.tools import sigmoid
 from evaluation.reports.overlay import Overlay
 from evaluation.reports.paper_figures import phase_ribbons
-from features.dataset.build import index_of_source
-from features.dataset.index import Index, VideoEntry
+from features.dataset.build import dataset_of_source
+from features.dataset.index import Dataset, VideoEntry
 from features.dataset.sampling import frame_times_s, sampled_frames
 from features.frames.preprocess import crop_frames, normalise, preprocess_from_json
 from features.frames.settings_match import require_preprocess_of
@@ -227,24 +227,24 @@ def predict_new_videos(
     made from the same net and source. A video that cannot be read is reported, and the others are predicted. Raises
     UserError if no video can be predicted or if two sources have the same name, and Stopped when `stop` is set.
     """
-    indices, report = {}, PredictReport(make_folder(out))
+    datasets, report = {}, PredictReport(make_folder(out))
     for path in sources:
         try:
-            index, root = index_of_source(path, recogniser.spec, recogniser.config.data)
+            dataset = dataset_of_source(path, recogniser.spec, recogniser.config.data)
         except UserError as error:
             report.failed.append((path.name, str(error)))
             continue
-        name = index.videos[0].id
-        if name in indices:
+        name = dataset.index.videos[0].id
+        if name in datasets:
             raise UserError(f"{path}: another source is called {name} too; predict each into its own folder with --out")
-        indices[name] = (index, root)
-        for note in index.notes:
+        datasets[name] = dataset
+        for note in dataset.index.notes:
             say(f"note: {note}")
-    require_one_usable(report.failed, len(indices))
+    require_one_usable(report.failed, len(datasets))
     waiting = []
-    for name, (index, root) in indices.items():
+    for name, dataset in datasets.items():
         try:
-            video = _Video(recogniser, index, root, out, draw, stop)
+            video = _Video(recogniser, dataset, out, draw, stop)
             done = video.is_done()
         except VIDEO_ERRORS as error:
             report.failed.append((name, failure_reason(error)))
@@ -279,22 +279,20 @@ def _predict_all(videos: Sequence[_Video], config: Config, report: PredictReport
 class _Video:
     """The prediction of one video, computed from the messages of `stage1_cnn.decode_ahead`, and its files."""
 
-    def __init__(
-        self, recogniser: Recogniser, index: Index, root: Path, out: Path, draw: bool, stop: StopRequest
-    ) -> None:
-        self.entry, self._index, self._root = index.videos[0], index, root
+    def __init__(self, recogniser: Recogniser, dataset: Dataset, out: Path, draw: bool, stop: StopRequest) -> None:
+        self.entry, self._dataset = dataset.index.videos[0], dataset
         self._recogniser, self._draw, self._stop = recogniser, draw, stop
         self._files = {kind: out / f"{file_stem(self.entry.id)}.{kind}" for kind in ("csv", "png", "mp4", "json")}
         self._made_by = {**_identity_of_source(self.entry), **recogniser.identity}
         version = package_version("surgstage")
         self._about = {"source": self.entry.source, "surgstage": version, "made_by": self._made_by}
         self.frame_index = sampled_frames(self.entry, recogniser.config.data.fps)
-        self.open_frames = partial(source_frames, recogniser.config, self.entry, root, index, self.frame_index)
+        self.open_frames = partial(source_frames, recogniser.config, dataset, self.entry, self.frame_index)
 
     def is_done(self) -> bool:
         """Whether all files exist already. Raises UserError if a file exists that was made from something else."""
         wanted = ["csv", "png", *(["mp4"] if self._draw else [])]
-        return _is_done(self._files, wanted, self._made_by, inside(self._root, self.entry.source))
+        return _is_done(self._files, wanted, self._made_by, inside(self._dataset.root, self.entry.source))
 
     def take(self, message: dict[str, str] | Tensor | None) -> None:
         """Process the next message: first a dict (the frames' reader and source), then batches of frames, then None.
@@ -335,7 +333,7 @@ class _Video:
         title = f"{entry.id}: predicted phases ({spec.title or spec.name})"
         phase_ribbons(self._files["png"], drawn, fps, spec.phases, title, {entry.id: time_s})
         if self._draw:
-            _draw(self._recogniser, prediction, self._index, self._root, self._files["mp4"], self._stop)
+            _draw(self._recogniser, prediction, self._dataset, self._files["mp4"], self._stop)
         write_json(self._files["json"], {**self._about, "samples": len(phase), "complete": True})
 
 
@@ -372,12 +370,10 @@ def _is_done(files: Mapping[str, Path], wanted: Sequence[str], made_by: Mapping[
     return bool(found.get("complete")) and all(files[kind].exists() for kind in wanted)
 
 
-def _draw(
-    recogniser: Recogniser, prediction: PredictionFile, index: Index, root: Path, path: Path, stop: StopRequest
-) -> None:
+def _draw(recogniser: Recogniser, prediction: PredictionFile, dataset: Dataset, path: Path, stop: StopRequest) -> None:
     """Write a video of all frames of the source; below each frame the predictions up to it are drawn."""
-    entry, spec = index.videos[0], recogniser.spec
-    with open_source(recogniser.config, entry, root, index) as reader:
+    entry, spec = dataset.index.videos[0], recogniser.spec
+    with open_source(recogniser.config, dataset, entry) as reader:
         shown = entry.image_frames[entry.image_frames >= prediction.frame_index[0]]
         samples = np.searchsorted(prediction.frame_index, shown, side="right") - 1
         scores = prediction.probabilities, prediction.tool_probabilities

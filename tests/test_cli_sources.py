@@ -14,7 +14,7 @@ from engine.files import LinkedRoot
 from features.dataset.build import build_index
 from features.dataset.catalogue import data_root, index_dataset, open_dataset
 from features.dataset.check import check_index
-from features.dataset.index import Index
+from features.dataset.index import Dataset, Index
 from tests.cli import run
 from tests.videos import VideoSpec, write_video
 
@@ -74,7 +74,7 @@ def test_an_index_made_with_older_patterns_is_used_until_the_present_ones_find_m
     asked = config(root)
     build_index(root, old, asked.data).save(asked.data.index)
     before = asked.data.index.read_bytes()
-    index, _ = open_dataset(asked)
+    index = open_dataset(asked).index
     assert [entry.id for entry in index.videos] == ["video01", "video02"]
     index_dataset(asked)
     assert asked.data.index.read_bytes() == before
@@ -98,7 +98,7 @@ def test_links_out_of_the_root_need_the_setting_in_every_command(root: Path) -> 
     allowed = config(root, "data.follow_links=true")
     assert isinstance(data_root(allowed), LinkedRoot)
     index = index_dataset(allowed)
-    assert check_index(index, data_root(allowed)) == []
-    assert all("data.follow_links=true" in problem for problem in check_index(index, data_root(config(root))))
+    assert check_index(Dataset(index, data_root(allowed))) == []
+    assert all("data.follow_links=true" in problem for problem in check_index(Dataset(index, data_root(config(root)))))
     with pytest.raises(UserError, match=r"data\.follow_links=true to allow such links"):
         build_index(root, index.dataset, DataConfig())

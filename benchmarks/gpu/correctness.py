@@ -268,7 +268,7 @@ def parity() -> None:
 
     from configs.load import load_config
     from engine.device import choose_device, choose_precision, lower_precision
-    from features.dataset.index import Index
+    from features.dataset.index import Dataset, Index
     from features.store_folder import find_feature_folder, load_feature_set
     from stage2_temporal.joint.predict import predict_videos
     from stage2_temporal.joint.train import Start, initial_net
@@ -291,9 +291,8 @@ def parity() -> None:
             found = predict_videos(
                 net,
                 config,
+                Dataset(index, WORK / "data"),
                 entries,
-                WORK / "data",
-                index,
                 inference="carried",
                 frames=10,
                 check_stop=lambda: None,

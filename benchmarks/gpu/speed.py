@@ -104,12 +104,12 @@ def loaders(batch: int) -> None:
 
     from configs.load import load_config
     from engine.stopping import StopRequest
-    from features.dataset.index import Index
+    from features.dataset.index import Dataset, Index
     from stage1_cnn.data import ClipDataset, FrameLoader, Request, choose_workers, labelled_frames
 
     config = load_config("cholec80", base("data"))
     index = Index.load(config.data.index)
-    frames = labelled_frames(config, index, WORK / "data", index.by_split("train"), with_phases=False)
+    frames = labelled_frames(config, Dataset(index, WORK / "data"), index.by_split("train"), with_phases=False)
     dataset = ClipDataset({"train": frames}, SIDE_PX, config.cnn.augment, 0)
     device = torch.device(DEVICE)
     workers = choose_workers(-1, device)

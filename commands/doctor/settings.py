@@ -16,7 +16,7 @@ from configs.errors import UserError, listed, type_and_line
 
 if TYPE_CHECKING:
     from configs.schema import Config
-    from features.dataset.index import Index
+    from features.dataset.index import Dataset
 
 READER_LIMIT_S = 60.0
 _VERDICTS: dict[str, tuple[Level, str]] = {
@@ -200,7 +200,7 @@ def check_weights(config: Config) -> Iterable[Finding]:
 def check_data(config: Config) -> Iterable[Finding]:
     """Check the data root, and that names, sizes and times of the files match the index. No video is opened."""
     from features.dataset.catalogue import data_root
-    from features.dataset.index import Index
+    from features.dataset.index import Dataset, Index
 
     try:
         root = data_root(config)
@@ -224,7 +224,7 @@ def check_data(config: Config) -> Iterable[Finding]:
         yield Finding("ok", "index", f"{path}, {len(index.videos)} video(s)")
         return
     yield Finding("ok", "data root", str(root))
-    yield _agreement(index, root, path)
+    yield _agreement(Dataset(index, root), path)
 
 
 def _found_videos(config: Config, root: Path) -> Iterable[Finding]:
@@ -242,14 +242,14 @@ def _found_videos(config: Config, root: Path) -> Iterable[Finding]:
     yield Finding("ok", "data root", text, "run `index`")
 
 
-def _agreement(index: Index, root: Path, path: Path) -> Finding:
+def _agreement(dataset: Dataset, path: Path) -> Finding:
     """Check that the sources exist, with the sizes and times recorded in the index."""
     from engine.files import inside
 
     missing, changed = [], []
-    for entry in index.videos:
+    for entry in dataset.index.videos:
         try:
-            state = inside(root, entry.source).stat()
+            state = inside(dataset.root, entry.source).stat()
         except (UserError, OSError):
             missing.append(entry.id)
             continue
@@ -259,9 +259,9 @@ def _agreement(index: Index, root: Path, path: Path) -> Finding:
     for problem, ids in (("are missing", missing), ("have changed", changed)):
         if ids:
             to_do = "run `index --check` for details, `index --force` to index again"
-            found = f"{path}: {len(ids)} of {len(index.videos)} sources {problem} ({listed(ids)})"
+            found = f"{path}: {len(ids)} of {len(dataset.index.videos)} sources {problem} ({listed(ids)})"
             return Finding("warn", "index", found, to_do)
-    return Finding("ok", "index", f"{path}, {len(index.videos)} video(s), sizes and times as indexed")
+    return Finding("ok", "index", f"{path}, {len(dataset.index.videos)} video(s), sizes and times as indexed")
 
 
 def check_folders(config: Config) -> Iterable[Finding]:

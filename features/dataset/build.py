@@ -18,7 +18,7 @@ from engine.sniff import recognise_file
 from features.dataset.annotations import LabelTrack
 from features.dataset.discover import Discovery, FoundVideo, find_videos
 from features.dataset.frame_folders import LabelEnd, infer_layout, require_one_base, scan_folder
-from features.dataset.index import Index, LeftOut, VideoEntry, exclusions, first_fault
+from features.dataset.index import Dataset, Index, LeftOut, VideoEntry, exclusions, first_fault
 from features.dataset.labels import Role, extent_of, fit_annotations, labelled_fractions, read_annotation
 from features.dataset.phase_order import parse_phase_order
 from features.dataset.row_numbers import infer_numberings
@@ -73,8 +73,8 @@ def build_index(
     )
 
 
-def index_of_source(path: Path, spec: DataSetSpec, data: DataConfig) -> tuple[Index, Path]:
-    """The index of one video file or folder of frames without annotations, whatever its name, and the root it is below.
+def dataset_of_source(path: Path, spec: DataSetSpec, data: DataConfig) -> Dataset:
+    """One video file or folder of frames without annotations, whatever its name, as a data set.
 
     The id is the file's name without its extension. Raises UserError naming the file if it is missing or neither.
     """
@@ -88,7 +88,7 @@ def index_of_source(path: Path, spec: DataSetSpec, data: DataConfig) -> tuple[In
         entry = VideoEntry(id=found.id, kind=kind, source=found.source, split="none", **vars(facts))
     except ValidationError as error:
         raise UserError(f"{path}: {first_fault(error)}; rename it") from error
-    return Index(dataset=spec, videos=(entry,), notes=tuple(map(printable, notes))), place.parent
+    return Dataset(Index(dataset=spec, videos=(entry,), notes=tuple(map(printable, notes))), place.parent)
 
 
 def _kept(found: Discovery, keep: Callable[[str], bool]) -> Discovery:

@@ -21,7 +21,7 @@ from engine.progress import say
 from features.dataset.build import build_index
 from features.dataset.check import check_index
 from features.dataset.discover import find_videos, is_chosen
-from features.dataset.index import Index, VideoEntry, exclusions
+from features.dataset.index import Dataset, Index, VideoEntry, exclusions
 from features.dataset.phase_order import describe_order, parse_phase_order
 from features.dataset.row_numbers import rate_of_rows
 from features.dataset.sampling import most_fps
@@ -62,7 +62,7 @@ def known_root(config: Config) -> Path | None:
         return None
 
 
-def open_dataset(config: Config) -> tuple[Index, Path]:
+def open_dataset(config: Config) -> Dataset:
     """The index (made first where there is none) and the data root.
 
     Raises UserError if the index was made for another data set, or with other sources, numbering, splits or
@@ -71,18 +71,18 @@ def open_dataset(config: Config) -> tuple[Index, Path]:
     root, path = data_root(config), config.data.index
     if not path.exists():
         say(f"{path}: does not exist yet, indexing {root}")
-        return index_dataset(config), root
-    index = Index.load(path)
-    if problem := _disagreement(config, index, root):
+        return Dataset(index_dataset(config), root)
+    dataset = Dataset(Index.load(path), root)
+    if problem := _disagreement(config, dataset):
         raise UserError(f"{path}: {problem}; run `index --force`, or choose another data.index")
-    return index, root
+    return dataset
 
 
-def _disagreement(config: Config, index: Index, root: Path) -> str | None:
+def _disagreement(config: Config, dataset: Dataset) -> str | None:
     """The first difference between an index and the settings, or None."""
-    data, spec, indexed = config.data, load_dataset(config.data.dataset), index.dataset
+    data, spec, index, indexed = config.data, load_dataset(config.data.dataset), dataset.index, dataset.spec
     if indexed.model_dump(exclude=_ABOUT) != spec.model_dump(exclude=_ABOUT) or (
-        indexed.patterns != spec.patterns and _finds_more(index, root, spec, config)
+        indexed.patterns != spec.patterns and _finds_more(config, dataset, spec)
     ):
         return f"made for data set {indexed.name}, the settings name {spec.name} (or its description has changed)"
     for entry in index.videos:
@@ -127,12 +127,13 @@ def _is_numbered_differently(entry: VideoEntry, data: DataConfig) -> bool:
     )
 
 
-def _finds_more(index: Index, root: Path, spec: DataSetSpec, config: Config) -> bool:
+def _finds_more(config: Config, dataset: Dataset, spec: DataSetSpec) -> bool:
     """Whether the current patterns find a file that is not in the index, since an older release's did not match it."""
     try:
-        found = find_videos(root, spec, config.data, leave_out=True).videos
+        found = find_videos(dataset.root, spec, config.data, leave_out=True).videos
     except UserError:
         return True
+    index = dataset.index
     files = {path for entry in index.videos for path in (entry.source, *(one.path for one in entry.annotation_files))}
     known, left_out = {entry.id for entry in index.videos}, {video.id for video in index.left_out}
     return any(
@@ -149,7 +150,7 @@ def check_dataset(config: Config) -> list[str]:
     """
     if not config.data.index.exists():
         raise UserError(f"{config.data.index}: no such index; run `index` first")
-    return check_index(Index.load(config.data.index), data_root(config))
+    return check_index(Dataset(Index.load(config.data.index), data_root(config)))
 
 
 # ---------------------------------------------------------------------------------------------- making
@@ -164,20 +165,20 @@ def index_dataset(config: Config, replace: bool = False) -> Index:
     """
     root, path = data_root(config), config.data.index
     if path.exists() and not replace and Index.load(path).made_from:
-        index, _ = open_dataset(config)
-        say(f"{path}: made from {index.made_from} and left as it is; --force makes one of what is found")
-        print_summary(index, root, config.data.fps)
-        return index
+        dataset = open_dataset(config)
+        say(f"{path}: made from {dataset.index.made_from} and left as it is; --force makes one of what is found")
+        print_summary(dataset, config.data.fps)
+        return dataset.index
     found = build_index(root, load_dataset(config.data.dataset), config.data, leave_out=True)
-    return keep_index(found, config, root, replace)
+    return keep_index(config, Dataset(found, root), replace)
 
 
-def keep_index(found: Index, config: Config, root: Path, replace: bool) -> Index:
-    """Write what was found to `data.index` and print a summary.
+def keep_index(config: Config, dataset: Dataset, replace: bool) -> Index:
+    """Write the index of what was found to `data.index` and print a summary.
 
     Raises UserError if the file is a different index, without `replace`.
     """
-    path = config.data.index
+    path, found = config.data.index, dataset.index
     if path.exists() and not replace:
         if _content(Index.load(path)) != _content(found):
             raise UserError(
@@ -191,7 +192,7 @@ def keep_index(found: Index, config: Config, root: Path, replace: bool) -> Index
     say_left_out(found)
     for line in (*_passed_over_lines(found), *_note_lines(found.notes), *_order_lines(found)):
         say(line)
-    print_summary(found, root, config.data.fps)
+    print_summary(dataset, config.data.fps)
     return found
 
 
@@ -248,13 +249,14 @@ def _order_lines(index: Index) -> list[str]:
     ]
 
 
-def print_summary(index: Index, root: Path, fps: float) -> None:
+def print_summary(dataset: Dataset, fps: float) -> None:
     """Print how much of each video is used and labelled, then videos, hours and sampled frames per split and class."""
+    index = dataset.index
     held = most_fps(index)
     if fps > held:
         say(f"note: sampled at {held:g} fps below, the most these videos hold; set data.fps={held:g} before training")
     fps = min(fps, held)
-    counts = count_frames(index, root, fps)
+    counts = count_frames(dataset, fps)
     for rows, box in ((coverage_table(index, counts), None), (index_summary(index, counts), HEAVY_HEAD)):
         title = printable(f"{index.dataset.title or index.dataset.name}, sampled at {fps:g} fps")
         table = Table(title=Text(title, style="italic"), title_justify="left", box=box)

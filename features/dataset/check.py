@@ -5,24 +5,24 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from engine.files import inside
 from engine.progress import BAR_AFTER_S, progress_bar
 from features.dataset.frame_folders import scan_folder, source_frames
-from features.dataset.index import Index, VideoEntry
+from features.dataset.index import Dataset, VideoEntry
 from features.dataset.labels import load_tracks
 from features.dataset.sources import SourceFacts, folder_facts, record_facts, video_facts
 from features.video.scan import count_packets
 
 
-def check_index(index: Index, root: Path) -> list[str]:
+def check_index(dataset: Dataset) -> list[str]:
     """The differences since indexing, one line per problem; empty if there is none.
 
     Sources: present, same size, time and hash of the ends (and of the whole, where recorded), same rate, as many
     packets as frames; of TFRecord files every checksum. Annotations: present, same hash, readable, fitting their video.
     Raises UserError if the root is missing.
     """
+    index, root = dataset.index, dataset.root
     if not root.is_dir():
         raise UserError(
             f"{root}: no such folder; set data.root (or SURGSTAGE_DATA) to the folder of the indexed videos"
@@ -33,14 +33,15 @@ def check_index(index: Index, root: Path) -> list[str]:
         for entry in videos:
             for check in (_check_source, load_tracks):
                 try:
-                    check(entry, root, index.dataset)
+                    check(dataset, entry)
                 except UserError as error:
                     problems.append(f"{entry.id}: {error}")
     return problems
 
 
-def _check_source(entry: VideoEntry, root: Path, spec: DataSetSpec) -> None:
+def _check_source(dataset: Dataset, entry: VideoEntry) -> None:
     """Raise UserError naming what differs between a source and its entry."""
+    root, spec = dataset.root, dataset.spec
     path, full_hash = inside(root, entry.source), entry.sha256 is not None
     if entry.frames is not None:
         scan = scan_folder(root, entry.source, spec)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -295,6 +296,23 @@ class Index(OmitsDefaults):
     def load(cls, path: Path) -> Index:
         """Read an index. Raises UserError if the file is missing, unreadable, damaged or not an index."""
         return cls.from_json(read_json(path), str(path))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An index, and the data root that its paths are relative to."""
+
+    index: Index
+    root: Path
+
+    @property
+    def spec(self) -> DataSetSpec:
+        """The description of the data set."""
+        return self.index.dataset
+
+    def without(self, faults: Iterable[tuple[str, str]]) -> Dataset:
+        """The data set without these videos (ids and reasons), see `Index.without`."""
+        return Dataset(self.index.without(faults), self.root)
 
 
 def first_fault(error: Exception) -> str:

@@ -16,7 +16,7 @@ from configs.errors import UserError, listed
 from configs.schema import DataConfig
 from engine.files import inside
 from features.dataset.annotations import LabelTrack, parse_phases, parse_tools, read_content, row_error
-from features.dataset.index import AnnotationFile, Index, VideoEntry
+from features.dataset.index import AnnotationFile, Dataset, VideoEntry
 from features.dataset.row_numbers import Extent, RowNumbering
 from features.dataset.sampling import frame_times_s, sampled_frames
 from features.video_labels import VideoLabels
@@ -28,9 +28,8 @@ Rows = tuple[NDArray[np.int64], NDArray[np.bool_]]  # the row of each frame, and
 
 
 def load_labels(
+    dataset: Dataset,
     entry: VideoEntry,
-    root: Path,
-    index: Index,
     frame_index: NDArray[np.int64] | Sequence[int],
     between_rows: BetweenRows = "mask",
 ) -> Labels:
@@ -38,14 +37,14 @@ def load_labels(
 
     Raises UserError if an annotation file is missing or is not the one that was indexed.
     """
-    tracks = load_tracks(entry, root, index.dataset)
-    return sample_labels(frame_index, tracks.phase, tracks.tools, between_rows, len(index.dataset.tools))
+    tracks = load_tracks(dataset, entry)
+    return sample_labels(frame_index, tracks.phase, tracks.tools, between_rows, len(dataset.spec.tools))
 
 
-def sampled_labels(entry: VideoEntry, root: Path, index: Index, data: DataConfig) -> VideoLabels:
+def sampled_labels(dataset: Dataset, entry: VideoEntry, data: DataConfig) -> VideoLabels:
     """The frames of a video that `data.fps` samples, their times and labels. Raises UserError as `load_labels`."""
     frame_index = sampled_frames(entry, data.fps)
-    phase, tools = load_labels(entry, root, index, frame_index, data.tools_between_rows)
+    phase, tools = load_labels(dataset, entry, frame_index, data.tools_between_rows)
     return VideoLabels(frame_index, frame_times_s(entry, frame_index), phase, tools)
 
 
@@ -87,13 +86,13 @@ def read_annotation(root: Path, relative: str, role: Role, spec: DataSetSpec) ->
     return Annotation(path, file, track)
 
 
-def load_tracks(entry: VideoEntry, root: Path, spec: DataSetSpec) -> FittedTracks:
+def load_tracks(dataset: Dataset, entry: VideoEntry) -> FittedTracks:
     """The video's tracks, fitted to it. Raises UserError for annotation files that are missing or have changed."""
     if entry.records is not None:
-        return FittedTracks(*entry.records.tracks(spec))
+        return FittedTracks(*entry.records.tracks(dataset.spec))
     files: dict[Role, AnnotationFile | None] = {"phase": entry.phase_file, "tool": entry.tool_file}
-    read = {role: _reread_annotation(root, file, role, spec) for role, file in files.items() if file}
-    return fit_annotations(read, extent_of(entry, spec))
+    read = {role: _reread_annotation(dataset, file, role) for role, file in files.items() if file}
+    return fit_annotations(read, extent_of(entry, dataset.spec))
 
 
 def fit_annotations(read: Mapping[Role, Annotation], extent: Extent) -> FittedTracks:
@@ -101,11 +100,11 @@ def fit_annotations(read: Mapping[Role, Annotation], extent: Extent) -> FittedTr
     return fit_tracks({role: one.placed(extent) for role, one in read.items()}, extent)
 
 
-def _reread_annotation(root: Path, file: AnnotationFile, role: Role, spec: DataSetSpec) -> Annotation:
-    path = root / file.path
+def _reread_annotation(dataset: Dataset, file: AnnotationFile, role: Role) -> Annotation:
+    path = dataset.root / file.path
     if not path.exists():
         raise UserError(f"{path}: no such file; restore it, or run `index --force` to continue without its labels")
-    read = read_annotation(root, file.path, role, spec)
+    read = read_annotation(dataset.root, file.path, role, dataset.spec)
     if read.file.sha256 != file.sha256:
         raise UserError(f"{path}: has changed since it was indexed; run `index --force`, then this again")
     return read.with_numbering(file.numbering)

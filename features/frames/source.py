@@ -17,7 +17,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from engine.files import inside, sha256_ends, sha256_file
 from features.dataset.frame_folders import frame_folder, scan_folder
-from features.dataset.index import Index, VideoEntry
+from features.dataset.index import Dataset, VideoEntry
 from features.dataset.tfrecord import TfrecordReader
 from features.frames.cache import CacheRequest, FrameCache
 from features.frames.preprocess import Geometry
@@ -37,18 +37,18 @@ class ChangedSource(UserError):
     """A source that differs from the one that was indexed: the index is out of date, but the video is not faulty."""
 
 
-def require_indexed_source(entry: VideoEntry, root: Path, index: Index) -> None:
+def require_indexed_source(dataset: Dataset, entry: VideoEntry) -> None:
     """Raise ChangedSource if a source differs from the indexed one, by size and time, then by the hash of its ends.
 
     A missing source passes: files made from it remain usable without it, and reading it reports that it is missing.
     Raises UserError for one that cannot be read.
     """
-    path = inside(root, entry.source)
+    path = inside(dataset.root, entry.source)
     try:
         if not path.exists():
             return
         if entry.kind == "frames":
-            same = scan_folder(root, entry.source, index.dataset).identity() == entry.sha256_ends
+            same = scan_folder(dataset.root, entry.source, dataset.spec).identity() == entry.sha256_ends
         else:
             state = path.stat()
             same = (state.st_size, state.st_mtime_ns) == (entry.size_bytes, entry.modified_ns)
@@ -67,18 +67,16 @@ def require_indexed_annotations(entry: VideoEntry, root: Path) -> None:
             raise UserError(f"{path}: has changed since it was indexed; run `index --force`, then this again")
 
 
-def open_source(
-    config: Config, entry: VideoEntry, root: Path, index: Index, hardware: str | None = None
-) -> FrameReader:
+def open_source(config: Config, dataset: Dataset, entry: VideoEntry, hardware: str | None = None) -> FrameReader:
     """Open an indexed source of frames: a video file, a folder of images, or a TFRecord file.
 
     Open it in the process that reads it. `hardware` is a kind of device that decodes video files (cuda, qsv, ...).
     Raises UserError if the source has changed since it was indexed, and ReaderError if it cannot be read.
     """
-    require_indexed_source(entry, root, index)
-    path = inside(root, entry.source)
+    require_indexed_source(dataset, entry)
+    path = inside(dataset.root, entry.source)
     if entry.frames is not None:
-        return FolderReader(path, frame_folder(root, entry.source, index.dataset, entry.frames))
+        return FolderReader(path, frame_folder(dataset.root, entry.source, dataset.spec, entry.frames))
     if entry.records is not None:
         return TfrecordReader(path, entry.records)
     reader = open_video(path, config.data.reader, hardware)
@@ -104,11 +102,9 @@ def frame_cache(config: Config) -> FrameCache:
     return FrameCache(config.cache, config.preprocess, config.data.fps)
 
 
-def cache_request(
-    config: Config, entry: VideoEntry, root: Path, index: Index, frame_index: NDArray[np.int64]
-) -> CacheRequest:
+def cache_request(config: Config, dataset: Dataset, entry: VideoEntry, frame_index: NDArray[np.int64]) -> CacheRequest:
     """The request for a video's sampled frames `frame_index` (T,) to the cache."""
-    return CacheRequest(source_identity(entry), frame_index, partial(open_source, config, entry, root, index))
+    return CacheRequest(source_identity(entry), frame_index, partial(open_source, config, dataset, entry))
 
 
 @dataclass(frozen=True)
@@ -121,19 +117,14 @@ class SampledFrames:
 
 @contextmanager
 def open_frames(
-    config: Config,
-    entry: VideoEntry,
-    root: Path,
-    index: Index,
-    frame_index: NDArray[np.int64],
-    samples: slice = slice(None),
+    config: Config, dataset: Dataset, entry: VideoEntry, frame_index: NDArray[np.int64], samples: slice = slice(None)
 ) -> Iterator[SampledFrames]:
     """Sampled frames for extraction: from the cache if it holds them without loss, otherwise from the source.
 
     Both give the same pixels. `frame_index` (T,) are all of the video's sampled frames, as `sampled_frames` gives them;
     `samples` selects a part of them. A JPEG cache is for training only, so that features never depend on it.
     """
-    request = cache_request(config, entry, root, index, frame_index)
+    request = cache_request(config, dataset, entry, frame_index)
     lossless = config.cache.use_for_extract and config.cache.codec != "jpeg"
     cached = frame_cache(config).find(request, deep=True) if lossless else None
     if cached is not None:
@@ -141,16 +132,16 @@ def open_frames(
             numbers = range(len(cached))[samples]
             yield SampledFrames((cached[number] for number in numbers), _provenance_of_cache(cached.path))
         return
-    with source_frames(config, entry, root, index, frame_index[samples]) as frames:
+    with source_frames(config, dataset, entry, frame_index[samples]) as frames:
         yield frames
 
 
 @contextmanager
 def source_frames(
-    config: Config, entry: VideoEntry, root: Path, index: Index, frame_index: NDArray[np.int64]
+    config: Config, dataset: Dataset, entry: VideoEntry, frame_index: NDArray[np.int64]
 ) -> Iterator[SampledFrames]:
     """The frames `frame_index` (N,) directly from the source."""
-    with open_source(config, entry, root, index, config.extract.hardware_decoding) as reader:
+    with open_source(config, dataset, entry, config.extract.hardware_decoding) as reader:
         geometry = Geometry.of_video(config.preprocess, reader)
         frames = (geometry.resize_frame(rgb) for rgb in reader.read(frame_index.tolist()))
         yield SampledFrames(frames, {"reader": reader.name, "reader_version": reader.version, "frames_from": "source"})

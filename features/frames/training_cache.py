@@ -16,7 +16,7 @@ from engine.processes import Processes
 from engine.progress import say
 from engine.runs import ABSENT, IDENTITY_FILE
 from engine.stopping import StopRequest
-from features.dataset.index import Index, VideoEntry
+from features.dataset.index import Dataset, Index, VideoEntry
 from features.dataset.sampling import in_whole_steps, sampled_frames
 from features.frames.source import ChangedSource, cache_request, frame_cache, require_indexed_source
 
@@ -52,8 +52,8 @@ class _CacheJob:
     frames: int
 
 
-def _decode_into_cache(config: Config, root: Path, index: Index, job: _CacheJob, advance: Advance) -> None:
-    request = cache_request(config, job.entry, root, index, sampled_frames(job.entry, config.data.fps))
+def _decode_into_cache(config: Config, dataset: Dataset, job: _CacheJob, advance: Advance) -> None:
+    request = cache_request(config, dataset, job.entry, sampled_frames(job.entry, config.data.fps))
     frame_cache(config).ensure(request, lambda done: advance(1))
 
 
@@ -71,20 +71,20 @@ def recorded_faults(folder: Path, index: Index) -> list[tuple[str, str]]:
     return found
 
 
-def cache_readable(config: Config, index: Index, root: Path, processes: Processes) -> Index:
-    """Decode training and validation videos into the cache; the index without those that cannot be read.
+def cache_readable(config: Config, dataset: Dataset, processes: Processes) -> Dataset:
+    """Decode training and validation videos into the cache; the data set without those that cannot be read.
 
     Raises UserError if that leaves a split without videos, and for what `fill_cache` raises it.
     """
-    videos = processes.share([*index.by_split("train"), *index.by_split("val")])
-    parts = processes.together(lambda: fill_cache(config, index, root, videos, processes.stop))
-    index = index.without(fault for part in parts for fault in part)
-    index.require_videos("train", "val")
-    return index
+    videos = processes.share([*dataset.index.by_split("train"), *dataset.index.by_split("val")])
+    parts = processes.together(lambda: fill_cache(config, dataset, videos, processes.stop))
+    readable = dataset.without(fault for part in parts for fault in part)
+    readable.index.require_videos("train", "val")
+    return readable
 
 
 def fill_cache(
-    config: Config, index: Index, root: Path, entries: Sequence[VideoEntry], stop: StopRequest
+    config: Config, dataset: Dataset, entries: Sequence[VideoEntry], stop: StopRequest
 ) -> list[tuple[str, str]]:
     """Decode those of `entries` that the cache does not hold, several videos at once, with progress.
 
@@ -95,10 +95,10 @@ def fill_cache(
     cache = frame_cache(config)
     jobs = []
     for entry in entries:
-        request = cache_request(config, entry, root, index, sampled_frames(entry, config.data.fps))
+        request = cache_request(config, dataset, entry, sampled_frames(entry, config.data.fps))
         if cache.problem(request) is not None:
             try:
-                require_indexed_source(entry, root, index)
+                require_indexed_source(dataset, entry)
             except ChangedSource:
                 raise
             except UserError:
@@ -108,11 +108,11 @@ def fill_cache(
         return []
     needed = sum(cache.estimate_bytes(job.frames) for job in jobs)
     require_free_bytes(cache.folder, needed, f"caching frames of {len(jobs)} video(s)")
-    task = partial(_decode_into_cache, config, root, index)
+    task = partial(_decode_into_cache, config, dataset)
     work = work_through(task, jobs, choose_processes(-1, jobs), "decode frames", stop)
     failed = [(job.entry.id, reason) for job, reason in work if reason is not None]
     remove_stale_temporaries(cache.folder)  # of processes that died
     if lost := [fault for fault in failed if not isinstance(fault[1], VideoFault)]:
         others = f" (and {len(lost) - 1} more video{'s' * (len(lost) > 2)})" if len(lost) > 1 else ""
         raise UserError(f"{lost[0][0]}: {lost[0][1]}{others}; start again: it resumes where it stopped")
-    return [(video_id, below_root(reason, root)) for video_id, reason in failed]
+    return [(video_id, below_root(reason, dataset.root)) for video_id, reason in failed]

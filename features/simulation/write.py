@@ -119,12 +119,7 @@ def simulate(
             raise UserError(f"{name} {size}: H.264 with 4:2:0 colour needs even sizes; take {size + 1}")
     check_spec(spec)
     settings = Settings(seed, fps, width_px, height_px, float(speed_up), spec)
-    _claim_folder(out, settings)
-    if not (out / _README).exists():
-        write_text(out / _README, _readme(settings))
-    for folder in (out, out / _VIDEOS, out / _PHASES, out / _TOOLS):
-        remove_stale_temporaries(folder)
-    require_free_bytes(out, _expected_bytes(settings, videos), f"simulating {videos} videos")
+    _prepare_folder(out, settings, videos)
     stop = StopRequest() if stop is None else stop
     writer = _Writer(out, settings)
     jobs: list[_Video] = []
@@ -147,6 +142,16 @@ def _check_numbers(**limits: tuple[float, float, float]) -> None:
     for name, (value, low, high) in limits.items():
         if not low <= value <= high:  # NaN fails too
             raise UserError(f"{name} {value}: must lie between {low} and {high}")
+
+
+def _prepare_folder(out: Path, settings: Settings, videos: int) -> None:
+    """Claim the folder, describe it and tidy it up. Raises UserError if it cannot be used or has too little space."""
+    _claim_folder(out, settings)
+    if not (out / _README).exists():
+        write_text(out / _README, _readme(settings))
+    for folder in (out, out / _VIDEOS, out / _PHASES, out / _TOOLS):
+        remove_stale_temporaries(folder)
+    require_free_bytes(out, _expected_bytes(settings, videos), f"simulating {videos} videos")
 
 
 def _claim_folder(out: Path, settings: Settings) -> None:

@@ -24,7 +24,7 @@ from configs.schema import Config
 from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.files import exclusive_lock, sha256_json
 from engine.progress import progress_bar, say
-from features.dataset.index import Index, VideoEntry
+from features.dataset.index import Dataset, VideoEntry
 from features.dataset.sampling import sampled_frames
 from features.frames.preprocess import crop_frames, preprocess_json
 from features.frames.source import open_frames
@@ -49,11 +49,10 @@ class FromTrainingFrames:
     """
 
     config: Config
-    index: Index
-    root: Path
+    dataset: Dataset
 
     def __call__(self, backbone: Backbone, weights_sha256: str) -> OpenVinoNet:
-        videos = self.index.by_split("train")
+        videos = self.dataset.index.by_split("train")
         if not videos:
             raise UserError(
                 "extract.precision=int8 is calibrated on frames of training videos, and the index has none; set "
@@ -78,7 +77,7 @@ class FromTrainingFrames:
             "preprocess": preprocess_json(self.config.preprocess),
             "fps": self.config.data.fps,
             "frames": self.config.extract.calibration_frames,
-            "videos": [[video.id, video.sha256_ends] for video in self.index.by_split("train")],
+            "videos": [[video.id, video.sha256_ends] for video in self.dataset.index.by_split("train")],
         }
         return sha256_json(depends_on)[:DIGITS]
 
@@ -102,7 +101,7 @@ class FromTrainingFrames:
         frame_index = sampled_frames(entry, self.config.data.fps)
         step = max(1, len(frame_index) // count)
         spread = slice((step - 1) // 2, None, step)
-        with open_frames(self.config, entry, self.root, self.index, frame_index, spread) as opened:
+        with open_frames(self.config, self.dataset, entry, frame_index, spread) as opened:
             frames = np.stack(list(itertools.islice(opened.frames, count)))
         return list(crop_frames(frames, self.config.preprocess.crop_px)[:, 0])
 

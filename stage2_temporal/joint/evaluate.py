@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys, load_config
 from configs.schema import Config, DataConfig
@@ -22,7 +23,7 @@ from engine.runs import IDENTITY_FILE, RESULT_FILE, require_same_classes
 from engine.stopping import StopRequest
 from evaluation.metrics.results import HEAD, Evaluation, JointDetails, ToolResults
 from features.dataset.catalogue import say_left_out
-from features.dataset.index import Index, VideoEntry
+from features.dataset.index import Dataset, Index, VideoEntry
 from features.dataset.labels import sampled_labels
 from features.frames.settings_match import require_preprocess_of
 from features.frames.training_cache import frames_identity, recorded_faults
@@ -47,8 +48,7 @@ Predictor = Callable[[Sequence[VideoEntry]], dict[str, Prediction]]
 def evaluate_joint(
     config: Config,
     run: Path,
-    index: Index,
-    root: Path,
+    dataset: Dataset,
     *,
     split: str = "test",
     inference: Inference | None = None,
@@ -65,21 +65,21 @@ def evaluate_joint(
     settings (`given`), or if the data have other classes or another sampling rate than the net; raises Stopped when
     asked to stop.
     """
-    joint = _open(run, config, index, inference, given)
+    joint = _open(run, config, dataset.spec, inference, given)
     config, trained_in = joint.config, joint.path.parent
-    index = index.without(recorded_faults(trained_in, index))
-    other = other or _is_another(trained_in, config, index)
-    entries = index.entries_of(split, config.data.index)
+    dataset = dataset.without(recorded_faults(trained_in, dataset.index))
+    other = other or _is_another(trained_in, config, dataset.index)
+    entries = dataset.index.entries_of(split, config.data.index)
     start_stage("evaluate", config, joint.device, joint.precision)
     faults: list[tuple[str, str]] = []
-    predict = joint.predictor(index, root, stop, faults)
-    labels = {entry.id: sampled_labels(entry, root, index, config.data) for entry in entries}
+    predict = joint.predictor(dataset, stop, faults)
+    labels = {entry.id: sampled_labels(dataset, entry, config.data) for entry in entries}
     found = predict(entries)
-    thresholds = _thresholds(predict, index, root, config.data)
-    index = index.without(faults)
+    thresholds = _thresholds(predict, dataset, config.data)
+    index = dataset.index.without(faults)
     index.entries_of(split, config.data.index)
     say_left_out(index)
-    truth = GroundTruth(index, split, config.data.fps, {name: labels[name] for name in found}, root)
+    truth = GroundTruth(index, split, config.data.fps, {name: labels[name] for name in found}, dataset.root)
     phases = {name: one.phase for name, one in found.items() if one.phase is not None}
     predicted = Predicted(
         probabilities={HEAD: phases} if phases else {},
@@ -106,14 +106,13 @@ class _Joint:
     device: torch.device
     precision: str
 
-    def predictor(self, index: Index, root: Path, stop: StopRequest, faults: list[tuple[str, str]]) -> Predictor:
-        """A function that predicts videos of the index, and adds those that cannot be read to `faults` (id, reason)."""
+    def predictor(self, dataset: Dataset, stop: StopRequest, faults: list[tuple[str, str]]) -> Predictor:
+        """A function that predicts videos of `dataset` and adds those that cannot be read to `faults` (id, reason)."""
         return partial(
             predict_videos,
             self.net.to(self.device, memory_format=torch.channels_last),  # type: ignore[call-overload]
             self.config,
-            root=root,
-            index=index,
+            dataset,
             inference=self.inference,
             frames=self.about.frames,
             check_stop=stop.raise_if_set,
@@ -138,11 +137,11 @@ class _Joint:
         )
 
 
-def _open(run: Path, config: Config, index: Index, inference: Inference | None, given: GivenKeys) -> _Joint:
+def _open(run: Path, config: Config, spec: DataSetSpec, inference: Inference | None, given: GivenKeys) -> _Joint:
     """Load a run's joint net. Raises UserError if the data or the settings do not fit it."""
     path = joint_checkpoint(run)
     net, about = load_joint(path)
-    _require_compatible(path, about, index, config.data.fps)
+    _require_compatible(path, about, spec, config.data.fps)
     require_preprocess_of(about.preprocess, config, given, path, backbone=about.backbone)
     config = config.model_copy(update={"preprocess": about.preprocess})
     mode = chosen_inference(inference, about.inference, net.phase, path)
@@ -162,8 +161,7 @@ def _is_another(trained_in: Path, config: Config, index: Index) -> bool:
     return bool(known != frames_identity(config, index)["videos_sha256"])
 
 
-def _require_compatible(path: Path, about: JointAbout, index: Index, fps: float) -> None:
-    spec = index.dataset
+def _require_compatible(path: Path, about: JointAbout, spec: DataSetSpec, fps: float) -> None:
     require_same_classes(path, "phases", about.phases, spec.phases)
     require_same_classes(path, "tools", about.tools, spec.tools)
     if about.fps != fps:
@@ -176,14 +174,14 @@ def _mapped_tools(truth: GroundTruth, found: Mapping[str, Prediction]) -> ToolRe
     return tool_results(truth, labelled)
 
 
-def _thresholds(predict: Predictor, index: Index, root: Path, data: DataConfig) -> Mapping[str, float] | None:
+def _thresholds(predict: Predictor, dataset: Dataset, data: DataConfig) -> Mapping[str, float] | None:
     """A threshold per tool, chosen on the validation videos.
 
     None if no validation video has tool labels, or if the net has no tool branch.
     """
-    val = index.by_split("val")
-    labels = {entry.id: sampled_labels(entry, root, index, data).tools for entry in val}
+    val = dataset.index.by_split("val")
+    labels = {entry.id: sampled_labels(dataset, entry, data).tools for entry in val}
     labels = {name: tools for name, tools in labels.items() if (tools >= 0).any()}
     found = predict([entry for entry in val if entry.id in labels]) if labels else {}
     logits = {name: one.tools for name, one in found.items() if one.tools is not None}
-    return validation_thresholds(labels, logits, index.dataset.tools)
+    return validation_thresholds(labels, logits, dataset.spec.tools)

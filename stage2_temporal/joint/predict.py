@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from configs.schema import AugmentConfig, Config, PreprocessConfig
 from engine.files import below_root
 from engine.pool import VideoFault
 from engine.progress import progress_bar
-from features.dataset.index import Index, VideoEntry
+from features.dataset.index import Dataset, VideoEntry
 from features.dataset.sampling import sampled_frames
 from features.frames.preprocess import CropCount, augment, augment_generator, crop_frames, normalise
 from features.frames.source import open_frames
@@ -51,9 +50,8 @@ class Prediction:
 def predict_videos(
     net: JointNet,
     config: Config,
+    dataset: Dataset,
     entries: Sequence[VideoEntry],
-    root: Path,
-    index: Index,
     *,
     inference: Inference,
     frames: int,
@@ -73,7 +71,7 @@ def predict_videos(
     sampled = [sampled_frames(entry, config.data.fps) for entry in entries]
     total = sum(map(len, sampled))
     videos = [
-        partial(open_frames, config, entry, root, index, frame_index)
+        partial(open_frames, config, dataset, entry, frame_index)
         for entry, frame_index in zip(entries, sampled, strict=True)
     ]
     embedded: dict[int, list[list[Tensor]]] = {}  # video -> batches -> crops -> embeddings (N, D)
@@ -94,7 +92,7 @@ def predict_videos(
                     whole = [torch.cat(crop) for crop in zip(*embedded.pop(number), strict=True)]  # (T, D) each
                     found[entry.id] = _over_crops(net, whole, inference, frames)
                 elif faults is not None and isinstance(message, VideoFault):
-                    unread[entry.id] = below_root(message, root)
+                    unread[entry.id] = below_root(message, dataset.root)
                 else:
                     raise UserError(message if isinstance(message, VideoFault) else f"{entry.id}: {message}")
     finally:

@@ -31,7 +31,7 @@ from engine.training_result import Choices, TrainingResult, deciding_score, resu
 from evaluation.metrics.phases import majority_phase
 from evaluation.metrics.tools import pooled_map
 from features.dataset.catalogue import say_left_out
-from features.dataset.index import Index
+from features.dataset.index import Dataset, Index
 from features.dataset.labels import sampled_labels, unlabelled_note
 from features.frames.training_cache import cache_readable, frames_identity, recorded_faults
 from features.video_labels import VideoLabels
@@ -104,12 +104,11 @@ class JointData:
 
     train: LabelledFrames
     val: dict[str, VideoLabels]
-    index: Index
-    root: Path
+    dataset: Dataset
 
 
 def train_joint(
-    config: Config, run: Path, index: Index, root: Path, stop: StopRequest, start: Start, *, trusted: bool = False
+    config: Config, run: Path, dataset: Dataset, stop: StopRequest, start: Start, *, trusted: bool = False
 ) -> TrainingResult:
     """Train every step of the schedule, write `RUN/joint/<step>/`, and return the result of the last step.
 
@@ -120,23 +119,23 @@ def train_joint(
     processes = join(config.device, stop)
     files = start.files()
     _require_effect(config)
-    index = index.without(recorded_faults(run / FOLDER / STEPS[0], index))
-    index.require_videos("train", "val")
+    dataset = dataset.without(recorded_faults(run / FOLDER / STEPS[0], dataset.index))
+    dataset.index.require_videos("train", "val")
     seed_everything(config.seed)
-    net = processes.each(lambda: initial_net(config, index, start, trusted=trusted))
+    net = processes.each(lambda: initial_net(config, dataset.index, start, trusted=trusted))
     require_image_size(net.backbone, config.preprocess.crop_px)
-    data = processes.each(lambda: _load(config, index, root))
-    stages = _stages(config, run, index, files)
+    data = processes.each(lambda: _load(config, dataset))
+    stages = _stages(config, run, dataset.index, files)
     processes.from_first(lambda: _require_precisions(config, stages))
     waiting = processes.from_first(lambda: [stage for stage in stages.values() if stage.result is None])
     if waiting:
         say_few_cores(choose_device(config.device))
         processes.from_first(waiting[0].check)
-        readable = cache_readable(config, index, root, processes)
-        if readable is not index:
-            index, stages = readable, _stages(config, run, readable, files)
-            data = processes.each(lambda: _load(config, readable, root))
-    say_left_out(index)
+        readable = cache_readable(config, dataset, processes)
+        if readable != dataset:
+            stages = _stages(config, run, readable.index, files)
+            data = processes.each(lambda: _load(config, readable))
+    say_left_out(data.dataset.index)
     for step, settings in schedule(config).items():
         stage = stages[step]
         finished = processes.from_first(stage.begin)
@@ -148,7 +147,7 @@ def train_joint(
             say(f"{stage.path}: finished before with these settings, nothing to do")
             result = TrainingResult.from_json(finished)
         net.load_state_dict(load_checkpoint(stage.path / "best.pt")["model"])
-    return replace(result, left_out=index.left_out_records())
+    return replace(result, left_out=data.dataset.index.left_out_records())
 
 
 def _require_precisions(config: Config, stages: Mapping[str, StageFolder]) -> None:
@@ -206,9 +205,10 @@ def _require_effect(config: Config) -> None:
         )
 
 
-def _load(config: Config, index: Index, root: Path) -> JointData:
+def _load(config: Config, dataset: Dataset) -> JointData:
+    index = dataset.index
     require_training_videos(config, index)
-    train = labelled_frames(config, index, root, index.by_split("train"), with_phases=True, every_frame=True)
+    train = labelled_frames(config, dataset, index.by_split("train"), with_phases=True, every_frame=True)
     tasks = config.joint.net.tasks
     for task, labels in (("tool", train.tools), ("phase", train.phase)):
         if tasks in (task, "both") and not (labels >= 0).any():
@@ -217,10 +217,10 @@ def _load(config: Config, index: Index, root: Path) -> JointData:
     if tasks != "tool":
         for note in unlabelled_note(phases, "do not count in train"):
             say(note)
-    val = {entry.id: sampled_labels(entry, root, index, config.data) for entry in index.by_split("val")}
+    val = {entry.id: sampled_labels(dataset, entry, config.data) for entry in index.by_split("val")}
     if not val:
         say("no validation videos: every epoch is trained, and the last one counts as the best")
-    return JointData(train, val, index, root)
+    return JointData(train, val, dataset)
 
 
 def leaves_unused(config: Config, step: str) -> bool:
@@ -262,7 +262,7 @@ def train_step(
     if joint.sync_batch_norm:
         synchronise_batch_norm(net, processes, device)
     net.train_only("mapping" if step == "mapping" else "all", freeze_mapping=settings.freeze_mapping)
-    about = JointAbout.of(net, config.temporal.head, config, data.index.dataset, step)
+    about = JointAbout.of(net, config.temporal.head, config, data.dataset.spec, step)
     groups = parameter_groups(net, settings.backbone_lr_factor, "branches")
     session = TrainingSession(
         folder, accelerator, net, groups, settings, about.to_json(), processes, joint.accumulate_steps
@@ -300,14 +300,13 @@ def validate(net: JointNet, config: Config, data: JointData, session: TrainingSe
     if not data.val:
         return {}
     sequence = config.joint.sequence
-    mine = session.processes.share([data.index.entry(name) for name in data.val])
+    mine = session.processes.share([data.dataset.index.entry(name) for name in data.val])
     parts = session.validate(
         lambda: predict_videos(
             net,
             config,
+            data.dataset,
             mine,
-            data.root,
-            data.index,
             inference=sequence.inference,
             frames=sequence.frames,
             check_stop=session.stop_if_asked,
@@ -316,7 +315,7 @@ def validate(net: JointNet, config: Config, data: JointData, session: TrainingSe
     )
     together = {name: one for part in parts for name, one in part.items()}
     found = {name: together[name] for name in data.val}
-    return score_videos(net, data.val, found, data.index.dataset.tools)
+    return score_videos(net, data.val, found, data.dataset.spec.tools)
 
 
 def score_videos(

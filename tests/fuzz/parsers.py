@@ -105,7 +105,7 @@ def _read_class_order(path: Path) -> object:
 def _read_index(folder: Path) -> Read:
     from engine.files import inside
     from features.dataset.check import check_index
-    from features.dataset.index import Index
+    from features.dataset.index import Dataset, Index
     from features.dataset.labels import load_labels
     from features.dataset.sampling import frame_times_s, sampled_frames
     from features.dataset.summary import count_frames
@@ -115,17 +115,18 @@ def _read_index(folder: Path) -> Read:
 
     def read(path: Path) -> None:
         index = Index.load(path)
+        dataset = Dataset(index, root)
         index.digest()
         Index.from_json(index.to_json())
         for entry in index.videos:
             if not inside(root, entry.source).resolve().is_relative_to(root.resolve()):
                 raise AssertionError(f"{entry.source} leads out of the root")
             frame_times_s(entry, [entry.frame_count - 1])
-            for step in (partial(sampled_frames, entry, 1.0), partial(load_labels, entry, root, index, [0, 5])):
+            for step in (partial(sampled_frames, entry, 1.0), partial(load_labels, dataset, entry, [0, 5])):
                 _allow_refusal(step)
-        for problem in check_index(index, root):
+        for problem in check_index(dataset):
             assert problem.isprintable(), repr(problem)
-        _allow_refusal(partial(count_frames, index, root, 1.0))
+        _allow_refusal(partial(count_frames, dataset, 1.0))
 
     return read
 

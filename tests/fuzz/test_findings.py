@@ -16,7 +16,7 @@ from engine.logs import MetricLog, read_metrics
 from engine.runs import StageFolder, StageIdentity, update_summary
 from features.dataset.build import build_index
 from features.dataset.catalogue import print_summary
-from features.dataset.index import Index
+from features.dataset.index import Dataset, Index
 from features.video.base import ReaderError
 from features.video.images import decode_image
 from features.video.open import open_video
@@ -130,7 +130,7 @@ def test_square_brackets_in_a_class_name_are_no_markup(tmp_path: Path, capsys: p
         path = root / entry.tool_file.path
         path.write_text(path.read_text().replace("Grasper", "[/red]"))
     shown = build_index(root, shown.dataset, Config().data)
-    print_summary(shown, root, 1.0)
+    print_summary(Dataset(shown, root), 1.0)
     out = capsys.readouterr().out
     assert "[/red]" in out
     assert "a [/b] set" in out

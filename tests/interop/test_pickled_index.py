@@ -19,7 +19,7 @@ from configs.schema import Config, DataConfig, SplitConfig
 from features.dataset.annotations import LabelTrack, write_label_file
 from features.dataset.catalogue import index_dataset, open_dataset
 from features.dataset.check import check_index
-from features.dataset.index import Index
+from features.dataset.index import Dataset, Index
 from features.dataset.labels import load_labels
 from features.dataset.sampling import sampled_frames
 from interop.pickled_index import index_from_pickles, pickle_from_index
@@ -104,7 +104,7 @@ def test_labels_come_from_the_pickle_and_phases_by_name(root: Path, tmp_path: Pa
     names = SPEC.phase_orders[order]
     for entry, (number, count) in zip(index.videos, VIDEOS, strict=True):
         assert (entry.id, entry.kind) == (f"video{number:02d}", "frames")
-        phase, tools = load_labels(entry, root, index, sampled_frames(entry, 1.0))
+        phase, tools = load_labels(Dataset(index, root), entry, sampled_frames(entry, 1.0))
         assert [SPEC.phases[one] for one in phase] == [names[one] for one in labels_of(number, count)[0]]
         assert tools.tolist() == labels_of(number, count)[1]
         assert entry.phase_file is not None
@@ -112,7 +112,7 @@ def test_labels_come_from_the_pickle_and_phases_by_name(root: Path, tmp_path: Pa
     text = (root / "labels-from-pickle/video01-phase.txt").read_text().splitlines()
     assert text[:2] == ["Frame\tPhase", "0\tPreparation"]
     assert index.made_from == "x.pkl"
-    assert check_index(index, root) == []
+    assert check_index(Dataset(index, root)) == []
     assert "research" not in json.dumps(index.to_json())
     assert Index.load(tmp_path / "index.json") == index
 
@@ -123,13 +123,13 @@ def test_parts_determine_the_split_unless_settings_do(root: Path, tmp_path: Path
     config = config_of(root)
     index = index_from_pickles(config, [file], phase_order="mtrcnet")
     assert [entry.split for entry in index.videos] == ["train", "train", "val", "test"]
-    assert open_dataset(config)[0] == index
+    assert open_dataset(config).index == index
     assert index_dataset(config) == index  # like the command `run`
     assert index_from_pickles(config, [file], phase_order="mtrcnet") == index  # labels are there now, and the same
     other = config_of(root, split={"rule": "1/1/2"})
     assert "another split" in refusal(lambda: open_dataset(other))
     index_from_pickles(other, [file], phase_order="mtrcnet", replace=True)
-    assert [entry.split for entry in open_dataset(other)[0].videos] == ["train", "val", "test", "test"]
+    assert [entry.split for entry in open_dataset(other).index.videos] == ["train", "val", "test", "test"]
     assert index_dataset(config_of(root, split={"rule": "4/0/0"}), replace=True).made_from is None
 
 
@@ -209,7 +209,7 @@ def test_rows_numbered_by_source_frame_and_starting_late(tmp_path: Path) -> None
     assert "data.frame_base" in refusal(lambda: index_from_pickles(config_of(root), [file], phase_order="mtrcnet"))
     index = index_from_pickles(config_of(root, frame_base=0), [file], phase_order="mtrcnet")
     frames = sampled_frames(index.videos[0], 1.0)
-    read, _ = load_labels(index.videos[0], root, index, frames)
+    read, _ = load_labels(Dataset(index, root), index.videos[0], frames)
     assert read.tolist() == [-1] * 5 + phase + [-1] * 2
 
 
@@ -230,7 +230,7 @@ def test_pickles_beside_videos(tmp_path: Path, rate: Fraction) -> None:
     file = write(tmp_path / "x.pkl", [rows_of("frames/video07", 7, 10)])
     config = config_of(root)
     index = index_from_pickles(config, [file], phase_order="mtrcnet")
-    phase, tools = load_labels(index.videos[0], root, index, sampled_frames(index.videos[0], 1.0))
+    phase, tools = load_labels(Dataset(index, root), index.videos[0], sampled_frames(index.videos[0], 1.0))
     assert (phase.tolist(), tools.tolist()) == labels_of(7, 10)
     back = tmp_path / "back.pkl"
     pickle_from_index(config, back, layout="cholec80", phase_order="mtrcnet")
@@ -430,7 +430,7 @@ def test_an_image_without_a_row_has_no_label(root: Path, tmp_path: Path) -> None
     videos = videos_of(root)
     file = write(tmp_path / "x.pkl", [videos[0][:-1], *videos[1:]])
     index = index_from_pickles(config_of(root), [file], phase_order="mtrcnet")
-    phase, _ = load_labels(index.videos[0], root, index, sampled_frames(index.videos[0], 1.0))
+    phase, _ = load_labels(Dataset(index, root), index.videos[0], sampled_frames(index.videos[0], 1.0))
     assert phase.tolist() == [*labels_of(1, 40)[0][:-1], -1]
 
 

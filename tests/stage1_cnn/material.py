@@ -22,7 +22,7 @@ from configs.schema import (
 from engine.stopping import StopRequest
 from features.dataset.annotations import LabelTrack, write_label_file
 from features.dataset.build import build_index
-from features.dataset.index import Index
+from features.dataset.index import Dataset, Index
 from tests.videos import VideoSpec, write_video
 
 FRAMES = 65  # 13 samples at 5 fps: a batch of 4 leaves one over
@@ -94,6 +94,10 @@ class World:
 
     def index(self) -> Index:
         return build_index(self.root, SPEC, self.config.data)
+
+    def dataset(self, index: Index | None = None) -> Dataset:
+        """The data set with this index, by default its own."""
+        return Dataset(index or self.index(), self.root)
 
     def set(self, **blocks: dict[str, object]) -> Config:
         """The settings with some values of some blocks changed; `top` holds those outside any block."""

@@ -42,8 +42,8 @@ CPU = torch.device("cpu")
 def frames_of(world: World, config: Config | None = None, with_phases: bool = False) -> LabelledFrames:
     config = config or world.config
     entries = world.index().by_split("train")
-    fill_cache(config, world.index(), world.root, entries, StopRequest())
-    return labelled_frames(config, world.index(), world.root, entries, with_phases)
+    fill_cache(config, world.dataset(), entries, StopRequest())
+    return labelled_frames(config, world.dataset(), entries, with_phases)
 
 
 def dataset_of(world: World, augment: AugmentConfig | None = None) -> ClipDataset:
@@ -261,14 +261,14 @@ def test_a_gpu_gets_a_loader_process_for_every_core_but_one(
 
 def test_the_cache_is_filled_once_and_whole(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     index = world.index()
-    fill_cache(world.config, index, world.root, index.videos, StopRequest())
+    fill_cache(world.config, world.dataset(index), index.videos, StopRequest())
     monkeypatch.setattr("features.frames.source.open_video", None)  # whoever decodes calls it
-    fill_cache(world.config, index, world.root, index.videos, StopRequest())
+    fill_cache(world.config, world.dataset(index), index.videos, StopRequest())
     for entry in index.videos:
         frame_index = sampled_frames(entry, world.config.data.fps)
-        request = cache_request(world.config, entry, world.root, index, frame_index)
+        request = cache_request(world.config, world.dataset(index), entry, frame_index)
         assert frame_cache(world.config).problem(request, deep=True) is None
-        with open_frames(world.config, entry, world.root, index, frame_index) as pictures:
+        with open_frames(world.config, world.dataset(index), entry, frame_index) as pictures:
             assert len(list(pictures.frames)) == 13
             assert pictures.provenance["frames_from"] == "cache"
 
@@ -277,7 +277,7 @@ def test_videos_that_cannot_be_cached_are_named_and_the_others_kept(own_world: W
     index = own_world.index()
     for name in ("video01", "video03"):
         (own_world.root / f"{name}.mp4").unlink()
-    failed = fill_cache(own_world.config, index, own_world.root, index.videos, StopRequest())
+    failed = fill_cache(own_world.config, own_world.dataset(index), index.videos, StopRequest())
     assert [(video_id, f"{video_id}.mp4: " in reason) for video_id, reason in failed] == [
         ("video01", True),
         ("video03", True),
@@ -291,7 +291,7 @@ def test_a_changed_source_is_not_cached_under_the_old_name(own_world: World) -> 
     path = Path(own_world.root / "video01.mp4")
     path.write_bytes(path.read_bytes() + b"more")
     with pytest.raises(UserError, match=r"video01.mp4: has changed since it was indexed; run `index --force`"):
-        fill_cache(own_world.config, index, own_world.root, index.videos[:1], StopRequest())
+        fill_cache(own_world.config, own_world.dataset(index), index.videos[:1], StopRequest())
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from configs.load import load_dataset
 from configs.schema import CnnConfig, Config, DataConfig, ExtractConfig
 from engine.stopping import Stopped, StopRequest
 from features.dataset.build import build_index
-from features.dataset.index import Index
+from features.dataset.index import Dataset, Index
 from features.frames.source import frame_batches
 from features.store import read_features
 from features.store_folder import load_feature_set, usable_index, verify_folder
@@ -54,7 +54,7 @@ def dump(world: World, config: Config | None = None, *, index: Index | None = No
     run = options.pop("run", world.run)
     stop = options.pop("stop", None)
     stop = StopRequest() if stop is None else stop
-    return extract(config, run, index or world.index(), world.root, stop=stop, **options)
+    return extract(config, run, world.dataset(index), stop=stop, **options)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -79,7 +79,7 @@ def temporaries(folder: Path) -> list[Path]:
 
 
 def test_the_file_holds_what_the_contract_lists(world: World) -> None:
-    train_cnn(world.set(cnn={"epochs": 1}), world.run, world.index(), world.root, StopRequest())
+    train_cnn(world.set(cnn={"epochs": 1}), world.run, world.dataset(), StopRequest())
     report = dump(world, world.config, run=world.run)
     assert (report.done, report.frames) == (IDS, 52)
     video = read_features(report.folder / "video01.h5")
@@ -125,7 +125,7 @@ def test_the_file_holds_what_the_contract_lists(world: World) -> None:
 
 def test_the_process_is_left_as_it_was(world: World) -> None:
     """A training after it in the same process, as in `run`, gives the same as a training alone."""
-    train_cnn(world.set(cnn={"epochs": 1}), world.run, world.index(), world.root, StopRequest())
+    train_cnn(world.set(cnn={"epochs": 1}), world.run, world.dataset(), StopRequest())
 
     def state() -> list[Any]:
         cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
@@ -151,7 +151,7 @@ def test_finetuned_logits_are_those_of_the_checkpoint(world: World) -> None:
     from stage1_cnn.model import rebuild_from_checkpoint
     from tests.videos import decode_everything
 
-    train_cnn(world.set(cnn={"epochs": 1}), world.run, world.index(), world.root, StopRequest())
+    train_cnn(world.set(cnn={"epochs": 1}), world.run, world.dataset(), StopRequest())
     video = read_features(dump(world, world.config).folder / "video04.h5")
     net, _ = rebuild_from_checkpoint(world.run / "cnn/best.pt")
     pictures = decode_everything(world.root / "video04.mp4")[::5]
@@ -182,7 +182,7 @@ def test_real_clips_equal_a_restatement_that_shares_no_code(shared_data: Path, t
         ),
     )
     index = build_index(shared_data / "clips", load_dataset("cholec80"), config.data)
-    report = extract(config, None, index, shared_data / "clips", stop=StopRequest())
+    report = extract(config, None, Dataset(index, shared_data / "clips"), stop=StopRequest())
     assert report.done == ["video05", "video15", "video18", "video25", "video47"]
 
     torch.manual_seed(11)
@@ -502,7 +502,7 @@ def test_labels_edited_after_indexing_are_noticed(own_world: World) -> None:
 def test_checkpoints_of_something_else(world: World) -> None:
     with pytest.raises(UserError, match=r"takes the CNN of a run: give --name, or set extract.encoder=initial"):
         dump(world, world.config, run=None)
-    train_cnn(world.set(cnn={"epochs": 1}), world.run, world.index(), world.root, StopRequest())
+    train_cnn(world.set(cnn={"epochs": 1}), world.run, world.dataset(), StopRequest())
     with pytest.raises(UserError, match=r"best.pt: holds shufflenet_v2_x0_5, but cnn.backbone=resnet18"):
         dump(world, world.set(cnn={"backbone": "resnet18"}))
     index = world.index()
@@ -531,7 +531,7 @@ def test_cache_and_video_give_the_same_features(own_world: World) -> None:
     from_video = dump(own_world, config, run=None)
     expected = features(from_video.folder)
     shutil.rmtree(from_video.folder)
-    train_cnn(config, own_world.run, index, own_world.root, StopRequest())  # fills the cache of videos 1 to 3
+    train_cnn(config, own_world.run, own_world.dataset(index), StopRequest())  # fills the cache of videos 1 to 3
     for name in IDS[:3]:
         (own_world.root / f"{name}.mp4").unlink()
     report = dump(own_world, config, index=index)
@@ -597,7 +597,7 @@ def test_killed_at_any_moment_every_named_file_is_complete(world: World) -> None
         "from engine.stopping import StopRequest; from stage1_cnn.extract import extract\n"
         "world = make_world(Path(sys.argv[1]), Path(sys.argv[2]))\n"
         "config = world.set(extract={'encoder': 'initial', 'batch_frames': 1})\n"
-        "extract(config, world.run, world.index(), world.root, stop=StopRequest())\n"
+        "extract(config, world.run, world.dataset(), stop=StopRequest())\n"
     )
     arguments = [sys.executable, "-c", script, str(world.base), str(world.root)]
     process = subprocess.Popen(arguments, cwd=PROJECT, stderr=subprocess.DEVNULL)

@@ -16,7 +16,7 @@ from configs.errors import UserError
 from configs.schema import Config, ExtractConfig
 from engine.files import NoRoomError, remove_stale_temporaries, sha256_ends
 from engine.stopping import Stopped, StopRequest
-from features.dataset.index import Index
+from features.dataset.index import Dataset, Index
 from features.store import read_features
 from features.video_labels import VideoLabels
 from stage1_cnn.encoders.encoder import encoded_at_once
@@ -42,7 +42,7 @@ def long_world(tmp_path: Path) -> World:
 
 def dump(world: World, config: Config | None = None, *, index: Index | None = None, stop=None) -> ExtractReport:
     stop = StopRequest() if stop is None else stop
-    return extract(config or world.config, None, index or world.index(), world.root, stop=stop)
+    return extract(config or world.config, None, world.dataset(index), stop=stop)
 
 
 def content(report: ExtractReport) -> dict[str, bytes]:
@@ -112,7 +112,7 @@ def parts_of(world: World, folder: Path, parts: int = 3) -> tuple[Assembly, modu
     folder.mkdir(parents=True, exist_ok=True)
     config, index = world.config, world.index()
     encoder = module.load_encoder(config, None, SPEC.tools)
-    task = module.ExtractTask(config, None, index, world.root, folder, encoder.spec, False, encoder)
+    task = module.ExtractTask(config, None, world.dataset(index), folder, encoder.spec, False, encoder)
     pieces = split_among([VideoJob("video01", 13)], parts, 4, 1, lambda job: True)
     return Assembly(folder, pieces, task.assemble), task
 
@@ -279,7 +279,7 @@ def test_real_clips_in_parts_give_the_same_features(shared_data: Path, tmp_path:
     for changes in ({"encoder": "initial", "workers": 1}, {**SPLIT, "batch_frames": 4}):
         chosen = base.extract.model_copy(update=changes)
         config = base.model_copy(update={"data": data, "preprocess": preprocess, "extract": chosen})
-        report = extract(config, None, index, shared_data / "clips", stop=StopRequest())
+        report = extract(config, None, Dataset(index, shared_data / "clips"), stop=StopRequest())
         found.append(read_features(report.folder / "video05.h5").features)
         shutil.rmtree(report.folder)
     np.testing.assert_array_equal(found[0], found[1])

@@ -29,7 +29,7 @@ from tests.stage1_cnn.material import StopAfter, World, write_labels
 def train(world: World, config: Config | None = None, name: str = "first", stop: StopRequest | None = None) -> dict:
     config = config or world.config
     stop = StopRequest() if stop is None else stop
-    return train_cnn(config, config.runs / name, world.index(), world.root, stop).to_json()
+    return train_cnn(config, config.runs / name, world.dataset(), stop).to_json()
 
 
 def epochs_of(run: Path) -> list[dict]:
@@ -165,7 +165,7 @@ def test_without_validation_videos_the_last_epoch_counts(world: World) -> None:
     index = world.index().model_copy(
         update={"videos": tuple(v.model_copy(update={"split": "train"}) for v in world.index().videos)}
     )
-    result = train_cnn(config, world.run, index, world.root, StopRequest()).to_json()
+    result = train_cnn(config, world.run, world.dataset(index), StopRequest()).to_json()
     assert result["val_map"] is None
     assert result["best_epoch"] == result["epochs"] == 2
     assert "last epoch" in result["chosen_by"]
@@ -185,9 +185,9 @@ def test_a_data_set_without_tools_trains_on_phases(own_world: World) -> None:
     index = own_world.index()
     index = index.model_copy(update={"dataset": index.dataset.model_copy(update={"tools": ()})})
     with pytest.raises(UserError, match=r"tiny has no tools; set cnn.phase_head=true"):
-        train_cnn(own_world.config, own_world.run, index, own_world.root, StopRequest())
+        train_cnn(own_world.config, own_world.run, own_world.dataset(index), StopRequest())
     config = own_world.set(cnn={"phase_head": True})
-    result = train_cnn(config, config.runs / "phases", index, own_world.root, StopRequest()).to_json()
+    result = train_cnn(config, config.runs / "phases", own_world.dataset(index), StopRequest()).to_json()
     assert result["val_map"] is None
     assert result["chosen_by"] == "validation phase accuracy"
     assert result["val_phase_accuracy"] > 0.3
@@ -201,7 +201,7 @@ def test_nothing_to_train_on(own_world: World) -> None:
     assert not own_world.run.exists()
     alone = own_world.index().model_copy(update={"videos": own_world.index().by_split("test")})
     with pytest.raises(UserError, match=r"index.json: no training videos; set data.split.rule"):
-        train_cnn(own_world.config, own_world.config.runs / "b", alone, own_world.root, StopRequest())
+        train_cnn(own_world.config, own_world.config.runs / "b", own_world.dataset(alone), StopRequest())
 
 
 def test_edited_labels_make_another_run(own_world: World) -> None:

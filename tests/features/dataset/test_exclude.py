@@ -56,7 +56,7 @@ def test_excluded_videos_are_recorded_and_move_no_split(settings, value: str, re
     assert [(v.id, v.split) for v in index.videos] == [(v.id, v.split) for v in before.videos if v.id not in reasons]
     assert index.found_ids() == [f"video{number:02d}" for number in range(1, 6)]
     assert [video.id for video in index.missing] == ["video03"] * ("video03" not in reasons)
-    assert open_dataset(config)[0] == index == Index.load(config.data.index)
+    assert open_dataset(config).index == index == Index.load(config.data.index)
     assert not any(name in problem for problem in check_dataset(config) for name in reasons)
 
 

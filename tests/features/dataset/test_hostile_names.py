@@ -14,9 +14,9 @@ import yaml
 
 from configs.errors import UserError, printable
 from configs.schema import DataConfig
-from features.dataset.build import build_index, index_of_source
+from features.dataset.build import build_index, dataset_of_source
 from features.dataset.check import check_index
-from features.dataset.index import Index
+from features.dataset.index import Dataset, Index
 from tests.cli import run
 from tests.stage1_cnn.material import SPEC, make_world, write_dataset
 from tests.videos import VideoSpec, write_video
@@ -86,13 +86,14 @@ def test_a_video_of_any_name_is_accepted_or_refused_in_one_line(tmp_path: Path, 
         pytest.skip(f"this file system does not take the name: {error}")
     if name in REFUSED:
         with pytest.raises(UserError) as caught:
-            index_of_source(path, SPEC, DataConfig())
+            dataset_of_source(path, SPEC, DataConfig())
         assert str(caught.value).isprintable()
     else:
-        index, root = index_of_source(path, SPEC, DataConfig())
+        dataset = dataset_of_source(path, SPEC, DataConfig())
+        index = dataset.index
         assert Index.from_json(json.loads(json.dumps(index.to_json()))) == index
         assert index.videos[0].id == path.stem
-        assert (root / index.videos[0].source).samefile(path)
+        assert (dataset.root / index.videos[0].source).samefile(path)
 
 
 SOURCES: dict[str, str] = {
@@ -124,7 +125,7 @@ def test_paths_that_leave_the_root_are_refused(tmp_path: Path, kind: str) -> Non
     tree["videos"][0]["source"] = SOURCES[kind]
     (tmp_path / "index.json").write_text(json.dumps(tree))
     try:
-        problems = check_index(Index.load(tmp_path / "index.json"), root)
+        problems = check_index(Dataset(Index.load(tmp_path / "index.json"), root))
     except UserError as error:
         problems = [str(error)]
     assert len(problems) == 1
@@ -140,7 +141,7 @@ def test_backslashes_are_part_of_a_name_not_separators(tmp_path: Path) -> None:
     write_video(tmp_path / "outside.mp4", VideoSpec(count=10))
     tree = indexed(root)
     tree["videos"][0]["source"] = "..\\outside.mp4"
-    (problem,) = check_index(Index.from_json(tree), root)
+    (problem,) = check_index(Dataset(Index.from_json(tree), root))
     assert "no such file" in problem
 
 

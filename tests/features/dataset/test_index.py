@@ -28,7 +28,7 @@ from features.dataset.build import build_index
 from features.dataset.catalogue import open_dataset
 from features.dataset.check import check_index
 from features.dataset.frame_folders import frame_folder
-from features.dataset.index import Index, VideoEntry
+from features.dataset.index import Dataset, Index, VideoEntry
 from features.dataset.labels import load_labels
 from features.dataset.sampling import most_fps, sampled_frames
 from features.dataset.summary import count_frames, index_summary
@@ -113,12 +113,12 @@ def test_the_real_clips_are_indexed_as_they_are(shared_data: Path, tmp_path: Pat
         assert (entry.phase_file.rows, entry.tool_file.rows) == (800, 32)
         frames = sampled_frames(entry, 1.0)
         assert frames.tolist() == list(range(0, 800, 25))
-        phase, tools = load_labels(entry, root, index, frames)
+        phase, tools = load_labels(Dataset(index, root), entry, frames)
         lines = (root / entry.phase_file.path).read_text().splitlines()[1:]
         assert [SPEC.phases[label] for label in phase] == [line.split("\t")[1] for line in lines[::25]]
         rows = (root / entry.tool_file.path).read_text().splitlines()[1:]
         assert tools.tolist() == [[int(cell) for cell in row.split("\t")[1:]] for row in rows]
-    assert check_index(index, root) == []
+    assert check_index(Dataset(index, root)) == []
     assert len(index.notes) == 1
     assert "32/8/40 needs 80 videos, here are 5" in index.notes[0]
     index.save(tmp_path / "index.json")
@@ -146,11 +146,11 @@ def test_the_real_frame_folders_need_no_setting_and_no_image_is_opened(
         frames = sampled_frames(entry, 0.25)
         total += len(frames)
         assert list(frame_folder(root, entry.source, index.dataset, entry.frames)) == frames.tolist()
-        phase, tools = load_labels(entry, root, index, frames)
+        phase, tools = load_labels(Dataset(index, root), entry, frames)
         assert np.array_equal(phase, published[f"{entry.id}_phase"][::4])
         assert np.array_equal(tools, published[f"{entry.id}_tools"][::4])
     assert total == 3568
-    assert check_index(index, root) == []
+    assert check_index(Dataset(index, root)) == []
     assert most_fps(index) == 0.25
     message = refusal(lambda: sampled_frames(index.videos[0], 1.0))
     assert message.startswith("video01: data.fps=1 is too high for ")
@@ -190,10 +190,10 @@ def test_either_tasks_annotations_may_be_missing(tmp_path: Path) -> None:
     (root / "tool_annotations/video02-tool.txt").unlink()
     index = index_of(root)
     frames = np.arange(0, 100, 25)
-    phase, tools = load_labels(index.entry("video01"), root, index, frames)
+    phase, tools = load_labels(Dataset(index, root), index.entry("video01"), frames)
     assert (phase == -1).all()
     assert (tools >= 0).all()
-    phase, tools = load_labels(index.entry("video02"), root, index, frames)
+    phase, tools = load_labels(Dataset(index, root), index.entry("video02"), frames)
     assert (phase >= 0).all()
     assert (tools == -1).all()
     assert tools.shape == (4, 7)
@@ -201,15 +201,15 @@ def test_either_tasks_annotations_may_be_missing(tmp_path: Path) -> None:
         "1 video(s) without phase annotations (video01)",
         "1 video(s) without tool annotations (video02)",
     )
-    assert check_index(index, root) == []
+    assert check_index(Dataset(index, root)) == []
 
 
 def test_tools_between_rows_are_masked_or_held(tmp_path: Path) -> None:
     index = index_of(small_data_set(tmp_path, videos=1))
     entry = index.videos[0]
     frames = sampled_frames(entry, 5)
-    _, masked = load_labels(entry, tmp_path, index, frames, "mask")
-    _, held = load_labels(entry, tmp_path, index, frames, "hold")
+    _, masked = load_labels(Dataset(index, tmp_path), entry, frames, "mask")
+    _, held = load_labels(Dataset(index, tmp_path), entry, frames, "hold")
     assert ((masked >= 0).all(axis=1) == (frames % 25 == 0)).all()
     assert held.tolist() == [row for row in masked[::5].tolist() for _ in range(5)]
 
@@ -225,10 +225,10 @@ def test_a_data_set_without_tools_is_indexed_by_its_own_description(tmp_path: Pa
         "workflow_video_02": "train",
     }
     assert index.notes == ()
-    phase, tools = load_labels(index.videos[0], tmp_path, index, np.arange(50))
+    phase, tools = load_labels(Dataset(index, tmp_path), index.videos[0], np.arange(50))
     assert phase.max() == 7
     assert tools.shape == (50, 0)
-    assert index_summary(index, count_frames(index, tmp_path, 25))[0] == ["", "train", "test", "all"]
+    assert index_summary(index, count_frames(Dataset(index, tmp_path), 25))[0] == ["", "train", "test", "all"]
     assert Index.from_json(json.loads(json.dumps(index.to_json()))) == index
 
 
@@ -271,11 +271,11 @@ def test_rows_in_seconds_are_stored_and_loaded_as_read(tmp_path: Path) -> None:
     for entry, fps in zip(again.videos, (25, 30), strict=True):
         assert entry.phase_file is not None
         assert (entry.phase_file.row_fps, entry.phase_file.row_base) == (1.0, 1)
-        phase, _ = load_labels(entry, tmp_path, again, sampled_frames(entry, 1))
+        phase, _ = load_labels(Dataset(again, tmp_path), entry, sampled_frames(entry, 1))
         assert phase.tolist() == wanted
-        phase, _ = load_labels(entry, tmp_path, again, np.arange(20 * fps))
+        phase, _ = load_labels(Dataset(again, tmp_path), entry, np.arange(20 * fps))
         assert phase.tolist() == [label for label in wanted for _ in range(fps)]
-    assert check_index(again, tmp_path) == []
+    assert check_index(Dataset(again, tmp_path)) == []
 
 
 def test_what_rows_count_is_left_out_where_they_count_the_videos_frames(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_a_folder_with_one_row_per_image_is_read_once_its_rate_is_given(tmp_path
     entry = index.videos[0]
     frames = sampled_frames(entry, 1)
     assert len(frames) == 180
-    phase, _ = load_labels(entry, root, index, frames)
+    phase, _ = load_labels(Dataset(index, root), entry, frames)
     assert phase.tolist() == (np.arange(180) * 7 // 180).tolist()
     as_source = index_of(root, frame_numbering="source").videos[0]
     assert len(sampled_frames(as_source, 1)) == 8
@@ -307,7 +307,7 @@ def test_images_numbered_at_another_rate_than_the_rows_are_refused(tmp_path: Pat
     assert "last as long as the labels at 30 fps, not at 25 fps" in message
     index = index_of(root, SPEC.model_copy(update={"annotation_fps": 30.0}), frame_numbering="source", row_fps=25)
     frames = sampled_frames(index.videos[0], 1)
-    phase, _ = load_labels(index.videos[0], root, index, frames)
+    phase, _ = load_labels(Dataset(index, root), index.videos[0], frames)
     assert frames.tolist() == list(range(0, seconds * 30, 30))
     assert phase.tolist() == (np.arange(seconds) * 7 // seconds).tolist()
     index_of(root, frame_numbering="source", row_fps=25)  # labels that do end early
@@ -324,12 +324,12 @@ def test_images_that_are_missing_are_frames_that_are_not_there(tmp_path: Path) -
     assert sampled_frames(entry, 1).tolist() == there
     assert sampled_frames(entry, 0.5).tolist() == [frame for frame in there if frame % 50 == 0]
     assert list(frame_folder(root, entry.source, SPEC, entry.frames)) == there
-    phase, _ = load_labels(entry, root, again, there)
+    phase, _ = load_labels(Dataset(again, root), entry, there)
     assert phase.tolist() == [frame * 7 // 1000 for frame in there]
-    assert index_summary(again, count_frames(again, root, 1.0))[3] == ["frames", 37]
-    assert check_index(again, root) == []
+    assert index_summary(again, count_frames(Dataset(again, root), 1.0))[3] == ["frames", 37]
+    assert check_index(Dataset(again, root)) == []
     (root / "frames/video01/video01_000030.png").unlink()
-    assert "its images are not those in the index" in check_index(again, root)[0]
+    assert "its images are not those in the index" in check_index(Dataset(again, root))[0]
 
 
 def test_videos_with_few_labels_are_left_out_unless_insisted_on(tmp_path: Path) -> None:
@@ -373,7 +373,7 @@ def test_index_shows_what_is_labelled_and_leaves_out_what_is_hardly(tmp_path: Pa
             refusal(partial(open_dataset, config))
         )
     config = load_config("cholec80", [f"data.root={root}", f"data.index={tmp_path / 'index.json'}", "data.row_fps=1"])
-    assert [entry.id for entry in open_dataset(config)[0].videos] == ["video01", "video02"]
+    assert [entry.id for entry in open_dataset(config).index.videos] == ["video01", "video02"]
     insisted = run([*arguments, "--set", "data.min_labelled=0.3", "--force"], tmp_path)
     assert insisted.returncode == 0, insisted.stderr
     assert ["video03", "100", "4", "50.0%", "0.0%"] in [line.split() for line in insisted.stdout.splitlines()]
@@ -383,7 +383,7 @@ def test_the_summary_counts_what_is_there(tmp_path: Path) -> None:
     root = small_data_set(tmp_path, videos=3)
     (root / "tool_annotations/video03-tool.txt").unlink()
     index = index_of(root, split={"rule": "1/1/1"})
-    table = index_summary(index, count_frames(index, root, 1.0))
+    table = index_summary(index, count_frames(Dataset(index, root), 1.0))
     assert table[0] == ["", "train", "val", "test", "all"]
     counts = {str(row[0]): row[1:] for row in table[1:]}
     assert counts["videos"] == [1, 1, 1, 3]
@@ -394,8 +394,8 @@ def test_the_summary_counts_what_is_there(tmp_path: Path) -> None:
     assert counts["Grasper"] == [2, 2, 0, 4]
     per_phase = np.array([counts[name] for name in SPEC.phases])
     assert per_phase.sum(axis=0).tolist() == [4, 4, 4, 12]
-    assert index_summary(index, count_frames(index, root, 25.0))[3] == ["frames", 100, 100, 100, 300]
-    assert index_summary(index, count_frames(index, root, 25.0))[2] == ["hours", 0.0, 0.0, 0.0, 0.0]
+    assert index_summary(index, count_frames(Dataset(index, root), 25.0))[3] == ["frames", 100, 100, 100, 300]
+    assert index_summary(index, count_frames(Dataset(index, root), 25.0))[2] == ["hours", 0.0, 0.0, 0.0, 0.0]
 
 
 def test_a_bar_counts_the_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,7 +408,7 @@ def test_a_bar_counts_the_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("features.dataset.build.progress_bar", bar)
     monkeypatch.setattr("features.dataset.check.progress_bar", bar)
     root = small_data_set(tmp_path)
-    check_index(build_index(root, SPEC, DataConfig()), root)
+    check_index(Dataset(build_index(root, SPEC, DataConfig()), root))
     assert shown == [(command, "video", ["video01", "video02"]) for command in ("index", "check")]
 
 
@@ -506,7 +506,7 @@ def test_rows_that_begin_with_the_number_of_a_folders_first_image_begin_with_it(
     write_label_file(root / "phase_annotations/video01-phase.txt", track, SPEC)
     index = index_of(root, frame_base="first", folder_fps=1 if step == 1 else None)
     assert index.to_json()["videos"][0]["phase_file"]["row_base"] == 50
-    phase, _ = load_labels(index.videos[0], root, index, sampled_frames(index.videos[0], 1))
+    phase, _ = load_labels(Dataset(index, root), index.videos[0], sampled_frames(index.videos[0], 1))
     assert phase.tolist() == track.labels.tolist()
 
 
@@ -551,9 +551,10 @@ def test_a_split_that_does_not_fit_is_refused_when_asked_for(tmp_path: Path) -> 
 
 def test_an_untouched_data_set_passes_its_check(tmp_path: Path) -> None:
     root = small_data_set(tmp_path)
-    assert check_index(index_of(root), root) == []
-    assert check_index(index_of(root, full_hash=True), root) == []
-    assert refusal(lambda: check_index(index_of(root), tmp_path / "gone")).startswith(f"{tmp_path / 'gone'}: no such")
+    assert check_index(Dataset(index_of(root), root)) == []
+    assert check_index(Dataset(index_of(root, full_hash=True), root)) == []
+    moved = Dataset(index_of(root), tmp_path / "gone")
+    assert refusal(lambda: check_index(moved)).startswith(f"{tmp_path / 'gone'}: no such")
 
 
 def tamper_remove(root: Path) -> None:
@@ -611,7 +612,7 @@ def test_the_check_names_what_has_changed(
     root = small_data_set(tmp_path)
     index = index_of(root)
     tamper(root)
-    problems = check_index(index, root)
+    problems = check_index(Dataset(index, root))
     assert len(problems) == 1
     assert problems[0].startswith("video02: ")
     assert str(root / named) in problems[0]
@@ -622,17 +623,17 @@ def test_a_copy_is_no_change_where_whole_hashes_are_recorded(tmp_path: Path) -> 
     root = small_data_set(tmp_path)
     index = index_of(root, full_hash=True)
     tamper_touch(root)
-    assert check_index(index, root) == []
+    assert check_index(Dataset(index, root)) == []
 
 
 def test_a_header_that_packets_do_not_bear_out_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = small_data_set(tmp_path, videos=1)
     index = index_of(root)
     entry = index.videos[0].model_copy(update={"frame_count": 99, "tool_file": None})
-    (problem,) = check_index(index.model_copy(update={"videos": (entry,)}), root)
+    (problem,) = check_index(Dataset(index.model_copy(update={"videos": (entry,)}), root))
     assert problem == f"video01: {root / 'videos/video01.mp4'}: frame_count is 100, indexed as 99; run index again"
     monkeypatch.setattr("features.dataset.check.count_packets", lambda path: 99)
-    (problem,) = check_index(index, root)
+    (problem,) = check_index(Dataset(index, root))
     assert "holds 99 frames where its header says 100" in problem
 
 
@@ -649,7 +650,7 @@ def test_the_check_sees_changed_images(tmp_path: Path, change: str) -> None:
         (images / "video01_000000.png").write_bytes(b"image O")
     else:
         (images / "video01_001000.png").write_bytes(b"image")
-    (problem,) = check_index(index, root)
+    (problem,) = check_index(Dataset(index, root))
     assert problem.startswith(f"video01: {images}: ")
     assert "run index again" in problem
 
@@ -658,8 +659,8 @@ def test_changed_labels_are_not_loaded(tmp_path: Path) -> None:
     root = small_data_set(tmp_path)
     index = index_of(root)
     tamper_labels(root)
-    load_labels(index.entry("video01"), root, index, np.arange(3))
-    message = refusal(lambda: load_labels(index.entry("video02"), root, index, np.arange(3)))
+    load_labels(Dataset(index, root), index.entry("video01"), np.arange(3))
+    message = refusal(lambda: load_labels(Dataset(index, root), index.entry("video02"), np.arange(3)))
     assert message.startswith(str(root / "tool_annotations/video02-tool.txt"))
 
 
@@ -748,8 +749,9 @@ def test_an_index_that_points_through_a_link_out_of_the_root_reads_nothing(tmp_p
     index = index_of(root)
     (root / "phase_annotations").rename(tmp_path / "outside")
     (root / "phase_annotations").symlink_to(tmp_path / "outside")
-    assert "leads out of the data root" in refusal(lambda: load_labels(index.videos[0], root, index, np.arange(3)))
-    assert "leads out of the data root" in check_index(index, root)[0]
+    dataset = Dataset(index, root)
+    assert "leads out of the data root" in refusal(lambda: load_labels(dataset, index.videos[0], np.arange(3)))
+    assert "leads out of the data root" in check_index(dataset)[0]
 
 
 JUNK = st.recursive(

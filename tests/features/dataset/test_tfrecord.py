@@ -26,7 +26,7 @@ from features.dataset import tfrecord
 from features.dataset.annotations import LabelTrack, write_label_file
 from features.dataset.build import build_index
 from features.dataset.check import check_index
-from features.dataset.index import Index
+from features.dataset.index import Dataset, Index
 from features.dataset.labels import load_labels
 from features.dataset.layouts import RecordLayout
 from features.dataset.sampling import sampled_frames
@@ -125,11 +125,11 @@ def test_frames_and_labels_come_out_as_they_went_in(tmp_path: Path, base: int) -
         assert entry.records.frame_base == base
         frames = sampled_frames(entry, 1.0)
         assert frames.tolist() == list(range(14))
-        phase, tools = load_labels(entry, tmp_path, index, frames)
+        phase, tools = load_labels(Dataset(index, tmp_path), entry, frames)
         assert phase.tolist() == [SWAPPED[phase_at(k, 14)] for k in range(14)]
         assert tools.tolist() == [tools_at(k) for k in range(14)]
         assert sampled_frames(entry, 0.25).tolist() == [0, 4, 8, 12]
-        with open_source(Config(), entry, tmp_path, index) as reader:
+        with open_source(Config(), Dataset(index, tmp_path), entry) as reader:
             assert (reader.frame_count, reader.spread(3)) == (14, [0, 6, 13])
             for wanted in ([*range(14)], [3, 7, 13], [5]):
                 for k, rgb in zip(wanted, reader.read(wanted), strict=True):
@@ -137,8 +137,8 @@ def test_frames_and_labels_come_out_as_they_went_in(tmp_path: Path, base: int) -
             assert "has 14 frames, so frame 14 cannot be read" in refusal(lambda reader=reader: reader.read([14]))
     index.save(tmp_path / "index.json")
     assert Index.load(tmp_path / "index.json") == index
-    assert check_index(index, tmp_path) == []
-    rows = {str(row[0]): row[1] for row in index_summary(index, count_frames(index, tmp_path, 1.0))[1:]}
+    assert check_index(Dataset(index, tmp_path)) == []
+    rows = {str(row[0]): row[1] for row in index_summary(index, count_frames(Dataset(index, tmp_path), 1.0))[1:]}
     assert (rows["videos"], rows["frames"], rows["no phase label"], rows["GallbladderPackaging"]) == (3, 42, 0, 6)
 
 
@@ -151,7 +151,7 @@ def test_real_frames_in_full_size_are_the_same_bits(tmp_path: Path, shared_data:
         tmp_path / "video05.tfrecord", [example(k, 3, "video05", frame=(png(frames[k]), "byte")) for k in range(3)]
     )
     index = index_of(tmp_path)
-    with open_source(Config(), index.videos[0], tmp_path, index) as reader:
+    with open_source(Config(), Dataset(index, tmp_path), index.videos[0]) as reader:
         for rgb, truth in zip(reader.read(range(3)), frames, strict=True):
             np.testing.assert_array_equal(rgb, truth)
     assert path.stat().st_size > 400_000
@@ -161,11 +161,12 @@ def test_the_order_gives_numbers_their_meaning(tmp_path: Path) -> None:
     video(tmp_path / "video01.tfrecord")
     swapped, plain = index_of(tmp_path), index_of(tmp_path, "mtrcnet")
     named = index_of(tmp_path, ",".join(SPEC.phase_orders["tf-cholec80"]))
-    phases = [load_labels(index.videos[0], tmp_path, index, range(14))[0].tolist() for index in (swapped, plain)]
+    datasets = [Dataset(index, tmp_path) for index in (swapped, plain)]
+    phases = [load_labels(one, one.index.videos[0], range(14))[0].tolist() for one in datasets]
     assert phases[1] == [phase_at(k, 14) for k in range(14)]
     assert phases[0] == [SWAPPED[phase] for phase in phases[1]]
     assert swapped.digest() == named.digest() != plain.digest()
-    attributes = [label_attributes(Config(), index, index.videos[0])["labels_sha256"] for index in (swapped, plain)]
+    attributes = [label_attributes(Config(), one.spec, one.index.videos[0])["labels_sha256"] for one in datasets]
     assert attributes[0] != attributes[1]
     asked = refusal(lambda: index_of(tmp_path, None))
     assert asked.startswith(f"{tmp_path / 'video01.tfrecord'}: holds numbers of phases, not names")
@@ -422,7 +423,7 @@ def test_a_frame_that_pillow_cannot_decode_is_an_error_with_its_number(tmp_path:
     broken = png(frame_pixels(1))[:40]
     write(tmp_path / "video01.tfrecord", [example(0, 2), example(1, 2, frame=(broken, "byte"))])
     index = index_of(tmp_path)  # decodes nothing
-    with open_source(Config(), index.videos[0], tmp_path, index) as reader:
+    with open_source(Config(), Dataset(index, tmp_path), index.videos[0]) as reader:
         frames = reader.read([0, 1])
         next(frames)
         assert "record 1: damaged or not an image, frame 1 cannot be read" in refusal(lambda: next(frames))
@@ -450,14 +451,14 @@ def test_a_changed_file_is_noticed(tmp_path: Path, full_hash: bool) -> None:
     entry = index.videos[0]
     intact = path.read_bytes()
     path.write_bytes(intact[:-100])
-    assert "cut short" in check_index(index, tmp_path)[0]
-    assert "has changed since it was indexed" in refusal(lambda: open_source(Config(), entry, tmp_path, index))
+    assert "cut short" in check_index(Dataset(index, tmp_path))[0]
+    assert "has changed since it was indexed" in refusal(lambda: open_source(Config(), Dataset(index, tmp_path), entry))
     video(path, frames=15)
-    assert "its labels are not those that were indexed" in check_index(index, tmp_path)[0]
+    assert "its labels are not those that were indexed" in check_index(Dataset(index, tmp_path))[0]
     path.write_bytes(intact)
     os.utime(path, ns=(1, 1))
-    assert len(check_index(index, tmp_path)) == (0 if full_hash else 1)
-    open_source(Config(), entry, tmp_path, index).close()
+    assert len(check_index(Dataset(index, tmp_path))) == (0 if full_hash else 1)
+    open_source(Config(), Dataset(index, tmp_path), entry).close()
 
 
 def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
@@ -489,7 +490,7 @@ def two_editions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     seen: set[int] = set()
     for entry in index.videos:
         frames = sampled_frames(entry, 1.0)
-        phase, tools = load_labels(entry, folder / "videos", index, frames)
+        phase, tools = load_labels(Dataset(index, folder / "videos"), entry, frames)
         assert min(phase.min(), tools.min()) == 0
         seen |= set(phase.tolist())
         rows = np.arange(len(frames)) * 25
@@ -497,7 +498,7 @@ def two_editions(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_label_file(folder / f"png/{entry.id}-tool.txt", LabelTrack(rows, tools, 25), SPEC)
         (folder / "png" / entry.id).mkdir()
         examples = []
-        with open_source(Config(), entry, folder / "videos", index) as reader:
+        with open_source(Config(), Dataset(index, folder / "videos"), entry) as reader:
             for k, rgb in enumerate(reader.read(frames.tolist())):
                 content = png(rgb)
                 (folder / "png" / entry.id / f"{entry.id}_{25 * k:06d}.png").write_bytes(content)

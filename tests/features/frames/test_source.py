@@ -11,7 +11,7 @@ from PIL import Image
 from configs.load import load_dataset
 from configs.schema import Config, DataConfig
 from features.dataset.build import build_index
-from features.dataset.index import Index
+from features.dataset.index import Dataset, Index
 from features.dataset.tfrecord import TfrecordReader
 from features.frames.source import ChangedSource, can_start_inside, open_source
 from features.video.base import FrameReader
@@ -44,7 +44,7 @@ def test_every_kind_of_source_is_opened_by_one_function(
 ) -> None:
     root, index = sources
     entry = index.entry(video_id)
-    with open_source(Config(), entry, root, index) as reader:
+    with open_source(Config(), Dataset(index, root), entry) as reader:
         assert type(reader) is reader_class
         assert reader.spread(2) == [0, reader.frame_count - 1]
         frames = list(reader.read(wanted))
@@ -66,4 +66,4 @@ def test_a_source_that_has_changed_is_not_opened(tmp_path: Path) -> None:
     index = build_index(tmp_path, SPEC, DataConfig())
     write_video(tmp_path / "video01.mp4", VideoSpec(count=21))
     with pytest.raises(ChangedSource, match=r"video01\.mp4: has changed since it was indexed"):
-        open_source(Config(), index.videos[0], tmp_path, index)
+        open_source(Config(), Dataset(index, tmp_path), index.videos[0])

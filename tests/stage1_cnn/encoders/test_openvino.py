@@ -53,7 +53,7 @@ def cosine(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
 def dump(world: World, index: Index | None = None, **settings: object) -> ExtractReport:
     config = world.set(extract={"encoder": "initial", "engine": "openvino", "calibration_frames": 4, **settings})
     run = world.run.with_name("-".join(map(str, settings.values())) or "first")
-    return extract(config, run, index or world.index(), world.root, stop=StopRequest())
+    return extract(config, run, world.dataset(index), stop=StopRequest())
 
 
 def features(folder: Path) -> dict[str, np.ndarray]:
@@ -187,9 +187,7 @@ def test_a_network_that_cannot_be_converted_is_one_line() -> None:
 
 def test_fp32_features_are_torchs_to_rounding_and_another_encoders(world: World) -> None:
     ours = dump(world, precision="fp32")
-    torchs = extract(
-        world.set(extract={"encoder": "initial"}), world.run, world.index(), world.root, stop=StopRequest()
-    )
+    torchs = extract(world.set(extract={"encoder": "initial"}), world.run, world.dataset(), stop=StopRequest())
     assert ours.folder != torchs.folder
     assert read_features(ours.folder / "video01.h5").attributes["arithmetic"] == "openvino"
     expected = features(torchs.folder)
@@ -216,9 +214,9 @@ def test_a_net_is_calibrated_once_and_on_training_frames_only(world: World, monk
     opened: list[str] = []
     real = stage1_cnn.encoders.calibration.open_frames
 
-    def watched(config, entry, *rest):
+    def watched(config, dataset, entry, *rest):
         opened.append(entry.id)
-        return real(config, entry, *rest)
+        return real(config, dataset, entry, *rest)
 
     monkeypatch.setattr("stage1_cnn.encoders.calibration.open_frames", watched)
     first = dump(world, precision="int8")

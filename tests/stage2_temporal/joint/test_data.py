@@ -28,8 +28,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def dataset_of(world: World) -> ClipDataset:
     index = world.index()
-    fill_cache(world.config, index, world.root, index.videos, StopRequest())
-    frames = labelled_frames(world.config, index, world.root, index.videos, True, every_frame=True)
+    fill_cache(world.config, world.dataset(index), index.videos, StopRequest())
+    frames = labelled_frames(world.config, world.dataset(index), index.videos, True, every_frame=True)
     return ClipDataset({"train": frames}, 32, AugmentConfig(brightness=0.3), seed=3)
 
 

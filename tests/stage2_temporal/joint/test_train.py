@@ -68,15 +68,15 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> World:
     base = tmp_path_factory.mktemp("stages")
     world = make_world(base, write_dataset(base / "data"))
     config, index = settings(world, JOINT, cnn={"epochs": 1}), world.index()
-    train_cnn(config, world.run, index, world.root, StopRequest())
-    report = extract(config, world.run, index, world.root, stop=StopRequest())
+    train_cnn(config, world.run, world.dataset(index), StopRequest())
+    report = extract(config, world.run, world.dataset(index), stop=StopRequest())
     train_temporal(config, world.run, report.folder, StopRequest())
     return replace(world, config=config)
 
 
 def joint(world: World, config: Config, name: str, stop: StopRequest | None = None, **start: Path) -> Path:
     run = world.config.runs / name
-    train_joint(config, run, world.index(), world.root, StopRequest() if stop is None else stop, Start(**start))
+    train_joint(config, run, world.dataset(), StopRequest() if stop is None else stop, Start(**start))
     return run
 
 
@@ -92,9 +92,9 @@ def test_before_the_first_update_it_is_stage_one_followed_by_stage_two(
     index, config = stages.index(), stages.config
     net = initial_net(config, index, Start(cnn=stages.run, temporal=stages.run)).eval()
     found = predict_videos(
-        net, config, index.videos, stages.root, index, inference=inference, frames=4, check_stop=lambda: None
+        net, config, stages.dataset(index), index.videos, inference=inference, frames=4, check_stop=lambda: None
     )
-    folder = extract(config, stages.run, index, stages.root, stop=StopRequest()).folder  # float32 features
+    folder = extract(config, stages.run, stages.dataset(index), stop=StopRequest()).folder  # float32 features
     features = load_feature_set(folder, [entry.id for entry in index.videos])
     model, _ = load_temporal(stages.run / "temporal")
     phases = predict_phases(model, features, inference, 4)
@@ -117,7 +117,7 @@ def test_frames_that_other_processes_decode_give_the_same_numbers(
         more = {"extract": {"decode_ahead": choice, "workers": 2}, "cache": {"use_for_extract": False}}
         config, faults = settings(stages, JOINT | {"crops": "ten"}, **more), list[tuple[str, str]]()
         way = {"inference": "carried", "frames": 4, "check_stop": check_stop, "faults": faults}
-        return predict_videos(net, config, index.videos, stages.root, index, **way), faults
+        return predict_videos(net, config, stages.dataset(index), index.videos, **way), faults
 
     here, faults = predicted("off")
     ahead, faults_ahead = predicted("on")
@@ -157,7 +157,7 @@ def test_too_little_memory_on_a_gpu_names_the_settings(stages: World, monkeypatc
     with pytest.raises(UserError, match=r"lower joint\.sequence\.batch .*or set joint\.gradient_checkpointing=true"):
         joint(stages, settings(stages, JOINT), "full")
     monkeypatch.setattr(PhaseModel, "forward", out_of_memory)
-    folder = extract(stages.config, stages.run, stages.index(), stages.root, stop=StopRequest()).folder
+    folder = extract(stages.config, stages.run, stages.dataset(), stop=StopRequest()).folder
     with pytest.raises(UserError, match=r"lower temporal\.sequence\.batch, or set temporal\.sequence\.mode=chunked"):
         train_temporal(stages.config, stages.config.runs / "full", folder, StopRequest())
 
@@ -231,7 +231,7 @@ def test_stopped_anywhere_and_started_again_it_ends_the_same(stages: World, mode
 def test_single_task_nets_train_and_evaluate(stages: World, tasks: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings(stages, JOINT | {"net": {"tasks": tasks}, "crops": "five"})
     run = joint(stages, config, tasks)
-    evaluation = evaluate_joint(config, run, stages.index(), stages.root, stop=StopRequest())
+    evaluation = evaluate_joint(config, run, stages.dataset(), stop=StopRequest())
     assert (evaluation.tools is not None) == (tasks == "tool")
     assert bool(evaluation.phases.get("temporal")) == (tasks == "phase")
     assert (run / "evaluate" / "test-five" / "metrics.json").exists()
@@ -256,14 +256,14 @@ def test_features_of_the_joint_backbone_and_a_head_that_starts_from_its_lstm(sta
     tree = config.model_dump()
     tree["extract"]["checkpoint"] = tree["temporal"]["start_from"] = path
     again = Config.model_validate(tree)
-    folder = extract(again, run, index, stages.root, stop=StopRequest()).folder
-    assert folder != extract(config, stages.run, index, stages.root, stop=StopRequest()).folder
+    folder = extract(again, run, stages.dataset(index), stop=StopRequest()).folder
+    assert folder != extract(config, stages.run, stages.dataset(index), stop=StopRequest()).folder
     net, _ = load_joint(path)
     entry = index.videos[0]
     from features.dataset.sampling import sampled_frames
     from features.frames.source import open_frames
 
-    with open_frames(config, entry, stages.root, index, sampled_frames(entry, config.data.fps)) as sampled:
+    with open_frames(config, stages.dataset(index), entry, sampled_frames(entry, config.data.fps)) as sampled:
         pixels = np.stack(list(sampled.frames))
     expected = embed_crops(net, pixels, config.preprocess, "centre", 0, torch.no_grad)[0].numpy()
     found = load_feature_set(folder, [entry.id])[entry.id]
@@ -284,8 +284,8 @@ def test_features_of_the_joint_backbone_and_a_head_that_starts_from_its_lstm(sta
 def test_an_evaluation_records_its_inference(stages: World) -> None:
     config = settings(stages, CL)
     run = joint(stages, config, "cl")  # finished above, or trained now
-    evaluation = evaluate_joint(config, run, stages.index(), stages.root, stop=StopRequest())
-    carried = evaluate_joint(config, run, stages.index(), stages.root, inference="carried", stop=StopRequest())
+    evaluation = evaluate_joint(config, run, stages.dataset(), stop=StopRequest())
+    carried = evaluate_joint(config, run, stages.dataset(), inference="carried", stop=StopRequest())
     assert (evaluation.joint.inference, carried.joint.inference) == ("clip", "carried")
     assert evaluation.joint.mapped_tools.map_pooled is not None
     assert evaluation.joint.gap_nats > 0
@@ -293,7 +293,7 @@ def test_an_evaluation_records_its_inference(stages: World) -> None:
     assert (run / "evaluate/test-carried/metrics.json").exists()
     with pytest.raises(UserError, match=r"set data\.fps=5"):
         slower = settings(stages, CL, data={"fps": 1.0})
-        evaluate_joint(slower, run, stages.index(), stages.root, stop=StopRequest())
+        evaluate_joint(slower, run, stages.dataset(), stop=StopRequest())
 
 
 def test_another_index_in_the_settings_leaves_the_run_s_own_evaluation_alone(stages: World) -> None:
@@ -301,10 +301,10 @@ def test_another_index_in_the_settings_leaves_the_run_s_own_evaluation_alone(sta
     index, turned = stages.index(), {"train": "val", "val": "train"}
     videos = tuple(v.model_copy(update={"split": turned.get(v.split, v.split)}) for v in index.videos)
     other = settings(stages, JOINT, data={"index": Path("b.json")})
-    evaluate_joint(other, run, index.model_copy(update={"videos": videos}), stages.root, stop=StopRequest())
+    evaluate_joint(other, run, stages.dataset(index.model_copy(update={"videos": videos})), stop=StopRequest())
     assert [path.name for path in (run / "evaluate").iterdir()] == ["b-test"]
     assert not (run / "summary.json").exists()
-    evaluate_joint(other, run, index, stages.root, stop=StopRequest())  # the same videos in another file
+    evaluate_joint(other, run, stages.dataset(index), stop=StopRequest())  # the same videos in another file
     assert (run / "summary.json").exists()
 
 
