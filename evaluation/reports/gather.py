@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,27 +35,21 @@ EVALUATE_FOLDER = "evaluate"
 TRUTH_NAME = "truth"
 
 
-class ToolScores(NamedTuple):
-    """One video's tools over time: `time_s` (T,), `probabilities` (T, K)."""
-
-    time_s: NDArray[np.float64]
-    probabilities: NDArray[np.float32]
-
-
 @dataclass(frozen=True)
 class RunResults:
     """One run, read from its folder.
 
     `settings` and `environment` are of the training of the net that was evaluated, empty if that was another
     program's; `curves` maps a training's folder below the run to its epochs; `predictions` is empty for a net of tools
-    alone; the tool scores of every net are in `tool_scores`.
+    alone; `times_s` has the times (T,) of the samples of any net, `tool_scores` the probabilities (T, K) of its tools.
     """
 
     name: str
     evaluation: Evaluation
     truth: Truth
     predictions: dict[str, PredictionFile]
-    tool_scores: dict[str, ToolScores]
+    times_s: dict[str, NDArray[np.float64]]
+    tool_scores: dict[str, NDArray[np.float32]]
     summary: dict[str, Any]
     settings: dict[str, Any]
     environment: dict[str, Any]
@@ -140,8 +134,7 @@ class Report:
 
     def times_s(self, video: str) -> NDArray[np.float64] | None:
         """(T,) the times of a video's samples; None if no run has predictions."""
-        scores = (run.predictions.get(video) or run.tool_scores.get(video) for run in self.runs)
-        return next((found.time_s for found in scores if found is not None), None)
+        return next((run.times_s[video] for run in self.runs if video in run.times_s), None)
 
 
 # ---------------------------------------------------------------------------------------------- gathering
@@ -207,11 +200,8 @@ def _gather_run(folder: Path, name: str, split: str) -> RunResults:
         evaluation=evaluation,
         truth=truth,
         predictions=predictions if has_phases else {},
-        tool_scores={
-            video: ToolScores(found.time_s, found.tool_probabilities)
-            for video, found in predictions.items()
-            if found.tool_probabilities is not None
-        },
+        times_s={video: found.time_s for video, found in predictions.items()},
+        tool_scores={video: p for video, found in predictions.items() if (p := found.tool_probabilities) is not None},
         summary=_read_if_there(folder / "summary.json"),
         settings=without_training(settings) if imported else settings,
         environment=_read_if_there(environment) if environment and not imported else {},

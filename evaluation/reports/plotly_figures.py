@@ -243,7 +243,7 @@ def _tool_presence(report: Report, video: str) -> Iterator[tuple[str, str, NDArr
     for number, run in enumerate(report.runs):
         if video in run.tool_scores:
             limits = np.array([_threshold(run, tool) for tool in run.truth.spec.tools])
-            yield run.name, run_line(number)["color"], run.tool_scores[video].probabilities >= limits
+            yield run.name, run_line(number)["color"], run.tool_scores[video] >= limits
 
 
 def _threshold(run: RunResults, tool: str) -> float:
@@ -380,7 +380,7 @@ def precision_recall(runs: Sequence[RunResults]) -> Iterator[Figure]:
 def curve_points(run: RunResults, k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
     """(recall, precision) in percent of tool `k` over the pooled labelled frames, reduced to what is visible."""
     pairs = [
-        (run.truth.videos[name].tools[:, k], found.probabilities[:, k])
+        (run.truth.videos[name].tools[:, k], found[:, k])
         for name, found in run.tool_scores.items()
         if run.truth.videos[name].tools.size
     ]

@@ -31,7 +31,7 @@ from configs.errors import UserError
 from engine.sniff import recognise_file
 from features.dataset.layouts import RecordLayout
 from features.ids import id_key
-from features.video.base import FrameReader, ReaderError, checked_frames
+from features.video.base import FrameReader, ReaderError
 from features.video.images import decode_image
 
 FPS = 1.0
@@ -295,7 +295,7 @@ class TfrecordReader(FrameReader):
         import PIL
 
         self.version = PIL.__version__
-        self._path = path
+        self.path = path
         self._base = layout.frame_base
         with _open(path) as stream:
             self._spans = tuple(record_spans(stream, path))
@@ -305,14 +305,11 @@ class TfrecordReader(FrameReader):
                 f"{path}: holds {self.frame_count} records, indexed as {layout.frame_count}; run index again"
             )
 
-    def read(self, frame_index: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+    def _frames(self, wanted: list[int]) -> Iterator[NDArray[np.uint8]]:
         """See FrameReader; the file is open only while frames are read."""
-        return self._frames(checked_frames(frame_index, self.frame_count, self._path))
-
-    def _frames(self, wanted: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
-        with _open(self._path) as stream:
+        with _open(self.path) as stream:
             for number in wanted:
-                place = f"{self._path}: record {number}"
+                place = f"{self.path}: record {number}"
                 record = parse_record(read_record(stream, self._spans[number], place), place)
                 if record.frame_id != self._base + number:
                     raise ReaderError(f"{place} is frame {record.frame_id}, not as indexed; run index again")

@@ -48,16 +48,27 @@ class FrameReader(ABC):
 
     name: str
     version: str
+    path: Path
     frame_count: int
     times: FrameTimes | None = None  # of a video without a constant rate
 
-    @abstractmethod
     def read(self, frame_index: Sequence[int]) -> Iterator[np.ndarray]:
         """Yield one (H, W, 3) uint8 RGB array per requested source frame, lazily and with bounded memory.
 
         `frame_index` is strictly increasing. Raises ReaderError naming the file and the first frame that cannot be
         read.
         """
+        wanted = [int(k) for k in frame_index]
+        if any(b <= a for a, b in itertools.pairwise(wanted)) or (wanted and wanted[0] < 0):
+            raise ValueError("frame numbers must be strictly increasing and not negative")
+        if missing := [k for k in wanted if k >= self.frame_count]:
+            known = f"has {self.frame_count} frames, so frame {missing[0]} cannot be read"
+            raise ReaderError(f"{self.path}: {known}; rebuild the index")
+        return self._frames(wanted)
+
+    @abstractmethod
+    def _frames(self, wanted: list[int]) -> Iterator[np.ndarray]:
+        """The frames with these numbers, which `read` has checked."""
 
     def spread(self, count: int) -> list[int]:
         """At most `count` numbers of existing frames, evenly spaced, first and last included."""
@@ -71,17 +82,6 @@ class FrameReader(ABC):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def checked_frames(frame_index: Sequence[int], frame_count: int, path: Path) -> list[int]:
-    """The requested numbers as ints; ValueError unless strictly increasing, ReaderError unless the source has them."""
-    wanted = [int(k) for k in frame_index]
-    if any(b <= a for a, b in itertools.pairwise(wanted)) or (wanted and wanted[0] < 0):
-        raise ValueError("frame numbers must be strictly increasing and not negative")
-    if wanted and wanted[-1] >= frame_count:
-        missing = next(k for k in wanted if k >= frame_count)
-        raise ReaderError(f"{path}: has {frame_count} frames, so frame {missing} cannot be read; rebuild the index")
-    return wanted
 
 
 def spread_evenly(numbers: Sequence[int], count: int) -> list[int]:

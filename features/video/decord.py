@@ -23,14 +23,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from features.video.base import FrameReader, checked_frames
+from features.video.base import FrameReader
 from features.video.container import import_av, open_container, video_stream
 from features.video.pyav import PyavReader, upright
 from features.video.scan import VideoScan
@@ -134,6 +134,7 @@ class DecordReader(FrameReader):
 
     def __init__(self, scan: VideoScan, arbiter: PyavReader, batch_frames: int = 32) -> None:
         self.version = _import_decord().__version__
+        self.path = scan.path
         self.frame_count = scan.frame_count
         self.times = scan.times
         self._scan = scan
@@ -141,10 +142,6 @@ class DecordReader(FrameReader):
         self._batch_frames = max(1, min(batch_frames, self._BATCH_BYTES // (3 * scan.width_px * scan.height_px)))
         self._open: list[Any] = []  # the video, while frames are read
         weakref.finalize(self, self._open.clear)  # also at exit, where the reader may still be referred to
-
-    def read(self, frame_index: Sequence[int]) -> Iterator[np.ndarray]:
-        """See FrameReader."""
-        return self._frames(checked_frames(frame_index, self.frame_count, self._scan.path))
 
     def close(self) -> None:
         self._open.clear()
@@ -166,7 +163,7 @@ class DecordReader(FrameReader):
         before = log.complaints
         try:
             if not self._open:
-                path = str(self._scan.path.resolve())
+                path = str(self.path.resolve())
                 self._open.append(_import_decord().VideoReader(path, num_threads=1, fault_tol=self._NO_FAULTS))
             [video] = self._open
             if len(video) != self.frame_count:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from features.video.base import MAX_PIXELS, FrameReader, ReaderError, checked_frames, spread_evenly
+from features.video.base import MAX_PIXELS, FrameReader, ReaderError, spread_evenly
 
 # Pillow reads many more, some of them with other programs (EPS with Ghostscript).
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
@@ -31,16 +31,15 @@ class FolderReader(FrameReader):
             raise ReaderError(f"{folder}: holds no images; leave it out")
         self.version = PIL.__version__
         self.frame_count = max(names) + 1
-        self._folder = folder
+        self.path = folder
         self._names = names
 
-    def read(self, frame_index: Sequence[int]) -> Iterator[np.ndarray]:
+    def _frames(self, wanted: list[int]) -> Iterator[np.ndarray]:
         """See FrameReader; only source frames that have an image can be read."""
-        wanted = checked_frames(frame_index, self.frame_count, self._folder)
         missing = next((k for k in wanted if k not in self._names), None)
         if missing is not None:
-            raise ReaderError(f"{self._folder}: has no image of frame {missing}; rebuild the index")
-        paths = ((k, self._folder / self._names[k]) for k in wanted)
+            raise ReaderError(f"{self.path}: has no image of frame {missing}; rebuild the index")
+        paths = ((k, self.path / self._names[k]) for k in wanted)
         return (decode_image(path, str(path), k) for k, path in paths)
 
     def spread(self, count: int) -> list[int]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from features.video.base import REMEDY, FrameReader, ReaderError, checked_frames
+from features.video.base import REMEDY, FrameReader, ReaderError
 from features.video.container import Opener, decoded_from, import_av, open_container, packets_of, video_stream
 from features.video.scan import MAX_REORDER, VideoScan
 
@@ -36,6 +36,7 @@ class PyavReader(FrameReader):
         ffmpeg = getattr(av, "ffmpeg_version_info", None)
         self.version = f"{av.__version__} (FFmpeg {ffmpeg})" if ffmpeg else av.__version__
         self.version += f", decoded by {hardware}" if hardware is not None else ""
+        self.path = scan.path
         self.frame_count = scan.frame_count
         self.times = scan.times
         self.hardware = hardware
@@ -43,10 +44,9 @@ class PyavReader(FrameReader):
         self._opener = opener
         self._readings: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def read(self, frame_index: Sequence[int]) -> Iterator[np.ndarray]:
+    def _frames(self, wanted: list[int]) -> Iterator[np.ndarray]:
         """See FrameReader. Each call opens the file anew, so readings do not disturb each other."""
-        wanted = checked_frames(frame_index, self.frame_count, self._scan.path)
-        reading = self._frames(wanted) if self._scan.repeats is None else self._repeated(self._scan.repeats[wanted])
+        reading = self._settled(wanted) if self._scan.repeats is None else self._repeated(self._scan.repeats[wanted])
         self._readings.add(reading)
         return reading
 
@@ -57,10 +57,10 @@ class PyavReader(FrameReader):
     def _repeated(self, pictures: np.ndarray) -> Iterator[np.ndarray]:
         """The requested coded frames (T,), some of them several times."""
         numbers, counts = np.unique(pictures, return_counts=True)
-        for rgb, count in zip(self._frames(numbers.tolist()), counts.tolist(), strict=True):
+        for rgb, count in zip(self._settled(numbers.tolist()), counts.tolist(), strict=True):
             yield from itertools.repeat(rgb, count)
 
-    def _frames(self, wanted: list[int]) -> Iterator[np.ndarray]:
+    def _settled(self, wanted: list[int]) -> Iterator[np.ndarray]:
         """Yield each requested frame once everything decoded before it has left the decoder undamaged."""
         if not wanted:
             return
@@ -75,7 +75,7 @@ class PyavReader(FrameReader):
                         raise self._lost(pending[0][0] if pending else targets[0], number)
                     if number <= before:
                         raise ReaderError(
-                            f"{self._scan.path}: frames leave the decoder out of the order of their times at frame "
+                            f"{self.path}: frames leave the decoder out of the order of their times at frame "
                             f"{number}; {REMEDY}"
                         )
                     before = number
@@ -142,8 +142,8 @@ class PyavReader(FrameReader):
         """
         first = int(np.argmax(self._plan(wanted)[0])) if self._scan.numbered else 0
         for time_stamp in (*self._seek_times(first), None):
-            with self._opener(self._scan.path, self.hardware) as container:
-                stream = video_stream(container, self._scan.path)
+            with self._opener(self.path, self.hardware) as container:
+                stream = video_stream(container, self.path)
                 packets = self._packets_after(container, stream, first, time_stamp)
                 if packets is not None:
                     yield container, stream, packets
@@ -202,12 +202,12 @@ class PyavReader(FrameReader):
         for frame in frames:
             number = -1 if frame.pts is None else int(np.searchsorted(shown_pts, frame.pts))
             if not 0 <= number < len(shown_pts) or shown_pts[number] != frame.pts:
-                raise ReaderError(f"{self._scan.path}: a frame's time stamp is not its packet's; {REMEDY}")
+                raise ReaderError(f"{self.path}: a frame's time stamp is not its packet's; {REMEDY}")
             yield number, frame
 
     def _lost(self, wanted: int, damaged: int | None = None) -> ReaderError:
         cause = f" (damage at frame {damaged})" if damaged not in (None, wanted) else ""
-        return ReaderError(f"{self._scan.path}: damaged, frame {wanted} cannot be read{cause}; {REMEDY}")
+        return ReaderError(f"{self.path}: damaged, frame {wanted} cannot be read{cause}; {REMEDY}")
 
 
 def upright(frame: Any, stream: Any) -> np.ndarray:
