@@ -207,7 +207,7 @@ def choose_normalisation(original: Original, asked: str | None) -> tuple[str, st
     if original.prefixed:
         return "main", "keys with `module.` are from the main release"
     if original.variant.tasks == "phase":
-        return "main", "both releases train nets for phases only with it"
+        return "main", "both releases use it to train nets for phases only"
     return "main", "only the main release has this net, though its keys usually start with `module.`"
 
 
@@ -216,7 +216,10 @@ def choose_normalisation(original: Original, asked: str | None) -> tuple[str, st
 
 @dataclass(frozen=True)
 class Original:
-    """A state dict of an original net that was recognised; its keys have no `module.`, and unused layers are apart."""
+    """A recognised state dict of an original net, with keys without `module.`.
+
+    `unused` holds the layers in the file that the net does not use.
+    """
 
     variant: Variant
     backbone: str

@@ -340,7 +340,8 @@ def _pickled(
 def _arranged(index: Index, videos: Mapping[str, list[list[Any]]], layout: str) -> list[Any]:
     """The content of the pickle in the given layout.
 
-    It is a list of videos, or the lists of paths, then of labels, then of frames per video, each for every part.
+    It is a list of videos, or it consists of a list of paths for every part, then a list of labels for every part, and
+    then a list of frames per video for every part.
     """
     if not LAYOUTS[layout]:
         return list(videos.values())

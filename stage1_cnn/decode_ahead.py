@@ -80,7 +80,7 @@ def _messages(open_video: OpenVideo, batch_frames: int) -> Iterator[Message]:
 
 
 def decodes_ahead(config: Config, device: torch.device) -> bool:
-    """Whether other processes decode for this one: the setting `extract.decode_ahead`; `auto` means on a GPU only."""
+    """Whether other processes decode for this one, as `extract.decode_ahead` says; `auto` means on a GPU only."""
     chosen = config.extract.decode_ahead
     return device.type != "cpu" if chosen == "auto" else chosen == "on"
 
@@ -166,7 +166,10 @@ def work_ahead(
 
 
 def _fewer(decoders: int, error: _DecoderDied) -> int:
-    """The number of decoding processes to continue with after one has died: half, since memory may have run out."""
+    """After a decoding process has died, the number of them to continue with: half, since memory may have run out.
+
+    Prints a note that says so.
+    """
     fewer = decoders // 2
     rest = f"with {fewer} instead of {decoders} decoding processes" if fewer else "without decoding processes, slowly"
     say(f"{error}; continuing {rest}", every_rank=True)

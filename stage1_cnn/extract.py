@@ -1,4 +1,4 @@
-"""Extraction: the encoder is applied to the sampled frames of every video and writes one feature file per video.
+"""Extraction: apply the encoder to the sampled frames of every video, and write one feature file per video.
 
 On a CPU one process per core decodes and computes, with one thread each. On a GPU several processes decode for the one
 process that computes. The features depend neither on the number of processes nor on whether a video is split among
@@ -60,7 +60,10 @@ class ExtractReport:
     seconds: float = 0.0
 
     def require_one_usable(self, waiting: int, shard: tuple[int, int]) -> None:
-        """Raise UserError if every video has failed, and none is `waiting`; other shards may have usable ones."""
+        """Raise UserError if every video of this shard has failed and none is `waiting` to be extracted.
+
+        With several shards nothing is raised, since other shards may have videos that can be used.
+        """
         if shard[1] == 1:
             require_one_usable(self.failed, waiting + len(self.done) + len(self.skipped) + len(self.relabelled))
 
@@ -156,7 +159,7 @@ def extract(
     task = ExtractTask(config, run, dataset, target, encoder.spec, trusted, encoder)
     for job, reason in _work(task, jobs, encoder, stop):
         report.add(job, reason)
-    remove_stale_temporaries(target)  # of processes that died
+    remove_stale_temporaries(target)  # those of processes that died
     report.sort(index)
     report.require_one_usable(0, shard)
     _record_faults(report, dataset)
@@ -172,7 +175,7 @@ def extract(
 
 
 def _record_faults(report: ExtractReport, dataset: Dataset) -> None:
-    """Record beside the features why a video has no features, and delete the record once it has."""
+    """Record beside the features why a video has none, and delete the record of a video that has features now."""
     for video_id, reason in report.failed:
         if isinstance(reason, VideoFault):
             source = dataset.index.entry(video_id).sha256_ends
@@ -321,8 +324,8 @@ def _state(
 ) -> str:
     """What a video's feature file needs: `new`, `relabel` or `current`.
 
-    `new` unless the file is complete and made from this source, these frames and by this encoder; `relabel` if only
-    its labels differ.
+    The answer is `new` unless the file is complete and was made by this encoder from these frames of this source. It is
+    `relabel` if only the labels differ.
     """
     if not path.exists():
         return "new"

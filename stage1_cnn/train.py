@@ -53,7 +53,8 @@ from stage1_cnn.model import (
     weights_sha256,
 )
 
-CHOICES = (("val_map",), ("val_phase_accuracy",))  # of the score of an epoch: phases count without tools only
+# The best epoch has the highest `val_map`; phase accuracy decides only if there is no `val_map`.
+CHOICES = (("val_map",), ("val_phase_accuracy",))
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def train_cnn(
     say_few_cores(accelerator.device)
     net = processes.each(lambda: build_net(config, dataset.spec, trusted=trusted))
     require_image_size(net.backbone, config.preprocess.crop_px)
-    # these two lines find errors before hours of decoding
+    # this line and the next find errors before hours of decoding
     data = processes.each(lambda: load_frames(config, dataset))
     processes.from_first(stage.check)
     readable = cache_readable(config, dataset, processes)
@@ -234,7 +235,7 @@ def _by_video(frames: LabelledFrames, values: NDArray[Any]) -> dict[str, NDArray
 
 
 def _finish(stage: StageFolder, config: Config, data: FrameData, precision: str) -> TrainingResult:
-    """Write the result, from the best checkpoint and the log."""
+    """Write the result, which is taken from the best checkpoint and the log."""
     checkpoint = stage.path / "best.pt"
     net, about = rebuild_from_checkpoint(checkpoint)
     facts = {

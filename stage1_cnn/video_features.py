@@ -145,13 +145,16 @@ class ExtractTask:
         Raises UserError if the labels cannot be read or there is too little room.
         """
         labels = self._labels(job)
-        # a part takes two more times the size of its features: it is stored in float32 first
+        # a part is stored in float32 first, which takes twice the size of its features
         needed = estimate_bytes([job.frames], self.spec) * (3 if job.part else 1)
         require_free_bytes(self.folder, needed, "the features")
         return labels
 
     def loaded_encoder(self) -> Encoder:
-        """The encoder, loaded on first use if none was sent. Raises UserError if its weights have changed since."""
+        """The encoder, which is loaded on first use if none was sent.
+
+        Raises UserError if its weights have changed since the start of the extraction.
+        """
         if self.encoder is None:
             int8 = FromTrainingFrames(self.config, self.dataset)
             self.encoder = load_encoder(self.config, self.run, self.dataset.spec.tools, self.trusted, int8)

@@ -130,7 +130,7 @@ class FeatureBank:
     def gathered(
         self, shares: Iterable[tuple[Batch, bool]]
     ) -> Iterator[tuple[tuple[Batch, bool], tuple[Tensor, Tensor]]]:
-        """Each of `shares` (return values of `Batch.share`) with the result of `gather` for its batch."""
+        """Yield each of `shares` (return values of `Batch.share`) with the result of `gather` for its batch."""
         return ahead(self.features, shares, lambda share: self.gather(share[0]))
 
     def names(self, batch: Batch) -> str:

@@ -58,7 +58,7 @@ class PhaseModel(nn.Module):
         return self.head.step(self.standardise(x), state)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What `state_dict` contains besides tensors' values: the carried state."""
+        """The carried state, which `state_dict` contains in addition to parameters and buffers."""
         return {"carried": self.carried}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:

@@ -153,11 +153,11 @@ def pair_of_stages(
 
 
 def _with_other_ways(error: UserError, run: Path, cnn_run: Path | None) -> UserError:
-    """The error with a hint what to do instead, if the run has stage two but not stage one."""
+    """The error with a hint about what to do instead, if the run has stage two but not stage one."""
     if cnn_run is not None or (run / CHECKPOINT_STAGE).is_dir():
         return error
     if not (run / FOLDER).is_dir():
-        return UserError(f"{error}; or name the run whose stage one made the features with --from-cnn")
+        return UserError(f"{error}; or use --from-cnn to name the run whose stage one made the features")
     return UserError(
         f"{error}; this run also has a joint net: add --model joint to predict with it or, if the features came from "
         f"its backbone, --from-joint {run.name}"

@@ -115,7 +115,10 @@ def recorded_majority(result: Path, required: bool = False) -> int | None:
 def tool_results(
     truth: GroundTruth, logits: Mapping[str, NDArray[np.float32]], thresholds: Mapping[str, float] | None = None
 ) -> ToolResults | None:
-    """The metrics of the tools, with binary ones at `thresholds`; None if there are no logits or no labels."""
+    """The metrics of the tools; `thresholds` decide whether a tool counts as present.
+
+    None if there are no logits or no labels.
+    """
     labels = {name: truth.videos[name].tools for name in logits}
     if not any((tools >= 0).any() for tools in labels.values()):
         return None
@@ -282,7 +285,10 @@ def summary_of(run: Path, truth: GroundTruth, evaluation: Evaluation) -> dict[st
 
 
 def folder_name(split: str, inference: Inference | None, index_file: Path | None, *more: str) -> str:
-    """The name of an evaluation's folder in `RUN/evaluate`: the index if it is another one, the split, the inference
-    mode if the user asked for one, and `more`."""
+    """The name of an evaluation's folder in `RUN/evaluate`.
+
+    It consists of the index's name if this is not the run's own, the split, the inference mode if the user asked for
+    one, and `more`.
+    """
     parts = [index_file.stem if index_file else None, split, inference, *more]
     return "-".join(part for part in parts if part)

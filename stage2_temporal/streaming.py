@@ -28,7 +28,7 @@ class StreamedFeatures:
     """
 
     def __init__(self, videos: Sequence[StoredFeatures]) -> None:
-        """The `videos` must have the same width and type, and at least one of them a frame."""
+        """The features of `videos` must have the same width and type, and one video at least must have a frame."""
         self.device = torch.device("cpu")
         self._videos = tuple(videos)
         self._first = list(itertools.accumulate((len(video) for video in videos), initial=0))

@@ -143,12 +143,12 @@ def train_head(
 def _initial_model(
     head: schema.HeadSettings, config: Config, data: TrainingData, constants: tuple[Tensor, Tensor]
 ) -> PhaseModel:
-    """Return the model before the first step: new weights, or those of `temporal.start_from` if it has this head."""
+    """The model before the first step, with new weights or, if `head` is the one in the settings, `start_from`'s."""
     settings, width = config.temporal, data.bank.embedding_dim
     model = PhaseModel(Standardise(*constants), build_head(head, width, len(data.phases)))
     model.head.configure_training(settings)
     if settings.start_from is not None and head == settings.head:
-        from stage2_temporal.joint.net import phase_weights  # the encoders of images, which no other start needs
+        from stage2_temporal.joint.net import phase_weights  # here, since it imports the image encoders
 
         model.load_state_dict(phase_weights(settings.start_from, data.phases, head, width))
     return model
@@ -162,7 +162,7 @@ def _train_epoch(
     batches: Sequence[Batch],
     carries: bool,
 ) -> None:
-    """Take the epoch's remaining steps; `carries`: the state is carried from a batch to its continuation."""
+    """Train the remaining steps of an epoch; if `carries`, each batch passes its state on to the batch after it."""
     processes = session.processes
     shares = [whole.share(processes.rank, processes.count) for whole in batches[session.position.step :]]
     for (batch, counts), (x, phase) in session.batches(bank.gathered(shares), len(batches)):  # (B, T, D), (B, T)

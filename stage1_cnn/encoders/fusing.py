@@ -52,7 +52,7 @@ class ConvRelu(nn.Module):
 
 
 def fuse_relu(net: nn.Module, size_px: int) -> nn.Module | None:
-    """The same net, with the same weights, with fused layers, for inference on a CPU; None if nothing could be fused.
+    """The same net, with the same weights but fused layers, for inference on a CPU; None if nothing could be fused.
 
     Also None if the net cannot be traced, or if the fused net fails on an image (3, `size_px`, `size_px`) or computes
     another embedding of it.
@@ -123,7 +123,7 @@ def _is_conv(traced: fx.GraphModule, node: Any) -> bool:
 
 
 def _conv_and_other(traced: fx.GraphModule, total: Any) -> tuple[Any, Any]:
-    """The convolution and the other tensor in the sum `total`; (None, None) if `total` is not a sum of such two."""
+    """The convolution and the other addend of the sum `total`; (None, None) if it is no sum of a convolution."""
     if not isinstance(total, fx.Node) or total.op != "call_function" or total.target not in _SUMS or total.kwargs:
         return None, None
     parts = list(total.args)

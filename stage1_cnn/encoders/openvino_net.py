@@ -2,8 +2,9 @@
 
 int8 means post-training quantisation by NNCF. Weights are quantised per channel, activations per tensor, with ranges
 measured on frames of training videos. Weights use half of the 8-bit range (NNCF's overflow fix), because CPUs without
-VNNI add pairs of products in 16 bits, which could overflow otherwise. The first convolution stays in fp32: this costs
-little time, while rounding its weights would cost more accuracy than rounding all other layers (docs/performance.md).
+VNNI add pairs of products in 16 bits, which saturate with larger weights. The first convolution stays in fp32: this
+costs little time, while rounding its weights would cost more accuracy than rounding all other layers
+(docs/performance.md).
 
 OpenVINO's packages send usage data to Google Analytics unless the user has opted out. Here they never send any, because
 the package that does so is hidden from them before they are imported.

@@ -71,7 +71,7 @@ class Unit:
 
     @property
     def frames(self) -> int:
-        """What the progress bar counts for this unit: 1, since it counts trainings."""
+        """What this unit adds to the progress bar: 1, since the bar counts trainings."""
         return 1
 
     @property

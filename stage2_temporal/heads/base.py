@@ -120,7 +120,7 @@ def detach_state(state: State) -> State:
 
 
 def require_causal(head: Head) -> None:
-    """Raise UserError for a head that looks into the future; called where state is carried or frames come singly."""
+    """Raise UserError for a head that looks into the future, which cannot carry a state or process single frames."""
     if not head.causal:
         raise UserError(
             "temporal.head: a head that looks into the future (such as bidirectional=true) is offline only: it needs "

@@ -28,7 +28,7 @@ def clip_requests(
 ) -> list[Request]:
     """The batches of an epoch, in order (see `epoch_batches`).
 
-    With `subset`, which has an effect in mode `clips` only, the epoch has only so many random clips.
+    With `subset`, which has an effect in mode `clips` only, the epoch consists of that many random clips.
     """
     batches = epoch_batches(spans, config, seed, epoch)
     if subset is not None and config.mode == "clips":

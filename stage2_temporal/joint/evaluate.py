@@ -58,9 +58,9 @@ def evaluate_joint(
 ) -> Evaluation:
     """Score a run's joint net on one split of the index, and write the results into `RUN/evaluate/`.
 
-    For the run's own test videos, `RUN/summary.json` and `RUN/MODEL_CARD.md` are written as well. If the index is
-    another one than the run's (`other`, or another file in `data.index`), only a folder is written whose name begins
-    with that of the index. Videos that cannot be read are left out and reported. Images are preprocessed as in
+    For the run's own test videos, `RUN/summary.json` and `RUN/MODEL_CARD.md` are written as well. If the index is not
+    the run's own (`other`, or another file in `data.index`), the results go only into a folder whose name begins with
+    that of the index. Videos that cannot be read are left out and reported. Images are preprocessed as in
     training, whatever the preset says, and cropped as in `joint.crops`. Raises UserError if the user gave other image
     settings (`given`), or if the data have other classes or another sampling rate than the net; raises Stopped when
     asked to stop.

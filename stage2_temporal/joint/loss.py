@@ -59,7 +59,10 @@ class JointLoss(nn.Module):
         return torch.stack(terms).sum()
 
     def correlation(self, branch: Tensor, mapped: Tensor) -> Tensor:
-        """KL divergence (...), averaged over tools, of the Bernoulli distributions given by logits (..., K) each."""
+        """The KL divergence (...) between the tool branch's and the mapped predictions, averaged over tools.
+
+        Both are given as logits (..., K); `joint.loss.direction` says which of the two is the first argument.
+        """
         branch = branch.detach() if self.config.detach == "branch" else branch
         mapped = mapped.detach() if self.config.detach == "mapped" else mapped
         pair = (mapped, branch) if self.config.direction == "mapped_branch" else (branch, mapped)

@@ -61,10 +61,10 @@ def predict_videos(
 ) -> dict[str, Prediction]:
     """The predictions for every video, by id; frames come from the cache if it has them, otherwise from the source.
 
-    `frames` is the length of a clip for `inference=clip`. The net is in evaluation mode meanwhile. Raises UserError
-    naming a video or cache file that cannot be read; with `faults`, its id and the reason are added to this list
-    instead, and the other videos are predicted. `check_stop` is called before each batch, and its exceptions are passed
-    on.
+    `frames` is the length of a clip for `inference=clip`. The net is in evaluation mode while it predicts. Raises
+    UserError naming a video or cache file that cannot be read; with `faults`, its id and the reason are added to this
+    list instead, and the other videos are predicted. `check_stop` is called before each batch, and its exceptions are
+    passed on.
     """
     training = net.training
     net.eval()

@@ -224,7 +224,7 @@ def _load(config: Config, dataset: Dataset) -> JointData:
 
 
 def leaves_unused(config: Config, step: str) -> bool:
-    """Whether a step trains parameters on which its loss does not depend, which may be those of the mapping.
+    """Whether a step trains parameters on which its loss does not depend; these can only be those of the mapping.
 
     DistributedDataParallel must then search the graph after every forward pass, which costs time.
     """
@@ -321,10 +321,10 @@ def validate(net: JointNet, config: Config, data: JointData, session: TrainingSe
 def score_videos(
     net: JointNet, videos: Mapping[str, VideoLabels], found: Mapping[str, Prediction], tools: Sequence[str]
 ) -> dict[str, float | None]:
-    """The validation scores, as far as the net has the branches.
+    """The validation scores, those for which the net has the branches.
 
-    They are phase accuracy, pooled tool mAP and pooled mAP of the mapped tools, as fractions, and `gap_nats` between
-    tool branch and mapped tools.
+    The scores are phase accuracy, pooled tool mAP and pooled mAP of the mapped tools, as fractions, and `gap_nats`
+    between tool branch and mapped tools.
     """
     truth = {name: video.tools for name, video in videos.items()}
     scores: dict[str, float | None] = {}
