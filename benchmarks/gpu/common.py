@@ -1,4 +1,4 @@
-"""Shared by the steps of the check: sizes, settings, figures, commands of the project and a monitor of the GPU."""
+"""What the steps of the GPU check share: sizes, settings, output of figures, calls of commands, and a GPU monitor."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ DEVICE = "cpu" if REHEARSE else "cuda"
 CORES = len(os.sched_getaffinity(0))
 SIDE_PX, RESIZE_PX = (64, 72) if REHEARSE else (224, 250)
 BACKBONE = "resnet18" if REHEARSE else "resnet50"
-SIMULATED, VIDEOS = 6, 6 if REHEARSE else 24  # the others are links to the simulated ones
+SIMULATED, VIDEOS = 6, 6 if REHEARSE else 24  # the other videos are links to the simulated ones
 SPEED_UP = 128 if REHEARSE else 4  # divides the length of a simulated operation of about 2,300 s at 1 fps
-STEP = "GPU_CHECK_STEP"  # variable with the name of the step that runs
+STEP = "GPU_CHECK_STEP"  # environment variable with the name of the step that runs
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 
 def figure(name: str, value: Any, wanted: Any = None, **more: Any) -> None:
-    """Write one line to the terminal and to $OUT/figures.jsonl."""
+    """Write a figure as one line to the terminal and to $OUT/figures.jsonl."""
     if isinstance(value, float):
         value = float(f"{value:.6g}")
     line = {
@@ -51,7 +51,7 @@ def figure(name: str, value: Any, wanted: Any = None, **more: Any) -> None:
 
 
 class Watch:
-    """Polls nvidia-smi: mean utilisation of the GPU and of its decoder (percent), peak memory (MiB)."""
+    """Polls nvidia-smi for the mean utilisation of the GPU and its decoder (percent) and the peak memory (MiB)."""
 
     def __init__(self) -> None:
         self.rows: list[list[float]] = []
@@ -115,7 +115,10 @@ def log(words: list[str], output: str) -> None:
 
 
 def settings(*lines: str) -> list[str]:
-    """`--set` before each KEY=VALUE; a later one replaces earlier ones with the same key or with keys below it."""
+    """The words of a command that set each KEY=VALUE of `lines`.
+
+    A later one replaces earlier ones with the same key or with a key below it.
+    """
     chosen: dict[str, str] = {}
     for line in lines:
         key = line.partition("=")[0]
@@ -131,7 +134,7 @@ def pipeline(command: str, *words: str, timeout: float = 120, check: bool = True
 
 
 def rate(once: Callable[[], None], times: int, warm_up: int) -> float:
-    """Calls per second after `warm_up` calls, including the GPU's work."""
+    """Calls of `once` per second, after `warm_up` calls that do not count; waits for the GPU to finish them."""
     import torch
 
     def wait() -> None:
@@ -149,7 +152,10 @@ def rate(once: Callable[[], None], times: int, warm_up: int) -> float:
 
 
 def timed_rate(file: Path, per_step: float, skip: int) -> dict[str, Any]:
-    """Units per second of a timed training after its first `skip` steps, and what else timed.py recorded."""
+    """The speed of a training that timed.py recorded in `file`, and the other values in it.
+
+    The speed is in units per second for `per_step` units in a step, without the first `skip` steps.
+    """
     noted = json.loads(file.read_text())
     stamps = noted["stamps"]
     skip = min(skip, len(stamps) // 2)
@@ -159,7 +165,7 @@ def timed_rate(file: Path, per_step: float, skip: int) -> dict[str, Any]:
 
 
 def base(data: str, *more: str) -> list[str]:
-    """Settings that every command gets: data set `data` below WORK, and all output there."""
+    """The settings that every command gets: the data set `data` below WORK, and output folders there."""
     return [
         f"data.root={WORK / data}",
         f"data.index={WORK / data}.json",
@@ -177,7 +183,7 @@ def base(data: str, *more: str) -> list[str]:
 
 
 def make_clip(path: Path) -> None:
-    """About 23 s of a simulated operation at 854x480 and 25 fps, H.264."""
+    """Write a clip: about 23 s of a simulated operation, 854x480 at 25 fps, H.264."""
     place = path.parent / "clip-tmp"
     words = ["--videos", "1", "--seed", "0", "--fps", "25", "--width", "854", "--height", "480", "--speed-up", "64"]
     pipeline("simulate", str(place), *words, timeout=580)

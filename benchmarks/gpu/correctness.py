@@ -33,7 +33,7 @@ from common import (
 
 
 def about() -> None:
-    """Versions, the GPU, the precisions that `auto` stands for, and what `doctor` finds."""
+    """Report versions, the GPU, the precisions that `auto` selects, and what `doctor` finds."""
     import torch
 
     figure("torch", torch.__version__, cuda=torch.version.cuda, python=sys.version.split()[0], cores=CORES)
@@ -64,7 +64,10 @@ def about() -> None:
 
 
 def lstm() -> None:
-    """cuDNN against the project's own recurrence on the CPU, as `train-temporal` calls both: outputs and gradients."""
+    """Compare the outputs and gradients of cuDNN and of the project's own recurrence on the CPU.
+
+    Both are called in the way in which `train-temporal` calls them.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -137,7 +140,7 @@ def lstm() -> None:
 
 
 def material() -> None:
-    """A SIMULATED data set at 1 fps for training, and forty videos of random features with realistic lengths."""
+    """Write a SIMULATED data set at 1 fps for training, and random features of forty videos of realistic lengths."""
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     started = time.perf_counter()
@@ -181,9 +184,10 @@ def material() -> None:
 
 
 def features() -> None:
-    """`extract` on the GPU in each precision against fp32 on the CPU: mean and lowest cosine of the features.
+    """Compare the features of `extract` on the GPU, in each precision, with those in fp32 on the CPU.
 
-    Raw and after subtracting the mean feature, since features of a network with random weights differ little.
+    The figures are mean and lowest cosine similarity, of the features themselves and after subtracting their mean,
+    since features of a network with random weights differ little from each other.
     """
     import h5py
     import numpy as np
@@ -242,7 +246,10 @@ def features() -> None:
 
 
 def parity() -> None:
-    """Both stages trained briefly, joined, and compared on one video before the first step, in fp32 and in `auto`."""
+    """Compare the joint net, before its first step, with the two stages it was built from: in fp32 and in `auto`.
+
+    Both stages are trained briefly, and the comparison is made on one video.
+    """
     import numpy as np
 
     chosen = [
@@ -306,7 +313,7 @@ def parity() -> None:
 
 
 def small() -> list[str]:
-    """Settings of a short training of stage one."""
+    """The settings of a short training of stage one."""
     batch, frames = (2, 60) if REHEARSE else (100, 4000)
     return [
         *base("data"),
@@ -319,7 +326,7 @@ def small() -> list[str]:
 
 
 def resume() -> None:
-    """Training twice without a stop and once stopped by SIGTERM and resumed: largest difference of the weights."""
+    """Train twice without a stop, and once with a stop by SIGTERM and a resume; compare the weights."""
     for name in ("whole-a", "whole-b"):
         pipeline("train-cnn", "--name", name, *settings(*small()), timeout=120)
     code = stopped("train-cnn", "stopped", small(), WORK / "runs" / "stopped" / "cnn" / "metrics.jsonl")
@@ -329,7 +336,7 @@ def resume() -> None:
 
 
 def resume_temporal() -> None:
-    """The same for stage two, on chunks."""
+    """The same as `resume`, for stage two, which is trained on chunks."""
     chosen = [
         *base("data"),
         "temporal.sequence.mode=chunked",
@@ -350,7 +357,7 @@ def resume_temporal() -> None:
 
 
 def stopped(command: str, name: str, chosen: list[str], log: Path, *words: str) -> int:
-    """Start a training, send SIGTERM after its first step; the exit code."""
+    """Start a training, send SIGTERM after its first step, and return the exit code."""
     start = [sys.executable, str(ROOT / "pipeline.py"), command, "--name", name, *words, *settings(*chosen)]
     process = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -363,7 +370,11 @@ def stopped(command: str, name: str, chosen: list[str], log: Path, *words: str) 
 
 
 def weights(what: str, stage: str, first: str, second: str, third: str) -> None:
-    """Largest difference of the last checkpoints' weights: of two runs, and of one that was stopped."""
+    """Report the largest difference of a weight in the last checkpoints of runs.
+
+    The runs `first` and `second` were not stopped, and `third` was stopped and resumed. The other two are compared
+    with `first`.
+    """
     import torch
 
     def model(name: str) -> dict[str, Any]:
@@ -380,7 +391,10 @@ def weights(what: str, stage: str, first: str, second: str, third: str) -> None:
 
 
 def nccl() -> None:
-    """One process under torchrun (NCCL, DistributedDataParallel) against none; two on one GPU must be refused."""
+    """Compare a training by one process under torchrun (NCCL, DistributedDataParallel) with one without torchrun.
+
+    Also check that two processes on one GPU are refused.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     one = [sys.executable, *launcher, str(ROOT / "pipeline.py")]
     done = run([*one, "train-cnn", "--name", "torchrun", *settings(*small())], 120, check=False)
@@ -399,7 +413,7 @@ def nccl() -> None:
 
 
 def half() -> None:
-    """fp16 with a gradient scaler, which GPUs before Ampere need, in all three trainings."""
+    """Run all three trainings in fp16 with a gradient scaler, which GPUs before Ampere need."""
     precision = "fp32" if REHEARSE else "fp16"  # CPUs do not train in fp16
     batch, frames, clips = (2, 60, 4) if REHEARSE else (100, 6000, 100)
     stage_one = [f"cnn.precision={precision}", "cnn.epochs=1", "cnn.workers=2"]
@@ -422,7 +436,7 @@ def half() -> None:
 
 
 def ahead() -> None:
-    """`predict` and `evaluate` of the joint net with decoding processes and crops cut on the GPU, against the CPU."""
+    """Compare `predict` and `evaluate` of the joint net on the GPU, with decoding processes, with those on the CPU."""
     import numpy as np
 
     clips = ["joint.clips_per_epoch=8", "joint.sequence.batch=2", "joint.multitask.epochs=1", "joint.workers=2"]

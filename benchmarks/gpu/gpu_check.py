@@ -1,12 +1,13 @@
-"""Checks of surgstage on a machine with a GPU, figure by figure: correctness first, then speed.
+"""Checks of surgstage on a machine with a GPU: first correctness, then speed.
 
     python benchmarks/gpu/gpu_check.py all [STEP...]    every step (or those), each in a process with a time limit
     python benchmarks/gpu/gpu_check.py step STEP        one step in this process
     python benchmarks/gpu/gpu_check.py clip             make the 854x480 clip that extraction reads (needs no GPU)
 
-A figure is a line {"step": ..., "figure": ..., "value": ..., "wanted": ...}; `wanted` is the value to reach, where
-there is one. The project is used through its command line, except for what has no command (the LSTM on two devices, the
-joint net before its first step). The programs that it is compared with are plain torch. gpu_check.sh runs all of it.
+Each result is a line {"step": ..., "figure": ..., "value": ..., "wanted": ...}, in which `wanted`, if present, is the
+value to reach. The project is used through its command line, except for the LSTM on two devices and the joint net
+before its first step, for which there is no command. The programs to compare with are plain torch. gpu_check.sh runs
+all steps.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from common import CLIP, CORES, OUT, REHEARSE, ROOT, STEP, WORK, figure, log, ma
 
 STARTED = time.time()
 TOTAL_S = float(os.environ.get("GPU_CHECK_SECONDS", "545"))
-# Steps with their limits in seconds, the most important ones first: when time runs out, the last ones are missing.
+# The steps with their time limits in seconds. The most important come first, since the last may not be run in time.
 STEPS = {
     correctness.about: 70,
     correctness.lstm: 50,
@@ -51,7 +52,8 @@ STEPS = {
     speed.switches: 90,
     speed.compiled: 120,
 }
-# What these show does not depend on what else runs, and most of their time is the start of commands.
+# These steps can run at the same time: their figures do not depend on what else runs, and most of their time is the
+# start of commands.
 SIDE_BY_SIDE = {
     step.__name__
     for step in (
@@ -91,7 +93,7 @@ def run_step(name: str) -> None:
         figure("not started: time is up", name, step=name)
         return
     begun = time.time()
-    # in its own session, so that everything that it started ends with it
+    # in a session of its own, so that all processes that the step has started end with it
     process = subprocess.Popen(
         [sys.executable, __file__, "step", name], cwd=ROOT, start_new_session=True, env={**os.environ, STEP: name}
     )
@@ -117,7 +119,7 @@ def table() -> None:
 
 
 def one_step(name: str) -> None:
-    """Run a step here; exit code 1 and a figure `failed` if it raises."""
+    """Run one step in this process. If it raises, report a figure `failed` and exit with code 1."""
     os.environ[STEP] = name
     OUT.mkdir(parents=True, exist_ok=True)
     WORK.mkdir(parents=True, exist_ok=True)

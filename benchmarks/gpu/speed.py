@@ -1,4 +1,4 @@
-"""Steps that measure speed and memory, each compared with a plain loop in torch of the same size."""
+"""The steps that measure speed and memory; each is compared with a plain torch loop of the same size."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from common import (
 
 
 def stage_one() -> None:
-    """Images per second of `train-cnn` with configs/cholec80.yaml, against plain loops on images on the GPU."""
+    """Images per second of `train-cnn` with configs/cholec80.yaml, compared with plain loops on images on the GPU."""
     frames = 200 if REHEARSE else 14000
     batch = 20 if REHEARSE else 100
     small = ["cnn.epochs=1", f"cnn.batch_frames={batch}", f"cnn.frames_per_epoch={frames}"]
@@ -98,7 +98,10 @@ def plain_resnet(batch: int, benchmark: bool, deterministic: bool, optimised: bo
 
 
 def loaders(batch: int) -> None:
-    """Images per second of the loader alone, from the cache that train-cnn has filled, pinned if there is a GPU."""
+    """Images per second of the loader alone, reading the cache that train-cnn has filled.
+
+    If there is a GPU, images are loaded into pinned memory.
+    """
     import numpy as np
     import torch
 
@@ -125,7 +128,7 @@ def loaders(batch: int) -> None:
 
 
 def stage_two() -> None:
-    """Seconds per epoch of `train-temporal` over 86,304 x 2048, against plain nn.LSTM on the same shapes."""
+    """Seconds per epoch of `train-temporal` over 86,304 x 2048 features, compared with nn.LSTM on the same shapes."""
     epochs = 3
     variants: list[tuple[str, list[str]]] = [
         ("1 video per step, precision=auto (cholec80.yaml)", []),
@@ -166,7 +169,7 @@ def stage_two() -> None:
         for batch in (1, 8):
             try:
                 figure(f"plain nn.LSTM, {dtype}, {batch} x 2158, seconds for 86,304 frames", plain_lstm(dtype, batch))
-            except Exception as error:  # bf16 needs cuDNN 9.13 and torch 2.10
+            except Exception as error:  # an LSTM in bf16 needs cuDNN 9.13 and torch 2.10
                 figure(f"plain nn.LSTM, {dtype}, {batch} x 2158", f"{type(error).__name__}: {str(error)[:160]}")
 
 
@@ -192,7 +195,7 @@ def plain_lstm(dtype: str, batch: int) -> float:
 
 
 def require_clip() -> Path:
-    """The clip, which is made first if it does not exist."""
+    """The path of the clip, which is written first if it does not exist."""
     if not CLIP.exists():
         CLIP.parent.mkdir(parents=True, exist_ok=True)
         make_clip(CLIP)
@@ -200,14 +203,14 @@ def require_clip() -> Path:
 
 
 def extract() -> None:
-    """Frames per second of `extract` from 854x480 H.264, against decoding alone and against the forward pass alone."""
+    """Frames per second of `extract` for 854x480 H.264, compared with decoding alone and the forward pass alone."""
     from scaling import repeat_packets
 
     clip = require_clip()
     seconds, frames, use = {}, {}, {}
     for turns in (
         (1, 3) if REHEARSE else (2, 14)
-    ):  # repetitions of a clip of about 23 s; the difference excludes start-up
+    ):  # repetitions of a clip of about 23 s; the difference between few and many excludes start-up
         data = WORK / f"long{turns}" / "videos"
         data.mkdir(parents=True, exist_ok=True)
         first = data / "video01.mp4"
@@ -249,7 +252,7 @@ def extract() -> None:
 
 
 def decode_alone(path: str) -> float:
-    """Sampled frames per second of benchmarks/extract_reference.py decode, one process per core at once."""
+    """Sampled frames per second of `benchmarks/extract_reference.py decode`, with one process per core together."""
     words = [sys.executable, str(ROOT / "benchmarks" / "extract_reference.py"), "decode", path]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
@@ -276,7 +279,7 @@ def forward_alone() -> float:
 
 
 def joint() -> None:
-    """Speed and memory of joint training, against a plain loop."""
+    """Speed and memory of the joint training, compared with a plain loop."""
     clips, batch = (8, 2) if REHEARSE else (1600, 40)
     for name, more in (("", []), (", gradient_checkpointing", ["joint.gradient_checkpointing=true"])):
         tag = "joint" + ("-again" if more else "")
@@ -312,7 +315,7 @@ def joint() -> None:
 
 
 def plain_joint(batch: int) -> float:
-    """Clips per second of benchmarks/temporal_reference.py's ResNet50 and LSTM, in bf16 on images on the GPU."""
+    """Clips per second of the ResNet50 and LSTM of benchmarks/temporal_reference.py, in bf16, on images on the GPU."""
     import torch
     import torch.nn.functional as F
     from temporal_reference import EndToEnd
@@ -335,7 +338,7 @@ def plain_joint(batch: int) -> float:
 
 
 def hardware() -> None:
-    """Whether extract uses NVDEC, whether its frames equal those of software decoding, and how fast it is alone."""
+    """Check that `extract` can use NVDEC and that its frames equal those of software decoding; measure its speed."""
     import numpy as np
 
     clip = require_clip()
@@ -379,7 +382,7 @@ def hardware() -> None:
 
 
 def waits() -> None:
-    """Where training steps wait for the GPU (torch.cuda.set_sync_debug_mode), by line."""
+    """Count where training steps wait for the GPU, line by line (torch.cuda.set_sync_debug_mode)."""
     os.environ["GPU_CHECK_WAITS"] = "1"
     frames = 200 if REHEARSE else 4000
     batch = 10 if REHEARSE else 100
@@ -409,7 +412,7 @@ def waits() -> None:
 
 
 def together() -> None:
-    """Four trainings of stage two at once on one GPU, as `ablate` starts them, against one."""
+    """Compare four trainings of stage two on one GPU at the same time, as `ablate` starts them, with a single one."""
     words = ["train-temporal", "--features", str(WORK / "random_features")]
     chosen = [*base("data"), "temporal.epochs=2", "temporal.baseline=false"]
     start = [sys.executable, str(ROOT / "pipeline.py"), *words, *settings(*chosen), "--name"]
@@ -426,8 +429,9 @@ def together() -> None:
 
 
 def compiled() -> None:
-    """What torch.compile and a fused optimiser would gain in stage one. This step is last, since compiling takes
-    long.
+    """Measure what torch.compile and a fused optimiser would gain in stage one.
+
+    This is the last step, since compiling takes a long time.
     """
     batch = 4 if REHEARSE else 100
     figure("plain loop, compiled, fused, images per second", plain_resnet(batch, True, False, optimised=True))

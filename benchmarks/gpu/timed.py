@@ -1,5 +1,8 @@
-"""Run pipeline.py and record it: `timed.py FILE WORDS...` writes to FILE the time of every optimiser step, peak memory
-and, with GPU_CHECK_WAITS set, the lines at which steps 5 to 25 wait for the GPU."""
+"""Run pipeline.py and measure it: `timed.py FILE WORDS...`.
+
+FILE receives the time of every optimiser step, the peak memory and, if GPU_CHECK_WAITS is set, the lines at which
+steps 5 to 25 wait for the GPU.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def main(file: Path, words: list[str]) -> None:
     def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = update(self, *args, **kwargs)
         stamps.append(time.perf_counter())
-        if finds_waits and torch.cuda.is_available():  # the first steps allocate what later ones reuse
+        if finds_waits and torch.cuda.is_available():  # not in the first steps, which allocate what later ones reuse
             torch.cuda.set_sync_debug_mode("warn" if 5 <= len(stamps) < 25 else "default")
         return found
 
