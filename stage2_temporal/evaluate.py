@@ -73,10 +73,7 @@ def evaluate_run(
         require_features_of(about.encoder, config, given, temporal / "best.pt")
     out = run / "evaluate" / folder_name(split, inference, index_file)
     if index_file is None:
-        folder = find_feature_folder(features, run, config.extract.store)
-        index = usable_index(folder)
-        _require_own_index(config, given, index, folder)
-        index.require_excluded(config.data.exclude, folder)
+        folder, index = _own_features(config, run, features, given)
     else:
         folder, index = _other_features(config, run, index_file, out / "features", features, stop)
     videos = _load(folder, index, split)
@@ -102,17 +99,23 @@ def evaluate_run(
     return evaluation
 
 
-def _require_own_index(config: Config, given: GivenKeys, index: Index, folder: Path) -> None:
-    """Raise UserError if `--set` names an index whose videos or splits differ from those of the features."""
-    named = config.data.index
-    if "data.index" not in given.by_set or not named.is_file():
-        return
-    known, asked = ({v.id: (v.split, v.sha256_ends) for v in one.videos} for one in (index, Index.load(named)))
-    if any(asked.get(name) != video for name, video in known.items()):
-        raise UserError(
-            f"data.index={named}: has other videos or splits than the features in {folder}; give this index with "
-            "--index to extract features for it"
-        )
+def _own_features(config: Config, run: Path, named: Path | None, given: GivenKeys) -> tuple[Path, Index]:
+    """The run's feature folder, or the one that the user named, and its index.
+
+    Raises UserError if `--set` names an index whose videos or splits differ from those of the features.
+    """
+    folder, asked_for = find_feature_folder(named, run, config.extract.store), config.data.index
+    index = usable_index(folder)
+    if "data.index" in given.by_set and asked_for.is_file():
+        indices = (index, Index.load(asked_for))
+        known, asked = ({v.id: (v.split, v.sha256_ends) for v in one.videos} for one in indices)
+        if any(asked.get(name) != video for name, video in known.items()):
+            raise UserError(
+                f"data.index={asked_for}: has other videos or splits than the features in {folder}; give this index "
+                "with --index to extract features for it"
+            )
+    index.require_excluded(config.data.exclude, folder)
+    return folder, index
 
 
 def _load(folder: Path, index: Index, split: str) -> dict[str, VideoFeatures]:

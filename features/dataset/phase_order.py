@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from configs.dataset_spec import DataSetSpec, class_ids, folded_name
 from configs.errors import UserError
 from engine.files import read_bounded
+from features.dataset.annotations import text_lines
 
 MAX_FILE_BYTES = 1 << 16
 _NUMBER = re.compile(r"^\s*\d+\s*[\s:=,;.]\s*")
@@ -58,10 +59,7 @@ def _forms(spec: DataSetSpec) -> str:
 
 
 def _names_in_file(path: Path) -> list[str]:
-    try:
-        lines = read_bounded(path, MAX_FILE_BYTES).decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a list of phases ({error})") from error
+    lines = text_lines(read_bounded(path, MAX_FILE_BYTES), path)
     return [_NUMBER.sub("", line).strip().strip(",") for line in lines if line.strip() and not line.startswith("#")]
 
 

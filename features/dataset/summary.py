@@ -5,20 +5,20 @@ from __future__ import annotations
 import numpy as np
 
 from features.dataset.index import SPLITS, Dataset, Index, VideoEntry
-from features.dataset.labels import BetweenRows, load_labels
+from features.dataset.labels import load_labels
 from features.dataset.sampling import sampled_frames
 
 Counts = dict[str, list[int]]  # by video id, in the order of the summary's rows; see `count_frames`
 
 
-def count_frames(dataset: Dataset, fps: float, between_rows: BetweenRows = "mask") -> Counts:
+def count_frames(dataset: Dataset, fps: float) -> Counts:
     """Frames of each video sampled at `fps`: all, those of each phase, of none, with each tool, without tool labels.
 
     Raises UserError if a video cannot be sampled at `fps` (see `most_fps`) or its annotations have changed.
     """
     spec, counts = dataset.spec, {}
     for entry in dataset.index.videos:
-        phase, tools = load_labels(dataset, entry, sampled_frames(entry, fps), between_rows)
+        phase, tools = load_labels(dataset, entry, sampled_frames(entry, fps))
         rows = [len(phase), *np.bincount(phase[phase >= 0], minlength=len(spec.phases)), (phase < 0).sum()]
         if spec.tools:
             rows += [*(tools > 0).sum(axis=0), (tools < 0).all(axis=1).sum()]

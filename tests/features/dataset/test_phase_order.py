@@ -61,7 +61,7 @@ def test_what_is_no_order_is_refused(text: str, match: str) -> None:
 def test_a_file_that_is_no_list_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "order.txt"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not a list of phases"):
+    with pytest.raises(UserError, match="not UTF-8 text"):
         parse_phase_order(str(path), CHOLEC80, "a")
     path.write_bytes(b"a\n" * 100_000)
     with pytest.raises(UserError, match="larger than 65,536 bytes"):
