@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +26,10 @@ from configs.schema import Config
 from engine.files import NoRoomError
 from engine.stopping import StopRequest
 from features.frames.source import SampledFrames
-from stage1_cnn.decode_ahead import decoders_for, decoding_processes, frames_of_videos, work_ahead
+from stage1_cnn.decode_ahead import decoders_for, frames_of_videos, work_ahead
+from stage1_cnn.decoding import decoding_processes
 from stage1_cnn.segments import VideoJob
+from tests.cli import PROJECT
 from tests.stage1_cnn.test_data import Meeting
 
 FRAMES = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
@@ -299,3 +303,13 @@ def test_decoding_processes_start_at_the_same_time(tmp_path: Path) -> None:
     videos = [partial(opened, Meeting(tmp_path), np.zeros(1 << 20, np.uint8))] * 2
     messages = content(iter(decoding_processes(videos, 1, 2, pinned=False)))
     assert messages == {0: [{}, [1], None], 1: [{}, [1], None]}
+
+
+@pytest.mark.slow
+def test_decoding_processes_do_not_import_what_computes() -> None:
+    """Which would double the time that each takes to start."""
+    program = (
+        "import sys, stage1_cnn.decoding; print({'torchvision', 'torch._dynamo', 'accelerate'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
