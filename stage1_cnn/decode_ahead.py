@@ -6,11 +6,11 @@ The decoding processes are those of `stage1_cnn.decoding`. Cropping, normalisati
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
+from typing import Any
 
 import torch
 
-from configs.errors import UserError
 from configs.schema import Config
 from engine.device import choose_device
 from engine.launch import ranks_here
@@ -20,7 +20,7 @@ from engine.progress import progress_bar, say
 from engine.stopping import StopRequest
 from stage1_cnn.decoding import QUEUE_BATCHES, Message, OpenVideo, decoding_processes, messages_of
 from stage1_cnn.encoders.encoder import encoded_at_once
-from stage1_cnn.segments import Rows, VideoJob
+from stage1_cnn.segments import VideoJob
 from stage1_cnn.video_features import ExtractTask
 
 HARDWARE_PROCESSES = 4
@@ -151,7 +151,9 @@ class _DecoderDied(Exception):
 def _encode_decoded(
     task: ExtractTask, jobs: Sequence[VideoJob], decoded: Iterable[tuple[int, Message]], title: str, stop: StopRequest
 ) -> Iterator[tuple[VideoJob, str | None]]:
-    writers = {number: _JobWriter(task, job) for number, job in enumerate(jobs)}
+    writers = {number: _write_job(task, job) for number, job in enumerate(jobs)}
+    for writer in writers.values():
+        next(writer)
     messages = iter(decoded)
     with progress_bar(sum(job.frames for job in jobs), title, "frame") as bar:
         try:
@@ -160,14 +162,14 @@ def _encode_decoded(
                 number, message = _next(messages)
                 if number not in writers:  # encoding this video has failed, but its frames still arrive
                     continue
-                reason = writers[number].take(message)
+                reason = message if isinstance(message, str) else attempt(writers[number].send, message)
                 bar.update(len(message) if isinstance(message, torch.Tensor) else 0)
                 if message is None or reason is not None:
-                    del writers[number]
+                    _abandon(writers.pop(number))  # without effect on a file that is complete
                     yield jobs[number], reason
         finally:
             for writer in writers.values():
-                writer.abandon()
+                _abandon(writer)
             del messages  # ends the processes
 
 
@@ -180,37 +182,21 @@ def _next(messages: Iterator[tuple[int, Message]]) -> tuple[int, Message]:
         raise _DecoderDied(f"a decoding process died ({failure_reason(error)})") from error
 
 
-class _JobWriter:
-    """Writes the rows of one job from the job's messages, which arrive mixed with those of other jobs."""
+def _write_job(task: ExtractTask, job: VideoJob) -> Generator[None, Any, None]:
+    """Write the rows of one job from its messages, which arrive mixed with those of other jobs.
 
-    _rows: Rows
+    `send` takes None to start, and then the messages: the origin of the frames, frames, and None, which completes the
+    file. If the generator is closed before that, the file is removed.
+    """
+    provenance = yield
+    with task.sink(job, task.labels_and_room(job), provenance) as rows:
+        while (frames := (yield)) is not None:
+            task.encode(frames, rows)
+            del frames  # otherwise every open file would keep a batch in shared memory
+    yield
 
-    def __init__(self, task: ExtractTask, job: VideoJob) -> None:
-        self._task, self._job = task, job
-        self._file = ExitStack()  # holds the output file, which is open from the first message to the last
 
-    def take(self, message: Message) -> str | None:
-        """Process one message: frames are encoded and written, None completes the file.
-
-        If the job fails, its file is removed and the reason is returned; otherwise returns None. Raises NoRoomError
-        when the disk is full.
-        """
-        if isinstance(message, str):
-            self.abandon()
-            return message
-        return attempt(self._write, message)
-
-    def abandon(self) -> None:
-        """Remove the file, if there is one."""
-        with suppress(*VIDEO_ERRORS), self._file:
-            raise UserError("abandoned")
-
-    def _write(self, message: dict[str, str] | torch.Tensor | None) -> None:
-        with self._file as file:
-            if isinstance(message, dict):
-                labels = self._task.labels_and_room(self._job)
-                self._rows = file.enter_context(self._task.sink(self._job, labels, message))
-            elif message is not None:
-                self._task.encode(message, self._rows)
-            if message is not None:
-                self._file = file.pop_all()  # stays open for the next message
+def _abandon(writer: Generator[None, Any, None]) -> None:
+    """Remove the file that `_write_job` has begun, if there is one."""
+    with suppress(*VIDEO_ERRORS):
+        writer.close()

@@ -63,7 +63,7 @@ class Task:
         try:
             yield self
             self._step("finished")
-        except Exception:
+        except BaseException:  # as the sinks of files do
             self.noted.append("removed")
             raise
 
