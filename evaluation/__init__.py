@@ -1,3 +1,3 @@
-"""Metrics of predictions under every published convention, and their tables, figures and files."""
+"""Compute metrics of predictions under every published convention, and write tables, figures and files."""
 
-import configs  # noqa: F401, which keeps idle threads from spinning if it comes before torch
+import configs  # noqa: F401 - sets GOMP_SPINCOUNT, which must happen before torch is imported

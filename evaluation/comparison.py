@@ -1,8 +1,9 @@
 """Compare models video by video: paired differences with bootstrap intervals, permutation tests and Holm's correction.
 
-A model is a run, a folder of predictions or a file of results; several training seeds of one model are joined by commas
-and averaged video by video. Videos and seeds are kept apart: intervals and tests are over videos (other patients); the
-standard deviation next to a mean is over seeds (repeated training).
+A model is a run, a folder of predictions or a file of results. If a model was trained with several seeds, their names
+are joined by commas, and their results are averaged for each video. Variation over videos and over seeds is kept
+separate: intervals and tests are over videos, that is, over patients; the standard deviation next to a mean is over
+seeds.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from evaluation.metrics.results import HEAD, METRICS_FILE, PhaseResults, Score
 from evaluation.metrics.statistics import PairedTest, holm, paired_interval, paired_permutation
 from evaluation.reports.tables import difference_table
 
-# The only convention in which a model's number is the mean of its videos' numbers, so that the mean difference over
-# videos is the difference between the models.
+# In this convention alone, a model's result is the mean of its results on single videos, so that the mean difference
+# over videos is the difference between the models.
 DEFAULT_CONVENTION = "video_macro"
 _COUNTS = ("frames", "segments_truth", "segments_predicted")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where models are found: runs below `runs`, evaluated on `split`; prediction folders are read as in `reading`."""
+    """Where to find models: runs are below `runs` and evaluated on `split`; `reading` says how to read predictions."""
 
     runs: Path
     split: str
@@ -44,7 +45,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Model:
-    """A model with the results (of one convention) of each of its seeds."""
+    """A model with the results of each of its seeds, under one convention."""
 
     name: str
     members: Sequence[str]
@@ -53,8 +54,11 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricComparison(PairedTest):
-    """A test with its 95 % interval (`low`, `high`), the means of both models (standard deviation over seeds), and the
-    p value after Holm's correction over all tests of the comparison."""
+    """The comparison of two models under one metric.
+
+    Besides the paired test, it has the difference's 95 % interval (`low`, `high`), the mean of each model (with its
+    standard deviation over seeds), and the p value after Holm's correction over all tests of the comparison.
+    """
 
     low: float | None
     high: float | None
@@ -65,7 +69,7 @@ class MetricComparison(PairedTest):
 
 @dataclass(frozen=True)
 class ModelPair(Record):
-    """Two models by name, and their comparison under each metric."""
+    """The names of two models, and their comparison under each metric."""
 
     first: str
     second: str
@@ -74,7 +78,7 @@ class ModelPair(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonAbout(Record):
-    """What the numbers are; `seeds` has one number per model."""
+    """How the numbers of a comparison were computed. `seeds` is the number of seeds of each model."""
 
     convention: str
     title: str
@@ -95,7 +99,7 @@ class ComparisonAbout(Record):
 
 @dataclass(frozen=True)
 class Comparison(Record):
-    """What `compare --json` writes; `models` is [{name, members, seeds}]."""
+    """The content of the file that `compare --json` writes. `models` is [{name, members, seeds}]."""
 
     about: ComparisonAbout
     models: Sequence[Mapping[str, Any]]
@@ -110,10 +114,11 @@ def compare_models(
     metrics: Sequence[str] | None = None,
     out: Path | None = None,
 ) -> Comparison:
-    """Compare the first of `names` with each other one, print tables and write the result as JSON to `out` if given.
+    """Compare the first of `names` with each of the others, print tables, and write the result as JSON to `out` if
+    given.
 
-    Differences are first - second in percent points. `metrics` None takes all that the convention has per video.
-    Raises UserError if models were not evaluated on the same frames.
+    Differences are first - second in percentage points. With `metrics=None`, all metrics are compared that the
+    convention has per video. Raises UserError if models were not evaluated on the same frames.
     """
     from rich.console import Console
 
@@ -151,7 +156,7 @@ def compare_models(
 
 
 def load_model(text: str, place: Place, convention: str) -> Model:
-    """The model that `text` names: one source, or several seeds joined by commas."""
+    """Load the model that `text` names: one source of results, or several (one per seed) joined by commas."""
     parts = _parts(text)
     if len(set(parts)) != len(parts) or not parts:
         raise UserError(f"compare {text}: name each seed's run once")
@@ -167,16 +172,17 @@ def _parts(text: str) -> list[str]:
 
 
 def require_use(names: Sequence[str], runs: Path, *, reading: bool, split: bool) -> None:
-    """Raise UserError for reading options if no model is a prediction folder, and for a split if no model is a run."""
+    """Raise UserError for options without effect: reading options if no model is a prediction folder, and a split if no
+    model is a run."""
     found = [runs / part if (runs / part).is_dir() else Path(part) for name in names for part in _parts(name)]
     if reading and all(p.is_file() or (p / "evaluate").is_dir() or (p / METRICS_FILE).is_file() for p in found):
-        raise UserError("--ground-truth: every model here is evaluated already; leave it out")
+        raise UserError("--ground-truth: all these models are evaluated already; leave it out")
     if split and not any((path / "evaluate").is_dir() for path in found):
         raise UserError("--split: no model here is a run; leave it out")
 
 
 def _load_results(text: str, place: Place, convention: str) -> PhaseResults:
-    """One source's results under `convention`: a JSON file, a run or its evaluation folder, or a prediction folder."""
+    """Load results under `convention` from a JSON file, a run, its evaluation folder, or a folder of predictions."""
     path, named = Path(text), place.runs / text
     if (named / "evaluate").is_dir() or not (path.exists() or len(path.parts) > 1):
         path = named
@@ -190,18 +196,18 @@ def _load_results(text: str, place: Place, convention: str) -> PhaseResults:
     if file is None:
         evaluated = f"run evaluate first (there is no {files[1]})"
         raise UserError(
-            f"{path}: {evaluated if path.is_dir() else 'no such run or folder'}; for a folder of predictions give "
+            f"{path}: {evaluated if path.is_dir() else 'no such run or folder'}; for a folder of predictions add "
             "--ground-truth"
         )
     tree = read_json(file)
     try:
-        phases = tree.get("phases", tree)  # of a run, or of predictions of any program
+        phases = tree.get("phases", tree)  # only a run's file has the key `phases`
         found = PhaseResults.from_json(phases.get(HEAD, phases)[convention])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        problem = f"holds no phase results under the convention {convention}; evaluate with it first"
+        problem = f"contains no phase results under the convention {convention}; evaluate with it first"
         raise UserError(f"{file}: {problem}") from error
     if without := found.about.videos_without_labels:
-        say(f"{path}: not counted, since their ground truth has no labels: {', '.join(without)}")
+        say(f"{path}: videos not counted, since their ground truth has no labels: {', '.join(without)}")
     return found
 
 
@@ -216,7 +222,7 @@ def _require_same_frames(first: Model, other: Model) -> None:
     one, two = ours.about, theirs.about
     differing = [
         (one.frames != two.frames, f"{one.frames} and {two.frames} frames"),
-        # Folders whose rows have an unknown rate differ in none; the labels are compared row by row.
+        # Rates are compared only if both are known. If not, labels are compared row by row.
         (None not in (one.fps, two.fps) and one.fps != two.fps, f"{one.fps} and {two.fps} fps"),
         (one.truth_sha256 != two.truth_sha256, "other labels of the same videos"),
         (one.background != two.background, f"{one.background} and {two.background} as background"),
@@ -252,7 +258,7 @@ def _compared(first: Model, second: Model, metric: str, test: PairedTest, p_holm
 
 
 def _seed_means(model: Model, metric: str) -> dict[str, float | None]:
-    """{video: mean over seeds}; None if a seed has no number."""
+    """Return the mean over seeds for each video, or None if a seed has no value for it."""
 
     def mean(video: str) -> float | None:
         values = [result.per_video[video].get(metric) for result in model.results]
@@ -262,7 +268,7 @@ def _seed_means(model: Model, metric: str) -> dict[str, float | None]:
 
 
 def _over_seeds(model: Model, metric: str, videos: Sequence[str]) -> Score:
-    """Mean over `videos` of each seed; then mean and standard deviation (n - 1) over seeds."""
+    """Average each seed over `videos`, and return mean and standard deviation (n - 1) of these averages over seeds."""
     tables = (np.array([result.per_video[video][metric] for video in videos], float) for result in model.results)
     values = np.array([table.mean() for table in tables])
     return Score.of(float(values.mean()), values)

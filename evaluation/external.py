@@ -1,7 +1,7 @@
-"""Evaluate predictions of any program: two folders of phase files, paired by video number, under every convention.
+"""Evaluate predictions of any program: two folders of phase files, matched by video number, under every convention.
 
-Needs no run, no settings and no torch. How the files were interpreted (rate, ids, missing rows) is printed and recorded
-in every result's `about`.
+This needs no run, no settings and no torch. How the files were interpreted (rate, ids, missing rows) is printed, and
+recorded in the `about` of every result.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ Tracks = dict[str, NDArray[np.int16]]
 
 @dataclass(frozen=True)
 class Reading:
-    """How folders of phase files are read: the options of the command line.
+    """How to read folders of phase files, as given on the command line.
 
-    `fps` is the rate of the compared rows, `prediction_fps` that of the prediction files (None: as in the files).
-    `phase_order` names ids as `features.dataset.phase_order.parse_phase_order` takes it (None: the data set's own).
-    `background` names phases that are left out of segments, beside those of the data set.
+    `fps` is the rate of the rows that are compared, and `prediction_fps` the rate of the prediction files; None means
+    that they are inferred from the files. `phase_order` is a text for `features.dataset.phase_order.parse_phase_order`,
+    or None for the data set's own order. `background` names phases that segmental metrics ignore, in addition to those
+    of the data set.
     """
 
     ground_truth: Path
@@ -52,8 +53,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class Paired:
-    """Truth and prediction (T,) per video at `fps` (None: not known); `about` is recorded in every result, `notes` are
-    printed. A prediction is NO_PREDICTION where the truth has a label and the files have none."""
+    """Truth and prediction (T,) of each video at `fps` (None if the rate is not known).
+
+    `about` is recorded in every result, and `notes` are printed. Where the truth has a label and the files have no
+    prediction, the prediction is NO_PREDICTION.
+    """
 
     truth: Tracks
     predicted: Tracks
@@ -73,9 +77,9 @@ def evaluate_folder(
 ) -> dict[str, PhaseResults]:
     """Score a folder of predictions, print tables, and write the results as JSON to `out` if given.
 
-    Returns what `evaluation.metrics.phases.evaluate_phases` does, with 95 % bootstrap intervals over videos in
-    `intervals` and what was read in `about.files`. Raises UserError naming file and row for anything that cannot be
-    used; nothing is written then.
+    Returns the results of `evaluation.metrics.phases.evaluate_phases`, with 95 % bootstrap intervals over videos in
+    `intervals`, and with a record of what was read in `about.files`. Raises UserError naming file and row if anything
+    cannot be used; then nothing is written.
     """
     results, notes = score_folder(predictions, reading, spec, conventions, split=split)
     for note in notes:
@@ -93,7 +97,7 @@ def score_folder(
     *,
     split: str | None = None,
 ) -> tuple[dict[str, PhaseResults], Sequence[str]]:
-    """`evaluate_folder` without printing or writing: the results, and notes for the user."""
+    """Score a folder of predictions like `evaluate_folder`, and return the results and notes without printing them."""
     background = tuple(dict.fromkeys((*spec.background, *reading.background)))
     pairs = read_pairs(predictions, reading, spec)
     names = chosen_conventions(conventions, spec.phases, pairs.fps)
@@ -110,12 +114,12 @@ def score_folder(
         notes.append(f"{' and '.join(left_out)}: left out, for {next(iter(left_out.values()))}")
     without = next(iter(results.values())).about.videos_without_labels
     if without:
-        notes.append(f"not counted, since their ground truth has no labels: {listed(without, 10)}")
+        notes.append(f"videos not counted, since their ground truth has no labels: {listed(without, 10)}")
     return results, notes
 
 
 def write_results(out: Path | None, results: Any) -> None:
-    """Write results as JSON to `out` if given. Raises UserError where something else is there."""
+    """Write results as JSON to `out` if given. Raises UserError if that file exists and contains something else."""
     if out is not None:
         require_replaceable_json(out)
         write_json(out, as_json(results))
@@ -123,7 +127,7 @@ def write_results(out: Path | None, results: Any) -> None:
 
 
 def print_results(results: Mapping[str, PhaseResults]) -> None:
-    """Tables: conventions, their intervals, phases, segments, as far as evaluated."""
+    """Print tables of conventions, intervals, phases and segments, as far as they were evaluated."""
     from rich.console import Console
 
     console = Console()
@@ -141,7 +145,7 @@ def print_results(results: Mapping[str, PhaseResults]) -> None:
 
 
 def read_pairs(predictions: Path, reading: Reading, spec: DataSetSpec) -> Paired:
-    """Read both folders and pair their videos and rows. Raises UserError naming the file."""
+    """Read both folders, and match their videos and rows. Raises UserError naming the file that cannot be used."""
     order = parse_phase_order(reading.phase_order, spec, str(predictions)) if reading.phase_order else None
     predicted_files, stray = find_phase_files(predictions, spec)
     truth_files, stray_truth = find_phase_files(reading.ground_truth, spec)
@@ -152,12 +156,12 @@ def read_pairs(predictions: Path, reading: Reading, spec: DataSetSpec) -> Paired
         guess = read_external_phases(predicted_files[video], spec, order)
         if (true.phase >= 0).any() and not (guess.phase >= 0).any():
             if not reading.allow_missing:
-                raise UserError(f"{guess.path}: holds no prediction; leave the video out with --allow-missing")
+                raise UserError(f"{guess.path}: contains no prediction; leave the video out with --allow-missing")
             left_out.append(guess.path)
             continue
         pairs[video] = _Pair(true, guess, match_rows(true, guess, spec.annotation_fps, reading.prediction_fps))
     if not pairs:
-        raise UserError(f"{predictions}: no file holds a prediction for a video of {reading.ground_truth}")
+        raise UserError(f"{predictions}: no file contains a prediction for a video of {reading.ground_truth}")
     fps, fps_from = _rate(reading.fps, pairs.values())
     skip = int(reading.skip_first_row)
     truth = {video: pair.rows.truth[skip:] for video, pair in pairs.items()}
@@ -178,15 +182,21 @@ def read_pairs(predictions: Path, reading: Reading, spec: DataSetSpec) -> Paired
     }
     notes = []
     if stray or stray_truth:
-        notes.append(f"left out, no video number in the name or no text: {listed([*stray, *stray_truth], 10)}")
+        notes.append(
+            f"files left out, since their name has no video number or they are not text: "
+            f"{listed([*stray, *stray_truth], 10)}"
+        )
     if left_out:
-        notes.append(f"left out, in one folder only or empty: {listed([str(path) for path in left_out], 10)}")
+        notes.append(
+            "files left out, since they are in only one folder or empty: "
+            f"{listed([str(path) for path in left_out], 10)}"
+        )
     paired = Paired(truth, predicted, fps, about, notes)
     return replace(paired, notes=[*notes, *_notes(pairs, paired, reading, spec)])
 
 
 class _Pair(NamedTuple):
-    """One video's two files and their rows, matched."""
+    """The two files of one video, and their matched rows."""
 
     true: PhaseFile
     guess: PhaseFile
@@ -196,7 +206,10 @@ class _Pair(NamedTuple):
 def _unpaired(
     predicted: Mapping[str, Path], truth: Mapping[str, Path], predictions: Path, reading: Reading
 ) -> list[Path]:
-    """Files whose video is in one folder only: an error unless allowed, and always one when no video is in both."""
+    """Return the files whose video is in only one of the two folders.
+
+    Raises UserError for them unless `reading.allow_missing` is true, and in any case if no video is in both folders.
+    """
     unpaired = [(path, predictions) for video, path in truth.items() if video not in predicted]
     unpaired += [(path, reading.ground_truth) for video, path in predicted.items() if video not in truth]
     if unpaired and not (reading.allow_missing and set(predicted) & set(truth)):
@@ -211,11 +224,11 @@ def _unpaired(
 
 
 def _rate(given: float | None, pairs: Collection[_Pair]) -> tuple[float | None, str | None]:
-    """The rate of the compared rows and its source; None if it is unknown.
+    """Return the rate of the compared rows and where it comes from; the rate is None if it is unknown.
 
-    A given rate must agree with seconds in the files and with `--prediction-fps`; frame numbers may differ from it.
-    Without a given rate those of all files must agree. Frame numbers by which an operation would last days count
-    something else (milliseconds).
+    A given rate must agree with seconds in the files and with `--prediction-fps`; frame numbers may differ from it. If
+    no rate is given, the rates in all files must agree. Frame numbers are ignored if an operation would last days
+    according to them, since they then count something else (such as milliseconds).
     """
     stated = [(pair.guess.path, pair.rows.fps, pair.rows.fps_from) for pair in pairs if pair.rows.fps]
     stated.sort(key=lambda one: one[2] == "frame numbers")
@@ -227,7 +240,7 @@ def _rate(given: float | None, pairs: Collection[_Pair]) -> tuple[float | None, 
         return given, "--fps"
     for path, fps, source in stated[1:]:
         if abs(fps - stated[0][1]) > 0.02 * stated[0][1]:
-            fix = "name the rate with --fps if the rows of all videos have the same"
+            fix = "give the rate with --fps if the rows of all videos have the same rate"
             fix = fix if source == "frame numbers" else "evaluate videos of one rate at a time"
             raise UserError(
                 f"{path}: {fps:g} rows per second by its {source}, but {stated[0][0]} has {stated[0][1]:g}; {fix}"
@@ -239,14 +252,14 @@ def _rate(given: float | None, pairs: Collection[_Pair]) -> tuple[float | None, 
 
 
 def _notes(pairs: Mapping[str, _Pair], paired: Paired, reading: Reading, spec: DataSetSpec) -> list[str]:
-    """Notes on how the files were interpreted, one line each."""
+    """Return notes on how the files were interpreted, one line each."""
     notes, holes = [], paired.about["frames_without_prediction"]
     if (order := paired.about["phase_order"]) is not None:
         whose = f"--phase-order {reading.phase_order}" if reading.phase_order else f"the data set {spec.name}"
-        hint = "" if reading.phase_order else "; another one is named with --phase-order"
+        hint = "" if reading.phase_order else "; use --phase-order for another order"
         notes.append(f"ids are numbered as in {whose}: {describe_order(order)}{hint}")
     elif reading.phase_order:
-        notes.append("--phase-order was not needed: the files hold names")
+        notes.append("--phase-order was not needed, since the files contain names")
     how = {pair.rows.how for pair in pairs.values()} - {"row by row"}
     if how:
         notes.append(f"rows are matched {' and '.join(sorted(how))} where the two files differ in length")
@@ -255,11 +268,11 @@ def _notes(pairs: Mapping[str, _Pair], paired: Paired, reading: Reading, spec: D
         ("prediction", [p.guess for p in pairs.values()]),
     ):
         if missing := sum(file.missing for file in files):
-            notes.append(f"{missing} {name} rows are missing by the frame numbers of their files")
+            notes.append(f"{missing} {name} rows are missing, according to the frame numbers in their files")
     if unlabelled := sum(int((track < 0).sum()) for track in paired.truth.values()):
         notes.append(f"{unlabelled} frames have no label in the ground truth and are not scored")
     if unscored := sum(pair.rows.unscored for pair in pairs.values()):
-        notes.append(f"{unscored} predictions lie outside the frames of the ground truth and are not scored")
+        notes.append(f"{unscored} predictions are outside the frames of the ground truth and are not scored")
     if holes:
         notes.append(
             f"{sum(holes.values())} labelled frames have no prediction and count as wrong: {listed(list(holes), 10)}"
@@ -276,7 +289,7 @@ def _rate_note(pairs: Mapping[str, _Pair], paired: Paired, spec: DataSetSpec) ->
     fps, fps_from = paired.fps, paired.about["fps_from"]
     if fps is None:
         return (
-            "rate: not known (rows without numbers or numbered one by one may be frames or samples); name it with --fps"
+            "rate: not known (rows without numbers or numbered one by one may be frames or samples); give it with --fps"
         )
     longest_h = max(map(len, paired.truth.values())) / fps / 3600
     where = {

@@ -81,14 +81,14 @@ def test_an_index_made_with_older_patterns_is_used_until_the_present_ones_find_m
     shutil.copyfile(root / "videos/video01.mp4", root / "videos/video03.mov")
     with pytest.raises(UserError, match="run `index --force`"):
         open_dataset(asked)
-    with pytest.raises(UserError, match="--force replaces it"):
+    with pytest.raises(UserError, match="replace it with --force"):
         index_dataset(asked)
 
 
 def test_an_index_of_other_sources_than_the_settings_ask_for_is_refused(root: Path) -> None:
     index_dataset(config(root))
     open_dataset(config(root, "data.sources=video:videos"))
-    with pytest.raises(UserError, match=r"data\.sources=frames does not take; run `index --force`"):
+    with pytest.raises(UserError, match=r"data\.sources=frames does not select; run `index --force`"):
         open_dataset(config(root, "data.sources=frames"))
 
 

@@ -1,1 +1,1 @@
-"""Predictions and truth in files: this project's and other programs'."""
+"""Read and write files of predictions and truth, in this project's formats and those of other programs."""

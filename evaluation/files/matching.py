@@ -1,10 +1,10 @@
-"""Which rows of a ground truth and of a prediction are the same frames, and at which rate.
+"""Match the rows of a ground truth and a prediction that are the same frames, and find out their rate.
 
-Rows are matched one by one where both files have the same number of rows and start together, by frame number where both
-have frame numbers, and by rate where the prediction's rate is given. Nothing else is assumed. Numbers that are one
-apart may count source frames or samples, so they do not determine the rate; numbers further apart are taken to count
-source frames at the rate of the data set's annotations. A frame in only one of the files is not scored if it has no
-label, and counts as wrong if it has no prediction.
+Rows are matched one by one if both files have the same number of rows and start at the same frame, by frame number if
+both have frame numbers, and by rate if the prediction's rate is given. Nothing else is assumed. Numbers that are one
+apart may count source frames or samples, so they do not determine the rate. Numbers further apart are assumed to count
+source frames at the rate of the data set's annotations. A frame that only the prediction has is not scored; a frame
+that only the ground truth has counts as wrong.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from evaluation.metrics.counts import NO_PREDICTION
 
 _COMMON_FPS = (1.0, 5.0, 25.0, 2.0, 10.0, 12.5, 15.0, 30.0)
 _DENSE_FPS = (30.0, 50.0, 60.0)
-_TOLERANCE = 0.03  # 24 and 25 rows per second stay apart
-_HALF = 0.5  # fraction of the compared rows that may be missing at the ends if the unit of the numbers is certain
+_TOLERANCE = 0.03  # relative difference up to which rates are equal; 24 and 25 rows per second differ
+_HALF = 0.5  # fraction of the compared rows that may be missing at the ends, if it is certain what the numbers count
 
 
 @dataclass(frozen=True, eq=False)
 class Matched:
-    """Truth and prediction (T,) int16 of one video on the rows that are compared.
+    """Truth and prediction (T,) int16 of one video, on the T rows that are compared.
 
-    `fps` is the rate of these rows, None if it is unknown; `fps_from` is its source: `time_s` (a column of seconds),
-    `frame numbers` or `--prediction-fps`. `how`: `row by row`, `by frame number` or `by rate`. `unscored`:
-    predictions for frames before or after the ground truth.
+    `fps` is the rate of these rows, or None if it is unknown. `fps_from` says where the rate comes from: `time_s` (a
+    column of seconds), `frame numbers` or `--prediction-fps`. `how` says how rows were matched: `row by row`, `by frame
+    number` or `by rate`. `unscored` is the number of predictions for frames before or after the ground truth.
     """
 
     truth: NDArray[np.int16]
@@ -50,31 +50,31 @@ def match_rows(
     t, p = truth.frame, predicted.frame
     if len(truth.phase) != len(predicted.phase):
         if t is None or p is None:
-            why = "both must cover the same frames (without a frame column rows cannot be matched)"
+            why = "both must cover the same frames (rows cannot be matched without a frame column)"
             raise _unmatched(truth, predicted, annotation_fps, why)
         return _by_number(truth, predicted, t, p, annotation_fps)
     step = truth.step or 0.0
     if t is not None and p is not None and step and np.isclose(step, predicted.step or 0.0, rtol=1e-3):
-        # It is common that one file counts from 0 and the other from 1; starts further apart are not the same frame.
+        # Often one file counts from 0 and the other from 1. If the starts differ by more, they are different frames.
         if step > 1.0 + 1e-6 and abs(t[0] - p[0]) > 0.999 * step:
             return _by_number(truth, predicted, t, p, annotation_fps)
         if abs(t[0] - p[0]) > 1.001 * step:
             raise UserError(
-                f"{predicted.path}: starts at frame {p[0]:g}, but {truth.path} at {t[0]:g}; number the same "
-                "frames alike in both, and leave out rows that one lacks"
+                f"{predicted.path}: starts at frame {p[0]:g}, but {truth.path} at {t[0]:g}; give the same frames the "
+                "same numbers in both, and leave out rows that are in only one"
             )
     stated = [one for one in (stated_fps(truth, annotation_fps), stated_fps(predicted, annotation_fps)) if one]
     if len(stated) == 2 and stated[0][1] == stated[1][1] and abs(stated[0][0] - stated[1][0]) > 0.02 * stated[0][0]:
         why = f"by their {stated[0][1]} these are {stated[0][0]:g} per second there and {stated[1][0]:g} here"
         raise _unmatched(truth, predicted, annotation_fps, why)
-    stated.sort(key=lambda one: one[1] != "time_s")  # time_s is trusted before a rate inferred from frame numbers
-    if stated and stated[0][1] == "frame numbers" and stated[0][0] < 0.999:  # perhaps milliseconds
+    stated.sort(key=lambda one: one[1] != "time_s")  # time_s is more reliable than a rate inferred from frame numbers
+    if stated and stated[0][1] == "frame numbers" and stated[0][0] < 0.999:  # the numbers may be milliseconds
         stated = []
     return _matched(truth.phase, predicted.phase, stated[0] if stated else None, "row by row")
 
 
 def stated_fps(file: PhaseFile, annotation_fps: float) -> tuple[float, str] | None:
-    """The rate of a file's rows and its source; None if the file does not determine it."""
+    """Return the rate of a file's rows and where it comes from; None if the file does not determine the rate."""
     if file.fps is not None:
         return round(file.fps, 3), "time_s"
     step = file.step
@@ -96,15 +96,18 @@ def _matched(
 
 
 def _unmatched(truth: PhaseFile, predicted: PhaseFile, annotation_fps: float, why: str) -> UserError:
-    """The error with both counts and, where the counts fit a usual rate, the option that names it."""
+    """Return the error for rows that cannot be matched, with both numbers of rows.
+
+    If these numbers fit a usual rate, it suggests the option for that rate.
+    """
     usual = _COMMON_FPS if len(predicted.phase) <= len(truth.phase) else (annotation_fps, *_DENSE_FPS)
     if stated := stated_fps(predicted, annotation_fps):
         usual = (stated[0], *usual)
     fits = [fps for fps in usual if _truth_fps(truth, predicted, annotation_fps, fps) is not None]
     hint = "; -1 stands for a frame without a label or prediction"
     rows = len(truth.phase), len(predicted.phase)
-    if fits and 0 < max(rows) - min(rows) <= max(1.0, max(rows) * _TOLERANCE):  # nearly as many: any rate fits
-        hint += "; or name the rate of the rows with --prediction-fps, and the missing ones count at the end"
+    if fits and 0 < max(rows) - min(rows) <= max(1.0, max(rows) * _TOLERANCE):  # nearly equal numbers fit any rate
+        hint += "; or give the rate of the rows with --prediction-fps: missing rows are then assumed to be at the end"
     elif fits:
         seconds = f"{fits[0]:g} row{'s' * (fits[0] != 1)} per second"
         hint = f"; if the prediction has {seconds}, add --prediction-fps {fits[0]:g}"
@@ -121,12 +124,12 @@ def _by_number(
 ) -> Matched:
     step_t, step_p = truth.step, predicted.step
     why = f"the frame columns ({p[0]:g} to {p[-1]:g} and {t[0]:g} to {t[-1]:g}) are not those of the same frames"
-    # A single row has no distance to another, and numbers that start after the others end share no frame with them.
+    # A single row has no distance to another row; and if one file starts after the other ends, they share no frame.
     if step_t is None or step_p is None or max(t[0], p[0]) > min(t[-1], p[-1]) + 1:
         raise _unmatched(truth, predicted, annotation_fps, why)
     if np.isclose(step_t, step_p, rtol=1e-3) and t[0] != p[0]:
         if abs(t[0] - p[0]) < 0.999 * step_t:
-            p = p + (t[0] - p[0])  # numbered from 0 in one and from 1 in the other
+            p = p + (t[0] - p[0])  # one file is numbered from 0 and the other from 1
         elif {t[0], p[0]} == {0.0, 1.0}:
             raise _unmatched(truth, predicted, annotation_fps, f"{why}; number both from 0 or both from 1")
     step, small = max(step_t, step_p), 0.02 * min(step_t, step_p)
@@ -152,7 +155,7 @@ def _by_number(
 
 
 def _rows_of(numbers: NDArray[np.float64], grid: NDArray[np.float64], small: float) -> NDArray[np.int64]:
-    """The last row at or before each number of `grid`; -1 before the first and after the last."""
+    """Return the last row at or before each number of `grid`, or -1 before the first and after the last row."""
     row = np.searchsorted(numbers, grid + small, side="right") - 1
     return np.where(grid <= numbers[-1] + small, row, -1)
 
@@ -184,15 +187,18 @@ def _taken(phase: NDArray[np.int16], row: NDArray[np.int64]) -> NDArray[np.int16
 
 
 def _lead(file: PhaseFile) -> int:
-    """Number of rows missing before the first, by its frame number; 0 if that is at most one step."""
+    """Return how many rows are missing before the first one, by its frame number; 0 if it is at most one step."""
     if file.frame is None or file.step is None or file.frame[0] <= 1.001 * file.step:
         return 0
     return int(file.frame[0] // file.step)
 
 
 def _truth_fps(truth: PhaseFile, predicted: PhaseFile, annotation_fps: float, prediction_fps: float) -> float | None:
-    """Rows per second of the truth where the prediction has `prediction_fps`: the rate in the file, else the same rate,
-    that of the annotations, or that of every k-th row (at least one per second), if the lengths agree; else None."""
+    """Return the truth's rows per second if the prediction has `prediction_fps`, or None if it cannot be determined.
+
+    It is the rate in the truth's file, if there is one. Otherwise these are tried, until the lengths agree: the
+    prediction's rate, the rate of the annotations, and the rates of every k-th row (at least one row per second).
+    """
     rows_t, rows_p = _lead(truth) + len(truth.phase), _lead(predicted) + len(predicted.phase)
     stated = stated_fps(truth, annotation_fps)
     every = max(round(rows_p / rows_t), 1)

@@ -1,8 +1,8 @@
-"""Prediction files: one CSV per video, `frame,time_s,phase,phase_name,p_<Phase>...,p_<Tool>...`.
+"""Read and write prediction files: one CSV per video, `frame,time_s,phase,phase_name,p_<Phase>...,p_<Tool>...`.
 
-`frame` is the frame's number in the source video from 0, `phase` the predicted id from 0, the rest probabilities.
-Probabilities are written with the fewest digits that read back as the same float32, so that a file evaluates to the
-numbers of the run that wrote it; equal predictions give equal bytes.
+`frame` is the frame's number in the source video, from 0, and `phase` is the predicted id, from 0. The columns `p_...`
+are probabilities, written with the fewest digits that give the same float32 when read. Evaluating a file therefore
+gives exactly the results of the run that wrote it. Equal predictions give equal bytes.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from engine.files import read_bounded, write_text
 
-TOOLS_ALONE = "tool_predictions"  # replaces `predictions` for nets without a phase branch
-MAX_FILE_BYTES = 256 << 20  # 14 float32 numbers per row, a million rows
-_FRAME_LIMIT = 2**53  # beyond it a frame number would not survive the float columns
-_ROUNDING = 1e-5  # by how much a computed probability may lie outside 0 to 1
+TOOLS_ALONE = "tool_predictions"  # folder for nets without a phase branch, instead of `predictions`
+MAX_FILE_BYTES = 256 << 20  # enough for a million rows of 14 float32 numbers
+_FRAME_LIMIT = 2**53  # larger frame numbers cannot be represented exactly in float64
+_ROUNDING = 1e-5  # how far a probability may be outside 0 to 1, because of rounding
 
 
 @dataclass(frozen=True)
 class PredictionFile:
-    """One video's prediction: `frame_index`, `time_s`, `phase` (T,); `probabilities` (T, C); `tool_probabilities`
-    (T, K), None if the model has no tool branch. Of a tool-only net, `phase` is -1 and C is 0."""
+    """The prediction for one video: `frame_index`, `time_s` and `phase` (T,), and `probabilities` (T, C).
+
+    `tool_probabilities` is (T, K), or None if the model has no tool branch. For a net that predicts tools only, `phase`
+    is -1 and C is 0.
+    """
 
     frame_index: NDArray[np.int64]
     time_s: NDArray[np.float64]
@@ -40,7 +43,7 @@ class PredictionFile:
 
 
 def prediction_columns(spec: DataSetSpec, tools: bool, phases: bool = True) -> list[str]:
-    """The header of a prediction file; without `phases`, of a tool-only net."""
+    """Return the header of a prediction file; without `phases`, that of a net that predicts tools only."""
     names = [*(spec.phases if phases else ()), *(spec.tools if tools else ())]
     return ["frame", "time_s", *(["phase", "phase_name"] if phases else []), *(f"p_{name}" for name in names)]
 
@@ -57,21 +60,21 @@ def write_prediction_csv(path: Path, prediction: PredictionFile, spec: DataSetSp
     frames, named = len(prediction.frame_index), sum(name.startswith("p_") for name in header)
     if not (len(prediction.time_s) == len(labels) == frames and columns.shape == (frames, named)):
         raise ValueError(f"shapes do not agree: {frames} frames, probabilities {columns.shape}")
-    if not ((columns >= -_ROUNDING) & (columns <= 1 + _ROUNDING)).all():  # NaN fails it too
+    if not ((columns >= -_ROUNDING) & (columns <= 1 + _ROUNDING)).all():  # also refuses NaN
         raise UserError(f"{path}: not written: the model gave a probability outside 0 to 1, so it has diverged")
     buffer = io.StringIO(newline="")
     rows = csv.writer(buffer, lineterminator="\n")
     rows.writerow(header)
-    texts = columns.astype(str)  # shortest text that reads back as the same float32
+    texts = columns.astype(str)  # the shortest text that gives the same float32 when read
     for frame, seconds, cells, numbers in zip(prediction.frame_index, prediction.time_s, labels, texts, strict=True):
         rows.writerow([int(frame), f"{seconds:.3f}", *cells, *numbers])
     write_text(path, buffer.getvalue())
 
 
 def read_prediction_csv(path: Path, spec: DataSetSpec, phases: bool = True) -> PredictionFile:
-    """Read a prediction file of this data set; without `phases`, one of a tool-only net.
+    """Read a prediction file of this data set; without `phases`, one of a net that predicts tools only.
 
-    Raises UserError naming file and row for anything not as written.
+    Raises UserError naming file and row if anything is not as `write_prediction_csv` writes it.
     """
     rows = _rows(path)
     tools = _has_tools(path, rows[0], spec, phases)
@@ -81,10 +84,10 @@ def read_prediction_csv(path: Path, spec: DataSetSpec, phases: bool = True) -> P
         numbers[number - 2] = _numbers(f"{path}: row {number}", row, width, spec, phases)
     frame_index = numbers[:, 0].astype(np.int64)
     if (late := np.flatnonzero(np.diff(frame_index) <= 0)).size:
-        raise UserError(f"{path}: row {int(late[0]) + 3}: frame numbers must rise; sort the rows and drop repeats")
+        raise UserError(f"{path}: row {int(late[0]) + 3}: frame numbers must rise; sort the rows and remove repeats")
     outside = ~((numbers[:, 3:] >= -_ROUNDING) & (numbers[:, 3:] <= 1.0 + _ROUNDING)).all(axis=1)  # NaN is outside too
     if outside.any():
-        raise UserError(f"{path}: row {int(outside.argmax()) + 2}: a probability lies outside 0 to 1")
+        raise UserError(f"{path}: row {int(outside.argmax()) + 2}: a probability is outside 0 to 1")
     values, classes = numbers[:, 3:].astype(np.float32), len(spec.phases) if phases else 0
     return PredictionFile(
         frame_index=frame_index,
@@ -105,14 +108,14 @@ def _rows(path: Path) -> list[list[str]]:
     except csv.Error as error:
         raise UserError(f"{path}: not a CSV file ({error}); write it again with this program") from error
     if len(rows) < 2:
-        raise UserError(f"{path}: holds no predictions, only {len(rows)} row(s); write it again")
+        raise UserError(f"{path}: contains no predictions, only {len(rows)} row(s); write it again")
     if not text.endswith("\n"):
         raise UserError(f"{path}: row {len(rows)} is cut off; write the file again")
     return rows
 
 
 def _has_tools(path: Path, header: Sequence[str], spec: DataSetSpec, phases: bool) -> bool:
-    """Whether the header has the tool columns. Raises UserError if it is none of the possible headers."""
+    """Whether the header has tool columns. Raises UserError if it is not a header of a prediction file."""
     for tools in (True, False) if phases else (True,):
         if header == prediction_columns(spec, tools, phases):
             return tools and bool(spec.tools)
@@ -127,14 +130,14 @@ def _has_tools(path: Path, header: Sequence[str], spec: DataSetSpec, phases: boo
 
 
 def _numbers(where: str, row: Sequence[str], width: int, spec: DataSetSpec, phases: bool) -> list[float]:
-    """Frame, time, phase (-1 without `phases`) and probabilities of a row, checked."""
+    """Check a row, and return its frame, time, phase (-1 without `phases`) and probabilities."""
     if len(row) != width:
         raise UserError(f"{where}: {len(row)} columns instead of {width}; the file is damaged, write it again")
     try:
         frame, phase = int(row[0]), int(row[2]) if phases else -1
         time_s, *probabilities = map(float, (row[1], *row[4 if phases else 2 :]))
     except ValueError as error:
-        raise UserError(f"{where}: {error}; every column but phase_name is a number") from error
+        raise UserError(f"{where}: {error}; all columns except phase_name must be numbers") from error
     if not (0 <= frame < _FRAME_LIMIT and math.isfinite(time_s) and time_s >= 0):
         raise UserError(f"{where}: frame {row[0]} at {row[1]} s is not a position in a video; write the file again")
     if phases and not 0 <= phase < len(spec.phases):

@@ -1,11 +1,13 @@
-"""Phase files of other programs, in the text formats in use, read strictly and without assuming what numbers mean.
+"""Read phase files of other programs, in the usual text formats.
 
-A file is UTF-8 text and holds one row per frame, columns delimited by tabs, commas, semicolons or blanks: the phase
-alone, the frame and the phase, or, below a header that names them, these among other columns (the prediction files of
-`evaluation.files.predictions` are of that kind). Phases are names, ids from 0, or one column per phase (one-hot,
-probabilities, logits). MS-TCN's recognition files hold the names on one line. Frames may count anything (source frames,
-samples, seconds). -1, an empty cell or a row that is missing by the frame numbers means no label. Everything else is an
-error that names file and row, and the form where one was recognised.
+A file is UTF-8 text with one row per frame. Columns are separated by tabs, commas, semicolons or blanks. A row contains
+the phase alone, or the frame and the phase. Below a header that names the columns, there may be further ones, as in the
+prediction files of `evaluation.files.predictions`. Phases are names, ids from 0, or one column per phase (one-hot,
+probabilities or logits). MS-TCN's recognition files have all names on one line. Frame numbers may count anything
+(source frames, samples, seconds), and nothing is assumed about them.
+
+There is no label where a cell is -1 or empty, or where frame numbers show that a row is missing. Everything else is an
+error that names file and row and, if it was recognised, the kind of file.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ from features.dataset.annotations import NO_LABEL, read_content, shown_cell, tex
 from features.dataset.phase_order import ids_of_order
 from features.ids import id_of_stem, natural_key, normal_id, numbered_id
 
-SUFFIXES = (".txt", ".csv", ".tsv", "")  # MS-TCN's recognition files have none
-_OTHER_KINDS = ("-tool", "-timestamp")  # what Cholec80 keeps beside `-phase` files
+SUFFIXES = (".txt", ".csv", ".tsv", "")  # MS-TCN's recognition files have no suffix
+_OTHER_KINDS = ("-tool", "-timestamp")  # files of Cholec80 next to its `-phase` files
 _FRAME_WORDS = ("frame", "frames", "frame_id", "frame_index", "index", "second", "seconds", "time", "time_s")
 _SECOND_WORDS = ("second", "seconds", "time_s")
-_NAME_WORD = "phase_name"  # beside ids, as in our own files: names are safe, so they decide
+_NAME_WORD = "phase_name"  # a column of names next to ids, as in our own files; names decide, as they are unambiguous
 _PHASE_WORDS = (_NAME_WORD, "phase", "phase_id", "label", "prediction", "predicted", "pred", "gt", "truth", "class")
 _START_WORDS = ("start", "start_frame", "start_time", "start_s", "onset", "begin", "from")
 _MARKS = ("\t", ",", ";")
@@ -41,12 +43,12 @@ _SEGMENT = re.compile(rf"{_NUMBER}{_GAP}{_NUMBER}{_GAP}[^\W\d].*|[^\W\d].*?{_GAP
 
 @dataclass(frozen=True, eq=False)
 class PhaseFile:
-    """The phases of one video in a file.
+    """The phases of one video, read from a file.
 
-    `phase` (T,) int16 in the data set's order, -1 where there is none. `frame` (T,) float64 rising, in a unit of the
-    file's own; None without such a column. `fps` is the rate of the rows where the file has a column of seconds.
-    `numbered`: the file held ids or a column per phase, not names. `missing`: rows of `phase` and `frame` that were
-    filled in because the frame numbers skip them.
+    `phase` (T,) int16 is in the data set's order, with -1 for no label. `frame` (T,) float64 are rising numbers in the
+    file's own unit, or None without such a column. `fps` is the rate of the rows if the file has a column of seconds.
+    `numbered` says that the file contained ids or a column per phase, rather than names. `missing` is the number of
+    rows of `phase` and `frame` that were filled in because the frame numbers skip them.
     """
 
     path: Path
@@ -59,7 +61,7 @@ class PhaseFile:
 
     @property
     def step(self) -> float | None:
-        """The mean distance between rows in the file's own unit; None without a frame column or with a single row."""
+        """The mean distance between rows in the file's own unit; None without frame numbers or with a single row."""
         if self.frame is None or len(self.frame) < 2:
             return None
         return float(self.frame[-1] - self.frame[0]) / (len(self.frame) - 1)
@@ -69,16 +71,16 @@ class PhaseFile:
 
 
 def find_phase_files(folder: Path, spec: DataSetSpec) -> tuple[dict[str, Path], list[str]]:
-    """The phase files of a folder by video id, and the names of files without a video number or of another kind.
+    """Find the phase files in a folder; returns them by video id, and the names of all other files.
 
-    The number comes from names like `video41-phase.txt`, `video_41.csv` or `41.txt`; a name without a number is an id
-    where the data set's annotation files are named by ids. Raises UserError if the folder has no such file, a name
-    has several numbers, or two files have the same.
+    The video's number is read from names like `video41-phase.txt`, `video_41.csv` or `41.txt`. If the data set's
+    annotation files are named by ids, a name without a number is an id. Raises UserError if the folder has no phase
+    file, a name has several numbers, or two files have the same number.
     """
     try:
         paths = sorted((path for path in folder.iterdir() if _may_hold_phases(path)), key=lambda p: natural_key(p.name))
     except OSError as error:
-        raise UserError(f"{folder}: not a folder that can be read ({error.strerror}); name one with files") from error
+        raise UserError(f"{folder}: not a folder that can be read ({error.strerror}); choose another one") from error
     found: dict[str, Path] = {}
     without = []
     for path in paths:
@@ -86,7 +88,7 @@ def find_phase_files(folder: Path, spec: DataSetSpec) -> tuple[dict[str, Path], 
         numbers = _numbers(path, spec) if readable else set()
         video = numbered_id(min(numbers), spec) if len(numbers) == 1 else _named_id(path, spec) if readable else None
         if video is None and numbers:
-            raise UserError(f"{path}: which number is the video's? Rename it to something like video41.txt")
+            raise UserError(f"{path}: the name has several numbers; rename the file to something like video41.txt")
         if video is None:
             without.append(path.name)
             continue
@@ -95,9 +97,9 @@ def find_phase_files(folder: Path, spec: DataSetSpec) -> tuple[dict[str, Path], 
             raise UserError(f"{path} and {found[video]}: two files for video {which}; keep one of them")
         found[video] = path
     if not found:
-        other = f"; {without[0]} and its like are not read, so write text, one row per frame" if without else ""
+        other = f"; files like {without[0]} are not read, so write text with one row per frame" if without else ""
         raise UserError(
-            f"{folder}: holds no file with a video number, like video41-phase.txt, 41.txt or video41.csv{other}"
+            f"{folder}: contains no file with a video number, like video41-phase.txt, 41.txt or video41.csv{other}"
         )
     return found, without
 
@@ -112,7 +114,7 @@ def _numbers(path: Path, spec: DataSetSpec) -> set[int]:
 
 
 def _named_id(path: Path, spec: DataSetSpec) -> str | None:
-    """The id in a file's name, if the data set's annotation files are named by ids."""
+    """Return the id in a file's name, or None if the data set's annotation files are not named by ids."""
     names = (f"{id_of_stem(path.stem)}{tail}" for tail in (".txt", "-phase.txt"))
     match = next(filter(None, map(spec.patterns.compiled("phase").fullmatch, names)), None)
     return normal_id(match["id"]) if match and not (match["id"] or "0").isdecimal() else None
@@ -122,11 +124,11 @@ def _named_id(path: Path, spec: DataSetSpec) -> str | None:
 
 
 def read_external_phases(path: Path, spec: DataSetSpec, order: Sequence[str] | None) -> PhaseFile:
-    """Read one video's phases, of a ground truth or a prediction.
+    """Read the phases of one video from a ground truth or a prediction.
 
-    `order` names ids 0, 1, ... and the columns of one-hot rows and scores; None takes ids in the data set's order and
-    refuses columns that no header names. Raises UserError naming the file and the row for everything that cannot be
-    read.
+    `order` are the phases of ids 0, 1, ..., and of the columns of one-hot rows and scores. With None, ids are in the
+    data set's order, and columns without a header are refused. Raises UserError naming the file and the row if anything
+    cannot be read.
     """
     header, rows, where = _table(path, spec)
     columns = _columns(where, header, rows, spec)
@@ -139,7 +141,7 @@ def read_external_phases(path: Path, spec: DataSetSpec, order: Sequence[str] | N
         if not (was_numbered or np.array_equal(names, phase)):
             row = int(np.flatnonzero(names != phase)[0])
             raise where.error(
-                row, f"has phase {columns['phase'][row]}, called {columns['name'][row]!r}; id and name must agree"
+                row, f"has phase {columns['phase'][row]}, but name {columns['name'][row]!r}; id and name must agree"
             )
         numbered = was_numbered
     frame = _rising(where, columns["frame"]) if "frame" in columns else None
@@ -153,7 +155,10 @@ def read_external_phases(path: Path, spec: DataSetSpec, order: Sequence[str] | N
 
 @dataclass(frozen=True)
 class _Place:
-    """Positions in a file for messages: rows below the header, lines from 1; `lines` False: rows are not lines."""
+    """Describes positions in a file for messages: rows are counted below the header, and lines from 1.
+
+    `lines` is False if a row is not a line of the file.
+    """
 
     path: Path
     header: bool
@@ -165,13 +170,17 @@ class _Place:
 
 
 def _table(path: Path, spec: DataSetSpec) -> tuple[list[str] | None, list[list[str]], _Place]:
-    """Header cells (None without a header) and the cells of the rows, each row as wide as the first."""
+    """Read a file; returns the header's cells (None without a header), the rows' cells, and a `_Place` for messages.
+
+    Raises UserError unless all rows have the same number of cells.
+    """
     lines = [line.rstrip(" ") for line in text_lines(read_content(path), path)]
     if lines and lines[0].startswith(_RECOGNITION):
         names = [[name] for line in lines[1:] if not line.startswith(_RECOGNITION) for name in line.split()]
         return None, _filled(path, names), _Place(path, False, lines=False)
     _refuse_other_forms(path, lines, spec)
-    second = next((line for line in lines[1:] if line.strip()), "".join(lines[:1]))  # a row, whatever the first line is
+    # the second line is a row, even if the first one is a header
+    second = next((line for line in lines[1:] if line.strip()), "".join(lines[:1]))
     mark = next((mark for mark in _MARKS if mark in second), None)
     header = _header(lines[0], mark, spec) if lines else None
     body = lines[header is not None :]
@@ -179,7 +188,7 @@ def _table(path: Path, spec: DataSetSpec) -> tuple[list[str] | None, list[list[s
     place = _Place(path, header is not None)
     width = len(header or rows[0])
     if header is None and width > 2 and not any(row[-1] for row in rows if len(row) == width):
-        width -= 1  # a mark at the end of every row
+        width -= 1  # every row ends with a separator
     for row, cells in enumerate(rows):
         while len(cells) > width and not cells[-1]:
             cells.pop()
@@ -191,12 +200,12 @@ def _table(path: Path, spec: DataSetSpec) -> tuple[list[str] | None, list[list[s
 
 def _filled(path: Path, rows: list[list[str]]) -> list[list[str]]:
     if not any(cell for cells in rows for cell in cells):
-        raise UserError(f"{path}: holds no rows")
+        raise UserError(f"{path}: contains no rows")
     return rows
 
 
 def _refuse_other_forms(path: Path, lines: Sequence[str], spec: DataSetSpec) -> None:
-    """Raise UserError for forms of files that are known but not read, naming the form."""
+    """Raise UserError naming the kind of file if it is a known kind that is not read."""
     first = lines[0].strip() if lines else ""
     words = re.split(r"[\t,; ]+", first.casefold())
     if _SEGMENT.fullmatch(first) and folded_name(first) not in class_ids(spec.phases, spec.phase_aliases):
@@ -210,8 +219,8 @@ def _refuse_other_forms(path: Path, lines: Sequence[str], spec: DataSetSpec) -> 
         )
     if first.startswith(("{", "[")) or any("[" in line for line in lines[:2]):
         raise UserError(
-            f"{path}: holds JSON or lists in brackets, which are not read; write text, one row per frame and one file "
-            "per video"
+            f"{path}: contains JSON or lists in brackets, which are not read; write text, with one row per frame and "
+            "one file per video"
         )
 
 
@@ -221,23 +230,23 @@ def _split(line: str, mark: str | None) -> list[str]:
     cells = line.split()
     if len(cells) > 2 and all(_number(cell) is not None for cell in cells):
         return cells
-    cells = line.split(None, 1)  # a name may hold blanks
+    cells = line.split(None, 1)  # split only once, since a name may contain blanks
     return cells if len(cells) == 2 and _number(cells[0]) is not None else [line.strip()]
 
 
 def _header(line: str, mark: str | None, spec: DataSetSpec) -> list[str] | None:
-    """The cells of the first line if it is a header, whose delimiter may differ from that of the rows; else None."""
+    """Return the cells of the first line if it is a header, otherwise None. Its separator may differ from the rows'."""
     cells = line.strip().split(mark) if mark and mark in line else re.split(r"[\t,; ]+", line.strip())
     words = [cell.strip(' "').casefold() for cell in cells]
     known = any(word in _FRAME_WORDS or word in _PHASE_WORDS for word in words) or _score_columns(words, spec)
     if known and not any(_number(word) is not None for word in words):
         return words
-    numbers = words[1:] if words[0] in ("", *_FRAME_WORDS) else words  # pandas writes the columns' numbers
+    numbers = words[1:] if words[0] in ("", *_FRAME_WORDS) else words  # pandas writes numbers as column names
     return words if numbers == [str(number) for number in range(len(spec.phases))] and len(numbers) > 2 else None
 
 
 def _score_columns(header: Sequence[str], spec: DataSetSpec) -> list[int]:
-    """The column of each phase, where the header names one for each (`Preparation` or `p_Preparation`), else none."""
+    """Return the columns of the phases if the header names all (`Preparation` or `p_Preparation`), else none."""
     phases = class_ids(spec.phases, spec.phase_aliases)
     found = {phases.get(folded_name(re.sub(r"^(p|prob)_", "", word))): k for k, word in enumerate(header)}
     return [found[c] for c in range(len(spec.phases))] if set(range(len(spec.phases))) <= set(found) else []
@@ -246,9 +255,9 @@ def _score_columns(header: Sequence[str], spec: DataSetSpec) -> list[int]:
 def _columns(
     where: _Place, header: Sequence[str] | None, rows: Sequence[Sequence[str]], spec: DataSetSpec
 ) -> dict[str, Any]:
-    """The columns that matter: `phase` and, if present, `frame`, `time_s` and `name` (names next to ids).
+    """Return the columns that are used: `phase` and, if they exist, `frame`, `time_s` and `name` (names next to ids).
 
-    `phase` is a tuple of cells, or a `_Scores` where there is one column per phase.
+    `phase` is a tuple of cells, or a `_Scores` if there is one column per phase.
     """
     table = list(zip(*rows, strict=True))
     if header is None or header[-1].isdecimal():
@@ -281,8 +290,8 @@ def _columns_without_header(where: _Place, table: Sequence[tuple[str, ...]], spe
     if width not in (classes, classes + 1):
         raise where.error(
             0,
-            f"has {width} columns and no header that names them; expected, in one row per frame: frame and phase, or a "
-            f"column for each of the {classes} phases of {spec.name}",
+            f"has {width} columns and no header that names them; expected one row per frame, with frame and phase or "
+            f"with a column for each of the {classes} phases of {spec.name}",
         )
     scores = {"phase": _Scores(table[width - classes :], False)}
     return scores | ({"frame": table[0]} if width > classes else {})
@@ -290,14 +299,14 @@ def _columns_without_header(where: _Place, table: Sequence[tuple[str, ...]], spe
 
 @dataclass(frozen=True)
 class _Scores:
-    """One column of cells per phase; `named`: a header named them, so that they are in the data set's order."""
+    """One column of cells per phase. If a header `named` them, they are already in the data set's order."""
 
     cells: Sequence[tuple[str, ...]]
     named: bool
 
 
 def _of_scores(where: _Place, scores: _Scores, spec: DataSetSpec, order: Sequence[str] | None) -> NDArray[np.int16]:
-    """(T,) our ids of the greatest of each row's scores (the first of equals), -1 where a one-hot row has no 1."""
+    """Return the id of each row's largest score, (T,), the first of equal ones; -1 for a one-hot row without a 1."""
     values = np.array([[_number(cell) for cell in cells] for cells in scores.cells], dtype=np.float64).T  # (T, C)
     if np.isnan(values).any():
         row, column = np.argwhere(np.isnan(values))[0]
@@ -309,8 +318,8 @@ def _of_scores(where: _Place, scores: _Scores, spec: DataSetSpec, order: Sequenc
     if order is None and not scores.named:
         kind = "one-hot rows" if one_hot else "probabilities or scores"
         raise UserError(
-            f"{where.path}: holds {kind}, one column for each of {values.shape[1]} phases; say which column is which "
-            f"phase with --phase-order ({', '.join((*spec.phase_orders, 'a file', 'or names, comma-separated'))})"
+            f"{where.path}: contains {kind}, one column for each of {values.shape[1]} phases; say which column is "
+            f"which phase with --phase-order ({', '.join((*spec.phase_orders, 'a file', 'or comma-separated names'))})"
         )
     ours = np.arange(len(spec.phases)) if scores.named else ids_of_order(order or (), spec.phases)
     phase = ours[values.argmax(axis=1)].astype(np.int16)
@@ -326,7 +335,7 @@ def _number(cell: str) -> float | None:
 
 
 def _rising(where: _Place, cells: Sequence[str]) -> NDArray[np.float64]:
-    """A column of frames or times (T,). Raises UserError for a cell that is no number or does not rise."""
+    """Return a column of frames or times (T,). Raises UserError unless the cells are rising numbers."""
     values = [_number(cell) for cell in cells]
     if None in values:
         row = values.index(None)
@@ -342,10 +351,10 @@ def _rising(where: _Place, cells: Sequence[str]) -> NDArray[np.float64]:
 def _with_missing_rows(
     where: _Place, phase: NDArray[np.int16], frame: NDArray[np.float64], time_s: NDArray[np.float64] | None
 ) -> tuple[NDArray[np.int16], NDArray[np.float64]]:
-    """Phases (T,) with the rows that the numbers skip filled in without a label, and the numbers of all rows.
+    """Insert rows without a label where the frame numbers skip rows; returns phases (T,) and numbers of all rows.
 
-    Frame numbers of a variable rate are uneven; if there are times too, rows are missing only if both skip them.
-    Raises UserError if frame numbers without times are uneven, and if more rows are missing than present.
+    At a variable rate, frame numbers are uneven. If there are times too, rows count as missing only if both skip them.
+    Raises UserError if frame numbers without times are uneven, or if more rows are missing than present.
     """
     rows, usual, uneven = _rows_passed(frame)
     if time_s is not None:
@@ -362,10 +371,11 @@ def _with_missing_rows(
 
 
 def _rows_passed(numbers: NDArray[np.float64]) -> tuple[NDArray[np.float64], float, NDArray[np.bool_]]:
-    """Rows from each number to the next (T - 1,), the usual distance, and which distances are no whole number of rows.
+    """Count the rows from each number to the next, (T - 1,).
 
-    Sampling 25 fps at 10 gives steps of 2 and 3 (and 30 at 20 as many of 1 as of 2), so only a step of about a whole
-    number of usual ones skips rows.
+    Also returns the usual distance, and which distances are not a whole number of rows. Sampling 25 fps at 10 fps gives
+    steps of 2 and 3 (and 30 fps at 20 fps as many steps of 1 as of 2). Therefore a step counts as skipping rows only if
+    it is about a multiple of the usual step.
     """
     steps = np.diff(numbers)
     if not len(steps):
@@ -376,7 +386,7 @@ def _rows_passed(numbers: NDArray[np.float64]) -> tuple[NDArray[np.float64], flo
 
 
 def _usual_step(steps: NDArray[np.float64]) -> tuple[float, NDArray[np.bool_]]:
-    """Mean of the typical steps, and a mask (T - 1,) of them."""
+    """Return the mean of the typical steps, and a mask (T - 1,) that says which steps are typical."""
     middle = float(np.sort(steps)[(len(steps) - 1) // 2])
     longer = steps == steps.min() + 1
     alternating = bool((longer | (steps == steps.min())).all()) and longer.mean() >= 0.25 and len(steps) > 3
@@ -387,8 +397,10 @@ def _usual_step(steps: NDArray[np.float64]) -> tuple[float, NDArray[np.bool_]]:
 def _phases(
     where: _Place, cells: Sequence[str], spec: DataSetSpec, order: Sequence[str]
 ) -> tuple[NDArray[np.int16], bool]:
-    """Our ids of a column of phases (T,), -1 where there is none, and whether it held ids. Each distinct cell is
-    parsed once."""
+    """Convert a column of phases to ids in the data set's order, (T,), with -1 for no label.
+
+    Also returns whether the column contained ids rather than names. Each distinct cell is parsed only once.
+    """
     distinct = dict.fromkeys(cells)
     numbers = {cell: value for cell in distinct if (value := _number(cell)) is not None}
     none = [cell for cell in distinct if cell in NO_LABEL or numbers.get(cell) == -1]
@@ -420,7 +432,7 @@ def _of_ids(
 
 
 def _of_names(where: _Place, cells: Sequence[str], names: Iterable[str], spec: DataSetSpec) -> dict[str, int]:
-    """Ids of names of the data set or its aliases, in any spelling that `folded_name` equates."""
+    """Return the ids of names or aliases of the data set, in any spelling that `folded_name` treats as equal."""
     known = class_ids(spec.phases, spec.phase_aliases)
     for name in names:
         if folded_name(name) not in known:

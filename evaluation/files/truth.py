@@ -1,4 +1,4 @@
-"""The labels that an evaluation used: `truth.json` next to its metrics.
+"""Read and write `truth.json`, which contains the labels that an evaluation used, next to its metrics.
 
 With this file, truth and prediction can be drawn from the run folder alone, even if features or annotations have
 changed or are missing.
@@ -22,13 +22,15 @@ from features.video.mp4 import MAX_FRAMES
 
 TRUTH_FILE = "truth.json"
 FORMAT_VERSION = 1
-MAX_LABELS = 1 << 28  # Cholec80 at 25 fps has 37 million, phases and tools
+MAX_LABELS = 1 << 28  # Cholec80 at 25 fps has 37 million labels of phases and tools
 
 
 @dataclass(frozen=True)
 class VideoTruth:
-    """One video's labels at the evaluation's rate: `phase` (T,) and `tools` (T, K) int8, -1 = no label; `source` is
-    the hash of the source's ends, as the index has it."""
+    """One video's labels at the evaluation's rate: `phase` (T,) and `tools` (T, K) int8, with -1 for no label.
+
+    `source` is the hash of the source's ends, as recorded in the index.
+    """
 
     phase: NDArray[np.int8]
     tools: NDArray[np.int8]
@@ -37,7 +39,7 @@ class VideoTruth:
 
 @dataclass(frozen=True)
 class Truth:
-    """What was evaluated: data set, split, frames per second, and the labels of each video."""
+    """What an evaluation scored against: data set, split, frames per second, and the labels of each video."""
 
     spec: DataSetSpec
     split: str
@@ -46,8 +48,11 @@ class Truth:
 
 
 def is_simulated(spec: DataSetSpec, root: Path | None) -> bool:
-    """Whether the videos are simulated: by the data set's name, or because the data root (where it is known) holds the
-    simulator's settings. `evaluate` records the answer as `simulated` in `metrics.json`."""
+    """Whether the videos are simulated.
+
+    They are if the data set's name says so, or if the data root, where it is known, contains the simulator's settings.
+    `evaluate` records the answer as `simulated` in `metrics.json`.
+    """
     from features.simulation.write import SETTINGS_FILE
 
     named = "simulated" in f"{spec.name} {spec.title}".lower()
@@ -55,7 +60,7 @@ def is_simulated(spec: DataSetSpec, root: Path | None) -> bool:
 
 
 def write_truth(path: Path, truth: Truth) -> None:
-    """Write labels atomically, as `[frames, value]` pairs. Raises UserError if the disk is full."""
+    """Write labels atomically, as runs `[frames, value]`. Raises UserError if the disk is full."""
     videos = {
         name: {
             "source_sha256_ends": video.source,
@@ -69,11 +74,11 @@ def write_truth(path: Path, truth: Truth) -> None:
 
 
 def read_truth(path: Path) -> Truth:
-    """Read a file of `write_truth`. Raises UserError if it is missing, unreadable or not such a file."""
+    """Read a file that `write_truth` wrote. Raises UserError if it is missing, unreadable or another kind of file."""
     tree = read_json(path)
     try:
         if tree["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format version {tree['format_version']}, this program reads {FORMAT_VERSION}")
+            raise ValueError(f"format version {tree['format_version']}, but this program reads {FORMAT_VERSION}")
         spec = DataSetSpec(**tree["dataset"])
         videos, labels = {}, 0
         for name, entry in tree["videos"].items():
@@ -102,7 +107,7 @@ def _packed(track: NDArray[Any]) -> list[list[int]]:
 def _unpacked(pairs: Sequence[Sequence[int]], classes: int) -> NDArray[np.int8]:
     table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
     lengths = table[:, 0]
-    # each length is checked first, since their sum could overflow
+    # check each length first, since the sum of all could overflow
     if table.size and (lengths.min() < 1 or lengths.max() > MAX_FRAMES or lengths.sum() > MAX_FRAMES):
         raise ValueError("a run of labels without a plausible length")
     if table.size and (table[:, 1].min() < -1 or table[:, 1].max() >= classes):

@@ -1,4 +1,4 @@
-"""The metrics, under every published convention. Each file here that registers a metric or a convention is imported."""
+"""The metrics under every published convention. All files in this package are imported, so that they can register."""
 
 from configs.registry import import_each_file
 from evaluation.metrics import conventions, scores
@@ -7,7 +7,7 @@ import_each_file(__name__, __path__)
 
 
 def plugin_names() -> list[str]:
-    """Metrics and conventions that others have registered, sorted."""
+    """Return the names of metrics and conventions that were registered by plug-ins, sorted."""
     return sorted({*scores.METRICS.names(), *conventions.CONVENTIONS.names()} - OWN)
 
 

@@ -1,9 +1,10 @@
-"""Conventions: the same words (accuracy, F1) stand for different computations, so each computation has a name.
+"""Conventions of evaluation. Papers use the same words (accuracy, F1) for different computations, so each has a name
+here.
 
-A convention counts, averages, and names its rules. What is registered in `CONVENTIONS` is offered by `evaluate` and
-`compare` and shown by the report. This file has the kind that compares frames and the three strict conventions;
-`evaluation.metrics.relaxed` and `evaluation.metrics.segmental` have the others. Formulas, sources and worked examples:
-docs/evaluation.md.
+A convention counts, averages, and describes its rules. The conventions registered in `CONVENTIONS` can be chosen in
+`evaluate` and `compare`, and the report shows them. This file contains the class of conventions that compare frames,
+and the three strict conventions; the others are in `evaluation.metrics.relaxed` and `evaluation.metrics.segmental`.
+docs/evaluation.md has formulas, sources and worked examples.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ Videos = Sequence[PhasePair]
 
 @dataclass(frozen=True, kw_only=True)
 class Convention(ABC, Generic[Table]):
-    """A way of counting and averaging, with the words that go with its numbers: title, rule for absent phases, what the
-    standard deviation is taken over, source, and the window of relaxed boundaries in seconds."""
+    """A way of counting and averaging, with a description of its numbers.
+
+    The description has a title, the rule for absent phases, what the standard deviation is computed over (`std`), the
+    source, and the window of relaxed boundaries in seconds.
+    """
 
     title: str
     absent_phase: str
@@ -43,27 +47,31 @@ class Convention(ABC, Generic[Table]):
     of_frames: ClassVar[bool] = False  # whether frames are compared, and not segments
 
     def unavailable(self, phases: Sequence[str], fps: float | None) -> str | None:
-        """Why it cannot be computed for these phases at this rate (None: not known), and what to do; None if it can."""
+        """Return why the convention cannot be computed for these phases at this rate, and what to do; None if it can.
+
+        `fps` is None if the rate is not known.
+        """
         return None
 
     @abstractmethod
     def count(self, videos: Videos, classes: int, fps: float | None, background: Sequence[int]) -> Table:
-        """The counts that are averaged, one row per video; `background` holds ids of phases without activity."""
+        """Count per video what `means` averages; `background` contains the ids of phases without activity."""
 
     @abstractmethod
     def means(self, table: Table, weights: FloatArray) -> dict[str, FloatArray]:
-        """The numbers with video v counted `weights[b, v]` times: {metric: (B,)} in percent.
+        """Average over the videos, once for each row of weights: returns {metric: (B,)} in percent.
 
-        A row of ones is the estimate itself; rows drawn at random are its bootstrap (`evaluation.metrics.statistics`).
+        In row b of `weights` (B, V), video v counts `weights[b, v]` times. A row of ones gives the result itself;
+        random rows give a bootstrap of it (`evaluation.metrics.statistics`).
         """
 
     def phase_means(self, table: Table, weights: FloatArray) -> dict[str, FloatArray]:
-        """The same of each phase: {metric: (B, C)}; empty if segments are compared."""
+        """Average for each phase as `means` does over all: {metric: (B, C)}; empty if segments are compared."""
         return {}
 
     @abstractmethod
     def results(self, table: Table, videos: Videos, phases: Sequence[str], about: PhaseAbout) -> PhaseResults:
-        """All numbers of the convention."""
+        """Return all results of the convention."""
 
 
 CONVENTIONS: Registry[Convention[Any]] = Registry("convention", "surgstage.conventions")
@@ -71,12 +79,12 @@ CONVENTIONS: Registry[Convention[Any]] = Registry("convention", "surgstage.conve
 
 @dataclass(frozen=True, kw_only=True)
 class FrameConvention(Convention[PhaseTable]):
-    """Averages over a (videos x phases) table of frame counts.
+    """A convention that averages over a (videos x phases) table of frame counts.
 
-    `order` is what is averaged first: `phases` = each phase over videos, then over phases; `videos` = each video over
-    its phases, then over videos; `pooled` = the frames of all videos as one, then over phases. `right` decides which
-    frames of a video at a rate are right, `refuses` gives the reason of `unavailable`, `extra` adds scores of this
-    convention alone.
+    `order` is the order of averaging. `phases`: each phase over videos, then over phases. `videos`: each video over its
+    phases, then over videos. `pooled`: the frames of all videos count as one video, then over phases. The function
+    `right` decides which frames of a video are right, `refuses` returns the reason for `unavailable`, and `extra`
+    computes scores that only this convention has.
     """
 
     of_frames: ClassVar[bool] = True
@@ -90,7 +98,7 @@ class FrameConvention(Convention[PhaseTable]):
         return self.refuses(phases, fps) if self.refuses else None
 
     def count(self, videos: Videos, classes: int, fps: float | None, background: Sequence[int]) -> PhaseTable:
-        """See `Convention.count`; background counts as any other phase."""
+        """See `Convention.count`; a phase of the background counts like any other phase."""
         return count(videos, classes, lambda video: self.right(video, fps))
 
     def means(self, table: PhaseTable, weights: FloatArray) -> dict[str, FloatArray]:
@@ -107,7 +115,7 @@ class FrameConvention(Convention[PhaseTable]):
 
     def phase_means(self, table: PhaseTable, weights: FloatArray) -> dict[str, FloatArray]:
         """See `Convention.phase_means`."""
-        if self.order == "pooled":  # each row of weights makes one long video
+        if self.order == "pooled":  # each row of weights gives one long video
             return phase_scores(table.pooled(weights), absent_is_zero=True)
         scores = phase_scores(table, absent_is_zero=self.order == "videos")
         return {metric: over_videos(values, weights) for metric, values in scores.items()}
@@ -118,7 +126,7 @@ class FrameConvention(Convention[PhaseTable]):
         means = {metric: float(value[0]) for metric, value in self.means(table, once).items()}
         cells = phase_scores(table.pooled(once) if pooled else table, self.order != "phases")  # (1 or V, C)
         accuracy = _accuracy(table)
-        # What the standard deviation is taken over: videos (V,) or phases (C,).
+        # The values over which the standard deviation is computed: those of videos (V,) or of phases (C,).
         spread = {"accuracy": np.empty(0) if pooled else accuracy}
         spread |= {m: mean_known(values, axis=int(self.order == "videos")) for m, values in cells.items()}
         per_video, extra = {"accuracy": accuracy}, self.extra(table) if self.extra else {}
@@ -175,31 +183,34 @@ for _name, _convention in {
 
 
 def _accuracy(table: PhaseTable) -> FloatArray:
-    """(V,) percent of a video's labelled frames that are right."""
+    """Return the percentage of each video's labelled frames that are right, (V,)."""
     return np.asarray(100.0 * table.right / table.frames)
 
 
 def _f1_of_means(precision: float, recall: float) -> float | None:
-    """The number that several papers print as F1: the harmonic mean of the averaged precision and recall."""
+    """Return the harmonic mean of the averaged precision and recall, which several papers call F1."""
     return json_number(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
 
 
 def over_videos(values: FloatArray, weights: FloatArray) -> FloatArray:
-    """Mean of `values` (V, ...) over the videos in which they are known: (B, ...), NaN if they are known in none."""
+    """Average `values` (V, ...) over videos with `weights` (B, V), without those that are NaN.
+
+    Returns (B, ...), with NaN where no video has a value.
+    """
     known = np.isfinite(values)
     with np.errstate(invalid="ignore"):
         return np.asarray((weights @ np.where(known, values, 0.0)) / (weights @ known))
 
 
 def mean_known(values: FloatArray, axis: int) -> FloatArray:
-    """Mean along `axis` of the values that are not NaN; NaN if all are NaN."""
+    """Return the mean along `axis` of the values that are not NaN, or NaN if all are NaN."""
     known = np.isfinite(values)
     with np.errstate(invalid="ignore"):
         return np.asarray(np.where(known, values, 0.0).sum(axis) / known.sum(axis))
 
 
 def numbers_by_video(videos: Videos, columns: Mapping[str, Any]) -> dict[str, dict[str, int | float | None]]:
-    """{video: {column: number}} from columns (V,); counts stay whole numbers, NaN becomes None."""
+    """Convert columns (V,) to {video: {column: number}}; counts stay integers, and NaN becomes None."""
 
     def number(value: Any) -> int | float | None:
         return int(value) if isinstance(value, np.integer) else json_number(value)

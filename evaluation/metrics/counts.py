@@ -1,7 +1,8 @@
-"""Counting: one (videos x phases) table for each rule that decides which frames are right.
+"""Count frames in a (videos x phases) table, given a rule that decides which frames are right.
 
-Every convention that compares frames is an average over such a table. `strict_right` decides by equality;
-`evaluation.metrics.relaxed` forgives errors near phase boundaries. Formulas with worked examples: docs/evaluation.md.
+Every convention that compares frames averages over such a table. `strict_right` is the rule that truth and prediction
+are equal; the rules in `evaluation.metrics.relaxed` accept errors near phase boundaries. docs/evaluation.md has
+formulas with worked examples.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 Counts = IntArray | FloatArray
 
-NO_PREDICTION = -2  # in a prediction: none was made; counts as wrong, whereas a frame without a label does not count
+NO_PREDICTION = -2  # id in a prediction for a frame without one, which counts as wrong if the frame has a label
 
 
 @dataclass(frozen=True)
 class PhasePair:
-    """Truth and prediction of one video on its whole timeline.
+    """Truth and prediction of all T frames of one video.
 
-    `truth` (T,) int16 has -1 where a frame has no label: such frames are never counted. `predicted` (T,) int16 is
-    0..C-1 or NO_PREDICTION wherever there is a label.
+    `truth` (T,) int16 is -1 for frames without a label, which are never counted. `predicted` (T,) int16 is 0..C-1 or
+    NO_PREDICTION for all frames with a label.
     """
 
     id: str
@@ -37,16 +38,17 @@ class PhasePair:
 
     @property
     def labelled(self) -> BoolArray:
-        """(T,) whether a frame has a label."""
+        """Whether each frame has a label, (T,)."""
         return self.truth >= 0
 
 
 @dataclass(frozen=True)
 class PhaseTable:
-    """Frame counts of V videos and C phases under one rule that decides which frames are right.
+    """Frame counts of V videos and C phases, under a rule that decides which frames are right.
 
-    `hits`, `predicted`, `truth`, `union` are (V, C): right frames in truth or prediction, frames predicted, frames in
-    the truth, frames in either. `right` and `frames` are (V,).
+    These are (V, C), for each video and phase: `hits` are the right frames that have the phase in truth or prediction,
+    `predicted` the frames that are predicted as the phase, `truth` those that have it in the truth, and `union` those
+    that have it in either. `right` (V,) are the right frames of each video, and `frames` (V,) all its labelled frames.
     """
 
     hits: IntArray
@@ -57,17 +59,18 @@ class PhaseTable:
     frames: IntArray
 
     def pooled(self, weights: FloatArray) -> PhaseTable:
-        """A (B, C) table of weighted sums; each row of `weights` (B, V) holds how often each video is counted."""
+        """Return a (B, C) table of sums over videos, in which row b counts video v `weights[b, v]` times."""
         return PhaseTable(*(weights @ getattr(self, name) for name in self.__dataclass_fields__))
 
 
 def label_pairs(
     truth: Mapping[str, NDArray[Any]], predicted: Mapping[str, NDArray[Any]], classes: int
 ) -> tuple[list[PhasePair], list[str]]:
-    """Check what is to be compared; the videos in the order of their ids, and the ids of those without any label.
+    """Check truth and predictions, and return the pairs of videos with labels, and the ids of videos without any.
 
-    `truth` and `predicted` map video ids to (T,) phase ids, -1 in the truth where a frame has no label. Raises
-    UserError naming the video if the two sets differ, lengths differ or an id is out of range.
+    `truth` and `predicted` map video ids to phase ids (T,), which are -1 in the truth for frames without a label. The
+    pairs are sorted by id. Raises UserError naming the video if one of the two is missing, if lengths differ, or if a
+    phase id is out of range.
     """
     for ids, other, what in ((truth, predicted, "prediction"), (predicted, truth, "ground truth")):
         if missing := sorted(set(ids) - set(other)):
@@ -83,7 +86,7 @@ def _pair(video: str, truth: NDArray[Any], predicted: NDArray[Any], classes: int
     truth, predicted = np.asarray(truth), np.asarray(predicted)
     if truth.shape != predicted.shape or truth.ndim != 1:
         raise UserError(
-            f"{video}: truth has {len(truth)} frames and the prediction {len(predicted)}; both need the same frames"
+            f"{video}: truth has {len(truth)} frames, but the prediction {len(predicted)}; both need the same frames"
         )
     if truth.size and (truth.min() < -1 or truth.max() >= classes):
         raise UserError(
@@ -100,7 +103,7 @@ def _pair(video: str, truth: NDArray[Any], predicted: NDArray[Any], classes: int
 
 
 def strict_right(video: PhasePair, fps: float | None = None) -> BoolArray:
-    """(T,) whether a labelled frame is predicted exactly; the rate does not matter."""
+    """Return whether each labelled frame is predicted exactly, (T,). The rate does not matter."""
     return video.labelled & (video.truth == video.predicted)
 
 
@@ -108,7 +111,7 @@ def strict_right(video: PhasePair, fps: float | None = None) -> BoolArray:
 
 
 def count(videos: Sequence[PhasePair], classes: int, decide: Callable[[PhasePair], BoolArray]) -> PhaseTable:
-    """The table over `videos` (V rows) and `classes` phases; `decide` says which frames are right."""
+    """Count the frames of V `videos` and `classes` phases; `decide` says which frames are right."""
     return PhaseTable(
         *(np.stack(column) for column in zip(*(_row(v, classes, decide(v)) for v in videos), strict=True))
     )
@@ -120,8 +123,8 @@ def _row(video: PhasePair, classes: int, right: BoolArray) -> tuple[IntArray, ..
 
     truth, predicted, right = video.truth[video.labelled], video.predicted[video.labelled], right[video.labelled]
     same = truth == predicted
-    # A forgiven frame counts for two phases, the true and the predicted one, so the script's precision and recall can
-    # exceed 100.
+    # A frame that is right only by a relaxed rule counts as a hit of two phases, the true and the predicted one. This
+    # is why precision and recall of the official script can exceed 100.
     hits = frames_of(truth[right]) + frames_of(predicted[right & ~same])
     in_truth, in_prediction = frames_of(truth), frames_of(predicted)
     union = in_truth + in_prediction - frames_of(truth[same])

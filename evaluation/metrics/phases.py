@@ -1,4 +1,4 @@
-"""Phase metrics under named conventions, and which of them a data set and a rate allow."""
+"""Compute phase metrics under named conventions, and find out which conventions a data set and a rate allow."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ def evaluate_phases(
     split: str | None = None,
     background: Sequence[str] = (),
 ) -> dict[str, PhaseResults]:
-    """Score predicted phases against the truth; one result per convention, percent.
+    """Score predicted phases against the truth, and return one result per convention, in percent.
 
-    `truth` and `predicted` map video ids to (T,) phase ids at `fps` frames per second (None: not known); truth -1 = no
-    label, and such frames are not counted; prediction NO_PREDICTION (-2) = none was made, which counts as wrong.
-    `phases` (C names) gives the order of ids; those in `background` are left out of segments. `conventions` None takes
-    all that phases and rate allow (see `unavailable_conventions`). `split` is only recorded.
+    `truth` and `predicted` map video ids to phase ids (T,) at `fps` frames per second (None: not known). In the truth,
+    -1 means no label; such frames are not counted. In the prediction, NO_PREDICTION (-2) means that there is none,
+    which counts as wrong. `phases` are the C names in the order of ids. Segmental metrics ignore the phases in
+    `background`. With `conventions=None`, all conventions are computed that phases and rate allow (see
+    `unavailable_conventions`). `split` is only recorded.
 
     Videos without any label are left out and named in `about`. Raises UserError for an unknown or unavailable
-    convention and for truth and prediction that do not match.
+    convention, and if truth and prediction do not match.
     """
     if fps is not None and not 1e-3 <= fps <= 1e4:  # NaN fails too
         raise UserError(f"fps {fps}: the rate of the labels must be a positive number of frames per second")
@@ -66,7 +67,7 @@ def evaluate_phases(
 
 
 def background_ids(background: Sequence[str], phases: Sequence[str]) -> list[int]:
-    """Ids of the phases named in `background`. Raises UserError for a name that is not among them."""
+    """Return the ids of the phases named in `background`. Raises UserError for a name that is not in `phases`."""
     known = class_ids(phases, {})
     for name in background:
         if folded_name(name) not in known:
@@ -75,13 +76,13 @@ def background_ids(background: Sequence[str], phases: Sequence[str]) -> list[int
 
 
 def unavailable_conventions(phases: Sequence[str], fps: float | None = 1.0) -> dict[str, str]:
-    """Conventions that these phases or an unknown rate do not allow: why, and what to do."""
+    """Return the conventions that these phases at this rate do not allow, each with the reason and advice."""
     reasons = {name: CONVENTIONS.find(name).unavailable(phases, fps) for name in CONVENTIONS.names()}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
 def majority_phase(tracks: Sequence[NDArray[Any]]) -> int:
-    """The phase with most labelled frames in `tracks` ((T,) ids, -1 = no label); the lowest id on a tie.
+    """Return the phase with the most labelled frames in `tracks` ((T,) ids, -1 = no label); the lowest id on a tie.
 
     Raises UserError if no frame has a label.
     """
@@ -93,7 +94,7 @@ def majority_phase(tracks: Sequence[NDArray[Any]]) -> int:
 
 
 def chosen_conventions(conventions: Sequence[str] | None, phases: Sequence[str], fps: float | None) -> list[str]:
-    """The conventions asked for, checked; all that can be computed for `phases` at `fps` where None is asked for."""
+    """Check the conventions asked for, and return them; None stands for all that can be computed."""
     unavailable = unavailable_conventions(phases, fps)
     if conventions is None:
         return [name for name in CONVENTIONS.names() if name not in unavailable]
@@ -104,14 +105,14 @@ def chosen_conventions(conventions: Sequence[str] | None, phases: Sequence[str],
 
 
 def require_convention(name: str) -> str:
-    """The name of a convention. Raises UserError with all names for an unknown one."""
+    """Return the name of a convention unchanged. Raises UserError listing all names if it is unknown."""
     if name not in CONVENTIONS.names():
         raise UserError(f"unknown convention {name!r}; choose from {', '.join(CONVENTIONS.names())}")
     return name
 
 
 def _truth_sha256(videos: Sequence[PhasePair]) -> str:
-    """A hash of the truth, video by video: numbers are only comparable if it is the same."""
+    """Return a hash of the truth of all videos; results can be compared only if it is the same."""
     digest = sha256()
     for video in videos:
         digest.update(f"{video.id} {len(video.truth)} ".encode() + np.asarray(video.truth, np.int8).tobytes())

@@ -1,8 +1,8 @@
-"""Relaxed boundaries: errors within ten seconds of a phase boundary are forgiven, as the field's official script does.
+"""Relaxed boundaries: certain errors within ten seconds of a phase boundary count as right, as in the official script.
 
-The evaluation program of the M2CAI 2016 workflow challenge in its Cholec80 variant has rules for Cholec80's seven
-phases in this order alone; for other phases there is no such convention. A convention with rules of its own, for
-another data set, is a `FrameConvention` whose `right` calls `relaxed_right` with other `Rules`.
+The script is the evaluation program of the M2CAI 2016 workflow challenge, in its variant for Cholec80. It has rules
+only for Cholec80's seven phases in this order, so these conventions do not exist for other phases. For another data set
+with rules of its own, make a `FrameConvention` whose `right` calls `relaxed_right` with other `Rules`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ WINDOW_S = 10.0
 
 @dataclass(frozen=True)
 class Rules:
-    """Phases in the order of their ids, and the differences prediction - truth that count as right at the start
-    (`late`) and at the end (`early`) of a run of each of them."""
+    """Which wrong predictions count as right near the boundaries of each phase.
+
+    `phases` are in the order of their ids. For each phase, `late` and `early` contain the differences prediction -
+    truth that count as right at the start and at the end of a run of the phase.
+    """
 
     phases: tuple[str, ...]
     late: tuple[tuple[int, ...], ...]
     early: tuple[tuple[int, ...], ...]
 
 
-# The wider differences are the script's, since packaging, cleaning and retraction come in any order.
+# As in the script, more differences are accepted for packaging, cleaning and retraction, which occur in any order.
 CHOLEC80 = Rules(
     phases=(
         "Preparation",
@@ -49,27 +52,28 @@ CHOLEC80 = Rules(
 
 
 def phase_runs(truth: IntArray) -> list[tuple[int, int, int]]:
-    """Runs of one phase as (start, stop, phase), positions on the whole timeline.
+    """Return the runs of equal phases as (start, stop, phase), where start and stop count all frames.
 
-    Unlabelled frames are skipped: they are part of a run if the phase is the same on both sides, and of none if it
-    differs. So windows are measured in time even if only some frames have a label.
+    Frames without a label belong to a run if the phase is the same on both sides of them, and to no run otherwise.
+    Windows are therefore measured in time even if only some frames have a label.
     """
     labelled = np.flatnonzero(truth >= 0)
     return [(int(labelled[r.start]), int(labelled[r.end - 1]) + 1, r.value) for r in runs(truth[labelled])]
 
 
 def relaxed_window_frames(fps: float) -> int:
-    """How many samples at `fps` lie within the ten seconds; below 0.1 fps none do."""
+    """Return how many samples at `fps` are within the ten seconds (none below 0.1 fps)."""
     return int(WINDOW_S * fps + 1e-9)
 
 
 def relaxed_right(video: PhasePair, fps: float | None, mask_fault: bool, rules: Rules = CHOLEC80) -> BoolArray:
-    """(T,) whether a labelled frame is right once ten seconds around phase boundaries are forgiven.
+    """Return whether each labelled frame is right, (T,), if errors within ten seconds of phase boundaries are accepted.
 
-    With t = min(10 s, length of the run), in each run of a phase in the truth: among the first t samples the previous
-    phase is right (late transition), among the last t the next one (early transition); `rules` say how far.
-    `mask_fault` restates the official script (M2CAI 2016, Cholec80 variant): it finds early transitions among the last
-    t samples and then marks the *first* t, in MATLAB `curDiff(curDiff(end-t+1:end)==1) = 0`.
+    In each run of a phase in the truth, let t be the number of samples in ten seconds, or in the whole run if it is
+    shorter. Among the first t samples, the previous phase is accepted (late transition), and among the last t samples,
+    the next phase (early transition); `rules` contain the exact differences. `mask_fault` reproduces a fault of the
+    official script (M2CAI 2016, Cholec80 variant): it finds early transitions among the last t samples, but then
+    accepts the corresponding samples among the *first* t (in MATLAB, `curDiff(curDiff(end-t+1:end)==1) = 0`).
     """
     right, labelled = strict_right(video), video.labelled & (video.predicted >= 0)
     difference = video.predicted - video.truth
@@ -85,7 +89,7 @@ def relaxed_right(video: PhasePair, fps: float | None, mask_fault: bool, rules: 
 
 
 def refuses(phases: Sequence[str], fps: float | None, rules: Rules = CHOLEC80) -> str | None:
-    """Why the rules do not apply to these phases at this rate, and what to do."""
+    """Return why the rules do not apply to these phases at this rate, and what to do, or None if they apply."""
     if tuple(map(folded_name, phases)) != tuple(map(folded_name, rules.phases)):
         return (
             "the official script has rules for Cholec80's seven phases in their usual order only; leave it out for "
@@ -97,10 +101,10 @@ def refuses(phases: Sequence[str], fps: float | None, rules: Rules = CHOLEC80) -
 
 
 def surgformer_cells(table: PhaseTable) -> FloatArray:
-    """(V, C) F1 in percent as in Surgformer's copy of the official script, NaN where it drops a cell.
+    """Return F1 (V, C) in percent as Surgformer's copy of the official script computes it, with NaN for omitted cells.
 
-    2PR / (P + R) of precision and recall *before* they are cut, then cut to 100. A phase absent from the truth, never
-    predicted, or without a right frame (0/0) is dropped.
+    F1 is 2PR / (P + R) of precision and recall *before* these are limited to 100, and is then itself limited to 100. A
+    cell is omitted if the phase is absent from the truth, is never predicted, or has no right frame (0/0).
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         precision, recall = 100.0 * table.hits / table.predicted, 100.0 * table.hits / table.truth
@@ -109,7 +113,7 @@ def surgformer_cells(table: PhaseTable) -> FloatArray:
 
 
 def _f1_surgformer(table: PhaseTable) -> dict[str, Score]:
-    """Mean over phases of their means over videos; the standard deviation is over videos, unlike that of `f1`."""
+    """Average over videos, then over phases. Unlike that of `f1`, the standard deviation is over videos."""
     cells = surgformer_cells(table)
     mean = mean_known(mean_known(cells, axis=0), axis=0)
     return {"f1_surgformer": Score.of(mean, mean_known(cells, axis=1))}

@@ -1,8 +1,8 @@
-"""Results as values, and their JSON (docs/evaluation.md, "JSON").
+"""Dataclasses of results, and their JSON form (docs/evaluation.md, "JSON").
 
-`evaluate_phases` gives one `PhaseResults` per convention, `evaluate_tools` a `ToolResults`; an `Evaluation` is the
-content of a run's `metrics.json`. All numbers are in percent; None stands for what is undefined, since JSON has no NaN.
-The fields are the keys of the files, in their order.
+`evaluate_phases` returns one `PhaseResults` per convention, and `evaluate_tools` returns a `ToolResults`. An
+`Evaluation` is the content of a run's `metrics.json`. All numbers are in percent. Undefined numbers are None, since
+JSON has no NaN. The fields are the keys in the files, in the same order.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from engine.files import read_json
 from engine.records import FLAT, Record
 
 METRICS_FILE = "metrics.json"
-HEAD = "temporal"  # the head whose predictions are in files, among others in a `metrics.json`
+HEAD = "temporal"  # of the heads in a `metrics.json`, the one whose predictions are also written to files
 
 
 def json_number(value: float | np.floating[Any]) -> float | None:
-    """A plain float; None if there is no number."""
+    """Convert a number to a plain float, or to None if it is NaN or infinite."""
     return float(value) if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
 class Score(Record):
-    """A mean and a sample standard deviation (n - 1); a single value has none."""
+    """A mean and a sample standard deviation (n - 1), which is None for a single value."""
 
     mean: float | None
     std: float | None
 
     @classmethod
     def of(cls, mean: float | NDArray[np.float64], spread: NDArray[np.float64]) -> Score:
-        """The mean, and the standard deviation of the known entries of `spread` (n,)."""
+        """Build a score from a mean and the values `spread` (n,), whose standard deviation is computed without NaN."""
         known = spread[np.isfinite(spread)]
         return cls(json_number(float(mean)), json_number(known.std(ddof=1)) if len(known) > 1 else None)
 
 
 @dataclass(frozen=True)
 class PooledScore(Score):
-    """A score over videos, and the same number over all videos pooled."""
+    """A score averaged over videos, and the same metric computed on all videos pooled."""
 
     pooled: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """{pooled, mean, std}."""
+        """Return the keys in the order pooled, mean, std."""
         return {"pooled": self.pooled, **Score(self.mean, self.std).to_json()}
 
     @classmethod
@@ -60,7 +60,7 @@ class PooledScore(Score):
 
 @dataclass(frozen=True)
 class Interval(Record):
-    """A number and the ends of its interval; both None for a single video."""
+    """A mean and the two ends of its interval, which are None for a single video."""
 
     mean: float | None
     low: float | None
@@ -72,7 +72,7 @@ class Interval(Record):
 
 @dataclass(frozen=True)
 class OnePhase(Record):
-    """One phase: mean and standard deviation of each metric over the `videos` whose truth has the phase."""
+    """Results of one phase: mean and standard deviation of each metric over the `videos` that have the phase."""
 
     scores: Mapping[str, Score] = field(metadata=FLAT)
     videos: int
@@ -80,9 +80,10 @@ class OnePhase(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseAbout(Record):
-    """What a result's numbers are: the rules they follow, and what they were computed from.
+    """The rules that a result's numbers follow, and the data from which they were computed.
 
-    `background` names the phases that were left out of segments, `files` what was read (predictions of other programs).
+    `background` names the phases that segmental metrics ignored. For predictions of other programs, `files` records
+    what was read.
     """
 
     convention: str
@@ -105,11 +106,11 @@ class PhaseAbout(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseResults(Record):
-    """Phases under one convention.
+    """The results of phase recognition under one convention.
 
-    `scores` are the numbers over all videos, accuracy first, with those that this convention alone has. `per_phase` is
-    None if segments are compared, and not frames. `per_video` is {video: {metric: number}}, counts of frames or
-    segments among them. `intervals` are 95 % bootstrap intervals over videos.
+    `scores` are the results over all videos, accuracy first, including scores that only this convention has.
+    `per_phase` is None if segments rather than frames are compared. `per_video` is {video: {metric: number}}, and
+    includes counts of frames or segments. `intervals` are 95 % bootstrap intervals over videos.
     """
 
     scores: Mapping[str, PooledScore | Score | float | None] = field(metadata=FLAT)
@@ -120,17 +121,17 @@ class PhaseResults(Record):
 
     @property
     def of_frames(self) -> bool:
-        """Whether frames are compared, and not segments."""
+        """Whether frames, rather than segments, are compared."""
         return self.per_phase is not None
 
     @property
     def metrics(self) -> list[str]:
-        """Accuracy and the per-phase (or segmental) metrics; scores that only one convention has are excluded."""
+        """The names of accuracy and the per-phase (or segmental) metrics, without scores of this convention alone."""
         per_phase = next(iter((self.per_phase or {}).values()), None)
         return ["accuracy", *per_phase.scores] if per_phase else list(self.scores)
 
     def score(self, metric: str) -> Score | None:
-        """Mean and standard deviation of a metric; None if the results do not have it."""
+        """Return mean and standard deviation of a metric, or None if the results do not contain it."""
         found = self.scores.get(metric)
         return found if isinstance(found, Score) else None
 
@@ -143,7 +144,7 @@ ByConvention = Mapping[str, PhaseResults]
 
 @dataclass(frozen=True)
 class ThresholdScores(Record):
-    """Precision, recall and F1 over the pooled frames at a threshold."""
+    """Precision, recall and F1 at a threshold, over the frames of all videos pooled."""
 
     precision: float | None
     recall: float | None
@@ -152,8 +153,11 @@ class ThresholdScores(Record):
 
 @dataclass(frozen=True)
 class OneTool(Record):
-    """One tool: average precision pooled and over `videos`; how many `frames` are labelled, and how often it is
-    `present`; its scores at `threshold` where one was given."""
+    """Results of one tool: average precision, on pooled frames and as a mean over `videos`.
+
+    `frames` is the number of labelled frames, and `present` the number of those that show the tool. If a `threshold`
+    was given, there are scores at the threshold.
+    """
 
     ap_pooled: float | None
     ap_video: Score
@@ -166,7 +170,7 @@ class OneTool(Record):
 
 @dataclass(frozen=True)
 class ToolVideo(Record):
-    """One video: mean average precision over tools, and that of each tool."""
+    """Results of one video: the average precision of each tool, and their mean (mAP)."""
 
     map: float | None
     ap: Mapping[str, float | None]
@@ -174,7 +178,7 @@ class ToolVideo(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ToolAbout(Record):
-    """What the numbers are; see `PhaseAbout`, which does the same for phases."""
+    """The rules that tool results follow, and their data, as `PhaseAbout` for phases."""
 
     unit: str = "percent"
     map_pooled: str = "average precision of each tool over the frames of all videos, then the mean over tools"
@@ -190,7 +194,10 @@ class ToolAbout(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ToolResults(Record):
-    """Tool presence: mAP over pooled frames and over videos; `at_threshold` is the mean over the tools that appear."""
+    """Results of tool recognition: mAP on pooled frames and over videos.
+
+    `at_threshold` contains means over the tools that appear.
+    """
 
     map_pooled: float | None
     map_video: float | None
@@ -205,8 +212,11 @@ class ToolResults(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class JointDetails(Record):
-    """What is recorded of a joint net: its file, the other program's file that it was `imported` or `fine_tuned_from`,
-    how it was run, and the tools mapped from its phase branch with their divergence from the tool branch."""
+    """What an evaluation records about a joint net.
+
+    This is its file, another program's file from which it was `imported` or `fine_tuned_from`, how it was run, the
+    results of the tools mapped from its phase branch, and the divergence of these from the tool branch.
+    """
 
     checkpoint: str | None
     tasks: str = "both"
@@ -223,9 +233,10 @@ class JointDetails(Record):
 class Evaluation(Record):
     """The content of `metrics.json`.
 
-    `phases` is {head: {convention: results}}; the head of a run's own predictions is `temporal`. `scored` and
-    `videos_without_labels` are {"phases", "tools": video ids}, `left_out` are the index's records of videos. `encoder`
-    made the features, None for a net that reads frames. `simulated` is None in files that do not say it.
+    `phases` is {head: {convention: results}}, where `temporal` is the head of the run's own predictions. `scored` and
+    `videos_without_labels` have the keys "phases" and "tools", with lists of video ids. `left_out` contains the index's
+    records of videos left out. `encoder` is the encoder that made the features, or None for a net that reads frames.
+    `simulated` is None in files of versions that did not record it.
     """
 
     split: str
@@ -244,29 +255,29 @@ class Evaluation(Record):
 
     @classmethod
     def _by_field(cls, tree: Any) -> Any:
-        """Unknown keys, which a later version may write, are ignored and do not make it a joint net."""
+        """Return the values of the fields in a JSON object, ignoring unknown keys, which a later version may write."""
         known = {one.name for one in (*fields(cls), *fields(JointDetails))}
         own = {key: value for key, value in tree.items() if key in known} if isinstance(tree, Mapping) else tree
         return super()._by_field(own)
 
     @property
     def imported(self) -> str | None:
-        """The other program's file that the net comes from."""
+        """The other program's file from which the net was imported, or None."""
         return self.joint.imported if self.joint else None
 
     @property
     def fine_tuned_from(self) -> str | None:
-        """The other program's file that the net's training started from."""
+        """The other program's file from which the net's training started, or None."""
         return self.joint.fine_tuned_from if self.joint else None
 
     @property
     def tasks(self) -> str:
-        """`both`, `phase` or `tool`: the branches of the net."""
+        """The branches of the net: `both`, `phase` or `tool`."""
         return self.joint.tasks if self.joint else "both"
 
     @property
     def scored_words(self) -> str:
-        """How many videos were scored: `2 videos`, or by task if the tasks differ."""
+        """Describe how many videos were scored: `2 videos`, or a number for each task if they differ."""
         counts = {task: len(ids) for task, ids in self.scored.items() if getattr(self, task)}
         if len(set(counts.values())) < 2:
             return counted(next(iter(counts.values()), len(self.videos)), "video")
@@ -274,7 +285,7 @@ class Evaluation(Record):
 
     @property
     def left_out_lines(self) -> list[str]:
-        """The videos that are not scored, one line each; those without labels by task."""
+        """Return lines about videos that are not scored: one per video left out, one per task for missing labels."""
         lines = [f"{video['id']}: {video['reason']}" for video in self.left_out]
         return lines + [
             f"{', '.join(ids)}: no labels of {task}" for task, ids in self.videos_without_labels.items() if ids
@@ -282,12 +293,12 @@ class Evaluation(Record):
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 video`, `2 videos`."""
+    """Return a number with a noun in the right form: `1 video`, `2 videos`."""
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def read_evaluation(path: Path, again: str = "run evaluate again") -> Evaluation:
-    """Read a `metrics.json`. Raises UserError if it is missing or not that, with `again` as what to do."""
+    """Read a `metrics.json`. Raises UserError, with the advice `again`, if it is missing or another kind of file."""
     try:
         return Evaluation.from_json(read_json(path))
     except ValueError as error:

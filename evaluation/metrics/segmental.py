@@ -1,7 +1,8 @@
-"""Segments instead of frames: edit score and F1 at an overlap, as defined by ms-tcn's evaluation.
+"""Segmental metrics, which compare segments instead of frames: edit score and F1 at an overlap, as in ms-tcn's program.
 
 Sources: Lea et al., "Temporal Convolutional Networks for Action Segmentation and Detection" (CVPR 2017); Farha and
-Gall, "MS-TCN" (CVPR 2019), whose program pools F1 over the corpus and averages the edit score over videos.
+Gall, "MS-TCN" (CVPR 2019), whose program computes F1 on the segments of all videos pooled, and averages the edit score
+over videos.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ OVERLAPS_PERCENT = (10, 25, 50)
 
 @dataclass(frozen=True)
 class SegmentTable:
-    """Of V videos: `edit` (V,) in percent, `hits` (V, 3) at each overlap, and how many segments either side has, (V,).
+    """Segment counts of V videos.
 
-    False positives are predicted - hits, misses truth - hits. `right` and `frames` (V,) count frames, for accuracy.
+    `edit` (V,) is the edit score in percent, `hits` (V, 3) the hits at each overlap, and `predicted` and `truth` (V,)
+    the numbers of segments. False positives are predicted - hits, and misses are truth - hits. `right` and `frames`
+    (V,) count frames, for the accuracy.
     """
 
     edit: FloatArray
@@ -36,35 +39,39 @@ class SegmentTable:
 
 
 def segments(labels: IntArray, background: Sequence[int] = ()) -> tuple[IntArray, IntArray, IntArray]:
-    """Runs of equal labels, without those of `background`: (S,) label, start and stop of each."""
+    """Return label, start and stop, (S,) each, of the runs of equal labels, without those of `background`."""
     kept = [run for run in runs(labels) if run.value not in background]
     start, stop, label = np.array(kept, dtype=np.int64).reshape(-1, 3).T
     return label, start, stop
 
 
 def edit_distance(first: IntArray, second: IntArray) -> int:
-    """Levenshtein distance of two label sequences, row by row."""
+    """Return the Levenshtein distance of two label sequences, computed row by row."""
     column = np.arange(len(second) + 1)
     row = column.copy()
     for i, label in enumerate(first, start=1):
         best = np.r_[i, np.minimum(row[1:] + 1, row[:-1] + (second != label))]
-        # Insertions chain along the row: row[j] = min over k <= j of best[k] + (j - k).
+        # Several insertions in a row: row[j] = min over k <= j of best[k] + (j - k).
         row = np.minimum.accumulate(best - column) + column
     return int(row[-1])
 
 
 def edit_score(predicted: IntArray, truth: IntArray, background: Sequence[int] = ()) -> float:
-    """Percent: 100 (1 - distance of the two segment sequences / length of the longer); NaN where neither has any."""
+    """Return 100 (1 - d / n), where d is the distance of the two segment sequences, and n the length of the longer one.
+
+    The result is NaN if there are no segments.
+    """
     first, second = segments(predicted, background)[0], segments(truth, background)[0]
     longer = max(len(first), len(second))
     return 100.0 * (1.0 - edit_distance(first, second) / longer) if longer else math.nan
 
 
 def overlap_hits(predicted: IntArray, truth: IntArray, background: Sequence[int] = ()) -> tuple[list[int], int, int]:
-    """True positives at each overlap, and the numbers of predicted and true segments, without those of `background`.
+    """Return the hits at each overlap, and the numbers of predicted and true segments, without those of `background`.
 
-    A predicted segment is assigned to the true segment of its label with the greatest intersection over union. It is a
-    hit if that reaches the overlap and no earlier segment has hit the same one.
+    A predicted segment is assigned to the true segment of the same label with which its intersection over union is
+    largest. It is a hit if that value reaches the overlap and no earlier predicted segment has hit the same true
+    segment.
     """
     label_p, start_p, stop_p = segments(predicted, background)
     label_t, start_t, stop_t = segments(truth, background)
@@ -79,14 +86,17 @@ def overlap_hits(predicted: IntArray, truth: IntArray, background: Sequence[int]
 
 
 def segment_f1(hits: Counts, predicted: Counts, truth: Counts) -> FloatArray:
-    """F1 in percent from counts: `hits` (..., 3), segments predicted and true (...); NaN where there is neither."""
+    """Return F1 in percent from `hits` (..., 3) and the numbers of predicted and true segments (...), or NaN."""
     with np.errstate(invalid="ignore"):
         return np.asarray(200.0 * hits / (predicted + truth)[..., None])
 
 
 class SegmentConvention(Convention[SegmentTable]):
-    """Compares runs of phases. Unlabelled frames are taken out, and the gap is closed before segments are cut; those of
-    the background are left out of edit score and F1. `right` and `frames` count all labelled frames."""
+    """A convention that compares segments, which are runs of equal phases.
+
+    Frames without a label are removed first, so that the frames around them become neighbours. Edit score and F1 ignore
+    segments of the background. `right` and `frames` count all labelled frames.
+    """
 
     def count(self, videos: Videos, classes: int, fps: float | None, background: Sequence[int]) -> SegmentTable:
         """See `Convention.count`."""
@@ -98,7 +108,7 @@ class SegmentConvention(Convention[SegmentTable]):
         return SegmentTable(*(np.array(column) for column in zip(*rows, strict=True)))
 
     def means(self, table: SegmentTable, weights: FloatArray) -> dict[str, FloatArray]:
-        """See `Convention.means`; `f1@k` is a mean over videos, `f1@k_pooled` that of all segments."""
+        """See `Convention.means`; `f1@k` is a mean over videos, `f1@k_pooled` is computed on all segments pooled."""
         pooled = segment_f1(weights @ table.hits, weights @ table.predicted, weights @ table.truth)
         single = over_videos(segment_f1(table.hits, table.predicted, table.truth), weights)
         means = {

@@ -1,7 +1,7 @@
-"""Uncertainty: bootstrap intervals over videos, and paired tests between models.
+"""Estimate uncertainty, with bootstrap intervals over videos and paired tests between models.
 
-A bootstrap draws videos, to show how far the number would vary on other patients. Frames are never drawn, since those
-of one video are not independent. The spread over training seeds is a different question (`evaluation.comparison`).
+A bootstrap draws videos at random, to show how much a result would vary on other patients. Frames are never drawn,
+since those of one video are not independent. Variation over training seeds is another matter (`evaluation.comparison`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from evaluation.metrics.results import Interval, json_number
 
 T = TypeVar("T")
 
-_EXACT_VIDEOS = 13  # up to here all sign patterns (8,192) are enumerated
+_EXACT_VIDEOS = 13  # with at most this many videos, all sign patterns (8,192) are enumerated
 
 
 @dataclass(frozen=True)
 class Intervals:
-    """Bootstrap intervals over videos, percent: {convention: {metric: interval}}, and those of each phase, {convention:
-    {phase: {metric: interval}}}, which conventions of segments do not have."""
+    """Bootstrap intervals over videos, in percent.
+
+    Over all phases they are {convention: {metric: interval}}, and for each phase {convention: {phase: {metric:
+    interval}}}. Conventions that compare segments have none for each phase.
+    """
 
     overall: Mapping[str, Mapping[str, Interval]]
     per_phase: Mapping[str, Mapping[str, Mapping[str, Interval]]]
@@ -46,11 +49,11 @@ def bootstrap_intervals(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Intervals:
-    """Percentile bootstrap over videos.
+    """Compute percentile bootstrap intervals over videos.
 
-    Arguments as in `evaluation.metrics.phases.evaluate_phases`. Each of `resamples` draws as many videos as there are,
-    with replacement, and averages them as the convention does. Videos are drawn over all phases at once; draws without
-    any video that has a phase do not count for it. One video alone has no interval (None).
+    The arguments are those of `evaluation.metrics.phases.evaluate_phases`. Each of `resamples` draws takes as many
+    videos as there are, with replacement, and averages them as the convention does. The same draws are used for all
+    phases; for a phase, draws without any video that has it do not count. A single video has no interval (None).
     """
     videos, _ = label_pairs(truth, predicted, len(phases))
     once, draws, tails = _draws(len(videos), resamples, confidence, seed)
@@ -72,8 +75,11 @@ def bootstrap_intervals(
 
 
 def _draws(videos: int, resamples: int, confidence: float, seed: int) -> tuple[FloatArray, FloatArray, list[float]]:
-    """Weights of the videos: all once (1, V), and in each draw (B, V), none for a single video; and the percentiles of
-    the interval."""
+    """Return the weights of the videos for the estimate, (1, V), and for each draw, (B, V), and the interval's
+    percentiles.
+
+    For a single video there are no draws.
+    """
     once = np.ones((1, videos))
     draws = np.random.default_rng(seed).multinomial(videos, once[0] / videos, size=resamples if videos > 1 else 0)
     return once, draws.astype(float), [50.0 * (1.0 - confidence), 50.0 * (1.0 + confidence)]
@@ -87,8 +93,11 @@ def _interval(mean: float, drawn: FloatArray, tails: Sequence[float]) -> Interva
 
 @dataclass(frozen=True)
 class PairedTest(Record):
-    """The mean difference over `videos`, in percent points, and the p value of one test; `exact` where all sign
-    patterns were enumerated. `per_video` has None if one of the two has no number."""
+    """The result of one paired test: the mean difference over `videos`, in percentage points, and the p value.
+
+    `exact` says whether all sign patterns were enumerated. `per_video` contains the differences, with None if one of
+    the two models has no value.
+    """
 
     difference: float
     p_value: float
@@ -100,12 +109,13 @@ class PairedTest(Record):
 def paired_permutation(
     first: Mapping[str, float | None], second: Mapping[str, float | None], *, resamples: int = 10_000, seed: int = 0
 ) -> PairedTest:
-    """Two-sided paired permutation test on one number per video.
+    """Run a two-sided paired permutation test on one number per video.
 
-    `difference` is the mean of first - second over the videos that have both. Under the null hypothesis each video's
-    difference could as well have the other sign; up to 13 videos all sign patterns are enumerated (`exact`), beyond
-    that `resamples` random ones, the observed one counted among them (Phipson and Smyth, 2010). Raises UserError naming
-    a video that only one of the two has, and if no video has both numbers.
+    `difference` is the mean of first - second over the videos that have both numbers. Under the null hypothesis, each
+    video's difference is equally likely to have the opposite sign. With up to 13 videos, all sign patterns are
+    enumerated (`exact`). With more, `resamples` random patterns are drawn, and the observed pattern is counted as one
+    of them (Phipson and Smyth, 2010). Raises UserError naming a video that only one of the two has, or if no video has
+    both numbers.
     """
     if set(first) != set(second):
         odd = sorted(set(first) ^ set(second))[0]
@@ -130,7 +140,7 @@ def paired_permutation(
 def paired_interval(
     differences: Sequence[float], *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Percentile bootstrap of a mean difference over videos; one video has no interval (None)."""
+    """Compute a percentile bootstrap interval of the mean difference over videos; a single video has none (None)."""
     values = np.asarray(differences, dtype=float)
     if not values.size:
         return Interval(None, None, None)
@@ -139,7 +149,7 @@ def paired_interval(
 
 
 def holm(p_values: Mapping[T, float]) -> dict[T, float]:
-    """Holm's correction for several tests: adjusted p values under the same names (Holm, 1979)."""
+    """Apply Holm's correction for several tests (Holm, 1979); returns adjusted p values under the same keys."""
     adjusted: dict[T, float] = {}
     highest = 0.0
     for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):

@@ -1,6 +1,6 @@
-"""Tool presence: average precision per tool, pooled over frames and video by video, and scores at a threshold.
+"""Metrics of tool presence: average precision per tool (on pooled frames, and per video), and scores at a threshold.
 
-Both averages are called mAP in papers, so both are always given. Definitions: docs/evaluation.md.
+Papers call both averages mAP, so both are always computed. docs/evaluation.md has the definitions.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ def evaluate_tools(
     split: str | None = None,
     fps: float | None = None,
 ) -> ToolResults:
-    """Score tool presence, percent.
+    """Score tool presence, in percent.
 
-    `truth` maps video ids to (T, K) presence (1, 0; -1 = no label, not counted), `scores` to (T, K) probabilities
-    or logits. `thresholds`, one for each tool, add precision, recall and F1 over the pooled frames: choose them on
-    validation videos (`choose_thresholds`), never on these.
+    `truth` maps video ids to presence (T, K): 1, 0, or -1 for no label, which is not counted. `scores` maps them to
+    probabilities or logits (T, K). If `thresholds` (one per tool) are given, precision, recall and F1 on pooled frames
+    are computed too. Choose thresholds on validation videos (`choose_thresholds`), never on the videos scored here.
 
     A tool that never appears has no average precision (None) and is left out of the means. Raises UserError naming the
-    video for unequal shapes, scores that are not numbers and labels other than -1, 0, 1, and if nothing is labelled.
+    video if shapes differ, if scores are not finite, or if labels are not -1, 0 or 1. Raises UserError if no video has
+    labels.
     """
     videos = _checked(truth, scores, len(tools))
     labels, values = _concatenated(videos)
@@ -82,9 +83,9 @@ def evaluate_tools(
 def pooled_map(
     truth: Mapping[str, NDArray[np.int8]], logits: Mapping[str, NDArray[np.float32] | None], tools: Sequence[str]
 ) -> float | None:
-    """Tool mAP as a fraction, pooled over the frames of all videos with tool labels, by id.
+    """Return the tool mAP, as a fraction, on the pooled frames of all videos with tool labels.
 
-    None without labels or logits, and where no tool ever appears.
+    Returns None if there are no labels or logits, or if no tool ever appears.
     """
     labelled = {name: labels for name, labels in truth.items() if (labels >= 0).any()}
     scores = {name: one for name in labelled if (one := logits[name]) is not None}
@@ -93,13 +94,13 @@ def pooled_map(
 
 
 def sigmoid(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """Logistic function, safe for large logits of either sign."""
+    """Compute the logistic function without overflow, also for large logits of either sign."""
     value: NDArray[np.float64] = 0.5 * (1.0 + np.tanh(0.5 * logits.astype(np.float64)))
     return value
 
 
 def average_precision(truth: IntArray, scores: FloatArray) -> float:
-    """Average precision in percent of one tool over the labelled frames ((T,) each); NaN where it never appears."""
+    """Return the average precision, in percent, of one tool on its labelled frames (T,); NaN if it never appears."""
     from sklearn.metrics import average_precision_score
 
     labelled = truth >= 0
@@ -111,9 +112,9 @@ def average_precision(truth: IntArray, scores: FloatArray) -> float:
 def choose_thresholds(
     truth: Mapping[str, NDArray[Any]], scores: Mapping[str, NDArray[Any]], tools: Sequence[str]
 ) -> dict[str, float]:
-    """The threshold of each tool with the best F1 over the pooled frames (the highest one on a tie).
+    """Return the threshold of each tool with the best F1 on pooled frames (the highest threshold on a tie).
 
-    Arguments as in `evaluate_tools`, of the validation videos. A tool that never appears there gets 0.5.
+    Pass truth and scores of the validation videos, as for `evaluate_tools`. A tool that never appears gets 0.5.
     """
     from sklearn.metrics import precision_recall_curve
 
@@ -126,18 +127,18 @@ def choose_thresholds(
             continue
         precision, recall, thresholds = precision_recall_curve(labels[labelled, k], values[labelled, k])
         f1 = 2.0 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
-        f1 = f1[:-1]  # the curve's last point (precision 1, recall 0) belongs to no threshold
+        f1 = f1[:-1]  # the curve's last point (precision 1, recall 0) does not belong to a threshold
         chosen[tool] = float(thresholds[np.flatnonzero(f1 == f1.max())[-1]])
     return chosen
 
 
 def _average_precisions(labels: IntArray, values: FloatArray) -> FloatArray:
-    """(K,) average precision of each column of (T, K)."""
+    """Return the average precision of each of the K columns, (K,)."""
     return np.array([average_precision(labels[:, k], values[:, k]) for k in range(labels.shape[1])])
 
 
 def _at_threshold(labels: IntArray, values: FloatArray, limit: float) -> FloatArray:
-    """(3,) precision, recall and F1 of one tool in percent; NaN where it never appears."""
+    """Return precision, recall and F1 of one tool in percent, (3,); NaN if it never appears."""
     labelled = labels >= 0
     present, predicted = labels[labelled] == 1, values[labelled] >= limit
     hits, found, actual = (float(mask.sum()) for mask in (present & predicted, predicted, present))
@@ -151,7 +152,7 @@ def _threshold_scores(values: FloatArray) -> ThresholdScores:
 
 
 def _concatenated(videos: Mapping[str, LabelsAndScores]) -> LabelsAndScores:
-    """The frames of all videos as one."""
+    """Concatenate the frames of all videos."""
     return (
         np.concatenate([labels for labels, _ in videos.values()]),
         np.concatenate([values for _, values in videos.values()]),
@@ -161,7 +162,7 @@ def _concatenated(videos: Mapping[str, LabelsAndScores]) -> LabelsAndScores:
 def _checked(
     truth: Mapping[str, NDArray[Any]], scores: Mapping[str, NDArray[Any]], classes: int
 ) -> dict[str, LabelsAndScores]:
-    """The videos that carry any label, in the order of their ids."""
+    """Check labels and scores, and return the videos that have any label, in the order of their ids."""
     for ids, other, what in ((truth, scores, "tool scores"), (scores, truth, "tool labels")):
         if missing := sorted(set(ids) - set(other)):
             raise UserError(f"{missing[0]}: no {what} for this video ({len(missing)} in all); give both or omit it")
@@ -173,9 +174,9 @@ def _checked(
                 f"{video}: tool labels {labels.shape} and scores {values.shape} must both be (frames, {classes})"
             )
         if not np.isin(labels, (-1, 0, 1)).all():
-            raise UserError(f"{video}: tool labels must be 1, 0 or -1 for none")
+            raise UserError(f"{video}: tool labels must be 1, 0 or -1 (no label)")
         if not np.isfinite(values[labels >= 0]).all():
-            raise UserError(f"{video}: tool scores hold NaN or infinity; the model that wrote them has diverged")
+            raise UserError(f"{video}: tool scores contain NaN or infinity; the model that wrote them has diverged")
         if (labels >= 0).any():
             videos[video] = (labels.astype(np.int8), values)
     if not videos:
@@ -184,7 +185,7 @@ def _checked(
 
 
 def logit(probabilities: NDArray[Any]) -> NDArray[np.float64]:
-    """The inverse of `sigmoid`, cut at +-16.6, the largest value that a float32 probability can represent."""
+    """Compute the inverse of `sigmoid`, limited to +-16.6, the largest that a float32 probability can represent."""
     half_step = 2.0**-24
     inner = np.clip(probabilities.astype(np.float64), half_step, 1 - half_step)
     value: NDArray[np.float64] = np.log(inner) - np.log1p(-inner)

@@ -1,1 +1,1 @@
-"""Tables, figures, pages and cards."""
+"""Make tables, figures, HTML pages and model cards of results."""

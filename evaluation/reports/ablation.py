@@ -1,4 +1,4 @@
-"""The outcome of an ablation: a table of ranked settings, with standard deviations over seeds; CSV and a page."""
+"""Report the outcome of an ablation: ranked settings with standard deviations over seeds, as table, CSV and page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TEMPLATE = "ablation.html.j2"
 
 @dataclass(frozen=True)
 class Trial:
-    """One training of a setting: its label, its changes, the seed, and stage two's result."""
+    """One training of a setting: the setting's label and changes, the seed, and stage two's result."""
 
     label: str
     changes: Mapping[str, Any]
@@ -34,13 +34,13 @@ class Trial:
 
     @property
     def score(self) -> float:
-        """The score by which settings are ranked: a fraction, on the validation videos."""
+        """The score by which settings are ranked, a fraction, computed on the validation videos."""
         return float(self.result["val_accuracy"])
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting over its seeds, percent. Differences are paired: they are to the base with the same seed."""
+    """The results of one setting over its seeds, in percent. Each difference is to the base with the same seed."""
 
     label: str
     is_base: bool
@@ -54,9 +54,9 @@ class Row:
 
 
 def ablation_rows(trials: Sequence[Trial]) -> list[Row]:
-    """The settings, best mean first; those with fewer seeds than others (some failed or are not done yet) come last.
+    """Rank the settings, with the best mean first. Settings for which seeds are missing (failed or not done) come last.
 
-    Standard deviations are over seeds (n - 1); None below two.
+    Standard deviations are over seeds (n - 1), and None for a single seed.
     """
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
@@ -107,7 +107,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def ablation_table(trials: Sequence[Trial], score: str) -> Table:
-    """The ranked table for a terminal; `score` describes the numbers."""
+    """Return the ranked table for a terminal; `score` describes the numbers."""
     table = Table(title=Text(f"{score}, percent; standard deviations over seeds"), title_justify="left")
     for number, header in enumerate(_HEADERS):
         table.add_column(header, justify="right" if number else "left", overflow="fold")
@@ -117,7 +117,7 @@ def ablation_table(trials: Sequence[Trial], score: str) -> Table:
 
 
 def write_ablation_csv(path: Path, trials: Sequence[Trial]) -> None:
-    """One row per training: setting, changes, seed, score (a fraction), epochs, speed, folder; written atomically."""
+    """Write one row per training, atomically: setting, changes, seed, score (a fraction), epochs, speed and folder."""
     keys = list(dict.fromkeys(key for trial in trials for key in trial.changes))
     numbers = ("val_accuracy", "best_epoch", "epochs", "parameters", "seconds", "frames_per_s")
     buffer = io.StringIO(newline="")
@@ -132,13 +132,13 @@ def write_ablation_csv(path: Path, trials: Sequence[Trial]) -> None:
 
 
 def _no_formula(cell: Any) -> Any:
-    """Text that a spreadsheet would evaluate gets a leading apostrophe, which marks it as text."""
+    """Put an apostrophe before text that a spreadsheet would evaluate as a formula; other cells are unchanged."""
     text = isinstance(cell, str) and cell.startswith(FORMULA_STARTS)
     return f"'{cell}" if text else cell
 
 
 def ablation_page(title: str, trials: Sequence[Trial], score: str, figures: Sequence[Any]) -> str:
-    """One HTML page without any network: the ranked table and Plotly `figures`. Names are escaped."""
+    """Return an HTML page that needs no network, with the ranked table and Plotly `figures`. Names are escaped."""
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 

@@ -1,7 +1,8 @@
-"""The report of one run or of several side by side: its content, gathered from the run folders.
+"""Gather the content of a report, about one run or several side by side, from the run folders.
 
-Several runs must have been evaluated on the same videos with the same labels. `html_tables` and `plotly_figures` turn
-it into tables and figures, `page` into one HTML file, `static_files` into PDF and PNG.
+If there are several runs, they must have been evaluated on the same videos with the same labels. `html_tables` and
+`plotly_figures` make tables and figures from the content, `page` writes it as one HTML file, and `static_files` writes
+the figures as PDF and PNG.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ TRUTH_NAME = "truth"
 
 @dataclass(frozen=True)
 class RunResults:
-    """One run, read from its folder.
+    """The results of one run, read from its folder.
 
-    `settings` and `environment` are of the training of the net that was evaluated, empty if that was another
-    program's; `curves` maps a training's folder below the run to its epochs; `predictions` is empty for a net of tools
-    alone; `times_s` has the times (T,) of the samples of any net, `tool_scores` the probabilities (T, K) of its tools.
+    `settings` and `environment` are those of the training of the evaluated net; they are empty if another program
+    trained it. `curves` maps a training's folder below the run to its epochs. `predictions` is empty for a net that
+    predicts tools only. For any net, `times_s` contains the times (T,) of the samples, and `tool_scores` the
+    probabilities (T, K) of its tools.
     """
 
     name: str
@@ -57,7 +59,7 @@ class RunResults:
 
     @property
     def phases(self) -> Mapping[str, ByConvention]:
-        """Results of each head under each convention; empty if no video has phases."""
+        """The results of each head under each convention; empty if no video has phases."""
         return self.evaluation.phases
 
     @property
@@ -67,34 +69,34 @@ class RunResults:
 
     @property
     def simulated(self) -> bool:
-        """Whether it was evaluated on simulated operations."""
+        """Whether the run was evaluated on simulated operations."""
         known = self.evaluation.simulated
         return is_simulated(self.truth.spec, None) if known is None else known
 
     @property
     def labelled(self) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
-        """Truth and predicted phases (T,) of the videos with both."""
+        """The true and the predicted phases (T,) of the videos that have both."""
         names = [name for name in self.predictions if (self.truth.videos[name].phase >= 0).any()]
         truth = {name: self.truth.videos[name].phase for name in names}
         return truth, {name: self.predictions[name].phase for name in names}
 
     @cached_property
     def intervals(self) -> Intervals:
-        """Bootstrap intervals of the head whose predictions are in files; empty without labels."""
+        """The bootstrap intervals of the head whose predictions are in files; empty without labels."""
         truth, predicted = self.labelled
         if not truth:
             return Intervals({}, {})
         return bootstrap_intervals(truth, predicted, self.truth.spec.phases, self.truth.fps)
 
     def accuracy(self, video: str) -> float | None:
-        """Percent of the video's labelled frames that are right; None without labels."""
+        """Return the percentage of the video's labelled frames that are right, or None without labels."""
         results = self.phases.get(HEAD, {}).get(MAIN_CONVENTION)
         return results.per_video.get(video, {}).get("accuracy") if results else None
 
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A run of frames in which prediction and truth disagree; `frame` is the source frame in its middle."""
+    """Consecutive frames in which prediction and truth disagree; `frame` is the source frame in their middle."""
 
     video: str
     frame: int
@@ -106,7 +108,7 @@ class Disagreement:
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A frame (JPEG bytes) at which prediction and truth disagree."""
+    """A frame, as JPEG bytes, in which prediction and truth disagree."""
 
     disagreement: Disagreement
     jpeg: bytes
@@ -114,7 +116,7 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class Report:
-    """The content of the page: runs, videos from worst to best, frames and a note about them."""
+    """The content of the page: runs, videos from worst to best, frames, and a note about the frames."""
 
     runs: list[RunResults]
     videos: list[str]
@@ -123,17 +125,17 @@ class Report:
 
     @property
     def truth(self) -> Truth:
-        """Labels and data set, which are the same for every run."""
+        """The labels and the data set, which are the same for all runs."""
         return self.runs[0].truth
 
     @property
     def phase_metrics(self) -> dict[str, list[str]]:
-        """The metrics that each phase has with intervals, by convention; empty where no run has phases with labels."""
+        """The metrics with intervals for each phase, by convention; empty if no run has phases with labels."""
         known = next((found for run in self.runs if (found := run.intervals.per_phase)), {})
         return {name: list(next(iter(by_phase.values()))) for name, by_phase in known.items()}
 
     def times_s(self, video: str) -> NDArray[np.float64] | None:
-        """(T,) the times of a video's samples; None if no run has predictions."""
+        """Return the times of a video's samples, (T,), or None if no run has predictions."""
         return next((run.times_s[video] for run in self.runs if video in run.times_s), None)
 
 
@@ -141,7 +143,7 @@ class Report:
 
 
 def find_run(named: Path) -> Path:
-    """The folder of a run that is named by its folder, or by its name below `runs`."""
+    """Return the folder of a run, which may be given as that folder, or by its name below `runs`."""
     folder = Config().runs / named
     return folder if folder.is_dir() and not (named / EVALUATE_FOLDER).is_dir() else named
 
@@ -149,7 +151,8 @@ def find_run(named: Path) -> Path:
 def gather(folders: Sequence[Path], split: str = "test") -> Report:
     """Read the runs' evaluations in `RUN/evaluate/<split>/`.
 
-    Raises UserError naming the command to run if a run is not evaluated, and the videos in which two runs differ.
+    If a run has not been evaluated, raises UserError naming the command to run. If two runs were evaluated on different
+    videos, raises UserError naming these.
     """
     names = _names(folders)
     runs = [_gather_run(folder, name, split) for folder, name in zip(folders, names, strict=True)]
@@ -160,10 +163,10 @@ def gather(folders: Sequence[Path], split: str = "test") -> Report:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Folder names; whole paths if two names are equal or one is the name of the truth in figures."""
+    """Return the runs' folder names, or their paths if a name is not unique or is that of the truth in figures."""
     names = [folder.resolve().name for folder in folders]
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise UserError(f"{folders[0]}: a run is named twice; name each once")
+        raise UserError(f"{folders[0]}: a run is given twice; give each only once")
     return [
         str(folder) if names.count(name) > 1 or name == TRUTH_NAME else name
         for folder, name in zip(folders, names, strict=True)
@@ -174,7 +177,7 @@ def _gather_run(folder: Path, name: str, split: str) -> RunResults:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run; give the name or the folder of an evaluated run")
     if (folder / ABLATION_PAGE).is_file():
-        raise UserError(f"{folder}: an ablation and not a run; open {folder / ABLATION_PAGE}")
+        raise UserError(f"{folder}: this is an ablation, not a run; open {folder / ABLATION_PAGE}")
     evaluated = folder / EVALUATE_FOLDER / split
     evaluation = _evaluation(folder, evaluated, split)
     truth = read_truth(evaluated / TRUTH_FILE)
@@ -224,7 +227,10 @@ def _evaluation(folder: Path, evaluated: Path, split: str) -> Evaluation:
 
 
 def _stage_of(folder: Path, evaluation: Evaluation) -> Path | None:
-    """The folder in which the evaluated net was trained: its joint step, else stage two, else the last one started."""
+    """Return the folder in which the evaluated net was trained.
+
+    This is the folder of its joint training step, or else of stage two, or else of the stage that was started last.
+    """
     if evaluation.joint and evaluation.joint.checkpoint:
         named = folder / "joint" / Path(evaluation.joint.checkpoint).parent.name
     else:
@@ -237,8 +243,10 @@ def _stage_of(folder: Path, evaluation: Evaluation) -> Path | None:
 
 
 def without_training(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that describe an imported net: its input images and its parts. Another program trained it, so the
-    other settings were never used."""
+    """Return only the settings that describe an imported net: its input images and its parts.
+
+    Another program trained it, so the other settings were never used.
+    """
     parts = {"preprocess": None, "cnn": "backbone", "temporal": "head", "joint": "net"}
     return {
         name: {key: settings[name][key]} if key else settings[name]
@@ -281,7 +289,7 @@ def _require_comparable(first: RunResults, other: RunResults) -> None:
 
 
 def differing_settings(runs: Sequence[RunResults]) -> list[tuple[str, list[str]]]:
-    """Settings in which the runs differ, with each run's value."""
+    """Return the settings in which the runs differ, with each run's value."""
     trees = [flatten(run.settings) for run in runs]
     keys = dict.fromkeys(key for tree in trees for key in tree)
     rows = [(key, [str(tree.get(key, "-")) for tree in trees]) for key in keys]
@@ -289,7 +297,7 @@ def differing_settings(runs: Sequence[RunResults]) -> list[tuple[str, list[str]]
 
 
 def disagreements(report: Report, videos: int = 3, frames: int = 4) -> list[Disagreement]:
-    """The longest runs of frames in which the first run is wrong, in its worst videos, in order of time."""
+    """Return the longest sequences of wrong frames of the first run, in its worst videos, in order of time."""
     run, found = report.runs[0], []
     wrong = [video for video in report.videos if (run.accuracy(video) or 0.0) < 100.0 and video in run.labelled[0]]
     for video in wrong[:videos]:
@@ -302,7 +310,7 @@ def _wrong_runs(run: RunResults, video: str) -> list[Disagreement]:
     prediction, truth = run.predictions[video], run.truth.videos[video].phase
     classes = len(run.truth.spec.phases)
     edges_s = sample_edges_s(prediction.time_s, len(truth), run.truth.fps)
-    # One number per pair of truth and prediction; right and unlabelled frames are -1.
+    # Each pair of truth and prediction gets one number; right frames and frames without a label get -1.
     pair = np.where((truth >= 0) & (truth != prediction.phase), truth.astype(int) * classes + prediction.phase, -1)
     return [
         Disagreement(
@@ -318,7 +326,7 @@ def _wrong_runs(run: RunResults, video: str) -> list[Disagreement]:
 
 
 def settings_of(run: RunResults, *keys: str) -> Any:
-    """A nested setting, None if the run has none."""
+    """Return a nested setting of a run, or None if the run does not have it."""
     value: Any = run.settings
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None

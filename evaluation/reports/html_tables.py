@@ -1,4 +1,4 @@
-"""The report's tables, with one column or group of columns per run; each states the rules that its numbers follow."""
+"""Make the report's tables, with one column or group of columns per run. Each states the rules its numbers follow."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PACKAGES = ("surgstage", "torch", "accelerate")
 
 @dataclass(frozen=True)
 class ConventionSection:
-    """Everything under one convention: what a reader must know about the numbers, and their tables."""
+    """The results under one convention: what a reader must know about the numbers, and their tables."""
 
     title: str
     about: list[str]
@@ -36,7 +36,7 @@ class ConventionSection:
 
 @dataclass(frozen=True)
 class Tables:
-    """All tables: those of each convention, tools, where the numbers come from, settings."""
+    """All tables of a report: of each convention, of tools, of where the numbers come from, and of settings."""
 
     conventions: dict[str, ConventionSection]
     tools: ResultTable | None
@@ -45,7 +45,7 @@ class Tables:
 
 
 def all_tables(report: Report) -> Tables:
-    """The tables of a report."""
+    """Return all tables of a report."""
     found = dict.fromkeys(name for run in report.runs for head in run.phases.values() for name in head)
     shared = [name for name in found if all(name in head for run in report.runs for head in run.phases.values())]
     return Tables(
@@ -65,7 +65,7 @@ def _section(report: Report, name: str) -> ConventionSection:
 
 
 def _about(about: PhaseAbout) -> list[str]:
-    """What a reader must know of the numbers."""
+    """Return lines with what a reader must know about the numbers."""
     window = f", boundaries relaxed by {about.window_s:g} s" if about.window_s else ""
     lines = [
         f"Convention {about.convention}: {about.title}{window}. After {about.source}.",
@@ -84,10 +84,10 @@ def _counts(about: PhaseAbout | ToolAbout, frames: str = "") -> str:
 
 
 def _overall(report: Report, convention: str, title: str, corner: str) -> ResultTable:
-    """A table with one column per head, grouped by run."""
+    """Return a table with one column per head, grouped by run."""
     heads = [(run, head) for run in report.runs for head in run.phases or [HEAD]]
     results = [run.phases.get(head, {}).get(convention) for run, head in heads]
-    # Only the predictions of the head over time are in files, so only they have intervals.
+    # Only the predictions of the temporal head are in files, so only these have intervals.
     known = [run.intervals.overall.get(convention, {}) if head == HEAD else {} for run, head in heads]
     rows = []
     for metric in metrics_of(one for one in results if one):
@@ -124,7 +124,7 @@ def _per_phase(report: Report, convention: str) -> ResultTable:
 
 
 def _cells(scores: Iterable[Score | None], intervals: Iterable[Interval | None]) -> list[str]:
-    """Means and standard deviations, each with its interval, if any, below."""
+    """Return cells with mean and standard deviation, and below them the interval, if there is one."""
     pairs = zip(scores, intervals, strict=True)
     return [
         f"{mean_std_text(one)}\n{interval_text(found if one else None, IN_BRACKETS)}".rstrip() for one, found in pairs
@@ -153,7 +153,7 @@ def _tools(runs: Sequence[RunResults]) -> ResultTable:
 
 
 def _mapped(runs: Sequence[RunResults]) -> list[str]:
-    """mAP of tools mapped from the phase branch, for joint nets that have it."""
+    """Return lines with the mAP of tools mapped from the phase branch, for joint nets that have a mapping."""
     found = [(run.name, run.evaluation.joint and run.evaluation.joint.mapped_tools) for run in runs]
     return [
         f"{name}: tools mapped from the phase branch, mAP {number_text(tools.map_pooled)}."
@@ -217,6 +217,6 @@ _PROVENANCE = {
 
 
 def _settings(runs: Sequence[RunResults]) -> ResultTable | None:
-    """The table of settings in which runs differ; None if there are none, as for a single run."""
+    """Return the table of settings in which runs differ, or None if there are none (as for a single run)."""
     rows, names = differing_settings(runs), [run.name for run in runs]
     return ResultTable("Settings in which the runs differ", "Setting", names, rows) if rows else None

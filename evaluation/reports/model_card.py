@@ -1,4 +1,4 @@
-"""A run's model card: training data, training, results with their conventions, and what the model is not for."""
+"""Write a run's model card: training data, training, results with their conventions, and what the model is not for."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ _KINDS = {
     "tool": "A CNN, frame by frame,",
 }
 _TASKS = {"both": "phases and tools", "phase": "phases", "tool": "tools"}
-# Settings that the numbers depend on; folders and paths of a machine are not among them.
+# The settings shown on the card: those on which the results depend, without folders and paths of a machine.
 _SECTIONS = {
     "temporal": ("seed", "preprocess", "encoder", "cnn", "extract", "temporal"),
     "joint": ("seed", "preprocess", "joint"),
 }
-_PARTS = {"temporal": (), "joint": (("cnn", "backbone"), ("temporal", "head"))}  # of a net trained as one
+_PARTS = {"temporal": (), "joint": (("cnn", "backbone"), ("temporal", "head"))}  # settings of the joint net's parts
 _BASELINES = {"frame": "per-frame head on the same features", "majority": "always the longest phase of training"}
 
 
 def write_model_card(
     run: Path, stage: str, index: Index, evaluation: Evaluation, *, trained_in: Path | None = None
 ) -> Path:
-    """Write `RUN/MODEL_CARD.md` for the net of `stage` (`temporal` or `joint`) from what evaluation found.
+    """Write `RUN/MODEL_CARD.md` for the net of `stage` (`temporal` or `joint`), with the results of its evaluation.
 
-    Settings and versions are those in `trained_in`, by default `RUN/<stage>`. Which videos a net of another program
-    was trained on is not known, and the card says so.
+    Settings and versions are read from the folder `trained_in`, by default `RUN/<stage>`. For a net of another program,
+    it is not known which videos it was trained on, and the card says so.
     """
     folder = trained_in or run / stage
     environment = folder / "environment.json"
@@ -50,7 +50,7 @@ def write_model_card(
     for section, key in _PARTS[stage]:
         if key in settings.get(section, {}):
             chosen[section] = {key: settings[section][key]}
-    if evaluation.imported is not None:  # its input and its parts; how it was trained is not known
+    if evaluation.imported is not None:  # keep its input and its parts, since its training is not known
         chosen = {key: chosen[key] for key in ("preprocess", "cnn", "temporal") if key in chosen}
     text = render_model_card(
         {
@@ -69,9 +69,11 @@ def write_model_card(
 
 
 def render_model_card(facts: Mapping[str, Any]) -> str:
-    """The card as Markdown, from plain values: name, kind, dataset, split ({train, val, test: ids used}), left_out (id
-    and reason each), settings (YAML), environment (a phrase) and metrics (an `Evaluation`). A missing fact is an
-    error."""
+    """Return the card as Markdown.
+
+    `facts` must contain name, kind, dataset, split ({train, val, test: ids used}), left_out (each with id and reason),
+    settings (YAML), environment (a phrase) and metrics (an `Evaluation`). A missing fact is an error.
+    """
     environment = template_environment(html=False)
     environment.filters["number"] = lambda value: (
         mean_std_text(value) if isinstance(value, Score) else number_text(value)
@@ -86,7 +88,7 @@ def render_model_card(facts: Mapping[str, Any]) -> str:
 
 
 def _kind(stage: str, spec: DataSetSpec, settings: Mapping[str, Any], evaluation: Evaluation) -> str:
-    """What the net is and what it recognises: not tools where the data set or the net has none."""
+    """Describe what the net is and what it recognises. Tools are not mentioned if the data set or the net has none."""
     tasks = evaluation.tasks
     untrained = stage == "temporal" and settings.get("extract", {}).get("encoder") == "initial"
     if not spec.tools or untrained:

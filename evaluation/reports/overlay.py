@@ -1,4 +1,4 @@
-"""The band below a frame with the predictions: phase and confidence, tools, the phases so far."""
+"""Draw a band below a video's frames that shows the predictions: phase and confidence, tools, and the phases so far."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from features.run_lengths import runs
 
 _BACKGROUND, _TEXT, _FAINT = (24, 24, 24), (240, 240, 240), (110, 110, 110)
 _SMALLEST_BAND_PX = 48
-_FRACTION = 0.14  # of the frame's height
+_FRACTION = 0.14  # height of the band as a fraction of the frame's height
 
 
 class Overlay:
-    """Draws one video's predictions below its frames of `width_px` x `height_px`.
+    """Draws the predictions of one video below its frames, which have `width_px` x `height_px` pixels.
 
-    `probabilities` is (T, C), `tools` (T, K) or None. Only samples up to the shown one are drawn, as they are known
-    during the operation.
+    `probabilities` is (T, C), and `tools` is (T, K) or None. Only samples up to the current one are drawn, since no
+    others are known during an operation.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Overlay:
         tool_names: Sequence[str],
     ) -> None:
         self._size = (height_px, width_px)
-        self.width_px = width_px + width_px % 2  # H.264 halves both sides
+        self.width_px = width_px + width_px % 2  # H.264 needs even sides
         band = max(_SMALLEST_BAND_PX, round(_FRACTION * height_px))
         self.band_px = band + (band + height_px) % 2
         self._probabilities, self._tools = probabilities, tools
@@ -46,9 +46,9 @@ class Overlay:
         self._drawn: tuple[int, NDArray[np.uint8]] | None = None
 
     def add(self, frame: NDArray[np.uint8], sample: int) -> NDArray[np.uint8]:
-        """The frame (H, W, 3) with the band of one sample below, both sides even.
+        """Return the frame (H, W, 3) with the band of one sample below it; height and width are even.
 
-        A frame of another size than the first (a folder of images may hold several) is scaled to it.
+        A frame with another size than the first (as in a folder of different images) is scaled to the first one's size.
         """
         if frame.shape[:2] != self._size:
             frame = self._scaled(frame)
@@ -63,7 +63,7 @@ class Overlay:
         return np.array(Image.fromarray(frame).resize((width_px, height_px), Image.Resampling.BILINEAR))
 
     def band(self, sample: int) -> NDArray[np.uint8]:
-        """The band (`band_px`, `width_px`, 3) of one sample."""
+        """Return the band (`band_px`, `width_px`, 3) of one sample."""
         if self._drawn is None or self._drawn[0] != sample:
             self._drawn = (sample, self._draw(sample))
         return self._drawn[1]
@@ -83,9 +83,7 @@ class Overlay:
         return np.asarray(image)
 
     def _draw_tools(self, draw: Any, sample: int, place: tuple[int, int], gap: int) -> None:
-        """Draw present tools brightly, with their probabilities, and the names of the others faintly, if there is
-        room.
-        """
+        """Draw the names of the tools: present ones brightly with probabilities, and others faintly if they fit."""
         if self._tools is None:
             return
         font = self._fonts[1]
@@ -101,14 +99,14 @@ class Overlay:
             x += round(draw.textlength(text, font=font)) + 2 * gap
 
     def _draw_past(self, draw: Any, sample: int, top: int) -> None:
-        """A line of phases from the start to now, over the length of the whole video."""
+        """Draw the phases from the start to now as a line, on a scale with the length of the whole video."""
         edges = np.linspace(0, self.width_px, len(self._phase) + 1)
         for run in runs(self._phase[: sample + 1]):
             draw.rectangle((edges[run.start], top, edges[run.end], self.band_px), fill=self._colours[run.value])
 
 
 def _font(size_px: int) -> Any:
-    """A font that is available on every machine, since it comes with matplotlib."""
+    """Return a font that is available on every machine, since it is part of matplotlib."""
     import matplotlib
     from PIL import ImageFont
 

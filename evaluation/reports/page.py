@@ -1,6 +1,6 @@
-"""The report as one HTML file that needs no network: plotly.js, style and data are inside.
+"""Write the report as one HTML file that needs no network: plotly.js, style and data are inside.
 
-A content security policy blocks everything else. Names are escaped by Jinja in the page and by `plotly_figures.plain`
+A content security policy blocks everything else. Names are escaped by Jinja in the page, and by `plotly_figures.plain`
 in figures.
 """
 
@@ -25,19 +25,19 @@ from evaluation.reports.templates import TEMPLATES, template_environment
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write the page atomically. Raises UserError if there is no room or no right to write."""
+    """Write the page atomically. Raises UserError if the disk is full or writing is not allowed."""
     write_text(path, render(report))
 
 
 def render(report: Report) -> str:
-    """The whole page as HTML."""
+    """Return the whole page as HTML."""
     environment = template_environment(html=True)
     environment.tests["match_start"] = str.startswith
     environment.filters["yaml"] = lambda tree: yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     environment.filters["clock"] = plotly_figures.clock
     environment.filters["data_uri"] = lambda jpeg: f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
     figures = plotly_figures.all_figures(report)
-    # Nothing in an inline script may look like its end; the hashes are of exactly the text between the tags.
+    # No text in an inline script may look like its end tag. The hashes are those of exactly the text between the tags.
     scripts = [_script(get_plotlyjs()), _script((TEMPLATES / "report.js").read_text(encoding="utf-8"))]
     return environment.get_template("report.html.j2").render(
         report=report,
@@ -55,7 +55,7 @@ def render(report: Report) -> str:
 
 
 def safe_json(value: Any) -> str:
-    """JSON that is safe in a script element: nothing in it can end the element or open a comment."""
+    """Return JSON that is safe inside a script element: nothing in it can end the element or begin a comment."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # ASCII only
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -67,7 +67,10 @@ def _script(text: str) -> str:
 
 
 def _policy(scripts: Sequence[str]) -> str:
-    """The content security policy: the page's two scripts by their hashes, inline styles, images inside the page."""
+    """Return the content security policy.
+
+    It allows the page's two scripts (by their hashes), inline styles, and images inside the page.
+    """
     hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts)
     sources = " ".join(f"'sha256-{digest}'" for digest in hashes)
     return (

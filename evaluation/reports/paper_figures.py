@@ -1,7 +1,7 @@
-"""Phase ribbons for papers and the README, and what other figures share: colours, names, files (PNG or PDF by suffix).
+"""Draw phase ribbons for papers and the README, and provide what other figures share: colours, names and file writing.
 
-Drawn with matplotlib's objects and without pyplot, so that nothing is shared between figures or threads and no display
-is needed. matplotlib is imported on the first figure, since it takes a second.
+Figures are drawn with matplotlib but without pyplot, so that figures and threads share nothing and no display is
+needed. matplotlib is imported when the first figure is drawn, since the import takes a second.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from engine.files import atomic_path
 from evaluation.metrics.counts import label_pairs
 from features.run_lengths import true_spans
 
-# Okabe and Ito's colours, distinguishable under every common colour blindness, ordered so that neighbours in Cholec80's
-# sequence differ in lightness too; then one of Paul Tol's.
+# Okabe and Ito's colours, which can be distinguished with any common colour blindness, and one of Paul Tol's. They are
+# ordered so that neighbouring phases of Cholec80 differ in lightness too.
 PALETTE = ("#56B4E9", "#0072B2", "#F0E442", "#009E73", "#E69F00", "#CC79A7", "#D55E00", "#882255")
 UNLABELLED: dict[str, Any] = {"facecolor": "#E6E6E6", "hatch": "////", "edgecolor": "white"}
 _TEXT_COLOUR = "#222222"
 _WIDTH_INCH = 9.0
 _RIBBON_INCH = 0.17
 _BAR = 0.86  # fraction of a ribbon's height that is coloured
-_GAP_INCH = 0.13  # between videos
-_RIGHT_INCH = 0.55  # room for the accuracies
+_GAP_INCH = 0.13  # space between videos
+_RIGHT_INCH = 0.55  # space for the accuracies
 _LEGEND_COLUMNS = 4
 _SUFFIXES = (".png", ".pdf")
 
@@ -37,8 +37,10 @@ Ribbon = tuple[str, NDArray[Any], "float | None"]  # name, track, accuracy in pe
 
 
 def phase_colours(classes: int) -> list[str]:
-    """One colour per phase, the same in every figure: the palette, and for more phases steps of a perceptually uniform
-    colour map, light and dark alternating."""
+    """Return one colour per phase, the same in every figure.
+
+    They are those of the palette or, for more phases, alternating light and dark colours of a perceptually uniform map.
+    """
     if classes <= len(PALETTE):
         return list(PALETTE[:classes])
     from matplotlib import colormaps
@@ -49,7 +51,10 @@ def phase_colours(classes: int) -> list[str]:
 
 
 def sample_edges_s(time_s: NDArray[np.float64] | None, samples: int, fps: float) -> NDArray[np.float64]:
-    """(T + 1,) when each sample begins, and when the last one ends; `time_s` None if only `fps` is known."""
+    """Return the times at which samples begin, and the end of the last one, (T + 1,).
+
+    `time_s` is None if only the rate `fps` is known.
+    """
     return np.arange(samples + 1) / fps if time_s is None else np.append(time_s, time_s[-1] + 1.0 / fps)
 
 
@@ -63,11 +68,11 @@ def phase_ribbons(
 ) -> None:
     """Draw truth and predictions of each video as ribbons over time.
 
-    `videos` holds (id, truth (T,), {name: predicted (T,)}) with phase ids at `fps`; -1 in a truth is drawn hatched in
-    grey. A video may have several predictions, one ribbon each with its accuracy in percent beside; an empty truth
-    (all -1) is left out, as for new videos. `times_s` holds (T,) when each video's samples are shown. The figure's
-    height grows with the videos. `path` ends in .png or .pdf; it is written atomically. Raises UserError for another
-    suffix.
+    `videos` contains (id, truth (T,), {name: predicted (T,)}) with phase ids at `fps`. A truth of -1 (no label) is
+    drawn hatched in grey. Each prediction of a video gets its own ribbon, with its accuracy in percent next to it. A
+    truth without any label, as for new videos, is not drawn. `times_s` contains the times (T,) of each video's samples.
+    The figure's height grows with the number of videos. `path` must end in .png or .pdf, otherwise UserError is raised;
+    the file is written atomically.
     """
     if not videos or not all(len(truth) for _, truth, _ in videos):
         raise UserError(f"{path}: a ribbon figure needs at least one video, and frames in each")
@@ -101,7 +106,7 @@ def phase_ribbons(
 
 
 def _ribbons(truth: NDArray[Any], predicted: Mapping[str, NDArray[Any]]) -> list[Ribbon]:
-    """The ribbons of one video, truth first where there is any."""
+    """Return the ribbons of one video, with the truth first if it has labels."""
     labelled = truth >= 0
     if not labelled.any():
         return [(name, np.asarray(track), None) for name, track in predicted.items()]
@@ -122,7 +127,7 @@ def _draw_video(
             begin, end = edges_min[np.array(true_spans(track == phase))].T
             bars = np.stack([begin, end - begin], axis=1)
             style = UNLABELLED if phase < 0 else {"facecolor": colours[phase]}
-            # With antialiasing there would be seams between adjacent bars.
+            # Antialiasing would draw visible lines between adjacent bars.
             axes.broken_barh(bars, (y, _RIBBON_INCH * _BAR), antialiased=False, linewidth=0, **style)
         middle = y + _RIBBON_INCH * _BAR / 2
         _text(axes, -margin_min, middle, short_name(name, 16), axes.transData, fontsize=7, ha="right")
@@ -132,7 +137,7 @@ def _draw_video(
 
 
 def _text(parent: Any, x: float, y: float, text: str, transform: Any, **style: Any) -> None:
-    """Literal text: a dollar sign in a name does not start a formula."""
+    """Draw text literally, so that a dollar sign in a name does not start a formula."""
     style = {"fontsize": 8, "color": _TEXT_COLOUR, "va": "center", **style}
     parent.text(x, y, text, transform=transform, parse_math=False, **style)
 
@@ -156,7 +161,7 @@ def _phase_legend(figure: Any, phases: Sequence[str], unlabelled: bool, top: flo
 
 
 def add_legend(figure: Any, handles: Sequence[Any], labels: Sequence[str], **place: Any) -> None:
-    """A legend of a whole figure. Literal text: a dollar sign in a name does not start a formula."""
+    """Add a legend to a whole figure. Text is literal, so that a dollar sign in a name does not start a formula."""
     legend = figure.legend(handles, labels, ncols=_LEGEND_COLUMNS, fontsize=8, frameon=False, **place)
     for text in legend.get_texts():
         text.set_parse_math(False)
@@ -165,31 +170,34 @@ def add_legend(figure: Any, handles: Sequence[Any], labels: Sequence[str], **pla
 def confusion_counts(
     truth: Mapping[str, NDArray[Any]], predicted: Mapping[str, NDArray[Any]], classes: int
 ) -> NDArray[np.int64]:
-    """(C, C) frames of all videos: rows truth, columns prediction; frames without a label are not counted."""
+    """Count the labelled frames of all videos by truth (rows) and prediction (columns), (C, C)."""
     videos, _ = label_pairs(truth, predicted, classes)
     cells = [classes * v.truth[v.labelled].astype(np.int64) + v.predicted[v.labelled] for v in videos]
     return np.bincount(np.concatenate(cells), minlength=classes**2).reshape(classes, classes)
 
 
 def row_percent(counts: NDArray[Any]) -> NDArray[np.float64]:
-    """(C, C) percent of each row's sum; NaN in an empty row."""
+    """Return the counts (C, C) as percentages of each row's sum; NaN in an empty row."""
     total = counts.sum(axis=1, keepdims=True)
     return np.divide(100.0 * counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
 
 
 def short_name(name: str, letters: int) -> str:
-    """The name, cut to that many letters."""
+    """Return the name, shortened to that many letters."""
     return name if len(name) <= letters else f"{name[: letters - 1]}…"
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure as PNG or PDF by the suffix, atomically. Raises UserError for another suffix."""
+    """Write a matplotlib figure atomically as PNG or PDF, depending on the suffix.
+
+    Raises UserError for another suffix.
+    """
     if path.suffix.lower() not in _SUFFIXES:
         raise UserError(f"{path}: figures are written as {' or '.join(_SUFFIXES)}; give the file one of these endings")
     kind = path.suffix.lower()[1:]
-    # Without a date equal figures are equal bytes.
+    # No date is written, so that equal figures give equal bytes.
     metadata = {"CreationDate": None} if kind == "pdf" else {"Software": None}
     with atomic_path(path) as temporary, warnings.catch_warnings():
-        # Letters that the font lacks are drawn as boxes; the tables and the page show them.
+        # Letters that are not in the font are drawn as boxes; tables and the page do show them.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.savefig(temporary, format=kind, dpi=200, metadata=metadata)

@@ -1,8 +1,8 @@
-"""The report's figures as Plotly specifications: plain dictionaries, drawn by the page's own plotly.js and, for papers,
-by `static_files`.
+"""Make the report's figures as Plotly specifications, which are plain dictionaries.
 
-Ribbons and timelines hold one bar per run of frames, never one point per frame. Times are milliseconds from the start
-of the video on a plain axis with our own ticks: Plotly's date axes take the numbers 1000 to 9999 for years.
+They are drawn by plotly.js inside the page and, for papers, by `static_files`. Ribbons and timelines contain one bar
+per run of equal frames, not one point per frame. Times are milliseconds from the start of the video, on a plain axis
+with our own ticks, because Plotly's date axes would read the numbers 1000 to 9999 as years.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from evaluation.reports.paper_figures import (
 from evaluation.reports.tables import IN_BRACKETS, interval_text
 from features.run_lengths import true_spans
 
-# Okabe and Ito's darker colours, which stand out from a white page; a pattern and a dash go with each.
+# Okabe and Ito's darker colours, which are clearly visible on a white page, each with a pattern and a dash.
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#222222", "#E69F00")
 RUN_PATTERNS = ("", "/", "x", ".", "-", "+")
 RUN_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
@@ -45,8 +45,11 @@ _ROW_LETTERS = 26
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure: `spec` is the input of `Plotly.newPlot`, `alt` describes in words what is drawn. Figures with the same
-    `file` (a name without suffix) are panels of one file for papers; one without is in the page alone."""
+    """A figure: `spec` is the input of `Plotly.newPlot`, and `alt` describes in words what is drawn.
+
+    For papers, figures with the same `file` (a name without suffix) are panels of one file. A figure without `file` is
+    shown only in the page.
+    """
 
     id: str
     title: str
@@ -57,44 +60,47 @@ class Figure:
 
 
 def clock(seconds: float) -> str:
-    """A time in a video as `1:02:03`, for figures and captions."""
+    """Return a time in a video as text like `1:02:03`, for figures and captions."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def plain(name: str, letters: int | None = None) -> str:
-    """A name that Plotly shows literally: its texts interpret some HTML, and its templates %{...}."""
+    """Escape a name so that Plotly shows it literally: it interprets some HTML in texts, and %{...} in templates."""
     text = short_name(name, letters) if letters else name
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return text.replace("%{", "%\u200b{")
 
 
 def literal(text: str) -> str:
-    """The inverse of `plain`."""
+    """Undo the escaping of `plain`."""
     return unescape(text.replace("\u200b", ""))
 
 
 def legend(phases: Sequence[str]) -> list[tuple[str, str, str]]:
-    """(name, colour, colour of text on it) of each phase; figures show phases by their numbers from 1."""
+    """Return (name, colour, colour of text on that colour) of each phase. Figures show phases by number, from 1."""
     return [(name, colour, text_on(colour)) for name, colour in zip(phases, phase_colours(len(phases)), strict=True)]
 
 
 def run_line(number: int, dash: int | None = None) -> dict[str, str]:
-    """Colour and dash of a run's line, by the run's number."""
+    """Return colour and dash of a run's line, given the run's number."""
     which = number if dash is None else dash
     return {"color": RUN_COLOURS[number % len(RUN_COLOURS)], "dash": RUN_DASHES[which % len(RUN_DASHES)]}
 
 
 def text_on(colour: str) -> str:
-    """Black or white, whichever is more legible on `colour` (WCAG 2 relative luminance)."""
+    """Return black or white, whichever is more legible on `colour` (WCAG 2 relative luminance)."""
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return "#000000" if 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.18 else "#FFFFFF"
 
 
 def all_figures(report: Report) -> dict[str, Figure]:
-    """Every figure of the report by its id: `ribbon-0`, `tools-0` (one per video, in the report's order),
-    `bars-<convention>-<metric>`, `confusion-<run>`, `curve-<tool>`, `training-<number>`."""
+    """Return all figures of the report by id.
+
+    The ids are `ribbon-0`, `tools-0` (one per video, in the report's order), `bars-<convention>-<metric>`,
+    `confusion-<run>`, `curve-<tool>` and `training-<number>`.
+    """
     found: list[Figure] = []
     for number, video in enumerate(report.videos):
         found += filter(None, [ribbon(report, number, video), tool_timeline(report, number, video)])
@@ -106,12 +112,15 @@ def all_figures(report: Report) -> dict[str, Figure]:
 
 
 def _layout(bottom_px: int, **more: Any) -> dict[str, Any]:
-    """The layout that all figures share: no dragging, so that a finger scrolls the page, and the page's own font."""
+    """Return the layout that all figures share.
+
+    It uses the page's font, and disables dragging, so that a finger scrolls the page.
+    """
     return {
         "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#222222"},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "barmode": "overlay",  # bars have their own places
+        "barmode": "overlay",  # the positions of bars are set explicitly
         "dragmode": False,
         "hovermode": "closest",
         "hoverlabel": {"align": "left", "bgcolor": "#FFFFFF", "bordercolor": "#222222", "font": {"color": "#222222"}},
@@ -127,13 +136,13 @@ def _axis(**more: Any) -> dict[str, Any]:
 
 
 def _rows_axis(names: Sequence[str], **more: Any) -> dict[str, Any]:
-    """An axis of named rows, from the top."""
+    """Return an axis of named rows, from top to bottom."""
     rows = {"tickvals": list(range(len(names))), "ticktext": list(names), "showgrid": False}
     return _axis(**rows, range=[len(names) - 0.5, -0.5], **more)
 
 
 def _place(number: int, count: int) -> dict[str, float]:
-    """The position within its row of one of `count` bars."""
+    """Return the position of one of `count` bars within its row."""
     height = 0.8 / count
     return {"offset": number * height - 0.4, "width": 0.92 * height}
 
@@ -149,14 +158,17 @@ def _time_axis(end_ms: int) -> dict[str, Any]:
 
 
 def tracks(report: Report, video: str) -> list[tuple[str, NDArray[Any]]]:
-    """(name, phases (T,)) of a video: the truth where there is any, then each run's prediction."""
+    """Return (name, phases (T,)) of a video: the truth, if it has labels, and then each run's prediction."""
     truth = report.truth.videos[video].phase
     shown = [(TRUTH_NAME, truth)] if (truth >= 0).any() else []
     return shown + [(run.name, run.predictions[video].phase) for run in report.runs if video in run.predictions]
 
 
 def edges_ms(report: Report, video: str) -> NDArray[np.int64] | None:
-    """(T + 1,) when each frame begins, and when the last one ends; None if no run has predictions."""
+    """Return the times in ms at which frames begin, and the end of the last one, (T + 1,).
+
+    Returns None if no run has predictions.
+    """
     time_s = report.times_s(video)
     if time_s is None:
         return None
@@ -164,7 +176,7 @@ def edges_ms(report: Report, video: str) -> NDArray[np.int64] | None:
 
 
 def ribbon(report: Report, number: int, video: str) -> Figure | None:
-    """Truth above predictions over time, one bar per run of a phase with the phase's number in it."""
+    """Draw truth above predictions over time. Each run of a phase is one bar, with the phase's number in it."""
     edges = edges_ms(report, video)
     if edges is None or not any(video in run.predictions for run in report.runs):
         return None
@@ -195,7 +207,10 @@ def ribbon(report: Report, number: int, video: str) -> Figure | None:
 def _span_bars(
     rows: Iterable[tuple[Any, NDArray[np.bool_]]], edges: NDArray[np.int64], colour: str, hover: str
 ) -> dict[str, Any]:
-    """A trace with one bar, in ms, for each run of frames in which a row's mask (T,) is true; `rows` are (y, mask)."""
+    """Return a trace with one bar (in ms) for each run of frames in which a row's mask is true.
+
+    `rows` contains (y, mask (T,)).
+    """
     bars = [(y, int(edges[start]), int(edges[stop])) for y, mask in rows for start, stop in true_spans(mask)]
     return {
         "type": "bar",
@@ -210,7 +225,7 @@ def _span_bars(
 
 
 def tool_timeline(report: Report, number: int, video: str) -> Figure | None:
-    """When each tool is present: truth above, and the predictions of each run at its thresholds below."""
+    """Draw when each tool is present, with the truth above, and each run's predictions (at its thresholds) below."""
     edges, tools = edges_ms(report, video), report.truth.spec.tools
     presence = list(_tool_presence(report, video))
     if edges is None or not presence:
@@ -233,8 +248,10 @@ def tool_timeline(report: Report, number: int, video: str) -> Figure | None:
 
 
 def _tool_presence(report: Report, video: str) -> Iterator[tuple[str, str, NDArray[np.bool_]]]:
-    """(name, colour, present (T, K)): labels where there are any, then each run's scores at its thresholds (0.5
-    without)."""
+    """Yield (name, colour, present (T, K)) of the labels, if there are any, and of each run's predictions.
+
+    Predictions are scores above the run's thresholds, or above 0.5 if it has none.
+    """
     labels = report.truth.videos[video].tools
     if not report.truth.spec.tools or not labels.size:
         return
@@ -256,7 +273,7 @@ def _threshold(run: RunResults, tool: str) -> float:
 
 
 def _bars(report: Report, convention: str, metric: str) -> Figure:
-    """One bar per phase and run with its interval, under one convention and metric."""
+    """Draw one bar with its interval per phase and run, under one convention and metric."""
     phases = report.truth.spec.phases
     known = [(number, run) for number, run in enumerate(report.runs) if run.intervals.per_phase]
     data = [
@@ -279,7 +296,7 @@ def _bars(report: Report, convention: str, metric: str) -> Figure:
 
 def _run_bars(run: RunResults, number: int, phases: Sequence[str], entries: Sequence[Interval]) -> dict[str, Any]:
     def reach(entry: Interval, end: float | None) -> float | None:
-        """The length of a whisker; None draws none, since a length of 0 would suggest that there is no uncertainty."""
+        """Return the length of an error bar, or None for none: length 0 would suggest that there is no uncertainty."""
         return None if end is None or entry.mean is None else abs(end - entry.mean)
 
     words = [
@@ -319,7 +336,7 @@ def _numbered(phase: int, name: str) -> str:
 
 
 def confusion(run: RunResults, number: int) -> Figure | None:
-    """Percent of each phase's true frames that are predicted as each phase."""
+    """Draw the confusion matrix: the percentage of each phase's true frames that are predicted as each phase."""
     truth, predicted = run.labelled
     phases = run.truth.spec.phases
     if not truth:
@@ -361,7 +378,7 @@ def confusion(run: RunResults, number: int) -> Figure | None:
 
 
 def precision_recall(runs: Sequence[RunResults]) -> Iterator[Figure]:
-    """One figure per tool that appears, with one curve per run."""
+    """Yield a figure of precision against recall for each tool that appears, with one curve per run."""
     for k, tool in enumerate(runs[0].truth.spec.tools):
         data = [_curve(run, number, k) for number, run in enumerate(runs)]
         lines = [line for line in data if line]
@@ -378,7 +395,10 @@ def precision_recall(runs: Sequence[RunResults]) -> Iterator[Figure]:
 
 
 def curve_points(run: RunResults, k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-    """(recall, precision) in percent of tool `k` over the pooled labelled frames, reduced to what is visible."""
+    """Return (recall, precision) in percent of tool `k` on the pooled labelled frames.
+
+    Points that would not be visible are left out.
+    """
     pairs = [
         (run.truth.videos[name].tools[:, k], found[:, k])
         for name, found in run.tool_scores.items()
@@ -391,7 +411,7 @@ def curve_points(run: RunResults, k: int) -> tuple[NDArray[np.float64], NDArray[
 
     scores = np.concatenate([values for _, values in pairs])
     precision, recall, _ = precision_recall_curve(truth[truth >= 0], scores[truth >= 0])
-    recall, precision = recall[::-1], precision[::-1]  # recall rises
+    recall, precision = recall[::-1], precision[::-1]  # reverse, so that recall rises
     keep = np.unique(np.r_[0, np.searchsorted(recall, np.linspace(0, 1, CURVE_POINTS)), len(recall) - 1])
     keep = keep[keep < len(recall)]
     return 100.0 * recall[keep], 100.0 * precision[keep]
@@ -414,7 +434,7 @@ def _curve(run: RunResults, number: int, k: int) -> dict[str, Any] | None:
 
 
 def training(runs: Sequence[RunResults]) -> Iterator[Figure]:
-    """One figure per training that any run has: the loss above, validation scores below, over epochs."""
+    """Yield a figure for each training of any run, with the loss above and validation scores below, over epochs."""
     for number, stage in enumerate(dict.fromkeys(stage for run in runs for stage in run.curves)):
         data = [line for i, run in enumerate(runs) for line in _training_lines(run, i, stage, len(runs) > 1)]
         scores = any(line["yaxis"] == "y2" for line in data)
@@ -431,13 +451,13 @@ def training(runs: Sequence[RunResults]) -> Iterator[Figure]:
 
 
 def training_scores(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the validation scores that have a number in any epoch's row."""
+    """Return the names of the validation scores that have a value in at least one epoch."""
     keys = dict.fromkeys(key for row in rows for key in row if key.startswith("val_"))
     return [key for key in keys if any(row.get(key) is not None for row in rows)]
 
 
 def score_title(key: str) -> str:
-    """`val_map` as `validation mAP`."""
+    """Return the title of a validation score: `validation mAP` for `val_map`."""
     return key.replace("val_", "validation ").replace("_", " ").replace(" map", " mAP")
 
 

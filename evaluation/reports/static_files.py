@@ -1,7 +1,7 @@
-"""The report's figures for papers, as PDF and PNG by matplotlib.
+"""Write the report's figures for papers, as PDF and PNG, with matplotlib.
 
-Phase ribbons of all videos are one figure on paper (`paper_figures`); the others are drawn from the page's own
-specifications.
+The phase ribbons of all videos form one figure (`paper_figures`). The other figures are drawn from the same Plotly
+specifications as in the page.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ SUFFIXES = (".pdf", ".png")
 _DASHES = dict(zip(RUN_DASHES, ("-", "--", ":", "-.", (0, (8, 2)), (0, (5, 1, 1, 1))), strict=True))
 _SMALL = {"fontsize": 8, "parse_math": False}  # a dollar sign in a name does not start a formula
 _WIDTH_INCH = 7.5
-_PX_PER_INCH = 96  # as a browser prints
+_PX_PER_INCH = 96  # the resolution with which a browser prints
 _COLUMNS = 3
 
 
 def write_figures(folder: Path, report: Report) -> list[Path]:
-    """Write every figure of the report into `folder`, each as PDF and PNG; returns the files.
+    """Write all figures of the report into `folder`, each as PDF and PNG, and return the files.
 
     Raises UserError if the folder cannot be written.
     """
@@ -41,7 +41,7 @@ def write_figures(folder: Path, report: Report) -> list[Path]:
 
 
 def _drawings(report: Report) -> dict[str, Callable[[Path], None]]:
-    """Functions that draw the figures of this report, by file name."""
+    """Return the functions that draw the figures of this report, by file name."""
     found: dict[str, Callable[[Path], None]] = {}
     predicted = [video for video in report.videos if any(video in run.predictions for run in report.runs)]
     if predicted:
@@ -64,7 +64,7 @@ def _ribbons(path: Path, report: Report, videos: list[str]) -> None:
 
 
 def draw_panels(path: Path, figures: Sequence[Figure]) -> None:
-    """Draw figures of the page beside each other in one file, a panel for each y axis, and one legend below."""
+    """Draw figures of the page side by side in one file, with a panel for each y axis, and one legend below."""
     from matplotlib.figure import Figure as Canvas
 
     panels = [(figure, axis) for figure in figures for axis in ("yaxis", "yaxis2") if axis in figure.spec["layout"]]
@@ -88,7 +88,7 @@ def draw_panels(path: Path, figures: Sequence[Figure]) -> None:
 
 
 def _draw_trace(axes: Any, trace: dict[str, Any]) -> Any:
-    """Draw a matrix, a line, bars with their intervals, or bars over time; returns what stands for it in a legend."""
+    """Draw a matrix, a line, bars with intervals, or bars over time; returns the object that a legend shows for it."""
     from matplotlib.patches import Patch
 
     if trace["type"] == "heatmap":
@@ -99,7 +99,7 @@ def _draw_trace(axes: Any, trace: dict[str, Any]) -> Any:
             axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
         return axes.imshow(percent, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     if trace["type"] == "scatter":
-        line, values = trace["line"], np.array(trace["y"], dtype=float)  # None becomes NaN, a gap
+        line, values = trace["line"], np.array(trace["y"], dtype=float)  # None becomes NaN, which leaves a gap
         return axes.plot(trace["x"], values, color=line["color"], linestyle=_DASHES[line["dash"]], linewidth=1.4)[0]
     colour, low, height = trace["marker"]["color"], np.array(trace["y"]) + trace["offset"], trace["width"]
     if "base" in trace:
@@ -108,7 +108,8 @@ def _draw_trace(axes: Any, trace: dict[str, Any]) -> Any:
             axes.broken_barh(spans[low == edge], (edge, height), facecolor=colour, linewidth=0)
         return Patch(facecolor=colour)
     style: dict[str, Any] = {"facecolor": colour, "hatch": trace["marker"]["pattern"]["shape"], "edgecolor": "white"}
-    reach = np.array([trace["error_x"]["arrayminus"], trace["error_x"]["array"]], dtype=float)  # NaN draws no whisker
+    # NaN stands for no error bar
+    reach = np.array([trace["error_x"]["arrayminus"], trace["error_x"]["array"]], dtype=float)
     lengths = np.nan_to_num(np.array(trace["x"], dtype=float))
     error = {"elinewidth": 1, "capsize": 2, "ecolor": "#222222"}
     axes.barh(low, lengths, height, align="edge", xerr=reach, error_kw=error, **style)

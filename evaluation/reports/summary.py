@@ -1,4 +1,4 @@
-"""The few numbers of a run, as fractions, for `summary.json`, and the settings that led to them."""
+"""Compute a run's main results for `summary.json`, as fractions, and the settings that led to them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from features.dataset.index import SPLITS, Index
 
 
 def summarise(phases: ByConvention | None, tools: ToolResults | None) -> dict[str, float | None]:
-    """Fractions; None if a task was not evaluated.
+    """Return the main results as fractions, with None for a task that was not evaluated.
 
-    `phase_accuracy` is the mean over videos, `phase_f1` the F1 of the convention `phase_mean`, `tool_map` the mean
-    average precision pooled over frames.
+    `phase_accuracy` is the mean over videos, `phase_f1` is F1 under the convention `phase_mean`, and `tool_map` is the
+    mean average precision on pooled frames.
     """
     strict = phases.get(MAIN_CONVENTION) if phases else None
     accuracy, f1 = (strict.score("accuracy"), strict.score("f1")) if strict else (None, None)
@@ -30,11 +30,11 @@ def summarise(phases: ByConvention | None, tools: ToolResults | None) -> dict[st
 
 
 def settings_behind(run: Path, settings: Mapping[str, Any], encoder: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Settings of stage two; those of stage one are replaced by what made the features.
+    """Return the settings of stage two, with those of stage one replaced by what really made the features.
 
-    `encoder` is the record in the features, with its `digest`; None if it is not known. The settings name a backbone
-    even if features were named by their folder, so a run's settings of stage one count only if they made these
-    features.
+    `encoder` is the record in the features, with its `digest`, or None if it is not known. The settings always name a
+    backbone, even if the features were given as a folder. The run's settings of stage one are therefore kept only if
+    they made these features.
     """
     if encoder is None:
         return dict(settings)
@@ -48,7 +48,7 @@ def settings_behind(run: Path, settings: Mapping[str, Any], encoder: Mapping[str
 
 
 def used_videos(index: Index, evaluation: Evaluation) -> tuple[dict[str, list[str]], list[str]]:
-    """The videos of train, val and test that have labels of some task, by split, and those that have none."""
+    """Return the videos of train, val and test that have labels of any task, by split, and those without labels."""
     without = {task: set(evaluation.videos_without_labels.get(task, ())) for task in ("phases", "tools")}
     empty = without["phases"] & without["tools" if index.dataset.tools else "phases"]
     parts = {part: [entry.id for entry in index.by_split(part)] for part in SPLITS if part != "none"}

@@ -1,6 +1,6 @@
-"""Tables of results for a terminal, legible at 80 columns; each names the convention that its numbers follow.
+"""Make tables of results for a terminal of at least 80 columns. Each names the convention that its numbers follow.
 
-The tables of the report's page are in `html_tables`.
+The tables of the HTML report are in `html_tables`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A table: `rows` are (name, cells), the last one set apart where it is the `total`; `notes` are shown below.
+    """A table: `rows` are (name, cells), and `notes` are shown below. If there is a `total`, it is the last row.
 
-    In the page a cell may have a second line in smaller letters, and `groups`, (title, columns below it), head columns.
+    In the HTML page, a cell may have a second line in smaller letters, and `groups` (title, number of columns) are
+    headings above columns.
     """
 
     title: str
@@ -48,14 +49,14 @@ class ResultTable:
 
     @property
     def group_starts(self) -> set[int]:
-        """Columns at which a group begins, which have a line on their left."""
+        """The columns at which a group begins; they have a line on their left."""
         widths = [width for _, width in self.groups]
         return {sum(widths[:group]) for group in range(len(widths))} if len(widths) > 1 else set()
 
     def __rich__(self) -> Table:
-        """For a terminal; on a narrow one the names are shortened, never the numbers.
+        """Return the table for a terminal. On a narrow one, names are shortened, but never numbers.
 
-        Names are added literally: square brackets in a name are not markup.
+        Names are shown literally, so that square brackets in a name are not read as markup.
         """
         from rich import box
         from rich.table import Table
@@ -71,7 +72,7 @@ class ResultTable:
             pad_edge=False,
             padding=0,
         )
-        table.add_column(self.corner, overflow="ellipsis")  # the only one that may wrap, so the only one to shrink
+        table.add_column(self.corner, overflow="ellipsis")  # this column alone may become narrower
         for texts in zip(self.columns, *(cells for _, cells in self.rows), strict=True):
             table.add_column(texts[0], justify="right", no_wrap=True, min_width=max(map(len, texts)))
         for row, (name, cells) in enumerate(self.rows, start=1):
@@ -83,10 +84,10 @@ class ResultTable:
 
 
 def phase_table(results: ByConvention, convention: str = MAIN_CONVENTION) -> ResultTable:
-    """The metrics of each phase and over all, percent.
+    """Return a table of the metrics of each phase and over all phases, in percent.
 
-    A phase's row is mean ± standard deviation over the videos that have it; the last row follows the convention.
-    Raises UserError where `results` lack the convention or it is not one of frames.
+    A phase's row contains mean ± standard deviation over the videos with that phase; the last row follows the
+    convention. Raises UserError if `results` do not contain the convention or it does not compare frames.
     """
     result = _of_frames(results, convention)
     about, metrics = result.about, result.metrics[1:]
@@ -105,7 +106,7 @@ def phase_table(results: ByConvention, convention: str = MAIN_CONVENTION) -> Res
 
 
 def conventions_table(results: ByConvention) -> ResultTable:
-    """One row per convention of frames: the same predictions under each."""
+    """Return a table of the same predictions under each convention that compares frames, with one row for each."""
     shown = _frame_conventions(results)
     about = next(iter(shown.values())).about
     note = f"Standard deviation: over videos or phases, as the convention has it. {_setting(about)}."
@@ -115,7 +116,7 @@ def conventions_table(results: ByConvention) -> ResultTable:
 
 
 def intervals_table(results: ByConvention) -> ResultTable:
-    """One row per convention of frames: 95 % bootstrap intervals over videos (`intervals` of each result)."""
+    """Return a table of 95 % bootstrap intervals over videos, with one row per convention that compares frames."""
     shown = _frame_conventions(results)
     metrics = metrics_of(shown.values())
     found = {name: result.intervals or {} for name, result in shown.items()}
@@ -125,7 +126,7 @@ def intervals_table(results: ByConvention) -> ResultTable:
 
 
 def comparison_table(models: Mapping[str, ByConvention], convention: str = MAIN_CONVENTION) -> ResultTable:
-    """One row per model (a head, a baseline) under one convention of frames."""
+    """Return a table with one row per model (head or baseline), under one convention that compares frames."""
     shown = {name: _of_frames(results, convention) for name, results in models.items()}
     about = next(iter(shown.values())).about
     note = f"Standard deviation: {about.std}. {_setting(about)}."
@@ -143,12 +144,15 @@ def _frame_conventions(results: ByConvention) -> ByConvention:
 
 
 def metrics_of(results: Iterable[PhaseResults]) -> list[str]:
-    """The metrics over all videos that any of the results has."""
+    """Return the names of the metrics over all videos that at least one of the results has."""
     return list(dict.fromkeys(metric for result in results for metric in result.metrics))
 
 
 def segment_table(results: ByConvention, convention: str = "segmental") -> ResultTable:
-    """Edit score and F1 at the overlaps, percent. Raises UserError where `results` lack the convention."""
+    """Return a table of edit score and F1 at the overlaps, in percent.
+
+    Raises UserError if `results` do not contain the convention.
+    """
     if convention not in results:
         raise UserError(f"no results under the convention {convention}; evaluate with it first")
     result = results[convention]
@@ -168,7 +172,9 @@ THRESHOLD_TITLES = ("Precision", "Recall", "F1")
 
 
 def tool_table(results: ToolResults) -> ResultTable:
-    """Average precision of each tool and mAP, percent; scores at thresholds if there are any."""
+    """Return a table of each tool's average precision and of mAP, in percent, and scores at thresholds if there are
+    any.
+    """
     columns = ["Pooled", "Per video", "Present", *(THRESHOLD_TITLES if results.at_threshold else ())]
     present = {name: f"{entry.present:,}" for name, entry in results.per_tool.items()}
     rows = [
@@ -181,8 +187,10 @@ def tool_table(results: ToolResults) -> ResultTable:
 
 
 def tool_cells(results: ToolResults) -> dict[str, list[str]]:
-    """Average precision pooled and over videos as text, then precision, recall and F1 at the threshold if there is one:
-    of each tool, and last, as `MEAN_AP`, the means over tools."""
+    """Return the cells of each tool, and last, under `MEAN_AP`, those of the means over tools.
+
+    They are average precision on pooled frames and over videos and, if there is a threshold, precision, recall and F1.
+    """
     rows: dict[str, tuple[float | None, str, ThresholdScores | None]] = {
         tool: (entry.ap_pooled, mean_std_text(entry.ap_video), entry.at_threshold)
         for tool, entry in results.per_tool.items()
@@ -195,7 +203,7 @@ def tool_cells(results: ToolResults) -> dict[str, list[str]]:
 
 
 def difference_table(pair: ModelPair, about: ComparisonAbout) -> ResultTable:
-    """Two models on the same videos, one row per metric."""
+    """Return a table that compares two models on the same videos, with one row per metric."""
     rows = [
         (
             metric_title(metric),
@@ -232,26 +240,26 @@ IN_BRACKETS = "[{:.1f}, {:.1f}]"  # a form of `interval_text`
 
 
 def number_text(value: float | None) -> str:
-    """One digit after the point; a dash if there is no number."""
+    """Return a number with one digit after the point, or a dash if there is none."""
     return "-" if value is None else f"{value:.1f}"
 
 
 def mean_std_text(score: Score | None) -> str:
-    """`mean ± std` with one digit; the mean alone where there is no standard deviation."""
+    """Return `mean ± std` with one digit after the point, or the mean alone if there is no standard deviation."""
     if score is None or score.mean is None or score.std is None:
         return number_text(score.mean if score else None)
     return f"{score.mean:.1f} ± {score.std:.1f}"
 
 
 def interval_text(interval: Interval | None, form: str = "{:.1f} to {:.1f}") -> str:
-    """The ends of an interval, with one digit; empty if there is none."""
+    """Return the ends of an interval with one digit after the point, or an empty text if there is none."""
     if interval is None or interval.low is None or interval.high is None:
         return ""
     return form.format(interval.low, interval.high)
 
 
 def _setting(about: PhaseAbout | ToolAbout | ComparisonAbout) -> str:
-    """Split, number of videos and rate, as far as known."""
+    """Return split, number of videos and rate as text, as far as they are known."""
     parts = [f"split {about.split}"] if about.split else []
     parts.append(counted(about.videos, "video"))
     if about.fps:

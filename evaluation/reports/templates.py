@@ -1,4 +1,4 @@
-"""Jinja templates of this package, set up in one place: a missing value is an error, names in HTML are escaped."""
+"""Set up the Jinja templates of this package: a missing value is an error, and names in HTML are escaped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
 def template_environment(*, html: bool) -> Environment:
-    """For templates in `TEMPLATES`: HTML, or text such as Markdown, which is not escaped."""
+    """Return an environment for the templates in `TEMPLATES`: for HTML, or for text such as Markdown (not escaped)."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -32,9 +32,9 @@ def template_environment(*, html: bool) -> Environment:
 
 
 def markdown(name: object) -> str:
-    """A name that Markdown shows literally, in tables too: as no HTML, link, image, emphasis or line break.
+    """Escape a name so that Markdown shows it literally, also in tables: without HTML, link, image, emphasis or break.
 
-    Web and mail addresses do not become links by the rules of CommonMark and of GitHub's extensions, but stay legible.
+    Web and mail addresses stay legible, but do not become links under the rules of CommonMark and GitHub's extensions.
     """
     text = " ".join(printable(str(name)).split())
     text = re.sub(r"([\\`*_~\[\]|])", r"\\\1", text)
@@ -44,5 +44,5 @@ def markdown(name: object) -> str:
 
 
 def markdown_code(name: object) -> str:
-    """A name between backticks, where only a backtick has a meaning."""
+    """Escape a name to be shown between backticks, where only a backtick has a meaning."""
     return " ".join(printable(str(name)).split()).replace("`", "'")

@@ -1,1 +1,1 @@
-"""A data set on disk: its videos, their labels and splits, and the index that records them."""
+"""Data sets on disk: find videos and their labels, assign splits, and record them in an index."""

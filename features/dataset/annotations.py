@@ -1,11 +1,14 @@
-"""Phase and tool annotations in Cholec80's text format: read strictly, written exactly.
+"""Read and write phase and tool annotations in Cholec80's text format.
 
-A file is tab-separated UTF-8 text with a header: `Frame<TAB>Phase` and one phase name per row, or
-`Frame<TAB>Grasper<TAB>...` and a 0 or 1 per tool; -1 or an empty cell is no label. Frame numbers increase in fixed
-steps (the stride), which are inferred from the Frame column; rows may be missing. What the numbers count is decided in
-`features.dataset.row_numbers`. Class names are compared by `configs.dataset_spec.folded_name`. Tolerated is what
-editors and programs add without changing the meaning: a byte-order mark, CRLF, blank lines at the end, tabs and blanks
-at the end of a line. Everything else is an error that names file, row (the first row below the header is 1) and line.
+A file is tab-separated UTF-8 text with a header. A phase file has the header `Frame<TAB>Phase` and one phase name per
+row; a tool file has the header `Frame<TAB>Grasper<TAB>...` and a 0 or 1 per tool. -1 or an empty cell means no label.
+Frame numbers increase in fixed steps (the stride), which are inferred from the Frame column; rows may be missing. What
+the numbers count is decided in `features.dataset.row_numbers`. Class names are compared by
+`configs.dataset_spec.folded_name`.
+
+Additions by editors and programs that do not change the meaning are accepted: a byte-order mark, CRLF, blank lines at
+the end, tabs and blanks at the end of a line. Everything else is an error that names the file, the row (the first row
+below the header is 1) and the line.
 """
 
 from __future__ import annotations
@@ -25,19 +28,20 @@ from engine.files import read_bounded, write_text
 from engine.sniff import recognise_start
 
 _WHOLE_NUMBER = re.compile(r"[0-9]+")
-MAX_FILE_BYTES = 64 << 20  # twenty hours of phases, one row per frame
-NO_LABEL = ("-1", "")  # cells without a label
-_MISSING = ("nan", "NaN", "NA", "N/A", "-1.0")  # the same as written by pandas and R, unless a class has that name
-_ROUNDED_STRIDE = 8  # from this stride on, a difference of one is rounding and not a missing row
-_MAX_DIGITS = 15  # far beyond any video, and safely inside int64
+MAX_FILE_BYTES = 64 << 20  # enough for twenty hours of phases with one row per frame
+NO_LABEL = ("-1", "")  # cells that mean "no label"
+_MISSING = ("nan", "NaN", "NA", "N/A", "-1.0")  # "no label" as written by pandas and R, unless a class has that name
+_ROUNDED_STRIDE = 8  # from this stride on, steps may differ from it by one, because of rounding
+_MAX_DIGITS = 15  # of a frame number: far more than any video needs, and safe in int64
 
 
 @dataclass(frozen=True, eq=False)
 class LabelTrack:
-    """The rows of one video's annotation file: `frame_index` (R,) int64 and their labels, int8, -1 without a label.
+    """The R rows of one video's annotation file: their frame numbers and their labels (-1: no label).
 
-    `labels` is (R,) for phases and (R, K) for tools, both in the data set's order. `stride` is the usual distance
-    between rows, 1 for a single row. A row holds until the next one, for at most a stride.
+    `frame_index` is (R,) int64. `labels` is int8, with shape (R,) for phases and (R, K) for tools, numbered in the data
+    set's order. `stride` is the usual distance between rows in frames, 1 if there is a single row. A row is valid until
+    the next row, but for at most a stride.
     """
 
     frame_index: NDArray[np.int64]
@@ -46,11 +50,11 @@ class LabelTrack:
 
     @property
     def end(self) -> int:
-        """The first frame after the last row's span."""
+        """The first frame for which the last row is no longer valid."""
         return int(self.frame_index[-1]) + self.stride
 
     def head(self, rows: int) -> LabelTrack:
-        """The first `rows` rows."""
+        """Return the track with only its first `rows` rows."""
         return LabelTrack(self.frame_index[:rows], self.labels[:rows], self.stride)
 
 
@@ -74,7 +78,7 @@ def read_tool_file(path: Path, spec: DataSetSpec) -> LabelTrack:
 
 
 def read_content(path: Path) -> bytes:
-    """A file's bytes. Raises UserError if it cannot be read, is not text or is larger than annotations are."""
+    """Read a file's bytes. Raises UserError if it cannot be read, is not text, or is too large for annotations."""
     content = read_bounded(path, MAX_FILE_BYTES)
     if what := recognise_start(content):
         raise UserError(f"{path}: is {what}")
@@ -82,7 +86,7 @@ def read_content(path: Path) -> bytes:
 
 
 def parse_phases(content: bytes, path: Path, spec: DataSetSpec) -> LabelTrack:
-    """A phase file's bytes as a track; `path` is used in messages only. Raises UserError as `read_phase_file`."""
+    """Parse a phase file's bytes; `path` is used in messages only. Raises UserError as `read_phase_file` does."""
     header, lines = _lines(content, path)
     if [name.casefold() for name in header] != ["frame", "phase"]:
         raise _header_error(path, header, "Frame<TAB>Phase")
@@ -101,9 +105,11 @@ def parse_phases(content: bytes, path: Path, spec: DataSetSpec) -> LabelTrack:
 
 
 def parse_tools(content: bytes, path: Path, spec: DataSetSpec) -> LabelTrack:
-    """A tool file's bytes as a track; `path` is used in messages only. Raises UserError as `read_tool_file`."""
+    """Parse a tool file's bytes; `path` is used in messages only. Raises UserError as `read_tool_file` does."""
     if not spec.tools:
-        raise UserError(f"{path}: data set {spec.name} has no tools; remove the file or add them to its description")
+        raise UserError(
+            f"{path}: data set {spec.name} has no tools; remove the file, or add tools to the data set's description"
+        )
     header, lines = _lines(content, path)
     if header[0].casefold() != "frame":
         raise _header_error(path, header, "<TAB>".join(("Frame", *spec.tools)))
@@ -117,7 +123,7 @@ def parse_tools(content: bytes, path: Path, spec: DataSetSpec) -> LabelTrack:
 
 
 def text_lines(content: bytes, path: Path) -> list[str]:
-    """The lines of a UTF-8 text without blank lines at the end. Raises UserError for other encodings."""
+    """Split a UTF-8 text into lines, without blank lines at the end. Raises UserError for other encodings."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -129,7 +135,7 @@ def text_lines(content: bytes, path: Path) -> list[str]:
 
 
 def _lines(content: bytes, path: Path) -> tuple[list[str], list[str]]:
-    """Header cells and the lines below it, blank lines at the end removed."""
+    """Return the cells of the header, and the lines below it without blank lines at the end."""
     lines = text_lines(content, path)
     if not lines:
         raise UserError(f"{path}: is empty")
@@ -140,18 +146,21 @@ def _lines(content: bytes, path: Path) -> tuple[list[str], list[str]]:
 
 
 def _cells(lines: Sequence[str], width: int, path: Path) -> list[str]:
-    """All cells in one flat list, `width` per row: a list per row would cost more time than the parsing."""
+    """Return all cells in one flat list, `width` cells per row.
+
+    The list is flat because a list per row would take more time than the parsing.
+    """
     if set(map(_count_tabs, lines)) != {width - 1}:
         lines = [_without_surplus(line, width) for line in lines]
         for row, found in enumerate(_count_tabs(line) + 1 for line in lines):
             if found != width:
                 what = f"has {found} column{'s' * (found > 1)}" if lines[row].strip() else "is blank"
-                raise row_error(path, row, f"{what}, not {width} separated by tabs")
+                raise row_error(path, row, f"{what}; expected {width}, separated by tabs")
     return list(map(str.strip, "\t".join(lines).split("\t")))
 
 
 def _without_surplus(line: str, width: int) -> str:
-    """The line without empty cells beyond those of the header."""
+    """Return the line without additional empty cells at its end, beyond the `width` of the header."""
     while _count_tabs(line) >= width and not line[line.rindex("\t") :].strip():
         line = line[: line.rindex("\t")]
     return line
@@ -175,7 +184,7 @@ def _header_error(path: Path, header: Sequence[str], wanted: str) -> UserError:
 
 
 def _tool_columns(header: Sequence[str], path: Path, spec: DataSetSpec) -> list[int]:
-    """The index of the tool in each tool column of the file."""
+    """Return the number of the tool in each tool column of the file."""
     known = class_ids(spec.tools, spec.tool_aliases)
     columns: list[int] = []
     for name in header[1:]:
@@ -192,7 +201,10 @@ def _tool_columns(header: Sequence[str], path: Path, spec: DataSetSpec) -> list[
 
 
 def _frame_column(cells: Sequence[str], path: Path) -> tuple[NDArray[np.int64], int]:
-    """The Frame column (R,) int64 and its stride: whole numbers of 0 or more, evenly spaced; some may be missing."""
+    """Return the Frame column (R,) int64 and its stride.
+
+    Raises UserError unless the cells are whole numbers of 0 or more, evenly spaced except for missing rows.
+    """
     digits = "".join(cells)
     if not (digits.isascii() and digits.isdigit() and all(cells) and max(map(len, cells)) <= _MAX_DIGITS):
         for row, cell in enumerate(cells):
@@ -203,9 +215,10 @@ def _frame_column(cells: Sequence[str], path: Path) -> tuple[NDArray[np.int64], 
 
 
 def _stride(frame_index: NDArray[np.int64], path: Path) -> int:
-    """The usual distance between rows. Raises UserError naming the first row that is not a multiple of it further on.
+    """Return the usual distance between rows (the stride).
 
-    Rows may be missing. A difference from rounding a distance that is not a whole number (29 among 30s) is accepted.
+    Raises UserError naming the first row whose distance from the row before is not a multiple of the stride. Multiples
+    are accepted since rows may be missing, and so are differences that come from rounding (29 among 30s).
     """
     steps = np.diff(frame_index)
     distances, counts = np.unique(steps[steps > 0], return_counts=True)
@@ -226,19 +239,22 @@ def _stride(frame_index: NDArray[np.int64], path: Path) -> int:
 
 
 def row_error(path: Path, row: int, problem: str) -> UserError:
-    """An error in the row with index `row` (0 is the first below the header)."""
+    """Return an error about the row with index `row` (0 is the first row below the header)."""
     return UserError(f"{path}: row {row + 1} (line {row + 2}) {problem}")
 
 
 def unknown_class(kind: Literal["phase", "tool"], name: str, spec: DataSetSpec) -> str:
-    """A message about a class name that the data set lacks: the nearest known one, or all of them, and the aliases."""
+    """Return a message about a class name that the data set does not have.
+
+    It suggests the most similar known name, or lists all names, and mentions aliases.
+    """
     names, aliases = (spec.phases, spec.phase_aliases) if kind == "phase" else (spec.tools, spec.tool_aliases)
     hint = did_you_mean(name[:80], (*aliases, *names)) or f" (known: {', '.join(names)})"
-    return f"unknown {kind} {shown_cell(name)}{hint}; {kind}_aliases in the description of {spec.name} can name it"
+    return f"unknown {kind} {shown_cell(name)}{hint}; or add it to {kind}_aliases in the description of {spec.name}"
 
 
 def shown_cell(cell: str) -> str:
-    """A cell as shown in a one-line message: quoted, control characters escaped, shortened when long."""
+    """Return a cell for a one-line message: quoted, with control characters escaped, and shortened if it is long."""
     return repr(cell if len(cell) <= 60 else cell[:57] + "...")
 
 
@@ -246,7 +262,7 @@ def shown_cell(cell: str) -> str:
 
 
 def write_label_file(path: Path, track: LabelTrack, spec: DataSetSpec) -> None:
-    """Write phases or tools in Cholec80's format: tab-separated, a header, LF, a newline at the end."""
+    """Write phases or tools in Cholec80's format: a header, tab-separated cells, and LF at the end of every line."""
     if track.labels.ndim == 1:
         header = ["Frame", "Phase"]
         rows = [[spec.phases[phase] if phase >= 0 else NO_LABEL[0]] for phase in track.labels.tolist()]

@@ -1,4 +1,4 @@
-"""Building an index: each video found is measured, its annotations are fitted to it, and its split is assigned."""
+"""Build an index: find the videos, measure them, fit their annotations to them, and assign splits."""
 
 from __future__ import annotations
 
@@ -35,15 +35,14 @@ def build_index(
     only: Collection[str] | None = None,
     leave_out: bool = False,
 ) -> Index:
-    """The index of the data set below `root` (or of the videos `only`), with splits. Nothing is written.
+    """Build the index of the data set below `root`, or only of the videos `only`. Nothing is written.
 
-    With `leave_out`, a video that cannot be read, or whose annotations cannot be read, is left out and affects no
-    other: the others keep the splits that they would have if it were present. Videos named in `data.exclude` are left
-    out in the same way, without being read.
+    With `leave_out`, a video is left out if it or its annotations cannot be read; all other videos keep the splits that
+    they would have if it were present. Videos named in `data.exclude` are left out in the same way, without being read.
 
-    If `data.split` is not set and the data set's usual split does not fit the videos found, no split is assigned
-    ("none") and a note says so. Raises UserError naming the file and row at fault; if several videos are at fault, the
-    message is that of the first and names the others.
+    If `data.split` is not set and the data set's usual split does not fit the videos found, every video gets split
+    "none", and a note says so. Raises UserError naming the file and row that are wrong. If several videos are wrong,
+    the message describes the problem of the first and names the others.
     """
     found = find_videos(root, spec, data, leave_out)
     if only is not None:
@@ -64,7 +63,7 @@ def build_index(
     return Index(
         dataset=spec,
         videos=tuple(entry.model_copy(update={"split": splits[entry.id]}) for entry in entries),
-        notes=tuple(map(printable, notes)),  # file names may contain bytes that are not text
+        notes=tuple(map(printable, notes)),  # file names in notes may contain bytes that are not text
         left_out=tuple(
             LeftOut(id=name, reason=reason, split=splits[name], excluded=name in excluded)
             for name, reason in reasons.items()
@@ -92,7 +91,7 @@ def dataset_of_source(path: Path, spec: DataSetSpec, data: DataConfig) -> Datase
 
 
 def _kept(found: Discovery, keep: Callable[[str], bool]) -> Discovery:
-    """The same discovery, with only those videos whose ids are to be kept."""
+    """Return a copy of `found` with only the videos for whose ids `keep` is true."""
     return replace(
         found,
         videos=tuple(video for video in found.videos if keep(video.id)),
@@ -103,7 +102,7 @@ def _kept(found: Discovery, keep: Callable[[str], bool]) -> Discovery:
 def _build_entries(
     root: Path, found: Discovery, spec: DataSetSpec, data: DataConfig, leave_out: bool
 ) -> tuple[list[VideoEntry], list[str], list[tuple[str, UserError]]]:
-    """Entries without a split, notes, and the faulty videos. Raises UserError as `build_index` does."""
+    """Return entries without a split, notes, and the videos with errors. Raises UserError as `build_index` does."""
     order = _phase_order(root, found, spec, data)
     entries: list[VideoEntry] = []
     notes, faults = list(found.notes), list(found.faults)
@@ -127,7 +126,10 @@ def _build_entries(
 def _splits(
     ids: Sequence[str], spec: DataSetSpec, data: DataConfig, passed_over: Sequence[LeftOut], notes: list[str]
 ) -> dict[str, Split]:
-    """The split of each video; a note is added where the usual one does not fit. Raises UserError."""
+    """Return the split of each video, and add a note if the data set's usual split does not fit.
+
+    Raises UserError if the split that the settings ask for does not fit.
+    """
     ids = sorted(ids, key=natural_key)
     if problem := usual_split_problem(ids, spec, data.split):
         notes.append(f"no splits assigned, since the usual one of {spec.name} does not fit: {problem}")
@@ -139,7 +141,7 @@ def _splits(
 
 
 def _phase_order(root: Path, found: Discovery, spec: DataSetSpec, data: DataConfig) -> tuple[str, ...]:
-    """The names of the phase numbers in TFRecord files; none if there are no such files."""
+    """Return the phase that each number in TFRecord files stands for; empty if there are no such files."""
     sources = [video.source for video in found.videos if video.kind == "tfrecord"]
     if not sources:
         return ()
@@ -152,12 +154,12 @@ def _phase_order(root: Path, found: Discovery, spec: DataSetSpec, data: DataConf
 def _build_entry(
     root: Path, video: FoundVideo, spec: DataSetSpec, data: DataConfig, order: tuple[str, ...], leave_out: bool
 ) -> tuple[VideoEntry, list[str]]:
-    """One video's entry, without a split, and notes. With `leave_out`, too few labels are an error (UserError)."""
+    """Return one video's entry, without a split, and notes. With `leave_out`, too few labels raise UserError."""
     annotation, path = video.phase or video.tool, root / video.source
     if video.kind == "tfrecord" and annotation:
         raise UserError(
-            f"{root / annotation} and {path}: both hold labels of {video.id}; keep only one of them below the data "
-            "root, or take the TFRecord files' own with data.sources=tfrecord"
+            f"{root / annotation} and {path}: both contain labels of {video.id}; keep only one of them below the data "
+            "root, or use the labels in the TFRecord files with data.sources=tfrecord"
         )
     paths: dict[Role, str | None] = {"phase": video.phase, "tool": video.tool}
     read = {role: read_annotation(root, relative, role, spec) for role, relative in paths.items() if relative}
@@ -165,7 +167,7 @@ def _build_entry(
     facts, source_notes = _measure(root, video, spec, data, order, [track for _, track in lists])
     try:
         entry = VideoEntry(id=video.id, kind=video.kind, source=video.source, split="none", **vars(facts))
-    except ValidationError as error:  # a header may claim any rate and any number of frames
+    except ValidationError as error:  # a damaged header may give an impossible rate or number of frames
         what = recognise_file(path) if video.kind == "video" else None
         problem = f"is {what}" if what else f"{first_fault(error)}; re-encode it or leave it out"
         raise UserError(f"{path}: {problem}") from error
@@ -189,7 +191,7 @@ def _measure(
     order: tuple[str, ...],
     tracks: Sequence[LabelTrack],
 ) -> tuple[SourceFacts, tuple[str, ...]]:
-    """The facts of a source of any kind, and notes on it. `tracks` are its annotations."""
+    """Measure a source of any kind; returns its facts and notes on it. `tracks` are its annotations."""
     if video.kind == "video":
         return video_facts(root, video.source, data.full_hash)
     if video.kind == "tfrecord":
@@ -200,18 +202,18 @@ def _measure(
 
 
 def _require_labelled(lists: Sequence[Path], fractions: Sequence[float], source: str, data: DataConfig) -> None:
-    """Raise UserError for an annotation file that labels too small a fraction of a video's frames."""
+    """Raise UserError if an annotation file labels a smaller fraction of a video than `data.min_labelled`."""
     for path, labelled in zip(lists, fractions, strict=True):
         if labelled < data.min_labelled:
             raise UserError(
                 f"{path}: has labels for {labelled:.1%} of {source}, less than data.min_labelled="
-                f"{data.min_labelled:g}; complete them, set data.row_fps if rows count something else than they are "
-                "taken for, or lower data.min_labelled"
+                f"{data.min_labelled:g}; complete them, set data.row_fps if the rows' numbers were misunderstood, or "
+                "lower data.min_labelled"
             )
 
 
 def _missing_images(entry: VideoEntry) -> list[str]:
-    """A note on the images that a folder lacks."""
+    """Return a note if images are missing in a folder of frames, otherwise nothing."""
     if entry.frames is None or not entry.frames.missing:
         return []
     start = entry.frames.missing[0][0]

@@ -1,4 +1,4 @@
-"""The data set behind a configuration: its root, its index on disk, and whether index and settings agree."""
+"""Open, make and check the index that a configuration names, and print what it contains."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ from features.ids import natural_key
 from features.video.times import same_rate
 
 ROOT_VARIABLE = "SURGSTAGE_DATA"
-_ABOUT = {"title", "source", "patterns"}  # fields that do not affect an index once its files are found
+_ABOUT = {"title", "source", "patterns"}  # fields of a description that do not matter once the files are found
 
 
 # ---------------------------------------------------------------------------------------------- using
 
 
 def data_root(config: Config) -> Path:
-    """The folder of the videos: `data.root`, else the variable SURGSTAGE_DATA.
+    """Return the folder of the videos: `data.root`, or else the environment variable SURGSTAGE_DATA.
 
     Raises UserError if neither is set or there is no such folder.
     """
     named = config.data.root or os.environ.get(ROOT_VARIABLE)
     if not named:
         raise UserError(
-            f"no data root is set: add --set data.root=DIR, or set the variable {ROOT_VARIABLE}, DIR being the folder "
-            "that holds the videos and their annotations"
+            f"no data root is set: add --set data.root=DIR (or set the variable {ROOT_VARIABLE}), where DIR is the "
+            "folder with the videos and their annotations"
         )
     root = Path(named)
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; data.root must be the folder that holds the videos")
+        raise UserError(f"{root}: no such folder; data.root must be the folder that contains the videos")
     return LinkedRoot(root) if config.data.follow_links else root
 
 
 def known_root(config: Config) -> Path | None:
-    """As `data_root`, None if there is none: for commands that can run without videos."""
+    """Return `data_root`, or None if there is none, for commands that can run without videos."""
     try:
         return data_root(config)
     except UserError:
@@ -63,14 +63,14 @@ def known_root(config: Config) -> Path | None:
 
 
 def open_dataset(config: Config) -> Dataset:
-    """The index (made first where there is none) and the data root.
+    """Return the index and the data root. If there is no index yet, it is made.
 
-    Raises UserError if the index was made for another data set, or with other sources, numbering, splits or
+    Raises UserError if the index was made for another data set, or with other sources, row numbers, splits or
     exclusions than the settings ask for.
     """
     root, path = data_root(config), config.data.index
     if not path.exists():
-        say(f"{path}: does not exist yet, indexing {root}")
+        say(f"{path}: does not exist yet; indexing {root}")
         return Dataset(index_dataset(config), root)
     dataset = Dataset(Index.load(path), root)
     if problem := _disagreement(config, dataset):
@@ -79,31 +79,31 @@ def open_dataset(config: Config) -> Dataset:
 
 
 def _disagreement(config: Config, dataset: Dataset) -> str | None:
-    """The first difference between an index and the settings, or None."""
+    """Return the first difference between an index and the settings, or None."""
     data, spec, index, indexed = config.data, load_dataset(config.data.dataset), dataset.index, dataset.spec
     if indexed.model_dump(exclude=_ABOUT) != spec.model_dump(exclude=_ABOUT) or (
         indexed.patterns != spec.patterns and _finds_more(config, dataset, spec)
     ):
-        return f"made for data set {indexed.name}, the settings name {spec.name} (or its description has changed)"
+        return f"made for data set {indexed.name}, but the settings name {spec.name} (or its description has changed)"
     for entry in index.videos:
         if not is_chosen(entry.kind, entry.source, data):
-            return f"holds {entry.source}, which data.sources={data.sources} does not take"
+            return f"contains {entry.source}, which data.sources={data.sources} does not select"
         if _is_numbered_differently(entry, data):
             return (
-                f"rows or images of {entry.id} were indexed as counting something else than data.row_fps, "
-                "data.row_base, data.frame_numbering, data.frame_base or data.folder_fps asks for"
+                f"the numbers of {entry.id}'s rows or images were read in another way than data.row_fps, "
+                "data.row_base, data.frame_numbering, data.frame_base and data.folder_fps say"
             )
-    keeps_splits = index.made_from and rule_asked_for(data.split) is None  # those of the older files
+    keeps_splits = index.made_from and rule_asked_for(data.split) is None  # those of older index files
     if not keeps_splits:
         wanted = assign_splits(index.found_ids(), spec, data.split)
         for video in index.videos:
             if wanted[video.id] != video.split:
-                return f"{video.id} is in another split than data.split asks for"
+                return f"{video.id} is in another split than data.split says"
     asked = exclusions(index.found_ids(), data.exclude, [one.id for one in index.passed_over])
     made = {one.id: one.reason for one in (*index.left_out, *index.passed_over) if one.excluded}
     if asked != made:
         changed = min(dict(asked.items() ^ made.items()), key=natural_key)
-        return f"data.exclude treats {changed} differently than when the index was made"
+        return f"data.exclude now treats {changed} differently from when the index was made"
     given, orders = data.tfrecord_phase_order, set(_phase_orders(index))
     if orders and given and not keeps_splits:
         order = parse_phase_order(given, spec, "data.tfrecord_phase_order")
@@ -112,7 +112,7 @@ def _disagreement(config: Config, dataset: Dataset) -> str | None:
 
 
 def _is_numbered_differently(entry: VideoEntry, data: DataConfig) -> bool:
-    """Whether the settings number rows or images differently from how the video was indexed."""
+    """Whether the settings say that rows or images are numbered in another way than this entry records."""
     layout = entry.frames
     if layout is not None and (
         (data.frame_numbering not in ("auto", layout.numbering))
@@ -128,7 +128,7 @@ def _is_numbered_differently(entry: VideoEntry, data: DataConfig) -> bool:
 
 
 def _finds_more(config: Config, dataset: Dataset, spec: DataSetSpec) -> bool:
-    """Whether the current patterns find a file that is not in the index, since an older release's did not match it."""
+    """Whether the current patterns find a file that the patterns of an older release did not find."""
     try:
         found = find_videos(dataset.root, spec, config.data, leave_out=True).videos
     except UserError:
@@ -144,7 +144,7 @@ def _finds_more(config: Config, dataset: Dataset, spec: DataSetSpec) -> bool:
 
 
 def check_dataset(config: Config) -> list[str]:
-    """Check the existing index without decoding (`check_index`); one line per problem.
+    """Check the existing index without decoding (see `check_index`), and return one line per problem.
 
     Raises UserError if there is no index.
     """
@@ -157,16 +157,15 @@ def check_dataset(config: Config) -> list[str]:
 
 
 def index_dataset(config: Config, replace: bool = False) -> Index:
-    """Find the data set, write `data.index` and print a summary.
+    """Index the data set, write `data.index` and print a summary.
 
-    Videos that cannot be read are left out and reported. An existing index that was made from older index files stays
-    as it is without `replace`. Raises UserError if another existing index differs from what is found, without
-    `replace`.
+    Videos that cannot be read are left out and reported. Without `replace`, an existing index that was made from older
+    index files is kept, and any other existing index that differs from what is found now raises UserError.
     """
     root, path = data_root(config), config.data.index
     if path.exists() and not replace and Index.load(path).made_from:
         dataset = open_dataset(config)
-        say(f"{path}: made from {dataset.index.made_from} and left as it is; --force makes one of what is found")
+        say(f"{path}: made from {dataset.index.made_from}, and kept as it is; --force indexes the files instead")
         print_summary(dataset, config.data.fps)
         return dataset.index
     found = build_index(root, load_dataset(config.data.dataset), config.data, leave_out=True)
@@ -182,8 +181,8 @@ def keep_index(config: Config, dataset: Dataset, replace: bool) -> Index:
     if path.exists() and not replace:
         if _content(Index.load(path)) != _content(found):
             raise UserError(
-                f"{path}: exists and differs from what is found now; --force replaces it, "
-                "--set data.index=FILE writes another"
+                f"{path}: exists and differs from what is found now; replace it with --force, or write another file "
+                "with --set data.index=FILE"
             )
         say(f"{path}: unchanged")
     else:
@@ -197,11 +196,11 @@ def keep_index(config: Config, dataset: Dataset, replace: bool) -> Index:
 
 
 def _content(index: Index) -> dict[str, Any]:
-    """The content by which indices are compared: all but the patterns that found the files and the wording of notes."""
+    """Return the part of an index by which two are compared: everything except patterns and the wording of notes."""
     value = index.to_json()
     del value["notes"], value["dataset"]["patterns"]
     for video in value.get("left_out", ()):
-        video.pop("split", None)  # older ones have none
+        video.pop("split", None)  # older indices do not record it
     return value
 
 
@@ -209,13 +208,13 @@ def _content(index: Index) -> dict[str, Any]:
 
 
 def say_left_out(index: Index) -> None:
-    """One line for each video left out."""
+    """Print one line for each video that was left out."""
     for video in index.left_out:
         say(f"left out: {video.id}: {video.reason}")
 
 
 def _passed_over_lines(index: Index) -> list[str]:
-    """The files and folders passed over, up to ten names for each reason."""
+    """Return one line for each reason why files and folders were passed over, with up to ten names."""
     paths: dict[str, list[str]] = {}
     for one in index.passed_over:
         paths.setdefault(one.reason, []).append(one.id)
@@ -223,7 +222,7 @@ def _passed_over_lines(index: Index) -> list[str]:
 
 
 def _note_lines(notes: Sequence[str]) -> list[str]:
-    """One line for notes that differ only in the file; the index has all of them."""
+    """Return lines for the user in which notes that differ only in the file's name are merged."""
     files: dict[str, list[str]] = {}
     for note in notes:
         name, _, text = note.rpartition(": ") if note.count(": ") == 1 else ("", "", note)
@@ -236,15 +235,15 @@ def _note_lines(notes: Sequence[str]) -> list[str]:
 
 
 def _phase_orders(index: Index) -> list[tuple[str, ...]]:
-    """The phase order that was assumed for each TFRecord file."""
+    """Return the phase order recorded for each TFRecord file."""
     return [entry.records.phase_order for entry in index.videos if entry.records]
 
 
 def _order_lines(index: Index) -> list[str]:
-    """The phase orders of TFRecord files, for the user to check."""
+    """Return lines with the phase orders of TFRecord files, for the user to check."""
     orders = _phase_orders(index)
     return [
-        f"phases in {orders.count(order)} TFRecord file(s) numbered {describe_order(order)} (data.tfrecord_phase_order)"
+        f"phase numbers in {orders.count(order)} TFRecord file(s): {describe_order(order)} (data.tfrecord_phase_order)"
         for order in dict.fromkeys(orders)
     ]
 
@@ -254,7 +253,7 @@ def print_summary(dataset: Dataset, fps: float) -> None:
     index = dataset.index
     held = most_fps(index)
     if fps > held:
-        say(f"note: sampled at {held:g} fps below, the most these videos hold; set data.fps={held:g} before training")
+        say(f"note: the videos have at most {held:g} fps, used in the tables below; set data.fps={held:g} to train")
     fps = min(fps, held)
     counts = count_frames(dataset, fps)
     for rows, box in ((coverage_table(index, counts), None), (index_summary(index, counts), HEAVY_HEAD)):
@@ -263,5 +262,5 @@ def print_summary(dataset: Dataset, fps: float) -> None:
         for number, name in enumerate(rows[0]):
             table.add_column(Text(str(name)), justify="right" if number else "left")
         for row in rows[1:]:
-            table.add_row(*(Text(str(cell)) for cell in row))  # as Text, so that names are not read as markup
+            table.add_row(*(Text(str(cell)) for cell in row))  # Text prevents names from being read as markup
         Console().print(table)

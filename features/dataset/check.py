@@ -1,4 +1,4 @@
-"""Whether sources and annotations are still those that were indexed."""
+"""Check whether sources and annotations are still the same as when they were indexed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from features.video.scan import count_packets
 
 
 def check_index(dataset: Dataset) -> list[str]:
-    """The differences since indexing, one line per problem; empty if there is none.
+    """Compare an index with the files, and return one line per problem.
 
-    Sources: present, same size, time and hash of the ends (and of the whole, where recorded), same rate, as many
-    packets as frames; of TFRecord files every checksum. Annotations: present, same hash, readable, fitting their video.
-    Raises UserError if the root is missing.
+    Sources must exist with the recorded size, time of change, hash of the ends (and of the whole, where recorded) and
+    rate, and have as many packets as frames; in TFRecord files, all checksums are verified. Annotations must exist with
+    the recorded hash, be readable and fit their video. Raises UserError if the root is missing.
     """
     index, root = dataset.index, dataset.root
     if not root.is_dir():
@@ -40,7 +40,7 @@ def check_index(dataset: Dataset) -> list[str]:
 
 
 def _check_source(dataset: Dataset, entry: VideoEntry) -> None:
-    """Raise UserError naming what differs between a source and its entry."""
+    """Raise UserError naming the difference if a source differs from its entry."""
     root, spec = dataset.root, dataset.spec
     path, full_hash = inside(root, entry.source), entry.sha256 is not None
     if entry.frames is not None:
@@ -56,19 +56,19 @@ def _check_source(dataset: Dataset, entry: VideoEntry) -> None:
         facts, _ = video_facts(root, entry.source, full_hash)
         _require_same(entry, facts, path)
         if (packets := count_packets(path)) != entry.frame_count:
-            raise UserError(f"{path}: holds {packets} frames where its header says {entry.frame_count}; re-encode it")
+            raise UserError(f"{path}: contains {packets} frames, but its header says {entry.frame_count}; re-encode it")
 
 
 def _require_same(entry: VideoEntry, now: SourceFacts, path: Path) -> None:
-    """Raise UserError for the first fact that differs; the time of change counts only without a whole-file hash."""
+    """Raise UserError for the first fact that differs; the time of change is ignored if there is a whole-file hash."""
     for name in (field.name for field in fields(now)):
         found, indexed = getattr(now, name), getattr(entry, name)
         if found != indexed and name not in ("modified_ns", "times"):
-            raise UserError(f"{path}: {name} is {found}, indexed as {indexed}; run index again")
+            raise UserError(f"{path}: {name} is {found}, but was indexed as {indexed}; run index again")
     if now.modified_ns != entry.modified_ns and entry.sha256 is None:
         raise UserError(
             f"{path}: was rewritten since it was indexed, with the same size and ends; run index again "
-            "(data.full_hash=true distinguishes a copy from a change)"
+            "(with data.full_hash=true, a mere copy is recognised as unchanged)"
         )
     if now.times != entry.times:
         raise UserError(f"{path}: its frames are shown at other times than were indexed; run index again")

@@ -1,8 +1,8 @@
-"""Finding a data set below a root: videos, frame folders, TFRecord files and annotations, by their names.
+"""Find a data set below a root: videos, frame folders, TFRecord files and annotations, by their names.
 
-Copies of a data set name their folders differently, so only the names of files, and of folders of images, are matched,
-by the regular expressions of the data set's description. Anything ambiguous is an error. What matches no pattern is
-explained by `features.dataset.unmatched`.
+The names of files, and of folders of images, are matched with the regular expressions in the data set's description.
+The names of other folders do not matter, since they differ between copies of a data set. Anything ambiguous is an
+error. For files that match no pattern, `features.dataset.unmatched` explains why.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ from features.ids import id_key, id_problem, natural_key, normal_id, numbered_id
 
 Kind = Literal["video", "frames", "tfrecord"]
 KINDS: tuple[Kind, ...] = ("video", "frames", "tfrecord")
-# Folders made by archives, file servers and disks; some are unreadable, some repeat every file name.
+# Folders that archives, file servers and disks create. They are skipped: some are unreadable, some repeat all file
+# names.
 _FOREIGN_FOLDERS = {"__macosx", "lost+found", "$recycle.bin", "system volume information", "@eadir", "#recycle"}
-# Folders named after their content: their images belong to the folder above.
+# Folder names that only describe the content: the video is then named by the folder above.
 _UNNAMED_FOLDERS = {"frames", "images", "imgs", "img", "rgb", "jpg", "png"}
 _WORDS = {"video": "a video", "frames": "a folder of its frames", "tfrecord": "a TFRecord file of its frames"}
 _PLURALS = {"video": "videos", "frames": "frame folders", "tfrecord": "TFRecord files"}
@@ -47,7 +48,7 @@ _PLURALS = {"video": "videos", "frames": "frame folders", "tfrecord": "TFRecord 
 
 @dataclass(frozen=True)
 class FoundVideo:
-    """One video: its id, and the paths relative to the root of its source and annotations."""
+    """One video: its id, and the paths of its source and its annotations, relative to the root."""
 
     id: str
     kind: Kind
@@ -58,7 +59,7 @@ class FoundVideo:
 
 @dataclass(frozen=True)
 class Discovery:
-    """What was found below a root, in the order of video numbers, and notes on what was not used."""
+    """What was found below a root, in the order of video numbers, with notes on files that were not used."""
 
     videos: tuple[FoundVideo, ...]
     notes: tuple[str, ...]
@@ -67,20 +68,21 @@ class Discovery:
 
     @property
     def ids(self) -> list[str]:
-        """Ids of all videos found, those with faults last."""
+        """The ids of all videos found, with those that have errors last."""
         return [video.id for video in self.videos] + [video_id for video_id, _ in self.faults]
 
 
 def find_videos(root: Path, spec: DataSetSpec, data: DataConfig | None = None, leave_out: bool = False) -> Discovery:
-    """All videos, frame folders and TFRecord files below `root` with their annotations, sorted by number (10 after 9).
+    """Find all videos, frame folders and TFRecord files below `root`, with their annotations.
 
-    `data.sources` selects the kind, and the folder below the root; folders of images named by a number only count
-    where nothing else is found. Paths that `data.exclude` names are skipped. With `leave_out`, a file that leads out of
-    the root, is unreadable or has an unprintable name excludes only its own video.
+    They are sorted by number (10 after 9). `data.sources` selects the kind, and a folder below the root. A folder of
+    images whose name is only a number is used only if there are no other videos. Paths that `data.exclude` names are
+    skipped. With `leave_out`, a file that leads out of the root, is unreadable or has an unprintable name excludes only
+    its own video.
 
-    Hidden files and folders and what archives leave behind are ignored; a link inside the root is not a second copy.
-    Raises UserError for a missing or unreadable folder, a link that leads out of the root, two files of one kind for
-    one video, and if there is no video.
+    Hidden files and folders, and leftovers of archives, are ignored; a link to a file inside the root does not count as
+    a second copy. Raises UserError if a folder is missing or unreadable, if a link leads out of the root, if a video
+    has two files of one kind, or if there is no video.
     """
     data = data or DataConfig()
     if not root.is_dir():
@@ -121,28 +123,28 @@ def is_chosen(kind: Kind, source: str, data: DataConfig) -> bool:
 
 @dataclass
 class _Files:
-    """What is found below `root`, by role and by folded id (ids that differ only in case are the same video)."""
+    """The files below `root`, by role and by the key of their video (`id_key`, which ignores case)."""
 
     root: Path
     spec: DataSetSpec
     data: DataConfig
-    keep_faults: bool  # a faulty file excludes only its own video; otherwise the first fault is raised
+    keep_faults: bool  # whether a bad file excludes only its own video; otherwise the first error is raised
     ids: dict[str, str] = field(default_factory=dict)
     by_role: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     endings: Counter[str] = field(default_factory=Counter)
-    faults: dict[str, UserError] = field(default_factory=dict)  # of sources
+    faults: dict[str, UserError] = field(default_factory=dict)  # errors of sources
     odd_annotations: dict[str, UserError] = field(default_factory=dict)
-    numbered: dict[str, str] = field(default_factory=dict)  # frame folders named by a number only: path to id
+    numbered: dict[str, str] = field(default_factory=dict)  # id by path, for frame folders whose name is only a number
     unmatched: list[str] = field(default_factory=list)
     image_folders: list[ImageFolder] = field(default_factory=list)
     excluded: list[str] = field(default_factory=list)
 
     def of(self, role: str) -> dict[str, list[str]]:
-        """Paths with this role, by folded id."""
+        """Return the paths with this role, by the key of their video."""
         return self.by_role.get(role, {})
 
     def relative(self, path: Path) -> str:
-        """A path below the root, relative to it."""
+        """Return a path below the root as a relative path."""
         return path.relative_to(self.root).as_posix()
 
     def collect(self) -> None:
@@ -163,7 +165,7 @@ class _Files:
                     self.unmatched.append(self.relative(folder / name))
 
     def add(self, role: str, video_id: str, path: Path) -> None:
-        """Add a file or folder, or record what is wrong with it. Raises UserError unless faults are kept."""
+        """Add a file or folder. If something is wrong with it, raise UserError, or record that with `keep_faults`."""
         key = id_key(video_id)
         try:
             relative = checked_path(self.root, path)
@@ -176,7 +178,10 @@ class _Files:
         self.ids.setdefault(key, video_id)
 
     def _add_frames(self, folder: Path, names: Sequence[str]) -> bool:
-        """Whether the images in `folder` are a video's frames, by its name, or its parent's if called `frames`."""
+        """Add `folder` if it contains a video's frames; returns whether it does.
+
+        The folder's name decides, or its parent's name if the folder is called `frames` or the like.
+        """
         pattern, frame = self.spec.patterns.compiled("frames"), self.spec.patterns.compiled("frame")
         above = folder.parent != self.root and folder.name.casefold() in _UNNAMED_FOLDERS
         name = folder.parent.name if above and not pattern.fullmatch(folder.name) else folder.name
@@ -193,26 +198,28 @@ class _Files:
         return False
 
     def place_numbered(self) -> None:
-        """Use folders named by a number as frame folders, but only if no video has another source."""
+        """Use folders whose name is only a number as frame folders, but only if there is no other source at all."""
         if not any(self.of(kind) for kind in KINDS):
             for path, video_id in self.numbered.items():
                 self.add("frames", video_id, self.root / path)
             self.numbered.clear()
 
     def drop_excluded(self) -> None:
-        """Drop the files that `data.exclude` names by paths. Raises UserError if a video would lose its source."""
+        """Drop the files whose paths `data.exclude` names. Raises UserError if a video would lose its only source."""
         entries = [one for one in map(normal_id, self.data.exclude) if not fnmatch.filter(self.ids.values(), one)]
         for role, found in self.by_role.items():
             for key, paths in found.items():
                 dropped = [path for path in paths if any(fnmatch.fnmatchcase(normal_id(path), one) for one in entries)]
                 if role in KINDS and dropped and len(dropped) == len(paths):
-                    raise UserError(f"data.exclude: {dropped[0]} is the only source of {self.ids[key]}; name the video")
+                    raise UserError(
+                        f"data.exclude: {dropped[0]} is the only source of {self.ids[key]}; give the video's id instead"
+                    )
                 found[key] = [path for path in paths if path not in dropped]
                 self.excluded += dropped
             self.by_role[role] = {key: paths for key, paths in found.items() if paths}
 
     def sources(self) -> dict[str, tuple[Kind, str]]:
-        """The one source of each video, by folded id. Raises UserError if a video has two."""
+        """Return the source of each video, by its key. Raises UserError if a video has two sources."""
         sources: dict[str, tuple[Kind, str]] = {}
         for kind in KINDS:
             for key, path in sorted(self.only_ones(kind).items()):
@@ -226,7 +233,10 @@ class _Files:
         return sources
 
     def only_ones(self, role: str) -> dict[str, str]:
-        """The path of each id. Raises UserError if an id has two; a link next to its target does not count."""
+        """Return the path with this role of each video, by its key.
+
+        Raises UserError if a video has two paths. A link and its target count as one.
+        """
         chosen = {}
         for key, paths in self.of(role).items():
             chosen[key] = min(paths, key=lambda path: ((self.root / path).is_symlink(), path))
@@ -241,7 +251,7 @@ class _Files:
 
 
 def _id_of_number(name: str, spec: DataSetSpec) -> str | None:
-    """The id of the video with this number, where the data set's videos are numbered."""
+    """Return the id of the video with this number, or None if the data set's videos are not numbered."""
     if not re.fullmatch("[0-9]{1,9}", name):
         return None
     video_id = normal_id(numbered_id(int(name), spec))
@@ -250,10 +260,10 @@ def _id_of_number(name: str, spec: DataSetSpec) -> str | None:
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
-    """Every folder from `root` down, once, with its visible entries that are not folders, in a fixed order.
+    """Yield every folder below `root` once, with its visible files, in a fixed order.
 
-    A link to a folder inside the root is skipped, because the folder itself is visited; one that leads out is followed
-    where the root allows it.
+    A link to a folder inside the root is skipped, since that folder is visited itself. A link to a folder outside is
+    followed if the root allows it (`LinkedRoot`), and otherwise raises UserError.
     """
     waiting, seen = [root], set()
     while waiting:
@@ -288,7 +298,7 @@ def sorted_entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _inside(root: Path, path: Path) -> str:
-    """`path` relative to the root. Raises UserError for a link that leads out, or to itself."""
+    """Return `path` relative to the root. Raises UserError for a link that leads out of the root, or to itself."""
     relative = path.relative_to(root).as_posix()
     try:
         inside(root, relative)
@@ -301,14 +311,17 @@ def _inside(root: Path, path: Path) -> str:
 
 
 def checked_path(root: Path, path: Path) -> str:
-    """`path` relative to the root. Raises UserError unless it is an ordinary file or folder with a printable name."""
+    """Return `path` relative to the root.
+
+    Raises UserError unless it is an ordinary file or folder inside the root, with a printable name.
+    """
     relative = _inside(root, path)
     if not relative.isprintable():
         raise UserError(f"{relative!a}: this name has characters that cannot be printed; rename it")
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        hint = "; it is a link to a file that is not there" if path.is_symlink() else ""
+        hint = "; it is a link to a file that does not exist" if path.is_symlink() else ""
         raise UserError(f"{path}: cannot be read ({error.strerror}){hint}") from error
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UserError(f"{path}: is not an ordinary file")
@@ -316,7 +329,10 @@ def checked_path(root: Path, path: Path) -> str:
 
 
 def _video_id(match: re.Match[str], spec: DataSetSpec, path: Path) -> str:
-    """The video's id: the group `id`, formatted by the data set's `id_format` when it is a number."""
+    """Return the video's id: the group `id` of the match, formatted with `id_format` if it is a number.
+
+    Raises UserError if that cannot be an id.
+    """
     text = match.group("id") or ""
     video_id = normal_id(numbered_id(int(text), spec) if text.isdecimal() else text)
     if (problem := id_problem(video_id)) and video_id.isprintable():
@@ -325,13 +341,19 @@ def _video_id(match: re.Match[str], spec: DataSetSpec, path: Path) -> str:
 
 
 def id_of_folder(name: str, spec: DataSetSpec) -> str | None:
-    """The video id of a folder of frames called `name`, which may be a number only; None for any other name."""
+    """Return the video id of a folder of frames called `name`, which may be just a number.
+
+    Returns None for a name of another form.
+    """
     match = spec.patterns.compiled("frames").fullmatch(name) or re.fullmatch("(?P<id>[0-9]+)", name)
     return _video_id(match, spec, Path(name)) if match else None
 
 
 def _choices(role: str, first: str, second: str, found: dict[str, list[str]]) -> str:
-    """How to choose one of two files of one video; a folder is suggested only if that loses no other video."""
+    """Return advice on how to choose one of two files of one video.
+
+    Choosing by folder is suggested only if no other video would be lost.
+    """
     one, other = PurePosixPath(first).parent, PurePosixPath(second).parent
     folders = [
         folder
@@ -346,7 +368,7 @@ def _choices(role: str, first: str, second: str, found: dict[str, list[str]]) ->
 
 
 def _nothing_found(files: _Files) -> str:
-    """The message for a root without videos: the most likely reason, and what was found instead."""
+    """Return the message for a root without videos, with the most likely reason and with what was found instead."""
     root, spec, data = files.root, files.spec, files.data
     endings = sorted(files.endings.items(), key=lambda item: (-item[1], item[0]))[:5]
     seen = ", ".join(f"{count} {ending}" for ending, count in endings) or "no files"
@@ -358,18 +380,21 @@ def _nothing_found(files: _Files) -> str:
     if passed:
         (first, why), *rest = passed.items()
         more = f" and {len(rest)} more ({listed([path for path, _ in rest], 9)})" if rest else ""
-        return f"{root}: no videos of {spec.name} found{what}; {first}{more}: {why}; what is there: {seen}"
+        return f"{root}: no videos of {spec.name} found{what}; {first}{more}: {why}; files found: {seen}"
     if sum(is_image(entry.name) for entry in sorted_entries(root)) > 1:
-        return f"{root}: no videos of {spec.name} found{what}, only images; set data.root to the folder above it"
+        return f"{root}: no videos of {spec.name} found{what}, only images; set data.root to the folder above this one"
     names = " or ".join(filter(None, (spec.patterns.video, spec.patterns.tfrecord)))
     return (
         f"{root}: no videos of {spec.name} found{what}: looked for files named {names} and folders of images named "
-        f"{spec.patterns.frames}; what is there: {seen}"
+        f"{spec.patterns.frames}; files found: {seen}"
     )
 
 
 def _passed_over(files: _Files, videos: Sequence[FoundVideo]) -> tuple[tuple[tuple[str, str], ...], list[str]]:
-    """Files and folders that look like videos but were not taken (path, reason), and notes on other image folders."""
+    """Return (path, reason) of files and folders that look like videos but were not used, and notes.
+
+    The notes are about other folders of images.
+    """
     root, spec = files.root, files.spec
     taken = [video.source for video in videos]
     places = {PurePosixPath(video.source).parent for video in videos if video.kind == "frames"}
@@ -385,7 +410,7 @@ def _passed_over(files: _Files, videos: Sequence[FoundVideo]) -> tuple[tuple[tup
         notes.append(f"{len(others)} other folder(s) of images, not named like a video: {listed(others, 10)}")
     if numbered := [path for path in others if path in files.numbered]:
         parent = PurePosixPath(numbered[0]).parent
-        notes[-1] += f" (data.sources=frames:{parent} takes those named by a number)"
+        notes[-1] += f" (with data.sources=frames:{parent}, folders named by a number are used)"
     return (*found, *((path, "") for path in files.excluded)), notes
 
 
@@ -395,17 +420,17 @@ def _is_unnamed_video(root: Path, path: str) -> bool:
 
 
 def _leads_inside(root: Path, path: Path) -> bool:
-    """Whether a file is a link to another one below the root, which is found or listed itself."""
+    """Whether a file is a link to another file below the root, which is found or reported itself."""
     return path.is_symlink() and Path(os.path.realpath(path)).is_relative_to(root.resolve())
 
 
 def _left_over(
     files: _Files, videos: Sequence[FoundVideo], sources: Collection[str], annotations: dict[str, dict[str, str]]
 ) -> Iterator[str]:
-    """Notes on unused TFRecord files, archives and annotations, and on videos without annotations."""
+    """Yield notes on unused TFRecord files, archives and annotations, and on videos without annotations."""
     spec = files.spec
     if odd := [path for path in files.unmatched if kind_of(path) == "tfrecord"]:
-        yield f"{len(odd)} TFRecord file(s) left out, not named like a video: {listed(odd, 10)}"
+        yield f"{len(odd)} TFRecord file(s) not used, since they are not named like a video: {listed(odd, 10)}"
     if archives := [path for path in files.unmatched if is_archive(path) and not kind_of(path)]:
         yield f"{len(archives)} archive(s), not searched: {listed(archives, 10)}"
     for role, paths in annotations.items():
@@ -423,5 +448,5 @@ def _left_over(
         patterns = " or ".join(f"patterns.{role}, {getattr(spec.patterns, role)}" for role in lacking)
         yield (
             f"{len(labels)} file(s) look like annotations, but their names do not match {patterns}: "
-            f"{listed(labels, 10)}; rename or convert them (tab-separated text), or describe their names there"
+            f"{listed(labels, 10)}; rename them or convert them to tab-separated text, or change these patterns"
         )

@@ -1,4 +1,4 @@
-"""Folders of frames: the images in them, and what the numbers in their names count."""
+"""Read folders of frames: list their images, and infer what the numbers in the images' names count."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ _SOURCE_FPS = (24.0, 25.0, 30000 / 1001, 30.0, 50.0, 60000 / 1001, 60.0)
 
 @dataclass(frozen=True, eq=False)
 class FolderScan:
-    """The images of a folder in the order of their numbers: `numbers` (N,) int64, names, sizes, newest change."""
+    """The N images of a folder in the order of their numbers: `numbers` (N,) int64, names and sizes.
+
+    `modified_ns` is the time of the newest change.
+    """
 
     path: Path
     numbers: NDArray[np.int64]
@@ -36,19 +39,19 @@ class FolderScan:
     modified_ns: int
 
     def identity(self) -> str:
-        """SHA-256 over all names and sizes and the content of the first and the last image."""
+        """Return the SHA-256 of all names and sizes, and of the content of the first and the last image."""
         ends = [sha256_file(self.path / name) for name in (self.names[0], self.names[-1])]
         return sha256(json.dumps([self.names, self.sizes_bytes, ends]).encode()).hexdigest()
 
     def content(self) -> str:
-        """SHA-256 over the names and the whole content of all images."""
+        """Return the SHA-256 of the names and the whole content of all images."""
         return sha256(json.dumps([(name, sha256_file(self.path / name)) for name in self.names]).encode()).hexdigest()
 
 
 def scan_folder(root: Path, relative: str, spec: DataSetSpec) -> FolderScan:
-    """The images of the frame folder `relative`.
+    """List the images of the frame folder `relative`.
 
-    Raises UserError for a folder without images, an empty image and two images with one number.
+    Raises UserError if the folder has no images, an image is empty, or two images have the same number.
     """
     folder = inside(root, relative)
     pattern = spec.patterns.compiled("frame")
@@ -71,9 +74,9 @@ def scan_folder(root: Path, relative: str, spec: DataSetSpec) -> FolderScan:
 
 
 def scan_names(where: Path, names: Sequence[str], spec: DataSetSpec) -> FolderScan:
-    """The images named in a list, in its order, as if scanned from a folder; `where` is used in messages only.
+    """Return the images named in a list, in the same form as `scan_folder`; `where` is used in messages only.
 
-    Raises UserError for a name that is not an image's and for numbers that do not increase.
+    Raises UserError if a name is not that of an image, or if the numbers do not increase.
     """
     pattern = spec.patterns.compiled("frame")
     numbers = []
@@ -83,14 +86,16 @@ def scan_names(where: Path, names: Sequence[str], spec: DataSetSpec) -> FolderSc
             raise UserError(f"{where}: {name[:60]!r} is not named like an image of data set {spec.name}")
         numbers.append(_image_number(match, spec))
         if len(numbers) > 1 and numbers[-1] <= numbers[-2]:
-            raise UserError(f"{where}: {name} comes after {names[len(numbers) - 2]}: not in the order of time")
+            raise UserError(
+                f"{where}: {name} comes after {names[len(numbers) - 2]}, so they are not in the order of time"
+            )
     return FolderScan(where, np.array(numbers, dtype=np.int64), tuple(names), (1,) * len(names), 0)
 
 
 def _image_number(match: re.Match[str], spec: DataSetSpec) -> int:
     text = match.group("frame") or ""
     if not (text.isdecimal() and len(text) <= 15):
-        raise UserError(f"{match.string}: {text!r} is no frame number; see patterns.frame of data set {spec.name}")
+        raise UserError(f"{match.string}: {text!r} is not a frame number; see patterns.frame of data set {spec.name}")
     return int(text)
 
 
@@ -105,8 +110,11 @@ def _image_size(root: Path, entry: os.DirEntry[str]) -> int:
 
 @dataclass(frozen=True)
 class LabelEnd:
-    """How far labels extend: the first source frame after them, the coarsest stride among their rows, and the number of
-    their first row."""
+    """How far a video's labels extend.
+
+    `frame` is the first source frame after the last row, `stride` the largest stride among the annotation files, and
+    `first` the number of the first row.
+    """
 
     frame: int
     stride: int
@@ -114,7 +122,7 @@ class LabelEnd:
 
     @classmethod
     def of_tracks(cls, tracks: Sequence[LabelTrack]) -> LabelEnd | None:
-        """The end of the longest of a video's annotations, as they are numbered; None if there are none."""
+        """Return the end of the longest of a video's annotation files, by their own numbers; None if there are none."""
         if not tracks:
             return None
         end = max(track.end - int(track.frame_index[0] == 1) for track in tracks)
@@ -122,17 +130,17 @@ class LabelEnd:
 
 
 def infer_layout(scan: FolderScan, spec: DataSetSpec, data: DataConfig, labels: LabelEnd | None) -> FolderLayout:
-    """What the numbers in a folder's image names count.
+    """Infer what the numbers in a folder's image names count. Images may be missing.
 
-    Settings take precedence. Without them: the first number is the base; numbers more than one apart count
-    source frames; consecutive numbers count source frames or samples, by the one usual rate (divisors of the source's,
-    and whole seconds) at which the images last as long as the labels. Images may be missing. Raises UserError asking
-    for the setting if this is ambiguous.
+    Settings take precedence. Otherwise, the first number is the base. Numbers that are more than one apart count source
+    frames. Consecutive numbers count source frames or samples: of the usual rates (divisors of the source's rate, and
+    whole numbers of seconds), the one is chosen at which the images last as long as the labels. Raises UserError asking
+    for a setting if this is ambiguous.
     """
     spacing = _spacing(scan)
     base = _base(scan, data)
     offset = int(scan.numbers[0]) - base
-    if labels and labels.first == base > 1:  # rows, like images, are numbered across folders
+    if labels and labels.first == base > 1:  # rows and images are numbered continuously over several folders
         labels = replace(labels, frame=labels.frame - base)
     by_sample = data.frame_numbering == "sample" or (data.frame_numbering == "auto" and data.folder_fps is not None)
     if data.frame_numbering == "source" and data.folder_fps is not None:
@@ -141,7 +149,7 @@ def infer_layout(scan: FolderScan, spec: DataSetSpec, data: DataConfig, labels: 
         )
     if by_sample and spacing > 1:
         raise UserError(
-            f"{scan.path}: numbers are {spacing} apart ({scan.names[0]}, {scan.names[1]}), so they do not count "
+            f"{scan.path}: numbers are {spacing} apart ({scan.names[0]}, {scan.names[1]}), so they cannot count "
             "samples; set data.frame_numbering=source"
         )
     if by_sample:
@@ -159,15 +167,18 @@ def infer_layout(scan: FolderScan, spec: DataSetSpec, data: DataConfig, labels: 
         _refuse_common_rate(scan, layout, labels, spec)
     if data.frame_numbering == "auto":
         raise UserError(
-            f"{scan.path}: images numbered up to {int(scan.numbers[-1])} in steps of {spacing} do not last as long as "
-            f"labels up to frame {labels.frame - 1} at {spec.annotation_fps:g} fps; set data.frame_numbering=source if "
-            "they do count source frames"
+            f"{scan.path}: the images (numbers up to {int(scan.numbers[-1])} in steps of {spacing}) do not last as "
+            f"long as the labels (up to frame {labels.frame - 1} at {spec.annotation_fps:g} fps); set "
+            "data.frame_numbering=source if the numbers do count source frames"
         )
     return layout
 
 
 def _as_long(layout: FolderLayout, labels: LabelEnd, spec: DataSetSpec) -> bool:
-    """Whether labels last as long as the images, numbered by source frames or, one apart, by images or seconds."""
+    """Whether labels last as long as the images.
+
+    The labels' rows may count source frames or, if their numbers are one apart, images or seconds.
+    """
     counted = [(layout.frame_count, 2 * max(layout.stride, labels.stride))]
     if labels.stride == 1:
         counted += [(layout.frame_count // layout.stride, 2), (round(layout.frame_count / spec.annotation_fps), 2)]
@@ -175,10 +186,10 @@ def _as_long(layout: FolderLayout, labels: LabelEnd, spec: DataSetSpec) -> bool:
 
 
 def _refuse_common_rate(scan: FolderScan, layout: FolderLayout, labels: LabelEnd, spec: DataSetSpec) -> None:
-    """Raise UserError if the images last as long as the labels at another common rate of videos.
+    """Raise UserError if the images would last as long as the labels at another common frame rate.
 
-    As long means within a second, or a row or an image and a half. That is evidence only if it is small against the
-    difference that the rate makes.
+    "As long" means a difference of at most a second, or of 1.5 rows or images. This is taken as evidence only if the
+    change of rate makes a difference at least ten times as large.
     """
     frames, labelled_s = layout.frame_count, labels.frame / spec.annotation_fps
     rate = min(_SOURCE_FPS, key=lambda fps: abs(frames / fps - labelled_s))
@@ -187,23 +198,24 @@ def _refuse_common_rate(scan: FolderScan, layout: FolderLayout, labels: LabelEnd
     if abs(frames / rate - labelled_s) <= tolerance_s and difference_s >= 10 * tolerance_s:
         raise UserError(
             f"{scan.path}: as source frames, images numbered up to {int(scan.numbers[-1])} last as long as the labels "
-            f"at {rate:.4g} fps, not at {spec.annotation_fps:g} fps; set data.row_fps={spec.annotation_fps:g}, and "
-            f"annotation_fps to {rate:.4g} in a copy of the description that data.dataset names if that is their rate"
+            f"at {rate:.4g} fps, not at {spec.annotation_fps:g} fps; set data.row_fps={spec.annotation_fps:g}; if "
+            f"{rate:.4g} fps is right, also set annotation_fps to it in a copy of the description of {spec.name} that "
+            "data.dataset names"
         )
 
 
 def _require_no_samples(scan: FolderScan, spec: DataSetSpec, data: DataConfig) -> None:
-    """Raise UserError asking for the setting if sampling would use less than half of images that have one row each."""
+    """Raise UserError asking for a setting if sampling would use less than half of the images, which all have a row."""
     used = -(-len(scan.names) * data.fps // spec.annotation_fps)
     if 2 * used < len(scan.names):
         raise UserError(
-            f"{_ask(scan)} (with a row for each, they can be either; as source frames at {spec.annotation_fps:g} fps, "
-            f"data.fps={data.fps:g} would use {used:.0f} of {len(scan.names)})"
+            f"{_ask(scan)} (with one row per image, both are possible; if they are source frames at "
+            f"{spec.annotation_fps:g} fps, data.fps={data.fps:g} uses only {used:.0f} of {len(scan.names)})"
         )
 
 
 def _layout(numbering: Numbering, base: int, stride: int, first: int, spacing: int, scan: FolderScan) -> FolderLayout:
-    """The layout of images whose numbers are multiples of their spacing apart."""
+    """Return the layout of images whose numbers are a `spacing`, or a multiple of it, apart."""
     place = (scan.numbers - scan.numbers[0]) // spacing
     gaps = np.flatnonzero(np.diff(place) > 1)
     return FolderLayout(
@@ -217,7 +229,10 @@ def _layout(numbering: Numbering, base: int, stride: int, first: int, spacing: i
 
 
 def _spacing(scan: FolderScan) -> int:
-    """The usual distance between numbers; some may be missing. Raises UserError naming one that is out of step."""
+    """Return the usual distance between numbers, of which some may be missing.
+
+    Raises UserError naming an image whose number does not fit this distance.
+    """
     steps = np.diff(scan.numbers)
     if len(steps) == 0:
         return 1
@@ -227,8 +242,7 @@ def _spacing(scan: FolderScan) -> int:
     if len(wrong):
         at = int(wrong[0])
         raise UserError(
-            f"{scan.path}: {scan.names[at + 1]} is out of step: it follows {scan.names[at]}, and numbers are {spacing} "
-            "apart"
+            f"{scan.path}: {scan.names[at + 1]} follows {scan.names[at]}, but numbers should be {spacing} apart"
         )
     return spacing
 
@@ -237,8 +251,8 @@ def _base(scan: FolderScan, data: DataConfig) -> int:
     first = int(scan.numbers[0])
     if data.frame_base == "auto" and first not in (0, 1):
         raise UserError(
-            f"{scan.path}: numbers start at {first} ({scan.names[0]}), neither 0 nor 1: restore the missing images, or "
-            "set data.frame_base=0 or 1 where they are lost, data.frame_base=first where each folder begins at its own "
+            f"{scan.path}: numbers start at {first} ({scan.names[0]}), not at 0 or 1: restore the missing images; or "
+            "set data.frame_base=0 or 1 if they are lost, or data.frame_base=first if each folder has its own first "
             "number"
         )
     base = data.frame_base if isinstance(data.frame_base, int) else first
@@ -248,7 +262,7 @@ def _base(scan: FolderScan, data: DataConfig) -> int:
 
 
 def _step_of_rate(folder_fps: float, spec: DataSetSpec) -> int:
-    """Source frames between samples taken at `folder_fps`."""
+    """Return the number of source frames from one sample to the next, for samples at `folder_fps`."""
     ratio = spec.annotation_fps / folder_fps
     if not same_rate(round(ratio), ratio):
         raise UserError(f"data.folder_fps={folder_fps:g} does not divide the source's {spec.annotation_fps:g} fps")
@@ -256,9 +270,12 @@ def _step_of_rate(folder_fps: float, spec: DataSetSpec) -> int:
 
 
 def _step_of_length(scan: FolderScan, offset: int, spec: DataSetSpec, labels: LabelEnd | None) -> int:
-    """Source frames between consecutively numbered images, from the labels' length. Raises UserError if unclear."""
+    """Infer from the labels' length how many source frames lie between two consecutively numbered images.
+
+    Raises UserError if that is ambiguous.
+    """
     if labels is None:
-        raise UserError(f"{_ask(scan)} (there are no labels to infer it from)")
+        raise UserError(f"{_ask(scan)} (there are no labels from which to infer this)")
     positions = int(scan.numbers[-1] - scan.numbers[0]) + 1 + offset
     nominal = max(round(spec.annotation_fps), 1)
     steps = [step for step in range(1, nominal) if nominal % step == 0]
@@ -269,39 +286,42 @@ def _step_of_length(scan: FolderScan, offset: int, spec: DataSetSpec, labels: La
         if len(fitting) == 1:
             return fitting[0]
     fits = "several rates fit" if exact or near else "no usual rate fits"
-    raise UserError(f"{_ask(scan)} ({fits} labels of {labels.frame} frames)")
+    raise UserError(f"{_ask(scan)} ({fits} the labels' length of {labels.frame} frames)")
 
 
 def _ask(scan: FolderScan) -> str:
     return (
-        f"{scan.path}: names are numbered {int(scan.numbers[0])} to {int(scan.numbers[-1])}; source frames or samples? "
-        "Set data.frame_numbering=source, or data.folder_fps to the images per second"
+        f"{scan.path}: do numbers {int(scan.numbers[0])} to {int(scan.numbers[-1])} count source frames or samples? "
+        "Set data.frame_numbering=source, or data.folder_fps to the samples per second"
     )
 
 
 def source_frames(scan: FolderScan, layout: FolderLayout) -> NDArray[np.int64]:
-    """Source frame (N,) int64 of each image. Raises UserError if numbers and layout do not agree."""
+    """Return the source frame (N,) int64 of each image. Raises UserError if the numbers do not fit the layout."""
     unit = layout.stride if layout.numbering == "sample" else 1
     indices = (scan.numbers - layout.base) * unit
     if not np.array_equal(indices, layout.frames()):
-        raise UserError(f"{scan.path}: its images are not those in the index; run index again")
+        raise UserError(f"{scan.path}: contains other images than were indexed; run index again")
     return indices
 
 
 def require_one_base(layouts: Sequence[tuple[str, FolderLayout]], data: DataConfig) -> None:
-    """Raise UserError if folders start at different numbers: more likely a lost first image than two conventions."""
+    """Raise UserError if some folders start at 0 and others at 1: a lost image is more likely than two conventions."""
     first: dict[int, str] = {}
     for path, layout in layouts:
         first.setdefault(layout.base, path)
     if len(first) > 1 and data.frame_base == "auto":
         raise UserError(
-            f"{first[1]}: images are numbered from 1, those of {first[0]} from 0; restore image 0, or set "
+            f"{first[1]}: images are numbered from 1, but those of {first[0]} from 0; restore image 0, or set "
             "data.frame_base if both are right"
         )
 
 
 def frame_folder(root: Path, relative: str, spec: DataSetSpec, layout: FolderLayout) -> dict[int, str]:
-    """File names of an indexed folder's images by source frame. Raises UserError if they are not those indexed."""
+    """Return the file names of an indexed folder's images, by source frame.
+
+    Raises UserError if they are not the images that were indexed.
+    """
     scan = scan_folder(root, relative, spec)
     indices = source_frames(scan, layout)
     return dict(zip(indices.tolist(), scan.names, strict=True))

@@ -1,8 +1,8 @@
 """The index of a data set, `index.json`: its videos with their sources, lengths, splits and annotation files.
 
-Paths are relative to the data root and the root itself is never recorded, so a data set can move. The same files give
-the same bytes. `features.dataset.build` makes an index, `features.dataset.check` compares it with the files; reading
-one here opens no video and imports no decoder.
+Paths are relative to the data root, and the root itself is never recorded, so that a data set can be moved. The same
+files always give the same bytes. `features.dataset.build` makes an index and `features.dataset.check` compares it with
+the files. This module only reads and writes it, without opening a video or importing a decoder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test", "none")
 
 
 def _relative(path: str) -> str:
-    """The lexical check alone; `engine.files.inside` also follows links, whenever a path is used."""
+    """Check that a path is relative and does not contain `..`; links are checked by `engine.files.inside` on use."""
     if not path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\x00" in path:
         raise ValueError("must be a path below the data root")
     return path
@@ -51,9 +51,9 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class AnnotationFile(OmitsDefaults):
-    """An annotation file as it was indexed.
+    """What the index records about an annotation file.
 
-    `row_fps` and `row_base` are what its rows' numbers count (`features.dataset.row_numbers.RowNumbering`).
+    `row_fps` and `row_base` say what the numbers of its rows count (`features.dataset.row_numbers.RowNumbering`).
     """
 
     OMITTED = frozenset({"row_fps", "row_base"})
@@ -65,18 +65,18 @@ class AnnotationFile(OmitsDefaults):
 
     @property
     def numbering(self) -> RowNumbering:
-        """What the numbers of its rows mean."""
+        """What the numbers of the file's rows count."""
         return RowNumbering(self.row_fps, self.row_base)
 
 
 class VideoEntry(OmitsDefaults):
     """One video: its source, its split and its annotation files.
 
-    For a folder of frames, `frames` places the images on the source's timeline; `fps` and `frame_count` are those of
-    the source, `size_bytes` is the sum over the images, `modified_ns` is of the newest, and `sha256_ends` covers their
-    names, their sizes and the content of the first and last. A TFRecord file contains its own labels (`records`) and
-    has no annotation files. A video without a constant rate has the times of its frames (`times`); `fps` is its mean
-    rate.
+    For a folder of frames, `frames` says which source frames the images are. `fps` and `frame_count` are those of the
+    source video, `size_bytes` is the sum over the images, `modified_ns` is the newest image's, and `sha256_ends` covers
+    the images' names and sizes and the content of the first and the last image. A TFRecord file contains its own labels
+    (`records`) and has no annotation files. For a video without a constant rate, `times` contains the times of its
+    frames, and `fps` is the mean rate.
     """
 
     OMITTED = frozenset({"times"})
@@ -103,7 +103,7 @@ class VideoEntry(OmitsDefaults):
         if (self.kind == "tfrecord") != (self.records is not None):
             raise ValueError("records must be given for TFRecord files, and only for them")
         if self.records and (self.records.frame_count != self.frame_count or self.phase_file or self.tool_file):
-            raise ValueError("the labels in records are not those of its frames")
+            raise ValueError("the labels in records do not fit the frames")
         if self.times is not None:
             if self.kind != "video":
                 raise ValueError("times can be given for video files only")
@@ -112,33 +112,33 @@ class VideoEntry(OmitsDefaults):
 
     @property
     def annotation_files(self) -> list[AnnotationFile]:
-        """Its one or two annotation files, phases first."""
+        """The video's annotation files (none, one or two), phases first."""
         return [file for file in (self.phase_file, self.tool_file) if file]
 
     @property
     def image_stride(self) -> int:
-        """Source frames from one image to the next."""
+        """The number of source frames from one image to the next (1 for a video)."""
         return self.frames.stride if self.frames else 1
 
     @property
     def image_frames(self) -> NDArray[np.int64]:
-        """Source frames (N,) int64 that have an image."""
+        """The source frames (N,) int64 for which there is an image."""
         return self.frames.frames() if self.frames else np.arange(self.frame_count, dtype=np.int64)
 
     @property
     def most_fps(self) -> float:
-        """The highest rate that this video can be sampled at."""
-        if self.times is not None:  # recorded at a higher rate than the mean, with pauses
+        """The highest rate at which this video can be sampled."""
+        if self.times is not None:  # recorded with pauses, at a higher rate than the mean
             usual_s = float(np.median(np.diff(self.times.seconds(self.frame_count))))
             return max(self.fps, 1.0 / usual_s if usual_s > 0 else 0.0)
         return self.fps / self.image_stride
 
 
 class LeftOut(OmitsDefaults):
-    """A video that was found and is not used; `reason` is one line, with paths below the data root.
+    """A video that was found but is not used, with the reason in one line (its paths are relative to the data root).
 
-    `split` is the one it would be in, None if that is unknown. `excluded`: the settings exclude it. `source` is the
-    hash of its ends where it was indexed and a later stage could not use it.
+    `split` is the split that the video would be in, or None if that is unknown. `excluded` says whether the settings
+    exclude it. If it was indexed and a later stage could not use it, `source` is the hash of its ends.
     """
 
     OMITTED = frozenset({"split", "excluded", "source"})
@@ -150,10 +150,10 @@ class LeftOut(OmitsDefaults):
 
 
 class Index(OmitsDefaults):
-    """A data set as found below a root. Videos `left_out` keep their places in the order by which splits count.
+    """A data set as it was found below a root.
 
-    `left_out` has the videos that discovery, probing or the setting `data.exclude` left out, and those that a later
-    stage could not use (`without`).
+    `left_out` contains the videos that indexing or the setting `data.exclude` left out, and those that a later stage
+    could not use (`without`). They still count as videos when splits are assigned by number.
     """
 
     OMITTED = frozenset({"left_out", "passed_over"})
@@ -161,9 +161,9 @@ class Index(OmitsDefaults):
     dataset: DataSetSpec
     videos: tuple[VideoEntry, ...] = Field(min_length=1)
     notes: tuple[str, ...] = ()
-    made_from: str | None = None  # the older index files that videos and splits were taken from
+    made_from: str | None = None  # the older index files (pickles) from which videos and splits were read
     left_out: tuple[LeftOut, ...] = ()
-    passed_over: tuple[LeftOut, ...] = ()  # files and folders that match no pattern, by path
+    passed_over: tuple[LeftOut, ...] = ()  # files and folders that look like videos but match no pattern, by path
 
     @model_validator(mode="after")
     def _videos_are_sound(self) -> Index:
@@ -176,17 +176,17 @@ class Index(OmitsDefaults):
         return self
 
     def found_ids(self) -> list[str]:
-        """Ids of all videos that were found, left out or not, in the order of their numbers."""
+        """Return the ids of all videos that were found, including those left out, in the order of their numbers."""
         if not self.left_out:
             return [entry.id for entry in self.videos]
         return sorted([entry.id for entry in self.videos] + [video.id for video in self.left_out], key=natural_key)
 
     def by_split(self, split: str) -> tuple[VideoEntry, ...]:
-        """The videos of one split, in order."""
+        """Return the videos of one split, in order."""
         return tuple(entry for entry in self.videos if entry.split == split)
 
     def without(self, faults: Iterable[tuple[str, str]]) -> Index:
-        """The index without these videos (ids and reasons), which are added to those left out; no split changes."""
+        """Return the index with these videos (ids and reasons) moved to `left_out`; no split changes."""
         reasons = dict(faults)
         if not reasons:
             return self
@@ -199,42 +199,48 @@ class Index(OmitsDefaults):
         return self.model_copy(update={"videos": kept, "left_out": (*self.left_out, *moved)})
 
     def left_out_records(self) -> list[dict[str, Any]]:
-        """Videos left out, for results and reports: id, reason, split where known, `excluded` where true."""
+        """Return the videos left out as JSON values for results and reports.
+
+        Each has its id and reason, its split if that is known, and `excluded` if that is true.
+        """
         return [video.model_dump(mode="json", exclude={"source"}) for video in self.left_out]
 
     @property
     def is_partial(self) -> bool:
-        """Whether a video, or a file that looks like one, is missing although the settings do not exclude it."""
+        """Whether a video, or a file that looks like one, is missing in the index but not excluded by the settings."""
         return any(not video.excluded for video in (*self.left_out, *self.passed_over))
 
     def require_excluded(self, exclude: Collection[str], where: Path) -> None:
-        """Raise UserError if this index, of the feature folder `where`, holds a video that `data.exclude` names."""
+        """Raise UserError if this index, from feature folder `where`, contains a video that `data.exclude` names."""
         names = [normal_id(name) for name in exclude]
         kept = [v.id for v in self.videos if v.id in names or any(fnmatch.fnmatchcase(v.id, name) for name in names)]
         if kept:
             raise UserError(
-                f"{where}: holds {kept[0]}, which data.exclude leaves out; run `index --force`, then extract"
+                f"{where}: contains {kept[0]}, which data.exclude leaves out; run `index --force`, then extract"
             )
 
     @property
     def missing(self) -> tuple[LeftOut, ...]:
-        """Videos left out of a split that the settings do not exclude."""
+        """The videos left out of a split, without those that the settings exclude."""
         return tuple(video for video in self.left_out if not video.excluded and video.split != "none")
 
     def require_videos(self, *splits: Split) -> None:
-        """Raise UserError if every video of one of these splits was left out."""
+        """Raise UserError if one of these splits has no video left because its videos were left out."""
         for split in splits:
             lost = [video for video in self.left_out if video.split == split]
             if lost and not self.by_split(split):
                 others = f" (and {len(lost) - 1} more)" if lost[1:] else ""
                 raise UserError(
                     f"no video is left in split {split}, since {lost[0].id}{others} is left out: {lost[0].reason}; "
-                    f"{'keep' if lost[0].excluded else 'repair'} it, or choose another data.split, then run "
+                    f"{'keep' if lost[0].excluded else 'repair'} that video, or choose another data.split; then run "
                     "`index --force`"
                 )
 
     def entries_of(self, split: str, where: Path) -> tuple[VideoEntry, ...]:
-        """The videos of a split, or of `all`; `where` is the index file. Raises UserError if there are none left."""
+        """Return the videos of a split, or of all splits (`all`). Raises UserError if there are none.
+
+        `where` is the index file, for the message.
+        """
         self.require_videos(*(part for part in SPLITS if part == split))
         entries = tuple(entry for entry in self.videos if split in ("all", entry.split))
         if not entries:
@@ -242,7 +248,7 @@ class Index(OmitsDefaults):
         return entries
 
     def entry(self, video_id: str) -> VideoEntry:
-        """The video with this id. Raises UserError if there is none."""
+        """Return the video with this id. Raises UserError if there is none."""
         wanted = normal_id(video_id)
         for entry in self.videos:
             if entry.id == wanted:
@@ -250,7 +256,10 @@ class Index(OmitsDefaults):
         raise UserError(f"{video_id}: no such video in the index ({self.videos[0].id} to {self.videos[-1].id})")
 
     def digest(self) -> str:
-        """SHA-256 over what frames, labels and splits depend on; not over paths, times, whole-file hashes and notes."""
+        """Return the SHA-256 of everything that frames, labels and splits depend on.
+
+        Paths, times of change, whole-file hashes and notes are not included.
+        """
         moving: Any = {
             "source": True,
             "modified_ns": True,
@@ -261,7 +270,7 @@ class Index(OmitsDefaults):
         videos = [entry.model_dump(mode="json", exclude=moving) for entry in self.videos]
         for video in videos:
             if video["records"] is None:
-                del video["records"]  # indices without TFRecord files keep the digest of earlier versions
+                del video["records"]  # so that indices without TFRecord files keep the digest of earlier versions
         described: Any = {"name", "annotation_fps", "phases", "tools", "phase_aliases", "tool_aliases"}
         return sha256_json(
             {
@@ -272,17 +281,17 @@ class Index(OmitsDefaults):
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The index as JSON values, which `from_json` reads."""
+        """Return the index as JSON values, which `from_json` reads."""
         return self.model_dump(mode="json")
 
     @classmethod
     def from_json(cls, value: Any, name: str = "index") -> Index:
-        """The index from JSON values made by `to_json`. Raises UserError, naming `name`, for any others."""
+        """Build the index from JSON values that `to_json` made. Raises UserError naming `name` for other values."""
         version = value.get("format_version") if isinstance(value, dict) else None
         if not isinstance(version, int) or "videos" not in value:
             raise UserError(f"{name}: not an index; make one with the command index")
         if version != FORMAT_VERSION:
-            raise UserError(f"{name}: index format {version}, this program reads {FORMAT_VERSION}; run index again")
+            raise UserError(f"{name}: index format {version}, but this program reads {FORMAT_VERSION}; run index again")
         try:
             return cls.model_validate(value)
         except (ValidationError, RecursionError) as error:
@@ -316,7 +325,7 @@ class Dataset:
 
 
 def first_fault(error: Exception) -> str:
-    """Where and what the first fault of a validation is."""
+    """Describe the first error of a failed validation, and where it is."""
     if not isinstance(error, ValidationError):
         return "nested too deeply"
     fault = error.errors(include_url=False)[0]
@@ -325,10 +334,10 @@ def first_fault(error: Exception) -> str:
 
 
 def exclusions(ids: Sequence[str], exclude: Mapping[str, str], paths: Sequence[str] = ()) -> dict[str, str]:
-    """The videos that the setting `data.exclude` leaves out, with reasons; the first entry that names a video counts.
+    """Return the videos that the setting `data.exclude` leaves out, each with its reason.
 
-    An entry that names no video may name one of `paths`, which were passed over. Raises UserError for an entry that
-    names neither.
+    If several entries name a video, the first counts. An entry that names no video may name one of `paths`, which were
+    passed over. Raises UserError for an entry that names neither a video nor a path.
     """
     found: dict[str, str] = {}
     for entry, reason in exclude.items():

@@ -1,4 +1,4 @@
-"""Labels of a video's frames: its annotation files, fitted to it, sampled at any frames. -1 means no label."""
+"""Read a video's annotation files, fit them to the video, and look up the labels of frames. -1 means no label."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from features.video_labels import VideoLabels
 BetweenRows = Literal["mask", "hold"]
 Labels = tuple[NDArray[np.int8], NDArray[np.int8]]  # phase (T,), tools (T, K)
 Role = Literal["phase", "tool"]
-Rows = tuple[NDArray[np.int64], NDArray[np.bool_]]  # the row of each frame, and whether there is one: (T,) each
+Rows = tuple[NDArray[np.int64], NDArray[np.bool_]]  # (T,) the row of each frame, and (T,) whether there is one
 
 
 def load_labels(
@@ -33,7 +33,7 @@ def load_labels(
     frame_index: NDArray[np.int64] | Sequence[int],
     between_rows: BetweenRows = "mask",
 ) -> Labels:
-    """Labels of source frames `frame_index` (T,): phase (T,) int8 and tools (T, K) int8, -1 where there is none.
+    """Return the labels of source frames `frame_index` (T,): phase (T,) int8 and tools (T, K) int8, -1 for no label.
 
     Raises UserError if an annotation file is missing or is not the one that was indexed.
     """
@@ -42,7 +42,10 @@ def load_labels(
 
 
 def sampled_labels(dataset: Dataset, entry: VideoEntry, data: DataConfig) -> VideoLabels:
-    """The frames of a video that `data.fps` samples, their times and labels. Raises UserError as `load_labels`."""
+    """Return the frames of a video that sampling at `data.fps` selects, with their times and labels.
+
+    Raises UserError as `load_labels` does.
+    """
     frame_index = sampled_frames(entry, data.fps)
     phase, tools = load_labels(dataset, entry, frame_index, data.tools_between_rows)
     return VideoLabels(frame_index, frame_times_s(entry, frame_index), phase, tools)
@@ -52,7 +55,7 @@ def sampled_labels(dataset: Dataset, entry: VideoEntry, data: DataConfig) -> Vid
 
 
 class FittedTracks(NamedTuple):
-    """A video's tracks on its timeline, and notes on frames without a label."""
+    """A video's tracks with rows numbered by source frames, and notes on frames without a label."""
 
     phase: LabelTrack | None
     tools: LabelTrack | None
@@ -61,24 +64,24 @@ class FittedTracks(NamedTuple):
 
 @dataclass(frozen=True)
 class Annotation:
-    """An annotation file that was read: what goes into the index, and its rows as they are numbered."""
+    """An annotation file that was read: what the index records about it, and its rows with the file's own numbers."""
 
     path: Path
     file: AnnotationFile
     track: LabelTrack
 
     def with_numbering(self, numbering: RowNumbering) -> Annotation:
-        """The same file with the meaning of its rows' numbers."""
+        """Return a copy that records what the numbers of its rows count."""
         update = {"row_fps": numbering.fps, "row_base": numbering.base}
         return replace(self, file=self.file.model_copy(update=update))
 
     def placed(self, extent: Extent) -> tuple[Path, LabelTrack]:
-        """The file's path and its rows on the video's timeline."""
+        """Return the file's path, and its rows numbered by source frames."""
         return self.path, self.file.numbering.place(self.path, self.track, extent)
 
 
 def read_annotation(root: Path, relative: str, role: Role, spec: DataSetSpec) -> Annotation:
-    """Read and parse an annotation file. Raises UserError as `parse_phases` and `parse_tools`."""
+    """Read and parse an annotation file. Raises UserError as `parse_phases` and `parse_tools` do."""
     path = inside(root, relative)
     content = read_content(path)
     track = (parse_phases if role == "phase" else parse_tools)(content, path, spec)
@@ -87,7 +90,7 @@ def read_annotation(root: Path, relative: str, role: Role, spec: DataSetSpec) ->
 
 
 def load_tracks(dataset: Dataset, entry: VideoEntry) -> FittedTracks:
-    """The video's tracks, fitted to it. Raises UserError for annotation files that are missing or have changed."""
+    """Read a video's tracks and fit them to it. Raises UserError if an annotation file is missing or has changed."""
     if entry.records is not None:
         return FittedTracks(*entry.records.tracks(dataset.spec))
     files: dict[Role, AnnotationFile | None] = {"phase": entry.phase_file, "tool": entry.tool_file}
@@ -96,7 +99,7 @@ def load_tracks(dataset: Dataset, entry: VideoEntry) -> FittedTracks:
 
 
 def fit_annotations(read: Mapping[Role, Annotation], extent: Extent) -> FittedTracks:
-    """A video's annotations on its timeline, fitted to it (`fit_tracks`)."""
+    """Number the rows of a video's annotations by source frames, and fit them to the video (`fit_tracks`)."""
     return fit_tracks({role: one.placed(extent) for role, one in read.items()}, extent)
 
 
@@ -111,7 +114,7 @@ def _reread_annotation(dataset: Dataset, file: AnnotationFile, role: Role) -> An
 
 
 def extent_of(entry: VideoEntry, spec: DataSetSpec) -> Extent:
-    """The extent of an indexed video."""
+    """Return the extent of an indexed video, which its labels must fit."""
     base = entry.frames.base if entry.frames else 0
     times_s = frame_times_s(entry, np.arange(entry.frame_count)) if entry.times else None
     return Extent(entry.source, entry.frame_count, entry.fps, spec.annotation_fps, entry.image_stride, base, times_s)
@@ -127,11 +130,12 @@ def sample_labels(
     between_rows: BetweenRows,
     tool_count: int,
 ) -> Labels:
-    """Labels of the frames `frame_index` (T,): phase (T,) int8 and tools (T, K) int8, -1 where there is no label.
+    """Return the labels of frames `frame_index` (T,): phase (T,) int8 and tools (T, K) int8, -1 for no label.
 
-    A phase row holds until the next row, for at most a stride, so that missing rows leave their frames without labels.
-    A tool row labels its own frame alone, or the sampled frame nearest to it where its own was not sampled
-    (`between_rows` "mask"), or holds like a phase ("hold"). `tool_count` is K, for videos without tool rows.
+    A phase row is valid until the next row, but for at most a stride, so that frames of missing rows have no label. A
+    tool row is valid in the same way if `between_rows` is "hold". With "mask" it labels only its own frame, or the
+    nearest sampled frame if its own frame was not sampled. `tool_count` is K, which is needed for videos without tool
+    rows.
     """
     frames = np.asarray(frame_index, dtype=np.int64)
     phase_labels = np.full(len(frames), -1, dtype=np.int8)
@@ -146,17 +150,21 @@ def sample_labels(
 
 
 def _rows_at(frames: NDArray[np.int64], track: LabelTrack) -> Rows:
-    """The row (T,) that holds at each frame, and whether there is one (T,); the first of two rows of one frame."""
+    """Return the row (T,) that is valid at each frame, and whether there is one (T,).
+
+    If two rows have the same frame, the first is valid.
+    """
     starts = track.frame_index
     row = np.searchsorted(starts, starts[np.searchsorted(starts, frames, "right") - 1])
     return row, (frames >= starts[0]) & (frames < starts[row] + track.stride)
 
 
 def _rows_next_to(frames: NDArray[np.int64], track: LabelTrack) -> Rows:
-    """The row (T,) nearest to each frame, and whether it labels the frame (T,).
+    """Return the row (T,) nearest to each frame, and whether that row labels the frame (T,).
 
-    It does where the two are nearest to each other and near enough: the same frame where samples are evenly spaced,
-    otherwise (29.97 fps sampled at 1 fps, with a row every 30 frames) at most half the distance between samples apart.
+    It does if the frame is also the nearest one to the row, and if both are close enough: they must be the same frame
+    if samples are evenly spaced, and at most half the distance between samples apart otherwise (for example at 29.97
+    fps sampled at 1 fps, with a row every 30 frames).
     """
     steps = np.diff(frames)
     if not len(frames):
@@ -168,14 +176,17 @@ def _rows_next_to(frames: NDArray[np.int64], track: LabelTrack) -> Rows:
 
 
 def _nearest(places: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The position in `places` (increasing) of the value nearest to each of `wanted`; the first of two equally near."""
+    """Return the position in `places` (increasing) of the value nearest to each of `wanted`; of two, the first."""
     after = np.searchsorted(places, wanted).clip(0, len(places) - 1)
     before = (after - 1).clip(0)
     return np.where(wanted - places[before] <= np.abs(places[after] - wanted), before, after)
 
 
 def unlabelled_note(phases: Mapping[str, NDArray[np.int8]], means: str) -> list[str]:
-    """A note on frames without a phase (`phases`: id to (T,)) and what that `means`; empty if all have one."""
+    """Return a note on frames without a phase label, or nothing if all frames have one.
+
+    `phases` contains the phases (T,) by video id. The note ends with `means`, the consequence.
+    """
     bare = {video_id: int((phase < 0).sum()) for video_id, phase in phases.items() if (phase < 0).any()}
     if not bare:
         return []
@@ -184,11 +195,12 @@ def unlabelled_note(phases: Mapping[str, NDArray[np.int8]], means: str) -> list[
 
 
 def fit_tracks(given: Mapping[Role, tuple[Path, LabelTrack]], extent: Extent) -> FittedTracks:
-    """The tracks, already on the video's timeline, cut to the video and to each other, and notes on missing labels.
+    """Cut tracks, whose rows are numbered by source frames, to the length of the video and of each other.
 
-    The usual trailing row is cut: one that starts after the end of the video, or of the other file, by at most one row
-    of the coarsest stride among the files and the images. Raises UserError naming file and row for rows further beyond
-    the video. Labels that start late, lack rows or end early leave frames without labels, with a note.
+    Annotation files often have a trailing row, which starts after the end of the video or of the other file. Such rows
+    are cut if they are beyond the end by at most one stride (the largest of the files' and the images'). Raises
+    UserError naming file and row if rows are further beyond the video. If labels start late, lack rows or end early,
+    frames have no label, and a note says so.
     """
     slack = max([extent.stride, *(track.stride for _, track in given.values())])
     notes: list[str] = []
@@ -204,7 +216,10 @@ def fit_tracks(given: Mapping[Role, tuple[Path, LabelTrack]], extent: Extent) ->
 
 
 def labelled_fractions(frames: NDArray[np.int64], phase: LabelTrack | None, tools: LabelTrack | None) -> list[float]:
-    """The fraction of `frames` (T,) that each given track labels; here a tool row, too, holds until the next one."""
+    """Return the fraction of `frames` (T,) that each given track labels.
+
+    Here a tool row is valid until the next one, like a phase row.
+    """
     labels, tool_labels = sample_labels(frames, phase, tools, "hold", 0 if tools is None else tools.labels.shape[1])
     covered = [labels >= 0] * (phase is not None) + [(tool_labels >= 0).any(axis=1)] * (tools is not None)
     return [float(one.mean()) for one in covered]
@@ -219,24 +234,24 @@ def _check_end(path: Path, track: LabelTrack, extent: Extent, slack: int) -> Non
         path,
         row,
         f"is frame {int(track.frame_index[row])}, beyond the {extent.frame_count} frames ({extent.duration_s:.1f} s at "
-        f"{extent.fps:g} fps) of {extent.name}: as they are numbered, the rows last {track.end / extent.fps:.1f}"
-        " s; set data.row_fps if they count something else",
+        f"{extent.fps:g} fps) of {extent.name}: by their numbers, the rows last {track.end / extent.fps:.1f} s; set "
+        "data.row_fps if the numbers count something else",
     )
 
 
 def _cut(path: Path, track: LabelTrack, end: int, extent: Extent, notes: list[str]) -> LabelTrack:
-    """The track without rows at or after `end`; a note is added when there were any."""
+    """Return the track without rows at or after `end`, and add a note if there were any."""
     rows = len(track.frame_index)
     kept = int(np.searchsorted(track.frame_index, end))
     if kept == 0:
-        raise UserError(f"{path}: no row lies inside the {extent.frame_count} frames of {extent.name}")
+        raise UserError(f"{path}: none of its rows is within the {extent.frame_count} frames of {extent.name}")
     if kept < rows:
         notes.append(f"{path.name}: {_count(rows - kept, 'trailing row')} cut, from frame {end} on")
     return track.head(kept)
 
 
 def _uncovered(path: Path, track: LabelTrack, extent: Extent, slack: int) -> list[str]:
-    """Notes on frames without a label: before the first row, between rows, in rows and after the last row."""
+    """Return notes on frames without a label: before the first row, between rows, in rows, and after the last row."""
     notes = []
     first = int(track.frame_index[0])
     if first > 0:

@@ -1,4 +1,4 @@
-"""What an index records of a folder of images and of a TFRecord file: their frames and labels on the timeline."""
+"""What an index records about a folder of images (which frames exist) and about a TFRecord file (its labels)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Numbering = Literal["source", "sample"]
 
 
 class FolderLayout(OmitsDefaults):
-    """The images of a folder on the source's timeline.
+    """Which source frames the images of a folder are.
 
-    Image i of `count` is source frame `first` + i * `stride`. The numbers in the names count source frames or samples
-    (`numbering`), and the video's first has the number `base`. `missing` are the runs of images that are lost, each as
-    (first i, last i + 1).
+    Image i (of `count`) is source frame `first` + i * `stride`. `numbering` says whether the numbers in the images'
+    names count source frames or samples, and `base` is the number of the video's first frame or sample. `missing`
+    contains the runs of missing images, each as (first i, last i + 1).
     """
 
     OMITTED = frozenset({"missing"})
@@ -45,11 +45,11 @@ class FolderLayout(OmitsDefaults):
 
     @property
     def frame_count(self) -> int:
-        """Source frames that the images represent, a stride each."""
+        """The number of source frames that the images cover, of which each image covers a stride."""
         return self.first + self.count * self.stride
 
     def frames(self) -> NDArray[np.int64]:
-        """Source frame (N,) int64 of each image that exists."""
+        """Return the source frame (N,) int64 of each image that exists."""
         exists = np.ones(self.count, dtype=bool)
         for start, stop in self.missing:
             exists[start:stop] = False
@@ -60,11 +60,11 @@ _RUN = r"\d{1,9}x\d{1,3}:(-|\d{1,3}(,\d{1,3})*)"
 
 
 class RecordLayout(Strict):
-    """The labels of a TFRecord file, kept in the index because reading them again means reading every image.
+    """The labels of a TFRecord file. They are kept in the index, since reading them again would read every image.
 
-    `phase_order` names the file's phase numbers. `labels` are runs of frames with equal labels, in the file's numbers,
-    as `<frames>x<phase>:<tools>`: `34x0:0,2 5x1:-` is 34 frames of phase 0 with tools 0 and 2, then 5 of phase 1 with
-    none.
+    `phase_order` names the phase of each number in the file. `labels` lists runs of frames with equal labels, each as
+    `<frames>x<phase>:<tools>` with the file's numbers: `34x0:0,2 5x1:-` means 34 frames of phase 0 with tools 0 and 2,
+    then 5 frames of phase 1 without tools.
     """
 
     frame_base: Literal[0, 1]
@@ -80,7 +80,7 @@ class RecordLayout(Strict):
         phase_order: tuple[str, ...],
         rows: Iterable[tuple[int, tuple[int, ...]]],
     ) -> RecordLayout:
-        """The layout of a file whose frames have these `rows`: each the phase and the tools that are present."""
+        """Build the layout of a file from one row per frame, with the phase and the tools that are present."""
         runs = ((len(list(run)), *row) for row, run in groupby(rows))
         labels = " ".join(f"{frames}x{phase}:{','.join(map(str, tools)) or '-'}" for frames, phase, tools in runs)
         return cls(frame_base=frame_base, total_frames=total_frames, phase_order=phase_order, labels=labels)
@@ -90,16 +90,16 @@ class RecordLayout(Strict):
         return sum(frames for frames, _, _ in self._runs())
 
     def problem(self, spec: DataSetSpec) -> str | None:
-        """Why this cannot be a layout of the data set's files, or None."""
+        """Return why this cannot be a layout for this data set, or None."""
         if sorted(self.phase_order) != sorted(spec.phases):
             return "phase_order does not name each phase once"
         numbers = {phase for _, phase, _ in self._runs()}
         tools = {tool for _, _, tools in self._runs() for tool in tools}
         beyond = max(numbers) >= len(spec.phases) or max(tools, default=-1) >= len(spec.tools)
-        return f"labels name a phase or tool that {spec.name} lacks" if beyond else None
+        return f"labels contain a phase or tool that {spec.name} does not have" if beyond else None
 
     def tracks(self, spec: DataSetSpec) -> tuple[LabelTrack, LabelTrack | None]:
-        """The labels in the data set's numbers, one row per frame."""
+        """Return phases and tools (None if the data set has no tools), one row per frame, in the data set's numbers."""
         frames = np.array([frames for frames, _, _ in self._runs()], dtype=np.int64)
         numbers = np.array([phase for _, phase, _ in self._runs()], dtype=np.int64)
         present = np.zeros((len(frames), len(spec.tools)), dtype=np.int8)  # (runs, K)
@@ -111,7 +111,7 @@ class RecordLayout(Strict):
         return LabelTrack(frame_index, phase.repeat(frames), 1), tool_track
 
     def labels_sha256(self) -> str:
-        """SHA-256 over what the labels depend on, in place of an annotation file's hash."""
+        """Return the SHA-256 of everything the labels depend on, to be used like an annotation file's hash."""
         return sha256_json([self.phase_order, self.labels])
 
     def _runs(self) -> Iterator[tuple[int, int, tuple[int, ...]]]:

@@ -1,7 +1,8 @@
-"""Which phase each number means in files with phase numbers instead of names: never assumed, always asked for.
+"""Read which phase each number means, for files that contain phase numbers instead of names.
 
-Checkpoints, pickles, TFRecords and exported ids number the phases, and the orders in use differ (Cholec80's
-GallbladderPackaging and GallbladderRetraction are 4 and 6, or 6 and 4).
+Checkpoints, pickles, TFRecords and exported ids number the phases, and several orders are in use: Cholec80's
+GallbladderPackaging and GallbladderRetraction are 4 and 6, or 6 and 4. The order is therefore never assumed; the user
+must give it.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ _NUMBER = re.compile(r"^\s*\d+\s*[\s:=,;.]\s*")
 
 
 def parse_phase_order(text: str | None, spec: DataSetSpec, needed_by: str) -> tuple[str, ...]:
-    """The names of phases 0, 1, ... in another program's file, from the user's `--phase-order`.
+    """Return the names of phases 0, 1, ... in another program's file, from the user's `--phase-order`.
 
     `text` is one of the data set's `phase_orders`, a file (one name per line, numbered or not), or comma-separated
-    names. `needed_by` is the file with the numbers. Raises UserError if nothing was given or a phase is missing,
-    unknown or repeated.
+    names. `needed_by` is the file with the numbers, for the message. Raises UserError if nothing was given, or if a
+    phase is missing, unknown or repeated.
     """
     if not text:
         raise UserError(
-            f"{needed_by}: holds numbers of phases, not names; give their order with --phase-order {_forms(spec)}"
+            f"{needed_by}: contains phase numbers, not names; give their order with --phase-order {_forms(spec)}"
         )
     if text in spec.phase_orders:
         return spec.phase_orders[text]
@@ -64,10 +65,10 @@ def _names_in_file(path: Path) -> list[str]:
 
 
 def ids_of_order(order: Sequence[str], classes: Sequence[str]) -> NDArray[np.int64]:
-    """(C,) the index in `classes` of each phase of another order: `ours = ids_of_order(...)[theirs]`."""
+    """Return (C,), the index in `classes` of each phase of `order`, so that `ours = ids_of_order(...)[theirs]`."""
     return np.array([classes.index(name) for name in order], dtype=np.int64)
 
 
 def describe_order(order: Sequence[str]) -> str:
-    """An order as it is shown to the user: `0 Preparation, 1 CalotTriangleDissection, ...`."""
+    """Return an order as shown to the user: `0 Preparation, 1 CalotTriangleDissection, ...`."""
     return ", ".join(f"{number} {name}" for number, name in enumerate(order))

@@ -1,4 +1,4 @@
-"""What the numbers in the Frame column of an annotation file count: the video's own frames, its images, or seconds."""
+"""Infer what the numbers in an annotation file's Frame column count: the video's frames, its images, or seconds."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from configs.schema import DataConfig
 from features.dataset.annotations import LabelTrack, row_error
 from features.video.times import ROUNDING_S, same_rate
 
-# Fractions of a video's duration. Rows that end this close to its end fit exactly. Of two numberings, the chosen one
-# must cover at least the second fraction, and the other at most the third.
+# Fractions of a video's duration. _EXACT: rows that end this close to the video's end fit exactly. If no numbering fits
+# exactly, the chosen one must cover at least _COVERS of the video, and all others at most _HARDLY_ANY.
 _EXACT, _COVERS, _HARDLY_ANY = 0.02, 0.75, 0.1
-# Rates at which annotation programs number rows; 1 is one row per second, numbered consecutively.
+# Rates at which annotation programs number rows, per second; with 1, rows are numbered by seconds.
 _COMMON_FPS = (1.0, 2.0, 5.0, 10.0, 12.5, 15.0, 24.0, 25.0, 30.0, 50.0, 60.0)
 
 
 @dataclass(frozen=True)
 class Extent:
-    """The frames of a video or folder, which labels must fit.
+    """The number and times of the frames of a video or folder, which its labels must fit.
 
     `row_fps` is the rate at which annotation files number frames according to the data set's description. `stride` is
-    the distance in source frames between images (1 for a video), `base` the number of a folder's first image. `times_s`
-    (F,) are the times of the frames where the rate is not constant.
+    the distance between images in source frames (1 for a video), and `base` is the number of a folder's first image. If
+    the rate is not constant, `times_s` (F,) contains the times of the frames.
     """
 
     name: str
@@ -44,9 +44,12 @@ class Extent:
         return self.frame_count / self.fps
 
     def on_screen(self, time_s: NDArray[np.float64]) -> NDArray[np.int64]:
-        """The frame (T,) int64 on screen at each time (T,); after the last frame, counting continues at the rate."""
+        """Return the frame (T,) int64 that is on screen at each time (T,).
+
+        After the last frame, frames are counted on at the video's rate.
+        """
         last_s = 0.0 if self.times_s is None else float(self.times_s[-1])
-        # a file may contain any number: clip it where float64 can no longer represent every integer
+        # A file may contain any number, so clip it where float64 can no longer represent every integer.
         after = np.floor(np.minimum((time_s - last_s + ROUNDING_S) * self.fps, 2.0**53)).astype(np.int64)
         if self.times_s is None:
             return after
@@ -56,18 +59,18 @@ class Extent:
 
 @dataclass(frozen=True)
 class RowNumbering:
-    """What the numbers of an annotation file's rows mean: number r starts at (r - `base`) / `fps` seconds.
+    """What the numbers of an annotation file's rows mean: row number r starts at (r - `base`) / `fps` seconds.
 
-    `fps` None: numbers count the video's own frames.
+    If `fps` is None, the numbers count the video's own frames.
     """
 
     fps: float | None = None
     base: int = 0
 
     def place(self, path: Path, track: LabelTrack, extent: Extent) -> LabelTrack:
-        """The track on the video's timeline: each row at the frame on screen at its time.
+        """Return the track with rows numbered by source frames: each row gets the frame on screen at its time.
 
-        Raises UserError, naming `path` and row, for a number below `base`.
+        Raises UserError naming `path` and row if a number is below `base`.
         """
         numbers = track.frame_index - self.base
         if numbers[0] < 0:
@@ -79,28 +82,29 @@ class RowNumbering:
         return replace(track, frame_index=starts, stride=max(int(spans.max()), 1))
 
     def notes(self, path: Path, extent: Extent) -> list[str]:
-        """Notes for the user if the numbers do not start at 0 or do not have the data set's usual rate."""
+        """Return notes for the user if the numbers do not start at 0, or do not have the data set's usual rate."""
         if self.fps is not None:
             what = [f"rows are numbered at {self.fps:g} fps"]
         elif not same_rate(extent.fps, extent.row_fps):
-            what = [f"rows number the video's own frames at {extent.fps:g} fps, not at {extent.row_fps:g} fps"]
+            what = [f"rows count the video's own frames at {extent.fps:g} fps, not frames at {extent.row_fps:g} fps"]
         else:
             what = []
         return [f"{path.name}: {text}" for text in (*what, *[f"rows are numbered from {self.base}"] * bool(self.base))]
 
 
 def infer_numberings(lists: Sequence[tuple[Path, LabelTrack]], extent: Extent, data: DataConfig) -> list[RowNumbering]:
-    """The numbering of each of a video's annotation files: as set, or inferred from how long the rows last.
+    """Return the numbering of each of a video's annotation files: from the settings, or inferred.
 
-    Possible are the video's own frames, the rate in the data set's description, a folder's images, and seconds, unless
-    rows would continue after the end. The one whose rows last as long as the video is chosen, otherwise the one that
-    covers the video if all others cover hardly any of it. An ambiguous file is read like the video's other file.
-    Raises UserError naming the setting if both are ambiguous.
+    Rows may count the video's own frames, frames at the rate in the data set's description, a folder's images, or
+    seconds. A numbering is impossible if rows would continue after the end of the video. Of the possible ones, the one
+    whose rows last as long as the video is chosen. If there is none, one that covers the video is chosen, provided that
+    all others cover hardly any of it. An ambiguous file is read like the video's other file. Raises UserError naming
+    the setting if both are ambiguous.
     """
     numberings: dict[Path, RowNumbering] = {}
     slack = max((track.stride for _, track in lists), default=1)
     problem: UserError | None = None
-    for path, track in (*lists, *lists):  # the second time with the other file's numbering
+    for path, track in (*lists, *lists):  # the second time, the other file's numbering is known
         if path not in numberings:
             try:
                 numberings[path] = _infer_numbering(
@@ -121,7 +125,7 @@ def _infer_numbering(
         rates += [rate_of_rows(extent.fps / extent.stride, extent.fps), rate_of_rows(1.0, extent.fps)]
     if data.row_fps != "auto":
         rates = [rate_of_rows(data.row_fps, extent.fps)]
-        if data.row_fps != "source":  # 30 on 29.97 fps may be meant literally: the two drift apart
+        if data.row_fps != "source":  # 30 for a video of 29.97 fps may be meant exactly, which makes a difference
             rates.append(data.row_fps)
     candidates = [_Candidate.of(rate, track, slack, extent, data) for rate in dict.fromkeys(rates)]
     possible = [one for one in candidates if one.possible]
@@ -132,7 +136,7 @@ def _infer_numbering(
         possible = exact or possible[:1]
     elif not exact:
         _refuse_common_rate(path, track, extent)
-    if exact or len(possible) < 2:  # none possible: the first, whose last row is refused
+    if exact or len(possible) < 2:  # if none is possible, take the first, which is refused later for its last row
         best = min(exact or possible or candidates[:1], key=lambda one: abs(one.end_s - extent.duration_s))
     else:
         stated = {rate_of_rows(rate, extent.fps) for rate in (extent.row_fps, data.folder_fps) if rate} - {None}
@@ -144,20 +148,20 @@ def _infer_numbering(
 def _covering(
     path: Path, track: LabelTrack, extent: Extent, possible: Sequence[_Candidate], stated: Container[float | None]
 ) -> _Candidate:
-    """The candidate that covers the video, or has a `stated` rate, if the others cover hardly any of it.
+    """Return the candidate that covers the video or has a `stated` rate, if all others cover hardly any of the video.
 
-    Raises UserError naming the choices if there is none.
+    Raises UserError naming the choices if there is no such candidate.
     """
     *rest, best = sorted(possible, key=lambda one: one.end_s)
     covers = best.fps in stated or best.end_s >= _COVERS * extent.duration_s
     if covers and rest[-1].end_s <= _HARDLY_ANY * extent.duration_s:
         return best
     ways = " or ".join(
-        f"{'source' if one.fps is None else f'{one.fps:g}'} ({min(one.end_s / extent.duration_s, 1):.0%} of it)"
+        f"{'source' if one.fps is None else f'{one.fps:g}'} (covers {min(one.end_s / extent.duration_s, 1):.0%})"
         for one in (best, *reversed(rest))
     )
     raise UserError(
-        f"{path}: what do its numbers, up to {int(track.frame_index[-1])}, count? {extent.name} lasts "
+        f"{path}: it is unclear what its numbers, up to {int(track.frame_index[-1])}, count; {extent.name} lasts "
         f"{extent.duration_s:.1f} s ({extent.frame_count} frames); set data.row_fps to the numbers per second, or to "
         f"source for the video's own frames: {ways}"
     )
@@ -166,7 +170,7 @@ def _covering(
 def _base(
     path: Path, track: LabelTrack, extent: Extent, data: DataConfig, fps: float | None, other: RowNumbering | None
 ) -> int:
-    """The number of the first row. Raises UserError if that is ambiguous."""
+    """Return the number that stands for the video's first frame. Raises UserError if that is ambiguous."""
     if data.row_base != "auto":
         return data.row_base
     first, last = int(track.frame_index[0]), int(track.frame_index[-1])
@@ -178,7 +182,7 @@ def _base(
         raise row_error(
             path,
             0,
-            f"starts at {first}, neither 0 nor 1: renumber the file, or set data.row_base=0 if rows 0 to {first - 1} "
+            f"starts at {first}, not at 0 or 1: renumber the file, or set data.row_base=0 if rows 0 to {first - 1} "
             "are missing",
         )
     rows = extent.duration_s * (fps or extent.fps)
@@ -189,21 +193,21 @@ def _base(
     raise row_error(
         path,
         0,
-        f"is number 1 and the last row {last}, of {rows:.10g} in {extent.name}: are they numbered from 1, or is row 0 "
-        "missing? Set data.row_base=1 or data.row_base=0",
+        f"is number 1, and the last row is number {last} of {rows:.10g} in {extent.name}: set data.row_base=1 if rows "
+        "are numbered from 1, or data.row_base=0 if row 0 is missing",
     )
 
 
 def rate_of_rows(fps: float | Literal["source"], video_fps: float) -> float | None:
-    """`RowNumbering.fps` for a rate: None if numbers count the video's own frames."""
+    """Return `RowNumbering.fps` for a rate: None if it means the video's own frames."""
     return None if fps == "source" or same_rate(fps, video_fps) else fps
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A rate at which rows may be numbered, and when the last row would end.
+    """A rate at which rows may be numbered, and the time at which the last row would then end.
 
-    It is possible if at most the usual trailing row lies beyond the video.
+    It is `possible` if at most one trailing row is beyond the video's end, and `exact` if the rows end with the video.
     """
 
     fps: float | None
@@ -228,10 +232,10 @@ class _Candidate:
 
 
 def _refuse_common_rate(path: Path, track: LabelTrack, extent: Extent) -> None:
-    """Raise UserError if rows that fit no possible numbering last as long as the video at another common rate.
+    """Raise UserError if rows, which fit the video exactly under no numbering, would do so at another common rate.
 
-    As long means within a row and a half and an image. That is no evidence unless it is small against the difference
-    which the rate makes, so short videos and coarse rows pass.
+    "Fit" means a difference of at most 1.5 rows and an image. This is taken as evidence only if the change of rate
+    makes a difference more than ten times as large, so short videos and coarse rows are never refused.
     """
     for rate in _COMMON_FPS:
         tolerance_s = 1.5 * track.stride / rate + extent.stride / extent.fps

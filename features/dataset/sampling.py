@@ -1,4 +1,4 @@
-"""Which frames of an indexed video sampling takes, and when they are shown."""
+"""Select the frames of an indexed video by sampling, and look up when they are shown."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from features.video.times import RATE_TOLERANCE, on_screen
 
 
 def sampled_frames(entry: VideoEntry, fps: float) -> NDArray[np.int64]:
-    """Source frames (T,) int64 of this video that sampling at `fps` takes, in increasing order.
+    """Return the source frames (T,) int64 that sampling at `fps` selects, in increasing order.
 
-    They are those on screen at the first frame's time and every 1 / fps seconds after it; a frame that is on screen at
-    several of these times is taken once. Raises UserError if `fps` is higher than the rate of the frames or images.
+    Sampling selects the frames that are on screen at the first frame's time and every 1 / fps seconds after it. A frame
+    that is on screen at several of these times is selected once. Raises UserError if `fps` is higher than the rate of
+    the frames or images.
     """
     stride = entry.image_stride
     if fps > entry.most_fps * (1 + RATE_TOLERANCE):
@@ -31,16 +32,17 @@ def sampled_frames(entry: VideoEntry, fps: float) -> NDArray[np.int64]:
 
 
 def in_whole_steps(entry: VideoEntry, fps: float, frame_index: NDArray[np.int64]) -> bool:
-    """Whether these sampled frames (T,) are every n-th frame, which earlier versions used at all rates.
+    """Whether these sampled frames (T,) are simply every n-th frame, as earlier versions selected at all rates.
 
-    Results of stages record it, so that a stage never resumes results of an earlier version on other frames.
+    Results of stages record this, so that a stage never resumes a result that an earlier version made with other
+    frames.
     """
     first = entry.frames.first if entry.frames else 0
     return np.array_equal(frame_index, np.arange(first, entry.frame_count, max(round(entry.fps / fps), 1)))
 
 
 def frame_times_s(entry: VideoEntry, frame_index: NDArray[np.int64] | Sequence[int]) -> NDArray[np.float64]:
-    """(T,) float64 seconds from the first frame of the source at which its frames `frame_index` (T,) are shown."""
+    """Return when source frames `frame_index` (T,) are shown, (T,) float64, in seconds from the first frame."""
     frames = np.asarray(frame_index, dtype=np.int64)
     if entry.times is None:
         return frames / entry.fps
@@ -48,5 +50,5 @@ def frame_times_s(entry: VideoEntry, frame_index: NDArray[np.int64] | Sequence[i
 
 
 def most_fps(index: Index) -> float:
-    """The highest rate that every video of the index can be sampled at."""
+    """Return the highest rate at which every video of the index can be sampled."""
     return min(entry.most_fps for entry in index.videos)

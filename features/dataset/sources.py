@@ -1,6 +1,6 @@
-"""The facts that an index entry records about its source: a video file, a frame folder or a TFRecord file.
+"""Measure what an index entry records about its source: a video file, a frame folder or a TFRecord file.
 
-`index` measures them once, `index --check` measures them again and compares.
+The command `index` measures these facts, and `index --check` measures them again to compare.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from features.video.times import FrameTimes
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """Fields of `features.dataset.index.VideoEntry` that follow from the source alone; see there."""
+    """The fields of `features.dataset.index.VideoEntry` that depend on the source alone; they are described there."""
 
     size_bytes: int
     modified_ns: int
@@ -34,31 +34,34 @@ class SourceFacts:
 
 
 def video_facts(root: Path, relative: str, full_hash: bool) -> tuple[SourceFacts, tuple[str, ...]]:
-    """A video file's facts, and notes on its container. Raises UserError if it cannot be read or has no frames."""
+    """Measure a video file; returns its facts and notes on its container.
+
+    Raises UserError if the file cannot be read or has no frames.
+    """
     path = inside(root, relative)
     info = probe_video(path)
     if info.frame_count < 1:
-        raise UserError(f"{path}: holds no frames")
+        raise UserError(f"{path}: contains no frames")
     return SourceFacts(*_file_state(path, full_hash), info.fps, info.frame_count, times=info.times), info.notes
 
 
 def record_facts(
     root: Path, relative: str, video_id: str, spec: DataSetSpec, order: tuple[str, ...], full_hash: bool
 ) -> SourceFacts:
-    """A TFRecord file's facts, its labels included. Every byte is read and checked: raises UserError for damage."""
+    """Measure a TFRecord file, including its labels. Every byte is read and checked; raises UserError for damage."""
     path = inside(root, relative)
     layout = scan_records(path, video_id, spec, order)
     return SourceFacts(*_file_state(path, full_hash), FPS, layout.frame_count, records=layout)
 
 
 def folder_facts(scan: FolderScan, layout: FolderLayout, spec: DataSetSpec, full_hash: bool) -> SourceFacts:
-    """The facts of a folder of frames that was scanned."""
+    """Return the facts about a folder of frames that was scanned."""
     state = sum(scan.sizes_bytes), scan.modified_ns, scan.identity(), scan.content() if full_hash else None
     return SourceFacts(*state, spec.annotation_fps, layout.frame_count, frames=layout)
 
 
 def _file_state(path: Path, full_hash: bool) -> tuple[int, int, str, str | None]:
-    """Size in bytes, time of the last change in ns, hash of the ends, and the whole file's hash where asked for."""
+    """Return a file's size in bytes, time of the last change in ns, hash of the ends, and (with `full_hash`) hash."""
     try:
         state = path.stat()
         return state.st_size, state.st_mtime_ns, sha256_ends(path), sha256_file(path) if full_hash else None

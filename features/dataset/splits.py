@@ -1,4 +1,4 @@
-"""Which videos train, validate and test: by counts, percentages, lists, k-fold or leave-one-out."""
+"""Divide videos into training, validation and test: by counts, percentages, lists, k-fold or leave-one-out."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ _RULES = (
 
 
 def assign_splits(ids: Sequence[str], spec: DataSetSpec, split: SplitConfig) -> dict[str, Split]:
-    """The split of each video; `ids` are in the order of video numbers.
+    """Return the split of each video; `ids` are in the order of video numbers.
 
-    `split.rule` decides. Without one, the lists are used if any are given, otherwise the data set's usual split; if
-    that does not fit these videos, each gets "none" (`usual_split_problem` has the reason). Besides the rules of
-    `SplitConfig` there are percentages (`60%/20%/20%`, by largest remainder, at least one video each) and the names of
-    published splits in the data set's description, whose missing videos are ignored. Entries of lists are ids or shell
-    patterns; videos in no list get "none". Raises UserError if a rule that was asked for does not fit these videos.
+    If `split.rule` is set, it decides. Otherwise the lists are used if any are given, or else the data set's usual
+    split; if the latter does not fit these videos, each gets "none" (`usual_split_problem` returns the reason).
+
+    `SplitConfig` describes the rules. With percentages (`60%/20%/20%`), the numbers of videos are found by largest
+    remainder, with at least one video in each part. Videos that a published split names but that were not found are
+    ignored. Entries of lists are ids or shell patterns; videos in no list get "none". Raises UserError if a rule that
+    the settings ask for does not fit these videos.
     """
     if usual_split_problem(ids, spec, split):
         return dict.fromkeys(ids, "none")
@@ -37,7 +39,7 @@ def assign_splits(ids: Sequence[str], spec: DataSetSpec, split: SplitConfig) -> 
 
 
 def usual_split_problem(ids: Sequence[str], spec: DataSetSpec, split: SplitConfig) -> str | None:
-    """Why the data set's usual split does not fit; None when it does, or when the settings ask for another."""
+    """Return why the data set's usual split does not fit; None if it does, or if the settings ask for another."""
     if rule_asked_for(split) is not None:
         return None
     try:
@@ -75,7 +77,7 @@ def _by_rule(rule: str, ids: Sequence[str], spec: DataSetSpec, split: SplitConfi
 
 
 def _three(rule: str) -> list[str]:
-    """Train, validation and test part of a rule; two parts are train and test."""
+    """Return the train, validation and test part of a rule. If it has two parts, they are train and test."""
     parts = rule.split("/")
     return parts if len(parts) == 3 else [parts[0], "0", parts[1]]
 
@@ -83,20 +85,21 @@ def _three(rule: str) -> list[str]:
 def _by_counts(ids: Sequence[str], counts: Sequence[int], rule: str) -> dict[str, Split]:
     if sum(counts) != len(ids):
         raise UserError(
-            f"data.split.rule: {rule} needs {sum(counts)} videos, here are {len(ids)}{_span(ids)}; choose counts that "
-            f"sum to {len(ids)}, percentages such as 60%/20%/20%, or lists"
+            f"data.split.rule: {rule} needs {sum(counts)} videos, but there are {len(ids)}{_span(ids)}; choose counts "
+            f"that sum to {len(ids)}, percentages such as 60%/20%/20%, or lists"
         )
     names = [part for part, count in zip(_PARTS, counts, strict=True) for _ in range(count)]
     return dict(zip(ids, names, strict=True))
 
 
 def _by_percentages(ids: Sequence[str], percentages: Sequence[float], rule: str) -> dict[str, Split]:
-    """Counts by largest remainder, then one video from the largest part to each part that got none."""
+    """Round percentages to counts by largest remainder; then give each part without a video one of the largest part."""
     if abs(sum(percentages) - 100) > 1e-6:
         raise UserError(f"data.split.rule: the percentages of {rule} sum to {sum(percentages):g} %, not 100 %")
     wanted = [i for i, percentage in enumerate(percentages) if percentage > 0]
     if len(ids) < len(wanted):
-        raise UserError(f"data.split.rule: {rule} needs at least {len(wanted)} videos, here are {len(ids)}{_span(ids)}")
+        found = f"there are {len(ids)}{_span(ids)}"
+        raise UserError(f"data.split.rule: {rule} needs at least {len(wanted)} videos, but {found}")
     exact = [percentage * len(ids) / 100 for percentage in percentages]
     counts = [int(value + 1e-9) for value in exact]
     by_remainder = sorted(wanted, key=lambda i: counts[i] - exact[i])
@@ -124,16 +127,16 @@ def _by_lists(ids: Sequence[str], lists: NamedSplit, where: str) -> dict[str, Sp
 
 
 def _present(ids: Sequence[str], lists: NamedSplit) -> NamedSplit:
-    """A published split without the videos that were not found."""
+    """Return a published split without the videos that were not found."""
     return NamedSplit(
         **{part: tuple(one for one in getattr(lists, part) if fnmatch.filter(ids, normal_id(one))) for part in _PARTS}
     )
 
 
 def matching_ids(ids: Sequence[str], entry: str, where: str) -> list[str]:
-    """The ids that a list's entry names: itself, or those its shell pattern matches.
+    """Return the ids that an entry of a list names: the entry itself if it is an id, or those that it matches.
 
-    Raises UserError, naming the setting `where`, when there is none.
+    Raises UserError naming the setting `where` if there is no such video.
     """
     entry = normal_id(entry)
     if entry in ids:
@@ -145,11 +148,14 @@ def matching_ids(ids: Sequence[str], entry: str, where: str) -> list[str]:
 
 
 def _by_fold(ids: Sequence[str], folds: int, split: SplitConfig) -> dict[str, Split]:
-    """Fold `split.fold` of near-equal contiguous blocks is the test set; the `val_videos` after it (cyclically) are
-    the validation set, the rest trains."""
+    """Divide the videos into contiguous folds of nearly equal size, and use fold `split.fold` for testing.
+
+    The `split.val_videos` videos after it (continuing at the first video after the last) are for validation, the others
+    for training.
+    """
     count = len(ids)
     if folds > count:
-        raise UserError(f"data.split.folds: {folds} folds need at least as many videos, here are {count}{_span(ids)}")
+        raise UserError(f"data.split.folds: {folds} folds need {folds} videos, but there are {count}{_span(ids)}")
     if split.fold >= folds:
         raise UserError(f"data.split.fold: {split.fold} is not one of the {folds} folds 0 to {folds - 1}")
     order = list(ids)
@@ -159,15 +165,15 @@ def _by_fold(ids: Sequence[str], folds: int, split: SplitConfig) -> dict[str, Sp
     rest = order[stop:] + order[:start]
     if split.val_videos >= len(rest):
         raise UserError(
-            f"data.split.val_videos: with {split.val_videos} for validation, none of the {len(rest)} videos outside "
-            "the test fold is left for training"
+            f"data.split.val_videos: with {split.val_videos} for validation, no video is left for training of the "
+            f"{len(rest)} outside the test fold"
         )
     test, val = set(order[start:stop]), set(rest[: split.val_videos])
     return {video_id: "test" if video_id in test else "val" if video_id in val else "train" for video_id in ids}
 
 
 def _span(ids: Sequence[str]) -> str:
-    """The ids in brackets, for a message: all of a few, otherwise the first and the last."""
+    """Return the ids in brackets, for a message: all if there are few, otherwise the first and the last."""
     if not ids:
         return ""
     return f" ({', '.join(ids)})" if len(ids) <= 6 else f" ({ids[0]} to {ids[-1]})"

@@ -1,4 +1,4 @@
-"""Tables of how many sampled frames each split, phase and tool has."""
+"""Make tables that show how many sampled frames each split, phase and tool has."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from features.dataset.index import SPLITS, Dataset, Index, VideoEntry
 from features.dataset.labels import load_labels
 from features.dataset.sampling import sampled_frames
 
-Counts = dict[str, list[int]]  # by video id, in the order of the summary's rows; see `count_frames`
+Counts = dict[str, list[int]]  # by video id; the numbers are in the order of the summary's rows (see `count_frames`)
 
 
 def count_frames(dataset: Dataset, fps: float) -> Counts:
-    """Frames of each video sampled at `fps`: all, those of each phase, of none, with each tool, without tool labels.
+    """Count the frames of each video sampled at `fps`.
 
-    Raises UserError if a video cannot be sampled at `fps` (see `most_fps`) or its annotations have changed.
+    The counts are, in this order: all frames, frames of each phase, frames without a phase, frames with each tool, and
+    frames without tool labels. Raises UserError if a video cannot be sampled at `fps` (see `most_fps`) or its
+    annotations have changed.
     """
     spec, counts = dataset.spec, {}
     for entry in dataset.index.videos:
@@ -27,7 +29,7 @@ def count_frames(dataset: Dataset, fps: float) -> Counts:
 
 
 def coverage_table(index: Index, counts: Counts) -> list[list[str]]:
-    """A table: the header, then one row per video: its images, how many of them are used, and how many labelled."""
+    """Return a table with a header and one row per video: its images, how many are used, and how many are labelled."""
     rows = [["video", "images", "used", "with a phase", *(["with tools"] if index.dataset.tools else [])]]
     for entry in index.videos:
         count = counts[entry.id]
@@ -38,10 +40,10 @@ def coverage_table(index: Index, counts: Counts) -> list[list[str]]:
 
 
 def index_summary(index: Index, counts: Counts) -> list[list[str | int | float]]:
-    """A table: the header, then one row each for videos, hours, sampled frames, and frames per phase and per tool.
+    """Return a table of the splits, with a header and rows for videos, hours, frames, and frames of each class.
 
-    Columns are the splits that have videos, and all videos together. Frames without labels have their own rows; a
-    frame may show several tools.
+    The columns are the splits that have videos, and all videos together. There are rows for frames without labels.
+    Since a frame may show several tools, the rows of the tools do not add up to all frames.
     """
     spec = index.dataset
     groups: list[tuple[str, tuple[VideoEntry, ...]]] = [(split, index.by_split(split)) for split in SPLITS]

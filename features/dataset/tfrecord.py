@@ -1,12 +1,12 @@
-"""TF-Cholec80: one TFRecord file per video, one `tf.train.Example` per frame, at one frame per second.
+"""Read TF-Cholec80: one TFRecord file per video, one `tf.train.Example` per frame, at one frame per second.
 
-**Framing** (TensorFlow, `core/lib/io/record_writer.h`): a record is its length (uint64, little endian), the masked
-CRC-32C of these 8 bytes, its data, and the masked CRC-32C of the data. Every checksum is checked: a length before
-anything is allocated for it, and none may exceed the file.
+**Framing** (TensorFlow, `core/lib/io/record_writer.h`): a record consists of its length (uint64, little endian), the
+masked CRC-32C of these 8 bytes, its data, and the masked CRC-32C of the data. All checksums are verified. A length is
+verified before memory is allocated for it, and no record may extend beyond the file.
 
-**Keys** of each Example: `frame` (a PNG), `video_id`, `frame_id`, `total_frames`, `phase` (a number, whose meaning the
-file does not record: `features.dataset.phase_order`) and `instruments` (0 or 1 per tool). Frame k of the video is
-record k.
+**Keys** of each Example: `frame` (a PNG), `video_id`, `frame_id`, `total_frames`, `phase` (a number; the file does not
+record which phase it means, see `features.dataset.phase_order`) and `instruments` (0 or 1 per tool). Frame k of the
+video is record k.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from features.video.base import FrameReader, ReaderError
 from features.video.images import decode_image
 
 FPS = 1.0
-# The memory that a record may take, far above any frame (480 x 854 raw pixels are 1.2 MB).
+# The largest record that is read, far larger than any frame (480 x 854 raw pixels are 1.2 MB).
 MAX_RECORD_BYTES = 1 << 27
 _HEADER = struct.Struct("<QI")
 _CHECKSUM = struct.Struct("<I")
@@ -48,7 +48,7 @@ _ID = re.compile(r"(\D*?)[ _-]?(\d{1,9})")
 
 
 def masked_crc32c(content: bytes) -> int:
-    """CRC-32C as TFRecords store it: rotated right by 15 bits, plus a constant."""
+    """Return the CRC-32C in the form in which TFRecords store it: rotated right by 15 bits, plus a constant."""
     crc = google_crc32c.value(content)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
@@ -61,9 +61,9 @@ class RecordSpan(NamedTuple):
 
 
 def record_spans(stream: BinaryIO, path: Path) -> Iterator[RecordSpan]:
-    """The positions of the records; headers are read and checked, data is not.
+    """Yield the positions of the records. Headers are read and verified, but data is not.
 
-    Raises ReaderError naming the record if a header is damaged or the file ends before its record does.
+    Raises ReaderError naming the record if its header is damaged or the file ends within it.
     """
     size = os.fstat(stream.fileno()).st_size
     offset = 0
@@ -80,14 +80,14 @@ def record_spans(stream: BinaryIO, path: Path) -> Iterator[RecordSpan]:
         span = RecordSpan(offset + _HEADER.size, length)
         offset = span.offset + length + _CHECKSUM.size
         if offset > size:
-            raise ReaderError(f"{path}: record {number} is cut short: the file ends within it; {_REMEDY}")
+            raise ReaderError(f"{path}: record {number} is incomplete: the file ends within it; {_REMEDY}")
         if length > MAX_RECORD_BYTES:
             raise ReaderError(f"{path}: record {number} has {length:,} bytes, too many for a frame; {_REMEDY}")
         yield span
 
 
 def read_record(stream: BinaryIO, span: RecordSpan, place: str) -> bytes:
-    """A record's data. Raises ReaderError, beginning with `place`, where its checksum does not match."""
+    """Read a record's data. Raises ReaderError, whose message begins with `place`, if its checksum is wrong."""
     content = _read_at(stream, span.offset, span.length + _CHECKSUM.size, place)
     data = content[: span.length]
     if masked_crc32c(data) != _CHECKSUM.unpack(content[span.length :])[0]:
@@ -102,12 +102,12 @@ def _read_at(stream: BinaryIO, offset: int, count: int, place: str) -> bytes:
     except OSError as error:
         raise ReaderError(f"{place} cannot be read ({error.strerror}); {_REMEDY}") from error
     if len(content) != count:
-        raise ReaderError(f"{place} is cut short: the file ends within it; {_REMEDY}")
+        raise ReaderError(f"{place} is incomplete: the file ends within it; {_REMEDY}")
     return content
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open almost unbuffered: otherwise each header would cost the read of a whole block."""
+    """Open a file with a small buffer; with the usual one, reading each header would read a whole block."""
     try:
         return path.open("rb", buffering=64)
     except OSError as error:
@@ -119,7 +119,7 @@ def _open(path: Path) -> BinaryIO:
 
 @dataclass(frozen=True)
 class FrameRecord:
-    """The content of a record; `phase` is a number in the file's own order."""
+    """The content of a record. `phase` is a number in the file's own order of phases."""
 
     frame: bytes
     video_id: str
@@ -130,7 +130,7 @@ class FrameRecord:
 
 
 def parse_record(content: bytes, place: str) -> FrameRecord:
-    """Parse a record's data. Raises ReaderError, beginning with `place`, for a missing or wrong key."""
+    """Parse a record's data. Raises ReaderError, whose message begins with `place`, for a missing or wrong key."""
     from google.protobuf.message import DecodeError
 
     try:
@@ -155,7 +155,7 @@ def _values(features: Any, key: str, kind: Literal["bytes_list", "int64_list"], 
     if found is None:
         raise ReaderError(f"{place} lacks the key {key!r}; not a TF-Cholec80 file")
     if found != kind:
-        raise ReaderError(f"{place} holds a {found} under {key!r}, not a {kind}; not a TF-Cholec80 file")
+        raise ReaderError(f"{place} contains a {found} under {key!r}, not a {kind}; not a TF-Cholec80 file")
     values: Sequence[Any] = getattr(features[key], kind).value
     return values
 
@@ -163,7 +163,7 @@ def _values(features: Any, key: str, kind: Literal["bytes_list", "int64_list"], 
 def _one_value(features: Any, key: str, kind: Literal["bytes_list", "int64_list"], place: str) -> Any:
     values = _values(features, key, kind, place)
     if len(values) != 1:
-        raise ReaderError(f"{place} holds {len(values)} values under {key!r}, not one; not a TF-Cholec80 file")
+        raise ReaderError(f"{place} contains {len(values)} values under {key!r}, not one; not a TF-Cholec80 file")
     return values[0]
 
 
@@ -190,9 +190,9 @@ message_type { name: "Example"
 
 @functools.cache
 def example_class() -> Any:
-    """The message class of `tf.train.Example` (TensorFlow, `core/example/example.proto` and `feature.proto`).
+    """Return the message class of `tf.train.Example` (TensorFlow, `core/example/example.proto` and `feature.proto`).
 
-    It is built in a descriptor pool of its own, so that it does not collide with a TensorFlow in the same process.
+    It is built in its own descriptor pool, so that it does not collide with that of a TensorFlow in the same process.
     """
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
@@ -207,11 +207,12 @@ def example_class() -> Any:
 
 
 def scan_records(path: Path, video_id: str, spec: DataSetSpec, phase_order: tuple[str, ...]) -> RecordLayout:
-    """Read a file once, one record in memory: every checksum, key and number is checked, no image is decoded.
+    """Read a whole file, verify it and return its labels.
 
-    `video_id` is the id in the file's name, `phase_order` names the file's phase numbers. Raises ReaderError naming the
-    record for damage, records of another video, frames that are missing, repeated or out of order, and labels that the
-    data set lacks.
+    Checksums, keys and numbers of all records are verified, but no image is decoded, and only one record is in memory
+    at a time. `video_id` is the id in the file's name, and `phase_order` names the phase of each number in the file.
+    Raises ReaderError naming the record if it is damaged or of another video, if frames are missing, repeated or out of
+    order, or if the data set does not have its labels.
     """
     first: FrameRecord | None = None
     rows = []
@@ -224,43 +225,43 @@ def scan_records(path: Path, video_id: str, spec: DataSetSpec, phase_order: tupl
                 raise ReaderError(f"{place}{problem}")
             rows.append((record.phase, tuple(tool for tool, present in enumerate(record.instruments) if present)))
     if first is None:
-        raise ReaderError(f"{path}: holds no record; {_REMEDY}")
+        raise ReaderError(f"{path}: contains no record; {_REMEDY}")
     base: Literal[0, 1] = 1 if first.frame_id else 0
-    # TF-Cholec80's own loader takes total_frames as the last frame_id, one less than the count with frames from 0.
+    # total_frames may be the number of frames or, as TF-Cholec80's own loader understands it, the last frame_id.
     if first.total_frames not in {len(rows), len(rows) - 1 + base}:
-        raise ReaderError(f"{path}: holds {len(rows)} records where total_frames says {first.total_frames}; {_REMEDY}")
+        raise ReaderError(f"{path}: contains {len(rows)} records, but total_frames is {first.total_frames}; {_REMEDY}")
     return RecordLayout.of_rows(base, first.total_frames, phase_order, rows)
 
 
 def _problem(record: FrameRecord, first: FrameRecord, number: int, video_id: str) -> str | None:
-    """Why a record does not belong at this position, as text that follows the record's name; or None."""
+    """Return why a record does not belong at this position, as text that follows the record's name, or None."""
     of_video = f" is of video {record.video_id[:60]!r}"
     if number == 0 and not _same_video(record.video_id, video_id):
-        return f"{of_video}, its file is named {video_id}; rename the file"
+        return f"{of_video}, but its file is named {video_id}; rename the file"
     if number == 0 and record.frame_id not in (0, 1):
         return f" is frame {record.frame_id}, not 0 or 1: the video's start is missing; {_REMEDY}"
     if record.video_id != first.video_id:
-        return f"{of_video}, the first of {first.video_id!r}; {_REMEDY}"
+        return f"{of_video}, but the first record is of video {first.video_id!r}; {_REMEDY}"
     if record.frame_id != first.frame_id + number:
-        return f" is frame {record.frame_id} where frame {first.frame_id + number} was expected; {_REMEDY}"
+        return f" is frame {record.frame_id}, but frame {first.frame_id + number} was expected; {_REMEDY}"
     if record.total_frames != first.total_frames:
-        return f": total_frames is {record.total_frames}, {first.total_frames} before; {_REMEDY}"
+        return f": total_frames is {record.total_frames}, but was {first.total_frames} before; {_REMEDY}"
     return None
 
 
 def _label_problem(record: FrameRecord, spec: DataSetSpec) -> str | None:
-    """Why a record's labels are not the data set's, as text that follows the record's name; or None."""
+    """Return why a record's labels do not fit the data set, as text that follows the record's name, or None."""
     if not 0 <= record.phase < len(spec.phases):
-        return f": phase {record.phase} is none of the {len(spec.phases)} of {spec.name}"
+        return f": phase {record.phase} is not one of the {len(spec.phases)} phases of {spec.name}"
     if len(record.instruments) != len(spec.tools):
-        return f": {len(record.instruments)} instruments where {spec.name} has {len(spec.tools)}"
+        return f": has {len(record.instruments)} instruments, but {spec.name} has {len(spec.tools)} tools"
     if not {0, 1}.issuperset(record.instruments):
-        return f": instruments are {list(record.instruments)}, not 0 or 1 each"
+        return f": instruments are {list(record.instruments)}, not all 0 or 1"
     return None
 
 
 def _same_video(recorded: str, video_id: str) -> bool:
-    """Whether a record's video_id (video1, video_01, 1) is the id from the file's name (video01)."""
+    """Whether a record's video_id (such as video1, video_01 or 1) means the id in the file's name (video01)."""
     recorded, video_id = id_key(recorded), id_key(video_id)
     one, other = _ID.fullmatch(recorded), _ID.fullmatch(video_id)
     if one is None or other is None:
@@ -272,14 +273,14 @@ def _same_video(recorded: str, video_id: str) -> bool:
 
 
 def require_one_numbering(layouts: Sequence[tuple[str, RecordLayout]]) -> None:
-    """Raise UserError if files number frames in two ways: more likely a lost frame than two conventions."""
+    """Raise UserError if two files number frames differently: a lost frame is more likely than two conventions."""
     first: dict[tuple[int, int], str] = {}
     for path, layout in layouts:
         first.setdefault((layout.frame_base, layout.total_frames - layout.frame_count), path)
     if len(first) > 1:
         one, other = list(first.values())[:2]
         raise UserError(
-            f"{other}: frame_id and total_frames are counted differently than in {one}: a frame is lost; {_REMEDY}"
+            f"{other}: frame_id and total_frames are counted differently from {one}, so a frame is missing; {_REMEDY}"
         )
 
 
@@ -287,7 +288,7 @@ def require_one_numbering(layouts: Sequence[tuple[str, RecordLayout]]) -> None:
 
 
 class TfrecordReader(FrameReader):
-    """Reads the frames of a TFRecord file with Pillow, by their position in the file; checksums are checked again."""
+    """Reads the frames of a TFRecord file with Pillow, by their position in the file, and verifies their checksums."""
 
     name = "pillow"
 
@@ -302,7 +303,7 @@ class TfrecordReader(FrameReader):
         self.frame_count = len(self._spans)
         if self.frame_count != layout.frame_count:
             raise ReaderError(
-                f"{path}: holds {self.frame_count} records, indexed as {layout.frame_count}; run index again"
+                f"{path}: contains {self.frame_count} records, but {layout.frame_count} were indexed; run index again"
             )
 
     def _frames(self, wanted: list[int]) -> Iterator[NDArray[np.uint8]]:
@@ -312,5 +313,5 @@ class TfrecordReader(FrameReader):
                 place = f"{self.path}: record {number}"
                 record = parse_record(read_record(stream, self._spans[number], place), place)
                 if record.frame_id != self._base + number:
-                    raise ReaderError(f"{place} is frame {record.frame_id}, not as indexed; run index again")
+                    raise ReaderError(f"{place} is another frame ({record.frame_id}) than was indexed; run index again")
                 yield decode_image(io.BytesIO(record.frame), place, number)

@@ -1,4 +1,4 @@
-"""Files and folders below a data root that match no pattern of the data set, and how to include them."""
+"""Explain why files and folders below a data root match no pattern of the data set, and how to include them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 from configs.dataset_spec import IMAGE_ENDINGS, VIDEO_ENDINGS, DataSetSpec, FilePatterns, file_pattern
 
-# Video that is not read: streams without a container, and so without times, and containers that decode wrongly.
+# Video files that are not read: streams without a container, which have no times, and containers that decode wrongly.
 _STREAMS = ("h264", "264", "avc", "h265", "265", "hevc", "m1v", "m2v", "mpv")
 _VIDEO = frozenset((*VIDEO_ENDINGS, *_STREAMS, "rm", "rmvb", "y4m", "ogm"))
 _TFRECORD = re.compile(r"\.tfrecords?([-.]\d+-of-\d+)?$", re.IGNORECASE)
@@ -18,7 +18,8 @@ _UNFINISHED, _PACKED = ("part", "crdownload", "download"), ("gz", "bz2", "xz", "
 _ARCHIVES = ("zip", "tar", "gz", "tgz", "7z", "rar", "xz", "bz2")
 _LABELS = frozenset(("txt", "csv", "tsv", "json", "xml", "xls", "xlsx", "mat"))
 _OF_LABELS = re.compile(r"phase|tool|label|annot|workflow", re.IGNORECASE)
-# `video02_part1`, `Op3-2`, `case4_B`: recordings split by a camera. Without the word, the first part must exist too.
+# Matches recordings split by a camera: `video02_part1`, `Op3-2`, `case4_B`. Without the word `part` or the like, they
+# count as parts only if the first part exists too.
 _PART = re.compile(
     r"(?P<whole>.*?\d.*?)[ _.-]*((?P<word>part|pt|teil|cd|clip|seg(ment)?)[ _.-]*|(?<=[ _.-]))(?P<part>\d{1,3}|[a-h])",
     re.IGNORECASE,
@@ -30,9 +31,9 @@ _TAILS = {"video": r"\.{video}", "frames": "", "frame": r"\.{image}", "tfrecord"
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """A folder of images that is not taken as a frame folder: its path below the root and its first images' names.
+    """A folder of images that is not used as a frame folder: its path below the root, and its first images' names.
 
-    `named`: the folder's name matches, only those of its images do not.
+    `named` says that the folder's name matches a pattern, and only the names of its images do not.
     """
 
     path: str
@@ -41,12 +42,15 @@ class ImageFolder:
 
 
 def ending(name: str) -> str:
-    """A file name's extension in lower case, without the dot."""
+    """Return a file name's extension in lower case, without the dot."""
     return PurePosixPath(name).suffix[1:].lower()
 
 
 def kind_of(name: str) -> Literal["video", "tfrecord"] | None:
-    """Whether a file is named like a video or TFRecords, including unsupported, compressed and unfinished ones."""
+    """Return whether a file is named like a video or a TFRecord file, or None for neither.
+
+    Unsupported, compressed and unfinished videos count too.
+    """
     if ending(name) in (*_UNFINISHED, *_PACKED):
         name = PurePosixPath(name).stem
     if ending(name) in _VIDEO:
@@ -71,19 +75,20 @@ def is_image(name: str) -> bool:
 
 
 def looks_like_labels(path: str) -> bool:
-    """Whether a path is named like annotations; Cholec80's files of time stamps are not."""
+    """Whether a path is named like annotations. Cholec80's files of time stamps do not count."""
     return ending(path) in _LABELS and bool(_OF_LABELS.search(path)) and "timestamp" not in path.lower()
 
 
 def passed_over_videos(paths: Sequence[str], taken: Sequence[str], spec: DataSetSpec) -> dict[str, str]:
-    """Why each of these video files was passed over, and how to include it; `taken` are those that are used.
+    """Return, for each of these video files, why it was passed over and how to include it.
 
-    A copy beside its original, as made by browsers and desktops, is not reported.
+    `taken` are the videos that are used. A copy next to its original, as browsers and desktops make it, is not
+    reported.
     """
     beside = {path.casefold() for path in (*taken, *paths)}
     paths = [path for path in paths if not _copies_one_of(path, beside)]
     unnamed = [path for path in paths if kind_of(path) is None]
-    reasons = dict.fromkeys(unnamed, "holds a video: give it the extension of its container, such as .mp4")
+    reasons = dict.fromkeys(unnamed, "contains a video: give it the extension of its container, such as .mp4")
     reasons |= {
         path: f"looks like one part of a recording: join its parts into {whole} (`ffmpeg -f concat -safe 0 -i LIST.txt "
         f"-c copy {whole}`, a line such as file 'PART' in LIST.txt for each), and move the parts out of the data root"
@@ -103,7 +108,7 @@ def passed_over_videos(paths: Sequence[str], taken: Sequence[str], spec: DataSet
 
 
 def passed_over_folders(folders: Sequence[ImageFolder], spec: DataSetSpec) -> dict[str, str]:
-    """Why each of these folders of images was passed over, and how to include it."""
+    """Return, for each of these folders of images, why it was passed over and how to include it."""
     images = _no_match("frame", [name for folder in folders if folder.named for name in folder.images], spec)
     names = _no_match("frames", [folder.path for folder in folders if not folder.named], spec)
     return {
@@ -119,7 +124,7 @@ def _copies_one_of(path: str, beside: set[str]) -> bool:
 
 
 def _parts(paths: Sequence[str], taken: Sequence[str], spec: DataSetSpec) -> dict[str, str]:
-    """The files that are one part of a recording, each with a name for the whole."""
+    """Return the files that are one part of a recording, each with a file name for the joined recording."""
     matches = {path: match for path in (*paths, *taken) if (match := _PART.fullmatch(PurePosixPath(path).stem))}
     wholes = {
         path: PurePosixPath(path).with_name(f"{m['whole']}{PurePosixPath(path).suffix}") for path, m in matches.items()
@@ -138,7 +143,7 @@ def _parts(paths: Sequence[str], taken: Sequence[str], spec: DataSetSpec) -> dic
 
 
 def _no_match(role: str, paths: Sequence[str], spec: DataSetSpec) -> str:
-    """The reason that these names match no pattern, with a name that would and a pattern that matches them."""
+    """Explain that these names match no pattern, and suggest a name that would and a pattern that would match them."""
     if not paths:
         return ""
     if getattr(spec.patterns, role) is None:
@@ -159,13 +164,16 @@ def _no_match(role: str, paths: Sequence[str], spec: DataSetSpec) -> str:
 
 
 def suggested_pattern(role: str, names: Sequence[str], patterns: FilePatterns) -> str:
-    """A pattern that matches all of these names: the present one with more extensions, or one from the first name."""
+    """Return a pattern that matches all of these names.
+
+    It is the present pattern with more extensions, or a new pattern made from the first name.
+    """
     tail, group = _TAILS[role], "frame" if role == "frame" else "id"
     widened = re.sub(r"\\\.(\([\w|]+\)|\w+)$", lambda _: tail, getattr(patterns, role)) if tail else ""
     stem = PurePosixPath(names[0]).stem if tail else names[0]
     parts = re.findall(r"\d+|\D+", stem)
     numbers = [at for at, part in enumerate(parts) if part.isdecimal()]
-    # The number of an image's frame is the one that increases; of a video's numbers, guess the first.
+    # An image's frame number is the number in its name that differs between images. For a video, take the first number.
     others = [re.findall(r"\d+|\D+", PurePosixPath(name).stem) for name in names[1:]] if role == "frame" else []
     rising = [at for at in numbers if any(at < len(other) and other[at] != parts[at] for other in others)]
     marked = next(iter(rising or numbers), None)
@@ -177,7 +185,7 @@ def suggested_pattern(role: str, names: Sequence[str], patterns: FilePatterns) -
         else re.sub(r"\\([ \-#])", r"\1", re.escape(part))
         for at, part in enumerate(parts)
     )
-    made = made.replace("'", ".")  # it is printed between quotes
+    made = made.replace("'", ".")  # the pattern is printed between these quotes
     for pattern in (widened, made + tail):
         if group in pattern and all(file_pattern(pattern).fullmatch(name) for name in names):
             return pattern

@@ -1,1 +1,1 @@
-"""From an indexed source to preprocessed frames, and the cache between them."""
+"""Read frames from an indexed source, preprocess them, and cache decoded frames."""

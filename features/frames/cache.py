@@ -1,9 +1,9 @@
-"""Frames decoded once: one HDF5 file per video with uint8 pixels after the resize and before the crop.
+"""A cache of decoded frames: one HDF5 file per video, with uint8 pixels after the resize and before the crop.
 
-Random access into a video with seconds between key frames decodes a whole group per frame; a cached frame takes a
-millisecond. Files are `<cache.dir>/<digest12>/<video_id>.h5`; the digest covers what changes the pixels (geometry,
-sampling rate, and the codec with its quality where it is lossy), so different kinds never mix. Each frame is one
-compressed image with a CRC-32, read and checked separately. Nothing here imports a video decoder.
+Reading a random frame from a video decodes a whole group of pictures, which can be seconds long; reading a cached frame
+takes a millisecond. Files are named `<cache.dir>/<digest12>/<video_id>.h5`. The digest covers everything that changes
+the pixels (geometry, sampling rate and, if it is lossy, the codec with its quality), so different kinds of frames never
+mix. Each frame is one compressed image with its own CRC-32. Nothing here imports a video decoder.
 """
 
 from __future__ import annotations
@@ -31,24 +31,25 @@ from features.store import SourceIdentity
 from features.video.base import FrameReader
 from features.video.images import decode_image
 
-SCHEMA_VERSION = 3  # 2: sealed, so that damage is found before HDF5 opens it; 3: right frames with misleading stamps
+SCHEMA_VERSION = 3  # 2: files are sealed; 3: frames are right even if the video's time stamps are misleading
 
 _DATASETS = ("frame_index", "blobs", "crc32")
 
-# How Pillow writes each codec. Lossless ones preserve the pixels exactly and are therefore not part of the digest.
-# Measured on real 250 x 250 frames, one core (ms to encode, ms to decode, kB per frame): png at level 1: 4.0, 1.5, 73;
-# level 6: 16, 1.4, 65; lossless webp: 3.0, 1.3, 51; jpeg 95: 0.3, 0.3, 17. Higher png levels save little.
+# Pillow's options for each codec. Lossless codecs preserve the pixels exactly, so they are not part of the digest.
+# Measured on real frames of 250 x 250 pixels with one core (ms to encode, ms to decode, kB per frame): png at level 1:
+# 4.0, 1.5, 73; png at level 6: 16, 1.4, 65; lossless webp: 3.0, 1.3, 51; jpeg 95: 0.3, 0.3, 17. Higher png levels save
+# little.
 _LOSSLESS: dict[str, dict[str, Any]] = {
     "png": {"format": "PNG", "compress_level": 1},
     "webp": {"format": "WEBP", "lossless": True, "method": 0, "quality": 0},
 }
-# Upper estimates of a compressed frame's size as a fraction of its raw bytes, for the check of free disk space.
+# Upper estimates of a compressed frame's size, as a fraction of its raw bytes, for checking the free disk space.
 _FRACTION_LOSSLESS, _FRACTION_JPEG = 0.5, 0.25
 
 
 @dataclass(frozen=True, eq=False)
 class CacheRequest:
-    """The frames of one video: its identity, the source frames (T,), and how to open it when they must be read."""
+    """A request for frames of one video: its identity, the source frames (T,), and how to open it to read them."""
 
     source: SourceIdentity
     frame_index: NDArray[np.int64]
@@ -56,7 +57,7 @@ class CacheRequest:
 
 
 class FrameCache:
-    """The cached frames of one geometry at one sampling rate."""
+    """The cache for one geometry and one sampling rate."""
 
     def __init__(self, config: CacheConfig, preprocess: PreprocessConfig, fps: float) -> None:
         self.config, self.preprocess, self.fps = config, preprocess, fps
@@ -64,28 +65,28 @@ class FrameCache:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything that changes the pixels."""
+        """The SHA-256 of everything that changes the pixels."""
         lossy = None if self.config.codec in _LOSSLESS else {"codec": "jpeg", "quality": self.config.jpeg_quality}
         what = {"schema_version": SCHEMA_VERSION, "geometry": geometry_json(self.preprocess)}
         return sha256_json({**what, "fps": self.fps, "lossy": lossy})
 
     def path(self, video_id: str) -> Path:
-        """The file of a video's frames."""
+        """Return the path of a video's cache file."""
         return self.folder / f"{file_stem(video_id)}.h5"
 
     def estimate_bytes(self, frame_count: int) -> int:
-        """Upper estimate of the disk space of `frame_count` frames, for material like Cholec80."""
+        """Return an upper estimate of the bytes of `frame_count` frames, for videos like those of Cholec80."""
         fraction = _FRACTION_LOSSLESS if self.config.codec in _LOSSLESS else _FRACTION_JPEG
         return int(frame_count * (3 * self.preprocess.resize_px**2 * fraction + 32)) + 64_000
 
     def find(self, request: CacheRequest, deep: bool = False) -> CachedFrames | None:
-        """The video's frames if the cache holds all of them, from this source; otherwise None."""
+        """Return the requested frames if the cache contains all of them, made from this source; otherwise None."""
         return CachedFrames(self.path(request.source.video_id)) if self.problem(request, deep) is None else None
 
     def problem(self, request: CacheRequest, deep: bool = False, path: Path | None = None) -> str | None:
-        """Why a video's cache file (at `path`, if not in its place yet) cannot be used, or None.
+        """Return why a video's cache file cannot be used, or None if it can.
 
-        `deep` also checks each frame's CRC.
+        `path` is given if the file does not have its final name yet. With `deep`, each frame's CRC is verified too.
         """
         frame_index = request.frame_index
         try:
@@ -94,11 +95,11 @@ class FrameCache:
                     if file.attrs.get(name) != value:
                         return f"{name} is {file.attrs.get(name)}, not {value}"
                 if not all(is_self_contained(file, name) and file[name].chunks is None for name in _DATASETS):
-                    return "not as this project writes it"
+                    return "is not in the form that this project writes"
                 if not all(file[name].shape == frame_index.shape for name in _DATASETS):
-                    return "holds another number of frames"
+                    return "contains another number of frames"
                 if not np.array_equal(file["frame_index"][...], frame_index):
-                    return "holds other frames"
+                    return "contains other frames"
                 if deep:
                     for number, blob, checksum in zip(frame_index, file["blobs"], file["crc32"][...], strict=True):
                         if zlib.crc32(blob) != checksum:
@@ -108,11 +109,11 @@ class FrameCache:
         return None
 
     def ensure(self, request: CacheRequest, on_frame: Callable[[int], None] | None = None) -> CachedFrames:
-        """The video's frames, decoded now if they are not in the cache; memory does not grow with the length.
+        """Return the requested frames; those of a video that is not in the cache are decoded into it first.
 
-        `on_frame` is called with the number of frames done after each decoded frame. Raises ReaderError for a source
-        that cannot be read and UserError if the disk is full or not writable; then, as after Ctrl-C, no unfinished
-        file is left.
+        Memory does not grow with the video's length. After each decoded frame, `on_frame` is called with the number of
+        frames done. Raises ReaderError if the source cannot be read, and UserError if the disk is full or not writable.
+        After an error, as after Ctrl-C, no unfinished file is left.
         """
         found = self.find(request)
         if found is not None:
@@ -126,7 +127,7 @@ class FrameCache:
         return CachedFrames(path)
 
     def _attributes(self, request: CacheRequest) -> dict[str, Any]:
-        """The attributes of a file that belongs to this request."""
+        """Return the attributes that the cache file for this request must have."""
         own = {"schema_version": SCHEMA_VERSION, "digest": self.digest}
         return {**own, **vars(request.source), "fps": self.fps}
 
@@ -152,7 +153,7 @@ class FrameCache:
             file.attrs["complete"] = True
 
     def _provenance(self, geometry: Geometry, reader: FrameReader) -> dict[str, Any]:
-        """Information about a file that does not decide whether it is the right one."""
+        """Return attributes that are recorded for information, and not compared with a request."""
         return {
             "geometry": json.dumps({**geometry_json(self.preprocess), **geometry.to_json()}, sort_keys=True),
             "codec": self.config.codec,
@@ -172,14 +173,16 @@ class FrameCache:
 
 @dataclass
 class CachedFrames:
-    """A video's cached frames by position. Picklable; each process opens the file itself at its first frame."""
+    """A video's cached frames, accessed by position. It can be pickled; each process opens the file when it first
+    reads.
+    """
 
     path: Path
     _file: h5py.File | None = field(default=None, init=False, repr=False, compare=False)
 
     @cached_property
     def frame_index(self) -> NDArray[np.int64]:
-        """(T,) source frame numbers."""
+        """The numbers of the source frames, (T,)."""
         index: NDArray[np.int64] = self._read("frame_index", ...)
         return index
 
@@ -192,7 +195,7 @@ class CachedFrames:
         return len(self.frame_index)
 
     def __getitem__(self, position: int) -> np.ndarray:
-        """The frame at `position`, (R, R, 3) uint8. Raises UserError naming the file if it is damaged."""
+        """Return the frame at `position`, (R, R, 3) uint8. Raises UserError naming the file if it is damaged."""
         if not 0 <= position < len(self):
             raise IndexError(f"{self.path}: position {position} of {len(self)}")
         blob = np.asarray(self._read("blobs", position)).tobytes()
@@ -201,7 +204,7 @@ class CachedFrames:
         return decode_image(io.BytesIO(blob), f"{self.path}: cached frame", int(self.frame_index[position]))
 
     def close(self) -> None:
-        """Close the file; the next frame opens it again."""
+        """Close the file; reading another frame opens it again."""
         if self._file is not None:
             self._file.close()
         self._file = None
@@ -218,4 +221,4 @@ class CachedFrames:
             raise self._damaged(one_line(error, most=120)) from error
 
     def _damaged(self, what: str) -> UserError:
-        return UserError(f"{self.path}: damaged or missing ({what}); delete it, and it is created again")
+        return UserError(f"{self.path}: damaged or missing ({what}); delete it, and it will be created again")

@@ -1,10 +1,15 @@
-"""From a video's frame to the backbone's input: the same code for training, extraction, joint training and prediction.
+"""Convert a video's frames to the backbone's input. Training, extraction, joint training and prediction use this code.
 
-Steps, in order: optional cut of the endoscope's black margin (one box per video); resize to a square of `resize_px`
-without keeping the aspect ratio (as the reference programs do), by Pillow's antialiased bilinear filter in integer
-arithmetic, the same on every machine; crop to `crop_px`; scale to [0, 1]; normalise with mean and standard deviation
-per channel. The frame cache stores the frame after the resize. Letters in shapes: N frames, T frames of a clip, R
-resized size, S crop size.
+The steps, in order:
+
+1. Cut off the endoscope's black margin, if the settings say so (the same box for all frames of a video).
+2. Resize to a square of `resize_px`, without keeping the aspect ratio (as the reference programs do). Pillow's
+   antialiased bilinear filter computes in integers, so the result is the same on every machine.
+3. Crop to `crop_px`.
+4. Scale to [0, 1], and normalise with a mean and standard deviation per channel.
+
+The frame cache stores frames after step 2. Letters in shapes: N frames, T frames of a clip, R resized size, S crop
+size.
 """
 
 from __future__ import annotations
@@ -29,34 +34,38 @@ Box = tuple[int, int, int, int]
 CropCount = Literal[1, 5, 10]
 
 
-# Rec. 601 luma, the weights of every published colour jitter (torchvision, Pillow).
+# Weights of Rec. 601 luma, as used by the colour jitter of torchvision and Pillow.
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-# A video's margin is determined from this many frames, evenly spaced over all of it.
+# A video's margin is determined from this many frames, evenly spaced over the whole video.
 MARGIN_FRAMES = 12
-# Black of an 8-bit recording with compression noise; a row or column belongs to the field when 5 % of it is brighter.
+# Pixels up to this value count as black, because of compression noise. A row or column of which 5 % is brighter belongs
+# to the field of view.
 _BLACK_LEVEL = 24
 _BRIGHT_FRACTION = 0.05
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Cut and resize of one video's frames. `box` is (left, top, right, bottom) in pixels, None for the whole frame."""
+    """How the frames of one video are cut and resized.
+
+    `box` is the part to keep, (left, top, right, bottom) in pixels, or None for the whole frame.
+    """
 
     resize_px: int
     box: Box | None = None
 
     @classmethod
     def of_video(cls, config: PreprocessConfig, reader: FrameReader) -> Geometry:
-        """The geometry of the video behind `reader`; reads a few of its frames where the margin is to be cut.
+        """Return the geometry of the video that `reader` reads. If the margin is to be cut off, a few frames are read.
 
-        The box depends only on the video (not on sampling rate, epoch or worker), so every mode cuts the same.
+        The box depends only on the video (not on sampling rate, epoch or worker), so it is the same in every mode.
         """
         if not config.cut_margin:
             return cls(config.resize_px)
         return cls(config.resize_px, find_margin(reader.read(reader.spread(MARGIN_FRAMES))))
 
     def resize_frame(self, rgb: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 -> (R, R, 3) uint8. A box reaching beyond a smaller frame is cut to the frame."""
+        """Cut and resize a frame: (H, W, 3) uint8 -> (R, R, 3) uint8. A box beyond the frame is cut to the frame."""
         from PIL import Image
 
         if self.box is not None:
@@ -71,12 +80,12 @@ class Geometry:
 
 
 def find_margin(frames: Iterable[np.ndarray]) -> Box | None:
-    """The bright field's bounding box (left, top, right, bottom) in pixels, or None if there is no margin.
+    """Find the bounding box of the bright field of view, (left, top, right, bottom) in pixels; None without a margin.
 
-    Each frame (H, W, 3) has its own box: the span of rows and columns of which 5 % are brighter than black. Frames
-    without one (dark, scope outside) are ignored, as is a field of less than a quarter of either side. Each side is the
-    outer quartile over the frames (25 % for left and top, 75 % for right and bottom), so that neither some dark frames
-    nor a few wide ones move the box.
+    For each frame (H, W, 3), the box spans the rows and columns of which at least 5 % is brighter than black. Frames
+    without such rows or columns are ignored (dark frames, or the scope is outside), and so are fields smaller than a
+    quarter of the height or width. Each side of the result is a quartile over the frames (25 % for left and top, 75 %
+    for right and bottom), so that neither dark frames nor a few wide frames change it.
     """
     boxes, size = [], (0, 0)
     for frame in frames:
@@ -96,10 +105,10 @@ def find_margin(frames: Iterable[np.ndarray]) -> Box | None:
 
 
 def crop_frames(frames: Frames, crop_px: int, count: CropCount = 1) -> Frames:
-    """Crops for evaluation, (N, R, R, 3) -> (N, count, S, S, 3), any dtype; the centre alone is a view.
+    """Cut crops for evaluation from frames of any data type: (N, R, R, 3) -> (N, count, S, S, 3).
 
-    1: the centre, with offset (R - S) // 2. 5: top left, top right, bottom left, bottom right, centre.
-    10: those of the frame, then those of the frame mirrored left to right (torchvision's order).
+    With `count` 1, this is the centre (a view, with offset (R - S) // 2). With 5: top left, top right, bottom left,
+    bottom right, centre. With 10: these five, then the five of the frame mirrored left to right (torchvision's order).
     """
     rest = frames.shape[1] - crop_px
     if rest < 0:
@@ -125,13 +134,13 @@ def _mirrored(frames: Any) -> Any:
 
 
 def augment_generator(seed: int, epoch: int, sample: int) -> np.random.Generator:
-    """The random draws of one sample in one epoch: the same in every worker process, and after a resume."""
+    """Return the random generator for one sample in one epoch, the same in every worker process and after resuming."""
     return np.random.default_rng([seed, epoch, sample])
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One random change: the crop's offset, whether to mirror, and factors of brightness, contrast and saturation."""
+    """One random augmentation: offset of the crop, mirroring, and factors for brightness, contrast and saturation."""
 
     top: int
     left: int
@@ -144,8 +153,9 @@ class Draw:
 
 
 def draw_change(generator: np.random.Generator, config: AugmentConfig, resize_px: int, crop_px: int) -> Draw:
-    """Draw for frames of `resize_px`, always the same number of values, so that enabling one change in `config` does
-    not alter the draws of the others.
+    """Draw a random augmentation for frames of `resize_px`.
+
+    The number of values drawn is always the same, so that enabling one kind of change does not alter the others.
     """
     rest = resize_px - crop_px
     if rest < 0:
@@ -160,12 +170,15 @@ def draw_change(generator: np.random.Generator, config: AugmentConfig, resize_px
 
 
 def changes_colour(config: AugmentConfig) -> bool:
-    """Whether draws change colours."""
+    """Whether the settings ask for changes of colour."""
     return bool(config.brightness or config.contrast or config.saturation)
 
 
 def augment(frames: Frames, generator: np.random.Generator, config: AugmentConfig, crop_px: int) -> Frames:
-    """Crop and mirror all frames of a clip with one draw, colours unchanged: (T, R, R, 3) uint8 -> (T, S, S, 3)."""
+    """Crop and mirror all frames of a clip in the same random way: (T, R, R, 3) uint8 -> (T, S, S, 3).
+
+    Colours are not changed here.
+    """
     draw = draw_change(generator, config, frames.shape[1], crop_px)
     cut = draw.crop(frames, crop_px)
     changed: Any = _mirrored(cut) if draw.flip else cut
@@ -180,11 +193,12 @@ def changed_images(
     config: PreprocessConfig,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """Mirror, change colours and normalise on `device`, one batch at once: (N, S, S, 3) uint8 -> (N, 3, S, S) float32.
+    """Mirror a batch, change its colours and normalise it on `device`: (N, S, S, 3) uint8 -> (N, 3, S, S) float32.
 
-    `flip` (N,) bool. `colour` (N, 3) scales brightness, contrast (about each frame's mean luma) and saturation (about
-    each pixel's luma), in this order, clamped to 0..255 and not rounded; (0, 3) leaves colours unchanged. Bytes are
-    copied to the device, asynchronously where they are pinned, and converted to floats there.
+    `flip` (N,) bool says which frames to mirror. `colour` (N, 3) contains factors for brightness, contrast (relative to
+    each frame's mean luma) and saturation (relative to each pixel's luma). They are applied in this order, and results
+    are clamped to 0..255 but not rounded. If `colour` is empty (0, 3), colours do not change. Bytes are copied to the
+    device (asynchronously if they are pinned) and converted to floats there.
     """
     import torch
 
@@ -197,7 +211,7 @@ def changed_images(
 
 
 def _jittered(pixels: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
-    """(N, S, S, 3) float32, changed in place where that is safe; (N, 3)."""
+    """Change the colours of `pixels` (N, S, S, 3) float32 by factors `colour` (N, 3), in place where that is safe."""
     luma = _constants(_LUMA.tolist(), pixels.device)
     brightness, contrast, saturation = (factor[:, None, None, None] for factor in colour.unbind(1))
     pixels = pixels.mul_(brightness)
@@ -210,10 +224,10 @@ def _jittered(pixels: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
 def normalise(
     frames: np.ndarray | torch.Tensor, config: PreprocessConfig, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """(N, S, S, 3) uint8 -> (N, 3, S, S) float32 on `device`: (x / 255 - mean) / std.
+    """Normalise frames on `device`: (N, S, S, 3) uint8 -> (N, 3, S, S) float32, (x / 255 - mean) / std.
 
-    Bytes are copied to the device and converted there. The memory layout is `channels_last`, which convolutions on CPUs
-    and newer GPUs prefer.
+    Bytes are copied to the device and converted there. The result has the memory layout `channels_last`, in which
+    convolutions are faster on CPUs and newer GPUs.
     """
     import torch
 
@@ -224,17 +238,17 @@ def normalise(
 
 
 def _constants(values: Sequence[float], device: torch.device) -> torch.Tensor:
-    """A float32 tensor made on the device: a copy of a list would wait for everything that a GPU still has to do."""
+    """Make a float32 tensor directly on the device; copying a list to a GPU waits for all work queued there."""
     import torch
 
     return torch.cat([torch.full((1,), value, dtype=torch.float32, device=device) for value in values])
 
 
 def _normalised(pixels: torch.Tensor, config: PreprocessConfig) -> torch.Tensor:
-    """`normalise` for floats 0..255, which are overwritten."""
+    """Normalise floats in 0..255 as `normalise` does; they are overwritten."""
     import torch
 
-    # Entire rows of pixels at once: broadcasting over the three channels only is 15 times slower on a CPU.
+    # Compute on entire rows of pixels: broadcasting over only the three channels is 15 times slower on a CPU.
     width = pixels.shape[2]
     mean = _constants(config.mean, pixels.device).repeat(width)
     std = _constants(config.std, pixels.device).repeat(width)
@@ -244,13 +258,19 @@ def _normalised(pixels: torch.Tensor, config: PreprocessConfig) -> torch.Tensor:
 
 
 def preprocess_json(config: PreprocessConfig) -> dict[str, Any]:
-    """Everything that changes the backbone's input, with library and filter; part of the encoder's identity."""
+    """Return everything that changes the backbone's input, including library and filter.
+
+    It is part of the encoder's identity.
+    """
     crop = {"crop": "centre", "crop_px": config.crop_px}
     return {**geometry_json(config), **crop, "scale": "1/255", "mean": list(config.mean), "std": list(config.std)}
 
 
 def preprocess_from_json(recorded: Any, where: str) -> PreprocessConfig:
-    """The settings that a record of `preprocess_json` describes. Raises UserError for a record of another version."""
+    """Return the settings that a record made by `preprocess_json` describes.
+
+    Raises UserError if another version made the record.
+    """
     try:
         config = PreprocessConfig(
             cut_margin=recorded["cut_margin"] is not None,
@@ -264,7 +284,7 @@ def preprocess_from_json(recorded: Any, where: str) -> PreprocessConfig:
 
 
 def geometry_json(config: PreprocessConfig) -> dict[str, Any]:
-    """The steps before the crop: the identity of cached frames."""
+    """Return the settings of the steps before the crop, which identify cached frames."""
     margin = {"frames": MARGIN_FRAMES, "black_level": _BLACK_LEVEL, "bright_share": _BRIGHT_FRACTION}
     return {
         "resize_px": config.resize_px,

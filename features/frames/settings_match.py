@@ -1,4 +1,4 @@
-"""Whether the frame settings that the user gave are those that a net or a folder of features was made with."""
+"""Check that frame settings given by the user agree with those that a net or a feature folder was made with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def require_preprocess_of(
 ) -> None:
     """Raise UserError if the user gave frame settings that differ from those of the net in `path`.
 
-    Compared are the settings `preprocess.*` and, where known, the sampling rate `fps` and the backbone's name.
+    The settings compared are `preprocess.*` and, if they are given, the sampling rate `fps` and the name of the
+    `backbone`.
     """
     known: dict[str, Any] = {"data.fps": fps and float(fps), "cnn.backbone": backbone}
     made = _of_preprocess(net) | {key: value for key, value in known.items() if value}
@@ -25,11 +26,13 @@ def require_preprocess_of(
 
 
 def require_features_of(encoder: Mapping[str, Any], config: Config, given: GivenKeys, path: Path) -> None:
-    """Raise UserError if `--set` gives frame settings that differ from those of the features in `path`, or of the
-    features that its net was trained on; `encoder` is the record of how they were made. Settings in a file may be meant
-    for other stages and are not compared."""
+    """Raise UserError if `--set` gives frame settings that differ from those of the features in `path`.
+
+    If `path` contains a net, the features are those that it was trained on. `encoder` is the record of how the features
+    were made. Settings in a file are not compared, since they may be meant for other stages.
+    """
     if given.by_set.isdisjoint({*_of_preprocess(config.preprocess), "data.fps", "cnn.backbone"}):
-        return  # nothing to compare, and the record may be an older one
+        return  # there is nothing to compare, and a record of an older version may not be readable
     net = preprocess_from_json(encoder["preprocess"], str(path))
     made = _of_preprocess(net) | {"data.fps": float(encoder["fps"]), "cnn.backbone": encoder["backbone"]}
     in_set = GivenKeys(given.by_set)
@@ -44,7 +47,7 @@ def _require_same(
     made: Mapping[str, Any], config: Config, given: GivenKeys, path: Path, words: tuple[str, str]
 ) -> None:
     asked = _of_preprocess(config.preprocess) | {"data.fps": config.data.fps, "cnn.backbone": config.cnn.backbone}
-    general = {"data.fps", "cnn.backbone"} - given.by_set  # in a file they may be meant for other commands
+    general = {"data.fps", "cnn.backbone"} - given.by_set  # given in a file, these may be meant for other commands
     differing = [key for key in given.any_of(*made) if key not in general and asked[key] != made[key]]
     if differing:
         values = ", ".join(f"{key}={_plain(asked[key])}" for key in differing)

@@ -1,4 +1,4 @@
-"""Frames from the indexed source, or from the cache made from it; both give the same pixels."""
+"""Read frames from the indexed source, or from the cache made from it. Both give the same pixels."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ from features.video.scan import has_many_starts
 
 
 def source_identity(entry: VideoEntry) -> SourceIdentity:
-    """What files made from a video record about it."""
+    """Return what files made from a video record about the video."""
     return SourceIdentity(entry.id, entry.sha256_ends, entry.size_bytes, entry.fps)
 
 
 class ChangedSource(UserError):
-    """A source that differs from the one that was indexed: the index is out of date, but the video is not faulty."""
+    """A source differs from the one that was indexed. The index is out of date, but the video itself may be intact."""
 
 
 def require_indexed_source(dataset: Dataset, entry: VideoEntry) -> None:
-    """Raise ChangedSource if a source differs from the indexed one, by size and time, then by the hash of its ends.
+    """Raise ChangedSource if a source differs from the indexed one.
 
-    A missing source passes: files made from it remain usable without it, and reading it reports that it is missing.
-    Raises UserError for one that cannot be read.
+    Size and time are compared and, if they differ, the hash of the ends. A missing source is accepted here: files made
+    from it can be used without it, and reading it will report that it is missing. Raises UserError if it cannot be
+    read.
     """
     path = inside(dataset.root, entry.source)
     try:
@@ -60,7 +61,7 @@ def require_indexed_source(dataset: Dataset, entry: VideoEntry) -> None:
 
 
 def require_indexed_annotations(entry: VideoEntry, root: Path) -> None:
-    """Raise UserError if an annotation file differs from the indexed one; a missing one passes."""
+    """Raise UserError if an annotation file differs from the indexed one. A missing file is accepted."""
     for file in (entry.phase_file, entry.tool_file):
         path = inside(root, file.path) if file else None
         if file is not None and path is not None and path.is_file() and sha256_file(path) != file.sha256:
@@ -70,8 +71,8 @@ def require_indexed_annotations(entry: VideoEntry, root: Path) -> None:
 def open_source(config: Config, dataset: Dataset, entry: VideoEntry, hardware: str | None = None) -> FrameReader:
     """Open an indexed source of frames: a video file, a folder of images, or a TFRecord file.
 
-    Open it in the process that reads it. `hardware` is a kind of device that decodes video files (cuda, qsv, ...).
-    Raises UserError if the source has changed since it was indexed, and ReaderError if it cannot be read.
+    Call this in the process that reads the frames. `hardware` is a kind of device that decodes video files (cuda, qsv,
+    ...). Raises UserError if the source has changed since it was indexed, and ReaderError if it cannot be read.
     """
     require_indexed_source(dataset, entry)
     path = inside(dataset.root, entry.source)
@@ -83,33 +84,33 @@ def open_source(config: Config, dataset: Dataset, entry: VideoEntry, hardware: s
     if (reader.frame_count, reader.times) != (entry.frame_count, entry.times):
         reader.close()
         raise UserError(
-            f"{path}: its frames or their times are not as an earlier version indexed them; run `index --force`, "
-            "then this again"
+            f"{path}: an earlier version indexed other frames or other times of frames; run `index --force`, then this "
+            "again"
         )
     return reader
 
 
 def can_start_inside(entry: VideoEntry, root: Path) -> bool:
-    """Whether reading a part of a source costs less than reading all of it; False for one that cannot be read."""
+    """Whether reading a part of a source takes less time than reading all of it; False if it cannot be read."""
     try:
         return entry.kind != "video" or has_many_starts(inside(root, entry.source))
     except (UserError, OSError):
-        return False  # reading it reports why
+        return False  # reading the source will report the error
 
 
 def frame_cache(config: Config) -> FrameCache:
-    """The frame cache for these settings."""
+    """Return the frame cache for these settings."""
     return FrameCache(config.cache, config.preprocess, config.data.fps)
 
 
 def cache_request(config: Config, dataset: Dataset, entry: VideoEntry, frame_index: NDArray[np.int64]) -> CacheRequest:
-    """The request for a video's sampled frames `frame_index` (T,) to the cache."""
+    """Return the request to the cache for a video's sampled frames `frame_index` (T,)."""
     return CacheRequest(source_identity(entry), frame_index, partial(open_source, config, dataset, entry))
 
 
 @dataclass(frozen=True)
 class SampledFrames:
-    """A video's sampled frames in order, resized but not cropped, and where they come from."""
+    """A video's sampled frames in order, resized but not cropped, and a record of where they come from."""
 
     frames: Iterator[NDArray[np.uint8]]  # (R, R, 3) each
     provenance: dict[str, str]
@@ -119,10 +120,11 @@ class SampledFrames:
 def open_frames(
     config: Config, dataset: Dataset, entry: VideoEntry, frame_index: NDArray[np.int64], samples: slice = slice(None)
 ) -> Iterator[SampledFrames]:
-    """Sampled frames for extraction: from the cache if it holds them without loss, otherwise from the source.
+    """Yield sampled frames for extraction, from the cache if it contains them without loss, otherwise from the source.
 
-    Both give the same pixels. `frame_index` (T,) are all of the video's sampled frames, as `sampled_frames` gives them;
-    `samples` selects a part of them. A JPEG cache is for training only, so that features never depend on it.
+    Both give the same pixels. `frame_index` (T,) are all of the video's sampled frames, as `sampled_frames` returns
+    them, and `samples` selects a part of them. A JPEG cache is used for training only, so that features never depend on
+    it.
     """
     request = cache_request(config, dataset, entry, frame_index)
     lossless = config.cache.use_for_extract and config.cache.codec != "jpeg"
@@ -140,7 +142,7 @@ def open_frames(
 def source_frames(
     config: Config, dataset: Dataset, entry: VideoEntry, frame_index: NDArray[np.int64]
 ) -> Iterator[SampledFrames]:
-    """The frames `frame_index` (N,) directly from the source."""
+    """Yield the frames `frame_index` (N,), read directly from the source."""
     with open_source(config, dataset, entry, config.extract.hardware_decoding) as reader:
         geometry = Geometry.of_video(config.preprocess, reader)
         frames = (geometry.resize_frame(rgb) for rgb in reader.read(frame_index.tolist()))
@@ -148,7 +150,7 @@ def source_frames(
 
 
 def frame_batches(frames: Iterable[NDArray[np.uint8]], batch_frames: int) -> Iterator[NDArray[np.uint8]]:
-    """Frames (R, R, 3) in batches (N, R, R, 3) of `batch_frames`; the last may be smaller."""
+    """Group frames (R, R, 3) into batches (N, R, R, 3) of `batch_frames`; the last batch may be smaller."""
     remaining = iter(frames)
     while batch := list(itertools.islice(remaining, batch_frames)):
         yield np.stack(batch)

@@ -1,4 +1,4 @@
-"""What a training on frames depends on, and its cached frames: filled before it starts, without unreadable videos."""
+"""Prepare a training on frames: fill the frame cache, leave out unreadable videos, and compute the identity."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from features.frames.source import ChangedSource, cache_request, frame_cache, re
 
 
 def frames_identity(config: Config, index: Index) -> dict[str, Any]:
-    """What training on frames depends on besides its net: settings, labels, sources and splits of the videos used.
+    """Return what a training on frames depends on besides its net, as fields of a `StageIdentity`.
 
-    Fields of a `StageIdentity`. Paths, the reader (readers are bit-identical) and a lossless cache's codec are not part
-    of it. Videos that this training could not read are (`recorded_faults` reads them back); those that were never
-    indexed are not.
+    These are settings, and the labels, sources and splits of the videos used. Videos that this training could not read
+    are included (`recorded_faults` reads them back), but not videos that were never indexed. Paths, the reader (all
+    give identical frames) and the codec of a lossless cache are not included either.
     """
     used = index.model_copy(update={"videos": (*index.by_split("train"), *index.by_split("val"))})
     fps = config.data.fps
@@ -34,7 +34,7 @@ def frames_identity(config: Config, index: Index) -> dict[str, Any]:
     faults = {video.id: {"reason": video.reason, "source": video.source} for video in index.left_out if video.source}
     return {
         "left_out": faults or ABSENT,
-        "sampled": "by time" if by_time else ABSENT,  # earlier versions sampled other frames there
+        "sampled": "by time" if by_time else ABSENT,  # earlier versions sampled other frames of such videos
         "seed": config.seed,
         "videos_sha256": used.digest(),
         "fps": fps,
@@ -58,7 +58,10 @@ def _decode_into_cache(config: Config, dataset: Dataset, job: _CacheJob, advance
 
 
 def recorded_faults(folder: Path, index: Index) -> list[tuple[str, str]]:
-    """Unreadable videos that the training in `folder` has left out, with reasons; changed sources are tried again."""
+    """Return the unreadable videos that the training in `folder` has left out, with reasons.
+
+    Videos whose sources have changed since are not returned, so that they are tried again.
+    """
     path = folder / IDENTITY_FILE
     left_out = read_json_object(path).get("left_out", {}) if path.exists() else {}
     found = [
@@ -67,7 +70,7 @@ def recorded_faults(folder: Path, index: Index) -> list[tuple[str, str]]:
         if entry.id in left_out and left_out[entry.id]["source"] == entry.sha256_ends
     ]
     if found:
-        say(f"{folder}: was started without {len(found)} of these videos; another --name tries them again")
+        say(f"{folder}: was started without {len(found)} of these videos; use another --name to try them again")
     return found
 
 
@@ -86,11 +89,11 @@ def cache_readable(config: Config, dataset: Dataset, processes: Processes) -> Da
 def fill_cache(
     config: Config, dataset: Dataset, entries: Sequence[VideoEntry], stop: StopRequest
 ) -> list[tuple[str, str]]:
-    """Decode those of `entries` that the cache does not hold, several videos at once, with progress.
+    """Decode those of `entries` that are not in the cache, several videos at once, with a progress bar.
 
-    Returns the videos that cannot be read, and why. Raises UserError if a video could not be decoded for a reason
-    that does not lie in its files, and before any work when the disk is too full or a source has changed; Stopped when
-    asked to stop. Videos that were finished by then are kept.
+    Returns the videos that cannot be read, with reasons. Before any work, raises UserError if the disk is too full or a
+    source has changed. Later, raises UserError if a video could not be decoded although its files are not the cause,
+    and Stopped when asked to stop; videos that are finished by then are kept.
     """
     cache = frame_cache(config)
     jobs = []
@@ -102,7 +105,7 @@ def fill_cache(
             except ChangedSource:
                 raise
             except UserError:
-                pass  # the job reports it, and leaves out this video only
+                pass  # the job will report the error, and only this video is left out
             jobs.append(_CacheJob(entry, len(request.frame_index)))
     if not jobs:
         return []
@@ -111,8 +114,8 @@ def fill_cache(
     task = partial(_decode_into_cache, config, dataset)
     work = work_through(task, jobs, choose_processes(-1, jobs), "decode frames", stop)
     failed = [(job.entry.id, reason) for job, reason in work if reason is not None]
-    remove_stale_temporaries(cache.folder)  # of processes that died
+    remove_stale_temporaries(cache.folder)  # left by processes that died
     if lost := [fault for fault in failed if not isinstance(fault[1], VideoFault)]:
         others = f" (and {len(lost) - 1} more video{'s' * (len(lost) > 2)})" if len(lost) > 1 else ""
-        raise UserError(f"{lost[0][0]}: {lost[0][1]}{others}; start again: it resumes where it stopped")
+        raise UserError(f"{lost[0][0]}: {lost[0][1]}{others}; start the command again: it resumes where it stopped")
     return [(video_id, below_root(reason, dataset.root)) for video_id, reason in failed]

@@ -1,1 +1,1 @@
-"""Simulated operations: labels that follow real statistics, procedural images, Cholec80's layout."""
+"""Simulate operations: draw labels that follow real statistics, draw images, and write files laid out like Cholec80."""

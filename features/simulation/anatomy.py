@@ -1,8 +1,9 @@
-"""What a simulated camera sees without tools: organs, gallbladder, blood, smoke, and images from outside the body.
+"""Draw what a simulated camera sees without tools: organs, gallbladder, blood, smoke, and images outside the body.
 
-Everything here is drawn once per video; a frame only moves and blends it. Lengths are in units of the shorter side of
-the frame, so that a video looks the same at any size; x points right, y down. Images with four bands are "RGBX":
-Pillow resamples them like RGB together with the fourth band, which here is the strength of specular reflection.
+Everything here is drawn once per video; frames are made by moving and blending it. Lengths are in units of the frame's
+shorter side, so that a video looks the same at any size; x points right and y down. Images with four bands have
+Pillow's mode "RGBX": the fourth band is resampled together with RGB, and contains the strength of specular reflection
+here.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ _BLADDERS = np.array([[150, 150, 120], [170, 145, 140], [135, 145, 150], [185, 1
 
 
 class Appearance:
-    """What differs from one operation to the next: colours (RGB, 0 to 255), light, textures, positions.
+    """The properties that differ between operations: colours (RGB, 0 to 255), light, textures and positions.
 
-    Drawn from `rng`; the order of the draws is part of the simulator's version.
+    They are drawn from `rng`. Changing the order of the draws requires a new version of the simulator.
     """
 
     def __init__(self, rng: np.random.Generator) -> None:
@@ -32,7 +33,7 @@ class Appearance:
         self.bladder = bladder * rng.uniform(0.85, 1.15) + rng.uniform(-12, 12, 3)
         self.white_balance = np.exp(rng.normal(0, 0.05, 3)) * np.exp(rng.normal(0.03, 0.1))  # (3,) factors
         self.light = light / np.linalg.norm(light)  # (3,) unit vector towards the lamp
-        self.view_radius = rng.uniform(0.5, 0.6)  # of the round field of view
+        self.view_radius = rng.uniform(0.5, 0.6)  # radius of the round field of view
         self.bumpiness = rng.uniform(0.6, 1.4)
         self.bladder_angle = rng.uniform(-2.3, -0.9)  # radians
         self.liver_edge = rng.normal(0, 0.12, 2)  # (2,) shift of the main lobe
@@ -42,7 +43,7 @@ class Appearance:
 
 
 def noise(rng: np.random.Generator, width_px: int, height_px: int, cells: float, octaves: int = 4) -> np.ndarray:
-    """Smooth random texture, (H, W) float32, about -1 to 1: octaves of coarse grids, enlarged."""
+    """Draw a smooth random texture, (H, W) float32, about -1 to 1, as a sum of enlarged coarse grids (octaves)."""
     total = np.zeros((height_px, width_px), dtype=np.float32)
     longest = max(width_px, height_px)
     for octave in range(octaves):
@@ -53,20 +54,20 @@ def noise(rng: np.random.Generator, width_px: int, height_px: int, cells: float,
 
 
 def to_rgbx(colour: np.ndarray, fourth: np.ndarray) -> Image.Image:
-    """(H, W, 3) and (H, W) in 0 to 255 as one RGBX image."""
+    """Combine colours (H, W, 3) and a fourth band (H, W), all in 0 to 255, to an RGBX image."""
     bands = np.concatenate([colour, fourth[..., None]], axis=-1)
     pixels = np.clip(bands, 0, 255).astype(np.uint8)
     return Image.frombytes("RGBX", (pixels.shape[1], pixels.shape[0]), pixels.tobytes())
 
 
 def smoothstep(value: np.ndarray, low: float, high: float) -> np.ndarray:
-    """0 below `low`, 1 above `high`, smooth between; `low` may be the larger."""
+    """Return 0 below `low`, 1 above `high`, and a smooth transition between; `low` may be larger than `high`."""
     t = np.clip((value - low) / (high - low), 0.0, 1.0)
     return t * t * (3 - 2 * t)
 
 
 def _grid(width_px: int, height_px: int, unit_px: float) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates in units from the centre, each (H, W) float32."""
+    """Return x and y coordinates in units from the centre, each (H, W) float32."""
     x = (np.arange(width_px, dtype=np.float32) - width_px / 2) / unit_px
     y = (np.arange(height_px, dtype=np.float32) - height_px / 2) / unit_px
     grid_x, grid_y = np.meshgrid(x, y)
@@ -74,13 +75,13 @@ def _grid(width_px: int, height_px: int, unit_px: float) -> tuple[np.ndarray, np
 
 
 def _relief(height: np.ndarray, unit_px: float, look: Appearance) -> tuple[np.ndarray, np.ndarray]:
-    """Brightness (about 0.3 to 1.2) and reflection (0 to 255) of a surface of the given height, both (H, W)."""
+    """Return brightness (about 0.3 to 1.2) and reflection (0 to 255) of a surface with this height, all (H, W)."""
     slope_y, slope_x = np.gradient(height * unit_px)
     facing = (look.light[2] - slope_x * look.light[0] - slope_y * look.light[1]) / np.sqrt(1 + slope_x**2 + slope_y**2)
     half = look.light + np.array([0.0, 0.0, 1.0])
     half /= np.linalg.norm(half)
     mirror = (half[2] - slope_x * half[0] - slope_y * half[1]) / np.sqrt(1 + slope_x**2 + slope_y**2)
-    # Wet tissue reflects the lamp in a few small spots, whatever the orientation of the surface: hence quantiles.
+    # Wet tissue reflects the lamp in a few small spots, however the surface is oriented, so the limits are quantiles.
     low, high = np.quantile(mirror[::4, ::4], (0.94, 0.9995))
     return 0.15 + 1.0 * np.clip(facing, 0, 1) ** 1.5, 255 * np.clip((mirror - low) / (high - low + 1e-6), 0, 1)
 
@@ -89,7 +90,7 @@ def _relief(height: np.ndarray, unit_px: float, look: Appearance) -> tuple[np.nd
 
 
 def draw_organs(rng: np.random.Generator, look: Appearance, unit_px: int) -> Image.Image:
-    """The static part of the scene as RGBX, a square of `CANVAS_UNITS`: abdominal wall, liver with its raw bed, fat."""
+    """Draw the static part of the scene (abdominal wall, liver, its raw bed, fat), a square RGBX of `CANVAS_UNITS`."""
     side = int(CANVAS_UNITS * unit_px)
     x, y = _grid(side, side, unit_px)
     warp = noise(rng, side, side, 7)
@@ -119,23 +120,24 @@ def draw_organs(rng: np.random.Generator, look: Appearance, unit_px: int) -> Ima
 
 
 def _with_vessels(rng: np.random.Generator, colour: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """Thin red lines: the zero lines of a smooth texture."""
+    """Draw vessels as thin red lines, which are the zero lines of a smooth texture."""
     rows, columns = colour.shape[:2]
     lines = smoothstep(np.abs(noise(rng, columns, rows, 9, octaves=3)), 0.06, 0.01) * where * 0.55
     return colour * (1 - lines)[..., None] + np.array([130, 30, 24]) * lines[..., None]
 
 
 def _with_bed(colour: np.ndarray, x: np.ndarray, y: np.ndarray, warp: np.ndarray, fine: np.ndarray) -> np.ndarray:
-    """The raw patch of liver that the gallbladder leaves; it lies under the gallbladder until then."""
+    """Draw the raw patch of liver under the gallbladder, which is visible once the gallbladder is removed."""
     inside = smoothstep((x / 0.17) ** 2 + ((y + 0.12) / 0.3) ** 2 + 0.5 * warp, 1.1, 0.7)[..., None]
     raw = np.array([122, 48, 30]) * (1 + 0.35 * warp + 0.4 * fine)[..., None] + 18 * (fine > 0.5)[..., None]
     return colour * (1 - inside) + raw * inside
 
 
 def draw_gallbladder(rng: np.random.Generator, look: Appearance, unit_px: int) -> list[Image.Image]:
-    """The gallbladder along x, neck left, from untouched to freed: `GALLBLADDER_STATES` premultiplied RGBX sprites.
+    """Draw the gallbladder in `GALLBLADDER_STATES` states, from untouched to freed, as premultiplied RGBX sprites.
 
-    The peritoneum is opened from the neck on, the organ empties and reddens. A frame shows a state, not a phase.
+    It lies along x with its neck on the left. The peritoneum is opened from the neck on, and the organ empties and
+    reddens. A frame shows a state, which does not reveal the phase.
     """
     width, height = (round(side * unit_px) for side in GALLBLADDER_UNITS)
     x, y = _grid(width, height, unit_px)
@@ -163,7 +165,7 @@ def draw_gallbladder(rng: np.random.Generator, look: Appearance, unit_px: int) -
 
 
 def premultiplied(colour: np.ndarray, alpha: np.ndarray) -> Image.Image:
-    """(H, W, 3) colours and (H, W) opacity 0 to 1 as RGBX with the colours multiplied by the opacity."""
+    """Return an RGBX image of colours (H, W, 3) multiplied by their opacity (H, W), 0 to 1."""
     return to_rgbx(np.clip(colour, 0, 255) * alpha[..., None], alpha * 255)
 
 
@@ -171,7 +173,7 @@ def premultiplied(colour: np.ndarray, alpha: np.ndarray) -> Image.Image:
 
 
 def draw_blood(rng: np.random.Generator, unit_px: int) -> Image.Image:
-    """The order in which blood covers the points of the canvas, 255 first, as a grey image."""
+    """Draw, as a grey image, the order in which blood covers the points of the canvas: points with 255 come first."""
     side = int(CANVAS_UNITS * unit_px)
     x, y = _grid(side, side, unit_px)
     near = np.exp(-(x**2 + (y - 0.15) ** 2) / 0.35)
@@ -180,13 +182,13 @@ def draw_blood(rng: np.random.Generator, unit_px: int) -> Image.Image:
 
 
 def draw_smoke(rng: np.random.Generator, unit_px: int) -> Image.Image:
-    """Density of smoke, a grey square of `CANVAS_UNITS`."""
+    """Draw the density of smoke, as a grey square of `CANVAS_UNITS`."""
     side = int(CANVAS_UNITS * unit_px)
     return Image.fromarray(np.clip(150 + 95 * noise(rng, side, side, 4, octaves=3), 0, 255).astype(np.uint8))
 
 
 def draw_outside(rng: np.random.Generator, unit_px: int) -> list[Image.Image]:
-    """Images that show no operating field, RGBX: trocar tube, lens on tissue, drapes, black."""
+    """Draw RGBX images that do not show the operating field: trocar tube, lens on tissue, drapes, black."""
     side = int(CANVAS_UNITS * unit_px)
     x, y = _grid(side, side, unit_px)
     warp = noise(rng, side, side, 5)

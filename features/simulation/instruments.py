@@ -1,7 +1,7 @@
-"""The seven tools, distinguished by their outlines: each a few strokes, drawn once per video in several openings.
+"""Draw the seven tools, each from a few strokes, once per video and in several degrees of opening.
 
 A tool lies along x with its working point at the origin and its shaft towards negative x. Lengths are in units of the
-shorter side of the frame. The class shows in the outline, not in colours: shafts and metals vary between videos.
+frame's shorter side. Tools differ in their outlines, not in their colours, which vary between videos.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BAG_UNITS = (0.95, 0.95)
 
 @dataclass(frozen=True)
 class Stroke:
-    """A straight piece from `start` to `end` whose half-width changes evenly; round ends, or flat ones if `blunt`."""
+    """A straight piece from `start` to `end` with evenly changing half-width, and round ends (flat ends if `blunt`)."""
 
     start: tuple[float, float]
     end: tuple[float, float]
@@ -33,7 +33,7 @@ class Stroke:
 
 
 class Materials:
-    """One video's metals and plastics, (3,) RGB each, drawn from `rng`."""
+    """The colours of metals and plastics in one video, each (3,) RGB, drawn from `rng`."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.metal = np.array([176, 176, 182]) * rng.uniform(0.8, 1.15) + rng.uniform(-8, 8, 3)
@@ -46,7 +46,7 @@ class Materials:
 
 
 def _mirrored(strokes: list[Stroke]) -> list[Stroke]:
-    """The strokes and their mirror images across the tool's axis."""
+    """Return the strokes together with their mirror images across the tool's axis."""
     return strokes + [
         Stroke((s.start[0], -s.start[1]), (s.end[0], -s.end[1]), s.half_width, s.colour, s.blunt) for s in strokes
     ]
@@ -65,7 +65,7 @@ def _grasper(m: Materials, opening: float) -> list[Stroke]:
 
 
 def _bipolar(m: Materials, opening: float) -> list[Stroke]:
-    """Two thin bowed arms that part and meet again: a loop like the eye of a needle."""
+    """Two thin bowed arms that separate and meet again, like the eye of a needle."""
     bow = 0.1 + 0.045 * opening
     arms = [
         Stroke((-0.32, 0.02), (-0.2, bow), (0.026, 0.024), m.insulation),
@@ -111,7 +111,7 @@ def _clipper(m: Materials, opening: float) -> list[Stroke]:
 
 
 def _irrigator(m: Materials, opening: float) -> list[Stroke]:
-    """A straight tube of one width with depth marks around it, a row of holes and an open, cut end."""
+    """A straight tube of constant width, with depth marks around it, a row of holes, and an open end."""
     holes = [Stroke((x, 0.0), (x, 0.0), (0.026, 0.026), m.dark * 0.6) for x in (-0.17, -0.09, -0.01)]
     marks = [Stroke((x, 0.0), (x + 0.035, 0.0), (0.07, 0.07), m.dark, blunt=True) for x in (-0.5, -0.4, -0.3)]
     mouth = Stroke((0.055, 0.0), (0.085, 0.0), (0.058, 0.058), m.dark * 0.5, blunt=True)
@@ -129,7 +129,7 @@ _STROKES: dict[str, Callable[[Materials, float], list[Stroke]]] = {
 
 
 def draw_tool(name: str, materials: Materials, unit_px: float) -> list[Image.Image]:
-    """One tool in `OPENINGS` openings, premultiplied RGBX sprites of `SPRITE_UNITS`."""
+    """Draw one tool in `OPENINGS` degrees of opening, as premultiplied RGBX sprites of `SPRITE_UNITS`."""
     return [_draw_strokes(_STROKES[name](materials, k / (OPENINGS - 1)), unit_px) for k in range(OPENINGS)]
 
 
@@ -144,14 +144,14 @@ def _draw_strokes(strokes: list[Stroke], unit_px: float) -> Image.Image:
     for stroke in strokes:
         distance, across = _distance(stroke, grid_x, grid_y)
         cover = np.clip(0.5 - distance * unit_px, 0, 1)
-        # Lit like a cylinder from one side, with a bright line where it reflects the lamp.
+        # Shade the stroke like a cylinder lit from one side, with a bright line where it reflects the lamp.
         shade = 0.3 + 0.7 * np.sqrt(np.clip(1 - (across + 0.25) ** 2, 0, 1))
         shade = shade + 0.5 * smoothstep(np.abs(across + 0.35), 0.3, 0.0)
         colour = colour * (1 - cover)[..., None] + stroke.colour * (shade * cover)[..., None]
         opacity = np.maximum(opacity, cover)
         shadow = np.maximum(shadow, 0.4 * smoothstep(distance, 0.045, 0.0))
     opacity = np.maximum(opacity, shadow)
-    # Empty rows cost time in every frame; cut symmetrically, so that the axis stays in the middle.
+    # Cut off empty rows, which take time in every frame; equally on both sides, so that the axis stays in the middle.
     filled = opacity.max(axis=1) > 0
     empty = max(0, int(np.argmax(filled | filled[::-1])) - 1)
     kept = slice(empty, height - empty)
@@ -159,7 +159,7 @@ def _draw_strokes(strokes: list[Stroke], unit_px: float) -> Image.Image:
 
 
 def _distance(stroke: Stroke, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distance to a stroke's outline (negative inside) and position across it (-1 to 1), both (H, W)."""
+    """Return the distance to a stroke's outline (negative inside) and the position across it (-1 to 1), both (H, W)."""
     start, end = np.array(stroke.start), np.array(stroke.end)
     length = float(np.hypot(*(end - start)))
     direction = (end - start) / length if length > 0 else np.array([1.0, 0.0])
@@ -175,7 +175,7 @@ def _distance(stroke: Stroke, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray,
 
 
 def draw_bag(rng: np.random.Generator, materials: Materials, unit_px: float) -> list[Image.Image]:
-    """The specimen bag, a translucent pouch with a bright rim and folds, in `OPENINGS` openings of its mouth."""
+    """Draw the specimen bag, a translucent pouch with a bright rim and folds, with its mouth in `OPENINGS` openings."""
     side = round(BAG_UNITS[0] * unit_px)
     axis = ((np.arange(side, dtype=np.float32) + 0.5) / side - 0.5) * BAG_UNITS[0]
     x, y = np.meshgrid(axis, axis)

@@ -1,14 +1,15 @@
-"""Label sequences of simulated cholecystectomies, drawn from a small table of aggregate statistics.
+"""Draw label sequences of simulated cholecystectomies from a small table of aggregate statistics.
 
-The table (`configs/simulation/cholec80.yaml`) gives which phases occur, in which order, for how long, which sets of
-tools a phase shows and how long a tool stays. An operation is drawn with one label per second of operating time:
+The table (`configs/simulation/cholec80.yaml`) says which phases occur, in which order and for how long, which sets of
+tools are present in each phase, and how long a tool stays. An operation has one label per second of operating time:
 
-- phases: a walk over the table's transitions in which every phase that occurs does so once (as in Cholec80), with
-  log-normal lengths, clipped to the observed minimum and maximum;
-- tools: a Markov chain over sets of tools whose stationary distribution is the phase's. Every second each tool may
-  appear or disappear; the flip is accepted by the rule of Metropolis et al. (J. Chem. Phys. 1953), which keeps that
-  distribution exact at any rate of flips. The rate of a tool changes from minute to minute (log-normal), since real
-  presences are many short ones and a few long ones; the rates are fitted to their median and mean.
+- Phases: a walk over the table's transitions in which no phase occurs twice (as in Cholec80). Lengths are log-normal,
+  clipped to the observed minimum and maximum.
+- Tools: a Markov chain over sets of tools, whose stationary distribution is that of the phase. In every second each
+  tool may appear or disappear (flip). A flip is accepted by the rule of Metropolis et al. (J. Chem. Phys. 1953), with
+  which the distribution is exact at any rate of flips. Real tools are often present for a short time and sometimes for
+  a long time. Therefore a tool's rate changes from minute to minute (log-normal), with parameters fitted to the median
+  and mean time of presence.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from configs.errors import UserError
 from configs.schema import Strict
 
 TABLE_PATH = Path(configs.__file__).parent / "simulation" / "cholec80.yaml"
-# The most tools in a set that the table does not list: there are four trocars.
+# The largest number of tools in a set that the table does not list, since there are four trocars.
 _MOST_TOOLS_AT_ONCE = 4
 _PACE_SPAN_S = 90
 
 
 class SegmentLength(Strict):
-    """Length of a phase's segments in seconds; `log_mean` and `log_std` of the natural logarithm."""
+    """The length of a phase's segments in seconds. `log_mean` and `log_std` are those of its natural logarithm."""
 
     segments: int = Field(ge=0)
     min: float = Field(gt=0)
@@ -52,7 +53,7 @@ class ToolSet(Strict):
 
 
 class RunLength(Strict):
-    """Lengths of a tool's uninterrupted presences in seconds."""
+    """The lengths of a tool's runs (uninterrupted presences) in seconds."""
 
     runs: int = Field(ge=0)
     median: float = Field(gt=0)
@@ -60,7 +61,7 @@ class RunLength(Strict):
 
 
 class Pace(Strict):
-    """How often a tool attempts to flip: mean attempts per second, and the std of the rate's logarithm."""
+    """How often a tool attempts to flip: the mean attempts per second, and the standard deviation of its logarithm."""
 
     rate: float = Field(gt=0)
     spread: float = Field(ge=0)
@@ -91,25 +92,25 @@ class ProcedureTable(Strict):
 
 @lru_cache(maxsize=1)
 def load_table() -> ProcedureTable:
-    """The table that ships with the project."""
+    """Load the table that is part of this project."""
     return ProcedureTable.model_validate(yaml.safe_load(TABLE_PATH.read_text(encoding="utf-8")))
 
 
 def check_spec(spec: DataSetSpec) -> None:
-    """Raise UserError unless the data set has the classes of the table, in any order."""
+    """Raise UserError unless the data set has the same classes as the table, in any order."""
     table = load_table()
     for kind, names, known in (("phases", spec.phases, table.phases), ("tools", spec.tools, table.tools)):
         if set(names) != set(known):
             odd = sorted(set(names) ^ set(known))
             raise UserError(
-                f"data set {spec.name}: its {kind} are not those of the simulated operations (differ in "
+                f"data set {spec.name}: its {kind} are not those of the simulated operations (they differ in "
                 f"{', '.join(odd)}); give it the same {kind}, in any order"
             )
 
 
 @dataclass(frozen=True)
 class Operation:
-    """Labels of one operation, one per second of operating time, classes in the order of the data set."""
+    """The labels of one operation, one per second of operating time, with classes in the data set's order."""
 
     phase: np.ndarray  # (S,) int8
     tools: np.ndarray  # (S, K) int8, 0 or 1
@@ -120,7 +121,7 @@ class Operation:
 
 
 def draw_operation(rng: np.random.Generator, spec: DataSetSpec) -> Operation:
-    """Draw the labels of one operation from the table. `spec` gives the order of the classes."""
+    """Draw the labels of one operation. `spec` gives the order of the classes."""
     table = load_table()
     phases, tools = [], []
     rates = _FlipRates(rng, table)
@@ -133,7 +134,9 @@ def draw_operation(rng: np.random.Generator, spec: DataSetSpec) -> Operation:
 
 
 def frame_seconds(operation: Operation, fps: int, speed_up: float) -> np.ndarray:
-    """The second of operating time that each frame shows in a video at `fps`, sped up `speed_up` times, (T,) int64."""
+    """Return the second of operating time that each frame shows, (T,) int64, in a video at `fps` sped up `speed_up`
+    times.
+    """
     frames = max(1, int(operation.length_s * fps / speed_up))
     return np.minimum((np.arange(frames) * speed_up / fps).astype(np.int64), operation.length_s - 1)
 
@@ -142,13 +145,13 @@ def frame_seconds(operation: Operation, fps: int, speed_up: float) -> np.ndarray
 
 
 def _draw_order(rng: np.random.Generator, table: ProcedureTable) -> list[str]:
-    """The phases of one operation in order, each of them once."""
+    """Draw the phases of one operation in order, each at most once."""
     occurs = {
         phase for phase, length in table.segments_s.items() if rng.random() < min(1.0, length.segments / table.videos)
     }
     candidates = {phase: count for phase, count in table.last_phase.items() if phase in occurs}
     last = _choose(rng, candidates)
-    # Start with the earliest phase in the table that occurs; no transition leads back to it.
+    # Start with the first phase of the table that occurs; no transition leads back to it.
     order = [next(phase for phase in table.phases if phase in occurs)]
     left = occurs - {order[0]}
     while left:
@@ -163,7 +166,7 @@ def _draw_order(rng: np.random.Generator, table: ProcedureTable) -> list[str]:
 
 
 def _completes(table: ProcedureTable, phase: str, left: set[str], last: str) -> bool:
-    """Whether a walk from `phase` can visit every phase in `left` once and end in `last`."""
+    """Whether a walk from `phase` can visit each phase in `left` once and end in `last`."""
     if not left:
         return phase == last
     return any(
@@ -188,11 +191,10 @@ def _draw_length_s(rng: np.random.Generator, length: SegmentLength) -> int:
 
 @lru_cache(maxsize=32)
 def tool_set_p(phase: str) -> np.ndarray:
-    """Distribution over sets of tools in a phase, (2^K,): bit k of the index tells whether tool k is present.
+    """Return the distribution over sets of tools in a phase, (2^K,); bit k of the index says whether tool k is present.
 
-    The table lists the ten most common sets. The remaining probability is spread over the other sets by iterative
-    proportional fitting (Deming and Stephan 1940), so that the frequency of each tool in the phase is that of the
-    table.
+    The table lists the ten most common sets. The remaining probability is distributed over the other sets by iterative
+    proportional fitting (Deming and Stephan 1940), so that each tool is as frequent in the phase as in the table.
     """
     table = load_table()
     tools = table.tools
@@ -209,7 +211,7 @@ def tool_set_p(phase: str) -> np.ndarray:
 
 
 def _fit_marginals(start: np.ndarray, member: np.ndarray, marginal: np.ndarray, sweeps: int = 200) -> np.ndarray:
-    """The distribution closest to `start` in which tool k has the probability `marginal[k]`."""
+    """Return the distribution closest to `start` in which tool k has the probability `marginal[k]`."""
     p = start / start.sum()
     for _ in range(sweeps):
         for k, wanted in enumerate(marginal):
@@ -219,7 +221,7 @@ def _fit_marginals(start: np.ndarray, member: np.ndarray, marginal: np.ndarray, 
 
 
 class _FlipRates:
-    """Flip rates of the tools during one operation, with a new log-normal factor every `_PACE_SPAN_S` seconds."""
+    """The flip rates of the tools during one operation, with a new log-normal factor every `_PACE_SPAN_S` seconds."""
 
     def __init__(self, rng: np.random.Generator, table: ProcedureTable) -> None:
         self._rng = rng
@@ -227,14 +229,14 @@ class _FlipRates:
         self._spread = np.array([table.pace[tool].spread for tool in table.tools])
 
     def draw(self, seconds: int) -> np.ndarray:
-        """Probability that a tool attempts to flip, (seconds, K)."""
+        """Draw the probability that each tool attempts to flip in each second, (seconds, K)."""
         spans = -(-seconds // _PACE_SPAN_S)
         factor = np.exp(self._rng.normal(size=(spans, len(self._rate))) * self._spread - self._spread**2 / 2)
         return np.minimum(np.repeat(self._rate * factor, _PACE_SPAN_S, axis=0)[:seconds], 1.0)
 
 
 def _draw_tools(rng: np.random.Generator, p: np.ndarray, rates: _FlipRates, seconds: int) -> np.ndarray:
-    """Tools of one segment, (seconds, K) int8: the chain starts in its stationary distribution and stays in it."""
+    """Draw the tools of one segment, (seconds, K) int8, with a chain that starts in its stationary distribution `p`."""
     tries = rng.random((seconds, p.size.bit_length() - 1)) < rates.draw(seconds)
     chance = rng.random(tries.shape)
     present = int(rng.choice(p.size, p=p))

@@ -1,9 +1,9 @@
-"""Images of a simulated operation, frame by frame, from its labels.
+"""Draw the frames of a simulated operation from its labels.
 
-`Scene` draws everything once (anatomy, tools) and plans every movement of the video, then blends one frame at a time.
-A single frame reveals little about the phase, on purpose: the gallbladder's state starts, grows and fluctuates
-differently in every video, so that the dissection of Calot's triangle and that of the gallbladder look alike, and only
-the preceding frames distinguish them.
+`Scene` draws anatomy and tools once, plans all movements of the video, and then blends one frame at a time. A single
+frame deliberately says little about the phase: the gallbladder's state starts, grows and fluctuates differently in
+every video. The dissection of Calot's triangle and that of the gallbladder therefore look alike, and only the preceding
+frames distinguish them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from features.simulation.anatomy import smoothstep
 
 _BAG = "SpecimenBag"
 _ENERGY_TOOLS = ("Hook", "Bipolar")
-# Direction from which a tool enters, degrees, y down; varies with a std of 15 between videos and 8 between presences.
+# Direction from which each tool enters, in degrees (y down). It varies with a standard deviation of 15 between videos
+# and of 8 between presences.
 _ENTRY_DEG = {"Grasper": 188, "Bipolar": 15, "Hook": -8, "Scissors": -50, "Clipper": 8, "Irrigator": 55}
 _TROCAR_UNITS = 1.05
 _SLIDE_IN_S = 0.4
 _INERTIA_S = 0.3
-# Fraction of the runs without any tool that show no operating field, and which image they then show.
+# The fraction of runs without any tool that do not show the operating field, and the image that these show.
 _OUTSIDE_P = {"Preparation": 0.3, "GallbladderRetraction": 0.4, "GallbladderPackaging": 0.15}
 _OUTSIDE_P_ELSEWHERE = 0.12
 _OUTSIDE_KINDS = (0.45, 0.3, 0.15, 0.1)  # trocar tube, lens on tissue, drapes, black
@@ -36,9 +37,9 @@ _Point = tuple[float, float]
 
 
 class Scene:
-    """One video's frames: `for frame in Scene(...)` yields (H, W, 3) uint8 RGB, one frame per row of the labels.
+    """The frames of one video. `for frame in Scene(...)` yields T frames (H, W, 3) uint8 RGB.
 
-    `phase` (T,) and `tools` (T, K) are the labels of each frame, classes in the order of `spec`.
+    `phase` (T,) and `tools` (T, K) are the labels of each frame, with classes in the order of `spec`.
     """
 
     def __init__(
@@ -80,12 +81,13 @@ class Scene:
             for name in self._tool_names
         ]
         self._lamp = self._draw_lamp(rng)
-        # One tile, larger than the frame and shifted from frame to frame: fresh noise would cost more than the rest.
+        # Grain is one tile, larger than the frame, that is shifted from frame to frame: drawing new noise for each
+        # frame would take longer than everything else.
         tile = (self._size_px[1] + GRAIN_SHIFTS, self._size_px[0] + GRAIN_SHIFTS, 1)
         self._grain = rng.normal(0, 2.2, tile).astype(np.float32)
 
     def _draw_lamp(self, rng: np.random.Generator) -> np.ndarray:
-        """White balance, light fall-off and the round field of view as one factor, (H, W, 3) float32."""
+        """Return one factor (H, W, 3) float32 for white balance, light fall-off and the round field of view."""
         width, height = self._size_px
         x = (np.arange(width, dtype=np.float32) + 0.5 - width / 2) / self._unit_px
         y = (np.arange(height, dtype=np.float32) + 0.5 - height / 2) / self._unit_px
@@ -97,7 +99,7 @@ class Scene:
         return factor * self._look.white_balance.astype(np.float32)
 
     def frame(self, index: int) -> np.ndarray:
-        """Frame `index`, (H, W, 3) uint8 RGB."""
+        """Draw frame `index`, (H, W, 3) uint8 RGB."""
         plan = self.plan
         if plan.outside[index] >= 0:
             image = self._seen(self._outside[plan.outside[index]], index)[..., :3].astype(np.float32)
@@ -116,7 +118,7 @@ class Scene:
         return pixels
 
     def field(self, index: int) -> np.ndarray:
-        """Organs, blood, gallbladder, highlights and tools, before lamp and smoke: (H, W, 3) float32."""
+        """Draw organs, blood, gallbladder, highlights and tools, without lamp and smoke: (H, W, 3) float32."""
         plan = self.plan
         seen = self._seen(self._organs, index)
         image, reflection = seen[..., :3].astype(np.float32), seen[..., 3]
@@ -132,7 +134,7 @@ class Scene:
             angle = self._look.bladder_angle + turn + plan.roll[index]
             x, y = self._to_view(np.array([shift_x, shift_y - 0.05]), index)
             self._paste(image, self._bladder[state], (x, y), (0.32, 0.5), angle, plan.zoom[index])
-        # The bag lies behind the tools that hold and clean it.
+        # The bag is behind the tools that hold and clean it, so it is drawn first.
         shown = sorted(np.flatnonzero(plan.tool_shown[index]), key=lambda k: self._tool_names[k] != _BAG)
         for k in shown:
             anchor = (0.5, 0.5) if self._tool_names[k] == _BAG else (instruments.WORKING_POINT, 0.5)
@@ -142,14 +144,14 @@ class Scene:
         return image
 
     def _to_view(self, point: np.ndarray, index: int) -> tuple[float, float]:
-        """Position in the image of a point of the canvas, both in units from the centre."""
+        """Convert a point of the canvas to a position in the image, both in units from the centre."""
         plan = self.plan
         cos, sin = math.cos(plan.roll[index]), math.sin(plan.roll[index])
         x, y = (point - plan.pan[index]) * plan.zoom[index]
         return cos * x - sin * y, sin * x + cos * y
 
     def _seen(self, canvas: Image.Image, index: int) -> np.ndarray:
-        """What the camera sees of a canvas, (H, W) or (H, W, 4) uint8."""
+        """Return what the camera sees of a canvas, (H, W) or (H, W, 4) uint8."""
         plan = self.plan
         width, height = self._size_px
         centre = (
@@ -162,7 +164,7 @@ class Scene:
     def _paste(
         self, image: np.ndarray, sprite: Image.Image, point: _Point, anchor: _Point, angle: float, scale: float
     ) -> None:
-        """Draw a premultiplied sprite, its `anchor` (fractions of its sides) at `point`, rotated and scaled."""
+        """Draw a premultiplied sprite, rotated and scaled, with its `anchor` (as fractions of its sides) at `point`."""
         width, height = self._size_px
         at_x, at_y = width / 2 + point[0] * self._unit_px, height / 2 + point[1] * self._unit_px
         cos, sin = math.cos(angle), math.sin(angle)
@@ -187,8 +189,11 @@ class Scene:
 
 
 def _affine(angle: float, scale: float, anchor: _Point, offset: _Point) -> tuple[float, ...]:
-    """Pillow's coefficients from an output pixel to the canvas, which is rotated by `angle` and scaled by `scale` about
-    its point `anchor`; `offset` leads from there to the output's corner, in output pixels."""
+    """Return Pillow's coefficients of the affine map from output pixels to the canvas.
+
+    The canvas is rotated by `angle` and scaled by `scale` about its point `anchor`. `offset` is the vector from the
+    anchor to the output's corner, in output pixels.
+    """
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     left, top = anchor[0] + cos * offset[0] + sin * offset[1], anchor[1] - sin * offset[0] + cos * offset[1]
     return cos, sin, left, -sin, cos, top
@@ -198,15 +203,17 @@ def _affine(angle: float, scale: float, anchor: _Point, offset: _Point) -> tuple
 
 
 class Plan:
-    """Every movement of a video, one row per frame, drawn from the labels of its frames: `phase` (T,), `tools` (T, K)
-    bool. Lengths are in units, angles in radians.
+    """All movements of a video, one row per frame, drawn to fit the frames' labels `phase` (T,) and `tools` (T, K)
+    bool.
+
+    Lengths are in units (see `features.simulation.anatomy`), angles in radians.
     """
 
     def __init__(
         self, rng: np.random.Generator, phase: np.ndarray, tools: np.ndarray, spec: DataSetSpec, fps: float
     ) -> None:
         frames = len(phase)
-        # (T,) index of an image outside the body, -1 inside it
+        # (T,) index of the image outside the body, or -1 for inside
         self.outside = _draw_outside(rng, phase, tools, spec)
         energy = _any_tool(tools, [k for k, name in enumerate(spec.tools) if name in _ENERGY_TOOLS])
         rinse = _any_tool(tools, [spec.tools.index("Irrigator")])
@@ -233,14 +240,14 @@ class Plan:
 
 
 def _any_tool(tools: np.ndarray, columns: Iterable[int]) -> np.ndarray:
-    """Whether one of the tools in `columns` is present, (T,) bool."""
+    """Return whether one of the tools in `columns` is present, (T,) bool."""
     return np.asarray(tools[:, list(columns)].any(axis=1))
 
 
 def _wander(rng: np.random.Generator, frames: int, fps: float, memory_s: float, columns: int = 1) -> np.ndarray:
-    """Smooth random courses of unit variance with a correlation time of `memory_s`, (T, columns).
+    """Draw smooth random functions of time with unit variance and a correlation time of `memory_s`, (T, columns).
 
-    An Ornstein-Uhlenbeck process behind a low-pass filter (`_INERTIA_S`).
+    They are Ornstein-Uhlenbeck processes, smoothed by a low-pass filter (`_INERTIA_S`).
     """
     keep, slow = (math.exp(-1 / (fps * time_s)) for time_s in (memory_s, _INERTIA_S))
     kicks = rng.normal(0, math.sqrt(1 - keep * keep), (frames, columns))
@@ -250,12 +257,12 @@ def _wander(rng: np.random.Generator, frames: int, fps: float, memory_s: float, 
         pushed = keep * pushed + kicks[index]
         smooth = slow * smooth + (1 - slow) * pushed
         course[index] = smooth
-    # Variance of a first-order process behind a first-order low-pass.
+    # Variance of a first-order process after a first-order low-pass filter.
     return course / math.sqrt((1 - slow) * (1 + keep * slow) / ((1 + slow) * (1 - keep * slow)))
 
 
 def _leak(source: np.ndarray, fps: float, rise_s: float, fall_s: float) -> np.ndarray:
-    """`source` (T,) low-pass filtered, with different time constants for rising and falling."""
+    """Low-pass filter `source` (T,), with different time constants for rising and falling."""
     rise, fall = 1 - math.exp(-1 / (fps * rise_s)), 1 - math.exp(-1 / (fps * fall_s))
     course = np.empty(len(source))
     value = 0.0
@@ -266,8 +273,10 @@ def _leak(source: np.ndarray, fps: float, rise_s: float, fall_s: float) -> np.nd
 
 
 def _draw_outside(rng: np.random.Generator, phase: np.ndarray, tools: np.ndarray, spec: DataSetSpec) -> np.ndarray:
-    """The image outside the body that each frame shows, (T,), -1 for none: only runs without a tool may, because the
-    labels give what is visible."""
+    """Draw which image outside the body each frame shows, (T,), -1 for none.
+
+    Only runs without a tool can show one, because tools in the labels must be visible.
+    """
     outside = np.full(len(phase), -1)
     for start, end in true_spans(~_any_tool(tools, range(len(spec.tools)))):
         chance = _OUTSIDE_P.get(spec.phases[phase[start]], _OUTSIDE_P_ELSEWHERE)
@@ -279,7 +288,7 @@ def _draw_outside(rng: np.random.Generator, phase: np.ndarray, tools: np.ndarray
 def _bladder(
     rng: np.random.Generator, phase: np.ndarray, spec: DataSetSpec, fps: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """State of the gallbladder, (T,) 0 untouched to 1 freed, and whether it is visible, (T,) bool."""
+    """Draw the state of the gallbladder, (T,) from 0 (untouched) to 1 (freed), and whether it is visible, (T,) bool."""
     progress = np.zeros(len(phase))
     reached = 0.0
     for name, gain in (("CalotTriangleDissection", 0.45), ("ClippingCutting", 0.05), ("GallbladderDissection", 0.5)):
@@ -301,7 +310,7 @@ def _bladder(
 
 
 def _blood(rng: np.random.Generator, energy: np.ndarray, rinse: np.ndarray, fps: float) -> np.ndarray:
-    """How far blood has spread, (T,) 0 to 255: it appears in bursts, drains slowly and is rinsed away."""
+    """Draw how far blood has spread, (T,) 0 to 255: it appears in bursts, drains slowly and is rinsed away."""
     level = np.empty(len(energy))
     value = rng.uniform(0, 120)
     bursts = rng.random(len(energy)) < np.where(energy, 0.06, 0.015) / fps
@@ -316,7 +325,7 @@ def _blood(rng: np.random.Generator, energy: np.ndarray, rinse: np.ndarray, fps:
 def _tools(
     rng: np.random.Generator, tools: np.ndarray, spec: DataSetSpec, fps: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Position of each tool's working point (T, K, 2), angle (T, K), scale (T, K) and opening (T, K)."""
+    """Draw the position of each tool's working point (T, K, 2), angle (T, K), scale (T, K) and opening (T, K)."""
     frames, kinds = tools.shape
     tip, angle = np.zeros((frames, kinds, 2)), np.zeros((frames, kinds))
     scale, opening = np.ones((frames, kinds)), np.zeros((frames, kinds), dtype=np.int64)

@@ -1,11 +1,12 @@
-"""Simulated operations as files, in Cholec80's own layout.
+"""Write simulated operations as files, in the layout of Cholec80.
 
     OUT/videos/video01.mp4                         H.264 with B-frames
     OUT/phase_annotations/video01-phase.txt        one row per frame
     OUT/tool_annotations/video01-tool.txt          one row per second (every 25th frame at 25 fps)
     OUT/README.txt, OUT/simulation.json            a description, and the settings it was made with
 
-Each video depends only on the seed, its number and the settings: not on how many are made, nor by how many processes.
+Each video depends only on the seed, its number and the settings. It does not depend on how many videos are made, or by
+how many processes.
 """
 
 from __future__ import annotations
@@ -37,19 +38,20 @@ from features.simulation.scene import Scene
 from features.video.scan import count_packets
 from features.video.write import encode_mp4
 
-# Incremented with every change that alters labels or pixels, so that a folder never mixes two simulators.
+# Incremented with every change that alters labels or pixels, so that a folder never contains videos of two versions.
 SIMULATOR_VERSION = 1
 SETTINGS_FILE = "simulation.json"
 _README = "README.txt"
 _VIDEOS, _PHASES, _TOOLS = "videos", "phase_annotations", "tool_annotations"
 _PROGRAM = "surgstage simulate"
 _RESUME = "run it again, perhaps with fewer workers: it resumes where it stopped"
-# Fixed, and one thread: the same frames give the same stream. B-frames because real recordings have them.
+# Options are fixed, and there is one thread, so that the same frames give the same stream. There are B-frames because
+# real recordings have them.
 _ENCODER = {
     "preset": "veryfast",
     "crf": "21",
     "threads": "1",
-    # mbtree: its assembly code gave other bits from run to run, single-threaded (measured).
+    # mbtree is off: its assembly code gave different bits from run to run, even with one thread (measured).
     "x264-params": "bframes=3:b-adapt=1:mbtree=0:keyint=250:min-keyint=25:threads=1:lookahead-threads=1",
 }
 _BYTES_PER_PIXEL = 0.08
@@ -58,7 +60,7 @@ _SMALLEST_PX, _LARGEST_PX = 48, 4096
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a simulated video depends on besides its number."""
+    """Everything that a simulated video depends on, apart from its number."""
 
     seed: int
     fps: int
@@ -76,7 +78,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class SimulatedData:
-    """What `simulate` left in the folder: ids that it made, ids that were complete, seconds of video that it made."""
+    """The result of `simulate`: ids of the videos made, ids that were complete before, and seconds of video made."""
 
     made: tuple[str, ...]
     skipped: tuple[str, ...]
@@ -97,12 +99,12 @@ def simulate(
     workers: int = 1,
     stop: StopRequest | None = None,
 ) -> SimulatedData:
-    """Write `videos` simulated operations, numbered from `first_number`, below `out`, with progress.
+    """Write `videos` simulated operations, numbered from `first_number`, below `out`, with a progress bar.
 
-    `speed_up` divides the length of everything: at 10, an operation of 35 minutes becomes a video of 3.5. Videos that
-    are complete are not written again. Raises UserError for settings out of range, for a folder that holds other data
-    or was made with other settings, and if a video cannot be written; Stopped, with unfinished videos removed, when
-    asked to stop.
+    `speed_up` divides all durations: with 10, an operation of 35 minutes becomes a video of 3.5 minutes. Videos that
+    are complete are not written again. Raises UserError if a setting is out of range, if the folder contains other data
+    or was made with other settings, or if a video cannot be written. Raises Stopped when asked to stop, after removing
+    unfinished videos.
     """
     _check_numbers(
         videos=(videos, 1, 100_000),
@@ -116,7 +118,7 @@ def simulate(
     )
     for name, size in (("width_px", width_px), ("height_px", height_px)):
         if size % 2:
-            raise UserError(f"{name} {size}: H.264 with 4:2:0 colour needs even sizes; take {size + 1}")
+            raise UserError(f"{name} {size}: H.264 with 4:2:0 colour needs even sizes; use {size + 1}")
     check_spec(spec)
     settings = Settings(seed, fps, width_px, height_px, float(speed_up), spec)
     _prepare_folder(out, settings, videos)
@@ -141,7 +143,7 @@ def simulate(
 def _check_numbers(**limits: tuple[float, float, float]) -> None:
     for name, (value, low, high) in limits.items():
         if not low <= value <= high:  # NaN fails too
-            raise UserError(f"{name} {value}: must lie between {low} and {high}")
+            raise UserError(f"{name} {value}: must be between {low} and {high}")
 
 
 def _prepare_folder(out: Path, settings: Settings, videos: int) -> None:
@@ -155,7 +157,10 @@ def _prepare_folder(out: Path, settings: Settings, videos: int) -> None:
 
 
 def _claim_folder(out: Path, settings: Settings) -> None:
-    """Accept an empty folder, into which the settings are written, or one made with the same settings."""
+    """Write the settings into an empty folder, or check that the folder was made with the same settings.
+
+    Raises UserError if it contains other files or was made with other settings.
+    """
     make_folder(out)
     wanted = settings.to_json()
     path = out / SETTINGS_FILE
@@ -170,8 +175,10 @@ def _claim_folder(out: Path, settings: Settings) -> None:
         return
     others = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith("."))
     if others:
-        raise UserError(f"{out}: holds other files ({others[0]}) and no {SETTINGS_FILE}; choose an empty or new folder")
-    write_json(path, wanted)  # first: it marks the folder as ours, should this be interrupted
+        raise UserError(
+            f"{out}: contains other files ({others[0]}) and no {SETTINGS_FILE}; choose an empty or new folder"
+        )
+    write_json(path, wanted)  # written first, so that the folder is recognised after an interruption
 
 
 def _readme(settings: Settings) -> str:
@@ -199,7 +206,7 @@ def _expected_bytes(settings: Settings, videos: int) -> int:
 
 @dataclass(frozen=True)
 class _Video:
-    """One video to write: a job of the process pool."""
+    """One video to write, as a job for the process pool."""
 
     number: int
     name: str
@@ -208,7 +215,7 @@ class _Video:
 
 @dataclass(frozen=True)
 class _Content:
-    """The files of one video and what they hold; `tools` (T, K) int8 of every frame, `rng` for its images."""
+    """The files of one video and their content. `tools` (T, K) int8 has a row per frame; `rng` draws the images."""
 
     phase_file: Path
     phases: LabelTrack
@@ -221,13 +228,13 @@ class _Content:
 
 @dataclass(frozen=True)
 class _Writer:
-    """Writes videos and their annotation files below `out`: a task of the process pool."""
+    """Writes videos and their annotation files below `out`, as a task of the process pool."""
 
     out: Path
     settings: Settings
 
     def plan(self, number: int) -> tuple[_Video, bool]:
-        """The job that writes a video, and whether all its files are complete already."""
+        """Return the job that writes a video, and whether all its files are already complete."""
         content, spec = self._draw(number), self.settings.spec
         job = _Video(number, content.video_file.stem, len(content.tools))
         complete = (
@@ -270,16 +277,16 @@ class _Writer:
 
 
 def _holds(path: Path, track: LabelTrack, spec: DataSetSpec, read: Callable[[Path, DataSetSpec], LabelTrack]) -> bool:
-    """Whether an annotation file holds the rows of `track`."""
+    """Whether an annotation file contains the rows of `track`."""
     with suppress(UserError):
         found, wanted = vars(read(path, spec)), vars(track)
-        # Not the stride, which a file of one row does not tell.
+        # The stride is not compared, since a file with a single row does not show it.
         return all(np.array_equal(found[name], wanted[name]) for name in wanted if name != "stride")
     return False
 
 
 def _frames_in(path: Path) -> int:
-    """How many frames a video holds, counted without decoding; -1 for one that is missing or damaged."""
+    """Count a video's frames without decoding; returns -1 if it is missing or damaged."""
     try:
         return count_packets(path)
     except UserError:

@@ -1,1 +1,1 @@
-"""Reading and writing video: one definition of frame k for every decoder."""
+"""Read and write video. Every decoder follows the same definition of frame k (`features.video.base`)."""

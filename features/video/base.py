@@ -1,23 +1,23 @@
-"""The reader interface and the definition of "frame k", which every source of frames shares.
+"""The interface of readers, and the definition of "frame k" that all sources of frames share.
 
-**Definition.** Frame k of a video is the k-th frame that a player shows; frames hidden by an edit list are not counted.
-Its pixels are FFmpeg's conversion to 8-bit RGB with the stream's own colour matrix and range. Its time is that of its
-time stamp, relative to frame 0. A rotation noted in the container (a multiple of 90 degrees) is applied by every
-reader, because annotators worked on what their player showed. In a folder of frames, frame k is the image of source
-frame k, with its EXIF rotation applied.
+**Definition.** Frame k of a video is the k-th frame that a player shows, counted from 0; frames hidden by an edit list
+are not counted. Its pixels are FFmpeg's conversion to 8-bit RGB with the stream's own colour matrix and range. Its time
+is its time stamp relative to that of frame 0. If the container says that the video is rotated (by a multiple of 90
+degrees), every reader applies this rotation, because annotators saw the video as their player showed it. In a folder of
+frames, frame k is the image of source frame k, with its EXIF rotation applied.
 
-**Time stamps and numbers.** Time stamps number the frames only if they are known to be presentation times: decoding
-times never decrease, and only B-frames are shown before a frame that was decoded earlier. Otherwise (stamps that are
-decoding times, as after a copy from AVI to MP4; other codecs) frames are counted in the order in which the decoder
-returns them; if the rate varies too, each must have the time stamp of its packet. `probe_video` checks this on the
-first frames, reading checks it on every frame. If a recording starts inside a group of pictures, frame 0 is the first
-frame that can be shown. An empty chunk of AVI shows the previous frame again. Files that were
-joined without adjusting their clocks are refused.
+**Time stamps and numbers.** Frames are numbered by their time stamps only if these are known to be presentation times:
+decoding times must never decrease, and only B-frames may be shown before a frame that was decoded earlier. Otherwise
+(for other codecs, and where time stamps are decoding times, as after a copy from AVI to MP4), frames are counted in the
+order in which the decoder returns them. If the rate varies as well, each frame must have the time stamp of its packet.
+`probe_video` checks this on the first frames, and reading checks it on every frame. If a recording starts inside a
+group of pictures, frame 0 is the first frame that can be shown. An empty chunk of an AVI file shows the previous frame
+again. Files that were joined without adjusting their clocks are refused.
 
-**Damage.** If FFmpeg reports damage, the frames that depend on the damaged frame raise ReaderError; other pixels are
-never returned in their place. Changed bytes that still decode to a valid frame cannot be detected.
-Containers that claim to be longer than the file, or to hold more frames than they do (apart from a missing last one),
-are refused when opened.
+**Damage.** If FFmpeg reports damage, reading a frame that depends on the damaged frame raises ReaderError; other pixels
+are never returned instead. Changed bytes that still decode to a valid frame cannot be detected. A file is refused when
+it is opened if its container claims to be longer than the file, or to contain more frames than it does (apart from a
+missing last frame).
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ AnyReader = TypeVar("AnyReader", bound="FrameReader")
 
 
 class ReaderError(UserError):
-    """A source of frames that cannot be read exactly: names the file, the frame, and what to do."""
+    """A source of frames cannot be read exactly. The message names the file, the frame, and what to do."""
 
 
 class FrameReader(ABC):
-    """What every source of frames offers. A context manager; `close` may be called twice."""
+    """Base class of all sources of frames. Readers are context managers, and `close` may be called twice."""
 
     name: str
     version: str
     path: Path
     frame_count: int
-    times: FrameTimes | None = None  # of a video without a constant rate
+    times: FrameTimes | None = None  # set for a video without a constant rate
 
     def read(self, frame_index: Sequence[int]) -> Iterator[np.ndarray]:
         """Yield one (H, W, 3) uint8 RGB array per requested source frame, lazily and with bounded memory.
 
-        `frame_index` is strictly increasing. Raises ReaderError naming the file and the first frame that cannot be
+        `frame_index` must be strictly increasing. Raises ReaderError naming the file and the first frame that cannot be
         read.
         """
         wanted = [int(k) for k in frame_index]
@@ -71,11 +71,11 @@ class FrameReader(ABC):
         """The frames with these numbers, which `read` has checked."""
 
     def spread(self, count: int) -> list[int]:
-        """At most `count` numbers of existing frames, evenly spaced, first and last included."""
+        """Return at most `count` numbers of existing frames, evenly spaced from the first to the last."""
         return spread_evenly(range(self.frame_count), count)
 
-    def close(self) -> None:  # noqa: B027, most readers hold nothing between two calls of `read`
-        """Release what the reader holds."""
+    def close(self) -> None:  # noqa: B027, most readers keep nothing open between two calls of `read`
+        """Release the reader's resources."""
 
     def __enter__(self: AnyReader) -> AnyReader:
         return self
@@ -85,6 +85,6 @@ class FrameReader(ABC):
 
 
 def spread_evenly(numbers: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the numbers, evenly spaced, first and last included."""
+    """Return at most `count` of the numbers, evenly spaced from the first to the last."""
     chosen = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int)
     return [numbers[i] for i in chosen.tolist()]

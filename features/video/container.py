@@ -1,4 +1,4 @@
-"""Opening a video container with PyAV, choosing its video stream, and what its headers promise."""
+"""Open a video container with PyAV, choose its video stream, and read what its headers claim."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from engine.sniff import recognise_file
 from features.video import mp4
 from features.video.base import MAX_PIXELS, REMEDY, ReaderError
 
-# Opens a video, decoded by the named kind of device or (None) in software: `open_container`.
+# A function such as `open_container`, which opens a video to be decoded by the named kind of device, or (None) in
+# software.
 Opener = Callable[[Path, str | None], Any]
 
 
 def import_av() -> ModuleType:
-    """PyAV, with FFmpeg's own output on stderr silenced: what matters comes back as errors and flags."""
+    """Import PyAV, and silence FFmpeg's own output on stderr: all that matters is reported as errors and flags."""
     import av
     import av.logging
 
@@ -28,9 +29,9 @@ def import_av() -> ModuleType:
 
 
 def open_container(path: Path, hardware: str | None = None) -> Any:
-    """An open PyAV container; with `hardware`, frames are decoded by that kind of device and by nothing else.
+    """Open a video as a PyAV container. With `hardware`, frames are decoded only by that kind of device.
 
-    Raises ReaderError in one line for anything that is not a readable video.
+    Raises ReaderError in one line if the file is not a readable video.
     """
     av = import_av()
     try:
@@ -38,7 +39,8 @@ def open_container(path: Path, hardware: str | None = None) -> Any:
             raise ReaderError(f"{path}: is {recognise_file(path)}")
         if claim := mp4.overclaim(path):
             raise ReaderError(f"{path}: {claim}; {REMEDY}")
-        # `file:` and the white list keep odd names and disguised playlists from reaching other files or the network.
+        # `file:` and the list of allowed protocols keep odd file names and disguised playlists from opening other files
+        # or network addresses.
         options: dict[str, Any] = {"metadata_errors": "replace", "options": {"protocol_whitelist": "file"}}
         if hardware is not None:
             _require_flags_from_hardware(av.__version__, path)
@@ -56,49 +58,51 @@ def open_container(path: Path, hardware: str | None = None) -> Any:
         elif found := recognise_file(path):
             refusal = f"not a video that can be read: it is {found}"
         elif ends_early(path):
-            refusal = "cut short, not even frame 0 can be read; copy it again or leave it out"
+            refusal = "cut short: not even frame 0 can be read; copy it again or leave it out"
         else:
             refusal = f"not a video that can be read ({what or type(error).__name__}); copy it again or leave it out"
         raise ReaderError(f"{path}: {refusal}") from error
 
 
 def _require_flags_from_hardware(version: str, path: Path) -> None:
-    """Raise ReaderError for a PyAV before 18, which loses a frame's flags on its way from the device: damage would be
-    taken for a picture."""
+    """Raise ReaderError if PyAV is older than 18, which loses the damage flags of frames decoded by hardware.
+
+    Damaged frames would then go unnoticed.
+    """
     if int(version.partition(".")[0]) < 18:
         raise ReaderError(
-            f"{path}: decoding by hardware needs PyAV 18 or newer, here is {version}; leave extract.hardware_decoding "
-            "unset"
+            f"{path}: decoding by hardware needs PyAV 18 or newer, but this is {version}; leave "
+            "extract.hardware_decoding unset"
         )
 
 
 def video_stream(container: Any, path: Path) -> Any:
-    """The stream that a player would show (cover images are not). Raises ReaderError if there is none."""
+    """Return the stream that a player would show, which is never a cover image. Raises ReaderError if there is none."""
     find_best = getattr(container.streams, "best", None)  # since PyAV 13
     stream = find_best("video") if find_best else next(iter(container.streams.video), None)
     format_name = container.format.name
     if format_name.endswith("_pipe") or format_name in {"image2", "gif", "tty"}:
-        raise ReaderError(f"{path}: an image or a text, not a video; leave it out")
+        raise ReaderError(f"{path}: is an image or a text, not a video; leave it out")
     if stream is None or stream.codec_context is None:
-        raise ReaderError(f"{path}: holds no video stream that can be decoded; leave it out")
+        raise ReaderError(f"{path}: contains no video stream that can be decoded; leave it out")
     width_px, height_px = stream.codec_context.width, stream.codec_context.height
     if width_px < 1 or height_px < 1:
-        raise ReaderError(f"{path}: holds a video stream without a frame size; {REMEDY}")
+        raise ReaderError(f"{path}: its video stream has no frame size; {REMEDY}")
     if width_px * height_px > MAX_PIXELS:
-        raise ReaderError(f"{path}: refuses to decode frames of {width_px} x {height_px} pixels; leave it out")
-    # Decode in the calling thread: threads per slice disable FFmpeg's damage flags, and PyAV frees contexts late, which
-    # hangs a forked child that frees one with threads.
+        raise ReaderError(f"{path}: its frames are too large to decode ({width_px} x {height_px} pixels); leave it out")
+    # Decode in the calling thread. With threads per slice, FFmpeg does not set damage flags. Besides, PyAV frees
+    # decoders late, and a forked child hangs if it frees a decoder with threads.
     stream.codec_context.thread_type, stream.codec_context.thread_count = "NONE", 1
     return stream
 
 
 def packets_of(container: Any, stream: Any) -> Iterator[Any]:
-    """The stream's packets that hold something, in decoding order."""
+    """Yield the stream's packets, except empty ones, in decoding order."""
     return (packet for packet in container.demux(stream) if packet.size)
 
 
 def decoded_from(container: Any, stream: Any, first: int) -> Iterator[Any]:
-    """Every frame that the decoder returns, starting at packet `first`."""
+    """Yield every frame that the decoder returns, starting at packet `first`."""
     for packet in itertools.islice(packets_of(container, stream), first, None):
         yield from packet.decode()
     yield from stream.codec_context.decode(None)
@@ -108,18 +112,21 @@ def decoded_from(container: Any, stream: Any, first: int) -> Iterator[Any]:
 
 
 def header_rate(stream: Any) -> Fraction:
-    """Frames per second according to the container; 0 if it gives no rate."""
+    """Return the frames per second according to the container; 0 if it gives no rate."""
     return stream.average_rate or stream.guessed_rate or Fraction(0)
 
 
 def promised_frames(stream: Any) -> int:
-    """The header's frame count where it agrees with duration and rate, otherwise 0: edit lists hide frames from it."""
+    """Return the header's frame count if it agrees with duration and rate, otherwise 0.
+
+    They differ, for example, if an edit list hides frames.
+    """
     span = stream.duration * stream.time_base * header_rate(stream) if stream.duration else 0
     return stream.frames if round(span) == stream.frames else 0
 
 
 def container_family(format_name: str) -> str:
-    """One name for FFmpeg's lists of aliases ("mov,mp4,m4a,3gp,3g2,mj2" is mp4)."""
+    """Return a single name for FFmpeg's list of aliases of a container (mp4 for "mov,mp4,m4a,3gp,3g2,mj2")."""
     aliases = format_name.split(",")
     return next((name for name in ("mp4", "matroska") if name in aliases), aliases[0])
 
@@ -136,12 +143,12 @@ def ends_early(path: Path) -> bool:
             if head[:4] == b"\x1a\x45\xdf\xa3":
                 return _matroska_end(stream) > size
             return head[4:8] in mp4.TOP_LEVEL and mp4.end(stream, size) > size
-    except OSError:  # a folder, or not readable: opening it as a video reports that
+    except OSError:  # a folder or an unreadable file; opening it as a video will report that
         return False
 
 
 def _matroska_end(stream: BinaryIO) -> int:
-    """Where a Matroska file's segment ends according to its header; 0 when unknown (live recordings)."""
+    """Return where a Matroska file's segment ends according to its header; 0 if it is unknown (live recordings)."""
     header_size, header_start = _ebml_number(stream, 4)
     stream.seek(header_start + (header_size or 0))
     if stream.read(4) != b"\x18\x53\x80\x67":
@@ -151,7 +158,7 @@ def _matroska_end(stream: BinaryIO) -> int:
 
 
 def _ebml_number(stream: BinaryIO, offset: int) -> tuple[int | None, int]:
-    """An EBML size (RFC 8794, section 4) and where it ends; None is the value reserved for unknown."""
+    """Read an EBML size (RFC 8794, section 4); returns it and the offset after it. None means an unknown size."""
     stream.seek(offset)
     first = int.from_bytes(stream.read(1), "big")
     length = 9 - first.bit_length()

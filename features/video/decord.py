@@ -1,21 +1,23 @@
-"""The reader for decord 0.6.0, selected, and imported, only with `reader="decord"`.
+"""The reader for decord 0.6.0, which is used (and imported) only with `reader="decord"`.
 
-PyAV is the reference, and what `reader="auto"` uses: on real operations it returns nearly twice as many sampled frames
-per second (`benchmarks/readers.py`, docs/performance.md). decord is used where it provably returns the same bytes and
-refused elsewhere. Where it differs (each measured with decord 0.6.0 and PyAV 18.1; `tests/features/video/
-test_readers.py` has every case):
+PyAV is the reference, and `reader="auto"` selects it: on real operations it returns nearly twice as many sampled frames
+per second as decord (`benchmarks/readers.py`, docs/performance.md). decord is used only where it provably returns the
+same bytes, and refused otherwise. It differs in these cases, each measured with decord 0.6.0 and PyAV 18.1
+(`tests/features/video/test_readers.py` tests all of them):
 
-- AVI, MPEG-TS: no usable presentation times or a seek that lands elsewhere; wrong frames throughout.
-- open GOP and intra refresh (key frames that are not IDR pictures): decord numbers key frames by decoding order; wrong
-  frames after each seek. MPEG-4 part 2 with B-frames in MP4 fails the same way.
-- edit lists that hide frames: hidden frames are counted and the last frame is repeated silently.
-- files cut short: the last frame is repeated silently.
-- odd width or height with 4:2:0 colour, interlaced video, more than 8 bits: other RGB values (other scaler paths).
-- missing or repeated time stamps, several video streams, a first packet that is not a key frame: refused untested.
+- AVI and MPEG-TS: there are no usable presentation times, or seeks end elsewhere, so frames are wrong throughout.
+- Key frames that are not IDR pictures (open GOP, intra refresh): decord numbers key frames by decoding order, so frames
+  are wrong after each seek. MPEG-4 part 2 with B-frames in MP4 fails in the same way.
+- Edit lists that hide frames: decord counts hidden frames, and repeats the last frame without an error.
+- Incomplete files: decord repeats the last frame without an error.
+- Odd width or height with 4:2:0 colour, interlaced video, more than 8 bits: RGB values differ, because the scaler
+  computes them in another way.
 
-Constant or variable rate, B-frames and pyramids, a start time other than zero, rotation, fragmented MP4, full range and
-BT.709 are equal. All of this is decided from the container's packets without decoding, plus the first frame of each
-video, which both readers must decode to the same bytes.
+Missing or repeated time stamps, several video streams, and a first packet that is not a key frame are refused too,
+although no difference was measured. Both readers agree for constant and variable rates, B-frames and pyramids, a start
+time other than zero, rotation, fragmented MP4, full range and BT.709. Whether decord is refused is decided from the
+container's packets without decoding, and by the first frame of each video, which both readers must decode to the same
+bytes.
 """
 
 from __future__ import annotations
@@ -37,14 +39,14 @@ from features.video.scan import VideoScan
 
 
 def why_not_decord(scan: VideoScan) -> str | None:
-    """Why decord would return other frames than PyAV on this video, or None if it returns the same.
+    """Return why decord would return other frames than PyAV on this video, or None if it returns the same.
 
-    Decided by the packets, then by comparing the first frame.
+    This is decided from the packets, and then by comparing the first frame.
     """
     idr_only = scan.idr[0] and scan.key_count == scan.idr.sum()
     reasons = {
         "presentation times unknown, repeated or not kept by this container or codec": not scan.numbered,
-        "MPEG-TS is not sought exactly": scan.container == "mpegts",
+        "seeks in MPEG-TS are not exact": scan.container == "mpegts",
         "an edit list hides frames": not scan.shown.all(),
         "key frames that are not IDR pictures, as in an open GOP": not idr_only,
         "odd width or height": bool(scan.width_px % 2 or scan.height_px % 2),
@@ -64,7 +66,7 @@ def why_not_decord(scan: VideoScan) -> str | None:
 
 
 def _why_first_frame_differs(scan: VideoScan) -> str | None:
-    """Compare frame 0 of both readers: catches interlacing and what this machine's scalers do differently."""
+    """Compare frame 0 of both readers, which shows interlacing, and any difference between scalers on this machine."""
     try:
         with open_container(scan.path) as container:
             stream = video_stream(container, scan.path)
@@ -76,7 +78,7 @@ def _why_first_frame_differs(scan: VideoScan) -> str | None:
         return "interlaced video"
     with DecordReader(scan, PyavReader(scan)) as reader:
         other = reader.decode([0])
-    # None: decord met damage, which says nothing about this kind of video; PyAV then reads the damaged batch.
+    # `other` is None if decord met damage. That says nothing about this kind of video, and PyAV will read the batch.
     return None if other is None or np.array_equal(other[0], rgb) else "its first frame differs from PyAV's"
 
 
@@ -87,10 +89,10 @@ def _import_decord() -> ModuleType:
 
 
 class _WatchedLog:
-    """Counts the error messages of decord's own FFmpeg, since decord returns damaged frames without reporting them.
+    """Counts the error messages of decord's own FFmpeg, since decord itself does not report damaged frames.
 
-    FFmpeg hands every message of a process to one callback; errors (level 16 and below) and notes of concealed damage
-    count.
+    FFmpeg passes all messages in a process to one callback. Errors (level 16 and below) and notes about concealed
+    damage are counted.
     """
 
     _ERROR_LEVEL = 16
@@ -98,7 +100,7 @@ class _WatchedLog:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.complaints = 0
         prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-        self._callback = prototype(self._heard)  # kept: FFmpeg holds the bare pointer
+        self._callback = prototype(self._heard)  # keeps the callback alive, to which FFmpeg has only a pointer
         library.av_log_set_callback(self._callback)
 
     def _heard(self, context: int, level: int, message: bytes | None, arguments: int) -> None:
@@ -108,7 +110,7 @@ class _WatchedLog:
 
 @functools.cache
 def _watched_log() -> _WatchedLog | None:
-    """The log counter of decord, one per process; None if decord was installed without its own libavutil."""
+    """Return this process's counter of decord's errors; None if decord was installed without its own libavutil."""
     folder = Path(_import_decord().__file__ or "").parent.parent / "decord.libs"
     for path in sorted(folder.glob("libavutil*")):
         try:
@@ -119,13 +121,15 @@ def _watched_log() -> _WatchedLog | None:
 
 
 class DecordReader(FrameReader):
-    """Reads with decord 0.6.0, in batches small enough to keep memory flat; a batch for which decord's FFmpeg reports
-    an error is read again by PyAV (`arbiter`), whose result counts.
+    """Reads with decord 0.6.0, in batches small enough that memory does not grow.
 
-    decord's hazards and how they are met: its thread continues to decode after a batch, and memory grows (`seek(0)`
-    after each batch); a video open at interpreter exit aborts the process, and one open across a fork can hang the
-    child (open only while frames are read, and closed by an exit hook: fork between readings, not within one); it
-    repeats the last frame silently (its fault tolerance is set to none).
+    If decord's FFmpeg reports an error in a batch, the batch is read again by PyAV (`arbiter`), whose result counts.
+
+    Problems of decord, and what this class does about them: after a batch, its thread continues to decode and memory
+    grows, so each batch ends with `seek(0)`. A video that is open when the interpreter exits aborts the process, and
+    one that is open during a fork can hang the child, so it is open only while frames are read, and an exit hook closes
+    it (fork between two readings, not during one). It repeats the last frame without an error, so its fault tolerance
+    is set to none.
     """
 
     name = "decord"
@@ -140,8 +144,8 @@ class DecordReader(FrameReader):
         self._scan = scan
         self._arbiter = arbiter
         self._batch_frames = max(1, min(batch_frames, self._BATCH_BYTES // (3 * scan.width_px * scan.height_px)))
-        self._open: list[Any] = []  # the video, while frames are read
-        weakref.finalize(self, self._open.clear)  # also at exit, where the reader may still be referred to
+        self._open: list[Any] = []  # contains the video while frames are read
+        weakref.finalize(self, self._open.clear)  # closes the video at exit too, if the reader still exists
 
     def close(self) -> None:
         self._open.clear()
@@ -157,7 +161,7 @@ class DecordReader(FrameReader):
             self._open.clear()
 
     def decode(self, batch: list[int]) -> np.ndarray | None:
-        """(N, H, W, 3) uint8 RGB; None if decord failed or its FFmpeg complained of damage."""
+        """Return frames (N, H, W, 3) uint8 RGB, or None if decord failed or its FFmpeg reported damage."""
         log = _watched_log()
         assert log is not None  # why_not_decord has checked it
         before = log.complaints

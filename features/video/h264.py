@@ -1,26 +1,29 @@
-"""The kind of frame in an H.264 packet, from the header of its first slice, without decoding (ITU-T H.264)."""
+"""Find out the kind of frame in an H.264 packet from the header of its first slice, without decoding (ITU-T H.264)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-# The first slice starts within this many bytes; other units precede it (x264's description of itself has 700 bytes).
+# The first slice begins within this many bytes, after other units (such as x264's description of itself, 700 bytes).
 _HEAD_BYTES = 1 << 14
 
 
 def nal_length_bytes(extradata: bytes | None) -> int | None:
-    """Size of the length field before each NAL unit (ISO/IEC 14496-15, `avcC`), or None for start codes (Annex B)."""
+    """Return the size of the length field before each NAL unit (ISO/IEC 14496-15, `avcC`), or None.
+
+    None means that units begin with start codes instead (Annex B).
+    """
     if extradata and len(extradata) > 4 and extradata[0] == 1:
         return (extradata[4] & 3) + 1
     return None
 
 
 def picture_kind(packet: Any, length_bytes: int | None) -> tuple[bool, bool]:
-    """Whether a packet holds an IDR picture (no later frame refers to anything before it), and whether it holds a
-    B-frame.
+    """Return whether a packet contains an IDR picture, and whether it contains a B-frame.
 
-    The header of its first slice shows this (7.3.1 to 7.3.3): NAL unit type 5, and `slice_type` 1 or 6.
+    No frame after an IDR picture refers to anything before it. The header of the first slice shows both (sections 7.3.1
+    to 7.3.3): NAL unit type 5 for an IDR picture, `slice_type` 1 or 6 for a B-frame.
     """
     content = memoryview(packet)
     for at in _units(content, length_bytes):
@@ -34,7 +37,7 @@ def picture_kind(packet: Any, length_bytes: int | None) -> tuple[bool, bool]:
 
 
 def _units(content: memoryview, length_bytes: int | None) -> Iterator[int]:
-    """Where the NAL units of a packet begin, after their length (`avcC`) or start code (Annex B)."""
+    """Yield where the NAL units of a packet begin, after their length (`avcC`) or start code (Annex B)."""
     if length_bytes is None:
         head, at = bytes(content[:_HEAD_BYTES]), -1
         while (at := head.find(b"\x00\x00\x01", at + 1)) >= 0 and at + 3 < len(head):
@@ -47,7 +50,10 @@ def _units(content: memoryview, length_bytes: int | None) -> Iterator[int]:
 
 
 def _exp_golomb(bits: int, used: int) -> tuple[int, int]:
-    """An unsigned number (9.1) from 64 bits of which `used` have been read, and how many have been read after it."""
+    """Read an unsigned Exp-Golomb number (section 9.1) from 64 bits, of which `used` have been read already.
+
+    Returns the number, and how many bits have been read after it.
+    """
     rest = (bits << used) & (2**64 - 1)
     zeros = 64 - rest.bit_length()
     return (rest >> max(63 - 2 * zeros, 0)) - 1, used + 2 * zeros + 1

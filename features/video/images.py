@@ -1,4 +1,4 @@
-"""Frames from a folder of images, and the decoding of single images, with Pillow."""
+"""Read frames from a folder of images, and decode single images, with Pillow."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy as np
 
 from features.video.base import MAX_PIXELS, FrameReader, ReaderError, spread_evenly
 
-# Pillow reads many more, some of them with other programs (EPS with Ghostscript).
+# The only image formats that are read. Pillow knows many more, and runs other programs for some (Ghostscript for EPS).
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 _IMAGE_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 
 
 class FolderReader(FrameReader):
-    """Reads the images of a folder (PNG, JPEG; any size, which may change) with Pillow.
+    """Reads the images of a folder (PNG or JPEG) with Pillow. Images may have different sizes.
 
-    `names` has the file name of each source frame that has an image, in the order of their numbers.
+    `names` contains the file name of each source frame that has an image, in the order of frame numbers.
     """
 
     name = "pillow"
@@ -28,7 +28,7 @@ class FolderReader(FrameReader):
         import PIL
 
         if not names:
-            raise ReaderError(f"{folder}: holds no images; leave it out")
+            raise ReaderError(f"{folder}: contains no images; leave it out")
         self.version = PIL.__version__
         self.frame_count = max(names) + 1
         self.path = folder
@@ -47,23 +47,23 @@ class FolderReader(FrameReader):
 
 
 def decode_image(source: Path | BinaryIO, place: str, number: int) -> np.ndarray:
-    """An image (PNG, JPEG) with its EXIF rotation applied, (H, W, 3) uint8 RGB.
+    """Decode an image (PNG, JPEG) to (H, W, 3) uint8 RGB, with its EXIF rotation applied.
 
-    `place` and the frame's `number` are for messages. Raises ReaderError if it is missing, damaged, too large or not
-    8-bit colour.
+    `place` and the frame's `number` are used in messages. Raises ReaderError if the image is missing, damaged, too
+    large or not 8-bit colour.
     """
     from PIL import Image, ImageOps
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about large images (checked here) and odd EXIF
+            warnings.simplefilter("ignore")  # Pillow warns about large images, which are checked here, and odd EXIF
             with Image.open(source, formats=_IMAGE_FORMATS) as image:
                 _refuse_odd(image, place)
                 return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except FileNotFoundError as error:
         raise ReaderError(f"{place}: no such image (frame {number}); rebuild the index") from error
     except Image.DecompressionBombError as error:
-        raise ReaderError(f"{place}: refuses to decode an image of so many pixels; replace it") from error
+        raise ReaderError(f"{place}: this image is too large to decode; replace it") from error
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for damaged files
         raise ReaderError(
             f"{place}: damaged or not an image, frame {number} cannot be read; replace it or leave the video out"
@@ -72,6 +72,6 @@ def decode_image(source: Path | BinaryIO, place: str, number: int) -> np.ndarray
 
 def _refuse_odd(image: Any, place: str) -> None:
     if image.width * image.height > MAX_PIXELS:
-        raise ReaderError(f"{place}: refuses to decode an image of {image.width} x {image.height} pixels")
+        raise ReaderError(f"{place}: this image is too large to decode ({image.width} x {image.height} pixels)")
     if image.mode not in _IMAGE_MODES:
-        raise ReaderError(f"{place}: holds pixels of kind {image.mode}, not 8-bit colour; save it as RGB")
+        raise ReaderError(f"{place}: its pixels have mode {image.mode}, not 8-bit colour; save it as RGB")

@@ -1,8 +1,8 @@
-"""What an MP4 file's own tables claim, validated before FFmpeg sees the file.
+"""Read the tables of MP4 files, and check their claims before FFmpeg opens a file.
 
-FFmpeg creates an index entry for every frame that a header claims, whether the file could hold it or not: a damaged
-count of 50 million takes gigabytes and minutes. A frame has at least one byte, so no table may claim more frames than
-the file has bytes (ISO/IEC 14496-12, `stsz` and `trun`).
+FFmpeg creates an index entry for every frame that a header claims, even if the file is too small for it: with a damaged
+count of 50 million, this takes gigabytes and minutes. A frame has at least one byte, so no table may claim more frames
+than the file has bytes (ISO/IEC 14496-12, `stsz` and `trun`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from engine.sniff import mp4_boxes
 
-MAX_FRAMES = 20_000_000  # of one video: nine days at 25 fps; sound may have more samples
-MAX_BOXES = 500_000  # hours of fragments have some 100,000; more is a file made to exhaust its reader
-# What the top level of an MP4 or QuickTime file is made of.
+MAX_FRAMES = 20_000_000  # frames of a video, nine days at 25 fps; sound may have more samples
+MAX_BOXES = 500_000  # hours of fragments have about 100,000 boxes; more are meant to exhaust whoever reads the file
+# Kinds of boxes at the top level of an MP4 or QuickTime file.
 TOP_LEVEL = frozenset(
     {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"sidx", b"styp", b"uuid", b"mfra"}
 )
@@ -28,34 +28,34 @@ _CONTAINERS = frozenset({b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b
 
 
 def overclaim(path: Path) -> str | None:
-    """What a file's tables claim that it cannot hold, or None. Reads headers only; None for a file that is not MP4.
+    """Describe a claim in a file's tables that its size makes impossible; None if there is none, or it is not MP4.
 
-    Raises OSError if the file cannot be read.
+    Only headers are read. Raises OSError if the file cannot be read.
     """
     size = path.stat().st_size
     samples, sound = 0, False
     with path.open("rb") as stream:
         for number, (kind, body, _) in enumerate(mp4_boxes(stream, size, _CONTAINERS)):
-            if number == MAX_BOXES:  # what follows has not been checked
+            if number == MAX_BOXES:  # any further boxes are not checked
                 return f"its tables have more than {MAX_BOXES:,} parts"
             if kind == b"hdlr":
                 sound = _read(stream, body + 8, 4) == b"soun"
             elif kind == b"stsz":
                 each, count = struct.unpack(">II", _read(stream, body + 4, 8))
                 if max(each, 1) * count > size or (count > MAX_FRAMES and not sound):
-                    return f"its header claims {count:,} frames, more than it can hold"
+                    return f"its header claims {count:,} frames, more than the file can contain"
             elif kind == b"trun":
                 samples += int.from_bytes(_read(stream, body + 4, 4), "big")
                 if samples > min(size, 4 * MAX_FRAMES):
-                    return f"its fragments claim {samples:,} frames, more than it can hold"
+                    return f"its fragments claim {samples:,} frames, more than the file can contain"
     return None
 
 
 def frame_times(path: Path) -> NDArray[np.int64] | None:
-    """When the frames of an MP4 file's video are shown, (N,) ticks of its track in decoding order, from its tables.
+    """Read from an MP4 file's tables when its frames are shown: (N,) ticks of the video track, in decoding order.
 
-    None if the tables do not suffice: several video tracks, fragments, edits that cut or pause, empty frames,
-    other files.
+    Returns None if the tables are not sufficient for this: with several video tracks, fragments, edits that cut or
+    pause, or empty frames, and for files that are not MP4.
     """
     size = path.stat().st_size
     tracks: list[dict[bytes, bytes]] = []
@@ -84,14 +84,14 @@ def frame_times(path: Path) -> NDArray[np.int64] | None:
 
 
 def _repeated(table: bytes) -> NDArray[np.int64]:
-    """The values of a table of (count, value), each repeated; an empty array if they exceed `MAX_FRAMES`."""
+    """Expand a table of pairs (count, value) to an array; empty if it would have more than `MAX_FRAMES` values."""
     counts, values = np.frombuffer(table, ">i4").astype(np.int64).reshape(-1, 2).T
     usable = (counts >= 0).all() and counts.sum() <= MAX_FRAMES
     return values.repeat(counts) if usable else values[:0]
 
 
 def empty_tail(path: Path) -> int:
-    """How many empty chunks end the first video stream of an AVI file, according to its index (`idx1`)."""
+    """Return how many empty chunks are at the end of an AVI file's first video stream, by its index (`idx1`)."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         offset = 12
@@ -109,16 +109,16 @@ def empty_tail(path: Path) -> int:
 
 
 def end(stream: BinaryIO, size: int) -> int:
-    """Where the boxes of a file of `size` bytes end, according to the headers of its top level."""
+    """Return where the boxes of a file of `size` bytes end, according to the headers of the top-level boxes."""
     last = 0
     for kind, _, stop in itertools.islice(mp4_boxes(stream, size), MAX_BOXES):
-        if kind not in TOP_LEVEL:  # trailing bytes that are not a box
+        if kind not in TOP_LEVEL:  # these are trailing bytes, not a box
             break
         last = stop
     return last
 
 
 def _read(stream: BinaryIO, offset: int, count: int) -> bytes:
-    """`count` bytes, zeros if the file ends before."""
+    """Read `count` bytes, filled up with zeros if the file ends before."""
     stream.seek(offset)
     return stream.read(count).ljust(count, b"\0")

@@ -1,4 +1,4 @@
-"""One function that opens any video file with the reader that the settings name."""
+"""Open a video file with the reader that the settings name."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from features.video.scan import scan_video
 def open_video(
     path: Path, reader: Literal["auto", "decord", "pyav"] = "auto", hardware: str | None = None
 ) -> FrameReader:
-    """Open a video file. `auto` is PyAV (docs/performance.md has the speeds of both readers).
+    """Open a video file. `auto` means PyAV (docs/performance.md compares the speeds of both readers).
 
-    Decoding takes one thread: reading several videos at once is faster than several threads on one. `hardware` is a
-    kind of device that FFmpeg decodes on (cuda, qsv, ...), with PyAV only. Open a reader in the process that uses it.
-    Raises ReaderError if the video cannot be read, or if decord or hardware was requested and would return other
-    frames.
+    A reader decodes in one thread, because reading several videos at once is faster than using several threads for one.
+    `hardware` is a kind of device on which FFmpeg decodes (cuda, qsv, ...); only PyAV supports it. Open a reader in the
+    process that uses it. Raises ReaderError if the video cannot be read, or if decord or hardware is requested but
+    would return other frames.
     """
     scan = scan_video(path)
     if hardware is not None:
         if reader == "decord":
-            raise ReaderError(f"{path}: only PyAV decodes on hardware; set data.reader=auto")
+            raise ReaderError(f"{path}: only PyAV decodes by hardware; set data.reader=auto")
         accelerated = PyavReader(scan, hardware)
         require_same_pixels(PyavReader(scan), accelerated, path)
         return accelerated
@@ -41,15 +41,15 @@ def open_video(
 
 
 def require_same_pixels(software: PyavReader, accelerated: PyavReader, path: Path) -> None:
-    """Raise ReaderError unless both return the same bytes for the first frame.
+    """Raise ReaderError unless both readers return the same bytes for the first frame.
 
-    Features decoded by hardware can then keep the identity of those decoded in software.
+    Because of this check, the identity of features need not record whether frames were decoded by hardware.
     """
     first, other = (next(reader.read([0])) for reader in (software, accelerated))
     software.close()
     accelerated.close()
     if not np.array_equal(first, other):
         raise ReaderError(
-            f"{path}: {accelerated.hardware} does not return the software's pixels; leave extract.hardware_decoding "
-            "unset"
+            f"{path}: {accelerated.hardware} returns other pixels than decoding in software; leave "
+            "extract.hardware_decoding unset"
         )

@@ -1,4 +1,4 @@
-"""The reference reader, PyAV: decodes only what the requested frames need, and settles each before it is returned."""
+"""The reference reader, which decodes with PyAV only what the requested frames need, and detects damage."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from features.video.scan import MAX_REORDER, VideoScan
 
 
 class PyavReader(FrameReader):
-    """Reads with PyAV, decoding only what the requested frames need.
+    """Reads with PyAV, and decodes only what the requested frames need.
 
     In H.264 with known times, three kinds of frames are not decoded: groups of pictures without a requested frame,
-    frames after the last requested one of a group, and frames to which no other refers (FFmpeg's `skip_frame=NONREF`,
-    set before each packet). A reading that starts late seeks to the IDR picture that it needs. The requested pixels
-    are bit-identical to those of decoding everything. In other videos, everything up to the last requested frame is
-    decoded and counted.
+    frames after the last requested frame of a group, and frames to which no other frame refers (with FFmpeg's
+    `skip_frame=NONREF`, set before each packet). A reading that does not start at the beginning seeks to the IDR
+    picture that it needs. The requested pixels are bit-identical to those from decoding everything. In other videos,
+    everything up to the last requested frame is decoded and counted.
 
-    A frame is returned only after every frame decoded before it has left the decoder without an error flag
-    ("settled"), since damage in a frame that it refers to may be reported as late as that.
+    A frame is returned only when it is "settled": when all frames decoded before it have left the decoder without an
+    error flag. Damage in a frame to which it refers may be reported only then.
     """
 
     name = "pyav"
@@ -45,7 +45,7 @@ class PyavReader(FrameReader):
         self._readings: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def _frames(self, wanted: list[int]) -> Iterator[np.ndarray]:
-        """See FrameReader. Each call opens the file anew, so readings do not disturb each other."""
+        """See FrameReader. Each call opens the file again, so that several readings do not interfere."""
         reading = self._settled(wanted) if self._scan.repeats is None else self._repeated(self._scan.repeats[wanted])
         self._readings.add(reading)
         return reading
@@ -55,18 +55,18 @@ class PyavReader(FrameReader):
             reading.close()
 
     def _repeated(self, pictures: np.ndarray) -> Iterator[np.ndarray]:
-        """The requested coded frames (T,), some of them several times."""
+        """Yield the requested coded frames (T,), of which some occur several times in a row."""
         numbers, counts = np.unique(pictures, return_counts=True)
         for rgb, count in zip(self._settled(numbers.tolist()), counts.tolist(), strict=True):
             yield from itertools.repeat(rgb, count)
 
     def _settled(self, wanted: list[int]) -> Iterator[np.ndarray]:
-        """Yield each requested frame once everything decoded before it has left the decoder undamaged."""
+        """Yield each requested frame as soon as it is settled (see `PyavReader`)."""
         if not wanted:
             return
         settled_at = self._settled_at(wanted)
         targets = deque(wanted)
-        pending: deque[tuple[int, Any, int]] = deque()  # number, frame, number whose arrival settles it
+        pending: deque[tuple[int, Any, int]] = deque()  # number, frame, number of the frame that settles it
         before = -1
         with self._opened(wanted) as (container, stream, packets):
             try:
@@ -75,8 +75,8 @@ class PyavReader(FrameReader):
                         raise self._lost(pending[0][0] if pending else targets[0], number)
                     if number <= before:
                         raise ReaderError(
-                            f"{self.path}: frames leave the decoder out of the order of their times at frame "
-                            f"{number}; {REMEDY}"
+                            f"{self.path}: from frame {number} on, the decoder does not return frames in the "
+                            f"order of their times; {REMEDY}"
                         )
                     before = number
                     if targets and number > targets[0]:
@@ -97,7 +97,7 @@ class PyavReader(FrameReader):
     def _decoded(
         self, container: Any, stream: Any, packets: Iterator[tuple[int, Any]], wanted: list[int]
     ) -> Iterator[tuple[int, Any]]:
-        """Every frame that the decoder returns for the packets that the requested frames need, with its number."""
+        """Yield every frame, with its number, that the decoder returns for the packets the requested frames need."""
         context = stream.codec_context
         if not self._scan.numbered:
             yield from self._counted(decoded_from(container, stream, self._scan.first))
@@ -113,10 +113,10 @@ class PyavReader(FrameReader):
         yield from self._numbered(context.decode(None))
 
     def _counted(self, frames: Iterator[Any]) -> Iterator[tuple[int, Any]]:
-        """Every frame with its number, found by counting, and checked by its time if the container has times.
+        """Yield every frame with its number, found by counting, and check the times if the container has any.
 
-        At a constant rate times may be in another order, for example if they are decoding times, but none may be
-        missing: the frames after it would have wrong numbers.
+        At a constant rate, times may be in another order (for example if they are decoding times). But no time may be
+        missing, since all frames after it would have wrong numbers.
         """
         scan, awaited, top = self._scan, set[int](), 0
         for number, frame in enumerate(frames):
@@ -135,10 +135,10 @@ class PyavReader(FrameReader):
 
     @contextmanager
     def _opened(self, wanted: list[int]) -> Iterator[tuple[Any, Any, Iterator[tuple[int, Any]]]]:
-        """Container, stream, and its numbered packets, starting at the first that a requested frame needs or earlier.
+        """Yield an open container, its stream and its numbered packets, from the first needed packet on or earlier.
 
-        Seeks if the container has an index. The packets' time stamps show where a seek has landed: up to the needed
-        packet, each must equal that of the scan, otherwise the next attempt opens the file again.
+        If the container has an index, this seeks. The packets' time stamps show where the seek ended: up to the needed
+        packet, they must equal those of the scan. Otherwise the file is opened again for the next attempt.
         """
         first = int(np.argmax(self._plan(wanted)[0])) if self._scan.numbered else 0
         for time_stamp in (*self._seek_times(first), None):
@@ -150,9 +150,9 @@ class PyavReader(FrameReader):
                     return
 
     def _seek_times(self, first: int) -> Iterator[int]:
-        """Where to seek for packet `first`, an IDR picture: its time, then those of earlier ones.
+        """Yield the times to seek to for packet `first`, an IDR picture: its own, then those of earlier IDR pictures.
 
-        With an index by decoding time, a seek may land after it.
+        Earlier ones may be needed, since with an index by decoding time a seek may end after the packet.
         """
         if first and self._scan.container in {"mp4", "matroska"}:
             starts = np.flatnonzero(self._scan.idr[: first + 1])
@@ -161,7 +161,10 @@ class PyavReader(FrameReader):
     def _packets_after(
         self, container: Any, stream: Any, first: int, time_stamp: int | None
     ) -> Iterator[tuple[int, Any]] | None:
-        """All packets (`time_stamp` None), or those from `first` on after a seek; None if that led elsewhere."""
+        """Return all packets if `time_stamp` is None, otherwise those from `first` on after a seek to that time.
+
+        Returns None if the seek ended elsewhere.
+        """
         packets = packets_of(container, stream)
         if time_stamp is None:
             return enumerate(packets)
@@ -179,7 +182,7 @@ class PyavReader(FrameReader):
         return itertools.chain([(first, packet)], enumerate(packets, first + 1))
 
     def _plan(self, wanted: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Two masks (N,): packets to decode, and those to decode although no other frame refers to them."""
+        """Return two masks (N,) of packets: those to decode, and those to decode although no other frame needs them."""
         scan = self._scan
         position = scan.position[wanted]
         group = np.cumsum(scan.idr)
@@ -189,7 +192,7 @@ class PyavReader(FrameReader):
         return (number >= scan.first) & (number <= last_in_group[group]), np.isin(number, position)
 
     def _settled_at(self, wanted: list[int]) -> dict[int, int]:
-        """For each requested frame, the number of the frame whose arrival settles it (see `PyavReader`)."""
+        """Return, for each requested frame, the number of the frame whose arrival settles it (see `PyavReader`)."""
         if not self._scan.numbered:
             return {k: k + MAX_REORDER + 1 for k in wanted}
         number = np.full(len(self._scan.pts), -1)
@@ -211,11 +214,11 @@ class PyavReader(FrameReader):
 
 
 def upright(frame: Any, stream: Any) -> np.ndarray:
-    """A decoded frame as a player shows it, (H, W, 3) uint8 RGB, turned by the container's display matrix.
+    """Convert a decoded frame to (H, W, 3) uint8 RGB, rotated by the container's display matrix as a player does.
 
-    PyAV gives the angle with each frame since version 14, with the stream before. Angles between quarter turns are
-    ignored, as decord does. Hardware hands out NV12, the samples of yuv420p in another order, which FFmpeg converts to
-    RGB by another path with other roundings.
+    Since version 14, PyAV gives the angle with each frame, and before with the stream. Angles between quarter turns are
+    ignored, as decord does. Hardware returns NV12, which has the same samples as yuv420p in another order. It is
+    converted to yuv420p first, since FFmpeg's conversion of NV12 to RGB rounds differently.
     """
     if frame.format.name == "nv12":
         frame = frame.reformat(format="yuv420p")

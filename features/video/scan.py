@@ -1,6 +1,6 @@
-"""A video's frames according to its packets: how many, when each is shown, and whether these facts are reliable.
+"""Find out from a video's packets how many frames it has, when each is shown, and whether this is reliable.
 
-One pass over the packets, nothing decoded but the first frames. `features.video.base` defines the terms.
+This takes one pass over the packets; only the first frames are decoded. `features.video.base` defines the terms.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from features.video.container import (
 )
 from features.video.times import FrameTimes
 
-# No codec that FFmpeg decodes reorders over more frames than this (H.264 and HEVC: 16).
+# No codec that FFmpeg decodes moves a frame further in the order than this (H.264 and HEVC: 16).
 MAX_REORDER = 16
-# Enough to see whether frames come in the order of their times.
+# This many frames show whether the decoder returns frames in the order of their times.
 _FIRST_FRAMES = 3 * MAX_REORDER
-# A video with fewer IDR pictures is not worth splitting: each part must decode from the IDR picture before it.
+# A video with fewer IDR pictures is not split, since each part must be decoded from the IDR picture before it.
 _MANY_STARTS = 4
 _HIDDEN, _KEY, _IDR, _B = 1, 2, 4, 8
 
@@ -44,7 +44,7 @@ _HIDDEN, _KEY, _IDR, _B = 1, 2, 4, 8
 class VideoInfo:
     """Rate, frame count and times of a video.
 
-    `times` holds the times of frames without a constant rate; `fps` is then their mean rate. `notes` report
+    If the rate is not constant, `times` contains the times of the frames, and `fps` is the mean rate. `notes` describe
     irregularities of the container and how they were handled.
     """
 
@@ -55,14 +55,14 @@ class VideoInfo:
 
 
 def probe_video(path: Path) -> VideoInfo:
-    """Rate, frame count and times from the container; only the first few frames are decoded.
+    """Find out rate, frame count and times from the container; only the first few frames are decoded.
 
-    An MP4 file's own tables are used where they agree with its duration and its rate is constant; otherwise (other
-    containers have no such tables, edit lists hide frames) the packets are read. Raises ReaderError for a file that is
-    not a video, one that is shorter than its container claims, and if frames or their times cannot be determined.
+    For an MP4 file with a constant rate, its own tables are used if they agree with its duration. Otherwise the packets
+    are read: other containers have no such tables, and edit lists may hide frames. Raises ReaderError if the file is
+    not a video or is shorter than its container claims, or if frames or their times cannot be determined.
     """
     info, shown_pts = _from_tables(path)
-    if info is None or info.times is not None:  # varying times may be a damaged table, which the packets show
+    if info is None or info.times is not None:  # varying times may come from a damaged table, so read the packets
         scan = scan_video(path)
         info = VideoInfo(scan.fps, scan.frame_count, scan.times, scan.notes)
         shown_pts = scan.shown_pts if scan.timed else None
@@ -73,7 +73,10 @@ def probe_video(path: Path) -> VideoInfo:
 
 
 def _from_tables(path: Path) -> tuple[VideoInfo | None, np.ndarray | None]:
-    """The facts in an MP4 file's tables, and its frames' times (F,) in ticks; None if the tables do not suffice."""
+    """Return what an MP4 file's tables say, and the times (F,) of its frames in ticks.
+
+    Both are None if the tables are not sufficient.
+    """
     with open_container(path) as container:
         stream = video_stream(container, path)
         promised, pts = promised_frames(stream), mp4.frame_times(path)
@@ -89,9 +92,9 @@ def _from_tables(path: Path) -> tuple[VideoInfo | None, np.ndarray | None]:
 
 
 def _check_first_frames(path: Path, shown_pts: np.ndarray | None, variable: bool) -> tuple[str, ...]:
-    """A note where time stamps are not presentation times, judged on the first frames; these may be damaged.
+    """Return a note if the first frames show that time stamps are not presentation times.
 
-    Raises ReaderError if the rate varies too, so that no frame's time is known.
+    Raises ReaderError if the rate varies as well, so that no frame's time is known. Damage in these frames is ignored.
     """
     with open_container(path) as container:
         seen: list[int] = []
@@ -99,22 +102,22 @@ def _check_first_frames(path: Path, shown_pts: np.ndarray | None, variable: bool
             for frame in itertools.islice(decoded_from(container, video_stream(container, path), 0), _FIRST_FRAMES):
                 seen += [] if frame.pts is None else [frame.pts]
         except import_av().error.FFmpegError:
-            pass  # reading reports it, where requested frames are lost
+            pass  # reading will report the damage, if it affects requested frames
     back = next((k for k in range(1, len(seen)) if seen[k] <= seen[k - 1]), None)
     if back is None or shown_pts is None:
         return ()
     if variable:
         raise ReaderError(
-            f"{path}: its rate varies and its time stamps are not those of its frames (from frame {back} on): no "
+            f"{path}: its rate varies, and from frame {back} on its time stamps are not the times of its frames, so no "
             f"frame's time is known; {REMEDY}"
         )
-    return (f"{path.name}: time stamps are not those of its frames (from frame {back} on); frames are counted",)
+    return (f"{path.name}: from frame {back} on, time stamps are not the times of the frames; frames are counted",)
 
 
 def _rate_and_times(
     path: Path, shown_pts: np.ndarray, tick_s: Fraction, rate: Fraction
 ) -> tuple[float, FrameTimes | None]:
-    """The rate of frames shown at `shown_pts` (F,), increasing, and their times where that is not constant.
+    """Return the rate of frames shown at `shown_pts` (F,), increasing, and their times if the rate is not constant.
 
     Raises ReaderError if there is no rate.
     """
@@ -130,18 +133,18 @@ def _rate_and_times(
 
 
 def count_packets(path: Path) -> int:
-    """How many complete frames the file holds (packets that are shown), found without decoding.
+    """Count the complete frames in a file (packets that are shown) without decoding.
 
-    Equal to the frame count of an intact video and smaller for one cut short. Raises ReaderError for a file that is not
-    a video.
+    The count equals the frame count of an intact video, and is smaller if the file is incomplete. Raises ReaderError if
+    the file is not a video.
     """
     return _scan(path).frame_count
 
 
 def has_many_starts(path: Path) -> bool:
-    """Whether reading a video from its middle is cheap: its frames are known by time, and it has many IDR pictures.
+    """Whether reading a video from its middle is cheap: frames are known by their times, and IDR pictures are frequent.
 
-    Raises ReaderError for what `scan_video` refuses.
+    Raises ReaderError as `scan_video` does.
     """
     scan = scan_video(path)
     return scan.numbered and int(scan.idr.sum()) >= _MANY_STARTS
@@ -152,10 +155,11 @@ def has_many_starts(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Packets:
-    """A stream's packets in decoding order, and what went wrong while reading them.
+    """A stream's N packets in decoding order, and the problems that occurred while reading them.
 
-    `pts` (N,) int64 presentation times in ticks, `flags` (N,) uint8, `untimed` (N,) bool: the container has no time,
-    `pts` is the packet's number. `back_at` is the packet at which the decoding clock goes back.
+    `pts` (N,) int64 are presentation times in ticks, and `flags` (N,) uint8 the packets' flags. Where `untimed` (N,)
+    bool is true, the container gives no time, and `pts` is the packet's number. `back_at` is the packet at which the
+    decoding clock goes back.
     """
 
     pts: np.ndarray
@@ -166,18 +170,19 @@ class Packets:
     damage: str | None
 
     def flagged(self, flag: int) -> np.ndarray:
-        """(N,) bool."""
+        """Return whether each packet has this flag, (N,) bool."""
         return (self.flags & flag) > 0
 
 
 @dataclass(frozen=True)
 class VideoScan:
-    """What one pass over a video's packets reveals, without decoding. Arrays run over packets in decoding order.
+    """What one pass over a video's N packets shows, without decoding. Arrays are in decoding order.
 
-    `tick_s` is the unit of the packets' times. `shown` (N,) bool: not hidden by an edit list, and nothing is missing
-    that the packet depends on. `times_known`: every shown packet has a time. `damage`: why frames are missing, of which
-    the first `certain_count` are certain. `first` is the packet where decoding begins. `repeats` (F,) int64: which
-    coded frame each frame shows, if some are shown again (empty chunks of AVI); otherwise None.
+    `tick_s` is the unit of the packets' times. `shown` (N,) bool says whether a packet's frame is shown: an edit list
+    must not hide it, and everything it depends on must exist. `times_known` says whether every shown packet has a time.
+    `damage` says why frames are missing; the first `certain_count` frames are certain nevertheless. `first` is the
+    packet where decoding begins. If frames are shown repeatedly (empty chunks of AVI), `repeats` (F,) int64 is the
+    coded frame that each frame shows; otherwise it is None.
     """
 
     path: Path
@@ -200,17 +205,17 @@ class VideoScan:
 
     @property
     def pts(self) -> np.ndarray:
-        """(N,) int64 presentation times in ticks."""
+        """The packets' presentation times in ticks, (N,) int64."""
         return self.packets.pts
 
     @functools.cached_property
     def idr(self) -> np.ndarray:
-        """(N,) bool: H.264 IDR pictures, so that nothing after one refers to anything before it."""
+        """Whether each packet is an H.264 IDR picture, (N,) bool. No frame after one refers to anything before it."""
         return self.packets.flagged(_IDR)
 
     @property
     def key_count(self) -> int:
-        """How many packets are key frames, IDR pictures or not."""
+        """The number of packets that are key frames, whether IDR pictures or not."""
         return int(self.packets.flagged(_KEY).sum())
 
     @property
@@ -219,22 +224,25 @@ class VideoScan:
 
     @property
     def picture_count(self) -> int:
-        """How many coded frames are shown; a frame that repeats another is counted with it."""
+        """The number of coded frames that are shown. A frame that repeats another is not counted separately."""
         return int(self.shown.sum())
 
     @property
     def timed(self) -> bool:
-        """Whether packets carry presentation times: not in AVI, where they count chunks, nor if the clock goes back."""
+        """Whether the packets' times are presentation times.
+
+        They are not in AVI, where they count chunks, nor if the clock goes back.
+        """
         return self.times_known and self.container != "avi" and self.packets.back_at is None
 
     @property
     def fps(self) -> float:
-        """The rate; the mean rate where it varies. Raises ReaderError if there is none."""
+        """The rate, or the mean rate if it varies. Raises ReaderError if there is none."""
         return self._rate_and_times[0]
 
     @property
     def times(self) -> FrameTimes | None:
-        """When frames are shown, where there is no constant rate."""
+        """The times at which frames are shown, or None if the rate is constant."""
         return self._rate_and_times[1]
 
     @functools.cached_property
@@ -244,12 +252,12 @@ class VideoScan:
 
     @functools.cached_property
     def shown_pts(self) -> np.ndarray:
-        """(F,) presentation times of the shown frames, in presentation order."""
+        """The presentation times of the shown frames, (F,), in presentation order."""
         return np.sort(self.pts[self.shown])
 
     @functools.cached_property
     def position(self) -> np.ndarray:
-        """(F,) packet number of frame k."""
+        """The packet number of each frame k, (F,)."""
         packets = np.flatnonzero(self.shown)
         return packets[np.argsort(self.pts[packets], kind="stable")]
 
@@ -257,7 +265,7 @@ class VideoScan:
     def numbered(self) -> bool:
         """Whether a frame's time stamp alone determines its number, so that frames may be left undecoded.
 
-        Holds for H.264 in containers that carry every presentation time; everything else is decoded fully and counted.
+        This is so for H.264 in containers that have all presentation times; other videos are decoded fully and counted.
         """
         if self.codec != "h264" or self.container not in {"mp4", "matroska", "mpegts"}:
             return False
@@ -265,29 +273,31 @@ class VideoScan:
 
     @functools.cached_property
     def rising(self) -> bool:
-        """Whether packets carry presentation times, and no two the same."""
+        """Whether all packets have presentation times, and no two are equal."""
         return self.timed and bool((np.diff(self.shown_pts) > 0).all())
 
 
 def scan_video(path: Path) -> VideoScan:
-    """Read a video's packets once, decoding nothing; memory is 10 bytes per frame.
+    """Read a video's packets once without decoding; this takes 10 bytes of memory per frame.
 
-    Raises ReaderError for a file that is not a video, holds no frame, or is shorter than its container claims.
+    Raises ReaderError if the file is not a video, contains no frame, or is shorter than its container claims.
     """
     scan = _scan(path)
     if scan.frame_count == 0:
-        raise ReaderError(f"{path}: holds no frame, frame 0 cannot be read; leave it out")
+        raise ReaderError(f"{path}: contains no frame, so frame 0 cannot be read; leave it out")
     if scan.packets.back_at is not None and not _is_steady(scan):
-        raise ReaderError(f"{path}: parts joined at frame {scan.packets.back_at}, where its clock goes back; {REMEDY}")
+        raise ReaderError(
+            f"{path}: has parts joined at frame {scan.packets.back_at}, where its clock goes back; {REMEDY}"
+        )
     if scan.damage is not None:
         raise ReaderError(
-            f"{path}: {scan.damage}, frame {scan.certain_count} is the first that cannot be read; {REMEDY}"
+            f"{path}: {scan.damage}; frame {scan.certain_count} is the first that cannot be read; {REMEDY}"
         )
     return scan
 
 
 def _is_steady(scan: VideoScan) -> bool:
-    """Whether times follow the rate within half a second, for example because a writer of MPEG-PS rounds its clock."""
+    """Whether times differ from the rate by less than half a second, as when a writer of MPEG-PS rounds its clock."""
     time_s = (scan.shown_pts - scan.shown_pts[:1]) * float(scan.tick_s)
     error = np.abs(time_s * float(scan.rate) - np.arange(len(time_s)))
     return scan.damage is None and bool((error < scan.rate / 2).all())
@@ -306,16 +316,16 @@ def _scan(path: Path) -> VideoScan:
         damage = "cut short" if ends_early(path) else packets.damage
         times_known = not packets.untimed[shown].any()
         held, repeats = _held(path, packets, shown) if family == "avi" else (len(shown), None)
-        if damage is None and held < promised - 1:  # only the last one is often missing, which costs nothing
-            damage = f"holds {held} of the {promised} frames that its header promises"
+        if damage is None and held < promised - 1:  # the last frame is often missing, which does no harm
+            damage = f"contains only {held} of the {promised} frames that its header claims"
         notes = []
         if damage is None and held != promised > 0:
-            notes.append(f"its header promises {promised} frames, it holds {held}")
+            notes.append(f"its header claims {promised} frames, but it contains {held}")
         if repeats is not None:
             notes.append(f"{len(repeats) - shown.sum()} empty chunks show the frame before them again")
         if left_out := int((~shown & ~packets.flagged(_HIDDEN)).sum()):
-            notes.append(f"begins within a group of pictures; {left_out} cannot be shown, frame 0 is the next")
-        # A lost packet is decoded later than the last one and is shown no earlier than it is decoded.
+            notes.append(f"begins within a group of pictures; {left_out} cannot be shown; frame 0 is the next")
+        # A lost packet would be decoded after the last packet, and is shown no earlier than it is decoded.
         bounded = damage is not None and packets.last_dts is not None and times_known
         certain = (packets.pts[shown] <= packets.last_dts).sum() if bounded else shown.sum()
         return VideoScan(
@@ -340,11 +350,11 @@ def _scan(path: Path) -> VideoScan:
 
 
 def _start(path: Path, packets: Packets) -> tuple[int, np.ndarray]:
-    """The packet where decoding begins, and which packets (N,) are shown.
+    """Return the packet where decoding begins, and which packets are shown, (N,) bool.
 
-    A recording that begins within a group of pictures is shown from its first key frame on. Packets after a key frame
-    that are shown before it (the first ones of an open group) are shown if the decoder returns them; programs that cut
-    leave their times out.
+    A recording that begins within a group of pictures is shown from its first key frame on. In an open group, the first
+    packets follow the key frame but would be shown before it; they are shown if the decoder returns them. Programs that
+    cut videos give such packets no times.
     """
     shown = ~packets.flagged(_HIDDEN)
     first = int(np.argmax(packets.flagged(_KEY))) if len(shown) else 0
@@ -362,13 +372,13 @@ def _start(path: Path, packets: Packets) -> tuple[int, np.ndarray]:
 
 
 def _held(path: Path, packets: Packets, shown: np.ndarray) -> tuple[int, np.ndarray | None]:
-    """How many frames an AVI file holds, and which coded frame each (F,) shows if empty chunks repeat some.
+    """Return how many frames an AVI file has and, if empty chunks repeat some, which coded frame each shows, (F,).
 
-    Packets' times are their places among all chunks. If these do not increase, or exceed what the file can hold,
-    each packet is one frame.
+    A packet's time is its position among all chunks. If positions do not increase, or are larger than the file allows,
+    each packet counts as one frame.
     """
     pts = packets.pts
-    spans = np.diff(pts, append=pts[-1:] + 1 + mp4.empty_tail(path))  # one, and one for each empty chunk after it
+    spans = np.diff(pts, append=pts[-1:] + 1 + mp4.empty_tail(path))  # 1 + the number of empty chunks that follow
     usable = len(pts) and not packets.untimed.any() and (spans > 0).all() and pts[0] >= 0
     if not usable or pts[-1] >= min(mp4.MAX_FRAMES, path.stat().st_size):
         return len(shown), None
@@ -377,15 +387,18 @@ def _held(path: Path, packets: Packets, shown: np.ndarray) -> tuple[int, np.ndar
 
 
 def _in_presentation_order(packets: Packets, first: int) -> bool:
-    """Whether time stamps are the presentation times of H.264: only B-frames are shown before a frame that was decoded
-    earlier. By decoding times, no frame is."""
+    """Whether the time stamps of H.264 packets are presentation times.
+
+    By presentation times, exactly the B-frames are shown before a frame that was decoded earlier. By decoding times, no
+    frame is.
+    """
     timed = ~packets.untimed & (np.arange(len(packets.pts)) >= first)
     pts, is_b = packets.pts[timed], packets.flagged(_B)[timed]
     return bool(((pts < np.maximum.accumulate(pts)) == is_b).all()) if len(pts) else False
 
 
 def _read_packets(container: Any, stream: Any) -> Packets:
-    """All packets up to the first incomplete one. A time that the container does not give is the packet's number."""
+    """Read all packets up to the first incomplete one. If the container gives no time, it is the packet's number."""
     pts, flags, untimed = array("q"), bytearray(), bytearray()
     last_dts, back_at, damage = None, None, None
     counts_chunks = container.format.name == "avi"
@@ -396,7 +409,7 @@ def _read_packets(container: Any, stream: Any) -> Packets:
         for packet in packets:
             if packet.is_corrupt:
                 after = [packet, *itertools.islice(packets, _FIRST_FRAMES)]
-                damage = "cut short or damaged" if len(after) == 1 else "damaged, or parts joined"
+                damage = "cut short or damaged" if len(after) == 1 else "damaged, or joined from parts"
                 back = (
                     n for n, other in enumerate(after) if None not in (other.dts, last_dts) and other.dts < last_dts
                 )

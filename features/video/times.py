@@ -1,7 +1,7 @@
-"""When frames are shown, and which of them sampling selects.
+"""Represent when frames are shown, and select frames by sampling.
 
-Times are in seconds from the first shown frame. A constant rate is one number; the time stamps of any other video are
-stored with it (`FrameTimes`).
+Times are in seconds from the first shown frame. A constant rate is a single number. For any other video, the time
+stamps of all frames are stored (`FrameTimes`).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pydantic import Field
 
 from configs.schema import Strict
 
-RATE_TOLERANCE = 0.005  # 29.97 counts as 30, 23.976 as 24; 24 and 25 stay apart
-# Rounding of times and rates, in seconds: a frame this close after a sampling time counts as shown at it.
+RATE_TOLERANCE = 0.005  # relative: 29.97 counts as 30 and 23.976 as 24, but 24 and 25 differ
+# Tolerance in seconds for rounded times and rates: a frame shown this little after a sampling time counts as on screen.
 ROUNDING_S = 1e-6
 
 
 class FrameTimes(Strict):
     """The time stamps of a video without a constant rate.
 
-    `steps` holds the intervals between frames, (F - 1,) uint32 (little endian, zlib, base64), in ticks of
-    `tick_s` (numerator, denominator) seconds.
+    `steps` contains the intervals between frames, (F - 1,) uint32 (little endian, compressed with zlib, in base64), in
+    ticks. A tick is `tick_s` = (numerator, denominator) seconds.
     """
 
     tick_s: tuple[int, int]
@@ -35,9 +35,10 @@ class FrameTimes(Strict):
 
     @classmethod
     def of_stream(cls, pts: NDArray[np.int64], tick_s: Fraction, fps: float) -> FrameTimes | None:
-        """The times of frames shown at `pts` (F,), increasing, in ticks; None if they follow the rate `fps`.
+        """Build the times of frames shown at `pts` (F,), increasing, in ticks; None if they follow the rate `fps`.
 
-        They may deviate by one tick, the rounding of the container's clock. Raises ValueError for a pause of years.
+        Following the rate allows a deviation of one tick, since the container's clock is rounded. Raises ValueError if
+        there is a pause of years.
         """
         time_s = (pts - pts[:1]) * float(tick_s)
         tolerance_s = max(min(float(tick_s), 0.25 / fps), ROUNDING_S)
@@ -45,12 +46,12 @@ class FrameTimes(Strict):
             return None
         steps = np.diff(pts)
         if (steps >= 2**32).any():
-            raise ValueError(f"frame {int(np.argmax(steps)) + 1} is shown years after the one before")
+            raise ValueError(f"frame {int(np.argmax(steps)) + 1} is shown years after the frame before it")
         packed = base64.b64encode(zlib.compress(steps.astype("<u4").tobytes(), 9))
         return cls(tick_s=tick_s.as_integer_ratio(), steps=packed.decode())
 
     def seconds(self, frame_count: int) -> NDArray[np.float64]:
-        """(F,) seconds from the first frame. Raises ValueError unless these are the times of `frame_count` frames."""
+        """Return the times in seconds from the first frame, (F,). Raises ValueError unless F is `frame_count`."""
         numerator, denominator = self.tick_s
         if not (0 < numerator < 2**31 and 0 < denominator < 2**31):
             raise ValueError("tick_s is not a duration")
@@ -59,7 +60,7 @@ class FrameTimes(Strict):
 
 @functools.lru_cache(maxsize=4)
 def _ticks(steps: str, frame_count: int) -> NDArray[np.int64]:
-    """(F,) ticks from the first frame; unpacks no more than `frame_count` frames need."""
+    """Unpack the times in ticks from the first frame, (F,), but no more than `frame_count` frames need."""
     size = 4 * (frame_count - 1)
     try:
         unpacked = zlib.decompressobj().decompress(base64.b64decode(steps, validate=True), size + 1)
@@ -73,17 +74,17 @@ def _ticks(steps: str, frame_count: int) -> NDArray[np.int64]:
 
 
 def on_screen(time_s: NDArray[np.float64], end_s: float, fps: float) -> NDArray[np.int64]:
-    """Which frames sampling at `fps` selects. Each is shown from its `time_s` (N,), increasing, to the next one's,
-    the last to `end_s`.
+    """Return the positions (T,), increasing, of the frames that sampling at `fps` selects.
 
-    (T,) positions, increasing: for each sampling time (the first frame's and every 1 / fps seconds after it) the frame
-    that is on screen then; one that is still on screen at the next sampling time is selected once.
+    Each frame is shown from its `time_s` (N,) to that of the next, and the last to `end_s`. Sampling times are the
+    first frame's time and every 1 / fps seconds after it. For each, the frame on screen is selected. A frame that is on
+    screen at several sampling times is selected once.
     """
-    # A frame is selected when the first sampling time at or after its start comes before the next frame.
+    # A frame is selected if the first sampling time at or after its own time is before the next frame's time.
     due = np.ceil((np.append(time_s, end_s) - time_s[0] - ROUNDING_S) * fps)
     return np.flatnonzero(due[:-1] < due[1:])
 
 
 def same_rate(fps: float, other_fps: float) -> bool:
-    """Whether two rates are the same within `RATE_TOLERANCE`, such as 29.97 and 30."""
+    """Whether two rates, such as 29.97 and 30, are the same within `RATE_TOLERANCE`."""
     return abs(fps - other_fps) <= RATE_TOLERANCE * other_fps

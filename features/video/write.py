@@ -1,4 +1,4 @@
-"""Writing H.264 videos with the encoder that PyAV includes."""
+"""Write H.264 videos with the encoder that PyAV includes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 
-_TICK_S = Fraction(1, 90_000)  # time base of videos with a variable rate
+_TICK_S = Fraction(1, 90_000)  # unit of the time stamps in videos with a variable rate
 
 
 def encode_mp4(
@@ -26,9 +26,9 @@ def encode_mp4(
 ) -> None:
     """Encode frames (H, W, 3) uint8 RGB, all of the same size with even sides, at `fps` with libx264's `options`.
 
-    One frame is in memory at a time. `time_s` gives each frame's time where the rate varies. `check_stop` is called
-    before each frame and may raise. The caller makes the writing atomic. Raises UserError if this PyAV has no H.264
-    encoder, OSError when the disk is full.
+    Only one frame is in memory at a time. If the rate varies, `time_s` gives each frame's time. `check_stop` is called
+    before each frame and may raise an exception to stop. This function does not write atomically; that is up to the
+    caller. Raises UserError if this PyAV has no H.264 encoder, and OSError if the disk is full.
     """
     import av
 
@@ -54,7 +54,7 @@ def encode_mp4(
 
 @contextmanager
 def _encoding(path: Path) -> Iterator[None]:
-    """FFmpeg's errors as UserError; a full disk stays an OSError."""
+    """Turn FFmpeg's errors into UserError, except for a full disk, which stays an OSError."""
     import av
 
     try:
@@ -62,4 +62,4 @@ def _encoding(path: Path) -> Iterator[None]:
     except av.FFmpegError as error:
         if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
             raise OSError(error.errno, error.strerror) from error
-        raise UserError(f"{path}: cannot be encoded as H.264 ({error}); see pip install -U av") from error
+        raise UserError(f"{path}: cannot be encoded as H.264 ({error}); try `pip install -U av`") from error

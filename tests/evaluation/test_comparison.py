@@ -117,7 +117,7 @@ def test_options_without_an_effect_on_any_model_are_refused(place, tmp_path):
     theirs = str(tmp_path / "theirs")
     require_use(["good-0,good-1", "bad-0"], place.runs, reading=False, split=True)
     require_use(["good-0", theirs], place.runs, reading=True, split=True)
-    with pytest.raises(UserError, match="--ground-truth: every model here is evaluated already"):
+    with pytest.raises(UserError, match="--ground-truth: all these models are evaluated already"):
         require_use(["good-0,good-1", "bad-0"], place.runs, reading=True, split=False)
     with pytest.raises(UserError, match="--split: no model here is a run"):
         require_use([theirs, theirs], place.runs, reading=True, split=True)
@@ -145,7 +145,7 @@ def test_a_number_that_a_seed_lacks_is_left_out_of_the_pair(place):
         (["good-0", "short"], {}, "640 and 632 frames; evaluate both on the same frames"),
         (["good-0", "faster"], {}, r"1\.0 and 5\.0 fps"),
         (["good-0,fewer", "bad-0"], {}, "was evaluated on video08"),
-        (["good-0", "tools"], {}, "holds no phase results under the convention video_macro"),
+        (["good-0", "tools"], {}, "contains no phase results under the convention video_macro"),
         (["good-0", "bad-0"], {"convention": "x"}, "unknown convention 'x'"),
         (["good-0", "bad-0"], {"metrics": ["edit"]}, "--metric edit: video_macro has accuracy, precision"),
     ],

@@ -118,7 +118,7 @@ def test_every_kth_row_is_found(tmp_path, phases, k, start, unit):
     kept = phases[start::k]
     text = rows(kept, k * unit, start * unit)
     if len(kept) < 2:
-        with pytest.raises(UserError, match=r"rows, but|holds no rows"):
+        with pytest.raises(UserError, match=r"rows, but|contains no rows"):
             pairs(tmp_path, {"1": text}, {"1": rows(phases, unit)})
         return
     found = pairs(tmp_path, {"1": text}, {"1": rows(phases, unit)})
@@ -137,7 +137,7 @@ def test_every_kth_row_is_found(tmp_path, phases, k, start, unit):
         (
             "0\n" * 99,
             rows([0] * 100),
-            "99 rows, but .* has 100; .*name the rate of the rows with --prediction-fps",
+            "99 rows, but .* has 100; .*give the rate of the rows with --prediction-fps",
         ),
         ("0\n" * 120, rows([0] * 100), "120 rows, but .* has 100.* has 30 rows per second, add --prediction-fps 30"),
         # samples against source frames: units differ
@@ -175,7 +175,7 @@ def test_a_video_in_one_folder_only(tmp_path):
     found = pairs(tmp_path / "c", {"1": rows([0, 1]), "3": rows([0])}, both, allow_missing=True)
     assert list(found.truth) == ["video01"]
     assert found.about["files_left_out"] == ["2.txt", "3.txt"]
-    (note,) = [note for note in found.notes if "left out, in one folder only" in note]
+    (note,) = [note for note in found.notes if "left out, since they are in only one folder" in note]
     assert note.count(".txt") == 2
     with pytest.raises(UserError, match="no video is in both"):
         pairs(tmp_path / "d", {"4": rows([0])}, both, allow_missing=True)
@@ -290,9 +290,9 @@ def test_frames_that_one_side_lacks(tmp_path):
     assert found.predicted["video01"][scored].tolist() == [-2, -2, 1, -2, -2]
     assert found.about["frames_without_prediction"] == {"video01": 4}
     notes = "\n".join(found.notes)
-    assert "2 ground truth rows are missing by the frame numbers" in notes
-    assert "2 prediction rows are missing by the frame numbers" in notes
-    assert "2 predictions lie outside the frames of the ground truth and are not scored" in notes
+    assert "2 ground truth rows are missing, according to the frame numbers" in notes
+    assert "2 prediction rows are missing, according to the frame numbers" in notes
+    assert "2 predictions are outside the frames of the ground truth and are not scored" in notes
     assert "4 labelled frames have no prediction and count as wrong: video01" in notes
     results, _ = score_folder(tmp_path / "predicted", Reading(tmp_path / "truth"), CHOLEC80)
     for name, result in results.items():
@@ -359,7 +359,7 @@ def test_one_row_more_or_less_is_reported_and_counted(tmp_path):
     assert short.predicted["video01"].tolist() == [0] * 9 + [-2]
     long = pairs(tmp_path / "b", ten, nine)
     assert long.predicted["video01"].tolist()[:9] == long.truth["video01"].tolist()[:9] == [0] * 9
-    assert "1 predictions lie outside" in "\n".join(long.notes)
+    assert "1 predictions are outside" in "\n".join(long.notes)
 
 
 def test_files_without_any_label_or_prediction(tmp_path):
@@ -369,10 +369,10 @@ def test_files_without_any_label_or_prediction(tmp_path):
     results, notes = score_folder(predicted, Reading(tmp_path / "truth"), CHOLEC80)
     about = results["pooled"]["about"]
     assert (about["videos"], about["frames"], about["videos_without_labels"]) == (2, 3, ["video02"])
-    assert "not counted, since their ground truth has no labels: video02" in notes
+    assert "videos not counted, since their ground truth has no labels: video02" in notes
     assert "relaxed_matlab and relaxed_fixed: left out, for its window of 10 s needs the rate" in "\n".join(notes)
     (predicted / "1.txt").write_text(rows([-1, -1]))
-    with pytest.raises(UserError, match=r"1\.txt: holds no prediction; leave the video out with --allow-missing"):
+    with pytest.raises(UserError, match=r"1\.txt: contains no prediction; leave the video out with --allow-missing"):
         read_pairs(predicted, Reading(tmp_path / "truth"), CHOLEC80)
     found = read_pairs(predicted, Reading(tmp_path / "truth", allow_missing=True), CHOLEC80)
     assert list(found.truth) == ["video02", "video03"]
@@ -399,7 +399,7 @@ def test_files_of_one_folder_may_have_different_forms(tmp_path):
     (mixed / "video04").write_text(
         "### Frame level recognition: ###\nPreparation ClippingCutting GallbladderRetraction\n"
     )
-    with pytest.raises(UserError, match=r"3\.txt: holds one-hot rows.*--phase-order"):
+    with pytest.raises(UserError, match=r"3\.txt: contains one-hot rows.*--phase-order"):
         read_pairs(mixed, Reading(truth), CHOLEC80)
     found = read_pairs(mixed, Reading(truth, phase_order="mtrcnet"), CHOLEC80)
     assert [track.tolist() for track in found.predicted.values()] == [[0, 2, 6], [0, 2, -2], [0, 2, 6], [0, 2, 6]]

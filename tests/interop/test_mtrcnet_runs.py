@@ -112,7 +112,7 @@ def test_a_run_with_a_trained_net_is_not_changed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", ["cl", "phase"])
 def test_a_phase_order_is_required(tmp_path: Path, variant: str) -> None:
     file = write(tmp_path, "net.pth", variant)
-    with pytest.raises(UserError, match=r"net\.pth: holds numbers of phases.* --phase-order"):
+    with pytest.raises(UserError, match=r"net\.pth: contains phase numbers.* --phase-order"):
         bring_in(tmp_path, file, order=None)
     assert not (tmp_path / "runs").exists()
 

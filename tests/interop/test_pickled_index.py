@@ -361,7 +361,7 @@ def set_cell(video: int, row: int, cell: int, value: Any) -> Callable[[Any], Non
         (set_cell(1, 2, 0, 5), "video 2, row 3: its path is not a file name"),
         (set_cell(1, 2, 0, "x/2/2-3.jpg\n"), "video 2, row 3: its path is not a file name"),
         (set_cell(1, 2, 0, "x/3/2-3.jpg"), "video 2: its images are in several folders (2, 3)"),
-        (set_cell(1, 2, 0, "x/2/2-2.jpg"), "2-2.jpg comes after 2-2.jpg: not in the order of time"),
+        (set_cell(1, 2, 0, "x/2/2-2.jpg"), "2-2.jpg comes after 2-2.jpg, so they are not in the order of time"),
         (set_cell(1, 2, 0, "x/2/notes.txt"), "'notes.txt' is not named like an image"),
         (lambda v: [v[0], v[1], v[0]], "video 3: video01 occurs twice"),
         (lambda v: [rows_of("x/5", 5, 9)], "no video05 (folder '5') below"),
@@ -415,7 +415,7 @@ def test_no_labels_are_left_if_the_index_is_not_written(root: Path, tmp_path: Pa
     index_from_pickles(config, [write(tmp_path / "y.pkl", videos_of(root)[:1])], phase_order="mtrcnet")
     before = sorted(path.relative_to(root) for path in root.rglob("*.txt"))
     message = refusal(lambda: index_from_pickles(config, [file], phase_order="mtrcnet"))
-    assert "--force replaces it" in message
+    assert "replace it with --force" in message
     assert before == sorted(path.relative_to(root) for path in root.rglob("*.txt"))
     refusal(lambda: index_from_pickles(config, [file], phase_order="mtrcnet", labels_to=root / "mine"))
     assert not (root / "mine").exists()

@@ -283,7 +283,7 @@ def test_times_are_the_streams_own_and_an_index_without_them_is_refused(own_worl
     del older["videos"][1]["times"]
     report = dump(own_world, index=Index.from_json(older))
     assert [video_id for video_id, _ in report.failed] == ["video02"]
-    assert "not as an earlier version indexed them; run `index --force`" in report.failed[0][1]
+    assert "an earlier version indexed other frames or other times of frames; run" in report.failed[0][1]
 
 
 def test_a_replaced_video_is_done_again(own_world: World) -> None:

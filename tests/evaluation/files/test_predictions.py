@@ -116,8 +116,8 @@ def test_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no predictions"),
-        (TEXT.splitlines()[0] + "\n", "holds no predictions"),
+        ("", "contains no predictions"),
+        (TEXT.splitlines()[0] + "\n", "contains no predictions"),
         (TEXT[:-5], r"row 3 is cut off"),
         (TEXT.replace("p_Open,p_Close", "p_Close,p_Open"), r"row 1: column 5 is 'p_Close'.*'p_Open'"),
         (TEXT.replace(",p_Hook", ",p_Clip"), r"row 1: column 7 is 'p_Clip'.*'p_Hook'"),
@@ -125,8 +125,8 @@ def test_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
         (TEXT.replace("1,Close,", "1,Close,0.5,"), r"row 3: 8 columns instead of 7"),
         (TEXT.replace("25,1.000", "25.5,1.000"), r"row 3: invalid literal"),
         (TEXT.replace("0.9999", "high"), r"row 3: could not convert string to float: 'high'"),
-        (TEXT.replace("0.9999", "nan"), r"row 3: a probability lies outside 0 to 1"),
-        (TEXT.replace("0.9999", "1.5"), r"row 3: a probability lies outside 0 to 1"),
+        (TEXT.replace("0.9999", "nan"), r"row 3: a probability is outside 0 to 1"),
+        (TEXT.replace("0.9999", "1.5"), r"row 3: a probability is outside 0 to 1"),
         (TEXT.replace("1,Close", "2,Close"), r"row 3: phase 2; data set toy has ids 0 to 1"),
         (TEXT.replace("1,Close", "1,Open"), r"row 3: phase 1 is called 'Open'.*another order of phases"),
         (TEXT.replace("25,1.000", "0,1.000"), r"row 3: frame numbers must rise"),

@@ -224,17 +224,17 @@ def test_recognition_files_of_ms_tcn(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no rows"),
-        ("Frame\tPhase\n", "holds no rows"),
-        ("\n\n", "holds no rows"),
+        ("", "contains no rows"),
+        ("Frame\tPhase\n", "contains no rows"),
+        ("\n\n", "contains no rows"),
         (b"\xff\xfe0\x00\n", "UTF-16; save it as UTF-8"),
         ("0\t0\n1\t7\n", r"row 2 \(line 2\) has phase '7'; ids of cholec80 are 0 to 6, and -1 for none$"),
         ("0 499 Preparation\n500 999 CalotTriangleDissection\n", r"line 1 looks like a segment .*one row per frame"),
         ("Preparation\t0\t499\n", r"line 1 looks like a segment"),
         ("start,end,phase\n0,499,Preparation\n", r"the header names segments \(start,end,phase\)"),
-        ("[1. 0. 0. 0. 0. 0. 0.]\n", "holds JSON or lists in brackets"),
-        ('[{"frame": 0, "phase": 1}]\n', "holds JSON or lists in brackets, which"),
-        ("0 video41 0 [0.1, 0.9] 1\n1 video41 1 [0.1, 0.9] 1\n", "holds JSON or lists in brackets"),
+        ("[1. 0. 0. 0. 0. 0. 0.]\n", "contains JSON or lists in brackets"),
+        ('[{"frame": 0, "phase": 1}]\n', "contains JSON or lists in brackets, which"),
+        ("0 video41 0 [0.1, 0.9] 1\n1 video41 1 [0.1, 0.9] 1\n", "contains JSON or lists in brackets"),
         ("0,0,0,1,1,0,0\n", r"row 1 .*has several ones, like tool labels"),
         ("0.1,nan,0,1,1,0,0\n", r"row 1 .*has score 'nan'"),
         ("0\t1\t2\t3\n", r"has 4 columns and no header .*a column for each of the 7 phases"),
@@ -242,7 +242,7 @@ def test_recognition_files_of_ms_tcn(tmp_path):
             "0\t0\n1\t0\n900\t0\n",
             "has frame 900 after 1, where rows are 450 apart|more rows are missing than present",
         ),
-        ("### Frame level recognition: ###\n", "holds no rows"),
+        ("### Frame level recognition: ###\n", "contains no rows"),
         ("1\n2\n7\n", r"row 3 .*seems to count from 1: write Preparation as 0"),
         (
             "Frame\tPhase\n0\tPreparation\n1\tPreperation\n",
@@ -310,10 +310,10 @@ def test_files_named_like_the_videos_of_a_data_set_without_numbers_are_found_by_
 def test_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(UserError, match="not a folder that can be read"):
         find_phase_files(tmp_path / "no", CHOLEC80)
-    with pytest.raises(UserError, match="holds no file with a video number"):
+    with pytest.raises(UserError, match="contains no file with a video number"):
         find_phase_files(tmp_path, CHOLEC80)
     text_file(tmp_path, "0\n", "1-2.txt")
-    with pytest.raises(UserError, match=r"1-2\.txt: which number is the video's"):
+    with pytest.raises(UserError, match=r"1-2\.txt: the name has several numbers"):
         find_phase_files(tmp_path, CHOLEC80)
     (tmp_path / "1-2.txt").rename(tmp_path / "video41.txt")
     text_file(tmp_path, "0\n", "41.txt")

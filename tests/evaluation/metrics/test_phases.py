@@ -551,7 +551,7 @@ def test_relaxed_windows_need_a_rate():
     [
         ({"v1": "AB"}, {"v2": "AB"}, {}, r"v1: no prediction"),
         ({"v1": "AB"}, {"v1": "AB", "v2": "A"}, {}, r"v2: no ground truth"),
-        ({"v1": "AB"}, {"v1": "ABC"}, {}, r"v1: truth has 2 frames and the prediction 3"),
+        ({"v1": "AB"}, {"v1": "ABC"}, {}, r"v1: truth has 2 frames, but the prediction 3"),
         ({"v1": "AD"}, {"v1": "AB"}, {}, r"v1: truth has phase ids outside 0 to 2"),
         ({"v1": "-AA"}, {"v1": "DA-"}, {}, r"v1: row 2 predicts phase -1"),
         ({"v1": "--"}, {"v1": "AB"}, {}, r"no video has phase labels"),

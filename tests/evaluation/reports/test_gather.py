@@ -333,7 +333,7 @@ def test_runs_with_the_same_name_are_distinguished(folders: list[Path], tmp_path
     shutil.copytree(folders[1], tmp_path / "first")
     names = [run.name for run in gather([folders[0], tmp_path / "first"]).runs]
     assert names == [str(folders[0]), str(tmp_path / "first")]
-    with pytest.raises(UserError, match="named twice"):
+    with pytest.raises(UserError, match="given twice"):
         gather([folders[0], folders[0]])
 
 
@@ -436,7 +436,7 @@ def test_folders_that_are_no_run_say_what_is_meant(tmp_path: Path, monkeypatch: 
     (tmp_path / "runs" / "wide" / "ablation.html").touch()
     for folder, message in (
         ("other", "no such run; give the name or the folder of an evaluated run"),
-        ("runs/wide", r"an ablation and not a run; open runs/wide/ablation\.html"),
+        ("runs/wide", r"this is an ablation, not a run; open runs/wide/ablation\.html"),
         ("runs/first", "not evaluated yet"),
     ):
         with pytest.raises(UserError, match=message):

@@ -208,7 +208,7 @@ def test_folders_named_by_a_number_are_used_only_without_better_names(tmp_path: 
     assert list(found(tmp_path)) == ["video01", "video02"]
     discovery = find_videos(tmp_path, SPEC)
     assert discovery.passed_over == ()
-    assert any("1 (data.sources=frames:. takes those named by a number)" in note for note in discovery.notes)
+    assert any("1 (with data.sources=frames:., folders named by a number are used)" in note for note in discovery.notes)
     assert found(tmp_path, data=DataConfig(sources="frames:1")) == {"video01": ("1", None, None)}
     make(tmp_path / "beside", *(f"frames/{name}/{n}.jpg" for name in ("video01", "2") for n in (1, 2)))
     assert "rename it like video01" in passed_over(tmp_path / "beside")["frames/2"]
@@ -256,7 +256,7 @@ def test_one_of_two_files_of_a_video_can_be_excluded_by_its_path(tmp_path: Path)
     assert """--set 'data.exclude={"video01.mpg": "second copy"}'""" in refusal(tmp_path)
     data = DataConfig(exclude={"video01.mpg": "second copy", "old/*": "first try"})
     assert found(tmp_path, data=data)["video01"] == ("video01.mp4", "video01-phase.txt", None)
-    assert "is the only source of video02; name the video" in refusal(
+    assert "is the only source of video02; give the video's id" in refusal(
         tmp_path, data=DataConfig(exclude=["*/video02.mp4", "*.mp4"])
     )
 
@@ -360,11 +360,11 @@ def test_no_videos_says_what_was_looked_for_and_what_is_there(tmp_path: Path) ->
     assert refusal(tmp_path) == (
         f"{tmp_path}: no videos of cholec80 found: looked for files named {SPEC.patterns.video} or "
         f"{SPEC.patterns.tfrecord} and folders of images "
-        f"named {SPEC.patterns.frames}; what is there: no files"
+        f"named {SPEC.patterns.frames}; files found: no files"
     )
     make(tmp_path, "case1.mp4", "case2.mp4", "x/video01-phase.txt")
     message = refusal(tmp_path)
-    assert message.endswith("what is there: 2 .mp4, 1 .txt")
+    assert message.endswith("files found: 2 .mp4, 1 .txt")
     assert "case1.mp4 and 1 more (case2.mp4): its name does not match patterns.video" in message
     assert r"rename it like video01.mp4, or set patterns.video to 'case(?P<id>\d+)\.{video}'" in message
 
@@ -377,7 +377,7 @@ def test_a_video_without_a_video_extension_is_reported(tmp_path: Path) -> None:
     (tmp_path / "picture.heif").write_bytes(b"\0\0\0\x18ftypheic")
     passed = dict(find_videos(tmp_path, SPEC).passed_over)
     assert set(passed) == {"video02", "video03.data", "video04.mpeg4"}
-    assert passed["video02"] == "holds a video: give it the extension of its container, such as .mp4"
+    assert passed["video02"] == "contains a video: give it the extension of its container, such as .mp4"
 
 
 def test_no_folder_is_proposed_that_would_lose_other_videos(tmp_path: Path) -> None:
@@ -558,7 +558,7 @@ def test_consecutive_numbers_are_inferred_from_the_length_of_the_labels(
 def test_consecutive_numbers_without_labels_are_asked_about(tmp_path: Path) -> None:
     folder(tmp_path, range(10))
     message = ask(tmp_path)
-    assert message.startswith(f"{tmp_path / 'frames/video01'}: names are numbered 0 to 9; source frames or samples?")
+    assert message.startswith(f"{tmp_path / 'frames/video01'}: do numbers 0 to 9 count source frames or samples?")
     assert "data.frame_numbering=source" in message
     assert "data.folder_fps" in message
     assert layout(tmp_path, frame_numbering="source").stride == 1
@@ -574,19 +574,19 @@ def test_consecutive_numbers_without_labels_are_asked_about(tmp_path: Path) -> N
 
 def test_labels_of_another_length_are_asked_about(tmp_path: Path) -> None:
     folder(tmp_path, range(100))
-    assert "(no usual rate fits labels of 1000 frames)" in ask(tmp_path, LabelEnd(1000, 1))
+    assert "(no usual rate fits the labels' length of 1000 frames)" in ask(tmp_path, LabelEnd(1000, 1))
     assert layout(tmp_path, LabelEnd(1000, 1), folder_fps=2.5).stride == 10
 
 
 def test_a_single_image_is_asked_about(tmp_path: Path) -> None:
     folder(tmp_path, [0])
-    assert "several rates fit labels of 20 frames" in ask(tmp_path, LabelEnd(20, 1))
+    assert "several rates fit the labels' length of 20 frames" in ask(tmp_path, LabelEnd(20, 1))
 
 
 def test_numbers_that_do_not_last_as_long_as_the_labels_are_asked_about(tmp_path: Path) -> None:
     """Names in milliseconds look like distant source frames."""
     folder(tmp_path, range(0, 40_000, 1000))
-    assert "set data.frame_numbering=source if they do" in ask(tmp_path, LabelEnd(1000, 1))
+    assert "set data.frame_numbering=source if the numbers do" in ask(tmp_path, LabelEnd(1000, 1))
     assert layout(tmp_path, LabelEnd(1000, 1), frame_numbering="source").stride == 1000
 
 
@@ -634,15 +634,15 @@ def test_missing_images_that_cannot_be_are_refused(missing: tuple[tuple[int, int
 
 def test_an_image_out_of_step_is_refused(tmp_path: Path) -> None:
     folder(tmp_path, [0, 100, 200, 250, 300, 400, 500])
-    assert "video01_000250.jpg is out of step: it follows video01_000200.jpg" in ask(tmp_path)
+    assert "video01_000250.jpg follows video01_000200.jpg" in ask(tmp_path)
 
 
 def test_one_row_per_image_is_asked_about_if_sampling_would_drop_most(tmp_path: Path) -> None:
     folder(tmp_path, range(180))
     rows = LabelEnd(180, 1)
     message = ask(tmp_path, rows)
-    assert "names are numbered 0 to 179; source frames or samples? Set data.frame_numbering=source, or data" in message
-    assert "as source frames at 25 fps, data.fps=1 would use 8 of 180" in message
+    assert "do numbers 0 to 179 count source frames or samples? Set data.frame_numbering=source, or data" in message
+    assert "if they are source frames at 25 fps, data.fps=1 uses only 8 of 180" in message
     assert layout(tmp_path, rows, frame_numbering="source").stride == 1
     assert layout(tmp_path, rows, folder_fps=1).stride == 25
     assert layout(tmp_path, rows, fps=25).stride == 1
@@ -690,7 +690,7 @@ def test_folders_that_start_at_different_numbers_are_refused() -> None:
         for i, base in enumerate((0, 0, 1))
     ]
     require_one_base(layouts[:2], DataConfig())
-    with pytest.raises(UserError, match=r"frames/video2: images are numbered from 1, those of frames/video0 from 0"):
+    with pytest.raises(UserError, match=r"frames/video2: images are numbered from 1, but those of frames/video0"):
         require_one_base(layouts, DataConfig())
 
 
@@ -711,5 +711,5 @@ def test_images_lie_where_their_layout_says(
     assert list(images.values()) == sorted(path.name for path in (root / "frames/video01").iterdir())
     assert found_layout.frame_count == count * stride
     (root / "frames/video01" / images[wanted[-1]]).unlink()
-    with pytest.raises(UserError, match="its images are not those in the index"):
+    with pytest.raises(UserError, match="contains other images than were indexed"):
         frame_folder(root, "frames/video01", SPEC, found_layout)

@@ -79,9 +79,9 @@ def test_another_exclusion_than_the_indexs_is_noticed(settings, first: list[str]
     made: Config = settings(*(f"data.exclude={value}" for value in first))
     asked: Config = settings(*(f"data.exclude={value}" for value in then))
     index_dataset(made)
-    with pytest.raises(UserError, match=r"data.exclude treats video02 differently .* run `index --force`"):
+    with pytest.raises(UserError, match=r"data.exclude now treats video02 differently .* run `index --force`"):
         open_dataset(asked)
-    with pytest.raises(UserError, match="differs from what is found now; --force replaces it"):
+    with pytest.raises(UserError, match="differs from what is found now; replace it with --force"):
         index_dataset(asked)
     index_dataset(asked, replace=True)
     open_dataset(asked)

@@ -120,7 +120,7 @@ def test_the_real_clips_are_indexed_as_they_are(shared_data: Path, tmp_path: Pat
         assert tools.tolist() == [[int(cell) for cell in row.split("\t")[1:]] for row in rows]
     assert check_index(Dataset(index, root)) == []
     assert len(index.notes) == 1
-    assert "32/8/40 needs 80 videos, here are 5" in index.notes[0]
+    assert "32/8/40 needs 80 videos, but there are 5" in index.notes[0]
     index.save(tmp_path / "index.json")
     assert Index.load(tmp_path / "index.json") == index
     assert str(shared_data) not in (tmp_path / "index.json").read_text()
@@ -329,7 +329,7 @@ def test_images_that_are_missing_are_frames_that_are_not_there(tmp_path: Path) -
     assert index_summary(again, count_frames(Dataset(again, root), 1.0))[3] == ["frames", 37]
     assert check_index(Dataset(again, root)) == []
     (root / "frames/video01/video01_000030.png").unlink()
-    assert "its images are not those in the index" in check_index(Dataset(again, root))[0]
+    assert "contains other images than were indexed" in check_index(Dataset(again, root))[0]
 
 
 def test_videos_with_few_labels_are_left_out_unless_insisted_on(tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def test_index_shows_what_is_labelled_and_leaves_out_what_is_hardly(tmp_path: Pa
     assert ["video02", "600", "20", "90.0%", "0.0%"] in lines
     for other in ("data.row_fps=source", "data.row_base=0"):
         config = load_config("cholec80", [f"data.root={root}", f"data.index={tmp_path / 'index.json'}", other])
-        assert "index.json: rows or images of video01 were indexed as counting something else" in (
+        assert "index.json: the numbers of video01's rows or images were read in another way" in (
             refusal(partial(open_dataset, config))
         )
     config = load_config("cholec80", [f"data.root={root}", f"data.index={tmp_path / 'index.json'}", "data.row_fps=1"])
@@ -523,7 +523,7 @@ def test_a_folder_that_lost_its_first_image_is_refused(tmp_path: Path) -> None:
     folder_data_set(tmp_path, list(range(40)), rows=1000)
     folder_data_set(tmp_path, list(range(1, 40)), rows=1000, name="video02")
     message = refusal(lambda: index_of(tmp_path))
-    assert message.startswith(f"{tmp_path / 'frames/video02'}: images are numbered from 1, those of")
+    assert message.startswith(f"{tmp_path / 'frames/video02'}: images are numbered from 1, but those of")
     index = index_of(tmp_path, frame_base=0, folder_fps=1)
     assert index.entry("video02").frames is not None
     assert sampled_frames(index.entry("video02"), 1)[0] == 25
@@ -533,13 +533,13 @@ def test_a_split_of_more_videos_names_a_file_that_was_passed_over(tmp_path: Path
     root = small_data_set(tmp_path)
     (root / "video03_full.mp4").write_bytes(b"x")
     message = refusal(lambda: index_of(root, split={"rule": "1/1/1"}))
-    assert "1/1/1 needs 3 videos, here are 2" in message
+    assert "1/1/1 needs 3 videos, but there are 2" in message
     assert "passed over: video03_full.mp4: its name does not match" in message
 
 
 def test_a_split_that_does_not_fit_is_refused_when_asked_for(tmp_path: Path) -> None:
     root = small_data_set(tmp_path)
-    assert "32/8/40 needs 80 videos, here are 2 (video01, video02)" in refusal(
+    assert "32/8/40 needs 80 videos, but there are 2 (video01, video02)" in refusal(
         lambda: index_of(root, split={"rule": "32/8/40"})
     )
     with pytest.raises(UserError, match="there is no video 'video03'"):
@@ -631,10 +631,12 @@ def test_a_header_that_packets_do_not_bear_out_is_a_problem(tmp_path: Path, monk
     index = index_of(root)
     entry = index.videos[0].model_copy(update={"frame_count": 99, "tool_file": None})
     (problem,) = check_index(Dataset(index.model_copy(update={"videos": (entry,)}), root))
-    assert problem == f"video01: {root / 'videos/video01.mp4'}: frame_count is 100, indexed as 99; run index again"
+    assert (
+        problem == f"video01: {root / 'videos/video01.mp4'}: frame_count is 100, but was indexed as 99; run index again"
+    )
     monkeypatch.setattr("features.dataset.check.count_packets", lambda path: 99)
     (problem,) = check_index(Dataset(index, root))
-    assert "holds 99 frames where its header says 100" in problem
+    assert "contains 99 frames, but its header says 100" in problem
 
 
 @pytest.mark.parametrize("change", ["remove", "grow", "first", "extra"])
@@ -725,7 +727,7 @@ def test_damaged_indices_are_refused_naming_the_fault(changes: dict[str, object]
         (b"[1, 2]", "not an index; make one with the command index"),
         (b"null", "not an index"),
         (b'{"epochs": 5}', "not an index"),
-        (b'{"format_version": 2, "videos": []}', "index format 2, this program reads 1"),
+        (b'{"format_version": 2, "videos": []}', "index format 2, but this program reads 1"),
         (b'{"format_version": 1, "videos": []}', "damaged index: dataset"),
         (b"[" * 100_000, "not a JSON file"),
     ],

@@ -142,7 +142,7 @@ def asked(track: LabelTrack, frame_count: int, fps: float, described: float, **d
 
 def test_a_rate_close_to_the_videos_own_is_literal_if_only_that_fits() -> None:
     ntsc = 30000 / 1001
-    with pytest.raises(UserError, match=r"set data\.row_fps if they count something else"):
+    with pytest.raises(UserError, match=r"set data\.row_fps if the numbers count something"):
         fit(phase_track(18_000), None, 17_982, ntsc)
     assert reading(phase_track(18_000), 17_982, ntsc, 25, row_fps=30) == RowNumbering(30)
     assert reading(phase_track(17_982), 17_982, ntsc, 25, row_fps=30) == RowNumbering()
@@ -207,7 +207,7 @@ def test_labels_beyond_the_video_are_refused_naming_the_first_row_outside(
         fit(phase, tools, frame_count)
     message = str(caught.value)
     assert message.startswith(f"{file}: {row}, beyond the {frame_count} frames (")
-    assert "s at 25 fps) of video01.mp4: as they are numbered, the rows last " in message
+    assert "s at 25 fps) of video01.mp4: by their numbers, the rows last " in message
 
 
 def test_one_list_may_end_before_the_other() -> None:
@@ -266,8 +266,8 @@ def test_rows_may_number_a_folders_images() -> None:
 @pytest.mark.parametrize(
     ("rows", "frame_count", "fps", "described", "wanted"),
     [
-        (22_000, 30_000, 30.0, 25.0, "25 (88% of it) or source (73% of it)"),
-        (450, 22_500, 25.0, 25.0, "1 (50% of it) or source (2% of it)"),
+        (22_000, 30_000, 30.0, 25.0, "25 (covers 88%) or source (covers 73%)"),
+        (450, 22_500, 25.0, 25.0, "1 (covers 50%) or source (covers 2%)"),
         (30_000, 25_000, 25.0, 25.0, "as if at 30 fps, but video01.mp4 runs at 25 fps"),
         (24_000, 25_000, 25.0, 25.0, "set data.row_fps=24, or data.row_fps=source"),
     ],
@@ -313,13 +313,15 @@ def test_an_ambiguous_first_number_is_asked_about() -> None:
     for rows in (349, 300):
         message = asked(phase_track(rows, first=1), 350, 25, 25)
         assert message.startswith(
-            f"{PHASES}: row 1 (line 2) is number 1 and the last row {rows}, of 350 in video01.mp4"
+            f"{PHASES}: row 1 (line 2) is number 1, and the last row is number {rows} of 350 in video01.mp4"
         )
-        assert message.endswith("Set data.row_base=1 or data.row_base=0")
+        assert message.endswith(
+            "set data.row_base=1 if rows are numbered from 1, or data.row_base=0 if row 0 is missing"
+        )
         for base in (0, 1):
             assert reading(phase_track(rows, first=1), 350, 25, 25, row_base=base) == RowNumbering(None, base)
     for first in (25, 13):
-        assert f"starts at {first}, neither 0 nor 1" in asked(tool_track(14, first=first), 350, 25, 25)
+        assert f"starts at {first}, not at 0 or 1" in asked(tool_track(14, first=first), 350, 25, 25)
         assert reading(tool_track(14, first=first), 350, 25, 25, row_base=0) == RowNumbering()
     with pytest.raises(UserError, match=r"is number 0, before data\.row_base=1; set data\.row_base=0"):
         fit(phase_track(350), None, 350, row_base=1)

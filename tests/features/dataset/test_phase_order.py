@@ -23,7 +23,7 @@ def test_named_orders_swap_packaging_and_retraction() -> None:
 
 
 def test_nothing_given_is_an_error_that_names_the_file_and_the_choices() -> None:
-    with pytest.raises(UserError, match=r"a\.pth: holds numbers.*--phase-order NAME \(mtrcnet, tf-cholec80\)"):
+    with pytest.raises(UserError, match=r"a\.pth: contains phase numbers.*--phase-order NAME \(mtrcnet, tf-cholec80\)"):
         parse_phase_order(None, CHOLEC80, "a.pth")
 
 

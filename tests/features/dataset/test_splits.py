@@ -50,7 +50,7 @@ def test_without_a_fitting_usual_split_none_is_assigned_with_a_reason() -> None:
     assert by_rule(5, None) == dict.fromkeys(ids(5), "none")
     problem = usual_split_problem(ids(5), CHOLEC80, SplitConfig())
     assert problem is not None
-    assert "32/8/40 needs 80 videos, here are 5" in problem
+    assert "32/8/40 needs 80 videos, but there are 5" in problem
     assert usual_split_problem(ids(5), CHOLEC80, SplitConfig(rule="3/1/1")) is None
 
 
@@ -58,7 +58,7 @@ def test_counts_that_do_not_sum_to_the_videos_are_refused_with_numbers() -> None
     with pytest.raises(UserError) as caught:
         by_rule(7, "32/8/40")
     assert str(caught.value) == (
-        "data.split.rule: 32/8/40 needs 80 videos, here are 7 (video01 to video07); choose counts that sum to 7, "
+        "data.split.rule: 32/8/40 needs 80 videos, but there are 7 (video01 to video07); choose counts that sum to 7, "
         "percentages such as 60%/20%/20%, or lists"
     )
 
@@ -103,8 +103,8 @@ def test_percentages_give_every_video_one_split_within_one_of_exact(count: int, 
     ("count", "rule", "problem"),
     [
         (5, "60%/20%/30%", "the percentages of 60%/20%/30% sum to 110 %"),
-        (2, "60%/20%/20%", "needs at least 3 videos, here are 2 (video01, video02)"),
-        (5, "60/20/20", "60/20/20 needs 100 videos, here are 5"),
+        (2, "60%/20%/20%", "needs at least 3 videos, but there are 2 (video01, video02)"),
+        (5, "60/20/20", "60/20/20 needs 100 videos, but there are 5"),
         (5, "half", "data.split.rule: 'half' is none of: A/B/C"),
         (5, "3-1-1", "'3-1-1' is none of"),
         (5, "60%/20/20", "is none of"),
@@ -219,18 +219,18 @@ def test_leave_one_out_tests_one_video() -> None:
 @pytest.mark.parametrize(
     ("count", "settings_", "problem"),
     [
-        (4, {"rule": "kfold", "folds": 5}, "data.split.folds: 5 folds need at least as many videos, here are 4"),
+        (4, {"rule": "kfold", "folds": 5}, "data.split.folds: 5 folds need 5 videos, but there are 4"),
         (6, {"rule": "kfold", "folds": 3, "fold": 3}, "data.split.fold: 3 is not one of the 3 folds 0 to 2"),
         (4, {"rule": "leave_one_out", "fold": 4}, "data.split.fold: 4 is not one of the 4 folds"),
         (
             4,
             {"rule": "leave_one_out", "val_videos": 3},
-            "data.split.val_videos: with 3 for validation, none of the 3 videos outside the test fold",
+            "data.split.val_videos: with 3 for validation, no video is left for training of the 3 outside",
         ),
         (
             1,
             {"rule": "leave_one_out", "val_videos": 0},
-            "data.split.val_videos: with 0 for validation, none of the 0 videos",
+            "data.split.val_videos: with 0 for validation, no video is left for training of the 0",
         ),
     ],
 )

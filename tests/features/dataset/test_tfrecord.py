@@ -169,7 +169,7 @@ def test_the_order_gives_numbers_their_meaning(tmp_path: Path) -> None:
     attributes = [label_attributes(Config(), one.spec, one.index.videos[0])["labels_sha256"] for one in datasets]
     assert attributes[0] != attributes[1]
     asked = refusal(lambda: index_of(tmp_path, None))
-    assert asked.startswith(f"{tmp_path / 'video01.tfrecord'}: holds numbers of phases, not names")
+    assert asked.startswith(f"{tmp_path / 'video01.tfrecord'}: contains phase numbers, not names")
     for hint in ("--phase-order", "mtrcnet, tf-cholec80", "data.tfrecord_phase_order"):
         assert hint in asked
 
@@ -200,8 +200,8 @@ def test_a_stray_file_changes_nothing(tmp_path: Path) -> None:
     assert after.videos == before.videos
     assert [entry.frame_count for entry in after.videos] == [8, 9, 10]
     assert (
-        "4 TFRecord file(s) left out, not named like a video: README.tfrecord, a.tfrecord, video.tfrecords, "
-        "video01 (copy).tfrecord" in after.notes
+        "4 TFRecord file(s) not used, since they are not named like a video: README.tfrecord, a.tfrecord, "
+        "video.tfrecords, video01 (copy).tfrecord" in after.notes
     )
     (tmp_path / "video02.tfrecord").unlink()
     left = index_of(tmp_path)
@@ -294,9 +294,9 @@ def test_a_file_cut_short_anywhere_is_found(tmp_path: Path) -> None:
     for length in range(len(intact)):
         path.write_bytes(intact[:length])
         scan_refusal(path)
-    assert "cut short" in scan_refusal(path)
+    assert "is incomplete" in scan_refusal(path)
     path.write_bytes(b"")
-    assert "holds no record" in scan_refusal(path)
+    assert "contains no record" in scan_refusal(path)
     path.unlink()
     assert "cannot be read" in scan_refusal(path)
 
@@ -333,7 +333,7 @@ def test_nothing_is_allocated_for_a_length_beyond_the_file(tmp_path: Path, monke
     intact = path.read_bytes()
     header = struct.pack("<Q", 1 << 62)
     path.write_bytes(header + TFRecordWriter.masked_crc(header) + intact)
-    assert "record 0 is cut short" in scan_refusal(path)
+    assert "record 0 is incomplete" in scan_refusal(path)
     path.write_bytes(intact)
     monkeypatch.setattr(tfrecord, "MAX_RECORD_BYTES", 20)
     assert "too many for a frame" in scan_refusal(path)
@@ -361,13 +361,13 @@ def test_missing_keys_and_other_types_are_refused(tmp_path: Path, key: str) -> N
     kind = "int64_list" if key in ("frame", "video_id") else "bytes_list"
     wrong = (1, "int") if kind == "int64_list" else (b"1", "byte")
     write(path, [example(0, 2, **{key: wrong})])
-    assert f"record 0 holds a {kind} under '{key}'" in scan_refusal(path)
+    assert f"record 0 contains a {kind} under '{key}'" in scan_refusal(path)
     write(path, [example(0, 2, **{key: (0.5, "float")})])
-    assert f"record 0 holds a float_list under '{key}'" in scan_refusal(path)
+    assert f"record 0 contains a float_list under '{key}'" in scan_refusal(path)
     if key != "instruments":
         value, dtype = example(0, 2)[key]
         write(path, [example(0, 2, **{key: ([value, value], dtype)})])
-        assert f"record 0 holds 2 values under '{key}', not one" in scan_refusal(path)
+        assert f"record 0 contains 2 values under '{key}', not one" in scan_refusal(path)
         write(path, [example(0, 2, **{key: ([], dtype)})])
         assert "record 0" in scan_refusal(path)
 
@@ -375,15 +375,15 @@ def test_missing_keys_and_other_types_are_refused(tmp_path: Path, key: str) -> N
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"phase": (7, "int")}, "phase 7 is none of the 7 of cholec80"),
-        ({"phase": (-1, "int")}, "phase -1 is none of the 7"),
-        ({"instruments": ([0] * 6, "int")}, "6 instruments where cholec80 has 7"),
-        ({"instruments": ([0] * 6 + [2], "int")}, "instruments are [0, 0, 0, 0, 0, 0, 2], not 0 or 1 each"),
-        ({"instruments": ([0] * 6 + [-(1 << 63)], "int")}, "not 0 or 1 each"),
-        ({"video_id": (b"video02", "byte")}, "is of video 'video02', the first of 'video01'"),
-        ({"frame_id": (3, "int")}, "is frame 3 where frame 1 was expected"),
-        ({"frame_id": (0, "int")}, "is frame 0 where frame 1 was expected"),
-        ({"total_frames": (4, "int")}, "total_frames is 4, 3 before"),
+        ({"phase": (7, "int")}, "phase 7 is not one of the 7 phases of cholec80"),
+        ({"phase": (-1, "int")}, "phase -1 is not one of the 7"),
+        ({"instruments": ([0] * 6, "int")}, "6 instruments, but cholec80 has 7"),
+        ({"instruments": ([0] * 6 + [2], "int")}, "instruments are [0, 0, 0, 0, 0, 0, 2], not all 0 or 1"),
+        ({"instruments": ([0] * 6 + [-(1 << 63)], "int")}, "not all 0 or 1"),
+        ({"video_id": (b"video02", "byte")}, "is of video 'video02', but the first record is of video 'video01'"),
+        ({"frame_id": (3, "int")}, "is frame 3, but frame 1 was expected"),
+        ({"frame_id": (0, "int")}, "is frame 0, but frame 1 was expected"),
+        ({"total_frames": (4, "int")}, "total_frames is 4, but was 3 before"),
         ({"frame": (b"\xff\xd8\xff\xe0JFIF", "byte")}, "its frame is not a PNG"),
     ],
 )
@@ -407,7 +407,7 @@ def test_lost_doubled_and_swapped_records_are_found(tmp_path: Path) -> None:
         write(path, broken)
         scan_refusal(path)
     write(path, whole[:4])
-    assert "holds 4 records where total_frames says 5" in scan_refusal(path)
+    assert "contains 4 records, but total_frames is 5" in scan_refusal(path)
 
 
 def test_total_frames_may_be_the_last_frame_id_if_it_is_so_in_all_files(tmp_path: Path) -> None:
@@ -416,7 +416,7 @@ def test_total_frames_may_be_the_last_frame_id_if_it_is_so_in_all_files(tmp_path
     assert [entry.frame_count for entry in index_of(tmp_path).videos] == [5, 5]
     write(tmp_path / "video02.tfrecord", [example(k, 4, "video02") for k in range(4)])
     text = refusal(lambda: index_of(tmp_path))
-    assert "video02.tfrecord: frame_id and total_frames are counted differently than in" in text
+    assert "video02.tfrecord: frame_id and total_frames are counted differently from" in text
 
 
 def test_a_frame_that_pillow_cannot_decode_is_an_error_with_its_number(tmp_path: Path) -> None:
@@ -441,7 +441,7 @@ def test_two_sources_or_two_sets_of_labels_are_refused(tmp_path: Path) -> None:
     assert "two TFRecord files for one video" in refusal(lambda: index_of(tmp_path))
     (tmp_path / "b/video1.tfrecords").unlink()
     write_label_file(tmp_path / "video01-phase.txt", LabelTrack(np.arange(3), np.zeros(3, dtype=np.int8), 1), SPEC)
-    assert "both hold labels of video01" in refusal(lambda: index_of(tmp_path))
+    assert "both contain labels of video01" in refusal(lambda: index_of(tmp_path))
 
 
 @pytest.mark.parametrize("full_hash", [False, True])
@@ -451,7 +451,7 @@ def test_a_changed_file_is_noticed(tmp_path: Path, full_hash: bool) -> None:
     entry = index.videos[0]
     intact = path.read_bytes()
     path.write_bytes(intact[:-100])
-    assert "cut short" in check_index(Dataset(index, tmp_path))[0]
+    assert "is incomplete" in check_index(Dataset(index, tmp_path))[0]
     assert "has changed since it was indexed" in refusal(lambda: open_source(Config(), Dataset(index, tmp_path), entry))
     video(path, frames=15)
     assert "its labels are not those that were indexed" in check_index(Dataset(index, tmp_path))[0]
@@ -526,9 +526,9 @@ def test_both_editions_give_the_same_features_and_labels(two_editions: Path) -> 
         ["index", *options("tf")], folder
     )
     told = succeed(["index", *options("tf"), "--phase-order", "tf-cholec80"], folder)
-    assert "phases in 3 TFRecord file(s) numbered 0 Preparation, 1 CalotTriangleDissection" in told
+    assert "phase numbers in 3 TFRecord file(s): 0 Preparation, 1 CalotTriangleDissection" in told
     assert "4 GallbladderRetraction, 5 CleaningCoagulation, 6 GallbladderPackaging (data.tfrecord_phase_order)" in told
-    assert "1 TFRecord file(s) left out" in told
+    assert "1 TFRecord file(s) not used" in told
     assert "index and files agree" in succeed(["index", *options("tf"), "--check"], folder)
 
     def features(edition: str) -> dict[str, Path]:

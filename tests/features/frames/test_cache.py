@@ -185,8 +185,8 @@ def test_a_replaced_source_and_other_frames_are_made_again(tmp_path, video):
     with request_of(replaced).open_reader() as reader:
         want = Geometry(48).resize_frame(next(reader.read([55])))
     assert np.array_equal(cache.ensure(request_of(replaced))[11], want)
-    assert cache.problem(request_of(replaced, range(0, 60, 4))) == "holds another number of frames"
-    assert cache.problem(request_of(replaced, range(1, 60, 5))) == "holds other frames"
+    assert cache.problem(request_of(replaced, range(0, 60, 4))) == "contains another number of frames"
+    assert cache.problem(request_of(replaced, range(1, 60, 5))) == "contains other frames"
     assert len(cache.ensure(request_of(replaced, range(0, 60, 4)))) == 15
 
 
@@ -201,7 +201,7 @@ def test_a_file_cut_short_is_made_again(tmp_path, video, kind):
     path = cache.ensure(request).path
     path.write_bytes(damaged_files(path)[kind])
     assert cache.problem(request) in ("damaged or cut short", "not a file of this project, or damaged")
-    with pytest.raises(UserError, match="delete it, and it is created again") as caught:
+    with pytest.raises(UserError, match="delete it, and it will be created again") as caught:
         CachedFrames(path)[0]
     assert str(caught.value).startswith(f"{path}: ")
     cache.ensure(request)

@@ -466,16 +466,16 @@ def test_a_video_that_cannot_be_written_ends_it_with_one_line(tmp_path: Path, wo
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"width_px": 65}, "width_px 65: H.264 with 4:2:0 colour needs even sizes; take 66"),
-        ({"height_px": 101}, "height_px 101: H.264 with 4:2:0 colour needs even sizes; take 102"),
-        ({"height_px": 8}, "height_px 8: must lie between 48 and 4096"),
-        ({"videos": 0}, "videos 0: must lie between 1 and 100000"),
-        ({"fps": 0}, "fps 0: must lie between 1 and 120"),
-        ({"speed_up": 0}, "speed_up 0: must lie between 0.1 and 200"),
-        ({"speed_up": float("nan")}, "speed_up nan: must lie between 0.1 and 200"),
-        ({"seed": -1}, "seed -1: must lie between"),
-        ({"workers": 0}, "workers 0: must lie between"),
-        ({"first_number": -1}, "first_number -1: must lie between"),
+        ({"width_px": 65}, "width_px 65: H.264 with 4:2:0 colour needs even sizes; use 66"),
+        ({"height_px": 101}, "height_px 101: H.264 with 4:2:0 colour needs even sizes; use 102"),
+        ({"height_px": 8}, "height_px 8: must be between 48 and 4096"),
+        ({"videos": 0}, "videos 0: must be between 1 and 100000"),
+        ({"fps": 0}, "fps 0: must be between 1 and 120"),
+        ({"speed_up": 0}, "speed_up 0: must be between 0.1 and 200"),
+        ({"speed_up": float("nan")}, "speed_up nan: must be between 0.1 and 200"),
+        ({"seed": -1}, "seed -1: must be between"),
+        ({"workers": 0}, "workers 0: must be between"),
+        ({"first_number": -1}, "first_number -1: must be between"),
     ],
 )
 def test_settings_out_of_range_are_refused(tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
@@ -510,7 +510,7 @@ def test_a_folder_of_other_data_is_refused_and_left_alone(tmp_path: Path) -> Non
     (tmp_path / "video01.mp4").write_bytes(b"a real operation")
     with pytest.raises(UserError) as error:
         simulate(tmp_path, videos=1, **SMALL)
-    assert str(error.value).startswith(f"{tmp_path}: holds other files (video01.mp4) and no simulation.json")
+    assert str(error.value).startswith(f"{tmp_path}: contains other files (video01.mp4) and no simulation.json")
     assert files(tmp_path) == {"video01.mp4": b"a real operation"}
 
 

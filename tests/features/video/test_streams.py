@@ -146,7 +146,7 @@ def test_decoding_times_in_place_of_presentation_times_are_detected(tmp_path: Pa
     source = write_video(tmp_path / "source.mp4", VideoSpec(count=60))
     path = videos.rewrite(source, tmp_path / "copy.mp4", videos.decoding_times)
     info = probe_video(path)
-    assert [note for note in info.notes if "time stamps are not those of its frames" in note]
+    assert [note for note in info.notes if "time stamps are not the times of the frames" in note]
     assert read_all(path) == (list(range(60)), pytest.approx([k / 25 for k in range(60)]))
     with pytest.raises(ReaderError, match="decord does not return the right frames"):
         open_video(path, "decord")
@@ -172,7 +172,7 @@ def test_one_missing_last_frame_is_tolerated_and_more_are_refused(tmp_path: Path
         assert read_all(path)[0] == list(range(count))
     content[place : place + 4] = (33).to_bytes(4, "little")
     path.write_bytes(bytes(content))
-    with pytest.raises(ReaderError, match="holds 30 of the 33 frames that its header promises"):
+    with pytest.raises(ReaderError, match="contains only 30 of the 33 frames that its header claims"):
         probe_video(path)
 
 
@@ -180,7 +180,7 @@ def test_joined_parts_are_refused_naming_the_frame_where_they_meet(tmp_path: Pat
     part = write_video(tmp_path / "part.ts", VideoSpec(count=60)).read_bytes()
     path = tmp_path / "joined.ts"
     path.write_bytes(part + part)
-    with pytest.raises(ReaderError, match=r"joined\.ts: parts joined at frame 60, where its clock goes back"):
+    with pytest.raises(ReaderError, match=r"joined\.ts: has parts joined at frame 60, where its clock goes back"):
         probe_video(path)
 
 
@@ -188,7 +188,7 @@ def test_a_recording_begins_with_the_first_frame_that_can_be_shown(tmp_path: Pat
     source = write_video(tmp_path / "source.mkv", VideoSpec(count=60, gop=20))
     path = videos.rewrite(source, tmp_path / "late.mkv", videos.without_start)
     assert probe_video(path).notes == (
-        "late.mkv: begins within a group of pictures; 15 cannot be shown, frame 0 is the next",
+        "late.mkv: begins within a group of pictures; 15 cannot be shown; frame 0 is the next",
     )
     assert read_all(path) == (list(range(20, 60)), pytest.approx([k / 25 for k in range(40)]))
 
