@@ -182,10 +182,11 @@ class _Packed:
 
 
 class Shared(Generic[Value]):
-    """A value for processes that import torch when they start; it reaches them in shared memory.
+    """A value that is passed in shared memory to new processes that import torch.
 
-    Through the pipe to a new process, a value over its 64 KiB would arrive only when that process has imported torch,
-    and the next process would start after that: with 15 processes a minute passes before the first batch.
+    Passed through the pipe to a new process, a value larger than the pipe's 64 KiB would arrive only after that process
+    has imported torch, and the next process would start only then. With 15 processes, a minute would pass before the
+    first batch.
     """
 
     def __init__(self, value: Value) -> None:
@@ -195,7 +196,7 @@ class Shared(Generic[Value]):
 
     @cached_property
     def value(self) -> Value:
-        """The value, unpickled at its first use in each process."""
+        """The value, which is unpickled when it is first used in a process."""
         found: Value = pickle.loads(self._pickled.numpy())  # noqa: S301, made by the parent
         return found
 

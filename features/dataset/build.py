@@ -73,7 +73,7 @@ def build_index(
 
 
 def dataset_of_source(path: Path, spec: DataSetSpec, data: DataConfig) -> Dataset:
-    """One video file or folder of frames without annotations, whatever its name, as a data set.
+    """Build the data set of a single video file or folder of frames with any name, without annotations.
 
     The id is the file's name without its extension. Raises UserError naming the file if it is missing or neither.
     """

@@ -173,7 +173,7 @@ def index_dataset(config: Config, replace: bool = False) -> Index:
 
 
 def keep_index(config: Config, dataset: Dataset, replace: bool) -> Index:
-    """Write the index of what was found to `data.index` and print a summary.
+    """Write the index of `found` to `data.index`, and print a summary.
 
     Raises UserError if the file is a different index, without `replace`.
     """

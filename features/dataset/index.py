@@ -309,7 +309,7 @@ class Index(OmitsDefaults):
 
 @dataclass(frozen=True)
 class Dataset:
-    """An index, and the data root that its paths are relative to."""
+    """An index, together with the data root to which its paths are relative."""
 
     index: Index
     root: Path
@@ -320,7 +320,7 @@ class Dataset:
         return self.index.dataset
 
     def without(self, faults: Iterable[tuple[str, str]]) -> Dataset:
-        """The data set without these videos (ids and reasons), see `Index.without`."""
+        """Return the data set without these videos, given as ids and reasons (see `Index.without`)."""
         return Dataset(self.index.without(faults), self.root)
 
 

@@ -50,7 +50,7 @@ def usual_split_problem(ids: Sequence[str], spec: DataSetSpec, split: SplitConfi
 
 
 def rule_asked_for(split: SplitConfig) -> str | None:
-    """The rule that the settings ask for; None where the data set or the index decides.
+    """Return the rule that the settings ask for, or None if they leave it to the data set or the index.
 
     Raises UserError if they ask for two.
     """

@@ -75,9 +75,9 @@ def recorded_faults(folder: Path, index: Index) -> list[tuple[str, str]]:
 
 
 def cache_readable(config: Config, dataset: Dataset, processes: Processes) -> Dataset:
-    """Decode training and validation videos into the cache; the data set without those that cannot be read.
+    """Decode training and validation videos into the cache, and return the data set without unreadable ones.
 
-    Raises UserError if that leaves a split without videos, and for what `fill_cache` raises it.
+    Raises UserError if this leaves a split without videos, and as `fill_cache` does.
     """
     videos = processes.share([*dataset.index.by_split("train"), *dataset.index.by_split("val")])
     parts = processes.together(lambda: fill_cache(config, dataset, videos, processes.stop))

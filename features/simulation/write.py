@@ -147,7 +147,10 @@ def _check_numbers(**limits: tuple[float, float, float]) -> None:
 
 
 def _prepare_folder(out: Path, settings: Settings, videos: int) -> None:
-    """Claim the folder, describe it and tidy it up. Raises UserError if it cannot be used or has too little space."""
+    """Claim the folder, write its description, and remove leftovers of killed processes.
+
+    Raises UserError if the folder cannot be used or the disk has too little space.
+    """
     _claim_folder(out, settings)
     if not (out / _README).exists():
         write_text(out / _README, _readme(settings))

@@ -68,7 +68,7 @@ class FrameReader(ABC):
 
     @abstractmethod
     def _frames(self, wanted: list[int]) -> Iterator[np.ndarray]:
-        """The frames with these numbers, which `read` has checked."""
+        """Yield the frames with these numbers, which `read` has checked."""
 
     def spread(self, count: int) -> list[int]:
         """Return at most `count` numbers of existing frames, evenly spaced from the first to the last."""
