@@ -63,7 +63,7 @@ def known_root(config: Config) -> Path | None:
 
 
 def open_dataset(config: Config) -> Dataset:
-    """Return the index and the data root. If there is no index yet, it is made.
+    """The data set of these settings. If there is no index yet, it is made.
 
     Raises UserError if the index was made for another data set, or with other sources, row numbers, splits or
     exclusions than the settings ask for.
