@@ -96,7 +96,7 @@ def evaluate_predictions(
 @click.command()
 @options.settings(name=None)
 @click.argument("models", nargs=-1, metavar="RUN_A RUN_B [RUN_C]...")
-@click.option("--split", default="test", help="Which evaluation: a folder in RUN/evaluate.")
+@click.option("--split", default="test", help="Evaluation to use: the name of a folder in RUN/evaluate.")
 @click.option("--convention", help="One convention. Default: video_macro, which has one value per video.")
 @click.option(
     "--metric",
@@ -138,7 +138,7 @@ def compare(
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PATH)
-@click.option("--split", default="test", help="Which evaluation: a folder in RUN/evaluate.")
+@click.option("--split", default="test", help="Evaluation to use: the name of a folder in RUN/evaluate.")
 @click.option("--out", type=FILE, help="File to write. Default: report.html in the first RUN.")
 @click.option("--figures", type=PATH, metavar="DIR", help="Also write the figures as PDF and PNG.")
 @click.option("--no-thumbnails", is_flag=True, help="Do not open the videos; the report then shows no frames.")

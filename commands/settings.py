@@ -1,4 +1,4 @@
-"""The commands `config`, which prints settings, and `doctor`, which checks whether this machine fits them."""
+"""The commands `config`, which prints settings, and `doctor`, which checks whether they will work on this machine."""
 
 from __future__ import annotations
 

@@ -44,7 +44,9 @@ class AblationConfig(Strict):
 
     title: str = ""
     base: str = Field(description="preset or file of settings that all trials are based on")
-    space: dict[str, list[Choice] | RangeConfig] = Field({}, description="settings by dotted key")
+    space: dict[str, list[Choice] | RangeConfig] = Field(
+        {}, description="the values to try of each setting, by dotted key"
+    )
     settings: dict[str, dict[str, Choice]] = Field(
         {}, description="named sets of changes, each combined with every point of the space"
     )

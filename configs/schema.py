@@ -84,7 +84,7 @@ def _known_sources(sources: str) -> str:
 
 class DataConfig(Strict):
     dataset: str = Field("cholec80", description="name in configs/datasets, or the path of a YAML file")
-    root: Path | None = Field(None, description="folder of videos and annotations; also the variable SURGSTAGE_DATA")
+    root: Path | None = Field(None, description="folder of videos and annotations; or set the variable SURGSTAGE_DATA")
     index: Path = Path("artifacts/index.json")
     sources: Annotated[str, AfterValidator(_known_sources)] = Field(
         "auto",
@@ -288,7 +288,8 @@ class ExtractConfig(Strict):
     )
     workers: int = Field(-1, ge=-1, description="worker processes; -1: one per core, fewer if there are few frames")
     segments: bool = Field(
-        True, description="let several processes share one video, split between batches; features stay identical"
+        True,
+        description="split videos between batches, so that several processes can share one; features stay identical",
     )
     segment_frames: int = Field(128, ge=1, description="least number of samples in a part of a split video")
     decode_ahead: Literal["auto", "on", "off"] = Field(
@@ -335,7 +336,7 @@ class HeadSettings(Strict):
         return False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the settings as plain values with the head's name: a plug-in's class cannot be imported elsewhere."""
+        """Pickle the settings as plain values with the head's name: other processes cannot import plug-ins' classes."""
         return read_head, (self.model_dump(),)
 
 
@@ -414,7 +415,7 @@ class SequenceConfig(Strict):
 
     mode: Literal["full", "chunked", "clips"] = "full"
     frames: int = Field(256, ge=1, description="length of a chunk or clip")
-    stride: int = Field(1, ge=1, description="distance between clip starts")
+    stride: int = Field(1, ge=1, description="number of samples from the start of a clip to the start of the next")
     batch: int = Field(8, ge=1, description="videos (full, chunked) or clips per step")
     inference: Literal["carried", "clip"] = Field(
         "carried", description="in evaluation: carry the state through the whole video, or reset it at each clip"

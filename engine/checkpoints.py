@@ -54,7 +54,7 @@ def save_external_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
     with atomic_path(path) as temporary:
         try:
             _save(state, temporary, path, _use_new_zipfile_serialization=False)
-        except TypeError:  # a torch that no longer writes the old layout
+        except TypeError:  # raised by a torch that can no longer write the old layout
             _save(state, temporary, path)
 
 
