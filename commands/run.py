@@ -11,8 +11,9 @@ from configs.schema import Config
 from engine.device import choose_device, choose_precision
 from engine.files import read_json_object
 from engine.progress import say
-from engine.runs import RESULT_FILE, update_summary
+from engine.runs import RESULT_FILE
 from engine.stopping import StopRequest
+from evaluation.reports.summary import update_summary
 from features.dataset.catalogue import index_dataset, open_dataset
 from features.store_folder import usable_index
 from stage1_cnn.extract import extract

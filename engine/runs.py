@@ -173,35 +173,6 @@ class StageFolder:
         return complete
 
 
-def update_summary(run: Path, values: Mapping[str, Any], seconds: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Merge `values` into `RUN/summary.json`, which sums up a run's results; returns the whole summary."""
-    path = run / "summary.json"
-    summary: dict[str, Any] = dict.fromkeys(SUMMARY_KEYS) | {"seconds": {}}
-    if path.exists():
-        summary |= read_json_object(path)
-    summary |= values
-    summary["seconds"] = summary.get("seconds", {}) | {key: round(value, 2) for key, value in (seconds or {}).items()}
-    write_json(path, summary)
-    return summary
-
-
-# Accuracies and F1 are fractions, computed on the test videos; F1 follows the convention in summary["convention"].
-SUMMARY_KEYS = (
-    "name",
-    "dataset",
-    "split",
-    "fps",
-    "test_videos",
-    "convention",
-    "tool_map",
-    "phase_accuracy_majority",
-    "phase_accuracy_frame",
-    "phase_accuracy_temporal",
-    "phase_f1_frame",
-    "phase_f1_temporal",
-)
-
-
 def environment(device: str = "auto") -> dict[str, Any]:
     """Return package versions, git revision and machine, which are recorded with every result.
 

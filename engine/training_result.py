@@ -11,13 +11,6 @@ from engine.logs import METRICS_LOG, read_metrics
 from engine.records import FLAT, Record
 from engine.runs import StageFolder
 
-SCORE_NAMES = {
-    "val_accuracy": "validation accuracy",
-    "val_map": "validation mAP",
-    "val_phase_accuracy": "validation phase accuracy",
-    "val_map_mapped": "validation mAP of the mapped tools",
-    "val_gap_nats": "gap in nats",
-}
 Choices = Sequence[Sequence[str]]  # of the scores that choose the best epoch
 
 
@@ -50,7 +43,7 @@ class TrainingResult(Record):
 def result_on_frames(
     folder: Path,
     best: Mapping[str, Any],
-    names: Sequence[str],
+    titles: Mapping[str, str],
     choices: Choices,
     about: Mapping[str, Any],
     *,
@@ -59,12 +52,14 @@ def result_on_frames(
 ) -> TrainingResult:
     """The result of a training on frames, from its log in `folder` and the scores of its best epoch.
 
-    `names` are the keys of its scores, `choices` as for `deciding_score`. `about` has `train_frames` and `checkpoint`.
+    `titles` has the keys of its scores and what they are called; `choices` is as for `deciding_score`. `about` has
+    `train_frames` and `checkpoint`.
     """
     rows = read_metrics(folder / METRICS_LOG, "epoch")
-    scores = {name: best.get(name) for name in names}
+    scores = {name: best.get(name) for name in titles}
     seconds = round(sum(row["seconds"] for row in rows), 2)
-    shown = ", ".join(f"{SCORE_NAMES[name]} {value:.3f}" for name, value in scores.items() if value is not None)
+    chosen_by, _ = deciding_score(best, choices)
+    shown = ", ".join(f"{titles[name]} {value:.3f}" for name, value in scores.items() if value is not None)
     sentence = (
         f"{shown or 'no validation score'} at epoch {best['epoch'] + 1} of {len(rows)}; "
         f"{about['train_frames']:,} training frames, {seconds:.0f} s; {about['checkpoint']}"
@@ -74,7 +69,7 @@ def result_on_frames(
         scores=scores,
         best_epoch=best["epoch"] + 1,
         epochs=len(rows),
-        chosen_by=deciding_score(best, choices)[0],
+        chosen_by=" and ".join(titles[name] for name in chosen_by) or "no validation score, so the last epoch",
         seconds=seconds,
         about=about,
         left_out=left_out,
@@ -82,13 +77,13 @@ def result_on_frames(
     )
 
 
-def deciding_score(scores: Mapping[str, Any], choices: Choices) -> tuple[str, float | None]:
-    """The name and value of the score that chooses the best epoch.
+def deciding_score(scores: Mapping[str, Any], choices: Choices) -> tuple[list[str], float | None]:
+    """The keys of the scores that choose the best epoch, and their mean; no keys and None if there are none.
 
-    It is the mean of those scores of the first choice that exist; if none does, of the next choice.
+    They are those scores of the first choice that exist; if none does, of the next choice.
     """
     for names in choices:
         found = {name: value for name in names if (value := scores.get(name)) is not None}
         if found:
-            return " and ".join(SCORE_NAMES[name] for name in found), sum(found.values()) / len(found)
-    return "no validation score, so the last epoch", None
+            return list(found), sum(found.values()) / len(found)
+    return [], None

@@ -53,6 +53,7 @@ from stage1_cnn.model import (
     weights_sha256,
 )
 
+SCORES = {"val_map": "validation mAP", "val_phase_accuracy": "validation phase accuracy"}
 # The best epoch has the highest `val_map`; phase accuracy decides only if there is no `val_map`.
 CHOICES = (("val_map",), ("val_phase_accuracy",))
 
@@ -251,5 +252,4 @@ def _finish(stage: StageFolder, config: Config, data: FrameData, precision: str)
         "checkpoint": str(checkpoint),
     }
     scores, left_out = about.scores or {}, data.index.left_out_records()
-    names = ("val_map", "val_phase_accuracy")
-    return result_on_frames(stage.path, scores, names, CHOICES, facts, left_out=left_out).write(stage)
+    return result_on_frames(stage.path, scores, SCORES, CHOICES, facts, left_out=left_out).write(stage)

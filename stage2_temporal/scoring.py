@@ -14,7 +14,7 @@ from rich.console import Console
 from configs.errors import UserError
 from engine.files import make_folder, read_json_object, write_json
 from engine.progress import say
-from engine.runs import RESULT_FILE, update_summary
+from engine.runs import RESULT_FILE
 from evaluation.files.predictions import TOOLS_ALONE, PredictionFile, write_prediction_csv
 from evaluation.files.truth import TRUTH_FILE, Truth, VideoTruth, is_simulated, write_truth
 from evaluation.metrics.conventions import MAIN_CONVENTION
@@ -23,7 +23,7 @@ from evaluation.metrics.results import HEAD, METRICS_FILE, Evaluation, JointDeta
 from evaluation.metrics.tools import choose_thresholds, evaluate_tools, sigmoid
 from evaluation.reports.model_card import write_model_card
 from evaluation.reports.paper_figures import phase_ribbons
-from evaluation.reports.summary import summarise, used_videos
+from evaluation.reports.summary import summarise, update_summary, used_videos
 from evaluation.reports.tables import comparison_table, phase_table, tool_table
 from features.dataset.index import Index
 from features.dataset.labels import unlabelled_note

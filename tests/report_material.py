@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from configs.dataset_spec import DataSetSpec
 from configs.load import load_config, load_dataset, to_yaml
 from engine.files import write_json, write_text
-from engine.runs import environment, update_summary
+from engine.runs import environment
 from evaluation.metrics.results import JointDetails
+from evaluation.reports.summary import update_summary
 from features.dataset.index import Index, VideoEntry
 from features.video_labels import VideoLabels
 from stage2_temporal.scoring import GroundTruth, Predicted, score_and_write, summary_of

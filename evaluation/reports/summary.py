@@ -7,11 +7,39 @@ from pathlib import Path
 from typing import Any
 
 from configs.load import read_yaml
-from engine.files import read_json_object
+from engine.files import read_json_object, write_json
 from engine.runs import RESULT_FILE
 from evaluation.metrics.conventions import MAIN_CONVENTION
 from evaluation.metrics.results import ByConvention, Evaluation, ToolResults
 from features.dataset.index import SPLITS, Index
+
+# Accuracies and F1 are fractions, computed on the test videos; F1 follows the convention in summary["convention"].
+SUMMARY_KEYS = (
+    "name",
+    "dataset",
+    "split",
+    "fps",
+    "test_videos",
+    "convention",
+    "tool_map",
+    "phase_accuracy_majority",
+    "phase_accuracy_frame",
+    "phase_accuracy_temporal",
+    "phase_f1_frame",
+    "phase_f1_temporal",
+)
+
+
+def update_summary(run: Path, values: Mapping[str, Any], seconds: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """Merge `values` into `RUN/summary.json`, which sums up a run's results; returns the whole summary."""
+    path = run / "summary.json"
+    summary: dict[str, Any] = dict.fromkeys(SUMMARY_KEYS) | {"seconds": {}}
+    if path.exists():
+        summary |= read_json_object(path)
+    summary |= values
+    summary["seconds"] = summary.get("seconds", {}) | {key: round(value, 2) for key, value in (seconds or {}).items()}
+    write_json(path, summary)
+    return summary
 
 
 def summarise(phases: ByConvention | None, tools: ToolResults | None) -> dict[str, float | None]:

@@ -68,6 +68,13 @@ from stage2_temporal.joint.net import (
 )
 from stage2_temporal.joint.predict import Prediction, gap_nats, phase_accuracy, predict_videos
 
+SCORES = {
+    "val_accuracy": "validation accuracy",
+    "val_map": "validation mAP",
+    "val_map_mapped": "validation mAP of the mapped tools",
+    "val_gap_nats": "gap in nats",
+}
+
 
 @dataclass(frozen=True)
 class Start:
@@ -392,6 +399,5 @@ def _finish(stage: StageFolder, step: str, config: Config, data: JointData, net:
         "weights_sha256": weights_sha256(net),
         "checkpoint": str(checkpoint),
     }
-    names = ("val_accuracy", "val_map", "val_map_mapped", "val_gap_nats")
     best = load_checkpoint(checkpoint)["scores"]
-    return result_on_frames(stage.path, best, names, choices(step), facts, step=step).write(stage)
+    return result_on_frames(stage.path, best, SCORES, choices(step), facts, step=step).write(stage)

@@ -12,14 +12,12 @@ from configs.errors import UserError
 from configs.schema import Config
 from engine.runs import (
     ABSENT,
-    SUMMARY_KEYS,
     StageFolder,
     StageIdentity,
     environment,
     git_revision,
     require_same_classes,
     run_folder,
-    update_summary,
 )
 
 
@@ -86,14 +84,6 @@ def test_a_run_may_be_given_with_the_folder_of_runs(name: str) -> None:
 def test_run_names_are_plain(name: str) -> None:
     with pytest.raises(UserError, match="run name"):
         run_folder(Config(), name)
-
-
-def test_summaries_have_the_same_keys_whatever_ran(tmp_path: Path) -> None:
-    update_summary(tmp_path, {"name": "a"}, {"index": 1.234})
-    summary = update_summary(tmp_path, {"tool_map": 0.5}, {"extract": 2.0})
-    assert list(summary) == [*SUMMARY_KEYS, "seconds"]
-    assert summary["seconds"] == {"index": 1.23, "extract": 2.0}
-    assert summary["name"] == "a"
 
 
 def test_reading_the_revision_leaves_the_checkout_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

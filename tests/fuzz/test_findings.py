@@ -13,7 +13,8 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from engine.logs import MetricLog, read_metrics
-from engine.runs import StageFolder, StageIdentity, update_summary
+from engine.runs import StageFolder, StageIdentity
+from evaluation.reports.summary import update_summary
 from features.dataset.build import build_index
 from features.dataset.catalogue import print_summary
 from features.dataset.index import Dataset, Index

@@ -263,8 +263,8 @@ def test_learning_rates(world: World) -> None:
 
 
 def test_deciding_score() -> None:
-    assert deciding_score({"val_map": 0.5, "val_phase_accuracy": 0.9}, CHOICES) == ("validation mAP", 0.5)
-    assert deciding_score({"val_map": None, "val_phase_accuracy": 0.9}, CHOICES) == ("validation phase accuracy", 0.9)
+    assert deciding_score({"val_map": 0.5, "val_phase_accuracy": 0.9}, CHOICES) == (["val_map"], 0.5)
+    assert deciding_score({"val_map": None, "val_phase_accuracy": 0.9}, CHOICES) == (["val_phase_accuracy"], 0.9)
     assert deciding_score({"val_map": None}, CHOICES)[1] is None
 
 

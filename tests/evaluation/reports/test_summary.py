@@ -1,13 +1,15 @@
-"""The three numbers of `summary.json`."""
+"""The numbers of `summary.json`, and its keys."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from evaluation.metrics.phases import evaluate_phases
 from evaluation.metrics.tools import evaluate_tools
-from evaluation.reports.summary import summarise
+from evaluation.reports.summary import SUMMARY_KEYS, summarise, update_summary
 
 
 def test_fractions_of_the_named_conventions():
@@ -24,3 +26,11 @@ def test_fractions_of_the_named_conventions():
 
 def test_task_that_was_not_evaluated_is_none():
     assert summarise(None, None) == {"phase_accuracy": None, "phase_f1": None, "tool_map": None}
+
+
+def test_summaries_have_the_same_keys_whatever_ran(tmp_path: Path) -> None:
+    update_summary(tmp_path, {"name": "a"}, {"index": 1.234})
+    summary = update_summary(tmp_path, {"tool_map": 0.5}, {"extract": 2.0})
+    assert list(summary) == [*SUMMARY_KEYS, "seconds"]
+    assert summary["seconds"] == {"index": 1.23, "extract": 2.0}
+    assert summary["name"] == "a"
