@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import pytest
 from hypothesis import HealthCheck, settings
 
 import configs  # noqa: F401, before any test imports torch: idle threads do not spin, as in every command
 from tests.cli import PROJECT, Forks, shared_forks
+
+# absl, which NNCF imports, closes its stream when logging is configured anew, as submitit does: never that of pytest.
+absl.logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 
 # A test must not depend on the speed or load of the machine.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
