@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy as np
 from configs.registry import Registry
 from evaluation.metrics.counts import BoolArray, FloatArray, PhasePair, PhaseTable, count, strict_right
 from evaluation.metrics.results import OnePhase, PhaseAbout, PhaseResults, Score, json_number
-from evaluation.metrics.scores import phase_scores
+from evaluation.metrics.scores import METRICS, phase_scores
 
 MAIN_CONVENTION = "phase_mean"  # the convention used if only one number is shown
 
@@ -36,7 +36,8 @@ class Convention(ABC, Generic[Table]):
     """A way of counting and averaging, with a description of its numbers.
 
     The description has a title, the rule for absent phases, what the standard deviation is computed over (`std`), the
-    source, and the window of relaxed boundaries in seconds.
+    source, and the window of relaxed boundaries in seconds. `titles` are those of its own scores, which are not
+    registered metrics; of a convention that compares frames, they are shown below the table of all conventions.
     """
 
     title: str
@@ -44,6 +45,7 @@ class Convention(ABC, Generic[Table]):
     std: str
     source: str
     window_s: float | None = None
+    titles: Mapping[str, str] = field(default_factory=dict)
     of_frames: ClassVar[bool] = False  # whether frames are compared, and not segments
 
     def unavailable(self, phases: Sequence[str], fps: float | None) -> str | None:
@@ -75,6 +77,19 @@ class Convention(ABC, Generic[Table]):
 
 
 CONVENTIONS: Registry[Convention[Any]] = Registry("convention", "surgstage.conventions")
+
+
+def convention_titles() -> dict[str, str]:
+    """Return the titles of all scores that are computed by a convention and are not registered metrics."""
+    titles = {"accuracy": "Accuracy"}
+    for name in CONVENTIONS.names():
+        titles |= CONVENTIONS.find(name).titles
+    return titles
+
+
+def metric_title(name: str) -> str:
+    """Return the title of a metric or of a convention's own score, or its name if no registered entry has a title."""
+    return METRICS.find(name).title if name in METRICS.names() else convention_titles().get(name, name)
 
 
 @dataclass(frozen=True, kw_only=True)

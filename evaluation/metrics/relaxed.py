@@ -134,5 +134,6 @@ for _name, _fault, _title, _source in (
         right=partial(relaxed_right, mask_fault=_fault),
         refuses=refuses,
         extra=_f1_surgformer if _fault else None,
+        titles={"f1_surgformer": f"F1 as Surgformer's copy of {_name} has it"} if _fault else {},
     )
     CONVENTIONS.register(_name, _convention)

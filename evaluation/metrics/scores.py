@@ -35,12 +35,6 @@ RESERVED = {"accuracy", "videos", "frames", "segments", "about", "per_phase", "p
 METRICS: Registry[Metric] = Registry("metric", "surgstage.metrics", RESERVED)
 
 
-def metric_title(name: str) -> str:
-    """Return the title of a metric, or its name if it is not registered (results may come from elsewhere)."""
-    known = METRICS.find(name).title if name in METRICS.names() else name.replace("f1@", "F1@")
-    return {"accuracy": "Accuracy", "edit": "Edit score"}.get(name, known)
-
-
 def percent(part: Counts, whole: Counts) -> FloatArray:
     """Return 100 * part / whole, limited to 100 (also for x/0), and NaN for 0/0."""
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -139,6 +139,7 @@ CONVENTIONS.register(
         title="segments: edit score and F1 at an overlap",
         absent_phase="not applicable: segments are compared, whatever their phase",
         std="over videos (n - 1)",
+        titles={"edit": "Edit score", **{f"f1@{percent}": f"F1@{percent}" for percent in OVERLAPS_PERCENT}},
         source="ms-tcn's evaluation (accuracy and F1 pooled, edit a mean over videos), "
         "the mean of F1 over videos beside",
     ),

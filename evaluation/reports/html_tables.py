@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evaluation.metrics.conventions import metric_title
 from evaluation.metrics.results import HEAD, Interval, PhaseAbout, PooledScore, Score, ToolAbout, counted
-from evaluation.metrics.scores import metric_title
 from evaluation.reports.gather import Report, RunResults, differing_settings, settings_of
 from evaluation.reports.tables import (
     IN_BRACKETS,

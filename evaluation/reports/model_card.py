@@ -11,8 +11,8 @@ import yaml
 from configs.dataset_spec import DataSetSpec
 from configs.load import read_yaml
 from engine.files import read_json_object, write_text
+from evaluation.metrics.conventions import metric_title
 from evaluation.metrics.results import HEAD, Evaluation, Score
-from evaluation.metrics.scores import metric_title
 from evaluation.reports.summary import settings_behind, used_videos
 from evaluation.reports.tables import mean_std_text, metrics_of, number_text
 from evaluation.reports.templates import template_environment

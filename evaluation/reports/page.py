@@ -18,7 +18,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from engine.files import write_text
-from evaluation.metrics.scores import metric_title
+from evaluation.metrics.conventions import metric_title
 from evaluation.reports import html_tables, plotly_figures
 from evaluation.reports.gather import Report
 from evaluation.reports.templates import TEMPLATES, template_environment

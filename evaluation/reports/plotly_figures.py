@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.metrics.conventions import MAIN_CONVENTION
+from evaluation.metrics.conventions import MAIN_CONVENTION, metric_title
 from evaluation.metrics.results import Interval
-from evaluation.metrics.scores import metric_title
 from evaluation.metrics.tools import DEFAULT_THRESHOLD
 from evaluation.reports.gather import TRUTH_NAME, Report, RunResults
 from evaluation.reports.paper_figures import (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from configs.errors import UserError
-from evaluation.metrics.conventions import MAIN_CONVENTION
+from evaluation.metrics.conventions import MAIN_CONVENTION, convention_titles, metric_title
 from evaluation.metrics.results import (
     ByConvention,
     Interval,
@@ -22,7 +22,6 @@ from evaluation.metrics.results import (
     ToolResults,
     counted,
 )
-from evaluation.metrics.scores import metric_title
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -110,8 +109,10 @@ def conventions_table(results: ByConvention) -> ResultTable:
     shown = _frame_conventions(results)
     about = next(iter(shown.values())).about
     note = f"Standard deviation: over videos or phases, as the convention has it. {_setting(about)}."
-    if "relaxed_matlab" in shown and (found := shown["relaxed_matlab"].score("f1_surgformer")):
-        note += f" F1 as Surgformer's copy of relaxed_matlab has it: {mean_std_text(found)}."
+    titles = convention_titles()
+    for result in shown.values():
+        own = [name for name in result.scores if name in titles and name not in result.metrics]
+        note += "".join(f" {titles[name]}: {mean_std_text(result.score(name))}." for name in own)
     return _scores_table("Phases under every convention, percent", "Convention", shown, note)
 
 

@@ -13,10 +13,12 @@ from tests.cli import run, run_fresh
 EXAMPLE = Path(__file__).with_name("metric_example.py")
 CONVENTION = """
 from evaluation.metrics.conventions import CONVENTIONS, FrameConvention
+from evaluation.metrics.results import Score
 
 CONVENTIONS.register("lenient", FrameConvention(
     title="every labelled frame is right", order="pooled", absent_phase="left out", std="over phases", source="a test",
-    right=lambda video, fps: video.labelled,
+    right=lambda video, fps: video.labelled, titles={"leniency": "Leniency"},
+    extra=lambda table: {"leniency": Score(table.right.sum() / table.frames.sum(), None)},
 ))
 """
 TRUTH = {"video01": "0011", "video02": "0222"}
@@ -62,6 +64,7 @@ def test_a_convention_is_one_file(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert list(json.loads((folder / "results.json").read_text(encoding="utf-8"))) == ["lenient"]
     assert "lenient" in done.stdout
+    assert "Leniency: 1.0." in " ".join(done.stdout.split())
     unknown = run(["evaluate", *FOLDERS, *options], folder)
     assert unknown.returncode == 2
     assert "unknown convention 'lenient'; choose from phase_mean" in unknown.stderr

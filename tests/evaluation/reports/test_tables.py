@@ -12,7 +12,7 @@ from configs.errors import UserError
 from evaluation.metrics.phases import evaluate_phases
 from evaluation.metrics.relaxed import CHOLEC80
 from evaluation.metrics.tools import evaluate_tools
-from evaluation.reports.tables import comparison_table, phase_table, segment_table, tool_table
+from evaluation.reports.tables import comparison_table, conventions_table, phase_table, segment_table, tool_table
 
 
 def shown(table, width: int = 80) -> str:
@@ -81,6 +81,14 @@ def test_segment_table(results):
     text = shown(segment_table(results))
     assert f"{results['segmental'].scores['f1@25'].pooled:.1f}" in text
     assert "F1@50" in text
+    assert "Edit score" in text
+
+
+def test_a_conventions_own_score_is_below_the_table(results):
+    text = " ".join(shown(conventions_table(results)).split())
+    score = results["relaxed_matlab"].scores["f1_surgformer"]
+    assert f"F1 as Surgformer's copy of relaxed_matlab has it: {score.mean:.1f} ± {score.std:.1f}." in text
+    assert text.count("Surgformer") == 1
 
 
 def test_tool_table_with_and_without_thresholds():
