@@ -1,4 +1,4 @@
-"""Look up heads, encoders, metrics and conventions by name, including those of code outside this project.
+"""Look up heads, encoders, metrics and other entries by name, including those of code outside this project.
 
 This project's own files register their entries when they are imported. If a name is unknown, plug-ins are imported,
 once per process: the entry points of the registry's group (`surgstage.heads`, ...) in all installed packages, and the

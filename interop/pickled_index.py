@@ -20,10 +20,11 @@ from configs.load import load_dataset
 from configs.schema import Config, DataConfig, SplitConfig
 from engine.files import atomic_path, inside
 from engine.progress import say
-from features.dataset.annotations import LabelTrack, read_phase_file, read_tool_file, write_label_file
+from features.dataset.annotations import LabelTrack
 from features.dataset.build import build_index
 from features.dataset.catalogue import data_root, keep_index, open_dataset
 from features.dataset.discover import FoundVideo, find_videos, id_of_folder
+from features.dataset.formats.cholec80 import read_phase_file, read_tool_file, write_label_file
 from features.dataset.frame_folders import LabelEnd, frame_folder, infer_layout, scan_folder, scan_names, source_frames
 from features.dataset.index import Dataset, Index, VideoEntry
 from features.dataset.labels import sample_labels, sampled_labels

@@ -15,7 +15,8 @@ from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, listed
 from configs.schema import DataConfig
 from engine.files import inside
-from features.dataset.annotations import LabelTrack, parse_phases, parse_tools, read_content, row_error
+from features.dataset.annotations import LabelTrack, read_content, row_error
+from features.dataset.formats.base import find_format
 from features.dataset.index import AnnotationFile, Dataset, VideoEntry
 from features.dataset.row_numbers import Extent, RowNumbering
 from features.dataset.sampling import frame_times_s, sampled_frames
@@ -84,7 +85,8 @@ def read_annotation(root: Path, relative: str, role: Role, spec: DataSetSpec) ->
     """Read and parse an annotation file. Raises UserError as `parse_phases` and `parse_tools` do."""
     path = inside(root, relative)
     content = read_content(path)
-    track = (parse_phases if role == "phase" else parse_tools)(content, path, spec)
+    found = find_format(content, path)
+    track = (found.phases if role == "phase" else found.tools)(content, path, spec)
     file = AnnotationFile(path=relative, sha256=sha256(content).hexdigest(), rows=len(track.frame_index))
     return Annotation(path, file, track)
 

@@ -32,7 +32,8 @@ from engine.files import (
 )
 from engine.pool import Advance, VideoFault, work_through
 from engine.stopping import StopRequest
-from features.dataset.annotations import LabelTrack, read_phase_file, read_tool_file, write_label_file
+from features.dataset.annotations import LabelTrack
+from features.dataset.formats.cholec80 import read_phase_file, read_tool_file, write_label_file
 from features.simulation.procedure import check_spec, draw_operation, frame_seconds, load_table
 from features.simulation.scene import Scene
 from features.video.scan import count_packets

@@ -2,8 +2,8 @@
 
 A head maps embeddings (B, T, D) to phase logits (B, T, C). A causal head computes the same logits, apart from rounding,
 for a whole video at once, for chunks of any length with the state carried from one to the next, and frame by frame with
-`step`. A new head is one file that defines its settings and its class, and decorates the class with `register_head`
-(docs/extending.md).
+`step`. A head from outside is one file that defines its settings and its class, and decorates the class with
+`register_head` (docs/extending.md). Those of built-in heads are in `configs.schema`, which does not import torch.
 """
 
 from __future__ import annotations

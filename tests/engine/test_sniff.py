@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from configs.errors import UserError
 from configs.load import load_dataset
 from engine.sniff import recognise_file
-from features.dataset.annotations import read_phase_file
+from features.dataset.formats.cholec80 import read_phase_file
 from features.dataset.tfrecord import scan_records
 from features.video.scan import probe_video
 from tests.videos import VideoSpec, write_video

@@ -68,7 +68,7 @@ def _written(write: Callable[[Path], object], name: str = "file") -> bytes:
 
 
 def _read_phases(path: Path) -> object:
-    from features.dataset.annotations import read_phase_file
+    from features.dataset.formats.cholec80 import read_phase_file
     from features.dataset.labels import sample_labels
 
     track = read_phase_file(path, SPEC)
@@ -82,7 +82,7 @@ def _phase_seeds() -> list[bytes]:
 
 
 def _read_tools(path: Path) -> object:
-    from features.dataset.annotations import read_tool_file
+    from features.dataset.formats.cholec80 import read_tool_file
 
     return read_tool_file(path, SPEC)
 

@@ -16,9 +16,10 @@ import pytest
 from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import Config, DataConfig, SplitConfig
-from features.dataset.annotations import LabelTrack, write_label_file
+from features.dataset.annotations import LabelTrack
 from features.dataset.catalogue import index_dataset, open_dataset
 from features.dataset.check import check_index
+from features.dataset.formats.cholec80 import write_label_file
 from features.dataset.index import Dataset, Index
 from features.dataset.labels import load_labels
 from features.dataset.sampling import sampled_frames

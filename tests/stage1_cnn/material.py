@@ -20,8 +20,9 @@ from configs.schema import (
     SplitConfig,
 )
 from engine.stopping import StopRequest
-from features.dataset.annotations import LabelTrack, write_label_file
+from features.dataset.annotations import LabelTrack
 from features.dataset.build import build_index
+from features.dataset.formats.cholec80 import write_label_file
 from features.dataset.index import Dataset, Index
 from tests.videos import VideoSpec, write_video
 

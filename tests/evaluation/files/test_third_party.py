@@ -13,7 +13,7 @@ from configs.errors import UserError
 from configs.load import load_dataset
 from evaluation.files.predictions import PredictionFile, write_prediction_csv
 from evaluation.files.third_party import find_phase_files, read_external_phases
-from features.dataset.annotations import read_phase_file
+from features.dataset.formats.cholec80 import read_phase_file
 from features.dataset.phase_order import parse_phase_order
 
 CHOLEC80 = load_dataset("cholec80")

@@ -23,10 +23,11 @@ from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from configs.load import load_config, load_dataset
 from configs.schema import DataConfig, SplitConfig
-from features.dataset.annotations import LabelTrack, read_content, write_label_file
+from features.dataset.annotations import LabelTrack, read_content
 from features.dataset.build import build_index
 from features.dataset.catalogue import open_dataset
 from features.dataset.check import check_index
+from features.dataset.formats.cholec80 import write_label_file
 from features.dataset.frame_folders import frame_folder
 from features.dataset.index import Dataset, Index, VideoEntry
 from features.dataset.labels import load_labels

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import DataConfig
-from features.dataset.annotations import LabelTrack, read_phase_file, read_tool_file
+from features.dataset.annotations import LabelTrack
+from features.dataset.formats.cholec80 import read_phase_file, read_tool_file
 from features.dataset.labels import Role, fit_tracks, sample_labels, unlabelled_note
 from features.dataset.row_numbers import Extent, RowNumbering, infer_numberings
 

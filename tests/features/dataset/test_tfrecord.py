@@ -23,9 +23,10 @@ from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import Config, DataConfig
 from features.dataset import tfrecord
-from features.dataset.annotations import LabelTrack, write_label_file
+from features.dataset.annotations import LabelTrack
 from features.dataset.build import build_index
 from features.dataset.check import check_index
+from features.dataset.formats.cholec80 import write_label_file
 from features.dataset.index import Dataset, Index
 from features.dataset.labels import load_labels
 from features.dataset.layouts import RecordLayout

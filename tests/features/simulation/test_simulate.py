@@ -23,8 +23,8 @@ from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import DataConfig, SplitConfig
 from engine.stopping import Stopped, watch_signals
-from features.dataset.annotations import read_phase_file, read_tool_file
 from features.dataset.build import build_index
+from features.dataset.formats.cholec80 import read_phase_file, read_tool_file
 from features.run_lengths import true_spans
 from features.simulation.instruments import Materials, draw_tool
 from features.simulation.procedure import Operation, draw_operation, frame_seconds, load_table, tool_set_p

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from configs.load import load_dataset
-from features.dataset.annotations import (
-    LabelTrack,
+from features.dataset.annotations import LabelTrack
+from features.dataset.formats.cholec80 import (
     parse_phases,
     parse_tools,
     read_phase_file,
