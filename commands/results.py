@@ -181,7 +181,8 @@ def predict(
     If a video cannot be read, it is reported, the others are predicted, and the exit code is 1. For research only, not
     a medical device.
     """
-    from stage2_temporal.new_videos import joint_net, pair_of_stages, predict_new_videos
+    from stage2_temporal.joint.new_videos import joint_net
+    from stage2_temporal.new_videos import pair_of_stages, predict_new_videos
 
     run = settings.run()
     if joint := options.uses_joint(model, run):

@@ -19,6 +19,7 @@ from features.store_folder import usable_index
 from stage1_cnn.extract import extract
 from stage1_cnn.train import train_cnn
 from stage2_temporal.evaluate import evaluate_run
+from stage2_temporal.joint.start import start_weights
 from stage2_temporal.train import require_arithmetic, train_temporal
 
 Value = TypeVar("Value")
@@ -53,7 +54,8 @@ def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
     report.require_others_done()
     say(report.sentence())
     usable_index(report.folder).require_videos("train", "val", "test")
-    stage("train-temporal", lambda: train_temporal(config, run, report.folder, stop), _finished(run / "temporal"))
+    start, trained_before = start_weights(config), _finished(run / "temporal")
+    stage("train-temporal", lambda: train_temporal(config, run, report.folder, stop, start=start), trained_before)
     stage("evaluate", lambda: evaluate_run(config, run, stop=stop, redo=False), (run / "evaluate" / "test").exists())
     summary = update_summary(run, {})
     for line in closing_lines(run, summary, time.monotonic() - started):

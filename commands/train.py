@@ -107,6 +107,7 @@ def train_temporal(settings: Settings, features: Path | None, joint_run: str | N
     epochs. Give each experiment its own --name; a name that exists with other settings is refused.
     """
     from features.store_folder import find_feature_folder
+    from stage2_temporal.joint.start import start_weights
     from stage2_temporal.train import train_temporal as train
 
     config = settings.changed({"temporal.start_from": settings.joint_checkpoint(joint_run)})
@@ -114,7 +115,7 @@ def train_temporal(settings: Settings, features: Path | None, joint_run: str | N
     run = settings.run()
     folder = find_feature_folder(features, run, config.extract.store)
     with options.watch_signals() as stop:
-        result = train(config, run, folder, stop, given=settings.given())
+        result = train(config, run, folder, stop, start=start_weights(config), given=settings.given())
     end_of_training("stage two", result)
 
 

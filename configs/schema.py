@@ -30,6 +30,8 @@ from configs.errors import UserError
 from configs.registry import Registry
 
 MAX_FPS = 10_000.0  # cameras with 1,000 frames per second exist; rates above this limit come from damaged files
+# The folder of a stage in a run is called like the section of its settings.
+TEMPORAL_FOLDER, JOINT_FOLDER = "temporal", "joint"
 Precision = Literal["auto", "native", "fp32", "bf16", "fp16"]
 
 

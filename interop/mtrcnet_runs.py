@@ -11,7 +11,7 @@ import torch
 
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys, flatten, load_config, load_dataset
-from configs.schema import Config, LstmHead
+from configs.schema import JOINT_FOLDER, Config, LstmHead
 from engine.checkpoints import load_external_state, save_checkpoint, save_external_weights
 from engine.files import read_json_object, sha256_file
 from engine.progress import say
@@ -37,7 +37,7 @@ from interop.mtrcnet_checkpoints import (
 )
 from stage1_cnn.encoders.weights import below
 from stage1_cnn.model import linear, weights_sha256
-from stage2_temporal.joint.net import FOLDER, IMPORTED, STEPS, JointAbout, JointNet, joint_checkpoint, load_joint
+from stage2_temporal.joint.net import IMPORTED, STEPS, JointAbout, JointNet, joint_checkpoint, load_joint
 
 
 @dataclass(frozen=True)
@@ -197,13 +197,13 @@ def _import_mapping(
 
 
 def _write_run(run: Path, config: Config, net: JointNet, about: JointAbout) -> dict[str, Any]:
-    trained = [step for step in STEPS if (run / FOLDER / step).exists()]
+    trained = [step for step in STEPS if (run / JOINT_FOLDER / step).exists()]
     if trained:
-        raise UserError(f"{run / FOLDER / trained[0]}: this run has a trained joint net; choose another --name")
+        raise UserError(f"{run / JOINT_FOLDER / trained[0]}: this run has a trained joint net; choose another --name")
     content = replace(about, scores=None).to_json()
     weights = weights_sha256(net)
     named = {key: value for key, value in content.items() if key != "unused"}  # the file's hash in `original` covers it
-    stage = StageFolder(run, f"{FOLDER}/{IMPORTED}", config, StageIdentity({**named, "weights_sha256": weights}))
+    stage = StageFolder(run, f"{JOINT_FOLDER}/{IMPORTED}", config, StageIdentity({**named, "weights_sha256": weights}))
     path = stage.path / "best.pt"
     found = stage.result
     if found is not None and path.is_file():

@@ -21,8 +21,8 @@ from torch import Tensor
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys, load_dataset
-from configs.schema import Config, PreprocessConfig
-from engine.device import choose_device, choose_precision, lower_precision, start_stage
+from configs.schema import JOINT_FOLDER, Config, PreprocessConfig
+from engine.device import start_stage
 from engine.files import atomic_path, inside, make_folder, read_json, sha256_file, write_json
 from engine.memory import needs_gpu_memory
 from engine.pool import VIDEO_ERRORS, attempt, failure_reason, require_one_usable
@@ -36,7 +36,7 @@ from evaluation.reports.paper_figures import phase_ribbons
 from features.dataset.build import dataset_of_source
 from features.dataset.index import Dataset, VideoEntry
 from features.dataset.sampling import frame_times_s, sampled_frames
-from features.frames.preprocess import crop_frames, normalise, preprocess_from_json
+from features.frames.preprocess import preprocess_from_json
 from features.frames.settings_match import require_preprocess_of
 from features.frames.source import open_source, source_frames
 from features.ids import file_stem
@@ -47,7 +47,6 @@ from stage1_cnn.encoders.encoder import load_encoder
 from stage1_cnn.encoders.pretrained import CHECKPOINT_STAGE
 from stage2_temporal.data import with_tool_logits
 from stage2_temporal.heads.base import require_causal
-from stage2_temporal.joint.net import FOLDER, joint_checkpoint, load_joint
 from stage2_temporal.model import PhaseModel
 from stage2_temporal.predict import Inference, OnlinePredictor, chosen_inference, load_temporal, other_encoder
 
@@ -124,7 +123,7 @@ def pair_of_stages(
         raise UserError(f"{folder / 'best.pt'}: does not record the encoder of its features; train it again")
     preprocess = preprocess_from_json(recorded["preprocess"], str(folder / "best.pt"))
     require_preprocess_of(preprocess, config, given, folder / "best.pt", recorded["fps"], recorded["backbone"])
-    config = _as_trained(config, preprocess, recorded["fps"], recorded["backbone"], recorded.get("storage"))
+    config = as_trained(config, preprocess, recorded["fps"], recorded["backbone"], recorded.get("storage"))
     spec = load_dataset(config.data.dataset)
     require_same_classes(folder / "best.pt", "phases", about.phases, spec.phases)
     try:
@@ -156,7 +155,7 @@ def _with_other_ways(error: UserError, run: Path, cnn_run: Path | None) -> UserE
     """The error with a hint about what to do instead, if the run has stage two but not stage one."""
     if cnn_run is not None or (run / CHECKPOINT_STAGE).is_dir():
         return error
-    if not (run / FOLDER).is_dir():
+    if not (run / JOINT_FOLDER).is_dir():
         return UserError(f"{error}; or use --from-cnn to name the run whose stage one made the features")
     return UserError(
         f"{error}; this run also has a joint net: add --model joint to predict with it or, if the features came from "
@@ -164,39 +163,7 @@ def _with_other_ways(error: UserError, run: Path, cnn_run: Path | None) -> UserE
     )
 
 
-def joint_net(config: Config, run: Path, inference: Inference | None = None, given: GivenKeys = NO_KEYS) -> Recogniser:
-    """The joint net of `run`.
-
-    Raises UserError if it has no phase branch or other classes, or if the user gave (`given`) other image settings.
-    """
-    path = joint_checkpoint(run)
-    net, about = load_joint(path)
-    if net.phase is None:
-        raise UserError(f"{path}: a net for tools only; predict needs a phase branch, `extract --from-joint` does not")
-    inference = chosen_inference(inference, about.inference, net.phase, path)
-    require_preprocess_of(about.preprocess, config, given, path, about.fps, about.backbone)
-    config = _as_trained(config, about.preprocess, about.fps, about.backbone)
-    spec = load_dataset(config.data.dataset)
-    require_same_classes(path, "phases", about.phases, spec.phases)
-    if net.tool_head is not None:
-        require_same_classes(path, "tools", about.tools, spec.tools)
-    device = choose_device(config.device)
-    precision = choose_precision("extract.precision", config.extract.torch_precision, device, training=False)
-    start_stage("predict", config, device, precision)
-    net = net.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    @torch.no_grad()
-    def encode(frames: Tensor) -> tuple[Tensor, NDArray[np.float32] | None]:
-        crops = crop_frames(frames.to(device, non_blocking=True), config.preprocess.crop_px)[:, 0]  # (N, S, S, 3)
-        with lower_precision(device, precision):
-            embedding = net.embed(normalise(crops, config.preprocess, device)).float()  # (N, D)
-        return embedding, net.tool_head(embedding).cpu().numpy() if net.tool_head is not None else None
-
-    weights = {"joint": sha256_file(path)}
-    return Recogniser(encode, net.phase, inference, about.frames, config, spec, weights)
-
-
-def _as_trained(
+def as_trained(
     config: Config, preprocess: PreprocessConfig, fps: float, backbone: str, storage: str | None = None
 ) -> Config:
     """The settings, with the training's preprocessing, sampling rate, backbone and type of stored features.

@@ -46,6 +46,8 @@ from stage2_temporal.predict import TemporalAbout, predict_spans
 FRAME_FOLDER = "frame"
 # Freed memory is given back no more often, since mapping it again makes the next epoch a few percent slower.
 TRIM_INTERVAL_S = 60.0
+# From phases, head and width of the features to the state dict of a `PhaseModel`.
+StartWeights = Callable[[Sequence[str], schema.HeadSettings, int], Mapping[str, Any]]
 SCORE = "frame accuracy, mean over the validation videos"
 
 
@@ -56,12 +58,14 @@ def train_temporal(
     stop: StopRequest,
     data: TrainingData | None = None,
     *,
+    start: StartWeights | None = None,
     given: GivenKeys = NO_KEYS,
 ) -> TrainingResult:
     """Train on the features in `folder`, write `RUN/temporal`, and return the content of its `result.json`.
 
-    `data` is the return value of `read_training_data(folder)`; several trainings can share it. `given` holds the
-    settings that the user gave, which must not contradict the features.
+    `data` is the return value of `read_training_data(folder)`; several trainings can share it. `start` reads the
+    weights that `temporal.start_from` names (see `stage2_temporal.joint.start`). `given` holds the settings that the
+    user gave, which must not contradict the features.
 
     The best epoch is the one with the highest `SCORE`. A finished run with the same settings, features and labels is
     not repeated, and an unfinished one resumes where it stopped. Raises UserError if there is nothing to train on, if
@@ -88,11 +92,11 @@ def train_temporal(
         say(f"{folder}: no validation videos with phases, so the last epoch is kept instead of the best")
     constants = _constants(config, data)
     data = data.to(accelerator.device)
-    outcome = train_head(stage.path, config.temporal.head, config, data, constants, accelerator, processes)
+    outcome = train_head(stage.path, config.temporal.head, config, data, constants, accelerator, processes, start)
     frame = None
     if config.temporal.baseline:
         linear = schema.LinearHead(name="linear")
-        frame = train_head(stage.path / FRAME_FOLDER, linear, config, data, constants, accelerator, processes)
+        frame = train_head(stage.path / FRAME_FOLDER, linear, config, data, constants, accelerator, processes, start)
     computed = {"device": str(accelerator.device), "precision": precision, "features": str(folder)}
     return processes.from_first(lambda: _combined(data, outcome, frame, computed).write(stage))
 
@@ -106,13 +110,14 @@ def train_head(
     constants: tuple[Tensor, Tensor],
     accelerator: Accelerator,
     processes: Processes,
+    start: StartWeights | None,
 ) -> TrainingResult:
     """The training loop of stage two for one head: writes `best.pt`, `last.pt` and `metrics.jsonl` into `folder`."""
     settings = config.temporal
     give_back_freed_memory()
     trimmed = time.monotonic()
     seed_everything(config.seed)
-    model = _initial_model(head, config, data, constants)
+    model = _initial_model(head, config, data, constants, start)
     labelled = count_phases(data.bank, data.train, len(data.phases))  # (C,)
     criterion = PhaseLoss(settings, labelled, processes.total)
     groups = [{"params": model.head.parameters(), "name": "head"}]
@@ -141,16 +146,19 @@ def train_head(
 
 
 def _initial_model(
-    head: schema.HeadSettings, config: Config, data: TrainingData, constants: tuple[Tensor, Tensor]
+    head: schema.HeadSettings,
+    config: Config,
+    data: TrainingData,
+    constants: tuple[Tensor, Tensor],
+    start: StartWeights | None,
 ) -> PhaseModel:
     """The model before the first step, with new weights or, if `head` is the one in the settings, `start_from`'s."""
     settings, width = config.temporal, data.bank.embedding_dim
     model = PhaseModel(Standardise(*constants), build_head(head, width, len(data.phases)))
     model.head.configure_training(settings)
     if settings.start_from is not None and head == settings.head:
-        from stage2_temporal.joint.net import phase_weights  # here, since it imports the image encoders
-
-        model.load_state_dict(phase_weights(settings.start_from, data.phases, head, width))
+        assert start is not None
+        model.load_state_dict(start(data.phases, head, width))
     return model
 
 

@@ -287,7 +287,7 @@ MODES = [
         "predict",
         "a joint net",
         ["video.mp4", *JOINT],
-        ("stage2_temporal.new_videos:joint_net", NEW_VIDEOS),
+        ("stage2_temporal.joint.new_videos:joint_net", NEW_VIDEOS),
         PREDICT,
         {"--from-cnn": "a", "--from-joint": "b", "--trusted": ""},
     ),

@@ -74,6 +74,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
     replace(monkeypatch, "features.dataset.catalogue", "open_dataset", lambda config: (config.data, "root"))
     replace(monkeypatch, "features.store_folder", "find_feature_folder", lambda *where: where)
     replace(monkeypatch, "stage2_temporal.joint.net", "joint_checkpoint", lambda run: run / "best.pt")
+    replace(monkeypatch, "stage2_temporal.joint.start", "start_weights", lambda config: None)
     replace(monkeypatch, "stage2_temporal.joint.train", "Start", lambda *runs: runs)
     replace(monkeypatch, "interop.mtrcnet_runs", "ImportRequest", lambda *said, **more: (said, more))
     replace(

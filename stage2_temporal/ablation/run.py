@@ -49,6 +49,7 @@ from features.store_folder import find_feature_folder
 from stage2_temporal.ablation.features import SharedFeatures, folder_of, share_features
 from stage2_temporal.ablation.study import NAMED, TrialFolders, corners, distributions, open_study, size
 from stage2_temporal.data import TrainingData
+from stage2_temporal.joint.start import start_weights
 from stage2_temporal.train import SCORE, require_arithmetic, train_temporal
 
 BASE = "base"
@@ -102,7 +103,8 @@ class UnitTask:
         config = unit_config(self.source, self.overrides, unit)
         data = self._data(unit.features, config)
         with cpu_threads(self.threads), no_bars():  # the table shows the progress
-            train_temporal(config, self.trials / unit.folder, unit.features, _StopWithParent(advance), data)
+            folder, stop = self.trials / unit.folder, _StopWithParent(advance)
+            train_temporal(config, folder, unit.features, stop, data, start=start_weights(config))
         advance(1)
 
     def _data(self, features: Path, config: Config) -> TrainingData:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, one_line
-from configs.schema import Config, HeadConfig, HeadSettings, JointNetConfig, PreprocessConfig
+from configs.schema import JOINT_FOLDER, Config, HeadConfig, HeadSettings, JointNetConfig, PreprocessConfig
 from engine.checkpoints import load_checkpoint
 from engine.records import Record
 from engine.runs import require_same_classes
@@ -35,7 +35,6 @@ from stage2_temporal.model import PhaseModel, require_same_head, require_same_mo
 from stage2_temporal.predict import Inference, load_temporal
 
 KIND = "joint"
-FOLDER = "joint"
 STEPS = ("multitask", "mapping", "correlation")
 IMPORTED = "imported"
 
@@ -270,10 +269,10 @@ def joint_checkpoint(run: Path) -> Path:
     Raises UserError if the run has neither.
     """
     for step in (*reversed(STEPS), IMPORTED):
-        path = run / FOLDER / step / "best.pt"
+        path = run / JOINT_FOLDER / step / "best.pt"
         if path.is_file():
             return path
-    raise UserError(f"{run / FOLDER}: no joint net; run train-joint under that name first")
+    raise UserError(f"{run / JOINT_FOLDER}: no joint net; run train-joint under that name first")
 
 
 def phase_weights(path: Path, phases: Sequence[str], head: HeadSettings, width: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 
 from configs.errors import UserError
 from configs.load import differences
-from configs.schema import Config, JointStepConfig
+from configs.schema import JOINT_FOLDER, Config, JointStepConfig
 from engine.checkpoints import load_checkpoint
 from engine.device import choose_device, choose_precision, make_accelerator, say_few_cores, seed_everything, start_stage
 from engine.files import sha256_file
@@ -56,7 +56,6 @@ from stage2_temporal.heads.base import detach_state, first_rows
 from stage2_temporal.joint.data import clip_requests, spans_of
 from stage2_temporal.joint.loss import JointLoss
 from stage2_temporal.joint.net import (
-    FOLDER,
     STEPS,
     JointAbout,
     JointNet,
@@ -126,7 +125,7 @@ def train_joint(
     processes = join(config.device, stop)
     files = start.files()
     _require_effect(config)
-    dataset = dataset.without(recorded_faults(run / FOLDER / STEPS[0], dataset.index))
+    dataset = dataset.without(recorded_faults(run / JOINT_FOLDER / STEPS[0], dataset.index))
     dataset.index.require_videos("train", "val")
     seed_everything(config.seed)
     net = processes.each(lambda: initial_net(config, dataset.index, start, trusted=trusted))
@@ -382,7 +381,7 @@ def _stages(config: Config, run: Path, index: Index, files: Mapping[str, Path]) 
         steps[step] = settings_without(settings, "checkpoint_minutes")
         loss = settings_without(joint.loss) if step == "correlation" else None
         identity = StageIdentity({**common, "steps": dict(steps), "correlation": loss})
-        found[step] = StageFolder(run, f"{FOLDER}/{step}", config, identity)
+        found[step] = StageFolder(run, f"{JOINT_FOLDER}/{step}", config, identity)
     return found
 
 

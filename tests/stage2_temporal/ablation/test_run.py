@@ -163,10 +163,10 @@ def test_what_failed_for_a_passing_reason_is_done_the_next_time(world: Path, mon
     file = write_ablation(world, space={"temporal.head.hidden": [6, 12]})
     original = ablate_module.train_temporal
 
-    def fail_for_six(config: Any, *arguments: Any) -> Any:
+    def fail_for_six(config: Any, *arguments: Any, **named: Any) -> Any:
         if config.temporal.head.hidden == 6 and config.seed == 1:
             raise UserError("no room left on the disk")
-        return original(config, *arguments)
+        return original(config, *arguments, **named)
 
     monkeypatch.setattr(ablate_module, "train_temporal", fail_for_six)
     assert run(world, file) == [("hidden=6, seed 1", "no room left on the disk")]

@@ -26,6 +26,7 @@ from stage2_temporal.joint.evaluate import evaluate_joint
 from stage2_temporal.joint.loss import JointLoss
 from stage2_temporal.joint.net import JointNet, build_joint, joint_checkpoint, load_joint
 from stage2_temporal.joint.predict import embed_crops, predict_videos
+from stage2_temporal.joint.start import start_weights
 from stage2_temporal.joint.train import Start, initial_net, leaves_unused, train_joint
 from stage2_temporal.model import PhaseModel
 from stage2_temporal.new_videos import pair_of_stages
@@ -268,7 +269,7 @@ def test_features_of_the_joint_backbone_and_a_head_that_starts_from_its_lstm(sta
     expected = embed_crops(net, pixels, config.preprocess, "centre", 0, torch.no_grad)[0].numpy()
     found = load_feature_set(folder, [entry.id])[entry.id]
     assert np.abs(found.features - expected).max() < 1e-4 * np.abs(expected).max()
-    result = train_temporal(again, run, folder, StopRequest())
+    result = train_temporal(again, run, folder, StopRequest(), start=start_weights(again))
     assert result.epochs == 2
     (stages.run.parent / "tiny-set.yaml").write_text(yaml.safe_dump(SPEC.model_dump(mode="json")))
     tree["data"]["dataset"] = str(stages.run.parent / "tiny-set.yaml")
@@ -278,7 +279,7 @@ def test_features_of_the_joint_backbone_and_a_head_that_starts_from_its_lstm(sta
         pair_of_stages(Config.model_validate(tree), run)
     with pytest.raises(UserError, match="its head differs"):
         other = settings(stages, JOINT, temporal={"head": HEAD | {"hidden": 9}, "start_from": path})
-        train_temporal(other, stages.config.runs / "other", folder, StopRequest())
+        train_temporal(other, stages.config.runs / "other", folder, StopRequest(), start=start_weights(other))
 
 
 def test_an_evaluation_records_its_inference(stages: World) -> None:
