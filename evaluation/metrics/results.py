@@ -193,10 +193,20 @@ class ToolAbout(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ToolMetricResults(Record):
+    """Results of one registered metric: means over tools on pooled frames and over videos, and each tool's."""
+
+    pooled: float | None
+    video: float | None
+    per_tool: Mapping[str, PooledScore]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ToolResults(Record):
     """Results of tool recognition: mAP on pooled frames and over videos.
 
-    `at_threshold` contains means over the tools that appear.
+    `at_threshold` contains means over the tools that appear, and `metrics` the results of metrics that plug-ins have
+    registered, or None without such metrics.
     """
 
     map_pooled: float | None
@@ -204,6 +214,7 @@ class ToolResults(Record):
     per_tool: Mapping[str, OneTool]
     per_video: Mapping[str, ToolVideo]
     at_threshold: ThresholdScores | None = None
+    metrics: Mapping[str, ToolMetricResults] | None = None
     about: ToolAbout
 
 

@@ -6,20 +6,54 @@ Papers call both averages mAP, so both are always computed. docs/evaluation.md h
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
+from configs.registry import Registry
 from evaluation.metrics.conventions import mean_known
 from evaluation.metrics.counts import FloatArray, IntArray
-from evaluation.metrics.results import OneTool, Score, ThresholdScores, ToolAbout, ToolResults, ToolVideo, json_number
+from evaluation.metrics.results import (
+    OneTool,
+    PooledScore,
+    Score,
+    ThresholdScores,
+    ToolAbout,
+    ToolMetricResults,
+    ToolResults,
+    ToolVideo,
+    json_number,
+)
 
 DEFAULT_THRESHOLD = 0.5
 
 LabelsAndScores = tuple[IntArray, FloatArray]  # (T, K) each
+Measure = Callable[[IntArray, FloatArray], float]
+
+
+@dataclass(frozen=True)
+class ToolMetric:
+    """A metric of one tool, computed for each video and for the frames of all videos pooled.
+
+    `title` is used in column headers. `measure` returns percent from presence (T,), which is 1, 0 or -1 for no label,
+    and probabilities or logits (T,), or NaN if it is undefined; such values are left out of means.
+    """
+
+    title: str
+    measure: Measure
+
+
+# Metrics that are computed in addition to average precision.
+TOOL_METRICS: Registry[ToolMetric] = Registry("tool metric", "surgstage.tool_metrics", reserved={"ap", "map"})
+
+
+def tool_metric_title(name: str) -> str:
+    """Return the title of a tool metric, or its name if it is not registered (results may come from elsewhere)."""
+    return TOOL_METRICS.find(name).title if name in TOOL_METRICS.names() else name
 
 
 def evaluate_tools(
@@ -43,8 +77,7 @@ def evaluate_tools(
     """
     videos = _checked(truth, scores, len(tools))
     labels, values = _concatenated(videos)
-    pooled = _average_precisions(labels, values)  # (K,)
-    single = np.stack([_average_precisions(*pair) for pair in videos.values()])  # (V, K)
+    pooled, single = _each_tool(average_precision, videos)  # (K,), (V, K)
     over_videos = mean_known(single, axis=0)
     limits = [thresholds[tool] for tool in tools] if thresholds else []
     at_threshold = [_at_threshold(labels[:, k], values[:, k], limits[k]) for k in range(len(limits))]
@@ -71,6 +104,7 @@ def evaluate_tools(
             for v, video in enumerate(videos)
         },
         at_threshold=_threshold_scores(mean_known(np.array(at_threshold), axis=0)) if at_threshold else None,
+        metrics={name: _registered(name, videos, tools) for name in TOOL_METRICS.names()} or None,
         about=ToolAbout(
             split=split,
             fps=fps,
@@ -132,9 +166,26 @@ def choose_thresholds(
     return chosen
 
 
-def _average_precisions(labels: IntArray, values: FloatArray) -> FloatArray:
-    """Return the average precision of each of the K columns, (K,)."""
-    return np.array([average_precision(labels[:, k], values[:, k]) for k in range(labels.shape[1])])
+def _each_tool(measure: Measure, videos: Mapping[str, LabelsAndScores]) -> tuple[FloatArray, FloatArray]:
+    """Return a metric of each tool over the frames of all videos pooled, (K,), and in each video, (V, K)."""
+    pairs = [_concatenated(videos), *videos.values()]
+    rows = np.array([[measure(labels[:, k], values[:, k]) for k in range(labels.shape[1])] for labels, values in pairs])
+    return rows[0], rows[1:]
+
+
+def _registered(name: str, videos: Mapping[str, LabelsAndScores], tools: Sequence[str]) -> ToolMetricResults:
+    """Return the results of a registered metric."""
+    pooled, single = _each_tool(TOOL_METRICS.find(name).measure, videos)
+    over_videos = mean_known(single, axis=0)
+    scores = {tool: Score.of(over_videos[k], single[:, k]) for k, tool in enumerate(tools)}
+    return ToolMetricResults(
+        pooled=json_number(float(mean_known(pooled, axis=0))),
+        video=json_number(float(mean_known(over_videos, axis=0))),
+        per_tool={
+            tool: PooledScore(score.mean, score.std, json_number(pooled[k]))
+            for k, (tool, score) in enumerate(scores.items())
+        },
+    )
 
 
 def _at_threshold(labels: IntArray, values: FloatArray, limit: float) -> FloatArray:

@@ -18,7 +18,9 @@ from evaluation.reports.tables import (
     mean_std_text,
     metrics_of,
     number_text,
+    shared_tool_metrics,
     tool_cells,
+    tool_metric_columns,
 )
 
 HEAD_TITLES = {HEAD: "With time", "frame": "Frame by frame", "majority": "Longest phase always"}
@@ -135,8 +137,9 @@ def _tools(runs: Sequence[RunResults]) -> ResultTable:
     found = [run.evaluation.tools for run in runs]
     about = next(tools.about for tools in found if tools)
     extra = THRESHOLD_TITLES if all(tools.at_threshold for tools in found if tools) else ()
-    columns = ["AP pooled", "AP over videos", *extra]
-    cells = [tool_cells(tools) if tools else {} for tools in found]
+    metrics = shared_tool_metrics([tools for tools in found if tools])
+    columns = ["AP pooled", "AP over videos", *tool_metric_columns(metrics), *extra]
+    cells = [tool_cells(tools, metrics) if tools else {} for tools in found]
     rows = []
     for name in (*runs[0].truth.spec.tools, MEAN_AP):
         texts = [text for one in cells for text in one.get(name, ["-"] * len(columns))[: len(columns)]]

@@ -22,6 +22,7 @@ from evaluation.metrics.results import (
     ToolResults,
     counted,
 )
+from evaluation.metrics.tools import tool_metric_title
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -176,30 +177,50 @@ def tool_table(results: ToolResults) -> ResultTable:
     """Return a table of each tool's average precision and of mAP, in percent, and scores at thresholds if there are
     any.
     """
-    columns = ["Pooled", "Per video", "Present", *(THRESHOLD_TITLES if results.at_threshold else ())]
+    metrics = shared_tool_metrics([results])
+    extra = [*tool_metric_columns(metrics), *(THRESHOLD_TITLES if results.at_threshold else ())]
+    columns = ["Pooled", "Per video", "Present", *extra]
     present = {name: f"{entry.present:,}" for name, entry in results.per_tool.items()}
     rows = [
         (name, [pooled, over_videos, present.get(name, ""), *scores])
-        for name, (pooled, over_videos, *scores) in tool_cells(results).items()
+        for name, (pooled, over_videos, *scores) in tool_cells(results, metrics).items()
     ]
     spread = "mean ± standard deviation over videos"
     notes = [f"Pooled: over all frames. Per video: {spread}. {_setting(results.about)}."]
     return ResultTable("Tools, average precision, percent", "Tool", columns, rows, notes, total=True)
 
 
-def tool_cells(results: ToolResults) -> dict[str, list[str]]:
+def shared_tool_metrics(results: Sequence[ToolResults]) -> list[str]:
+    """Return the names of the registered metrics that all results have."""
+    return [name for name in results[0].metrics or () if all(name in (one.metrics or ()) for one in results)]
+
+
+def tool_metric_columns(metrics: Sequence[str]) -> list[str]:
+    """Return the column headers of registered metrics in `tool_cells`."""
+    return [f"{tool_metric_title(name)} pooled" for name in metrics]
+
+
+def tool_cells(results: ToolResults, metrics: Sequence[str]) -> dict[str, list[str]]:
     """Return the cells of each tool, and last, under `MEAN_AP`, those of the means over tools.
 
-    They are average precision on pooled frames and over videos and, if there is a threshold, precision, recall and F1.
+    They are average precision on pooled frames and over videos, `metrics` on pooled frames and, if there
+    is a threshold, precision, recall and F1.
     """
-    rows: dict[str, tuple[float | None, str, ThresholdScores | None]] = {
-        tool: (entry.ap_pooled, mean_std_text(entry.ap_video), entry.at_threshold)
+    others = [(results.metrics or {})[name] for name in metrics]
+    rows: dict[str, tuple[float | None, str, list[float | None], ThresholdScores | None]] = {
+        tool: (
+            entry.ap_pooled,
+            mean_std_text(entry.ap_video),
+            [other.per_tool[tool].pooled for other in others],
+            entry.at_threshold,
+        )
         for tool, entry in results.per_tool.items()
     }
-    rows[MEAN_AP] = (results.map_pooled, number_text(results.map_video), results.at_threshold)
+    means = [other.pooled for other in others]
+    rows[MEAN_AP] = (results.map_pooled, number_text(results.map_video), means, results.at_threshold)
     return {
-        name: [number_text(pooled), text, *(map(number_text, vars(scores).values()) if scores else ())]
-        for name, (pooled, text, scores) in rows.items()
+        name: [number_text(pooled), text, *map(number_text, [*more, *(vars(scores).values() if scores else ())])]
+        for name, (pooled, text, more, scores) in rows.items()
     }
 
 
