@@ -27,7 +27,7 @@ from evaluation.metrics.results import HEAD, METRICS_FILE, PhaseResults, Score
 from evaluation.metrics.statistics import PairedTest, holm, paired_interval, paired_permutation
 from evaluation.reports.tables import difference_table
 
-# In this convention alone, a model's result is the mean of its results on single videos, so that the mean difference
+# Only in this convention, a model's result is the mean of its results on single videos, so that the mean difference
 # over videos is the difference between the models.
 DEFAULT_CONVENTION = "video_macro"
 _COUNTS = ("frames", "segments_truth", "segments_predicted")

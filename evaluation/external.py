@@ -262,7 +262,7 @@ def _notes(pairs: Mapping[str, _Pair], paired: Paired, reading: Reading, spec: D
         notes.append("--phase-order was not needed, since the files contain names")
     how = {pair.rows.how for pair in pairs.values()} - {"row by row"}
     if how:
-        notes.append(f"rows are matched {' and '.join(sorted(how))} where the two files differ in length")
+        notes.append(f"rows are matched {' and '.join(sorted(how))} if the two files differ in length")
     for name, files in (
         ("ground truth", [p.true for p in pairs.values()]),
         ("prediction", [p.guess for p in pairs.values()]),

@@ -50,7 +50,7 @@ def match_rows(
     t, p = truth.frame, predicted.frame
     if len(truth.phase) != len(predicted.phase):
         if t is None or p is None:
-            why = "both must cover the same frames (rows cannot be matched without a frame column)"
+            why = "both must cover the same frames (rows can only be matched if both files have a frame column)"
             raise _unmatched(truth, predicted, annotation_fps, why)
         return _by_number(truth, predicted, t, p, annotation_fps)
     step = truth.step or 0.0
@@ -65,8 +65,8 @@ def match_rows(
             )
     stated = [one for one in (stated_fps(truth, annotation_fps), stated_fps(predicted, annotation_fps)) if one]
     if len(stated) == 2 and stated[0][1] == stated[1][1] and abs(stated[0][0] - stated[1][0]) > 0.02 * stated[0][0]:
-        why = f"by their {stated[0][1]} these are {stated[0][0]:g} per second there and {stated[1][0]:g} here"
-        raise _unmatched(truth, predicted, annotation_fps, why)
+        rates = f"the truth has {stated[0][0]:g} rows per second and the prediction {stated[1][0]:g}"
+        raise _unmatched(truth, predicted, annotation_fps, f"by their {stated[0][1]}, {rates}")
     stated.sort(key=lambda one: one[1] != "time_s")  # time_s is more reliable than a rate inferred from frame numbers
     if stated and stated[0][1] == "frame numbers" and stated[0][0] < 0.999:  # the numbers may be milliseconds
         stated = []
@@ -123,7 +123,7 @@ def _by_number(
     truth: PhaseFile, predicted: PhaseFile, t: NDArray[np.float64], p: NDArray[np.float64], annotation_fps: float
 ) -> Matched:
     step_t, step_p = truth.step, predicted.step
-    why = f"the frame columns ({p[0]:g} to {p[-1]:g} and {t[0]:g} to {t[-1]:g}) are not those of the same frames"
+    why = f"the frame columns ({p[0]:g} to {p[-1]:g} and {t[0]:g} to {t[-1]:g}) do not cover the same frames"
     # A single row has no distance to another row; and if one file starts after the other ends, they share no frame.
     if step_t is None or step_p is None or max(t[0], p[0]) > min(t[-1], p[-1]) + 1:
         raise _unmatched(truth, predicted, annotation_fps, why)
@@ -165,10 +165,10 @@ def _rows_of(numbers: NDArray[np.float64], grid: NDArray[np.float64], small: flo
 
 def _by_rate(truth: PhaseFile, predicted: PhaseFile, annotation_fps: float, prediction_fps: float) -> Matched:
     if not 1e-3 <= prediction_fps <= 1e4:  # NaN fails too
-        raise UserError(f"--prediction-fps {prediction_fps}: must be a positive number of rows per second")
+        raise UserError(f"--prediction-fps {prediction_fps}: must be between 0.001 and 10000 rows per second")
     truth_fps = _truth_fps(truth, predicted, annotation_fps, prediction_fps)
     if truth_fps is None:
-        why = f"at {prediction_fps:g} rows per second (--prediction-fps) these do not cover the same time"
+        why = f"at {prediction_fps:g} predicted rows per second (--prediction-fps) they do not cover the same time"
         raise _unmatched(truth, predicted, annotation_fps, why)
     fps = min(truth_fps, prediction_fps)
     rows_t, rows_p = _lead(truth) + len(truth.phase), _lead(predicted) + len(predicted.phase)

@@ -121,11 +121,11 @@ def _has_tools(path: Path, header: Sequence[str], spec: DataSetSpec, phases: boo
             return tools and bool(spec.tools)
     expected = prediction_columns(spec, not phases or len(header) != 4 + len(spec.phases), phases)
     differing = (
-        f"column {column} is {found!r} where data set {spec.name} has {wanted!r}"
+        f"column {column} is {found!r}, but data set {spec.name} has {wanted!r}"
         for column, (found, wanted) in enumerate(zip(header, expected, strict=False), start=1)
         if found != wanted
     )
-    problem = next(differing, f"{len(header)} columns where data set {spec.name} has {len(expected)}")
+    problem = next(differing, f"there are {len(header)} columns, but data set {spec.name} has {len(expected)}")
     raise UserError(f"{path}: row 1: {problem}; evaluate it with the data set it was made for")
 
 
@@ -141,10 +141,10 @@ def _numbers(where: str, row: Sequence[str], width: int, spec: DataSetSpec, phas
     if not (0 <= frame < _FRAME_LIMIT and math.isfinite(time_s) and time_s >= 0):
         raise UserError(f"{where}: frame {row[0]} at {row[1]} s is not a position in a video; write the file again")
     if phases and not 0 <= phase < len(spec.phases):
-        raise UserError(f"{where}: phase {phase}; data set {spec.name} has ids 0 to {len(spec.phases) - 1}")
+        raise UserError(f"{where}: phase {phase}, but data set {spec.name} has ids 0 to {len(spec.phases) - 1}")
     if phases and row[3] != spec.phases[phase]:
         raise UserError(
-            f"{where}: phase {phase} is called {row[3]!r} where data set {spec.name} has {spec.phases[phase]!r}; "
+            f"{where}: phase {phase} is called {row[3]!r}, but data set {spec.name} has {spec.phases[phase]!r}; "
             "the file was written with another order of phases"
         )
     return [frame, time_s, phase, *probabilities]

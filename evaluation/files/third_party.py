@@ -1,7 +1,7 @@
 """Read phase files of other programs, in the usual text formats.
 
 A file is UTF-8 text with one row per frame. Columns are separated by tabs, commas, semicolons or blanks. A row contains
-the phase alone, or the frame and the phase. Below a header that names the columns, there may be further ones, as in the
+only the phase, or the frame and the phase. Below a header that names the columns, there may be further ones, as in the
 prediction files of `evaluation.files.predictions`. Phases are names, ids from 0, or one column per phase (one-hot,
 probabilities or logits). MS-TCN's recognition files have all names on one line. Frame numbers may count anything
 (source frames, samples, seconds), and nothing is assumed about them.
@@ -155,9 +155,9 @@ def read_external_phases(path: Path, spec: DataSetSpec, order: Sequence[str] | N
 
 @dataclass(frozen=True)
 class _Place:
-    """Describes positions in a file for messages: rows are counted below the header, and lines from 1.
+    """Formats the position of an error. Rows are counted from 1 below the header, and lines from 1.
 
-    `lines` is False if a row is not a line of the file.
+    `lines` is False if the rows of the file are not its lines; only the row is then given.
     """
 
     path: Path
@@ -269,7 +269,7 @@ def _columns(
     scores = _score_columns(header, spec)
     if len(ids) != 1 and not (scores and not ids):
         problem = f"names {len(ids)} columns that could be the phase" if ids else "names no column of phases"
-        raise UserError(f"{where.path}: the header {problem}; call one of them phase")
+        raise UserError(f"{where.path}: the header {problem}; name one column phase")
     columns: dict[str, Any] = {
         "phase": table[header.index(ids[0])] if ids else _Scores([table[k] for k in scores], True)
     }
@@ -362,7 +362,7 @@ def _with_missing_rows(
     if uneven.any() or rows.sum() > 2 * len(frame):
         row = int(uneven.argmax() if uneven.any() else rows.argmax()) + 1
         many = "" if uneven.any() else "; more rows are missing than present"
-        apart = f"has frame {frame[row]:g} after {frame[row - 1]:g}, where rows are {usual:g} apart{many}"
+        apart = f"has frame {frame[row]:g} after {frame[row - 1]:g}, but rows are usually {usual:g} apart{many}"
         raise where.error(row, apart)
     position = np.r_[0, np.cumsum(rows)].astype(np.int64)
     filled = np.full(int(position[-1]) + 1, -1, np.int16)

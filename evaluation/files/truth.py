@@ -1,6 +1,6 @@
 """Read and write `truth.json`, which contains the labels that an evaluation used, next to its metrics.
 
-With this file, truth and prediction can be drawn from the run folder alone, even if features or annotations have
+With this file, truth and prediction can be drawn using only the run folder, even if features or annotations have
 changed or are missing.
 """
 

@@ -72,9 +72,14 @@ def label_pairs(
     pairs are sorted by id. Raises UserError naming the video if one of the two is missing, if lengths differ, or if a
     phase id is out of range.
     """
-    for ids, other, what in ((truth, predicted, "prediction"), (predicted, truth, "ground truth")):
+    for ids, other, has, lacks in (
+        (truth, predicted, "ground truth", "prediction"),
+        (predicted, truth, "prediction", "ground truth"),
+    ):
         if missing := sorted(set(ids) - set(other)):
-            raise UserError(f"{missing[0]}: no {what} for this video ({len(missing)} in all); give both or omit it")
+            many = f" ({len(missing)} such videos)" if len(missing) > 1 else ""
+            what = f"has a {has} but no {lacks}{many}; add the {lacks}, or leave the video out"
+            raise UserError(f"{missing[0]}: {what}")
     videos = [_pair(video, truth[video], predicted[video], classes) for video in sorted(truth)]
     without = [video.id for video in videos if not video.labelled.any()]
     if len(without) == len(videos):

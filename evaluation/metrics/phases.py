@@ -38,7 +38,7 @@ def evaluate_phases(
     convention, and if truth and prediction do not match.
     """
     if fps is not None and not 1e-3 <= fps <= 1e4:  # NaN fails too
-        raise UserError(f"fps {fps}: the rate of the labels must be a positive number of frames per second")
+        raise UserError(f"fps {fps}: the rate of the labels must be between 0.001 and 10000 frames per second")
     names = chosen_conventions(conventions, phases, fps)
     ids = background_ids(background, phases)
     videos, without = label_pairs(truth, predicted, len(phases))

@@ -126,7 +126,7 @@ class PhaseResults(Record):
 
     @property
     def metrics(self) -> list[str]:
-        """The names of accuracy and the per-phase (or segmental) metrics, without scores of this convention alone."""
+        """The names of accuracy and the per-phase (or segmental) metrics, without scores of only this convention."""
         per_phase = next(iter((self.per_phase or {}).values()), None)
         return ["accuracy", *per_phase.scores] if per_phase else list(self.scores)
 
@@ -225,8 +225,10 @@ class ToolResults(Record):
 class JointDetails(Record):
     """What an evaluation records about a joint net.
 
-    This is its file, another program's file from which it was `imported` or `fine_tuned_from`, how it was run, the
-    results of the tools mapped from its phase branch, and the divergence of these from the tool branch.
+    `checkpoint` is the net's file. `imported` or `fine_tuned_from` is the other program's file that the net or its
+    initial weights come from. `inference`, `crops` and `precision` say how the net was run. `mapped_tools` are the
+    results of the tools that are derived from its phase branch, and `gap_nats` is their divergence from the tool
+    branch.
     """
 
     checkpoint: str | None

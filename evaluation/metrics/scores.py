@@ -82,7 +82,7 @@ def phase_scores(table: PhaseTable, absent_is_zero: bool) -> dict[str, FloatArra
         with np.errstate(divide="ignore", invalid="ignore"):
             values = np.asarray(METRICS.find(name).cells(table), dtype=np.float64)
         if values.shape != left_out.shape:
-            raise UserError(f"metric {name}: gives shape {values.shape} where the table of counts has {left_out.shape}")
+            raise UserError(f"metric {name}: returns shape {values.shape} instead of {left_out.shape}; correct it")
         values = np.where(np.isfinite(values), values, 0.0 if absent_is_zero else np.nan)
         scores[name] = np.where(left_out, np.nan, values)
     return scores

@@ -124,7 +124,7 @@ def paired_permutation(
     per_video = {video: None if a is None or b is None else a - b for video, (a, b) in pairs.items()}
     differences = np.array([per_video[video] for video in sorted(first) if per_video[video] is not None])
     if not differences.size:
-        raise UserError("no video has a number on both sides, so there is nothing to compare")
+        raise UserError("no video has a number for both, so there is nothing to compare; choose another metric")
     count = len(differences)
     exact = count <= _EXACT_VIDEOS
     if exact:

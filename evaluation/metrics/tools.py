@@ -216,7 +216,8 @@ def _checked(
     """Check labels and scores, and return the videos that have any label, in the order of their ids."""
     for ids, other, what in ((truth, scores, "tool scores"), (scores, truth, "tool labels")):
         if missing := sorted(set(ids) - set(other)):
-            raise UserError(f"{missing[0]}: no {what} for this video ({len(missing)} in all); give both or omit it")
+            many = f" ({len(missing)} such videos)" if len(missing) > 1 else ""
+            raise UserError(f"{missing[0]}: has no {what}{many}; add them, or leave the video out")
     videos: dict[str, LabelsAndScores] = {}
     for video in sorted(truth):
         labels, values = np.asarray(truth[video]), np.asarray(scores[video], dtype=np.float64)

@@ -40,10 +40,10 @@ TRUTH_NAME = "truth"
 class RunResults:
     """The results of one run, read from its folder.
 
-    `settings` and `environment` are those of the training of the evaluated net; they are empty if another program
-    trained it. `curves` maps a training's folder below the run to its epochs. `predictions` is empty for a net that
-    predicts tools only. For any net, `times_s` contains the times (T,) of the samples, and `tool_scores` the
-    probabilities (T, K) of its tools.
+    `settings` and `environment` are those of the training of the evaluated net. If another program trained it,
+    `environment` is empty, and `settings` only describe the net. `curves` maps a training's folder below the run to its
+    epochs. `predictions` is empty for a net that predicts tools only. For any net, `times_s` contains the times (T,) of
+    the samples, and `tool_scores` the probabilities (T, K) of its tools.
     """
 
     name: str

@@ -23,7 +23,7 @@ from evaluation.reports.tables import (
     tool_metric_columns,
 )
 
-HEAD_TITLES = {HEAD: "With time", "frame": "Frame by frame", "majority": "Longest phase always"}
+HEAD_TITLES = {HEAD: "Temporal head", "frame": "Per-frame head", "majority": "Most frequent phase"}
 PACKAGES = ("surgstage", "torch", "accelerate")
 
 
@@ -192,7 +192,7 @@ def _model(run: RunResults) -> str:
     head = settings_of(run, "temporal", "head")
     backbone = settings_of(run, "encoder", "backbone") or settings_of(run, "cnn", "backbone")
     if run.tools_alone:
-        return f"{backbone or 'a CNN'}, tools alone"
+        return f"{backbone or 'a CNN'}, tools only"
     name = f"{head.get('name')}, hidden {head['hidden']}" if head and head.get("hidden") else (head or {}).get("name")
     return "; ".join(str(part) for part in (backbone, name) if part)
 

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A table: `rows` are (name, cells), and `notes` are shown below. If there is a `total`, it is the last row.
+    """A table: `rows` are (name, cells), and `notes` are shown below. With `total`, the last row is set apart.
+
+    `corner` is the heading of the column of names, and `columns` are the headings of the cells.
 
     In the HTML page, a cell may have a second line in smaller letters, and `groups` (title, number of columns) are
     headings above columns.
@@ -72,7 +74,7 @@ class ResultTable:
             pad_edge=False,
             padding=0,
         )
-        table.add_column(self.corner, overflow="ellipsis")  # this column alone may become narrower
+        table.add_column(self.corner, overflow="ellipsis")  # only this column may become narrower
         for texts in zip(self.columns, *(cells for _, cells in self.rows), strict=True):
             table.add_column(texts[0], justify="right", no_wrap=True, min_width=max(map(len, texts)))
         for row, (name, cells) in enumerate(self.rows, start=1):
@@ -267,7 +269,7 @@ def number_text(value: float | None) -> str:
 
 
 def mean_std_text(score: Score | None) -> str:
-    """Return `mean ± std` with one digit after the point, or the mean alone if there is no standard deviation."""
+    """Return `mean ± std` with one digit after the point, or only the mean if there is no standard deviation."""
     if score is None or score.mean is None or score.std is None:
         return number_text(score.mean if score else None)
     return f"{score.mean:.1f} ± {score.std:.1f}"

@@ -131,8 +131,8 @@ def test_every_kth_row_is_found(tmp_path, phases, k, start, unit):
         (rows([0] * 8), rows([0] * 10), r"1\.txt: 8 rows, but .*1\.txt has 10; .*0 to 7 and 0 to 9.*-1 stands for"),
         (rows([0] * 12), rows([0] * 10), r"12 rows, but .*1\.txt has 10"),
         (rows([0] * 9, 1, 1), rows([0] * 10), r"9 rows, but .*number both from 0 or both from 1"),
-        (rows([0] * 10, 5), rows([0] * 10, 25), r"these are 1 per second there and 5 here; .* --prediction-fps 1"),
-        ("0\n" * 9, rows([0] * 10), r"9 rows, but .* has 10; both must cover.*without a frame column"),
+        (rows([0] * 10, 5), rows([0] * 10, 25), r"has 1 rows per second and the prediction 5; .* --prediction-fps 1"),
+        ("0\n" * 9, rows([0] * 10), r"9 rows, but .* has 10; both must cover.*have a frame column"),
         # nearly as many: any rate fits, so none is proposed
         (
             "0\n" * 99,
@@ -261,13 +261,14 @@ def test_dense_predictions_by_row_against_truth_at_1_fps(tmp_path):
 @pytest.mark.parametrize(
     ("predicted", "options", "message"),
     [
-        ([0] * 12, {"prediction_fps": 5.0}, r"at 5 rows per second \(--prediction-fps\) these do not cover.*-fps 1$"),
+        ([0] * 12, {"prediction_fps": 5.0}, r"at 5 predicted rows per second .*they do not cover.*-fps 1$"),
         (
             [0] * 7525,
             {"prediction_fps": 1.0},
-            r"at 1 rows per second .*these do not cover.*-fps 25$",
+            r"at 1 predicted rows per second .*they do not cover.*-fps 25$",
         ),
-        ([0] * 12, {"prediction_fps": float("inf")}, r"--prediction-fps inf: must be a positive number"),
+        ([0] * 12, {"prediction_fps": float("inf")}, r"--prediction-fps inf: must be between 0\.001 and 10000 rows"),
+        ([0] * 12, {"prediction_fps": 1e-4}, r"--prediction-fps 0\.0001: must be between 0\.001 and 10000 rows"),
         (
             [0] * 12,
             {"prediction_fps": 1.0, "fps": 25.0},
@@ -349,7 +350,7 @@ def test_as_many_rows_that_start_later_are_matched_by_number(tmp_path):
 def test_frame_numbers_far_apart_are_not_the_same_frames(tmp_path, count):
     """Milliseconds since 1970: the rows between them and the truth's would not fit into memory."""
     stamps = rows([0] * count, step=40, first=1.7e12)
-    with pytest.raises(UserError, match=r"\d+ rows, but .*truth/1.txt has 40; the frame columns .* are not those of"):
+    with pytest.raises(UserError, match=r"\d+ rows, but .*truth/1.txt has 40; the frame columns .* do not cover"):
         pairs(tmp_path, {"1": stamps}, {"1": rows([0] * 40, step=40)})
 
 

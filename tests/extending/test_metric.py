@@ -78,7 +78,7 @@ def test_a_convention_is_one_file(folder: Path) -> None:
             EXAMPLE.read_text(encoding="utf-8").replace(
                 "percent(frames - table.union, frames - table.truth)", "table.frames"
             ),
-            "metric specificity: gives shape (2,) where",
+            "metric specificity: returns shape (2,) instead of",
         ),
         (EXAMPLE.read_text(encoding="utf-8").replace('"specificity"', '"f1"'), "metric f1 is registered twice"),
     ],

@@ -240,7 +240,7 @@ def test_recognition_files_of_ms_tcn(tmp_path):
         ("0\t1\t2\t3\n", r"has 4 columns and no header .*a column for each of the 7 phases"),
         (
             "0\t0\n1\t0\n900\t0\n",
-            "has frame 900 after 1, where rows are 450 apart|more rows are missing than present",
+            "has frame 900 after 1, but rows are usually 450 apart|more rows are missing than present",
         ),
         ("### Frame level recognition: ###\n", "contains no rows"),
         ("1\n2\n7\n", r"row 3 .*seems to count from 1: write Preparation as 0"),
@@ -253,7 +253,7 @@ def test_recognition_files_of_ms_tcn(tmp_path):
         ("0\t0\n1\n", r"row 2 .*has 1 column\(s\), not 2"),
         ("0,0\n1,0\n2", r"row 3 .*has 1 column\(s\), not 2"),
         ("0\t0\t1\n", r"3 columns and no header"),
-        ("0\t0\n2\t0\n4\t0\n9\t0\n", r"row 4 .*has frame 9 after 4, where rows are 2 apart"),
+        ("0\t0\n2\t0\n4\t0\n9\t0\n", r"row 4 .*has frame 9 after 4, but rows are usually 2 apart"),
         ("0\t0\n25\t0\n25\t0\n", r"row 3 .*has frame 25 after 25"),
         ("a\t0\nb\t0\n", r"row 1 .*has frame 'a', which is not a number"),
         ("frame,gt,pred\n0,0,0\n", "names 2 columns that could be the phase"),

@@ -115,8 +115,8 @@ def test_threshold_of_a_tool_that_never_appears_in_validation():
 @pytest.mark.parametrize(
     ("truth", "scores", "message"),
     [
-        ({"v1": column(1, 0)}, {}, "v1: no tool scores"),
-        ({"v1": column(1, 0)}, {"v1": column(1, 0), "v2": column(1)}, "v2: no tool labels"),
+        ({"v1": column(1, 0)}, {}, "v1: has no tool scores"),
+        ({"v1": column(1, 0)}, {"v1": column(1, 0), "v2": column(1)}, "v2: has no tool labels"),
         ({"v1": column(1, 0)}, {"v1": column(1, 0, 1)}, r"v1: tool labels \(2, 1\) and scores \(3, 1\)"),
         ({"v1": column(1, 2)}, {"v1": column(1, 0)}, "v1: tool labels must be 1, 0 or -1"),
         ({"v1": column(1, 0)}, {"v1": column(np.nan, 0)}, "v1: tool scores contain NaN"),

@@ -267,7 +267,7 @@ def test_a_tool_only_net_has_a_report(tmp_path: Path) -> None:
     assert not [name for name in figures if name.startswith("ribbon-")]
     assert {attributes["data-figure"] for _, attributes in page.tags if "data-figure" in attributes} <= set(figures)
     (model,) = dict(report_tables.all_tables(report).provenance.rows)["Model"]
-    assert model == "resnet50, tools alone"
+    assert model == "resnet50, tools only"
     names = {path.stem for path in write_figures(tmp_path / "figures", report)}
     assert {"precision-recall", "tools-video01"} <= names
     shutil.rmtree(run / "evaluate/test/tool_predictions")  # as earlier versions left it
