@@ -34,7 +34,7 @@ def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
     and Stopped when asked to stop; the results of earlier stages are kept.
     """
     started = time.monotonic()
-    _require_precisions(config, run)
+    require_precisions(config, run)
 
     def stage(name: str, work: Callable[[], Value], done_before: bool = False) -> Value:
         stop.raise_if_set()
@@ -66,13 +66,16 @@ def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
     return {**summary, "left_out": [*summary["left_out"], *passed_over]}
 
 
-def _require_precisions(config: Config, run: Path) -> None:
-    """Raise UserError if this device cannot compute a later stage in its precision, before hours of work are lost."""
+def require_precisions(config: Config, run: Path | None = None) -> None:
+    """Raise UserError if this device cannot compute a stage in its precision, before hours of work are lost.
+
+    Trainings that are finished in `run` are not checked.
+    """
     device, cnn, extract, temporal = choose_device(config.device), config.cnn, config.extract, config.temporal
-    if extract.encoder == "finetuned" and not _finished(run / "cnn"):
+    if extract.encoder == "finetuned" and not (run and _finished(run / "cnn")):
         choose_precision("cnn.precision", cnn.precision, device, training=True)
     choose_precision("extract.precision", extract.torch_precision, device, training=False)
-    if not _finished(run / "temporal"):
+    if not (run and _finished(run / "temporal")):
         require_arithmetic(temporal, device)
 
 

@@ -71,7 +71,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     The body writes and closes the temporary file, and may reopen it to verify it. After any exception, including
     KeyboardInterrupt, the temporary file is removed and `path` is unchanged. On success, temporary files left behind by
-    killed writers of the same file are removed too. Raises UserError if the disk is full or the folder is not writable.
+    killed writers of the same file are removed too. Raises UserError if the file cannot be written, for example
+    because the disk is full.
     """
     make_folder(path.parent)
     temporary = temporary_path(path)
@@ -82,7 +83,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         fsync_folder(path.parent)
         remove_stale_temporaries(path.parent, of=_stem(path))
     except OSError as error:
-        raise as_user_error(error, path) from error
+        failure = as_user_error(error, path)
+        if failure is error and str(error.filename) in (str(temporary), str(path)):  # such as a file in /proc
+            failure = UserError(f"{path}: cannot be written: {error.strerror}; choose another place or name")
+        raise failure from error
     finally:
         temporary.unlink(missing_ok=True)
 

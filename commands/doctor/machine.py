@@ -134,7 +134,7 @@ def check_devices() -> Iterable[Finding]:
 
     from engine.device import cpu_has_bf16
 
-    bf16 = "computes bf16" if cpu_has_bf16() else "no native bf16, so extraction runs in fp32"
+    bf16 = "computes bf16" if cpu_has_bf16() else "no native bf16, so extraction runs in fp32 where precision is auto"
     yield Finding("ok", "CPU", f"{permitted_cores()} core(s), {bf16}")
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):

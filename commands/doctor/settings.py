@@ -125,7 +125,7 @@ def compare_readers(folder: Path) -> str:
 
 
 def check_device(config: Config) -> Iterable[Finding]:
-    """Check that `device` is available, and that its memory is enough for a training step with these settings."""
+    """Check that `device` is available, computes the precisions, and has the memory for a training step."""
     import torch
 
     from engine.device import choose_device, choose_precision
@@ -136,6 +136,7 @@ def check_device(config: Config) -> Iterable[Finding]:
         yield Finding("FAIL", "device", str(error))
         return
     yield Finding("ok", "device", f"device={config.device} is {device}")
+    yield from _precisions(config)
     if device.type != "cuda" or config.cnn.backbone != "resnet50":
         return
     free = min(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())) / 2**30
@@ -147,6 +148,18 @@ def check_device(config: Config) -> Iterable[Finding]:
         needed = step_gib(frames, resolved, config.preprocess.crop_px, checkpointing)
         found = f"{stage} needs about {needed:.1f} GiB ({frames} frames per step, {resolved}, one GPU), {free:.1f} free"
         yield Finding("warn", "GPU memory", found, to_do) if needed > free else Finding("ok", "GPU memory", found)
+
+
+def _precisions(config: Config) -> Iterator[Finding]:
+    """Yield a finding for each refusal of `run` or `train-joint` because of a precision in the settings."""
+    from commands.run import require_precisions
+    from stage2_temporal.joint import train as joint
+
+    for require in (require_precisions, joint.require_precisions):
+        try:
+            require(config)
+        except UserError as error:
+            yield Finding("FAIL", "precision", str(error))
 
 
 def _training_steps(config: Config) -> Iterator[tuple[str, int, str, bool, str]]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import io
 import itertools
 import logging
 import sys
@@ -90,6 +91,7 @@ class OpenVinoNet:
 def openvino(module: str = "openvino") -> Any:
     """Import a module of OpenVINO so that it sends no usage data. Raises UserError if it cannot be imported."""
     sys.modules.setdefault(_TELEMETRY, None)  # type: ignore[arg-type] # importing it raises ImportError from now on
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # NNCF imports it; it warns without a GPU
     try:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:
@@ -149,9 +151,9 @@ def _model(backbone: nn.Module, preprocess: PreprocessConfig) -> Any:
 
 @contextmanager
 def _refusals(what: str) -> Iterator[None]:
-    """Redirect the libraries' progress output to stderr, and turn an error that a network causes into a UserError."""
+    """Discard the libraries' progress output, and turn an error that a network causes into a UserError."""
     try:
-        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")  # torch's tracer warns that it treats shapes as constants
             yield
     except UserError:

@@ -132,7 +132,7 @@ def train_joint(
     require_image_size(net.backbone, config.preprocess.crop_px)
     data = processes.each(lambda: _load(config, dataset))
     stages = _stages(config, run, dataset.index, files)
-    processes.from_first(lambda: _require_precisions(config, stages))
+    processes.from_first(lambda: require_precisions(config, stages))
     waiting = processes.from_first(lambda: [stage for stage in stages.values() if stage.result is None])
     if waiting:
         say_few_cores(choose_device(config.device))
@@ -156,11 +156,14 @@ def train_joint(
     return replace(result, left_out=data.dataset.index.left_out_records())
 
 
-def _require_precisions(config: Config, stages: Mapping[str, StageFolder]) -> None:
-    """Raise UserError if the device does not support a step's precision; called before the first step is trained."""
+def require_precisions(config: Config, stages: Mapping[str, StageFolder] | None = None) -> None:
+    """Raise UserError if the device does not support a step's precision; called before the first step is trained.
+
+    Steps that are finished in `stages` are not checked.
+    """
     device = choose_device(config.device)
     for step, settings in schedule(config).items():
-        if stages[step].result is None:
+        if stages is None or stages[step].result is None:
             choose_precision(f"joint.{step}.precision", settings.precision, device, training=True)
 
 

@@ -32,6 +32,7 @@ from features.dataset.sampling import sampled_frames
 from features.frames.source import frame_cache
 from tests.cli import run
 from tests.gpu import Gpu
+from tests.onednn import cpu_with_bf16
 from tests.stage1_cnn.material import SPEC, make_world, write_dataset
 
 
@@ -223,6 +224,22 @@ def test_a_gpu_that_torch_was_not_built_for_is_named(monkeypatch: pytest.MonkeyP
     assert gpu_finding().level == "FAIL"
     assert "has no code for sm_60, Tesla P100; install a torch for its CUDA" in gpu_finding().line()
     assert "pip install -e ." not in gpu_finding().line()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["cnn.precision", "extract.precision", "temporal.precision", "temporal.projection", "joint.multitask.precision"],
+)
+def test_a_precision_that_a_command_would_refuse_fails(setting: str) -> None:
+    config = load_config("mini", [f"{setting}=bf16"])
+    with cpu_with_bf16(False):
+        finding = only(found for found in check_device(config) if found.level != "ok")
+        assert finding.line().startswith(f"FAIL  precision: {setting}=bf16: this CPU does not multiply bf16")
+        assert finding.line().endswith(f"set {setting}=fp32 or auto")
+        cpu = next(found for found in doctor.check_devices() if found.what == "CPU")
+        assert cpu.found.endswith("no native bf16, so extraction runs in fp32 where precision is auto")
+    with cpu_with_bf16(True):
+        assert levels(check_device(config)) == ["ok"]
 
 
 def test_a_gpu_s_memory_is_compared_with_what_the_settings_need(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,17 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 4096
 
 
+def test_a_folder_that_takes_no_files_is_one_line() -> None:
+    refused = "^/proc/x.json: cannot be written: No such file or directory; choose another place or name$"
+    with pytest.raises(UserError, match=refused):
+        write_text(Path("/proc/x.json"), "text")
+
+
+def test_an_error_of_another_file_is_not_blamed_on_the_written_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "a.txt"):
+        (tmp_path / "read.txt").read_text()
+
+
 def test_free_space_is_checked_before_the_work(tmp_path: Path) -> None:
     require_free_bytes(tmp_path / "not" / "yet" / "there", 1, "a byte")
     with pytest.raises(UserError, match=r"the features needs about .* MB and only"):

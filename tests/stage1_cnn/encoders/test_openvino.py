@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import pickle
 import subprocess
 import sys
@@ -149,6 +150,22 @@ def test_signals_are_handled_after_nets_are_freed_in_the_order_they_were_made() 
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
+
+
+def test_calibration_prints_nothing_of_the_libraries(tmp_path: Path) -> None:
+    """In a process of its own, since the libraries print when they are imported; NNCF draws progress bars."""
+    program = (
+        "import numpy as np\n"
+        "from configs.schema import PreprocessConfig\n"
+        "from stage1_cnn.encoders.backbone import build_backbone\n"
+        "from stage1_cnn.encoders.openvino_net import calibrate\n"
+        "crops = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), np.uint8)\n"
+        "calibrate(build_backbone('resnet18', 'random', 0), PreprocessConfig(resize_px=40, crop_px=32), list(crops))\n"
+    )
+    toolkit = {**os.environ, "CUDA_HOME": str(tmp_path)}  # torch warns of a CUDA toolkit on a machine without a GPU
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=PROJECT, env=toolkit, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_no_usage_data_is_sent() -> None:
