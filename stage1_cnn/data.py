@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +30,7 @@ from features.dataset.labels import sampled_labels
 from features.frames.cache import CachedFrames
 from features.frames.preprocess import augment_generator, changed_images, changes_colour, draw_change
 from features.frames.source import frame_cache
+from stage1_cnn.decoding import end_processes
 
 PREFETCH_BATCHES = 2
 # One core loads about 370 to 700 cached frames/s. 16 cores load more than the fastest GPUs can train on.
@@ -284,17 +284,10 @@ class FrameLoader:
             yield batch
 
     def close(self) -> None:
-        """End the loader's processes, even while batches are still being read.
-
-        torch has no public function for this, so a private one is called. Without it, the iterator's destructor ends
-        the processes, and prints a traceback if one of them has died.
-        """
+        """End the loader's processes, even while batches are still being read."""
         if self._running is not None:
             self._running.close()
-        shut_down = getattr(getattr(self._loader, "_iterator", None), "_shutdown_workers", None)
-        if shut_down is not None:
-            with suppress(RuntimeError):
-                shut_down()
+        end_processes(getattr(self._loader, "_iterator", None))
         self._running = self._loader = None
 
     def __enter__(self) -> FrameLoader:

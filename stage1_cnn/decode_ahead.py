@@ -5,8 +5,8 @@ The decoding processes are those of `stage1_cnn.decoding`. Cropping, normalisati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
+from contextlib import closing, suppress
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from stage1_cnn.segments import VideoJob
 from stage1_cnn.video_features import ExtractTask
 
 HARDWARE_PROCESSES = 4
+# The arguments and the result are those of `decoding_processes`.
+Decode = Callable[[Sequence[OpenVideo], int, int, bool], Generator[tuple[int, Message], None, None]]
 
 
 def decodes_ahead(config: Config, device: torch.device) -> bool:
@@ -68,27 +70,40 @@ def work_ahead(
     title: str,
     stop: StopRequest,
     *,
-    pinned: bool,
-    decode: Callable[[Sequence[OpenVideo], int, int, bool], Iterable[tuple[int, Message]]] = decoding_processes,
+    decode: Decode = decoding_processes,
 ) -> Generator[tuple[VideoJob, str | None], None, None]:
-    """Do the jobs in this process, with frames that up to `decoders` other processes decode.
+    """Do the jobs in this process, with frames that up to `decoders` other processes decode (`frames_of_videos`).
 
     Yields each job that has ended, with the reason if it failed, as `work_through` does. If a decoding process dies,
-    the remaining jobs are done with half as many, and in the end by this process alone. Raises Stopped when asked to
-    stop, and NoRoomError when the disk is full.
+    the unfinished videos begin again. Raises Stopped when asked to stop, and NoRoomError when the disk is full.
     """
-    left = list(jobs)
-    decoders = fitting_decoders(decoders, task.config)
-    while decoders and (with_frames := [job for job in left if not job.labels_only]):
-        videos = [task.source(job) for job in with_frames]
+    with_frames = [job for job in jobs if not job.labels_only]
+    videos, total = [task.source(job) for job in with_frames], sum(job.frames for job in with_frames)
+    ended: set[int] = set()
+    encoded = dict.fromkeys(range(len(videos)), 0)  # frames of each video
+    writers: dict[int, Generator[None, Any, None]] = {}
+    messages = frames_of_videos(videos, task.config, total, ended, decoders=decoders, decode=decode)
+    with progress_bar(total, title, "frame") as bar, closing(messages):
         try:
-            messages = decode(videos, encoded_at_once(task.config), decoders, pinned)
-            for job, reason in _encode_decoded(task, with_frames, messages, title, stop):
-                left.remove(job)
-                yield job, reason
-        except _DecoderDied as error:
-            decoders = _fewer(decoders, error)
-    yield from work_through(task, left, 1, title, stop)
+            for number, message in messages:
+                stop.raise_if_set()
+                if number in ended:  # encoding this video has failed, but its frames still arrive
+                    continue
+                if isinstance(message, dict):
+                    _abandon(writers, number)
+                    writers[number], encoded[number] = _write_job(task, with_frames[number]), 0
+                    next(writers[number])
+                reason = message if isinstance(message, str) else attempt(writers[number].send, message)
+                encoded[number] += len(message) if isinstance(message, torch.Tensor) else 0
+                bar.update(sum(encoded.values()) - bar.n)
+                if _ends(message) or reason is not None:
+                    _abandon(writers, number)  # without effect on a file that is complete
+                    ended.add(number)
+                    yield with_frames[number], reason
+        finally:
+            for number in list(writers):
+                _abandon(writers, number)
+    yield from work_through(task, [job for job in jobs if job.labels_only], 1, title, stop)
 
 
 def _fewer(decoders: int, error: _DecoderDied) -> int:
@@ -103,25 +118,35 @@ def _fewer(decoders: int, error: _DecoderDied) -> int:
 
 
 def frames_of_videos(
-    videos: Sequence[OpenVideo], config: Config, frames: int, unwanted: Container[int] = ()
+    videos: Sequence[OpenVideo],
+    config: Config,
+    frames: int,
+    unwanted: Container[int] = (),
+    *,
+    decoders: int | None = None,
+    decode: Decode = decoding_processes,
 ) -> Generator[tuple[int, Message], None, None]:
     """The messages about all videos, each with its video's number; the videos have `frames` samples in total.
 
-    Other processes decode if `decodes_ahead` says so and there are many frames (with `extract.decode_ahead=on`, for any
-    number of frames). Messages of several videos then alternate. Otherwise this process decodes one video after the
-    other. A video's messages come in order. If a video's first message, the dict, comes a second time, a process has
-    died and the video starts again. Videos that the caller has added to `unwanted` may be skipped. Close the generator
-    to end the processes.
+    Up to `decoders` other processes decode. By default their number follows from the settings: there are some if
+    `decodes_ahead` says so and there are many frames (with `extract.decode_ahead=on`, for any number of frames).
+    Messages of several videos then alternate. Otherwise this process decodes one video after the other. A video's
+    messages come in order. If a decoding process dies, half as many continue, and in the end this process alone. If a
+    video's first message, the dict, comes a second time, a process has died and the video starts again. Videos that the
+    caller has added to `unwanted` may be skipped. Close the generator to end the processes.
     """
     device, at_once = choose_device(config.device), encoded_at_once(config)
     left = list(range(len(videos)))
-    decoders = 0
-    if decodes_ahead(config, device) and (frames > WORTH_A_PROCESS_FRAMES or config.extract.decode_ahead == "on"):
-        decoders = fitting_decoders(min(decoders_for(config, frames), len(videos)), config)
+    if decoders is None:
+        worth_it = frames > WORTH_A_PROCESS_FRAMES or config.extract.decode_ahead == "on"
+        ahead = worth_it and decodes_ahead(config, device)
+        decoders = min(decoders_for(config, frames), len(videos)) if ahead else 0
+    if decoders:
+        decoders = fitting_decoders(decoders, config)
     while decoders and (given := [number for number in left if number not in unwanted]):
         left = list(given)
         opened = [videos[number] for number in given]
-        messages = iter(decoding_processes(opened, at_once, decoders, device.type == "cuda"))
+        messages = decode(opened, at_once, decoders, device.type == "cuda")
         try:
             for _ in opened:
                 message: Message = {}
@@ -132,7 +157,7 @@ def frames_of_videos(
         except _DecoderDied as error:
             decoders = _fewer(decoders, error)
         finally:
-            del messages  # ends the processes
+            messages.close()
     for number in left:
         for message in messages_of(videos[number], at_once):
             if number in unwanted:
@@ -146,31 +171,6 @@ def _ends(message: Message) -> bool:
 
 class _DecoderDied(Exception):
     """A decoding process has died (out of memory, or killed)."""
-
-
-def _encode_decoded(
-    task: ExtractTask, jobs: Sequence[VideoJob], decoded: Iterable[tuple[int, Message]], title: str, stop: StopRequest
-) -> Iterator[tuple[VideoJob, str | None]]:
-    writers = {number: _write_job(task, job) for number, job in enumerate(jobs)}
-    for writer in writers.values():
-        next(writer)
-    messages = iter(decoded)
-    with progress_bar(sum(job.frames for job in jobs), title, "frame") as bar:
-        try:
-            while writers:
-                stop.raise_if_set()
-                number, message = _next(messages)
-                if number not in writers:  # encoding this video has failed, but its frames still arrive
-                    continue
-                reason = message if isinstance(message, str) else attempt(writers[number].send, message)
-                bar.update(len(message) if isinstance(message, torch.Tensor) else 0)
-                if message is None or reason is not None:
-                    _abandon(writers.pop(number))  # without effect on a file that is complete
-                    yield jobs[number], reason
-        finally:
-            for writer in writers.values():
-                _abandon(writer)
-            del messages  # ends the processes
 
 
 def _next(messages: Iterator[tuple[int, Message]]) -> tuple[int, Message]:
@@ -196,7 +196,8 @@ def _write_job(task: ExtractTask, job: VideoJob) -> Generator[None, Any, None]:
     yield
 
 
-def _abandon(writer: Generator[None, Any, None]) -> None:
-    """Remove the file that `_write_job` has begun, if there is one."""
+def _abandon(writers: dict[int, Generator[None, Any, None]], number: int) -> None:
+    """Remove the file that `_write_job` has begun for this video, if there is one."""
     with suppress(*VIDEO_ERRORS):
-        writer.close()
+        if number in writers:
+            writers.pop(number).close()

@@ -8,8 +8,8 @@ which takes as long as torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
 from multiprocessing import get_context
 from typing import Any
 
@@ -62,14 +62,14 @@ def messages_of(open_video: OpenVideo, batch_frames: int) -> Iterator[Message]:
 
 def decoding_processes(
     videos: Sequence[OpenVideo], batch_frames: int, decoders: int, pinned: bool
-) -> Iterable[tuple[int, Message]]:
-    """The messages about `videos` from `decoders` processes, which end when the iterator is deleted.
+) -> Generator[tuple[int, Message], None, None]:
+    """The messages about `videos` from `decoders` processes, which end when the generator is closed.
 
     `pinned` puts frames into pinned memory. Messages are taken in the order in which they arrive: if the processes were
-    read in turn, all would wait for the slowest.
+    read in turn, all would wait for the slowest. Raises RuntimeError, EOFError or ConnectionError if a process died.
     """
     taken = get_context("spawn").Value("q", 0)
-    return DataLoader(
+    loader = DataLoader(
         _DecodedFrames(videos, batch_frames, taken),
         batch_size=None,
         num_workers=decoders,
@@ -79,3 +79,20 @@ def decoding_processes(
         worker_init_fn=serve_parent,
         multiprocessing_context="spawn",
     )
+    messages = iter(loader)
+    try:
+        yield from messages
+    finally:
+        end_processes(messages)
+
+
+def end_processes(batches: object) -> None:
+    """End the processes of a DataLoader's iterator, even while they still send.
+
+    torch has no public function for this, so a private one is called. Without it, the iterator's destructor ends the
+    processes, and prints a traceback if one of them has died.
+    """
+    shut_down = getattr(batches, "_shutdown_workers", None)
+    if shut_down is not None:
+        with suppress(RuntimeError):
+            shut_down()

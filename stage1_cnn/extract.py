@@ -283,8 +283,7 @@ def _work(
         start_stage(STAGE, task.config, encoder.device, encoder.spec.precision, others)
         outcomes: Generator[tuple[VideoJob, str | None], None, None]
         if ahead:
-            pinned = encoder.device.type == "cuda"
-            outcomes = work_ahead(task, assembly.pieces, count, STAGE, stop, pinned=pinned)
+            outcomes = work_ahead(task, assembly.pieces, count, STAGE, stop)
         else:
             outcomes = work_through(task, assembly.pieces, computing, STAGE, stop)
         with closing(outcomes):

@@ -43,7 +43,7 @@ PRIVATE = {
     r"ACCELERATE_BYPASS": "engine/processes.py",
     r"TORCHELASTIC_USE": "engine/launch.py",
     r"ForkingPickler": "engine/pool.py",
-    r"_shutdown_workers": "stage1_cnn/data.py",
+    r"_shutdown_workers": "stage1_cnn/decoding.py",
     r"decord\.libs": "features/video/decord.py",
     r"_make_submission|_submitit_command": "commands/slurm.py",
 }

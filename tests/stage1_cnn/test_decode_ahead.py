@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from configs.errors import UserError
 from configs.schema import Config
 from engine.files import NoRoomError
-from engine.stopping import StopRequest
+from engine.stopping import Stopped, StopRequest
 from features.frames.source import SampledFrames
 from stage1_cnn.decode_ahead import decoders_for, frames_of_videos, work_ahead
 from stage1_cnn.decoding import decoding_processes
@@ -44,7 +45,7 @@ class Task:
         self._where, self._error, self.noted = where, error, list[str]()
 
     def source(self, job: VideoJob) -> Any:
-        return job
+        return partial(numbered_frames, 0)
 
     def _step(self, name: str) -> None:
         self.noted.append(name)
@@ -74,7 +75,7 @@ class Task:
 def outcomes(task: Task, messages: Any) -> list[tuple[str, str | None]]:
     """The outcome of two videos when decoding processes send these messages."""
     jobs = [VideoJob("video01", 1), VideoJob("video02", 1)]
-    work = work_ahead(task, jobs, 1, "test", StopRequest(), pinned=False, decode=lambda *_: messages)
+    work = work_ahead(task, jobs, 1, "test", StopRequest(), decode=lambda *_: messages)
     return [(job.video_id, reason) for job, reason in work]
 
 
@@ -96,16 +97,39 @@ def test_the_work_continues_without_a_decoding_process_that_died(error: Exceptio
 
     task = Task()
     assert outcomes(task, messages()) == [("video01", None), ("video02", None)]
-    assert task.noted == ["required", "opened", "appended", "finished", "video02"]
+    again = ["required", "opened", "appended", "appended", "finished"]  # 8 and 4 frames, decoded by this process
+    assert task.noted == ["required", "opened", "appended", "finished", *again]
 
 
 def test_no_unfinished_file_is_left() -> None:
     def messages() -> Iterator[tuple[int, Any]]:
-        yield from [(0, {"reader": "x"}), (1, {"reader": "x"}), (1, FRAMES), (0, "video01.mp4: damaged"), (0, None)]
+        yield from [(0, {"reader": "x"}), (1, {"reader": "x"}), (1, FRAMES), (0, "video01.mp4: damaged")]
 
     task = Task()
     assert outcomes(task, messages()) == [("video01", "video01.mp4: damaged"), ("video02", None)]
-    assert task.noted == ["required", "opened", "required", "opened", "appended", "removed", "removed", "video02"]
+    begun = ["required", "opened", "required", "opened", "appended"]
+    again = ["required", "opened", "appended", "appended", "finished"]
+    assert task.noted == [*begun, "removed", "removed", *again]
+
+
+def test_a_stop_leaves_no_unfinished_file() -> None:
+    def messages() -> Iterator[tuple[int, Any]]:
+        yield 0, {"reader": "x"}
+        yield 0, FRAMES
+        stop.number = signal.SIGTERM
+        yield 0, FRAMES
+
+    stop, task = StopRequest(), Task()
+    with pytest.raises(Stopped):
+        list(work_ahead(task, [VideoJob("video01", 2)], 1, "test", stop, decode=lambda *_: messages()))
+    assert task.noted == ["required", "opened", "appended", "removed"]
+
+
+def test_jobs_without_frames_need_no_decoding_process() -> None:
+    task, job = Task(), VideoJob("video01", 0, labels_only=True)
+    work = work_ahead(task, [job], 1, "test", StopRequest(), decode=lambda *_: 1 / 0)
+    assert [(job.video_id, reason) for job, reason in work] == [("video01", None)]
+    assert task.noted == ["video01"]
 
 
 @pytest.mark.parametrize("where", ["required", "opened", "appended", "finished"])
@@ -127,7 +151,7 @@ def test_an_error_of_the_gpu_ends_the_work(error: Exception) -> None:
     """The next video would fail as this one did."""
     task = Task("appended", error)
     with pytest.raises(type(error), match="CUDA"):
-        outcomes(task, iter([(0, {}), (0, FRAMES), (1, {}), (1, FRAMES)]))
+        outcomes(task, (message for message in [(0, {}), (0, FRAMES), (1, {}), (1, FRAMES)]))
     assert task.noted.count("opened") == 1
     assert "removed" in task.noted
 
@@ -144,7 +168,7 @@ def counts_of_processes(wanted: int, dying: int) -> list[int]:
         yield 0, FRAMES
         yield 0, None
 
-    work = work_ahead(Task(), [VideoJob("video01", 1)], wanted, "test", StopRequest(), pinned=False, decode=decode)
+    work = work_ahead(Task(), [VideoJob("video01", 1)], wanted, "test", StopRequest(), decode=decode)
     assert [(job.video_id, reason) for job, reason in work] == [("video01", None)]
     return tried
 
@@ -280,6 +304,30 @@ def test_videos_decoded_ahead_give_the_same_and_leave_no_process(tmp_path: Path)
     next(messages)
     assert multiprocessing.active_children()
     messages.close()
+    assert no_process_is_left()
+
+
+@pytest.mark.slow
+def test_a_process_that_died_leaves_no_traceback_of_a_destructor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's handler of SIGCHLD may raise its error while the other processes are ended."""
+    shut_down, ended = _MultiProcessingDataLoaderIter._shutdown_workers, list[bool]()
+
+    def interrupted(iterator: Any) -> None:
+        shut_down(iterator)
+        ended.append(True)
+        if len(ended) == 1:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_shutdown_workers", interrupted)
+    printed: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    messages = frames_of_videos([partial(numbered_frames, 0)], ahead("on"), 12)
+    next(messages)
+    messages.close()
+    assert ended
+    assert printed == []
     assert no_process_is_left()
 
 
