@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 from configs.schema import Config
 from engine.device import choose_device, choose_precision
-from engine.files import read_json_object
 from engine.progress import say
 from engine.runs import RESULT_FILE
 from engine.stopping import StopRequest
+from evaluation.metrics.results import METRICS_FILE
 from evaluation.reports.summary import update_summary
 from features.dataset.catalogue import index_dataset, open_dataset
 from features.store_folder import usable_index
@@ -36,12 +36,12 @@ def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
     started = time.monotonic()
     require_precisions(config, run)
 
-    def stage(name: str, work: Callable[[], Value], done_before: bool = False) -> Value:
+    def stage(name: str, work: Callable[[], Value], worked: Callable[[Value], bool] = lambda value: True) -> Value:
         stop.raise_if_set()
         say(f"== {name}")
         begun = time.monotonic()
         value = work()
-        if not done_before:
+        if worked(value):
             update_summary(run, {"name": run.name}, {name: time.monotonic() - begun})
         return value
 
@@ -49,14 +49,20 @@ def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
     dataset = open_dataset(config)
     dataset.index.require_videos("train", "val", "test")  # before hours of training
     if config.extract.encoder == "finetuned":
-        stage("train-cnn", lambda: train_cnn(config, run, dataset, stop), _finished(run / "cnn"))
-    report = stage("extract", lambda: extract(config, run, dataset, stop=stop), _all_extracted(run))
+        stage("train-cnn", lambda: train_cnn(config, run, dataset, stop), _writes(run / "cnn" / RESULT_FILE))
+    first = not (run / "extract" / RESULT_FILE).exists()
+    report = stage(
+        "extract",
+        lambda: extract(config, run, dataset, stop=stop),
+        lambda report: first or bool(report.done or report.relabelled),
+    )
     report.require_others_done()
     say(report.sentence())
     usable_index(report.folder).require_videos("train", "val", "test")
-    start, trained_before = start_weights(config), _finished(run / "temporal")
-    stage("train-temporal", lambda: train_temporal(config, run, report.folder, stop, start=start), trained_before)
-    stage("evaluate", lambda: evaluate_run(config, run, stop=stop, redo=False), (run / "evaluate" / "test").exists())
+    start, trained = start_weights(config), _writes(run / "temporal" / RESULT_FILE)
+    stage("train-temporal", lambda: train_temporal(config, run, report.folder, stop, start=start), trained)
+    evaluated = _writes(run / "evaluate" / "test" / METRICS_FILE)
+    stage("evaluate", lambda: evaluate_run(config, run, stop=stop, redo=False), evaluated)
     summary = update_summary(run, {})
     for line in closing_lines(run, summary, time.monotonic() - started):
         say(line)
@@ -103,6 +109,11 @@ def _finished(folder: Path) -> bool:
     return (folder / RESULT_FILE).exists()
 
 
-def _all_extracted(run: Path) -> bool:
-    pointer = run / "extract" / RESULT_FILE
-    return pointer.exists() and not read_json_object(pointer).get("failed")
+def _writes(path: Path) -> Callable[[object], bool]:
+    """A function that returns whether the file has been written since this call; its argument is not used."""
+
+    def state() -> tuple[int, int] | None:
+        return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
+
+    before = state()
+    return lambda _: state() != before

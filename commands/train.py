@@ -89,7 +89,7 @@ def shard_of_process(text: str) -> tuple[int, int]:
     from engine.launch import launch
 
     first, slash, second = text.partition("/")
-    if not (slash and first.isdigit() and second.isdigit() and int(first) < int(second)):
+    if not (text.isascii() and slash and first.isdecimal() and second.isdecimal() and int(first) < int(second)):
         raise UserError(f"--shard {text}: expected I/N with I from 0 to N-1, for example 0/4")
     here = launch()
     return int(first) + int(second) * here.rank, int(second) * here.count

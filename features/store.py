@@ -3,14 +3,14 @@
 Stage one writes these files and stage two reads them. A file `<folder>/videoNN.h5` (`features.store_folder` describes
 the folder) contains the following data sets, with T sampled frames, D embedding dimensions and K tools:
 
-| data set      | shape  | type               |                                                                     |
-|---------------|--------|--------------------|---------------------------------------------------------------------| |
-`features`    | (T, D) | float16 or float32 | one embedding per frame; chunks of 256 frames                       | |
-`tool_logits` | (T, K) | float32            | logits of stage one's tool head; NaN if it has none                 | |
-`frame_index` | (T,)   | int64              | number of the frame in the source video                             | |
-`time_s`      | (T,)   | float64            | time at which the frame is shown, counted from the first frame      | |
-`phase`       | (T,)   | int8               | -1 = no label                                                       | |
-`tools`       | (T, K) | int8               | 1 = present, 0 = absent, -1 = no label                              |
+| data set      | shape  | type               | content                                                        |
+|---------------|--------|--------------------|----------------------------------------------------------------|
+| `features`    | (T, D) | float16 or float32 | one embedding per frame; chunks of 256 frames                  |
+| `tool_logits` | (T, K) | float32            | logits of stage one's tool head; NaN if it has none            |
+| `frame_index` | (T,)   | int64              | number of the frame in the source video                        |
+| `time_s`      | (T,)   | float64            | time at which the frame is shown, counted from the first frame |
+| `phase`       | (T,)   | int8               | -1 = no label                                                  |
+| `tools`       | (T, K) | int8               | 1 = present, 0 = absent, -1 = no label                         |
 
 Chunks have a checksum (fletcher32) and are not compressed. The root attributes are: schema version; video id; the
 source (hash of its ends, size, rate); the encoder (backbone, SHA-256 of the weights, preprocessing as JSON, sampled

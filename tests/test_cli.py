@@ -162,6 +162,26 @@ def test_run_again_repeats_nothing(workplace: Path) -> None:
 
 
 @pytest.mark.slow
+def test_run_records_the_seconds_of_the_stages_that_worked(workplace: Path, videos: Path) -> None:
+    summary = workplace / "runs/tiny/summary.json"
+    (video,) = json.loads((workplace / "runs/tiny/evaluate/test/metrics.json").read_text())["videos"]
+    shutil.copytree(videos, workplace / "data")
+    labels = workplace / "data/phase_annotations" / f"{video}-phase.txt"
+    labels.write_text(labels.read_text().replace("Preparation", "GallbladderPackaging"))
+    again = ["run", "--config", "tiny.yaml", "--set", "data.root=data"]
+    succeed(["index", "--force", *again[1:]], workplace)
+
+    def worked() -> set[str]:
+        old = json.loads(summary.read_text())
+        summary.write_text(json.dumps(old | {"seconds": dict.fromkeys(old["seconds"], -1.0)}))
+        succeed(again, workplace)
+        return {stage for stage, seconds in json.loads(summary.read_text())["seconds"].items() if seconds >= 0}
+
+    assert worked() == {"index", "extract", "evaluate"}  # new labels of a test video
+    assert worked() == {"index"}
+
+
+@pytest.mark.slow
 def test_the_same_name_with_other_settings_is_refused_and_another_name_is_another_folder(workplace: Path) -> None:
     other = ["train-temporal", "--config", "tiny.yaml", "--set", "temporal.head.hidden=8"]
     first = {path: path.read_bytes() for path in (workplace / "runs/tiny").rglob("*") if path.is_file()}
@@ -484,6 +504,7 @@ def test_without_features_one_line_says_what_to_do(tmp_path: Path) -> None:
         (["features", "verify", "nowhere"], "nowhere: no such feature folder"),
         (["features", "info", "empty"], "no feature files"),
         (["extract", "--shard", "4/4", "--set", "data.root=empty"], "--shard 4/4"),
+        (["extract", "--shard", "²/4", "--set", "data.root=empty"], "--shard ²/4"),
         (["train-temporal", "--features", "nowhere"], "nowhere"),
         (["evaluate", "--name", "nowhere"], "nowhere"),
         (["report", "nowhere"], "nowhere: no such run"),

@@ -199,10 +199,10 @@ def test_the_only_video_of_a_split_ends_the_work(work: Work) -> None:
     work.do("index")
     for command in ("train-cnn", "run", "train-joint"):
         line = work.do(command, code=2).strip().splitlines()[-1]
-        assert line.startswith("error: no video is left in split val, since 手术 4 is left out: 手术 4.mp4"), line
+        assert line.startswith("error: val split has no videos left: 手术 4 was left out (手术 4.mp4"), line
     assert not (work.folder / "runs/r/cnn/identity.json").exists()
     work.do("extract", "--set", "extract.encoder=initial", code=1)
-    assert "error: no video is left in split val" in work.do("train-temporal", code=2)
+    assert "error: val split has no videos left" in work.do("train-temporal", code=2)
 
 
 def test_an_interrupted_extract_is_not_mistaken_for_bad_videos(work: Work) -> None:

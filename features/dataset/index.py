@@ -229,11 +229,11 @@ class Index(OmitsDefaults):
         for split in splits:
             lost = [video for video in self.left_out if video.split == split]
             if lost and not self.by_split(split):
-                others = f" (and {len(lost) - 1} more)" if lost[1:] else ""
+                others = f" and {len(lost) - 1} more were" if lost[1:] else " was"
+                remedy = "keep the video" if lost[0].excluded else "repair the file"
                 raise UserError(
-                    f"no video is left in split {split}, since {lost[0].id}{others} is left out: {lost[0].reason}; "
-                    f"{'keep' if lost[0].excluded else 'repair'} that video, or choose another data.split; then run "
-                    "`index --force`"
+                    f"{split} split has no videos left: {lost[0].id}{others} left out ({lost[0].reason}); {remedy}, or "
+                    "choose another data.split, then run `index --force`"
                 )
 
     def entries_of(self, split: str, where: Path) -> tuple[VideoEntry, ...]:

@@ -56,9 +56,7 @@ def test_a_recorded_fault_leaves_a_video_out_until_its_source_changes(folder: Pa
     with pytest.raises(UserError, match="no features of v1; run extract to make them"):
         read_training_data(folder)
     record_fault(folder, "v1", SOURCE, "no such file")
-    with pytest.raises(
-        UserError, match=r"no video is left in split train, since v1 \(and 1 more\) is left out: no such"
-    ):
+    with pytest.raises(UserError, match=r"train split has no videos left: v1 and 1 more were left out \(no such"):
         read_training_data(folder)
 
 
@@ -66,7 +64,7 @@ def test_features_of_a_video_that_is_excluded_since(folder: Path, config: Config
     train_temporal(config, tmp_path / "run", folder, StopRequest())
     data = config.data.model_copy(update={"exclude": {"other*": "", "v[25]": "no consent"}})
     changed = config.model_copy(update={"data": data})
-    said = r"holds v2, which data.exclude leaves out; run `index --force`, then extract"
+    said = r"contains v2, which data.exclude leaves out; run `index --force`, then extract"
     with pytest.raises(UserError, match=said):
         train_temporal(changed, tmp_path / "run", folder, StopRequest())
     with pytest.raises(UserError, match=said):
