@@ -106,10 +106,7 @@ def evaluate_tools(
         at_threshold=_threshold_scores(mean_known(np.array(at_threshold), axis=0)) if at_threshold else None,
         metrics={name: _registered(name, videos, tools) for name in TOOL_METRICS.names()} or None,
         about=ToolAbout(
-            split=split,
-            fps=fps,
-            videos=len(videos),
-            videos_without_labels=sorted(set(truth) - set(videos)),
+            split=split, fps=fps, videos=len(videos), videos_without_labels=sorted(set(truth) - set(videos))
         ),
     )
 
