@@ -200,7 +200,7 @@ def _table(path: Path, spec: DataSetSpec) -> tuple[list[str] | None, list[list[s
 
 def _filled(path: Path, rows: list[list[str]]) -> list[list[str]]:
     if not any(cell for cells in rows for cell in cells):
-        raise UserError(f"{path}: contains no rows")
+        raise UserError(f"{path}: contains no rows; write one row per frame")
     return rows
 
 
@@ -426,7 +426,7 @@ def _of_ids(
             hint = f"; the file seems to count from 1: write {spec.phases[0]} as 0" if from_one else ""
             raise where.error(
                 cells.index(cell),
-                f"has phase {shown_cell(cell)}; ids of {spec.name} are 0 to {len(ours) - 1}, and -1 for none{hint}",
+                f"has phase {shown_cell(cell)}; ids of {spec.name} are 0 to {len(ours) - 1}, and -1 for no label{hint}",
             )
     return {cell: ours[int(value)] for cell, value in numbers.items()}
 

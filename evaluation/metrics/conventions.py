@@ -1,10 +1,10 @@
-"""Conventions of evaluation. Papers use the same words (accuracy, F1) for different computations, so each has a name
-here.
+"""Conventions: papers compute accuracy and F1 in different ways, and each way has a name here.
 
-A convention counts, averages, and describes its rules. The conventions registered in `CONVENTIONS` can be chosen in
-`evaluate` and `compare`, and the report shows them. This file contains the class of conventions that compare frames,
-and the three strict conventions; the others are in `evaluation.metrics.relaxed` and `evaluation.metrics.segmental`.
-docs/evaluation.md has formulas, sources and worked examples.
+A convention counts frames or segments, averages the counts, and describes its rules in words. The conventions
+registered in `CONVENTIONS` can be chosen in `evaluate` and `compare`, and the report shows them. This file contains the
+class of conventions that compare frames, and the three strict conventions; the others are in
+`evaluation.metrics.relaxed` and `evaluation.metrics.segmental`. docs/evaluation.md has formulas, sources and worked
+examples.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ Videos = Sequence[PhasePair]
 class Convention(ABC, Generic[Table]):
     """A way of counting and averaging, with a description of its numbers.
 
-    The description has a title, the rule for absent phases, what the standard deviation is computed over (`std`), the
-    source, and the window of relaxed boundaries in seconds. `titles` are those of its own scores, which are not
-    registered metrics; of a convention that compares frames, they are shown below the table of all conventions.
+    `absent_phase` is the rule for phases that do not occur, `std` says what the standard deviation is computed over,
+    `source` is the paper or program that the convention follows, and `window_s` is the time around phase boundaries in
+    which errors are accepted, in seconds. `titles` has the titles of scores that only this convention has. If it
+    compares frames, these scores are shown below the table of all conventions.
     """
 
     title: str
@@ -57,7 +58,7 @@ class Convention(ABC, Generic[Table]):
 
     @abstractmethod
     def count(self, videos: Videos, classes: int, fps: float | None, background: Sequence[int]) -> Table:
-        """Count per video what `means` averages; `background` contains the ids of phases without activity."""
+        """Return the counts of each video that `means` averages; `background` has ids of phases without activity."""
 
     @abstractmethod
     def means(self, table: Table, weights: FloatArray) -> dict[str, FloatArray]:
@@ -96,10 +97,12 @@ def metric_title(name: str) -> str:
 class FrameConvention(Convention[PhaseTable]):
     """A convention that averages over a (videos x phases) table of frame counts.
 
-    `order` is the order of averaging. `phases`: each phase over videos, then over phases. `videos`: each video over its
-    phases, then over videos. `pooled`: the frames of all videos count as one video, then over phases. The function
-    `right` decides which frames of a video are right, `refuses` returns the reason for `unavailable`, and `extra`
-    computes scores that only this convention has.
+    `order` is the order of averaging. `phases`: each phase is averaged over videos, and then the phases are averaged.
+    `videos`: each video is averaged over its phases, and then the videos are averaged. `pooled`: the frames of all
+    videos are treated as one video, and its phases are averaged.
+
+    The function `right` decides which frames of a video are right, `refuses` returns the reason for `unavailable`, and
+    `extra` computes scores that only this convention has.
     """
 
     of_frames: ClassVar[bool] = True

@@ -66,7 +66,7 @@ class PhaseTable:
 def label_pairs(
     truth: Mapping[str, NDArray[Any]], predicted: Mapping[str, NDArray[Any]], classes: int
 ) -> tuple[list[PhasePair], list[str]]:
-    """Check truth and predictions, and return the pairs of videos with labels, and the ids of videos without any.
+    """Check truth and predictions, and return both for the videos with labels, and the ids of the others.
 
     `truth` and `predicted` map video ids to phase ids (T,), which are -1 in the truth for frames without a label. The
     pairs are sorted by id. Raises UserError naming the video if one of the two is missing, if lengths differ, or if a

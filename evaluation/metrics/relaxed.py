@@ -96,7 +96,7 @@ def refuses(phases: Sequence[str], fps: float | None, rules: Rules = CHOLEC80) -
             "this data set"
         )
     if fps is None:
-        return f"its window of {WINDOW_S:g} s needs the rate of the rows, which the files leave open; add --fps"
+        return f"its window of {WINDOW_S:g} s needs the rate of the rows, which the files do not state; add --fps"
     return None
 
 

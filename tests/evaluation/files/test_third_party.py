@@ -228,7 +228,7 @@ def test_recognition_files_of_ms_tcn(tmp_path):
         ("Frame\tPhase\n", "contains no rows"),
         ("\n\n", "contains no rows"),
         (b"\xff\xfe0\x00\n", "UTF-16; save it as UTF-8"),
-        ("0\t0\n1\t7\n", r"row 2 \(line 2\) has phase '7'; ids of cholec80 are 0 to 6, and -1 for none$"),
+        ("0\t0\n1\t7\n", r"row 2 \(line 2\) has phase '7'; ids of cholec80 are 0 to 6, and -1 for no label$"),
         ("0 499 Preparation\n500 999 CalotTriangleDissection\n", r"line 1 looks like a segment .*one row per frame"),
         ("Preparation\t0\t499\n", r"line 1 looks like a segment"),
         ("start,end,phase\n0,499,Preparation\n", r"the header names segments \(start,end,phase\)"),
