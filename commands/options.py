@@ -249,7 +249,10 @@ def uses_stage_one(config: Config) -> bool:
 
 def uses_joint(model: str, run: Path) -> bool:
     """Whether `--model` selects the run's joint net: it was asked for, or it is the run's only network."""
-    return model == "joint" or (model == "auto" and (run / "joint").exists() and not (run / "temporal").exists())
+    from configs.schema import JOINT_FOLDER, TEMPORAL_FOLDER
+
+    alone = (run / JOINT_FOLDER).exists() and not (run / TEMPORAL_FOLDER).exists()
+    return model == "joint" or (model == "auto" and alone)
 
 
 # ---------------------------------------------------------------------------------------------- how a command ends

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from configs.schema import Config
+from configs.schema import CNN_FOLDER, EXTRACT_FOLDER, TEMPORAL_FOLDER, Config
 from engine.device import choose_device, choose_precision
 from engine.progress import say
 from engine.runs import RESULT_FILE
@@ -49,8 +49,8 @@ def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
     dataset = open_dataset(config)
     dataset.index.require_videos("train", "val", "test")  # before hours of training
     if config.extract.encoder == "finetuned":
-        stage("train-cnn", lambda: train_cnn(config, run, dataset, stop), _writes(run / "cnn" / RESULT_FILE))
-    first = not (run / "extract" / RESULT_FILE).exists()
+        stage("train-cnn", lambda: train_cnn(config, run, dataset, stop), _writes(run / CNN_FOLDER / RESULT_FILE))
+    first = not (run / EXTRACT_FOLDER / RESULT_FILE).exists()
     report = stage(
         "extract",
         lambda: extract(config, run, dataset, stop=stop),
@@ -59,7 +59,7 @@ def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
     report.require_others_done()
     say(report.sentence())
     usable_index(report.folder).require_videos("train", "val", "test")
-    start, trained = start_weights(config), _writes(run / "temporal" / RESULT_FILE)
+    start, trained = start_weights(config), _writes(run / TEMPORAL_FOLDER / RESULT_FILE)
     stage("train-temporal", lambda: train_temporal(config, run, report.folder, stop, start=start), trained)
     evaluated = _writes(run / "evaluate" / "test" / METRICS_FILE)
     stage("evaluate", lambda: evaluate_run(config, run, stop=stop, redo=False), evaluated)
@@ -78,10 +78,10 @@ def require_precisions(config: Config, run: Path | None = None) -> None:
     Trainings that are finished in `run` are not checked.
     """
     device, cnn, extract, temporal = choose_device(config.device), config.cnn, config.extract, config.temporal
-    if extract.encoder == "finetuned" and not (run and _finished(run / "cnn")):
+    if extract.encoder == "finetuned" and not (run and _finished(run / CNN_FOLDER)):
         choose_precision("cnn.precision", cnn.precision, device, training=True)
     choose_precision("extract.precision", extract.torch_precision, device, training=False)
-    if not (run and _finished(run / "temporal")):
+    if not (run and _finished(run / TEMPORAL_FOLDER)):
         require_arithmetic(temporal, device)
 
 

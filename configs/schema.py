@@ -31,7 +31,8 @@ from configs.registry import Registry
 
 MAX_FPS = 10_000.0  # cameras with 1,000 frames per second exist; rates above this limit come from damaged files
 # The folder of a stage in a run is called like the section of its settings.
-TEMPORAL_FOLDER, JOINT_FOLDER = "temporal", "joint"
+CNN_FOLDER, EXTRACT_FOLDER, TEMPORAL_FOLDER, JOINT_FOLDER = "cnn", "extract", "temporal", "joint"
+Inference = Literal["carried", "clip"]
 Precision = Literal["auto", "native", "fp32", "bf16", "fp16"]
 
 
@@ -419,7 +420,7 @@ class SequenceConfig(Strict):
     frames: int = Field(256, ge=1, description="length of a chunk or clip")
     stride: int = Field(1, ge=1, description="number of samples from the start of a clip to the start of the next")
     batch: int = Field(8, ge=1, description="videos (full, chunked) or clips per step")
-    inference: Literal["carried", "clip"] = Field(
+    inference: Inference = Field(
         "carried", description="in evaluation: carry the state through the whole video, or reset it at each clip"
     )
 
@@ -508,7 +509,7 @@ class JointSequenceConfig(SequenceConfig):
     mode: Literal["full", "chunked", "clips"] = "clips"
     frames: int = Field(10, ge=1, description="length of a chunk or clip")
     batch: int = Field(10, ge=1, description="videos (chunked) or clips per step")
-    inference: Literal["carried", "clip"] = Field(
+    inference: Inference = Field(
         "clip", description="in evaluation: reset the state at each clip, or carry it through the whole video"
     )
 

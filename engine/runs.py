@@ -25,6 +25,7 @@ from engine.launch import permitted_cores
 
 IDENTITY_FILE = "identity.json"
 RESULT_FILE = "result.json"
+BEST_FILE = "best.pt"  # the checkpoint of the best epoch
 PACKAGES = (
     "surgstage",
     "torch",

@@ -37,6 +37,7 @@ from engine.logs import MetricLog
 from engine.optim import Schedule, build_optimizer
 from engine.processes import Failed, Processes
 from engine.progress import progress_bar, say
+from engine.runs import BEST_FILE
 from engine.stopping import Stopped
 
 Batch = TypeVar("Batch")
@@ -97,7 +98,7 @@ class TrainingSession:
         self.schedule = Schedule(self.optimizer, config.schedule, config.epochs)
         self.log = MetricLog(folder, enabled=accelerator.is_main_process)
         self.position = Position()
-        self._last, self._best = RollingCheckpoint(folder / "last.pt"), RollingCheckpoint(folder / "best.pt")
+        self._last, self._best = RollingCheckpoint(folder / "last.pt"), RollingCheckpoint(folder / BEST_FILE)
         self.processes, self._stop, self._accumulate = processes, processes.stop, accumulate_steps
         self._bar_wanted = bar and processes.first
         self._sharing = False

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import UserError, listed
+from configs.schema import EXTRACT_FOLDER
 from engine.files import make_folder, read_json_object, remove_stale_temporaries, require_free_bytes, write_json
 from engine.runs import RESULT_FILE
 from features.dataset.index import Index
@@ -130,7 +131,7 @@ def find_feature_folder(named: Path | None, run: Path, store: Path) -> Path:
     It is the one that was `named`, or the one that the run's `extract` made, or else the store's only one. Raises
     UserError naming the choices if there is no such folder, or if the store has several.
     """
-    pointer = run / "extract" / RESULT_FILE
+    pointer = run / EXTRACT_FOLDER / RESULT_FILE
     if named is None and pointer.exists():
         recorded = read_json_object(pointer).get("folder")
         if not isinstance(recorded, str):

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+NO_LABEL = -1  # in `phase` and `tools`
+
 
 @dataclass(frozen=True, eq=False)
 class VideoLabels:
-    """The labels of one video's T sampled frames. In `phase` and `tools`, -1 means no label."""
+    """The labels of one video's T sampled frames. `NO_LABEL` stands for a missing one."""
 
     frame_index: NDArray[np.int64]  # (T,) number of the frame in the source video
     time_s: NDArray[np.float64]  # (T,) seconds from the source's first frame

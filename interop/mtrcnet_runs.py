@@ -15,7 +15,7 @@ from configs.schema import JOINT_FOLDER, Config, LstmHead
 from engine.checkpoints import load_external_state, save_checkpoint, save_external_weights
 from engine.files import read_json_object, sha256_file
 from engine.progress import say
-from engine.runs import RESULT_FILE, StageFolder, StageIdentity, require_same_classes
+from engine.runs import BEST_FILE, RESULT_FILE, StageFolder, StageIdentity, require_same_classes
 from features.dataset.phase_order import describe_order, parse_phase_order
 from features.frames.settings_match import require_preprocess_of
 from interop.mtrcnet_checkpoints import (
@@ -204,7 +204,7 @@ def _write_run(run: Path, config: Config, net: JointNet, about: JointAbout) -> d
     weights = weights_sha256(net)
     named = {key: value for key, value in content.items() if key != "unused"}  # the file's hash in `original` covers it
     stage = StageFolder(run, f"{JOINT_FOLDER}/{IMPORTED}", config, StageIdentity({**named, "weights_sha256": weights}))
-    path = stage.path / "best.pt"
+    path = stage.path / BEST_FILE
     found = stage.result
     if found is not None and path.is_file():
         say(f"{stage.path}: already imported, nothing to do")

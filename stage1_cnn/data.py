@@ -30,6 +30,7 @@ from features.dataset.labels import sampled_labels
 from features.frames.cache import CachedFrames
 from features.frames.preprocess import augment_generator, changed_images, changes_colour, draw_change
 from features.frames.source import frame_cache
+from features.video_labels import NO_LABEL
 from stage1_cnn.decoding import end_processes
 
 PREFETCH_BATCHES = 2
@@ -37,7 +38,6 @@ PREFETCH_BATCHES = 2
 MOST_WORKERS = 16
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid")
 _CENTRE = AugmentConfig(crop="centre", flip=False)
-NO_LABEL = -1
 
 
 @dataclass(frozen=True)

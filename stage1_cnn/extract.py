@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
-from configs.schema import Config
+from configs.schema import EXTRACT_FOLDER, Config
 from engine.device import say_few_cores, start_stage
 from engine.files import below_root, read_json_object, remove_stale_temporaries, sha256_file, write_json
 from engine.memory import needs_gpu_memory
@@ -140,7 +140,7 @@ def extract(
     folder belongs to another data set or encoder.
     """
     started, index = time.monotonic(), dataset.index
-    stage = StageFolder(run, STAGE, config, _identity(config, index)) if run and folder is None else None
+    stage = StageFolder(run, EXTRACT_FOLDER, config, _identity(config, index)) if run and folder is None else None
     encoder = load_encoder(config, run, dataset.spec.tools, trusted, FromTrainingFrames(config, dataset))
     target = folder or config.extract.store / encoder.spec.folder_name
     _require_compatible(target, index, encoder.spec)

@@ -22,7 +22,8 @@ from engine.checkpoints import load_checkpoint
 from engine.processes import Processes
 from engine.records import Record
 from stage1_cnn.encoders.backbone import Backbone, build_backbone, freeze_batch_norm, initial_backbone
-from stage1_cnn.encoders.pretrained import CHECKPOINT_STAGE
+
+KIND = "cnn"
 
 
 class NetOutput(NamedTuple):
@@ -125,7 +126,7 @@ def build_net(config: Config, spec: DataSetSpec, *, trusted: bool = False) -> To
 class CnnAbout(Record):
     """The description in a checkpoint of stage one: its fields are the checkpoint's keys, in this order."""
 
-    stage: str = CHECKPOINT_STAGE
+    stage: str = KIND
     backbone: str
     embedding_dim: int
     dataset: str
@@ -161,7 +162,7 @@ def rebuild_from_checkpoint(path: Path) -> tuple[ToolNet, CnnAbout]:
     Raises UserError if the file is missing, damaged, or of another stage.
     """
     content = load_checkpoint(path)
-    if content.get("stage") != CHECKPOINT_STAGE:
+    if content.get("stage") != KIND:
         raise UserError(f"{path}: not a checkpoint of train-cnn")
     try:
         about = CnnAbout.from_json(content)

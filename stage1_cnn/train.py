@@ -16,12 +16,12 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from configs.errors import UserError
-from configs.schema import Config
+from configs.schema import CNN_FOLDER, Config
 from engine.device import make_accelerator, say_few_cores, seed_everything, start_stage
 from engine.memory import needs_gpu_memory
 from engine.processes import Processes, join
 from engine.progress import progress_bar, say
-from engine.runs import StageFolder, StageIdentity, settings_without
+from engine.runs import BEST_FILE, StageFolder, StageIdentity, settings_without
 from engine.session import TrainingSession
 from engine.stopping import StopRequest
 from engine.training_result import TrainingResult, deciding_score, result_on_frames
@@ -41,7 +41,7 @@ from stage1_cnn.data import (
     validation_requests,
 )
 from stage1_cnn.encoders.backbone import require_image_size
-from stage1_cnn.encoders.pretrained import CHECKPOINT_STAGE, settled_weights, weights_identity
+from stage1_cnn.encoders.pretrained import settled_weights, weights_identity
 from stage1_cnn.loss import FrameLoss
 from stage1_cnn.model import (
     CnnAbout,
@@ -79,10 +79,10 @@ def train_cnn(
     """
     cnn = config.cnn
     processes = join(config.device, stop)
-    dataset = dataset.without(recorded_faults(run / CHECKPOINT_STAGE, dataset.index))
+    dataset = dataset.without(recorded_faults(run / CNN_FOLDER, dataset.index))
     index = dataset.index
     index.require_videos("train", "val")
-    stage = StageFolder(run, CHECKPOINT_STAGE, config, identity(config, index))
+    stage = StageFolder(run, CNN_FOLDER, config, identity(config, index))
     finished = processes.from_first(lambda: stage.result)
     if finished is not None:
         say(f"{stage.path}: finished before with these settings, nothing to do")
@@ -101,7 +101,7 @@ def train_cnn(
     processes.from_first(stage.check)
     readable = cache_readable(config, dataset, processes)
     if readable != dataset:
-        stage = StageFolder(run, CHECKPOINT_STAGE, config, identity(config, readable.index))
+        stage = StageFolder(run, CNN_FOLDER, config, identity(config, readable.index))
         data = processes.each(lambda: load_frames(config, readable))
     say_left_out(readable.index)
     processes.from_first(stage.open)  # not earlier, so that settings that do not allow training leave no folder behind
@@ -237,7 +237,7 @@ def _by_video(frames: LabelledFrames, values: NDArray[Any]) -> dict[str, NDArray
 
 def _finish(stage: StageFolder, config: Config, data: FrameData, precision: str) -> TrainingResult:
     """Write the result, which is taken from the best checkpoint and the log."""
-    checkpoint = stage.path / "best.pt"
+    checkpoint = stage.path / BEST_FILE
     net, about = rebuild_from_checkpoint(checkpoint)
     facts = {
         "train_frames": len(data.train),

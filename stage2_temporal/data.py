@@ -33,9 +33,9 @@ from features.dataset.labels import unlabelled_note
 from features.dataset.sampling import in_whole_steps
 from features.store import FeatureFileError, StoredFeatures, VideoFeatures, feature_path, recorded_encoder
 from features.store_folder import INDEX_FILE, load_feature_set, usable_index
+from features.video_labels import NO_LABEL
 from stage2_temporal.streaming import StreamedFeatures, ahead
 
-NO_LABEL = -1
 # The part of the available memory that features may take. While they are read, they briefly take twice as much.
 MEMORY_SHARE = 0.4
 # The lengths of the videos in a batch differ by about this factor at most. So there is little padding, but videos are

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys
-from configs.schema import Config
+from configs.schema import TEMPORAL_FOLDER, Config, Inference
 from engine.device import choose_device, start_stage
 from engine.files import read_json_object, sha256_file, sha256_json
 from engine.progress import say
-from engine.runs import ABSENT, RESULT_FILE, StageIdentity, require_same_classes
+from engine.runs import ABSENT, BEST_FILE, RESULT_FILE, StageIdentity, require_same_classes
 from engine.stopping import StopRequest
 from evaluation.files.truth import TRUTH_FILE
 from evaluation.metrics import plugin_names
@@ -26,7 +26,7 @@ from features.frames.settings_match import require_features_of
 from features.store import VideoFeatures, feature_path, recorded_encoder
 from features.store_folder import INDEX_FILE, find_feature_folder, load_feature_set, usable_index, with_recorded_faults
 from stage2_temporal.predict import (
-    Inference,
+    FRAME_FOLDER,
     TemporalAbout,
     chosen_inference,
     load_temporal,
@@ -66,11 +66,11 @@ def evaluate_run(
     data have other classes, if the features come from another encoder, or if image settings that the user gave
     (`given`) contradict the features.
     """
-    temporal = run / "temporal"
+    temporal = run / TEMPORAL_FOLDER
     model, about = load_temporal(temporal)
     chosen_inference(inference, about.inference, model, temporal)
     if about.encoder:
-        require_features_of(about.encoder, config, given, temporal / "best.pt")
+        require_features_of(about.encoder, config, given, temporal / BEST_FILE)
     out = run / "evaluate" / folder_name(split, inference, index_file)
     if index_file is None:
         folder, index = _own_features(config, run, features, given)
@@ -184,7 +184,8 @@ def _identity(
     training videos, the thresholds (which depend on the validation videos), which videos are left out and why, and the
     metrics and conventions of plug-ins.
     """
-    weights = [sha256_file(path) for path in (temporal / "best.pt", temporal / "frame" / "best.pt") if path.exists()]
+    heads = (temporal, temporal / FRAME_FOLDER)
+    weights = [sha256_file(path) for folder in heads if (path := folder / BEST_FILE).exists()]
     labels = {
         name: [
             video.attributes["encoder_digest"],
@@ -222,10 +223,10 @@ def _probabilities(
     config: Config, temporal: Path, videos: Mapping[str, VideoFeatures], inference: Inference | None, stop: StopRequest
 ) -> dict[str, dict[str, NDArray[np.float32]]]:
     start_stage("evaluate", config, choose_device(config.device), "fp32")
-    heads = {HEAD: temporal, "frame": temporal / "frame"}
+    heads = {HEAD: temporal, "frame": temporal / FRAME_FOLDER}
     found = {}
     for head, folder in heads.items():
-        if (folder / "best.pt").exists():
+        if (folder / BEST_FILE).exists():
             model, about = load_temporal(folder)
             found[head] = predict_phases(
                 model,

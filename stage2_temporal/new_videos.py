@@ -21,13 +21,13 @@ from torch import Tensor
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys, load_dataset
-from configs.schema import JOINT_FOLDER, Config, PreprocessConfig
+from configs.schema import CNN_FOLDER, JOINT_FOLDER, TEMPORAL_FOLDER, Config, Inference, PreprocessConfig
 from engine.device import start_stage
 from engine.files import atomic_path, inside, make_folder, read_json, sha256_file, write_json
 from engine.memory import needs_gpu_memory
 from engine.pool import VIDEO_ERRORS, attempt, failure_reason, require_one_usable
 from engine.progress import progress_bar, say
-from engine.runs import package_version, require_same_classes
+from engine.runs import BEST_FILE, package_version, require_same_classes
 from engine.stopping import StopRequest
 from evaluation.files.predictions import PredictionFile, write_prediction_csv
 from evaluation.metrics.tools import sigmoid
@@ -44,11 +44,10 @@ from features.video.write import encode_mp4
 from stage1_cnn.decode_ahead import frames_of_videos
 from stage1_cnn.encoders.calibration import FromStore
 from stage1_cnn.encoders.encoder import load_encoder
-from stage1_cnn.encoders.pretrained import CHECKPOINT_STAGE
 from stage2_temporal.data import with_tool_logits
 from stage2_temporal.heads.base import require_causal
 from stage2_temporal.model import PhaseModel
-from stage2_temporal.predict import Inference, OnlinePredictor, chosen_inference, load_temporal, other_encoder
+from stage2_temporal.predict import OnlinePredictor, chosen_inference, load_temporal, other_encoder
 
 # Encodes fast, with sufficient quality: the annotated video illustrates a prediction and is not an archive.
 _ENCODER = {"preset": "veryfast", "crf": "23"}
@@ -115,17 +114,17 @@ def pair_of_stages(
     name another one. Raises UserError if stage two was trained on features of another encoder, if the head needs whole
     videos, or if the user gave (`given`) another preprocessing, sampling rate or backbone.
     """
-    folder = run / "temporal"
+    folder = run / TEMPORAL_FOLDER
     model, about = load_temporal(folder)
     inference = chosen_inference(inference, about.inference, model, folder)
     recorded = about.encoder
     if not recorded:
         raise UserError(f"{folder / 'best.pt'}: does not record the encoder of its features; train it again")
-    preprocess = preprocess_from_json(recorded["preprocess"], str(folder / "best.pt"))
-    require_preprocess_of(preprocess, config, given, folder / "best.pt", recorded["fps"], recorded["backbone"])
+    preprocess = preprocess_from_json(recorded["preprocess"], str(folder / BEST_FILE))
+    require_preprocess_of(preprocess, config, given, folder / BEST_FILE, recorded["fps"], recorded["backbone"])
     config = as_trained(config, preprocess, recorded["fps"], recorded["backbone"], recorded.get("storage"))
     spec = load_dataset(config.data.dataset)
-    require_same_classes(folder / "best.pt", "phases", about.phases, spec.phases)
+    require_same_classes(folder / BEST_FILE, "phases", about.phases, spec.phases)
     try:
         int8 = FromStore(config.extract.store, recorded)
         encoder = load_encoder(config, cnn_run or run, spec.tools, trusted, int8)
@@ -137,7 +136,7 @@ def pair_of_stages(
             "whose net made the features: --from-cnn or --from-joint"
         )
     if about.tool_inputs:
-        require_same_classes(folder / "best.pt", "tools", about.tool_inputs, spec.tools, spec.name)
+        require_same_classes(folder / BEST_FILE, "tools", about.tool_inputs, spec.tools, spec.name)
     start_stage("predict", config, encoder.device, encoder.spec.precision)
 
     def encode(frames: Tensor) -> tuple[Tensor, NDArray[np.float32] | None]:
@@ -147,13 +146,13 @@ def pair_of_stages(
             stored = with_tool_logits(stored, torch.from_numpy(logits), str(folder))
         return stored.float(), logits if encoder.tool_head is not None else None
 
-    weights = {"temporal": sha256_file(folder / "best.pt"), "encoder": encoder.spec.digest}
+    weights = {"temporal": sha256_file(folder / BEST_FILE), "encoder": encoder.spec.digest}
     return Recogniser(encode, model, inference, about.frames, config, spec, weights)
 
 
 def _with_other_ways(error: UserError, run: Path, cnn_run: Path | None) -> UserError:
     """The error with a hint about what to do instead, if the run has stage two but not stage one."""
-    if cnn_run is not None or (run / CHECKPOINT_STAGE).is_dir():
+    if cnn_run is not None or (run / CNN_FOLDER).is_dir():
         return error
     if not (run / JOINT_FOLDER).is_dir():
         return UserError(f"{error}; or use --from-cnn to name the run whose stage one made the features")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from configs.errors import UserError, one_line
 from configs.load import differences
-from configs.schema import HeadConfig
+from configs.schema import HeadConfig, Inference
 from engine.checkpoints import load_checkpoint
 from engine.device import choose_device
 from engine.progress import say
 from engine.records import Record
+from engine.runs import BEST_FILE
 from engine.stopping import StopRequest
 from features.store import VideoFeatures
 from stage2_temporal.data import Batch, FeatureBank, Span, chunk_batches, clip_batches, group_by_length, take
@@ -27,8 +28,8 @@ from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.model import PhaseModel
 from stage2_temporal.streaming import StreamedFeatures, ahead
 
-Inference = Literal["carried", "clip"]
 KIND = "temporal"
+FRAME_FOLDER = "frame"  # of the per-frame baseline, in the folder of stage two
 
 
 class BatchSizes(NamedTuple):
@@ -68,7 +69,7 @@ def load_temporal(folder: Path) -> tuple[PhaseModel, TemporalAbout]:
     Raises UserError if the checkpoint is missing, damaged or of another stage, or if its head is not registered (which
     may be because a plug-in is missing).
     """
-    path = folder / "best.pt"
+    path = folder / BEST_FILE
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; run train-temporal under that name first, or give another --name")
     content = load_checkpoint(path)

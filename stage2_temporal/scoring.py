@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from configs.errors import UserError
+from configs.schema import CNN_FOLDER, JOINT_FOLDER, TEMPORAL_FOLDER, Inference
 from engine.files import make_folder, read_json_object, write_json
 from engine.progress import say
 from engine.runs import RESULT_FILE
@@ -29,7 +30,6 @@ from features.dataset.index import Index
 from features.dataset.labels import unlabelled_note
 from features.ids import file_stem, natural_key
 from features.video_labels import VideoLabels
-from stage2_temporal.predict import Inference
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def report(run: Path, out: Path, truth: GroundTruth, evaluation: Evaluation, tra
     _print_tables(evaluation)
     if out == run / "evaluate" / "test":
         update_summary(run, summary_of(run, truth, evaluation))
-        stage = "temporal" if evaluation.joint is None else "joint"
+        stage = TEMPORAL_FOLDER if evaluation.joint is None else JOINT_FOLDER
         write_model_card(run, stage, truth.index, evaluation, trained_in=trained_in)
     files = f"{TOOLS_ALONE}/" if evaluation.tasks == "tool" else "predictions/, ribbons.png"
     say(f"written: {out / METRICS_FILE}, {files}")
@@ -253,7 +253,7 @@ def _print_tables(evaluation: Evaluation) -> None:
 
 def _left_out_of_stage_one(run: Path, known: Sequence[str]) -> list[dict[str, Any]]:
     """Records of the videos that train-cnn could not read and that are not among the ids `known`."""
-    result = run / "cnn" / RESULT_FILE
+    result = run / CNN_FOLDER / RESULT_FILE
     videos = read_json_object(result).get("left_out", []) if result.exists() else []
     return [{**video, "reason": f"train-cnn: {video['reason']}"} for video in videos if video["id"] not in known]
 

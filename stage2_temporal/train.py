@@ -23,7 +23,7 @@ from torch import Tensor
 from configs import schema
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys
-from configs.schema import Config
+from configs.schema import TEMPORAL_FOLDER, Config
 from engine.device import choose_precision, make_accelerator, require_bf16, seed_everything, start_stage
 from engine.files import make_folder, sha256_file
 from engine.logs import METRICS_LOG, read_metrics
@@ -37,13 +37,13 @@ from engine.training_result import TrainingResult
 from evaluation.metrics.phases import majority_phase
 from features.dataset.catalogue import say_left_out
 from features.frames.settings_match import require_features_of
-from stage2_temporal.data import NO_LABEL, Batch, FeatureBank, Span, TrainingData, epoch_batches, read_training_data
+from features.video_labels import NO_LABEL
+from stage2_temporal.data import Batch, FeatureBank, Span, TrainingData, epoch_batches, read_training_data
 from stage2_temporal.heads.base import build_head, detach_state, first_rows
 from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.model import PhaseModel
-from stage2_temporal.predict import TemporalAbout, predict_spans
+from stage2_temporal.predict import FRAME_FOLDER, TemporalAbout, predict_spans
 
-FRAME_FOLDER = "frame"
 # Freed memory is given back no more often, since mapping it again makes the next epoch a few percent slower.
 TRIM_INTERVAL_S = 60.0
 # From phases, head and width of the features to the state dict of a `PhaseModel`.
@@ -80,7 +80,7 @@ def train_temporal(
     data.index.require_excluded(config.data.exclude, folder)
     data = data.with_tool_logits() if config.temporal.tool_logits else data
     say_left_out(data.index)
-    stage = StageFolder(run, "temporal", config, _identity(config, data))
+    stage = StageFolder(run, TEMPORAL_FOLDER, config, _identity(config, data))
     finished = processes.from_first(lambda: stage.result)
     if finished is not None:
         return replace(TrainingResult.from_json(finished), left_out=data.index.left_out_records())

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from configs.dataset_spec import DataSetSpec, class_ids, folded_name
 from configs.errors import UserError
-from features.dataset.annotations import NO_LABEL, read_content, shown_cell, text_lines, unknown_class
+from features.dataset.annotations import UNLABELLED_CELLS, read_content, shown_cell, text_lines, unknown_class
 from features.dataset.phase_order import ids_of_order
 from features.ids import id_of_stem, natural_key, normal_id, numbered_id
 
@@ -403,7 +403,7 @@ def _phases(
     """
     distinct = dict.fromkeys(cells)
     numbers = {cell: value for cell in distinct if (value := _number(cell)) is not None}
-    none = [cell for cell in distinct if cell in NO_LABEL or numbers.get(cell) == -1]
+    none = [cell for cell in distinct if cell in UNLABELLED_CELLS or numbers.get(cell) == -1]
     for cell in none:
         del distinct[cell]
         numbers.pop(cell, None)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError, listed
 from configs.load import flatten, read_yaml
-from configs.schema import Config
+from configs.schema import JOINT_FOLDER, TEMPORAL_FOLDER, Config
 from engine.files import read_json_object
 from engine.logs import METRICS_LOG, read_metrics
 from evaluation.files.predictions import TOOLS_ALONE, PredictionFile, read_prediction_csv
@@ -232,9 +232,9 @@ def _stage_of(folder: Path, evaluation: Evaluation) -> Path | None:
     This is the folder of its joint training step, or else of stage two, or else of the stage that was started last.
     """
     if evaluation.joint and evaluation.joint.checkpoint:
-        named = folder / "joint" / Path(evaluation.joint.checkpoint).parent.name
+        named = folder / JOINT_FOLDER / Path(evaluation.joint.checkpoint).parent.name
     else:
-        named = folder / HEAD
+        named = folder / TEMPORAL_FOLDER
     if (named / "config.yaml").is_file():
         return named
     # Stages in the order in which they were started.

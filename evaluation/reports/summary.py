@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.load import read_yaml
+from configs.schema import CNN_FOLDER, EXTRACT_FOLDER
 from engine.files import read_json_object, write_json
 from engine.runs import RESULT_FILE
 from evaluation.metrics.conventions import MAIN_CONVENTION
@@ -68,9 +69,9 @@ def settings_behind(run: Path, settings: Mapping[str, Any], encoder: Mapping[str
         return dict(settings)
     found = {key: value for key, value in settings.items() if key not in ("preprocess", "cnn", "extract")}
     found["encoder"] = dict(encoder)
-    made = run / "extract" / RESULT_FILE
+    made = run / EXTRACT_FOLDER / RESULT_FILE
     if made.is_file() and read_json_object(made).get("encoder_digest") == encoder.get("digest"):
-        files = {section: run / section / "config.yaml" for section in ("cnn", "extract")}
+        files = {section: run / section / "config.yaml" for section in (CNN_FOLDER, EXTRACT_FOLDER)}
         found |= {section: read_yaml(file)[section] for section, file in files.items() if file.is_file()}
     return found
 

@@ -19,7 +19,7 @@ from engine.files import read_bounded
 from engine.sniff import recognise_start
 
 MAX_FILE_BYTES = 64 << 20  # enough for twenty hours of phases with one row per frame
-NO_LABEL = ("-1", "")  # cells that mean "no label"
+UNLABELLED_CELLS = ("-1", "")  # cells that mean "no label"
 
 
 @dataclass(frozen=True, eq=False)

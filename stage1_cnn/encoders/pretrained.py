@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from configs.errors import UserError, one_line
-from configs.schema import CnnConfig
+from configs.schema import CNN_FOLDER, CnnConfig
 from engine.files import sha256_file
+from engine.runs import BEST_FILE
 from stage1_cnn.encoders.networks.efficientnet_lite import LITE0
 from stage1_cnn.encoders.registry import Pretrained, find_encoder
 
-CHECKPOINT_STAGE = "cnn"
 DOWNLOAD_TIMEOUT_S = 20.0
 # Errors of a folder in which weights cannot be saved: read-only, owned by another user, full, or its parent is a file.
 _CANNOT_KEEP = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
@@ -67,7 +67,7 @@ def weights_identity(cnn: CnnConfig, runs: Path) -> str:
 
 def best_checkpoint(run: Path) -> Path:
     """The checkpoint with the best epoch of a run's stage one. Raises UserError if it does not exist."""
-    path = run / CHECKPOINT_STAGE / "best.pt"
+    path = run / CNN_FOLDER / BEST_FILE
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; run train-cnn under that name first")
     return path

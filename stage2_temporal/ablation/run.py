@@ -28,7 +28,7 @@ from rich.live import Live
 from configs.ablation import FEATURE_KEYS, AblationConfig
 from configs.errors import UserError
 from configs.load import differences, keys_given, load_ablation, load_config, to_yaml
-from configs.schema import Config
+from configs.schema import TEMPORAL_FOLDER, Config
 from engine.device import choose_device, cpu_threads
 from engine.files import exclusive_lock, sha256_json, write_text
 from engine.launch import available_cores
@@ -380,7 +380,7 @@ class _Plan:
         return found
 
     def _require_as_named(self, unit: Unit, run: Path) -> None:
-        settings = run / "temporal" / "config.yaml"
+        settings = run / TEMPORAL_FOLDER / "config.yaml"
         if unit in self._as_named or not settings.is_file():
             return
         trained = load_config(settings).temporal.model_dump()

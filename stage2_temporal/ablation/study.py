@@ -18,6 +18,7 @@ from optuna.trial import create_trial
 from configs.ablation import AblationConfig, RangeConfig
 from configs.errors import UserError
 from configs.load import flatten, read_yaml
+from configs.schema import TEMPORAL_FOLDER
 from engine.files import read_json_object
 from engine.runs import RESULT_FILE
 
@@ -61,7 +62,7 @@ class TrialFolders:
 
     def result(self, name: str) -> dict[str, Any] | None:
         """The result of the training in the folder `name`; None if there is none."""
-        path = self.trials / name / "temporal" / RESULT_FILE
+        path = self.trials / name / TEMPORAL_FOLDER / RESULT_FILE
         if not path.exists():
             return None
         with self._read(name):

@@ -15,7 +15,7 @@ import torch
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys, load_config
-from configs.schema import Config, DataConfig
+from configs.schema import Config, DataConfig, Inference
 from engine.device import choose_device, choose_precision, lower_precision, start_stage
 from engine.files import read_json_object
 from engine.memory import needs_gpu_memory
@@ -29,7 +29,7 @@ from features.frames.settings_match import require_preprocess_of
 from features.frames.training_cache import frames_identity, recorded_faults
 from stage2_temporal.joint.net import IMPORTED, JointAbout, JointNet, joint_checkpoint, load_joint
 from stage2_temporal.joint.predict import Prediction, gap_nats, predict_videos
-from stage2_temporal.predict import Inference, chosen_inference
+from stage2_temporal.predict import chosen_inference
 from stage2_temporal.scoring import (
     GroundTruth,
     Predicted,

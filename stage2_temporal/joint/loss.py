@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from configs.schema import JointLossConfig
 from engine.device import sent_to
 from engine.processes import one_process
+from features.video_labels import NO_LABEL
 from stage1_cnn.loss import Total, phase_loss, tool_loss
-from stage2_temporal.data import NO_LABEL
 from stage2_temporal.heads.base import real_frames
 from stage2_temporal.joint.net import JointOutput
 

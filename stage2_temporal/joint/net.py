@@ -21,10 +21,19 @@ from torch import Tensor, nn
 
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, one_line
-from configs.schema import JOINT_FOLDER, Config, HeadConfig, HeadSettings, JointNetConfig, PreprocessConfig
+from configs.schema import (
+    JOINT_FOLDER,
+    TEMPORAL_FOLDER,
+    Config,
+    HeadConfig,
+    HeadSettings,
+    Inference,
+    JointNetConfig,
+    PreprocessConfig,
+)
 from engine.checkpoints import load_checkpoint
 from engine.records import Record
-from engine.runs import require_same_classes
+from engine.runs import BEST_FILE, require_same_classes
 from stage1_cnn.encoders.backbone import Backbone, build_backbone, freeze_batch_norm
 from stage1_cnn.encoders.pretrained import best_checkpoint
 from stage1_cnn.model import linear, rebuild_from_checkpoint, require_same_backbone, tool_branch
@@ -32,7 +41,7 @@ from stage2_temporal.heads.base import State, build_head, require_causal
 from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.joint.recompute import recomputed_blocks
 from stage2_temporal.model import PhaseModel, require_same_head, require_same_model
-from stage2_temporal.predict import Inference, load_temporal
+from stage2_temporal.predict import load_temporal
 
 KIND = "joint"
 STEPS = ("multitask", "mapping", "correlation")
@@ -151,7 +160,7 @@ def attach_temporal(net: JointNet, run: Path, phases: Sequence[str], head: HeadS
 
     Raises UserError if stage two has other phases, another width of embeddings, or a head other than `head`.
     """
-    path = run / "temporal" / "best.pt"
+    path = run / TEMPORAL_FOLDER / BEST_FILE
     model, about = load_temporal(path.parent)
     if net.phase is None:
         raise UserError("--from-temporal gives a phase branch, but joint.net.tasks=tool has none")
@@ -269,7 +278,7 @@ def joint_checkpoint(run: Path) -> Path:
     Raises UserError if the run has neither.
     """
     for step in (*reversed(STEPS), IMPORTED):
-        path = run / JOINT_FOLDER / step / "best.pt"
+        path = run / JOINT_FOLDER / step / BEST_FILE
         if path.is_file():
             return path
     raise UserError(f"{run / JOINT_FOLDER}: no joint net; run train-joint under that name first")

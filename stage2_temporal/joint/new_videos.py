@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys, load_dataset
-from configs.schema import Config
+from configs.schema import Config, Inference
 from engine.device import choose_device, choose_precision, lower_precision, start_stage
 from engine.files import sha256_file
 from engine.runs import require_same_classes
@@ -19,7 +19,7 @@ from features.frames.preprocess import crop_frames, normalise
 from features.frames.settings_match import require_preprocess_of
 from stage2_temporal.joint.net import joint_checkpoint, load_joint
 from stage2_temporal.new_videos import Recogniser, as_trained
-from stage2_temporal.predict import Inference, chosen_inference
+from stage2_temporal.predict import chosen_inference
 
 
 def joint_net(config: Config, run: Path, inference: Inference | None = None, given: GivenKeys = NO_KEYS) -> Recogniser:

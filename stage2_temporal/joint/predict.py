@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from configs.errors import UserError
-from configs.schema import AugmentConfig, Config, PreprocessConfig
+from configs.schema import AugmentConfig, Config, Inference, PreprocessConfig
 from engine.files import below_root
 from engine.pool import VideoFault
 from engine.progress import progress_bar
@@ -32,7 +32,7 @@ from stage2_temporal.data import Span
 from stage2_temporal.heads.base import HeadOutput, State
 from stage2_temporal.joint.loss import bernoulli_kl
 from stage2_temporal.joint.net import JointNet
-from stage2_temporal.predict import Inference, predict_spans, run_spans
+from stage2_temporal.predict import predict_spans, run_spans
 
 _CROP_COUNTS: dict[str, CropCount] = {"centre": 1, "five": 5, "ten": 10}
 _RANDOM = AugmentConfig(crop="random", flip=False)

@@ -17,14 +17,14 @@ import torch
 
 from configs.errors import UserError
 from configs.load import differences
-from configs.schema import JOINT_FOLDER, Config, JointStepConfig
+from configs.schema import JOINT_FOLDER, TEMPORAL_FOLDER, Config, JointStepConfig
 from engine.checkpoints import load_checkpoint
 from engine.device import choose_device, choose_precision, make_accelerator, say_few_cores, seed_everything, start_stage
 from engine.files import sha256_file
 from engine.memory import needs_gpu_memory
 from engine.processes import Processes, join
 from engine.progress import say
-from engine.runs import ABSENT, StageFolder, StageIdentity, settings_without
+from engine.runs import ABSENT, BEST_FILE, StageFolder, StageIdentity, settings_without
 from engine.session import TrainingSession
 from engine.stopping import StopRequest
 from engine.training_result import Choices, TrainingResult, deciding_score, result_on_frames
@@ -94,7 +94,7 @@ class Start:
         """The checkpoint of each run. Raises UserError naming one that does not exist."""
         found = {
             "cnn": self.cnn and best_checkpoint(self.cnn),
-            "temporal": self.temporal and self.temporal / "temporal" / "best.pt",
+            "temporal": self.temporal and self.temporal / TEMPORAL_FOLDER / BEST_FILE,
             "joint": self.joint and joint_checkpoint(self.joint),
         }
         files = {name: path for name, path in found.items() if path is not None}
@@ -152,7 +152,7 @@ def train_joint(
         else:
             say(f"{stage.path}: finished before with these settings, nothing to do")
             result = TrainingResult.from_json(finished)
-        net.load_state_dict(load_checkpoint(stage.path / "best.pt")["model"])
+        net.load_state_dict(load_checkpoint(stage.path / BEST_FILE)["model"])
     return replace(result, left_out=data.dataset.index.left_out_records())
 
 
@@ -390,7 +390,7 @@ def _stages(config: Config, run: Path, index: Index, files: Mapping[str, Path]) 
 
 def _finish(stage: StageFolder, step: str, config: Config, data: JointData, net: JointNet) -> TrainingResult:
     """Write the result of a step, which is taken from its best checkpoint and its log."""
-    checkpoint = stage.path / "best.pt"
+    checkpoint = stage.path / BEST_FILE
     has_phases = net.phases and (data.train.phase >= 0).any()
     facts = {
         "train_frames": len(data.train),

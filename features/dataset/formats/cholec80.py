@@ -24,7 +24,7 @@ from configs.dataset_spec import DataSetSpec, class_ids, folded_name
 from configs.errors import UserError
 from engine.files import write_text
 from features.dataset.annotations import (
-    NO_LABEL,
+    UNLABELLED_CELLS,
     LabelTrack,
     read_content,
     row_error,
@@ -74,7 +74,7 @@ def parse_phases(content: bytes, path: Path, spec: DataSetSpec) -> LabelTrack:
     names = cells[1::2]
     known = class_ids(spec.phases, spec.phase_aliases)
     numbers = {
-        name: -1 if name in NO_LABEL else known.get(folded_name(name), -1 if name in _MISSING else None)
+        name: -1 if name in UNLABELLED_CELLS else known.get(folded_name(name), -1 if name in _MISSING else None)
         for name in set(names)
     }
     for row, name in enumerate(names if None in numbers.values() else ()):
@@ -141,7 +141,7 @@ def _count_tabs(line: str) -> int:
 
 
 def _zeros_and_ones(cells: Sequence[str], name: str, path: Path) -> NDArray[np.int8]:
-    values = {"0": 0, "0.0": 0, "1": 1, "1.0": 1, **dict.fromkeys((*NO_LABEL, *_MISSING), -1)}
+    values = {"0": 0, "0.0": 0, "1": 1, "1.0": 1, **dict.fromkeys((*UNLABELLED_CELLS, *_MISSING), -1)}
     if not values.keys() >= set(cells):
         row = next(row for row, cell in enumerate(cells) if cell not in values)
         raise row_error(path, row, f"{name} is {shown_cell(cells[row])}, not 0 or 1 (-1 or empty: no label)")
@@ -215,7 +215,7 @@ def write_label_file(path: Path, track: LabelTrack, spec: DataSetSpec) -> None:
     """Write phases or tools in Cholec80's format: a header, tab-separated cells, and LF at the end of every line."""
     if track.labels.ndim == 1:
         header = ["Frame", "Phase"]
-        rows = [[spec.phases[phase] if phase >= 0 else NO_LABEL[0]] for phase in track.labels.tolist()]
+        rows = [[spec.phases[phase] if phase >= 0 else UNLABELLED_CELLS[0]] for phase in track.labels.tolist()]
     else:
         header, rows = ["Frame", *spec.tools], track.labels.astype(str).tolist()
     lines = ["\t".join(header)]
