@@ -129,13 +129,17 @@ def verify(folder: Path) -> None:
 
     Every file is read completely and its checksums are verified. The exit code is 1 if a file is damaged.
     """
-    from features.store_folder import verify_folder
+    from features.store_folder import recorded_faults, verify_folder
 
     bad = 0
     for path, problem in verify_folder(folder):
         bad += problem is not None
         click.echo(f"{path.name}: {problem or 'ok'}", err=problem is not None)
     click.echo(f"{bad} file(s) are damaged: run extract again" if bad else "all files are intact")
+    if left_out := recorded_faults(folder):
+        click.echo(f"{len(left_out)} video(s) were left out, since extract could not read them:")
+        for video_id, reason in left_out:
+            click.echo(printable(f"  {video_id}: {reason}"))
     options.exit_partly_if(bad)
 
 

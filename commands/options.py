@@ -26,8 +26,19 @@ Callback = Callable[..., Any]
 EXIT_PARTLY = 1  # the command has finished, but some videos failed or were left out
 SHARED_STAGES = ("train-cnn", "extract", "train-temporal", "train-joint")  # several processes may share the work
 STAGES = (*SHARED_STAGES, "evaluate", "run", "ablate")  # commands that can be a Slurm job
-PATH = click.Path(path_type=Path)
-FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+class _Path(click.Path):
+    """A path that is not empty: `Path("")` would be the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "" and param is not None:
+            raise UserError(f"{param.opts[0]}: expected a path, got an empty value")
+        return super().convert(value, param, ctx)
+
+
+PATH = _Path(path_type=Path)
+FILE = _Path(path_type=Path, dir_okay=False)
 POSITIVE = click.FloatRange(min=0, min_open=True)
 RUN_NAME = "Name of the run, a folder below `runs/`. Default: the name of the file of settings or preset."
 FEATURES_HELP = "Feature folder. Default: the one that the run's extract wrote, or else the only one in extract.store."
@@ -137,11 +148,12 @@ class Settings:
         """Return the folder of the run `name`. The default is `--name`, or else the name of the settings file."""
         from engine.runs import run_folder
 
-        return run_folder(self.config, name or self.name or Path(self.source).stem)
+        given = (one for one in (name, self.name) if one is not None)
+        return run_folder(self.config, next(given, Path(self.source).stem))
 
     def other_run(self, name: str | None) -> Path | None:
         """Return the folder of a run that another option names, or None if that option was not given."""
-        return self.run(name) if name else None
+        return None if name is None else self.run(name)
 
     def joint_checkpoint(self, name: str | None) -> Path | None:
         """Return the checkpoint of another run's joint net, or None if the option naming the run was not given."""

@@ -176,6 +176,7 @@ def ablate(
     file of the best settings for --config. Settings are compared on the validation videos. --set changes the base that
     all trainings start from.
     """
+    from features.store_folder import features_of_run
     from stage2_temporal.ablation.run import ablate as run_ablation
     from stage2_temporal.ablation.run import read_ablation
 
@@ -183,9 +184,11 @@ def ablate(
         options.refuse("--features", options.given("run_name"))
     spec = read_ablation(ablation, base)
     settings = Settings(spec.base, overrides, run_name)
-    folder = settings.run(name or Path(ablation).stem)
+    folder = settings.run(Path(ablation).stem if name is None else name)
     if workers == 0 or workers < -1:
         raise UserError(f"--workers {workers}: give a number of trainings at once, or -1 for one per core")
+    if run_name is not None:
+        features = features_of_run(settings.run(), settings.config.extract.store)
     with options.watch_signals() as stop:
         failed = run_ablation(spec, folder, overrides, features, settings.run(), workers=workers, stop=stop)
     options.end_with_failures(failed)

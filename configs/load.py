@@ -39,7 +39,7 @@ def load_config(
     Raises UserError if the file is missing, unreadable or not YAML. Also raises UserError naming the key for an invalid
     value or an unknown key; for an unknown key, the message suggests the most similar one.
     """
-    path = preset_path(source or DEFAULT_PRESET, PRESETS, "preset")
+    path = preset_path(source or DEFAULT_PRESET, PRESETS, "settings file or preset")
     tree = read_yaml(path)
     config = _read_config(tree, str(path))  # validate before the overrides, so that an error in the file names the file
     given = _given_values(overrides, changes or {})
@@ -65,7 +65,7 @@ NO_KEYS = GivenKeys()
 
 def keys_given(source: str | Path | None, overrides: Iterable[str]) -> GivenKeys:
     """Return the keys that the user set, given the same arguments as `load_config`."""
-    path = preset_path(source or DEFAULT_PRESET, PRESETS, "preset")
+    path = preset_path(source or DEFAULT_PRESET, PRESETS, "settings file or preset")
     own = {} if path.resolve().parent == PRESETS else flatten(read_yaml(path))
     return GivenKeys(frozenset(".".join(keys) for keys in _given_values(overrides, {})), frozenset(own))
 
@@ -75,7 +75,7 @@ def load_dataset(name: str) -> DataSetSpec:
 
     Raises UserError naming the file, and the key that is wrong.
     """
-    path = preset_path(name, PRESETS / "datasets", "data set")
+    path = preset_path(name, PRESETS / "datasets", "data set file, and no data set of that name")
     return _validate(DataSetSpec, read_yaml(path), str(path))
 
 
@@ -84,14 +84,20 @@ def load_ablation(source: str | Path) -> AblationConfig:
 
     Raises UserError naming the file, and the key that is wrong.
     """
-    path = preset_path(source, PRESETS / "ablations", "ablation")
-    return _validate(AblationConfig, read_yaml(path), str(path))
+    path = preset_path(source, PRESETS / "ablations", "ablation file, and no ablation of that name")
+    tree = read_yaml(path)
+    if "base" not in tree and not tree.keys().isdisjoint(Config.model_fields):
+        raise UserError(
+            f"{path}: is a settings file, not an ablation; write a file that names it as base and lists in space the "
+            "settings to compare, as those in configs/ablations do"
+        )
+    return _validate(AblationConfig, tree, str(path))
 
 
 def preset_path(source: str | Path, folder: Path, what: str) -> Path:
     """Return the file `source` if it exists, otherwise the YAML file with that name in `folder`.
 
-    Raises UserError with the most similar name if neither exists.
+    Raises UserError, which says that there is no such `what`, with the most similar name if neither exists.
     """
     path = Path(source)
     if path.is_file():
@@ -101,7 +107,7 @@ def preset_path(source: str | Path, folder: Path, what: str) -> Path:
         return named
     known = sorted(entry.stem for entry in folder.glob("*.yaml"))
     hint = did_you_mean(str(source), known)
-    raise UserError(f"{source}: no such {what} file, and no {what} of that name{hint} (known: {', '.join(known)})")
+    raise UserError(f"{source}: no such {what}{hint} (known: {', '.join(known)})")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -253,7 +259,9 @@ def _read_value(text: str, kinds: set[Any]) -> object:
     if not quoted and (kinds & {str, Path} or word in kinds):
         return text
     words = kinds & {tuple[str, ...], dict[str, str]}  # contain strings, so do not parse numbers, dates or booleans
-    return _parse_yaml(text, yaml.BaseLoader if words else yaml.SafeLoader)
+    value = _parse_yaml(text, yaml.BaseLoader if words else yaml.SafeLoader)
+    # BaseLoader reads a missing value as an empty string
+    return {key: part or None for key, part in value.items()} if words and isinstance(value, dict) else value
 
 
 def _leaves(keys: tuple[str, ...], value: object) -> list[tuple[tuple[str, ...], object]]:
@@ -335,6 +343,9 @@ def _explain(model: type[BaseModel], tree: Mapping[str, Any], problem: Mapping[s
     if problem["type"] != "extra_forbidden":
         given = problem.get("input")
         shown = f", got {given!r}" if isinstance(given, str | int | float | bool) else ""
+        if problem["type"] == "model_type":
+            example = next((name for name in _key_names(model) if name.startswith(f"{key}.")), f"{key}.KEY")
+            return f"{key}: must hold settings of its own, for example {example}{shown}"
         return f"{key or 'settings'}: {problem['msg'].removeprefix('Value error, ')}{shown}"
     if model is Config and keys[:-1] == [*_HEAD_NAME[:-1]]:
         head = str(tree["temporal"]["head"].get("name", DEFAULT_HEAD))

@@ -142,7 +142,9 @@ class DataConfig(Strict):
         reasons = dict.fromkeys(value, "") if isinstance(value, list | tuple) else value
         if not isinstance(reasons, dict):
             return reasons
-        return {str(name): "" if reason is None else reason for name, reason in reasons.items()}
+        if bare := [str(name) for name, reason in reasons.items() if reason is None]:
+            raise ValueError(f"{bare[0]} has no reason; give one, or list the ids without reasons: [{bare[0]}]")
+        return {str(name): reason for name, reason in reasons.items()}
 
 
 class PreprocessConfig(Strict):

@@ -45,7 +45,8 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"device={name}: {problem}; or set device=cpu")
     if not available[chosen]:
         present = ", ".join(kind for kind, there in available.items() if there)
-        raise UserError(f"device={name}: this machine (or this torch build) has none; present: {present}")
+        has_none = f"this machine (or this torch build) has none; present: {present}"
+        raise UserError(f"device={name}: {has_none}; set device=cpu or device=auto")
     return torch.device(chosen)
 
 

@@ -22,11 +22,12 @@ from features.store import EncoderSpec, FeatureFileError, VideoFeatures, feature
 
 INDEX_FILE = "index.json"
 ENCODER_FILE = "encoder.json"
+_FAULT_SUFFIX = ".left_out.json"
 _DESCRIBED = ("backbone", "weights_sha256", "fps", "precision", "storage", "preprocess", "encoder_digest")
 
 
 def _fault_path(folder: Path, video_id: str) -> Path:
-    return feature_path(folder, video_id).with_suffix(".left_out.json")
+    return feature_path(folder, video_id).with_suffix(_FAULT_SUFFIX)
 
 
 def record_fault(folder: Path, video_id: str, source: str, reason: str) -> None:
@@ -47,6 +48,12 @@ def _recorded_fault(folder: Path, video_id: str, source: str) -> str | None:
     path = _fault_path(folder, video_id)
     found = read_json_object(path) if path.exists() else {}
     return str(found.get("reason")) if found.get("source_sha256_ends") == source else None
+
+
+def recorded_faults(folder: Path) -> list[tuple[str, str]]:
+    """Return the ids of the videos that extract could not read, each with the reason, sorted by file name."""
+    records = [read_json_object(path) for path in sorted(folder.glob(f"*{_FAULT_SUFFIX}"))]
+    return [(str(record.get("id")), str(record.get("reason"))) for record in records]
 
 
 def feature_files(folder: Path) -> list[Path]:
@@ -147,6 +154,13 @@ def find_feature_folder(named: Path | None, run: Path, store: Path) -> Path:
         shown = ", ".join(str(path) for path in found[:4])
         raise UserError(f"{store}: contains features of several encoders ({shown}); choose one with --features DIR")
     return found[0]
+
+
+def features_of_run(run: Path, store: Path) -> Path:
+    """Return the feature folder that the run's `extract` made. Raises UserError if there is none."""
+    if not (run / EXTRACT_FOLDER / RESULT_FILE).is_file():
+        raise UserError(f"{run}: no features of this run; make them with `extract --name {run.name}`")
+    return find_feature_folder(None, run, store)
 
 
 def describe_folder(folder: Path) -> list[str]:

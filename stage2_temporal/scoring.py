@@ -221,7 +221,7 @@ def report(run: Path, out: Path, truth: GroundTruth, evaluation: Evaluation, tra
     The files, `RUN/summary.json` and `RUN/MODEL_CARD.md`, are updated only if `out` is the evaluation of the run's own
     test videos. `trained_in` is the folder in which a joint net was trained.
     """
-    _print_tables(evaluation)
+    _print_tables(truth, evaluation)
     if out == run / "evaluate" / "test":
         update_summary(run, summary_of(run, truth, evaluation))
         stage = TEMPORAL_FOLDER if evaluation.joint is None else JOINT_FOLDER
@@ -230,7 +230,7 @@ def report(run: Path, out: Path, truth: GroundTruth, evaluation: Evaluation, tra
     say(f"written: {out / METRICS_FILE}, {files}")
 
 
-def _print_tables(evaluation: Evaluation) -> None:
+def _print_tables(truth: GroundTruth, evaluation: Evaluation) -> None:
     """Print the tables of phase and tool metrics."""
     console = Console()
     if evaluation.phases:
@@ -242,7 +242,9 @@ def _print_tables(evaluation: Evaluation) -> None:
     if evaluation.tools:
         console.print(tool_table(evaluation.tools))
     else:
-        say("note: no tool labels or no trained tool head, so no tool metrics")
+        unlabelled = truth.videos.keys() <= set(truth.without_labels["tools"])
+        what = "no tool labels in these videos" if unlabelled else "no trained tool head in this run"
+        say(f"note: {what}, so no tool metrics")
     joint = evaluation.joint
     if joint and joint.mapped_tools:
         say(

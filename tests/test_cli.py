@@ -516,6 +516,11 @@ def test_without_features_one_line_says_what_to_do(tmp_path: Path) -> None:
         (["index", "--root", "empty", "--from-pickle", "nowhere.pkl"], "--phase-order"),
         (["index", "--root", "empty", "--from-pickle", "x.pkl", "--phase-order", "mtrcnet"], "x.pkl: no such file"),
         (["export", "nowhere"], "run `evaluate` first"),
+        (["config", "show", "--config", "nowhere.yaml"], "no such settings file or preset (known: "),
+        (["run", "--name", ""], "run name ''"),
+        (["ablate", "hidden", "--name", ""], "run name ''"),
+        (["train-temporal", "--features", ""], "--features: expected a path, got an empty value"),
+        (["ablate", "hidden", "--run", "nosuch"], "nosuch: no features of this run; make them with `extract --name"),
         (["export", "--from-predictions", "p.pkl"], "--out"),
     ],
 )

@@ -65,6 +65,8 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
     (tmp_path / "own.yaml").write_text("{runs: elsewhere, seed: 9, data: {dataset: m2cai16-workflow}}")
     for run in ("a", "b"):
         (tmp_path / "runs" / run / "evaluate").mkdir(parents=True)
+        (tmp_path / "runs" / run / "extract").mkdir()
+        (tmp_path / "runs" / run / "extract/result.json").write_text("{}")
     noted = Work()
     for mode in MODES:
         if mode.command != "submit":

@@ -25,6 +25,7 @@ from engine.files import LinkedRoot, inside
 from engine.sniff import holds_video
 from features.dataset.unmatched import (
     ImageFolder,
+    example_name,
     is_archive,
     is_image,
     kind_of,
@@ -383,10 +384,12 @@ def _nothing_found(files: _Files) -> str:
         return f"{root}: no videos of {spec.name} found{what}; {first}{more}: {why}; files found: {seen}"
     if sum(is_image(entry.name) for entry in sorted_entries(root)) > 1:
         return f"{root}: no videos of {spec.name} found{what}, only images; set data.root to the folder above this one"
-    names = " or ".join(filter(None, (spec.patterns.video, spec.patterns.tfrecord)))
+    roles = ("video", "tfrecord", "frames")
+    video, record, frames = (example_name(role, spec) or getattr(spec.patterns, role) for role in roles)
+    names = " or ".join(filter(None, (video, record)))
     return (
-        f"{root}: no videos of {spec.name} found{what}: looked for files named {names} and folders of images named "
-        f"{spec.patterns.frames}; files found: {seen}"
+        f"{root}: no videos of {spec.name} found{what}: looked for files named like {names} and folders of images "
+        f"named like {frames}; files found: {seen}"
     )
 
 

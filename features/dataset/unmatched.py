@@ -142,6 +142,12 @@ def _parts(paths: Sequence[str], taken: Sequence[str], spec: DataSetSpec) -> dic
     return {path: wholes[path].name for path in paths if path in wholes and is_part(path)}
 
 
+def example_name(role: str, spec: DataSetSpec) -> str | None:
+    """Return a name that the data set's pattern of this role matches; None if no common name does."""
+    names = (f"{stem}{_EXAMPLE_ENDINGS[role]}" for stem in ("000001", "video01", "workflow_video_01", "case01", "01"))
+    return next(filter(spec.patterns.compiled(role).fullmatch, names), None)
+
+
 def _no_match(role: str, paths: Sequence[str], spec: DataSetSpec) -> str:
     """Explain that these names match no pattern, and suggest a name that would and a pattern that would match them."""
     if not paths:
@@ -149,12 +155,8 @@ def _no_match(role: str, paths: Sequence[str], spec: DataSetSpec) -> str:
     if getattr(spec.patterns, role) is None:
         return f"the description of {spec.name} has no patterns.{role}"
     subject, it = ("their names do", "them") if role == "frame" else ("its name does", "it")
-    examples = (
-        f"{stem}{_EXAMPLE_ENDINGS[role]}" for stem in ("000001", "video01", "workflow_video_01", "case01", "01")
-    )
-    like = next(
-        (f"rename {it} like {name}, or " for name in examples if spec.patterns.compiled(role).fullmatch(name)), ""
-    )
+    example = example_name(role, spec)
+    like = f"rename {it} like {example}, or " if example else ""
     pattern = suggested_pattern(role, [PurePosixPath(path).name for path in paths], spec.patterns)
     shown = "" if role == "frame" else f", {getattr(spec.patterns, role)}"
     return (

@@ -49,7 +49,7 @@ def open_container(path: Path, hardware: str | None = None) -> Any:
             options["hwaccel"] = HWAccel(device_type=hardware, allow_software_fallback=False)
         return av.open(f"file:{path}", **options)
     except FileNotFoundError as error:
-        raise ReaderError(f"{path}: no such file") from error
+        raise ReaderError(f"{path}: no such file; restore it, or run `index --force` to continue without it") from error
     except (av.error.FFmpegError, ImportError, OSError, RuntimeError) as error:
         what = getattr(error, "strerror", None)
         if hardware is not None:

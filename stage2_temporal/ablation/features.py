@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from configs.errors import UserError
-from configs.schema import EXTRACT_FOLDER, Config
-from engine.runs import RESULT_FILE, run_folder
-from features.store_folder import find_feature_folder
+from configs.schema import Config
+from engine.runs import run_folder
+from features.store_folder import features_of_run, find_feature_folder
 from features.video_labels import NO_LABEL
 from stage2_temporal.data import TrainingData, read_training_data
 
@@ -54,10 +54,7 @@ def folder_of(changes: Settings, base: Path, config: Config) -> Path:
     if "features" in changes:
         return find_feature_folder(Path(changes["features"]), base, config.extract.store)
     if "features_of_run" in changes:
-        run = run_folder(config, changes["features_of_run"])
-        if not (run / EXTRACT_FOLDER / RESULT_FILE).is_file():
-            raise UserError(f"{run}: no features of this run; make them with `extract --name {run.name}`")
-        return find_feature_folder(None, run, config.extract.store)
+        return features_of_run(run_folder(config, changes["features_of_run"]), config.extract.store)
     return base
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
-from configs.load import PRESETS, differences, load_config, load_dataset, to_yaml
+from configs.load import PRESETS, differences, load_ablation, load_config, load_dataset, to_yaml
 from configs.schema import Config, GruHead, JointStepConfig
 
 PRESET_NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
@@ -207,3 +207,31 @@ def test_class_names_that_are_spreadsheet_formulas_are_refused(kind: str, name: 
     tree[kind] = (name, *tree[kind][1:])
     with pytest.raises(ValueError, match="as a formula"):
         DataSetSpec(**tree)
+
+
+def test_a_value_in_place_of_a_block_is_refused_with_an_example() -> None:
+    refused = r"^--set: temporal: must hold settings of its own, for example temporal\.\w+, got 3$"
+    with pytest.raises(UserError, match=refused):
+        load_config("mini", ["temporal=3"])
+
+
+def test_a_settings_file_is_no_ablation(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("seed: 3\ntemporal: {epochs: 3}\n")
+    with pytest.raises(UserError, match=rf"^{file}: is a settings file, not an ablation; "):
+        load_ablation(file)
+    file.write_text("base: mini\nseed: [3]\nspace: {temporal.epochs: [3]}\n")
+    with pytest.raises(UserError, match=rf"^{file}: unknown key seed; did you mean seeds"):
+        load_ablation(file)
+
+
+def test_an_empty_reason_of_an_excluded_video_is_refused(tmp_path: Path) -> None:
+    refused = r"data\.exclude: video01 has no reason; give one, or list the ids without reasons: \[video01\]$"
+    file = tmp_path / "own.yaml"
+    file.write_text("data: {exclude: {video01: }}\n")
+    for source, overrides in (("mini", ["data.exclude={video01: }"]), ("mini", ["data.exclude.video01="]), (file, [])):
+        with pytest.raises(UserError, match=refused):
+            load_config(source, overrides)
+    listed = load_config("mini", ["data.exclude=[video01]"])
+    file.write_text(to_yaml(listed))
+    assert load_config(file) == listed

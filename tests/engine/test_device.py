@@ -170,6 +170,13 @@ def test_who_hides_the_gpus_wants_the_cpu(
     assert choose_device("auto").type == "cpu"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_device_that_is_not_there_is_refused_with_one_that_is(driver: Callable[[str], None]) -> None:
+    driver("")
+    with pytest.raises(UserError, match=r"^device=cuda: .*; present: cpu.*; set device=cpu or device=auto$"):
+        choose_device("cuda")
+
+
 def test_fp16_is_refused_on_a_cpu_with_values_that_work() -> None:
     with cpu_with_bf16(False), pytest.raises(UserError, match=r"^x\.precision=fp16 .* set x\.precision=auto or fp32$"):
         choose_precision("x.precision", "fp16", CPU, training=True)

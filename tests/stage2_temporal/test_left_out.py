@@ -16,6 +16,7 @@ from features.store_folder import record_fault
 from stage2_temporal.data import read_training_data
 from stage2_temporal.evaluate import evaluate_run
 from stage2_temporal.train import train_temporal
+from tests.cli import succeed
 from tests.stage2_temporal.toy import cue_video, small, write_folder
 
 FRAMES = 40
@@ -58,6 +59,30 @@ def test_a_recorded_fault_leaves_a_video_out_until_its_source_changes(folder: Pa
     record_fault(folder, "v1", SOURCE, "no such file")
     with pytest.raises(UserError, match=r"train split has no videos left: v1 and 1 more were left out \(no such"):
         read_training_data(folder)
+
+
+def test_features_verify_names_the_videos_that_were_left_out(folder: Path, tmp_path: Path) -> None:
+    assert succeed(["features", "verify", folder], tmp_path).endswith("v5.h5: ok\nall files are intact\n")
+    feature_path(folder, "v2").unlink()
+    record_fault(folder, "v2", SOURCE, "damaged at frame 7")
+    assert succeed(["features", "verify", folder], tmp_path).endswith(
+        "all files are intact\n1 video(s) were left out, since extract could not read them:\n  v2: damaged at frame 7\n"
+    )
+
+
+@pytest.mark.parametrize(("label", "what"), [(-1, "no tool labels in these videos"), (1, "no trained tool head in")])
+def test_why_there_are_no_tool_metrics(
+    label: int, what: str, folder: Path, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    videos = {name: cue_video(rng, split, FRAMES) for name, split in SPLITS.items()}
+    no_head = {name: np.full((FRAMES, 2), np.nan, np.float32) for name in videos}
+    made = write_folder(tmp_path / "no_head", videos, tool_logits=no_head) if label == 1 else folder
+    for name in ("v4", "v5"):
+        relabel(made, name, tool=label)
+    train_temporal(config, tmp_path / "run", made, StopRequest())
+    evaluate_run(config, tmp_path / "run", features=made, stop=StopRequest())
+    assert f"note: {what}" in "".join(capsys.readouterr())
 
 
 def test_features_of_a_video_that_is_excluded_since(folder: Path, config: Config, tmp_path: Path) -> None:

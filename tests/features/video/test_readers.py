@@ -389,7 +389,7 @@ def test_images_audio_missing_files_and_folders_are_not_videos(tmp_path):
         (image, "an image"),
         (sound, "no video stream"),
         (headless, "no moov box"),
-        (tmp_path / "missing.mp4", "no such file"),
+        (tmp_path / "missing.mp4", "no such file; restore it, or run `index --force`"),
         (tmp_path, "not a video"),
     ):
         with pytest.raises(ReaderError, match=what) as caught:
