@@ -72,26 +72,37 @@ NEEDS_NO_MATERIAL = {"about", "lstm", "material"}
 
 
 def all_steps(names: list[str]) -> None:
-    """Run every step in its own process until time is up, then print a table of the figures."""
+    """Run every step in its own process until time is up, then print a table of the figures.
+
+    The exit code is 1 if a step failed, was cut off or was not started.
+    """
     OUT.mkdir(parents=True, exist_ok=True)
     if unknown := [name for name in names if name not in BY_NAME]:
         sys.exit(f"no such step: {', '.join(unknown)}; choose from {', '.join(BY_NAME)}")
     wanted = names or list(BY_NAME)
     if "material" not in wanted and set(wanted) - NEEDS_NO_MATERIAL and not (WORK / "data.json").exists():
         wanted = ["material", *wanted]
-    for _, group in itertools.groupby(wanted, key=lambda name: name in SIDE_BY_SIDE or name):
+    outcomes: list[Any] = []
+    for _, group in itertools.groupby(wanted, key=lambda name: runs_beside_others(name) or name):
         with ThreadPoolExecutor(CORES) as pool:
-            list(pool.map(run_step, group))
+            outcomes += pool.map(run_step, group)
     table()
+    if any(outcomes):
+        sys.exit(1)
 
 
-def run_step(name: str) -> None:
-    """Run a step in a process of its own, unless time is up."""
+def runs_beside_others(name: str) -> bool:
+    """Whether the step may run at the same time as others; in a rehearsal, in which no speed counts, nearly all may."""
+    return name != "material" if REHEARSE else name in SIDE_BY_SIDE
+
+
+def run_step(name: str) -> Any:
+    """Run a step in a process of its own, unless time is up; returns its exit code, or a text if it did not end."""
     started = float(os.environ.get("GPU_CHECK_STARTED", STARTED))
     left_s, limit_s = TOTAL_S - (time.time() - started), STEPS[BY_NAME[name]] * (6 if REHEARSE else 1)
     if left_s < min(25, limit_s) and not REHEARSE:
         figure("not started: time is up", name, step=name)
-        return
+        return "not started"
     begun = time.time()
     # in a session of its own, so that all processes that the step has started end with it
     process = subprocess.Popen(
@@ -106,6 +117,7 @@ def run_step(name: str) -> None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     figure("seconds of the step", round(time.time() - begun, 1), step=name, outcome=outcome)
+    return outcome
 
 
 def table() -> None:
