@@ -210,7 +210,7 @@ def extract() -> None:
     clip = require_clip()
     seconds, frames, use = {}, {}, {}
     for turns in (
-        (1, 3) if REHEARSE else (2, 14)
+        (1, 2) if REHEARSE else (2, 14)
     ):  # repetitions of a clip of about 23 s; the difference between few and many excludes start-up
         data = WORK / f"long{turns}" / "videos"
         data.mkdir(parents=True, exist_ok=True)
