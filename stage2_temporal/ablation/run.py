@@ -36,6 +36,7 @@ from engine.pool import Advance, choose_processes, work_through
 from engine.progress import no_bars, say
 from engine.runs import ABSENT, StageFolder, StageIdentity, settings_without
 from engine.stopping import StopRequest
+from evaluation.metrics.results import counted
 from evaluation.reports.ablation import (
     ABLATION_PAGE,
     Trial,
@@ -439,7 +440,7 @@ def _show(
         live.update(ablation_table(trials, SCORE), refresh=True)
         return
     outcome = reason or (f"{100 * result['val_accuracy']:.2f} %" if result else "no result")
-    say(f"{label}: {outcome} ({len(trials)} trainings done)")
+    say(f"{label}: {outcome} ({counted(len(trials), 'training')} done)")
 
 
 def _write_outcome(folder: Path, plan: _Plan) -> None:
