@@ -33,6 +33,9 @@ if [ "${1:-}" = prepare ]; then
     exit
 fi
 
+if [ -n "${GPU_CHECK_REHEARSE:-}" ]; then
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # as many steps as cores run at the same time
+fi
 export PYTHONUNBUFFERED=1 GPU_CHECK_STARTED="${GPU_CHECK_STARTED:-$(date +%s)}"
 if [ -z "${GPU_CHECK_REHEARSE:-}" ] && [ -d "$material/wheels" ]; then
     site=/tmp/gpu_check_site
