@@ -159,7 +159,7 @@ def _redirect(log: Path, errors: Path) -> None:
 def _run(arguments: Sequence[str]) -> int:
     import pipeline
 
-    sys.argv = ["pipeline.py", *arguments]
+    sys.argv = [str(PROJECT / "pipeline.py"), *arguments]  # commands with several devices start themselves again
     try:
         pipeline.main(arguments, "pipeline.py")
     except SystemExit as ended:
