@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from configs.file_pattern import file_pattern
+from configs.label_source import LabelSource, TrackSpec, is_track_name
 from configs.schema import MAX_FPS, OmitsDefaults, Strict
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet evaluates CSV cells that start with one of these
@@ -37,21 +39,6 @@ def class_ids(names: Sequence[str], aliases: Mapping[str, str]) -> dict[str, int
     return {folded_name(spelling): number for spelling, number in spellings}
 
 
-# File name extensions of the video containers that can be read completely.
-VIDEO_ENDINGS = (
-    *("mp4", "m4v", "mov", "qt", "f4v", "3gp", "3g2", "avi", "divx", "mkv", "webm", "ogv", "flv", "mxf", "dv"),
-    *("mpg", "mpeg", "mod", "vob", "ts", "mts", "m2ts", "m2t", "wmv", "asf"),
-)
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff")
-
-
-def file_pattern(pattern: str) -> re.Pattern[str]:
-    """Compile a pattern for file names, in which `{video}` and `{image}` stand for any extension that can be read."""
-    for name, endings in (("{video}", VIDEO_ENDINGS), ("{image}", IMAGE_ENDINGS)):
-        pattern = pattern.replace(name, f"({'|'.join(endings)})")
-    return re.compile(pattern, re.IGNORECASE)
-
-
 class FilePatterns(Strict):
     """Regular expressions by which the files of a data set are found.
 
@@ -68,8 +55,8 @@ class FilePatterns(Strict):
         r"((.*[_-])?(frame|image|img|im|picture|pic|output|out|f|i)? ?|(?P<bracket>\D*\())"
         r"(?P<frame>\d+)(?(bracket)\))\.{image}"
     )
-    phase: str
-    tool: str
+    phase: str | None = None  # not needed where `labels` says which files hold the labels
+    tool: str | None = None
     tfrecord: str | None = None
 
     @field_validator("video", "frames", "frame", "phase", "tool", "tfrecord")
@@ -91,6 +78,9 @@ class FilePatterns(Strict):
         return file_pattern(getattr(self, role) or "(?!)")
 
 
+_LABELS_OF = {"phase": "phases", "tool": "tools"}  # key in `labels` of a role; tracks have the same name in both
+
+
 class NamedSplit(Strict):
     """A published split: lists of video ids or shell patterns (`workflow_video_*`), which must match a whole id."""
 
@@ -102,7 +92,7 @@ class NamedSplit(Strict):
 class DataSetSpec(OmitsDefaults):
     """The description of a data set. Adding a data set takes one such YAML file and no code."""
 
-    OMITTED = frozenset({"background"})
+    OMITTED = frozenset({"background", "labels", "tracks"})
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     title: str = ""
     source: str = ""
@@ -120,14 +110,62 @@ class DataSetSpec(OmitsDefaults):
     )
     id_format: str = Field("video{number:02d}", description="format of a video id, if the file name has a number")
     patterns: FilePatterns
+    labels: dict[str, LabelSource] = Field(
+        {},
+        description="where the labels of `phases`, `tools` and each of `tracks` are; without it: files in Cholec80's "
+        "format, which `patterns` name",
+    )
+    tracks: dict[str, TrackSpec] = Field({}, description="additional label tracks, such as steps, by name")
     splits: dict[str, NamedSplit] = Field({}, description="published splits that `data.split.rule` can name")
     default_split: str = "60%/20%/20%"
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What files of labels can hold: `phase`, `tool` if the data set has tools, and the additional tracks."""
+        return ("phase", *(("tool",) if self.tools else ()), *self.tracks)
+
+    def label_source(self, role: str) -> LabelSource | None:
+        """Return where the labels of a role are; None for Cholec80's format in files named by `patterns`."""
+        return self.labels.get(_LABELS_OF.get(role, role))
+
+    def classes_of(self, role: str) -> tuple[tuple[str, ...], dict[str, str]]:
+        """Return the class names of a role, and other spellings of them."""
+        if role in _LABELS_OF:
+            return (self.phases, self.phase_aliases) if role == "phase" else (self.tools, self.tool_aliases)
+        return self.tracks[role].classes, self.tracks[role].aliases
+
+    def label_pattern(self, role: str) -> str | None:
+        """Return the pattern of the files that hold a role's labels, or None if there are none."""
+        source = self.label_source(role)
+        return source.files if source else getattr(self.patterns, role, None)
+
+    def name_of_pattern(self, role: str) -> str:
+        """Return the key of a role's `label_pattern`, for messages."""
+        return f"labels.{_LABELS_OF.get(role, role)}.files" if self.label_source(role) else f"patterns.{role}"
+
+    @model_validator(mode="after")
+    def _labels_are_consistent(self) -> DataSetSpec:
+        if odd := [name for name in self.tracks if not is_track_name(name)]:
+            raise ValueError(f"tracks: {odd[0]!r} is not a name of lower-case letters, digits and _ other than phases")
+        for name, source in self.labels.items():
+            role = next((role for role in self.roles if _LABELS_OF.get(role, role) == name), None)
+            if role is None:
+                raise ValueError(f"labels.{name} is neither phases nor tools of this data set nor one of tracks")
+            known = class_ids(*self.classes_of(role))
+            priorities = () if isinstance(source.overlaps, str) else source.overlaps
+            for given in (*source.meaning.values(), *filter(None, (source.gaps,)), *priorities):
+                if folded_name(given) not in known:
+                    raise ValueError(f"labels.{name}: {given!r} is not one of the classes")
+        if missing := [name for name in self.tracks if name not in self.labels]:
+            raise ValueError(f"labels.{missing[0]} must say where the labels of track {missing[0]} are")
+        return self
 
     @model_validator(mode="after")
     def _names_are_consistent(self) -> DataSetSpec:
         for kind, names, aliases in (
             ("phases", self.phases, self.phase_aliases),
             ("tools", self.tools, self.tool_aliases),
+            *((f"tracks.{name}", track.classes, track.aliases) for name, track in self.tracks.items()),
         ):
             if len(set(names)) != len(names):
                 raise ValueError(f"a name occurs twice in {kind}")
@@ -148,6 +186,10 @@ class DataSetSpec(OmitsDefaults):
         for name, order in self.phase_orders.items():
             if sorted(order) != sorted(self.phases):
                 raise ValueError(f"phase_orders.{name} does not contain each phase exactly once")
-        if unknown := [name for name in self.background if name not in self.phases]:
-            raise ValueError(f"background {unknown[0]!r} is not one of the phases")
+        for background, classes in (
+            (self.background, self.phases),
+            *((track.background, track.classes) for track in self.tracks.values()),
+        ):
+            if unknown := [name for name in background if name not in classes]:
+                raise ValueError(f"background {unknown[0]!r} is not one of {', '.join(classes)}")
         return self

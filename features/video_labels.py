@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,3 +19,4 @@ class VideoLabels:
     time_s: NDArray[np.float64]  # (T,) seconds from the source's first frame
     phase: NDArray[np.int8]  # (T,)
     tools: NDArray[np.int8]  # (T, K)
+    tracks: Mapping[str, NDArray[np.int8]] = field(default_factory=dict, kw_only=True)  # (T,), additional tracks

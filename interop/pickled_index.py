@@ -196,7 +196,7 @@ def _rows_of_folder(
 def _require_agreement(root: Path, found: FoundVideo, video: PickledVideo, labels: _Labels, spec: DataSetSpec) -> None:
     """Raise UserError if an annotation file below the root disagrees with the pickle."""
     frames = labels["phase"].frame_index
-    files = {role: name for role in labels if (name := getattr(found, role))}
+    files = {role: name for role in labels if (name := found.labels.get(role))}
     tracks = {role: _READERS[role](inside(root, name), spec) for role, name in files.items()}
     sampled = sample_labels(frames, tracks.get("phase"), tracks.get("tool"), "mask", len(spec.tools))
     for role, here in zip(("phase", "tool"), sampled, strict=True):
@@ -223,7 +223,7 @@ def _written_labels(
         _label_file(folder, video_id, role, spec): track
         for video_id, tracks in labels.items()
         for role, track in tracks.items()
-        if getattr(found[video_id], role) is None
+        if role not in found[video_id].labels
     }
     if not files:
         say(f"annotation files below {root} agree with the pickles and are used")

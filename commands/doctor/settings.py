@@ -250,7 +250,9 @@ def _found_videos(config: Config, root: Path) -> Iterable[Finding]:
         yield Finding("FAIL", "data root", str(error))
         return
     kinds = sorted({video.kind for video in found.videos})
-    labelled = sum(video.kind == "tfrecord" or video.phase is not None for video in found.videos)
+    labelled = sum(
+        video.kind == "tfrecord" or "phase" in video.labels or bool(found.shared.get("phase")) for video in found.videos
+    )
     text = f"{root}, {len(found.videos)} video(s) ({', '.join(kinds)}), {labelled} with phases, not indexed yet"
     yield Finding("ok", "data root", text, "run `index`")
 

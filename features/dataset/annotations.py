@@ -19,6 +19,7 @@ from engine.files import read_bounded
 from engine.sniff import recognise_start
 
 MAX_FILE_BYTES = 64 << 20  # enough for twenty hours of phases with one row per frame
+_ROUNDED_STRIDE = 8  # from this stride on, steps may differ from it by one, because of rounding
 UNLABELLED_CELLS = ("-1", "")  # cells that mean "no label"
 
 
@@ -68,6 +69,30 @@ def text_lines(content: bytes, path: Path) -> list[str]:
 def row_error(path: Path, row: int, problem: str) -> UserError:
     """Return an error about the row with index `row` (0 is the first row below the header)."""
     return UserError(f"{path}: row {row + 1} (line {row + 2}) {problem}")
+
+
+def stride_of_rows(frame_index: NDArray[np.int64], path: Path) -> int:
+    """Return the usual distance between rows (the stride).
+
+    Raises UserError naming the first row whose distance from the row before is not a multiple of the stride. Multiples
+    are accepted since rows may be missing, and so are differences that come from rounding (29 among 30s).
+    """
+    steps = np.diff(frame_index)
+    distances, counts = np.unique(steps[steps > 0], return_counts=True)
+    stride = int(distances[np.argmax(counts)]) if len(distances) else 1
+    rows = np.rint(steps / stride)
+    wrong = np.flatnonzero((rows < 1) | (np.abs(steps - rows * stride) > rows * (stride >= _ROUNDED_STRIDE)))
+    if len(wrong):
+        row = int(wrong[0]) + 1
+        before, here = int(frame_index[row - 1]), int(frame_index[row])
+        if here == before:
+            problem = "comes twice"
+        elif here < before:
+            problem = f"comes after {before}: frame numbers must increase"
+        else:
+            problem = f"follows {before}, where {before + stride} was due (rows are {stride} apart)"
+        raise row_error(path, row, f"frame {here} {problem}")
+    return int(steps[rows == 1].max(initial=stride))
 
 
 def unknown_class(kind: Literal["phase", "tool"], name: str, spec: DataSetSpec) -> str:

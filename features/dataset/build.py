@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, printable
 from configs.schema import DataConfig
-from engine.files import below_root
+from engine.files import below_root, inside
 from engine.progress import BAR_AFTER_S, progress_bar
 from engine.sniff import recognise_file
 from features.dataset.annotations import LabelTrack
+from features.dataset.described.labels import read_described
 from features.dataset.discover import Discovery, FoundVideo, find_videos
 from features.dataset.frame_folders import LabelEnd, infer_layout, require_one_base, scan_folder
 from features.dataset.index import Dataset, Index, LeftOut, VideoEntry, exclusions, first_fault
-from features.dataset.labels import Role, extent_of, fit_annotations, labelled_fractions, read_annotation
+from features.dataset.labels import (
+    Annotation,
+    Role,
+    extent_of,
+    fit_annotations,
+    labelled_fractions,
+    read_annotation,
+)
 from features.dataset.phase_order import parse_phase_order
 from features.dataset.row_numbers import infer_numberings
 from features.dataset.sources import SourceFacts, folder_facts, record_facts, video_facts
 from features.dataset.splits import Split, assign_splits, usual_split_problem
 from features.dataset.tfrecord import require_one_numbering
-from features.ids import natural_key
+from features.ids import id_key, natural_key
 
 
 def build_index(
@@ -81,7 +89,7 @@ def dataset_of_source(path: Path, spec: DataSetSpec, data: DataConfig) -> Datase
         raise UserError(f"{path}: no such video or folder of frames")
     place = path.resolve()
     kind: Literal["video", "frames"] = "frames" if place.is_dir() else "video"
-    found = FoundVideo(path.name if kind == "frames" else path.stem, kind, place.name, None, None)
+    found = FoundVideo(path.name if kind == "frames" else path.stem, kind, place.name)
     facts, notes = _measure(place.parent, found, spec, data, (), [])
     try:
         entry = VideoEntry(id=found.id, kind=kind, source=found.source, split="none", **vars(facts))
@@ -109,7 +117,7 @@ def _build_entries(
     with progress_bar(None, "index", "video", iterable=found.videos, delay=BAR_AFTER_S) as videos:
         for video in videos:
             try:
-                entry, entry_notes = _build_entry(root, video, spec, data, order, leave_out)
+                entry, entry_notes = _build_entry(root, video, found.shared, spec, data, order, leave_out)
             except UserError as error:
                 faults.append((video.id, error))
                 continue
@@ -151,20 +159,52 @@ def _phase_order(root: Path, found: Discovery, spec: DataSetSpec, data: DataConf
         raise UserError(f"{error} (the setting data.tfrecord_phase_order)") from error
 
 
+def _read_annotations(
+    root: Path, video: FoundVideo, shared: Mapping[str, Sequence[str]], spec: DataSetSpec, data: DataConfig
+) -> dict[Role, Annotation]:
+    """Read a video's own files of labels, and its records in files of several videos.
+
+    Raises UserError if two files have labels of the video, or if settings contradict the description.
+    """
+    paths = dict(video.labels)
+    for role, files in shared.items():
+        source = spec.label_source(role)
+        if source is None or video.kind == "tfrecord":
+            continue
+        having = [one for one in files if id_key(video.id) in read_described(inside(root, one), source, spec)[0]]
+        if len(having) > 1:
+            raise UserError(f"{root / having[0]} and {root / having[1]}: both have {role} labels of {video.id}")
+        if having:
+            paths[role] = having[0]
+    read = {role: read_annotation(root, paths[role], role, spec, video.id) for role in spec.roles if role in paths}
+    stated = [role for role, one in read.items() if one.source is not None]
+    if stated and (data.row_fps, data.row_base) != ("auto", "auto"):
+        raise UserError(
+            f"data.row_fps and data.row_base: the description of {spec.name} says what the numbers of {stated[0]} "
+            "labels count; leave these settings out, or change `labels` in a copy of the description"
+        )
+    return read
+
+
 def _build_entry(
-    root: Path, video: FoundVideo, spec: DataSetSpec, data: DataConfig, order: tuple[str, ...], leave_out: bool
+    root: Path,
+    video: FoundVideo,
+    shared: Mapping[str, Sequence[str]],
+    spec: DataSetSpec,
+    data: DataConfig,
+    order: tuple[str, ...],
+    leave_out: bool,
 ) -> tuple[VideoEntry, list[str]]:
     """Return one video's entry, without a split, and notes. With `leave_out`, too few labels raise UserError."""
-    annotation, path = video.phase or video.tool, root / video.source
+    annotation, path = next(iter(video.labels.values()), None), root / video.source
     if video.kind == "tfrecord" and annotation:
         raise UserError(
             f"{root / annotation} and {path}: both contain labels of {video.id}; keep only one of them below the data "
             "root, or use the labels in the TFRecord files with data.sources=tfrecord"
         )
-    paths: dict[Role, str | None] = {"phase": video.phase, "tool": video.tool}
-    read = {role: read_annotation(root, relative, role, spec) for role, relative in paths.items() if relative}
-    lists = [(one.path, one.track) for one in read.values()]
-    facts, source_notes = _measure(root, video, spec, data, order, [track for _, track in lists])
+    read = _read_annotations(root, video, shared, spec, data)
+    lengths = [one.length(spec.annotation_fps) for one in read.values()]
+    facts, source_notes = _measure(root, video, spec, data, order, lengths)
     try:
         entry = VideoEntry(id=video.id, kind=video.kind, source=video.source, split="none", **vars(facts))
     except ValidationError as error:  # a damaged header may give an impossible rate or number of frames
@@ -172,13 +212,21 @@ def _build_entry(
         problem = f"is {what}" if what else f"{first_fault(error)}; re-encode it or leave it out"
         raise UserError(f"{path}: {problem}") from error
     extent = extent_of(entry, spec)
-    numberings = infer_numberings(lists, extent, data)
-    read = {role: one.with_numbering(way) for (role, one), way in zip(read.items(), numberings, strict=True)}
+    numbered = {role: one for role, one in read.items() if isinstance(one.track, LabelTrack)}
+    numberings = infer_numberings(
+        [(one.path, one.track) for one in numbered.values() if isinstance(one.track, LabelTrack)],
+        extent,
+        data,
+        [one.numbered_by(data) for one in numbered.values()],
+    )
+    read |= {role: one.with_numbering(way) for (role, one), way in zip(numbered.items(), numberings, strict=True)}
     fitted = fit_annotations(read, extent)
     if leave_out:
-        fractions = labelled_fractions(entry.image_frames, fitted.phase, fitted.tools)
-        _require_labelled([path for path, _ in lists], fractions, video.source, data)
-    entry = entry.model_copy(update={f"{role}_file": one.file for role, one in read.items()})
+        fractions = labelled_fractions(entry.image_frames, fitted)
+        _require_labelled({read[role].path: labelled for role, labelled in fractions.items()}, video.source, data)
+    files: dict[str, Any] = {f"{role}_file": read[role].file for role in ("phase", "tool") if role in read}
+    files["track_files"] = {role: read[role].file for role in spec.tracks if role in read}
+    entry = entry.model_copy(update=files)
     notes = [note for one in read.values() for note in one.file.numbering.notes(one.path, extent)]
     return entry, [*source_notes, *_missing_images(entry), *notes, *fitted.notes]
 
@@ -189,21 +237,21 @@ def _measure(
     spec: DataSetSpec,
     data: DataConfig,
     order: tuple[str, ...],
-    tracks: Sequence[LabelTrack],
+    lengths: Sequence[LabelEnd],
 ) -> tuple[SourceFacts, tuple[str, ...]]:
-    """Measure a source of any kind; returns its facts and notes on it. `tracks` are its annotations."""
+    """Measure a source of any kind; returns its facts and notes on it. `lengths` are those of its labels."""
     if video.kind == "video":
         return video_facts(root, video.source, data.full_hash)
     if video.kind == "tfrecord":
         return record_facts(root, video.source, video.id, spec, order, data.full_hash), ()
     scan = scan_folder(root, video.source, spec)
-    layout = infer_layout(scan, spec, data, LabelEnd.of_tracks(tracks))
+    layout = infer_layout(scan, spec, data, LabelEnd.longest(lengths))
     return folder_facts(scan, layout, spec, data.full_hash), ()
 
 
-def _require_labelled(lists: Sequence[Path], fractions: Sequence[float], source: str, data: DataConfig) -> None:
+def _require_labelled(fractions: Mapping[Path, float], source: str, data: DataConfig) -> None:
     """Raise UserError if an annotation file labels a smaller fraction of a video than `data.min_labelled`."""
-    for path, labelled in zip(lists, fractions, strict=True):
+    for path, labelled in fractions.items():
         if labelled < data.min_labelled:
             raise UserError(
                 f"{path}: has labels for {labelled:.1%} of {source}, less than data.min_labelled="

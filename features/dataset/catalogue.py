@@ -137,8 +137,7 @@ def _finds_more(config: Config, dataset: Dataset, spec: DataSetSpec) -> bool:
     files = {path for entry in index.videos for path in (entry.source, *(one.path for one in entry.annotation_files))}
     known, left_out = {entry.id for entry in index.videos}, {video.id for video in index.left_out}
     return any(
-        video.id not in left_out
-        and not ({video.source, video.phase, video.tool} - {None} <= files and video.id in known)
+        video.id not in left_out and not ({video.source, *video.labels.values()} <= files and video.id in known)
         for video in found
     )
 

@@ -13,13 +13,14 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from configs.dataset_spec import DataSetSpec, FilePatterns
 from configs.errors import UserError, listed
+from configs.file_pattern import file_pattern
 from configs.schema import DataConfig
 from engine.files import LinkedRoot, inside
 from engine.sniff import holds_video
@@ -49,13 +50,12 @@ _PLURALS = {"video": "videos", "frames": "frame folders", "tfrecord": "TFRecord 
 
 @dataclass(frozen=True)
 class FoundVideo:
-    """One video: its id, and the paths of its source and its annotations, relative to the root."""
+    """One video: its id, and the paths of its source and of its own files of labels by role, relative to the root."""
 
     id: str
     kind: Kind
     source: str
-    phase: str | None
-    tool: str | None
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Discovery:
     notes: tuple[str, ...]
     faults: tuple[tuple[str, UserError], ...] = ()  # (id, error) of videos with an unusable file
     passed_over: tuple[tuple[str, str], ...] = ()  # (path, reason) of videos that match no pattern
+    shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by role: files with labels of many videos
 
     @property
     def ids(self) -> list[str]:
@@ -104,16 +105,20 @@ def find_videos(root: Path, spec: DataSetSpec, data: DataConfig | None = None, l
         raise next(iter(faults.values()))
     if not sources:
         raise UserError(_nothing_found(files))
-    roles = () if data.sources.startswith("tfrecord") else ("phase", "tool")  # TFRecord files contain their labels
-    annotations = {role: files.only_ones(role) for role in roles}
+    roles = () if data.sources.startswith("tfrecord") else spec.roles  # TFRecord files contain their labels
+    annotations = {role: files.only_ones(role) for role in roles if role not in files.shared}
     videos = tuple(
-        FoundVideo(files.ids[key], kind, path, *(annotations.get(role, {}).get(key) for role in ("phase", "tool")))
+        FoundVideo(
+            files.ids[key], kind, path, {role: paths[key] for role, paths in annotations.items() if key in paths}
+        )
         for key, (kind, path) in sorted(sources.items(), key=lambda item: natural_key(files.ids[item[0]]))
     )
     passed_over, notes = _passed_over(files, videos)
     notes = [*_left_over(files, videos, sources, annotations), *notes]
     notes += [str(error) for key, error in files.odd_annotations.items() if key not in faults]
-    return Discovery(videos, tuple(notes), tuple((files.ids[key], error) for key, error in faults.items()), passed_over)
+    failed = tuple((files.ids[key], error) for key, error in faults.items())
+    shared = {role: tuple(sorted(paths)) for role, paths in files.shared.items() if role in roles}
+    return Discovery(videos, tuple(notes), failed, passed_over, shared)
 
 
 def is_chosen(kind: Kind, source: str, data: DataConfig) -> bool:
@@ -139,6 +144,7 @@ class _Files:
     unmatched: list[str] = field(default_factory=list)
     image_folders: list[ImageFolder] = field(default_factory=list)
     excluded: list[str] = field(default_factory=list)
+    shared: dict[str, list[str]] = field(default_factory=dict)  # by role: files with the labels of several videos
 
     def of(self, role: str) -> dict[str, list[str]]:
         """Return the paths with this role, by the key of their video."""
@@ -151,19 +157,29 @@ class _Files:
     def collect(self) -> None:
         """Examine every file and folder below the root."""
         patterns = {role: self.spec.patterns.compiled(role) for role in FilePatterns.model_fields}
+        labels = {role: file_pattern(self.spec.label_pattern(role) or "(?!)") for role in self.spec.roles}
+        sources = {role: self.spec.label_source(role) for role in self.spec.roles}
+        self.shared = {role: [] for role, source in sources.items() if source and source.is_shared}
         for folder, entries in _walk(self.root):
             here = [kind for kind in KINDS if is_chosen(kind, self.relative(folder), self.data)]
             names = [entry.name for entry in entries]
             self.endings.update(os.path.splitext(name)[1].lower() or name for name in names)
             if "frames" in here and folder != self.root and self._add_frames(folder, names):
                 names = [name for name in names if not patterns["frame"].fullmatch(name)]
-            roles = ("phase", *(["tool"] if self.spec.tools else []), *(kind for kind in here if kind != "frames"))
+            kinds = [kind for kind in here if kind != "frames"]
             for name in names:
-                matches = {role: match for role in roles if (match := patterns[role].fullmatch(name))}
+                path = folder / name
+                matches: dict[str, re.Match[str]] = {
+                    kind: match for kind in kinds if (match := patterns[kind].fullmatch(name))
+                }
+                matches |= {role: match for role, one in labels.items() if (match := _match_end(one, path, self.root))}
                 for role, match in matches.items():
-                    self.add(role, _video_id(match, self.spec, folder / name), folder / name)
+                    if role in self.shared:
+                        self.shared[role].append(checked_path(self.root, path))
+                    else:
+                        self.add(role, _video_id(match, self.spec, path), path)
                 if not matches and kind_of(name) in (None, *here):
-                    self.unmatched.append(self.relative(folder / name))
+                    self.unmatched.append(self.relative(path))
 
     def add(self, role: str, video_id: str, path: Path) -> None:
         """Add a file or folder. If something is wrong with it, raise UserError, or record that with `keep_faults`."""
@@ -173,7 +189,7 @@ class _Files:
         except UserError as error:
             if not self.keep_faults:
                 raise
-            (self.odd_annotations if role in ("phase", "tool") else self.faults).setdefault(key, error)
+            (self.faults if role in KINDS else self.odd_annotations).setdefault(key, error)
         else:
             self.by_role.setdefault(role, {}).setdefault(key, []).append(relative)
         self.ids.setdefault(key, video_id)
@@ -329,6 +345,12 @@ def checked_path(root: Path, path: Path) -> str:
     return relative
 
 
+def _match_end(pattern: re.Pattern[str], path: Path, root: Path) -> re.Match[str] | None:
+    """Match a file's name or, for a pattern with slashes, as many parts at the end of its path below the root."""
+    parts = path.relative_to(root).parts
+    return pattern.fullmatch("/".join(parts[-pattern.pattern.count("/") - 1 :]))
+
+
 def _video_id(match: re.Match[str], spec: DataSetSpec, path: Path) -> str:
     """Return the video's id: the group `id` of the match, formatted with `id_format` if it is a number.
 
@@ -441,14 +463,14 @@ def _left_over(
         if orphans:
             yield f"{len(orphans)} {role} annotation file(s) belong to no video here ({listed(orphans, 10)})"
     lacking = []
-    for role, wanted in (("phase", True), ("tool", bool(spec.tools))):
-        bare = [video.id for video in videos if getattr(video, role) is None and video.kind != "tfrecord"]
-        if wanted and bare:
+    for role in spec.roles:
+        bare = [video.id for video in videos if role not in video.labels and video.kind != "tfrecord"]
+        if bare and not files.shared.get(role):
             lacking.append(role)
             yield f"{len(bare)} video(s) without {role} annotations ({listed(bare, 10)})"
     labels = [path for path in files.unmatched if looks_like_labels(path)]
     if lacking and labels:
-        patterns = " or ".join(f"patterns.{role}, {getattr(spec.patterns, role)}" for role in lacking)
+        patterns = " or ".join(f"{spec.name_of_pattern(role)}, {spec.label_pattern(role)}" for role in lacking)
         yield (
             f"{len(labels)} file(s) look like annotations, but their names do not match {patterns}: "
             f"{listed(labels, 10)}; rename them or convert them to tab-separated text, or change these patterns"

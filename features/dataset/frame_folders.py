@@ -17,7 +17,6 @@ from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from configs.schema import DataConfig
 from engine.files import inside, sha256_file
-from features.dataset.annotations import LabelTrack
 from features.dataset.discover import checked_path, sorted_entries
 from features.dataset.layouts import FolderLayout, Numbering
 from features.video.times import same_rate
@@ -121,12 +120,11 @@ class LabelEnd:
     first: int = 0
 
     @classmethod
-    def of_tracks(cls, tracks: Sequence[LabelTrack]) -> LabelEnd | None:
-        """Return the end of the longest of a video's annotation files, by their own numbers; None if there are none."""
-        if not tracks:
+    def longest(cls, ends: Sequence[LabelEnd]) -> LabelEnd | None:
+        """Return the end of all of a video's labels; None if there are none."""
+        if not ends:
             return None
-        end = max(track.end - int(track.frame_index[0] == 1) for track in tracks)
-        return cls(end, max(track.stride for track in tracks), min(int(track.frame_index[0]) for track in tracks))
+        return cls(max(one.frame for one in ends), max(one.stride for one in ends), min(one.first for one in ends))
 
 
 def infer_layout(scan: FolderScan, spec: DataSetSpec, data: DataConfig, labels: LabelEnd | None) -> FolderLayout:

@@ -79,7 +79,7 @@ class VideoEntry(OmitsDefaults):
     frames, and `fps` is the mean rate.
     """
 
-    OMITTED = frozenset({"times"})
+    OMITTED = frozenset({"times", "track_files"})
     id: VideoId
     kind: Literal["video", "frames", "tfrecord"]
     source: RelativePath
@@ -92,6 +92,7 @@ class VideoEntry(OmitsDefaults):
     split: Split
     phase_file: AnnotationFile | None = None
     tool_file: AnnotationFile | None = None
+    track_files: dict[str, AnnotationFile] = Field({})  # of additional label tracks, by name
     frames: FolderLayout | None = None
     records: RecordLayout | None = None
     times: FrameTimes | None = None
@@ -111,9 +112,15 @@ class VideoEntry(OmitsDefaults):
         return self
 
     @property
+    def files_by_role(self) -> dict[str, AnnotationFile]:
+        """The video's files of labels by role: `phase`, `tool` and additional tracks, in this order."""
+        files = {"phase": self.phase_file, "tool": self.tool_file, **self.track_files}
+        return {role: file for role, file in files.items() if file}
+
+    @property
     def annotation_files(self) -> list[AnnotationFile]:
-        """The video's annotation files (none, one or two), phases first."""
-        return [file for file in (self.phase_file, self.tool_file) if file]
+        """The video's annotation files, phases first."""
+        return list(self.files_by_role.values())
 
     @property
     def image_stride(self) -> int:
@@ -266,12 +273,14 @@ class Index(OmitsDefaults):
             "sha256": True,
             "phase_file": {"path"},
             "tool_file": {"path"},
+            "track_files": {"__all__": {"path"}},
         }
         videos = [entry.model_dump(mode="json", exclude=moving) for entry in self.videos]
         for video in videos:
             if video["records"] is None:
                 del video["records"]  # so that indices without TFRecord files keep the digest of earlier versions
         described: Any = {"name", "annotation_fps", "phases", "tools", "phase_aliases", "tool_aliases"}
+        described |= {"labels", "tracks"}  # left out of the values where the description has none
         return sha256_json(
             {
                 "format_version": self.format_version,

@@ -6,25 +6,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, listed
+from configs.label_source import LabelSource
 from configs.schema import DataConfig
-from engine.files import inside
+from engine.files import inside, sha256_json
 from features.dataset.annotations import LabelTrack, read_content, row_error
+from features.dataset.described.intervals import TimedLabels
+from features.dataset.described.labels import parse_described, read_described
 from features.dataset.formats.base import find_format
+from features.dataset.frame_folders import LabelEnd
 from features.dataset.index import AnnotationFile, Dataset, VideoEntry
 from features.dataset.row_numbers import Extent, RowNumbering
 from features.dataset.sampling import frame_times_s, sampled_frames
+from features.ids import id_key
 from features.video_labels import VideoLabels
 
 BetweenRows = Literal["mask", "hold"]
 Labels = tuple[NDArray[np.int8], NDArray[np.int8]]  # phase (T,), tools (T, K)
-Role = Literal["phase", "tool"]
+Role = str  # "phase", "tool" or the name of an additional track of the data set's description
 Rows = tuple[NDArray[np.int64], NDArray[np.bool_]]  # (T,) the row of each frame, and (T,) whether there is one
 
 
@@ -48,28 +53,41 @@ def sampled_labels(dataset: Dataset, entry: VideoEntry, data: DataConfig) -> Vid
     Raises UserError as `load_labels` does.
     """
     frame_index = sampled_frames(entry, data.fps)
-    phase, tools = load_labels(dataset, entry, frame_index, data.tools_between_rows)
-    return VideoLabels(frame_index, frame_times_s(entry, frame_index), phase, tools)
+    tracks = load_tracks(dataset, entry)
+    tool_count = len(dataset.spec.tools)
+    phase, tools = sample_labels(frame_index, tracks.phase, tracks.tools, data.tools_between_rows, tool_count)
+    others = {
+        name: sample_labels(frame_index, tracks.others.get(name), None, "mask", 0)[0] for name in dataset.spec.tracks
+    }
+    return VideoLabels(frame_index, frame_times_s(entry, frame_index), phase, tools, tracks=others)
 
 
 # ---------------------------------------------------------------------------------------------- annotation files
 
 
 class FittedTracks(NamedTuple):
-    """A video's tracks with rows numbered by source frames, and notes on frames without a label."""
+    """A video's tracks with rows numbered by source frames, and notes on frames without a label.
+
+    `others` has the additional tracks by name.
+    """
 
     phase: LabelTrack | None
     tools: LabelTrack | None
     notes: tuple[str, ...] = ()
+    others: Mapping[str, LabelTrack] = {}
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """An annotation file that was read: what the index records about it, and its rows with the file's own numbers."""
+    """Labels that were read: what the index records about their file, and intervals or rows with the file's numbers.
+
+    `source` is their form as the data set's description states it, None for formats that are recognised.
+    """
 
     path: Path
     file: AnnotationFile
-    track: LabelTrack
+    track: LabelTrack | TimedLabels
+    source: LabelSource | None = None
 
     def with_numbering(self, numbering: RowNumbering) -> Annotation:
         """Return a copy that records what the numbers of its rows count."""
@@ -78,12 +96,33 @@ class Annotation:
 
     def placed(self, extent: Extent) -> tuple[Path, LabelTrack]:
         """Return the file's path, and its rows numbered by source frames."""
+        if isinstance(self.track, TimedLabels):
+            return self.path, self.track.place(self.path, extent)
         return self.path, self.file.numbering.place(self.path, self.track, extent)
 
+    def numbered_by(self, data: DataConfig) -> DataConfig:
+        """Return the settings of row numbers that hold for this file: those of its description, or else the user's."""
+        if self.source is None:
+            return data
+        rates: dict[str, Any] = {"auto": "auto", "source": "source", "sample": self.source.rate}
+        return data.model_copy(update={"row_fps": rates[self.source.unit], "row_base": self.source.origin})
 
-def read_annotation(root: Path, relative: str, role: Role, spec: DataSetSpec) -> Annotation:
-    """Read and parse an annotation file. Raises UserError as `parse_phases` and `parse_tools` do."""
+    def length(self, fps: float) -> LabelEnd:
+        """Return how far the labels reach in the source's frames, at the rate `fps`."""
+        track = self.track
+        if isinstance(track, TimedLabels):
+            return LabelEnd(track.last_frame(fps), max(round(fps), 1))
+        if self.source is not None and self.source.rate is not None:
+            scale, origin = fps / self.source.rate, int(track.frame_index[0] == 1)
+            return LabelEnd(round((track.end - origin) * scale), max(round(track.stride * scale), 1))
+        return LabelEnd(track.end - int(track.frame_index[0] == 1), track.stride, int(track.frame_index[0]))
+
+
+def read_annotation(root: Path, relative: str, role: Role, spec: DataSetSpec, video_id: str) -> Annotation:
+    """Read and parse a video's labels in a file. Raises UserError as `parse_phases` and `parse_tools` do."""
     path = inside(root, relative)
+    if source := spec.label_source(role):
+        return _read_described(path, relative, role, spec, source, video_id)
     content = read_content(path)
     found = find_format(content, path)
     track = (found.phases if role == "phase" else found.tools)(content, path, spec)
@@ -91,12 +130,23 @@ def read_annotation(root: Path, relative: str, role: Role, spec: DataSetSpec) ->
     return Annotation(path, file, track)
 
 
+def _read_described(
+    path: Path, relative: str, role: Role, spec: DataSetSpec, source: LabelSource, video_id: str
+) -> Annotation:
+    videos, file_sha256 = read_described(path, source, spec)
+    records = videos.get(id_key(video_id) if source.is_shared else None)
+    if records is None:
+        raise UserError(f"{path}: has no labels of {video_id}")
+    digest = sha256_json([records.columns, records.numbered]) if source.is_shared else file_sha256
+    track = parse_described(records, path, source, role, spec)
+    return Annotation(path, AnnotationFile(path=relative, sha256=digest, rows=len(records)), track, source)
+
+
 def load_tracks(dataset: Dataset, entry: VideoEntry) -> FittedTracks:
     """Read a video's tracks and fit them to it. Raises UserError if an annotation file is missing or has changed."""
     if entry.records is not None:
         return FittedTracks(*entry.records.tracks(dataset.spec))
-    files: dict[Role, AnnotationFile | None] = {"phase": entry.phase_file, "tool": entry.tool_file}
-    read = {role: _reread_annotation(dataset, file, role) for role, file in files.items() if file}
+    read = {role: _reread_annotation(dataset, file, role, entry.id) for role, file in entry.files_by_role.items()}
     return fit_annotations(read, extent_of(entry, dataset.spec))
 
 
@@ -105,11 +155,11 @@ def fit_annotations(read: Mapping[Role, Annotation], extent: Extent) -> FittedTr
     return fit_tracks({role: one.placed(extent) for role, one in read.items()}, extent)
 
 
-def _reread_annotation(dataset: Dataset, file: AnnotationFile, role: Role) -> Annotation:
+def _reread_annotation(dataset: Dataset, file: AnnotationFile, role: Role, video_id: str) -> Annotation:
     path = dataset.root / file.path
     if not path.exists():
         raise UserError(f"{path}: no such file; restore it, or run `index --force` to continue without its labels")
-    read = read_annotation(dataset.root, file.path, role, dataset.spec)
+    read = read_annotation(dataset.root, file.path, role, dataset.spec, video_id)
     if read.file.sha256 != file.sha256:
         raise UserError(f"{path}: has changed since it was indexed; run `index --force`, then this again")
     return read.with_numbering(file.numbering)
@@ -214,17 +264,21 @@ def fit_tracks(given: Mapping[Role, tuple[Path, LabelTrack]], extent: Extent) ->
     cut = {role: _cut(path, track, end, extent, notes) for role, (path, track) in given.items()}
     for path, track in given.values():
         notes += _uncovered(path, track, extent, slack)
-    return FittedTracks(cut.get("phase"), cut.get("tool"), tuple(notes))
+    others = {role: track for role, track in cut.items() if role not in ("phase", "tool")}
+    return FittedTracks(cut.get("phase"), cut.get("tool"), tuple(notes), others)
 
 
-def labelled_fractions(frames: NDArray[np.int64], phase: LabelTrack | None, tools: LabelTrack | None) -> list[float]:
-    """Return the fraction of `frames` (T,) that each given track labels.
+def labelled_fractions(frames: NDArray[np.int64], fitted: FittedTracks) -> dict[Role, float]:
+    """Return the fraction of `frames` (T,) that each track labels, by role.
 
     Here a tool row is valid until the next one, like a phase row.
     """
-    labels, tool_labels = sample_labels(frames, phase, tools, "hold", 0 if tools is None else tools.labels.shape[1])
-    covered = [labels >= 0] * (phase is not None) + [(tool_labels >= 0).any(axis=1)] * (tools is not None)
-    return [float(one.mean()) for one in covered]
+    covered: dict[Role, float] = {}
+    for role, track in {"phase": fitted.phase, "tool": fitted.tools, **fitted.others}.items():
+        if track is not None:
+            row, valid = _rows_at(frames, track)
+            covered[role] = float((valid & (track.labels.reshape(len(track.labels), -1)[row] >= 0).any(axis=1)).mean())
+    return covered
 
 
 def _check_end(path: Path, track: LabelTrack, extent: Extent, slack: int) -> None:
@@ -268,7 +322,8 @@ def _uncovered(path: Path, track: LabelTrack, extent: Extent, slack: int) -> lis
         )
     unlabelled = int((track.labels < 0).reshape(len(track.labels), -1).any(axis=1).sum())
     if unlabelled:
-        notes.append(f"{path.name}: {_count(unlabelled, 'row')} without a label (-1 or empty)")
+        each = "row" if len(track.labels) != extent.frame_count else "frame"  # intervals were placed on frames
+        notes.append(f"{path.name}: {_count(unlabelled, each)} without a label (-1 or empty)")
     missing = extent.frame_count - track.end
     if missing >= slack:
         fraction = missing / extent.frame_count

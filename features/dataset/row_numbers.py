@@ -92,29 +92,33 @@ class RowNumbering:
         return [f"{path.name}: {text}" for text in (*what, *[f"rows are numbered from {self.base}"] * bool(self.base))]
 
 
-def infer_numberings(lists: Sequence[tuple[Path, LabelTrack]], extent: Extent, data: DataConfig) -> list[RowNumbering]:
+def infer_numberings(
+    lists: Sequence[tuple[Path, LabelTrack]], extent: Extent, data: DataConfig, stated: Sequence[DataConfig] = ()
+) -> list[RowNumbering]:
     """Return the numbering of each of a video's annotation files: from the settings, or inferred.
 
     Rows may count the video's own frames, frames at the rate in the data set's description, a folder's images, or
     seconds. A numbering is impossible if rows would continue after the end of the video. Of the possible ones, the one
     whose rows last as long as the video is chosen. If there is none, one that covers the video is chosen, provided that
     all others cover hardly any of it. An ambiguous file is read like the video's other file. Raises UserError naming
-    the setting if both are ambiguous.
+    the setting if both are ambiguous. Where the data set's description states the numbering, `stated` has the settings
+    of each file in place of `data`.
     """
-    numberings: dict[Path, RowNumbering] = {}
+    settings = stated or [data] * len(lists)
+    numberings: dict[int, RowNumbering] = {}
     slack = max((track.stride for _, track in lists), default=1)
     problem: UserError | None = None
-    for path, track in (*lists, *lists):  # the second time, the other file's numbering is known
-        if path not in numberings:
+    for at, (path, track) in (*enumerate(lists), *enumerate(lists)):  # the second time, another's numbering is known
+        if at not in numberings:
             try:
-                numberings[path] = _infer_numbering(
-                    path, track, slack, extent, data, next(iter(numberings.values()), None)
+                numberings[at] = _infer_numbering(
+                    path, track, slack, extent, settings[at], next(iter(numberings.values()), None)
                 )
             except UserError as error:
                 problem = problem or error
     if problem and len(numberings) < len(lists):
         raise problem
-    return [numberings[path] for path, _ in lists]
+    return [numberings[at] for at in range(len(lists))]
 
 
 def _infer_numbering(

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
-from configs.dataset_spec import IMAGE_ENDINGS, VIDEO_ENDINGS, DataSetSpec, FilePatterns, file_pattern
+from configs.dataset_spec import DataSetSpec, FilePatterns
+from configs.file_pattern import IMAGE_ENDINGS, VIDEO_ENDINGS, file_pattern
 
 # Video files that are not read: streams without a container, which have no times, and containers that decode wrongly.
 _STREAMS = ("h264", "264", "avc", "h265", "265", "hevc", "m1v", "m2v", "mpv")

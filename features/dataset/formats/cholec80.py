@@ -29,6 +29,7 @@ from features.dataset.annotations import (
     read_content,
     row_error,
     shown_cell,
+    stride_of_rows,
     text_lines,
     unknown_class,
 )
@@ -37,7 +38,6 @@ from features.dataset.formats.base import DEFAULT_FORMAT, FORMATS, AnnotationFor
 _HEADER = re.compile(rb"(\xef\xbb\xbf)?\s*frame *\t", re.IGNORECASE)
 _WHOLE_NUMBER = re.compile(r"[0-9]+")
 _MISSING = ("nan", "NaN", "NA", "N/A", "-1.0")  # "no label" as written by pandas and R, unless a class has that name
-_ROUNDED_STRIDE = 8  # from this stride on, steps may differ from it by one, because of rounding
 _MAX_DIGITS = 15  # of a frame number: far more than any video needs, and safe in int64
 
 
@@ -181,31 +181,7 @@ def _frame_column(cells: Sequence[str], path: Path) -> tuple[NDArray[np.int64], 
             if not _WHOLE_NUMBER.fullmatch(cell) or len(cell) > _MAX_DIGITS:
                 raise row_error(path, row, f"frame {shown_cell(cell)} is not a whole number of 0 or more")
     frame_index = np.array(list(map(int, cells)), dtype=np.int64)
-    return frame_index, _stride(frame_index, path)
-
-
-def _stride(frame_index: NDArray[np.int64], path: Path) -> int:
-    """Return the usual distance between rows (the stride).
-
-    Raises UserError naming the first row whose distance from the row before is not a multiple of the stride. Multiples
-    are accepted since rows may be missing, and so are differences that come from rounding (29 among 30s).
-    """
-    steps = np.diff(frame_index)
-    distances, counts = np.unique(steps[steps > 0], return_counts=True)
-    stride = int(distances[np.argmax(counts)]) if len(distances) else 1
-    rows = np.rint(steps / stride)
-    wrong = np.flatnonzero((rows < 1) | (np.abs(steps - rows * stride) > rows * (stride >= _ROUNDED_STRIDE)))
-    if len(wrong):
-        row = int(wrong[0]) + 1
-        before, here = int(frame_index[row - 1]), int(frame_index[row])
-        if here == before:
-            problem = "comes twice"
-        elif here < before:
-            problem = f"comes after {before}: frame numbers must increase"
-        else:
-            problem = f"follows {before}, where {before + stride} was due (rows are {stride} apart)"
-        raise row_error(path, row, f"frame {here} {problem}")
-    return int(steps[rows == 1].max(initial=stride))
+    return frame_index, stride_of_rows(frame_index, path)
 
 
 # ---------------------------------------------------------------------------------------------- writing

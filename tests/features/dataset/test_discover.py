@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from configs.dataset_spec import VIDEO_ENDINGS, DataSetSpec, file_pattern
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
+from configs.file_pattern import VIDEO_ENDINGS, file_pattern
 from configs.load import load_dataset
 from configs.schema import DataConfig
 from engine.files import LinkedRoot, inside
@@ -44,7 +45,10 @@ def make(root: Path, *paths: str) -> Path:
 def found(
     root: Path, spec: DataSetSpec = SPEC, data: DataConfig | None = None
 ) -> dict[str, tuple[str, str | None, str | None]]:
-    return {video.id: (video.source, video.phase, video.tool) for video in find_videos(root, spec, data).videos}
+    return {
+        video.id: (video.source, video.labels.get("phase"), video.labels.get("tool"))
+        for video in find_videos(root, spec, data).videos
+    }
 
 
 def refusal(root: Path, spec: DataSetSpec = SPEC, data: DataConfig | None = None) -> str:

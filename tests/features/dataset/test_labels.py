@@ -125,7 +125,7 @@ def fit(
         for (path, track), reading in zip(lists, readings, strict=True)
     }
     notes = [note for (path, _), reading in zip(lists, readings, strict=True) for note in reading.notes(path, extent)]
-    fitted_phase, fitted_tools, fit_notes = fit_tracks(placed, extent)
+    fitted_phase, fitted_tools, fit_notes, _ = fit_tracks(placed, extent)
     return fitted_phase, fitted_tools, (*notes, *fit_notes)
 
 

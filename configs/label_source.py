@@ -1,0 +1,149 @@
+"""The schema of `labels` in a data set's description: which files hold labels, and what their content means."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from configs.file_pattern import file_pattern
+from configs.schema import MAX_FPS, OmitsDefaults, Strict
+
+TIME_UNITS = ("second", "millisecond", "clock")
+_TRACK_NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
+
+
+def _texts(value: Any) -> Any:
+    """Convert the numbers that YAML reads as keys and values of a mapping to texts."""
+    if isinstance(value, dict):
+        return {str(key): entry if isinstance(entry, str) else str(entry) for key, entry in value.items()}
+    return value
+
+
+Column = Annotated[int, Field(ge=1)] | Annotated[str, Field(min_length=1)]
+Texts = Annotated[dict[str, str], BeforeValidator(_texts)]
+
+
+class Columns(OmitsDefaults):
+    """The columns of a table, or fields of JSON records: by name, or by number from 1.
+
+    `start` is the number of a row (`form: rows`), or where a label starts. `label` is the column of the label. For
+    tools it is one column with a name, an id or a list of them; or a list of columns, one per tool in the order of
+    `tools`; or it is left out, and the columns are named like the tools.
+    """
+
+    OMITTED = frozenset({"video", "end", "label"})
+    video: Column | None = None
+    start: Column = "start"
+    end: Column | None = None
+    label: Column | tuple[Column, ...] | None = None
+
+
+class Join(Strict):
+    """JSON: add to each record the fields of the record of another list that its field `on` names by `key`."""
+
+    records: str
+    on: str
+    key: str = "id"
+
+
+class LabelSource(OmitsDefaults):
+    """Where the labels of one track are, and what they mean."""
+
+    files: str = Field(
+        description="regular expression for the files. With a named group `id`, there is one file per video; without, "
+        "one file has the labels of several videos, told apart by the column `video`. A pattern with slashes is "
+        "matched against as many parts of the path"
+    )
+    format: str = Field("table", description="table, json, eaf, labelstudio, or the name of a plug-in's format")
+    delimiter: Literal["tab", "comma", "semicolon", "blank"] = Field("tab", description="of a table's columns")
+    header: bool = Field(True, description="whether a table's first line names the columns")
+    records: str | None = Field(
+        None,
+        description="json: path to the records, such as `phases` or `annotations.{frame}.*`; `*` means every entry of "
+        "a list or mapping, and {NAME} does too and adds the entry's key or number to the record as field NAME",
+    )
+    join: Join | None = None
+    columns: Columns = Columns()
+    where: Texts = Field({}, description="use only records with these values, by column: `annotator: 1`")
+    form: Literal["rows", "starts", "intervals"] = Field(
+        "rows",
+        description="rows: one record per labelled frame, valid until the next, but at most for the usual distance of "
+        "rows; starts: each lasts until the next; intervals: with start and end",
+    )
+    end: Literal["exclusive", "inclusive"] = Field(
+        "exclusive",
+        description="intervals: whether the frame at `end` is the first one after the interval, or its last",
+    )
+    unit: Literal["auto", "source", "sample", "second", "millisecond", "clock"] = Field(
+        "auto",
+        description="source: number of the video's frame; sample: number at `rate` per second; clock: hh:mm:ss.mmm; "
+        "auto: inferred from the lengths of video and file (only for form rows)",
+    )
+    rate: float | None = Field(None, ge=1e-3, le=MAX_FPS, description="unit sample: numbers per second")
+    origin: Literal["auto", 0, 1] = Field(0, description="units source and sample: the number of the first frame")
+    zero: Literal["first_frame", "container"] = Field(
+        "first_frame", description="time units: whether times count from the first frame, or from the container's start"
+    )
+    offset_s: float = Field(0.0, ge=-1e6, le=1e6, description="seconds to add to all times")
+    numbers_from: Literal[0, 1] | None = Field(
+        None, description="if labels are numbers: the number of the first class; otherwise labels are names"
+    )
+    meaning: Texts = Field({}, description="class by label, for labels that are neither names nor plain numbers")
+    no_label: tuple[Annotated[str, BeforeValidator(str)], ...] = Field((), description="labels that mean: not labelled")
+    separator: str | None = Field(None, min_length=1, description="tools: what separates the names in a cell")
+    gaps: str | None = Field(None, description="the class of frames without any label; otherwise they have none")
+    overlaps: Literal["refuse", "inner", "outer", "first", "last"] | tuple[str, ...] = Field(
+        "refuse",
+        description="intervals of different labels that overlap: an error (refuse), or the shorter (inner), the longer "
+        "(outer), the earlier (first) or the later one (last) counts; or a list of classes, whose first counts most, "
+        "before all others",
+    )
+
+    @field_validator("files")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            file_pattern(pattern)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        return pattern
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> LabelSource:
+        if self.unit == "auto" and (self.form != "rows" or self.offset_s):
+            raise ValueError(f"unit must be given for {'offset_s' if self.form == 'rows' else f'form {self.form}'}")
+        if (self.unit == "sample") != (self.rate is not None):
+            raise ValueError("rate belongs to unit sample, which needs it")
+        if self.zero == "container" and self.unit not in TIME_UNITS:
+            raise ValueError(f"zero container needs a unit of time: {', '.join(TIME_UNITS)}")
+        if self.form == "intervals" and self.columns.end is None and self.format in ("table", "json"):
+            raise ValueError("form intervals needs columns.end")
+        if self.format == "json" and not self.records:
+            raise ValueError("format json needs records, the path to the list of labels")
+        if self.is_shared and self.columns.video is None and self.format in ("table", "json"):
+            raise ValueError("files has no named group (?P<id>...), so columns.video must say whose labels they are")
+        return self
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether one file has the labels of several videos."""
+        return "id" not in file_pattern(self.files).groupindex
+
+
+class TrackSpec(OmitsDefaults):
+    """The classes of an additional label track, such as the steps within phases."""
+
+    OMITTED = frozenset({"aliases", "background"})
+    classes: tuple[str, ...] = Field(min_length=2, max_length=127)  # ids are int8
+    aliases: Texts = Field({})
+    background: tuple[str, ...] = ()
+
+
+LabelSource.OMITTED = frozenset(LabelSource.model_fields) - {"files"}
+
+
+def is_track_name(name: str) -> bool:
+    """Whether a text can name an additional label track."""
+    return bool(_TRACK_NAME.fullmatch(name)) and name not in ("phase", "phases", "tool", "tools")

@@ -1,0 +1,353 @@
+"""Turn the records of a file of labels into rows or intervals of classes, as the data set's description states."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.dataset_spec import DataSetSpec, class_ids, folded_name
+from configs.errors import UserError, did_you_mean, listed
+from configs.label_source import TIME_UNITS, Column, LabelSource
+from features.dataset.annotations import LabelTrack, read_content, shown_cell, stride_of_rows
+from features.dataset.described.intervals import HALF_TICK_S, TimedLabels
+from features.dataset.described.records import READERS, Records
+from features.ids import id_key, normal_id, numbered_id
+
+_CLOCK = re.compile(r"(?:(\d+):)?(\d{1,3}):(\d{1,2}(?:[.,]\d+)?)")
+_NUMBER = re.compile(r"\d{1,15}(\.0+)?")
+_PER_SECOND = {"second": 1.0, "millisecond": 1000.0}
+_UNLABELLED = ("", "-1", "nan", "NaN", "NA", "None", "null")
+
+
+def records_by_video(content: bytes, path: Path, source: LabelSource, spec: DataSetSpec) -> dict[str | None, Records]:
+    """Return the records of a file that `source.where` selects, by `id_key` of their video.
+
+    In a file of one video, the key is None. Raises UserError if the file is not of the format that the description
+    states.
+    """
+    records = _selected(READERS.find(source.format)(content, path, source), source, path)
+    if not source.is_shared:
+        return {None: records}
+    column: Column = "video" if source.columns.video is None else source.columns.video
+    places: dict[str, list[int]] = {}
+    for at, cell in enumerate(records.column(column, path, "columns.video")):
+        places.setdefault(_video_key(str(cell), spec), []).append(at)
+    return {key: records.only(at) for key, at in places.items()}
+
+
+def read_described(path: Path, source: LabelSource, spec: DataSetSpec) -> tuple[dict[str | None, Records], str]:
+    """Return `records_by_video` of a file, and the SHA-256 of the file.
+
+    Files with the labels of several videos are kept in memory, so that they are not read once per video.
+    """
+    if not source.is_shared:
+        content = read_content(path)
+        return records_by_video(content, path, source, spec), sha256(content).hexdigest()
+    state = path.stat()
+    return _read_shared(path, (state.st_size, state.st_mtime_ns), _Key(source, spec))
+
+
+@dataclass(frozen=True)
+class _Key:
+    """A description's part that says how to read a file, compared by its content."""
+
+    source: LabelSource = field(compare=False)
+    spec: DataSetSpec = field(compare=False)
+    text: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", self.source.model_dump_json() + self.spec.model_dump_json())
+
+
+@functools.lru_cache(maxsize=4)
+def _read_shared(path: Path, state: tuple[int, int], key: _Key) -> tuple[dict[str | None, Records], str]:
+    content = read_content(path)
+    return records_by_video(content, path, key.source, key.spec), sha256(content).hexdigest()
+
+
+def _video_key(cell: str, spec: DataSetSpec) -> str:
+    """Return the key of the video that a cell names: by its number, its id, or the name of its file or folder."""
+    for role, name in (("video", cell), ("video", f"{cell}.mp4"), ("frames", cell)):
+        if match := spec.patterns.compiled(role).fullmatch(name):
+            cell = match["id"]
+            break
+    return id_key(normal_id(numbered_id(int(cell), spec) if cell.isdecimal() else cell))
+
+
+def parse_described(
+    records: Records, path: Path, source: LabelSource, role: str, spec: DataSetSpec
+) -> LabelTrack | TimedLabels:
+    """Return the labels of one video: numbered rows whose numbering is known or inferred later, or timed intervals.
+
+    Raises UserError naming `path` and the record that cannot be understood.
+    """
+    if len(records) == 0:
+        raise UserError(f"{path}: has no labels" + (f" with {source.where}" if source.where else ""))
+    start = _numbers(records, source.columns.start, "columns.start", source, path)
+    if source.form == "rows" and source.unit not in TIME_UNITS and not source.offset_s:
+        return _rows(records, start, path, source, role, spec)
+    if source.form != "intervals" and role != "tool":
+        _refuse_same_start(records, start, path)
+    end = _ends(records, start, source, path)
+    if (wrong := np.flatnonzero(end < start)).size:
+        raise UserError(f"{path}: {records.places[wrong[0]]} ends before it starts")
+    at, classes = _labelled(records, path, source, role, spec)
+    known = class_ids(*spec.classes_of(role))
+    gap = known[folded_name(source.gaps)] if source.gaps else -1
+    overlaps = (
+        source.overlaps
+        if isinstance(source.overlaps, str)
+        else tuple(known[folded_name(name)] for name in source.overlaps)
+    )
+    shift = source.offset_s * (source.rate or 1.0)
+    return TimedLabels(
+        start=start[at] + shift,
+        end=end[at] + shift,
+        classes=classes,
+        places=[records.places[position] for position in at.tolist()],
+        per_s=None if source.unit == "source" else source.rate or 1.0,
+        is_time=source.unit in TIME_UNITS,
+        overlaps=overlaps,
+        gap=gap,
+        tool_count=len(spec.tools) if role == "tool" else 0,
+    )
+
+
+def _selected(records: Records, source: LabelSource, path: Path) -> Records:
+    """Return the records that have the values which `where` asks for."""
+    for name, value in source.where.items():
+        column: Column = int(name) if name.isdecimal() and records.numbered and name not in records.columns else name
+        cells = records.column(column, path, f"where.{name}")
+        records = records.only([at for at, cell in enumerate(cells) if str(cell) == value])
+    return records
+
+
+# ---------------------------------------------------------------------------------------------- times and numbers
+
+
+def _numbers(records: Records, column: Column, key: str, source: LabelSource, path: Path) -> NDArray[np.float64]:
+    """Return a column as float64 (N,): seconds from the start, or numbers counted from 0."""
+    cells = records.column(column, path, key)
+    origin = source.origin if isinstance(source.origin, int) and source.unit in ("source", "sample") else 0
+    values = np.empty(len(cells), dtype=np.float64)
+    for at, cell in enumerate(cells):
+        value = _number(cell, source.unit)
+        if value is None or value < origin:
+            wanted = {"clock": "a time such as 00:12:34.500", "second": "a number", "millisecond": "a number"}
+            what = wanted.get(source.unit, f"a whole number of {origin} or more")
+            raise UserError(f"{path}: {records.places[at]}: {key} is {shown_cell(str(cell))}, not {what}")
+        values[at] = value - origin
+    return values
+
+
+def _number(cell: Any, unit: str) -> float | None:
+    """Return a cell's value in seconds, or as a whole number; None if it is neither."""
+    if isinstance(cell, bool) or cell is None:
+        return None
+    text = str(cell).strip()
+    if unit == "clock":
+        match = _CLOCK.fullmatch(text)
+        if match is None or float(match[3].replace(",", ".")) >= 60:
+            return None
+        return int(match[1] or 0) * 3600.0 + int(match[2]) * 60.0 + float(match[3].replace(",", "."))
+    if unit in _PER_SECOND:
+        try:
+            value = float(text) / _PER_SECOND[unit]
+        except ValueError:
+            return None
+        return value if math.isfinite(value) and 0 <= value < 1e9 else None
+    return float(text) if _NUMBER.fullmatch(text) else None
+
+
+def _refuse_same_start(records: Records, start: NDArray[np.float64], path: Path) -> None:
+    order = np.argsort(start, kind="stable")
+    again = np.flatnonzero(np.diff(start[order]) == 0)
+    if len(again):
+        one, other = records.places[order[again[0]]], records.places[order[again[0] + 1]]
+        raise UserError(f"{path}: {one} and {other} start at the same time")
+
+
+def _ends(records: Records, start: NDArray[np.float64], source: LabelSource, path: Path) -> NDArray[np.float64]:
+    """Return where each record's label ends (N,): where it says, or where the next one starts."""
+    if source.form == "intervals":
+        column: Column = "end" if source.columns.end is None else source.columns.end
+        end = _numbers(records, column, "columns.end", source, path)
+        return end + (0 if source.end == "exclusive" else 2 * HALF_TICK_S if source.unit in TIME_UNITS else 1)
+    following = np.full(len(start), np.inf)
+    starts = np.unique(start)
+    after = np.searchsorted(starts, start, side="right")
+    inside = after < len(starts)
+    following[inside] = starts[after[inside]]
+    if source.form == "rows":  # in units of time: at most for the usual distance of rows
+        steps = np.diff(starts)
+        usual = float(np.median(steps)) if len(steps) else 1.0
+        following = np.minimum(following, start + usual + 2 * HALF_TICK_S)
+    return following
+
+
+def _rows(
+    records: Records, numbers: NDArray[np.float64], path: Path, source: LabelSource, role: str, spec: DataSetSpec
+) -> LabelTrack:
+    """Return rows with the file's own numbers. Several records of one row are allowed for lists of tools."""
+    origin = source.origin if isinstance(source.origin, int) and source.unit in ("source", "sample") else 0
+    own = numbers.astype(np.int64) + origin
+    if source.gaps:
+        raise UserError(f"{path}: gaps is for starts and intervals; missing rows have no label")
+    if role == "tool":
+        rows, labels = _tool_rows(records, own, path, source, spec)
+    else:
+        at, classes = _labelled(records, path, source, role, spec, keep=True)
+        rows, labels = own[at], classes
+        if source.format == "json":  # a mapping may have any order, and several records of one frame may agree
+            rows, labels = _unique(rows, labels, [records.places[one] for one in at.tolist()], path)
+    return LabelTrack(rows, labels, stride_of_rows(rows, path))
+
+
+def _unique(
+    rows: NDArray[np.int64], labels: NDArray[np.int8], places: Sequence[str], path: Path
+) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+    """Return rows in order, one per number. Raises UserError if two records of one number differ."""
+    order = np.argsort(rows, kind="stable")
+    same = np.diff(rows[order]) == 0
+    differs = same & (np.diff(labels[order]) != 0)
+    if differs.any():
+        at = int(np.flatnonzero(differs)[0])
+        raise UserError(
+            f"{path}: {places[order[at]]} and {places[order[at + 1]]} give frame {rows[order[at]]} two labels"
+        )
+    kept = order[np.concatenate([[True], ~same])]
+    return rows[kept], labels[kept]
+
+
+# ---------------------------------------------------------------------------------------------- classes
+
+
+def _labelled(
+    records: Records, path: Path, source: LabelSource, role: str, spec: DataSetSpec, keep: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+    """Return the records that have a label, and their classes, both (M,). A record of several tools counts for each.
+
+    With `keep`, records without a label are kept with class -1. Raises UserError for an unknown label.
+    """
+    if role == "tool":
+        present = _present(records, path, source, spec)  # (N, K)
+        at, tools = np.nonzero(present == 1)
+        return at.astype(np.int64), tools.astype(np.int8)
+    label = source.columns.label
+    column: Column = "label" if label is None or isinstance(label, tuple) else label
+    cells = records.column(column, path, "columns.label")
+    find = _finder(source, role, spec)
+    classes = np.array([find(cell, path, records.places[at]) for at, cell in enumerate(cells)], dtype=np.int8)
+    at = np.arange(len(cells), dtype=np.int64) if keep else np.flatnonzero(classes >= 0)
+    return at, classes[at]
+
+
+def _finder(source: LabelSource, role: str, spec: DataSetSpec) -> Any:
+    """Return a function that gives the class of a cell, -1 for none, or raises UserError."""
+    names, aliases = spec.classes_of(role)
+    known = class_ids(names, aliases) | {
+        folded_name(label): class_ids(names, aliases)[folded_name(name)] for label, name in source.meaning.items()
+    }
+    bare = set(source.no_label) | set(_UNLABELLED)
+
+    @functools.lru_cache(maxsize=4096)
+    def of_text(text: str) -> int | str:
+        if text in source.no_label:
+            return -1
+        if folded_name(text) in known and (source.numbers_from is None or text in source.meaning):
+            return known[folded_name(text)]
+        if text in bare:
+            return -1
+        if source.numbers_from is not None:
+            if not _NUMBER.fullmatch(text):
+                return f"label {shown_cell(text)} is not a number"
+            number = int(float(text)) - source.numbers_from
+            last = len(names) - 1 + source.numbers_from
+            return number if 0 <= number < len(names) else f"label {text} is not one of {source.numbers_from} to {last}"
+        hint = did_you_mean(text[:80], (*aliases, *names)) or f" (known: {listed(names, 20)})"
+        return f"unknown label {shown_cell(text)}{hint}; or add it to `meaning` or `no_label` of its `labels`"
+
+    def find(cell: Any, path: Path, place: str) -> int:
+        found = of_text("" if cell is None else str(cell).strip())
+        if isinstance(found, str):
+            raise UserError(f"{path}: {place}: {found} (data set {spec.name})")
+        return found
+
+    return find
+
+
+def _present(records: Records, path: Path, source: LabelSource, spec: DataSetSpec) -> NDArray[np.int8]:
+    """Return which tools each record shows, (N, K): 1, 0, or -1 for no label."""
+    label = source.columns.label
+    if label is None or isinstance(label, tuple):
+        if isinstance(label, tuple) and len(label) != len(spec.tools):
+            raise UserError(
+                f"{path}: labels.tools.columns.label names {len(label)} columns for {len(spec.tools)} tools"
+            )
+        columns: Sequence[Column] = label if isinstance(label, tuple) else _tool_columns(records, path, spec)
+        values = {"0": 0, "0.0": 0, "1": 1, "1.0": 1, "True": 1, "False": 0, **dict.fromkeys(_UNLABELLED, -1)}
+        values |= dict.fromkeys(source.no_label, -1)
+        present = np.empty((len(records), len(columns)), dtype=np.int8)
+        for tool, name in enumerate(columns):
+            for at, cell in enumerate(records.column(name, path, "columns.label")):
+                value = values.get("" if cell is None else str(cell).strip())
+                if value is None:
+                    raise UserError(
+                        f"{path}: {records.places[at]}: {spec.tools[tool]} is {shown_cell(str(cell))}, not 0 or 1"
+                    )
+                present[at, tool] = value
+        return present
+    find = _finder(source, "tool", spec)
+    present = np.zeros((len(records), len(spec.tools)), dtype=np.int8)
+    for at, cell in enumerate(records.column(label, path, "columns.label")):
+        for name in _names_in(cell, source):
+            tool = find(name, path, records.places[at])
+            if tool >= 0:
+                present[at, tool] = 1
+    return present
+
+
+def _names_in(cell: Any, source: LabelSource) -> list[Any]:
+    if isinstance(cell, list):
+        return cell
+    if isinstance(cell, str) and cell.startswith("[") and cell.endswith("]"):
+        try:
+            return list(json.loads(cell))
+        except ValueError:
+            return [cell]
+    if source.separator and isinstance(cell, str):
+        return cell.split(source.separator)
+    return [cell]
+
+
+def _tool_columns(records: Records, path: Path, spec: DataSetSpec) -> list[str]:
+    """Return the name of each tool's column. Raises UserError if one is missing."""
+    known = class_ids(spec.tools, spec.tool_aliases)
+    by_tool = {known[folded_name(name)]: name for name in records.columns if folded_name(name) in known}
+    if missing := [tool for at, tool in enumerate(spec.tools) if at not in by_tool]:
+        raise UserError(
+            f"{path}: has no column for the tool{'s' * (len(missing) > 1)} {', '.join(missing)} (found: "
+            f"{listed(list(records.columns), 12)})"
+        )
+    return [by_tool[at] for at in range(len(spec.tools))]
+
+
+def _tool_rows(
+    records: Records, rows: NDArray[np.int64], path: Path, source: LabelSource, spec: DataSetSpec
+) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+    """Return one row per number with its tools, (R,) and (R, K); several records of one number are put together."""
+    present = _present(records, path, source, spec)
+    numbers, group = np.unique(rows, return_inverse=True)
+    labels = np.full((len(numbers), len(spec.tools)), -1, dtype=np.int8)
+    np.maximum.at(labels, group, present)
+    return numbers, labels

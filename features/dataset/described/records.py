@@ -1,0 +1,186 @@
+"""Read a file of labels into columns: tables (CSV and the like) and JSON. Formats from outside register here too."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError, did_you_mean, listed
+from configs.label_source import Column, LabelSource
+from configs.registry import Registry
+from features.dataset.annotations import shown_cell, text_lines
+
+_DELIMITERS = {"tab": "\t", "comma": ",", "semicolon": ";"}
+_CAPTURE = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class Records:
+    """The N records of a file of labels, by column.
+
+    `columns` has the N values of each named column; `numbered` has them in the order of the columns, for columns that
+    are named by number. Values are texts, or whatever JSON holds. `places` (N,) says where each record is.
+    """
+
+    columns: Mapping[str, Sequence[Any]]
+    places: Sequence[str]
+    numbered: Sequence[Sequence[Any]] = field(default=())
+
+    def column(self, name: Column, path: Path, key: str) -> Sequence[Any]:
+        """Return the values (N,) of a column. Raises UserError naming `path` and the setting `key` if it is missing."""
+        if isinstance(name, int):
+            if name <= len(self.numbered):
+                return self.numbered[name - 1]
+            raise UserError(f"{path}: has {len(self.numbered)} columns, but {key} is column {name}")
+        if name in self.columns:
+            return self.columns[name]
+        alike = [other for other in self.columns if other.casefold() == name.casefold()]
+        if len(alike) == 1:
+            return self.columns[alike[0]]
+        hint = did_you_mean(name, self.columns) or f" (found: {listed(list(self.columns), 12) or 'no header'})"
+        raise UserError(f"{path}: has no column {shown_cell(name)} for {key}{hint}")
+
+    def only(self, keep: Sequence[int]) -> Records:
+        """Return the records at these positions."""
+        return Records(
+            {name: [values[at] for at in keep] for name, values in self.columns.items()},
+            [self.places[at] for at in keep],
+            [[values[at] for at in keep] for values in self.numbered],
+        )
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+ReadRecords = Callable[[bytes, Path, LabelSource], Records]
+READERS: Registry[ReadRecords] = Registry("format of labels", "surgstage.label_formats")
+
+
+def read_table(content: bytes, path: Path, source: LabelSource) -> Records:
+    """Read a table. Raises UserError naming the line that has more or fewer columns than the first."""
+    lines = text_lines(content, path)
+    rows = [(number, cells) for number, cells in enumerate(_cells(lines, source, path), start=1) if any(cells)]
+    if not rows:
+        raise UserError(f"{path}: is empty")
+    names = rows[0][1] if source.header else [str(at) for at in range(1, len(rows[0][1]) + 1)]
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        raise UserError(f"{path}: line {rows[0][0]} names the column {twice[0]} twice")
+    rows = rows[1:] if source.header else rows
+    while names and not names[-1] and all(len(cells) < len(names) or not cells[len(names) - 1] for _, cells in rows):
+        names = names[:-1]  # a delimiter at the end of every line
+    table = []
+    for number, cells in rows:
+        if len(cells) > len(names) and not any(cells[len(names) :]):
+            cells = cells[: len(names)]
+        if len(cells) != len(names):
+            found = f"{len(cells)} column{'s' * (len(cells) != 1)}"
+            raise UserError(
+                f"{path}: line {number} has {found}; expected {len(names)}, separated by {source.delimiter}"
+            )
+        table.append(cells)
+    numbered = [list(column) for column in zip(*table, strict=True)] if table else [[] for _ in names]
+    return Records(dict(zip(names, numbered, strict=True)), [f"line {number}" for number, _ in rows], numbered)
+
+
+def _cells(lines: Sequence[str], source: LabelSource, path: Path) -> Iterator[list[str]]:
+    if source.delimiter == "blank":
+        yield from (line.split() for line in lines)
+        return
+    quoted = "\n".join(lines).count('"') > 0
+    if not quoted:
+        yield from ([cell.strip() for cell in line.split(_DELIMITERS[source.delimiter])] for line in lines)
+        return
+    try:
+        for row in csv.reader(lines, delimiter=_DELIMITERS[source.delimiter], strict=True):
+            yield [cell.strip() for cell in row]
+    except csv.Error as error:
+        raise UserError(f"{path}: is not a table separated by {source.delimiter}: {error}") from error
+
+
+def read_json_records(content: bytes, path: Path, source: LabelSource) -> Records:
+    """Read the records that `source.records` names. Raises UserError if there are none, or they are not alike."""
+    try:
+        tree = json.loads(content.decode("utf-8-sig"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON: {str(error)[:120]}") from error
+    found = list(_walk(tree, (source.records or "").split("."), {}, "", path))
+    joined = _joined(tree, found, source, path) if source.join else found
+    widths = {len(record) for _, record, _ in joined if isinstance(record, list)}
+    if len(widths) > 1:
+        raise UserError(f"{path}: the records at {source.records} are lists of {min(widths)} to {max(widths)} entries")
+    names: dict[str, None] = {}
+    for _, record, keys in joined:
+        names |= dict.fromkeys(keys) | (dict.fromkeys(map(str, record)) if isinstance(record, dict) else {})
+    columns = {
+        name: [keys.get(name, record.get(name) if isinstance(record, dict) else None) for _, record, keys in joined]
+        for name in names
+    }
+    width = widths.pop() if widths else 0
+    numbered = [[record[at] for _, record, _ in joined] for at in range(width)] if len(joined) else []
+    return Records(columns, [place for place, _, _ in joined], numbered)
+
+
+Found = tuple[str, Any, dict[str, Any]]  # place, record, captured keys
+
+
+def _walk(tree: Any, path: Sequence[str], keys: dict[str, Any], place: str, file: Path) -> Iterator[Found]:
+    """Yield the records at the end of `path`. The last step opens a list or mapping even without `*`."""
+    if not path:
+        if isinstance(tree, list) and tree and all(isinstance(entry, dict) for entry in tree):
+            for number, entry in enumerate(tree):
+                yield f"{place}[{number}]", entry, keys
+        elif isinstance(tree, dict | list):
+            yield place, tree, keys
+        else:
+            yield place, {"value": tree}, keys
+        return
+    step, rest = path[0], path[1:]
+    capture = _CAPTURE.fullmatch(step)
+    if step == "*" or capture:
+        entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+        if entries is None:
+            raise UserError(f"{file}: {place or 'the whole file'} is {type(tree).__name__}, not a list or mapping")
+        for key, entry in entries:
+            more = {**keys, capture[1]: key} if capture else keys
+            yield from _walk(entry, rest, more, f"{place}[{key}]" if isinstance(tree, list) else f"{place}.{key}", file)
+        return
+    if not isinstance(tree, dict) or step not in tree:
+        has = f" (it has {listed([str(key) for key in tree], 8)})" if isinstance(tree, dict) else ""
+        raise UserError(f"{file}: {place.lstrip('.') or 'the whole file'} has no {step}{has}")
+    yield from _walk(tree[step], rest, keys, f"{place}.{step}", file)
+
+
+def _joined(tree: Any, found: Sequence[Found], source: LabelSource, path: Path) -> list[Found]:
+    join = source.join
+    assert join is not None
+    others = {}
+    for place, other, keys in _walk(tree, join.records.split("."), {}, "", path):
+        if not isinstance(other, dict) or join.key not in other:
+            raise UserError(f"{path}: {place.lstrip('.')} has no {join.key}, which join.key names")
+        others[_hashable(other[join.key])] = {**keys, **other}
+    result = []
+    for place, record, keys in found:
+        key = record.get(join.on) if isinstance(record, dict) else None
+        other = others.get(_hashable(key))
+        if other is None:
+            raise UserError(f"{path}: {place.lstrip('.')}: {join.on} {key!r} is not in {join.records}")
+        result.append((place, {**other, **record}, keys))
+    return result
+
+
+def _hashable(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | None) else repr(value)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")
+
+
+READERS.register("table", read_table)
+READERS.register("json", read_json_records)

@@ -1,0 +1,126 @@
+"""Labels in files whose form the data set's description states: rows, starts and intervals, in tables and JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.dataset_spec import DataSetSpec, FilePatterns
+from configs.errors import UserError
+from configs.label_source import Columns, LabelSource
+from features.dataset.annotations import LabelTrack
+from features.dataset.described.intervals import TimedLabels
+from features.dataset.described.labels import parse_described, records_by_video
+from features.dataset.row_numbers import Extent, RowNumbering
+
+EXTENT = Extent("video01.mp4", 100, 25.0, 25.0)
+FILE = Path("labels")
+
+
+def spec_of(source: LabelSource, **more: object) -> DataSetSpec:
+    patterns = FilePatterns(video=r"video(?P<id>\d+)\.{video}", frames=r"video(?P<id>\d+)")
+    fields = {"name": "own", "annotation_fps": 25, "phases": ("A", "B", "C"), "patterns": patterns}
+    return DataSetSpec.model_validate(fields | {"labels": {"phases": source}} | more)
+
+
+def labels_of(content: str, video: str | None = None, extent: Extent = EXTENT, **fields: object) -> list[int]:
+    """Return the phase of each of the video's frames."""
+    source = LabelSource.model_validate({"files": r"(?P<id>\d+)\.txt" if video is None else r"all\.txt"} | fields)
+    spec = spec_of(source)
+    records = records_by_video(content.encode(), FILE, source, spec)[video]
+    track = parse_described(records, FILE, source, "phase", spec)
+    if isinstance(track, LabelTrack):
+        origin = source.origin if isinstance(source.origin, int) else 0
+        track = RowNumbering(source.rate, origin).place(FILE, track, extent)
+        assert track.stride >= 1
+        frames = np.arange(extent.frame_count)
+        row = np.searchsorted(track.frame_index, frames, "right") - 1
+        return [int(track.labels[at]) if at >= 0 else -1 for at in row]
+    assert isinstance(track, TimedLabels)
+    return track.place(FILE, extent).labels.tolist()
+
+
+def test_rows_at_a_rate_of_their_own_count_from_their_origin() -> None:
+    found = labels_of(
+        "Frame\tPhase\n1\t1\n2\t1\n3\t3\n4\t2\n",
+        unit="sample",
+        rate=1,
+        origin=1,
+        numbers_from=1,
+        columns={"start": "Frame", "label": "Phase"},
+    )
+    assert found == [0] * 50 + [2] * 25 + [1] * 25
+
+
+def test_starts_last_until_the_next_one_and_leave_the_beginning_unlabelled() -> None:
+    found = labels_of(
+        "VideoID;FrameNo;Phase\n2;0;A\n1;10;A\n1;30;C\n1;60;B\n",
+        video="video01",
+        delimiter="semicolon",
+        form="starts",
+        unit="source",
+        columns={"video": "VideoID", "start": "FrameNo", "label": "Phase"},
+    )
+    assert found == [-1] * 10 + [0] * 20 + [2] * 30 + [1] * 40
+
+
+@pytest.mark.parametrize(
+    ("overlaps", "middle"), [("inner", 1), ("outer", 0), ("first", 0), ("last", 1), (["A"], 0), (["B"], 1)]
+)
+def test_nested_intervals(overlaps: object, middle: int) -> None:
+    rows = [{"start": 0, "end": 4000, "name": "A"}, {"start": 1000, "end": 2000, "name": "B"}]
+    content = json.dumps({"phases": rows})
+    options = {
+        "format": "json",
+        "records": "phases",
+        "form": "intervals",
+        "unit": "millisecond",
+        "columns": Columns(end="end", label="name"),
+    }
+    assert labels_of(content, overlaps=overlaps, **options) == [0] * 25 + [middle] * 25 + [0] * 50
+    assert labels_of(content, no_label=["B"], **options) == [0] * 100
+    with pytest.raises(UserError, match=r"labels: \.phases\[1\] overlaps \.phases\[0\], which has another label"):
+        labels_of(content, **options)
+
+
+def test_clock_times_gaps_and_inclusive_ends() -> None:
+    content = "start,end,label\n00:00:00.000,00:00:01.000,A\n0:02,0:03.960,B\n"
+    options = {"delimiter": "comma", "form": "intervals", "unit": "clock", "columns": Columns(end="end", label="label")}
+    assert labels_of(content, **options) == [0] * 25 + [-1] * 25 + [1] * 49 + [-1]
+    assert labels_of(content, end="inclusive", gaps="C", **options) == [0] * 26 + [2] * 24 + [1] * 50
+
+
+def test_vectors_in_json_by_frame() -> None:
+    content = json.dumps({"annotations": {str(frame): [[7, frame // 2]] * 2 for frame in range(4)}})
+    found = labels_of(
+        content,
+        format="json",
+        records="annotations.{frame}.*",
+        unit="sample",
+        rate=1,
+        numbers_from=0,
+        columns={"start": "frame", "label": 2},
+    )
+    assert found == [0] * 50 + [1] * 50
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("start\tlabel\n0\tD\n", "line 2: unknown label 'D'"),
+        ("start\tlabel\n-1\tA\n", "line 2: columns.start is '-1', not a whole number of 0 or more"),
+        ("start\tlabel\n0\tA\textra\n", "line 2 has 3 columns; expected 2"),
+        ("begin\tlabel\n0\tA\n", "has no column 'start' for columns.start"),
+        ("start\tlabel\n", "has no labels"),
+        ("", "is empty"),
+        ("start\tlabel\n0\tA\n200\tB\n", "line 3 begins at 200, after the end of video01.mp4"),
+        ("start\tlabel\n0\tA\n0\tB\n", "line 2 and line 3 start at the same time"),
+    ],
+)
+def test_faults_are_named_with_their_place(content: str, message: str) -> None:
+    with pytest.raises(UserError, match="labels: ") as raised:
+        labels_of(content, form="starts", unit="source", columns={"label": "label"})
+    assert message in str(raised.value)
