@@ -56,6 +56,7 @@ COMMANDS = {
         "commands.mtrcnet:export_checkpoint",
         "Write a run's joint net as the MTRCNet programs do",
     ),
+    "datasets": ("commands.datasets:datasets", "List and show the known data sets, and try a description on a folder"),
     "features": ("commands.data:features", "Check and describe feature folders"),
     "config": ("commands.settings:config", "Show settings"),
     "doctor": ("commands.settings:doctor", "Check whether this machine can do what the settings ask for"),

@@ -96,6 +96,13 @@ class DataSetSpec(OmitsDefaults):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     title: str = ""
     source: str = ""
+    # About the published data set, for `datasets list` and `datasets show`; not recorded in an index.
+    videos: int | None = Field(None, ge=1, exclude=True, description="number of videos of the published data set")
+    licence: str = Field("", exclude=True)
+    homepage: str = Field("", exclude=True, description="where to get the data set, or to ask for it")
+    unverified: str = Field(
+        "", exclude=True, description="what was not checked against the data set's documentation or a public loader"
+    )
     annotation_fps: float = Field(gt=0, le=MAX_FPS, description="rate at which annotation files number frames")
     phases: tuple[str, ...] = Field(min_length=2, max_length=127)  # ids are int8
     tools: tuple[str, ...] = Field((), max_length=127)

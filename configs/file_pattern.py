@@ -9,6 +9,9 @@ VIDEO_ENDINGS = (
     *("mp4", "m4v", "mov", "qt", "f4v", "3gp", "3g2", "avi", "divx", "mkv", "webm", "ogv", "flv", "mxf", "dv"),
     *("mpg", "mpeg", "mod", "vob", "ts", "mts", "m2ts", "m2t", "wmv", "asf"),
 )
+_GROUP = re.compile(r"(?<!\\)\((?:\?P<\w+>|\?:)?((?:\\.|[^()\\])*)\)(\?|\*)?")  # one without groups inside
+_DIGITS = re.compile(r"\\d(?:\{(\d+)(?:,\d*)?\}|[+*])?")
+_CHOICE = re.compile(r"\[([^\]])[^\]]*\](\?|\*|\+|\{\d+\})?")
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff")
 
 
@@ -17,3 +20,18 @@ def file_pattern(pattern: str) -> re.Pattern[str]:
     for name, endings in (("{video}", VIDEO_ENDINGS), ("{image}", IMAGE_ENDINGS)):
         pattern = pattern.replace(name, f"({'|'.join(endings)})")
     return re.compile(pattern, re.IGNORECASE)
+
+
+def example_of(pattern: str) -> str | None:
+    """Return a short name that a pattern matches, for messages; None if the pattern is too intricate to find one.
+
+    Whatever is optional is left out, the first of several choices is taken, and numbers are 1.
+    """
+    text = pattern.replace("{video}", "mp4").replace("{image}", "jpg")
+    while group := _GROUP.search(text):
+        text = text[: group.start()] + ("" if group[2] else group[1].partition("|")[0]) + text[group.end() :]
+    text = _DIGITS.sub(lambda found: "1".zfill(max(int(found[1] or 0), 2)), text)
+    text = _CHOICE.sub(lambda found: "" if found[2] in ("?", "*") else found[1], text)
+    text = re.sub(r"\\?.[?*]", "", text)
+    text = re.sub(r"\\(.)", r"\1", text)
+    return text if file_pattern(pattern).fullmatch(text) else None

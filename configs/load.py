@@ -79,6 +79,11 @@ def load_dataset(name: str) -> DataSetSpec:
     return _validate(DataSetSpec, read_yaml(path), str(path))
 
 
+def dataset_names() -> list[str]:
+    """Return the names of the data sets in `configs/datasets`, sorted."""
+    return sorted(path.stem for path in (PRESETS / "datasets").glob("*.yaml"))
+
+
 def load_ablation(source: str | Path) -> AblationConfig:
     """Load an ablation, by its name in `configs/ablations` or from a YAML file.
 

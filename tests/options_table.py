@@ -417,6 +417,15 @@ MODES = [
             "--workers": "3",
         },
     ),
+    Mode("datasets list", "always", [], ("features.dataset.describe:dataset_rows",)),
+    Mode("datasets show", "always", ["cholec80"], ("features.dataset.describe:dataset_lines",)),
+    Mode(
+        "datasets check",
+        "always",
+        ["cholec80", "--root", "."],
+        ("features.dataset.trial:Trial",),
+        {**SETTINGS, "--videos": "3"},
+    ),
     Mode("features verify", "always", ["folder"], ("features.store_folder:verify_folder",)),
     Mode("features info", "always", ["folder"], ("features.store_folder:describe_folder",)),
 ]

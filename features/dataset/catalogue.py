@@ -188,7 +188,8 @@ def keep_index(config: Config, dataset: Dataset, replace: bool) -> Index:
         found.save(path)
         say(f"{path}: written")
     say_left_out(found)
-    for line in (*_passed_over_lines(found), *_note_lines(found.notes), *_order_lines(found)):
+    passed_over = passed_over_lines([(one.id, one.reason) for one in found.passed_over])
+    for line in (*passed_over, *note_lines(found.notes), *_order_lines(found)):
         say(line)
     print_summary(dataset, config.data.fps)
     return found
@@ -212,15 +213,18 @@ def say_left_out(index: Index) -> None:
         say(f"left out: {video.id}: {video.reason}")
 
 
-def _passed_over_lines(index: Index) -> list[str]:
-    """Return one line for each reason why files and folders were passed over, with up to ten names."""
+def passed_over_lines(passed_over: Sequence[tuple[str, str]]) -> list[str]:
+    """Return one line for each reason why files and folders were passed over, with up to ten names.
+
+    `passed_over` has pairs of path and reason.
+    """
     paths: dict[str, list[str]] = {}
-    for one in index.passed_over:
-        paths.setdefault(one.reason, []).append(one.id)
+    for path, reason in passed_over:
+        paths.setdefault(reason, []).append(path)
     return [f"passed over: {listed(found, 10)}: {reason}" for reason, found in paths.items()]
 
 
-def _note_lines(notes: Sequence[str]) -> list[str]:
+def note_lines(notes: Sequence[str]) -> list[str]:
     """Return lines for the user in which notes that differ only in the file's name are merged."""
     files: dict[str, list[str]] = {}
     for note in notes:
