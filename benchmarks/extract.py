@@ -153,26 +153,13 @@ def ours(folder: Path, sets: Sequence[Path], weights: Path, more_settings: Seque
     frames, seconds, busy, precision = [], [], [], ""
     for root in sets:
         count = root.name.removeprefix("data")
-        store = folder / f"features-{count}"
-        settings = [
-            f"data.root={root}",
-            f"data.index={folder / f'index-{count}.json'}",
-            "data.split.rule=60%/20%/20%",
-            "cnn.backbone=resnet50",
-            f"cnn.weights={weights}",
-            "extract.encoder=initial",
-            f"extract.store={store}",
-            f"runs={folder / 'runs'}",
-            f"extract.workers={CORES}",
-            "device=cpu",
-            *more_settings,
-        ]
+        settings = [*extraction_settings(folder, root, weights), *more_settings]
         pipeline("index", CONFIG, None, settings)
         started, before = time.perf_counter(), sum(os.times()[2:4])
         pipeline("extract", CONFIG, f"bench{count}", settings)
         seconds.append(time.perf_counter() - started)
         busy.append(sum(os.times()[2:4]) - before)
-        made = sorted(store.glob("resnet50-*/*.h5"))
+        made = sorted((folder / f"features-{count}").glob("resnet50-*/*.h5"))
         frames.append(sum(rows(path) for path in made))
         with h5py.File(made[0], "r") as file:
             precision = str(file.attrs["precision"])
@@ -182,6 +169,23 @@ def ours(folder: Path, sets: Sequence[Path], weights: Path, more_settings: Seque
         "ours_processor_fps": more / (busy[1] - busy[0]),
         "ours_with_start_up_fps": frames[1] / seconds[1],
     }, precision
+
+
+def extraction_settings(folder: Path, root: Path, weights: Path) -> list[str]:
+    """The settings of an extraction with the initial weights; index, features and runs are written below `folder`."""
+    count = root.name.removeprefix("data")
+    return [
+        f"data.root={root}",
+        f"data.index={folder / f'index-{count}.json'}",
+        "data.split.rule=60%/20%/20%",
+        "cnn.backbone=resnet50",
+        f"cnn.weights={weights}",
+        "extract.encoder=initial",
+        f"extract.store={folder / f'features-{count}'}",
+        f"runs={folder / 'runs'}",
+        f"extract.workers={CORES}",
+        "device=cpu",
+    ]
 
 
 def rows(path: Path) -> int:
