@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from configs.file_pattern import file_pattern
 from configs.schema import MAX_FPS, OmitsDefaults, Strict
 
+TOOL_FORMATS = ("eaf", "labelstudio")  # files of annotation tools, whose content is always intervals
 TIME_UNITS = ("second", "millisecond", "clock")
 _TRACK_NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
 
@@ -109,6 +110,18 @@ class LabelSource(OmitsDefaults):
         except re.error as error:
             raise ValueError(f"not a regular expression: {error}") from error
         return pattern
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_for_tools(cls, given: Any) -> Any:
+        """Files of annotation tools say themselves what most other formats leave to the description."""
+        if not isinstance(given, dict) or given.get("format") not in TOOL_FORMATS:
+            return given
+        columns = given.get("columns", {})
+        if isinstance(columns, dict):
+            columns = {"video": "video", "start": "start", "end": "end", "label": "label"} | columns
+        frames = {"origin": 1, "end": "inclusive"} if given.get("unit") in ("source", "sample") else {}
+        return {"form": "intervals", "unit": "second", **frames, **given, "columns": columns}
 
     @model_validator(mode="after")
     def _options_fit(self) -> LabelSource:

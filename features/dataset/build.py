@@ -227,7 +227,7 @@ def _build_entry(
     files: dict[str, Any] = {f"{role}_file": read[role].file for role in ("phase", "tool") if role in read}
     files["track_files"] = {role: read[role].file for role in spec.tracks if role in read}
     entry = entry.model_copy(update=files)
-    notes = [note for one in read.values() for note in one.file.numbering.notes(one.path, extent)]
+    notes = [note for one in read.values() for note in (*one.notes, *one.file.numbering.notes(one.path, extent))]
     return entry, [*source_notes, *_missing_images(entry), *notes, *fitted.notes]
 
 

@@ -81,13 +81,15 @@ class FittedTracks(NamedTuple):
 class Annotation:
     """Labels that were read: what the index records about their file, and intervals or rows with the file's numbers.
 
-    `source` is their form as the data set's description states it, None for formats that are recognised.
+    `source` is their form as the data set's description states it, None for formats that are recognised. `notes` are
+    the reader's, for the user.
     """
 
     path: Path
     file: AnnotationFile
     track: LabelTrack | TimedLabels
     source: LabelSource | None = None
+    notes: Sequence[str] = ()
 
     def with_numbering(self, numbering: RowNumbering) -> Annotation:
         """Return a copy that records what the numbers of its rows count."""
@@ -139,7 +141,8 @@ def _read_described(
         raise UserError(f"{path}: has no labels of {video_id}")
     digest = sha256_json([records.columns, records.numbered]) if source.is_shared else file_sha256
     track = parse_described(records, path, source, role, spec)
-    return Annotation(path, AnnotationFile(path=relative, sha256=digest, rows=len(records)), track, source)
+    file = AnnotationFile(path=relative, sha256=digest, rows=len(records))
+    return Annotation(path, file, track, source, records.notes)
 
 
 def load_tracks(dataset: Dataset, entry: VideoEntry) -> FittedTracks:

@@ -12,7 +12,7 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "extending.md"
 
 def test_there_is_one_of_each_kind() -> None:
     kinds = {path.name.partition("_example")[0] for path in EXAMPLES}
-    assert kinds == {"annotation", "dataset", "encoder", "head", "metric", "tool_metric"}
+    assert kinds == {"annotation", "dataset", "encoder", "head", "label_format", "metric", "tool_metric"}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from configs.dataset_spec import DataSetSpec, class_ids, folded_name
 from configs.errors import UserError, did_you_mean, listed
 from configs.label_source import TIME_UNITS, Column, LabelSource
 from features.dataset.annotations import LabelTrack, read_content, shown_cell, stride_of_rows
+from features.dataset.described import annotation_tools  # noqa: F401 - registers its readers
 from features.dataset.described.intervals import HALF_TICK_S, TimedLabels
 from features.dataset.described.records import READERS, Records
 from features.ids import id_key, normal_id, numbered_id
@@ -42,7 +43,9 @@ def records_by_video(content: bytes, path: Path, source: LabelSource, spec: Data
     places: dict[str, list[int]] = {}
     for at, cell in enumerate(records.column(column, path, "columns.video")):
         places.setdefault(_video_key(str(cell), spec), []).append(at)
-    return {key: records.only(at) for key, at in places.items()}
+    videos = {key: records.only(at) for key, at in places.items()}
+    first = next(iter(videos), None)  # the file's notes are given once
+    return {key: own if key == first else replace(own, notes=()) for key, own in videos.items()}
 
 
 def read_described(path: Path, source: LabelSource, spec: DataSetSpec) -> tuple[dict[str | None, Records], str]:

@@ -24,12 +24,14 @@ class Records:
     """The N records of a file of labels, by column.
 
     `columns` has the N values of each named column; `numbered` has them in the order of the columns, for columns that
-    are named by number. Values are texts, or whatever JSON holds. `places` (N,) says where each record is.
+    are named by number. Values are texts, or whatever JSON holds. `places` (N,) says where each record is. `notes` are
+    about the whole file, for the user.
     """
 
     columns: Mapping[str, Sequence[Any]]
     places: Sequence[str]
     numbered: Sequence[Sequence[Any]] = field(default=())
+    notes: Sequence[str] = ()
 
     def column(self, name: Column, path: Path, key: str) -> Sequence[Any]:
         """Return the values (N,) of a column. Raises UserError naming `path` and the setting `key` if it is missing."""
@@ -51,6 +53,7 @@ class Records:
             {name: [values[at] for at in keep] for name, values in self.columns.items()},
             [self.places[at] for at in keep],
             [[values[at] for at in keep] for values in self.numbered],
+            self.notes,
         )
 
     def __len__(self) -> int:
