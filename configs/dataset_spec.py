@@ -43,9 +43,13 @@ class FilePatterns(Strict):
     """Regular expressions by which the files of a data set are found.
 
     A pattern must match the whole file name (not the path), ignoring case. Folder names differ between copies of a data
-    set, so files are found in any folder below the root. `video`, `frames`, `phase`, `tool` and `tfrecord` need a named
-    group `id`; `frame` (an image in a frame folder) needs a named group `frame`. `{video}` and `{image}` stand for
-    every extension that can be read (`file_pattern`).
+    set, so files are found in any folder below the root; a pattern with slashes is matched against as many parts at the
+    end of the path. `video`, `frames`, `phase`, `tool` and `tfrecord` need a named group `id`; `frame` (an image in a
+    frame folder) needs a named group `frame`. `{video}` and `{image}` stand for every extension that can be read
+    (`file_pattern`).
+
+    With an additional group `part` in `video` (digits or a letter), the files of one id are one recording, in the order
+    of their parts. With a group `part`, files of labels (`phase`, `tool`, and `files` in `labels`) are for one part.
     """
 
     video: str
@@ -71,6 +75,8 @@ class FilePatterns(Strict):
             raise ValueError(f"not a regular expression: {error}") from error
         if group not in names:
             raise ValueError(f"needs a named group (?P<{group}>...)")
+        if "part" in names and info.field_name not in ("video", "phase", "tool"):
+            raise ValueError("a group (?P<part>...) is for video files and their labels only")
         return pattern
 
     def compiled(self, role: str) -> re.Pattern[str]:
@@ -149,6 +155,14 @@ class DataSetSpec(OmitsDefaults):
     def name_of_pattern(self, role: str) -> str:
         """Return the key of a role's `label_pattern`, for messages."""
         return f"labels.{_LABELS_OF.get(role, role)}.files" if self.label_source(role) else f"patterns.{role}"
+
+    @model_validator(mode="after")
+    def _labels_of_parts_need_parts(self) -> DataSetSpec:
+        if "part" not in self.patterns.compiled("video").groupindex:
+            for role in self.roles:
+                if "part" in file_pattern(self.label_pattern(role) or "").groupindex:
+                    raise ValueError(f"{self.name_of_pattern(role)} has a group part, but patterns.video has none")
+        return self
 
     @model_validator(mode="after")
     def _labels_are_consistent(self) -> DataSetSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import PurePosixPath
 
 # File name extensions of the video containers that can be read completely.
 VIDEO_ENDINGS = (
@@ -35,3 +36,18 @@ def example_of(pattern: str) -> str | None:
     text = re.sub(r"\\?.[?*]", "", text)
     text = re.sub(r"\\(.)", r"\1", text)
     return text if file_pattern(pattern).fullmatch(text) else None
+
+
+def match_path(pattern: re.Pattern[str], path: PurePosixPath) -> re.Match[str] | None:
+    """Match a file's name or, for a pattern with slashes, as many parts at the end of `path`, given below the root."""
+    return pattern.fullmatch("/".join(path.parts[-pattern.pattern.count("/") - 1 :]))
+
+
+def part_number(text: str) -> int | None:
+    """Return the number of a recording's part, as the group `part` of a pattern gives it: digits, or a letter (a: 1).
+
+    Returns None for other texts.
+    """
+    if len(text) == 1 and text.isascii() and text.isalpha():
+        return ord(text.lower()) - ord("a") + 1
+    return int(text) if re.fullmatch("[0-9]{1,4}", text) else None

@@ -54,8 +54,9 @@ class LabelSource(OmitsDefaults):
 
     files: str = Field(
         description="regular expression for the files. With a named group `id`, there is one file per video; without, "
-        "one file has the labels of several videos, told apart by the column `video`. A pattern with slashes is "
-        "matched against as many parts of the path"
+        "one file has the labels of several videos, told apart by the column `video`. With a named group `part` as "
+        "in `patterns.video`, there is one file per part of a recording, with numbers or times that start again in "
+        "each part. A pattern with slashes is matched against as many parts of the path"
     )
     format: str = Field("table", description="table, json, eaf, labelstudio, or the name of a plug-in's format")
     delimiter: Literal["tab", "comma", "semicolon", "blank"] = Field("tab", description="of a table's columns")
@@ -106,9 +107,11 @@ class LabelSource(OmitsDefaults):
     @classmethod
     def _compiles(cls, pattern: str) -> str:
         try:
-            file_pattern(pattern)
+            names = file_pattern(pattern).groupindex
         except re.error as error:
             raise ValueError(f"not a regular expression: {error}") from error
+        if "part" in names and "id" not in names:
+            raise ValueError("a group (?P<part>...) needs a group (?P<id>...) beside it")
         return pattern
 
     @model_validator(mode="before")

@@ -114,6 +114,8 @@ def _check_video(
     root: Path, found: FoundVideo, video: PickledVideo, order: Sequence[str], spec: DataSetSpec, data: DataConfig
 ) -> _Labels:
     """The labels of a pickled video by source frame. Raises UserError if the video's source or annotations disagree."""
+    if found.parts:
+        raise UserError(f"{root / found.source}: {video.folder} has {len(found.parts)} files; join them for a pickle")
     rows_of = _rows_of_video if found.kind == "video" else _rows_of_folder
     frames, stride = rows_of(root, found.source, video, spec, data)
     phase = ids_of_order(order, spec.phases)[video.phase].astype(np.int8)

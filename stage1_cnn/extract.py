@@ -305,7 +305,7 @@ def _plan(
         try:
             frames = sampled_frames(entry, config.data.fps)
             require_indexed_source(dataset, entry)
-            require_indexed_annotations(entry, dataset.root)
+            require_indexed_annotations(dataset, entry)
             labels = label_attributes(config, dataset.spec, entry)
             state = _state(feature_path(report.folder, entry.id), entry, frames, spec, labels)
         except UserError as error:

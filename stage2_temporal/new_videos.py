@@ -355,7 +355,7 @@ def _draw(recogniser: Recogniser, prediction: PredictionFile, dataset: Dataset, 
                     bar.update()
 
         with atomic_path(path) as temporary:
-            uneven = entry.times or (entry.frames and entry.frames.missing)
+            uneven = entry.times_s is not None or (entry.frames and entry.frames.missing)
             time_s = frame_times_s(entry, shown) if uneven else None
             rate = entry.fps / entry.image_stride
             encode_mp4(temporary, drawn_frames(), rate, _ENCODER, stop.raise_if_set, time_s)

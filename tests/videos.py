@@ -265,3 +265,24 @@ def with_empty_chunks(source: Path, target: Path, after: Sequence[int]) -> Path:
         struct.pack_into("<I", written, content.index(header) + 8 + place, len(entries) // 16)
     target.write_bytes(bytes(written))
     return target
+
+
+def cut_video(source: Path, targets: Sequence[Path], key_frames: Sequence[int]) -> None:
+    """Cut a video at these key frames (of all key frames, counted from 0) by copying packets, as `ffmpeg -c copy`."""
+    import av
+
+    with av.open(str(source)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        starts = [at for at, packet in enumerate(packets) if packet.is_keyframe]
+    bounds = [0, *(starts[number] for number in key_frames), len(packets)]
+    for target, (first, end) in zip(targets, itertools.pairwise(bounds), strict=True):
+
+        def part(packets: list, first: int = first, end: int = end) -> list:
+            start = packets[first].dts - packets[0].dts
+            for packet in packets[first:end]:
+                packet.dts -= start
+                packet.pts = packet.dts if packet.pts is None else packet.pts - start  # AVI has decoding times only
+            return packets[first:end]
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        rewrite(source, target, part)

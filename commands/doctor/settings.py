@@ -251,7 +251,8 @@ def _found_videos(config: Config, root: Path) -> Iterable[Finding]:
         return
     kinds = sorted({video.kind for video in found.videos})
     labelled = sum(
-        video.kind == "tfrecord" or "phase" in video.labels or bool(found.shared.get("phase")) for video in found.videos
+        video.kind == "tfrecord" or video.has_labels("phase") or bool(found.shared.get("phase"))
+        for video in found.videos
     )
     text = f"{root}, {len(found.videos)} video(s) ({', '.join(kinds)}), {labelled} with phases, not indexed yet"
     yield Finding("ok", "data root", text, "run `index`")
@@ -264,11 +265,11 @@ def _agreement(dataset: Dataset, path: Path) -> Finding:
     missing, changed = [], []
     for entry in dataset.index.videos:
         try:
-            state = inside(dataset.root, entry.source).stat()
+            states = [(file, inside(dataset.root, file.source).stat()) for file in entry.sources]
         except (UserError, OSError):
             missing.append(entry.id)
             continue
-        same = (state.st_size, state.st_mtime_ns) == (entry.size_bytes, entry.modified_ns)
+        same = all((now.st_size, now.st_mtime_ns) == (file.size_bytes, file.modified_ns) for file, now in states)
         if entry.kind != "frames" and not same:
             changed.append(entry.id)
     for problem, ids in (("are missing", missing), ("have changed", changed)):

@@ -22,14 +22,17 @@ from features.dataset.frame_folders import LabelEnd, infer_layout, require_one_b
 from features.dataset.index import Dataset, Index, LeftOut, VideoEntry, exclusions, first_fault
 from features.dataset.labels import (
     Annotation,
+    FittedTracks,
     Role,
     extent_of,
     fit_annotations,
+    join_fitted,
     labelled_fractions,
     read_annotation,
 )
+from features.dataset.parts import joined_entry
 from features.dataset.phase_order import parse_phase_order
-from features.dataset.row_numbers import infer_numberings
+from features.dataset.row_numbers import Extent, infer_numberings
 from features.dataset.sources import SourceFacts, folder_facts, record_facts, video_facts
 from features.dataset.splits import Split, assign_splits, usual_split_problem
 from features.dataset.tfrecord import require_one_numbering
@@ -196,22 +199,59 @@ def _build_entry(
     leave_out: bool,
 ) -> tuple[VideoEntry, list[str]]:
     """Return one video's entry, without a split, and notes. With `leave_out`, too few labels raise UserError."""
+    entry, fitted, notes = _labelled_entry(root, video, shared, spec, data, order)
+    if leave_out:
+        fractions = labelled_fractions(entry.image_frames, fitted)
+        files = entry.files_by_role
+        labelled = {inside(root, files[role].path): fraction for role, fraction in fractions.items() if role in files}
+        _require_labelled(labelled, video.source, data)
+    return entry, [*notes, *fitted.notes]
+
+
+def _labelled_entry(
+    root: Path,
+    video: FoundVideo,
+    shared: Mapping[str, Sequence[str]],
+    spec: DataSetSpec,
+    data: DataConfig,
+    order: tuple[str, ...],
+) -> tuple[VideoEntry, FittedTracks, list[str]]:
+    """Return a video's entry without a split, its labels, and notes other than those on frames without labels."""
     annotation, path = next(iter(video.labels.values()), None), root / video.source
     if video.kind == "tfrecord" and annotation:
         raise UserError(
             f"{root / annotation} and {path}: both contain labels of {video.id}; keep only one of them below the data "
             "root, or use the labels in the TFRecord files with data.sources=tfrecord"
         )
+    parts = [_labelled_entry(root, part, {}, spec, data, order) for part in video.parts]
     read = _read_annotations(root, video, shared, spec, data)
-    lengths = [one.length(spec.annotation_fps) for one in read.values()]
-    facts, source_notes = _measure(root, video, spec, data, order, lengths)
     try:
-        entry = VideoEntry(id=video.id, kind=video.kind, source=video.source, split="none", **vars(facts))
+        if parts:
+            entry, source_notes = (
+                joined_entry([part for part, _, _ in parts]),
+                [note for *_, of in parts for note in of],
+            )
+        else:
+            lengths = [one.length(spec.annotation_fps) for one in read.values()]
+            facts, measured = _measure(root, video, spec, data, order, lengths)
+            entry = VideoEntry(id=video.id, kind=video.kind, source=video.source, split="none", **vars(facts))
+            source_notes = [*measured, *_missing_images(entry)]
     except ValidationError as error:  # a damaged header may give an impossible rate or number of frames
         what = recognise_file(path) if video.kind == "video" else None
         problem = f"is {what}" if what else f"{first_fault(error)}; re-encode it or leave it out"
         raise UserError(f"{path}: {problem}") from error
     extent = extent_of(entry, spec)
+    read = _numbered(read, extent, data)
+    fitted = join_fitted(fit_annotations(read, extent), [labels for _, labels, _ in parts], entry)
+    files: dict[str, Any] = {f"{role}_file": read[role].file for role in ("phase", "tool") if role in read}
+    tracks = {role: read[role].file for role in spec.tracks if role in read}
+    entry = entry.model_copy(update={**files, "track_files": {**entry.track_files, **tracks}})
+    notes = [note for one in read.values() for note in (*one.notes, *one.file.numbering.notes(one.path, extent))]
+    return entry, fitted, [*source_notes, *notes]
+
+
+def _numbered(read: Mapping[Role, Annotation], extent: Extent, data: DataConfig) -> dict[Role, Annotation]:
+    """Return the annotations with what the numbers of their rows count, as far as they have numbered rows."""
     numbered = {role: one for role, one in read.items() if isinstance(one.track, LabelTrack)}
     numberings = infer_numberings(
         [(one.path, one.track) for one in numbered.values() if isinstance(one.track, LabelTrack)],
@@ -219,16 +259,8 @@ def _build_entry(
         data,
         [one.numbered_by(data) for one in numbered.values()],
     )
-    read |= {role: one.with_numbering(way) for (role, one), way in zip(numbered.items(), numberings, strict=True)}
-    fitted = fit_annotations(read, extent)
-    if leave_out:
-        fractions = labelled_fractions(entry.image_frames, fitted)
-        _require_labelled({read[role].path: labelled for role, labelled in fractions.items()}, video.source, data)
-    files: dict[str, Any] = {f"{role}_file": read[role].file for role in ("phase", "tool") if role in read}
-    files["track_files"] = {role: read[role].file for role in spec.tracks if role in read}
-    entry = entry.model_copy(update=files)
-    notes = [note for one in read.values() for note in (*one.notes, *one.file.numbering.notes(one.path, extent))]
-    return entry, [*source_notes, *_missing_images(entry), *notes, *fitted.notes]
+    ways = zip(numbered.items(), numberings, strict=True)
+    return {**read, **{role: one.with_numbering(way) for (role, one), way in ways}}
 
 
 def _measure(

@@ -121,9 +121,10 @@ def _is_numbered_differently(entry: VideoEntry, data: DataConfig) -> bool:
     ):
         return True
     return any(
-        (data.row_fps != "auto" and file.row_fps not in (data.row_fps, rate_of_rows(data.row_fps, entry.fps)))
+        (data.row_fps != "auto" and file.row_fps not in (data.row_fps, rate_of_rows(data.row_fps, one.fps)))
         or data.row_base not in ("auto", file.row_base)
-        for file in entry.annotation_files
+        for one in entry.annotated
+        for file in one.annotation_files
     )
 
 
@@ -134,12 +135,9 @@ def _finds_more(config: Config, dataset: Dataset, spec: DataSetSpec) -> bool:
     except UserError:
         return True
     index = dataset.index
-    files = {path for entry in index.videos for path in (entry.source, *(one.path for one in entry.annotation_files))}
+    files = {path for entry in index.videos for path in entry.paths}
     known, left_out = {entry.id for entry in index.videos}, {video.id for video in index.left_out}
-    return any(
-        video.id not in left_out and not ({video.source, *video.labels.values()} <= files and video.id in known)
-        for video in found
-    )
+    return any(video.id not in left_out and not (video.paths <= files and video.id in known) for video in found)
 
 
 def check_dataset(config: Config) -> list[str]:

@@ -41,6 +41,10 @@ def check_index(dataset: Dataset) -> list[str]:
 
 def _check_source(dataset: Dataset, entry: VideoEntry) -> None:
     """Raise UserError naming the difference if a source differs from its entry."""
+    for part in entry.sources if entry.parts else ():
+        _check_source(dataset, part)
+    if entry.parts:
+        return
     root, spec = dataset.root, dataset.spec
     path, full_hash = inside(root, entry.source), entry.sha256 is not None
     if entry.frames is not None:

@@ -14,13 +14,13 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from configs.dataset_spec import DataSetSpec, FilePatterns
 from configs.errors import UserError, listed
-from configs.file_pattern import file_pattern
+from configs.file_pattern import file_pattern, match_path, part_number
 from configs.schema import DataConfig
 from engine.files import LinkedRoot, inside
 from engine.sniff import holds_video
@@ -45,17 +45,34 @@ _FOREIGN_FOLDERS = {"__macosx", "lost+found", "$recycle.bin", "system volume inf
 # Folder names that only describe the content: the video is then named by the folder above.
 _UNNAMED_FOLDERS = {"frames", "images", "imgs", "img", "rgb", "jpg", "png"}
 _WORDS = {"video": "a video", "frames": "a folder of its frames", "tfrecord": "a TFRecord file of its frames"}
+# A file's part of a recording if it is not one part but for the whole. The smallest number, so that it comes first.
+WHOLE = -1
+Paths = dict[int, str]  # paths by part
 _PLURALS = {"video": "videos", "frames": "frame folders", "tfrecord": "TFRecord files"}
 
 
 @dataclass(frozen=True)
 class FoundVideo:
-    """One video: its id, and the paths of its source and of its own files of labels by role, relative to the root."""
+    """One video: its id, and the paths of its source and of its own files of labels by role, relative to the root.
+
+    A recording in several files has `parts` in their order, each with the files of labels that are for it alone, and
+    `source` is the first part's.
+    """
 
     id: str
     kind: Kind
     source: str
     labels: Mapping[str, str] = field(default_factory=dict)
+    parts: tuple[FoundVideo, ...] = ()
+
+    @property
+    def paths(self) -> set[str]:
+        """The paths of all files of the video: sources and labels."""
+        return {self.source, *self.labels.values()}.union(*(part.paths for part in self.parts))
+
+    def has_labels(self, role: str) -> bool:
+        """Whether the video or one of its parts has a file of labels with this role."""
+        return role in self.labels or any(role in part.labels for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -98,6 +115,9 @@ def find_videos(root: Path, spec: DataSetSpec, data: DataConfig | None = None, l
     files.drop_excluded()
     files.place_numbered()
     sources = files.sources()
+    roles = () if data.sources.startswith("tfrecord") else spec.roles  # TFRecord files contain their labels
+    annotations = {role: files.only_ones(role) for role in roles if sources and role not in files.shared}
+    files.check_parts(sources, annotations)
     odd = {key: error for key, error in files.odd_annotations.items() if key in sources and key not in files.faults}
     faults = files.faults | odd
     sources = {key: source for key, source in sources.items() if key not in faults}
@@ -105,13 +125,9 @@ def find_videos(root: Path, spec: DataSetSpec, data: DataConfig | None = None, l
         raise next(iter(faults.values()))
     if not sources:
         raise UserError(_nothing_found(files))
-    roles = () if data.sources.startswith("tfrecord") else spec.roles  # TFRecord files contain their labels
-    annotations = {role: files.only_ones(role) for role in roles if role not in files.shared}
     videos = tuple(
-        FoundVideo(
-            files.ids[key], kind, path, {role: paths[key] for role, paths in annotations.items() if key in paths}
-        )
-        for key, (kind, path) in sorted(sources.items(), key=lambda item: natural_key(files.ids[item[0]]))
+        _found_video(files.ids[key], kind, paths, {role: of[key] for role, of in annotations.items() if key in of})
+        for key, (kind, paths) in sorted(sources.items(), key=lambda item: natural_key(files.ids[item[0]]))
     )
     passed_over, notes = _passed_over(files, videos)
     notes = [*_left_over(files, videos, sources, annotations), *notes]
@@ -119,6 +135,18 @@ def find_videos(root: Path, spec: DataSetSpec, data: DataConfig | None = None, l
     failed = tuple((files.ids[key], error) for key, error in faults.items())
     shared = {role: tuple(sorted(paths)) for role, paths in files.shared.items() if role in roles}
     return Discovery(videos, tuple(notes), failed, passed_over, shared)
+
+
+def _found_video(video_id: str, kind: Kind, sources: Paths, labels: Mapping[str, Paths]) -> FoundVideo:
+    """Return a video of these files. A recording of which there is one part only is an ordinary video."""
+    parts = [
+        FoundVideo(video_id, kind, path, {role: paths[part] for role, paths in labels.items() if part in paths})
+        for part, path in sorted(sources.items())
+    ]
+    whole = {role: paths[WHOLE] for role, paths in labels.items() if WHOLE in paths}
+    if len(parts) == 1:
+        return replace(parts[0], labels={**parts[0].labels, **whole})
+    return FoundVideo(video_id, kind, parts[0].source, whole, tuple(parts))
 
 
 def is_chosen(kind: Kind, source: str, data: DataConfig) -> bool:
@@ -145,6 +173,7 @@ class _Files:
     image_folders: list[ImageFolder] = field(default_factory=list)
     excluded: list[str] = field(default_factory=list)
     shared: dict[str, list[str]] = field(default_factory=dict)  # by role: files with the labels of several videos
+    parts: dict[tuple[str, str], int] = field(default_factory=dict)  # number by role and path, for parts of recordings
 
     def of(self, role: str) -> dict[str, list[str]]:
         """Return the paths with this role, by the key of their video."""
@@ -170,22 +199,27 @@ class _Files:
             for name in names:
                 path = folder / name
                 matches: dict[str, re.Match[str]] = {
-                    kind: match for kind in kinds if (match := patterns[kind].fullmatch(name))
+                    kind: match for kind in kinds if (match := self._match(patterns[kind], path))
                 }
-                matches |= {role: match for role, one in labels.items() if (match := _match_end(one, path, self.root))}
+                matches |= {role: match for role, one in labels.items() if (match := self._match(one, path))}
                 for role, match in matches.items():
                     if role in self.shared:
                         self.shared[role].append(checked_path(self.root, path))
                     else:
-                        self.add(role, _video_id(match, self.spec, path), path)
+                        self.add(role, _video_id(match, self.spec, path), path, match.groupdict().get("part"))
                 if not matches and kind_of(name) in (None, *here):
                     self.unmatched.append(self.relative(path))
 
-    def add(self, role: str, video_id: str, path: Path) -> None:
+    def _match(self, pattern: re.Pattern[str], path: Path) -> re.Match[str] | None:
+        return match_path(pattern, PurePosixPath(self.relative(path)))
+
+    def add(self, role: str, video_id: str, path: Path, part: str | None = None) -> None:
         """Add a file or folder. If something is wrong with it, raise UserError, or record that with `keep_faults`."""
         key = id_key(video_id)
         try:
             relative = checked_path(self.root, path)
+            if part is not None:
+                self.parts[role, relative] = _part_number(part, path)
         except UserError as error:
             if not self.keep_faults:
                 raise
@@ -201,8 +235,8 @@ class _Files:
         """
         pattern, frame = self.spec.patterns.compiled("frames"), self.spec.patterns.compiled("frame")
         above = folder.parent != self.root and folder.name.casefold() in _UNNAMED_FOLDERS
-        name = folder.parent.name if above and not pattern.fullmatch(folder.name) else folder.name
-        named = pattern.fullmatch(name)
+        place = folder.parent if above and not self._match(pattern, folder) else folder
+        named, name = self._match(pattern, place), place.name
         if any(map(frame.fullmatch, names)):
             if named:
                 self.add("frames", _video_id(named, self.spec, folder), folder)
@@ -235,36 +269,84 @@ class _Files:
                 self.excluded += dropped
             self.by_role[role] = {key: paths for key, paths in found.items() if paths}
 
-    def sources(self) -> dict[str, tuple[Kind, str]]:
-        """Return the source of each video, by its key. Raises UserError if a video has two sources."""
-        sources: dict[str, tuple[Kind, str]] = {}
+    def sources(self) -> dict[str, tuple[Kind, Paths]]:
+        """Return the source of each video, or of its parts, by its key. Raises UserError if a video has two sources."""
+        sources: dict[str, tuple[Kind, Paths]] = {}
         for kind in KINDS:
-            for key, path in sorted(self.only_ones(kind).items()):
+            for key, paths in sorted(self.only_ones(kind).items()):
                 if key in sources:
-                    other, other_path = sources[key]
+                    other, other_paths = sources[key]
+                    first, second = min(other_paths.values()), min(paths.values())
                     raise UserError(
-                        f"{self.root / other_path} and {self.root / path}: {_WORDS[other]} and {_WORDS[kind]}; pixels "
+                        f"{self.root / first} and {self.root / second}: {_WORDS[other]} and {_WORDS[kind]}; pixels "
                         f"may differ, so choose with data.sources={other} or data.sources={kind}"
                     )
-                sources[key] = (kind, path)
+                sources[key] = (kind, paths)
         return sources
 
-    def only_ones(self, role: str) -> dict[str, str]:
-        """Return the path with this role of each video, by its key.
+    def only_ones(self, role: str) -> dict[str, Paths]:
+        """Return the path with this role of each video, or of each of its parts, by its key.
 
-        Raises UserError if a video has two paths. A link and its target count as one.
+        Raises UserError if there are two paths for one, or if one is for the whole and another for a part. A link and
+        its target count as one.
         """
-        chosen = {}
+        chosen: dict[str, Paths] = {}
         for key, paths in self.of(role).items():
-            chosen[key] = min(paths, key=lambda path: ((self.root / path).is_symlink(), path))
-            if len({(self.root / path).resolve() for path in paths}) > 1:
-                first, second = sorted(paths)[:2]
-                what = _PLURALS.get(role, f"{role} annotation files")
-                raise UserError(
-                    f"{self.root / first} and {self.root / second}: two {what} for one video; "
-                    f"{_choices(role, first, second, self.of(role))}"
-                )
+            by_part: dict[int, list[str]] = {}
+            for path in paths:
+                by_part.setdefault(self.parts.get((role, path), WHOLE), []).append(path)
+            for part, several in by_part.items():
+                if len({(self.root / path).resolve() for path in several}) > 1:
+                    first, second = sorted(several)[:2]
+                    of = "one video" if part == WHOLE else f"part {part} of one video"
+                    raise self._two(role, first, second, of)
+            chosen[key] = {
+                part: min(several, key=lambda path: ((self.root / path).is_symlink(), path))
+                for part, several in by_part.items()
+            }
+            if WHOLE in by_part and len(by_part) > 1:
+                other = chosen[key][max(by_part)]
+                raise self._two(role, chosen[key][WHOLE], other, "one video, the whole and a part of it")
         return chosen
+
+    def _two(self, role: str, first: str, second: str, of: str) -> UserError:
+        what = _PLURALS.get(role, f"{role} annotation files")
+        by_part: dict[tuple[str, int], list[str]] = {}
+        for key, paths in self.of(role).items():
+            for path in paths:
+                by_part.setdefault((key, self.parts.get((role, path), WHOLE)), []).append(path)
+        advice = _choices(role, first, second, by_part.values())
+        return UserError(f"{self.root / first} and {self.root / second}: two {what} for {of}; {advice}")
+
+    def check_parts(
+        self, sources: Mapping[str, tuple[Kind, Paths]], annotations: Mapping[str, Mapping[str, Paths]]
+    ) -> None:
+        """Raise UserError, or record it with `keep_faults`, if a part is missing, or labels are for no part."""
+        for key, (_, paths) in sources.items():
+            labels = {role: of[key] for role, of in annotations.items() if key in of}
+            problem = self._problem_of_parts(paths, labels)
+            if problem and not self.keep_faults:
+                raise UserError(problem)
+            if problem:
+                self.faults.setdefault(key, UserError(problem))
+
+    def _problem_of_parts(self, sources: Paths, labels: Mapping[str, Paths]) -> str | None:
+        numbers = sorted(sources)
+        expected = range(min(numbers[0], 1), numbers[-1] + 1)
+        if numbers[0] != WHOLE and (missing := [number for number in expected if number not in sources]):
+            return (
+                f"{self.root / sources[numbers[-1]]}: is part {numbers[-1]} of a recording, but there is no part "
+                f"{listed([str(number) for number in missing], 5)}; complete it, or leave it out with data.exclude"
+            )
+        for role, paths in labels.items():
+            for part, path in paths.items():
+                if part != WHOLE and part not in sources:
+                    has = "is one file" if WHOLE in sources else f"has {len(sources)} part(s)"
+                    return (
+                        f"{self.root / path}: has {role} labels of part {part}, but the video {has}, "
+                        f"{sources[numbers[0]]}; remove it, or leave it out with data.exclude"
+                    )
+        return None
 
 
 def _id_of_number(name: str, spec: DataSetSpec) -> str | None:
@@ -345,12 +427,6 @@ def checked_path(root: Path, path: Path) -> str:
     return relative
 
 
-def _match_end(pattern: re.Pattern[str], path: Path, root: Path) -> re.Match[str] | None:
-    """Match a file's name or, for a pattern with slashes, as many parts at the end of its path below the root."""
-    parts = path.relative_to(root).parts
-    return pattern.fullmatch("/".join(parts[-pattern.pattern.count("/") - 1 :]))
-
-
 def _video_id(match: re.Match[str], spec: DataSetSpec, path: Path) -> str:
     """Return the video's id: the group `id` of the match, formatted with `id_format` if it is a number.
 
@@ -363,6 +439,13 @@ def _video_id(match: re.Match[str], spec: DataSetSpec, path: Path) -> str:
     return video_id
 
 
+def _part_number(text: str, path: Path) -> int:
+    number = part_number(text)
+    if number is None:
+        raise UserError(f"{path}: {text!r} is not the number or letter of a part; rename it, or change the pattern")
+    return number
+
+
 def id_of_folder(name: str, spec: DataSetSpec) -> str | None:
     """Return the video id of a folder of frames called `name`, which may be just a number.
 
@@ -372,17 +455,17 @@ def id_of_folder(name: str, spec: DataSetSpec) -> str | None:
     return _video_id(match, spec, Path(name)) if match else None
 
 
-def _choices(role: str, first: str, second: str, found: dict[str, list[str]]) -> str:
-    """Return advice on how to choose one of two files of one video.
+def _choices(role: str, first: str, second: str, found: Collection[list[str]]) -> str:
+    """Return advice on how to choose one of two files of one video. `found` has all paths of each video or part.
 
-    Choosing by folder is suggested only if no other video would be lost.
+    Choosing by folder is suggested only if no other video or part would be lost.
     """
     one, other = PurePosixPath(first).parent, PurePosixPath(second).parent
     folders = [
         folder
         for folder, rest in ((one, other), (other, one))
         if not rest.is_relative_to(folder)
-        and all(any(PurePosixPath(path).is_relative_to(folder) for path in paths) for paths in found.values())
+        and all(any(PurePosixPath(path).is_relative_to(folder) for path in paths) for paths in found)
     ]
     if role in KINDS and folders:
         return "choose one with " + " or ".join(f"data.sources={role}:{folder}" for folder in folders)
@@ -421,7 +504,7 @@ def _passed_over(files: _Files, videos: Sequence[FoundVideo]) -> tuple[tuple[tup
     The notes are about other folders of images.
     """
     root, spec = files.root, files.spec
-    taken = [video.source for video in videos]
+    taken = [one.source for video in videos for one in (video.parts or (video,))]
     places = {PurePosixPath(video.source).parent for video in videos if video.kind == "frames"}
     folders = [*files.image_folders, *(ImageFolder(path, (), False) for path in files.numbered)]
     missed = [one for one in folders if one.named or PurePosixPath(one.path).parent in places]
@@ -450,7 +533,7 @@ def _leads_inside(root: Path, path: Path) -> bool:
 
 
 def _left_over(
-    files: _Files, videos: Sequence[FoundVideo], sources: Collection[str], annotations: dict[str, dict[str, str]]
+    files: _Files, videos: Sequence[FoundVideo], sources: Collection[str], annotations: Mapping[str, dict[str, Paths]]
 ) -> Iterator[str]:
     """Yield notes on unused TFRecord files, archives and annotations, and on videos without annotations."""
     spec = files.spec
@@ -459,12 +542,12 @@ def _left_over(
     if archives := [path for path in files.unmatched if is_archive(path) and not kind_of(path)]:
         yield f"{len(archives)} archive(s), not searched: {listed(archives, 10)}"
     for role, paths in annotations.items():
-        orphans = [path for key, path in sorted(paths.items()) if key not in sources]
+        orphans = [path for key, found in sorted(paths.items()) if key not in sources for path in found.values()]
         if orphans:
             yield f"{len(orphans)} {role} annotation file(s) belong to no video here ({listed(orphans, 10)})"
     lacking = []
     for role in spec.roles:
-        bare = [video.id for video in videos if role not in video.labels and video.kind != "tfrecord"]
+        bare = [video.id for video in videos if not video.has_labels(role) and video.kind != "tfrecord"]
         if bare and not files.shared.get(role):
             lacking.append(role)
             yield f"{len(bare)} video(s) without {role} annotations ({listed(bare, 10)})"

@@ -8,6 +8,7 @@ the files. This module only reads and writes it, without opening a video or impo
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -69,6 +70,26 @@ class AnnotationFile(OmitsDefaults):
         return RowNumbering(self.row_fps, self.row_base)
 
 
+class VideoPart(OmitsDefaults):
+    """One file of a recording in parts. The fields are those of `VideoEntry`.
+
+    Files of labels are recorded here if they are for this part alone, so that their numbers start again in it.
+    """
+
+    OMITTED = frozenset({"sha256", "times", "phase_file", "tool_file", "track_files"})
+    source: RelativePath
+    size_bytes: int = Field(ge=1, lt=2**63)
+    modified_ns: int
+    sha256_ends: Sha256
+    sha256: Sha256 | None = None
+    fps: float = Field(gt=0, le=MAX_FPS, allow_inf_nan=False)
+    frame_count: int = Field(ge=1, le=MAX_FRAMES)
+    times: FrameTimes | None = None
+    phase_file: AnnotationFile | None = None
+    tool_file: AnnotationFile | None = None
+    track_files: dict[str, AnnotationFile] = Field({})
+
+
 class VideoEntry(OmitsDefaults):
     """One video: its source, its split and its annotation files.
 
@@ -77,9 +98,14 @@ class VideoEntry(OmitsDefaults):
     the images' names and sizes and the content of the first and the last image. A TFRecord file contains its own labels
     (`records`) and has no annotation files. For a video without a constant rate, `times` contains the times of its
     frames, and `fps` is the mean rate.
+
+    For a recording in several files, `parts` describes each, in their order. Frames are numbered through all parts, and
+    each part begins where the one before it ends. `source` is the first part's, sizes and frames are added, the hashes
+    are those of the parts' hashes, and `fps` is the mean rate if the parts' rates are not the same. A file of labels
+    with all labels of one part is recorded there; here, their hash represents them.
     """
 
-    OMITTED = frozenset({"times", "track_files"})
+    OMITTED = frozenset({"times", "track_files", "parts"})
     id: VideoId
     kind: Literal["video", "frames", "tfrecord"]
     source: RelativePath
@@ -96,6 +122,16 @@ class VideoEntry(OmitsDefaults):
     frames: FolderLayout | None = None
     records: RecordLayout | None = None
     times: FrameTimes | None = None
+    parts: tuple[VideoPart, ...] = Field(())
+
+    @model_validator(mode="after")
+    def _parts_are_a_video(self) -> VideoEntry:
+        if self.parts and (
+            (self.kind, self.times, self.source) != ("video", None, self.parts[0].source)
+            or self.frame_count != sum(part.frame_count for part in self.parts)
+        ):
+            raise ValueError("parts do not fit the video")
+        return self
 
     @model_validator(mode="after")
     def _layout_fits_kind(self) -> VideoEntry:
@@ -123,6 +159,49 @@ class VideoEntry(OmitsDefaults):
         return list(self.files_by_role.values())
 
     @property
+    def sources(self) -> tuple[VideoEntry, ...]:
+        """The files of a recording in parts, each as a video of its own; otherwise the video itself."""
+        if not self.parts:
+            return (self,)
+        return tuple(VideoEntry(id=self.id, kind="video", split=self.split, **dict(part)) for part in self.parts)
+
+    @property
+    def annotated(self) -> tuple[VideoEntry, ...]:
+        """The videos to which the numbers in files of labels refer: this one or, where a part has labels, the part."""
+        of_parts = {role for part in self.sources if self.parts for role in part.files_by_role}
+        if not of_parts:
+            return (self,)
+        own: dict[str, Any] = {f"{role}_file": None for role in of_parts if role in ("phase", "tool")}
+        own["track_files"] = {role: file for role, file in self.track_files.items() if role not in of_parts}
+        return (self.model_copy(update=own), *self.sources)
+
+    @property
+    def paths(self) -> set[str]:
+        """The paths of all files of the video: sources and labels."""
+        labels = {file.path for one in self.annotated for file in one.annotation_files}
+        return labels.union(one.source for one in self.sources)
+
+    @property
+    def duration_s(self) -> float:
+        """How long the video is shown, with the last frame."""
+        if self.times is None:
+            return self.frame_count / self.fps
+        return float(self.times.seconds(self.frame_count)[-1]) + 1 / self.fps
+
+    @property
+    def times_s(self) -> NDArray[np.float64] | None:
+        """When each frame is shown, (F,) float64, in seconds from the first; None for a constant rate."""
+        if self.times is not None:
+            return self.times.seconds(self.frame_count)
+        if all((part.fps, part.times) == (self.fps, None) for part in self.parts):
+            return None
+        files = self.sources
+        starts_s = itertools.accumulate((file.duration_s for file in files), initial=0.0)
+        times_s = ((file.times_s, np.arange(file.frame_count) / file.fps) for file in files)
+        own_s = [even_s if own_s is None else own_s for own_s, even_s in times_s]
+        return np.concatenate([start_s + time_s for start_s, time_s in zip(starts_s, own_s, strict=False)])
+
+    @property
     def image_stride(self) -> int:
         """The number of source frames from one image to the next (1 for a video)."""
         return self.frames.stride if self.frames else 1
@@ -135,8 +214,8 @@ class VideoEntry(OmitsDefaults):
     @property
     def most_fps(self) -> float:
         """The highest rate at which this video can be sampled."""
-        if self.times is not None:  # recorded with pauses, at a higher rate than the mean
-            usual_s = float(np.median(np.diff(self.times.seconds(self.frame_count))))
+        if self.times_s is not None:  # recorded with pauses, at a higher rate than the mean
+            usual_s = float(np.median(np.diff(self.times_s)))
             return max(self.fps, 1.0 / usual_s if usual_s > 0 else 0.0)
         return self.fps / self.image_stride
 
@@ -275,6 +354,7 @@ class Index(OmitsDefaults):
             "tool_file": {"path"},
             "track_files": {"__all__": {"path"}},
         }
+        moving["parts"] = {"__all__": dict(moving)}
         videos = [entry.model_dump(mode="json", exclude=moving) for entry in self.videos]
         for video in videos:
             if video["records"] is None:

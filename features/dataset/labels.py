@@ -22,6 +22,7 @@ from features.dataset.described.labels import parse_described, read_described
 from features.dataset.formats.base import find_format
 from features.dataset.frame_folders import LabelEnd
 from features.dataset.index import AnnotationFile, Dataset, VideoEntry
+from features.dataset.parts import joined_track
 from features.dataset.row_numbers import Extent, RowNumbering
 from features.dataset.sampling import frame_times_s, sampled_frames
 from features.ids import id_key
@@ -149,7 +150,13 @@ def load_tracks(dataset: Dataset, entry: VideoEntry) -> FittedTracks:
     """Read a video's tracks and fit them to it. Raises UserError if an annotation file is missing or has changed."""
     if entry.records is not None:
         return FittedTracks(*entry.records.tracks(dataset.spec))
-    read = {role: _reread_annotation(dataset, file, role, entry.id) for role, file in entry.files_by_role.items()}
+    whole, *parts = entry.annotated
+    return join_fitted(_load_own(dataset, whole), [_load_own(dataset, part) for part in parts], entry)
+
+
+def _load_own(dataset: Dataset, entry: VideoEntry) -> FittedTracks:
+    """Read the labels whose numbers refer to this entry: a video, or one part of a recording."""
+    read = {role: reread_annotation(dataset, file, role, entry.id) for role, file in entry.files_by_role.items()}
     return fit_annotations(read, extent_of(entry, dataset.spec))
 
 
@@ -158,7 +165,23 @@ def fit_annotations(read: Mapping[Role, Annotation], extent: Extent) -> FittedTr
     return fit_tracks({role: one.placed(extent) for role, one in read.items()}, extent)
 
 
-def _reread_annotation(dataset: Dataset, file: AnnotationFile, role: Role, video_id: str) -> Annotation:
+def join_fitted(whole: FittedTracks, parts: Sequence[FittedTracks], entry: VideoEntry) -> FittedTracks:
+    """Return the labels of a recording: those of the `whole`, and those of its `parts`, put together."""
+    if not parts:
+        return whole
+    lengths = [part.frame_count for part in entry.parts]
+    names = dict.fromkeys([*whole.others, *(name for part in parts for name in part.others)])
+    others = {name: joined_track([part.others.get(name) for part in parts], lengths) for name in names}
+    return FittedTracks(
+        whole.phase or joined_track([part.phase for part in parts], lengths),
+        whole.tools or joined_track([part.tools for part in parts], lengths),
+        (*whole.notes, *(note for part in parts for note in part.notes)),
+        {**whole.others, **{name: track for name, track in others.items() if track is not None}},
+    )
+
+
+def reread_annotation(dataset: Dataset, file: AnnotationFile, role: Role, video_id: str) -> Annotation:
+    """Read a video's labels in an indexed file again. Raises UserError if it is missing, or if they have changed."""
     path = dataset.root / file.path
     if not path.exists():
         raise UserError(f"{path}: no such file; restore it, or run `index --force` to continue without its labels")
@@ -171,8 +194,8 @@ def _reread_annotation(dataset: Dataset, file: AnnotationFile, role: Role, video
 def extent_of(entry: VideoEntry, spec: DataSetSpec) -> Extent:
     """Return the extent of an indexed video, which its labels must fit."""
     base = entry.frames.base if entry.frames else 0
-    times_s = frame_times_s(entry, np.arange(entry.frame_count)) if entry.times else None
-    return Extent(entry.source, entry.frame_count, entry.fps, spec.annotation_fps, entry.image_stride, base, times_s)
+    name, rate = entry.source if not entry.parts else f"{entry.id} ({len(entry.parts)} files)", spec.annotation_fps
+    return Extent(name, entry.frame_count, entry.fps, rate, entry.image_stride, base, entry.times_s)
 
 
 # ---------------------------------------------------------------------------------------------- rows to frames

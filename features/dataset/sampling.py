@@ -22,12 +22,12 @@ def sampled_frames(entry: VideoEntry, fps: float) -> NDArray[np.int64]:
     stride = entry.image_stride
     if fps > entry.most_fps * (1 + RATE_TOLERANCE):
         held = f"{entry.fps:.4g} fps" if stride == 1 else f"images of one in {stride} frames at {entry.fps:g} fps"
-        held += " on average" * (entry.times is not None)
+        held += " on average" * (entry.times_s is not None)
         raise UserError(f"{entry.id}: data.fps={fps:g} is too high for {held}; the most is {entry.most_fps:.4g}")
     first = entry.frames.first if entry.frames else 0
     shown = np.arange(first, entry.frame_count, stride, dtype=np.int64)
     time_s = frame_times_s(entry, shown)
-    sampled = shown[on_screen(time_s, float(time_s[-1]) + stride / entry.fps, fps)]
+    sampled = shown[on_screen(time_s, float(time_s[-1]) + stride / entry.sources[-1].fps, fps)]
     return sampled[np.isin(sampled, entry.image_frames)] if entry.frames else sampled  # images may be missing
 
 
@@ -44,9 +44,8 @@ def in_whole_steps(entry: VideoEntry, fps: float, frame_index: NDArray[np.int64]
 def frame_times_s(entry: VideoEntry, frame_index: NDArray[np.int64] | Sequence[int]) -> NDArray[np.float64]:
     """Return when source frames `frame_index` (T,) are shown, (T,) float64, in seconds from the first frame."""
     frames = np.asarray(frame_index, dtype=np.int64)
-    if entry.times is None:
-        return frames / entry.fps
-    return entry.times.seconds(entry.frame_count)[frames]
+    times_s = entry.times_s
+    return frames / entry.fps if times_s is None else times_s[frames]
 
 
 def most_fps(index: Index) -> float:

@@ -74,11 +74,13 @@ class Trial:
         yield f"{self.spec.name} in {self.root}: {len(found.ids)} video{'s' * (len(found.ids) != 1)}"
         for kind in KINDS:
             if sources := [video.source for video in found.videos if video.kind == kind]:
-                yield f"  {_WORDS[kind]}: {such_as(sources)}"
+                in_parts = sum(bool(video.parts) for video in found.videos if video.kind == kind)
+                yield f"  {_WORDS[kind]}: {such_as(sources)}{f', {in_parts} of them in several files' * bool(in_parts)}"
         if all(video.kind == "tfrecord" for video in found.videos):
             return
         for role in self.spec.roles:
-            own = [video.labels[role] for video in found.videos if role in video.labels]
+            files = [one for video in found.videos for one in (video, *video.parts)]
+            own = [one.labels[role] for one in files if role in one.labels]
             paths = [*own, *found.shared.get(role, ())]
             wanted = f"no file, expected names such as {example_of_labels(role, self.spec)}"
             yield f"  labels of {track_title(role)}: {such_as(paths, 'file') if paths else wanted}"

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from configs.dataset_spec import DataSetSpec, FilePatterns
-from configs.file_pattern import IMAGE_ENDINGS, VIDEO_ENDINGS, file_pattern
+from configs.file_pattern import IMAGE_ENDINGS, VIDEO_ENDINGS, file_pattern, match_path
 
 # Video files that are not read: streams without a container, which have no times, and containers that decode wrongly.
 _STREAMS = ("h264", "264", "avc", "h265", "265", "hevc", "m1v", "m2v", "mpv")
@@ -92,7 +92,8 @@ def passed_over_videos(paths: Sequence[str], taken: Sequence[str], spec: DataSet
     reasons = dict.fromkeys(unnamed, "contains a video: give it the extension of its container, such as .mp4")
     reasons |= {
         path: f"looks like one part of a recording: join its parts into {whole} (`ffmpeg -f concat -safe 0 -i LIST.txt "
-        f"-c copy {whole}`, a line such as file 'PART' in LIST.txt for each), and move the parts out of the data root"
+        f"-c copy {whole}`, a line such as file 'PART' in LIST.txt for each), and move the parts out of the data root; "
+        "or have them read as one video: add a group (?P<part>...) to patterns.video in a copy of the description"
         for path, whole in _parts(paths, taken, spec).items()
         if path not in reasons
     }
@@ -138,7 +139,7 @@ def _parts(paths: Sequence[str], taken: Sequence[str], spec: DataSetSpec) -> dic
     def is_part(path: str) -> bool:
         whole = wholes[path]
         cut = len(matches[path]["part"]) == 1 and len(numbers[whole]) > 1 and bool(numbers[whole] & {"", "1", "a"})
-        return bool(cut or matches[path]["word"] or pattern.fullmatch(whole.name))
+        return bool(cut or matches[path]["word"] or match_path(pattern, whole))
 
     return {path: wholes[path].name for path in paths if path in wholes and is_part(path)}
 

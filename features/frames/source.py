@@ -18,6 +18,7 @@ from configs.schema import Config
 from engine.files import inside, sha256_ends, sha256_file
 from features.dataset.frame_folders import frame_folder, scan_folder
 from features.dataset.index import Dataset, VideoEntry
+from features.dataset.labels import reread_annotation
 from features.dataset.tfrecord import TfrecordReader
 from features.frames.cache import CacheRequest, FrameCache
 from features.frames.preprocess import Geometry
@@ -25,6 +26,7 @@ from features.store import SourceIdentity
 from features.video.base import FrameReader
 from features.video.images import FolderReader
 from features.video.open import open_video
+from features.video.parts import PartsReader
 from features.video.scan import has_many_starts
 
 
@@ -44,6 +46,10 @@ def require_indexed_source(dataset: Dataset, entry: VideoEntry) -> None:
     from it can be used without it, and reading it will report that it is missing. Raises UserError if it cannot be
     read.
     """
+    if entry.parts:
+        for part in entry.sources:
+            require_indexed_source(dataset, part)
+        return
     path = inside(dataset.root, entry.source)
     try:
         if not path.exists():
@@ -60,20 +66,26 @@ def require_indexed_source(dataset: Dataset, entry: VideoEntry) -> None:
         raise ChangedSource(f"{path}: has changed since it was indexed; run `index --force`, then this again")
 
 
-def require_indexed_annotations(entry: VideoEntry, root: Path) -> None:
+def require_indexed_annotations(dataset: Dataset, entry: VideoEntry) -> None:
     """Raise UserError if an annotation file differs from the indexed one. A missing file is accepted."""
-    for file in (entry.phase_file, entry.tool_file):
-        path = inside(root, file.path) if file else None
-        if file is not None and path is not None and path.is_file() and sha256_file(path) != file.sha256:
-            raise UserError(f"{path}: has changed since it was indexed; run `index --force`, then this again")
+    for one in entry.annotated:
+        for role, file in one.files_by_role.items():
+            path, source = inside(dataset.root, file.path), dataset.spec.label_source(role)
+            if source and source.is_shared and path.is_file():
+                reread_annotation(dataset, file, role, entry.id)
+            elif path.is_file() and sha256_file(path) != file.sha256:
+                raise UserError(f"{path}: has changed since it was indexed; run `index --force`, then this again")
 
 
 def open_source(config: Config, dataset: Dataset, entry: VideoEntry, hardware: str | None = None) -> FrameReader:
-    """Open an indexed source of frames: a video file, a folder of images, or a TFRecord file.
+    """Open an indexed source of frames: a video file, the files of a recording, a folder of images, or a TFRecord file.
 
     Call this in the process that reads the frames. `hardware` is a kind of device that decodes video files (cuda, qsv,
     ...). Raises UserError if the source has changed since it was indexed, and ReaderError if it cannot be read.
     """
+    if entry.parts:
+        files = [partial(open_source, config, dataset, part, hardware) for part in entry.sources]
+        return PartsReader(files, same_size=config.preprocess.cut_margin)
     require_indexed_source(dataset, entry)
     path = inside(dataset.root, entry.source)
     if entry.frames is not None:
@@ -93,7 +105,7 @@ def open_source(config: Config, dataset: Dataset, entry: VideoEntry, hardware: s
 def can_start_inside(entry: VideoEntry, root: Path) -> bool:
     """Whether reading a part of a source takes less time than reading all of it; False if it cannot be read."""
     try:
-        return entry.kind != "video" or has_many_starts(inside(root, entry.source))
+        return entry.kind != "video" or has_many_starts([inside(root, file.source) for file in entry.sources])
     except (UserError, OSError):
         return False  # reading the source will report the error
 

@@ -4,7 +4,8 @@
 are not counted. Its pixels are FFmpeg's conversion to 8-bit RGB with the stream's own colour matrix and range. Its time
 is its time stamp relative to that of frame 0. If the container says that the video is rotated (by a multiple of 90
 degrees), every reader applies this rotation, because annotators saw the video as their player showed it. In a folder of
-frames, frame k is the image of source frame k, with its EXIF rotation applied.
+frames, frame k is the image of source frame k, with its EXIF rotation applied. In a recording in several files, frames
+are counted through all of them, and each file begins where the last frame of the one before it ends.
 
 **Time stamps and numbers.** Frames are numbered by their time stamps only if these are known to be presentation times:
 decoding times must never decrease, and only B-frames may be shown before a frame that was decoded earlier. Otherwise

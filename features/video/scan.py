@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -141,13 +142,13 @@ def count_packets(path: Path) -> int:
     return _scan(path).frame_count
 
 
-def has_many_starts(path: Path) -> bool:
-    """Whether reading a video from its middle is cheap: frames are known by their times, and IDR pictures are frequent.
+def has_many_starts(paths: Sequence[Path]) -> bool:
+    """Whether reading a video, in one or several files, from its middle is cheap.
 
-    Raises ReaderError as `scan_video` does.
+    It is if frames are known by their times, and IDR pictures are frequent. Raises ReaderError as `scan_video` does.
     """
-    scan = scan_video(path)
-    return scan.numbered and int(scan.idr.sum()) >= _MANY_STARTS
+    scans = [scan_video(path) for path in paths]
+    return all(scan.numbered for scan in scans) and sum(int(scan.idr.sum()) for scan in scans) >= _MANY_STARTS
 
 
 # ---------------------------------------------------------------------------------------------- the scan

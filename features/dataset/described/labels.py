@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from configs.dataset_spec import DataSetSpec, class_ids, folded_name
 from configs.errors import UserError, did_you_mean, listed
+from configs.file_pattern import match_path
 from configs.label_source import TIME_UNITS, Column, LabelSource
 from features.dataset.annotations import LabelTrack, read_content, shown_cell, stride_of_rows
 from features.dataset.described import annotation_tools  # noqa: F401 - registers its readers
@@ -42,7 +43,7 @@ def records_by_video(content: bytes, path: Path, source: LabelSource, spec: Data
     column: Column = "video" if source.columns.video is None else source.columns.video
     places: dict[str, list[int]] = {}
     for at, cell in enumerate(records.column(column, path, "columns.video")):
-        places.setdefault(_video_key(str(cell), spec), []).append(at)
+        places.setdefault(_video_key(str(cell), path, spec), []).append(at)
     videos = {key: records.only(at) for key, at in places.items()}
     first = next(iter(videos), None)  # the file's notes are given once
     return {key: own if key == first else replace(own, notes=()) for key, own in videos.items()}
@@ -78,10 +79,18 @@ def _read_shared(path: Path, state: tuple[int, int], key: _Key) -> tuple[dict[st
     return records_by_video(content, path, key.source, key.spec), sha256(content).hexdigest()
 
 
-def _video_key(cell: str, spec: DataSetSpec) -> str:
-    """Return the key of the video that a cell names: by its number, its id, or the name of its file or folder."""
+def _video_key(cell: str, path: Path, spec: DataSetSpec) -> str:
+    """Return the key of the video that a cell names: by its number, its id, or the name of its file or folder.
+
+    Raises UserError if it names one part of a recording.
+    """
     for role, name in (("video", cell), ("video", f"{cell}.mp4"), ("frames", cell)):
-        if match := spec.patterns.compiled(role).fullmatch(name):
+        if match := match_path(spec.patterns.compiled(role), PurePosixPath(name)):
+            if match.groupdict().get("part") is not None:
+                raise UserError(
+                    f"{path}: {cell[:80]!r} is one part of a recording; a file with the labels of several videos must "
+                    "number the whole recording, or give each part a file of its own"
+                )
             cell = match["id"]
             break
     return id_key(normal_id(numbered_id(int(cell), spec) if cell.isdecimal() else cell))
