@@ -17,6 +17,7 @@ from configs.errors import UserError, printable
 @click.option("--root", type=PATH, help="Folder of the videos; the same as --set data.root=DIR.")
 @click.option("--out", type=PATH, help="Where to write the index; the same as --set data.index=FILE.")
 @click.option("--force", "replace", is_flag=True, help="Replace an index that differs from what is found now.")
+@click.option("--unverified", is_flag=True, help="Use a data set whose description is marked as unverified.")
 @click.option("--check", is_flag=True, help="Check the existing index against the files, without decoding videos.")
 @click.option(
     "--from-pickle",
@@ -41,6 +42,7 @@ def index(
     root: Path | None,
     out: Path | None,
     replace: bool,
+    unverified: bool,
     check: bool,
     pickles: tuple[Path, ...],
     labels_to: Path | None,
@@ -65,13 +67,14 @@ def index(
     from interop.pickled_index import index_from_pickles, pickle_from_index
 
     if check:
-        options.refuse("--check", options.given("replace", "pickles", "to_pickle", "phase_order"))
+        options.refuse("--check", options.given("replace", "unverified", "pickles", "to_pickle", "phase_order"))
     if not pickles:
         options.refuse("an index without --from-pickle", options.given("labels_to"))
     if not to_pickle:
         options.refuse("an index without --to-pickle", options.given(*layout))
     numbering = None if pickles or to_pickle else phase_order
-    config = settings.changed({"data.root": root, "data.index": out, "data.tfrecord_phase_order": numbering})
+    given = {"data.root": root, "data.index": out, "data.tfrecord_phase_order": numbering}
+    config = settings.changed({**given, "data.unverified": unverified or None})
     if pickles:
         index_from_pickles(config, pickles, phase_order=phase_order, labels_to=labels_to, replace=replace)
     if to_pickle:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from configs.file_pattern import file_pattern
 from configs.label_source import LabelSource, TrackSpec, is_track_name
-from configs.schema import MAX_FPS, OmitsDefaults, Strict
+from configs.schema import MAX_FPS, OmitsDefaults
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet evaluates CSV cells that start with one of these
 _HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
@@ -39,19 +40,21 @@ def class_ids(names: Sequence[str], aliases: Mapping[str, str]) -> dict[str, int
     return {folded_name(spelling): number for spelling, number in spellings}
 
 
-class FilePatterns(Strict):
+class FilePatterns(OmitsDefaults):
     """Regular expressions by which the files of a data set are found.
 
     A pattern must match the whole file name (not the path), ignoring case. Folder names differ between copies of a data
     set, so files are found in any folder below the root; a pattern with slashes is matched against as many parts at the
     end of the path. `video`, `frames`, `phase`, `tool` and `tfrecord` need a named group `id`; `frame` (an image in a
     frame folder) needs a named group `frame`. `{video}` and `{image}` stand for every extension that can be read
-    (`file_pattern`).
+    (`file_pattern`). Files that `ignore` matches are no part of the data set as it is described, such as those of a
+    second camera.
 
     With an additional group `part` in `video` (digits or a letter), the files of one id are one recording, in the order
     of their parts. With a group `part`, files of labels (`phase`, `tool`, and `files` in `labels`) are for one part.
     """
 
+    OMITTED = frozenset({"ignore"})
     video: str
     frames: str
     # video01_000025.jpg, 25.png, img00001.jpg, frame0.jpg; (1).jpg and frame (1).jpg, but not the copy 000001 (1).jpg
@@ -62,8 +65,9 @@ class FilePatterns(Strict):
     phase: str | None = None  # not needed where `labels` says which files hold the labels
     tool: str | None = None
     tfrecord: str | None = None
+    ignore: str | None = None
 
-    @field_validator("video", "frames", "frame", "phase", "tool", "tfrecord")
+    @field_validator("video", "frames", "frame", "phase", "tool", "tfrecord", "ignore")
     @classmethod
     def _compiles(cls, pattern: str | None, info: ValidationInfo) -> str | None:
         if pattern is None:
@@ -73,7 +77,7 @@ class FilePatterns(Strict):
             names = file_pattern(pattern).groupindex
         except re.error as error:
             raise ValueError(f"not a regular expression: {error}") from error
-        if group not in names:
+        if group not in names and info.field_name != "ignore":
             raise ValueError(f"needs a named group (?P<{group}>...)")
         if "part" in names and info.field_name not in ("video", "phase", "tool"):
             raise ValueError("a group (?P<part>...) is for video files and their labels only")
@@ -87,27 +91,50 @@ class FilePatterns(Strict):
 _LABELS_OF = {"phase": "phases", "tool": "tools"}  # key in `labels` of a role; tracks have the same name in both
 
 
-class NamedSplit(Strict):
-    """A published split: lists of video ids or shell patterns (`workflow_video_*`), which must match a whole id."""
+class NamedSplit(OmitsDefaults):
+    """A published split: lists of video ids or shell patterns (`workflow_video_*`), which must match a whole id.
 
+    An entry with slashes (`*/train_gt/*`) is a shell pattern for the path, below the root, of a video or of one of its
+    files of labels. `listed_in` gives for each part a regular expression for the files of the user's copy that list the
+    part's videos: pickles of a mapping whose keys are the ids.
+    """
+
+    OMITTED = frozenset({"listed_in"})
     train: tuple[str, ...] = ()
     val: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
+    listed_in: dict[Literal["train", "val", "test"], str] = Field({})
+
+    @field_validator("listed_in")
+    @classmethod
+    def _compile(cls, patterns: dict[str, str]) -> dict[str, str]:
+        for part, pattern in patterns.items():
+            try:
+                file_pattern(pattern)
+            except re.error as error:
+                raise ValueError(f"{part} is not a regular expression: {error}") from error
+        return patterns
+
+    @property
+    def needs_copy(self) -> bool:
+        """Whether the ids follow from paths or files of a copy of the data set."""
+        return bool(self.listed_in) or any("/" in entry for entry in (*self.train, *self.val, *self.test))
 
 
 class DataSetSpec(OmitsDefaults):
     """The description of a data set. Adding a data set takes one such YAML file and no code."""
 
-    OMITTED = frozenset({"background", "labels", "tracks"})
+    OMITTED = frozenset({"background", "labels", "tracks", "unverified"})
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     title: str = ""
     source: str = ""
     # About the published data set, for `datasets list` and `datasets show`; not recorded in an index.
     videos: int | None = Field(None, ge=1, exclude=True, description="number of videos of the published data set")
     licence: str = Field("", exclude=True)
-    homepage: str = Field("", exclude=True, description="where to get the data set, or to ask for it")
+    homepage: str = Field("", exclude=True)
+    request: str = Field("", exclude=True, description="how to get the data")
     unverified: str = Field(
-        "", exclude=True, description="what was not checked against the data set's documentation or a public loader"
+        "", description="what was not checked against the data set's documentation or a program that reads it"
     )
     annotation_fps: float = Field(gt=0, le=MAX_FPS, description="rate at which annotation files number frames")
     phases: tuple[str, ...] = Field(min_length=2, max_length=127)  # ids are int8

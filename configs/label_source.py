@@ -31,14 +31,24 @@ class Columns(OmitsDefaults):
 
     `start` is the number of a row (`form: rows`), or where a label starts. `label` is the column of the label. For
     tools it is one column with a name, an id or a list of them; or a list of columns, one per tool in the order of
-    `tools`; or it is left out, and the columns are named like the tools.
+    `tools`; or it is left out, and the columns are named like the tools. `labels` is for tools too: columns that each
+    have the name or id of one tool.
     """
 
-    OMITTED = frozenset({"video", "end", "label"})
+    OMITTED = frozenset({"video", "end", "label", "labels"})
     video: Column | None = None
     start: Column = "start"
     end: Column | None = None
     label: Column | tuple[Column, ...] | None = None
+    labels: tuple[Column, ...] | None = None
+
+
+class Categories(Strict):
+    """JSON: the list, in the same file, of the classes that the ids of labels mean, as in COCO's format."""
+
+    records: str
+    key: str = "id"
+    name: str = "name"
 
 
 class Join(Strict):
@@ -67,6 +77,12 @@ class LabelSource(OmitsDefaults):
         "a list or mapping, and {NAME} does too and adds the entry's key or number to the record as field NAME",
     )
     join: Join | None = None
+    categories: Categories | None = Field(None, description="json: where the file says which class each id means")
+    parse: dict[str, str] = Field(
+        {},
+        description="a regular expression for the values of a column, whose named groups become columns: "
+        "`file_name: '(?P<video>[^/]+)/(?P<frame>.*)[.]jpg'`",
+    )
     columns: Columns = Columns()
     where: Texts = Field({}, description="use only records with these values, by column: `annotator: 1`")
     form: Literal["rows", "starts", "intervals"] = Field(
@@ -126,6 +142,16 @@ class LabelSource(OmitsDefaults):
         frames = {"origin": 1, "end": "inclusive"} if given.get("unit") in ("source", "sample") else {}
         return {"form": "intervals", "unit": "second", **frames, **given, "columns": columns}
 
+    @field_validator("parse")
+    @classmethod
+    def _compile(cls, patterns: dict[str, str]) -> dict[str, str]:
+        for column, pattern in patterns.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{column} is not a regular expression: {error}") from error
+        return patterns
+
     @model_validator(mode="after")
     def _options_fit(self) -> LabelSource:
         if self.unit == "auto" and (self.form != "rows" or self.offset_s):
@@ -138,6 +164,8 @@ class LabelSource(OmitsDefaults):
             raise ValueError("form intervals needs columns.end")
         if self.format == "json" and not self.records:
             raise ValueError("format json needs records, the path to the list of labels")
+        if self.categories and (self.format != "json" or self.numbers_from is not None):
+            raise ValueError("categories is for format json, and gives ids names, so numbers_from must be left out")
         if self.is_shared and self.columns.video is None and self.format in ("table", "json"):
             raise ValueError("files has no named group (?P<id>...), so columns.video must say whose labels they are")
         return self

@@ -131,6 +131,9 @@ class DataConfig(Strict):
         description="TFRecord files: which phase each number means. A name in the data set's phase_orders, a file, or "
         "comma-separated phases. Required to index such files, since they contain no phase names",
     )
+    unverified: bool = Field(
+        False, description="use a data set whose description has not been checked against its documentation"
+    )
     full_hash: bool = Field(False, description="hash whole source files, not only their first and last MiB")
     exclude: dict[str, str] = Field(
         {}, description="videos to leave out: ids or shell patterns, each with a reason; or a list without reasons"

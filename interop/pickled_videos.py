@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from engine.progress import say
+from engine.safe_pickle import load_plain
 from features.dataset.splits import Split
-from interop.safe_pickle import load_plain
 
 LAYOUTS: dict[str, tuple[Split, ...]] = {
     "cholec80": (),

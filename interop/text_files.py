@@ -22,6 +22,7 @@ from configs.load import load_dataset
 from configs.schema import Config
 from engine.files import inside, make_folder, write_text
 from engine.progress import say
+from engine.safe_pickle import load_plain
 from evaluation.files.predictions import TOOLS_ALONE, read_prediction_csv
 from evaluation.metrics.tools import logit, sigmoid
 from features.dataset.catalogue import open_dataset
@@ -30,7 +31,6 @@ from features.dataset.phase_order import describe_order, parse_phase_order
 from features.dataset.sampling import frame_times_s, sampled_frames
 from features.ids import file_stem, natural_key
 from interop.pickled_index import labelled_rows
-from interop.safe_pickle import load_plain
 
 
 def phase_text(frames: NDArray[Any], names: Sequence[str]) -> str:

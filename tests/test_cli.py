@@ -20,8 +20,8 @@ import yaml
 
 from engine.checkpoints import load_checkpoint
 from engine.logs import read_metrics
+from engine.safe_pickle import load_plain
 from features.store import read_features
-from interop.safe_pickle import load_plain
 from tests.browser import Visit
 from tests.cli import PROJECT, run, run_fresh, succeed
 

@@ -32,9 +32,10 @@ from features.dataset.labels import (
 )
 from features.dataset.parts import joined_entry
 from features.dataset.phase_order import parse_phase_order
+from features.dataset.published import published_lists
 from features.dataset.row_numbers import Extent, infer_numberings
 from features.dataset.sources import SourceFacts, folder_facts, record_facts, video_facts
-from features.dataset.splits import Split, assign_splits, usual_split_problem
+from features.dataset.splits import Split, assign_splits, usual_split_problem, with_lists
 from features.dataset.tfrecord import require_one_numbering
 from features.ids import id_key, natural_key
 
@@ -55,6 +56,11 @@ def build_index(
     "none", and a note says so. Raises UserError naming the file and row that are wrong. If several videos are wrong,
     the message describes the problem of the first and names the others.
     """
+    if spec.unverified and not data.unverified:
+        raise UserError(
+            f"data set {spec.name}: its description is unverified: {spec.unverified}; compare it with your copy, then "
+            "use it with `index --unverified` or data.unverified=true"
+        )
     found = find_videos(root, spec, data, leave_out)
     if only is not None:
         found = replace(_kept(found, only.__contains__), passed_over=())
@@ -70,7 +76,9 @@ def build_index(
         LeftOut(id=path, reason=named.get(path, reason), excluded=path in named) for path, reason in paths.items()
     )
     reasons = {printable(name): below_root(str(error), root) for name, error in faults} | excluded
-    splits = _splits([*(entry.id for entry in entries), *reasons], spec, data, passed_over, notes)
+    ids = [*(entry.id for entry in entries), *reasons]
+    lists = published_lists(root, spec, data.split, entries, ids)
+    splits = _splits(ids, with_lists(spec, lists), data, passed_over, notes)
     return Index(
         dataset=spec,
         videos=tuple(entry.model_copy(update={"split": splits[entry.id]}) for entry in entries),
@@ -80,6 +88,7 @@ def build_index(
             for name, reason in reasons.items()
         ),
         passed_over=passed_over,
+        published=lists,
     )
 
 
@@ -117,6 +126,8 @@ def _build_entries(
     order = _phase_order(root, found, spec, data)
     entries: list[VideoEntry] = []
     notes, faults = list(found.notes), list(found.faults)
+    if spec.unverified:
+        notes.append(f"the description of {spec.name} is unverified: {spec.unverified}")
     with progress_bar(None, "index", "video", iterable=found.videos, delay=BAR_AFTER_S) as videos:
         for video in videos:
             try:

@@ -25,13 +25,14 @@ from features.dataset.index import Dataset, Index, VideoEntry, exclusions
 from features.dataset.phase_order import describe_order, parse_phase_order
 from features.dataset.row_numbers import rate_of_rows
 from features.dataset.sampling import most_fps
-from features.dataset.splits import assign_splits, rule_asked_for
+from features.dataset.splits import assign_splits, rule_asked_for, with_lists
 from features.dataset.summary import count_frames, coverage_table, index_summary
 from features.ids import natural_key
 from features.video.times import same_rate
 
 ROOT_VARIABLE = "SURGSTAGE_DATA"
-_ABOUT = {"title", "source", "patterns"}  # fields of a description that do not matter once the files are found
+# Fields of a description that do not matter once the files are found.
+_ABOUT = {"title", "source", "patterns", "unverified"}
 
 
 # ---------------------------------------------------------------------------------------------- using
@@ -95,6 +96,9 @@ def _disagreement(config: Config, dataset: Dataset) -> str | None:
             )
     keeps_splits = index.made_from and rule_asked_for(data.split) is None  # those of older index files
     if not keeps_splits:
+        spec = with_lists(spec, index.published)
+        if (rule := rule_asked_for(data.split)) in spec.splits and spec.splits[rule].needs_copy:
+            return f"made without the lists of split {rule}, which are read from the copy of {spec.name}"
         wanted = assign_splits(index.found_ids(), spec, data.split)
         for video in index.videos:
             if wanted[video.id] != video.split:
@@ -194,9 +198,10 @@ def keep_index(config: Config, dataset: Dataset, replace: bool) -> Index:
 
 
 def _content(index: Index) -> dict[str, Any]:
-    """Return the part of an index by which two are compared: everything except patterns and the wording of notes."""
+    """Return the part of an index by which two are compared: not patterns, notes and what is said to be unverified."""
     value = index.to_json()
     del value["notes"], value["dataset"]["patterns"]
+    value["dataset"].pop("unverified", None)
     for video in value.get("left_out", ()):
         video.pop("split", None)  # older indices do not record it
     return value

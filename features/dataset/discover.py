@@ -192,6 +192,8 @@ class _Files:
         for folder, entries in _walk(self.root):
             here = [kind for kind in KINDS if is_chosen(kind, self.relative(folder), self.data)]
             names = [entry.name for entry in entries]
+            if self.spec.patterns.ignore:
+                names = [one for one in names if not self._match(patterns["ignore"], folder / one)]
             self.endings.update(os.path.splitext(name)[1].lower() or name for name in names)
             if "frames" in here and folder != self.root and self._add_frames(folder, names):
                 names = [name for name in names if not patterns["frame"].fullmatch(name)]
@@ -386,6 +388,13 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
                 files.append(entry)
         yield folder, files
         waiting += reversed(folders)
+
+
+def files_matching(root: Path, pattern: re.Pattern[str]) -> list[str]:
+    """Return the files below a root that a pattern matches as it would match files of labels, as relative paths."""
+    paths = [folder / entry.name for folder, entries in _walk(root) for entry in entries]
+    found = [path for path in paths if match_path(pattern, PurePosixPath(path.relative_to(root)))]
+    return sorted(checked_path(root, path) for path in found)
 
 
 def sorted_entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from configs.dataset_spec import DataSetSpec
+from configs.dataset_spec import DataSetSpec, NamedSplit
 from configs.errors import UserError
 from configs.schema import MAX_FPS, OmitsDefaults
 from engine.files import read_json, sha256_json, write_json
@@ -239,10 +239,11 @@ class Index(OmitsDefaults):
     """A data set as it was found below a root.
 
     `left_out` contains the videos that indexing or the setting `data.exclude` left out, and those that a later stage
-    could not use (`without`). They still count as videos when splits are assigned by number.
+    could not use (`without`). They still count as videos when splits are assigned by number. `published` has the lists
+    of a published split that were read from the copy.
     """
 
-    OMITTED = frozenset({"left_out", "passed_over"})
+    OMITTED = frozenset({"left_out", "passed_over", "published"})
     format_version: Literal[1] = 1
     dataset: DataSetSpec
     videos: tuple[VideoEntry, ...] = Field(min_length=1)
@@ -250,6 +251,7 @@ class Index(OmitsDefaults):
     made_from: str | None = None  # the older index files (pickles) from which videos and splits were read
     left_out: tuple[LeftOut, ...] = ()
     passed_over: tuple[LeftOut, ...] = ()  # files and folders that look like videos but match no pattern, by path
+    published: dict[str, NamedSplit] = Field({})
 
     @model_validator(mode="after")
     def _videos_are_sound(self) -> Index:

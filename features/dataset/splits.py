@@ -5,16 +5,16 @@ from __future__ import annotations
 import fnmatch
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from configs.dataset_spec import DataSetSpec, NamedSplit
-from configs.errors import UserError, did_you_mean
+from configs.errors import UserError, did_you_mean, listed
 from configs.schema import SplitConfig
 from features.ids import normal_id
 
 Split = Literal["train", "val", "test", "none"]
-_PARTS: tuple[Split, Split, Split] = ("train", "val", "test")
+PARTS: tuple[Split, Split, Split] = ("train", "val", "test")
 _COUNTS = re.compile(r"\d{1,6}(/\d{1,6}){1,2}")
 _PERCENTAGES = re.compile(r"\d+(\.\d+)?%(/\d+(\.\d+)?%){1,2}")
 _RULES = (
@@ -63,6 +63,9 @@ def rule_asked_for(split: SplitConfig) -> str | None:
 def _by_rule(rule: str, ids: Sequence[str], spec: DataSetSpec, split: SplitConfig) -> dict[str, Split]:
     if rule == "lists":
         return _by_lists(ids, NamedSplit(train=split.train, val=split.val, test=split.test), "data.split")
+    if rule in spec.splits and spec.splits[rule].needs_copy:
+        patterns = listed([*spec.splits[rule].listed_in.values()], 3)
+        raise UserError(f"split {rule!r} of {spec.name} is listed in files that are missing here: {patterns}")
     if rule in spec.splits:
         return _by_lists(ids, _present(ids, spec.splits[rule]), f"split {rule!r} of {spec.name}")
     if rule == "kfold":
@@ -74,6 +77,11 @@ def _by_rule(rule: str, ids: Sequence[str], spec: DataSetSpec, split: SplitConfi
     if _PERCENTAGES.fullmatch(rule):
         return _by_percentages(ids, [float(part.rstrip("%")) for part in _three(rule)], rule)
     raise UserError(f"data.split.rule: {rule!r} is none of: {', '.join((_RULES, *spec.splits))}")
+
+
+def with_lists(spec: DataSetSpec, lists: Mapping[str, NamedSplit]) -> DataSetSpec:
+    """Return a description whose published splits have these lists of ids instead of what depends on a copy."""
+    return spec.model_copy(update={"splits": {**spec.splits, **lists}})
 
 
 def _three(rule: str) -> list[str]:
@@ -88,7 +96,7 @@ def _by_counts(ids: Sequence[str], counts: Sequence[int], rule: str) -> dict[str
             f"data.split.rule: {rule} needs {sum(counts)} videos, but there are {len(ids)}{_span(ids)}; choose counts "
             f"that sum to {len(ids)}, percentages such as 60%/20%/20%, or lists"
         )
-    names = [part for part, count in zip(_PARTS, counts, strict=True) for _ in range(count)]
+    names = [part for part, count in zip(PARTS, counts, strict=True) for _ in range(count)]
     return dict(zip(ids, names, strict=True))
 
 
@@ -114,7 +122,7 @@ def _by_percentages(ids: Sequence[str], percentages: Sequence[float], rule: str)
 
 def _by_lists(ids: Sequence[str], lists: NamedSplit, where: str) -> dict[str, Split]:
     chosen: dict[str, Split] = {}
-    for part in _PARTS:
+    for part in PARTS:
         for entry in getattr(lists, part):
             for video_id in matching_ids(ids, entry, f"{where}.{part}"):
                 if video_id in chosen:
@@ -129,7 +137,7 @@ def _by_lists(ids: Sequence[str], lists: NamedSplit, where: str) -> dict[str, Sp
 def _present(ids: Sequence[str], lists: NamedSplit) -> NamedSplit:
     """Return a published split without the videos that were not found."""
     return NamedSplit(
-        **{part: tuple(one for one in getattr(lists, part) if fnmatch.filter(ids, normal_id(one))) for part in _PARTS}
+        **{part: tuple(one for one in getattr(lists, part) if fnmatch.filter(ids, normal_id(one))) for part in PARTS}
     )
 
 

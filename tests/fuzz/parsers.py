@@ -504,8 +504,8 @@ def mend_zip(content: bytes) -> bytes:
 
 
 def _read_pickle(path: Path) -> object:
+    from engine.safe_pickle import load_plain
     from interop.pickled_videos import read_pickled_index
-    from interop.safe_pickle import load_plain
     from interop.text_files import read_predictions
 
     value = None

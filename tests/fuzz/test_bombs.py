@@ -21,11 +21,11 @@ import pytest
 from configs.errors import UserError
 from configs.load import load_config, load_dataset
 from engine.files import read_json
+from engine.safe_pickle import load_plain
 from features.dataset.formats.cholec80 import read_phase_file
 from features.dataset.phase_order import parse_phase_order
 from features.dataset.tfrecord import masked_crc32c
 from features.sealed_hdf5 import USER_BLOCK_BYTES, seal
-from interop.safe_pickle import load_plain
 from tests.fuzz.harness import Child
 from tests.fuzz.parsers import PARSERS, SPEC, record_file
 

@@ -16,6 +16,7 @@ import pytest
 from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import Config, DataConfig, SplitConfig
+from engine.safe_pickle import load_plain
 from features.dataset.annotations import LabelTrack
 from features.dataset.catalogue import index_dataset, open_dataset
 from features.dataset.check import check_index
@@ -25,7 +26,6 @@ from features.dataset.labels import load_labels
 from features.dataset.sampling import sampled_frames
 from interop.pickled_index import index_from_pickles, pickle_from_index
 from interop.pickled_videos import read_pickled_index
-from interop.safe_pickle import load_plain
 
 SPEC = load_dataset("cholec80")
 ORDERS = ("mtrcnet", "tf-cholec80")

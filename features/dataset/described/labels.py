@@ -37,7 +37,7 @@ def records_by_video(content: bytes, path: Path, source: LabelSource, spec: Data
     In a file of one video, the key is None. Raises UserError if the file is not of the format that the description
     states.
     """
-    records = _selected(READERS.find(source.format)(content, path, source), source, path)
+    records = _selected(READERS.find(source.format)(content, path, source).parsed(source, path), source, path)
     if not source.is_shared:
         return {None: records}
     column: Column = "video" if source.columns.video is None else source.columns.video
@@ -301,7 +301,8 @@ def _finder(source: LabelSource, role: str, spec: DataSetSpec) -> Any:
 def _present(records: Records, path: Path, source: LabelSource, spec: DataSetSpec) -> NDArray[np.int8]:
     """Return which tools each record shows, (N, K): 1, 0, or -1 for no label."""
     label = source.columns.label
-    if label is None or isinstance(label, tuple):
+    naming: Sequence[Column] = source.columns.labels or (() if label is None or isinstance(label, tuple) else (label,))
+    if not naming:
         if isinstance(label, tuple) and len(label) != len(spec.tools):
             raise UserError(
                 f"{path}: labels.tools.columns.label names {len(label)} columns for {len(spec.tools)} tools"
@@ -321,11 +322,12 @@ def _present(records: Records, path: Path, source: LabelSource, spec: DataSetSpe
         return present
     find = _finder(source, "tool", spec)
     present = np.zeros((len(records), len(spec.tools)), dtype=np.int8)
-    for at, cell in enumerate(records.column(label, path, "columns.label")):
-        for name in _names_in(cell, source):
-            tool = find(name, path, records.places[at])
-            if tool >= 0:
-                present[at, tool] = 1
+    for column in naming:
+        for at, cell in enumerate(records.column(column, path, "columns.label")):
+            for name in _names_in(cell, source):
+                tool = find(name, path, records.places[at])
+                if tool >= 0:
+                    present[at, tool] = 1
     return present
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError, did_you_mean, listed
-from configs.label_source import Column, LabelSource
+from configs.label_source import Categories, Column, LabelSource
 from configs.registry import Registry
 from features.dataset.annotations import shown_cell, text_lines
 
@@ -55,6 +55,22 @@ class Records:
             [[values[at] for at in keep] for values in self.numbered],
             self.notes,
         )
+
+    def parsed(self, source: LabelSource, path: Path) -> Records:
+        """Return the records with the columns that `source.parse` makes. Raises UserError for other values."""
+        made: dict[str, list[Any]] = {}
+        for column, pattern in source.parse.items():
+            compiled = re.compile(pattern)
+            made |= {name: [] for name in compiled.groupindex}
+            for at, cell in enumerate(self.column(column, path, "parse")):
+                match = compiled.fullmatch(str(cell))
+                if match is None:
+                    raise UserError(
+                        f"{path}: {self.places[at]}: {column} is {shown_cell(str(cell))}, not like {pattern}"
+                    )
+                for name, value in match.groupdict().items():
+                    made[name].append(value)
+        return Records({**self.columns, **made}, self.places, self.numbered)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -126,6 +142,8 @@ def read_json_records(content: bytes, path: Path, source: LabelSource) -> Record
     }
     width = widths.pop() if widths else 0
     numbered = [[record[at] for _, record, _ in joined] for at in range(width)] if len(joined) else []
+    if source.categories:
+        _name_labels(columns, numbered, _class_names(tree, source.categories, path), source)
     return Records(columns, [place for place, _, _ in joined], numbered)
 
 
@@ -175,6 +193,35 @@ def _joined(tree: Any, found: Sequence[Found], source: LabelSource, path: Path) 
             raise UserError(f"{path}: {place.lstrip('.')}: {join.on} {key!r} is not in {join.records}")
         result.append((place, {**other, **record}, keys))
     return result
+
+
+def _class_names(tree: Any, categories: Categories, path: Path) -> dict[str, str]:
+    """Return the class names by id. Raises UserError if two classes have the same id, or one has no id or name."""
+    names: dict[str, str] = {}
+    for place, record, keys in _walk(tree, categories.records.split("."), {}, "", path):
+        entry = {**keys, **record} if isinstance(record, dict) else keys
+        key, name = entry.get(categories.key), entry.get(categories.name)
+        if not isinstance(key, str | int) or not isinstance(name, str):
+            raise UserError(f"{path}: {place.lstrip('.')} has no {categories.key} and {categories.name} of a class")
+        if names.setdefault(str(key), name) != name:
+            raise UserError(f"{path}: {place.lstrip('.')}: two classes have the {categories.key} {str(key)[:40]}")
+    return names
+
+
+def _name_labels(
+    columns: dict[str, list[Any]], numbered: list[list[Any]], names: Mapping[str, str], source: LabelSource
+) -> None:
+    """Replace the ids in the columns of labels by the names of their classes; other values are kept."""
+
+    def name(value: Any) -> Any:
+        return [name(one) for one in value] if isinstance(value, list) else names.get(str(value), value)
+
+    label = source.columns.label
+    for column in source.columns.labels or (label if isinstance(label, tuple) else (label or "label",)):
+        if isinstance(column, str) and column in columns:
+            columns[column] = [name(value) for value in columns[column]]
+        elif isinstance(column, int) and column <= len(numbered):
+            numbered[column - 1] = [name(value) for value in numbered[column - 1]]
 
 
 def _hashable(value: Any) -> Any:

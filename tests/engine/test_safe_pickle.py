@@ -19,9 +19,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import interop.safe_pickle as safe_pickle
+import engine.safe_pickle as safe_pickle
 from configs.errors import UserError
-from interop.safe_pickle import load_plain
+from engine.safe_pickle import load_plain
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**62), 2**62) | st.floats(allow_nan=False) | st.text(),
@@ -204,7 +204,7 @@ def test_nothing_is_run(
         b"ctorch\nLongStorage\n(S'abc'\ntR.",
         b"ctorch.nn\nModule\n)R.",
         b"c_codecs\nencode\n(Vabc\nVrot13\ntR.",
-        b"cinterop.safe_pickle\nload_plain\n(S'a.pkl'\ntR.",
+        b"cengine.safe_pickle\nload_plain\n(S'a.pkl'\ntR.",
     ],
 )
 def test_every_other_way_to_refer_to_code_is_refused(load: Callable[..., Any], content: bytes, tensors: bool) -> None:

@@ -1,0 +1,69 @@
+"""Published splits that depend on a copy of the data set: lists in its files, or the folders of its videos."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from configs.dataset_spec import DataSetSpec, NamedSplit
+from configs.errors import UserError
+from configs.file_pattern import file_pattern
+from configs.schema import SplitConfig
+from engine.files import inside
+from engine.safe_pickle import load_plain
+from features.dataset.discover import files_matching
+from features.dataset.index import VideoEntry
+from features.dataset.splits import PARTS, rule_asked_for
+from features.ids import id_key
+
+
+def published_lists(
+    root: Path, spec: DataSetSpec, split: SplitConfig, entries: Sequence[VideoEntry], ids: Sequence[str]
+) -> dict[str, NamedSplit]:
+    """Return the lists of the split that the settings or the description choose, if they depend on the copy.
+
+    `ids` are all videos, also those without an entry. The result is empty for every other split, and where the usual
+    split's files are missing. Raises UserError if files that the settings ask for are missing or cannot be read.
+    """
+    asked = rule_asked_for(split)
+    rule = asked or spec.default_split
+    if rule not in spec.splits or not spec.splits[rule].needs_copy:
+        return {}
+    named, known = spec.splits[rule], {id_key(one): one for one in ids}
+    patterns = {str(part): pattern for part, pattern in named.listed_in.items()}
+    found: dict[str, tuple[str, ...]] = {}
+    for part in PARTS:
+        chosen = [one for entry in getattr(named, part) for one in _of_entry(entry, entries)]
+        if part in patterns:
+            files = files_matching(root, file_pattern(patterns[part]))
+            if not files and asked is None:
+                return {}
+            if not files:
+                raise UserError(
+                    f"split {rule} of {spec.name}: no file below {root} matches {patterns[part]}, whose files "
+                    f"list the {part} videos; add them, or choose another data.split.rule"
+                )
+            chosen += [known[key] for file in files for key in _listed(inside(root, file)) if key in known]
+        found[part] = tuple(dict.fromkeys(chosen))
+    return {rule: NamedSplit.model_validate(found)}
+
+
+def _of_entry(entry: str, videos: Sequence[VideoEntry]) -> list[str]:
+    """Return the entry of a list itself or, if it is a pattern for paths, the ids of the videos at such paths."""
+    if "/" not in entry:
+        return [entry]
+    return [video.id for video in videos if any(fnmatch.fnmatch(f"/{path}", f"*{entry}") for path in _paths(video))]
+
+
+def _paths(video: VideoEntry) -> Iterator[str]:
+    yield video.source
+    yield from (file.path for file in video.annotation_files)
+
+
+def _listed(path: Path) -> list[str]:
+    """Return the keys (`id_key`) of the videos that a file lists."""
+    listed = load_plain(path, tensors=True)
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed):
+        raise UserError(f"{path}: is not a mapping with the ids of videos as keys, so it does not list a split")
+    return [id_key(name) for name in listed]
