@@ -159,6 +159,12 @@ class DataSetSpec(OmitsDefaults):
     splits: dict[str, NamedSplit] = Field({}, description="published splits that `data.split.rule` can name")
     default_split: str = "60%/20%/20%"
 
+    def __eq__(self, other: object) -> bool:
+        """Whether an index of one is an index of the other: what is not recorded makes no difference."""
+        return isinstance(other, DataSetSpec) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]
+
     @property
     def roles(self) -> tuple[str, ...]:
         """What files of labels can hold: `phase`, `tool` if the data set has tools, and the additional tracks."""

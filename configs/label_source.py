@@ -52,10 +52,10 @@ class Categories(Strict):
 
 
 class Join(Strict):
-    """JSON: add to each record the fields of the record of another list that its field `on` names by `key`."""
+    """JSON: add to each record the fields of the record of another list that its field `by` names by `key`."""
 
     records: str
-    on: str
+    by: str  # not `on`, which YAML reads as a boolean
     key: str = "id"
 
 

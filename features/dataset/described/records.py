@@ -187,10 +187,10 @@ def _joined(tree: Any, found: Sequence[Found], source: LabelSource, path: Path) 
         others[_hashable(other[join.key])] = {**keys, **other}
     result = []
     for place, record, keys in found:
-        key = record.get(join.on) if isinstance(record, dict) else None
+        key = record.get(join.by) if isinstance(record, dict) else None
         other = others.get(_hashable(key))
         if other is None:
-            raise UserError(f"{path}: {place.lstrip('.')}: {join.on} {key!r} is not in {join.records}")
+            raise UserError(f"{path}: {place.lstrip('.')}: {join.by} {key!r} is not in {join.records}")
         result.append((place, {**other, **record}, keys))
     return result
 
