@@ -77,7 +77,8 @@ def build_index(
     )
     reasons = {printable(name): below_root(str(error), root) for name, error in faults} | excluded
     ids = [*(entry.id for entry in entries), *reasons]
-    lists = published_lists(root, spec, data.split, entries, ids)
+    places = {entry.id: [entry.source, *(file.path for file in entry.annotation_files)] for entry in entries}
+    lists = published_lists(root, spec, data.split, places, ids)
     splits = _splits(ids, with_lists(spec, lists), data, passed_over, notes)
     return Index(
         dataset=spec,

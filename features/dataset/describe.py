@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from configs.dataset_spec import DataSetSpec
+from configs.errors import listed
 from configs.file_pattern import example_of, file_pattern
 from configs.label_source import Column, LabelSource
 from configs.load import dataset_names, load_dataset
@@ -39,7 +40,7 @@ def dataset_rows() -> list[tuple[str, ...]]:
         classes = ", ".join(f"{len(spec.classes_of(role)[0])} {track_title(role)}" for role in spec.roles)
         checked = "unverified" if spec.unverified else "verified"
         rows.append(
-            (name, spec.title or name, str(spec.videos or "-"), classes, ", ".join(_split_names(spec)), checked)
+            (name, spec.title or name, str(spec.videos or "-"), classes, listed(_split_names(spec), 3), checked)
         )
     return rows
 
@@ -50,7 +51,7 @@ def dataset_lines(spec: DataSetSpec) -> list[str]:
         ("videos", str(spec.videos or "")),
         ("source", spec.source),
         ("licence", spec.licence),
-        ("where to get it", spec.homepage),
+        ("where to get it", ", ".join(filter(None, (spec.homepage, spec.request)))),
         ("not verified", spec.unverified),
     ]
     lines = [spec.title if spec.title in ("", spec.name) else f"{spec.name}: {spec.title}"]
@@ -93,6 +94,8 @@ def _split_lines(spec: DataSetSpec) -> list[str]:
         usual = " (default)" if name == spec.default_split else ""
         listed = ((part, getattr(parts, part)) for part in ("train", "val", "test")) if parts else ()
         sizes = ", ".join(f"{part} {_size(entries, spec)}" for part, entries in listed if entries)
+        if parts and parts.needs_copy:
+            sizes = "train, val and test as lists or folders in the copy say"
         lines.append(f"{name}{usual}: {sizes}" if parts else f"{name}{usual}: train/val/test, by video number")
     return lines
 
@@ -159,7 +162,7 @@ def _columns(source: LabelSource) -> list[str]:
 
     found = {"video": columns.video, "start": columns.start, "end": columns.end}
     texts = [f"{name} in {shown(column)}" for name, column in found.items() if column is not None]
-    label = columns.label
+    label = columns.labels or columns.label
     if isinstance(label, tuple):
         texts.append(f"labels in {', '.join(map(shown, label))}")
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from configs.dataset_spec import DataSetSpec, NamedSplit
@@ -13,18 +13,18 @@ from configs.schema import SplitConfig
 from engine.files import inside
 from engine.safe_pickle import load_plain
 from features.dataset.discover import files_matching
-from features.dataset.index import VideoEntry
 from features.dataset.splits import PARTS, rule_asked_for
 from features.ids import id_key
 
 
 def published_lists(
-    root: Path, spec: DataSetSpec, split: SplitConfig, entries: Sequence[VideoEntry], ids: Sequence[str]
+    root: Path, spec: DataSetSpec, split: SplitConfig, paths: Mapping[str, Iterable[str]], ids: Sequence[str]
 ) -> dict[str, NamedSplit]:
     """Return the lists of the split that the settings or the description choose, if they depend on the copy.
 
-    `ids` are all videos, also those without an entry. The result is empty for every other split, and where the usual
-    split's files are missing. Raises UserError if files that the settings ask for are missing or cannot be read.
+    `paths` has the paths of each video's source and files of labels, by id, and `ids` are all videos. The result is
+    empty for every other split, and where the usual split's files are missing. Raises UserError if files that the
+    settings ask for are missing or cannot be read.
     """
     asked = rule_asked_for(split)
     rule = asked or spec.default_split
@@ -34,7 +34,7 @@ def published_lists(
     patterns = {str(part): pattern for part, pattern in named.listed_in.items()}
     found: dict[str, tuple[str, ...]] = {}
     for part in PARTS:
-        chosen = [one for entry in getattr(named, part) for one in _of_entry(entry, entries)]
+        chosen = [one for entry in getattr(named, part) for one in _of_entry(entry, paths)]
         if part in patterns:
             files = files_matching(root, file_pattern(patterns[part]))
             if not files and asked is None:
@@ -49,16 +49,11 @@ def published_lists(
     return {rule: NamedSplit.model_validate(found)}
 
 
-def _of_entry(entry: str, videos: Sequence[VideoEntry]) -> list[str]:
+def _of_entry(entry: str, paths: Mapping[str, Iterable[str]]) -> list[str]:
     """Return the entry of a list itself or, if it is a pattern for paths, the ids of the videos at such paths."""
     if "/" not in entry:
         return [entry]
-    return [video.id for video in videos if any(fnmatch.fnmatch(f"/{path}", f"*{entry}") for path in _paths(video))]
-
-
-def _paths(video: VideoEntry) -> Iterator[str]:
-    yield video.source
-    yield from (file.path for file in video.annotation_files)
+    return [one for one, places in paths.items() if any(fnmatch.fnmatch(f"/{path}", f"*{entry}") for path in places)]
 
 
 def _listed(path: Path) -> list[str]:

@@ -23,8 +23,9 @@ from features.dataset.describe import example_of_labels, such_as, track_title
 from features.dataset.discover import KINDS, Discovery, find_videos
 from features.dataset.index import SPLITS, Dataset, Index, VideoEntry, exclusions
 from features.dataset.labels import FittedTracks, labelled_fractions, load_tracks
+from features.dataset.published import published_lists
 from features.dataset.sampling import frame_times_s
-from features.dataset.splits import assign_splits, usual_split_problem
+from features.dataset.splits import assign_splits, usual_split_problem, with_lists
 from features.run_lengths import runs
 
 SHOWN_VIDEOS, SHOWN_LABELS = 3, 6
@@ -66,7 +67,7 @@ class Trial:
     def _index(self, found: Discovery) -> Index:
         excluded = exclusions(found.ids, self.config.data.exclude, [path for path, _ in found.passed_over])
         ids = [video_id for video_id in found.ids if video_id not in excluded]
-        data = self.config.data.model_copy(update={"split": _ALL_TRAIN})
+        data = self.config.data.model_copy(update={"split": _ALL_TRAIN, "unverified": True})
         only = None if self.most is None else ids[: self.most]
         return build_index(self.root, self.spec, data, only=only, leave_out=True)
 
@@ -86,12 +87,14 @@ class Trial:
             yield f"  labels of {track_title(role)}: {such_as(paths, 'file') if paths else wanted}"
 
     def _splits(self, found: Discovery) -> Iterator[str]:
-        ids = found.ids
-        if problem := usual_split_problem(ids, self.spec, self.config.data.split):
+        ids, split = found.ids, self.config.data.split
+        paths = {video.id: [video.source, *video.labels.values()] for video in found.videos}
+        spec = with_lists(self.spec, published_lists(self.root, self.spec, split, paths, ids))
+        if problem := usual_split_problem(ids, spec, split):
             yield f"  splits: none, since the usual one does not fit: {problem}"
             return
-        counts = Counter(assign_splits(ids, self.spec, self.config.data.split).values())
-        rule = self.config.data.split.rule or self.spec.default_split
+        counts = Counter(assign_splits(ids, spec, split).values())
+        rule = split.rule or spec.default_split
         yield f"  split {rule}: {', '.join(f'{part} {counts[part]}' for part in SPLITS if counts[part])}"
 
     def _first_labels(self, entry: VideoEntry) -> Iterator[str]:
