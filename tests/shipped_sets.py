@@ -192,12 +192,13 @@ def _petraw(root: Path, spec: DataSetSpec) -> Truth:
 @_writer("sar-rarp50")
 def _sar_rarp50(root: Path, spec: DataSetSpec) -> Truth:
     truth: Truth = {}
-    for seed, name in enumerate(("video_01", "video_11_1", "video_41")):
+    for seed, name in enumerate(("video_01", "video_11_1", "video_11_2", "video_41")):
         actions = drawn(spec.phases, seed, 4)
         video(root / name / "video_left.avi", fps=60, frames=24)
         images(root / name / "segmentation", "%09d.png", 2, step=60)
         text(root / name / "action_discrete.txt", [f"{6 * at:09d},{one}" for at, one in enumerate(actions)])
-        truth[name] = {"phase": np.repeat(actions, 6)}
+        before = truth.get(name[:8], {"phase": np.zeros(0, dtype=np.int8)})  # parts of one operation
+        truth[name[:8]] = {"phase": np.concatenate([before["phase"], np.repeat(actions, 6)])}
     return truth
 
 
