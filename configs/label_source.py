@@ -160,6 +160,10 @@ class LabelSource(OmitsDefaults):
             raise ValueError("rate belongs to unit sample, which needs it")
         if self.zero == "container" and self.unit not in TIME_UNITS:
             raise ValueError(f"zero container needs a unit of time: {', '.join(TIME_UNITS)}")
+        if self.form != "rows" and self.origin == "auto":
+            raise ValueError(f"origin must be 0 or 1 for form {self.form}")
+        if self.form == "rows" and self.gaps:
+            raise ValueError("gaps is for form starts and intervals; frames of missing rows have no label")
         if self.form == "intervals" and self.columns.end is None and self.format in ("table", "json"):
             raise ValueError("form intervals needs columns.end")
         if self.format == "json" and not self.records:

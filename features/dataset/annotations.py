@@ -6,7 +6,8 @@ What the frame numbers of its rows count is decided in `features.dataset.row_num
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,12 +30,14 @@ class LabelTrack:
 
     `frame_index` is (R,) int64. `labels` is int8, with shape (R,) for phases and (R, K) for tools, numbered in the data
     set's order. `stride` is the usual distance between rows in frames, 1 if there is a single row. A row is valid until
-    the next row, but for at most a stride.
+    the next row, but for at most a stride. If the data set's description says what the file means, `places` says where
+    each row is; otherwise row 0 is the line below the header.
     """
 
     frame_index: NDArray[np.int64]
     labels: NDArray[np.int8]
     stride: int
+    places: Sequence[str] | None = None
 
     @property
     def end(self) -> int:
@@ -43,7 +46,18 @@ class LabelTrack:
 
     def head(self, rows: int) -> LabelTrack:
         """Return the track with only its first `rows` rows."""
-        return LabelTrack(self.frame_index[:rows], self.labels[:rows], self.stride)
+        return replace(self, frame_index=self.frame_index[:rows], labels=self.labels[:rows])
+
+    def set_rate(self, per_s: float | Literal["source"] | None = None) -> str:
+        """Return the setting of what the rows' numbers count, for messages, with the value `per_s` if it is given."""
+        if self.places is None:
+            return "data.row_fps" + ("" if per_s is None else f"={per_s if per_s == 'source' else f'{per_s:g}'}")
+        value = "unit and rate" if per_s is None else f"unit: sample and rate: {per_s:g}" if per_s != "source" else ""
+        return f"{value or 'unit: source'} in `labels` of the data set's description"
+
+    def set_base(self, base: int) -> str:
+        """Return the setting of the first frame's number with the value `base`, for messages."""
+        return f"data.row_base={base}" if self.places is None else f"origin: {base} in `labels` of the description"
 
 
 def read_content(path: Path) -> bytes:
@@ -66,12 +80,13 @@ def text_lines(content: bytes, path: Path) -> list[str]:
     return lines
 
 
-def row_error(path: Path, row: int, problem: str) -> UserError:
-    """Return an error about the row with index `row` (0 is the first row below the header)."""
-    return UserError(f"{path}: row {row + 1} (line {row + 2}) {problem}")
+def row_error(path: Path, row: int, problem: str, places: Sequence[str] | None = None) -> UserError:
+    """Return an error about the row with index `row`, at `places[row]` or (0) on the first line below the header."""
+    place = f"row {row + 1} (line {row + 2})" if places is None else places[row]
+    return UserError(f"{path}: {place} {problem}")
 
 
-def stride_of_rows(frame_index: NDArray[np.int64], path: Path) -> int:
+def stride_of_rows(frame_index: NDArray[np.int64], path: Path, places: Sequence[str] | None = None) -> int:
     """Return the usual distance between rows (the stride).
 
     Raises UserError naming the first row whose distance from the row before is not a multiple of the stride. Multiples
@@ -91,7 +106,7 @@ def stride_of_rows(frame_index: NDArray[np.int64], path: Path) -> int:
             problem = f"comes after {before}: frame numbers must increase"
         else:
             problem = f"follows {before}, where {before + stride} was due (rows are {stride} apart)"
-        raise row_error(path, row, f"frame {here} {problem}")
+        raise row_error(path, row, f"frame {here} {problem}", places)
     return int(steps[rows == 1].max(initial=stride))
 
 

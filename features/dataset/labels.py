@@ -17,7 +17,7 @@ from configs.label_source import LabelSource
 from configs.schema import DataConfig
 from engine.files import inside, sha256_json
 from features.dataset.annotations import LabelTrack, read_content, row_error
-from features.dataset.described.intervals import TimedLabels
+from features.dataset.described.intervals import TimedLabels, TimedRows
 from features.dataset.described.labels import parse_described, read_described
 from features.dataset.formats.base import find_format
 from features.dataset.frame_folders import LabelEnd
@@ -88,7 +88,7 @@ class Annotation:
 
     path: Path
     file: AnnotationFile
-    track: LabelTrack | TimedLabels
+    track: LabelTrack | TimedLabels | TimedRows
     source: LabelSource | None = None
     notes: Sequence[str] = ()
 
@@ -99,9 +99,9 @@ class Annotation:
 
     def placed(self, extent: Extent) -> tuple[Path, LabelTrack]:
         """Return the file's path, and its rows numbered by source frames."""
-        if isinstance(self.track, TimedLabels):
-            return self.path, self.track.place(self.path, extent)
-        return self.path, self.file.numbering.place(self.path, self.track, extent)
+        if isinstance(self.track, LabelTrack):
+            return self.path, self.file.numbering.place(self.path, self.track, extent)
+        return self.path, self.track.place(self.path, extent)
 
     def numbered_by(self, data: DataConfig) -> DataConfig:
         """Return the settings of row numbers that hold for this file: those of its description, or else the user's."""
@@ -113,7 +113,7 @@ class Annotation:
     def length(self, fps: float) -> LabelEnd:
         """Return how far the labels reach in the source's frames, at the rate `fps`."""
         track = self.track
-        if isinstance(track, TimedLabels):
+        if not isinstance(track, LabelTrack):
             return LabelEnd(track.last_frame(fps), max(round(fps), 1))
         if self.source is not None and self.source.rate is not None:
             scale, origin = fps / self.source.rate, int(track.frame_index[0] == 1)
@@ -317,7 +317,8 @@ def _check_end(path: Path, track: LabelTrack, extent: Extent, slack: int) -> Non
         row,
         f"is frame {int(track.frame_index[row])}, beyond the {extent.frame_count} frames ({extent.duration_s:.1f} s at "
         f"{extent.fps:g} fps) of {extent.name}: by their numbers, the rows last {track.end / extent.fps:.1f} s; set "
-        "data.row_fps if the numbers count something else",
+        f"{track.set_rate()} if the numbers count something else",
+        track.places,
     )
 
 

@@ -28,7 +28,8 @@ class Extent:
 
     `row_fps` is the rate at which annotation files number frames according to the data set's description. `stride` is
     the distance between images in source frames (1 for a video), and `base` is the number of a folder's first image. If
-    the rate is not constant, `times_s` (F,) contains the times of the frames.
+    the rate is not constant, `times_s` (F,) contains the times of the frames. `container_start_s` is the time of the
+    first frame from the container's start, where a description of labels needs it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Extent:
     stride: int = 1
     base: int = 0
     times_s: NDArray[np.float64] | None = None
+    container_start_s: float = 0.0
 
     @property
     def duration_s(self) -> float:
@@ -74,7 +76,8 @@ class RowNumbering:
         """
         numbers = track.frame_index - self.base
         if numbers[0] < 0:
-            raise row_error(path, 0, f"is number 0, before data.row_base={self.base}; set data.row_base=0")
+            problem = f"is number {int(track.frame_index[0])}, before {track.set_base(self.base)}; set"
+            raise row_error(path, 0, f"{problem} {track.set_base(0)}", track.places)
         if self.fps is None:
             return replace(track, frame_index=numbers)
         starts = extent.on_screen(numbers / self.fps)
@@ -131,6 +134,8 @@ def _infer_numbering(
         rates = [rate_of_rows(data.row_fps, extent.fps)]
         if data.row_fps != "source":  # 30 for a video of 29.97 fps may be meant exactly, which makes a difference
             rates.append(data.row_fps)
+        if data.row_fps != "source" and extent.times_s is not None and track.places is not None:
+            rates = [data.row_fps]  # frames of a varying rate are counted only if the description says `source`
     candidates = [_Candidate.of(rate, track, slack, extent, data) for rate in dict.fromkeys(rates)]
     possible = [one for one in candidates if one.possible]
     exact = [one for one in possible if one.exact]
@@ -166,8 +171,8 @@ def _covering(
     )
     raise UserError(
         f"{path}: it is unclear what its numbers, up to {int(track.frame_index[-1])}, count; {extent.name} lasts "
-        f"{extent.duration_s:.1f} s ({extent.frame_count} frames); set data.row_fps to the numbers per second, or to "
-        f"source for the video's own frames: {ways}"
+        f"{extent.duration_s:.1f} s ({extent.frame_count} frames); set {track.set_rate()} to the numbers per second, "
+        f"or to source for the video's own frames: {ways}"
     )
 
 
@@ -186,8 +191,9 @@ def _base(
         raise row_error(
             path,
             0,
-            f"starts at {first}, not at 0 or 1: renumber the file, or set data.row_base=0 if rows 0 to {first - 1} "
+            f"starts at {first}, not at 0 or 1: renumber the file, or set {track.set_base(0)} if rows 0 to {first - 1} "
             "are missing",
+            track.places,
         )
     rows = extent.duration_s * (fps or extent.fps)
     if track.stride > 1 or extent.base == 1 or last > rows - 1:
@@ -197,8 +203,9 @@ def _base(
     raise row_error(
         path,
         0,
-        f"is number 1, and the last row is number {last} of {rows:.10g} in {extent.name}: set data.row_base=1 if rows "
-        "are numbered from 1, or data.row_base=0 if row 0 is missing",
+        f"is number 1, and the last row is number {last} of {rows:.10g} in {extent.name}: set {track.set_base(1)} if "
+        f"rows are numbered from 1, or {track.set_base(0)} if row 0 is missing",
+        track.places,
     )
 
 
@@ -251,5 +258,6 @@ def _refuse_common_rate(path: Path, track: LabelTrack, extent: Extent) -> None:
                 last,
                 f"is frame {int(track.frame_index[last])}: rows are numbered as if at {rate:g} fps, but {extent.name} "
                 f"runs at {extent.fps:g} fps ({extent.frame_count} frames, {extent.duration_s:.1f} s); set "
-                f"data.row_fps={rate:g}, or data.row_fps=source if they count the video's frames",
+                f"{track.set_rate(rate)}, or {track.set_rate('source')} if they count the video's frames",
+                track.places,
             )

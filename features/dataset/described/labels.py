@@ -21,13 +21,14 @@ from configs.file_pattern import match_path
 from configs.label_source import TIME_UNITS, Column, LabelSource
 from features.dataset.annotations import LabelTrack, read_content, shown_cell, stride_of_rows
 from features.dataset.described import annotation_tools  # noqa: F401 - registers its readers
-from features.dataset.described.intervals import HALF_TICK_S, TimedLabels
+from features.dataset.described.intervals import TimedLabels, TimedRows, TimeScale
 from features.dataset.described.records import READERS, Records
 from features.ids import id_key, normal_id, numbered_id
 
-_CLOCK = re.compile(r"(?:(\d+):)?(\d{1,3}):(\d{1,2}(?:[.,]\d+)?)")
-_NUMBER = re.compile(r"\d{1,15}(\.0+)?")
-_PER_SECOND = {"second": 1.0, "millisecond": 1000.0}
+_MAX_DIGITS = 15  # float64 represents every such integer
+_CLOCK = re.compile(r"(?:([0-9]{1,6}):)?([0-9]{1,6}):([0-9]{1,2}(?:[.,][0-9]+)?)")
+_NUMBER = re.compile(rf"[0-9]{{1,{_MAX_DIGITS}}}(\.0+)?")
+_PER_SECOND = {"second": 1.0, "clock": 1.0, "millisecond": 1000.0}
 _UNLABELLED = ("", "-1", "nan", "NaN", "NA", "None", "null")
 
 
@@ -98,39 +99,65 @@ def _video_key(cell: str, path: Path, spec: DataSetSpec) -> str:
 
 def parse_described(
     records: Records, path: Path, source: LabelSource, role: str, spec: DataSetSpec
-) -> LabelTrack | TimedLabels:
-    """Return the labels of one video: numbered rows whose numbering is known or inferred later, or timed intervals.
+) -> LabelTrack | TimedRows | TimedLabels:
+    """Return the labels of one video: rows whose numbering is stated or inferred later, timed rows, or intervals.
 
     Raises UserError naming `path` and the record that cannot be understood.
     """
     if len(records) == 0:
         raise UserError(f"{path}: has no labels" + (f" with {source.where}" if source.where else ""))
-    start = _numbers(records, source.columns.start, "columns.start", source, path)
-    if source.form == "rows" and source.unit not in TIME_UNITS and not source.offset_s:
-        return _rows(records, start, path, source, role, spec)
-    if source.form != "intervals" and role != "tool":
-        _refuse_same_start(records, start, path)
-    end = _ends(records, start, source, path)
-    if (wrong := np.flatnonzero(end < start)).size:
-        raise UserError(f"{path}: {records.places[wrong[0]]} ends before it starts")
+    start, tick = _numbers(records, source.columns.start, "columns.start", source, path)
+    if source.form == "rows":
+        is_timed = source.unit in TIME_UNITS or source.offset_s != 0
+        return _rows(records, start, _scale(source, tick) if is_timed else None, path, source, role, spec)
+    return _intervals(records, start, tick, path, source, role, spec)
+
+
+def _scale(source: LabelSource, tick: float) -> TimeScale:
+    """Return what the numbers count; times are in seconds, written with a distance of `tick` seconds."""
+    is_time = source.unit in TIME_UNITS
+    return TimeScale(
+        per_s=1.0 if is_time else source.rate,
+        origin=0 if is_time or not isinstance(source.origin, int) else source.origin,
+        tick_s=tick if is_time else 0.0,
+        offset_s=source.offset_s,
+        from_container=source.zero == "container",
+    )
+
+
+def _intervals(
+    records: Records,
+    start: NDArray[np.float64],
+    tick: float,
+    path: Path,
+    source: LabelSource,
+    role: str,
+    spec: DataSetSpec,
+) -> TimedLabels:
+    """Return intervals, or starts each of which lasts to the next."""
+    if source.form == "intervals":
+        column: Column = "end" if source.columns.end is None else source.columns.end
+        end, other_tick = _numbers(records, column, "columns.end", source, path)
+        tick = min(tick, other_tick)
+        if (wrong := np.flatnonzero(end < start)).size:
+            raise UserError(f"{path}: {records.places[wrong[0]]} ends before it starts")
+    else:
+        if role != "tool":
+            _refuse_same_start(records, start, path)
+        following = np.append(np.unique(start), np.inf)
+        end = following[np.searchsorted(following, start, side="right")]
     at, classes = _labelled(records, path, source, role, spec)
     known = class_ids(*spec.classes_of(role))
-    gap = known[folded_name(source.gaps)] if source.gaps else -1
-    overlaps = (
-        source.overlaps
-        if isinstance(source.overlaps, str)
-        else tuple(known[folded_name(name)] for name in source.overlaps)
-    )
-    shift = source.offset_s * (source.rate or 1.0)
+    priorities = () if isinstance(source.overlaps, str) else source.overlaps
     return TimedLabels(
-        start=start[at] + shift,
-        end=end[at] + shift,
+        start=start[at],
+        end=end[at],
         classes=classes,
         places=[records.places[position] for position in at.tolist()],
-        per_s=None if source.unit == "source" else source.rate or 1.0,
-        is_time=source.unit in TIME_UNITS,
-        overlaps=overlaps,
-        gap=gap,
+        scale=_scale(source, tick),
+        inclusive=source.end == "inclusive" and source.form == "intervals",
+        overlaps=tuple(known[folded_name(name)] for name in priorities) or str(source.overlaps),
+        gap=known[folded_name(source.gaps)] if source.gaps else -1,
         tool_count=len(spec.tools) if role == "tool" else 0,
     )
 
@@ -147,38 +174,56 @@ def _selected(records: Records, source: LabelSource, path: Path) -> Records:
 # ---------------------------------------------------------------------------------------------- times and numbers
 
 
-def _numbers(records: Records, column: Column, key: str, source: LabelSource, path: Path) -> NDArray[np.float64]:
-    """Return a column as float64 (N,): seconds from the start, or numbers counted from 0."""
+def _numbers(
+    records: Records, column: Column, key: str, source: LabelSource, path: Path
+) -> tuple[NDArray[np.float64], float]:
+    """Return a column (N,) float64 in seconds or as whole numbers, and the distance in seconds of times written so."""
     cells = records.column(column, path, key)
-    origin = source.origin if isinstance(source.origin, int) and source.unit in ("source", "sample") else 0
-    values = np.empty(len(cells), dtype=np.float64)
-    for at, cell in enumerate(cells):
-        value = _number(cell, source.unit)
-        if value is None or value < origin:
-            wanted = {"clock": "a time such as 00:12:34.500", "second": "a number", "millisecond": "a number"}
-            what = wanted.get(source.unit, f"a whole number of {origin} or more")
-            raise UserError(f"{path}: {records.places[at]}: {key} is {shown_cell(str(cell))}, not {what}")
-        values[at] = value - origin
-    return values
+    if source.unit not in TIME_UNITS:
+        origin = source.origin if isinstance(source.origin, int) and source.unit != "auto" else 0
+        values = _whole_numbers(cells)
+        if not (values >= origin).all():
+            at = int(np.argmin(values >= origin))
+            what = f"not a whole number of {origin} or more"
+            raise UserError(f"{path}: {records.places[at]}: {key} is {shown_cell(str(cells[at]))}, {what}")
+        return values, 0.0
+    texts = [str(cell).strip() if cell is not None and not isinstance(cell, bool) else "" for cell in cells]
+    values = np.array([_seconds(text, source.unit) for text in texts], dtype=np.float64)
+    if not (values >= 0).all():
+        at = int(np.argmin(values >= 0))
+        what = "a time such as 00:12:34.500" if source.unit == "clock" else "a number"
+        raise UserError(f"{path}: {records.places[at]}: {key} is {shown_cell(texts[at])}, not {what}")
+    return values, 10.0 ** -max(map(_decimals, texts), default=0) / _PER_SECOND[source.unit]
 
 
-def _number(cell: Any, unit: str) -> float | None:
-    """Return a cell's value in seconds, or as a whole number; None if it is neither."""
-    if isinstance(cell, bool) or cell is None:
-        return None
-    text = str(cell).strip()
+def _whole_numbers(cells: Sequence[Any]) -> NDArray[np.float64]:
+    """Return cells (N,) as numbers; NaN for one that is not a whole number of 0 or more."""
+    if set(map(type, cells)) == {str} and all(cells) and max(map(len, cells)) <= _MAX_DIGITS:
+        joined = "".join(cells)
+        if joined.isascii() and joined.isdecimal():
+            return np.array(list(map(int, cells)), dtype=np.float64)
+    texts = ["" if isinstance(cell, bool) else str(cell).strip() for cell in cells]
+    return np.array([float(text) if _NUMBER.fullmatch(text) else math.nan for text in texts], dtype=np.float64)
+
+
+def _seconds(text: str, unit: str) -> float:
+    """Return a time in seconds; NaN if a text is none."""
     if unit == "clock":
         match = _CLOCK.fullmatch(text)
         if match is None or float(match[3].replace(",", ".")) >= 60:
-            return None
+            return math.nan
         return int(match[1] or 0) * 3600.0 + int(match[2]) * 60.0 + float(match[3].replace(",", "."))
-    if unit in _PER_SECOND:
-        try:
-            value = float(text) / _PER_SECOND[unit]
-        except ValueError:
-            return None
-        return value if math.isfinite(value) and 0 <= value < 1e9 else None
-    return float(text) if _NUMBER.fullmatch(text) else None
+    try:
+        value = float(text) / _PER_SECOND[unit]
+    except ValueError:
+        return math.nan
+    return value if 0 <= value < 1e9 and "_" not in text else math.nan
+
+
+def _decimals(text: str) -> int:
+    """Return how many digits follow the decimal mark, at most 9; none for 12.0, which programs write for 12."""
+    fraction = text.replace(",", ".").partition(".")[2]
+    return 9 if "e" in text.casefold() else 0 if fraction == "0" else min(len(fraction), 9)
 
 
 def _refuse_same_start(records: Records, start: NDArray[np.float64], path: Path) -> None:
@@ -189,56 +234,36 @@ def _refuse_same_start(records: Records, start: NDArray[np.float64], path: Path)
         raise UserError(f"{path}: {one} and {other} start at the same time")
 
 
-def _ends(records: Records, start: NDArray[np.float64], source: LabelSource, path: Path) -> NDArray[np.float64]:
-    """Return where each record's label ends (N,): where it says, or where the next one starts."""
-    if source.form == "intervals":
-        column: Column = "end" if source.columns.end is None else source.columns.end
-        end = _numbers(records, column, "columns.end", source, path)
-        return end + (0 if source.end == "exclusive" else 2 * HALF_TICK_S if source.unit in TIME_UNITS else 1)
-    following = np.full(len(start), np.inf)
-    starts = np.unique(start)
-    after = np.searchsorted(starts, start, side="right")
-    inside = after < len(starts)
-    following[inside] = starts[after[inside]]
-    if source.form == "rows":  # in units of time: at most for the usual distance of rows
-        steps = np.diff(starts)
-        usual = float(np.median(steps)) if len(steps) else 1.0
-        following = np.minimum(following, start + usual + 2 * HALF_TICK_S)
-    return following
-
-
 def _rows(
-    records: Records, numbers: NDArray[np.float64], path: Path, source: LabelSource, role: str, spec: DataSetSpec
-) -> LabelTrack:
-    """Return rows with the file's own numbers. Several records of one row are allowed for lists of tools."""
-    origin = source.origin if isinstance(source.origin, int) and source.unit in ("source", "sample") else 0
-    own = numbers.astype(np.int64) + origin
-    if source.gaps:
-        raise UserError(f"{path}: gaps is for starts and intervals; missing rows have no label")
+    records: Records,
+    numbers: NDArray[np.float64],
+    scale: TimeScale | None,
+    path: Path,
+    source: LabelSource,
+    role: str,
+    spec: DataSetSpec,
+) -> LabelTrack | TimedRows:
+    """Return rows in order, one per number; with `scale` they are timed.
+
+    Raises UserError if records of one number differ; tools of one number are put together.
+    """
+    order = np.argsort(numbers, kind="stable")
     if role == "tool":
-        rows, labels = _tool_rows(records, own, path, source, spec)
+        rows, labels, first = _tool_rows(records, numbers, path, source, spec)
     else:
-        at, classes = _labelled(records, path, source, role, spec, keep=True)
-        rows, labels = own[at], classes
-        if source.format == "json":  # a mapping may have any order, and several records of one frame may agree
-            rows, labels = _unique(rows, labels, [records.places[one] for one in at.tolist()], path)
-    return LabelTrack(rows, labels, stride_of_rows(rows, path))
-
-
-def _unique(
-    rows: NDArray[np.int64], labels: NDArray[np.int8], places: Sequence[str], path: Path
-) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
-    """Return rows in order, one per number. Raises UserError if two records of one number differ."""
-    order = np.argsort(rows, kind="stable")
-    same = np.diff(rows[order]) == 0
-    differs = same & (np.diff(labels[order]) != 0)
-    if differs.any():
-        at = int(np.flatnonzero(differs)[0])
-        raise UserError(
-            f"{path}: {places[order[at]]} and {places[order[at + 1]]} give frame {rows[order[at]]} two labels"
-        )
-    kept = order[np.concatenate([[True], ~same])]
-    return rows[kept], labels[kept]
+        _, classes = _labelled(records, path, source, role, spec, keep=True)
+        again = np.diff(numbers[order]) == 0
+        if (differs := again & (np.diff(classes[order]) != 0)).any():
+            at = int(np.flatnonzero(differs)[0])
+            one, other = (records.places[order[at + step]] for step in (0, 1))
+            raise UserError(f"{path}: {one} and {other} give {numbers[order[at]]:.10g} two labels")
+        first = order[np.concatenate([[True], ~again])]
+        rows, labels = numbers[first], classes[first]
+    places = [records.places[at] for at in first.tolist()]
+    if scale is not None:
+        return TimedRows(rows, labels, places, scale)
+    own = rows.astype(np.int64)
+    return LabelTrack(own, labels, stride_of_rows(own, path, places), places)
 
 
 # ---------------------------------------------------------------------------------------------- classes
@@ -357,11 +382,11 @@ def _tool_columns(records: Records, path: Path, spec: DataSetSpec) -> list[str]:
 
 
 def _tool_rows(
-    records: Records, rows: NDArray[np.int64], path: Path, source: LabelSource, spec: DataSetSpec
-) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
-    """Return one row per number with its tools, (R,) and (R, K); several records of one number are put together."""
+    records: Records, numbers: NDArray[np.float64], path: Path, source: LabelSource, spec: DataSetSpec
+) -> tuple[NDArray[np.float64], NDArray[np.int8], NDArray[np.int64]]:
+    """Return one row per number with its tools, (R,) and (R, K), and its first record (R,)."""
     present = _present(records, path, source, spec)
-    numbers, group = np.unique(rows, return_inverse=True)
-    labels = np.full((len(numbers), len(spec.tools)), -1, dtype=np.int8)
+    rows, first, group = np.unique(numbers, return_index=True, return_inverse=True)
+    labels = np.full((len(rows), len(spec.tools)), -1, dtype=np.int8)
     np.maximum.at(labels, group, present)
-    return numbers, labels
+    return rows, labels, first

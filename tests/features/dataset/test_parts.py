@@ -306,7 +306,7 @@ def test_a_part_without_labels_or_with_too_few_has_none_there(root: Path) -> Non
 def test_rows_beyond_a_part_are_refused_naming_its_file(root: Path) -> None:
     for name in NAMES:
         (root / name).with_suffix(".txt").write_text(rows(range(30)))
-    assert "video02_part1.txt: row 13 (line 14) is frame 12, beyond the 12 frames" in refusal(root)
+    assert "video02_part1.txt: line 14 is frame 12, beyond the 12 frames" in refusal(root)
 
 
 def test_one_file_for_all_videos_numbers_the_whole_recording(root: Path) -> None:

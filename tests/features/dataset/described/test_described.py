@@ -35,7 +35,6 @@ def labels_of(content: str, video: str | None = None, extent: Extent = EXTENT, *
     if isinstance(track, LabelTrack):
         origin = source.origin if isinstance(source.origin, int) else 0
         track = RowNumbering(source.rate, origin).place(FILE, track, extent)
-        assert track.stride >= 1
         frames = np.arange(extent.frame_count)
         row = np.searchsorted(track.frame_index, frames, "right") - 1
         return [int(track.labels[at]) if at >= 0 else -1 for at in row]
