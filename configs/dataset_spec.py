@@ -170,6 +170,11 @@ class DataSetSpec(OmitsDefaults):
         """What files of labels can hold: `phase`, `tool` if the data set has tools, and the additional tracks."""
         return ("phase", *(("tool",) if self.tools else ()), *self.tracks)
 
+    @property
+    def counts_from_container(self) -> bool:
+        """Whether times in files of labels count from the container's start, so that videos must be measured for it."""
+        return any(source.zero == "container" for source in self.labels.values())
+
     def label_source(self, role: str) -> LabelSource | None:
         """Return where the labels of a role are; None for Cholec80's format in files named by `patterns`."""
         return self.labels.get(_LABELS_OF.get(role, role))

@@ -285,7 +285,13 @@ def _measure(
 ) -> tuple[SourceFacts, tuple[str, ...]]:
     """Measure a source of any kind; returns its facts and notes on it. `lengths` are those of its labels."""
     if video.kind == "video":
-        return video_facts(root, video.source, data.full_hash)
+        return video_facts(root, video.source, data.full_hash, spec.counts_from_container)
+    if spec.counts_from_container and lengths:
+        raise UserError(
+            f"{root / video.source}: its labels count from the start of a video's container (`zero: container` in "
+            f"`labels` of {spec.name}), which is unknown here; index the video files, or leave `zero` out and shift "
+            "the times with `offset_s`"
+        )
     if video.kind == "tfrecord":
         return record_facts(root, video.source, video.id, spec, order, data.full_hash), ()
     scan = scan_folder(root, video.source, spec)

@@ -57,7 +57,7 @@ def _check_source(dataset: Dataset, entry: VideoEntry) -> None:
             raise UserError(f"{path}: its labels are not those that were indexed; run index again")
         _require_same(entry, facts, path)
     else:
-        facts, _ = video_facts(root, entry.source, full_hash)
+        facts, _ = video_facts(root, entry.source, full_hash, spec.counts_from_container)
         _require_same(entry, facts, path)
         if (packets := count_packets(path)) != entry.frame_count:
             raise UserError(f"{path}: contains {packets} frames, but its header says {entry.frame_count}; re-encode it")

@@ -48,6 +48,7 @@ def _usable_id(video_id: str) -> str:
 
 RelativePath = Annotated[str, AfterValidator(_relative)]
 VideoId = Annotated[str, Field(min_length=1), AfterValidator(_usable_id)]
+StartTime = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -76,7 +77,7 @@ class VideoPart(OmitsDefaults):
     Files of labels are recorded here if they are for this part alone, so that their numbers start again in it.
     """
 
-    OMITTED = frozenset({"sha256", "times", "phase_file", "tool_file", "track_files"})
+    OMITTED = frozenset({"sha256", "times", "start_s", "phase_file", "tool_file", "track_files"})
     source: RelativePath
     size_bytes: int = Field(ge=1, lt=2**63)
     modified_ns: int
@@ -85,6 +86,7 @@ class VideoPart(OmitsDefaults):
     fps: float = Field(gt=0, le=MAX_FPS, allow_inf_nan=False)
     frame_count: int = Field(ge=1, le=MAX_FRAMES)
     times: FrameTimes | None = None
+    start_s: StartTime = 0.0
     phase_file: AnnotationFile | None = None
     tool_file: AnnotationFile | None = None
     track_files: dict[str, AnnotationFile] = Field({})
@@ -97,7 +99,8 @@ class VideoEntry(OmitsDefaults):
     source video, `size_bytes` is the sum over the images, `modified_ns` is the newest image's, and `sha256_ends` covers
     the images' names and sizes and the content of the first and the last image. A TFRecord file contains its own labels
     (`records`) and has no annotation files. For a video without a constant rate, `times` contains the times of its
-    frames, and `fps` is the mean rate.
+    frames, and `fps` is the mean rate. If labels count from the container's start, `start_s` is when the first frame is
+    shown, in seconds from there.
 
     For a recording in several files, `parts` describes each, in their order. Frames are numbered through all parts, and
     each part begins where the one before it ends. `source` is the first part's, sizes and frames are added, the hashes
@@ -105,7 +108,7 @@ class VideoEntry(OmitsDefaults):
     with all labels of one part is recorded there; here, their hash represents them.
     """
 
-    OMITTED = frozenset({"times", "track_files", "parts"})
+    OMITTED = frozenset({"times", "start_s", "track_files", "parts"})
     id: VideoId
     kind: Literal["video", "frames", "tfrecord"]
     source: RelativePath
@@ -122,6 +125,7 @@ class VideoEntry(OmitsDefaults):
     frames: FolderLayout | None = None
     records: RecordLayout | None = None
     times: FrameTimes | None = None
+    start_s: StartTime = 0.0
     parts: tuple[VideoPart, ...] = Field(())
 
     @model_validator(mode="after")

@@ -195,7 +195,7 @@ def extent_of(entry: VideoEntry, spec: DataSetSpec) -> Extent:
     """Return the extent of an indexed video, which its labels must fit."""
     base = entry.frames.base if entry.frames else 0
     name, rate = entry.source if not entry.parts else f"{entry.id} ({len(entry.parts)} files)", spec.annotation_fps
-    return Extent(name, entry.frame_count, entry.fps, rate, entry.image_stride, base, entry.times_s)
+    return Extent(name, entry.frame_count, entry.fps, rate, entry.image_stride, base, entry.times_s, entry.start_s)
 
 
 # ---------------------------------------------------------------------------------------------- rows to frames

@@ -24,6 +24,7 @@ def joined_entry(parts: Sequence[VideoEntry]) -> VideoEntry:
         "sha256": sha256_json([part.sha256 for part in parts]) if parts[0].sha256 else None,
         "fps": rates.pop() if len(rates) == 1 else frame_count / duration_s,
         "frame_count": frame_count,
+        "start_s": parts[0].start_s,
     }
     files = {role: _files_of_parts(role, parts) for part in parts for role in part.files_by_role}
     tracks = {role: file for role, file in files.items() if role not in ("phase", "tool")}

@@ -14,7 +14,7 @@ from engine.files import inside, sha256_ends, sha256_file
 from features.dataset.frame_folders import FolderScan
 from features.dataset.layouts import FolderLayout, RecordLayout
 from features.dataset.tfrecord import FPS, scan_records
-from features.video.scan import probe_video
+from features.video.scan import first_frame_s, probe_video
 from features.video.times import FrameTimes
 
 
@@ -29,20 +29,26 @@ class SourceFacts:
     fps: float
     frame_count: int
     times: FrameTimes | None = None
+    start_s: float = 0.0
     frames: FolderLayout | None = None
     records: RecordLayout | None = None
 
 
-def video_facts(root: Path, relative: str, full_hash: bool) -> tuple[SourceFacts, tuple[str, ...]]:
+def video_facts(
+    root: Path, relative: str, full_hash: bool, from_container: bool = False
+) -> tuple[SourceFacts, tuple[str, ...]]:
     """Measure a video file; returns its facts and notes on its container.
 
-    Raises UserError if the file cannot be read or has no frames.
+    With `from_container`, labels count from the container's start, so the time of the first frame is measured. Raises
+    UserError if the file cannot be read or has no frames.
     """
     path = inside(root, relative)
     info = probe_video(path)
     if info.frame_count < 1:
         raise UserError(f"{path}: contains no frames")
-    return SourceFacts(*_file_state(path, full_hash), info.fps, info.frame_count, times=info.times), info.notes
+    start_s = first_frame_s(path) if from_container else 0.0
+    state = _file_state(path, full_hash)
+    return SourceFacts(*state, info.fps, info.frame_count, times=info.times, start_s=start_s), info.notes
 
 
 def record_facts(

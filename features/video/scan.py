@@ -133,6 +133,21 @@ def _rate_and_times(
         raise ReaderError(f"{path}: {error}; {REMEDY}") from error
 
 
+def first_frame_s(path: Path) -> float:
+    """Return when the first frame is shown, in seconds from the container's start (its earliest stream, often sound).
+
+    Raises ReaderError as `scan_video` does, and if the frames have no times.
+    """
+    scan = scan_video(path)
+    if scan.container == "avi":  # has no times; all streams start together
+        return 0.0
+    if not scan.timed:
+        raise ReaderError(f"{path}: its frames have no times, so their distance from the container's start is unknown")
+    with open_container(path) as container:
+        start_s = Fraction(container.start_time or 0, 1_000_000)
+    return round(float(int(scan.shown_pts[0]) * scan.tick_s - start_s), 6)
+
+
 def count_packets(path: Path) -> int:
     """Count the complete frames in a file (packets that are shown) without decoding.
 
