@@ -99,6 +99,96 @@ def _read_class_order(path: Path) -> object:
     return parse_phase_order(str(path), SPEC, "file")
 
 
+def _read_tool_file(name: str) -> Read:
+    """Read a file of an annotation tool as intervals, write these in every format, and read it as labels."""
+
+    def read(path: Path) -> None:
+        from features.annotation_files.eaf import eaf_text, read_eaf
+        from features.annotation_files.intervals import Annotations, Losses
+        from features.annotation_files.label_studio import label_studio_tasks, read_label_studio
+        from features.annotation_files.table import csv_text, read_csv
+
+        readers: dict[str, Callable[[bytes, Path], Annotations]] = {
+            "eaf": read_eaf,
+            "labelstudio": partial(read_label_studio, fps_of=lambda video: 25.0),
+            "csv": read_csv,
+        }
+        content = path.read_bytes()
+        _allow_refusal(partial(_read_as_labels, name, content, path))
+        found = readers[name](content, path)
+        for note in found.notes:
+            note.encode()
+        for video in found.videos:
+            for text in (eaf_text, lambda video, losses: csv_text([video], losses)):
+                written = _allow_refusal(partial(text, video, Losses()))
+                assert written is None or (isinstance(written, str) and written.encode())
+            json.dumps(label_studio_tasks([video], lambda name: 25.0, Losses())).encode()
+
+    return read
+
+
+def _read_as_labels(name: str, content: bytes, path: Path) -> None:
+    from configs.dataset_spec import DataSetSpec
+    from features.dataset.described.intervals import TimedLabels
+    from features.dataset.described.labels import parse_described, records_by_video
+    from features.dataset.row_numbers import Extent
+
+    columns = {"video": "video", "start": "start", "end": "end", "label": "label"}
+    table = {"delimiter": "comma", "form": "intervals", "unit": "second", "columns": columns}
+    labels = {"files": "x", **(table if name == "csv" else {"format": name}), "where": {"track": "phase"}}
+    spec = DataSetSpec.model_validate(SPEC.model_dump(exclude={"labels"}) | {"labels": {"phases": labels}})
+    source = spec.labels["phases"]
+    for records in records_by_video(content, path, source, spec).values():
+        track = parse_described(records, path, source, "phase", spec)
+        assert isinstance(track, TimedLabels)
+        track.place(path, Extent("video01.mp4", 1000, 25.0, 25.0))
+
+
+def _tool_file_seeds(name: str) -> list[bytes]:
+    from features.annotation_files.eaf import eaf_text
+    from features.annotation_files.intervals import Interval, Losses, VideoAnnotations
+    from features.annotation_files.label_studio import label_studio_tasks
+    from features.annotation_files.table import csv_text
+    from tests.features.annotation_files.material import LABEL_STUDIO_EXPORT, PYMPI_EAF, SDK_JSON_MIN
+
+    phases = [Interval("phase", name, at * 2, at * 2 + 2, 0.5, "a") for at, name in enumerate(SPEC.phases)]
+    more = [Interval("phase", "Preparation", 1, 5, 0.25, "b"), Interval("step", "x", 1, 3)]
+    video = VideoAnnotations("video01", (*phases, *more), 25.0, "video01.mp4")
+    alone = VideoAnnotations("video01", tuple(phases), 25.0)
+    tasks = [json.dumps(label_studio_tasks([one], lambda name: 25.0, Losses())) for one in (video, alone)]
+    texts = {
+        "eaf": [eaf_text(video, Losses()), eaf_text(alone, Losses()), PYMPI_EAF],
+        "labelstudio": [*tasks, LABEL_STUDIO_EXPORT, SDK_JSON_MIN],
+        "csv": [csv_text([video], Losses()), csv_text([alone], Losses())],
+    }
+    return [text.encode() for text in texts[name]]
+
+
+_XML_WORDS = (
+    '<ANNOTATION_DOCUMENT FORMAT="3.0">', "<HEADER>", '<TIME_SLOT TIME_SLOT_ID="ts1" TIME_VALUE="40"/>',
+    '<TIME_SLOT TIME_SLOT_ID="ts2"/>', '<TIER TIER_ID="phase">', "</TIER>", "</ANNOTATION_DOCUMENT>", "<ANNOTATION>",
+    '<ALIGNABLE_ANNOTATION ANNOTATION_ID="a1" TIME_SLOT_REF1="ts1" TIME_SLOT_REF2="ts2">', "</ALIGNABLE_ANNOTATION>",
+    '<REF_ANNOTATION ANNOTATION_ID="a2" ANNOTATION_REF="a1"/>', "<ANNOTATION_VALUE>", "</ANNOTATION_VALUE>",
+    "<!DOCTYPE a>", "<!ENTITY a 'b'>", "&a;", "&lt;", "<![CDATA[", "]]>", "<!--", "-->", "<?xml version='1.0'?>",
+)  # fmt: skip
+_TASK_WORDS = (
+    "[", "]", "{", "}", '"data":', '"video": "a.mp4"', '"fps": 25', '"annotations":', '"predictions":', '"result":',
+    '"type": "timelinelabels"', '"value":', '"ranges":', '"start": 1', '"end": 5', '"timelinelabels": ["a"]', "null",
+)  # fmt: skip
+_TABLE_WORDS = (
+    "video",
+    "track",
+    "label",
+    "start",
+    "end",
+    "confidence",
+    "annotator",
+    "phase",
+    "Preparation",
+    "0:01:02.5",
+)
+
+
 # ---------------------------------------------------------------------------------------------- index and settings
 
 
@@ -585,6 +675,27 @@ PARSERS: dict[str, Parser] = {
         lambda: ["\n".join(SPEC.phases).encode()],
         SPEC.phases,
         ("\n", ",", " "),
+    ),
+    "annotations, ELAN": Parser(
+        "video01.eaf",
+        _plainly(_read_tool_file("eaf")),
+        partial(_tool_file_seeds, "eaf"),
+        _XML_WORDS,
+        ("", " ", "\n"),
+    ),
+    "annotations, Label Studio": Parser(
+        "export.json",
+        _plainly(_read_tool_file("labelstudio")),
+        partial(_tool_file_seeds, "labelstudio"),
+        _TASK_WORDS,
+        ("", ",", " "),
+    ),
+    "annotations, CSV": Parser(
+        "all.csv",
+        _plainly(_read_tool_file("csv")),
+        partial(_tool_file_seeds, "csv"),
+        _TABLE_WORDS,
+        (",", "\n", '"', ";"),
     ),
     "index": Parser("index.json", _read_index, _index_seeds, _JSON_WORDS, _JSON_MARKS),
     "settings": Parser(
