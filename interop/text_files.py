@@ -86,7 +86,7 @@ def export_run(
             texts[f"{file.stem}-tool.txt"] = _tools(frames, prediction.tool_probabilities, probabilities)
     if probabilities and not any(name.endswith("-tool.txt") for name in texts):
         raise UserError(f"--probabilities: there are no tools in {folder}; omit this option")
-    written = _write_texts(out or run / "export" / split, texts, replace)
+    written = write_texts(out or run / "export" / split, texts, replace)
     if bare and spec.tools:
         say(f"note: {bare} prediction file(s) without tools, for which no tool file is written")
     return written
@@ -105,12 +105,12 @@ def _tools(frames: NDArray[np.int64], values: NDArray[np.float32], probabilities
     return tool_text(frames, values if probabilities else logit(values).astype(np.float32))
 
 
-def _write_texts(out: Path, texts: Mapping[str, str], replace: bool) -> list[Path]:
+def write_texts(out: Path, texts: Mapping[str, str], replace: bool) -> list[Path]:
     """Write all texts. Raises UserError, and writes none, if a file has other content and `replace` is false."""
     for name, text in texts.items():
         path = out / name
         if path.exists() and not replace and path.read_bytes() != text.encode():
-            raise UserError(f"{path}: exists with other content; --force replaces it, --out selects another folder")
+            raise UserError(f"{path}: exists with other content; --force replaces it, or choose another folder")
     make_folder(out)
     for name, text in texts.items():
         write_text(out / name, text)
@@ -213,7 +213,7 @@ def export_predictions(
         if missing := sum(video.missing for video in videos):
             what = "get the next prediction, which depends on later frames" if fill_first else "have no prediction"
             say(f"{file.name}: the first frames of {len(videos)} videos ({missing} in total) {what}")
-    return _write_texts(out, texts, replace)
+    return write_texts(out, texts, replace)
 
 
 FramesByRule = dict[str, list[NDArray[np.int64]]]  # rule that selects frames -> frames (T,) of each video

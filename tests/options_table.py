@@ -40,6 +40,7 @@ SUBMIT = {
     "--slurm": "account=x",
     "--max-requeues": "3",
 }
+CONVERT = {"--from": "csv", "--dataset": "x", "--track": "x", "--annotator": "x", "--fps": "25", "--force": ""}
 POSITIONAL = {"models", "arguments"}  # arguments of any number
 INTRODUCTION = """# Options
 
@@ -429,6 +430,29 @@ MODES = [
         ["cholec80", "--root", "."],
         ("features.dataset.trial:Trial",),
         {**SETTINGS, "--videos": "3"},
+    ),
+    Mode(
+        "annotations convert",
+        "labelstudio",
+        ["a.csv", "out", "--to", "labelstudio"],
+        ("interop.annotations:convert_files",),
+        {**CONVERT, "--media": "x", "--index": "x.json"},
+    ),
+    Mode(
+        "annotations convert",
+        "another format",
+        ["a.csv", "out", "--to", "eaf"],
+        ("interop.annotations:convert_files",),
+        {**CONVERT, "--index": "x.json"},
+        {"--media": "x"},
+    ),
+    Mode(
+        "annotations convert",
+        "--index",
+        ["a.csv", "out", "--to", "labelstudio", "--index", "x.json"],
+        ("interop.annotations:convert_files",),
+        {**{option: value for option, value in CONVERT.items() if option != "--fps"}, "--media": "x"},
+        {"--fps": "25"},
     ),
     Mode("features verify", "always", ["folder"], ("features.store_folder:verify_folder",)),
     Mode("features info", "always", ["folder"], ("features.store_folder:describe_folder",)),

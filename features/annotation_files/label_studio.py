@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.sax.saxutils import quoteattr
 
 from configs.errors import UserError, one_line
@@ -30,20 +30,22 @@ from features.annotation_files.intervals import (
     text_of,
     without_empty,
 )
+from features.ids import file_stem
 
 MAX_FRAME = 10**9
 # As in labels of intervals (features.dataset.described): times in ms are up to half of one before their frame.
 _TOLERANCE_S = 5e-4 + 1e-7
 _UPLOAD = re.compile(r"[0-9a-f]{8}-(?=.)")  # put before the names of uploaded files
 _VIDEO_NAME = re.compile(r"\.(mp4|m4v|mov|avi|mkv|webm|mpe?g|wmv|ts|mts|vob|ogg|ogv)$", re.IGNORECASE)
-_LOCAL = "/data/local-files/?d="  # where Label Studio serves files of its own disk
+LOCAL_FILES = "/data/local-files/?d="  # where Label Studio serves files of its own disk
 
 
 @dataclass(frozen=True)
 class Region:
     """A labelled region: in frames from 1 to `end` inclusive, or, if `in_seconds`, in seconds to before `end`.
 
-    `kind` is annotation or prediction; `task_fps` is the rate that the task's data give.
+    `kind` is annotation or prediction; `task_fps` is the rate that the task's data give, and `media` the path of the
+    video's file, where they name one.
     """
 
     video: str
@@ -57,6 +59,7 @@ class Region:
     confidence: float | None = None
     annotator: str | None = None
     task_fps: float | None = None
+    media: str | None = None
 
     def seconds(self, fps: float) -> tuple[float, float]:
         """Return start and end in seconds, for a video (or `frameRate`) of `fps`."""
@@ -104,7 +107,7 @@ def read_label_studio(content: bytes, path: Path, fps_of: FrameRate = lambda vid
         fps = next((one.task_fps for one in own if one.task_fps), None) or fps_of(video)
         intervals, left_out = without_empty(_interval(one, fps, path) for one in own)
         notes += [f"{path.name}: {video}: {note}" for note in left_out]
-        read.append(VideoAnnotations(video, intervals, fps))
+        read.append(VideoAnnotations(video, intervals, fps, own[0].media))
     return Annotations(tuple(read), tuple(notes))
 
 
@@ -141,10 +144,10 @@ def _results(task: dict[str, Any], where: str, path: Path, skipped: dict[str, in
     """Yield the regions of each annotation and prediction of a task."""
     flat = not isinstance(task.get("data"), dict)
     data: dict[str, Any] = task if flat else task["data"]
-    video, fps = _video_of(task, data, f"{path}: {where}"), _fps_of(data, f"{path}: {where}")
+    (video, media), fps = _video_of(task, data, f"{path}: {where}"), _fps_of(data, f"{path}: {where}")
     if flat and "annotations" not in task:  # JSON-MIN
         who = _annotator(task.get("annotator"))
-        about = Region(video, "", "", 0, 0, False, "annotation", where, None, who, fps)
+        about = Region(video, "", "", 0, 0, False, "annotation", where, None, who, fps, media)
         regions = []
         for name, values in task.items():
             for value in values if isinstance(values, list) else ():
@@ -158,7 +161,7 @@ def _results(task: dict[str, Any], where: str, path: Path, skipped: dict[str, in
                 continue
             place = f"{where}, {kind[:-1]} {at}"
             who = _annotator(one.get("completed_by") if kind == "annotations" else one.get("model_version"))
-            about = Region(video, "", "", 0, 0, False, kind[:-1], place, None, who, fps)
+            about = Region(video, "", "", 0, 0, False, kind[:-1], place, None, who, fps, media)
             regions = []
             for result in _list(one.get("result"), f"{path}: {place}: result"):
                 regions += _of_result(result, about, path, skipped)
@@ -218,22 +221,23 @@ def _corrected(regions: Sequence[Region], path: Path, notes: list[str]) -> list[
     return list(regions)
 
 
-def _video_of(task: dict[str, Any], data: dict[str, Any], where: str) -> str:
-    """Return the id of a task's video: `data.video_id`, or the name of the file that its data name."""
-    if isinstance(given := data.get("video_id"), str) and given:
-        return checked_video(given, where)
-    texts = [value for value in (data.get("video"), *data.values(), task.get("file_upload")) if isinstance(value, str)]
+def _video_of(task: dict[str, Any], data: dict[str, Any], where: str) -> tuple[str, str | None]:
+    """Return the id of a task's video and the path of its file: `data.video_id`, or else the file's name."""
+    texts = [value for value in (*data.values(), task.get("file_upload")) if isinstance(value, str)]
     named = data.get("video") if isinstance(data.get("video"), str) else None
     url = named or next((text for text in texts if _VIDEO_NAME.search(text)), None)
-    if not url:
-        raise UserError(f"{where} names no video in its data; expected a key video (or video_id)")
     try:
-        parts = urlsplit(url)
-        place = parse_qs(parts.query).get("d", [unquote(parts.path)])[0]
+        parts = urlsplit(url or "")
+        place = parse_qs(parts.query).get("d", [unquote(parts.path)])[0].replace("\\", "/")
     except ValueError:
-        place = url
-    name = _UPLOAD.sub("", PurePosixPath(place.replace("\\", "/")).name, count=1)
-    return checked_video(_VIDEO_NAME.sub("", name) or name, where)
+        place = url or ""
+    name = _UPLOAD.sub("", PurePosixPath(place).name, count=1)
+    media = name if place.startswith("/") else place
+    if isinstance(given := data.get("video_id"), str) and given:
+        return checked_video(given, where), media or None
+    if not name:
+        raise UserError(f"{where} names no video in its data; expected a key video (or video_id)")
+    return checked_video(_VIDEO_NAME.sub("", name) or name, where), media
 
 
 def _fps_of(data: dict[str, Any], where: str) -> float | None:
@@ -270,20 +274,26 @@ def _list(value: Any, where: str) -> list[Any]:
 
 
 def label_studio_tasks(
-    videos: Sequence[VideoAnnotations], fps_of: FrameRate, losses: Losses, media: str = _LOCAL
+    videos: Sequence[VideoAnnotations], fps_of: FrameRate, losses: Losses, media: str = LOCAL_FILES
 ) -> list[dict[str, Any]]:
     """Return a task for each video, ready for import as JSON.
 
     If each of a video's intervals has a confidence, they are predictions, otherwise annotations. The video is looked
-    for at `media` followed by its file name. Raises UserError if the rate of a video's frames is not known.
+    for at `media` followed by the path of its file, or by its name only if that path is absolute. Raises UserError if
+    the rate of a video's frames is not known.
     """
     tasks = []
     for one in videos:
         fps = one.fps or fps_of(one.video)
         if fps is None:
             raise UserError(f"{one.video}: Label Studio counts frames; give their rate with --fps, or --index FILE")
-        name = PurePosixPath(one.media or f"{one.video}.mp4").name
-        data = {"video": media + name, "video_id": one.video, "fps": int(fps) if float(fps).is_integer() else fps}
+        place = one.media or f"{file_stem(one.video)}.mp4"
+        place = PurePosixPath(place).name if place.startswith("/") or "://" in place else str(PurePosixPath(place))
+        data = {
+            "video": media + quote(place),
+            "video_id": one.video,
+            "fps": int(fps) if float(fps).is_integer() else fps,
+        }
         predicted = bool(one.intervals) and all(interval.confidence is not None for interval in one.intervals)
         given = [_annotation(who, own, fps, predicted, losses) for who, own in _by_annotator(one.intervals, one.video)]
         tasks.append({"data": data, "predictions" if predicted else "annotations": given})
