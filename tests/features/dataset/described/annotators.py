@@ -235,7 +235,7 @@ def files(draw: st.DrawFn, records: Sequence[Record], decoys: Sequence[Record]) 
             texts["images"].append({"id": number, **{key: one[key] for key in ("case", "start") if key in one}})
             rest = {key: value for key, value in one.items() if key not in ("case", "start")}
             texts["annotations"].append({"image": number, **rest})
-        join = {"records": "images", "on": "image", "key": "id"}
+        join = {"records": "images", "by": "image", "key": "id"}
         text, more, columns = json.dumps(texts), {"format": "json", "records": "annotations", "join": join}, by_name
     elif shape == "mapping" and len({str(one["start"]) for one in records}) == len(records):
         tree = {str(one["start"]): {key: one[key] for key in one if key != "start"} for one in records}
