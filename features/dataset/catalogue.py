@@ -87,8 +87,8 @@ def _disagreement(config: Config, dataset: Dataset) -> str | None:
     ):
         return f"made for data set {indexed.name}, but the settings name {spec.name} (or its description has changed)"
     for entry in index.videos:
-        if not is_chosen(entry.kind, entry.source, data):
-            return f"contains {entry.source}, which data.sources={data.sources} does not select"
+        if other := [one.source for one in entry.sources if not is_chosen(entry.kind, one.source, data)]:
+            return f"contains {other[0]}, which data.sources={data.sources} does not select"
         if _is_numbered_differently(entry, data):
             return (
                 f"the numbers of {entry.id}'s rows or images were read in another way than data.row_fps, "

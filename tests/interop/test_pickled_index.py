@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from configs.errors import UserError
 from configs.load import load_dataset
@@ -26,6 +27,7 @@ from features.dataset.labels import load_labels
 from features.dataset.sampling import sampled_frames
 from interop.pickled_index import index_from_pickles, pickle_from_index
 from interop.pickled_videos import read_pickled_index
+from tests.videos import VideoSpec, write_video
 
 SPEC = load_dataset("cholec80")
 ORDERS = ("mtrcnet", "tf-cholec80")
@@ -241,6 +243,19 @@ def test_pickles_beside_videos(tmp_path: Path, rate: Fraction) -> None:
     message = refusal(lambda: index_from_pickles(config, [long], phase_order="mtrcnet"))
     assert f"11 rows end at frame {count}" in message
     assert f"has {count} frames" in message
+
+
+def test_a_recording_in_several_files_is_refused(tmp_path: Path) -> None:
+    described = SPEC.model_dump(mode="json")
+    described["patterns"]["video"] = r"video(?P<id>\d+)_part(?P<part>\d)\.mp4"
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(described))
+    (tmp_path / "data").mkdir()
+    for part in (1, 2):
+        write_video(tmp_path / f"data/video07_part{part}.mp4", VideoSpec(count=50))
+    file = write(tmp_path / "x.pkl", [rows_of("frames/video07", 7, 4)])
+    config = config_of(tmp_path / "data", dataset=str(tmp_path / "own.yaml"))
+    message = refusal(lambda: index_from_pickles(config, [file], phase_order="mtrcnet"))
+    assert "video07_part1.mp4: video07 has 2 files; join them for a pickle" in message
 
 
 # ---------------------------------------------------------------------------------------------- round trips

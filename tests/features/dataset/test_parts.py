@@ -4,31 +4,45 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from commands.doctor.settings import check_data
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from configs.load import load_dataset
-from configs.schema import Config, DataConfig, PreprocessConfig
+from configs.schema import CacheConfig, Config, DataConfig, PreprocessConfig
 from features.dataset.annotations import LabelTrack
 from features.dataset.build import build_index
+from features.dataset.catalogue import index_dataset, open_dataset
 from features.dataset.check import check_index
 from features.dataset.discover import find_videos
 from features.dataset.index import Dataset, Index, VideoEntry
 from features.dataset.labels import load_labels, sample_labels, sampled_labels
 from features.dataset.parts import joined_track
 from features.dataset.sampling import frame_times_s, sampled_frames
-from features.frames.source import ChangedSource, can_start_inside, open_source, require_indexed_source
+from features.frames.source import (
+    ChangedSource,
+    cache_request,
+    can_start_inside,
+    frame_cache,
+    open_frames,
+    open_source,
+    require_indexed_source,
+    source_frames,
+)
 from features.video.base import ReaderError
 from tests.videos import VideoSpec, cut_video, damage_packet, frame_number, truncate, variable_rate, write_video
 
@@ -74,6 +88,13 @@ def indexed(root: Path, spec: DataSetSpec = SPEC, leave_out: bool = False, **dat
     index = build_index(root, spec, DataConfig(**data), leave_out=leave_out)
     assert Index.from_json(json.loads(json.dumps(index.to_json()))) == index
     return Dataset(index, root)
+
+
+def described(root: Path, **data: Any) -> Config:
+    """Settings that name this data set by a file, as a user's do."""
+    file = root / ".own.yaml"
+    file.write_text(yaml.safe_dump(SPEC.model_dump(mode="json")))
+    return Config(data=DataConfig(**{"root": root, "index": root / ".index.json", "dataset": str(file)} | data))
 
 
 def refusal(root: Path, spec: DataSetSpec = SPEC) -> str:
@@ -231,6 +252,21 @@ def test_the_frames_of_the_parts_are_those_of_the_uncut_video(root: Path, cut: P
     assert can_start_inside(entry, root) == can_start_inside(uncut, cut) == True  # noqa: E712
 
 
+def test_resized_frames_are_the_same_from_another_process_and_from_the_cache(root: Path) -> None:
+    dataset, frame_index = indexed(root), np.arange(0, 60, 4)
+    [entry] = dataset.index.videos
+    small = PreprocessConfig(resize_px=32, crop_px=32, cut_margin=True)
+    config = Config(preprocess=small, cache=CacheConfig(dir=root / "cache", codec="png"), data=DataConfig(fps=6.25))
+    sent = pickle.loads(pickle.dumps(partial(source_frames, config, dataset, entry, frame_index)))  # noqa: S301
+    with sent() as sampled:
+        frames = list(sampled.frames)
+    assert sampled.provenance["reader"] == "pyav"
+    frame_cache(config).ensure(cache_request(config, dataset, entry, frame_index)).close()
+    with open_frames(config, dataset, entry, frame_index, slice(3, 9)) as sampled:
+        assert sampled.provenance["frames_from"] == "cache"
+        assert np.array_equal(list(sampled.frames), frames[3:9])
+
+
 def test_parts_of_different_rates_are_sampled_by_time(tmp_path: Path) -> None:
     for name, fps, count in zip(NAMES, (25, 50, Fraction(30000, 1001)), (10, 30, 9), strict=True):
         write_video(tmp_path / name, VideoSpec(count=count, fps=Fraction(fps)))
@@ -356,8 +392,12 @@ def test_a_missing_part_leaves_the_video_out_and_a_lost_or_changed_one_is_named(
     write_video(root / NAMES[1], VideoSpec(count=24, width_px=128))
     with pytest.raises(ChangedSource, match=r"video02_part2\.mp4: has changed"):
         open_source(Config(), dataset, entry)
+    config = described(root)
+    dataset.index.save(config.data.index)
+    assert "1 of 1 sources have changed (video02)" in list(check_data(config))[-1].found
     (root / NAMES[1]).unlink()
     assert NAMES[1] in check_index(dataset)[0]
+    assert "1 of 1 sources are missing (video02)" in list(check_data(config))[-1].found
     with pytest.raises(UserError, match=r"video02_part2\.mp4"):
         open_source(Config(), dataset, entry)
     assert "part 3 of a recording, but there is no part 2" in refusal(root)
@@ -405,6 +445,25 @@ def test_an_entry_that_contradicts_its_parts_is_refused(root: Path, change: dict
     value = {**entry.model_dump(mode="json"), **change}
     with pytest.raises(ValidationError):
         VideoEntry.model_validate(value)
+
+
+def test_an_index_fits_the_settings_only_if_all_parts_do(root: Path) -> None:
+    (root / "later").mkdir()
+    (root / NAMES[2]).rename(root / "later" / NAMES[2])
+    index = index_dataset(described(root))
+    assert [entry.source for entry in index.videos[0].sources] == [*NAMES[:2], f"later/{NAMES[2]}"]
+    assert open_dataset(described(root)).index == index
+    with pytest.raises(UserError, match=r"contains video02_part1\.mp4, which data\.sources=video:later"):
+        open_dataset(described(root, sources="video:later"))
+    cut_video(root / ".spare", [root / f"video03_part{number}.mp4" for number in (1, 2)], [2])
+    with pytest.raises(UserError, match="replace it with --force"):
+        index_dataset(described(root))
+
+
+def test_a_copy_with_new_times_is_the_same_by_its_whole_hash(root: Path) -> None:
+    dataset = indexed(root, full_hash=True)
+    os.utime(root / NAMES[2], (1, 1))
+    assert not [problem for problem in check_index(dataset) if "passed over" not in problem]
 
 
 def test_a_moved_data_set_keeps_the_digest_of_its_index(root: Path) -> None:
