@@ -80,6 +80,18 @@ def test_files_are_found_by_name_whatever_the_folders(tmp_path: Path) -> None:
     }
 
 
+def test_files_that_the_description_ignores_are_neither_used_nor_reported(tmp_path: Path) -> None:
+    patterns = SPEC.patterns.model_copy(update={"ignore": r"(tray/.*|masks/.*|.*_right\.{video})"})
+    spec = SPEC.model_copy(update={"patterns": patterns})
+    make(tmp_path, "micro/video01.mp4", "tray/video01.mp4", "micro/video01_right.mp4")
+    make(tmp_path, "video02/0000.png", "video02/0001.png", "video02/masks/0000.png", "video02/masks/0001.png")
+    everything = find_videos(tmp_path, spec)
+    assert [video.source for video in everything.videos] == ["micro/video01.mp4", "video02"]
+    assert not everything.passed_over
+    with pytest.raises(ValidationError, match="ignore"):
+        DataSetSpec.model_validate(spec.model_dump() | {"patterns": {**patterns.model_dump(), "ignore": "("}})
+
+
 def test_videos_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     make(tmp_path, *(f"video{number}.mp4" for number in (100, 9, 10, 1)))
     assert list(found(tmp_path)) == ["video01", "video09", "video10", "video100"]

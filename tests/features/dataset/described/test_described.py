@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from configs.dataset_spec import DataSetSpec, FilePatterns
 from configs.errors import UserError
@@ -123,3 +124,64 @@ def test_faults_are_named_with_their_place(content: str, message: str) -> None:
     with pytest.raises(UserError, match="labels: ") as raised:
         labels_of(content, form="starts", unit="source", columns={"label": "label"})
     assert message in str(raised.value)
+
+
+COCO = {"images": [{"id": 5, "file_name": "video01/00001.jpg"}, {"id": 7, "file_name": "video01/00000.jpg"}]}
+OF_COCO = {
+    "format": "json",
+    "records": "annotations",
+    "join": {"records": "images", "by": "image_id"},
+    "parse": {"file_name": r"(?P<case>\w+)/(?P<number>\d+)\.jpg"},
+    "columns": {"video": "case", "start": "number", "label": "phase"},
+    "categories": {"records": "classes"},
+    "unit": "sample",
+    "rate": 1,
+}
+
+
+def test_coco_like_files_name_video_number_and_class_in_other_lists() -> None:
+    annotations = [{"image_id": 5, "phase": 1}, {"image_id": 5, "phase": 1}, {"image_id": 7, "phase": 0}]
+    classes = [{"id": 0, "name": "C"}, {"id": 1, "name": "A"}]
+    content = {**COCO, "annotations": annotations, "classes": classes}
+    assert labels_of(json.dumps(content), video="video01", **OF_COCO) == [2] * 25 + [0] * 75
+    for wrong, message in (
+        ({"classes": [*classes, {"id": 1, "name": "B"}]}, r"classes\[2\]: two classes have the id 1"),
+        ({"classes": [{"id": 0}]}, r"classes\[0\] has no id and name of a class"),
+        ({"annotations": [{"image_id": 5, "phase": 9}]}, r"annotations\[0\]: unknown label '9'"),
+        ({"images": [{"id": 5, "file_name": "00001.jpg"}]}, r"annotations\[0\]: file_name is '00001.jpg', not like"),
+        ({"annotations": [{"image_id": 6, "phase": 1}]}, r"image_id 6 is not in images"),
+    ):
+        broken = {**content, "annotations": annotations[:2], **wrong}
+        with pytest.raises(UserError, match=message):
+            labels_of(json.dumps(broken), video="video01", **OF_COCO)
+
+
+def test_several_columns_can_each_name_a_tool() -> None:
+    source = LabelSource.model_validate(
+        {
+            "files": r"(?P<id>\d+)\.csv",
+            "delimiter": "comma",
+            "unit": "second",
+            "columns": {"start": "time", "labels": ["first", "second"]},
+            "numbers_from": 1,
+            "no_label": ["0", "-2"],
+        }
+    )
+    spec = spec_of(LabelSource(files=r"(?P<id>\d+)\.txt"), tools=("P", "Q", "R"))
+    records = records_by_video(b"time,first,second\n0,1,-2\n1,3,2\n2,0,-2\n", FILE, source, spec)[None]
+    track = parse_described(records, FILE, source, "tool", spec)
+    assert isinstance(track, TimedLabels)
+    assert track.place(FILE, EXTENT).labels[[0, 25, 50]].tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"parse": {"a": "("}}, "a is not a regular expression"),
+        ({"categories": {"records": "x"}}, "categories is for format json"),
+        ({"format": "json", "records": "r", "categories": {"records": "x"}, "numbers_from": 0}, "numbers_from must be"),
+    ],
+)
+def test_a_description_that_contradicts_itself_is_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        LabelSource.model_validate({"files": r"(?P<id>\d+)", **fields})
