@@ -1,4 +1,4 @@
-"""Commands about files of annotation tools: `annotations convert`."""
+"""Commands about labels and annotation tools: `annotations convert`, `annotations review`."""
 
 from __future__ import annotations
 
@@ -61,3 +61,35 @@ def convert(path: Path, out: Path, target: str, index_file: Path | None, **ask: 
     if target != "labelstudio":
         options.refuse(f"--to {target}", options.given("media"))
     options.end_with_failures(convert_files(path, out, target, index_file=index_file, **ask).failed)
+
+
+@group.command()
+@click.argument("run", type=PATH)
+@click.option("--split", default="test", help="Evaluation to use: the name of a folder in RUN/evaluate.")
+@click.option(
+    "--min-confidence",
+    "least",
+    default=0.5,
+    type=click.FloatRange(0, 1),
+    help="Leave out intervals in which the mean probability of the prediction is below this.",
+)
+@click.option("--top", default=20, type=click.IntRange(1), help="Number of intervals to print; the table has all.")
+@click.option(
+    "--as",
+    "formats",
+    multiple=True,
+    type=click.Choice(["eaf", "labelstudio"]),
+    help="Also write labels and doubts for ELAN (eaf) or Label Studio. Repeatable.",
+)
+@click.option("--out", type=PATH, help="Folder to write. Default: RUN/evaluate/SPLIT/review.")
+def review(run: Path, formats: tuple[str, ...], **ask: Any) -> None:
+    """Rank the intervals in which model and labels disagree.
+
+    RUN is an evaluated run: its name, or its folder if that is not below `runs`. Intervals are ranked by the time by
+    which their label is in doubt: the sum over their seconds of p(prediction) - p(label). Prints the first ones, and
+    writes all as review.csv. With --as, each video with such an interval gets a file with its labels (track `phase`)
+    and the model's phases where it disagrees (track `model`).
+    """
+    from evaluation.review import review_run
+
+    review_run(run, formats=tuple(dict.fromkeys(formats)), **ask)

@@ -162,6 +162,14 @@ def report(runs: tuple[Path, ...], split: str, out: Path | None, figures: Path |
 @click.option("--from-joint", "joint_run", metavar="RUN", help="Run whose joint net made the features.")
 @options.INFERENCE
 @click.option("--video", "draw", is_flag=True, help="Also write an MP4 with phase, tools and confidence drawn on it.")
+@click.option(
+    "--as",
+    "formats",
+    multiple=True,
+    type=click.Choice(["csv", "eaf", "labelstudio"]),
+    help="Also write phases as intervals with their confidence, to be corrected in ELAN (eaf) or Label Studio. "
+    "Repeatable.",
+)
 @options.TRUSTED
 def predict(
     settings: Settings,
@@ -172,6 +180,7 @@ def predict(
     joint_run: str | None,
     inference: Any,
     draw: bool,
+    formats: tuple[str, ...],
     trusted: bool,
 ) -> None:
     """Recognise phases and tools in new videos: CSV, ribbon, annotated video.
@@ -198,7 +207,9 @@ def predict(
         else:
             encoder_run = settings.other_run(cnn_run)
             recogniser = pair_of_stages(config, run, encoder_run, inference, trusted=trusted, given=settings.given())
-        done = predict_new_videos(recogniser, videos, out or run / "predict", draw=draw, stop=stop)
+        done = predict_new_videos(
+            recogniser, videos, out or run / "predict", draw=draw, formats=tuple(dict.fromkeys(formats)), stop=stop
+        )
     click.echo(done.sentence())
     options.end_with_failures(done.failed)
 

@@ -23,16 +23,23 @@ from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys, load_dataset
 from configs.schema import CNN_FOLDER, JOINT_FOLDER, TEMPORAL_FOLDER, Config, Inference, PreprocessConfig
 from engine.device import start_stage
-from engine.files import atomic_path, inside, make_folder, read_json, sha256_file, write_json
+from engine.files import atomic_path, inside, make_folder, read_json, sha256_file, write_json, write_text
 from engine.memory import needs_gpu_memory
 from engine.pool import VIDEO_ERRORS, attempt, failure_reason, require_one_usable
 from engine.progress import progress_bar, say
 from engine.runs import BEST_FILE, package_version, require_same_classes
 from engine.stopping import StopRequest
+from evaluation.files.pre_annotations import (
+    ENDINGS,
+    pre_annotation_text,
+    predicted_intervals,
+    write_labelling_config,
+)
 from evaluation.files.predictions import PredictionFile, write_prediction_csv
 from evaluation.metrics.tools import sigmoid
 from evaluation.reports.overlay import Overlay
 from evaluation.reports.paper_figures import phase_ribbons
+from features.annotation_files.intervals import VideoAnnotations
 from features.dataset.build import dataset_of_source
 from features.dataset.index import Dataset, VideoEntry
 from features.dataset.sampling import frame_times_s, sampled_frames
@@ -185,13 +192,20 @@ def as_trained(
 
 @needs_gpu_memory("extract.batch_frames")
 def predict_new_videos(
-    recogniser: Recogniser, sources: Sequence[Path], out: Path, *, draw: bool = False, stop: StopRequest
+    recogniser: Recogniser,
+    sources: Sequence[Path],
+    out: Path,
+    *,
+    draw: bool = False,
+    formats: Sequence[str] = (),
+    stop: StopRequest,
 ) -> PredictReport:
     """Write `<video>.csv`, `<video>.png` (ribbon), `<video>.json` and, with `draw`, `<video>.mp4` into `out`.
 
-    The JSON file records which net and source the others were made from. A video is skipped if its files exist and were
-    made from the same net and source. A video that cannot be read is reported, and the others are predicted. Raises
-    UserError if no video can be predicted or if two sources have the same name, and Stopped when `stop` is set.
+    `formats` are those of annotation tools to write as well (`evaluation.files.pre_annotations`). The JSON file records
+    which net and source the others were made from. A video is skipped if its files exist and were made from the same
+    net and source. A video that cannot be read is reported, and the others are predicted. Raises UserError if no video
+    can be predicted or if two sources have the same name, and Stopped when `stop` is set.
     """
     datasets, report = {}, PredictReport(make_folder(out))
     for path in sources:
@@ -207,10 +221,12 @@ def predict_new_videos(
         for note in dataset.index.notes:
             say(f"note: {note}")
     require_one_usable(report.failed, len(datasets))
+    if "labelstudio" in formats:
+        write_labelling_config(out, recogniser.spec)
     waiting = []
     for name, dataset in datasets.items():
         try:
-            video = _Video(recogniser, dataset, out, draw, stop)
+            video = _Video(recogniser, dataset, out, draw, formats, stop)
             done = video.is_done()
         except VIDEO_ERRORS as error:
             report.failed.append((name, failure_reason(error)))
@@ -245,10 +261,21 @@ def _predict_all(videos: Sequence[_Video], config: Config, report: PredictReport
 class _Video:
     """The prediction of one video, computed from the messages of `stage1_cnn.decode_ahead`, and its files."""
 
-    def __init__(self, recogniser: Recogniser, dataset: Dataset, out: Path, draw: bool, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        recogniser: Recogniser,
+        dataset: Dataset,
+        out: Path,
+        draw: bool,
+        formats: Sequence[str],
+        stop: StopRequest,
+    ) -> None:
         self.entry, self._dataset = dataset.index.videos[0], dataset
-        self._recogniser, self._draw, self._stop = recogniser, draw, stop
-        self._files = {kind: out / f"{file_stem(self.entry.id)}.{kind}" for kind in ("csv", "png", "mp4", "json")}
+        self._recogniser, self._draw, self._formats, self._stop = recogniser, draw, formats, stop
+        endings = {kind: kind for kind in ("csv", "png", "mp4", "json")} | {
+            f"as {kind}": ENDINGS[kind] for kind in formats
+        }
+        self._files = {kind: out / f"{file_stem(self.entry.id)}.{ending}" for kind, ending in endings.items()}
         self._made_by = {**_identity_of_source(self.entry), **recogniser.identity}
         version = package_version("surgstage")
         self._about = {"source": self.entry.source, "surgstage": version, "made_by": self._made_by}
@@ -257,7 +284,7 @@ class _Video:
 
     def is_done(self) -> bool:
         """Whether all files exist already. Raises UserError if a file exists that was made from something else."""
-        wanted = ["csv", "png", *(["mp4"] if self._draw else [])]
+        wanted = ["csv", "png", *(["mp4"] if self._draw else []), *(f"as {kind}" for kind in self._formats)]
         return _is_done(self._files, wanted, self._made_by, inside(self._dataset.root, self.entry.source))
 
     def take(self, message: dict[str, str] | Tensor | None) -> None:
@@ -290,6 +317,16 @@ class _Video:
             np.concatenate(self._tools).astype(np.float32) if self._tools else None,
         )
 
+    def _annotations(self, prediction: PredictionFile) -> VideoAnnotations:
+        """The predicted phases as intervals; the last one lasts as long as a sample, but not beyond the video."""
+        entry, config, time_s = self.entry, self._recogniser.config, prediction.time_s
+        end_s = float(frame_times_s(entry, [entry.frame_count - 1])[0]) + 1 / entry.fps
+        edges_s = np.append(time_s, min(time_s[-1] + 1 / config.data.fps, end_s))
+        annotator = f"surgstage {self._about['surgstage']}"
+        phases = self._recogniser.spec.phases
+        found = predicted_intervals(prediction.phase, prediction.probabilities, edges_s, phases, annotator)
+        return VideoAnnotations(entry.id, found, entry.fps, entry.source)
+
     def _write(self) -> None:
         entry, spec, fps = self.entry, self._recogniser.spec, self._recogniser.config.data.fps
         prediction = self._prediction()
@@ -298,6 +335,10 @@ class _Video:
         drawn = [(entry.id, np.full(len(phase), -1, np.int8), {"predicted": phase})]
         title = f"{entry.id}: predicted phases ({spec.title or spec.name})"
         phase_ribbons(self._files["png"], drawn, fps, spec.phases, title, {entry.id: time_s})
+        if self._formats:
+            annotations = self._annotations(prediction)
+            for kind in self._formats:
+                write_text(self._files[f"as {kind}"], pre_annotation_text(kind, annotations))
         if self._draw:
             _draw(self._recogniser, prediction, self._dataset, self._files["mp4"], self._stop)
         write_json(self._files["json"], {**self._about, "samples": len(phase), "complete": True})

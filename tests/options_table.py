@@ -26,7 +26,7 @@ READING = {
     "--allow-missing": "",
 }
 WEIGHTS = ["--set", "cnn.weights=own.pth"]
-PREDICT = {**RUN, "--inference": "clip", "--out": "a #b", "--video": ""}
+PREDICT = {**RUN, "--inference": "clip", "--out": "a #b", "--video": "", "--as": "eaf"}
 NEW_VIDEOS = "stage2_temporal.new_videos:predict_new_videos"
 PAIR = ("stage2_temporal.new_videos:pair_of_stages", NEW_VIDEOS)
 COMPARE = ("evaluation.comparison:compare_models",)
@@ -453,6 +453,13 @@ MODES = [
         ("interop.annotations:convert_files",),
         {**{option: value for option, value in CONVERT.items() if option != "--fps"}, "--media": "x"},
         {"--fps": "25"},
+    ),
+    Mode(
+        "annotations review",
+        "always",
+        ["a"],
+        ("evaluation.review:review_run",),
+        {"--split": "val", "--min-confidence": "0.7", "--top": "3", "--as": "eaf", "--out": "x"},
     ),
     Mode("features verify", "always", ["folder"], ("features.store_folder:verify_folder",)),
     Mode("features info", "always", ["folder"], ("features.store_folder:describe_folder",)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -11,7 +12,10 @@ import numpy as np
 import pytest
 
 from configs.load import load_dataset
-from evaluation.files.predictions import read_prediction_csv
+from evaluation.files.predictions import PredictionFile, read_prediction_csv
+from features.annotation_files.eaf import read_eaf
+from features.annotation_files.label_studio import read_label_studio
+from features.annotation_files.table import read_csv
 from tests.cli import run, succeed
 from tests.test_cli import (  # noqa: F401 (fixtures)
     finished,
@@ -37,7 +41,8 @@ def unknown(workplace: Path, videos: Path) -> Path:  # noqa: F811
 
 @pytest.mark.slow
 def test_a_new_video_gets_the_numbers_that_evaluate_gives(workplace: Path, unknown: Path) -> None:  # noqa: F811
-    output = succeed([*PREDICT, str(unknown), "--video"], workplace)
+    tools = ["--as", "eaf", "--as", "labelstudio", "--as", "csv"]
+    output = succeed([*PREDICT, str(unknown), "--video", *tools], workplace)
     assert "1 video(s) predicted" in output
     out = workplace / "runs/tiny/predict"
     found = read_prediction_csv(out / "case (A) été.csv", SPEC)
@@ -57,10 +62,28 @@ def test_a_new_video_gets_the_numbers_that_evaluate_gives(workplace: Path, unkno
     assert np.abs(frames[0][:96].astype(int) - first).mean() < 12  # the frame is above, the band below
     assert frames[0][96:].max() > 150  # and the band is not empty
     assert no_temporaries(out)
+    require_intervals(out, "case (A) été", found)
 
-    assert "0 video(s) predicted, 1 unchanged" in succeed([*PREDICT, str(unknown), "--video"], workplace)
+    assert "0 video(s) predicted, 1 unchanged" in succeed([*PREDICT, str(unknown), "--video", *tools], workplace)
     clip = refuse([*PREDICT, str(unknown), "--inference", "clip"], workplace)
     assert "made by another net or from another video" in clip
+
+
+def require_intervals(out: Path, name: str, found: PredictionFile) -> None:
+    """The files for annotation tools have the predicted phases, and are read back alike."""
+    [video] = read_csv((out / f"{name}.intervals.csv").read_bytes(), out / "all.csv").videos
+    assert video.video == name
+    for one in video.intervals:
+        inside = (found.time_s >= one.start_s - 1e-3) & (found.time_s < one.end_s - 1e-3)
+        number = SPEC.phases.index(one.label)
+        assert set(found.phase[inside]) == {number}
+        assert one.confidence == pytest.approx(found.probabilities[inside, number].mean(), abs=1e-4)
+    assert all(one.end_s == after.start_s for one, after in pairwise(video.intervals))
+    assert read_eaf((out / f"{name}.eaf").read_bytes(), out / f"{name}.eaf").videos[0].intervals == video.intervals
+    tasks = (out / f"{name}.labelstudio.json").read_bytes()
+    assert json.loads(tasks)[0]["data"]["video"].startswith("/data/local-files/?d=case%20")
+    assert read_label_studio(tasks, out / "x.json").videos[0].intervals == video.intervals
+    assert '<Label value="Preparation"/>' in (out / "labelstudio.xml").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
