@@ -107,11 +107,9 @@ def _cholec80(root: Path, spec: DataSetSpec) -> Truth:
         rows = [f"{at}\t{spec.phases[one]}" for at, one in enumerate(phases)]
         text(root / f"phase_annotations/{name}-phase.txt", ["Frame\tPhase", *rows])
         row = "\t".join(map(str, [0, *tools[0]]))
-        text(root / f"tool_annotations/{name}-tool.txt", ["\t".join(["Frame", *spec.tools]), row])
-        truth[name] = {
-            "phase": phases,
-            "tool": np.concatenate([tools, np.full((FRAMES - 1, len(spec.tools)), -1)]),  # every 25th frame
-        }
+        rows = ["\t".join(["Frame", *spec.tools]), row]  # every 25th frame
+        text(root / f"tool_annotations/{name}-tool.txt", rows)
+        truth[name] = {"phase": phases, "tool": np.repeat(tools, FRAMES, axis=0)}
     return truth
 
 
@@ -140,6 +138,7 @@ def _heichole(root: Path, spec: DataSetSpec) -> Truth:
         text(root / f"Annotations/Phase/{name}_{said[0]}.csv", [f"{at},{one}" for at, one in enumerate(phases)])
         rows = [",".join(map(str, [at, *row])) for at, row in enumerate(slots)]
         text(root / f"Annotations/Instrument/{name}_{instrument}.csv", rows)
+        text(root / f"Annotations/Phase/Raw_annotations/{name}_{said[0]}.csv", ["another form"])
         truth[f"Hei-Chole{number}"] = {"phase": phases, "tool": slots[:, :7]}
     return truth
 

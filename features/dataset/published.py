@@ -11,9 +11,10 @@ from configs.errors import UserError
 from configs.file_pattern import file_pattern
 from configs.schema import SplitConfig
 from engine.files import inside
+from engine.progress import BAR_AFTER_S, progress_bar
 from engine.safe_pickle import load_plain
 from features.dataset.discover import files_matching
-from features.dataset.splits import PARTS, rule_asked_for
+from features.dataset.splits import PARTS, Split, rule_asked_for
 from features.ids import id_key
 
 
@@ -31,22 +32,22 @@ def published_lists(
     if rule not in spec.splits or not spec.splits[rule].needs_copy:
         return {}
     named, known = spec.splits[rule], {id_key(one): one for one in ids}
-    patterns = {str(part): pattern for part, pattern in named.listed_in.items()}
-    found: dict[str, tuple[str, ...]] = {}
-    for part in PARTS:
-        chosen = [one for entry in getattr(named, part) for one in _of_entry(entry, paths)]
-        if part in patterns:
-            files = files_matching(root, file_pattern(patterns[part]))
-            if not files and asked is None:
-                return {}
-            if not files:
-                raise UserError(
-                    f"split {rule} of {spec.name}: no file below {root} matches {patterns[part]}, whose files "
-                    f"list the {part} videos; add them, or choose another data.split.rule"
-                )
-            chosen += [known[key] for file in files for key in _listed(inside(root, file)) if key in known]
-        found[part] = tuple(dict.fromkeys(chosen))
-    return {rule: NamedSplit.model_validate(found)}
+    chosen = {part: [one for entry in getattr(named, part) for one in _of_entry(entry, paths)] for part in PARTS}
+    files: list[tuple[Split, str]] = []
+    for part, pattern in named.listed_in.items():
+        matching = files_matching(root, file_pattern(pattern))
+        if not matching and asked is None:
+            return {}
+        if not matching:
+            raise UserError(
+                f"split {rule} of {spec.name}: no file below {root} matches {pattern}, whose files list the {part} "
+                "videos; add them, or choose another data.split.rule"
+            )
+        files += [(part, file) for file in matching]
+    with progress_bar(None, f"split {rule}", "file", iterable=files, delay=BAR_AFTER_S) as listing:
+        for part, file in listing:  # the pickles of a large data set take seconds each
+            chosen[part] += [known[key] for key in _listed(inside(root, file)) if key in known]
+    return {rule: NamedSplit.model_validate({part: tuple(dict.fromkeys(found)) for part, found in chosen.items()})}
 
 
 def _of_entry(entry: str, paths: Mapping[str, Iterable[str]]) -> list[str]:

@@ -33,7 +33,8 @@ def test_every_frame_has_the_label_that_was_written(name: str, tmp_path: Path) -
     assert not index.is_partial
     assert {entry.id for entry in index.videos} == set(truth)
     for entry in index.videos:
-        found = sampled_labels(Dataset(index, tmp_path), entry, DataConfig(fps=entry.most_fps))
+        every = DataConfig(fps=entry.most_fps, tools_between_rows="hold")
+        found = sampled_labels(Dataset(index, tmp_path), entry, every)
         labels = {"phase": found.phase, "tool": found.tools, **found.tracks}
         assert truth[entry.id].keys() == set(spec.roles)
         for role, expected in truth[entry.id].items():
