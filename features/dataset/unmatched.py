@@ -93,7 +93,7 @@ def passed_over_videos(paths: Sequence[str], taken: Sequence[str], spec: DataSet
     reasons |= {
         path: f"looks like one part of a recording: join its parts into {whole} (`ffmpeg -f concat -safe 0 -i LIST.txt "
         f"-c copy {whole}`, a line such as file 'PART' in LIST.txt for each), and move the parts out of the data root; "
-        "or have them read as one video: add a group (?P<part>...) to patterns.video in a copy of the description"
+        f"or have them read as one video: {_pattern_with_part(path, spec)} in a copy of the data set's description"
         for path, whole in _parts(paths, taken, spec).items()
         if path not in reasons
     }
@@ -142,6 +142,22 @@ def _parts(paths: Sequence[str], taken: Sequence[str], spec: DataSetSpec) -> dic
         return bool(cut or matches[path]["word"] or match_path(pattern, whole))
 
     return {path: wholes[path].name for path in paths if path in wholes and is_part(path)}
+
+
+def _pattern_with_part(path: str, spec: DataSetSpec) -> str:
+    """Return how to change `patterns.video` so that this file is part of a recording."""
+    stem, present = PurePosixPath(path).stem, spec.patterns.video
+    if "part" in spec.patterns.compiled("video").groupindex:
+        return "let patterns.video, which has a group (?P<part>...), match it"
+    named, tail = _PART.fullmatch(stem), re.search(r"\\\.(\{video\}|\([\w|]+\)|\w+)$", present)
+    if named and tail:
+        digits = r"\d+" if named["part"].isdecimal() else "[a-z]"
+        group = f"({re.escape(stem[named.end('whole') : named.start('part')])}(?P<part>{digits}))?"
+        pattern = present[: tail.start()] + group + tail[0]
+        found = match_path(file_pattern(pattern), PurePosixPath(path))
+        if found and found["part"] == named["part"]:
+            return f"set patterns.video to '{pattern}'"
+    return "add a group (?P<part>...) to patterns.video"
 
 
 def example_name(role: str, spec: DataSetSpec) -> str | None:

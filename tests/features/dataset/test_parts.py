@@ -40,6 +40,7 @@ from features.frames.source import (
     frame_cache,
     open_frames,
     open_source,
+    require_indexed_annotations,
     require_indexed_source,
     source_frames,
 )
@@ -170,12 +171,32 @@ def test_patterns_with_slashes_match_the_end_of_the_path(tmp_path: Path) -> None
     ]
 
 
-def test_without_the_group_parts_are_passed_over_with_both_ways_to_use_them(tmp_path: Path) -> None:
-    make(tmp_path, "video01.mp4", "video02_part1.mp4", "video02_part2.mp4")
-    passed = dict(find_videos(tmp_path, load_dataset("cholec80")).passed_over)
-    assert set(passed) == {"video02_part1.mp4", "video02_part2.mp4"}
-    assert "join its parts into video02.mp4" in passed["video02_part1.mp4"]
-    assert "add a group (?P<part>...) to patterns.video" in passed["video02_part1.mp4"]
+@pytest.mark.parametrize("names", [("video02_part1.mp4", "video02_part2.mp4"), ("a/video02-A.avi", "b/video02-B.avi")])
+def test_without_the_group_parts_are_passed_over_with_both_ways_to_use_them(
+    tmp_path: Path, names: tuple[str, str]
+) -> None:
+    make(tmp_path, "video01.mp4", *names)
+    spec = load_dataset("cholec80")
+    passed = dict(find_videos(tmp_path, spec).passed_over)
+    assert set(passed) == set(names)
+    [reason] = set(passed.values())
+    assert f"join its parts into video02{Path(names[0]).suffix}" in reason
+    pattern = reason.partition("set patterns.video to '")[2].partition("' in a copy")[0]
+    described = spec.model_copy(update={"patterns": spec.patterns.model_copy(update={"video": pattern})})
+    assert parts_found(tmp_path, described) == {
+        "video01": [("video01.mp4", None)],
+        "video02": [(name, None) for name in names],
+    }
+
+
+def test_the_way_to_use_parts_is_general_where_no_pattern_can_be_made(tmp_path: Path) -> None:
+    make(tmp_path, "op1/left.mp4", "op2_part1.mp4")
+    spec = spec_of(r"x(?P<id>\d+)", patterns={"video": r"op(?P<id>\d+)/left\.mp4"})
+    [(_, reason)] = find_videos(tmp_path, spec).passed_over
+    assert "add a group (?P<part>...) to patterns.video" in reason
+    make(tmp_path, "video05_partA.mp4", "video06-teil1.mp4")
+    [(_, reason)] = [one for one in find_videos(tmp_path, SPEC).passed_over if "06" in one[0]]
+    assert "let patterns.video, which has a group (?P<part>...), match it" in reason
 
 
 @pytest.mark.parametrize(
@@ -327,6 +348,25 @@ def test_labels_of_the_whole_and_labels_of_parts_give_the_same(root: Path) -> No
     assert changed.phase_file != before  # so that features know that their labels are out of date
 
 
+def test_tracks_may_differ_in_whether_parts_have_files_of_their_own(root: Path) -> None:
+    (root / "video02.txt").write_text(rows(range(60)))
+    for part, first in ((1, 0), (3, 36)):
+        (root / f"steps02_{part}.csv").write_text(f"start,end,label\n0,2,{'xy'[first > 0]}\n5,9,z\n")
+    steps = {"files": r"steps(?P<id>\d+)_(?P<part>\d)\.csv", "delimiter": "comma", "form": "intervals"}
+    steps |= {"unit": "source", "columns": {"end": "end", "label": "label"}, "gaps": "x"}
+    phases = SPEC.model_dump(mode="json")["labels"]["phases"]
+    spec = spec_of(tracks={"steps": {"classes": ["x", "y", "z"]}}, labels={"phases": phases, "steps": steps})
+    dataset = indexed(root, spec)
+    [entry] = dataset.index.videos
+    labels = sampled_labels(dataset, entry, DataConfig(fps=25))
+    assert labels.phase.tolist() == [frame // 10 % 5 for frame in range(60)]
+    first, third = [0, 0, 0, 0, 0, 2, 2, 2, 2, 0, 0, 0], [1, 1, 0, 0, 0, 2, 2, 2, 2] + [0] * 15
+    assert labels.tracks["steps"].tolist() == [*first, *[-1] * 24, *third]
+    assert [file.path for file in entry.annotation_files] == ["video02.txt", "steps02_1.csv"]
+    assert entry.paths == {*NAMES, "video02.txt", "steps02_1.csv", "steps02_3.csv"}
+    assert check_index(dataset) == check_index(indexed(root, spec))
+
+
 def test_a_part_without_labels_or_with_too_few_has_none_there(root: Path) -> None:
     (root / "video02_part1.txt").write_text(rows(range(0, 8, 2)))
     (root / "video02_part3.txt").write_text(rows(range(5, 24, 5), 36))
@@ -356,6 +396,12 @@ def test_one_file_for_all_videos_numbers_the_whole_recording(root: Path) -> None
     dataset = indexed(root, shared("2"))
     [entry] = dataset.index.videos
     assert load_labels(dataset, entry, range(60))[0].tolist() == [0] * 12 + [1] * 24 + [3] * 24
+    require_indexed_annotations(dataset, entry)
+    shared("2", "3")
+    require_indexed_annotations(dataset, entry)  # the labels of another video are new
+    (root / "all.csv").write_text((root / "all.csv").read_text().replace("2;12;B", "2;13;B"))
+    with pytest.raises(UserError, match=r"all\.csv: has changed since it was indexed"):
+        require_indexed_annotations(dataset, entry)
     with pytest.raises(UserError, match="'video02_part1' is one part of a recording"):
         indexed(root, shared("video02_part1"))
 
