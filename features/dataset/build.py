@@ -77,7 +77,7 @@ def build_index(
     )
     reasons = {printable(name): below_root(str(error), root) for name, error in faults} | excluded
     ids = [*(entry.id for entry in entries), *reasons]
-    places = {entry.id: [entry.source, *(file.path for file in entry.annotation_files)] for entry in entries}
+    places = {entry.id: sorted(entry.paths) for entry in entries}
     lists = published_lists(root, spec, data.split, places, ids)
     splits = _splits(ids, with_lists(spec, lists), data, passed_over, notes)
     return Index(

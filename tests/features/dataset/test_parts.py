@@ -506,6 +506,20 @@ def test_an_index_fits_the_settings_only_if_all_parts_do(root: Path) -> None:
         index_dataset(described(root))
 
 
+def test_parts_in_the_folders_of_two_splits_are_refused(root: Path) -> None:
+    split = {"train": ["/first/*"], "test": ["/second/*"]}
+    spec = spec_of(splits={"official": split}, default_split="official")
+    for name, folder in zip(NAMES, ("first", "first", "second"), strict=True):
+        (root / folder).mkdir(exist_ok=True)
+        (root / name).rename(root / folder / name)
+    with pytest.raises(UserError, match="video02"):
+        build_index(root, spec, DataConfig(split={"rule": "official"}))
+    (root / "second" / NAMES[2]).rename(root / "first" / NAMES[2])
+    (root / ".spare").rename(root / "second/video01.mp4")
+    splits = {entry.id: entry.split for entry in indexed(root, spec).index.videos}
+    assert splits == {"video01": "test", "video02": "train"}
+
+
 def test_a_copy_with_new_times_is_the_same_by_its_whole_hash(root: Path) -> None:
     dataset = indexed(root, full_hash=True)
     os.utime(root / NAMES[2], (1, 1))
