@@ -58,7 +58,7 @@ COMMANDS = {
     ),
     "datasets": ("commands.datasets:datasets", "List and show the known data sets, and try a description on a folder"),
     "annotations": ("commands.annotations:group", "Convert files of annotation tools, and find labels to check"),
-    "features": ("commands.data:features", "Check and describe feature folders"),
+    "features": ("commands.data:features", "Check, describe, import and export feature folders"),
     "config": ("commands.settings:config", "Show settings"),
     "doctor": ("commands.settings:doctor", "Check whether this machine can do what the settings ask for"),
 }

@@ -122,7 +122,7 @@ def simulate(out: Path, **chosen: Any) -> None:
 
 @click.group()
 def features() -> None:
-    """Check and describe feature folders."""
+    """Check, describe, import and export feature folders."""
 
 
 @features.command()
@@ -154,3 +154,96 @@ def info(folder: Path) -> None:
 
     for line in describe_folder(folder):
         click.echo(line)
+
+
+@features.command(name="import")
+@click.argument("place", metavar="IN", type=PATH)
+@options.settings(name=None)
+@click.option("--out", required=True, type=PATH, metavar="DIR", help="Feature folder to write.")
+@click.option(
+    "--format",
+    "layout",
+    type=click.Choice(["auto", "tecno", "mstcn", "npy", "npz", "pt", "h5"]),
+    default="auto",
+    help="What the files are: pickles of TeCNO, a folder of MS-TCN or ASFormer, or files of arrays. auto: from the "
+    "endings of the files.",
+)
+@click.option("--fps", type=options.POSITIVE, metavar="RATE", help="Rows per second in the files.")
+@click.option("--every", type=click.IntRange(1), default=1, metavar="N", help="Take only every N-th row.")
+@click.option("--dataset", metavar="NAME", help="Data set whose classes the labels are; a name or a YAML file.")
+@click.option("--index", type=PATH, metavar="FILE", help="Index of the videos: their splits, frames, times and labels.")
+@click.option(
+    "--labels",
+    metavar="WHERE",
+    help="files: in or beside the files of features; index: from the index; none; or a folder of text files with one "
+    "row per row of features. Default: index with --index, otherwise files.",
+)
+@options.PHASE_ORDER
+@click.option("--split", metavar="NAME", help="Division in the bundles of MS-TCN, such as split1.")
+@click.option(
+    "--layout",
+    "axes",
+    type=click.Choice(["TD", "DT"]),
+    help="Which axis is time (T). Default: the one whose length agrees with the labels, or differs between files.",
+)
+@click.option("--key", metavar="NAME", help="Array with the features, if a file holds several.")
+@click.option(
+    "--encoder",
+    metavar="NAME",
+    help="Name of the encoder that made the features. Folders imported under the same name can be used together.",
+)
+def import_(
+    settings: Settings, place: Path, out: Path, layout: str, dataset: str | None, index: Path | None, **chosen: Any
+) -> None:
+    """Make a feature folder of features that another program computed.
+
+    IN is a folder (or one file) with one file per video. Stage two uses the result like any other feature folder:
+    `train-temporal`, `ablate` and `evaluate` take it with --features DIR. `predict` cannot, since it would need the
+    encoder. Splits are those of the index or of MS-TCN's bundles, or what data.split says. The rate of the rows is
+    never assumed: give it with --fps, unless the files' names contain it as TeCNO's do (`video_1_25.0fps.pkl`, which
+    --every 25 turns into one row per second). Nothing in a file is executed. A second call continues where the first
+    one stopped.
+
+    \b
+      features import cholec80_pickle_export/25.0fps --out F --dataset cholec80 --every 25
+      features import data/50salads --out F --fps 30 --split split1
+      features import h5_files --out F --fps 1 --index artifacts/index.json --set data.root=DIR
+    """
+    from interop.feature_files.importing import Request, import_features
+
+    if index is not None:
+        options.refuse("--index, which names the data set and the splits", options.given("dataset", "split"))
+    asked = dataset or (settings.config.data.dataset if settings.given().any_of("data.dataset") else None)
+    request = Request(layout=None if layout == "auto" else layout, dataset=asked, index=index, **chosen)
+    with options.watch_signals() as stop:
+        report = import_features(place, out, settings.config, request, stop)
+    click.echo(report.sentence())
+    options.end_with_left_out(report.left_out)
+
+
+@features.command()
+@click.argument("folder", type=PATH)
+@click.argument("out", type=PATH)
+@click.option(
+    "--to",
+    "layout",
+    type=click.Choice(["mstcn", "npz"]),
+    required=True,
+    help="mstcn: features/*.npy (D, T), groundTruth/*.txt, mapping.txt and splits/*.bundle, as MS-TCN and ASFormer "
+    "read them. npz: one NumPy archive per video.",
+)
+@click.option("--unlabelled", metavar="NAME", help="With mstcn: the class of frames without a label.")
+@click.option("--force", "replace", is_flag=True, help="Write into a folder that is not empty.")
+def export(folder: Path, out: Path, layout: Any, unlabelled: str | None, replace: bool) -> None:
+    """Write the features in FOLDER to OUT for other programs, as float32.
+
+    NumPy alone reads them. `surgstage.json` in OUT says what the files cannot: the rows per second, the encoder, and
+    original names. `features import` reads both forms back.
+    """
+    from interop.feature_files.export import export_features
+
+    if layout == "npz":
+        options.refuse("--to npz, which can hold frames without a label", options.given("unlabelled"))
+    with options.watch_signals() as stop:
+        sentence = export_features(folder, out, layout, unlabelled=unlabelled, replace=replace, stop=stop)
+    click.echo(sentence)

@@ -151,12 +151,8 @@ def load_external_state(path: Path, trusted: bool = False) -> dict[str, torch.Te
     reported and left out; none of them is executed. Raises UserError if the file contains no named tensor. Also raises
     UserError if this version of torch cannot load third-party files safely, unless the file is `trusted`.
     """
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version < SAFE_TORCH and not trusted:
-        raise UserError(
-            f"{path}: torch {torch.__version__} cannot load third-party files safely (CVE-2026-24747); "
-            "upgrade to 2.10 or newer, or pass --trusted if you know where the file comes from"
-        )
+    if not trusted:
+        _require_safe_torch(path, "upgrade to 2.10 or newer, or pass --trusted if you know where the file comes from")
     content, objects = _load_without_objects(path)
     tensors = dict(_named_tensors(content))
     named = listed(objects)
@@ -169,6 +165,24 @@ def load_external_state(path: Path, trusted: bool = False) -> dict[str, torch.Te
     if objects:
         say(f"{path}: other Python objects ({named}) were ignored; none was executed")
     return tensors
+
+
+def load_external_content(path: Path) -> Any:
+    """Read a file of `torch.save` of unknown origin: tensors and plain containers, onto the CPU.
+
+    Raises UserError if it is missing or damaged, if it holds anything else, or if this version of torch cannot load
+    third-party files safely.
+    """
+    _require_safe_torch(path, "upgrade to 2.10 or newer")
+    return _load(path)
+
+
+def _require_safe_torch(path: Path, remedy: str) -> None:
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < SAFE_TORCH:
+        raise UserError(
+            f"{path}: torch {torch.__version__} cannot load third-party files safely (CVE-2026-24747); {remedy}"
+        )
 
 
 def _load_without_objects(path: Path) -> tuple[Any, list[str]]:

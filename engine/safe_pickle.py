@@ -3,8 +3,8 @@
 A pickle is a program for a small stack machine, and Python's `pickle.load` executes it. Here the instructions are first
 read without executing them: only those that build lists, tuples, dictionaries, strings and numbers are allowed, and
 their number is limited. Only then is the file unpickled, by an `Unpickler` that knows no classes. With `tensors`, it
-knows the few names under which single numbers of PyTorch and NumPy are stored. Code in this file rebuilds these
-numbers; no function of either library is called.
+knows the few names under which single numbers of PyTorch and NumPy are stored, and `load_arrays` those of whole NumPy
+arrays. Code in this file rebuilds numbers and arrays from their bytes; no function that a file names is called.
 
 An `Unpickler` with its own `find_class` would keep code out, but not files made to exhaust memory: it does not see memo
 slots, declared lengths, nested tuples as dictionary keys, or shared parts. `torch.load(weights_only=True)` allows
@@ -19,6 +19,7 @@ import pickle
 import pickletools
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,6 +31,7 @@ from engine.files import read_bounded
 from engine.sniff import HEAD_BYTES, PICKLE, recognise_start
 
 MAX_FILE_BYTES = 512 << 20
+MAX_ARRAYS_BYTES = 4 << 30  # 2048 values of float32 per frame, at 25 fps: five hours; loading takes three times that
 MAX_INSTRUCTIONS = 16_000_000  # five times an index of all of Cholec80 at one frame per second
 MAX_CONTAINERS = 4_000_000
 MAX_VALUES = 16_000_000  # shared parts are counted at each reference
@@ -55,7 +57,7 @@ _PLAIN = (
 )
 _KEYS = _names("DICT SETITEM SETITEMS")
 _REBUILDING = _names("GLOBAL STACK_GLOBAL REDUCE BUILD")
-_SCALARS = frozenset({str, int, float, bool, bytes, type(None)})
+_SCALARS: frozenset[type] = frozenset({str, int, float, bool, bytes, type(None)})
 
 
 def load_plain(path: Path, *, tensors: bool = False) -> Any:
@@ -65,20 +67,50 @@ def load_plain(path: Path, *, tensors: bool = False) -> Any:
     Nothing in the file is executed. Raises UserError if the file is missing, unreadable, not a pickle or cut off, if it
     contains anything else, or if it exceeds the limits of this module.
     """
-    content = read_bounded(path, MAX_FILE_BYTES)
-    if (what := recognise_start(content[:HEAD_BYTES]) if content else "an empty file") not in (None, PICKLE):
-        raise UserError(f"{path}: not a pickle but {what}")
-    try:
+    content = _pickle_content(path, MAX_FILE_BYTES)
+    with _one_line_errors(path):
         _scan(content, _PLAIN | _REBUILDING if tensors else _PLAIN)
         value = _Reader(content, _classes(_Budget(4 * len(content) + _SPARE_BYTES)) if tensors else {}).load()
         _expanded_size(value, {})
+    return value
+
+
+def load_arrays(path: Path) -> Any:
+    """What `load_plain` reads with `tensors`, with NumPy arrays as well, which cannot be written to.
+
+    Arrays may be the whole content, or entries of a list, tuple or dictionary. Raises UserError as `load_plain` does,
+    and for arrays of other things than numbers.
+    """
+    content = _pickle_content(path, MAX_ARRAYS_BYTES)
+    with _one_line_errors(path):
+        _scan(content, _PLAIN | _REBUILDING | {"BYTEARRAY8"})
+        budget = _Budget(4 * len(content) + _SPARE_BYTES)
+        value = _with_arrays(_Reader(content, _classes(budget) | _array_classes()).load())
+        _expanded_size(value, {}, leaves=_SCALARS | {np.ndarray})
+    return value
+
+
+def _pickle_content(path: Path, most_bytes: int) -> bytes:
+    size = path.stat().st_size if path.is_file() else 0
+    if size > most_bytes:
+        raise UserError(f"{path}: larger than {most_bytes:,} bytes, the limit for such files; choose another")
+    content = read_bounded(path, min(most_bytes, size + 1))  # reading allocates all that it may read
+    if (what := recognise_start(content[:HEAD_BYTES]) if content else "an empty file") not in (None, PICKLE):
+        raise UserError(f"{path}: not a pickle but {what}")
+    return content
+
+
+@contextmanager
+def _one_line_errors(path: Path) -> Iterator[None]:
+    """Turn every exception of the body into a UserError that names the file."""
+    try:
+        yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (MemoryError, RecursionError) as error:
         raise UserError(f"{path}: too large or too deeply nested to load") from error
     except Exception as error:  # the unpickler raises exceptions of many types on damaged files
         raise UserError(f"{path}: damaged pickle ({one_line(error)}); copy or download it again") from error
-    return value
 
 
 # ---------------------------------------------------------------------------------------------- before unpickling
@@ -131,14 +163,14 @@ def _shown(name: str) -> str:
 # ---------------------------------------------------------------------------------------------- after unpickling
 
 
-def _expanded_size(value: Any, sizes: dict[int, int]) -> int:
+def _expanded_size(value: Any, sizes: dict[int, int], leaves: frozenset[type] = _SCALARS) -> int:
     """The number of values in a container; a part to which several references exist is counted at each of them.
 
     `sizes` holds the sizes of the containers counted so far; a container has size 0 while it is being counted. Raises
-    UserError if a part is neither a container nor a string or number (it may be a class that is named but never
-    called), if a container contains itself, or if there are more than MAX_VALUES values.
+    UserError if a part is neither a container nor one of `leaves` (it may be a class that is named but never called),
+    if a container contains itself, or if there are more than MAX_VALUES values.
     """
-    if type(value) in _SCALARS:
+    if type(value) in leaves:
         return 1
     if type(value) not in (list, tuple, dict):
         raise UserError("contains something that is not a list, string or number")
@@ -148,7 +180,7 @@ def _expanded_size(value: Any, sizes: dict[int, int]) -> int:
         return sizes[id(value)]
     sizes[id(value)], size = 0, 1
     for part in (*value, *value.values()) if isinstance(value, dict) else value:
-        size += 1 if type(part) in _SCALARS else _expanded_size(part, sizes)
+        size += 1 if type(part) in leaves else _expanded_size(part, sizes, leaves)
     if size > MAX_VALUES:
         raise UserError("repeats parts of itself into more values than any index or list of predictions; not loaded")
     sizes[id(value)] = size
@@ -362,3 +394,63 @@ def _tensor(budget: _Budget, storage: Any, offset: Any, size: Any, stride: Any, 
     budget.spend(8 * count)
     values = [storage[offset + place * step].item() for place in range(count)]
     return values if size else values[0]
+
+
+# ---------------------------------------------------------------------------------------------- arrays
+
+
+class _Array:
+    """A NumPy array that is being rebuilt: its state is a version, its shape, its type, its order and its bytes."""
+
+    __slots__ = ("values",)
+
+    def __init__(self) -> None:
+        self.values: np.ndarray | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        if not (isinstance(state, tuple) and len(state) == 5):
+            _damaged()
+        _, shape, dtype, fortran, data = state
+        self.values = _shaped(_bytes(data), dtype, shape, "F" if fortran else "C")
+
+
+_NDARRAY = _Rebuilder(lambda *_: _damaged())  # the class, which files name as an argument only
+
+
+def _array_classes() -> dict[str, Any]:
+    """What a pickle with NumPy arrays may refer to, by "module name": protocol 5 has another way than those before."""
+    functions: dict[str, Callable[..., Any]] = {"__builtin__ bytes": lambda: b""}  # of an empty array
+    for core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
+        functions[f"{core}.multiarray _reconstruct"] = _empty_array
+        functions[f"{core}.numeric _frombuffer"] = _array_from_buffer
+    return {name: _Rebuilder(build) for name, build in functions.items()} | {"numpy ndarray": _NDARRAY}
+
+
+def _empty_array(kind: Any, *_: Any) -> _Array:
+    if kind is not _NDARRAY:
+        raise UserError("contains a kind of NumPy array that only the program that wrote it can read")
+    return _Array()
+
+
+def _array_from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+    array = _Array()
+    array.values = _shaped(bytes(data) if isinstance(data, bytearray) else data, dtype, shape, order)
+    return array
+
+
+def _shaped(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+    whole = type(shape) is tuple and len(shape) <= 8 and all(type(size) is int and size >= 0 for size in shape)
+    if not (whole and isinstance(data, bytes) and isinstance(dtype, _DType) and order in ("C", "F")):
+        _damaged()
+    return _numbers(data, dtype.kind, math.prod(shape)).reshape(shape, order=order)
+
+
+def _with_arrays(value: Any) -> Any:
+    """The value with the finished arrays in place of those that were being rebuilt, at its top two levels."""
+    if isinstance(value, _Array):
+        return _damaged() if value.values is None else value.values
+    if isinstance(value, (list, tuple)):
+        return [_with_arrays(part) if isinstance(part, _Array) else part for part in value]
+    if isinstance(value, dict):
+        return {key: _with_arrays(part) if isinstance(part, _Array) else part for key, part in value.items()}
+    return value

@@ -47,6 +47,7 @@ CHUNK_FRAMES = 256
 # The largest data set that is read: a damaged file may claim to have any shape.
 MAX_DATASET_BYTES = 16 << 30
 MAX_ATTRIBUTE_BYTES = 1 << 16
+IMPORTED = "imported"  # arithmetic of features that another program computed; also a key of what is recorded about them
 _DATASETS = {  # number of dimensions, and NumPy's code for the kind of data type
     "features": (2, "f"),
     "frame_index": (1, "i"),
@@ -74,7 +75,7 @@ class EncoderSpec:
     as JSON values, including the crop. `arithmetic` says how the net is computed: `folded` (batch norm is folded into
     the convolutions, whose weights have the precision too) or `plain` (as trained, under autocast), followed by whether
     ReLUs are fused and whether the net is compiled; or `openvino`, for int8 with the hash of the net (`openvino, int8
-    net 0123456789ab`).
+    net 0123456789ab`); or `imported`, for features of another program, whose encoder is not known.
 
     The reader is not part of the spec, since all readers give identical frames. Neither are the device and
     `extract.batch_frames`, which change only the rounding of sums.

@@ -41,6 +41,18 @@ SUBMIT = {
     "--max-requeues": "3",
 }
 CONVERT = {"--from": "csv", "--dataset": "x", "--track": "x", "--annotator": "x", "--fps": "25", "--force": ""}
+IMPORT = "interop.feature_files.importing:import_features"
+IMPORTING = {
+    **SETTINGS,
+    "--format": "mstcn",
+    "--fps": "25",
+    "--every": "25",
+    "--labels": "none",
+    "--phase-order": "mtrcnet",
+    "--layout": "DT",
+    "--key": "features",
+    "--encoder": "resnet50 of fold 1",
+}
 POSITIONAL = {"models", "arguments"}  # arguments of any number
 INTRODUCTION = """# Options
 
@@ -463,12 +475,43 @@ MODES = [
     ),
     Mode("features verify", "always", ["folder"], ("features.store_folder:verify_folder",)),
     Mode("features info", "always", ["folder"], ("features.store_folder:describe_folder",)),
+    Mode(
+        "features import",
+        "without an index",
+        ["theirs", "--out", "a #b"],
+        (IMPORT,),
+        {**IMPORTING, "--dataset": "autolaparo", "--split": "split1", "--index": "x.json"},
+    ),
+    Mode(
+        "features import",
+        "--index",
+        ["theirs", "--out", "a #b", "--index", "x.json"],
+        (IMPORT,),
+        IMPORTING,
+        {"--dataset": "autolaparo", "--split": "split1"},
+    ),
+    Mode(
+        "features export",
+        "--to mstcn",
+        ["folder", "out", "--to", "mstcn"],
+        ("interop.feature_files.export:export_features",),
+        {"--unlabelled": "idle", "--force": ""},
+    ),
+    Mode(
+        "features export",
+        "--to npz",
+        ["folder", "out", "--to", "npz"],
+        ("interop.feature_files.export:export_features",),
+        {"--force": ""},
+        {"--unlabelled": "idle"},
+    ),
 ]
 
 
 def options_of(command: click.Command) -> list[click.Parameter]:
-    """The optional parameters of a command."""
-    return [parameter for parameter in command.params if not parameter.required and parameter.name not in POSITIONAL]
+    """The options of a command, and its arguments that may be left out."""
+    optional = [one for one in command.params if isinstance(one, click.Option) or not one.required]
+    return [parameter for parameter in optional if parameter.name not in POSITIONAL]
 
 
 def spelled(parameter: click.Parameter) -> str:

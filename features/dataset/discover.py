@@ -149,7 +149,7 @@ def _found_video(video_id: str, kind: Kind, sources: Paths, labels: Mapping[str,
     return FoundVideo(video_id, kind, parts[0].source, whole, tuple(parts))
 
 
-def is_chosen(kind: Kind, source: str, data: DataConfig) -> bool:
+def is_chosen(kind: str, source: str, data: DataConfig) -> bool:
     """Whether `data.sources` selects a source of this kind at this path."""
     chosen, _, below = data.sources.partition(":")
     return chosen in ("auto", kind) and PurePosixPath(source).is_relative_to(below)
@@ -462,6 +462,15 @@ def id_of_folder(name: str, spec: DataSetSpec) -> str | None:
     """
     match = spec.patterns.compiled("frames").fullmatch(name) or re.fullmatch("(?P<id>[0-9]+)", name)
     return _video_id(match, spec, Path(name)) if match else None
+
+
+def id_of_name(name: str, spec: DataSetSpec) -> str | None:
+    """Return the id of the video whose file, without its ending, or whose folder of frames is called `name`.
+
+    Returns None for a name of another form.
+    """
+    match = spec.patterns.compiled("video").fullmatch(f"{name}.mp4")
+    return _video_id(match, spec, Path(name)) if match else id_of_folder(name, spec)
 
 
 def _choices(role: str, first: str, second: str, found: Collection[list[str]]) -> str:

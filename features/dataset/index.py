@@ -98,9 +98,10 @@ class VideoEntry(OmitsDefaults):
     For a folder of frames, `frames` says which source frames the images are. `fps` and `frame_count` are those of the
     source video, `size_bytes` is the sum over the images, `modified_ns` is the newest image's, and `sha256_ends` covers
     the images' names and sizes and the content of the first and the last image. A TFRecord file contains its own labels
-    (`records`) and has no annotation files. For a video without a constant rate, `times` contains the times of its
-    frames, and `fps` is the mean rate. If labels count from the container's start, `start_s` is when the first frame is
-    shown, in seconds from there.
+    (`records`) and has no annotation files. Of imported features (kind `features`), the source is the other program's
+    file, whose rows are the frames. For a video without a constant rate, `times` contains the times of its frames, and
+    `fps` is the mean rate. If labels count from the container's start, `start_s` is when the first frame is shown, in
+    seconds from there.
 
     For a recording in several files, `parts` describes each, in their order. Frames are numbered through all parts, and
     each part begins where the one before it ends. `source` is the first part's, sizes and frames are added, the hashes
@@ -110,7 +111,7 @@ class VideoEntry(OmitsDefaults):
 
     OMITTED = frozenset({"times", "start_s", "track_files", "parts"})
     id: VideoId
-    kind: Literal["video", "frames", "tfrecord"]
+    kind: Literal["video", "frames", "tfrecord", "features"]
     source: RelativePath
     size_bytes: int = Field(ge=1, lt=2**63)
     modified_ns: int

@@ -14,7 +14,7 @@ size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import AugmentConfig, PreprocessConfig
+from features.store import IMPORTED
 from features.video.base import FrameReader
 
 if TYPE_CHECKING:
@@ -269,8 +270,13 @@ def preprocess_json(config: PreprocessConfig) -> dict[str, Any]:
 def preprocess_from_json(recorded: Any, where: str) -> PreprocessConfig:
     """Return the settings that a record made by `preprocess_json` describes.
 
-    Raises UserError if another version made the record.
+    Raises UserError if another version made the record, or if the features were imported.
     """
+    if isinstance(recorded, Mapping) and IMPORTED in recorded:
+        raise UserError(
+            f"{where}: trained on imported features, whose encoder and preprocessing are not known here: `evaluate` "
+            "scores such features, but commands that read frames, such as `predict`, cannot compute them"
+        )
     try:
         config = PreprocessConfig(
             cut_margin=recorded["cut_margin"] is not None,

@@ -633,6 +633,88 @@ def _sniffed_seeds() -> list[bytes]:
     return [page, b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n", *_video_seeds()[:1]]
 
 
+# ---------------------------------------------------------------------------------------------- features of others
+
+
+def _read_foreign(format: str) -> Callable[[Path], Read]:
+    from interop.feature_files.arrays import open_features
+
+    def read(path: Path) -> None:
+        with open_features(path, format) as content:
+            for axes in ("TD", "DT"):
+                _allow_refusal(partial(content.frames, axes, slice(0, 50, 2)))
+
+    return lambda folder: read
+
+
+def _foreign_features() -> np.ndarray:
+    return np.arange(480, dtype=np.float32).reshape(30, 16) / 7
+
+
+def _tecno_seeds() -> list[bytes]:
+    values = _foreign_features()
+    lists = [[values, values[:, :7], np.arange(30) % 7], [values.astype(np.float64), values[:, :7], np.zeros(30)]]
+    return [pickle.dumps(value, protocol) for value in lists for protocol in (2, 4, 5)]
+
+
+def _numpy_seeds() -> list[bytes]:
+    arrays = (_foreign_features(), np.asfortranarray(_foreign_features()), _foreign_features().astype(">f8"))
+    return [_written(partial(np.save, arr=array), "a.npy") for array in arrays]
+
+
+def _archive_seeds() -> list[bytes]:
+    arrays = {"features": _foreign_features(), "phase": np.zeros(30, np.int8), "phase_names": np.array(SPEC.phases)}
+    return [_written(partial(save, **arrays), "a.npz") for save in (np.savez, np.savez_compressed)]
+
+
+def _tensor_seeds() -> list[bytes]:
+    import torch
+
+    tensor = torch.from_numpy(_foreign_features())
+    contents = (tensor, {"features": tensor.half(), "labels": torch.zeros(30, dtype=torch.int64)}, [tensor.T])
+    seeds = [_written(partial(torch.save, content), "a.pt") for content in contents]
+    return [*seeds, _written(partial(torch.save, tensor, _use_new_zipfile_serialization=False), "a.pt")]
+
+
+@functools.cache
+def _hdf5_seeds() -> list[bytes]:
+    import h5py
+
+    def write(path: Path, **options: Any) -> None:
+        with h5py.File(path, "w", libver=options.pop("libver", "earliest")) as file:
+            file.create_dataset("features", data=_foreign_features(), **options)
+            file.create_dataset("coords", data=np.zeros((30, 2), np.int64))
+            file["features"].attrs["encoder"] = "resnet50"
+
+    chunked = {"chunks": (8, 16), "maxshape": (None, 16)}
+    kinds: list[dict[str, Any]] = [{}, chunked, {**chunked, "compression": "gzip"}, {**chunked, "libver": "latest"}]
+    return [_written(partial(write, **options), "a.h5") for options in kinds]
+
+
+def _read_truth_lines(path: Path) -> object:
+    from interop.feature_files.mstcn import read_truth
+
+    return read_truth(path, path.name, SPEC)
+
+
+def _read_mapping(path: Path) -> object:
+    from interop.feature_files.mstcn import spec_of_mapping
+
+    return spec_of_mapping(path, "set", 15.0)
+
+
+def _read_bundle(path: Path) -> object:
+    from interop.feature_files.mstcn import read_bundles
+
+    return read_bundles(path.parent, None)
+
+
+def _read_export_file(path: Path) -> object:
+    from interop.feature_files.export import read_export
+
+    return read_export(path)
+
+
 # ---------------------------------------------------------------------------------------------- videos
 
 
@@ -746,6 +828,30 @@ PARSERS: dict[str, Parser] = {
     "checkpoint": Parser("a.pt", _read_checkpoint, _checkpoint_seeds, mend=mend_zip),
     "older checkpoint": Parser("a.pth", _read_checkpoint, _legacy_seeds),
     "pickle": Parser("a.pkl", _plainly(_read_pickle), _pickle_seeds),
+    "TeCNO pickle": Parser("video_1_25.0fps.pkl", _read_foreign("tecno"), _tecno_seeds),
+    "NumPy features": Parser("video01.npy", _read_foreign("npy"), _numpy_seeds),
+    "NumPy archive": Parser("video01.npz", _read_foreign("npz"), _archive_seeds, mend=mend_zip),
+    "tensor features": Parser("video01.pt", _read_foreign("pt"), _tensor_seeds, mend=mend_zip),
+    "HDF5 features": Parser("video01.h5", _read_foreign("h5"), _hdf5_seeds),
+    "MS-TCN labels": Parser(
+        "video01.txt",
+        _plainly(_read_truth_lines),
+        lambda: ["".join(f"{n}\n" * 5 for n in SPEC.phases).encode()],
+        _NAMES,
+    ),
+    "MS-TCN classes": Parser(
+        "mapping.txt", _plainly(_read_mapping), lambda: [b"0 SIL\n1 cut tomato\n2 background"], _NAMES, (" ", "\n")
+    ),
+    "MS-TCN bundle": Parser(
+        "train.split1.bundle", _plainly(_read_bundle), lambda: [b"video01.txt\nvideo02.txt\n"], _NAMES
+    ),
+    "exported features": Parser(
+        "surgstage.json",
+        _plainly(_read_export_file),
+        lambda: [json.dumps({"fps": 25.0, "videos": {"a_1": "a.1"}}).encode()],
+        _JSON_WORDS,
+        _JSON_MARKS,
+    ),
     "refused file": Parser("video01.mp4", _plainly(_read_what_it_is), _sniffed_seeds),
     "video, PyAV": Parser("video01.mp4", _read_video("pyav"), _video_seeds),
     "video, decord": Parser("video01.mp4", _read_video("decord"), lambda: _video_seeds()[:1]),
