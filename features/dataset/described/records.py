@@ -189,8 +189,8 @@ def _joined(tree: Any, found: Sequence[Found], source: LabelSource, path: Path) 
     for place, record, keys in found:
         key = record.get(join.by) if isinstance(record, dict) else None
         other = others.get(_hashable(key))
-        if other is None:
-            raise UserError(f"{path}: {place.lstrip('.')}: {join.by} {key!r} is not in {join.records}")
+        if other is None or not isinstance(record, dict):
+            raise UserError(f"{path}: {place.lstrip('.')}: {join.by} {shown_cell(str(key))} is not in {join.records}")
         result.append((place, {**other, **record}, keys))
     return result
 
@@ -214,7 +214,9 @@ def _name_labels(
     """Replace the ids in the columns of labels by the names of their classes; other values are kept."""
 
     def name(value: Any) -> Any:
-        return [name(one) for one in value] if isinstance(value, list) else names.get(str(value), value)
+        if isinstance(value, list):
+            return [one if isinstance(one, list) else names.get(str(one), one) for one in value]
+        return names.get(str(value), value)
 
     label = source.columns.label
     for column in source.columns.labels or (label if isinstance(label, tuple) else (label or "label",)):

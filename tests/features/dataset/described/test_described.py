@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -148,8 +149,10 @@ def test_coco_like_files_name_video_number_and_class_in_other_lists() -> None:
         ({"classes": [*classes, {"id": 1, "name": "B"}]}, r"classes\[2\]: two classes have the id 1"),
         ({"classes": [{"id": 0}]}, r"classes\[0\] has no id and name of a class"),
         ({"annotations": [{"image_id": 5, "phase": 9}]}, r"annotations\[0\]: unknown label '9'"),
+        ({"annotations": [{"image_id": 5, "phase": functools.reduce(lambda one, _: [one], range(800), 1)}]}, "label"),
         ({"images": [{"id": 5, "file_name": "00001.jpg"}]}, r"annotations\[0\]: file_name is '00001.jpg', not like"),
-        ({"annotations": [{"image_id": 6, "phase": 1}]}, r"image_id 6 is not in images"),
+        ({"annotations": [{"image_id": 6, "phase": 1}]}, r"image_id '6' is not in images"),
+        ({"images": [{"id": None}], "annotations": [7]}, r"annotations: image_id 'None' is not in images"),
     ):
         broken = {**content, "annotations": annotations[:2], **wrong}
         with pytest.raises(UserError, match=message):
@@ -170,8 +173,8 @@ def test_several_columns_can_each_name_a_tool() -> None:
     spec = spec_of(LabelSource(files=r"(?P<id>\d+)\.txt"), tools=("P", "Q", "R"))
     records = records_by_video(b"time,first,second\n0,1,-2\n1,3,2\n2,0,-2\n", FILE, source, spec)[None]
     track = parse_described(records, FILE, source, "tool", spec)
-    assert isinstance(track, TimedLabels)
-    assert track.place(FILE, EXTENT).labels[[0, 25, 50]].tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 0]]
+    assert not isinstance(track, LabelTrack)
+    assert track.place(FILE, EXTENT).labels.tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 0]]
 
 
 @pytest.mark.parametrize(
