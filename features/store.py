@@ -11,6 +11,7 @@ the folder) contains the following data sets, with T sampled frames, D embedding
 | `time_s`      | (T,)   | float64            | time at which the frame is shown, counted from the first frame |
 | `phase`       | (T,)   | int8               | -1 = no label                                                  |
 | `tools`       | (T, K) | int8               | 1 = present, 0 = absent, -1 = no label                         |
+| `tracks/NAME` | (T,)   | int8               | an additional label track, if there is any; -1 = no label       |
 
 Chunks have a checksum (fletcher32) and are not compressed. The root attributes are: schema version; video id; the
 source (hash of its ends, size, rate); the encoder (backbone, SHA-256 of the weights, preprocessing as JSON, sampled
@@ -36,6 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
+from configs.label_source import is_track_name
 from engine.files import sha256_json
 from engine.runs import package_version
 from features.ids import file_stem
@@ -56,6 +58,8 @@ _DATASETS = {  # number of dimensions, and NumPy's code for the kind of data typ
     "tools": (2, "i"),
     "tool_logits": (2, "f"),
 }
+_TRACKS = "tracks"  # group of the additional label tracks, and attribute with their classes
+_NO_TRACKS: Mapping[str, NDArray[np.int8]] = {}
 
 
 def feature_path(folder: Path, video_id: str) -> Path:
@@ -182,10 +186,12 @@ def write_features(
     tools: NDArray[np.int8],
     attributes: Mapping[str, Any],
     time_s: NDArray[np.float64] | None = None,
+    tracks: Mapping[str, NDArray[np.int8]] = _NO_TRACKS,
 ) -> Iterator[FeatureWriter]:
     """Write a feature file block by block, so that memory does not grow with the video's length.
 
-    The body appends rows with the yielded `FeatureWriter`. `frame_index` and `phase` are (T,), and `tools` is (T, K).
+    The body appends rows with the yielded `FeatureWriter`. `frame_index`, `phase` and each of `tracks` are (T,), and
+    `tools` is (T, K).
     `time_s` (T,) contains the times at which frames are shown; with None they follow from the source's constant rate.
 
     The file gets its name only if the body ends without an exception, all T rows were appended, and the reopened file
@@ -199,7 +205,7 @@ def write_features(
             _create(file, "frame_index", frame_index.shape, "int64")[...] = frame_index
             times = frame_index / source.source_fps if time_s is None else time_s
             _create(file, "time_s", times.shape, "float64")[...] = times
-            _write_labels(file, phase, tools)
+            _write_labels(file, phase, tools, tracks)
             file.attrs.update({**_provenance(encoder, source), **attributes})
             writer = FeatureWriter(file, sink, encoder.storage, source.video_id, frame_index)
             yield writer
@@ -262,11 +268,14 @@ def _create(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> h
     return file.create_dataset(name, shape, dtype, chunks=chunks, fletcher32=chunks is not None)
 
 
-def _write_labels(file: h5py.File, phase: NDArray[np.int8], tools: NDArray[np.int8]) -> None:
-    """Write the label data sets of an open feature file: phase (T,), tools (T, K), -1 = no label."""
-    for name, values in (("phase", phase), ("tools", tools)):
+def _write_labels(
+    file: h5py.File, phase: NDArray[np.int8], tools: NDArray[np.int8], tracks: Mapping[str, NDArray[np.int8]]
+) -> None:
+    """Write the label data sets of an open feature file: phase (T,), tools (T, K), tracks (T,) each; -1 = no label."""
+    for name in ("phase", "tools", _TRACKS):
         if name in file:
             del file[name]
+    for name, values in {"phase": phase, "tools": tools, **_with_group(tracks)}.items():
         _create(file, name, values.shape, "int8")[...] = values
 
 
@@ -280,8 +289,9 @@ def read_features(path: Path, with_features: bool = True) -> VideoFeatures:
         values = {name: _dataset(file, name)[...] for name in _DATASETS if with_features or name != "features"}
         rows = _dataset(file, "features")
         features = values.pop("features", StoredFeatures(path, rows.shape, rows.dtype, _state(path)))
-        _require_one_length({"features": features, **values})
-    return VideoFeatures(features=features, **values, attributes=attributes)
+        tracks = {name: dataset[...] for name, dataset in _tracks(file).items()}
+        _require_one_length({"features": features, **values, **_with_group(tracks)})
+    return VideoFeatures(features=features, **values, attributes=attributes, tracks=tracks)
 
 
 def verify_file(path: Path, encoder: EncoderSpec | None = None, source: SourceIdentity | None = None) -> str | None:
@@ -308,7 +318,7 @@ def read_every_chunk(path: Path) -> dict[str, Any]:
     Raises FeatureFileError naming the file and what is wrong with it.
     """
     with _sound(path) as (file, attributes):
-        datasets = {name: _dataset(file, name) for name in _DATASETS}
+        datasets = {name: _dataset(file, name) for name in _DATASETS} | _with_group(_tracks(file))
         for dataset in datasets.values():
             for start in range(0, len(dataset), CHUNK_FRAMES):
                 dataset[start : start + CHUNK_FRAMES]
@@ -323,8 +333,14 @@ def recorded_encoder(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "preprocess": _from_json(attributes, "preprocess")}
 
 
-def rewrite_labels(path: Path, phase: NDArray[np.int8], tools: NDArray[np.int8], attributes: Mapping[str, Any]) -> None:
-    """Replace the labels in a feature file by phase (T,) and tools (T, K), and keep its features.
+def rewrite_labels(
+    path: Path,
+    phase: NDArray[np.int8],
+    tools: NDArray[np.int8],
+    attributes: Mapping[str, Any],
+    tracks: Mapping[str, NDArray[np.int8]] = _NO_TRACKS,
+) -> None:
+    """Replace the labels in a feature file by phase (T,), tools (T, K) and tracks (T,), and keep its features.
 
     A copy of the file is changed and then replaces the file, so that readers see either the old or the new labels.
     Raises FeatureFileError if the file is damaged or has another number of frames.
@@ -334,7 +350,8 @@ def rewrite_labels(path: Path, phase: NDArray[np.int8], tools: NDArray[np.int8],
     with sealed_path(path, verify_file) as temporary:
         shutil.copyfile(path, temporary)
         with Hdf5Sink(temporary, "r+b") as sink, h5py.File(sink, "r+") as file:
-            _write_labels(file, phase, tools)
+            _write_labels(file, phase, tools, tracks)
+            file.attrs.pop(_TRACKS, None)
             file.attrs.update(dict(attributes))
 
 
@@ -362,7 +379,7 @@ def _readable(path: Path, check_seal: bool = True) -> Iterator[h5py.File]:
 def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
     """Return a data set of a feature file. Raises DamagedFile, before reading, if it is not as the format requires."""
     found = file[name]
-    dimensions, kind = _DATASETS[name]
+    dimensions, kind = _DATASETS.get(name, (1, "i"))
     if not isinstance(found, h5py.Dataset) or found.ndim != dimensions or found.dtype.kind != kind:
         raise DamagedFile(f"{name} is not a data set of {dimensions} dimension(s)")
     # Values are stored uncompressed in this file, so a data set that claims more bytes than are stored is damaged, or
@@ -372,6 +389,22 @@ def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
     if not is_self_contained(file, name):
         raise DamagedFile(f"{name} is compressed or stored in another file, which this project never does")
     return found
+
+
+def _tracks(file: h5py.File) -> dict[str, h5py.Dataset]:
+    """Return the data sets of the additional label tracks, by name. Raises DamagedFile as `_dataset` does."""
+    link = file.get(_TRACKS, getlink=True)
+    if link is None:
+        return {}
+    if not isinstance(link, h5py.HardLink) or not isinstance(file[_TRACKS], h5py.Group):
+        raise DamagedFile(f"{_TRACKS} is not a group of label tracks")
+    if odd := [name for name in file[_TRACKS] if not is_track_name(name)]:
+        raise DamagedFile(f"{_TRACKS} has a data set {odd[0][:60]!r}, which is not the name of a label track")
+    return {name: _dataset(file, f"{_TRACKS}/{name}") for name in file[_TRACKS]}
+
+
+def _with_group(tracks: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{_TRACKS}/{name}": values for name, values in tracks.items()}
 
 
 def _require_one_length(values: Mapping[str, Any]) -> None:
@@ -395,6 +428,8 @@ def _attributes(file: h5py.File) -> dict[str, Any]:
     phases = _from_json(found, "phases")
     if phases is not None and not (isinstance(phases, list) and all(isinstance(name, str) for name in phases)):
         raise ValueError("phases is not a list of names")
+    if not isinstance(_from_json(found, _TRACKS) or {}, dict):
+        raise ValueError(f"{_TRACKS} is not a list of classes for each track")
     float(found.get("fps", 0.0))
     return found
 

@@ -178,7 +178,9 @@ def describe_folder(folder: Path) -> list[str]:
         total += len(video)
         labelled = int((video.phase >= 0).sum())
         with_tools = int((video.tools >= 0).any(axis=1).sum()) if video.tools.size else 0
-        lines.append(f"{id_of_stem(path.stem)}: {len(video)} frames, {labelled} with a phase, {with_tools} with tools")
+        counts = f"{len(video)} frames, {labelled} with a phase, {with_tools} with tools"
+        counts += "".join(f", {int((labels >= 0).sum())} with {name}" for name, labels in video.tracks.items())
+        lines.append(f"{id_of_stem(path.stem)}: {counts}")
     return [*lines, f"{total} frames in all"]
 
 

@@ -78,7 +78,7 @@ class ExtractTask:
         entry = self.dataset.index.entry(job.video_id)
         if job.labels_only:
             labels, attributes = self._labels(job), label_attributes(self.config, self.dataset.spec, entry)
-            rewrite_labels(feature_path(self.folder, entry.id), labels.phase, labels.tools, attributes)
+            rewrite_labels(feature_path(self.folder, entry.id), labels.phase, labels.tools, attributes, labels.tracks)
             return
         keep_freed_memory()  # must be called in every process
         self.loaded_encoder()  # errors of the encoder come before any work
@@ -133,7 +133,15 @@ class ExtractTask:
         attributes["device"] = self.loaded_encoder().device_name
         path, source = feature_path(self.folder, entry.id), source_identity(entry)
         return write_features(
-            path, self.spec, source, labels.frame_index, labels.phase, labels.tools, attributes, labels.time_s
+            path,
+            self.spec,
+            source,
+            labels.frame_index,
+            labels.phase,
+            labels.tools,
+            attributes,
+            labels.time_s,
+            labels.tracks,
         )
 
     def _labels(self, job: VideoJob) -> VideoLabels:
@@ -173,10 +181,15 @@ def label_attributes(config: Config, spec: DataSetSpec, entry: VideoEntry) -> di
         "phase_sha256": entry.phase_file.sha256 if entry.phase_file else own,
         "tool_sha256": entry.tool_file.sha256 if entry.tool_file else own,
     }
-    described = {"annotation_fps", "phases", "tools", "phase_aliases", "tool_aliases"}
+    described = {"annotation_fps", "phases", "tools", "phase_aliases", "tool_aliases", "labels", "tracks"}
     meaning = spec.model_dump(mode="json", include=described)
-    numbered = [file and [file.row_fps, file.row_base] for file in (entry.phase_file, entry.tool_file)]
+    others = {name: entry.track_files.get(name) for name in spec.tracks}
+    numbered = [
+        file and [file.row_fps, file.row_base] for file in (entry.phase_file, entry.tool_file, *others.values())
+    ]
     numbered = numbered if any(file and any(file) for file in numbered) else []
+    if others:
+        hashes["tracks_sha256"] = json.dumps({name: file.sha256 if file else "" for name, file in others.items()})
     return {
         **hashes,
         "dataset": spec.name,
@@ -184,4 +197,5 @@ def label_attributes(config: Config, spec: DataSetSpec, entry: VideoEntry) -> di
         "tools": json.dumps(spec.tools),
         "tools_between_rows": config.data.tools_between_rows,
         "labels_sha256": sha256_json([hashes, meaning, config.data.tools_between_rows, *numbered]),
+        **({"tracks": json.dumps({name: track.classes for name, track in spec.tracks.items()})} if others else {}),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,14 @@ from features.store import (
     verify_file,
     write_features,
 )
-from features.store_folder import feature_files, find_feature_folder, load_feature_set, prepare_folder, verify_folder
+from features.store_folder import (
+    describe_folder,
+    feature_files,
+    find_feature_folder,
+    load_feature_set,
+    prepare_folder,
+    verify_folder,
+)
 
 ENCODER = EncoderSpec("tiny", "ab" * 32, {"resize_px": 250, "crop_px": 224}, 1.0, "fp32", "float32", 16)
 
@@ -218,6 +226,57 @@ def test_new_labels_keep_the_features(tmp_path: Path) -> None:
     assert found.attributes["phase_sha256"] == "new"
     with pytest.raises(FeatureFileError, match="another number of frames"):
         rewrite_labels(path, np.zeros(29), np.ones((29, 7)), {})
+
+
+def test_label_tracks_are_stored_replaced_and_removed(tmp_path: Path) -> None:
+    path = tmp_path / "video01.h5"
+    steps, none = np.arange(30, dtype=np.int8) % 5, np.full(30, -1, np.int8)
+    labels = np.arange(30) * 25, np.zeros(30), np.zeros((30, 0))
+    tracks = {"steps": steps, "events": none}
+    with write_features(path, ENCODER, source(), *labels, {"tracks": '{"steps": ["a"]}'}, tracks=tracks) as writer:
+        writer.append(np.ones((30, 16)), np.zeros((30, 0)))
+    found = read_features(path).tracks
+    assert {name: values.tolist() for name, values in found.items()} == {
+        name: values.tolist() for name, values in tracks.items()
+    }
+    assert describe_folder(tmp_path)[-2].endswith("30 with a phase, 0 with tools, 0 with events, 30 with steps")
+    rewrite_labels(path, *labels[1:], {}, {"steps": none})
+    assert (list(read_features(path).tracks), "tracks" in read_features(path).attributes) == (["steps"], False)
+    rewrite_labels(path, *labels[1:], {})
+    assert read_features(path).tracks == {}
+    assert verify_file(path, ENCODER, source()) is None
+    with h5py.File(path) as file:
+        assert set(file) == {"features", "tool_logits", "frame_index", "time_s", "phase", "tools"}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda file: file.create_dataset("tracks", data=np.zeros(30, np.int8)), "tracks is not a group"),
+        (lambda file: file.update({"tracks": h5py.ExternalLink("/etc/passwd", "/")}), "tracks is not a group"),
+        (lambda file: file.update({"tracks": h5py.SoftLink("/tracks")}), "tracks is not a group"),
+        (lambda file: file.create_dataset("tracks/steps", data=np.zeros(3, np.int8)), "lengths differ"),
+        (lambda file: file.create_dataset("tracks/steps", data=np.zeros(30)), "not a data set of 1 dimension"),
+        (lambda file: file.create_group("tracks/steps"), "not a data set of 1 dimension"),
+        (lambda file: file.update({"tracks/steps": h5py.ExternalLink("other.h5", "/x")}), ""),
+        (
+            lambda file: file.create_dataset("tracks/Steps!", data=np.zeros(30, np.int8)),
+            "not the name of a label track",
+        ),
+        (lambda file: file.attrs.update({"tracks": "[1]"}), "tracks is not a list of classes"),
+    ],
+)
+def test_label_tracks_that_this_project_never_writes_are_one_line(
+    tmp_path: Path, spoil: Callable[[h5py.File], object], message: str
+) -> None:
+    path = tmp_path / "video01.h5"
+    write(path)
+    with h5py.File(path, "r+") as file:
+        spoil(file)
+    seal(path)
+    for read in (read_every_chunk, read_features):
+        with pytest.raises(FeatureFileError, match=rf"video01\.h5: .*{message}.*extract again"):
+            read(path)
 
 
 def test_a_file_of_another_source_or_encoder_does_not_verify(tmp_path: Path) -> None:
